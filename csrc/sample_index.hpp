@@ -1,0 +1,97 @@
+// Where every sample of a task's epoch begins, and how its tokens are read.
+//
+// In an epoch the training documents, in the order of a keyed permutation, form one sequence of
+// tokens. Sample p holds its tokens [p seq_len, (p + 1) seq_len], so neighbours share one token and
+// every token but the first is a target exactly once. The index stores for each p the slot (position
+// in the document order) and the offset in that document; the order itself is computed.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+
+#include "keyed_permutation.hpp"
+
+namespace megaphase {
+
+// Which side of the held-out split a stream reads: documents whose hash is below the threshold
+// are held out for validation, the others are trained on.
+enum class Side { training, held_out };
+
+// Arrays inside an .idx file follow a header of 34 bytes, so they are not aligned.
+template <typename T>
+T load(const T* base, int64_t i) {
+    T value;
+    std::memcpy(&value, reinterpret_cast<const char*>(base) + i * sizeof(T), sizeof(T));
+    return value;
+}
+
+template <typename Length>
+struct Documents {
+    const Length* lengths;  // [documents], tokens
+    const uint64_t* hashes; // [documents]
+    int64_t count;
+    uint64_t threshold;
+    Side side;
+
+    int64_t length(int64_t document) const {
+        const bool held_out = hashes[document] < threshold;
+        return held_out == (side == Side::held_out) ? load(lengths, document) : 0;
+    }
+};
+
+struct Totals {
+    int64_t documents = 0;
+    int64_t tokens = 0;
+};
+
+template <typename Length>
+Totals count_side(const Documents<Length>& documents) {
+    Totals totals;
+    for (int64_t i = 0; i < documents.count; ++i) {
+        const int64_t length = documents.length(i);
+        totals.documents += length > 0;
+        if (__builtin_add_overflow(totals.tokens, length, &totals.tokens))
+            throw std::overflow_error("the corpus has more than 2^63 tokens");
+    }
+    return totals;
+}
+
+// Fill slots[p], offsets[p] for the samples p in [0, samples) of one epoch.
+template <typename Length, typename Slot>
+void index_epoch(const Documents<Length>& documents, uint64_t key, int64_t seq_len, int64_t samples,
+                 Slot* slots, uint32_t* offsets) {
+    const KeyedPermutation order(documents.count, key);
+    int64_t sample = 0;
+    int64_t until_next = 0;  // tokens from the current document's start to the next sample's start
+    for (int64_t slot = 0; slot < documents.count && sample < samples; ++slot) {
+        const int64_t length = documents.length(order(slot));
+        while (until_next < length && sample < samples) {
+            slots[sample] = static_cast<Slot>(slot);
+            offsets[sample] = static_cast<uint32_t>(until_next);
+            ++sample;
+            until_next += seq_len;
+        }
+        until_next -= length;
+    }
+    if (sample < samples) throw std::out_of_range("the epoch has fewer samples than asked for");
+}
+
+// Call visit(document, offset, tokens) for each piece of at most `wanted` tokens from (slot, offset);
+// returns the number of tokens found, fewer than `wanted` only at the end of the epoch.
+template <typename Length, typename Visit>
+int64_t for_each_piece(const Documents<Length>& documents, const KeyedPermutation& order,
+                       int64_t slot, int64_t offset, int64_t wanted, Visit visit) {
+    int64_t found = 0;
+    for (; slot < documents.count && found < wanted; ++slot, offset = 0) {
+        const int64_t document = order(slot);
+        const int64_t taken = std::min(documents.length(document) - offset, wanted - found);
+        if (taken <= 0) continue;
+        visit(document, offset, taken);
+        found += taken;
+    }
+    return found;
+}
+
+}  // namespace megaphase

@@ -1,0 +1,90 @@
+"""From a phase's mixture to the sampling rates that it really gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from megaphase.config import MixtureConfig
+from megaphase.errors import InputError
+
+
+@dataclass(frozen=True)
+class TaskSupply:
+    """What a task can give: its training tokens and samples in one epoch, and samples used so far."""
+
+    tokens: int
+    samples_per_epoch: int
+    samples_used: int
+
+
+Rates = dict[str, Fraction]
+
+
+def requested_rates(mixture: MixtureConfig, supply: Mapping[str, TaskSupply]) -> Rates:
+    """The rates that the mixture asks for, before any cap; they sum to exactly 1.
+
+    temperature: p ∝ n^(1/T) with n the tokens of an epoch (Arivazhagan et al. 2019);
+    proportional is T = 1; unimax starts uniform (Chung et al. 2023). Tasks outside get 0.
+    """
+    if mixture.rates is not None:
+        weights = {task: Fraction(rate) for task, rate in mixture.rates.items()}
+    else:
+        over = mixture.over or list(supply)
+        exponent = 0.0 if mixture.unimax else 1 / (mixture.temperature or 1.0)
+        weights = {task: Fraction(supply[task].tokens ** exponent) for task in over}
+    total = sum(weights.values())
+    return {task: weights.get(task, Fraction(0)) / total for task in supply}
+
+
+def effective_rates(
+    mixture: MixtureConfig, supply: Mapping[str, TaskSupply], samples: int, where: str
+) -> Rates:
+    """The rates over `samples` samples once `max_epochs` has capped repetition over the whole run.
+
+    What a capped task loses goes to the uncapped tasks in proportion to their requested rates,
+    until nobody is above its cap.
+
+    Raises:
+        InputError: every task is capped and together they fall short of the phase.
+    """
+    requested = requested_rates(mixture, supply)
+    if mixture.max_epochs is None:
+        return requested
+    room = {
+        task: max(0, int(mixture.max_epochs * s.samples_per_epoch) - s.samples_used)
+        for task, s in supply.items()
+    }
+    shares = {task: rate * samples for task, rate in requested.items() if rate > 0}
+    if sum(room[task] for task in shares) < samples:
+        figures = ", ".join(f"{task} {room[task]:,}" for task in shares)
+        raise InputError(
+            where,
+            f"the phase wants {samples:,} samples, but max_epochs {mixture.max_epochs:g} leaves only "
+            f"{sum(room[task] for task in shares):,} ({figures})",
+            "raise max_epochs, shorten the phase or add tasks",
+        )
+    capped: dict[str, int] = {}
+    while over := [task for task in shares if task not in capped and shares[task] > room[task]]:
+        capped |= {task: room[task] for task in over}
+        free = [task for task in shares if task not in capped]
+        left = samples - sum(capped.values())
+        weight = sum((requested[task] for task in free), Fraction(0))
+        for task in free:
+            shares[task] = left * requested[task] / weight
+    final = shares | {task: Fraction(n) for task, n in capped.items()}
+    return {task: final.get(task, Fraction(0)) / samples for task in supply}
+
+
+def integer_weights(rates: list[Fraction], total: int) -> list[int]:
+    """Integers in proportion to rates that sum to 1, summing to exactly `total`.
+
+    Largest remainders, ties to the lower index; a rate's error is below 1 / total.
+    """
+    exact = [rate * total for rate in rates]
+    weights = [int(value) for value in exact]
+    by_remainder = sorted(range(len(rates)), key=lambda i: (weights[i] - exact[i], i))
+    for i in by_remainder[: total - sum(weights)]:
+        weights[i] += 1
+    return weights

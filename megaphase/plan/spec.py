@@ -1,0 +1,108 @@
+"""What a plan is made of: the streams of all tasks and the length and mixture of every phase."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megaphase.config import MixtureConfig, PhaseConfig, RunConfig
+from megaphase.corpus import Corpus
+from megaphase.errors import InputError
+from megaphase.files import hash_json
+from megaphase.plan.stream import Stream
+from megaphase.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PhaseSpec:
+    """A phase's name, its optimizer steps, its mixture and the mixture's key in the run file."""
+
+    name: str
+    steps: int
+    mixture: MixtureConfig
+    where: str
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """Everything that determines a plan, and nothing else: same spec, same plan."""
+
+    streams: dict[str, Stream]
+    held_out: dict[str, Stream]
+    phases: list[PhaseSpec]
+    samples_per_step: int
+    seq_len: int
+    fingerprint: str
+
+
+def phase_steps(phase: PhaseConfig, tokens_per_step: int) -> int:
+    """Optimizer steps of a phase; a budget in tokens is rounded up to whole steps."""
+    if phase.steps is not None:
+        return phase.steps
+    assert phase.tokens is not None
+    return -(-phase.tokens // tokens_per_step)
+
+
+def _open_corpus(config: RunConfig, task: str, tokenizer: Tokenizer) -> Corpus:
+    corpus = Corpus.open(config.tasks[task].corpus)
+    if corpus.manifest.tokenizer_hash != tokenizer.fingerprint:
+        raise InputError(
+            config.where(f"tasks.{task}.corpus"),
+            f"{corpus.prefix} was tokenized with another tokenizer than {config.tokenizer}",
+            "tokenize it again with that one, or name the other one under tokenizer",
+        )
+    return corpus
+
+
+def plan_spec(config: RunConfig, tokenizer: Tokenizer) -> PlanSpec:
+    """Open the corpora and put together what the plan is made of.
+
+    Raises:
+        InputError: a corpus is missing, damaged, too short or of another tokenizer, or no document
+            of a task is held out.
+    """
+    seq_len, fraction = config.model.seq_len, config.validation.fraction
+    corpora = {task: _open_corpus(config, task, tokenizer) for task in config.tasks}
+    sides: dict[bool, dict[str, Stream]] = {
+        held_out: {
+            task: Stream(
+                task, corpus, seed=config.seed, seq_len=seq_len, fraction=fraction, held_out=held_out
+            )
+            for task, corpus in corpora.items()
+        }
+        for held_out in (False, True)
+    }
+    for task in config.tasks:
+        sides[False][task].require_whole_sample()
+        if sides[True][task].tokens < 2:
+            raise InputError(
+                config.where("validation.fraction"),
+                f"{fraction:g} holds out none of the {corpora[task].manifest.documents:,} documents "
+                f"of task {task!r}",
+                "raise it",
+            )
+    phases = [
+        PhaseSpec(
+            phase.name,
+            phase_steps(phase, config.batch.samples * seq_len),
+            phase.mixture,
+            config.where(f"phases[{i}].mixture"),
+        )
+        for i, phase in enumerate(config.phases)
+    ]
+    fingerprint = hash_json(
+        {
+            "format": FORMAT_VERSION,
+            "seed": config.seed,
+            "seq_len": seq_len,
+            "samples_per_step": config.batch.samples,
+            "held_out_fraction": fraction,
+            "corpora": {task: corpus.fingerprint for task, corpus in corpora.items()},
+            "phases": [[p.steps, p.mixture.model_dump(mode="json")] for p in phases],
+            "order_of_tasks": list(config.tasks),
+        }
+    )
+    return PlanSpec(
+        sides[False], sides[True], phases, config.batch.samples, seq_len, fingerprint
+    )
