@@ -17,7 +17,7 @@ import numpy as np
 from megaphase.corpus import Corpus
 from megaphase.errors import InputError
 from megaphase.plan import _builder
-from megaphase.plan.keys import derive_key
+from megaphase.keys import derive_key
 
 # Samples are permuted within windows of this size, so that a run that needs a hundredth of a huge
 # epoch needs an index of that hundredth (and at most one window) only.

@@ -1,0 +1,49 @@
+"""A file that is written aside and hashed on the way to the disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megaphase.corpus.manifest import FileRecord
+from megaphase.files import new_hash
+
+_CHUNK_BYTES = 1 << 20
+
+
+class HashedFile:
+    """Written under a scratch name beside `final`: `write`, then `finish`, then `publish`."""
+
+    def __init__(self, final: Path) -> None:
+        self._final = final
+        self._aside = final.with_name(f".{final.name}.{os.getpid()}.partial")
+        self._file = open(self._aside, "wb", buffering=_CHUNK_BYTES)  # noqa: SIM115
+        self._digest = new_hash()
+        self._bytes = 0
+
+    def write(self, data: Any) -> None:
+        """Append the bytes of any contiguous buffer."""
+        view = memoryview(data).cast("B")
+        # In chunks, so that what is hashed is still in the cache when it is copied.
+        for start in range(0, len(view), _CHUNK_BYTES):
+            chunk = view[start : start + _CHUNK_BYTES]
+            self._digest.update(chunk)
+            self._file.write(chunk)
+        self._bytes += len(view)
+
+    def finish(self) -> FileRecord:
+        """Force everything to the disk; size and digest of what was written."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileRecord(bytes=self._bytes, hash=self._digest.hexdigest())
+
+    def publish(self) -> None:
+        """Give the finished file its name."""
+        os.replace(self._aside, self._final)
+
+    def discard(self) -> None:
+        """Remove what was written, unless it was published."""
+        self._file.close()
+        self._aside.unlink(missing_ok=True)

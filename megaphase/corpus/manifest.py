@@ -1,0 +1,89 @@
+"""`PREFIX.json`: what a corpus is, and the digests by which an altered file is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from megaphase.errors import InputError
+from megaphase.files import hash_json, write_json_whole
+from megaphase.records import read_record
+
+DATA_SUFFIXES = (".bin", ".idx", ".hash")
+MANIFEST_SUFFIX = ".json"
+
+
+def corpus_file(prefix: Path | str, suffix: str) -> Path:
+    """`PREFIX` + suffix; the prefix may itself contain dots."""
+    return Path(f"{prefix}{suffix}")
+
+
+class FileRecord(BaseModel):
+    """Size and digest of one file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int
+    hash: str
+
+
+class Manifest(BaseModel):
+    """The figures of a corpus.
+
+    Attributes:
+        tokenizer_hash: digest of the `tokenizer.model` that made the tokens.
+        vocab_size: number of token ids; all tokens are below it.
+        eod: the id that ends each document.
+        dtype: of the tokens in the .bin, in numpy's words: uint16 or int32.
+        documents: how many; texts without a token are not counted, and not stored.
+        skipped_empty: how many such texts there were.
+        tokens: EODs included.
+        text_bytes: bytes of the documents' UTF-8 text.
+        files: size and digest of each data file, by its ending.
+        sources: names of the files that the text came from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = 1
+    tokenizer_hash: str
+    vocab_size: int
+    eod: int
+    dtype: str
+    documents: int
+    skipped_empty: int = 0
+    tokens: int
+    text_bytes: int
+    files: dict[str, FileRecord]
+    sources: list[str]
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest that changes when any byte of the corpus does."""
+        return hash_json({suffix: self.files[suffix].hash for suffix in DATA_SUFFIXES})
+
+    @classmethod
+    def read(cls, prefix: Path | str) -> Manifest:
+        """Read `PREFIX.json`; InputError where it is missing or broken."""
+        path = corpus_file(prefix, MANIFEST_SUFFIX)
+        if not path.is_file():
+            raise InputError(path, "no such file", _remedy_for_missing(Path(prefix)))
+        manifest = read_record(path, cls, "tokenize again")
+        missing = [suffix for suffix in DATA_SUFFIXES if suffix not in manifest.files]
+        if missing:
+            raise InputError(path, f"files: {missing[0]} is not listed", "tokenize again")
+        return manifest
+
+    def write(self, prefix: Path | str) -> None:
+        """Write `PREFIX.json`, whole or not at all."""
+        write_json_whole(corpus_file(prefix, MANIFEST_SUFFIX), self.model_dump())
+
+
+def _remedy_for_missing(prefix: Path) -> str:
+    if prefix.suffix in (*DATA_SUFFIXES, MANIFEST_SUFFIX):
+        return f"give the corpus's prefix, {prefix.with_suffix('')}"
+    if corpus_file(prefix, ".bin").exists():
+        return "without it the corpus is not whole: tokenize again"
+    return "make the corpus with `megaphase data tokenize`"

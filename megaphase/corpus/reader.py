@@ -1,0 +1,141 @@
+"""Open a corpus, memory-mapped, after checks that do not read all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megaphase.corpus.format import HASH_DTYPE, Index, read_index
+from megaphase.corpus.manifest import (
+    DATA_SUFFIXES,
+    MANIFEST_SUFFIX,
+    Manifest,
+    corpus_file,
+)
+from megaphase.errors import InputError
+
+_REMEDY = "tokenize again"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of one task; all arrays are memory-mapped and read-only.
+
+    Attributes:
+        prefix: path of the files, without their endings.
+        manifest: the corpus's figures.
+        tokens: [tokens], in the .bin's dtype.
+        lengths: integers [documents], in tokens, EOD included.
+        byte_offsets: i64 [documents], where each document begins in the .bin.
+        hashes: u64 [documents], the digest of each document's text.
+    """
+
+    prefix: Path
+    manifest: Manifest
+    tokens: np.ndarray
+    lengths: np.ndarray
+    byte_offsets: np.ndarray
+    hashes: np.ndarray
+
+    @classmethod
+    def open(cls, prefix: Path | str) -> Corpus:
+        """Open the corpus with this prefix.
+
+        Raises InputError where a file is missing, empty, cut off, of another version, or does not
+        fit the others. What only a full reading can find, `megaphase data verify` finds.
+        """
+        prefix = Path(prefix)
+        manifest = Manifest.read(prefix)
+        if manifest.documents == 0 or manifest.tokens == 0:
+            path = corpus_file(prefix, MANIFEST_SUFFIX)
+            raise InputError(path, "the corpus is empty", "tokenize files that hold text")
+        index = read_index(corpus_file(prefix, ".idx"))
+        _check_sizes(prefix, manifest)
+        _check_manifest_fits(prefix, manifest, index)
+        lengths, byte_offsets = _documents_of(prefix, index)
+        _check_last_document(prefix, index.dtype, manifest, lengths, byte_offsets)
+        return cls(
+            prefix=prefix,
+            manifest=manifest,
+            tokens=np.memmap(corpus_file(prefix, ".bin"), dtype=index.dtype, mode="r"),
+            lengths=lengths,
+            byte_offsets=byte_offsets,
+            hashes=np.memmap(corpus_file(prefix, ".hash"), dtype=HASH_DTYPE, mode="r"),
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # A pickled memory map would carry the whole file.
+        return Corpus.open, (self.prefix,)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest that changes when any byte of the corpus does."""
+        return self.manifest.fingerprint
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens [length] of one document, EOD included; a view. IndexError where there is none."""
+        if not 0 <= index < len(self.lengths):
+            raise IndexError(f"document {index} of {len(self.lengths)}")
+        start = int(self.byte_offsets[index]) // self.tokens.itemsize
+        return self.tokens[start : start + int(self.lengths[index])]
+
+
+def _check_sizes(prefix: Path, manifest: Manifest) -> None:
+    for suffix in DATA_SUFFIXES:
+        path = corpus_file(prefix, suffix)
+        if not path.is_file():
+            raise InputError(path, "no such file", _REMEDY)
+        size, expected = path.stat().st_size, manifest.files[suffix].bytes
+        if size != expected:
+            fault = "truncated" if size < expected else "too long"
+            problem = f"is {fault}: {size} bytes, the manifest says {expected}"
+            raise InputError(path, problem, _REMEDY)
+
+
+def _check_manifest_fits(prefix: Path, manifest: Manifest, index: Index) -> None:
+    """The manifest's figures agree with the index's header and with the sizes of the files."""
+    path = corpus_file(prefix, MANIFEST_SUFFIX)
+    sizes = {suffix: manifest.files[suffix].bytes for suffix in DATA_SUFFIXES}
+    documents = len(index.document_indices) - 1
+    for field, said, found, source in (
+        ("dtype", manifest.dtype, index.dtype.name, ".idx"),
+        ("documents", manifest.documents, documents, ".idx"),
+        ("tokens", manifest.tokens, sizes[".bin"] / index.dtype.itemsize, ".bin"),
+        ("documents", manifest.documents, sizes[".hash"] / HASH_DTYPE.itemsize, ".hash"),
+    ):
+        if said != found:
+            found = f"{found:g}" if isinstance(found, float) else found
+            problem = f"{field}: {said}, but its {source} has {found}"
+            raise InputError(path, problem, _REMEDY)
+
+
+def _documents_of(prefix: Path, index: Index) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths and byte offsets [documents]: the index's own where a document is one sequence."""
+    documents = len(index.document_indices) - 1
+    if documents == len(index.lengths):
+        return index.lengths, index.byte_offsets
+    path = corpus_file(prefix, ".idx")
+    starts = np.zeros(len(index.lengths) + 1, dtype=np.int64)
+    np.cumsum(index.lengths, out=starts[1:])
+    if not np.array_equal(index.byte_offsets, starts[:-1] * index.dtype.itemsize):
+        raise InputError(path, "its sequences do not stand one after the other", _REMEDY)
+    if np.any(np.diff(index.document_indices) < 0):
+        raise InputError(path, "its document_indices do not ascend", _REMEDY)
+    boundaries = starts[index.document_indices]
+    return np.diff(boundaries), boundaries[:-1] * index.dtype.itemsize
+
+
+def _check_last_document(
+    prefix: Path,
+    dtype: np.dtype,
+    manifest: Manifest,
+    lengths: np.ndarray,
+    byte_offsets: np.ndarray,
+) -> None:
+    end = int(byte_offsets[-1]) + int(lengths[-1]) * dtype.itemsize
+    size = manifest.files[".bin"].bytes
+    if int(byte_offsets[0]) != 0 or end != size:
+        problem = f"does not fit its .bin: its last document ends at byte {end}, the file at {size}"
+        raise InputError(corpus_file(prefix, ".idx"), problem, _REMEDY)

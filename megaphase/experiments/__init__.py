@@ -1,0 +1,1 @@
+"""What one or several runs have shown: their records, figures and report pages."""

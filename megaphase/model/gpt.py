@@ -1,0 +1,218 @@
+"""The GPT: a pre-norm decoder-only transformer whose linear layers are tensor-parallel.
+
+Activations are [batch, seq, hidden]; with sequence parallelism everything outside the attention
+and feed-forward regions is [batch, seq / tensor, hidden].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megaphase.model.shape import GPTShape
+from megaphase.parallel.cross_entropy import vocab_parallel_cross_entropy
+from megaphase.parallel.layers import (
+    NORMS,
+    ColumnParallelLinear,
+    RowParallelLinear,
+    TensorRegion,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    vocab_parallel_weight,
+)
+from megaphase.parallel.rng import Initializer
+from megaphase.parallel.topology import Topology, device
+
+IGNORED_TARGET = -100
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (Su et al. 2021), halves rotated as in GPT-NeoX and Llama."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, seq_len: int, base: float) -> None:
+        super().__init__()
+        frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies)
+        angles = torch.cat([angles, angles], dim=-1)
+        self.register_buffer("cos", angles.cos().float().to(device()), persistent=False)
+        self.register_buffer("sin", angles.sin().float().to(device()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate [batch, heads, seq, head_dim] by position."""
+        seq = x.shape[-2]
+        cos, sin = self.cos[:seq].to(x.dtype), self.sin[:seq].to(x.dtype)
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries (Ainslie et al. 2023); heads are sharded."""
+
+    def __init__(self, shape: GPTShape, init: Initializer, region: TensorRegion) -> None:
+        super().__init__()
+        self.head_dim = shape.head_dim
+        self.grouped = shape.kv_heads < shape.heads
+        size = region.topology.tensor_size
+        self.local_segments = [rows // size for rows in shape.qkv_segments]
+        self.qkv = ColumnParallelLinear(
+            shape.hidden,
+            shape.qkv_segments,
+            bias=shape.bias,
+            std=shape.init_std,
+            init=init.at("qkv"),
+            region=region,
+        )
+        self.out = RowParallelLinear(
+            shape.hidden,
+            shape.hidden,
+            bias=shape.bias,
+            std=_residual_std(shape),
+            init=init.at("out"),
+            region=region,
+        )
+
+    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        batch, seq, _ = x.shape
+        q, k, v = (
+            part.view(batch, seq, -1, self.head_dim).transpose(1, 2)
+            for part in self.qkv(x).split(self.local_segments, dim=-1)
+        )
+        if rotary is not None:
+            q, k = rotary(q), rotary(k)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        return self.out(y.transpose(1, 2).reshape(batch, seq, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020) or GELU feed-forward layer; its inner dimension is sharded."""
+
+    def __init__(self, shape: GPTShape, init: Initializer, region: TensorRegion) -> None:
+        super().__init__()
+        self.gated = shape.activation == "swiglu"
+        self.up = ColumnParallelLinear(
+            shape.hidden,
+            shape.ffn_segments,
+            bias=shape.bias,
+            std=shape.init_std,
+            init=init.at("up"),
+            region=region,
+        )
+        self.down = RowParallelLinear(
+            shape.ffn,
+            shape.hidden,
+            bias=shape.bias,
+            std=_residual_std(shape),
+            init=init.at("down"),
+            region=region,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            gate, up = self.up(x).chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, shape: GPTShape, init: Initializer, region: TensorRegion) -> None:
+        super().__init__()
+        norm = NORMS[shape.norm]
+        self.region = region
+        self.attention_norm = norm(shape.hidden, shape.norm_eps, init, region)
+        self.attention = Attention(shape, init.at("attention"), region)
+        self.feed_forward_norm = norm(shape.hidden, shape.norm_eps, init, region)
+        self.feed_forward = FeedForward(shape, init.at("feed_forward"), region)
+
+    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        x = x + self.attention(self.region.enter(self.attention_norm(x)), rotary)
+        return x + self.feed_forward(self.region.enter(self.feed_forward_norm(x)))
+
+
+class GPT(nn.Module):
+    """Embedding, blocks, final norm and output projection.
+
+    Args:
+        compute_dtype: type of the activations; weights of another type are cast when used.
+    """
+
+    def __init__(
+        self,
+        shape: GPTShape,
+        init: Initializer,
+        topology: Topology,
+        *,
+        sequence_parallel: bool = False,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.compute_dtype = compute_dtype
+        self.region = region = TensorRegion(topology, sequence_parallel)
+        self.embedding = VocabParallelEmbedding(
+            shape.vocab, shape.hidden, std=shape.init_std, init=init.at("embedding"), region=region
+        )
+        self.positions = None
+        self.rotary = None
+        if shape.position == "learned":
+            whole = init.at("positions").normal(
+                "weight", (shape.seq_len, shape.hidden), shape.init_std
+            )
+            self.positions = nn.Parameter(whole.to(device()))
+        else:
+            self.rotary = Rotary(shape.head_dim, shape.seq_len, shape.rotary_base)
+        self.blocks = nn.ModuleList(
+            Block(shape, init.at(f"blocks.{i}"), region) for i in range(shape.layers)
+        )
+        self.norm = NORMS[shape.norm](shape.hidden, shape.norm_eps, init, region)
+        if shape.tied_embeddings:
+            weight = self.embedding.weight
+        else:
+            weight = vocab_parallel_weight(
+                shape.vocab, shape.hidden, shape.init_std, init.at("head"), topology
+            )
+        self.head = VocabParallelHead(shape.vocab, weight, region)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Loss of every token, or this rank's logits when there are no targets.
+
+        tokens, targets: int64 [batch, seq], seq up to shape.seq_len; targets may hold
+        IGNORED_TARGET. Returns nats, fp32 [batch, seq] with 0 at ignored targets, or logits
+        [batch, seq, vocabulary of this rank].
+        """
+        x = self._embed(tokens)
+        for block in self.blocks:
+            if self.shape.activation_checkpointing == "full" and self.training:
+                x = checkpoint(block, x, self.rotary, use_reentrant=False)
+            else:
+                x = block(x, self.rotary)
+        logits = self.head(self.region.enter(self.norm(x)))
+        if targets is None:
+            return logits
+        return vocab_parallel_cross_entropy(
+            logits,
+            targets,
+            ignored=IGNORED_TARGET,
+            first=self.head.first_row,
+            topology=self.region.topology,
+        )
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens).to(self.compute_dtype)
+        if self.positions is not None:
+            own = self.region.own_positions(self.positions[: tokens.shape[1]])
+            x = x + self.region.replicated(own).to(self.compute_dtype)
+        return x
+
+
+def _residual_std(shape: GPTShape) -> float:
+    """Layers that write to the residual stream start smaller (Radford et al. 2019, section 2.3)."""
+    return shape.init_std / math.sqrt(2 * shape.layers)

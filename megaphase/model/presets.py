@@ -1,0 +1,108 @@
+"""Named shapes, and the way from the run file's `model` section to a checked shape."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from megaphase.config import RunConfig
+from megaphase.errors import InputError
+from megaphase.model.shape import GPTShape
+
+
+def _sizes(layers: int, hidden: int, heads: int, ffn: int) -> dict[str, int]:
+    return {"layers": layers, "hidden": hidden, "heads": heads, "ffn": ffn}
+
+
+# Names give the parameters without embeddings, roughly. From 125m on, layers, hidden size and heads
+# follow GPT-3 (Brown et al. 2020, table 2.1), but 13b, whose heads are 128 wide as in Llama; ffn is
+# 8/3 of the hidden size for SwiGLU (Shazeer 2020), rounded up to a multiple of 128.
+PRESETS: dict[str, dict[str, int]] = {
+    "gpt-1m": _sizes(4, 128, 4, 384),
+    "gpt-3m": _sizes(4, 256, 4, 704),
+    "gpt-6m": _sizes(6, 288, 6, 768),
+    "gpt-14m": _sizes(8, 384, 6, 1024),
+    "gpt-30m": _sizes(10, 512, 8, 1408),
+    "gpt-125m": _sizes(12, 768, 12, 2048),
+    "gpt-350m": _sizes(24, 1024, 16, 2816),
+    "gpt-760m": _sizes(24, 1536, 16, 4096),
+    "gpt-1.3b": _sizes(24, 2048, 16, 5504),
+    "gpt-2.7b": _sizes(32, 2560, 32, 6912),
+    "gpt-6.7b": _sizes(32, 4096, 32, 11008),
+    "gpt-13b": _sizes(40, 5120, 40, 13696),
+}
+REQUIRED = ("layers", "hidden", "heads")
+
+
+def default_ffn(hidden: int, activation: str) -> int:
+    """4 times the hidden size, or 8/3 rounded up to a multiple of 128 where a gate is added."""
+    return -(-hidden * 8 // 3 // 128) * 128 if activation == "swiglu" else 4 * hidden
+
+
+def _refuse(config: RunConfig, key: str, problem: str, remedy: str) -> InputError:
+    return InputError(config.where(f"model.{key}"), problem, remedy)
+
+
+def build_shape(config: RunConfig, tokenizer_vocab: int) -> GPTShape:
+    """The shape that the run file asks for, checked against itself and the tensor-parallel size.
+
+    Raises:
+        InputError: an unknown preset, a missing size, or sizes that do not divide.
+    """
+    asked = config.model
+    sizes: dict[str, Any] = {}
+    if asked.preset is not None:
+        if asked.preset not in PRESETS:
+            near = difflib.get_close_matches(asked.preset, PRESETS, n=1, cutoff=0.3)
+            names = ", ".join(PRESETS)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise _refuse(
+                config, "preset", f"no preset {asked.preset!r}", f"{hint}the presets are {names}"
+            )
+        sizes |= PRESETS[asked.preset]
+    sizes |= asked.model_dump(exclude_none=True, exclude={"preset", "vocab"})
+    for key in REQUIRED:
+        if key not in sizes:
+            raise _refuse(config, key, "this size is missing", "give it, or name a preset")
+    sizes.setdefault("kv_heads", sizes["heads"])
+    sizes.setdefault("ffn", default_ffn(sizes["hidden"], sizes.get("activation", "swiglu")))
+    vocab = asked.vocab or tokenizer_vocab
+    if vocab < tokenizer_vocab:
+        raise _refuse(
+            config,
+            "vocab",
+            f"{vocab:,} is smaller than the tokenizer's {tokenizer_vocab:,}",
+            "leave it out or raise it",
+        )
+    shape = GPTShape(vocab=vocab, **sizes)
+    _check_divisions(config, shape)
+    return shape
+
+
+def _check_divisions(config: RunConfig, shape: GPTShape) -> None:
+    tensor = config.parallel.tensor
+    if shape.hidden % shape.heads:
+        raise _refuse(
+            config, "heads", f"{shape.heads} heads do not divide hidden {shape.hidden}", "change one"
+        )
+    if shape.position == "rotary" and shape.head_dim % 2:
+        raise _refuse(
+            config, "heads", f"rotary positions need an even head size, not {shape.head_dim}",
+            "change hidden or heads",
+        )
+    if shape.heads % shape.kv_heads:
+        raise _refuse(
+            config, "kv_heads", f"{shape.kv_heads} does not divide the {shape.heads} heads",
+            "change one",
+        )
+    for key, size in (("heads", shape.heads), ("kv_heads", shape.kv_heads), ("ffn", shape.ffn)):
+        if size % tensor:
+            raise _refuse(
+                config, key, f"parallel.tensor {tensor} does not divide {key} {size}", "change one"
+            )
+    if config.parallel.sequence and shape.seq_len % tensor:
+        raise _refuse(
+            config, "seq_len",
+            f"with parallel.sequence, parallel.tensor {tensor} must divide seq_len {shape.seq_len}",
+            "change one",
+        )

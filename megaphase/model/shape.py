@@ -1,0 +1,71 @@
+"""The GPT's shape: every size and choice that determines its parameters and its arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class GPTShape:
+    """Sizes and choices of a decoder-only transformer (Llama- or GPT-2-like, or between)."""
+
+    vocab: int
+    seq_len: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    position: Literal["rotary", "learned"] = "rotary"
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    tied_embeddings: bool = False
+    bias: bool = False
+    rotary_base: float = 10_000.0
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    activation_checkpointing: Literal["none", "full"] = "none"
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def qkv_segments(self) -> tuple[int, int, int]:
+        """Rows of the query, key and value parts of the fused projection."""
+        kv = self.kv_heads * self.head_dim
+        return self.hidden, kv, kv
+
+    @property
+    def ffn_segments(self) -> tuple[int, ...]:
+        """Rows of the first feed-forward projection: gate and up for SwiGLU."""
+        return (self.ffn, self.ffn) if self.activation == "swiglu" else (self.ffn,)
+
+    def matmul_parameters(self) -> int:
+        """Weights that multiply every token: all linear layers and the output projection."""
+        attention = self.hidden * (sum(self.qkv_segments) + self.hidden)
+        feed_forward = self.hidden * (sum(self.ffn_segments) + self.ffn)
+        return self.layers * (attention + feed_forward) + self.vocab * self.hidden
+
+    def parameters(self) -> int:
+        """All trainable parameters, without padding."""
+        norm = self.hidden * (2 if self.norm == "layernorm" else 1)
+        count = self.matmul_parameters() + (2 * self.layers + 1) * norm
+        if not self.tied_embeddings:
+            count += self.vocab * self.hidden
+        if self.position == "learned":
+            count += self.seq_len * self.hidden
+        if self.bias:
+            biases = sum(self.qkv_segments) + self.hidden + sum(self.ffn_segments) + self.hidden
+            count += self.layers * biases
+        return count
+
+    def train_flops_per_token(self) -> int:
+        """Floating-point operations of a forward and backward pass, per token.
+
+        6 N + 12 L H Q T of PaLM (Chowdhery et al. 2022, appendix B): N the weights that multiply
+        every token, the second term attention over the whole context. Recomputation of
+        checkpointed activations is not counted.
+        """
+        return 6 * self.matmul_parameters() + 12 * self.layers * self.hidden * self.seq_len

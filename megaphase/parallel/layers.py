@@ -1,0 +1,225 @@
+"""Linear layers, embedding and norms whose weights are spread over the tensor-parallel group.
+
+Sharded parameters carry `model_parallel` and `tensor_model_parallel` (DeepSpeed counts replicated
+ones once in the gradient norm), `partition_dim` and `segments`: the sizes, along that dimension,
+of the parts of the whole parameter that are sharded one by one (query, key and value, say).
+Weights are cast to the activations' type when they are used, so fp32 masters may stay in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaphase.parallel.collectives import (
+    copy_to_tensor_parallel,
+    gather_sequence,
+    reduce_from_tensor_parallel,
+    reduce_scatter_sequence,
+)
+from megaphase.parallel.rng import Initializer
+from megaphase.parallel.topology import Topology, device
+
+
+def shard(whole: Tensor, dim: int, segments: Sequence[int], rank: int, size: int) -> Tensor:
+    """One rank's part of a parameter: its slice of every segment along `dim`, joined."""
+    parts = [part.chunk(size, dim)[rank] for part in whole.split(list(segments), dim)]
+    return torch.cat(parts, dim).contiguous()
+
+
+def sharded_parameter(
+    whole: Tensor, dim: int, segments: Sequence[int], topology: Topology
+) -> nn.Parameter:
+    """The rank's shard of `whole` as a parameter that knows how it was cut."""
+    part = shard(whole, dim, segments, topology.tensor_rank, topology.tensor_size)
+    parameter = nn.Parameter(part.to(device()))
+    parameter.tensor_model_parallel = parameter.model_parallel = topology.tensor_size > 1  # type: ignore[attr-defined]
+    parameter.partition_dim = dim  # type: ignore[attr-defined]
+    parameter.segments = tuple(segments)  # type: ignore[attr-defined]
+    return parameter
+
+
+class TensorRegion:
+    """The way into and out of the part of a layer that is computed tensor-parallel.
+
+    Outside, activations are whole on every rank or, with sequence parallelism, each rank holds
+    its share of the sequence: [batch, seq / tensor, hidden].
+    """
+
+    def __init__(self, topology: Topology, sequence: bool) -> None:
+        self.topology = topology
+        self.sequence = sequence
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Whole activations on every rank: [batch, seq, hidden]."""
+        if self.sequence:
+            return gather_sequence(x, self.topology)
+        return copy_to_tensor_parallel(x, self.topology)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Sum the ranks' partial results."""
+        if self.sequence:
+            return reduce_scatter_sequence(x, self.topology)
+        return reduce_from_tensor_parallel(x, self.topology)
+
+    def own_positions(self, x: Tensor) -> Tensor:
+        """Of [seq, hidden], the positions that this rank holds outside the region."""
+        if not self.sequence:
+            return x
+        return x.chunk(self.topology.tensor_size, dim=0)[self.topology.tensor_rank]
+
+    def replicated(self, parameter: Tensor) -> Tensor:
+        """A replicated parameter used outside the region.
+
+        With sequence parallelism each rank sees its share of the positions only, so the
+        parameter's gradient is summed over the group.
+        """
+        return copy_to_tensor_parallel(parameter, self.topology) if self.sequence else parameter
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x Wᵀ + b with the rows of W [sum(segments), inputs] sharded, each segment on its own.
+
+    Input whole on every rank; output [..., sum(segments) / tensor].
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        segments: Sequence[int],
+        *,
+        bias: bool,
+        std: float,
+        init: Initializer,
+        region: TensorRegion,
+    ) -> None:
+        super().__init__()
+        outputs = sum(segments)
+        whole = init.normal("weight", (outputs, inputs), std)
+        self.weight = sharded_parameter(whole, 0, segments, region.topology)
+        self.bias = None
+        if bias:
+            zeros = init.constant((outputs,), 0.0)
+            self.bias = sharded_parameter(zeros, 0, segments, region.topology)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x Wᵀ + b with the columns of W [outputs, inputs] sharded.
+
+    Input [..., inputs / tensor]; the ranks' partial results are summed on the way out.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool,
+        std: float,
+        init: Initializer,
+        region: TensorRegion,
+    ) -> None:
+        super().__init__()
+        self.region = region
+        whole = init.normal("weight", (outputs, inputs), std)
+        self.weight = sharded_parameter(whole, 1, (inputs,), region.topology)
+        self.bias = nn.Parameter(init.constant((outputs,), 0.0).to(device())) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.region.leave(F.linear(x, self.weight.to(x.dtype)))
+        if self.bias is not None:
+            y = y + self.region.replicated(self.bias).to(y.dtype)
+        return y
+
+
+def padded_vocab(vocab: int, tensor_size: int) -> int:
+    """The vocabulary rounded up so that every rank holds equally many rows."""
+    return -(-vocab // tensor_size) * tensor_size
+
+
+def vocab_parallel_weight(
+    vocab: int, hidden: int, std: float, init: Initializer, topology: Topology
+) -> nn.Parameter:
+    """[vocab, hidden] with its rows sharded; rows that only pad are zero and never used."""
+    whole = init.normal("weight", (vocab, hidden), std)
+    padded = padded_vocab(vocab, topology.tensor_size)
+    whole = F.pad(whole, (0, 0, 0, padded - vocab))
+    return sharded_parameter(whole, 0, (padded,), topology)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token embedding with its rows sharded: each rank looks up its own tokens, the sum is whole."""
+
+    def __init__(
+        self, vocab: int, hidden: int, *, std: float, init: Initializer, region: TensorRegion
+    ) -> None:
+        super().__init__()
+        self.region = region
+        self.weight = vocab_parallel_weight(vocab, hidden, std, init, region.topology)
+        rows = padded_vocab(vocab, region.topology.tensor_size) // region.topology.tensor_size
+        self.first_row = rows * region.topology.tensor_rank
+        self.rows = rows
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens int64 [batch, seq] -> [batch, seq (/ tensor), hidden]."""
+        if self.region.topology.tensor_size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.first_row
+        elsewhere = (local < 0) | (local >= self.rows)
+        vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return self.region.leave(vectors.masked_fill(elsewhere.unsqueeze(-1), 0))
+
+
+class VocabParallelHead(nn.Module):
+    """Logits over the rank's own part of the vocabulary, without the rows that only pad."""
+
+    def __init__(self, vocab: int, weight: nn.Parameter, region: TensorRegion) -> None:
+        super().__init__()
+        self.weight = weight
+        topology = region.topology
+        rows = padded_vocab(vocab, topology.tensor_size) // topology.tensor_size
+        self.first_row = rows * topology.tensor_rank
+        self.real_rows = max(0, min(rows, vocab - self.first_row))
+        self.padded = self.real_rows < rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, seq, hidden], whole on every rank -> [batch, seq, real rows of this rank]."""
+        weight = self.weight[: self.real_rows] if self.padded else self.weight
+        return F.linear(x, weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019) over the hidden dimension."""
+
+    def __init__(self, hidden: int, eps: float, init: Initializer, region: TensorRegion) -> None:
+        super().__init__()
+        self.region, self.eps, self.shape = region, eps, (hidden,)
+        self.weight = nn.Parameter(init.constant(self.shape, 1.0).to(device()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.shape, self.region.replicated(self.weight).to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm (Ba, Kiros and Hinton 2016) over the hidden dimension."""
+
+    def __init__(self, hidden: int, eps: float, init: Initializer, region: TensorRegion) -> None:
+        super().__init__()
+        self.region, self.eps, self.shape = region, eps, (hidden,)
+        self.weight = nn.Parameter(init.constant(self.shape, 1.0).to(device()))
+        self.bias = nn.Parameter(init.constant(self.shape, 0.0).to(device()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.region.replicated(self.weight).to(x.dtype)
+        bias = self.region.replicated(self.bias).to(x.dtype)
+        return F.layer_norm(x, self.shape, weight, bias, self.eps)
+
+
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}

@@ -1,0 +1,113 @@
+"""Which process does what: tensor-parallel neighbours times data-parallel replicas."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megaphase.errors import InputError
+
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A grid of tensor × data processes; tensor-parallel ranks are neighbours (one node's GPUs).
+
+    It is also the `mpu` that DeepSpeed asks for groups, ranks and sizes.
+    """
+
+    world_size: int
+    rank: int
+    tensor_size: int
+    tensor_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor_size
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.tensor_size
+
+    @property
+    def data_size(self) -> int:
+        return self.world_size // self.tensor_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the metrics and speaks for all."""
+        return self.rank == 0
+
+    # The names under which DeepSpeed looks for the same facts.
+    def get_model_parallel_rank(self) -> int:
+        return self.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.tensor_size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.tensor_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.data_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.data_group
+
+
+def device() -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def world_size() -> int:
+    """Number of processes that the launcher started (1 without a launcher)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def global_rank() -> int:
+    """This process's number among all that the launcher started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def check_world_size(processes: int, tensor: int, where: str) -> None:
+    """Refuse a number of processes that tensor parallelism does not divide."""
+    if processes % tensor:
+        raise InputError(
+            where,
+            f"tensor parallelism {tensor} does not divide the {processes} processes of this run",
+            f"start a multiple of {tensor} processes or change parallel.tensor",
+        )
+
+
+def start(tensor_size: int) -> Topology:
+    """Join the process group that the environment describes and form all subgroups."""
+    if not dist.is_initialized():
+        backend = "nccl" if device().type == "cuda" else "gloo"
+        if device().type == "cuda":
+            torch.cuda.set_device(device())
+        if world_size() == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, timeout=RENDEZVOUS_TIMEOUT)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    replicas = world // tensor_size
+    tensor_groups = [
+        dist.new_group(range(first, first + tensor_size)) for first in range(0, world, tensor_size)
+    ]
+    data_groups = [dist.new_group(range(t, world, tensor_size)) for t in range(tensor_size)]
+    assert replicas * tensor_size == world
+    return Topology(
+        world, rank, tensor_size, tensor_groups[rank // tensor_size], data_groups[rank % tensor_size]
+    )

@@ -1,0 +1,46 @@
+"""What the run file means in DeepSpeed's words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megaphase.config import RunConfig
+
+
+def parameter_dtype(config: RunConfig) -> torch.dtype:
+    """The type that parameters are stored in.
+
+    DeepSpeed keeps fp32 masters beside bf16 parameters for ZeRO 1 to 3. Without ZeRO the
+    parameters themselves stay fp32, and are cast where they are used.
+    """
+    bf16 = config.precision == "bf16" and config.parallel.zero > 0
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    """The type of the activations."""
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def deepspeed_config(config: RunConfig, data_size: int) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`."""
+    accumulation = config.batch.samples // (data_size * config.batch.micro)
+    return {
+        "train_batch_size": config.batch.samples,
+        "train_micro_batch_size_per_gpu": config.batch.micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.clip,
+        "bf16": {"enabled": parameter_dtype(config) == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": config.parallel.zero,
+            "contiguous_gradients": True,
+            "overlap_comm": torch.cuda.is_available(),
+        },
+        # The optimizer is torch's own fused AdamW, which DeepSpeed has not on its list.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 60,
+    }

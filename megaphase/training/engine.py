@@ -1,0 +1,216 @@
+"""One optimizer step at a time: the GPT under DeepSpeed ZeRO with tensor parallelism."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megaphase.config import RunConfig
+from megaphase.errors import InputError
+from megaphase.model.gpt import GPT
+from megaphase.model.shape import GPTShape
+from megaphase.parallel.rng import Initializer
+from megaphase.parallel.topology import Topology, device
+from megaphase.plan.dataset import IGNORED_TARGET, Batch
+from megaphase.training.deepspeed_config import compute_dtype, deepspeed_config, parameter_dtype
+
+DEEPSPEED_TAG = "deepspeed"
+
+
+def import_deepspeed():  # type: ignore[no-untyped-def]  # its classes are not typed
+    """Import DeepSpeed on the accelerator that is really there, without its chatter."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TRITON_CACHE_DIR", os.path.expanduser("~/.triton/cache"))
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+@dataclass(frozen=True)
+class TaskLosses:
+    """Sums over the tokens of each task, over all data-parallel ranks; float64 [tasks]."""
+
+    loss_sums: Tensor
+    tokens: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Loss a token in nats over all tasks."""
+        return float(self.loss_sums.sum() / self.tokens.sum())
+
+    def by_task(self, names: list[str]) -> dict[str, float]:
+        """Mean loss a token in nats for each task that had any."""
+        return {
+            name: float(self.loss_sums[i] / self.tokens[i])
+            for i, name in enumerate(names)
+            if self.tokens[i] > 0
+        }
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step shows: losses before it, and the gradient's norm before clipping."""
+
+    losses: TaskLosses
+    grad_norm: float
+
+
+def check_batch(config: RunConfig, data_size: int) -> None:
+    """Refuse a global batch that the data-parallel ranks cannot share out evenly."""
+    needed = data_size * config.batch.micro
+    if config.batch.samples % needed:
+        raise InputError(
+            config.where("batch.samples"),
+            f"{config.batch.samples} is not a multiple of {data_size} data-parallel ranks × "
+            f"micro {config.batch.micro} = {needed}",
+            "change samples, micro or the number of processes",
+        )
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Weight decay for matrices, none for norms and biases."""
+    names = dict(model.named_parameters())
+    matrices = [p for n, p in names.items() if _is_matrix(n)]
+    others = [p for n, p in names.items() if not _is_matrix(n)]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def _is_matrix(name: str) -> bool:
+    # By name, because under ZeRO-3 a parameter's own shape is that of a partition.
+    return not name.endswith("bias") and "norm" not in name
+
+
+class Engine:
+    """The model, its optimizer and its ZeRO state on this rank."""
+
+    def __init__(self, config: RunConfig, shape: GPTShape, topology: Topology, tasks: int) -> None:
+        check_batch(config, topology.data_size)
+        deepspeed = import_deepspeed()
+        self.topology = topology
+        self._tasks = tasks
+        self._micro = config.batch.micro
+        settings = deepspeed_config(config, topology.data_size)
+        self._accumulation: int = settings["gradient_accumulation_steps"]
+        partitioned: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if config.parallel.zero == 3:
+            partitioned = deepspeed.zero.Init(
+                config_dict_or_path=settings, mpu=topology, dtype=parameter_dtype(config)
+            )
+        # Weights are rounded to the precision's type for every ZeRO stage, so that all start equal.
+        init = Initializer(config.seed, compute_dtype(config))
+        with partitioned:
+            model = GPT(
+                shape,
+                init,
+                topology,
+                sequence_parallel=config.parallel.sequence,
+                compute_dtype=compute_dtype(config),
+            )
+        model = model.to(parameter_dtype(config))
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(model, config.optimizer.weight_decay),
+            lr=0.0,  # DeepSpeed takes a step on zero gradients at the start, which must do nothing
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            fused=True,
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, mpu=topology, dist_init_required=False
+        )
+        self._optimizer = optimizer
+        self.reset_optimizer_state()
+
+    @property
+    def module(self) -> nn.Module:
+        """The GPT; under ZeRO-3 its parameters are partitioned between steps."""
+        return self._engine.module
+
+    def reset_optimizer_state(self) -> None:
+        """Forget moments and step counts; the fp32 master weights stay as they are."""
+        self._optimizer.state.clear()
+
+    def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
+        """Accumulate gradients over this rank's rows of the global batch, then step.
+
+        The loss is the mean over all tokens of the global batch that have a target, whatever the
+        layout.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.train()
+        tokens = self._count_tokens(batch)
+        # DeepSpeed takes the mean over micro-batches and data-parallel ranks; this makes it a sum.
+        scale = self._accumulation * self.topology.data_size / float(tokens.sum())
+        sums = torch.zeros(self._tasks, dtype=torch.float64)
+        for micro in batch.split(self._micro):
+            losses = self._forward(micro)
+            self._engine.backward(losses.sum() * scale)
+            self._engine.step()
+            self._add_by_task(sums, losses, micro)
+        dist.all_reduce(on_device := sums.to(device()), group=self.topology.data_group)
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(
+            TaskLosses(on_device.cpu(), tokens), float(norm) if norm is not None else float("nan")
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> TaskLosses:
+        """Losses over this rank's rows and those of all other data-parallel ranks.
+
+        Every rank must hold as many rows; rows without any target may fill up the last ones.
+        """
+        self._engine.eval()
+        tokens = self._count_tokens(batch)
+        sums = torch.zeros(self._tasks, dtype=torch.float64)
+        for micro in batch.split(self._micro):
+            self._add_by_task(sums, self._forward(micro), micro)
+        dist.all_reduce(on_device := sums.to(device()), group=self.topology.data_group)
+        return TaskLosses(on_device.cpu(), tokens)
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's shards into a folder that all ranks share (DeepSpeed's layout)."""
+        self._engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote, on the same layout."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
+        if path is None:
+            raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint there")
+
+    def _forward(self, micro: Batch) -> Tensor:
+        return self._engine(micro.inputs.to(device()), micro.targets.to(device()))
+
+    def _count_tokens(self, batch: Batch) -> Tensor:
+        """Tokens with a target in the global batch, by task; float64 [tasks]."""
+        per_row = (batch.targets != IGNORED_TARGET).sum(1).double()
+        counts = torch.zeros(self._tasks, dtype=torch.float64)
+        counts.index_add_(0, batch.tasks, per_row)
+        dist.all_reduce(on_device := counts.to(device()), group=self.topology.data_group)
+        return on_device.cpu()
+
+    @staticmethod
+    def _add_by_task(sums: Tensor, losses: Tensor, micro: Batch) -> None:
+        sums.index_add_(0, micro.tasks, losses.detach().double().sum(1).cpu())
+
+
+@contextlib.contextmanager
+def one_process_group(tensor_size: int) -> Iterator[None]:
+    """Leave the process group at the end, so that no rank waits for another that is gone."""
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
