@@ -1,6 +1,7 @@
 """The report on real files: run directories as training writes them, with synthetic losses."""
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -8,175 +9,366 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
 from megaphase.errors import InputError
-from megaphase.experiments.losses import describe_change, phase_speeds
+from megaphase.experiments.commands import report_command
 from megaphase.experiments.plot_style import LABEL_GAP_POINTS, spread
-from megaphase.experiments.report import final_losses, summary_table, verdicts, write_report
-from megaphase.experiments.runs import load_run
+from megaphase.experiments.report import (
+    final_losses,
+    load_run,
+    summary_table,
+    verdicts,
+    write_report,
+)
 
-HIGH = {"en": 0.6, "fr": 0.4}
-LOW = {"hi": 0.15, "eu": 0.1}
-PHASE_STEPS = (60, 30)
-EVERY = 10
+TASKS = {"en": 40_000, "fr": 30_000, "hi": 500, "eu": 2_000}  # tokens
+FLOORS = {"en": 3.0, "fr": 3.3, "hi": 5.1, "eu": 5.7}
+LOW = ("hi", "eu")
+PHASES = (
+    ("pretrain", 60, {"en": 0.6, "fr": 0.4}),
+    ("joint", 30, {"en": 0.45, "fr": 0.3, "hi": 0.15, "eu": 0.1}),
+)
+STATIC = (("static", 90, {"en": 0.5, "fr": 0.3, "hi": 0.1, "eu": 0.1}),)
+SWITCH, END, EVERY = 60, 90, 10
 SAMPLES, SEQ_LEN = 8, 64
 
 
-def _loss(task: str, step: int, switch: int, offset: float) -> float:
-    """High-resource: falls, then rises a little. Low-resource: high until the switch, then falls."""
-    if task in HIGH:
-        return 3.0 + offset + 5 * math.exp(-step / 20) + (0.05 if step > switch else 0)
-    after = max(0, step - switch)
-    return 5.0 + offset + 4 * math.exp(-step / 15) - 1.5 * (1 - math.exp(-after / 8))
+def held_out_loss(task: str, step: int) -> float:
+    """Falls at first; after the switch high-resource tasks rise a little, the others fall again."""
+    loss = FLOORS[task] + 4 * math.exp(-step / 15)
+    if step <= SWITCH:
+        return loss
+    return loss - 1.5 * (1 - math.exp((SWITCH - step) / 8)) if task in LOW else loss + 0.2
 
 
-def write_run(
-    run_dir: Path,
-    *,
-    rates: tuple[dict[str, float], ...] = (HIGH, {"en": 0.45, "fr": 0.3, **LOW}),
-    phase_steps: tuple[int, ...] = PHASE_STEPS,
-    until: int = 10**9,
-    every: int = EVERY,
-    rename: dict[str, str] | None = None,
-    shift: float = 0.0,
-) -> Path:
-    """Write a run directory in the formats of `megaphase train`; it stops after step `until`."""
-    rename = rename or {}
-    names = ("pretrain", "joint")[: len(rates)]
-    offsets = {"en": 0.0, "fr": 0.3, "hi": 0.1 + shift, "eu": 0.7 + shift}
-    corpus = {"en": 40_000, "fr": 30_000, "hi": 500, "eu": 2_000}
-    phases, first, epochs = [], 0, dict.fromkeys(corpus, 0.0)
-    for name, mixture, steps in zip(names, rates, phase_steps, strict=True):
+def plan_of(phases) -> dict:
+    first, so_far, planned = 0, dict.fromkeys(TASKS, 0.0), []
+    for name, steps, rates in phases:
         tasks = {}
-        for task, rate in mixture.items():
-            tokens = round(rate * steps * SAMPLES) * SEQ_LEN
-            epochs[task] += tokens / corpus[task]
-            tasks[rename.get(task, task)] = {
-                "rate": rate, "samples": tokens // SEQ_LEN, "tokens": tokens,
-                "epochs": tokens / corpus[task], "epochs_so_far": epochs[task],
-            }  # fmt: skip
-        phases.append({
-            "name": name, "steps": steps, "first_step": first, "samples": steps * SAMPLES,
-            "tokens": steps * SAMPLES * SEQ_LEN, "optimizer_state": "reset", "tasks": tasks,
-        })  # fmt: skip
+        for task, size in TASKS.items():
+            rate = rates.get(task, 0.0)
+            samples = round(rate * steps * SAMPLES)
+            so_far[task] += samples * SEQ_LEN / size
+            tasks[task] = {
+                "requested_rate": rate,
+                "rate": rate,
+                "samples": samples,
+                "tokens": samples * SEQ_LEN,
+                "epochs": samples * SEQ_LEN / size,
+                "epochs_so_far": so_far[task],
+            }
+        planned.append(
+            {
+                "name": name,
+                "steps": steps,
+                "first_step": first,
+                "samples": steps * SAMPLES,
+                "tokens": steps * SAMPLES * SEQ_LEN,
+                "optimizer_state": "reset",
+                "tasks": tasks,
+            }
+        )
         first += steps
-    plan = {
-        "seq_len": SEQ_LEN, "samples_per_step": SAMPLES, "phases": phases,
-        "tasks": {
-            rename.get(task, task): {"documents": tokens // 100, "tokens": tokens,
-                                     "held_out_documents": 4, "text_bytes": tokens * 4}
-            for task, tokens in corpus.items()
-        },
-    }  # fmt: skip
-    settings = {
-        "seed": 1234,
-        "model": {"preset": "gpt-tiny", "layers": 4, "hidden": 128, "parameters": 1_900_000},
-        "parallel": {"tensor": 2, "zero": 3, "sequence": True, "offload": None},
-        "optimizer": {"name": "adamw", "betas": [0.9, 0.95]},
-        "phases": [{"name": n, "learning_rate": {"schedule": "cosine", "peak": 3e-4}}
-                   for n in names],
-    }  # fmt: skip
-    rows: list[dict] = []
-    tokens = 0
-    switch = phase_steps[0]
+    corpora = {
+        task: {
+            "documents": size // 100,
+            "tokens": size,
+            "held_out_documents": 4,
+            "text_bytes": 4 * size,
+        }
+        for task, size in TASKS.items()
+    }
+    return {"seq_len": SEQ_LEN, "samples_per_step": SAMPLES, "tasks": corpora, "phases": planned}
 
-    def validate(step: int, phase: str) -> None:
-        values = {}
-        for task in corpus:
-            loss = _loss(task, step, switch, offsets[task])
-            values[rename.get(task, task)] = {"loss": loss, "bits_per_byte": loss / 2}
-        rows.append({"step": step, "phase": phase, "validation": values})
 
-    for phase in phases:
-        start, steps = phase["first_step"], phase["steps"]
+def rows_of(phases, shift: float, until: int):
+    """The rows of metrics.jsonl up to the step `until`."""
+    start = 0
+    for name, steps, rates in phases:
         if start > until:
-            break
-        rows.append({"step": start, "event": "phase_start", "phase": phase["name"]})
-        validate(start, phase["name"])
-        for step in range(start + 1, min(start + steps, until) + 1):
-            tokens += SAMPLES * SEQ_LEN
-            noise = 0.1 * math.sin(step * 12.9)
-            by_task = {
-                task: _loss(key, step, switch, offsets[key]) + noise
-                - (0.2 if key in LOW else 0.02)
-                for key in corpus if (task := rename.get(key, key)) in phase["tasks"]
-            }  # fmt: skip
-            rows.append({
-                "step": step, "phase": phase["name"], "phase_step": step - start,
-                "tokens": tokens, "loss": sum(by_task.values()) / len(by_task),
-                "loss_by_task": by_task,
-                "learning_rate": 3e-4 * min((step - start) / 8, 1)
-                * (0.55 + 0.45 * math.cos(math.pi * (step - start) / steps)),
-                "grad_norm": 1.0, "step_seconds": 0.1 + 0.01 * (step % 3),
-                "tokens_per_second": 5000.0 - step % 7, "mfu": None,
-            })  # fmt: skip
-            if step % every == 0 or step == start + steps:
-                validate(step, phase["name"])
-        if until >= start + steps:
-            rows.append({"step": start + steps, "event": "phase_end", "phase": phase["name"]})
+            return
+        yield {"step": start, "event": "phase_start", "phase": name}
+        for step in range(start, min(start + steps, until) + 1):
+            if step > start:
+                losses = {task: held_out_loss(task, step) - 0.1 for task in rates}
+                yield {
+                    "step": step,
+                    "phase": name,
+                    "phase_step": step - start,
+                    "tokens": step * SAMPLES * SEQ_LEN,
+                    "loss": sum(rates[task] * loss for task, loss in losses.items()),
+                    "loss_by_task": losses,
+                    "learning_rate": 3e-4 * min((step - start) / 8, 1) * (1 - step / 200),
+                    "grad_norm": 1.0,
+                    "step_seconds": 0.1,
+                    "tokens_per_second": 5000.0 + step,
+                    "mfu": None,
+                }
+            if step % EVERY == 0 or step == start + steps:
+                values = {
+                    task: {"loss": loss + shift, "bits_per_byte": loss / 2}
+                    for task in TASKS
+                    if (loss := held_out_loss(task, step))
+                }
+                yield {"step": step, "phase": name, "validation": values}
+        start += steps
+        if start <= until:
+            yield {"step": start, "event": "phase_end", "phase": name}
+
+
+def write_run(run_dir: Path, phases=PHASES, *, shift: float = 0.0, until: int = END) -> Path:
     run_dir.mkdir(parents=True)
+    settings = {"seed": 1234, "model": {"preset": "gpt-tiny"}, "tokenizer": "tok/<b>"}
     (run_dir / "run.json").write_text(json.dumps(settings))
-    (run_dir / "plan.json").write_text(json.dumps(plan))
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run_dir / "plan.json").write_text(json.dumps(plan_of(phases)))
+    lines = [json.dumps(row) + "\n" for row in rows_of(phases, shift, until)]
+    (run_dir / "metrics.jsonl").write_text("".join(lines))
     return run_dir
 
 
-class _Tables(HTMLParser):
-    """The text of every table row of a page."""
+class Page(HTMLParser):
+    """The text of every table row, and all that a browser would fetch."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
         self.rows: list[list[str]] = []
-        self.in_cell = False
-        self.feed(text)
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.fetched: list[str] = []
+        self.open_cell = False
+        self.feed(path.read_text())
 
     def handle_starttag(self, tag, attrs):
         if tag == "tr":
             self.rows.append([])
-        if tag in ("td", "th") and self.rows:
+        if tag in ("td", "th"):
             self.rows[-1].append("")
-            self.in_cell = True
+            self.open_cell = True
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            if name == "src" or (tag == "link" and name == "href"):
+                self.fetched.append(value)
+            if tag == "a" and name == "href":
+                self.links.append(value)
 
     def handle_endtag(self, tag):
         if tag in ("td", "th"):
-            self.in_cell = False
+            self.open_cell = False
 
     def handle_data(self, data):
-        if self.in_cell:
+        if self.open_cell:
             self.rows[-1][-1] += data
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    run_dir = write_run(folder / "two-phase")
-    return run_dir, write_report([run_dir], folder / "report")
+def run_dir(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "two-phase")
 
 
-def test_final_losses_are_those_of_the_rows(report):
-    run = load_run(report[0])
-    found = {(row.phase, row.task): row for row in final_losses(run)}
-    assert len(found) == 8
+@pytest.fixture(scope="module")
+def index(run_dir, tmp_path_factory):
+    return write_report([run_dir], tmp_path_factory.mktemp("out") / "report")
+
+
+def console_text(table) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_final_losses_are_those_of_the_rows(run_dir):
+    found = {(row.phase, row.task): row for row in final_losses(load_run(run_dir))}
+    assert set(found) == {(name, task) for name, _, _ in PHASES for task in TASKS}
     hi = found["joint", "hi"]
     assert hi.low_resource
     assert hi.complete
-    assert hi.start == pytest.approx(_loss("hi", 60, 60, 0.1))
-    assert hi.end == pytest.approx(_loss("hi", 90, 60, 0.1))
-    assert hi.end_bits_per_byte == pytest.approx(hi.end / 2)
+    assert (hi.start, hi.end) == (held_out_loss("hi", SWITCH), held_out_loss("hi", END))
+    assert hi.end_bits_per_byte == held_out_loss("hi", END) / 2
     en = found["joint", "en"]
     assert not en.low_resource
-    assert (en.best_step, en.best) == (60, pytest.approx(_loss("en", 60, 60, 0.0)))
+    assert (en.best, en.best_step) == (held_out_loss("en", SWITCH), SWITCH)
 
 
-def test_tables_of_the_page(report):
-    rows = {r[0]: r for r in _Tables(report[1].read_text()).rows if len(r) == 10}
-    hi = [_loss("hi", step, 60, 0.1) for step in (0, 60, 60, 90)]
-    assert rows["hilow"][1:7] == [
-        f"{hi[0]:.3f}", f"{hi[1]:.3f}", f"{hi[1]:.3f} 60",
-        f"{hi[2]:.3f}", f"{hi[3]:.3f}", f"{hi[3]:.3f} 90",
+def test_verdicts_say_what_got_better_and_what_got_worse(run_dir):
+    hi, _, en, _ = verdicts(load_run(run_dir))
+    before, after = held_out_loss("hi", SWITCH), held_out_loss("hi", END)
+    assert hi == (
+        f"hi: {before:.2f} at the switch to joint, {after:.2f} at the end of joint: "
+        f"better by {before - after:.2f} nats (bits per byte {before / 2:.2f} → {after / 2:.2f})"
+    )
+    change = held_out_loss("en", END) - held_out_loss("en", SWITCH)
+    assert en.startswith("en: ")
+    assert f"worse by {change:.2f} nats" in en
+
+
+def test_verdict_on_a_loss_that_rose_again_or_diverged(tmp_path):
+    run_dir = write_run(tmp_path / "run")
+    row = {"step": END, "phase": "joint", "validation": {
+        "hi": {"loss": 7.5, "bits_per_byte": 3.0}, "eu": {"loss": None, "bits_per_byte": None},
+    }}  # fmt: skip
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")  # takes the place of the former row of that step
+    hi, eu, *_ = verdicts(load_run(run_dir))
+    assert "worse by" in hi
+    assert hi.endswith(f"it had been at {held_out_loss('hi', 80):.2f} at step 80 and rose again")
+    assert "diverged" in eu
+    assert write_report([run_dir], tmp_path / "report").exists()
+
+
+def test_a_run_that_goes_on_loads_and_is_reported(tmp_path):
+    run_dir = write_run(tmp_path / "run", until=35)
+    whole = (run_dir / "metrics.jsonl").read_text()
+    (run_dir / "metrics.jsonl").write_text(whole + '{"step": 36, "pha')
+    run = load_run(run_dir)
+    assert run.last_step == 35
+    assert run.switches == []
+    loss = held_out_loss("hi", 30)
+    expected = f"hi: {loss:.2f} at step 30, before the end of pretrain; the switch is still to come"
+    assert verdicts(run)[0] == expected
+    assert "now in pretrain" in console_text(summary_table(run))
+    assert "Not finished: 35 of 90 steps" in write_report([run_dir], tmp_path / "out").read_text()
+
+
+def test_low_resource_tasks_are_those_that_the_first_phase_leaves_out(run_dir, tmp_path):
+    assert load_run(run_dir).low_resource_tasks == set(LOW)
+    static = load_run(write_run(tmp_path / "static", STATIC))
+    assert static.low_resource_tasks == set()
+    assert " at the start, " in verdicts(static)[0]
+
+
+def test_summary_table(run_dir):
+    text = console_text(summary_table(load_run(run_dir)))
+    losses = [held_out_loss("hi", step) for step in (0, SWITCH, END)]
+    numbers = [f"{loss:.3f}" for loss in losses] + [f"{losses[2] - losses[1]:+.3f}"]
+    numbers += [f"{losses[2] / 2:.3f}", f"{36 * SEQ_LEN / TASKS['hi']:.2f}"]
+    line = next(line for line in text.splitlines() if "hi (low)" in line)
+    assert re.findall(r"[-+]?\d+\.\d+", line) == numbers
+
+
+def test_tables_of_the_page(index):
+    losses, data = (row for row in Page(index).rows if row[0] == "hi")
+    at = {step: f"{held_out_loss('hi', step):.3f}" for step in (0, SWITCH, END)}
+    bits = {step: f"{held_out_loss('hi', step) / 2:.3f}" for step in (SWITCH, END)}
+    assert losses == [
+        "hi",
+        at[0], at[SWITCH], f"{at[SWITCH]} at {SWITCH}", bits[SWITCH],
+        at[SWITCH], at[END], f"{at[END]} at {END}", bits[END],
     ]  # fmt: skip
-    assert rows["hilow"][-1] == f"{hi[3] / 2:.3f}"
-    data = {r[0]: r for r in _Tables(report[1].read_text()).rows if r and "of" in r[2:3][0:1][0]
-            } if False else {r[0]: r for r in _Tables(report[1].read_text()).rows if len(r) == 10}
-    assert data
+    tokens = f"{36 * SEQ_LEN:,}"  # 0.15 of 240 samples
+    epochs = f"{36 * SEQ_LEN / 500:.2f}"
+    assert data == [
+        "hi", "500", "5", "4", "–", "–", "–", "15.00%", tokens, epochs, tokens, f"{epochs} ⚠",
+    ]  # fmt: skip
+
+
+def test_page_is_self_contained_and_its_files_are_there(index):
+    page = Page(index)
+    text = index.read_text()
+    assert page.fetched == []
+    assert not re.search(r"@import|@font-face|url\((?!#)|<script", text)
+    assert len(set(page.ids)) == len(page.ids)
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(page.ids)
+    assert "tok/&lt;b&gt;" in text
+    for name in ("loss", "learning_rate", "data"):
+        assert f"plots/{name}.png" in page.links
+    for link in page.links:
+        assert (index.parent / link).stat().st_size > 0
+    plots = list((index.parent / "plots").iterdir())
+    assert {p.read_bytes()[:4] for p in plots if p.suffix == ".png"} == {b"\x89PNG"}
+
+
+def test_numbers_are_those_of_the_rows(index):
+    def rows(name):
+        with open(index.parent / "numbers" / f"{name}.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+    validation = {(r["step"], r["phase"], r["task"]): float(r["loss"]) for r in rows("validation")}
+    assert len(validation) == 11 * len(TASKS)
+    assert validation["80", "joint", "eu"] == held_out_loss("eu", 80)
+    training = rows("training")
+    assert [int(row["step"]) for row in training] == list(range(1, END + 1))
+    assert training[0]["mfu"] == ""
+    by_task = {(row["step"], row["task"]): float(row["loss"]) for row in rows("training_by_task")}
+    assert by_task["70", "hi"] == held_out_loss("hi", 70) - 0.1
+    assert len(by_task) == 60 * 2 + 30 * 4
+    assert len(rows("final_losses")) == 8
+    plan = {(row["phase"], row["task"]): row for row in rows("plan")}
+    assert float(plan["joint", "hi"]["rate"]) == 0.15
+
+
+def test_several_runs_are_compared_on_one_page(run_dir, tmp_path):
+    worse = write_run(tmp_path / "a b" / "two-phase", shift=0.2)
+    static = write_run(tmp_path / "static", STATIC)
+    page = Page(write_report([run_dir, worse, static, run_dir], tmp_path / "report"))
+    header, *rows = page.rows[:4]
+    assert header == ["run", "en", "fr", "hi", "eu", "steps"]
+    ends = [held_out_loss("hi", END) + shift for shift in (0, 0.2, 0)]
+    assert [row[3] for row in rows] == [f"{end:.3f}" for end in ends]
+    assert len({row[0] for row in rows}) == 3
+    assert len(set(page.ids)) == len(page.ids)
+    assert "plots/comparison.svg" in page.links
+
+
+def test_report_replaces_a_report_and_nothing_else(run_dir, tmp_path):
+    out = tmp_path / "report"
+    write_report([run_dir], out)
+    (out / "plots" / "left-over.png").touch()
+    write_report([run_dir], out)
+    assert not (out / "plots" / "left-over.png").exists()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds notes\.txt"):
+        write_report([run_dir], out)
+    with pytest.raises(InputError, match="not a former report"):
+        write_report([run_dir], run_dir)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("run.json", None, r"run\.json: no such file"),
+        ("plan.json", "{", r"plan\.json: Invalid JSON"),
+        ("plan.json", '{"tasks": {}}', r"plan\.json: phases: Field required"),
+        ("metrics.jsonl", None, r"metrics\.jsonl: no such file"),
+        ("metrics.jsonl", "", r"metrics\.jsonl: has no validation row yet"),
+        ("metrics.jsonl", '{"step": 1\n{}\n', r"metrics\.jsonl:1: is not valid JSON"),
+        ("metrics.jsonl", '{"step": 1}\n', r"metrics\.jsonl:1: phase: Field required"),
+        (
+            "metrics.jsonl",
+            '{"step": 0, "phase": "other", "validation": {}}\n',
+            r"metrics\.jsonl: step 0 is of phase 'other'",
+        ),
+    ],
+)
+def test_broken_run_directories_are_named(tmp_path, file, text, message):
+    run_dir = write_run(tmp_path / "run")
+    (run_dir / file).unlink()
+    if text is not None:
+        (run_dir / file).write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        write_report([run_dir], tmp_path / "report")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "report").exists()
+
+
+def test_command_prints_table_verdicts_and_path(run_dir, tmp_path):
+    app = typer.Typer()
+    app.command()(report_command)
+    result = CliRunner().invoke(app, [str(run_dir), "--out", str(tmp_path / "report")])
+    assert result.exit_code == 0, result.output
+    assert "hi (low)" in result.output
+    assert verdicts(load_run(run_dir))[0] in result.output
+    assert f"Report: {tmp_path / 'report' / 'index.html'}" in result.output
+
+
+def test_labels_are_spread_without_overlap():
+    placed = spread([0.0, 1.0, 2.0, 99.0, 100.0], 100.0)
+    assert all(b - a >= LABEL_GAP_POINTS - 1e-9 for a, b in itertools.pairwise(placed))
+    assert placed[0] >= 0
+    assert placed[-1] <= 100
+    assert spread([20.0, 60.0], 100.0) == [20.0, 60.0]

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from megaphase.experiments.runs import RunRecord, ValidationRow
+from megaphase.experiments.runs import PhasePlan, RunRecord
 
 SAME_LOSS_NATS = 0.005  # a difference that two decimals do not show is none
-RISING_NATS = 0.01  # above its best by more than this, a loss has risen again
+RISING_NATS = 0.03  # above its best by more than this, a loss has risen again
 
 
 @dataclass(frozen=True)
 class PhaseLoss:
     """One task's validation losses (nats per token) within one phase.
 
-    `end` is the newest measurement while the phase still goes on (`complete` is False).
-    Bits per byte are of the same two measurements.
+    `end` is the newest measurement while the phase still goes on (`complete` is False); its step
+    is `end_step`. Bits per byte are of the measurements at `start` and `end`.
     """
 
+    phase: str
     task: str
     low_resource: bool
-    phase: str
     complete: bool
     start: float
     end: float
+    end_step: int
     best: float
     best_step: int
     start_bits_per_byte: float
@@ -35,161 +35,108 @@ class PhaseLoss:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What has become of one task between the first switch and the run's newest measurement.
+    """What has become of one task since the first switch, or since the start without a switch.
 
-    `change` is in nats, below 0 when better; NaN while there is nothing to compare.
+    `change` is in nats, below 0 when better; None while the first switch is still to come.
     """
 
     task: str
     low_resource: bool
-    change: float
-    text: str
+    change: float | None
+    sentence: str
 
-
-@dataclass(frozen=True)
-class PhaseSpeed:
-    """How fast one phase trained: medians over its steps, sums over all of them."""
-
-    phase: str
-    steps: int
-    tokens: int
-    seconds: float
-    step_seconds: float
-    tokens_per_second: float
-    mfu: float | None
+    @property
+    def outcome(self) -> Literal["better", "worse", "same"]:
+        """The change in one word; a loss that is not a number is worse."""
+        if self.change is None or abs(self.change) < SAME_LOSS_NATS:
+            return "same"
+        return "better" if self.change < 0 else "worse"
 
 
 def final_losses(run: RunRecord) -> list[PhaseLoss]:
     """Losses of every validated task at the start, the end and the best point of each phase.
 
-    Ordered by phase, then high-resource before low-resource tasks, in the plan's order.
+    Ordered by phase, then as `run.tasks`.
     """
     return [
-        row
+        loss
         for phase in run.plan.phases
-        for task in ordered_tasks(run)
-        if (row := _phase_loss(run, phase.name, task)) is not None
+        for task in run.tasks
+        if (loss := _phase_loss(run, phase, task)) is not None
     ]
 
 
-def ordered_tasks(run: RunRecord) -> list[str]:
-    """The run's tasks, high-resource ones first."""
-    return sorted(run.tasks, key=lambda task: task in run.low_resource_tasks)
-
-
-def _phase_loss(run: RunRecord, phase: str, task: str) -> PhaseLoss | None:
-    rows = [row for row in run.validation_in(phase) if task in row.loss]
+def _phase_loss(run: RunRecord, phase: PhasePlan, task: str) -> PhaseLoss | None:
+    rows = [
+        (row.step, row.validation[task])
+        for row in run.validation_in(phase.name)
+        if task in row.validation
+    ]
     if not rows:
         return None
-    best = lowest(rows, task)
+    (_, start), (end_step, end) = rows[0], rows[-1]
+    # NaN compares false with everything, so it must be kept from being the lowest.
+    best_step, best = min(rows, key=lambda row: (math.isnan(row[1].loss), row[1].loss))
     return PhaseLoss(
+        phase=phase.name,
         task=task,
         low_resource=task in run.low_resource_tasks,
-        phase=phase,
         complete=run.phase_is_over(phase),
-        start=rows[0].loss[task],
-        end=rows[-1].loss[task],
-        best=best.loss[task],
-        best_step=best.step,
-        start_bits_per_byte=rows[0].bits_per_byte[task],
-        end_bits_per_byte=rows[-1].bits_per_byte[task],
+        start=start.loss,
+        end=end.loss,
+        end_step=end_step,
+        best=best.loss,
+        best_step=best_step,
+        start_bits_per_byte=start.bits_per_byte,
+        end_bits_per_byte=end.bits_per_byte,
     )
 
 
-def lowest(rows: Sequence[ValidationRow], task: str) -> ValidationRow:
-    """The row with the task's lowest loss; one that is not a number is never the lowest."""
-    return min(rows, key=lambda row: (math.isnan(row.loss[task]), row.loss[task]))
+def newest_losses(run: RunRecord) -> dict[str, PhaseLoss]:
+    """The losses of every validated task in the last phase in which it was measured."""
+    return {loss.task: loss for loss in final_losses(run)}
 
 
 def verdicts(run: RunRecord) -> list[str]:
-    """The verdict as sentences: one per low-resource task, then one on the high-resource ones.
-
-    A run of a single phase, or one before its switch, is told from its start.
-    """
-    found = task_verdicts(run)
-    sentences = [v.text for v in found if v.low_resource]
-    high = [v.text for v in found if not v.low_resource]
-    if high:
-        sentences.append(high_resource_sentence(run, high))
-    return sentences
-
-
-def high_resource_sentence(run: RunRecord, texts: Sequence[str]) -> str:
-    """Join the high-resource tasks' verdicts; without any low-resource task, name no group."""
-    joined = "; ".join(texts)
-    return f"High-resource: {joined}" if run.low_resource_tasks else joined
+    """One sentence for every validated task, the low-resource ones first."""
+    return [f"{verdict.task}: {verdict.sentence}" for verdict in task_verdicts(run)]
 
 
 def task_verdicts(run: RunRecord) -> list[Verdict]:
-    """One verdict per validated task, low-resource tasks first."""
-    tasks = sorted(run.tasks, key=lambda task: task not in run.low_resource_tasks)
-    return [v for task in tasks if (v := _task_verdict(run, task)) is not None]
+    """One verdict for every validated task, the low-resource ones first."""
+    by_task: dict[str, list[PhaseLoss]] = {}
+    for loss in final_losses(run):
+        by_task.setdefault(loss.task, []).append(loss)
+    found = [_verdict(run, losses) for losses in by_task.values()]
+    return sorted(found, key=lambda verdict: not verdict.low_resource)
 
 
-def _task_verdict(run: RunRecord, task: str) -> Verdict | None:
-    phases = [p.name for p in run.phases_begun]
-    losses = [loss for name in phases if (loss := _phase_loss(run, name, task)) is not None]
-    if not losses:
-        return None
-    low = task in run.low_resource_tasks
-    first, last = losses[0], losses[-1]
-    if len(losses) == 1 and len(run.plan.phases) > 1:
-        text = f"{task}: {_nats(last.end)} {_moment(run, last)}; the switch has not been reached"
-        return Verdict(task, low, math.nan, text)
-    if len(losses) == 1:
-        before, bits, when = first.start, first.start_bits_per_byte, "at the start"
-    else:
-        before, bits = first.end, first.end_bits_per_byte
-        when = "at the switch" if len(losses) == 2 else "at the first switch"
-    change = last.end - before
-    text = (
-        f"{task}: {_nats(before)} {when}, {_nats(last.end)} {_moment(run, last)}: "
-        f"{describe_change(change)} "
-        f"(bits per byte {_nats(bits)} → {_nats(last.end_bits_per_byte)})"
+def _verdict(run: RunRecord, losses: list[PhaseLoss]) -> Verdict:
+    """`losses` are those of one task, phase by phase."""
+    last = losses[-1]
+    task, low = last.task, last.low_resource
+    now = f"at the end of {last.phase}"
+    if not last.complete:
+        now = f"at step {last.end_step:,}, before the end of {last.phase}"
+    first_phase = run.plan.phases[0].name
+    if last.phase == first_phase and len(run.plan.phases) > 1:
+        return Verdict(task, low, None, f"{last.end:.2f} {now}; the switch is still to come")
+    since = next((loss for loss in losses if loss.phase != first_phase), last)
+    before = "at the start" if since.phase == first_phase else f"at the switch to {since.phase}"
+    change = last.end - since.start
+    sentence = (
+        f"{since.start:.2f} {before}, {last.end:.2f} {now}: {describe_change(change)} "
+        f"(bits per byte {since.start_bits_per_byte:.2f} → {last.end_bits_per_byte:.2f})"
     )
-    if last.end - last.best > RISING_NATS:
-        text += f"; it had been at {_nats(last.best)} at step {last.best_step:,} and rose again"
-    return Verdict(task, low, change, text)
-
-
-def _moment(run: RunRecord, loss: PhaseLoss) -> str:
-    if loss.complete:
-        return f"at the end of {loss.phase}"
-    return f"at step {run.validation_in(loss.phase)[-1].step:,}, with {loss.phase} still going"
-
-
-def _nats(value: float) -> str:
-    return f"{value:.2f}" if math.isfinite(value) else "not a number"
+    if min(last.start, last.end) - last.best > RISING_NATS:
+        sentence += f"; it had been at {last.best:.2f} at step {last.best_step:,} and rose again"
+    return Verdict(task, low, change, sentence)
 
 
 def describe_change(change: float) -> str:
     """A difference of losses in words: `better by 0.51 nats`, `worse by …`, `unchanged`."""
     if not math.isfinite(change):
-        return "the run has diverged"
+        return "the loss is not finite, the run has diverged"
     if abs(change) < SAME_LOSS_NATS:
         return "unchanged"
     return f"{'better' if change < 0 else 'worse'} by {abs(change):.2f} nats"
-
-
-def phase_speeds(run: RunRecord) -> list[PhaseSpeed]:
-    """Throughput of each phase that has training rows."""
-    speeds = []
-    tokens_before = 0
-    for phase in run.plan.phases:
-        rows = [row for row in run.training if row.phase == phase.name]
-        if not rows:
-            continue
-        mfu = [row.mfu for row in rows if row.mfu is not None]
-        speeds.append(
-            PhaseSpeed(
-                phase=phase.name,
-                steps=len(rows),
-                tokens=rows[-1].tokens - tokens_before,
-                seconds=sum(row.step_seconds for row in rows),
-                step_seconds=statistics.median(row.step_seconds for row in rows),
-                tokens_per_second=statistics.median(row.tokens_per_second for row in rows),
-                mfu=statistics.median(mfu) if mfu else None,
-            )
-        )
-        tokens_before = rows[-1].tokens
-    return speeds

@@ -4,69 +4,62 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megaphase.experiments.losses import PhaseLoss, final_losses
-from megaphase.experiments.runs import RunRecord, TaskShare
+from megaphase.experiments.runs import RunRecord, TaskShare, TrainingRow
 
-TRAINING_COLUMNS = (
-    "step", "phase", "phase_step", "tokens", "loss", "learning_rate", "grad_norm",
-    "step_seconds", "tokens_per_second", "mfu",
-)  # fmt: skip
+Row = Sequence[Any]
 
 
-def write_numbers(runs: Sequence[RunRecord], folder: Path) -> None:
-    """Write `final_losses`, `validation`, `training`, `training_by_task` and `plan` `.csv`.
+def write_numbers(runs: Sequence[RunRecord], folder: Path) -> list[str]:
+    """Write the tables into `folder`; return the names of the files.
 
     Losses are in nats per token; `run` is the first column everywhere.
     """
-    folder.mkdir()
     loss_columns = [field.name for field in dataclasses.fields(PhaseLoss)]
-    share_columns = [field.name for field in dataclasses.fields(TaskShare)]
-    tables: dict[str, tuple[Sequence[str], Iterable[Sequence[Any]]]] = {
-        "final_losses": (["run", *loss_columns], _final_losses(runs)),
-        "validation": (["run", "step", "phase", "task", "loss", "bits_per_byte"], _curves(runs)),
-        "training": (["run", *TRAINING_COLUMNS], _training(runs)),
-        "training_by_task": (["run", "step", "phase", "task", "loss"], _training_by_task(runs)),
-        "plan": (["run", "phase", "task", *share_columns], _plan(runs)),
+    training_columns = [name for name in TrainingRow.model_fields if name != "loss_by_task"]
+    tables = {
+        "final_losses": (loss_columns, _final_losses),
+        "validation": (["step", "phase", "task", "loss", "bits_per_byte"], _validation),
+        "training": (training_columns, _training),
+        "training_by_task": (["step", "phase", "task", "loss"], _training_by_task),
+        "plan": (["phase", "task", *TaskShare.model_fields], _plan),
     }
+    folder.mkdir()
     for name, (columns, rows) in tables.items():
         with open(folder / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows(rows)
+            writer.writerow(["run", *columns])
+            for run in runs:
+                writer.writerows([run.name, *row] for row in rows(run))
+    return [f"{name}.csv" for name in tables]
 
 
-def _final_losses(runs: Sequence[RunRecord]) -> Iterator[Sequence[Any]]:
-    for run in runs:
-        for loss in final_losses(run):
-            yield run.name, *dataclasses.astuple(loss)
+def _final_losses(run: RunRecord) -> Iterator[Row]:
+    return map(dataclasses.astuple, final_losses(run))
 
 
-def _curves(runs: Sequence[RunRecord]) -> Iterator[Sequence[Any]]:
-    for run in runs:
-        for row in run.validation:
-            for task, loss in row.loss.items():
-                yield run.name, row.step, row.phase, task, loss, row.bits_per_byte[task]
+def _validation(run: RunRecord) -> Iterator[Row]:
+    for row in run.validation:
+        for task, measured in row.validation.items():
+            yield row.step, row.phase, task, measured.loss, measured.bits_per_byte
 
 
-def _training(runs: Sequence[RunRecord]) -> Iterator[Sequence[Any]]:
-    for run in runs:
-        for row in run.training:
-            yield run.name, *(getattr(row, column) for column in TRAINING_COLUMNS)
+def _training(run: RunRecord) -> Iterator[Row]:
+    for row in run.training:
+        yield [value for name, value in row if name != "loss_by_task"]
 
 
-def _training_by_task(runs: Sequence[RunRecord]) -> Iterator[Sequence[Any]]:
-    for run in runs:
-        for row in run.training:
-            for task, loss in row.loss_by_task.items():
-                yield run.name, row.step, row.phase, task, loss
+def _training_by_task(run: RunRecord) -> Iterator[Row]:
+    for row in run.training:
+        for task, loss in row.loss_by_task.items():
+            yield row.step, row.phase, task, loss
 
 
-def _plan(runs: Sequence[RunRecord]) -> Iterator[Sequence[Any]]:
-    for run in runs:
-        for phase in run.plan.phases:
-            for task, share in phase.tasks.items():
-                yield run.name, phase.name, task, *dataclasses.astuple(share)
+def _plan(run: RunRecord) -> Iterator[Row]:
+    for phase in run.plan.phases:
+        for task, share in phase.tasks.items():
+            yield [phase.name, task, *(value for _, value in share)]

@@ -1,6 +1,6 @@
 """The pieces of a self-contained HTML page: document, tables, figures. Knows nothing of runs.
 
-Functions that take `html` want markup that is already escaped; all other text is escaped here.
+Parameters and cells named `html` are markup that is already escaped; other text is escaped here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+from urllib.parse import quote
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -20,18 +21,21 @@ from matplotlib.figure import Figure
 from megaphase.experiments.plot_style import (
     GRID,
     INK,
+    LINE_COLOURS,
     MUTED,
     NARROW,
     PAPER,
-    TASK_COLOURS,
     WIDE,
     Size,
     plot_style,
 )
 
-GENERATOR = "megaphase report"
+GENERATOR = '<meta name="generator" content="megaphase report">'
 PNG_DOTS_PER_INCH = 200
 NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
+CSS_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
+    colour: f"--line-{i}" for i, colour in enumerate(LINE_COLOURS)
+}
 
 DOCUMENT = Template("""<!doctype html>
 <html lang="en">
@@ -39,9 +43,10 @@ DOCUMENT = Template("""<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<meta name="generator" content="$generator">
+$generator
 <title>$title</title>
 <style>
+:root { $variables }
 $css</style>
 </head>
 <body>
@@ -65,84 +70,72 @@ class Plot:
 
 def document(title: str, body_html: str) -> str:
     """The whole page, with its style sheet inside."""
-    css = files("megaphase.experiments").joinpath("report.css").read_text(encoding="utf-8")
     return DOCUMENT.substitute(
-        generator=GENERATOR, title=escape(title), css=_colour_variables() + css, body=body_html
+        generator=GENERATOR,
+        title=escape(title),
+        variables=" ".join(f"{name}: {colour};" for colour, name in CSS_VARIABLES.items()),
+        css=files("megaphase.experiments").joinpath("report.css").read_text(encoding="utf-8"),
+        body=body_html,
     )
 
 
-def section(title: str, body_html: str, level: int = 2) -> str:
-    """A headed section."""
-    return f"<section>\n<h{level}>{escape(title)}</h{level}>\n{body_html}\n</section>"
+def table(head_html: str, rows: Sequence[Sequence[str]], note: str) -> str:
+    """A table that scrolls sideways where it does not fit.
 
-
-def table(head_html: str, rows: Sequence[Sequence[str]], note: str = "") -> str:
-    """A table that scrolls sideways where it does not fit; cells are markup, the first is a head.
-
-    `head_html` is the content of `<thead>`.
+    `head_html` is the content of `<thead>`; the cells are markup, the first of a row is its head.
     """
     body = "\n".join(
-        f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{c}</td>" for c in rest) + "</tr>"
+        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
         for first, *rest in rows
     )
-    caption = f'<p class="note">{escape(note)}</p>' if note else ""
     return (
-        f'<div class="scroll"><table>\n<thead>{head_html}</thead>\n'
-        f"<tbody>\n{body}\n</tbody></table></div>{caption}"
+        f'<div class="scroll"><table>\n<thead>{head_html}</thead>\n<tbody>\n{body}\n</tbody>'
+        f'</table></div>\n<p class="note">{escape(note)}</p>'
     )
+
+
+def head(cells_html: Sequence[str]) -> str:
+    """A header row."""
+    cells = "".join(f'<th scope="col">{cell}</th>' for cell in cells_html)
+    return f"<tr>{cells}</tr>"
 
 
 def grouped_head(first: str, groups: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """Two header rows: group titles above their columns. A group of one column has only a title."""
-    top = [f'<th rowspan="2" scope="col">{escape(first)}</th>']
-    below = []
-    for title, columns in groups:
-        if columns:
-            top.append(f'<th colspan="{len(columns)}" scope="colgroup">{escape(title)}</th>')
-            below += [f'<th scope="col">{escape(column)}</th>' for column in columns]
-        else:
-            top.append(f'<th rowspan="2" scope="col">{escape(title)}</th>')
-    return f"<tr>{''.join(top)}</tr><tr>{''.join(below)}</tr>"
-
-
-def definitions(pairs: Sequence[tuple[str, str]]) -> str:
-    """A list of terms and what they are set to."""
-    items = "".join(
-        f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in pairs
+    """Two header rows: the groups' titles, and below them their columns."""
+    top = f'<th rowspan="2" scope="col">{escape(first)}</th>' + "".join(
+        f'<th colspan="{len(columns)}" scope="colgroup">{escape(title)}</th>'
+        for title, columns in groups
     )
-    return f"<dl>{items}</dl>"
+    return f"<tr>{top}</tr>{head([escape(c) for _, columns in groups for c in columns])}"
 
 
-def add_plot(plot: Plot, folder: Path) -> str:
-    """Write the plot as PNG and SVG into `folder`; return the figure with the SVG inside.
+def add_plot(plot: Plot, out: Path, folder: str) -> str:
+    """Write the plot as PNG and SVG into `out/folder`; return the figure with the SVG inside.
 
     The page holds it twice, for a wide and for a narrow window; the style sheet shows one.
     """
     wide = plot.draw(WIDE)
-    svg = _svg(wide, plot.name)
-    (folder / f"{plot.name}.svg").write_text(svg, encoding="utf-8")
+    svg = _svg(wide)
+    stem = f"{folder}/{plot.name}"
+    (out / folder).mkdir(parents=True, exist_ok=True)
+    (out / f"{stem}.svg").write_text(svg, encoding="utf-8")
     with plot_style():
-        wide.savefig(
-            folder / f"{plot.name}.png", dpi=PNG_DOTS_PER_INCH, metadata={"Software": None}
-        )
-    narrow_name = f"{plot.name}-narrow"
-    narrow = _svg(plot.draw(NARROW), narrow_name)
-    links = " · ".join(
-        f'<a href="{escape(folder.name)}/{escape(plot.name)}.{kind}">{kind.upper()}</a>'
-        for kind in ("png", "svg")
-    )
+        wide.savefig(out / f"{stem}.png", dpi=PNG_DOTS_PER_INCH, metadata={"Software": None})
+    narrow = _svg(plot.draw(NARROW))
+    links = " · ".join(f'<a href="{quote(stem)}.{k}">{k.upper()}</a>' for k in ("png", "svg"))
     return (
-        f'<figure id="{escape(plot.name)}">\n'
-        f'<div class="wide">{_inline(svg, plot.name, plot.title)}</div>\n'
-        f'<div class="narrow">{_inline(narrow, narrow_name, plot.title)}</div>\n'
+        f'<figure>\n<div class="wide">{_inline(svg, f"{stem}-wide", plot.title)}</div>\n'
+        f'<div class="narrow">{_inline(narrow, f"{stem}-narrow", plot.title)}</div>\n'
         f"<figcaption><b>{escape(plot.title)}.</b> {escape(plot.caption)} "
-        f'<span class="files">{links}</span></figcaption>\n</figure>'
+        f'<span class="files">{links}</span></figcaption>\n'
+        "</figure>"
     )
 
 
-def _svg(figure: Figure, salt: str) -> str:
+def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    with plot_style(), mpl.rc_context({"svg.hashsalt": salt}):
+    # A fixed salt makes the same figure the same text.
+    with plot_style(), mpl.rc_context({"svg.hashsalt": "megaphase"}):
         figure.savefig(buffer, format="svg", metadata=NO_METADATA)
     return buffer.getvalue()
 
@@ -151,23 +144,12 @@ def _inline(svg: str, name: str, title: str) -> str:
     """The bare element: identifiers made unique in the page, colours left to the style sheet."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", svg, count=1)
-    svg = re.sub(r'(\sid="|href="#|url\(#)', lambda m: f"{m[1]}{escape(name)}-", svg)
-    for colour in _variables():
-        svg = svg.replace(f": {colour}", f": {colour_variable(colour)}")
-    label = f'<svg role="img" aria-label="{escape(title)}" '
-    return svg.replace("<svg ", label, 1)
+    svg = re.sub(r'(\sid="|href="#|url\(#)', lambda found: f"{found[1]}{quote(name)}-", svg)
+    for colour in CSS_VARIABLES:
+        svg = svg.replace(f": {colour}", f": {css_colour(colour)}")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
-def colour_variable(colour: str) -> str:
+def css_colour(colour: str) -> str:
     """The colour as the style sheet may change it."""
-    return f"var({_variables()[colour]}, {colour})"
-
-
-def _variables() -> dict[str, str]:
-    named = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
-    return named | {colour: f"--task-{i}" for i, colour in enumerate(TASK_COLOURS)}
-
-
-def _colour_variables() -> str:
-    lines = "".join(f"  {variable}: {colour};\n" for colour, variable in _variables().items())
-    return f":root {{\n{lines}}}\n"
+    return f"var({CSS_VARIABLES[colour]})"

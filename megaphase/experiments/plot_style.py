@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # Okabe and Ito's colour-blind-safe hues, the pale ones darkened until a label in them is readable
 # on white. The page replaces each by a CSS variable, so that a dark theme can brighten them.
-TASK_COLOURS = (
+LINE_COLOURS = (
     "#0072b2",
     "#d55e00",
     "#00825f",
@@ -24,14 +23,15 @@ TASK_COLOURS = (
     "#6e6259",
 )
 INK = "#20242b"
-MUTED = "#6b7280"
+MUTED = "#5f6874"
 GRID = "#e3e5e8"
 PAPER = "#ffffff"
 
 STYLE = {
     "font.family": "sans-serif",
-    "font.size": 9.0,
-    "axes.titlesize": 9.5,
+    "font.size": 10.0,
+    "legend.fontsize": 9.5,
+    "axes.titlesize": 10.0,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
     "axes.linewidth": 0.7,
@@ -53,24 +53,23 @@ STYLE = {
     "savefig.facecolor": "auto",
 }
 
-LABEL_GAP_POINTS = 11.5
+DASHED = (0, (3, 2))
+LABEL_GAP_POINTS = 13.0
+CHARACTER_INCHES = 0.094  # of a bold label, at the widest
 NAME_LIMIT = 18
 
 
 @dataclass(frozen=True)
 class Size:
-    """A figure's size in inches; `narrow` ones are for a phone's width."""
+    """A figure's size in inches; the narrow one is for a phone's width."""
 
     width: float
     height: float
-
-    @property
-    def narrow(self) -> bool:
-        return self.width < 6
+    narrow: bool
 
 
-WIDE = Size(9.6, 4.3)
-NARROW = Size(4.1, 3.7)
+WIDE = Size(9.4, 4.2, narrow=False)
+NARROW = Size(4.0, 3.7, narrow=True)
 
 
 @contextmanager
@@ -81,21 +80,15 @@ def plot_style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure outside pyplot's global state, drawn without a display."""
-    figure = Figure(figsize=(width, height), facecolor=PAPER)
-    FigureCanvasAgg(figure)
-    return figure
+    """A figure of this size in inches, outside pyplot's global state."""
+    return Figure(figsize=(width, height), facecolor=PAPER)
 
 
-def inch_axes(
-    figure: Figure, *, left: float, right: float, bottom: float = 0.52, top: float = 0.3
-) -> Axes:
-    """Axes with margins in inches, so that their height is known before anything is drawn."""
+def inch_axes(figure: Figure, left: float, bottom: float, right: float, top: float) -> Axes:
+    """Axes between these distances in inches from the figure's left and lower edge."""
     width, height = figure.get_size_inches()
-    inner_width, inner_height = width - left - right, height - bottom - top
-    axes = figure.add_axes(
-        (left / width, bottom / height, inner_width / width, inner_height / height)
-    )
+    box = (left / width, bottom / height, (right - left) / width, (top - bottom) / height)
+    axes = figure.add_axes(box)
     axes.patch.set_visible(False)
     return axes
 
@@ -106,14 +99,14 @@ def shown(name: str) -> str:
     return short.replace("$", r"\$")
 
 
-def label_margin(names: Sequence[str]) -> float:
-    """Inches that the longest of these names needs beside the axes."""
-    return 0.2 + 0.078 * max((len(shown(name)) for name in names), default=0)
+def label_width(names: Iterable[str]) -> float:
+    """Inches that the longest of these names needs beside the axes, with some air."""
+    return 0.15 + CHARACTER_INCHES * max((len(shown(name)) for name in names), default=0)
 
 
-def task_colours(tasks: Iterable[str]) -> dict[str, str]:
-    """A colour for each task; make it once per report, so that all figures share it."""
-    return {t: TASK_COLOURS[i % len(TASK_COLOURS)] for i, t in enumerate(dict.fromkeys(tasks))}
+def line_colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name; make it once per report, so that all figures share it."""
+    return {n: LINE_COLOURS[i % len(LINE_COLOURS)] for i, n in enumerate(dict.fromkeys(names))}
 
 
 def label_line_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
@@ -131,7 +124,7 @@ def label_line_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
             shown(name),
             (1.0, position / height),
             xycoords="axes fraction",
-            xytext=(5, 0),
+            xytext=(6, 0),
             textcoords="offset points",
             va="center",
             color=colour,
@@ -141,14 +134,14 @@ def label_line_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
 
 
 def spread(wanted: Sequence[float], height: float) -> list[float]:
-    """Positions at least a label's height apart, in the same order, within 0..height if they fit.
+    """Positions at least a label's height apart, in the same order, within 0..height.
 
-    `wanted` is ascending. Each pass pushes up from the bottom, then down from the top.
+    `wanted` is ascending. One pass pushes up from the bottom, another down from the top.
     """
     gap = min(LABEL_GAP_POINTS, height / max(1, len(wanted) - 1))
-    placed = [min(max(0.0, w), height) for w in wanted]
-    for i in range(1, len(placed)):
-        placed[i] = max(placed[i], placed[i - 1] + gap)
+    placed: list[float] = []
+    for w in wanted:
+        placed.append(max(w, placed[-1] + gap if placed else 0.0))
     ceiling = height
     for i in reversed(range(len(placed))):
         placed[i] = min(placed[i], ceiling)
@@ -156,6 +149,12 @@ def spread(wanted: Sequence[float], height: float) -> list[float]:
     return placed
 
 
-def labels_fit(count: int, size: Size) -> bool:
-    """Whether that many labels have room beside axes of this size."""
-    return count * LABEL_GAP_POINTS <= (size.height - 0.9) * 72
+def short_number(value: float) -> str:
+    """For an axis: 0, 2.5, 40k, 3e-4."""
+    if value and abs(value) < 0.01:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:.3g}"

@@ -1,14 +1,14 @@
 """The figures of a report, one function each.
 
-Every function returns a matplotlib `Figure` of the given size. `colours` maps tasks to colours and
-is shared by all figures of a report; low-resource tasks are drawn heavier, with markers. Losses
-are in nats per token.
+Every function returns a matplotlib `Figure`. `colours` maps tasks to colours and is shared by all
+figures of a report; low-resource tasks are drawn heavier, with markers. Losses are in nats per
+token.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,312 +17,264 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from megaphase.experiments.losses import final_losses, ordered_tasks
 from megaphase.experiments.plot_style import (
+    DASHED,
     INK,
+    LABEL_GAP_POINTS,
     MUTED,
-    WIDE,
+    PAPER,
     Size,
     inch_axes,
     label_line_ends,
-    label_margin,
-    labels_fit,
+    label_width,
+    line_colours,
     new_figure,
     plot_style,
+    short_number,
     shown,
 )
 from megaphase.experiments.runs import RunRecord, TaskShare
+from megaphase.plan.plan import REPEATED_TOO_OFTEN
 
 TRAINING_POINTS = 300  # more would only be noise, and weight in the page
-REPETITION_LIMIT_EPOCHS = 4.0
-DASHED = (0, (3, 2))
+BEGINNING = 0.1  # of the steps so far; a loss falls so far in it that all else would look flat
+LEGEND_LINE_INCHES = 0.24
+BOTTOM_INCHES = 0.52  # tick labels and the axis title
 Colours = Mapping[str, str]
 Curve = tuple[np.ndarray, np.ndarray]  # steps [n], losses [n]
 
 
-def validation_loss_plot(run: RunRecord, colours: Colours, size: Size = WIDE) -> Figure:
+def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
     """Validation loss per task over steps, training loss per task as a faint line behind it."""
-    tasks = _validated(run)
+    curves = {task: _validation_curve(run, task) for task in validated_tasks([run])}
+    keys = [_line_key("training loss", lw=1.0, alpha=0.5)]
+    if run.low_resource_tasks:
+        keys.insert(0, _line_key("low-resource", **_line_look(True)))
+        keys.insert(1, _line_key("high-resource", **_line_look(False)))
+    height = max(size.height, 1.3 + len(curves) * LABEL_GAP_POINTS / 72)
     with plot_style():
-        figure = new_figure(size.width, size.height)
-        axes = _step_axes(figure, run, size, tasks, "loss (nats per token)")
-        curves = {task: _validation_curve(run, task) for task in tasks}
-        for task in tasks:
-            steps, losses = _training_curve(run, task)
-            axes.plot(steps, losses, color=colours[task], alpha=0.28, linewidth=0.9, zorder=1.5)
-        _draw_tasks(axes, run, curves, colours)
-        axes.set_ylim(*_loss_limits(list(curves.values())))
-        _label_tasks(axes, run, curves, colours, size)
+        figure = new_figure(size.width, height)
+        right = size.width - label_width(curves)
+        top = height - LEGEND_LINE_INCHES - _switch_label_inches(run)
+        axes = inch_axes(figure, 0.62, BOTTOM_INCHES, right, top)
+        _step_axes(axes, run.last_step, size)
+        axes.set_ylabel("loss (nats per token)")
+        for task, (steps, losses) in curves.items():
+            look = _line_look(task in run.low_resource_tasks)
+            axes.plot(steps, losses, color=colours[task], zorder=3, **look)
+            axes.plot(*_training_curve(run, task), color=colours[task], alpha=0.3, linewidth=1.0)
+        axes.set_ylim(_loss_limits(curves.values(), run.last_step))
+        label_line_ends(axes, _line_ends(curves, colours))
         _mark_switches(axes, run)
+        _legend_on_top(figure, keys, columns=3)
     return figure
 
 
-def change_since_switch_plot(run: RunRecord, colours: Colours, size: Size = WIDE) -> Figure:
-    """How far each task's validation loss has moved since the first switch; below 0 is better."""
-    switch = run.switch_steps[0][0]
-    phases = {phase.name for phase in run.plan.phases[1:]}
-    curves: dict[str, Curve] = {}
-    for task in _validated(run):
-        rows = [r for r in run.validation if r.phase in phases and task in r.loss]
-        if rows:
-            steps = np.array([row.step - switch for row in rows])
-            losses = np.array([row.loss[task] for row in rows])
-            curves[task] = (steps, losses - losses[0])
-    with plot_style():
-        figure = new_figure(size.width, size.height)
-        axes = _step_axes(figure, run, size, list(curves), "change of loss (nats per token)")
-        axes.set_xlabel("steps since the switch")
-        axes.set_xlim(0, max((float(steps[-1]) for steps, _ in curves.values()), default=1) or 1)
-        axes.axhline(0, color=INK, linewidth=0.9)
-        _draw_tasks(axes, run, curves, colours)
-        axes.margins(y=0.08)
-        axes.autoscale_view(scalex=False)
-        _label_tasks(axes, run, curves, colours, size)
-    return figure
-
-
-def learning_rate_plot(run: RunRecord, size: Size = WIDE) -> Figure:
+def learning_rate_plot(run: RunRecord, size: Size) -> Figure:
     """Learning rate over steps."""
+    height = 0.72 * size.height
     with plot_style():
-        figure = new_figure(size.width, size.height * 0.72)
-        axes = _step_axes(figure, run, size, [], "learning rate")
+        figure = new_figure(size.width, height)
+        top = height - _switch_label_inches(run)
+        axes = inch_axes(figure, 0.75, BOTTOM_INCHES, size.width - 0.25, top)
+        _step_axes(axes, run.last_step, size)
+        axes.set_ylabel("learning rate")
         # One line per phase: at the switch the schedule starts anew and must not be joined up.
-        for phase in run.phases_begun:
+        for phase in run.plan.phases:
             rows = [row for row in run.training if row.phase == phase.name]
             axes.plot([r.step for r in rows], [r.learning_rate for r in rows], color=INK, lw=1.5)
         axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
         _mark_switches(axes, run)
     return figure
 
 
-def tokens_plot(run: RunRecord, colours: Colours, size: Size = WIDE) -> Figure:
-    """Planned training tokens per task and phase, as stacked bars."""
-    return _phase_bars(run, colours, size, "training tokens", lambda share: share.tokens, _count)
-
-
-def epochs_plot(run: RunRecord, colours: Colours, size: Size = WIDE) -> Figure:
-    """Planned epochs per task and phase, as stacked bars, with the limit of useful repetition."""
-    figure = _phase_bars(run, colours, size, "epochs", lambda share: share.epochs, "{:.2g}".format)
-    axes = figure.axes[0]
-    if axes.get_xlim()[1] > REPETITION_LIMIT_EPOCHS:
-        axes.axvline(REPETITION_LIMIT_EPOCHS, color=INK, lw=0.9, ls=DASHED)
-    return figure
-
-
-def final_losses_plot(runs: Sequence[RunRecord], colours: Colours, size: Size = WIDE) -> Figure:
-    """The newest validation loss of each task in each run: one panel per task, one row per run."""
-    tasks = list(dict.fromkeys(task for run in runs for task in _validated(run)))
-    names = [shown(run.name) for run in runs]
-    columns = 1 if size.narrow else min(2, len(tasks))
-    lines = math.ceil(len(tasks) / columns)
-    panel_height = 0.62 + 0.24 * len(runs)
+def data_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
+    """Planned training tokens and epochs per task, as bars with a segment per phase."""
+    left, gap, right, top = 0.1 + label_width(run.tasks), 0.75, 0.6, 0.4
+    bars = 0.28 * len(run.tasks)
+    panel = bars + BOTTOM_INCHES
     with plot_style():
-        figure = new_figure(size.width, lines * panel_height + 0.35)
-        grid = figure.subplots(lines, columns, squeeze=False)
-        for panel, axes in enumerate(grid.flat):
-            if panel >= len(tasks):
-                axes.set_visible(False)
-                continue
-            _final_panel(axes, runs, tasks[panel], colours[tasks[panel]])
-            axes.set_yticks(range(len(runs)), names if panel % columns == 0 else [""] * len(names))
-            if panel + columns >= len(tasks):
-                axes.set_xlabel("loss (nats per token)")
-        figure.subplots_adjust(
-            left=label_margin(names) / size.width,
-            right=1 - 0.2 / size.width,
-            top=1 - 0.3 / figure.get_size_inches()[1],
-            bottom=0.5 / figure.get_size_inches()[1],
-            hspace=1.9 / (1 + len(runs)) + 0.25,
-            wspace=0.12,
-        )
+        if size.narrow:
+            figure = new_figure(size.width, 2 * panel + 0.15 + top)
+            edge = size.width - right
+            tokens = inch_axes(figure, left, panel + 0.15 + BOTTOM_INCHES, edge, 2 * panel + 0.15)
+            epochs = inch_axes(figure, left, BOTTOM_INCHES, edge, panel)
+        else:
+            figure = new_figure(size.width, panel + top)
+            half = (size.width - left - gap - right) / 2
+            tokens = inch_axes(figure, left, BOTTOM_INCHES, left + half, panel)
+            epochs = inch_axes(figure, left + half + gap, BOTTOM_INCHES, size.width - right, panel)
+        keys = _phase_bars(tokens, run, colours, "training tokens", lambda share: share.tokens)
+        _phase_bars(epochs, run, colours, "epochs", lambda share: share.epochs)
+        if epochs.get_xlim()[1] > REPEATED_TOO_OFTEN:
+            epochs.axvline(REPEATED_TOO_OFTEN, color=INK, linewidth=0.9, linestyle=DASHED)
+        if not size.narrow:
+            epochs.tick_params(labelleft=False)
+        _legend_on_top(figure, keys, columns=len(keys))
     return figure
 
 
-def _final_panel(axes: Axes, runs: Sequence[RunRecord], task: str, colour: str) -> None:
-    ends = [_newest(run, task) for run in runs]
-    finite = [end for end in ends if math.isfinite(end)]
-    low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
-    room = max(high - low, 0.02)
-    axes.set_xlim(low - 0.12 * room, high + 0.4 * room)  # room for the number beside the dot
-    axes.set_ylim(len(runs) - 0.4, -0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.set_title(shown(task), loc="left", color=colour, fontweight="bold", pad=4)
-    for row, end in enumerate(ends):
-        if math.isfinite(end):
-            axes.plot([end], [row], "o", color=colour, markersize=5.5)
-            axes.annotate(f"{end:.3f}", (end, row), (6, 0), textcoords="offset points", va="center")
+def comparison_plot(runs: Sequence[RunRecord], size: Size) -> Figure:
+    """Validation loss over steps: one panel per task, in it one line per run."""
+    tasks = validated_tasks(runs)
+    colours = line_colours(run.name for run in runs)
+    keys = [_line_key(shown(run.name), color=colours[run.name], lw=1.8) for run in runs]
+    columns, legend_columns = (1, 2) if size.narrow else (2, 4)
+    panel_width = (size.width - 0.25) / columns
+    panel_height = 0.55 * size.height
+    rows = -(-len(tasks) // columns)
+    top = 0.2 + LEGEND_LINE_INCHES * -(-len(runs) // legend_columns)
+    last_step = max(run.last_step for run in runs)
+    with plot_style():
+        figure = new_figure(size.width, rows * panel_height + top)
+        for i, task in enumerate(tasks):
+            left = i % columns * panel_width
+            bottom = (rows - 1 - i // columns) * panel_height
+            axes = inch_axes(
+                figure,
+                left + 0.62,
+                bottom + BOTTOM_INCHES,
+                left + panel_width,
+                bottom + panel_height - 0.3,
+            )
+            _step_axes(axes, last_step, size, ticks=5)
+            axes.set_title(shown(task), loc="left", fontweight="bold")
+            axes.set_ylabel("nats per token")
+            curves = {run.name: _validation_curve(run, task) for run in runs}
+            for name, (steps, losses) in curves.items():
+                axes.plot(steps, losses, color=colours[name], lw=1.8, marker="o", markersize=3)
+            axes.set_ylim(_loss_limits(curves.values(), last_step))
+        _legend_on_top(figure, keys, legend_columns)
+    return figure
 
 
-def _newest(run: RunRecord, task: str) -> float:
-    ends = [loss.end for loss in final_losses(run) if loss.task == task]
-    return ends[-1] if ends else math.nan
-
-
-def _validated(run: RunRecord) -> list[str]:
-    measured = {task for row in run.validation for task in row.loss}
-    return [task for task in run.tasks if task in measured]
+def validated_tasks(runs: Sequence[RunRecord]) -> list[str]:
+    """Tasks of these runs of which a validation loss has been measured."""
+    measured = {task for run in runs for row in run.validation for task in row.validation}
+    return list(dict.fromkeys(task for run in runs for task in run.tasks if task in measured))
 
 
 def _validation_curve(run: RunRecord, task: str) -> Curve:
-    rows = [row for row in run.validation if task in row.loss]
-    return np.array([r.step for r in rows]), np.array([r.loss[task] for r in rows])
+    rows = [row for row in run.validation if task in row.validation]
+    steps = np.array([row.step for row in rows], dtype=np.int64)
+    return steps, np.array([row.validation[task].loss for row in rows], dtype=np.float64)
+
+
+def _line_ends(curves: Mapping[str, Curve], colours: Colours) -> list[tuple[str, float, str]]:
+    """(task, newest loss that is a number, colour) of every curve that has one."""
+    finite = {task: losses[np.isfinite(losses)] for task, (_, losses) in curves.items()}
+    return [(task, float(v[-1]), colours[task]) for task, v in finite.items() if len(v)]
 
 
 def _training_curve(run: RunRecord, task: str) -> Curve:
-    """The task's training loss, averaged over equal stretches of steps; NaN where it is absent."""
+    """The task's training loss, averaged over equal stretches of steps; none where it is absent."""
     rows = [row for row in run.training if task in row.loss_by_task]
-    if not rows:
-        return np.empty(0), np.empty(0)
-    steps = np.array([row.step for row in rows])
-    losses = np.array([row.loss_by_task[task] for row in rows])
-    edges = np.linspace(0, run.last_step, min(TRAINING_POINTS, run.last_step) + 1)
-    bins = np.clip(np.searchsorted(edges, steps) - 1, 0, len(edges) - 2)
-    counts = np.bincount(bins, minlength=len(edges) - 1)
-    sums = np.bincount(bins, weights=losses, minlength=len(edges) - 1)
-    filled = np.flatnonzero(counts)
-    return (edges[filled] + edges[filled + 1]) / 2, sums[filled] / counts[filled]
+    steps = np.array([row.step for row in rows], dtype=np.int64)
+    losses = np.array([row.loss_by_task[task] for row in rows], dtype=np.float64)
+    width = max(1.0, run.last_step / TRAINING_POINTS)
+    _, stretch, counts = np.unique((steps - 1) // width, return_inverse=True, return_counts=True)
+    return (
+        np.bincount(stretch, weights=steps) / counts,
+        np.bincount(stretch, weights=losses) / counts,
+    )
 
 
-def _loss_limits(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Limits that show where the curves differ: what was measured before any step is left out."""
-    trained = [losses[steps > 0] if (steps > 0).any() else losses for steps, losses in curves]
-    values = np.concatenate(trained) if trained else np.empty(0)
+def _loss_limits(curves: Iterable[Curve], last_step: int) -> tuple[float, float]:
+    """Limits that show where the curves differ: their steep beginning may run out of the top."""
+    settled = [losses[steps >= BEGINNING * last_step] for steps, losses in curves]
+    values = np.concatenate(settled)
     values = values[np.isfinite(values)]
     if not len(values):
         return 0.0, 1.0
     low, high = float(values.min()), float(values.max())
-    room = max(high - low, 0.1)
-    return low - 0.08 * room, high + 0.1 * room
+    room = 0.08 * max(high - low, 0.1)
+    return low - room, high + room
 
 
-def _step_axes(
-    figure: Figure, run: RunRecord, size: Size, labelled: Sequence[str], what: str
-) -> Axes:
-    beside = labels_fit(len(labelled), size)
-    right = max(0.25, label_margin(labelled) if labelled and beside else 0.0)
-    axes = inch_axes(figure, left=0.52, right=right, top=0.62 if labelled else 0.42)
-    axes.set_xlim(0, max(run.last_step, 1))
+def _step_axes(axes: Axes, last_step: int, size: Size, ticks: int = 9) -> None:
+    axes.set_xlim(0, 1.01 * max(last_step, 1))  # with room for half a marker
     axes.set_xlabel("step")
-    axes.set_title(what, loc="left", pad=20 if labelled else 14, color=MUTED)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
-    axes.xaxis.set_major_locator(MaxNLocator(5 if size.narrow else 9, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(5 if size.narrow else ticks, integer=True))
     axes.grid(False, axis="x")
-    return axes
 
 
-def _draw_tasks(axes: Axes, run: RunRecord, curves: dict[str, Curve], colours: Colours) -> None:
-    low = run.low_resource_tasks
-    for task, (steps, losses) in curves.items():
-        axes.plot(
-            steps,
-            losses,
-            color=colours[task],
-            linewidth=2.0 if task in low else 1.3,
-            marker="o" if task in low else None,
-            markersize=3.6,
-            zorder=3 if task in low else 2,
-        )
+def _line_look(low_resource: bool) -> dict[str, Any]:
+    if low_resource:
+        return {"linewidth": 2.0, "marker": "o", "markersize": 4.0}
+    return {"linewidth": 1.3}
 
 
-def _label_tasks(
-    axes: Axes, run: RunRecord, curves: dict[str, Curve], colours: Colours, size: Size
-) -> None:
-    ends = [
-        (task, float(losses[-1]), colours[task])
-        for task, (_, losses) in curves.items()
-        if len(losses) and math.isfinite(losses[-1])
-    ]
-    beside = labels_fit(len(ends), size)
-    if beside:
-        label_line_ends(axes, ends)
-    handles = [] if beside else [
-        Line2D([], [], color=colour, lw=2, label=shown(task)) for task, _, colour in ends
-    ]  # fmt: skip
-    if run.low_resource_tasks:
-        handles.append(Line2D([], [], color=MUTED, lw=2, marker="o", ms=3.6, label="low-resource"))
-        handles.append(Line2D([], [], color=MUTED, lw=1.3, label="high-resource"))
-    if axes.get_xlabel() == "step":
-        handles.append(Line2D([], [], color=MUTED, lw=0.9, alpha=0.45, label="training loss"))
-    _legend_above(axes, handles, columns=3 if size.narrow else 6)
+def _line_key(label: str, color: str = MUTED, **look: Any) -> Line2D:
+    return Line2D([], [], label=label, color=color, **look)
 
 
-def _legend_above(axes: Axes, handles: Sequence[Line2D | Patch], columns: int) -> None:
-    axes.legend(
-        handles=list(handles),
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
+def _legend_on_top(figure: Figure, keys: Sequence[Line2D | Patch], columns: int) -> None:
+    figure.legend(
+        handles=list(keys),
+        loc="upper right",
         ncols=columns,
-        fontsize=8,
-        handlelength=1.4,
-        columnspacing=1.0,
+        handlelength=1.6,
+        columnspacing=1.2,
         handletextpad=0.5,
-        borderaxespad=0.0,
+        borderaxespad=0.2,
     )
 
 
+def _switch_label_inches(run: RunRecord) -> float:
+    return 0.15 + len(run.switches) * LABEL_GAP_POINTS / 72
+
+
 def _mark_switches(axes: Axes, run: RunRecord) -> None:
-    for step, phase in run.switch_steps:
-        axes.axvline(step, color=INK, linewidth=0.9, linestyle=DASHED, zorder=1)
+    """A dashed line at every switch, with the name of the phase that begins above it."""
+    for above, (step, phase) in enumerate(reversed(run.switches)):
         late = step > 0.75 * axes.get_xlim()[1]
+        axes.axvline(step, color=INK, linewidth=1.0, linestyle=DASHED, zorder=1)
         axes.annotate(
-            shown(phase),
+            f"{shown(phase)} →" if late else f"→ {shown(phase)}",
             (step, 1.0),
             xycoords=("data", "axes fraction"),
-            xytext=(-4 if late else 4, -2),
+            # Every label has a line of its own, because switches may be near each other.
+            xytext=(0, 3 + above * LABEL_GAP_POINTS),
             textcoords="offset points",
             ha="right" if late else "left",
-            va="top",
-            fontsize=8,
-            color=INK,
         )
 
 
 def _phase_bars(
+    axes: Axes,
     run: RunRecord,
     colours: Colours,
-    size: Size,
-    label: str,
+    title: str,
     measure: Callable[[TaskShare], float],
-    write: Callable[[float], str],
-) -> Figure:
-    """Bars of one measure per task, a segment per phase, the total written at the end."""
-    tasks = ordered_tasks(run)
-    phases = run.plan.phases
-    strengths = [1.0] if len(phases) == 1 else np.linspace(0.42, 1.0, len(phases)).tolist()
-    with plot_style():
-        figure = new_figure(size.width, 0.95 + 0.28 * len(tasks))
-        axes = inch_axes(figure, left=label_margin(tasks), right=0.6, top=0.42)
-        ends = np.zeros(len(tasks))
-        for phase, strength in zip(phases, strengths, strict=True):
-            shares = [phase.tasks.get(task) for task in tasks]
-            values = np.array([0.0 if share is None else measure(share) for share in shares])
-            fill = [colours[task] for task in tasks]
-            axes.barh(range(len(tasks)), values, 0.62, ends, color=fill, alpha=strength)
-            ends += values
-        for row, end in enumerate(ends):
-            axes.annotate(write(end), (end, row), (4, 0), textcoords="offset points", va="center")
-        axes.set_yticks(range(len(tasks)), [shown(task) for task in tasks])
-        axes.set_ylim(len(tasks) - 0.5, -0.5)
-        axes.set_xlim(0, max(float(ends.max(initial=0)), 1e-9) * 1.02)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
-        axes.xaxis.set_major_locator(MaxNLocator(4 if size.narrow else 7))
-        axes.grid(False, axis="y")
-        axes.set_xlabel(label)
-        keys = [
-            Patch(color=MUTED, alpha=strength, label=shown(phase.name))
-            for phase, strength in zip(phases, strengths, strict=True)
-        ]
-        _legend_above(axes, keys, columns=4)
-    return figure
-
-
-def _count(value: float) -> str:
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:.3g}{name}"
-    return f"{value:.3g}"
-
-
-def _short(value: float) -> str:
-    return "0" if value == 0 else f"{value:.2g}".replace("e-0", "e-")
+) -> list[Patch]:
+    """Draw a bar per task, the total written at its end; return the legend's keys of the phases."""
+    phases, tasks = run.plan.phases, run.tasks
+    strengths = np.linspace(1.0, 0.4, len(phases))[::-1]  # the last phase is the strongest
+    ends = np.zeros(len(tasks))
+    for phase, strength in zip(phases, strengths, strict=True):
+        values = [measure(phase.tasks[t]) if t in phase.tasks else 0.0 for t in tasks]
+        fill = [colours[task] for task in tasks]
+        axes.barh(range(len(tasks)), values, 0.62, left=ends, color=fill, alpha=float(strength))
+        ends += values
+    for row, end in enumerate(ends):
+        axes.annotate(
+            short_number(end),
+            (end, row),
+            (4, 0),
+            textcoords="offset points",
+            va="center_baseline",
+            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.5},  # over the limit's line
+        )
+    axes.set_yticks(range(len(tasks)), [shown(task) for task in tasks])
+    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    axes.set_xlim(0, max(float(ends.max()), 1e-9))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.grid(False, axis="y")
+    axes.set_xlabel(title)
+    return [
+        Patch(color=MUTED, alpha=float(strength), label=shown(phase.name))
+        for phase, strength in zip(phases, strengths, strict=True)
+    ]

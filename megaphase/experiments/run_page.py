@@ -1,266 +1,190 @@
-"""What a report page says of one run: verdict, tables, settings, plots."""
+"""What a report page says of runs: state, verdicts, plots and tables of one, comparison of many."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Sequence
 from html import escape
-from typing import Any
+from pathlib import Path
+
+import yaml
 
 from megaphase.experiments import page
 from megaphase.experiments.losses import (
-    SAME_LOSS_NATS,
-    PhaseLoss,
     Verdict,
-    describe_change,
     final_losses,
-    high_resource_sentence,
-    ordered_tasks,
-    phase_speeds,
+    newest_losses,
     task_verdicts,
 )
-from megaphase.experiments.page import Plot
+from megaphase.experiments.page import Plot, add_plot
 from megaphase.experiments.plots import (
-    REPETITION_LIMIT_EPOCHS,
     Colours,
-    change_since_switch_plot,
-    epochs_plot,
+    comparison_plot,
+    data_plot,
     learning_rate_plot,
-    tokens_plot,
-    validation_loss_plot,
+    loss_plot,
+    validated_tasks,
 )
 from megaphase.experiments.runs import RunRecord
+from megaphase.plan.plan import REPEATED_TOO_OFTEN
 
 NOTHING = "–"
 
 
-def run_state(run: RunRecord) -> str:
-    """One line: how far the run has come and when it switched."""
-    planned = run.plan.phases[-1].first_step + run.plan.phases[-1].steps
-    names = " → ".join(phase.name for phase in run.plan.phases)
-    switches = ", ".join(f"{step:,}" for step, _ in run.switch_steps)
-    switched = f", switched at step {switches}" if switches else ""
-    if run.phase_is_over(run.plan.phases[-1].name):
-        return f"{names}: finished after {run.last_step:,} steps{switched}."
-    return f"{names}: still going, {run.last_step:,} of {planned:,} steps{switched}."
-
-
-def verdict_list(run: RunRecord) -> str:
-    """The verdicts as a list, each marked as better or worse."""
-    found = task_verdicts(run)
-    items = [_verdict_item(v) for v in found if v.low_resource]
-    high = [v for v in found if not v.low_resource]
-    if high:
-        sentence = high_resource_sentence(run, [])
-        lines = "".join(_verdict_item(v) for v in high)
-        items.append(f"<li>{escape(sentence)}<ul>{lines}</ul></li>")
-    return f'<ul class="verdicts">{"".join(items)}</ul>'
-
-
-def _verdict_item(verdict: Verdict) -> str:
-    name, rest = verdict.text[: len(verdict.task)], verdict.text[len(verdict.task) :]
-    change = escape(describe_change(verdict.change))
-    rest = escape(rest).replace(change, f'<b class="change">{change}</b>', 1)
-    return f'<li class="{_direction(verdict)}"><b>{escape(name)}</b>{rest}</li>'
-
-
-def _direction(verdict: Verdict) -> str:
-    if not math.isfinite(verdict.change) or abs(verdict.change) < SAME_LOSS_NATS:
-        return "same"
-    return "better" if verdict.change < 0 else "worse"
-
-
-def run_sections(run: RunRecord, colours: Colours, figures: Mapping[str, str], level: int) -> str:
-    """All sections of one run; `figures` maps the names of `run_plots` to their markup."""
+def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -> str:
+    """All of one run; its plots are written into `out/plot_folder`."""
+    losses = Plot(
+        "loss",
+        "Loss per task",
+        "On held-out text; faint: the training loss. Dashed: the switch to the next phase. "
+        "The steep beginning may run out of the top.",
+        lambda size: loss_plot(run, colours, size),
+    )
+    rates = Plot(
+        "learning_rate",
+        "Learning rate",
+        "Every phase has its own schedule.",
+        lambda size: learning_rate_plot(run, size),
+    )
+    data = Plot(
+        "data",
+        "Training tokens and epochs per task",
+        "As planned. An epoch is one pass over the task's training text; "
+        f"dashed: {REPEATED_TOO_OFTEN:g} epochs, beyond which repetition pays little.",
+        lambda size: data_plot(run, colours, size),
+    )
     return "\n".join(
-        page.section(title, body, level)
-        for title, body in (
-            ("Validation loss over steps", figures["validation_loss"] + figures.get("change", "")),
-            ("Validation loss at the ends of each phase", _loss_table(run, colours)),
-            (
-                "Data: sampling rate, tokens and epochs",
-                _data_table(run, colours) + figures["tokens"] + figures["epochs"],
-            ),
-            ("Learning rate", figures["learning_rate"]),
-            ("Throughput", _speed_table(run)),
-            ("Settings", page.definitions(list(settings_summary(run)))),
+        (
+            f"<article>\n<h2>{escape(run.name)}</h2>",
+            f'<p class="lead">{escape(_state(run))}</p>',
+            _verdict_list(run),
+            add_plot(losses, out, plot_folder),
+            "<h3>Validation loss per phase</h3>",
+            _loss_table(run, colours),
+            "<h3>Data</h3>",
+            add_plot(data, out, plot_folder),
+            _data_table(run, colours),
+            "<h3>Learning rate</h3>",
+            add_plot(rates, out, plot_folder),
+            _run_file(run),
+            "</article>",
         )
     )
 
 
-def run_plots(run: RunRecord, colours: Colours) -> dict[str, Plot]:
-    """The plots of one run, by the name under which `run_sections` looks for them."""
-    plots = [
-        Plot(
-            "validation_loss",
-            "Loss on held-out text",
-            "Dashed: the switch to the next phase. The value before the first step is left out.",
-            lambda size: validation_loss_plot(run, colours, size),
-        ),
-        Plot(
-            "learning_rate",
-            "Learning rate",
-            "Each phase has its own schedule.",
-            lambda size: learning_rate_plot(run, size),
-        ),
-        Plot(
-            "tokens",
-            "Training tokens per task",
-            "As planned, phase by phase.",
-            lambda size: tokens_plot(run, colours, size),
-        ),
-        Plot(
-            "epochs",
-            "Epochs per task",
-            "How often each task's text is seen, as planned. "
-            f"Beyond {REPETITION_LIMIT_EPOCHS:g} epochs repetition pays little.",
-            lambda size: epochs_plot(run, colours, size),
-        ),
-    ]
-    if run.switch_steps:
-        plots.append(
-            Plot(
-                "change",
-                "Change since the switch",
-                "Held-out loss minus its value at the switch: below 0 is better.",
-                lambda size: change_since_switch_plot(run, colours, size),
-            )
-        )
-    return {plot.name: plot for plot in plots}
+def comparison_article(runs: Sequence[RunRecord], colours: Colours, out: Path) -> str:
+    """Several runs side by side: newest losses and curves."""
+    plot = Plot(
+        "comparison",
+        "Loss on held-out text, task by task",
+        "Every panel has its own scale; the steep beginning may run out of the top.",
+        lambda size: comparison_plot(runs, size),
+    )
+    table, figure = _comparison_table(runs, colours), add_plot(plot, out, "plots")
+    return f"<article>\n<h2>{len(runs)} runs compared</h2>\n{table}\n{figure}\n</article>"
 
 
-def task_cell(task: str, colours: Colours, low_resource: bool) -> str:
+def _state(run: RunRecord) -> str:
+    """How far the run has come, when it switched and how fast it is."""
+    last = run.plan.phases[-1]
+    if run.phase_is_over(last):
+        text = f"Finished after {run.last_step:,} steps"
+    else:
+        text = f"Not finished: {run.last_step:,} of {run.planned_steps:,} steps"
+    text += "".join(f", {name} from step {step:,}" for step, name in run.switches)
+    if run.training:
+        speed = statistics.median(row.tokens_per_second for row in run.training)
+        text += f"; {run.training[-1].tokens:,} tokens, {speed:,.0f} a second (median)"
+    return f"{text}."
+
+
+def _verdict_list(run: RunRecord) -> str:
+    items = "\n".join(
+        f'<li class="{verdict.outcome}"><b>{escape(verdict.task)}</b>{_low_mark(verdict)} '
+        f"{escape(verdict.sentence)}</li>"
+        for verdict in task_verdicts(run)
+    )
+    return f'<ul class="verdicts">\n{items}\n</ul>'
+
+
+def _low_mark(verdict: Verdict) -> str:
+    return '<span class="low">low-resource</span>' if verdict.low_resource else ""
+
+
+def _task_cell(task: str, colours: Colours) -> str:
     """The task's name with its colour in the plots."""
-    variable = page.colour_variable(colours[task])
-    mark = '<span class="low">low</span>' if low_resource else ""
-    return f'<span class="swatch" style="background: {variable}"></span>{escape(task)}{mark}'
+    colour = page.css_colour(colours[task])
+    return f'<span class="swatch" style="background: {colour}"></span>{escape(task)}'
 
 
 def _loss_table(run: RunRecord, colours: Colours) -> str:
     losses = {(loss.phase, loss.task): loss for loss in final_losses(run)}
-    phases = [p for p in run.plan.phases if any(name == p.name for name, _ in losses)]
-    groups: list[tuple[str, Sequence[str]]] = []
-    for phase in phases:
-        complete = run.phase_is_over(phase.name)
-        groups.append((phase.name, ("start", "end" if complete else "so far", "best at step")))
-    groups.append(("bits per byte", ("first", *(f"after {phase.name}" for phase in phases))))
+    phases = run.phases_begun
+    groups = [
+        (p.name, ("start", "end" if run.phase_is_over(p) else "so far", "best", "bits/byte"))
+        for p in phases
+    ]
     rows = []
-    for task in ordered_tasks(run):
-        found = [losses.get((phase.name, task)) for phase in phases]
-        if not any(found):
-            continue
-        cells = [task_cell(task, colours, task in run.low_resource_tasks)]
-        for loss in found:
-            cells += _phase_cells(loss)
-        cells.append(f"{found[0].start_bits_per_byte:.3f}" if found[0] else NOTHING)
-        cells += [f"{loss.end_bits_per_byte:.3f}" if loss else NOTHING for loss in found]
+    for task in validated_tasks([run]):
+        cells = [_task_cell(task, colours)]
+        for phase in phases:
+            loss = losses.get((phase.name, task))
+            cells += [NOTHING] * 4 if loss is None else [
+                f"{loss.start:.3f}",
+                f"<b>{loss.end:.3f}</b>",
+                f"{loss.best:.3f} <small>at {loss.best_step:,}</small>",
+                f"{loss.end_bits_per_byte:.3f}",
+            ]  # fmt: skip
         rows.append(cells)
-    return page.table(page.grouped_head("task", groups), rows, "Losses in nats per token.")
-
-
-def _phase_cells(loss: PhaseLoss | None) -> list[str]:
-    if loss is None:
-        return [NOTHING] * 3
-    best = f"{loss.best:.3f} <small>{loss.best_step:,}</small>"
-    return [f"{loss.start:.3f}", f"{loss.end:.3f}", best]
+    note = "Nats per token; best: the lowest, and its step; bits per byte of text: at the end."
+    return page.table(page.grouped_head("task", groups), rows, note)
 
 
 def _data_table(run: RunRecord, colours: Colours) -> str:
     phases = run.plan.phases
-    groups: list[tuple[str, Sequence[str]]] = [("corpus", ("tokens", "held out"))]
+    groups: list[tuple[str, Sequence[str]]] = [("corpus", ("tokens", "documents", "held out"))]
     groups += [(phase.name, ("rate", "tokens", "epochs")) for phase in phases]
-    groups.append(("epochs in all", ()))
+    groups.append(("whole run", ("tokens", "epochs")))
     rows = []
-    for task in ordered_tasks(run):
+    for task in run.tasks:
         corpus = run.plan.tasks[task]
-        cells = [
-            task_cell(task, colours, task in run.low_resource_tasks),
-            f"{corpus.tokens:,}",
-            f"{corpus.held_out_documents:,} of {corpus.documents:,}",
-        ]
-        epochs = 0.0
-        for phase in phases:
-            share = phase.tasks.get(task)
-            if share is None or share.rate == 0:
-                cells += [NOTHING] * 3
-                continue
-            epochs = max(epochs, share.epochs_so_far)
-            cells += [f"{share.rate:.2%}", f"{share.tokens:,}", f"{share.epochs:.2f}"]
-        cells.append(_epochs_cell(epochs))
+        cells = [_task_cell(task, colours)]
+        cells += [f"{n:,}" for n in (corpus.tokens, corpus.documents, corpus.held_out_documents)]
+        shares = [phase.tasks.get(task) for phase in phases]
+        for share in shares:
+            cells += [NOTHING] * 3 if share is None or not share.samples else [
+                f"{share.rate:.2%}", f"{share.tokens:,}", f"{share.epochs:.2f}",
+            ]  # fmt: skip
+        epochs = run.planned_epochs(task)
+        cells.append(f"{sum(share.tokens for share in shares if share):,}")
+        often = epochs > REPEATED_TOO_OFTEN
+        cells.append(f'<b class="warning">{epochs:.2f} ⚠</b>' if often else f"{epochs:.2f}")
         rows.append(cells)
     note = (
         "As planned. Held out: documents kept for validation. "
-        f"⚠ more than {REPETITION_LIMIT_EPOCHS:g} epochs."
+        f"⚠ repeated more than {REPEATED_TOO_OFTEN:g} times."
     )
     return page.table(page.grouped_head("task", groups), rows, note)
 
 
-def _epochs_cell(epochs: float) -> str:
-    if epochs > REPETITION_LIMIT_EPOCHS:
-        return f'<span class="warning">⚠ {epochs:.2f}</span>'
-    return f"{epochs:.2f}" if epochs else NOTHING
+def _comparison_table(runs: Sequence[RunRecord], colours: Colours) -> str:
+    newest = {run.name: newest_losses(run) for run in runs}
+    tasks = validated_tasks(runs)
+    rows = []
+    for run in runs:
+        cells = [escape(run.name)]
+        for task in tasks:
+            ends = {name: losses[task].end for name, losses in newest.items() if task in losses}
+            text = f"{ends[run.name]:.3f}" if run.name in ends else NOTHING
+            lowest = ends.get(run.name) == min(ends.values())
+            cells.append(f"<b>{text}</b>" if lowest else text)
+        cells.append(f"{run.last_step:,}")
+        rows.append(cells)
+    header = page.head(["run", *(_task_cell(task, colours) for task in tasks), "steps"])
+    note = "Newest validation loss, nats per token; the lowest of each task is bold."
+    return page.table(header, rows, note)
 
 
-def _speed_table(run: RunRecord) -> str:
-    head = "".join(
-        f'<th scope="col">{name}</th>'
-        for name in ("phase", "steps", "tokens", "time", "s/step", "tokens/s", "MFU")
-    )
-    rows = [
-        [
-            escape(speed.phase),
-            f"{speed.steps:,}",
-            f"{speed.tokens:,}",
-            _duration(speed.seconds),
-            f"{speed.step_seconds:.3g}",
-            f"{speed.tokens_per_second:,.0f}",
-            NOTHING if speed.mfu is None else f"{speed.mfu:.1%}",
-        ]
-        for speed in phase_speeds(run)
-    ]
-    return page.table(f"<tr>{head}</tr>", rows, "Steps only, medians; MFU: share of peak FLOP/s.")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, seconds = divmod(rest, 60)
-    return f"{hours:,} h {minutes:02} min" if hours else f"{minutes} min {seconds:02.0f} s"
-
-
-def settings_summary(run: RunRecord) -> Iterable[tuple[str, str]]:
-    """(term, value) of the settings that a reader asks for first, as far as run.json has them."""
-    plan, settings = run.plan, run.settings
-    for term in ("model", "parallel", "optimizer"):
-        if settings.get(term):
-            yield term, _in_words(settings[term])
-    yield "sequence length", f"{plan.seq_len:,} tokens"
-    yield (
-        "batch",
-        f"{plan.samples_per_step:,} samples a step, "
-        f"{plan.samples_per_step * plan.seq_len:,} tokens",
-    )
-    for term in ("precision", "seed"):
-        if term in settings:
-            yield term, str(settings[term])
-    rates = {p.get("name"): p.get("learning_rate") for p in settings.get("phases") or ()}
-    for phase in plan.phases:
-        text = f"{phase.steps:,} steps, {phase.tokens:,} tokens, "
-        text += f"optimizer state: {phase.optimizer_state}"
-        if rates.get(phase.name):
-            text += f", learning rate: {_in_words(rates[phase.name])}"
-        yield f"phase {phase.name}", text
-
-
-def _in_words(value: Any) -> str:
-    """A setting as plain text, without what is unset."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_in_words(v)}" for k, v in value.items() if v is not None)
-    if isinstance(value, list):
-        return " and ".join(map(str, value))
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, int):
-        return f"{value:,}" if value >= 10_000 else str(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _run_file(run: RunRecord) -> str:
+    text = yaml.safe_dump(dict(run.settings), sort_keys=False, allow_unicode=True)
+    return f"<details>\n<summary>Run file</summary>\n<pre>{escape(text)}</pre>\n</details>"
