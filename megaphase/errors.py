@@ -19,3 +19,14 @@ class InputError(Exception):
         self.remedy = remedy
         text = f"{self.where}: {problem}" if self.where else problem
         super().__init__(f"{text}; {remedy}" if remedy else text)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Otherwise an error that comes from another process could not be unpickled.
+        return InputError, (self.where, self.problem, self.remedy)
+
+
+class RunError(Exception):
+    """What was asked for is right, but could not be done: a process was killed, a disk is full.
+
+    The message is one line; the command line prints it and ends with exit code 1.
+    """

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megaphase.errors import InputError
+
 HASH_CHUNK_BYTES = 1 << 22
 
 
@@ -73,13 +75,21 @@ def publish_directory(aside: Path, final: Path) -> None:
     fsync_path(final.parent)
 
 
+def make_directory(path: Path) -> None:
+    """Create a directory and those above it; InputError where that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"cannot be created ({error.strerror})"
+        raise InputError(path, problem, "choose another place for the output") from None
+
+
 @contextmanager
 def directory_written_aside(final: Path) -> Iterator[Path]:
     """Yield a scratch directory beside `final`; publish it when the block ends without error."""
-    final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{final.name}.{os.getpid()}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    make_directory(aside)
     try:
         yield aside
         publish_directory(aside, final)

@@ -26,7 +26,7 @@ HEADER = struct.Struct("<9sQBQQ")
 LENGTH_DTYPE = np.dtype("<i4")
 OFFSET_DTYPE = np.dtype("<i8")
 HASH_DTYPE = np.dtype("<u8")
-DTYPE_OF_CODE = {
+DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {
     1: np.dtype("u1"),
     2: np.dtype("i1"),
     3: np.dtype("<i2"),

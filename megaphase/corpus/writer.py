@@ -21,7 +21,7 @@ from megaphase.corpus.format import (
 from megaphase.corpus.hashed_file import HashedFile
 from megaphase.corpus.manifest import DATA_SUFFIXES, MANIFEST_SUFFIX, Manifest, corpus_file
 from megaphase.errors import InputError
-from megaphase.files import fsync_path
+from megaphase.files import fsync_path, make_directory
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class CorpusWriter:
             refuse_existing(self.prefix)
 
     def __enter__(self) -> CorpusWriter:
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self.prefix.parent)
         # Nameless, so that not even a killed process leaves it behind.
-        self._lengths = tempfile.TemporaryFile(dir=self.prefix.parent)  # noqa: SIM115
+        self._lengths = tempfile.TemporaryFile(dir=self.prefix.parent)
         self._files: dict[str, HashedFile] = {}
         try:
             for suffix in DATA_SUFFIXES:

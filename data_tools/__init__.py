@@ -1,0 +1,1 @@
+"""Offline programs: from raw text to a tokenizer and to tokenized corpora."""

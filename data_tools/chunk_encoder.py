@@ -1,0 +1,46 @@
+"""What one worker of `megaphase data tokenize` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from megaphase.corpus import DocumentBatch
+from megaphase.corpus.format import HASH_DTYPE, document_hash, token_dtype
+from megaphase.data_tools.text_files import TextChunk, documents_of
+from megaphase.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ChunkEncoder:
+    """Tokenizes the documents of a chunk of a text file; pickles as the tokenizer's path."""
+
+    tokenizer: Tokenizer
+    json_key: str
+
+    def __call__(self, chunk: TextChunk) -> tuple[int, DocumentBatch]:
+        """How many bytes of the file the chunk took, and its documents."""
+        return chunk.file_bytes, self.encode(list(documents_of(chunk, self.json_key)))
+
+    def encode(self, texts: Sequence[str]) -> DocumentBatch:
+        """Tokenize documents; those without a token are left out."""
+        encoded = [
+            (tokens, text.encode())
+            for text, tokens in zip(texts, self.tokenizer.encode_arrays(texts), strict=True)
+            if len(tokens)
+        ]
+        end = np.array([self.tokenizer.eod], dtype=np.int32)
+        pieces = chain.from_iterable((tokens, end) for tokens, _ in encoded)
+        dtype = token_dtype(self.tokenizer.vocab_size)
+        digests = b"".join(document_hash(utf8) for _, utf8 in encoded)
+        return DocumentBatch(
+            # One empty piece more, since nothing cannot be concatenated.
+            tokens=np.concatenate([end[:0], *pieces]).astype(dtype),
+            lengths=np.array([len(tokens) + 1 for tokens, _ in encoded], dtype=np.int64),
+            hashes=np.frombuffer(digests, dtype=HASH_DTYPE),
+            text_bytes=sum(len(utf8) for _, utf8 in encoded),
+            skipped_empty=len(texts) - len(encoded),
+        )

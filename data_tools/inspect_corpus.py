@@ -1,0 +1,108 @@
+"""What is in a corpus, for people to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from megaphase.corpus import Corpus
+from megaphase.errors import InputError
+from megaphase.tokenizer import Tokenizer
+
+# The lengths of so many documents, evenly spread, give the distribution.
+_LENGTHS_READ = 1 << 20
+_PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+_BAR_WIDTH = 40
+
+
+def describe(prefix: Path) -> RenderableType:
+    """The corpus's figures and the distribution of its documents' lengths.
+
+    Raises InputError where the corpus cannot be opened.
+    """
+    corpus = Corpus.open(prefix)
+    lengths = corpus.lengths[:: -(-len(corpus.lengths) // _LENGTHS_READ)]
+    return Group(
+        _figures(corpus),
+        Text("\ntokens in a document"),
+        _percentiles(lengths),
+        Text(""),
+        _histogram(lengths),
+    )
+
+
+def document_text(prefix: Path, tokenizer_dir: Path, index: int) -> str:
+    """The text of one document, counted from 0.
+
+    Raises InputError where there is no such document, or the corpus was made with another
+    tokenizer.
+    """
+    corpus = Corpus.open(prefix)
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    if tokenizer.fingerprint != corpus.manifest.tokenizer_hash:
+        raise InputError(
+            prefix,
+            f"was made with another tokenizer ({corpus.manifest.tokenizer_hash}) than "
+            f"{tokenizer_dir} ({tokenizer.fingerprint})",
+            "give the tokenizer it was made with",
+        )
+    documents = len(corpus.lengths)
+    if not 0 <= index < documents:
+        raise InputError(
+            "--document", f"{prefix} has no document {index}", f"choose 0 to {documents - 1}"
+        )
+    return tokenizer.decode(corpus.document(index))
+
+
+def _figures(corpus: Corpus) -> Table:
+    manifest = corpus.manifest
+    # EODs hold no text.
+    text_tokens = manifest.tokens - manifest.documents
+    disk_bytes = sum(file.bytes for file in manifest.files.values())
+    skipped = f" ({manifest.skipped_empty:,} empty ones left out)" if manifest.skipped_empty else ""
+    table = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("corpus", str(corpus.prefix)),
+        ("documents", f"{manifest.documents:,}{skipped}"),
+        ("tokens", f"{manifest.tokens:,} as {manifest.dtype}"),
+        ("text", f"{manifest.text_bytes:,} bytes of UTF-8"),
+        ("bytes per token", f"{manifest.text_bytes / max(text_tokens, 1):.3f} (without EOD)"),
+        ("on disk", f"{disk_bytes:,} bytes"),
+        ("vocabulary", f"{manifest.vocab_size:,}, EOD is {manifest.eod}"),
+        ("tokenizer hash", manifest.tokenizer_hash),
+        ("fingerprint", corpus.fingerprint),
+        ("sources", ", ".join(manifest.sources)),
+    ):
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
+
+
+def _percentiles(lengths: np.ndarray) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    names = {0: "least", 50: "median", 100: "most"}
+    for percentile in _PERCENTILES:
+        table.add_column(names.get(percentile, f"{percentile}%"), justify="right")
+    table.add_column("mean", justify="right")
+    values = np.percentile(lengths, _PERCENTILES, method="nearest")
+    table.add_row(*(f"{int(value):,}" for value in values), f"{lengths.mean():,.1f}")
+    return table
+
+
+def _histogram(lengths: np.ndarray) -> Table:
+    """Share of the documents in each power of two of lengths."""
+    exponents = np.frexp(lengths.astype(np.float64))[1] - 1
+    counts = np.bincount(exponents)
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_column(justify="right")
+    for exponent in range(int(exponents.min()), len(counts)):
+        low, high = 1 << exponent, (2 << exponent) - 1
+        bar = "█" * round(_BAR_WIDTH * counts[exponent] / counts.max())
+        share = f"{100 * counts[exponent] / len(lengths):.1f}%"
+        table.add_row(f"{low:,} to {high:,}" if high > low else "1", bar, share)
+    return table

@@ -1,0 +1,153 @@
+"""Worker processes whose results come back in the order of their inputs.
+
+The standard library's pools hold the whole input in flight, leave their workers behind when the
+main process is killed, or hang when a worker is; this one does none of it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import connection, resource_tracker
+from typing import Any, TypeVar
+
+from megaphase.errors import RunError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Results that wait for their turn, a worker: enough to ride out one slow item.
+_IN_FLIGHT_PER_WORKER = 4
+
+
+def ordered_map(
+    task: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Generator[Result, None, None]:
+    """Yield `task(item)` for every item, in the order of the items, computed in other processes.
+
+    Args:
+        task: pickled once for each process.
+        items: taken as workers become free; at most four a worker are in flight.
+        workers: most processes to start. One is only started when it has something to do.
+
+    Raises what a task raises, at its item's turn, and RunError where a process is killed. Whatever
+    ends the iteration also ends the processes; they end by themselves when this one is killed.
+    """
+    if workers < 1:
+        raise ValueError(f"workers: {workers}")
+    pool = _Pool(task)
+    numbered = enumerate(items)
+    results: dict[int, tuple[bool, Any]] = {}
+    sent = given = 0
+    try:
+        while True:
+            while sent - given < workers * _IN_FLIGHT_PER_WORKER and pool.has_room(workers):
+                entry = next(numbered, None)
+                if entry is None:
+                    break
+                pool.send(entry)
+                sent += 1
+            if given == sent:
+                return
+            for number, succeeded, value in pool.receive():
+                results[number] = (succeeded, value)
+            while given in results:
+                succeeded, value = results.pop(given)
+                if not succeeded:
+                    raise value
+                given += 1
+                yield value
+    finally:
+        pool.stop()
+
+
+class _Worker:
+    """One process and the pipe to it. A worker has at most one item: a second one could leave
+    both sides blocked in a full pipe."""
+
+    def __init__(self, task: Callable[[Any], Any]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, task), daemon=True)
+        with _interrupt_blocked():
+            self.process.start()
+        # So that the pipe ends when the process does.
+        theirs.close()
+
+    def died(self) -> RunError:
+        self.process.join()
+        code = self.process.exitcode or 0
+        if code >= 0:
+            return RunError(f"a worker process ended by itself (exit code {code})")
+        name = signal.Signals(-code).name
+        hint = "; memory may have run out: use fewer workers" if name == "SIGKILL" else ""
+        return RunError(f"a worker process was killed by {name}{hint}")
+
+
+class _Pool:
+    def __init__(self, task: Callable[[Any], Any]) -> None:
+        self._task = task
+        self._idle: list[_Worker] = []
+        self._busy: list[_Worker] = []
+
+    def has_room(self, workers: int) -> bool:
+        return bool(self._idle) or len(self._busy) < workers
+
+    def send(self, entry: tuple[int, Any]) -> None:
+        worker = self._idle.pop() if self._idle else _Worker(self._task)
+        self._busy.append(worker)
+        try:
+            worker.pipe.send(entry)
+        except OSError:
+            raise worker.died() from None
+
+    def receive(self) -> list[tuple[int, bool, Any]]:
+        """Wait until at least one worker has a result."""
+        replies = []
+        ready = connection.wait([worker.pipe for worker in self._busy])
+        for worker in [worker for worker in self._busy if worker.pipe in ready]:
+            try:
+                replies.append(worker.pipe.recv())
+            except (EOFError, OSError):
+                raise worker.died() from None
+            self._busy.remove(worker)
+            self._idle.append(worker)
+        return replies
+
+    def stop(self) -> None:
+        workers = [*self._idle, *self._busy]
+        for worker in workers:
+            worker.process.terminate()
+        for worker in workers:
+            worker.process.join()
+            worker.pipe.close()
+
+
+def _work(pipe: connection.Connection, task: Callable[[Any], Any]) -> None:
+    # Ctrl-C reaches every process of the terminal; the main one stops the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The pipe ends when the main process has gone.
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            number, item = pipe.recv()
+            try:
+                reply = (number, True, task(item))
+            except Exception as error:
+                error.add_note(f"in a worker process:\n{traceback.format_exc()}")
+                reply = (number, False, error)
+            pipe.send(reply)
+
+
+@contextmanager
+def _interrupt_blocked() -> Iterator[None]:
+    """Block SIGINT, so that a process started meanwhile cannot be hit before it ignores it."""
+    # The tracker unblocks the signal when it starts, so it must run before.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,283 @@
+"""Train a sentencepiece tokenizer that serves several languages."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import sentencepiece
+from rich.console import Console
+
+from megaphase.data_tools.ordered_pool import ordered_map
+from megaphase.data_tools.progress import reading_progress
+from megaphase.data_tools.text_files import check_text_file
+from megaphase.data_tools.text_sample import (
+    Survey,
+    sample_sentences,
+    survey_language,
+    uses_per_sentence,
+)
+from megaphase.errors import InputError, RunError
+from megaphase.files import directory_written_aside, hash_file, write_json_whole
+from megaphase.tokenizer import MODEL_NAME, RECORD_NAME, Fertility, Tokenizer, TokenizerRecord
+
+ModelType = Literal["unigram", "bpe"]
+
+EOD_PIECE = "<eod>"
+UNKNOWN_PIECE = "<unk>"
+
+# Each has its own token, which nothing merges with.
+_WHITESPACE_PIECES = ("\n", "\t")
+_TAG_NAME = re.compile(r"[^\s<>]+")
+_TAKEN_TAG_NAME = re.compile(r"eod|unk|reserved_\d+|0x[0-9A-F]{2}")
+
+# sentencepiece adds up each thread's sums, so another number would give another vocabulary.
+_TRAINING_THREADS = 16
+# Above, sentencepiece's suffix array needs 64-bit numbers.
+_LARGE_CHARACTERS = 1 << 30
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """All that the training process needs."""
+
+    inputs: Mapping[str, Sequence[Path]]
+    uses: Mapping[str, float]
+    json_key: str
+    seed: int
+    characters: int
+    vocab_size: int
+    model_type: ModelType
+    tag_pieces: Sequence[str]
+
+
+def train_tokenizer(
+    inputs: Mapping[str, Sequence[Path]],
+    out: Path,
+    *,
+    vocab_size: int,
+    model_type: ModelType = "unigram",
+    json_key: str = "text",
+    tags: Sequence[str] = (),
+    reserved_tags: int = 16,
+    max_sentences: int = 2_000_000,
+    temperature: float = 2.0,
+    seed: int = 0,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> TokenizerRecord:
+    """Train a tokenizer on the text of several languages and write its directory.
+
+    So that low-resource languages get their part of the vocabulary, a language with n characters
+    of text makes up a share p ∝ n^(1/temperature) of the training text: sentences of the larger
+    languages are left out by chance, those of the smaller ones are repeated. Text is not
+    normalized, and what is not in the vocabulary is spelled in bytes, so nothing is lost. The
+    result depends on the arguments and the text only.
+
+    Args:
+        inputs: text files of each language, see `megaphase.data_tools.text_files`.
+        out: the directory to write.
+        vocab_size: number of ids, of which EOD, unknown, newline, tab, tags and bytes take
+            260 + len(tags) + reserved_tags.
+        model_type: "unigram" or "bpe".
+        json_key: which string of a JSON object is the text.
+        tags: names of task tags; each gets a control token that no text encodes to.
+        reserved_tags: how many control tokens to keep for tags that are needed later.
+        max_sentences: most lines to train on, all languages together; bounds the memory.
+        temperature: 1 takes the text as it is, more makes the languages' shares more equal.
+        seed: chooses the sentences.
+        overwrite: whether an existing tokenizer may be replaced.
+        console: where to show progress; nothing is shown without one.
+
+    Raises InputError where an input or argument is wrong, or the text is too small or too varied
+    for the vocabulary; RunError where the training process is killed.
+    """
+    _check_arguments(inputs, out, tags, reserved_tags, max_sentences, temperature, overwrite)
+    surveys = _survey(inputs, json_key, console)
+    job = TrainingJob(
+        inputs=inputs,
+        uses=uses_per_sentence(surveys, temperature, max_sentences),
+        json_key=json_key,
+        seed=seed,
+        characters=sum(survey.characters for survey in surveys.values()),
+        vocab_size=vocab_size,
+        model_type=model_type,
+        tag_pieces=[_tag_piece(tag) for tag in (*tags, *_reserved(reserved_tags))],
+    )
+    with console.status("training the tokenizer") if console else nullcontext():
+        model = _train_in_process(job)
+    with directory_written_aside(out) as aside:
+        record = _write_tokenizer(aside, model, model_type, tags, reserved_tags, surveys)
+        if out.exists():
+            shutil.rmtree(out)
+    return record
+
+
+def _check_arguments(
+    inputs: Mapping[str, Sequence[Path]],
+    out: Path,
+    tags: Sequence[str],
+    reserved_tags: int,
+    max_sentences: int,
+    temperature: float,
+    overwrite: bool,
+) -> None:
+    if not inputs:
+        raise InputError("--input", "no text was given", "pass --input LANGUAGE=FILE")
+    for path in chain.from_iterable(inputs.values()):
+        check_text_file(path)
+    for option, value, least in (
+        ("--reserved-tags", reserved_tags, 0),
+        ("--max-sentences", max_sentences, 1),
+        ("--temperature", temperature, 1),
+    ):
+        if value < least:
+            raise InputError(option, f"{value} is too small", f"give {least} or more")
+    for i, tag in enumerate(tags):
+        if not _TAG_NAME.fullmatch(tag):
+            raise InputError("--tag", f"{tag!r} has spaces, < or >", "give a plain name like fr")
+        if _TAKEN_TAG_NAME.fullmatch(tag) or tag in tags[:i]:
+            raise InputError("--tag", f"the name {tag!r} is taken", "choose another")
+    _check_out(out, overwrite)
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """A tokenizer is replaced only where asked for, anything else never."""
+    if not out.is_dir():
+        if out.exists():
+            raise InputError(out, "exists and is not a directory", "choose another --out")
+        return
+    names = {path.name for path in out.iterdir()}
+    if names - {MODEL_NAME, RECORD_NAME}:
+        other = min(names - {MODEL_NAME, RECORD_NAME})
+        raise InputError(out, f"holds other files, as {other}", "choose another --out")
+    if names and not overwrite:
+        raise InputError(out, "exists already", "pass --overwrite or choose another --out")
+
+
+def _survey(
+    inputs: Mapping[str, Sequence[Path]], json_key: str, console: Console | None
+) -> dict[str, Survey]:
+    total_bytes = sum(path.stat().st_size for path in chain.from_iterable(inputs.values()))
+    with reading_progress(console, "reading", total_bytes) as advance:
+        return {
+            language: survey_language(language, files, json_key, advance)
+            for language, files in inputs.items()
+        }
+
+
+def _train_in_process(job: TrainingJob) -> bytes:
+    """Train in a process of its own: sentencepiece cannot be interrupted, and when memory runs
+    out the system kills it."""
+    try:
+        (model,) = ordered_map(train_model, [job], workers=1)
+    except RuntimeError as error:
+        raise _explained(error, job) from None
+    return model
+
+
+def train_model(job: TrainingJob) -> bytes:
+    """The bytes of a sentencepiece model."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=_sentences(job),
+        model_writer=model,
+        model_type=job.model_type,
+        vocab_size=job.vocab_size,
+        # Lossless: every character comes back as it was.
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        byte_fallback=True,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        eos_id=0,
+        eos_piece=EOD_PIECE,
+        unk_id=1,
+        unk_piece=UNKNOWN_PIECE,
+        bos_id=-1,
+        pad_id=-1,
+        control_symbols=list(job.tag_pieces),
+        user_defined_symbols=list(_WHITESPACE_PIECES),
+        num_threads=_TRAINING_THREADS,
+        train_extremely_large_corpus=job.characters > _LARGE_CHARACTERS,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def _sentences(job: TrainingJob) -> Iterator[str]:
+    return chain.from_iterable(
+        sample_sentences(language, files, job.json_key, job.uses[language], job.seed)
+        for language, files in job.inputs.items()
+    )
+
+
+def _explained(error: RuntimeError, job: TrainingJob) -> InputError | RunError:
+    """sentencepiece's error in the user's words."""
+    message = " ".join(str(error).split())
+    where, asked = "--vocab-size", f"{job.vocab_size:,}"
+    if found := re.search(r"too high .* value <= (\d+)", message):
+        most = int(found[1])
+        problem = f"{asked} is more than this text supports"
+        return InputError(where, problem, f"give more text or choose {most} or less")
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        least = int(found[1])
+        problem = f"{asked} has no room for the bytes, tags and characters of this text"
+        return InputError(where, problem, f"choose {least} or more")
+    return RunError(f"sentencepiece failed: {message}")
+
+
+def _write_tokenizer(
+    directory: Path,
+    model: bytes,
+    model_type: ModelType,
+    tags: Sequence[str],
+    reserved_tags: int,
+    surveys: Mapping[str, Survey],
+) -> TokenizerRecord:
+    path = directory / MODEL_NAME
+    path.write_bytes(model)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    record = TokenizerRecord(
+        algorithm=model_type,
+        vocab_size=processor.get_piece_size(),
+        eod=processor.piece_to_id(EOD_PIECE),
+        tags={tag: processor.piece_to_id(_tag_piece(tag)) for tag in tags},
+        reserved_tags=[processor.piece_to_id(_tag_piece(tag)) for tag in _reserved(reserved_tags)],
+        tokenizer_hash=hash_file(path),
+        languages={},
+    )
+    tokenizer = Tokenizer(processor, record, directory)
+    languages = {name: _fertility(tokenizer, survey) for name, survey in surveys.items()}
+    record = record.model_copy(update={"languages": languages})
+    write_json_whole(directory / RECORD_NAME, record.model_dump())
+    return record
+
+
+def _fertility(tokenizer: Tokenizer, survey: Survey) -> Fertility:
+    texts = survey.evaluation_texts
+    tokens = sum(len(ids) for ids in tokenizer.encode_arrays(texts))
+    sample_bytes = sum(len(text.encode()) for text in texts)
+    words = sum(len(text.split()) for text in texts)
+    return Fertility(
+        bytes_per_token=sample_bytes / tokens,
+        tokens_per_word=tokens / max(words, 1),
+        sample_bytes=sample_bytes,
+        held_out=bool(survey.held_out),
+    )
+
+
+def _tag_piece(tag: str) -> str:
+    return f"<{tag}>"
+
+
+def _reserved(count: int) -> list[str]:
+    return [f"reserved_{i}" for i in range(count)]
