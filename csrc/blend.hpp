@@ -16,21 +16,23 @@ namespace megaphase {
 
 class EarliestDeadlineFirst {
 public:
-    static constexpr uint64_t kTotalWeight = uint64_t{1} << 62;
+    static constexpr uint64_t kLargestTotal = uint64_t{1} << 62;
 
-    // Weights sum to kTotalWeight; a weight of 0 is a task that never has a turn.
+    // A task's rate is its weight's part of the sum; with a weight of 0 it never has a turn.
     explicit EarliestDeadlineFirst(const std::vector<uint64_t>& weights)
         : counts_(weights.size(), 0), turns_(weights.size()) {
-        uint64_t sum = 0;
+        uint64_t total = 0;
+        for (const uint64_t weight : weights) {
+            if (weight > kLargestTotal - total) throw std::invalid_argument("weights exceed 2^62");
+            total += weight;
+        }
+        if (total == 0) throw std::invalid_argument("no task has a weight");
         for (size_t task = 0; task < weights.size(); ++task) {
             const uint64_t weight = weights[task];
-            if (weight > kTotalWeight - sum) throw std::invalid_argument("weights exceed 2^62");
-            sum += weight;
             if (weight == 0) continue;
-            turns_[task] = {weight, kTotalWeight / weight, kTotalWeight % weight, 0, 0};
+            turns_[task] = {weight, total / weight, total % weight, 0, 0};
             ready_.push(deadline(task));
         }
-        if (sum != kTotalWeight) throw std::invalid_argument("weights do not sum to 2^62");
     }
 
     uint64_t position() const { return slot_; }

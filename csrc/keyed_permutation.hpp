@@ -18,6 +18,13 @@ inline uint64_t split_mix(uint64_t& state) {
     return z ^ (z >> 31);
 }
 
+// The key of one member of a family of permutations; different members have different keys.
+inline uint64_t member_key(uint64_t family, uint64_t member) {
+    uint64_t state = family;
+    state = split_mix(state) ^ member;
+    return split_mix(state);
+}
+
 class KeyedPermutation {
 public:
     KeyedPermutation(uint64_t size, uint64_t key) : size_(size) {

@@ -73,7 +73,7 @@ void phase_ordinals(const Array<Task>& tasks, const Array<int64_t>& counts, int6
 
 template <typename Length, typename Slot>
 void fill_epoch(const Array<Length>& lengths, const Array<uint64_t>& hashes, uint64_t threshold,
-                bool held_out, uint64_t key, int64_t seq_len, Array<Slot>& slots,
+                bool held_out, uint64_t key, int64_t epoch, int64_t seq_len, Array<Slot>& slots,
                 Array<uint32_t>& offsets) {
     const auto documents = view(lengths, hashes, threshold, held_out);
     require(seq_len > 0, "seq_len is positive");
@@ -82,7 +82,8 @@ void fill_epoch(const Array<Length>& lengths, const Array<uint64_t>& hashes, uin
     uint32_t* offset = offsets.mutable_data();
     const int64_t samples = slots.size();
     py::gil_scoped_release released;
-    index_epoch(documents, key, seq_len, samples, slot, offset);
+    const KeyedPermutation order(documents.count, member_key(key, epoch));
+    index_epoch(documents, order, seq_len, samples, slot, offset);
 }
 
 template <typename Length>
@@ -95,81 +96,89 @@ std::pair<int64_t, int64_t> count_documents(const Array<Length>& lengths,
     return {totals.documents, totals.tokens};
 }
 
-// Read out.size() tokens from (slot, offset) of an epoch into `out`; the rest, past the epoch's end,
-// keeps its content. Returns the number of tokens read.
+// Read each located sample into its row of inputs and targets, both [batch, seq_len].
 template <typename Length, typename Token>
-int64_t read_sample(const Array<Token>& tokens, const Array<int64_t>& byte_offsets,
-                    const Array<Length>& lengths, const Array<uint64_t>& hashes, uint64_t threshold,
-                    bool held_out, uint64_t key, int64_t slot, int64_t offset,
-                    Array<int64_t>& out) {
+void read_samples(const Array<Token>& tokens, const Array<int64_t>& byte_offsets,
+                  const Array<Length>& lengths, const Array<uint64_t>& hashes, uint64_t threshold,
+                  bool held_out, uint64_t key, const Array<int64_t>& epochs,
+                  const Array<int64_t>& slots, const Array<uint32_t>& offsets,
+                  const Array<int64_t>& rows, Array<int64_t>& inputs, Array<int64_t>& targets,
+                  int64_t filler, int64_t ignored) {
     const auto documents = view(lengths, hashes, threshold, held_out);
     require(byte_offsets.size() == documents.count, "byte_offsets and lengths differ in size");
+    require(inputs.ndim() == 2 && targets.ndim() == 2 && inputs.shape(0) == targets.shape(0) &&
+                inputs.shape(1) == targets.shape(1),
+            "inputs and targets are [batch, seq_len]");
+    const int64_t samples = rows.size();
+    require(epochs.size() == samples && slots.size() == samples && offsets.size() == samples,
+            "epochs, slots, offsets and rows differ in size");
     const Token* token = tokens.data();
     const int64_t available = tokens.size();
     const int64_t* starts = byte_offsets.data();
-    int64_t* target = out.mutable_data();
-    const int64_t wanted = out.size();
+    const int64_t *epoch = epochs.data(), *slot = slots.data(), *row = rows.data();
+    const uint32_t* offset = offsets.data();
+    int64_t *input = inputs.mutable_data(), *target = targets.mutable_data();
+    const int64_t batch = inputs.shape(0), seq_len = inputs.shape(1);
     py::gil_scoped_release released;
-    const KeyedPermutation order(documents.count, key);
-    return for_each_piece(
-        documents, order, slot, offset, wanted,
-        [&](int64_t document, int64_t from, int64_t taken) {
-            const int64_t begin = load(starts, document) / static_cast<int64_t>(sizeof(Token)) + from;
-            if (begin < 0 || begin > available - taken)
-                throw std::out_of_range("a document lies outside the token file");
-            target = std::copy_n(token + begin, taken, target);
-        });
-}
-
-// The (document, offset, tokens) pieces that read_sample would read.
-template <typename Length>
-std::vector<std::tuple<int64_t, int64_t, int64_t>> sample_pieces(
-    const Array<Length>& lengths, const Array<uint64_t>& hashes, uint64_t threshold, bool held_out,
-    uint64_t key, int64_t slot, int64_t offset, int64_t wanted) {
-    const auto documents = view(lengths, hashes, threshold, held_out);
-    std::vector<std::tuple<int64_t, int64_t, int64_t>> pieces;
-    const KeyedPermutation order(documents.count, key);
-    for_each_piece(documents, order, slot, offset, wanted,
-                   [&](int64_t document, int64_t from, int64_t taken) {
-                       pieces.emplace_back(document, from, taken);
-                   });
-    return pieces;
-}
-
-Array<int64_t> permute(int64_t size, uint64_t key, const Array<int64_t>& positions) {
-    const KeyedPermutation permutation(size, key);
-    Array<int64_t> images(positions.size());
-    for (py::ssize_t i = 0; i < positions.size(); ++i) {
-        const int64_t position = positions.data()[i];
-        require(position >= 0 && position < size, "a position outside [0, size)");
-        images.mutable_data()[i] = static_cast<int64_t>(permutation(position));
+    std::vector<int64_t> sample(seq_len + 1);
+    for (int64_t i = 0; i < samples; ++i) {
+        require(row[i] >= 0 && row[i] < batch && slot[i] >= 0, "a row or slot is out of range");
+        const KeyedPermutation order(documents.count, member_key(key, epoch[i]));
+        auto end = sample.begin();
+        const int64_t found = for_each_piece(
+            documents, order, slot[i], offset[i], seq_len + 1,
+            [&](int64_t document, int64_t from, int64_t taken) {
+                const int64_t begin = load(starts, document) / int64_t{sizeof(Token)} + from;
+                if (begin < 0 || begin > available - taken)
+                    throw std::out_of_range("a document lies outside the token file");
+                end = std::copy_n(token + begin, taken, end);
+            });
+        if (found < 2) throw std::out_of_range("a sample lies outside its epoch");
+        std::fill(end, sample.end(), filler);
+        std::copy_n(sample.begin(), seq_len, input + row[i] * seq_len);
+        std::fill(end, sample.end(), ignored);
+        std::copy_n(sample.begin() + 1, seq_len, target + row[i] * seq_len);
     }
-    return images;
+}
+
+// A stream's ordinals as numbers in token order.
+Array<int64_t> shuffle_samples(const Array<int64_t>& ordinals, int64_t samples_per_epoch,
+                               int64_t window, uint64_t key) {
+    require(samples_per_epoch > 0 && window > 0, "samples_per_epoch and window are positive");
+    SampleShuffle shuffle(samples_per_epoch, window, key);
+    Array<int64_t> numbers(ordinals.size());
+    const int64_t* ordinal = ordinals.data();
+    int64_t* number = numbers.mutable_data();
+    for (py::ssize_t i = 0; i < ordinals.size(); ++i) {
+        require(ordinal[i] >= 0, "ordinals are not negative");
+        number[i] = shuffle(ordinal[i]);
+    }
+    return numbers;
 }
 
 template <typename Length>
 void bind_for_length(py::module_& module) {
     module.def("count_documents", &count_documents<Length>, py::arg("lengths").noconvert(),
                py::arg("hashes").noconvert(), py::arg("threshold"), py::arg("held_out"));
-    module.def("sample_pieces", &sample_pieces<Length>, py::arg("lengths").noconvert(),
-               py::arg("hashes").noconvert(), py::arg("threshold"), py::arg("held_out"),
-               py::arg("key"), py::arg("slot"), py::arg("offset"), py::arg("wanted"));
 }
 
 template <typename Length, typename Slot>
 void bind_fill_epoch(py::module_& module) {
     module.def("fill_epoch", &fill_epoch<Length, Slot>, py::arg("lengths").noconvert(),
                py::arg("hashes").noconvert(), py::arg("threshold"), py::arg("held_out"),
-               py::arg("key"), py::arg("seq_len"), py::arg("slots").noconvert(),
+               py::arg("key"), py::arg("epoch"), py::arg("seq_len"), py::arg("slots").noconvert(),
                py::arg("offsets").noconvert());
 }
 
 template <typename Length, typename Token>
-void bind_read_sample(py::module_& module) {
-    module.def("read_sample", &read_sample<Length, Token>, py::arg("tokens").noconvert(),
+void bind_read_samples(py::module_& module) {
+    module.def("read_samples", &read_samples<Length, Token>, py::arg("tokens").noconvert(),
                py::arg("byte_offsets").noconvert(), py::arg("lengths").noconvert(),
                py::arg("hashes").noconvert(), py::arg("threshold"), py::arg("held_out"),
-               py::arg("key"), py::arg("slot"), py::arg("offset"), py::arg("out").noconvert());
+               py::arg("key"), py::arg("epochs").noconvert(), py::arg("slots").noconvert(),
+               py::arg("offsets").noconvert(), py::arg("rows").noconvert(),
+               py::arg("inputs").noconvert(), py::arg("targets").noconvert(), py::arg("filler"),
+               py::arg("ignored"));
 }
 
 template <typename Task>
@@ -189,8 +198,9 @@ PYBIND11_MODULE(_builder, module) {
         .def(py::init<const std::vector<uint64_t>&>(), py::arg("weights"))
         .def_property_readonly("position", &EarliestDeadlineFirst::position)
         .def_property_readonly("counts", &EarliestDeadlineFirst::counts);
-    module.attr("TOTAL_WEIGHT") = EarliestDeadlineFirst::kTotalWeight;
-    module.def("permute", &permute, py::arg("size"), py::arg("key"), py::arg("positions"));
+    module.attr("LARGEST_TOTAL_WEIGHT") = EarliestDeadlineFirst::kLargestTotal;
+    module.def("shuffle_samples", &shuffle_samples, py::arg("ordinals").noconvert(),
+               py::arg("samples_per_epoch"), py::arg("window"), py::arg("key"));
     bind_for_task<uint16_t>(module);
     bind_for_task<uint32_t>(module);
     bind_for_length<int32_t>(module);
@@ -199,8 +209,8 @@ PYBIND11_MODULE(_builder, module) {
     bind_fill_epoch<int32_t, uint64_t>(module);
     bind_fill_epoch<int64_t, uint32_t>(module);
     bind_fill_epoch<int64_t, uint64_t>(module);
-    bind_read_sample<int32_t, uint16_t>(module);
-    bind_read_sample<int32_t, int32_t>(module);
-    bind_read_sample<int64_t, uint16_t>(module);
-    bind_read_sample<int64_t, int32_t>(module);
+    bind_read_samples<int32_t, uint16_t>(module);
+    bind_read_samples<int32_t, int32_t>(module);
+    bind_read_samples<int64_t, uint16_t>(module);
+    bind_read_samples<int64_t, int32_t>(module);
 }

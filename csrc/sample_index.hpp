@@ -1,4 +1,4 @@
-// Where every sample of a task's epoch begins, and how its tokens are read.
+// Where every sample of a task's epoch begins, in which order samples come, and how they are read.
 //
 // In an epoch the training documents, in the order of a keyed permutation, form one sequence of
 // tokens. Sample p holds its tokens [p seq_len, (p + 1) seq_len], so neighbours share one token and
@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 
 #include "keyed_permutation.hpp"
@@ -60,14 +61,15 @@ Totals count_side(const Documents<Length>& documents) {
 
 // Fill slots[p], offsets[p] for the samples p in [0, samples) of one epoch.
 template <typename Length, typename Slot>
-void index_epoch(const Documents<Length>& documents, uint64_t key, int64_t seq_len, int64_t samples,
-                 Slot* slots, uint32_t* offsets) {
-    const KeyedPermutation order(documents.count, key);
+void index_epoch(const Documents<Length>& documents, const KeyedPermutation& order, int64_t seq_len,
+                 int64_t samples, Slot* slots, uint32_t* offsets) {
     int64_t sample = 0;
     int64_t until_next = 0;  // tokens from the current document's start to the next sample's start
     for (int64_t slot = 0; slot < documents.count && sample < samples; ++slot) {
         const int64_t length = documents.length(order(slot));
         while (until_next < length && sample < samples) {
+            if (until_next > std::numeric_limits<uint32_t>::max())
+                throw std::overflow_error("a document has more than 2^32 tokens");
             slots[sample] = static_cast<Slot>(slot);
             offsets[sample] = static_cast<uint32_t>(until_next);
             ++sample;
@@ -93,5 +95,31 @@ int64_t for_each_piece(const Documents<Length>& documents, const KeyedPermutatio
     }
     return found;
 }
+
+// The samples of an epoch are permuted within windows. Maps ordinals of a stream to numbers in
+// token order: epoch * samples_per_epoch + position in the epoch.
+class SampleShuffle {
+public:
+    SampleShuffle(int64_t samples_per_epoch, int64_t window, uint64_t key)
+        : samples_per_epoch_(samples_per_epoch), window_(window), key_(key), order_(0, 0) {}
+
+    int64_t operator()(int64_t ordinal) {
+        const int64_t epoch = ordinal / samples_per_epoch_;
+        const int64_t window = ordinal % samples_per_epoch_ / window_;
+        const int64_t start = epoch * samples_per_epoch_ + window * window_;
+        if (start != start_) {
+            start_ = start;
+            const int64_t size = std::min(window_, samples_per_epoch_ - window * window_);
+            order_ = KeyedPermutation(size, member_key(member_key(key_, epoch), window));
+        }
+        return start + static_cast<int64_t>(order_(ordinal - start));
+    }
+
+private:
+    int64_t samples_per_epoch_, window_;
+    uint64_t key_;
+    int64_t start_ = -1;  // of the window that order_ permutes
+    KeyedPermutation order_;
+};
 
 }  // namespace megaphase

@@ -7,8 +7,8 @@ without looking at a corpus or at the world size.
 
 from __future__ import annotations
 
-import difflib
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -22,8 +22,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from megaphase.errors import InputError
+from megaphase.validation_errors import as_input_error, hint
 from megaphase.yaml_file import parse_scalar, read_yaml
 
 RATE_SUM_TOLERANCE = 1e-6
@@ -38,7 +40,19 @@ def _whole_number(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(_whole_number), Field(gt=0, strict=True)]
 CountOrZero = Annotated[int, BeforeValidator(_whole_number), Field(ge=0, strict=True)]
-Fraction01 = Annotated[float, Field(ge=0, le=1)]
+# Strict: true is no number, and "3e-4" in quotes is text.
+Positive = Annotated[float, Field(gt=0, strict=True)]
+PositiveOrZero = Annotated[float, Field(ge=0, strict=True)]
+FractionOf1 = Annotated[float, Field(ge=0, le=1, strict=True)]
+
+
+def _non_empty_path(value: Any) -> Any:
+    if isinstance(value, Path) or (isinstance(value, str) and value.strip()):
+        return value
+    raise PydanticCustomError("path_type", "not a path")
+
+
+FilePath = Annotated[Path, BeforeValidator(_non_empty_path)]
 
 
 class Section(BaseModel):
@@ -49,21 +63,21 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, data: Any) -> Any:
+        if data is None:  # `validation:` with nothing below it
+            return {}
         if not isinstance(data, dict):
-            raise ValueError("expected a mapping of keys to values")
+            raise PydanticCustomError("dict_type", "not a mapping")
         for key in data:
             if key not in cls.model_fields:
-                near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
-                keys = ", ".join(cls.model_fields)
-                hint = f"did you mean {near[0]!r}?" if near else f"the keys here are {keys}"
-                raise ValueError(f"unknown key {key!r}; {hint}")
+                what = hint(key, cls.model_fields, "the keys here are")
+                raise ValueError(f"unknown key {key!r}; {what}")
         return data
 
 
 class TaskConfig(Section):
     """One training distribution: a language and where its corpus lies (PREFIX of .bin/.idx)."""
 
-    corpus: Path
+    corpus: FilePath
     kind: Literal["lm"] = "lm"
 
 
@@ -83,9 +97,9 @@ class ModelConfig(Section):
     activation: Literal["swiglu", "gelu"] | None = None
     tied_embeddings: bool | None = None
     bias: bool | None = None
-    rotary_base: Annotated[float, Field(gt=0)] | None = None
-    norm_eps: Annotated[float, Field(gt=0)] | None = None
-    init_std: Annotated[float, Field(gt=0)] | None = None
+    rotary_base: Positive | None = None
+    norm_eps: Positive | None = None
+    init_std: Positive | None = None
     activation_checkpointing: Literal["none", "full"] = "none"
 
 
@@ -120,21 +134,21 @@ class OptimizerConfig(Section):
     """AdamW (Loshchilov and Hutter 2019); clip is the largest global gradient norm, 0 is none."""
 
     name: Literal["adamw"] = "adamw"
-    betas: tuple[Fraction01, Fraction01] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip: Annotated[float, Field(ge=0)] = 1.0
+    betas: tuple[FractionOf1, FractionOf1] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: PositiveOrZero = 0.1
+    clip: PositiveOrZero = 1.0
 
 
 class MixtureConfig(Section):
     """A phase's sampling rates: exactly one of rates, temperature, proportional and unimax."""
 
-    rates: dict[str, Annotated[float, Field(ge=0)]] | None = None
-    temperature: Annotated[float, Field(gt=0)] | None = None
+    rates: dict[str, PositiveOrZero] | None = None
+    temperature: Positive | None = None
     proportional: Literal[True] | None = None
     unimax: Literal[True] | None = None
     over: list[str] | None = Field(default=None, min_length=1)
-    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    max_epochs: Positive | None = None
 
     @field_validator("rates")
     @classmethod
@@ -142,7 +156,7 @@ class MixtureConfig(Section):
         if rates is not None:
             total = math.fsum(rates.values())
             if abs(total - 1) > RATE_SUM_TOLERANCE:
-                raise ValueError(f"the rates sum to {total:g}; make them sum to 1")
+                raise ValueError(f"the rates sum to {total:.9g}; make them sum to 1")
         return rates
 
     @model_validator(mode="after")
@@ -166,8 +180,8 @@ class LearningRateConfig(Section):
     """
 
     schedule: Literal["cosine", "linear", "inverse_sqrt", "constant", "wsd"] = "cosine"
-    peak: Annotated[float, Field(gt=0)]
-    final: Annotated[float, Field(ge=0)] = 0.0
+    peak: Positive
+    final: PositiveOrZero = 0.0
     warmup_steps: CountOrZero = 0
     decay_steps: Count | None = None
 
@@ -183,12 +197,19 @@ class LearningRateConfig(Section):
 class PhaseConfig(Section):
     """A run of steps with one mixture, one schedule and one optimizer-state policy."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    name: str
     tokens: Count | None = None
     steps: Count | None = None
     mixture: MixtureConfig
     optimizer_state: Literal["reset", "keep"] = "reset"
     learning_rate: LearningRateConfig
+
+    @field_validator("name")
+    @classmethod
+    def _fit_for_a_file_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise ValueError(f"{name!r} is no phase name; use letters, digits, '_', '.' and '-'")
+        return name
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -202,7 +223,7 @@ class ValidationConfig(Section):
 
     every_steps: Count = 500
     samples: Count = 256
-    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    fraction: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.01
 
 
 class CheckpointConfig(Section):
@@ -223,8 +244,8 @@ class RunConfig(Section):
     """The whole run file. Relative paths in it are relative to the file itself."""
 
     seed: CountOrZero = 1234
-    output: Path
-    tokenizer: Path
+    output: FilePath
+    tokenizer: FilePath
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -277,33 +298,11 @@ def _check_references(config: RunConfig) -> None:
         for key, tasks in mentioned.items():
             for task in tasks:
                 if task not in config.tasks:
-                    near = difflib.get_close_matches(task, config.tasks, n=1, cutoff=0.5)
-                    known = ", ".join(config.tasks)
                     raise InputError(
                         config.where(f"phases[{i}].mixture.{key}"),
                         f"no task {task!r} with a corpus under tasks",
-                        f"did you mean {near[0]!r}?" if near else f"the tasks are {known}",
+                        hint(task, config.tasks, "the tasks are"),
                     )
-
-
-def _key_path(location: tuple[int | str, ...]) -> str:
-    path = ""
-    for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    return path
-
-
-def _as_input_error(path: Path, error: ValidationError) -> InputError:
-    """The first of pydantic's errors, as one line in our words."""
-    first = error.errors(include_url=False)[0]
-    message = first["msg"].removeprefix("Value error, ")
-    key = _key_path(first["loc"])
-    if first["type"] == "missing":
-        return InputError(f"{path}: {key}", "this key is missing", "add it")
-    found = first.get("input")
-    if first["type"] != "value_error" and isinstance(found, str | int | float | bool):
-        message = f"{message[0].lower()}{message[1:]}; found {found!r}"
-    return InputError(f"{path}: {key}" if key else path, message)
 
 
 def _apply_override(path: Path, data: dict[str, Any], override: str) -> None:
@@ -319,7 +318,8 @@ def _apply_override(path: Path, data: dict[str, Any], override: str) -> None:
             if not part.isdigit() or int(part) >= len(node):
                 raise InputError(
                     f"override {override!r}",
-                    f"{'.'.join(parts[:depth])} in {path} has the entries 0 to {len(node) - 1}",
+                    f"{'.'.join(parts[:depth])} in {path} is a list of {len(node)}",
+                    "name an entry by its number, from 0",
                 )
             index: Any = int(part)
         elif isinstance(node, dict):
@@ -348,7 +348,7 @@ def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        raise _as_input_error(path, error) from None
+        raise as_input_error(path, error) from None
     config = config.resolved_paths(path.parent)
     config._path = path
     _check_references(config)

@@ -7,6 +7,7 @@ Norwegian), `3e-4` is a string and a key that stands twice silently wins.
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +15,33 @@ import yaml
 
 from megaphase.errors import InputError
 
+BOOL_TAG = "tag:yaml.org,2002:bool"
+INT_TAG = "tag:yaml.org,2002:int"
+FLOAT_TAG = "tag:yaml.org,2002:float"
+MERGE_TAG = "tag:yaml.org,2002:merge"
+REPLACED_TAGS = (BOOL_TAG, INT_TAG, FLOAT_TAG, "tag:yaml.org,2002:timestamp")
+
 BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
-FLOAT = re.compile(
-    r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$"
-)
-INT = re.compile(r"^[-+]?[0-9][0-9_]*$")
+FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$")
+INT = re.compile(r"^[-+]?[0-9]+(?:_[0-9]+)*$")
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the resolvers of YAML 1.2's core schema and unique keys."""
+    """SafeLoader with the scalars of YAML 1.2's core schema and unique keys."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [
-            (tag, pattern)
-            for tag, pattern in resolvers
-            if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float",
-                           "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")
-        ]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in REPLACED_TAGS]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == MERGE_TAG:
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # refused below, with its line
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", key_node.start_mark
@@ -46,9 +50,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", BOOL, list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", INT, list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+_Loader.add_implicit_resolver(BOOL_TAG, BOOL, list("tTfF"))
+_Loader.add_implicit_resolver(INT_TAG, INT, list("-+0123456789"))
+_Loader.add_implicit_resolver(FLOAT_TAG, FLOAT, list("-+.0123456789"))
+# YAML 1.1 takes 010 for 8, and stumbles over 09.
+_Loader.add_constructor(INT_TAG, lambda _, node: int(node.value))
+_Loader.add_constructor(FLOAT_TAG, lambda _, node: float(node.value))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -59,8 +66,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         raise InputError(path, "no such file", "give the path of a run file") from None
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise InputError(path, "this is not UTF-8 text") from None
     try:
@@ -68,8 +77,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{line}", error.problem or "this is not YAML") from None
-    except yaml.YAMLError as error:
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+        raise InputError(f"{path}{line}", problem or "this is not YAML") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(path, " ".join(str(error).split())) from None
     if not isinstance(data, dict):
         raise InputError(path, "the file must hold a mapping of keys to values")
@@ -80,5 +90,5 @@ def parse_scalar(text: str) -> Any:
     """The value of a `key=value` override, read as YAML."""
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return text

@@ -10,9 +10,7 @@ import numpy as np
 import torch
 
 from megaphase.plan.plan import Plan
-from megaphase.plan.stream import SampleLocation, Stream
-
-IGNORED_TARGET = -100
+from megaphase.plan.stream import SampleLocations, Stream
 
 
 @dataclass(frozen=True)
@@ -38,43 +36,26 @@ class Batch:
             yield Batch(inputs, targets, tasks)
 
 
-class _Rows:
-    """Collects samples of seq_len + 1 tokens into the arrays of a Batch."""
-
-    def __init__(self, samples: int, seq_len: int, filler: int) -> None:
-        self._tokens = np.full((samples, seq_len + 1), filler, np.int64)
-        self._lengths = np.zeros(samples, np.int64)
-        self._tasks = np.zeros(samples, np.int64)
-
-    def row(self, i: int) -> np.ndarray:
-        return self._tokens[i]
-
-    def set(self, i: int, task: int, length: int) -> None:
-        self._tasks[i], self._lengths[i] = task, length
-
-    def batch(self) -> Batch:
-        targets = self._tokens[:, 1:].copy()
-        beyond = np.arange(1, self._tokens.shape[1])[None, :] >= self._lengths[:, None]
-        targets[beyond] = IGNORED_TARGET
-        return Batch(
-            torch.from_numpy(self._tokens[:, :-1].copy()),
-            torch.from_numpy(targets),
-            torch.from_numpy(self._tasks),
-        )
+def _empty_batch(samples: int, seq_len: int) -> Batch:
+    inputs, targets = (torch.empty((samples, seq_len), dtype=torch.int64) for _ in range(2))
+    return Batch(inputs, targets, torch.empty(samples, dtype=torch.int64))
 
 
 def read_step(plan: Plan, phase: int, step: int, rank: int, ranks: int, filler: int) -> Batch:
     """The rows of one optimizer step (0-based in its phase) for one of `ranks` data-parallel ranks.
 
     The global batch of a step is the same whatever `ranks` is; a rank takes a contiguous part.
+    `filler` is the input where an epoch's last sample has ended.
     """
     samples = plan.spec.samples_per_step
+    if samples % ranks:
+        raise ValueError(f"{ranks} ranks do not divide a step's {samples} samples")
     share = samples // ranks
     planned = plan.samples(phase, step * samples + rank * share, share)
-    rows = _Rows(share, plan.spec.seq_len, filler)
-    for i, sample in enumerate(planned):
-        rows.set(i, sample.task, plan.read(sample, rows.row(i)))
-    return rows.batch()
+    batch = _empty_batch(share, plan.spec.seq_len)
+    plan.read(planned, batch.inputs.numpy(), batch.targets.numpy(), filler)
+    batch.tasks.copy_(torch.from_numpy(planned.tasks))
+    return batch
 
 
 def read_held_out(stream: Stream, task: int, samples: int, filler: int) -> Batch:
@@ -82,11 +63,12 @@ def read_held_out(stream: Stream, task: int, samples: int, filler: int) -> Batch
     samples = min(samples, stream.samples_per_epoch)
     slots, offsets = np.empty(samples, np.uint64), np.empty(samples, np.uint32)
     stream.fill_epoch(0, slots, offsets)
-    rows = _Rows(samples, stream.seq_len, filler)
-    for i in range(samples):
-        location = SampleLocation(0, int(slots[i]), int(offsets[i]))
-        rows.set(i, task, stream.read(location, rows.row(i)))
-    return rows.batch()
+    locations = SampleLocations(np.zeros(samples, np.int64), slots.astype(np.int64), offsets)
+    batch = _empty_batch(samples, stream.seq_len)
+    rows = np.arange(samples)
+    stream.read(locations, rows, batch.inputs.numpy(), batch.targets.numpy(), filler)
+    batch.tasks.fill_(task)
+    return batch
 
 
 class StepReader:

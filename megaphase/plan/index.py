@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from megaphase.files import directory_written_aside, hash_file, write_json_whole
+from megaphase.files import directory_written_aside, hash_file, hash_json, write_json_whole
 from megaphase.plan import _builder
 from megaphase.plan.mixture import TaskSupply, effective_rates, integer_weights, requested_rates
 from megaphase.plan.spec import PhaseSpec, PlanSpec
@@ -85,7 +85,7 @@ def _build_blend(
     rates = effective_rates(phase.mixture, supply, samples, phase.where)
     requested = requested_rates(phase.mixture, supply)
     blend = _builder.EarliestDeadlineFirst(
-        integer_weights([rates[task] for task in names], _builder.TOTAL_WEIGHT)
+        integer_weights([rates[task] for task in names], samples, _builder.LARGEST_TOTAL_WEIGHT)
     )
     block = block_size(len(names))
     tasks = _create(folder / f"blend-{number}.tasks", task_dtype(len(names)), (samples,))
@@ -139,21 +139,21 @@ def build_index(spec: PlanSpec, folder: Path, progress: Progress) -> None:
             path.name: {"bytes": path.stat().st_size, "hash": hash_file(path)}
             for path in sorted(aside.iterdir())
         }
-        write_json_whole(
-            aside / INDEX_FILE,
-            {
-                "fingerprint": spec.fingerprint,
-                "tasks": list(spec.streams),
-                "phases": [asdict(phase) for phase in phases],
-                "files": files,
-            },
-        )
+        header = {
+            "fingerprint": spec.fingerprint,
+            "tasks": list(spec.streams),
+            "phases": [asdict(phase) for phase in phases],
+            "files": files,
+        }
+        write_json_whole(aside / INDEX_FILE, header | {"hash": hash_json(header)})
 
 
 def damage(folder: Path, spec: PlanSpec) -> str | None:
     """Why the stored index cannot be used, or None when every byte of it is as it was written."""
     try:
         header = json.loads((folder / INDEX_FILE).read_text())
+        if header.pop("hash") != hash_json(header):
+            return f"{INDEX_FILE} has been altered"
         if header["fingerprint"] != spec.fingerprint:
             return f"{INDEX_FILE} belongs to another plan"
         for name, facts in header["files"].items():
@@ -163,6 +163,6 @@ def damage(folder: Path, spec: PlanSpec) -> str | None:
                 return f"{name} has been altered"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{INDEX_FILE} is damaged"
     return None

@@ -12,7 +12,7 @@ from megaphase.errors import InputError
 
 @dataclass(frozen=True)
 class TaskSupply:
-    """What a task can give: its training tokens and samples in one epoch, and samples used so far."""
+    """A task's training tokens and samples in one epoch, and the samples that are used already."""
 
     tokens: int
     samples_per_epoch: int
@@ -33,7 +33,8 @@ def requested_rates(mixture: MixtureConfig, supply: Mapping[str, TaskSupply]) ->
     else:
         over = mixture.over or list(supply)
         exponent = 0.0 if mixture.unimax else 1 / (mixture.temperature or 1.0)
-        weights = {task: Fraction(supply[task].tokens ** exponent) for task in over}
+        most = max(supply[task].tokens for task in over)
+        weights = {task: Fraction((supply[task].tokens / most) ** exponent) for task in over}
     total = sum(weights.values())
     return {task: weights.get(task, Fraction(0)) / total for task in supply}
 
@@ -61,8 +62,8 @@ def effective_rates(
         figures = ", ".join(f"{task} {room[task]:,}" for task in shares)
         raise InputError(
             where,
-            f"the phase wants {samples:,} samples, but max_epochs {mixture.max_epochs:g} leaves only "
-            f"{sum(room[task] for task in shares):,} ({figures})",
+            f"the phase wants {samples:,} samples, but max_epochs {mixture.max_epochs:g} leaves "
+            f"only {sum(room[task] for task in shares):,} ({figures})",
             "raise max_epochs, shorten the phase or add tasks",
         )
     capped: dict[str, int] = {}
@@ -77,11 +78,14 @@ def effective_rates(
     return {task: final.get(task, Fraction(0)) / samples for task in supply}
 
 
-def integer_weights(rates: list[Fraction], total: int) -> list[int]:
-    """Integers in proportion to rates that sum to 1, summing to exactly `total`.
+def integer_weights(rates: list[Fraction], samples: int, largest_total: int) -> list[int]:
+    """Integers in proportion to rates that sum to 1, for a phase of so many samples.
 
-    Largest remainders, ties to the lower index; a rate's error is below 1 / total.
+    They sum to a multiple of `samples` near `largest_total`, so a rate that stands for a whole
+    number of samples, as that of a capped task does, is exact. Otherwise largest remainders, ties
+    to the lower index: a rate's error is below 1 / sum.
     """
+    total = largest_total // samples * samples
     exact = [rate * total for rate in rates]
     weights = [int(value) for value in exact]
     by_remainder = sorted(range(len(rates)), key=lambda i: (weights[i] - exact[i], i))

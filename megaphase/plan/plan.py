@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,23 +23,28 @@ from megaphase.plan.index import (
     task_dtype,
 )
 from megaphase.plan.spec import PlanSpec
-from megaphase.plan.stream import SampleLocation
+from megaphase.plan.stream import SampleLocations
 
-REPEATED_TOO_OFTEN = 4.0  # epochs; repeating a corpus more has little value (Muennighoff et al. 2023)
+# Epochs; repeating a corpus more often has little value (Muennighoff et al. 2023).
+REPEATED_TOO_OFTEN = 4.0
 
 
 @dataclass(frozen=True)
-class PlannedSample:
-    """One row of a batch: its task's number, and its ordinal in the task's stream."""
+class PlannedSamples:
+    """Rows of a batch.
 
-    task: int
-    ordinal: int
+    tasks:    int64 [samples], the task's number
+    ordinals: int64 [samples], in the task's stream
+    """
+
+    tasks: np.ndarray
+    ordinals: np.ndarray
 
 
 def _map(path: Path, dtype: Any) -> np.ndarray:
     if path.stat().st_size == 0:
         return np.empty(0, dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
 class Plan:
@@ -68,28 +73,31 @@ class Plan:
             for t, stream in enumerate(self._streams)
         ]
 
-    def samples(self, phase: int, first: int, count: int) -> list[PlannedSample]:
+    def samples(self, phase: int, first: int, count: int) -> PlannedSamples:
         """The samples [first, first + count) of a phase, in order."""
-        tasks, counts = self._blends[phase]
+        blend, counts = self._blends[phase]
         ordinals = np.empty(count, np.int64)
-        _builder.phase_ordinals(tasks, counts, self._block, first, ordinals)
-        starts = self.phases[phase].starts
-        return [
-            PlannedSample(int(task), starts[task] + int(ordinal))
-            for task, ordinal in zip(tasks[first : first + count], ordinals, strict=True)
-        ]
+        _builder.phase_ordinals(blend, counts, self._block, first, ordinals)
+        tasks = blend[first : first + count].astype(np.int64)
+        return PlannedSamples(tasks, ordinals + np.array(self.phases[phase].starts)[tasks])
 
-    def locate(self, sample: PlannedSample) -> SampleLocation:
-        """Where a sample begins in its corpus."""
-        stream = self._streams[sample.task]
-        slots, offsets = self._locations[sample.task]
-        epoch, position = stream.position(sample.ordinal)
-        entry = epoch * stream.samples_per_epoch + position
-        return SampleLocation(epoch, int(slots[entry]), int(offsets[entry]))
+    def locate(self, task: int, ordinals: np.ndarray) -> SampleLocations:
+        """Where samples of one task begin in its corpus."""
+        stream = self._streams[task]
+        slots, offsets = self._locations[task]
+        numbers = stream.in_token_order(ordinals)
+        return SampleLocations(
+            numbers // stream.samples_per_epoch, slots[numbers].astype(np.int64), offsets[numbers]
+        )
 
-    def read(self, sample: PlannedSample, out: np.ndarray) -> int:
-        """Copy a sample's tokens into `out` (int64 [seq_len + 1]); returns how many there were."""
-        return self._streams[sample.task].read(self.locate(sample), out)
+    def read(
+        self, samples: PlannedSamples, inputs: np.ndarray, targets: np.ndarray, filler: int
+    ) -> None:
+        """Read samples into inputs and targets, int64 [samples, seq_len]; see Stream.read."""
+        for task in np.unique(samples.tasks):
+            rows = np.flatnonzero(samples.tasks == task)
+            locations = self.locate(task, samples.ordinals[rows])
+            self._streams[task].read(locations, rows, inputs, targets, filler)
 
     def summary(self) -> dict[str, Any]:
         """Tokens, rates and epochs per phase and task, as `plan.json` in the run directory."""
@@ -103,7 +111,9 @@ class Plan:
                     "first_step": first_step,
                     "samples": phase.samples,
                     "tokens": phase.samples * spec.seq_len,
-                    "tasks": dict(self._phase_tasks(phase)),
+                    "tasks": {
+                        task: self._task_figures(phase, i) for i, task in enumerate(self.tasks)
+                    },
                 }
             )
             first_step += phase.steps
@@ -122,16 +132,16 @@ class Plan:
             "phases": phases,
         }
 
-    def _phase_tasks(self, phase: PhaseIndex) -> Iterator[tuple[str, dict[str, float]]]:
-        for i, (task, stream) in enumerate(self.spec.streams.items()):
-            yield task, {
-                "requested_rate": phase.requested_rates[i],
-                "rate": phase.rates[i],
-                "samples": phase.counts[i],
-                "tokens": phase.counts[i] * self.spec.seq_len,
-                "epochs": stream.epochs(phase.counts[i]),
-                "epochs_so_far": stream.epochs(phase.starts[i] + phase.counts[i]),
-            }
+    def _task_figures(self, phase: PhaseIndex, task: int) -> dict[str, float]:
+        stream, samples = self._streams[task], phase.counts[task]
+        return {
+            "requested_rate": phase.requested_rates[task],
+            "rate": phase.rates[task],
+            "samples": samples,
+            "tokens": samples * self.spec.seq_len,
+            "epochs": stream.epochs(samples),
+            "epochs_so_far": stream.epochs(phase.starts[task] + samples),
+        }
 
 
 def plan_folder(run_dir: Path, spec: PlanSpec) -> Path:
@@ -140,9 +150,16 @@ def plan_folder(run_dir: Path, spec: PlanSpec) -> Path:
 
 
 def ensure_built(
-    spec: PlanSpec, run_dir: Path, *, say: Any = print, progress: Progress = lambda *_: None
+    spec: PlanSpec,
+    run_dir: Path,
+    *,
+    say: Callable[[str], object] = print,
+    progress: Progress = lambda *_: None,
 ) -> Path:
-    """Build the index unless a whole one is there; a damaged one is named and built again."""
+    """Build the index unless a whole one is there; a damaged one is named and built again.
+
+    Returns the index's folder. `say` gets the sentence that names the damage.
+    """
     folder = plan_folder(run_dir, spec)
     if folder.exists():
         problem = damage(folder, spec)
@@ -150,5 +167,10 @@ def ensure_built(
             return folder
         say(f"{folder}: {problem}; building the plan again")
         shutil.rmtree(folder)
-    build_index(spec, folder, progress)
+    try:
+        build_index(spec, folder, progress)
+    except OSError:
+        if not folder.exists():
+            raise
+        # Another process has built the same index meanwhile; it appears whole or not at all.
     return folder

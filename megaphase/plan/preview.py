@@ -4,36 +4,46 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
 
 
 def plan_table(summary: dict[str, Any]) -> Table:
-    """Tokens, sampling rate and epochs per phase and task, from `Plan.summary()`."""
-    table = Table(title="Plan", title_justify="left")
-    table.add_column("phase")
-    table.add_column("task")
-    for column in ("steps", "tokens", "asked", "rate", "epochs", "epochs so far"):
-        table.add_column(column, justify="right")
+    """Tokens, sampling rate and epochs per phase and task, from `Plan.summary()`.
+
+    asked: the mixture's rate, shown where max_epochs changed any; rate: what the task gets; so
+    far: epochs since the run's start, marked where the task is repeated too often.
+    """
+    capped = any(
+        facts["rate"] != facts["requested_rate"]
+        for phase in summary["phases"]
+        for facts in phase["tasks"].values()
+    )
+    table = Table(title="Plan", title_justify="left", box=box.SIMPLE)
+    table.add_column("phase", overflow="fold")
+    table.add_column("task", overflow="fold")
+    for column in ("steps", "tokens", *(("asked",) if capped else ()), "rate", "epochs", "so far"):
+        table.add_column(column, justify="right", overflow="fold")
     for phase in summary["phases"]:
-        first = True
+        name, steps = phase["name"], f"{phase['steps']:,}"
         for task, facts in phase["tasks"].items():
-            if facts["samples"] == 0 and facts["rate"] == 0:
+            if facts["samples"] == 0 and facts["requested_rate"] == 0:
                 continue
-            warn = facts["epochs_so_far"] > REPEATED_TOO_OFTEN
-            so_far = f"{facts['epochs_so_far']:.2f}"
+            asked = (_rate(facts["requested_rate"]),) if capped else ()
             table.add_row(
-                phase["name"] if first else "",
-                task,
-                f"{phase['steps']:,}" if first else "",
+                name,
+                escape(task),
+                steps,
                 f"{facts['tokens']:,}",
-                f"{facts['requested_rate']:.4f}",
-                f"{facts['rate']:.4f}",
+                *asked,
+                _rate(facts["rate"]),
                 f"{facts['epochs']:.2f}",
-                f"[bold yellow]{so_far} ![/]" if warn else so_far,
+                _epochs_so_far(facts["epochs_so_far"]),
             )
-            first = False
+            name = steps = ""
         table.add_section()
     return table
 
@@ -47,3 +57,11 @@ def plan_warnings(summary: dict[str, Any]) -> list[str]:
         for task, facts in last.items()
         if facts["epochs_so_far"] > REPEATED_TOO_OFTEN
     ]
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:.4f}" if rate >= 0.001 or rate == 0 else f"{rate:.1e}"
+
+
+def _epochs_so_far(epochs: float) -> str:
+    return f"[bold yellow]{epochs:.2f} ![/]" if epochs > REPEATED_TOO_OFTEN else f"{epochs:.2f}"

@@ -55,6 +55,55 @@ def _open_corpus(config: RunConfig, task: str, tokenizer: Tokenizer) -> Corpus:
     return corpus
 
 
+def _streams(config: RunConfig, corpora: dict[str, Corpus], held_out: bool) -> dict[str, Stream]:
+    return {
+        task: Stream(
+            task,
+            corpus,
+            seed=config.seed,
+            seq_len=config.model.seq_len,
+            fraction=config.validation.fraction,
+            held_out=held_out,
+        )
+        for task, corpus in corpora.items()
+    }
+
+
+def _check_task(config: RunConfig, task: str, training: Stream, held_out: Stream) -> None:
+    """Refuse a corpus whose index is damaged, and one that is too small to train or validate on."""
+    where, corpus = config.where(f"tasks.{task}.corpus"), training.corpus
+    found, said = training.tokens + held_out.tokens, corpus.manifest.tokens
+    if found != said:
+        raise InputError(
+            f"{corpus.prefix}.idx",
+            f"its lengths sum to {found:,} tokens, the manifest says {said:,}",
+            "tokenize again",
+        )
+    if said <= training.seq_len:
+        raise InputError(
+            where,
+            f"{corpus.prefix} has {said:,} tokens, fewer than one sample of seq_len + 1 = "
+            f"{training.seq_len + 1:,}",
+            "add text or lower model.seq_len",
+        )
+    fraction = config.validation.fraction
+    of_documents = f"of the {corpus.manifest.documents:,} documents of {corpus.prefix}"
+    if held_out.tokens < 2:
+        raise InputError(
+            config.where("validation.fraction"),
+            f"{fraction:g} holds out none {of_documents}",
+            "raise it",
+        )
+    if training.tokens <= training.seq_len:
+        raise InputError(
+            config.where("validation.fraction"),
+            f"{fraction:g} holds out {held_out.documents:,} {of_documents}, and the "
+            f"{training.tokens:,} tokens that are left are fewer than one sample of seq_len + 1 = "
+            f"{training.seq_len + 1:,}",
+            "lower it, add text or lower model.seq_len",
+        )
+
+
 def plan_spec(config: RunConfig, tokenizer: Tokenizer) -> PlanSpec:
     """Open the corpora and put together what the plan is made of.
 
@@ -62,26 +111,12 @@ def plan_spec(config: RunConfig, tokenizer: Tokenizer) -> PlanSpec:
         InputError: a corpus is missing, damaged, too short or of another tokenizer, or no document
             of a task is held out.
     """
-    seq_len, fraction = config.model.seq_len, config.validation.fraction
+    seq_len = config.model.seq_len
     corpora = {task: _open_corpus(config, task, tokenizer) for task in config.tasks}
-    sides: dict[bool, dict[str, Stream]] = {
-        held_out: {
-            task: Stream(
-                task, corpus, seed=config.seed, seq_len=seq_len, fraction=fraction, held_out=held_out
-            )
-            for task, corpus in corpora.items()
-        }
-        for held_out in (False, True)
-    }
+    training = _streams(config, corpora, held_out=False)
+    held_out = _streams(config, corpora, held_out=True)
     for task in config.tasks:
-        sides[False][task].require_whole_sample()
-        if sides[True][task].tokens < 2:
-            raise InputError(
-                config.where("validation.fraction"),
-                f"{fraction:g} holds out none of the {corpora[task].manifest.documents:,} documents "
-                f"of task {task!r}",
-                "raise it",
-            )
+        _check_task(config, task, training[task], held_out[task])
     phases = [
         PhaseSpec(
             phase.name,
@@ -97,12 +132,10 @@ def plan_spec(config: RunConfig, tokenizer: Tokenizer) -> PlanSpec:
             "seed": config.seed,
             "seq_len": seq_len,
             "samples_per_step": config.batch.samples,
-            "held_out_fraction": fraction,
+            "held_out_fraction": config.validation.fraction,
             "corpora": {task: corpus.fingerprint for task, corpus in corpora.items()},
-            "phases": [[p.steps, p.mixture.model_dump(mode="json")] for p in phases],
+            "phases": [[p.name, p.steps, p.mixture.model_dump(mode="json")] for p in phases],
             "order_of_tasks": list(config.tasks),
         }
     )
-    return PlanSpec(
-        sides[False], sides[True], phases, config.batch.samples, seq_len, fingerprint
-    )
+    return PlanSpec(training, held_out, phases, config.batch.samples, seq_len, fingerprint)

@@ -9,15 +9,13 @@ does not fill neighbouring batches. Epochs never mix: an epoch's last sample may
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from megaphase.corpus import Corpus
-from megaphase.errors import InputError
-from megaphase.plan import _builder
 from megaphase.keys import derive_key
+from megaphase.plan import _builder
+from megaphase.targets import IGNORED_TARGET
 
 # Samples are permuted within windows of this size, so that a run that needs a hundredth of a huge
 # epoch needs an index of that hundredth (and at most one window) only.
@@ -30,16 +28,27 @@ def held_out_threshold(fraction: float) -> int:
 
 
 @dataclass(frozen=True)
-class SampleLocation:
-    """Where a sample begins: its epoch, and slot in the document order and offset in the document."""
+class SampleLocations:
+    """Where samples begin.
 
-    epoch: int
-    slot: int
-    offset: int
+    epochs:  int64 [samples]
+    slots:   int64 [samples], position in the epoch's order of documents
+    offsets: uint32 [samples], token of that document
+    """
+
+    epochs: np.ndarray
+    slots: np.ndarray
+    offsets: np.ndarray
 
 
 class Stream:
-    """One side (training or held out) of one task's corpus as a sequence of samples."""
+    """One side (training or held out) of one task's corpus as a sequence of samples.
+
+    Attributes:
+        documents: how many documents of the corpus are on this side.
+        tokens: how many tokens they have, EODs included.
+        samples_per_epoch: of seq_len + 1 tokens; the last one may be shorter.
+    """
 
     def __init__(
         self, task: str, corpus: Corpus, *, seed: int, seq_len: int, fraction: float, held_out: bool
@@ -47,29 +56,24 @@ class Stream:
         self.task = task
         self.corpus = corpus
         self.seq_len = seq_len
-        self._seed = seed
-        self._side = ("held out" if held_out else "training",)
-        self._documents = (corpus.lengths, corpus.hashes, held_out_threshold(fraction), held_out)
+        # Plain views: numpy's memmap class costs microseconds at every use.
+        self._tokens = np.asarray(corpus.tokens)
+        self._byte_offsets = np.asarray(corpus.byte_offsets)
+        self._documents = (
+            np.asarray(corpus.lengths),
+            np.asarray(corpus.hashes),
+            held_out_threshold(fraction),
+            held_out,
+        )
         self.documents, self.tokens = _builder.count_documents(*self._documents)
         self.samples_per_epoch = max(0, -(-(self.tokens - 1) // seq_len))
-        self._document_key = lru_cache(maxsize=64)(self._derive_document_key)
+        side = "held out" if held_out else "training"
+        self._documents_key = derive_key(seed, "documents", side, task)
+        self._samples_key = derive_key(seed, "samples", side, task)
 
-    def require_whole_sample(self) -> None:
-        """Refuse a corpus that cannot fill a single training sample."""
-        if self.tokens <= self.seq_len:
-            raise InputError(
-                self.corpus.prefix,
-                f"task {self.task!r} has {self.tokens:,} training tokens, fewer than one sample of "
-                f"seq_len + 1 = {self.seq_len + 1:,}",
-                "add text or lower model.seq_len",
-            )
-
-    def epochs(self, samples: float) -> float:
+    def epochs(self, samples: int) -> float:
         """How many epochs so many samples are."""
         return samples / self.samples_per_epoch
-
-    def _derive_document_key(self, epoch: int) -> int:
-        return derive_key(self._seed, "documents", *self._side, self.task, epoch)
 
     def index_size(self, epoch: int, ordinals: int) -> int:
         """Samples of `epoch` that an index for the ordinals [0, ordinals) must hold."""
@@ -77,42 +81,45 @@ class Stream:
         return min(-(-used // SAMPLE_WINDOW) * SAMPLE_WINDOW, self.samples_per_epoch)
 
     def fill_epoch(self, epoch: int, slots: np.ndarray, offsets: np.ndarray) -> None:
-        """Write the locations of an epoch's first samples, in token order, into the two arrays."""
-        _builder.fill_epoch(
-            *self._documents, self._document_key(epoch), self.seq_len, slots, offsets
-        )
+        """Write where the epoch's first samples begin, in token order, into the two arrays.
 
-    def position(self, ordinal: int) -> tuple[int, int]:
-        """(epoch, position in the epoch's token order) of the sample with this ordinal."""
-        epoch, number = divmod(ordinal, self.samples_per_epoch)
-        window = number // SAMPLE_WINDOW
-        start = window * SAMPLE_WINDOW
-        size = min(SAMPLE_WINDOW, self.samples_per_epoch - start)
-        key = derive_key(self._seed, "samples", *self._side, self.task, epoch, window)
-        image = _builder.permute(size, key, np.array([number - start]))
-        return epoch, start + int(image[0])
-
-    def read(self, location: SampleLocation, out: np.ndarray) -> int:
-        """Copy a sample's tokens into `out` (int64 [seq_len + 1]); returns how many there were.
-
-        Fewer than seq_len + 1 only at an epoch's end; the rest of `out` keeps its content.
+        slots: uint32 or uint64 [samples]; offsets: uint32 [samples]
         """
-        return _builder.read_sample(
-            self.corpus.tokens,
-            self.corpus.byte_offsets,
-            *self._documents,
-            self._document_key(location.epoch),
-            location.slot,
-            location.offset,
-            out,
+        _builder.fill_epoch(
+            *self._documents, self._documents_key, epoch, self.seq_len, slots, offsets
         )
 
-    def pieces(self, location: SampleLocation) -> Any:
-        """The (document, offset, tokens) pieces of which a sample is made."""
-        return _builder.sample_pieces(
+    def in_token_order(self, ordinals: np.ndarray) -> np.ndarray:
+        """The numbers in token order, counted on from epoch to epoch, of these ordinals [n]."""
+        return _builder.shuffle_samples(
+            ordinals, self.samples_per_epoch, SAMPLE_WINDOW, self._samples_key
+        )
+
+    def read(
+        self,
+        locations: SampleLocations,
+        rows: np.ndarray,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        filler: int,
+    ) -> None:
+        """Read the located samples into the given rows of inputs and targets.
+
+        rows:            int64 [samples]
+        inputs, targets: int64 [batch, seq_len]; what the last sample of an epoch leaves empty gets
+                         `filler` as input and IGNORED_TARGET as target
+        """
+        _builder.read_samples(
+            self._tokens,
+            self._byte_offsets,
             *self._documents,
-            self._document_key(location.epoch),
-            location.slot,
-            location.offset,
-            self.seq_len + 1,
+            self._documents_key,
+            locations.epochs,
+            locations.slots,
+            locations.offsets,
+            rows,
+            inputs,
+            targets,
+            filler,
+            IGNORED_TARGET,
         )
