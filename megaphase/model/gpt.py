@@ -26,30 +26,24 @@ from megaphase.parallel.layers import (
 )
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.topology import Topology, device
+from megaphase.targets import IGNORED_TARGET
 
-IGNORED_TARGET = -100
 
-
-class Rotary(nn.Module):
+class Rotary:
     """Rotary position embedding (Su et al. 2021), halves rotated as in GPT-NeoX and Llama."""
 
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, head_dim: int, seq_len: int, base: float) -> None:
-        super().__init__()
+    def __init__(self, head_dim: int, seq_len: int, base: float, dtype: torch.dtype) -> None:
         frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies)
         angles = torch.cat([angles, angles], dim=-1)
-        self.register_buffer("cos", angles.cos().float().to(device()), persistent=False)
-        self.register_buffer("sin", angles.sin().float().to(device()), persistent=False)
+        self._cos = angles.cos().to(device(), dtype)
+        self._sin = angles.sin().to(device(), dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """Rotate [batch, heads, seq, head_dim] by position."""
         seq = x.shape[-2]
-        cos, sin = self.cos[:seq].to(x.dtype), self.sin[:seq].to(x.dtype)
         first, second = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-second, first], dim=-1) * sin
+        return x * self._cos[:seq] + torch.cat([-second, first], dim=-1) * self._sin[:seq]
 
 
 class Attention(nn.Module):
@@ -168,7 +162,9 @@ class GPT(nn.Module):
             )
             self.positions = nn.Parameter(whole.to(device()))
         else:
-            self.rotary = Rotary(shape.head_dim, shape.seq_len, shape.rotary_base)
+            self.rotary = Rotary(
+                shape.head_dim, shape.seq_len, shape.rotary_base, compute_dtype
+            )
         self.blocks = nn.ModuleList(
             Block(shape, init.at(f"blocks.{i}"), region) for i in range(shape.layers)
         )
@@ -208,8 +204,8 @@ class GPT(nn.Module):
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens).to(self.compute_dtype)
         if self.positions is not None:
-            own = self.region.own_positions(self.positions[: tokens.shape[1]])
-            x = x + self.region.replicated(own).to(self.compute_dtype)
+            positions = self.region.replicated(self.positions)[: tokens.shape[1]]
+            x = x + self.region.own_positions(positions).to(self.compute_dtype)
         return x
 
 

@@ -24,6 +24,11 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
+def largest_norm(config: RunConfig) -> float:
+    """The norm to clip to; beyond reach where there is no clipping, so that it is measured still."""
+    return config.optimizer.clip or 1e30
+
+
 def deepspeed_config(config: RunConfig, data_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`."""
     accumulation = config.batch.samples // (data_size * config.batch.micro)
@@ -31,7 +36,7 @@ def deepspeed_config(config: RunConfig, data_size: int) -> dict[str, Any]:
         "train_batch_size": config.batch.samples,
         "train_micro_batch_size_per_gpu": config.batch.micro,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optimizer.clip,
+        "gradient_clipping": 0.0 if config.parallel.zero == 0 else largest_norm(config),
         "bf16": {"enabled": parameter_dtype(config) == torch.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {

@@ -19,8 +19,15 @@ from megaphase.model.gpt import GPT
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.topology import Topology, device
-from megaphase.plan.dataset import IGNORED_TARGET, Batch
-from megaphase.training.deepspeed_config import compute_dtype, deepspeed_config, parameter_dtype
+from megaphase.plan.dataset import Batch
+from megaphase.targets import IGNORED_TARGET
+from megaphase.training.deepspeed_config import (
+    compute_dtype,
+    deepspeed_config,
+    largest_norm,
+    parameter_dtype,
+)
+from megaphase.training.gradients import clip_gradients
 
 DEEPSPEED_TAG = "deepspeed"
 
@@ -30,9 +37,13 @@ def import_deepspeed():  # type: ignore[no-untyped-def]  # its classes are not t
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.expanduser("~/.triton/cache"))
+    os.environ.setdefault("LOCAL_RANK", "0")  # it asks for it even in a single process
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # Its collectives over shared memory are compiled at the first use, behind a lock file on which
+    # every later run hangs for ever if that one is killed. gloo serves the CPU.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
@@ -99,15 +110,21 @@ class Engine:
     def __init__(self, config: RunConfig, shape: GPTShape, topology: Topology, tasks: int) -> None:
         check_batch(config, topology.data_size)
         deepspeed = import_deepspeed()
+        deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self.topology = topology
         self._tasks = tasks
         self._micro = config.batch.micro
         settings = deepspeed_config(config, topology.data_size)
+        # Without ZeRO, DeepSpeed clips by the norm but does not tell it.
+        self._clip_here = largest_norm(config) if config.parallel.zero == 0 else None
         self._accumulation: int = settings["gradient_accumulation_steps"]
         partitioned: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if config.parallel.zero == 3:
             partitioned = deepspeed.zero.Init(
-                config_dict_or_path=settings, mpu=topology, dtype=parameter_dtype(config)
+                config_dict_or_path=settings,
+                mpu=topology,
+                data_parallel_group=topology.data_group,
+                tensor_overrides=[],  # parameters come in their type; nothing else is to change
             )
         # Weights are rounded to the precision's type for every ZeRO stage, so that all start equal.
         init = Initializer(config.seed, compute_dtype(config))
@@ -158,13 +175,10 @@ class Engine:
         for micro in batch.split(self._micro):
             losses = self._forward(micro)
             self._engine.backward(losses.sum() * scale)
-            self._engine.step()
+            norm = self._step()
             self._add_by_task(sums, losses, micro)
         dist.all_reduce(on_device := sums.to(device()), group=self.topology.data_group)
-        norm = self._engine.get_global_grad_norm()
-        return StepResult(
-            TaskLosses(on_device.cpu(), tokens), float(norm) if norm is not None else float("nan")
-        )
+        return StepResult(TaskLosses(on_device.cpu(), tokens), norm)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> TaskLosses:
@@ -189,6 +203,15 @@ class Engine:
         path, _ = self._engine.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint there")
+
+    def _step(self) -> float:
+        """Step if this was the last micro-batch; the norm of the gradients before clipping."""
+        if self._clip_here and self._engine.is_gradient_accumulation_boundary():
+            norm = clip_gradients(self.module.parameters(), self._clip_here, self.topology)
+            self._engine.step()
+            return norm
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm() or 0.0)
 
     def _forward(self, micro: Batch) -> Tensor:
         return self._engine(micro.inputs.to(device()), micro.targets.to(device()))
