@@ -61,7 +61,7 @@ def train(
     max_sentences: Annotated[int, typer.Option(help="Most lines to train on.")] = 2_000_000,
     temperature: Annotated[
         float, typer.Option(help="Smooths the languages' shares of the text; 1 does not.")
-    ] = 2.0,
+    ] = 3.3,
     seed: Annotated[int, typer.Option(help="Chooses the lines to train on.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:

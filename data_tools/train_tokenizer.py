@@ -68,7 +68,7 @@ def train_tokenizer(
     tags: Sequence[str] = (),
     reserved_tags: int = 16,
     max_sentences: int = 2_000_000,
-    temperature: float = 2.0,
+    temperature: float = 3.3,
     seed: int = 0,
     overwrite: bool = False,
     console: Console | None = None,

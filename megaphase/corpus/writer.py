@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from megaphase.corpus.format import (
 )
 from megaphase.corpus.hashed_file import HashedFile
 from megaphase.corpus.manifest import DATA_SUFFIXES, MANIFEST_SUFFIX, Manifest, corpus_file
-from megaphase.errors import InputError
+from megaphase.errors import InputError, RunError
 from megaphase.files import fsync_path, make_directory
 
 
@@ -49,8 +50,8 @@ class CorpusWriter:
     Everything is written aside, hashed on the way, and renamed when the block ends; where the
     block raises, nothing is left. Memory does not grow with the number of documents.
 
-    Raises InputError where files of the prefix exist and `overwrite` is not set, and, at the end,
-    where no document was added.
+    Raises InputError where files of the prefix exist and `overwrite` is not set, where they cannot
+    be created, and, at the end, where no document was added; RunError where the disk is full.
 
     Attributes:
         dtype: in which tokens are stored: u16 for a vocabulary below 65,500, else i32.
@@ -80,15 +81,18 @@ class CorpusWriter:
 
     def __enter__(self) -> CorpusWriter:
         make_directory(self.prefix.parent)
-        # Nameless, so that not even a killed process leaves it behind.
-        self._lengths = tempfile.TemporaryFile(dir=self.prefix.parent)
-        self._files: dict[str, HashedFile] = {}
-        try:
-            for suffix in DATA_SUFFIXES:
-                self._files[suffix] = HashedFile(corpus_file(self.prefix, suffix))
-        except BaseException:
-            self._discard()
-            raise
+        with ExitStack() as opened:
+            try:
+                # Nameless, so that not even a killed process leaves it behind.
+                self._lengths = opened.enter_context(tempfile.TemporaryFile(dir=self.prefix.parent))
+                self._files: dict[str, HashedFile] = {}
+                for suffix in DATA_SUFFIXES:
+                    self._files[suffix] = HashedFile(corpus_file(self.prefix, suffix))
+                    opened.callback(self._files[suffix].discard)
+            except OSError as error:
+                problem = f"cannot be written ({error.strerror})"
+                raise InputError(self.prefix, problem, "choose another --out") from None
+            self._opened = opened.pop_all()
         return self
 
     def add_document(self, tokens: Sequence[int] | np.ndarray, text: str) -> None:
@@ -106,9 +110,10 @@ class CorpusWriter:
             raise ValueError(f"{len(batch.lengths)} lengths, {len(batch.hashes)} hashes")
         if int(batch.lengths.sum(dtype=np.int64)) != len(batch.tokens):
             raise ValueError(f"lengths do not sum to the {len(batch.tokens)} tokens")
-        self._files[".bin"].write(batch.tokens.astype(self.dtype, copy=False))
-        self._files[".hash"].write(batch.hashes.astype(HASH_DTYPE, copy=False))
-        self._lengths.write(batch.lengths.astype(LENGTH_DTYPE).tobytes())
+        with self._write_errors():
+            self._files[".bin"].write(batch.tokens.astype(self.dtype, copy=False))
+            self._files[".hash"].write(batch.hashes.astype(HASH_DTYPE, copy=False))
+            self._lengths.write(batch.lengths.astype(LENGTH_DTYPE).tobytes())
         self._documents += len(batch.lengths)
         self._skipped_empty += batch.skipped_empty
         self._tokens += len(batch.tokens)
@@ -120,11 +125,17 @@ class CorpusWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
+        with self._opened:
             if kind is None:
-                self._commit()
-        finally:
-            self._discard()
+                with self._write_errors():
+                    self._commit()
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"{self.prefix}: cannot be written ({error.strerror})") from None
 
     def _commit(self) -> None:
         if self._documents == 0:
@@ -157,11 +168,6 @@ class CorpusWriter:
                 corpus_file(self.prefix, suffix).unlink(missing_ok=True)
             raise
         self.manifest = manifest
-
-    def _discard(self) -> None:
-        self._lengths.close()
-        for file in self._files.values():
-            file.discard()
 
 
 def refuse_existing(prefix: Path) -> None:

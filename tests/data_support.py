@@ -1,0 +1,103 @@
+"""What the tests of text, tokenizers and corpora share."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterable
+from itertools import chain, pairwise
+from pathlib import Path
+
+import numpy as np
+
+from megaphase.data_tools.artificial_languages import write_languages
+from megaphase.data_tools.train_tokenizer import train_tokenizer
+
+CORPORA = Path(__file__).resolve().parents[2] / "shared" / "corpora"
+VOCAB_SIZE = 700
+
+
+def make_tokenizer(directory: Path, *, seed: int = 3, vocab_size: int = VOCAB_SIZE) -> Path:
+    """Train a small tokenizer on two artificial languages; two of its tags have names."""
+    text = write_languages(directory / "text", seed=seed, languages={"aa": 40_000, "bb": 20_000})
+    out = directory / "tok"
+    inputs = {name: [path] for name, path in text.items()}
+    train_tokenizer(inputs, out, vocab_size=vocab_size, tags=("fr", "hi"), reserved_tags=3)
+    return out
+
+
+def write_jsonl(path: Path, texts: Iterable[str], key: str = "text") -> Path:
+    path.write_text("".join(json.dumps({"id": 1, key: text}) + "\n" for text in texts))
+    return path
+
+
+def megatron_index(
+    code: int, sequence_lengths: list[int], itemsize: int, document_indices: list[int]
+) -> bytes:
+    """An .idx file as Megatron-LM lays it out, written one number after the other."""
+    data = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", code)
+    data += struct.pack("<Q", len(sequence_lengths)) + struct.pack("<Q", len(document_indices))
+    for length in sequence_lengths:
+        data += struct.pack("<i", length)
+    offset = 0
+    for length in sequence_lengths:
+        data += struct.pack("<q", offset)
+        offset += length * itemsize
+    for index in document_indices:
+        data += struct.pack("<q", index)
+    return data
+
+
+def megatron_documents(prefix: Path) -> list[list[int]]:
+    """Read .bin and .idx as Megatron-LM lays them out, one number after the other."""
+    data = Path(f"{prefix}.idx").read_bytes()
+    tokens = Path(f"{prefix}.bin").read_bytes()
+    assert data[:9] == b"MMIDIDX\x00\x00"
+    version, code, sequences, boundaries = struct.unpack("<QBQQ", data[9:34])
+    assert version == 1
+    position = 34
+    lengths = struct.unpack_from(f"<{sequences}i", data, position)
+    position += 4 * sequences
+    offsets = struct.unpack_from(f"<{sequences}q", data, position)
+    position += 8 * sequences
+    indices = struct.unpack_from(f"<{boundaries}q", data, position)
+    assert position + 8 * boundaries == len(data)
+    letter = {8: "H", 4: "i"}[code]
+    read = [
+        list(struct.unpack_from(f"<{length}{letter}", tokens, offset))
+        for length, offset in zip(lengths, offsets, strict=True)
+    ]
+    return [sum(read[start:end], []) for start, end in zip(indices[:-1], indices[1:], strict=True)]
+
+
+def files_of(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def corpus_bytes(prefix: Path) -> dict[str, bytes]:
+    return {end: Path(f"{prefix}{end}").read_bytes() for end in (".bin", ".idx", ".hash", ".json")}
+
+
+def edit_bytes(path: Path, position: int, data: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(position, 0 if position >= 0 else 2)
+        file.write(data)
+
+
+def tokens_of(prefix: Path, dtype: str = "<u2") -> np.ndarray:
+    return np.fromfile(f"{prefix}.bin", dtype=dtype)
+
+
+def start_python(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """Run `code` in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
