@@ -7,7 +7,9 @@ main process is killed, or hang when a worker is; this one does none of it.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -129,6 +131,7 @@ class _Pool:
 def _work(pipe: connection.Connection, task: Callable[[Any], Any]) -> None:
     # Ctrl-C reaches every process of the terminal; the main one stops the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
     # The pipe ends when the main process has gone.
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
@@ -139,6 +142,13 @@ def _work(pipe: connection.Connection, task: Callable[[Any], Any]) -> None:
                 error.add_note(f"in a worker process:\n{traceback.format_exc()}")
                 reply = (number, False, error)
             pipe.send(reply)
+
+
+def _end_with_main_process() -> None:
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None
+    main_process.join()
+    os._exit(1)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def megatron_documents(prefix: Path) -> list[list[int]]:
         list(struct.unpack_from(f"<{length}{letter}", tokens, offset))
         for length, offset in zip(lengths, offsets, strict=True)
     ]
-    return [sum(read[start:end], []) for start, end in zip(indices[:-1], indices[1:], strict=True)]
+    return [list(chain(*read[start:end])) for start, end in pairwise(indices)]
 
 
 def files_of(directory: Path) -> list[str]:
@@ -101,3 +102,19 @@ def start_python(code: str, *arguments: object) -> subprocess.Popen[str]:
         start_new_session=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is not only waiting to be reaped."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)

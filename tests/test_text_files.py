@@ -1,0 +1,199 @@
+"""Documents from text files: what a document is, whatever the chunks, and every wrong input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+from data_support import write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megaphase.data_tools import text_files
+from megaphase.data_tools.text_files import documents_of, read_chunks, read_documents
+from megaphase.errors import InputError
+
+TEXTS = ["one", "two\nlines", "ein Wort für 😀", "  spaces  ", "", "a\u2028b\x85c", "x" * 5000]
+
+
+def documents(path: Path, key: str = "text") -> list[str]:
+    return list(read_documents(path, key))
+
+
+def test_jsonl_gives_the_text_of_each_line(tmp_path: Path) -> None:
+    assert documents(write_jsonl(tmp_path / "a.jsonl", TEXTS)) == TEXTS
+    assert documents(write_jsonl(tmp_path / "b.ndjson", TEXTS, key="tgt"), "tgt") == TEXTS
+
+
+def test_jsonl_may_hold_raw_characters_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in TEXTS]
+    path.write_bytes(b"\xef\xbb\xbf\n" + "\r\n \n".join(lines).encode())
+    assert documents(path) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("one\ntwo\n\nthree\n", ["one\ntwo", "three"]),
+        ("one\r\ntwo\r\n\r\nthree", ["one\r\ntwo", "three"]),
+        ("\n\n one \n \t\n\n\ntwo \n\n\n", [" one ", "two "]),
+        (" \n\none", ["one"]),
+        ("one\u2028\u2028two", ["one\u2028\u2028two"]),
+        ("\n \n", []),
+        ("", []),
+    ],
+)
+def test_a_blank_line_ends_a_document_of_a_text_file(
+    tmp_path: Path, content: str, expected: list[str]
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(content.encode())
+    assert documents(path) == expected
+
+
+def two_frames(data: bytes) -> bytes:
+    half = len(data) // 2
+    return zstandard.compress(data[:half]) + zstandard.compress(data[half:])
+
+
+def two_members(data: bytes) -> bytes:
+    half = len(data) // 2
+    return gzip.compress(data[:half]) + gzip.compress(data[half:])
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"),
+    [(".gz", gzip.compress), (".gz", two_members), (".zst", two_frames), (".ZST", two_frames)],
+)
+def test_compressed_files_give_the_same(
+    tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]
+) -> None:
+    plain = write_jsonl(tmp_path / "a.jsonl", TEXTS * 500)
+    packed = tmp_path / f"a.jsonl{ending}"
+    packed.write_bytes(compress(plain.read_bytes()))
+    assert documents(packed) == documents(plain)
+    chunks = list(read_chunks(packed))
+    assert sum(chunk.file_bytes for chunk in chunks) == packed.stat().st_size
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(
+    lines=st.lists(st.sampled_from(["", " ", "a", "bb b", "ö", "\r", "c\r"]), max_size=20),
+    chunk_bytes=st.integers(1, 12),
+    name=st.sampled_from(["a.txt", "a.jsonl"]),
+)
+def test_documents_do_not_depend_on_the_chunks(
+    tmp_path: Path, lines: list[str], chunk_bytes: int, name: str
+) -> None:
+    path = tmp_path / name
+    if name == "a.txt":
+        path.write_bytes("\n".join(lines).encode())
+    else:
+        write_jsonl(path, lines)
+    chunks = list(read_chunks(path, chunk_bytes))
+    assert b"".join(chunk.data for chunk in chunks) == path.read_bytes()
+    assert sum(chunk.file_bytes for chunk in chunks) == path.stat().st_size
+    found = [text for chunk in chunks for text in documents_of(chunk, "text")]
+    assert found == documents(path)
+
+
+def test_chunks_are_not_much_larger_than_asked(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["x" * 900] * 200)
+    chunks = list(read_chunks(path, 10_000))
+    assert all(10_000 <= len(chunk.data) < 22_000 for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "is not valid JSON (Expecting property name enclosed in double quotes)"),
+        ('{"text": "a"} x', "is not valid JSON (Extra data)"),
+        ("[" * 100_000, "is not valid JSON (it cannot be parsed)"),
+        ('["a"]', 'is a list, not a JSON object; write {"text": "..."}'),
+        ('{"id": 1, "tgt": "a"}', "the key 'text' is missing; the keys there are 'id', 'tgt'"),
+        ("{}", "the key 'text' is missing; the keys there are none"),
+        ('{"text": null}', "the key 'text' holds null, not a string; no key there holds a string"),
+        ('{"text": 1, "b": "c"}', "holds a number, not a string; the keys with a string are 'b'"),
+        ('{"text": "\\ud83d"}', "holds half a character, \\ud83d"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n\n' + line + "\n")
+    with pytest.raises(InputError) as error:
+        documents(path)
+    assert str(error.value).startswith(f"{path}:3: ")
+    assert message in str(error.value)
+
+
+def test_a_wrong_line_is_named_in_later_chunks(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["x" * 90] * 30_000)
+    with open(path, "a") as file:
+        file.write("oops\n")
+    with pytest.raises(InputError, match=r"a\.jsonl:30001: is not valid JSON"):
+        documents(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_other_encodings_are_refused_with_the_line(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes('{"text": "a"}\n{"text": "für"}\n'.encode("latin-1"))
+    with pytest.raises(InputError, match=rf"{name}:2: is not UTF-8 text \(byte 0xfc\)"):
+        documents(path)
+    path.write_bytes('{"text": "a"}\n'.encode("utf-16"))
+    with pytest.raises(InputError, match=rf"{name}:1: is not UTF-8 text \(byte 0xff\)"):
+        documents(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl.gz", gzip.compress(os.urandom(9000))[:5000], "is cut off; copy or compress"),
+        ("a.jsonl.gz", b'{"text": "a"}', "is not whole gzip data (Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b"a" * 99)[:-8] + b"12345678", "is not whole gzip data"),
+        ("a.jsonl.zst", zstandard.compress(os.urandom(9000))[:5000], "is cut off; copy"),
+        ("a.jsonl.zst", b'{"text": "a"}', "is not whole zstd data"),
+    ],
+)
+def test_broken_compression_is_named(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        documents(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+
+
+def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"")
+    (tmp_path / "d.jsonl").mkdir()
+    for name, message in (
+        ("a.parquet", r"unknown kind of file; its name must end in \.jsonl, .*\.txt"),
+        ("d.jsonl", "is a directory; give the files in it"),
+        ("none.jsonl", "no such file; check the path"),
+    ):
+        with pytest.raises(InputError, match=message):
+            documents(tmp_path / name)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs Linux's /proc")
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to("/proc/self/mem")
+    with pytest.raises(InputError, match=r"a\.jsonl: cannot be read \(Input/output error\)"):
+        documents(tmp_path / "a.jsonl")
+
+
+def test_a_document_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "LARGEST_DOCUMENT_BYTES", 1 << 20)
+    path = tmp_path / "a.txt"
+    path.write_text("first\n\n" + "line\n" * 500_000)
+    with pytest.raises(InputError, match=r"a\.txt:3: a document of more than 1 MB begins here"):
+        documents(path)
