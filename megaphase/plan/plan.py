@@ -118,6 +118,7 @@ class Plan:
             )
             first_step += phase.steps
         return {
+            "fingerprint": spec.fingerprint,
             "seq_len": spec.seq_len,
             "samples_per_step": spec.samples_per_step,
             "tasks": {

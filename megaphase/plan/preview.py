@@ -22,7 +22,9 @@ def plan_table(summary: dict[str, Any]) -> Table:
         for phase in summary["phases"]
         for facts in phase["tasks"].values()
     )
-    table = Table(title="Plan", title_justify="left", box=box.SIMPLE)
+    table = Table(
+        title="Plan", title_justify="left", box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column("phase", overflow="fold")
     table.add_column("task", overflow="fold")
     for column in ("steps", "tokens", *(("asked",) if capped else ()), "rate", "epochs", "so far"):

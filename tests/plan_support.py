@@ -1,0 +1,187 @@
+"""Small corpora and run files for the plan's tests, and a slow reference of what a plan holds.
+
+The reference shares no code with the package: it is written from the headers in csrc/.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from megaphase.config import RunConfig, load_run_file
+from megaphase.corpus import CorpusWriter, DocumentBatch
+from megaphase.plan.plan import Plan, ensure_built
+from megaphase.plan.spec import PlanSpec, plan_spec
+
+TOKENIZER_HASH = "0123"
+MASK = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class FakeTokenizer:
+    """All that a plan asks of a tokenizer."""
+
+    fingerprint: str = TOKENIZER_HASH
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What was written into a corpus: every token occurs once."""
+
+    lengths: list[int]
+    hashes: list[int]
+    first_token: int
+
+    def tokens(self, document: int) -> list[int]:
+        start = self.first_token + sum(self.lengths[:document])
+        return list(range(start, start + self.lengths[document]))
+
+    def held_out(self, fraction: float) -> list[bool]:
+        return [each < int(fraction * 2**64) for each in self.hashes]
+
+
+def write_corpus(
+    prefix: Path,
+    lengths: list[int],
+    *,
+    seed: int = 0,
+    first_token: int = 0,
+    vocab_size: int = 60000,
+) -> Documents:
+    """Write a corpus whose tokens count up from `first_token`, with random document hashes."""
+    hashes = np.random.default_rng(seed).integers(0, 2**64, len(lengths), dtype=np.uint64)
+    tokens = np.arange(first_token, first_token + sum(lengths))
+    with CorpusWriter(
+        prefix, tokenizer_hash=TOKENIZER_HASH, vocab_size=vocab_size, eod=0
+    ) as writer:
+        writer.add_batch(DocumentBatch(tokens, np.array(lengths), hashes, 3 * len(tokens)))
+    return Documents(lengths, [int(each) for each in hashes], first_token)
+
+
+def random_lengths(documents: int, longest: int, seed: int) -> list[int]:
+    """Lengths in [1, longest], so documents both shorter and longer than a sample."""
+    return np.random.default_rng(seed).integers(1, longest + 1, documents).tolist()
+
+
+def write_run(folder: Path, corpora: list[str], **changes: Any) -> RunConfig:
+    """A run file over corpora that lie in `folder`; `changes` replace top-level keys."""
+    data: dict[str, Any] = {
+        "seed": 7,
+        "output": "run",
+        "tokenizer": "tok",
+        "tasks": {name: {"corpus": name} for name in corpora},
+        "model": {"preset": "gpt-5m", "seq_len": 8},
+        "batch": {"samples": 4},
+        "phases": [phase("pretrain", 10, {"rates": {corpora[0]: 1.0}})],
+        "validation": {"fraction": 0.2},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(data | changes, sort_keys=False))
+    return load_run_file(path)
+
+
+def phase(name: str, steps: int, mixture: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "steps": steps, "mixture": mixture, "learning_rate": {"peak": 1e-3}}
+
+
+def spec_of(config: RunConfig) -> PlanSpec:
+    return plan_spec(config, FakeTokenizer())  # type: ignore[arg-type]
+
+
+def build_plan(config: RunConfig) -> Plan:
+    spec = spec_of(config)
+    return Plan(spec, ensure_built(spec, config.output))
+
+
+def derived_key(*parts: object) -> int:
+    text = "\0".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def split_mix(state: int) -> tuple[int, int]:
+    """(new state, word)"""
+    state = (state + 0x9E3779B97F4A7C15) & MASK
+    word = state
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & MASK
+    return state, word ^ (word >> 31)
+
+
+def member_key(family: int, member: int) -> int:
+    _, word = split_mix(family)
+    return split_mix(word ^ member)[1]
+
+
+def permutation(size: int, key: int) -> list[int]:
+    """The keyed permutation of range(size), written out."""
+    bits = max(1, (size - 1).bit_length())
+    mask, shift = 2**bits - 1, max(1, bits // 2)
+    rounds = []
+    for _ in range(4):
+        key, low = split_mix(key)
+        key, multiplier = split_mix(key)
+        rounds.append((low & mask, multiplier | 1))
+    rotation = split_mix(key)[1] % size
+
+    def image(word: int) -> int:
+        while True:
+            for low, multiplier in rounds:
+                word = ((word ^ low) * multiplier) & mask
+                word ^= word >> shift
+            if word < size:
+                return (word + rotation) % size
+
+    return [image(position) for position in range(size)]
+
+
+@dataclass(frozen=True)
+class ReferenceStream:
+    """A stream's samples, computed whole epochs at a time."""
+
+    task: str
+    documents: Documents
+    seq_len: int
+    fraction: float
+    seed: int = 7
+    side: str = "training"
+    window: int = 1 << 16
+
+    def in_token_order(self, epoch: int) -> list[list[int]]:
+        """All samples of an epoch, each of seq_len + 1 tokens or, at the end, fewer."""
+        family = derived_key(self.seed, "documents", self.side, self.task)
+        order = permutation(len(self.documents.lengths), member_key(family, epoch))
+        held_out = self.documents.held_out(self.fraction)
+        wanted = self.side == "held out"
+        joined = [
+            token
+            for document in order
+            if held_out[document] == wanted
+            for token in self.documents.tokens(document)
+        ]
+        starts = range(0, len(joined) - 1, self.seq_len)
+        return [joined[start : start + self.seq_len + 1] for start in starts]
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """All samples of an epoch by ordinal."""
+        samples = self.in_token_order(epoch)
+        family = member_key(derived_key(self.seed, "samples", self.side, self.task), epoch)
+        shuffled = []
+        for number, start in enumerate(range(0, len(samples), self.window)):
+            part = samples[start : start + self.window]
+            order = permutation(len(part), member_key(family, number))
+            shuffled += [part[i] for i in order]
+        return shuffled
+
+    def first(self, ordinals: int) -> list[list[int]]:
+        """The samples with the ordinals [0, ordinals)."""
+        samples: list[list[int]] = []
+        epoch = 0
+        while len(samples) < ordinals:
+            samples += self.epoch(epoch)
+            epoch += 1
+        return samples[:ordinals]

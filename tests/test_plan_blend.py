@@ -1,0 +1,290 @@
+"""The blend keeps every task within one sample of its rate; mixtures give the promised rates."""
+
+from __future__ import annotations
+
+from decimal import Decimal, getcontext
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megaphase.config import MixtureConfig
+from megaphase.errors import InputError
+from megaphase.plan import _builder
+from megaphase.plan.index import block_size, task_dtype
+from megaphase.plan.mixture import (
+    TaskSupply,
+    effective_rates,
+    integer_weights,
+    requested_rates,
+)
+
+LARGEST = _builder.LARGEST_TOTAL_WEIGHT
+
+
+def blend(weights: list[int], samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """(task of every slot, counts before every block)"""
+    block = block_size(len(weights))
+    tasks = np.zeros(samples, task_dtype(len(weights)))
+    counts = np.zeros((-(-samples // block), len(weights)), np.int64)
+    _builder.fill_blend(_builder.EarliestDeadlineFirst(weights), tasks, counts, block)
+    return tasks, counts
+
+
+def blend_of_rates(rates: list[Fraction], samples: int) -> np.ndarray:
+    return blend(integer_weights(rates, samples, LARGEST), samples)[0]
+
+
+def largest_deviation(rates: list[Fraction], tasks: np.ndarray) -> Fraction:
+    """max |count_t(n) - rate_t n| over every prefix and task, in rational arithmetic.
+
+    A task's deviation is extreme just before and just after one of its turns, and at the end.
+    """
+    turns = [0] * len(rates)
+    largest = Fraction(0)
+    for slot, task in enumerate(tasks.tolist()):
+        before = rates[task] * slot - turns[task]
+        turns[task] += 1
+        after = turns[task] - rates[task] * (slot + 1)
+        largest = max(largest, before, after)
+    return max(largest, *(abs(r * len(tasks) - n) for r, n in zip(rates, turns, strict=True)))
+
+
+def deviation_at_every_prefix(rates: list[Fraction], tasks: np.ndarray) -> Fraction:
+    counts = [0] * len(rates)
+    largest = Fraction(0)
+    for n, task in enumerate(tasks.tolist(), start=1):
+        counts[task] += 1
+        largest = max(largest, *(abs(c - r * n) for c, r in zip(counts, rates, strict=True)))
+    return largest
+
+
+def normalised(weights: list[int]) -> list[Fraction]:
+    total = sum(weights)
+    return [Fraction(weight, total) for weight in weights]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 50) | st.integers(0, 10**9), min_size=1, max_size=12).filter(any),
+    st.integers(1, 150),
+)
+def test_every_prefix_is_within_one_sample_of_the_rates(weights, samples):
+    rates = normalised(weights)
+    tasks = blend_of_rates(rates, samples)
+    assert deviation_at_every_prefix(rates, tasks) < 1
+    assert largest_deviation(rates, tasks) < 1
+    assert all(weights[task] > 0 for task in tasks)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_rates_over_nine_orders_of_magnitude(data):
+    exponents = data.draw(st.lists(st.floats(-9, 0), min_size=2, max_size=60))
+    weights = [Fraction(10**exponent) for exponent in exponents]
+    total = sum(weights)
+    rates = [weight / total for weight in weights]
+    assert largest_deviation(rates, blend_of_rates(rates, 3000)) < 1
+
+
+def test_a_task_with_a_rate_of_1e_9_takes_no_turn_too_many():
+    rates = [1 - Fraction(1, 10**9), Fraction(1, 10**9)]
+    tasks = blend_of_rates(rates, 20_000)
+    assert largest_deviation(rates, tasks) < 1
+    assert tasks.sum() <= 1
+
+
+def test_five_thousand_tasks():
+    weights = np.random.default_rng(3).zipf(1.3, 5000).clip(1, 10**8).tolist()
+    weights[17] = weights[4711] = 0
+    rates = normalised(weights)
+    tasks, counts = blend(integer_weights(rates, 60_000, LARGEST), 60_000)
+    assert largest_deviation(rates, tasks) < 1
+    assert not np.isin(tasks, [17, 4711]).any()
+    block = block_size(5000)
+    for row in range(len(counts)):
+        assert np.array_equal(counts[row], np.bincount(tasks[: row * block], minlength=5000))
+
+
+def test_a_blend_is_the_same_every_time_and_in_pieces():
+    weights = integer_weights(normalised([5, 3, 3, 1, 0]), 5000, LARGEST)
+    whole, _ = blend(weights, 5000)
+    again, _ = blend(weights, 5000)
+    assert np.array_equal(whole, again)
+    edf = _builder.EarliestDeadlineFirst(weights)
+    pieces = [np.zeros(n, np.uint16) for n in (2048, 1024, 1928)]
+    for piece in pieces:
+        _builder.fill_blend(edf, piece, np.zeros((-(-len(piece) // 1024), 5), np.int64), 1024)
+    assert np.array_equal(np.concatenate(pieces), whole)
+    assert edf.position == 5000
+    assert edf.counts == np.bincount(whole, minlength=5).tolist()
+
+
+def test_more_than_65536_tasks_are_numbered_in_32_bits():
+    weights = integer_weights(normalised([1] * 70_000), 70_000, LARGEST)
+    tasks, _ = blend(weights, 70_000)
+    assert tasks.dtype == np.uint32
+    assert sorted(tasks.tolist()) == list(range(70_000))
+
+
+@pytest.mark.parametrize("weights", [[], [0, 0], [LARGEST, 1]])
+def test_weights_that_make_no_blend_are_refused(weights):
+    with pytest.raises(ValueError, match="weight"):
+        _builder.EarliestDeadlineFirst(weights)
+
+
+def test_ordinals_of_any_range_are_those_of_the_whole():
+    weights = integer_weights(normalised([7, 2, 1]), 3000, LARGEST)
+    tasks, counts = blend(weights, 3000)
+    seen = [0, 0, 0]
+    expected = []
+    for task in tasks.tolist():
+        expected.append(seen[task])
+        seen[task] += 1
+    for first, last in [(0, 3000), (0, 1), (1023, 1025), (1024, 2048), (2999, 3000), (5, 5)]:
+        ordinals = np.empty(last - first, np.int64)
+        _builder.phase_ordinals(tasks, counts, block_size(3), first, ordinals)
+        assert ordinals.tolist() == expected[first:last]
+    with pytest.raises(ValueError, match="outside the phase"):
+        _builder.phase_ordinals(tasks, counts, block_size(3), 2999, np.empty(2, np.int64))
+
+
+@given(
+    st.lists(st.integers(0, 10**6), min_size=1, max_size=40).filter(any),
+    st.integers(1, 10**9),
+    st.integers(0, 2**62),
+)
+def test_integer_weights_sum_and_stay_within_one(weights, samples, largest):
+    largest = max(largest, samples)
+    rates = normalised(weights)
+    found = integer_weights(rates, samples, largest)
+    total = sum(found)
+    assert largest - samples < total <= largest
+    assert total % samples == 0
+    for weight, rate in zip(found, rates, strict=True):
+        assert abs(weight - rate * total) < 1
+        if (rate * samples).denominator == 1:
+            assert weight == rate * total
+
+
+def supplies(tokens: list[int], per_epoch: list[int] | None = None) -> dict[str, TaskSupply]:
+    per_epoch = per_epoch or [max(1, n // 10) for n in tokens]
+    return {
+        f"t{i}": TaskSupply(n, samples, 0)
+        for i, (n, samples) in enumerate(zip(tokens, per_epoch, strict=True))
+    }
+
+
+TOKENS = st.lists(st.integers(10, 10**12), min_size=1, max_size=12)
+
+
+@given(TOKENS, st.sampled_from([0.01, 0.5, 1.0, 1.7, 3.3, 5.0, 100.0]))
+def test_temperature_is_tokens_to_the_power_of_its_inverse(tokens, temperature):
+    getcontext().prec = 50
+    supply = supplies(tokens)
+    rates = requested_rates(MixtureConfig(temperature=temperature), supply)
+    powers = [(Decimal(n).ln() / Decimal(temperature)).exp() for n in tokens]
+    assert sum(rates.values()) == 1
+    for rate, power in zip(rates.values(), powers, strict=True):
+        assert float(rate) == pytest.approx(float(power / sum(powers)), rel=1e-9, abs=1e-300)
+
+
+@given(TOKENS)
+def test_proportional_rates_follow_the_tokens(tokens):
+    rates = requested_rates(MixtureConfig(proportional=True), supplies(tokens))
+    for rate, n in zip(rates.values(), tokens, strict=True):
+        assert float(rate) == pytest.approx(n / sum(tokens), rel=1e-12)
+
+
+def test_tasks_outside_a_mixture_get_nothing():
+    supply = supplies([100, 200, 300])
+    over = requested_rates(MixtureConfig(temperature=2.0, over=["t0", "t2"]), supply)
+    assert over["t1"] == 0
+    assert over["t0"] + over["t2"] == 1
+    given_rates = requested_rates(MixtureConfig(rates={"t2": 0.25, "t0": 0.75}), supply)
+    assert given_rates == {"t0": Fraction(3, 4), "t1": 0, "t2": Fraction(1, 4)}
+    nearly = requested_rates(MixtureConfig(rates={"t0": 0.3333333, "t1": 0.6666667}), supply)
+    assert sum(nearly.values()) == 1
+
+
+def water_level(requested: list[Fraction], room: list[int], samples: int) -> list[Fraction]:
+    """Shares min(level p, room) that sum to samples, found by going through the tasks' caps."""
+    order = sorted((i for i, p in enumerate(requested) if p), key=lambda i: room[i] / requested[i])
+    full, weight = 0, sum(requested)
+    for i in order:
+        level = (samples - full) / weight
+        if level * requested[i] <= room[i]:
+            break
+        full += room[i]
+        weight -= requested[i]
+    else:
+        level = Fraction(0) if not weight else (samples - full) / weight
+    return [
+        min(level * p, Fraction(room[i])) if level else Fraction(room[i])
+        for i, p in enumerate(requested)
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_capped_tasks_hand_over_to_the_others(data):
+    n = data.draw(st.integers(1, 8))
+    weights = data.draw(st.lists(st.integers(0, 20), min_size=n, max_size=n).filter(any))
+    supply = {
+        f"t{i}": TaskSupply(100, data.draw(st.integers(1, 60)), data.draw(st.integers(0, 100)))
+        for i in range(n)
+    }
+    max_epochs = data.draw(st.sampled_from([0.5, 1.0, 2.0, 3.7]))
+    samples = data.draw(st.integers(1, 200))
+    rates = {f"t{i}": weight / sum(weights) for i, weight in enumerate(weights)}
+    mixture = MixtureConfig(rates=rates, max_epochs=max_epochs)
+    room = [max(0, int(max_epochs * s.samples_per_epoch) - s.samples_used) for s in supply.values()]
+    requested = list(requested_rates(mixture, supply).values())
+    if sum(r for r, p in zip(room, requested, strict=True) if p) < samples:
+        with pytest.raises(InputError, match="max_epochs"):
+            effective_rates(mixture, supply, samples, "run.yaml: phases[0].mixture")
+        return
+    found = list(effective_rates(mixture, supply, samples, "").values())
+    assert [rate * samples for rate in found] == water_level(requested, room, samples)
+    turns = np.bincount(blend_of_rates(found, samples), minlength=n)
+    assert all(turn <= most for turn, most in zip(turns, room, strict=True))
+
+
+def unimax(tokens: list[int], budget: int, max_epochs: int) -> list[Fraction]:
+    """Algorithm 1 of UniMax (Chung et al. 2023): smallest first, an equal part of what is left."""
+    given_out: dict[int, Fraction] = {}
+    left = Fraction(budget)
+    order = sorted(range(len(tokens)), key=lambda i: tokens[i])
+    for done, i in enumerate(order):
+        given_out[i] = min(left / (len(order) - done), Fraction(tokens[i] * max_epochs))
+        left -= given_out[i]
+    return [given_out[i] / sum(given_out.values()) for i in range(len(tokens))]
+
+
+@given(st.lists(st.integers(5, 500), min_size=1, max_size=10), st.integers(1, 4), st.data())
+def test_unimax_is_its_published_algorithm(per_epoch, max_epochs, data):
+    samples = data.draw(st.integers(1, sum(per_epoch) * max_epochs))
+    supply = supplies(per_epoch, per_epoch)
+    mixture = MixtureConfig(unimax=True, max_epochs=max_epochs)
+    found = effective_rates(mixture, supply, samples, "")
+    assert list(found.values()) == unimax(per_epoch, samples, max_epochs)
+
+
+def test_a_cap_holds_over_the_whole_run():
+    supply = {"en": TaskSupply(0, 1000, 0), "hi": TaskSupply(0, 10, 35), "eu": TaskSupply(0, 5, 40)}
+    mixture = MixtureConfig(rates={"en": 0.2, "hi": 0.4, "eu": 0.4}, max_epochs=4)
+    rates = effective_rates(mixture, supply, 100, "")
+    assert rates == {"en": Fraction(95, 100), "hi": Fraction(5, 100), "eu": 0}
+
+
+def test_an_impossible_demand_names_its_figures():
+    supply = {"en": TaskSupply(0, 1000, 500), "hi": TaskSupply(0, 10, 5)}
+    mixture = MixtureConfig(rates={"en": 0.5, "hi": 0.5}, max_epochs=2.5)
+    with pytest.raises(InputError) as error:
+        effective_rates(mixture, supply, 5000, "run.yaml: phases[1].mixture")
+    assert str(error.value) == (
+        "run.yaml: phases[1].mixture: the phase wants 5,000 samples, but max_epochs 2.5 leaves "
+        "only 2,020 (en 2,000, hi 20); raise max_epochs, shorten the phase or add tasks"
+    )

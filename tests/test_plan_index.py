@@ -1,0 +1,395 @@
+"""The stored index: same spec, same bytes; whole or not there; one order for every layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from plan_support import (
+    Documents,
+    ReferenceStream,
+    build_plan,
+    phase,
+    random_lengths,
+    spec_of,
+    write_corpus,
+    write_run,
+)
+
+from megaphase.config import RunConfig
+from megaphase.files import hash_json
+from megaphase.plan.dataset import Batch, StepReader, read_step
+from megaphase.plan.index import build_index
+from megaphase.plan.plan import Plan, ensure_built, plan_folder
+
+SEQ_LEN = 8
+FILLER = 59_999
+PHASES = [
+    phase("one", 12, {"rates": {"en": 0.75, "hi": 0.25}}),
+    phase("two", 8, {"temperature": 3.3}),
+]
+
+
+@pytest.fixture
+def run(tmp_path) -> tuple[RunConfig, dict[str, Documents]]:
+    written = {
+        name: write_corpus(
+            tmp_path / name, random_lengths(40 - 10 * i, 30, i), seed=i, first_token=i * 9000
+        )
+        for i, name in enumerate(["en", "hi", "no"])
+    }
+    return write_run(tmp_path, list(written), phases=PHASES), written
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_same_spec_gives_the_same_bytes(run, tmp_path):
+    config, _ = run
+    first = ensure_built(spec_of(config), tmp_path / "a")
+    second = ensure_built(spec_of(config), tmp_path / "b")
+    assert first.name == second.name
+    assert contents(first) == contents(second)
+    assert sorted(contents(first)) == [
+        *(f"blend-{p}.{kind}" for p in range(2) for kind in ("counts", "tasks")),
+        "index.json",
+        *(f"samples-{t}.{kind}" for t in range(3) for kind in ("offsets", "slots")),
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 8},
+        {"model": {"preset": "gpt-5m", "seq_len": 9}},
+        {"batch": {"samples": 6}},
+        {"validation": {"fraction": 0.25}},
+        {"phases": PHASES[:1]},
+        {"phases": [PHASES[0], PHASES[1] | {"steps": 9}]},
+        {"phases": [PHASES[0], PHASES[1] | {"name": "renamed"}]},
+        {"phases": [PHASES[0], PHASES[1] | {"mixture": {"temperature": 3.4}}]},
+        {"tasks": {name: {"corpus": name} for name in ("hi", "en", "no")}},
+        {"tasks": {"en": {"corpus": "hi"}, "hi": {"corpus": "hi"}, "no": {"corpus": "no"}}},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_whatever_changes_the_plan_changes_its_name(run, tmp_path, changes):
+    config, written = run
+    changed = write_run(tmp_path, list(written), **({"phases": PHASES} | changes))
+    assert spec_of(changed).fingerprint != spec_of(config).fingerprint
+
+
+def test_what_does_not_matter_to_the_plan_keeps_its_name(run, tmp_path):
+    config, written = run
+    same = write_run(
+        tmp_path,
+        list(written),
+        phases=[PHASES[0], PHASES[1] | {"learning_rate": {"peak": 0.5}}],
+        output="elsewhere",
+        batch={"samples": 4, "micro": 2},
+        precision="fp32",
+    )
+    assert spec_of(same).fingerprint == spec_of(config).fingerprint
+
+
+def test_a_replaced_corpus_is_not_read_through_the_old_index(run, tmp_path):
+    config, _ = run
+    before = build_plan(config)
+    for path in tmp_path.glob("hi.*"):
+        path.unlink()
+    write_corpus(tmp_path / "hi", random_lengths(30, 30, 99), seed=99)
+    after = build_plan(config)
+    assert before.spec.fingerprint != after.spec.fingerprint
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def _alter(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _edit(key: str, value: object):
+    def edit(path: Path) -> None:
+        header = json.loads(path.read_text())
+        header[key] = value
+        path.write_text(json.dumps(header))
+
+    return edit
+
+
+def _foreign(path: Path) -> None:
+    header = json.loads(path.read_text())
+    del header["hash"]
+    header["fingerprint"] = "0" * 32
+    path.write_text(json.dumps(header | {"hash": hash_json(header)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "said"),
+    [
+        ("blend-0.tasks", _truncate, "blend-0.tasks has 95 bytes, not 96"),
+        ("blend-1.counts", _alter, "blend-1.counts has been altered"),
+        ("samples-0.slots", _alter, "samples-0.slots has been altered"),
+        ("samples-2.offsets", Path.unlink, "samples-2.offsets is missing"),
+        ("index.json", Path.unlink, "index.json is missing"),
+        ("index.json", lambda path: os.truncate(path, 100), "index.json is damaged"),
+        ("index.json", _edit("phases", []), "index.json has been altered"),
+        ("index.json", _edit("files", {}), "index.json has been altered"),
+        ("index.json", _foreign, "index.json belongs to another plan"),
+        ("index.json", lambda path: path.write_text("[]"), "index.json is damaged"),
+        ("index.json", lambda path: path.write_bytes(b"\xff"), "index.json is damaged"),
+    ],
+)
+def test_a_damaged_index_is_named_and_built_again(run, name, harm, said):
+    config, _ = run
+    spec = spec_of(config)
+    folder = ensure_built(spec, config.output)
+    whole = contents(folder)
+    harm(folder / name)
+    lines: list[str] = []
+    assert ensure_built(spec, config.output, say=lines.append) == folder
+    assert lines == [f"{folder}: {said}; building the plan again"]
+    assert contents(folder) == whole
+    assert ensure_built(spec, config.output, say=pytest.fail) == folder
+
+
+BUILD_AND_HANG = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from plan_support import spec_of
+from megaphase.config import load_run_file
+from megaphase.plan.plan import ensure_built
+
+def progress(what, done, of):
+    if what == {hang_at!r}:
+        print("hanging", flush=True)
+        time.sleep(600)
+
+config = load_run_file(Path({run_file!r}))
+ensure_built(spec_of(config), config.output, progress=progress)
+"""
+
+
+def build_in_another_process(config: RunConfig, hang_at: str = "") -> subprocess.Popen:
+    script = BUILD_AND_HANG.format(
+        tests=str(Path(__file__).parent), hang_at=hang_at, run_file=str(config.path)
+    )
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("hang_at", ["blend of one", "samples of no"])
+def test_a_build_that_is_killed_leaves_nothing_that_counts(run, hang_at):
+    config, _ = run
+    spec = spec_of(config)
+    process = build_in_another_process(config, hang_at)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "hanging\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not plan_folder(config.output, spec).exists()
+    folder = ensure_built(spec, config.output, say=pytest.fail)
+    elsewhere = ensure_built(spec, config.output.with_name("elsewhere"))
+    assert contents(folder) == contents(elsewhere)
+
+
+def test_two_processes_may_build_at_the_same_time(run):
+    config, _ = run
+    spec = spec_of(config)
+    built = []
+
+    def progress(what: str, done: int, of: int) -> None:
+        if not built:
+            process = build_in_another_process(config)
+            process.communicate()
+            built.append(process.returncode)
+
+    folder = ensure_built(spec, config.output, progress=progress)
+    assert built == [0]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert ensure_built(spec, config.output, say=pytest.fail) == folder
+
+
+def test_a_build_that_fails_leaves_nothing(run):
+    config, _ = run
+    spec = spec_of(config)
+
+    def fail(what: str, done: int, of: int) -> None:
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        ensure_built(spec, config.output, progress=fail)
+    assert list((config.output / "plan").iterdir()) == []
+
+
+def expected_samples(config: RunConfig, written: dict[str, Documents], plan: Plan, number: int):
+    """(task, tokens) of every sample of a phase: blend turns over the reference's streams."""
+    streams = []
+    for i, (name, documents) in enumerate(written.items()):
+        used = plan.phases[number].starts[i] + plan.phases[number].counts[i]
+        reference = ReferenceStream(name, documents, SEQ_LEN, 0.2)
+        streams.append(reference.first(used))
+    next_ordinal = list(plan.phases[number].starts)
+    samples = plan.phases[number].samples
+    for task in plan.samples(number, 0, samples).tasks.tolist():
+        yield task, streams[task][next_ordinal[task]]
+        next_ordinal[task] += 1
+
+
+def as_rows(batch: Batch) -> list[tuple]:
+    return [
+        (task, *inputs, *targets)
+        for task, inputs, targets in zip(
+            batch.tasks.tolist(), batch.inputs.tolist(), batch.targets.tolist(), strict=True
+        )
+    ]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_steps_hold_the_samples_of_the_reference(run, number):
+    config, written = run
+    plan = build_plan(config)
+    rows = [
+        row
+        for step in range(PHASES[number]["steps"])
+        for row in as_rows(read_step(plan, number, step, 0, 1, FILLER))
+    ]
+    expected = []
+    for task, tokens in expected_samples(config, written, plan, number):
+        missing = SEQ_LEN + 1 - len(tokens)
+        inputs = (tokens + [FILLER] * missing)[:SEQ_LEN]
+        expected.append((task, *inputs, *tokens[1:], *[-100] * missing))
+    assert rows == expected
+    assert len(rows) == PHASES[number]["steps"] * 4
+
+
+def test_a_step_is_the_same_for_every_number_of_ranks(run):
+    config, _ = run
+    plan = build_plan(config)
+    for number, step in [(0, 0), (0, 7), (1, 3)]:
+        whole = as_rows(read_step(plan, number, step, 0, 1, FILLER))
+        for ranks in (2, 4):
+            parts = [
+                row
+                for rank in range(ranks)
+                for row in as_rows(read_step(plan, number, step, rank, ranks, FILLER))
+            ]
+            assert parts == whole
+    with pytest.raises(ValueError, match="3 ranks do not divide"):
+        read_step(plan, 0, 0, 0, 3, FILLER)
+    with pytest.raises(ValueError, match="outside the phase"):
+        read_step(plan, 0, 12, 0, 1, FILLER)
+
+
+def test_random_access_equals_sequential_access(run):
+    config, _ = run
+    plan = build_plan(config)
+    whole = plan.samples(0, 0, 48)
+    for first, count in [(0, 48), (47, 1), (13, 9), (0, 0), (20, 28)]:
+        part = plan.samples(0, first, count)
+        assert np.array_equal(part.tasks, whole.tasks[first : first + count])
+        assert np.array_equal(part.ordinals, whole.ordinals[first : first + count])
+    sequential = [as_rows(read_step(plan, 0, step, 0, 1, FILLER)) for step in range(12)]
+    for step in (11, 0, 5, 5, 3):
+        assert as_rows(read_step(plan, 0, step, 0, 1, FILLER)) == sequential[step]
+
+
+def test_a_step_reader_reads_the_steps(run):
+    config, _ = run
+    plan = build_plan(config)
+    reader = StepReader(plan, 0, rank=1, ranks=2, filler=FILLER)
+    expected = [as_rows(read_step(plan, 0, step, 1, 2, FILLER)) for step in range(12)]
+    assert [as_rows(batch) for batch in reader.steps(0, 12)] == expected
+    assert [as_rows(batch) for batch in reader.steps(5, 7)] == expected[5:7]
+    assert list(reader.steps(3, 3)) == []
+    steps = reader.steps(0, 12)
+    next(steps)
+    steps.close()
+
+
+def test_a_batch_splits_into_micro_batches(run):
+    config, _ = run
+    batch = read_step(build_plan(config), 0, 0, 0, 1, FILLER)
+    pieces = list(batch.split(2))
+    assert [len(piece) for piece in pieces] == [2, 2]
+    assert torch.equal(torch.cat([piece.inputs for piece in pieces]), batch.inputs)
+    assert [row for piece in pieces for row in as_rows(piece)] == as_rows(batch)
+
+
+def test_a_branch_shares_its_first_phase(run, tmp_path):
+    """Runs that differ in phase 2 only see the same samples in phase 1."""
+    config, written = run
+    other = write_run(
+        tmp_path,
+        list(written),
+        output="branch",
+        phases=[PHASES[0], phase("other", 5, {"rates": {"no": 1.0}})],
+    )
+    plans = build_plan(config), build_plan(other)
+    for step in range(12):
+        one, two = (as_rows(read_step(plan, 0, step, 0, 1, FILLER)) for plan in plans)
+        assert one == two
+    assert plans[0].phases[1].starts == plans[1].phases[1].starts == plans[0].phases[0].counts
+
+
+def test_an_index_may_have_fewer_tasks_than_streams_and_empty_ones(run, tmp_path):
+    config, written = run
+    plan = build_plan(write_run(tmp_path, list(written)))
+    assert plan.phases[0].counts == [40, 0, 0]
+    folder = plan_folder(config.output, plan.spec)
+    assert (folder / "samples-2.slots").stat().st_size == 0
+
+
+def test_summary_figures(run):
+    config, written = run
+    plan = build_plan(config)
+    summary = plan.summary()
+    assert json.loads(json.dumps(summary)) == summary
+    assert [summary["seq_len"], summary["samples_per_step"]] == [SEQ_LEN, 4]
+    per_epoch = {}
+    for name, documents in written.items():
+        held_out = documents.held_out(0.2)
+        tokens = sum(n for n, held in zip(documents.lengths, held_out, strict=True) if not held)
+        per_epoch[name] = -(-(tokens - 1) // SEQ_LEN)
+        assert summary["tasks"][name] == {
+            "documents": held_out.count(False),
+            "tokens": tokens,
+            "held_out_documents": held_out.count(True),
+            "text_bytes": 3 * sum(documents.lengths),
+        }
+    one, two = summary["phases"]
+    assert [one["name"], one["first_step"], one["steps"], one["samples"]] == ["one", 0, 12, 48]
+    assert [two["name"], two["first_step"], two["steps"], two["tokens"]] == ["two", 12, 8, 256]
+    assert one["tasks"]["en"]["samples"] == 36
+    assert one["tasks"]["en"]["rate"] == one["tasks"]["en"]["requested_rate"] == 0.75
+    for name in written:
+        first, second = one["tasks"][name], two["tasks"][name]
+        assert first["tokens"] == first["samples"] * SEQ_LEN
+        assert second["epochs"] == second["samples"] / per_epoch[name]
+        together = first["samples"] + second["samples"]
+        assert second["epochs_so_far"] == together / per_epoch[name]
+    assert sum(facts["samples"] for facts in two["tasks"].values()) == 32
+
+
+def test_progress_is_told_to_the_end(run, tmp_path):
+    config, _ = run
+    told = []
+    build_index(spec_of(config), tmp_path / "index", lambda *news: told.append(news))
+    assert told[0] == ("blend of one", 48, 48)
+    assert all(done <= of for _, done, of in told)
+    assert {what for what, done, of in told if done == of} == {
+        "blend of one", "blend of two", "samples of en", "samples of hi", "samples of no"
+    }  # fmt: skip

@@ -1,0 +1,301 @@
+"""Every mistake in a run file is one line that names the file, the key and what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megaphase.config import RunConfig, load_run_file
+from megaphase.errors import InputError
+from megaphase.yaml_file import read_yaml
+
+GOOD = """\
+seed: 1
+output: runs/x
+tokenizer: tok
+tasks:
+  en: {corpus: data/en}
+  hi: {corpus: data/hi}
+  no: {corpus: data/no}
+model: {preset: gpt-5m, seq_len: 64}
+parallel: {tensor: 1}
+batch: {samples: 8, micro: 2}
+optimizer: {betas: [0.9, 0.95]}
+phases:
+  - name: pretrain
+    tokens: 200e9
+    mixture: {rates: {en: 1.0}}
+    learning_rate: {schedule: cosine, peak: 3e-4, final: 3e-5, warmup_steps: 20}
+  - name: joint
+    steps: 10
+    mixture: {temperature: 3.3, over: [en, hi], max_epochs: 8}
+    learning_rate: {peak: 1e-4}
+validation: {every_steps: 500, samples: 256, fraction: 0.01}
+"""
+
+
+def load(folder: Path, text: str = GOOD, *overrides: str) -> RunConfig:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return load_run_file(path, overrides)
+
+
+def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
+    """What the InputError says, without the folder."""
+    with pytest.raises(InputError) as error:
+        load(folder, text, *overrides)
+    said = str(error.value)
+    assert "\n" not in said
+    assert [path.name for path in folder.iterdir()] == ["run.yaml"]
+    return said.replace(f"{folder}/", "")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        # unknown keys
+        ("seed:", "sede:", "run.yaml: unknown key 'sede'; did you mean 'seed'?"),
+        ("{tensor: 1}", "{Tensor: 1}",
+         "run.yaml: parallel: unknown key 'Tensor'; did you mean 'tensor'?"),
+        ("max_epochs", "max_epoch",
+         "run.yaml: phases[1].mixture: unknown key 'max_epoch'; did you mean 'max_epochs'?"),
+        ("peak: 1e-4", "peak: 1e-4, warmup: 5",
+         "run.yaml: phases[1].learning_rate: unknown key 'warmup'; did you mean 'warmup_steps'?"),
+        ("betas: [0.9, 0.95]", "xyz: 1",
+         "run.yaml: optimizer: unknown key 'xyz'; the keys here are name, betas, eps, "
+         "weight_decay, clip"),
+        # missing keys
+        ("output: runs/x\n", "", "run.yaml: output: this key is missing; add it"),
+        ("batch: {samples: 8, micro: 2}\n", "", "run.yaml: batch: this key is missing; add it"),
+        ("samples: 8, ", "", "run.yaml: batch.samples: this key is missing; add it"),
+        (", seq_len: 64", "", "run.yaml: model.seq_len: this key is missing; add it"),
+        ("hi: {corpus: data/hi}", "hi: {}",
+         "run.yaml: tasks.hi.corpus: this key is missing; add it"),
+        ("hi: {corpus: data/hi}", "hi:",
+         "run.yaml: tasks.hi.corpus: this key is missing; add it"),
+        ("    tokens: 200e9\n", "", "run.yaml: phases[0]: give exactly one of tokens and steps"),
+        ("steps: 10", "steps: 10\n    tokens: 5",
+         "run.yaml: phases[1]: give exactly one of tokens and steps"),
+        # wrong types
+        ("{tensor: 1}", "{tensor: two}",
+         'run.yaml: parallel.tensor: must be a whole number; found "two"'),
+        ("{tensor: 1}", "{tensor: 1.5}",
+         "run.yaml: parallel.tensor: must be a whole number; found 1.5"),
+        ("{tensor: 1}", "{tensor: true}",
+         "run.yaml: parallel.tensor: must be a whole number; found true"),
+        ("{tensor: 1}", "{tensor: 1, sequence: maybe}",
+         'run.yaml: parallel.sequence: must be true or false; found "maybe"'),
+        ("{tensor: 1}", "[1]",
+         "run.yaml: parallel: must be a mapping of keys to values; found a list"),
+        ("3e-4", "'3e-4'",
+         'run.yaml: phases[0].learning_rate.peak: must be a number; found "3e-4"'),
+        ("3e-4", "true", "run.yaml: phases[0].learning_rate.peak: must be a number; found true"),
+        ("peak: 1e-4", "peak:",
+         "run.yaml: phases[1].learning_rate.peak: must be a number; found nothing"),
+        ("temperature: 3.3", "temperature: .nan",
+         'run.yaml: phases[1].mixture.temperature: must be a number; found ".nan"'),
+        ("[0.9, 0.95]", "0.9", "run.yaml: optimizer.betas: must be a list; found 0.9"),
+        ("over: [en, hi]", "over: en",
+         'run.yaml: phases[1].mixture.over: must be a list; found "en"'),
+        ("over: [en, hi]", "over: []",
+         "run.yaml: phases[1].mixture.over: must hold at least one entry; found an empty list"),
+        ("{corpus: data/hi}", "data/hi",
+         'run.yaml: tasks.hi: must be a mapping of keys to values; found "data/hi"'),
+        ("corpus: data/hi", "corpus: 5", "run.yaml: tasks.hi.corpus: must be a path; found 5"),
+        ("corpus: data/hi", "corpus: ''", 'run.yaml: tasks.hi.corpus: must be a path; found ""'),
+        ("hi: {", "1: {", "run.yaml: tasks: the key 1 is not text; put it in quotes"),
+        ("name: joint", "name: 5",
+         "run.yaml: phases[1].name: must be text; put it in quotes; found 5"),
+        # wrong values
+        ("{en: 1.0}", "{en: 1.5, hi: -0.5}",
+         "run.yaml: phases[0].mixture.rates.hi: must be at least 0; found -0.5"),
+        ("{en: 1.0}", "{en: 0.5, hi: 0.4}",
+         "run.yaml: phases[0].mixture.rates: the rates sum to 0.9; make them sum to 1"),
+        ("{en: 1.0}", "{en: 0.5, hi: 0.499998}",
+         "run.yaml: phases[0].mixture.rates: the rates sum to 0.999998; make them sum to 1"),
+        ("{en: 1.0}", "{}",
+         "run.yaml: phases[0].mixture.rates: the rates sum to 0; make them sum to 1"),
+        ("{en: 1.0}", "{en: 0.5, hj: 0.5}",
+         "run.yaml: phases[0].mixture.rates: no task 'hj' with a corpus under tasks; the tasks "
+         "are en, hi, no"),
+        ("{en: 1.0}", "{en: 0.5, Hi: 0.5}",
+         "run.yaml: phases[0].mixture.rates: no task 'Hi' with a corpus under tasks; did you mean "
+         "'hi'?"),
+        ("over: [en, hi]", "over: [en, fr]",
+         "run.yaml: phases[1].mixture.over: no task 'fr' with a corpus under tasks; the tasks are "
+         "en, hi, no"),
+        ("{rates: {en: 1.0}}", "{rates: {en: 1.0}, temperature: 2}",
+         "run.yaml: phases[0].mixture: give exactly one of rates, temperature, proportional, "
+         "unimax; found rates and temperature"),
+        ("{rates: {en: 1.0}}", "",
+         "run.yaml: phases[0].mixture: give exactly one of rates, temperature, proportional, "
+         "unimax; found none of them"),
+        ("{rates: {en: 1.0}}", "{rates: {en: 1.0}, over: [en]}",
+         "run.yaml: phases[0].mixture: over goes with temperature, proportional and unimax, not "
+         "with rates"),
+        ("{rates: {en: 1.0}}", "{unimax: true}",
+         "run.yaml: phases[0].mixture: unimax needs max_epochs"),
+        ("{rates: {en: 1.0}}", "{proportional: yes}",
+         'run.yaml: phases[0].mixture.proportional: must be true; found "yes"'),
+        ("temperature: 3.3", "temperature: 0",
+         "run.yaml: phases[1].mixture.temperature: must be greater than 0; found 0"),
+        ("max_epochs: 8", "max_epochs: -1",
+         "run.yaml: phases[1].mixture.max_epochs: must be greater than 0; found -1"),
+        ("fraction: 0.01", "fraction: 1",
+         "run.yaml: validation.fraction: must be less than 1; found 1"),
+        ("[0.9, 0.95]", "[0.9, 2]", "run.yaml: optimizer.betas[1]: must be at most 1; found 2"),
+        ("200e9", "2.5", "run.yaml: phases[0].tokens: must be a whole number; found 2.5"),
+        ("200e9", "0", "run.yaml: phases[0].tokens: must be greater than 0; found 0"),
+        ("schedule: cosine", "schedule: cosin",
+         "run.yaml: phases[0].learning_rate.schedule: must be 'cosine', 'linear', 'inverse_sqrt', "
+         "'constant' or 'wsd'; found \"cosin\""),
+        ("schedule: cosine", "schedule: wsd",
+         "run.yaml: phases[0].learning_rate: decay_steps is needed by schedule wsd and by no "
+         "other"),
+        ("3e-4", "1e-6",
+         "run.yaml: phases[0].learning_rate: final (3e-05) is above peak (1e-06)"),
+        ("name: joint", "name: pretrain",
+         "run.yaml: phases[1].name: 'pretrain' stands twice; give every phase its own name"),
+        ("name: joint", "name: a/b",
+         "run.yaml: phases[1].name: 'a/b' is no phase name; use letters, digits, '_', '.' and "
+         "'-'"),
+        ("micro: 2", "micro: 3", "run.yaml: batch: micro (3) does not divide samples (8)"),
+        ("{tensor: 1}", "{sequence: true}",
+         "run.yaml: parallel: sequence: true needs tensor greater than 1"),
+        ("{tensor: 1}", "{zero: 4}", "run.yaml: parallel.zero: must be 0, 1, 2 or 3; found 4"),
+        # not YAML, or not quite
+        ("seed: 1", "seed: 1\nseed: 2", "run.yaml:2: the key 'seed' stands twice"),
+        ("hi: {", "en: {", "run.yaml:6: the key 'en' stands twice"),
+        ("{en: 1.0}", "{en: 0.5, en: 0.5}", "run.yaml:15: the key 'en' stands twice"),
+        ("seed: 1", "seed: [1",
+         "run.yaml:2: while parsing a flow sequence, expected ',' or ']', but got ':'"),
+        ("seed: 1", "\tseed: 1",
+         "run.yaml:1: while scanning for the next token, found character '\\t' that cannot start "
+         "any token"),
+        ("seed: 1", "? [a]\n: 1",
+         "run.yaml:1: while constructing a mapping, found unhashable key"),
+        ("seed: 1", "seed: *nope", "run.yaml:1: found undefined alias 'nope'"),
+        ("seed: 1", "seed: !!int many",
+         "run.yaml: invalid literal for int() with base 10: 'many'"),
+        (GOOD, "", "run.yaml: the file must hold a mapping of keys to values"),
+        (GOOD, "- a", "run.yaml: the file must hold a mapping of keys to values"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(tmp_path, old, new, said):
+    assert GOOD.count(old) >= 1
+    assert message(tmp_path, GOOD.replace(old, new, 1)) == said
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed", "override 'seed': this is not key.path=value"),
+        ("=5", "override '=5': this is not key.path=value"),
+        ("sede=5", "run.yaml: unknown key 'sede'; did you mean 'seed'?"),
+        ("seed.a=5", "override 'seed.a=5': seed in run.yaml holds no keys"),
+        ("parallel.tensor=two", 'run.yaml: parallel.tensor: must be a whole number; found "two"'),
+        ("checkpoint.kep=5", "run.yaml: checkpoint: unknown key 'kep'; did you mean 'keep'?"),
+        (
+            "phases.2.steps=9",
+            "override 'phases.2.steps=9': phases in run.yaml is a list of 2; name an entry by its "
+            "number, from 0",
+        ),
+        (
+            "phases.joint.steps=9",
+            "override 'phases.joint.steps=9': phases in run.yaml is a list of 2; name an entry by "
+            "its number, from 0",
+        ),
+        (
+            "phases.0.mixture.rates.hi=0.5",
+            "run.yaml: phases[0].mixture.rates: the rates sum to 1.5; make them sum to 1",
+        ),
+        (
+            "phases.0.learning_rate.peak=",
+            "run.yaml: phases[0].learning_rate.peak: must be a number; found nothing",
+        ),
+    ],
+)
+def test_a_mistake_in_an_override_is_one_line(tmp_path, override, said):
+    assert message(tmp_path, GOOD, override) == said
+
+
+def test_overrides_replace_values_before_they_are_checked(tmp_path):
+    config = load(
+        tmp_path,
+        GOOD,
+        "phases.0.learning_rate.peak=1e-3",
+        "phases[1].steps=1e3",
+        "checkpoint.keep=5",
+        "tasks.fr.corpus=data/fr",
+        "phases.0.mixture={rates: {en: 0.5, no: 0.5}}",
+        "output=../other",
+    )
+    assert config.phases[0].learning_rate.peak == 1e-3
+    assert config.phases[1].steps == 1000
+    assert config.checkpoint.keep == 5
+    assert config.tasks["fr"].corpus == tmp_path / "data/fr"
+    assert config.phases[0].mixture.rates == {"en": 0.5, "no": 0.5}
+    assert config.output.resolve() == tmp_path.parent / "other"
+
+
+def test_yaml_is_read_as_its_version_1_2(tmp_path):
+    config = load(tmp_path)
+    assert list(config.tasks) == ["en", "hi", "no"]
+    assert config.phases[0].tokens == 200_000_000_000
+    assert config.phases[0].learning_rate.peak == 0.0003
+    path = tmp_path / "values.yaml"
+    path.write_text(
+        "{a: yes, b: off, c: 010, d: 09, e: 1_000, f: 1e3, g: -.5, h: 1:30, i: 2020-01-01,"
+        " j: true, k: ~, l: 0x10, m: 3., n: +4}"
+    )
+    assert read_yaml(path) == {
+        "a": "yes", "b": "off", "c": 10, "d": 9, "e": 1000, "f": 1000.0, "g": -0.5, "h": "1:30",
+        "i": "2020-01-01", "j": True, "k": None, "l": "0x10", "m": 3.0, "n": 4,
+    }  # fmt: skip
+
+
+def test_anchors_and_merge_keys_work(tmp_path):
+    text = GOOD.replace("peak: 1e-4}", "<<: *shared, peak: 1e-4}").replace(
+        "learning_rate: {schedule", "learning_rate: &shared {schedule"
+    )
+    shared = load(tmp_path, text).phases[1].learning_rate
+    assert [shared.peak, shared.final, shared.warmup_steps] == [1e-4, 3e-5, 20]
+
+
+def test_empty_sections_take_their_defaults(tmp_path):
+    text = GOOD.replace("{tensor: 1}", "").replace("{betas: [0.9, 0.95]}", "")
+    config = load(tmp_path, text)
+    assert config.parallel.zero == 3
+    assert config.optimizer.betas == (0.9, 0.95)
+
+
+def test_paths_are_relative_to_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    config = load(tmp_path, GOOD.replace("data/hi", "/elsewhere/hi").replace("tok\n", "~/tok\n"))
+    assert config.output == tmp_path / "runs/x"
+    assert config.tasks["en"].corpus == tmp_path / "data/en"
+    assert config.tasks["hi"].corpus == Path("/elsewhere/hi")
+    assert config.tokenizer == Path.home() / "tok"
+    assert config.where("seed") == f"{tmp_path}/run.yaml: seed"
+
+
+def test_a_rate_may_be_zero_and_rates_may_be_rounded(tmp_path):
+    text = GOOD.replace("{en: 1.0}", "{en: 0.3333333, hi: 0.6666667, no: 0}")
+    assert load(tmp_path, text).phases[0].mixture.rates["no"] == 0
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (lambda path: None, "no such file; give the path of a run file"),
+        (Path.mkdir, "cannot be read (Is a directory)"),
+        (lambda path: path.write_bytes(b"seed: \xff"), "this is not UTF-8 text"),
+    ],
+)
+def test_a_file_that_cannot_be_read(tmp_path, prepare, said):
+    path = tmp_path / "run.yaml"
+    prepare(path)
+    with pytest.raises(InputError) as error:
+        load_run_file(path)
+    assert str(error.value) == f"{path}: {said}"
