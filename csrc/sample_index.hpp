@@ -40,6 +40,11 @@ struct Documents {
         const bool held_out = hashes[document] < threshold;
         return held_out == (side == Side::held_out) ? load(lengths, document) : 0;
     }
+
+    void prefetch(int64_t document) const {
+        __builtin_prefetch(hashes + document);
+        __builtin_prefetch(lengths + document);
+    }
 };
 
 struct Totals {
@@ -63,10 +68,19 @@ Totals count_side(const Documents<Length>& documents) {
 template <typename Length, typename Slot>
 void index_epoch(const Documents<Length>& documents, const KeyedPermutation& order, int64_t seq_len,
                  int64_t samples, Slot* slots, uint32_t* offsets) {
+    constexpr int64_t kAhead = 64;  // documents are looked up in random order: ask for many at once
+    int64_t ahead[kAhead];
     int64_t sample = 0;
     int64_t until_next = 0;  // tokens from the current document's start to the next sample's start
     for (int64_t slot = 0; slot < documents.count && sample < samples; ++slot) {
-        const int64_t length = documents.length(order(slot));
+        if (slot % kAhead == 0) {
+            const int64_t end = std::min(slot + kAhead, documents.count);
+            for (int64_t i = slot; i < end; ++i) {
+                ahead[i - slot] = static_cast<int64_t>(order(i));
+                documents.prefetch(ahead[i - slot]);
+            }
+        }
+        const int64_t length = documents.length(ahead[slot % kAhead]);
         while (until_next < length && sample < samples) {
             if (until_next > std::numeric_limits<uint32_t>::max())
                 throw std::overflow_error("a document has more than 2^32 tokens");

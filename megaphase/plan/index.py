@@ -12,6 +12,8 @@ determines it. It holds, besides `index.json` (sizes, hashes, counts):
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,10 +69,13 @@ def block_size(tasks: int) -> int:
 
 
 def _create(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    if 0 in shape:
-        path.touch()
-        return np.empty(shape, dtype)
-    return np.memmap(path, dtype=dtype, mode="w+", shape=shape)
+    array_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    with open(path, "wb") as file:
+        if array_bytes == 0:
+            return np.empty(shape, dtype)
+        # A full disk is an error here; in a sparse file it would kill the process later on.
+        os.posix_fallocate(file.fileno(), 0, array_bytes)
+    return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
 
 
 def _build_blend(
