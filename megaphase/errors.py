@@ -1,4 +1,4 @@
-"""The one exception for wrong input; the command line turns it into one line and exit code 2."""
+"""What the command line turns into one line on standard error and an exit code."""
 
 from __future__ import annotations
 

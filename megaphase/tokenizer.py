@@ -139,6 +139,17 @@ class Tokenizer:
         """
         return self._processor.decode([int(token) for token in ids])
 
+    def token_bytes(self) -> np.ndarray:
+        """How many bytes of UTF-8 text each token stands for, int64 [vocab_size]; control: 0."""
+        return np.array([self._bytes_of(token) for token in range(self.vocab_size)], np.int64)
+
+    def _bytes_of(self, token: int) -> int:
+        if self._processor.is_control(token) or self._processor.is_unknown(token):
+            return 0
+        if self._processor.is_byte(token):
+            return 1
+        return len(self._processor.id_to_piece(token).replace(SPACE_SYMBOL, " ").encode())
+
     def _encode_around_space_symbol(self, text: str) -> list[int]:
         """Encode text that holds sentencepiece's own space symbol: that character as bytes."""
         parts = text.split(SPACE_SYMBOL)

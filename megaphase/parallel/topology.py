@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,8 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megaphase.errors import InputError
+from megaphase.parallel.launcher import world_size
 
-RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
+# Long enough for the first rank to build a plan or to verify a checkpoint while the others wait.
+COLLECTIVE_TIMEOUT = timedelta(minutes=60)
 
 
 @dataclass(frozen=True)
@@ -71,16 +75,6 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def world_size() -> int:
-    """Number of processes that the launcher started (1 without a launcher)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def global_rank() -> int:
-    """This process's number among all that the launcher started."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def check_world_size(processes: int, tensor: int, where: str) -> None:
     """Refuse a number of processes that tensor parallelism does not divide."""
     if processes % tensor:
@@ -91,23 +85,39 @@ def check_world_size(processes: int, tensor: int, where: str) -> None:
         )
 
 
+def join_processes() -> None:
+    """Join the process group that the environment describes; a single process forms its own."""
+    if dist.is_initialized():
+        return
+    backend = "gloo"
+    if device().type == "cuda":
+        backend = "nccl"
+        torch.cuda.set_device(device())
+    if world_size() == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the process group, and leave it at the end, whatever happens."""
+    join_processes()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def start(tensor_size: int) -> Topology:
-    """Join the process group that the environment describes and form all subgroups."""
-    if not dist.is_initialized():
-        backend = "nccl" if device().type == "cuda" else "gloo"
-        if device().type == "cuda":
-            torch.cuda.set_device(device())
-        if world_size() == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        else:
-            dist.init_process_group(backend, timeout=RENDEZVOUS_TIMEOUT)
+    """Join the process group and form the tensor- and data-parallel groups."""
+    join_processes()
     world, rank = dist.get_world_size(), dist.get_rank()
-    replicas = world // tensor_size
+    assert world % tensor_size == 0, "check_world_size comes first"
     tensor_groups = [
         dist.new_group(range(first, first + tensor_size)) for first in range(0, world, tensor_size)
     ]
     data_groups = [dist.new_group(range(t, world, tensor_size)) for t in range(tensor_size)]
-    assert replicas * tensor_size == world
     return Topology(
         world, rank, tensor_size, tensor_groups[rank // tensor_size], data_groups[rank % tensor_size]
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,8 @@ def import_deepspeed():  # type: ignore[no-untyped-def]  # its classes are not t
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.expanduser("~/.triton/cache"))
     os.environ.setdefault("LOCAL_RANK", "0")  # it asks for it even in a single process
+    # DeepSpeed calls collectives by names that torch is about to drop, and is told so at each step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -113,7 +115,7 @@ class Engine:
         deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self.topology = topology
         self._tasks = tasks
-        self._micro = config.batch.micro
+        self.micro = config.batch.micro
         settings = deepspeed_config(config, topology.data_size)
         # Without ZeRO, DeepSpeed clips by the norm but does not tell it.
         self._clip_here = largest_norm(config) if config.parallel.zero == 0 else None
@@ -172,7 +174,7 @@ class Engine:
         # DeepSpeed takes the mean over micro-batches and data-parallel ranks; this makes it a sum.
         scale = self._accumulation * self.topology.data_size / float(tokens.sum())
         sums = torch.zeros(self._tasks, dtype=torch.float64)
-        for micro in batch.split(self._micro):
+        for micro in batch.split(self.micro):
             losses = self._forward(micro)
             self._engine.backward(losses.sum() * scale)
             norm = self._step()
@@ -189,7 +191,7 @@ class Engine:
         self._engine.eval()
         tokens = self._count_tokens(batch)
         sums = torch.zeros(self._tasks, dtype=torch.float64)
-        for micro in batch.split(self._micro):
+        for micro in batch.split(self.micro):
             self._add_by_task(sums, self._forward(micro), micro)
         dist.all_reduce(on_device := sums.to(device()), group=self.topology.data_group)
         return TaskLosses(on_device.cpu(), tokens)
@@ -227,13 +229,3 @@ class Engine:
     @staticmethod
     def _add_by_task(sums: Tensor, losses: Tensor, micro: Batch) -> None:
         sums.index_add_(0, micro.tasks, losses.detach().double().sum(1).cpu())
-
-
-@contextlib.contextmanager
-def one_process_group(tensor_size: int) -> Iterator[None]:
-    """Leave the process group at the end, so that no rank waits for another that is gone."""
-    try:
-        yield
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

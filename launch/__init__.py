@@ -1,0 +1,1 @@
+"""Start runs: several processes on this machine, and the demo."""

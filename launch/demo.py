@@ -1,0 +1,95 @@
+"""`megaphase demo`: the whole pipeline on artificial languages, through the commands themselves."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from megaphase.data_tools.artificial_languages import DEFAULT_LANGUAGES, write_languages
+from megaphase.errors import InputError, RunError
+
+SEED = 1234
+VOCAB_SIZE = 2048
+PROCESSES = 2
+
+RUN_FILE = """\
+# Two languages with much text, two with little: first the former, then all of them.
+seed: 1234
+output: run
+tokenizer: tok
+tasks:
+{tasks}
+model: {{preset: gpt-1m, seq_len: 128}}
+parallel: {{tensor: 2, zero: 3}}
+precision: fp32
+batch: {{samples: 16, micro: 16}}
+phases:
+  - name: pretrain
+    steps: 260
+    mixture: {{proportional: true, over: [{high}]}}
+    learning_rate: {{schedule: cosine, peak: 3e-3, final: 3e-4, warmup_steps: 20}}
+  - name: joint
+    steps: 140
+    mixture: {{temperature: 3.3}}
+    optimizer_state: reset
+    learning_rate: {{schedule: cosine, peak: 2e-3, final: 2e-4, warmup_steps: 10}}
+validation: {{every_steps: 40, samples: 32, fraction: 0.1}}
+checkpoint: {{every_steps: 100, keep: 2}}
+logging: {{every_steps: 20}}
+"""
+
+
+def run_demo(folder: Path) -> None:
+    """Make the languages in `folder`/text and run every command of the pipeline on them.
+
+    Raises:
+        InputError: the folder exists already.
+        RunError: a command failed; it has said why.
+    """
+    console = Console(highlight=False)
+    began = time.monotonic()
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise InputError(folder, "exists already", "remove it or name another folder") from None
+    except OSError as error:
+        raise InputError(folder, f"cannot be made ({error.strerror})") from None
+    texts = write_languages(folder / "text", seed=SEED)
+    high = [name for name, size in DEFAULT_LANGUAGES.items() if size > 1_000_000]
+    low = [name for name in texts if name not in high]
+    console.print(
+        f"Artificial languages in {folder / 'text'}: much text in {' and '.join(high)}, "
+        f"little in {' and '.join(low)}."
+    )
+    tasks = "\n".join(f"  {name}: {{corpus: data/{name}}}" for name in texts)
+    run_file = folder / "run.yaml"
+    run_file.write_text(RUN_FILE.format(tasks=tasks, high=", ".join(high)))
+    for command in _commands(folder, texts, run_file):
+        console.print(f"\n[bold cyan]$ megaphase {shlex.join(command)}[/]", soft_wrap=True)
+        done = subprocess.run([sys.executable, "-m", "megaphase", *command], check=False)
+        if done.returncode:
+            raise RunError(f"the demo stopped: megaphase {command[0]} failed (see above)")
+    console.print(f"\nThe demo took {time.monotonic() - began:.0f} seconds.")
+
+
+def _commands(folder: Path, texts: dict[str, Path], run_file: Path) -> list[list[str]]:
+    inputs = [part for name, path in texts.items() for part in ("--input", f"{name}={path}")]
+    tokenizer = str(folder / "tok")
+    train_tokenizer = ["tokenizer", "train", *inputs, "--vocab-size", str(VOCAB_SIZE)]
+    tokenize = [
+        ["data", "tokenize", str(path), "--tokenizer", tokenizer]
+        + ["--out", str(folder / "data" / name)]
+        for name, path in texts.items()
+    ]
+    return [
+        [*train_tokenizer, "--out", tokenizer],
+        *tokenize,
+        ["plan", str(run_file)],
+        ["launch", "local", str(run_file), "--processes", str(PROCESSES)],
+        ["report", str(folder / "run"), "--out", str(folder / "report")],
+    ]

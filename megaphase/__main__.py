@@ -1,0 +1,5 @@
+"""`python -m megaphase`."""
+
+from megaphase.cli import main
+
+main()

@@ -1,0 +1,80 @@
+"""The one command: it puts the rooms' commands together and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from megaphase import __version__
+from megaphase.data_tools.commands import data_app, tokenizer_app
+from megaphase.errors import EXIT_FAILED, EXIT_WRONG_INPUT, InputError, RunError
+from megaphase.experiments.commands import report_command
+from megaphase.launch.commands import demo_command, launch_app
+from megaphase.parallel.launcher import global_rank
+from megaphase.plan.commands import plan_command
+from megaphase.training.commands import evaluate_command, train_command
+
+EXIT_INTERRUPTED = 130
+SECONDS_FOR_RANK_0 = 1.0
+
+app = typer.Typer(
+    help="Train multilingual GPT models in phases: first on the high-resource tasks, then, with "
+    "fresh optimizer state and schedule, on a mixture that raises the low-resource ones.",
+    epilog="Exit codes: 0 done, 1 the run failed, 2 the input is wrong.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+app.command("plan")(plan_command)
+app.command("train")(train_command)
+app.command("evaluate")(evaluate_command)
+app.command("report")(report_command)
+app.add_typer(launch_app, name="launch")
+app.command("demo")(demo_command)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"megaphase {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on standard error, from one process."""
+    try:
+        app()
+    except InputError as error:
+        _stop(error, EXIT_WRONG_INPUT)
+    except RunError as error:
+        _stop(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has left; nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+
+
+def _stop(error: Exception, code: int) -> None:
+    if global_rank() == 0:
+        print(f"megaphase: {error}", file=sys.stderr, flush=True)
+    else:
+        # Launchers end all processes as soon as one has failed: let rank 0 speak first.
+        time.sleep(SECONDS_FOR_RANK_0)
+    sys.exit(code)

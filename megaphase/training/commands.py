@@ -1,0 +1,77 @@
+"""`megaphase train` and `megaphase evaluate`; they import what they need, so `--help` stays fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN_FILE", help="The run file (YAML).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace the run file's."),
+]
+
+
+def train_command(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Train all phases of a run file, or go on where the run stopped.
+
+    One process by itself; several under `megaphase launch local`, torchrun or srun.
+
+    Example: megaphase train run.yaml phases.0.steps=500
+    """
+    from rich.console import Console
+
+    from megaphase.config import load_run_file
+    from megaphase.parallel.together import together
+
+    config = together(lambda: load_run_file(run_file, tuple(overrides or ())))
+
+    from megaphase.training.train import train
+
+    train(config, Console())
+
+
+def evaluate_command(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A step-… directory; the run's newest if not given.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Measure the held-out loss of every task at a checkpoint.
+
+    Start it with as many processes as the run was trained with.
+
+    Example: megaphase evaluate run.yaml --checkpoint runs/a/checkpoints/step-00001000
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from megaphase.config import load_run_file
+    from megaphase.parallel.launcher import global_rank
+    from megaphase.parallel.together import together
+
+    config = together(lambda: load_run_file(run_file, tuple(overrides or ())))
+
+    from megaphase.training.train import evaluate
+
+    step, losses = evaluate(config, checkpoint, Console(stderr=True))
+    if global_rank() != 0:
+        return
+    if json:
+        figures = {task: asdict(loss) for task, loss in losses.items()}
+        print(dumps({"step": step, "validation": figures}, indent=2))
+        return
+    table = Table(title=f"Held-out losses at step {step:,}", title_justify="left")
+    table.add_column("task")
+    table.add_column("nats a token", justify="right")
+    table.add_column("bits a byte", justify="right")
+    for task, loss in losses.items():
+        table.add_row(task, f"{loss.loss:.4f}", f"{loss.bits_per_byte:.4f}")
+    Console().print(table)

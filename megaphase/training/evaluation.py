@@ -1,0 +1,77 @@
+"""Loss of every task on documents that training never sees."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megaphase.parallel.topology import device
+from megaphase.plan.dataset import Batch, read_held_out
+from megaphase.plan.spec import PlanSpec
+from megaphase.targets import IGNORED_TARGET
+
+if TYPE_CHECKING:
+    from megaphase.training.engine import Engine
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """loss: nats a token. bits_per_byte: of the scored text, which compares across tokenizers."""
+
+    loss: float
+    bits_per_byte: float
+
+
+class HeldOutEvaluator:
+    """Scores the first `samples` held-out samples of every task, always the same ones."""
+
+    def __init__(
+        self, spec: PlanSpec, engine: Engine, *, samples: int, token_bytes: np.ndarray, filler: int
+    ) -> None:
+        """
+        Args:
+            samples: how many of each task; fewer where a task has not so many.
+            token_bytes: int64 [vocab], bytes of text that each token stands for.
+            filler: token id for inputs that have no target.
+        """
+        self._spec, self._engine = spec, engine
+        self._samples, self._filler = samples, filler
+        self._token_bytes = torch.from_numpy(token_bytes)
+
+    def evaluate(self) -> dict[str, HeldOutLoss]:
+        """Losses of the current weights by task; called by all ranks, same result on each."""
+        found = {}
+        for number, (task, stream) in enumerate(self._spec.held_out.items()):
+            rows = self._own_rows(read_held_out(stream, number, self._samples, self._filler))
+            losses = self._engine.evaluate(rows)
+            nats = float(losses.loss_sums[number])
+            found[task] = HeldOutLoss(
+                nats / float(losses.tokens[number]),
+                nats / math.log(2) / max(1, self._count_bytes(rows)),
+            )
+        return found
+
+    def _own_rows(self, batch: Batch) -> Batch:
+        """This data-parallel rank's rows; rows without targets fill up to equally many."""
+        topology, micro = self._engine.topology, self._engine.micro
+        share = -(-len(batch) // (topology.data_size * micro)) * micro
+        missing = share * topology.data_size - len(batch)
+        rows = slice(topology.data_rank * share, (topology.data_rank + 1) * share)
+        pad = torch.nn.functional.pad
+        return Batch(
+            pad(batch.inputs, (0, 0, 0, missing), value=self._filler)[rows],
+            pad(batch.targets, (0, 0, 0, missing), value=IGNORED_TARGET)[rows],
+            pad(batch.tasks, (0, missing), value=int(batch.tasks[0]))[rows],
+        )
+
+    def _count_bytes(self, rows: Batch) -> int:
+        """Bytes of the text behind all targets, over all data-parallel ranks."""
+        targets = rows.targets[rows.targets != IGNORED_TARGET]
+        count = self._token_bytes[targets].sum().to(device())
+        dist.all_reduce(count, group=self._engine.topology.data_group)
+        return int(count)

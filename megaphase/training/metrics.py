@@ -1,0 +1,80 @@
+"""The run's record: `metrics.jsonl`, one JSON object a line, and the same figures in TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+class MetricsLog:
+    """Appends rows of training, validation and events; used by rank 0 only.
+
+    Opening it for a run that goes on cuts off what was written after the checkpoint.
+    """
+
+    def __init__(self, path: Path, *, keep_bytes: int, tensorboard: Path | None, step: int) -> None:
+        """
+        Args:
+            keep_bytes: how much of the file belongs to the checkpoint that the run goes on from.
+            tensorboard: directory of TensorBoard's files, None for none.
+            step: steps already done; what TensorBoard has beyond is hidden.
+        """
+        path.touch()
+        self._file = open(path, "rb+")  # noqa: SIM115  # open for as long as the run
+        self._file.truncate(keep_bytes)
+        self._file.seek(keep_bytes)
+        self._board = None
+        if tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
+
+    def write(self, row: Row) -> None:
+        """Append one row; numbers that JSON does not have become null."""
+        self._file.write(json.dumps(_finite(row), ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in _scalars(row):
+                self._board.add_scalar(name, value, row["step"])
+
+    def sync(self) -> int:
+        """Force all rows to the disk; returns the file's size in bytes."""
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.flush()
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Write out and close everything."""
+        self.sync()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _scalars(row: Row) -> Iterator[tuple[str, float]]:
+    """The row's numbers under the names that TensorBoard shows."""
+    if "validation" in row:
+        for task, figures in row["validation"].items():
+            for name, value in figures.items():
+                yield f"validation_{name}/{task}", value
+    elif "loss" in row:
+        for task, loss in row["loss_by_task"].items():
+            yield f"train_loss/{task}", loss
+        for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"):
+            if row[name] is not None:
+                yield f"train/{name}", row[name]

@@ -1,0 +1,238 @@
+"""`megaphase train` and `megaphase evaluate`: put a run together and set it going."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megaphase.checkpoint.store import Checkpoint, CheckpointStore
+from megaphase.config import RunConfig
+from megaphase.errors import InputError
+from megaphase.model.presets import build_shape
+from megaphase.model.shape import GPTShape
+from megaphase.parallel.together import on_first_rank, together
+from megaphase.parallel.topology import (
+    Topology,
+    check_world_size,
+    process_group,
+    start,
+    world_size,
+)
+from megaphase.plan.plan import Plan, ensure_built
+from megaphase.plan.preview import plan_warnings
+from megaphase.plan.spec import PlanSpec, plan_spec
+from megaphase.tokenizer import Tokenizer
+from megaphase.training.deepspeed_config import compute_dtype
+from megaphase.training.engine import Engine, check_batch
+from megaphase.training.evaluation import HeldOutEvaluator, HeldOutLoss
+from megaphase.training.hardware import peak_flops
+from megaphase.training.loop import Observer, Position, TrainingLoop
+from megaphase.training.metrics import MetricsLog
+from megaphase.training.progress import Display
+from megaphase.training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What the run file stands for, all of it checked, before anything is built."""
+
+    tokenizer: Tokenizer
+    shape: GPTShape
+    spec: PlanSpec
+
+
+def check_run(config: RunConfig) -> Ingredients:
+    """Check the run file against the world: processes, tokenizer, shape, corpora.
+
+    Raises:
+        InputError: on the first thing that does not fit.
+    """
+    tensor = config.parallel.tensor
+    check_world_size(world_size(), tensor, config.where("parallel.tensor"))
+    check_batch(config, world_size() // tensor)
+    tokenizer = Tokenizer.load(config.tokenizer)
+    shape = build_shape(config, tokenizer.vocab_size)
+    return Ingredients(tokenizer, shape, plan_spec(config, tokenizer))
+
+
+def train(config: RunConfig, console: Console) -> None:
+    """Train all phases, or go on from the newest whole checkpoint; called by every process.
+
+    Raises:
+        InputError: something that the user gave is wrong; on every process.
+        RunError: the run cannot go on.
+    """
+    with process_group():
+        parts = together(lambda: check_run(config))
+        topology = start(config.parallel.tensor)
+        say = _sayer(console, topology)
+        directory = RunDirectory(config.output)
+        plan = _open_plan(config, parts.spec, directory, say)
+        store = CheckpointStore(directory.checkpoints, topology)
+        checkpoint = store.newest_whole(say)
+        if checkpoint is not None:
+            together(lambda: _check_layout(config, checkpoint, topology, plan))
+        steps = sum(phase.steps for phase in plan.phases)
+        if checkpoint is not None and checkpoint.state["step"] == steps:
+            say(f"{directory.path}: all {steps:,} steps are done; nothing to do")
+            return
+        engine = Engine(config, parts.shape, topology, len(plan.tasks))
+        say(_describe(config, parts.shape, topology))
+        with _observed(config, directory, checkpoint, topology, steps, console) as observer:
+            loop = TrainingLoop(
+                config,
+                plan,
+                engine,
+                _evaluator(config, parts, engine),
+                store,
+                observer,
+                filler=parts.tokenizer.eod,
+                flops_per_token=parts.shape.train_flops_per_token(),
+                peak_flops=_peak_flops(config, topology),
+                checkpoint_facts=_layout_facts(config, topology, plan),
+            )
+            loop.run(_resume(engine, checkpoint, observer))
+
+
+def evaluate(
+    config: RunConfig, checkpoint_dir: Path | None, console: Console
+) -> tuple[int, dict[str, HeldOutLoss]]:
+    """Held-out losses of a checkpoint, the run's newest if none is given; on every process.
+
+    Returns the checkpoint's step and the losses by task.
+    """
+    with process_group():
+        parts = together(lambda: check_run(config))
+        topology = start(config.parallel.tensor)
+        say = _sayer(console, topology)
+        directory = RunDirectory(config.output)
+        plan = _open_plan(config, parts.spec, directory, say)
+        store = CheckpointStore(directory.checkpoints, topology)
+        if checkpoint_dir is None:
+            checkpoint = store.newest_whole(say)
+            if checkpoint is None:
+                raise InputError(
+                    directory.checkpoints, "there is no checkpoint yet", "train first"
+                )
+        else:
+            checkpoint = store.open(checkpoint_dir)
+        together(lambda: _check_layout(config, checkpoint, topology, plan))
+        engine = Engine(config, parts.shape, topology, len(plan.tasks))
+        engine.load(checkpoint.folder)
+        return checkpoint.state["step"], _evaluator(config, parts, engine).evaluate()
+
+
+def _sayer(console: Console, topology: Topology) -> Any:
+    def say(text: str) -> None:
+        if topology.is_first:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    return say
+
+
+def _open_plan(config: RunConfig, spec: PlanSpec, directory: RunDirectory, say: Any) -> Plan:
+    """Build the plan where it is not there yet, and claim the run directory for it."""
+
+    def build_and_claim() -> Path:
+        directory.refuse_other_run(config)
+        folder = ensure_built(spec, directory.path, say=say)
+        summary = Plan(spec, folder).summary()
+        for phase, asked in zip(summary["phases"], config.phases, strict=True):
+            phase["optimizer_state"] = asked.optimizer_state
+        directory.claim(config, summary)
+        for sentence in plan_warnings(summary):
+            say(f"Warning: {sentence}")
+        return folder
+
+    return Plan(spec, on_first_rank(build_and_claim))
+
+
+def _evaluator(config: RunConfig, parts: Ingredients, engine: Engine) -> HeldOutEvaluator:
+    return HeldOutEvaluator(
+        parts.spec,
+        engine,
+        samples=config.validation.samples,
+        token_bytes=parts.tokenizer.token_bytes(),
+        filler=parts.tokenizer.eod,
+    )
+
+
+@contextlib.contextmanager
+def _observed(
+    config: RunConfig,
+    directory: RunDirectory,
+    checkpoint: Checkpoint | None,
+    topology: Topology,
+    steps: int,
+    console: Console,
+) -> Iterator[Observer | None]:
+    """Rank 0's record and display, closed at the end whatever happens."""
+    if not topology.is_first:
+        yield None
+        return
+    state = checkpoint.state if checkpoint else {"step": 0, "metrics_bytes": 0}
+    metrics = MetricsLog(
+        directory.metrics,
+        keep_bytes=state["metrics_bytes"],
+        tensorboard=directory.tensorboard if config.logging.tensorboard else None,
+        step=state["step"],
+    )
+    display = Display(console, steps=steps, every_steps=config.logging.every_steps)
+    with contextlib.closing(metrics), display:
+        yield Observer(metrics, display)
+
+
+def _resume(engine: Engine, checkpoint: Checkpoint | None, observer: Observer | None) -> Position:
+    if checkpoint is None:
+        return Position()
+    engine.load(checkpoint.folder)
+    state = checkpoint.state
+    if observer is not None:
+        name = checkpoint.folder.name
+        observer.metrics.write({"step": state["step"], "event": "resume", "checkpoint": name})
+        observer.display.say(f"going on from {checkpoint.folder}")
+    return Position(state["phase"], state["phase_step"], state["step"])
+
+
+def _layout_facts(config: RunConfig, topology: Topology, plan: Plan) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "plan": plan.spec.fingerprint,
+        "processes": topology.world_size,
+        "tensor": topology.tensor_size,
+        "zero": config.parallel.zero,
+        "precision": config.precision,
+    }
+
+
+def _check_layout(
+    config: RunConfig, checkpoint: Checkpoint, topology: Topology, plan: Plan
+) -> None:
+    """Refuse a checkpoint of another plan or layout."""
+    facts = _layout_facts(config, topology, plan)
+    for key, value in facts.items():
+        found = checkpoint.state.get(key)
+        if found != value:
+            raise InputError(
+                checkpoint.folder,
+                f"was written with {key} {found}, this run has {value}",
+                "start it with the same layout and run file",
+            )
+
+
+def _peak_flops(config: RunConfig, topology: Topology) -> float | None:
+    one = peak_flops(compute_dtype(config))
+    return None if one is None else one * topology.world_size
+
+
+def _describe(config: RunConfig, shape: GPTShape, topology: Topology) -> str:
+    name = f"{config.model.preset}: " if config.model.preset else ""
+    return (
+        f"{name}{shape.parameters() / 1e6:,.1f} million parameters, {config.precision}, "
+        f"tensor {topology.tensor_size} × data {topology.data_size}, ZeRO {config.parallel.zero}"
+    )
