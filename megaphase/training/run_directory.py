@@ -11,8 +11,10 @@ from megaphase.config import RunConfig
 from megaphase.errors import InputError
 from megaphase.files import write_json_whole
 
-# What may change between two starts of one run: nothing that its numbers depend on.
-FREE_KEYS = ("output", "checkpoint", "logging")
+# What may change between two starts of one run: nothing that its numbers depend on. Where corpora
+# and tokenizer lie may, what they hold may not: the plan's fingerprint tells.
+FREE_SECTIONS = ("output", "checkpoint", "logging", "tokenizer")
+FREE_TASK_KEYS = ("corpus",)
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,15 @@ class RunDirectory:
         """Raise InputError, naming the first key, where another run file began this directory."""
         if not self.run_file.exists():
             return
-        began, now = self._read(self.run_file), _settings(config)
-        for section in dict.fromkeys([*now, *began]):
-            if section in FREE_KEYS:
-                continue
-            difference = _first_difference(section, began.get(section), now.get(section))
-            if difference is not None:
-                key, old, new = difference
-                raise InputError(
-                    config.where(key),
-                    f"is {_show(new)}, but the run in {self.path} began with {_show(old)}",
-                    "put the old value back or choose another output",
-                )
+        began, now = _identity(self._read(self.run_file)), _identity(_settings(config))
+        difference = _first_difference("", began, now)
+        if difference is not None:
+            key, old, new = difference
+            raise InputError(
+                config.where(key),
+                f"is {_show(new)}, but the run in {self.path} began with {_show(old)}",
+                "put the old value back or choose another output",
+            )
 
     def claim(self, config: RunConfig, plan: dict[str, Any]) -> None:
         """Write down the run file and the plan, in a directory that is new or of this run.
@@ -96,10 +95,19 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude_none=True)
 
 
+def _identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """The part of a resolved run file on which the run's numbers depend."""
+    tasks = {
+        name: {key: value for key, value in task.items() if key not in FREE_TASK_KEYS}
+        for name, task in settings.get("tasks", {}).items()
+    }
+    return {k: v for k, v in settings.items() if k not in FREE_SECTIONS} | {"tasks": tasks}
+
+
 def _first_difference(key: str, old: Any, new: Any) -> tuple[str, Any, Any] | None:
     """The path of the first value that differs between two JSON values, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
-        pairs = [(f"{key}.{k}", old.get(k), new.get(k)) for k in dict.fromkeys([*old, *new])]
+        pairs = [(f"{key}.{k}" if key else k, old.get(k), new.get(k)) for k in dict.fromkeys([*old, *new])]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = [(f"{key}[{i}]", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
     else:
