@@ -74,7 +74,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, task), daemon=True)
-        with _interrupt_blocked():
+        with _interrupt_deferred():
             self.process.start()
         # So that the pipe ends when the process does.
         theirs.close()
@@ -152,12 +152,25 @@ def _end_with_main_process() -> None:
 
 
 @contextmanager
-def _interrupt_blocked() -> Iterator[None]:
-    """Block SIGINT, so that a process started meanwhile cannot be hit before it ignores it."""
+def _interrupt_deferred() -> Iterator[None]:
+    """Hold Ctrl-C back while a process starts: half started, either side would print a traceback.
+
+    The signal is blocked for the new process, which inherits that, and noted in this one, where
+    another thread may receive it all the same.
+    """
     # The tracker unblocks the signal when it starts, so it must run before.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    noted: list[int] = []
+    # Python interrupts no other thread, and lets no other thread set a handler.
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if is_main_thread:
+        handler = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if is_main_thread:
+            signal.signal(signal.SIGINT, handler)
+    if noted:
+        signal.raise_signal(signal.SIGINT)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from zlib import crc32
 
-from megaphase.corpus.format import document_hash
 from megaphase.data_tools.progress import Advance
 from megaphase.data_tools.text_files import documents_of, read_chunks
 from megaphase.errors import InputError
@@ -15,9 +16,9 @@ from megaphase.errors import InputError
 # sentencepiece drops longer sentences (4,192 bytes; a character has at most 4).
 LONGEST_SENTENCE = 1024
 
-# One document in so many is kept out, to measure how well the vocabulary serves the language.
+# One sentence in so many is kept out, to measure how well the vocabulary serves the language.
 _HELD_OUT_ONE_IN = 64
-_EVALUATION_CHARACTERS = 1 << 20
+_EVALUATION_SENTENCES = 10_000
 
 
 @dataclass
@@ -25,10 +26,10 @@ class Survey:
     """The text of one language, counted.
 
     Attributes:
-        characters: of the documents for training.
-        sentences: how many `sentences_of` cuts them into.
-        held_out: texts kept out of training, at most about a million characters.
-        first: the first texts for training, at most as many characters.
+        characters: of the sentences for training.
+        sentences: how many there are.
+        held_out: sentences kept out of training, at most 10,000.
+        first: the first sentences for training, at most 10,000.
     """
 
     characters: int = 0
@@ -37,21 +38,23 @@ class Survey:
     first: list[str] = field(default_factory=list)
 
     @property
-    def evaluation_texts(self) -> list[str]:
-        """The held-out texts, or, where there is none, texts that were trained on."""
+    def evaluation_text(self) -> list[str]:
+        """The held-out sentences, or, where there is none, some that were trained on."""
         return self.held_out or self.first
 
 
 def survey_language(
-    language: str, files: Sequence[Path], json_key: str, advance: Advance
+    language: str, files: Sequence[Path], json_key: str, advance: Advance = lambda *_: None
 ) -> Survey:
     """Read all of a language's text once; InputError where it has none."""
     survey = Survey()
-    for path in files:
-        for chunk in read_chunks(path):
-            for text in documents_of(chunk, json_key):
-                _count(survey, text)
-            advance(chunk.file_bytes, len(chunk.data))
+    for sentence, held_out in _sentences(files, json_key, advance):
+        if not held_out:
+            survey.characters += len(sentence)
+            survey.sentences += 1
+        kept = survey.held_out if held_out else survey.first
+        if len(kept) < _EVALUATION_SENTENCES:
+            kept.append(sentence)
     if not survey.sentences:
         names = ", ".join(str(path) for path in files)
         raise InputError(names, f"no text of {language!r} to train on", "give files that hold text")
@@ -77,17 +80,14 @@ def uses_per_sentence(
 def sample_sentences(
     language: str, files: Sequence[Path], json_key: str, uses: float, seed: int
 ) -> Iterator[str]:
-    """The language's sentences in order, each used floor(uses) times or once more, by chance."""
+    """The sentences for training, in order, each floor(uses) times or, by chance, once more."""
     # Seeded by text, which Python hashes alike on every platform.
     generator = random.Random(f"{seed} {language}")
     whole, rest = divmod(uses, 1.0)
-    for path in files:
-        for chunk in read_chunks(path):
-            for text in documents_of(chunk, json_key):
-                if not _is_held_out(text):
-                    for sentence in sentences_of(text):
-                        for _ in range(int(whole) + (generator.random() < rest)):
-                            yield sentence
+    for sentence, held_out in _sentences(files, json_key):
+        if not held_out:
+            for _ in range(int(whole) + (generator.random() < rest)):
+                yield sentence
 
 
 def sentences_of(text: str) -> Iterator[str]:
@@ -98,16 +98,15 @@ def sentences_of(text: str) -> Iterator[str]:
                 yield line[start : start + LONGEST_SENTENCE]
 
 
-def _count(survey: Survey, text: str) -> None:
-    if _is_held_out(text):
-        texts = survey.held_out
-    else:
-        survey.characters += len(text)
-        survey.sentences += sum(1 for _ in sentences_of(text))
-        texts = survey.first
-    if text and sum(map(len, texts)) < _EVALUATION_CHARACTERS:
-        texts.append(text)
-
-
-def _is_held_out(text: str) -> bool:
-    return int.from_bytes(document_hash(text.encode()), "little") % _HELD_OUT_ONE_IN == 0
+def _sentences(
+    files: Sequence[Path], json_key: str, advance: Advance = lambda *_: None
+) -> Iterator[tuple[str, bool]]:
+    """Each sentence, and whether it is kept out of training; the first never is."""
+    is_first = True
+    for chunk in chain.from_iterable(map(read_chunks, files)):
+        for text in documents_of(chunk, json_key):
+            for sentence in sentences_of(text):
+                held_out = crc32(sentence.encode()) % _HELD_OUT_ONE_IN == 0
+                yield sentence, held_out and not is_first
+                is_first = False
+        advance(chunk.file_bytes, len(chunk.data))

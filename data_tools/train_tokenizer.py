@@ -263,7 +263,7 @@ def _write_tokenizer(
 
 
 def _fertility(tokenizer: Tokenizer, survey: Survey) -> Fertility:
-    texts = survey.evaluation_texts
+    texts = survey.evaluation_text
     tokens = sum(len(ids) for ids in tokenizer.encode_arrays(texts))
     sample_bytes = sum(len(text.encode()) for text in texts)
     words = sum(len(text.split()) for text in texts)
