@@ -1,0 +1,65 @@
+"""A plain `pip install .` into another environment gives a working command."""
+
+import shutil
+import subprocess
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+import megaphase
+
+REPOSITORY = Path(__file__).parent.parent
+PROJECT = ("setup.py", "pyproject.toml", "README.md", "csrc", "megaphase", "data_tools", "launch")
+
+
+def run(*command, cwd):
+    return subprocess.run(
+        [str(part) for part in command], cwd=cwd, check=True, capture_output=True, text=True
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The bin folder of an environment into which a copy of the repository was installed.
+
+    What the project depends on is borrowed from the environment of the tests, by a path file, in
+    which the project itself stands as an editable install only and so is not found.
+    """
+    folder = tmp_path_factory.mktemp("install")
+    (folder / "copy").mkdir()
+    for name in PROJECT:
+        copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
+        copy(REPOSITORY / name, folder / "copy" / name)
+    for built in (folder / "copy").rglob("*.so"):
+        built.unlink()
+    venv.create(folder / "env", with_pip=False)
+    env = {"base": str(folder / "env"), "platbase": str(folder / "env")}
+    site = Path(sysconfig.get_path("purelib", "venv", vars=env))
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = folder / "env" / "bin" / "python"
+    flags = ["--quiet", "--no-deps", "--no-build-isolation"]
+    run(python, "-m", "pip", "install", *flags, folder / "copy", cwd=folder)
+    return python.parent
+
+
+def test_command_works_outside_the_repository(installed, tmp_path):
+    where = run(
+        installed / "python", "-c", "import megaphase; print(megaphase.__file__)", cwd=tmp_path
+    )
+    assert Path(where.strip()).is_relative_to(installed.parent)
+    version = run(installed / "megaphase", "--version", cwd=tmp_path)
+    assert version.strip() == f"megaphase {megaphase.__version__}"
+
+
+def test_every_program_and_data_file_is_there(installed, tmp_path):
+    check = (
+        "import megaphase.plan._builder, megaphase.data_tools.tokenize, megaphase.launch.demo\n"
+        "import importlib.resources as r\n"
+        "assert r.files('megaphase.experiments').joinpath('report.css').is_file()\n"
+    )
+    run(installed / "python", "-c", check, cwd=tmp_path)
+    for command in (["tokenizer", "train"], ["data", "tokenize"], ["plan"], ["train"],
+                    ["evaluate"], ["report"], ["launch", "local"], ["demo"]):  # fmt: skip
+        assert "Usage" in run(installed / "megaphase", *command, "--help", cwd=tmp_path)
