@@ -1,0 +1,91 @@
+"""A small run on artificial languages, for the tests that start the real command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megaphase.data_tools.artificial_languages import write_languages
+from megaphase.data_tools.tokenize import tokenize
+from megaphase.data_tools.train_tokenizer import train_tokenizer
+
+HIGH, LOW = ("alda", "boreth"), ("cimri",)
+TEXT_BYTES = {"alda": 90_000, "boreth": 60_000, "cimri": 12_000}
+STEPS = (12, 9)
+TIMES = ("step_seconds", "tokens_per_second", "mfu")
+
+
+def megaphase(*arguments: object) -> list[str]:
+    """The command line of a megaphase command in this Python."""
+    return [sys.executable, "-m", "megaphase", *(str(each) for each in arguments)]
+
+
+def make_corpora(folder: Path) -> Path:
+    """Train a tokenizer and tokenize three languages: `tok` and `data/NAME` in `folder`."""
+    texts = write_languages(folder / "text", seed=5, languages=TEXT_BYTES)
+    train_tokenizer({n: [path] for n, path in texts.items()}, folder / "tok", vocab_size=500)
+    for name, path in texts.items():
+        tokenize([path], folder / "tok", folder / "data" / name, workers=1)
+    return folder
+
+
+def run_settings(corpora: Path, **changes: Any) -> dict[str, Any]:
+    """A run file of two short phases; `changes` replace top-level keys."""
+
+    def phase(name: str, steps: int, mixture: dict[str, Any], peak: float) -> dict[str, Any]:
+        rate = {"schedule": "cosine", "peak": peak, "final": peak / 10, "warmup_steps": 2}
+        return {"name": name, "steps": steps, "mixture": mixture, "learning_rate": rate}
+
+    return {
+        "seed": 11,
+        "output": "run",
+        "tokenizer": str(corpora / "tok"),
+        "tasks": {name: {"corpus": str(corpora / "data" / name)} for name in TEXT_BYTES},
+        "model": {
+            "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 64, "seq_len": 32,
+        },
+        "parallel": {"tensor": 1, "zero": 0},
+        "precision": "fp32",
+        "batch": {"samples": 8, "micro": 2},
+        "phases": [
+            phase("pretrain", STEPS[0], {"proportional": True, "over": list(HIGH)}, 1e-2),
+            phase("joint", STEPS[1], {"temperature": 3.0}, 5e-3),
+        ],
+        "validation": {"every_steps": 5, "samples": 10, "fraction": 0.1},
+        "checkpoint": {"every_steps": 4, "keep": 2},
+        "logging": {"every_steps": 5, "tensorboard": False},
+        **changes,
+    }  # fmt: skip
+
+
+def write_run_file(folder: Path, settings: dict[str, Any]) -> Path:
+    """Write a run file; its output lies in the same folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """All rows of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without how long things took and without resumptions: what must be reproducible."""
+    return [
+        {key: value for key, value in row.items() if key not in TIMES}
+        for row in rows
+        if row.get("event") != "resume"
+    ]
+
+
+def copy_run(source: Path, target: Path) -> Path:
+    """Copy a folder made by write_run_file and its run; returns the run file."""
+    shutil.copytree(source, target)
+    return target / "run.yaml"
