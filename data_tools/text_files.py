@@ -37,6 +37,9 @@ TEXT_ENDING = ".txt"
 COMPRESSED_ENDINGS = (".gz", ".zst")
 
 _BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
+_PIECE_BYTES = 1 << 18
+# All that a piece expands to comes at once, and text of much repetition expands a lot.
+_ZSTD_PIECE_BYTES = 1 << 12
 # zstd --long=31; without it larger windows than 128 MB are refused.
 _LARGEST_ZSTD_WINDOW = 1 << 31
 _JSON_TYPES = {
@@ -73,6 +76,8 @@ def check_text_file(path: Path) -> None:
         raise InputError(path, "is a directory", "give the files in it")
     if not os.path.exists(path):
         raise InputError(path, "no such file", "check the path")
+    if not os.path.isfile(path):
+        raise InputError(path, "is not a regular file", "write the text to a file first")
     if _ending(path) not in (*JSON_ENDINGS, TEXT_ENDING):
         known = ", ".join((*JSON_ENDINGS, TEXT_ENDING))
         raise InputError(path, "unknown kind of file", f"its name must end in {known} [.gz|.zst]")
@@ -93,22 +98,19 @@ def read_chunks(path: Path, chunk_bytes: int = CHUNK_BYTES) -> Iterator[TextChun
     check_text_file(path)
     ends = (b"\n",) if _ending(path) in JSON_ENDINGS else (b"\n\n", b"\n\r\n")
     buffer = bytearray()
-    line, position, cut = 1, 0, 0
+    line, position, searched = 1, 0, chunk_bytes
     with _named_errors(path), open(path, "rb") as file:
-        for piece in _decompressed(file, path.suffix, chunk_bytes):
-            unsearched = max(len(buffer) - len(ends[-1]) + 1, 0)
+        for piece in _decompressed(file, path.suffix):
             buffer += piece
-            cut = _last_end(buffer, ends, unsearched) or cut
-            if len(buffer) - cut > LARGEST_DOCUMENT_BYTES:
-                begins = line + buffer.count(b"\n", 0, cut)
-                raise InputError(f"{path}:{begins}", *_too_large(path))
-            if cut >= chunk_bytes:
+            while cut := _first_end(buffer, ends, searched):
                 data = bytes(buffer[:cut])
                 del buffer[:cut]
-                cut = 0
                 yield TextChunk(path, line, data, file.tell() - position)
                 line += data.count(b"\n")
-                position = file.tell()
+                position, searched = file.tell(), chunk_bytes
+            searched = max(searched, len(buffer))
+            if len(buffer) > chunk_bytes + LARGEST_DOCUMENT_BYTES:
+                raise InputError(f"{path}:{line}", *_too_large(path))
         if buffer or file.tell() > position:
             yield TextChunk(path, line, bytes(buffer), file.tell() - position)
 
@@ -136,25 +138,25 @@ def _ending(path: Path) -> str:
     return Path(name.stem).suffix if name.suffix in COMPRESSED_ENDINGS else name.suffix
 
 
-def _last_end(buffer: bytearray, ends: tuple[bytes, ...], start: int) -> int:
-    """Where the last whole document of the buffer ends; 0 where none does."""
-    found = ((buffer.rfind(end, start), end) for end in ends)
-    return max((at + len(end) for at, end in found if at >= 0), default=0)
+def _first_end(buffer: bytearray, ends: tuple[bytes, ...], least: int) -> int:
+    """Where a document ends for the first time at `least` or later; 0 where none does."""
+    found = ((buffer.find(end, max(least - len(end), 0)), end) for end in ends)
+    return min((at + len(end) for at, end in found if at >= 0), default=0)
 
 
 def _too_large(path: Path) -> tuple[str, str]:
-    problem = f"a document of more than {LARGEST_DOCUMENT_BYTES >> 20} MB begins here"
+    problem = f"a document of more than {LARGEST_DOCUMENT_BYTES >> 20} MB begins here or soon after"
     if _ending(path) == TEXT_ENDING:
         return problem, "put a blank line between documents, or use JSONL"
     return problem, "split it"
 
 
-def _decompressed(file: BinaryIO, suffix: str, piece_bytes: int) -> Iterator[bytes]:
+def _decompressed(file: BinaryIO, suffix: str) -> Iterator[bytes]:
     if suffix.lower() == ".zst":
         yield from _zstd_pieces(file)
         return
     stream = gzip.GzipFile(fileobj=file) if suffix.lower() == ".gz" else file
-    while piece := stream.read(piece_bytes):
+    while piece := stream.read(_PIECE_BYTES):
         yield piece
 
 
@@ -162,7 +164,7 @@ def _zstd_pieces(file: BinaryIO) -> Iterator[bytes]:
     """Decompress frame after frame; unlike zstandard's own reader, notice one that is cut off."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_ZSTD_WINDOW)
     frame = None
-    while compressed := file.read(1 << 17):
+    while compressed := file.read(_ZSTD_PIECE_BYTES):
         while compressed:
             frame = frame or decompressor.decompressobj()
             yield frame.decompress(compressed)

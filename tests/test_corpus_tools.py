@@ -1,0 +1,204 @@
+"""`data inspect`, `verify` and `merge`."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_support import corpus_bytes, edit_bytes, files_of, make_tokenizer, write_jsonl
+from rich.console import Console
+
+from megaphase.corpus import Corpus, CorpusWriter
+from megaphase.data_tools.inspect_corpus import describe, document_text
+from megaphase.data_tools.merge import merge
+from megaphase.data_tools.tokenize import tokenize
+from megaphase.data_tools.verify import verify
+from megaphase.errors import InputError
+from megaphase.files import hash_file
+
+TEXTS = ["one two", "drei\nvier", "", "😀" * 40, "four"]
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def made(tok: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    tokenize([write_jsonl(folder / "a.jsonl", TEXTS)], tok, folder / "en", workers=1)
+    return folder
+
+
+@pytest.fixture
+def prefix(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "en"
+
+
+def rehash(prefix: Path) -> None:
+    """Make the manifest agree with altered files, as a faulty writer would."""
+    path = Path(f"{prefix}.json")
+    manifest = json.loads(path.read_text())
+    for suffix, file in manifest["files"].items():
+        file["hash"] = hash_file(Path(f"{prefix}{suffix}"))
+    path.write_text(json.dumps(manifest))
+
+
+def shown(prefix: Path) -> str:
+    output = io.StringIO()
+    Console(file=output, width=100).print(describe(prefix))
+    return output.getvalue()
+
+
+def test_the_summary_has_the_figures(prefix: Path) -> None:
+    corpus = Corpus.open(prefix)
+    manifest, text = corpus.manifest, " ".join(shown(prefix).split())
+    assert "documents 4 (1 empty ones left out)" in text
+    assert f"tokens {manifest.tokens:,} as uint16" in text
+    assert f"text {manifest.text_bytes:,} bytes of UTF-8" in text
+    assert f"bytes per token {manifest.text_bytes / (manifest.tokens - 4):.3f}" in text
+    assert f"tokenizer hash {manifest.tokenizer_hash}" in text
+    assert "sources a.jsonl" in text
+    assert f" {corpus.lengths.max():,} {corpus.lengths.mean():,.1f}" in text
+
+
+def test_the_summary_counts_lengths_by_powers_of_two(tmp_path: Path) -> None:
+    with CorpusWriter(tmp_path / "x", tokenizer_hash="t", vocab_size=9, eod=0) as writer:
+        for length in (1, 2, 3, 3, 4, 7, 8, 1023):
+            writer.add_document([1] * (length - 1), "x")
+    lines = [" ".join(line.split()) for line in shown(tmp_path / "x").splitlines()]
+    assert lines[-10].startswith("1 █")
+    assert lines[-10].endswith("12.5%")
+    assert lines[-9] == f"2 to 3 {'█' * 40} 37.5%"
+    assert lines[-1].startswith("512 to 1,023 █")
+
+
+def test_a_document_is_shown_as_text(tok: Path, prefix: Path) -> None:
+    texts = [text for text in TEXTS if text]
+    assert [document_text(prefix, tok, i) for i in range(4)] == texts
+
+
+@pytest.mark.parametrize("index", [4, -1])
+def test_a_document_that_is_not_there_is_refused(tok: Path, prefix: Path, index: int) -> None:
+    with pytest.raises(InputError, match=rf"en has no document {index}; choose 0 to 3"):
+        document_text(prefix, tok, index)
+
+
+def test_another_tokenizer_is_refused(prefix: Path, tmp_path: Path) -> None:
+    other = make_tokenizer(tmp_path, seed=4)
+    with pytest.raises(InputError, match="was made with another tokenizer"):
+        document_text(prefix, other, 0)
+
+
+def test_a_whole_corpus_is_verified(prefix: Path) -> None:
+    assert verify(prefix) == Corpus.open(prefix).manifest
+
+
+@pytest.mark.parametrize(("suffix", "position"), [(".bin", 7), (".idx", 36), (".hash", -1)])
+def test_one_altered_byte_is_found(prefix: Path, suffix: str, position: int) -> None:
+    path = Path(f"{prefix}{suffix}")
+    edit_bytes(path, position, bytes([path.read_bytes()[position] ^ 1]))
+    with pytest.raises(InputError, match=rf"en\{suffix}: was altered: its hash is not the"):
+        verify(prefix)
+
+
+def number(value: int, dtype: str) -> bytes:
+    return np.array([value], dtype=dtype).tobytes()
+
+
+def test_every_structural_fault_is_found(prefix: Path) -> None:
+    """Faults that hashes cannot show, since the manifest was written for the faulty files."""
+    corpus = Corpus.open(prefix)
+    lengths, tokens = corpus.lengths.tolist(), len(corpus.tokens)
+    length_at, offset_at, boundary_at = 34, 34 + 4 * 4, 34 + 4 * 4 + 8 * 4
+    second_ends = sum(lengths[:2]) - 1
+    for suffix, position, data, message in (
+        (".bin", 2 * second_ends, number(5, "<u2"), r"en\.bin: document 1 does not end with EOD"),
+        (".bin", 2, number(700, "<u2"), r"en\.bin: token 1 is not in the vocabulary"),
+        (".idx", length_at + 4, number(0, "<i4"), r"en\.idx: document 1 has no token"),
+        (
+            ".idx",
+            length_at + 4,
+            number(lengths[1] + 1, "<i4"),
+            r"en\.idx: document 2 does not begin where the one before it ends",
+        ),
+        (
+            ".idx",
+            offset_at + 8,
+            number(2, "<i8"),
+            r"en\.idx: document 1 does not begin where the one before it ends",
+        ),
+        (
+            ".idx",
+            boundary_at + 8,
+            number(2, "<i8"),
+            r"en\.idx: document_indices do not ascend at document 1",
+        ),
+    ):
+        path = Path(f"{prefix}{suffix}")
+        before = corpus_bytes(prefix)
+        edit_bytes(path, position, data)
+        rehash(prefix)
+        with pytest.raises(InputError, match=message):
+            verify(prefix)
+        for ending, content in before.items():
+            Path(f"{prefix}{ending}").write_bytes(content)
+    assert verify(prefix).tokens == tokens
+
+
+def test_verifying_reads_large_corpora_in_parts(
+    prefix: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megaphase.data_tools.verify._CHUNK_ITEMS", 3)
+    verify(prefix)
+    edit_bytes(Path(f"{prefix}.bin"), 2 * 20, number(60_000, "<u2"))
+    rehash(prefix)
+    with pytest.raises(InputError, match="token 20 is not in the vocabulary"):
+        verify(prefix)
+
+
+def test_merging_gives_what_tokenizing_at_once_gives(
+    tok: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megaphase.data_tools.merge._BATCH_TOKENS", 20)
+    sources = [write_jsonl(tmp_path / f"{name}.jsonl", TEXTS[i:]) for i, name in enumerate("abc")]
+    for source in sources:
+        tokenize([source], tok, source.with_suffix(""), workers=1)
+    tokenize(sources, tok, tmp_path / "at-once", workers=1)
+    manifest = merge([source.with_suffix("") for source in sources], tmp_path / "merged")
+    assert corpus_bytes(tmp_path / "merged") == corpus_bytes(tmp_path / "at-once")
+    assert manifest.sources == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert manifest.skipped_empty == 3
+
+
+def test_merging_refuses_what_does_not_fit(tok: Path, prefix: Path, tmp_path: Path) -> None:
+    other_tok = make_tokenizer(tmp_path / "other", seed=4)
+    tokenize([tmp_path / "a.jsonl"], other_tok, tmp_path / "xx", workers=1)
+    tokenize([tmp_path / "a.jsonl"], tok, tmp_path / "de", workers=1)
+    damaged = Path(f"{tmp_path / 'de'}.bin")
+    edit_bytes(damaged, 0, bytes([damaged.read_bytes()[0] ^ 1]))
+    before = files_of(tmp_path)
+    for prefixes, message in (
+        ([prefix, tmp_path / "xx"], r"xx: was made with another tokenizer than .*en; tokenize it"),
+        ([prefix, tmp_path / "none"], r"none\.json: no such file"),
+        ([prefix, tmp_path / "." / "en"], "en: the corpus stands twice; name it once"),
+        ([prefix, tmp_path / "de"], r"de\.bin: was altered"),
+        ([], "no corpus was given; name at least one prefix"),
+    ):
+        with pytest.raises(InputError, match=message):
+            merge(prefixes, tmp_path / "merged")
+    with pytest.raises(InputError, match=r"en\.json: exists already"):
+        merge([prefix], prefix)
+    assert files_of(tmp_path) == before
+
+
+def test_a_corpus_may_be_merged_over_itself(tok: Path, prefix: Path, tmp_path: Path) -> None:
+    tokenize([tmp_path / "a.jsonl"], tok, tmp_path / "de", workers=1)
+    merge([prefix, tmp_path / "de"], prefix, overwrite=True)
+    assert verify(prefix).documents == 8
