@@ -1,7 +1,7 @@
 """Worker processes whose results come back in the order of their inputs.
 
-The standard library's pools hold the whole input in flight, leave their workers behind when the
-main process is killed, or hang when a worker is; this one does none of it.
+The standard library's pools take the whole input at once, leave their workers behind when the main
+process is killed, or hang when a worker is; this one does none of it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class _Worker:
         if code >= 0:
             return RunError(f"a worker process ended by itself (exit code {code})")
         name = signal.Signals(-code).name
-        hint = "; memory may have run out: use fewer workers" if name == "SIGKILL" else ""
+        hint = "; memory may have run out" if name == "SIGKILL" else ""
         return RunError(f"a worker process was killed by {name}{hint}")
 
 

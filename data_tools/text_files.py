@@ -83,12 +83,6 @@ def check_text_file(path: Path) -> None:
         raise InputError(path, "unknown kind of file", f"its name must end in {known} [.gz|.zst]")
 
 
-def read_documents(path: Path, json_key: str) -> Iterator[str]:
-    """Each document's text; memory does not grow with the file. Errors as for `read_chunks`."""
-    for chunk in read_chunks(path):
-        yield from documents_of(chunk, json_key)
-
-
 def read_chunks(path: Path, chunk_bytes: int = CHUNK_BYTES) -> Iterator[TextChunk]:
     """Cut a file into pieces of about `chunk_bytes` that hold whole documents.
 

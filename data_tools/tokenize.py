@@ -42,7 +42,7 @@ def tokenize(
         console: where to show progress; nothing is shown without one.
 
     Raises InputError where an input or the tokenizer is wrong, no input holds text, or the corpus
-    exists; RunError where a worker is killed. Nothing is left behind then.
+    exists; RunError where a worker is killed or the disk is full. Nothing is left behind then.
     """
     tokenizer = Tokenizer.load(tokenizer_dir)
     if not inputs:

@@ -193,9 +193,9 @@ def test_stopped_in_the_middle(
     tokenize([old], tok, data / "en", workers=1)
     before = corpus_bytes(data / "en")
 
-    # Minutes of work in a small file.
+    # Many seconds of work in a small file.
     long = tmp_path / "long.jsonl.zst"
-    long.write_bytes(zstandard.compress(b'{"text": "one two three"}\n' * 15_000_000))
+    long.write_bytes(zstandard.compress(b'{"text": "one two three"}\n' * 3_000_000))
     main = start_python(LONG_RUN, long, tok, data / "en")
     wait_until(lambda: any(path.stat().st_size for path in data.glob(".en.bin.*.partial")))
     # The resource tracker is a child too.

@@ -15,14 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megaphase.data_tools import text_files
-from megaphase.data_tools.text_files import documents_of, read_chunks, read_documents
+from megaphase.data_tools.text_files import documents_of, read_chunks
 from megaphase.errors import InputError
 
 TEXTS = ["one", "two\nlines", "ein Wort für 😀", "  spaces  ", "", "a\u2028b\x85c", "x" * 5000]
 
 
 def documents(path: Path, key: str = "text") -> list[str]:
-    return list(read_documents(path, key))
+    return [text for chunk in read_chunks(path) for text in documents_of(chunk, key)]
 
 
 def test_jsonl_gives_the_text_of_each_line(tmp_path: Path) -> None:
