@@ -14,8 +14,9 @@ def _sizes(layers: int, hidden: int, heads: int, ffn: int) -> dict[str, int]:
     return {"layers": layers, "hidden": hidden, "heads": heads, "ffn": ffn}
 
 
-# Names give the parameters without embeddings, roughly. From 125m on, layers, hidden size and heads
-# follow GPT-3 (Brown et al. 2020, table 2.1), but 13b, whose heads are 128 wide as in Llama; ffn is
+# Names give the parameters, roughly: up to 30m without embeddings, from 125m on as GPT-3 counts
+# them (Brown et al. 2020, table 2.1), with one embedding of 50,000 tokens. From there on layers,
+# hidden size and heads follow GPT-3, too, but 13b, whose heads are 128 wide as in Llama; ffn is
 # 8/3 of the hidden size for SwiGLU (Shazeer 2020), rounded up to a multiple of 128.
 PRESETS: dict[str, dict[str, int]] = {
     "gpt-1m": _sizes(4, 128, 4, 384),
@@ -83,16 +84,23 @@ def _check_divisions(config: RunConfig, shape: GPTShape) -> None:
     tensor = config.parallel.tensor
     if shape.hidden % shape.heads:
         raise _refuse(
-            config, "heads", f"{shape.heads} heads do not divide hidden {shape.hidden}", "change one"
+            config,
+            "heads",
+            f"{shape.heads} heads do not divide hidden {shape.hidden}",
+            "change one",
         )
     if shape.position == "rotary" and shape.head_dim % 2:
         raise _refuse(
-            config, "heads", f"rotary positions need an even head size, not {shape.head_dim}",
+            config,
+            "heads",
+            f"rotary positions need an even head size, not {shape.head_dim}",
             "change hidden or heads",
         )
     if shape.heads % shape.kv_heads:
         raise _refuse(
-            config, "kv_heads", f"{shape.kv_heads} does not divide the {shape.heads} heads",
+            config,
+            "kv_heads",
+            f"{shape.kv_heads} does not divide the {shape.heads} heads",
             "change one",
         )
     for key, size in (("heads", shape.heads), ("kv_heads", shape.kv_heads), ("ffn", shape.ffn)):
@@ -102,7 +110,8 @@ def _check_divisions(config: RunConfig, shape: GPTShape) -> None:
             )
     if config.parallel.sequence and shape.seq_len % tensor:
         raise _refuse(
-            config, "seq_len",
+            config,
+            "seq_len",
             f"with parallel.sequence, parallel.tensor {tensor} must divide seq_len {shape.seq_len}",
             "change one",
         )

@@ -1,0 +1,244 @@
+"""Starts real processes over gloo as torchrun does, and collects what every rank prints or returns.
+
+`launch` runs a command; `run_ranks` runs a function of a test module in fresh interpreters.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache, wraps
+from pathlib import Path
+from subprocess import CompletedProcess
+from types import TracebackType
+from typing import Any, ParamSpec, Self, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LAUNCH_TIMEOUT_SECONDS = 180.0
+# A rank whose neighbour has failed may wait for it in a collective for ever.
+GRACE_SECONDS = 10.0
+POLL_SECONDS = 0.05
+SHOWN_CHARACTERS = 6000
+
+
+class LaunchError(AssertionError):
+    """A rank failed or the time limit passed; the message holds what the ranks had to say."""
+
+
+def free_port() -> int:
+    """A TCP port on this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank on a single node."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+class RunningRanks:
+    """Processes of one job, each with a process group of its own; leaving the block kills them.
+
+    Their output goes to files, so that a rank which prints much never waits for its reader.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[object],
+        processes: int,
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
+        self._argv = [str(each) for each in argv]
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        port = free_port()
+        self.processes = [
+            self._start(rank, {**rank_environment(rank, processes, port), **(env or {})}, cwd)
+            for rank in range(processes)
+        ]
+
+    def _start(
+        self, rank: int, env: Mapping[str, str], cwd: Path | None
+    ) -> subprocess.Popen[bytes]:
+        with (
+            open(self._output(rank, "stdout"), "wb") as stdout,
+            open(self._output(rank, "stderr"), "wb") as stderr,
+        ):
+            return subprocess.Popen(
+                self._argv,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env={**os.environ, **env},
+                cwd=cwd,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+        self._folder.cleanup()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to every rank that is still there, and to what it has started."""
+        for process in self.processes:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+
+    def wait(self, timeout: float = LAUNCH_TIMEOUT_SECONDS) -> list[CompletedProcess[str]]:
+        """Wait until all ranks have ended; those that outlive a failed one too long are killed.
+
+        Raises:
+            LaunchError: the time limit has passed; all ranks have been killed.
+        """
+        deadline = time.monotonic() + timeout
+        while any(process.poll() is None for process in self.processes):
+            now = time.monotonic()
+            if now > deadline:
+                self.signal(signal.SIGKILL)
+                raise LaunchError(f"not done after {timeout:.0f} s\n{self._what_was_said()}")
+            if any(process.returncode for process in self.processes):
+                deadline = min(deadline, now + GRACE_SECONDS)
+                self._kill_survivors_at(deadline)
+                break
+            time.sleep(POLL_SECONDS)
+        return [self.result(rank) for rank in range(len(self.processes))]
+
+    def _kill_survivors_at(self, deadline: float) -> None:
+        for process in self.processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+    def result(self, rank: int) -> CompletedProcess[str]:
+        """What the rank has printed so far, and its exit code (negative: the signal)."""
+        stdout, stderr = (
+            self._output(rank, name).read_text(errors="replace") for name in ("stdout", "stderr")
+        )
+        code = self.processes[rank].poll()
+        return CompletedProcess(self._argv, 0 if code is None else code, stdout, stderr)
+
+    def _output(self, rank: int, name: str) -> Path:
+        return Path(self._folder.name) / f"{rank}.{name}"
+
+    def _what_was_said(self) -> str:
+        ranks = range(len(self.processes))
+        return "\n".join(f"rank {rank}: {_tail(self.result(rank).stderr)}" for rank in ranks)
+
+
+def _tail(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"… {text[-SHOWN_CHARACTERS:]}"
+
+
+def launch(
+    argv: Sequence[object],
+    processes: int,
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: float = LAUNCH_TIMEOUT_SECONDS,
+) -> list[CompletedProcess[str]]:
+    """Run a command as the ranks of one job; one result a rank, whatever its exit code."""
+    with RunningRanks(argv, processes, env=env, cwd=cwd) as ranks:
+        return ranks.wait(timeout)
+
+
+def check(results: Sequence[CompletedProcess[str]]) -> None:
+    """Fail with the standard error of the ranks that failed by themselves."""
+    failed = [rank for rank, result in enumerate(results) if result.returncode]
+    # Survivors are killed, so a rank with an exit code of its own is the better witness.
+    failed = [rank for rank in failed if results[rank].returncode != -signal.SIGKILL] or failed
+    if failed:
+        raise LaunchError(
+            "\n".join(
+                f"rank {rank} ended with {results[rank].returncode}:\n{_tail(results[rank].stderr)}"
+                for rank in failed
+            )
+        )
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    processes: int,
+    *arguments: object,
+    env: Mapping[str, str] | None = None,
+    timeout: float = LAUNCH_TIMEOUT_SECONDS,
+) -> list[Any]:
+    """Call a module-level function of a test module in new interpreters, one a rank.
+
+    Returns what it returned on every rank; arguments and results are pickled.
+    """
+    module = function.__module__
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        call = Path(folder) / "call"
+        call.write_bytes(pickle.dumps(arguments))
+        argv = [sys.executable, __file__, module, function.__qualname__, call, folder]
+        check(launch(argv, processes, env=env, timeout=timeout))
+        return [
+            pickle.loads((Path(folder) / f"result-{rank}").read_bytes())
+            for rank in range(processes)
+        ]
+
+
+def once(function: Callable[P, T]) -> Callable[P, T]:
+    """functools.cache that remembers a LaunchError, too: no job is tried again by every test."""
+
+    @cache
+    def outcome(*args: P.args, **kwargs: P.kwargs) -> T | LaunchError:
+        try:
+            return function(*args, **kwargs)
+        except LaunchError as error:
+            return error
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        result = outcome(*args, **kwargs)  # type: ignore[arg-type]  # not known to be hashable
+        if isinstance(result, LaunchError):
+            raise LaunchError(str(result))
+        return result
+
+    return call
+
+
+def _serve(module: str, function: str, call: str, folder: str) -> None:
+    """The far end of `run_ranks`."""
+    arguments = pickle.loads(Path(call).read_bytes())
+    result = getattr(importlib.import_module(module), function)(*arguments)
+    (Path(folder) / f"result-{os.environ['RANK']}").write_bytes(pickle.dumps(result))
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])

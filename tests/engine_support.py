@@ -1,0 +1,132 @@
+"""Engines of small models, batches that can be learned, and the fp32 weights behind an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaphase.config import RunConfig
+from megaphase.model.presets import build_shape
+from megaphase.parallel.topology import Topology, start
+from megaphase.plan.dataset import Batch
+from megaphase.targets import IGNORED_TARGET
+from megaphase.training.engine import Engine, import_deepspeed
+
+TASKS = ["big", "small"]
+SAMPLES = 8
+SEQ_LEN = 16
+VOCAB = 96
+CLIP = 0.85  # some steps of a small model are clipped, some are not
+MODEL = {"seq_len": SEQ_LEN, "layers": 2, "hidden": 32, "heads": 4, "ffn": 48}
+
+
+def run_config(
+    *,
+    model: dict[str, Any] | None = None,
+    micro: int = 2,
+    precision: str = "fp32",
+    seed: int = 1,
+    **parallel: Any,
+) -> RunConfig:
+    """A run of the small model; `parallel` holds tensor, zero and sequence."""
+    return RunConfig.model_validate(
+        {
+            "seed": seed,
+            "output": "run",
+            "tokenizer": "tok",
+            "tasks": {name: {"corpus": name} for name in TASKS},
+            "model": MODEL | (model or {}),
+            "parallel": parallel,
+            "precision": precision,
+            "batch": {"samples": SAMPLES, "micro": micro},
+            "optimizer": {"clip": CLIP},
+            "phases": [
+                {
+                    "name": "only",
+                    "steps": 1,
+                    "mixture": {"rates": {TASKS[0]: 1.0}},
+                    "learning_rate": {"peak": 1e-3},
+                }
+            ],
+        }
+    )
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Leave the process group at the end, so that every rank ends in good order."""
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def build_engine(config: RunConfig, vocab: int = VOCAB) -> Engine:
+    topology = start(config.parallel.tensor)
+    return Engine(config, build_shape(config, vocab), topology, len(TASKS))
+
+
+def global_batch(step: int, *, vocab: int = VOCAB, short: bool = False) -> Batch:
+    """The whole batch of a step: counting sequences, by ones in the first task, by threes in the
+    other, with a tenth of the tokens random.
+
+    short: rows end early, at different lengths; one has no target at all.
+    """
+    random = torch.Generator().manual_seed(1000 + step)
+    tasks = (torch.rand(SAMPLES, generator=random) < 0.3).long()
+    first = torch.randint(vocab, (SAMPLES, 1), generator=random)
+    stride = torch.where(tasks == 0, 1, 3).unsqueeze(1)
+    tokens = (first + stride * torch.arange(SEQ_LEN + 1)) % vocab
+    noise = torch.rand(tokens.shape, generator=random) < 0.1
+    tokens = torch.where(noise, torch.randint(vocab, tokens.shape, generator=random), tokens)
+    targets = tokens[:, 1:].clone()
+    if short:
+        lengths = torch.randint(1, SEQ_LEN, (SAMPLES, 1), generator=random)
+        lengths[step % SAMPLES] = 0
+        targets[torch.arange(SEQ_LEN) >= lengths] = IGNORED_TARGET
+    return Batch(tokens[:, :-1].contiguous(), targets, tasks)
+
+
+def share(batch: Batch, topology: Topology) -> Batch:
+    """The rows of this data-parallel rank."""
+    rows = len(batch) // topology.data_size
+    return list(batch.split(rows))[topology.data_rank]
+
+
+def fp32_weights(engine: Engine) -> dict[str, Tensor]:
+    """This tensor-parallel rank's weights as the optimizer holds them, whole, by name."""
+    deepspeed = import_deepspeed()
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        master = deepspeed.utils.safe_get_full_fp32_param(parameter)
+        weights[name] = (parameter if master is None else master).detach().clone()
+    return weights
+
+
+def model_weights(engine: Engine) -> dict[str, Tensor]:
+    """This tensor-parallel rank's weights as the model computes with them, whole, by name."""
+    deepspeed = import_deepspeed()
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            weights[name] = parameter.detach().clone()
+    return weights
+
+
+def load_fp32_weights(engine: Engine, weights: dict[str, Tensor]) -> None:
+    """Set the optimizer's weights and the model's, which are those rounded to its type."""
+    deepspeed = import_deepspeed()
+    for name, parameter in engine.module.named_parameters():
+        partitioned = hasattr(parameter, "ds_id")
+        with (
+            torch.no_grad(),
+            deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned),
+        ):
+            parameter.copy_(weights[name])
+        deepspeed.utils.safe_set_full_fp32_param(parameter, weights[name])

@@ -1,0 +1,136 @@
+"""A GPT and its training in plain torch, in float64: what the engine's curves are held against.
+
+Written from the papers, one head and one formula at a time. It shares the names and shapes of the
+parameters with the package, and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class PlainShape:
+    layers: int
+    heads: int
+    kv_heads: int
+    layernorm: bool = False
+    gelu: bool = False
+    eps: float = 1e-5
+    rotary_base: float = 10_000.0
+
+
+class PlainGPT:
+    """Weights by name; a missing `positions` means rotary, a missing `head.weight` tied."""
+
+    def __init__(self, weights: dict[str, Tensor], shape: PlainShape) -> None:
+        self.weights = {name: each.double().requires_grad_() for name, each in weights.items()}
+        self.shape = shape
+
+    def losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Nats a token, [batch, seq]; 0 where the target is IGNORED."""
+        logits = self.logits(tokens)
+        real = targets != IGNORED
+        chosen = logits.gather(-1, targets.where(real, 0).unsqueeze(-1)).squeeze(-1)
+        return torch.where(real, logits.exp().sum(-1).log() - chosen, 0.0)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[batch, seq, vocab]"""
+        embedding = self.weights["embedding.weight"]
+        x = embedding[tokens]
+        if "positions" in self.weights:
+            x = x + self.weights["positions"][: tokens.shape[1]]
+        for layer in range(self.shape.layers):
+            block = f"blocks.{layer}"
+            x = x + self._attention(self._norm(x, f"{block}.attention_norm"), f"{block}.attention")
+            x = x + self._mlp(self._norm(x, f"{block}.feed_forward_norm"), f"{block}.feed_forward")
+        return self._norm(x, "norm") @ self.weights.get("head.weight", embedding).T
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        if self.shape.layernorm:
+            x = x - x.mean(-1, keepdim=True)
+        x = x / (x.pow(2).mean(-1, keepdim=True) + self.shape.eps).sqrt()
+        return x * self.weights[f"{name}.weight"] + self.weights.get(f"{name}.bias", 0.0)
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        return x @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0.0)
+
+    def _attention(self, x: Tensor, name: str) -> Tensor:
+        heads, kv_heads = self.shape.heads, self.shape.kv_heads
+        size = x.shape[-1] // heads
+        parts = self._linear(x, f"{name}.qkv").split(size, dim=-1)
+        queries = parts[:heads]
+        keys, values = parts[heads : heads + kv_heads], parts[heads + kv_heads :]
+        future = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+        results = []
+        for head, query in enumerate(queries):
+            group = head // (heads // kv_heads)
+            scores = self._rotate(query) @ self._rotate(keys[group]).transpose(1, 2)
+            scores = (scores / math.sqrt(size)).masked_fill(future, -math.inf)
+            results.append(scores.softmax(-1) @ values[group])
+        return self._linear(torch.cat(results, -1), f"{name}.out")
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """[batch, seq, size]: entries i and i + size / 2 are a complex number to be turned."""
+        if "positions" in self.weights:
+            return x
+        half = x.shape[-1] // 2
+        speeds = self.shape.rotary_base ** (-torch.arange(half).double() / half)
+        angles = torch.arange(x.shape[1]).double().unsqueeze(1) * speeds
+        turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(
+            torch.ones_like(angles), angles
+        )
+        return torch.cat([turned.real, turned.imag], -1)
+
+    def _mlp(self, x: Tensor, name: str) -> Tensor:
+        up = self._linear(x, f"{name}.up")
+        if self.shape.gelu:
+            inner = math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)
+            return self._linear(0.5 * up * (1 + inner.tanh()), f"{name}.down")
+        gate, up = up[..., : up.shape[-1] // 2], up[..., up.shape[-1] // 2 :]
+        return self._linear(gate / (1 + (-gate).exp()) * up, f"{name}.down")
+
+
+class PlainAdamW:
+    """Decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2) after clipping by norm."""
+
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        decay: float = 0.1,
+        clip: float = 1.0,
+    ) -> None:
+        self.weights = weights
+        self.betas, self.eps, self.decay, self.clip = betas, eps, decay, clip
+        self.steps = 0
+        self.first = {name: torch.zeros_like(each) for name, each in weights.items()}
+        self.second = {name: torch.zeros_like(each) for name, each in weights.items()}
+
+    @torch.no_grad()
+    def step(self, gradients: dict[str, Tensor], rate: float) -> float:
+        """Update the weights in place; the norm of all gradients before clipping."""
+        norm = math.sqrt(sum(float(each.pow(2).sum()) for each in gradients.values()))
+        scale = min(1.0, self.clip / (norm + 1e-6))
+        self.steps += 1
+        for name, weight in self.weights.items():
+            gradient = gradients[name] * scale
+            self.first[name] = self._average(0, self.first[name], gradient)
+            self.second[name] = self._average(1, self.second[name], gradient**2)
+            first = self.first[name] / (1 - self.betas[0] ** self.steps)
+            second = self.second[name] / (1 - self.betas[1] ** self.steps)
+            if weight.dim() == 2:
+                weight -= rate * self.decay * weight
+            weight -= rate * first / (second.sqrt() + self.eps)
+        return norm
+
+    def _average(self, moment: int, old: Tensor, new: Tensor) -> Tensor:
+        return self.betas[moment] * old + (1 - self.betas[moment]) * new

@@ -1,0 +1,292 @@
+"""Promise 3: a run's numbers are the same for every layout, and those of a plain torch model.
+
+Every case trains on the same batches. Its losses, losses by task, gradient norms and validation
+losses must agree with `plain_gpt`, a model in float64 that starts from the weights of the 1 × 1
+engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from distributed import once, run_ranks
+from engine_support import (
+    CLIP,
+    MODEL,
+    TASKS,
+    VOCAB,
+    build_engine,
+    fp32_weights,
+    global_batch,
+    model_weights,
+    process_group,
+    run_config,
+    share,
+)
+from plain_gpt import IGNORED, PlainAdamW, PlainGPT, PlainShape
+from torch import Tensor
+
+from megaphase.parallel.layers import padded_vocab
+
+STEPS = 30
+FEW_STEPS = 10
+LEARNING_RATE = 3e-3
+VALIDATED_STEP = 5
+VALIDATION_BATCH = 999
+FALL = 0.8
+TOLERANCE = 1e-5
+BF16_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class Variant:
+    model: dict[str, Any] = field(default_factory=dict)
+    vocab: int = VOCAB
+    short: bool = False
+
+
+VARIANTS = {
+    "base": Variant(),
+    "gpt2": Variant(
+        {
+            "tied_embeddings": True,
+            "bias": True,
+            "norm": "layernorm",
+            "position": "learned",
+            "activation": "gelu",
+        }
+    ),
+    "grouped": Variant({"kv_heads": 2}),
+    "checkpointed": Variant({"activation_checkpointing": "full"}),
+    "odd vocabulary": Variant(vocab=VOCAB + 1),
+    "short rows": Variant(short=True),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    variant: str
+    tensor: int
+    data: int
+    zero: int
+    sequence: bool = False
+    precision: str = "fp32"
+    micro: int = 4
+    steps: int = FEW_STEPS
+
+    def __str__(self) -> str:
+        extras = [
+            *(["sequence"] if self.sequence else []),
+            *([self.precision] if self.precision != "fp32" else []),
+            *([f"micro {self.micro}"] if self.micro != 4 else []),
+        ]
+        return " ".join([self.variant, f"{self.tensor}×{self.data}", f"zero {self.zero}", *extras])
+
+
+CASES = [
+    *(Case("base", t, d, zero, steps=STEPS) for t, d, zero in product((1, 2), (1, 2), (0, 3))),
+    Case("base", 1, 2, 1),
+    Case("base", 1, 2, 2),
+    Case("base", 2, 2, 1),
+    Case("base", 2, 2, 2),
+    Case("base", 1, 1, 0, micro=8),
+    Case("base", 1, 1, 0, micro=2),
+    Case("base", 1, 2, 3, micro=1),
+    Case("base", 2, 1, 0, sequence=True),
+    Case("base", 2, 2, 3, sequence=True),
+    Case("gpt2", 1, 1, 0),
+    Case("gpt2", 2, 1, 0),
+    Case("gpt2", 2, 2, 3, sequence=True),
+    Case("grouped", 1, 1, 0),
+    Case("grouped", 2, 1, 3),
+    Case("checkpointed", 1, 1, 0),
+    Case("checkpointed", 2, 2, 3),
+    Case("odd vocabulary", 1, 1, 0),
+    Case("odd vocabulary", 2, 1, 0),
+    Case("odd vocabulary", 2, 2, 3),
+    Case("short rows", 1, 1, 0),
+    Case("short rows", 1, 2, 3),
+    Case("short rows", 2, 2, 0),
+]
+BF16_CASES = [
+    Case("base", 1, 1, 0, precision="bf16", steps=STEPS),
+    Case("base", 1, 2, 1, precision="bf16", steps=STEPS),
+    Case("base", 2, 1, 2, precision="bf16", steps=STEPS),
+    Case("base", 2, 2, 3, precision="bf16", steps=STEPS),
+]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Losses a token, in nats, and the norm of the gradients before clipping."""
+
+    loss: float
+    by_task: dict[str, float]
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    steps: list[Step]
+    validation: dict[str, float]
+    weights_before: dict[str, Tensor]
+    padding_after: list[Tensor]
+
+
+def train_curves(cases: list[Case]) -> list[Curve]:
+    """What a rank does: train one engine after the other."""
+    with process_group():
+        return [_train(case) for case in cases]
+
+
+def _train(case: Case) -> Curve:
+    variant = VARIANTS[case.variant]
+    config = run_config(
+        model=variant.model,
+        micro=case.micro,
+        precision=case.precision,
+        tensor=case.tensor,
+        zero=case.zero,
+        sequence=case.sequence,
+    )
+    engine = build_engine(config, variant.vocab)
+    before = fp32_weights(engine)
+    steps = []
+    validation: dict[str, float] = {}
+    for step in range(case.steps):
+        if step == VALIDATED_STEP:
+            batch = global_batch(VALIDATION_BATCH, vocab=variant.vocab, short=variant.short)
+            validation = engine.evaluate(share(batch, engine.topology)).by_task(TASKS)
+        batch = global_batch(step, vocab=variant.vocab, short=variant.short)
+        result = engine.train_step(share(batch, engine.topology), LEARNING_RATE)
+        steps.append(Step(result.losses.mean, result.losses.by_task(TASKS), result.grad_norm))
+    return Curve(steps, validation, before, _padding(engine, case, variant.vocab))
+
+
+def _padding(engine: Any, case: Case, vocab: int) -> list[Tensor]:
+    """The rows of embedding and head on this rank that stand for no token."""
+    rows = padded_vocab(vocab, case.tensor) // case.tensor
+    real = min(rows, vocab - rows * engine.topology.tensor_rank)
+    weights = model_weights(engine)
+    return [weights[name][real:] for name in ("embedding.weight", "head.weight") if name in weights]
+
+
+@once
+def curves(processes: int) -> dict[Case, Curve]:
+    """All cases of one number of processes, as rank 0 saw them."""
+    cases = [each for each in CASES + BF16_CASES if each.tensor * each.data == processes]
+    results = run_ranks(train_curves, processes, cases)
+    for others in results[1:]:
+        for ours, theirs in zip(results[0], others, strict=True):
+            assert ours.steps == theirs.steps  # every rank knows the global figures
+            assert ours.validation == theirs.validation
+    last = results[-1]
+    padded = [
+        Curve(ours.steps, ours.validation, ours.weights_before, theirs.padding_after)
+        for ours, theirs in zip(results[0], last, strict=True)
+    ]
+    return dict(zip(cases, padded, strict=True))
+
+
+def curve(case: Case) -> Curve:
+    return curves(case.tensor * case.data)[case]
+
+
+@cache
+def plain_curve(name: str) -> Curve:
+    """The same training by `plain_gpt`, from the first weights of the variant's 1 × 1 engine."""
+    variant = VARIANTS[name]
+    first = next(each for each in CASES if each.variant == name)
+    assert (first.tensor, first.data) == (1, 1)
+    weights = curve(first).weights_before
+    shape = PlainShape(
+        layers=MODEL["layers"],
+        heads=MODEL["heads"],
+        kv_heads=variant.model.get("kv_heads", MODEL["heads"]),
+        layernorm=variant.model.get("norm") == "layernorm",
+        gelu=variant.model.get("activation") == "gelu",
+    )
+    model = PlainGPT(weights, shape)
+    optimizer = PlainAdamW(model.weights, clip=CLIP)
+    steps = []
+    validation: dict[str, float] = {}
+    for step in range(STEPS):
+        if step == VALIDATED_STEP:
+            validation = _plain_losses(model, variant, VALIDATION_BATCH)[1]
+        loss, by_task = _plain_losses(model, variant, step)
+        gradients = torch.autograd.grad(loss, list(model.weights.values()))
+        norm = optimizer.step(dict(zip(model.weights, gradients, strict=True)), LEARNING_RATE)
+        steps.append(Step(float(loss.detach()), by_task, norm))
+    return Curve(steps, validation, weights, [])
+
+
+def _plain_losses(model: PlainGPT, variant: Variant, step: int) -> tuple[Tensor, dict[str, float]]:
+    """Mean over all tokens of the batch that have a target, and over those of each task."""
+    batch = global_batch(step, vocab=variant.vocab, short=variant.short)
+    losses = model.losses(batch.inputs, batch.targets)
+    real = batch.targets != IGNORED
+    by_task = {}
+    for number, task in enumerate(TASKS):
+        mine = real & (batch.tasks == number).unsqueeze(1)
+        if mine.any():
+            by_task[task] = float(losses[mine].detach().mean())
+    return losses[real].mean(), by_task
+
+
+def figures(curve: Curve, steps: int) -> dict[str, Tensor]:
+    """Every number of a curve's first steps, by kind, in float64."""
+    first = curve.steps[:steps]
+    return {
+        "loss": _float64(each.loss for each in first),
+        "gradient norm": _float64(each.grad_norm for each in first),
+        **{
+            f"loss of {task}": _float64(each.by_task.get(task, 1.0) for each in first)
+            for task in TASKS
+        },
+        "validation": _float64(curve.validation[task] for task in TASKS),
+    }
+
+
+def _float64(values: Iterable[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float64)
+
+
+def deviations(ours: Curve, reference: Curve) -> dict[str, float]:
+    """The largest relative difference of each kind of figure."""
+    mine, theirs = (figures(each, len(ours.steps)) for each in (ours, reference))
+    return {kind: float(((mine[kind] - theirs[kind]) / theirs[kind]).abs().max()) for kind in mine}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_curve_is_that_of_the_plain_model(case: Case, record_property: Any) -> None:
+    reference = plain_curve(case.variant)
+    assert reference.steps[-1].loss < FALL * reference.steps[0].loss
+    found = deviations(curve(case), reference)
+    record_property("relative_deviation", max(found.values()))
+    assert max(found.values()) < TOLERANCE, found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", BF16_CASES, ids=str)
+def test_bf16_curve_is_near_the_fp32_curve(case: Case) -> None:
+    found = deviations(curve(case), plain_curve("base"))
+    assert max(found.values()) < BF16_TOLERANCE, found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "case", [each for each in CASES if each.variant == "odd vocabulary"], ids=str
+)
+def test_padding_rows_stay_zero(case: Case) -> None:
+    rows = curve(case).padding_after
+    assert len(rows) == 2
+    for each in rows:
+        assert each.shape[0] == (1 if case.tensor == 2 else 0)
+        assert not each.any()

@@ -1,0 +1,240 @@
+"""The GPT's shape, presets, counts and attention, in this process."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megaphase.config import RunConfig
+from megaphase.errors import InputError
+from megaphase.model.gpt import GPT, Attention
+from megaphase.model.presets import PRESETS, build_shape
+from megaphase.model.shape import GPTShape
+from megaphase.parallel.layers import TensorRegion
+from megaphase.parallel.rng import Initializer
+from megaphase.parallel.topology import Topology
+
+ALONE = Topology(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
+INITIALIZER = Initializer(1, torch.float32)
+
+LLAMA: dict[str, Any] = {
+    "vocab": 101,
+    "seq_len": 16,
+    "layers": 2,
+    "hidden": 32,
+    "heads": 4,
+    "kv_heads": 4,
+    "ffn": 48,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "grouped": LLAMA | {"kv_heads": 1},
+    "tied": LLAMA | {"tied_embeddings": True},
+    "gpt2": LLAMA
+    | {
+        "tied_embeddings": True,
+        "bias": True,
+        "norm": "layernorm",
+        "position": "learned",
+        "activation": "gelu",
+        "ffn": 128,
+    },
+    "swiglu with biases": LLAMA | {"bias": True, "kv_heads": 2, "norm": "layernorm"},
+}
+# Without embeddings up to 30m, where they are most of a model; then as the paper of GPT-3 counts.
+NAMED_PARAMETERS = {
+    "gpt-1m": 1e6,
+    "gpt-3m": 3e6,
+    "gpt-6m": 6e6,
+    "gpt-14m": 14e6,
+    "gpt-30m": 30e6,
+    "gpt-125m": 125e6,
+    "gpt-350m": 350e6,
+    "gpt-760m": 760e6,
+    "gpt-1.3b": 1.3e9,
+    "gpt-2.7b": 2.7e9,
+    "gpt-6.7b": 6.7e9,
+    "gpt-13b": 13e9,
+}
+
+
+def build(shape: GPTShape) -> GPT:
+    return GPT(shape, INITIALIZER, ALONE)
+
+
+def run_config(model: dict[str, Any], **parallel: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "output": "run",
+            "tokenizer": "tok",
+            "tasks": {"en": {"corpus": "en"}},
+            "model": {"seq_len": 16} | model,
+            "parallel": parallel,
+            "batch": {"samples": 8},
+            "phases": [
+                {
+                    "name": "only",
+                    "steps": 1,
+                    "mixture": {"rates": {"en": 1.0}},
+                    "learning_rate": {"peak": 1e-3},
+                }
+            ],
+        }
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameters_are_as_many_as_the_shape_says(name: str) -> None:
+    shape = GPTShape(**SHAPES[name])
+    assert sum(each.numel() for each in build(shape).parameters()) == shape.parameters()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_flops_are_those_of_the_matrix_products(name: str) -> None:
+    """torch counts two operations for each multiplication in a matrix product."""
+    shape = GPTShape(**SHAPES[name])
+    model, tokens = build(shape), torch.zeros((3, shape.seq_len), dtype=torch.int64)
+    # This backend computes the masked half of the scores, too, as the formula counts it.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(tokens, tokens).sum().backward()
+    assert counter.get_total_flops() == shape.train_flops_per_token() * tokens.numel()
+
+
+def test_every_preset_is_named() -> None:
+    assert PRESETS.keys() == NAMED_PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_builds_and_has_the_size_of_its_name(name: str) -> None:
+    shape = build_shape(run_config({"preset": name, "seq_len": 2048}), 50_000)
+    with FakeTensorMode():
+        model = build(shape)
+    parameters = sum(each.numel() for each in model.parameters())
+    assert parameters == shape.parameters()
+    embedding = shape.vocab * shape.hidden
+    counted = parameters - (2 if NAMED_PARAMETERS[name] < 1e8 else 1) * embedding
+    assert counted == pytest.approx(NAMED_PARAMETERS[name], rel=0.15)
+
+
+def test_preset_sizes_can_be_changed() -> None:
+    shape = build_shape(
+        run_config({"preset": "gpt-1m", "kv_heads": 2, "norm": "layernorm", "vocab": 128}), 100
+    )
+    assert (shape.layers, shape.hidden, shape.heads) == (4, 128, 4)
+    assert (shape.kv_heads, shape.norm, shape.vocab, shape.seq_len) == (2, "layernorm", 128, 16)
+
+
+@pytest.mark.parametrize(("activation", "ffn"), [("swiglu", 384), ("gelu", 512)])
+def test_feed_forward_size_has_a_default(activation: str, ffn: int) -> None:
+    sizes = {"layers": 1, "hidden": 128, "heads": 4, "activation": activation}
+    assert build_shape(run_config(sizes), 100).ffn == ffn
+
+
+SIZES = {"layers": 1, "hidden": 32, "heads": 4}
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "unknown preset": ({"preset": "gpt-125"}, {}, ["model.preset", "gpt-125m"]),
+    "no such preset at all": ({"preset": "zzz"}, {}, ["model.preset", "gpt-13b"]),
+    "missing size": ({"layers": 1, "hidden": 32}, {}, ["model.heads", "missing", "preset"]),
+    "vocabulary below the tokenizer's": (SIZES | {"vocab": 99}, {}, ["model.vocab", "99", "100"]),
+    "heads do not divide hidden": (SIZES | {"heads": 5}, {}, ["model.heads", "5", "32"]),
+    "odd head size": (SIZES | {"hidden": 36}, {}, ["model.heads", "even", "9"]),
+    "kv_heads do not divide heads": (SIZES | {"kv_heads": 3}, {}, ["model.kv_heads", "3", "4"]),
+    "tensor does not divide heads": (
+        SIZES | {"hidden": 36, "heads": 3, "ffn": 64},
+        {"tensor": 2},
+        ["model.heads", "parallel.tensor 2", "3"],
+    ),
+    "tensor does not divide kv_heads": (
+        SIZES | {"kv_heads": 1},
+        {"tensor": 2},
+        ["model.kv_heads", "parallel.tensor 2", "1"],
+    ),
+    "tensor does not divide ffn": (
+        SIZES | {"ffn": 49},
+        {"tensor": 2},
+        ["model.ffn", "parallel.tensor 2", "49"],
+    ),
+    "tensor does not divide the sequence": (
+        SIZES | {"seq_len": 17},
+        {"tensor": 2, "sequence": True},
+        ["model.seq_len", "parallel.tensor 2", "17"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_sizes_that_do_not_fit_are_refused(case: str) -> None:
+    model, parallel, words = REFUSED[case]
+    with pytest.raises(InputError) as refusal:
+        build_shape(run_config(model, **parallel), 100)
+    message = str(refusal.value)
+    assert message.startswith("run.yaml: model.")
+    assert "\n" not in message
+    assert refusal.value.remedy
+    for word in words:
+        assert word in message
+
+
+def test_a_vocabulary_that_tensor_does_not_divide_is_no_error() -> None:
+    assert build_shape(run_config(SIZES, tensor=2), 101).vocab == 101
+
+
+def attention_by_loops(x: Tensor, attention: Attention, shape: GPTShape) -> Tensor:
+    """Every head, position and earlier position on its own."""
+    batch, seq, hidden = x.shape
+    size = shape.head_dim
+    q, k, v = (x @ attention.qkv.weight.T).split(shape.qkv_segments, -1)
+    heads = torch.zeros(batch, seq, hidden)
+    for row in range(batch):
+        for head in range(shape.heads):
+            mine = slice(head * size, (head + 1) * size)
+            group = head * shape.kv_heads // shape.heads
+            shared = slice(group * size, (group + 1) * size)
+            for here in range(seq):
+                scores = [
+                    math.exp(float(q[row, here, mine] @ k[row, there, shared]) / math.sqrt(size))
+                    for there in range(here + 1)
+                ]
+                for there, score in enumerate(scores):
+                    heads[row, here, mine] += score / sum(scores) * v[row, there, shared]
+    return heads @ attention.out.weight.T
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_with_grouped_queries(kv_heads: int) -> None:
+    shape = GPTShape(**LLAMA | {"kv_heads": kv_heads, "init_std": 0.3})
+    attention = Attention(shape, INITIALIZER, TensorRegion(ALONE, sequence=False))
+    x = torch.randn((2, 6, shape.hidden), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = attention_by_loops(x, attention, shape)
+        torch.testing.assert_close(attention(x, None), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_no_token_sees_a_later_one(name: str) -> None:
+    shape = GPTShape(**SHAPES[name])
+    model = build(shape)
+    tokens = torch.arange(shape.seq_len).unsqueeze(0)
+    changed = tokens.clone()
+    changed[0, 9] = 77
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    assert torch.equal(before[0, :9], after[0, :9])
+    assert not torch.equal(before[0, 9], after[0, 9])
+
+
+def test_seed_and_name_alone_decide_a_weight() -> None:
+    shape = GPTShape(**LLAMA)
+    deeper = GPTShape(**LLAMA | {"layers": 3, "tied_embeddings": True})
+    one, two = (dict(build(each).named_parameters()) for each in (shape, deeper))
+    other = dict(GPT(shape, Initializer(2, torch.float32), ALONE).named_parameters())
+    name = "blocks.1.feed_forward.up.weight"
+    assert torch.equal(one[name], two[name])
+    assert not torch.equal(one[name], other[name])

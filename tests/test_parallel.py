@@ -1,0 +1,310 @@
+"""Tensor-parallel parts on four real processes against the same thing computed in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from distributed import once, run_ranks
+from engine_support import build_engine, global_batch, model_weights, process_group, run_config
+from plain_gpt import PlainGPT, PlainShape
+from torch import Tensor
+
+from megaphase.parallel.collectives import (
+    copy_to_tensor_parallel,
+    gather_sequence,
+    reduce_from_tensor_parallel,
+    reduce_scatter_sequence,
+)
+from megaphase.parallel.cross_entropy import vocab_parallel_cross_entropy
+from megaphase.parallel.topology import Topology, start
+from megaphase.targets import IGNORED_TARGET
+from megaphase.training.engine import Engine
+
+PROCESSES = 4
+TENSOR_SIZES = (1, 2, 4)
+BATCH, SEQ, HIDDEN = 2, 8, 3
+
+# Everything whose shards could be cut wrongly: grouped queries, a gate, biases, a vocabulary that
+# neither 2 nor 4 divides.
+MODEL = {
+    "layers": 2,
+    "hidden": 32,
+    "heads": 8,
+    "kv_heads": 4,
+    "ffn": 48,
+    "bias": True,
+    "position": "learned",
+}
+VOCAB = 97
+SHAPE = PlainShape(layers=2, heads=8, kv_heads=4)
+# Of a vocabulary of 5, four ranks hold 2, 2, 1 and no tokens.
+VOCABULARIES = (5, 11, 96)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Shard:
+    values: Tensor
+    dim: int | None
+    segments: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RankResults:
+    """What one rank has computed, by tensor-parallel size and by what distinguishes the runs."""
+
+    weights: dict[tuple[int, int], dict[str, Shard]]
+    logits: dict[int, Tensor]
+    collectives: dict[tuple[int, str], tuple[Tensor, Tensor]]
+    cross_entropy: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]]
+
+
+def examine() -> RankResults:
+    """What a rank does."""
+    results = RankResults({}, {}, {}, {})
+    with process_group():
+        for size in TENSOR_SIZES:
+            for zero in (0, 3):
+                _examine_model(size, zero, results)
+            topology = start(size)
+            if size > 1:
+                for name in COLLECTIVES:
+                    results.collectives[size, name] = _run_collective(name, topology)
+            for vocab in VOCABULARIES:
+                for dtype in (torch.float32, torch.bfloat16):
+                    found = _run_cross_entropy(vocab, dtype, topology)
+                    results.cross_entropy[size, vocab, dtype] = found
+        return results
+
+
+@once
+def by_rank() -> list[RankResults]:
+    return run_ranks(examine, PROCESSES)
+
+
+def tensor_ranks(size: int) -> list[RankResults]:
+    """The ranks of the first tensor-parallel group."""
+    return by_rank()[:size]
+
+
+# Initial weights.
+
+
+def _examine_model(size: int, zero: int, results: RankResults) -> None:
+    engine = build_engine(run_config(model=MODEL, micro=2, tensor=size, zero=zero), VOCAB)
+    results.weights[size, zero] = _shards(engine)
+    if zero == 0:
+        with torch.no_grad():
+            results.logits[size] = engine.module(global_batch(0, vocab=VOCAB).inputs)
+
+
+def _shards(engine: Engine) -> dict[str, Shard]:
+    parameters = dict(engine.module.named_parameters())
+    return {
+        name: Shard(
+            values,
+            getattr(parameters[name], "partition_dim", None),
+            getattr(parameters[name], "segments", ()),
+        )
+        for name, values in model_weights(engine).items()
+    }
+
+
+def reassembled(shards: list[Shard]) -> Tensor:
+    """The whole parameter from the shards of all tensor-parallel ranks."""
+    if shards[0].dim is None:
+        assert all(torch.equal(each.values, shards[0].values) for each in shards)
+        return shards[0].values
+    dim, ranks = shards[0].dim, len(shards)
+    pieces = []
+    done = 0
+    for segment in shards[0].segments:
+        rows = segment // ranks
+        pieces += [each.values.narrow(dim, done, rows) for each in shards]
+        done += rows
+    assert done == shards[0].values.shape[dim]
+    return torch.cat(pieces, dim)
+
+
+def whole_weights(size: int, zero: int) -> dict[str, Tensor]:
+    shards = [rank.weights[size, zero] for rank in tensor_ranks(size)]
+    whole = {name: reassembled([each[name] for each in shards]) for name in shards[0]}
+    for name in ("embedding.weight", "head.weight"):
+        assert not whole[name][VOCAB:].any()
+        whole[name] = whole[name][:VOCAB]
+    return whole
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("size", TENSOR_SIZES)
+def test_initial_weights_do_not_depend_on_the_layout(size: int, zero: int) -> None:
+    expected, found = whole_weights(1, 0), whole_weights(size, zero)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", TENSOR_SIZES)
+def test_data_parallel_replicas_start_equal(size: int) -> None:
+    for zero in (0, 3):
+        for number, rank in enumerate(by_rank()):
+            twin = by_rank()[number % size].weights[size, zero]
+            for name, shard in rank.weights[size, zero].items():
+                assert torch.equal(shard.values, twin[name].values), name
+
+
+@pytest.mark.distributed
+def test_initial_weights_are_drawn_as_said() -> None:
+    weights = whole_weights(1, 0)
+    for name, weight in weights.items():
+        if name.endswith("bias"):
+            assert not weight.any()
+        elif "norm" in name:
+            assert bool((weight == 1).all())
+        else:
+            writes_to_stream = name.endswith(("out.weight", "down.weight"))
+            std = 0.02 / 2 if writes_to_stream else 0.02  # √(2 · 2 layers) = 2
+            assert float(weight.std()) == pytest.approx(std, rel=0.1), name
+            assert abs(float(weight.mean())) < 5 * std / weight.numel() ** 0.5
+    first, second = (weights[f"blocks.{i}.attention.qkv.weight"] for i in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", TENSOR_SIZES)
+def test_logits_cover_the_vocabulary_and_no_padding(size: int) -> None:
+    expected = PlainGPT(whole_weights(1, 0), SHAPE).logits(global_batch(0, vocab=VOCAB).inputs)
+    found = torch.cat([rank.logits[size] for rank in tensor_ranks(size)], -1)
+    assert found.shape[-1] == VOCAB
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+# Collectives. Each is given with the inputs of the ranks and a scalar that its outputs go into;
+# the gradients must be those of that scalar, computed in one process from all inputs.
+
+
+@dataclass(frozen=True)
+class Collective:
+    """whole(inputs of all ranks) are the outputs that the ranks should see.
+
+    replicated: the input, or the output, is one tensor that every rank holds.
+    """
+
+    run: Callable[[Tensor, Topology], Tensor]
+    whole: Callable[[list[Tensor]], list[Tensor]]
+    replicated_input: bool = False
+    replicated_output: bool = False
+    input_seq: int = SEQ
+
+
+COLLECTIVES = {
+    "copy": Collective(
+        copy_to_tensor_parallel, lambda xs: [xs[0] for _ in xs], replicated_input=True
+    ),
+    "reduce": Collective(
+        reduce_from_tensor_parallel,
+        lambda xs: [torch.stack(xs).sum(0)] * len(xs),
+        replicated_output=True,
+    ),
+    "gather": Collective(gather_sequence, lambda xs: [torch.cat(xs, 1) for _ in xs]),
+    "reduce_scatter": Collective(
+        reduce_scatter_sequence, lambda xs: list(torch.stack(xs).sum(0).chunk(len(xs), 1))
+    ),
+}
+
+
+def _input(collective: Collective, rank: int) -> Tensor:
+    seed = 0 if collective.replicated_input else rank
+    return normal(BATCH, SEQ, HIDDEN, seed=seed).requires_grad_()
+
+
+def _score(output: Tensor, collective: Collective, rank: int) -> Tensor:
+    """A scalar of one rank's output; ranks that hold one tensor together compute the same."""
+    seed = 100 if collective.replicated_output else 100 + rank
+    return (output**2 * normal(*output.shape, seed=seed)).sum()
+
+
+def _run_collective(name: str, topology: Topology) -> tuple[Tensor, Tensor]:
+    collective = COLLECTIVES[name]
+    x = _input(collective, topology.tensor_rank)
+    y = collective.run(x, topology)
+    _score(y, collective, topology.tensor_rank).backward()
+    assert x.grad is not None
+    return y.detach(), x.grad
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_collective_and_its_gradient(name: str, size: int) -> None:
+    collective = COLLECTIVES[name]
+    inputs = [_input(collective, rank) for rank in range(size)]
+    if collective.replicated_input:
+        inputs = [inputs[0]] * size
+    outputs = collective.whole(inputs)
+    scores = [_score(output, collective, rank) for rank, output in enumerate(outputs)]
+    total = scores[0] if collective.replicated_output else torch.stack(scores).sum()
+    total.backward()
+    for rank in range(PROCESSES):
+        output, gradient = by_rank()[rank].collectives[size, name]
+        torch.testing.assert_close(output, outputs[rank % size].detach())
+        torch.testing.assert_close(gradient, inputs[rank % size].grad)
+
+
+# Cross entropy.
+
+
+def _logits(vocab: int, dtype: torch.dtype) -> Tensor:
+    """Large enough that exponentials overflow unless the largest logit is taken off."""
+    return (60 * normal(BATCH, SEQ, vocab, seed=vocab)).to(dtype)
+
+
+def _targets(vocab: int) -> Tensor:
+    targets = torch.arange(BATCH * SEQ).view(BATCH, SEQ) % vocab
+    targets[0, 3] = targets[1, -1] = IGNORED_TARGET
+    return targets
+
+
+def _run_cross_entropy(vocab: int, dtype: torch.dtype, topology: Topology) -> tuple[Tensor, Tensor]:
+    rows = -(-vocab // topology.tensor_size)
+    first = rows * topology.tensor_rank
+    local = _logits(vocab, dtype)[..., first : first + rows].clone().requires_grad_()
+    losses = vocab_parallel_cross_entropy(
+        local, _targets(vocab), ignored=IGNORED_TARGET, first=first, topology=topology
+    )
+    (losses * normal(BATCH, SEQ, seed=9)).sum().backward()
+    assert local.grad is not None
+    return losses.detach(), local.grad
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+@pytest.mark.parametrize("size", TENSOR_SIZES)
+def test_cross_entropy_is_torchs(size: int, vocab: int, dtype: torch.dtype) -> None:
+    logits = _logits(vocab, dtype).double().requires_grad_()
+    expected = F.cross_entropy(
+        logits.flatten(0, 1),
+        _targets(vocab).flatten(),
+        ignore_index=IGNORED_TARGET,
+        reduction="none",
+    ).view(BATCH, SEQ)
+    (expected * normal(BATCH, SEQ, seed=9)).sum().backward()
+
+    found = [rank.cross_entropy[size, vocab, dtype] for rank in tensor_ranks(size)]
+    for losses, gradient in found:
+        assert losses.dtype == torch.float32
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-6, atol=1e-5)
+    gradient = torch.cat([each for _, each in found], -1).double()
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(gradient, logits.grad, rtol=tolerance, atol=tolerance)

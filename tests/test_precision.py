@@ -1,0 +1,77 @@
+"""bf16 training keeps fp32 weights: updates too small for bf16 add up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from distributed import once, run_ranks
+from engine_support import (
+    build_engine,
+    fp32_weights,
+    global_batch,
+    model_weights,
+    process_group,
+    run_config,
+    share,
+)
+from torch import Tensor
+
+STEPS = 10
+# A norm's weights start at 1, where bf16 has steps of 2^-8 and 2^-7: a thousand updates and more.
+LEARNING_RATE = 2e-6
+NAME = "blocks.0.attention_norm.weight"
+ZERO_STAGES = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Movement:
+    """One norm's fp32 weights minus 1 after half of the steps and after all of them."""
+
+    half: Tensor
+    whole: Tensor
+    model_dtype: torch.dtype
+    model: Tensor
+
+
+def move(runs: list[tuple[int, str]]) -> list[Movement]:
+    """What a rank does: a run for each ZeRO stage and precision."""
+    with process_group():
+        return [_move(zero, precision) for zero, precision in runs]
+
+
+def _move(zero: int, precision: str) -> Movement:
+    engine = build_engine(run_config(zero=zero, precision=precision, micro=4))
+    movements = []
+    for step in range(STEPS):
+        engine.train_step(share(global_batch(step), engine.topology), LEARNING_RATE)
+        if step + 1 in (STEPS // 2, STEPS):
+            movements.append(fp32_weights(engine)[NAME] - 1)
+    model = model_weights(engine)[NAME]
+    return Movement(movements[0], movements[1], model.dtype, model)
+
+
+@once
+def movements() -> dict[tuple[int, str], Movement]:
+    runs = [(0, "fp32"), *((zero, "bf16") for zero in ZERO_STAGES)]
+    ranks = run_ranks(move, 2, runs)
+    return dict(zip(runs, ranks[0], strict=True))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("zero", ZERO_STAGES)
+def test_updates_below_bf16_resolution_add_up(zero: int) -> None:
+    moved, reference = movements()[zero, "bf16"], movements()[0, "fp32"]
+    assert moved.whole.abs().max() > STEPS * LEARNING_RATE / 2
+    assert moved.whole.abs().max() < 2**-9
+    assert moved.whole.abs().mean() > 1.5 * moved.half.abs().mean()
+    assert torch.cosine_similarity(moved.whole, reference.whole, dim=0) > 0.98
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_the_model_computes_with_bf16_weights(zero: int) -> None:
+    moved = movements()[zero, "bf16"]
+    assert moved.model_dtype == torch.bfloat16
+    assert bool((moved.model == 1).all())
