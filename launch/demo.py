@@ -81,9 +81,9 @@ def _commands(folder: Path, texts: dict[str, Path], run_file: Path) -> list[list
     inputs = [part for name, path in texts.items() for part in ("--input", f"{name}={path}")]
     tokenizer = str(folder / "tok")
     train_tokenizer = ["tokenizer", "train", *inputs, "--vocab-size", str(VOCAB_SIZE)]
+    corpora = {name: str(folder / "data" / name) for name in texts}
     tokenize = [
-        ["data", "tokenize", str(path), "--tokenizer", tokenizer]
-        + ["--out", str(folder / "data" / name)]
+        ["data", "tokenize", str(path), "--tokenizer", tokenizer, "--out", corpora[name]]
         for name, path in texts.items()
     ]
     return [

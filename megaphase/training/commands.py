@@ -1,4 +1,4 @@
-"""`megaphase train` and `megaphase evaluate`; they import what they need, so `--help` stays fast."""
+"""`megaphase train` and `evaluate`; they import what they need, so `--help` stays fast."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 
 def largest_norm(config: RunConfig) -> float:
-    """The norm to clip to; beyond reach where there is no clipping, so that it is measured still."""
+    """The norm to clip to; beyond reach where there is no clipping, so that it is measured."""
     return config.optimizer.clip or 1e30
 
 

@@ -147,7 +147,11 @@ class Engine:
             fused=True,
         )
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, mpu=topology, dist_init_required=False
+            model=model,
+            optimizer=optimizer,
+            config=settings,
+            mpu=topology,
+            dist_init_required=False,
         )
         self._optimizer = optimizer
         self.reset_optimizer_state()
@@ -173,14 +177,13 @@ class Engine:
         tokens = self._count_tokens(batch)
         # DeepSpeed takes the mean over micro-batches and data-parallel ranks; this makes it a sum.
         scale = self._accumulation * self.topology.data_size / float(tokens.sum())
-        sums = torch.zeros(self._tasks, dtype=torch.float64)
+        row_losses = []
         for micro in batch.split(self.micro):
             losses = self._forward(micro)
             self._engine.backward(losses.sum() * scale)
             norm = self._step()
-            self._add_by_task(sums, losses, micro)
-        dist.all_reduce(on_device := sums.to(device()), group=self.topology.data_group)
-        return StepResult(TaskLosses(on_device.cpu(), tokens), norm)
+            row_losses.append(losses.detach().double().sum(1))  # not read yet: nothing waits
+        return StepResult(TaskLosses(self._sum_by_task(torch.cat(row_losses), batch), tokens), norm)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> TaskLosses:
@@ -190,11 +193,8 @@ class Engine:
         """
         self._engine.eval()
         tokens = self._count_tokens(batch)
-        sums = torch.zeros(self._tasks, dtype=torch.float64)
-        for micro in batch.split(self.micro):
-            self._add_by_task(sums, self._forward(micro), micro)
-        dist.all_reduce(on_device := sums.to(device()), group=self.topology.data_group)
-        return TaskLosses(on_device.cpu(), tokens)
+        losses = [self._forward(micro).double().sum(1) for micro in batch.split(self.micro)]
+        return TaskLosses(self._sum_by_task(torch.cat(losses), batch), tokens)
 
     def save(self, folder: Path) -> None:
         """Write this rank's shards into a folder that all ranks share (DeepSpeed's layout)."""
@@ -207,25 +207,27 @@ class Engine:
             raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint there")
 
     def _step(self) -> float:
-        """Step if this was the last micro-batch; the norm of the gradients before clipping."""
-        if self._clip_here and self._engine.is_gradient_accumulation_boundary():
+        """Step if this was the last micro-batch; then the gradients' norm before clipping."""
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return 0.0
+        if self._clip_here:
             norm = clip_gradients(self.module.parameters(), self._clip_here, self.topology)
             self._engine.step()
             return norm
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        return float(self._engine.get_global_grad_norm())
 
     def _forward(self, micro: Batch) -> Tensor:
         return self._engine(micro.inputs.to(device()), micro.targets.to(device()))
 
     def _count_tokens(self, batch: Batch) -> Tensor:
         """Tokens with a target in the global batch, by task; float64 [tasks]."""
-        per_row = (batch.targets != IGNORED_TARGET).sum(1).double()
-        counts = torch.zeros(self._tasks, dtype=torch.float64)
-        counts.index_add_(0, batch.tasks, per_row)
-        dist.all_reduce(on_device := counts.to(device()), group=self.topology.data_group)
-        return on_device.cpu()
+        return self._sum_by_task((batch.targets != IGNORED_TARGET).sum(1), batch)
 
-    @staticmethod
-    def _add_by_task(sums: Tensor, losses: Tensor, micro: Batch) -> None:
-        sums.index_add_(0, micro.tasks, losses.detach().double().sum(1).cpu())
+    def _sum_by_task(self, rows: Tensor, batch: Batch) -> Tensor:
+        """Sum one figure a row by task, over all data-parallel ranks; float64 [tasks], CPU."""
+        sums = torch.zeros(self._tasks, dtype=torch.float64)
+        sums.index_add_(0, batch.tasks, rows.double().cpu())
+        dist.all_reduce(on_device := sums.to(device()), group=self.topology.data_group)
+        return on_device.cpu()

@@ -18,11 +18,11 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float, topology: Topolog
 
     Shards are summed over the tensor-parallel group, replicated parameters count once.
     """
-    parameters = [p for p in parameters if p.grad is not None]
-    grads = [p.grad for p in parameters]
+    found = [(p, p.grad) for p in parameters if p.grad is not None]
+    grads = [grad for _, grad in found]
     mine = [
-        p.grad
-        for p in parameters
+        grad
+        for p, grad in found
         if getattr(p, "model_parallel", False) or topology.tensor_rank == 0
     ]
     squares = torch.zeros((), device=grads[0].device)

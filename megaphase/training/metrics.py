@@ -1,4 +1,4 @@
-"""The run's record: `metrics.jsonl`, one JSON object a line, and the same figures in TensorBoard."""
+"""The run's record: `metrics.jsonl`, a JSON object a line, and the same in TensorBoard."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -36,13 +35,15 @@ class StepFigures:
 class Display:
     """Context manager; `step` after every step, `say` for everything else."""
 
-    def __init__(self, console: Console, *, steps: int, every_steps: int) -> None:
+    def __init__(self, console: Console, *, steps: int, done: int, every_steps: int) -> None:
         """
         Args:
             steps: of the whole run.
+            done: steps that were done before.
             every_steps: how often a plain line is printed where there is no terminal.
         """
         self._console, self._steps, self._every = console, steps, every_steps
+        self._done = done
         self._seconds_a_step: float | None = None
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -57,10 +58,11 @@ class Display:
             )
 
     def __enter__(self) -> Self:
-        self._started = time.monotonic()
         if self._bar is not None:
             self._bar.start()
-            self._task = self._bar.add_task("start", total=self._steps, figures="")
+            self._task = self._bar.add_task(
+                "start", total=self._steps, completed=self._done, figures=""
+            )
         return self
 
     def __exit__(
@@ -81,9 +83,7 @@ class Display:
         """Show that a step is done."""
         before = self._seconds_a_step
         newest = figures.seconds
-        self._seconds_a_step = (
-            newest if before is None else before + SMOOTHING * (newest - before)
-        )
+        self._seconds_a_step = newest if before is None else before + SMOOTHING * (newest - before)
         speed = figures.tokens / self._seconds_a_step
         if self._bar is not None:
             text = f"loss {figures.loss:.3f}  {speed:,.0f} tokens/s"

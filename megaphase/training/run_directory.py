@@ -107,7 +107,10 @@ def _identity(settings: dict[str, Any]) -> dict[str, Any]:
 def _first_difference(key: str, old: Any, new: Any) -> tuple[str, Any, Any] | None:
     """The path of the first value that differs between two JSON values, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
-        pairs = [(f"{key}.{k}" if key else k, old.get(k), new.get(k)) for k in dict.fromkeys([*old, *new])]
+        pairs = [
+            (f"{key}.{k}" if key else k, old.get(k), new.get(k))
+            for k in dict.fromkeys([*old, *new])
+        ]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = [(f"{key}[{i}]", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
     else:

@@ -116,9 +116,7 @@ def evaluate(
         if checkpoint_dir is None:
             checkpoint = store.newest_whole(say)
             if checkpoint is None:
-                raise InputError(
-                    directory.checkpoints, "there is no checkpoint yet", "train first"
-                )
+                raise InputError(directory.checkpoints, "there is no checkpoint yet", "train first")
         else:
             checkpoint = store.open(checkpoint_dir)
         together(lambda: _check_layout(config, checkpoint, topology, plan))
@@ -182,7 +180,9 @@ def _observed(
         tensorboard=directory.tensorboard if config.logging.tensorboard else None,
         step=state["step"],
     )
-    display = Display(console, steps=steps, every_steps=config.logging.every_steps)
+    display = Display(
+        console, steps=steps, done=state["step"], every_steps=config.logging.every_steps
+    )
     with contextlib.closing(metrics), display:
         yield Observer(metrics, display)
 

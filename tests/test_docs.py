@@ -1,0 +1,82 @@
+"""The documentation says what is true: every key and default, every command, every link."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic_core import PydanticUndefined
+
+from megaphase import cli, config
+from megaphase.model.presets import PRESETS
+
+REPOSITORY = Path(__file__).parent.parent
+RUN_FILE = (REPOSITORY / "docs" / "run-file.md").read_text()
+README = (REPOSITORY / "README.md").read_text()
+
+SECTIONS = {
+    "Top level": config.RunConfig,
+    "`tasks.NAME`": config.TaskConfig,
+    "`model`": config.ModelConfig,
+    "`parallel`": config.ParallelConfig,
+    "`batch`": config.BatchConfig,
+    "`optimizer`": config.OptimizerConfig,
+    "`phases[N]`": config.PhaseConfig,
+    "`phases[N].mixture`": config.MixtureConfig,
+    "`phases[N].learning_rate`": config.LearningRateConfig,
+    "`validation`": config.ValidationConfig,
+    "`checkpoint`": config.CheckpointConfig,
+    "`logging`": config.LoggingConfig,
+}
+
+
+def documented(title):
+    """Keys of a section's table, each with the text of its default."""
+    body = RUN_FILE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return dict(re.findall(r"^\| `(\w+)` \| ([^|]*?) ?\|", body, re.MULTILINE))
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_every_key_stands_with_its_default(title):
+    found = documented(title)
+    model = SECTIONS[title]
+    assert list(found) == list(model.model_fields)
+    for key, field in model.model_fields.items():
+        if field.default is PydanticUndefined:
+            assert found[key] == "*required*", key
+        elif isinstance(field.default, config.Section):
+            assert found[key] == "", key
+        elif field.default is None:
+            assert found[key] == "—", key
+        else:
+            shown = yaml.safe_load(found[key])
+            expected = list(field.default) if isinstance(field.default, tuple) else field.default
+            assert (float(shown) if isinstance(expected, float) else shown) == expected, key
+
+
+def test_the_presets_are_listed():
+    for name in PRESETS:
+        assert f"`{name}`" in RUN_FILE or f"`{name.removeprefix('gpt-')}`" in RUN_FILE
+
+
+def test_the_readme_names_every_command():
+    for command in cli.app.registered_commands:
+        name = command.name or command.callback.__name__
+        assert f"megaphase {name}" in README
+    for group in cli.app.registered_groups:
+        assert f"megaphase {group.name} " in README
+
+
+def test_the_run_file_of_the_readme_is_valid(tmp_path):
+    text = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1]
+    (tmp_path / "run.yaml").write_text(text)
+    assert [phase.name for phase in config.load_run_file(tmp_path / "run.yaml").phases] == [
+        "pretrain", "joint",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/run-file.md", "docs/performance.md"])
+def test_links_between_pages_lead_somewhere(page):
+    folder = (REPOSITORY / page).parent
+    for target in re.findall(r"\]\(([^)#]+)\)", (REPOSITORY / page).read_text()):
+        assert target.startswith("http") or (folder / target).exists(), target

@@ -1,0 +1,192 @@
+"""What wrong input gets: one line that names file, key and remedy, exit code 2, nothing written."""
+
+import json
+import shutil
+import sys
+
+import pytest
+from distributed import launch
+from run_support import make_corpora, megaphase, run_settings, write_run_file
+
+from megaphase import cli
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    return make_corpora(tmp_path_factory.mktemp("corpora"))
+
+
+@pytest.fixture
+def own_corpora(corpora, tmp_path):
+    """Corpora that the test may damage."""
+    return shutil.copytree(corpora, tmp_path / "corpora")
+
+
+@pytest.fixture
+def refuse(monkeypatch, capfd):
+    """Runs a command that must be refused; returns its one line on standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["megaphase", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        said = capfd.readouterr().err
+        assert stop.value.code == 2, said
+        lines = [line for line in said.splitlines() if line.strip()]
+        assert len(lines) == 1, said
+        assert lines[0].startswith("megaphase: ")
+        return lines[0]
+
+    return run
+
+
+def at(settings, path, value):
+    """Set a value deep in the run file."""
+    *parents, last = path
+    for part in parents:
+        settings = settings[part]
+    settings[last] = value
+
+
+RUN_FILE_MISTAKES = {
+    "unknown key": (["batch", "sample"], 8, ["batch", "'sample'", "samples"]),
+    "wrong type": (["phases", 0, "steps"], "many", ["phases[0].steps", "many"]),
+    "task without corpus": (["phases", 0, "mixture"], {"rates": {"aldo": 1.0}}, ["aldo", "alda"]),
+    "negative rate": (
+        ["phases", 0, "mixture"], {"rates": {"alda": 1.5, "boreth": -0.5}},
+        ["phases[0].mixture.rates.boreth", "-0.5"],
+    ),
+    "rates beside 1": (
+        ["phases", 0, "mixture"], {"rates": {"alda": 0.5, "boreth": 0.4}}, ["rates", "0.9", "1"],
+    ),
+    "heads": (["model", "heads"], 6, ["model.heads", "6", "32"]),
+    "tensor and heads": (["parallel", "tensor"], 8, ["parallel.tensor", "8"]),
+    "batch": (["batch"], {"samples": 8, "micro": 3}, ["batch", "3", "8"]),
+    "held out": (["validation", "fraction"], 1e-9, ["validation.fraction", "raise it"]),
+    "missing corpus": (["tasks", "alda", "corpus"], "nowhere", ["nowhere", "tokenize"]),
+    "missing tokenizer": (["tokenizer"], "nowhere", ["nowhere", "tokenizer train"]),
+    "short corpus": (["model", "seq_len"], 20000, ["tasks.boreth.corpus", "20,001"]),
+    "unknown preset": (["model", "preset"], "gpt-7m", ["model.preset", "gpt-6m"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", RUN_FILE_MISTAKES)
+def test_mistakes_in_the_run_file(mistake, corpora, tmp_path, refuse):
+    path, value, named = RUN_FILE_MISTAKES[mistake]
+    settings = run_settings(corpora)
+    at(settings, path, value)
+    line = refuse("train", write_run_file(tmp_path, settings))
+    for word in named:
+        assert word in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_damaged_indexes(command, own_corpora, tmp_path, refuse):
+    index = own_corpora / "data" / "boreth.idx"
+    run_file = write_run_file(tmp_path, run_settings(own_corpora))
+    whole = index.read_bytes()
+    for content, named in (
+        (whole[:-8], "truncated"),
+        (whole[:9] + b"\x02" + whole[10:], "version 2"),
+        (whole[:34] + b"\x01" + whole[35:], "its lengths sum to"),
+    ):
+        index.write_bytes(content)
+        line = refuse(command, run_file)
+        assert f"{index}: " in line
+        assert named in line
+    index.write_bytes(whole)
+    tokens = index.with_suffix(".bin")
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    line = refuse(command, run_file)
+    assert f"{tokens}: is truncated" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_corpus_of_another_tokenizer(own_corpora, tmp_path, refuse):
+    texts = own_corpora / "text" / "alda.jsonl"
+    other = tmp_path / "other"
+    cli_arguments = ["--input", f"alda={texts}", "--vocab-size", "400", "--out", str(other)]
+    assert launch(megaphase("tokenizer", "train", *cli_arguments), 1)[0].returncode == 0
+    run_file = write_run_file(tmp_path, run_settings(own_corpora, tokenizer=str(other)))
+    line = refuse("train", run_file)
+    assert "tasks.alda.corpus" in line
+    assert "another tokenizer" in line
+
+
+def test_empty_corpus_invalid_json_and_missing_key(own_corpora, tmp_path, refuse):
+    text = tmp_path / "text.jsonl"
+    target = tmp_path / "out" / "x"
+    arguments = ["data", "tokenize", text, "--tokenizer", own_corpora / "tok", "--out", target]
+    for content, named in (
+        ("", "empty"),
+        ('{"text": "a"}\n{"text": \n', f"{text}:2"),
+        ('{"text": "a"}\n{"txt": "b"}\n', "txt"),
+    ):
+        text.write_text(content)
+        assert named in refuse(*arguments)
+        assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_run_file_changed_under_its_run(corpora, tmp_path, refuse):
+    settings = run_settings(corpora)
+    settings["phases"] = settings["phases"][:1]
+    run_file = write_run_file(tmp_path, settings)
+    assert launch(megaphase("train", run_file), 1)[0].returncode == 0
+    files = sorted(tmp_path.rglob("*"))
+    line = refuse("train", run_file, "phases.0.learning_rate.peak=0.5")
+    assert "phases[0].learning_rate.peak" in line
+    assert "0.5" in line
+    assert "0.01" in line
+    assert sorted(tmp_path.rglob("*")) == files
+    line = refuse("train", run_file, "phases.0.steps=13")
+    assert "phases[0].steps" in line
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_a_checkpoint_of_another_layout(corpora, tmp_path):
+    settings = run_settings(corpora)
+    settings["phases"] = settings["phases"][:1]
+    run_file = write_run_file(tmp_path, settings)
+    assert launch(megaphase("train", run_file), 1)[0].returncode == 0
+    results = launch(megaphase("train", run_file), 2)
+    assert [result.returncode for result in results] == [2, 2]
+    assert "processes 1" in results[0].stderr
+    assert results[1].stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("processes", "changes", "named"),
+    [
+        (3, {"parallel": {"tensor": 2}}, ["parallel.tensor", "3 processes"]),
+        (3, {}, ["batch.samples", "3 data-parallel ranks"]),
+    ],
+)
+def test_one_rank_reports_and_all_stop(processes, changes, named, corpora, tmp_path):
+    run_file = write_run_file(tmp_path, run_settings(corpora, **changes))
+    results = launch(megaphase("train", run_file), processes)
+    assert [result.returncode for result in results] == [2] * processes
+    assert all(word in results[0].stderr for word in named)
+    assert results[0].stderr.count("\n") == 1
+    assert [result.stderr for result in results[1:]] == [""] * (processes - 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_launch_local_passes_the_exit_code_on(corpora, tmp_path):
+    settings = run_settings(corpora)
+    settings["seeds"] = 1
+    run_file = write_run_file(tmp_path, settings)
+    result = launch(megaphase("launch", "local", run_file, "--processes", 2), 1)[0]
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "'seeds'" in result.stderr
+
+
+def test_demo_refuses_an_existing_folder(tmp_path, refuse):
+    assert "exists already" in refuse("demo", tmp_path)
+
+
+def test_report_of_something_else(tmp_path, refuse):
+    (tmp_path / "run.json").write_text(json.dumps({}))
+    assert "plan.json" in refuse("report", tmp_path, "--out", tmp_path / "report")
+    assert not (tmp_path / "report").exists()
