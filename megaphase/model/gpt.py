@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megaphase.model.rotary import Rotary
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megaphase.parallel.layers import (
@@ -29,23 +30,6 @@ from megaphase.parallel.topology import Topology, device
 from megaphase.targets import IGNORED_TARGET
 
 
-class Rotary:
-    """Rotary position embedding (Su et al. 2021), halves rotated as in GPT-NeoX and Llama."""
-
-    def __init__(self, head_dim: int, seq_len: int, base: float, dtype: torch.dtype) -> None:
-        frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies)
-        angles = torch.cat([angles, angles], dim=-1)
-        self._cos = angles.cos().to(device(), dtype)
-        self._sin = angles.sin().to(device(), dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Rotate [batch, heads, seq, head_dim] by position."""
-        seq = x.shape[-2]
-        first, second = x.chunk(2, dim=-1)
-        return x * self._cos[:seq] + torch.cat([-second, first], dim=-1) * self._sin[:seq]
-
-
 class Attention(nn.Module):
     """Causal self-attention with grouped queries (Ainslie et al. 2023); heads are sharded."""
 
@@ -53,8 +37,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = shape.head_dim
         self.grouped = shape.kv_heads < shape.heads
-        size = region.topology.tensor_size
-        self.local_segments = [rows // size for rows in shape.qkv_segments]
+        heads, kv_heads = (n // region.topology.tensor_size for n in (shape.heads, shape.kv_heads))
+        self.local_heads = (heads, kv_heads, kv_heads)
         self.qkv = ColumnParallelLinear(
             shape.hidden,
             shape.qkv_segments,
@@ -74,12 +58,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         batch, seq, _ = x.shape
-        q, k, v = (
-            part.view(batch, seq, -1, self.head_dim).transpose(1, 2)
-            for part in self.qkv(x).split(self.local_segments, dim=-1)
-        )
-        if rotary is not None:
-            q, k = rotary(q), rotary(k)
+        heads = self.qkv(x).view(batch, seq, -1, self.head_dim)
+        if rotary is None:
+            parts = heads.split(self.local_heads, dim=2)
+        else:
+            parts = rotary(heads, self.local_heads)
+        q, k, v = (part.transpose(1, 2) for part in parts)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         return self.out(y.transpose(1, 2).reshape(batch, seq, -1))
 
@@ -162,9 +146,7 @@ class GPT(nn.Module):
             )
             self.positions = nn.Parameter(whole.to(device()))
         else:
-            self.rotary = Rotary(
-                shape.head_dim, shape.seq_len, shape.rotary_base, compute_dtype
-            )
+            self.rotary = Rotary(shape.head_dim, shape.seq_len, shape.rotary_base, compute_dtype)
         self.blocks = nn.ModuleList(
             Block(shape, init.at(f"blocks.{i}"), region) for i in range(shape.layers)
         )

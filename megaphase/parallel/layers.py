@@ -20,6 +20,7 @@ from megaphase.parallel.collectives import (
     reduce_from_tensor_parallel,
     reduce_scatter_sequence,
 )
+from megaphase.parallel.rms_norm import rms_norm
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.topology import Topology, device
 
@@ -200,11 +201,11 @@ class RMSNorm(nn.Module):
 
     def __init__(self, hidden: int, eps: float, init: Initializer, region: TensorRegion) -> None:
         super().__init__()
-        self.region, self.eps, self.shape = region, eps, (hidden,)
-        self.weight = nn.Parameter(init.constant(self.shape, 1.0).to(device()))
+        self.region, self.eps = region, eps
+        self.weight = nn.Parameter(init.constant((hidden,), 1.0).to(device()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.shape, self.region.replicated(self.weight).to(x.dtype), self.eps)
+        return rms_norm(x, self.region.replicated(self.weight).to(x.dtype), self.eps)
 
 
 class LayerNorm(nn.Module):
