@@ -182,6 +182,12 @@ def test_launch_local_passes_the_exit_code_on(corpora, tmp_path):
     assert "'seeds'" in result.stderr
 
 
+def test_evaluation_before_training(corpora, tmp_path, refuse):
+    run_file = write_run_file(tmp_path, run_settings(corpora))
+    assert "there is no checkpoint yet" in refuse("evaluate", run_file)
+    assert not (tmp_path / "run").exists()
+
+
 def test_demo_refuses_an_existing_folder(tmp_path, refuse):
     assert "exists already" in refuse("demo", tmp_path)
 

@@ -1,33 +1,34 @@
-"""Steps that all processes take together: where one meets wrong input, all of them stop."""
+"""Steps that all processes take together: where one of them cannot go on, all of them stop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
 
-from megaphase.errors import InputError
+from megaphase.errors import InputError, RunError
 from megaphase.parallel.launcher import global_rank, world_size
 
 Result = TypeVar("Result")
+Fault = InputError | RunError
 
 
 def together(action: Callable[[], Result]) -> Result:
     """Run `action` on every process.
 
-    Raises InputError on all of them, the lowest rank's, where any of them raised one. torch is
+    Raises the InputError or RunError of the lowest rank that raised one on all of them. torch is
     imported only if there are several processes.
     """
     outcome = _outcome(action)
-    errors = [outcome] if world_size() == 1 else _gather_errors(outcome)
-    for error in errors:
-        if isinstance(error, InputError):
-            raise error
-    assert not isinstance(outcome, InputError)
+    faults = [outcome] if world_size() == 1 else _gather_faults(outcome)
+    for fault in faults:
+        if isinstance(fault, Fault):
+            raise fault
+    assert not isinstance(outcome, Fault)
     return outcome
 
 
 def on_first_rank(action: Callable[[], Result]) -> Result:
-    """Run `action` on rank 0 while the others wait; all get its result, or raise its InputError."""
+    """Run `action` on rank 0 while the others wait; all get its result, or raise its fault."""
     import torch.distributed as dist
 
     from megaphase.parallel.topology import device, join_processes
@@ -36,24 +37,24 @@ def on_first_rank(action: Callable[[], Result]) -> Result:
     shared = [_outcome(action) if global_rank() == 0 else None]
     dist.broadcast_object_list(shared, src=0, device=device())
     outcome = shared[0]
-    if isinstance(outcome, InputError):
+    if isinstance(outcome, Fault):
         raise outcome
     return outcome  # type: ignore[return-value]  # the other ranks' None has been replaced
 
 
-def _outcome(action: Callable[[], Result]) -> Result | InputError:
+def _outcome(action: Callable[[], Result]) -> Result | Fault:
     try:
         return action()
-    except InputError as error:
-        return error
+    except (InputError, RunError) as fault:
+        return fault
 
 
-def _gather_errors(outcome: object) -> list[InputError | None]:
+def _gather_faults(outcome: object) -> list[Fault | None]:
     import torch.distributed as dist
 
     from megaphase.parallel.topology import join_processes
 
     join_processes()
-    errors: list[InputError | None] = [None] * world_size()
-    dist.all_gather_object(errors, outcome if isinstance(outcome, InputError) else None)
-    return errors
+    faults: list[Fault | None] = [None] * world_size()
+    dist.all_gather_object(faults, outcome if isinstance(outcome, Fault) else None)
+    return faults

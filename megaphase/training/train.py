@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,18 @@ def check_run(config: RunConfig) -> Ingredients:
     return Ingredients(tokenizer, shape, plan_spec(config, tokenizer))
 
 
+@dataclass(frozen=True)
+class _Scene:
+    """What training and evaluation both begin with, on this process."""
+
+    parts: Ingredients
+    topology: Topology
+    directory: RunDirectory
+    plan: Plan
+    store: CheckpointStore
+    say: Callable[[str], None]
+
+
 def train(config: RunConfig, console: Console) -> None:
     """Train all phases, or go on from the newest whole checkpoint; called by every process.
 
@@ -68,33 +80,28 @@ def train(config: RunConfig, console: Console) -> None:
         RunError: the run cannot go on.
     """
     with process_group():
-        parts = together(lambda: check_run(config))
-        topology = start(config.parallel.tensor)
-        say = _sayer(console, topology)
-        directory = RunDirectory(config.output)
-        plan = _open_plan(config, parts.spec, directory, say)
-        store = CheckpointStore(directory.checkpoints, topology)
-        checkpoint = store.newest_whole(say)
+        scene = _set_up(config, console)
+        checkpoint = scene.store.newest_whole(scene.say)
         if checkpoint is not None:
-            together(lambda: _check_layout(config, checkpoint, topology, plan))
-        steps = sum(phase.steps for phase in plan.phases)
+            together(lambda: _check_layout(config, checkpoint, scene))
+        steps = sum(phase.steps for phase in scene.plan.phases)
         if checkpoint is not None and checkpoint.state["step"] == steps:
-            say(f"{directory.path}: all {steps:,} steps are done; nothing to do")
+            scene.say(f"{scene.directory.path}: all {steps:,} steps are done; nothing to do")
             return
-        engine = Engine(config, parts.shape, topology, len(plan.tasks))
-        say(_describe(config, parts.shape, topology))
-        with _observed(config, directory, checkpoint, topology, steps, console) as observer:
+        engine = Engine(config, scene.parts.shape, scene.topology, len(scene.plan.tasks))
+        scene.say(_describe(config, scene))
+        with _observed(config, scene, checkpoint, steps, console) as observer:
             loop = TrainingLoop(
                 config,
-                plan,
+                scene.plan,
                 engine,
-                _evaluator(config, parts, engine),
-                store,
+                _evaluator(config, scene, engine),
+                scene.store,
                 observer,
-                filler=parts.tokenizer.eod,
-                flops_per_token=parts.shape.train_flops_per_token(),
-                peak_flops=_peak_flops(config, topology),
-                checkpoint_facts=_layout_facts(config, topology, plan),
+                filler=scene.parts.tokenizer.eod,
+                flops_per_token=scene.parts.shape.train_flops_per_token(),
+                peak_flops=_peak_flops(config, scene.topology),
+                checkpoint_facts=_layout_facts(config, scene),
             )
             loop.run(_resume(engine, checkpoint, observer))
 
@@ -107,33 +114,43 @@ def evaluate(
     Returns the checkpoint's step and the losses by task.
     """
     with process_group():
-        parts = together(lambda: check_run(config))
-        topology = start(config.parallel.tensor)
-        say = _sayer(console, topology)
-        directory = RunDirectory(config.output)
-        plan = _open_plan(config, parts.spec, directory, say)
-        store = CheckpointStore(directory.checkpoints, topology)
+        together(lambda: _require_run(config))
+        scene = _set_up(config, console)
         if checkpoint_dir is None:
-            checkpoint = store.newest_whole(say)
-            if checkpoint is None:
-                raise InputError(directory.checkpoints, "there is no checkpoint yet", "train first")
+            checkpoint = scene.store.newest_whole(scene.say)
         else:
-            checkpoint = store.open(checkpoint_dir)
-        together(lambda: _check_layout(config, checkpoint, topology, plan))
-        engine = Engine(config, parts.shape, topology, len(plan.tasks))
+            checkpoint = scene.store.open(checkpoint_dir)
+        if checkpoint is None:
+            raise InputError(scene.store.folder, "there is no whole checkpoint", "train first")
+        together(lambda: _check_layout(config, checkpoint, scene))
+        engine = Engine(config, scene.parts.shape, scene.topology, len(scene.plan.tasks))
         engine.load(checkpoint.folder)
-        return checkpoint.state["step"], _evaluator(config, parts, engine).evaluate()
+        return checkpoint.state["step"], _evaluator(config, scene, engine).evaluate()
 
 
-def _sayer(console: Console, topology: Topology) -> Any:
+def _require_run(config: RunConfig) -> None:
+    directory = RunDirectory(config.output)
+    if not directory.checkpoints.is_dir():
+        raise InputError(directory.checkpoints, "there is no checkpoint yet", "train first")
+
+
+def _set_up(config: RunConfig, console: Console) -> _Scene:
+    parts = together(lambda: check_run(config))
+    topology = start(config.parallel.tensor)
+
     def say(text: str) -> None:
         if topology.is_first:
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    return say
+    directory = RunDirectory(config.output)
+    plan = _open_plan(config, parts.spec, directory, say)
+    store = CheckpointStore(directory.checkpoints, topology)
+    return _Scene(parts, topology, directory, plan, store, say)
 
 
-def _open_plan(config: RunConfig, spec: PlanSpec, directory: RunDirectory, say: Any) -> Plan:
+def _open_plan(
+    config: RunConfig, spec: PlanSpec, directory: RunDirectory, say: Callable[[str], None]
+) -> Plan:
     """Build the plan where it is not there yet, and claim the run directory for it."""
 
     def build_and_claim() -> Path:
@@ -150,34 +167,34 @@ def _open_plan(config: RunConfig, spec: PlanSpec, directory: RunDirectory, say: 
     return Plan(spec, on_first_rank(build_and_claim))
 
 
-def _evaluator(config: RunConfig, parts: Ingredients, engine: Engine) -> HeldOutEvaluator:
+def _evaluator(config: RunConfig, scene: _Scene, engine: Engine) -> HeldOutEvaluator:
+    tokenizer = scene.parts.tokenizer
     return HeldOutEvaluator(
-        parts.spec,
+        scene.parts.spec,
         engine,
         samples=config.validation.samples,
-        token_bytes=parts.tokenizer.token_bytes(),
-        filler=parts.tokenizer.eod,
+        token_bytes=tokenizer.token_bytes(),
+        filler=tokenizer.eod,
     )
 
 
 @contextlib.contextmanager
 def _observed(
     config: RunConfig,
-    directory: RunDirectory,
+    scene: _Scene,
     checkpoint: Checkpoint | None,
-    topology: Topology,
     steps: int,
     console: Console,
 ) -> Iterator[Observer | None]:
     """Rank 0's record and display, closed at the end whatever happens."""
-    if not topology.is_first:
+    if not scene.topology.is_first:
         yield None
         return
     state = checkpoint.state if checkpoint else {"step": 0, "metrics_bytes": 0}
     metrics = MetricsLog(
-        directory.metrics,
+        scene.directory.metrics,
         keep_bytes=state["metrics_bytes"],
-        tensorboard=directory.tensorboard if config.logging.tensorboard else None,
+        tensorboard=scene.directory.tensorboard if config.logging.tensorboard else None,
         step=state["step"],
     )
     display = Display(
@@ -199,23 +216,20 @@ def _resume(engine: Engine, checkpoint: Checkpoint | None, observer: Observer | 
     return Position(state["phase"], state["phase_step"], state["step"])
 
 
-def _layout_facts(config: RunConfig, topology: Topology, plan: Plan) -> dict[str, Any]:
+def _layout_facts(config: RunConfig, scene: _Scene) -> dict[str, Any]:
     return {
         "format": 1,
-        "plan": plan.spec.fingerprint,
-        "processes": topology.world_size,
-        "tensor": topology.tensor_size,
+        "plan": scene.plan.spec.fingerprint,
+        "processes": scene.topology.world_size,
+        "tensor": scene.topology.tensor_size,
         "zero": config.parallel.zero,
         "precision": config.precision,
     }
 
 
-def _check_layout(
-    config: RunConfig, checkpoint: Checkpoint, topology: Topology, plan: Plan
-) -> None:
+def _check_layout(config: RunConfig, checkpoint: Checkpoint, scene: _Scene) -> None:
     """Refuse a checkpoint of another plan or layout."""
-    facts = _layout_facts(config, topology, plan)
-    for key, value in facts.items():
+    for key, value in _layout_facts(config, scene).items():
         found = checkpoint.state.get(key)
         if found != value:
             raise InputError(
@@ -230,9 +244,10 @@ def _peak_flops(config: RunConfig, topology: Topology) -> float | None:
     return None if one is None else one * topology.world_size
 
 
-def _describe(config: RunConfig, shape: GPTShape, topology: Topology) -> str:
+def _describe(config: RunConfig, scene: _Scene) -> str:
     name = f"{config.model.preset}: " if config.model.preset else ""
+    parameters, topology = scene.parts.shape.parameters(), scene.topology
     return (
-        f"{name}{shape.parameters() / 1e6:,.1f} million parameters, {config.precision}, "
+        f"{name}{parameters / 1e6:,.1f} million parameters, {config.precision}, "
         f"tensor {topology.tensor_size} × data {topology.data_size}, ZeRO {config.parallel.zero}"
     )
