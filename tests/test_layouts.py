@@ -7,7 +7,8 @@ engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
@@ -198,13 +199,25 @@ def curve(case: Case) -> Curve:
     return curves(case.tensor * case.data)[case]
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Threads only get in each other's way where matrices are this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @cache
+@one_thread()
 def plain_curve(name: str) -> Curve:
     """The same training by `plain_gpt`, from the first weights of the variant's 1 × 1 engine."""
     variant = VARIANTS[name]
-    first = next(each for each in CASES if each.variant == name)
-    assert (first.tensor, first.data) == (1, 1)
-    weights = curve(first).weights_before
+    cases = [each for each in CASES if each.variant == name]
+    assert (cases[0].tensor, cases[0].data) == (1, 1)
+    weights = curve(cases[0]).weights_before
     shape = PlainShape(
         layers=MODEL["layers"],
         heads=MODEL["heads"],
@@ -216,7 +229,7 @@ def plain_curve(name: str) -> Curve:
     optimizer = PlainAdamW(model.weights, clip=CLIP)
     steps = []
     validation: dict[str, float] = {}
-    for step in range(STEPS):
+    for step in range(max(each.steps for each in cases)):
         if step == VALIDATED_STEP:
             validation = _plain_losses(model, variant, VALIDATION_BATCH)[1]
         loss, by_task = _plain_losses(model, variant, step)
@@ -265,12 +278,18 @@ def deviations(ours: Curve, reference: Curve) -> dict[str, float]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_curve_is_that_of_the_plain_model(case: Case, record_property: Any) -> None:
-    reference = plain_curve(case.variant)
-    assert reference.steps[-1].loss < FALL * reference.steps[0].loss
-    found = deviations(curve(case), reference)
-    record_property("relative_deviation", max(found.values()))
+def test_curve_is_that_of_the_plain_model(case: Case) -> None:
+    found = deviations(curve(case), plain_curve(case.variant))
     assert max(found.values()) < TOLERANCE, found
+
+
+@pytest.mark.distributed
+def test_the_compared_curve_is_one_that_falls() -> None:
+    losses = [each.loss for each in plain_curve("base").steps]
+    norms = [each.grad_norm for each in plain_curve("base").steps]
+    assert len(losses) == STEPS
+    assert losses[-1] < FALL * losses[0]
+    assert min(norms) < CLIP < max(norms)  # some steps are clipped, some are not
 
 
 @pytest.mark.distributed
