@@ -87,7 +87,7 @@ class Case:
             *([self.precision] if self.precision != "fp32" else []),
             *([f"micro {self.micro}"] if self.micro != 4 else []),
         ]
-        return " ".join([self.variant, f"{self.tensor}×{self.data}", f"zero {self.zero}", *extras])
+        return " ".join([self.variant, f"{self.tensor}x{self.data}", f"zero {self.zero}", *extras])
 
 
 CASES = [

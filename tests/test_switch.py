@@ -41,7 +41,7 @@ class Case:
     precision: str
 
     def __str__(self) -> str:
-        return f"{self.tensor}×{self.data} zero {self.zero} {self.precision}"
+        return f"{self.tensor}x{self.data} zero {self.zero} {self.precision}"
 
     def config(self, seed: int = 1) -> RunConfig:
         return run_config(tensor=self.tensor, zero=self.zero, precision=self.precision, seed=seed)
