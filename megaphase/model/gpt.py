@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megaphase.model.rotary import Rotary
 from megaphase.model.shape import GPTShape
+from megaphase.model.swiglu import swiglu
 from megaphase.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megaphase.parallel.layers import (
     NORMS,
@@ -93,8 +94,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:
-            gate, up = self.up(x).chunk(2, dim=-1)
-            return self.down(F.silu(gate) * up)
+            return self.down(swiglu(self.up(x)))
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 

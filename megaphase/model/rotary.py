@@ -38,7 +38,7 @@ class _RotateQueriesAndKeys(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle; cos [.., head_dim], sin half of it."""
+    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle; `sin` is half as wide as `cos`."""
     torch.mul(x, cos, out=out)
     first, second = x.chunk(2, dim=-1)
     out_first, out_second = out.chunk(2, dim=-1)

@@ -41,7 +41,8 @@ def deepspeed_config(config: RunConfig, data_size: int) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": config.parallel.zero,
-            "contiguous_gradients": True,
+            # Stage 3 joins gradients on the way to the network in any case; with this twice.
+            "contiguous_gradients": config.parallel.zero < 3,
             "overlap_comm": torch.cuda.is_available(),
         },
         # The optimizer is torch's own fused AdamW, which DeepSpeed has not on its list.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
-from megaphase.model.gpt import GPT
+from megaphase.model.gpt import GPT, Block
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.topology import Topology, device
@@ -36,6 +38,8 @@ def import_deepspeed():  # type: ignore[no-untyped-def]  # its classes are not t
     """Import DeepSpeed on the accelerator that is really there, without its chatter."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Otherwise it asks `numactl` how many CPUs there are, in every backward pass.
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.expanduser("~/.triton/cache"))
     os.environ.setdefault("LOCAL_RANK", "0")  # it asks for it even in a single process
     # DeepSpeed calls collectives by names that torch is about to drop, and is told so at each step.
@@ -47,6 +51,13 @@ def import_deepspeed():  # type: ignore[no-untyped-def]  # its classes are not t
     # every later run hangs for ever if that one is killed. gloo serves the CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextlib.contextmanager
+def _deepspeed_silenced() -> Iterator[None]:
+    """Its bf16 optimizer prints memory figures to standard output, which belongs to the run."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 @dataclass(frozen=True)
@@ -139,6 +150,9 @@ class Engine:
                 compute_dtype=compute_dtype(config),
             )
         model = model.to(parameter_dtype(config))
+        if config.parallel.zero == 3:
+            # A block's weights travel together, and its inner modules cost no bookkeeping.
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, config.optimizer.weight_decay),
             lr=0.0,  # DeepSpeed takes a step on zero gradients at the start, which must do nothing
@@ -146,13 +160,14 @@ class Engine:
             eps=config.optimizer.eps,
             fused=True,
         )
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=settings,
-            mpu=topology,
-            dist_init_required=False,
-        )
+        with _deepspeed_silenced():
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=settings,
+                mpu=topology,
+                dist_init_required=False,
+            )
         self._optimizer = optimizer
         self.reset_optimizer_state()
 
@@ -202,7 +217,8 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote, on the same layout."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
+        with _deepspeed_silenced():
+            path, _ = self._engine.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint there")
 

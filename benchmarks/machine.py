@@ -1,0 +1,47 @@
+"""What a machine can do at best: arithmetic of matrix products, and traffic to memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+REPEATS = 8
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The best that was seen."""
+
+    matmul_flops: float
+    memory_bytes_per_second: float
+
+    def best(self, other: Machine) -> Machine:
+        """The better of two measurements of one machine, figure by figure."""
+        return Machine(
+            max(self.matmul_flops, other.matmul_flops),
+            max(self.memory_bytes_per_second, other.memory_bytes_per_second),
+        )
+
+
+def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Multiply square matrices of `dtype`; add vectors that no cache holds."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b, out = (torch.rand((n, n), device=device).to(dtype) for _ in range(3))
+    flops = 2 * n**3 / _quickest_seconds(lambda: torch.mm(a, b, out=out), device)
+    x, y, z = (torch.rand(1 << 26, device=device) for _ in range(3))
+    bandwidth = 3 * x.nbytes / _quickest_seconds(lambda: torch.add(x, y, out=z), device)
+    return Machine(flops, bandwidth)
+
+
+def _quickest_seconds(work: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times)
