@@ -156,7 +156,7 @@ def vocab_parallel_weight(
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Token embedding with its rows sharded: each rank looks up its own tokens, the sum is whole."""
+    """Token embedding, rows sharded: each rank looks up its own tokens, the sum is whole."""
 
     def __init__(
         self, vocab: int, hidden: int, *, std: float, init: Initializer, region: TensorRegion
