@@ -119,5 +119,9 @@ def start(tensor_size: int) -> Topology:
     ]
     data_groups = [dist.new_group(range(t, world, tensor_size)) for t in range(tensor_size)]
     return Topology(
-        world, rank, tensor_size, tensor_groups[rank // tensor_size], data_groups[rank % tensor_size]
+        world,
+        rank,
+        tensor_size,
+        tensor_groups[rank // tensor_size],
+        data_groups[rank % tensor_size],
     )
