@@ -216,7 +216,7 @@ def check_same_model(settings: Settings) -> tuple[int, float]:
     """
     prepare(settings)
     # Larger weights than those that training starts from: with them every loss is near log(vocab).
-    shape = dataclasses.replace(settings.shape(), init_std=0.1)
+    shape = dataclasses.replace(settings.shape(), init_std=0.05)
     device = torch.device(settings.device)
     ours = GPT(shape, Initializer(1, torch.float32), start(1)).to(device)
     peer = hugging_face_llama(shape).to(device)
