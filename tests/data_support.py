@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -93,15 +94,22 @@ def tokens_of(prefix: Path, dtype: str = "<u2") -> np.ndarray:
 
 
 def start_python(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """Run `code` in a process group of its own."""
+    """Run `code` in a process group of its own, which Ctrl-C stops even if it does not stop us."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell lets its background jobs ignore the signal, and they hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that the main thread of a process has started."""
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def is_running(pid: int) -> bool:

@@ -15,6 +15,7 @@ import zstandard
 from data_support import (
     CORPORA,
     VOCAB_SIZE,
+    children_of,
     corpus_bytes,
     files_of,
     is_running,
@@ -199,10 +200,8 @@ def test_stopped_in_the_middle(
     main = start_python(LONG_RUN, long, tok, data / "en")
     wait_until(lambda: any(path.stat().st_size for path in data.glob(".en.bin.*.partial")))
     # The resource tracker is a child too.
-    children = list(
-        map(int, Path(f"/proc/{main.pid}/task/{main.pid}/children").read_text().split())
-    )
-    assert len(children) == 3
+    wait_until(lambda: len(children_of(main.pid)) == 3)
+    children = children_of(main.pid)
     if whom == "all":
         os.killpg(main.pid, how)
     else:

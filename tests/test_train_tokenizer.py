@@ -10,7 +10,15 @@ import signal
 from pathlib import Path
 
 import pytest
-from data_support import files_of, is_running, make_tokenizer, start_python, wait_until, write_jsonl
+from data_support import (
+    children_of,
+    files_of,
+    is_running,
+    make_tokenizer,
+    start_python,
+    wait_until,
+    write_jsonl,
+)
 
 from megaphase.data_tools.artificial_languages import write_languages
 from megaphase.data_tools.text_sample import (
@@ -192,10 +200,6 @@ TRAINING = """if True:
 """
 
 
-def children(pid: int) -> list[int]:
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-
-
 @pytest.mark.parametrize(
     ("whom", "how", "message"),
     [
@@ -211,8 +215,8 @@ def test_training_stops_at_once_and_leaves_nothing(
     path = write_jsonl(tmp_path / "a.jsonl", words)
     main = start_python(TRAINING, path, tmp_path / "tok")
     # The resource tracker is a child too.
-    wait_until(lambda: len(children(main.pid)) == 2)
-    started = children(main.pid)
+    wait_until(lambda: len(children_of(main.pid)) == 2)
+    started = children_of(main.pid)
     if whom == "all":
         os.killpg(main.pid, how)
     else:
