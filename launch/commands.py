@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from megaphase.arguments import Overrides, RunFile
+
 launch_app = typer.Typer(help="Start a run as several processes.", no_args_is_help=True)
 
 
@@ -19,11 +21,8 @@ def _launch() -> None:
 
 @launch_app.command("local")
 def local_command(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN_FILE", help="The run file (YAML).")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace the run file's."),
-    ] = None,
+    run_file: RunFile,
+    overrides: Overrides = None,
     processes: Annotated[
         int, typer.Option("--processes", "-n", min=1, help="One a GPU, or a few on the CPU.")
     ] = 1,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from megaphase.arguments import Overrides, RunFile
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,11 +18,8 @@ PLAIN_WIDTH = 160
 
 
 def plan_command(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN_FILE", help="The run file (YAML).")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace the run file's."),
-    ] = None,
+    run_file: RunFile,
+    overrides: Overrides = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Show tokens, sampling rates and epochs per phase and task, and build the plan's index."""

@@ -7,11 +7,7 @@ from typing import Annotated
 
 import typer
 
-RunFile = Annotated[Path, typer.Argument(metavar="RUN_FILE", help="The run file (YAML).")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace the run file's."),
-]
+from megaphase.arguments import Overrides, RunFile
 
 
 def train_command(run_file: RunFile, overrides: Overrides = None) -> None:
