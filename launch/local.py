@@ -23,7 +23,7 @@ def launch_local(command: Sequence[str], processes: int) -> int:
 
     When a rank fails the others get SIGTERM, and SIGKILL after a grace period.
     """
-    port = _free_port()
+    port = free_port()
     threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
     ranks = []
     try:
@@ -31,12 +31,7 @@ def launch_local(command: Sequence[str], processes: int) -> int:
             environment = {
                 "OMP_NUM_THREADS": threads,
                 **os.environ,
-                "WORLD_SIZE": str(processes),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                **rank_environment(rank, processes, port),
             }
             ranks.append(
                 subprocess.Popen([sys.executable, "-m", "megaphase", *command], env=environment)
@@ -46,7 +41,20 @@ def launch_local(command: Sequence[str], processes: int) -> int:
         _stop(ranks)
 
 
-def _free_port() -> int:
+def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank on a single node."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def free_port() -> int:
+    """A TCP port on this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

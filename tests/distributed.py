@@ -9,7 +9,6 @@ import importlib
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
+
+from megaphase.launch.local import free_port, rank_environment
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,26 +35,6 @@ SHOWN_CHARACTERS = 6000
 
 class LaunchError(AssertionError):
     """A rank failed or the time limit passed; the message holds what the ranks had to say."""
-
-
-def free_port() -> int:
-    """A TCP port on this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank on a single node."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 class RunningRanks:
@@ -74,7 +55,11 @@ class RunningRanks:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         port = free_port()
         self.processes = [
-            self._start(rank, {**rank_environment(rank, processes, port), **(env or {})}, cwd)
+            self._start(
+                rank,
+                {"OMP_NUM_THREADS": "1", **rank_environment(rank, processes, port), **(env or {})},
+                cwd,
+            )
             for rank in range(processes)
         ]
 
