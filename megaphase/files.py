@@ -30,6 +30,24 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def describe_file(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file: its `bytes` and its `hash`."""
+    return {"bytes": path.stat().st_size, "hash": hash_file(path)}
+
+
+def file_damage(path: Path, described: dict[str, Any]) -> str | None:
+    """How a file differs from what `describe_file` said of it, or None; the size is compared first.
+
+    Raises KeyError or TypeError where `described` is no such description.
+    """
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size != described["bytes"]:
+        return f"has {size} bytes, not {described['bytes']}"
+    return None if hash_file(path) == described["hash"] else "has been altered"
+
+
 def hash_json(value: Any) -> str:
     """Hexadecimal digest of a JSON value, independent of the order of its keys."""
     digest = new_hash()

@@ -22,7 +22,13 @@ from typing import Any
 import torch.distributed as dist
 
 from megaphase.errors import InputError
-from megaphase.files import fsync_path, hash_file, publish_directory, write_json_whole
+from megaphase.files import (
+    describe_file,
+    file_damage,
+    fsync_path,
+    publish_directory,
+    write_json_whole,
+)
 from megaphase.parallel.topology import Topology
 
 STATE_FILE = "state.json"
@@ -66,7 +72,7 @@ class CheckpointStore:
         files = self._describe_together(aside)
         if self._topology.is_first:
             write_json_whole(aside / STATE_FILE, state)
-            files[STATE_FILE] = _describe(aside / STATE_FILE)
+            files[STATE_FILE] = describe_file(aside / STATE_FILE)
             write_json_whole(aside / MANIFEST_FILE, {"files": files})
             if final.exists():  # a run that went on from an older checkpoint comes by again
                 _remove(final)
@@ -86,7 +92,7 @@ class CheckpointStore:
             folder = self.folder / name
             problem = self._damage(folder)
             if problem is None:
-                return Checkpoint(folder, json.loads((folder / STATE_FILE).read_text()))
+                return Checkpoint(folder, _read_state(folder))
             if self._topology.is_first:
                 say(f"{problem}; going back to the checkpoint before")
         return None
@@ -102,7 +108,7 @@ class CheckpointStore:
         problem = self._damage(folder)
         if problem is not None:
             raise InputError("", problem, "use another checkpoint")
-        return Checkpoint(folder, json.loads((folder / STATE_FILE).read_text()))
+        return Checkpoint(folder, _read_state(folder))
 
     def _names(self) -> list[str]:
         if not self.folder.is_dir():
@@ -121,7 +127,7 @@ class CheckpointStore:
         mine = {}
         for name in self._mine(names):
             fsync_path(folder / name)
-            mine[name] = _describe(folder / name)
+            mine[name] = describe_file(folder / name)
         parts: list[dict[str, dict[str, Any]]] = [{}] * self._topology.world_size
         dist.all_gather_object(parts, mine)
         return {name: facts for part in parts for name, facts in part.items()}
@@ -142,26 +148,20 @@ class CheckpointStore:
         for name in self._names()[:-keep]:
             folder = self.folder / name
             try:
-                permanent = json.loads((folder / STATE_FILE).read_text()).get("permanent")
+                permanent = _read_state(folder).get("permanent")
             except (OSError, ValueError):
                 permanent = False
             if not permanent:
                 _remove(folder)
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "hash": hash_file(path)}
+def _read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / STATE_FILE).read_text())
 
 
-def _fault(path: Path, facts: dict[str, Any]) -> str | None:
-    if not path.is_file():
-        return f"{path}: is missing"
-    size = path.stat().st_size
-    if size != facts["bytes"]:
-        return f"{path}: has {size:,} bytes instead of {facts['bytes']:,}"
-    if hash_file(path) != facts["hash"]:
-        return f"{path}: has been altered"
-    return None
+def _fault(path: Path, described: dict[str, Any]) -> str | None:
+    damage = file_damage(path, described)
+    return None if damage is None else f"{path}: {damage}"
 
 
 def _remove(folder: Path) -> None:

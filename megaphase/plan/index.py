@@ -21,7 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from megaphase.files import directory_written_aside, hash_file, hash_json, write_json_whole
+from megaphase.files import (
+    describe_file,
+    directory_written_aside,
+    file_damage,
+    hash_json,
+    write_json_whole,
+)
 from megaphase.plan import _builder
 from megaphase.plan.mixture import TaskSupply, effective_rates, integer_weights, requested_rates
 from megaphase.plan.spec import PhaseSpec, PlanSpec
@@ -140,10 +146,7 @@ def build_index(spec: PlanSpec, folder: Path, progress: Progress) -> None:
             used = [a + b for a, b in zip(used, phases[-1].counts, strict=True)]
         for number, stream in enumerate(spec.streams.values()):
             _build_samples(aside, number, stream, used[number], progress)
-        files = {
-            path.name: {"bytes": path.stat().st_size, "hash": hash_file(path)}
-            for path in sorted(aside.iterdir())
-        }
+        files = {path.name: describe_file(path) for path in sorted(aside.iterdir())}
         header = {
             "fingerprint": spec.fingerprint,
             "tasks": list(spec.streams),
@@ -162,12 +165,10 @@ def damage(folder: Path, spec: PlanSpec) -> str | None:
         if header["fingerprint"] != spec.fingerprint:
             return f"{INDEX_FILE} belongs to another plan"
         for name, facts in header["files"].items():
-            if (folder / name).stat().st_size != facts["bytes"]:
-                return f"{name} has {(folder / name).stat().st_size} bytes, not {facts['bytes']}"
-            if hash_file(folder / name) != facts["hash"]:
-                return f"{name} has been altered"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
+            if fault := file_damage(folder / name, facts):
+                return f"{name} {fault}"
+    except FileNotFoundError:
+        return f"{INDEX_FILE} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{INDEX_FILE} is damaged"
     return None
