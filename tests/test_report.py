@@ -67,7 +67,6 @@ def plan_of(phases) -> dict:
                 "first_step": first,
                 "samples": steps * SAMPLES,
                 "tokens": steps * SAMPLES * SEQ_LEN,
-                "optimizer_state": "reset",
                 "tasks": tasks,
             }
         )

@@ -198,7 +198,7 @@ class Engine:
             self._engine.backward(losses.sum() * scale)
             norm = self._step()
             row_losses.append(losses.detach().double().sum(1))  # not read yet: nothing waits
-        return StepResult(TaskLosses(self._sum_by_task(torch.cat(row_losses), batch), tokens), norm)
+        return StepResult(TaskLosses(self.sum_by_task(torch.cat(row_losses), batch), tokens), norm)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> TaskLosses:
@@ -209,7 +209,14 @@ class Engine:
         self._engine.eval()
         tokens = self._count_tokens(batch)
         losses = [self._forward(micro).double().sum(1) for micro in batch.split(self.micro)]
-        return TaskLosses(self._sum_by_task(torch.cat(losses), batch), tokens)
+        return TaskLosses(self.sum_by_task(torch.cat(losses), batch), tokens)
+
+    def sum_by_task(self, rows: Tensor, batch: Batch) -> Tensor:
+        """Sum one figure a row by task, over all data-parallel ranks; float64 [tasks], CPU."""
+        sums = torch.zeros(self._tasks, dtype=torch.float64)
+        sums.index_add_(0, batch.tasks, rows.double().cpu())
+        dist.all_reduce(on_device := sums.to(device()), group=self.topology.data_group)
+        return on_device.cpu()
 
     def save(self, folder: Path) -> None:
         """Write this rank's shards into a folder that all ranks share (DeepSpeed's layout)."""
@@ -239,11 +246,4 @@ class Engine:
 
     def _count_tokens(self, batch: Batch) -> Tensor:
         """Tokens with a target in the global batch, by task; float64 [tasks]."""
-        return self._sum_by_task((batch.targets != IGNORED_TARGET).sum(1), batch)
-
-    def _sum_by_task(self, rows: Tensor, batch: Batch) -> Tensor:
-        """Sum one figure a row by task, over all data-parallel ranks; float64 [tasks], CPU."""
-        sums = torch.zeros(self._tasks, dtype=torch.float64)
-        sums.index_add_(0, batch.tasks, rows.double().cpu())
-        dist.all_reduce(on_device := sums.to(device()), group=self.topology.data_group)
-        return on_device.cpu()
+        return self.sum_by_task((batch.targets != IGNORED_TARGET).sum(1), batch)

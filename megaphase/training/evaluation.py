@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from megaphase.parallel.topology import device
 from megaphase.plan.dataset import Batch, read_held_out
 from megaphase.plan.spec import PlanSpec
 from megaphase.targets import IGNORED_TARGET
@@ -50,9 +48,10 @@ class HeldOutEvaluator:
             rows = self._own_rows(read_held_out(stream, number, self._samples, self._filler))
             losses = self._engine.evaluate(rows)
             nats = float(losses.loss_sums[number])
+            scored_bytes = self._engine.sum_by_task(self._bytes_of_rows(rows), rows)[number]
             found[task] = HeldOutLoss(
                 nats / float(losses.tokens[number]),
-                nats / math.log(2) / max(1, self._count_bytes(rows)),
+                nats / math.log(2) / max(1.0, float(scored_bytes)),
             )
         return found
 
@@ -69,9 +68,7 @@ class HeldOutEvaluator:
             pad(batch.tasks, (0, missing), value=int(batch.tasks[0]))[rows],
         )
 
-    def _count_bytes(self, rows: Batch) -> int:
-        """Bytes of the text behind all targets, over all data-parallel ranks."""
-        targets = rows.targets[rows.targets != IGNORED_TARGET]
-        count = self._token_bytes[targets].sum().to(device())
-        dist.all_reduce(count, group=self._engine.topology.data_group)
-        return int(count)
+    def _bytes_of_rows(self, batch: Batch) -> torch.Tensor:
+        """Bytes of the text behind each row's targets; int64 [samples]."""
+        scored = batch.targets != IGNORED_TARGET
+        return (self._token_bytes[batch.targets.where(scored, 0)] * scored).sum(1)

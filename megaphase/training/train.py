@@ -157,8 +157,6 @@ def _open_plan(
         directory.refuse_other_run(config)
         folder = ensure_built(spec, directory.path, say=say)
         summary = Plan(spec, folder).summary()
-        for phase, asked in zip(summary["phases"], config.phases, strict=True):
-            phase["optimizer_state"] = asked.optimizer_state
         directory.claim(config, summary)
         for sentence in plan_warnings(summary):
             say(f"Warning: {sentence}")
