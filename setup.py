@@ -1,9 +1,11 @@
 """Builds the plan's C++ extension; everything declarative stands in pyproject.toml."""
 
+from glob import glob
+
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
-HEADERS = ["csrc/keyed_permutation.hpp", "csrc/blend.hpp", "csrc/sample_index.hpp"]
+HEADERS = sorted(glob("csrc/*.hpp"))
 
 builder = Pybind11Extension(
     "megaphase.plan._builder",

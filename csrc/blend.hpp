@@ -1,88 +1,220 @@
-// The order in which tasks take their turns: earliest deadline first.
-//
-// Turn k of a task with rate w/W must fall in the slots [floor(k W/w), ceil((k+1) W/w)). A
-// sequence in which every turn does has |count(n) - rate n| < 1 at every prefix n; with rates that
-// sum to 1, always taking the released turn with the earliest deadline finds one (Baruah, Cohen,
-// Plaxton and Varvel, "Proportionate progress", Algorithmica 1996). All arithmetic is on integers.
+// The order in which tasks take their turns: by deadline, or by independent draws.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <queue>
 #include <stdexcept>
-#include <utility>
+#include <tuple>
 #include <vector>
+
+#include "free_slots.hpp"
+#include "keyed_permutation.hpp"
 
 namespace megaphase {
 
-class EarliestDeadlineFirst {
-public:
-    static constexpr uint64_t kLargestTotal = uint64_t{1} << 62;
+constexpr uint64_t kLargestTotalWeight = uint64_t{1} << 62;
 
-    // A task's rate is its weight's part of the sum; with a weight of 0 it never has a turn.
-    explicit EarliestDeadlineFirst(const std::vector<uint64_t>& weights)
-        : counts_(weights.size(), 0), turns_(weights.size()) {
-        uint64_t total = 0;
-        for (const uint64_t weight : weights) {
-            if (weight > kLargestTotal - total) throw std::invalid_argument("weights exceed 2^62");
-            total += weight;
-        }
-        if (total == 0) throw std::invalid_argument("no task has a weight");
-        for (size_t task = 0; task < weights.size(); ++task) {
+// The sum of the weights. A task's rate is its weight's part of it.
+inline uint64_t total_weight(const std::vector<uint64_t>& weights) {
+    uint64_t total = 0;
+    for (const uint64_t weight : weights) {
+        if (weight > kLargestTotalWeight - total) throw std::invalid_argument("weights exceed 2^62");
+        total += weight;
+    }
+    if (total == 0) throw std::invalid_argument("no task has a weight");
+    return total;
+}
+
+// Earliest deadline first.
+//
+// Turn k of a task with rate w/W must fall in the slots [floor(k W/w), ceil((k+1) W/w)): from its
+// release to before its deadline. A sequence in which every turn does has |count(n) - rate n| < 1
+// at every prefix n; with rates that sum to 1, always taking the released turn with the earliest
+// deadline finds one (Baruah, Cohen, Plaxton and Varvel, "Proportionate progress", Algorithmica
+// 1996). Ties go to the lower task number. All arithmetic is on integers.
+//
+// Taking the turns in the order of their deadlines, and giving each the earliest slot that is free
+// from its release on, makes the same sequence: a turn is only ever kept out of a slot by turns with
+// earlier deadlines. So no queue is kept: the turns with deadlines in a block are sorted by counting,
+// and what slots they leave go to the turns that are released in the block and due after it. A slot
+// costs the same for few tasks and for many. The sequence does not depend on the blocks.
+class DeadlineBlend {
+public:
+    explicit DeadlineBlend(const std::vector<uint64_t>& weights) : counts_(weights.size(), 0) {
+        const uint64_t total = total_weight(weights);
+        for (uint32_t task = 0; task < weights.size(); ++task) {
             const uint64_t weight = weights[task];
-            if (weight == 0) continue;
-            turns_[task] = {weight, total / weight, total % weight, 0, 0};
-            ready_.push(deadline(task));
+            if (weight > 0) turns_.push_back({weight, total / weight, total % weight, 0, 0, task});
         }
     }
 
-    uint64_t position() const { return slot_; }
+    int64_t position() const { return static_cast<int64_t>(position_); }
     const std::vector<int64_t>& counts() const { return counts_; }
 
-    // The task of the next slot.
-    uint32_t next() {
-        while (!waiting_.empty() && waiting_.top().first <= slot_) {
-            ready_.push(deadline(waiting_.top().second));
-            waiting_.pop();
+    // The tasks of the next `slots` slots.
+    template <typename Task>
+    void fill(Task* tasks, uint32_t slots) {
+        const uint32_t due = collect(slots);
+        free_.reset(slots);
+        for (uint32_t i = 0; i < due; ++i) tasks[free_.take(by_deadline_[i].release)] = by_deadline_[i].task;
+        uint32_t left = slots - due;
+        std::sort(later_.begin(), later_.end());
+        for (auto turn = later_.begin(); turn != later_.end() && left > 0; ++turn) {
+            const uint32_t slot = free_.take(turn->release);
+            if (slot == FreeSlots::kNone) continue;
+            Turn& taken = turns_[turn->index];
+            tasks[slot] = taken.task;
+            ++counts_[taken.task];
+            taken.advance();
+            --left;
         }
-        const uint32_t task = ready_.top().second;
-        ready_.pop();
-        turns_[task].advance();
-        waiting_.push({turns_[task].start, task});
-        ++counts_[task];
-        ++slot_;
-        return task;
+        if (left > 0) throw std::logic_error("a slot has no turn");
+        position_ += slots;
     }
 
 private:
-    // (slot, task): ties go to the lower task number.
-    using Event = std::pair<uint64_t, uint32_t>;
-    using EarliestFirst = std::priority_queue<Event, std::vector<Event>, std::greater<Event>>;
-
-    // Turn k starts at k W/w = start + fraction/w, kept exactly as k grows by one.
+    // The next turn of a task. Turn k starts at k W/w = start + fraction/w, exactly.
     struct Turn {
         uint64_t weight, period, period_fraction, start, fraction;
+        uint32_t task;
 
         void advance() {
             start += period;
             fraction += period_fraction;
-            if (fraction >= weight) {
-                fraction -= weight;
-                ++start;
-            }
+            const bool carry = fraction >= weight;
+            start += carry;
+            fraction -= carry ? weight : 0;
+        }
+        uint64_t deadline() const {
+            Turn after = *this;
+            after.advance();
+            return after.start + (after.fraction > 0);
+        }
+    };
+    // Releases and deadlines in slots of the block.
+    struct Due {
+        uint32_t release, deadline, task;
+    };
+    struct Released {
+        uint32_t release, task;
+    };
+    struct Later {
+        uint64_t deadline;
+        uint32_t index, release;  // index: in turns_, so in the order of the tasks
+        bool operator<(const Later& other) const {
+            return std::tie(deadline, index) < std::tie(other.deadline, other.index);
         }
     };
 
-    Event deadline(uint32_t task) const {
-        Turn after = turns_[task];
-        after.advance();
-        return {after.start + (after.fraction > 0 ? 1 : 0), task};
+    // Sort the turns that are due in the next `slots` slots by deadline, advance their tasks past
+    // them, and note the turns that are due later; returns how many are due.
+    uint32_t collect(uint32_t slots) {
+        const uint64_t begin = position_, end = position_ + slots;
+        due_.resize(slots);
+        first_.assign(slots + 1, 0);
+        later_.clear();
+        uint32_t due = 0;
+        for (uint32_t index = 0; index < turns_.size(); ++index) {
+            Turn turn = turns_[index];
+            const uint32_t before = due;
+            while (turn.start < end) {
+                const auto release = static_cast<uint32_t>(std::max(turn.start, begin) - begin);
+                const uint64_t deadline = turn.deadline();
+                if (deadline > end) {
+                    later_.push_back({deadline, index, release});
+                    break;
+                }
+                if (due == slots) throw std::logic_error("more turns are due than there are slots");
+                const auto last = static_cast<uint32_t>(deadline - begin - 1);
+                due_[due++] = {release, last, turn.task};
+                ++first_[last + 1];
+                turn.advance();
+            }
+            counts_[turn.task] += due - before;
+            turns_[index] = turn;
+        }
+        for (uint32_t slot = 0; slot < slots; ++slot) first_[slot + 1] += first_[slot];
+        by_deadline_.resize(slots);
+        for (uint32_t i = 0; i < due; ++i)
+            by_deadline_[first_[due_[i].deadline]++] = {due_[i].release, due_[i].task};
+        return due;
     }
 
-    uint64_t slot_ = 0;
+    uint64_t position_ = 0;
     std::vector<int64_t> counts_;
-    std::vector<Turn> turns_;
-    EarliestFirst ready_;    // released turns by deadline
-    EarliestFirst waiting_;  // turns to come by release
+    std::vector<Turn> turns_;  // of the tasks with a weight
+    // Of the block that is being filled, kept to be used again:
+    FreeSlots free_;
+    std::vector<Due> due_;
+    std::vector<uint32_t> first_;  // place in by_deadline_ of the next turn that is due in a slot
+    std::vector<Released> by_deadline_;
+    std::vector<Later> later_;
+};
+
+// Independent draws, as most training loops make them: task t with probability w/W in every slot.
+// The draw of a slot is a function of the key and the slot; alias method (Vose, "A linear algorithm
+// for generating random numbers with a given distribution", IEEE TSE 1991), exact to 2^-64.
+class RandomBlend {
+public:
+    RandomBlend(const std::vector<uint64_t>& weights, uint64_t key)
+        : key_(key), counts_(weights.size(), 0), columns_(weights.size()) {
+        using Wide = unsigned __int128;
+        const uint64_t total = total_weight(weights);
+        const Wide tasks = weights.size();
+        std::vector<Wide> mass;  // of a column: weight times tasks, so `total` fills it
+        std::vector<uint32_t> below, above;
+        for (uint32_t task = 0; task < weights.size(); ++task) {
+            mass.push_back(weights[task] * tasks);
+            (mass[task] < total ? below : above).push_back(task);
+            columns_[task] = {~uint64_t{0}, task};
+        }
+        while (!below.empty()) {
+            const uint32_t task = below.back(), other = above.back();
+            below.pop_back();
+            columns_[task] = {share(mass[task], total), other};
+            mass[other] -= total - mass[task];
+            if (mass[other] < total) {
+                above.pop_back();
+                below.push_back(other);
+            }
+        }
+    }
+
+    int64_t position() const { return static_cast<int64_t>(position_); }
+    const std::vector<int64_t>& counts() const { return counts_; }
+
+    // The tasks of the next `slots` slots.
+    template <typename Task>
+    void fill(Task* tasks, uint32_t slots) {
+        for (uint32_t i = 0; i < slots; ++i) {
+            const uint32_t task = draw(position_++);
+            tasks[i] = static_cast<Task>(task);
+            ++counts_[task];
+        }
+    }
+
+private:
+    struct Column {
+        uint64_t below;  // a draw below this takes the column's own task
+        uint32_t other;
+    };
+
+    // part / whole in units of 2^-64, for part < whole <= 2^62.
+    static uint64_t share(unsigned __int128 part, uint64_t whole) {
+        return static_cast<uint64_t>((part << 64) / whole);
+    }
+
+    uint32_t draw(uint64_t slot) const {
+        const unsigned __int128 point = (unsigned __int128){member_key(key_, slot)} * columns_.size();
+        const auto column = static_cast<uint32_t>(point >> 64);
+        const Column& drawn = columns_[column];
+        return static_cast<uint64_t>(point) < drawn.below ? column : drawn.other;
+    }
+
+    uint64_t key_;
+    uint64_t position_ = 0;
+    std::vector<int64_t> counts_;
+    std::vector<Column> columns_;  // by task
 };
 
 }  // namespace megaphase

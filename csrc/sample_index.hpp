@@ -1,4 +1,4 @@
-// Where every sample of a task's epoch begins, in which order samples come, and how they are read.
+// Where every sample of a task's epoch begins, and in which order samples come.
 //
 // In an epoch the training documents, in the order of a keyed permutation, form one sequence of
 // tokens. Sample p holds its tokens [p seq_len, (p + 1) seq_len], so neighbours share one token and
@@ -8,91 +8,74 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
 
+#include "documents.hpp"
 #include "keyed_permutation.hpp"
 
 namespace megaphase {
 
-// Which side of the held-out split a stream reads: documents whose hash is below the threshold
-// are held out for validation, the others are trained on.
-enum class Side { training, held_out };
-
-// Arrays inside an .idx file follow a header of 34 bytes, so they are not aligned.
-template <typename T>
-T load(const T* base, int64_t i) {
-    T value;
-    std::memcpy(&value, reinterpret_cast<const char*>(base) + i * sizeof(T), sizeof(T));
-    return value;
-}
-
-template <typename Length>
-struct Documents {
-    const Length* lengths;  // [documents], tokens
-    const uint64_t* hashes; // [documents]
-    int64_t count;
-    uint64_t threshold;
-    Side side;
-
-    int64_t length(int64_t document) const {
-        const bool held_out = hashes[document] < threshold;
-        return held_out == (side == Side::held_out) ? load(lengths, document) : 0;
-    }
-
-    void prefetch(int64_t document) const {
-        __builtin_prefetch(hashes + document);
-        __builtin_prefetch(lengths + document);
-    }
+// Where a sample begins, as it lies in the index.
+template <typename Unit>
+struct Start {
+    Unit slot, offset;
 };
 
-struct Totals {
-    int64_t documents = 0;
-    int64_t tokens = 0;
-};
-
+// Walks once through an epoch in token order; `fill` writes the starts of the next samples.
 template <typename Length>
-Totals count_side(const Documents<Length>& documents) {
-    Totals totals;
-    for (int64_t i = 0; i < documents.count; ++i) {
-        const int64_t length = documents.length(i);
-        totals.documents += length > 0;
-        if (__builtin_add_overflow(totals.tokens, length, &totals.tokens))
-            throw std::overflow_error("the corpus has more than 2^63 tokens");
-    }
-    return totals;
-}
+class EpochWalk {
+public:
+    EpochWalk(const Documents<Length>& documents, const KeyedPermutation& order, int64_t seq_len)
+        : documents_(documents), order_(order), seq_len_(seq_len) {}
 
-// Fill slots[p], offsets[p] for the samples p in [0, samples) of one epoch.
-template <typename Length, typename Slot>
-void index_epoch(const Documents<Length>& documents, const KeyedPermutation& order, int64_t seq_len,
-                 int64_t samples, Slot* slots, uint32_t* offsets) {
-    constexpr int64_t kAhead = 64;  // documents are looked up in random order: ask for many at once
-    int64_t ahead[kAhead];
-    int64_t sample = 0;
-    int64_t until_next = 0;  // tokens from the current document's start to the next sample's start
-    for (int64_t slot = 0; slot < documents.count && sample < samples; ++slot) {
-        if (slot % kAhead == 0) {
-            const int64_t end = std::min(slot + kAhead, documents.count);
-            for (int64_t i = slot; i < end; ++i) {
-                ahead[i - slot] = static_cast<int64_t>(order(i));
-                documents.prefetch(ahead[i - slot]);
+    // Writes at most `samples` starts, looking at no more than `documents` documents (rounded up to
+    // a look-ahead), so that a call ends soon; returns how many it wrote.
+    template <typename Unit>
+    int64_t fill(Start<Unit>* starts, int64_t samples, int64_t documents) {
+        const int64_t last_slot = std::min(documents_.count - slot_, documents) + slot_;
+        int64_t sample = 0;
+        while (sample < samples) {
+            if (until_next_ >= length_) {
+                if (slot_ >= last_slot) break;
+                enter_next_document();
+                continue;
+            }
+            constexpr uint64_t kLargest = std::numeric_limits<Unit>::max();
+            if (static_cast<uint64_t>(std::max(slot_ - 1, until_next_)) > kLargest)
+                throw std::overflow_error("more than 2^32 documents, or tokens in a document");
+            starts[sample++] = {static_cast<Unit>(slot_ - 1), static_cast<Unit>(until_next_)};
+            until_next_ += seq_len_;
+        }
+        return sample;
+    }
+
+    bool at_end() const { return slot_ == documents_.count && until_next_ >= length_; }
+
+private:
+    static constexpr int64_t kAhead = 64;  // documents are looked up in random order: ask for many
+
+    void enter_next_document() {
+        until_next_ -= length_;
+        if (slot_ % kAhead == 0) {
+            const int64_t end = std::min(slot_ + kAhead, documents_.count);
+            for (int64_t i = slot_; i < end; ++i) {
+                ahead_[i - slot_] = static_cast<int64_t>(order_(i));
+                documents_.prefetch(ahead_[i - slot_]);
             }
         }
-        const int64_t length = documents.length(ahead[slot % kAhead]);
-        while (until_next < length && sample < samples) {
-            if (until_next > std::numeric_limits<uint32_t>::max())
-                throw std::overflow_error("a document has more than 2^32 tokens");
-            slots[sample] = static_cast<Slot>(slot);
-            offsets[sample] = static_cast<uint32_t>(until_next);
-            ++sample;
-            until_next += seq_len;
-        }
-        until_next -= length;
+        length_ = documents_.length(ahead_[slot_ % kAhead]);
+        ++slot_;
     }
-    if (sample < samples) throw std::out_of_range("the epoch has fewer samples than asked for");
-}
+
+    Documents<Length> documents_;
+    KeyedPermutation order_;
+    int64_t seq_len_;
+    int64_t slot_ = 0;        // of the next document
+    int64_t length_ = 0;      // of the current document
+    int64_t until_next_ = 0;  // tokens from the current document's start to the next sample's start
+    int64_t ahead_[kAhead];
+};
 
 // Call visit(document, offset, tokens) for each piece of at most `wanted` tokens from (slot, offset);
 // returns the number of tokens found, fewer than `wanted` only at the end of the epoch.

@@ -15,7 +15,7 @@ from megaphase.errors import EXIT_FAILED, EXIT_WRONG_INPUT, InputError, RunError
 from megaphase.experiments.commands import report_command
 from megaphase.launch.commands import demo_command, launch_app
 from megaphase.parallel.launcher import global_rank
-from megaphase.plan.commands import plan_command
+from megaphase.plan.commands import plan_app
 from megaphase.training.commands import evaluate_command, train_command
 
 EXIT_INTERRUPTED = 130
@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
-app.command("plan")(plan_command)
+app.add_typer(plan_app, name="plan")
 app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
 app.command("report")(report_command)

@@ -17,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     PrivateAttr,
     ValidationError,
     field_validator,
@@ -55,6 +56,18 @@ def _non_empty_path(value: Any) -> Any:
 FilePath = Annotated[Path, BeforeValidator(_non_empty_path)]
 
 
+def _role_or_task_names(value: Any) -> Any:
+    if value == []:
+        raise PydanticCustomError("too_short", "empty")
+    names = value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) and name for name in names):
+        raise PydanticCustomError("selection_type", "neither a role nor a list of tasks")
+    return value
+
+
+RoleOrTaskNames = Annotated[str | list[str], PlainValidator(_role_or_task_names)]
+
+
 class Section(BaseModel):
     """A mapping of the run file; unknown keys are refused with the nearest right name."""
 
@@ -75,10 +88,14 @@ class Section(BaseModel):
 
 
 class TaskConfig(Section):
-    """One training distribution: a language and where its corpus lies (PREFIX of .bin/.idx)."""
+    """One training distribution: a language and where its corpus lies (PREFIX of .bin/.idx).
+
+    role is any word, such as `high` or `low`, by which a mixture's `over` can name several tasks.
+    """
 
     corpus: FilePath
     kind: Literal["lm"] = "lm"
+    role: str | None = Field(default=None, min_length=1)
 
 
 class ModelConfig(Section):
@@ -141,13 +158,16 @@ class OptimizerConfig(Section):
 
 
 class MixtureConfig(Section):
-    """A phase's sampling rates: exactly one of rates, temperature, proportional and unimax."""
+    """A phase's sampling rates: exactly one of rates, temperature, proportional and unimax.
+
+    over: the tasks among which the last three divide the phase, a list of names or a role.
+    """
 
     rates: dict[str, PositiveOrZero] | None = None
     temperature: Positive | None = None
     proportional: Literal[True] | None = None
     unimax: Literal[True] | None = None
-    over: list[str] | None = Field(default=None, min_length=1)
+    over: RoleOrTaskNames | None = None
     max_epochs: Positive | None = None
 
     @field_validator("rates")
@@ -201,6 +221,7 @@ class PhaseConfig(Section):
     tokens: Count | None = None
     steps: Count | None = None
     mixture: MixtureConfig
+    order: Literal["balanced", "random"] = "balanced"
     optimizer_state: Literal["reset", "keep"] = "reset"
     learning_rate: LearningRateConfig
 
@@ -264,6 +285,10 @@ class RunConfig(Section):
         """The run file that this was read from."""
         return self._path
 
+    def tasks_with_role(self, role: str) -> list[str]:
+        """The tasks that have this role, in the file's order."""
+        return [name for name, task in self.tasks.items() if task.role == role]
+
     def where(self, key: str) -> str:
         """`FILE: KEY`, for messages about a value that turned out wrong later on."""
         return f"{self._path}: {key}"
@@ -294,7 +319,11 @@ def _check_references(config: RunConfig) -> None:
                 f"{phase.name!r} stands twice",
                 "give every phase its own name",
             )
-        mentioned = {"rates": phase.mixture.rates or {}, "over": phase.mixture.over or []}
+        over = phase.mixture.over
+        if isinstance(over, str):
+            _check_role(config, config.where(f"phases[{i}].mixture.over"), over)
+            over = None
+        mentioned = {"rates": phase.mixture.rates or {}, "over": over or []}
         for key, tasks in mentioned.items():
             for task in tasks:
                 if task not in config.tasks:
@@ -303,6 +332,19 @@ def _check_references(config: RunConfig) -> None:
                         f"no task {task!r} with a corpus under tasks",
                         hint(task, config.tasks, "the tasks are"),
                     )
+
+
+def _check_role(config: RunConfig, where: str, role: str) -> None:
+    if config.tasks_with_role(role):
+        return
+    roles = sorted({task.role for task in config.tasks.values() if task.role is not None})
+    if role in config.tasks:
+        remedy = f"for the task write [{role}]"
+    elif roles:
+        remedy = hint(role, roles, "the roles are")
+    else:
+        remedy = "set tasks.NAME.role, or give a list of tasks"
+    raise InputError(where, f"no task has the role {role!r}", remedy)
 
 
 def _apply_override(path: Path, data: dict[str, Any], override: str) -> None:

@@ -24,6 +24,7 @@ _MESSAGES = {
     "dict_type": "must be a mapping of keys to values",
     "list_type": "must be a list",
     "tuple_type": "must be a list",
+    "selection_type": "must be a role or a list of tasks",
     "too_short": "must hold at least one entry",
     "greater_than": "must be greater than {gt:g}",
     "greater_than_equal": "must be at least {ge:g}",

@@ -15,7 +15,8 @@ import yaml
 
 from megaphase.config import RunConfig, load_run_file
 from megaphase.corpus import CorpusWriter, DocumentBatch
-from megaphase.plan.plan import Plan, ensure_built
+from megaphase.plan.build import ensure_built
+from megaphase.plan.plan import Plan
 from megaphase.plan.spec import PlanSpec, plan_spec
 
 TOKENIZER_HASH = "0123"
@@ -87,6 +88,27 @@ def write_run(folder: Path, corpora: list[str], **changes: Any) -> RunConfig:
 
 def phase(name: str, steps: int, mixture: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "steps": steps, "mixture": mixture, "learning_rate": {"peak": 1e-3}}
+
+
+PLAN_PHASES = [
+    phase("one", 12, {"rates": {"en": 0.75, "hi": 0.25}}),
+    phase("two", 8, {"temperature": 3.3}),
+]
+
+
+def write_three_tasks(folder: Path) -> tuple[RunConfig, dict[str, Documents]]:
+    """A run with PLAN_PHASES over three small corpora."""
+    written = {
+        name: write_corpus(
+            folder / name, random_lengths(40 - 10 * i, 30, i), seed=i, first_token=i * 9000
+        )
+        for i, name in enumerate(["en", "hi", "no"])
+    }
+    return write_run(folder, list(written), phases=PLAN_PHASES), written
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def spec_of(config: RunConfig) -> PlanSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from decimal import Decimal, getcontext
 from fractions import Fraction
+from math import lcm
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def blend(weights: list[int], samples: int) -> tuple[np.ndarray, np.ndarray]:
     block = block_size(len(weights))
     tasks = np.zeros(samples, task_dtype(len(weights)))
     counts = np.zeros((-(-samples // block), len(weights)), np.int64)
-    _builder.fill_blend(_builder.EarliestDeadlineFirst(weights), tasks, counts, block)
+    _builder.DeadlineBlend(weights).fill(tasks, counts, block)
     return tasks, counts
 
 
@@ -113,10 +114,10 @@ def test_a_blend_is_the_same_every_time_and_in_pieces():
     whole, _ = blend(weights, 5000)
     again, _ = blend(weights, 5000)
     assert np.array_equal(whole, again)
-    edf = _builder.EarliestDeadlineFirst(weights)
+    edf = _builder.DeadlineBlend(weights)
     pieces = [np.zeros(n, np.uint16) for n in (2048, 1024, 1928)]
     for piece in pieces:
-        _builder.fill_blend(edf, piece, np.zeros((-(-len(piece) // 1024), 5), np.int64), 1024)
+        edf.fill(piece, np.zeros((-(-len(piece) // 1024), 5), np.int64), 1024)
     assert np.array_equal(np.concatenate(pieces), whole)
     assert edf.position == 5000
     assert edf.counts == np.bincount(whole, minlength=5).tolist()
@@ -132,7 +133,7 @@ def test_more_than_65536_tasks_are_numbered_in_32_bits():
 @pytest.mark.parametrize("weights", [[], [0, 0], [LARGEST, 1]])
 def test_weights_that_make_no_blend_are_refused(weights):
     with pytest.raises(ValueError, match="weight"):
-        _builder.EarliestDeadlineFirst(weights)
+        _builder.DeadlineBlend(weights)
 
 
 def test_ordinals_of_any_range_are_those_of_the_whole():
@@ -161,7 +162,12 @@ def test_integer_weights_sum_and_stay_within_one(weights, samples, largest):
     rates = normalised(weights)
     found = integer_weights(rates, samples, largest)
     total = sum(found)
-    assert largest - samples < total <= largest
+    assert total <= largest
+    common = lcm(*(rate.denominator for rate in rates))
+    if common <= largest:
+        assert found == [rate * common for rate in rates]
+        return
+    assert largest - samples < total
     assert total % samples == 0
     for weight, rate in zip(found, rates, strict=True):
         assert abs(weight - rate * total) < 1

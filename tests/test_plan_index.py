@@ -3,53 +3,36 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from plan_support import (
+    PLAN_PHASES,
     Documents,
     ReferenceStream,
     build_plan,
+    contents,
     phase,
     random_lengths,
     spec_of,
     write_corpus,
     write_run,
+    write_three_tasks,
 )
 
 from megaphase.config import RunConfig
-from megaphase.files import hash_json
+from megaphase.plan.build import ensure_built, plan_folder
 from megaphase.plan.dataset import Batch, StepReader, read_step
-from megaphase.plan.index import build_index
-from megaphase.plan.plan import Plan, ensure_built, plan_folder
+from megaphase.plan.plan import Plan
 
 SEQ_LEN = 8
 FILLER = 59_999
-PHASES = [
-    phase("one", 12, {"rates": {"en": 0.75, "hi": 0.25}}),
-    phase("two", 8, {"temperature": 3.3}),
-]
 
 
 @pytest.fixture
 def run(tmp_path) -> tuple[RunConfig, dict[str, Documents]]:
-    written = {
-        name: write_corpus(
-            tmp_path / name, random_lengths(40 - 10 * i, 30, i), seed=i, first_token=i * 9000
-        )
-        for i, name in enumerate(["en", "hi", "no"])
-    }
-    return write_run(tmp_path, list(written), phases=PHASES), written
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return write_three_tasks(tmp_path)
 
 
 def test_the_same_spec_gives_the_same_bytes(run, tmp_path):
@@ -61,7 +44,7 @@ def test_the_same_spec_gives_the_same_bytes(run, tmp_path):
     assert sorted(contents(first)) == [
         *(f"blend-{p}.{kind}" for p in range(2) for kind in ("counts", "tasks")),
         "index.json",
-        *(f"samples-{t}.{kind}" for t in range(3) for kind in ("offsets", "slots")),
+        "starts",
     ]
 
 
@@ -72,10 +55,10 @@ def test_the_same_spec_gives_the_same_bytes(run, tmp_path):
         {"model": {"preset": "gpt-5m", "seq_len": 9}},
         {"batch": {"samples": 6}},
         {"validation": {"fraction": 0.25}},
-        {"phases": PHASES[:1]},
-        {"phases": [PHASES[0], PHASES[1] | {"steps": 9}]},
-        {"phases": [PHASES[0], PHASES[1] | {"name": "renamed"}]},
-        {"phases": [PHASES[0], PHASES[1] | {"mixture": {"temperature": 3.4}}]},
+        {"phases": PLAN_PHASES[:1]},
+        {"phases": [PLAN_PHASES[0], PLAN_PHASES[1] | {"steps": 9}]},
+        {"phases": [PLAN_PHASES[0], PLAN_PHASES[1] | {"name": "renamed"}]},
+        {"phases": [PLAN_PHASES[0], PLAN_PHASES[1] | {"mixture": {"temperature": 3.4}}]},
         {"tasks": {name: {"corpus": name} for name in ("hi", "en", "no")}},
         {"tasks": {"en": {"corpus": "hi"}, "hi": {"corpus": "hi"}, "no": {"corpus": "no"}}},
     ],
@@ -83,7 +66,7 @@ def test_the_same_spec_gives_the_same_bytes(run, tmp_path):
 )
 def test_whatever_changes_the_plan_changes_its_name(run, tmp_path, changes):
     config, written = run
-    changed = write_run(tmp_path, list(written), **({"phases": PHASES} | changes))
+    changed = write_run(tmp_path, list(written), **({"phases": PLAN_PHASES} | changes))
     assert spec_of(changed).fingerprint != spec_of(config).fingerprint
 
 
@@ -92,7 +75,7 @@ def test_what_does_not_matter_to_the_plan_keeps_its_name(run, tmp_path):
     same = write_run(
         tmp_path,
         list(written),
-        phases=[PHASES[0], PHASES[1] | {"learning_rate": {"peak": 0.5}}],
+        phases=[PLAN_PHASES[0], PLAN_PHASES[1] | {"learning_rate": {"peak": 0.5}}],
         output="elsewhere",
         batch={"samples": 4, "micro": 2},
         precision="fp32",
@@ -108,131 +91,6 @@ def test_a_replaced_corpus_is_not_read_through_the_old_index(run, tmp_path):
     write_corpus(tmp_path / "hi", random_lengths(30, 30, 99), seed=99)
     after = build_plan(config)
     assert before.spec.fingerprint != after.spec.fingerprint
-
-
-def _truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def _alter(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def _edit(key: str, value: object):
-    def edit(path: Path) -> None:
-        header = json.loads(path.read_text())
-        header[key] = value
-        path.write_text(json.dumps(header))
-
-    return edit
-
-
-def _foreign(path: Path) -> None:
-    header = json.loads(path.read_text())
-    del header["hash"]
-    header["fingerprint"] = "0" * 32
-    path.write_text(json.dumps(header | {"hash": hash_json(header)}))
-
-
-@pytest.mark.parametrize(
-    ("name", "harm", "said"),
-    [
-        ("blend-0.tasks", _truncate, "blend-0.tasks has 95 bytes, not 96"),
-        ("blend-1.counts", _alter, "blend-1.counts has been altered"),
-        ("samples-0.slots", _alter, "samples-0.slots has been altered"),
-        ("samples-2.offsets", Path.unlink, "samples-2.offsets is missing"),
-        ("index.json", Path.unlink, "index.json is missing"),
-        ("index.json", lambda path: os.truncate(path, 100), "index.json is damaged"),
-        ("index.json", _edit("phases", []), "index.json has been altered"),
-        ("index.json", _edit("files", {}), "index.json has been altered"),
-        ("index.json", _foreign, "index.json belongs to another plan"),
-        ("index.json", lambda path: path.write_text("[]"), "index.json is damaged"),
-        ("index.json", lambda path: path.write_bytes(b"\xff"), "index.json is damaged"),
-    ],
-)
-def test_a_damaged_index_is_named_and_built_again(run, name, harm, said):
-    config, _ = run
-    spec = spec_of(config)
-    folder = ensure_built(spec, config.output)
-    whole = contents(folder)
-    harm(folder / name)
-    lines: list[str] = []
-    assert ensure_built(spec, config.output, say=lines.append) == folder
-    assert lines == [f"{folder}: {said}; building the plan again"]
-    assert contents(folder) == whole
-    assert ensure_built(spec, config.output, say=pytest.fail) == folder
-
-
-BUILD_AND_HANG = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from plan_support import spec_of
-from megaphase.config import load_run_file
-from megaphase.plan.plan import ensure_built
-
-def progress(what, done, of):
-    if what == {hang_at!r}:
-        print("hanging", flush=True)
-        time.sleep(600)
-
-config = load_run_file(Path({run_file!r}))
-ensure_built(spec_of(config), config.output, progress=progress)
-"""
-
-
-def build_in_another_process(config: RunConfig, hang_at: str = "") -> subprocess.Popen:
-    script = BUILD_AND_HANG.format(
-        tests=str(Path(__file__).parent), hang_at=hang_at, run_file=str(config.path)
-    )
-    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-
-
-@pytest.mark.parametrize("hang_at", ["blend of one", "samples of no"])
-def test_a_build_that_is_killed_leaves_nothing_that_counts(run, hang_at):
-    config, _ = run
-    spec = spec_of(config)
-    process = build_in_another_process(config, hang_at)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "hanging\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert not plan_folder(config.output, spec).exists()
-    folder = ensure_built(spec, config.output, say=pytest.fail)
-    elsewhere = ensure_built(spec, config.output.with_name("elsewhere"))
-    assert contents(folder) == contents(elsewhere)
-
-
-def test_two_processes_may_build_at_the_same_time(run):
-    config, _ = run
-    spec = spec_of(config)
-    built = []
-
-    def progress(what: str, done: int, of: int) -> None:
-        if not built:
-            process = build_in_another_process(config)
-            process.communicate()
-            built.append(process.returncode)
-
-    folder = ensure_built(spec, config.output, progress=progress)
-    assert built == [0]
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    assert ensure_built(spec, config.output, say=pytest.fail) == folder
-
-
-def test_a_build_that_fails_leaves_nothing(run):
-    config, _ = run
-    spec = spec_of(config)
-
-    def fail(what: str, done: int, of: int) -> None:
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        ensure_built(spec, config.output, progress=fail)
-    assert list((config.output / "plan").iterdir()) == []
 
 
 def expected_samples(config: RunConfig, written: dict[str, Documents], plan: Plan, number: int):
@@ -264,7 +122,7 @@ def test_steps_hold_the_samples_of_the_reference(run, number):
     plan = build_plan(config)
     rows = [
         row
-        for step in range(PHASES[number]["steps"])
+        for step in range(PLAN_PHASES[number]["steps"])
         for row in as_rows(read_step(plan, number, step, 0, 1, FILLER))
     ]
     expected = []
@@ -273,7 +131,7 @@ def test_steps_hold_the_samples_of_the_reference(run, number):
         inputs = (tokens + [FILLER] * missing)[:SEQ_LEN]
         expected.append((task, *inputs, *tokens[1:], *[-100] * missing))
     assert rows == expected
-    assert len(rows) == PHASES[number]["steps"] * 4
+    assert len(rows) == PLAN_PHASES[number]["steps"] * 4
 
 
 def test_a_step_is_the_same_for_every_number_of_ranks(run):
@@ -336,7 +194,7 @@ def test_a_branch_shares_its_first_phase(run, tmp_path):
         tmp_path,
         list(written),
         output="branch",
-        phases=[PHASES[0], phase("other", 5, {"rates": {"no": 1.0}})],
+        phases=[PLAN_PHASES[0], phase("other", 5, {"rates": {"no": 1.0}})],
     )
     plans = build_plan(config), build_plan(other)
     for step in range(12):
@@ -349,8 +207,7 @@ def test_an_index_may_have_fewer_tasks_than_streams_and_empty_ones(run, tmp_path
     config, written = run
     plan = build_plan(write_run(tmp_path, list(written)))
     assert plan.phases[0].counts == [40, 0, 0]
-    folder = plan_folder(config.output, plan.spec)
-    assert (folder / "samples-2.slots").stat().st_size == 0
+    assert plan_folder(config.output, plan.spec).is_dir()
 
 
 def test_summary_figures(run):
@@ -382,14 +239,3 @@ def test_summary_figures(run):
         together = first["samples"] + second["samples"]
         assert second["epochs_so_far"] == together / per_epoch[name]
     assert sum(facts["samples"] for facts in two["tasks"].values()) == 32
-
-
-def test_progress_is_told_to_the_end(run, tmp_path):
-    config, _ = run
-    told = []
-    build_index(spec_of(config), tmp_path / "index", lambda *news: told.append(news))
-    assert told[0] == ("blend of one", 48, 48)
-    assert all(done <= of for _, done, of in told)
-    assert {what for what, done, of in told if done == of} == {
-        "blend of one", "blend of two", "samples of en", "samples of hi", "samples of no"
-    }  # fmt: skip

@@ -26,7 +26,7 @@ from plan_support import (
 from megaphase.corpus import Corpus
 from megaphase.plan import _builder
 from megaphase.plan.dataset import read_held_out
-from megaphase.plan.stream import SampleLocations, Stream
+from megaphase.plan.stream import DOCUMENTS_PER_CALL, Stream
 from megaphase.targets import IGNORED_TARGET
 
 SEQ_LEN = 8
@@ -101,14 +101,20 @@ def make_stream(
     return stream, ReferenceStream("en", written, SEQ_LEN, FRACTION, side=side)
 
 
+def starts_of(stream: Stream, epoch: int, samples: int) -> np.ndarray:
+    starts = np.empty((samples, 2), stream.start_dtype)
+    assert stream.walk(epoch).fill(starts, DOCUMENTS_PER_CALL) == samples
+    return starts
+
+
 def read_epoch(stream: Stream, epoch: int) -> list[list[int]]:
     """All samples of an epoch in token order, as inputs and the one target beyond them."""
     samples = stream.samples_per_epoch
-    slots, offsets = np.empty(samples, np.uint32), np.empty(samples, np.uint32)
-    stream.fill_epoch(epoch, slots, offsets)
-    locations = SampleLocations(np.full(samples, epoch), slots.astype(np.int64), offsets)
+    index = np.zeros(((epoch + 1) * samples, 2), stream.start_dtype)
+    index[epoch * samples :] = starts_of(stream, epoch, samples)
     inputs, targets = (np.full((samples, stream.seq_len), -7) for _ in range(2))
-    stream.read(locations, np.arange(samples), inputs, targets, FILLER)
+    rows = np.arange(samples)
+    stream.read(index, epoch * samples + rows, rows, inputs, targets, FILLER)
     return as_samples(inputs, targets)
 
 
@@ -244,13 +250,12 @@ def test_an_index_holds_whole_windows_of_the_last_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr("megaphase.plan.stream.SAMPLE_WINDOW", 16)
     stream, _ = make_stream(tmp_path)
     per_epoch = stream.samples_per_epoch
-    assert stream.index_size(0, 0) == 0
-    assert stream.index_size(0, 1) == 16
-    assert stream.index_size(0, 17) == 32
-    assert stream.index_size(0, per_epoch) == per_epoch
-    assert stream.index_size(1, per_epoch) == 0
-    assert stream.index_size(1, per_epoch + 16) == 16
-    assert stream.index_size(0, 10 * per_epoch) == per_epoch
+    assert stream.index_sizes(0) == []
+    assert stream.index_sizes(1) == [16]
+    assert stream.index_sizes(17) == [32]
+    assert stream.index_sizes(per_epoch) == [per_epoch]
+    assert stream.index_sizes(per_epoch + 16) == [per_epoch, 16]
+    assert stream.index_sizes(3 * per_epoch - 1) == [per_epoch, per_epoch, per_epoch]
 
 
 def test_streams_go_on_across_phases(tmp_path):
@@ -284,19 +289,47 @@ def test_streams_go_on_across_phases(tmp_path):
     )
 
 
+def test_a_walk_in_small_steps_is_the_same(tmp_path):
+    stream, _ = make_stream(tmp_path)
+    whole = starts_of(stream, 1, stream.samples_per_epoch)
+    for samples, documents in [(1, 1), (3, 1), (1000, 1), (7, 5), (1, 1000)]:
+        walk, found = stream.walk(1), []
+        while not walk.at_end:
+            starts = np.empty((samples, 2), stream.start_dtype)
+            found += starts[: walk.fill(starts, documents)].tolist()
+        assert found == whole.tolist()
+        assert walk.fill(np.empty((5, 2), stream.start_dtype), 5) == 0
+
+
+def test_pieces_are_what_is_read(tmp_path):
+    stream, _ = make_stream(tmp_path)
+    starts = stream.first_starts(stream.samples_per_epoch)
+    tokens, offsets = np.asarray(stream.corpus.tokens), np.asarray(stream.corpus.byte_offsets)
+    joined = []
+    for slot, offset in starts.tolist():
+        sample = []
+        for document, first, length in stream.pieces(0, slot, offset):
+            assert stream.corpus.lengths[document] >= first + length > first
+            begin = offsets[document] // tokens.itemsize + first
+            sample += tokens[begin : begin + length].tolist()
+        joined.append(sample)
+    assert joined == read_epoch(stream, 0)
+
+
 def test_reading_outside_of_a_corpus_is_refused(tmp_path):
     stream, _ = make_stream(tmp_path)
     inputs, targets = (np.zeros((1, SEQ_LEN), np.int64) for _ in range(2))
-    rows = np.zeros(1, np.int64)
 
-    def read(slot: int, offset: int, row: int = 0) -> None:
-        locations = SampleLocations(rows, np.array([slot]), np.array([offset], np.uint32))
-        stream.read(locations, np.array([row]), inputs, targets, FILLER)
+    def read(slot: int, offset: int, row: int = 0, number: int = 0) -> None:
+        starts = np.array([[slot, offset]], np.uint32)
+        stream.read(starts, np.array([number]), np.array([row]), inputs, targets, FILLER)
 
     with pytest.raises(IndexError, match="outside its epoch"):
         read(10**6, 0)
-    with pytest.raises(ValueError, match="out of range"):
-        read(-1, 0)
+    with pytest.raises(IndexError, match="outside the index"):
+        read(0, 0, number=1)
+    with pytest.raises(IndexError, match="outside the index"):
+        read(0, 0, number=-1)
     with pytest.raises(ValueError, match="out of range"):
         read(0, 0, row=1)
     cut = dataclasses.replace(stream.corpus, tokens=np.asarray(stream.corpus.tokens)[:5])

@@ -1,23 +1,46 @@
-"""The command of this room; it imports what it needs, so that `--help` stays fast."""
+"""The commands of this room; they import what they need, so that `--help` stays fast."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from megaphase.arguments import Overrides, RunFile
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from megaphase.config import RunConfig
+    from megaphase.plan.plan import Plan
+    from megaphase.tokenizer import Tokenizer
+
 # Columns of a table in a file or a pipe, where nothing needs to be folded.
 PLAIN_WIDTH = 160
 
 
-def plan_command(
+class _ShowByDefault(TyperGroup):
+    """`plan RUN_FILE` is `plan show RUN_FILE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["show", *args]
+        return super().parse_args(ctx, args)
+
+
+plan_app = typer.Typer(
+    cls=_ShowByDefault,
+    help="The plan of a run: which sample of which task every training step sees.\n\n"
+    "`megaphase plan RUN_FILE` is short for `megaphase plan show RUN_FILE`.",
+    no_args_is_help=True,
+)
+
+
+@plan_app.command("show")
+def show_command(
     run_file: RunFile,
     overrides: Overrides = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
@@ -25,44 +48,134 @@ def plan_command(
     """Show tokens, sampling rates and epochs per phase and task, and build the plan's index."""
     from json import dumps
 
+    from megaphase.plan.preview import plan_table, plan_warnings
+
+    _, _, plan = _open_plan(run_file, overrides)
+    summary = plan.summary()
+    if json:
+        print(dumps(summary, indent=2, ensure_ascii=False))
+        return
+    console = _console()
+    console.print(plan_table(summary))
+    for sentence in plan_warnings(summary):
+        console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
+    console.print(f"Index: {plan.folder}", markup=False, soft_wrap=True)
+
+
+@plan_app.command("trace")
+def trace_command(
+    step: Annotated[
+        int, typer.Option(help="As in metrics.jsonl: from 1, counted over the whole run.")
+    ],
+    run_file: RunFile,
+    overrides: Overrides = None,
+    task: Annotated[str | None, typer.Option(help="Only samples of this task.")] = None,
+    row: Annotated[int | None, typer.Option(help="Only this row of the global batch.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Print the text of the samples.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a sample.")] = False,
+) -> None:
+    """Show what a training step saw: each sample's task, epoch, documents and offsets.
+
+    Example: megaphase plan trace run.yaml --step 1234 --task hi --text
+    """
+    from json import dumps
+
+    from megaphase.errors import InputError
+    from megaphase.plan.trace import as_json, print_texts, sample_texts, trace_step, trace_table
+
+    config, tokenizer, plan = _open_plan(run_file, overrides)
+    if task is not None and task not in config.tasks:
+        raise InputError(
+            "--task", f"{run_file} has no task {task!r}", f"the tasks are {', '.join(config.tasks)}"
+        )
+    phase, phase_step = _find_step(plan, step)
+    samples = [
+        sample
+        for sample in trace_step(plan, phase, phase_step)
+        if task in (None, sample.task) and row in (None, sample.row)
+    ]
+    if json:
+        for sample in samples:
+            texts = sample_texts(plan, sample, tokenizer) if text else None
+            print(dumps(as_json(sample, texts), ensure_ascii=False))
+        return
+    console = _console()
+    console.print(
+        f"step {step:,}: step {phase_step:,} of {plan.phases[phase].name}, "
+        f"{len(samples):,} of {plan.spec.samples_per_step:,} samples",
+        markup=False,
+    )
+    if text:
+        print_texts(console, plan, samples, tokenizer)
+    else:
+        console.print(trace_table(samples))
+
+
+def _find_step(plan: Plan, step: int) -> tuple[int, int]:
+    from megaphase.errors import InputError
+    from megaphase.plan.trace import find_step
+
+    try:
+        return find_step(plan, step)
+    except IndexError:
+        steps = sum(phase.steps for phase in plan.phases)
+        raise InputError("--step", f"there is no step {step}", f"give 1 to {steps:,}") from None
+
+
+def _open_plan(run_file: RunFile, overrides: Overrides) -> tuple[RunConfig, Tokenizer, Plan]:
+    """Read the run file and open its plan; where there is none yet, build it and show how far."""
     from rich.console import Console
 
     from megaphase.config import load_run_file
-    from megaphase.plan.plan import Plan, ensure_built
-    from megaphase.plan.preview import plan_table, plan_warnings
+    from megaphase.plan.build import ensure_built
+    from megaphase.plan.plan import Plan
     from megaphase.plan.spec import plan_spec
     from megaphase.tokenizer import Tokenizer
 
     config = load_run_file(run_file, tuple(overrides or ()))
-    spec = plan_spec(config, Tokenizer.load(config.tokenizer))
+    tokenizer = Tokenizer.load(config.tokenizer)
+    spec = plan_spec(config, tokenizer)
     errors = Console(stderr=True, highlight=False)
-    with _building_progress(errors) as progress:
+    with building_progress(errors) as progress:
         folder = ensure_built(
             spec,
             config.output,
             say=lambda text: errors.print(text, markup=False, soft_wrap=True),
             progress=progress,
         )
-    summary = Plan(spec, folder).summary()
-    if json:
-        print(dumps(summary, indent=2, ensure_ascii=False))
-        return
+    return config, tokenizer, Plan(spec, folder)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
-    console.print(plan_table(summary))
-    for sentence in plan_warnings(summary):
-        console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
-    console.print(f"Index: {folder}", markup=False, soft_wrap=True)
+    return console
 
 
 @contextmanager
-def _building_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+def building_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for the part of the index that is being built; nothing where there is no terminal."""
     from rich.markup import escape
-    from rich.progress import Progress
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bars:
         bar = bars.add_task("plan", total=None)
         shown = ""
 

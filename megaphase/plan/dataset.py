@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megaphase.plan.plan import Plan
-from megaphase.plan.stream import SampleLocations, Stream
+from megaphase.plan.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,10 @@ def read_step(plan: Plan, phase: int, step: int, rank: int, ranks: int, filler: 
 def read_held_out(stream: Stream, task: int, samples: int, filler: int) -> Batch:
     """The first `samples` samples (fewer where there are not so many) of a held-out stream."""
     samples = min(samples, stream.samples_per_epoch)
-    slots, offsets = np.empty(samples, np.uint64), np.empty(samples, np.uint32)
-    stream.fill_epoch(0, slots, offsets)
-    locations = SampleLocations(np.zeros(samples, np.int64), slots.astype(np.int64), offsets)
+    starts = stream.first_starts(samples)
     batch = _empty_batch(samples, stream.seq_len)
-    rows = np.arange(samples)
-    stream.read(locations, rows, batch.inputs.numpy(), batch.targets.numpy(), filler)
+    numbers = np.arange(samples)
+    stream.read(starts, numbers, numbers, batch.inputs.numpy(), batch.targets.numpy(), filler)
     batch.tasks.fill_(task)
     return batch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,7 +30,8 @@ def requested_rates(mixture: MixtureConfig, supply: Mapping[str, TaskSupply]) ->
     proportional is T = 1; unimax starts uniform (Chung et al. 2023). Tasks outside get 0.
     """
     if mixture.rates is not None:
-        weights = {task: Fraction(rate) for task, rate in mixture.rates.items()}
+        # The decimal number that was written, not the binary one nearest to it.
+        weights = {task: Fraction(repr(rate)) for task, rate in mixture.rates.items()}
     else:
         over = mixture.over or list(supply)
         exponent = 0.0 if mixture.unimax else 1 / (mixture.temperature or 1.0)
@@ -81,10 +83,14 @@ def effective_rates(
 def integer_weights(rates: list[Fraction], samples: int, largest_total: int) -> list[int]:
     """Integers in proportion to rates that sum to 1, for a phase of so many samples.
 
-    They sum to a multiple of `samples` near `largest_total`, so a rate that stands for a whole
-    number of samples, as that of a capped task does, is exact. Otherwise largest remainders, ties
-    to the lower index: a rate's error is below 1 / sum.
+    Exactly so where the rates' common denominator is at most `largest_total`. Otherwise the
+    integers sum to a multiple of `samples` near it, so that a rate that stands for a whole number
+    of samples, as that of a capped task does, stays exact; largest remainders, ties to the lower
+    index: a rate's error is below 1 / sum.
     """
+    denominator = _common_denominator(rates, largest_total)
+    if denominator is not None:
+        return [int(rate * denominator) for rate in rates]
     total = largest_total // samples * samples
     exact = [rate * total for rate in rates]
     weights = [int(value) for value in exact]
@@ -92,3 +98,12 @@ def integer_weights(rates: list[Fraction], samples: int, largest_total: int) -> 
     for i in by_remainder[: total - sum(weights)]:
         weights[i] += 1
     return weights
+
+
+def _common_denominator(rates: list[Fraction], largest: int) -> int | None:
+    common = 1
+    for rate in rates:
+        common = math.lcm(common, rate.denominator)
+        if common > largest:
+            return None
+    return common

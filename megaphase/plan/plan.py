@@ -1,10 +1,7 @@
-"""The plan of a run: opened from its run directory, built first where it is not there yet."""
+"""The plan of a run: every sample of every phase, and the figures that a user wants to see."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +9,8 @@ from typing import Any
 import numpy as np
 
 from megaphase.plan import _builder
-from megaphase.plan.index import (
-    INDEX_FILE,
-    PhaseIndex,
-    Progress,
-    block_size,
-    build_index,
-    damage,
-    slot_dtype,
-    task_dtype,
-)
+from megaphase.plan.index import PhaseIndex, StoredIndex, block_size
 from megaphase.plan.spec import PlanSpec
-from megaphase.plan.stream import SampleLocations
 
 # Epochs; repeating a corpus more often has little value (Muennighoff et al. 2023).
 REPEATED_TOO_OFTEN = 4.0
@@ -41,10 +28,20 @@ class PlannedSamples:
     ordinals: np.ndarray
 
 
-def _map(path: Path, dtype: Any) -> np.ndarray:
-    if path.stat().st_size == 0:
-        return np.empty(0, dtype)
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+@dataclass(frozen=True)
+class SampleLocations:
+    """Where samples of one task begin.
+
+    epochs:    int64 [samples]
+    positions: int64 [samples], of the sample in its epoch's token order
+    slots:     int64 [samples], of its first document in the epoch's order of documents
+    offsets:   int64 [samples], token of that document
+    """
+
+    epochs: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    offsets: np.ndarray
 
 
 class Plan:
@@ -52,61 +49,51 @@ class Plan:
 
     def __init__(self, spec: PlanSpec, folder: Path) -> None:
         self.spec = spec
-        header = json.loads((folder / INDEX_FILE).read_text())
-        self.tasks: list[str] = header["tasks"]
-        self.phases = [PhaseIndex(**phase) for phase in header["phases"]]
-        number = len(self.tasks)
-        self._block = block_size(number)
+        self.folder = folder
+        self.tasks = list(spec.streams)
+        self._index = StoredIndex(folder, spec)
+        self.phases = self._index.phases
+        self._block = block_size(len(self.tasks))
         self._streams = list(spec.streams.values())
-        self._blends = [
-            (
-                _map(folder / f"blend-{p}.tasks", task_dtype(number)),
-                _map(folder / f"blend-{p}.counts", np.int64).reshape(-1, number),
-            )
-            for p in range(len(self.phases))
-        ]
-        self._locations = [
-            (
-                _map(folder / f"samples-{t}.slots", slot_dtype(stream)),
-                _map(folder / f"samples-{t}.offsets", np.uint32),
-            )
-            for t, stream in enumerate(self._streams)
-        ]
+        self._first_ordinals = [np.array(phase.starts) for phase in self.phases]
 
     def samples(self, phase: int, first: int, count: int) -> PlannedSamples:
         """The samples [first, first + count) of a phase, in order."""
-        blend, counts = self._blends[phase]
+        order, counts = self._index.blends[phase]
         ordinals = np.empty(count, np.int64)
-        _builder.phase_ordinals(blend, counts, self._block, first, ordinals)
-        tasks = blend[first : first + count].astype(np.int64)
-        return PlannedSamples(tasks, ordinals + np.array(self.phases[phase].starts)[tasks])
+        _builder.phase_ordinals(order, counts, self._block, first, ordinals)
+        tasks = order[first : first + count].astype(np.int64)
+        return PlannedSamples(tasks, ordinals + self._first_ordinals[phase][tasks])
 
     def locate(self, task: int, ordinals: np.ndarray) -> SampleLocations:
         """Where samples of one task begin in its corpus."""
         stream = self._streams[task]
-        slots, offsets = self._locations[task]
         numbers = stream.in_token_order(ordinals)
+        starts = self._index.starts[task][numbers].astype(np.int64)
         return SampleLocations(
-            numbers // stream.samples_per_epoch, slots[numbers].astype(np.int64), offsets[numbers]
+            *np.divmod(numbers, stream.samples_per_epoch), starts[:, 0], starts[:, 1]
         )
 
     def read(
         self, samples: PlannedSamples, inputs: np.ndarray, targets: np.ndarray, filler: int
     ) -> None:
         """Read samples into inputs and targets, int64 [samples, seq_len]; see Stream.read."""
-        for task in np.unique(samples.tasks):
-            rows = np.flatnonzero(samples.tasks == task)
-            locations = self.locate(task, samples.ordinals[rows])
-            self._streams[task].read(locations, rows, inputs, targets, filler)
+        by_task = np.argsort(samples.tasks, kind="stable")
+        tasks, firsts = np.unique(samples.tasks[by_task], return_index=True)
+        for task, rows in zip(tasks, np.split(by_task, firsts[1:]), strict=True):
+            stream = self._streams[task]
+            numbers = stream.in_token_order(samples.ordinals[rows])
+            stream.read(self._index.starts[task], numbers, rows, inputs, targets, filler)
 
     def summary(self) -> dict[str, Any]:
         """Tokens, rates and epochs per phase and task, as `plan.json` in the run directory."""
         spec = self.spec
         phases, first_step = [], 0
-        for phase in self.phases:
+        for number, phase in enumerate(self.phases):
             phases.append(
                 {
                     "name": phase.name,
+                    "order": spec.phases[number].order,
                     "steps": phase.steps,
                     "first_step": first_step,
                     "samples": phase.samples,
@@ -143,35 +130,3 @@ class Plan:
             "epochs": stream.epochs(samples),
             "epochs_so_far": stream.epochs(phase.starts[task] + samples),
         }
-
-
-def plan_folder(run_dir: Path, spec: PlanSpec) -> Path:
-    """Where the index of this spec lies in a run directory."""
-    return run_dir / "plan" / spec.fingerprint[:16]
-
-
-def ensure_built(
-    spec: PlanSpec,
-    run_dir: Path,
-    *,
-    say: Callable[[str], object] = print,
-    progress: Progress = lambda *_: None,
-) -> Path:
-    """Build the index unless a whole one is there; a damaged one is named and built again.
-
-    Returns the index's folder. `say` gets the sentence that names the damage.
-    """
-    folder = plan_folder(run_dir, spec)
-    if folder.exists():
-        problem = damage(folder, spec)
-        if problem is None:
-            return folder
-        say(f"{folder}: {problem}; building the plan again")
-        shutil.rmtree(folder)
-    try:
-        build_index(spec, folder, progress)
-    except OSError:
-        if not folder.exists():
-            raise
-        # Another process has built the same index meanwhile; it appears whole or not at all.
-    return folder

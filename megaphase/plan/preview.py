@@ -14,33 +14,27 @@ from megaphase.plan.plan import REPEATED_TOO_OFTEN
 def plan_table(summary: dict[str, Any]) -> Table:
     """Tokens, sampling rate and epochs per phase and task, from `Plan.summary()`.
 
-    asked: the mixture's rate, shown where max_epochs changed any; rate: what the task gets; so
-    far: epochs since the run's start, marked where the task is repeated too often.
+    requested: the mixture's rate; effective: what max_epochs makes of it; so far: epochs since the
+    run's start, marked where the task is repeated too often.
     """
-    capped = any(
-        facts["rate"] != facts["requested_rate"]
-        for phase in summary["phases"]
-        for facts in phase["tasks"].values()
-    )
     table = Table(
         title="Plan", title_justify="left", box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0)
     )
     table.add_column("phase", overflow="fold")
     table.add_column("task", overflow="fold")
-    for column in ("steps", "tokens", *(("asked",) if capped else ()), "rate", "epochs", "so far"):
+    for column in ("steps", "tokens", "requested", "effective", "epochs", "so far"):
         table.add_column(column, justify="right", overflow="fold")
     for phase in summary["phases"]:
         name, steps = phase["name"], f"{phase['steps']:,}"
         for task, facts in phase["tasks"].items():
             if facts["samples"] == 0 and facts["requested_rate"] == 0:
                 continue
-            asked = (_rate(facts["requested_rate"]),) if capped else ()
             table.add_row(
                 name,
                 escape(task),
                 steps,
                 f"{facts['tokens']:,}",
-                *asked,
+                _rate(facts["requested_rate"]),
                 _rate(facts["rate"]),
                 f"{facts['epochs']:.2f}",
                 _epochs_so_far(facts["epochs_so_far"]),

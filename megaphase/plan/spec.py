@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megaphase.config import MixtureConfig, PhaseConfig, RunConfig
 from megaphase.corpus import Corpus
 from megaphase.errors import InputError
 from megaphase.files import hash_json
+from megaphase.keys import derive_key
 from megaphase.plan.stream import Stream
 from megaphase.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+# Of a phase; together with 64-bit arithmetic on weights and ordinals it can never overflow.
+MOST_SAMPLES = 1 << 48
 
 
 @dataclass(frozen=True)
 class PhaseSpec:
-    """A phase's name, its optimizer steps, its mixture and the mixture's key in the run file."""
+    """What a plan needs to know of a phase.
+
+    Attributes:
+        steps: optimizer steps.
+        mixture: its `over` is a list of tasks, not a role.
+        where: the mixture's place in the run file, for messages.
+        order_key: for `order: random`.
+    """
 
     name: str
     steps: int
     mixture: MixtureConfig
     where: str
+    order: Literal["balanced", "random"]
+    order_key: int
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,29 @@ def _check_task(config: RunConfig, task: str, training: Stream, held_out: Stream
         )
 
 
+def _phase_spec(config: RunConfig, number: int) -> PhaseSpec:
+    phase = config.phases[number]
+    steps = phase_steps(phase, config.batch.samples * config.model.seq_len)
+    samples = steps * config.batch.samples
+    if samples > MOST_SAMPLES:
+        raise InputError(
+            config.where(f"phases[{number}].{'tokens' if phase.tokens else 'steps'}"),
+            f"{phase.name} has {samples:,} samples, more than {MOST_SAMPLES:,}",
+            "shorten the phase",
+        )
+    mixture = phase.mixture
+    if isinstance(mixture.over, str):
+        mixture = mixture.model_copy(update={"over": config.tasks_with_role(mixture.over)})
+    return PhaseSpec(
+        phase.name,
+        steps,
+        mixture,
+        config.where(f"phases[{number}].mixture"),
+        phase.order,
+        derive_key(config.seed, "order", phase.name),
+    )
+
+
 def plan_spec(config: RunConfig, tokenizer: Tokenizer) -> PlanSpec:
     """Open the corpora and put together what the plan is made of.
 
@@ -117,15 +154,7 @@ def plan_spec(config: RunConfig, tokenizer: Tokenizer) -> PlanSpec:
     held_out = _streams(config, corpora, held_out=True)
     for task in config.tasks:
         _check_task(config, task, training[task], held_out[task])
-    phases = [
-        PhaseSpec(
-            phase.name,
-            phase_steps(phase, config.batch.samples * seq_len),
-            phase.mixture,
-            config.where(f"phases[{i}].mixture"),
-        )
-        for i, phase in enumerate(config.phases)
-    ]
+    phases = [_phase_spec(config, i) for i in range(len(config.phases))]
     fingerprint = hash_json(
         {
             "format": FORMAT_VERSION,
@@ -134,7 +163,10 @@ def plan_spec(config: RunConfig, tokenizer: Tokenizer) -> PlanSpec:
             "samples_per_step": config.batch.samples,
             "held_out_fraction": config.validation.fraction,
             "corpora": {task: corpus.fingerprint for task, corpus in corpora.items()},
-            "phases": [[p.name, p.steps, p.mixture.model_dump(mode="json")] for p in phases],
+            "phases": [
+                [phase.name, phase.steps, phase.mixture.model_dump(mode="json"), phase.order]
+                for phase in phases
+            ],
             "order_of_tasks": list(config.tasks),
         }
     )

@@ -8,8 +8,6 @@ does not fill neighbouring batches. Epochs never mix: an epoch's last sample may
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from megaphase.corpus import Corpus
@@ -21,28 +19,20 @@ from megaphase.targets import IGNORED_TARGET
 # epoch needs an index of that hundredth (and at most one window) only.
 SAMPLE_WINDOW = 1 << 16
 
+# Documents looked at in one call, so that a call takes well under a second.
+DOCUMENTS_PER_CALL = 1 << 21
+
 
 def held_out_threshold(fraction: float) -> int:
     """Documents whose 64-bit hash is below this are held out of training."""
     return int(fraction * 2**64)
 
 
-@dataclass(frozen=True)
-class SampleLocations:
-    """Where samples begin.
-
-    epochs:  int64 [samples]
-    slots:   int64 [samples], position in the epoch's order of documents
-    offsets: uint32 [samples], token of that document
-    """
-
-    epochs: np.ndarray
-    slots: np.ndarray
-    offsets: np.ndarray
-
-
 class Stream:
     """One side (training or held out) of one task's corpus as a sequence of samples.
+
+    Samples have two numbers: the ordinal, by which training asks for them, and the number in token
+    order, by which the index holds them; both count on from epoch to epoch.
 
     Attributes:
         documents: how many documents of the corpus are on this side.
@@ -56,70 +46,78 @@ class Stream:
         self.task = task
         self.corpus = corpus
         self.seq_len = seq_len
+        side = "held out" if held_out else "training"
         # Plain views: numpy's memmap class costs microseconds at every use.
-        self._tokens = np.asarray(corpus.tokens)
-        self._byte_offsets = np.asarray(corpus.byte_offsets)
-        self._documents = (
+        self._samples = _builder.Stream(
+            np.asarray(corpus.tokens),
+            np.asarray(corpus.byte_offsets),
             np.asarray(corpus.lengths),
             np.asarray(corpus.hashes),
             held_out_threshold(fraction),
             held_out,
+            derive_key(seed, "documents", side, task),
+            seq_len,
         )
-        self.documents, self.tokens = _builder.count_documents(*self._documents)
+        self.documents, self.tokens = self._samples.totals()
         self.samples_per_epoch = max(0, -(-(self.tokens - 1) // seq_len))
-        side = "held out" if held_out else "training"
-        self._documents_key = derive_key(seed, "documents", side, task)
-        self._samples_key = derive_key(seed, "samples", side, task)
+        self._shuffle_key = derive_key(seed, "samples", side, task)
+
+    @property
+    def start_dtype(self) -> type[np.generic]:
+        """The type of an index's slots and offsets: it must number the corpus's documents."""
+        return np.uint32 if len(self.corpus.lengths) <= 1 << 32 else np.uint64
 
     def epochs(self, samples: int) -> float:
         """How many epochs so many samples are."""
         return samples / self.samples_per_epoch
 
-    def index_size(self, epoch: int, ordinals: int) -> int:
-        """Samples of `epoch` that an index for the ordinals [0, ordinals) must hold."""
-        used = min(max(0, ordinals - epoch * self.samples_per_epoch), self.samples_per_epoch)
-        return min(-(-used // SAMPLE_WINDOW) * SAMPLE_WINDOW, self.samples_per_epoch)
+    def index_sizes(self, ordinals: int) -> list[int]:
+        """For every epoch, the samples that an index for the ordinals [0, ordinals) must hold."""
+        full, used = divmod(ordinals, self.samples_per_epoch)
+        windows = -(-used // SAMPLE_WINDOW)
+        last = min(windows * SAMPLE_WINDOW, self.samples_per_epoch)
+        return [self.samples_per_epoch] * full + ([last] if last else [])
 
-    def fill_epoch(self, epoch: int, slots: np.ndarray, offsets: np.ndarray) -> None:
-        """Write where the epoch's first samples begin, in token order, into the two arrays.
+    def walk(self, epoch: int) -> _builder.StreamWalk:
+        """A walk through an epoch's samples in token order; its `fill` writes where they begin."""
+        return self._samples.walk(epoch)
 
-        slots: uint32 or uint64 [samples]; offsets: uint32 [samples]
-        """
-        _builder.fill_epoch(
-            *self._documents, self._documents_key, epoch, self.seq_len, slots, offsets
-        )
+    def first_starts(self, samples: int) -> np.ndarray:
+        """Slot and offset where epoch 0's first samples begin, in token order: [samples, 2]."""
+        starts = np.empty((samples, 2), self.start_dtype)
+        walk, done = self.walk(0), 0
+        while done < samples:
+            done += walk.fill(starts[done:], DOCUMENTS_PER_CALL)
+            if done < samples and walk.at_end:
+                raise ValueError(f"an epoch of {self.task} has fewer than {samples} samples")
+        return starts
 
     def in_token_order(self, ordinals: np.ndarray) -> np.ndarray:
-        """The numbers in token order, counted on from epoch to epoch, of these ordinals [n]."""
+        """The numbers in token order of the samples with these ordinals, int64 [n]."""
         return _builder.shuffle_samples(
-            ordinals, self.samples_per_epoch, SAMPLE_WINDOW, self._samples_key
+            ordinals, self.samples_per_epoch, SAMPLE_WINDOW, self._shuffle_key
         )
+
+    def pieces(self, epoch: int, slot: int, offset: int) -> list[tuple[int, int, int]]:
+        """(document, offset, tokens) of the pieces that make up the sample that begins there."""
+        return self._samples.pieces(epoch, slot, offset)
 
     def read(
         self,
-        locations: SampleLocations,
+        starts: np.ndarray,
+        numbers: np.ndarray,
         rows: np.ndarray,
         inputs: np.ndarray,
         targets: np.ndarray,
         filler: int,
     ) -> None:
-        """Read the located samples into the given rows of inputs and targets.
+        """Read the samples with these numbers in token order into the given rows.
 
-        rows:            int64 [samples]
+        starts:          start_dtype [indexed samples, 2], slot and offset where each begins
+        numbers, rows:   int64 [samples]
         inputs, targets: int64 [batch, seq_len]; what the last sample of an epoch leaves empty gets
                          `filler` as input and IGNORED_TARGET as target
         """
-        _builder.read_samples(
-            self._tokens,
-            self._byte_offsets,
-            *self._documents,
-            self._documents_key,
-            locations.epochs,
-            locations.slots,
-            locations.offsets,
-            rows,
-            inputs,
-            targets,
-            filler,
-            IGNORED_TARGET,
+        self._samples.read(
+            starts, self.samples_per_epoch, numbers, rows, inputs, targets, filler, IGNORED_TARGET
         )

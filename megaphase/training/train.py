@@ -23,7 +23,8 @@ from megaphase.parallel.topology import (
     start,
     world_size,
 )
-from megaphase.plan.plan import Plan, ensure_built
+from megaphase.plan.build import ensure_built
+from megaphase.plan.plan import Plan
 from megaphase.plan.preview import plan_warnings
 from megaphase.plan.spec import PlanSpec, plan_spec
 from megaphase.tokenizer import Tokenizer

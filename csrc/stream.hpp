@@ -1,0 +1,125 @@
+// A task's stream over one side of its corpus, behind one interface for all types of its arrays.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "documents.hpp"
+#include "sample_index.hpp"
+
+namespace megaphase {
+
+// Tokens [offset, offset + tokens) of a document.
+struct Piece {
+    int64_t document, offset, tokens;
+};
+
+// A walk through an epoch that remembers where it is; see EpochWalk.
+class StreamWalk {
+public:
+    virtual ~StreamWalk() = default;
+    virtual int64_t fill(Start<uint32_t>* starts, int64_t samples, int64_t documents) = 0;
+    virtual int64_t fill(Start<uint64_t>* starts, int64_t samples, int64_t documents) = 0;
+    virtual bool at_end() const = 0;
+};
+
+class Stream {
+public:
+    virtual ~Stream() = default;
+    virtual int64_t seq_len() const = 0;
+    virtual Totals totals() const = 0;
+    virtual std::unique_ptr<StreamWalk> walk(int64_t epoch) const = 0;
+    // The pieces that make up the sample that begins at (slot, offset) of an epoch.
+    virtual std::vector<Piece> pieces(int64_t epoch, int64_t slot, int64_t offset) const = 0;
+    // Write the sample's inputs and targets, [seq_len] each; what an epoch's last sample leaves
+    // empty gets `filler` as input and `ignored` as target.
+    virtual void read(int64_t epoch, int64_t slot, int64_t offset, int64_t* inputs, int64_t* targets,
+                      int64_t filler, int64_t ignored) const = 0;
+};
+
+template <typename Token>
+struct TokenFile {
+    const Token* tokens;
+    int64_t count;
+    const int64_t* byte_offsets;  // [documents]
+
+    const Token* at(const Piece& piece) const {
+        const int64_t begin =
+            load(byte_offsets, piece.document) / int64_t{sizeof(Token)} + piece.offset;
+        if (begin < 0 || begin > count - piece.tokens)
+            throw std::out_of_range("a document lies outside the token file");
+        return tokens + begin;
+    }
+};
+
+template <typename Length, typename Token>
+class CorpusStream final : public Stream {
+public:
+    CorpusStream(const Documents<Length>& documents, const TokenFile<Token>& file, uint64_t key,
+                 int64_t seq_len)
+        : documents_(documents), file_(file), key_(key), seq_len_(seq_len) {}
+
+    int64_t seq_len() const override { return seq_len_; }
+
+    Totals totals() const override { return documents_.totals(); }
+
+    std::unique_ptr<StreamWalk> walk(int64_t epoch) const override {
+        return std::make_unique<Walk>(EpochWalk<Length>(documents_, order(epoch), seq_len_));
+    }
+
+    std::vector<Piece> pieces(int64_t epoch, int64_t slot, int64_t offset) const override {
+        std::vector<Piece> pieces;
+        for_each_piece(documents_, order(epoch), slot, offset, seq_len_ + 1,
+                       [&](int64_t document, int64_t from, int64_t tokens) {
+                           pieces.push_back({document, from, tokens});
+                       });
+        return pieces;
+    }
+
+    void read(int64_t epoch, int64_t slot, int64_t offset, int64_t* inputs, int64_t* targets,
+              int64_t filler, int64_t ignored) const override {
+        int64_t at = 0;  // token i of the sample is input i and target i - 1
+        const int64_t found = for_each_piece(
+            documents_, order(epoch), slot, offset, seq_len_ + 1,
+            [&](int64_t document, int64_t from, int64_t tokens) {
+                const Token* begin = file_.at({document, from, tokens});
+                const int64_t first = at == 0 ? 1 : 0;
+                std::copy(begin, begin + std::min(tokens, seq_len_ - at), inputs + at);
+                std::copy(begin + first, begin + tokens, targets + at - 1 + first);
+                at += tokens;
+            });
+        if (found < 2) throw std::out_of_range("a sample lies outside its epoch");
+        std::fill(inputs + std::min(found, seq_len_), inputs + seq_len_, filler);
+        std::fill(targets + found - 1, targets + seq_len_, ignored);
+    }
+
+private:
+    class Walk final : public StreamWalk {
+    public:
+        explicit Walk(const EpochWalk<Length>& walk) : walk_(walk) {}
+        int64_t fill(Start<uint32_t>* starts, int64_t samples, int64_t documents) override {
+            return walk_.fill(starts, samples, documents);
+        }
+        int64_t fill(Start<uint64_t>* starts, int64_t samples, int64_t documents) override {
+            return walk_.fill(starts, samples, documents);
+        }
+        bool at_end() const override { return walk_.at_end(); }
+
+    private:
+        EpochWalk<Length> walk_;
+    };
+
+    KeyedPermutation order(int64_t epoch) const {
+        return KeyedPermutation(documents_.count, member_key(key_, epoch));
+    }
+
+    Documents<Length> documents_;
+    TokenFile<Token> file_;
+    uint64_t key_;
+    int64_t seq_len_;
+};
+
+}  // namespace megaphase

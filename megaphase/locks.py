@@ -1,0 +1,65 @@
+"""One process at a time, also among the nodes of a cluster that share a file system."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+_POLL_SECONDS = 0.2
+
+
+@contextmanager
+def exclusive_lock(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
+    """Hold the lock file while the block runs; `waiting` is called once if another holds it.
+
+    The lock ends with the process that holds it, however that ends. A file system that knows no
+    locks gives none: what the block does must be harmless when two processes do it.
+    """
+    file = _acquire(path, waiting)
+    try:
+        yield
+    finally:
+        # Removed while it is still held, so whoever waits for it finds that it is gone.
+        with suppress(OSError):
+            path.unlink()
+        file.close()
+
+
+def _acquire(path: Path, waiting: Callable[[], object]) -> IO[bytes]:
+    told = False
+    while True:
+        file = open(path, "wb")  # noqa: SIM115
+        try:
+            while not _try_lock(file):
+                if not told:
+                    waiting()
+                    told = True
+                time.sleep(_POLL_SECONDS)
+            if _is_still_there(file, path):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _try_lock(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR)
+    return True
+
+
+def _is_still_there(file: IO[bytes], path: Path) -> bool:
+    """Whether the file that is locked is the one that others would find, or a removed one."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError:
+        return False

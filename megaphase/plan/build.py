@@ -1,0 +1,263 @@
+"""Builds the index of a plan: in parallel, in bounded memory, and by one process at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megaphase.errors import InputError, RunError
+from megaphase.files import (
+    directory_written_aside,
+    hash_json,
+    make_directory,
+    remove_abandoned,
+    write_json_whole,
+)
+from megaphase.locks import exclusive_lock
+from megaphase.plan import _builder
+from megaphase.plan.crew import Crew, Progress
+from megaphase.plan.index import (
+    INDEX_FILE,
+    START_ALIGNMENT,
+    STARTS_FILE,
+    PhaseIndex,
+    block_size,
+    builder_threads,
+    damage,
+    task_dtype,
+)
+from megaphase.plan.mixture import TaskSupply, effective_rates, integer_weights, requested_rates
+from megaphase.plan.pieces import PieceWriter
+from megaphase.plan.spec import FORMAT_VERSION, PhaseSpec, PlanSpec
+from megaphase.plan.stream import DOCUMENTS_PER_CALL, Stream
+
+# Samples made between two looks at whether to go on; a block of a blend may be larger.
+SAMPLES_PER_CALL = 1 << 19
+
+Say = Callable[[str], object]
+Blend = _builder.DeadlineBlend | _builder.RandomBlend
+
+
+def plan_folder(run_dir: Path, spec: PlanSpec) -> Path:
+    """Where the index of this spec lies in a run directory."""
+    return run_dir / "plan" / spec.fingerprint[:16]
+
+
+def ensure_built(
+    spec: PlanSpec, run_dir: Path, *, say: Say = print, progress: Progress = lambda *_: None
+) -> Path:
+    """Build the index unless a whole one is there; a damaged one is named and built again.
+
+    Of several processes that start at once, on whatever nodes, one builds and the others wait.
+    Returns the index's folder. `say` gets the sentences that a user should see.
+
+    Raises:
+        InputError: a phase wants more than max_epochs leaves, or a corpus changed meanwhile.
+        RunError: the disk is too small or cannot be written to.
+    """
+    folder = plan_folder(run_dir, spec)
+    if folder.exists() and damage(folder, spec) is None:
+        return folder
+    with _new_directories(folder.parent, run_dir), _os_errors_named(folder):
+        waiting = partial(say, f"{folder}: another process is building this plan; waiting for it")
+        with exclusive_lock(folder.with_name(f".{folder.name}.lock"), waiting):
+            if folder.exists():
+                problem = damage(folder, spec)
+                if problem is None:
+                    return folder
+                say(f"{folder}: {problem}; building the plan again")
+                shutil.rmtree(folder)
+            remove_abandoned(folder)
+            _check_space(spec, folder)
+            build_index(spec, folder, progress)
+    return folder
+
+
+@contextmanager
+def _new_directories(*directories: Path) -> Iterator[None]:
+    """Make the directories; take those away again that were not there and stay empty."""
+    new = [each for each in directories if not each.exists()]
+    make_directory(directories[0])
+    try:
+        yield
+    finally:
+        for each in new:
+            with suppress(OSError):
+                each.rmdir()
+
+
+@contextmanager
+def _os_errors_named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{folder}: the plan could not be written ({error.strerror})") from error
+
+
+def _check_space(spec: PlanSpec, folder: Path) -> None:
+    """Refuse to begin what the disk has no room for."""
+    samples = sum(phase.steps for phase in spec.phases) * spec.samples_per_step
+    widest = max(np.dtype(stream.start_dtype).itemsize for stream in spec.streams.values())
+    needed = samples * (np.dtype(task_dtype(len(spec.streams))).itemsize + 2 * widest)
+    free = shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise RunError(
+            f"{folder}: the plan's index needs {needed / 1e9:,.1f} GB for {samples:,} samples, the "
+            f"disk has {free / 1e9:,.1f} GB left; make room or put output on a larger disk"
+        )
+
+
+def build_index(
+    spec: PlanSpec, folder: Path, progress: Progress, threads: int | None = None
+) -> None:
+    """Build the whole index and make it appear as `folder`; the threads do not change a byte."""
+    with (
+        directory_written_aside(folder) as aside,
+        Crew(threads or builder_threads(), progress) as crew,
+    ):
+        used = [0] * len(spec.streams)
+        phases: list[PhaseIndex] = []
+        files: dict[str, Any] = {}
+        for number, phase in enumerate(spec.phases):
+            phases.append(_build_blend(aside, number, phase, spec, used, crew, files))
+            used = [a + b for a, b in zip(used, phases[-1].counts, strict=True)]
+        starts = _build_starts(aside, list(spec.streams.values()), used, crew, files)
+        header = {
+            "format": FORMAT_VERSION,
+            "fingerprint": spec.fingerprint,
+            "tasks": list(spec.streams),
+            "phases": [asdict(phase) for phase in phases],
+            "starts": starts,
+            "files": files,
+        }
+        write_json_whole(aside / INDEX_FILE, header | {"hash": hash_json(header)})
+
+
+def _build_blend(
+    folder: Path,
+    number: int,
+    phase: PhaseSpec,
+    spec: PlanSpec,
+    used: list[int],
+    crew: Crew,
+    files: dict[str, Any],
+) -> PhaseIndex:
+    names = list(spec.streams)
+    samples = phase.steps * spec.samples_per_step
+    supply = {
+        task: TaskSupply(stream.tokens, stream.samples_per_epoch, used[i])
+        for i, (task, stream) in enumerate(spec.streams.items())
+    }
+    requested = requested_rates(phase.mixture, supply)
+    rates = effective_rates(phase.mixture, supply, samples, phase.where)
+    blend = make_blend(phase, [rates[task] for task in names], samples)
+    write = partial(_write_blend, folder, number, blend, samples, len(names), crew)
+    [written] = crew.run(f"blend of {phase.name}", samples, [write])
+    files |= written
+    return PhaseIndex(
+        phase.name,
+        phase.steps,
+        samples,
+        [float(requested[task]) for task in names],
+        [float(rates[task]) for task in names],
+        list(used),
+        list(blend.counts),
+    )
+
+
+def make_blend(phase: PhaseSpec, rates: list[Any], samples: int) -> Blend:
+    """The order of a phase's samples, at its beginning."""
+    weights = integer_weights(rates, samples, _builder.LARGEST_TOTAL_WEIGHT)
+    if phase.order == "random":
+        return _builder.RandomBlend(weights, phase.order_key)
+    return _builder.DeadlineBlend(weights)
+
+
+def _write_blend(
+    folder: Path, number: int, blend: Blend, samples: int, tasks: int, crew: Crew
+) -> dict[str, Any]:
+    block = block_size(tasks)
+    stride = max(SAMPLES_PER_CALL // block, 1) * block
+    order = np.empty(min(stride, samples), task_dtype(tasks))
+    counts = np.empty((-(-len(order) // block), tasks), np.int64)
+    order_name, counts_name = f"blend-{number}.tasks", f"blend-{number}.counts"
+    with (
+        open(folder / order_name, "wb", buffering=0) as order_file,
+        open(folder / counts_name, "wb", buffering=0) as counts_file,
+    ):
+        order_writer = PieceWriter(order_file.fileno(), 0, crew.flusher)
+        counts_writer = PieceWriter(counts_file.fileno(), 0, crew.flusher)
+        for first in range(0, samples, stride):
+            part = order[: min(stride, samples - first)]
+            rows = counts[: -(-len(part) // block)]
+            blend.fill(part, rows, block)
+            order_writer.write(part)
+            counts_writer.write(rows)
+            crew.advance(len(part))
+        return {
+            order_name: _described(order_writer.finish()),
+            counts_name: _described(counts_writer.finish()),
+        }
+
+
+def _build_starts(
+    folder: Path, streams: list[Stream], used: list[int], crew: Crew, files: dict[str, Any]
+) -> list[list[int]]:
+    """Write where the samples of all tasks begin; [first byte, samples] of every task."""
+    sizes = [stream.index_sizes(n) for stream, n in zip(streams, used, strict=True)]
+    samples = [sum(each) for each in sizes]
+    lengths = [
+        _aligned(2 * n * np.dtype(stream.start_dtype).itemsize)
+        for stream, n in zip(streams, samples, strict=True)
+    ]
+    first_bytes = list(accumulate(lengths, initial=0))
+    with open(folder / STARTS_FILE, "wb", buffering=0) as file:
+        os.ftruncate(file.fileno(), first_bytes[-1])
+        jobs = {
+            task: partial(
+                _write_starts, stream, sizes[task], file.fileno(), first_bytes[task], crew
+            )
+            for task, stream in enumerate(streams)
+        }
+        # The longest first, so that no thread is left with one when the others are done.
+        longest_first = sorted(jobs, key=lambda task: -samples[task])
+        written = crew.run("sample index", sum(samples), [jobs[task] for task in longest_first])
+    pieces = sorted(piece for each in written for piece in each)
+    files[STARTS_FILE] = {"bytes": first_bytes[-1], "pieces": pieces}
+    return [[first, n] for first, n in zip(first_bytes, samples, strict=False)]
+
+
+def _write_starts(
+    stream: Stream, sizes: list[int], descriptor: int, first_byte: int, crew: Crew
+) -> list[list[Any]]:
+    writer = PieceWriter(descriptor, first_byte, crew.flusher)
+    buffer = np.empty((min(SAMPLES_PER_CALL, max(sizes, default=0)), 2), stream.start_dtype)
+    for epoch, size in enumerate(sizes):
+        walk = stream.walk(epoch)
+        while size > 0:
+            filled = walk.fill(buffer[:size], DOCUMENTS_PER_CALL)
+            writer.write(buffer[:filled])
+            crew.advance(filled)
+            size -= filled
+            if size > 0 and walk.at_end:
+                raise InputError(
+                    stream.corpus.prefix, "changed while the plan was built", "start again"
+                )
+    return writer.finish()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // START_ALIGNMENT) * START_ALIGNMENT
+
+
+def _described(pieces: list[list[Any]]) -> dict[str, Any]:
+    return {"bytes": sum(size for _, size, _ in pieces), "pieces": pieces}

@@ -1,0 +1,149 @@
+"""What a training step saw: for every sample of it the task, the epoch and the documents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from megaphase.plan.plan import Plan
+from megaphase.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TracedPiece:
+    """Tokens [first, last) of a document; the document's number is that in its corpus."""
+
+    document: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class TracedSample:
+    """One row of a step's global batch.
+
+    Attributes:
+        ordinal: the sample's number in its task's stream, from the start of the run.
+        epoch: of that stream, from 0.
+        number: of the sample among the `of` samples of its epoch, in token order, from 0.
+        pieces: what its seq_len + 1 tokens are (fewer at an epoch's end).
+    """
+
+    row: int
+    task: str
+    ordinal: int
+    epoch: int
+    number: int
+    of: int
+    pieces: list[TracedPiece]
+
+
+def find_step(plan: Plan, step: int) -> tuple[int, int]:
+    """The phase of a step and the step's number in it; steps count from 1 over the whole run.
+
+    Raises IndexError where the run has no such step.
+    """
+    if step < 1:
+        raise IndexError(step)
+    before = 0
+    for number, phase in enumerate(plan.phases):
+        if step <= before + phase.steps:
+            return number, step - before
+        before += phase.steps
+    raise IndexError(step)
+
+
+def trace_step(plan: Plan, phase: int, phase_step: int) -> list[TracedSample]:
+    """The samples of a step of a phase (from 1), in the order of the global batch."""
+    size = plan.spec.samples_per_step
+    planned = plan.samples(phase, (phase_step - 1) * size, size)
+    traced: list[TracedSample | None] = [None] * size
+    for task, name in enumerate(plan.tasks):
+        rows = np.flatnonzero(planned.tasks == task)
+        if len(rows) == 0:
+            continue
+        ordinals = planned.ordinals[rows]
+        at = plan.locate(task, ordinals)
+        stream = plan.spec.streams[name]
+        figures = zip(rows, ordinals, at.epochs, at.positions, at.slots, at.offsets, strict=True)
+        for row, *sample in figures:
+            ordinal, epoch, position, slot, offset = map(int, sample)
+            pieces = [
+                TracedPiece(document, first, first + tokens)
+                for document, first, tokens in stream.pieces(epoch, slot, offset)
+            ]
+            traced[row] = TracedSample(
+                int(row), name, ordinal, epoch, position, stream.samples_per_epoch, pieces
+            )
+    return [sample for sample in traced if sample is not None]
+
+
+def sample_texts(plan: Plan, sample: TracedSample, tokenizer: Tokenizer) -> list[str]:
+    """The text of every piece; a character that is cut at a piece's edge shows as U+FFFD."""
+    corpus = plan.spec.streams[sample.task].corpus
+    return [
+        tokenizer.decode(corpus.document(piece.document)[piece.first : piece.last])
+        for piece in sample.pieces
+    ]
+
+
+def trace_table(samples: list[TracedSample]) -> Table:
+    """One line a sample; documents as `number[first token:last token]`."""
+    table = Table(box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("row", justify="right")
+    table.add_column("task", overflow="fold")
+    table.add_column("epoch", justify="right")
+    table.add_column("sample", justify="right")
+    table.add_column("documents [tokens]", overflow="fold")
+    for sample in samples:
+        table.add_row(
+            str(sample.row),
+            escape(sample.task),
+            str(sample.epoch),
+            f"{sample.number:,} of {sample.of:,}",
+            escape(" ".join(f"{p.document}[{p.first}:{p.last}]" for p in sample.pieces)),
+        )
+    return table
+
+
+def print_texts(
+    console: Console, plan: Plan, samples: list[TracedSample], tokenizer: Tokenizer
+) -> None:
+    """Print what the samples say, document by document."""
+    for sample in samples:
+        console.print(
+            f"\nrow {sample.row}: {sample.task}, epoch {sample.epoch}, "
+            f"sample {sample.number:,} of {sample.of:,}",
+            style="bold",
+            markup=False,
+        )
+        texts = sample_texts(plan, sample, tokenizer)
+        for piece, text in zip(sample.pieces, texts, strict=True):
+            heading = f"document {piece.document}, tokens {piece.first} to {piece.last}:"
+            console.print(heading, style="cyan", markup=False)
+            console.print(text.strip("\n"), markup=False, soft_wrap=True)
+
+
+def as_json(sample: TracedSample, texts: list[str] | None) -> dict[str, Any]:
+    """A sample for machines; `texts`, where given, are those of its pieces."""
+    documents: list[dict[str, Any]] = [
+        {"document": piece.document, "first_token": piece.first, "last_token": piece.last}
+        for piece in sample.pieces
+    ]
+    for document, text in zip(documents, texts or [], strict=False):
+        document["text"] = text
+    return {
+        "row": sample.row,
+        "task": sample.task,
+        "ordinal": sample.ordinal,
+        "epoch": sample.epoch,
+        "sample": sample.number,
+        "samples_per_epoch": sample.of,
+        "documents": documents,
+    }

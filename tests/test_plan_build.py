@@ -1,0 +1,276 @@
+"""Building the index: by one process at a time, whole or not at all, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from plan_support import (
+    Documents,
+    contents,
+    phase,
+    random_lengths,
+    spec_of,
+    write_corpus,
+    write_run,
+    write_three_tasks,
+)
+
+from megaphase.config import RunConfig
+from megaphase.errors import InputError, RunError
+from megaphase.files import hash_json
+from megaphase.plan.build import build_index, ensure_built, plan_folder
+
+
+@pytest.fixture
+def run(tmp_path) -> tuple[RunConfig, dict[str, Documents]]:
+    return write_three_tasks(tmp_path)
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def _alter(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _edit(key: str, value: object):
+    def edit(path: Path) -> None:
+        header = json.loads(path.read_text())
+        header[key] = value
+        path.write_text(json.dumps(header))
+
+    return edit
+
+
+def _foreign(path: Path) -> None:
+    header = json.loads(path.read_text())
+    del header["hash"]
+    header["fingerprint"] = "0" * 32
+    path.write_text(json.dumps(header | {"hash": hash_json(header)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "said"),
+    [
+        ("blend-0.tasks", _truncate, "blend-0.tasks has 95 bytes, not 96"),
+        ("blend-1.counts", _alter, "blend-1.counts has been altered"),
+        ("starts", _alter, "starts has been altered"),
+        ("starts", Path.unlink, "starts is missing"),
+        ("index.json", Path.unlink, "index.json is missing"),
+        ("index.json", lambda path: os.truncate(path, 100), "index.json has been altered"),
+        ("index.json", _edit("phases", []), "index.json has been altered"),
+        ("index.json", _edit("files", {}), "index.json has been altered"),
+        ("index.json", _foreign, "index.json belongs to another plan"),
+        ("index.json", lambda path: path.write_text("[]"), "index.json has been altered"),
+        ("index.json", lambda path: path.write_bytes(b"\xff"), "index.json has been altered"),
+    ],
+)
+def test_a_damaged_index_is_named_and_built_again(run, name, harm, said):
+    config, _ = run
+    spec = spec_of(config)
+    folder = ensure_built(spec, config.output)
+    whole = contents(folder)
+    harm(folder / name)
+    lines: list[str] = []
+    assert ensure_built(spec, config.output, say=lines.append) == folder
+    assert lines == [f"{folder}: {said}; building the plan again"]
+    assert contents(folder) == whole
+    assert ensure_built(spec, config.output, say=pytest.fail) == folder
+
+
+BUILD = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from plan_support import spec_of
+from megaphase.config import load_run_file
+from megaphase.plan.build import ensure_built
+
+last = None
+def progress(what, done, of):
+    global last
+    if what == {stop_at!r} and what != last:
+        print("at", what, flush=True)
+        time.sleep({seconds})
+    last = what
+
+config = load_run_file(Path({run_file!r}))
+say = lambda text: print(text, flush=True)
+ensure_built(spec_of(config), config.output, say=say, progress=progress)
+print("done", flush=True)
+"""
+
+
+def in_another_process(
+    config: RunConfig, stop_at: str = "", seconds: float = 600
+) -> subprocess.Popen:
+    """Build the plan there; with `stop_at` it prints so and rests at that point for a while."""
+    script = BUILD.format(
+        tests=str(Path(__file__).parent),
+        stop_at=stop_at,
+        seconds=seconds,
+        run_file=str(config.path),
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def output_of(process: subprocess.Popen) -> list[str]:
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    return out.splitlines()
+
+
+@pytest.mark.parametrize("stop_at", ["blend of one", "sample index"])
+def test_a_build_that_is_killed_leaves_nothing_that_counts(run, stop_at):
+    config, _ = run
+    spec = spec_of(config)
+    with in_another_process(config, stop_at) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"at {stop_at}\n"
+        process.send_signal(signal.SIGKILL)
+    assert not plan_folder(config.output, spec).exists()
+    folder = ensure_built(spec, config.output, say=pytest.fail)
+    elsewhere = ensure_built(spec, config.output.with_name("elsewhere"))
+    assert contents(folder) == contents(elsewhere)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_of_several_processes_one_builds_and_the_others_wait(run):
+    config, _ = run
+    processes = [in_another_process(config, "blend of one", seconds=3) for _ in range(4)]
+    outputs = sorted(output_of(process) for process in processes)
+    folder = plan_folder(config.output, spec_of(config))
+    waited = f"{folder}: another process is building this plan; waiting for it"
+    builder = ["at blend of one", "done"]
+    assert outputs.count(builder) == 1
+    # A process that starts late may find the finished plan.
+    assert all(lines in (builder, [waited, "done"], ["done"]) for lines in outputs)
+    assert [waited, "done"] in outputs
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert ensure_built(spec_of(config), config.output, say=pytest.fail) == folder
+
+
+def test_a_process_that_waits_goes_on_when_the_builder_is_killed(run):
+    config, _ = run
+    with in_another_process(config, "blend of two") as builder:
+        assert builder.stdout is not None
+        assert builder.stdout.readline() == "at blend of two\n"
+        waiter = in_another_process(config)
+        assert waiter.stdout is not None
+        assert "waiting for it" in waiter.stdout.readline()
+        builder.kill()
+    assert output_of(waiter) == ["done"]
+    folder = ensure_built(spec_of(config), config.output, say=pytest.fail)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_what_a_live_process_on_this_machine_writes_is_not_removed(run):
+    from megaphase.files import path_aside, remove_abandoned
+
+    config, _ = run
+    final = config.output / "plan" / "name"
+    own, dead, elsewhere, old = (
+        path_aside(final),
+        path_aside(final).with_name(path_aside(final).name.replace(str(os.getpid()), "4194999")),
+        final.with_name(".name.another-node-17.partial"),
+        final.with_name(".name.another-node-18.partial"),
+    )
+    for each in (own, dead, elsewhere, old):
+        each.mkdir(parents=True)
+        (each / "file").write_text("")
+    for path in (old / "file", old):
+        os.utime(path, (time.time() - 3600,) * 2)
+    remove_abandoned(final)
+    assert sorted(final.parent.iterdir()) == sorted([own, elsewhere])
+
+
+def test_a_build_that_fails_leaves_nothing(run):
+    config, _ = run
+    spec = spec_of(config)
+
+    def fail(what: str, done: int, of: int) -> None:
+        if what == "sample index":
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match=r"could not be written \(No space left on device\)"):
+        ensure_built(spec, config.output, progress=fail)
+    assert not config.output.exists()
+
+
+def test_an_impossible_mixture_leaves_nothing(tmp_path):
+    write_corpus(tmp_path / "en", random_lengths(40, 30, 1))
+    demand = phase("two", 10_000, {"proportional": True, "max_epochs": 2})
+    config = write_run(tmp_path, ["en"], phases=[phase("one", 3, {"rates": {"en": 1}}), demand])
+    with pytest.raises(InputError, match="max_epochs 2 leaves only"):
+        ensure_built(spec_of(config), config.output)
+    assert not config.output.exists()
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_written(run, monkeypatch):
+    config, _ = run
+    usage = type("usage", (), {"free": 100})
+    monkeypatch.setattr("megaphase.plan.build.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(RunError, match=r"needs 0\.0 GB for 80 samples"):
+        ensure_built(spec_of(config), config.output)
+    assert not config.output.exists()
+
+
+def test_a_plan_of_2_to_the_40_samples_is_refused_for_the_disk_alone(run, tmp_path):
+    config, written = run
+    steps = 2**40 // 4
+    config = write_run(
+        tmp_path, list(written), phases=[phase("one", steps, {"proportional": True})]
+    )
+    with pytest.raises(RunError, match=r"needs 10,995\.1 GB for 1,099,511,627,776 samples"):
+        ensure_built(spec_of(config), config.output)
+    config = write_run(
+        tmp_path, list(written), phases=[phase("one", 2**48, {"proportional": True})]
+    )
+    with pytest.raises(
+        InputError, match=r"phases\[0\]\.steps: one has 1,125,899,906,842,624 samples"
+    ):
+        spec_of(config)
+
+
+def test_ctrl_c_ends_the_command_and_leaves_nothing(tmp_path):
+    write_corpus(tmp_path / "en", random_lengths(400, 30, 1))
+    config = write_run(tmp_path, ["en"], phases=[phase("one", 30_000_000, {"rates": {"en": 1}})])
+    with in_another_process(config, "blend of one", seconds=0) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "at blend of one\n"
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=120)
+    assert "KeyboardInterrupt" in error
+    assert not config.output.exists()
+
+
+def test_the_number_of_threads_changes_no_byte(run, tmp_path):
+    config, _ = run
+    for threads in (1, 2, 7):
+        build_index(spec_of(config), tmp_path / str(threads), lambda *_: None, threads)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "7")
+
+
+def test_progress_is_told_to_the_end(run, tmp_path):
+    config, _ = run
+    told = []
+    build_index(spec_of(config), tmp_path / "index", lambda *news: told.append(news))
+    assert all(done <= of for _, done, of in told)
+    finished = {what: of for what, done, of in told if done == of}
+    assert list(finished) == ["blend of one", "blend of two", "sample index"]
+    assert [finished["blend of one"], finished["blend of two"]] == [48, 32]
