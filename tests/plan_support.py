@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ import yaml
 
 from megaphase.config import RunConfig, load_run_file
 from megaphase.corpus import CorpusWriter, DocumentBatch
+from megaphase.plan import _builder
 from megaphase.plan.build import ensure_built
+from megaphase.plan.index import block_size, task_dtype
+from megaphase.plan.mixture import integer_weights
 from megaphase.plan.plan import Plan
 from megaphase.plan.spec import PlanSpec, plan_spec
 
 TOKENIZER_HASH = "0123"
 MASK = 2**64 - 1
+LARGEST = _builder.LARGEST_TOTAL_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -207,3 +212,21 @@ class ReferenceStream:
             samples += self.epoch(epoch)
             epoch += 1
         return samples[:ordinals]
+
+
+def blend(weights: list[int], samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """(task of every slot, counts before every block)"""
+    block = block_size(len(weights))
+    tasks = np.zeros(samples, task_dtype(len(weights)))
+    counts = np.zeros((-(-samples // block), len(weights)), np.int64)
+    _builder.DeadlineBlend(weights).fill(tasks, counts, block)
+    return tasks, counts
+
+
+def blend_of_rates(rates: list[Fraction], samples: int) -> np.ndarray:
+    return blend(integer_weights(rates, samples, LARGEST), samples)[0]
+
+
+def normalised(weights: list[int]) -> list[Fraction]:
+    total = sum(weights)
+    return [Fraction(weight, total) for weight in weights]

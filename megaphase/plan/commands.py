@@ -88,6 +88,9 @@ def trace_command(
         raise InputError(
             "--task", f"{run_file} has no task {task!r}", f"the tasks are {', '.join(config.tasks)}"
         )
+    size = plan.spec.samples_per_step
+    if row is not None and not 0 <= row < size:
+        raise InputError("--row", f"a step has no row {row}", f"give 0 to {size - 1:,}")
     phase, phase_step = _find_step(plan, step)
     samples = [
         sample
@@ -102,7 +105,7 @@ def trace_command(
     console = _console()
     console.print(
         f"step {step:,}: step {phase_step:,} of {plan.phases[phase].name}, "
-        f"{len(samples):,} of {plan.spec.samples_per_step:,} samples",
+        f"{len(samples):,} of {size:,} samples",
         markup=False,
     )
     if text:
