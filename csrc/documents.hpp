@@ -32,15 +32,13 @@ struct Documents {
     uint64_t threshold;
     Side side;
 
-    // A document of the other side has no tokens here.
-    int64_t length(int64_t document) const {
-        const bool held_out = hashes[document] < threshold;
-        return held_out == (side == Side::held_out) ? load(lengths, document) : 0;
+    bool on_side(int64_t document) const {
+        return (hashes[document] < threshold) == (side == Side::held_out);
     }
 
-    void prefetch(int64_t document) const {
-        __builtin_prefetch(hashes + document);
-        __builtin_prefetch(lengths + document);
+    // A document of the other side has no tokens here.
+    int64_t length(int64_t document) const {
+        return on_side(document) ? load(lengths, document) : 0;
     }
 
     Totals totals() const {

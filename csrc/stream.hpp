@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "documents.hpp"
@@ -99,7 +100,7 @@ public:
 private:
     class Walk final : public StreamWalk {
     public:
-        explicit Walk(const EpochWalk<Length>& walk) : walk_(walk) {}
+        explicit Walk(EpochWalk<Length> walk) : walk_(std::move(walk)) {}
         int64_t fill(Start<uint32_t>* starts, int64_t samples, int64_t documents) override {
             return walk_.fill(starts, samples, documents);
         }

@@ -34,7 +34,12 @@ def exclusive_lock(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
 def _acquire(path: Path, waiting: Callable[[], object]) -> IO[bytes]:
     told = False
     while True:
-        file = open(path, "wb")  # noqa: SIM115
+        # A process that failed may have taken away the directory that it had made.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(path, "wb")  # noqa: SIM115
+        except FileNotFoundError:
+            continue
         try:
             while not _try_lock(file):
                 if not told:

@@ -103,7 +103,10 @@ def make_stream(
 
 def starts_of(stream: Stream, epoch: int, samples: int) -> np.ndarray:
     starts = np.empty((samples, 2), stream.start_dtype)
-    assert stream.walk(epoch).fill(starts, DOCUMENTS_PER_CALL) == samples
+    walk, done = stream.walk(epoch), 0
+    while done < samples and not walk.at_end:
+        done += walk.fill(starts[done:], DOCUMENTS_PER_CALL)
+    assert done == samples
     return starts
 
 

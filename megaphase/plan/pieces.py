@@ -34,8 +34,9 @@ class PieceWriter:
 
     def write(self, data: Any) -> None:
         """Append the bytes of any contiguous buffer."""
-        view = memoryview(data).cast("B")
-        while view:
+        view = memoryview(data)
+        view = view.cast("B") if view.nbytes else view[:0]
+        while view.nbytes:
             chunk = view[: min(_CHUNK_BYTES, self._begin + PIECE_BYTES - self._end)]
             self._digest.update(chunk)
             self._write_at_end(chunk)

@@ -1,0 +1,80 @@
+"""Corpora of any size without text: random document lengths, and tokens that are there or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import yaml
+
+from megaphase.config import RunConfig, load_run_file
+from megaphase.corpus.format import HASH_DTYPE, write_index
+from megaphase.corpus.manifest import DATA_SUFFIXES, FileRecord, Manifest
+from megaphase.plan.spec import PlanSpec, plan_spec
+
+TOKENIZER = SimpleNamespace(fingerprint="synthetic", eod=0)
+VOCAB_SIZE = 32_000
+TOKEN_DTYPE = np.dtype("<u2")
+CHUNK_TOKENS = 1 << 24
+
+
+def document_lengths(documents: int, mean: float, seed: int) -> np.ndarray:
+    """Log-normal with many short and a few very long ones, as web text is; int32 [documents]."""
+    lengths = np.random.default_rng(seed).lognormal(0, 1, documents)
+    return np.maximum(lengths * (mean / np.exp(0.5)), 1).astype(np.int32)
+
+
+def write_corpus(prefix: Path, lengths: np.ndarray, seed: int, *, with_tokens: bool) -> None:
+    """Write the files of a corpus; without tokens the .bin is a hole as large as they would be."""
+    random = np.random.default_rng(seed)
+    paths = {suffix: prefix.with_name(prefix.name + suffix) for suffix in DATA_SUFFIXES}
+    tokens = int(lengths.sum(dtype=np.int64))
+    with open(paths[".idx"], "wb") as file:
+        write_index(file.write, TOKEN_DTYPE, lengths)
+    with open(paths[".hash"], "wb") as file:
+        random.integers(0, 2**64, len(lengths), dtype=np.uint64).astype(HASH_DTYPE).tofile(file)
+    with open(paths[".bin"], "wb") as file:
+        for first in range(0, tokens if with_tokens else 0, CHUNK_TOKENS):
+            size = min(CHUNK_TOKENS, tokens - first)
+            random.integers(1, VOCAB_SIZE, size, dtype=TOKEN_DTYPE).tofile(file)
+        file.truncate(tokens * TOKEN_DTYPE.itemsize)
+    files = {
+        suffix: FileRecord(bytes=path.stat().st_size, hash=f"synthetic {seed}")
+        for suffix, path in paths.items()
+    }
+    manifest = Manifest(
+        dtype=TOKEN_DTYPE.name,
+        documents=len(lengths),
+        tokens=tokens,
+        text_bytes=4 * tokens,
+        vocab_size=VOCAB_SIZE,
+        eod=TOKENIZER.eod,
+        tokenizer_hash=TOKENIZER.fingerprint,
+        files=files,
+        sources=[],
+    )
+    manifest.write(prefix)
+
+
+def write_run_file(
+    folder: Path, tasks: list[str], *, seq_len: int, batch: int, phases: list[dict]
+) -> Path:
+    """A run file over corpora that lie in `folder`; phases need a name, steps and a mixture."""
+    run = {
+        "output": "run",
+        "tokenizer": "none",
+        "tasks": {task: {"corpus": task} for task in tasks},
+        "model": {"preset": "gpt-125m", "seq_len": seq_len},
+        "batch": {"samples": batch},
+        "phases": [phase | {"learning_rate": {"peak": 1e-4}} for phase in phases],
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    return path
+
+
+def open_spec(run_file: Path) -> tuple[RunConfig, PlanSpec]:
+    """The run and its plan's spec."""
+    config = load_run_file(run_file)
+    return config, plan_spec(config, TOKENIZER)  # type: ignore[arg-type]
