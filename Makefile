@@ -1,12 +1,13 @@
 # make demo   set everything up and run the main job on artificial languages
 # make test   set everything up, lint and run the tests
+# make test-sanitize   the plan's C++ under the address and undefined-behaviour sanitizers
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint help-corpora clean
+.PHONY: demo test test-sanitize lint help-corpora clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -14,6 +15,17 @@ demo: $(VENV)/installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The sanitizers' libraries must be loaded before Python; Python itself leaks by design.
+SANITIZED := build/sanitized
+test-sanitize: $(VENV)/installed
+	MEGAPHASE_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext \
+		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
+	MEGAPHASE_BUILDER="$$(echo $(SANITIZED)/megaphase/plan/_builder*.so)" \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=tests \
+	$(BIN)/python -m pytest -p sanitized_builder tests/test_plan_builder.py tests/test_plan_blend.py \
+		tests/test_plan_stream.py tests/test_plan_index.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -161,7 +161,8 @@ def build_whole(run_file: Path, interrupt_at: float) -> None:
             (config.output / "interrupted").write_text(str(time.time()))
             signal.raise_signal(signal.SIGINT)
 
-    # As the command does it: no traceback.
+    # A shell that starts a script in the background makes it deaf to Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         ensure_built(spec, config.output, progress=progress)
 

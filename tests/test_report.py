@@ -103,6 +103,7 @@ def rows_of(phases, shift: float, until: int):
                     "learning_rate": 3e-4 * min((step - start) / 8, 1) * (1 - step / 200),
                     "grad_norm": 1.0,
                     "step_seconds": 0.1,
+                    "data_wait_seconds": 0.01,
                     "tokens_per_second": 5000.0 + step,
                     "mfu": None,
                 }

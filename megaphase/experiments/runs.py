@@ -78,6 +78,7 @@ class TrainingRow(_Row):
     learning_rate: float
     grad_norm: Measured
     step_seconds: float
+    data_wait_seconds: float
     tokens_per_second: float
     mfu: float | None = None
 

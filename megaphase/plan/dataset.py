@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 
 from megaphase.plan.plan import Plan
 from megaphase.plan.stream import Stream
+
+# Steps that are read, each by a thread, while one trains.
+STEPS_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -70,20 +76,30 @@ def read_held_out(stream: Stream, task: int, samples: int, filler: int) -> Batch
 
 
 class StepReader:
-    """Iterates over a phase's steps, reading the next one in a thread while this one trains."""
+    """Iterates over a phase's steps; threads read the next ones while this one trains.
+
+    The threads read different steps at the same time, so that a disk or a network file system
+    has several requests to work on; the steps come in order.
+
+    Attributes:
+        wait_seconds: how long the step that was yielded last was waited for.
+    """
 
     def __init__(self, plan: Plan, phase: int, *, rank: int, ranks: int, filler: int) -> None:
+        self.wait_seconds = 0.0
         self._plan, self._phase = plan, phase
         self._rank, self._ranks, self._filler = rank, ranks, filler
 
     def steps(self, first: int, last: int) -> Iterator[Batch]:
         """Batches of the steps [first, last) of the phase."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-reader") as pool:
-            ahead = pool.submit(self._read, first) if first < last else None
-            for step in range(first, last):
-                assert ahead is not None
-                batch = ahead.result()
-                ahead = pool.submit(self._read, step + 1) if step + 1 < last else None
+        with ThreadPoolExecutor(STEPS_AHEAD, thread_name_prefix="step-reader") as pool:
+            steps = iter(range(first, last))
+            ahead = deque(pool.submit(self._read, step) for step in islice(steps, STEPS_AHEAD))
+            while ahead:
+                began = time.perf_counter()
+                batch = ahead.popleft().result()
+                self.wait_seconds = time.perf_counter() - began
+                ahead.extend(pool.submit(self._read, step) for step in islice(steps, 1))
                 yield batch
 
     def _read(self, step: int) -> Batch:

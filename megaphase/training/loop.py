@@ -37,6 +37,14 @@ class Observer:
     display: Display
 
 
+@dataclass(frozen=True)
+class _StepSeconds:
+    """How long a step took, and how much of it was waiting for its batch."""
+
+    data_wait: float
+    total: float
+
+
 class TrainingLoop:
     """Takes a run from a position to its end; all ranks go through it in step."""
 
@@ -104,7 +112,7 @@ class TrainingLoop:
         )
         for phase_step, batch in enumerate(reader.steps(first, steps), start=first):
             step, done = before + phase_step + 1, phase_step + 1
-            self._train_step(phase, phase_step, steps, step, batch)
+            self._train_step(phase, phase_step, steps, step, batch, reader.wait_seconds)
             last = done == steps
             if last or step % self._config.validation.every_steps == 0:
                 self._validate(phase, step)
@@ -114,12 +122,18 @@ class TrainingLoop:
                 self._save(Position(number, done, step), permanent=last)
 
     def _train_step(
-        self, phase: PhaseConfig, phase_step: int, steps: int, step: int, batch: Batch
+        self,
+        phase: PhaseConfig,
+        phase_step: int,
+        steps: int,
+        step: int,
+        batch: Batch,
+        wait_seconds: float,
     ) -> None:
         rate = learning_rate(phase.learning_rate, phase_step, steps)
         started = time.perf_counter()
         result = self._engine.train_step(batch, rate)
-        seconds = time.perf_counter() - started
+        train_seconds = time.perf_counter() - started
         if not math.isfinite(result.losses.mean):
             raise RunError(
                 f"{phase.name} step {step:,}: the loss is {result.losses.mean}; start again from "
@@ -127,10 +141,11 @@ class TrainingLoop:
             )
         if self._observer is None:
             return
+        seconds = _StepSeconds(wait_seconds, wait_seconds + train_seconds)
         row = self._training_row(phase, phase_step, step, result, rate, seconds)
         self._observer.metrics.write(row)
         self._observer.display.step(
-            StepFigures(phase.name, step, row["loss"], rate, self._tokens_per_step, seconds)
+            StepFigures(phase.name, step, row["loss"], rate, self._tokens_per_step, seconds.total)
         )
 
     def _training_row(
@@ -140,9 +155,9 @@ class TrainingLoop:
         step: int,
         result: StepResult,
         rate: float,
-        seconds: float,
+        seconds: _StepSeconds,
     ) -> dict[str, Any]:
-        tokens_per_second = self._tokens_per_step / seconds
+        tokens_per_second = self._tokens_per_step / seconds.total
         mfu = None
         if self._peak_flops is not None:
             mfu = self._flops_per_token * tokens_per_second / self._peak_flops
@@ -155,7 +170,8 @@ class TrainingLoop:
             "loss_by_task": result.losses.by_task(self._plan.tasks),
             "learning_rate": rate,
             "grad_norm": result.grad_norm,
-            "step_seconds": seconds,
+            "step_seconds": seconds.total,
+            "data_wait_seconds": seconds.data_wait,
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
         }

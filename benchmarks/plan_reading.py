@@ -1,0 +1,187 @@
+"""Reading planned samples beside megatron-core's GPTDataset, over the same corpora, in one run.
+
+    pip install -c constraints.txt -e '.[benchmark]' && pip install --no-deps megatron-core==0.16.1
+    python benchmarks/plan_reading.py
+
+Both sides deliver batches of int64 tensors; they take turns, each time in a process of its own:
+cold, with every file dropped from the page cache, and warm, with all of it read before. GPTDataset
+runs as Megatron-LM runs it with no loader processes (a blended data set behind torch's DataLoader,
+no attention mask), and also with as many loader processes as this builder has reading threads.
+Exit code 2 where megatron-core is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from synthetic_corpora import TOKENIZER, document_lengths, open_spec, write_corpus, write_run_file
+
+from megaphase.errors import EXIT_WRONG_INPUT
+
+TASKS = 8
+BATCH = 256
+MEAN_DOCUMENT = 1000
+SEED = 1
+
+
+def prepare(folder: Path, tokens: int, seq_len: int, steps: int) -> Path:
+    """Corpora with Zipf sizes, the run file over them, and the index of both sides."""
+    sizes = 1 / np.arange(1, TASKS + 1)
+    sizes = (sizes / sizes.sum() * tokens / MEAN_DOCUMENT).astype(int)
+    names = [f"task{number}" for number in range(TASKS)]
+    for seed, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        lengths = document_lengths(int(size), MEAN_DOCUMENT, seed)
+        write_corpus(folder / name, lengths, seed, with_tokens=True)
+    mixture = {"temperature": 3.3}
+    phase = {"name": "joint", "steps": steps, "mixture": mixture}
+    return write_run_file(folder, names, seq_len=seq_len, batch=BATCH, phases=[phase])
+
+
+def our_batches(run_file: Path, workers: int) -> Iterator[Any]:
+    """The steps of the plan, as the training loop gets them."""
+    from megaphase.plan.build import ensure_built
+    from megaphase.plan.dataset import StepReader
+    from megaphase.plan.plan import Plan
+
+    config, spec = open_spec(run_file)
+    plan = Plan(spec, ensure_built(spec, config.output))
+    reader = StepReader(plan, 0, rank=0, ranks=1, filler=TOKENIZER.eod)
+    return reader.steps(0, plan.phases[0].steps)
+
+
+def their_batches(run_file: Path, workers: int) -> Iterator[Any]:
+    """The same rates and number of samples from Megatron's blended data set."""
+    warnings.simplefilter("ignore")
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from torch.utils.data import DataLoader
+
+    from megaphase.plan.build import ensure_built
+    from megaphase.plan.plan import Plan
+
+    config, spec = open_spec(run_file)
+    [phase] = Plan(spec, ensure_built(spec, config.output)).phases
+    tokenizer = SimpleNamespace(
+        eod=TOKENIZER.eod, pad=-1, unique_identifiers={"class": "none"}, vocab_size=32000
+    )
+    dataset = BlendedMegatronDatasetBuilder(
+        GPTDataset,
+        [phase.samples, None, None],
+        lambda: True,
+        GPTDatasetConfig(
+            random_seed=SEED,
+            sequence_length=spec.seq_len,
+            blend=([str(task.corpus) for task in config.tasks.values()], phase.rates),
+            split="99,1,0",
+            path_to_cache=str(run_file.parent / "cache"),
+            tokenizer=tokenizer,  # type: ignore[arg-type]
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        ),
+    ).build()[0]
+    return iter(DataLoader(dataset, batch_size=BATCH, num_workers=workers))
+
+
+SIDES: dict[str, tuple[Callable[[Path, int], Iterator[Any]], int]] = {
+    "megaphase": (our_batches, 0),
+    "GPTDataset": (their_batches, 0),
+    "GPTDataset, 4 loader processes": (their_batches, 4),
+}
+
+
+def read_all(side: str, run_file: Path, rounds: int, results: Any) -> None:
+    """The process that reads: seconds of every round, opening not counted; samples of a round."""
+    make, workers = SIDES[side]
+    seconds = []
+    samples = 0
+    for _ in range(rounds):
+        batches = make(run_file, workers)
+        began = time.perf_counter()
+        samples = 0
+        for batch in batches:
+            samples += len(batch["tokens"] if isinstance(batch, dict) else batch)
+        seconds.append(time.perf_counter() - began)
+    results.put((seconds, samples))
+
+
+def measure(side: str, run_file: Path, rounds: int) -> tuple[list[float], int]:
+    """`read_all` in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=read_all, args=(side, run_file, rounds, results))
+    process.start()
+    found = results.get()
+    process.join()
+    return found
+
+
+def drop_from_page_cache(folder: Path) -> None:
+    """Write back every file and let its pages go, so that the next reader meets the disk."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def compare(run_file: Path, turns: int, *, cold: bool) -> None:
+    """Samples a second of all sides, in turns, and the ratio of ours to each."""
+    rates: dict[str, list[float]] = {side: [] for side in SIDES}
+    for _ in range(turns):
+        for side in SIDES:
+            if cold:
+                drop_from_page_cache(run_file.parent)
+            # A first, unmeasured round reads everything into the page cache.
+            seconds, samples = measure(side, run_file, 1 if cold else 2)
+            rates[side].append(samples / seconds[-1])
+    ours = rates["megaphase"]
+    for side, theirs in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+        print(f"  {side:32} {statistics.median(theirs):>12,.0f} samples/s  ratio {ratio:.1f}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=float, default=1e9, help="of all corpora; 2 bytes each")
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--warm-steps", type=int, default=200)
+    parser.add_argument("--cold-steps", type=int, default=40)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where the corpora go, for a while")
+    options = parser.parse_args()
+    if importlib.util.find_spec("megatron") is None:
+        print("megatron-core is missing: pip install --no-deps megatron-core==0.16.1 einops")
+        return EXIT_WRONG_INPUT
+    for cold, steps in ((False, options.warm_steps), (True, options.cold_steps)):
+        with tempfile.TemporaryDirectory(dir=options.folder) as name:
+            run_file = prepare(Path(name), int(options.tokens), options.seq_len, steps)
+            for side in SIDES:
+                measure(side, run_file, 1)  # builds the index
+            print(
+                f"{'cold' if cold else 'warm'} files, {steps * BATCH:,} samples of "
+                f"{options.seq_len:,} tokens, {TASKS} tasks, {options.tokens:,.0f} tokens in all",
+                flush=True,
+            )
+            compare(run_file, options.turns, cold=cold)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
