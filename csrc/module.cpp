@@ -110,22 +110,35 @@ void read_samples(const Stream& stream, const Array<Unit>& starts, int64_t sampl
     const int64_t *number = numbers.data(), *row = rows.data(), samples = numbers.size();
     int64_t *input = inputs.mutable_data(), *target = targets.mutable_data();
     py::gil_scoped_release released;
+    // All samples are prepared before the first is read, so that what is not in memory is fetched
+    // for all of them at the same time.
+    std::vector<Piece> pieces;
+    std::vector<size_t> ends;
     for (int64_t i = 0; i < samples; ++i) {
         require(row[i] >= 0 && row[i] < batch, "a row is out of range");
         if (number[i] < 0 || number[i] >= indexed)
             throw std::out_of_range("a sample lies outside the index");
         const Start<Unit>& at = start[number[i]];
-        stream.read(number[i] / samples_per_epoch, static_cast<int64_t>(at.slot),
-                    static_cast<int64_t>(at.offset), input + row[i] * seq_len,
-                    target + row[i] * seq_len, filler, ignored);
+        stream.prepare(number[i] / samples_per_epoch, static_cast<int64_t>(at.slot),
+                       static_cast<int64_t>(at.offset), pieces);
+        ends.push_back(pieces.size());
+    }
+    const Piece* piece = pieces.data();
+    for (int64_t i = 0; i < samples; ++i) {
+        const Piece* end = pieces.data() + ends[i];
+        stream.read(piece, end, input + row[i] * seq_len, target + row[i] * seq_len, filler,
+                    ignored);
+        piece = end;
     }
 }
 
 std::vector<std::tuple<int64_t, int64_t, int64_t>> pieces(const Stream& stream, int64_t epoch,
                                                           int64_t slot, int64_t offset) {
     require(slot >= 0 && offset >= 0, "slot and offset are not negative");
+    std::vector<Piece> prepared;
+    stream.prepare(epoch, slot, offset, prepared);
     std::vector<std::tuple<int64_t, int64_t, int64_t>> found;
-    for (const Piece& piece : stream.pieces(epoch, slot, offset))
+    for (const Piece& piece : prepared)
         found.emplace_back(piece.document, piece.offset, piece.tokens);
     return found;
 }

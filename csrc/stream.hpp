@@ -1,6 +1,9 @@
 // A task's stream over one side of its corpus, behind one interface for all types of its arrays.
 #pragma once
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -33,11 +36,13 @@ public:
     virtual int64_t seq_len() const = 0;
     virtual Totals totals() const = 0;
     virtual std::unique_ptr<StreamWalk> walk(int64_t epoch) const = 0;
-    // The pieces that make up the sample that begins at (slot, offset) of an epoch.
-    virtual std::vector<Piece> pieces(int64_t epoch, int64_t slot, int64_t offset) const = 0;
-    // Write the sample's inputs and targets, [seq_len] each; what an epoch's last sample leaves
-    // empty gets `filler` as input and `ignored` as target.
-    virtual void read(int64_t epoch, int64_t slot, int64_t offset, int64_t* inputs, int64_t* targets,
+    // Add the pieces of the sample that begins at (slot, offset) of an epoch to `pieces`, and ask
+    // the system for their tokens.
+    virtual void prepare(int64_t epoch, int64_t slot, int64_t offset,
+                         std::vector<Piece>& pieces) const = 0;
+    // Write a sample's inputs and targets, [seq_len] each; what an epoch's last sample leaves empty
+    // gets `filler` as input and `ignored` as target.
+    virtual void read(const Piece* first, const Piece* last, int64_t* inputs, int64_t* targets,
                       int64_t filler, int64_t ignored) const = 0;
 };
 
@@ -53,6 +58,17 @@ struct TokenFile {
         if (begin < 0 || begin > count - piece.tokens)
             throw std::out_of_range("a document lies outside the token file");
         return tokens + begin;
+    }
+
+    // Have a mapped file's pages read, without waiting: many requests are then under way at once.
+    void will_need(const Piece& piece) const {
+        static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+        const auto begin = reinterpret_cast<uintptr_t>(at(piece));
+        const uintptr_t aligned = begin / page * page;
+        // A hint: where it is not understood, the pages are read when they are touched.
+        madvise(reinterpret_cast<void*>(aligned),
+                begin - aligned + static_cast<uintptr_t>(piece.tokens) * sizeof(Token),
+                MADV_WILLNEED);
     }
 };
 
@@ -71,27 +87,25 @@ public:
         return std::make_unique<Walk>(EpochWalk<Length>(documents_, order(epoch), seq_len_));
     }
 
-    std::vector<Piece> pieces(int64_t epoch, int64_t slot, int64_t offset) const override {
-        std::vector<Piece> pieces;
+    void prepare(int64_t epoch, int64_t slot, int64_t offset,
+                 std::vector<Piece>& pieces) const override {
         for_each_piece(documents_, order(epoch), slot, offset, seq_len_ + 1,
                        [&](int64_t document, int64_t from, int64_t tokens) {
                            pieces.push_back({document, from, tokens});
+                           file_.will_need(pieces.back());
                        });
-        return pieces;
     }
 
-    void read(int64_t epoch, int64_t slot, int64_t offset, int64_t* inputs, int64_t* targets,
+    void read(const Piece* first, const Piece* last, int64_t* inputs, int64_t* targets,
               int64_t filler, int64_t ignored) const override {
-        int64_t at = 0;  // token i of the sample is input i and target i - 1
-        const int64_t found = for_each_piece(
-            documents_, order(epoch), slot, offset, seq_len_ + 1,
-            [&](int64_t document, int64_t from, int64_t tokens) {
-                const Token* begin = file_.at({document, from, tokens});
-                const int64_t first = at == 0 ? 1 : 0;
-                std::copy(begin, begin + std::min(tokens, seq_len_ - at), inputs + at);
-                std::copy(begin + first, begin + tokens, targets + at - 1 + first);
-                at += tokens;
-            });
+        int64_t found = 0;  // token i of the sample is input i and target i - 1
+        for (const Piece* piece = first; piece != last; ++piece) {
+            const Token* begin = file_.at(*piece);
+            const int64_t skipped = found == 0 ? 1 : 0;
+            std::copy(begin, begin + std::min(piece->tokens, seq_len_ - found), inputs + found);
+            std::copy(begin + skipped, begin + piece->tokens, targets + found - 1 + skipped);
+            found += piece->tokens;
+        }
         if (found < 2) throw std::out_of_range("a sample lies outside its epoch");
         std::fill(inputs + std::min(found, seq_len_), inputs + seq_len_, filler);
         std::fill(targets + found - 1, targets + seq_len_, ignored);

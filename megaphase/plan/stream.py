@@ -47,6 +47,7 @@ class Stream:
         self.corpus = corpus
         self.seq_len = seq_len
         side = "held out" if held_out else "training"
+        corpus.expect_random_reads()
         # Plain views: numpy's memmap class costs microseconds at every use.
         self._samples = _builder.Stream(
             np.asarray(corpus.tokens),
