@@ -9,12 +9,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plan_support import TOKENIZER_HASH, derived_key, member_key, permutation, split_mix
+from plan_support import (
+    TOKENIZER_HASH,
+    derived_key,
+    member_key,
+    permutation,
+    random_lengths,
+    split_mix,
+    write_corpus,
+)
 
+from megaphase.config import MixtureConfig
 from megaphase.corpus import Corpus
 from megaphase.corpus.format import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
 from megaphase.plan import _builder
+from megaphase.plan.build import build_index
 from megaphase.plan.index import block_size
+from megaphase.plan.plan import Plan
+from megaphase.plan.spec import PhaseSpec, PlanSpec
 from megaphase.plan.stream import Stream
 
 DOCUMENTS = 2**31 + 1000
@@ -201,3 +213,32 @@ def test_a_document_of_more_than_2_to_the_32_tokens_needs_64_bit_starts():
     walk.fill(starts, 10)
     assert walk.fill(starts, 10) == 4
     assert starts.tolist() == [[0, 0], [0, 2**31], [0, 2**32], [0, 3 * 2**31]]
+
+
+def test_a_plan_of_65535_tasks(tmp_path):
+    names = [f"t{number}" for number in range(65_535)]
+    corpora = []
+    for number in range(4):
+        prefix = tmp_path / f"c{number}"
+        write_corpus(prefix, random_lengths(60 + 20 * number, 90, number), seed=number)
+        corpora.append(Corpus.open(prefix))
+    streams = {
+        name: Stream(name, corpora[number % 4], seed=1, seq_len=256, fraction=0.0, held_out=False)
+        for number, name in enumerate(names)
+    }
+    phases = [
+        PhaseSpec("one", 40_000, MixtureConfig(temperature=3.3), "", "balanced", 1),
+        PhaseSpec("two", 70_000, MixtureConfig(unimax=True, max_epochs=2), "", "random", 2),
+    ]
+    spec = PlanSpec(streams, streams, phases, 4, 256, "f" * 32)
+    build_index(spec, tmp_path / "index", lambda *_: None)
+    plan = Plan(spec, tmp_path / "index")
+    for number, phase in enumerate(plan.phases):
+        assert sum(phase.counts) == phase.samples
+        planned = plan.samples(number, phase.samples - 4000, 4000)
+        ends = np.array(phase.starts) + phase.counts
+        last = np.unique(planned.tasks[::-1], return_index=True)
+        assert (planned.ordinals[::-1][last[1]] == ends[last[0]] - 1).all()
+    inputs, targets = (np.zeros((4000, 256), np.int64) for _ in range(2))
+    plan.read(planned, inputs, targets, 0)
+    assert (inputs[:, 1:] == inputs[:, :-1] + 1).any(axis=1).all()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Executor, ThreadPoolExecutor, wait
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 POLL_SECONDS = 0.1
 
@@ -56,11 +58,26 @@ class Crew:
     def run(self, what: str, total: int, jobs: Sequence[Callable[[], Result]]) -> list[Result]:
         """The jobs' results; calls progress(what, done, total) while they run and at their end."""
         self._done = 0
+        finished: SimpleQueue[Future[Result]] = SimpleQueue()
         futures = [self._pool.submit(job) for job in jobs]
-        pending: Any = futures
-        while pending:
-            finished, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
-            for future in finished:
+        for future in futures:
+            future.add_done_callback(finished.put)
+        left = len(futures)
+        while left > 0:
+            for future in _arrivals(finished, left, POLL_SECONDS):
                 future.result()
+                left -= 1
             self._progress(what, self._done, total)
         return [future.result() for future in futures]
+
+
+def _arrivals(
+    finished: SimpleQueue[Future[Result]], most: int, seconds: float
+) -> Iterator[Future[Result]]:
+    """What is finished within so many seconds, and at most so many."""
+    end = time.monotonic() + seconds
+    for _ in range(most):
+        try:
+            yield finished.get(timeout=max(end - time.monotonic(), 0))
+        except Empty:
+            return
