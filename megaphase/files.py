@@ -8,8 +8,9 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ HASH_CHUNK_BYTES = 1 << 22
 
 # After so long without a change, what another machine wrote aside is taken for abandoned.
 _ABANDONED_SECONDS = 600.0
+
+REMOVAL_SECONDS = 0.4
 
 
 def new_hash() -> Any:
@@ -80,7 +83,7 @@ def remove_abandoned(final: Path) -> None:
     """Remove the directories in which processes that were killed wrote what was to be `final`."""
     for aside in final.parent.glob(f".{glob.escape(final.name)}.*.partial"):
         if _is_abandoned(aside):
-            shutil.rmtree(aside, ignore_errors=True)
+            remove_directory(aside)
 
 
 def _is_abandoned(aside: Path) -> bool:
@@ -131,15 +134,43 @@ def make_directory(path: Path) -> None:
         raise InputError(path, problem, "choose another place for the output") from None
 
 
+def remove_directory(directory: Path) -> None:
+    """Remove a directory with all that is in it; errors are ignored."""
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def remove_soon(directory: Path, then_if_empty: Sequence[Path] = ()) -> None:
+    """Remove a directory, then those of the others that are empty, without waiting for long.
+
+    A disk that discards blocks takes over a second for a gigabyte; what is not done after
+    REMOVAL_SECONDS is left to a process that goes on when this one has ended.
+    """
+    script = 'rm -rf -- "$1"; shift; [ $# = 0 ] || rmdir -- "$@"'
+    process = subprocess.Popen(
+        ["sh", "-c", script, "sh", directory, *then_if_empty],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(REMOVAL_SECONDS)
+
+
 @contextmanager
-def directory_written_aside(final: Path) -> Iterator[Path]:
-    """Yield a scratch directory beside `final`; publish it when the block ends without error."""
+def directory_written_aside(
+    final: Path, discard: Callable[[Path], object] = remove_directory
+) -> Iterator[Path]:
+    """Yield a scratch directory beside `final`; publish it when the block ends without error.
+
+    Otherwise `discard` removes it.
+    """
     aside = path_aside(final)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_directory(aside)
     make_directory(aside)
     try:
         yield aside
         publish_directory(aside, final)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        discard(aside)
         raise

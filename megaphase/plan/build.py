@@ -20,6 +20,8 @@ from megaphase.files import (
     hash_json,
     make_directory,
     remove_abandoned,
+    remove_directory,
+    remove_soon,
     write_json_whole,
 )
 from megaphase.locks import exclusive_lock
@@ -67,7 +69,7 @@ def ensure_built(
     folder = plan_folder(run_dir, spec)
     if folder.exists() and damage(folder, spec) is None:
         return folder
-    with _new_directories(folder.parent, run_dir), _os_errors_named(folder):
+    with _new_directories(folder.parent, run_dir) as new, _os_errors_named(folder):
         waiting = partial(say, f"{folder}: another process is building this plan; waiting for it")
         with exclusive_lock(folder.with_name(f".{folder.name}.lock"), waiting):
             if folder.exists():
@@ -78,17 +80,17 @@ def ensure_built(
                 shutil.rmtree(folder)
             remove_abandoned(folder)
             _check_space(spec, folder)
-            build_index(spec, folder, progress)
+            build_index(spec, folder, progress, discard=partial(remove_soon, then_if_empty=new))
     return folder
 
 
 @contextmanager
-def _new_directories(*directories: Path) -> Iterator[None]:
+def _new_directories(*directories: Path) -> Iterator[list[Path]]:
     """Make the directories; take those away again that were not there and stay empty."""
     new = [each for each in directories if not each.exists()]
     make_directory(directories[0])
     try:
-        yield
+        yield new
     finally:
         for each in new:
             with suppress(OSError):
@@ -117,11 +119,18 @@ def _check_space(spec: PlanSpec, folder: Path) -> None:
 
 
 def build_index(
-    spec: PlanSpec, folder: Path, progress: Progress, threads: int | None = None
+    spec: PlanSpec,
+    folder: Path,
+    progress: Progress,
+    threads: int | None = None,
+    discard: Callable[[Path], object] = remove_directory,
 ) -> None:
-    """Build the whole index and make it appear as `folder`; the threads do not change a byte."""
+    """Build the whole index and make it appear as `folder`; the threads do not change a byte.
+
+    `discard` removes what was written when the build is interrupted or fails.
+    """
     with (
-        directory_written_aside(folder) as aside,
+        directory_written_aside(folder, discard) as aside,
         Crew(threads or builder_threads(), progress) as crew,
     ):
         used = [0] * len(spec.streams)
