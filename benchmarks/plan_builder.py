@@ -220,15 +220,17 @@ def report_whole(folder: Path, samples: int) -> None:
     ensure_built(spec, config.output)
     print(f"  found whole again in {time.perf_counter() - began:.1f} s")
     for part in (0.25, 0.75):
-        shutil.rmtree(index)
+        shutil.rmtree(index, ignore_errors=True)
         watch(run_file, interrupt_at=part)
         stopped = time.time() - float((config.output / "interrupted").read_text())
-        left = [path for path in config.output.rglob("*") if path.is_file()]
+        began = time.perf_counter()
+        while any(config.output.rglob("*.partial")):
+            time.sleep(0.02)
+        removed = stopped + time.perf_counter() - began
         print(
-            f"  Ctrl-C at {part:.0%}: the process was gone after {stopped:.2f} s and left "
-            f"{len(left) - 1} files"
+            f"  Ctrl-C at {part:.0%}: the process was gone after {stopped:.2f} s, what it had "
+            f"written after {removed:.2f} s"
         )
-        index.mkdir(parents=True)
 
 
 def disk_speed(folder: Path) -> float:

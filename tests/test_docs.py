@@ -75,7 +75,9 @@ def test_the_run_file_of_the_readme_is_valid(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/run-file.md", "docs/performance.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/run-file.md", "docs/plan.md", "docs/performance.md"]
+)
 def test_links_between_pages_lead_somewhere(page):
     folder = (REPOSITORY / page).parent
     for target in re.findall(r"\]\(([^)#]+)\)", (REPOSITORY / page).read_text()):

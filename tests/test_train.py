@@ -56,6 +56,7 @@ def several(corpora, tmp_path_factory):
 def test_rows_tell_the_story_of_two_phases(single):
     rows = read_rows(single / "run")
     training = [row for row in rows if "loss" in row]
+    assert all(0 <= row["data_wait_seconds"] < row["step_seconds"] for row in training)
     assert [row["step"] for row in training] == list(range(1, ALL_STEPS + 1))
     names = ["pretrain"] * STEPS[0] + ["joint"] * STEPS[1]
     assert [row["phase"] for row in training] == names
