@@ -146,6 +146,11 @@ def member_key(family: int, member: int) -> int:
 
 def permutation(size: int, key: int) -> list[int]:
     """The keyed permutation of range(size), written out."""
+    return images(size, key, list(range(size)))
+
+
+def images(size: int, key: int, positions: list[int]) -> list[int]:
+    """The images of some positions under the keyed permutation of range(size)."""
     bits = max(1, (size - 1).bit_length())
     mask, shift = 2**bits - 1, max(1, bits // 2)
     rounds = []
@@ -163,7 +168,7 @@ def permutation(size: int, key: int) -> list[int]:
             if word < size:
                 return (word + rotation) % size
 
-    return [image(position) for position in range(size)]
+    return [image(position) for position in positions]
 
 
 @dataclass(frozen=True)

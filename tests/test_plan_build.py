@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import os
 import signal
@@ -22,11 +24,13 @@ from plan_support import (
     write_run,
     write_three_tasks,
 )
+from rich.console import Console
 
 from megaphase.config import RunConfig
 from megaphase.errors import InputError, RunError
 from megaphase.files import hash_json
 from megaphase.plan.build import build_index, ensure_built, plan_folder
+from megaphase.plan.progress import building_progress
 
 
 @pytest.fixture
@@ -276,3 +280,25 @@ def test_progress_is_told_to_the_end(run, tmp_path):
     finished = {what: of for what, done, of in told if done == of}
     assert list(finished) == ["blend of one", "blend of two", "sample index"]
     assert [finished["blend of one"], finished["blend of two"]] == [48, 32]
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch):
+    out = io.StringIO()
+    clock = itertools.count(start=0, step=4)
+    monkeypatch.setattr("megaphase.plan.progress.time.monotonic", lambda: next(clock))
+    with building_progress(Console(file=out)) as progress:
+        for done in range(1000, 7000, 1000):
+            progress("blend of [joint]", done, 6000)
+    assert out.getvalue().splitlines() == [
+        "plan: blend of [joint], 3,000 of 6,000 samples",
+        "plan: blend of [joint], 6,000 of 6,000 samples",
+    ]
+
+
+def test_a_terminal_gets_a_bar(run, tmp_path):
+    config, _ = run
+    out = io.StringIO()
+    with building_progress(Console(file=out, force_terminal=True, width=80)) as progress:
+        build_index(spec_of(config), tmp_path / "index", progress)
+    assert "sample index" in out.getvalue()
+    assert "100%" in out.getvalue()

@@ -54,6 +54,7 @@ def test_the_same_spec_gives_the_same_bytes(run, tmp_path):
         {"seed": 8},
         {"model": {"preset": "gpt-5m", "seq_len": 9}},
         {"batch": {"samples": 6}},
+        {"phases": [PLAN_PHASES[0], PLAN_PHASES[1] | {"order": "random"}]},
         {"validation": {"fraction": 0.25}},
         {"phases": PLAN_PHASES[:1]},
         {"phases": [PLAN_PHASES[0], PLAN_PHASES[1] | {"steps": 9}]},
@@ -239,3 +240,46 @@ def test_summary_figures(run):
         together = first["samples"] + second["samples"]
         assert second["epochs_so_far"] == together / per_epoch[name]
     assert sum(facts["samples"] for facts in two["tasks"].values()) == 32
+
+
+def test_a_role_stands_for_its_tasks(run, tmp_path):
+    _, written = run
+    tasks = {"en": {"corpus": "en", "role": "high"}}
+    tasks |= {name: {"corpus": name, "role": "low"} for name in ("hi", "no")}
+    by_role, by_name = (
+        build_plan(
+            write_run(
+                tmp_path,
+                list(written),
+                tasks=tasks,
+                phases=[PLAN_PHASES[0], phase("two", 8, {"temperature": 2, "over": over})],
+            )
+        )
+        for over in ("low", ["hi", "no"])
+    )
+    assert by_role.spec.fingerprint == by_name.spec.fingerprint
+    assert by_role.phases[1].counts[0] == 0
+    assert by_role.phases[1].requested_rates == by_name.phases[1].requested_rates
+    mixture = {"unimax": True, "max_epochs": 3, "over": "high"}
+    high = build_plan(write_run(tmp_path, ["en"], tasks=tasks, phases=[phase("a", 20, mixture)]))
+    assert high.phases[0].counts == [80, 0, 0]
+
+
+def test_a_random_order_reads_the_same_streams(run, tmp_path):
+    config, written = run
+    phases = [each | {"order": "random"} for each in PLAN_PHASES]
+    plan = build_plan(write_run(tmp_path, list(written), phases=phases))
+    assert [phase["order"] for phase in plan.summary()["phases"]] == ["random", "random"]
+    for number, samples in enumerate((48, 32)):
+        planned = plan.samples(number, 0, samples)
+        assert plan.phases[number].counts == np.bincount(planned.tasks, minlength=3).tolist()
+        rows = [
+            row
+            for step in range(samples // 4)
+            for row in as_rows(read_step(plan, number, step, 0, 1, FILLER))
+        ]
+        for row, (task, tokens) in zip(
+            rows, expected_samples(config, written, plan, number), strict=True
+        ):
+            assert row[0] == task
+            assert list(row[1 : 1 + min(len(tokens), 8)]) == tokens[:8]

@@ -12,10 +12,9 @@ import pytest
 from plan_support import (
     TOKENIZER_HASH,
     derived_key,
+    images,
     member_key,
-    permutation,
     random_lengths,
-    split_mix,
     write_corpus,
 )
 
@@ -35,27 +34,6 @@ FULL = 40  # documents that have tokens; all others are empty
 LENGTH = 20
 
 
-def images(size: int, key: int, positions: list[int]) -> list[int]:
-    bits = max(1, (size - 1).bit_length())
-    mask, shift = 2**bits - 1, max(1, bits // 2)
-    rounds = []
-    for _ in range(4):
-        key, low = split_mix(key)
-        key, multiplier = split_mix(key)
-        rounds.append((low & mask, multiplier | 1))
-    rotation = split_mix(key)[1] % size
-    found = []
-    for word in positions:
-        while True:
-            for low, multiplier in rounds:
-                word = ((word ^ low) * multiplier) & mask
-                word ^= word >> shift
-            if word < size:
-                break
-        found.append((word + rotation) % size)
-    return found
-
-
 def write_at(path: Path, offset: int, array: np.ndarray) -> None:
     with open(path, "r+b") as file:
         file.seek(offset)
@@ -65,10 +43,6 @@ def write_at(path: Path, offset: int, array: np.ndarray) -> None:
 def sparse(path: Path, size: int) -> None:
     with open(path, "wb") as file:
         file.truncate(size)
-
-
-def test_one_image_is_that_of_the_whole_permutation():
-    assert images(1000, 77, list(range(1000))) == permutation(1000, 77)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megaphase.corpus.manifest import FileRecord
-from megaphase.files import new_hash
+from megaphase.files import new_hash, path_aside
 
 _CHUNK_BYTES = 1 << 20
 
@@ -25,7 +25,7 @@ class HashedFile:
     def __init__(self, final: Path) -> None:
         _remove_abandoned(final)
         self._final = final
-        self._aside = final.with_name(f".{final.name}.{os.getpid()}.partial")
+        self._aside = path_aside(final)
         self._file = open(self._aside, "wb", buffering=_CHUNK_BYTES)  # noqa: SIM115
         # Some network file systems know no locks.
         with suppress(OSError):

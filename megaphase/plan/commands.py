@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -132,6 +130,7 @@ def _open_plan(run_file: RunFile, overrides: Overrides) -> tuple[RunConfig, Toke
     from megaphase.config import load_run_file
     from megaphase.plan.build import ensure_built
     from megaphase.plan.plan import Plan
+    from megaphase.plan.progress import building_progress
     from megaphase.plan.spec import plan_spec
     from megaphase.tokenizer import Tokenizer
 
@@ -156,37 +155,3 @@ def _console() -> Console:
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     return console
-
-
-@contextmanager
-def building_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for the part of the index that is being built; nothing where there is no terminal."""
-    from rich.markup import escape
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bars:
-        bar = bars.add_task("plan", total=None)
-        shown = ""
-
-        def progress(what: str, done: int, of: int) -> None:
-            nonlocal shown
-            if what != shown:
-                shown = what
-                bars.reset(bar, description=escape(what))
-            bars.update(bar, completed=done, total=of)
-
-        yield progress

@@ -26,6 +26,7 @@ from megaphase.parallel.topology import (
 from megaphase.plan.build import ensure_built
 from megaphase.plan.plan import Plan
 from megaphase.plan.preview import plan_warnings
+from megaphase.plan.progress import building_progress
 from megaphase.plan.spec import PlanSpec, plan_spec
 from megaphase.tokenizer import Tokenizer
 from megaphase.training.deepspeed_config import compute_dtype
@@ -144,19 +145,24 @@ def _set_up(config: RunConfig, console: Console) -> _Scene:
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     directory = RunDirectory(config.output)
-    plan = _open_plan(config, parts.spec, directory, say)
+    plan = _open_plan(config, parts.spec, directory, say, console)
     store = CheckpointStore(directory.checkpoints, topology)
     return _Scene(parts, topology, directory, plan, store, say)
 
 
 def _open_plan(
-    config: RunConfig, spec: PlanSpec, directory: RunDirectory, say: Callable[[str], None]
+    config: RunConfig,
+    spec: PlanSpec,
+    directory: RunDirectory,
+    say: Callable[[str], None],
+    console: Console,
 ) -> Plan:
     """Build the plan where it is not there yet, and claim the run directory for it."""
 
     def build_and_claim() -> Path:
         directory.refuse_other_run(config)
-        folder = ensure_built(spec, directory.path, say=say)
+        with building_progress(console) as progress:
+            folder = ensure_built(spec, directory.path, say=say, progress=progress)
         summary = Plan(spec, folder).summary()
         directory.claim(config, summary)
         for sentence in plan_warnings(summary):
