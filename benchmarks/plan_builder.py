@@ -1,6 +1,6 @@
 """The plan's builder beside the compiled helpers of megatron-core, in one run.
 
-    pip install -c constraints.txt -e '.[benchmark]' && pip install --no-deps megatron-core==0.16.1
+    pip install -c constraints.txt -e '.[benchmark]'
     python benchmarks/plan_builder.py --whole 1e9
 
 Prints, for both sides and in turns on one thread: ns a sample of the blend for 16 to 4,096 tasks
@@ -281,7 +281,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where corpora and plan go, for a while")
     options = parser.parse_args()
     if importlib.util.find_spec("megatron") is None:
-        print("megatron-core is missing: pip install --no-deps megatron-core==0.16.1 einops")
+        print("megatron-core is missing: pip install -c constraints.txt -e '.[benchmark]'")
         return EXIT_WRONG_INPUT
 
     with warnings.catch_warnings():

@@ -1,6 +1,6 @@
 """Reading planned samples beside megatron-core's GPTDataset, over the same corpora, in one run.
 
-    pip install -c constraints.txt -e '.[benchmark]' && pip install --no-deps megatron-core==0.16.1
+    pip install -c constraints.txt -e '.[benchmark]'
     python benchmarks/plan_reading.py
 
 Both sides deliver batches of int64 tensors; they take turns, each time in a process of its own:
@@ -166,7 +166,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where the corpora go, for a while")
     options = parser.parse_args()
     if importlib.util.find_spec("megatron") is None:
-        print("megatron-core is missing: pip install --no-deps megatron-core==0.16.1 einops")
+        print("megatron-core is missing: pip install -c constraints.txt -e '.[benchmark]'")
         return EXIT_WRONG_INPUT
     for cold, steps in ((False, options.warm_steps), (True, options.cold_steps)):
         if steps == 0:

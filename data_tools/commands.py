@@ -125,6 +125,35 @@ def tokenize_command(
     Console().print(_corpus_table(out, manifest))
 
 
+@data_app.command("from-megatron")
+def from_megatron_command(
+    source: Annotated[Path, typer.Argument(metavar="PREFIX", help="Of its .bin and .idx.")],
+    tokenizer: Annotated[Path, typer.Option(help="The tokenizer that made the tokens.")],
+    out: Annotated[Path, typer.Option(help="Prefix of the corpus: PREFIX.bin, PREFIX.idx ...")],
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that work; as many as cores if not given.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Copy a corpus that Megatron-LM's preprocess_data wrote into one of ours.
+
+    Megatron-LM reads ours as they are, by the same prefix.
+
+    Example: megaphase data from-megatron old/en_text_document --tokenizer tok/ --out data/en
+    """
+    from megaphase.data_tools.from_megatron import from_megatron
+
+    manifest = from_megatron(
+        source,
+        tokenizer,
+        out,
+        workers=_available_cores() if workers is None else workers,
+        overwrite=overwrite,
+        console=Console(stderr=True),
+    )
+    Console().print(_corpus_table(out, manifest))
+
+
 @data_app.command("inspect")
 def inspect_command(
     prefix: Annotated[Path, typer.Argument(help="The corpus's prefix.")],

@@ -65,6 +65,12 @@ def test_the_table_shows_tokens_rates_and_epochs(folder):
     assert len(rows) == 7
 
 
+def test_the_table_names_a_random_order(folder):
+    phases = [PHASES[0] | {"order": "random"}, PHASES[1]]
+    rows = rendered(build_plan(write_run(folder, ["en", "[hi]", "no"], phases=phases)).summary())
+    assert [row[:3] for row in rows if "order)" in row] == [["pretrain", "(random", "order)"]]
+
+
 def test_the_table_loses_no_digit_in_80_columns(folder):
     summary = build_plan(write_run(folder, ["en", "[hi]", "no"], phases=PHASES)).summary()
     summary["phases"][0]["tasks"]["en"]["tokens"] = 200_000_000_000

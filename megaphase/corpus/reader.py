@@ -55,7 +55,7 @@ class Corpus:
         index = read_index(corpus_file(prefix, ".idx"))
         _check_sizes(prefix, manifest)
         _check_manifest_fits(prefix, manifest, index)
-        lengths, byte_offsets = _documents_of(prefix, index)
+        lengths, byte_offsets = documents_of(prefix, index)
         _check_last_document(prefix, index.dtype, manifest, lengths, byte_offsets)
         return cls(
             prefix=prefix,
@@ -121,7 +121,7 @@ def _check_manifest_fits(prefix: Path, manifest: Manifest, index: Index) -> None
             raise InputError(path, problem, _REMEDY)
 
 
-def _documents_of(prefix: Path, index: Index) -> tuple[np.ndarray, np.ndarray]:
+def documents_of(prefix: Path, index: Index) -> tuple[np.ndarray, np.ndarray]:
     """Lengths and byte offsets [documents]: the index's own where a document is one sequence."""
     documents = len(index.document_indices) - 1
     if documents == len(index.lengths):

@@ -26,6 +26,8 @@ def plan_table(summary: dict[str, Any]) -> Table:
         table.add_column(column, justify="right", overflow="fold")
     for phase in summary["phases"]:
         name, steps = phase["name"], f"{phase['steps']:,}"
+        if phase["order"] == "random":
+            name += " (random order)"
         for task, facts in phase["tasks"].items():
             if facts["samples"] == 0 and facts["requested_rate"] == 0:
                 continue

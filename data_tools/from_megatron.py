@@ -1,0 +1,146 @@
+"""Corpora that Megatron-LM's own builder wrote, read into corpora of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from megaphase.corpus import CorpusWriter, DocumentBatch, Manifest
+from megaphase.corpus.format import HASH_DTYPE, Index, document_hash, read_index, token_dtype
+from megaphase.corpus.manifest import corpus_file
+from megaphase.corpus.reader import documents_of
+from megaphase.data_tools.ordered_pool import ordered_map
+from megaphase.data_tools.progress import reading_progress
+from megaphase.errors import InputError
+from megaphase.tokenizer import Tokenizer
+
+_BATCH_TOKENS = 1 << 18
+_REMEDY = "give the tokenizer that made the tokens"
+
+
+@dataclass(frozen=True)
+class MegatronDocuments:
+    """Some documents as they lie in the `.bin`.
+
+    Attributes:
+        first: number of the first one in the corpus.
+        lengths: int64 [documents], in tokens.
+        tokens: [sum of lengths]
+    """
+
+    first: int
+    lengths: np.ndarray
+    tokens: np.ndarray
+
+
+@dataclass(frozen=True)
+class DocumentImporter:
+    """What one worker does: check the tokens, find the text, end every document with EOD."""
+
+    tokenizer: Tokenizer
+    path: Path
+
+    def __call__(self, documents: MegatronDocuments) -> tuple[int, DocumentBatch]:
+        """How many bytes the documents took, and what they are here."""
+        self._check_range(documents)
+        tokenizer = self.tokenizer
+        parts = np.split(documents.tokens, np.cumsum(documents.lengths)[:-1])
+        whole = [part[:-1] if len(part) and part[-1] == tokenizer.eod else part for part in parts]
+        kept = [part for part in whole if len(part)]
+        texts = [tokenizer.decode(part).encode() for part in kept]
+        end = np.array([tokenizer.eod])
+        joined = np.concatenate([end[:0], *chain.from_iterable((part, end) for part in kept)])
+        batch = DocumentBatch(
+            tokens=joined.astype(token_dtype(tokenizer.vocab_size)),
+            lengths=np.array([len(part) + 1 for part in kept], dtype=np.int64),
+            hashes=np.frombuffer(b"".join(map(document_hash, texts)), dtype=HASH_DTYPE),
+            text_bytes=sum(map(len, texts)),
+            skipped_empty=len(whole) - len(kept),
+        )
+        return documents.tokens.nbytes, batch
+
+    def _check_range(self, documents: MegatronDocuments) -> None:
+        tokens = documents.tokens
+        wrong = (tokens < 0) | (tokens >= self.tokenizer.vocab_size)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            ends = np.cumsum(documents.lengths)
+            number = documents.first + int(np.searchsorted(ends, at, side="right"))
+            problem = f"document {number} has the token {tokens[at]}, the vocabulary ends at "
+            raise InputError(self.path, f"{problem}{self.tokenizer.vocab_size - 1}", _REMEDY)
+
+
+def from_megatron(
+    source: Path,
+    tokenizer_dir: Path,
+    out: Path,
+    *,
+    workers: int,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Manifest:
+    """Copy the documents of Megatron-LM's `.bin` and `.idx` into the corpus with the prefix `out`.
+
+    With the tokenizer that made the tokens the result is what tokenizing the text would give.
+    Documents of several sequences become one; those without EOD get it. Memory does not grow with
+    the tokens.
+
+    Args:
+        source: prefix of the two files.
+        tokenizer_dir: the tokenizer that made the tokens.
+        out: prefix of the corpus.
+        workers: most processes that work; this one reads and writes.
+
+    Raises InputError where a file is missing or damaged, a token is not in the vocabulary, or the
+    corpus exists. Nothing is left behind then.
+    """
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    bin_path = corpus_file(source, ".bin")
+    index = read_index(corpus_file(source, ".idx"))
+    if not bin_path.is_file():
+        raise InputError(bin_path, "no such file", "give the prefix of a .bin and .idx pair")
+    writer = CorpusWriter(
+        out,
+        tokenizer_hash=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+        sources=[bin_path.name],
+        overwrite=overwrite,
+    )
+    importer = DocumentImporter(tokenizer, bin_path)
+    batches = ordered_map(importer, _read(source, bin_path, index), workers)
+    size = bin_path.stat().st_size
+    with writer, closing(batches), reading_progress(console, "reading", size) as advance:
+        for file_bytes, batch in batches:
+            writer.add_batch(batch)
+            advance(file_bytes, batch.text_bytes)
+    assert writer.manifest is not None
+    return writer.manifest
+
+
+def _read(source: Path, bin_path: Path, index: Index) -> Iterator[MegatronDocuments]:
+    """All documents, some at a time."""
+    if bin_path.stat().st_size == 0:
+        return
+    tokens = np.memmap(bin_path, dtype=index.dtype, mode="r")
+    lengths, byte_offsets = documents_of(source, index)
+    first = 0
+    while first < len(lengths):
+        ahead = np.asarray(lengths[first : first + _BATCH_TOKENS], dtype=np.int64)
+        count = max(int(np.searchsorted(np.cumsum(ahead), _BATCH_TOKENS, side="right")), 1)
+        parts = []
+        for number in range(first, first + count):
+            start = int(byte_offsets[number]) // index.dtype.itemsize
+            end = start + int(lengths[number])
+            if not 0 <= start <= end <= len(tokens):
+                problem = f"document {number} ends at token {end:,}, the file at {len(tokens):,}"
+                raise InputError(bin_path, problem, "the file is cut off; copy it again")
+            parts.append(tokens[start:end])
+        yield MegatronDocuments(first, ahead[:count], np.concatenate(parts))
+        first += count
