@@ -106,7 +106,8 @@ def progress(what, done, of):
     global last
     if what == {stop_at!r} and what != last:
         print("at", what, flush=True)
-        time.sleep({seconds})
+        while not Path({release!r}).exists():
+            time.sleep(0.02)
     last = what
 
 config = load_run_file(Path({run_file!r}))
@@ -116,14 +117,12 @@ print("done", flush=True)
 """
 
 
-def in_another_process(
-    config: RunConfig, stop_at: str = "", seconds: float = 600
-) -> subprocess.Popen:
-    """Build the plan there; with `stop_at` it prints so and rests at that point for a while."""
+def in_another_process(config: RunConfig, stop_at: str = "") -> subprocess.Popen:
+    """Build the plan there; with `stop_at` it prints so and rests at that point until `release`."""
     script = BUILD.format(
         tests=str(Path(__file__).parent),
         stop_at=stop_at,
-        seconds=seconds,
+        release=str(release_file(config)),
         run_file=str(config.path),
     )
     return subprocess.Popen(
@@ -132,6 +131,15 @@ def in_another_process(
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def release_file(config: RunConfig) -> Path:
+    return config.path.with_name("release")
+
+
+def first_line(process: subprocess.Popen) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().rstrip()
 
 
 def output_of(process: subprocess.Popen) -> list[str]:
@@ -145,8 +153,7 @@ def test_a_build_that_is_killed_leaves_nothing_that_counts(run, stop_at):
     config, _ = run
     spec = spec_of(config)
     with in_another_process(config, stop_at) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == f"at {stop_at}\n"
+        assert first_line(process) == f"at {stop_at}"
         process.send_signal(signal.SIGKILL)
     assert not plan_folder(config.output, spec).exists()
     folder = ensure_built(spec, config.output, say=pytest.fail)
@@ -157,15 +164,17 @@ def test_a_build_that_is_killed_leaves_nothing_that_counts(run, stop_at):
 
 def test_of_several_processes_one_builds_and_the_others_wait(run):
     config, _ = run
-    processes = [in_another_process(config, "blend of one", seconds=3) for _ in range(4)]
-    outputs = sorted(output_of(process) for process in processes)
+    builder = in_another_process(config, "blend of one")
+    assert first_line(builder) == "at blend of one"
+    waiters = [in_another_process(config, "blend of one") for _ in range(3)]
     folder = plan_folder(config.output, spec_of(config))
-    waited = f"{folder}: another process is building this plan; waiting for it"
-    builder = ["at blend of one", "done"]
-    assert outputs.count(builder) == 1
-    # A process that starts late may find the finished plan.
-    assert all(lines in (builder, [waited, "done"], ["done"]) for lines in outputs)
-    assert [waited, "done"] in outputs
+    for waiter in waiters:
+        told = f"{folder}: another process is building this plan; waiting for it"
+        assert first_line(waiter) == told
+    assert not folder.exists()
+    release_file(config).touch()
+    for process in (builder, *waiters):
+        assert output_of(process) == ["done"]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert ensure_built(spec_of(config), config.output, say=pytest.fail) == folder
 
@@ -173,11 +182,9 @@ def test_of_several_processes_one_builds_and_the_others_wait(run):
 def test_a_process_that_waits_goes_on_when_the_builder_is_killed(run):
     config, _ = run
     with in_another_process(config, "blend of two") as builder:
-        assert builder.stdout is not None
-        assert builder.stdout.readline() == "at blend of two\n"
+        assert first_line(builder) == "at blend of two"
         waiter = in_another_process(config)
-        assert waiter.stdout is not None
-        assert "waiting for it" in waiter.stdout.readline()
+        assert "waiting for it" in first_line(waiter)
         builder.kill()
     assert output_of(waiter) == ["done"]
     folder = ensure_built(spec_of(config), config.output, say=pytest.fail)
@@ -255,9 +262,9 @@ def test_a_plan_of_2_to_the_40_samples_is_refused_for_the_disk_alone(run, tmp_pa
 def test_ctrl_c_ends_the_command_and_leaves_nothing(tmp_path):
     write_corpus(tmp_path / "en", random_lengths(400, 30, 1))
     config = write_run(tmp_path, ["en"], phases=[phase("one", 30_000_000, {"rates": {"en": 1}})])
-    with in_another_process(config, "blend of one", seconds=0) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "at blend of one\n"
+    release_file(config).touch()
+    with in_another_process(config, "blend of one") as process:
+        assert first_line(process) == "at blend of one"
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=120)
     assert "KeyboardInterrupt" in error
