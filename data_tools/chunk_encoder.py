@@ -10,22 +10,46 @@ import numpy as np
 
 from megaphase.corpus import DocumentBatch
 from megaphase.corpus.format import HASH_DTYPE, document_hash, token_dtype
-from megaphase.data_tools.text_files import TextChunk, documents_of
+from megaphase.data_tools.text_files import (
+    TextChunk,
+    WrongDocument,
+    documents_and_wrong_ones,
+    documents_of,
+)
 from megaphase.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
+class EncodedChunk:
+    """How many bytes of the file a chunk took, its documents, and those that are wrong."""
+
+    file_bytes: int
+    batch: DocumentBatch
+    wrong: list[WrongDocument]
+
+
+@dataclass(frozen=True)
 class ChunkEncoder:
-    """Tokenizes the documents of a chunk of a text file; pickles as the tokenizer's path."""
+    """Tokenizes the documents of a chunk of a text file; pickles as the tokenizer's path.
+
+    A document that is wrong raises InputError, or with `skip_wrong` is set aside.
+    """
 
     tokenizer: Tokenizer
     json_key: str
+    skip_wrong: bool = False
 
-    def __call__(self, chunk: TextChunk) -> tuple[int, DocumentBatch]:
-        """How many bytes of the file the chunk took, and its documents."""
-        return chunk.file_bytes, self.encode(list(documents_of(chunk, self.json_key)))
+    def __call__(self, chunk: TextChunk) -> EncodedChunk:
+        read = documents_and_wrong_ones if self.skip_wrong else documents_of
+        texts, wrong = [], []
+        for document in read(chunk, self.json_key):
+            if isinstance(document, WrongDocument):
+                wrong.append(document)
+            else:
+                texts.append(document)
+        return EncodedChunk(chunk.file_bytes, self.encode(texts, len(wrong)), wrong)
 
-    def encode(self, texts: Sequence[str]) -> DocumentBatch:
+    def encode(self, texts: Sequence[str], wrong: int = 0) -> DocumentBatch:
         """Tokenize documents; those without a token are left out."""
         encoded = [
             (tokens, text.encode())
@@ -43,4 +67,5 @@ class ChunkEncoder:
             hashes=np.frombuffer(digests, dtype=HASH_DTYPE),
             text_bytes=sum(len(utf8) for _, utf8 in encoded),
             skipped_empty=len(texts) - len(encoded),
+            skipped_wrong=wrong,
         )

@@ -30,6 +30,13 @@ class Algorithm(StrEnum):
     bpe = "bpe"
 
 
+class OnError(StrEnum):
+    """What to do at a document that cannot be read."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 JsonKey = Annotated[str, typer.Option(help="The key of each JSON object that holds the text.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out names.")]
 
@@ -102,15 +109,20 @@ def tokenize_command(
         int | None, typer.Option(help="Processes that encode; as many as cores if not given.")
     ] = None,
     json_key: JsonKey = "text",
+    on_error: Annotated[
+        OnError,
+        typer.Option(help="At a document that cannot be read: stop, or skip it and say so."),
+    ] = OnError.stop,
     overwrite: Overwrite = False,
 ) -> None:
     """Tokenize text into a corpus in Megatron-LM's format.
 
     A document is a line of a .jsonl file, or what stands between blank lines of a .txt file; both
-    may be compressed (.gz, .zst).
+    may be compressed (.gz, .zst). What --on-error skip leaves out stands in PREFIX.skipped.jsonl.
 
     Example: megaphase data tokenize en.jsonl.gz --tokenizer tok/ --out data/en
     """
+    from megaphase.data_tools.skipped import SKIPPED_SUFFIX
     from megaphase.data_tools.tokenize import tokenize
 
     manifest = tokenize(
@@ -119,10 +131,13 @@ def tokenize_command(
         out,
         json_key=json_key,
         workers=_available_cores() if workers is None else workers,
+        skip_wrong=on_error is OnError.skip,
         overwrite=overwrite,
         console=Console(stderr=True),
     )
     Console().print(_corpus_table(out, manifest))
+    if manifest.skipped_wrong:
+        typer.echo(f"Skipped, wrong: {manifest.skipped_wrong:,}, see {out}{SKIPPED_SUFFIX}")
 
 
 @data_app.command("from-megatron")

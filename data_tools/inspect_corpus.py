@@ -63,7 +63,12 @@ def _figures(corpus: Corpus) -> Table:
     # EODs hold no text.
     text_tokens = manifest.tokens - manifest.documents
     disk_bytes = sum(file.bytes for file in manifest.files.values())
-    skipped = f" ({manifest.skipped_empty:,} empty ones left out)" if manifest.skipped_empty else ""
+    left_out = [
+        f"{number:,} {kind} ones left out"
+        for number, kind in ((manifest.skipped_empty, "empty"), (manifest.skipped_wrong, "wrong"))
+        if number
+    ]
+    skipped = f" ({', '.join(left_out)})" if left_out else ""
     table = Table.grid(padding=(0, 2))
     for name, value in (
         ("corpus", str(corpus.prefix)),

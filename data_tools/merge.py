@@ -82,5 +82,6 @@ def _batches(corpus: Corpus) -> Iterator[DocumentBatch]:
             hashes=corpus.hashes[start : start + count],
             text_bytes=corpus.manifest.text_bytes if start == 0 else 0,
             skipped_empty=corpus.manifest.skipped_empty if start == 0 else 0,
+            skipped_wrong=corpus.manifest.skipped_wrong if start == 0 else 0,
         )
         start += count

@@ -37,6 +37,8 @@ TEXT_ENDING = ".txt"
 COMPRESSED_ENDINGS = (".gz", ".zst")
 
 _BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
+_BLANK_LINE_BYTES = re.compile(_BLANK_LINES.pattern.encode())
+_LINE_END = re.compile(b"\n")
 _PIECE_BYTES = 1 << 18
 # All that a piece expands to comes at once, and text of much repetition expands a lot.
 _ZSTD_PIECE_BYTES = 1 << 12
@@ -68,6 +70,20 @@ class TextChunk:
     first_line: int
     data: bytes
     file_bytes: int
+
+
+@dataclass(frozen=True)
+class WrongDocument:
+    """A document that cannot be read, as an error would describe it.
+
+    Attributes:
+        where: file and line.
+        text: what stands there; bytes that are not UTF-8 are written as \\x and two digits.
+    """
+
+    where: str
+    problem: str
+    text: str
 
 
 def check_text_file(path: Path) -> None:
@@ -124,6 +140,33 @@ def documents_of(chunk: TextChunk, json_key: str) -> Iterator[str]:
         for block in _BLANK_LINES.split(f"\n{text}"):
             if block and not block.isspace():
                 yield block.strip("\r\n")
+
+
+def documents_and_wrong_ones(chunk: TextChunk, json_key: str) -> Iterator[str | WrongDocument]:
+    """The text of each document of a chunk, or what is wrong with it."""
+    try:
+        documents = list(documents_of(chunk, json_key))
+    except InputError:
+        pass
+    else:
+        yield from documents
+        return
+    for single in _single_documents(chunk):
+        try:
+            yield from documents_of(single, json_key)
+        except InputError as error:
+            text = single.data.strip(b"\r\n").decode(errors="backslashreplace")
+            yield WrongDocument(error.where, error.problem, text)
+
+
+def _single_documents(chunk: TextChunk) -> Iterator[TextChunk]:
+    """A chunk for every document."""
+    between = _LINE_END if _ending(chunk.path) in JSON_ENDINGS else _BLANK_LINE_BYTES
+    line, start = chunk.first_line, 0
+    for end in [*(match.end() for match in between.finditer(chunk.data)), len(chunk.data)]:
+        data = chunk.data[start:end]
+        yield TextChunk(chunk.path, line, data, 0)
+        line, start = line + data.count(b"\n"), end
 
 
 def _ending(path: Path) -> str:

@@ -13,6 +13,7 @@ from megaphase.corpus import CorpusWriter, Manifest
 from megaphase.data_tools.chunk_encoder import ChunkEncoder
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.progress import reading_progress
+from megaphase.data_tools.skipped import SkippedDocuments
 from megaphase.data_tools.text_files import check_text_file, read_chunks
 from megaphase.errors import InputError
 from megaphase.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ def tokenize(
     *,
     json_key: str = "text",
     workers: int,
+    skip_wrong: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Manifest:
@@ -38,6 +40,8 @@ def tokenize(
         out: prefix of the corpus's files.
         json_key: which string of a JSON object is the text.
         workers: most processes that encode; this one reads and writes.
+        skip_wrong: whether a document that cannot be read is left out, and written to
+            `PREFIX.skipped.jsonl`, instead of ending it all.
         overwrite: whether an existing corpus may be replaced.
         console: where to show progress; nothing is shown without one.
 
@@ -60,11 +64,13 @@ def tokenize(
         overwrite=overwrite,
     )
     chunks = chain.from_iterable(read_chunks(path) for path in inputs)
-    batches = ordered_map(ChunkEncoder(tokenizer, json_key), chunks, workers)
+    encoded = ordered_map(ChunkEncoder(tokenizer, json_key, skip_wrong), chunks, workers)
     total_bytes = sum(path.stat().st_size for path in inputs)
-    with writer, closing(batches), reading_progress(console, "tokenizing", total_bytes) as advance:
-        for file_bytes, batch in batches:
-            writer.add_batch(batch)
-            advance(file_bytes, batch.text_bytes)
+    progress = reading_progress(console, "tokenizing", total_bytes)
+    with SkippedDocuments(out) as skipped, writer, closing(encoded), progress as advance:
+        for chunk in encoded:
+            writer.add_batch(chunk.batch)
+            skipped.add(chunk.wrong)
+            advance(chunk.file_bytes, chunk.batch.text_bytes)
     assert writer.manifest is not None
     return writer.manifest

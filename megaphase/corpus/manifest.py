@@ -39,6 +39,7 @@ class Manifest(BaseModel):
         dtype: of the tokens in the .bin, in numpy's words: uint16 or int32.
         documents: how many; texts without a token are not counted, and not stored.
         skipped_empty: how many such texts there were.
+        skipped_wrong: how many documents could not be read and were left out.
         tokens: EODs included.
         text_bytes: bytes of the documents' UTF-8 text.
         files: size and digest of each data file, by its ending.
@@ -54,6 +55,7 @@ class Manifest(BaseModel):
     dtype: str
     documents: int
     skipped_empty: int = 0
+    skipped_wrong: int = 0
     tokens: int
     text_bytes: int
     files: dict[str, FileRecord]

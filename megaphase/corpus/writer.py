@@ -35,6 +35,7 @@ class DocumentBatch:
         hashes: u64 [documents], `document_hash` of each text.
         text_bytes: bytes of the documents' UTF-8 text.
         skipped_empty: texts left out because they have no token.
+        skipped_wrong: what was left out because it could not be read.
     """
 
     tokens: np.ndarray
@@ -42,6 +43,7 @@ class DocumentBatch:
     hashes: np.ndarray
     text_bytes: int
     skipped_empty: int = 0
+    skipped_wrong: int = 0
 
 
 class CorpusWriter:
@@ -75,7 +77,8 @@ class CorpusWriter:
         self._vocab_size = vocab_size
         self._eod = eod
         self._sources = list(sources)
-        self._documents = self._skipped_empty = self._tokens = self._text_bytes = 0
+        self._documents = self._tokens = self._text_bytes = 0
+        self._skipped_empty = self._skipped_wrong = 0
         if not overwrite:
             refuse_existing(self.prefix)
 
@@ -116,6 +119,7 @@ class CorpusWriter:
             self._lengths.write(batch.lengths.astype(LENGTH_DTYPE).tobytes())
         self._documents += len(batch.lengths)
         self._skipped_empty += batch.skipped_empty
+        self._skipped_wrong += batch.skipped_wrong
         self._tokens += len(batch.tokens)
         self._text_bytes += batch.text_bytes
 
@@ -150,6 +154,7 @@ class CorpusWriter:
             dtype=self.dtype.name,
             documents=self._documents,
             skipped_empty=self._skipped_empty,
+            skipped_wrong=self._skipped_wrong,
             tokens=self._tokens,
             text_bytes=self._text_bytes,
             files={suffix: self._files[suffix].finish() for suffix in DATA_SUFFIXES},
