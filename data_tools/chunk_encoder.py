@@ -56,16 +56,29 @@ class ChunkEncoder:
             for text, tokens in zip(texts, self.tokenizer.encode_arrays(texts), strict=True)
             if len(tokens)
         ]
-        end = np.array([self.tokenizer.eod], dtype=np.int32)
-        pieces = chain.from_iterable((tokens, end) for tokens, _ in encoded)
-        dtype = token_dtype(self.tokenizer.vocab_size)
-        digests = b"".join(document_hash(utf8) for _, utf8 in encoded)
-        return DocumentBatch(
-            # One empty piece more, since nothing cannot be concatenated.
-            tokens=np.concatenate([end[:0], *pieces]).astype(dtype),
-            lengths=np.array([len(tokens) + 1 for tokens, _ in encoded], dtype=np.int64),
-            hashes=np.frombuffer(digests, dtype=HASH_DTYPE),
-            text_bytes=sum(len(utf8) for _, utf8 in encoded),
-            skipped_empty=len(texts) - len(encoded),
-            skipped_wrong=wrong,
-        )
+        return join_documents(encoded, self.tokenizer, empty=len(texts) - len(encoded), wrong=wrong)
+
+
+def join_documents(
+    documents: Sequence[tuple[np.ndarray, bytes]],
+    tokenizer: Tokenizer,
+    *,
+    empty: int,
+    wrong: int = 0,
+) -> DocumentBatch:
+    """A batch of documents, each its tokens [n], without EOD, and its UTF-8 text.
+
+    empty, wrong: how many were left out, see DocumentBatch.
+    """
+    end = np.array([tokenizer.eod], dtype=np.int32)
+    pieces = chain.from_iterable((tokens, end) for tokens, _ in documents)
+    digests = b"".join(document_hash(utf8) for _, utf8 in documents)
+    return DocumentBatch(
+        # One empty piece more, since nothing cannot be concatenated.
+        tokens=np.concatenate([end[:0], *pieces]).astype(token_dtype(tokenizer.vocab_size)),
+        lengths=np.array([len(tokens) + 1 for tokens, _ in documents], dtype=np.int64),
+        hashes=np.frombuffer(digests, dtype=HASH_DTYPE),
+        text_bytes=sum(len(utf8) for _, utf8 in documents),
+        skipped_empty=empty,
+        skipped_wrong=wrong,
+    )

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
 from megaphase.corpus import CorpusWriter, DocumentBatch, Manifest
-from megaphase.corpus.format import HASH_DTYPE, Index, document_hash, read_index, token_dtype
+from megaphase.corpus.format import Index, read_index
 from megaphase.corpus.manifest import corpus_file
 from megaphase.corpus.reader import documents_of
+from megaphase.data_tools.chunk_encoder import join_documents
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.progress import reading_progress
 from megaphase.errors import InputError
@@ -52,17 +52,8 @@ class DocumentImporter:
         tokenizer = self.tokenizer
         parts = np.split(documents.tokens, np.cumsum(documents.lengths)[:-1])
         whole = [part[:-1] if len(part) and part[-1] == tokenizer.eod else part for part in parts]
-        kept = [part for part in whole if len(part)]
-        texts = [tokenizer.decode(part).encode() for part in kept]
-        end = np.array([tokenizer.eod])
-        joined = np.concatenate([end[:0], *chain.from_iterable((part, end) for part in kept)])
-        batch = DocumentBatch(
-            tokens=joined.astype(token_dtype(tokenizer.vocab_size)),
-            lengths=np.array([len(part) + 1 for part in kept], dtype=np.int64),
-            hashes=np.frombuffer(b"".join(map(document_hash, texts)), dtype=HASH_DTYPE),
-            text_bytes=sum(map(len, texts)),
-            skipped_empty=len(whole) - len(kept),
-        )
+        kept = [(part, tokenizer.decode(part).encode()) for part in whole if len(part)]
+        batch = join_documents(kept, tokenizer, empty=len(whole) - len(kept))
         return documents.tokens.nbytes, batch
 
     def _check_range(self, documents: MegatronDocuments) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -30,8 +31,7 @@ class SkippedDocuments:
         """Append some documents."""
         for document in documents:
             self._file = self._file or HashedFile(self.path)
-            fields = {"where": document.where, "problem": document.problem, "text": document.text}
-            self._file.write(f"{json.dumps(fields, ensure_ascii=False)}\n".encode())
+            self._file.write(f"{json.dumps(asdict(document), ensure_ascii=False)}\n".encode())
 
     def __enter__(self) -> Self:
         return self

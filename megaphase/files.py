@@ -32,12 +32,15 @@ def new_hash() -> Any:
     return xxhash.xxh3_128()
 
 
-def hash_file(path: Path) -> str:
-    """Hexadecimal digest of a file's bytes, read in chunks."""
+def hash_file(path: Path, offset: int = 0, size: int | None = None) -> str:
+    """Hexadecimal digest of a file's bytes, or of `size` of them from `offset` on, in chunks."""
     digest = new_hash()
-    with open(path, "rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
+    left = path.stat().st_size - offset if size is None else size
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        while left > 0 and (chunk := file.read(min(left, HASH_CHUNK_BYTES))):
             digest.update(chunk)
+            left -= len(chunk)
     return digest.hexdigest()
 
 
@@ -51,12 +54,17 @@ def file_damage(path: Path, described: dict[str, Any]) -> str | None:
 
     Raises KeyError or TypeError where `described` is no such description.
     """
+    if damage := size_damage(path, described["bytes"]):
+        return damage
+    return None if hash_file(path) == described["hash"] else "has been altered"
+
+
+def size_damage(path: Path, expected: int) -> str | None:
+    """Why a file cannot be the one that had so many bytes, or None."""
     if not path.is_file():
         return "is missing"
     size = path.stat().st_size
-    if size != described["bytes"]:
-        return f"has {size} bytes, not {described['bytes']}"
-    return None if hash_file(path) == described["hash"] else "has been altered"
+    return None if size == expected else f"has {size} bytes, not {expected}"
 
 
 def hash_json(value: Any) -> str:

@@ -13,7 +13,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megaphase.files import new_hash
+from megaphase.files import hash_file, new_hash, size_damage
 
 PIECE_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
@@ -73,26 +73,14 @@ class PieceWriter:
 
 def pieces_damage(path: Path, size: int, pieces: list[list[Any]], threads: int) -> str | None:
     """How a file differs from what was written, or None; the size is compared first."""
-    if not path.is_file():
-        return "is missing"
-    if path.stat().st_size != size:
-        return f"has {path.stat().st_size} bytes, not {size}"
+    if damage := size_damage(path, size):
+        return damage
     altered = threading.Event()
 
     def check(piece: list[Any]) -> None:
-        if not altered.is_set() and _hash_of(path, *piece[:2]) != piece[2]:
+        if not altered.is_set() and hash_file(path, *piece[:2]) != piece[2]:
             altered.set()
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(check, pieces))
     return "has been altered" if altered.is_set() else None
-
-
-def _hash_of(path: Path, offset: int, size: int) -> str:
-    digest = new_hash()
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        while size > 0 and (chunk := file.read(min(size, _CHUNK_BYTES))):
-            digest.update(chunk)
-            size -= len(chunk)
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ class PlannedSamples:
 
     tasks: np.ndarray
     ordinals: np.ndarray
+
+    def by_task(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Every task that is there, with the rows that are its, in order."""
+        in_groups = np.argsort(self.tasks, kind="stable")
+        tasks, firsts = np.unique(self.tasks[in_groups], return_index=True)
+        yield from zip(tasks.tolist(), np.split(in_groups, firsts[1:]), strict=True)
 
 
 @dataclass(frozen=True)
@@ -78,9 +85,7 @@ class Plan:
         self, samples: PlannedSamples, inputs: np.ndarray, targets: np.ndarray, filler: int
     ) -> None:
         """Read samples into inputs and targets, int64 [samples, seq_len]; see Stream.read."""
-        by_task = np.argsort(samples.tasks, kind="stable")
-        tasks, firsts = np.unique(samples.tasks[by_task], return_index=True)
-        for task, rows in zip(tasks, np.split(by_task, firsts[1:]), strict=True):
+        for task, rows in samples.by_task():
             stream = self._streams[task]
             numbers = stream.in_token_order(samples.ordinals[rows])
             stream.read(self._index.starts[task], numbers, rows, inputs, targets, filler)

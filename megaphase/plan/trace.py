@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -63,25 +62,22 @@ def trace_step(plan: Plan, phase: int, phase_step: int) -> list[TracedSample]:
     """The samples of a step of a phase (from 1), in the order of the global batch."""
     size = plan.spec.samples_per_step
     planned = plan.samples(phase, (phase_step - 1) * size, size)
-    traced: list[TracedSample | None] = [None] * size
-    for task, name in enumerate(plan.tasks):
-        rows = np.flatnonzero(planned.tasks == task)
-        if len(rows) == 0:
-            continue
+    traced = []
+    for task, rows in planned.by_task():
         ordinals = planned.ordinals[rows]
         at = plan.locate(task, ordinals)
+        name = plan.tasks[task]
         stream = plan.spec.streams[name]
         figures = zip(rows, ordinals, at.epochs, at.positions, at.slots, at.offsets, strict=True)
-        for row, *sample in figures:
-            ordinal, epoch, position, slot, offset = map(int, sample)
+        for figure in figures:
+            row, ordinal, epoch, position, slot, offset = map(int, figure)
             pieces = [
                 TracedPiece(document, first, first + tokens)
                 for document, first, tokens in stream.pieces(epoch, slot, offset)
             ]
-            traced[row] = TracedSample(
-                int(row), name, ordinal, epoch, position, stream.samples_per_epoch, pieces
-            )
-    return [sample for sample in traced if sample is not None]
+            of = stream.samples_per_epoch
+            traced.append(TracedSample(row, name, ordinal, epoch, position, of, pieces))
+    return sorted(traced, key=lambda sample: sample.row)
 
 
 def sample_texts(plan: Plan, sample: TracedSample, tokenizer: Tokenizer) -> list[str]:
