@@ -31,8 +31,9 @@ from typer.testing import CliRunner
 from megaphase.corpus import Corpus
 from megaphase.corpus.format import document_hash
 from megaphase.data_tools import progress
-from megaphase.data_tools.commands import data_app, tokenizer_app
+from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.tokenize import tokenize
+from megaphase.data_tools.tokenizer_commands import tokenizer_app
 from megaphase.data_tools.train_tokenizer import train_tokenizer
 from megaphase.errors import InputError
 from megaphase.tokenizer import Tokenizer

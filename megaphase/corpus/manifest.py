@@ -14,6 +14,8 @@ from megaphase.records import read_record
 DATA_SUFFIXES = (".bin", ".idx", ".hash")
 MANIFEST_SUFFIX = ".json"
 
+CorpusKind = Literal["lm", "translation"]
+
 
 def corpus_file(prefix: Path | str, suffix: str) -> Path:
     """`PREFIX` + suffix; the prefix may itself contain dots."""
@@ -44,6 +46,9 @@ class Manifest(BaseModel):
         text_bytes: bytes of the documents' UTF-8 text.
         files: size and digest of each data file, by its ending.
         sources: names of the files that the text came from.
+        kind: `lm`, where a document is a text, or `translation`, where it is a source, the tag and
+            a target, and `.hash` holds the digest of the source alone.
+        tag: the token between source and target; none where the kind is `lm`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,6 +65,8 @@ class Manifest(BaseModel):
     text_bytes: int
     files: dict[str, FileRecord]
     sources: list[str]
+    kind: CorpusKind = "lm"
+    tag: int | None = None
 
     @property
     def fingerprint(self) -> str:

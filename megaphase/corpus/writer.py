@@ -68,8 +68,13 @@ class CorpusWriter:
         vocab_size: int,
         eod: int,
         sources: Sequence[str] = (),
+        tag: int | None = None,
         overwrite: bool = False,
     ) -> None:
+        """
+        Args:
+            tag: of translation pairs, the token between source and target.
+        """
         self.prefix = Path(prefix)
         self.dtype = token_dtype(vocab_size)
         self.manifest: Manifest | None = None
@@ -77,6 +82,7 @@ class CorpusWriter:
         self._vocab_size = vocab_size
         self._eod = eod
         self._sources = list(sources)
+        self._tag = tag
         self._documents = self._tokens = self._text_bytes = 0
         self._skipped_empty = self._skipped_wrong = 0
         if not overwrite:
@@ -159,6 +165,8 @@ class CorpusWriter:
             text_bytes=self._text_bytes,
             files={suffix: self._files[suffix].finish() for suffix in DATA_SUFFIXES},
             sources=self._sources,
+            kind="lm" if self._tag is None else "translation",
+            tag=self._tag,
         )
         # An old manifest must not stand beside new data, not even for a moment.
         corpus_file(self.prefix, MANIFEST_SUFFIX).unlink(missing_ok=True)
