@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from megaphase.corpus import DocumentBatch
 from megaphase.corpus.format import HASH_DTYPE, document_hash, token_dtype
-from megaphase.data_tools.text_files import (
+from megaphase.data_tools.text import (
+    Pair,
+    Position,
+    Reading,
     TextChunk,
     WrongDocument,
     documents_and_wrong_ones,
@@ -20,65 +23,107 @@ from megaphase.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class EncodedChunk:
-    """How many bytes of the file a chunk took, its documents, and those that are wrong."""
+class EncodedDocuments:
+    """Documents as a corpus holds them, and how many have no token and are not among them."""
 
-    file_bytes: int
     batch: DocumentBatch
-    wrong: list[WrongDocument]
+    empty: int
+
+
+@dataclass(frozen=True)
+class EncodedChunk:
+    """What became of a chunk of a file.
+
+    Attributes:
+        file: number of the file.
+        end: where in it the chunk ends.
+        file_bytes: how much of the file, as it lies on the disk, it took.
+        wrong: for each document that could not be read, its line of `.skipped.jsonl`.
+    """
+
+    file: int
+    end: Position
+    file_bytes: int
+    documents: EncodedDocuments
+    wrong: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class ChunkEncoder:
     """Tokenizes the documents of a chunk of a text file; pickles as the tokenizer's path.
 
-    A document that is wrong raises InputError, or with `skip_wrong` is set aside.
+    A document that is wrong raises InputError, or with `skip_wrong` is set aside. `tag` is the
+    token between the source and the target of a pair.
     """
 
     tokenizer: Tokenizer
-    json_key: str
+    reading: Reading
+    tag: int | None = None
     skip_wrong: bool = False
 
-    def __call__(self, chunk: TextChunk) -> EncodedChunk:
+    def __call__(self, numbered: tuple[int, TextChunk]) -> EncodedChunk:
+        """Encode a chunk of the file with this number."""
+        file, chunk = numbered
         read = documents_and_wrong_ones if self.skip_wrong else documents_of
-        texts, wrong = [], []
-        for document in read(chunk, self.json_key):
+        texts: list[str] = []
+        pairs: list[Pair] = []
+        wrong = []
+        for document in read(chunk, self.reading):
             if isinstance(document, WrongDocument):
-                wrong.append(document)
+                line = json.dumps(asdict(document), ensure_ascii=False)
+                wrong.append(f"{line}\n".encode())
+            elif isinstance(document, Pair):
+                pairs.append(document)
             else:
                 texts.append(document)
-        return EncodedChunk(chunk.file_bytes, self.encode(texts, len(wrong)), wrong)
+        documents = self.encode(texts) if self.reading.pair is None else self.encode_pairs(pairs)
+        return EncodedChunk(file, chunk.end, chunk.file_bytes, documents, wrong)
 
-    def encode(self, texts: Sequence[str], wrong: int = 0) -> DocumentBatch:
-        """Tokenize documents; those without a token are left out."""
-        encoded = [
-            (tokens, text.encode())
-            for text, tokens in zip(texts, self.tokenizer.encode_arrays(texts), strict=True)
-            if len(tokens)
+    def encode(self, texts: Sequence[str]) -> EncodedDocuments:
+        """Tokenize texts."""
+        utf8 = [text.encode() for text in texts]
+        tokens = self.tokenizer.encode_arrays(texts)
+        return join_documents(tokens, utf8, list(map(len, utf8)), self.tokenizer)
+
+    def encode_pairs(self, pairs: Sequence[Pair]) -> EncodedDocuments:
+        """Tokenize pairs: source, tag, target; the hash is that of the source."""
+        assert self.tag is not None
+        tag = np.array([self.tag], dtype=np.int32)
+        sides = [*(pair.source for pair in pairs), *(pair.target for pair in pairs)]
+        encoded = self.tokenizer.encode_arrays(sides)
+        both = zip(encoded[: len(pairs)], encoded[len(pairs) :], strict=True)
+        tokens = [
+            np.concatenate([source, tag, target]) if len(source) and len(target) else source[:0]
+            for source, target in both
         ]
-        return join_documents(encoded, self.tokenizer, empty=len(texts) - len(encoded), wrong=wrong)
+        sources = [pair.source.encode() for pair in pairs]
+        sizes = [len(pair.source.encode()) + len(pair.target.encode()) for pair in pairs]
+        return join_documents(tokens, sources, sizes, self.tokenizer)
 
 
 def join_documents(
-    documents: Sequence[tuple[np.ndarray, bytes]],
+    tokens: Sequence[np.ndarray],
+    hashed: Sequence[bytes],
+    text_bytes: Sequence[int],
     tokenizer: Tokenizer,
-    *,
-    empty: int,
-    wrong: int = 0,
-) -> DocumentBatch:
-    """A batch of documents, each its tokens [n], without EOD, and its UTF-8 text.
+) -> EncodedDocuments:
+    """The documents that have tokens, each ended by EOD.
 
-    empty, wrong: how many were left out, see DocumentBatch.
+    Args:
+        tokens: [n] of each document, without EOD.
+        hashed: what of each document's text gives its hash.
+        text_bytes: of each document's UTF-8 text.
     """
-    end = np.array([tokenizer.eod], dtype=np.int32)
-    pieces = chain.from_iterable((tokens, end) for tokens, _ in documents)
-    digests = b"".join(document_hash(utf8) for _, utf8 in documents)
-    return DocumentBatch(
-        # One empty piece more, since nothing cannot be concatenated.
-        tokens=np.concatenate([end[:0], *pieces]).astype(token_dtype(tokenizer.vocab_size)),
-        lengths=np.array([len(tokens) + 1 for tokens, _ in documents], dtype=np.int64),
-        hashes=np.frombuffer(digests, dtype=HASH_DTYPE),
-        text_bytes=sum(len(utf8) for _, utf8 in documents),
-        skipped_empty=empty,
-        skipped_wrong=wrong,
-    )
+    counts = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
+    kept = np.flatnonzero(counts)
+    lengths = counts[kept] + 1
+    ends = np.cumsum(lengths)
+    stored = np.full(lengths.sum(), tokenizer.eod, token_dtype(tokenizer.vocab_size))
+    is_text = np.ones(len(stored), bool)
+    is_text[ends - 1] = False
+    # One empty piece more, since nothing cannot be concatenated.
+    stored[is_text] = np.concatenate([np.empty(0, np.int32), *tokens])
+    digests = b"".join([document_hash(hashed[i]) for i in kept.tolist()])
+    sizes = np.asarray(text_bytes, dtype=np.int64)[kept]
+    batch = DocumentBatch.of(stored, lengths, np.frombuffer(digests, HASH_DTYPE), sizes)
+    return EncodedDocuments(batch, len(tokens) - len(kept))

@@ -10,7 +10,7 @@ from pathlib import Path
 from zlib import crc32
 
 from megaphase.data_tools.progress import Advance
-from megaphase.data_tools.text_files import documents_of, read_chunks
+from megaphase.data_tools.text import Reading, documents_of, read_chunks
 from megaphase.errors import InputError
 
 # sentencepiece drops longer sentences (4,192 bytes; a character has at most 4).
@@ -44,11 +44,11 @@ class Survey:
 
 
 def survey_language(
-    language: str, files: Sequence[Path], json_key: str, advance: Advance = lambda *_: None
+    language: str, files: Sequence[Path], reading: Reading, advance: Advance = lambda *_: None
 ) -> Survey:
     """Read all of a language's text once; InputError where it has none."""
     survey = Survey()
-    for sentence, held_out in _sentences(files, json_key, advance):
+    for sentence, held_out in _sentences(files, reading, advance):
         if not held_out:
             survey.characters += len(sentence)
             survey.sentences += 1
@@ -78,13 +78,13 @@ def uses_per_sentence(
 
 
 def sample_sentences(
-    language: str, files: Sequence[Path], json_key: str, uses: float, seed: int
+    language: str, files: Sequence[Path], reading: Reading, uses: float, seed: int
 ) -> Iterator[str]:
     """The sentences for training, in order, each floor(uses) times or, by chance, once more."""
     # Seeded by text, which Python hashes alike on every platform.
     generator = random.Random(f"{seed} {language}")
     whole, rest = divmod(uses, 1.0)
-    for sentence, held_out in _sentences(files, json_key):
+    for sentence, held_out in _sentences(files, reading):
         if not held_out:
             for _ in range(int(whole) + (generator.random() < rest)):
                 yield sentence
@@ -99,13 +99,14 @@ def sentences_of(text: str) -> Iterator[str]:
 
 
 def _sentences(
-    files: Sequence[Path], json_key: str, advance: Advance = lambda *_: None
+    files: Sequence[Path], reading: Reading, advance: Advance = lambda *_: None
 ) -> Iterator[tuple[str, bool]]:
     """Each sentence, and whether it is kept out of training; the first never is."""
     is_first = True
-    for chunk in chain.from_iterable(map(read_chunks, files)):
-        for text in documents_of(chunk, json_key):
-            for sentence in sentences_of(text):
+    for chunk in chain.from_iterable(read_chunks(path, reading) for path in files):
+        for document in documents_of(chunk, reading):
+            assert isinstance(document, str)
+            for sentence in sentences_of(document):
                 held_out = crc32(sentence.encode()) % _HELD_OUT_ONE_IN == 0
                 yield sentence, held_out and not is_first
                 is_first = False

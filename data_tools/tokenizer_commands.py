@@ -60,6 +60,7 @@ def train(
     Example: megaphase tokenizer train --input en=en.jsonl.gz --input hi=hi.jsonl.gz
     --vocab-size 16000 --out tok/
     """
+    from megaphase.data_tools.text import Reading
     from megaphase.data_tools.train_tokenizer import train_tokenizer
 
     record = train_tokenizer(
@@ -67,7 +68,7 @@ def train(
         out,
         vocab_size=vocab_size,
         model_type=model_type.value,
-        json_key=json_key,
+        reading=Reading(json_key),
         tags=tag,
         reserved_tags=reserved_tags,
         max_sentences=max_sentences,

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.progress import reading_progress
-from megaphase.data_tools.text_files import check_text_file
+from megaphase.data_tools.text import Reading, check_text_file
 from megaphase.data_tools.text_sample import (
     Survey,
     sample_sentences,
@@ -50,7 +50,7 @@ class TrainingJob:
 
     inputs: Mapping[str, Sequence[Path]]
     uses: Mapping[str, float]
-    json_key: str
+    reading: Reading
     seed: int
     characters: int
     vocab_size: int
@@ -64,7 +64,7 @@ def train_tokenizer(
     *,
     vocab_size: int,
     model_type: ModelType = "unigram",
-    json_key: str = "text",
+    reading: Reading = Reading(),  # noqa: B008
     tags: Sequence[str] = (),
     reserved_tags: int = 16,
     max_sentences: int = 2_000_000,
@@ -82,12 +82,12 @@ def train_tokenizer(
     result depends on the arguments and the text only.
 
     Args:
-        inputs: text files of each language, see `megaphase.data_tools.text_files`.
+        inputs: text files of each language, see `megaphase.data_tools.text`.
         out: the directory to write.
         vocab_size: number of ids, of which EOD, unknown, newline, tab, tags and bytes take
             260 + len(tags) + reserved_tags.
         model_type: "unigram" or "bpe".
-        json_key: which string of a JSON object is the text.
+        reading: how the text is read; not as pairs.
         tags: names of task tags; each gets a control token that no text encodes to.
         reserved_tags: how many control tokens to keep for tags that are needed later.
         max_sentences: most lines to train on, all languages together; bounds the memory.
@@ -100,11 +100,11 @@ def train_tokenizer(
     for the vocabulary; RunError where the training process is killed.
     """
     _check_arguments(inputs, out, tags, reserved_tags, max_sentences, temperature, overwrite)
-    surveys = _survey(inputs, json_key, console)
+    surveys = _survey(inputs, reading, console)
     job = TrainingJob(
         inputs=inputs,
         uses=uses_per_sentence(surveys, temperature, max_sentences),
-        json_key=json_key,
+        reading=reading,
         seed=seed,
         characters=sum(survey.characters for survey in surveys.values()),
         vocab_size=vocab_size,
@@ -163,12 +163,12 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 
 def _survey(
-    inputs: Mapping[str, Sequence[Path]], json_key: str, console: Console | None
+    inputs: Mapping[str, Sequence[Path]], reading: Reading, console: Console | None
 ) -> dict[str, Survey]:
     total_bytes = sum(path.stat().st_size for path in chain.from_iterable(inputs.values()))
     with reading_progress(console, "reading", total_bytes) as advance:
         return {
-            language: survey_language(language, files, json_key, advance)
+            language: survey_language(language, files, reading, advance)
             for language, files in inputs.items()
         }
 
@@ -215,7 +215,7 @@ def train_model(job: TrainingJob) -> bytes:
 
 def _sentences(job: TrainingJob) -> Iterator[str]:
     return chain.from_iterable(
-        sample_sentences(language, files, job.json_key, job.uses[language], job.seed)
+        sample_sentences(language, files, job.reading, job.uses[language], job.seed)
         for language, files in job.inputs.items()
     )
 

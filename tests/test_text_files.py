@@ -14,15 +14,15 @@ from data_support import write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megaphase.data_tools import text_files
-from megaphase.data_tools.text_files import documents_of, read_chunks
+from megaphase.data_tools.text import Reading, chunks, documents_of, read_chunks
 from megaphase.errors import InputError
 
 TEXTS = ["one", "two\nlines", "ein Wort für 😀", "  spaces  ", "", "a\u2028b\x85c", "x" * 5000]
 
 
 def documents(path: Path, key: str = "text") -> list[str]:
-    return [text for chunk in read_chunks(path) for text in documents_of(chunk, key)]
+    reading = Reading(key)
+    return [text for chunk in read_chunks(path, reading) for text in documents_of(chunk, reading)]
 
 
 def test_jsonl_gives_the_text_of_each_line(tmp_path: Path) -> None:
@@ -78,8 +78,8 @@ def test_compressed_files_give_the_same(
     packed = tmp_path / f"a.jsonl{ending}"
     packed.write_bytes(compress(plain.read_bytes()))
     assert documents(packed) == documents(plain)
-    chunks = list(read_chunks(packed))
-    assert sum(chunk.file_bytes for chunk in chunks) == packed.stat().st_size
+    cut = list(read_chunks(packed, Reading()))
+    assert sum(chunk.file_bytes for chunk in cut) == packed.stat().st_size
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
@@ -96,10 +96,10 @@ def test_documents_do_not_depend_on_the_chunks(
         path.write_bytes("\n".join(lines).encode())
     else:
         write_jsonl(path, lines)
-    chunks = list(read_chunks(path, chunk_bytes))
-    assert b"".join(chunk.data for chunk in chunks) == path.read_bytes()
-    assert sum(chunk.file_bytes for chunk in chunks) == path.stat().st_size
-    found = [text for chunk in chunks for text in documents_of(chunk, "text")]
+    cut = list(read_chunks(path, Reading(), chunk_bytes=chunk_bytes))
+    assert b"".join(chunk.data for chunk in cut) == path.read_bytes()
+    assert sum(chunk.file_bytes for chunk in cut) == path.stat().st_size
+    found = [text for chunk in cut for text in documents_of(chunk, Reading())]
     assert found == documents(path)
 
 
@@ -109,8 +109,8 @@ def test_chunks_are_little_larger_than_asked(tmp_path: Path) -> None:
     packed.write_bytes(zstandard.compress(path.read_bytes()))
     assert packed.stat().st_size < 10_000
     for file in (path, packed):
-        chunks = list(read_chunks(file, 10_000))
-        assert all(10_000 <= len(chunk.data) < 11_000 for chunk in chunks[:-1])
+        cut = list(read_chunks(file, Reading(), chunk_bytes=10_000))
+        assert all(10_000 <= len(chunk.data) < 11_000 for chunk in cut[:-1])
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_chunks_are_little_larger_than_asked(tmp_path: Path) -> None:
         ('["a"]', 'is a list, not a JSON object; write {"text": "..."}'),
         ('{"id": 1, "tgt": "a"}', "the key 'text' is missing; the keys there are 'id', 'tgt'"),
         ("{}", "the key 'text' is missing; the keys there are none"),
-        ('{"text": null}', "the key 'text' holds null, not a string; no key there holds a string"),
+        ('{"text": null}', "the key 'text' holds null, not a string; no key holds a string"),
         ('{"text": 1, "b": "c"}', "holds a number, not a string; the keys with a string are 'b'"),
         ('{"text": "\\ud83d"}', "holds half a character, \\ud83d"),
     ],
@@ -177,13 +177,13 @@ def test_broken_compression_is_named(
 
 
 def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_bytes(b"")
+    (tmp_path / "a.csv").write_bytes(b"")
     (tmp_path / "d.jsonl").mkdir()
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name, message in (
-        ("a.parquet", r"unknown kind of file; its name must end in \.jsonl, .*\.txt"),
+        ("a.csv", r"unknown kind of file; its name must end in \.jsonl, .*\.txt"),
         ("d.jsonl", "is a directory; give the files in it"),
-        ("pipe.jsonl", "is not a regular file; write the text to a file first"),
+        ("pipe.jsonl", "is not a regular file; write the text to a file, or pipe it to -"),
         ("none.jsonl", "no such file; check the path"),
     ):
         with pytest.raises(InputError, match=message):
@@ -193,12 +193,12 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs Linux's /proc")
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").symlink_to("/proc/self/mem")
-    with pytest.raises(InputError, match=r"a\.jsonl: cannot be read \(Input/output error\)"):
+    with pytest.raises(InputError, match=r"a\.jsonl: cannot be read \(.+\)"):
         documents(tmp_path / "a.jsonl")
 
 
 def test_a_document_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "LARGEST_DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr(chunks, "LARGEST_DOCUMENT_BYTES", 1 << 20)
     path = tmp_path / "a.txt"
     path.write_text("first\n\n" + "line\n" * 500_000)
     with pytest.raises(InputError, match=r"a\.txt:1: a document of more than 1 MB begins here or"):

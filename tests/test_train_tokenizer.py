@@ -21,6 +21,7 @@ from data_support import (
 )
 
 from megaphase.data_tools.artificial_languages import write_languages
+from megaphase.data_tools.text import Reading
 from megaphase.data_tools.text_sample import (
     Survey,
     sample_sentences,
@@ -73,7 +74,7 @@ def test_fertility_is_measured_on_text_that_was_kept_out(
 ) -> None:
     record = train_tokenizer(text, tmp_path / "tok", vocab_size=600)
     tokenizer = Tokenizer.load(tmp_path / "tok")
-    held_out = survey_language("large", text["large"], "text").held_out
+    held_out = survey_language("large", text["large"], Reading()).held_out
     tokens = sum(len(tokenizer.encode(sentence)) for sentence in held_out)
     words = sum(len(sentence.split()) for sentence in held_out)
     size = sum(len(sentence.encode()) for sentence in held_out)
@@ -83,7 +84,7 @@ def test_fertility_is_measured_on_text_that_was_kept_out(
     assert measured.sample_bytes == size
     assert measured.bytes_per_token == pytest.approx(size / tokens)
     assert measured.tokens_per_word == pytest.approx(tokens / words)
-    assert not set(held_out) & set(sample_sentences("large", text["large"], "text", 1.0, seed=0))
+    assert not set(held_out) & set(sample_sentences("large", text["large"], Reading(), 1.0, seed=0))
 
 
 def test_shares_are_smoothed_and_bounded() -> None:
@@ -103,15 +104,15 @@ def test_shares_are_smoothed_and_bounded() -> None:
 @pytest.mark.parametrize("uses", [0.25, 1.0, 2.5])
 def test_sentences_are_used_as_often_as_asked(tmp_path: Path, uses: float) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [f"{i} a\n\n{i} b" for i in range(2_000)])
-    survey = survey_language("a", [path], "text")
+    survey = survey_language("a", [path], Reading())
     assert survey.sentences + len(survey.held_out) == 4_000
-    sample = list(sample_sentences("a", [path], "text", uses, seed=1))
+    sample = list(sample_sentences("a", [path], Reading(), uses, seed=1))
     assert len(sample) == pytest.approx(uses * survey.sentences, rel=0.1)
     counts = {sentence: sample.count(sentence) for sentence in sample[:200]}
     assert max(counts.values()) <= int(uses) + 1
-    assert sample == list(sample_sentences("a", [path], "text", uses, seed=1))
+    assert sample == list(sample_sentences("a", [path], Reading(), uses, seed=1))
     if uses % 1:
-        assert sample != list(sample_sentences("a", [path], "text", uses, seed=2))
+        assert sample != list(sample_sentences("a", [path], Reading(), uses, seed=2))
 
 
 def test_long_lines_are_cut_and_blank_ones_left_out() -> None:
@@ -137,7 +138,7 @@ def test_a_tiny_language_is_measured_on_its_training_text(tmp_path: Path) -> Non
         ({"reserved_tags": -1}, r"--reserved-tags: -1 is too small; give 0 or more"),
         ({"max_sentences": 0}, r"--max-sentences: 0 is too small"),
         ({"temperature": 0.5}, r"--temperature: 0\.5 is too small"),
-        ({"json_key": "body"}, r"large\.jsonl:1: the key 'body' is missing"),
+        ({"reading": Reading("body")}, r"large\.jsonl:1: the key 'body' is missing"),
     ],
 )
 def test_wrong_arguments_are_named(

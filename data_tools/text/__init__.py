@@ -1,0 +1,42 @@
+"""Documents from text files, streamed: what a document is, and how a file is read in parts.
+
+What a document is depends on the file's ending, before an optional .gz or .zst:
+
+| ending                | a document is |
+| --------------------- | --- |
+| .jsonl .ndjson .json  | a line, a JSON object: the string under a key, several joined, or a pair |
+| .parquet              | a row, likewise (never .gz or .zst) |
+| .txt                  | the lines up to the next blank line, as in CC-100, or separator line |
+
+`-` is standard input. Text is taken as it stands, apart from the newlines around a document of a
+.txt file. Blank lines of a JSONL file are passed over, and so is a byte order mark.
+"""
+
+from megaphase.data_tools.text.chunk import Position, TextChunk
+from megaphase.data_tools.text.chunks import CHUNK_BYTES, read_chunks
+from megaphase.data_tools.text.inputs import expand_inputs
+from megaphase.data_tools.text.kinds import STDIN, check_text_file, display_name, size_on_disk
+from megaphase.data_tools.text.reading import Document, Pair, Reading
+from megaphase.data_tools.text.records import (
+    WrongDocument,
+    documents_and_wrong_ones,
+    documents_of,
+)
+
+__all__ = [
+    "CHUNK_BYTES",
+    "STDIN",
+    "Document",
+    "Pair",
+    "Position",
+    "Reading",
+    "TextChunk",
+    "WrongDocument",
+    "check_text_file",
+    "display_name",
+    "documents_and_wrong_ones",
+    "documents_of",
+    "expand_inputs",
+    "read_chunks",
+    "size_on_disk",
+]

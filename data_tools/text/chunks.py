@@ -1,0 +1,203 @@
+"""Cut a file, or a part of it, into chunks of whole documents."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from megaphase.data_tools.text.chunk import Position, TextChunk, advance, count_lines
+from megaphase.data_tools.text.compression import decompressed, named_errors
+from megaphase.data_tools.text.kinds import (
+    STDIN,
+    check_text_file,
+    display_name,
+    is_compressed,
+    is_parquet,
+    kind_of,
+    size_on_disk,
+)
+from megaphase.data_tools.text.reading import Reading
+from megaphase.errors import InputError
+
+CHUNK_BYTES = 1 << 20
+LARGEST_DOCUMENT_BYTES = 1 << 28
+
+_PIECE_BYTES = 1 << 18
+
+
+def read_chunks(
+    path: Path,
+    reading: Reading,
+    *,
+    start: Position = Position(),  # noqa: B008
+    begin: int = 0,
+    end: int | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Iterator[TextChunk]:
+    """Cut a file into pieces of about `chunk_bytes` that hold whole documents.
+
+    Args:
+        path: a text file, or `-` for standard input.
+        reading: says where documents end.
+        start: go on here, at the end of an earlier chunk. Plain files are read from there on,
+            Parquet from that row on; compressed files are decompressed from the beginning.
+        begin, end: read one part of the file, in bytes as it lies on the disk: the parts of
+            consecutive [begin, end) give every document once and in order, wherever they are cut.
+            Of plain and Parquet files nothing else is read; a compressed file's part ends as
+            soon as it can, but begins with decompressing what is before it.
+        chunk_bytes: of text; must be the same in all parts of a file.
+
+    Raises InputError where the file cannot be read, is compressed and broken or cut off, or holds
+    a document of more than 256 MB.
+    """
+    check_text_file(path)
+    _check_reading(path, reading, whole=begin == 0 and end is None)
+    with named_errors(path):
+        last = end if end is not None and end < size_on_disk(path) else None
+        if last is not None and last <= begin:
+            return
+        if is_parquet(path):
+            from megaphase.data_tools.text.parquet import parquet_chunks
+
+            yield from parquet_chunks(path, reading.keys, start, begin, last, chunk_bytes)
+        elif path == STDIN:
+            yield from _stdin_chunks(reading, start, chunk_bytes)
+        elif is_compressed(path):
+            yield from _compressed_chunks(path, reading, start, begin, last, chunk_bytes)
+        else:
+            yield from _plain_chunks(path, reading, start, begin, last, chunk_bytes)
+
+
+def _check_reading(path: Path, reading: Reading, whole: bool) -> None:
+    if path == STDIN and not whole:
+        problem = "cannot be read in parts"
+        raise InputError(display_name(path), problem, "write it to a file first")
+    if reading.pair is not None and kind_of(path, reading.stdin_kind) == "txt":
+        problem = "plain text holds no translation pairs"
+        raise InputError(display_name(path), problem, "use JSONL or Parquet")
+
+
+def _plain_chunks(
+    path: Path, reading: Reading, start: Position, begin: int, end: int | None, chunk_bytes: int
+) -> Iterator[TextChunk]:
+    ends = _document_ends(path, reading)
+    with open(path, "rb") as file:
+        first = _document_end_from(file, begin, ends)
+        last = file.seek(0, os.SEEK_END) if end is None else _document_end_from(file, end, ends)
+        position = start if start.offset >= first else Position(first, line=0)
+        pieces = _pieces_between(file, position.offset, last)
+        yield from _uncompressed_chunks(path, pieces, ends, position, chunk_bytes)
+
+
+def _stdin_chunks(reading: Reading, start: Position, chunk_bytes: int) -> Iterator[TextChunk]:
+    pieces = iter(partial(sys.stdin.buffer.read, _PIECE_BYTES), b"")
+    ends = _document_ends(STDIN, reading)
+    for chunk in _uncompressed_chunks(STDIN, pieces, ends, Position(), chunk_bytes):
+        if chunk.end.offset > start.offset:
+            yield chunk
+
+
+def _uncompressed_chunks(
+    path: Path,
+    pieces: Iterable[bytes],
+    ends: Sequence[bytes],
+    position: Position,
+    chunk_bytes: int,
+) -> Iterator[TextChunk]:
+    for data in _whole_documents(path, pieces, ends, position, chunk_bytes):
+        after = advance(position, data)
+        yield TextChunk(path, position, after, data, position.offset, len(data))
+        position = after
+
+
+def _compressed_chunks(
+    path: Path, reading: Reading, start: Position, begin: int, end: int | None, chunk_bytes: int
+) -> Iterator[TextChunk]:
+    ends, position, disk = _document_ends(path, reading), Position(), 0
+    with open(path, "rb") as file:
+        pieces = decompressed(file, path.suffix)
+        for data in _whole_documents(path, pieces, ends, position, chunk_bytes):
+            after = advance(position, data)
+            if begin <= disk and start.offset < after.offset:
+                yield TextChunk(path, position, after, data, disk, file.tell() - disk)
+            position, disk = after, file.tell()
+            if end is not None and disk >= end:
+                return
+        if file.tell() > disk >= begin:
+            # What holds no text counts too.
+            yield TextChunk(path, position, position, b"", disk, file.tell() - disk)
+
+
+def _whole_documents(
+    path: Path,
+    pieces: Iterable[bytes],
+    ends: Sequence[bytes],
+    position: Position,
+    chunk_bytes: int,
+) -> Iterator[bytes]:
+    """The pieces put together and cut where a document ends; `position` is where they begin."""
+    buffer, searched = bytearray(), chunk_bytes
+    for piece in pieces:
+        buffer += piece
+        while cut := _document_end(buffer, ends, searched):
+            data = bytes(buffer[:cut])
+            del buffer[:cut]
+            yield data
+            position, searched = advance(position, data), chunk_bytes
+        searched = max(searched, len(buffer))
+        if len(buffer) > chunk_bytes + LARGEST_DOCUMENT_BYTES:
+            line = position.line or count_lines(path, position.offset) + 1
+            raise InputError(f"{display_name(path)}:{line}", *_too_large(ends))
+    if buffer:
+        yield bytes(buffer)
+
+
+def _document_ends(path: Path, reading: Reading) -> tuple[bytes, ...]:
+    """The bytes after which another document begins, in any case."""
+    if kind_of(path, reading.stdin_kind) == "jsonl":
+        return (b"\n",)
+    line = (reading.separator or "").encode()
+    return b"\n%s\n" % line, b"\n%s\r\n" % line
+
+
+def _document_end(buffer: bytes | bytearray, ends: Sequence[bytes], least: int) -> int:
+    """Where a document ends for the first time at `least` or later; 0 where none does."""
+    found = ((buffer.find(end, max(least - len(end), 0)), end) for end in ends)
+    return min((at + len(end) for at, end in found if at >= 0), default=0)
+
+
+def _document_end_from(file: BinaryIO, offset: int, ends: Sequence[bytes]) -> int:
+    """Where in the file a document ends for the first time at `offset` or later; 0 counts as one,
+    and so does the end of the file."""
+    if offset == 0:
+        return 0
+    longest = max(map(len, ends))
+    window_begin = max(offset - longest, 0)
+    file.seek(window_begin)
+    window = b""
+    while piece := file.read(_PIECE_BYTES):
+        window += piece
+        if found := _document_end(window, ends, offset - window_begin):
+            return window_begin + found
+        # What is left may be the beginning of an end.
+        passed = max(len(window) - longest, 0)
+        window, window_begin = window[passed:], window_begin + passed
+    return window_begin + len(window)
+
+
+def _pieces_between(file: BinaryIO, offset: int, end: int) -> Iterator[bytes]:
+    file.seek(offset)
+    while offset < end and (piece := file.read(min(_PIECE_BYTES, end - offset))):
+        offset += len(piece)
+        yield piece
+
+
+def _too_large(ends: Sequence[bytes]) -> tuple[str, str]:
+    problem = f"a document of more than {LARGEST_DOCUMENT_BYTES >> 20} MB begins here or soon after"
+    if len(ends) == 1:
+        return problem, "split it"
+    return problem, "put a blank line or the --separator between documents, or use JSONL"

@@ -1,0 +1,62 @@
+"""Compressed files, read so that one that is cut off or broken is noticed and named."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+
+from megaphase.data_tools.text.kinds import display_name
+from megaphase.errors import InputError
+
+_PIECE_BYTES = 1 << 18
+# All that a piece expands to comes at once, and text of much repetition expands a lot.
+_ZSTD_PIECE_BYTES = 1 << 12
+# zstd --long=31; without it larger windows than 128 MB are refused.
+_LARGEST_ZSTD_WINDOW = 1 << 31
+
+
+def decompressed(file: BinaryIO, suffix: str) -> Iterator[bytes]:
+    """The file's content, by its ending: .gz, .zst, or any other for what is not compressed."""
+    if suffix.lower() == ".zst":
+        yield from _zstd_pieces(file)
+        return
+    stream = gzip.GzipFile(fileobj=file) if suffix.lower() == ".gz" else file
+    while piece := stream.read(_PIECE_BYTES):
+        yield piece
+
+
+def _zstd_pieces(file: BinaryIO) -> Iterator[bytes]:
+    """Decompress frame after frame; unlike zstandard's own reader, notice one that is cut off."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_ZSTD_WINDOW)
+    frame = None
+    while compressed := file.read(_ZSTD_PIECE_BYTES):
+        while compressed:
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(compressed)
+            compressed = b""
+            if frame.eof:
+                compressed, frame = frame.unused_data, None
+    if frame is not None:
+        raise EOFError
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Turn what can go wrong in reading into InputErrors that name the file."""
+    try:
+        yield
+    except EOFError:
+        raise InputError(path, "is cut off", "copy or compress it again") from None
+    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        kind = {".gz": "gzip", ".zst": "zstd"}[path.suffix.lower()]
+        problem = f"is not whole {kind} data ({' '.join(str(error).split())})"
+        raise InputError(path, problem, "copy or compress it again") from None
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+        raise InputError(display_name(path), problem, "check the file") from None

@@ -1,0 +1,42 @@
+"""The files that a user names."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from megaphase.data_tools.text.kinds import STDIN, check_text_file, display_name
+from megaphase.errors import InputError
+
+
+def expand_inputs(arguments: Sequence[str]) -> list[Path]:
+    """The text files that file names and patterns (*, ?, [...], ** for any folders) stand for.
+
+    Names keep their order; what a pattern matches is sorted, as a shell would, and directories
+    are left out. `-` is standard input.
+
+    Raises InputError where a pattern matches nothing, a file is missing, not of a kind that can be
+    read, or stands twice.
+    """
+    paths: list[Path] = []
+    seen: set[str] = set()
+    for argument in arguments:
+        for path in _files_of(argument):
+            check_text_file(path)
+            if (place := os.path.abspath(path)) in seen:
+                raise InputError(display_name(path), "is given twice", "leave one out")
+            seen.add(place)
+            paths.append(path)
+    return paths
+
+
+def _files_of(argument: str) -> list[Path]:
+    # A name that exists is no pattern, even where it holds a bracket.
+    if Path(argument) == STDIN or not glob.has_magic(argument) or os.path.exists(argument):
+        return [Path(argument)]
+    found = sorted(name for name in glob.glob(argument, recursive=True) if not os.path.isdir(name))
+    if not found:
+        raise InputError(argument, "no file matches", "check the pattern")
+    return [Path(name) for name in found]

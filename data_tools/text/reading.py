@@ -1,0 +1,113 @@
+"""How a record of a file becomes a document."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from string import Formatter
+
+from megaphase.data_tools.text.kinds import Kind
+from megaphase.errors import InputError
+
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+_ESCAPE = re.compile(r"\\([ntr\\])")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A translation pair."""
+
+    source: str
+    target: str
+
+
+Document = str | Pair
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a record of a file becomes a document.
+
+    Attributes:
+        key: which string of a JSON object, or column of a Parquet row, is the text.
+        template: several keys joined, as in "{title}\\n\\n{text}"; takes the place of `key`.
+            {{ and }} are braces.
+        pair: keys of the source and the target; documents are then Pairs.
+        separator: of .txt: a line that is exactly this ends a document; None: a blank line does.
+        stdin_kind: what standard input holds: jsonl or txt.
+
+    Raises InputError, naming the option, where these contradict each other or the template cannot
+    be parsed.
+    """
+
+    key: str = "text"
+    template: str | None = None
+    pair: tuple[str, str] | None = None
+    separator: str | None = None
+    stdin_kind: Kind = "jsonl"
+
+    def __post_init__(self) -> None:
+        if self.template is not None and self.pair is not None:
+            problem = "cannot be combined with --source-key and --target-key"
+            raise InputError("--template", problem, "leave one out")
+        if self.separator == "" or set("\r\n") & set(self.separator or ""):
+            problem = "is no line" if self.separator else "is empty"
+            remedy = "give one line, or leave it out: then a blank line ends a document"
+            raise InputError("--separator", problem, remedy)
+        if self.template is not None and not self.keys:
+            problem = f"{self.template!r} names no key"
+            raise InputError("--template", problem, 'write, for example, "{title}\\n\\n{text}"')
+
+    @cached_property
+    def template_parts(self) -> list[tuple[str, str | None]]:
+        """Of the template, each literal text and the key after it; None: no key follows."""
+        return _parse_template(self.template or "")
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that a record needs, each once."""
+        if self.pair is not None:
+            names = list(self.pair)
+        elif self.template is not None:
+            names = [name for _, name in self.template_parts if name is not None]
+        else:
+            names = [self.key]
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def key_option(self) -> str:
+        """The option by which a user chooses other keys."""
+        if self.pair is not None:
+            return "--source-key and --target-key"
+        return "--json-key" if self.template is None else "--template"
+
+    def document(self, strings: Mapping[str, str]) -> Document:
+        """The document of a record that has strings under all of its `keys`."""
+        if self.pair is not None:
+            return Pair(strings[self.pair[0]], strings[self.pair[1]])
+        if self.template is None:
+            return strings[self.key]
+        return "".join(
+            literal + ("" if name is None else strings[name])
+            for literal, name in self.template_parts
+        )
+
+
+def unescape(text: str) -> str:
+    """An option's text as meant: \\n, \\t, \\r and \\\\ are newline, tab, return and backslash."""
+    return _ESCAPE.sub(lambda found: _ESCAPES[found[1]], text)
+
+
+def _parse_template(template: str) -> list[tuple[str, str | None]]:
+    remedy = 'write a key as in "{title}\\n\\n{text}", a brace as {{ or }}'
+    try:
+        parsed = list(Formatter().parse(template))
+    except ValueError as error:
+        problem = f"{template!r} has unbalanced braces ({error})"
+        raise InputError("--template", problem, remedy) from None
+    for _, name, specification, conversion in parsed:
+        if name is not None and (specification or conversion or not name or set("{}") & set(name)):
+            raise InputError("--template", f"{template!r} holds more than keys", remedy)
+    return [(literal, name) for literal, name, _, _ in parsed]

@@ -1,0 +1,179 @@
+"""The documents of a chunk of a file."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megaphase.data_tools.text.chunk import TextChunk, advance
+from megaphase.data_tools.text.kinds import display_name, kind_of
+from megaphase.data_tools.text.reading import Document, Reading
+from megaphase.errors import InputError
+
+_BLANK_LINES = r"\n(?:[ \t\r]*\n)+"
+_LINE_END = r"\n"
+_JSON_TYPES = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+    bytes: "bytes",
+}
+
+
+@dataclass(frozen=True)
+class WrongDocument:
+    """A document that cannot be read, as an error would describe it.
+
+    Attributes:
+        where: file and line; of Parquet, file and row.
+        text: what stands there; bytes that are not UTF-8 are written as \\x and two digits.
+    """
+
+    where: str
+    problem: str
+    text: str
+
+
+def documents_of(chunk: TextChunk, reading: Reading) -> Iterator[Document]:
+    """The documents of a chunk: Pairs where `reading.pair` is given, texts otherwise.
+
+    Raises InputError, naming file and line (Parquet: row), where a line is not UTF-8 or not a JSON
+    object, or a key is missing from it or holds something else than a string.
+    """
+    kind = kind_of(chunk.path, reading.stdin_kind)
+    if kind == "parquet":
+        for where, row, names in _rows(chunk):
+            yield _document(row, reading, where, names)
+    elif kind == "jsonl":
+        for number, line in enumerate(_decode(chunk).split("\n")):
+            if line and not line.isspace():
+                yield _json_document(line, reading, chunk, number)
+    else:
+        for block in re.split(_between_texts(reading), f"\n{_decode(chunk)}"):
+            if block and not block.isspace():
+                yield block.strip("\r\n")
+
+
+def documents_and_wrong_ones(
+    chunk: TextChunk, reading: Reading
+) -> Iterator[Document | WrongDocument]:
+    """The documents of a chunk; in the place of a wrong one, what is wrong with it."""
+    try:
+        documents = list(documents_of(chunk, reading))
+    except InputError:
+        pass
+    else:
+        yield from documents
+        return
+    if kind_of(chunk.path, reading.stdin_kind) == "parquet":
+        yield from _rows_and_wrong_ones(chunk, reading)
+        return
+    for single in _single_documents(chunk, reading):
+        try:
+            yield from documents_of(single, reading)
+        except InputError as error:
+            text = single.data.strip(b"\r\n").decode(errors="backslashreplace")
+            yield WrongDocument(error.where, error.problem, text)
+
+
+def _rows(chunk: TextChunk) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+    """Where each row of a Parquet file stands, the row, and the names of all columns."""
+    # pyarrow is an extra.
+    from megaphase.data_tools.text.parquet import rows_of
+
+    rows, names = rows_of(chunk)
+    for number, row in enumerate(rows, start=chunk.first_line):
+        yield f"{chunk.path}: row {number}", row, names
+
+
+def _rows_and_wrong_ones(chunk: TextChunk, reading: Reading) -> Iterator[Document | WrongDocument]:
+    for where, row, names in _rows(chunk):
+        try:
+            yield _document(row, reading, where, names)
+        except InputError as error:
+            text = json.dumps(row, ensure_ascii=False, default=str)
+            yield WrongDocument(error.where, error.problem, text)
+
+
+def _single_documents(chunk: TextChunk, reading: Reading) -> Iterator[TextChunk]:
+    """A chunk of text for every document."""
+    is_jsonl = kind_of(chunk.path, reading.stdin_kind) == "jsonl"
+    between = re.compile((_LINE_END if is_jsonl else _between_texts(reading)).encode())
+    position, begin = replace(chunk.start, line=chunk.first_line), 0
+    for end in [*(found.end() for found in between.finditer(chunk.data)), len(chunk.data)]:
+        data = chunk.data[begin:end]
+        after = advance(position, data)
+        yield TextChunk(chunk.path, position, after, data, chunk.file_begin, 0)
+        position, begin = after, end
+
+
+def _between_texts(reading: Reading) -> str:
+    """What stands between two documents of a .txt file, as a regular expression."""
+    if reading.separator is None:
+        return _BLANK_LINES
+    return rf"(?m:^){re.escape(reading.separator)}\r?(?:\n|\Z)"
+
+
+def _decode(chunk: TextChunk) -> str:
+    data = chunk.data
+    if chunk.start.offset == 0:
+        data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = chunk.first_line + data.count(b"\n", 0, error.start)
+        problem = f"is not UTF-8 text (byte 0x{data[error.start]:02x})"
+        where = f"{display_name(chunk.path)}:{line}"
+        raise InputError(where, problem, "convert the file to UTF-8") from None
+
+
+def _json_document(line: str, reading: Reading, chunk: TextChunk, number: int) -> Document:
+    """The document of a chunk's line, counted from 0."""
+    try:
+        value = json.loads(line)
+        if isinstance(value, dict):
+            return _document(value, reading, "", value)
+        problem = f"is {_JSON_TYPES[type(value)]}, not a JSON object"
+        remedy = "write {" + ", ".join(f'"{key}": "..."' for key in reading.keys) + "}"
+    except InputError as error:
+        problem, remedy = error.problem, error.remedy
+    except (ValueError, RecursionError) as error:
+        problem = f"is not valid JSON ({getattr(error, 'msg', 'it cannot be parsed')})"
+        remedy = "each line must be one JSON object"
+    # Counting lines may take long.
+    raise InputError(f"{display_name(chunk.path)}:{chunk.first_line + number}", problem, remedy)
+
+
+def _document(
+    record: dict[str, Any], reading: Reading, where: str, names: Iterable[str]
+) -> Document:
+    """The document of a record; `names` are all of its keys, even those that were not read."""
+    for key in reading.keys:
+        if key not in record:
+            there = ", ".join(map(repr, names)) or "none"
+            problem = f"the key {key!r} is missing; the keys there are {there}"
+            raise InputError(where, problem, f"choose with {reading.key_option}")
+        if fault := _string_fault(record[key]):
+            strings = ", ".join(repr(name) for name, it in record.items() if isinstance(it, str))
+            remedy = f"the keys with a string are {strings}" if strings else "no key holds a string"
+            raise InputError(where, f"the key {key!r} holds {fault}", remedy)
+    return reading.document(record)
+
+
+def _string_fault(value: Any) -> str | None:
+    """Why a value is no text, or None."""
+    if not isinstance(value, str):
+        return f"{_JSON_TYPES.get(type(value), type(value).__name__)}, not a string"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return f"half a character, \\u{ord(value[error.start]):04x}"
+    return None
