@@ -5,10 +5,12 @@
 #include <pybind11/stl.h>
 
 #include <limits>
+#include <optional>
 
 #include "blend.hpp"
 #include "sample_index.hpp"
 #include "stream.hpp"
+#include "translation_stream.hpp"
 
 namespace py = pybind11;
 using namespace megaphase;
@@ -69,7 +71,7 @@ template <typename Length, typename Token>
 std::unique_ptr<Stream> make_stream(const Array<Token>& tokens, const Array<int64_t>& byte_offsets,
                                     const Array<Length>& lengths, const Array<uint64_t>& hashes,
                                     uint64_t threshold, bool held_out, uint64_t key,
-                                    int64_t seq_len) {
+                                    int64_t seq_len, std::optional<int64_t> tag) {
     require(tokens.ndim() == 1 && byte_offsets.ndim() == 1 && lengths.ndim() == 1 &&
                 hashes.ndim() == 1,
             "a corpus's arrays have one dimension");
@@ -81,7 +83,10 @@ std::unique_ptr<Stream> make_stream(const Array<Token>& tokens, const Array<int6
                                       held_out ? Side::held_out : Side::training};
     const TokenFile<Token> file{tokens.data(), static_cast<int64_t>(tokens.size()),
                                 byte_offsets.data()};
-    return std::make_unique<CorpusStream<Length, Token>>(documents, file, key, seq_len);
+    const CorpusStream<Length, Token> stream(documents, file, key, seq_len);
+    if (!tag) return std::make_unique<CorpusStream<Length, Token>>(stream);
+    require(*tag >= 0 && *tag <= int64_t{std::numeric_limits<Token>::max()}, "the tag is no token");
+    return std::make_unique<TranslationStream<Length, Token>>(stream, static_cast<Token>(*tag));
 }
 
 template <typename Unit>
@@ -98,17 +103,22 @@ int64_t fill_starts(StreamWalk& walk, Array<Unit>& starts, int64_t documents) {
 template <typename Unit>
 void read_samples(const Stream& stream, const Array<Unit>& starts, int64_t samples_per_epoch,
                   const Array<int64_t>& numbers, const Array<int64_t>& rows, Array<int64_t>& inputs,
-                  Array<int64_t>& targets, int64_t filler, int64_t ignored) {
+                  Array<int64_t>& targets, int64_t filler, int64_t ignored,
+                  std::optional<Array<int64_t>> documents) {
     require(starts.ndim() == 2 && starts.shape(1) == 2, "starts is [samples, 2]");
     require(inputs.ndim() == 2 && targets.ndim() == 2 && inputs.shape(0) == targets.shape(0) &&
                 inputs.shape(1) == targets.shape(1) && inputs.shape(1) == stream.seq_len(),
             "inputs and targets are [batch, seq_len]");
+    require(!documents || (documents->ndim() == 2 && documents->shape(0) == inputs.shape(0) &&
+                           documents->shape(1) == inputs.shape(1)),
+            "documents is [batch, seq_len]");
     require(numbers.size() == rows.size(), "numbers and rows differ in size");
     require(samples_per_epoch > 0, "samples_per_epoch is positive");
     const auto* start = reinterpret_cast<const Start<Unit>*>(starts.data());
     const int64_t indexed = starts.shape(0), batch = inputs.shape(0), seq_len = inputs.shape(1);
     const int64_t *number = numbers.data(), *row = rows.data(), samples = numbers.size();
     int64_t *input = inputs.mutable_data(), *target = targets.mutable_data();
+    int64_t* document = documents ? documents->mutable_data() : nullptr;
     py::gil_scoped_release released;
     // All samples are prepared before the first is read, so that what is not in memory is fetched
     // for all of them at the same time.
@@ -126,8 +136,9 @@ void read_samples(const Stream& stream, const Array<Unit>& starts, int64_t sampl
     const Piece* piece = pieces.data();
     for (int64_t i = 0; i < samples; ++i) {
         const Piece* end = pieces.data() + ends[i];
-        stream.read(piece, end, input + row[i] * seq_len, target + row[i] * seq_len, filler,
-                    ignored);
+        const int64_t at = row[i] * seq_len;
+        stream.read(piece, end, {input + at, target + at, document ? document + at : nullptr},
+                    {filler, ignored});
         piece = end;
     }
 }
@@ -163,8 +174,9 @@ void bind_stream(py::class_<Stream>& stream) {
     stream.def(py::init(&make_stream<Length, Token>), py::arg("tokens").noconvert(),
                py::arg("byte_offsets").noconvert(), py::arg("lengths").noconvert(),
                py::arg("hashes").noconvert(), py::arg("threshold"), py::arg("held_out"),
-               py::arg("key"), py::arg("seq_len"), py::keep_alive<1, 2>(), py::keep_alive<1, 3>(),
-               py::keep_alive<1, 4>(), py::keep_alive<1, 5>());
+               py::arg("key"), py::arg("seq_len"), py::arg("tag") = py::none(),
+               py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(),
+               py::keep_alive<1, 5>());
 }
 
 template <typename Unit>
@@ -173,7 +185,8 @@ void bind_for_starts(py::class_<Stream>& stream, py::class_<StreamWalk>& walk) {
     stream.def("read", &read_samples<Unit>, py::arg("starts").noconvert(),
                py::arg("samples_per_epoch"), py::arg("numbers").noconvert(),
                py::arg("rows").noconvert(), py::arg("inputs").noconvert(),
-               py::arg("targets").noconvert(), py::arg("filler"), py::arg("ignored"));
+               py::arg("targets").noconvert(), py::arg("filler"), py::arg("ignored"),
+               py::arg("documents").noconvert() = py::none());
 }
 
 template <typename Blend>

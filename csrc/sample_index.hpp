@@ -10,8 +10,8 @@
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
-#include <vector>
 
+#include "document_walk.hpp"
 #include "documents.hpp"
 #include "keyed_permutation.hpp"
 
@@ -21,86 +21,51 @@ namespace megaphase {
 template <typename Unit>
 struct Start {
     Unit slot, offset;
+
+    static Start at(int64_t slot, int64_t offset) {
+        if (static_cast<uint64_t>(std::max(slot, offset)) > std::numeric_limits<Unit>::max())
+            throw std::overflow_error("more than 2^32 documents, or tokens in a document");
+        return {static_cast<Unit>(slot), static_cast<Unit>(offset)};
+    }
 };
 
 // Walks once through an epoch in token order; `fill` writes the starts of the next samples.
-//
-// Documents are looked up in random order, and what that costs is misses of caches and of address
-// translation. So which side a document is on is noted first, in one sequential pass, in a bit a
-// document, which leaves one random access to memory a document, asked for well ahead.
 template <typename Length>
 class EpochWalk {
 public:
     EpochWalk(const Documents<Length>& documents, const KeyedPermutation& order, int64_t seq_len)
-        : documents_(documents), order_(order), seq_len_(seq_len) {}
+        : documents_(documents, order), seq_len_(seq_len) {}
 
     // Writes at most `samples` starts, looking at about `documents` documents at most, so that a
     // call ends soon; returns how many it wrote, which may be none before the end.
     template <typename Unit>
     int64_t fill(Start<Unit>* starts, int64_t samples, int64_t documents) {
-        if (noted_ < documents_.count) {
-            note_sides(documents);
+        if (!documents_.sides_noted()) {
+            documents_.note_sides(documents);
             return 0;
         }
-        const int64_t last_slot = std::min(documents_.count - slot_, documents) + slot_;
+        const int64_t last_slot = std::min(documents_.left(), documents) + documents_.slot();
         int64_t sample = 0;
         while (sample < samples) {
             if (until_next_ >= length_) {
-                if (slot_ >= last_slot) break;
-                enter_next_document();
+                if (documents_.slot() >= last_slot) break;
+                until_next_ -= length_;
+                length_ = documents_.next();
                 continue;
             }
-            constexpr uint64_t kLargest = std::numeric_limits<Unit>::max();
-            if (static_cast<uint64_t>(std::max(slot_ - 1, until_next_)) > kLargest)
-                throw std::overflow_error("more than 2^32 documents, or tokens in a document");
-            starts[sample++] = {static_cast<Unit>(slot_ - 1), static_cast<Unit>(until_next_)};
+            starts[sample++] = Start<Unit>::at(documents_.slot() - 1, until_next_);
             until_next_ += seq_len_;
         }
         return sample;
     }
 
-    bool at_end() const {
-        return noted_ == documents_.count && slot_ == documents_.count && until_next_ >= length_;
-    }
+    bool at_end() const { return documents_.at_end() && until_next_ >= length_; }
 
 private:
-    static constexpr int64_t kAhead = 64;
-    static constexpr int64_t kBits = 64;
-
-    void note_sides(int64_t documents) {
-        if (on_side_.empty()) on_side_.resize((documents_.count + kBits - 1) / kBits);
-        const int64_t last = std::min(documents_.count - noted_, documents) + noted_;
-        for (; noted_ < last; ++noted_)
-            on_side_[noted_ / kBits] |= uint64_t{documents_.on_side(noted_)} << (noted_ % kBits);
-    }
-
-    void enter_next_document() {
-        until_next_ -= length_;
-        if (slot_ % kAhead == 0) look_ahead();
-        const int64_t document = ahead_[slot_ % kAhead];
-        const bool here = on_side_[document / kBits] >> (document % kBits) & 1;
-        length_ = here ? load(documents_.lengths, document) : 0;
-        ++slot_;
-    }
-
-    void look_ahead() {
-        const int64_t count = std::min(kAhead, documents_.count - slot_);
-        for (int64_t i = 0; i < count; ++i) {
-            ahead_[i] = static_cast<int64_t>(order_(slot_ + i));
-            __builtin_prefetch(&on_side_[ahead_[i] / kBits]);
-            __builtin_prefetch(documents_.lengths + ahead_[i]);
-        }
-    }
-
-    Documents<Length> documents_;
-    KeyedPermutation order_;
+    DocumentWalk<Length> documents_;
     int64_t seq_len_;
-    std::vector<uint64_t> on_side_;  // a bit a document
-    int64_t noted_ = 0;              // documents whose side is noted
-    int64_t slot_ = 0;               // of the next document
-    int64_t length_ = 0;             // of the current document
+    int64_t length_ = 0;      // of the current document
     int64_t until_next_ = 0;  // tokens from the current document's start to the next sample's start
-    int64_t ahead_[kAhead] = {};  // the documents of the slots from the last multiple of kAhead on
 };
 
 // Call visit(document, offset, tokens) for each piece of at most `wanted` tokens from (slot, offset);

@@ -21,6 +21,17 @@ struct Piece {
     int64_t document, offset, tokens;
 };
 
+// Where a sample is written to, [seq_len] each. `documents`, where it is not null, gets the number
+// of every input's document within the sample, and no token is then the target of another document.
+struct Row {
+    int64_t *inputs, *targets, *documents;
+};
+
+// The input where there is none, and the target of what has none.
+struct Blanks {
+    int64_t filler, ignored;
+};
+
 // A walk through an epoch that remembers where it is; see EpochWalk.
 class StreamWalk {
 public:
@@ -40,11 +51,29 @@ public:
     // the system for their tokens.
     virtual void prepare(int64_t epoch, int64_t slot, int64_t offset,
                          std::vector<Piece>& pieces) const = 0;
-    // Write a sample's inputs and targets, [seq_len] each; what an epoch's last sample leaves empty
-    // gets `filler` as input and `ignored` as target.
-    virtual void read(const Piece* first, const Piece* last, int64_t* inputs, int64_t* targets,
-                      int64_t filler, int64_t ignored) const = 0;
+    // Write a sample; what it leaves empty gets the blanks, and counts to its last document.
+    virtual void read(const Piece* first, const Piece* last, const Row& row,
+                      const Blanks& blanks) const = 0;
 };
+
+template <typename Inner>
+std::unique_ptr<StreamWalk> walk_of(Inner inner) {
+    class Walk final : public StreamWalk {
+    public:
+        explicit Walk(Inner walk) : walk_(std::move(walk)) {}
+        int64_t fill(Start<uint32_t>* starts, int64_t samples, int64_t documents) override {
+            return walk_.fill(starts, samples, documents);
+        }
+        int64_t fill(Start<uint64_t>* starts, int64_t samples, int64_t documents) override {
+            return walk_.fill(starts, samples, documents);
+        }
+        bool at_end() const override { return walk_.at_end(); }
+
+    private:
+        Inner walk_;
+    };
+    return std::make_unique<Walk>(std::move(inner));
+}
 
 template <typename Token>
 struct TokenFile {
@@ -72,8 +101,9 @@ struct TokenFile {
     }
 };
 
+// The documents one after the other, as one sequence of tokens that is cut into samples.
 template <typename Length, typename Token>
-class CorpusStream final : public Stream {
+class CorpusStream : public Stream {
 public:
     CorpusStream(const Documents<Length>& documents, const TokenFile<Token>& file, uint64_t key,
                  int64_t seq_len)
@@ -84,51 +114,53 @@ public:
     Totals totals() const override { return documents_.totals(); }
 
     std::unique_ptr<StreamWalk> walk(int64_t epoch) const override {
-        return std::make_unique<Walk>(EpochWalk<Length>(documents_, order(epoch), seq_len_));
+        return walk_of(EpochWalk<Length>(documents_, order(epoch), seq_len_));
     }
 
     void prepare(int64_t epoch, int64_t slot, int64_t offset,
                  std::vector<Piece>& pieces) const override {
-        for_each_piece(documents_, order(epoch), slot, offset, seq_len_ + 1,
-                       [&](int64_t document, int64_t from, int64_t tokens) {
-                           pieces.push_back({document, from, tokens});
-                           file_.will_need(pieces.back());
-                       });
+        for_each_piece(documents_, order(epoch), slot, offset, seq_len_ + 1, adder(pieces));
     }
 
-    void read(const Piece* first, const Piece* last, int64_t* inputs, int64_t* targets,
-              int64_t filler, int64_t ignored) const override {
+    void read(const Piece* first, const Piece* last, const Row& row,
+              const Blanks& blanks) const override {
         int64_t found = 0;  // token i of the sample is input i and target i - 1
         for (const Piece* piece = first; piece != last; ++piece) {
             const Token* begin = file_.at(*piece);
+            const int64_t inputs = std::min(piece->tokens, seq_len_ - found);
+            std::copy(begin, begin + inputs, row.inputs + found);
+            if (row.documents) std::fill_n(row.documents + found, inputs, piece - first);
+            // A sample's first token has no input before it, a document's has none of its own.
             const int64_t skipped = found == 0 ? 1 : 0;
-            std::copy(begin, begin + std::min(piece->tokens, seq_len_ - found), inputs + found);
-            std::copy(begin + skipped, begin + piece->tokens, targets + found - 1 + skipped);
+            const int64_t alone = row.documents ? 1 : 0;
+            const int64_t scored = std::max({skipped, alone, unscored(*piece)});
+            std::fill(row.targets + (found - 1 + skipped), row.targets + (found - 1 + scored),
+                      blanks.ignored);
+            std::copy(begin + scored, begin + piece->tokens, row.targets + (found - 1 + scored));
             found += piece->tokens;
         }
-        if (found < 2) throw std::out_of_range("a sample lies outside its epoch");
-        std::fill(inputs + std::min(found, seq_len_), inputs + seq_len_, filler);
-        std::fill(targets + found - 1, targets + seq_len_, ignored);
+        if (found == 0) throw std::out_of_range("a sample lies outside its epoch");
+        const int64_t inputs = std::min(found, seq_len_);
+        std::fill(row.inputs + inputs, row.inputs + seq_len_, blanks.filler);
+        std::fill(row.targets + found - 1, row.targets + seq_len_, blanks.ignored);
+        if (row.documents)
+            std::fill(row.documents + inputs, row.documents + seq_len_, row.documents[inputs - 1]);
     }
 
-private:
-    class Walk final : public StreamWalk {
-    public:
-        explicit Walk(EpochWalk<Length> walk) : walk_(std::move(walk)) {}
-        int64_t fill(Start<uint32_t>* starts, int64_t samples, int64_t documents) override {
-            return walk_.fill(starts, samples, documents);
-        }
-        int64_t fill(Start<uint64_t>* starts, int64_t samples, int64_t documents) override {
-            return walk_.fill(starts, samples, documents);
-        }
-        bool at_end() const override { return walk_.at_end(); }
-
-    private:
-        EpochWalk<Length> walk_;
-    };
+protected:
+    // How many of a piece's first tokens no loss is taken on, whatever stands before them.
+    virtual int64_t unscored(const Piece&) const { return 0; }
 
     KeyedPermutation order(int64_t epoch) const {
         return KeyedPermutation(documents_.count, member_key(key_, epoch));
+    }
+
+    // Visits pieces: adds them, and asks the system for their tokens.
+    auto adder(std::vector<Piece>& pieces) const {
+        return [&](int64_t document, int64_t offset, int64_t tokens) {
+            pieces.push_back({document, offset, tokens});
+            file_.will_need(pieces.back());
+        };
     }
 
     Documents<Length> documents_;

@@ -88,14 +88,25 @@ class Section(BaseModel):
 
 
 class TaskConfig(Section):
-    """One training distribution: a language and where its corpus lies (PREFIX of .bin/.idx).
+    """One training distribution: a language, or pairs for translation, and where its corpus lies
+    (PREFIX of .bin/.idx).
 
+    attend_across_documents: whether the documents of a sample see each other; by default those of
+    an lm task do, translation pairs do not.
     role is any word, such as `high` or `low`, by which a mixture's `over` can name several tasks.
     """
 
     corpus: FilePath
-    kind: Literal["lm"] = "lm"
+    kind: Literal["lm", "translation"] = "lm"
+    attend_across_documents: bool | None = Field(default=None, strict=True)
     role: str | None = Field(default=None, min_length=1)
+
+    @property
+    def attends_across_documents(self) -> bool:
+        """`attend_across_documents`, or what the kind of task has where it is left out."""
+        if self.attend_across_documents is None:
+            return self.kind == "lm"
+        return self.attend_across_documents
 
 
 class ModelConfig(Section):

@@ -37,6 +37,7 @@ class Stream:
         held_out: bool,
         key: int,
         seq_len: int,
+        tag: int | None = None,
     ) -> None: ...
     def totals(self) -> tuple[int, int]: ...
     def walk(self, epoch: int) -> StreamWalk: ...
@@ -51,6 +52,7 @@ class Stream:
         targets: np.ndarray,
         filler: int,
         ignored: int,
+        documents: np.ndarray | None = None,
     ) -> None: ...
 
 def phase_ordinals(

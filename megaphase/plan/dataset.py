@@ -23,56 +23,80 @@ STEPS_AHEAD = 4
 class Batch:
     """Samples ready for the model.
 
-    inputs:  int64 [samples, seq_len]
-    targets: int64 [samples, seq_len]; IGNORED_TARGET where an epoch's last sample ends early
-    tasks:   int64 [samples], the task's number
+    inputs:    int64 [samples, seq_len]
+    targets:   int64 [samples, seq_len]; IGNORED_TARGET where no loss is taken
+    tasks:     int64 [samples], the task's number
+    documents: int64 [samples, seq_len], the number of every input's document within its row, 0 all
+               along a row whose documents see each other; None where that is so for all rows
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
     tasks: torch.Tensor
+    documents: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
 
     def split(self, samples: int) -> Iterator[Batch]:
         """The batch in pieces of `samples` samples."""
-        pieces = (tensor.split(samples) for tensor in (self.inputs, self.targets, self.tasks))
-        for inputs, targets, tasks in zip(*pieces, strict=True):
-            yield Batch(inputs, targets, tasks)
+        for first in range(0, len(self), samples):
+            yield self[first : first + samples]
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """Some of the samples."""
+        documents = None if self.documents is None else self.documents[rows]
+        return Batch(
+            self.inputs[rows], self.targets[rows], self.tasks[rows], _where_needed(documents)
+        )
 
 
-def _empty_batch(samples: int, seq_len: int) -> Batch:
-    inputs, targets = (torch.empty((samples, seq_len), dtype=torch.int64) for _ in range(2))
-    return Batch(inputs, targets, torch.empty(samples, dtype=torch.int64))
+def _where_needed(documents: torch.Tensor | None) -> torch.Tensor | None:
+    """None where every row is one document, or may be taken for one."""
+    return documents if documents is not None and documents.any() else None
+
+
+def _empty_rows(samples: int, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs and targets to be written to, and documents as they are where all see each other."""
+    shape = samples, seq_len
+    return np.empty(shape, np.int64), np.empty(shape, np.int64), np.zeros(shape, np.int64)
+
+
+def _batch(
+    inputs: np.ndarray, targets: np.ndarray, tasks: np.ndarray, documents: np.ndarray
+) -> Batch:
+    return Batch(
+        torch.from_numpy(inputs),
+        torch.from_numpy(targets),
+        torch.from_numpy(tasks),
+        _where_needed(torch.from_numpy(documents)),
+    )
 
 
 def read_step(plan: Plan, phase: int, step: int, rank: int, ranks: int, filler: int) -> Batch:
     """The rows of one optimizer step (0-based in its phase) for one of `ranks` data-parallel ranks.
 
     The global batch of a step is the same whatever `ranks` is; a rank takes a contiguous part.
-    `filler` is the input where an epoch's last sample has ended.
+    `filler` is the input where a sample has ended early.
     """
     samples = plan.spec.samples_per_step
     if samples % ranks:
         raise ValueError(f"{ranks} ranks do not divide a step's {samples} samples")
     share = samples // ranks
     planned = plan.samples(phase, step * samples + rank * share, share)
-    batch = _empty_batch(share, plan.spec.seq_len)
-    plan.read(planned, batch.inputs.numpy(), batch.targets.numpy(), filler)
-    batch.tasks.copy_(torch.from_numpy(planned.tasks))
-    return batch
+    inputs, targets, documents = _empty_rows(share, plan.spec.seq_len)
+    plan.read(planned, inputs, targets, filler, documents)
+    return _batch(inputs, targets, planned.tasks, documents)
 
 
 def read_held_out(stream: Stream, task: int, samples: int, filler: int) -> Batch:
     """The first `samples` samples (fewer where there are not so many) of a held-out stream."""
     samples = min(samples, stream.samples_per_epoch)
     starts = stream.first_starts(samples)
-    batch = _empty_batch(samples, stream.seq_len)
+    inputs, targets, documents = _empty_rows(samples, stream.seq_len)
     numbers = np.arange(samples)
-    stream.read(starts, numbers, numbers, batch.inputs.numpy(), batch.targets.numpy(), filler)
-    batch.tasks.fill_(task)
-    return batch
+    stream.read(starts, numbers, numbers, inputs, targets, filler, documents)
+    return _batch(inputs, targets, np.full(samples, task), documents)
 
 
 class StepReader:

@@ -76,19 +76,29 @@ class Plan:
         """Where samples of one task begin in its corpus."""
         stream = self._streams[task]
         numbers = stream.in_token_order(ordinals)
-        starts = self._index.starts[task][numbers].astype(np.int64)
+        starts = self._index.starts[task][stream.index_rows(numbers)].astype(np.int64)
         return SampleLocations(
             *np.divmod(numbers, stream.samples_per_epoch), starts[:, 0], starts[:, 1]
         )
 
     def read(
-        self, samples: PlannedSamples, inputs: np.ndarray, targets: np.ndarray, filler: int
+        self,
+        samples: PlannedSamples,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        filler: int,
+        documents: np.ndarray | None = None,
     ) -> None:
-        """Read samples into inputs and targets, int64 [samples, seq_len]; see Stream.read."""
+        """Read samples into inputs and targets, int64 [samples, seq_len]; see Stream.read.
+
+        documents: int64 [samples, seq_len], needed where a task's documents do not see each other;
+                   the rows of other tasks stay as they are
+        """
         for task, rows in samples.by_task():
             stream = self._streams[task]
             numbers = stream.in_token_order(samples.ordinals[rows])
-            stream.read(self._index.starts[task], numbers, rows, inputs, targets, filler)
+            starts = self._index.starts[task]
+            stream.read(starts, numbers, rows, inputs, targets, filler, documents)
 
     def summary(self) -> dict[str, Any]:
         """Tokens, rates and epochs per phase and task, as `plan.json` in the run directory."""

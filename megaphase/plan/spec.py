@@ -7,13 +7,15 @@ from typing import Literal
 
 from megaphase.config import MixtureConfig, PhaseConfig, RunConfig
 from megaphase.corpus import Corpus
+from megaphase.corpus.manifest import MANIFEST_SUFFIX, corpus_file
 from megaphase.errors import InputError
 from megaphase.files import hash_json
 from megaphase.keys import derive_key
+from megaphase.plan.packed_stream import PackedStream
 from megaphase.plan.stream import Stream
 from megaphase.tokenizer import Tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # Of a phase; together with 64-bit arithmetic on weights and ordinals it can never overflow.
 MOST_SAMPLES = 1 << 48
@@ -66,18 +68,40 @@ def _open_corpus(config: RunConfig, task: str, tokenizer: Tokenizer) -> Corpus:
             f"{corpus.prefix} was tokenized with another tokenizer than {config.tokenizer}",
             "tokenize it again with that one, or name the other one under tokenizer",
         )
+    _check_kind(config, task, corpus)
     return corpus
 
 
+def _check_kind(config: RunConfig, task: str, corpus: Corpus) -> None:
+    """Refuse a corpus of texts as translation pairs, and pairs as texts."""
+    asked, found = config.tasks[task].kind, corpus.manifest.kind
+    if asked != found:
+        holds = {"lm": "texts", "translation": "translation pairs"}[found]
+        raise InputError(
+            config.where(f"tasks.{task}.kind"),
+            f"is {asked}, but {corpus.prefix} holds {holds}",
+            f"write kind: {found}, or name another corpus",
+        )
+    if (found == "translation") != (corpus.manifest.tag is not None):
+        raise InputError(
+            corpus_file(corpus.prefix, MANIFEST_SUFFIX),
+            f"tag: {corpus.manifest.tag} does not go with kind: {found}",
+            "tokenize again",
+        )
+
+
 def _streams(config: RunConfig, corpora: dict[str, Corpus], held_out: bool) -> dict[str, Stream]:
+    stream_classes = {"lm": Stream, "translation": PackedStream}
     return {
-        task: Stream(
+        task: stream_classes[config.tasks[task].kind](
             task,
             corpus,
             seed=config.seed,
             seq_len=config.model.seq_len,
             fraction=config.validation.fraction,
             held_out=held_out,
+            tag=corpus.manifest.tag,
+            attend_across_documents=config.tasks[task].attends_across_documents,
         )
         for task, corpus in corpora.items()
     }
@@ -85,7 +109,7 @@ def _streams(config: RunConfig, corpora: dict[str, Corpus], held_out: bool) -> d
 
 def _check_task(config: RunConfig, task: str, training: Stream, held_out: Stream) -> None:
     """Refuse a corpus whose index is damaged, and one that is too small to train or validate on."""
-    where, corpus = config.where(f"tasks.{task}.corpus"), training.corpus
+    corpus = training.corpus
     found, said = training.tokens + held_out.tokens, corpus.manifest.tokens
     if found != said:
         raise InputError(
@@ -93,27 +117,39 @@ def _check_task(config: RunConfig, task: str, training: Stream, held_out: Stream
             f"its lengths sum to {found:,} tokens, the manifest says {said:,}",
             "tokenize again",
         )
-    if said <= training.seq_len:
+    # Of what is packed, a single document makes a sample.
+    if not isinstance(training, PackedStream) and said <= training.seq_len:
         raise InputError(
-            where,
+            config.where(f"tasks.{task}.corpus"),
             f"{corpus.prefix} has {said:,} tokens, fewer than one sample of seq_len + 1 = "
             f"{training.seq_len + 1:,}",
             "add text or lower model.seq_len",
         )
-    fraction = config.validation.fraction
+    _check_split(config, training, held_out)
+
+
+def _check_split(config: RunConfig, training: Stream, held_out: Stream) -> None:
+    """Refuse a held-out fraction that leaves nothing to validate on or too little to train on."""
+    where, fraction = config.where("validation.fraction"), config.validation.fraction
+    corpus = training.corpus
     of_documents = f"of the {corpus.manifest.documents:,} documents of {corpus.prefix}"
     if held_out.tokens < 2:
+        raise InputError(where, f"{fraction:g} holds out none {of_documents}", "raise it")
+    held = f"{fraction:g} holds out {held_out.documents:,} {of_documents}"
+    if not held_out.has_target(config.validation.samples):
         raise InputError(
-            config.where("validation.fraction"),
-            f"{fraction:g} holds out none {of_documents}",
-            "raise it",
+            where,
+            f"{held}, and no loss is taken on any token of what is scored of them",
+            "raise it, or tokenize again",
         )
-    if training.tokens <= training.seq_len:
+    if isinstance(training, PackedStream):
+        if training.tokens == 0:
+            raise InputError(where, f"{held}, and none is left to train on", "lower it or add text")
+    elif training.tokens <= training.seq_len:
         raise InputError(
-            config.where("validation.fraction"),
-            f"{fraction:g} holds out {held_out.documents:,} {of_documents}, and the "
-            f"{training.tokens:,} tokens that are left are fewer than one sample of seq_len + 1 = "
-            f"{training.seq_len + 1:,}",
+            where,
+            f"{held}, and the {training.tokens:,} tokens that are left are fewer than one sample "
+            f"of seq_len + 1 = {training.seq_len + 1:,}",
             "lower it, add text or lower model.seq_len",
         )
 
@@ -145,8 +181,8 @@ def plan_spec(config: RunConfig, tokenizer: Tokenizer) -> PlanSpec:
     """Open the corpora and put together what the plan is made of.
 
     Raises:
-        InputError: a corpus is missing, damaged, too short or of another tokenizer, or no document
-            of a task is held out.
+        InputError: a corpus is missing, damaged, too short, of another kind or tokenizer, or no
+            document of a task is held out.
     """
     seq_len = config.model.seq_len
     corpora = {task: _open_corpus(config, task, tokenizer) for task in config.tasks}
@@ -163,6 +199,10 @@ def plan_spec(config: RunConfig, tokenizer: Tokenizer) -> PlanSpec:
             "samples_per_step": config.batch.samples,
             "held_out_fraction": config.validation.fraction,
             "corpora": {task: corpus.fingerprint for task, corpus in corpora.items()},
+            "tags": {task: corpus.manifest.tag for task, corpus in corpora.items()},
+            "attend_across_documents": {
+                name: task.attends_across_documents for name, task in config.tasks.items()
+            },
             "phases": [
                 [phase.name, phase.steps, phase.mixture.model_dump(mode="json"), phase.order]
                 for phase in phases

@@ -38,14 +38,31 @@ class Stream:
         documents: how many documents of the corpus are on this side.
         tokens: how many tokens they have, EODs included.
         samples_per_epoch: of seq_len + 1 tokens; the last one may be shorter.
+        attend_across_documents: whether a sample's documents see each other.
     """
 
     def __init__(
-        self, task: str, corpus: Corpus, *, seed: int, seq_len: int, fraction: float, held_out: bool
+        self,
+        task: str,
+        corpus: Corpus,
+        *,
+        seed: int,
+        seq_len: int,
+        fraction: float,
+        held_out: bool,
+        tag: int | None = None,
+        attend_across_documents: bool = True,
     ) -> None:
+        """
+        Args:
+            fraction: of the documents that is held out.
+            tag: of a PackedStream, and of no other, the token between source and target.
+        """
         self.task = task
         self.corpus = corpus
         self.seq_len = seq_len
+        self.attend_across_documents = attend_across_documents
+        self._every_sample_has_a_target = attend_across_documents and tag is None
         side = "held out" if held_out else "training"
         corpus.expect_random_reads()
         # Plain views: numpy's memmap class costs microseconds at every use.
@@ -58,10 +75,14 @@ class Stream:
             held_out,
             derive_key(seed, "documents", side, task),
             seq_len,
+            tag,
         )
         self.documents, self.tokens = self._samples.totals()
-        self.samples_per_epoch = max(0, -(-(self.tokens - 1) // seq_len))
+        self.samples_per_epoch = self._samples_in_an_epoch()
         self._shuffle_key = derive_key(seed, "samples", side, task)
+
+    def _samples_in_an_epoch(self) -> int:
+        return max(0, -(-(self.tokens - 1) // self.seq_len))
 
     @property
     def start_dtype(self) -> type[np.generic]:
@@ -95,9 +116,16 @@ class Stream:
 
     def in_token_order(self, ordinals: np.ndarray) -> np.ndarray:
         """The numbers in token order of the samples with these ordinals, int64 [n]."""
+        return self._shuffled(ordinals, SAMPLE_WINDOW)
+
+    def _shuffled(self, ordinals: np.ndarray, window: int) -> np.ndarray:
         return _builder.shuffle_samples(
-            ordinals, self.samples_per_epoch, SAMPLE_WINDOW, self._shuffle_key
+            ordinals, self.samples_per_epoch, window, self._shuffle_key
         )
+
+    def index_rows(self, numbers: np.ndarray) -> np.ndarray:
+        """The rows of the index that say where the samples with these numbers begin, int64 [n]."""
+        return numbers
 
     def pieces(self, epoch: int, slot: int, offset: int) -> list[tuple[int, int, int]]:
         """(document, offset, tokens) of the pieces that make up the sample that begins there."""
@@ -111,14 +139,42 @@ class Stream:
         inputs: np.ndarray,
         targets: np.ndarray,
         filler: int,
+        documents: np.ndarray | None = None,
     ) -> None:
         """Read the samples with these numbers in token order into the given rows.
 
         starts:          start_dtype [indexed samples, 2], slot and offset where each begins
         numbers, rows:   int64 [samples]
-        inputs, targets: int64 [batch, seq_len]; what the last sample of an epoch leaves empty gets
-                         `filler` as input and IGNORED_TARGET as target
+        inputs, targets: int64 [batch, seq_len]; what a sample leaves empty gets `filler` as input
+                         and IGNORED_TARGET as target
+        documents:       int64 [batch, seq_len], needed where the sample's documents do not see each
+                         other: gets the number of every input's document within its row
         """
+        if self.attend_across_documents:
+            documents = None
+        elif documents is None:
+            raise ValueError(f"{self.task} needs to know which document a token belongs to")
         self._samples.read(
-            starts, self.samples_per_epoch, numbers, rows, inputs, targets, filler, IGNORED_TARGET
+            starts,
+            self.samples_per_epoch,
+            self.index_rows(numbers),
+            rows,
+            inputs,
+            targets,
+            filler,
+            IGNORED_TARGET,
+            documents,
         )
+
+    def has_target(self, samples: int) -> bool:
+        """Whether any of the first `samples` samples in token order has a target."""
+        if self._every_sample_has_a_target:
+            return self.samples_per_epoch > 0
+        starts = self.first_starts(min(samples, self.samples_per_epoch))
+        first_row = np.zeros(1, np.int64)
+        inputs, targets, documents = (np.empty((1, self.seq_len), np.int64) for _ in range(3))
+        for number in range(len(starts)):
+            self.read(starts, first_row + number, first_row, inputs, targets, 0, documents)
+            if (targets != IGNORED_TARGET).any():
+                return True
+        return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -31,7 +32,8 @@ class TracedSample:
         ordinal: the sample's number in its task's stream, from the start of the run.
         epoch: of that stream, from 0.
         number: of the sample among the `of` samples of its epoch, in token order, from 0.
-        pieces: what its seq_len + 1 tokens are (fewer at an epoch's end).
+        pieces: what its seq_len + 1 tokens are (fewer at an epoch's end, and where translation
+            pairs leave room).
     """
 
     row: int
@@ -81,12 +83,25 @@ def trace_step(plan: Plan, phase: int, phase_step: int) -> list[TracedSample]:
 
 
 def sample_texts(plan: Plan, sample: TracedSample, tokenizer: Tokenizer) -> list[str]:
-    """The text of every piece; a character that is cut at a piece's edge shows as U+FFFD."""
+    """The text of every piece; a character that is cut at a piece's edge shows as U+FFFD.
+
+    Between a source and its target stands an arrow.
+    """
     corpus = plan.spec.streams[sample.task].corpus
-    return [
-        tokenizer.decode(corpus.document(piece.document)[piece.first : piece.last])
-        for piece in sample.pieces
-    ]
+    texts = []
+    for piece in sample.pieces:
+        tokens = corpus.document(piece.document)[piece.first : piece.last]
+        sides = _source_and_target(tokens, corpus.manifest.tag)
+        texts.append(" → ".join(tokenizer.decode(side) for side in sides))
+    return texts
+
+
+def _source_and_target(tokens: np.ndarray, tag: int | None) -> list[np.ndarray]:
+    """What stands before and after the tag; all of the tokens where it is not among them."""
+    if tag is None or tag not in tokens:
+        return [tokens]
+    boundary = int(np.argmax(tokens == tag))
+    return [tokens[:boundary], tokens[boundary + 1 :]]
 
 
 def trace_table(samples: list[TracedSample]) -> Table:

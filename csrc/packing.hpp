@@ -1,0 +1,93 @@
+// Samples that hold whole documents: packed next-fit, in the order of the epoch's documents.
+//
+// A sample has room for seq_len + 1 tokens. A document that fits into what is left of the open
+// sample joins it; one that does not begins the next sample, and what was left stays empty. A
+// document longer than a sample begins one, is cut into pieces that share one token with their
+// neighbours, as in sample_index.hpp, and leaves the sample of its last piece open. So a sample can
+// be read from where it begins alone.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "document_walk.hpp"
+#include "documents.hpp"
+#include "keyed_permutation.hpp"
+#include "sample_index.hpp"
+
+namespace megaphase {
+
+// Walks once through an epoch's samples in order, as EpochWalk does.
+template <typename Length>
+class PackedWalk {
+public:
+    PackedWalk(const Documents<Length>& documents, const KeyedPermutation& order, int64_t seq_len)
+        : documents_(documents, order), seq_len_(seq_len) {}
+
+    // See EpochWalk::fill.
+    template <typename Unit>
+    int64_t fill(Start<Unit>* starts, int64_t samples, int64_t documents) {
+        if (!documents_.sides_noted()) {
+            documents_.note_sides(documents);
+            return 0;
+        }
+        const int64_t last_slot = std::min(documents_.left(), documents) + documents_.slot();
+        int64_t sample = 0;
+        while (sample < samples) {
+            if (next_ == kNone) {
+                if (documents_.slot() >= last_slot) break;
+                enter_next_document();
+                continue;
+            }
+            starts[sample++] = Start<Unit>::at(documents_.slot() - 1, next_);
+            open_sample();
+        }
+        return sample;
+    }
+
+    bool at_end() const { return documents_.at_end() && next_ == kNone; }
+
+private:
+    static constexpr int64_t kNone = -1;
+
+    void enter_next_document() {
+        length_ = documents_.next();
+        if (length_ <= room_)
+            room_ -= std::max(length_, int64_t{0});
+        else
+            next_ = 0;
+    }
+
+    // Of the current document, from next_ on.
+    void open_sample() {
+        const int64_t left = length_ - next_, taken = std::min(left, seq_len_ + 1);
+        room_ = seq_len_ + 1 - taken;
+        next_ = left > taken ? next_ + seq_len_ : kNone;
+    }
+
+    DocumentWalk<Length> documents_;
+    int64_t seq_len_;
+    int64_t length_ = 0;    // of the current document
+    int64_t next_ = kNone;  // the token of the current document with which the next sample begins
+    int64_t room_ = 0;      // tokens that the open sample still holds
+};
+
+// Call visit(document, offset, tokens) for each piece of the sample that begins at (slot, offset)
+// and has room for so many tokens.
+template <typename Length, typename Visit>
+void for_each_packed_piece(const Documents<Length>& documents, const KeyedPermutation& order,
+                           int64_t slot, int64_t offset, int64_t room, Visit visit) {
+    bool begun = false;
+    for (; slot < documents.count && room > 0; ++slot, offset = 0) {
+        const int64_t document = order(slot);
+        const int64_t left = documents.length(document) - offset;
+        if (left <= 0) continue;
+        if (begun && left > room) break;
+        const int64_t taken = std::min(left, room);
+        visit(document, offset, taken);
+        room -= taken;
+        begun = true;
+    }
+}
+
+}  // namespace megaphase

@@ -1,0 +1,45 @@
+// The stream of a translation task: whole pairs packed into samples, loss on their targets alone.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "packing.hpp"
+#include "stream.hpp"
+
+namespace megaphase {
+
+// A document is a source, the tag, a target and EOD; no source holds the tag.
+template <typename Length, typename Token>
+class TranslationStream final : public CorpusStream<Length, Token> {
+    using Base = CorpusStream<Length, Token>;
+
+public:
+    TranslationStream(Base base, Token tag) : Base(std::move(base)), tag_(tag) {}
+
+    std::unique_ptr<StreamWalk> walk(int64_t epoch) const override {
+        return walk_of(PackedWalk<Length>(this->documents_, this->order(epoch), this->seq_len_));
+    }
+
+    void prepare(int64_t epoch, int64_t slot, int64_t offset,
+                 std::vector<Piece>& pieces) const override {
+        for_each_packed_piece(this->documents_, this->order(epoch), slot, offset,
+                              this->seq_len_ + 1, this->adder(pieces));
+    }
+
+private:
+    // All up to the tag, which stands in an earlier piece where the document is cut.
+    int64_t unscored(const Piece& piece) const override {
+        const int64_t end = piece.offset + piece.tokens;
+        const Token* document = this->file_.at({piece.document, 0, end});
+        const int64_t tag = std::find(document, document + end, tag_) - document;
+        return std::clamp(tag + 1 - piece.offset, int64_t{0}, piece.tokens);
+    }
+
+    Token tag_;
+};
+
+}  // namespace megaphase
