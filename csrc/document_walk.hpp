@@ -47,7 +47,9 @@ private:
     static constexpr int64_t kAhead = 64;
     static constexpr int64_t kBits = 64;
 
-    void look_ahead() {
+    // Out of line, so that next() stays small enough for compilers to put it into the walks' loops,
+    // which are a tenth slower otherwise.
+    [[gnu::noinline]] void look_ahead() {
         const int64_t count = std::min(kAhead, documents_.count - slot_);
         for (int64_t i = 0; i < count; ++i) {
             ahead_[i] = static_cast<int64_t>(order_(slot_ + i));

@@ -214,7 +214,7 @@ def test_attention_with_grouped_queries(kv_heads: int) -> None:
     x = torch.randn((2, 6, shape.hidden), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = attention_by_loops(x, attention, shape)
-        torch.testing.assert_close(attention(x, None), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(attention(x, None, None), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SHAPES)

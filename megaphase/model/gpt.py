@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megaphase.model.packed_rows import own_document_mask, positions_in_document
 from megaphase.model.rotary import Rotary
 from megaphase.model.shape import GPTShape
 from megaphase.model.swiglu import swiglu
@@ -57,7 +58,7 @@ class Attention(nn.Module):
             region=region,
         )
 
-    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None) -> Tensor:
         batch, seq, _ = x.shape
         heads = self.qkv(x).view(batch, seq, -1, self.head_dim)
         if rotary is None:
@@ -65,7 +66,9 @@ class Attention(nn.Module):
         else:
             parts = rotary(heads, self.local_heads)
         q, k, v = (part.transpose(1, 2) for part in parts)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped
+        )
         return self.out(y.transpose(1, 2).reshape(batch, seq, -1))
 
 
@@ -110,8 +113,8 @@ class Block(nn.Module):
         self.feed_forward_norm = norm(shape.hidden, shape.norm_eps, init, region)
         self.feed_forward = FeedForward(shape, init.at("feed_forward"), region)
 
-    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
-        x = x + self.attention(self.region.enter(self.attention_norm(x)), rotary)
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None) -> Tensor:
+        x = x + self.attention(self.region.enter(self.attention_norm(x)), rotary, mask)
         return x + self.feed_forward(self.region.enter(self.feed_forward_norm(x)))
 
 
@@ -159,19 +162,23 @@ class GPT(nn.Module):
             )
         self.head = VocabParallelHead(shape.vocab, weight, region)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Loss of every token, or this rank's logits when there are no targets.
 
         tokens, targets: int64 [batch, seq], seq up to shape.seq_len; targets may hold
-        IGNORED_TARGET. Returns nats, fp32 [batch, seq] with 0 at ignored targets, or logits
-        [batch, seq, vocabulary of this rank].
+        IGNORED_TARGET. documents: int64 [batch, seq], ascending along a row; where they are given,
+        a token sees those of its own document alone. Returns nats, fp32 [batch, seq] with 0 at
+        ignored targets, or logits [batch, seq, vocabulary of this rank].
         """
-        x = self._embed(tokens)
+        x = self._embed(tokens, documents)
+        mask = None if documents is None else own_document_mask(documents)
         for block in self.blocks:
             if self.shape.activation_checkpointing == "full" and self.training:
-                x = checkpoint(block, x, self.rotary, use_reentrant=False)
+                x = checkpoint(block, x, self.rotary, mask, use_reentrant=False)
             else:
-                x = block(x, self.rotary)
+                x = block(x, self.rotary, mask)
         logits = self.head(self.region.enter(self.norm(x)))
         if targets is None:
             return logits
@@ -183,10 +190,14 @@ class GPT(nn.Module):
             topology=self.region.topology,
         )
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         x = self.embedding(tokens).to(self.compute_dtype)
         if self.positions is not None:
-            positions = self.region.replicated(self.positions)[: tokens.shape[1]]
+            positions = self.region.replicated(self.positions)
+            if documents is None:
+                positions = positions[: tokens.shape[1]]
+            else:
+                positions = F.embedding(positions_in_document(documents), positions)
             x = x + self.region.own_positions(positions).to(self.compute_dtype)
         return x
 

@@ -67,10 +67,10 @@ class TensorRegion:
         return reduce_from_tensor_parallel(x, self.topology)
 
     def own_positions(self, x: Tensor) -> Tensor:
-        """Of [seq, hidden], the positions that this rank holds outside the region."""
+        """Of [..., seq, hidden], the positions that this rank holds outside the region."""
         if not self.sequence:
             return x
-        return x.chunk(self.topology.tensor_size, dim=0)[self.topology.tensor_rank]
+        return x.chunk(self.topology.tensor_size, dim=-2)[self.topology.tensor_rank]
 
     def replicated(self, parameter: Tensor) -> Tensor:
         """A replicated parameter used outside the region.

@@ -69,8 +69,8 @@ class TaskLosses:
 
     @property
     def mean(self) -> float:
-        """Loss a token in nats over all tasks."""
-        return float(self.loss_sums.sum() / self.tokens.sum())
+        """Loss a token in nats over all tasks; 0 where no token has a target."""
+        return float(self.loss_sums.sum() / self.tokens.sum().clamp(min=1))
 
     def by_task(self, names: list[str]) -> dict[str, float]:
         """Mean loss a token in nats for each task that had any."""
@@ -184,14 +184,14 @@ class Engine:
         """Accumulate gradients over this rank's rows of the global batch, then step.
 
         The loss is the mean over all tokens of the global batch that have a target, whatever the
-        layout.
+        layout; the gradient is zero where none has.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.train()
         tokens = self._count_tokens(batch)
         # DeepSpeed takes the mean over micro-batches and data-parallel ranks; this makes it a sum.
-        scale = self._accumulation * self.topology.data_size / float(tokens.sum())
+        scale = self._accumulation * self.topology.data_size / max(1.0, float(tokens.sum()))
         row_losses = []
         for micro in batch.split(self.micro):
             losses = self._forward(micro)
@@ -242,7 +242,8 @@ class Engine:
         return float(self._engine.get_global_grad_norm())
 
     def _forward(self, micro: Batch) -> Tensor:
-        return self._engine(micro.inputs.to(device()), micro.targets.to(device()))
+        documents = None if micro.documents is None else micro.documents.to(device())
+        return self._engine(micro.inputs.to(device()), micro.targets.to(device()), documents)
 
     def _count_tokens(self, batch: Batch) -> Tensor:
         """Tokens with a target in the global batch, by task; float64 [tasks]."""

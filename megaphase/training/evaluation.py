@@ -50,7 +50,7 @@ class HeldOutEvaluator:
             nats = float(losses.loss_sums[number])
             scored_bytes = self._engine.sum_by_task(self._bytes_of_rows(rows), rows)[number]
             found[task] = HeldOutLoss(
-                nats / float(losses.tokens[number]),
+                nats / max(1.0, float(losses.tokens[number])),
                 nats / math.log(2) / max(1.0, float(scored_bytes)),
             )
         return found
@@ -62,11 +62,13 @@ class HeldOutEvaluator:
         missing = share * topology.data_size - len(batch)
         rows = slice(topology.data_rank * share, (topology.data_rank + 1) * share)
         pad = torch.nn.functional.pad
+        documents = batch.documents
         return Batch(
-            pad(batch.inputs, (0, 0, 0, missing), value=self._filler)[rows],
-            pad(batch.targets, (0, 0, 0, missing), value=IGNORED_TARGET)[rows],
-            pad(batch.tasks, (0, missing), value=int(batch.tasks[0]))[rows],
-        )
+            pad(batch.inputs, (0, 0, 0, missing), value=self._filler),
+            pad(batch.targets, (0, 0, 0, missing), value=IGNORED_TARGET),
+            pad(batch.tasks, (0, missing), value=int(batch.tasks[0])),
+            None if documents is None else pad(documents, (0, 0, 0, missing)),
+        )[rows]
 
     def _bytes_of_rows(self, batch: Batch) -> torch.Tensor:
         """Bytes of the text behind each row's targets; int64 [samples]."""
