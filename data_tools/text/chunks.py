@@ -57,8 +57,9 @@ def read_chunks(
     check_text_file(path)
     _check_reading(path, reading, whole=begin == 0 and end is None)
     with named_errors(path):
-        last = end if end is not None and end < size_on_disk(path) else None
-        if last is not None and last <= begin:
+        size = size_on_disk(path)
+        last = end if end is not None and end < size else None
+        if begin and begin >= size or last is not None and last <= begin:
             return
         if is_parquet(path):
             from megaphase.data_tools.text.parquet import parquet_chunks
@@ -127,9 +128,6 @@ def _compressed_chunks(
             position, disk = after, file.tell()
             if end is not None and disk >= end:
                 return
-        if file.tell() > disk >= begin:
-            # What holds no text counts too.
-            yield TextChunk(path, position, position, b"", disk, file.tell() - disk)
 
 
 def _whole_documents(

@@ -14,7 +14,7 @@ from megaphase.data_tools.text.kinds import display_name, kind_of
 from megaphase.data_tools.text.reading import Document, Reading
 from megaphase.errors import InputError
 
-_BLANK_LINES = r"\n(?:[ \t\r]*\n)+"
+_BLANK_LINES = r"\n(?:[ \t\r]*(?:\n|\Z))+"
 _LINE_END = r"\n"
 _JSON_TYPES = {
     dict: "an object",
