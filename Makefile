@@ -25,7 +25,7 @@ test-sanitize: $(VENV)/installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=tests \
 	$(BIN)/python -m pytest -p sanitized_builder tests/test_plan_builder.py tests/test_plan_blend.py \
-		tests/test_plan_stream.py tests/test_plan_index.py
+		tests/test_plan_stream.py tests/test_plan_index.py tests/test_translation_packing.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

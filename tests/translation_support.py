@@ -1,0 +1,158 @@
+"""Corpora of translation pairs, and a slow reference of how pairs are packed and scored.
+
+The reference shares no code with the package: it is written from docs/plan.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from plan_support import TOKENIZER_HASH, Documents, derived_key, member_key, permutation
+
+from megaphase.corpus import CorpusWriter, DocumentBatch
+from megaphase.targets import IGNORED_TARGET
+
+EOD, TAG = 0, 3
+FIRST_TOKEN = 10
+
+Piece = tuple[int, int, int]  # document, first token of it, token after the last
+Lengths = tuple[int, int]  # tokens of a source and of its target
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Documents of source, tag, target and EOD, in which no token but the last two is twice."""
+
+    lengths: list[Lengths]
+    hashes: list[int]
+    first_token: int = FIRST_TOKEN
+
+    @property
+    def documents(self) -> list[list[int]]:
+        documents, token = [], self.first_token
+        for source, target in self.lengths:
+            words = list(range(token, token + source + target))
+            documents.append([*words[:source], TAG, *words[source:], EOD])
+            token += source + target
+        return documents
+
+    def on_side(self, fraction: float, side: str) -> list[bool]:
+        held_out = Documents([], self.hashes, 0).held_out(fraction)
+        return [each == (side == "held out") for each in held_out]
+
+
+def random_pairs(count: int, longest: int, seed: int) -> list[Lengths]:
+    """Sources and targets of 0 to `longest` tokens."""
+    lengths = np.random.default_rng(seed).integers(0, longest + 1, (count, 2))
+    return [(source, target) for source, target in lengths.tolist()]
+
+
+def random_hashes(count: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 2**64, count, dtype=np.uint64).tolist()
+
+
+def write_documents(
+    prefix: Path, documents: list[list[int]], hashes: list[int], tag: int | None = TAG
+) -> None:
+    tokens = np.array([token for each in documents for token in each], np.uint16)
+    lengths = np.array([len(each) for each in documents])
+    with CorpusWriter(
+        prefix, tokenizer_hash=TOKENIZER_HASH, vocab_size=60000, eod=EOD, tag=tag
+    ) as writer:
+        batch = DocumentBatch.of(tokens, lengths, np.array(hashes, np.uint64), 3 * lengths)
+        writer.add_batch(batch)
+
+
+def write_pairs(
+    prefix: Path, lengths: list[Lengths], *, seed: int = 0, first_token: int = FIRST_TOKEN
+) -> Pairs:
+    pairs = Pairs(lengths, random_hashes(len(lengths), seed), first_token)
+    write_documents(prefix, pairs.documents, pairs.hashes)
+    return pairs
+
+
+def packed(lengths: list[int], order: list[int], seq_len: int) -> list[list[Piece]]:
+    """Next-fit: the samples of documents that come in this order, those without tokens left out."""
+    samples: list[list[Piece]] = []
+    room = 0
+    for document in order:
+        length = lengths[document]
+        if length <= room:
+            if length:
+                samples[-1].append((document, 0, length))
+        elif length <= seq_len + 1:
+            samples.append([(document, 0, length)])
+            room = seq_len + 1
+        else:
+            cuts = range(0, length - 1, seq_len)
+            samples += [[(document, cut, min(cut + seq_len + 1, length))] for cut in cuts]
+            length -= cuts[-1]
+            room = seq_len + 1
+        room -= length
+    return samples
+
+
+def scored_from(document: list[int]) -> int:
+    """The first token of a pair that is a target: the one after the first tag."""
+    return document.index(TAG) + 1 if TAG in document else len(document)
+
+
+@dataclass(frozen=True)
+class ExpectedRow:
+    """What a sample is read as, [seq_len] each."""
+
+    inputs: list[int]
+    targets: list[int]
+    documents: list[int]
+
+
+def expected_row(
+    sample: list[Piece], documents: list[list[int]], seq_len: int, filler: int, scored: list[int]
+) -> ExpectedRow:
+    """A sample's row; of document d, the tokens from scored[d] on are targets."""
+    tokens, targets, numbers = [], [], []
+    for number, (document, first, last) in enumerate(sample):
+        for place in range(first, last):
+            token = documents[document][place]
+            tokens.append(token)
+            targets.append(token if place >= scored[document] else IGNORED_TARGET)
+            numbers.append(number)
+    empty = seq_len + 1 - len(tokens)
+    inputs = (tokens + [filler] * empty)[:seq_len]
+    numbers = (numbers + [numbers[-1]] * empty)[:seq_len]
+    return ExpectedRow(inputs, targets[1:] + [IGNORED_TARGET] * empty, numbers)
+
+
+@dataclass(frozen=True)
+class ReferencePackedStream:
+    """A translation task's samples, computed a whole epoch at a time."""
+
+    task: str
+    pairs: Pairs
+    seq_len: int
+    fraction: float
+    seed: int = 7
+    side: str = "training"
+
+    def in_token_order(self) -> list[list[Piece]]:
+        """The samples of every epoch, in the order in which they are packed."""
+        here = self.pairs.on_side(self.fraction, self.side)
+        lengths = [
+            len(document) if on_side else 0
+            for document, on_side in zip(self.pairs.documents, here, strict=True)
+        ]
+        family = derived_key(self.seed, "documents", self.side, self.task)
+        return packed(lengths, permutation(len(lengths), member_key(family, 0)), self.seq_len)
+
+    def epoch(self, epoch: int) -> list[list[Piece]]:
+        """All samples of an epoch by ordinal."""
+        samples = self.in_token_order()
+        family = member_key(derived_key(self.seed, "samples", self.side, self.task), epoch)
+        return [samples[i] for i in permutation(len(samples), member_key(family, 0))]
+
+    def rows(self, samples: list[list[Piece]], filler: int) -> list[ExpectedRow]:
+        documents = self.pairs.documents
+        scored = [scored_from(document) for document in documents]
+        return [expected_row(each, documents, self.seq_len, filler, scored) for each in samples]
