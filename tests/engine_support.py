@@ -72,11 +72,15 @@ def build_engine(config: RunConfig, vocab: int = VOCAB) -> Engine:
     return Engine(config, build_shape(config, vocab), topology, len(TASKS))
 
 
-def global_batch(step: int, *, vocab: int = VOCAB, short: bool = False) -> Batch:
+def global_batch(
+    step: int, *, vocab: int = VOCAB, short: bool = False, packed: bool = False
+) -> Batch:
     """The whole batch of a step: counting sequences, by ones in the first task, by threes in the
     other, with a tenth of the tokens random.
 
     short: rows end early, at different lengths; one has no target at all.
+    packed: the second half of the rows, and in even steps the first, too, hold several documents
+    that do not see each other, and of each only the last tokens are targets.
     """
     random = torch.Generator().manual_seed(1000 + step)
     tasks = (torch.rand(SAMPLES, generator=random) < 0.3).long()
@@ -90,7 +94,17 @@ def global_batch(step: int, *, vocab: int = VOCAB, short: bool = False) -> Batch
         lengths = torch.randint(1, SEQ_LEN, (SAMPLES, 1), generator=random)
         lengths[step % SAMPLES] = 0
         targets[torch.arange(SEQ_LEN) >= lengths] = IGNORED_TARGET
-    return Batch(tokens[:, :-1].contiguous(), targets, tasks)
+    documents = _documents(targets, step % 2 == 1, random) if packed else None
+    return Batch(tokens[:, :-1].contiguous(), targets, tasks, documents)
+
+
+def _documents(targets: Tensor, half: bool, random: torch.Generator) -> Tensor:
+    """Cut rows into documents at random, and ignore what a document's first tokens predict."""
+    begins = torch.rand(targets.shape, generator=random) < 0.2
+    begins[: SAMPLES // 2 if half else 0] = False
+    begins[:, 0] = False
+    targets[begins | begins.roll(-1, 1)] = IGNORED_TARGET
+    return begins.cumsum(1)
 
 
 def share(batch: Batch, topology: Topology) -> Batch:

@@ -33,12 +33,25 @@ class PlainGPT:
         self.weights = {name: each.double().requires_grad_() for name, each in weights.items()}
         self.shape = shape
 
-    def losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Nats a token, [batch, seq]; 0 where the target is IGNORED."""
+    def losses(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Nats a token, [batch, seq]; 0 where the target is IGNORED.
+
+        documents, where given, are computed one by one, each as a row of its own.
+        """
+        if documents is not None:
+            return self._losses_apart(tokens, targets, documents)
         logits = self.logits(tokens)
         real = targets != IGNORED
         chosen = logits.gather(-1, targets.where(real, 0).unsqueeze(-1)).squeeze(-1)
         return torch.where(real, logits.exp().sum(-1).log() - chosen, 0.0)
+
+    def _losses_apart(self, tokens: Tensor, targets: Tensor, documents: Tensor) -> Tensor:
+        rows = []
+        for row in range(len(tokens)):
+            lengths = documents[row].unique_consecutive(return_counts=True)[1].tolist()
+            parts = zip(tokens[row].split(lengths), targets[row].split(lengths), strict=True)
+            rows.append(torch.cat([self.losses(t[None], u[None])[0] for t, u in parts]))
+        return torch.stack(rows)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """[batch, seq, vocab]"""

@@ -34,6 +34,7 @@ from plain_gpt import IGNORED, PlainAdamW, PlainGPT, PlainShape
 from torch import Tensor
 
 from megaphase.parallel.layers import padded_vocab
+from megaphase.plan.dataset import Batch
 
 STEPS = 30
 FEW_STEPS = 10
@@ -50,6 +51,10 @@ class Variant:
     model: dict[str, Any] = field(default_factory=dict)
     vocab: int = VOCAB
     short: bool = False
+    packed: bool = False
+
+    def batch(self, step: int) -> Batch:
+        return global_batch(step, vocab=self.vocab, short=self.short, packed=self.packed)
 
 
 VARIANTS = {
@@ -67,6 +72,11 @@ VARIANTS = {
     "checkpointed": Variant({"activation_checkpointing": "full"}),
     "odd vocabulary": Variant(vocab=VOCAB + 1),
     "short rows": Variant(short=True),
+    "packed": Variant(packed=True),
+    "packed gpt2": Variant(
+        {"position": "learned", "bias": True, "activation_checkpointing": "full"}, packed=True
+    ),
+    "packed grouped": Variant({"kv_heads": 2}, short=True, packed=True),
 }
 
 
@@ -114,6 +124,15 @@ CASES = [
     Case("short rows", 1, 1, 0),
     Case("short rows", 1, 2, 3),
     Case("short rows", 2, 2, 0),
+    Case("packed", 1, 1, 0),
+    Case("packed", 1, 2, 3),
+    Case("packed", 2, 1, 0, micro=2),
+    Case("packed", 2, 2, 3, sequence=True, micro=2),
+    Case("packed gpt2", 1, 1, 0),
+    Case("packed gpt2", 2, 1, 0, sequence=True),
+    Case("packed gpt2", 2, 2, 3, sequence=True),
+    Case("packed grouped", 1, 1, 0),
+    Case("packed grouped", 2, 2, 3, sequence=True),
 ]
 BF16_CASES = [
     Case("base", 1, 1, 0, precision="bf16", steps=STEPS),
@@ -162,9 +181,9 @@ def _train(case: Case) -> Curve:
     validation: dict[str, float] = {}
     for step in range(case.steps):
         if step == VALIDATED_STEP:
-            batch = global_batch(VALIDATION_BATCH, vocab=variant.vocab, short=variant.short)
+            batch = variant.batch(VALIDATION_BATCH)
             validation = engine.evaluate(share(batch, engine.topology)).by_task(TASKS)
-        batch = global_batch(step, vocab=variant.vocab, short=variant.short)
+        batch = variant.batch(step)
         result = engine.train_step(share(batch, engine.topology), LEARNING_RATE)
         steps.append(Step(result.losses.mean, result.losses.by_task(TASKS), result.grad_norm))
     return Curve(steps, validation, before, _padding(engine, case, variant.vocab))
@@ -241,8 +260,8 @@ def plain_curve(name: str) -> Curve:
 
 def _plain_losses(model: PlainGPT, variant: Variant, step: int) -> tuple[Tensor, dict[str, float]]:
     """Mean over all tokens of the batch that have a target, and over those of each task."""
-    batch = global_batch(step, vocab=variant.vocab, short=variant.short)
-    losses = model.losses(batch.inputs, batch.targets)
+    batch = variant.batch(step)
+    losses = model.losses(batch.inputs, batch.targets, batch.documents)
     real = batch.targets != IGNORED
     by_task = {}
     for number, task in enumerate(TASKS):

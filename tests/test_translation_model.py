@@ -1,0 +1,188 @@
+"""Packed rows in the model: what a document's tokens see and lose is what they would alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_gpt import IGNORED, PlainGPT, PlainShape
+from torch import Tensor
+
+from megaphase.model.gpt import GPT
+from megaphase.model.packed_rows import own_document_mask, positions_in_document
+from megaphase.model.shape import GPTShape
+from megaphase.parallel.rng import Initializer
+from megaphase.parallel.topology import Topology
+from megaphase.plan.dataset import Batch
+from megaphase.targets import IGNORED_TARGET
+
+ALONE = Topology(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
+INITIALIZER = Initializer(1, torch.float32)
+VOCAB, SEQ_LEN = 101, 24
+SHAPE: dict[str, Any] = {
+    "vocab": VOCAB, "seq_len": SEQ_LEN, "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 4,
+    "ffn": 48, "init_std": 0.2,
+}  # fmt: skip
+SHAPES = {
+    "rotary": SHAPE,
+    "grouped": SHAPE | {"kv_heads": 2},
+    "learned": SHAPE | {"position": "learned", "bias": True, "norm": "layernorm"},
+    "checkpointed": SHAPE | {"position": "learned", "activation_checkpointing": "full"},
+}
+LENGTHS = [[7, 5, 9, 4], [25], [3, 3, 3, 3, 3, 3], [2, 23], [1, 1, 20, 1]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 5), min_size=6, max_size=6), min_size=1, max_size=3))
+def test_masks_and_positions_are_those_of_loops(lengths):
+    numbers = [[n for n, length in enumerate(row) for _ in range(length)][:6] for row in lengths]
+    documents = torch.tensor(numbers)
+    mask, positions = own_document_mask(documents), positions_in_document(documents)
+    assert mask.shape == (len(numbers), 1, 6, 6)
+    for row, of in enumerate(numbers):
+        for here in range(6):
+            seen = [there for there in range(here + 1) if of[there] == of[here]]
+            assert mask[row, 0, here].nonzero().flatten().tolist() == seen
+            assert positions[row, here] == here - seen[0]
+
+
+def packed_batch(lengths: list[list[int]]) -> Batch:
+    """Rows of seq_len + 1 tokens at most; of every document, the second half are targets."""
+    random = torch.Generator().manual_seed(3)
+    shape = len(lengths), SEQ_LEN + 1
+    tokens = torch.randint(VOCAB, shape, generator=random)
+    targets = torch.full(shape, IGNORED_TARGET)
+    documents = torch.zeros(shape, dtype=torch.int64)
+    for row, of_row in enumerate(lengths):
+        start = 0
+        for number, length in enumerate(of_row):
+            scored = slice(start + (length + 1) // 2, start + length)
+            targets[row, scored] = tokens[row, scored]
+            documents[row, start:] = number
+            start += length
+    inputs = tokens[:, :-1].contiguous()
+    tasks = torch.zeros(len(lengths), dtype=torch.int64)
+    return Batch(inputs, targets[:, 1:].contiguous(), tasks, documents[:, :-1].contiguous())
+
+
+def build(shape: GPTShape) -> GPT:
+    return GPT(shape, INITIALIZER, ALONE)
+
+
+def losses_alone(model: GPT | PlainGPT, batch: Batch, lengths: list[list[int]]) -> Tensor:
+    """Every document in a row of its own, without filler; its losses where it stands in `batch`."""
+    found = torch.zeros(batch.inputs.shape, dtype=torch.float64)
+    for row, of_row in enumerate(lengths):
+        start = 0
+        for length in of_row:
+            place = slice(start, min(start + length - 1, SEQ_LEN))
+            if length > 1:
+                inputs, targets = (
+                    batch.inputs[row : row + 1, place],
+                    batch.targets[row : row + 1, place],
+                )
+                if isinstance(model, PlainGPT):
+                    found[row, place] = model.losses(inputs, targets.where(targets >= 0, IGNORED))[
+                        0
+                    ]
+                else:
+                    found[row, place] = model(inputs.contiguous(), targets.contiguous())[0].double()
+            start += length
+    return found
+
+
+def plain(model: GPT) -> PlainGPT:
+    shape = model.shape
+    layernorm, gelu = shape.norm == "layernorm", shape.activation == "gelu"
+    kinds = PlainShape(shape.layers, shape.heads, shape.kv_heads, layernorm, gelu)
+    return PlainGPT({name: each.detach() for name, each in model.named_parameters()}, kinds)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_packed_row_loses_what_its_documents_lose_alone(name: str) -> None:
+    model, batch = build(GPTShape(**SHAPES[name])), packed_batch(LENGTHS)
+    losses = model(batch.inputs, batch.targets, batch.documents).double()
+    for reference in (model, plain(model)):
+        alone = losses_alone(reference, batch, LENGTHS)
+        torch.testing.assert_close(losses, alone, rtol=0, atol=1e-5)
+    together = model(batch.inputs, batch.targets).double()
+    assert (together - losses).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradients_are_those_of_the_documents_alone(name: str) -> None:
+    model, batch = build(GPTShape(**SHAPES[name])), packed_batch(LENGTHS)
+    parameters = list(model.parameters())
+    losses = model(batch.inputs, batch.targets, batch.documents)
+    packed = torch.autograd.grad(losses.sum(), parameters)
+    alone = torch.autograd.grad(losses_alone(model, batch, LENGTHS).sum(), parameters)
+    for ours, theirs in zip(packed, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_whose_documents_see_each_other_are_the_same_beside_others() -> None:
+    model, batch = build(GPTShape(**SHAPE)), packed_batch(LENGTHS)
+    documents = batch.documents.clone()
+    documents[1:] = 0
+    mixed = model(batch.inputs, batch.targets, documents)
+    torch.testing.assert_close(
+        mixed[1:], model(batch.inputs[1:], batch.targets[1:]), rtol=0, atol=1e-5
+    )
+    one_more = model(batch.inputs[:1], batch.targets[:1], batch.documents[:1])
+    torch.testing.assert_close(mixed[:1], one_more, rtol=0, atol=1e-5)
+
+
+def test_ignored_tokens_have_no_gradient() -> None:
+    """Neither their logits, nor what stands after the last target of a document."""
+    shape = GPTShape(**SHAPE)
+    model, batch = build(shape), packed_batch([[7, 5, 4]])
+    batch.targets[0, 7:] = IGNORED_TARGET  # the second and third document, and the filler
+    logits: list[Tensor] = []
+
+    def keep(module: object, inputs: object, output: Tensor) -> None:
+        output.retain_grad()
+        logits.append(output)
+
+    model.head.register_forward_hook(keep)
+    embedded: list[Tensor] = []
+    model.embedding.register_forward_hook(
+        lambda module, inputs, output: (output.retain_grad(), embedded.append(output))[1]
+    )
+    model(batch.inputs, batch.targets, batch.documents).sum().backward()
+    gradient = logits[0].grad[0].abs().sum(-1)
+    assert ((gradient > 0) == (batch.targets[0] != IGNORED_TARGET)).all()
+    gradient = embedded[0].grad[0].abs().sum(-1)
+    last_scored = int((batch.targets[0] != IGNORED_TARGET).nonzero().max())
+    assert (gradient[: last_scored + 1] > 0).all()
+    assert (gradient[last_scored + 1 :] == 0).all()
+
+
+def test_a_split_batch_masks_only_where_a_row_needs_it() -> None:
+    batch = packed_batch([[25], [25], [7, 5], [25]])
+    pieces = list(batch.split(2))
+    assert pieces[0].documents is None
+    assert torch.equal(pieces[1].documents, batch.documents[2:])
+    assert [len(piece) for piece in batch.split(3)] == [3, 1]
+    without = Batch(batch.inputs, batch.targets, batch.tasks)
+    assert all(piece.documents is None for piece in without.split(1))
+
+
+def test_the_causal_kernel_is_kept_where_no_row_needs_a_mask(monkeypatch) -> None:
+    seen: list[tuple[object, object]] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def record(q, k, v, mask=None, *, is_causal, **options):
+        seen.append((mask, is_causal))
+        return attend(q, k, v, mask, is_causal=is_causal, **options)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", record)
+    model, batch = build(GPTShape(**SHAPE)), packed_batch(LENGTHS)
+    model(batch.inputs, batch.targets)
+    assert seen == [(None, True)] * 2
+    seen.clear()
+    model(batch.inputs, batch.targets, batch.documents)
+    assert [is_causal for _, is_causal in seen] == [False] * 2
+    assert seen[0][0] is seen[1][0]  # made once, not for every block
