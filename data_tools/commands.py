@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from megaphase.data_tools.options import JsonKey, Overwrite
+from megaphase.data_tools.corpora import commands as corpora
+from megaphase.data_tools.options import (
+    Dedup,
+    JsonKey,
+    Overwrite,
+    Separator,
+    Shuffle,
+    Template,
+    Workers,
+    available_cores,
+    reading_of,
+)
 from megaphase.errors import InputError
 
 if TYPE_CHECKING:
-    from megaphase.corpus import Manifest
+    from megaphase.data_tools.slurm import ArrayOfShards
 
 data_app = typer.Typer(
-    help="Turn text into tokenized corpora; look at, check and join them.", no_args_is_help=True
+    help="Turn text into tokenized corpora; look at, check, join and split them.",
+    no_args_is_help=True,
 )
+
+_SLURM_OPTIONS = {"inputs", "slurm", "tasks", "sbatch", "dry_run", "shard"}
+# What shards cannot do, since they know nothing of each other.
+_MERGE_ALONE = {"dedup", "shuffle"}
+_MERGE_OPTIONS = {*_MERGE_ALONE, "out", "overwrite"}
 
 
 class OnError(StrEnum):
@@ -29,146 +47,149 @@ class OnError(StrEnum):
     skip = "skip"
 
 
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+class StdinKind(StrEnum):
+    """What standard input can hold."""
+
+    jsonl = "jsonl"
+    txt = "txt"
 
 
 @data_app.command("tokenize")
 def tokenize_command(
-    inputs: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Text files, in order.")],
-    tokenizer: Annotated[Path, typer.Option(help="The tokenizer's directory.")],
+    context: typer.Context,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE...", help='Text files in order, also as "*" patterns; or -.'),
+    ],
+    tokenizer: Annotated[Path, typer.Option(help="The tokenizer's directory, or a .model file.")],
     out: Annotated[Path, typer.Option(help="Prefix of the corpus: PREFIX.bin, PREFIX.idx ...")],
-    workers: Annotated[
-        int | None, typer.Option(help="Processes that encode; as many as cores if not given.")
-    ] = None,
+    workers: Workers = None,
     json_key: JsonKey = "text",
+    template: Template = None,
+    separator: Separator = None,
+    source_key: Annotated[
+        str | None, typer.Option(help="Of translation pairs: the key of the source.")
+    ] = None,
+    target_key: Annotated[
+        str | None, typer.Option(help="Of translation pairs: the key of the target.")
+    ] = None,
+    tag: Annotated[
+        str | None,
+        typer.Option(help="Of translation pairs: the tokenizer's tag to put between them."),
+    ] = None,
+    stdin_kind: Annotated[StdinKind, typer.Option(help="What - holds.")] = StdinKind.jsonl,
     on_error: Annotated[
         OnError,
         typer.Option(help="At a document that cannot be read: stop, or skip it and say so."),
     ] = OnError.stop,
+    dedup: Dedup = False,
+    shuffle: Shuffle = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Tokenize the Ith of N parts, from 0; then merge."),
+    ] = None,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Submit a SLURM job array over shards, and the merge.")
+    ] = False,
+    tasks: Annotated[int, typer.Option(help="With --slurm: how many shards.")] = 16,
+    sbatch: Annotated[
+        str, typer.Option(help='With --slurm: options of sbatch, such as "--partition=cpu".')
+    ] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --slurm: print the scripts, submit nothing.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Tokenize text into a corpus in Megatron-LM's format.
 
-    A document is a line of a .jsonl file, or what stands between blank lines of a .txt file; both
-    may be compressed (.gz, .zst). What --on-error skip leaves out stands in PREFIX.skipped.jsonl.
+    A document is a line of a .jsonl file, a row of a .parquet file, or what stands between blank
+    lines of a .txt file; .jsonl and .txt may be compressed (.gz, .zst). With --source-key,
+    --target-key and --tag, documents are translation pairs. What --on-error skip leaves out stands
+    in PREFIX.skipped.jsonl. Killed and run again, it goes on where it was.
 
-    Example: megaphase data tokenize en.jsonl.gz --tokenizer tok/ --out data/en
+    Example: megaphase data tokenize "en/*.jsonl.gz" --tokenizer tok/ --out data/en
     """
-    from megaphase.data_tools.skipped import SKIPPED_SUFFIX
-    from megaphase.data_tools.tokenize import tokenize
+    from megaphase.data_tools.shards import WHOLE, ShardChoice
+    from megaphase.data_tools.text import expand_inputs
+    from megaphase.data_tools.tokenize import check_tokenization, tokenize
 
+    reading = reading_of(
+        json_key,
+        template,
+        separator,
+        source_key=source_key,
+        target_key=target_key,
+        stdin_kind=stdin_kind.value,
+    )
+    files = expand_inputs(inputs)
+    if slurm:
+        if shard is not None:
+            raise InputError("--shard", "--slurm chooses the shards itself", "leave one out")
+        last = ShardChoice.parse(f"{tasks - 1}/{tasks}")
+        check_tokenization(files, tokenizer, reading, tag, last)
+        _submit(_array_of_shards(context.params), dry_run)
+        return
+    part = WHOLE if shard is None else ShardChoice.parse(shard)
     manifest = tokenize(
-        inputs,
+        files,
         tokenizer,
         out,
-        json_key=json_key,
-        workers=_available_cores() if workers is None else workers,
+        reading=reading,
+        tag=tag,
+        workers=available_cores() if workers is None else workers,
+        shard=part,
+        drop_duplicates=dedup,
+        shuffle_seed=shuffle,
         skip_wrong=on_error is OnError.skip,
         overwrite=overwrite,
         console=Console(stderr=True),
     )
-    Console().print(_corpus_table(out, manifest))
-    if manifest.skipped_wrong:
-        typer.echo(f"Skipped, wrong: {manifest.skipped_wrong:,}, see {out}{SKIPPED_SUFFIX}")
+    corpora.print_corpora({part.prefix(out): manifest})
 
 
-@data_app.command("from-megatron")
-def from_megatron_command(
-    source: Annotated[Path, typer.Argument(metavar="PREFIX", help="Of its .bin and .idx.")],
-    tokenizer: Annotated[Path, typer.Option(help="The tokenizer that made the tokens.")],
-    out: Annotated[Path, typer.Option(help="Prefix of the corpus: PREFIX.bin, PREFIX.idx ...")],
-    workers: Annotated[
-        int | None, typer.Option(help="Processes that work; as many as cores if not given.")
-    ] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Copy a corpus that Megatron-LM's preprocess_data wrote into one of ours.
+def _array_of_shards(options: dict[str, Any]) -> ArrayOfShards:
+    """The jobs that do what this command was asked for."""
+    from megaphase.data_tools.slurm import ArrayOfShards
 
-    Megatron-LM reads ours as they are, by the same prefix.
-
-    Example: megaphase data from-megatron old/en_text_document --tokenizer tok/ --out data/en
-    """
-    from megaphase.data_tools.from_megatron import from_megatron
-
-    manifest = from_megatron(
-        source,
-        tokenizer,
-        out,
-        workers=_available_cores() if workers is None else workers,
-        overwrite=overwrite,
-        console=Console(stderr=True),
+    places = {"tokenizer": options["tokenizer"].absolute(), "out": options["out"].absolute()}
+    files = [os.path.abspath(name) for name in options["inputs"]]
+    of_merge = _as_arguments(options | places, _MERGE_OPTIONS)
+    of_shards = _as_arguments(options | places, options.keys() - _MERGE_ALONE - _SLURM_OPTIONS)
+    return ArrayOfShards(
+        out=options["out"],
+        tasks=options["tasks"],
+        tokenize=[*files, *of_shards],
+        merge=of_merge,
+        cores=options["workers"],
+        options=shlex.split(options["sbatch"]),
     )
-    Console().print(_corpus_table(out, manifest))
 
 
-@data_app.command("inspect")
-def inspect_command(
-    prefix: Annotated[Path, typer.Argument(help="The corpus's prefix.")],
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="The tokenizer's directory; needed for --document.")
-    ] = None,
-    document: Annotated[
-        int | None, typer.Option(help="Print this document's text, counted from 0.")
-    ] = None,
-) -> None:
-    """Show a corpus's figures, or one of its documents as text.
-
-    Example: megaphase data inspect data/en --tokenizer tok/ --document 7
-    """
-    from megaphase.data_tools.inspect_corpus import describe, document_text
-
-    if document is None:
-        Console().print(describe(prefix))
-    elif tokenizer is None:
-        raise InputError("--document", "a document's text needs the tokenizer", "add --tokenizer")
-    else:
-        typer.echo(document_text(prefix, tokenizer, document))
+def _as_arguments(options: dict[str, Any], names: Collection[str]) -> list[str]:
+    """Options as they stand on a command line; those without a value are left out."""
+    arguments = []
+    for name, value in options.items():
+        if name in names and value is not None and value is not False:
+            arguments.append(f"--{name.replace('_', '-')}")
+            arguments += [] if value is True else [str(value)]
+    return arguments
 
 
-@data_app.command("verify")
-def verify_command(
-    prefixes: Annotated[list[Path], typer.Argument(metavar="PREFIX...", help="The corpora.")],
-) -> None:
-    """Read all of each corpus and check its hashes, lengths, offsets and tokens.
-
-    Example: megaphase data verify data/en data/hi
-    """
-    from megaphase.data_tools.verify import verify
-
-    for prefix in prefixes:
-        manifest = verify(prefix, Console(stderr=True))
-        typer.echo(f"{prefix}: whole, {manifest.documents:,} documents, {manifest.tokens:,} tokens")
-
-
-@data_app.command("merge")
-def merge_command(
-    prefixes: Annotated[
-        list[Path], typer.Argument(metavar="PREFIX...", help="The corpora, in order.")
-    ],
-    out: Annotated[Path, typer.Option(help="Prefix of the new corpus.")],
-    overwrite: Overwrite = False,
-) -> None:
-    """Join corpora that were made with the same tokenizer.
-
-    Example: megaphase data merge data/en-1 data/en-2 --out data/en
-    """
-    from megaphase.data_tools.merge import merge
-
-    manifest = merge(prefixes, out, overwrite=overwrite, console=Console(stderr=True))
-    Console().print(_corpus_table(out, manifest))
-
-
-def _corpus_table(prefix: Path, manifest: Manifest) -> Table:
-    table = Table()
-    table.add_column("corpus", overflow="fold")
-    for column in ("documents", "tokens", "bytes of text", "bytes per token"):
-        table.add_column(column, justify="right")
-    table.add_row(
-        str(prefix),
-        f"{manifest.documents:,}",
-        f"{manifest.tokens:,}",
-        f"{manifest.text_bytes:,}",
-        f"{manifest.text_bytes / manifest.tokens:.2f}",
+def _submit(array: ArrayOfShards, dry_run: bool) -> None:
+    if dry_run:
+        typer.echo(f"{array.array_script}\n{array.merge_script}", nl=False)
+        return
+    submitted = array.submit()
+    typer.echo(
+        f"Submitted: array {submitted.array} of {array.tasks} shards, merge {submitted.merge}"
     )
-    return table
+    typer.echo(f"Output: {submitted.logs}")
+    typer.echo(f"Follow: squeue --jobs {submitted.array},{submitted.merge}")
+
+
+data_app.command("from-megatron")(corpora.from_megatron_command)
+data_app.command("inspect")(corpora.inspect_command)
+data_app.command("stats")(corpora.stats_command)
+data_app.command("verify")(corpora.verify_command)
+data_app.command("merge")(corpora.merge_command)
+data_app.command("split")(corpora.split_command)

@@ -2,9 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-JsonKey = Annotated[str, typer.Option(help="The key of each JSON object that holds the text.")]
+from megaphase.errors import InputError
+
+if TYPE_CHECKING:
+    from megaphase.data_tools.text import Reading
+
+JsonKey = Annotated[
+    str, typer.Option(help="The key of each JSON object, or the column, that holds the text.")
+]
+Template = Annotated[
+    str | None,
+    typer.Option(help='Several keys joined, such as "{title}\\n\\n{text}"; replaces --json-key.'),
+]
+Separator = Annotated[
+    str | None,
+    typer.Option(help="The line that ends a document of a .txt file; else a blank line does."),
+]
+Dedup = Annotated[
+    bool, typer.Option("--dedup", help="Leave out documents that stand there already.")
+]
+Shuffle = Annotated[
+    int | None, typer.Option(metavar="SEED", help="Put the documents into a random order.")
+]
+Workers = Annotated[
+    int | None, typer.Option(help="Processes that work; as many as cores if not given.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out names.")]
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def reading_of(
+    json_key: str,
+    template: str | None,
+    separator: str | None,
+    *,
+    source_key: str | None = None,
+    target_key: str | None = None,
+    stdin_kind: str = "jsonl",
+) -> Reading:
+    """The Reading that the options describe; InputError where they contradict each other."""
+    from megaphase.data_tools.text import Reading
+    from megaphase.data_tools.text.reading import unescape
+
+    if (source_key is None) != (target_key is None):
+        missing = "--target-key" if target_key is None else "--source-key"
+        raise InputError(missing, "a pair has two keys", "give both or none")
+    pair = (source_key, target_key) if source_key is not None and target_key is not None else None
+    return Reading(
+        key=json_key,
+        template=None if template is None else unescape(template),
+        pair=pair,
+        separator=separator,
+        stdin_kind="txt" if stdin_kind == "txt" else "jsonl",
+    )

@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 
 from megaphase.corpus import CorpusWriter, Manifest
-from megaphase.corpus.manifest import Shard, corpus_file
+from megaphase.corpus.manifest import Shard
 from megaphase.corpus.writer import refuse_existing
 from megaphase.data_tools.chunk_encoder import ChunkEncoder
-from megaphase.data_tools.corpora.merge import merge
+from megaphase.data_tools.corpora.merge import merge, remove_corpus
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.progress import Advance, reading_progress
 from megaphase.data_tools.shards import WHOLE, ShardChoice, parts_of
@@ -23,7 +23,6 @@ from megaphase.data_tools.text import (
     Reading,
     TextChunk,
     check_text_file,
-    display_name,
     read_chunks,
     size_on_disk,
 )
@@ -64,6 +63,11 @@ class Tokenization:
                 "tag": self.tag,
             }
         )
+
+    @property
+    def shard_record(self) -> Shard:
+        """What the manifest of this part says."""
+        return Shard(job=self.job, number=self.shard.number, of=self.shard.of)
 
     @property
     def can_be_resumed(self) -> bool:
@@ -110,13 +114,20 @@ def tokenize(
     exists; RunError where a worker is killed or the disk is full. Nothing is left behind then but
     the hidden folder from which the same tokenization goes on.
     """
-    _check(inputs, workers, shard, drop_duplicates or shuffle_seed is not None)
-    tokenizer = Tokenizer.load(tokenizer_dir)
-    what = Tokenization(inputs, tokenizer, reading, _tag_id(tokenizer, reading, tag), shard)
-    if not drop_duplicates and shuffle_seed is None:
-        is_whole = shard == WHOLE
-        prefix = out if is_whole else shard.prefix(out)
-        return _encode(what, prefix, not is_whole, workers, skip_wrong, overwrite, console)
+    if workers < 1:
+        raise InputError("--workers", f"{workers} is no number of processes", "give 1 or more")
+    what = check_tokenization(inputs, tokenizer_dir, reading, tag, shard)
+    in_order = not drop_duplicates and shuffle_seed is None
+    if shard != WHOLE:
+        if not in_order:
+            problem = "a shard knows nothing of the others: it takes no --dedup and no --shuffle"
+            raise InputError("--shard", problem, "give these to `megaphase data merge`")
+        prefix = shard.prefix(out)
+        if _is_whole(prefix, what) and not overwrite:
+            return Manifest.read(prefix)
+        return _encode(what, prefix, True, workers, skip_wrong, overwrite, console)
+    if in_order:
+        return _encode(what, out, False, workers, skip_wrong, overwrite, console)
     if not overwrite:
         refuse_existing(out)
     unordered = out.with_name(f".{out.name}.unordered")
@@ -134,29 +145,22 @@ def tokenize(
     return manifest
 
 
-def remove_corpus(prefix: Path) -> None:
-    """Remove a corpus's files, the manifest first: without it the others are no corpus."""
-    files = Manifest.read(prefix).files
-    for suffix in (".json", *files):
-        corpus_file(prefix, suffix).unlink(missing_ok=True)
-
-
-def _check(
-    inputs: Sequence[Path], workers: int, shard: ShardChoice, whole_is_needed: bool
-) -> None:
+def check_tokenization(
+    inputs: Sequence[Path],
+    tokenizer_dir: Path,
+    reading: Reading,
+    tag: str | None,
+    shard: ShardChoice,
+) -> Tokenization:
+    """Check all that can be checked without reading text; see `tokenize`."""
     if not inputs:
         raise InputError("", "no text file was given", "name at least one")
-    if workers < 1:
-        raise InputError("--workers", f"{workers} is no number of processes", "give 1 or more")
     for path in inputs:
         check_text_file(path)
-    if shard == WHOLE:
-        return
-    if whole_is_needed:
-        problem = "a shard knows nothing of the others, so it has no --dedup and no --shuffle"
-        raise InputError("--shard", problem, "give these to `megaphase data merge`")
-    if STDIN in inputs:
+    if shard != WHOLE and STDIN in inputs:
         raise InputError("--shard", "standard input cannot be divided", "write it to a file first")
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    return Tokenization(inputs, tokenizer, reading, _tag_id(tokenizer, reading, tag), shard)
 
 
 def _tag_id(tokenizer: Tokenizer, reading: Reading, tag: str | None) -> int | None:
@@ -175,12 +179,12 @@ def _tag_id(tokenizer: Tokenizer, reading: Reading, tag: str | None) -> int | No
 
 
 def _is_whole(prefix: Path, what: Tokenization) -> bool:
-    """Whether all of it was tokenized already, and only what follows was not done."""
+    """Whether this part was tokenized already."""
     try:
         shard = Manifest.read(prefix).shard
     except InputError:
         return False
-    return shard is not None and what.can_be_resumed and shard.job == what.job
+    return what.can_be_resumed and shard == what.shard_record
 
 
 def _encode(
@@ -203,10 +207,10 @@ def _encode(
         tokenizer_hash=what.tokenizer.fingerprint,
         vocab_size=what.tokenizer.vocab_size,
         eod=what.tokenizer.eod,
-        sources=[display_name(path) for path in what.inputs],
+        sources=["standard input" if path == STDIN else path.name for path in what.inputs],
         tag=what.tag,
-        job=f"{what.job} {shard.number}/{shard.of}" if what.can_be_resumed else "",
-        shard=Shard(job=what.job, number=shard.number, of=shard.of) if is_part else None,
+        job=hash_json(what.shard_record.model_dump()) if what.can_be_resumed else "",
+        shard=what.shard_record if is_part else None,
         may_be_empty=shard != WHOLE,
         overwrite=overwrite,
     )

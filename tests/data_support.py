@@ -80,7 +80,8 @@ def files_of(directory: Path) -> list[str]:
 
 
 def corpus_bytes(prefix: Path) -> dict[str, bytes]:
-    return {end: Path(f"{prefix}{end}").read_bytes() for end in (".bin", ".idx", ".hash", ".json")}
+    endings = (".bin", ".idx", ".hash", ".sum", ".json")
+    return {end: Path(f"{prefix}{end}").read_bytes() for end in endings}
 
 
 def edit_bytes(path: Path, position: int, data: bytes) -> None:

@@ -16,6 +16,7 @@ import yaml
 
 from megaphase.config import RunConfig, load_run_file
 from megaphase.corpus import CorpusWriter, DocumentBatch
+from megaphase.corpus.format import token_dtype
 from megaphase.plan import _builder
 from megaphase.plan.build import ensure_built
 from megaphase.plan.index import block_size, task_dtype
@@ -61,11 +62,12 @@ def write_corpus(
 ) -> Documents:
     """Write a corpus whose tokens count up from `first_token`, with random document hashes."""
     hashes = np.random.default_rng(seed).integers(0, 2**64, len(lengths), dtype=np.uint64)
-    tokens = np.arange(first_token, first_token + sum(lengths))
+    tokens = np.arange(first_token, first_token + sum(lengths)).astype(token_dtype(vocab_size))
     with CorpusWriter(
         prefix, tokenizer_hash=TOKENIZER_HASH, vocab_size=vocab_size, eod=0
     ) as writer:
-        writer.add_batch(DocumentBatch(tokens, np.array(lengths), hashes, 3 * len(tokens)))
+        text_bytes = [3 * length for length in lengths]
+        writer.add_batch(DocumentBatch.of(tokens, np.array(lengths), hashes, text_bytes))
     return Documents(lengths, [int(each) for each in hashes], first_token)
 
 

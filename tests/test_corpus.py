@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megaphase.corpus import Corpus, CorpusWriter, DocumentBatch, Manifest
-from megaphase.corpus.format import document_hash
+from megaphase.corpus.format import SUM_DTYPE, document_hash
 from megaphase.errors import InputError, RunError
 from megaphase.files import hash_file
 
@@ -105,21 +105,23 @@ def test_documents_of_several_sequences_are_joined(prefix: Path) -> None:
 def test_a_batch_gives_what_single_documents_give(prefix: Path, tmp_path: Path) -> None:
     corpus = Corpus.open(prefix)
     options = {"tokenizer_hash": "t", "vocab_size": 100, "eod": EOD, "sources": ["a"]}
-    nothing = DocumentBatch(corpus.tokens[:0], corpus.lengths[:0], corpus.hashes[:0], 0)
+    text_bytes = [len(text) for _, text in DOCUMENTS]
+    batch = DocumentBatch.of(corpus.tokens, corpus.lengths, corpus.hashes, text_bytes)
     with CorpusWriter(tmp_path / "batch", **options) as writer:
-        writer.add_batch(nothing)
-        writer.add_batch(DocumentBatch(corpus.tokens, corpus.lengths, corpus.hashes, 11))
+        writer.add_batch(batch.select(np.zeros(3, bool)))
+        writer.add_batch(batch)
     assert corpus_bytes(tmp_path / "batch") == corpus_bytes(prefix)
 
 
 def test_a_batch_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     tokens, hashes = np.arange(4), np.zeros(2, np.uint64)
+    sums = np.zeros(2, SUM_DTYPE)
     with CorpusWriter(tmp_path / "x", tokenizer_hash="t", vocab_size=9, eod=0) as writer:
         writer.add_document([1], "x")
         with pytest.raises(ValueError, match="lengths do not sum"):
-            writer.add_batch(DocumentBatch(tokens, np.array([1, 2]), hashes, 0))
+            writer.add_batch(DocumentBatch(tokens, np.array([1, 2]), hashes, sums))
         with pytest.raises(ValueError, match="3 lengths, 2 hashes"):
-            writer.add_batch(DocumentBatch(tokens, np.array([1, 2, 1]), hashes, 0))
+            writer.add_batch(DocumentBatch(tokens, np.array([1, 2, 1]), hashes, sums))
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
@@ -160,7 +162,7 @@ def test_an_error_leaves_the_old_corpus(prefix: Path) -> None:
     with pytest.raises(InputError, match="would be empty; give files that hold text"):
         write(prefix, [], overwrite=True)
     assert corpus_bytes(prefix) == before
-    assert len(files_of(prefix.parent)) == 4
+    assert len(files_of(prefix.parent)) == 5
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -195,13 +197,13 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 KILLED_WRITER = """if True:
     import os, signal, sys
     from megaphase.corpus import CorpusWriter
-    from megaphase.corpus.hashed_file import HashedFile
+    from megaphase.corpus import writer as module
     from megaphase.corpus.manifest import Manifest
     def kill(*_):
         os.kill(os.getpid(), signal.SIGKILL)
     moment = sys.argv[2]
     if moment == "publish":
-        HashedFile.publish = kill
+        module.fsync_path = kill
     if moment == "manifest":
         Manifest.write = kill
     with CorpusWriter(
@@ -225,28 +227,26 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_whole(prefix: Path, mo
             Corpus.open(prefix)
     # The next writer cleans up.
     write(prefix, overwrite=True)
-    assert len(files_of(prefix.parent)) == 4
+    assert len(files_of(prefix.parent)) == 5
 
 
-def test_a_scratch_file_in_use_is_left_alone(tmp_path: Path) -> None:
+def test_two_writers_of_one_corpus_are_refused(tmp_path: Path) -> None:
     options = {"tokenizer_hash": "t", "vocab_size": 100, "eod": EOD}
     with CorpusWriter(tmp_path / "x", **options) as writer:
         writer.add_document([1], "x")
-        scratch = set(files_of(tmp_path))
         process = start_python(KILLED_WRITER, tmp_path / "x", "data")
-        process.communicate()
-        assert scratch < set(files_of(tmp_path))
+        assert "x: is being written by another process; wait for it" in process.communicate()[1]
     assert Corpus.open(tmp_path / "x").tokens.tolist() == [1, EOD]
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".idx", ".hash", ".json"])
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".hash", ".sum", ".json"])
 def test_a_missing_file_is_named(prefix: Path, suffix: str) -> None:
     os.remove(f"{prefix}{suffix}")
     with pytest.raises(InputError, match=rf"en\.v1\{suffix}: no such file"):
         Corpus.open(prefix)
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".idx", ".hash"])
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".hash", ".sum"])
 @pytest.mark.parametrize("change", [-1, 1])
 def test_a_file_of_another_size_is_named(prefix: Path, suffix: str, change: int) -> None:
     path = Path(f"{prefix}{suffix}")
@@ -295,7 +295,7 @@ def test_a_wrong_manifest_is_refused(prefix: Path, key: str, value: object, mess
     assert str(error.value).startswith(str(path))
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".idx", ".hash", ".json"])
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".hash", ".sum", ".json"])
 def test_a_file_in_place_of_the_prefix_is_explained(prefix: Path, suffix: str) -> None:
     with pytest.raises(InputError, match=r"give the corpus's prefix, .*en\.v1$"):
         Corpus.open(f"{prefix}{suffix}")

@@ -13,10 +13,11 @@ from data_support import corpus_bytes, edit_bytes, files_of, make_tokenizer, wri
 from rich.console import Console
 
 from megaphase.corpus import Corpus, CorpusWriter
-from megaphase.data_tools.inspect_corpus import describe, document_text
-from megaphase.data_tools.merge import merge
+from megaphase.corpus.batch import batches_of, checksums
+from megaphase.data_tools.corpora.inspect import describe, document_text
+from megaphase.data_tools.corpora.merge import merge
+from megaphase.data_tools.corpora.verify import verify
 from megaphase.data_tools.tokenize import tokenize
-from megaphase.data_tools.verify import verify
 from megaphase.errors import InputError
 from megaphase.files import hash_file
 
@@ -42,7 +43,14 @@ def prefix(made: Path, tmp_path: Path) -> Path:
 
 
 def rehash(prefix: Path) -> None:
-    """Make the manifest agree with altered files, as a faulty writer would."""
+    """Make checksums and manifest agree with altered files, as a faulty writer would."""
+    corpus = Corpus.open(prefix)
+    if int(corpus.lengths.sum()) == len(corpus.tokens):
+        sums = np.array(corpus.sums)
+        sums["checksum"] = checksums(
+            corpus.tokens, corpus.lengths, corpus.hashes, sums["text_bytes"]
+        )
+        sums.tofile(f"{prefix}.sum")
     path = Path(f"{prefix}.json")
     manifest = json.loads(path.read_text())
     for suffix, file in manifest["files"].items():
@@ -100,12 +108,43 @@ def test_a_whole_corpus_is_verified(prefix: Path) -> None:
     assert verify(prefix) == Corpus.open(prefix).manifest
 
 
-@pytest.mark.parametrize(("suffix", "position"), [(".bin", 7), (".idx", 36), (".hash", -1)])
-def test_one_altered_byte_is_found(prefix: Path, suffix: str, position: int) -> None:
-    path = Path(f"{prefix}{suffix}")
-    edit_bytes(path, position, bytes([path.read_bytes()[position] ^ 1]))
-    with pytest.raises(InputError, match=rf"en\{suffix}: was altered: its hash is not the"):
+@pytest.mark.parametrize("suffix", [".bin", ".hash", ".sum"])
+def test_the_document_of_any_altered_byte_is_named(prefix: Path, suffix: str) -> None:
+    path, corpus = Path(f"{prefix}{suffix}"), Corpus.open(prefix)
+    before = path.read_bytes()
+    for position in range(len(before)):
+        if suffix == ".bin":
+            document = int(np.searchsorted(corpus.byte_offsets, position, side="right")) - 1
+            where = rf"in document {document} \(bytes {corpus.byte_offsets[document]} to"
+        else:
+            where = f"at document {position // 8}"
+        edit_bytes(path, position, bytes([before[position] ^ 1]))
+        with pytest.raises(InputError, match=rf"en\{suffix}: was altered {where}"):
+            verify(prefix)
+        edit_bytes(path, position, before[position : position + 1])
+    assert verify(prefix) == corpus.manifest
+
+
+def test_an_altered_byte_of_the_index_is_found(prefix: Path) -> None:
+    path = Path(f"{prefix}.idx")
+    before = path.read_bytes()
+    for position in range(len(before)):
+        edit_bytes(path, position, bytes([before[position] ^ 1]))
+        with pytest.raises(InputError, match=r"en\.(idx|json): "):
+            verify(prefix)
+        edit_bytes(path, position, before[position : position + 1])
+    edit_bytes(path, 36, bytes([before[36] ^ 1]))
+    with pytest.raises(InputError, match=r"was altered \(document 1 does not begin where the one"):
         verify(prefix)
+
+
+def test_an_altered_list_of_skipped_documents_is_found(tok: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('[]\n{"text": "one"}\n')
+    tokenize([tmp_path / "a.jsonl"], tok, tmp_path / "en", workers=1, skip_wrong=True)
+    assert verify(tmp_path / "en").skipped_wrong == 1
+    edit_bytes(tmp_path / "en.skipped.jsonl", 3, b"x")
+    with pytest.raises(InputError, match=r"en\.skipped\.jsonl: was altered: its hash"):
+        verify(tmp_path / "en")
 
 
 def number(value: int, dtype: str) -> bytes:
@@ -120,7 +159,12 @@ def test_every_structural_fault_is_found(prefix: Path) -> None:
     second_ends = sum(lengths[:2]) - 1
     for suffix, position, data, message in (
         (".bin", 2 * second_ends, number(5, "<u2"), r"en\.bin: document 1 does not end with EOD"),
-        (".bin", 2, number(700, "<u2"), r"en\.bin: token 1 is not in the vocabulary"),
+        (
+            ".bin",
+            2,
+            number(700, "<u2"),
+            r"en\.bin: document 0 has the token 700, the vocabulary ends at 699",
+        ),
         (".idx", length_at + 4, number(0, "<i4"), r"en\.idx: document 1 has no token"),
         (
             ".idx",
@@ -155,18 +199,19 @@ def test_every_structural_fault_is_found(prefix: Path) -> None:
 def test_verifying_reads_large_corpora_in_parts(
     prefix: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megaphase.data_tools.verify._CHUNK_ITEMS", 3)
+    monkeypatch.setattr("megaphase.data_tools.corpora.verify._INDEX_ITEMS", 3)
+    monkeypatch.setattr(batches_of, "__defaults__", (20,))
     verify(prefix)
     edit_bytes(Path(f"{prefix}.bin"), 2 * 20, number(60_000, "<u2"))
     rehash(prefix)
-    with pytest.raises(InputError, match="token 20 is not in the vocabulary"):
+    with pytest.raises(InputError, match="document 2 has the token 60000, the vocabulary ends at"):
         verify(prefix)
 
 
 def test_merging_gives_what_tokenizing_at_once_gives(
     tok: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megaphase.data_tools.merge._BATCH_TOKENS", 20)
+    monkeypatch.setattr(batches_of, "__defaults__", (20,))
     sources = [write_jsonl(tmp_path / f"{name}.jsonl", TEXTS[i:]) for i, name in enumerate("abc")]
     for source in sources:
         tokenize([source], tok, source.with_suffix(""), workers=1)

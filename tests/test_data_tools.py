@@ -32,6 +32,7 @@ from megaphase.corpus import Corpus
 from megaphase.corpus.format import document_hash
 from megaphase.data_tools import progress
 from megaphase.data_tools.commands import data_app
+from megaphase.data_tools.text import Reading
 from megaphase.data_tools.tokenize import tokenize
 from megaphase.data_tools.tokenizer_commands import tokenizer_app
 from megaphase.data_tools.train_tokenizer import train_tokenizer
@@ -62,7 +63,7 @@ def test_tokens_are_the_tokenizers(tok: Path, tmp_path: Path) -> None:
     tokenizer, kept = Tokenizer.load(tok), [text for text in TEXTS if text]
     expected = [[*tokenizer.encode(text), tokenizer.eod] for text in kept]
     assert megatron_documents(tmp_path / "data" / "en") == expected
-    assert files_of(tmp_path / "data") == ["en.bin", "en.hash", "en.idx", "en.json"]
+    assert files_of(tmp_path / "data") == ["en.bin", "en.hash", "en.idx", "en.json", "en.sum"]
 
     assert manifest.documents == 4
     assert manifest.skipped_empty == 2
@@ -95,8 +96,8 @@ def test_every_kind_of_file_gives_the_same_corpus(tok: Path, tmp_path: Path) -> 
     write_jsonl(tmp_path / "b.jsonl", texts, key="tgt")
     for i, name in enumerate(("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "b.jsonl")):
         key = "tgt" if name.startswith("b") else "text"
-        tokenize([tmp_path / name], tok, tmp_path / f"{i}", json_key=key, workers=1)
-        for ending in (".bin", ".idx", ".hash"):
+        tokenize([tmp_path / name], tok, tmp_path / f"{i}", reading=Reading(key), workers=1)
+        for ending in (".bin", ".idx", ".hash", ".sum"):
             assert (tmp_path / f"{i}{ending}").read_bytes() == (
                 tmp_path / f"0{ending}"
             ).read_bytes()
@@ -199,7 +200,7 @@ def test_stopped_in_the_middle(
     long = tmp_path / "long.jsonl.zst"
     long.write_bytes(zstandard.compress(b'{"text": "one two three"}\n' * 3_000_000))
     main = start_python(LONG_RUN, long, tok, data / "en")
-    wait_until(lambda: any(path.stat().st_size for path in data.glob(".en.bin.*.partial")))
+    wait_until(lambda: any(path.stat().st_size for path in data.glob(".en.draft/.bin")))
     # The resource tracker is a child too.
     wait_until(lambda: len(children_of(main.pid)) == 3)
     children = children_of(main.pid)
@@ -212,12 +213,11 @@ def test_stopped_in_the_middle(
     assert (errors.splitlines() or [""])[-1].rpartition("errors.")[2].startswith(last_line)
     assert errors.count("Traceback") == (whom != "main")
 
-    # What was there is still there and whole; scratch files stay only after a SIGKILL.
+    # What was there is still there and whole; the draft stays only after a SIGKILL.
     assert corpus_bytes(data / "en") == before
-    scratch = [name for name in files_of(data) if name.endswith(".partial")]
-    assert bool(scratch) == (whom == "main")
+    assert (".en.draft" in files_of(data)) == (whom == "main")
     tokenize([old], tok, data / "en", workers=1, overwrite=True)
-    assert files_of(data) == ["en.bin", "en.hash", "en.idx", "en.json"]
+    assert files_of(data) == ["en.bin", "en.hash", "en.idx", "en.json", "en.sum"]
 
 
 def test_progress_is_a_bar_in_a_terminal(tok: Path, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import torch
 from data_support import corpus_bytes, files_of, make_tokenizer, megatron_index, write_jsonl
 
 from megaphase.corpus import Corpus
-from megaphase.data_tools.from_megatron import from_megatron
+from megaphase.data_tools.corpora.from_megatron import from_megatron
+from megaphase.data_tools.corpora.verify import verify
 from megaphase.data_tools.tokenize import tokenize
-from megaphase.data_tools.verify import verify
 from megaphase.errors import InputError
 from megaphase.tokenizer import Tokenizer
 

@@ -57,10 +57,11 @@ def huge(tmp_path_factory) -> tuple[Corpus, list[int]]:
     lengths_at = HEADER.size
     offsets_at = lengths_at + 4 * DOCUMENTS
     boundaries_at = offsets_at + 8 * DOCUMENTS
-    paths = {suffix: Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx", ".hash")}
+    paths = {suffix: Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx", ".hash", ".sum")}
     try:
         sparse(paths[".idx"], boundaries_at + 8 * (DOCUMENTS + 1))
         sparse(paths[".hash"], 8 * DOCUMENTS)
+        sparse(paths[".sum"], 8 * DOCUMENTS)
     except OSError as error:
         pytest.skip(f"no sparse files of {8 * DOCUMENTS:,} bytes here ({error.strerror})")
     dtype = np.dtype(np.uint16)

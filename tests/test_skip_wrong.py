@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from typer.testing import CliRunner
 
 from megaphase.corpus import Corpus
 from megaphase.data_tools.commands import data_app
-from megaphase.data_tools.inspect_corpus import describe
-from megaphase.data_tools.merge import merge
-from megaphase.data_tools.text_files import read_chunks
+from megaphase.data_tools.corpora.inspect import describe
+from megaphase.data_tools.corpora.merge import merge
+from megaphase.data_tools.text import read_chunks
 from megaphase.data_tools.tokenize import tokenize
 from megaphase.errors import InputError
 
@@ -50,7 +51,8 @@ def skipped(prefix: Path) -> list[dict]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_corpus_is_that_of_the_good_documents(tok, mixed, tmp_path, workers, monkeypatch):
-    monkeypatch.setattr("megaphase.data_tools.tokenize.read_chunks", lambda p: read_chunks(p, 2000))
+    small_chunks = partial(read_chunks, chunk_bytes=2000)
+    monkeypatch.setattr("megaphase.data_tools.tokenize.read_chunks", small_chunks)
     manifest = tokenize([mixed], tok, tmp_path / "en", workers=workers, skip_wrong=True)
     good = write_jsonl(tmp_path / "good.jsonl", GOOD)
     tokenize([good], tok, tmp_path / "good", workers=1)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from megaphase.errors import InputError
 
@@ -26,6 +27,7 @@ HEADER = struct.Struct("<9sQBQQ")
 LENGTH_DTYPE = np.dtype("<i4")
 OFFSET_DTYPE = np.dtype("<i8")
 HASH_DTYPE = np.dtype("<u8")
+SUM_DTYPE = np.dtype([("text_bytes", "<u4"), ("checksum", "<u4")])
 DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {
     1: np.dtype("u1"),
     2: np.dtype("i1"),
@@ -70,6 +72,13 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def document_hash(utf8: bytes) -> bytes:
     """BLAKE2b-64 of a document's UTF-8 text, as the 8 bytes that .hash stores."""
     return hashlib.blake2b(utf8, digest_size=HASH_DTYPE.itemsize).digest()
+
+
+def document_checksum(tokens: Any, text_hash: int, text_bytes: int) -> int:
+    """32 bits that change with any byte of a document's tokens, as they are stored, or with the
+    hash or the size of its text."""
+    seed = (text_hash + text_bytes) & 0xFFFFFFFFFFFFFFFF
+    return xxhash.xxh3_64_intdigest(tokens, seed) & 0xFFFFFFFF
 
 
 def read_index(path: Path) -> Index:

@@ -1,69 +1,57 @@
-"""A file that is written aside and hashed on the way to the disk."""
+"""A file that is hashed on the way to the disk."""
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megaphase.corpus.manifest import FileRecord
-from megaphase.files import new_hash, path_aside
+from megaphase.files import HASH_CHUNK_BYTES, new_hash
 
 _CHUNK_BYTES = 1 << 20
 
 
 class HashedFile:
-    """Written under a scratch name beside `final`: `write`, then `finish`, then `publish`.
+    """Appends to a file; `record` forces it to the disk and says what is there."""
 
-    The scratch file is locked while it is written, so that one without a lock is known to be what
-    a killed process left behind; the next writer of `final` removes it.
-    """
-
-    def __init__(self, final: Path) -> None:
-        _remove_abandoned(final)
-        self._final = final
-        self._aside = path_aside(final)
-        self._file = open(self._aside, "wb", buffering=_CHUNK_BYTES)  # noqa: SIM115
-        # Some network file systems know no locks.
-        with suppress(OSError):
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def __init__(self, path: Path, size: int = 0) -> None:
+        """Go on with the first `size` bytes that are there, which are read for the digest."""
+        self.path = path
         self._digest = new_hash()
-        self._bytes = 0
+        self._bytes = size
+        if size:
+            os.truncate(path, size)
+            with open(path, "rb", buffering=0) as file:
+                while chunk := file.read(HASH_CHUNK_BYTES):
+                    self._digest.update(chunk)
+        self._file = open(path, "ab" if size else "wb", buffering=_CHUNK_BYTES)  # noqa: SIM115
 
     def write(self, data: Any) -> None:
         """Append the bytes of any contiguous buffer."""
-        view = memoryview(data).cast("B")
+        view = memoryview(data)
+        view = view.cast("B") if view.nbytes else view[:0]
         # In chunks, so that what is hashed is still in the cache when it is copied.
-        for start in range(0, len(view), _CHUNK_BYTES):
+        for start in range(0, view.nbytes, _CHUNK_BYTES):
             chunk = view[start : start + _CHUNK_BYTES]
             self._digest.update(chunk)
             self._file.write(chunk)
-        self._bytes += len(view)
+        self._bytes += view.nbytes
 
-    def finish(self) -> FileRecord:
-        """Force everything to the disk; size and digest of what was written."""
+    @property
+    def digest(self) -> str:
+        """Of everything written so far."""
+        return self._digest.hexdigest()
+
+    def record(self) -> FileRecord:
+        """Force everything to the disk; size and digest of what was written so far."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        return FileRecord(bytes=self._bytes, hash=self._digest.hexdigest())
+        return FileRecord(bytes=self._bytes, hash=self.digest)
 
-    def publish(self) -> None:
-        """Give the finished file its name."""
-        os.replace(self._aside, self._final)
-        self._file.close()
-
-    def discard(self) -> None:
-        """Remove what was written, unless it was published."""
+    def close(self) -> None:
+        """Write no more."""
         # Closing writes what is left, which a full disk refuses.
         with suppress(OSError):
             self._file.close()
-        self._aside.unlink(missing_ok=True)
-
-
-def _remove_abandoned(final: Path) -> None:
-    for aside in final.parent.glob(f".{glob.escape(final.name)}.*.partial"):
-        with suppress(OSError), open(aside, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            aside.unlink()

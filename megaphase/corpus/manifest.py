@@ -11,7 +11,8 @@ from megaphase.errors import InputError
 from megaphase.files import hash_json, write_json_whole
 from megaphase.records import read_record
 
-DATA_SUFFIXES = (".bin", ".idx", ".hash")
+DATA_SUFFIXES = (".bin", ".idx", ".hash", ".sum")
+SKIPPED_SUFFIX = ".skipped.jsonl"
 MANIFEST_SUFFIX = ".json"
 
 CorpusKind = Literal["lm", "translation"]
@@ -31,6 +32,22 @@ class FileRecord(BaseModel):
     hash: str
 
 
+class Shard(BaseModel):
+    """Which part of a corpus another one is.
+
+    Attributes:
+        job: digest of the text files and options; the same for all shards of one corpus.
+        number: from 0.
+        of: how many there are.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    job: str
+    number: int
+    of: int
+
+
 class Manifest(BaseModel):
     """The figures of a corpus.
 
@@ -42,13 +59,15 @@ class Manifest(BaseModel):
         documents: how many; texts without a token are not counted, and not stored.
         skipped_empty: how many such texts there were.
         skipped_wrong: how many documents could not be read and were left out.
+        skipped_duplicates: how many were left out because the same one stands before them.
         tokens: EODs included.
         text_bytes: bytes of the documents' UTF-8 text.
-        files: size and digest of each data file, by its ending.
+        files: size and digest of each data file, and of `.skipped.jsonl` if any, by its ending.
         sources: names of the files that the text came from.
         kind: `lm`, where a document is a text, or `translation`, where it is a source, the tag and
             a target, and `.hash` holds the digest of the source alone.
         tag: the token between source and target; none where the kind is `lm`.
+        shard: of a corpus that is part of one, which part.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,12 +80,14 @@ class Manifest(BaseModel):
     documents: int
     skipped_empty: int = 0
     skipped_wrong: int = 0
+    skipped_duplicates: int = 0
     tokens: int
     text_bytes: int
     files: dict[str, FileRecord]
     sources: list[str]
     kind: CorpusKind = "lm"
     tag: int | None = None
+    shard: Shard | None = None
 
     @property
     def fingerprint(self) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megaphase.corpus.format import HASH_DTYPE, Index, read_index
+from megaphase.corpus.format import HASH_DTYPE, SUM_DTYPE, Index, read_index
 from megaphase.corpus.manifest import (
     DATA_SUFFIXES,
     MANIFEST_SUFFIX,
@@ -31,6 +31,7 @@ class Corpus:
         lengths: integers [documents], in tokens, EOD included.
         byte_offsets: i64 [documents], where each document begins in the .bin.
         hashes: u64 [documents], the digest of each document's text.
+        sums: SUM_DTYPE [documents], bytes of each document's text and checksum of its tokens.
     """
 
     prefix: Path
@@ -39,6 +40,7 @@ class Corpus:
     lengths: np.ndarray
     byte_offsets: np.ndarray
     hashes: np.ndarray
+    sums: np.ndarray
 
     @classmethod
     def open(cls, prefix: Path | str) -> Corpus:
@@ -64,6 +66,7 @@ class Corpus:
             lengths=lengths,
             byte_offsets=byte_offsets,
             hashes=np.memmap(corpus_file(prefix, ".hash"), dtype=HASH_DTYPE, mode="r"),
+            sums=np.memmap(corpus_file(prefix, ".sum"), dtype=SUM_DTYPE, mode="r"),
         )
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -114,6 +117,7 @@ def _check_manifest_fits(prefix: Path, manifest: Manifest, index: Index) -> None
         ("documents", manifest.documents, documents, ".idx"),
         ("tokens", manifest.tokens, sizes[".bin"] / index.dtype.itemsize, ".bin"),
         ("documents", manifest.documents, sizes[".hash"] / HASH_DTYPE.itemsize, ".hash"),
+        ("documents", manifest.documents, sizes[".sum"] / SUM_DTYPE.itemsize, ".sum"),
     ):
         if said != found:
             found = f"{found:g}" if isinstance(found, float) else found

@@ -3,61 +3,56 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
+from megaphase.corpus.batch import DocumentBatch
+from megaphase.corpus.draft import Draft, Figures
 from megaphase.corpus.format import (
     HASH_DTYPE,
     LENGTH_DTYPE,
+    SUM_DTYPE,
     document_hash,
     token_dtype,
     write_index,
 )
-from megaphase.corpus.hashed_file import HashedFile
-from megaphase.corpus.manifest import DATA_SUFFIXES, MANIFEST_SUFFIX, Manifest, corpus_file
+from megaphase.corpus.manifest import (
+    DATA_SUFFIXES,
+    MANIFEST_SUFFIX,
+    SKIPPED_SUFFIX,
+    Manifest,
+    Shard,
+)
+from megaphase.corpus.manifest import corpus_file as file_of
 from megaphase.errors import InputError, RunError
 from megaphase.files import fsync_path, make_directory
 
-
-@dataclass(frozen=True)
-class DocumentBatch:
-    """Some tokenized documents.
-
-    Attributes:
-        tokens: [sum of lengths], the documents one after the other, each ended by EOD.
-        lengths: integers [documents], in tokens, EOD included.
-        hashes: u64 [documents], `document_hash` of each text.
-        text_bytes: bytes of the documents' UTF-8 text.
-        skipped_empty: texts left out because they have no token.
-        skipped_wrong: what was left out because it could not be read.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    hashes: np.ndarray
-    text_bytes: int
-    skipped_empty: int = 0
-    skipped_wrong: int = 0
+_LENGTHS_NAME = "lengths"
+_WRITTEN_AS_IT_COMES = (".bin", ".hash", ".sum", SKIPPED_SUFFIX, _LENGTHS_NAME)
 
 
 class CorpusWriter:
-    """Context manager that writes `PREFIX.bin`, `.idx`, `.hash` and, as commit point, `.json`.
+    """Context manager that writes a corpus's files and, as commit point, `PREFIX.json`.
 
-    Everything is written aside, hashed on the way, and renamed when the block ends; where the
-    block raises, nothing is left. Memory does not grow with the number of documents.
+    Everything is written in a folder aside, hashed on the way, and renamed when the block ends;
+    where the block raises, nothing is left, or the folder if a `job` has saved something. Memory
+    does not grow with the number of documents.
 
     Raises InputError where files of the prefix exist and `overwrite` is not set, where they cannot
-    be created, and, at the end, where no document was added; RunError where the disk is full.
+    be created, where another process writes them, and, at the end, where no document was added;
+    RunError where the disk is full.
 
     Attributes:
         dtype: in which tokens are stored: u16 for a vocabulary below 65,500, else i32.
-        manifest: what was written; known once the block has ended.
+        resumed: the note of the last `save` of a killed writer of the same job, or None.
+        saved_documents: how many documents a killed writer of the same job would not lose.
+        manifest: what was written; known once the block has ended, or, where only the files' names
+            were missing, at its begin. Nothing may be added then.
     """
 
     def __init__(
@@ -69,35 +64,59 @@ class CorpusWriter:
         eod: int,
         sources: Sequence[str] = (),
         tag: int | None = None,
+        job: str = "",
+        shard: Shard | None = None,
+        may_be_empty: bool = False,
         overwrite: bool = False,
     ) -> None:
         """
         Args:
             tag: of translation pairs, the token between source and target.
+            job: identifies what is written, so that a killed writer's work is taken up.
+            shard: of a corpus that is part of one, which part.
+            may_be_empty: whether a corpus without a document is written all the same.
         """
         self.prefix = Path(prefix)
         self.dtype = token_dtype(vocab_size)
         self.manifest: Manifest | None = None
-        self._tokenizer_hash = tokenizer_hash
-        self._vocab_size = vocab_size
+        self.resumed: Any = None
+        self.saved_documents = 0
+        self._fixed: dict[str, Any] = {
+            "tokenizer_hash": tokenizer_hash,
+            "vocab_size": vocab_size,
+            "eod": eod,
+            "dtype": self.dtype.name,
+            "sources": list(sources),
+            "kind": "lm" if tag is None else "translation",
+            "tag": tag,
+            "shard": shard,
+        }
         self._eod = eod
-        self._sources = list(sources)
-        self._tag = tag
-        self._documents = self._tokens = self._text_bytes = 0
-        self._skipped_empty = self._skipped_wrong = 0
-        if not overwrite:
+        self._may_be_empty = may_be_empty
+        self._figures = Figures()
+        self._draft = Draft(self.prefix, job)
+        if not overwrite and not self._draft.finished_manifest():
             refuse_existing(self.prefix)
+
+    @property
+    def documents(self) -> int:
+        """How many were added."""
+        return self._figures.documents
 
     def __enter__(self) -> CorpusWriter:
         make_directory(self.prefix.parent)
         with ExitStack() as opened:
             try:
-                # Nameless, so that not even a killed process leaves it behind.
-                self._lengths = opened.enter_context(tempfile.TemporaryFile(dir=self.prefix.parent))
-                self._files: dict[str, HashedFile] = {}
-                for suffix in DATA_SUFFIXES:
-                    self._files[suffix] = HashedFile(corpus_file(self.prefix, suffix))
-                    opened.callback(self._files[suffix].discard)
+                opened.enter_context(self._draft)
+                state = self._draft.state
+                if state:
+                    self.resumed, self._figures = state.note, state.figures
+                    self.saved_documents = state.figures.documents
+                if state and state.manifest:
+                    self._publish(state.manifest)
+                else:
+                    for suffix in _WRITTEN_AS_IT_COMES:
+                        self._draft.open(suffix)
             except OSError as error:
                 problem = f"cannot be written ({error.strerror})"
                 raise InputError(self.prefix, problem, "choose another --out") from None
@@ -111,23 +130,46 @@ class CorpusWriter:
         stored[:-1] = tokens
         stored[-1] = self._eod
         hashes = np.frombuffer(document_hash(utf8), dtype=HASH_DTYPE)
-        self.add_batch(DocumentBatch(stored, np.array([len(stored)]), hashes, len(utf8)))
+        self.add_batch(DocumentBatch.of(stored, np.array([len(stored)]), hashes, [len(utf8)]))
 
     def add_batch(self, batch: DocumentBatch) -> None:
         """Add documents whose tokens are joined already, EODs included."""
-        if not len(batch.lengths) == len(batch.hashes):
-            raise ValueError(f"{len(batch.lengths)} lengths, {len(batch.hashes)} hashes")
+        if not len(batch.lengths) == len(batch.hashes) == len(batch.sums):
+            found = f"{len(batch.lengths)} lengths, {len(batch.hashes)} hashes"
+            raise ValueError(f"{found}, {len(batch.sums)} sums")
         if int(batch.lengths.sum(dtype=np.int64)) != len(batch.tokens):
             raise ValueError(f"lengths do not sum to the {len(batch.tokens)} tokens")
-        with self._write_errors():
-            self._files[".bin"].write(batch.tokens.astype(self.dtype, copy=False))
-            self._files[".hash"].write(batch.hashes.astype(HASH_DTYPE, copy=False))
-            self._lengths.write(batch.lengths.astype(LENGTH_DTYPE).tobytes())
-        self._documents += len(batch.lengths)
-        self._skipped_empty += batch.skipped_empty
-        self._skipped_wrong += batch.skipped_wrong
-        self._tokens += len(batch.tokens)
-        self._text_bytes += batch.text_bytes
+        files = self._draft.files
+        with write_errors(self.prefix):
+            for name, array, dtype in (
+                (".bin", batch.tokens, self.dtype),
+                (".hash", batch.hashes, HASH_DTYPE),
+                (".sum", batch.sums, SUM_DTYPE),
+                (_LENGTHS_NAME, batch.lengths, LENGTH_DTYPE),
+            ):
+                files[name].write(np.ascontiguousarray(array, dtype=dtype).view(np.uint8))
+        figures = self._figures
+        figures.documents += len(batch.lengths)
+        figures.tokens += len(batch.tokens)
+        figures.text_bytes += batch.text_bytes
+
+    def count_skipped(self, *, empty: int = 0, duplicates: int = 0) -> None:
+        """Count documents that are left out; see Manifest."""
+        self._figures.skipped_empty += empty
+        self._figures.skipped_duplicates += duplicates
+
+    def add_skipped(self, line: bytes) -> None:
+        """Count a document that could not be read, with its line for `.skipped.jsonl`."""
+        with write_errors(self.prefix):
+            self._draft.files[SKIPPED_SUFFIX].write(line)
+        self._figures.skipped_wrong += 1
+
+    def save(self, note: Any) -> None:
+        """Force what was added to the disk: killed from now on, a writer of the same job goes on
+        from here, with `note` as `resumed`."""
+        with write_errors(self.prefix):
+            self._draft.save(self._figures, note)
+        self.saved_documents = self._figures.documents
 
     def __exit__(
         self,
@@ -136,56 +178,67 @@ class CorpusWriter:
         traceback: TracebackType | None,
     ) -> None:
         with self._opened:
-            if kind is None:
-                with self._write_errors():
+            if kind is None and self.manifest is None:
+                with write_errors(self.prefix):
                     self._commit()
 
-    @contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RunError(f"{self.prefix}: cannot be written ({error.strerror})") from None
-
     def _commit(self) -> None:
-        if self._documents == 0:
+        if self._figures.documents == 0 and not self._may_be_empty:
+            self._draft.discard()
             raise InputError(self.prefix, "the corpus would be empty", "give files that hold text")
-        self._lengths.flush()
-        lengths = np.memmap(self._lengths, dtype=LENGTH_DTYPE, mode="r")  # type: ignore[call-overload]
-        write_index(self._files[".idx"].write, self.dtype, lengths)
-        manifest = Manifest(
-            tokenizer_hash=self._tokenizer_hash,
-            vocab_size=self._vocab_size,
-            eod=self._eod,
-            dtype=self.dtype.name,
-            documents=self._documents,
-            skipped_empty=self._skipped_empty,
-            skipped_wrong=self._skipped_wrong,
-            tokens=self._tokens,
-            text_bytes=self._text_bytes,
-            files={suffix: self._files[suffix].finish() for suffix in DATA_SUFFIXES},
-            sources=self._sources,
-            kind="lm" if self._tag is None else "translation",
-            tag=self._tag,
-        )
+        lengths_file = self._draft.files.pop(_LENGTHS_NAME)
+        lengths_file.record()
+        lengths_file.close()
+        write_index(self._draft.open(".idx").write, self.dtype, _mapped_lengths(lengths_file.path))
+        if not self._figures.skipped_wrong:
+            self._draft.files.pop(SKIPPED_SUFFIX).close()
+        records = {suffix: file.record() for suffix, file in self._draft.files.items()}
+        files = {suffix: records[suffix] for suffix in sorted(records)}
+        manifest = Manifest(**self._fixed, **self._figures.model_dump(), files=files)
+        self._draft.save(self._figures, None, manifest)
+        self._publish(manifest)
+
+    def _publish(self, manifest: Manifest) -> None:
+        """Give the files their names, also where a killed writer has done so with some of them."""
         # An old manifest must not stand beside new data, not even for a moment.
-        corpus_file(self.prefix, MANIFEST_SUFFIX).unlink(missing_ok=True)
+        file_of(self.prefix, MANIFEST_SUFFIX).unlink(missing_ok=True)
         fsync_path(self.prefix.parent)
+        if SKIPPED_SUFFIX not in manifest.files:
+            file_of(self.prefix, SKIPPED_SUFFIX).unlink(missing_ok=True)
         try:
-            for file in self._files.values():
-                file.publish()
+            for suffix in manifest.files:
+                # What is not there any more has its name already.
+                with suppress(FileNotFoundError):
+                    os.replace(self._draft.folder / suffix, file_of(self.prefix, suffix))
             fsync_path(self.prefix.parent)
             manifest.write(self.prefix)
         except BaseException:
-            for suffix in DATA_SUFFIXES:
-                corpus_file(self.prefix, suffix).unlink(missing_ok=True)
+            if not self._draft.job:
+                for suffix in manifest.files:
+                    file_of(self.prefix, suffix).unlink(missing_ok=True)
             raise
+        self._draft.discard()
         self.manifest = manifest
+
+
+@contextmanager
+def write_errors(prefix: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a RunError that names the corpus."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{prefix}: cannot be written ({error.strerror})") from None
+
+
+def _mapped_lengths(path: Path) -> np.ndarray:
+    if path.stat().st_size == 0:
+        return np.empty(0, LENGTH_DTYPE)
+    return np.memmap(path, dtype=LENGTH_DTYPE, mode="r")
 
 
 def refuse_existing(prefix: Path) -> None:
     """Raise InputError where a file of the corpus exists, even one that is not whole."""
     for suffix in (MANIFEST_SUFFIX, *DATA_SUFFIXES):
-        path = corpus_file(prefix, suffix)
+        path = file_of(prefix, suffix)
         if os.path.lexists(path):
             raise InputError(path, "exists already", "pass --overwrite or choose another --out")

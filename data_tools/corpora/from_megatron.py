@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from megaphase.corpus import CorpusWriter, DocumentBatch, Manifest
+from megaphase.corpus import CorpusWriter, Manifest
+from megaphase.corpus.batch import runs_of_tokens
 from megaphase.corpus.format import Index, read_index
 from megaphase.corpus.manifest import corpus_file
 from megaphase.corpus.reader import documents_of
-from megaphase.data_tools.chunk_encoder import join_documents
+from megaphase.data_tools.chunk_encoder import EncodedDocuments, join_documents
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.progress import reading_progress
 from megaphase.errors import InputError
@@ -46,15 +47,16 @@ class DocumentImporter:
     tokenizer: Tokenizer
     path: Path
 
-    def __call__(self, documents: MegatronDocuments) -> tuple[int, DocumentBatch]:
+    def __call__(self, documents: MegatronDocuments) -> tuple[int, EncodedDocuments]:
         """How many bytes the documents took, and what they are here."""
         self._check_range(documents)
         tokenizer = self.tokenizer
         parts = np.split(documents.tokens, np.cumsum(documents.lengths)[:-1])
         whole = [part[:-1] if len(part) and part[-1] == tokenizer.eod else part for part in parts]
-        kept = [(part, tokenizer.decode(part).encode()) for part in whole if len(part)]
-        batch = join_documents(kept, tokenizer, empty=len(whole) - len(kept))
-        return documents.tokens.nbytes, batch
+        texts = [tokenizer.decode(part).encode() for part in whole]
+        return documents.tokens.nbytes, join_documents(
+            whole, texts, list(map(len, texts)), tokenizer
+        )
 
     def _check_range(self, documents: MegatronDocuments) -> None:
         tokens = documents.tokens
@@ -108,9 +110,10 @@ def from_megatron(
     batches = ordered_map(importer, _read(source, bin_path, index), workers)
     size = bin_path.stat().st_size
     with writer, closing(batches), reading_progress(console, "reading", size) as advance:
-        for file_bytes, batch in batches:
-            writer.add_batch(batch)
-            advance(file_bytes, batch.text_bytes)
+        for file_bytes, encoded in batches:
+            writer.add_batch(encoded.batch)
+            writer.count_skipped(empty=encoded.empty)
+            advance(file_bytes, encoded.batch.text_bytes)
     assert writer.manifest is not None
     return writer.manifest
 
@@ -121,10 +124,7 @@ def _read(source: Path, bin_path: Path, index: Index) -> Iterator[MegatronDocume
         return
     tokens = np.memmap(bin_path, dtype=index.dtype, mode="r")
     lengths, byte_offsets = documents_of(source, index)
-    first = 0
-    while first < len(lengths):
-        ahead = np.asarray(lengths[first : first + _BATCH_TOKENS], dtype=np.int64)
-        count = max(int(np.searchsorted(np.cumsum(ahead), _BATCH_TOKENS, side="right")), 1)
+    for first, count in runs_of_tokens(lengths, _BATCH_TOKENS):
         parts = []
         for number in range(first, first + count):
             start = int(byte_offsets[number]) // index.dtype.itemsize
@@ -133,5 +133,5 @@ def _read(source: Path, bin_path: Path, index: Index) -> Iterator[MegatronDocume
                 problem = f"document {number} ends at token {end:,}, the file at {len(tokens):,}"
                 raise InputError(bin_path, problem, "the file is cut off; copy it again")
             parts.append(tokens[start:end])
-        yield MegatronDocuments(first, ahead[:count], np.concatenate(parts))
-        first += count
+        counted = np.asarray(lengths[first : first + count], dtype=np.int64)
+        yield MegatronDocuments(first, counted, np.concatenate(parts))

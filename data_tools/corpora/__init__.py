@@ -1,0 +1,1 @@
+"""Corpora looked at, checked, joined, split and put in another order."""

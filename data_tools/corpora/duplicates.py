@@ -1,0 +1,78 @@
+"""Which documents stand in corpora more than once, found on the disk and not in memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from megaphase.corpus import Corpus
+from megaphase.corpus.format import SUM_DTYPE
+
+# Documents whose keys are read at a time, and those of a bucket, which are sorted in memory.
+_READ_DOCUMENTS = 1 << 20
+_BUCKET_DOCUMENTS = 1 << 20
+_MOST_BUCKETS = 512  # each is an open file
+
+_ENTRY = np.dtype([("text", "<u8"), ("rest", "<u8"), ("document", "<u8")])
+
+
+def find_duplicates(corpora: Sequence[Corpus], folder: Path) -> np.ndarray:
+    """For every document of the corpora, in order, whether the same one stands before it.
+
+    Two documents are the same if the hashes and sizes of their texts and the checksums of their
+    tokens are: 128 bits. The keys are scattered over nameless files in `folder`, 24 bytes a
+    document, and sorted one file after the other, so memory does not grow with the corpora (up to
+    5e8 documents; beyond, it takes a fifth of a byte for each).
+
+    Returns bool [documents], mapped from a nameless file in `folder`.
+    """
+    total = sum(len(corpus.hashes) for corpus in corpora)
+    if total == 0:
+        return np.zeros(0, bool)
+    buckets = min(-(-total // _BUCKET_DOCUMENTS), _MOST_BUCKETS)
+    found = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the map keeps it
+    found.truncate(total)
+    is_duplicate = np.memmap(found, dtype=bool, mode="r+")  # type: ignore[call-overload]
+    with ExitStack() as opened:
+        files = [opened.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(buckets)]
+        first = 0
+        for corpus in corpora:
+            for start in range(0, len(corpus.hashes), _READ_DOCUMENTS):
+                entries = _entries(corpus, slice(start, start + _READ_DOCUMENTS), first + start)
+                _scatter(entries, files)
+            first += len(corpus.hashes)
+        for file in files:
+            file.seek(0)
+            entries = np.frombuffer(file.read(), dtype=_ENTRY)
+            is_duplicate[_later_ones(entries)] = True
+    return is_duplicate
+
+
+def _entries(corpus: Corpus, part: slice, first: int) -> np.ndarray:
+    hashes = corpus.hashes[part]
+    entries = np.empty(len(hashes), _ENTRY)
+    entries["text"] = hashes
+    entries["rest"] = np.ascontiguousarray(corpus.sums[part], SUM_DTYPE).view("<u8")
+    entries["document"] = np.arange(first, first + len(hashes), dtype=np.uint64)
+    return entries
+
+
+def _scatter(entries: np.ndarray, files: Sequence) -> None:
+    """Append each entry to the file that its text's hash chooses."""
+    chosen = entries["text"] % np.uint64(len(files))
+    order = np.argsort(chosen, kind="stable")
+    ends = np.cumsum(np.bincount(chosen.astype(np.int64), minlength=len(files)))
+    for file, part in zip(files, np.split(entries[order], ends[:-1]), strict=True):
+        file.write(part.tobytes())
+
+
+def _later_ones(entries: np.ndarray) -> np.ndarray:
+    """The documents of a bucket, in which they stand in order, that repeat an earlier one."""
+    ordered = entries[np.lexsort((entries["rest"], entries["text"]))]  # stable
+    before, after = ordered[:-1], ordered[1:]
+    same = (before["text"] == after["text"]) & (before["rest"] == after["rest"])
+    return after["document"][same]

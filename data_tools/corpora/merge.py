@@ -1,0 +1,157 @@
+"""Several corpora of one tokenizer to one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from megaphase.corpus import Corpus, CorpusWriter, DocumentBatch, Manifest
+from megaphase.corpus.manifest import MANIFEST_SUFFIX, SKIPPED_SUFFIX, corpus_file
+from megaphase.corpus.writer import write_errors
+from megaphase.data_tools.corpora.duplicates import find_duplicates
+from megaphase.data_tools.corpora.shuffle import shuffled
+from megaphase.data_tools.corpora.verify import Advance, checked_batches, size_of
+from megaphase.data_tools.progress import reading_progress
+from megaphase.errors import InputError
+
+
+def merge(
+    prefixes: Sequence[Path],
+    out: Path,
+    *,
+    drop_duplicates: bool = False,
+    shuffle_seed: int | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Manifest:
+    """Write the documents of all corpora, in order, into the corpus with the prefix `out`.
+
+    The result is what tokenizing all the sources at once would have given. Each corpus is
+    checked on the way. Memory does not grow with the corpora.
+
+    Args:
+        drop_duplicates: whether a document that stands there already is left out.
+        shuffle_seed: puts the documents into a random order that depends on it alone.
+
+    Raises InputError where a corpus is damaged, stands twice, was made with another tokenizer or
+    holds another kind of documents than the first, shards are not all of those of one corpus, or
+    `out` exists. Nothing is left behind then.
+    """
+    if not prefixes:
+        raise InputError("", "no corpus was given", "name at least one prefix")
+    _check_distinct(prefixes)
+    manifests = [Manifest.read(prefix) for prefix in prefixes]
+    _check_alike(prefixes, manifests)
+    _check_shards(prefixes, manifests)
+    # A shard may have no documents, and an empty corpus cannot be opened.
+    corpora = [
+        Corpus.open(prefix)
+        for prefix, manifest in zip(prefixes, manifests, strict=True)
+        if manifest.documents or not manifest.shard
+    ]
+    first = manifests[0]
+    names = chain.from_iterable(manifest.sources for manifest in manifests)
+    writer = CorpusWriter(
+        out,
+        tokenizer_hash=first.tokenizer_hash,
+        vocab_size=first.vocab_size,
+        eod=first.eod,
+        sources=list(dict.fromkeys(names)),
+        tag=first.tag,
+        overwrite=overwrite,
+    )
+    size = sum(map(size_of, corpora))
+    with writer, write_errors(out), reading_progress(console, "merging", size) as advance:
+        batches = _checked(corpora, lambda size: advance(size, size))
+        if drop_duplicates:
+            is_duplicate = find_duplicates(corpora, out.parent)
+            writer.count_skipped(duplicates=int(is_duplicate.sum()))
+            batches = _without(is_duplicate, batches)
+        if shuffle_seed is not None:
+            tokens = sum(corpus.tokens.nbytes for corpus in corpora)
+            batches = shuffled(batches, tokens, shuffle_seed, out.parent)
+        for batch in batches:
+            writer.add_batch(batch)
+        for prefix, manifest in zip(prefixes, manifests, strict=True):
+            _take_over_skipped(prefix, manifest, writer)
+    assert writer.manifest is not None
+    return writer.manifest
+
+
+def remove_corpus(prefix: Path) -> None:
+    """Remove a corpus's files, the manifest first: without it the others are no corpus."""
+    files = Manifest.read(prefix).files
+    for suffix in (".json", *files):
+        corpus_file(prefix, suffix).unlink(missing_ok=True)
+
+
+def _checked(corpora: Sequence[Corpus], advance: Advance) -> Iterator[DocumentBatch]:
+    return chain.from_iterable(checked_batches(corpus, advance) for corpus in corpora)
+
+
+def _without(drop: np.ndarray, batches: Iterator[DocumentBatch]) -> Iterator[DocumentBatch]:
+    """The documents for which `drop`, bool [documents of all batches], does not hold."""
+    first = 0
+    for batch in batches:
+        dropped = np.asarray(drop[first : first + len(batch.lengths)])
+        first += len(batch.lengths)
+        yield batch.select(~dropped) if dropped.any() else batch
+
+
+def _take_over_skipped(prefix: Path, manifest: Manifest, writer: CorpusWriter) -> None:
+    """Count what a corpus says of documents that were left out, and list those that were wrong."""
+    writer.count_skipped(empty=manifest.skipped_empty, duplicates=manifest.skipped_duplicates)
+    if manifest.skipped_wrong:
+        with open(corpus_file(prefix, SKIPPED_SUFFIX), "rb") as lines:
+            for line in lines:
+                writer.add_skipped(line)
+
+
+def _check_distinct(prefixes: Sequence[Path]) -> None:
+    seen = set()
+    for prefix in prefixes:
+        if prefix.resolve() in seen:
+            raise InputError(prefix, "the corpus stands twice", "name it once")
+        seen.add(prefix.resolve())
+
+
+def _check_alike(prefixes: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+    first = manifests[0]
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        if manifest.tokenizer_hash != first.tokenizer_hash:
+            problem = f"was made with another tokenizer than {prefixes[0]}"
+            raise InputError(prefix, problem, "tokenize it again with the same one")
+        if manifest.dtype != first.dtype:
+            problem = f"its tokens are {manifest.dtype}, those of {prefixes[0]} {first.dtype}"
+            raise InputError(prefix, problem, "tokenize both with the same tokenizer")
+        if (manifest.kind, manifest.tag) != (first.kind, first.tag):
+            problem = f"holds {_kind(manifest)}, {prefixes[0]} {_kind(first)}"
+            raise InputError(prefix, problem, "keep them as two tasks")
+
+
+def _kind(manifest: Manifest) -> str:
+    return "texts" if manifest.tag is None else f"translation pairs with the tag {manifest.tag}"
+
+
+def _check_shards(prefixes: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+    """Shards are merged with all others of their corpus, in order, or not at all."""
+    expected = None
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        shard = manifest.shard
+        if expected and shard != expected:
+            problem = f"shard {expected.number} of {expected.of} should stand here"
+            raise InputError(prefix, problem, "name all shards of one tokenization in their order")
+        if shard and not expected and shard.number != 0:
+            problem = f"is shard {shard.number} of {shard.of}, and the ones before it are missing"
+            raise InputError(prefix, problem, "name all shards, in their order")
+        expected = None
+        if shard and shard.number + 1 < shard.of:
+            expected = shard.model_copy(update={"number": shard.number + 1})
+    if expected:
+        where = corpus_file(prefixes[-1], MANIFEST_SUFFIX)
+        problem = f"shard {expected.number} of {expected.of} is missing after it"
+        raise InputError(where, problem, "name all shards, in their order")

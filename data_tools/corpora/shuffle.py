@@ -1,0 +1,102 @@
+"""Documents in a random order, however many, sorted on the disk by a random key."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from megaphase.corpus import DocumentBatch
+from megaphase.corpus.batch import join
+from megaphase.keys import derive_key
+
+# Tokens and all that a document needs beside them; a bucket of this size is sorted in memory.
+_BUCKET_BYTES = 32 << 20
+_MOST_BUCKETS = 256  # each is an open file
+_KEY_BITS = 64
+_PARTS = ("tokens", "lengths", "hashes", "sums")
+
+# An order's documents: each batch with a key for every document, u64 [documents].
+KeyedBatch = tuple[np.ndarray, DocumentBatch]
+
+
+def shuffled(
+    batches: Iterable[DocumentBatch], total_bytes: int, seed: int, folder: Path
+) -> Iterator[DocumentBatch]:
+    """The documents of all batches, ordered by a key that the seed and their number give.
+
+    The order does not depend on how the documents are batched. What does not fit into memory lies
+    in nameless files in `folder`, once or, beyond 8 GB, twice.
+
+    Args:
+        total_bytes: of the tokens of all batches, about.
+    """
+    return _sorted(_keyed(batches, derive_key(seed, "shuffle")), total_bytes, 0, folder)
+
+
+def random_keys(first: int, count: int, key: int) -> np.ndarray:
+    """u64 [count] for the numbers from `first` on: SplitMix64 (Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        x = np.arange(first + 1, first + 1 + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        x += np.uint64(key)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def _keyed(batches: Iterable[DocumentBatch], key: int) -> Iterator[KeyedBatch]:
+    first = 0
+    for batch in batches:
+        yield random_keys(first, len(batch.lengths), key), batch
+        first += len(batch.lengths)
+
+
+def _sorted(
+    batches: Iterable[KeyedBatch], total_bytes: int, used_bits: int, folder: Path
+) -> Iterator[DocumentBatch]:
+    """Sort by the keys, of which all have their first `used_bits` in common."""
+    if total_bytes <= _BUCKET_BYTES or used_bits == _KEY_BITS:
+        if keyed := list(batches):
+            # The documents' order is that of their numbers where keys are equal.
+            order = np.argsort(np.concatenate([keys for keys, _ in keyed]), kind="stable")
+            yield join([batch for _, batch in keyed]).reorder(order)
+        return
+    wanted = min(-(-total_bytes // _BUCKET_BYTES) * 2, _MOST_BUCKETS)
+    bits = min((wanted - 1).bit_length(), _KEY_BITS - used_bits)
+    with ExitStack() as opened:
+        buckets = [_Bucket(folder, opened) for _ in range(1 << bits)]
+        for keys, batch in batches:
+            shift = np.uint64(_KEY_BITS - used_bits - bits)
+            chosen = (keys >> shift) & np.uint64(len(buckets) - 1)
+            for number in np.unique(chosen).tolist():
+                buckets[number].add(keys, batch, chosen == number)
+        for bucket in buckets:
+            if bucket.bytes:
+                yield from _sorted(bucket.read(), bucket.bytes, used_bits + bits, folder)
+
+
+class _Bucket:
+    """Documents in a nameless file."""
+
+    def __init__(self, folder: Path, opened: ExitStack) -> None:
+        self.bytes = 0
+        self._file: IO[bytes] = opened.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
+
+    def add(self, keys: np.ndarray, batch: DocumentBatch, chosen: np.ndarray) -> None:
+        """Append the documents for which `chosen`, bool [documents], holds."""
+        part = batch.select(chosen)
+        for array in (keys[chosen], *(getattr(part, name) for name in _PARTS)):
+            np.save(self._file, array, allow_pickle=False)
+            self.bytes += array.nbytes
+
+    def read(self) -> Iterator[KeyedBatch]:
+        """What was added, once."""
+        end = self._file.tell()
+        self._file.seek(0)
+        while self._file.tell() < end:
+            keys, *arrays = (np.load(self._file, allow_pickle=False) for _ in range(5))
+            yield keys, DocumentBatch(*arrays)

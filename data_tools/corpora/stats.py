@@ -1,0 +1,133 @@
+"""What corpora hold, side by side, for those who mix them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from megaphase.corpus import Corpus, Manifest
+from megaphase.data_tools.corpora.duplicates import find_duplicates
+from megaphase.data_tools.corpora.verify import checked_batches, size_of
+from megaphase.data_tools.progress import reading_progress
+from megaphase.errors import InputError
+from megaphase.tokenizer import Tokenizer
+
+_TEMPERATURE = 3.3  # of the example run file, as in mT5
+_MOST_COMMON = 12
+
+
+@dataclass(frozen=True)
+class CorpusStats:
+    """What a full reading of a corpus shows.
+
+    Attributes:
+        duplicates: documents that stand in it before.
+        median_length: of the documents, in tokens.
+        token_counts: int64 [vocabulary], how often each token occurs.
+    """
+
+    manifest: Manifest
+    duplicates: int
+    median_length: int
+    token_counts: np.ndarray
+
+    @property
+    def vocabulary_used(self) -> float:
+        """Share of the vocabulary's tokens that occur."""
+        return float(np.mean(self.token_counts > 0))
+
+
+def corpus_stats(prefix: Path, console: Console | None = None) -> CorpusStats:
+    """Read all of a corpus, checking it on the way.
+
+    Memory grows with the longest document and the vocabulary, not with the corpus. Raises
+    InputError where the corpus is damaged.
+    """
+    corpus = Corpus.open(prefix)
+    tokens = np.zeros(corpus.manifest.vocab_size, dtype=np.int64)
+    lengths = np.zeros(int(corpus.lengths.max()) + 1, dtype=np.int64)
+    with reading_progress(console, f"reading {prefix.name}", size_of(corpus)) as advance:
+        for batch in checked_batches(corpus, lambda size: advance(size, size)):
+            tokens += np.bincount(batch.tokens, minlength=len(tokens))
+            lengths += np.bincount(batch.lengths, minlength=len(lengths))
+    middle = (corpus.manifest.documents + 1) // 2
+    return CorpusStats(
+        corpus.manifest,
+        int(find_duplicates([corpus], prefix.parent).sum()),
+        int(np.searchsorted(np.cumsum(lengths), middle)),
+        tokens,
+    )
+
+
+def stats_tables(stats: Mapping[Path, CorpusStats], tokenizer_dir: Path | None) -> RenderableType:
+    """Tables of the figures; of the common tokens as well where a tokenizer is given.
+
+    Raises InputError where the tokenizer is not the one that made a corpus.
+    """
+    parts: list[RenderableType] = [_sizes(stats)]
+    if tokenizer_dir is not None:
+        tokenizer = Tokenizer.load(tokenizer_dir)
+        for prefix, figures in stats.items():
+            if figures.manifest.tokenizer_hash != tokenizer.fingerprint:
+                problem = f"was made with another tokenizer than {tokenizer_dir}"
+                raise InputError(prefix, problem, "give the tokenizer it was made with")
+        parts.append(_common_tokens(stats, tokenizer))
+    return Group(*parts)
+
+
+def _sizes(stats: Mapping[Path, CorpusStats]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("corpus", overflow="fold")
+    for column in (
+        "documents",
+        "duplicates",
+        "tokens",
+        "median, mean length",
+        "bytes per token",
+        "vocabulary used",
+        "share of all tokens",
+        f"at temperature {_TEMPERATURE}",
+    ):
+        table.add_column(column, justify="right")
+    sizes = np.array([figures.manifest.tokens for figures in stats.values()], dtype=np.float64)
+    smoothed = sizes ** (1 / _TEMPERATURE)
+    shares = zip(sizes / sizes.sum(), smoothed / smoothed.sum(), strict=True)
+    for (prefix, figures), (share, smoothed_share) in zip(stats.items(), shares, strict=True):
+        manifest = figures.manifest
+        table.add_row(
+            escape(str(prefix)),
+            f"{manifest.documents:,}",
+            f"{figures.duplicates / manifest.documents:.1%}",
+            f"{manifest.tokens:,}",
+            f"{figures.median_length:,}, {manifest.tokens / manifest.documents:,.0f}",
+            f"{manifest.text_bytes / (manifest.tokens - manifest.documents):.2f}",
+            f"{figures.vocabulary_used:.1%}",
+            f"{share:.1%}",
+            f"{smoothed_share:.1%}",
+        )
+    return table
+
+
+def _common_tokens(stats: Mapping[Path, CorpusStats], tokenizer: Tokenizer) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("corpus", overflow="fold")
+    table.add_column("single bytes", justify="right")
+    table.add_column("the most common tokens", overflow="fold")
+    is_byte = np.array([tokenizer.is_byte(token) for token in range(tokenizer.vocab_size)])
+    for prefix, figures in stats.items():
+        counts = figures.token_counts.copy()
+        counts[tokenizer.eod] = 0
+        common = np.argsort(-counts, kind="stable")[:_MOST_COMMON]
+        table.add_row(
+            escape(str(prefix)),
+            f"{counts[is_byte].sum() / max(counts.sum(), 1):.2%}",
+            escape(" ".join(repr(tokenizer.piece(int(token))) for token in common)),
+        )
+    return table

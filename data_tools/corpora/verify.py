@@ -1,0 +1,165 @@
+"""Read all of a corpus and check every fact about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from megaphase.corpus import Corpus, DocumentBatch, Manifest
+from megaphase.corpus.batch import batches_of, checksums
+from megaphase.corpus.format import read_index
+from megaphase.corpus.manifest import corpus_file
+from megaphase.data_tools.progress import reading_progress
+from megaphase.errors import InputError
+from megaphase.files import hash_file, new_hash
+
+Advance = Callable[[int], object]
+
+_INDEX_ITEMS = 1 << 20
+_REMEDY = "tokenize again"
+
+
+def verify(prefix: Path, console: Console | None = None) -> Manifest:
+    """Check a corpus: the hash of every file, and that lengths, offsets and tokens fit together.
+
+    Memory does not grow with the corpus. Raises InputError that names the file, the first fault in
+    it and the document where it is.
+    """
+    corpus = Corpus.open(prefix)
+    with reading_progress(console, f"verifying {prefix.name}", size_of(corpus)) as advance:
+        for _ in checked_batches(corpus, lambda size: advance(size, size)):
+            pass
+    return corpus.manifest
+
+
+def size_of(corpus: Corpus) -> int:
+    """Bytes that `checked_batches` reads."""
+    return sum(file.bytes for file in corpus.manifest.files.values())
+
+
+def checked_batches(
+    corpus: Corpus, advance: Advance = lambda size: None
+) -> Iterator[DocumentBatch]:
+    """All documents of a corpus, some at a time, checked on the way: read once, for two ends.
+
+    What is wrong in a batch is found before the batch is given; that a file's hash is not the
+    manifest's, only at the end. Raises InputError as `verify` does.
+    """
+    manifest, prefix = corpus.manifest, corpus.prefix
+    for suffix, record in manifest.files.items():
+        if suffix not in (".bin", ".hash", ".sum"):
+            altered = hash_file(corpus_file(prefix, suffix)) != record.hash
+            fault = _index_fault(corpus) if suffix == ".idx" else None
+            if altered:
+                raise _altered(prefix, suffix, f" ({fault})" if fault else "")
+            if fault:
+                raise InputError(corpus_file(prefix, suffix), fault, _REMEDY)
+            advance(record.bytes)
+    digests = {".bin": new_hash(), ".hash": new_hash(), ".sum": new_hash()}
+    first = 0
+    for batch in batches_of(corpus):
+        _check_tokens(corpus, batch, first)
+        sizes = 0
+        for suffix, array in (
+            (".bin", batch.tokens),
+            (".hash", batch.hashes),
+            (".sum", batch.sums),
+        ):
+            digests[suffix].update(np.ascontiguousarray(array).view(np.uint8))
+            sizes += array.nbytes
+        advance(sizes)
+        yield batch
+        first += len(batch.lengths)
+    altered_files = [
+        suffix
+        for suffix, digest in digests.items()
+        if digest.hexdigest() != manifest.files[suffix].hash
+    ]
+    if altered_files:
+        raise _altered_document(corpus, altered_files[0])
+
+
+def _altered(prefix: Path, suffix: str, where: str = "") -> InputError:
+    problem = f"was altered{where}: its hash is not the manifest's"
+    return InputError(corpus_file(prefix, suffix), problem, _REMEDY)
+
+
+def _altered_document(corpus: Corpus, suffix: str) -> InputError:
+    """The error that names the first document whose checksum is not that of its tokens and text."""
+    first = 0
+    for batch in batches_of(corpus):
+        found = _first_altered(batch)
+        if found is not None:
+            return _altered(corpus.prefix, suffix, _place(corpus, suffix, first + found))
+        first += len(batch.lengths)
+    return _altered(corpus.prefix, suffix)
+
+
+def _place(corpus: Corpus, suffix: str, document: int) -> str:
+    if suffix != ".bin":
+        return f" at document {document}"
+    begin = int(corpus.byte_offsets[document])
+    end = begin + int(corpus.lengths[document]) * corpus.tokens.itemsize
+    return f" in document {document} (bytes {begin:,} to {end - 1:,})"
+
+
+def _first_altered(batch: DocumentBatch) -> int | None:
+    found = checksums(batch.tokens, batch.lengths, batch.hashes, batch.sums["text_bytes"])
+    wrong = np.flatnonzero(np.array(found, np.uint32) != batch.sums["checksum"])
+    return int(wrong[0]) if len(wrong) else None
+
+
+def _index_fault(corpus: Corpus) -> str | None:
+    """Where documents do not follow each other without gap, or None."""
+    boundaries = read_index(corpus_file(corpus.prefix, ".idx")).document_indices
+    itemsize = corpus.tokens.itemsize
+    end = 0
+    for first in range(0, len(corpus.lengths), _INDEX_ITEMS):
+        part = slice(first, min(first + _INDEX_ITEMS, len(corpus.lengths)))
+        lengths = corpus.lengths[part].astype(np.int64)
+        ends = end + np.cumsum(lengths)
+        for wrong, fault in (
+            (lengths < 1, "document {} has no token"),
+            (
+                corpus.byte_offsets[part] != (ends - lengths) * itemsize,
+                "document {} does not begin where the one before it ends",
+            ),
+            (
+                np.diff(boundaries[part.start : part.stop + 1]) < 1,
+                "document_indices do not ascend at document {}",
+            ),
+        ):
+            if wrong.any():
+                return fault.format(first + int(np.argmax(wrong)))
+        end = int(ends[-1])
+    if end != corpus.manifest.tokens:
+        return f"its lengths do not sum to the {corpus.manifest.tokens:,} tokens of the .bin"
+    return None
+
+
+def _check_tokens(corpus: Corpus, batch: DocumentBatch, first: int) -> None:
+    """All tokens are in the vocabulary and every document ends with EOD.
+
+    Args:
+        first: number of the batch's first document.
+    """
+    tokens, manifest = batch.tokens, corpus.manifest
+    ends = np.cumsum(batch.lengths, dtype=np.int64)
+    if tokens.max() < manifest.vocab_size and (tokens.dtype.kind == "u" or tokens.min() >= 0):
+        not_ended = tokens[ends - 1] != manifest.eod
+        if not not_ended.any():
+            return
+        document, problem = int(np.argmax(not_ended)), "does not end with EOD"
+    else:
+        at = int(np.argmax((tokens < 0) | (tokens >= manifest.vocab_size)))
+        document = int(np.searchsorted(ends, at, side="right"))
+        problem = f"has the token {tokens[at]}, the vocabulary ends at {manifest.vocab_size - 1}"
+    altered = _first_altered(batch)
+    if altered is not None:
+        raise _altered(corpus.prefix, ".bin", _place(corpus, ".bin", first + altered))
+    # The checksum is that of the tokens: whoever wrote them was wrong.
+    path = corpus_file(corpus.prefix, ".bin")
+    raise InputError(path, f"document {first + document} {problem}", _REMEDY)

@@ -1,0 +1,81 @@
+"""Parts of one tokenization, for machines that share the work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from megaphase.corpus.manifest import MANIFEST_SUFFIX
+from megaphase.data_tools.text import size_on_disk
+from megaphase.errors import InputError
+
+_MOST_SHARDS = 99_999
+
+
+@dataclass(frozen=True)
+class ShardChoice:
+    """The part `number`, from 0, of `of` parts of the input, equal in bytes on the disk."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> ShardChoice:
+        """From `3/64`; InputError where it is no such thing."""
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not found or not 0 <= int(found[1]) < int(found[2]) <= _MOST_SHARDS:
+            remedy = "give I/N with I from 0 to N - 1, such as 3/64"
+            raise InputError("--shard", f"{text!r} is no part of a whole", remedy)
+        return cls(int(found[1]), int(found[2]))
+
+    def prefix(self, out: Path) -> Path:
+        """Where this shard of the corpus `out` lies; the whole is the corpus itself."""
+        if self.of == 1:
+            return out
+        return out.with_name(f"{out.name}.shard-{self.number:05d}-of-{self.of:05d}")
+
+
+WHOLE = ShardChoice(0, 1)
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """Bytes [begin, end) of a file as it lies on the disk; no end is the file's."""
+
+    file: int
+    begin: int
+    end: int | None
+
+
+def parts_of(paths: Sequence[Path], shard: ShardChoice) -> Iterator[FilePart]:
+    """The parts of the files that belong to a shard, in order."""
+    sizes = [size_on_disk(path) for path in paths]
+    total = sum(sizes)
+    low, high = (total * number // shard.of for number in (shard.number, shard.number + 1))
+    for file, (size, ends) in enumerate(zip(sizes, accumulate(sizes), strict=True)):
+        begins = ends - size
+        # Standard input has no size.
+        if (begins < high and ends > low) or shard == WHOLE:
+            end = None if high >= ends else high - begins
+            yield FilePart(file, max(low - begins, 0), end)
+
+
+def shards_of(out: Path) -> list[Path]:
+    """The prefixes of the shards of the corpus `out` that are there, in order.
+
+    Raises InputError where there is none, or where shards of several divisions lie there.
+    """
+    pattern = re.compile(rf"{re.escape(out.name)}\.shard-(\d+)-of-(\d+){MANIFEST_SUFFIX}")
+    names = sorted(path.name for path in out.parent.glob("*.json"))
+    found = [match for match in map(pattern.fullmatch, names) if match]
+    if not found:
+        problem = f"there is no {out.name}.shard-… beside it"
+        raise InputError(out, problem, "make them with `megaphase data tokenize --shard I/N`")
+    if len({match[2] for match in found}) > 1:
+        counts = " and ".join(sorted({str(int(match[2])) for match in found}))
+        problem = f"shards of a division by {counts} lie beside it"
+        raise InputError(out, problem, "remove those that are not wanted")
+    return [out.with_name(match[0].removesuffix(MANIFEST_SUFFIX)) for match in found]

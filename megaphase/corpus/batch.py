@@ -1,0 +1,117 @@
+"""Tokenized documents on their way from one place to another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megaphase.corpus.format import SUM_DTYPE, document_checksum
+
+if TYPE_CHECKING:
+    from megaphase.corpus.reader import Corpus
+
+BATCH_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class DocumentBatch:
+    """Some tokenized documents.
+
+    Attributes:
+        tokens: [sum of lengths], the documents one after the other, each ended by EOD.
+        lengths: integers [documents], in tokens, EOD included.
+        hashes: u64 [documents], `document_hash` of each text.
+        sums: SUM_DTYPE [documents], see `megaphase.corpus`.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    hashes: np.ndarray
+    sums: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        hashes: np.ndarray,
+        text_bytes: Sequence[int] | np.ndarray,
+    ) -> DocumentBatch:
+        """A batch with the checksums of its documents.
+
+        Args:
+            tokens: in the type in which they are stored.
+            text_bytes: of each document's UTF-8 text.
+        """
+        sums = np.empty(len(lengths), SUM_DTYPE)
+        sums["text_bytes"] = text_bytes
+        sums["checksum"] = checksums(tokens, lengths, hashes, sums["text_bytes"])
+        return cls(tokens, lengths, hashes, sums)
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of the documents' UTF-8 text."""
+        return int(self.sums["text_bytes"].sum(dtype=np.int64))
+
+    def select(self, keep: np.ndarray) -> DocumentBatch:
+        """The documents for which `keep`, bool [documents], holds."""
+        return DocumentBatch(
+            self.tokens[np.repeat(keep, self.lengths)],
+            self.lengths[keep],
+            self.hashes[keep],
+            self.sums[keep],
+        )
+
+    def reorder(self, order: np.ndarray) -> DocumentBatch:
+        """The documents in another order, integers [documents]."""
+        parts = np.split(self.tokens, np.cumsum(self.lengths)[:-1])
+        tokens = np.concatenate([self.tokens[:0], *(parts[i] for i in order)])
+        return DocumentBatch(tokens, self.lengths[order], self.hashes[order], self.sums[order])
+
+
+def checksums(
+    tokens: np.ndarray, lengths: np.ndarray, hashes: np.ndarray, text_bytes: np.ndarray
+) -> list[int]:
+    """`document_checksum` of every document of a batch."""
+    view = memoryview(np.ascontiguousarray(tokens).view(np.uint8))  # type: ignore[arg-type]
+    ends = (np.cumsum(lengths, dtype=np.int64) * tokens.itemsize).tolist()
+    figures = zip([0, *ends], ends, hashes.tolist(), text_bytes.tolist(), strict=False)
+    return [document_checksum(view[begin:end], *seeds) for begin, end, *seeds in figures]
+
+
+def join(batches: Sequence[DocumentBatch]) -> DocumentBatch:
+    """The documents of several batches as one."""
+    return DocumentBatch(
+        *(
+            np.concatenate([getattr(batch, name) for batch in batches])
+            for name in ("tokens", "lengths", "hashes", "sums")
+        )
+    )
+
+
+def batches_of(corpus: Corpus, tokens: int = BATCH_TOKENS) -> Iterator[DocumentBatch]:
+    """All documents of a corpus in order, about so many tokens at a time, as views."""
+    for first, count in runs_of_tokens(corpus.lengths, tokens):
+        chosen = slice(first, first + count)
+        lengths = corpus.lengths[chosen]
+        begin = int(corpus.byte_offsets[first]) // corpus.tokens.itemsize
+        end = begin + int(lengths.sum(dtype=np.int64))
+        yield DocumentBatch(
+            corpus.tokens[begin:end], lengths, corpus.hashes[chosen], corpus.sums[chosen]
+        )
+
+
+def runs_of_tokens(lengths: np.ndarray, tokens: int) -> Iterator[tuple[int, int]]:
+    """Cut documents into runs, (first, count), of at most so many tokens or one document."""
+    first, ahead = 0, 1024
+    while first < len(lengths):
+        ends = np.cumsum(lengths[first : first + ahead], dtype=np.int64)
+        count = max(int(np.searchsorted(ends, tokens, side="right")), 1)
+        if count == len(ends) and first + count < len(lengths):
+            ahead *= 2  # they are shorter than expected: look further, from the same one on
+            continue
+        yield first, count
+        first, ahead = first + count, count + count // 4 + 16
