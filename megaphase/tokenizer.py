@@ -1,8 +1,7 @@
 """sentencepiece behind one small interface.
 
-A tokenizer directory holds `tokenizer.model`, sentencepiece's own file, and
-`megaphase_tokenizer.json`, which says what this project must know about it. The tokenizers that
-`megaphase tokenizer train` makes are lossless: `decode(encode(text)) == text` for every text.
+The tokenizers that `megaphase tokenizer train` makes are lossless: `decode(encode(text)) == text`
+for every text. Those from elsewhere are taken as they are, see `megaphase.tokenizer_files`.
 """
 
 from __future__ import annotations
@@ -10,113 +9,74 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import sentencepiece
-from pydantic import BaseModel, ConfigDict
 
-from megaphase.errors import InputError
-from megaphase.files import hash_file
-from megaphase.records import read_record
+from megaphase.tokenizer_files import (
+    MODEL_NAME,
+    RECORD_NAME,
+    SPACE_SYMBOL,
+    Fertility,
+    TokenizerRecord,
+    adds_prefix_space,
+    read_tokenizer,
+)
 
-MODEL_NAME = "tokenizer.model"
-RECORD_NAME = "megaphase_tokenizer.json"
-
-# sentencepiece writes a space as this character, and so reads the character itself as a space.
-SPACE_SYMBOL = "\N{LOWER ONE EIGHTH BLOCK}"
-
-_REMEDY = "make the tokenizer with `megaphase tokenizer train`"
-
-
-class Fertility(BaseModel):
-    """How finely the vocabulary cuts one language; a badly served one has few bytes a token."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    bytes_per_token: float
-    tokens_per_word: float
-    sample_bytes: int
-    held_out: bool
-    """Whether the sample was kept out of the training text."""
-
-
-class TokenizerRecord(BaseModel):
-    """`megaphase_tokenizer.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    version: Literal[1] = 1
-    algorithm: str
-    vocab_size: int
-    eod: int
-    tags: dict[str, int]
-    reserved_tags: list[int]
-    """Ids without a name, for tags that a later task needs."""
-    tokenizer_hash: str
-    languages: dict[str, Fertility]
+__all__ = ["MODEL_NAME", "RECORD_NAME", "Fertility", "Tokenizer", "TokenizerRecord"]
 
 
 class Tokenizer:
     """Text to token ids and back.
 
     Text never encodes to a control token (EOD, tags), whatever it contains, and decoding skips
-    them. An instance pickles as its directory, so handing one to another process is cheap.
+    them. An instance pickles as its path, so handing one to another process is cheap.
 
     Attributes:
-        directory: where it was loaded from.
-        vocab_size: number of ids, control tokens included; not padded.
+        path: where it was loaded from: a directory or a model file.
+        vocab_size: number of ids, control and added tokens included; not padded.
         eod: the id that ends a document.
         tags: id of each named task tag.
         reserved_tags: ids of the tags that have no name yet.
-        fingerprint: digest of `tokenizer.model`.
-        record: all that `megaphase_tokenizer.json` says.
+        fingerprint: the same for all tokenizers that give the same ids, and for no others.
+        record: what `megaphase_tokenizer.json` says, or would say.
+        byte_fallback: whether what is not in the vocabulary is spelled in bytes.
     """
 
     def __init__(
         self,
         processor: sentencepiece.SentencePieceProcessor,
         record: TokenizerRecord,
-        directory: Path,
+        path: Path,
     ) -> None:
-        self.directory = directory
+        self.path = path
         self.record = record
         self.vocab_size = record.vocab_size
         self.eod = record.eod
         self.tags = dict(record.tags)
         self.reserved_tags = tuple(record.reserved_tags)
         self.fingerprint = record.tokenizer_hash
+        self.byte_fallback = processor.is_byte(processor.piece_to_id("<0x00>"))
         self._processor = processor
-        self._space_symbol_ids: list[int] = [
-            processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()
-        ]
+        self._pieces = processor.get_piece_size()
+        self._space_symbol_ids = self._spelled_space_symbol()
 
     @classmethod
-    def load(cls, directory: Path | str) -> Tokenizer:
-        """Load a tokenizer directory.
+    def load(cls, path: Path | str) -> Tokenizer:
+        """Load a tokenizer of ours, a sentencepiece model, or a Hugging Face directory with one.
 
-        Raises InputError where a file is missing or broken, or `tokenizer.model` is not the one
-        that the record was written for.
+        Raises InputError, see `read_tokenizer`.
         """
-        directory = Path(directory)
-        record = read_record(directory / RECORD_NAME, TokenizerRecord, _REMEDY)
-        model = directory / MODEL_NAME
-        if not model.is_file():
-            raise InputError(model, "no such file", _REMEDY)
-        if hash_file(model) != record.tokenizer_hash:
-            raise InputError(model, f"is not the model that {RECORD_NAME} describes", _REMEDY)
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-        if processor.get_piece_size() != record.vocab_size:
-            problem = f"vocab_size is {record.vocab_size}, the model's {processor.vocab_size()}"
-            raise InputError(directory / RECORD_NAME, problem, _REMEDY)
-        return cls(processor, record, directory)
+        path = Path(path)
+        processor, record = read_tokenizer(path)
+        return cls(processor, record, path)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Tokenizer.load, (self.directory,)
+        return Tokenizer.load, (self.path,)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, without EOD."""
-        if SPACE_SYMBOL in text:
+        if self._space_symbol_ids and SPACE_SYMBOL in text:
             return self._encode_around_space_symbol(text)
         return self._processor.encode(text)
 
@@ -128,27 +88,46 @@ class Tokenizer:
         """`encode_batch` as int32 arrays, one a text; on one core, whatever the machine has."""
         arrays = self._processor.encode(list(texts), out_type="numpy", num_threads=1)
         for i, text in enumerate(texts):
-            if SPACE_SYMBOL in text:
+            if self._space_symbol_ids and SPACE_SYMBOL in text:
                 arrays[i] = np.array(self._encode_around_space_symbol(text), dtype=np.int32)
         return arrays
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of token ids; EOD and tags leave no trace.
+        """The text of token ids; EOD, tags and added tokens leave no trace.
 
         Bytes that are not UTF-8 (ids cut in the middle of a character) become U+FFFD.
         """
-        return self._processor.decode([int(token) for token in ids])
+        return self._processor.decode([int(token) for token in ids if token < self._pieces])
 
     def token_bytes(self) -> np.ndarray:
         """How many bytes of UTF-8 text each token stands for, int64 [vocab_size]; control: 0."""
         return np.array([self._bytes_of(token) for token in range(self.vocab_size)], np.int64)
 
+    def piece(self, token: int) -> str:
+        """The name of a token in the vocabulary, in which a space is U+2581."""
+        return self._processor.id_to_piece(token)
+
+    def is_byte(self, token: int) -> bool:
+        """Whether a token stands for one byte of a character that the vocabulary lacks."""
+        return self._processor.is_byte(token)
+
     def _bytes_of(self, token: int) -> int:
-        if self._processor.is_control(token) or self._processor.is_unknown(token):
+        if token >= self._pieces or token in (self.eod, self._processor.unk_id()):
+            return 0
+        if self._processor.is_control(token):
             return 0
         if self._processor.is_byte(token):
             return 1
         return len(self._processor.id_to_piece(token).replace(SPACE_SYMBOL, " ").encode())
+
+    def _spelled_space_symbol(self) -> list[int]:
+        """The space symbol in bytes, by which a lossless model tells it from a space; otherwise
+        nothing, and it stays a space."""
+        keeps_spaces = self._processor.encode(" a") != self._processor.encode("a")
+        if not (self.byte_fallback and keeps_spaces) or adds_prefix_space(self._processor):
+            return []
+        names = (f"<0x{byte:02X}>" for byte in SPACE_SYMBOL.encode())
+        return [self._processor.piece_to_id(name) for name in names]
 
     def _encode_around_space_symbol(self, text: str) -> list[int]:
         """Encode text that holds sentencepiece's own space symbol: that character as bytes."""
