@@ -1,0 +1,147 @@
+"""`data tokenize --shard I/N` and `data merge --shards`: together the whole, byte for byte."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from data_support import corpus_bytes, files_of, make_tokenizer, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from megaphase.corpus import Manifest
+from megaphase.data_tools import tokenize as module
+from megaphase.data_tools.commands import data_app
+from megaphase.data_tools.corpora.merge import merge
+from megaphase.data_tools.shards import ShardChoice, shards_of
+from megaphase.data_tools.text import read_chunks
+from megaphase.data_tools.tokenize import tokenize
+from megaphase.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def in_process(task, items, workers):
+    """The results of an ordered pool, without its processes."""
+    yield from map(task, items)
+
+
+@settings(
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    deadline=None,
+)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any),
+    compressed=st.lists(st.booleans(), min_size=4, max_size=4),
+    shards=st.integers(1, 9),
+)
+def test_shards_give_the_whole(tok, tmp_path, monkeypatch, sizes, compressed, shards) -> None:
+    monkeypatch.setattr(module, "ordered_map", in_process)
+    monkeypatch.setattr(
+        module, "read_chunks", lambda *a, **options: read_chunks(*a, **options, chunk_bytes=100)
+    )
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    inputs, number = [], 0
+    for file, size in enumerate(sizes):
+        texts = [f"document {number + i} " * (i % 5 + 1) for i in range(size)]
+        number += size
+        path = write_jsonl(tmp_path / f"{file}.jsonl", texts)
+        if compressed[file]:
+            path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+            path = path.with_suffix(".jsonl.gz")
+        inputs.append(path)
+    tokenize(inputs, tok, tmp_path / "whole", workers=1)
+    for shard in range(shards):
+        tokenize(inputs, tok, tmp_path / "en", workers=1, shard=ShardChoice(shard, shards))
+    if shards > 1:
+        merge(shards_of(tmp_path / "en"), tmp_path / "en")
+    assert corpus_bytes(tmp_path / "en") == corpus_bytes(tmp_path / "whole")
+
+
+@pytest.fixture
+def three(tok: Path, tmp_path: Path) -> Path:
+    """The prefix of a corpus of which three shards are there."""
+    path = write_jsonl(tmp_path / "text" / "a.jsonl", [f"number {i}" for i in range(50)])
+    for number in range(3):
+        tokenize([path], tok, tmp_path / "out" / "en", workers=1, shard=ShardChoice(number, 3))
+    return tmp_path / "out" / "en"
+
+
+@pytest.fixture(autouse=True)
+def text_folder(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+
+
+def test_shards_are_merged_all_and_in_order(three: Path) -> None:
+    first, second, third = shards_of(three)
+    assert [path.name for path in (first, third)] == [
+        "en.shard-00000-of-00003",
+        "en.shard-00002-of-00003",
+    ]
+    for prefixes, message in (
+        ([first, second], r"00001-of-00003\.json: shard 2 of 3 is missing after it"),
+        ([second, third], r"00001-of-00003: is shard 1 of 3, and the ones before it are missing"),
+        ([first, third, second], r"00002-of-00003: shard 1 of 3 should stand here"),
+    ):
+        with pytest.raises(InputError, match=message):
+            merge(prefixes, three)
+    assert merge([first, second, third], three).documents == 50
+    assert Manifest.read(three).shard is None
+
+
+def test_shards_of_other_text_do_not_belong(three: Path, tok: Path, tmp_path: Path) -> None:
+    other = write_jsonl(tmp_path / "b.jsonl", [f"other {i}" for i in range(50)])
+    tokenize([other], tok, three, workers=1, shard=ShardChoice(1, 3), overwrite=True)
+    with pytest.raises(InputError, match=r"00001-of-00003: shard 1 of 3 should stand here"):
+        merge(shards_of(three), three)
+
+
+def test_a_shard_that_is_there_is_not_made_again(three: Path, tok: Path, tmp_path: Path) -> None:
+    prefix = shards_of(three)[1]
+    before = Path(f"{prefix}.bin").stat().st_mtime_ns
+    path = tmp_path / "text" / "a.jsonl"
+    manifest = tokenize([path], tok, three, workers=1, shard=ShardChoice(1, 3))
+    assert manifest == Manifest.read(prefix)
+    assert Path(f"{prefix}.bin").stat().st_mtime_ns == before
+    path.write_text(json.dumps({"text": "other"}))
+    with pytest.raises(InputError, match="exists already; pass --overwrite"):
+        tokenize([path], tok, three, workers=1, shard=ShardChoice(1, 3))
+
+
+def test_what_a_shard_cannot_do_is_said(tok: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "text" / "a.jsonl", ["one"])
+    with pytest.raises(InputError, match=r"--shard: a shard knows nothing of the others"):
+        tokenize(
+            [path], tok, tmp_path / "en", workers=1, shard=ShardChoice(0, 2), drop_duplicates=True
+        )
+    with pytest.raises(InputError, match="standard input cannot be divided"):
+        tokenize([Path("-")], tok, tmp_path / "en", workers=1, shard=ShardChoice(0, 2))
+    for text in ("3/3", "x", "1", "-1/3", "0/0"):
+        with pytest.raises(InputError, match=f"--shard: '{text}' is no part of a whole; give I/N"):
+            ShardChoice.parse(text)
+    with pytest.raises(InputError, match=r"there is no en\.shard-… beside it; make them with"):
+        shards_of(tmp_path / "en")
+
+
+def test_the_commands(three: Path) -> None:
+    first = shards_of(three)[0]
+    for suffix in (".bin", ".idx", ".hash", ".sum", ".json"):
+        shutil.copy(f"{first}{suffix}", f"{three}.shard-00000-of-00002{suffix}")
+    arguments = ["merge", "--shards", "--out", str(three), "--remove"]
+    result = CliRunner().invoke(data_app, arguments)
+    assert "shards of a division by 2 and 3 lie beside it" in str(result.exception)
+    for path in three.parent.glob("*-of-00002.*"):
+        path.unlink()
+    result = CliRunner().invoke(data_app, arguments)
+    assert result.exit_code == 0, result.output
+    assert " 50 " in result.stdout
+    assert files_of(three.parent) == ["en.bin", "en.hash", "en.idx", "en.json", "en.sum"]
