@@ -59,7 +59,7 @@ def read_chunks(
     with named_errors(path):
         size = size_on_disk(path)
         last = end if end is not None and end < size else None
-        if begin and begin >= size or last is not None and last <= begin:
+        if 0 < size <= begin or (last is not None and last <= begin):
             return
         if is_parquet(path):
             from megaphase.data_tools.text.parquet import parquet_chunks

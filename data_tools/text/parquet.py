@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from megaphase.data_tools.text.chunk import Position, TextChunk
 from megaphase.errors import InputError
 
-# Where the compressed text is much smaller than it will be, rows look smaller than they are.
-_MOST_ROWS = 4096
+# Rows are read few at a time: repeated texts look smaller in the file than they are.
+_ROWS_AT_ONCE = 64
+_MOST_ROWS_OF_CHUNK = 4096
 _READ_BUFFER_BYTES = 1 << 18
 _COLUMNS_KEY = b"columns"
 
@@ -35,13 +36,19 @@ def parquet_chunks(
             for number in range(file.num_row_groups):
                 group = _RowGroup(file, number, row, disk)
                 row, disk = group.row + group.rows, group.begin + group.bytes
-                if row > start.offset and disk > begin and (end is None or group.begin < end):
-                    for chunk in group.chunks(path, columns, chunk_bytes):
-                        if end is not None and chunk.file_begin >= end:
-                            return
-                        if chunk.file_begin >= begin and chunk.end.offset > start.offset:
-                            yield chunk
-    except pa.ArrowException as error:
+                if end is not None and group.begin >= end:
+                    return
+                if row <= start.offset or disk <= begin:
+                    continue
+                for chunk in group.chunks(path, columns, chunk_bytes):
+                    if end is not None and chunk.file_begin >= end:
+                        return
+                    if chunk.file_begin >= begin and chunk.end.offset > start.offset:
+                        yield chunk
+    except (pa.ArrowException, OSError) as error:
+        # An error of the system has a number; pyarrow also raises its own as OSErrors.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         problem = f"is cut off or not whole Parquet data ({' '.join(str(error).split())})"
         raise InputError(path, problem, "copy or write it again") from None
 
@@ -88,21 +95,37 @@ class _RowGroup:
 
     def chunks(self, path: Path, columns: Sequence[str], chunk_bytes: int) -> Iterator[TextChunk]:
         names = self._file.schema_arrow.names
-        chosen = [name for name in columns if name in names]
         row = self.row
-        for batch in self._file.iter_batches(
-            self._rows_at_once(chosen, chunk_bytes),
-            row_groups=[self._number],
-            columns=chosen,
-            use_threads=False,
-        ):
-            after = row + batch.num_rows
+        for batches in self._batches([name for name in columns if name in names], chunk_bytes):
+            after = row + sum(batch.num_rows for batch in batches)
             begin, end = self._bytes_before(row), self._bytes_before(after)
-            data = _serialized(batch, names)
             yield TextChunk(
-                path, Position(row, row + 1), Position(after, after + 1), data, begin, end - begin
+                path=path,
+                start=Position(row, row + 1),
+                end=Position(after, after + 1),
+                data=_serialized(batches, names),
+                file_begin=begin,
+                file_bytes=end - begin,
             )
             row = after
+
+    def _batches(self, columns: Sequence[str], chunk_bytes: int) -> Iterator[list[pa.RecordBatch]]:
+        """The rows' columns, about `chunk_bytes` at a time."""
+        together: list[pa.RecordBatch] = []
+        for batch in self._file.iter_batches(
+            self._rows_at_once(columns, chunk_bytes),
+            row_groups=[self._number],
+            columns=columns,
+            use_threads=False,
+        ):
+            together.append(batch)
+            rows = sum(batch.num_rows for batch in together)
+            size = sum(batch.nbytes for batch in together)
+            if size >= chunk_bytes or rows >= _MOST_ROWS_OF_CHUNK:
+                yield together
+                together = []
+        if together:
+            yield together
 
     def _rows_at_once(self, columns: Sequence[str], chunk_bytes: int) -> int:
         size = sum(
@@ -110,15 +133,16 @@ class _RowGroup:
             for column in self._columns
             if column.path_in_schema.split(".")[0] in columns
         )
-        return max(1, min(chunk_bytes * self.rows // max(size, 1), _MOST_ROWS))
+        return max(1, min(chunk_bytes * self.rows // max(size, 1), _ROWS_AT_ONCE))
 
     def _bytes_before(self, row: int) -> int:
         return self.begin + self.bytes * (row - self.row) // max(self.rows, 1)
 
 
-def _serialized(batch: pa.RecordBatch, names: Sequence[str]) -> bytes:
-    batch = batch.replace_schema_metadata({_COLUMNS_KEY: json.dumps(names)})
+def _serialized(batches: Sequence[pa.RecordBatch], names: Sequence[str]) -> bytes:
+    schema = batches[0].schema.with_metadata({_COLUMNS_KEY: json.dumps(names)})
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as stream:
-        stream.write_batch(batch)
+    with pa.ipc.new_stream(sink, schema) as stream:
+        for batch in batches:
+            stream.write_batch(batch)
     return sink.getvalue().to_pybytes()
