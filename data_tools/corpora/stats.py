@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def stats_tables(stats: Mapping[Path, CorpusStats], tokenizer_dir: Path | None) 
 
     Raises InputError where the tokenizer is not the one that made a corpus.
     """
-    parts: list[RenderableType] = [_sizes(stats)]
+    parts: list[RenderableType] = [_sizes(stats), _language(stats)]
     if tokenizer_dir is not None:
         tokenizer = Tokenizer.load(tokenizer_dir)
         for prefix, figures in stats.items():
@@ -83,22 +83,11 @@ def stats_tables(stats: Mapping[Path, CorpusStats], tokenizer_dir: Path | None) 
 
 
 def _sizes(stats: Mapping[Path, CorpusStats]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("corpus", overflow="fold")
-    for column in (
-        "documents",
-        "duplicates",
-        "tokens",
-        "median, mean length",
-        "bytes per token",
-        "vocabulary used",
-        "share of all tokens",
-        f"at temperature {_TEMPERATURE}",
-    ):
-        table.add_column(column, justify="right")
-    sizes = np.array([figures.manifest.tokens for figures in stats.values()], dtype=np.float64)
-    smoothed = sizes ** (1 / _TEMPERATURE)
-    shares = zip(sizes / sizes.sum(), smoothed / smoothed.sum(), strict=True)
+    columns = ("documents", "duplicates", "tokens", "share", f"at T = {_TEMPERATURE}", "a document")
+    table = _table("sizes, in tokens, and shares in a mixture", columns)
+    tokens = np.array([figures.manifest.tokens for figures in stats.values()], dtype=np.float64)
+    smoothed = tokens ** (1 / _TEMPERATURE)
+    shares = zip(tokens / tokens.sum(), smoothed / smoothed.sum(), strict=True)
     for (prefix, figures), (share, smoothed_share) in zip(stats.items(), shares, strict=True):
         manifest = figures.manifest
         table.add_row(
@@ -106,19 +95,36 @@ def _sizes(stats: Mapping[Path, CorpusStats]) -> Table:
             f"{manifest.documents:,}",
             f"{figures.duplicates / manifest.documents:.1%}",
             f"{manifest.tokens:,}",
-            f"{figures.median_length:,}, {manifest.tokens / manifest.documents:,.0f}",
-            f"{manifest.text_bytes / (manifest.tokens - manifest.documents):.2f}",
-            f"{figures.vocabulary_used:.1%}",
             f"{share:.1%}",
             f"{smoothed_share:.1%}",
+            f"{figures.median_length:,}",
         )
     return table
 
 
-def _common_tokens(stats: Mapping[Path, CorpusStats], tokenizer: Tokenizer) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
+def _language(stats: Mapping[Path, CorpusStats]) -> Table:
+    table = _table("how the vocabulary serves the text", ("bytes per token", "vocabulary used"))
+    for prefix, figures in stats.items():
+        manifest = figures.manifest
+        text_tokens = manifest.tokens - manifest.documents
+        table.add_row(
+            escape(str(prefix)),
+            f"{manifest.text_bytes / max(text_tokens, 1):.2f}",
+            f"{figures.vocabulary_used:.1%}",
+        )
+    return table
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("corpus", overflow="fold")
-    table.add_column("single bytes", justify="right")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _common_tokens(stats: Mapping[Path, CorpusStats], tokenizer: Tokenizer) -> Table:
+    table = _table("tokens", ("single bytes",))
     table.add_column("the most common tokens", overflow="fold")
     is_byte = np.array([tokenizer.is_byte(token) for token in range(tokenizer.vocab_size)])
     for prefix, figures in stats.items():

@@ -1,0 +1,181 @@
+"""`--dedup` and `--shuffle`, against slow references; the same whatever is sorted on the disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_support import corpus_bytes, files_of, make_tokenizer, megatron_documents, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from megaphase.corpus import Corpus, CorpusWriter
+from megaphase.corpus.batch import batches_of
+from megaphase.data_tools.commands import data_app
+from megaphase.data_tools.corpora import duplicates, shuffle
+from megaphase.data_tools.corpora.merge import merge
+from megaphase.data_tools.corpora.verify import verify
+from megaphase.data_tools.shards import ShardChoice, shards_of
+from megaphase.data_tools.tokenize import tokenize
+from megaphase.errors import InputError
+
+EOD = 0
+FACTORY = [HealthCheck.function_scoped_fixture]
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def write(prefix: Path, texts: list[list[int]], **options) -> Path:
+    """A corpus whose documents' texts are their tokens in words."""
+    with CorpusWriter(prefix, tokenizer_hash="t", vocab_size=99, eod=EOD, **options) as writer:
+        for tokens in texts:
+            writer.add_document(tokens, " ".join(map(str, tokens)))
+    return prefix
+
+
+def first_ones(documents: list[list[int]]) -> list[list[int]]:
+    seen: list[list[int]] = []
+    for document in documents:
+        if document not in seen:
+            seen.append(document)
+    return seen
+
+
+texts = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=3), min_size=1, max_size=40)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=FACTORY)
+@given(corpora=st.lists(texts, min_size=1, max_size=3), bucket=st.integers(1, 50))
+def test_the_first_of_equal_documents_stays(tmp_path, monkeypatch, corpora, bucket) -> None:
+    monkeypatch.setattr(duplicates, "_BUCKET_DOCUMENTS", bucket)
+    monkeypatch.setattr(duplicates, "_READ_DOCUMENTS", 7)
+    monkeypatch.setattr(batches_of, "__defaults__", (20,))
+    shutil.rmtree(tmp_path)
+    prefixes = [write(tmp_path / str(i), each) for i, each in enumerate(corpora)]
+    manifest = merge(prefixes, tmp_path / "en", drop_duplicates=True)
+    every = [document for each in corpora for document in each]
+    expected = first_ones(every)
+    assert megatron_documents(tmp_path / "en") == [[*document, EOD] for document in expected]
+    assert manifest.skipped_duplicates == len(every) - len(expected)
+    assert verify(tmp_path / "en").text_bytes == sum(2 * len(each) - 1 for each in expected)
+
+
+def test_tokens_alone_or_text_alone_make_no_duplicate(tmp_path: Path) -> None:
+    """Pairs of one source have one hash, and two texts may have the same tokens."""
+    with CorpusWriter(tmp_path / "a", tokenizer_hash="t", vocab_size=99, eod=EOD) as writer:
+        for tokens, text in (([1], "one"), ([2], "one"), ([1], "uno"), ([1], "one")):
+            writer.add_document(tokens, text)
+    merge([tmp_path / "a"], tmp_path / "b", drop_duplicates=True)
+    assert megatron_documents(tmp_path / "b") == [[1, EOD], [2, EOD], [1, EOD]]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=FACTORY)
+@given(corpora=st.lists(texts, min_size=1, max_size=3), bucket=st.integers(1, 4000))
+def test_a_shuffle_is_one_permutation(tmp_path, monkeypatch, corpora, bucket) -> None:
+    shutil.rmtree(tmp_path)
+    prefixes = [write(tmp_path / str(i), each) for i, each in enumerate(corpora)]
+    merge(prefixes, tmp_path / "whole", shuffle_seed=3)
+    monkeypatch.setattr(shuffle, "_BUCKET_BYTES", bucket)
+    monkeypatch.setattr(shuffle, "_MOST_BUCKETS", 4)
+    monkeypatch.setattr(batches_of, "__defaults__", (20,))
+    manifest = merge(prefixes, tmp_path / "parts", shuffle_seed=3)
+    assert corpus_bytes(tmp_path / "parts") == corpus_bytes(tmp_path / "whole")
+    every = [[*document, EOD] for each in corpora for document in each]
+    assert sorted(megatron_documents(tmp_path / "parts")) == sorted(every)
+    assert verify(tmp_path / "parts") == manifest
+
+
+def test_a_shuffle_mixes(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "a", [[1 + i % 90, 1 + i // 90] for i in range(900)])
+    orders = []
+    for seed in (1, 2):
+        merge([prefix], tmp_path / str(seed), shuffle_seed=seed)
+        documents = megatron_documents(tmp_path / str(seed))
+        orders.append(np.array([a - 1 + 90 * (b - 1) for a, b, _ in documents]))
+    for order in orders:
+        assert sorted(order) == list(range(900))
+        # Chance alone gives 0 ± 1 / sqrt(900).
+        assert abs(np.corrcoef(order, np.arange(900))[0, 1]) < 0.15
+        assert np.mean(np.abs(np.diff(order)) == 1) < 0.02
+    assert np.mean(orders[0] == orders[1]) < 0.02
+
+
+def test_random_keys_are_splitmix64() -> None:
+    """Against the algorithm in plain integers."""
+
+    def splitmix64(number: int, key: int) -> int:
+        mask = 2**64 - 1
+        x = ((number + 1) * 0x9E3779B97F4A7C15 + key) & mask
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        return x ^ (x >> 31)
+
+    key = 2**63 + 12345
+    expected = [splitmix64(number, key) for number in range(5, 25)]
+    assert shuffle.random_keys(5, 20, key).tolist() == expected
+
+
+def test_tokenizing_and_merging_shards_agree(tok: Path, tmp_path: Path) -> None:
+    """All at once, and in shards that are merged: the same documents in the same order."""
+    lines = [f"number {i % 70} · text" for i in range(200)]
+    path = write_jsonl(tmp_path / "a.jsonl", lines)
+    options = {"drop_duplicates": True, "shuffle_seed": 11}
+    at_once = tokenize([path], tok, tmp_path / "at-once", workers=1, **options)
+    for number in range(4):
+        tokenize([path], tok, tmp_path / "en", workers=1, shard=ShardChoice(number, 4))
+    merge(shards_of(tmp_path / "en"), tmp_path / "en", **options)
+    assert corpus_bytes(tmp_path / "at-once") == corpus_bytes(tmp_path / "en")
+    assert (at_once.documents, at_once.skipped_duplicates) == (70, 130)
+    assert not [name for name in files_of(tmp_path) if name.startswith(".")]
+
+
+def test_only_the_merge_is_done_again(tok: Path, tmp_path: Path, monkeypatch) -> None:
+    """Where the tokens of `--dedup` are written and only what follows was stopped."""
+    from megaphase.data_tools import tokenize as module
+
+    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two", "one"])
+    out = tmp_path / "out" / "en"
+    real = module.merge
+    monkeypatch.setattr(module, "merge", lambda *a, **b: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        tokenize([path], tok, out, workers=1, drop_duplicates=True)
+    monkeypatch.setattr(module, "merge", real)
+    monkeypatch.setattr(module, "ordered_map", None)
+    assert tokenize([path], tok, out, workers=1, drop_duplicates=True).documents == 2
+    assert files_of(out.parent) == ["en.bin", "en.hash", "en.idx", "en.json", "en.sum"]
+
+
+def test_the_commands_say_what_was_left_out(tok: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two", "one"])
+    for name, arguments in (
+        ("a", ["tokenize", str(path), "--tokenizer", str(tok), "--shuffle", "1"]),
+        ("b", ["merge", str(tmp_path / "a")]),
+    ):
+        arguments = [*arguments, "--out", str(tmp_path / name), "--dedup"]
+        result = CliRunner().invoke(data_app, arguments)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.splitlines()[-1] == "Left out, duplicates: 1"
+    assert len(Corpus.open(tmp_path / "b").lengths) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tag": 5}, r"b: holds translation pairs with the tag 5, .*a texts; keep them as two"),
+        ({"vocab_size": 70_000}, r"b: its tokens are int32, those of .*a uint16; tokenize both"),
+        ({"tokenizer_hash": "u"}, r"b: was made with another tokenizer than .*a; tokenize it"),
+    ],
+)
+def test_merging_refuses_what_is_not_alike(tmp_path: Path, change: dict, message: str) -> None:
+    write(tmp_path / "a", [[1]])
+    options = {"tokenizer_hash": "t", "vocab_size": 99, "eod": EOD} | change
+    with CorpusWriter(tmp_path / "b", **options) as writer:
+        writer.add_document([1], "1")
+    with pytest.raises(InputError, match=message):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
