@@ -88,9 +88,9 @@ class Section(BaseModel):
 
 
 class TaskConfig(Section):
-    """One training distribution: a language, or pairs for translation, and where its corpus lies
-    (PREFIX of .bin/.idx).
+    """One training distribution: what it teaches and where its corpus lies (PREFIX of .bin/.idx).
 
+    kind: texts of a language, or pairs for translation.
     attend_across_documents: whether the documents of a sample see each other; by default those of
     an lm task do, translation pairs do not.
     role is any word, such as `high` or `low`, by which a mixture's `over` can name several tasks.

@@ -174,7 +174,7 @@ def test_the_causal_kernel_is_kept_where_no_row_needs_a_mask(monkeypatch) -> Non
     seen: list[tuple[object, object]] = []
     attend = torch.nn.functional.scaled_dot_product_attention
 
-    def record(q, k, v, mask=None, *, is_causal, **options):
+    def record(q, k, v, mask=None, *, is_causal=False, **options):
         seen.append((mask, is_causal))
         return attend(q, k, v, mask, is_causal=is_causal, **options)
 

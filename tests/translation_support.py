@@ -54,14 +54,21 @@ def random_hashes(count: int, seed: int) -> list[int]:
 
 
 def write_documents(
-    prefix: Path, documents: list[list[int]], hashes: list[int], tag: int | None = TAG
+    prefix: Path,
+    documents: list[list[int]],
+    hashes: list[int],
+    *,
+    tag: int = TAG,
+    tokenizer_hash: str = TOKENIZER_HASH,
+    vocab_size: int = 60_000,
 ) -> None:
+    """Write a corpus of pairs whose documents are these tokens."""
     tokens = np.array([token for each in documents for token in each], np.uint16)
     lengths = np.array([len(each) for each in documents])
+    batch = DocumentBatch.of(tokens, lengths, np.array(hashes, np.uint64), 3 * lengths)
     with CorpusWriter(
-        prefix, tokenizer_hash=TOKENIZER_HASH, vocab_size=60000, eod=EOD, tag=tag
+        prefix, tokenizer_hash=tokenizer_hash, vocab_size=vocab_size, eod=EOD, tag=tag
     ) as writer:
-        batch = DocumentBatch.of(tokens, lengths, np.array(hashes, np.uint64), 3 * lengths)
         writer.add_batch(batch)
 
 

@@ -38,7 +38,7 @@ class Attention(nn.Module):
     def __init__(self, shape: GPTShape, init: Initializer, region: TensorRegion) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
-        self.grouped = shape.kv_heads < shape.heads
+        self.queries_per_key = shape.heads // shape.kv_heads
         heads, kv_heads = (n // region.topology.tensor_size for n in (shape.heads, shape.kv_heads))
         self.local_heads = (heads, kv_heads, kv_heads)
         self.qkv = ColumnParallelLinear(
@@ -66,8 +66,14 @@ class Attention(nn.Module):
         else:
             parts = rotary(heads, self.local_heads)
         q, k, v = (part.transpose(1, 2) for part in parts)
+        grouped = self.queries_per_key > 1
+        if mask is not None and grouped:
+            # The fused GPU kernel that takes a mask knows no groups; without it, the scores of all
+            # heads would be stored.
+            k, v = (each.repeat_interleave(self.queries_per_key, 1) for each in (k, v))
+            grouped = False
         y = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped
+            q, k, v, mask, is_causal=mask is None, enable_gqa=grouped
         )
         return self.out(y.transpose(1, 2).reshape(batch, seq, -1))
 
