@@ -76,7 +76,8 @@ class ArrayOfShards:
         make_directory(self.logs)
         array = _sbatch(self.array_script)
         try:
-            merge = _sbatch(self.merge_script, f"--dependency=afterok:{array}")
+            dependency = f"--dependency=afterok:{array}"
+            merge = _sbatch(self.merge_script, dependency, "--kill-on-invalid-dep=yes")
         except BaseException:
             subprocess.run(["scancel", array], check=False)
             raise
