@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from zlib import crc32
 
@@ -88,6 +88,12 @@ def sample_sentences(
         if not held_out:
             for _ in range(int(whole) + (generator.random() < rest)):
                 yield sentence
+
+
+def first_sentences(files: Sequence[Path], reading: Reading) -> list[str]:
+    """The first 10,000 sentences, to measure a tokenizer on."""
+    sentences = (sentence for sentence, _ in _sentences(files, reading))
+    return list(islice(sentences, _EVALUATION_SENTENCES))
 
 
 def sentences_of(text: str) -> Iterator[str]:

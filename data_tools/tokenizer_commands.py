@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from megaphase.data_tools.options import JsonKey, Overwrite
+from megaphase.data_tools.options import JsonKey, Overwrite, Separator, Template, reading_of
 from megaphase.errors import InputError
 
 if TYPE_CHECKING:
-    from megaphase.tokenizer import TokenizerRecord
+    from megaphase.tokenizer import Fertility, Tokenizer
 
-tokenizer_app = typer.Typer(help="Train a tokenizer.", no_args_is_help=True)
+DEFAULT_TEMPERATURE = 3.3
+TAGS_SHOWN = 12
+
+tokenizer_app = typer.Typer(
+    help="Train a tokenizer; look at one and measure it.", no_args_is_help=True
+)
 
 
 class Algorithm(StrEnum):
@@ -26,41 +34,57 @@ class Algorithm(StrEnum):
     bpe = "bpe"
 
 
-@tokenizer_app.callback()
-def _tokenizer() -> None:
-    # With a callback the only command keeps its name: `tokenizer train`.
-    pass
-
-
 @tokenizer_app.command("train")
 def train(
     inputs: Annotated[
         list[str],
-        typer.Option("--input", metavar="LANGUAGE=FILE", help="Text to train on; repeatable."),
+        typer.Option(
+            "--input",
+            metavar="LANGUAGE=FILE",
+            help="Text to train on, a file or a quoted pattern; repeatable.",
+        ),
     ],
     vocab_size: Annotated[int, typer.Option(help="Number of token ids, all kinds together.")],
     out: Annotated[Path, typer.Option(help="The tokenizer's directory.")],
     model_type: Annotated[Algorithm, typer.Option(help="The algorithm.")] = Algorithm.unigram,
     json_key: JsonKey = "text",
+    template: Template = None,
+    separator: Separator = None,
     tag: Annotated[
         list[str], typer.Option(help="A task tag, for example a target language; repeatable.")
     ] = [],  # noqa: B006
     reserved_tags: Annotated[int, typer.Option(help="Tags to keep room for.")] = 16,
+    user_symbol: Annotated[
+        list[str],
+        typer.Option(help="Text that gets a token of its own and is never cut; repeatable."),
+    ] = [],  # noqa: B006
+    split_digits: Annotated[
+        bool, typer.Option("--split-digits/--no-split-digits", help="Make every digit a token.")
+    ] = True,
     max_sentences: Annotated[int, typer.Option(help="Most lines to train on.")] = 2_000_000,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="Share of a language with n characters: p ∝ n^alpha; 1 / temperature."),
+    ] = None,
     temperature: Annotated[
-        float, typer.Option(help="Smooths the languages' shares of the text; 1 does not.")
-    ] = 3.3,
+        float | None,
+        typer.Option(
+            help="Smooths the languages' shares of the text; 1 does not.",
+            show_default=str(DEFAULT_TEMPERATURE),
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the lines to train on.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Train a sentencepiece tokenizer on several languages.
 
-    Files may be .jsonl or .txt, also .gz or .zst; a language may have several.
+    Files may be .jsonl or .txt, also .gz or .zst, or .parquet; a language may have several. Of
+    translation pairs both sides are trained on with --template "{src}\\n{tgt}".
 
     Example: megaphase tokenizer train --input en=en.jsonl.gz --input hi=hi.jsonl.gz
     --vocab-size 16000 --out tok/
     """
-    from megaphase.data_tools.text import Reading
+    from megaphase.data_tools.text.reading import unescape
     from megaphase.data_tools.train_tokenizer import train_tokenizer
 
     record = train_tokenizer(
@@ -68,42 +92,112 @@ def train(
         out,
         vocab_size=vocab_size,
         model_type=model_type.value,
-        reading=Reading(json_key),
+        reading=reading_of(json_key, template, separator),
         tags=tag,
         reserved_tags=reserved_tags,
+        user_symbols=[unescape(symbol) for symbol in user_symbol],
+        split_digits=split_digits,
         max_sentences=max_sentences,
-        temperature=temperature,
+        temperature=_temperature(alpha, temperature),
         seed=seed,
         overwrite=overwrite,
         console=Console(stderr=True),
     )
     console = Console()
-    console.print(_tokenizer_table(record))
+    _print_fertility(console, record.languages)
     console.print(f"{record.vocab_size:,} tokens in {out}", soft_wrap=True, highlight=False)
+
+
+@tokenizer_app.command("inspect")
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(help="A tokenizer of ours, a .model file, a Hugging Face directory.")
+    ],
+    inputs: Annotated[
+        list[str],
+        typer.Option(
+            "--input",
+            metavar="LANGUAGE=FILE",
+            help="Text to measure it on: 10,000 lines of each language; repeatable.",
+        ),
+    ] = [],  # noqa: B006
+    json_key: JsonKey = "text",
+    template: Template = None,
+    separator: Separator = None,
+) -> None:
+    """Show what a tokenizer is, and how well it serves each language.
+
+    Example: megaphase tokenizer inspect tok/ --input en=en.jsonl.gz --input hi=hi.jsonl.gz
+    """
+    from megaphase.data_tools.fertility import measure_fertility
+    from megaphase.data_tools.text_sample import first_sentences
+    from megaphase.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(path)
+    reading = reading_of(json_key, template, separator)
+    measured = {
+        language: measure_fertility(tokenizer, first_sentences(files, reading), held_out=False)
+        for language, files in _by_language(inputs).items()
+    }
+    console = Console()
+    console.print(_tokenizer_table(tokenizer))
+    if measured or tokenizer.record.languages:
+        _print_fertility(console, measured or tokenizer.record.languages, given=bool(measured))
 
 
 def _by_language(inputs: list[str]) -> dict[str, list[Path]]:
     """The files of each language, from `LANGUAGE=FILE` arguments."""
-    files: dict[str, list[Path]] = {}
+    from megaphase.data_tools.text import expand_inputs
+
+    files: dict[str, list[str]] = {}
     for text in inputs:
         language, equals, file = text.partition("=")
         if not (language and equals and file):
             raise InputError("--input", f"{text!r} is not LANGUAGE=FILE", "write en=en.jsonl.gz")
-        files.setdefault(language, []).append(Path(file))
-    return files
+        files.setdefault(language, []).append(file)
+    return {language: expand_inputs(names) for language, names in files.items()}
 
 
-def _tokenizer_table(record: TokenizerRecord) -> Table:
-    table = Table(title="How the vocabulary serves each language", title_justify="left")
-    table.add_column("language")
-    for column in ("bytes per token", "tokens per word", "measured on"):
-        table.add_column(column, justify="right")
-    for language, fertility in record.languages.items():
-        kind = "held-out text" if fertility.held_out else "training text"
-        table.add_row(
-            language,
-            f"{fertility.bytes_per_token:.2f}",
-            f"{fertility.tokens_per_word:.2f}",
-            f"{fertility.sample_bytes / 1000:,.0f} kB of {kind}",
+def _temperature(alpha: float | None, temperature: float | None) -> float:
+    if alpha is None:
+        return DEFAULT_TEMPERATURE if temperature is None else temperature
+    if temperature is not None:
+        raise InputError("--alpha", "says the same as --temperature", "give one of them")
+    if not 0 <= alpha <= 1:
+        raise InputError("--alpha", f"{alpha} is not between 0 and 1", "1 takes the text as it is")
+    return 1 / alpha if alpha else math.inf
+
+
+def _print_fertility(
+    console: Console, languages: Mapping[str, Fertility], *, given: bool = False
+) -> None:
+    from megaphase.data_tools.fertility import badly_served, fertility_table
+
+    console.print(fertility_table(languages, given_text=given))
+    if names := badly_served(languages):
+        console.print(
+            f"Badly served: {', '.join(names)}. More of its text, a smaller --alpha or a larger "
+            "--vocab-size helps.",
+            soft_wrap=True,
+            highlight=False,
         )
+
+
+def _tokenizer_table(tokenizer: Tokenizer) -> Table:
+    table = Table(show_header=False)
+    table.add_column("what")
+    table.add_column("value", overflow="fold")
+    tags = [f"{name} ({token})" for name, token in tokenizer.tags.items()]
+    more = [f"and {len(tags) - TAGS_SHOWN:,} more"] if len(tags) > TAGS_SHOWN else []
+    for what, value in (
+        ("tokenizer", str(tokenizer.path)),
+        ("algorithm", tokenizer.record.algorithm),
+        ("vocabulary", f"{tokenizer.vocab_size:,}"),
+        ("end of document", f"{tokenizer.piece(tokenizer.eod)} ({tokenizer.eod})"),
+        ("tags", ", ".join([*tags[:TAGS_SHOWN], *more]) or "none"),
+        ("reserved tags", f"{len(tokenizer.reserved_tags)}"),
+        ("byte fallback", "yes" if tokenizer.byte_fallback else "no"),
+        ("fingerprint", tokenizer.fingerprint),
+    ):
+        table.add_row(what, escape(value))
     return table

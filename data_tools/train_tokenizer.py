@@ -15,9 +15,10 @@ from typing import Literal
 import sentencepiece
 from rich.console import Console
 
+from megaphase.data_tools.fertility import measure_fertility
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.progress import reading_progress
-from megaphase.data_tools.text import Reading, check_text_file
+from megaphase.data_tools.text import STDIN, Reading, check_text_file, display_name
 from megaphase.data_tools.text_sample import (
     Survey,
     sample_sentences,
@@ -26,7 +27,7 @@ from megaphase.data_tools.text_sample import (
 )
 from megaphase.errors import InputError, RunError
 from megaphase.files import directory_written_aside, hash_file, write_json_whole
-from megaphase.tokenizer import MODEL_NAME, RECORD_NAME, Fertility, Tokenizer, TokenizerRecord
+from megaphase.tokenizer import MODEL_NAME, RECORD_NAME, SPACE_SYMBOL, Tokenizer, TokenizerRecord
 
 ModelType = Literal["unigram", "bpe"]
 
@@ -36,6 +37,8 @@ UNKNOWN_PIECE = "<unk>"
 # Each has its own token, which nothing merges with.
 _WHITESPACE_PIECES = ("\n", "\t")
 _TAG_NAME = re.compile(r"[^\s<>]+")
+# What text can be taken for: a space is no character of a piece.
+_NO_SYMBOL = re.compile(rf"[ {SPACE_SYMBOL}]")
 _TAKEN_TAG_NAME = re.compile(r"eod|unk|reserved_\d+|0x[0-9A-F]{2}")
 
 # sentencepiece adds up each thread's sums, so another number would give another vocabulary.
@@ -56,6 +59,8 @@ class TrainingJob:
     vocab_size: int
     model_type: ModelType
     tag_pieces: Sequence[str]
+    user_symbols: Sequence[str]
+    split_digits: bool
 
 
 def train_tokenizer(
@@ -67,6 +72,8 @@ def train_tokenizer(
     reading: Reading = Reading(),  # noqa: B008
     tags: Sequence[str] = (),
     reserved_tags: int = 16,
+    user_symbols: Sequence[str] = (),
+    split_digits: bool = True,
     max_sentences: int = 2_000_000,
     temperature: float = 3.3,
     seed: int = 0,
@@ -85,11 +92,13 @@ def train_tokenizer(
         inputs: text files of each language, see `megaphase.data_tools.text`.
         out: the directory to write.
         vocab_size: number of ids, of which EOD, unknown, newline, tab, tags and bytes take
-            260 + len(tags) + reserved_tags.
+            260 + len(tags) + reserved_tags + len(user_symbols).
         model_type: "unigram" or "bpe".
         reading: how the text is read; not as pairs.
         tags: names of task tags; each gets a control token that no text encodes to.
         reserved_tags: how many control tokens to keep for tags that are needed later.
+        user_symbols: texts that get a token each, are never cut and never merged with others.
+        split_digits: whether every digit is a token.
         max_sentences: most lines to train on, all languages together; bounds the memory.
         temperature: 1 takes the text as it is, more makes the languages' shares more equal.
         seed: chooses the sentences.
@@ -99,7 +108,17 @@ def train_tokenizer(
     Raises InputError where an input or argument is wrong, or the text is too small or too varied
     for the vocabulary; RunError where the training process is killed.
     """
-    _check_arguments(inputs, out, tags, reserved_tags, max_sentences, temperature, overwrite)
+    _check_inputs(inputs)
+    for option, value, least in (
+        ("--reserved-tags", reserved_tags, 0),
+        ("--max-sentences", max_sentences, 1),
+        ("--temperature", temperature, 1),
+    ):
+        if value < least:
+            raise InputError(option, f"{value} is too small", f"give {least} or more")
+    _check_tags(tags)
+    _check_user_symbols(user_symbols, tags)
+    _check_out(out, overwrite)
     surveys = _survey(inputs, reading, console)
     job = TrainingJob(
         inputs=inputs,
@@ -110,6 +129,8 @@ def train_tokenizer(
         vocab_size=vocab_size,
         model_type=model_type,
         tag_pieces=[_tag_piece(tag) for tag in (*tags, *_reserved(reserved_tags))],
+        user_symbols=user_symbols,
+        split_digits=split_digits,
     )
     with console.status("training the tokenizer") if console else nullcontext():
         model = _train_in_process(job)
@@ -120,32 +141,35 @@ def train_tokenizer(
     return record
 
 
-def _check_arguments(
-    inputs: Mapping[str, Sequence[Path]],
-    out: Path,
-    tags: Sequence[str],
-    reserved_tags: int,
-    max_sentences: int,
-    temperature: float,
-    overwrite: bool,
-) -> None:
+def _check_inputs(inputs: Mapping[str, Sequence[Path]]) -> None:
     if not inputs:
         raise InputError("--input", "no text was given", "pass --input LANGUAGE=FILE")
     for path in chain.from_iterable(inputs.values()):
+        if path == STDIN:
+            problem = "the text is read more than once"
+            raise InputError(display_name(path), problem, "write it to a file first")
         check_text_file(path)
-    for option, value, least in (
-        ("--reserved-tags", reserved_tags, 0),
-        ("--max-sentences", max_sentences, 1),
-        ("--temperature", temperature, 1),
-    ):
-        if value < least:
-            raise InputError(option, f"{value} is too small", f"give {least} or more")
+
+
+def _check_tags(tags: Sequence[str]) -> None:
     for i, tag in enumerate(tags):
         if not _TAG_NAME.fullmatch(tag):
             raise InputError("--tag", f"{tag!r} has spaces, < or >", "give a plain name like fr")
         if _TAKEN_TAG_NAME.fullmatch(tag) or tag in tags[:i]:
             raise InputError("--tag", f"the name {tag!r} is taken", "choose another")
-    _check_out(out, overwrite)
+
+
+def _check_user_symbols(symbols: Sequence[str], tags: Sequence[str]) -> None:
+    for i, symbol in enumerate(symbols):
+        if not symbol or _NO_SYMBOL.search(symbol):
+            problem = f"{symbol!r} is empty or has a space"
+            raise InputError("--user-symbol", problem, "give text without a space")
+        name = symbol.removeprefix("<").removesuffix(">")
+        is_control = symbol == _tag_piece(name) and (
+            name in tags or _TAKEN_TAG_NAME.fullmatch(name) is not None
+        )
+        if is_control or symbol in symbols[:i] or symbol in _WHITESPACE_PIECES:
+            raise InputError("--user-symbol", f"{symbol!r} is a token already", "leave it out")
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
@@ -197,7 +221,7 @@ def train_model(job: TrainingJob) -> bytes:
         remove_extra_whitespaces=False,
         byte_fallback=True,
         allow_whitespace_only_pieces=True,
-        split_digits=True,
+        split_digits=job.split_digits,
         eos_id=0,
         eos_piece=EOD_PIECE,
         unk_id=1,
@@ -205,7 +229,7 @@ def train_model(job: TrainingJob) -> bytes:
         bos_id=-1,
         pad_id=-1,
         control_symbols=list(job.tag_pieces),
-        user_defined_symbols=list(_WHITESPACE_PIECES),
+        user_defined_symbols=[*_WHITESPACE_PIECES, *job.user_symbols],
         num_threads=_TRAINING_THREADS,
         train_extremely_large_corpus=job.characters > _LARGE_CHARACTERS,
         minloglevel=2,
@@ -256,23 +280,13 @@ def _write_tokenizer(
         languages={},
     )
     tokenizer = Tokenizer(processor, record, directory)
-    languages = {name: _fertility(tokenizer, survey) for name, survey in surveys.items()}
+    languages = {
+        name: measure_fertility(tokenizer, survey.evaluation_text, held_out=bool(survey.held_out))
+        for name, survey in surveys.items()
+    }
     record = record.model_copy(update={"languages": languages})
     write_json_whole(directory / RECORD_NAME, record.model_dump())
     return record
-
-
-def _fertility(tokenizer: Tokenizer, survey: Survey) -> Fertility:
-    texts = survey.evaluation_text
-    tokens = sum(len(ids) for ids in tokenizer.encode_arrays(texts))
-    sample_bytes = sum(len(text.encode()) for text in texts)
-    words = sum(len(text.split()) for text in texts)
-    return Fertility(
-        bytes_per_token=sample_bytes / tokens,
-        tokens_per_word=tokens / max(words, 1),
-        sample_bytes=sample_bytes,
-        held_out=bool(survey.held_out),
-    )
 
 
 def _tag_piece(tag: str) -> str:

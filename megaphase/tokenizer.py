@@ -23,7 +23,14 @@ from megaphase.tokenizer_files import (
     read_tokenizer,
 )
 
-__all__ = ["MODEL_NAME", "RECORD_NAME", "Fertility", "Tokenizer", "TokenizerRecord"]
+__all__ = [
+    "MODEL_NAME",
+    "RECORD_NAME",
+    "SPACE_SYMBOL",
+    "Fertility",
+    "Tokenizer",
+    "TokenizerRecord",
+]
 
 
 class Tokenizer:
@@ -103,13 +110,24 @@ class Tokenizer:
         """How many bytes of UTF-8 text each token stands for, int64 [vocab_size]; control: 0."""
         return np.array([self._bytes_of(token) for token in range(self.vocab_size)], np.int64)
 
-    def piece(self, token: int) -> str:
-        """The name of a token in the vocabulary, in which a space is U+2581."""
-        return self._processor.id_to_piece(token)
-
     def is_byte(self, token: int) -> bool:
         """Whether a token stands for one byte of a character that the vocabulary lacks."""
         return self._processor.is_byte(token)
+
+    def is_spelled(self) -> np.ndarray:
+        """Whether each token stands for what is not in the vocabulary, bool [vocab_size]: a byte,
+        or the unknown."""
+        model = self._processor
+        spelled = [model.is_byte(token) or model.is_unknown(token) for token in range(self._pieces)]
+        return np.pad(np.array(spelled), (0, self.vocab_size - self._pieces))
+
+    def piece(self, token: int) -> str:
+        """The name of a token in the vocabulary, in which a space is U+2581; of an added token,
+        the tag's in angle brackets."""
+        if token < self._pieces:
+            return self._processor.id_to_piece(token)
+        names = {added: name for name, added in self.tags.items()}
+        return f"<{names.get(token, token)}>"
 
     def _bytes_of(self, token: int) -> int:
         if token >= self._pieces or token in (self.eod, self._processor.unk_id()):

@@ -59,6 +59,8 @@ class Fertility(BaseModel):
 
     bytes_per_token: float
     tokens_per_word: float
+    spelled: float | None = None
+    """Share of the tokens that spell, in bytes, or lose a character that the vocabulary lacks."""
     sample_bytes: int
     held_out: bool
     """Whether the sample was kept out of the training text."""

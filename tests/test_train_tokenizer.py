@@ -19,8 +19,10 @@ from data_support import (
     wait_until,
     write_jsonl,
 )
+from typer.testing import CliRunner
 
 from megaphase.data_tools.artificial_languages import write_languages
+from megaphase.data_tools.fertility import badly_served
 from megaphase.data_tools.text import Reading
 from megaphase.data_tools.text_sample import (
     Survey,
@@ -29,9 +31,10 @@ from megaphase.data_tools.text_sample import (
     survey_language,
     uses_per_sentence,
 )
+from megaphase.data_tools.tokenizer_commands import tokenizer_app
 from megaphase.data_tools.train_tokenizer import train_tokenizer
 from megaphase.errors import InputError
-from megaphase.tokenizer import Tokenizer
+from megaphase.tokenizer import Fertility, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +139,12 @@ def test_a_tiny_language_is_measured_on_its_training_text(tmp_path: Path) -> Non
         ({"tags": ("eod",)}, r"--tag: the name 'eod' is taken"),
         ({"tags": ("reserved_1",)}, r"--tag: the name 'reserved_1' is taken"),
         ({"reserved_tags": -1}, r"--reserved-tags: -1 is too small; give 0 or more"),
+        ({"user_symbols": ("a b",)}, r"--user-symbol: 'a b' is empty or has a space"),
+        ({"user_symbols": ("",)}, r"--user-symbol: '' is empty or has a space"),
+        ({"user_symbols": ("a", "a")}, r"--user-symbol: 'a' is a token already; leave it out"),
+        ({"user_symbols": ("<fr>",), "tags": ("fr",)}, r"--user-symbol: '<fr>' is a token alread"),
+        ({"user_symbols": ("<0x0A>",)}, r"--user-symbol: '<0x0A>' is a token already"),
+        ({"user_symbols": ("\n",)}, r"--user-symbol: '\\n' is a token already"),
         ({"max_sentences": 0}, r"--max-sentences: 0 is too small"),
         ({"temperature": 0.5}, r"--temperature: 0\.5 is too small"),
         ({"reading": Reading("body")}, r"large\.jsonl:1: the key 'body' is missing"),
@@ -240,3 +249,108 @@ def test_the_record_is_readable_json(tmp_path: Path) -> None:
     assert list(record["tags"]) == ["fr", "hi"]
     assert len(record["reserved_tags"]) == 3
     assert record["languages"]["aa"]["bytes_per_token"] > 1
+
+
+def test_user_symbols_are_never_cut(tmp_path: Path) -> None:
+    symbols = ("<|im_start|>", "a,b", "\n\n", "größer", "12")
+    texts = [f"wir sind größer als a,b und {i} Leute\n\nund <|im_start|> mehr" for i in range(90)]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    train_tokenizer({"a": [path]}, tmp_path / "tok", vocab_size=305, user_symbols=symbols)
+    tokenizer = Tokenizer.load(tmp_path / "tok")
+    for symbol in symbols:
+        (token,) = tokenizer.encode(symbol)
+        text = f"x{symbol}{symbol} 9"
+        assert tokenizer.encode(text).count(token) == 2
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.token_bytes()[token] == len(symbol.encode())
+    assert not set(symbols) & set(tokenizer.tags)
+
+
+@pytest.mark.parametrize("split_digits", [True, False])
+def test_digits_are_split_unless_told_otherwise(tmp_path: Path, split_digits: bool) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["in 1984 and 1985"] * 200)
+    train_tokenizer(
+        {"a": [path]}, tmp_path / "tok", vocab_size=290, model_type="bpe", split_digits=split_digits
+    )
+    assert (len(Tokenizer.load(tmp_path / "tok").encode("1984")) == 4) == split_digits
+
+
+def run_tokenizer(*arguments: object) -> str:
+    result = CliRunner().invoke(tokenizer_app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_pairs_are_trained_on_by_a_template(tmp_path: Path) -> None:
+    pairs = [{"src": f"{i} houses", "tgt": f"{i} Häuser"} for i in range(300)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    texts = [f"{pair['src']}\n{pair['tgt']}" for pair in pairs]
+    options = ["--vocab-size", 280, "--reserved-tags", 0]
+    run_tokenizer(
+        "train", "--input", f"a={path}", "--template", r"{src}\n{tgt}", *options,
+        "--out", tmp_path / "tok",
+    )  # fmt: skip
+    write_jsonl(tmp_path / "joined.jsonl", texts)
+    run_tokenizer(
+        "train", "--input", f"a={tmp_path / 'joined.jsonl'}", *options, "--out", tmp_path / "same"
+    )
+    fingerprint = Tokenizer.load(tmp_path / "tok").fingerprint
+    assert fingerprint == Tokenizer.load(tmp_path / "same").fingerprint
+
+
+def test_alpha_is_one_over_the_temperature(text: dict[str, list[Path]], tmp_path: Path) -> None:
+    folder = text["large"][0].parent
+    inputs = ["--input", f"large={folder}/l*.jsonl", "--input", f"small={folder}/small.jsonl"]
+    same = ["train", *inputs, "--vocab-size", 500, "--out"]
+    run_tokenizer(*same, tmp_path / "a", "--alpha", 0.25)
+    run_tokenizer(*same, tmp_path / "b", "--temperature", 4)
+    run_tokenizer(*same, tmp_path / "c", "--alpha", 0)
+    prints = [Tokenizer.load(tmp_path / name).fingerprint for name in "abc"]
+    assert prints[0] == prints[1] != prints[2]
+    with pytest.raises(InputError, match="--alpha: says the same as --temperature; give one of"):
+        run_tokenizer(*same, tmp_path / "d", "--alpha", 0.5, "--temperature", 2)
+    with pytest.raises(InputError, match=r"--alpha: 2\.0 is not between 0 and 1"):
+        run_tokenizer(*same, tmp_path / "d", "--alpha", 2)
+
+
+def test_text_that_is_read_twice_does_not_come_from_a_pipe(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="standard input: the text is read more than once; write"):
+        run_tokenizer("train", "--input", "a=-", "--vocab-size", 300, "--out", tmp_path / "tok")
+
+
+def test_inspect_measures_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
+    tok = make_tokenizer(tmp_path)
+    known, strange = ["some plain words, and some more"] * 9, ["日本語の文章を書きます"] * 9
+    write_jsonl(tmp_path / "en.jsonl", known)
+    write_jsonl(tmp_path / "ja.jsonl", strange)
+    inputs = ["--input", f"en={tmp_path / 'en.jsonl'}", "--input", f"ja={tmp_path / 'ja.jsonl'}"]
+    shown = run_tokenizer("inspect", tok / "tokenizer.model", *inputs)
+    tokenizer = Tokenizer.load(tok)
+    lines = shown.splitlines()
+    for what in ("unigram", "<eod> (0)", "fr (", "reserved_0 (", tokenizer.fingerprint):
+        assert what in shown, what
+    # The worst served language comes first; it stands in bytes alone.
+    assert [line.split()[1] for line in lines if " kB of text" in line] == ["ja", "en"]
+    row = next(line for line in lines if line.split()[1:2] == ["ja"]).replace("│", " ").split()
+    assert (row[1], row[3]) == ("1.00", "100.0%")
+    assert lines[-1].startswith("Badly served: ja")
+    tokens = sum(map(len, map(tokenizer.encode, known)))
+    row = next(line for line in lines if line.split()[1:2] == ["en"]).replace("│", " ").split()
+    assert row[1] == f"{sum(map(len, known)) / tokens:.2f}"
+    # Without text, what the record says.
+    assert "held-out text" in run_tokenizer("inspect", tok)
+    assert "kB of" not in run_tokenizer("inspect", tok / "tokenizer.model")
+
+
+def test_a_well_served_language_is_no_warning() -> None:
+    def fertility(bytes_per_token: float, spelled: float) -> Fertility:
+        return Fertility(
+            bytes_per_token=bytes_per_token, tokens_per_word=1, spelled=spelled, sample_bytes=9,
+            held_out=True,
+        )  # fmt: skip
+
+    languages = {"a": fertility(4.4, 0), "b": fertility(2.3, 0.04), "c": fertility(2.1, 0)}
+    assert badly_served(languages) == ["c"]
+    assert badly_served({"a": fertility(4.4, 0.06), "b": fertility(1.9, 0)}) == ["b", "a"]
+    assert badly_served({}) == []
