@@ -253,9 +253,11 @@ def test_the_record_is_readable_json(tmp_path: Path) -> None:
 
 def test_user_symbols_are_never_cut(tmp_path: Path) -> None:
     symbols = ("<|im_start|>", "a,b", "\n\n", "größer", "12")
-    texts = [f"wir sind größer als a,b und {i} Leute\n\nund <|im_start|> mehr" for i in range(90)]
+    dice = random.Random(0)
+    words = ["".join(dice.choices("abcdefghijkl", k=4)) for _ in range(300)]
+    texts = [f"{word} größer als a,b\n\nund <|im_start|> {word}s" for word in words]
     path = write_jsonl(tmp_path / "a.jsonl", texts)
-    train_tokenizer({"a": [path]}, tmp_path / "tok", vocab_size=305, user_symbols=symbols)
+    train_tokenizer({"a": [path]}, tmp_path / "tok", vocab_size=340, user_symbols=symbols)
     tokenizer = Tokenizer.load(tmp_path / "tok")
     for symbol in symbols:
         (token,) = tokenizer.encode(symbol)
@@ -282,11 +284,12 @@ def run_tokenizer(*arguments: object) -> str:
 
 
 def test_pairs_are_trained_on_by_a_template(tmp_path: Path) -> None:
-    pairs = [{"src": f"{i} houses", "tgt": f"{i} Häuser"} for i in range(300)]
+    numbers = ["".join(random.Random(i).choices("abcdefgh", k=4)) for i in range(300)]
+    pairs = [{"src": f"{number} houses", "tgt": f"{number} Häuser"} for number in numbers]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     texts = [f"{pair['src']}\n{pair['tgt']}" for pair in pairs]
-    options = ["--vocab-size", 280, "--reserved-tags", 0]
+    options = ["--vocab-size", 300, "--reserved-tags", 0]
     run_tokenizer(
         "train", "--input", f"a={path}", "--template", r"{src}\n{tgt}", *options,
         "--out", tmp_path / "tok",
