@@ -110,10 +110,6 @@ class Tokenizer:
         """How many bytes of UTF-8 text each token stands for, int64 [vocab_size]; control: 0."""
         return np.array([self._bytes_of(token) for token in range(self.vocab_size)], np.int64)
 
-    def is_byte(self, token: int) -> bool:
-        """Whether a token stands for one byte of a character that the vocabulary lacks."""
-        return self._processor.is_byte(token)
-
     def is_spelled(self) -> np.ndarray:
         """Whether each token stands for what is not in the vocabulary, bool [vocab_size]: a byte,
         or the unknown."""

@@ -126,14 +126,14 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 def _common_tokens(stats: Mapping[Path, CorpusStats], tokenizer: Tokenizer) -> Table:
     table = _table("tokens", ("single bytes",))
     table.add_column("the most common tokens", overflow="fold")
-    is_byte = np.array([tokenizer.is_byte(token) for token in range(tokenizer.vocab_size)])
+    is_spelled = tokenizer.is_spelled()
     for prefix, figures in stats.items():
         counts = figures.token_counts.copy()
         counts[tokenizer.eod] = 0
         common = np.argsort(-counts, kind="stable")[:_MOST_COMMON]
         table.add_row(
             escape(str(prefix)),
-            f"{counts[is_byte].sum() / max(counts.sum(), 1):.2%}",
+            f"{counts[is_spelled].sum() / max(counts.sum(), 1):.2%}",
             escape(" ".join(repr(tokenizer.piece(int(token))) for token in common)),
         )
     return table
