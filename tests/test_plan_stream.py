@@ -24,6 +24,7 @@ from plan_support import (
 )
 
 from megaphase.corpus import Corpus
+from megaphase.corpus.format import SUM_DTYPE
 from megaphase.plan import _builder
 from megaphase.plan.dataset import read_held_out
 from megaphase.plan.stream import DOCUMENTS_PER_CALL, Stream
@@ -172,6 +173,7 @@ def test_every_token_is_an_input_and_a_target_once_an_epoch(lengths, seq_len):
         lengths=np.array(lengths, np.int32),
         byte_offsets=2 * (ends - lengths),
         hashes=np.full(len(lengths), 2**64 - 1, np.uint64),
+        sums=np.zeros(len(lengths), SUM_DTYPE),
     )
     stream = Stream("x", corpus, seed=1, seq_len=seq_len, fraction=0.5, held_out=False)
     assert stream.samples_per_epoch == -(-(total - 1) // seq_len)
