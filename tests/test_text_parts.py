@@ -27,6 +27,7 @@ from megaphase.data_tools.text import (
     size_on_disk,
 )
 from megaphase.data_tools.text import chunks as chunks_module
+from megaphase.data_tools.text.chunk import count_lines
 from megaphase.errors import InputError
 
 LINES = st.lists(
@@ -168,6 +169,19 @@ def test_lines_are_named_in_parts_too(tmp_path: Path, shards: int) -> None:
         documents = (it for chunk in part for it in documents_and_wrong_ones(chunk, Reading()))
         wrong += [it.where for it in documents if isinstance(it, WrongDocument)]
     assert wrong == [f"{path}:1501", f"{path}:2701"]
+
+
+def test_lines_before_a_part_are_counted_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("oops\n" * 3_000)
+    part = list(read_chunks(path, Reading(), begin=7_000, chunk_bytes=500))
+    counts = count_lines.cache_info().misses
+    wrong = [it for chunk in part for it in documents_and_wrong_ones(chunk, Reading())]
+    assert len(part) > 10
+    assert [it.where for it in wrong if isinstance(it, WrongDocument)] == [
+        f"{path}:{number}" for number in range(1_401, 3_001)
+    ]
+    assert count_lines.cache_info().misses == counts + 1
 
 
 def test_a_too_large_document_is_named_in_parts_too(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 _PIECE_BYTES = 1 << 20
@@ -32,6 +33,8 @@ class TextChunk:
         file_begin: bytes of the file, as it lies on the disk, before the chunk; the same however
             reading was begun. Of Parquet, interpolated by row within a row group.
         file_bytes: how much of the file, as it lies on the disk, was read for this chunk.
+        counted_from, lines_since: where reading began, and the lines since then; needed where the
+            line of the start is not known.
     """
 
     path: Path
@@ -40,13 +43,19 @@ class TextChunk:
     data: bytes
     file_begin: int
     file_bytes: int
+    counted_from: int = 0
+    lines_since: int = 0
 
     @property
     def first_line(self) -> int:
-        """Number of the chunk's first line; where it is not known, the file is read up to it."""
-        return self.start.line or count_lines(self.path, self.start.offset) + 1
+        """Number of the chunk's first line; where it is not known, the file is read up to where
+        reading began, once in a process."""
+        if self.start.line:
+            return self.start.line
+        return count_lines(self.path, self.counted_from) + self.lines_since + 1
 
 
+@lru_cache(maxsize=1)
 def count_lines(path: Path, size: int) -> int:
     """How many lines end within the first `size` bytes of a file."""
     lines = 0

@@ -109,10 +109,11 @@ def _uncompressed_chunks(
     position: Position,
     chunk_bytes: int,
 ) -> Iterator[TextChunk]:
+    begin, lines = position.offset, 0
     for data in _whole_documents(path, pieces, ends, position, chunk_bytes):
         after = advance(position, data)
-        yield TextChunk(path, position, after, data, position.offset, len(data))
-        position = after
+        yield TextChunk(path, position, after, data, position.offset, len(data), begin, lines)
+        position, lines = after, lines + data.count(b"\n")
 
 
 def _compressed_chunks(
