@@ -7,7 +7,8 @@ determines it. It holds, besides `index.json` (counts, and the hashes of all pie
     blend-P.counts  turns of every task before each block of that blend   i64 [blocks, tasks]
     starts          for every task, from a multiple of START_ALIGNMENT    u32 or u64 [samples, 2]
                     bytes on: where its samples begin, epoch after epoch
-                    in token order: document slot and offset in the document
+                    (of translation pairs one epoch) in token order:
+                    document slot and offset in the document
 """
 
 from __future__ import annotations
