@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from megaphase.errors import InputError
 from megaphase.tokenizer import Fertility, Tokenizer
 
 # A language with so much less than the best one, or so many characters that the vocabulary lacks,
@@ -16,7 +15,7 @@ _BAD_SHARE_SPELLED = 0.05
 
 
 def measure_fertility(tokenizer: Tokenizer, texts: Sequence[str], *, held_out: bool) -> Fertility:
-    """How finely `texts`, of which one has a token at least, are cut."""
+    """How finely `texts` are cut."""
     tokens = spelled = 0
     is_spelled = tokenizer.is_spelled()
     for ids in tokenizer.encode_arrays(texts):
@@ -24,12 +23,10 @@ def measure_fertility(tokenizer: Tokenizer, texts: Sequence[str], *, held_out: b
         spelled += int(is_spelled[ids].sum())
     sample_bytes = sum(len(text.encode()) for text in texts)
     words = sum(len(text.split()) for text in texts)
-    if not tokens:
-        raise InputError(tokenizer.path, "gives no token for this text", "give other text")
     return Fertility(
-        bytes_per_token=sample_bytes / tokens,
+        bytes_per_token=sample_bytes / max(tokens, 1),
         tokens_per_word=tokens / max(words, 1),
-        spelled=spelled / tokens,
+        spelled=spelled / max(tokens, 1),
         sample_bytes=sample_bytes,
         held_out=held_out,
     )

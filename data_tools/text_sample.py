@@ -10,7 +10,7 @@ from pathlib import Path
 from zlib import crc32
 
 from megaphase.data_tools.progress import Advance
-from megaphase.data_tools.text import Reading, documents_of, read_chunks
+from megaphase.data_tools.text import Reading, display_name, documents_of, read_chunks
 from megaphase.errors import InputError
 
 # sentencepiece drops longer sentences (4,192 bytes; a character has at most 4).
@@ -56,8 +56,7 @@ def survey_language(
         if len(kept) < _EVALUATION_SENTENCES:
             kept.append(sentence)
     if not survey.sentences:
-        names = ", ".join(str(path) for path in files)
-        raise InputError(names, f"no text of {language!r} to train on", "give files that hold text")
+        raise _no_text(language, files)
     return survey
 
 
@@ -90,10 +89,13 @@ def sample_sentences(
                 yield sentence
 
 
-def first_sentences(files: Sequence[Path], reading: Reading) -> list[str]:
-    """The first 10,000 sentences, to measure a tokenizer on."""
+def first_sentences(language: str, files: Sequence[Path], reading: Reading) -> list[str]:
+    """The first 10,000 sentences, to measure a tokenizer on; InputError where there is none."""
     sentences = (sentence for sentence, _ in _sentences(files, reading))
-    return list(islice(sentences, _EVALUATION_SENTENCES))
+    first = list(islice(sentences, _EVALUATION_SENTENCES))
+    if not first:
+        raise _no_text(language, files)
+    return first
 
 
 def sentences_of(text: str) -> Iterator[str]:
@@ -102,6 +104,11 @@ def sentences_of(text: str) -> Iterator[str]:
         if line and not line.isspace():
             for start in range(0, len(line), LONGEST_SENTENCE):
                 yield line[start : start + LONGEST_SENTENCE]
+
+
+def _no_text(language: str, files: Sequence[Path]) -> InputError:
+    names = ", ".join(map(display_name, files))
+    return InputError(names, f"no text of {language!r}", "give files that hold text")
 
 
 def _sentences(

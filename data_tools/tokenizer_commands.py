@@ -136,7 +136,9 @@ def inspect(
     tokenizer = Tokenizer.load(path)
     reading = reading_of(json_key, template, separator)
     measured = {
-        language: measure_fertility(tokenizer, first_sentences(files, reading), held_out=False)
+        language: measure_fertility(
+            tokenizer, first_sentences(language, files, reading), held_out=False
+        )
         for language, files in _by_language(inputs).items()
     }
     console = Console()

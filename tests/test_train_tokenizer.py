@@ -174,7 +174,7 @@ def test_the_sizes_that_errors_name_work(tmp_path: Path) -> None:
 
 def test_a_language_without_text_is_named(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["", " \n "])
-    with pytest.raises(InputError, match=r"a\.jsonl: no text of 'xx' to train on"):
+    with pytest.raises(InputError, match=r"a\.jsonl: no text of 'xx'; give files that hold text"):
         train_tokenizer({"xx": [path]}, tmp_path / "tok", vocab_size=300)
     with pytest.raises(InputError, match=r"none\.txt: no such file"):
         train_tokenizer({"xx": [tmp_path / "none.txt"]}, tmp_path / "tok", vocab_size=300)
@@ -341,6 +341,9 @@ def test_inspect_measures_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
     tokens = sum(map(len, map(tokenizer.encode, known)))
     row = next(line for line in lines if line.split()[1:2] == ["en"]).replace("│", " ").split()
     assert row[1] == f"{sum(map(len, known)) / tokens:.2f}"
+    write_jsonl(tmp_path / "none.jsonl", [" "])
+    with pytest.raises(InputError, match=r"none\.jsonl: no text of 'xx'; give files that hold"):
+        run_tokenizer("inspect", tok, "--input", f"xx={tmp_path / 'none.jsonl'}")
     # Without text, what the record says.
     assert "held-out text" in run_tokenizer("inspect", tok)
     assert "kB of" not in run_tokenizer("inspect", tok / "tokenizer.model")
