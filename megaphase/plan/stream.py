@@ -119,9 +119,7 @@ class Stream:
         return self._shuffled(ordinals, SAMPLE_WINDOW)
 
     def _shuffled(self, ordinals: np.ndarray, window: int) -> np.ndarray:
-        return _builder.shuffle_samples(
-            ordinals, self.samples_per_epoch, window, self._shuffle_key
-        )
+        return _builder.shuffle_samples(ordinals, self.samples_per_epoch, window, self._shuffle_key)
 
     def index_rows(self, numbers: np.ndarray) -> np.ndarray:
         """The rows of the index that say where the samples with these numbers begin, int64 [n]."""
