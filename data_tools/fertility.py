@@ -8,9 +8,11 @@ from rich.table import Table
 
 from megaphase.tokenizer import Fertility, Tokenizer
 
-# A language with so much less than the best one, or so many characters that the vocabulary lacks,
-# learns and is generated at a multiple of the cost.
-_BAD_SHARE_OF_BEST = 0.5
+# Bytes a token say little across scripts: a letter of Hindi has three, one of English has one. A
+# word is about as much in one language as in another, unless there is no space between words.
+_MOST_BYTES_OF_WORD = 40
+# What is worse than this learns, and is generated, at a multiple of the cost.
+_BAD_TIMES_BEST = 2.0
 _BAD_SHARE_SPELLED = 0.05
 
 
@@ -33,15 +35,17 @@ def measure_fertility(tokenizer: Tokenizer, texts: Sequence[str], *, held_out: b
 
 
 def badly_served(languages: Mapping[str, Fertility]) -> list[str]:
-    """Languages with less than half the bytes a token of the best one, or with more than 5 % of
+    """Languages with more than twice the tokens a word of the best one, or with more than 5 % of
     the tokens spelling characters that the vocabulary lacks; the worst first."""
-    best = max((it.bytes_per_token for it in languages.values()), default=0.0)
-    return [
+    with_words = [it.tokens_per_word for it in languages.values() if _has_words(it)]
+    most = _BAD_TIMES_BEST * min(with_words, default=0.0)
+    bad = [
         name
-        for name, fertility in _worst_first(languages)
-        if fertility.bytes_per_token < _BAD_SHARE_OF_BEST * best
+        for name, fertility in languages.items()
+        if (_has_words(fertility) and fertility.tokens_per_word > most)
         or (fertility.spelled or 0.0) > _BAD_SHARE_SPELLED
     ]
+    return sorted(bad, key=lambda name: -languages[name].tokens_per_word)
 
 
 def fertility_table(languages: Mapping[str, Fertility], *, given_text: bool = False) -> Table:
@@ -50,17 +54,26 @@ def fertility_table(languages: Mapping[str, Fertility], *, given_text: bool = Fa
     table.add_column("language")
     for column in ("bytes per token", "tokens per word", "spelled in bytes", "measured on"):
         table.add_column(column, justify="right")
-    for language, fertility in _worst_first(languages):
+    bad = badly_served(languages)
+    others = sorted(languages.keys() - set(bad), key=lambda name: _tokens_per_word(languages[name]))
+    for language in (*bad, *reversed(others)):
+        fertility = languages[language]
         kind = "held-out text" if fertility.held_out else "training text"
         table.add_row(
             language,
             f"{fertility.bytes_per_token:.2f}",
-            f"{fertility.tokens_per_word:.2f}",
+            f"{fertility.tokens_per_word:.2f}" if _has_words(fertility) else "no spaces",
             "" if fertility.spelled is None else f"{100 * fertility.spelled:.1f}%",
             f"{fertility.sample_bytes / 1000:,.0f} kB of {'text' if given_text else kind}",
         )
     return table
 
 
-def _worst_first(languages: Mapping[str, Fertility]) -> list[tuple[str, Fertility]]:
-    return sorted(languages.items(), key=lambda item: item[1].bytes_per_token)
+def _tokens_per_word(fertility: Fertility) -> float:
+    """0 where words are not known."""
+    return fertility.tokens_per_word if _has_words(fertility) else 0.0
+
+
+def _has_words(fertility: Fertility) -> bool:
+    """Whether the language puts spaces between its words."""
+    return fertility.bytes_per_token * fertility.tokens_per_word <= _MOST_BYTES_OF_WORD

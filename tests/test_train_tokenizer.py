@@ -22,7 +22,7 @@ from data_support import (
 from typer.testing import CliRunner
 
 from megaphase.data_tools.artificial_languages import write_languages
-from megaphase.data_tools.fertility import badly_served
+from megaphase.data_tools.fertility import badly_served, fertility_table
 from megaphase.data_tools.text import Reading
 from megaphase.data_tools.text_sample import (
     Survey,
@@ -349,14 +349,32 @@ def test_inspect_measures_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
     assert "kB of" not in run_tokenizer("inspect", tok / "tokenizer.model")
 
 
-def test_a_well_served_language_is_no_warning() -> None:
-    def fertility(bytes_per_token: float, spelled: float) -> Fertility:
-        return Fertility(
-            bytes_per_token=bytes_per_token, tokens_per_word=1, spelled=spelled, sample_bytes=9,
-            held_out=True,
-        )  # fmt: skip
+def fertility(
+    tokens_per_word: float, *, bytes_per_token: float = 4.0, spelled: float = 0.0
+) -> Fertility:
+    return Fertility(
+        bytes_per_token=bytes_per_token,
+        tokens_per_word=tokens_per_word,
+        spelled=spelled,
+        sample_bytes=9_000,
+        held_out=True,
+    )
 
-    languages = {"a": fertility(4.4, 0), "b": fertility(2.3, 0.04), "c": fertility(2.1, 0)}
-    assert badly_served(languages) == ["c"]
-    assert badly_served({"a": fertility(4.4, 0.06), "b": fertility(1.9, 0)}) == ["b", "a"]
-    assert badly_served({}) == []
+
+def test_a_well_served_language_is_no_warning() -> None:
+    # Three bytes a letter make no language well served, nor one byte a letter badly.
+    languages = {
+        "en": fertility(1.5),
+        "hi": fertility(1.6, bytes_per_token=9),
+        "fi": fertility(2.9),
+    }
+    assert badly_served(languages) == []
+    languages |= {"fr": fertility(3.1), "ka": fertility(4.0, spelled=0.3)}
+    assert badly_served(languages) == ["ka", "fr"]
+    # Without spaces a word is a sentence.
+    chinese = {"zh": fertility(30), "ja": fertility(50, spelled=0.06)}
+    assert badly_served({**languages, **chinese}) == ["ja", "ka", "fr"]
+    assert badly_served({"a": fertility(9)}) == badly_served({}) == []
+    rows = fertility_table({**languages, **chinese})
+    assert list(rows.columns[0].cells) == ["ja", "ka", "fr", "fi", "hi", "en", "zh"]
+    assert list(rows.columns[2].cells)[-2:] == ["1.50", "no spaces"]
