@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 from megaphase.config import RunConfig, load_run_file
-from megaphase.corpus.format import HASH_DTYPE, write_index
+from megaphase.corpus.format import HASH_DTYPE, SUM_DTYPE, write_index
 from megaphase.corpus.manifest import DATA_SUFFIXES, FileRecord, Manifest
 from megaphase.plan.spec import PlanSpec, plan_spec
 
@@ -34,6 +34,8 @@ def write_corpus(prefix: Path, lengths: np.ndarray, seed: int, *, with_tokens: b
         write_index(file.write, TOKEN_DTYPE, lengths)
     with open(paths[".hash"], "wb") as file:
         random.integers(0, 2**64, len(lengths), dtype=np.uint64).astype(HASH_DTYPE).tofile(file)
+    with open(paths[".sum"], "wb") as file:
+        file.truncate(len(lengths) * SUM_DTYPE.itemsize)
     with open(paths[".bin"], "wb") as file:
         for first in range(0, tokens if with_tokens else 0, CHUNK_TOKENS):
             size = min(CHUNK_TOKENS, tokens - first)

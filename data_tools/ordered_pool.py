@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import traceback
@@ -23,6 +24,8 @@ Result = TypeVar("Result")
 
 # Results that wait for their turn, a worker: enough to ride out one slow item.
 _IN_FLIGHT_PER_WORKER = 4
+# The one that a worker has in hand, and the next.
+_ITEMS_PER_WORKER = 2
 
 
 def ordered_map(
@@ -40,13 +43,13 @@ def ordered_map(
     """
     if workers < 1:
         raise ValueError(f"workers: {workers}")
-    pool = _Pool(task)
+    pool = _Pool(task, workers)
     numbered = enumerate(items)
     results: dict[int, tuple[bool, Any]] = {}
     sent = given = 0
     try:
         while True:
-            while sent - given < workers * _IN_FLIGHT_PER_WORKER and pool.has_room(workers):
+            while sent - given < workers * _IN_FLIGHT_PER_WORKER and pool.has_room():
                 entry = next(numbered, None)
                 if entry is None:
                     break
@@ -67,13 +70,17 @@ def ordered_map(
 
 
 class _Worker:
-    """One process and the pipe to it. A worker has at most one item: a second one could leave
-    both sides blocked in a full pipe."""
+    """One process and the pipe to it.
+
+    A thread of the process takes items from the pipe as they come, so that the next one is there
+    when one is done, and so that neither side is ever blocked in a full pipe for good.
+    """
 
     def __init__(self, task: Callable[[Any], Any]) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, task), daemon=True)
+        self.items = 0
         with _interrupt_deferred():
             self.process.start()
         # So that the pipe ends when the process does.
@@ -90,17 +97,22 @@ class _Worker:
 
 
 class _Pool:
-    def __init__(self, task: Callable[[Any], Any]) -> None:
+    def __init__(self, task: Callable[[Any], Any], most_workers: int) -> None:
         self._task = task
-        self._idle: list[_Worker] = []
-        self._busy: list[_Worker] = []
+        self._most_workers = most_workers
+        self._workers: list[_Worker] = []
 
-    def has_room(self, workers: int) -> bool:
-        return bool(self._idle) or len(self._busy) < workers
+    def has_room(self) -> bool:
+        if len(self._workers) < self._most_workers:
+            return True
+        return any(worker.items < _ITEMS_PER_WORKER for worker in self._workers)
 
     def send(self, entry: tuple[int, Any]) -> None:
-        worker = self._idle.pop() if self._idle else _Worker(self._task)
-        self._busy.append(worker)
+        worker = min(self._workers, key=lambda worker: worker.items, default=None)
+        if worker is None or (worker.items and len(self._workers) < self._most_workers):
+            worker = _Worker(self._task)
+            self._workers.append(worker)
+        worker.items += 1
         try:
             worker.pipe.send(entry)
         except OSError:
@@ -109,21 +121,20 @@ class _Pool:
     def receive(self) -> list[tuple[int, bool, Any]]:
         """Wait until at least one worker has a result."""
         replies = []
-        ready = connection.wait([worker.pipe for worker in self._busy])
-        for worker in [worker for worker in self._busy if worker.pipe in ready]:
+        busy = [worker for worker in self._workers if worker.items]
+        ready = connection.wait([worker.pipe for worker in busy])
+        for worker in [worker for worker in busy if worker.pipe in ready]:
             try:
                 replies.append(worker.pipe.recv())
             except (EOFError, OSError):
                 raise worker.died() from None
-            self._busy.remove(worker)
-            self._idle.append(worker)
+            worker.items -= 1
         return replies
 
     def stop(self) -> None:
-        workers = [*self._idle, *self._busy]
-        for worker in workers:
+        for worker in self._workers:
             worker.process.terminate()
-        for worker in workers:
+        for worker in self._workers:
             worker.process.join()
             worker.pipe.close()
 
@@ -132,16 +143,27 @@ def _work(pipe: connection.Connection, task: Callable[[Any], Any]) -> None:
     # Ctrl-C reaches every process of the terminal; the main one stops the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_main_process, daemon=True).start()
+    items: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
+    threading.Thread(target=_take_items, args=(pipe, items), daemon=True).start()
     # The pipe ends when the main process has gone.
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while True:
-            number, item = pipe.recv()
+    with suppress(BrokenPipeError, ConnectionResetError):
+        while entry := items.get():
+            number, item = entry
             try:
                 reply = (number, True, task(item))
             except Exception as error:
                 error.add_note(f"in a worker process:\n{traceback.format_exc()}")
                 reply = (number, False, error)
             pipe.send(reply)
+
+
+def _take_items(
+    pipe: connection.Connection, items: queue.SimpleQueue[tuple[int, Any] | None]
+) -> None:
+    with suppress(EOFError, ConnectionResetError):
+        while True:
+            items.put(pipe.recv())
+    items.put(None)
 
 
 def _end_with_main_process() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from pydantic_core import from_json
 
 from megaphase.data_tools.text.chunk import TextChunk, advance
 from megaphase.data_tools.text.kinds import display_name, kind_of
@@ -53,11 +55,13 @@ def documents_of(chunk: TextChunk, reading: Reading) -> Iterator[Document]:
         for where, row, names in _rows(chunk):
             yield _document(row, reading, where, names)
     elif kind == "jsonl":
-        for number, line in enumerate(_decode(chunk).split("\n")):
+        keys = reading.keys
+        for number, line in enumerate(_without_mark(chunk).split(b"\n")):
             if line and not line.isspace():
-                yield _json_document(line, reading, chunk, number)
+                document = _quick_json_document(line, reading, keys)
+                yield _json_document(line, reading, chunk, number) if document is None else document
     else:
-        for block in re.split(_between_texts(reading), f"\n{_decode(chunk)}"):
+        for block in re.split(_between_texts(reading), f"\n{_decode(_without_mark(chunk), chunk)}"):
             if block and not block.isspace():
                 yield block.strip("\r\n")
 
@@ -122,28 +126,44 @@ def _between_texts(reading: Reading) -> str:
     return rf"(?m:^){re.escape(reading.separator)}\r?(?:\n|\Z)"
 
 
-def _decode(chunk: TextChunk) -> str:
+def _without_mark(chunk: TextChunk) -> bytes:
     data = chunk.data
-    if chunk.start.offset == 0:
-        data = data.removeprefix(codecs.BOM_UTF8)
+    return data if chunk.start.offset else data.removeprefix(codecs.BOM_UTF8)
+
+
+def _decode(data: bytes, chunk: TextChunk, number: int = 0) -> str:
+    """The text of a chunk, or of what begins with its line of this number, from 0."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        line = chunk.first_line + data.count(b"\n", 0, error.start)
+        line = chunk.first_line + number + data.count(b"\n", 0, error.start)
         problem = f"is not UTF-8 text (byte 0x{data[error.start]:02x})"
         where = f"{display_name(chunk.path)}:{line}"
         raise InputError(where, problem, "convert the file to UTF-8") from None
 
 
-def _json_document(line: str, reading: Reading, chunk: TextChunk, number: int) -> Document:
-    """The document of a chunk's line, counted from 0."""
+def _quick_json_document(line: bytes, reading: Reading, keys: Sequence[str]) -> Document | None:
+    """The document of a line, or None where something about it is not as usual."""
     try:
-        value = json.loads(line)
+        record = from_json(line, cache_strings="none")
+        if all(type(record[key]) is str for key in keys):
+            return reading.document(record)
+    except (ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _json_document(line: bytes, reading: Reading, chunk: TextChunk, number: int) -> Document:
+    """The document of a chunk's line, counted from 0, by a parser that says what is wrong."""
+    try:
+        value = json.loads(_decode(line, chunk, number))
         if isinstance(value, dict):
             return _document(value, reading, "", value)
         problem = f"is {_JSON_TYPES[type(value)]}, not a JSON object"
         remedy = "write {" + ", ".join(f'"{key}": "..."' for key in reading.keys) + "}"
     except InputError as error:
+        if error.where:
+            raise
         problem, remedy = error.problem, error.remedy
     except (ValueError, RecursionError) as error:
         problem = f"is not valid JSON ({getattr(error, 'msg', 'it cannot be parsed')})"

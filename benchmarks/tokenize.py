@@ -1,0 +1,235 @@
+"""Tokenizing beside sentencepiece itself and beside a preprocessor of Megatron-LM's kind, in one run.
+
+    pip install -c constraints.txt -e '.[benchmark]'
+    python benchmarks/tokenize.py --corpora ../shared/corpora
+
+The text, of whatever languages FOLDER/*.jsonl.gz are, is repeated to --megabytes. Three sides take
+turns, each time in processes of their own:
+
+- the floor: `SentencePieceProcessor.encode` in a bare loop over texts that are in memory, first on
+  one core alone, then on as many as there are workers at once (cores that share an execution unit
+  or a memory bus are slower together, and so is what runs on them);
+- a `multiprocessing.Pool` that encodes a document at a time and whose main process writes with
+  megatron-core's IndexedDatasetBuilder, as Megatron-LM's tools/preprocess_data.py does;
+- `megaphase data tokenize`, from file to verified corpus.
+
+MB are 10^6 bytes of the documents' UTF-8 text; starting processes counts for both tools. It also
+prints the most memory of a worker, and the speed of verifying beside `cat` of the same files.
+Exit code 2 where megatron-core or the corpora are missing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Python puts this folder first, and this file would hide the standard library's tokenize.
+sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
+
+import argparse
+import gzip
+import importlib.util
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from megaphase.errors import EXIT_WRONG_INPUT
+
+ROUNDS = 3
+VOCAB_SIZE = 16_000
+FLOOR_SECONDS = 6.0
+
+
+def prepare(corpora: list[Path], folder: Path, megabytes: int) -> tuple[Path, Path, int]:
+    """A tokenizer, the text repeated in one file, and how many bytes of text that is."""
+    from megaphase.data_tools.train_tokenizer import train_tokenizer
+
+    inputs = {path.name.split(".")[0]: [path] for path in corpora}
+    train_tokenizer(inputs, folder / "tok", vocab_size=VOCAB_SIZE)
+    lines = [line for path in corpora for line in gzip.open(path, "rb")]
+    once = sum(len(json.loads(line)["text"].encode()) for line in lines)
+    repeats = max(round(megabytes * 1e6 / once), 1)
+    with open(folder / "text.jsonl", "wb") as file:
+        for _ in range(repeats):
+            file.writelines(lines)
+    return folder / "tok", folder / "text.jsonl", once * repeats
+
+
+def floor_speed(model: Path, text: Path, start: Barrier) -> float:
+    """Bytes a second of a bare loop over the texts, for some seconds."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    texts, size = [], 0
+    with open(text, "rb") as file:
+        for line in file:
+            texts.append(json.loads(line)["text"])
+            size += len(texts[-1])
+            if size > 16e6:
+                break
+    start.wait()
+    began, done = time.perf_counter(), 0
+    while True:
+        for each in texts:
+            processor.encode(each)
+            done += len(each.encode())
+            if (seconds := time.perf_counter() - began) > FLOOR_SECONDS:
+                return done / seconds
+
+
+def floors(model: Path, text: Path, processes: int) -> float:
+    """Mean bytes a second of `processes` bare loops at once."""
+    with multiprocessing.Manager() as manager:
+        start = manager.Barrier(processes)
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            runs = [pool.submit(floor_speed, model, text, start) for _ in range(processes)]
+            return statistics.mean(run.result() for run in runs)
+
+
+class MegatronEncoder:
+    """What a worker of Megatron-LM's preprocess_data does with a line."""
+
+    processor: Any
+
+    def __init__(self, model: str, eod: int) -> None:
+        self.model, self.eod = model, eod
+
+    def initializer(self) -> None:
+        """Load the tokenizer once in every worker."""
+        MegatronEncoder.processor = sentencepiece.SentencePieceProcessor(model_file=self.model)
+
+    def encode(self, line: str) -> tuple[dict[str, list[int]], dict[str, list[int]], int]:
+        """Token ids and lengths by key, and the line's length."""
+        tokens = MegatronEncoder.processor.encode_as_ids(json.loads(line)["text"])
+        tokens.append(self.eod)
+        return {"text": tokens}, {"text": [len(tokens)]}, len(line)
+
+
+def run_megatron(tok: Path, text: Path, out: Path, workers: int) -> None:
+    """The loop of Megatron-LM's tools/preprocess_data.py."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    encoder = MegatronEncoder(str(tok / "tokenizer.model"), 0)
+    builder = IndexedDatasetBuilder(f"{out}.bin", dtype=DType.optimal_dtype(VOCAB_SIZE))
+    with (
+        open(text, encoding="utf-8") as lines,
+        multiprocessing.Pool(workers, initializer=encoder.initializer) as pool,
+    ):
+        for tokens, lengths, _ in pool.imap(encoder.encode, lines, 32):
+            builder.add_document(tokens["text"], lengths["text"])
+    builder.finalize(f"{out}.idx")
+
+
+def run_ours(tok: Path, text: Path, out: Path, workers: int) -> None:
+    """`megaphase data tokenize`."""
+    from megaphase.data_tools.tokenize import tokenize
+
+    tokenize([text], tok, out, workers=workers, overwrite=True)
+
+
+def timed(side: Callable[..., None], *arguments: Any) -> tuple[float, float]:
+    """Seconds of a side in a process of its own, and the most bytes that one of its children took."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(os.getpid).result()
+        began = time.perf_counter()
+        memory = pool.submit(run_and_measure, side, *arguments).result()
+        return time.perf_counter() - began, memory
+
+
+def run_and_measure(side: Callable[..., None], *arguments: Any) -> float:
+    """Run a side; the most bytes of memory that a child of this process took."""
+    side(*arguments)
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+def command_seconds(command: list[str]) -> float:
+    """Seconds of a command."""
+    began = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def measure(folder: Path, corpora: list[Path], megabytes: int, workers: int) -> None:
+    """Print a line a round, and the medians."""
+    tok, text, size = prepare(corpora, folder, megabytes)
+    print(f"{size / 1e6:.0f} MB of text, {len(corpora)} languages, {workers} workers")
+    header = ("floor, 1", f"floor, {workers}", "Pool", "megaphase", "/ floor", "/ Pool")
+    print(" ".join(f"{name:>11}" for name in header), " MB/s, floors and / floor a core")
+    rows, memory = [], 0.0
+    for _ in range(ROUNDS):
+        alone = floors(tok / "tokenizer.model", text, 1)
+        together = floors(tok / "tokenizer.model", text, workers)
+        theirs = size / timed(run_megatron, tok, text, folder / "theirs", workers)[0]
+        seconds, most = timed(run_ours, tok, text, folder / "ours", workers)
+        ours, memory = size / seconds, max(memory, most)
+        row = (alone, together, theirs, ours, ours / workers / together, ours / theirs)
+        rows.append(row)
+        print_row(row)
+    print_row(tuple(statistics.median(column) for column in zip(*rows, strict=True)))
+    print(f"most memory of a worker: {memory / 1e6:.0f} MB")
+    compare_bytes(folder)
+    compare_verify(folder)
+
+
+def print_row(row: tuple[float, ...]) -> None:
+    """One line of the table."""
+    speeds = " ".join(f"{value / 1e6:11.1f}" for value in row[:4])
+    print(speeds, " ".join(f"{value:11.2f}" for value in row[4:]), flush=True)
+
+
+def compare_bytes(folder: Path) -> None:
+    """Both sides must have written the same tokens."""
+    same = (folder / "ours.bin").read_bytes() == (folder / "theirs.bin").read_bytes()
+    print(f"tokens of both sides: {'the same' if same else 'DIFFERENT'}")
+
+
+def compare_verify(folder: Path) -> None:
+    """`data verify`, without its start, beside `cat` of the same files."""
+    from megaphase.data_tools.corpora.verify import verify
+
+    files = [str(folder / f"ours{suffix}") for suffix in (".bin", ".idx", ".hash", ".sum")]
+    size = sum(os.path.getsize(file) for file in files)
+    for _ in range(ROUNDS):
+        cat = command_seconds(["sh", "-c", 'cat "$@" | cat > /dev/null', "sh", *files])
+        began = time.perf_counter()
+        verify(folder / "ours")
+        seconds = time.perf_counter() - began
+        print(
+            f"verify {size / 1e6 / seconds:,.0f} MB/s, cat {size / 1e6 / cat:,.0f} MB/s, "
+            f"ratio {cat / seconds:.2f}"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--corpora", type=Path, required=True, help="a folder of *.jsonl.gz")
+    parser.add_argument("--megabytes", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    arguments = parser.parse_args()
+    corpora = sorted(arguments.corpora.glob("*.jsonl.gz"))
+    if not corpora or importlib.util.find_spec("megatron") is None:
+        missing = "megatron-core" if corpora else f"{arguments.corpora}/*.jsonl.gz"
+        print(f"{missing} is missing: see the top of this file", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, sentencepiece "
+        f"{version('sentencepiece')}, megatron-core {version('megatron-core')}"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        measure(Path(folder), corpora, arguments.megabytes, arguments.workers)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
