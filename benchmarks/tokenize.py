@@ -1,4 +1,4 @@
-"""Tokenizing beside sentencepiece itself and beside a preprocessor of Megatron-LM's kind, in one run.
+"""Tokenizing beside sentencepiece itself and a preprocessor of Megatron-LM's kind, in one run.
 
     pip install -c constraints.txt -e '.[benchmark]'
     python benchmarks/tokenize.py --corpora ../shared/corpora
@@ -6,15 +6,16 @@
 The text, of whatever languages FOLDER/*.jsonl.gz are, is repeated to --megabytes. Three sides take
 turns, each time in processes of their own:
 
-- the floor: `SentencePieceProcessor.encode` in a bare loop over texts that are in memory, first on
-  one core alone, then on as many as there are workers at once (cores that share an execution unit
-  or a memory bus are slower together, and so is what runs on them);
+- the floor: `SentencePieceProcessor.encode` in a bare loop over texts that are in memory, in as
+  many processes at once as there are workers;
 - a `multiprocessing.Pool` that encodes a document at a time and whose main process writes with
   megatron-core's IndexedDatasetBuilder, as Megatron-LM's tools/preprocess_data.py does;
-- `megaphase data tokenize`, from file to verified corpus.
+- `megaphase data tokenize`, from file to corpus.
 
-MB are 10^6 bytes of the documents' UTF-8 text; starting processes counts for both tools. It also
-prints the most memory of a worker, and the speed of verifying beside `cat` of the same files.
+MB are 10^6 bytes of the documents' UTF-8 text; starting processes counts for both tools. A worker's
+speed is also given by the seconds of a core that the workers took, which other work on the machine
+changes less, without those of their start (about half a second each). It also prints the most memory of a worker, and the speed of verifying beside `cat` of
+the same files.
 Exit code 2 where megatron-core or the corpora are missing.
 """
 
@@ -42,15 +43,31 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sentencepiece
 
 from megaphase.errors import EXIT_WRONG_INPUT
 
-ROUNDS = 3
+ROUNDS = 5
 VOCAB_SIZE = 16_000
-FLOOR_SECONDS = 6.0
+FLOOR_BYTES = 40e6
+
+
+class Speed(NamedTuple):
+    """Bytes a second of all workers together, bytes a second of one core, most bytes of a worker."""
+
+    wall: float
+    core: float
+    memory: float
+
+
+class Usage(NamedTuple):
+    """What a side took: seconds, seconds of a core in all workers, most bytes of one of them."""
+
+    seconds: float
+    core_seconds: float
+    memory: float
 
 
 def prepare(corpora: list[Path], folder: Path, megabytes: int) -> tuple[Path, Path, int]:
@@ -68,33 +85,37 @@ def prepare(corpora: list[Path], folder: Path, megabytes: int) -> tuple[Path, Pa
     return folder / "tok", folder / "text.jsonl", once * repeats
 
 
-def floor_speed(model: Path, text: Path, start: Barrier) -> float:
-    """Bytes a second of a bare loop over the texts, for some seconds."""
+def floor_speed(model: Path, text: Path, start: Barrier) -> Speed:
+    """A bare loop over the texts, for some seconds."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     texts, size = [], 0
     with open(text, "rb") as file:
         for line in file:
             texts.append(json.loads(line)["text"])
-            size += len(texts[-1])
-            if size > 16e6:
+            size += len(texts[-1].encode())
+            if size > FLOOR_BYTES:
                 break
     start.wait()
-    began, done = time.perf_counter(), 0
-    while True:
-        for each in texts:
-            processor.encode(each)
-            done += len(each.encode())
-            if (seconds := time.perf_counter() - began) > FLOOR_SECONDS:
-                return done / seconds
+    began, began_cpu = time.perf_counter(), time.process_time()
+    for each in texts:
+        processor.encode(each)
+    return Speed(
+        size / (time.perf_counter() - began), size / (time.process_time() - began_cpu), 0.0
+    )
 
 
-def floors(model: Path, text: Path, processes: int) -> float:
-    """Mean bytes a second of `processes` bare loops at once."""
+def floor(model: Path, text: Path, processes: int) -> Speed:
+    """The mean of `processes` bare loops at once."""
     with multiprocessing.Manager() as manager:
         start = manager.Barrier(processes)
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
             runs = [pool.submit(floor_speed, model, text, start) for _ in range(processes)]
-            return statistics.mean(run.result() for run in runs)
+            speeds = [run.result() for run in runs]
+    return Speed(
+        statistics.mean(speed.wall for speed in speeds),
+        statistics.mean(speed.core for speed in speeds),
+        0.0,
+    )
 
 
 class MegatronEncoder:
@@ -138,19 +159,26 @@ def run_ours(tok: Path, text: Path, out: Path, workers: int) -> None:
     tokenize([text], tok, out, workers=workers, overwrite=True)
 
 
-def timed(side: Callable[..., None], *arguments: Any) -> tuple[float, float]:
-    """Seconds of a side in a process of its own, and the most bytes that one of its children took."""
+def speed_of(size: int, start: Usage, whole: Usage, workers: int) -> Speed:
+    """How fast a side did `size` bytes; `start` is what one worker's start takes."""
+    core_seconds = whole.core_seconds - workers * start.core_seconds
+    return Speed(size / whole.seconds, size / core_seconds, whole.memory)
+
+
+def run_alone(side: Callable[..., None], *arguments: Any) -> Usage:
+    """Run a side in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(os.getpid).result()
         began = time.perf_counter()
-        memory = pool.submit(run_and_measure, side, *arguments).result()
-        return time.perf_counter() - began, memory
+        used = pool.submit(run_and_measure, side, *arguments).result()
+        return Usage(time.perf_counter() - began, *used)
 
 
-def run_and_measure(side: Callable[..., None], *arguments: Any) -> float:
-    """Run a side; the most bytes of memory that a child of this process took."""
+def run_and_measure(side: Callable[..., None], *arguments: Any) -> tuple[float, float]:
+    """Run a side; seconds of a core that its children took, and the most bytes of one of them."""
     side(*arguments)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
 
 
 def command_seconds(command: list[str]) -> float:
@@ -163,29 +191,38 @@ def command_seconds(command: list[str]) -> float:
 def measure(folder: Path, corpora: list[Path], megabytes: int, workers: int) -> None:
     """Print a line a round, and the medians."""
     tok, text, size = prepare(corpora, folder, megabytes)
-    print(f"{size / 1e6:.0f} MB of text, {len(corpora)} languages, {workers} workers")
-    header = ("floor, 1", f"floor, {workers}", "Pool", "megaphase", "/ floor", "/ Pool")
-    print(" ".join(f"{name:>11}" for name in header), " MB/s, floors and / floor a core")
+    print(f"{size / 1e6:.0f} MB of text, {len(corpora)} languages, {workers} workers; MB/s:")
+    print(f"{'together':>33}   {'a core-second of the workers':>42}")
+    names = ("Pool", "megaphase", "ratio", "floor", "Pool", "megaphase", "/ floor")
+    print(" ".join(f"{name:>10}" for name in names))
+    line = folder / "line.jsonl"
+    line.write_text('{"text": "one"}\n')
     rows, memory = [], 0.0
     for _ in range(ROUNDS):
-        alone = floors(tok / "tokenizer.model", text, 1)
-        together = floors(tok / "tokenizer.model", text, workers)
-        theirs = size / timed(run_megatron, tok, text, folder / "theirs", workers)[0]
-        seconds, most = timed(run_ours, tok, text, folder / "ours", workers)
-        ours, memory = size / seconds, max(memory, most)
-        row = (alone, together, theirs, ours, ours / workers / together, ours / theirs)
-        rows.append(row)
-        print_row(row)
-    print_row(tuple(statistics.median(column) for column in zip(*rows, strict=True)))
+        bare = floor(tok / "tokenizer.model", text, workers)
+        sides = []
+        for side, out in ((run_megatron, folder / "theirs"), (run_ours, folder / "ours")):
+            start = run_alone(side, tok, line, out, 1)
+            sides.append(speed_of(size, start, run_alone(side, tok, text, out, workers), workers))
+        theirs, ours = sides
+        memory = max(memory, ours.memory)
+        speeds = (theirs.wall, ours.wall, bare.core, theirs.core, ours.core)
+        rows.append(speeds)
+        print_row(*speeds, ours.wall / theirs.wall, ours.core / bare.core)
+    together = statistics.median(row[1] / row[0] for row in rows)
+    a_core = statistics.median(row[4] / row[2] for row in rows)
+    medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+    print_row(*medians, together, a_core)
     print(f"most memory of a worker: {memory / 1e6:.0f} MB")
     compare_bytes(folder)
     compare_verify(folder)
 
 
-def print_row(row: tuple[float, ...]) -> None:
-    """One line of the table."""
-    speeds = " ".join(f"{value / 1e6:11.1f}" for value in row[:4])
-    print(speeds, " ".join(f"{value:11.2f}" for value in row[4:]), flush=True)
+def print_row(*row: float) -> None:
+    """One line of the table: five speeds and the two ratios."""
+    speeds = [f"{value / 1e6:10.1f}" for value in row[:5]]
+    ratios = [f"{value:10.2f}" for value in row[5:]]
+    print(" ".join([*speeds[:2], ratios[0], *speeds[2:], ratios[1]]), flush=True)
 
 
 def compare_bytes(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -116,14 +117,15 @@ def join_documents(
     """
     counts = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
     kept = np.flatnonzero(counts)
-    lengths = counts[kept] + 1
-    ends = np.cumsum(lengths)
-    stored = np.full(lengths.sum(), tokenizer.eod, token_dtype(tokenizer.vocab_size))
-    is_text = np.ones(len(stored), bool)
-    is_text[ends - 1] = False
-    # One empty piece more, since nothing cannot be concatenated.
-    stored[is_text] = np.concatenate([np.empty(0, np.int32), *tokens])
+    end = np.array([tokenizer.eod], dtype=np.int32).tobytes()
+    parts = ((_as_int32(tokens[i]).data, end) for i in kept.tolist())
+    joined = b"".join(chain.from_iterable(parts))
+    stored = np.frombuffer(joined, np.int32).astype(token_dtype(tokenizer.vocab_size))
     digests = b"".join([document_hash(hashed[i]) for i in kept.tolist()])
     sizes = np.asarray(text_bytes, dtype=np.int64)[kept]
-    batch = DocumentBatch.of(stored, lengths, np.frombuffer(digests, HASH_DTYPE), sizes)
+    batch = DocumentBatch.of(stored, counts[kept] + 1, np.frombuffer(digests, HASH_DTYPE), sizes)
     return EncodedDocuments(batch, len(tokens) - len(kept))
+
+
+def _as_int32(tokens: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(tokens, dtype=np.int32)

@@ -66,7 +66,6 @@ def count_lines(path: Path, size: int) -> int:
     return lines
 
 
-def advance(position: Position, data: bytes) -> Position:
-    """The position after `data`, which begins at `position`."""
-    line = position.line and position.line + data.count(b"\n")
-    return Position(position.offset + len(data), line)
+def advance(position: Position, size: int, lines: int) -> Position:
+    """The position after `size` bytes from `position` on, in which so many lines end."""
+    return Position(position.offset + size, position.line and position.line + lines)

@@ -109,11 +109,11 @@ def _uncompressed_chunks(
     position: Position,
     chunk_bytes: int,
 ) -> Iterator[TextChunk]:
-    begin, lines = position.offset, 0
-    for data in _whole_documents(path, pieces, ends, position, chunk_bytes):
-        after = advance(position, data)
-        yield TextChunk(path, position, after, data, position.offset, len(data), begin, lines)
-        position, lines = after, lines + data.count(b"\n")
+    begin, lines_since = position.offset, 0
+    for data, lines in _whole_documents(path, pieces, ends, position, chunk_bytes):
+        after = advance(position, len(data), lines)
+        yield TextChunk(path, position, after, data, position.offset, len(data), begin, lines_since)
+        position, lines_since = after, lines_since + lines
 
 
 def _compressed_chunks(
@@ -122,8 +122,8 @@ def _compressed_chunks(
     ends, position, disk = _document_ends(path, reading), Position(), 0
     with open(path, "rb") as file:
         pieces = decompressed(file, path.suffix)
-        for data in _whole_documents(path, pieces, ends, position, chunk_bytes):
-            after = advance(position, data)
+        for data, lines in _whole_documents(path, pieces, ends, position, chunk_bytes):
+            after = advance(position, len(data), lines)
             if begin <= disk and start.offset < after.offset:
                 yield TextChunk(path, position, after, data, disk, file.tell() - disk)
             position, disk = after, file.tell()
@@ -137,22 +137,25 @@ def _whole_documents(
     ends: Sequence[bytes],
     position: Position,
     chunk_bytes: int,
-) -> Iterator[bytes]:
-    """The pieces put together and cut where a document ends; `position` is where they begin."""
+) -> Iterator[tuple[bytes, int]]:
+    """The pieces put together and cut where a document ends, each with how many lines end in it;
+    `position` is where they begin."""
     buffer, searched = bytearray(), chunk_bytes
     for piece in pieces:
         buffer += piece
         while cut := _document_end(buffer, ends, searched):
-            data = bytes(buffer[:cut])
+            with memoryview(buffer) as view:
+                data = bytes(view[:cut])
             del buffer[:cut]
-            yield data
-            position, searched = advance(position, data), chunk_bytes
+            lines = data.count(b"\n")
+            yield data, lines
+            position, searched = advance(position, cut, lines), chunk_bytes
         searched = max(searched, len(buffer))
         if len(buffer) > chunk_bytes + LARGEST_DOCUMENT_BYTES:
             line = position.line or count_lines(path, position.offset) + 1
             raise InputError(f"{display_name(path)}:{line}", *_too_large(ends))
     if buffer:
-        yield bytes(buffer)
+        yield bytes(buffer), buffer.count(b"\n")
 
 
 def _document_ends(path: Path, reading: Reading) -> tuple[bytes, ...]:

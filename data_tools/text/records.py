@@ -114,7 +114,7 @@ def _single_documents(chunk: TextChunk, reading: Reading) -> Iterator[TextChunk]
     position, begin = replace(chunk.start, line=chunk.first_line), 0
     for end in [*(found.end() for found in between.finditer(chunk.data)), len(chunk.data)]:
         data = chunk.data[begin:end]
-        after = advance(position, data)
+        after = advance(position, len(data), data.count(b"\n"))
         yield TextChunk(chunk.path, position, after, data, chunk.file_begin, 0)
         position, begin = after, end
 
