@@ -14,8 +14,8 @@ turns, each time in processes of their own:
 
 MB are 10^6 bytes of the documents' UTF-8 text; starting processes counts for both tools. A worker's
 speed is also given by the seconds of a core that the workers took, which other work on the machine
-changes less, without those of their start (about half a second each). It also prints the most memory of a worker, and the speed of verifying beside `cat` of
-the same files.
+changes less, without those of their start (about half a second each). It also prints the most
+memory of a worker, and the speed of verifying beside `cat` of the same files.
 Exit code 2 where megatron-core or the corpora are missing.
 """
 
@@ -55,7 +55,7 @@ FLOOR_BYTES = 40e6
 
 
 class Speed(NamedTuple):
-    """Bytes a second of all workers together, bytes a second of one core, most bytes of a worker."""
+    """Bytes a second of all workers together and of one core; the most bytes of a worker."""
 
     wall: float
     core: float
@@ -76,7 +76,10 @@ def prepare(corpora: list[Path], folder: Path, megabytes: int) -> tuple[Path, Pa
 
     inputs = {path.name.split(".")[0]: [path] for path in corpora}
     train_tokenizer(inputs, folder / "tok", vocab_size=VOCAB_SIZE)
-    lines = [line for path in corpora for line in gzip.open(path, "rb")]
+    lines = []
+    for path in corpora:
+        with gzip.open(path, "rb") as file:
+            lines += file.readlines()
     once = sum(len(json.loads(line)["text"].encode()) for line in lines)
     repeats = max(round(megabytes * 1e6 / once), 1)
     with open(folder / "text.jsonl", "wb") as file:

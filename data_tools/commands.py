@@ -34,6 +34,8 @@ data_app = typer.Typer(
     no_args_is_help=True,
 )
 
+_PAIRS = "Translation pairs"
+_MACHINES = "Several machines"
 _SLURM_OPTIONS = {"inputs", "slurm", "tasks", "sbatch", "dry_run", "shard"}
 # What shards cannot do, since they know nothing of each other.
 _MERGE_ALONE = {"dedup", "shuffle"}
@@ -59,7 +61,7 @@ def tokenize_command(
     context: typer.Context,
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="FILE...", help='Text files in order, also as "*" patterns; or -.'),
+        typer.Argument(metavar="FILE", help='Text files in order, also as "*" patterns; or -.'),
     ],
     tokenizer: Annotated[Path, typer.Option(help="The tokenizer's directory, or a .model file.")],
     out: Annotated[Path, typer.Option(help="Prefix of the corpus: PREFIX.bin, PREFIX.idx ...")],
@@ -68,14 +70,16 @@ def tokenize_command(
     template: Template = None,
     separator: Separator = None,
     source_key: Annotated[
-        str | None, typer.Option(help="Of translation pairs: the key of the source.")
+        str | None, typer.Option(help="The key of the source.", rich_help_panel=_PAIRS)
     ] = None,
     target_key: Annotated[
-        str | None, typer.Option(help="Of translation pairs: the key of the target.")
+        str | None, typer.Option(help="The key of the target.", rich_help_panel=_PAIRS)
     ] = None,
     tag: Annotated[
         str | None,
-        typer.Option(help="Of translation pairs: the tokenizer's tag to put between them."),
+        typer.Option(
+            help="The tokenizer's tag to put between source and target.", rich_help_panel=_PAIRS
+        ),
     ] = None,
     stdin_kind: Annotated[StdinKind, typer.Option(help="What - holds.")] = StdinKind.jsonl,
     on_error: Annotated[
@@ -84,21 +88,40 @@ def tokenize_command(
     ] = OnError.stop,
     dedup: Dedup = False,
     shuffle: Shuffle = None,
+    overwrite: Overwrite = False,
     shard: Annotated[
         str | None,
-        typer.Option(metavar="I/N", help="Tokenize the Ith of N parts, from 0; then merge."),
+        typer.Option(
+            metavar="I/N",
+            help="Tokenize the Ith of N parts, from 0; then merge them.",
+            rich_help_panel=_MACHINES,
+        ),
     ] = None,
     slurm: Annotated[
-        bool, typer.Option("--slurm", help="Submit a SLURM job array over shards, and the merge.")
+        bool,
+        typer.Option(
+            "--slurm",
+            help="Submit a SLURM job array over shards, and the merge that waits for it.",
+            rich_help_panel=_MACHINES,
+        ),
     ] = False,
-    tasks: Annotated[int, typer.Option(help="With --slurm: how many shards.")] = 16,
+    tasks: Annotated[
+        int | None,
+        typer.Option(help="How many shards; with --slurm.", rich_help_panel=_MACHINES),
+    ] = None,
     sbatch: Annotated[
-        str, typer.Option(help='With --slurm: options of sbatch, such as "--partition=cpu".')
+        str,
+        typer.Option(
+            help='Options of sbatch, such as "--partition=cpu"; with --slurm.',
+            rich_help_panel=_MACHINES,
+        ),
     ] = "",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --slurm: print the scripts, submit nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the scripts; with --slurm.", rich_help_panel=_MACHINES
+        ),
     ] = False,
-    overwrite: Overwrite = False,
 ) -> None:
     """Tokenize text into a corpus in Megatron-LM's format.
 
@@ -109,7 +132,7 @@ def tokenize_command(
 
     Example: megaphase data tokenize "en/*.jsonl.gz" --tokenizer tok/ --out data/en
     """
-    from megaphase.data_tools.shards import WHOLE, ShardChoice
+    from megaphase.data_tools.shards import MOST_SHARDS, WHOLE, ShardChoice
     from megaphase.data_tools.text import expand_inputs
     from megaphase.data_tools.tokenize import check_tokenization, tokenize
 
@@ -125,10 +148,17 @@ def tokenize_command(
     if slurm:
         if shard is not None:
             raise InputError("--shard", "--slurm chooses the shards itself", "leave one out")
-        last = ShardChoice.parse(f"{tasks - 1}/{tasks}")
-        check_tokenization(files, tokenizer, reading, tag, last)
+        if tasks is None:
+            raise InputError("--tasks", "--slurm needs to know how many shards", "add --tasks 16")
+        if not 1 <= tasks <= MOST_SHARDS:
+            remedy = f"give 1 to {MOST_SHARDS:,}"
+            raise InputError("--tasks", f"{tasks} is no number of shards", remedy)
+        check_tokenization(files, tokenizer, reading, tag, ShardChoice(tasks - 1, tasks))
         _submit(_array_of_shards(context.params), dry_run)
         return
+    for option, given in (("--tasks", tasks), ("--sbatch", sbatch), ("--dry-run", dry_run)):
+        if given:
+            raise InputError(option, "means nothing without --slurm", "add that or leave it out")
     part = WHOLE if shard is None else ShardChoice.parse(shard)
     manifest = tokenize(
         files,

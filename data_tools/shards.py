@@ -12,7 +12,7 @@ from megaphase.corpus.manifest import MANIFEST_SUFFIX
 from megaphase.data_tools.text import size_on_disk
 from megaphase.errors import InputError
 
-_MOST_SHARDS = 99_999
+MOST_SHARDS = 99_999
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ShardChoice:
     def parse(cls, text: str) -> ShardChoice:
         """From `3/64`; InputError where it is no such thing."""
         found = re.fullmatch(r"(\d+)/(\d+)", text)
-        if not found or not 0 <= int(found[1]) < int(found[2]) <= _MOST_SHARDS:
+        if not found or not 0 <= int(found[1]) < int(found[2]) <= MOST_SHARDS:
             remedy = "give I/N with I from 0 to N - 1, such as 3/64"
             raise InputError("--shard", f"{text!r} is no part of a whole", remedy)
         return cls(int(found[1]), int(found[2]))

@@ -15,7 +15,7 @@ from megaphase.errors import InputError
 if TYPE_CHECKING:
     from megaphase.corpus import Manifest
 
-Prefixes = Annotated[list[Path], typer.Argument(metavar="PREFIX...", help="The corpora.")]
+Prefixes = Annotated[list[Path], typer.Argument(metavar="PREFIX", help="The corpora.")]
 
 
 def from_megatron_command(
@@ -100,7 +100,7 @@ def verify_command(prefixes: Prefixes) -> None:
 def merge_command(
     out: Annotated[Path, typer.Option(help="Prefix of the new corpus.")],
     prefixes: Annotated[
-        list[Path] | None, typer.Argument(metavar="[PREFIX...]", help="The corpora, in order.")
+        list[Path] | None, typer.Argument(metavar="PREFIX", help="The corpora, in order.")
     ] = None,
     shards: Annotated[
         bool, typer.Option("--shards", help="Merge all shards of --out, which lie beside it.")
