@@ -6,7 +6,7 @@ for every text. Those from elsewhere are taken as they are, see `megaphase.token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -31,6 +31,11 @@ __all__ = [
     "Tokenizer",
     "TokenizerRecord",
 ]
+
+
+# Characters. sentencepiece takes thirty bytes of memory for each, so a longer text is encoded in
+# parts that begin with a space, with which its pieces begin too.
+_LONG_TEXT = 1 << 19
 
 
 class Tokenizer:
@@ -83,9 +88,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, without EOD."""
-        if self._space_symbol_ids and SPACE_SYMBOL in text:
-            return self._encode_around_space_symbol(text)
-        return self._processor.encode(text)
+        return self.encode_arrays([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without EOD."""
@@ -93,11 +96,22 @@ class Tokenizer:
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode_batch` as int32 arrays, one a text; on one core, whatever the machine has."""
-        arrays = self._processor.encode(list(texts), out_type="numpy", num_threads=1)
+        if not self._space_symbol_ids:
+            return self._encode_all(texts)
+        long = [len(text) > _LONG_TEXT for text in texts]
+        arrays = self._encode_all(
+            ["" if it else text for it, text in zip(long, texts, strict=True)]
+        )
         for i, text in enumerate(texts):
-            if self._space_symbol_ids and SPACE_SYMBOL in text:
+            if long[i]:
+                parts = [self.encode_arrays([part])[0] for part in _parts_of(text)]
+                arrays[i] = np.concatenate(parts)
+            elif SPACE_SYMBOL in text:
                 arrays[i] = np.array(self._encode_around_space_symbol(text), dtype=np.int32)
         return arrays
+
+    def _encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self._processor.encode(list(texts), out_type="numpy", num_threads=1)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids; EOD, tags and added tokens leave no trace.
@@ -150,3 +164,16 @@ class Tokenizer:
         for part in parts[1:]:
             encoded += [self._space_symbol_ids, self._processor.encode(part)]
         return list(chain.from_iterable(encoded))
+
+
+def _parts_of(text: str) -> Iterator[str]:
+    """A long text in parts, cut before a space wherever there is one."""
+    begin = 0
+    while len(text) - begin > _LONG_TEXT:
+        end = text.rfind(" ", begin + 1, begin + _LONG_TEXT)
+        while end > begin + 1 and text[end - 1] == " ":
+            end -= 1
+        end = end if end > begin else begin + _LONG_TEXT
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]

@@ -142,3 +142,23 @@ def test_a_record_that_is_not_json_is_refused(copy: Path) -> None:
     (copy / "megaphase_tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="Invalid JSON"):
         Tokenizer.load(copy)
+
+
+@given(
+    parts=st.lists(
+        st.sampled_from(["one", "two ", " vier", "  ", "\n", "日本", "▁", "x" * 30, " "])
+    ),
+)
+def test_a_long_text_in_parts_is_the_same(tokenizer: Tokenizer, parts: list[str]) -> None:
+    text = "".join(parts)
+    whole = tokenizer.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megaphase.tokenizer._LONG_TEXT", 40)
+        assert tokenizer.encode(text) == whole
+        other = tokenizer.encode("a b")
+        assert tokenizer.encode_batch(["a b", text, "a b"]) == [other, whole, other]
+
+
+def test_a_long_text_without_spaces_comes_back(tokenizer: Tokenizer) -> None:
+    text = "日本" * 600_000
+    assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -24,7 +24,8 @@ from megaphase.data_tools.text.reading import Reading
 from megaphase.errors import InputError
 
 CHUNK_BYTES = 1 << 20
-LARGEST_DOCUMENT_BYTES = 1 << 28
+# A worker needs nine bytes of memory for each of a document; what is longer is a mistake.
+LARGEST_DOCUMENT_BYTES = 1 << 24
 
 _PIECE_BYTES = 1 << 18
 
@@ -52,7 +53,7 @@ def read_chunks(
         chunk_bytes: of text; must be the same in all parts of a file.
 
     Raises InputError where the file cannot be read, is compressed and broken or cut off, or holds
-    a document of more than 256 MB.
+    a document of more than 16 MB.
     """
     check_text_file(path)
     _check_reading(path, reading, whole=begin == 0 and end is None)
