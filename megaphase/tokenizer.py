@@ -171,7 +171,7 @@ def _parts_of(text: str) -> Iterator[str]:
     begin = 0
     while len(text) - begin > _LONG_TEXT:
         end = text.rfind(" ", begin + 1, begin + _LONG_TEXT)
-        while end > begin + 1 and text[end - 1] == " ":
+        while end > begin and text[end - 1] == " ":
             end -= 1
         end = end if end > begin else begin + _LONG_TEXT
         yield text[begin:end]
