@@ -171,11 +171,15 @@ def _tag_id(tokenizer: Tokenizer, reading: Reading, tag: str | None) -> int | No
         return None
     there = ", ".join(tokenizer.tags) or "none"
     remedy = f"the tokenizer's tags are {there}; `megaphase tokenizer train --tag` makes them"
+    if tokenizer.reserved_tags:
+        remedy += f", and reserved_0 to reserved_{len(tokenizer.reserved_tags) - 1} are free"
     if tag is None:
         raise InputError("--tag", "translation pairs need the target's tag", remedy)
-    if tag not in tokenizer.tags:
+    reserved = {f"reserved_{i}": token for i, token in enumerate(tokenizer.reserved_tags)}
+    ids = tokenizer.tags | reserved
+    if tag not in ids:
         raise InputError("--tag", f"the tokenizer has no tag {tag!r}", remedy)
-    return tokenizer.tags[tag]
+    return ids[tag]
 
 
 def _is_whole(prefix: Path, what: Tokenization) -> bool:

@@ -73,9 +73,11 @@ def test_the_command(tok: Path, tmp_path: Path) -> None:
         result = CliRunner().invoke(data_app, [*arguments, *extra])
         assert isinstance(result.exception, InputError)
         assert message in str(result.exception)
-    result = CliRunner().invoke(data_app, [*arguments, *keys, "--tag", "hi"])
-    assert result.exit_code == 0, result.output
-    assert Corpus.open(tmp_path / "x").manifest.tag == Tokenizer.load(tok).tags["hi"]
+    tokenizer = Tokenizer.load(tok)
+    for tag, token in (("hi", tokenizer.tags["hi"]), ("reserved_2", tokenizer.reserved_tags[2])):
+        result = CliRunner().invoke(data_app, [*arguments, *keys, "--tag", tag, "--overwrite"])
+        assert result.exit_code == 0, result.output
+        assert Corpus.open(tmp_path / "x").manifest.tag == token
 
 
 def test_exact_pairs_are_duplicates_and_sources_alone_are_not(tok: Path, tmp_path: Path) -> None:
