@@ -72,7 +72,7 @@ class Usage(NamedTuple):
 
 def prepare(corpora: list[Path], folder: Path, megabytes: int) -> tuple[Path, Path, int]:
     """A tokenizer, the text repeated in one file, and how many bytes of text that is."""
-    from megaphase.data_tools.train_tokenizer import train_tokenizer
+    from megaphase.data_tools.tokenizers.train import train_tokenizer
 
     inputs = {path.name.split(".")[0]: [path] for path in corpora}
     train_tokenizer(inputs, folder / "tok", vocab_size=VOCAB_SIZE)
@@ -157,7 +157,7 @@ def run_megatron(tok: Path, text: Path, out: Path, workers: int) -> None:
 
 def run_ours(tok: Path, text: Path, out: Path, workers: int) -> None:
     """`megaphase data tokenize`."""
-    from megaphase.data_tools.tokenize import tokenize
+    from megaphase.data_tools.tokenization.tokenize import tokenize
 
     tokenize([text], tok, out, workers=workers, overwrite=True)
 

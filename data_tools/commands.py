@@ -27,7 +27,7 @@ from megaphase.data_tools.options import (
 from megaphase.errors import InputError
 
 if TYPE_CHECKING:
-    from megaphase.data_tools.slurm import ArrayOfShards
+    from megaphase.data_tools.tokenization.slurm import ArrayOfShards
 
 data_app = typer.Typer(
     help="Turn text into tokenized corpora; look at, check, join and split them.",
@@ -134,7 +134,7 @@ def tokenize_command(
     """
     from megaphase.data_tools.shards import MOST_SHARDS, WHOLE, ShardChoice
     from megaphase.data_tools.text import expand_inputs
-    from megaphase.data_tools.tokenize import check_tokenization, tokenize
+    from megaphase.data_tools.tokenization.tokenize import check_tokenization, tokenize
 
     reading = reading_of(
         json_key,
@@ -179,7 +179,7 @@ def tokenize_command(
 
 def _array_of_shards(options: dict[str, Any]) -> ArrayOfShards:
     """The jobs that do what this command was asked for."""
-    from megaphase.data_tools.slurm import ArrayOfShards
+    from megaphase.data_tools.tokenization.slurm import ArrayOfShards
 
     places = {"tokenizer": options["tokenizer"].absolute(), "out": options["out"].absolute()}
     files = [os.path.abspath(name) for name in options["inputs"]]

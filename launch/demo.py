@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megaphase.data_tools.artificial_languages import DEFAULT_LANGUAGES, write_languages
+from megaphase.data_tools.artificial.languages import DEFAULT_LANGUAGES, write_languages
 from megaphase.errors import InputError, RunError
 
 SEED = 1234

@@ -11,7 +11,7 @@ import typer
 
 from megaphase import __version__
 from megaphase.data_tools.commands import data_app
-from megaphase.data_tools.tokenizer_commands import tokenizer_app
+from megaphase.data_tools.tokenizers.commands import tokenizer_app
 from megaphase.errors import EXIT_FAILED, EXIT_WRONG_INPUT, InputError, RunError
 from megaphase.experiments.commands import report_command
 from megaphase.launch.commands import demo_command, launch_app

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megaphase.data_tools.artificial_languages import write_languages
-from megaphase.data_tools.train_tokenizer import train_tokenizer
+from megaphase.data_tools.artificial.languages import write_languages
+from megaphase.data_tools.tokenizers.train import train_tokenizer
 
 CORPORA = Path(__file__).resolve().parents[2] / "shared" / "corpora"
 VOCAB_SIZE = 700

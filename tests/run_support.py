@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from megaphase.data_tools.artificial_languages import write_languages
-from megaphase.data_tools.tokenize import tokenize
-from megaphase.data_tools.train_tokenizer import train_tokenizer
+from megaphase.data_tools.artificial.languages import write_languages
+from megaphase.data_tools.tokenization.tokenize import tokenize
+from megaphase.data_tools.tokenizers.train import train_tokenizer
 
 HIGH, LOW = ("alda", "boreth"), ("cimri",)
 TEXT_BYTES = {"alda": 90_000, "boreth": 60_000, "cimri": 12_000}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megaphase.data_tools.artificial_languages import DEFAULT_LANGUAGES, write_languages
-from megaphase.data_tools.artificial_lexicon import Lexicon
-from megaphase.data_tools.artificial_world import Dice, World, Zipf
+from megaphase.data_tools.artificial.languages import DEFAULT_LANGUAGES, write_languages
+from megaphase.data_tools.artificial.lexicon import Lexicon
+from megaphase.data_tools.artificial.world import Dice, World, Zipf
 from megaphase.errors import InputError
 
 LANGUAGES = {"aa": 60_000, "bb": 60_000, "cc": 20_000, "dd": 20_000, "ee": 20_000}

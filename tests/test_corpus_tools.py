@@ -17,7 +17,7 @@ from megaphase.corpus.batch import batches_of, checksums
 from megaphase.data_tools.corpora.inspect import describe, document_text
 from megaphase.data_tools.corpora.merge import merge
 from megaphase.data_tools.corpora.verify import verify
-from megaphase.data_tools.tokenize import tokenize
+from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.errors import InputError
 from megaphase.files import hash_file
 

@@ -33,9 +33,9 @@ from megaphase.corpus.format import document_hash
 from megaphase.data_tools import progress
 from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.text import Reading
-from megaphase.data_tools.tokenize import tokenize
-from megaphase.data_tools.tokenizer_commands import tokenizer_app
-from megaphase.data_tools.train_tokenizer import train_tokenizer
+from megaphase.data_tools.tokenization.tokenize import tokenize
+from megaphase.data_tools.tokenizers.commands import tokenizer_app
+from megaphase.data_tools.tokenizers.train import train_tokenizer
 from megaphase.errors import InputError
 from megaphase.tokenizer import Tokenizer
 
@@ -173,7 +173,7 @@ LONG_RUN = """if True:
     import sys
     from pathlib import Path
     from megaphase.corpus import hashed_file
-    from megaphase.data_tools.tokenize import tokenize
+    from megaphase.data_tools.tokenization.tokenize import tokenize
     # Smaller than usual, so that something is on the disk soon.
     hashed_file._CHUNK_BYTES = 1000
     tokenize([Path(sys.argv[1])], Path(sys.argv[2]), Path(sys.argv[3]), workers=2, overwrite=True)

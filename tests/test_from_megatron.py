@@ -13,7 +13,7 @@ from data_support import corpus_bytes, files_of, make_tokenizer, megatron_index,
 from megaphase.corpus import Corpus
 from megaphase.data_tools.corpora.from_megatron import from_megatron
 from megaphase.data_tools.corpora.verify import verify
-from megaphase.data_tools.tokenize import tokenize
+from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.errors import InputError
 from megaphase.tokenizer import Tokenizer
 

@@ -55,7 +55,8 @@ def test_command_works_outside_the_repository(installed, tmp_path):
 
 def test_every_program_and_data_file_is_there(installed, tmp_path):
     check = (
-        "import megaphase.plan._builder, megaphase.data_tools.tokenize, megaphase.launch.demo\n"
+        "import megaphase.plan._builder, megaphase.data_tools.tokenization.tokenize\n"
+        "import megaphase.launch.demo\n"
         "import importlib.resources as r\n"
         "assert r.files('megaphase.experiments').joinpath('report.css').is_file()\n"
     )

@@ -19,7 +19,7 @@ from megaphase.data_tools.corpora import duplicates, shuffle
 from megaphase.data_tools.corpora.merge import merge
 from megaphase.data_tools.corpora.verify import verify
 from megaphase.data_tools.shards import ShardChoice, shards_of
-from megaphase.data_tools.tokenize import tokenize
+from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.errors import InputError
 
 EOD = 0
@@ -75,7 +75,7 @@ def test_tokens_alone_or_text_alone_make_no_duplicate(tmp_path: Path) -> None:
     assert megatron_documents(tmp_path / "b") == [[1, EOD], [2, EOD], [1, EOD]]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=FACTORY)
+@settings(max_examples=15, deadline=None, suppress_health_check=FACTORY)
 @given(corpora=st.lists(texts, min_size=1, max_size=3), bucket=st.integers(1, 4000))
 def test_a_shuffle_is_one_permutation(tmp_path, monkeypatch, corpora, bucket) -> None:
     shutil.rmtree(tmp_path)
@@ -137,7 +137,7 @@ def test_tokenizing_and_merging_shards_agree(tok: Path, tmp_path: Path) -> None:
 
 def test_only_the_merge_is_done_again(tok: Path, tmp_path: Path, monkeypatch) -> None:
     """Where the tokens of `--dedup` are written and only what follows was stopped."""
-    from megaphase.data_tools import tokenize as module
+    from megaphase.data_tools.tokenization import tokenize as module
 
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "two", "one"])
     out = tmp_path / "out" / "en"

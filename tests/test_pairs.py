@@ -14,7 +14,7 @@ from megaphase.corpus.format import document_hash
 from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.corpora.verify import verify
 from megaphase.data_tools.text import Reading
-from megaphase.data_tools.tokenize import tokenize
+from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.errors import InputError
 from megaphase.tokenizer import Tokenizer
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from megaphase.corpus import Manifest
-from megaphase.data_tools import tokenize as module
 from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.corpora.merge import merge
 from megaphase.data_tools.shards import ShardChoice, shards_of
 from megaphase.data_tools.text import read_chunks
-from megaphase.data_tools.tokenize import tokenize
+from megaphase.data_tools.tokenization import tokenize as module
+from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.errors import InputError
 
 

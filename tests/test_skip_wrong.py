@@ -17,7 +17,7 @@ from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.corpora.inspect import describe
 from megaphase.data_tools.corpora.merge import merge
 from megaphase.data_tools.text import read_chunks
-from megaphase.data_tools.tokenize import tokenize
+from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.errors import InputError
 
 GOOD = [f"text number {n} · नमस्ते" for n in range(300)]
@@ -52,7 +52,7 @@ def skipped(prefix: Path) -> list[dict]:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_corpus_is_that_of_the_good_documents(tok, mixed, tmp_path, workers, monkeypatch):
     small_chunks = partial(read_chunks, chunk_bytes=2000)
-    monkeypatch.setattr("megaphase.data_tools.tokenize.read_chunks", small_chunks)
+    monkeypatch.setattr("megaphase.data_tools.tokenization.tokenize.read_chunks", small_chunks)
     manifest = tokenize([mixed], tok, tmp_path / "en", workers=workers, skip_wrong=True)
     good = write_jsonl(tmp_path / "good.jsonl", GOOD)
     tokenize([good], tok, tmp_path / "good", workers=1)

@@ -12,7 +12,7 @@ import pytest
 from data_support import corpus_bytes, files_of, make_tokenizer, write_jsonl
 from slurm_cluster import needs_slurm, slurm, slurm_cluster, wait_for_jobs
 
-from megaphase.data_tools.tokenize import tokenize
+from megaphase.data_tools.tokenization.tokenize import tokenize
 
 CORPUS_FILES = ["en.bin", "en.hash", "en.idx", "en.json", "en.sum"]
 

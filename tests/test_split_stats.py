@@ -20,7 +20,7 @@ from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.corpora.split import split
 from megaphase.data_tools.corpora.stats import corpus_stats, stats_tables
 from megaphase.data_tools.corpora.verify import verify
-from megaphase.data_tools.tokenize import tokenize
+from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.errors import InputError
 from megaphase.plan.stream import Stream
 from megaphase.tokenizer import Tokenizer

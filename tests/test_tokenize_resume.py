@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from data_support import corpus_bytes, edit_bytes, files_of, make_tokenizer, start_python
 
-from megaphase.data_tools import tokenize as module
 from megaphase.data_tools.text import read_chunks
-from megaphase.data_tools.tokenize import tokenize
+from megaphase.data_tools.tokenization import tokenize as module
+from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.errors import InputError, RunError
 
 CHUNK_BYTES = 4_000
@@ -24,7 +24,7 @@ RUN = f"""if True:
     import sys, time
     from functools import partial
     from pathlib import Path
-    from megaphase.data_tools import chunk_encoder, tokenize as module
+    from megaphase.data_tools.tokenization import tokenize as module
     if __name__ == "__main__":
         module.SAVE_BYTES_PER_WORKER = {SAVE_BYTES}
         module.read_chunks = partial(module.read_chunks, chunk_bytes={CHUNK_BYTES})
@@ -116,7 +116,7 @@ KILLED_AT_THE_END = """if True:
     from pathlib import Path
     from megaphase.corpus import writer
     from megaphase.corpus.manifest import Manifest
-    from megaphase.data_tools.tokenize import tokenize
+    from megaphase.data_tools.tokenization.tokenize import tokenize
     if __name__ == "__main__":
         moment, replace, renamed = sys.argv[1], os.replace, []
         def kill(*_):

@@ -21,18 +21,18 @@ from data_support import (
 )
 from typer.testing import CliRunner
 
-from megaphase.data_tools.artificial_languages import write_languages
-from megaphase.data_tools.fertility import badly_served, fertility_table
+from megaphase.data_tools.artificial.languages import write_languages
 from megaphase.data_tools.text import Reading
-from megaphase.data_tools.text_sample import (
+from megaphase.data_tools.tokenizers.commands import tokenizer_app
+from megaphase.data_tools.tokenizers.fertility import badly_served, fertility_table
+from megaphase.data_tools.tokenizers.sample import (
     Survey,
     sample_sentences,
     sentences_of,
     survey_language,
     uses_per_sentence,
 )
-from megaphase.data_tools.tokenizer_commands import tokenizer_app
-from megaphase.data_tools.train_tokenizer import train_tokenizer
+from megaphase.data_tools.tokenizers.train import train_tokenizer
 from megaphase.errors import InputError
 from megaphase.tokenizer import Fertility, Tokenizer
 
@@ -205,7 +205,7 @@ def test_only_a_tokenizer_is_replaced_and_only_when_asked(tmp_path: Path) -> Non
 TRAINING = """if True:
     import sys
     from pathlib import Path
-    from megaphase.data_tools.train_tokenizer import train_tokenizer
+    from megaphase.data_tools.tokenizers.train import train_tokenizer
     train_tokenizer({"a": [Path(sys.argv[1])]}, Path(sys.argv[2]), vocab_size=9_000)
 """
 

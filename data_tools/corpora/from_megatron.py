@@ -15,7 +15,7 @@ from megaphase.corpus.batch import runs_of_tokens
 from megaphase.corpus.format import Index, read_index
 from megaphase.corpus.manifest import corpus_file
 from megaphase.corpus.reader import documents_of
-from megaphase.data_tools.chunk_encoder import EncodedDocuments, join_documents
+from megaphase.data_tools.corpora.encoded import EncodedDocuments, join_documents
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.progress import reading_progress
 from megaphase.errors import InputError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megaphase.data_tools.artificial_world import (
+from megaphase.data_tools.artificial.world import (
     ADJECTIVES,
     ADVERBS,
     AGREEMENTS,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 
 import numpy as np
 
-from megaphase.corpus import DocumentBatch
-from megaphase.corpus.format import HASH_DTYPE, document_hash, token_dtype
+from megaphase.data_tools.corpora.encoded import EncodedDocuments, join_documents
 from megaphase.data_tools.text import (
     Pair,
     Position,
@@ -21,14 +19,6 @@ from megaphase.data_tools.text import (
     documents_of,
 )
 from megaphase.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class EncodedDocuments:
-    """Documents as a corpus holds them, and how many have no token and are not among them."""
-
-    batch: DocumentBatch
-    empty: int
 
 
 @dataclass(frozen=True)
@@ -100,32 +90,3 @@ class ChunkEncoder:
         sources = [pair.source.encode() for pair in pairs]
         sizes = [len(pair.source.encode()) + len(pair.target.encode()) for pair in pairs]
         return join_documents(tokens, sources, sizes, self.tokenizer)
-
-
-def join_documents(
-    tokens: Sequence[np.ndarray],
-    hashed: Sequence[bytes],
-    text_bytes: Sequence[int],
-    tokenizer: Tokenizer,
-) -> EncodedDocuments:
-    """The documents that have tokens, each ended by EOD.
-
-    Args:
-        tokens: [n] of each document, without EOD.
-        hashed: what of each document's text gives its hash.
-        text_bytes: of each document's UTF-8 text.
-    """
-    counts = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
-    kept = np.flatnonzero(counts)
-    end = np.array([tokenizer.eod], dtype=np.int32).tobytes()
-    parts = ((_as_int32(tokens[i]).data, end) for i in kept.tolist())
-    joined = b"".join(chain.from_iterable(parts))
-    stored = np.frombuffer(joined, np.int32).astype(token_dtype(tokenizer.vocab_size))
-    digests = b"".join([document_hash(hashed[i]) for i in kept.tolist()])
-    sizes = np.asarray(text_bytes, dtype=np.int64)[kept]
-    batch = DocumentBatch.of(stored, counts[kept] + 1, np.frombuffer(digests, HASH_DTYPE), sizes)
-    return EncodedDocuments(batch, len(tokens) - len(kept))
-
-
-def _as_int32(tokens: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(tokens, dtype=np.int32)

@@ -12,7 +12,6 @@ from rich.console import Console
 from megaphase.corpus import CorpusWriter, Manifest
 from megaphase.corpus.manifest import Shard
 from megaphase.corpus.writer import refuse_existing
-from megaphase.data_tools.chunk_encoder import ChunkEncoder
 from megaphase.data_tools.corpora.merge import merge, remove_corpus
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.progress import Advance, reading_progress
@@ -26,6 +25,7 @@ from megaphase.data_tools.text import (
     read_chunks,
     size_on_disk,
 )
+from megaphase.data_tools.tokenization.chunk_encoder import ChunkEncoder
 from megaphase.errors import InputError, RunError
 from megaphase.files import hash_json
 from megaphase.tokenizer import Tokenizer

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaphase.data_tools.artificial_lexicon import Lexicon
-from megaphase.data_tools.artificial_world import (
+from megaphase.data_tools.artificial.lexicon import Lexicon
+from megaphase.data_tools.artificial.world import (
     ADJECTIVES_PER_TOPIC,
     ADVERBS,
     DETERMINERS,

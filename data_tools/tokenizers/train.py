@@ -15,11 +15,11 @@ from typing import Literal
 import sentencepiece
 from rich.console import Console
 
-from megaphase.data_tools.fertility import measure_fertility
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.progress import reading_progress
 from megaphase.data_tools.text import STDIN, Reading, check_text_file, display_name
-from megaphase.data_tools.text_sample import (
+from megaphase.data_tools.tokenizers.fertility import measure_fertility
+from megaphase.data_tools.tokenizers.sample import (
     Survey,
     sample_sentences,
     survey_language,

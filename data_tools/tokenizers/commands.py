@@ -85,7 +85,7 @@ def train(
     --vocab-size 16000 --out tok/
     """
     from megaphase.data_tools.text.reading import unescape
-    from megaphase.data_tools.train_tokenizer import train_tokenizer
+    from megaphase.data_tools.tokenizers.train import train_tokenizer
 
     record = train_tokenizer(
         _by_language(inputs),
@@ -129,8 +129,8 @@ def inspect(
 
     Example: megaphase tokenizer inspect tok/ --input en=en.jsonl.gz --input hi=hi.jsonl.gz
     """
-    from megaphase.data_tools.fertility import measure_fertility
-    from megaphase.data_tools.text_sample import first_sentences
+    from megaphase.data_tools.tokenizers.fertility import measure_fertility
+    from megaphase.data_tools.tokenizers.sample import first_sentences
     from megaphase.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(path)
@@ -173,7 +173,7 @@ def _temperature(alpha: float | None, temperature: float | None) -> float:
 def _print_fertility(
     console: Console, languages: Mapping[str, Fertility], *, given: bool = False
 ) -> None:
-    from megaphase.data_tools.fertility import badly_served, fertility_table
+    from megaphase.data_tools.tokenizers.fertility import badly_served, fertility_table
 
     console.print(fertility_table(languages, given_text=given))
     if names := badly_served(languages):

@@ -1,0 +1,50 @@
+"""Tokenized documents as a corpus holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from megaphase.corpus import DocumentBatch
+from megaphase.corpus.format import HASH_DTYPE, document_hash, token_dtype
+from megaphase.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class EncodedDocuments:
+    """Documents as a corpus holds them, and how many have no token and are not among them."""
+
+    batch: DocumentBatch
+    empty: int
+
+
+def join_documents(
+    tokens: Sequence[np.ndarray],
+    hashed: Sequence[bytes],
+    text_bytes: Sequence[int],
+    tokenizer: Tokenizer,
+) -> EncodedDocuments:
+    """The documents that have tokens, each ended by EOD.
+
+    Args:
+        tokens: [n] of each document, without EOD.
+        hashed: what of each document's text gives its hash.
+        text_bytes: of each document's UTF-8 text.
+    """
+    counts = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
+    kept = np.flatnonzero(counts)
+    end = np.array([tokenizer.eod], dtype=np.int32).tobytes()
+    parts = ((_as_int32(tokens[i]).data, end) for i in kept.tolist())
+    joined = b"".join(chain.from_iterable(parts))
+    stored = np.frombuffer(joined, np.int32).astype(token_dtype(tokenizer.vocab_size))
+    digests = b"".join([document_hash(hashed[i]) for i in kept.tolist()])
+    sizes = np.asarray(text_bytes, dtype=np.int64)[kept]
+    batch = DocumentBatch.of(stored, counts[kept] + 1, np.frombuffer(digests, HASH_DTYPE), sizes)
+    return EncodedDocuments(batch, len(tokens) - len(kept))
+
+
+def _as_int32(tokens: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(tokens, dtype=np.int32)

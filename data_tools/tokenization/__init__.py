@@ -1,0 +1,1 @@
+"""Text to corpora, on one machine or many."""

@@ -1,0 +1,1 @@
+"""Tokenizers trained, looked at and measured."""
