@@ -7,7 +7,7 @@ The text, of whatever languages FOLDER/*.jsonl.gz are, is repeated to --megabyte
 turns, each time in processes of their own:
 
 - the floor: `SentencePieceProcessor.encode` in a bare loop over texts that are in memory, in as
-  many processes at once as there are workers;
+  many processes at once as there are workers, before and after the others;
 - a `multiprocessing.Pool` that encodes a document at a time and whose main process writes with
   megatron-core's IndexedDatasetBuilder, as Megatron-LM's tools/preprocess_data.py does;
 - `megaphase data tokenize`, from file to corpus.
@@ -88,8 +88,8 @@ def prepare(corpora: list[Path], folder: Path, megabytes: int) -> tuple[Path, Pa
     return folder / "tok", folder / "text.jsonl", once * repeats
 
 
-def floor_speed(model: Path, text: Path, start: Barrier) -> Speed:
-    """A bare loop over the texts, for some seconds."""
+def floor_speed(model: Path, text: Path, start: Barrier) -> float:
+    """Bytes a second of a core in a bare loop over the texts."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     texts, size = [], 0
     with open(text, "rb") as file:
@@ -99,26 +99,19 @@ def floor_speed(model: Path, text: Path, start: Barrier) -> Speed:
             if size > FLOOR_BYTES:
                 break
     start.wait()
-    began, began_cpu = time.perf_counter(), time.process_time()
+    began = time.process_time()
     for each in texts:
         processor.encode(each)
-    return Speed(
-        size / (time.perf_counter() - began), size / (time.process_time() - began_cpu), 0.0
-    )
+    return size / (time.process_time() - began)
 
 
-def floor(model: Path, text: Path, processes: int) -> Speed:
+def floor(model: Path, text: Path, processes: int) -> float:
     """The mean of `processes` bare loops at once."""
     with multiprocessing.Manager() as manager:
         start = manager.Barrier(processes)
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
             runs = [pool.submit(floor_speed, model, text, start) for _ in range(processes)]
-            speeds = [run.result() for run in runs]
-    return Speed(
-        statistics.mean(speed.wall for speed in speeds),
-        statistics.mean(speed.core for speed in speeds),
-        0.0,
-    )
+            return statistics.mean(run.result() for run in runs)
 
 
 class MegatronEncoder:
@@ -202,16 +195,17 @@ def measure(folder: Path, corpora: list[Path], megabytes: int, workers: int) -> 
     line.write_text('{"text": "one"}\n')
     rows, memory = [], 0.0
     for _ in range(ROUNDS):
-        bare = floor(tok / "tokenizer.model", text, workers)
+        before = floor(tok / "tokenizer.model", text, workers)
         sides = []
         for side, out in ((run_megatron, folder / "theirs"), (run_ours, folder / "ours")):
             start = run_alone(side, tok, line, out, 1)
             sides.append(speed_of(size, start, run_alone(side, tok, text, out, workers), workers))
         theirs, ours = sides
+        bare = (before + floor(tok / "tokenizer.model", text, workers)) / 2
         memory = max(memory, ours.memory)
-        speeds = (theirs.wall, ours.wall, bare.core, theirs.core, ours.core)
+        speeds = (theirs.wall, ours.wall, bare, theirs.core, ours.core)
         rows.append(speeds)
-        print_row(*speeds, ours.wall / theirs.wall, ours.core / bare.core)
+        print_row(*speeds, ours.wall / theirs.wall, ours.core / bare)
     together = statistics.median(row[1] / row[0] for row in rows)
     a_core = statistics.median(row[4] / row[2] for row in rows)
     medians = [statistics.median(column) for column in zip(*rows, strict=True)]
