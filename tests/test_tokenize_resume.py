@@ -157,8 +157,8 @@ def test_after_a_wrong_line_skipping_goes_on_there(tok, inputs, tmp_path) -> Non
     inputs[0].write_bytes(b"\n".join(lines))
     tokenize(inputs, tok, tmp_path / "whole", workers=1, skip_wrong=True)
     prefix = tmp_path / "out" / "en"
-    message = r"a\.jsonl:1001: is not valid JSON .* documents are tokenized and saved: with "
-    with pytest.raises(InputError, match=rf"{message}--on-error skip the same command goes on"):
+    message = r"a\.jsonl:1001: is not valid JSON .* documents are tokenized and saved: if a doc"
+    with pytest.raises(InputError, match=message):
         tokenize(inputs, tok, prefix, workers=2)
     state = state_of(prefix)
     assert state is not None
@@ -213,7 +213,7 @@ def test_what_was_saved_for_other_text_is_not_taken(stopped, tok, inputs, tmp_pa
 
 def test_an_altered_draft_is_named(stopped, tok, inputs) -> None:
     edit_bytes(stopped.with_name(".en.draft") / ".bin", 10, b"xy")
-    with pytest.raises(InputError, match=r"\.bin: has been altered; it is removed: run the"):
+    with pytest.raises(InputError, match=r"\.bin: has been altered; it is removed: run .* over$"):
         tokenize(inputs, tok, stopped, workers=1)
     assert files_of(stopped.parent) == []
     tokenize(inputs, tok, stopped, workers=1)

@@ -238,8 +238,8 @@ def _say_how_to_go_on(
     """Raise the error again with what is saved; say it where Ctrl-C was pressed."""
     saved = f"{documents:,} documents are tokenized and saved"
     if isinstance(error, InputError):
-        remedy = f"{error.remedy} ({saved}: with --on-error skip the same command goes on there)"
-        raise InputError(error.where, error.problem, remedy) from None
+        go_on = "if a document is at fault, the same command with --on-error skip goes on there"
+        raise InputError(error.where, error.problem, f"{error.remedy}; {saved}: {go_on}") from None
     if isinstance(error, RunError):
         raise RunError(f"{error}; {saved}: the same command goes on there") from None
     if console:

@@ -111,7 +111,6 @@ class CorpusWriter:
                 state = self._draft.state
                 if state:
                     self.resumed, self._figures = state.note, state.figures
-                    self.saved_documents = state.figures.documents
                 if state and state.manifest:
                     self._publish(state.manifest)
                 else:
@@ -120,6 +119,7 @@ class CorpusWriter:
             except OSError as error:
                 problem = f"cannot be written ({error.strerror})"
                 raise InputError(self.prefix, problem, "choose another --out") from None
+            self.saved_documents = self._figures.documents
             self._opened = opened.pop_all()
         return self
 
