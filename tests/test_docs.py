@@ -24,8 +24,12 @@ SECTIONS = {
     "`phases[N]`": config.PhaseConfig,
     "`phases[N].mixture`": config.MixtureConfig,
     "`phases[N].learning_rate`": config.LearningRateConfig,
+    "`phases[N].stop`": config.StopConfig,
+    "`phases[N].stop.overfit`": config.OverfitConfig,
     "`validation`": config.ValidationConfig,
+    "`monitor`": config.MonitorConfig,
     "`checkpoint`": config.CheckpointConfig,
+    "`faults`": config.FaultsConfig,
     "`logging`": config.LoggingConfig,
 }
 

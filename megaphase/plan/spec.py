@@ -165,8 +165,8 @@ def _phase_spec(config: RunConfig, number: int) -> PhaseSpec:
             "shorten the phase",
         )
     mixture = phase.mixture
-    if isinstance(mixture.over, str):
-        mixture = mixture.model_copy(update={"over": config.tasks_with_role(mixture.over)})
+    if mixture.over is not None:
+        mixture = mixture.model_copy(update={"over": config.selected_tasks(mixture.over)})
     return PhaseSpec(
         phase.name,
         steps,

@@ -1,0 +1,114 @@
+"""From a run file and overrides to a checked RunConfig; every error names file and key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megaphase.config.run import RunConfig
+from megaphase.errors import InputError
+from megaphase.validation_errors import as_input_error, hint
+from megaphase.yaml_file import parse_scalar, read_yaml
+
+
+def _check_references(config: RunConfig) -> None:
+    """Names that point from one section to another: tasks in mixtures, phases by name."""
+    names = [phase.name for phase in config.phases]
+    for i, phase in enumerate(config.phases):
+        if names.index(phase.name) != i:
+            raise InputError(
+                config.where(f"phases[{i}].name"),
+                f"{phase.name!r} stands twice",
+                "give every phase its own name",
+            )
+    for key, mentioned in _mentioned_tasks(config):
+        if isinstance(mentioned, str):
+            _check_role(config, config.where(key), mentioned)
+            continue
+        for task in mentioned:
+            if task not in config.tasks:
+                raise InputError(
+                    config.where(key),
+                    f"no task {task!r} with a corpus under tasks",
+                    hint(task, config.tasks, "the tasks are"),
+                )
+
+
+def _mentioned_tasks(config: RunConfig) -> Iterator[tuple[str, str | list[str]]]:
+    """Every place that names tasks, by a role or one by one."""
+    for i, phase in enumerate(config.phases):
+        place = f"phases[{i}]"
+        yield f"{place}.mixture.rates", list(phase.mixture.rates or {})
+        yield f"{place}.mixture.over", phase.mixture.over or []
+        yield f"{place}.epochs", list(phase.epochs or {})
+        yield f"{place}.stop.loss", list(phase.stop.loss or {})
+        if phase.stop.overfit is not None:
+            yield f"{place}.stop.overfit.tasks", phase.stop.overfit.tasks
+    yield "monitor.tasks", config.monitor.tasks or []
+    yield "monitor.weights", list(config.monitor.weights or {})
+
+
+def _check_role(config: RunConfig, where: str, role: str) -> None:
+    if config.tasks_with_role(role):
+        return
+    roles = sorted({task.role for task in config.tasks.values() if task.role is not None})
+    if role in config.tasks:
+        remedy = f"for the task write [{role}]"
+    elif roles:
+        remedy = hint(role, roles, "the roles are")
+    else:
+        remedy = "set tasks.NAME.role, or give a list of tasks"
+    raise InputError(where, f"no task has the role {role!r}", remedy)
+
+
+def _apply_override(path: Path, data: dict[str, Any], override: str) -> None:
+    """Set `phases.0.learning_rate.peak=1e-3` in the parsed file, before it is checked."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"override {override!r}", "this is not key.path=value")
+    parts = key.replace("[", ".").replace("]", "").split(".")
+    node: Any = data
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise InputError(
+                    f"override {override!r}",
+                    f"{'.'.join(parts[:depth])} in {path} is a list of {len(node)}",
+                    "name an entry by its number, from 0",
+                )
+            index: Any = int(part)
+        elif isinstance(node, dict):
+            index = part
+            if not last:
+                node.setdefault(part, {})
+        else:
+            raise InputError(
+                f"override {override!r}", f"{'.'.join(parts[:depth])} in {path} holds no keys"
+            )
+        if last:
+            node[index] = parse_scalar(text)
+        else:
+            node = node[index]
+
+
+def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read, override and check a run file.
+
+    Raises:
+        InputError: naming the file, the key's path and the remedy.
+    """
+    data = read_yaml(path)
+    for override in overrides:
+        _apply_override(path, data, override)
+    try:
+        config = RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise as_input_error(path, error) from None
+    config = config.resolved_paths(path.parent)
+    config._path = path
+    _check_references(config)
+    return config

@@ -1,0 +1,139 @@
+"""What a phase is: a mixture, a length, a learning-rate schedule and reasons to end early."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from megaphase.config.fields import (
+    Count,
+    CountOrZero,
+    Positive,
+    PositiveOrZero,
+    RoleOrTaskNames,
+    Section,
+)
+
+RATE_SUM_TOLERANCE = 1e-6
+PHASE_LENGTHS = ("tokens", "steps", "epochs")
+
+
+class MixtureConfig(Section):
+    """A phase's sampling rates: exactly one of rates, temperature, proportional and unimax.
+
+    over: the tasks among which the last three divide the phase, a list of names or a role.
+    """
+
+    rates: dict[str, PositiveOrZero] | None = None
+    temperature: Positive | None = None
+    proportional: Literal[True] | None = None
+    unimax: Literal[True] | None = None
+    over: RoleOrTaskNames | None = None
+    max_epochs: Positive | None = None
+
+    @field_validator("rates")
+    @classmethod
+    def _rates_sum_to_one(cls, rates: dict[str, float] | None) -> dict[str, float] | None:
+        if rates is not None:
+            total = math.fsum(rates.values())
+            if abs(total - 1) > RATE_SUM_TOLERANCE:
+                raise ValueError(f"the rates sum to {total:.9g}; make them sum to 1")
+        return rates
+
+    @model_validator(mode="after")
+    def _one_method(self) -> Self:
+        methods = ("rates", "temperature", "proportional", "unimax")
+        given = [name for name in methods if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"give exactly one of {', '.join(methods)}; found {found}")
+        if self.rates is not None and self.over is not None:
+            raise ValueError("over goes with temperature, proportional and unimax, not with rates")
+        if self.unimax and self.max_epochs is None:
+            raise ValueError("unimax needs max_epochs")
+        return self
+
+
+class LearningRateConfig(Section):
+    """One phase's schedule; every phase starts its own at step 0 with its own warm-up.
+
+    decay_steps belongs to `wsd` (warm-up, stable, decay): the length of the final decay.
+    """
+
+    schedule: Literal["cosine", "linear", "inverse_sqrt", "constant", "wsd"] = "cosine"
+    peak: Positive
+    final: PositiveOrZero = 0.0
+    warmup_steps: CountOrZero = 0
+    decay_steps: Count | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.final > self.peak:
+            raise ValueError(f"final ({self.final:g}) is above peak ({self.peak:g})")
+        if (self.schedule == "wsd") != (self.decay_steps is not None):
+            raise ValueError("decay_steps is needed by schedule wsd and by no other")
+        return self
+
+
+class OverfitConfig(Section):
+    """Ends a phase when validation losses no longer fall.
+
+    A task has overfit when its validation loss has not fallen by more than `min_gain` below its
+    best of this phase for `patience` validations in a row.
+    """
+
+    tasks: RoleOrTaskNames
+    patience: Count = 3
+    min_gain: PositiveOrZero = 0.0
+    when: Literal["all", "any"] = "all"
+
+
+class StopConfig(Section):
+    """What ends a phase before its length is reached; looked at after every validation.
+
+    loss: validation losses by task, in nats a token; all of them have to be reached.
+    """
+
+    overfit: OverfitConfig | None = None
+    loss: dict[str, Positive] | None = Field(default=None, min_length=1)
+
+
+class PhaseConfig(Section):
+    """A run of steps with one mixture, one schedule and one optimizer-state policy.
+
+    epochs: the phase's length in passes over the training text of a task; of several tasks, the
+    one that gets there first ends it.
+    """
+
+    name: str
+    tokens: Count | None = None
+    steps: Count | None = None
+    epochs: dict[str, Positive] | None = Field(default=None, min_length=1)
+    mixture: MixtureConfig
+    order: Literal["balanced", "random"] = "balanced"
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    learning_rate: LearningRateConfig
+    stop: StopConfig = StopConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _fit_for_a_file_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise ValueError(f"{name!r} is no phase name; use letters, digits, '_', '.' and '-'")
+        return name
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        given = [key for key in PHASE_LENGTHS if getattr(self, key) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"give exactly one of {', '.join(PHASE_LENGTHS)}; found {found}")
+        if self.epochs is not None and self.mixture.max_epochs is not None:
+            raise ValueError(
+                "epochs does not go with mixture.max_epochs, whose rates depend on the length; "
+                "give tokens or steps"
+            )
+        return self

@@ -1,0 +1,173 @@
+"""The sections of a run file beside its phases."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from megaphase.config.fields import (
+    Count,
+    CountOrZero,
+    FilePath,
+    FractionOf1,
+    Positive,
+    PositiveOrZero,
+    RoleOrTaskNames,
+    Section,
+)
+
+
+class TaskConfig(Section):
+    """One training distribution: what it teaches and where its corpus lies (PREFIX of .bin/.idx).
+
+    kind: texts of a language, or pairs for translation.
+    attend_across_documents: whether the documents of a sample see each other; by default those of
+    an lm task do, translation pairs do not.
+    role is any word, such as `high` or `low`, by which a mixture's `over` can name several tasks.
+    """
+
+    corpus: FilePath
+    kind: Literal["lm", "translation"] = "lm"
+    attend_across_documents: bool | None = Field(default=None, strict=True)
+    role: str | None = Field(default=None, min_length=1)
+
+    @property
+    def attends_across_documents(self) -> bool:
+        """`attend_across_documents`, or what the kind of task has where it is left out."""
+        if self.attend_across_documents is None:
+            return self.kind == "lm"
+        return self.attend_across_documents
+
+
+class ModelConfig(Section):
+    """The GPT's shape: a preset, explicit sizes, or a preset with some sizes changed."""
+
+    seq_len: Count
+    preset: str | None = None
+    layers: Count | None = None
+    hidden: Count | None = None
+    heads: Count | None = None
+    kv_heads: Count | None = None
+    ffn: Count | None = None
+    vocab: Count | None = None
+    norm: Literal["rmsnorm", "layernorm"] | None = None
+    position: Literal["rotary", "learned"] | None = None
+    activation: Literal["swiglu", "gelu"] | None = None
+    tied_embeddings: bool | None = None
+    bias: bool | None = None
+    rotary_base: Positive | None = None
+    norm_eps: Positive | None = None
+    init_std: Positive | None = None
+    activation_checkpointing: Literal["none", "full"] = "none"
+
+
+class ParallelConfig(Section):
+    """How one model replica and its optimizer are spread over processes and memories.
+
+    offload: where fp32 weights and optimizer state lie; offload_parameters: where the weights
+    that the model computes with lie. offload_folder: a folder on each node's NVMe disk.
+    """
+
+    tensor: Count = 1
+    sequence: bool = False
+    zero: Literal[0, 1, 2, 3] = 3
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    offload_folder: FilePath | None = None
+
+    @model_validator(mode="after")
+    def _sequence_needs_tensor(self) -> Self:
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence: true needs tensor greater than 1")
+        return self
+
+    @model_validator(mode="after")
+    def _offload_fits_the_stage(self) -> Self:
+        if self.offload == "cpu" and self.zero == 0:
+            raise ValueError("offload: cpu needs zero 1, 2 or 3")
+        if self.offload == "nvme" and self.zero != 3:
+            raise ValueError("offload: nvme needs zero 3")
+        if self.offload_parameters != "none" and (self.zero != 3 or self.offload == "none"):
+            raise ValueError(
+                f"offload_parameters: {self.offload_parameters} needs zero 3, and offload, too"
+            )
+        to_disk = "nvme" in (self.offload, self.offload_parameters)
+        if to_disk != (self.offload_folder is not None):
+            raise ValueError("offload_folder is needed by nvme and by nothing else")
+        return self
+
+
+class BatchConfig(Section):
+    """samples: global batch of an optimizer step; micro: samples of one forward pass per rank."""
+
+    samples: Count
+    micro: Count = 1
+
+    @model_validator(mode="after")
+    def _micro_divides(self) -> Self:
+        if self.samples % self.micro:
+            raise ValueError(f"micro ({self.micro}) does not divide samples ({self.samples})")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov and Hutter 2019); clip is the largest global gradient norm, 0 is none."""
+
+    name: Literal["adamw"] = "adamw"
+    betas: tuple[FractionOf1, FractionOf1] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: PositiveOrZero = 0.1
+    clip: PositiveOrZero = 1.0
+
+
+class ValidationConfig(Section):
+    """fraction of each task's documents is held out of training; samples of it are scored."""
+
+    every_steps: Count = 500
+    samples: Count = 256
+    fraction: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.01
+
+
+class MonitorConfig(Section):
+    """Tasks whose best weights are kept, each task's and those of the best weighted mean loss.
+
+    weights: of the tasks in that mean; equal ones if left out.
+    """
+
+    tasks: RoleOrTaskNames | None = None
+    weights: dict[str, Positive] | None = Field(default=None, min_length=1)
+    min_gain: PositiveOrZero = 0.0
+
+
+class CheckpointConfig(Section):
+    """The newest `keep` checkpoints stay, and the one at the end of every phase for ever.
+
+    asynchronous: training goes on while a copy of the state is written.
+    """
+
+    every_steps: Count = 1000
+    keep: Count = 3
+    asynchronous: bool = True
+
+
+class FaultsConfig(Section):
+    """What a run does about faults.
+
+    skip_batches: steps in a row whose loss or gradient is not finite that are left out.
+    spike_deviations: how far above the running mean loss a step is reported; 0 never.
+    silent_seconds: after so long without a sign of life a rank counts as dead.
+    stalled_seconds: after so long without progress on any rank the run counts as hanging.
+    """
+
+    skip_batches: CountOrZero = 3
+    spike_deviations: PositiveOrZero = 6.0
+    silent_seconds: Positive = 30.0
+    stalled_seconds: Positive = 900.0
+
+
+class LoggingConfig(Section):
+    """every_steps: how often a plain progress line is printed when no terminal is there."""
+
+    every_steps: Count = 10
+    tensorboard: bool = True
