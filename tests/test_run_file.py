@@ -74,7 +74,8 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
          "run.yaml: tasks.hi.corpus: this key is missing; add it"),
         ("hi: {corpus: data/hi}", "hi:",
          "run.yaml: tasks.hi.corpus: this key is missing; add it"),
-        ("    tokens: 200e9\n", "", "run.yaml: phases[0]: give exactly one of tokens, steps, epochs; found none of them"),
+        ("    tokens: 200e9\n", "",
+         "run.yaml: phases[0]: give exactly one of tokens, steps, epochs; found none of them"),
         ("steps: 10", "steps: 10\n    tokens: 5",
          "run.yaml: phases[1]: give exactly one of tokens, steps, epochs; found tokens and steps"),
         # wrong types
