@@ -205,7 +205,7 @@ def test_a_plan_of_65535_tasks(tmp_path):
         PhaseSpec("one", 40_000, MixtureConfig(temperature=3.3), "", "balanced", 1),
         PhaseSpec("two", 70_000, MixtureConfig(unimax=True, max_epochs=2), "", "random", 2),
     ]
-    spec = PlanSpec(streams, streams, phases, 4, 256, "f" * 32)
+    spec = PlanSpec(streams, streams, phases, 4, 256, "f" * 32, dict.fromkeys(names, 0))
     build_index(spec, tmp_path / "index", lambda *_: None)
     plan = Plan(spec, tmp_path / "index")
     for number, phase in enumerate(plan.phases):

@@ -125,9 +125,17 @@ class PhaseConfig(Section):
             raise ValueError(f"{name!r} is no phase name; use letters, digits, '_', '.' and '-'")
         return name
 
+    @property
+    def length_key(self) -> str:
+        """Which of the keys gives the phase's length."""
+        return self._length_keys()[0]
+
+    def _length_keys(self) -> list[str]:
+        return [key for key in PHASE_LENGTHS if getattr(self, key) is not None]
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        given = [key for key in PHASE_LENGTHS if getattr(self, key) is not None]
+        given = self._length_keys()
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise ValueError(f"give exactly one of {', '.join(PHASE_LENGTHS)}; found {found}")

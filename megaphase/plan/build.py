@@ -37,9 +37,9 @@ from megaphase.plan.index import (
     damage,
     task_dtype,
 )
-from megaphase.plan.mixture import TaskSupply, effective_rates, integer_weights, requested_rates
+from megaphase.plan.mixture import effective_rates, integer_weights, requested_rates
 from megaphase.plan.pieces import PieceWriter
-from megaphase.plan.spec import FORMAT_VERSION, PhaseSpec, PlanSpec
+from megaphase.plan.spec import FORMAT_VERSION, PhaseSpec, PlanSpec, task_supply
 from megaphase.plan.stream import DOCUMENTS_PER_CALL, Stream
 
 # Samples made between two looks at whether to go on; a block of a blend may be larger.
@@ -133,13 +133,13 @@ def build_index(
         directory_written_aside(folder, discard) as aside,
         Crew(threads or builder_threads(), progress) as crew,
     ):
-        used = [0] * len(spec.streams)
+        used = list(spec.used.values())
         phases: list[PhaseIndex] = []
         files: dict[str, Any] = {}
         for number, phase in enumerate(spec.phases):
             phases.append(_build_blend(aside, number, phase, spec, used, crew, files))
             used = [a + b for a, b in zip(used, phases[-1].counts, strict=True)]
-        starts = _build_starts(aside, list(spec.streams.values()), used, crew, files)
+        starts = _build_starts(aside, spec, used, crew, files)
         header = {
             "format": FORMAT_VERSION,
             "fingerprint": spec.fingerprint,
@@ -162,10 +162,7 @@ def _build_blend(
 ) -> PhaseIndex:
     names = list(spec.streams)
     samples = phase.steps * spec.samples_per_step
-    supply = {
-        task: TaskSupply(stream.tokens, stream.samples_per_epoch, used[i])
-        for i, (task, stream) in enumerate(spec.streams.items())
-    }
+    supply = task_supply(spec.streams, dict(zip(names, used, strict=True)))
     requested = requested_rates(phase.mixture, supply)
     rates = effective_rates(phase.mixture, supply, samples, phase.where)
     blend = make_blend(phase, [rates[task] for task in names], samples)
@@ -219,38 +216,56 @@ def _write_blend(
 
 
 def _build_starts(
-    folder: Path, streams: list[Stream], used: list[int], crew: Crew, files: dict[str, Any]
+    folder: Path, spec: PlanSpec, used: list[int], crew: Crew, files: dict[str, Any]
 ) -> list[list[int]]:
-    """Write where the samples of all tasks begin; [first byte, samples] of every task."""
-    sizes = [stream.index_sizes(n) for stream, n in zip(streams, used, strict=True)]
-    samples = [sum(each) for each in sizes]
-    lengths = [
-        _aligned(2 * n * np.dtype(stream.start_dtype).itemsize)
-        for stream, n in zip(streams, samples, strict=True)
+    """Write where the samples of all tasks begin; [first byte, samples] of every task.
+
+    The epochs that a run before has used up stay holes in the file.
+    """
+    streams, before = list(spec.streams.values()), list(spec.used.values())
+    sizes = [
+        stream.index_sizes(last) if last > first else []
+        for stream, first, last in zip(streams, before, used, strict=True)
     ]
+    samples = [sum(each) for each in sizes]
+    epochs = [stream.first_indexed_epoch(n) for stream, n in zip(streams, before, strict=True)]
+    to_write = [sum(each[epoch:]) for each, epoch in zip(sizes, epochs, strict=True)]
+    lengths = [_aligned(n * _row_bytes(stream)) for stream, n in zip(streams, samples, strict=True)]
     first_bytes = list(accumulate(lengths, initial=0))
     with open(folder / STARTS_FILE, "wb", buffering=0) as file:
         os.ftruncate(file.fileno(), first_bytes[-1])
         jobs = {
             task: partial(
-                _write_starts, stream, sizes[task], file.fileno(), first_bytes[task], crew
+                _write_starts,
+                stream,
+                sizes[task],
+                epochs[task],
+                file.fileno(),
+                first_bytes[task],
+                crew,
             )
             for task, stream in enumerate(streams)
         }
         # The longest first, so that no thread is left with one when the others are done.
-        longest_first = sorted(jobs, key=lambda task: -samples[task])
-        written = crew.run("sample index", sum(samples), [jobs[task] for task in longest_first])
+        longest_first = sorted(jobs, key=lambda task: -to_write[task])
+        written = crew.run("sample index", sum(to_write), [jobs[task] for task in longest_first])
     pieces = sorted(piece for each in written for piece in each)
     files[STARTS_FILE] = {"bytes": first_bytes[-1], "pieces": pieces}
     return [[first, n] for first, n in zip(first_bytes, samples, strict=False)]
 
 
 def _write_starts(
-    stream: Stream, sizes: list[int], descriptor: int, first_byte: int, crew: Crew
+    stream: Stream,
+    sizes: list[int],
+    first_epoch: int,
+    descriptor: int,
+    first_byte: int,
+    crew: Crew,
 ) -> list[list[Any]]:
-    writer = PieceWriter(descriptor, first_byte, crew.flusher)
+    skipped = sum(sizes[:first_epoch]) * _row_bytes(stream)
+    writer = PieceWriter(descriptor, first_byte + skipped, crew.flusher)
     buffer = np.empty((min(SAMPLES_PER_CALL, max(sizes, default=0)), 2), stream.start_dtype)
-    for epoch, size in enumerate(sizes):
+    for epoch, size in enumerate(sizes[first_epoch:], first_epoch):
         walk = stream.walk(epoch)
         while size > 0:
             filled = walk.fill(buffer[:size], DOCUMENTS_PER_CALL)
@@ -262,6 +277,10 @@ def _write_starts(
                     stream.corpus.prefix, "changed while the plan was built", "start again"
                 )
     return writer.finish()
+
+
+def _row_bytes(stream: Stream) -> int:
+    return 2 * np.dtype(stream.start_dtype).itemsize
 
 
 def _aligned(size: int) -> int:

@@ -73,17 +73,25 @@ def _batch(
     )
 
 
-def read_step(plan: Plan, phase: int, step: int, rank: int, ranks: int, filler: int) -> Batch:
+def read_step(
+    plan: Plan,
+    phase: int,
+    step: int,
+    rank: int,
+    ranks: int,
+    filler: int,
+    starts: np.ndarray | None = None,
+) -> Batch:
     """The rows of one optimizer step (0-based in its phase) for one of `ranks` data-parallel ranks.
 
     The global batch of a step is the same whatever `ranks` is; a rank takes a contiguous part.
-    `filler` is the input where a sample has ended early.
+    `filler` is the input where a sample has ended early; for `starts` see Plan.samples.
     """
     samples = plan.spec.samples_per_step
     if samples % ranks:
         raise ValueError(f"{ranks} ranks do not divide a step's {samples} samples")
     share = samples // ranks
-    planned = plan.samples(phase, step * samples + rank * share, share)
+    planned = plan.samples(phase, step * samples + rank * share, share, starts)
     inputs, targets, documents = _empty_rows(share, plan.spec.seq_len)
     plan.read(planned, inputs, targets, filler, documents)
     return _batch(inputs, targets, planned.tasks, documents)
@@ -109,10 +117,20 @@ class StepReader:
         wait_seconds: how long the step that was yielded last was waited for.
     """
 
-    def __init__(self, plan: Plan, phase: int, *, rank: int, ranks: int, filler: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        phase: int,
+        *,
+        rank: int,
+        ranks: int,
+        filler: int,
+        starts: np.ndarray | None = None,
+    ) -> None:
+        """See read_step; starts: int64 [tasks], where a phase before has ended early."""
         self.wait_seconds = 0.0
         self._plan, self._phase = plan, phase
-        self._rank, self._ranks, self._filler = rank, ranks, filler
+        self._rank, self._ranks, self._filler, self._starts = rank, ranks, filler, starts
 
     def steps(self, first: int, last: int) -> Iterator[Batch]:
         """Batches of the steps [first, last) of the phase."""
@@ -127,4 +145,6 @@ class StepReader:
                 yield batch
 
     def _read(self, step: int) -> Batch:
-        return read_step(self._plan, self._phase, step, self._rank, self._ranks, self._filler)
+        return read_step(
+            self._plan, self._phase, step, self._rank, self._ranks, self._filler, self._starts
+        )

@@ -35,6 +35,10 @@ class PackedStream(Stream):
         """The one epoch that an index for the ordinals [0, ordinals) holds, if any."""
         return [self.samples_per_epoch] if ordinals else []
 
+    def first_indexed_epoch(self, first_ordinal: int) -> int:
+        """0: all epochs need the one that the index holds."""
+        return 0
+
     def walk(self, epoch: int) -> _builder.StreamWalk:
         """A walk through an epoch's samples in token order, the same for all epochs."""
         return super().walk(0)

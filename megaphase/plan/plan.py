@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,15 +62,41 @@ class Plan:
         self.phases = self._index.phases
         self._block = block_size(len(self.tasks))
         self._streams = list(spec.streams.values())
-        self._first_ordinals = [np.array(phase.starts) for phase in self.phases]
+        self._used = np.array([spec.used[task] for task in self.tasks], np.int64)
+        self._first_ordinals = [np.array(phase.starts, np.int64) for phase in self.phases]
 
-    def samples(self, phase: int, first: int, count: int) -> PlannedSamples:
-        """The samples [first, first + count) of a phase, in order."""
+    def counts(self, phase: int, steps: int) -> np.ndarray:
+        """Samples of every task in the first `steps` steps of a phase, int64 [tasks]."""
+        samples = steps * self.spec.samples_per_step
+        order, counts = self._index.blends[phase]
+        if not 0 <= samples <= len(order):
+            raise ValueError(f"{self.phases[phase].name} has no {steps} steps")
+        block = min(samples // self._block, len(counts) - 1)
+        since = order[block * self._block : samples]
+        return counts[block] + np.bincount(since, minlength=len(self.tasks))
+
+    def first_ordinals(self, phase_steps: Sequence[int]) -> np.ndarray:
+        """The ordinals at which streams go on after phases of so many steps, int64 [tasks]."""
+        return self._used + sum(self.counts(i, steps) for i, steps in enumerate(phase_steps))
+
+    def samples(
+        self, phase: int, first: int, count: int, starts: np.ndarray | None = None
+    ) -> PlannedSamples:
+        """The samples [first, first + count) of a phase, in order.
+
+        starts: int64 [tasks], the ordinals at which the streams go on where a phase before has
+                ended early; those of the plan if left out
+        """
+        planned = self._first_ordinals[phase]
+        if starts is None:
+            starts = planned
+        elif ((starts < self._used) | (starts > planned)).any():
+            raise ValueError(f"{self.phases[phase].name} cannot begin at ordinals {starts}")
         order, counts = self._index.blends[phase]
         ordinals = np.empty(count, np.int64)
         _builder.phase_ordinals(order, counts, self._block, first, ordinals)
         tasks = order[first : first + count].astype(np.int64)
-        return PlannedSamples(tasks, ordinals + self._first_ordinals[phase][tasks])
+        return PlannedSamples(tasks, ordinals + starts[tasks])
 
     def locate(self, task: int, ordinals: np.ndarray) -> SampleLocations:
         """Where samples of one task begin in its corpus."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
 from typing import Literal
 
-from megaphase.config import MixtureConfig, PhaseConfig, RunConfig
+from megaphase.config import MixtureConfig, RunConfig
 from megaphase.corpus import Corpus
 from megaphase.corpus.manifest import MANIFEST_SUFFIX, corpus_file
 from megaphase.errors import InputError
 from megaphase.files import hash_json
 from megaphase.keys import derive_key
+from megaphase.plan.mixture import TaskSupply, requested_rates
 from megaphase.plan.packed_stream import PackedStream
 from megaphase.plan.stream import Stream
 from megaphase.tokenizer import Tokenizer
@@ -42,7 +46,12 @@ class PhaseSpec:
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """Everything that determines a plan, and nothing else: same spec, same plan."""
+    """Everything that determines a plan, and nothing else: same spec, same plan.
+
+    Attributes:
+        used: samples of each task that the run this one goes on from has used; the first phase's
+            ordinals begin there.
+    """
 
     streams: dict[str, Stream]
     held_out: dict[str, Stream]
@@ -50,14 +59,55 @@ class PlanSpec:
     samples_per_step: int
     seq_len: int
     fingerprint: str
+    used: dict[str, int]
+
+    @property
+    def stream_fingerprints(self) -> dict[str, str]:
+        """For every task a hash of what its sequence of training samples depends on.
+
+        Runs in which a task's is equal read the same sample under the same ordinal.
+        """
+        return {
+            task: hash_json([FORMAT_VERSION, stream.fingerprint])
+            for task, stream in self.streams.items()
+        }
 
 
-def phase_steps(phase: PhaseConfig, tokens_per_step: int) -> int:
-    """Optimizer steps of a phase; a budget in tokens is rounded up to whole steps."""
+def task_supply(streams: Mapping[str, Stream], used: Mapping[str, int]) -> dict[str, TaskSupply]:
+    """What there is of every task, for mixtures; `used`: the samples of it that are used."""
+    return {
+        task: TaskSupply(stream.tokens, stream.samples_per_epoch, used[task])
+        for task, stream in streams.items()
+    }
+
+
+def _phase_steps(
+    config: RunConfig, number: int, mixture: MixtureConfig, supply: Mapping[str, TaskSupply]
+) -> int:
+    """Optimizer steps of a phase; a budget in tokens or epochs is rounded up to whole steps."""
+    phase, samples_per_step = config.phases[number], config.batch.samples
     if phase.steps is not None:
         return phase.steps
-    assert phase.tokens is not None
-    return -(-phase.tokens // tokens_per_step)
+    if phase.tokens is not None:
+        return -(-phase.tokens // (samples_per_step * config.model.seq_len))
+    assert phase.epochs is not None
+    rates = requested_rates(mixture, supply)
+    for task in phase.epochs:
+        if rates[task] == 0:
+            raise InputError(
+                config.where(f"phases[{number}].epochs.{task}"),
+                f"{phase.name} never sees {task}, whose rate is 0",
+                "give it a rate in the mixture, or leave it out here",
+            )
+    return min(
+        ceil(_samples(epochs, supply[task]) / (rates[task] * samples_per_step))
+        for task, epochs in phase.epochs.items()
+    )
+
+
+def _samples(epochs: float, supply: TaskSupply) -> int:
+    """Of a task in so many epochs; read as the decimal number that was written."""
+    return ceil(Fraction(repr(epochs)) * supply.samples_per_epoch)
 
 
 def _open_corpus(config: RunConfig, task: str, tokenizer: Tokenizer) -> Corpus:
@@ -154,19 +204,18 @@ def _check_split(config: RunConfig, training: Stream, held_out: Stream) -> None:
         )
 
 
-def _phase_spec(config: RunConfig, number: int) -> PhaseSpec:
-    phase = config.phases[number]
-    steps = phase_steps(phase, config.batch.samples * config.model.seq_len)
+def _phase_spec(config: RunConfig, number: int, supply: Mapping[str, TaskSupply]) -> PhaseSpec:
+    phase, mixture = config.phases[number], config.phases[number].mixture
+    if mixture.over is not None:
+        mixture = mixture.model_copy(update={"over": config.selected_tasks(mixture.over)})
+    steps = _phase_steps(config, number, mixture, supply)
     samples = steps * config.batch.samples
     if samples > MOST_SAMPLES:
         raise InputError(
-            config.where(f"phases[{number}].{'tokens' if phase.tokens else 'steps'}"),
+            config.where(f"phases[{number}].{phase.length_key}"),
             f"{phase.name} has {samples:,} samples, more than {MOST_SAMPLES:,}",
             "shorten the phase",
         )
-    mixture = phase.mixture
-    if mixture.over is not None:
-        mixture = mixture.model_copy(update={"over": config.selected_tasks(mixture.over)})
     return PhaseSpec(
         phase.name,
         steps,
@@ -177,22 +226,30 @@ def _phase_spec(config: RunConfig, number: int) -> PhaseSpec:
     )
 
 
-def plan_spec(config: RunConfig, tokenizer: Tokenizer) -> PlanSpec:
+def plan_spec(
+    config: RunConfig, tokenizer: Tokenizer, used: Mapping[str, int] | None = None
+) -> PlanSpec:
     """Open the corpora and put together what the plan is made of.
 
+    Args:
+        used: samples by task that a run has used from which this one goes on; none if left out.
+
     Raises:
-        InputError: a corpus is missing, damaged, too short, of another kind or tokenizer, or no
-            document of a task is held out.
+        InputError: a corpus is missing, damaged, too short, of another kind or tokenizer, no
+            document of a task is held out, or a phase never comes to the epochs that end it.
     """
+    used = {task: (used or {}).get(task, 0) for task in config.tasks}
     seq_len = config.model.seq_len
     corpora = {task: _open_corpus(config, task, tokenizer) for task in config.tasks}
     training = _streams(config, corpora, held_out=False)
     held_out = _streams(config, corpora, held_out=True)
     for task in config.tasks:
         _check_task(config, task, training[task], held_out[task])
-    phases = [_phase_spec(config, i) for i in range(len(config.phases))]
+    supply = task_supply(training, used)
+    phases = [_phase_spec(config, i, supply) for i in range(len(config.phases))]
     fingerprint = hash_json(
-        {
+        ({"used": used} if any(used.values()) else {})
+        | {
             "format": FORMAT_VERSION,
             "seed": config.seed,
             "seq_len": seq_len,
@@ -210,4 +267,4 @@ def plan_spec(config: RunConfig, tokenizer: Tokenizer) -> PlanSpec:
             "order_of_tasks": list(config.tasks),
         }
     )
-    return PlanSpec(training, held_out, phases, config.batch.samples, seq_len, fingerprint)
+    return PlanSpec(training, held_out, phases, config.batch.samples, seq_len, fingerprint, used)

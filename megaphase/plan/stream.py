@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from megaphase.corpus import Corpus
+from megaphase.files import hash_json
 from megaphase.keys import derive_key
 from megaphase.plan import _builder
 from megaphase.targets import IGNORED_TARGET
@@ -60,6 +61,15 @@ class Stream:
         """
         self.task = task
         self.corpus = corpus
+        self._origin = {
+            "task": task,
+            "seed": seed,
+            "seq_len": seq_len,
+            "held_out_fraction": fraction,
+            "held_out": held_out,
+            "tag": tag,
+            "attend_across_documents": attend_across_documents,
+        }
         self.seq_len = seq_len
         self.attend_across_documents = attend_across_documents
         self._every_sample_has_a_target = attend_across_documents and tag is None
@@ -85,6 +95,11 @@ class Stream:
         return max(0, -(-(self.tokens - 1) // self.seq_len))
 
     @property
+    def fingerprint(self) -> str:
+        """A hash of all that the sequence of samples depends on."""
+        return hash_json(self._origin | {"corpus": self.corpus.fingerprint})
+
+    @property
     def start_dtype(self) -> type[np.generic]:
         """The type of an index's slots and offsets: it must number the corpus's documents."""
         return np.uint32 if len(self.corpus.lengths) <= 1 << 32 else np.uint64
@@ -99,6 +114,10 @@ class Stream:
         windows = -(-used // SAMPLE_WINDOW)
         last = min(windows * SAMPLE_WINDOW, self.samples_per_epoch)
         return [self.samples_per_epoch] * full + ([last] if last else [])
+
+    def first_indexed_epoch(self, first_ordinal: int) -> int:
+        """The first epoch that an index for ordinals from this one on needs."""
+        return first_ordinal // self.samples_per_epoch
 
     def walk(self, epoch: int) -> _builder.StreamWalk:
         """A walk through an epoch's samples in token order; its `fill` writes where they begin."""
