@@ -12,20 +12,28 @@ import typer
 from megaphase import __version__
 from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.tokenizers.commands import tokenizer_app
-from megaphase.errors import EXIT_FAILED, EXIT_WRONG_INPUT, InputError, RunError
+from megaphase.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_REQUEUE,
+    EXIT_WRONG_INPUT,
+    InputError,
+    RunError,
+    Stopped,
+)
 from megaphase.experiments.commands import report_command
 from megaphase.launch.commands import demo_command, launch_app
 from megaphase.parallel.launcher import global_rank
 from megaphase.plan.commands import plan_app
 from megaphase.training.commands import evaluate_command, train_command
 
-EXIT_INTERRUPTED = 130
 SECONDS_FOR_RANK_0 = 1.0
 
 app = typer.Typer(
     help="Train multilingual GPT models in phases: first on the high-resource tasks, then, with "
     "fresh optimizer state and schedule, on a mixture that raises the low-resource ones.",
-    epilog="Exit codes: 0 done, 1 the run failed, 2 the input is wrong.",
+    epilog="Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped on a signal "
+    "after a checkpoint.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -64,6 +72,8 @@ def main() -> None:
         _stop(error, EXIT_WRONG_INPUT)
     except RunError as error:
         _stop(error, EXIT_FAILED)
+    except Stopped as stop:
+        _stop(stop, EXIT_REQUEUE)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:

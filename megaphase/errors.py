@@ -4,6 +4,8 @@ from __future__ import annotations
 
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
+EXIT_REQUEUE = 75
+EXIT_INTERRUPTED = 130
 
 
 class InputError(Exception):
@@ -29,4 +31,12 @@ class RunError(Exception):
     """What was asked for is right, but could not be done: a process was killed, a disk is full.
 
     The message is one line; the command line prints it and ends with exit code 1.
+    """
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and it did so after a checkpoint; all ranks raise it.
+
+    The message is one line: which signal came to which rank, and what was saved. The command line
+    prints it and ends with exit code 75, on which a batch system may queue the job again.
     """
