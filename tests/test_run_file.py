@@ -172,6 +172,39 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
         ("{tensor: 1}", "{sequence: true}",
          "run.yaml: parallel: sequence: true needs tensor greater than 1"),
         ("{tensor: 1}", "{zero: 4}", "run.yaml: parallel.zero: must be 0, 1, 2 or 3; found 4"),
+        # lengths, ends and the monitor
+        ("steps: 10", "epochs: {}",
+         "run.yaml: phases[1].epochs: must hold at least one entry; found an empty mapping"),
+        ("steps: 10", "epochs: {hi: 0}",
+         "run.yaml: phases[1].epochs.hi: must be greater than 0; found 0"),
+        ("tokens: 200e9", "epochs: {fr: 1}",
+         "run.yaml: phases[0].epochs: no task 'fr' with a corpus under tasks; the tasks are en, "
+         "hi, no"),
+        ("steps: 10", "epochs: {hi: 1}",
+         "run.yaml: phases[1]: epochs does not go with mixture.max_epochs, whose rates depend on "
+         "the length; give tokens or steps"),
+        ("steps: 10", "steps: 10\n    stop: {overfit: {tasks: [fr]}}",
+         "run.yaml: phases[1].stop.overfit.tasks: no task 'fr' with a corpus under tasks; the "
+         "tasks are en, hi, no"),
+        ("steps: 10", "steps: 10\n    stop: {overfit: {tasks: low}}",
+         "run.yaml: phases[1].stop.overfit.tasks: no task has the role 'low'; set "
+         "tasks.NAME.role, or give a list of tasks"),
+        ("steps: 10", "steps: 10\n    stop: {overfit: {tasks: [hi], when: some}}",
+         "run.yaml: phases[1].stop.overfit.when: must be 'all' or 'any'; found \"some\""),
+        ("steps: 10", "steps: 10\n    stop: {loss: {fr: 1}}",
+         "run.yaml: phases[1].stop.loss: no task 'fr' with a corpus under tasks; the tasks are "
+         "en, hi, no"),
+        ("seed: 1", "monitor: {tasks: [fr]}",
+         "run.yaml: monitor.tasks: no task 'fr' with a corpus under tasks; the tasks are en, hi, "
+         "no"),
+        ("seed: 1", "monitor: {weights: {hi: 1}}",
+         "run.yaml: monitor.weights: there are no monitor.tasks; name them, too"),
+        ("seed: 1", "monitor: {tasks: [hi, no], weights: {hi: 1, en: 2}}",
+         "run.yaml: monitor.weights.en: en is none of monitor.tasks, which are hi, no; add it to "
+         "them, or leave it out here"),
+        ("  no: {corpus: data/no}", "  mean: {corpus: data/no}\nmonitor: {tasks: [mean]}",
+         "run.yaml: monitor.tasks: 'mean' is also what the best weighted mean is kept as; rename "
+         "the task"),
         # not YAML, or not quite
         ("seed: 1", "seed: 1\nseed: 2", "run.yaml:2: the key 'seed' stands twice"),
         ("hi: {", "en: {", "run.yaml:6: the key 'en' stands twice"),
@@ -291,6 +324,12 @@ def test_paths_are_relative_to_the_file(tmp_path, monkeypatch):
 def test_a_rate_may_be_zero_and_rates_may_be_rounded(tmp_path):
     text = GOOD.replace("{en: 1.0}", "{en: 0.3333333, hi: 0.6666667, no: 0}")
     assert load(tmp_path, text).phases[0].mixture.rates["no"] == 0
+
+
+def test_a_monitor_may_name_tasks_by_a_role(tmp_path):
+    text = GOOD.replace("{corpus: data/hi}", "{corpus: data/hi, role: low}")
+    monitor = "monitor: {tasks: low, weights: {hi: 2}}"
+    assert load(tmp_path, f"{text}{monitor}\n").monitor.weights == {"hi": 2}
 
 
 @pytest.mark.parametrize(

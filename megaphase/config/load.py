@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megaphase.config.run import RunConfig
+from megaphase.config.sections import MONITORED_MEAN
 from megaphase.errors import InputError
 from megaphase.validation_errors import as_input_error, hint
 from megaphase.yaml_file import parse_scalar, read_yaml
@@ -49,6 +50,28 @@ def _mentioned_tasks(config: RunConfig) -> Iterator[tuple[str, str | list[str]]]
             yield f"{place}.stop.overfit.tasks", phase.stop.overfit.tasks
     yield "monitor.tasks", config.monitor.tasks or []
     yield "monitor.weights", list(config.monitor.weights or {})
+
+
+def _check_monitor(config: RunConfig) -> None:
+    """Weights are of the monitor's tasks, and no task is called as their mean is."""
+    tasks = config.selected_tasks(config.monitor.tasks or [])
+    if MONITORED_MEAN in tasks:
+        raise InputError(
+            config.where("monitor.tasks"),
+            f"{MONITORED_MEAN!r} is also what the best weighted mean is kept as",
+            "rename the task",
+        )
+    if config.monitor.weights and not tasks:
+        raise InputError(
+            config.where("monitor.weights"), "there are no monitor.tasks", "name them, too"
+        )
+    for task in config.monitor.weights or {}:
+        if task not in tasks:
+            raise InputError(
+                config.where(f"monitor.weights.{task}"),
+                f"{task} is none of monitor.tasks, which are {', '.join(tasks)}",
+                "add it to them, or leave it out here",
+            )
 
 
 def _check_role(config: RunConfig, where: str, role: str) -> None:
@@ -111,4 +134,5 @@ def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     config = config.resolved_paths(path.parent)
     config._path = path
     _check_references(config)
+    _check_monitor(config)
     return config

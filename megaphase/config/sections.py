@@ -129,6 +129,10 @@ class ValidationConfig(Section):
     fraction: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.01
 
 
+# What the monitor calls the weighted mean of its tasks' losses, beside the tasks' own names.
+MONITORED_MEAN = "mean"
+
+
 class MonitorConfig(Section):
     """Tasks whose best weights are kept, each task's and those of the best weighted mean loss.
 
