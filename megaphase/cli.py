@@ -66,6 +66,8 @@ def _options(
 
 def main() -> None:
     """Run the command; a user's mistake is one line on standard error, from one process."""
+    # When a rank dies torch's own threads fill pages about it; the watchdog says it in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         app()
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and stop: Slurm's before a time limit, a preemption, an operator's.
+"""Signals that ask a run to save and stop: before a time limit, at a preemption, by hand.
 
 They only leave a note here. The training loop asks for it between two steps, where all ranks can
 agree to stop, so that no signal ever interrupts a step, a collective or a save.

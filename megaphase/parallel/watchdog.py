@@ -1,0 +1,245 @@
+"""A rank that dies, freezes or hangs is noticed, named, and ends the whole run.
+
+Collectives tell nothing of this: NCCL waits for a dead rank until its time-out, gloo says that a
+connection was closed. Here every rank has a thread that sends signs of life to rank 0, which looks
+at all of them (`Judge`) and tells the others how it ends. It has a store of its own, so that it
+shares no lock with the collectives, and never touches the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Self
+
+from megaphase.errors import (
+    EXIT_FAILED,
+    EXIT_REQUEUE,
+    EXIT_WRONG_INPUT,
+    InputError,
+    RunError,
+    Stopped,
+)
+from megaphase.parallel.judge import Verdict, host_is_gone
+from megaphase.parallel.launcher import global_rank
+from megaphase.parallel.lines import AloneLine, MemberLine, open_line
+from megaphase.parallel.pulse import Beat, Neighbour, State, is_collective, thread_position
+
+LONGEST_INTERVAL_SECONDS = 1.0
+FLUSH_SECONDS = 1.0
+REASON_CHARACTERS = 400
+
+
+def say_on_stderr(text: str) -> None:
+    """Write a line past Python's buffers, whose locks a stuck main thread may hold."""
+    os.write(2, f"{text}\n".encode(errors="replace"))
+
+
+class Watchdog:
+    """Guards the block that it surrounds; all ranks enter it together, with the processes joined.
+
+    Within `silent_seconds` it is noticed that a rank is dead or frozen (at once where another rank
+    on its node sees that the process is gone), within `stalled_seconds` that no rank goes on. One
+    rank then says which one it was, and every process ends with exit code 1. An exception that
+    leaves the block on one rank ends the others likewise. One that all share (InputError, RunError,
+    Stopped) leaves the block on all of them.
+    """
+
+    def __init__(
+        self,
+        silent_seconds: float,
+        stalled_seconds: float,
+        say: Callable[[str], None] = say_on_stderr,
+    ) -> None:
+        """`say` prints a line; it is called in another thread than the main one."""
+        self._silent_seconds, self._stalled_seconds = silent_seconds, stalled_seconds
+        self._say = say
+        self._interval = min(LONGEST_INTERVAL_SECONDS, silent_seconds / 5)
+        self._counter = self._progress = 0
+        self._where = "at the start"
+        self._state: State = "running"
+        self._reason, self._exit_code = "", EXIT_FAILED
+        self._wake, self._over = threading.Event(), threading.Event()
+        self._ending = threading.Lock()
+
+    def at(self, where: str) -> None:
+        """Say what this rank does now, such as `in step 12` or `saving step 12`; next to no cost.
+
+        All ranks call it at the same points: one that has come less far than the others is named.
+        """
+        self._where = where
+        self._progress += 1
+
+    @contextlib.contextmanager
+    def patient(self, where: str) -> Iterator[None]:
+        """For work that may take longer than `stalled_seconds`; only hanging is not noticed."""
+        self.at(where)
+        self._state = "patient"
+        try:
+            yield
+        finally:
+            self._state = "running"
+            self.at(f"after {where}")
+
+    def __enter__(self) -> Self:
+        self._main = threading.get_ident()
+        self._rank = global_rank()
+        self._line, self._places = open_line(self._silent_seconds, self._stalled_seconds)
+        self._neighbour = Neighbour(self._rank, self._places)
+        self._thread = threading.Thread(target=self._beat, name="watchdog", daemon=True)
+        self._thread.start()
+        if isinstance(self._line, MemberLine):
+            guard = threading.Thread(
+                target=self._guard_host, args=(self._line,), name="watchdog-of-rank-0", daemon=True
+            )
+            guard.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(self._line, AloneLine):
+            self._leave("left")
+        elif isinstance(error, InputError | RunError | Stopped):
+            self._leave("fault", str(error), exit_code(error))
+        elif isinstance(error, KeyboardInterrupt):
+            self._leave("interrupted")
+        elif isinstance(error, Exception):
+            self._fail(error)
+        else:
+            self._leave("left")
+
+    def _leave(self, state: State, reason: str = "", exit_code: int = EXIT_FAILED) -> None:
+        """Say so and wait until this rank may go: rank 0 is the last, for it keeps the store."""
+        self._reason, self._exit_code = reason, exit_code
+        self._state = state
+        self._wake.set()
+        self._over.wait()
+        self._thread.join()
+
+    def _fail(self, error: Exception) -> None:
+        """An error that was not foreseen: all processes end, after its trace has been shown.
+
+        If it only says that a collective failed, the rank at fault is found first.
+        """
+        if _tells_of_others(error):
+            self._state = "broken"
+            # Rank 0 knows within `silent_seconds`, and says so at its next beat.
+            if self._over.wait(self._silent_seconds + 4 * self._interval):
+                return
+        traceback.print_exception(error)
+        self._leave("failed", _one_line(error))
+
+    def _beat(self) -> None:
+        before = time.monotonic()
+        while True:
+            now = time.monotonic()
+            # While the whole job is suspended nobody is silent: that time does not count.
+            seconds, before = min(now - before, 2 * self._interval), now
+            state = self._state
+            try:
+                verdict = self._line.exchange(self._next_beat(state), seconds)
+            except RuntimeError:
+                verdict = self._without_host(state, "has ended without a word")
+                speaks = self._speaks_for_host()
+            else:
+                speaks = self._rank == 0
+            if verdict is not None and verdict.ends:
+                self._end(verdict, speaks)
+            if verdict is not None or (state == "left" and self._rank > 0):
+                self._over.set()
+                return
+            self._wake.wait(self._interval)
+            self._wake.clear()
+
+    def _next_beat(self, state: State) -> Beat:
+        self._counter += 1
+        code, waits = thread_position(self._main)
+        return Beat(
+            counter=self._counter,
+            progress=self._progress,
+            where=self._where,
+            code=code,
+            waits=waits,
+            neighbour=self._neighbour.ticks(),
+            state=state,
+            reason=self._reason,
+            exit_code=self._exit_code,
+        )
+
+    def _guard_host(self, line: MemberLine) -> None:
+        """Notice that rank 0 is frozen: its store takes the beats then, but never answers."""
+        answers, unanswered, before = line.answers, 0.0, time.monotonic()
+        while not self._over.wait(self._interval):
+            now = time.monotonic()
+            unanswered += min(now - before, 2 * self._interval)
+            before = now
+            if line.answers != answers:
+                answers, unanswered = line.answers, 0.0
+            elif unanswered >= self._silent_seconds:
+                how = f"gave no sign of life for {unanswered:.0f} s"
+                self._end(self._without_host(self._state, how), self._speaks_for_host())
+
+    def _without_host(self, state: State, how: str) -> Verdict:
+        if state in ("left", "fault"):
+            return Verdict(ends=False)  # it has let all go, and this rank was on its way
+        assert isinstance(self._line, MemberLine)
+        return host_is_gone(self._places[0], self._line.host_beat, how)
+
+    def _speaks_for_host(self) -> bool:
+        """Rank 1, and a rank on another node, should rank 0 have been lost with its whole node."""
+        lost = self._places[0].host
+        elsewhere = (rank for rank, place in enumerate(self._places) if place.host != lost)
+        return self._rank in (1, next(elsewhere, 1))
+
+    def _end(self, verdict: Verdict, speaks: bool) -> None:
+        """End this process, whatever its main thread is doing; one rank speaks for all."""
+        with self._ending:
+            if verdict.message and speaks:
+                for line in verdict.details:
+                    self._say(f"  {line}")
+                self._say(f"megaphase: {verdict.message}")
+            with contextlib.suppress(RuntimeError):
+                self._line.end(verdict, 3 * self._interval)
+            _flush()
+            os._exit(verdict.exit_code)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of an error that the command line foresees."""
+    if isinstance(error, InputError):
+        return EXIT_WRONG_INPUT
+    return EXIT_REQUEUE if isinstance(error, Stopped) else EXIT_FAILED
+
+
+def _tells_of_others(error: BaseException) -> bool:
+    """Whether an error came out of a collective, as it does on all that outlive a rank."""
+    files = (frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    return isinstance(error, RuntimeError) and any(map(is_collective, files))
+
+
+def _one_line(error: BaseException) -> str:
+    text = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {text}"[:REASON_CHARACTERS]
+
+
+def _flush() -> None:
+    """Write out what the run has printed, unless the main thread is stuck in the middle of it."""
+    flushing = threading.Thread(target=_flush_all, daemon=True)
+    flushing.start()
+    flushing.join(FLUSH_SECONDS)
+
+
+def _flush_all() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
