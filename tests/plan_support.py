@@ -6,6 +6,7 @@ The reference shares no code with the package: it is written from the headers in
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +20,7 @@ from megaphase.corpus import CorpusWriter, DocumentBatch
 from megaphase.corpus.format import token_dtype
 from megaphase.plan import _builder
 from megaphase.plan.build import ensure_built
+from megaphase.plan.dataset import Batch
 from megaphase.plan.index import block_size, task_dtype
 from megaphase.plan.mixture import integer_weights
 from megaphase.plan.plan import Plan
@@ -118,13 +120,23 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def spec_of(config: RunConfig) -> PlanSpec:
-    return plan_spec(config, FakeTokenizer())  # type: ignore[arg-type]
+def spec_of(config: RunConfig, used: Mapping[str, int] | None = None) -> PlanSpec:
+    return plan_spec(config, FakeTokenizer(), used)  # type: ignore[arg-type]
 
 
-def build_plan(config: RunConfig) -> Plan:
-    spec = spec_of(config)
+def build_plan(config: RunConfig, used: Mapping[str, int] | None = None) -> Plan:
+    spec = spec_of(config, used)
     return Plan(spec, ensure_built(spec, config.output))
+
+
+def as_rows(batch: Batch) -> list[tuple]:
+    """(task, tokens...) of every row."""
+    return [
+        (task, *inputs, *targets)
+        for task, inputs, targets in zip(
+            batch.tasks.tolist(), batch.inputs.tolist(), batch.targets.tolist(), strict=True
+        )
+    ]
 
 
 def derived_key(*parts: object) -> int:

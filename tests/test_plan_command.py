@@ -107,6 +107,23 @@ def test_the_command_prints_table_warnings_and_folder(folder, command):
     assert (where / "index.json").is_file()
 
 
+def test_the_command_says_what_may_end_a_phase(folder, command):
+    stop = {"overfit": {"tasks": ["[hi]", "no"], "patience": 5}}
+    any_of = {"overfit": {"tasks": ["[hi]", "no"], "when": "any"}, "loss": {"en": 2.5, "no": 3}}
+    phases = [
+        PHASES[0] | {"stop": {"loss": {"en": 2}}},
+        PHASES[1] | {"stop": stop},
+        phase("last", 3, {"rates": {"en": 1.0}}) | {"stop": any_of},
+        phase("plain", 3, {"rates": {"en": 1.0}}),
+    ]
+    lines = command(write_run(folder, ["en", "[hi]", "no"], phases=phases).path).stdout.splitlines()
+    assert [line for line in lines if "may end" in line] == [
+        "pretrain may end earlier: loss of en at 2",
+        "joint may end earlier: overfit of [hi], no (patience 5)",
+        "last may end earlier: overfit of any of [hi], no (patience 3), or loss of en at 2.5 and no at 3",
+    ]
+
+
 def test_the_command_prints_json_and_nothing_else(folder, command):
     config = write_run(folder, ["en", "[hi]", "no"], phases=PHASES)
     result = command(config.path, "--json", "phases.0.steps=40", "batch.samples=2")

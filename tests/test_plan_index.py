@@ -11,6 +11,7 @@ from plan_support import (
     PLAN_PHASES,
     Documents,
     ReferenceStream,
+    as_rows,
     build_plan,
     contents,
     phase,
@@ -23,7 +24,7 @@ from plan_support import (
 
 from megaphase.config import RunConfig
 from megaphase.plan.build import ensure_built, plan_folder
-from megaphase.plan.dataset import Batch, StepReader, read_step
+from megaphase.plan.dataset import StepReader, read_step
 from megaphase.plan.plan import Plan
 
 SEQ_LEN = 8
@@ -106,15 +107,6 @@ def expected_samples(config: RunConfig, written: dict[str, Documents], plan: Pla
     for task in plan.samples(number, 0, samples).tasks.tolist():
         yield task, streams[task][next_ordinal[task]]
         next_ordinal[task] += 1
-
-
-def as_rows(batch: Batch) -> list[tuple]:
-    return [
-        (task, *inputs, *targets)
-        for task, inputs, targets in zip(
-            batch.tasks.tolist(), batch.inputs.tolist(), batch.targets.tolist(), strict=True
-        )
-    ]
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -91,11 +91,13 @@ def test_every_sample_of_an_epoch_is_traced_once(plan):
         assert epochs == sorted(epochs)
 
 
-def test_steps_count_from_1_over_the_run(plan):
-    assert [find_step(plan, step) for step in (1, 15, 16, 55)] == [(0, 1), (0, 15), (1, 1), (1, 40)]
+def test_steps_count_from_1_over_the_run():
+    found = [find_step([15, 40], step) for step in (1, 15, 16, 55)]
+    assert found == [(0, 1), (0, 15), (1, 1), (1, 40)]
+    assert find_step([15, 0, 40], 16) == (2, 1)
     for step in (0, -1, 56):
         with pytest.raises(IndexError):
-            find_step(plan, step)
+            find_step([15, 40], step)
 
 
 @pytest.fixture
@@ -143,6 +145,64 @@ def test_json_is_one_object_a_sample(command, plan, written):
 def test_samples_of_one_task(command):
     result = command("--step", 20, "--task", "en", "--json")
     assert {json.loads(line)["task"] for line in result.stdout.splitlines()} <= {"en"}
+
+
+def ordinals_of(result) -> list[tuple[str, int]]:
+    assert result.exit_code == 0, result.output
+    objects = [json.loads(line) for line in result.stdout.splitlines()]
+    return [(each["task"], each["ordinal"]) for each in objects]
+
+
+def metrics_rows(*rows: dict) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_a_phase_that_ended_early_is_where_it_ended(command, plan, tmp_path):
+    """And what follows in the plan comes at the steps, and with the samples, that it had."""
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    ended = metrics_rows(
+        {"step": 1, "phase": "phase_end", "loss": 2.5},
+        {"step": 9, "event": "phase_end", "phase": "pretrain", "reason": "overfit"},
+    )
+    metrics.write_text(ended + '{"step": 20, "event": "phase_end", "phase": "joi')
+    assert command("--step", 9).stdout.startswith("step 9: step 9 of pretrain, ")
+    assert command("--step", 10).stdout.startswith("step 10: step 1 of joint, ")
+    for joint_step in (1, 2, 40):
+        expected = trace_step(plan, 1, joint_step, plan.counts(0, 9))
+        found = ordinals_of(command("--step", 9 + joint_step, "--json"))
+        assert found == [(sample.task, sample.ordinal) for sample in expected]
+    assert str(command("--step", 50).exception) == "--step: there is no step 50; give 1 to 49"
+    metrics.write_text(ended + metrics_rows({"step": 20, "event": "phase_end", "phase": "joint"}))
+    assert str(command("--step", 21).exception) == "--step: there is no step 21; give 1 to 20"
+
+
+def test_metrics_of_another_run_are_named(command, plan, tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics_rows({"step": 16, "event": "phase_end", "phase": "pretrain"}))
+    assert str(command("--step", 1).exception) == (
+        f"{metrics}: pretrain ended with step 16 of the run, but by its plan it has the steps 1 to "
+        "15; use the run file with which the run began"
+    )
+
+
+def test_a_branch_counts_on_from_its_base(command, tmp_path):
+    (tmp_path / "run").mkdir()
+    used = {"en": 30, "no": 2}
+    origin = tmp_path / "run" / "origin.json"
+    origin.write_text(json.dumps({"step": 100, "used": used, "base": "elsewhere"}))
+    branch = build_plan(write_run(tmp_path, NAMES, phases=PHASES), used)
+    expected = trace_step(branch, 0, 3)
+    found = ordinals_of(command("--step", 103, "--json"))
+    assert found == [(sample.task, sample.ordinal) for sample in expected]
+    assert min(ordinal for task, ordinal in found if task == "en") >= 30
+    for step in (100, 156):
+        said = f"--step: there is no step {step}; give 101 to 155"
+        assert str(command("--step", step).exception) == said
+    for damaged in ("[]", "{", '{"step": 1}', '{"step": 1, "used": [1]}'):
+        origin.write_text(damaged)
+        assert str(command("--step", 103).exception) == (
+            f"{origin}: is damaged or cannot be read; restore it or branch into another output"
+        )
 
 
 @pytest.mark.parametrize(

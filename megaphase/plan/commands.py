@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from megaphase.arguments import Overrides, RunFile
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.console import Console
 
     from megaphase.config import RunConfig
@@ -46,15 +47,17 @@ def show_command(
     """Show tokens, sampling rates and epochs per phase and task, and build the plan's index."""
     from json import dumps
 
-    from megaphase.plan.preview import plan_table, plan_warnings
+    from megaphase.plan.preview import plan_table, plan_warnings, stop_sentences
 
-    _, _, plan = _open_plan(run_file, overrides)
+    config, _, plan = _open_plan(run_file, overrides)
     summary = plan.summary()
     if json:
         print(dumps(summary, indent=2, ensure_ascii=False))
         return
     console = _console()
     console.print(plan_table(summary))
+    for sentence in stop_sentences(config):
+        console.print(sentence, markup=False, soft_wrap=True)
     for sentence in plan_warnings(summary):
         console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
     console.print(f"Index: {plan.folder}", markup=False, soft_wrap=True)
@@ -89,10 +92,10 @@ def trace_command(
     size = plan.spec.samples_per_step
     if row is not None and not 0 <= row < size:
         raise InputError("--row", f"a step has no row {row}", f"give 0 to {size - 1:,}")
-    phase, phase_step = _find_step(plan, step)
+    phase, phase_step, starts = _find_step(config, plan, step)
     samples = [
         sample
-        for sample in trace_step(plan, phase, phase_step)
+        for sample in trace_step(plan, phase, phase_step, starts)
         if task in (None, sample.task) and row in (None, sample.row)
     ]
     if json:
@@ -112,15 +115,22 @@ def trace_command(
         console.print(trace_table(samples))
 
 
-def _find_step(plan: Plan, step: int) -> tuple[int, int]:
+def _find_step(config: RunConfig, plan: Plan, step: int) -> tuple[int, int, np.ndarray]:
+    """A step's phase, its number there, and the ordinals at which the phase's streams went on."""
     from megaphase.errors import InputError
+    from megaphase.plan.history import read_origin, real_steps
     from megaphase.plan.trace import find_step
 
+    origin = read_origin(config.output)
+    steps = real_steps(config.output, plan, origin)
     try:
-        return find_step(plan, step)
+        phase, phase_step = find_step(steps, step - origin.step)
     except IndexError:
-        steps = sum(phase.steps for phase in plan.phases)
-        raise InputError("--step", f"there is no step {step}", f"give 1 to {steps:,}") from None
+        first, last = origin.step + 1, origin.step + sum(steps)
+        raise InputError(
+            "--step", f"there is no step {step}", f"give {first:,} to {last:,}"
+        ) from None
+    return phase, phase_step, plan.first_ordinals(steps[:phase])
 
 
 def _open_plan(run_file: RunFile, overrides: Overrides) -> tuple[RunConfig, Tokenizer, Plan]:
@@ -129,6 +139,7 @@ def _open_plan(run_file: RunFile, overrides: Overrides) -> tuple[RunConfig, Toke
 
     from megaphase.config import load_run_file
     from megaphase.plan.build import ensure_built
+    from megaphase.plan.history import read_origin
     from megaphase.plan.plan import Plan
     from megaphase.plan.progress import building_progress
     from megaphase.plan.spec import plan_spec
@@ -136,7 +147,7 @@ def _open_plan(run_file: RunFile, overrides: Overrides) -> tuple[RunConfig, Toke
 
     config = load_run_file(run_file, tuple(overrides or ()))
     tokenizer = Tokenizer.load(config.tokenizer)
-    spec = plan_spec(config, tokenizer)
+    spec = plan_spec(config, tokenizer, read_origin(config.output).used)
     errors = Console(stderr=True, highlight=False)
     with building_progress(errors) as progress:
         folder = ensure_built(

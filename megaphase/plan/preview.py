@@ -8,6 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from megaphase.config import OverfitConfig, RunConfig
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
 
 
@@ -55,6 +56,27 @@ def plan_warnings(summary: dict[str, Any]) -> list[str]:
         for task, facts in last.items()
         if facts["epochs_so_far"] > REPEATED_TOO_OFTEN
     ]
+
+
+def stop_sentences(config: RunConfig) -> list[str]:
+    """One sentence for every phase that may end before its length is reached."""
+    sentences = []
+    for phase in config.phases:
+        reasons = []
+        if phase.stop.overfit is not None:
+            reasons.append(_overfit(phase.stop.overfit, config))
+        if phase.stop.loss is not None:
+            goals = " and ".join(f"{task} at {loss:g}" for task, loss in phase.stop.loss.items())
+            reasons.append(f"loss of {goals}")
+        if reasons:
+            sentences.append(f"{phase.name} may end earlier: {', or '.join(reasons)}")
+    return sentences
+
+
+def _overfit(stop: OverfitConfig, config: RunConfig) -> str:
+    tasks = config.selected_tasks(stop.tasks)
+    any_of = "any of " if stop.when == "any" and len(tasks) > 1 else ""
+    return f"overfit of {any_of}{', '.join(tasks)} (patience {stop.patience})"
 
 
 def _rate(rate: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,25 +46,30 @@ class TracedSample:
     pieces: list[TracedPiece]
 
 
-def find_step(plan: Plan, step: int) -> tuple[int, int]:
-    """The phase of a step and the step's number in it; steps count from 1 over the whole run.
+def find_step(phase_steps: Sequence[int], step: int) -> tuple[int, int]:
+    """The phase of a step and the step's number in it, of phases of so many steps.
 
-    Raises IndexError where the run has no such step.
+    Steps count from 1 over all phases. Raises IndexError where there is no such step.
     """
     if step < 1:
         raise IndexError(step)
     before = 0
-    for number, phase in enumerate(plan.phases):
-        if step <= before + phase.steps:
+    for number, steps in enumerate(phase_steps):
+        if step <= before + steps:
             return number, step - before
-        before += phase.steps
+        before += steps
     raise IndexError(step)
 
 
-def trace_step(plan: Plan, phase: int, phase_step: int) -> list[TracedSample]:
-    """The samples of a step of a phase (from 1), in the order of the global batch."""
+def trace_step(
+    plan: Plan, phase: int, phase_step: int, starts: np.ndarray | None = None
+) -> list[TracedSample]:
+    """The samples of a step of a phase (from 1), in the order of the global batch.
+
+    For `starts` see Plan.samples.
+    """
     size = plan.spec.samples_per_step
-    planned = plan.samples(phase, (phase_step - 1) * size, size)
+    planned = plan.samples(phase, (phase_step - 1) * size, size, starts)
     traced = []
     for task, rows in planned.by_task():
         ordinals = planned.ordinals[rows]
