@@ -108,12 +108,12 @@ class RunningRanks:
             LaunchError: the time limit has passed; all ranks have been killed.
         """
         deadline = time.monotonic() + timeout
-        while any(process.poll() is None for process in self.processes):
+        while None in (codes := [process.poll() for process in self.processes]):
             now = time.monotonic()
             if now > deadline:
                 self.signal(signal.SIGKILL)
                 raise LaunchError(f"not done after {timeout:.0f} s\n{self._what_was_said()}")
-            if any(process.returncode for process in self.processes):
+            if any(codes):
                 deadline = min(deadline, now + GRACE_SECONDS)
                 self._kill_survivors_at(deadline)
                 break
