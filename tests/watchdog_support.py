@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -12,7 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from megaphase.errors import EXIT_FAILED, InputError, RunError
+from megaphase.errors import InputError, RunError
 from megaphase.parallel.topology import process_group
 from megaphase.parallel.watchdog import Watchdog, exit_code
 
@@ -33,14 +31,12 @@ def hang() -> None:
     time.sleep(FOR_EVER)
 
 
-def hold_the_lock_and_work() -> None:
-    """A call into C that keeps Python's lock for several times SILENT_SECONDS."""
+def work_in_c() -> None:
+    """One call into C that keeps Python's lock for more than SILENT_SECONDS."""
     began = time.monotonic()
-    while time.monotonic() - began < 2.5 * SILENT_SECONDS:
-        sum(range(1000))
-    # sum() gives way now and then; sleep() through PyDLL does not.
-    spin = ctypes.PyDLL(None).nanosleep
-    del spin
+    sum(range(trial := 10_000_000))
+    trial_seconds = time.monotonic() - began
+    sum(range(int(trial * 1.6 * SILENT_SECONDS / trial_seconds)))
 
 
 def fail() -> None:
@@ -55,8 +51,8 @@ def refuse() -> None:
     raise InputError("run.yaml", "is wrong", "write another")
 
 
-def slow() -> None:
-    time.sleep(3 * SILENT_SECONDS)
+def sleep() -> None:
+    time.sleep((SILENT_SECONDS + STALLED_SECONDS) / 2)
 
 
 def nothing() -> None:

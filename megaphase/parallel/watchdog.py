@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 from megaphase.errors import (
     EXIT_FAILED,
@@ -149,12 +149,9 @@ class Watchdog:
             try:
                 verdict = self._line.exchange(self._next_beat(state), seconds)
             except RuntimeError:
-                verdict = self._without_host(state, "has ended without a word")
-                speaks = self._speaks_for_host()
-            else:
-                speaks = self._rank == 0
+                verdict = self._end_without_host(state, "has ended without a word")
             if verdict is not None and verdict.ends:
-                self._end(verdict, speaks)
+                self._end_with_all(verdict)
             if verdict is not None or (state == "left" and self._rank > 0):
                 self._over.set()
                 return
@@ -187,13 +184,27 @@ class Watchdog:
                 answers, unanswered = line.answers, 0.0
             elif unanswered >= self._silent_seconds:
                 how = f"gave no sign of life for {unanswered:.0f} s"
-                self._end(self._without_host(self._state, how), self._speaks_for_host())
+                self._end_without_host(self._state, how)
 
-    def _without_host(self, state: State, how: str) -> Verdict:
+    def _end_with_all(self, verdict: Verdict) -> NoReturn:
+        """End this process as rank 0 has decided, whatever its main thread is doing."""
+        if self._rank == 0:
+            self._speak(verdict)
+        # Rank 0 has spoken before the first process ends: launchers then kill the others.
+        with contextlib.suppress(RuntimeError):
+            self._line.end(verdict, 3 * self._interval)
+        _exit(verdict.exit_code)
+
+    def _end_without_host(self, state: State, how: str) -> Verdict:
+        """End this process because rank 0 does not answer, unless both have left already."""
         if state in ("left", "fault"):
-            return Verdict(ends=False)  # it has let all go, and this rank was on its way
+            return Verdict(ends=False)
         assert isinstance(self._line, MemberLine)
-        return host_is_gone(self._places[0], self._line.host_beat, how)
+        with self._ending:  # two threads may find it out
+            verdict = host_is_gone(self._places[0], self._line.host_beat, how)
+            if self._speaks_for_host():
+                self._speak(verdict)
+            _exit(verdict.exit_code)
 
     def _speaks_for_host(self) -> bool:
         """Rank 1, and a rank on another node, should rank 0 have been lost with its whole node."""
@@ -201,17 +212,11 @@ class Watchdog:
         elsewhere = (rank for rank, place in enumerate(self._places) if place.host != lost)
         return self._rank in (1, next(elsewhere, 1))
 
-    def _end(self, verdict: Verdict, speaks: bool) -> None:
-        """End this process, whatever its main thread is doing; one rank speaks for all."""
-        with self._ending:
-            if verdict.message and speaks:
-                for line in verdict.details:
-                    self._say(f"  {line}")
-                self._say(f"megaphase: {verdict.message}")
-            with contextlib.suppress(RuntimeError):
-                self._line.end(verdict, 3 * self._interval)
-            _flush()
-            os._exit(verdict.exit_code)
+    def _speak(self, verdict: Verdict) -> None:
+        for line in verdict.details:
+            self._say(f"  {line}")
+        if verdict.message:
+            self._say(f"megaphase: {verdict.message}")
 
 
 def exit_code(error: BaseException) -> int:
@@ -232,14 +237,15 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:REASON_CHARACTERS]
 
 
-def _flush() -> None:
-    """Write out what the run has printed, unless the main thread is stuck in the middle of it."""
-    flushing = threading.Thread(target=_flush_all, daemon=True)
+def _exit(code: int) -> NoReturn:
+    """End the process at once, with what it has printed, if its main thread lets go of that."""
+    flushing = threading.Thread(target=_flush, daemon=True)
     flushing.start()
     flushing.join(FLUSH_SECONDS)
+    os._exit(code)
 
 
-def _flush_all() -> None:
+def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
