@@ -1,0 +1,203 @@
+"""`megaphase launch local`: signals go down to all ranks, exit codes come up, nobody is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+LIMIT_SECONDS = 60.0
+PATIENCE_SECONDS = 1.0
+
+# `code` runs with the rank's number; it is said in a file that the rank is there.
+PRELUDE = """
+import os, signal, sys, time
+from pathlib import Path
+rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
+received = []
+def wait():
+    (folder / f"ready-{rank}").write_text(str(os.getpid()))
+    time.sleep(600)
+def note(number, frame):
+    received.append(signal.Signals(number).name)
+    (folder / f"signals-{rank}").write_text(" ".join(received))
+def note_signals():
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGUSR1, note)
+def wait_for(what, seconds=60):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "nothing came"
+        time.sleep(0.02)
+"""
+
+LAUNCHER = """
+import sys
+from megaphase.launch.local import run_as_ranks
+processes, patience, *argv = sys.argv[1:]
+sys.exit(run_as_ranks(argv, int(processes), patience_seconds=float(patience), grace_seconds=1.0))
+"""
+
+
+class Launched:
+    """A running launcher whose ranks run a piece of Python."""
+
+    def __init__(self, folder: Path, code: str, processes: int, patience: float) -> None:
+        self.folder, self._processes = folder, processes
+        script = folder / "rank.py"
+        script.write_text(PRELUDE + code)
+        argv = [sys.executable, "-c", LAUNCHER, processes, patience]
+        argv += [sys.executable, script, folder]
+        self.process = subprocess.Popen(
+            [str(each) for each in argv],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def pids(self) -> list[int]:
+        """The ranks' processes, as soon as all of them wait."""
+        found = [self.folder / f"ready-{rank}" for rank in range(self._processes)]
+        wait_until(lambda: all(path.exists() and path.read_text() for path in found))
+        return [int(path.read_text()) for path in found]
+
+    def signals(self) -> list[str]:
+        """What each rank has received."""
+        found = [self.folder / f"signals-{rank}" for rank in range(self._processes)]
+        return [path.read_text() if path.exists() else "" for path in found]
+
+    def result(self) -> tuple[int, str]:
+        """Exit code and standard error, at the end."""
+        _, stderr = self.process.communicate(timeout=LIMIT_SECONDS)
+        return self.process.returncode, stderr
+
+
+@contextmanager
+def launched(
+    folder: Path, code: str, processes: int = 2, patience: float = PATIENCE_SECONDS
+) -> Iterator[Launched]:
+    job = Launched(folder, code, processes, patience)
+    try:
+        yield job
+    finally:
+        if job.process.poll() is None:
+            os.killpg(job.process.pid, signal.SIGKILL)
+            job.process.wait()
+        for pipe in (job.process.stdout, job.process.stderr):
+            pipe.close()
+
+
+def wait_until(holds) -> None:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_there(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [((0, 0, 0), 0), ((0, 7, 0), 7), ((1, 2, 1), 2), ((7, 0, 1), 1), ((75, 75, 75), 75)],
+)
+def test_most_telling_exit_code(codes, expected, tmp_path):
+    with launched(tmp_path, f"sys.exit({codes}[rank])", 3, patience=30) as job:
+        assert job.result() == (expected, "")
+
+
+def test_every_signal_reaches_every_rank(tmp_path):
+    code = """
+note_signals()
+(folder / f"ready-{rank}").write_text(str(os.getpid()))
+wait_for(lambda: len(received) == 3)
+sys.exit(75)
+"""
+    with launched(tmp_path, code) as job:
+        job.pids()
+        for count, number in enumerate((signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM), start=1):
+            job.process.send_signal(number)
+            wait_until(lambda: all(len(each.split()) == count for each in job.signals()))
+        assert job.result() == (75, "")
+        assert job.signals() == ["SIGUSR1 SIGTERM SIGTERM"] * 2
+
+
+def test_a_forwarded_signal_that_kills_is_not_reported(tmp_path):
+    with launched(tmp_path, "wait()") as job:
+        job.pids()
+        job.process.send_signal(signal.SIGTERM)
+        assert job.result() == (128 + signal.SIGTERM, "")
+
+
+def test_rank_killed_from_outside_is_named(tmp_path):
+    with launched(tmp_path, "wait()", 3) as job:
+        pids = job.pids()
+        os.kill(pids[1], signal.SIGKILL)
+        code, stderr = job.result()
+    assert code == 128 + signal.SIGKILL
+    assert stderr == f"megaphase: rank 1 (process {pids[1]}) was killed by SIGKILL\n"
+    assert not any(map(is_there, pids))
+
+
+def test_others_may_tell_more_than_the_launcher(tmp_path):
+    code = """
+if rank == 0:
+    wait()
+wait_for((folder / "ready-0").exists)
+victim = int((folder / "ready-0").read_text())
+wait_for(lambda: not Path(f"/proc/{victim}").exists())
+time.sleep(0.5)
+print("rank 0 is gone", file=sys.stderr, flush=True)
+sys.exit(1)
+"""
+    with launched(tmp_path, code, patience=30) as job:
+        wait_until((tmp_path / "ready-0").exists)
+        wait_until((tmp_path / "ready-0").read_text)
+        pid = int((tmp_path / "ready-0").read_text())
+        os.kill(pid, signal.SIGKILL)
+        code, stderr = job.result()
+    assert code == 1
+    assert stderr.splitlines() == [
+        f"megaphase: rank 0 (process {pid}) was killed by SIGKILL",
+        "rank 0 is gone",
+    ]
+
+
+def test_survivor_that_only_notes_sigterm_is_killed(tmp_path):
+    code = """
+if rank == 1:
+    wait_for((folder / "ready-0").exists)
+    sys.exit(1)
+note_signals()
+(folder / f"ready-{rank}").write_text(str(os.getpid()))
+while True:
+    time.sleep(1)
+"""
+    with launched(tmp_path, code) as job:
+        assert job.result() == (1, "")
+        assert job.signals() == ["SIGTERM", ""]
+        assert not is_there(int((tmp_path / "ready-0").read_text()))
+
+
+def test_ctrl_c_ends_all_at_once(tmp_path):
+    with launched(tmp_path, "wait()", patience=600) as job:
+        pids = job.pids()
+        os.killpg(job.process.pid, signal.SIGINT)  # as a terminal does
+        assert job.result() == (130, "")
+        assert not any(map(is_there, pids))
+
+
+def test_ranks_that_leave_at_different_times_are_waited_for(tmp_path):
+    code = f"time.sleep({2 * PATIENCE_SECONDS} * rank); print('done', flush=True)"
+    with launched(tmp_path, code) as job:
+        stdout, stderr = job.process.communicate(timeout=LIMIT_SECONDS)
+        assert (job.process.returncode, stdout, stderr) == (0, "done\ndone\n", "")
