@@ -221,7 +221,7 @@ def test_a_build_that_fails_leaves_nothing(run):
 
     with pytest.raises(RunError, match=r"could not be written \(No space left on device\)"):
         ensure_built(spec, config.output, progress=fail)
-    assert not config.output.exists()
+    wait_until(lambda: not config.output.exists())
 
 
 def test_an_impossible_mixture_leaves_nothing(tmp_path):
@@ -230,7 +230,7 @@ def test_an_impossible_mixture_leaves_nothing(tmp_path):
     config = write_run(tmp_path, ["en"], phases=[phase("one", 3, {"rates": {"en": 1}}), demand])
     with pytest.raises(InputError, match="max_epochs 2 leaves only"):
         ensure_built(spec_of(config), config.output)
-    assert not config.output.exists()
+    wait_until(lambda: not config.output.exists())
 
 
 def test_a_disk_that_is_too_small_is_found_before_anything_is_written(run, monkeypatch):

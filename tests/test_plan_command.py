@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_support import wait_until
 from plan_support import (
     FakeTokenizer,
     build_plan,
@@ -120,7 +121,8 @@ def test_the_command_says_what_may_end_a_phase(folder, command):
     assert [line for line in lines if "may end" in line] == [
         "pretrain may end earlier: loss of en at 2",
         "joint may end earlier: overfit of [hi], no (patience 5)",
-        "last may end earlier: overfit of any of [hi], no (patience 3), or loss of en at 2.5 and no at 3",
+        "last may end earlier: overfit of any of [hi], no (patience 3), or loss of en at 2.5 and "
+        "no at 3",
     ]
 
 
@@ -237,4 +239,4 @@ def test_a_cap_that_cannot_be_kept_leaves_no_index(folder):
     config = write_run(folder, ["en", "[hi]"], phases=[phase("joint", 500, mixture)])
     with pytest.raises(InputError, match=r"phases\[0\]\.mixture: the phase wants 2,000 samples"):
         build_plan(config)
-    assert not config.output.exists()
+    wait_until(lambda: not config.output.exists())
