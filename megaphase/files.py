@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from megaphase.errors import InputError
+from megaphase.errors import InputError, RunError
 
 HASH_CHUNK_BYTES = 1 << 22
 
@@ -182,3 +182,12 @@ def directory_written_aside(
     except BaseException:
         discard(aside)
         raise
+
+
+@contextmanager
+def os_errors_named(path: Path) -> Iterator[None]:
+    """Turn an error of the operating system into a RunError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror})") from error

@@ -17,7 +17,7 @@ from megaphase.data_tools.tokenizers.train import train_tokenizer
 HIGH, LOW = ("alda", "boreth"), ("cimri",)
 TEXT_BYTES = {"alda": 90_000, "boreth": 60_000, "cimri": 12_000}
 STEPS = (12, 9)
-TIMES = ("step_seconds", "data_wait_seconds", "tokens_per_second", "mfu")
+TIMES = ("step_seconds", "data_wait_seconds", "save_seconds", "tokens_per_second", "mfu")
 
 
 def megaphase(*arguments: object) -> list[str]:

@@ -20,6 +20,7 @@ from megaphase.parallel.collectives import (
     reduce_scatter_sequence,
 )
 from megaphase.parallel.cross_entropy import vocab_parallel_cross_entropy
+from megaphase.parallel.sharding import layout_of
 from megaphase.parallel.topology import Topology, start
 from megaphase.targets import IGNORED_TARGET
 from megaphase.training.engine import Engine
@@ -107,12 +108,9 @@ def _examine_model(size: int, zero: int, results: RankResults) -> None:
 
 def _shards(engine: Engine) -> dict[str, Shard]:
     parameters = dict(engine.module.named_parameters())
+    layouts = {name: layout_of(parameter) for name, parameter in parameters.items()}
     return {
-        name: Shard(
-            values,
-            getattr(parameters[name], "partition_dim", None),
-            getattr(parameters[name], "segments", ()),
-        )
+        name: Shard(values, layouts[name].dim, layouts[name].segments)
         for name, values in model_weights(engine).items()
     }
 

@@ -85,7 +85,7 @@ def compare(cases: list[Case]) -> list[Comparison]:
 def _compare(case: Case) -> Comparison:
     engine = _trained(case)
     at_switch = fp32_weights(engine)
-    engine.reset_optimizer_state()
+    engine.state.reset()
     reset = _steps(engine, STEPS_AFTER)
 
     fresh = build_engine(case.config(seed=2))

@@ -1,11 +1,14 @@
 """The checkpoints of a run: each appears whole or not at all, and is verified before it is used.
 
-A checkpoint is a directory `step-XXXXXXXX` of the files that its writer put there, beside
+A checkpoint is a directory `step-XXXXXXXX`, or `best-XXXXXXXX` for weights alone, of
 
-    state.json      where the run stood; the writer's own words
-    manifest.json   size and digest of every other file
+    shard-RRRRR.safetensors   what each rank held, and
+    parameters.json           where it belongs: see megaphase.checkpoint.parameters
+    state.json                where the run stood; its writer's own words
+    manifest.json             size and hash of every other file
 
-All ranks write into a directory aside; when everything is on the disk, rank 0 renames it.
+All ranks write into a directory aside; when everything is on the disk, rank 0 renames it. Links
+lead to some: `latest`, and `best-TASK` and `best-mean`.
 """
 
 from __future__ import annotations
@@ -14,26 +17,39 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from megaphase.errors import InputError
+from megaphase.checkpoint.parameters import INDEX_FILE
+from megaphase.errors import InputError, RunError
 from megaphase.files import (
     describe_file,
     file_damage,
     fsync_path,
+    os_errors_named,
     publish_directory,
+    remove_directory,
     write_json_whole,
 )
-from megaphase.parallel.topology import Topology
+from megaphase.parallel.agreement import Agreement
 
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
-NAME = re.compile(r"step-(\d{8,})")
+LATEST = "latest"
+NAME = re.compile(r"(step|best)-(\d{8,})")
+
+
+def full_name(step: int) -> str:
+    """Of a checkpoint that a run can go on from."""
+    return f"step-{step:08d}"
+
+
+def best_name(step: int) -> str:
+    """Of a checkpoint of weights alone."""
+    return f"best-{step:08d}"
 
 
 @dataclass(frozen=True)
@@ -45,60 +61,97 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The directory in which a run's checkpoints lie; every method is called by all ranks."""
+    """The directory in which a run's checkpoints lie."""
 
-    def __init__(self, folder: Path, topology: Topology) -> None:
+    def __init__(self, folder: Path, agreement: Agreement) -> None:
         self.folder = folder
-        self._topology = topology
+        self._agreement = agreement
 
-    def save(
-        self, step: int, write: Callable[[Path], None], state: dict[str, Any], *, keep: int
-    ) -> Path:
-        """Write a checkpoint, then remove all but the newest `keep` and the permanent ones.
+    def begin(self, name: str, needed_bytes: int) -> Path:
+        """Make the directory aside for a checkpoint; called by all ranks.
 
-        `write` is called by all ranks with the directory aside. A state with `permanent: true`
-        keeps its checkpoint for ever.
+        needed_bytes: of all ranks together.
+
+        Raises:
+            RunError: on all ranks; the folder cannot be written, or has not so much space.
         """
-        final = self.folder / f"step-{step:08d}"
-        aside = self.folder / f".{final.name}.partial"
-        if self._topology.is_first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".*"):
-                shutil.rmtree(leftover)
-            aside.mkdir()
-        dist.barrier()
-        write(aside)
-        dist.barrier()
-        files = self._describe_together(aside)
-        if self._topology.is_first:
-            write_json_whole(aside / STATE_FILE, state)
-            files[STATE_FILE] = describe_file(aside / STATE_FILE)
-            write_json_whole(aside / MANIFEST_FILE, {"files": files})
-            if final.exists():  # a run that went on from an older checkpoint comes by again
-                _remove(final)
-            publish_directory(aside, final)
-            self._prune(keep)
-        dist.barrier()
+        aside = self._aside(name)
+        self._agreement.on_first_rank(lambda: self._make(aside, needed_bytes))
+        return aside
+
+    def publish(
+        self, name: str, index: Mapping[str, Any], state: Mapping[str, Any], files: dict[str, Any]
+    ) -> Path:
+        """Make the checkpoint appear, with `latest` leading to it; on rank 0 alone.
+
+        files: what a manifest says of the shards that lie in the directory aside.
+        """
+        aside, final = self._aside(name), self.folder / name
+        for file, content in ((INDEX_FILE, index), (STATE_FILE, state)):
+            write_json_whole(aside / file, content)
+            files = {**files, file: describe_file(aside / file)}
+        write_json_whole(aside / MANIFEST_FILE, {"files": files})
+        if final.exists():  # a run that went on from an older checkpoint comes by again
+            _remove(final)
+        publish_directory(aside, final)
+        if name.startswith("step-"):
+            self.link(LATEST, name)
         return final
 
+    def discard(self, name: str) -> None:
+        """Remove what was written aside for a checkpoint."""
+        remove_directory(self._aside(name))
+
+    def link(self, alias: str, name: str) -> None:
+        """Let a link lead to a checkpoint, in one step."""
+        aside = self.folder / f".{alias}.link"
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(name)
+        os.replace(aside, self.folder / alias)
+        fsync_path(self.folder)
+
+    def prune(self, keep: int, best: Mapping[str, str]) -> None:
+        """Remove all but the newest `keep` checkpoints, the permanent ones, and the best weights.
+
+        best: the names of those that are the best now; those that a run would count as best after
+        it has gone on from one of the newest stay, too.
+        """
+        full = self._names("step")
+        kept = {*full[-keep:], *best.values()}
+        for name in full[-keep:]:
+            kept |= set(state_or_nothing(self.folder / name).get("best", {}).values())
+        for name in (*full, *self._names("best")):
+            folder = self.folder / name
+            if name not in kept and not state_or_nothing(folder).get("permanent"):
+                _remove(folder)
+
+    def tidy(self, best: Mapping[str, str]) -> None:
+        """Before a run goes on: remove what a killed process left aside, and set `best-…` links."""
+        for leftover in self.folder.glob(".*"):
+            if leftover.is_symlink():
+                leftover.unlink()
+            else:
+                remove_directory(leftover)
+        for alias, name in best.items():
+            self.link(alias, name)
+
     def newest_whole(self, say: Callable[[str], object]) -> Checkpoint | None:
-        """The newest checkpoint whose every byte is as it was written.
+        """The newest checkpoint whose every byte is as it was written; called by all ranks.
 
         `say` gets a sentence, on rank 0, about every newer one that is damaged.
         """
-        names = [self._names() if self._topology.is_first else None]
-        dist.broadcast_object_list(names, src=0)
-        for name in reversed(names[0] or []):
+        names = self._agreement.gather(self._names("step") if self._agreement.rank == 0 else [])
+        for name in reversed(names[0]):
             folder = self.folder / name
             problem = self._damage(folder)
             if problem is None:
-                return Checkpoint(folder, _read_state(folder))
-            if self._topology.is_first:
+                return Checkpoint(folder, read_state(folder))
+            if self._agreement.rank == 0:
                 say(f"{problem}; going back to the checkpoint before")
         return None
 
     def open(self, folder: Path) -> Checkpoint:
-        """One checkpoint, wherever it lies.
+        """One checkpoint, wherever it lies, after it has been verified; called by all ranks.
 
         Raises:
             InputError: it is not a checkpoint, or a file of it is missing or has been altered.
@@ -108,55 +161,55 @@ class CheckpointStore:
         problem = self._damage(folder)
         if problem is not None:
             raise InputError("", problem, "use another checkpoint")
-        return Checkpoint(folder, _read_state(folder))
+        return Checkpoint(folder, read_state(folder))
 
-    def _names(self) -> list[str]:
+    def newest_name(self) -> str | None:
+        """The newest checkpoint there is, for messages."""
+        return next(reversed(self._names("step")), None)
+
+    def _aside(self, name: str) -> Path:
+        return self.folder / f".{name}.partial"
+
+    def _make(self, aside: Path, needed_bytes: int) -> None:
+        with os_errors_named(aside):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_directory(aside)
+            free = shutil.disk_usage(self.folder).free
+            if needed_bytes > free:
+                raise RunError(
+                    f"{self.folder}: the checkpoint needs {needed_bytes / 1e9:,.3f} GB, the disk "
+                    f"has {free / 1e9:,.3f} GB left"
+                )
+            aside.mkdir()
+
+    def _names(self, kind: str) -> list[str]:
         if not self.folder.is_dir():
             return []
-        return sorted(path.name for path in self.folder.iterdir() if NAME.fullmatch(path.name))
-
-    def _mine(self, names: list[str]) -> list[str]:
-        """The rank's share of files to read through."""
-        return names[self._topology.rank :: self._topology.world_size]
-
-    def _describe_together(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """Force all files to the disk and describe them; the ranks share the work."""
-        names = sorted(
-            str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()
-        )
-        mine = {}
-        for name in self._mine(names):
-            fsync_path(folder / name)
-            mine[name] = describe_file(folder / name)
-        parts: list[dict[str, dict[str, Any]]] = [{}] * self._topology.world_size
-        dist.all_gather_object(parts, mine)
-        return {name: facts for part in parts for name, facts in part.items()}
+        found = (path for path in self.folder.iterdir() if not path.is_symlink())
+        matches = (NAME.fullmatch(path.name) for path in found)
+        return sorted(match[0] for match in matches if match and match[1] == kind)
 
     def _damage(self, folder: Path) -> str | None:
         """The first fault that any rank finds, or None; the ranks share the reading."""
         try:
             files = json.loads((folder / MANIFEST_FILE).read_text())["files"]
-            mine = self._mine(sorted(files))
+            mine = sorted(files)[self._agreement.rank :: self._agreement.world_size]
             found = next(filter(None, (_fault(folder / n, files[n]) for n in mine)), None)
         except (OSError, ValueError, KeyError, TypeError):
             found = f"{folder / MANIFEST_FILE}: is missing or damaged"
-        faults: list[str | None] = [None] * self._topology.world_size
-        dist.all_gather_object(faults, found)
-        return next(filter(None, faults), None)
-
-    def _prune(self, keep: int) -> None:
-        for name in self._names()[:-keep]:
-            folder = self.folder / name
-            try:
-                permanent = _read_state(folder).get("permanent")
-            except (OSError, ValueError):
-                permanent = False
-            if not permanent:
-                _remove(folder)
+        return next(filter(None, self._agreement.gather(found)), None)
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> dict[str, Any]:
+    """What the writer of a checkpoint said about it."""
     return json.loads((folder / STATE_FILE).read_text())
+
+
+def state_or_nothing(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint that may be damaged."""
+    with suppress(OSError, ValueError):
+        return read_state(folder)
+    return {}
 
 
 def _fault(path: Path, described: dict[str, Any]) -> str | None:
@@ -167,5 +220,6 @@ def _fault(path: Path, described: dict[str, Any]) -> str | None:
 def _remove(folder: Path) -> None:
     """Remove a checkpoint so that no half of it is ever taken for whole."""
     doomed = folder.with_name(f".{folder.name}.removed")
+    remove_directory(doomed)
     os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+    remove_directory(doomed)

@@ -1,8 +1,7 @@
 """Linear layers, embedding and norms whose weights are spread over the tensor-parallel group.
 
 Sharded parameters carry `model_parallel` and `tensor_model_parallel` (DeepSpeed counts replicated
-ones once in the gradient norm), `partition_dim` and `segments`: the sizes, along that dimension,
-of the parts of the whole parameter that are sharded one by one (query, key and value, say).
+ones once in the gradient norm) and `parallel_layout`, which says how they were cut.
 Weights are cast to the activations' type when they are used, so fp32 masters may stay in place.
 """
 
@@ -10,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,24 +20,23 @@ from megaphase.parallel.collectives import (
 )
 from megaphase.parallel.rms_norm import rms_norm
 from megaphase.parallel.rng import Initializer
+from megaphase.parallel.sharding import ParameterLayout
 from megaphase.parallel.topology import Topology, device
-
-
-def shard(whole: Tensor, dim: int, segments: Sequence[int], rank: int, size: int) -> Tensor:
-    """One rank's part of a parameter: its slice of every segment along `dim`, joined."""
-    parts = [part.chunk(size, dim)[rank] for part in whole.split(list(segments), dim)]
-    return torch.cat(parts, dim).contiguous()
 
 
 def sharded_parameter(
     whole: Tensor, dim: int, segments: Sequence[int], topology: Topology
 ) -> nn.Parameter:
-    """The rank's shard of `whole` as a parameter that knows how it was cut."""
-    part = shard(whole, dim, segments, topology.tensor_rank, topology.tensor_size)
+    """The rank's shard of `whole` as a parameter that knows how it was cut.
+
+    segments: sizes along `dim` of what is cut one by one; they may sum to more than `whole` has,
+    which is then padded with zeros.
+    """
+    layout = ParameterLayout(tuple(whole.shape), dim, tuple(segments))
+    part = layout.cut(whole, topology.tensor_rank, topology.tensor_size)
     parameter = nn.Parameter(part.to(device()))
     parameter.tensor_model_parallel = parameter.model_parallel = topology.tensor_size > 1  # type: ignore[attr-defined]
-    parameter.partition_dim = dim  # type: ignore[attr-defined]
-    parameter.segments = tuple(segments)  # type: ignore[attr-defined]
+    parameter.parallel_layout = layout  # type: ignore[attr-defined]
     return parameter
 
 
@@ -151,7 +148,6 @@ def vocab_parallel_weight(
     """[vocab, hidden] with its rows sharded; rows that only pad are zero and never used."""
     whole = init.normal("weight", (vocab, hidden), std)
     padded = padded_vocab(vocab, topology.tensor_size)
-    whole = F.pad(whole, (0, 0, 0, padded - vocab))
     return sharded_parameter(whole, 0, (padded,), topology)
 
 

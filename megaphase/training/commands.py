@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,12 +9,28 @@ import typer
 from megaphase.arguments import Overrides, RunFile
 
 
-def train_command(run_file: RunFile, overrides: Overrides = None) -> None:
+def train_command(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="RUN@NAME",
+            help="Begin with another run's checkpoint, such as runs/base@pretrain (the end of that "
+            "phase), @best-hi, @latest or @step-00001000; the run file holds what follows.",
+        ),
+    ] = None,
+) -> None:
     """Train all phases of a run file, or go on where the run stopped.
 
-    One process by itself; several under `megaphase launch local`, torchrun or srun.
+    One process by itself; several under `megaphase launch local`, torchrun or srun. On SIGTERM or
+    SIGUSR1 it saves and ends with exit code 75; the same command then goes on, also with another
+    number of processes.
 
     Example: megaphase train run.yaml phases.0.steps=500
+
+    Example: megaphase train joint.yaml --from runs/base@pretrain
     """
     from rich.console import Console
 
@@ -26,20 +41,23 @@ def train_command(run_file: RunFile, overrides: Overrides = None) -> None:
 
     from megaphase.training.train import train
 
-    train(config, Console())
+    train(config, Console(), source=source)
 
 
 def evaluate_command(
     run_file: RunFile,
     overrides: Overrides = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A step-… directory; the run's newest if not given.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A phase (its end), best-TASK, step-…, RUN@NAME or a path; the run's newest if "
+            "not given.",
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure the held-out loss of every task at a checkpoint.
-
-    Start it with as many processes as the run was trained with.
 
     Example: megaphase evaluate run.yaml --checkpoint runs/a/checkpoints/step-00001000
     """

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megaphase.config import RunConfig
+from megaphase.config import ParallelConfig, RunConfig
 
 
 def parameter_dtype(config: RunConfig) -> torch.dtype:
@@ -29,6 +29,16 @@ def largest_norm(config: RunConfig) -> float:
     return config.optimizer.clip or 1e30
 
 
+def _offload(parallel: ParallelConfig) -> dict[str, Any]:
+    places = {"offload_optimizer": parallel.offload, "offload_param": parallel.offload_parameters}
+    folder = parallel.offload_folder and str(parallel.offload_folder)
+    return {
+        key: {"device": place, "pin_memory": torch.cuda.is_available(), "nvme_path": folder}
+        for key, place in places.items()
+        if place != "none"
+    }
+
+
 def deepspeed_config(config: RunConfig, data_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`."""
     accumulation = config.batch.samples // (data_size * config.batch.micro)
@@ -44,6 +54,7 @@ def deepspeed_config(config: RunConfig, data_size: int) -> dict[str, Any]:
             # Stage 3 joins gradients on the way to the network in any case; with this twice.
             "contiguous_gradients": config.parallel.zero < 3,
             "overlap_comm": torch.cuda.is_available(),
+            **_offload(config.parallel),
         },
         # The optimizer is torch's own fused AdamW, which DeepSpeed has not on its list.
         "zero_allow_untested_optimizer": True,

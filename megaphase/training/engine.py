@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,8 +30,7 @@ from megaphase.training.deepspeed_config import (
     parameter_dtype,
 )
 from megaphase.training.gradients import clip_gradients
-
-DEEPSPEED_TAG = "deepspeed"
+from megaphase.training.optimizer_state import OptimizerState
 
 
 def import_deepspeed():  # type: ignore[no-untyped-def]  # its classes are not typed
@@ -83,10 +82,15 @@ class TaskLosses:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step shows: losses before it, and the gradient's norm before clipping."""
+    """What one optimizer step shows.
+
+    losses: before the step. grad_norm: before clipping.
+    applied: False where the gradient was not finite; nothing has changed then.
+    """
 
     losses: TaskLosses
     grad_norm: float
+    applied: bool
 
 
 def check_batch(config: RunConfig, data_size: int) -> None:
@@ -169,22 +173,19 @@ class Engine:
                 dist_init_required=False,
             )
         self._optimizer = optimizer
-        self.reset_optimizer_state()
+        self.state = OptimizerState(self._engine, optimizer, topology)
+        self.state.reset()
 
     @property
     def module(self) -> nn.Module:
         """The GPT; under ZeRO-3 its parameters are partitioned between steps."""
         return self._engine.module
 
-    def reset_optimizer_state(self) -> None:
-        """Forget moments and step counts; the fp32 master weights stay as they are."""
-        self._optimizer.state.clear()
-
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
         """Accumulate gradients over this rank's rows of the global batch, then step.
 
         The loss is the mean over all tokens of the global batch that have a target, whatever the
-        layout; the gradient is zero where none has.
+        layout; the gradient is zero where none has. A gradient that is not finite changes nothing.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -198,7 +199,8 @@ class Engine:
             self._engine.backward(losses.sum() * scale)
             norm = self._step()
             row_losses.append(losses.detach().double().sum(1))  # not read yet: nothing waits
-        return StepResult(TaskLosses(self.sum_by_task(torch.cat(row_losses), batch), tokens), norm)
+        losses_by_task = self.sum_by_task(torch.cat(row_losses), batch)
+        return StepResult(TaskLosses(losses_by_task, tokens), norm, math.isfinite(norm))
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> TaskLosses:
@@ -218,28 +220,22 @@ class Engine:
         dist.all_reduce(on_device := sums.to(device()), group=self.topology.data_group)
         return on_device.cpu()
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's shards into a folder that all ranks share (DeepSpeed's layout)."""
-        self._engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
-
-    def load(self, folder: Path) -> None:
-        """Read back what `save` wrote, on the same layout."""
-        with _deepspeed_silenced():
-            path, _ = self._engine.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
-        if path is None:
-            raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint there")
-
     def _step(self) -> float:
-        """Step if this was the last micro-batch; then the gradients' norm before clipping."""
+        """Step if this was the last micro-batch; then the gradients' norm before clipping.
+
+        Where that is not finite, DeepSpeed's ZeRO optimizers leave the step out by themselves.
+        """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return 0.0
-        if self._clip_here:
-            norm = clip_gradients(self.module.parameters(), self._clip_here, self.topology)
+        if self._clip_here is None:
             self._engine.step()
-            return norm
+            return float(self._engine.get_global_grad_norm())
+        norm = clip_gradients(self.module.parameters(), self._clip_here, self.topology)
+        if not math.isfinite(norm):
+            self.module.zero_grad(set_to_none=True)
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        return norm
 
     def _forward(self, micro: Batch) -> Tensor:
         documents = None if micro.documents is None else micro.documents.to(device())

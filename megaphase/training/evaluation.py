@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,10 +42,14 @@ class HeldOutEvaluator:
         self._samples, self._filler = samples, filler
         self._token_bytes = torch.from_numpy(token_bytes)
 
-    def evaluate(self) -> dict[str, HeldOutLoss]:
-        """Losses of the current weights by task; called by all ranks, same result on each."""
+    def evaluate(self, next_task: Callable[[], object] = lambda: None) -> dict[str, HeldOutLoss]:
+        """Losses of the current weights by task; called by all ranks, same result on each.
+
+        `next_task` is called before each of them.
+        """
         found = {}
         for number, (task, stream) in enumerate(self._spec.held_out.items()):
+            next_task()
             rows = self._own_rows(read_held_out(stream, number, self._samples, self._filler))
             losses = self._engine.evaluate(rows)
             nats = float(losses.loss_sums[number])

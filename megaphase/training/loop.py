@@ -4,45 +4,42 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
-from megaphase.checkpoint.store import CheckpointStore
-from megaphase.config import PhaseConfig, RunConfig
-from megaphase.errors import RunError
+import numpy as np
+
+from megaphase.checkpoint.store import best_name, full_name
+from megaphase.config import RunConfig
+from megaphase.errors import RunError, Stopped
+from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.watchdog import Watchdog
 from megaphase.plan.dataset import Batch, StepReader
 from megaphase.plan.plan import Plan
 from megaphase.training.engine import Engine, StepResult
 from megaphase.training.evaluation import HeldOutEvaluator, HeldOutLoss
-from megaphase.training.metrics import MetricsLog
-from megaphase.training.progress import Display, StepFigures
+from megaphase.training.health import LossWatch
+from megaphase.training.monitor import OverfitMonitor
+from megaphase.training.position import Position
+from megaphase.training.record import Place, Record, StepSeconds
+from megaphase.training.saving import RunSaver
 from megaphase.training.schedules import learning_rate
+from megaphase.training.signals import StopSignals
+from megaphase.training.step_trace import StepTrace
 
 
 @dataclass(frozen=True)
-class Position:
-    """Where a run stands: steps done in the phase, and over the whole run."""
+class Guards:
+    """What watches over a run beside the loop."""
 
-    phase: int = 0
-    phase_step: int = 0
-    step: int = 0
-
-
-@dataclass(frozen=True)
-class Observer:
-    """Rank 0's record and display of the run."""
-
-    metrics: MetricsLog
-    display: Display
-
-
-@dataclass(frozen=True)
-class _StepSeconds:
-    """How long a step took, and how much of it was waiting for its batch."""
-
-    data_wait: float
-    total: float
+    agreement: Agreement
+    watchdog: Watchdog
+    signals: StopSignals
+    monitor: OverfitMonitor
+    losses: LossWatch
+    trace: StepTrace
 
 
 class TrainingLoop:
@@ -54,162 +51,206 @@ class TrainingLoop:
         plan: Plan,
         engine: Engine,
         evaluator: HeldOutEvaluator,
-        store: CheckpointStore,
-        observer: Observer | None,
+        saver: RunSaver,
+        record: Record,
+        guards: Guards,
         *,
         filler: int,
-        flops_per_token: int,
-        peak_flops: float | None,
-        checkpoint_facts: dict[str, Any],
     ) -> None:
-        """
-        Args:
-            observer: on rank 0; None elsewhere.
-            filler: token id for inputs that have no target.
-            flops_per_token: of a forward and backward pass.
-            peak_flops: of all devices together, None where it is not known.
-            checkpoint_facts: what every checkpoint's state says beside the position.
-        """
+        """filler: token id for inputs that have no target."""
         self._config, self._plan, self._engine = config, plan, engine
-        self._evaluator, self._store, self._observer = evaluator, store, observer
-        self._filler = filler
-        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-        self._checkpoint_facts = checkpoint_facts
-        self._tokens_per_step = plan.spec.samples_per_step * plan.spec.seq_len
+        self._evaluator, self._saver, self._record = evaluator, saver, record
+        self._guards, self._filler = guards, filler
         self._last_evaluation: tuple[int, dict[str, HeldOutLoss]] | None = None
+        self._save_seconds = 0.0
 
-    def run(self, position: Position) -> None:
+    def run(self, position: Position, *, branched: bool) -> None:
         """Train from `position` to the end of the last phase.
 
+        branched: whether the weights are those of another run, whose optimizer state the first
+            phase keeps or resets.
+
         Raises:
-            RunError: the loss is not a finite number.
+            RunError: too many steps in a row are not finite, or a checkpoint cannot be written.
+            Stopped: a signal came to some rank; the state is saved.
         """
-        for number in range(position.phase, len(self._config.phases)):
-            first = position.phase_step if number == position.phase else 0
-            before = sum(phase.steps for phase in self._plan.phases[:number])
-            if first == 0:
-                self._begin_phase(number, before)
-            self._train_phase(number, first, before)
+        while position.phase < len(self._config.phases):
+            if position.phase_step == 0:
+                self._begin_phase(position, switched=branched or position.phase > 0)
+            position = self._train_phase(position)
+        self._saver.finish()
 
-    def _begin_phase(self, number: int, step: int) -> None:
+    def _begin_phase(self, at: Position, *, switched: bool) -> None:
         """The switch: the weights stay; with `reset`, nothing else of the phase before does."""
-        phase = self._config.phases[number]
-        self._event(step, "phase_start", phase=phase.name)
-        if number > 0 and phase.optimizer_state == "reset":
-            self._engine.reset_optimizer_state()
-            self._event(step, "optimizer_reset", phase=phase.name)
-        self._validate(phase, step)
+        phase = self._config.phases[at.phase]
+        self._record.event(at.step, "phase_start", phase=phase.name)
+        if switched and phase.optimizer_state == "reset":
+            self._engine.state.reset()
+            self._record.event(at.step, "optimizer_reset", phase=phase.name)
+            self._record.say(f"{phase.name} step {at.step:,}  optimizer state reset")
+        self._guards.monitor.begin_phase(at.phase)
+        self._guards.losses.begin_phase()
+        self._validate(at, saved_anyway=False)
 
-    def _train_phase(self, number: int, first: int, before: int) -> None:
-        phase, steps = self._config.phases[number], self._plan.phases[number].steps
-        topology = self._engine.topology
+    def _train_phase(self, at: Position) -> Position:
+        """To the phase's end; returns where the next one begins."""
+        steps, topology = self._plan.phases[at.phase].steps, self._engine.topology
         reader = StepReader(
             self._plan,
-            number,
+            at.phase,
             rank=topology.data_rank,
             ranks=topology.data_size,
             filler=self._filler,
+            starts=np.array(at.starts, np.int64),
         )
-        for phase_step, batch in enumerate(reader.steps(first, steps), start=first):
-            step, done = before + phase_step + 1, phase_step + 1
-            self._train_step(phase, phase_step, steps, step, batch, reader.wait_seconds)
-            last = done == steps
-            if last or step % self._config.validation.every_steps == 0:
-                self._validate(phase, step)
-            if last:
-                self._event(step, "phase_end", phase=phase.name)
-            if last or step % self._config.checkpoint.every_steps == 0:
-                self._save(Position(number, done, step), permanent=last)
+        for batch in reader.steps(at.phase_step, steps):
+            at = at.after_step()
+            self._train_step(at, steps, batch, reader.wait_seconds)
+            reason = self._look(at, at.phase_step == steps)
+            if reason is not None:
+                return self._end_phase(at, reason)
+            self._agree(at)
+            self._guards.watchdog.at(f"reading the batch of step {at.step + 1:,}")
+        raise AssertionError("the last step of a phase ends it")
 
-    def _train_step(
-        self,
-        phase: PhaseConfig,
-        phase_step: int,
-        steps: int,
-        step: int,
-        batch: Batch,
-        wait_seconds: float,
-    ) -> None:
-        rate = learning_rate(phase.learning_rate, phase_step, steps)
+    def _train_step(self, at: Position, steps: int, batch: Batch, wait_seconds: float) -> None:
+        phase = self._config.phases[at.phase]
+        rate = learning_rate(phase.learning_rate, at.phase_step - 1, steps)
+        self._guards.watchdog.at(f"in step {at.step:,}")
         started = time.perf_counter()
         result = self._engine.train_step(batch, rate)
         train_seconds = time.perf_counter() - started
-        if not math.isfinite(result.losses.mean):
+        seconds = StepSeconds(wait_seconds, train_seconds, self._save_seconds)
+        self._save_seconds = 0.0
+        place = Place(phase.name, at.phase_step, at.step, at.tokens)
+        self._record.step(place, result, rate, seconds)
+        if result.applied:
+            self._take_in(at, result)
+        else:
+            self._leave_out(at, result)
+
+    def _take_in(self, at: Position, result: StepResult) -> None:
+        tasks = self._plan.tasks
+        sums = dict(zip(tasks, result.losses.loss_sums.tolist(), strict=True))
+        tokens = dict(zip(tasks, result.losses.tokens.int().tolist(), strict=True))
+        self._guards.monitor.add_training_losses(sums, tokens)
+        mean = self._guards.losses.spike(result.losses.mean)
+        if mean is None:
+            return
+        phase, loss = self._config.phases[at.phase].name, result.losses.mean
+        trace = self._guards.trace.write(at)
+        self._record.event(
+            at.step, "loss_spike", phase=phase, loss=loss, mean_before=mean, trace=trace
+        )
+        self._record.say(
+            f"{phase} step {at.step:,}  loss spike: {loss:.4f}, before {mean:.4f}; what the step "
+            f"saw: {trace}"
+        )
+
+    def _leave_out(self, at: Position, result: StepResult) -> None:
+        """A step whose gradient is not finite changed nothing; too many in a row are the end."""
+        self._guards.losses.skip()
+        in_a_row, allowed = self._guards.losses.skipped_in_a_row, self._config.faults.skip_batches
+        phase, trace = self._config.phases[at.phase].name, self._guards.trace.write(at)
+        tasks = [
+            name
+            for name, total in zip(self._plan.tasks, result.losses.loss_sums.tolist(), strict=True)
+            if not math.isfinite(total)
+        ]
+        what = f"the loss of {', '.join(tasks)}" if tasks else "the gradient"
+        self._record.event(at.step, "step_skipped", phase=phase, tasks=tasks, trace=trace)
+        if in_a_row > allowed:
             raise RunError(
-                f"{phase.name} step {step:,}: the loss is {result.losses.mean}; start again from "
-                "the last checkpoint with a lower peak learning rate or a longer warm-up"
+                f"{phase} step {at.step:,}: {what} is not finite, in {in_a_row} steps in a row "
+                f"(faults.skip_batches: {allowed}); what the step saw: {trace}; go on from the "
+                "last checkpoint with other data, or begin again with a lower peak learning rate "
+                "or a longer warm-up"
             )
-        if self._observer is None:
-            return
-        seconds = _StepSeconds(wait_seconds, wait_seconds + train_seconds)
-        row = self._training_row(phase, phase_step, step, result, rate, seconds)
-        self._observer.metrics.write(row)
-        self._observer.display.step(
-            StepFigures(phase.name, step, row["loss"], rate, self._tokens_per_step, seconds.total)
+        self._record.say(
+            f"{phase} step {at.step:,}  left out: {what} is not finite ({in_a_row} in a row, "
+            f"{allowed} allowed); what the step saw: {trace}"
         )
 
-    def _training_row(
-        self,
-        phase: PhaseConfig,
-        phase_step: int,
-        step: int,
-        result: StepResult,
-        rate: float,
-        seconds: _StepSeconds,
-    ) -> dict[str, Any]:
-        tokens_per_second = self._tokens_per_step / seconds.total
-        mfu = None
-        if self._peak_flops is not None:
-            mfu = self._flops_per_token * tokens_per_second / self._peak_flops
-        return {
-            "step": step,
-            "phase": phase.name,
-            "phase_step": phase_step + 1,
-            "tokens": step * self._tokens_per_step,
-            "loss": result.losses.mean,
-            "loss_by_task": result.losses.by_task(self._plan.tasks),
-            "learning_rate": rate,
-            "grad_norm": result.grad_norm,
-            "step_seconds": seconds.total,
-            "data_wait_seconds": seconds.data_wait,
-            "tokens_per_second": tokens_per_second,
-            "mfu": mfu,
-        }
+    def _look(self, at: Position, last: bool) -> str | None:
+        """Measure and save where that is due; why the phase ends here, or None."""
+        saving = at.step % self._config.checkpoint.every_steps == 0
+        reason = "its length is reached" if last else None
+        if last or at.step % self._config.validation.every_steps == 0:
+            # At the end of a phase a checkpoint follows in any case.
+            reason = self._validate(at, saved_anyway=saving or last) or reason
+        if saving and reason is None:
+            self._save(at)
+        return reason
 
-    def _validate(self, phase: PhaseConfig, step: int) -> None:
-        """Measure the held-out losses, once for both phases that meet at a switch."""
-        if self._last_evaluation is None or self._last_evaluation[0] != step:
-            self._last_evaluation = step, self._evaluator.evaluate()
+    def _end_phase(self, at: Position, reason: str) -> Position:
+        phase = self._config.phases[at.phase].name
+        self._record.event(at.step, "phase_end", phase=phase, reason=reason)
+        if at.phase_step < self._plan.phases[at.phase].steps:
+            self._record.say(f"{phase} step {at.step:,}  the phase ends: {reason}")
+        used = np.array(at.starts, np.int64) + self._plan.counts(at.phase, at.phase_step)
+        following = at.next_phase(used.tolist())
+        self._save(following, permanent=True)
+        return following
+
+    def _validate(self, at: Position, *, saved_anyway: bool) -> str | None:
+        """Measure the held-out losses, once for both phases that meet at a switch.
+
+        saved_anyway: whether a whole checkpoint of this step follows; the best weights are then
+            in that one.
+
+        Returns why the phase is over, or None.
+        """
+        phase = self._config.phases[at.phase].name
+        if self._last_evaluation is None or self._last_evaluation[0] != at.step:
+            measuring = partial(self._guards.watchdog.at, f"measuring after step {at.step:,}")
+            self._last_evaluation = at.step, self._evaluator.evaluate(measuring)
         found = self._last_evaluation[1]
-        if self._observer is None:
-            return
-        figures = {task: asdict(loss) for task, loss in found.items()}
-        self._observer.metrics.write({"step": step, "phase": phase.name, "validation": figures})
         losses = {task: loss.loss for task, loss in found.items()}
-        self._observer.display.validation(phase.name, step, losses)
+        verdict = self._guards.monitor.observe(at.step, losses)
+        self._record.validation(phase, at.step, found, verdict.gaps)
+        if verdict.improved:
+            self._record.event(at.step, "best", phase=phase, of=verdict.improved)
+            name = full_name(at.step) if saved_anyway else best_name(at.step)
+            self._saver.note_best(verdict.improved, name)
+            if not saved_anyway:
+                with self._holding_up(at):
+                    self._saver.save_weights(at, phase, self._record.sync())
+        return verdict.stop
 
-    def _save(self, position: Position, *, permanent: bool) -> None:
-        # The event comes first, so that it lies within the bytes that the checkpoint keeps.
-        phase = self._config.phases[position.phase].name
-        self._event(position.step, "checkpoint", phase=phase)
-        state = {
-            **self._checkpoint_facts,
-            **asdict(position),
-            "phase_name": phase,
-            "permanent": permanent,
-            "metrics_bytes": self._observer.metrics.sync() if self._observer else 0,
-        }
-        folder = self._store.save(
-            position.step, self._engine.save, state, keep=self._config.checkpoint.keep
+    def _save(self, at: Position, *, permanent: bool = False, event: str = "checkpoint") -> None:
+        """permanent: at the end of a phase; `at` is then the beginning of the next one."""
+        phase = self._config.phases[at.phase - 1 if permanent else at.phase].name
+        with self._holding_up(at):
+            # The event comes first, so that it lies within the bytes that the checkpoint keeps.
+            self._record.event(at.step, event, phase=phase)
+            self._saver.save(at, phase, self._record.sync(), permanent=permanent)
+
+    @contextmanager
+    def _holding_up(self, at: Position) -> Iterator[None]:
+        self._guards.watchdog.at(f"saving after step {at.step:,}")
+        started = time.perf_counter()
+        yield
+        self._save_seconds += time.perf_counter() - started
+
+    def _agree(self, at: Position) -> None:
+        """Between two steps: does a save go on to its next part, and has a signal come?"""
+        received = self._guards.signals.received
+        started = time.perf_counter()
+        save_status, signalled = self._guards.agreement.largest(
+            self._saver.status, int(received is not None)
         )
-        self._say(lambda: f"{phase} step {position.step:,}  checkpoint: {folder}")
+        self._saver.advance(save_status)
+        self._save_seconds += time.perf_counter() - started
+        if signalled:
+            self._stop(at, received)
 
-    def _event(self, step: int, event: str, **facts: Any) -> None:
-        if self._observer is not None:
-            self._observer.metrics.write({"step": step, "event": event, **facts})
-        if event == "optimizer_reset":
-            self._say(lambda: f"{facts['phase']} step {step:,}  optimizer state reset")
-
-    def _say(self, text: Callable[[], str]) -> None:
-        if self._observer is not None:
-            self._observer.display.say(text())
+    def _stop(self, at: Position, received: str | None) -> None:
+        names = self._guards.agreement.gather(received)
+        rank, name = next((rank, name) for rank, name in enumerate(names) if name is not None)
+        if not self._saver.is_saved(at):
+            self._save(at, event="stopped")
+        self._saver.finish()
+        raise Stopped(
+            f"{name} came to rank {rank}: saved after step {at.step:,}; the same command goes on "
+            "from there"
+        )

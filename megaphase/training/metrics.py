@@ -9,7 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megaphase.files import os_errors_named
+
 Row = dict[str, Any]
+
+TRAINING_SCALARS = (
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "save_seconds",
+    "mfu",
+)
 
 
 class MetricsLog:
@@ -25,6 +36,7 @@ class MetricsLog:
             tensorboard: directory of TensorBoard's files, None for none.
             step: steps already done; what TensorBoard has beyond is hidden.
         """
+        self._path = path
         path.touch()
         self._file = open(path, "rb+")  # noqa: SIM115  # open for as long as the run
         self._file.truncate(keep_bytes)
@@ -36,9 +48,14 @@ class MetricsLog:
             self._board = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
 
     def write(self, row: Row) -> None:
-        """Append one row; numbers that JSON does not have become null."""
-        self._file.write(json.dumps(_finite(row), ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        """Append one row; numbers that JSON does not have become null.
+
+        Raises:
+            RunError: the disk is full, or the like.
+        """
+        with os_errors_named(self._path):
+            self._file.write(json.dumps(_finite(row), ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
         if self._board is not None:
             for name, value in _scalars(row):
                 self._board.add_scalar(name, value, row["step"])
@@ -71,10 +88,11 @@ def _scalars(row: Row) -> Iterator[tuple[str, float]]:
     if "validation" in row:
         for task, figures in row["validation"].items():
             for name, value in figures.items():
-                yield f"validation_{name}/{task}", value
+                if value is not None:
+                    yield f"validation_{name}/{task}", value
     elif "loss" in row:
         for task, loss in row["loss_by_task"].items():
             yield f"train_loss/{task}", loss
-        for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"):
+        for name in TRAINING_SCALARS:
             if row[name] is not None:
                 yield f"train/{name}", row[name]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
 from megaphase.files import write_json_whole
 
-# What may change between two starts of one run: nothing that its numbers depend on. Where corpora
-# and tokenizer lie may, what they hold may not: the plan's fingerprint tells.
-FREE_SECTIONS = ("output", "checkpoint", "logging", "tokenizer")
+# What may change between two starts of one run: nothing that its numbers depend on, but by their
+# rounding. Where corpora and tokenizer lie may, what they hold may not: the plan's fingerprint
+# tells.
+FREE_SECTIONS = ("output", "checkpoint", "logging", "tokenizer", "parallel", "faults")
+FREE_KEYS = {"batch": ("micro",), "model": ("activation_checkpointing",)}
 FREE_TASK_KEYS = ("corpus",)
 
 
@@ -43,7 +47,17 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
+
+    @property
+    def traces(self) -> Path:
+        """What single steps saw, where something was wrong with them."""
+        return self.path / "traces"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that trains here."""
+        return self.path / ".lock"
 
     def refuse_other_run(self, config: RunConfig) -> None:
         """Raise InputError, naming the first key, where another run file began this directory."""
@@ -97,11 +111,15 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 def _identity(settings: dict[str, Any]) -> dict[str, Any]:
     """The part of a resolved run file on which the run's numbers depend."""
-    tasks = {
-        name: {key: value for key, value in task.items() if key not in FREE_TASK_KEYS}
-        for name, task in settings.get("tasks", {}).items()
-    }
-    return {k: v for k, v in settings.items() if k not in FREE_SECTIONS} | {"tasks": tasks}
+    kept = {key: value for key, value in settings.items() if key not in FREE_SECTIONS}
+    for section, free in FREE_KEYS.items():
+        kept[section] = _without(free, settings.get(section, {}))
+    tasks = settings.get("tasks", {})
+    return kept | {"tasks": {name: _without(FREE_TASK_KEYS, task) for name, task in tasks.items()}}
+
+
+def _without(keys: Iterable[str], section: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in keys}
 
 
 def _first_difference(key: str, old: Any, new: Any) -> tuple[str, Any, Any] | None:

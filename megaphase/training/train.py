@@ -3,131 +3,120 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 from rich.console import Console
 
-from megaphase.checkpoint.store import Checkpoint, CheckpointStore
+from megaphase.checkpoint.names import find_checkpoint, find_in_run
+from megaphase.checkpoint.parameters import StoredParameters
+from megaphase.checkpoint.saver import Saver
+from megaphase.checkpoint.store import Checkpoint
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
-from megaphase.model.presets import build_shape
-from megaphase.model.shape import GPTShape
+from megaphase.locks import exclusive_lock
 from megaphase.parallel.together import on_first_rank, together
-from megaphase.parallel.topology import (
-    Topology,
-    check_world_size,
-    process_group,
-    start,
-    world_size,
-)
-from megaphase.plan.build import ensure_built
-from megaphase.plan.plan import Plan
-from megaphase.plan.preview import plan_warnings
-from megaphase.plan.progress import building_progress
-from megaphase.plan.spec import PlanSpec, plan_spec
-from megaphase.tokenizer import Tokenizer
+from megaphase.parallel.topology import Topology, process_group
+from megaphase.parallel.watchdog import Watchdog
+from megaphase.training.branch import Branch, choose_branch
 from megaphase.training.deepspeed_config import compute_dtype
-from megaphase.training.engine import Engine, check_batch
-from megaphase.training.evaluation import HeldOutEvaluator, HeldOutLoss
+from megaphase.training.engine import Engine
+from megaphase.training.evaluation import HeldOutLoss
 from megaphase.training.hardware import peak_flops
-from megaphase.training.loop import Observer, Position, TrainingLoop
+from megaphase.training.health import LossWatch
+from megaphase.training.loop import Guards, TrainingLoop
 from megaphase.training.metrics import MetricsLog
+from megaphase.training.monitor import OverfitMonitor
+from megaphase.training.position import Position
 from megaphase.training.progress import Display
+from megaphase.training.random_state import set_random_state, stored_random_state
+from megaphase.training.record import Record, Yardstick
 from megaphase.training.run_directory import RunDirectory
+from megaphase.training.saving import RunSaver
+from megaphase.training.setting import Setting, set_the_stage
+from megaphase.training.signals import StopSignals
+from megaphase.training.step_trace import StepTrace
 
 
-@dataclass(frozen=True)
-class Ingredients:
-    """What the run file stands for, all of it checked, before anything is built."""
-
-    tokenizer: Tokenizer
-    shape: GPTShape
-    spec: PlanSpec
-
-
-def check_run(config: RunConfig) -> Ingredients:
-    """Check the run file against the world: processes, tokenizer, shape, corpora.
-
-    Raises:
-        InputError: on the first thing that does not fit.
-    """
-    tensor = config.parallel.tensor
-    check_world_size(world_size(), tensor, config.where("parallel.tensor"))
-    check_batch(config, world_size() // tensor)
-    tokenizer = Tokenizer.load(config.tokenizer)
-    shape = build_shape(config, tokenizer.vocab_size)
-    return Ingredients(tokenizer, shape, plan_spec(config, tokenizer))
-
-
-@dataclass(frozen=True)
-class _Scene:
-    """What training and evaluation both begin with, on this process."""
-
-    parts: Ingredients
-    topology: Topology
-    directory: RunDirectory
-    plan: Plan
-    store: CheckpointStore
-    say: Callable[[str], None]
-
-
-def train(config: RunConfig, console: Console) -> None:
+def train(config: RunConfig, console: Console, *, source: str | None = None) -> None:
     """Train all phases, or go on from the newest whole checkpoint; called by every process.
+
+    source: RUN@NAME or a checkpoint, from which a new run goes on.
 
     Raises:
         InputError: something that the user gave is wrong; on every process.
         RunError: the run cannot go on.
+        Stopped: a signal came; the state is saved.
     """
-    with process_group():
-        scene = _set_up(config, console)
-        checkpoint = scene.store.newest_whole(scene.say)
-        if checkpoint is not None:
-            together(lambda: _check_layout(config, checkpoint, scene))
-        steps = sum(phase.steps for phase in scene.plan.phases)
-        if checkpoint is not None and checkpoint.state["step"] == steps:
-            scene.say(f"{scene.directory.path}: all {steps:,} steps are done; nothing to do")
-            return
-        engine = Engine(config, scene.parts.shape, scene.topology, len(scene.plan.tasks))
-        scene.say(_describe(config, scene))
-        with _observed(config, scene, checkpoint, steps, console) as observer:
-            loop = TrainingLoop(
-                config,
-                scene.plan,
-                engine,
-                _evaluator(config, scene, engine),
-                scene.store,
-                observer,
-                filler=scene.parts.tokenizer.eod,
-                flops_per_token=scene.parts.shape.train_flops_per_token(),
-                peak_flops=_peak_flops(config, scene.topology),
-                checkpoint_facts=_layout_facts(config, scene),
-            )
-            loop.run(_resume(engine, checkpoint, observer))
+    faults = config.faults
+    with (
+        process_group(),
+        StopSignals() as signals,
+        Watchdog(faults.silent_seconds, faults.stalled_seconds) as watchdog,
+        contextlib.ExitStack() as stack,
+    ):
+        with watchdog.patient("setting up"):
+            branch = together(lambda: choose_branch(config, source))
+            setting = set_the_stage(config, branch, console)
+            on_first_rank(lambda: stack.enter_context(_sole_run(setting.directory)) and None)
+            checkpoint = setting.store.newest_whole(setting.say)
+            if checkpoint is not None:
+                together(lambda: setting.check_checkpoint(checkpoint))
+            if checkpoint is not None and _is_done(setting, checkpoint):
+                steps = checkpoint.state["step"]
+                setting.say(f"{config.output}: all {steps:,} steps are done; nothing to do")
+                return
+            beginning = _beginning(setting, branch, checkpoint)
+            engine = setting.engine()
+            setting.say(_describe(setting))
+            if beginning is not None:
+                _load(setting, engine, beginning)
+            record = stack.enter_context(_record(setting, branch, checkpoint, console))
+        guards = _guards(setting, watchdog, signals, checkpoint)
+        saver = _run_saver(setting, engine, guards, checkpoint, record)
+        loop = TrainingLoop(
+            config,
+            setting.plan,
+            engine,
+            setting.evaluator(engine),
+            saver,
+            record,
+            guards,
+            filler=setting.parts.tokenizer.eod,
+        )
+        loop.run(_position(setting, branch, checkpoint), branched=branch is not None)
 
 
 def evaluate(
-    config: RunConfig, checkpoint_dir: Path | None, console: Console
+    config: RunConfig, checkpoint: str | None, console: Console
 ) -> tuple[int, dict[str, HeldOutLoss]]:
     """Held-out losses of a checkpoint, the run's newest if none is given; on every process.
+
+    checkpoint: RUN@NAME, a NAME in this run, or a path.
 
     Returns the checkpoint's step and the losses by task.
     """
     with process_group():
         together(lambda: _require_run(config))
-        scene = _set_up(config, console)
-        if checkpoint_dir is None:
-            checkpoint = scene.store.newest_whole(scene.say)
-        else:
-            checkpoint = scene.store.open(checkpoint_dir)
+        setting = set_the_stage(config, together(lambda: choose_branch(config, None)), console)
         if checkpoint is None:
-            raise InputError(scene.store.folder, "there is no whole checkpoint", "train first")
-        together(lambda: _check_layout(config, checkpoint, scene))
-        engine = Engine(config, scene.parts.shape, scene.topology, len(scene.plan.tasks))
-        engine.load(checkpoint.folder)
-        return checkpoint.state["step"], _evaluator(config, scene, engine).evaluate()
+            found = setting.store.newest_whole(setting.say)
+        else:
+            found = setting.store.open(together(lambda: _find(config, checkpoint)))
+        if found is None:
+            raise InputError(setting.store.folder, "there is no whole checkpoint", "train first")
+        together(lambda: setting.check_checkpoint(found))
+        engine = setting.engine()
+        _load(setting, engine, found)
+        return found.state["step"], setting.evaluator(engine).evaluate()
+
+
+def _find(config: RunConfig, text: str) -> Path:
+    if "@" in text or Path(text).exists():
+        return find_checkpoint(text)
+    return find_in_run(config.output, text)
 
 
 def _require_run(config: RunConfig) -> None:
@@ -136,112 +125,117 @@ def _require_run(config: RunConfig) -> None:
         raise InputError(directory.checkpoints, "there is no checkpoint yet", "train first")
 
 
-def _set_up(config: RunConfig, console: Console) -> _Scene:
-    parts = together(lambda: check_run(config))
-    topology = start(config.parallel.tensor)
+def _sole_run(directory: RunDirectory) -> contextlib.AbstractContextManager[None]:
+    """Keeps other runs out of the directory, and removes what a killed one left aside."""
 
-    def say(text: str) -> None:
-        if topology.is_first:
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+    def refuse() -> NoReturn:
+        raise InputError(
+            directory.path,
+            "another process is training in this run directory",
+            "wait until it has ended, or choose another output",
+        )
 
-    directory = RunDirectory(config.output)
-    plan = _open_plan(config, parts.spec, directory, say, console)
-    store = CheckpointStore(directory.checkpoints, topology)
-    return _Scene(parts, topology, directory, plan, store, say)
-
-
-def _open_plan(
-    config: RunConfig,
-    spec: PlanSpec,
-    directory: RunDirectory,
-    say: Callable[[str], None],
-    console: Console,
-) -> Plan:
-    """Build the plan where it is not there yet, and claim the run directory for it."""
-
-    def build_and_claim() -> Path:
-        directory.refuse_other_run(config)
-        with building_progress(console) as progress:
-            folder = ensure_built(spec, directory.path, say=say, progress=progress)
-        summary = Plan(spec, folder).summary()
-        directory.claim(config, summary)
-        for sentence in plan_warnings(summary):
-            say(f"Warning: {sentence}")
-        return folder
-
-    return Plan(spec, on_first_rank(build_and_claim))
+    return exclusive_lock(directory.lock, refuse)
 
 
-def _evaluator(config: RunConfig, scene: _Scene, engine: Engine) -> HeldOutEvaluator:
-    tokenizer = scene.parts.tokenizer
-    return HeldOutEvaluator(
-        scene.parts.spec,
-        engine,
-        samples=config.validation.samples,
-        token_bytes=tokenizer.token_bytes(),
-        filler=tokenizer.eod,
+def _is_done(setting: Setting, checkpoint: Checkpoint) -> bool:
+    return checkpoint.state["position"]["phase"] == len(setting.config.phases)
+
+
+def _beginning(
+    setting: Setting, branch: Branch | None, checkpoint: Checkpoint | None
+) -> Checkpoint | None:
+    """The checkpoint whose weights the run begins with, if it does not begin with initial ones."""
+    if checkpoint is not None or branch is None:
+        return checkpoint
+    return setting.store.open(branch.checkpoint)
+
+
+def _load(setting: Setting, engine: Engine, checkpoint: Checkpoint) -> None:
+    """Take weights and optimizer state over, from whatever layout they were saved on."""
+    stored, state = StoredParameters(checkpoint.folder), checkpoint.state
+    together(lambda: engine.state.load(stored, state["optimizer_steps"]))
+    if state["processes"] == setting.topology.world_size:
+        set_random_state(stored_random_state(checkpoint.folder, setting.topology.rank))
+
+
+def _position(setting: Setting, branch: Branch | None, checkpoint: Checkpoint | None) -> Position:
+    tokens_per_step = setting.config.batch.samples * setting.config.model.seq_len
+    if checkpoint is not None:
+        return Position.from_json(checkpoint.state["position"])
+    starts = tuple(setting.plan.first_ordinals([]).tolist())
+    step, tokens = (branch.step, branch.tokens) if branch else (0, 0)
+    return Position(0, 0, step, tokens, starts, tokens_per_step)
+
+
+def _guards(
+    setting: Setting, watchdog: Watchdog, signals: StopSignals, checkpoint: Checkpoint | None
+) -> Guards:
+    monitor = OverfitMonitor(setting.config)
+    losses = LossWatch(setting.config.faults.spike_deviations)
+    if checkpoint is not None:
+        monitor.load_state_dict(checkpoint.state["monitor"])
+        losses.load_state_dict(checkpoint.state["losses"])
+    first = setting.topology.is_first
+    trace = StepTrace(setting.directory.traces, setting.plan, writes=first)
+    return Guards(setting.agreement, watchdog, signals, monitor, losses, trace)
+
+
+def _run_saver(
+    setting: Setting,
+    engine: Engine,
+    guards: Guards,
+    checkpoint: Checkpoint | None,
+    record: Record,
+) -> RunSaver:
+    settings = setting.config.checkpoint
+    best = checkpoint.state["best"] if checkpoint else {}
+    setting.agreement.on_first_rank(partial(setting.store.tidy, best))
+    saver = Saver(
+        setting.store,
+        setting.agreement,
+        keep=settings.keep,
+        asynchronous=settings.asynchronous,
+        say=record.say,
+    )
+    return RunSaver(
+        saver, engine, setting.plan, guards.monitor, guards.losses, setting.facts(), best
     )
 
 
 @contextlib.contextmanager
-def _observed(
-    config: RunConfig,
-    scene: _Scene,
-    checkpoint: Checkpoint | None,
-    steps: int,
-    console: Console,
-) -> Iterator[Observer | None]:
+def _record(
+    setting: Setting, branch: Branch | None, checkpoint: Checkpoint | None, console: Console
+) -> Iterator[Record]:
     """Rank 0's record and display, closed at the end whatever happens."""
-    if not scene.topology.is_first:
-        yield None
+    config, plan = setting.config, setting.plan
+    yardstick = Yardstick(
+        config.batch.samples * config.model.seq_len,
+        setting.parts.shape.train_flops_per_token(),
+        _peak_flops(config, setting.topology),
+    )
+    if not setting.topology.is_first:
+        yield Record(None, None, plan.tasks, yardstick)
         return
-    state = checkpoint.state if checkpoint else {"step": 0, "metrics_bytes": 0}
+    before = branch.step if branch else 0
+    done = checkpoint.state["step"] if checkpoint else before
     metrics = MetricsLog(
-        scene.directory.metrics,
-        keep_bytes=state["metrics_bytes"],
-        tensorboard=scene.directory.tensorboard if config.logging.tensorboard else None,
-        step=state["step"],
+        setting.directory.metrics,
+        keep_bytes=checkpoint.state["metrics_bytes"] if checkpoint else 0,
+        tensorboard=setting.directory.tensorboard if config.logging.tensorboard else None,
+        step=done,
     )
-    display = Display(
-        console, steps=steps, done=state["step"], every_steps=config.logging.every_steps
-    )
+    steps = before + sum(phase.steps for phase in plan.phases)
+    display = Display(console, steps=steps, done=done, every_steps=config.logging.every_steps)
     with contextlib.closing(metrics), display:
-        yield Observer(metrics, display)
-
-
-def _resume(engine: Engine, checkpoint: Checkpoint | None, observer: Observer | None) -> Position:
-    if checkpoint is None:
-        return Position()
-    engine.load(checkpoint.folder)
-    state = checkpoint.state
-    if observer is not None:
-        name = checkpoint.folder.name
-        observer.metrics.write({"step": state["step"], "event": "resume", "checkpoint": name})
-        observer.display.say(f"going on from {checkpoint.folder}")
-    return Position(state["phase"], state["phase_step"], state["step"])
-
-
-def _layout_facts(config: RunConfig, scene: _Scene) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "plan": scene.plan.spec.fingerprint,
-        "processes": scene.topology.world_size,
-        "tensor": scene.topology.tensor_size,
-        "zero": config.parallel.zero,
-        "precision": config.precision,
-    }
-
-
-def _check_layout(config: RunConfig, checkpoint: Checkpoint, scene: _Scene) -> None:
-    """Refuse a checkpoint of another plan or layout."""
-    for key, value in _layout_facts(config, scene).items():
-        found = checkpoint.state.get(key)
-        if found != value:
-            raise InputError(
-                checkpoint.folder,
-                f"was written with {key} {found}, this run has {value}",
-                "start it with the same layout and run file",
-            )
+        record = Record(metrics, display, plan.tasks, yardstick)
+        if checkpoint is not None:
+            record.event(done, "resume", checkpoint=checkpoint.folder.name)
+            record.say(f"going on from {checkpoint.folder}")
+        elif branch is not None:
+            record.event(done, "branch", checkpoint=str(branch.checkpoint))
+            record.say(f"going on from {branch.checkpoint}")
+        yield record
 
 
 def _peak_flops(config: RunConfig, topology: Topology) -> float | None:
@@ -249,9 +243,10 @@ def _peak_flops(config: RunConfig, topology: Topology) -> float | None:
     return None if one is None else one * topology.world_size
 
 
-def _describe(config: RunConfig, scene: _Scene) -> str:
+def _describe(setting: Setting) -> str:
+    config, topology = setting.config, setting.topology
     name = f"{config.model.preset}: " if config.model.preset else ""
-    parameters, topology = scene.parts.shape.parameters(), scene.topology
+    parameters = setting.parts.shape.parameters()
     return (
         f"{name}{parameters / 1e6:,.1f} million parameters, {config.precision}, "
         f"tensor {topology.tensor_size} × data {topology.data_size}, ZeRO {config.parallel.zero}"

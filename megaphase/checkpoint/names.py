@@ -1,0 +1,52 @@
+"""The names by which a user points at a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megaphase.checkpoint.store import NAME, STATE_FILE, state_or_nothing
+from megaphase.errors import InputError
+from megaphase.validation_errors import hint
+
+CHECKPOINTS = "checkpoints"  # in a run directory
+
+
+def find_checkpoint(text: str) -> Path:
+    """The directory of `RUN@NAME`, or of a checkpoint's own path.
+
+    NAME: a phase, for the checkpoint at its end; a directory in RUN/checkpoints, such as
+    `step-00001000`; or a link there, such as `latest`, `best-hi` or `best-mean`.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
+    run, separator, name = text.rpartition("@")
+    if not separator:
+        folder = Path(text)
+        if not (folder / STATE_FILE).is_file():
+            raise InputError(
+                text, "this is not a checkpoint", "give RUN@NAME or a step-… directory"
+            )
+        return folder.resolve()
+    return find_in_run(Path(run), name)
+
+
+def find_in_run(run: Path, name: str) -> Path:
+    """The directory of the checkpoint that has this name in a run; see `find_checkpoint`."""
+    folder = run / CHECKPOINTS
+    if not folder.is_dir():
+        raise InputError(run, f"has no folder {CHECKPOINTS}", "give a run directory")
+    if name and (folder / name / STATE_FILE).is_file():
+        return (folder / name).resolve()
+    ends = _phase_ends(folder)
+    if name in ends:
+        return ends[name].resolve()
+    names = [*ends, *sorted(path.name for path in folder.iterdir() if path.name[0] != ".")]
+    raise InputError(f"{run}@{name}", "there is no such checkpoint", hint(name, names, "there are"))
+
+
+def _phase_ends(folder: Path) -> dict[str, Path]:
+    """The checkpoints at the ends of phases by the phase's name, the newest of each."""
+    found = sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name))
+    states = {path: state_or_nothing(path) for path in found}
+    return {state["phase_name"]: path for path, state in states.items() if state.get("permanent")}

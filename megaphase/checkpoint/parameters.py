@@ -1,0 +1,175 @@
+"""Weights and optimizer state in a checkpoint, readable on any layout.
+
+Every rank writes the pieces that it holds into a file `shard-RRRRR.safetensors`: of each parameter
+(cut by tensor parallelism, flattened, and shared out among the data-parallel ranks by ZeRO) a run
+of elements, for each kind one tensor `KIND/NAME`. `parameters.json` tells where they belong:
+
+    tensor       the tensor-parallel size
+    kinds        `weight` (fp32 master), and `exp_avg` and `exp_avg_sq` where there is such a state
+    parameters   by name: `shape` of the whole; `dim` along which it is cut and `segments` that are
+                 cut one by one (see ParameterLayout)
+    shards       by file: its `tensor_rank`, and its `pieces`: by name, the first element and the
+                 one after the last in the flattened cut
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megaphase.errors import InputError
+from megaphase.parallel.sharding import ParameterLayout
+
+INDEX_FILE = "parameters.json"
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def shard_file(rank: int) -> str:
+    """The name of a rank's file."""
+    return f"shard-{rank:05d}.safetensors"
+
+
+def tensor_name(kind: str, parameter: str) -> str:
+    """Of a piece in a shard file."""
+    return f"{kind}/{parameter}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, stop) of a parameter's flattened tensor-parallel cut."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a rank's file holds."""
+
+    tensor_rank: int
+    pieces: Mapping[str, Piece]
+
+
+def index_json(
+    tensor_size: int,
+    kinds: Sequence[str],
+    layouts: Mapping[str, ParameterLayout],
+    shards: Mapping[str, Shard],
+) -> dict[str, Any]:
+    """The content of `parameters.json`."""
+    return {
+        "tensor": tensor_size,
+        "kinds": list(kinds),
+        "parameters": {name: asdict(layout) for name, layout in layouts.items()},
+        "shards": {
+            file: {
+                "tensor_rank": shard.tensor_rank,
+                "pieces": {name: [piece.start, piece.stop] for name, piece in shard.pieces.items()},
+            }
+            for file, shard in shards.items()
+        },
+    }
+
+
+class StoredParameters:
+    """Reads any run of elements of any parameter, as any layout cuts it.
+
+    At most one whole parameter is in memory at a time.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        index = json.loads((folder / INDEX_FILE).read_text())
+        self.tensor_size: int = index["tensor"]
+        self.kinds: list[str] = index["kinds"]
+        self.layouts = {
+            name: ParameterLayout(tuple(f["shape"]), f["dim"], tuple(f["segments"]))
+            for name, f in index["parameters"].items()
+        }
+        self._pieces: dict[tuple[str, int], list[tuple[Piece, str]]] = defaultdict(list)
+        for file, shard in index["shards"].items():
+            for name, (start, stop) in shard["pieces"].items():
+                self._pieces[name, shard["tensor_rank"]].append((Piece(start, stop), file))
+        self._open = cache(self._open_shard)
+        self._last_cut: tuple[tuple[object, ...], Tensor] | None = None
+
+    def check(self, layouts: Mapping[str, ParameterLayout]) -> None:
+        """Refuse a model whose parameters are not those that are stored.
+
+        Raises:
+            InputError: naming the first parameter that is missing, unknown or of another shape.
+        """
+        for name, layout in layouts.items():
+            if name not in self.layouts:
+                raise InputError(self._folder, f"has no parameter {name}", "check model")
+            found, wanted = self.layouts[name].shape, layout.shape
+            if found != wanted:
+                raise InputError(
+                    self._folder,
+                    f"{name} has the shape {list(found)}, this model wants {list(wanted)}",
+                    "check model and tokenizer",
+                )
+        for name in self.layouts.keys() - layouts.keys():
+            raise InputError(self._folder, f"this model has no parameter {name}", "check model")
+
+    def read(
+        self, name: str, kind: str, layout: ParameterLayout, rank: int, size: int, piece: Piece
+    ) -> Tensor:
+        """Elements of a parameter's cut for tensor-parallel rank `rank` of `size`; fp32 [elements].
+
+        layout: the cut of whoever reads; of the stored one's shape.
+        """
+        stored = self.layouts[name]
+        if stored.dim is None:
+            return self._stored(name, kind, 0, piece)
+        if size == self.tensor_size and layout == stored:
+            return self._stored(name, kind, rank, piece)
+        return self._cut(name, kind, layout, rank, size)[piece.start : piece.stop]
+
+    def whole(self, name: str, kind: str) -> Tensor:
+        """A whole parameter without padding, in its own shape."""
+        layout = self.layouts[name]
+        ranks = range(1 if layout.dim is None else self.tensor_size)
+        shape, numel = layout.shard_shape(self.tensor_size), layout.shard_numel(self.tensor_size)
+        parts = [self._stored(name, kind, rank, Piece(0, numel)).view(shape) for rank in ranks]
+        return layout.join(parts)
+
+    def _cut(self, name: str, kind: str, layout: ParameterLayout, rank: int, size: int) -> Tensor:
+        """A parameter as another layout cuts it, flattened; remembered until the next one."""
+        key = (name, kind, layout, rank, size)
+        if self._last_cut is None or self._last_cut[0] != key:
+            self._last_cut = None
+            cut = layout.cut(self.whole(name, kind), rank, size)
+            self._last_cut = key, cut.reshape(-1)
+        return self._last_cut[1]
+
+    def _stored(self, name: str, kind: str, tensor_rank: int, wanted: Piece) -> Tensor:
+        found = torch.empty(wanted.stop - wanted.start)
+        missing = len(found)
+        for piece, file in self._pieces[name, tensor_rank]:
+            start, stop = max(piece.start, wanted.start), min(piece.stop, wanted.stop)
+            if start < stop:
+                stored = self._open(file).get_slice(tensor_name(kind, name))
+                part = stored[start - piece.start : stop - piece.start]
+                found[start - wanted.start : stop - wanted.start] = part
+                missing -= stop - start
+        if missing:
+            raise InputError(
+                self._folder,
+                f"{missing:,} elements of {kind} of {name} are in none of its shards",
+                "use another checkpoint",
+            )
+        return found
+
+    def _open_shard(self, file: str) -> Any:
+        return safe_open(self._folder / file, framework="pt")

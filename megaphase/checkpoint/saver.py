@@ -1,0 +1,208 @@
+"""Saves the state of a run while it goes on: a step is held up for a copy in memory alone.
+
+A save has two parts, each in a thread of its own: every rank writes its shard; when all have,
+rank 0 makes the checkpoint appear and removes old ones. In between, all ranks agree, at a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaphase.checkpoint.parameters import Shard, index_json, shard_file
+from megaphase.checkpoint.store import CheckpointStore
+from megaphase.checkpoint.tensor_file import file_bytes, write_tensors
+from megaphase.errors import RunError
+from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.sharding import ParameterLayout
+
+
+class SaveStatus(IntEnum):
+    """Of this rank's part of a save; of several ranks, the largest counts."""
+
+    DONE = 0
+    AT_WORK = 1
+    FAILED = 2
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank has to write.
+
+    Attributes:
+        tensors: this rank's pieces, by name; views that the next step may change.
+        kinds, layouts, tensor_size: see megaphase.checkpoint.parameters.
+    """
+
+    tensors: Iterator[tuple[str, Tensor]]
+    shard: Shard
+    kinds: tuple[str, ...]
+    layouts: Mapping[str, ParameterLayout]
+    tensor_size: int
+
+
+@dataclass(frozen=True)
+class _Save:
+    name: str
+    snapshot: Snapshot
+    state: Mapping[str, Any]
+    best: Mapping[str, str]
+
+
+class Saver:
+    """One save at a time; every method but `status` is called by all ranks."""
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        agreement: Agreement,
+        *,
+        keep: int,
+        asynchronous: bool,
+        say: Callable[[str], object],
+    ) -> None:
+        """
+        Args:
+            keep: how many of the newest checkpoints stay.
+            asynchronous: whether `save` returns before the checkpoint is written.
+            say: gets a sentence, on rank 0, about every checkpoint that has appeared.
+        """
+        self._store, self._agreement, self._keep = store, agreement, keep
+        self._asynchronous, self._say = asynchronous, say
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._buffers: dict[str, Tensor] = {}
+        self._save: _Save | None = None
+        self._work: Future[Any] | None = None
+        self._written = False
+
+    def save(
+        self, name: str, snapshot: Snapshot, state: Mapping[str, Any], best: Mapping[str, str]
+    ) -> None:
+        """Begin a save, after the one before has ended.
+
+        state: the content of state.json; rank 0's counts. best: link names of the best weights,
+        each with the name of its checkpoint.
+
+        Raises:
+            RunError: on all ranks; the checkpoint, or the one before, could not be written.
+        """
+        self.finish()
+        copies = host_copies(snapshot.tensors, self._buffers)
+        if self._asynchronous:
+            self._buffers = copies
+        try:
+            needed = sum(self._agreement.gather(file_bytes(copies)))
+            aside = self._store.begin(name, needed)
+        except RunError as error:
+            raise self._with_what_is_left(error) from None
+        self._save, self._written = _Save(name, snapshot, state, best), False
+        path = aside / shard_file(self._agreement.rank)
+        self._work = self._thread.submit(write_tensors, path, copies)
+        if not self._asynchronous:
+            self.finish()
+
+    @property
+    def status(self) -> SaveStatus:
+        """Of this rank, now."""
+        if self._work is None:
+            return SaveStatus.DONE
+        if not self._work.done():
+            return SaveStatus.AT_WORK
+        return SaveStatus.FAILED if self._work.exception() else SaveStatus.DONE
+
+    def advance(self, agreed: int) -> None:
+        """Go on to the next part when all ranks are done with one; `agreed`: the largest status.
+
+        Raises:
+            RunError: on all ranks; one of them could not write its part.
+        """
+        if self._save is None or agreed == SaveStatus.AT_WORK:
+            return
+        if agreed == SaveStatus.FAILED:
+            self._give_up()
+        elif not self._written:
+            self._written = True
+            self._begin_to_publish()
+        else:
+            if self._agreement.rank == 0:
+                self._say(f"checkpoint: {self._store.folder / self._save.name}")
+            self._save = self._work = None
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being saved has appeared; see `advance`."""
+        while self._save is not None:
+            if self._work is not None:
+                self._work.exception()  # waits
+            self.advance(self._agreement.largest(self.status)[0])
+
+    def _begin_to_publish(self) -> None:
+        save = self._save
+        assert save is not None
+        assert self._work is not None
+        facts = self._agreement.gather((self._work.result(), save.snapshot.shard))
+        self._work = None
+        if self._agreement.rank == 0:
+            self._work = self._thread.submit(self._publish, save, facts)
+
+    def _publish(self, save: _Save, facts: list[tuple[dict[str, Any], Shard]]) -> None:
+        by_file = {shard_file(rank): fact for rank, fact in enumerate(facts)}
+        shards = {file: shard for file, (_, shard) in by_file.items()}
+        snapshot = save.snapshot
+        index = index_json(snapshot.tensor_size, snapshot.kinds, snapshot.layouts, shards)
+        files = {file: described for file, (described, _) in by_file.items()}
+        self._store.publish(save.name, index, save.state, files)
+        for alias, name in save.best.items():
+            if name == save.name:
+                self._store.link(alias, name)
+        self._store.prune(self._keep, save.best)
+
+    def _give_up(self) -> None:
+        save, work = self._save, self._work
+        assert save is not None
+        # Only a thread that has ended writes no more into the directory that is removed now.
+        fault = work.exception() if work is not None else None
+        faults = self._agreement.gather(None if fault is None else _describe(fault))
+        self._save = self._work = None
+        self._agreement.on_first_rank(partial(self._store.discard, save.name))
+        rank, first = next((r, f) for r, f in enumerate(faults) if f is not None)
+        folder = self._store.folder / save.name
+        raise self._with_what_is_left(RunError(f"{folder}: rank {rank} could not write: {first}"))
+
+    def _with_what_is_left(self, error: RunError) -> RunError:
+        newest = self._store.newest_name()
+        left = "there is no earlier checkpoint"
+        if newest is not None:
+            left = (
+                f"earlier checkpoints are untouched: started again, the run goes on from {newest}"
+            )
+        return RunError(f"{error}; {left}")
+
+
+def host_copies(
+    tensors: Iterator[tuple[str, Tensor]], buffers: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Copies of tensors in the memory of the CPU, in `buffers` where one fits.
+
+    A GPU's copies are pinned, so that they run at the speed of the bus.
+    """
+    copies = {}
+    for name, tensor in tensors:
+        buffer = buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape:
+            pinned = tensor.device.type == "cuda"
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        copies[name] = buffer.copy_(tensor.detach(), non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copies
+
+
+def _describe(fault: BaseException) -> str:
+    return fault.strerror or str(fault) if isinstance(fault, OSError) else repr(fault)

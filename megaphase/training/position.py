@@ -1,0 +1,46 @@
+"""Where a run stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place between two steps of a run.
+
+    Attributes:
+        phase: its number; that of the next one at the end of a phase.
+        phase_step: steps done in the phase.
+        step: steps done over the whole run, and the runs that it goes on from.
+        tokens: likewise, of the global batches of these steps.
+        starts: samples of each task that were used before the phase.
+        tokens_per_step: of the run's global batch.
+    """
+
+    phase: int
+    phase_step: int
+    step: int
+    tokens: int
+    starts: tuple[int, ...]
+    tokens_per_step: int
+
+    def after_step(self) -> Self:
+        """One step of the phase further on."""
+        return replace(
+            self,
+            phase_step=self.phase_step + 1,
+            step=self.step + 1,
+            tokens=self.tokens + self.tokens_per_step,
+        )
+
+    def next_phase(self, starts: Sequence[int]) -> Self:
+        """At the beginning of the phase after this one; `starts` as above."""
+        return replace(self, phase=self.phase + 1, phase_step=0, starts=tuple(starts))
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> Self:
+        """From what `dataclasses.asdict` gave."""
+        return cls(**{**state, "starts": tuple(state["starts"])})

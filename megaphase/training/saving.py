@@ -1,0 +1,124 @@
+"""What goes into a run's checkpoints, and which of them hold the best weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaphase.checkpoint.parameters import WEIGHT
+from megaphase.checkpoint.saver import Saver, SaveStatus, Snapshot
+from megaphase.checkpoint.store import best_name, full_name
+from megaphase.plan.plan import Plan
+from megaphase.training.engine import Engine
+from megaphase.training.health import LossWatch
+from megaphase.training.monitor import OverfitMonitor
+from megaphase.training.position import Position
+from megaphase.training.random_state import PREFIX, random_state
+
+
+class RunSaver:
+    """Puts a run's state together and has it saved; every method is called by all ranks."""
+
+    def __init__(
+        self,
+        saver: Saver,
+        engine: Engine,
+        plan: Plan,
+        monitor: OverfitMonitor,
+        losses: LossWatch,
+        facts: Mapping[str, Any],
+        best: Mapping[str, str],
+    ) -> None:
+        """
+        Args:
+            facts: what every checkpoint's state says of the run beside its position.
+            best: links to the best weights, each with the name of the checkpoint it leads to.
+        """
+        self._saver, self._engine, self._plan = saver, engine, plan
+        self._monitor, self._losses, self._facts = monitor, losses, facts
+        self._best = dict(best)
+        self._saved: Position | None = None
+
+    def note_best(self, names: Sequence[str], checkpoint: str) -> None:
+        """The weights that are about to be saved under this name are the best of these tasks."""
+        self._best |= {f"best-{name}": checkpoint for name in names}
+
+    def save(self, at: Position, phase: str, metrics_bytes: int, *, permanent: bool) -> None:
+        """Save everything.
+
+        Args:
+            phase: whose steps were trained last.
+            metrics_bytes: how much of metrics.jsonl belongs to the checkpoint; rank 0's counts.
+            permanent: whether the checkpoint stays for ever.
+        """
+        kinds = self._engine.state.kinds()
+        random = ((PREFIX + name, each) for name, each in random_state().items())
+        state = self._state(at, phase, metrics_bytes) | {
+            "permanent": permanent,
+            "optimizer_steps": self._engine.state.steps,
+            "monitor": self._monitor.state_dict(),
+            "losses": self._losses.state_dict(),
+            "best": dict(self._best),
+        }
+        tensors = chain(self._engine.state.tensors(kinds), random)
+        self._begin(full_name(at.step), kinds, tensors, state)
+        self._saved = at
+
+    def save_weights(self, at: Position, phase: str, metrics_bytes: int) -> None:
+        """Save the fp32 weights alone, as the best of some task."""
+        tensors = self._engine.state.tensors((WEIGHT,))
+        state = self._state(at, phase, metrics_bytes) | {"optimizer_steps": 0}
+        self._begin(best_name(at.step), (WEIGHT,), tensors, state)
+
+    def is_saved(self, at: Position) -> bool:
+        """Whether the newest save was at this position."""
+        return self._saved == at
+
+    @property
+    def status(self) -> SaveStatus:
+        """See Saver."""
+        return self._saver.status
+
+    def advance(self, agreed: int) -> None:
+        """See Saver."""
+        self._saver.advance(agreed)
+
+    def finish(self) -> None:
+        """See Saver."""
+        self._saver.finish()
+
+    def _begin(
+        self,
+        name: str,
+        kinds: tuple[str, ...],
+        tensors: Iterator[tuple[str, Tensor]],
+        state: Mapping[str, Any],
+    ) -> None:
+        snapshot = Snapshot(
+            tensors,
+            self._engine.state.shard(),
+            kinds,
+            self._engine.state.layouts,
+            self._engine.topology.tensor_size,
+        )
+        with torch.no_grad():
+            self._saver.save(name, snapshot, state, dict(self._best))
+
+    def _state(self, at: Position, phase: str, metrics_bytes: int) -> dict[str, Any]:
+        used = at.starts
+        if at.phase_step:
+            counts = self._plan.counts(at.phase, at.phase_step).tolist()
+            used = tuple(a + b for a, b in zip(used, counts, strict=True))
+        return {
+            **self._facts,
+            "position": asdict(at),
+            "step": at.step,
+            "phase_name": phase,
+            "used": dict(zip(self._plan.tasks, used, strict=True)),
+            "metrics_bytes": metrics_bytes,
+        }

@@ -1,0 +1,171 @@
+"""What training and evaluation both begin with: the run file checked, the plan open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megaphase.checkpoint.store import Checkpoint, CheckpointStore
+from megaphase.config import RunConfig
+from megaphase.errors import InputError
+from megaphase.model.presets import build_shape
+from megaphase.model.shape import GPTShape
+from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.together import on_first_rank, together
+from megaphase.parallel.topology import Topology, check_world_size, start, world_size
+from megaphase.plan.build import ensure_built
+from megaphase.plan.plan import Plan
+from megaphase.plan.preview import plan_warnings
+from megaphase.plan.progress import building_progress
+from megaphase.plan.spec import PlanSpec, plan_spec
+from megaphase.tokenizer import Tokenizer
+from megaphase.training.branch import Branch
+from megaphase.training.engine import Engine, check_batch
+from megaphase.training.evaluation import HeldOutEvaluator
+from megaphase.training.run_directory import RunDirectory
+
+CHECKPOINT_FORMAT = 2
+
+# Of a shape, what weights of another run must agree with; not how they came about, nor how
+# activations are kept.
+COMPARED = {field.name for field in fields(GPTShape)} - {"init_std", "activation_checkpointing"}
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What the run file stands for, all of it checked, before anything is built."""
+
+    tokenizer: Tokenizer
+    shape: GPTShape
+    spec: PlanSpec
+
+
+def check_run(config: RunConfig, branch: Branch | None) -> Ingredients:
+    """Check the run file against the world: processes, tokenizer, shape, corpora, and the branch.
+
+    Raises:
+        InputError: on the first thing that does not fit.
+    """
+    tensor = config.parallel.tensor
+    check_world_size(world_size(), tensor, config.where("parallel.tensor"))
+    check_batch(config, world_size() // tensor)
+    tokenizer = Tokenizer.load(config.tokenizer)
+    shape = build_shape(config, tokenizer.vocab_size)
+    spec = plan_spec(config, tokenizer, branch.used if branch else {})
+    if branch is not None:
+        branch.check(config, spec, described_shape(shape))
+    return Ingredients(tokenizer, shape, spec)
+
+
+def described_shape(shape: GPTShape) -> dict[str, Any]:
+    """All of a model's shape that its weights and numbers depend on."""
+    return {key: value for key, value in asdict(shape).items() if key in COMPARED}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The run as this process sees it."""
+
+    config: RunConfig
+    parts: Ingredients
+    topology: Topology
+    agreement: Agreement
+    directory: RunDirectory
+    plan: Plan
+    store: CheckpointStore
+    say: Callable[[str], None]
+
+    def engine(self) -> Engine:
+        """The model with its initial weights."""
+        return Engine(self.config, self.parts.shape, self.topology, len(self.plan.tasks))
+
+    def evaluator(self, engine: Engine) -> HeldOutEvaluator:
+        """Measures what the run file asks for."""
+        tokenizer = self.parts.tokenizer
+        return HeldOutEvaluator(
+            self.parts.spec,
+            engine,
+            samples=self.config.validation.samples,
+            token_bytes=tokenizer.token_bytes(),
+            filler=tokenizer.eod,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What every checkpoint says of its run."""
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "plan": self.plan.spec.fingerprint,
+            "streams": self.plan.spec.stream_fingerprints,
+            "model": described_shape(self.parts.shape),
+            "processes": self.topology.world_size,
+            "tensor": self.topology.tensor_size,
+            "zero": self.config.parallel.zero,
+            "precision": self.config.precision,
+        }
+
+    def check_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint of another run file or another version of this program."""
+        if checkpoint.state.get("format") != CHECKPOINT_FORMAT:
+            raise InputError(
+                checkpoint.folder,
+                f"has the format {checkpoint.state.get('format')}, this version reads "
+                f"{CHECKPOINT_FORMAT}",
+                "use the version that wrote it",
+            )
+        if checkpoint.state["plan"] != self.plan.spec.fingerprint:
+            raise InputError(
+                checkpoint.folder,
+                "was written with another plan than that of this run file",
+                "use the run file and the corpora with which it was written",
+            )
+
+
+def set_the_stage(config: RunConfig, branch: Branch | None, console: Console) -> Setting:
+    """Check everything, form the groups of processes, and build the plan where there is none.
+
+    Called by all processes.
+
+    Raises:
+        InputError: something that the user gave is wrong; on every process.
+    """
+    parts = together(lambda: check_run(config, branch))
+    topology = start(config.parallel.tensor)
+
+    def say(text: str) -> None:
+        if topology.is_first:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    agreement = Agreement()
+    directory = RunDirectory(config.output)
+    plan = _open_plan(config, parts.spec, directory, branch, say, console)
+    store = CheckpointStore(directory.checkpoints, agreement)
+    return Setting(config, parts, topology, agreement, directory, plan, store, say)
+
+
+def _open_plan(
+    config: RunConfig,
+    spec: PlanSpec,
+    directory: RunDirectory,
+    branch: Branch | None,
+    say: Callable[[str], None],
+    console: Console,
+) -> Plan:
+    """Build the plan where it is not there yet, and claim the run directory for it."""
+
+    def build_and_claim() -> Path:
+        directory.refuse_other_run(config)
+        with building_progress(console) as progress:
+            folder = ensure_built(spec, directory.path, say=say, progress=progress)
+        summary = Plan(spec, folder).summary()
+        directory.claim(config, summary)
+        if branch is not None:
+            branch.record(directory.path)
+        for sentence in plan_warnings(summary):
+            say(f"Warning: {sentence}")
+        return folder
+
+    return Plan(spec, on_first_rank(build_and_claim))
