@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,10 @@ class Launched:
         found = [self.folder / f"signals-{rank}" for rank in range(self._processes)]
         return [path.read_text() if path.exists() else "" for path in found]
 
+    def has_signals(self, count: int) -> bool:
+        """Whether every rank has received so many."""
+        return all(len(each.split()) == count for each in self.signals())
+
     def result(self) -> tuple[int, str]:
         """Exit code and standard error, at the end."""
         _, stderr = self.process.communicate(timeout=LIMIT_SECONDS)
@@ -126,7 +131,7 @@ sys.exit(75)
         job.pids()
         for count, number in enumerate((signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM), start=1):
             job.process.send_signal(number)
-            wait_until(lambda: all(len(each.split()) == count for each in job.signals()))
+            wait_until(partial(job.has_signals, count))
         assert job.result() == (75, "")
         assert job.signals() == ["SIGUSR1 SIGTERM SIGTERM"] * 2
 

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+# A rank's end makes torch's own threads talk; the command line quiets them in the same way.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 import torch.distributed as dist
 
 from megaphase.errors import InputError, RunError
+from megaphase.launch.local import free_port, rank_environment
 from megaphase.parallel.topology import process_group
 from megaphase.parallel.watchdog import Watchdog, exit_code
 
-SILENT_SECONDS, STALLED_SECONDS = 2.0, 4.0
+SILENT_SECONDS = 2.0
 FAULTY_STEP, STEPS = 3, 6
 FOR_EVER = 600
+# Generous: a loaded machine must not fail a test.
+LIMIT_SECONDS = 90.0
 
 
 def die() -> None:
@@ -52,16 +62,17 @@ def refuse() -> None:
 
 
 def sleep() -> None:
-    time.sleep((SILENT_SECONDS + STALLED_SECONDS) / 2)
+    time.sleep(1.5 * SILENT_SECONDS)
 
 
-def nothing() -> None:
-    pass
+def leave_late() -> None:
+    """Nothing happens in the step; see `train`."""
 
 
 def train(harm: str, faulty_ranks: set[int]) -> None:
     """Steps with a collective each; at FAULTY_STEP the faulty ranks call the function `harm`."""
-    with process_group(), Watchdog(SILENT_SECONDS, STALLED_SECONDS) as watchdog:
+    stalled_seconds = 2 * SILENT_SECONDS if harm == "hang" else LIMIT_SECONDS
+    with process_group(), Watchdog(SILENT_SECONDS, stalled_seconds) as watchdog:
         rank = dist.get_rank()
         for step in range(STEPS):
             watchdog.at(f"in step {step}")
@@ -69,11 +80,63 @@ def train(harm: str, faulty_ranks: set[int]) -> None:
                 globals()[harm]()
             dist.all_reduce(torch.ones(4))
             print("step", step, flush=True)
+        if harm == "leave_late" and rank in faulty_ranks:
+            sleep()
 
 
-if __name__ == "__main__":
+@dataclass(frozen=True)
+class Ended:
+    """What became of a rank; the exit code is negative where a signal ended it."""
+
+    code: int
+    pid: int
+    stdout: str
+    stderr: str
+
+
+def run_job(folder: Path, processes: int, harm: str, faulty_ranks: Iterable[int]) -> list[Ended]:
+    """Train on so many ranks, until all have ended that are not frozen; those are killed then."""
+    # The server imports once, for all jobs, what takes long.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed"])
+    port, faulty = free_port(), set(faulty_ranks)
+    ranks = [
+        context.Process(
+            target=_rank_main,
+            args=(folder, rank_environment(rank, processes, port), harm, faulty),
+        )
+        for rank in range(processes)
+    ]
+    for rank in ranks:
+        rank.start()
+    deadline = time.monotonic() + LIMIT_SECONDS
+    frozen = faulty if harm == "freeze" else set()
+    for number, rank in enumerate(ranks):
+        if number not in frozen:
+            rank.join(max(0.0, deadline - time.monotonic()))
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    return [
+        Ended(
+            rank.exitcode,
+            rank.pid,
+            (folder / f"{number}.1").read_text(),
+            (folder / f"{number}.2").read_text(),
+        )
+        for number, rank in enumerate(ranks)
+    ]
+
+
+def _rank_main(
+    folder: Path, environment: dict[str, str], harm: str, faulty_ranks: set[int]
+) -> None:
+    os.environ.update(environment)
+    for descriptor in (1, 2):
+        file = os.open(folder / f"{environment['RANK']}.{descriptor}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, descriptor)
     try:
-        train(sys.argv[1], {int(rank) for rank in sys.argv[2:]})
+        train(harm, faulty_ranks)
     except (InputError, RunError) as error:
         print(f"megaphase: {error}", file=sys.stderr)
         sys.exit(exit_code(error))

@@ -1,0 +1,109 @@
+"""On real ranks: who dies, freezes, hangs or fails is named, once, and all processes end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from watchdog_support import FAULTY_STEP, STEPS, Ended, run_job
+
+pytestmark = pytest.mark.distributed
+
+HOST = socket.gethostname()
+GOES_ON = "all processes end. The same command goes on from the newest checkpoint"
+
+
+def name(rank: int, ended: list[Ended]) -> str:
+    return f"rank {rank} on {HOST} (process {ended[rank].pid})"
+
+
+def said(ended: list[Ended]) -> str:
+    """The one line that all ranks together have said."""
+    lines = [line for rank in ended for line in rank.stderr.splitlines()]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def check_survivors(ended: list[Ended], rank: int, code: int = 1) -> None:
+    assert [each.code for number, each in enumerate(ended) if number != rank] == [code] * (
+        len(ended) - 1
+    )
+    assert {len(each.stdout.splitlines()) for each in ended} == {FAULTY_STEP}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_rank(rank: int, tmp_path: Path) -> None:
+    ended = run_job(tmp_path, 3, "die", [rank])
+    message = said(ended)
+    assert message.startswith(f"megaphase: {name(rank, ended)} has ended without a word")
+    assert message.endswith(GOES_ON)
+    assert ended[0 if rank else 1].stderr
+    check_survivors(ended, rank)
+    assert ended[rank].code == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_frozen_rank(rank: int, tmp_path: Path) -> None:
+    ended = run_job(tmp_path, 3, "freeze", [rank])
+    message = said(ended)
+    assert message.startswith(f"megaphase: {name(rank, ended)} gave no sign of life for 2 s, last")
+    assert message.endswith(GOES_ON)
+    check_survivors(ended, rank)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_hanging_rank(rank: int, tmp_path: Path) -> None:
+    ended = run_job(tmp_path, 3, "hang", [rank])
+    message = said(ended)
+    assert message.startswith("megaphase: no rank has made progress for ")
+    assert f": {name(rank, ended)} hangs in step {FAULTY_STEP} (watchdog_support.py:" in message
+    assert message.endswith(f" in hang); {GOES_ON}")
+    check_survivors(ended, rank)
+    assert ended[rank].code == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_failing_rank(rank: int, tmp_path: Path) -> None:
+    ended = run_job(tmp_path, 2, "fail", [rank])
+    message = ended[0].stderr.splitlines()[-1]
+    assert message == (
+        f"megaphase: {name(rank, ended)} failed in step {FAULTY_STEP}: "
+        f"ValueError: out of cheese; {GOES_ON}"
+    )
+    assert "Traceback" in ended[rank].stderr
+    assert "and of bread" in ended[rank].stderr
+    assert [each.stderr.count("Traceback") for each in ended] == [
+        int(number == rank) for number in range(2)
+    ]
+    check_survivors(ended, rank)
+    assert ended[rank].code == 1
+
+
+def test_foreseen_fault_of_one_rank_ends_all(tmp_path: Path) -> None:
+    ended = run_job(tmp_path, 2, "refuse", [1])
+    assert said(ended) == f"megaphase: {name(1, ended)}: run.yaml: is wrong; write another"
+    assert [each.code for each in ended] == [2, 2]
+
+
+def test_foreseen_fault_of_all_is_theirs_to_tell(tmp_path: Path) -> None:
+    ended = run_job(tmp_path, 2, "fail_foreseen", [0, 1])
+    assert [each.stderr for each in ended] == ["megaphase: the disk is full\n"] * 2
+    assert [each.code for each in ended] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("harm", "ranks"),
+    [
+        ("work_in_c", [0]),
+        ("work_in_c", [1]),
+        ("sleep", [1]),
+        ("leave_late", [0]),
+        ("leave_late", [1]),
+    ],
+)
+def test_slow_is_not_dead(harm: str, ranks: list[int], tmp_path: Path) -> None:
+    ended = run_job(tmp_path, 2, harm, ranks)
+    assert [(each.code, each.stderr) for each in ended] == [(0, "")] * 2
+    assert {len(each.stdout.splitlines()) for each in ended} == {STEPS}
