@@ -22,6 +22,7 @@ from megaphase.plan.mixture import (
 )
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 10**6), min_size=1, max_size=40).filter(any),
     st.integers(1, 10**9),
@@ -56,6 +57,7 @@ def supplies(tokens: list[int], per_epoch: list[int] | None = None) -> dict[str,
 TOKENS = st.lists(st.integers(10, 10**12), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(TOKENS, st.sampled_from([0.01, 0.5, 1.0, 1.7, 3.3, 5.0, 100.0]))
 def test_temperature_is_tokens_to_the_power_of_its_inverse(tokens, temperature):
     getcontext().prec = 50
@@ -67,6 +69,7 @@ def test_temperature_is_tokens_to_the_power_of_its_inverse(tokens, temperature):
         assert float(rate) == pytest.approx(float(power / sum(powers)), rel=1e-9, abs=1e-300)
 
 
+@settings(deadline=None)
 @given(TOKENS)
 def test_proportional_rates_follow_the_tokens(tokens):
     rates = requested_rates(MixtureConfig(proportional=True), supplies(tokens))
@@ -139,6 +142,7 @@ def unimax(tokens: list[int], budget: int, max_epochs: int) -> list[Fraction]:
     return [given_out[i] / sum(given_out.values()) for i in range(len(tokens))]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(5, 500), min_size=1, max_size=10), st.integers(1, 4), st.data())
 def test_unimax_is_its_published_algorithm(per_epoch, max_epochs, data):
     samples = data.draw(st.integers(1, sum(per_epoch) * max_epochs))
