@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from megaphase.parallel.judge import LOOKS_UNTIL_GONE, Judge, Verdict
@@ -29,7 +27,7 @@ class Run:
 
     def change(self, *ranks: int, **changes: object) -> None:
         for rank in ranks:
-            self.beats[rank] = replace(self.beats[rank], **changes)
+            self.beats[rank] = self.beats[rank]._replace(**changes)
 
     def go(self, seconds: float, *, progress: bool = True) -> Verdict | None:
         """Let time pass, until there is a verdict."""
@@ -172,6 +170,15 @@ def test_rank_that_is_behind_is_named_where_all_look_alike(waits):
     verdict = run.go(2 * STALLED_SECONDS, progress=False)
     assert verdict is not None
     assert ": rank 1 on node0 (process 101) hangs in step 1" in verdict.message
+
+
+def test_rank_that_is_apart_from_all_others_is_named():
+    run = Run(2, 2)
+    run.change(0, 1, 3, code="engine.py:5 in step")
+    run.change(2, code="dataset.py:7 in read")
+    verdict = run.go(2 * STALLED_SECONDS, progress=False)
+    assert verdict is not None
+    assert "rank 2 on node1 (process 110) hangs in step 1 (dataset.py:7 in read)" in verdict.message
 
 
 def test_where_all_are_is_said_where_nobody_stands_out():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from watchdog_support import FAULTY_STEP, STEPS, Ended, run_job
+
+from megaphase.launch.local import free_port, rank_environment
 
 pytestmark = pytest.mark.distributed
 
@@ -79,6 +84,34 @@ def test_failing_rank(rank: int, tmp_path: Path) -> None:
     ]
     check_survivors(ended, rank)
     assert ended[rank].code == 1
+
+
+def test_failing_collective_is_told_where_no_rank_has_died(tmp_path: Path) -> None:
+    ended = run_job(tmp_path, 2, "fail_in_a_collective", [1])
+    message = ended[0].stderr.splitlines()[-1]
+    assert message.startswith(f"megaphase: {name(1, ended)} failed in step {FAULTY_STEP}: Runtime")
+    assert "Traceback" in ended[1].stderr
+    assert [each.code for each in ended] == [1, 1]
+
+
+def test_interrupted_rank_ends_all_without_a_word(tmp_path: Path) -> None:
+    ended = run_job(tmp_path, 2, "interrupt", [1])
+    assert [(each.code, each.stderr) for each in ended] == [(130, "")] * 2
+
+
+def test_processes_that_never_come_are_told(tmp_path: Path) -> None:
+    code = (
+        "from datetime import timedelta\n"
+        "from megaphase.parallel import topology\n"
+        "topology.JOIN_TIMEOUT = timedelta(seconds=1)\n"
+        "topology.join_processes()\n"
+    )
+    environment = {**os.environ, **rank_environment(0, 2, free_port())}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "RunError: the 2 processes have not found each other at 127.0.0.1:" in done.stderr
 
 
 def test_foreseen_fault_of_one_rank_ends_all(tmp_path: Path) -> None:

@@ -53,6 +53,15 @@ def fail() -> None:
     raise ValueError("out of cheese\nand of bread")
 
 
+def fail_in_a_collective() -> None:
+    """It looks as if another rank had died, but none has."""
+    dist.all_reduce(torch.ones(4).to_sparse(), op=dist.ReduceOp.MAX)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def fail_foreseen() -> None:
     raise RunError("the disk is full")
 

@@ -184,25 +184,31 @@ class Judge:
 
     def _hanging(self) -> list[int] | None:
         """Ranks for which the others wait; None where all or none could be meant."""
-        busy = self._ranks(lambda beat: not beat.waits and self._is_here(beat))
         here = self._ranks(self._is_here)
-        if len(here) == 1 or 0 < len(busy) < len(here):
-            return busy or here
+        if len(here) == 1:
+            return here
+        busy = self._ranks(lambda beat: self._is_here(beat) and not beat.waits)
+        if 0 < len(busy) < len(here):
+            return busy
+        # On a GPU all wait for their device, and nothing tells which of them for a collective.
         least = min(self._beats[rank].progress for rank in here)
         behind = [rank for rank in here if self._beats[rank].progress == least]
-        return behind if len(behind) < len(here) else None
+        places = sorted(self._ranks_by_place().values(), key=len)
+        apart = places[0] if len(places) == 2 else here
+        return next((ranks for ranks in (behind, apart) if 2 * len(ranks) < len(here)), None)
 
-    def _where_all_are(self) -> tuple[str, ...]:
-        """Ranks by where they are, the fewest together first: who hangs is seldom in company."""
-        groups: dict[str, list[int]] = {}
+    def _ranks_by_place(self) -> dict[str, list[int]]:
+        places: dict[str, list[int]] = {}
         for rank, beat in enumerate(self._beats):
             doing = "has left" if beat.state == "left" else f"{beat.where} ({beat.code})"
             doing += ", in a collective" if beat.waits else ""
-            groups.setdefault(doing, []).append(rank)
-        lines = [
-            f"{_ranges(ranks)}: {doing}"
-            for doing, ranks in sorted(groups.items(), key=lambda item: len(item[1]))
-        ]
+            places.setdefault(doing, []).append(rank)
+        return places
+
+    def _where_all_are(self) -> tuple[str, ...]:
+        """Ranks by where they are, the fewest together first: who hangs is seldom in company."""
+        places = sorted(self._ranks_by_place().items(), key=lambda place: len(place[1]))
+        lines = [f"{_ranges(ranks)}: {doing}" for doing, ranks in places]
         if len(lines) > LINES_AT_MOST:
             more = f"and {len(lines) - LINES_AT_MOST + 1} other places"
             lines = [*lines[: LINES_AT_MOST - 1], more]

@@ -11,11 +11,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megaphase.errors import InputError
-from megaphase.parallel.launcher import world_size
+from megaphase.errors import InputError, RunError
+from megaphase.parallel.launcher import global_rank, world_size
 
 # Long enough for the first rank to build a plan or to verify a checkpoint while the others wait.
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)
+# Processes of one job start within minutes of each other, or not at all.
+JOIN_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,11 @@ def check_world_size(processes: int, tensor: int, where: str) -> None:
 
 
 def join_processes() -> None:
-    """Join the process group that the environment describes; a single process forms its own."""
+    """Join the process group that the environment describes; a single process forms its own.
+
+    Raises:
+        RunError: some of the processes have not come.
+    """
     if dist.is_initialized():
         return
     backend = "gloo"
@@ -96,7 +102,29 @@ def join_processes() -> None:
     if world_size() == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        store = _meeting_place()
+        dist.init_process_group(
+            backend,
+            timeout=COLLECTIVE_TIMEOUT,
+            store=store,
+            rank=global_rank(),
+            world_size=world_size(),
+        )
+
+
+def _meeting_place() -> dist.Store:
+    """The store at which all processes have found each other."""
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+    except (dist.DistStoreError, dist.DistNetworkError):
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RunError(
+            f"the {world_size()} processes have not found each other at {where} within "
+            f"{JOIN_TIMEOUT.total_seconds():.0f} s; see whether one has ended, or whether the "
+            "nodes cannot reach that address"
+        ) from None
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    return store
 
 
 @contextmanager

@@ -92,7 +92,7 @@ class Watchdog:
         self._rank = global_rank()
         self._line, self._places = open_line(self._silent_seconds, self._stalled_seconds)
         self._neighbour = Neighbour(self._rank, self._places)
-        self._thread = threading.Thread(target=self._beat, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._keep_beating, name="watchdog", daemon=True)
         self._thread.start()
         if isinstance(self._line, MemberLine):
             guard = threading.Thread(
@@ -138,6 +138,14 @@ class Watchdog:
                 return
         traceback.print_exception(error)
         self._leave("failed", _one_line(error))
+
+    def _keep_beating(self) -> None:
+        try:
+            self._beat()
+        except Exception:
+            # Without this thread the rank would count as dead, and its main thread wait for ever.
+            traceback.print_exc()
+            _exit(EXIT_FAILED)
 
     def _beat(self) -> None:
         before = time.monotonic()
