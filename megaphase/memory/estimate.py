@@ -1,0 +1,110 @@
+"""Bytes on one GPU at the moment of a step when they are most, by what they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megaphase.memory.activations import (
+    block_backward,
+    block_forward,
+    block_kept,
+    head_memory,
+    mask_memory,
+    residual,
+)
+from megaphase.memory.parameters import block_sizes, parameter_sizes
+from megaphase.memory.setup import Setup
+from megaphase.memory.states import States, states_of
+
+PARTS = ("weights", "masters", "moments", "gradients", "activations", "gathered", "buffers")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one rank.
+
+    parts: on the GPU (or, where the device is the CPU, all there are), at `moment`, the one of a
+    step when they are most together
+    host: of the node's memory, for what is offloaded to it
+    """
+
+    parts: dict[str, int]
+    host: dict[str, int]
+    moment: str
+
+    @property
+    def total(self) -> int:
+        """Bytes on the GPU."""
+        return sum(self.parts.values())
+
+
+def estimate(setup: Setup) -> Estimate:
+    """The memory of one rank of a run."""
+    states = states_of(setup)
+    host = _offloaded(setup, states)
+    moments = [
+        Estimate(_on_device(setup, parts, host), host, moment)
+        for moment, parts in _moments(setup, states)
+    ]
+    return max(moments, key=lambda at: at.total)
+
+
+def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]]]:
+    """The moments of a step in which memory can be at its highest."""
+    kept, passing = states.kept, states.passing
+    layers, each = setup.shape.layers, block_kept(setup)
+    head, mask = head_memory(setup), mask_memory(setup)
+    parameters = sum(parameter_sizes(setup.shape, setup.tensor).values())
+    block = sum(block_sizes(setup.shape, setup.tensor).values())
+
+    def at(activations: int, gradients: int, gathered: int, buffers: int) -> dict[str, int]:
+        return {
+            "weights": kept.weights,
+            "masters": kept.masters,
+            "moments": kept.moments,
+            "gradients": kept.gradients + gradients,
+            "activations": activations,
+            "gathered": gathered,
+            "buffers": buffers,
+        }
+
+    carried, gathered = passing.carried, passing.gathered
+    forward = layers * each + block_forward(setup) + mask
+    yield "forward pass", at(forward, carried, gathered, passing.arriving)
+    before_head = layers * each + head.kept + mask
+    yield "loss", at(before_head + head.loss, carried, gathered, 0)
+    yield (
+        "backward pass of the head",
+        at(before_head + head.backward, carried, gathered, passing.bucket),
+    )
+    above = parameters - layers * block
+    if not setup.shape.tied_embeddings:
+        above -= parameter_sizes(setup.shape, setup.tensor)["embedding.weight"]
+    for left in range(layers, 0, -1):
+        share = (above + (layers - left) * block) / parameters
+        waiting = min(int(passing.growing * share), passing.limit)
+        there = max(int(gathered * (1 - share)), passing.returned)
+        activations = left * each + mask
+        name = f"backward pass of block {left}"
+        yield (
+            name,
+            at(activations + block_backward(setup), carried + waiting, there, passing.bucket),
+        )
+        if passing.limit <= waiting and passing.limit < passing.growing:
+            handing_on = passing.bucket + passing.reduction
+            yield name, at(activations, carried + waiting, there, handing_on)
+    waiting = min(passing.growing, passing.limit)
+    end = passing.bucket + passing.reduction
+    yield "reduction of gradients", at(residual(setup), carried + waiting, passing.returned, end)
+    yield "optimizer step", at(0, passing.step, passing.returned, 0)
+
+
+def _offloaded(setup: Setup, states: States) -> dict[str, int]:
+    """Bytes of the node's memory, by part; on an NVMe disk there are more, which nobody waits for."""
+    host: dict[str, int] = {}
+    return host
+
+
+def _on_device(setup: Setup, parts: dict[str, int], host: dict[str, int]) -> dict[str, int]:
+    return parts

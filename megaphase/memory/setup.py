@@ -1,0 +1,112 @@
+"""All that the memory of one process depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megaphase.config import RunConfig
+from megaphase.errors import InputError
+from megaphase.model.shape import GPTShape
+
+Device = Literal["cuda", "cpu"]
+FP32_BYTES = 4
+BF16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One rank's part of a run: `tensor` × `data` processes under a ZeRO stage.
+
+    accumulation: micro-batches of an optimizer step; masked: whether samples hold documents that do
+    not see each other, which takes an attention mask.
+    """
+
+    shape: GPTShape
+    tensor: int
+    data: int
+    zero: int
+    sequence: bool
+    bf16: bool
+    micro: int
+    accumulation: int
+    masked: bool = False
+    offload: str = "none"
+    offload_parameters: str = "none"
+    device: Device = "cuda"
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of one element of the activations."""
+        return BF16_BYTES if self.bf16 else FP32_BYTES
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of one element of the model's parameters, which stay fp32 without ZeRO."""
+        return BF16_BYTES if self.bf16 and self.zero > 0 else FP32_BYTES
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.micro * self.shape.seq_len
+
+    @property
+    def outer_tokens(self) -> int:
+        """Of a micro-batch, those that this rank holds outside the tensor-parallel regions."""
+        return self.tokens // self.tensor if self.sequence else self.tokens
+
+    @property
+    def samples(self) -> int:
+        """Of the global batch."""
+        return self.micro * self.accumulation * self.data
+
+    def with_micro(self, micro: int) -> Setup:
+        """The same global batch in micro-batches of another size."""
+        return replace(self, micro=micro, accumulation=self.samples // (micro * self.data))
+
+    def with_processes(self, tensor: int, data: int) -> Setup:
+        """The same global batch on another grid of processes."""
+        return replace(
+            self,
+            tensor=tensor,
+            data=data,
+            sequence=self.sequence and tensor > 1,
+            accumulation=self.samples // (self.micro * data),
+        )
+
+
+def setup_of(config: RunConfig, shape: GPTShape, processes: int, device: Device) -> Setup:
+    """What a run file asks for on a number of processes.
+
+    Raises:
+        InputError: tensor parallelism or the global batch does not divide.
+    """
+    tensor, micro = config.parallel.tensor, config.batch.micro
+    if processes % tensor:
+        raise InputError(
+            "--processes",
+            f"parallel.tensor {tensor} does not divide {processes} processes",
+            f"give a multiple of {tensor}",
+        )
+    data = processes // tensor
+    if config.batch.samples % (data * micro):
+        raise InputError(
+            config.where("batch.samples"),
+            f"{config.batch.samples} is not a multiple of {data} data-parallel ranks × micro "
+            f"{micro} = {data * micro}",
+            "change samples, micro or --processes",
+        )
+    return Setup(
+        shape=shape,
+        tensor=tensor,
+        data=data,
+        zero=config.parallel.zero,
+        sequence=config.parallel.sequence,
+        bf16=config.precision == "bf16",
+        micro=micro,
+        accumulation=config.batch.samples // (data * micro),
+        masked=any(not task.attends_across_documents for task in config.tasks.values()),
+        offload=config.parallel.offload,
+        offload_parameters=config.parallel.offload_parameters,
+        device=device,
+    )
