@@ -36,6 +36,7 @@ class FakeTokenizer:
     """All that a plan asks of a tokenizer."""
 
     fingerprint: str = TOKENIZER_HASH
+    vocab_size: int = 96
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def write_run(folder: Path, corpora: list[str], **changes: Any) -> RunConfig:
         "output": "run",
         "tokenizer": "tok",
         "tasks": {name: {"corpus": name} for name in corpora},
-        "model": {"preset": "gpt-5m", "seq_len": 8},
+        "model": {"preset": "gpt-3m", "seq_len": 8},
         "batch": {"samples": 4},
         "phases": [phase("pretrain", 10, {"rates": {corpora[0]: 1.0}})],
         "validation": {"fraction": 0.2},

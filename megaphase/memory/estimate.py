@@ -14,8 +14,15 @@ from megaphase.memory.activations import (
     residual,
 )
 from megaphase.memory.parameters import block_sizes, parameter_sizes
-from megaphase.memory.setup import Setup
-from megaphase.memory.states import States, states_of
+from megaphase.memory.setup import FP32_BYTES, Setup
+from megaphase.memory.states import (
+    MOMENTS,
+    SUB_GROUP,
+    SWAP_BUFFER,
+    SWAP_BUFFERS,
+    States,
+    states_of,
+)
 
 PARTS = ("weights", "masters", "moments", "gradients", "activations", "gathered", "buffers")
 
@@ -44,7 +51,7 @@ def estimate(setup: Setup) -> Estimate:
     states = states_of(setup)
     host = _offloaded(setup, states)
     moments = [
-        Estimate(_on_device(setup, parts, host), host, moment)
+        Estimate(_moved_off(setup, parts, states), host, moment)
         for moment, parts in _moments(setup, states)
     ]
     return max(moments, key=lambda at: at.total)
@@ -55,7 +62,8 @@ def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]
     kept, passing = states.kept, states.passing
     layers, each = setup.shape.layers, block_kept(setup)
     head, mask = head_memory(setup), mask_memory(setup)
-    parameters = sum(parameter_sizes(setup.shape, setup.tensor).values())
+    sizes = parameter_sizes(setup.shape, setup.tensor)
+    parameters = sum(sizes.values())
     block = sum(block_sizes(setup.shape, setup.tensor).values())
 
     def at(activations: int, gradients: int, gathered: int, buffers: int) -> dict[str, int]:
@@ -69,7 +77,7 @@ def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]
             "buffers": buffers,
         }
 
-    carried, gathered = passing.carried, passing.gathered
+    carried, gathered, backward = passing.carried, passing.gathered, block_backward(setup)
     forward = layers * each + block_forward(setup) + mask
     yield "forward pass", at(forward, carried, gathered, passing.arriving)
     before_head = layers * each + head.kept + mask
@@ -80,7 +88,7 @@ def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]
     )
     above = parameters - layers * block
     if not setup.shape.tied_embeddings:
-        above -= parameter_sizes(setup.shape, setup.tensor)["embedding.weight"]
+        above -= sizes["embedding.weight"]
     for left in range(layers, 0, -1):
         share = (above + (layers - left) * block) / parameters
         waiting = min(int(passing.growing * share), passing.limit)
@@ -89,7 +97,7 @@ def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]
         name = f"backward pass of block {left}"
         yield (
             name,
-            at(activations + block_backward(setup), carried + waiting, there, passing.bucket),
+            at(activations + backward, carried + waiting, there, passing.bucket),
         )
         if passing.limit <= waiting and passing.limit < passing.growing:
             handing_on = passing.bucket + passing.reduction
@@ -97,14 +105,36 @@ def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]
     waiting = min(passing.growing, passing.limit)
     end = passing.bucket + passing.reduction
     yield "reduction of gradients", at(residual(setup), carried + waiting, passing.returned, end)
-    yield "optimizer step", at(0, passing.step, passing.returned, 0)
+    step = 0 if setup.offload != "none" else passing.step
+    yield "optimizer step", at(0, step, passing.returned, 0)
 
 
 def _offloaded(setup: Setup, states: States) -> dict[str, int]:
-    """Bytes of the node's memory, by part; on an NVMe disk there are more, which nobody waits for."""
-    host: dict[str, int] = {}
+    """Bytes of the node's memory, by part; of what lies on NVMe, the buffers on the way to it."""
+    if setup.device == "cpu":
+        return {}
+    kept, host = states.kept, {}
+    if setup.offload == "cpu":
+        host = {"masters": kept.masters, "moments": kept.moments, "gradients": kept.masters}
+    elif setup.offload == "nvme":
+        # Weights, both moments and gradients of a sub-group at a time.
+        host = {"buffers": (2 + MOMENTS) * min(kept.masters, SUB_GROUP * FP32_BYTES)}
+    if setup.offload_parameters == "cpu":
+        host["weights"] = kept.weights
+    elif setup.offload_parameters == "nvme":
+        swapped = SWAP_BUFFERS * SWAP_BUFFER * setup.parameter_bytes
+        host["buffers"] = host.get("buffers", 0) + swapped
     return host
 
 
-def _on_device(setup: Setup, parts: dict[str, int], host: dict[str, int]) -> dict[str, int]:
-    return parts
+def _moved_off(setup: Setup, parts: dict[str, int], states: States) -> dict[str, int]:
+    """The parts without what is offloaded; where the device is the CPU, nothing leaves it."""
+    if setup.device == "cpu":
+        return parts
+    left = dict(parts)
+    if setup.offload != "none":
+        left |= {"masters": 0, "moments": 0}
+        left["gradients"] -= states.kept.gradients
+    if setup.offload_parameters != "none":
+        left["weights"] = 0
+    return left

@@ -6,7 +6,7 @@ from megaphase.model.shape import GPTShape
 
 
 def parameter_sizes(shape: GPTShape, tensor: int) -> dict[str, int]:
-    """Elements of each parameter on one rank, whole as to data parallelism, in the model's order."""
+    """Elements of each parameter on one tensor-parallel rank, not yet cut by ZeRO."""
     rows = -(-shape.vocab // tensor)  # rounded up: rows that only pad
     sizes = {"embedding.weight": rows * shape.hidden}
     if shape.position == "learned":

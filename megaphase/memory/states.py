@@ -19,6 +19,9 @@ PERSISTENT_PARAMETER = 100_000
 # A weight that is used again before so many others have been used is not given back.
 REUSE_DISTANCE = 1_000_000_000
 SUB_GROUP = 1_000_000_000
+# Of weights on their way from and to NVMe.
+SWAP_BUFFERS = 5
+SWAP_BUFFER = 100_000_000
 MOMENTS = 2
 FLAT_ALIGNMENT = 2
 
@@ -148,6 +151,9 @@ def _partitioned_optimizer(setup: Setup, sizes: dict[str, int]) -> States:
         waiting = 0 if setup.device == "cpu" else waiting
     else:
         carried, growing, limit = own if accumulated else 0, waiting, waiting
+    reduction = max(joined, own)
+    if apart:
+        reduction = joined + cast + (0 if accumulated and setup.zero == 2 else own)
     return States(
         Kept(weights=weights, masters=own, gradients=0, moments=MOMENTS * own),
         Passing(
@@ -155,7 +161,7 @@ def _partitioned_optimizer(setup: Setup, sizes: dict[str, int]) -> States:
             growing=growing,
             limit=limit,
             bucket=buffers,
-            reduction=joined + cast + (0 if setup.zero == 2 and apart and accumulated else own),
+            reduction=reduction,
             step=2 * own,
         ),
     )
@@ -172,7 +178,7 @@ def _partitioned_weights(setup: Setup, sizes: dict[str, int]) -> States:
     if setup.device == "cpu":
         handed_on = max(handed_on, waiting * low)  # gloo scatters a copy
     gathered = arriving = returned = 0
-    if setup.data > 1:
+    if setup.data > 1 or setup.offload_parameters != "none":
         persistent = sum(size for size in sizes.values() if size <= PERSISTENT_PARAMETER)
         gathered = persistent + min(every - persistent, REUSE_DISTANCE // 2)
         arriving = min(every - persistent, PREFETCH_BUCKET)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,11 +15,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from megaphase.config import RunConfig
+    from megaphase.memory.setup import Setup
     from megaphase.plan.plan import Plan
     from megaphase.tokenizer import Tokenizer
 
 # Columns of a table in a file or a pipe, where nothing needs to be folded.
 PLAIN_WIDTH = 160
+CARD_GB = 80.0
 
 
 class _ShowByDefault(TyperGroup):
@@ -42,15 +45,34 @@ plan_app = typer.Typer(
 def show_command(
     run_file: RunFile,
     overrides: Overrides = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="GPUs of the run; if left out, WORLD_SIZE or else parallel.tensor."
+        ),
+    ] = None,
+    memory: Annotated[
+        float, typer.Option(min=1, help="GB of memory of one GPU, as it is sold.")
+    ] = CARD_GB,
+    layouts: Annotated[
+        bool, typer.Option("--layouts", help="Show the memory of other layouts, too.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Show tokens, sampling rates and epochs per phase and task, and build the plan's index."""
+    """Show tokens, sampling rates and epochs per phase and task, and build the plan's index; show
+    what memory the run needs on each GPU.
+
+    Example: megaphase plan run.yaml --processes 64 --memory 80 --layouts
+    """
     from json import dumps
 
+    from megaphase.memory.table import memory_sentences, memory_summary, memory_table
     from megaphase.plan.preview import plan_table, plan_warnings, stop_sentences
 
-    config, _, plan = _open_plan(run_file, overrides)
-    summary = plan.summary()
+    config, tokenizer = _open_run(run_file, overrides)
+    needed = memory_summary(_memory_setup(config, tokenizer, processes), memory)
+    plan = _open_plan(config, tokenizer)
+    summary = plan.summary() | {"memory": needed}
     if json:
         print(dumps(summary, indent=2, ensure_ascii=False))
         return
@@ -60,6 +82,10 @@ def show_command(
         console.print(sentence, markup=False, soft_wrap=True)
     for sentence in plan_warnings(summary):
         console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
+    for sentence in memory_sentences(needed):
+        console.print(sentence, markup=False, soft_wrap=True)
+    if layouts:
+        console.print(memory_table(needed))
     console.print(f"Index: {plan.folder}", markup=False, soft_wrap=True)
 
 
@@ -84,7 +110,8 @@ def trace_command(
     from megaphase.errors import InputError
     from megaphase.plan.trace import as_json, print_texts, sample_texts, trace_step, trace_table
 
-    config, tokenizer, plan = _open_plan(run_file, overrides)
+    config, tokenizer = _open_run(run_file, overrides)
+    plan = _open_plan(config, tokenizer)
     if task is not None and task not in config.tasks:
         raise InputError(
             "--task", f"{run_file} has no task {task!r}", f"the tasks are {', '.join(config.tasks)}"
@@ -133,21 +160,33 @@ def _find_step(config: RunConfig, plan: Plan, step: int) -> tuple[int, int, np.n
     return phase, phase_step, plan.first_ordinals(steps[:phase])
 
 
-def _open_plan(run_file: RunFile, overrides: Overrides) -> tuple[RunConfig, Tokenizer, Plan]:
-    """Read the run file and open its plan; where there is none yet, build it and show how far."""
-    from rich.console import Console
-
+def _open_run(run_file: RunFile, overrides: Overrides) -> tuple[RunConfig, Tokenizer]:
     from megaphase.config import load_run_file
-    from megaphase.plan.build import ensure_built
-    from megaphase.plan.history import read_origin
-    from megaphase.plan.plan import Plan
-    from megaphase.plan.progress import building_progress
-    from megaphase.plan.spec import plan_spec
     from megaphase.tokenizer import Tokenizer
 
     config = load_run_file(run_file, tuple(overrides or ()))
-    tokenizer = Tokenizer.load(config.tokenizer)
-    spec = plan_spec(config, tokenizer, read_origin(config.output).used)
+    return config, Tokenizer.load(config.tokenizer)
+
+
+def _memory_setup(config: RunConfig, tokenizer: Tokenizer, processes: int | None) -> Setup:
+    from megaphase.memory.setup import setup_of
+    from megaphase.model.presets import build_shape
+
+    if processes is None:
+        processes = int(os.environ.get("WORLD_SIZE", config.parallel.tensor))
+    return setup_of(config, build_shape(config, tokenizer.vocab_size), processes, "cuda")
+
+
+def _open_plan(config: RunConfig, tokenizer: Tokenizer) -> Plan:
+    """Open the run's plan; where there is none yet, build it and show how far."""
+    from rich.console import Console
+
+    from megaphase.plan.build import ensure_built
+    from megaphase.plan.plan import Plan
+    from megaphase.plan.progress import building_progress
+    from megaphase.plan.spec import plan_spec
+
+    spec = plan_spec(config, tokenizer)
     errors = Console(stderr=True, highlight=False)
     with building_progress(errors) as progress:
         folder = ensure_built(
@@ -156,7 +195,7 @@ def _open_plan(run_file: RunFile, overrides: Overrides) -> tuple[RunConfig, Toke
             say=lambda text: errors.print(text, markup=False, soft_wrap=True),
             progress=progress,
         )
-    return config, tokenizer, Plan(spec, folder)
+    return Plan(spec, folder)
 
 
 def _console() -> Console:

@@ -1,0 +1,93 @@
+"""What `megaphase plan` says about memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from megaphase.memory.choices import GB, RESERVE, fits, layouts, remedies
+from megaphase.memory.estimate import PARTS, estimate
+from megaphase.memory.setup import Setup
+
+
+def memory_summary(setup: Setup, card_gb: float) -> dict[str, Any]:
+    """All figures as plain data: bytes by part, for the run's own layout and then all others."""
+    return {
+        "processes": setup.tensor * setup.data,
+        "card_gb": card_gb,
+        "reserve": RESERVE,
+        "layouts": [_figures(layout, card_gb) for layout in layouts(setup)],
+        "remedies": remedies(setup, card_gb),
+    }
+
+
+def _figures(layout: Setup, card_gb: float) -> dict[str, Any]:
+    found = estimate(layout)
+    return {
+        "tensor": layout.tensor,
+        "data": layout.data,
+        "zero": layout.zero,
+        "bytes": found.total,
+        "parts": found.parts,
+        "host_bytes": found.host,
+        "moment": found.moment,
+        "fits": fits(layout, card_gb),
+    }
+
+
+def memory_sentences(summary: dict[str, Any]) -> list[str]:
+    """The estimate for the run's own layout in a line, and what to do where it does not fit."""
+    own = summary["layouts"][0]
+    parts = " + ".join(
+        f"{part} {_gb(size)}" for part, size in own["parts"].items() if size >= 0.05 * GB
+    )
+    line = f"Memory per GPU ({_name(own)}): {_gb(own['bytes'])} GB"
+    sentences = [f"{line} = {parts}" if parts else line]
+    if own["host_bytes"]:
+        host = " + ".join(f"{part} {_gb(size)}" for part, size in own["host_bytes"].items())
+        sentences.append(f"Memory of the node for each GPU, offloaded: {host} GB")
+    if not own["fits"]:
+        sentences.append(_does_not_fit(summary))
+    return sentences
+
+
+def _does_not_fit(summary: dict[str, Any]) -> str:
+    own, card = summary["layouts"][0], f"{summary['card_gb']:g} GB"
+    needed = own["bytes"] / (1 - summary["reserve"])
+    what = f"The run does not fit {card}: with {summary['reserve']:.0%} in reserve it needs "
+    what += f"{_gb(needed)} GB"
+    if summary["remedies"]:
+        return f"{what}; it fits with {', or '.join(summary['remedies'])}"
+    return f"{what}, and no number of GPUs that divides the batch is enough; take a smaller model"
+
+
+def memory_table(summary: dict[str, Any]) -> Table:
+    """GB on each GPU by layout and part; the run's own layout first, marked."""
+    table = Table(
+        title=f"Memory per GPU in GB, {summary['processes']} processes",
+        title_justify="left",
+        box=box.SIMPLE,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("layout")
+    for column in (*PARTS, "all", f"fits {summary['card_gb']:g} GB"):
+        table.add_column(column, justify="right")
+    for i, figures in enumerate(summary["layouts"]):
+        sizes = [_gb(figures["parts"][part]) for part in PARTS]
+        mark = " (this run)" if i == 0 else ""
+        verdict = "yes" if figures["fits"] else "no"
+        table.add_row(_name(figures) + mark, *sizes, _gb(figures["bytes"]), verdict)
+        if i == 0:
+            table.add_section()
+    return table
+
+
+def _name(figures: dict[str, Any]) -> str:
+    return f"tensor {figures['tensor']} × data {figures['data']}, ZeRO {figures['zero']}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.1f}"
