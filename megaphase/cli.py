@@ -15,11 +15,10 @@ from megaphase.data_tools.tokenizers.commands import tokenizer_app
 from megaphase.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
-    EXIT_REQUEUE,
-    EXIT_WRONG_INPUT,
     InputError,
     RunError,
     Stopped,
+    exit_code,
 )
 from megaphase.experiments.commands import report_command
 from megaphase.launch.commands import demo_command, launch_app
@@ -70,12 +69,8 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         app()
-    except InputError as error:
-        _stop(error, EXIT_WRONG_INPUT)
-    except RunError as error:
-        _stop(error, EXIT_FAILED)
-    except Stopped as stop:
-        _stop(stop, EXIT_REQUEUE)
+    except (InputError, RunError, Stopped) as error:
+        _stop(error, exit_code(error))
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:

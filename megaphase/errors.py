@@ -40,3 +40,10 @@ class Stopped(Exception):
     The message is one line: which signal came to which rank, and what was saved. The command line
     prints it and ends with exit code 75, on which a batch system may queue the job again.
     """
+
+
+def exit_code(error: InputError | RunError | Stopped) -> int:
+    """What the command line ends with on an error that it foresees."""
+    if isinstance(error, InputError):
+        return EXIT_WRONG_INPUT
+    return EXIT_REQUEUE if isinstance(error, Stopped) else EXIT_FAILED

@@ -17,10 +17,10 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch
 import torch.distributed as dist
 
-from megaphase.errors import InputError, RunError
+from megaphase.errors import InputError, RunError, exit_code
 from megaphase.launch.local import free_port, rank_environment
 from megaphase.parallel.topology import process_group
-from megaphase.parallel.watchdog import Watchdog, exit_code
+from megaphase.parallel.watchdog import Watchdog
 
 SILENT_SECONDS = 2.0
 FAULTY_STEP, STEPS = 3, 6

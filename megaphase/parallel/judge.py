@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from megaphase.errors import EXIT_FAILED, EXIT_INTERRUPTED
 from megaphase.parallel.pulse import Beat, Place, next_on_node
 
+GONE = "has ended without a word (killed, or out of memory)"
+SILENT = "gave no sign of life for {seconds:.0f} s"
 AGAIN = "The same command goes on from the newest checkpoint"
 
 # So many looks in a row must find a process gone, because its farewell may be on its way.
@@ -140,9 +142,9 @@ class Judge:
         silent.sort(key=lambda rank: -self._silent[rank])
         if silent:
             first = silent[0]
-            how = f"gave no sign of life for {self._silent[first]:.0f} s"
+            how = SILENT.format(seconds=self._silent[first])
         else:
-            first, how = gone[0], "has ended without a word (killed, or out of memory)"
+            first, how = gone[0], GONE
         others = sorted({*silent, *gone} - {first})
         too = f" (nor did {_ranges(others)})" if silent and others else ""
         too = f" (and so have {_ranges(others)})" if not silent and others else too

@@ -18,15 +18,8 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NoReturn, Self
 
-from megaphase.errors import (
-    EXIT_FAILED,
-    EXIT_REQUEUE,
-    EXIT_WRONG_INPUT,
-    InputError,
-    RunError,
-    Stopped,
-)
-from megaphase.parallel.judge import Verdict, host_is_gone
+from megaphase.errors import EXIT_FAILED, InputError, RunError, Stopped, exit_code
+from megaphase.parallel.judge import GONE, SILENT, Verdict, host_is_gone
 from megaphase.parallel.launcher import global_rank
 from megaphase.parallel.lines import AloneLine, MemberLine, open_line
 from megaphase.parallel.pulse import Beat, Neighbour, State, is_collective, thread_position
@@ -118,13 +111,13 @@ class Watchdog:
         else:
             self._leave("left")
 
-    def _leave(self, state: State, reason: str = "", exit_code: int = EXIT_FAILED) -> None:
+    def _leave(self, state: State, reason: str = "", code: int = EXIT_FAILED) -> None:
         """Say so and wait until this rank may go: rank 0 is the last, for it keeps the store."""
-        self._reason, self._exit_code = reason, exit_code
+        self._reason, self._exit_code = reason, code
         self._state = state
         self._wake.set()
         self._over.wait()
-        self._thread.join()
+        self._thread.join(self._silent_seconds)  # should rank 0 be frozen it never returns
 
     def _fail(self, error: Exception) -> None:
         """An error that was not foreseen: all processes end, after its trace has been shown.
@@ -157,7 +150,7 @@ class Watchdog:
             try:
                 verdict = self._line.exchange(self._next_beat(state), seconds)
             except RuntimeError:
-                verdict = self._end_without_host(state, "has ended without a word")
+                verdict = self._end_without_host(state, GONE)
             if verdict is not None and verdict.ends:
                 self._end_with_all(verdict)
             if verdict is not None or (state == "left" and self._rank > 0):
@@ -191,8 +184,8 @@ class Watchdog:
             if line.answers != answers:
                 answers, unanswered = line.answers, 0.0
             elif unanswered >= self._silent_seconds:
-                how = f"gave no sign of life for {unanswered:.0f} s"
-                self._end_without_host(self._state, how)
+                self._end_without_host(self._state, SILENT.format(seconds=unanswered))
+                self._over.set()
 
     def _end_with_all(self, verdict: Verdict) -> NoReturn:
         """End this process as rank 0 has decided, whatever its main thread is doing."""
@@ -225,13 +218,6 @@ class Watchdog:
             self._say(f"  {line}")
         if verdict.message:
             self._say(f"megaphase: {verdict.message}")
-
-
-def exit_code(error: BaseException) -> int:
-    """The exit code of an error that the command line foresees."""
-    if isinstance(error, InputError):
-        return EXIT_WRONG_INPUT
-    return EXIT_REQUEUE if isinstance(error, Stopped) else EXIT_FAILED
 
 
 def _tells_of_others(error: BaseException) -> bool:
