@@ -1,7 +1,7 @@
 """Tokenizing beside sentencepiece itself and a preprocessor of Megatron-LM's kind, in one run.
 
     pip install -c constraints.txt -e '.[benchmark]'
-    python benchmarks/tokenize.py --corpora ../shared/corpora
+    python benchmarks/tokenizing.py --corpora ../shared/corpora
 
 The text, of whatever languages FOLDER/*.jsonl.gz are, is repeated to --megabytes. Three sides take
 turns, each time in processes of their own:
@@ -21,21 +21,17 @@ Exit code 2 where megatron-core or the corpora are missing.
 
 from __future__ import annotations
 
-import os
-import sys
-
-# Python puts this folder first, and this file would hide the standard library's tokenize.
-sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
-
 import argparse
 import gzip
 import importlib.util
 import json
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
