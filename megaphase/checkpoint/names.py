@@ -20,14 +20,12 @@ def find_checkpoint(text: str) -> Path:
     Raises:
         InputError: there is no such checkpoint.
     """
+    folder = Path(text)
+    if (folder / STATE_FILE).is_file():
+        return folder.resolve()
     run, separator, name = text.rpartition("@")
     if not separator:
-        folder = Path(text)
-        if not (folder / STATE_FILE).is_file():
-            raise InputError(
-                text, "this is not a checkpoint", "give RUN@NAME or a step-… directory"
-            )
-        return folder.resolve()
+        raise InputError(text, "this is not a checkpoint", "give RUN@NAME or a step-… directory")
     return find_in_run(Path(run), name)
 
 

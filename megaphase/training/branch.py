@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megaphase.checkpoint.names import find_checkpoint
-from megaphase.checkpoint.store import read_state
+from megaphase.checkpoint.store import STATE_FILE, read_state, state_or_nothing
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
 from megaphase.files import write_json_whole
@@ -19,18 +19,35 @@ from megaphase.training.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class Branch:
-    """Where a run begins: another one's checkpoint, and what that run had used by then."""
+    """Where a run begins: another one's checkpoint, and what that run had used by then.
 
+    Attributes:
+        source: as the user named the checkpoint.
+        step: steps done over the whole of that run, and the runs that it goes on from.
+        tokens: likewise.
+        used: samples of each task, likewise.
+        state: what the checkpoint's writer said about it; empty where it is no longer there.
+        is_new: whether the run has not begun yet.
+    """
+
+    source: str
     checkpoint: Path
     step: int
     tokens: int
     used: dict[str, int]
     state: dict[str, Any]
+    is_new: bool
 
     def record(self, run_dir: Path) -> None:
-        """Write down where the run began, so that it can go on without being told again."""
-        facts = {key: value for key, value in asdict(self).items() if key != "state"}
-        write_json_whole(run_dir / ORIGIN_FILE, {**facts, "checkpoint": str(self.checkpoint)})
+        """Write down where the run begins, so that it can go on without being told again."""
+        facts = {
+            "source": self.source,
+            "checkpoint": str(self.checkpoint),
+            "step": self.step,
+            "tokens": self.tokens,
+            "used": self.used,
+        }
+        write_json_whole(run_dir / ORIGIN_FILE, facts)
 
     def check(self, config: RunConfig, spec: PlanSpec, model: dict[str, Any]) -> None:
         """Refuse a model or streams that are not those of the run that this one goes on from.
@@ -38,67 +55,21 @@ class Branch:
         Raises:
             InputError: naming the first key that differs.
         """
-        for key, found in self.state["model"].items():
-            if model[key] != found:
+        for key, found in self.state.get("model", {}).items():
+            if model.get(key) != found:
                 raise InputError(
                     config.where(f"model.{key}"),
-                    f"is {model[key]}, but {self.checkpoint} has {found}",
+                    f"is {model.get(key)}, but {self.checkpoint} has {found}",
                     "write the same model",
                 )
-        streams = spec.stream_fingerprints
-        for task in streams.keys() & self.state["streams"].keys():
-            if streams[task] != self.state["streams"][task]:
+        known = self.state.get("streams", {})
+        for task, stream in spec.stream_fingerprints.items():
+            if known.get(task, stream) != stream:
                 raise InputError(
                     config.where(f"tasks.{task}"),
                     f"its samples are not those that {self.checkpoint} was trained on",
                     "give the same corpus, seed, model.seq_len and validation.fraction",
                 )
-
-
-def begin_branch(config: RunConfig, source: str) -> Branch:
-    """A branch from `RUN@NAME` or a checkpoint's path.
-
-    Raises:
-        InputError: there is no such checkpoint, or a phase that it has behind it stands in the run
-            file again.
-    """
-    folder = find_checkpoint(source)
-    state = read_state(folder)
-    done = state["phase_name"]
-    for number, phase in enumerate(config.phases):
-        if phase.name == done:
-            raise InputError(
-                config.where(f"phases[{number}].name"),
-                f"{done} has been trained in {folder}",
-                "leave it out: the run file of a branch holds what follows",
-            )
-    return _branch(folder, state)
-
-
-def recorded_branch(directory: RunDirectory) -> Branch | None:
-    """Where the run in this directory began, if it is a branch."""
-    path = directory.path / ORIGIN_FILE
-    if not path.exists():
-        return None
-    try:
-        folder = Path(json.loads(path.read_text())["checkpoint"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(path, "is damaged", "branch into another output") from None
-    if not folder.is_dir():
-        # Needed until the first checkpoint only; the loading of it will tell.
-        return _from_record(path, folder)
-    return _branch(folder, read_state(folder))
-
-
-def _branch(folder: Path, state: dict[str, Any]) -> Branch:
-    position = state["position"]
-    return Branch(folder, position["step"], position["tokens"], state["used"], state)
-
-
-def _from_record(path: Path, folder: Path) -> Branch:
-    record = json.loads(path.read_text())
-    state: dict[str, Any] = {"model": {}, "streams": {}}
-    return Branch(folder, record["step"], record["tokens"], record["used"], state)
 
 
 def choose_branch(config: RunConfig, source: str | None) -> Branch | None:
@@ -109,9 +80,7 @@ def choose_branch(config: RunConfig, source: str | None) -> Branch | None:
     """
     directory = RunDirectory(config.output)
     recorded = recorded_branch(directory)
-    if source is None:
-        return recorded
-    if recorded is not None and recorded.checkpoint == find_checkpoint(source):
+    if source is None or (recorded is not None and _is_that(recorded, source)):
         return recorded
     if recorded is not None or directory.run_file.exists():
         began = f"from {recorded.checkpoint}" if recorded else "by itself"
@@ -121,3 +90,65 @@ def choose_branch(config: RunConfig, source: str | None) -> Branch | None:
             "choose another output",
         )
     return begin_branch(config, source)
+
+
+def recorded_branch(directory: RunDirectory) -> Branch | None:
+    """Where the run in this directory began, if it is a branch.
+
+    Its checkpoint is needed until the run has one of its own; it may be gone by now.
+    """
+    path = directory.path / ORIGIN_FILE
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        folder = Path(record["checkpoint"])
+        facts = record["source"], folder, record["step"], record["tokens"], record["used"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(path, "is damaged", "branch into another output") from None
+    return Branch(*facts, state_or_nothing(folder), is_new=False)
+
+
+def begin_branch(config: RunConfig, source: str) -> Branch:
+    """A branch from `RUN@NAME` or a checkpoint's path.
+
+    Raises:
+        InputError: there is no such checkpoint, or a phase that it has behind it stands in the run
+            file again, or it has not the optimizer state that the first phase keeps.
+    """
+    folder = find_checkpoint(source)
+    branch = _new_branch(source, folder)
+    done, first = branch.state["phase_name"], config.phases[0]
+    for number, phase in enumerate(config.phases):
+        if phase.name == done:
+            raise InputError(
+                config.where(f"phases[{number}].name"),
+                f"{done} has been trained in {folder}",
+                "leave it out: the run file of a branch holds what follows",
+            )
+    if first.optimizer_state == "keep" and not branch.state["optimizer_steps"]:
+        raise InputError(
+            config.where("phases[0].optimizer_state"),
+            f"is keep, but {folder} has weights alone",
+            "write reset, or give a step-… checkpoint",
+        )
+    return branch
+
+
+def _is_that(recorded: Branch, source: str) -> bool:
+    """Whether `source` names the checkpoint: also where a link has moved on, or it is gone."""
+    return recorded.source == source or recorded.checkpoint == find_checkpoint(source)
+
+
+def _new_branch(source: str, folder: Path) -> Branch:
+    try:
+        state = read_state(folder)
+        position = state["position"]
+        facts = source, folder, position["step"], position["tokens"], state["used"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            folder / STATE_FILE,
+            "is damaged, or of another version of this program",
+            "use another checkpoint",
+        ) from None
+    return Branch(*facts, state, is_new=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,19 @@ def check_run(config: RunConfig, branch: Branch | None) -> Ingredients:
     shape = build_shape(config, tokenizer.vocab_size)
     spec = plan_spec(config, tokenizer, branch.used if branch else {})
     if branch is not None:
+        if branch.state:
+            _check_format(branch.checkpoint, branch.state)
         branch.check(config, spec, described_shape(shape))
     return Ingredients(tokenizer, shape, spec)
+
+
+def _check_format(folder: Path, state: Mapping[str, Any]) -> None:
+    if state.get("format") != CHECKPOINT_FORMAT:
+        raise InputError(
+            folder,
+            f"has the format {state.get('format')}, this version reads {CHECKPOINT_FORMAT}",
+            "use the version that wrote it",
+        )
 
 
 def described_shape(shape: GPTShape) -> dict[str, Any]:
@@ -109,13 +120,7 @@ class Setting:
 
     def check_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Refuse a checkpoint of another run file or another version of this program."""
-        if checkpoint.state.get("format") != CHECKPOINT_FORMAT:
-            raise InputError(
-                checkpoint.folder,
-                f"has the format {checkpoint.state.get('format')}, this version reads "
-                f"{CHECKPOINT_FORMAT}",
-                "use the version that wrote it",
-            )
+        _check_format(checkpoint.folder, checkpoint.state)
         if checkpoint.state["plan"] != self.plan.spec.fingerprint:
             raise InputError(
                 checkpoint.folder,
@@ -141,8 +146,10 @@ def set_the_stage(config: RunConfig, branch: Branch | None, console: Console) ->
 
     agreement = Agreement()
     directory = RunDirectory(config.output)
-    plan = _open_plan(config, parts.spec, directory, branch, say, console)
     store = CheckpointStore(directory.checkpoints, agreement)
+    if branch is not None and branch.is_new:
+        store.open(branch.checkpoint)  # before anything is written
+    plan = _open_plan(config, parts.spec, directory, branch, say, console)
     return Setting(config, parts, topology, agreement, directory, plan, store, say)
 
 
@@ -161,9 +168,10 @@ def _open_plan(
         with building_progress(console) as progress:
             folder = ensure_built(spec, directory.path, say=say, progress=progress)
         summary = Plan(spec, folder).summary()
-        directory.claim(config, summary)
-        if branch is not None:
+        if branch is not None and branch.is_new:
+            # First, so that a run that is killed here can never be taken for one of its own.
             branch.record(directory.path)
+        directory.claim(config, summary)
         for sentence in plan_warnings(summary):
             say(f"Warning: {sentence}")
         return folder

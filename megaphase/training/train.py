@@ -114,7 +114,7 @@ def evaluate(
 
 
 def _find(config: RunConfig, text: str) -> Path:
-    if "@" in text or Path(text).exists():
+    if "@" in text or "/" in text:
         return find_checkpoint(text)
     return find_in_run(config.output, text)
 
@@ -148,6 +148,8 @@ def _beginning(
     """The checkpoint whose weights the run begins with, if it does not begin with initial ones."""
     if checkpoint is not None or branch is None:
         return checkpoint
+    if branch.is_new:  # verified when the stage was set
+        return Checkpoint(branch.checkpoint, branch.state)
     return setting.store.open(branch.checkpoint)
 
 
