@@ -32,6 +32,8 @@ def local_command(
 ) -> None:
     """Train with several processes on this machine.
 
+    SIGTERM or SIGUSR1 lets all of them save and end with exit code 75; Ctrl-C ends them at once.
+
     Example: megaphase launch local run.yaml --processes 8
     """
     from megaphase.launch.local import launch_local
