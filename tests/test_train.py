@@ -138,17 +138,25 @@ def test_losses_do_not_depend_on_the_layout(single, several):
             assert a["loss_by_task"] == pytest.approx(b["loss_by_task"], rel=LAYOUT_TOLERANCE)
         elif "validation" in a:
             for task, figures in a["validation"].items():
-                assert figures == pytest.approx(b["validation"][task], rel=LAYOUT_TOLERANCE)
+                assert without_gap(figures) == pytest.approx(
+                    without_gap(b["validation"][task]), rel=LAYOUT_TOLERANCE
+                )
         else:
             assert a == b
+
+
+def without_gap(figures):
+    """How far losses are apart depends on the last digits of either."""
+    return {key: value for key, value in figures.items() if key != "gap"}
 
 
 def test_evaluate_measures_what_training_measured(several):
     results = launch(megaphase("evaluate", several / "run.yaml", "--json"), 4)
     check(results)
     last = [row for row in read_rows(several / "run") if "validation" in row][-1]
+    expected = {task: without_gap(figures) for task, figures in last["validation"].items()}
     found = json.loads(results[0].stdout)
-    assert found == {"step": ALL_STEPS, "validation": last["validation"]}
+    assert found == {"step": ALL_STEPS, "validation": expected}
     assert [result.stdout for result in results[1:]] == ["", "", ""]
 
 
@@ -201,7 +209,7 @@ def test_an_altered_checkpoint_is_named_and_the_one_before_is_used(single, tmp_p
     run_file = copy_run(single, tmp_path / "altered")
     run_dir = tmp_path / "altered" / "run"
     newest = run_dir / "checkpoints" / "step-00000021"
-    victim = next(newest.rglob("*.pt"))
+    victim = next(newest.glob("*.safetensors"))
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
@@ -212,8 +220,10 @@ def test_an_altered_checkpoint_is_named_and_the_one_before_is_used(single, tmp_p
 
 
 def test_newest_checkpoints_and_ends_of_phases_stay(single):
-    names = sorted(path.name for path in (single / "run" / "checkpoints").iterdir())
-    assert names == ["step-00000012", "step-00000020", "step-00000021"]
+    folder = single / "run" / "checkpoints"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["latest", "step-00000012", "step-00000020", "step-00000021"]
+    assert (folder / "latest").resolve().name == "step-00000021"
 
 
 def test_a_bf16_run_with_zero_3_learns(corpora, tmp_path):

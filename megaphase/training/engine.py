@@ -230,12 +230,21 @@ class Engine:
             return 0.0
         if self._clip_here is None:
             self._engine.step()
-            return float(self._engine.get_global_grad_norm())
+            norm = float(self._engine.get_global_grad_norm())
+            if not math.isfinite(norm):
+                self._forget_gradients()
+            return norm
         norm = clip_gradients(self.module.parameters(), self._clip_here, self.topology)
         if not math.isfinite(norm):
             self.module.zero_grad(set_to_none=True)
         self._engine.step()
         return norm
+
+    def _forget_gradients(self) -> None:
+        """DeepSpeed 0.19 keeps those of a step that it leaves out under ZeRO 1 and 2 with offload."""
+        zero = self._engine.optimizer
+        if getattr(zero, "cpu_offload", False):
+            zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
 
     def _forward(self, micro: Batch) -> Tensor:
         documents = None if micro.documents is None else micro.documents.to(device())

@@ -1,0 +1,310 @@
+"""Weights, moments and step counts under every ZeRO stage, precision and offload.
+
+Saved and read again on the same layout they are the same to the last bit; on another layout the
+loss curve goes on to 1e-5; after a reset nothing is left of them; a gradient that is not finite
+changes none of them.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import once, run_ranks
+from engine_support import (
+    build_engine,
+    fp32_weights,
+    global_batch,
+    process_group,
+    run_config,
+    share,
+)
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megaphase.checkpoint.parameters import INDEX_FILE, StoredParameters
+from megaphase.checkpoint.saver import Saver, Snapshot
+from megaphase.checkpoint.store import CheckpointStore
+from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.topology import start
+from megaphase.training.engine import Engine, StepResult
+
+PROCESSES = 4
+BEFORE, AFTER = 3, 3
+RATE = 1e-2
+CURVE_TOLERANCE = 1e-5
+
+OFFLOADS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "optimizer": {"offload": "cpu"},
+    "optimizer and parameters": {"offload": "cpu", "offload_parameters": "cpu"},
+}
+CASES = [
+    (zero, precision, offload)
+    for zero in range(4)
+    for precision in ("fp32", "bf16")
+    for offload in OFFLOADS
+    if offload == "none" or (zero > 0 and (offload == "optimizer" or zero == 3))
+]
+# Every hop changes the tensor-parallel size, the stage, or both.
+HOPS = [
+    (1, 0),
+    (2, 3),
+    (4, 1),
+    (1, 3),
+    (4, 3),
+    (2, 0),
+    (1, 2),
+    (2, 1),
+    (4, 0),
+    (2, 2),
+    (1, 1),
+    (4, 2),
+]
+HOP_STEPS = 2
+
+
+@dataclass
+class Examined:
+    """Of one case; curves are losses and gradient norms."""
+
+    undisturbed: list[tuple[float, float]]
+    resumed: list[tuple[float, float]]
+    steps: int
+    same_weights: bool
+    after_reset: list[tuple[float, float]]
+    fresh: list[tuple[float, float]]
+    reset_steps: int
+    skipped: list[bool]
+    skip_changed_nothing: bool
+    after_skip: list[tuple[float, float]]
+
+
+def train(engine: Engine, first: int, steps: int) -> list[StepResult]:
+    batches = (share(global_batch(first + i), engine.topology) for i in range(steps))
+    return [engine.train_step(batch, RATE) for batch in batches]
+
+
+def curve(results: list[StepResult]) -> list[tuple[float, float]]:
+    return [(result.losses.mean, result.grad_norm) for result in results]
+
+
+def save(engine: Engine, folder: Path, agreement: Agreement) -> Path:
+    """Save as a run does; the checkpoint's folder."""
+    store = CheckpointStore(folder, agreement)
+    saver = Saver(store, agreement, keep=1, asynchronous=True, say=lambda text: None)
+    kinds = engine.state.kinds()
+    snapshot = Snapshot(
+        engine.state.tensors(kinds),
+        engine.state.shard(),
+        kinds,
+        engine.state.layouts,
+        engine.topology.tensor_size,
+    )
+    saver.save("step-00000001", snapshot, {}, {})
+    saver.finish()
+    return folder / "step-00000001"
+
+
+@contextmanager
+def not_finite(engine: Engine) -> Iterator[None]:
+    """Make every loss NaN while the block runs."""
+    hook = engine.module.register_forward_hook(lambda module, given, loss: loss * math.nan)
+    yield
+    hook.remove()
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def examine(
+    zero: int, precision: str, offload: str, folder: Path, agreement: Agreement
+) -> Examined:
+    settings = {"tensor": 2, "zero": zero, "precision": precision, **OFFLOADS[offload]}
+    engine = build_engine(run_config(**settings))
+    train(engine, 0, BEFORE)
+    checkpoint = save(engine, folder, agreement)
+    steps = engine.state.steps
+    undisturbed = curve(train(engine, BEFORE, AFTER))
+    last_weights = fp32_weights(engine)
+    engine.state.reset()
+    reset_steps = engine.state.steps
+
+    other = build_engine(run_config(seed=2, **settings))
+    stored = StoredParameters(checkpoint)
+    other.state.load(stored, steps)
+    with not_finite(other):
+        before = fp32_weights(other)
+        skipped = [not result.applied for result in train(other, 50, 2)]
+        unchanged = equal(before, fp32_weights(other))
+    resumed = curve(train(other, BEFORE, AFTER))
+    same = equal(last_weights, fp32_weights(other))
+
+    other.state.load(stored, steps)
+    other.state.reset()
+    fresh = build_engine(run_config(seed=3, **settings))
+    fresh.state.load(stored, 0)
+    return Examined(
+        undisturbed,
+        resumed,
+        steps,
+        same,
+        curve(train(other, BEFORE, AFTER)),
+        curve(train(fresh, BEFORE, AFTER)),
+        reset_steps,
+        skipped,
+        unchanged,
+        resumed,
+    )
+
+
+def examine_all(folder: str) -> dict[tuple[int, str, str], Examined]:
+    with process_group():
+        start(2)
+        agreement = Agreement()
+        return {
+            case: examine(*case, Path(folder, "-".join(map(str, case))), agreement)
+            for case in CASES
+        }
+
+
+@once
+def examined() -> list[dict[tuple[int, str, str], Examined]]:
+    folder = tempfile.mkdtemp(prefix="megaphase-states-")
+    try:
+        return run_ranks(examine_all, PROCESSES, folder, timeout=600)
+    finally:
+        shutil.rmtree(folder)
+
+
+def of(case: tuple[int, str, str]) -> Examined:
+    return examined()[0][case]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_was_saved_goes_on_bit_for_bit(case: tuple[int, str, str]) -> None:
+    found = of(case)
+    assert found.steps == BEFORE
+    assert found.resumed == found.undisturbed
+    assert all(rank[case].same_weights for rank in examined())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_reset_leaves_a_fresh_optimizer(case: tuple[int, str, str]) -> None:
+    found = of(case)
+    assert found.reset_steps == 0
+    assert found.after_reset == found.fresh
+    assert found.after_reset != found.undisturbed
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_gradient_that_is_not_finite_changes_nothing(case: tuple[int, str, str]) -> None:
+    # The steps after it are those of an engine that never saw it, for which see above.
+    assert of(case).skipped == [True, True]
+    assert all(rank[case].skip_changed_nothing for rank in examined())
+
+
+def hop(folder: str) -> tuple[list[float], list[float]]:
+    """A curve on one layout throughout, and one that changes it every two steps."""
+    model = {"kv_heads": 4, "vocab": 99}  # 99: every size pads its rows otherwise
+    with process_group():
+        start(1)
+        agreement = Agreement()
+        still = build_engine(run_config(model=model, tensor=1, zero=0), 99)
+        still_curve = [
+            result.losses.mean
+            for i in range(len(HOPS) * HOP_STEPS)
+            for result in [still.train_step(share(batch(i), still.topology), RATE)]
+        ]
+        curve: list[float] = []
+        checkpoint, steps = None, 0
+        for number, (tensor, zero) in enumerate(HOPS):
+            engine = build_engine(
+                run_config(model=model, seed=number, tensor=tensor, zero=zero), 99
+            )
+            if checkpoint is None:
+                engine = still_at_the_start(model)
+            else:
+                engine.state.load(StoredParameters(checkpoint), steps)
+            for _ in range(HOP_STEPS):
+                result = engine.train_step(share(batch(len(curve)), engine.topology), RATE)
+                curve.append(result.losses.mean)
+            checkpoint, steps = (
+                save(engine, Path(folder, str(number)), agreement),
+                engine.state.steps,
+            )
+        return still_curve, curve
+
+
+def still_at_the_start(model: dict[str, Any]) -> Engine:
+    return build_engine(run_config(model=model, tensor=1, zero=0), 99)
+
+
+def batch(step: int):  # type: ignore[no-untyped-def]
+    return global_batch(step, vocab=99)
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_on_any_layout() -> None:
+    folder = tempfile.mkdtemp(prefix="megaphase-hops-")
+    try:
+        for still, hopping in run_ranks(hop, PROCESSES, folder, timeout=600):
+            assert len(still) == len(hopping) == len(HOPS) * HOP_STEPS
+            assert hopping == pytest.approx(still, rel=CURVE_TOLERANCE)
+        _check_files(Path(folder, str(HOPS.index((4, 3))), "step-00000001"))
+    finally:
+        shutil.rmtree(folder)
+
+
+def _check_files(checkpoint: Path) -> None:
+    """Every element is stored once, by the page that describes the files; read by other code."""
+    index = __import__("json").loads((checkpoint / INDEX_FILE).read_text())
+    assert index["kinds"] == ["weight", "exp_avg", "exp_avg_sq"]
+    shards = {name: load_file(checkpoint / name) for name in index["shards"]}
+    stored = StoredParameters(checkpoint)
+    for name, facts in index["parameters"].items():
+        cuts = range(1 if facts["dim"] is None else index["tensor"])
+        parts = [_cut(index, shards, name, cut) for cut in cuts]
+        shape = list(facts["shape"])
+        if facts["dim"] is not None:
+            shape[facts["dim"]] = sum(facts["segments"]) // len(parts)
+        whole = _join([part.view(shape) for part in parts], facts)
+        assert torch.equal(whole, stored.whole(name, "weight")), name
+
+
+def _cut(index: Any, shards: Any, name: str, tensor_rank: int) -> Tensor:
+    pieces = [
+        (shard["pieces"][name], shards[file][f"weight/{name}"])
+        for file, shard in index["shards"].items()
+        if name in shard["pieces"] and shard["tensor_rank"] == tensor_rank
+    ]
+    pieces.sort(key=lambda piece: piece[0][0])
+    end = 0
+    for (first, stop), values in pieces:
+        assert first == end
+        assert len(values) == stop - first
+        end = stop
+    return torch.cat([values for _, values in pieces])
+
+
+def _join(parts: list[Tensor], facts: Any) -> Tensor:
+    dim, done, columns = facts["dim"], 0, []
+    if dim is None:
+        return parts[0]
+    for segment in facts["segments"]:
+        size = segment // len(parts)
+        columns += [part.narrow(dim, done, size) for part in parts]
+        done += size
+    return torch.cat(columns, dim).narrow(dim, 0, facts["shape"][dim])
