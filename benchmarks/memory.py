@@ -121,7 +121,7 @@ CASES = [
     Case("activations", 0, "fp32", accumulation=2),
     Case("activations", 0, "bf16"),
     Case("activations", 3, "fp32"),
-    Case("activations", 3, "bf16", quick=True),
+    Case("activations", 3, "bf16"),
     Case("activations", 3, "fp32", changes={"activation_checkpointing": "full"}),
     Case("activations", 3, "bf16", changes={"activation_checkpointing": "full"}),
     Case("activations", 0, "fp32", changes=GPT2),

@@ -1,0 +1,305 @@
+"""The memory of a layout: beside engines that are really built, and as the command says it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import once, run_ranks
+from engine_support import build_engine, global_batch, process_group, run_config, share
+from hypothesis import given
+from hypothesis import strategies as st
+from plan_support import FakeTokenizer, random_lengths, write_corpus, write_run
+from typer.testing import CliRunner
+
+from megaphase.errors import InputError
+from megaphase.memory.choices import GB, RESERVE, fits, layouts, remedies
+from megaphase.memory.estimate import PARTS, estimate
+from megaphase.memory.parameters import parameter_sizes
+from megaphase.memory.setup import Setup, setup_of
+from megaphase.memory.states import PREFETCH_BUCKET, REDUCE_BUCKET, SUB_GROUP, Kept, states_of
+from megaphase.model.gpt import GPT
+from megaphase.model.presets import build_shape
+from megaphase.model.shape import GPTShape
+from megaphase.parallel.rng import Initializer
+from megaphase.parallel.topology import Topology
+from megaphase.plan.commands import plan_app
+
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "memory.py"
+TOLERANCE = 0.1
+LLAMA = GPTShape(vocab=97, seq_len=16, layers=2, hidden=32, heads=4, kv_heads=2, ffn=48)
+GPT2 = replace(
+    LLAMA,
+    kv_heads=4,
+    norm="layernorm",
+    activation="gelu",
+    position="learned",
+    bias=True,
+    tied_embeddings=True,
+)
+GPT_13B = GPTShape(
+    vocab=50_000, seq_len=2048, layers=40, hidden=5120, heads=40, kv_heads=40, ffn=13696
+)
+BIG = Setup(
+    shape=GPT_13B, tensor=2, data=4, zero=3, sequence=True, bf16=True, micro=4, accumulation=4
+)
+
+
+@pytest.mark.parametrize("shape", [LLAMA, GPT2])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_parameters_are_those_of_the_model(shape, tensor):
+    topology = Topology(tensor, 0, tensor, None, None)  # type: ignore[arg-type]  # nothing travels
+    model = GPT(shape, Initializer(1, torch.float32), topology)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert parameter_sizes(shape, tensor) == sizes
+
+
+def test_parameters_sum_to_the_shape_s_own_count():
+    for shape in (LLAMA, GPT2, GPT_13B):
+        assert sum(parameter_sizes(shape, 1).values()) == shape.parameters()
+
+
+@dataclass(frozen=True)
+class Built:
+    """What lies in an engine's tensors after a step, and the sizes of its buckets."""
+
+    kept: Kept
+    buckets: tuple[int, ...]
+
+
+RUNS = [(zero, precision) for zero in range(4) for precision in ("fp32", "bf16")]
+
+
+def build(tensor: int) -> list[Built]:
+    """What a rank does: build an engine for each stage and precision, and count its bytes."""
+    with process_group():
+        return [_build(zero, precision, tensor) for zero, precision in RUNS]
+
+
+def _build(zero: int, precision: str, tensor: int) -> Built:
+    engine = build_engine(run_config(zero=zero, precision=precision, tensor=tensor))
+    engine.train_step(share(global_batch(0), engine.topology), 1e-3)
+    deepspeed = engine._engine
+    optimizer = deepspeed.optimizer
+    masters = [p for group in engine._optimizer.param_groups for p in group["params"]]
+    state = engine._optimizer.state.values()
+    gradients: list[torch.Tensor] = []
+    if zero == 3:
+        weights = [p.ds_tensor for p in engine.module.parameters()]
+        masters = optimizer.fp32_partitioned_groups_flat
+        gradients = [optimizer.grad_partitions_flat_buffer]
+    elif zero == 0:
+        weights, masters = masters, []
+    elif hasattr(optimizer, "bf16_groups_flat"):
+        weights, gradients = optimizer.bf16_groups_flat, optimizer.fp32_groups_gradients_flat
+    else:
+        weights = optimizer.bit16_groups_flat
+    kept = Kept(
+        _bytes(weights),
+        _bytes(masters),
+        _bytes(gradients),
+        _bytes([each[name] for each in state for name in ("exp_avg", "exp_avg_sq")]),
+    )
+    buckets = (
+        deepspeed.zero_reduce_bucket_size(),
+        deepspeed.zero_prefetch_bucket_size(),
+        deepspeed.zero_sub_group_size(),
+    )
+    return Built(kept, tuple(map(int, buckets)))
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@once
+def built(tensor: int) -> dict[tuple[int, str], Built]:
+    return dict(zip(RUNS, run_ranks(build, 2, tensor)[0], strict=True))
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(("zero", "precision"), RUNS)
+def test_what_is_kept_is_what_an_engine_holds(zero, precision, tensor):
+    config = run_config(zero=zero, precision=precision, tensor=tensor)
+    setup = setup_of(config, build_shape(config, 96), 2, "cpu")
+    assert states_of(setup).kept == built(tensor)[zero, precision].kept
+
+
+def test_buckets_have_the_sizes_that_the_engine_gives_them():
+    assert built(1)[3, "bf16"].buckets == (REDUCE_BUCKET, PREFETCH_BUCKET, SUB_GROUP)
+
+
+def test_the_estimate_is_within_a_tenth_of_what_is_measured():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the kernel does not tell the most resident memory of a process")
+    command = [sys.executable, BENCHMARK, "--quick", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(rows) == 3, result.stderr
+    for row in rows:
+        assert row["estimated"] == pytest.approx(row["measured"], rel=TOLERANCE), row["case"]
+
+
+setups = st.builds(
+    Setup,
+    shape=st.sampled_from([LLAMA, GPT2, GPT_13B, replace(GPT_13B, kv_heads=8)]),
+    tensor=st.sampled_from([2, 4]),
+    data=st.sampled_from([1, 2, 8]),
+    zero=st.sampled_from([0, 1, 2, 3]),
+    sequence=st.booleans(),
+    bf16=st.booleans(),
+    micro=st.sampled_from([2, 4]),
+    accumulation=st.sampled_from([2, 8]),
+    masked=st.booleans(),
+    device=st.sampled_from(["cuda", "cpu"]),
+)
+
+
+def total(setup: Setup) -> int:
+    return estimate(setup).total
+
+
+@given(setups)
+def test_less_work_never_needs_more(setup):
+    shape, here = setup.shape, total(setup)
+    assert total(setup.with_micro(setup.micro // 2)) < here
+    assert total(replace(setup, shape=replace(shape, layers=shape.layers - 1))) < here
+    assert total(replace(setup, shape=replace(shape, seq_len=shape.seq_len // 2))) < here
+    assert total(replace(setup, masked=False)) <= here
+    if not setup.sequence:
+        narrower = setup.with_processes(2 * setup.tensor, setup.data)
+        assert total(narrower) <= here
+
+
+@given(setups)
+def test_the_parts_are_named_and_none_is_negative(setup):
+    for offload in ("none", "cpu"):
+        found = estimate(replace(setup, zero=3, offload=offload))
+        assert tuple(found.parts) == PARTS
+        assert min(found.parts.values()) >= 0
+
+
+@given(setups.filter(lambda setup: setup.shape.layers > 2))
+def test_computing_blocks_again_saves_memory(setup):
+    again = replace(setup.shape, activation_checkpointing="full")
+    assert total(replace(setup, shape=again)) < total(setup)
+
+
+def test_offloading_moves_what_it_says_to_the_node():
+    near = estimate(BIG)
+    far = estimate(replace(BIG, offload="cpu", offload_parameters="cpu"))
+    assert (far.parts["masters"], far.parts["moments"], far.parts["weights"]) == (0, 0, 0)
+    assert far.host["moments"] == near.parts["moments"]
+    assert far.host["weights"] == near.parts["weights"]
+    assert near.host == {}
+    on_cpu = replace(BIG, device="cpu", offload="cpu")
+    assert estimate(on_cpu).host == {}
+
+
+def test_layouts_begin_with_the_run_s_own_and_share_everything_out():
+    found = layouts(BIG)
+    assert found[0] == BIG
+    assert len(found) == len(set(found)) == 16
+    assert {(each.tensor, each.data) for each in found} == {(1, 8), (2, 4), (4, 2), (8, 1)}
+    assert {each.samples for each in found} == {BIG.samples}
+    few_heads = replace(BIG, shape=replace(GPT_13B, kv_heads=2))
+    assert {each.tensor for each in layouts(few_heads)} == {1, 2}
+    no_batch = replace(BIG, accumulation=1)  # 16 samples for 4 ranks of 4
+    assert {each.tensor for each in layouts(no_batch)} == {2, 4, 8}
+    offloaded = replace(BIG, offload="cpu")
+    assert {each.zero for each in layouts(offloaded)} == {1, 2, 3}
+
+
+def test_remedies_are_enough():
+    own = total(BIG) / GB
+    assert remedies(BIG, own / (1 - RESERVE) + 1) == []
+    found = remedies(BIG, 60)
+    assert "activation_checkpointing: full" in found
+    assert fits(replace(BIG, shape=replace(GPT_13B, activation_checkpointing="full")), 60)
+    [micro] = [words for words in found if words.startswith("micro")]
+    assert fits(BIG.with_micro(int(micro.split()[1])), 60)
+    assert not fits(BIG, 60)
+
+
+def test_more_gpus_are_named_where_nothing_else_is_enough():
+    bare = BIG.with_micro(1)
+    [words] = remedies(replace(bare, offload="nvme", accumulation=1024), 9)
+    assert words.endswith(" GPUs")
+    assert remedies(BIG, 1) == []
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """`megaphase plan` of a small run, changed by keywords; returns the command's result."""
+    monkeypatch.setattr("megaphase.tokenizer.Tokenizer.load", lambda directory: FakeTokenizer())
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    write_corpus(tmp_path / "en", random_lengths(60, 30, 0), seed=0)
+    config = write_run(tmp_path, ["en"])
+    return lambda *words: CliRunner().invoke(plan_app, [str(config.path), *map(str, words)])
+
+
+def test_the_command_says_it_in_a_line(plan):
+    lines = plan("batch.samples=8", "parallel.tensor=2").stdout.splitlines()
+    [line] = [line for line in lines if line.startswith("Memory")]
+    assert line.startswith("Memory per GPU (tensor 2 × data 1, ZeRO 3): ")
+    assert not any("does not fit" in line for line in lines)
+    [line] = [line for line in plan("--processes", 4).stdout.splitlines() if "Memory" in line]
+    assert "(tensor 1 × data 4, ZeRO 3)" in line
+
+
+def test_the_command_counts_the_processes_of_a_launcher(plan, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "(tensor 1 × data 2, ZeRO 3)" in plan().stdout
+
+
+def test_the_command_says_what_would_fit(plan):
+    big = ["model.preset=gpt-6.7b", "model.seq_len=9", "batch.samples=16", "--processes", 16]
+    output = plan(*big, "--memory", 16, "parallel.zero=1").stdout
+    assert "The run does not fit 16 GB: with 6% in reserve it needs " in output
+    assert "; it fits with zero 2, or " in output or "; it fits with zero 3, or " in output
+
+
+def test_the_command_shows_other_layouts(plan):
+    output = plan("--layouts", "--processes", 4).stdout
+    rows = [line for line in output.splitlines() if line.startswith("tensor")]
+    assert rows[0].startswith("tensor 1 × data 4, ZeRO 3 (this run)")
+    assert sum("(this run)" in row for row in rows) == 1
+    assert len(rows) == 12
+
+
+def test_the_json_holds_every_layout(plan):
+    memory = json.loads(plan("--json", "--processes", 2, "--memory", 40).stdout)["memory"]
+    assert (memory["processes"], memory["card_gb"], memory["reserve"]) == (2, 40, RESERVE)
+    assert memory["layouts"][0]["zero"] == 3
+    for layout in memory["layouts"]:
+        assert layout["bytes"] == sum(layout["parts"].values())
+        assert layout["fits"]
+    assert memory["remedies"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["parallel.tensor=2", "--processes", 3],
+            "--processes: parallel.tensor 2 does not divide 3 processes; give a multiple of 2",
+        ),
+        (
+            ["--processes", 8],
+            "batch.samples: 4 is not a multiple of 8 data-parallel ranks × micro 1 = 8; change "
+            "samples, micro or --processes",
+        ),
+        (["model.preset=gpt-4"], "model.preset: no preset 'gpt-4'; did you mean"),
+    ],
+)
+def test_wrong_layouts_are_refused_before_anything_is_built(plan, tmp_path, words, message):
+    error = plan(*words).exception
+    assert isinstance(error, InputError)
+    assert message in str(error)
+    assert not (tmp_path / "run").exists()
