@@ -182,11 +182,12 @@ def _open_plan(config: RunConfig, tokenizer: Tokenizer) -> Plan:
     from rich.console import Console
 
     from megaphase.plan.build import ensure_built
+    from megaphase.plan.history import read_origin
     from megaphase.plan.plan import Plan
     from megaphase.plan.progress import building_progress
     from megaphase.plan.spec import plan_spec
 
-    spec = plan_spec(config, tokenizer)
+    spec = plan_spec(config, tokenizer, read_origin(config.output).used)
     errors = Console(stderr=True, highlight=False)
     with building_progress(errors) as progress:
         folder = ensure_built(

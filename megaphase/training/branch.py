@@ -11,7 +11,7 @@ from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.store import STATE_FILE, read_state, state_or_nothing
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
-from megaphase.files import write_json_whole
+from megaphase.files import os_errors_named, write_json_whole
 from megaphase.plan.history import ORIGIN_FILE
 from megaphase.plan.spec import PlanSpec
 from megaphase.training.run_directory import RunDirectory
@@ -47,7 +47,9 @@ class Branch:
             "tokens": self.tokens,
             "used": self.used,
         }
-        write_json_whole(run_dir / ORIGIN_FILE, facts)
+        with os_errors_named(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_json_whole(run_dir / ORIGIN_FILE, facts)
 
     def check(self, config: RunConfig, spec: PlanSpec, model: dict[str, Any]) -> None:
         """Refuse a model or streams that are not those of the run that this one goes on from.
