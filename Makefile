@@ -1,5 +1,7 @@
 # make demo   set everything up and run the main job on artificial languages
 # make test   set everything up, lint and run the tests
+# make test-slow   the tests that take minutes: kills by the dozen
+# make soak   20 minutes of kills, changed layouts and damaged checkpoints; says what was survived
 # make test-sanitize   the plan's C++ under the address and undefined-behaviour sanitizers
 
 PYTHON ?= python3
@@ -7,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-sanitize lint help-corpora clean
+.PHONY: demo test test-slow soak test-sanitize lint help-corpora clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -15,6 +17,13 @@ demo: $(VENV)/installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
+
+SOAK ?= --minutes 20
+soak: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python tests/chaos.py $(SOAK)
 
 # The sanitizers' libraries must be loaded before Python; Python itself leaks by design.
 SANITIZED := build/sanitized

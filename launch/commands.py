@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megaphase.arguments import Overrides, RunFile
+from megaphase.arguments import Overrides, RunFile, Source
 
 launch_app = typer.Typer(help="Start a run as several processes.", no_args_is_help=True)
 
@@ -29,6 +29,7 @@ def local_command(
     command: Annotated[
         str, typer.Option(help="What they run: train or evaluate.", metavar="COMMAND")
     ] = "train",
+    source: Source = None,
 ) -> None:
     """Train with several processes on this machine.
 
@@ -38,7 +39,8 @@ def local_command(
     """
     from megaphase.launch.local import launch_local
 
-    sys.exit(launch_local([command, str(run_file), *(overrides or [])], processes))
+    branch = [] if source is None else ["--from", source]
+    sys.exit(launch_local([command, str(run_file), *(overrides or []), *branch], processes))
 
 
 def demo_command(

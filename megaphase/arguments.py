@@ -12,3 +12,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace the run file's."),
 ]
+
+Source = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="RUN@NAME",
+        help="Begin with another run's checkpoint: runs/base@pretrain (the end of that phase), "
+        "@best-hi, @latest, @step-00001000, or a path; the run file holds what follows.",
+    ),
+]

@@ -80,7 +80,15 @@ def test_the_run_file_of_the_readme_is_valid(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/run-file.md", "docs/plan.md", "docs/performance.md"]
+    "page",
+    [
+        "README.md",
+        "docs/run-file.md",
+        "docs/plan.md",
+        "docs/checkpoints.md",
+        "docs/reliability.md",
+        "docs/performance.md",
+    ],
 )
 def test_links_between_pages_lead_somewhere(page):
     folder = (REPOSITORY / page).parent

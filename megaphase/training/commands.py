@@ -6,21 +6,13 @@ from typing import Annotated
 
 import typer
 
-from megaphase.arguments import Overrides, RunFile
+from megaphase.arguments import Overrides, RunFile, Source
 
 
 def train_command(
     run_file: RunFile,
     overrides: Overrides = None,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            metavar="RUN@NAME",
-            help="Begin with another run's checkpoint, such as runs/base@pretrain (the end of that "
-            "phase), @best-hi, @latest or @step-00001000; the run file holds what follows.",
-        ),
-    ] = None,
+    source: Source = None,
 ) -> None:
     """Train all phases of a run file, or go on where the run stopped.
 

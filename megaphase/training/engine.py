@@ -241,7 +241,7 @@ class Engine:
         return norm
 
     def _forget_gradients(self) -> None:
-        """DeepSpeed 0.19 keeps those of a step that it leaves out under ZeRO 1 and 2 with offload."""
+        """DeepSpeed 0.19 keeps those of a step that is left out under ZeRO 1 and 2 with offload."""
         zero = self._engine.optimizer
         if getattr(zero, "cpu_offload", False):
             zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
