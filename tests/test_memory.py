@@ -13,7 +13,7 @@ import pytest
 import torch
 from distributed import once, run_ranks
 from engine_support import build_engine, global_batch, process_group, run_config, share
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_support import FakeTokenizer, random_lengths, write_corpus, write_run
 from typer.testing import CliRunner
@@ -165,18 +165,20 @@ def total(setup: Setup) -> int:
     return estimate(setup).total
 
 
+@settings(max_examples=40, deadline=None)
 @given(setups)
 def test_less_work_never_needs_more(setup):
     shape, here = setup.shape, total(setup)
-    assert total(setup.with_micro(setup.micro // 2)) < here
-    assert total(replace(setup, shape=replace(shape, layers=shape.layers - 1))) < here
-    assert total(replace(setup, shape=replace(shape, seq_len=shape.seq_len // 2))) < here
+    assert total(setup.with_micro(setup.micro // 2)) <= here
+    assert total(replace(setup, shape=replace(shape, layers=shape.layers - 1))) <= here
+    assert total(replace(setup, shape=replace(shape, seq_len=shape.seq_len // 2))) <= here
     assert total(replace(setup, masked=False)) <= here
     if not setup.sequence:
         narrower = setup.with_processes(2 * setup.tensor, setup.data)
         assert total(narrower) <= here
 
 
+@settings(max_examples=40, deadline=None)
 @given(setups)
 def test_the_parts_are_named_and_none_is_negative(setup):
     for offload in ("none", "cpu"):
@@ -185,10 +187,11 @@ def test_the_parts_are_named_and_none_is_negative(setup):
         assert min(found.parts.values()) >= 0
 
 
+@settings(max_examples=40, deadline=None)
 @given(setups.filter(lambda setup: setup.shape.layers > 2))
 def test_computing_blocks_again_saves_memory(setup):
     again = replace(setup.shape, activation_checkpointing="full")
-    assert total(replace(setup, shape=again)) < total(setup)
+    assert total(replace(setup, shape=again)) <= total(setup)
 
 
 def test_offloading_moves_what_it_says_to_the_node():
@@ -227,10 +230,14 @@ def test_remedies_are_enough():
     assert not fits(BIG, 60)
 
 
-def test_more_gpus_are_named_where_nothing_else_is_enough():
-    bare = BIG.with_micro(1)
-    [words] = remedies(replace(bare, offload="nvme", accumulation=1024), 9)
-    assert words.endswith(" GPUs")
+def test_two_changes_are_named_where_one_is_not_enough():
+    found = remedies(BIG, 30)
+    assert found
+    assert all(words.count(" and ") == 1 for words in found)
+    assert any("16 GPUs" in words for words in found)
+
+
+def test_nothing_is_promised_where_nothing_is_enough():
     assert remedies(BIG, 1) == []
 
 

@@ -70,8 +70,7 @@ class _Change:
 def remedies(setup: Setup, card_gb: float) -> list[str]:
     """What would make the layout fit, in the run file's words: the fewest changes that do.
 
-    Where no change is enough, the number of GPUs that is. Empty if it fits already, or if no number
-    of GPUs that divides the batch is enough either.
+    Empty if it fits already, or if nothing that is looked at is enough.
     """
     if fits(setup, card_gb):
         return []
@@ -81,16 +80,6 @@ def remedies(setup: Setup, card_gb: float) -> list[str]:
         enough = list(islice((words for words in mildest if words), REMEDIES))
         if enough:
             return enough
-    return _more_processes(setup, card_gb)
-
-
-def _more_processes(setup: Setup, card_gb: float) -> list[str]:
-    """Twice as many GPUs, or four times as many, and so on."""
-    more = setup
-    while more.accumulation % 2 == 0:
-        more = more.with_processes(more.tensor, 2 * more.data)
-        if fits(more, card_gb):
-            return [f"{more.tensor * more.data} GPUs"]
     return []
 
 
@@ -126,6 +115,9 @@ def _changes(setup: Setup) -> Iterator[_Change]:
     for tensor in TENSOR_SIZES:
         if tensor > setup.tensor and _shares_out(setup, tensor, processes):
             yield _Change(f"tensor {tensor}", "tensor", _on_grid(setup, tensor, processes))
+    if setup.accumulation % 2 == 0:
+        changed = setup.with_processes(setup.tensor, 2 * setup.data)
+        yield _Change(f"{2 * processes} GPUs", "processes", changed)
     if setup.offload == "none" and setup.zero > 0:
         yield _Change("offload: cpu", "offload", replace(setup, offload="cpu"))
     if setup.offload == "cpu" and setup.offload_parameters == "none" and setup.zero == 3:

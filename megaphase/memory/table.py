@@ -60,7 +60,7 @@ def _does_not_fit(summary: dict[str, Any]) -> str:
     what += f"{_gb(needed)} GB"
     if summary["remedies"]:
         return f"{what}; it fits with {', or '.join(summary['remedies'])}"
-    return f"{what}, and no number of GPUs that divides the batch is enough; take a smaller model"
+    return f"{what}; take many more GPUs, larger ones or a smaller model"
 
 
 def memory_table(summary: dict[str, Any]) -> Table:
