@@ -78,7 +78,8 @@ class TrainingLoop:
             if position.phase_step == 0:
                 self._begin_phase(position, switched=branched or position.phase > 0)
             position = self._train_phase(position)
-        self._saver.finish()
+        with self._holding_up(position):
+            self._saver.finish()
 
     def _begin_phase(self, at: Position, *, switched: bool) -> None:
         """The switch: the weights stay; with `reset`, nothing else of the phase before does."""
@@ -160,6 +161,8 @@ class TrainingLoop:
         what = f"the loss of {', '.join(tasks)}" if tasks else "the gradient"
         self._record.event(at.step, "step_skipped", phase=phase, tasks=tasks, trace=trace)
         if in_a_row > allowed:
+            with self._holding_up(at):
+                self._saver.finish()
             raise RunError(
                 f"{phase} step {at.step:,}: {what} is not finite, in {in_a_row} steps in a row "
                 f"(faults.skip_batches: {allowed}); what the step saw: {trace}; go on from the "
@@ -227,9 +230,10 @@ class TrainingLoop:
 
     @contextmanager
     def _holding_up(self, at: Position) -> Iterator[None]:
-        self._guards.watchdog.at(f"saving after step {at.step:,}")
+        """While this rank copies its state or waits for a slow disk, it is not taken to hang."""
         started = time.perf_counter()
-        yield
+        with self._guards.watchdog.patient(f"saving after step {at.step:,}"):
+            yield
         self._save_seconds += time.perf_counter() - started
 
     def _agree(self, at: Position) -> None:
@@ -249,7 +253,8 @@ class TrainingLoop:
         rank, name = next((rank, name) for rank, name in enumerate(names) if name is not None)
         if not self._saver.is_saved(at):
             self._save(at, event="stopped")
-        self._saver.finish()
+        with self._holding_up(at):
+            self._saver.finish()
         raise Stopped(
             f"{name} came to rank {rank}: saved after step {at.step:,}; the same command goes on "
             "from there"
