@@ -1,4 +1,4 @@
-"""Runs that go on from another run's checkpoint, against the run that had all phases in one file."""
+"""Runs that go on from another run's checkpoint, against the run that had both phases itself."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from run_support import HIGH, STEPS, make_corpora, read_rows, run_settings, timeless, write_run_file
-from warm_commands import WarmCommand, run, run_well
+from warm_commands import run, run_killed, run_well
 
 from megaphase.checkpoint.names import find_checkpoint
 from megaphase.config import load_run_file
@@ -112,10 +112,9 @@ def test_keep_keeps_moments_and_another_branch_of_the_same_base_resets(
 
 def test_a_branch_that_is_killed_after_its_first_checkpoint_goes_on(branch, base, corpora, folder):
     run_file = write_run_file(folder / "killed", branch_settings(corpora))
-    checkpoints = folder / "killed" / "run" / "checkpoints"
     source = ("--from", f"{base}@step-00000012")
-    with WarmCommand("train", run_file, *source) as command:
-        command.kill_when((checkpoints / "step-00000016").exists)
+    run_killed(run_file, "checkpoint.asynchronous=false", *source, before_step=19)
+    assert (folder / "killed" / "run" / "checkpoints" / "step-00000016").is_dir()
     shutil.copytree(folder / "killed", folder / "killed-without")
     for name, arguments in (("killed", source), ("killed-without", ())):
         assert "going on from" in run_well("train", folder / name / "run.yaml", *arguments)
@@ -131,14 +130,8 @@ def test_a_branch_that_is_killed_before_its_first_checkpoint_begins_again(
     branch, base, corpora, folder
 ):
     run_file = write_run_file(folder / "early", branch_settings(corpora))
-    metrics = folder / "early" / "run" / "metrics.jsonl"
     source = ("--from", base / "checkpoints" / "step-00000012")
-
-    def has_trained():
-        return metrics.exists() and b'"phase_step": 2' in metrics.read_bytes()
-
-    with WarmCommand("train", run_file, "checkpoint.every_steps=100", *source) as command:
-        command.kill_when(has_trained)
+    run_killed(run_file, *source, before_step=15)
     assert not (folder / "early" / "run" / "checkpoints" / "latest").exists()
     run_well("train", run_file)
     assert rows_of_joint(folder / "early" / "run") == rows_of_joint(branch)
