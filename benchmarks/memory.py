@@ -40,6 +40,7 @@ MALLOC = {
     "MALLOC_TOP_PAD_": "0",
 }
 STEPS = 2
+DOCUMENT_TOKENS = 8
 RANK_TIMEOUT_SECONDS = 300
 TOLERANCE = 0.1
 
@@ -62,7 +63,10 @@ GPT2 = {"norm": "layernorm", "activation": "gelu", "position": "learned", "bias"
 
 @dataclass(frozen=True)
 class Case:
-    """One layout of one of the MODELS; `accumulation` micro-batches make a step."""
+    """One layout of one of the MODELS; `accumulation` micro-batches make a step.
+
+    masked: rows hold documents that do not see each other.
+    """
 
     model: str
     zero: int
@@ -71,6 +75,7 @@ class Case:
     data: int = 1
     sequence: bool = False
     accumulation: int = 1
+    masked: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
     quick: bool = False
 
@@ -84,6 +89,7 @@ class Case:
         words = [f"{self.model}, {self.precision}, tensor {self.tensor} × data {self.data}"]
         words += [f"ZeRO {self.zero}"]
         words += ["sequence"] * self.sequence
+        words += ["masked"] * self.masked
         words += [f"{self.accumulation} micro-batches"] * (self.accumulation > 1)
         words += ["GPT-2's layers"] if self.changes == GPT2 else map(str, self.changes.values())
         return ", ".join(words)
@@ -97,7 +103,7 @@ class Case:
             {
                 "output": "run",
                 "tokenizer": "tok",
-                "tasks": {"all": {"corpus": "all"}},
+                "tasks": {"all": {"corpus": "all", "attend_across_documents": not self.masked}},
                 "model": MODELS[model] | changes,
                 "parallel": {"tensor": self.tensor, "sequence": self.sequence, "zero": self.zero},
                 "precision": self.precision,
@@ -127,6 +133,8 @@ CASES = [
     Case("activations", 0, "fp32", changes=GPT2),
     Case("activations", 3, "bf16", changes=GPT2),
     Case("activations", 0, "fp32", changes={"kv_heads": 2}),
+    Case("activations", 0, "fp32", masked=True),
+    Case("activations", 3, "bf16", masked=True, changes={"kv_heads": 2}),
     Case("logits", 0, "fp32"),
     Case("logits", 0, "bf16"),
     Case("logits", 3, "bf16"),
@@ -175,12 +183,16 @@ def reset_most_resident() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def random_batch(config: RunConfig, shape: GPTShape, data: int) -> Batch:
+def random_batch(case: Case, config: RunConfig, shape: GPTShape) -> Batch:
     """Random tokens; memory does not depend on them."""
-    rows = config.batch.samples // data
+    rows = config.batch.samples // case.data
     tokens = torch.randint(shape.vocab, (rows, shape.seq_len + 1))
     tasks = torch.zeros(rows, dtype=torch.int64)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), tasks)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    if not case.masked:
+        return Batch(inputs, targets, tasks)
+    documents = (torch.arange(shape.seq_len) // DOCUMENT_TOKENS).expand_as(inputs)
+    return Batch(inputs, targets, tasks, documents)
 
 
 def train(case: Case, model: str) -> int:
@@ -188,7 +200,7 @@ def train(case: Case, model: str) -> int:
     config = case.config(model)
     shape = build_shape(config, MODELS[model]["vocab"])
     topology = start(case.tensor)
-    batch = random_batch(config, shape, case.data)
+    batch = random_batch(case, config, shape)
     before = resident_bytes("VmRSS")
     engine = Engine(config, shape, topology, 1)
     engine.train_step(batch, 1e-3)

@@ -75,6 +75,8 @@ def attention_saved(setup: Setup) -> dict[str, int]:
         saved["scores"] = _scores(setup)
     else:
         saved["logsumexp"] = setup.tokens * widths.heads * FP32_BYTES
+    if setup.masked:
+        saved["mask"] = each * setup.shape.seq_len  # what is added to the scores of all heads
     if setup.masked and setup.shape.kv_heads < setup.shape.heads:
         saved["repeated"] = 2 * each * widths.queries
     return saved
@@ -214,6 +216,5 @@ def head_memory(setup: Setup) -> HeadMemory:
 
 
 def mask_memory(setup: Setup) -> int:
-    """The mask of documents that do not see each other: bool, and beside it, as it is made,
-    another."""
-    return setup.tokens * setup.shape.seq_len * 2 if setup.masked else 0
+    """The mask of documents that do not see each other, one byte for each pair of tokens."""
+    return setup.tokens * setup.shape.seq_len if setup.masked else 0
