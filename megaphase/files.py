@@ -82,6 +82,13 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_all(descriptor: int, content: bytes | memoryview) -> None:
+    """Write all of it, where a single `os.write` may write less."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
 def path_aside(final: Path) -> Path:
     """Where this process writes what is to appear as `final`."""
     return final.with_name(f".{final.name}.{socket.gethostname()}-{os.getpid()}.partial")

@@ -96,7 +96,7 @@ class Saver:
         self.finish()
         copies = host_copies(snapshot.tensors, self._buffers)
         if self._asynchronous:
-            self._buffers = copies
+            self._buffers.update(copies)
         try:
             needed = sum(self._agreement.gather(file_bytes(copies)))
             aside = self._store.begin(name, needed)
@@ -161,7 +161,7 @@ class Saver:
         for alias, name in save.best.items():
             if name == save.name:
                 self._store.link(alias, name)
-        self._store.prune(self._keep, save.best)
+        self._store.prune(self._keep, save.best, save.name)
 
     def _give_up(self) -> None:
         save, work = self._save, self._work

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from megaphase.checkpoint.parameters import INDEX_FILE
@@ -110,13 +111,15 @@ class CheckpointStore:
         os.replace(aside, self.folder / alias)
         fsync_path(self.folder)
 
-    def prune(self, keep: int, best: Mapping[str, str]) -> None:
+    def prune(self, keep: int, best: Mapping[str, str], saved: str) -> None:
         """Remove all but the newest `keep` checkpoints, the permanent ones, and the best weights.
 
         best: the names of those that are the best now; those that a run would count as best after
-        it has gone on from one of the newest stay, too.
+        it has gone on from one of the newest stay, too. saved: the one that has just appeared;
+        those of later steps are damaged, or the run would have gone on from them. They do not
+        count, and stay until it comes by.
         """
-        full = self._names("step")
+        full = [name for name in self._names("step") if _step(name) <= _step(saved)]
         kept = {*full[-keep:], *best.values()}
         for name in full[-keep:]:
             kept |= set(state_or_nothing(self.folder / name).get("best", {}).values())
@@ -125,15 +128,22 @@ class CheckpointStore:
             if name not in kept and not state_or_nothing(folder).get("permanent"):
                 _remove(folder)
 
-    def tidy(self, best: Mapping[str, str]) -> None:
-        """Before a run goes on: remove what a killed process left aside, and set `best-…` links."""
-        for leftover in self.folder.glob(".*"):
-            if leftover.is_symlink():
-                leftover.unlink()
-            else:
-                remove_directory(leftover)
-        for alias, name in best.items():
-            self.link(alias, name)
+    def prepare(self, best: Mapping[str, str]) -> None:
+        """Before a run trains: remove what a killed process left aside, and set `best-…` links.
+
+        Raises:
+            RunError: the folder cannot be made or written; better now than at the first save.
+        """
+        with os_errors_named(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=self.folder).close()
+            for leftover in self.folder.glob(".*"):
+                if leftover.is_symlink():
+                    leftover.unlink()
+                else:
+                    remove_directory(leftover)
+            for alias, name in best.items():
+                self.link(alias, name)
 
     def newest_whole(self, say: Callable[[str], object]) -> Checkpoint | None:
         """The newest checkpoint whose every byte is as it was written; called by all ranks.
@@ -210,6 +220,10 @@ def state_or_nothing(folder: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
         return read_state(folder)
     return {}
+
+
+def _step(name: str) -> int:
+    return int(name.rpartition("-")[2])
 
 
 def _fault(path: Path, described: dict[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaphase.files import new_hash
+from megaphase.files import new_hash, write_all
 
 _CHUNK_BYTES = 1 << 24
 _ALIGNMENT = 8
@@ -30,7 +30,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     digest, size = new_hash(), 0
     with open(path, "wb", buffering=0) as file:
         for chunk in _chunks(tensors):
-            _write_all(file.fileno(), chunk)
+            write_all(file.fileno(), chunk)
             digest.update(chunk)
             size += len(chunk)
         os.fsync(file.fileno())
@@ -62,9 +62,3 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write_all(descriptor: int, chunk: bytes | memoryview) -> None:
-    rest = memoryview(chunk)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]

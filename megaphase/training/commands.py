@@ -28,12 +28,14 @@ def train_command(
 
     from megaphase.config import load_run_file
     from megaphase.parallel.together import together
+    from megaphase.training.signals import StopSignals
 
-    config = together(lambda: load_run_file(run_file, tuple(overrides or ())))
+    with StopSignals() as signals:  # before anything that takes seconds is imported
+        config = together(lambda: load_run_file(run_file, tuple(overrides or ())))
 
-    from megaphase.training.train import train
+        from megaphase.training.train import train
 
-    train(config, Console(), source=source)
+        train(config, Console(), signals, source=source)
 
 
 def evaluate_command(

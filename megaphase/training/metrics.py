@@ -6,10 +6,12 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megaphase.files import os_errors_named
+from megaphase.errors import RunError
+from megaphase.files import os_errors_named, write_all
 
 Row = dict[str, Any]
 
@@ -37,10 +39,12 @@ class MetricsLog:
             step: steps already done; what TensorBoard has beyond is hidden.
         """
         self._path = path
-        path.touch()
-        self._file = open(path, "rb+")  # noqa: SIM115  # open for as long as the run
-        self._file.truncate(keep_bytes)
-        self._file.seek(keep_bytes)
+        with os_errors_named(path):
+            path.touch()
+            # Unbuffered: a row that could not be written is not tried again when it is closed.
+            self._file = open(path, "rb+", buffering=0)  # noqa: SIM115  # open for a whole run
+            self._file.truncate(keep_bytes)
+            self._file.seek(keep_bytes)
         self._board = None
         if tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -53,26 +57,35 @@ class MetricsLog:
         Raises:
             RunError: the disk is full, or the like.
         """
+        line = json.dumps(_finite(row), ensure_ascii=False).encode() + b"\n"
         with os_errors_named(self._path):
-            self._file.write(json.dumps(_finite(row), ensure_ascii=False).encode() + b"\n")
-            self._file.flush()
+            write_all(self._file.fileno(), line)
         if self._board is not None:
-            for name, value in _scalars(row):
-                self._board.add_scalar(name, value, row["step"])
+            with os_errors_named(Path(self._board.log_dir)):
+                for name, value in _scalars(row):
+                    self._board.add_scalar(name, value, row["step"])
 
     def sync(self) -> int:
-        """Force all rows to the disk; returns the file's size in bytes."""
-        os.fsync(self._file.fileno())
+        """Force all rows to the disk; returns the file's size in bytes.
+
+        Raises:
+            RunError: the disk is full, or the like.
+        """
+        with os_errors_named(self._path):
+            os.fsync(self._file.fileno())
         if self._board is not None:
-            self._board.flush()
+            with os_errors_named(Path(self._board.log_dir)):
+                self._board.flush()
         return self._file.tell()
 
     def close(self) -> None:
-        """Write out and close everything."""
-        self.sync()
+        """Write out and close everything, as far as the disk takes it."""
+        with suppress(RunError):  # said already, or of rows that a run that goes on writes again
+            self.sync()
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
 
 
 def _finite(value: Any) -> Any:

@@ -40,10 +40,14 @@ from megaphase.training.signals import StopSignals
 from megaphase.training.step_trace import StepTrace
 
 
-def train(config: RunConfig, console: Console, *, source: str | None = None) -> None:
+def train(
+    config: RunConfig, console: Console, signals: StopSignals, *, source: str | None = None
+) -> None:
     """Train all phases, or go on from the newest whole checkpoint; called by every process.
 
-    source: RUN@NAME or a checkpoint, from which a new run goes on.
+    Args:
+        signals: entered by the caller, so that those that come while it starts count, too.
+        source: RUN@NAME or a checkpoint, from which a new run goes on.
 
     Raises:
         InputError: something that the user gave is wrong; on every process.
@@ -53,7 +57,6 @@ def train(config: RunConfig, console: Console, *, source: str | None = None) -> 
     faults = config.faults
     with (
         process_group(),
-        StopSignals() as signals,
         Watchdog(faults.silent_seconds, faults.stalled_seconds) as watchdog,
         contextlib.ExitStack() as stack,
     ):
@@ -98,19 +101,29 @@ def evaluate(
 
     Returns the checkpoint's step and the losses by task.
     """
-    with process_group():
-        together(lambda: _require_run(config))
-        setting = set_the_stage(config, together(lambda: choose_branch(config, None)), console)
-        if checkpoint is None:
-            found = setting.store.newest_whole(setting.say)
-        else:
-            found = setting.store.open(together(lambda: _find(config, checkpoint)))
-        if found is None:
-            raise InputError(setting.store.folder, "there is no whole checkpoint", "train first")
-        together(lambda: setting.check_checkpoint(found))
-        engine = setting.engine()
-        _load(setting, engine, found)
-        return found.state["step"], setting.evaluator(engine).evaluate()
+    faults = config.faults
+    with (
+        process_group(),
+        Watchdog(faults.silent_seconds, faults.stalled_seconds) as watchdog,
+    ):
+        with watchdog.patient("setting up"):
+            together(lambda: _require_run(config))
+            setting = set_the_stage(config, together(lambda: choose_branch(config, None)), console)
+            found = _checkpoint_to_evaluate(setting, checkpoint)
+            together(lambda: setting.check_checkpoint(found))
+            engine = setting.engine()
+            _load(setting, engine, found)
+        losses = setting.evaluator(engine).evaluate(partial(watchdog.at, "measuring"))
+        return found.state["step"], losses
+
+
+def _checkpoint_to_evaluate(setting: Setting, name: str | None) -> Checkpoint:
+    if name is not None:
+        return setting.store.open(together(lambda: _find(setting.config, name)))
+    newest = setting.store.newest_whole(setting.say)
+    if newest is None:
+        raise InputError(setting.store.folder, "there is no whole checkpoint", "train first")
+    return newest
 
 
 def _find(config: RunConfig, text: str) -> Path:
@@ -192,7 +205,7 @@ def _run_saver(
 ) -> RunSaver:
     settings = setting.config.checkpoint
     best = checkpoint.state["best"] if checkpoint else {}
-    setting.agreement.on_first_rank(partial(setting.store.tidy, best))
+    setting.agreement.on_first_rank(partial(setting.store.prepare, best))
     saver = Saver(
         setting.store,
         setting.agreement,
