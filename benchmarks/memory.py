@@ -91,7 +91,8 @@ class Case:
         words += ["sequence"] * self.sequence
         words += ["masked"] * self.masked
         words += [f"{self.accumulation} micro-batches"] * (self.accumulation > 1)
-        words += ["GPT-2's layers"] if self.changes == GPT2 else map(str, self.changes.values())
+        changes = [f"{key} {value}" for key, value in self.changes.items()]
+        words += ["GPT-2's layers"] if self.changes == GPT2 else changes
         return ", ".join(words)
 
     def config(self, model: str) -> RunConfig:
