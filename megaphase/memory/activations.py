@@ -71,28 +71,12 @@ def attention_saved(setup: Setup) -> dict[str, int]:
     }
     if setup.shape.position == "rotary":
         saved["turned"] = each * widths.turned
-    if stores_scores(setup):
-        saved["scores"] = _scores(setup)
-    else:
-        saved["logsumexp"] = setup.tokens * widths.heads * FP32_BYTES
+    saved["logsumexp"] = setup.tokens * widths.heads * FP32_BYTES
     if setup.masked:
         saved["mask"] = each * setup.shape.seq_len  # what is added to the scores of all heads
     if setup.masked and setup.shape.kv_heads < setup.shape.heads:
         saved["repeated"] = 2 * each * widths.queries
     return saved
-
-
-def stores_scores(setup: Setup) -> bool:
-    """Whether attention is computed by torch's plain path, which keeps the scores of all heads.
-
-    The CPU's fused kernel knows no groups of queries.
-    """
-    grouped = setup.shape.kv_heads < setup.shape.heads
-    return setup.device == "cpu" and grouped and not setup.masked
-
-
-def _scores(setup: Setup) -> int:
-    return setup.tokens * setup.shape.seq_len * widths_of(setup).heads * setup.compute_bytes
 
 
 def feed_forward_saved(setup: Setup) -> dict[str, int]:
@@ -166,7 +150,7 @@ def block_backward(setup: Setup) -> int:
         after_down + grad + each * widths.up + whole + weight_grad["feed_forward.up"],
         after_up + residual(setup) + whole * (2 if setup.tensor > 1 else 1),
         after_norm + grad + each * widths.queries + weight_grad["attention.out"],
-        after_norm + grad + each * widths.queries + heads + attention.get("scores", 0),
+        after_norm + grad + each * widths.queries + heads,
         after_out + grad + 2 * heads,
         after_out + grad + heads + whole + weight_grad["attention.qkv"],
     ]
