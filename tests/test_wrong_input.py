@@ -1,6 +1,7 @@
 """What wrong input gets: one line that names file, key and remedy, exit code 2, nothing written."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -9,6 +10,9 @@ from distributed import launch
 from run_support import make_corpora, megaphase, run_settings, write_run_file
 
 from megaphase import cli
+from megaphase.config import load_run_file
+from megaphase.errors import InputError
+from megaphase.training.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -144,15 +148,88 @@ def test_a_run_file_changed_under_its_run(corpora, tmp_path, refuse):
     assert sorted(tmp_path.rglob("*")) == files
 
 
-def test_a_checkpoint_of_another_layout(corpora, tmp_path):
-    settings = run_settings(corpora)
-    settings["phases"] = settings["phases"][:1]
-    run_file = write_run_file(tmp_path, settings)
-    assert launch(megaphase("train", run_file), 1)[0].returncode == 0
-    results = launch(megaphase("train", run_file), 2)
-    assert [result.returncode for result in results] == [2, 2]
-    assert "processes 1" in results[0].stderr
-    assert results[1].stderr == ""
+@pytest.fixture
+def begun(corpora, tmp_path):
+    """A run file whose run has begun, as far as its directory shows, and that directory."""
+    run_file = write_run_file(tmp_path, run_settings(corpora, monitor={"tasks": ["cimri"]}))
+    directory = RunDirectory(tmp_path / "run")
+    directory.claim(load_run_file(run_file), {"fingerprint": "of the plan"})
+    return run_file, directory
+
+
+LATER_CHANGES = {
+    "parallel.tensor=2": None,
+    "parallel.zero=3": None,
+    "parallel.sequence=true parallel.tensor=2": None,
+    "parallel.zero=1 parallel.offload=cpu": None,
+    "batch.micro=1": None,
+    "model.activation_checkpointing=full": None,
+    "checkpoint.every_steps=7": None,
+    "faults.silent_seconds=9": None,
+    "tasks.alda.corpus=elsewhere": None,  # what it holds may not, and the plan tells
+    "precision=bf16": "precision",
+    "batch.samples=16": "batch.samples",
+    "seed=3": "seed",
+    "model.hidden=64": "model.hidden",
+    "optimizer.clip=2.0": "optimizer.clip",
+    "phases.1.optimizer_state=keep": "phases[1].optimizer_state",
+    "phases.1.steps=10": "phases[1].steps",
+    "validation.every_steps=6": "validation.every_steps",
+    "monitor.tasks=[alda]": "monitor.tasks[0]",
+}
+
+
+@pytest.mark.parametrize("changes", LATER_CHANGES)
+def test_what_may_change_between_two_starts(changes, begun):
+    run_file, directory = begun
+    config = load_run_file(run_file, tuple(changes.split()))
+    named = LATER_CHANGES[changes]
+    if named is None:
+        directory.refuse_other_run(config)
+        return
+    with pytest.raises(InputError, match=rf"{re.escape(named)}: is .*, but the run in .* began"):
+        directory.refuse_other_run(config)
+
+
+FREE = re.compile(
+    r"(output|tokenizer|(checkpoint|logging|parallel|faults)\..*|batch\.micro|"
+    r"model\.activation_checkpointing|tasks\.\w+\.corpus)"
+)
+
+
+def leaves(value, path=""):
+    """All values of a JSON value that are neither object nor list, by where they lie."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from leaves(inner, f"{path}[{number}]")
+    else:
+        yield path
+
+
+def with_change(value, path):
+    """A copy with another value at this place."""
+    value = json.loads(json.dumps(value))
+    *parents, last = [int(part) if part.isdigit() else part for part in re.findall(r"\w+", path)]
+    at(value, [*parents, last], "another value")
+    return value
+
+
+def test_nothing_else_may_change_between_two_starts(begun):
+    run_file, directory = begun
+    config, began = load_run_file(run_file), json.loads(directory.run_file.read_text())
+    refused = set()
+    for path in leaves(began):
+        directory.run_file.write_text(json.dumps(with_change(began, path)))
+        try:
+            directory.refuse_other_run(config)
+        except InputError as error:
+            assert f"{path}: " in str(error)
+            refused.add(path)
+    assert refused == {path for path in leaves(began) if not FREE.fullmatch(path)}
+    assert {"seed", "precision", "phases[0].steps", "model.hidden"} < refused
 
 
 @pytest.mark.parametrize(
