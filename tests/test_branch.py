@@ -115,7 +115,7 @@ def test_a_branch_that_is_killed_after_its_first_checkpoint_goes_on(branch, base
     source = ("--from", f"{base}@step-00000012")
     run_killed(run_file, "checkpoint.asynchronous=false", *source, before_step=19)
     assert (folder / "killed" / "run" / "checkpoints" / "step-00000016").is_dir()
-    shutil.copytree(folder / "killed", folder / "killed-without")
+    shutil.copytree(folder / "killed", folder / "killed-without", symlinks=True)
     for name, arguments in (("killed", source), ("killed-without", ())):
         assert "going on from" in run_well("train", folder / name / "run.yaml", *arguments)
         rows = read_rows(folder / name / "run")
@@ -139,7 +139,7 @@ def test_a_branch_that_is_killed_before_its_first_checkpoint_begins_again(
 
 def test_a_branch_killed_between_its_first_two_files_is_still_a_branch(base, branch, tmp_path):
     """origin.json is there before run.json says that the run has begun."""
-    shutil.copytree(branch.parent, tmp_path / "run-less")
+    shutil.copytree(branch.parent, tmp_path / "run-less", symlinks=True)
     run_dir = tmp_path / "run-less" / "run"
     (run_dir / "run.json").unlink()
     config = load_run_file(tmp_path / "run-less" / "run.yaml")

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from typer.testing import CliRunner
 
 from megaphase.errors import InputError
 from megaphase.experiments.commands import report_command
-from megaphase.experiments.plot_style import LABEL_GAP_POINTS, spread
+from megaphase.experiments.plot_style import LABEL_GAP_POINTS, WIDE, line_colours, spread
+from megaphase.experiments.plots import comparison_plot, learning_rate_plot, loss_plot
 from megaphase.experiments.report import (
     final_losses,
     load_run,
@@ -326,6 +328,125 @@ def test_report_replaces_a_report_and_nothing_else(run_dir, tmp_path):
     with pytest.raises(InputError, match="not a former report"):
         write_report([run_dir], run_dir)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report"]
+
+
+EARLY = (("pretrain", 40, PHASES[0][2]), ("joint", 20, PHASES[1][2]))
+REASON = "hi has overfit: no gain for 2 validations (best 5.0000 at step 20)"
+
+
+def write_rows(run_dir: Path, rows) -> None:
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def early(tmp_path):
+    """A run whose first phase ended after 40 of 60 steps, and which is in its second."""
+    run_dir = write_run(tmp_path / "early")
+    rows = list(rows_of(EARLY, 0.0, 50))
+    for row in rows:
+        if row.get("event") == "phase_end":
+            row["reason"] = REASON
+        if row.get("phase") == "joint" and "validation" in row and row["step"] > 40:
+            row["validation"]["hi"]["gap"] = 0.25
+            row["validation"]["eu"]["gap"] = None
+    write_rows(run_dir, rows)
+    return run_dir
+
+
+def test_a_phase_that_ended_early_has_the_length_that_it_came_to(early, tmp_path):
+    run = load_run(early)
+    pretrain, joint = run.plan.phases
+    assert (pretrain.steps, pretrain.ended_early) == (40, REASON)
+    assert (joint.steps, joint.ended_early) == (30, None)
+    assert (run.switches, run.planned_steps) == ([(40, "joint")], 70)
+    en = 0.6 * 40 * SAMPLES, 0.45 * 30 * SAMPLES
+    assert pretrain.tasks["en"].samples == round(en[0])
+    assert run.planned_epochs("en") == pytest.approx(sum(en) * SEQ_LEN / TASKS["en"])
+    ends = {(loss.phase, loss.task): loss for loss in final_losses(run)}
+    assert ends["pretrain", "en"].complete
+    assert ends["pretrain", "en"].end_step == 40
+    assert not ends["joint", "en"].complete
+    index = write_report([early], tmp_path / "report")
+    text = index.read_text()
+    assert "Not finished: 50 of 70 steps, joint from step 40" in text
+    assert f"; pretrain ended early, after 40 steps: {REASON}" in text
+    _, data = (row for row in Page(index).rows if row[0] == "en")
+    assert data[5] == f"{round(en[0]) * SEQ_LEN:,}"
+
+
+def test_gaps_are_shown_where_there_are_any(early, tmp_path):
+    index = write_report([early], tmp_path / "report")
+    losses = {row[0]: row for row in Page(index).rows if len(row) == 11}
+    assert losses["hi"][5] == "–"
+    assert losses["hi"][10] == "+0.250"
+    assert losses["eu"][10] == "–"
+    with open(index.parent / "numbers" / "validation.csv", newline="") as file:
+        found = {(r["step"], r["task"]): r["gap"] for r in csv.DictReader(file)}
+    assert (found["50", "hi"], found["50", "eu"], found["0", "hi"]) == ("0.25", "", "")
+
+
+BASE_STEPS = 1000
+
+
+@pytest.fixture
+def branched(tmp_path):
+    """A run of the second phase alone that goes on from step 1000 of another one."""
+    run_dir = write_run(tmp_path / "branched", PHASES[1:])
+    origin = {"step": BASE_STEPS, "used": {"en": 500, "fr": 300, "hi": 0}}
+    (run_dir / "origin.json").write_text(json.dumps(origin))
+    rows = rows_of(PHASES[1:], 0.0, 20)
+    branch = {"step": 0, "event": "branch", "checkpoint": "base/checkpoints/step-00001000"}
+    write_rows(run_dir, [row | {"step": row["step"] + BASE_STEPS} for row in (branch, *rows)])
+    return run_dir
+
+
+def test_a_branch_counts_its_steps_on(branched, tmp_path):
+    run = load_run(branched)
+    assert run.low_resource_tasks == {"hi", "eu"}
+    assert run.switches == [(BASE_STEPS, "joint")]
+    assert not run.phase_is_over(run.plan.phases[0])
+    assert (run.last_step, run.planned_steps) == (1020, 1030)
+    assert "now in joint" in console_text(summary_table(run))
+    before, now = held_out_loss("hi", 0), held_out_loss("hi", 20)
+    assert verdicts(run)[0].startswith(
+        f"hi: {before:.2f} at the switch to joint, {now:.2f} at step 1,020, before the end of joint"
+    )
+    text = write_report([branched], tmp_path / "report").read_text()
+    assert "Not finished: 1,020 of 1,030 steps (the first 1,000 of another run)" in text
+    (branched / "origin.json").write_text("{}")
+    with pytest.raises(InputError, match=r"origin\.json: is damaged"):
+        load_run(branched)
+
+
+def test_plots_of_a_branch_begin_where_it_began(branched):
+    run, size = load_run(branched), WIDE
+    colours = line_colours(run.tasks)
+    for figure in (
+        loss_plot(run, colours, size),
+        learning_rate_plot(run, size),
+        comparison_plot([run, run], size),
+    ):
+        assert figure.axes[0].get_xlim() == pytest.approx((BASE_STEPS, BASE_STEPS + 1.01 * 20))
+
+
+def test_a_finished_branch_is_finished(branched):
+    rows = rows_of(PHASES[1:], 0.0, 30)
+    write_rows(branched, [row | {"step": row["step"] + BASE_STEPS} for row in rows])
+    run = load_run(branched)
+    assert run.phase_is_over(run.plan.phases[0])
+    assert run.plan.phases[0].ended_early is None
+    assert (run.last_step, run.planned_steps) == (1030, 1030)
+
+
+def test_skipped_steps_are_drawn_and_tabled(run_dir, tmp_path):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row.get("step") == 70 and "loss" in row:
+            row |= {"loss": None, "grad_norm": None, "skipped": True}
+            row["loss_by_task"] = dict.fromkeys(row["loss_by_task"])
+    shutil.copytree(run_dir, tmp_path / "run")
+    write_rows(tmp_path / "run", rows)
+    assert write_report([tmp_path / "run"], tmp_path / "report").exists()
 
 
 @pytest.mark.parametrize(

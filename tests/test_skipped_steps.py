@@ -128,7 +128,7 @@ def test_started_again_it_counts_the_skipped_steps_before_its_checkpoint(broken)
 
 
 def test_a_learning_rate_beyond_all_bounds_ends_the_run(corpora, tmp_path):
-    """No step is made to fail: the losses are finite, for norms divide, but the gradients are not."""
+    """No step is made to fail: the losses are finite, since norms divide; the gradients are not."""
     settings = settings_of(corpora, 12, 1e30, faults={"skip_batches": 0})
     result = run("train", write_run_file(tmp_path, settings))
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)

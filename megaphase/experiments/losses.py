@@ -17,7 +17,8 @@ class PhaseLoss:
     """One task's validation losses (nats per token) within one phase.
 
     `end` is the newest measurement while the phase still goes on (`complete` is False); its step
-    is `end_step`. Bits per byte are of the measurements at `start` and `end`.
+    is `end_step`. Bits per byte are of the measurements at `start` and `end`; `end_gap` is how far
+    that at `end` is above the training loss, None where the task was not trained on before it.
     """
 
     phase: str
@@ -31,6 +32,7 @@ class PhaseLoss:
     best_step: int
     start_bits_per_byte: float
     end_bits_per_byte: float
+    end_gap: float | None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def _phase_loss(run: RunRecord, phase: PhasePlan, task: str) -> PhaseLoss | None
         best_step=best_step,
         start_bits_per_byte=start.bits_per_byte,
         end_bits_per_byte=end.bits_per_byte,
+        end_gap=end.gap,
     )
 
 
@@ -118,7 +121,8 @@ def _verdict(run: RunRecord, losses: list[PhaseLoss]) -> Verdict:
     now = f"at the end of {last.phase}"
     if not last.complete:
         now = f"at step {last.end_step:,}, before the end of {last.phase}"
-    first_phase = run.plan.phases[0].name
+    # The switch to the first phase of a branch has come.
+    first_phase = None if run.origin.step else run.plan.phases[0].name
     if last.phase == first_phase and len(run.plan.phases) > 1:
         return Verdict(task, low, None, f"{last.end:.2f} {now}; the switch is still to come")
     since = next((loss for loss in losses if loss.phase != first_phase), last)

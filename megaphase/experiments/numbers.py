@@ -23,7 +23,7 @@ def write_numbers(runs: Sequence[RunRecord], folder: Path) -> list[str]:
     training_columns = [name for name in TrainingRow.model_fields if name != "loss_by_task"]
     tables = {
         "final_losses": (loss_columns, _final_losses),
-        "validation": (["step", "phase", "task", "loss", "bits_per_byte"], _validation),
+        "validation": (["step", "phase", "task", "loss", "bits_per_byte", "gap"], _validation),
         "training": (training_columns, _training),
         "training_by_task": (["step", "phase", "task", "loss"], _training_by_task),
         "plan": (["phase", "task", *TaskShare.model_fields], _plan),
@@ -45,7 +45,7 @@ def _final_losses(run: RunRecord) -> Iterator[Row]:
 def _validation(run: RunRecord) -> Iterator[Row]:
     for row in run.validation:
         for task, measured in row.validation.items():
-            yield row.step, row.phase, task, measured.loss, measured.bits_per_byte
+            yield row.step, row.phase, task, measured.loss, measured.bits_per_byte, measured.gap
 
 
 def _training(run: RunRecord) -> Iterator[Row]:

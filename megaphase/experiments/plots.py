@@ -57,13 +57,13 @@ def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
         right = size.width - label_width(curves)
         top = height - LEGEND_LINE_INCHES - _switch_label_inches(run)
         axes = inch_axes(figure, 0.62, BOTTOM_INCHES, right, top)
-        _step_axes(axes, run.last_step, size)
+        _step_axes(axes, _steps_of([run]), size)
         axes.set_ylabel("loss (nats per token)")
         for task, (steps, losses) in curves.items():
             look = _line_look(task in run.low_resource_tasks)
             axes.plot(steps, losses, color=colours[task], zorder=3, **look)
             axes.plot(*_training_curve(run, task), color=colours[task], alpha=0.3, linewidth=1.0)
-        axes.set_ylim(_loss_limits(curves.values(), run.last_step))
+        axes.set_ylim(_loss_limits(curves.values(), _steps_of([run])))
         label_line_ends(axes, _line_ends(curves, colours))
         _mark_switches(axes, run)
         _legend_on_top(figure, keys, columns=3)
@@ -77,7 +77,7 @@ def learning_rate_plot(run: RunRecord, size: Size) -> Figure:
         figure = new_figure(size.width, height)
         top = height - _switch_label_inches(run)
         axes = inch_axes(figure, 0.75, BOTTOM_INCHES, size.width - 0.25, top)
-        _step_axes(axes, run.last_step, size)
+        _step_axes(axes, _steps_of([run]), size)
         axes.set_ylabel("learning rate")
         # One line per phase: at the switch the schedule starts anew and must not be joined up.
         for phase in run.plan.phases:
@@ -125,7 +125,7 @@ def comparison_plot(runs: Sequence[RunRecord], size: Size) -> Figure:
     panel_height = 0.55 * size.height
     rows = -(-len(tasks) // columns)
     top = 0.2 + LEGEND_LINE_INCHES * -(-len(runs) // legend_columns)
-    last_step = max(run.last_step for run in runs)
+    span = _steps_of(runs)
     with plot_style():
         figure = new_figure(size.width, rows * panel_height + top)
         for i, task in enumerate(tasks):
@@ -138,13 +138,13 @@ def comparison_plot(runs: Sequence[RunRecord], size: Size) -> Figure:
                 left + panel_width,
                 bottom + panel_height - 0.3,
             )
-            _step_axes(axes, last_step, size, ticks=5)
+            _step_axes(axes, span, size, ticks=5)
             axes.set_title(shown(task), loc="left", fontweight="bold")
             axes.set_ylabel("nats per token")
             curves = {run.name: _validation_curve(run, task) for run in runs}
             for name, (steps, losses) in curves.items():
                 axes.plot(steps, losses, color=colours[name], lw=1.8, marker="o", markersize=3)
-            axes.set_ylim(_loss_limits(curves.values(), last_step))
+            axes.set_ylim(_loss_limits(curves.values(), span))
         _legend_on_top(figure, keys, legend_columns)
     return figure
 
@@ -172,7 +172,7 @@ def _training_curve(run: RunRecord, task: str) -> Curve:
     rows = [row for row in run.training if task in row.loss_by_task]
     steps = np.array([row.step for row in rows], dtype=np.int64)
     losses = np.array([row.loss_by_task[task] for row in rows], dtype=np.float64)
-    width = max(1.0, run.last_step / TRAINING_POINTS)
+    width = max(1.0, (run.last_step - run.origin.step) / TRAINING_POINTS)
     _, stretch, counts = np.unique((steps - 1) // width, return_inverse=True, return_counts=True)
     return (
         np.bincount(stretch, weights=steps) / counts,
@@ -180,9 +180,16 @@ def _training_curve(run: RunRecord, task: str) -> Curve:
     )
 
 
-def _loss_limits(curves: Iterable[Curve], last_step: int) -> tuple[float, float]:
+def _steps_of(runs: Sequence[RunRecord]) -> tuple[int, int]:
+    """Steps done before the first step of these runs and with their last; branches begin late."""
+    return min(run.origin.step for run in runs), max(run.last_step for run in runs)
+
+
+def _loss_limits(curves: Iterable[Curve], span: tuple[int, int]) -> tuple[float, float]:
     """Limits that show where the curves differ: their steep beginning may run out of the top."""
-    settled = [losses[steps >= BEGINNING * last_step] for steps, losses in curves]
+    first, last = span
+    begin = first + BEGINNING * (last - first)
+    settled = [losses[steps >= begin] for steps, losses in curves]
     values = np.concatenate(settled)
     values = values[np.isfinite(values)]
     if not len(values):
@@ -192,8 +199,9 @@ def _loss_limits(curves: Iterable[Curve], last_step: int) -> tuple[float, float]
     return low - room, high + room
 
 
-def _step_axes(axes: Axes, last_step: int, size: Size, ticks: int = 9) -> None:
-    axes.set_xlim(0, 1.01 * max(last_step, 1))  # with room for half a marker
+def _step_axes(axes: Axes, span: tuple[int, int], size: Size, ticks: int = 9) -> None:
+    first, last = span
+    axes.set_xlim(first, first + 1.01 * max(last - first, 1))  # with room for half a marker
     axes.set_xlabel("step")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     axes.xaxis.set_major_locator(MaxNLocator(5 if size.narrow else ticks, integer=True))
@@ -229,7 +237,8 @@ def _switch_label_inches(run: RunRecord) -> float:
 def _mark_switches(axes: Axes, run: RunRecord) -> None:
     """A dashed line at every switch, with the name of the phase that begins above it."""
     for above, (step, phase) in enumerate(reversed(run.switches)):
-        late = step > 0.75 * axes.get_xlim()[1]
+        left, right = axes.get_xlim()
+        late = step > left + 0.75 * (right - left)
         axes.axvline(step, color=INK, linewidth=1.0, linestyle=DASHED, zorder=1)
         axes.annotate(
             f"{shown(phase)} →" if late else f"→ {shown(phase)}",

@@ -29,6 +29,7 @@ from megaphase.experiments.runs import RunRecord
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
 
 NOTHING = "–"
+AS_PLANNED = "As planned, or as it came out where a phase ended early."
 
 
 def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -> str:
@@ -49,7 +50,7 @@ def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -
     data = Plot(
         "data",
         "Training tokens and epochs per task",
-        "As planned. An epoch is one pass over the task's training text; "
+        f"{AS_PLANNED} An epoch is one pass over the task's training text; "
         f"dashed: {REPEATED_TOO_OFTEN:g} epochs, beyond which repetition pays little.",
         lambda size: data_plot(run, colours, size),
     )
@@ -87,11 +88,17 @@ def comparison_article(runs: Sequence[RunRecord], colours: Colours, out: Path) -
 def _state(run: RunRecord) -> str:
     """How far the run has come, when it switched and how fast it is."""
     last = run.plan.phases[-1]
+    begun = f" (the first {run.origin.step:,} of another run)" if run.origin.step else ""
     if run.phase_is_over(last):
-        text = f"Finished after {run.last_step:,} steps"
+        text = f"Finished after {run.last_step:,} steps{begun}"
     else:
-        text = f"Not finished: {run.last_step:,} of {run.planned_steps:,} steps"
+        text = f"Not finished: {run.last_step:,} of {run.planned_steps:,} steps{begun}"
     text += "".join(f", {name} from step {step:,}" for step, name in run.switches)
+    text += "".join(
+        f"; {phase.name} ended early, after {phase.steps:,} steps: {phase.ended_early}"
+        for phase in run.plan.phases
+        if phase.ended_early is not None
+    )
     if run.training:
         speed = statistics.median(row.tokens_per_second for row in run.training)
         text += f"; {run.training[-1].tokens:,} tokens, {speed:,.0f} a second (median)"
@@ -120,8 +127,10 @@ def _task_cell(task: str, colours: Colours) -> str:
 def _loss_table(run: RunRecord, colours: Colours) -> str:
     losses = {(loss.phase, loss.task): loss for loss in final_losses(run)}
     phases = run.phases_begun
+    with_gap = any(loss.end_gap is not None for loss in losses.values())
+    last_columns = ("best", "bits/byte", "gap") if with_gap else ("best", "bits/byte")
     groups = [
-        (p.name, ("start", "end" if run.phase_is_over(p) else "so far", "best", "bits/byte"))
+        (p.name, ("start", "end" if run.phase_is_over(p) else "so far", *last_columns))
         for p in phases
     ]
     rows = []
@@ -135,8 +144,13 @@ def _loss_table(run: RunRecord, colours: Colours) -> str:
                 f"{loss.best:.3f} <small>at {loss.best_step:,}</small>",
                 f"{loss.end_bits_per_byte:.3f}",
             ]  # fmt: skip
+            if with_gap:
+                gap = None if loss is None else loss.end_gap
+                cells.append(NOTHING if gap is None else f"{gap:+.3f}")
         rows.append(cells)
     note = "Nats per token; best: the lowest, and its step; bits per byte of text: at the end."
+    if with_gap:
+        note += " Gap: how far the loss is above that on the training text, at the end."
     return page.table(page.grouped_head("task", groups), rows, note)
 
 
@@ -161,7 +175,7 @@ def _data_table(run: RunRecord, colours: Colours) -> str:
         cells.append(f'<b class="warning">{epochs:.2f} ⚠</b>' if often else f"{epochs:.2f}")
         rows.append(cells)
     note = (
-        "As planned. Held out: documents kept for validation. "
+        f"{AS_PLANNED} Held out: documents kept for validation. "
         f"⚠ repeated more than {REPEATED_TOO_OFTEN:g} times."
     )
     return page.table(page.grouped_head("task", groups), rows, note)

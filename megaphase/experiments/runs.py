@@ -1,6 +1,7 @@
-"""Read what a run left in its directory: `run.json`, `plan.json` and `metrics.jsonl`.
+"""Read what a run left in its directory: `run.json`, `plan.json`, `metrics.jsonl`, `origin.json`.
 
-A run that is still going reads like a finished one; it only has fewer rows.
+A run that is still going reads like a finished one; it only has fewer rows. Phases that ended early
+have the length that they came to, and a branch counts its steps on from the run before it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, RootModel, ValidationError
 
 from megaphase.errors import InputError
+from megaphase.plan.history import Origin, read_origin
 from megaphase.records import read_record
 
 REMEDY = "give the directory of a run of megaphase train"
@@ -47,17 +49,17 @@ class TaskShare(_Record):
 
 
 class PhasePlan(_Record):
-    """One planned phase; `first_step` is how many steps come before it."""
+    """One phase as it was planned or, where it ended early, as it came out, and why it did."""
 
     name: str
     steps: int
-    first_step: int
     tokens: int
     tasks: dict[str, TaskShare]
+    ended_early: str | None = None
 
 
 class PlanRecord(_Record):
-    """The plan's figures per phase and task."""
+    """The figures per phase and task."""
 
     tasks: dict[str, CorpusSize]
     phases: list[PhasePlan]
@@ -84,10 +86,15 @@ class TrainingRow(_Row):
 
 
 class HeldOutLoss(_Record):
-    """A task's validation loss, in nats per token and in bits per byte of text."""
+    """A task's validation loss, in nats per token and in bits per byte of text.
+
+    gap: how far it is above the training loss since the validation before; None where the task was
+    not trained on.
+    """
 
     loss: Measured
     bits_per_byte: Measured
+    gap: float | None = None
 
 
 class ValidationRow(_Row):
@@ -102,6 +109,7 @@ class Event(_Record):
     step: int
     event: str
     phase: str | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,10 +123,16 @@ class RunRecord:
     training: Sequence[TrainingRow]
     validation: Sequence[ValidationRow]
     events: Sequence[Event]
+    origin: Origin
 
     @property
     def low_resource_tasks(self) -> frozenset[str]:
-        """The tasks that the first of several phases does not train on."""
+        """The tasks that the first of several phases does not train on.
+
+        The first phases of a branch are those of the run that it goes on from.
+        """
+        if self.origin.step:
+            return frozenset(t for t in self.plan.tasks if not self.origin.used.get(t))
         if len(self.plan.phases) == 1:
             return frozenset()
         trained = self.plan.phases[0].tasks
@@ -138,12 +152,12 @@ class RunRecord:
     @property
     def last_step(self) -> int:
         """Steps done so far, as far as the metrics tell."""
-        return max((row.step for row in self.rows), default=0)
+        return max((row.step for row in self.rows), default=self.origin.step)
 
     @property
     def planned_steps(self) -> int:
-        """Steps of all phases."""
-        return sum(phase.steps for phase in self.plan.phases)
+        """The run's last step, if no other phase ends early."""
+        return self.origin.step + sum(phase.steps for phase in self.plan.phases)
 
     def planned_epochs(self, task: str) -> float:
         """Passes over the task's training text in the whole run."""
@@ -162,10 +176,7 @@ class RunRecord:
 
     def phase_is_over(self, phase: PhasePlan) -> bool:
         """Whether the phase has ended, as planned or early."""
-        if any(e.event == "phase_end" and e.phase == phase.name for e in self.events):
-            return True
-        end = phase.first_step + phase.steps
-        return any(row.step >= end for row in self.validation_in(phase.name))
+        return any(e.event == "phase_end" and e.phase == phase.name for e in self.events)
 
     @property
     def phases_begun(self) -> list[PhasePlan]:
@@ -175,7 +186,8 @@ class RunRecord:
     @property
     def switches(self) -> list[tuple[int, str]]:
         """(steps done, name of the phase that begins) of every switch that has happened."""
-        starts = [(self.phase_start(p.name), p.name) for p in self.plan.phases[1:]]
+        phases = self.plan.phases if self.origin.step else self.plan.phases[1:]
+        starts = [(self.phase_start(p.name), p.name) for p in phases]
         return [(step, name) for step, name in starts if step is not None]
 
 
@@ -192,7 +204,10 @@ def load_run(run_dir: Path) -> RunRecord:
     plan = read_record(run_dir / "plan.json", PlanRecord, REMEDY)
     training, validation, events = _read_metrics(run_dir / "metrics.jsonl")
     known = {phase.name for phase in plan.phases}
-    run = RunRecord(run_dir, run_dir.resolve().name, settings, plan, training, validation, events)
+    origin = read_origin(run_dir)
+    plan = _as_it_came_out(plan, origin.step, events)
+    name = run_dir.resolve().name
+    run = RunRecord(run_dir, name, settings, plan, training, validation, events, origin)
     for row in run.rows:
         if row.phase not in known:
             raise InputError(
@@ -201,6 +216,45 @@ def load_run(run_dir: Path) -> RunRecord:
                 "the two files are of different runs",
             )
     return run
+
+
+def _as_it_came_out(plan: PlanRecord, step: int, events: Sequence[Event]) -> PlanRecord:
+    """The plan with the real lengths of the phases that have ended.
+
+    step: steps done before the first phase.
+    """
+    ends = {event.phase: event for event in events if event.event == "phase_end"}
+    phases: list[PhasePlan] = []
+    left_out = dict.fromkeys(plan.tasks, 0.0)  # epochs
+    for phase in plan.phases:
+        end = ends.get(phase.name)
+        steps = phase.steps if end is None else end.step - step
+        reason = end.reason or "" if end is not None and steps < phase.steps else None
+        phases.append(_shortened(phase, steps, reason, left_out))
+        step += steps
+    return plan.model_copy(update={"phases": phases})
+
+
+def _shortened(
+    phase: PhasePlan, steps: int, reason: str | None, left_out: dict[str, float]
+) -> PhasePlan:
+    """A phase of so many steps, of which every task has had its part, give or take a sample.
+
+    left_out: epochs by task that the phases before were short of; this one's are added.
+    """
+    part = steps / max(phase.steps, 1)
+    tasks = {}
+    for task, share in phase.tasks.items():
+        left_out[task] = left_out.get(task, 0.0) + share.epochs * (1 - part)
+        tasks[task] = TaskShare(
+            rate=share.rate,
+            samples=round(share.samples * part),
+            tokens=round(share.tokens * part),
+            epochs=share.epochs * part,
+            epochs_so_far=share.epochs_so_far - left_out[task],
+        )
+    tokens = round(phase.tokens * part)
+    return PhasePlan(name=phase.name, steps=steps, tokens=tokens, tasks=tasks, ended_early=reason)
 
 
 def _read_metrics(path: Path) -> tuple[list[TrainingRow], list[ValidationRow], list[Event]]:
