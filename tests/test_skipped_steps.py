@@ -132,7 +132,7 @@ def test_a_learning_rate_beyond_all_bounds_ends_the_run(corpora, tmp_path):
     settings = settings_of(corpora, 12, 1e30, faults={"skip_batches": 0})
     result = run("train", write_run_file(tmp_path, settings))
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
-    assert " is not finite, in 1 steps in a row (faults.skip_batches: 0); " in result.stderr
+    assert " is not finite, in 1 step (faults.skip_batches: 0); " in result.stderr
     last = [row for row in read_rows(tmp_path / "run") if "loss" in row][-1]
     assert last["skipped"]
     assert last["grad_norm"] is None
