@@ -21,6 +21,8 @@ from subprocess import CompletedProcess
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
+from warm_process import WarmProcess
+
 from megaphase.launch.local import free_port, rank_environment
 
 P = ParamSpec("P")
@@ -31,6 +33,13 @@ LAUNCH_TIMEOUT_SECONDS = 180.0
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.05
 SHOWN_CHARACTERS = 6000
+
+# Commands that warm processes serve.
+FIRST_ARGUMENT = 3
+WARM = {
+    (sys.executable, "-m", "megaphase"): "megaphase.cli:main",
+    (sys.executable, "-m", "distributed"): "distributed:serve",
+}
 
 
 class LaunchError(AssertionError):
@@ -65,7 +74,17 @@ class RunningRanks:
 
     def _start(
         self, rank: int, env: Mapping[str, str], cwd: Path | None
-    ) -> subprocess.Popen[bytes]:
+    ) -> subprocess.Popen[bytes] | WarmProcess:
+        function = WARM.get(tuple(self._argv[:FIRST_ARGUMENT]))
+        if function is not None:
+            return WarmProcess(
+                function,
+                self._argv[FIRST_ARGUMENT:],
+                stdout=self._output(rank, "stdout"),
+                stderr=self._output(rank, "stderr"),
+                env=env,
+                cwd=cwd,
+            )
         with (
             open(self._output(rank, "stdout"), "wb") as stdout,
             open(self._output(rank, "stderr"), "wb") as stderr,
@@ -99,7 +118,7 @@ class RunningRanks:
         for process in self.processes:
             if process.poll() is None:
                 with suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)
+                    _signal_group(process.pid, number)
 
     def wait(self, timeout: float = LAUNCH_TIMEOUT_SECONDS) -> list[CompletedProcess[str]]:
         """Wait until all ranks have ended; those that outlive a failed one too long are killed.
@@ -142,6 +161,13 @@ class RunningRanks:
     def _what_was_said(self) -> str:
         ranks = range(len(self.processes))
         return "\n".join(f"rank {rank}: {_tail(self.result(rank).stderr)}" for rank in ranks)
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:  # it has begun, but has no group of its own yet
+        os.kill(pid, number)
 
 
 def _tail(text: str) -> str:
@@ -190,7 +216,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         call = Path(folder) / "call"
         call.write_bytes(pickle.dumps(arguments))
-        argv = [sys.executable, __file__, module, function.__qualname__, call, folder]
+        argv = [sys.executable, "-m", "distributed", module, function.__qualname__, call, folder]
         check(launch(argv, processes, env=env, timeout=timeout))
         return [
             pickle.loads((Path(folder) / f"result-{rank}").read_bytes())
@@ -218,12 +244,9 @@ def once(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-def _serve(module: str, function: str, call: str, folder: str) -> None:
+def serve() -> None:
     """The far end of `run_ranks`."""
+    module, function, call, folder = sys.argv[1:]
     arguments = pickle.loads(Path(call).read_bytes())
     result = getattr(importlib.import_module(module), function)(*arguments)
     (Path(folder) / f"result-{os.environ['RANK']}").write_bytes(pickle.dumps(result))
-
-
-if __name__ == "__main__":
-    _serve(*sys.argv[1:])
