@@ -105,10 +105,12 @@ class CheckpointStore:
 
     def link(self, alias: str, name: str) -> None:
         """Let a link lead to a checkpoint, in one step."""
-        aside = self.folder / f".{alias}.link"
+        aside, final = self.folder / f".{alias}.link", self.folder / alias
         aside.unlink(missing_ok=True)
         aside.symlink_to(name)
-        os.replace(aside, self.folder / alias)
+        if final.is_dir() and not final.is_symlink():
+            remove_directory(final)  # the run was copied by a program that follows links
+        os.replace(aside, final)
         fsync_path(self.folder)
 
     def prune(self, keep: int, best: Mapping[str, str], saved: str) -> None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from megaphase.config import ParallelConfig, RunConfig
+from megaphase.config import RunConfig
+from megaphase.files import hash_json
+from megaphase.model.shape import GPTShape
+from megaphase.parallel.layers import padded_vocab
+
+# For parameters on an NVMe disk: the four matrices of a block and of the one that is read ahead,
+# embeddings and output projection, and some that are on their way.
+SWAP_BUFFERS = 16
 
 
 def parameter_dtype(config: RunConfig) -> torch.dtype:
@@ -29,17 +38,48 @@ def largest_norm(config: RunConfig) -> float:
     return config.optimizer.clip or 1e30
 
 
-def _offload(parallel: ParallelConfig) -> dict[str, Any]:
+def swap_folder(config: RunConfig) -> Path | None:
+    """Where this run's files on an NVMe disk lie, None for a run that has none.
+
+    Every run directory has its own, because DeepSpeed gives the files of all runs the same names.
+    """
+    folder = config.parallel.offload_folder
+    return folder and folder / f"megaphase-{hash_json(str(config.output.resolve()))}"
+
+
+def _offload(config: RunConfig, largest: int) -> dict[str, Any]:
+    parallel, folder = config.parallel, swap_folder(config)
     places = {"offload_optimizer": parallel.offload, "offload_param": parallel.offload_parameters}
-    folder = parallel.offload_folder and str(parallel.offload_folder)
-    return {
-        key: {"device": place, "pin_memory": torch.cuda.is_available(), "nvme_path": folder}
+    offload: dict[str, Any] = {
+        key: {
+            "device": place,
+            "pin_memory": torch.cuda.is_available(),
+            "nvme_path": folder and str(folder),
+        }
         for key, place in places.items()
         if place != "none"
     }
+    if parallel.offload_parameters == "nvme":
+        offload["offload_param"] |= {
+            "buffer_count": SWAP_BUFFERS,
+            "buffer_size": largest,
+            "max_in_cpu": 0,
+        }
+    return offload
 
 
-def deepspeed_config(config: RunConfig, data_size: int) -> dict[str, Any]:
+def _largest_partition(shape: GPTShape, tensor_size: int, data_size: int) -> int:
+    """Elements that one rank holds of the largest parameter."""
+    rows = max(
+        padded_vocab(shape.vocab, tensor_size),
+        sum(shape.qkv_segments),
+        sum(shape.ffn_segments),
+        shape.seq_len * tensor_size,  # learned positions are not cut
+    )
+    return math.ceil(rows * shape.hidden / tensor_size / data_size)
+
+
+def deepspeed_config(config: RunConfig, shape: GPTShape, data_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`."""
     accumulation = config.batch.samples // (data_size * config.batch.micro)
     return {
@@ -54,7 +94,7 @@ def deepspeed_config(config: RunConfig, data_size: int) -> dict[str, Any]:
             # Stage 3 joins gradients on the way to the network in any case; with this twice.
             "contiguous_gradients": config.parallel.zero < 3,
             "overlap_comm": torch.cuda.is_available(),
-            **_offload(config.parallel),
+            **_offload(config, _largest_partition(shape, config.parallel.tensor, data_size)),
         },
         # The optimizer is torch's own fused AdamW, which DeepSpeed has not on its list.
         "zero_allow_untested_optimizer": True,

@@ -131,7 +131,7 @@ class Engine:
         self.topology = topology
         self._tasks = tasks
         self.micro = config.batch.micro
-        settings = deepspeed_config(config, topology.data_size)
+        settings = deepspeed_config(config, shape, topology.data_size)
         # Without ZeRO, DeepSpeed clips by the norm but does not tell it.
         self._clip_here = largest_norm(config) if config.parallel.zero == 0 else None
         self._accumulation: int = settings["gradient_accumulation_steps"]

@@ -61,16 +61,16 @@ class OptimizerState:
         self._optimizer, self._topology = optimizer, topology
         self._parameters = dict(engine.module.named_parameters())
         self._stage: int = engine.zero_optimization_stage()
+        self._swapper = getattr(self._zero, "optimizer_swapper", None)  # to and from an NVMe disk
         self.layouts: dict[str, ParameterLayout] = {
             name: layout_of(parameter) for name, parameter in self._parameters.items()
         }
 
     def reset(self) -> None:
         """Forget moments and step counts; the fp32 weights stay as they are."""
-        for index, group in enumerate(self._groups()):
-            with self._resident(index):
-                self._optimizer.state.pop(group.flat, None)
         self._optimizer.state.clear()
+        if self._swapper is not None:
+            self._swapper.purge_state()  # or it would bring the old moments back from the disk
 
     @property
     def steps(self) -> int:
@@ -91,14 +91,14 @@ class OptimizerState:
     def tensors(self, kinds: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         """This rank's pieces by name, as views that the next step changes."""
         for index, group in enumerate(self._groups()):
-            with self._resident(index):
+            with self._resident(index, changed=False):
                 for kind in kinds:
                     flat = self._flat(group, kind)
                     for fragment in self._own(group):
                         yield tensor_name(kind, fragment.name), fragment.of(flat)
 
     @torch.no_grad()
-    def load(self, stored: StoredParameters, steps: int, *, weights_only: bool = False) -> None:
+    def load(self, stored: StoredParameters, steps: int) -> None:
         """Set weights, moments and step count from a checkpoint of any layout.
 
         steps: optimizer steps behind the moments that are stored; 0 where there are none.
@@ -108,10 +108,11 @@ class OptimizerState:
         """
         stored.check(self.layouts)
         self._zero_prologue()
+        self.reset()
         for index, group in enumerate(self._groups()):
-            with self._resident(index):
+            with self._resident(index, changed=True):
                 self._fill(group.flat.data, group, WEIGHT, stored)
-                if steps and not weights_only:
+                if steps:
                     self._optimizer.state[group.flat] = self._moments(group, steps, stored)
                 self._write_back(index)
         self._zero_epilogue()
@@ -180,14 +181,20 @@ class OptimizerState:
             yield MasterGroup(flat, fragments)
 
     @contextmanager
-    def _resident(self, index: int) -> Iterator[None]:
-        """Have a group's tensors in memory; they may lie on an NVMe disk otherwise."""
-        swapped = self._stage == 3 and self._zero._swappable_optimizer_subgroup(index)
-        if swapped:
-            self._zero._optimizer_states_and_gradient_swap_in(index)
+    def _resident(self, index: int, *, changed: bool) -> Iterator[None]:
+        """Have a group's tensors in memory; they may lie on an NVMe disk otherwise.
+
+        changed: whether they go back to the disk afterwards.
+        """
+        if self._swapper is None or not self._zero._swappable_optimizer_subgroup(index):
+            yield
+            return
+        self._zero._optimizer_states_and_gradient_swap_in(index)
         yield
-        if swapped:
+        if changed:
             self._zero._optimizer_states_and_gradient_swap_out(index)
+        else:
+            self._zero._release_swap_buffers(index)
 
     def _zero_prologue(self) -> None:
         if self._stage == 3:

@@ -26,6 +26,7 @@ from megaphase.tokenizer import Tokenizer
 from megaphase.training.branch import Branch
 from megaphase.training.engine import Engine, check_batch
 from megaphase.training.evaluation import HeldOutEvaluator
+from megaphase.training.nvme import prepare_offload
 from megaphase.training.run_directory import RunDirectory
 
 CHECKPOINT_FORMAT = 2
@@ -60,6 +61,7 @@ def check_run(config: RunConfig, branch: Branch | None) -> Ingredients:
         if branch.state:
             _check_format(branch.checkpoint, branch.state)
         branch.check(config, spec, described_shape(shape))
+    prepare_offload(config)
     return Ingredients(tokenizer, shape, spec)
 
 

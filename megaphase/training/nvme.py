@@ -1,0 +1,61 @@
+"""The NVMe disk that ZeRO-3 offloads to: the run's folder there, and what reads and writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from megaphase.config import RunConfig
+from megaphase.errors import InputError
+from megaphase.locks import exclusive_lock
+from megaphase.training.deepspeed_config import swap_folder
+from megaphase.training.engine import import_deepspeed
+
+LOCK_FILE = "megaphase-async-io.lock"
+
+
+def prepare_offload(config: RunConfig) -> None:
+    """Make the folder and load DeepSpeed's operator, where the run file asks for NVMe.
+
+    Raises:
+        InputError: the folder cannot be written, or the operator cannot be built.
+    """
+    folder = swap_folder(config)
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(
+            config.where("parallel.offload_folder"),
+            f"{folder} cannot be written ({error.strerror})",
+            "give a folder on a disk of every node",
+        ) from None
+    try:
+        _load_async_io()
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            config.where("parallel"),
+            f"nvme needs DeepSpeed's operator async_io, which cannot be built here ({reason})",
+            "install libaio-dev, ninja and a C++ compiler, or offload to the cpu",
+        ) from None
+
+
+def _load_async_io() -> None:
+    """Compile the operator at its first use, one process at a time.
+
+    torch marks a build with a lock file, on which every later run would hang for ever if this one
+    were killed meanwhile. Under a lock that ends with its process, such a file is a leftover.
+    """
+    import_deepspeed()
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils import cpp_extension
+
+    root = Path(cpp_extension.get_default_build_root())
+    with exclusive_lock(root / LOCK_FILE, lambda: None):
+        for name in ("pin_memory", "async_io"):
+            directory = cpp_extension._get_build_directory(name, verbose=False)
+            Path(directory, "lock").unlink(missing_ok=True)
+        get_accelerator().create_op_builder("AsyncIOBuilder").load(verbose=False)

@@ -1,0 +1,221 @@
+"""ZeRO-3 with optimizer and parameters on an NVMe disk: saved, gone on with, and reset.
+
+DeepSpeed reads and writes the disk with an operator of its own, which needs libaio and is compiled
+at its first use; that takes minutes, so these tests are slow ones. Any disk will do here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import once, run_ranks
+from engine_support import (
+    build_engine,
+    fp32_weights,
+    global_batch,
+    process_group,
+    run_config,
+    share,
+)
+
+from megaphase.checkpoint.parameters import StoredParameters
+from megaphase.checkpoint.saver import Saver, Snapshot
+from megaphase.checkpoint.store import CheckpointStore
+from megaphase.config import RunConfig
+from megaphase.errors import InputError
+from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.topology import start
+from megaphase.training.deepspeed_config import swap_folder
+from megaphase.training.engine import Engine
+from megaphase.training.nvme import prepare_offload
+
+PROCESSES = 2
+BEFORE, AFTER = 3, 3
+RATE = 1e-2
+# DeepSpeed leaves tensors below 1 MiB a rank in memory: the embeddings are above it, also in bf16.
+VOCAB = 8192
+MODEL = {"hidden": 128, "ffn": 256}
+PLACES = {
+    "optimizer": {"offload": "nvme"},
+    "optimizer and parameters": {"offload": "nvme", "offload_parameters": "nvme"},
+    "parameters": {"offload": "cpu", "offload_parameters": "nvme"},
+}
+CASES = [(precision, place) for precision in ("fp32", "bf16") for place in PLACES]
+Curve = list[tuple[float, float]]
+
+
+@cache
+def missing() -> str | None:
+    """Why DeepSpeed's operator cannot be used here, or None."""
+    if not any(Path(folder, "libaio.h").exists() for folder in ("/usr/include", "/usr/local/include")):
+        return "libaio-dev is not installed"
+    return None if shutil.which("c++") else "there is no C++ compiler"
+
+
+needs_aio = [
+    pytest.mark.slow,
+    pytest.mark.distributed,
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
+
+
+@dataclass
+class Examined:
+    """Of one case; curves are losses and gradient norms."""
+
+    in_memory: Curve
+    undisturbed: Curve
+    resumed: Curve
+    same_weights: bool
+    steps: tuple[int, int]  # before and after a reset
+    after_reset: Curve
+    fresh: Curve
+    swapped: list[str]  # kinds of files on the disk
+
+
+def nvme_config(folder: str, precision: str, place: str, **changes: Any) -> RunConfig:
+    parallel: dict[str, Any] = {"zero": 3, **PLACES[place], "offload_folder": folder}
+    return run_config(model=MODEL, precision=precision, **parallel | changes)
+
+
+def train(engine: Engine, first: int, steps: int) -> Curve:
+    curve = []
+    for step in range(first, first + steps):
+        batch = share(global_batch(step, vocab=VOCAB), engine.topology)
+        result = engine.train_step(batch, RATE)
+        curve.append((result.losses.mean, result.grad_norm))
+    return curve
+
+
+def save(engine: Engine, folder: Path, agreement: Agreement) -> Path:
+    saver = Saver(
+        CheckpointStore(folder, agreement), agreement, keep=1, asynchronous=True, say=str
+    )
+    state, kinds = engine.state, engine.state.kinds()
+    found = Snapshot(state.tensors(kinds), state.shard(), kinds, state.layouts, 1)
+    saver.save("step-00000001", found, {}, {})
+    saver.finish()
+    return folder / "step-00000001"
+
+
+def examine(folder: Path, precision: str, place: str, agreement: Agreement) -> Examined:
+    def build(name: str, seed: int) -> Engine:
+        config = nvme_config(str(folder / name), precision, place, seed=seed)
+        prepare_offload(config)
+        return build_engine(config, VOCAB)
+
+    in_memory = build_engine(run_config(model=MODEL, precision=precision, zero=3), VOCAB)
+    expected = train(in_memory, 0, BEFORE + AFTER)
+    engine = build("one", 1)
+    first = train(engine, 0, BEFORE)
+    checkpoint, steps = save(engine, folder / "saved", agreement), engine.state.steps
+    undisturbed = train(engine, BEFORE, AFTER)
+    weights = fp32_weights(engine)
+
+    other = build("two", 2)
+    train(other, 50, 2)  # moments of its own, which must all go
+    other.state.load(StoredParameters(checkpoint), steps)
+    resumed = train(other, BEFORE, AFTER)
+    resumed_weights = fp32_weights(other)
+
+    other.state.load(StoredParameters(checkpoint), steps)
+    other.state.reset()
+    after_reset = train(other, BEFORE, AFTER)
+    fresh = build("three", 3)
+    fresh.state.load(StoredParameters(checkpoint), 0)
+    return Examined(
+        expected,
+        first + undisturbed,
+        resumed,
+        all(torch.equal(weights[name], resumed_weights[name]) for name in weights),
+        (steps, other.state.steps - AFTER),
+        after_reset,
+        train(fresh, BEFORE, AFTER),
+        sorted({path.parts[-3] for path in (folder / "one").rglob("*.swp")}),
+    )
+
+
+def examine_all(folder: str) -> dict[tuple[str, str], Examined]:
+    with process_group():
+        start(1)
+        agreement = Agreement()
+        return {
+            case: examine(Path(folder, str(number)), *case, agreement)
+            for number, case in enumerate(CASES)
+        }
+
+
+@once
+def examined(folder: str) -> list[dict[tuple[str, str], Examined]]:
+    return run_ranks(examine_all, PROCESSES, folder, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Examined]]:
+    return examined(str(tmp_path_factory.mktemp("nvme")))
+
+
+def marked(function):  # type: ignore[no-untyped-def]
+    for mark in (*needs_aio, pytest.mark.parametrize("case", CASES, ids=" ".join)):
+        function = mark(function)
+    return function
+
+
+@marked
+def test_the_numbers_are_those_of_a_run_in_memory(case, found) -> None:
+    precision, place = case
+    assert found[0][case].undisturbed == pytest.approx(found[0][case].in_memory, rel=1e-6)
+    kinds = ["optimizer"] * place.startswith("optimizer")
+    kinds += [f"{'float32' if precision == 'fp32' else 'bfloat16'}params"] * place.endswith(
+        "parameters"
+    )
+    assert found[0][case].swapped == sorted(kinds)
+
+
+@marked
+def test_what_was_saved_goes_on_bit_for_bit(case, found) -> None:
+    assert found[0][case].resumed == found[0][case].undisturbed[BEFORE:]
+    assert all(rank[case].same_weights for rank in found)
+
+
+@marked
+def test_a_reset_leaves_a_fresh_optimizer(case, found) -> None:
+    assert found[0][case].steps == (BEFORE, 0)
+    assert found[0][case].after_reset == found[0][case].fresh
+    assert found[0][case].after_reset != found[0][case].resumed
+
+
+def test_every_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    config = nvme_config(str(tmp_path), "bf16", "optimizer")
+    other = config.model_copy(update={"output": Path("elsewhere")})
+    one, two = swap_folder(config), swap_folder(other)
+    assert one is not None
+    assert one != two
+    assert one.parent == tmp_path
+    assert one == swap_folder(config), "a run that goes on uses the same"
+    assert swap_folder(run_config(zero=3)) is None
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = nvme_config(str(tmp_path / "file"), "bf16", "optimizer")
+    with pytest.raises(InputError, match=r"parallel\.offload_folder: .* cannot be written \(Not a"):
+        prepare_offload(config)
+
+
+def test_a_missing_compiler_or_library_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("Unable to JIT load the async_io op\nmore")
+
+    monkeypatch.setattr("megaphase.training.nvme._load_async_io", fail)
+    config = nvme_config(str(tmp_path), "bf16", "optimizer")
+    with pytest.raises(InputError, match=r"parallel: nvme needs .* async_io op\); install libaio"):
+        prepare_offload(config)
