@@ -1,7 +1,9 @@
 """Runs that go on from another run's checkpoint, against the run that had both phases itself."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -42,8 +44,11 @@ def branch_settings(corpora, *, state="reset", **changes):
 
 @pytest.fixture(scope="module")
 def base(corpora, folder):
-    """The run directory of the high-resource phase alone, without the task that is to come."""
-    settings = run_settings(corpora, monitor={"tasks": ["boreth"]})
+    """The run directory of the high-resource phase alone, without the task that is to come.
+
+    With so large a gain asked for, the best weights are those of step 5, saved alone.
+    """
+    settings = run_settings(corpora, monitor={"tasks": ["alda"], "min_gain": 0.9})
     settings["phases"] = settings["phases"][:1]
     settings["tasks"] = {task: settings["tasks"][task] for task in HIGH}
     run_well("train", write_run_file(folder / "base", settings))
@@ -133,19 +138,33 @@ def test_a_branch_that_is_killed_before_its_first_checkpoint_begins_again(
     source = ("--from", base / "checkpoints" / "step-00000012")
     run_killed(run_file, *source, before_step=15)
     assert not (folder / "early" / "run" / "checkpoints" / "latest").exists()
+    shutil.copytree(folder / "early", folder / "orphan")
     run_well("train", run_file)
     assert rows_of_joint(folder / "early" / "run") == rows_of_joint(branch)
 
+    origin = folder / "orphan" / "run" / "origin.json"
+    origin.write_text(origin.read_text().replace("step-00000012", "step-00000011"))
+    result = run("train", folder / "orphan" / "run.yaml")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert f"{base / 'checkpoints' / 'step-00000011'}: this is not a checkpoint" in result.stderr
 
-def test_a_branch_killed_between_its_first_two_files_is_still_a_branch(base, branch, tmp_path):
-    """origin.json is there before run.json says that the run has begun."""
-    shutil.copytree(branch.parent, tmp_path / "run-less", symlinks=True)
-    run_dir = tmp_path / "run-less" / "run"
-    (run_dir / "run.json").unlink()
-    config = load_run_file(tmp_path / "run-less" / "run.yaml")
-    assert choose_branch(config, None) == choose_branch(config, f"{base}@pretrain")
-    written = [(run_dir / name).stat().st_mtime_ns for name in ("origin.json", "plan.json")]
-    assert written == sorted(written)
+
+def kill_before_claim() -> None:
+    """In the process of a run: it ends before it says that it has begun."""
+    from megaphase.training.run_directory import RunDirectory
+
+    RunDirectory.claim = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+
+
+def test_a_branch_that_is_killed_before_it_has_a_run_file_is_still_a_branch(
+    branch, base, corpora, folder
+):
+    run_file = write_run_file(folder / "unclaimed", branch_settings(corpora))
+    result = run("train", run_file, "--from", f"{base}@pretrain", prepare=kill_before_claim)
+    assert result.returncode == -signal.SIGKILL
+    assert not (folder / "unclaimed" / "run" / "run.json").exists()
+    run_well("train", run_file)
+    assert rows_of_joint(folder / "unclaimed" / "run") == rows_of_joint(branch)
 
 
 def test_the_same_command_goes_on_when_the_base_has_moved_on_or_is_gone(base, corpora, tmp_path):
@@ -167,8 +186,9 @@ def test_the_best_weights_of_a_task_can_be_branched(base, corpora, folder):
     settings = branch_settings(corpora)
     settings["phases"][0]["steps"] = 1
     run_file = write_run_file(folder / "of-best", settings)
-    run_well("train", run_file, "--from", f"{base}@best-boreth")
-    best = find_checkpoint(f"{base}@best-boreth")
+    run_well("train", run_file, "--from", f"{base}@best-alda")
+    best = find_checkpoint(f"{base}@best-alda")
+    assert best.name == "best-00000005"
     step = json.loads((best / "state.json").read_text())["step"]
     first, *_, last = read_rows(folder / "of-best" / "run")
     assert (first["step"], last["step"]) == (step, step + 1)
@@ -244,7 +264,7 @@ def test_unknown_names_are_refused_with_those_there_are(base, new_run):
     assert "pretrain" in said
     with pytest.raises(InputError) as caught:
         find_checkpoint(f"{base}@joint")
-    for name in ("pretrain", "best-boreth", "best-mean", "latest", "step-00000008"):
+    for name in ("pretrain", "best-alda", "best-mean", "latest", "step-00000008"):
         assert name in str(caught.value)
     for wrong in (base, base / "checkpoints", "nowhere/at/all"):
         with pytest.raises(InputError, match="this is not a checkpoint"):
@@ -260,9 +280,8 @@ def test_what_does_not_fit_the_base_is_named(base, branch, whole, new_run):
     corpus = f"tasks.alda.corpus={load_run_file(new_run).tasks['cimri'].corpus}"
     assert "tasks.alda: its samples are not those" in refused(new_run, end, corpus)
     best = base / "checkpoints" / "best-00000005"
-    if best.is_dir():
-        keep = refused(new_run, best, "phases.0.optimizer_state=keep")
-        assert f"phases[0].optimizer_state: is keep, but {best} has weights alone" in keep
+    keep = refused(new_run, best, "phases.0.optimizer_state=keep")
+    assert f"phases[0].optimizer_state: is keep, but {best} has weights alone" in keep
     by_itself = refused(whole.parent / "run.yaml", f"{base}@pretrain")
     assert "output: the run in" in by_itself
     assert "began by itself, not from" in by_itself
