@@ -34,6 +34,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped on a signal "
     "after a checkpoint.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # so that paragraphs are wrapped to the terminal
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
