@@ -163,8 +163,9 @@ class TrainingLoop:
         if in_a_row > allowed:
             with self._holding_up(at):
                 self._saver.finish()
+            steps = "1 step" if in_a_row == 1 else f"{in_a_row} steps in a row"
             raise RunError(
-                f"{phase} step {at.step:,}: {what} is not finite, in {in_a_row} steps in a row "
+                f"{phase} step {at.step:,}: {what} is not finite, in {steps} "
                 f"(faults.skip_batches: {allowed}); what the step saw: {trace}; go on from the "
                 "last checkpoint with other data, or begin again with a lower peak learning rate "
                 "or a longer warm-up"
