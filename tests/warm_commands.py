@@ -1,46 +1,51 @@
-"""Megaphase commands in processes of their own that need not import torch and DeepSpeed again.
+"""Megaphase commands of one process, each in a fork that has imported torch and DeepSpeed already.
 
-A fork server imports them once; every command is a fork of it, with its own standard output.
+Beside `distributed.launch` they can be told to do something of their own before the command.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import sys
+import subprocess
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 
+from warm_process import WarmProcess
+
 from megaphase.launch.local import free_port, rank_environment
 
 DEADLINE_SECONDS = 300.0
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["megaphase.cli", "megaphase.training.train", "deepspeed"])
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 
 def run(*arguments: object, prepare: Callable[[], object] | None = None) -> CompletedProcess[str]:
-    """Run a command of one process to its end, whatever its exit code (negative: the signal).
+    """Run a command to its end, whatever its exit code (negative: the signal).
 
     prepare: called in the process before the command; it can be pickled.
     """
     argv = [str(each) for each in arguments]
     with tempfile.TemporaryDirectory(prefix="command-") as folder:
-        process = _SERVER.Process(target=_main, args=(argv, folder, prepare))
-        process.start()
-        process.join(DEADLINE_SECONDS)
-        timed_out = process.exitcode is None
-        process.kill()
-        process.join()
-        stdout, stderr = (_text(Path(folder) / name) for name in ("stdout", "stderr"))
-        assert not timed_out, f"not done after {DEADLINE_SECONDS:.0f} s: {stderr}"
-        assert process.exitcode is not None
-        return CompletedProcess(argv, process.exitcode, stdout, stderr)
+        stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
+        process = WarmProcess(
+            "megaphase.cli:main",
+            argv,
+            stdout=stdout,
+            stderr=stderr,
+            env={"OMP_NUM_THREADS": "1", **rank_environment(0, 1, free_port())},
+            prepare=prepare,
+        )
+        try:
+            code = process.wait(DEADLINE_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(
+                f"not done after {DEADLINE_SECONDS:.0f} s: {_text(stderr)}"
+            ) from None
+        finally:
+            process.kill()
+        return CompletedProcess(argv, code, _text(stdout), _text(stderr))
 
 
 def run_well(*arguments: object, prepare: Callable[[], object] | None = None) -> str:
@@ -71,21 +76,3 @@ def _kill_before(step: int) -> None:
 
 def _text(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
-
-
-def _main(argv: list[str], folder: str, prepare: Callable[[], object] | None) -> None:
-    """In the fork: what the `megaphase` program does."""
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        opened = os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT)
-        os.dup2(opened, descriptor)
-        os.close(opened)
-    os.environ.update(rank_environment(0, 1, free_port()))
-    import torch
-
-    from megaphase import cli
-
-    torch.set_num_threads(1)
-    if prepare is not None:
-        prepare()
-    sys.argv = ["megaphase", *argv]
-    cli.main()
