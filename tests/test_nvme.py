@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ PLACES = {
     "optimizer and parameters": {"offload": "nvme", "offload_parameters": "nvme"},
     "parameters": {"offload": "cpu", "offload_parameters": "nvme"},
 }
-CASES = [(precision, place) for precision in ("fp32", "bf16") for place in PLACES]
+CASES = [*(("fp32", place) for place in PLACES), ("bf16", "optimizer and parameters")]
 Curve = list[tuple[float, float]]
 
 
@@ -64,7 +64,7 @@ def missing() -> str | None:
 class PythonHandle:
     """What DeepSpeed's swappers use of its `aio_handle`; here a request is done at once."""
 
-    locked: list[Tensor] = []  # by whichever handle: the operator shares them, too
+    locked: ClassVar[list[Tensor]] = []  # by any handle: the operator shares them, too
 
     def __init__(self, **settings: Any) -> None:
         self._done = 0
@@ -122,7 +122,7 @@ def put_stand_in_place() -> None:
 class Examined:
     """Of one case; curves are losses and gradient norms."""
 
-    in_memory: Curve
+    on_the_cpu: Curve
     undisturbed: Curve
     resumed: Curve
     same_weights: bool
@@ -147,9 +147,7 @@ def train(engine: Engine, first: int, steps: int) -> Curve:
 
 
 def save(engine: Engine, folder: Path, agreement: Agreement) -> Path:
-    saver = Saver(
-        CheckpointStore(folder, agreement), agreement, keep=1, asynchronous=True, say=str
-    )
+    saver = Saver(CheckpointStore(folder, agreement), agreement, keep=1, asynchronous=True, say=str)
     state, kinds = engine.state, engine.state.kinds()
     found = Snapshot(state.tensors(kinds), state.shard(), kinds, state.layouts, 1)
     saver.save("step-00000001", found, {}, {})
@@ -162,8 +160,9 @@ def examine(folder: Path, precision: str, place: str, agreement: Agreement) -> E
         config = nvme_config(str(folder / name), precision, place, seed=seed)
         return build_engine(config, VOCAB)
 
-    in_memory = build_engine(run_config(model=MODEL, precision=precision, zero=3), VOCAB)
-    expected = train(in_memory, 0, BEFORE + AFTER)
+    places = dict.fromkeys(PLACES[place], "cpu")
+    on_the_cpu = run_config(model=MODEL, precision=precision, zero=3, **places)
+    expected = train(build_engine(on_the_cpu, VOCAB), 0, BEFORE + AFTER)
     engine = build("one", 1)
     first = train(engine, 0, BEFORE)
     checkpoint, steps = save(engine, folder / "saved", agreement), engine.state.steps
@@ -230,12 +229,9 @@ each_case = pytest.mark.parametrize("case", CASES, ids=" ".join)
 
 
 @each_case
-def test_the_numbers_are_those_of_a_run_in_memory(case, found) -> None:
+def test_the_numbers_are_those_of_an_offload_to_the_cpu(case, found) -> None:
     precision, place = case
-    undisturbed, in_memory = found[0][case].undisturbed, found[0][case].in_memory
-    for column in (0, 1):
-        expected = pytest.approx([row[column] for row in in_memory], rel=1e-6)
-        assert [row[column] for row in undisturbed] == expected
+    assert found[0][case].undisturbed == found[0][case].on_the_cpu
     kinds = ["optimizer"] * place.startswith("optimizer")
     kinds += [f"{'float32' if precision == 'fp32' else 'bfloat16'}params"] * place.endswith(
         "parameters"

@@ -386,8 +386,8 @@ def test_a_small_disk_that_fills_up_keeps_its_whole_checkpoints(small_disk: Path
     shown = store_module.shutil.disk_usage(small_disk).free
     with pytest.MonkeyPatch.context() as patch:  # another process is faster in taking the space
         patch.setattr(store_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e9))
+        saver.save(full_name(2), snapshot(torch.zeros(20_000)), {}, {})
         with pytest.raises(RunError, match=r"rank 0 could not write: No space left on device"):
-            saver.save(full_name(2), snapshot(torch.zeros(20_000)), {}, {})
             saver.finish()
     assert names(small_disk) == ["latest", full_name(1)]
     assert store_module.shutil.disk_usage(small_disk).free == shown
