@@ -11,7 +11,6 @@ from typing import NoReturn
 from rich.console import Console
 
 from megaphase.checkpoint.names import find_checkpoint, find_in_run
-from megaphase.checkpoint.parameters import StoredParameters
 from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import Checkpoint
 from megaphase.config import RunConfig
@@ -20,7 +19,8 @@ from megaphase.locks import exclusive_lock
 from megaphase.parallel.together import on_first_rank, together
 from megaphase.parallel.topology import Topology, process_group
 from megaphase.parallel.watchdog import Watchdog
-from megaphase.training.branch import Branch, choose_branch
+from megaphase.training.beginning import Beginning, load_checkpoint
+from megaphase.training.branch import choose_branch
 from megaphase.training.deepspeed_config import compute_dtype
 from megaphase.training.engine import Engine
 from megaphase.training.evaluation import HeldOutLoss
@@ -29,9 +29,7 @@ from megaphase.training.health import LossWatch
 from megaphase.training.loop import Guards, TrainingLoop
 from megaphase.training.metrics import MetricsLog
 from megaphase.training.monitor import OverfitMonitor
-from megaphase.training.position import Position
 from megaphase.training.progress import Display
-from megaphase.training.random_state import set_random_state, stored_random_state
 from megaphase.training.record import Record, Yardstick
 from megaphase.training.run_directory import RunDirectory
 from megaphase.training.saving import RunSaver
@@ -61,35 +59,42 @@ def train(
         contextlib.ExitStack() as stack,
     ):
         with watchdog.patient("setting up"):
-            branch = together(lambda: choose_branch(config, source))
-            setting = set_the_stage(config, branch, console)
-            on_first_rank(lambda: stack.enter_context(_sole_run(setting.directory)) and None)
-            checkpoint = setting.store.newest_whole(setting.say)
-            if checkpoint is not None:
-                together(lambda: setting.check_checkpoint(checkpoint))
-            if checkpoint is not None and _is_done(setting, checkpoint):
-                steps = checkpoint.state["step"]
+            beginning = _beginning(config, source, console, stack)
+            setting = beginning.setting
+            if beginning.is_end():
+                steps = beginning.step
                 setting.say(f"{config.output}: all {steps:,} steps are done; nothing to do")
                 return
-            beginning = _beginning(setting, branch, checkpoint)
             engine = setting.engine()
             setting.say(_describe(setting))
-            if beginning is not None:
-                _load(setting, engine, beginning)
-            record = stack.enter_context(_record(setting, branch, checkpoint, console))
-        guards = _guards(setting, watchdog, signals, checkpoint)
-        saver = _run_saver(setting, engine, guards, checkpoint, record)
+            beginning.load(engine)
+            record = stack.enter_context(_record(beginning, console))
+            beginning.tell(record)
+        guards = _guards(beginning, watchdog, signals)
         loop = TrainingLoop(
             config,
             setting.plan,
             engine,
             setting.evaluator(engine),
-            saver,
+            _run_saver(beginning, engine, guards, record),
             record,
             guards,
             filler=setting.parts.tokenizer.eod,
         )
-        loop.run(_position(setting, branch, checkpoint), branched=branch is not None)
+        loop.run(beginning.position(), branched=beginning.branch is not None)
+
+
+def _beginning(
+    config: RunConfig, source: str | None, console: Console, stack: contextlib.ExitStack
+) -> Beginning:
+    """Check everything and take the run directory, which `stack` gives back."""
+    branch = together(lambda: choose_branch(config, source))
+    setting = set_the_stage(config, branch, console)
+    on_first_rank(lambda: stack.enter_context(_sole_run(setting.directory)) and None)
+    checkpoint = setting.store.newest_whole(setting.say)
+    if checkpoint is not None:
+        together(lambda: setting.check_checkpoint(checkpoint))
+    return Beginning(setting, checkpoint, branch)
 
 
 def evaluate(
@@ -112,7 +117,7 @@ def evaluate(
             found = _checkpoint_to_evaluate(setting, checkpoint)
             together(lambda: setting.check_checkpoint(found))
             engine = setting.engine()
-            _load(setting, engine, found)
+            load_checkpoint(setting, engine, found)
         losses = setting.evaluator(engine).evaluate(partial(watchdog.at, "measuring"))
         return found.state["step"], losses
 
@@ -151,60 +156,22 @@ def _sole_run(directory: RunDirectory) -> contextlib.AbstractContextManager[None
     return exclusive_lock(directory.lock, refuse)
 
 
-def _is_done(setting: Setting, checkpoint: Checkpoint) -> bool:
-    return checkpoint.state["position"]["phase"] == len(setting.config.phases)
-
-
-def _beginning(
-    setting: Setting, branch: Branch | None, checkpoint: Checkpoint | None
-) -> Checkpoint | None:
-    """The checkpoint whose weights the run begins with, if it does not begin with initial ones."""
-    if checkpoint is not None or branch is None:
-        return checkpoint
-    if branch.is_new:  # verified when the stage was set
-        return Checkpoint(branch.checkpoint, branch.state)
-    return setting.store.open(branch.checkpoint)
-
-
-def _load(setting: Setting, engine: Engine, checkpoint: Checkpoint) -> None:
-    """Take weights and optimizer state over, from whatever layout they were saved on."""
-    stored, state = StoredParameters(checkpoint.folder), checkpoint.state
-    together(lambda: engine.state.load(stored, state["optimizer_steps"]))
-    if state["processes"] == setting.topology.world_size:
-        set_random_state(stored_random_state(checkpoint.folder, setting.topology.rank))
-
-
-def _position(setting: Setting, branch: Branch | None, checkpoint: Checkpoint | None) -> Position:
-    tokens_per_step = setting.config.batch.samples * setting.config.model.seq_len
-    if checkpoint is not None:
-        return Position.from_json(checkpoint.state["position"])
-    starts = tuple(setting.plan.first_ordinals([]).tolist())
-    step, tokens = (branch.step, branch.tokens) if branch else (0, 0)
-    return Position(0, 0, step, tokens, starts, tokens_per_step)
-
-
-def _guards(
-    setting: Setting, watchdog: Watchdog, signals: StopSignals, checkpoint: Checkpoint | None
-) -> Guards:
+def _guards(beginning: Beginning, watchdog: Watchdog, signals: StopSignals) -> Guards:
+    setting, state = beginning.setting, beginning.state
     monitor = OverfitMonitor(setting.config)
     losses = LossWatch(setting.config.faults.spike_deviations)
-    if checkpoint is not None:
-        monitor.load_state_dict(checkpoint.state["monitor"])
-        losses.load_state_dict(checkpoint.state["losses"])
+    if state is not None:
+        monitor.load_state_dict(state["monitor"])
+        losses.load_state_dict(state["losses"])
     first = setting.topology.is_first
     trace = StepTrace(setting.directory.traces, setting.plan, writes=first)
     return Guards(setting.agreement, watchdog, signals, monitor, losses, trace)
 
 
-def _run_saver(
-    setting: Setting,
-    engine: Engine,
-    guards: Guards,
-    checkpoint: Checkpoint | None,
-    record: Record,
-) -> RunSaver:
+def _run_saver(beginning: Beginning, engine: Engine, guards: Guards, record: Record) -> RunSaver:
+    setting = beginning.setting
     settings = setting.config.checkpoint
-    best = checkpoint.state["best"] if checkpoint else {}
+    best = beginning.state["best"] if beginning.state else {}
     setting.agreement.on_first_rank(partial(setting.store.prepare, best))
     saver = Saver(
         setting.store,
@@ -219,10 +186,9 @@ def _run_saver(
 
 
 @contextlib.contextmanager
-def _record(
-    setting: Setting, branch: Branch | None, checkpoint: Checkpoint | None, console: Console
-) -> Iterator[Record]:
+def _record(beginning: Beginning, console: Console) -> Iterator[Record]:
     """Rank 0's record and display, closed at the end whatever happens."""
+    setting, done = beginning.setting, beginning.step
     config, plan = setting.config, setting.plan
     yardstick = Yardstick(
         config.batch.samples * config.model.seq_len,
@@ -232,25 +198,16 @@ def _record(
     if not setting.topology.is_first:
         yield Record(None, None, plan.tasks, yardstick)
         return
-    before = branch.step if branch else 0
-    done = checkpoint.state["step"] if checkpoint else before
     metrics = MetricsLog(
         setting.directory.metrics,
-        keep_bytes=checkpoint.state["metrics_bytes"] if checkpoint else 0,
+        keep_bytes=beginning.state["metrics_bytes"] if beginning.state else 0,
         tensorboard=setting.directory.tensorboard if config.logging.tensorboard else None,
         step=done,
     )
-    steps = before + sum(phase.steps for phase in plan.phases)
+    steps = beginning.first_step + sum(phase.steps for phase in plan.phases)
     display = Display(console, steps=steps, done=done, every_steps=config.logging.every_steps)
     with contextlib.closing(metrics), display:
-        record = Record(metrics, display, plan.tasks, yardstick)
-        if checkpoint is not None:
-            record.event(done, "resume", checkpoint=checkpoint.folder.name)
-            record.say(f"going on from {checkpoint.folder}")
-        elif branch is not None:
-            record.event(done, "branch", checkpoint=str(branch.checkpoint))
-            record.say(f"going on from {branch.checkpoint}")
-        yield record
+        yield Record(metrics, display, plan.tasks, yardstick)
 
 
 def _peak_flops(config: RunConfig, topology: Topology) -> float | None:
