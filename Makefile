@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 	$(BIN)/megaphase demo demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow

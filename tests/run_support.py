@@ -85,6 +85,11 @@ def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def without_gap(figures: dict[str, float]) -> dict[str, float]:
+    """A task's figures of a validation, without how far they are from the training loss."""
+    return {key: value for key, value in figures.items() if key != "gap"}
+
+
 def copy_run(source: Path, target: Path) -> Path:
     """Copy a folder made by write_run_file and its run; returns the run file."""
     shutil.copytree(source, target)

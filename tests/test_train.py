@@ -17,6 +17,7 @@ from run_support import (
     read_rows,
     run_settings,
     timeless,
+    without_gap,
     write_run_file,
 )
 
@@ -143,11 +144,6 @@ def test_losses_do_not_depend_on_the_layout(single, several):
                 )
         else:
             assert a == b
-
-
-def without_gap(figures):
-    """How far losses are apart depends on the last digits of either."""
-    return {key: value for key, value in figures.items() if key != "gap"}
 
 
 def test_evaluate_measures_what_training_measured(several):
