@@ -135,6 +135,7 @@ def test_buckets_have_the_sizes_that_the_engine_gives_them():
     assert built(1)[3, "bf16"].buckets == (REDUCE_BUCKET, PREFETCH_BUCKET, SUB_GROUP)
 
 
+@pytest.mark.slow
 def test_the_estimate_is_within_a_tenth_of_what_is_measured():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("the kernel does not tell the most resident memory of a process")

@@ -54,6 +54,9 @@ CASES = [
     for offload in OFFLOADS
     if offload == "none" or (zero > 0 and (offload == "optimizer" or zero == 3))
 ]
+QUICK = [case for case in CASES if case[2] == "none" or case == (3, "bf16", list(OFFLOADS)[-1])]
+SLOW = [case for case in CASES if case not in QUICK]
+PARAMETERS = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 # Every hop changes the tensor-parallel size, the stage, or both.
 HOPS = [
     (1, 0),
@@ -167,53 +170,55 @@ def examine(
     )
 
 
-def examine_all(folder: str) -> dict[tuple[int, str, str], Examined]:
+def examine_all(
+    cases: list[tuple[int, str, str]], folder: str
+) -> dict[tuple[int, str, str], Examined]:
     with process_group():
         start(2)
         agreement = Agreement()
         return {
             case: examine(*case, Path(folder, "-".join(map(str, case))), agreement)
-            for case in CASES
+            for case in cases
         }
 
 
 @once
-def examined() -> list[dict[tuple[int, str, str], Examined]]:
+def examined(quick: bool) -> list[dict[tuple[int, str, str], Examined]]:
     folder = tempfile.mkdtemp(prefix="megaphase-states-")
     try:
-        return run_ranks(examine_all, PROCESSES, folder, timeout=600)
+        return run_ranks(examine_all, PROCESSES, QUICK if quick else SLOW, folder, timeout=600)
     finally:
         shutil.rmtree(folder)
 
 
-def of(case: tuple[int, str, str]) -> Examined:
-    return examined()[0][case]
+def by_rank(case: tuple[int, str, str]) -> list[Examined]:
+    return [results[case] for results in examined(case in QUICK)]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", PARAMETERS, ids=str)
 def test_what_was_saved_goes_on_bit_for_bit(case: tuple[int, str, str]) -> None:
-    found = of(case)
+    found = by_rank(case)[0]
     assert found.steps == BEFORE
     assert found.resumed == found.undisturbed
-    assert all(rank[case].same_weights for rank in examined())
+    assert all(rank.same_weights for rank in by_rank(case))
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", PARAMETERS, ids=str)
 def test_a_reset_leaves_a_fresh_optimizer(case: tuple[int, str, str]) -> None:
-    found = of(case)
+    found = by_rank(case)[0]
     assert found.reset_steps == 0
     assert found.after_reset == found.fresh
     assert found.after_reset != found.undisturbed
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", PARAMETERS, ids=str)
 def test_a_gradient_that_is_not_finite_changes_nothing(case: tuple[int, str, str]) -> None:
     # The steps after it are those of an engine that never saw it, for which see above.
-    assert of(case).skipped == [True, True]
-    assert all(rank[case].skip_changed_nothing for rank in examined())
+    assert by_rank(case)[0].skipped == [True, True]
+    assert all(rank.skip_changed_nothing for rank in by_rank(case))
 
 
 def hop(folder: str) -> tuple[list[float], list[float]]:

@@ -108,7 +108,9 @@ def test_killed_at_any_moment_it_loses_little_and_ends_the_same(tok, inputs, tmp
         assert written - state["files"][".bin"]["bytes"] <= 2 * (SAVE_BYTES * 3 + CHUNK_BYTES)
     assert kills > 3
     assert corpus_bytes(prefix) == corpus_bytes(tmp_path / "whole")
-    assert files_of(prefix.parent) == ["en.bin", "en.hash", "en.idx", "en.json", "en.sum"]
+    # Where the last kill came after the corpus had appeared, its draft was not yet removed.
+    left = [name for name in files_of(prefix.parent) if name != ".en.draft"]
+    assert left == ["en.bin", "en.hash", "en.idx", "en.json", "en.sum"]
 
 
 KILLED_AT_THE_END = """if True:
