@@ -13,12 +13,11 @@ from megaphase.memory.activations import (
     mask_memory,
     residual,
 )
-from megaphase.memory.parameters import block_sizes, parameter_sizes
+from megaphase.memory.parameters import block_sizes, largest_partition, parameter_sizes
 from megaphase.memory.setup import FP32_BYTES, Setup
 from megaphase.memory.states import (
     MOMENTS,
     SUB_GROUP,
-    SWAP_BUFFER,
     SWAP_BUFFERS,
     States,
     states_of,
@@ -122,7 +121,8 @@ def _offloaded(setup: Setup, states: States) -> dict[str, int]:
     if setup.offload_parameters == "cpu":
         host["weights"] = kept.weights
     elif setup.offload_parameters == "nvme":
-        swapped = SWAP_BUFFERS * SWAP_BUFFER * setup.parameter_bytes
+        largest = largest_partition(setup.shape, setup.tensor, setup.data)
+        swapped = SWAP_BUFFERS * largest * setup.parameter_bytes
         host["buffers"] = host.get("buffers", 0) + swapped
     return host
 

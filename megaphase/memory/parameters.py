@@ -20,6 +20,11 @@ def parameter_sizes(shape: GPTShape, tensor: int) -> dict[str, int]:
     return sizes
 
 
+def largest_partition(shape: GPTShape, tensor: int, data: int) -> int:
+    """Elements of the largest parameter on one rank, cut by ZeRO-3 among `data` ranks."""
+    return -(-max(parameter_sizes(shape, tensor).values()) // data)
+
+
 def block_sizes(shape: GPTShape, tensor: int) -> dict[str, int]:
     """Elements of each parameter of one block on one rank."""
     linear = {

@@ -19,9 +19,9 @@ PERSISTENT_PARAMETER = 100_000
 # A weight that is used again before so many others have been used is not given back.
 REUSE_DISTANCE = 1_000_000_000
 SUB_GROUP = 1_000_000_000
-# Of weights on their way from and to NVMe.
-SWAP_BUFFERS = 5
-SWAP_BUFFER = 100_000_000
+# For parameters on an NVMe disk: the four matrices of a block and of the one that is read ahead,
+# embeddings and output projection, and some that are on their way.
+SWAP_BUFFERS = 16
 MOMENTS = 2
 FLAT_ALIGNMENT = 2
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,9 @@ import torch
 
 from megaphase.config import RunConfig
 from megaphase.files import hash_json
+from megaphase.memory.parameters import largest_partition
+from megaphase.memory.states import SWAP_BUFFERS
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.layers import padded_vocab
-
-# For parameters on an NVMe disk: the four matrices of a block and of the one that is read ahead,
-# embeddings and output projection, and some that are on their way.
-SWAP_BUFFERS = 16
 
 
 def parameter_dtype(config: RunConfig) -> torch.dtype:
@@ -68,17 +64,6 @@ def _offload(config: RunConfig, largest: int) -> dict[str, Any]:
     return offload
 
 
-def _largest_partition(shape: GPTShape, tensor_size: int, data_size: int) -> int:
-    """Elements that one rank holds of the largest parameter."""
-    rows = max(
-        padded_vocab(shape.vocab, tensor_size),
-        sum(shape.qkv_segments),
-        sum(shape.ffn_segments),
-        shape.seq_len * tensor_size,  # learned positions are not cut
-    )
-    return math.ceil(rows * shape.hidden / tensor_size / data_size)
-
-
 def deepspeed_config(config: RunConfig, shape: GPTShape, data_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`."""
     accumulation = config.batch.samples // (data_size * config.batch.micro)
@@ -94,7 +79,7 @@ def deepspeed_config(config: RunConfig, shape: GPTShape, data_size: int) -> dict
             # Stage 3 joins gradients on the way to the network in any case; with this twice.
             "contiguous_gradients": config.parallel.zero < 3,
             "overlap_comm": torch.cuda.is_available(),
-            **_offload(config, _largest_partition(shape, config.parallel.tensor, data_size)),
+            **_offload(config, largest_partition(shape, config.parallel.tensor, data_size)),
         },
         # The optimizer is torch's own fused AdamW, which DeepSpeed has not on its list.
         "zero_allow_untested_optimizer": True,

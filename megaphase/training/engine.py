@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
+from megaphase.memory.parameters import is_matrix
 from megaphase.model.gpt import GPT, Block
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.rng import Initializer
@@ -106,19 +107,17 @@ def check_batch(config: RunConfig, data_size: int) -> None:
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weight decay for matrices, none for norms and biases."""
+    """Weight decay for matrices, none for norms and biases.
+
+    By name, because under ZeRO-3 a parameter's own shape is that of a partition.
+    """
     names = dict(model.named_parameters())
-    matrices = [p for n, p in names.items() if _is_matrix(n)]
-    others = [p for n, p in names.items() if not _is_matrix(n)]
+    matrices = [p for n, p in names.items() if is_matrix(n)]
+    others = [p for n, p in names.items() if not is_matrix(n)]
     return [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-
-
-def _is_matrix(name: str) -> bool:
-    # By name, because under ZeRO-3 a parameter's own shape is that of a partition.
-    return not name.endswith("bias") and "norm" not in name
 
 
 class Engine:
