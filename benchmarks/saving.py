@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from megaphase.checkpoint.saver import Saver, Snapshot
+from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import CheckpointStore, full_name
 from megaphase.config import RunConfig
 from megaphase.model.presets import build_shape
@@ -97,10 +97,7 @@ def _config(preset: str) -> RunConfig:
 
 
 def _save(saver: Saver, engine: Engine, number: int) -> None:
-    kinds = engine.state.kinds()
-    tensors, shard = engine.state.tensors(kinds), engine.state.shard()
-    snapshot = Snapshot(tensors, shard, kinds, engine.state.layouts, 1)
-    saver.save(full_name(number), snapshot, {"step": number}, {})
+    saver.save(full_name(number), engine.state.snapshot(), {"step": number}, {})
 
 
 def _write_plainly(path: Path, tensor: torch.Tensor) -> None:

@@ -27,7 +27,7 @@ from engine_support import (
 from torch import Tensor
 
 from megaphase.checkpoint.parameters import StoredParameters
-from megaphase.checkpoint.saver import Saver, Snapshot
+from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
@@ -148,9 +148,7 @@ def train(engine: Engine, first: int, steps: int) -> Curve:
 
 def save(engine: Engine, folder: Path, agreement: Agreement) -> Path:
     saver = Saver(CheckpointStore(folder, agreement), agreement, keep=1, asynchronous=True, say=str)
-    state, kinds = engine.state, engine.state.kinds()
-    found = Snapshot(state.tensors(kinds), state.shard(), kinds, state.layouts, 1)
-    saver.save("step-00000001", found, {}, {})
+    saver.save("step-00000001", engine.state.snapshot(), {}, {})
     saver.finish()
     return folder / "step-00000001"
 

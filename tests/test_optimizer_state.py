@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megaphase.checkpoint.parameters import INDEX_FILE, StoredParameters
-from megaphase.checkpoint.saver import Saver, Snapshot
+from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.parallel.agreement import Agreement
 from megaphase.parallel.topology import start
@@ -104,15 +104,7 @@ def save(engine: Engine, folder: Path, agreement: Agreement) -> Path:
     """Save as a run does; the checkpoint's folder."""
     store = CheckpointStore(folder, agreement)
     saver = Saver(store, agreement, keep=1, asynchronous=True, say=lambda text: None)
-    kinds = engine.state.kinds()
-    snapshot = Snapshot(
-        engine.state.tensors(kinds),
-        engine.state.shard(),
-        kinds,
-        engine.state.layouts,
-        engine.topology.tensor_size,
-    )
-    saver.save("step-00000001", snapshot, {}, {})
+    saver.save("step-00000001", engine.state.snapshot(), {}, {})
     saver.finish()
     return folder / "step-00000001"
 

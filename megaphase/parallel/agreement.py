@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from megaphase.errors import RunError
+from megaphase.parallel.together import Fault, outcome_of
 
 Fact = TypeVar("Fact")
 
@@ -36,14 +36,8 @@ class Agreement:
         return facts
 
     def on_first_rank(self, action: Callable[[], object]) -> None:
-        """Run `action` on rank 0 while the others wait; its RunError is raised on all of them."""
-        fault = None
-        if self.rank == 0:
-            try:
-                action()
-            except RunError as error:
-                fault = str(error)
-        message = [fault]
-        dist.broadcast_object_list(message, src=0, group=self._group)
-        if message[0] is not None:
-            raise RunError(message[0])
+        """Run `action` on rank 0 while the others wait; its fault is raised on all of them."""
+        outcome = [outcome_of(action) if self.rank == 0 else None]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if isinstance(outcome[0], Fault):
+            raise outcome[0]

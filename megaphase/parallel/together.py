@@ -18,7 +18,7 @@ def together(action: Callable[[], Result]) -> Result:
     Raises the InputError or RunError of the lowest rank that raised one on all of them. torch is
     imported only if there are several processes.
     """
-    outcome = _outcome(action)
+    outcome = outcome_of(action)
     faults = [outcome] if world_size() == 1 else _gather_faults(outcome)
     for fault in faults:
         if isinstance(fault, Fault):
@@ -34,7 +34,7 @@ def on_first_rank(action: Callable[[], Result]) -> Result:
     from megaphase.parallel.topology import device, join_processes
 
     join_processes()
-    shared = [_outcome(action) if global_rank() == 0 else None]
+    shared = [outcome_of(action) if global_rank() == 0 else None]
     dist.broadcast_object_list(shared, src=0, device=device())
     outcome = shared[0]
     if isinstance(outcome, Fault):
@@ -42,7 +42,8 @@ def on_first_rank(action: Callable[[], Result]) -> Result:
     return outcome  # type: ignore[return-value]  # the other ranks' None has been replaced
 
 
-def _outcome(action: Callable[[], Result]) -> Result | Fault:
+def outcome_of(action: Callable[[], Result]) -> Result | Fault:
+    """What `action` returns, or the fault that it raises."""
     try:
         return action()
     except (InputError, RunError) as fault:

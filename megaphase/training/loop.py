@@ -23,7 +23,7 @@ from megaphase.training.evaluation import HeldOutEvaluator, HeldOutLoss
 from megaphase.training.health import LossWatch
 from megaphase.training.monitor import OverfitMonitor
 from megaphase.training.position import Position
-from megaphase.training.record import Place, Record, StepSeconds
+from megaphase.training.record import Record, StepSeconds
 from megaphase.training.saving import RunSaver
 from megaphase.training.schedules import learning_rate
 from megaphase.training.signals import StopSignals
@@ -123,8 +123,7 @@ class TrainingLoop:
         train_seconds = time.perf_counter() - started
         seconds = StepSeconds(wait_seconds, train_seconds, self._save_seconds)
         self._save_seconds = 0.0
-        place = Place(phase.name, at.phase_step, at.step, at.tokens)
-        self._record.step(place, result, rate, seconds)
+        self._record.step(phase.name, at, result, rate, seconds)
         if result.applied:
             self._take_in(at, result)
         else:
@@ -191,8 +190,7 @@ class TrainingLoop:
         self._record.event(at.step, "phase_end", phase=phase, reason=reason)
         if at.phase_step < self._plan.phases[at.phase].steps:
             self._record.say(f"{phase} step {at.step:,}  the phase ends: {reason}")
-        used = np.array(at.starts, np.int64) + self._plan.counts(at.phase, at.phase_step)
-        following = at.next_phase(used.tolist())
+        following = at.next_phase(at.used(self._plan))
         self._save(following, permanent=True)
         return following
 

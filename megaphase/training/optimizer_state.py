@@ -7,9 +7,10 @@ where in it. Written against DeepSpeed 0.19; tested for every stage, precision a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from megaphase.checkpoint.parameters import (
     StoredParameters,
     tensor_name,
 )
+from megaphase.checkpoint.saver import Snapshot
 from megaphase.parallel.sharding import ParameterLayout, layout_of
 from megaphase.parallel.topology import Topology
 
@@ -87,6 +89,18 @@ class OptimizerState:
         """What this rank writes: of what several ranks hold, the first of them writes it."""
         pieces = {f.name: f.piece for group in self._groups() for f in self._own(group)}
         return Shard(self._topology.tensor_rank, pieces)
+
+    def snapshot(
+        self,
+        beside: Iterable[tuple[str, Tensor]] = (),
+        *,
+        kinds: tuple[str, ...] | None = None,
+    ) -> Snapshot:
+        """What this rank saves: all that there is, or some kinds of it; with tensors `beside`."""
+        kinds = kinds or self.kinds()
+        tensors = chain(self.tensors(kinds), beside)
+        size = self._topology.tensor_size
+        return Snapshot(tensors, self.shard(), kinds, self.layouts, size)
 
     def tensors(self, kinds: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         """This rank's pieces by name, as views that the next step changes."""

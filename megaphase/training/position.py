@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from megaphase.plan.plan import Plan
+
 
 @dataclass(frozen=True)
 class Position:
@@ -35,6 +37,13 @@ class Position:
             step=self.step + 1,
             tokens=self.tokens + self.tokens_per_step,
         )
+
+    def used(self, plan: Plan) -> tuple[int, ...]:
+        """Samples of each task that were used by then."""
+        if self.phase_step == 0:
+            return self.starts
+        counts = plan.counts(self.phase, self.phase_step).tolist()
+        return tuple(a + b for a, b in zip(self.starts, counts, strict=True))
 
     def next_phase(self, starts: Sequence[int]) -> Self:
         """At the beginning of the phase after this one; `starts` as above."""

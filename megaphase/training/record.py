@@ -9,6 +9,7 @@ from typing import Any
 from megaphase.training.engine import StepResult
 from megaphase.training.evaluation import HeldOutLoss
 from megaphase.training.metrics import MetricsLog
+from megaphase.training.position import Position
 from megaphase.training.progress import Display, StepFigures
 
 
@@ -40,16 +41,6 @@ class Yardstick:
     peak_flops: float | None
 
 
-@dataclass(frozen=True)
-class Place:
-    """A step of a run: its phase, how far the phase is, how far the run is, and in tokens."""
-
-    phase: str
-    phase_step: int
-    step: int
-    tokens: int
-
-
 class Record:
     """metrics.jsonl, TensorBoard and the display; does nothing where it is given neither."""
 
@@ -63,15 +54,17 @@ class Record:
         self._metrics, self._display = metrics, display
         self._tasks, self._yardstick = tasks, yardstick
 
-    def step(self, at: Place, result: StepResult, rate: float, seconds: StepSeconds) -> None:
-        """A training step, also one that was left out."""
+    def step(
+        self, phase: str, at: Position, result: StepResult, rate: float, seconds: StepSeconds
+    ) -> None:
+        """A training step, also one that was left out; `at`: where it has led to."""
         if self._metrics is None or self._display is None:
             return
         tokens = self._yardstick.tokens_per_step
         loss = result.losses.mean
         row = {
             "step": at.step,
-            "phase": at.phase,
+            "phase": phase,
             "phase_step": at.phase_step,
             "tokens": at.tokens,
             "loss": loss,
@@ -87,7 +80,7 @@ class Record:
         if not result.applied:
             row["skipped"] = True
         self._metrics.write(row)
-        self._display.step(StepFigures(at.phase, at.step, loss, rate, tokens, seconds.total))
+        self._display.step(StepFigures(phase, at.step, loss, rate, tokens, seconds.total))
 
     def validation(
         self,

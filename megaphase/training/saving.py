@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.checkpoint.saver import Saver, SaveStatus, Snapshot
@@ -56,7 +54,6 @@ class RunSaver:
             metrics_bytes: how much of metrics.jsonl belongs to the checkpoint; rank 0's counts.
             permanent: whether the checkpoint stays for ever.
         """
-        kinds = self._engine.state.kinds()
         random = ((PREFIX + name, each) for name, each in random_state().items())
         state = self._state(at, phase, metrics_bytes) | {
             "permanent": permanent,
@@ -65,15 +62,13 @@ class RunSaver:
             "losses": self._losses.state_dict(),
             "best": dict(self._best),
         }
-        tensors = chain(self._engine.state.tensors(kinds), random)
-        self._begin(full_name(at.step), kinds, tensors, state)
+        self._begin(full_name(at.step), self._engine.state.snapshot(random), state)
         self._saved = at
 
     def save_weights(self, at: Position, phase: str, metrics_bytes: int) -> None:
         """Save the fp32 weights alone, as the best of some task."""
-        tensors = self._engine.state.tensors((WEIGHT,))
         state = self._state(at, phase, metrics_bytes) | {"optimizer_steps": 0}
-        self._begin(best_name(at.step), (WEIGHT,), tensors, state)
+        self._begin(best_name(at.step), self._engine.state.snapshot(kinds=(WEIGHT,)), state)
 
     def is_saved(self, at: Position) -> bool:
         """Whether the newest save was at this position."""
@@ -92,33 +87,16 @@ class RunSaver:
         """See Saver."""
         self._saver.finish()
 
-    def _begin(
-        self,
-        name: str,
-        kinds: tuple[str, ...],
-        tensors: Iterator[tuple[str, Tensor]],
-        state: Mapping[str, Any],
-    ) -> None:
-        snapshot = Snapshot(
-            tensors,
-            self._engine.state.shard(),
-            kinds,
-            self._engine.state.layouts,
-            self._engine.topology.tensor_size,
-        )
+    def _begin(self, name: str, snapshot: Snapshot, state: Mapping[str, Any]) -> None:
         with torch.no_grad():
             self._saver.save(name, snapshot, state, dict(self._best))
 
     def _state(self, at: Position, phase: str, metrics_bytes: int) -> dict[str, Any]:
-        used = at.starts
-        if at.phase_step:
-            counts = self._plan.counts(at.phase, at.phase_step).tolist()
-            used = tuple(a + b for a, b in zip(used, counts, strict=True))
         return {
             **self._facts,
             "position": asdict(at),
             "step": at.step,
             "phase_name": phase,
-            "used": dict(zip(self._plan.tasks, used, strict=True)),
+            "used": dict(zip(self._plan.tasks, at.used(self._plan), strict=True)),
             "metrics_bytes": metrics_bytes,
         }
