@@ -53,6 +53,14 @@ def test_command_works_outside_the_repository(installed, tmp_path):
     assert version.strip() == f"megaphase {megaphase.__version__}"
 
 
+def test_every_package_is_installed(installed):
+    (package,) = installed.parent.glob("lib/*/site-packages/megaphase")
+    folders = {"data_tools": REPOSITORY, "launch": REPOSITORY, "": REPOSITORY / "megaphase"}
+    for name, parent in folders.items():
+        for file in (parent / name).rglob("*.py"):
+            assert (package / file.relative_to(parent)).is_file(), file
+
+
 def test_every_program_and_data_file_is_there(installed, tmp_path):
     check = (
         "import megaphase.plan._builder, megaphase.data_tools.tokenization.tokenize\n"

@@ -1,0 +1,1 @@
+"""From one form of a checkpoint to another: other layouts, Hugging Face, Megatron-LM."""
