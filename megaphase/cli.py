@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from megaphase import __version__
+from megaphase.convert.commands import convert_app
 from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.tokenizers.commands import tokenizer_app
 from megaphase.errors import (
@@ -44,6 +45,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(plan_app, name="plan")
 app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
+app.add_typer(convert_app, name="convert")
 app.command("report")(report_command)
 app.add_typer(launch_app, name="launch")
 app.command("demo")(demo_command)

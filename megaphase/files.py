@@ -32,8 +32,16 @@ def new_hash() -> Any:
     return xxhash.xxh3_128()
 
 
-def hash_file(path: Path, offset: int = 0, size: int | None = None) -> str:
-    """Hexadecimal digest of a file's bytes, or of `size` of them from `offset` on, in chunks."""
+def hash_file(
+    path: Path,
+    offset: int = 0,
+    size: int | None = None,
+    advance: Callable[[int], object] = lambda count: None,
+) -> str:
+    """Hexadecimal digest of a file's bytes, or of `size` of them from `offset` on, in chunks.
+
+    advance: is called with the number of bytes of every chunk.
+    """
     digest = new_hash()
     left = path.stat().st_size - offset if size is None else size
     with open(path, "rb", buffering=0) as file:
@@ -41,6 +49,7 @@ def hash_file(path: Path, offset: int = 0, size: int | None = None) -> str:
         while left > 0 and (chunk := file.read(min(left, HASH_CHUNK_BYTES))):
             digest.update(chunk)
             left -= len(chunk)
+            advance(len(chunk))
     return digest.hexdigest()
 
 
@@ -49,14 +58,18 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "hash": hash_file(path)}
 
 
-def file_damage(path: Path, described: dict[str, Any]) -> str | None:
+def file_damage(
+    path: Path,
+    described: dict[str, Any],
+    advance: Callable[[int], object] = lambda count: None,
+) -> str | None:
     """How a file differs from what `describe_file` said of it, or None; the size is compared first.
 
-    Raises KeyError or TypeError where `described` is no such description.
+    advance: see `hash_file`. Raises KeyError or TypeError where `described` is no such description.
     """
     if damage := size_damage(path, described["bytes"]):
         return damage
-    return None if hash_file(path) == described["hash"] else "has been altered"
+    return None if hash_file(path, advance=advance) == described["hash"] else "has been altered"
 
 
 def size_damage(path: Path, expected: int) -> str | None:

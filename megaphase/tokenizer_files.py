@@ -29,7 +29,7 @@ RECORD_NAME = "megaphase_tokenizer.json"
 # sentencepiece writes a space as this character, and so reads the character itself as a space.
 SPACE_SYMBOL = "\N{LOWER ONE EIGHTH BLOCK}"
 
-_HUGGING_FACE_MODEL_NAMES = (
+HUGGING_FACE_MODEL_NAMES = (
     MODEL_NAME,
     "spiece.model",
     "sentencepiece.bpe.model",
@@ -102,7 +102,7 @@ def read_tokenizer(path: Path) -> tuple[SentencePieceProcessor, TokenizerRecord]
     if path.is_file():
         return _read_model_alone(path)
     if path.is_dir() and not (path / RECORD_NAME).exists():
-        for name in _HUGGING_FACE_MODEL_NAMES:
+        for name in HUGGING_FACE_MODEL_NAMES:
             if (path / name).is_file():
                 return _read_hugging_face(path, path / name)
         if (path / "tokenizer.json").exists():

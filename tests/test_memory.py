@@ -21,13 +21,14 @@ from typer.testing import CliRunner
 from megaphase.errors import InputError
 from megaphase.memory.choices import GB, RESERVE, fits, layouts, remedies
 from megaphase.memory.estimate import PARTS, estimate
-from megaphase.memory.parameters import parameter_sizes
 from megaphase.memory.setup import Setup, setup_of
 from megaphase.memory.states import PREFETCH_BUCKET, REDUCE_BUCKET, SUB_GROUP, Kept, states_of
 from megaphase.model.gpt import GPT
+from megaphase.model.parameters import parameter_layouts, parameter_sizes
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.rng import Initializer
+from megaphase.parallel.sharding import layout_of
 from megaphase.parallel.topology import Topology
 from megaphase.plan.commands import plan_app
 
@@ -56,8 +57,11 @@ BIG = Setup(
 def test_parameters_are_those_of_the_model(shape, tensor):
     topology = Topology(tensor, 0, tensor, None, None)  # type: ignore[arg-type]  # nothing travels
     model = GPT(shape, Initializer(1, torch.float32), topology)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     assert parameter_sizes(shape, tensor) == sizes
+    layouts = {name: layout_of(parameter) for name, parameter in parameters.items()}
+    assert list(parameter_layouts(shape, tensor).items()) == list(layouts.items())
 
 
 def test_parameters_sum_to_the_shape_s_own_count():

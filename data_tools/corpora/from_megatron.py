@@ -17,8 +17,8 @@ from megaphase.corpus.manifest import corpus_file
 from megaphase.corpus.reader import documents_of
 from megaphase.data_tools.corpora.encoded import EncodedDocuments, join_documents
 from megaphase.data_tools.ordered_pool import ordered_map
-from megaphase.data_tools.progress import reading_progress
 from megaphase.errors import InputError
+from megaphase.progress import reading_progress
 from megaphase.tokenizer import Tokenizer
 
 _BATCH_TOKENS = 1 << 18

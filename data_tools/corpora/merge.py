@@ -15,8 +15,8 @@ from megaphase.corpus.writer import write_errors
 from megaphase.data_tools.corpora.duplicates import find_duplicates
 from megaphase.data_tools.corpora.shuffle import shuffled
 from megaphase.data_tools.corpora.verify import Advance, checked_batches, size_of
-from megaphase.data_tools.progress import reading_progress
 from megaphase.errors import InputError
+from megaphase.progress import reading_progress
 
 
 def merge(

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from megaphase.corpus import Corpus, CorpusWriter, Manifest
 from megaphase.data_tools.corpora.verify import checked_batches, size_of
-from megaphase.data_tools.progress import reading_progress
 from megaphase.errors import InputError
 from megaphase.plan.stream import held_out_threshold
+from megaphase.progress import reading_progress
 
 
 def split(

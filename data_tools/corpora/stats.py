@@ -15,8 +15,8 @@ from rich.table import Table
 from megaphase.corpus import Corpus, Manifest
 from megaphase.data_tools.corpora.duplicates import find_duplicates
 from megaphase.data_tools.corpora.verify import checked_batches, size_of
-from megaphase.data_tools.progress import reading_progress
 from megaphase.errors import InputError
+from megaphase.progress import reading_progress
 from megaphase.tokenizer import Tokenizer
 
 _TEMPERATURE = 3.3  # of the example run file, as in mT5

@@ -12,9 +12,9 @@ from megaphase.corpus import Corpus, DocumentBatch, Manifest
 from megaphase.corpus.batch import batches_of, checksums
 from megaphase.corpus.format import read_index
 from megaphase.corpus.manifest import corpus_file
-from megaphase.data_tools.progress import reading_progress
 from megaphase.errors import InputError
 from megaphase.files import hash_file, new_hash
+from megaphase.progress import reading_progress
 
 Advance = Callable[[int], object]
 

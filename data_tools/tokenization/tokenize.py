@@ -14,7 +14,6 @@ from megaphase.corpus.manifest import Shard
 from megaphase.corpus.writer import refuse_existing
 from megaphase.data_tools.corpora.merge import merge, remove_corpus
 from megaphase.data_tools.ordered_pool import ordered_map
-from megaphase.data_tools.progress import Advance, reading_progress
 from megaphase.data_tools.shards import WHOLE, ShardChoice, parts_of
 from megaphase.data_tools.text import (
     STDIN,
@@ -28,6 +27,7 @@ from megaphase.data_tools.text import (
 from megaphase.data_tools.tokenization.chunk_encoder import ChunkEncoder
 from megaphase.errors import InputError, RunError
 from megaphase.files import hash_json
+from megaphase.progress import Advance, reading_progress
 from megaphase.tokenizer import Tokenizer
 
 # After so much text a worker, what was done is forced to the disk and noted.

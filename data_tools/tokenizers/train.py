@@ -16,7 +16,6 @@ import sentencepiece
 from rich.console import Console
 
 from megaphase.data_tools.ordered_pool import ordered_map
-from megaphase.data_tools.progress import reading_progress
 from megaphase.data_tools.text import STDIN, Reading, check_text_file, display_name
 from megaphase.data_tools.tokenizers.fertility import measure_fertility
 from megaphase.data_tools.tokenizers.sample import (
@@ -27,6 +26,7 @@ from megaphase.data_tools.tokenizers.sample import (
 )
 from megaphase.errors import InputError, RunError
 from megaphase.files import directory_written_aside, hash_file, write_json_whole
+from megaphase.progress import reading_progress
 from megaphase.tokenizer import MODEL_NAME, RECORD_NAME, SPACE_SYMBOL, Tokenizer, TokenizerRecord
 
 ModelType = Literal["unigram", "bpe"]

@@ -23,15 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from megaphase.checkpoint.tensor_file import TensorFile
 from megaphase.errors import InputError
 from megaphase.parallel.sharding import ParameterLayout
 
 INDEX_FILE = "parameters.json"
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+RANDOM = "random/"  # what tensors beside the parameters begin with: states of random generators
 
 
 def shard_file(rank: int) -> str:
@@ -84,23 +85,44 @@ def index_json(
 class StoredParameters:
     """Reads any run of elements of any parameter, as any layout cuts it.
 
-    At most one whole parameter is in memory at a time.
+    At most one whole parameter is in memory at a time. `whole` may be called by several threads.
+
+    Attributes:
+        tensor_size: of the layout that it was written with.
+        kinds: what there is of every parameter.
+        layouts: of all parameters, in the order in which the model has them.
     """
 
     def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            InputError: `parameters.json` is missing or damaged.
+        """
         self._folder = folder
-        index = json.loads((folder / INDEX_FILE).read_text())
-        self.tensor_size: int = index["tensor"]
-        self.kinds: list[str] = index["kinds"]
-        self.layouts = {
-            name: ParameterLayout(tuple(f["shape"]), f["dim"], tuple(f["segments"]))
-            for name, f in index["parameters"].items()
-        }
+        try:
+            index = json.loads((folder / INDEX_FILE).read_text())
+            self.tensor_size: int = index["tensor"]
+            self.kinds: tuple[str, ...] = tuple(index["kinds"])
+            self.layouts = {
+                name: ParameterLayout(tuple(f["shape"]), f["dim"], tuple(f["segments"]))
+                for name, f in index["parameters"].items()
+            }
+            self.shards = {
+                file: Shard(
+                    shard["tensor_rank"],
+                    {name: Piece(*piece) for name, piece in shard["pieces"].items()},
+                )
+                for file, shard in index["shards"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(
+                folder / INDEX_FILE, "is missing or damaged", "use another checkpoint"
+            ) from None
         self._pieces: dict[tuple[str, int], list[tuple[Piece, str]]] = defaultdict(list)
-        for file, shard in index["shards"].items():
-            for name, (start, stop) in shard["pieces"].items():
-                self._pieces[name, shard["tensor_rank"]].append((Piece(start, stop), file))
-        self._open = cache(self._open_shard)
+        for file, shard in self.shards.items():
+            for name, piece in shard.pieces.items():
+                self._pieces[name, shard.tensor_rank].append((piece, file))
+        self._open = cache(lambda file: TensorFile(folder / file))
         self._last_cut: tuple[tuple[object, ...], Tensor] | None = None
 
     def check(self, layouts: Mapping[str, ParameterLayout]) -> None:
@@ -122,6 +144,19 @@ class StoredParameters:
         for name in self.layouts.keys() - layouts.keys():
             raise InputError(self._folder, f"this model has no parameter {name}", "check model")
 
+    def check_pieces(self) -> None:
+        """Refuse shards that are not, together, exactly what `parameters.json` says.
+
+        Raises:
+            InputError: naming the first tensor that is missing, unknown, duplicate or of another
+                size.
+        """
+        for file in self.shards:
+            self._check_file(file)
+        for name, layout in self.layouts.items():
+            for rank in range(1 if layout.dim is None else self.tensor_size):
+                self._check_whole(name, rank, layout.shard_numel(self.tensor_size))
+
     def read(
         self, name: str, kind: str, layout: ParameterLayout, rank: int, size: int, piece: Piece
     ) -> Tensor:
@@ -141,8 +176,8 @@ class StoredParameters:
         layout = self.layouts[name]
         ranks = range(1 if layout.dim is None else self.tensor_size)
         shape, numel = layout.shard_shape(self.tensor_size), layout.shard_numel(self.tensor_size)
-        parts = [self._stored(name, kind, rank, Piece(0, numel)).view(shape) for rank in ranks]
-        return layout.join(parts)
+        parts = (self._stored(name, kind, rank, Piece(0, numel)).view(shape) for rank in ranks)
+        return layout.join(parts, self.tensor_size)
 
     def _cut(self, name: str, kind: str, layout: ParameterLayout, rank: int, size: int) -> Tensor:
         """A parameter as another layout cuts it, flattened; remembered until the next one."""
@@ -159,17 +194,46 @@ class StoredParameters:
         for piece, file in self._pieces[name, tensor_rank]:
             start, stop = max(piece.start, wanted.start), min(piece.stop, wanted.stop)
             if start < stop:
-                stored = self._open(file).get_slice(tensor_name(kind, name))
-                part = stored[start - piece.start : stop - piece.start]
-                found[start - wanted.start : stop - wanted.start] = part
+                part = found[start - wanted.start : stop - wanted.start]
+                self._open(file).read_into(tensor_name(kind, name), start - piece.start, part)
                 missing -= stop - start
         if missing:
-            raise InputError(
-                self._folder,
-                f"{missing:,} elements of {kind} of {name} are in none of its shards",
-                "use another checkpoint",
-            )
+            raise self._missing(f"{missing:,} elements of {kind} of {name} are")
         return found
 
-    def _open_shard(self, file: str) -> Any:
-        return safe_open(self._folder / file, framework="pt")
+    def _check_file(self, file: str) -> None:
+        shard, path = self.shards[file], self._folder / file
+        known = {tensor_name(k, name): p for name, p in shard.pieces.items() for k in self.kinds}
+        stored = self._open(file).kinds
+        found = {name: kind for name, kind in stored.items() if not name.startswith(RANDOM)}
+        for name, piece in known.items():
+            if name not in found:
+                raise InputError(path, f"has no tensor {name}", "use another checkpoint")
+            if (found[name].dtype, found[name].numel) != (torch.float32, piece.stop - piece.start):
+                raise InputError(
+                    path,
+                    f"{name} has {found[name].numel:,} elements of {found[name].dtype}, not "
+                    f"{piece.stop - piece.start:,} of fp32",
+                    "use another checkpoint",
+                )
+        for name in found.keys() - known.keys():
+            raise InputError(path, f"{name} is not in {INDEX_FILE}", "use another checkpoint")
+
+    def _check_whole(self, name: str, rank: int, numel: int) -> None:
+        end = 0
+        for piece, file in sorted(self._pieces[name, rank], key=lambda found: found[0].start):
+            if piece.start < end:
+                raise InputError(
+                    self._folder / file,
+                    f"elements {piece.start:,} and on of {name} are in another shard, too",
+                    "use another checkpoint",
+                )
+            if piece.start > end:
+                break
+            end = piece.stop
+        if end != numel:
+            raise self._missing(f"element {end:,} of {name}, tensor-parallel rank {rank}, is")
+
+    def _missing(self, what: str) -> InputError:
+        problem = f"{what} in none of its shards"
+        return InputError(self._folder, problem, "use another checkpoint")

@@ -37,6 +37,7 @@ from megaphase.files import (
 )
 from megaphase.parallel.agreement import Agreement
 
+CHECKPOINT_FORMAT = 2
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 LATEST = "latest"
@@ -88,10 +89,7 @@ class CheckpointStore:
         files: what a manifest says of the shards that lie in the directory aside.
         """
         aside, final = self._aside(name), self.folder / name
-        for file, content in ((INDEX_FILE, index), (STATE_FILE, state)):
-            write_json_whole(aside / file, content)
-            files = {**files, file: describe_file(aside / file)}
-        write_json_whole(aside / MANIFEST_FILE, {"files": files})
+        complete(aside, index, state, files)
         if final.exists():  # a run that went on from an older checkpoint comes by again
             _remove(final)
         publish_directory(aside, final)
@@ -210,6 +208,29 @@ class CheckpointStore:
         except (OSError, ValueError, KeyError, TypeError):
             found = f"{folder / MANIFEST_FILE}: is missing or damaged"
         return next(filter(None, self._agreement.gather(found)), None)
+
+
+def complete(
+    folder: Path, index: Mapping[str, Any], state: Mapping[str, Any], files: dict[str, Any]
+) -> None:
+    """Write what a checkpoint has beside its shards.
+
+    files: what a manifest says of the shards, which lie in the folder already.
+    """
+    for file, content in ((INDEX_FILE, index), (STATE_FILE, state)):
+        write_json_whole(folder / file, content)
+        files = {**files, file: describe_file(folder / file)}
+    write_json_whole(folder / MANIFEST_FILE, {"files": files})
+
+
+def check_format(folder: Path, state: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another version of this program."""
+    if state.get("format") != CHECKPOINT_FORMAT:
+        raise InputError(
+            folder,
+            f"has the format {state.get('format')}, this version reads {CHECKPOINT_FORMAT}",
+            "use the version that wrote it",
+        )
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -1,64 +1,219 @@
-"""safetensors files, written in one pass that also hashes them, without a copy of the tensors.
+"""safetensors files, written in one pass that also hashes them, and read a run of elements at once.
 
-The format: https://github.com/huggingface/safetensors#format. The package's own writer copies
-every tensor and would have to read the file again for the hash; reading is left to the package.
+The format: https://github.com/huggingface/safetensors#format. The package's own writer takes all
+tensors at once, copies them, and would have to read the file again for the hash; its reader maps
+files into memory, where every page that was read counts as the process's own.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from megaphase.errors import InputError
 from megaphase.files import new_hash, write_all
 
 _CHUNK_BYTES = 1 << 24
 _ALIGNMENT = 8
-_TYPES = {torch.float32: "F32", torch.uint8: "U8"}
+_METADATA = "__metadata__"
+_LONGEST_HEADER = 100_000_000
+_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _TYPES.items()}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class TensorKind:
+    """The type and shape of a tensor in a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class TensorWriter:
+    """Writes the tensors of a file in the order in which they were announced, a part at a time."""
+
+    def __init__(
+        self, path: Path, kinds: Mapping[str, TensorKind], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self._left = sum(kind.nbytes for kind in kinds.values())
+        self._digest, self._size = new_hash(), 0
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115
+        self._write(memoryview(header_bytes(kinds, metadata)))
+
+    def write(self, part: Tensor) -> None:
+        """The next elements: contiguous, on the CPU, of the announced type."""
+        self._left -= part.nbytes
+        for chunk in _chunks(part):
+            self._write(chunk)
+
+    def close(self) -> dict[str, Any]:
+        """Force the file to the disk; what a manifest says of it, its `bytes` and `hash`."""
+        assert self._left == 0, "other tensors were announced than written"
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"bytes": self._size, "hash": self._digest.hexdigest()}
+
+    def abandon(self) -> None:
+        """Close the file as it is."""
+        self._file.close()
+
+    def _write(self, chunk: memoryview) -> None:
+        write_all(self._file.fileno(), chunk)
+        self._digest.update(chunk)
+        self._size += len(chunk)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Write contiguous tensors on the CPU and force them to the disk.
 
     Returns what a manifest says of the file, its `bytes` and `hash`.
     """
-    digest, size = new_hash(), 0
-    with open(path, "wb", buffering=0) as file:
-        for chunk in _chunks(tensors):
-            write_all(file.fileno(), chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        os.fsync(file.fileno())
-    return {"bytes": size, "hash": digest.hexdigest()}
+    writer = TensorWriter(path, _kinds(tensors), metadata)
+    try:
+        for tensor in tensors.values():
+            writer.write(tensor)
+        return writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
     """About how many bytes `write_tensors` needs on the disk."""
-    return len(_header(tensors)) + sum(each.nbytes for each in tensors.values())
+    return len(header_bytes(_kinds(tensors))) + sum(each.nbytes for each in tensors.values())
 
 
-def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    yield _header(tensors)
-    for tensor in tensors.values():
-        flat = memoryview(tensor.detach().numpy().reshape(-1).view("u1"))  # type: ignore[arg-type]
-        for first in range(0, len(flat), _CHUNK_BYTES):
-            yield flat[first : first + _CHUNK_BYTES]
+class TensorFile:
+    """A safetensors file that is read element by element, by any number of threads.
+
+    Attributes:
+        kinds: type and shape of every tensor in it.
+        metadata: what its writer has put beside them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            InputError: there is no such file, or it is not a whole safetensors file.
+        """
+        self.path = path
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise InputError(
+                path, f"cannot be read ({error.strerror})", "use another checkpoint"
+            ) from None
+        try:
+            described, self._begin = self._read_header()
+            self.metadata: dict[str, str] = described.pop(_METADATA, {})
+            self._offsets = {name: each["data_offsets"][0] for name, each in described.items()}
+            self.kinds = {name: _kind_of(each) for name, each in described.items()}
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            self._file.close()
+            raise InputError(
+                path, "is truncated, or no safetensors file", "use another checkpoint"
+            ) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Elements from `start` on of a flattened tensor, as many as `out` has; of its type."""
+        kind = self.kinds[name]
+        assert kind.dtype == out.dtype, f"{name} is {kind.dtype}"
+        assert start + out.numel() <= kind.numel, f"{name} has {kind.numel} elements"
+        offset = self._begin + self._offsets[name] + start * kind.dtype.itemsize
+        for chunk in _chunks(out):
+            while chunk:
+                got = os.preadv(self._file.fileno(), [chunk], offset)
+                if got == 0:
+                    raise InputError(self.path, "is truncated", "use another checkpoint")
+                offset, chunk = offset + got, chunk[got:]
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor."""
+        kind = self.kinds[name]
+        out = torch.empty(kind.shape, dtype=kind.dtype)
+        self.read_into(name, 0, out)
+        return out
+
+    def _read_header(self) -> tuple[dict[str, Any], int]:
+        size = os.fstat(self._file.fileno()).st_size
+        length = int.from_bytes(self._file.read(8), "little")
+        if length > min(size - 8, _LONGEST_HEADER):
+            raise ValueError("the header is longer than the file")
+        described = json.loads(os.pread(self._file.fileno(), length, 8))
+        tensors = [each for name, each in described.items() if name != _METADATA]
+        end = max((each["data_offsets"][1] for each in tensors), default=0)
+        if 8 + length + end != size:
+            raise ValueError("the file has another size than its header says")
+        return described, 8 + length
 
 
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    described, offset = {}, 0
-    for name, tensor in tensors.items():
+def header_bytes(
+    kinds: Mapping[str, TensorKind], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """What a file begins with whose tensors follow each other in this order."""
+    described: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    offset = 0
+    for name, kind in kinds.items():
         described[name] = {
-            "dtype": _TYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
+            "dtype": _TYPES[kind.dtype],
+            "shape": list(kind.shape),
+            "data_offsets": [offset, offset + kind.nbytes],
         }
-        offset += tensor.nbytes
+        offset += kind.nbytes
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, TensorKind]:
+    return {name: TensorKind(each.dtype, tuple(each.shape)) for name, each in tensors.items()}
+
+
+def _kind_of(described: Mapping[str, Any]) -> TensorKind:
+    kind = TensorKind(_DTYPES[described["dtype"]], tuple(described["shape"]))
+    first, end = described["data_offsets"]
+    if end - first != kind.nbytes:
+        raise ValueError("a tensor's shape is not that of its bytes")
+    return kind
+
+
+def _chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """The memory of a contiguous tensor on the CPU, in parts."""
+    assert tensor.is_contiguous()
+    as_bytes = tensor.detach().reshape(-1).view(torch.uint8)
+    flat = memoryview(as_bytes.numpy())  # type: ignore[arg-type]
+    for first in range(0, len(flat), _CHUNK_BYTES):
+        yield flat[first : first + _CHUNK_BYTES]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megaphase.memory.parameters import block_sizes
 from megaphase.memory.setup import BF16_BYTES, FP32_BYTES, Setup
+from megaphase.model.parameters import block_sizes
 
 INDEX_BYTES = 8
 

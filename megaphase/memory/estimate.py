@@ -13,7 +13,6 @@ from megaphase.memory.activations import (
     mask_memory,
     residual,
 )
-from megaphase.memory.parameters import block_sizes, largest_partition, parameter_sizes
 from megaphase.memory.setup import FP32_BYTES, Setup
 from megaphase.memory.states import (
     MOMENTS,
@@ -22,6 +21,7 @@ from megaphase.memory.states import (
     States,
     states_of,
 )
+from megaphase.model.parameters import block_sizes, largest_partition, parameter_sizes
 
 PARTS = ("weights", "masters", "moments", "gradients", "activations", "gathered", "buffers")
 

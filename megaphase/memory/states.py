@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megaphase.memory.parameters import is_matrix, parameter_sizes
 from megaphase.memory.setup import FP32_BYTES, Setup
+from megaphase.model.parameters import is_matrix, parameter_sizes
 
 # Elements.
 REDUCE_BUCKET = 500_000_000

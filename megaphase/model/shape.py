@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
+
+NO_FACTS = {"init_std", "activation_checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,23 @@ class GPTShape:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     activation_checkpointing: Literal["none", "full"] = "none"
+
+    def facts(self) -> dict[str, Any]:
+        """What the weights and what is computed with them depend on: not how the weights came
+        about, nor how activations are kept."""
+        return {key: value for key, value in asdict(self).items() if key not in NO_FACTS}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Self:
+        """From what `facts` gave.
+
+        Raises:
+            TypeError: a fact is missing, or unknown.
+        """
+        wanted = {field.name for field in fields(cls)} - NO_FACTS
+        if wanted != set(facts):
+            raise TypeError(f"other facts than {sorted(wanted)}")
+        return cls(**facts)
 
     @property
     def head_dim(self) -> int:

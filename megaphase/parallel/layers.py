@@ -20,7 +20,7 @@ from megaphase.parallel.collectives import (
 )
 from megaphase.parallel.rms_norm import rms_norm
 from megaphase.parallel.rng import Initializer
-from megaphase.parallel.sharding import ParameterLayout
+from megaphase.parallel.sharding import ParameterLayout, padded_vocab
 from megaphase.parallel.topology import Topology, device
 
 
@@ -135,11 +135,6 @@ class RowParallelLinear(nn.Module):
         if self.bias is not None:
             y = y + self.region.replicated(self.bias).to(y.dtype)
         return y
-
-
-def padded_vocab(vocab: int, tensor_size: int) -> int:
-    """The vocabulary rounded up so that every rank holds equally many rows."""
-    return -(-vocab // tensor_size) * tensor_size
 
 
 def vocab_parallel_weight(

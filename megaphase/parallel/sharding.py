@@ -1,13 +1,17 @@
-"""How one parameter is cut among tensor-parallel ranks, and put together again."""
+"""How one parameter is cut among tensor-parallel ranks, and put together again.
+
+torch is not imported: the memory estimate of `megaphase plan` must not wait for it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,11 @@ class ParameterLayout:
     dim: int | None = None
     segments: tuple[int, ...] = ()
 
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameter, without those that only pad."""
+        return math.prod(self.shape)
+
     def padded_shape(self) -> tuple[int, ...]:
         """Of the whole parameter with the rows that only pad."""
         if self.dim is None:
@@ -41,28 +50,64 @@ class ParameterLayout:
         return math.prod(self.shard_shape(size))
 
     def cut(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """One rank's part of the whole parameter, which may lack the rows that only pad."""
-        if self.dim is None:
-            return whole
-        missing = sum(self.segments) - whole.shape[self.dim]
-        if missing:
-            after = whole.ndim - 1 - self.dim
-            whole = torch.nn.functional.pad(whole, (0, 0) * after + (0, missing))
-        return shard(whole, self.dim, self.segments, rank, size)
+        """One rank's part of the whole parameter, contiguous: its slice of every segment, joined.
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The whole parameter, without padding, from the parts of all ranks in order."""
-        if self.dim is None:
-            return parts[0]
-        by_rank = [part.split([n // len(parts) for n in self.segments], self.dim) for part in parts]
-        in_order = [piece for segment in zip(*by_rank, strict=True) for piece in segment]
-        return torch.cat(in_order, self.dim).narrow(self.dim, 0, self.shape[self.dim])
+        Rows that only pad are zero.
+        """
+        if self.dim is None or (size == 1 and self.padded_shape() == self.shape):
+            return whole.contiguous()
+        part = whole.new_zeros(self.shard_shape(size))
+        for run in self._runs(rank, size):
+            run.of_part(part, self.dim).copy_(run.of_whole(whole, self.dim))
+        return part
+
+    def join(self, parts: Iterable[Tensor], size: int) -> Tensor:
+        """The whole parameter, without padding, from the parts of all `size` ranks in order.
+
+        A part is no longer needed when the next is asked for.
+        """
+        whole = None
+        for rank, part in enumerate(parts):
+            if self.dim is None or (size == 1 and self.padded_shape() == self.shape):
+                return part
+            if whole is None:
+                whole = part.new_empty(self.shape)
+            for run in self._runs(rank, size):
+                run.of_whole(whole, self.dim).copy_(run.of_part(part, self.dim))
+        assert whole is not None
+        return whole
+
+    def _runs(self, rank: int, size: int) -> Iterator[_Run]:
+        """Where a rank's slice of every segment lies, without what only pads."""
+        assert self.dim is not None
+        segment_start = in_part = 0
+        for segment in self.segments:
+            length = segment // size
+            in_whole = segment_start + rank * length
+            real = min(length, self.shape[self.dim] - in_whole)
+            if real > 0:
+                yield _Run(in_whole, in_part, real)
+            segment_start, in_part = segment_start + segment, in_part + length
 
 
-def shard(whole: Tensor, dim: int, segments: Sequence[int], rank: int, size: int) -> Tensor:
-    """One rank's part of a parameter: its slice of every segment along `dim`, joined."""
-    parts = [part.chunk(size, dim)[rank] for part in whole.split(list(segments), dim)]
-    return torch.cat(parts, dim).contiguous()
+@dataclass(frozen=True)
+class _Run:
+    """A slice of a whole parameter that lies in one rank's part."""
+
+    in_whole: int
+    in_part: int
+    length: int
+
+    def of_whole(self, whole: Tensor, dim: int) -> Tensor:
+        return whole.narrow(dim, self.in_whole, self.length)
+
+    def of_part(self, part: Tensor, dim: int) -> Tensor:
+        return part.narrow(dim, self.in_part, self.length)
+
+
+def padded_vocab(vocab: int, tensor_size: int) -> int:
+    """The vocabulary rounded up so that every rank holds equally many rows."""
+    return -(-vocab // tensor_size) * tensor_size
 
 
 def layout_of(parameter: Tensor) -> ParameterLayout:

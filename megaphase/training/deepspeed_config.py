@@ -9,8 +9,8 @@ import torch
 
 from megaphase.config import RunConfig
 from megaphase.files import hash_json
-from megaphase.memory.parameters import largest_partition
 from megaphase.memory.states import SWAP_BUFFERS
+from megaphase.model.parameters import largest_partition
 from megaphase.model.shape import GPTShape
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
-from megaphase.memory.parameters import is_matrix
 from megaphase.model.gpt import GPT, Block
+from megaphase.model.parameters import is_matrix
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.topology import Topology, device

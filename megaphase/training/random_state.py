@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from megaphase.checkpoint.parameters import shard_file
-
-PREFIX = "random/"  # of their names in a shard
+from megaphase.checkpoint.parameters import RANDOM, shard_file
+from megaphase.checkpoint.tensor_file import TensorFile
 
 
 def random_state() -> dict[str, Tensor]:
@@ -24,9 +22,9 @@ def random_state() -> dict[str, Tensor]:
 
 def stored_random_state(checkpoint: Path, rank: int) -> dict[str, Tensor]:
     """What a rank has put into a checkpoint of its generators."""
-    with safe_open(checkpoint / shard_file(rank), framework="pt") as shard:
-        names = [name for name in shard.keys() if name.startswith(PREFIX)]  # noqa: SIM118
-        return {name.removeprefix(PREFIX): shard.get_tensor(name) for name in names}
+    with TensorFile(checkpoint / shard_file(rank)) as shard:
+        names = [name for name in shard.kinds if name.startswith(RANDOM)]
+        return {name.removeprefix(RANDOM): shard.read(name) for name in names}
 
 
 def set_random_state(states: Mapping[str, Tensor]) -> None:

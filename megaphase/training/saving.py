@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megaphase.checkpoint.parameters import WEIGHT
+from megaphase.checkpoint.parameters import RANDOM, WEIGHT
 from megaphase.checkpoint.saver import Saver, SaveStatus, Snapshot
 from megaphase.checkpoint.store import best_name, full_name
 from megaphase.plan.plan import Plan
@@ -16,7 +16,7 @@ from megaphase.training.engine import Engine
 from megaphase.training.health import LossWatch
 from megaphase.training.monitor import OverfitMonitor
 from megaphase.training.position import Position
-from megaphase.training.random_state import PREFIX, random_state
+from megaphase.training.random_state import random_state
 
 
 class RunSaver:
@@ -54,7 +54,7 @@ class RunSaver:
             metrics_bytes: how much of metrics.jsonl belongs to the checkpoint; rank 0's counts.
             permanent: whether the checkpoint stays for ever.
         """
-        random = ((PREFIX + name, each) for name, each in random_state().items())
+        random = ((RANDOM + name, each) for name, each in random_state().items())
         state = self._state(at, phase, metrics_bytes) | {
             "permanent": permanent,
             "optimizer_steps": self._engine.state.steps,

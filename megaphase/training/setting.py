@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from megaphase.checkpoint.store import Checkpoint, CheckpointStore
+from megaphase.checkpoint.store import (
+    CHECKPOINT_FORMAT,
+    Checkpoint,
+    CheckpointStore,
+    check_format,
+)
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
 from megaphase.model.presets import build_shape
@@ -28,12 +33,6 @@ from megaphase.training.engine import Engine, check_batch
 from megaphase.training.evaluation import HeldOutEvaluator
 from megaphase.training.nvme import prepare_offload
 from megaphase.training.run_directory import RunDirectory
-
-CHECKPOINT_FORMAT = 2
-
-# Of a shape, what weights of another run must agree with; not how they came about, nor how
-# activations are kept.
-COMPARED = {field.name for field in fields(GPTShape)} - {"init_std", "activation_checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -59,24 +58,10 @@ def check_run(config: RunConfig, branch: Branch | None) -> Ingredients:
     spec = plan_spec(config, tokenizer, branch.used if branch else {})
     if branch is not None:
         if branch.state:
-            _check_format(branch.checkpoint, branch.state)
-        branch.check(config, spec, described_shape(shape))
+            check_format(branch.checkpoint, branch.state)
+        branch.check(config, spec, shape.facts())
     prepare_offload(config)
     return Ingredients(tokenizer, shape, spec)
-
-
-def _check_format(folder: Path, state: Mapping[str, Any]) -> None:
-    if state.get("format") != CHECKPOINT_FORMAT:
-        raise InputError(
-            folder,
-            f"has the format {state.get('format')}, this version reads {CHECKPOINT_FORMAT}",
-            "use the version that wrote it",
-        )
-
-
-def described_shape(shape: GPTShape) -> dict[str, Any]:
-    """All of a model's shape that its weights and numbers depend on."""
-    return {key: value for key, value in asdict(shape).items() if key in COMPARED}
 
 
 @dataclass(frozen=True)
@@ -113,7 +98,7 @@ class Setting:
             "format": CHECKPOINT_FORMAT,
             "plan": self.plan.spec.fingerprint,
             "streams": self.plan.spec.stream_fingerprints,
-            "model": described_shape(self.parts.shape),
+            "model": self.parts.shape.facts(),
             "processes": self.topology.world_size,
             "tensor": self.topology.tensor_size,
             "zero": self.config.parallel.zero,
@@ -122,7 +107,7 @@ class Setting:
 
     def check_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Refuse a checkpoint of another run file or another version of this program."""
-        _check_format(checkpoint.folder, checkpoint.state)
+        check_format(checkpoint.folder, checkpoint.state)
         if checkpoint.state["plan"] != self.plan.spec.fingerprint:
             raise InputError(
                 checkpoint.folder,

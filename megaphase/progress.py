@@ -34,6 +34,15 @@ def reading_progress(console: Console | None, what: str, total_bytes: int) -> It
 
 
 @contextmanager
+def bytes_progress(
+    console: Console | None, what: str, total_bytes: int
+) -> Iterator[Callable[[int], None]]:
+    """Likewise for bytes that are what they are; the yielded function gets those done since."""
+    with reading_progress(console, what, total_bytes) as advance:
+        yield lambda count: advance(count, count)
+
+
+@contextmanager
 def _bar(console: Console, what: str, total_bytes: int) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}"),

@@ -1,0 +1,145 @@
+"""Writes weights from anywhere as a checkpoint of ours: for any layout, or portable.
+
+The portable form is that of a single process, but has a file for every parameter, in which its
+tensors keep their shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaphase.checkpoint.parameters import Piece, Shard, index_json, shard_file, tensor_name
+from megaphase.checkpoint.store import complete
+from megaphase.checkpoint.tensor_file import TensorKind, TensorWriter
+from megaphase.convert.partition import Layout, shards_of
+from megaphase.convert.weights import Weights, read_each
+from megaphase.parallel.sharding import ParameterLayout
+
+PORTABLE_FOLDER = "parameters"
+
+
+@dataclass(frozen=True)
+class Form:
+    """The files of a checkpoint and what lies in them.
+
+    Attributes:
+        tensor: the tensor-parallel size for which parameters are cut.
+        layouts: cut for it.
+        shards: by file.
+        flat: whether tensors are one-dimensional; otherwise they have their parameter's shape.
+        facts: what the checkpoint's state says of the layout.
+    """
+
+    tensor: int
+    layouts: Mapping[str, ParameterLayout]
+    shards: Mapping[str, Shard]
+    flat: bool
+    facts: Mapping[str, Any]
+
+    def contents(self, file: str, kinds: Sequence[str]) -> dict[str, TensorKind]:
+        """Every tensor of a file, in the order in which parameters are read."""
+        pieces = self.shards[file].pieces
+        return {
+            tensor_name(kind, name): TensorKind(torch.float32, self._shape(name, pieces[name]))
+            for name in self.layouts
+            if name in pieces
+            for kind in kinds
+        }
+
+    def _shape(self, name: str, piece: Piece) -> tuple[int, ...]:
+        return (piece.stop - piece.start,) if self.flat else self.layouts[name].shape
+
+
+def form_for(layouts: Mapping[str, ParameterLayout], layout: Layout) -> Form:
+    """A file for every rank. layouts: cut for this tensor-parallel size."""
+    shards = {shard_file(i): shard for i, shard in enumerate(shards_of(layouts, layout))}
+    facts = {"processes": layout.processes, "tensor": layout.tensor, "zero": layout.zero}
+    return Form(layout.tensor, layouts, shards, True, facts)
+
+
+def portable_form(layouts: Mapping[str, ParameterLayout]) -> Form:
+    """A file for every parameter. layouts: cut for a single rank."""
+    shards = {
+        f"{PORTABLE_FOLDER}/{name}.safetensors": Shard(0, {name: Piece(0, layout.numel)})
+        for name, layout in layouts.items()
+    }
+    return Form(1, layouts, shards, False, {"processes": None, "tensor": 1, "zero": None})
+
+
+def write_checkpoint(
+    folder: Path,
+    weights: Weights,
+    kinds: Sequence[str],
+    form: Form,
+    state: Mapping[str, Any],
+    *,
+    workers: int,
+    advance: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Write a whole checkpoint into an empty folder.
+
+    Args:
+        kinds: which of those that there are.
+        state: the content of state.json, but for the layout.
+        advance: gets the number of bytes of everything that was written.
+    """
+    files = _Files(folder, form, kinds)
+    places: dict[str, list[tuple[str, int, Piece]]] = {name: [] for name in form.layouts}
+    for file, shard in form.shards.items():
+        for name, piece in shard.pieces.items():
+            places[name].append((file, shard.tensor_rank, piece))
+
+    def write(name: str, kind: str, whole: Tensor) -> None:
+        for rank in sorted({rank for _, rank, _ in places[name]}):
+            cut = form.layouts[name].cut(whole, rank, form.tensor).reshape(-1)
+            parts = [
+                (file, cut[piece.start : piece.stop])
+                for file, at, piece in places[name]
+                if at == rank
+            ]
+            list(writers.map(lambda part: files.write(*part), parts))
+            advance(cut.nbytes)
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="writer") as writers:
+        try:
+            read_each(weights, kinds, write, workers=workers)
+        finally:
+            files.close()
+    index = index_json(form.tensor, kinds, form.layouts, form.shards)
+    complete(folder, index, {**state, **form.facts}, files.described)
+
+
+class _Files:
+    """The files of a form; each is open from its first tensor to its last."""
+
+    def __init__(self, folder: Path, form: Form, kinds: Sequence[str]) -> None:
+        self._folder = folder
+        self._contents = {file: form.contents(file, kinds) for file in form.shards}
+        self._left = {file: len(contents) for file, contents in self._contents.items()}
+        self._writers: dict[str, TensorWriter] = {}
+        self.described: dict[str, dict[str, Any]] = {}
+        for file, left in self._left.items():
+            (folder / file).parent.mkdir(exist_ok=True)
+            if not left:  # a rank that holds nothing
+                self.described[file] = TensorWriter(folder / file, {}).close()
+
+    def write(self, file: str, part: Tensor) -> None:
+        """The next tensor of a file."""
+        if file not in self._writers:
+            self._writers[file] = TensorWriter(self._folder / file, self._contents[file])
+        self._writers[file].write(part)
+        self._left[file] -= 1
+        if not self._left[file]:
+            self.described[file] = self._writers.pop(file).close()
+
+    def close(self) -> None:
+        """Those that an error has left unfinished."""
+        for writer in self._writers.values():
+            writer.abandon()

@@ -1,0 +1,31 @@
+"""Where a conversion goes: a new folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megaphase.errors import InputError, RunError
+from megaphase.files import directory_written_aside, os_errors_named
+
+
+@contextmanager
+def new_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
+    """Yield a scratch folder that becomes `out` when the block ends without error.
+
+    Raises:
+        InputError: `out` is there already, or cannot be made.
+        RunError: it cannot be written, or the disk has not so much space.
+    """
+    if out.exists() or out.is_symlink():
+        raise InputError(out, "exists already", "choose another --out, or remove it")
+    with os_errors_named(out), directory_written_aside(out) as aside:
+        free = shutil.disk_usage(aside).free
+        if needed_bytes > free:
+            raise RunError(
+                f"{out}: {needed_bytes / 1e9:,.3f} GB are needed, the disk has {free / 1e9:,.3f} "
+                "GB left"
+            )
+        yield aside

@@ -1,0 +1,76 @@
+"""Which elements of every parameter each rank of a layout holds, as DeepSpeed's ZeRO shares them.
+
+Tested against what the trainer itself writes on every layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from megaphase.checkpoint.parameters import Piece, Shard
+from megaphase.model.parameters import is_matrix
+from megaphase.parallel.sharding import ParameterLayout
+
+# ZeRO 1 and 2 pad the flat tensor of a group to a multiple of so many elements a rank.
+_FLAT_ALIGNMENT = 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Processes that share a model: tensor × data of them, under a ZeRO stage."""
+
+    tensor: int
+    data: int
+    zero: int
+
+    @property
+    def processes(self) -> int:
+        return self.tensor * self.data
+
+
+def shards_of(layouts: Mapping[str, ParameterLayout], layout: Layout) -> list[Shard]:
+    """What every rank writes, in the order of ranks.
+
+    layouts: cut for this tensor-parallel size, in the model's order.
+    """
+    sizes = {name: each.shard_numel(layout.tensor) for name, each in layouts.items()}
+    by_data_rank = [_pieces(sizes, data_rank, layout) for data_rank in range(layout.data)]
+    # Ranks that are neighbours form a tensor-parallel group. Of what is not cut, the first of
+    # them writes its piece.
+    return [
+        Shard(rank, {n: p for n, p in pieces.items() if rank == 0 or layouts[n].dim is not None})
+        for pieces in by_data_rank
+        for rank in range(layout.tensor)
+    ]
+
+
+def _pieces(sizes: Mapping[str, int], rank: int, layout: Layout) -> dict[str, Piece]:
+    if layout.zero == 0:
+        return {name: Piece(0, size) for name, size in sizes.items()} if rank == 0 else {}
+    cut = _of_flat_groups if layout.zero < 3 else _of_each
+    return {
+        name: piece for name, piece in cut(sizes, rank, layout.data) if piece.start < piece.stop
+    }
+
+
+def _of_each(sizes: Mapping[str, int], rank: int, ranks: int) -> Iterator[tuple[str, Piece]]:
+    """ZeRO-3: every parameter is cut into equal runs, the last of which may be shorter."""
+    for name, size in sizes.items():
+        share = -(-size // ranks)
+        yield name, Piece(min(rank * share, size), min((rank + 1) * share, size))
+
+
+def _of_flat_groups(sizes: Mapping[str, int], rank: int, ranks: int) -> Iterator[tuple[str, Piece]]:
+    """ZeRO 1 and 2: the parameters of an optimizer group are joined, and that is cut."""
+    for matrices in (True, False):
+        group = {name: size for name, size in sizes.items() if is_matrix(name) == matrices}
+        unit = _FLAT_ALIGNMENT * ranks
+        share = -(-sum(group.values()) // unit) * unit // ranks
+        offset = 0
+        for name, size in group.items():
+            start, stop = (
+                min(max(end - offset, 0), size) for end in (rank * share, (rank + 1) * share)
+            )
+            yield name, Piece(start, stop)
+            offset += size

@@ -1,0 +1,72 @@
+"""A checkpoint of ours written for another layout, or in the portable form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megaphase.checkpoint.parameters import WEIGHT
+from megaphase.convert.checkpoint_writer import Form, form_for, portable_form, write_checkpoint
+from megaphase.convert.output import new_folder
+from megaphase.convert.partition import Layout
+from megaphase.convert.source import Source, open_source, verify
+from megaphase.errors import InputError
+from megaphase.model.parameters import parameter_layouts
+from megaphase.model.shape import GPTShape
+from megaphase.progress import bytes_progress
+
+FP32_BYTES = 4
+
+
+def reshape(
+    text: str,
+    out: Path,
+    layout: Layout | None,
+    *,
+    weights_only: bool,
+    workers: int,
+    console: Console | None = None,
+) -> None:
+    """Write the checkpoint RUN@NAME, or at a path, as `out`; portable where no layout is given.
+
+    Raises:
+        InputError: the checkpoint is damaged, or its model cannot be cut so.
+    """
+    source = open_source(text)
+    form = _form(source.shape, layout)
+    kinds = (WEIGHT,) if weights_only else source.weights.kinds
+    needed = bytes_of(source.shape) * len(kinds)
+    state = source.state | ({"optimizer_steps": 0} if weights_only else {})
+    with new_folder(out, needed) as folder:
+        verify_source(source, workers=workers, console=console)
+        with bytes_progress(console, "writing", needed) as advance:
+            write_checkpoint(
+                folder, source.weights, kinds, form, state, workers=workers, advance=advance
+            )
+
+
+def verify_source(source: Source, *, workers: int, console: Console | None) -> None:
+    """Compare a checkpoint's files with its manifest, and show how far that is."""
+    with bytes_progress(console, "verifying", source.nbytes) as advance:
+        verify(source.folder, workers=workers, advance=advance)
+
+
+def bytes_of(shape: GPTShape) -> int:
+    """Of all weights in fp32."""
+    return FP32_BYTES * shape.parameters()
+
+
+def _form(shape: GPTShape, layout: Layout | None) -> Form:
+    if layout is None:
+        return portable_form(parameter_layouts(shape, 1))
+    sizes: dict[str, Any] = {"heads": shape.heads, "kv_heads": shape.kv_heads, "ffn": shape.ffn}
+    for key, size in sizes.items():
+        if size % layout.tensor:
+            raise InputError(
+                f"--tensor {layout.tensor}",
+                f"does not divide the model's {key}, {size}",
+                "choose another one",
+            )
+    return form_for(parameter_layouts(shape, layout.tensor), layout)

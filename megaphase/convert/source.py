@@ -1,0 +1,103 @@
+"""A checkpoint of ours as the beginning of a conversion: found, verified, open."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megaphase.checkpoint.names import find_checkpoint
+from megaphase.checkpoint.parameters import StoredParameters
+from megaphase.checkpoint.store import MANIFEST_FILE, STATE_FILE, check_format, read_state
+from megaphase.errors import InputError
+from megaphase.files import file_damage
+from megaphase.model.parameters import parameter_layouts
+from megaphase.model.shape import GPTShape
+
+Advance = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A whole checkpoint.
+
+    Attributes:
+        state: what its writer said about it.
+        shape: of its model; what the weights do not depend on has its default.
+        weights: its parameters and moments.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+    shape: GPTShape
+    weights: StoredParameters
+
+    @property
+    def nbytes(self) -> int:
+        """Of its files."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+
+def open_source(text: str) -> Source:
+    """The checkpoint that a user names by RUN@NAME or a path.
+
+    Raises:
+        InputError: there is none, or it is of another version, or its shards do not fit together.
+    """
+    folder = find_checkpoint(text)
+    try:
+        state = read_state(folder)
+        check_format(folder, state)
+        shape = GPTShape.from_facts(state["model"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            folder / STATE_FILE, "is damaged, or of another version", "use another checkpoint"
+        ) from None
+    weights = StoredParameters(folder)
+    weights.check(parameter_layouts(shape, weights.tensor_size))
+    weights.check_pieces()
+    return Source(folder, state, shape, weights)
+
+
+def files_in_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file of a checkpoint, as its writer has noted them.
+
+    Raises:
+        InputError: the manifest is missing or damaged.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        files = json.loads(path.read_text())["files"]
+        return {name: {"bytes": f["bytes"], "hash": f["hash"]} for name, f in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(path, "is missing or damaged", "use another checkpoint") from None
+
+
+def verify(folder: Path, *, workers: int, advance: Advance = lambda count: None) -> int:
+    """Compare every file of a checkpoint with its manifest; how many bytes there are.
+
+    advance: gets the number of bytes of every chunk that was read; called by one thread at a time.
+
+    Raises:
+        InputError: naming the first file that is missing, truncated or altered.
+    """
+    files = files_in_manifest(folder)
+    lock = threading.Lock()
+
+    def count(done: int) -> None:
+        with lock:
+            advance(done)
+
+    def damage(name: str) -> str | None:
+        return file_damage(folder / name, files[name], count)
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="verifier") as pool:
+        for name, found in zip(files, pool.map(damage, files), strict=True):
+            if found is not None:
+                pool.shutdown(cancel_futures=True)
+                raise InputError(folder / name, found, "use another checkpoint")
+    return sum(described["bytes"] for described in files.values())

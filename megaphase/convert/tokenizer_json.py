@@ -1,0 +1,239 @@
+"""A sentencepiece model in the `tokenizers` library's format, `tokenizer.json`.
+
+The pieces are written with spaces in the place of U+2581, by which sentencepiece means a space:
+so the character itself, which a lossless tokenizer spells in bytes, is no part of any piece.
+
+Two things of sentencepiece have no name in the format and are built from what it has:
+
+- The names of control tokens and bytes are pieces of the model, and `tokenizers` finds every piece
+  in a text. In unigram models such a name therefore costs more than its characters one by one;
+  where a character of it is not in the vocabulary, the text is cut there instead, as sentencepiece
+  does before and after every unknown character.
+- In unigram models a user's symbol has no score of its own: its cost is the one that
+  sentencepiece computes.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+from megaphase.errors import InputError
+from megaphase.tokenizer_files import SPACE_SYMBOL
+
+Json = dict[str, Any]
+
+_Kind = ModelProto.SentencePiece
+
+
+def tokenizer_json(model: ModelProto, where: Path, *, spells_space_symbol: bool) -> Json:
+    """The value of `tokenizer.json`; no token is added to a text's own.
+
+    Args:
+        model: the parsed sentencepiece model; unigram or BPE.
+        where: the path that an error names.
+        spells_space_symbol: whether U+2581 in a text is spelled in bytes, and not read as a space.
+
+    Raises InputError where the model has something that the format cannot say.
+    """
+    vocabulary = _Vocabulary(model)
+    if problem := _inexpressible(model, vocabulary):
+        raise InputError(where, problem, "`tokenizers` cannot express that; use another tokenizer")
+    is_unigram = model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": list(_added_tokens(vocabulary, is_unigram)),
+        "normalizer": _normalizer(model.normalizer_spec, spells_space_symbol),
+        "pre_tokenizer": _pre_tokenizer(vocabulary) if is_unigram else None,
+        "post_processor": None,
+        "decoder": _decoder(model),
+        "model": (_unigram if is_unigram else _bpe)(model, vocabulary),
+    }
+
+
+class _Vocabulary:
+    """The pieces of a model by what they do; a space is a space.
+
+    Attributes:
+        texts: of every piece, by id.
+        scores: of every piece, by id, as the model has them.
+        normal: the pieces that text is made of; id by text.
+        user_symbols: the pieces that are kept whole in every text; id by text.
+        special: control tokens and the unknown; id by text.
+        hidden: texts that never stand for their piece: control tokens, the unknown, bytes.
+    """
+
+    def __init__(self, model: ModelProto) -> None:
+        self.texts = [piece.piece.replace(SPACE_SYMBOL, " ") for piece in model.pieces]
+        self.scores = [piece.score for piece in model.pieces]
+        kinds = [piece.type for piece in model.pieces]
+
+        def of(*wanted: int) -> dict[str, int]:
+            numbered = enumerate(zip(self.texts, kinds, strict=True))
+            return {text: i for i, (text, kind) in numbered if kind in wanted}
+
+        self.normal = of(_Kind.NORMAL)
+        self.user_symbols = of(_Kind.USER_DEFINED)
+        self.special = of(_Kind.CONTROL, _Kind.UNKNOWN)
+        self.hidden = tuple(self.special | of(_Kind.BYTE))
+        self.unused = of(_Kind.UNUSED)
+
+    def costs(self) -> dict[str, float]:
+        """The log probability of every piece that unigram text is made of."""
+        normal = {text: self.scores[i] for text, i in self.normal.items()}
+        best = max(normal.values(), default=0.0)
+        # As sentencepiece's unigram::Model does, so that a user's symbol wins.
+        symbols = {text: len(text.encode()) * best - 0.1 for text in self.user_symbols}
+        return normal | symbols
+
+    def unknown_character(self, hidden: str) -> int | None:
+        """The place of the first character of a text that is not in the vocabulary, or None."""
+        for place, character in enumerate(hidden):
+            if character not in self.normal and character not in self.user_symbols:
+                return place
+        return None
+
+
+def _inexpressible(model: ModelProto, vocabulary: _Vocabulary) -> str | None:
+    """What the format cannot say of a model, or None."""
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type not in (trainer.UNIGRAM, trainer.BPE):
+        return f"its algorithm is {trainer.ModelType.Name(trainer.model_type).lower()}"
+    if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
+        return "it writes spaces otherwise than in front of words"
+    if vocabulary.unused:
+        return f"its piece {min(vocabulary.unused)!r} is marked as unused"
+    if len(set(vocabulary.texts)) < len(vocabulary.texts):
+        return "two of its pieces differ in a space only"
+    if single := [text for text in vocabulary.hidden if len(text) == 1]:
+        return f"its control token {single[0]!r} is a single character"
+    for text in vocabulary.normal:
+        if vocabulary.unknown_character(text) is not None:
+            return f"its piece {text!r} has a character that is no piece"
+    if trainer.model_type == trainer.BPE:
+        scores = [vocabulary.scores[i] for text, i in vocabulary.normal.items() if len(text) > 1]
+        if len(set(scores)) < len(scores):
+            return "two of its merges have the same score"
+        if _long_symbols(vocabulary) and _changes_the_ends(normalizer):
+            return "it adds or removes spaces and has symbols of the user"
+    return None
+
+
+def _changes_the_ends(normalizer: Any) -> bool:
+    return bool(normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces)
+
+
+def _long_symbols(vocabulary: _Vocabulary) -> dict[str, int]:
+    return {text: i for text, i in vocabulary.user_symbols.items() if len(text) > 1}
+
+
+def _added_tokens(vocabulary: _Vocabulary, is_unigram: bool) -> Iterator[Json]:
+    """The special tokens; in a BPE model, where no merge makes them, also the user's symbols."""
+    symbols = {} if is_unigram else _long_symbols(vocabulary)
+    for text, token in sorted((vocabulary.special | symbols).items(), key=lambda item: item[1]):
+        yield {
+            "id": token,
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": text in vocabulary.special,
+        }
+
+
+def _normalizer(normalizer: Any, spells_space_symbol: bool) -> Json | None:
+    """What happens to a text before it is cut into pieces, in sentencepiece's order."""
+    steps: list[Json] = []
+    if normalizer.precompiled_charsmap:
+        charsmap = base64.b64encode(normalizer.precompiled_charsmap).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if normalizer.remove_extra_whitespaces:
+        steps += [_replace({"Regex": r"\A +"}, ""), _replace({"Regex": " {2,}"}, " ")]
+    if not spells_space_symbol:
+        steps.append(_replace({"String": SPACE_SYMBOL}, " "))
+    if normalizer.remove_extra_whitespaces:
+        steps.append(_replace({"Regex": r" +\z"}, ""))
+    if normalizer.add_dummy_prefix:
+        steps.append({"type": "Prepend", "prepend": " "})
+    return {"type": "Sequence", "normalizers": steps} if steps else None
+
+
+def _replace(pattern: Json, content: str) -> Json:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def _pre_tokenizer(vocabulary: _Vocabulary) -> Json | None:
+    """Cut the names of special tokens and bytes at a character that the vocabulary lacks."""
+    patterns = []
+    for text in vocabulary.hidden:
+        place = vocabulary.unknown_character(text)
+        if place is not None:
+            before, after = re.escape(text[:place]), re.escape(text[place + 1 :])
+            behind = f"(?<={before})" if before else ""
+            patterns.append(f"{behind}{re.escape(text[place])}(?={after})")
+    if not patterns:
+        return None
+    pattern = {"Regex": "|".join(patterns)}
+    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+
+
+def _decoder(model: ModelProto) -> Json:
+    steps: list[Json] = [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    if _changes_the_ends(model.normalizer_spec):
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
+
+
+def _unigram(model: ModelProto, vocabulary: _Vocabulary) -> Json:
+    costs = vocabulary.costs()
+    least = min(costs.values(), default=0.0)
+    for text in vocabulary.hidden:
+        is_cut = vocabulary.unknown_character(text) is not None
+        costs[text] = least if is_cut else sum(costs[character] for character in text) - 1
+    return {
+        "type": "Unigram",
+        "unk_id": model.trainer_spec.unk_id,
+        "vocab": [[text, costs[text]] for text in vocabulary.texts],
+        "byte_fallback": model.trainer_spec.byte_fallback,
+    }
+
+
+def _bpe(model: ModelProto, vocabulary: _Vocabulary) -> Json:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": vocabulary.texts[model.trainer_spec.unk_id],
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": model.trainer_spec.byte_fallback,
+        "ignore_merges": False,
+        "vocab": {text: i for i, text in enumerate(vocabulary.texts)},
+        "merges": list(_merges(vocabulary)),
+    }
+
+
+def _merges(vocabulary: _Vocabulary) -> Iterator[tuple[str, str]]:
+    """Every pair of pieces that makes a piece, by the score of what it makes.
+
+    sentencepiece merges the leftmost of several pairs that make the same piece. In the one case
+    where they overlap, a run of one character, that is the pair with the longer left side.
+    """
+    by_score = sorted(vocabulary.normal.items(), key=lambda item: -vocabulary.scores[item[1]])
+    return chain.from_iterable(_splits(text, vocabulary) for text, _ in by_score)
+
+
+def _splits(text: str, vocabulary: _Vocabulary) -> Iterator[tuple[str, str]]:
+    for place in range(len(text) - 1, 0, -1):
+        left, right = text[:place], text[place:]
+        if left in vocabulary.normal and right in vocabulary.normal:
+            yield left, right

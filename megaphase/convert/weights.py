@@ -1,0 +1,69 @@
+"""What all conversions have in common: whole parameters are read, one after another."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from torch import Tensor
+
+from megaphase.parallel.sharding import ParameterLayout
+
+# So many bytes may wait in memory even where every parameter is smaller.
+_ALWAYS_ALLOWED = 1 << 26
+_FP32_BYTES = 4
+
+
+class Weights(Protocol):
+    """Parameters of a GPT by the names that the model gives them, from whatever files.
+
+    Attributes:
+        layouts: of all parameters, in the order in which the model has them.
+        kinds: what there is of each: `weight`, and the moments where they are stored.
+    """
+
+    @property
+    def layouts(self) -> Mapping[str, ParameterLayout]: ...
+
+    @property
+    def kinds(self) -> Sequence[str]: ...
+
+    def whole(self, name: str, kind: str) -> Tensor:
+        """A parameter, fp32, contiguous, of its layout's shape; called by several threads."""
+        ...
+
+
+def read_each(
+    weights: Weights,
+    kinds: Sequence[str],
+    take: Callable[[str, str, Tensor], object],
+    *,
+    workers: int,
+) -> None:
+    """Call take(name, kind, whole parameter) for every parameter and kind, in the model's order.
+
+    Several are read at a time. What has been read, and has not been taken to the end, is together
+    no larger than the largest parameter (or a few megabytes).
+    """
+    wanted = [(name, kind) for name in weights.layouts for kind in kinds]
+    sizes = {name: _FP32_BYTES * layout.numel for name, layout in weights.layouts.items()}
+    allowed = max(*sizes.values(), _ALWAYS_ALLOWED)
+    reading: deque[Future[Tensor]] = deque()
+    held = begun = 0
+    with ThreadPoolExecutor(workers, thread_name_prefix="reader") as readers:
+        try:
+            for name, kind in wanted:
+                while begun < len(wanted):
+                    following = wanted[begun]
+                    if reading and held + sizes[following[0]] > allowed:
+                        break
+                    reading.append(readers.submit(weights.whole, *following))
+                    held, begun = held + sizes[following[0]], begun + 1
+                take(name, kind, reading[0].result())
+                reading.popleft()
+                held -= sizes[name]
+        finally:
+            for each in reading:
+                each.cancel()
