@@ -33,5 +33,94 @@ _FILE_NAMES = (
 
 
 def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
-    """Write the files by which `transformers.AutoTokenizer` and `Tokenizer.load` read a tokenizer.
+    """Write the files with which `transformers.AutoTokenizer` and `Tokenizer.load` read `folder`.
+
+    A tokenizer that came in a Hugging Face directory is copied as it is. Of any other, a
+    `tokenizer.json` is made from the sentencepiece model (transformers 4.45 or later) and stands
+    beside the model itself and, for a tokenizer of ours, its record.
+
+    Args:
+        tokenizer: loaded from a path that still exists.
+        folder: an existing directory.
+        max_length: the longest text of the model, in tokens; transformers warns beyond it.
+
+    Raises InputError where the sentencepiece model has something that `tokenizers` cannot express.
     """
+    path = tokenizer.path
+    if path.is_dir() and not (path / RECORD_NAME).exists() and _class_name(path):
+        _copy_files(path, folder)
+        return
+    source = _model_file(path)
+    model = ModelProto.FromString(source.read_bytes())
+    if tokenizer.vocab_size > len(model.pieces):
+        problem = "has tokens beyond its sentencepiece model's and names no tokenizer_class"
+        raise InputError(path, problem, f"name it in {_CONFIG_NAME}")
+    whole = tokenizer_json(model, path, spells_space_symbol=_spells_space_symbol(tokenizer))
+    config = _config(model, whole["added_tokens"], tokenizer.eod, max_length)
+    write_text_whole(folder / "tokenizer.json", json.dumps(whole, ensure_ascii=False))
+    write_json_whole(folder / _CONFIG_NAME, config)
+    shutil.copyfile(source, folder / MODEL_NAME)
+    if (path / RECORD_NAME).exists():
+        shutil.copyfile(path / RECORD_NAME, folder / RECORD_NAME)
+
+
+def take_tokenizer(source: Path, folder: Path) -> bool:
+    """Copy the tokenizer of a Hugging Face model directory, for a run file's `tokenizer: folder`.
+
+    Args:
+        source: the model's directory.
+        folder: an existing directory.
+
+    Returns whether `source` has a sentencepiece model; where it has none (a `tokenizer.json` only,
+    as GPT-2 and Llama 3, or no tokenizer), nothing is copied.
+
+    Raises InputError where megaphase cannot use it, see `megaphase.tokenizer_files.read_tokenizer`.
+    """
+    if not any((source / name).is_file() for name in HUGGING_FACE_MODEL_NAMES):
+        return False
+    Tokenizer.load(source)
+    _copy_files(source, folder)
+    return True
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    for name in _FILE_NAMES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _model_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    return next(path / name for name in HUGGING_FACE_MODEL_NAMES if (path / name).is_file())
+
+
+def _class_name(directory: Path) -> str | None:
+    """The class that transformers is told to load a directory with, or None."""
+    path = directory / _CONFIG_NAME
+    return json.loads(path.read_bytes()).get("tokenizer_class") if path.exists() else None
+
+
+def _spells_space_symbol(tokenizer: Tokenizer) -> bool:
+    return tokenizer.decode(tokenizer.encode(SPACE_SYMBOL)) == SPACE_SYMBOL
+
+
+def _config(
+    model: ModelProto, added_tokens: list[dict[str, Any]], eod: int, max_length: int
+) -> dict[str, Any]:
+    """The value of `tokenizer_config.json`."""
+    described = {
+        str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+        for token in added_tokens
+    }
+    trainer = model.trainer_spec
+    roles = {"eos": eod, "unk": trainer.unk_id, "bos": trainer.bos_id, "pad": trainer.pad_id}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{f"{role}_token": model.pieces[i].piece for role, i in roles.items() if i >= 0},
+        "added_tokens_decoder": described,
+        # Text that looks like a control token stays text.
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+    }

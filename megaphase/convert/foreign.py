@@ -1,0 +1,61 @@
+"""Weights that another program has trained, as the checkpoint at which a run of ours begins."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megaphase.checkpoint.parameters import WEIGHT
+from megaphase.checkpoint.store import CHECKPOINT_FORMAT
+from megaphase.convert.checkpoint_writer import portable_form, write_checkpoint
+from megaphase.convert.weights import Weights
+from megaphase.model.shape import GPTShape
+from megaphase.progress import bytes_progress
+from megaphase.training.position import Position
+
+FP32_BYTES = 4
+
+
+def write_foreign(
+    folder: Path,
+    weights: Weights,
+    shape: GPTShape,
+    origin: dict[str, Any],
+    *,
+    workers: int,
+    console: Console | None,
+) -> None:
+    """Write a portable checkpoint of weights alone, at step 0, into an empty folder.
+
+    weights: their layouts are those of `parameter_layouts(shape, 1)`. origin: what is known about
+    where they come from, such as `{"format": "Hugging Face", "path": ...}`.
+    """
+    form = portable_form(weights.layouts)
+    with bytes_progress(console, "writing", FP32_BYTES * shape.parameters()) as advance:
+        write_checkpoint(
+            folder,
+            weights,
+            (WEIGHT,),
+            form,
+            foreign_state(shape, origin),
+            workers=workers,
+            advance=advance,
+        )
+
+
+def foreign_state(shape: GPTShape, origin: dict[str, Any]) -> dict[str, Any]:
+    """state.json of a model that no run of ours has trained yet."""
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "origin": origin,
+        "model": shape.facts(),
+        "position": asdict(Position(0, 0, 0, 0, (), 0)),
+        "step": 0,
+        "phase_name": None,
+        "used": {},
+        "streams": {},
+        "optimizer_steps": 0,
+    }
