@@ -1,0 +1,129 @@
+"""Checkpoints that engines of small models have written, and what reads them by other code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megaphase.checkpoint.parameters import INDEX_FILE
+from megaphase.checkpoint.saver import Saver
+from megaphase.checkpoint.store import CheckpointStore
+from megaphase.config import RunConfig
+from megaphase.convert.checkpoint_writer import portable_form, write_checkpoint
+from megaphase.convert.foreign import foreign_state
+from megaphase.model.parameters import parameter_layouts
+from megaphase.model.presets import build_shape
+from megaphase.model.shape import GPTShape
+from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.sharding import ParameterLayout
+from megaphase.training.engine import Engine
+
+
+def save(engine: Engine, config: RunConfig, vocab: int, folder: Path, agreement: Agreement) -> Path:
+    """Save an engine's state as a run does; the checkpoint's folder. Called by all ranks."""
+    topology = engine.topology
+    state = foreign_state(build_shape(config, vocab), {}) | {
+        "optimizer_steps": engine.state.steps,
+        "processes": topology.world_size,
+        "tensor": topology.tensor_size,
+        "zero": config.parallel.zero,
+        "precision": config.precision,
+    }
+    store = CheckpointStore(folder, agreement)
+    saver = Saver(store, agreement, keep=1, asynchronous=False, say=lambda text: None)
+    saver.save("step-00000001", engine.state.snapshot(), state, {})
+    return folder / "step-00000001"
+
+
+class RandomWeights:
+    """Random values for every parameter of a shape; each a function of its name and kind."""
+
+    def __init__(self, shape: GPTShape, kinds: tuple[str, ...] = ("weight",)) -> None:
+        self.layouts: Mapping[str, ParameterLayout] = parameter_layouts(shape, 1)
+        self.kinds = kinds
+
+    def whole(self, name: str, kind: str) -> Tensor:
+        seed = sum(f"{kind}/{name}".encode())
+        values = torch.randn(
+            self.layouts[name].shape, generator=torch.Generator().manual_seed(seed)
+        )
+        return values * 0.2 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+
+
+def write_random_checkpoint(
+    folder: Path, shape: GPTShape, kinds: tuple[str, ...] = ("weight",)
+) -> Path:
+    """A portable checkpoint of random values."""
+    folder.mkdir(parents=True)
+    weights = RandomWeights(shape, kinds)
+    state = foreign_state(shape, {}) | {"precision": "fp32"}
+    write_checkpoint(folder, weights, kinds, portable_form(weights.layouts), state, workers=1)
+    return folder
+
+
+def stored_tensors(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
+    """Every tensor of every file but the random generators', as the safetensors package reads."""
+    files = json.loads((checkpoint / INDEX_FILE).read_text())["shards"]
+    return {
+        file: {
+            name: tensor
+            for name, tensor in load_file(checkpoint / file).items()
+            if not name.startswith("random/")
+        }
+        for file in files
+    }
+
+
+def assert_same_shards(one: Path, other: Path) -> None:
+    """The same files, with the same pieces, to the last bit."""
+    indices = [json.loads((path / INDEX_FILE).read_text()) for path in (one, other)]
+    for index in indices:
+        for shard in index["shards"].values():
+            shard["pieces"] = dict(sorted(shard["pieces"].items()))
+    assert indices[0] == indices[1]
+    left, right = stored_tensors(one), stored_tensors(other)
+    assert left.keys() == right.keys()
+    for file, tensors in left.items():
+        assert tensors.keys() == right[file].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, right[file][name]), (file, name)
+
+
+def whole_parameters(checkpoint: Path, kind: str = "weight") -> dict[str, Tensor]:
+    """Whole parameters, put together from docs/checkpoints.md alone."""
+    index: dict[str, Any] = json.loads((checkpoint / INDEX_FILE).read_text())
+    files = {file: load_file(checkpoint / file) for file in index["shards"]}
+    return {
+        name: _whole(index, files, f"{kind}/{name}", name, facts)
+        for name, facts in index["parameters"].items()
+    }
+
+
+def _whole(
+    index: Any, files: Mapping[str, Mapping[str, Tensor]], tensor: str, name: str, facts: Any
+) -> Tensor:
+    cuts = []
+    for rank in range(index["tensor"] if facts["dim"] is not None else 1):
+        runs = {
+            shard["pieces"][name][0]: files[file][tensor].reshape(-1)
+            for file, shard in index["shards"].items()
+            if shard["tensor_rank"] == rank and name in shard["pieces"]
+        }
+        shape = list(facts["shape"])
+        if facts["dim"] is not None:
+            shape[facts["dim"]] = sum(facts["segments"]) // index["tensor"]
+        cuts.append(torch.cat([runs[first] for first in sorted(runs)]).view(shape))
+    dim, columns, done = facts["dim"], [], 0
+    if dim is None:
+        return cuts[0]
+    for segment in facts["segments"]:
+        size = segment // len(cuts)
+        columns += [cut.narrow(dim, done, size) for cut in cuts]
+        done += size
+    return torch.cat(columns, dim).narrow(dim, 0, facts["shape"][dim])

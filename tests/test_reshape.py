@@ -1,0 +1,124 @@
+"""A checkpoint reshaped for another layout is what the trainer itself writes there.
+
+Tensor × data layouts of one, two and four processes, ZeRO 0, 1 and 3: bit for bit there and back,
+and the loss curve goes on to 1e-5.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import astuple
+from itertools import product
+from pathlib import Path
+
+import pytest
+from convert_support import assert_same_shards, save
+from distributed import once, run_ranks
+from engine_support import build_engine, global_batch, process_group, run_config, share
+
+from megaphase.checkpoint.parameters import StoredParameters
+from megaphase.config import RunConfig
+from megaphase.convert.partition import Layout
+from megaphase.convert.reshape import reshape
+from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.topology import start
+from megaphase.training.engine import Engine
+
+GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
+LAYOUTS = [Layout(tensor, data, zero) for (tensor, data), zero in product(GRIDS, (0, 1, 3))]
+VOCAB = 99  # every tensor-parallel size pads its rows otherwise
+BEFORE, AFTER = 3, 10
+RATE = 1e-2
+CURVE_TOLERANCE = 1e-5
+
+
+def name_of(layout: Layout) -> str:
+    return "x".join(map(str, astuple(layout)))
+
+
+def config_of(layout: Layout) -> RunConfig:
+    return run_config(model={"kv_heads": 4}, tensor=layout.tensor, zero=layout.zero)
+
+
+def train(engine: Engine, first: int, steps: int) -> list[float]:
+    batches = (global_batch(first + i, vocab=VOCAB) for i in range(steps))
+    return [engine.train_step(share(batch, engine.topology), RATE).losses.mean for batch in batches]
+
+
+def begin(folder: str) -> list[float]:
+    """Train on one process and save at `begin`; the curve of the steps after it."""
+    with process_group():
+        start(1)
+        config = config_of(Layout(1, 1, 0))
+        engine = build_engine(config, VOCAB)
+        train(engine, 0, BEFORE)
+        save(engine, config, VOCAB, Path(folder, "begin"), Agreement())
+        return train(engine, BEFORE, AFTER)
+
+
+def go_on(layouts: list[Layout], folder: str) -> dict[Layout, list[float]]:
+    """From `reshaped` checkpoints: save them again as `native` ones, and train."""
+    with process_group():
+        start(1)
+        agreement = Agreement()
+        curves = {}
+        for layout in layouts:
+            config = config_of(layout)
+            engine = build_engine(config, VOCAB)
+            stored = StoredParameters(Path(folder, "reshaped", name_of(layout)))
+            engine.state.load(stored, BEFORE)
+            save(engine, config, VOCAB, Path(folder, "native", name_of(layout)), agreement)
+            curves[layout] = train(engine, BEFORE, AFTER)
+        return curves
+
+
+@once
+def trained() -> tuple[Path, list[float], dict[Layout, list[float]]]:
+    """The folder, the undisturbed curve, and the curve of every layout."""
+    folder = tempfile.mkdtemp(prefix="megaphase-reshape-")
+    undisturbed = run_ranks(begin, 1, folder)[0]
+    curves = {}
+    for layout in LAYOUTS:
+        source, out = Path(folder, "begin", "step-00000001"), Path(folder, "reshaped")
+        reshape(str(source), out / name_of(layout), layout, weights_only=False, workers=2)
+    for processes in (1, 2, 4):
+        layouts = [layout for layout in LAYOUTS if layout.processes == processes]
+        curves |= run_ranks(go_on, processes, layouts, folder)[0]
+    return Path(folder), undisturbed, curves
+
+
+@pytest.fixture(scope="module")
+def folder():
+    path = trained()[0]
+    yield path
+    shutil.rmtree(path)
+
+
+def native(folder: Path, layout: Layout) -> Path:
+    return folder / "native" / name_of(layout) / "step-00000001"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+def test_files_are_those_that_the_trainer_writes(layout: Layout, folder: Path) -> None:
+    assert_same_shards(folder / "reshaped" / name_of(layout), native(folder, layout))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("source", LAYOUTS, ids=name_of)
+def test_there_and_back_is_bit_equal(source: Layout, folder: Path, tmp_path: Path) -> None:
+    for target in LAYOUTS:
+        there, back = tmp_path / f"to-{name_of(target)}", tmp_path / f"from-{name_of(target)}"
+        reshape(str(native(folder, source)), there, target, weights_only=False, workers=2)
+        assert_same_shards(there, native(folder, target))
+        reshape(str(there), back, source, weights_only=False, workers=2)
+        assert_same_shards(back, native(folder, source))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+def test_training_goes_on_as_if_nothing_had_happened(layout: Layout, folder: Path) -> None:
+    _, undisturbed, curves = trained()
+    assert len(curves[layout]) == AFTER
+    assert curves[layout] == pytest.approx(undisturbed, rel=CURVE_TOLERANCE)
