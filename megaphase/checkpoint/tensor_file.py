@@ -126,10 +126,10 @@ class TensorFile:
         self.path = path
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        except FileNotFoundError:
+            raise InputError(path, "is missing", "use another checkpoint") from None
         except OSError as error:
-            raise InputError(
-                path, f"cannot be read ({error.strerror})", "use another checkpoint"
-            ) from None
+            raise InputError(path, f"cannot be read ({error.strerror})") from None
         try:
             described, self._begin = self._read_header()
             self.metadata: dict[str, str] = described.pop(_METADATA, {})
