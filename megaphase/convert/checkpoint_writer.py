@@ -17,8 +17,9 @@ from torch import Tensor
 
 from megaphase.checkpoint.parameters import Piece, Shard, index_json, shard_file, tensor_name
 from megaphase.checkpoint.store import complete
-from megaphase.checkpoint.tensor_file import TensorKind, TensorWriter
+from megaphase.checkpoint.tensor_file import TensorKind
 from megaphase.convert.partition import Layout, shards_of
+from megaphase.convert.tensor_files import TensorFiles
 from megaphase.convert.weights import Weights, read_each
 from megaphase.parallel.sharding import ParameterLayout
 
@@ -90,7 +91,8 @@ def write_checkpoint(
         state: the content of state.json, but for the layout.
         advance: gets the number of bytes of everything that was written.
     """
-    files = _Files(folder, form, kinds)
+    contents = {file: form.contents(file, kinds) for file in form.shards}
+    files = TensorFiles(folder, contents)
     places: dict[str, list[tuple[str, int, Piece]]] = {name: [] for name in form.layouts}
     for file, shard in form.shards.items():
         for name, piece in shard.pieces.items():
@@ -114,32 +116,3 @@ def write_checkpoint(
             files.close()
     index = index_json(form.tensor, kinds, form.layouts, form.shards)
     complete(folder, index, {**state, **form.facts}, files.described)
-
-
-class _Files:
-    """The files of a form; each is open from its first tensor to its last."""
-
-    def __init__(self, folder: Path, form: Form, kinds: Sequence[str]) -> None:
-        self._folder = folder
-        self._contents = {file: form.contents(file, kinds) for file in form.shards}
-        self._left = {file: len(contents) for file, contents in self._contents.items()}
-        self._writers: dict[str, TensorWriter] = {}
-        self.described: dict[str, dict[str, Any]] = {}
-        for file, left in self._left.items():
-            (folder / file).parent.mkdir(exist_ok=True)
-            if not left:  # a rank that holds nothing
-                self.described[file] = TensorWriter(folder / file, {}).close()
-
-    def write(self, file: str, part: Tensor) -> None:
-        """The next tensor of a file."""
-        if file not in self._writers:
-            self._writers[file] = TensorWriter(self._folder / file, self._contents[file])
-        self._writers[file].write(part)
-        self._left[file] -= 1
-        if not self._left[file]:
-            self.described[file] = self._writers.pop(file).close()
-
-    def close(self) -> None:
-        """Those that an error has left unfinished."""
-        for writer in self._writers.values():
-            writer.abandon()

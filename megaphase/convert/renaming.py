@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megaphase.errors import InputError
@@ -33,9 +32,22 @@ class Renaming:
         return {n: p.t() if self.transposed else p for n, p in zip(self.theirs, parts, strict=True)}
 
     def join(self, read: Callable[[str], Tensor]) -> Tensor:
-        """Ours, contiguous, from theirs."""
-        parts = [read(name).t() if self.transposed else read(name) for name in self.theirs]
-        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+        """Ours, contiguous, from theirs, of which one at a time is in memory."""
+        if len(self.theirs) == 1:
+            return self._ours_from(read(self.theirs[0])).contiguous()
+        joined = None
+        end = 0
+        for name, rows in zip(self.theirs, self.rows, strict=True):
+            part = self._ours_from(read(name))
+            if joined is None:
+                joined = part.new_empty((sum(self.rows), *part.shape[1:]))
+            joined[end : end + rows] = part
+            end += rows
+        assert joined is not None
+        return joined
+
+    def _ours_from(self, theirs: Tensor) -> Tensor:
+        return theirs.t() if self.transposed else theirs
 
     def their_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """By name; shape: of ours."""

@@ -1,0 +1,59 @@
+"""Several files of tensors, written as their tensors come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megaphase.checkpoint.tensor_file import TensorKind, TensorWriter
+
+
+class TensorFiles:
+    """safetensors files in a folder; each is open from its first tensor to its last.
+
+    Attributes:
+        described: what a manifest says of every file that is finished, its `bytes` and `hash`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        contents: Mapping[str, Mapping[str, TensorKind]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            contents: by file, its tensors in the order in which they will come.
+            metadata: what every file says beside them.
+        """
+        self._folder, self._contents, self._metadata = folder, contents, metadata
+        self._left = {file: len(tensors) for file, tensors in contents.items()}
+        self._writers: dict[str, TensorWriter] = {}
+        self.described: dict[str, dict[str, Any]] = {}
+        for file, left in self._left.items():
+            (folder / file).parent.mkdir(exist_ok=True)
+            if not left:  # as of a rank that holds nothing
+                self.described[file] = self._open(file).close()
+
+    def write(self, file: str, tensor: Tensor) -> None:
+        """The next tensor of a file: contiguous, on the CPU, of the announced type.
+
+        May be called by several threads, for different files.
+        """
+        if file not in self._writers:
+            self._writers[file] = self._open(file)
+        self._writers[file].write(tensor)
+        self._left[file] -= 1
+        if not self._left[file]:
+            self.described[file] = self._writers.pop(file).close()
+
+    def close(self) -> None:
+        """Those that an error has left unfinished."""
+        for writer in self._writers.values():
+            writer.abandon()
+
+    def _open(self, file: str) -> TensorWriter:
+        return TensorWriter(self._folder / file, self._contents[file], self._metadata)
