@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from megaphase.convert.tokenizer_json import tokenizer_json
@@ -51,11 +52,12 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -
         _copy_files(path, folder)
         return
     source = _model_file(path)
-    model = ModelProto.FromString(source.read_bytes())
-    if tokenizer.vocab_size > len(model.pieces):
+    model = SentencePieceProcessor(model_file=str(source))
+    if tokenizer.vocab_size > model.get_piece_size():
         problem = "has tokens beyond its sentencepiece model's and names no tokenizer_class"
         raise InputError(path, problem, f"name it in {_CONFIG_NAME}")
-    whole = tokenizer_json(model, path, spells_space_symbol=_spells_space_symbol(tokenizer))
+    proto = ModelProto.FromString(model.serialized_model_proto())
+    whole = tokenizer_json(proto, path, spells_space_symbol=_spells_space_symbol(tokenizer))
     config = _config(model, whole["added_tokens"], tokenizer.eod, max_length)
     write_text_whole(folder / "tokenizer.json", json.dumps(whole, ensure_ascii=False))
     write_json_whole(folder / _CONFIG_NAME, config)
@@ -106,18 +108,17 @@ def _spells_space_symbol(tokenizer: Tokenizer) -> bool:
 
 
 def _config(
-    model: ModelProto, added_tokens: list[dict[str, Any]], eod: int, max_length: int
+    model: SentencePieceProcessor, added_tokens: list[dict[str, Any]], eod: int, max_length: int
 ) -> dict[str, Any]:
     """The value of `tokenizer_config.json`."""
     described = {
         str(token["id"]): {key: value for key, value in token.items() if key != "id"}
         for token in added_tokens
     }
-    trainer = model.trainer_spec
-    roles = {"eos": eod, "unk": trainer.unk_id, "bos": trainer.bos_id, "pad": trainer.pad_id}
+    roles = {"eos": eod, "unk": model.unk_id(), "bos": model.bos_id(), "pad": model.pad_id()}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{f"{role}_token": model.pieces[i].piece for role, i in roles.items() if i >= 0},
+        **{f"{role}_token": model.id_to_piece(i) for role, i in roles.items() if i >= 0},
         "added_tokens_decoder": described,
         # Text that looks like a control token stays text.
         "split_special_tokens": True,

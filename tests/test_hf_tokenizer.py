@@ -1,0 +1,444 @@
+"""The tokenizer of a Hugging Face directory: transformers gives the ids that megaphase gives."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_support import CORPORA, files_of, write_jsonl
+from existing_tokenizers import (
+    STRANGE,
+    TEXTS,
+    llama_directory,
+    t5_directory,
+    train_model,
+    write_json,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+from megaphase.convert.hf_tokenizer import take_tokenizer, write_hf_tokenizer
+from megaphase.data_tools.tokenizers.train import train_tokenizer
+from megaphase.errors import InputError
+from megaphase.tokenizer import RECORD_NAME, Tokenizer
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+LANGUAGES = ("en", "fr", "de", "hi", "eu")
+CODE = 'def f(xs: list[int]) -> str:\n    if xs:\n\t\treturn "<b>" + str(xs[0x41:])  # <0x>\n'
+LOOKS_LIKE_CONTROL = [
+    *("<eod>", "a<eod>b", "<<eod>>", "<eod", "<unk>", "<unk><unk>", "x <fr>", "<hi> x", "<fr>fr"),
+    *("<reserved_0>", "<0x41>", "<0xE2><0x96><0x81>", "é<0x0A>é", "<s>", "</s>", "<tag>"),
+]
+HARD = [
+    *(*STRANGE, *TEXTS, *LOOKS_LIKE_CONTROL, CODE, " ".join(TEXTS * 20)),
+    *(
+        symbol * n
+        for symbol in (" ", "\n", "\t", "a", "ab", "aab", "▁")
+        for n in (2, 3, 5, 64, 257)
+    ),
+    *("x" + " " * n + "y" for n in range(2, 9)),
+    *("▁", " ▁", "▁ ", "a▁b ▁c", "▁the", "<b>", "x<b>y</b>", "<b", "\r\n", "\0", "\ufeffa"),
+    *(
+        "e\u0301 é",
+        "A\u030a",
+        "\u0301",
+        "👩‍👩‍👧 👍🏽",
+        "क्षि कि",
+        "가",
+        "\u00a0\u3000\u200b",
+        "١٢٣",
+        "12345",
+    ),
+]
+FRAGMENTS = [
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "▁",
+    "<",
+    ">",
+    "0x",
+    "é",
+    "a",
+    "the",
+    "\u0301",
+    *LOOKS_LIKE_CONTROL,
+]
+ANY_TEXT = st.one_of(
+    st.text(max_size=30),
+    st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=3)), max_size=12).map("".join),
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One tokenizer, in megaphase and as transformers loads what was written of it."""
+
+    ours: Tokenizer
+    theirs: Any
+    folder: Path
+
+
+def pair_of(path: Path, folder: Path, max_length: int = 1 << 30) -> Pair:
+    import transformers
+
+    folder.mkdir(parents=True)
+    ours = Tokenizer.load(path)
+    write_hf_tokenizer(ours, folder, max_length=max_length)
+    return Pair(ours, transformers.AutoTokenizer.from_pretrained(folder), folder)
+
+
+KINDS = {
+    # With "<" in the vocabulary, with tags, and with symbols of the user.
+    "unigram": {
+        "vocab_size": 400,
+        "model_type": "unigram",
+        "tags": ("fr", "hi"),
+        "user_symbols": ("<b>",),
+    },
+    "bpe": {"vocab_size": 400, "model_type": "bpe", "tags": ("fr", "hi"), "user_symbols": ("<b>",)},
+    # With nothing.
+    "unigram-plain": {"vocab_size": 340, "model_type": "unigram", "reserved_tags": 0},
+    "bpe-plain": {"vocab_size": 340, "model_type": "bpe", "reserved_tags": 0},
+}
+PAIRS: dict[str, Pair] = {}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    kind = request.param
+    if kind not in PAIRS:
+        folder = tmp_path_factory.mktemp(kind)
+        texts = TEXTS * 20 + ([] if kind.endswith("plain") else [CODE] * 20)
+        source = {"xx": [write_jsonl(folder / "xx.jsonl", texts)]}
+        train_tokenizer(source, folder / "tok", **KINDS[kind])
+        PAIRS[kind] = pair_of(folder / "tok", folder / "hf")
+    return PAIRS[kind]
+
+
+def assert_same(pair: Pair, text: str) -> None:
+    ids = pair.ours.encode(text)
+    assert pair.theirs(text).input_ids == ids
+    assert pair.theirs.decode(ids, skip_special_tokens=True) == pair.ours.decode(ids)
+
+
+def test_every_text_has_the_same_ids(pair: Pair) -> None:
+    for text in HARD:
+        assert_same(pair, text)
+        assert pair.theirs.decode(pair.ours.encode(text)) == text
+    assert pair.theirs(HARD).input_ids == pair.ours.encode_batch(HARD)
+
+
+@given(text=ANY_TEXT)
+def test_any_text_has_the_same_ids(pair: Pair, text: str) -> None:
+    assert_same(pair, text)
+
+
+def test_a_text_that_is_encoded_in_parts_has_the_same_ids(pair: Pair) -> None:
+    if pair.ours.record.algorithm == "bpe":
+        assert_same(pair, " ".join(TEXTS) * 1500)
+
+
+def test_the_roles_of_tokens(pair: Pair) -> None:
+    ours, theirs = pair.ours, pair.theirs
+    assert len(theirs) == ours.vocab_size
+    assert (theirs.eos_token_id, theirs.eos_token) == (ours.eod, "<eod>")
+    assert (theirs.unk_token, theirs.bos_token, theirs.pad_token) == ("<unk>", None, None)
+    for name, token in ours.tags.items():
+        assert theirs.convert_tokens_to_ids(f"<{name}>") == token
+    special = [*ours.tags.values(), *ours.reserved_tags, ours.eod]
+    ids = ours.encode("x y")
+    assert theirs.decode([*special, *ids, *special], skip_special_tokens=True) == "x y"
+    # As text the same are ordinary, unless asked for otherwise.
+    names = theirs.decode(special)
+    assert not set(special) & set(theirs(names).input_ids)
+    assert theirs(names, split_special_tokens=False).input_ids == special
+
+
+def test_megaphase_reads_what_it_wrote(pair: Pair, tmp_path: Path) -> None:
+    ours, again = pair.ours, Tokenizer.load(pair.folder)
+    assert again.record == ours.record
+    for name in files_of(pair.folder):
+        if name != RECORD_NAME:
+            (tmp_path / name).write_bytes((pair.folder / name).read_bytes())
+    # As any Hugging Face directory, where the record is lost.
+    without = Tokenizer.load(tmp_path)
+    assert (without.eod, without.vocab_size) == (ours.eod, ours.vocab_size)
+    assert without.fingerprint == ours.fingerprint
+    assert without.tags.items() >= ours.tags.items()
+    assert without.encode_batch(HARD) == ours.encode_batch(HARD)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_the_same_beside_a_model_and_after_saving(
+    pair: Pair, tmp_path: Path, model_type: str
+) -> None:
+    import transformers
+
+    for name in files_of(pair.folder):
+        (tmp_path / name).write_bytes((pair.folder / name).read_bytes())
+    write_json(tmp_path / "config.json", {"model_type": model_type})
+    beside = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert beside(HARD).input_ids == pair.ours.encode_batch(HARD)
+    beside.save_pretrained(tmp_path / "saved")
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert saved(HARD).input_ids == pair.ours.encode_batch(HARD)
+
+
+def test_neither_transformers_nor_tokenizers_is_needed(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    write_hf_tokenizer(pair.ours, tmp_path, max_length=77)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == 77
+    assert files_of(tmp_path) == files_of(pair.folder)
+
+
+def float32_cannot_tell(model: SentencePieceProcessor, a: list[int], b: list[int]) -> bool:
+    """Whether b costs no more than a, and no less to the seventh digit."""
+    cost_a, cost_b = (sum(map(model.get_score, ids)) for ids in (a, b))
+    return 0 <= cost_b - cost_a < 1e-6 * abs(cost_a)
+
+
+@pytest.mark.skipif(not CORPORA.exists(), reason="../shared/corpora is not there")
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_real_text_in_five_languages(kind: str, tmp_path: Path) -> None:
+    documents = {}
+    for language in LANGUAGES:
+        with gzip.open(CORPORA / f"{language}.jsonl.gz", "rt") as file:
+            documents[language] = [json.loads(line)["text"] for line in islice(file, 80)]
+    inputs = {
+        language: [write_jsonl(tmp_path / f"{language}.jsonl", texts[:40])]
+        for language, texts in documents.items()
+    }
+    train_tokenizer(inputs, tmp_path / "tok", vocab_size=3000, model_type=kind, tags=LANGUAGES)
+    pair = pair_of(tmp_path / "tok", tmp_path / "hf")
+    model = SentencePieceProcessor(model_file=str(tmp_path / "tok" / "tokenizer.model"))
+    differing = 0
+    for whole in documents.values():
+        lines = [line for text in whole for line in text.split("\n")][:1500]
+        assert len(lines) > 400
+        texts = [*whole, *lines]
+        for text, ours, theirs in zip(
+            texts, pair.ours.encode_batch(texts), pair.theirs(texts).input_ids, strict=True
+        ):
+            assert pair.theirs.decode(ours) == text
+            if theirs != ours:
+                differing += 1
+                assert kind == "unigram"
+                assert float32_cannot_tell(model, ours, theirs)
+    # In 5,000 texts and more.
+    assert differing <= 5
+
+
+def model_of(path: Path, pieces: dict[str, float]) -> Path:
+    """A unigram model, of these pieces and their scores, that changes no text."""
+    model = ModelProto()
+    model.normalizer_spec.add_dummy_prefix = False
+    model.normalizer_spec.remove_extra_whitespaces = False
+    kind = ModelProto.SentencePiece
+    for piece, type_ in (("<unk>", kind.UNKNOWN), ("<s>", kind.CONTROL), ("</s>", kind.CONTROL)):
+        model.pieces.add(piece=piece, score=0.0, type=type_)
+    for piece, score in pieces.items():
+        model.pieces.add(piece=piece, score=score)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_where_scores_tie_in_float32_the_cut_may_differ(tmp_path: Path) -> None:
+    scores = {"x": -10.0, "a": -5.0, "b": -9.0, "c": -5.0, "ab": -4.99998, "bc": -5.0}
+    pair = pair_of(model_of(tmp_path / "tie.model", scores), tmp_path / "hf")
+    assert_same(pair, "abc")
+    assert_same(pair, "x" * 20 + "abc")
+    # The sum is -10,000 before the place, of which float32 has no fifth decimal.
+    text = "x" * 1000 + "abc"
+    assert [pair.ours.piece(token) for token in pair.ours.encode(text)[-2:]] == ["a", "bc"]
+    assert pair.theirs.tokenize(text)[-2:] == ["ab", "c"]
+    model = SentencePieceProcessor(model_file=str(tmp_path / "tie.model"))
+    assert float32_cannot_tell(model, pair.ours.encode(text), pair.theirs(text).input_ids)
+
+
+FOREIGN: dict[str, dict[str, Any]] = {
+    "identity": {"model_type": "unigram", "vocab_size": 300, "normalization_rule_name": "identity"},
+    "normalized": {"model_type": "unigram", "vocab_size": 300},
+    "normalized-bpe": {"model_type": "bpe", "vocab_size": 300, "pad_id": 3},
+    "bytes": {
+        "model_type": "unigram",
+        "vocab_size": 560,
+        "byte_fallback": True,
+        "control_symbols": ["<tag>"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", *FOREIGN])
+def test_a_model_alone(name: str, tmp_path: Path) -> None:
+    if name == "llama":
+        path = llama_directory(tmp_path / "a") / "tokenizer.model"
+    elif name == "t5":
+        path = t5_directory(tmp_path / "a") / "spiece.model"
+    else:
+        path = train_model(tmp_path / "a" / "a.model", **FOREIGN[name])
+    pair = pair_of(path, tmp_path / "hf")
+    unknown = pair.theirs.unk_token_id
+    for text in HARD:
+        if "\u0301" in text and name in ("t5", "normalized", "normalized-bpe", "bytes"):
+            continue
+        ids = pair.ours.encode(text)
+        assert pair.theirs(text).input_ids == ids
+        if unknown not in ids:
+            assert pair.theirs.decode(ids, skip_special_tokens=True) == pair.ours.decode(ids)
+    model = SentencePieceProcessor(model_file=str(path))
+    theirs = pair.theirs
+    for token, number in (
+        (theirs.bos_token_id, model.bos_id()),
+        (theirs.pad_token_id, model.pad_id()),
+    ):
+        assert token == (None if number < 0 else number)
+    again = Tokenizer.load(pair.folder)
+    assert again.record == pair.ours.record
+    assert files_of(pair.folder) == ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+
+
+def test_where_normalizing_differs(tmp_path: Path) -> None:
+    path = train_model(tmp_path / "a" / "a.model", **FOREIGN["bytes"])
+    pair = pair_of(path, tmp_path / "hf")
+    assert_same(pair, "ﬁ e\u0301")
+    # `tokenizers` loses the combining mark.
+    assert pair.theirs("ﬁ\u0301").input_ids == pair.ours.encode("ﬁ") != pair.ours.encode("ﬁ\u0301")
+
+
+@pytest.mark.parametrize("make", [llama_directory, t5_directory])
+def test_a_hugging_face_directory_is_copied(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    source = make(tmp_path / "source")
+    (source / "model.safetensors").touch()
+    pair = pair_of(source, tmp_path / "hf")
+    assert len(files_of(pair.folder)) == 2
+    for name in files_of(pair.folder):
+        assert (pair.folder / name).read_bytes() == (source / name).read_bytes()
+    for text in TEXTS:
+        assert pair.theirs.encode(text, add_special_tokens=False) == pair.ours.encode(text)
+    assert Tokenizer.load(pair.folder).record == pair.ours.record
+
+
+def test_a_directory_that_names_no_class_is_written_anew(tmp_path: Path) -> None:
+    source = llama_directory(tmp_path / "source")
+    write_json(source / "tokenizer_config.json", {"eos_token": "<tag>"})
+    pair = pair_of(source, tmp_path / "hf")
+    assert pair.theirs.eos_token == "<tag>"
+    assert pair.theirs(HARD).input_ids == pair.ours.encode_batch(HARD)
+    assert Tokenizer.load(pair.folder).record == pair.ours.record
+
+    added = {str(pair.ours.vocab_size): {"content": "<new>", "special": True}}
+    write_json(source / "tokenizer_config.json", {"added_tokens_decoder": added})
+    message = r"has tokens beyond its sentencepiece model's .*; name it in tokenizer_config\.json"
+    assert_refused(source, message, tmp_path / "empty")
+
+
+def assert_refused(path: Path, message: str, folder: Path) -> None:
+    tokenizer = Tokenizer.load(path)
+    folder.mkdir()
+    with pytest.raises(InputError, match=message) as error:
+        write_hf_tokenizer(tokenizer, folder, max_length=8)
+    assert error.value.where == str(path)
+    assert not files_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_type": "word"}, "its algorithm is word"),
+        ({"model_type": "char"}, "its algorithm is char"),
+        ({"treat_whitespace_as_suffix": True}, "it writes spaces otherwise than in front of"),
+        ({"control_symbols": ["§"]}, "its control token '§' is a single character"),
+        (
+            {"model_type": "bpe", "user_defined_symbols": ["<b>"]},
+            "it adds or removes spaces and has",
+        ),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    options = {"vocab_size": 200, "model_type": "unigram", **options}
+    path = train_model(tmp_path / "a" / "a.model", **options)
+    assert_refused(path, message, tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.pieces.add(piece="zz", type=5), "its piece 'zz' is marked as unused"),
+        (lambda model: model.pieces.add(piece="a " * 9), "two of its pieces differ in a space"),
+        (lambda model: model.pieces.add(piece="aé"), "its piece 'aé' has a character that is no"),
+        (
+            lambda model: setattr(model.trainer_spec, "model_type", model.trainer_spec.BPE),
+            "two of its merges have the same score",
+        ),
+    ],
+)
+def test_an_unusual_model_is_refused(
+    change: Callable[[Any], object], message: str, tmp_path: Path
+) -> None:
+    pieces = {"a": -1.0, "b": -1.0, "aa": -2.0, "ab": -2.0, "▁": -1.0, "a▁" * 9: -3.0}
+    path = model_of(tmp_path / "a.model", pieces)
+    model = ModelProto.FromString(path.read_bytes())
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    assert_refused(path, message, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("make", [llama_directory, t5_directory])
+def test_a_tokenizer_is_taken(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    source = make(tmp_path / "source")
+    for name in ("config.json", "model.safetensors", "README.md"):
+        (source / name).write_text("{}")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    folder = tmp_path / "taken"
+    folder.mkdir()
+    assert take_tokenizer(source, folder)
+    names = files_of(folder)
+    assert "chat_template.jinja" in names
+    assert "tokenizer_config.json" in names
+    assert not {"config.json", "model.safetensors", "README.md"} & set(names)
+    assert Tokenizer.load(folder).record == Tokenizer.load(source).record
+
+
+def test_what_was_written_is_taken_back(pair: Pair, tmp_path: Path) -> None:
+    assert take_tokenizer(pair.folder, tmp_path)
+    assert Tokenizer.load(tmp_path).record == pair.ours.record
+
+
+def test_without_a_sentencepiece_model_nothing_is_taken(tmp_path: Path) -> None:
+    source, folder = tmp_path / "source", tmp_path / "taken"
+    source.mkdir()
+    folder.mkdir()
+    assert not take_tokenizer(source, folder)
+    write_json(source / "tokenizer.json", {})
+    write_json(source / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})
+    assert not take_tokenizer(source, folder)
+    assert not files_of(folder)
+
+
+def test_a_tokenizer_that_megaphase_cannot_use_is_not_taken(tmp_path: Path) -> None:
+    source, folder = llama_directory(tmp_path / "source"), tmp_path / "taken"
+    folder.mkdir()
+    write_json(source / "tokenizer_config.json", {})
+    write_json(source / "config.json", {"model_type": "xlm-roberta"})
+    with pytest.raises(InputError, match=re.escape("xlm-roberta numbers the tokens otherwise")):
+        take_tokenizer(source, folder)
+    assert not files_of(folder)
