@@ -68,7 +68,7 @@ class TensorWriter:
     def write(self, part: Tensor) -> None:
         """The next elements: contiguous, on the CPU, of the announced type."""
         self._left -= part.nbytes
-        for chunk in _chunks(part):
+        for chunk in memory_chunks(part):
             self._write(chunk)
 
     def close(self) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class TensorFile:
         assert kind.dtype == out.dtype, f"{name} is {kind.dtype}"
         assert start + out.numel() <= kind.numel, f"{name} has {kind.numel} elements"
         offset = self._begin + self._offsets[name] + start * kind.dtype.itemsize
-        for chunk in _chunks(out):
+        for chunk in memory_chunks(out):
             while chunk:
                 got = os.preadv(self._file.fileno(), [chunk], offset)
                 if got == 0:
@@ -210,7 +210,7 @@ def _kind_of(described: Mapping[str, Any]) -> TensorKind:
     return kind
 
 
-def _chunks(tensor: Tensor) -> Iterator[memoryview]:
+def memory_chunks(tensor: Tensor) -> Iterator[memoryview]:
     """The memory of a contiguous tensor on the CPU, in parts."""
     assert tensor.is_contiguous()
     as_bytes = tensor.detach().reshape(-1).view(torch.uint8)

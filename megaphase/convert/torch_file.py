@@ -1,0 +1,119 @@
+"""Files that torch.load reads, written tensor by tensor: torch.save wants all of them in memory.
+
+The format (torch/serialization.py): a zip archive without compression, in which `data.pkl` is a
+pickle whose tensors refer to the records `data/0`, `data/1` and so on, each the bytes of one.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaphase.checkpoint.tensor_file import TensorKind, memory_chunks
+
+_FOLDER = "archive"
+_PROTOCOL = 2  # the only one that torch.load(weights_only=True) knows
+_ALIGNMENT = 64  # where tensors begin in a file, so that it may be mapped into memory
+_LOCAL_HEADER_BYTES = 30
+_ZIP64_BYTES = 20
+_EXTRA_HEADER_BYTES = 4
+_STORAGES = {
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+}
+
+
+class TorchFileWriter:
+    """Writes a file whose tensors come one after another, a part at a time."""
+
+    def __init__(self, path: Path, content: Any) -> None:
+        """
+        Args:
+            content: of containers and values that pickle knows, with a TensorKind of its own
+                wherever there is to be a tensor; the tensors come in the same order.
+        """
+        self._file = open(path, "wb")  # noqa: SIM115
+        self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED, allowZip64=True)
+        pickled = io.BytesIO()
+        pickler = _Pickler(pickled, _PROTOCOL)
+        pickler.dump(content)
+        self._sizes = [kind.nbytes for kind in pickler.kinds]
+        self._written = 0
+        self._record: Any = None
+        self._left = 0
+        for name, text in (("data.pkl", pickled.getvalue()), ("byteorder", b"little")):
+            self._archive.writestr(f"{_FOLDER}/{name}", text)
+
+    def write(self, part: Tensor) -> None:
+        """The next elements of the next tensor: contiguous, on the CPU, of the announced type."""
+        if self._record is None:
+            self._record, self._left = self._begin_record(), self._sizes[self._written]
+        for chunk in memory_chunks(part):
+            self._record.write(chunk)
+        self._left -= part.nbytes
+        assert self._left >= 0, "a tensor has more elements than were announced"
+        if not self._left:
+            self._record.close()
+            self._record, self._written = None, self._written + 1
+
+    def close(self) -> None:
+        """Force the file to the disk."""
+        assert self._written == len(self._sizes), "fewer tensors were written than announced"
+        self._archive.writestr(f"{_FOLDER}/version", b"3\n")
+        self._archive.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Close the file as it is."""
+        if self._record is not None:
+            self._record.close()
+        self._archive.close()
+        self._file.close()
+
+    def _begin_record(self) -> Any:
+        info = zipfile.ZipInfo(f"{_FOLDER}/data/{self._written}")
+        fixed = _LOCAL_HEADER_BYTES + len(info.filename) + _ZIP64_BYTES + _EXTRA_HEADER_BYTES
+        padding = -(self._file.tell() + fixed) % _ALIGNMENT
+        # An extra field of torch's own kind, `FB`, whose content nobody reads.
+        info.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
+        return self._archive.open(info, "w", force_zip64=True)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles a TensorKind as the tensor of its type and shape; `kinds` are those met so far."""
+
+    def __init__(self, file: io.BytesIO, protocol: int) -> None:
+        super().__init__(file, protocol)
+        self.kinds: list[TensorKind] = []
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, TensorKind):
+            return NotImplemented
+        strides = torch.empty(value.shape, device="meta").stride()
+        storage = _Storage(str(len(self.kinds)), value)
+        self.kinds.append(value)
+        rebuilt = (storage, 0, value.shape, strides, False, OrderedDict())
+        return torch._utils._rebuild_tensor_v2, rebuilt
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, _Storage):
+            return None
+        return "storage", _STORAGES[value.kind.dtype], value.key, "cpu", value.kind.numel
+
+
+class _Storage:
+    """The bytes of a tensor, which lie in the record `key`."""
+
+    def __init__(self, key: str, kind: TensorKind) -> None:
+        self.key, self.kind = key, kind
