@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,6 +21,12 @@ Checkpoint = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="The new folder; it must not exist.", metavar="DIR")]
 Workers = Annotated[int, typer.Option(min=1, help="Threads that read, and that write.")]
+TrustPickle = Annotated[
+    bool,
+    typer.Option(
+        "--trust-pickle", help="Load pickles that may run code; only of people whom you trust."
+    ),
+]
 DEFAULT_WORKERS = 4
 
 
@@ -69,3 +75,81 @@ def reshape_command(
         console=Console(stderr=True, highlight=False),
     )
     print(f"Checkpoint: {out}")
+
+
+@convert_app.command("to-hf")
+def to_hf_command(
+    checkpoint: Checkpoint,
+    out: Out,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None,
+        typer.Option(help="Of the weights; by default the run's precision."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="By default that of the run.", metavar="DIR")
+    ] = None,
+    max_shard_gb: Annotated[
+        float, typer.Option(min=1e-6, help="No file is larger, unless a single tensor is.")
+    ] = 5.0,
+    workers: Workers = DEFAULT_WORKERS,
+) -> None:
+    """Write a Hugging Face model: a Llama or a GPT-2, with its tokenizer.
+
+    `AutoModelForCausalLM.from_pretrained(DIR)` computes the same logits, `AutoTokenizer` gives the
+    same ids. Llama: norm rmsnorm, position rotary, activation swiglu. GPT-2: norm layernorm,
+    position learned, activation gelu, kv_heads equal to heads.
+
+    Example: megaphase convert to-hf runs/a@joint --out hf/
+    """
+    from rich.console import Console
+
+    from megaphase.convert.to_hf import to_hf
+
+    family = to_hf(
+        checkpoint,
+        out,
+        precision=dtype,
+        tokenizer=tokenizer,
+        max_shard_bytes=int(max_shard_gb * 1e9),
+        workers=workers,
+        console=Console(stderr=True, highlight=False),
+    )
+    print(f"{family.title} model: {out}")
+
+
+@convert_app.command("from-hf")
+def from_hf_command(
+    directory: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model that has been downloaded."),
+    ],
+    out: Out,
+    trust_pickle: TrustPickle = False,
+    workers: Workers = DEFAULT_WORKERS,
+) -> None:
+    """Make a Hugging Face Llama, Mistral or GPT-2 a checkpoint that `train --from` begins with.
+
+    What the run file must say about the model is printed, and written beside the weights as
+    model.yaml; a sentencepiece tokenizer is put into the folder tokenizer.
+
+    Example: megaphase convert from-hf Llama-2-7b-hf/ --out base/
+
+    Example: megaphase train joint.yaml --from base/
+    """
+    from rich.console import Console
+
+    from megaphase.convert.from_hf import from_hf
+
+    taken = from_hf(
+        directory,
+        out,
+        trust_pickle=trust_pickle,
+        workers=workers,
+        console=Console(stderr=True, highlight=False),
+    )
+    print(f"Checkpoint: {out}\n\nThe run file of a training that begins with it says:\n")
+    if taken.tokenizer is None:
+        print(f"# tokenizer: {taken.why_no_tokenizer}. Give one with the model's own ids.")
+    else:
+        print(f"tokenizer: {taken.tokenizer}")
+    print(taken.model_section, end="")

@@ -54,17 +54,21 @@ class Branch:
     def check(self, config: RunConfig, spec: PlanSpec, model: dict[str, Any]) -> None:
         """Refuse a model or streams that are not those of the run that this one goes on from.
 
+        Weights from elsewhere, of which no run of ours has cut samples, may be trained with another
+        seq_len where none of them depends on it.
+
         Raises:
             InputError: naming the first key that differs.
         """
+        known = self.state.get("streams", {})
+        may_differ = {"seq_len"} if not known and model["position"] == "rotary" else set()
         for key, found in self.state.get("model", {}).items():
-            if model.get(key) != found:
+            if model.get(key) != found and key not in may_differ:
                 raise InputError(
                     config.where(f"model.{key}"),
                     f"is {model.get(key)}, but {self.checkpoint} has {found}",
                     "write the same model",
                 )
-        known = self.state.get("streams", {})
         for task, stream in spec.stream_fingerprints.items():
             if known.get(task, stream) != stream:
                 raise InputError(

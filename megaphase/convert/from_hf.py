@@ -1,0 +1,82 @@
+"""A Hugging Face model as a checkpoint at which a run of ours begins."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from megaphase.convert.foreign import FP32_BYTES, write_foreign
+from megaphase.convert.hf_config import read_config
+from megaphase.convert.hf_tokenizer import take_tokenizer
+from megaphase.convert.hf_weights import HuggingFaceWeights, find_tensors
+from megaphase.convert.output import new_folder
+from megaphase.errors import InputError
+from megaphase.files import write_text_whole
+from megaphase.model.shape import GPTShape
+
+TOKENIZER_FOLDER = "tokenizer"
+MODEL_FILE = "model.yaml"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What came of a Hugging Face model.
+
+    Attributes:
+        model_section: what the run file of a training of it says, YAML.
+        tokenizer: for the run file; None where it has none that megaphase can use.
+        why_no_tokenizer: a sentence.
+    """
+
+    shape: GPTShape
+    model_section: str
+    tokenizer: Path | None
+    why_no_tokenizer: str = ""
+
+
+def from_hf(
+    directory: Path,
+    out: Path,
+    *,
+    trust_pickle: bool,
+    workers: int,
+    console: Console | None = None,
+) -> Taken:
+    """Write the model in a directory as the checkpoint `out`, its tokenizer and model.yaml in it.
+
+    Raises:
+        InputError: the model cannot be expressed, or its files are not whole.
+    """
+    family, shape = read_config(directory)
+    with ExitStack() as open_files:
+        found = find_tensors(directory, open_files, trust_pickle=trust_pickle)
+        weights = HuggingFaceWeights(directory, family, shape, found)
+        with new_folder(out, FP32_BYTES * shape.parameters()) as folder:
+            origin = {
+                "format": "Hugging Face",
+                "model_type": family.model_type,
+                "path": str(directory.resolve()),
+            }
+            write_foreign(folder, weights, shape, origin, workers=workers, console=console)
+            problem = _take_tokenizer(directory, folder / TOKENIZER_FOLDER)
+            section = yaml.safe_dump({"model": shape.facts()}, sort_keys=False)
+            write_text_whole(folder / MODEL_FILE, section)
+    tokenizer = None if problem else out / TOKENIZER_FOLDER
+    return Taken(shape, section, tokenizer, problem)
+
+
+def _take_tokenizer(directory: Path, folder: Path) -> str:
+    """Why the tokenizer cannot be used; empty where it lies in the folder."""
+    folder.mkdir()
+    try:
+        if take_tokenizer(directory, folder):
+            return ""
+        problem = f"{directory} has no sentencepiece model, which megaphase needs"
+    except InputError as error:
+        problem = str(error)
+    folder.rmdir()
+    return problem

@@ -1,0 +1,208 @@
+"""A checkpoint of ours as a Hugging Face model directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from megaphase.checkpoint.names import CHECKPOINTS
+from megaphase.checkpoint.parameters import WEIGHT
+from megaphase.checkpoint.tensor_file import TensorKind
+from megaphase.convert.from_hf import TOKENIZER_FOLDER
+from megaphase.convert.hf_config import CONFIG_FILE
+from megaphase.convert.hf_tokenizer import write_hf_tokenizer
+from megaphase.convert.hf_weights import INDEX_SUFFIX, SAFETENSORS_FILE
+from megaphase.convert.hugging_face import Family, family_for
+from megaphase.convert.output import new_folder
+from megaphase.convert.renaming import Renaming
+from megaphase.convert.reshape import verify_source
+from megaphase.convert.source import Source, open_source
+from megaphase.convert.tensor_files import TensorFiles
+from megaphase.convert.weights import Weights, read_each
+from megaphase.errors import InputError
+from megaphase.files import write_json_whole
+from megaphase.model.parameters import parameter_layouts
+from megaphase.model.shape import GPTShape
+from megaphase.progress import bytes_progress
+from megaphase.tokenizer import Tokenizer
+from megaphase.training.run_directory import RunDirectory
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_METADATA = {"format": "pt"}  # without which transformers refuses a file
+
+
+def to_hf(
+    text: str,
+    out: Path,
+    *,
+    precision: Precision | None,
+    tokenizer: Path | None,
+    max_shard_bytes: int,
+    workers: int,
+    console: Console | None = None,
+) -> Family:
+    """Write the checkpoint RUN@NAME, or at a path, as the model directory `out`.
+
+    Args:
+        precision: of the weights; that of the run's model if not given.
+        tokenizer: that of the run, or of the model that the checkpoint is from, if not given.
+
+    Returns its family.
+
+    Raises:
+        InputError: the checkpoint is damaged, its model is of no family, or there is no tokenizer.
+    """
+    source = open_source(text)
+    family = family_for(source.shape, source.folder)
+    shape = family.expressed(source.shape)
+    dtype = _DTYPES[precision or ("bf16" if source.state.get("precision") == "bf16" else "fp32")]
+    words = _load_tokenizer(source, tokenizer)
+    weights = _WithZeroBiases(source.weights, shape)
+    nbytes = dtype.itemsize * shape.parameters()
+    with new_folder(out, nbytes) as folder:
+        verify_source(source, workers=workers, console=console)
+        with bytes_progress(console, "writing", nbytes) as advance:
+            _write_weights(
+                folder,
+                weights,
+                family.renamings(shape),
+                dtype,
+                max_shard_bytes,
+                workers=workers,
+                advance=advance,
+            )
+        write_hf_tokenizer(words, folder, max_length=shape.seq_len)
+        _write_configs(folder, family.config(shape), dtype, words)
+    return family
+
+
+class _WithZeroBiases:
+    """Weights of a shape that has biases, from those of one that may have none."""
+
+    kinds: Sequence[str] = (WEIGHT,)
+
+    def __init__(self, weights: Weights, shape: GPTShape) -> None:
+        self.layouts = parameter_layouts(shape, 1)
+        self._weights = weights
+
+    def whole(self, name: str, kind: str) -> Tensor:
+        """A parameter, fp32, contiguous."""
+        if name in self._weights.layouts:
+            return self._weights.whole(name, kind)
+        return torch.zeros(self.layouts[name].shape)
+
+
+def _write_weights(
+    folder: Path,
+    weights: Weights,
+    renamings: Mapping[str, Renaming],
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    *,
+    workers: int,
+    advance: Callable[[int], object],
+) -> None:
+    kinds = {
+        theirs: TensorKind(dtype, shape)
+        for name, renaming in renamings.items()
+        for theirs, shape in renaming.their_shapes(weights.layouts[name].shape).items()
+    }
+    contents = _shards(kinds, max_shard_bytes)
+    places = {name: file for file, tensors in contents.items() for name in tensors}
+    files = TensorFiles(folder, contents, _METADATA)
+
+    def write(name: str, kind: str, whole: Tensor) -> None:
+        for theirs, part in renamings[name].split(whole).items():
+            files.write(places[theirs], _stored(theirs, part, dtype))
+            advance(kinds[theirs].nbytes)
+
+    try:
+        read_each(weights, (WEIGHT,), write, workers=workers)
+    finally:
+        files.close()
+    if len(contents) > 1:
+        total = sum(kind.nbytes for kind in kinds.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json_whole(folder / f"{SAFETENSORS_FILE}{INDEX_SUFFIX}", index)
+
+
+def _shards(kinds: Mapping[str, TensorKind], max_bytes: int) -> dict[str, dict[str, TensorKind]]:
+    """The tensors of every file, in their order; one larger than max_bytes has its own."""
+    shards: list[dict[str, TensorKind]] = [{}]
+    size = 0
+    for name, kind in kinds.items():
+        if shards[-1] and size + kind.nbytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = kind
+        size += kind.nbytes
+    if len(shards) == 1:
+        return {SAFETENSORS_FILE: shards[0]}
+    stem, suffix = SAFETENSORS_FILE.split(".")
+    count = len(shards)
+    return {
+        f"{stem}-{number:05d}-of-{count:05d}.{suffix}": shard
+        for number, shard in enumerate(shards, 1)
+    }
+
+
+def _stored(name: str, part: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = part.to(dtype).contiguous()
+    if dtype == torch.float16 and stored.isinf().any():
+        raise InputError(name, "has values that fp16 cannot hold", "choose --dtype bf16")
+    return stored
+
+
+def _load_tokenizer(source: Source, given: Path | None) -> Tokenizer:
+    path = given or _own_tokenizer(source.folder)
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > source.shape.vocab:
+        raise InputError(
+            path,
+            f"has {tokenizer.vocab_size:,} tokens, the model's vocabulary {source.shape.vocab:,}",
+            "give the tokenizer that the model was trained with",
+        )
+    return tokenizer
+
+
+def _own_tokenizer(checkpoint: Path) -> Path:
+    """The tokenizer of the run that wrote a checkpoint, or of the model it was converted from."""
+    if (checkpoint / TOKENIZER_FOLDER).is_dir():
+        return checkpoint / TOKENIZER_FOLDER
+    run_file = RunDirectory(checkpoint.parent.parent).run_file
+    if checkpoint.parent.name != CHECKPOINTS or not run_file.is_file():
+        problem = "is in no run directory, so its tokenizer is not known"
+        raise InputError(checkpoint, problem, "give --tokenizer")
+    try:
+        tokenizer = Path(json.loads(run_file.read_bytes())["tokenizer"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(run_file, "is damaged", "give --tokenizer") from None
+    if not tokenizer.exists():
+        raise InputError(f"{run_file}: tokenizer", f"{tokenizer} is gone", "give --tokenizer")
+    return tokenizer
+
+
+def _write_configs(
+    folder: Path, config: dict[str, Any], dtype: torch.dtype, tokenizer: Tokenizer
+) -> None:
+    tokens = {"bos_token_id": _bos(folder, tokenizer), "eos_token_id": tokenizer.eod}
+    name = str(dtype).removeprefix("torch.")
+    # The first of these names is that of version 5 of transformers, the second that of version 4.
+    write_json_whole(folder / CONFIG_FILE, config | tokens | {"dtype": name, "torch_dtype": name})
+    write_json_whole(folder / "generation_config.json", tokens)
+
+
+def _bos(folder: Path, tokenizer: Tokenizer) -> int | None:
+    """The id of the token that the tokenizer in a folder calls its bos_token."""
+    text = json.loads((folder / "tokenizer_config.json").read_bytes()).get("bos_token")
+    if isinstance(text, dict):
+        text = text["content"]
+    return next((i for i in range(tokenizer.vocab_size) if tokenizer.piece(i) == text), None)
