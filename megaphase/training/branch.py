@@ -61,7 +61,7 @@ class Branch:
             InputError: naming the first key that differs.
         """
         known = self.state.get("streams", {})
-        may_differ = {"seq_len"} if not known and model["position"] == "rotary" else set()
+        may_differ = {"seq_len"} if not known and model.get("position") == "rotary" else set()
         for key, found in self.state.get("model", {}).items():
             if model.get(key) != found and key not in may_differ:
                 raise InputError(
