@@ -33,6 +33,8 @@ from megaphase.model.shape import GPTShape
 
 BEFORE, AFTER = Layout(2, 4, 3), Layout(4, 2, 1)
 
+POLL_SECONDS = 0.02
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -135,14 +137,30 @@ def _run(command: Sequence[object], source: Path, out: Path | None) -> Measured:
             _forget(path)
     began = time.perf_counter()
     process = subprocess.Popen([str(each) for each in command], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, _peak_bytes(process.pid))
+        time.sleep(POLL_SECONDS)
+    if process.returncode:
         raise SystemExit(f"{command} failed")
     os.sync()
     seconds = time.perf_counter() - began
     if out is not None:
         shutil.rmtree(out)
-    return Measured(seconds, usage.ru_maxrss * 1024)
+    return Measured(seconds, peak)
+
+
+def _peak_bytes(process: int) -> int:
+    """What a process had in memory at most by now; 0 when it has ended.
+
+    Not `ru_maxrss`, which begins with the memory of this process, from which that one was forked.
+    """
+    try:
+        status = Path("/proc", str(process), "status").read_text()
+    except OSError:
+        return 0
+    lines = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(lines[0].split()[1]) * 1024 if lines else 0
 
 
 def _forget(path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from safetensors.torch import load_file
@@ -44,25 +45,33 @@ def save(engine: Engine, config: RunConfig, vocab: int, folder: Path, agreement:
 class RandomWeights:
     """Random values for every parameter of a shape; each a function of its name and kind."""
 
-    def __init__(self, shape: GPTShape, kinds: tuple[str, ...] = ("weight",)) -> None:
+    def __init__(
+        self, shape: GPTShape, kinds: tuple[str, ...] = ("weight",), std: float = 0.2
+    ) -> None:
         self.layouts: Mapping[str, ParameterLayout] = parameter_layouts(shape, 1)
         self.kinds = kinds
+        self.std = std
 
     def whole(self, name: str, kind: str) -> Tensor:
-        seed = sum(f"{kind}/{name}".encode())
+        seed = crc32(f"{kind}/{name}".encode())
         values = torch.randn(
             self.layouts[name].shape, generator=torch.Generator().manual_seed(seed)
         )
-        return values * 0.2 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        return values * self.std + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
 
 
 def write_random_checkpoint(
-    folder: Path, shape: GPTShape, kinds: tuple[str, ...] = ("weight",)
+    folder: Path,
+    shape: GPTShape,
+    kinds: tuple[str, ...] = ("weight",),
+    *,
+    precision: str = "fp32",
+    std: float = 0.2,
 ) -> Path:
     """A portable checkpoint of random values."""
     folder.mkdir(parents=True)
-    weights = RandomWeights(shape, kinds)
-    state = foreign_state(shape, {}) | {"precision": "fp32"}
+    weights = RandomWeights(shape, kinds, std)
+    state = foreign_state(shape, {}) | {"precision": precision}
     write_checkpoint(folder, weights, kinds, portable_form(weights.layouts), state, workers=1)
     return folder
 

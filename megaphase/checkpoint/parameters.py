@@ -172,12 +172,26 @@ class StoredParameters:
         return self._cut(name, kind, layout, rank, size)[piece.start : piece.stop]
 
     def whole(self, name: str, kind: str) -> Tensor:
-        """A whole parameter without padding, in its own shape."""
+        """A whole parameter without padding, in its own shape; every byte is read once."""
+        layout, size = self.layouts[name], self.tensor_size
+        if layout.is_whole(size):
+            return self._stored(name, kind, 0, Piece(0, layout.numel)).view(layout.shape)
+        if layout.dim == 0:
+            return self._whole_of_rows(name, kind)
+        shape, numel = layout.shard_shape(size), layout.shard_numel(size)
+        parts = (self._stored(name, kind, r, Piece(0, numel)).view(shape) for r in range(size))
+        return layout.join(parts, size)
+
+    def _whole_of_rows(self, name: str, kind: str) -> Tensor:
+        """A parameter that is cut between rows: each run of them is read to where it belongs."""
         layout = self.layouts[name]
-        ranks = range(1 if layout.dim is None else self.tensor_size)
-        shape, numel = layout.shard_shape(self.tensor_size), layout.shard_numel(self.tensor_size)
-        parts = (self._stored(name, kind, rank, Piece(0, numel)).view(shape) for rank in ranks)
-        return layout.join(parts, self.tensor_size)
+        whole = torch.empty(layout.shape)
+        for rank in range(self.tensor_size):
+            for run in layout.runs(rank, self.tensor_size):
+                rows = run.of_whole(whole, 0)
+                row = rows[0].numel()
+                self._read_into(name, kind, rank, run.in_part * row, rows.view(-1))
+        return whole
 
     def _cut(self, name: str, kind: str, layout: ParameterLayout, rank: int, size: int) -> Tensor:
         """A parameter as another layout cuts it, flattened; remembered until the next one."""
@@ -190,16 +204,20 @@ class StoredParameters:
 
     def _stored(self, name: str, kind: str, tensor_rank: int, wanted: Piece) -> Tensor:
         found = torch.empty(wanted.stop - wanted.start)
-        missing = len(found)
+        self._read_into(name, kind, tensor_rank, wanted.start, found)
+        return found
+
+    def _read_into(self, name: str, kind: str, tensor_rank: int, first: int, out: Tensor) -> None:
+        """Elements from `first` on of a rank's flattened cut, as many as `out` [elements] has."""
+        missing = out.numel()
         for piece, file in self._pieces[name, tensor_rank]:
-            start, stop = max(piece.start, wanted.start), min(piece.stop, wanted.stop)
+            start, stop = max(piece.start, first), min(piece.stop, first + out.numel())
             if start < stop:
-                part = found[start - wanted.start : stop - wanted.start]
+                part = out[start - first : stop - first]
                 self._open(file).read_into(tensor_name(kind, name), start - piece.start, part)
                 missing -= stop - start
         if missing:
             raise self._missing(f"{missing:,} elements of {kind} of {name} are")
-        return found
 
     def _check_file(self, file: str) -> None:
         shard, path = self.shards[file], self._folder / file

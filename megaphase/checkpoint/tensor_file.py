@@ -22,6 +22,7 @@ from megaphase.errors import InputError
 from megaphase.files import new_hash, write_all
 
 _CHUNK_BYTES = 1 << 24
+_FLUSH_BYTES = 1 << 26
 _ALIGNMENT = 8
 _METADATA = "__metadata__"
 _LONGEST_HEADER = 100_000_000
@@ -61,7 +62,7 @@ class TensorWriter:
         self, path: Path, kinds: Mapping[str, TensorKind], metadata: Mapping[str, str] | None = None
     ) -> None:
         self._left = sum(kind.nbytes for kind in kinds.values())
-        self._digest, self._size = new_hash(), 0
+        self._digest, self._size, self._on_the_way = new_hash(), 0, 0
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115
         self._write(memoryview(header_bytes(kinds, metadata)))
 
@@ -86,6 +87,12 @@ class TensorWriter:
         write_all(self._file.fileno(), chunk)
         self._digest.update(chunk)
         self._size += len(chunk)
+        if self._size - self._on_the_way >= _FLUSH_BYTES:
+            # Linux begins to write these pages to the disk, and does not wait: otherwise most of
+            # the file would still be in memory when it is forced to the disk at the end.
+            length = self._size - self._on_the_way
+            os.posix_fadvise(self._file.fileno(), self._on_the_way, length, os.POSIX_FADV_DONTNEED)
+            self._on_the_way = self._size
 
 
 def write_tensors(

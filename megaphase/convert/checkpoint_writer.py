@@ -6,7 +6,7 @@ tensors keep their shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,14 +100,14 @@ def write_checkpoint(
 
     def write(name: str, kind: str, whole: Tensor) -> None:
         for rank in sorted({rank for _, rank, _ in places[name]}):
-            cut = form.layouts[name].cut(whole, rank, form.tensor).reshape(-1)
+            cut = form.layouts[name].flat_cut(whole, rank, form.tensor)
             parts = [
-                (file, cut[piece.start : piece.stop])
+                (file, list(_elements(cut, piece)))
                 for file, at, piece in places[name]
                 if at == rank
             ]
-            list(writers.map(lambda part: files.write(*part), parts))
-            advance(cut.nbytes)
+            list(writers.map(lambda part: files.write(part[0], *part[1]), parts))
+            advance(sum(each.nbytes for each in cut))
 
     with ThreadPoolExecutor(workers, thread_name_prefix="writer") as writers:
         try:
@@ -116,3 +116,13 @@ def write_checkpoint(
             files.close()
     index = index_json(form.tensor, kinds, form.layouts, form.shards)
     complete(folder, index, {**state, **form.facts}, files.described)
+
+
+def _elements(parts: Sequence[Tensor], piece: Piece) -> Iterator[Tensor]:
+    """A piece of flat tensors that follow each other."""
+    first = 0
+    for part in parts:
+        start, stop = max(piece.start - first, 0), min(piece.stop - first, part.numel())
+        if start < stop:
+            yield part[start:stop]
+        first += part.numel()

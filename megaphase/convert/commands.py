@@ -12,6 +12,14 @@ convert_app = typer.Typer(
     no_args_is_help=True,
 )
 
+
+@convert_app.callback()
+def _convert() -> None:
+    from megaphase.convert.heap import return_large_blocks
+
+    return_large_blocks()
+
+
 Checkpoint = Annotated[
     str,
     typer.Argument(

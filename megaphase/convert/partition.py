@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from megaphase.checkpoint.parameters import Piece, Shard
+from megaphase.errors import InputError
 from megaphase.model.parameters import is_matrix
+from megaphase.model.shape import GPTShape
 from megaphase.parallel.sharding import ParameterLayout
 
 # ZeRO 1 and 2 pad the flat tensor of a group to a multiple of so many elements a rank.
@@ -27,6 +29,22 @@ class Layout:
     @property
     def processes(self) -> int:
         return self.tensor * self.data
+
+
+def check_tensor_size(shape: GPTShape, tensor: int) -> None:
+    """Refuse a tensor-parallel size by which a model cannot be cut.
+
+    Raises:
+        InputError: naming what it does not divide.
+    """
+    sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "ffn": shape.ffn}
+    for key, size in sizes.items():
+        if size % tensor:
+            raise InputError(
+                f"--tensor {tensor}",
+                f"does not divide the model's {key}, {size}",
+                "choose another one",
+            )
 
 
 def shards_of(layouts: Mapping[str, ParameterLayout], layout: Layout) -> list[Shard]:

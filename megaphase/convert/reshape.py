@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.convert.checkpoint_writer import Form, form_for, portable_form, write_checkpoint
 from megaphase.convert.output import new_folder
-from megaphase.convert.partition import Layout
+from megaphase.convert.partition import Layout, check_tensor_size
 from megaphase.convert.source import Source, open_source, verify
-from megaphase.errors import InputError
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.shape import GPTShape
 from megaphase.progress import bytes_progress
@@ -61,12 +59,5 @@ def bytes_of(shape: GPTShape) -> int:
 def _form(shape: GPTShape, layout: Layout | None) -> Form:
     if layout is None:
         return portable_form(parameter_layouts(shape, 1))
-    sizes: dict[str, Any] = {"heads": shape.heads, "kv_heads": shape.kv_heads, "ffn": shape.ffn}
-    for key, size in sizes.items():
-        if size % layout.tensor:
-            raise InputError(
-                f"--tensor {layout.tensor}",
-                f"does not divide the model's {key}, {size}",
-                "choose another one",
-            )
+    check_tensor_size(shape, layout.tensor)
     return form_for(parameter_layouts(shape, layout.tensor), layout)

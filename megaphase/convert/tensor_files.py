@@ -38,14 +38,15 @@ class TensorFiles:
             if not left:  # as of a rank that holds nothing
                 self.described[file] = self._open(file).close()
 
-    def write(self, file: str, tensor: Tensor) -> None:
-        """The next tensor of a file: contiguous, on the CPU, of the announced type.
+    def write(self, file: str, *parts: Tensor) -> None:
+        """The next tensor of a file, in one part or several, see TensorWriter.
 
         May be called by several threads, for different files.
         """
         if file not in self._writers:
             self._writers[file] = self._open(file)
-        self._writers[file].write(tensor)
+        for part in parts:
+            self._writers[file].write(part)
         self._left[file] -= 1
         if not self._left[file]:
             self.described[file] = self._writers.pop(file).close()

@@ -54,10 +54,10 @@ class ParameterLayout:
 
         Rows that only pad are zero.
         """
-        if self.dim is None or (size == 1 and self.padded_shape() == self.shape):
+        if self.is_whole(size) or self.dim is None:
             return whole.contiguous()
         part = whole.new_zeros(self.shard_shape(size))
-        for run in self._runs(rank, size):
+        for run in self.runs(rank, size):
             run.of_part(part, self.dim).copy_(run.of_whole(whole, self.dim))
         return part
 
@@ -68,16 +68,29 @@ class ParameterLayout:
         """
         whole = None
         for rank, part in enumerate(parts):
-            if self.dim is None or (size == 1 and self.padded_shape() == self.shape):
+            if self.is_whole(size) or self.dim is None:
                 return part
             if whole is None:
                 whole = part.new_empty(self.shape)
-            for run in self._runs(rank, size):
+            for run in self.runs(rank, size):
                 run.of_whole(whole, self.dim).copy_(run.of_part(part, self.dim))
         assert whole is not None
         return whole
 
-    def _runs(self, rank: int, size: int) -> Iterator[_Run]:
+    def flat_cut(self, whole: Tensor, rank: int, size: int) -> list[Tensor]:
+        """`cut`, flattened, as tensors [elements] that follow each other; without a copy where
+        rows are cut, or nothing."""
+        if self.dim != 0 or self.is_whole(size):
+            return [self.cut(whole, rank, size).view(-1)]
+        parts = [run.of_whole(whole, 0).view(-1) for run in self.runs(rank, size)]
+        padding = self.shard_numel(size) - sum(part.numel() for part in parts)
+        return [*parts, whole.new_zeros(padding)] if padding else parts
+
+    def is_whole(self, size: int) -> bool:
+        """Whether one of `size` ranks' parts is the whole parameter, without padding."""
+        return self.dim is None or (size == 1 and self.padded_shape() == self.shape)
+
+    def runs(self, rank: int, size: int) -> Iterator[Run]:
         """Where a rank's slice of every segment lies, without what only pads."""
         assert self.dim is not None
         segment_start = in_part = 0
@@ -86,12 +99,12 @@ class ParameterLayout:
             in_whole = segment_start + rank * length
             real = min(length, self.shape[self.dim] - in_whole)
             if real > 0:
-                yield _Run(in_whole, in_part, real)
+                yield Run(in_whole, in_part, real)
             segment_start, in_part = segment_start + segment, in_part + length
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """A slice of a whole parameter that lies in one rank's part."""
 
     in_whole: int
