@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megaphase.errors import InputError, RunError
-from megaphase.files import directory_written_aside, os_errors_named
+from megaphase.files import directory_written_aside, os_errors_named, remove_abandoned
 
 
 @contextmanager
@@ -21,6 +21,7 @@ def new_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
     """
     if out.exists() or out.is_symlink():
         raise InputError(out, "exists already", "choose another --out, or remove it")
+    remove_abandoned(out)
     with os_errors_named(out), directory_written_aside(out) as aside:
         free = shutil.disk_usage(aside).free
         if needed_bytes > free:

@@ -1,0 +1,96 @@
+"""Models of ours and of transformers, small, and the logits of both."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from convert_support import whole_parameters
+from plain_gpt import PlainGPT, PlainShape
+from torch import Tensor
+
+from megaphase.convert.source import open_source
+from megaphase.model.gpt import GPT
+from megaphase.model.shape import GPTShape
+from megaphase.parallel.rng import Initializer
+from megaphase.parallel.topology import Topology
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ALONE = Topology(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
+VOCAB = 707  # odd, and larger than the tokenizer's
+SEQ_LEN = 48
+LLAMA: dict[str, Any] = {
+    "vocab": VOCAB,
+    "seq_len": SEQ_LEN,
+    "layers": 2,
+    "hidden": 32,
+    "heads": 4,
+    "kv_heads": 4,
+    "ffn": 80,
+}
+GPT2 = LLAMA | {"norm": "layernorm", "position": "learned", "activation": "gelu"}
+SHAPES: dict[str, GPTShape] = {
+    name: GPTShape(**sizes)
+    for name, sizes in {
+        "llama": LLAMA,
+        "llama grouped": LLAMA | {"kv_heads": 2, "rotary_base": 500_000.0, "norm_eps": 1e-6},
+        "llama one group, tied": LLAMA | {"kv_heads": 1, "tied_embeddings": True},
+        "llama grouped, biases": LLAMA | {"kv_heads": 2, "bias": True},
+        "gpt2": GPT2 | {"bias": True},
+        "gpt2 tied": GPT2 | {"bias": True, "tied_embeddings": True, "norm_eps": 1e-6},
+        "gpt2 tied, no biases": GPT2 | {"tied_embeddings": True},
+        "gpt2 no biases": GPT2,
+    }.items()
+}
+
+
+def random_tokens(vocab: int, *, batch: int = 3, seq: int = SEQ_LEN) -> Tensor:
+    return torch.randint(vocab, (batch, seq), generator=torch.Generator().manual_seed(7))
+
+
+@torch.no_grad()
+def our_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
+    """Of the GPT in this process, with the weights as other code reads them."""
+    model = GPT(open_source(str(checkpoint)).shape, Initializer(1, torch.float32), ALONE)
+    weights = whole_parameters(checkpoint)
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == weights.keys()
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
+    return model(tokens)
+
+
+@torch.no_grad()
+def plain_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
+    """In float64, one head and one formula at a time."""
+    shape = open_source(str(checkpoint)).shape
+    plain = PlainShape(
+        shape.layers,
+        shape.heads,
+        shape.kv_heads,
+        layernorm=shape.norm == "layernorm",
+        gelu=shape.activation == "gelu",
+        eps=shape.norm_eps,
+        rotary_base=shape.rotary_base,
+    )
+    return PlainGPT(whole_parameters(checkpoint), plain).logits(tokens)
+
+
+@torch.no_grad()
+def their_logits(directory: Path, tokens: Tensor) -> Tensor:
+    """Of what `AutoModelForCausalLM` makes of a directory, all of whose weights it must use."""
+    import transformers
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(info.values()), info
+    return model.eval()(tokens).logits
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    assert one.shape == other.shape
+    return float((one.double() - other.double()).abs().max())
