@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -16,13 +14,16 @@ from typing import Any
 
 import pytest
 from data_support import CORPORA, files_of, write_jsonl
-from existing_tokenizers import (
-    STRANGE,
-    TEXTS,
-    llama_directory,
-    t5_directory,
-    train_model,
-    write_json,
+from existing_tokenizers import TEXTS, llama_directory, t5_directory, train_model, write_json
+from hf_tokenizer_support import (
+    CODE,
+    HARD,
+    LOOKS_LIKE_CONTROL,
+    Pair,
+    assert_same,
+    assert_same_ids,
+    model_of,
+    pair_of,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,84 +35,18 @@ from megaphase.data_tools.tokenizers.train import train_tokenizer
 from megaphase.errors import InputError
 from megaphase.tokenizer import RECORD_NAME, Tokenizer
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 LANGUAGES = ("en", "fr", "de", "hi", "eu")
-CODE = 'def f(xs: list[int]) -> str:\n    if xs:\n\t\treturn "<b>" + str(xs[0x41:])  # <0x>\n'
-LOOKS_LIKE_CONTROL = [
-    *("<eod>", "a<eod>b", "<<eod>>", "<eod", "<unk>", "<unk><unk>", "x <fr>", "<hi> x", "<fr>fr"),
-    *("<reserved_0>", "<0x41>", "<0xE2><0x96><0x81>", "é<0x0A>é", "<s>", "</s>", "<tag>"),
-]
-HARD = [
-    *(*STRANGE, *TEXTS, *LOOKS_LIKE_CONTROL, CODE, " ".join(TEXTS * 20)),
-    *(
-        symbol * n
-        for symbol in (" ", "\n", "\t", "a", "ab", "aab", "▁")
-        for n in (2, 3, 5, 64, 257)
-    ),
-    *("x" + " " * n + "y" for n in range(2, 9)),
-    *("▁", " ▁", "▁ ", "a▁b ▁c", "▁the", "<b>", "x<b>y</b>", "<b", "\r\n", "\0", "\ufeffa"),
-    *(
-        "e\u0301 é",
-        "A\u030a",
-        "\u0301",
-        "👩‍👩‍👧 👍🏽",
-        "क्षि कि",
-        "가",
-        "\u00a0\u3000\u200b",
-        "١٢٣",
-        "12345",
-    ),
-]
-FRAGMENTS = [
-    " ",
-    "  ",
-    "\n",
-    "\t",
-    "▁",
-    "<",
-    ">",
-    "0x",
-    "é",
-    "a",
-    "the",
-    "\u0301",
-    *LOOKS_LIKE_CONTROL,
-]
+FRAGMENTS = [*"  \n\t▁<>éa\u0301", "  ", "0x", "the", *LOOKS_LIKE_CONTROL]
 ANY_TEXT = st.one_of(
     st.text(max_size=30),
     st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=3)), max_size=12).map("".join),
 )
 
-
-@dataclass(frozen=True)
-class Pair:
-    """One tokenizer, in megaphase and as transformers loads what was written of it."""
-
-    ours: Tokenizer
-    theirs: Any
-    folder: Path
-
-
-def pair_of(path: Path, folder: Path, max_length: int = 1 << 30) -> Pair:
-    import transformers
-
-    folder.mkdir(parents=True)
-    ours = Tokenizer.load(path)
-    write_hf_tokenizer(ours, folder, max_length=max_length)
-    return Pair(ours, transformers.AutoTokenizer.from_pretrained(folder), folder)
-
-
 MARKED = {"tags": ("fr", "hi"), "user_symbols": ("<b>",)}
 KINDS = {
     # With "<" in the vocabulary, with tags, and with symbols of the user.
-    "unigram": {
-        "vocab_size": 400,
-        "model_type": "unigram",
-        "tags": ("fr", "hi"),
-        "user_symbols": ("<b>",),
-    },
-    "bpe": {"vocab_size": 400, "model_type": "bpe", "tags": ("fr", "hi"), "user_symbols": ("<b>",)},
+    "unigram": {"vocab_size": 400, "model_type": "unigram", **MARKED},
+    "bpe": {"vocab_size": 400, "model_type": "bpe", **MARKED},
     # With nothing.
     "unigram-plain": {"vocab_size": 340, "model_type": "unigram", "reserved_tags": 0},
     "bpe-plain": {"vocab_size": 340, "model_type": "bpe", "reserved_tags": 0},
@@ -129,16 +64,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         train_tokenizer(source, folder / "tok", **KINDS[kind])
         PAIRS[kind] = pair_of(folder / "tok", folder / "hf")
     return PAIRS[kind]
-
-
-def assert_same_ids(pair: Pair, text: str) -> None:
-    assert pair.theirs(text).input_ids == pair.ours.encode(text)
-
-
-def assert_same(pair: Pair, text: str) -> None:
-    assert_same_ids(pair, text)
-    ids = pair.ours.encode(text)
-    assert pair.theirs.decode(ids, skip_special_tokens=True) == pair.ours.decode(ids)
 
 
 def test_every_text_has_the_same_ids(pair: Pair) -> None:
@@ -249,25 +174,6 @@ def test_real_text_in_five_languages(kind: str, tmp_path: Path) -> None:
                 assert float32_cannot_tell(model, ours, theirs)
     # In 5,000 texts and more.
     assert differing <= 5
-
-
-def model_of(
-    path: Path, pieces: dict[str, float], model_type: str = "UNIGRAM", symbols: Sequence[str] = ()
-) -> Path:
-    """A model, of these pieces and their scores and of a user's symbols, that changes no text."""
-    model = ModelProto()
-    model.trainer_spec.model_type = model.trainer_spec.ModelType.Value(model_type)
-    model.normalizer_spec.add_dummy_prefix = False
-    model.normalizer_spec.remove_extra_whitespaces = False
-    kind = ModelProto.SentencePiece
-    for piece, type_ in (("<unk>", kind.UNKNOWN), ("<s>", kind.CONTROL), ("</s>", kind.CONTROL)):
-        model.pieces.add(piece=piece, score=0.0, type=type_)
-    for symbol in symbols:
-        model.pieces.add(piece=symbol, score=0.0, type=kind.USER_DEFINED)
-    for piece, score in pieces.items():
-        model.pieces.add(piece=piece, score=score)
-    path.write_bytes(model.SerializeToString())
-    return path
 
 
 @pytest.mark.parametrize("model_type", ["UNIGRAM", "BPE"])
