@@ -161,3 +161,124 @@ def from_hf_command(
     else:
         print(f"tokenizer: {taken.tokenizer}")
     print(taken.model_section, end="")
+
+
+@convert_app.command("to-megatron")
+def to_megatron_command(
+    checkpoint: Checkpoint,
+    out: Out,
+    tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel size.")] = 1,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None,
+        typer.Option(help="Of the weights; by default the run's precision."),
+    ] = None,
+    implementation: Annotated[
+        Literal["transformer_engine", "local"],
+        typer.Option(help="Megatron-LM's --transformer-impl, which decides the tensors' names."),
+    ] = "transformer_engine",
+    vocab_divisible_by: Annotated[
+        int, typer.Option(min=1, help="Megatron-LM's --make-vocab-size-divisible-by.")
+    ] = 128,
+    workers: Workers = DEFAULT_WORKERS,
+) -> None:
+    """Write a checkpoint of Megatron-LM (--ckpt-format torch): weights, no optimizer state.
+
+    Megatron-LM begins at iteration 0 with it; the arguments to load it with are printed. Models
+    with rotary or learned positions, rmsnorm or layernorm, swiglu or gelu, tied or not; gelu only
+    with bias.
+
+    Example: megaphase convert to-megatron runs/a@pretrain --tensor 2 --out megatron/
+    """
+    from rich.console import Console
+
+    from megaphase.convert.megatron import Implementation
+    from megaphase.convert.megatron_args import load_options
+    from megaphase.convert.to_megatron import Target, to_megatron
+
+    args = to_megatron(
+        checkpoint,
+        out,
+        Target(tensor, dtype, Implementation(implementation), vocab_divisible_by),
+        workers=workers,
+        console=Console(stderr=True, highlight=False),
+    )
+    print(f"Megatron-LM checkpoint: {out}\n\nTo load it: --load {out} {load_options(args)}")
+
+
+@convert_app.command("from-megatron")
+def from_megatron_command(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MEGATRON_DIR", help="What --save was, or a folder iter_… or release in it."
+        ),
+    ],
+    out: Out,
+    vocab: Annotated[
+        int | None,
+        typer.Option(min=1, help="The tokenizer's size, where the checkpoint does not tell it."),
+    ] = None,
+    trust_pickle: TrustPickle = False,
+    workers: Workers = DEFAULT_WORKERS,
+) -> None:
+    """Make a checkpoint of Megatron-LM one that `train --from` begins with.
+
+    Of GPT and Llama-type models saved with --ckpt-format torch, of any tensor-parallel size,
+    without pipeline parallelism; their weights as the model has them, without optimizer state.
+    Rows of the embedding that only pad are left out. What the run file must say about the model is
+    printed, and written beside the weights as model.yaml.
+
+    Example: megaphase convert from-megatron megatron/ --out base/
+
+    Example: megaphase train joint.yaml --from base/
+    """
+    from rich.console import Console
+
+    from megaphase.convert.from_megatron import from_megatron
+
+    section = from_megatron(
+        directory,
+        out,
+        vocab=vocab,
+        trust_pickle=trust_pickle,
+        workers=workers,
+        console=Console(stderr=True, highlight=False),
+    )
+    print(f"Checkpoint: {out}\n\nThe run file of a training that begins with it says:\n")
+    print(section, end="")
+
+
+@convert_app.command("inspect")
+def inspect_command(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="A checkpoint of megaphase (RUN@NAME, too), Hugging Face, Megatron-LM or "
+            "DeepSpeed, or a safetensors file.",
+        ),
+    ],
+    verify: Annotated[
+        bool, typer.Option(help="Compare files with their hashes, which reads all of them.")
+    ] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    trust_pickle: TrustPickle = False,
+    workers: Workers = DEFAULT_WORKERS,
+) -> None:
+    """Show what a checkpoint holds, and whether it is whole.
+
+    Example: megaphase convert inspect runs/a@pretrain
+    """
+    from json import dumps
+
+    from rich.console import Console
+
+    from megaphase.convert.inspect import Inspector, inspect
+    from megaphase.convert.inspect_table import as_json, as_table
+
+    how = Inspector(verify, trust_pickle, workers, Console(stderr=True, highlight=False))
+    contents = inspect(checkpoint, how)
+    if json:
+        print(dumps(as_json(contents), indent=2, ensure_ascii=False))
+    else:
+        Console(highlight=False).print(as_table(contents), markup=False)

@@ -1,0 +1,215 @@
+"""What a checkpoint holds, whoever has written it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from megaphase.checkpoint.names import CHECKPOINTS
+from megaphase.checkpoint.store import LATEST, STATE_FILE
+from megaphase.checkpoint.tensor_file import TensorFile, TensorKind
+from megaphase.convert.checkpoint_writer import PORTABLE_FOLDER
+from megaphase.convert.hf_config import CONFIG_FILE
+from megaphase.convert.hf_weights import find_tensors
+from megaphase.convert.megatron import TRACKER_FILE
+from megaphase.convert.megatron_files import RankFile, rank_files
+from megaphase.convert.pickles import check_archive
+from megaphase.convert.source import Source, open_source, verify
+from megaphase.errors import InputError
+from megaphase.progress import bytes_progress
+
+_MEGATRON_FOLDER = re.compile(r"mp_rank_\d+(_\d+)*")
+_DEEPSPEED_FILE = re.compile(r"(?:bf16_)?(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_\w+_states\.pt")
+_DEEPSPEED_STAGE_3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What was found.
+
+    Attributes:
+        format: whose.
+        facts: what it says of itself, by what people call it.
+        tensors: type and shape of every parameter, whole where that is known.
+        nbytes: of its files on the disk.
+        verified: what was compared; None where nothing was.
+    """
+
+    format: str
+    facts: Mapping[str, Any]
+    tensors: Mapping[str, TensorKind]
+    nbytes: int
+    verified: str | None
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(kind.numel for kind in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Inspector:
+    """How to look: see `inspect`."""
+
+    verify: bool
+    trust_pickle: bool
+    workers: int
+    console: Console | None
+
+
+def inspect(text: str, how: Inspector) -> Contents:
+    """Recognise a checkpoint and read all that can be known without its values.
+
+    Hashes and checksums are compared where there are any and `how.verify` asks for it.
+
+    Raises:
+        InputError: the format is not known, or a file is damaged.
+    """
+    path = Path(text)
+    if (path / CHECKPOINTS).is_dir():
+        return _ours(open_source(f"{text}@{LATEST}"), how)
+    if "@" in text or (path / STATE_FILE).is_file():
+        return _ours(open_source(text), how)
+    if (path / CONFIG_FILE).is_file():
+        return _hugging_face(path, how)
+    if path.is_file() and path.suffix == ".safetensors":
+        return _safetensors(path)
+    if path.is_dir():
+        names = {each.name for each in path.iterdir()}
+        if TRACKER_FILE in names or any(map(_MEGATRON_FOLDER.fullmatch, names)):
+            return _megatron(path, how)
+        folder = _deepspeed_folder(path)
+        if folder is not None:
+            return _deepspeed(folder)
+    raise InputError(
+        text,
+        "is no checkpoint of megaphase, Hugging Face, Megatron-LM or DeepSpeed",
+        "give a checkpoint's folder, or RUN@NAME",
+    )
+
+
+def _ours(source: Source, how: Inspector) -> Contents:
+    state, weights = source.state, source.weights
+    verified = None
+    if how.verify:
+        with bytes_progress(how.console, "verifying", source.nbytes) as advance:
+            files = verify(source.folder, workers=how.workers, advance=advance)
+        verified = f"all {files} files are as they were written"
+    portable = all(file.startswith(f"{PORTABLE_FOLDER}/") for file in weights.shards)
+    position = state.get("position", {})
+    facts = {
+        "folder": str(source.folder),
+        "layout": "portable, a file a parameter" if portable else _layout(state),
+        "phase": state.get("phase_name"),
+        "step": state.get("step"),
+        "tokens": position.get("tokens"),
+        "optimizer steps": state.get("optimizer_steps"),
+        "kinds": ", ".join(weights.kinds),
+        "precision": state.get("precision"),
+        "model": source.shape.facts(),
+        "samples used": state.get("used") or None,
+        "origin": state.get("origin") or None,
+    }
+    tensors = {name: TensorKind(torch.float32, lay.shape) for name, lay in weights.layouts.items()}
+    return Contents("megaphase", _known(facts), tensors, source.nbytes, verified)
+
+
+def _layout(state: Mapping[str, Any]) -> str:
+    tensor, processes = state.get("tensor"), state.get("processes")
+    if not tensor or not processes:
+        return "not known"
+    return f"tensor {tensor} × data {processes // tensor}, ZeRO {state.get('zero')}"
+
+
+def _hugging_face(directory: Path, how: Inspector) -> Contents:
+    with ExitStack() as open_files:
+        found = find_tensors(directory, open_files, trust_pickle=how.trust_pickle)
+        tensors = {each.name: each.kind for each in found}
+        files = sorted({each.path for each in found})
+    config = json.loads((directory / CONFIG_FILE).read_text())
+    checked = _check_pickles([path for path in files if path.suffix == ".bin"], how)
+    facts = {
+        "folder": str(directory),
+        "architecture": ", ".join(config.get("architectures") or []) or None,
+        "layout": f"{len(files)} file{'s' if len(files) > 1 else ''}",
+        "model": {k: v for k, v in config.items() if isinstance(v, int | float | str | bool)},
+    }
+    return Contents("Hugging Face", _known(facts), tensors, _bytes(directory), checked)
+
+
+def _megatron(source: Path, how: Inspector) -> Contents:
+    files = rank_files(source)
+    checked = _check_pickles(files, how)
+    ranks = [RankFile(path, trust_pickle=how.trust_pickle) for path in files]
+    args = vars(ranks[0].args)
+    facts = {
+        "folder": str(files[0].parents[1]),
+        "layout": f"tensor {len(ranks)}; the tensors below are those of the first rank",
+        "step": ranks[0].iteration,
+        "samples used": args.get("consumed_train_samples"),
+        "model": {k: v for k, v in args.items() if isinstance(v, int | float | str | bool)},
+    }
+    tensors = {n: TensorKind(t.dtype, tuple(t.shape)) for n, t in ranks[0].tensors.items()}
+    size = _bytes(files[0].parents[1])
+    return Contents("Megatron-LM", _known(facts), tensors, size, checked)
+
+
+def _safetensors(path: Path) -> Contents:
+    with TensorFile(path) as file:
+        facts = {"folder": str(path.parent), "metadata": file.metadata or None}
+        return Contents("safetensors", _known(facts), file.kinds, path.stat().st_size, None)
+
+
+def _deepspeed_folder(path: Path) -> Path | None:
+    """Where the files of ranks lie: here, or in the folder that `latest` names."""
+    folder = path
+    if (path / "latest").is_file():
+        folder = path / (path / "latest").read_text().strip()
+    if folder.is_dir() and any(_DEEPSPEED_FILE.fullmatch(each.name) for each in folder.iterdir()):
+        return folder
+    return None
+
+
+def _deepspeed(folder: Path) -> Contents:
+    names = [each.name for each in folder.iterdir()]
+    found = [match for match in map(_DEEPSPEED_FILE.fullmatch, names) if match]
+    data = len({match[1] for match in found if match[1] is not None}) or 1
+    tensor = len({match[2] for match in found})
+    stage_3 = any(map(_DEEPSPEED_STAGE_3.fullmatch, names))
+    partitioned = any(match[1] is not None for match in found)
+    stage = "ZeRO 3" if stage_3 else "ZeRO 1 or 2" if partitioned else "ZeRO 0"
+    facts = {
+        "folder": str(folder),
+        "layout": f"tensor {tensor} × data {data}, {stage}",
+        "note": "its tensors can be had with DeepSpeed's zero_to_fp32.py",
+    }
+    return Contents("DeepSpeed", facts, {}, _bytes(folder), None)
+
+
+def _check_pickles(files: list[Path], how: Inspector) -> str | None:
+    if not how.verify or not files:
+        return None
+    with bytes_progress(how.console, "verifying", _sum_of_sizes(files)) as advance:
+        for path in files:
+            check_archive(path, advance)
+    return f"the checksums in {len(files)} files of tensors are right"
+
+
+def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _bytes(folder: Path) -> int:
+    return _sum_of_sizes(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sum_of_sizes(files: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
