@@ -6,17 +6,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.checkpoint.store import CHECKPOINT_FORMAT
 from megaphase.convert.checkpoint_writer import portable_form, write_checkpoint
 from megaphase.convert.weights import Weights
+from megaphase.files import write_text_whole
 from megaphase.model.shape import GPTShape
 from megaphase.progress import bytes_progress
 from megaphase.training.position import Position
 
 FP32_BYTES = 4
+_MODEL_FILE = "model.yaml"
 
 
 def write_foreign(
@@ -44,6 +47,13 @@ def write_foreign(
             workers=workers,
             advance=advance,
         )
+
+
+def write_model_section(folder: Path, shape: GPTShape) -> str:
+    """Write what the run file of a training of it says about the model as model.yaml; its text."""
+    section = yaml.safe_dump({"model": shape.facts()}, sort_keys=False)
+    write_text_whole(folder / _MODEL_FILE, section)
+    return section
 
 
 def foreign_state(shape: GPTShape, origin: dict[str, Any]) -> dict[str, Any]:

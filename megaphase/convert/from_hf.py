@@ -6,20 +6,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 
-from megaphase.convert.foreign import FP32_BYTES, write_foreign
+from megaphase.convert.foreign import FP32_BYTES, write_foreign, write_model_section
 from megaphase.convert.hf_config import read_config
 from megaphase.convert.hf_tokenizer import take_tokenizer
 from megaphase.convert.hf_weights import HuggingFaceWeights, find_tensors
 from megaphase.convert.output import new_folder
 from megaphase.errors import InputError
-from megaphase.files import write_text_whole
 from megaphase.model.shape import GPTShape
 
 TOKENIZER_FOLDER = "tokenizer"
-MODEL_FILE = "model.yaml"
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,7 @@ def from_hf(
             }
             write_foreign(folder, weights, shape, origin, workers=workers, console=console)
             problem = _take_tokenizer(directory, folder / TOKENIZER_FOLDER)
-            section = yaml.safe_dump({"model": shape.facts()}, sort_keys=False)
-            write_text_whole(folder / MODEL_FILE, section)
+            section = write_model_section(folder, shape)
     tokenizer = None if problem else out / TOKENIZER_FOLDER
     return Taken(shape, section, tokenizer, problem)
 

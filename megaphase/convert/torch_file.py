@@ -103,7 +103,8 @@ class _Pickler(pickle.Pickler):
         strides = torch.empty(value.shape, device="meta").stride()
         storage = _Storage(str(len(self.kinds)), value)
         self.kinds.append(value)
-        rebuilt = (storage, 0, value.shape, strides, False, OrderedDict())
+        no_hooks: OrderedDict[str, object] = OrderedDict()
+        rebuilt = (storage, 0, value.shape, strides, False, no_hooks)
         return torch._utils._rebuild_tensor_v2, rebuilt
 
     def persistent_id(self, value: Any) -> Any:

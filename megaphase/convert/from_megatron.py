@@ -1,0 +1,168 @@
+"""A checkpoint of Megatron-LM (--ckpt-format torch) as one of ours, at which a run may begin."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from megaphase.checkpoint.parameters import WEIGHT
+from megaphase.convert.foreign import write_foreign, write_model_section
+from megaphase.convert.megatron import (
+    WORD_EMBEDDINGS,
+    Implementation,
+    apart,
+    megatron_parameters,
+    rank_folder,
+)
+from megaphase.convert.megatron_args import shape_of, stored_vocab
+from megaphase.convert.megatron_files import OTHER_CHECKPOINT, RankFile, rank_files
+from megaphase.convert.output import new_folder
+from megaphase.convert.pickles import check_archive
+from megaphase.convert.renaming import check_names
+from megaphase.convert.reshape import bytes_of
+from megaphase.errors import InputError
+from megaphase.model.parameters import parameter_layouts
+from megaphase.progress import bytes_progress
+
+
+def from_megatron(
+    source: Path,
+    out: Path,
+    *,
+    vocab: int | None = None,
+    trust_pickle: bool = False,
+    workers: int = 1,
+    console: Console | None = None,
+) -> str:
+    """Write the weights of a checkpoint of Megatron-LM as the folder `out`, with model.yaml in it.
+
+    Args:
+        source: what --save was, or a folder iter_… or release in it.
+        vocab: the tokenizer's size, where the checkpoint does not tell it.
+        trust_pickle: see `load_pickle`.
+
+    Returns what the run file of a training of it says of the model, YAML.
+
+    Raises:
+        InputError: naming what is missing, damaged, unknown, or not to be had in our GPT.
+    """
+    files = rank_files(source)
+    ranks = [RankFile(path, trust_pickle=trust_pickle) for path in files]
+    weights = MegatronWeights(ranks, vocab)
+    origin = {
+        "format": "Megatron-LM",
+        "path": str(source.resolve()),
+        "iteration": ranks[0].iteration,
+    }
+    with new_folder(out, bytes_of(weights.shape)) as folder:
+        total = sum(path.stat().st_size for path in files)
+        with bytes_progress(console, "verifying", total) as advance:
+            for path in files:
+                check_archive(path, advance)
+        write_foreign(folder, weights, weights.shape, origin, workers=workers, console=console)
+        return write_model_section(folder, weights.shape)
+
+
+class MegatronWeights:
+    """The weights of all tensor-parallel ranks, put together, in our order.
+
+    Attributes:
+        shape: of the model.
+        layouts, kinds: see `Weights`.
+    """
+
+    kinds = (WEIGHT,)
+
+    def __init__(self, ranks: Sequence[RankFile], vocab: int | None) -> None:
+        """
+        Args:
+            ranks: in order.
+            vocab: the tokenizer's size, where their args do not tell it.
+
+        Raises:
+            InputError: they do not belong together, or our GPT cannot be this model.
+        """
+        self._ranks = ranks
+        first, size = ranks[0], len(ranks)
+        _check_together(ranks)
+        if WORD_EMBEDDINGS not in first.tensors:
+            raise InputError(first.path, f"has no tensor {WORD_EMBEDDINGS}", OTHER_CHECKPOINT)
+        padded = len(first.tensors[WORD_EMBEDDINGS]) * size
+        vocab = stored_vocab(first.args, padded, first.path) if vocab is None else vocab
+        if not 0 < vocab <= padded:
+            raise InputError(
+                f"--vocab {vocab}",
+                f"the embedding in {first.path} has {padded} rows",
+                "give the tokenizer's size",
+            )
+        self.shape = shape_of(first.args, vocab, first.path)
+        self.layouts = parameter_layouts(self.shape, 1)
+        self._parameters = megatron_parameters(
+            self.shape, size, padded, _implementation(first.tensors)
+        )
+        for rank in ranks:
+            self._check_tensors(rank)
+
+    def whole(self, name: str, kind: str) -> Tensor:
+        """A parameter, fp32, contiguous, of its layout's shape."""
+        parameter = self._parameters[name]
+        parts = [rank.tensors[parameter.name] for rank in self._ranks]
+        if parameter.layout.dim is None:
+            self._check_same(parameter.name)
+        joined = parameter.layout.join((part.float() for part in parts), len(parts))
+        return apart(joined, self.shape) if parameter.interleaved else joined.contiguous()
+
+    def _check_tensors(self, rank: RankFile) -> None:
+        size = len(self._ranks)
+        wanted = {each.name: each.layout.shard_shape(size) for each in self._parameters.values()}
+        check_names(rank.path, wanted, rank.tensors)
+        for name, shape in wanted.items():
+            found = tuple(rank.tensors[name].shape)
+            if found != shape:
+                raise InputError(
+                    rank.path,
+                    f"{name} has the shape {list(found)}, its args want {list(shape)}",
+                    OTHER_CHECKPOINT,
+                )
+
+    def _check_same(self, name: str) -> None:
+        """Refuse ranks that differ in what all of them have whole."""
+        first, *others = self._ranks
+        for rank in others:
+            if not torch.equal(rank.tensors[name], first.tensors[name]):
+                raise InputError(
+                    rank.path, f"{name} is not that of {rank_folder(0)}", OTHER_CHECKPOINT
+                )
+
+
+def _check_together(ranks: Sequence[RankFile]) -> None:
+    first = ranks[0]
+    size = _tensor_parallel_size(first.args)
+    if size is not None and size != len(ranks):
+        raise InputError(
+            first.path.parents[1],
+            f"has the files of {len(ranks)} tensor-parallel ranks, its args want {size}",
+            OTHER_CHECKPOINT,
+        )
+    for rank in ranks:
+        if rank.iteration != first.iteration:
+            raise InputError(
+                rank.path,
+                f"is of iteration {rank.iteration}, {rank_folder(0)} of {first.iteration}",
+                OTHER_CHECKPOINT,
+            )
+
+
+def _tensor_parallel_size(args: Namespace) -> int | None:
+    earlier = getattr(args, "model_parallel_size", None)
+    return getattr(args, "tensor_model_parallel_size", earlier)
+
+
+def _implementation(names: Iterable[str]) -> Implementation:
+    fused = any(name.endswith(".linear_qkv.layer_norm_weight") for name in names)
+    return Implementation.TRANSFORMER_ENGINE if fused else Implementation.LOCAL

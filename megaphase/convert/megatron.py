@@ -1,0 +1,156 @@
+"""How Megatron-LM names, orders and cuts the parameters of a GPT, and where it keeps them.
+
+DIR/latest_checkpointed_iteration.txt      123, or `release` for weights alone
+DIR/iter_0000123/mp_rank_00/model_optim_rng.pt      one for every tensor-parallel rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from megaphase.model.parameters import parameter_layouts
+from megaphase.model.shape import GPTShape
+from megaphase.parallel.sharding import ParameterLayout
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+RANK_FILE = "model_optim_rng.pt"
+
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+_VOCABULARIES = {"embedding.weight": WORD_EMBEDDINGS, "head.weight": "output_layer.weight"}
+
+
+class Implementation(StrEnum):
+    """Whose layers Megatron-LM builds the model from (--transformer-impl); it decides the names."""
+
+    LOCAL = "local"
+    TRANSFORMER_ENGINE = "transformer_engine"
+
+
+_NAMES = {
+    "positions": "embedding.position_embeddings.weight",
+    "norm.": "decoder.final_layernorm.",
+    "attention.qkv.": "self_attention.linear_qkv.",
+    "attention.out.": "self_attention.linear_proj.",
+    "feed_forward.up.": "mlp.linear_fc1.",
+    "feed_forward.down.": "mlp.linear_fc2.",
+    **_VOCABULARIES,
+}
+_NORMS = {
+    Implementation.LOCAL: {
+        "attention_norm.": "input_layernorm.",
+        "feed_forward_norm.": "pre_mlp_layernorm.",
+    },
+    # A norm is one layer with the linear layer that follows it.
+    Implementation.TRANSFORMER_ENGINE: {
+        "attention_norm.": "self_attention.linear_qkv.layer_norm_",
+        "feed_forward_norm.": "mlp.linear_fc1.layer_norm_",
+    },
+}
+
+# Parts of the names of models from before Megatron Core, as Megatron Core's own layers have them.
+_LEGACY_NAMES = {
+    ".language_model.": ".",
+    ".encoder.": ".decoder.",
+    ".transformer.": ".decoder.",
+    ".attention.": ".self_attention.",
+    ".query_key_value.": ".linear_qkv.",
+    ".dense.": ".linear_proj.",
+    ".dense_h_to_4h.": ".linear_fc1.",
+    ".dense_4h_to_h.": ".linear_fc2.",
+    ".input_norm.": ".input_layernorm.",
+    ".post_attention_layernorm.": ".pre_mlp_layernorm.",
+    ".post_attention_norm.": ".pre_mlp_layernorm.",
+    ".final_norm.": ".final_layernorm.",
+}
+
+
+@dataclass(frozen=True)
+class MegatronParameter:
+    """A parameter of ours, as Megatron-LM has it.
+
+    Attributes:
+        name: theirs.
+        layout: how it is cut, with the rows in their order.
+        interleaved: whether rows of queries, keys and values follow each other group by group.
+    """
+
+    name: str
+    layout: ParameterLayout
+    interleaved: bool
+
+
+def megatron_parameters(
+    shape: GPTShape, tensor: int, padded_vocab: int, implementation: Implementation
+) -> dict[str, MegatronParameter]:
+    """By our names, in the order in which our model has them.
+
+    tensor: the tensor-parallel size. padded_vocab: rows of the embedding on all ranks together.
+    """
+    names = {**_NAMES, **_NORMS[implementation]}
+    parameters = {}
+    for ours, layout in parameter_layouts(shape, tensor).items():
+        interleaved = ".attention.qkv." in ours
+        if interleaved:  # every rank gets whole groups
+            layout = replace(layout, segments=(sum(layout.segments),))
+        elif ours in _VOCABULARIES:
+            layout = replace(layout, segments=(padded_vocab,))
+        parameters[ours] = MegatronParameter(_their_name(ours, names), layout, interleaved)
+    return parameters
+
+
+def rank_folder(rank: int) -> str:
+    """Of a tensor-parallel rank, where pipelines have one stage."""
+    return f"mp_rank_{rank:02d}"
+
+
+def todays_name(legacy: str) -> str:
+    """What Megatron Core's own layers call a parameter of a model from before it."""
+    name = f".{legacy}"
+    for old, new in _LEGACY_NAMES.items():
+        name = name.replace(old, new)
+    return name[1:]
+
+
+def interleaved(qkv: Tensor, shape: GPTShape) -> Tensor:
+    """All queries, keys and values, as they follow each other group by group.
+
+    [heads + 2 kv_heads, head_dim] along the first dimension, either way.
+    """
+    out = torch.empty_like(qkv)
+    for target, source in zip(_in_groups(out, shape), _apart(qkv, shape), strict=True):
+        target.copy_(source)
+    return out
+
+
+def apart(qkv: Tensor, shape: GPTShape) -> Tensor:
+    """What `interleaved` was made from."""
+    out = torch.empty_like(qkv)
+    for target, source in zip(_apart(out, shape), _in_groups(qkv, shape), strict=True):
+        target.copy_(source)
+    return out
+
+
+def _apart(qkv: Tensor, shape: GPTShape) -> Iterator[Tensor]:
+    """Views of queries, keys and values where each follow each other: [groups, rows, …]."""
+    for part in qkv.split(shape.qkv_segments):
+        yield part.view(shape.kv_heads, -1, *qkv.shape[1:])
+
+
+def _in_groups(qkv: Tensor, shape: GPTShape) -> Iterator[Tensor]:
+    """Views of queries, keys and values where each group has its own: [groups, rows, …]."""
+    rows = [segment // shape.kv_heads for segment in shape.qkv_segments]
+    yield from qkv.view(shape.kv_heads, sum(rows), *qkv.shape[1:]).split(rows, 1)
+
+
+def _their_name(ours: str, names: dict[str, str]) -> str:
+    block, dot, inside = ours.removeprefix("blocks.").partition(".")
+    if ours.startswith("blocks."):
+        return f"decoder.layers.{block}{dot}{_their_name(inside, names)}"
+    part = next(part for part in names if ours.startswith(part))
+    return names[part] + ours.removeprefix(part)

@@ -1,0 +1,282 @@
+"""A model's shape as the arguments of Megatron-LM that lie in its checkpoints, and back.
+
+Names and defaults are those of megatron/training/arguments.py; a checkpoint may have been written
+by an older version, which had not all of them.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megaphase.convert.megatron import Implementation
+from megaphase.errors import InputError
+from megaphase.model.shape import GPTShape
+from megaphase.parallel.sharding import padded_vocab
+
+Norm = Literal["rmsnorm", "layernorm"]
+Position = Literal["rotary", "learned"]
+
+_NORMALIZATIONS: dict[str, Norm] = {"RMSNorm": "rmsnorm", "LayerNorm": "layernorm"}
+_POSITIONS: dict[str, Position] = {"rope": "rotary", "learned_absolute": "learned"}
+
+# What an argument may be where our GPT is the same model; None, and leaving it out, always may.
+_WANTED: dict[str, tuple[Any, ...]] = {
+    "rotary_percent": (1.0,),
+    "rotary_interleaved": (False,),
+    "rotary_seq_len_interpolation_factor": (1, 1.0),
+    "use_rope_scaling": (False,),
+    "no_rope_freq": (),
+    "position_embedding_type": tuple(_POSITIONS),
+    "normalization": tuple(_NORMALIZATIONS),
+    "apply_layernorm_1p": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "qk_layernorm": (False,),
+    "qk_l2_norm": (False,),
+    "multi_latent_attention": (False,),
+    "attention_output_gate": (False,),
+    "window_size": (),
+    "softmax_type": ("vanilla",),
+    "experimental_attention_variant": (),
+    "squared_relu": (False,),
+    "quick_geglu": (False,),
+    "geglu": (False,),
+    "reglu": (False,),
+    "num_experts": (0,),
+    "mtp_num_layers": (0,),
+    "heterogeneous_layers_config_path": ("",),
+    "heterogeneous_layers_config_encoded_json": ("",),
+    "hybrid_override_pattern": (),
+    "hybrid_layer_pattern": (),
+    "is_hybrid_model": (False,),
+    "spec": (),
+    "pipeline_model_parallel_size": (1,),
+    "expert_model_parallel_size": (1,),
+}
+
+
+def megatron_args(
+    shape: GPTShape,
+    *,
+    tensor: int,
+    vocab_multiple: int,
+    dtype: torch.dtype,
+    implementation: Implementation,
+) -> Namespace:
+    """What --use-checkpoint-args reads, and what is compared with a run's own arguments.
+
+    vocab_multiple: --make-vocab-size-divisible-by.
+
+    Raises:
+        InputError: Megatron-LM has no such model.
+    """
+    gated = shape.activation == "swiglu"
+    if not gated and not shape.bias:
+        raise InputError(
+            "model.activation",
+            "Megatron-LM computes gelu by tanh, as this model does, only where there is model.bias",
+            "convert a model with both, or with swiglu",
+        )
+    rotary = shape.position == "rotary"
+    base = shape.rotary_base
+    return Namespace(
+        num_layers=shape.layers,
+        encoder_num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        group_query_attention=shape.kv_heads != shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        seq_length=shape.seq_len,
+        encoder_seq_length=shape.seq_len,
+        max_position_embeddings=shape.seq_len,
+        position_embedding_type="rope" if rotary else "learned_absolute",
+        add_position_embedding=True,
+        use_rotary_position_embeddings=rotary,
+        rotary_base=int(base) if base.is_integer() else base,
+        rotary_percent=1.0,
+        rotary_interleaved=False,
+        use_rope_scaling=False,
+        swiglu=gated,
+        openai_gelu=False,
+        squared_relu=False,
+        bias_gelu_fusion=not gated,
+        bias_swiglu_fusion=gated,
+        normalization="RMSNorm" if shape.norm == "rmsnorm" else "LayerNorm",
+        norm_epsilon=shape.norm_eps,
+        apply_layernorm_1p=False,
+        apply_residual_connection_post_layernorm=False,
+        apply_query_key_layer_scaling=False,
+        qk_layernorm=False,
+        multi_latent_attention=False,
+        add_bias_linear=shape.bias,
+        add_qkv_bias=shape.bias,
+        untie_embeddings_and_output_weights=not shape.tied_embeddings,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        num_experts=None,
+        vocab_size=shape.vocab,
+        padded_vocab_size=padded_vocab(shape.vocab, vocab_multiple * tensor),
+        make_vocab_size_divisible_by=vocab_multiple,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=1,
+        expert_model_parallel_size=1,
+        context_parallel_size=1,
+        world_size=tensor,
+        data_parallel_size=1,
+        transformer_impl=str(implementation),
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        ckpt_format="torch",
+        no_save_optim=True,
+        no_save_rng=True,
+        iteration=0,
+        consumed_train_samples=0,
+        skipped_train_samples=0,
+        consumed_valid_samples=0,
+    )
+
+
+def load_options(args: Namespace) -> str:
+    """What Megatron-LM's command line must say beside --load: all that it does not read there."""
+    options = {
+        "ckpt-format": args.ckpt_format,
+        "use-checkpoint-args": None,
+        "tensor-model-parallel-size": args.tensor_model_parallel_size,
+        "transformer-impl": args.transformer_impl,
+        "make-vocab-size-divisible-by": args.make_vocab_size_divisible_by,
+        "norm-epsilon": args.norm_epsilon,
+        **({"bf16": None} if args.bf16 else {"fp16": None} if args.fp16 else {}),
+    }
+    return " ".join(
+        f"--{name}" if value is None else f"--{name} {value}" for name, value in options.items()
+    )
+
+
+def shape_of(args: Namespace, vocab: int, where: Path) -> GPTShape:
+    """The shape of the model that Megatron-LM builds from these arguments.
+
+    vocab: the tokenizer's size. where: the file that the arguments come from.
+
+    Raises:
+        InputError: naming the argument that is missing, or that our GPT has no match for.
+    """
+    given = _Given(args, where)
+    given.check(_WANTED)
+    position = given.position()
+    bias = given.flag("add_bias_linear", not given.flag("disable_bias_linear"))
+    if given.flag("add_qkv_bias") and not bias:
+        raise given.refusal("add_qkv_bias", "our linear layers have all a bias, or none")
+    gated = given.flag("swiglu")
+    if not gated and not (bias and given.flag("bias_gelu_fusion", True)):
+        at_fault = "bias_gelu_fusion" if bias else "add_bias_linear"
+        raise given.refusal(at_fault, "GELU is then computed by erf, and by tanh in our GPT")
+    hidden, heads, kv_heads = given.heads()
+    return GPTShape(
+        vocab=vocab,
+        seq_len=given.size("max_position_embeddings" if position == "learned" else "seq_length"),
+        layers=given.size("num_layers"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        ffn=given.size("ffn_hidden_size"),
+        norm=_NORMALIZATIONS[given.get("normalization", "LayerNorm")],
+        position=position,
+        activation="swiglu" if gated else "gelu",
+        tied_embeddings=not given.flag("untie_embeddings_and_output_weights"),
+        bias=bias,
+        rotary_base=given.number("rotary_base", 10_000.0),
+        norm_eps=given.number("norm_epsilon", given.number("layernorm_epsilon", 1e-5)),
+    )
+
+
+def stored_vocab(args: Namespace, padded: int, where: Path) -> int:
+    """The tokenizer's size.
+
+    padded: rows of the embedding. where: the file that the arguments come from.
+
+    Raises:
+        InputError: the arguments do not tell it.
+    """
+    size = getattr(args, "vocab_size", None)
+    if type(size) is not int:
+        raise InputError(
+            where,
+            f"does not tell the tokenizer's size, and some of the embedding's {padded} rows may "
+            "only pad",
+            f"pass --vocab SIZE (--vocab {padded} to keep all rows)",
+        )
+    # This tokenizer's end-of-document token comes on top.
+    return size + 1 if getattr(args, "tokenizer_type", None) == "NullTokenizer" else size
+
+
+class _Given:
+    """The arguments of a checkpoint; one that is None is one that was not given."""
+
+    def __init__(self, args: Namespace, where: Path) -> None:
+        self._args, self._where = args, where
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Any argument."""
+        value = getattr(self._args, name, None)
+        return default if value is None else value
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """One that is on or off."""
+        return bool(self.get(name, default))
+
+    def number(self, name: str, default: float) -> float:
+        """A positive number."""
+        value = self.get(name, default)
+        if not isinstance(value, int | float) or not value > 0:
+            raise self.refusal(name, "a positive number is wanted")
+        return float(value)
+
+    def size(self, name: str) -> int:
+        """A positive whole number without which there is no model."""
+        value = self.get(name)
+        if type(value) is not int or value < 1:
+            raise self.refusal(name, "a positive whole number is wanted")
+        return value
+
+    def heads(self) -> tuple[int, int, int]:
+        """The hidden size, and how many heads queries have, and keys and values."""
+        hidden, heads = self.size("hidden_size"), self.size("num_attention_heads")
+        if hidden % heads:
+            raise self.refusal("num_attention_heads", f"it does not divide hidden_size={hidden}")
+        self.check({"kv_channels": (hidden // heads,)})
+        if not self.flag("group_query_attention"):
+            return hidden, heads, heads
+        kv_heads = self.size("num_query_groups")
+        if heads % kv_heads:
+            problem = f"it does not divide num_attention_heads={heads}"
+            raise self.refusal("num_query_groups", problem)
+        return hidden, heads, kv_heads
+
+    def position(self) -> Position:
+        """How the model tells positions apart."""
+        rotary = self.flag("use_rotary_position_embeddings")
+        name = self.get("position_embedding_type", "rope" if rotary else "learned_absolute")
+        if name == "learned_absolute" and not self.flag("add_position_embedding", True):
+            raise self.refusal("add_position_embedding", "our GPT knows positions")
+        return _POSITIONS[name]
+
+    def check(self, wanted: Mapping[str, tuple[Any, ...]]) -> None:
+        """Refuse the first argument that is none of what it may be."""
+        for name, allowed in wanted.items():
+            value = self.get(name)
+            if value is not None and value not in allowed:
+                only = " or ".join(repr(each) for each in allowed) or "None"
+                raise self.refusal(name, f"only {only} can be converted")
+
+    def refusal(self, name: str, problem: str) -> InputError:
+        """Of an argument that our GPT has no match for."""
+        return InputError(
+            self._where, f"{name}={self.get(name)!r} in its args: {problem}", "use another model"
+        )

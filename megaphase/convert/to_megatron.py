@@ -1,0 +1,167 @@
+"""A checkpoint of ours as one of Megatron-LM (--ckpt-format torch), cut for tensor parallelism."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from megaphase.checkpoint.parameters import WEIGHT
+from megaphase.checkpoint.tensor_file import TensorKind
+from megaphase.convert.megatron import (
+    RANK_FILE,
+    RELEASE,
+    TRACKER_FILE,
+    Implementation,
+    MegatronParameter,
+    interleaved,
+    megatron_parameters,
+    rank_folder,
+)
+from megaphase.convert.megatron_args import megatron_args
+from megaphase.convert.output import new_folder
+from megaphase.convert.partition import check_tensor_size
+from megaphase.convert.reshape import bytes_of, verify_source
+from megaphase.convert.source import open_source
+from megaphase.convert.torch_file import TorchFileWriter
+from megaphase.convert.weights import Weights, read_each
+from megaphase.files import write_text_whole
+from megaphase.model.shape import GPTShape
+from megaphase.progress import bytes_progress
+
+_CHECKPOINT_VERSION = 3.0
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What Megatron-LM is to find.
+
+    Attributes:
+        tensor: its tensor-parallel size.
+        dtype: of all weights; bf16 or fp32, as the run computed, if not given.
+        implementation: whose layers it builds the model from.
+        vocab_multiple: its --make-vocab-size-divisible-by.
+    """
+
+    tensor: int = 1
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    implementation: Implementation = Implementation.TRANSFORMER_ENGINE
+    vocab_multiple: int = 128
+
+
+def to_megatron(
+    text: str,
+    out: Path,
+    target: Target,
+    *,
+    workers: int = 1,
+    console: Console | None = None,
+) -> Namespace:
+    """Write the weights of the checkpoint RUN@NAME, or at a path, as the folder `out`.
+
+    Returns the arguments of Megatron-LM that lie in it.
+
+    Raises:
+        InputError: the checkpoint is damaged, or Megatron-LM has no such model, or cannot cut it
+            so.
+    """
+    source = open_source(text)
+    shape = source.shape
+    check_tensor_size(shape, target.tensor)
+    args = megatron_args(
+        shape,
+        tensor=target.tensor,
+        vocab_multiple=target.vocab_multiple,
+        dtype=_DTYPES[
+            target.dtype or ("bf16" if source.state.get("precision") == "bf16" else "fp32")
+        ],
+        implementation=target.implementation,
+    )
+    parameters = megatron_parameters(
+        shape, target.tensor, args.padded_vocab_size, target.implementation
+    )
+    needed = args.params_dtype.itemsize * sum(
+        target.tensor * each.layout.shard_numel(target.tensor) for each in parameters.values()
+    )
+    with new_folder(out, needed) as folder:
+        verify_source(source, workers=workers, console=console)
+        with _rank_writers(folder / RELEASE, parameters, args) as writers:
+            with bytes_progress(console, "writing", bytes_of(shape)) as advance:
+                _write(
+                    source.weights, parameters, writers, args.params_dtype, shape, workers, advance
+                )
+            for writer in writers:
+                writer.close()
+        write_text_whole(folder / TRACKER_FILE, RELEASE)
+    return args
+
+
+@contextmanager
+def _rank_writers(
+    folder: Path, parameters: Mapping[str, MegatronParameter], args: Namespace
+) -> Iterator[list[TorchFileWriter]]:
+    """Of the files of all tensor-parallel ranks; those not closed at the end are abandoned."""
+    size = args.tensor_model_parallel_size
+    with ExitStack() as abandoned:
+        writers = []
+        for rank in range(size):
+            model = {
+                each.name: TensorKind(args.params_dtype, each.layout.shard_shape(size))
+                for each in parameters.values()
+            }
+            content = {
+                "args": args,
+                "checkpoint_version": _CHECKPOINT_VERSION,
+                "iteration": args.iteration,
+                "model": model,
+            }
+            path = folder / rank_folder(rank) / RANK_FILE
+            path.parent.mkdir(parents=True)
+            writers.append(TorchFileWriter(path, content))
+            abandoned.callback(writers[-1].abandon)
+        yield writers
+
+
+def _write(
+    weights: Weights,
+    parameters: Mapping[str, MegatronParameter],
+    writers: Sequence[TorchFileWriter],
+    dtype: torch.dtype,
+    shape: GPTShape,
+    workers: int,
+    advance: Callable[[int], object],
+) -> None:
+    def write(name: str, kind: str, whole: Tensor) -> None:
+        layout, theirs = parameters[name].layout, whole.to(dtype)
+        if parameters[name].interleaved:
+            theirs = interleaved(theirs, shape)
+
+        def write_part(rank: int) -> None:
+            part = layout.cut(theirs, rank, len(writers))
+            if layout.padded_shape() != layout.shape:
+                _fill_padding(part, theirs, rank)
+            writers[rank].write(part)
+
+        list(pool.map(write_part, range(len(writers))))
+        advance(whole.nbytes)
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="writer") as pool:
+        read_each(weights, (WEIGHT,), write, workers=workers)
+
+
+def _fill_padding(part: Tensor, whole: Tensor, rank: int) -> None:
+    """Rows behind the vocabulary become copies of its last, as Megatron-LM's own tools make them.
+
+    Zeros would give logits of 0, to which a trained model may give more weight than to any token.
+    """
+    first = len(whole) - rank * len(part)
+    part[max(first, 0) :] = whole[-1]

@@ -1,0 +1,145 @@
+"""Checkpoints to and from Megatron-LM, held against models of megatron-core's own layers.
+
+Its local layers run on the CPU (see megatron_support), so logits are compared with theirs. Layers
+of Transformer Engine do not: their names are compared with those that megatron-core maps its local
+ones to, and the tensors with those of the local form.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from convert_support import whole_parameters, write_random_checkpoint
+from distributed import once, run_ranks
+from megatron_support import build_model, logits_of, megatron_on_cpu, save_model
+from torch import Tensor
+
+from megaphase.convert.from_megatron import from_megatron
+from megaphase.convert.megatron import Implementation
+from megaphase.convert.to_megatron import Target, to_megatron
+from megaphase.model.gpt import GPT
+from megaphase.model.shape import GPTShape
+from megaphase.parallel.rng import Initializer
+from megaphase.parallel.topology import process_group, start
+
+LLAMA = GPTShape(
+    vocab=99, seq_len=24, layers=2, hidden=32, heads=8, kv_heads=4, ffn=48, rotary_base=5000.0
+)
+SHAPES = {
+    "llama": LLAMA,
+    "llama-tied": replace(LLAMA, tied_embeddings=True, kv_heads=8, norm_eps=1e-6),
+    "llama-bias": replace(LLAMA, bias=True),
+    "gpt": replace(
+        LLAMA,
+        norm="layernorm",
+        position="learned",
+        activation="gelu",
+        bias=True,
+        tied_embeddings=True,
+        kv_heads=8,
+    ),
+}
+LOCAL = Implementation.LOCAL
+BATCH = 2
+TOLERANCE = 1e-5
+TOKENS = torch.randint(LLAMA.vocab, (BATCH, LLAMA.seq_len), generator=torch.Generator())
+
+
+def in_megatron(folder: Path) -> dict[tuple[str, str], Tensor]:
+    """This rank's logits of our weights, `exported`, and of random ones that it saves, `native`."""
+    with process_group():
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        found = {}
+        with megatron_on_cpu(size):
+            for name in SHAPES:
+                path = folder / f"exported-{size}" / name / "release" / f"mp_rank_{rank:02d}"
+                state = torch.load(path / "model_optim_rng.pt", weights_only=False)
+                model = build_model(state["args"])
+                model.load_state_dict(state["model"], strict=True)
+                found["exported", name] = logits_of(model, TOKENS)
+                torch.manual_seed(1)  # every rank draws the whole, and keeps its part
+                model = build_model(state["args"])
+                _make_each_part_count(model)
+                found["native", name] = logits_of(model, TOKENS)
+                save_model(model, state["args"], folder / f"native-{size}" / name, rank)
+        return found
+
+
+def _make_each_part_count(model: torch.nn.Module) -> None:
+    """A new model's biases are zero, its norms one, its matrices small."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.arange(len(parameter)).cos() * (1 + len(name) % 3)
+        else:
+            parameter.data *= 8
+
+
+@once
+def shared_folder() -> Path:
+    """With the checkpoint of every shape in `ours`."""
+    folder = Path(tempfile.mkdtemp(prefix="megaphase-megatron-"))
+    for name, shape in SHAPES.items():
+        write_random_checkpoint(folder / "ours" / name, shape)
+    return folder
+
+
+@once
+def megatron_logits(size: int) -> dict[tuple[str, str], Tensor]:
+    """Of the whole vocabulary."""
+    folder = shared_folder()
+    for name in SHAPES:
+        target = Target(size, "fp32", LOCAL, vocab_multiple=16)
+        to_megatron(str(folder / "ours" / name), folder / f"exported-{size}" / name, target)
+    parts = run_ranks(in_megatron, size, folder)
+    return {key: torch.cat([part[key] for part in parts], -1) for key in parts[0]}
+
+
+@torch.no_grad()
+def our_logits(checkpoint: Path, shape: GPTShape) -> Tensor:
+    with process_group():
+        model = GPT(shape, Initializer(0, torch.float32), start(1))
+        weights = whole_parameters(checkpoint)
+        parameters = dict(model.named_parameters())
+        assert parameters.keys() == weights.keys()
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+        return model(TOKENS)
+
+
+@pytest.fixture(scope="module")
+def folder():
+    path = shared_folder()
+    yield path
+    shutil.rmtree(path)
+
+
+def assert_close(theirs: Tensor, ours: Tensor) -> None:
+    assert ours.abs().max() > 0.5
+    difference = theirs[..., : ours.shape[-1]] - ours
+    assert difference.abs().max() <= TOLERANCE
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", SHAPES)
+def test_megatron_computes_our_logits(name: str, size: int, folder: Path) -> None:
+    logits = megatron_logits(size)["exported", name]
+    assert_close(logits, our_logits(folder / "ours" / name, SHAPES[name]))
+    padding = logits[..., LLAMA.vocab :]
+    assert padding.shape[-1] == 112 - 99 if size == 1 else 128 - 99
+    assert torch.equal(padding, logits[..., LLAMA.vocab - 1 : LLAMA.vocab].expand_as(padding))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", SHAPES)
+def test_we_compute_megatrons_logits(name: str, size: int, folder: Path, tmp_path: Path) -> None:
+    logits = megatron_logits(size)["native", name]
+    out = tmp_path / "taken"
+    from_megatron(folder / f"native-{size}" / name, out)
+    assert_close(logits, our_logits(out, SHAPES[name]))
