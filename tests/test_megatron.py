@@ -7,6 +7,7 @@ ones to, and the tensors with those of the local form.
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from dataclasses import replace
@@ -50,8 +51,11 @@ TOLERANCE = 1e-5
 TOKENS = torch.randint(LLAMA.vocab, (BATCH, LLAMA.seq_len), generator=torch.Generator())
 
 
-def in_megatron(folder: Path) -> dict[tuple[str, str], Tensor]:
-    """This rank's logits of our weights, `exported`, and of random ones that it saves, `native`."""
+def in_megatron(folder: Path) -> tuple[dict[tuple[str, str], Tensor], dict[str, str]]:
+    """This rank's logits of our weights, `exported`, and of random ones that it saves, `native`;
+    and the names that local layers have in shared checkpoints, by their own."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
     with process_group():
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         found = {}
@@ -67,7 +71,7 @@ def in_megatron(folder: Path) -> dict[tuple[str, str], Tensor]:
                 _make_each_part_count(model)
                 found["native", name] = logits_of(model, TOKENS)
                 save_model(model, state["args"], folder / f"native-{size}" / name, rank)
-        return found
+        return found, get_gpt_layer_local_spec().submodules.sharded_state_dict_keys_map
 
 
 def _make_each_part_count(model: torch.nn.Module) -> None:
@@ -89,14 +93,15 @@ def shared_folder() -> Path:
 
 
 @once
-def megatron_logits(size: int) -> dict[tuple[str, str], Tensor]:
-    """Of the whole vocabulary."""
+def answers(size: int) -> tuple[dict[tuple[str, str], Tensor], dict[str, str]]:
+    """What `in_megatron` gives, of the whole vocabulary."""
     folder = shared_folder()
     for name in SHAPES:
         target = Target(size, "fp32", LOCAL, vocab_multiple=16)
         to_megatron(str(folder / "ours" / name), folder / f"exported-{size}" / name, target)
-    parts = run_ranks(in_megatron, size, folder)
-    return {key: torch.cat([part[key] for part in parts], -1) for key in parts[0]}
+    ranks = run_ranks(in_megatron, size, folder)
+    logits = {key: torch.cat([each[key] for each, _ in ranks], -1) for key in ranks[0][0]}
+    return logits, ranks[0][1]
 
 
 @torch.no_grad()
@@ -125,21 +130,42 @@ def assert_close(theirs: Tensor, ours: Tensor) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("name", SHAPES)
 def test_megatron_computes_our_logits(name: str, size: int, folder: Path) -> None:
-    logits = megatron_logits(size)["exported", name]
+    logits = answers(size)[0]["exported", name]
     assert_close(logits, our_logits(folder / "ours" / name, SHAPES[name]))
     padding = logits[..., LLAMA.vocab :]
-    assert padding.shape[-1] == 112 - 99 if size == 1 else 128 - 99
+    assert padding.shape[-1] == {1: 112, 2: 128, 4: 128}[size] - LLAMA.vocab
     assert torch.equal(padding, logits[..., LLAMA.vocab - 1 : LLAMA.vocab].expand_as(padding))
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("name", SHAPES)
 def test_we_compute_megatrons_logits(name: str, size: int, folder: Path, tmp_path: Path) -> None:
-    logits = megatron_logits(size)["native", name]
+    logits = answers(size)[0]["native", name]
     out = tmp_path / "taken"
     from_megatron(folder / f"native-{size}" / name, out)
     assert_close(logits, our_logits(out, SHAPES[name]))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", SHAPES)
+def test_names_of_transformer_engine(name: str, folder: Path, tmp_path: Path) -> None:
+    """They are those to which megatron-core's local layers map their own in shared checkpoints."""
+    to_megatron(str(folder / "ours" / name), tmp_path / "out", Target(1, "fp32", vocab_multiple=16))
+    fused, local = (
+        torch.load(saved / "release" / "mp_rank_00" / "model_optim_rng.pt", weights_only=False)
+        for saved in (tmp_path / "out", folder / "exported-1" / name)
+    )
+    assert fused["args"].transformer_impl == "transformer_engine"
+    names = local["model"]
+    for own, shared in answers(1)[1].items():
+        names = {
+            re.sub(rf"(layers\.\d+\.){re.escape(own)}", rf"\1{shared}", each): tensor
+            for each, tensor in names.items()
+        }
+    assert fused["model"].keys() == names.keys() != local["model"].keys()
+    for each, tensor in fused["model"].items():
+        assert torch.equal(tensor, names[each])
