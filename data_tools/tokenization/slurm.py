@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaphase.errors import InputError, RunError
 from megaphase.files import make_directory
+from megaphase.slurm import cancel, require_sbatch, submit
 
 _COMMAND = (sys.executable, "-m", "megaphase", "data")
 
@@ -70,16 +68,14 @@ class ArrayOfShards:
         Raises InputError where there is no sbatch; RunError where it refuses, and then nothing is
         left in the queue.
         """
-        if shutil.which("sbatch") is None:
-            problem = "there is no sbatch on this machine"
-            raise InputError("--slurm", problem, "run it on a login node, or use --workers")
+        require_sbatch("--slurm", "run it on a login node, or use --workers")
         make_directory(self.logs)
-        array = _sbatch(self.array_script)
+        array = submit(self.array_script)
         try:
-            dependency = f"--dependency=afterok:{array}"
-            merge = _sbatch(self.merge_script, dependency, "--kill-on-invalid-dep=yes")
+            after = [f"--dependency=afterok:{array}", "--kill-on-invalid-dep=yes"]
+            merge = submit(self.merge_script, after)
         except BaseException:
-            subprocess.run(["scancel", array], check=False)
+            cancel(array)
             raise
         return Submission(array, merge, self.logs)
 
@@ -88,13 +84,3 @@ class ArrayOfShards:
         output = f"--output={self.logs / f'{what}-{log}.log'}"
         lines = [*own, output, "--open-mode=append", *options, *self.options]
         return "#!/bin/bash\n" + "".join(f"#SBATCH {shlex.quote(line)}\n" for line in lines)
-
-
-def _sbatch(script: str, *options: str) -> str:
-    """The id of the job."""
-    command = ["sbatch", "--parsable", *options]
-    result = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
-    if result.returncode:
-        said = " ".join(result.stderr.split())
-        raise RunError(f"sbatch refused the job: {said}")
-    return result.stdout.strip().split(";")[0]
