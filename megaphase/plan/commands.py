@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from megaphase.config import RunConfig
-    from megaphase.memory.setup import Setup
     from megaphase.plan.plan import Plan
-    from megaphase.tokenizer import Tokenizer
 
 # Columns of a table in a file or a pipe, where nothing needs to be folded.
 PLAIN_WIDTH = 160
@@ -67,11 +65,14 @@ def show_command(
     from json import dumps
 
     from megaphase.memory.table import memory_sentences, memory_summary, memory_table
+    from megaphase.plan.opening import memory_setup, open_plan, open_run
     from megaphase.plan.preview import plan_table, plan_warnings, stop_sentences
 
-    config, tokenizer = _open_run(run_file, overrides)
-    needed = memory_summary(_memory_setup(config, tokenizer, processes), memory)
-    plan = _open_plan(config, tokenizer)
+    config, tokenizer = open_run(run_file, overrides)
+    if processes is None:
+        processes = int(os.environ.get("WORLD_SIZE", config.parallel.tensor))
+    needed = memory_summary(memory_setup(config, tokenizer, processes), memory)
+    plan = open_plan(config, tokenizer)
     summary = plan.summary() | {"memory": needed}
     if json:
         print(dumps(summary, indent=2, ensure_ascii=False))
@@ -108,10 +109,11 @@ def trace_command(
     from json import dumps
 
     from megaphase.errors import InputError
+    from megaphase.plan.opening import open_plan, open_run
     from megaphase.plan.trace import as_json, print_texts, sample_texts, trace_step, trace_table
 
-    config, tokenizer = _open_run(run_file, overrides)
-    plan = _open_plan(config, tokenizer)
+    config, tokenizer = open_run(run_file, overrides)
+    plan = open_plan(config, tokenizer)
     if task is not None and task not in config.tasks:
         raise InputError(
             "--task", f"{run_file} has no task {task!r}", f"the tasks are {', '.join(config.tasks)}"
@@ -158,45 +160,6 @@ def _find_step(config: RunConfig, plan: Plan, step: int) -> tuple[int, int, np.n
             "--step", f"there is no step {step}", f"give {first:,} to {last:,}"
         ) from None
     return phase, phase_step, plan.first_ordinals(steps[:phase])
-
-
-def _open_run(run_file: RunFile, overrides: Overrides) -> tuple[RunConfig, Tokenizer]:
-    from megaphase.config import load_run_file
-    from megaphase.tokenizer import Tokenizer
-
-    config = load_run_file(run_file, tuple(overrides or ()))
-    return config, Tokenizer.load(config.tokenizer)
-
-
-def _memory_setup(config: RunConfig, tokenizer: Tokenizer, processes: int | None) -> Setup:
-    from megaphase.memory.setup import setup_of
-    from megaphase.model.presets import build_shape
-
-    if processes is None:
-        processes = int(os.environ.get("WORLD_SIZE", config.parallel.tensor))
-    return setup_of(config, build_shape(config, tokenizer.vocab_size), processes, "cuda")
-
-
-def _open_plan(config: RunConfig, tokenizer: Tokenizer) -> Plan:
-    """Open the run's plan; where there is none yet, build it and show how far."""
-    from rich.console import Console
-
-    from megaphase.plan.build import ensure_built
-    from megaphase.plan.history import read_origin
-    from megaphase.plan.plan import Plan
-    from megaphase.plan.progress import building_progress
-    from megaphase.plan.spec import plan_spec
-
-    spec = plan_spec(config, tokenizer, read_origin(config.output).used)
-    errors = Console(stderr=True, highlight=False)
-    with building_progress(errors) as progress:
-        folder = ensure_built(
-            spec,
-            config.output,
-            say=lambda text: errors.print(text, markup=False, soft_wrap=True),
-            progress=progress,
-        )
-    return Plan(spec, folder)
 
 
 def _console() -> Console:

@@ -1,0 +1,60 @@
+"""From a run file to its plan, for commands that look at a run without training it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from megaphase.config import RunConfig, load_run_file
+from megaphase.memory.setup import Setup, setup_of
+from megaphase.model.presets import build_shape
+from megaphase.plan.build import ensure_built
+from megaphase.plan.history import read_origin
+from megaphase.plan.plan import Plan
+from megaphase.plan.progress import building_progress
+from megaphase.plan.spec import plan_spec
+from megaphase.tokenizer import Tokenizer
+
+
+def open_run(run_file: Path, overrides: Sequence[str] | None) -> tuple[RunConfig, Tokenizer]:
+    """A run file, with values that replace its own, and the tokenizer that it names.
+
+    Raises:
+        InputError: something in it is wrong.
+    """
+    config = load_run_file(run_file, tuple(overrides or ()))
+    return config, Tokenizer.load(config.tokenizer)
+
+
+def memory_setup(config: RunConfig, tokenizer: Tokenizer, processes: int) -> Setup:
+    """What the memory of a run on so many GPUs depends on.
+
+    Raises:
+        InputError: its sizes, layout or batch do not divide.
+    """
+    return setup_of(config, build_shape(config, tokenizer.vocab_size), processes, "cuda")
+
+
+def open_plan(config: RunConfig, tokenizer: Tokenizer, used: dict[str, int] | None = None) -> Plan:
+    """Open the run's plan; where there is none yet, build it and show how far.
+
+    used: samples of each task before the run, where it is to begin with another one's checkpoint;
+    otherwise what its directory says.
+
+    Raises:
+        InputError: the corpora are missing or damaged, or the plan cannot be written.
+    """
+    if used is None:
+        used = read_origin(config.output).used
+    spec = plan_spec(config, tokenizer, used)
+    errors = Console(stderr=True, highlight=False)
+    with building_progress(errors) as progress:
+        folder = ensure_built(
+            spec,
+            config.output,
+            say=lambda text: errors.print(text, markup=False, soft_wrap=True),
+            progress=progress,
+        )
+    return Plan(spec, folder)
