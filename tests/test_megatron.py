@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +47,7 @@ SHAPES = {
     ),
 }
 LOCAL = Implementation.LOCAL
+SIZES = [1, 2, pytest.param(4, marks=pytest.mark.slow)]
 BATCH = 2
 TOLERANCE = 1e-5
 TOKENS = torch.randint(LLAMA.vocab, (BATCH, LLAMA.seq_len), generator=torch.Generator())
@@ -66,6 +68,10 @@ def in_megatron(folder: Path) -> tuple[dict[tuple[str, str], Tensor], dict[str, 
                 model = build_model(state["args"])
                 model.load_state_dict(state["model"], strict=True)
                 found["exported", name] = logits_of(model, TOKENS)
+                unfused = Namespace(**(vars(state["args"]) | {"bias_gelu_fusion": False}))
+                model = build_model(unfused)
+                model.load_state_dict(state["model"], strict=True)
+                found["without bias_gelu_fusion", name] = logits_of(model, TOKENS)
                 torch.manual_seed(1)  # every rank draws the whole, and keeps its part
                 model = build_model(state["args"])
                 _make_each_part_count(model)
@@ -130,7 +136,7 @@ def assert_close(theirs: Tensor, ours: Tensor) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_megatron_computes_our_logits(name: str, size: int, folder: Path) -> None:
     logits = answers(size)[0]["exported", name]
@@ -141,13 +147,26 @@ def test_megatron_computes_our_logits(name: str, size: int, folder: Path) -> Non
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_we_compute_megatrons_logits(name: str, size: int, folder: Path, tmp_path: Path) -> None:
     logits = answers(size)[0]["native", name]
     out = tmp_path / "taken"
     from_megatron(folder / f"native-{size}" / name, out)
     assert_close(logits, our_logits(out, SHAPES[name]))
+
+
+@pytest.mark.distributed
+def test_gelu_is_by_tanh_only_where_it_is_fused_with_the_bias(folder: Path) -> None:
+    """Which is why a model that was trained without is refused."""
+    logits = answers(1)[0]
+    for name, shape in SHAPES.items():
+        fused, unfused = logits["exported", name], logits["without bias_gelu_fusion", name]
+        difference = (fused - unfused).abs().max()
+        if shape.activation == "gelu":
+            assert difference > 10 * TOLERANCE
+        else:
+            assert difference == 0
 
 
 @pytest.mark.distributed

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from convert_support import assert_same_shards, write_random_checkpoint
+from convert_support import assert_same_shards, whole_parameters, write_random_checkpoint
 from test_pickles import Payload
 from typer.testing import CliRunner
 
@@ -133,13 +133,23 @@ def test_arguments_that_megatron_reads(saved) -> None:
     assert {name: args[name] for name in expected} == expected
 
 
-def test_what_megatron_cannot_express(ours, tmp_path) -> None:
+def test_gelu_without_bias(tmp_path) -> None:
+    """Megatron-LM's is ours only where it adds a bias."""
     checkpoint = write_random_checkpoint(tmp_path / "ours", replace(GPT2, bias=False))
-    with pytest.raises(InputError, match=r"model\.activation.*model\.bias"):
-        to_megatron(str(checkpoint), tmp_path / "out", Target())
+    to_megatron(str(checkpoint), tmp_path / "there", Target(2, "fp32"))
+    from_megatron(tmp_path / "there", tmp_path / "back")
+    source = open_source(str(tmp_path / "back"))
+    assert source.shape == GPT2
+    for name, tensor in whole_parameters(checkpoint).items():
+        assert torch.equal(source.weights.whole(name, "weight"), tensor)
+    for name in source.weights.layouts.keys() - whole_parameters(checkpoint).keys():
+        assert not source.weights.whole(name, "weight").any()
+
+
+def test_a_tensor_parallel_size_that_does_not_fit(ours, tmp_path) -> None:
     with pytest.raises(InputError, match="--tensor 8: does not divide the model's kv_heads, 4"):
         to_megatron(str(ours["llama"]), tmp_path / "out", Target(8))
-    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_iteration_of_a_run(saved, tmp_path) -> None:
@@ -271,10 +281,14 @@ def rename(old: str, new: str) -> Callable[[Any], object]:
 
 DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "no rank 1": (
-        "1 tensor-parallel ranks, its args want 2",
+        "mp_rank_01: is missing.*2 tensor-parallel ranks",
         lambda saved: shutil.rmtree(rank_file(saved, 1).parent),
     ),
     "no rank 0": ("mp_rank_00.*missing", lambda saved: shutil.rmtree(rank_file(saved, 0).parent)),
+    "too many ranks": (
+        "mp_rank_02: is one too many",
+        lambda saved: shutil.copytree(rank_file(saved, 1).parent, rank_file(saved, 2).parent),
+    ),
     "no file": (
         r"mp_rank_01/model_optim_rng\.pt: is missing",
         lambda saved: rank_file(saved, 1).unlink(),

@@ -183,9 +183,9 @@ def to_megatron_command(
 ) -> None:
     """Write a checkpoint of Megatron-LM (--ckpt-format torch): weights, no optimizer state.
 
-    Megatron-LM begins at iteration 0 with it; the arguments to load it with are printed. Models
-    with rotary or learned positions, rmsnorm or layernorm, swiglu or gelu, tied or not; gelu only
-    with bias.
+    Megatron-LM begins at iteration 0 with it; the arguments to load it with are printed. A model
+    with activation gelu and without bias gets biases of zero, without which Megatron-LM's gelu is
+    another function.
 
     Example: megaphase convert to-megatron runs/a@pretrain --tensor 2 --out megatron/
     """

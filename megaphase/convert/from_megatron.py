@@ -144,10 +144,12 @@ def _check_together(ranks: Sequence[RankFile]) -> None:
     first = ranks[0]
     size = _tensor_parallel_size(first.args)
     if size is not None and size != len(ranks):
+        folder = first.path.parents[1]
+        missing = size > len(ranks)
         raise InputError(
-            first.path.parents[1],
-            f"has the files of {len(ranks)} tensor-parallel ranks, its args want {size}",
-            OTHER_CHECKPOINT,
+            folder / rank_folder(min(size, len(ranks))),
+            "is missing" if missing else "is one too many",
+            f"{first.path} wants {size} tensor-parallel ranks",
         )
     for rank in ranks:
         if rank.iteration != first.iteration:

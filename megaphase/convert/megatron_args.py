@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +60,14 @@ _WANTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+def expressed(shape: GPTShape) -> GPTShape:
+    """The shape of the same model that Megatron-LM can have.
+
+    It computes gelu by tanh, as ours do, only together with the addition of a bias.
+    """
+    return replace(shape, bias=True) if shape.activation == "gelu" else shape
+
+
 def megatron_args(
     shape: GPTShape,
     *,
@@ -70,17 +79,8 @@ def megatron_args(
     """What --use-checkpoint-args reads, and what is compared with a run's own arguments.
 
     vocab_multiple: --make-vocab-size-divisible-by.
-
-    Raises:
-        InputError: Megatron-LM has no such model.
     """
     gated = shape.activation == "swiglu"
-    if not gated and not shape.bias:
-        raise InputError(
-            "model.activation",
-            "Megatron-LM computes gelu by tanh, as this model does, only where there is model.bias",
-            "convert a model with both, or with swiglu",
-        )
     rotary = shape.position == "rotary"
     base = shape.rotary_base
     return Namespace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +24,9 @@ from megaphase.convert.renaming import Renaming
 from megaphase.convert.reshape import verify_source
 from megaphase.convert.source import Source, open_source
 from megaphase.convert.tensor_files import TensorFiles
-from megaphase.convert.weights import Weights, read_each
+from megaphase.convert.weights import Weights, WithZeroBiases, read_each
 from megaphase.errors import InputError
 from megaphase.files import write_json_whole
-from megaphase.model.parameters import parameter_layouts
-from megaphase.model.shape import GPTShape
 from megaphase.progress import bytes_progress
 from megaphase.tokenizer import Tokenizer
 from megaphase.training.run_directory import RunDirectory
@@ -65,7 +63,7 @@ def to_hf(
     shape = family.expressed(source.shape)
     dtype = _DTYPES[precision or ("bf16" if source.state.get("precision") == "bf16" else "fp32")]
     words = _load_tokenizer(source, tokenizer)
-    weights = _WithZeroBiases(source.weights, shape)
+    weights = WithZeroBiases(source.weights, shape)
     nbytes = dtype.itemsize * shape.parameters()
     with new_folder(out, nbytes) as folder:
         verify_source(source, workers=workers, console=console)
@@ -82,22 +80,6 @@ def to_hf(
         write_hf_tokenizer(words, folder, max_length=shape.seq_len)
         _write_configs(folder, family.config(shape), dtype, words)
     return family
-
-
-class _WithZeroBiases:
-    """Weights of a shape that has biases, from those of one that may have none."""
-
-    kinds: Sequence[str] = (WEIGHT,)
-
-    def __init__(self, weights: Weights, shape: GPTShape) -> None:
-        self.layouts = parameter_layouts(shape, 1)
-        self._weights = weights
-
-    def whole(self, name: str, kind: str) -> Tensor:
-        """A parameter, fp32, contiguous."""
-        if name in self._weights.layouts:
-            return self._weights.whole(name, kind)
-        return torch.zeros(self.layouts[name].shape)
 
 
 def _write_weights(

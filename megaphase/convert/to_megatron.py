@@ -26,13 +26,13 @@ from megaphase.convert.megatron import (
     megatron_parameters,
     rank_folder,
 )
-from megaphase.convert.megatron_args import megatron_args
+from megaphase.convert.megatron_args import expressed, megatron_args
 from megaphase.convert.output import new_folder
 from megaphase.convert.partition import check_tensor_size
 from megaphase.convert.reshape import bytes_of, verify_source
 from megaphase.convert.source import open_source
 from megaphase.convert.torch_file import TorchFileWriter
-from megaphase.convert.weights import Weights, read_each
+from megaphase.convert.weights import Weights, WithZeroBiases, read_each
 from megaphase.files import write_text_whole
 from megaphase.model.shape import GPTShape
 from megaphase.progress import bytes_progress
@@ -71,11 +71,11 @@ def to_megatron(
     Returns the arguments of Megatron-LM that lie in it.
 
     Raises:
-        InputError: the checkpoint is damaged, or Megatron-LM has no such model, or cannot cut it
-            so.
+        InputError: the checkpoint is damaged, or its model cannot be cut so.
     """
     source = open_source(text)
-    shape = source.shape
+    shape = expressed(source.shape)
+    weights = WithZeroBiases(source.weights, shape)
     check_tensor_size(shape, target.tensor)
     args = megatron_args(
         shape,
@@ -96,9 +96,7 @@ def to_megatron(
         verify_source(source, workers=workers, console=console)
         with _rank_writers(folder / RELEASE, parameters, args) as writers:
             with bytes_progress(console, "writing", bytes_of(shape)) as advance:
-                _write(
-                    source.weights, parameters, writers, args.params_dtype, shape, workers, advance
-                )
+                _write(weights, parameters, writers, args.params_dtype, shape, workers, advance)
             for writer in writers:
                 writer.close()
         write_text_whole(folder / TRACKER_FILE, RELEASE)

@@ -7,8 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from megaphase.checkpoint.parameters import WEIGHT
+from megaphase.model.parameters import parameter_layouts
+from megaphase.model.shape import GPTShape
 from megaphase.parallel.sharding import ParameterLayout
 
 # So many bytes may wait in memory even where every parameter is smaller.
@@ -33,6 +37,22 @@ class Weights(Protocol):
     def whole(self, name: str, kind: str) -> Tensor:
         """A parameter, fp32, contiguous, of its layout's shape; called by several threads."""
         ...
+
+
+class WithZeroBiases:
+    """Weights of a shape that has biases, from those of one that may have none."""
+
+    kinds: Sequence[str] = (WEIGHT,)
+
+    def __init__(self, weights: Weights, shape: GPTShape) -> None:
+        self.layouts = parameter_layouts(shape, 1)
+        self._weights = weights
+
+    def whole(self, name: str, kind: str) -> Tensor:
+        """A parameter, fp32, contiguous."""
+        if name in self._weights.layouts:
+            return self._weights.whole(name, kind)
+        return torch.zeros(self.layouts[name].shape)
 
 
 def read_each(
