@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from convert_support import whole_parameters
 from plain_gpt import PlainGPT, PlainShape
 from torch import Tensor
 
+from megaphase.convert.from_hf import from_hf
 from megaphase.convert.source import open_source
+from megaphase.convert.to_hf import to_hf
 from megaphase.model.gpt import GPT
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.rng import Initializer
@@ -94,3 +98,91 @@ def their_logits(directory: Path, tokens: Tensor) -> Tensor:
 def largest_difference(one: Tensor, other: Tensor) -> float:
     assert one.shape == other.shape
     return float((one.double() - other.double()).abs().max())
+
+
+# --- conversions ---
+
+
+def export(checkpoint: Path, out: Path, tok: Path | None, **options: Any) -> Path:
+    settings: dict[str, Any] = {"precision": None, "max_shard_bytes": 10**9, "workers": 2}
+    to_hf(str(checkpoint), out, tokenizer=tok, **settings | options)
+    return out
+
+
+def take(directory: Path, out: Path, *, trust_pickle: bool = False) -> Path:
+    from_hf(directory, out, trust_pickle=trust_pickle, workers=2)
+    return out
+
+
+# --- what transformers has made ---
+
+
+LLAMA_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": SEQ_LEN,
+}
+
+
+def llama(**changes: Any) -> Any:
+    import transformers
+
+    return transformers.LlamaConfig(**LLAMA_SIZES | changes)
+
+
+def mistral() -> Any:
+    import transformers
+
+    return transformers.MistralConfig(**LLAMA_SIZES, sliding_window=None)
+
+
+def gpt2(**changes: Any) -> Any:
+    import transformers
+
+    sizes = {
+        "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": SEQ_LEN,
+        "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    return transformers.GPT2Config(**sizes | changes)
+
+
+THEIR_CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": llama,
+    "llama tied, biases": lambda: llama(
+        tie_word_embeddings=True, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-5
+    ),
+    "llama with another base": lambda: llama(
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}
+    ),
+    "mistral": mistral,
+    "gpt2": gpt2,
+    "gpt2 untied": lambda: gpt2(tie_word_embeddings=False, n_inner=72, layer_norm_epsilon=1e-6),
+}
+
+
+def make_theirs(config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A model with random weights, biases and norms, too."""
+    import transformers
+
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            around = 1.0 if name.endswith("weight") and parameter.dim() == 1 else 0.0
+            parameter.normal_(around, 0.2)
+    return model
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    """Set keys of config.json; None removes one."""
+    path = directory / "config.json"
+    config = json.loads(path.read_bytes()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}

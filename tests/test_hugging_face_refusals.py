@@ -1,0 +1,324 @@
+"""What is refused, which tokenizer is taken, and what is left of conversions that fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from convert_support import whole_parameters, write_random_checkpoint
+from data_support import make_tokenizer
+from existing_tokenizers import train_model
+from hf_support import (
+    GPT2,
+    LLAMA,
+    SHAPES,
+    THEIR_CONFIGS,
+    VOCAB,
+    change_config,
+    export,
+    llama,
+    make_theirs,
+    names_in,
+    take,
+)
+from run_support import megaphase
+from safetensors.torch import load_file, save_file
+
+from megaphase.convert.from_hf import from_hf
+from megaphase.errors import InputError
+from megaphase.model.shape import GPTShape
+from megaphase.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.parametrize(
+    ("options", "faults"),
+    [
+        (LLAMA | {"norm": "layernorm"}, "model.norm: layernorm cannot"),
+        (LLAMA | {"activation": "gelu"}, "model.activation: gelu cannot"),
+        (LLAMA | {"position": "learned"}, "model.position: learned cannot"),
+        (GPT2 | {"norm": "rmsnorm"}, "model.norm: rmsnorm cannot"),
+        (GPT2 | {"activation": "swiglu"}, "model.activation: swiglu cannot"),
+        (GPT2 | {"position": "rotary"}, "model.position: rotary cannot"),
+        (GPT2 | {"kv_heads": 2}, "model.kv_heads: 2 cannot"),
+    ],
+)
+def test_shapes_of_no_family(
+    options: dict[str, Any], faults: str, tok: Path, tmp_path: Path
+) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "ours", GPTShape(**options))
+    with pytest.raises(InputError, match=faults):
+        export(checkpoint, tmp_path / "hf", tok)
+    assert names_in(tmp_path) == {"ours"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directories by family."""
+    folder = tmp_path_factory.mktemp("saved")
+    for name in ("llama", "llama tied, biases", "mistral", "gpt2"):
+        make_theirs(THEIR_CONFIGS[name]()).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "key"),
+    [
+        ("llama", {"model_type": "bert"}, "model_type: is 'bert'"),
+        ("llama", {"model_type": None}, "model_type: is None"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: is"),
+        ("llama", {"auto_map": {"AutoModel": "a.B"}}, "auto_map: names code"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: is"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: is"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters: is"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: is 0.5"),
+        ("llama", {"head_dim": 16}, "head_dim: is 16"),
+        ("llama", {"hidden_act": "gelu"}, 'hidden_act: is "gelu"'),
+        ("llama", {"attention_bias": True}, "attention_bias: is true, and mlp_bias is not"),
+        ("llama", {"mlp_bias": True}, "attention_bias: is false, and mlp_bias is not"),
+        ("llama", {"hidden_size": None}, "hidden_size: is missing"),
+        ("llama", {"num_hidden_layers": "2"}, "num_hidden_layers: is '2', not a positive"),
+        ("llama", {"rms_norm_eps": 0}, "rms_norm_eps: is 0, not a positive"),
+        ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings: is 'no'"),
+        ("llama", {"num_attention_heads": 5, "head_dim": None}, "num_attention_heads: 5 heads do"),
+        ("llama", {"num_key_value_heads": 3}, "num_attention_heads: 3 heads of keys"),
+        ("mistral", {"sliding_window": 4096}, "sliding_window: is 4096"),
+        ("gpt2", {"activation_function": "relu"}, 'activation_function: is "relu"'),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: is false"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: is"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention: is true"),
+    ],
+)
+def test_configs_that_cannot_be_taken(
+    family: str, changes: dict[str, Any], key: str, saved: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved / family, tmp_path / "theirs")
+    change_config(tmp_path / "theirs", **changes)
+    refuse(tmp_path, rf"config\.json: {key}")
+
+
+def refuse(folder: Path, message: str) -> None:
+    """`theirs` is refused in one line, and nothing is left."""
+    before = names_in(folder)
+    with pytest.raises(InputError, match=message) as refused:
+        take(folder / "theirs", folder / "ours")
+    assert "\n" not in str(refused.value)
+    assert names_in(folder) == before
+
+
+Tensors = dict[str, torch.Tensor]
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def without(name: str) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("llama", without(NORM), f"has no tensor {NORM}"),
+        ("llama", without("lm_head.weight"), "has no tensor lm_head.weight"),
+        (
+            "llama",
+            lambda it: it.update({"model.other.weight": torch.ones(3)}),
+            "no place for model.other.weight",
+        ),
+        (
+            "llama",
+            lambda it: it.update({"score.weight": torch.ones(3)}),
+            "no place for score.weight",
+        ),
+        (
+            "llama",
+            lambda it: it.update({NORM: torch.ones(31)}),
+            rf"{NORM} has the shape \[31\], config.json wants \[32\]",
+        ),
+        (
+            "llama",
+            lambda it: it.update({NORM: torch.ones(32).long()}),
+            f"{NORM} is int64",
+        ),
+        (
+            "llama",
+            lambda it: it.update({NORM.removeprefix("model."): torch.ones(32)}),
+            f"{NORM} is there as|is there as {NORM}",
+        ),
+        (
+            "llama tied, biases",
+            lambda it: it.update({"lm_head.weight": torch.ones(VOCAB, 32)}),
+            "lm_head.weight is not model.embed_tokens.weight, though tie_word_embeddings",
+        ),
+        (
+            "gpt2",
+            lambda it: it.update({"transformer.h.0.attn.c_attn.weight": torch.ones(96, 32)}),
+            r"c_attn.weight has the shape \[96, 32\], config.json wants \[32, 96\]",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit(
+    family: str, change: Callable[[Tensors], object], message: str, saved: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved / family, tmp_path / "theirs")
+    path = tmp_path / "theirs" / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    refuse(tmp_path, message)
+
+
+def test_a_tied_head_may_be_stored_too(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / "gpt2", tmp_path / "theirs")
+    path = tmp_path / "theirs" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}, path)
+    assert "head.weight" not in whole_parameters(take(tmp_path / "theirs", tmp_path / "ours"))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    model = make_theirs(llama())
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
+    return tmp_path / "theirs"
+
+
+def test_shards_that_are_not_what_the_index_says(shards: Path, tmp_path: Path) -> None:
+    first, second, *_ = sorted(shards.glob("*.safetensors"))
+    moved = first.rename(tmp_path / "away")
+    refuse(tmp_path, f"{first.name}: is missing")
+    moved.rename(first)
+
+    content = load_file(second)
+    save_file(content | {"model.norm.weight": torch.ones(32)}, second)
+    refuse(tmp_path, "model.norm.weight is in")
+    name = next(iter(content))
+    save_file({n: t for n, t in content.items() if n != name}, second)
+    refuse(tmp_path, f"{second.name}: has no tensor {name}")
+    second.write_bytes(second.read_bytes()[:-1])
+    refuse(tmp_path, f"{second.name}: is truncated")
+
+    index = shards / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
+    refuse(tmp_path, "is no index of shards")
+    index.write_text("{}")
+    refuse(tmp_path, "is no index of shards")
+    index.unlink()
+    refuse(tmp_path, "has neither model.safetensors nor pytorch_model.bin")
+
+
+class Thing:
+    """What a pickle of tensors alone has not."""
+
+
+def test_pickles_that_may_run_code(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / "llama", tmp_path / "theirs")
+    whole = tmp_path / "theirs" / "model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    path = tmp_path / "theirs" / "pytorch_model.bin"
+    torch.save(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": Thing()}, path)
+    refuse(tmp_path, "Thing.*--trust-pickle")
+    with pytest.raises(InputError, match="inv_freq is no tensor"):
+        take(tmp_path / "theirs", tmp_path / "ours", trust_pickle=True)
+    torch.save([1], path)
+    refuse(tmp_path, "holds no tensors by name")
+    path.write_bytes(b"PK")
+    refuse(tmp_path, "pytorch_model.bin: is damaged")
+
+
+def test_no_config(tmp_path: Path) -> None:
+    refuse(tmp_path, r"config\.json: cannot be read \(No such file")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text("[]")
+    refuse(tmp_path, "is not a JSON object")
+
+
+def test_numbers_that_fp16_cannot_hold(tok: Path, tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "ours", SHAPES["llama"], std=1e5)
+    with pytest.raises(InputError, match=r"model.embed_tokens.weight: has values that fp16"):
+        export(checkpoint, tmp_path / "hf", tok, precision="fp16")
+    assert names_in(tmp_path) == {"ours"}
+
+
+def test_the_tokenizer_of_the_run(tok: Path, tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(
+        tmp_path / "run" / "checkpoints" / "step-00000001", SHAPES["llama"]
+    )
+    with pytest.raises(InputError, match="its tokenizer is not known; give --tokenizer"):
+        export(checkpoint, tmp_path / "hf", None)
+    run_file = tmp_path / "run" / "run.json"
+    run_file.write_text(json.dumps({"tokenizer": str(tmp_path / "gone")}))
+    with pytest.raises(InputError, match=r"tokenizer: .*gone is gone; give --tokenizer"):
+        export(checkpoint, tmp_path / "hf", None)
+    run_file.write_text(json.dumps({"tokenizer": str(tok)}))
+    export(checkpoint, tmp_path / "hf", None)
+    assert Tokenizer.load(tmp_path / "hf").fingerprint == Tokenizer.load(tok).fingerprint
+
+
+def test_a_tokenizer_larger_than_the_model(tok: Path, tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "ours", replace(SHAPES["llama"], vocab=100))
+    with pytest.raises(InputError, match="has 700 tokens, the model's vocabulary 100"):
+        export(checkpoint, tmp_path / "hf", tok)
+
+
+def test_the_tokenizer_comes_along_where_it_can(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / "llama", tmp_path / "theirs")
+    taken = from_hf(tmp_path / "theirs", tmp_path / "a", trust_pickle=False, workers=1)
+    assert taken.tokenizer is None
+    assert "has no sentencepiece model" in taken.why_no_tokenizer
+    assert not (tmp_path / "a" / "tokenizer").exists()
+
+    train_model(tmp_path / "theirs" / "tokenizer.model", vocab_size=300)
+    taken = from_hf(tmp_path / "theirs", tmp_path / "b", trust_pickle=False, workers=1)
+    assert taken.tokenizer == tmp_path / "b" / "tokenizer"
+    export(tmp_path / "b", tmp_path / "hf", None)  # which knows it again
+    config = json.loads((tmp_path / "hf" / "config.json").read_bytes())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+
+    tokenizer_config = tmp_path / "theirs" / "tokenizer_config.json"
+    tokenizer_config.write_text(json.dumps({"tokenizer_class": "XLMRobertaTokenizer"}))
+    taken = from_hf(tmp_path / "theirs", tmp_path / "c", trust_pickle=False, workers=1)
+    assert taken.tokenizer is None
+    assert "XLMRobertaTokenizer numbers the tokens otherwise" in taken.why_no_tokenizer
+
+
+def test_a_damaged_checkpoint_is_not_exported(tok: Path, tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "ours", SHAPES["llama"])
+    file = checkpoint / "parameters" / "norm.weight.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"norm.weight.safetensors: has been altered"):
+        export(checkpoint, tmp_path / "hf", tok)
+    assert names_in(tmp_path) == {"ours"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_export_leaves_no_model(number: int, tok: Path, tmp_path: Path) -> None:
+    shape = replace(SHAPES["llama"], hidden=512, ffn=2048, layers=8)
+    checkpoint = write_random_checkpoint(tmp_path / "ours", shape)
+    command = megaphase(
+        "convert", "to-hf", checkpoint, "--out", tmp_path / "hf", "--tokenizer", tok
+    )
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and names_in(tmp_path) == {"ours"}:
+            time.sleep(0.01)
+        process.send_signal(number)
+    left = names_in(tmp_path) - {"ours"}
+    assert "hf" not in left
+    assert number == signal.SIGKILL or not left
+    export(checkpoint, tmp_path / "hf", tok)
+    assert names_in(tmp_path) == {"ours", "hf"}
