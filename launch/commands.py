@@ -10,13 +10,9 @@ import typer
 
 from megaphase.arguments import Overrides, RunFile, Source
 
-launch_app = typer.Typer(help="Start a run as several processes.", no_args_is_help=True)
-
-
-@launch_app.callback()
-def _launch() -> None:
-    # With a callback the only command keeps its name: `launch local`.
-    pass
+launch_app = typer.Typer(
+    help="Start a run as several processes, here or on a SLURM cluster.", no_args_is_help=True
+)
 
 
 @launch_app.command("local")
@@ -41,6 +37,164 @@ def local_command(
 
     branch = [] if source is None else ["--from", source]
     sys.exit(launch_local([command, str(run_file), *(overrides or []), *branch], processes))
+
+
+@launch_app.command("slurm")
+def slurm_command(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
+    gpus_per_node: Annotated[
+        int, typer.Option(min=0, help="As many processes run on a node; 0 trains on CPUs.")
+    ] = 8,
+    tasks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Processes of a node without GPUs.")
+    ] = None,
+    cores: Annotated[int | None, typer.Option(min=1, help="CPU cores of each process.")] = None,
+    time: Annotated[str | None, typer.Option(help="Limit of one start, as 24:00:00.")] = None,
+    partition: Annotated[str | None, typer.Option(help="As for sbatch.")] = None,
+    account: Annotated[str | None, typer.Option(help="As for sbatch.")] = None,
+    sbatch: Annotated[
+        str, typer.Option(help="More options of sbatch: '--qos=high --constraint=ib'.")
+    ] = "",
+    memory: Annotated[
+        float, typer.Option(min=1, help="GB of memory of one GPU, as it is sold.")
+    ] = 80.0,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="How often in a row it starts again without progress.")
+    ] = 3,
+    exclude_bad_nodes: Annotated[
+        bool,
+        typer.Option(
+            "--exclude-bad-nodes", help="Start again without nodes that fail their check."
+        ),
+    ] = False,
+    source: Source = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, print the batch script, submit nothing.")
+    ] = False,
+) -> None:
+    """Check a run, build its plan, and submit it as a SLURM job.
+
+    The job saves before its time limit and when it is preempted, and queues itself again until all
+    phases are done.
+
+    Example: megaphase launch slurm run.yaml --nodes 4 --time 24:00:00 --partition gpu
+    """
+    import shlex
+
+    from rich.console import Console
+
+    from megaphase.launch.slurm.script import Resources
+    from megaphase.launch.slurm.submit import check, script_for, submit_run
+    from megaphase.slurm import require_sbatch
+
+    if not dry_run:
+        require_sbatch("launch slurm", "run it on a login node, or add --dry-run")
+    named = {"time": time, "partition": partition, "account": account}
+    given = [f"--{key}={value}" for key, value in named.items() if value is not None]
+    resources = Resources(
+        nodes=nodes,
+        tasks_per_node=gpus_per_node or tasks_per_node or 1,
+        gpus=gpus_per_node > 0,
+        cores=cores,
+        options=[*given, *shlex.split(sbatch)],
+        exclude_bad_nodes=exclude_bad_nodes,
+        restarts=restarts,
+    )
+    console = Console(stderr=True, highlight=False)
+    config = check(run_file, overrides or [], source, resources, memory, console)
+    script = script_for(config, overrides or [], source, resources)
+    if dry_run:
+        print(script, end="")
+        return
+    job = submit_run(config, script)
+    print(f"Submitted: job {job.job}")
+    print(f"Log: {job.log}")
+    logs = shlex.quote(job.log.removesuffix(".log"))
+    print(f"Follow it: tail -F {logs}*.log")
+    print(f"Look at it: megaphase launch status {shlex.quote(str(config.output))}")
+
+
+@launch_app.command("check-node")
+def check_node_command(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    source: Source = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=0, help="How many it must have; else what SLURM gave.")
+    ] = None,
+    shared_memory: Annotated[
+        float, typer.Option(min=0, help="GB that /dev/shm must have free.")
+    ] = 1.0,
+    clock_seconds: Annotated[
+        float, typer.Option(min=0, help="How far its clock may be from the first node's.")
+    ] = 60.0,
+) -> None:
+    """Look whether this node can take part in a run; prints its name if not.
+
+    Batch scripts run it on every node before they train.
+    """
+    import os
+    import socket
+
+    from megaphase.config import load_run_file
+    from megaphase.errors import RunError
+    from megaphase.launch.slurm.node import Demands, faults
+
+    config = load_run_file(run_file, tuple(overrides or ()))
+    clock = os.environ.get("MEGAPHASE_CLOCK")
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    demands = Demands(
+        output=config.output,
+        gpus=int(given) if gpus is None else gpus,
+        shared_memory_gb=shared_memory,
+        clock=None if clock is None else float(clock),
+        clock_seconds=clock_seconds,
+    )
+    if found := list(faults(demands)):
+        node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        print(node, flush=True)
+        raise RunError(f"node {node}: {'; '.join(found)}")
+
+
+@launch_app.command("next", hidden=True)
+def next_command(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    source: Source = None,
+    code: Annotated[int, typer.Option(help="With which the processes have ended.")] = 0,
+    restarts: Annotated[int, typer.Option(min=0, help="See `launch slurm`.")] = 3,
+    bad_nodes: Annotated[str, typer.Option(help="That have failed their check.")] = "",
+    exclude: Annotated[
+        bool, typer.Option("--exclude", help="Start again without the bad nodes.")
+    ] = False,
+) -> None:
+    """Decide what follows after a start of a job; batch scripts end with it."""
+    import os
+
+    from megaphase.config import load_run_file
+    from megaphase.launch.slurm.next import (
+        decide,
+        newest_step,
+        queue_again,
+        read_chain,
+        write_chain,
+    )
+
+    output = load_run_file(run_file, tuple(overrides or ())).output
+    job = os.environ.get("SLURM_JOB_ID", "")
+    chain = read_chain(output, job).after_start(newest_step(output))
+    write_chain(output, chain)
+    bad = ",".join(bad_nodes.split())
+    if bad and not exclude:
+        print(f"megaphase: job {job}: not started, for the nodes {bad}", flush=True)
+        sys.exit(code)
+    following = decide(chain, code, restarts)
+    print(f"megaphase: job {job}: {following.sentence}", flush=True)
+    if following.again:
+        queue_again(job, leave_out=bad)
+    sys.exit(following.exit_code)
 
 
 def demo_command(

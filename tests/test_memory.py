@@ -300,12 +300,12 @@ def test_the_json_holds_every_layout(plan):
     [
         (
             ["parallel.tensor=2", "--processes", 3],
-            "--processes: parallel.tensor 2 does not divide 3 processes; give a multiple of 2",
+            "parallel.tensor: 2 does not divide 3 processes; take a multiple of 2 of them",
         ),
         (
             ["--processes", 8],
             "batch.samples: 4 is not a multiple of 8 data-parallel ranks × micro 1 = 8; change "
-            "samples, micro or --processes",
+            "samples, micro or the number of processes",
         ),
         (["model.preset=gpt-4"], "model.preset: no preset 'gpt-4'; did you mean"),
     ],

@@ -84,9 +84,9 @@ def setup_of(config: RunConfig, shape: GPTShape, processes: int, device: Device)
     tensor, micro = config.parallel.tensor, config.batch.micro
     if processes % tensor:
         raise InputError(
-            "--processes",
-            f"parallel.tensor {tensor} does not divide {processes} processes",
-            f"give a multiple of {tensor}",
+            config.where("parallel.tensor"),
+            f"{tensor} does not divide {processes} processes",
+            f"take a multiple of {tensor} of them",
         )
     data = processes // tensor
     if config.batch.samples % (data * micro):
@@ -94,7 +94,7 @@ def setup_of(config: RunConfig, shape: GPTShape, processes: int, device: Device)
             config.where("batch.samples"),
             f"{config.batch.samples} is not a multiple of {data} data-parallel ranks × micro "
             f"{micro} = {data * micro}",
-            "change samples, micro or --processes",
+            "change samples, micro or the number of processes",
         )
     return Setup(
         shape=shape,

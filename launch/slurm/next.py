@@ -1,0 +1,114 @@
+"""What becomes of a job after a start: it is done, or queues itself again, or gives up."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megaphase.checkpoint.names import CHECKPOINTS
+from megaphase.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_WRONG_INPUT, RunError
+from megaphase.files import os_errors_named, write_json_whole
+from megaphase.slurm import control, job_fields
+
+FOLDER = "slurm"  # in a run directory
+CHAIN_FILE = "chain.json"
+_NONE = "(null)"
+_END_SECONDS = 60.0
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The starts of a job so far.
+
+    Attributes:
+        job: its id.
+        step: of the newest checkpoint after the last one.
+        without_progress: how many starts in a row have not brought a newer one.
+    """
+
+    job: str
+    step: int = 0
+    without_progress: int = 0
+
+    def after_start(self, step: int) -> Chain:
+        """With one more start; step: of the newest checkpoint now."""
+        stuck = 0 if step > self.step else self.without_progress + 1
+        return Chain(self.job, max(step, self.step), stuck)
+
+
+@dataclass(frozen=True)
+class Next:
+    """What follows: whether the job is queued again, why, and the exit code if it is not."""
+
+    again: bool
+    sentence: str
+    exit_code: int
+
+
+def decide(chain: Chain, code: int, restarts: int) -> Next:
+    """After a start that ended with an exit code.
+
+    chain: that start included. restarts: how many in a row may bring nothing.
+    """
+    if code == 0:
+        return Next(False, "all phases are done", 0)
+    if code == EXIT_WRONG_INPUT:
+        return Next(False, "the input is wrong, see above; not queued again", code)
+    what = "stopped after a checkpoint" if code == EXIT_REQUEUE else f"failed with exit code {code}"
+    reached = f"the newest checkpoint is of step {chain.step:,}"
+    if chain.without_progress > restarts:
+        starts = f"{chain.without_progress} starts in a row brought no newer one"
+        return Next(False, f"{what}; {reached}, and {starts}; not queued again", EXIT_FAILED)
+    return Next(True, f"{what}; {reached}; queued again", EXIT_REQUEUE)
+
+
+def read_chain(run_dir: Path, job: str) -> Chain:
+    """The starts of this job; of another one before it, how far it has come."""
+    try:
+        chain = Chain(**json.loads((run_dir / FOLDER / CHAIN_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        chain = Chain(job)
+    return chain if chain.job == job else Chain(job, chain.step)
+
+
+def write_chain(run_dir: Path, chain: Chain) -> None:
+    """Remember the starts of a job."""
+    path = run_dir / FOLDER / CHAIN_FILE
+    with os_errors_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_whole(path, asdict(chain))
+
+
+def newest_step(run_dir: Path) -> int:
+    """Of a run's newest checkpoint, by its name; 0 where there is none."""
+    folder = run_dir / CHECKPOINTS
+    if not folder.is_dir():
+        return 0
+    found = (_STEP.fullmatch(path.name) for path in folder.iterdir())
+    return max((int(match[1]) for match in found if match), default=0)
+
+
+def queue_again(job: str, leave_out: str) -> None:
+    """Let the job in which this process runs begin anew, which ends this process.
+
+    leave_out: names of nodes, with commas, on which it must not run again.
+
+    Raises:
+        RunError: Slurm refuses.
+    """
+    # Slurm ends all that the job has started, with SIGTERM first: there is time for what can be
+    # changed only now that the job waits again.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    excluded = job_fields(job).get("ExcNodeList", _NONE)
+    if refused := control("requeue", job):
+        raise RunError(f"job {job}: cannot be queued again ({refused})")
+    if leave_out:
+        nodes = leave_out if excluded == _NONE else f"{excluded},{leave_out}"
+        if refused := control("update", f"JobId={job}", f"ExcNodeList={nodes}"):
+            raise RunError(f"job {job}: nodes {nodes} cannot be excluded ({refused})")
+    time.sleep(_END_SECONDS)

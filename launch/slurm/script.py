@@ -1,0 +1,101 @@
+"""`train.sbatch` with its header and settings filled in for one run."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_HEADER = re.compile(r"#SBATCH --([a-z-]+)(?:=(.*))?")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run asks the cluster for.
+
+    Attributes:
+        tasks_per_node: processes of a node, one on each GPU.
+        gpus: whether there are any; without, the run is on CPUs.
+        cores: of each task; the script's own number if None.
+        options: of sbatch, such as --partition=gpu; they win over the header's.
+        exclude_bad_nodes: whether a node that fails its check is left out of the next start.
+        restarts: in a row, without having come further.
+    """
+
+    nodes: int
+    tasks_per_node: int
+    gpus: bool
+    cores: int | None
+    options: Sequence[str]
+    exclude_bad_nodes: bool
+    restarts: int
+
+    @property
+    def processes(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+
+def template() -> str:
+    """The script as it is installed."""
+    return importlib.resources.files("megaphase.launch").joinpath("train.sbatch").read_text()
+
+
+def batch_script(resources: Resources, name: str, logs: Path, arguments: Sequence[str]) -> str:
+    """The script of a run, which needs no arguments.
+
+    Args:
+        name: of the job.
+        logs: the folder of its output.
+        arguments: of `megaphase train`: run file, overrides, --from.
+    """
+    header = {
+        "job-name": name,
+        "nodes": str(resources.nodes),
+        "gpus-per-node": str(resources.tasks_per_node) if resources.gpus else None,
+        "ntasks-per-node": str(resources.tasks_per_node),
+        "output": str(logs / "%j.log"),
+    }
+    if resources.cores is not None:
+        header["cpus-per-task"] = str(resources.cores)
+    for option in resources.options:
+        key, _, value = option.removeprefix("--").partition("=")
+        header[key] = value
+    settings = {
+        "megaphase": f"({shlex.quote(sys.executable)} -m megaphase)",
+        "restarts": str(resources.restarts),
+        "exclude_bad_nodes": "yes" if resources.exclude_bad_nodes else "no",
+        "logs": f'{shlex.quote(str(logs))}/"$SLURM_JOB_ID-%N.log"',
+        "run": f"({shlex.join(arguments)})",
+    }
+    text = _with_header(template(), header)
+    for variable, value in settings.items():
+        line = re.compile(rf"^{variable}=.*$", re.MULTILINE)
+        assert len(line.findall(text)) == 1, variable
+        text = line.sub(lambda _, v=variable, to=value: f"{v}={to}", text)  # type: ignore[misc]
+    return text
+
+
+def _with_header(text: str, header: dict[str, str | None]) -> str:
+    """Replace options of the header, leave out those that are None, add those it has not."""
+    lines: list[str | None] = []
+    left = dict(header)
+    for line in text.splitlines():
+        match = _HEADER.fullmatch(line)
+        if match and match[1] in header:
+            left.pop(match[1], None)
+            lines.append(_option(match[1], header[match[1]]))
+        else:
+            lines.append(line)
+    last = max(i for i, line in enumerate(lines) if line and _HEADER.fullmatch(line))
+    lines[last + 1 : last + 1] = [_option(key, value) for key, value in left.items()]
+    return "\n".join(line for line in lines if line is not None) + "\n"
+
+
+def _option(key: str, value: str | None) -> str | None:
+    if value is None:
+        return None
+    return f"#SBATCH --{key}={shlex.quote(value)}" if value else f"#SBATCH --{key}"

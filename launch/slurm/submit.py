@@ -1,0 +1,114 @@
+"""A run is checked before it is queued: what would fail after hours of waiting fails now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from megaphase.config import RunConfig
+from megaphase.errors import InputError
+from megaphase.files import make_directory, write_json_whole
+from megaphase.launch.slurm.next import FOLDER
+from megaphase.launch.slurm.script import Resources, batch_script
+from megaphase.memory.table import memory_sentences, memory_summary
+from megaphase.plan.opening import memory_setup, open_plan, open_run
+from megaphase.plan.preview import plan_warnings
+from megaphase.slurm import job_fields, submit
+from megaphase.training.branch import choose_branch
+from megaphase.training.run_directory import RunDirectory
+
+JOB_FILE = "job.json"
+_OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was submitted for a run."""
+
+    job: str
+    log: str
+
+
+def check(
+    run_file: Path,
+    overrides: Sequence[str],
+    source: str | None,
+    resources: Resources,
+    card_gb: float,
+    console: Console,
+) -> RunConfig:
+    """Check run file, tokenizer, corpora, layout and memory, build the plan, and say what there is.
+
+    Raises:
+        InputError: the run cannot begin, or does not fit.
+    """
+    config, tokenizer = open_run(run_file, overrides)
+    directory = RunDirectory(config.output)
+    directory.refuse_other_run(config)
+    branch = choose_branch(config, source)
+    setup = memory_setup(config, tokenizer, resources.processes)
+    needed = memory_summary(setup, card_gb)
+    sentences = memory_sentences(needed)
+    if resources.gpus and not needed["layouts"][0]["fits"]:
+        raise InputError(config.where("parallel"), sentences[-1], "or say --memory, of your cards")
+    refuse_second_job(config.output)
+    plan = open_plan(config, tokenizer, branch.used if branch else None)
+    for sentence in plan_warnings(plan.summary()):
+        console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
+    if resources.gpus:
+        for sentence in sentences:
+            console.print(sentence, markup=False, soft_wrap=True)
+    return config
+
+
+def script_for(
+    config: RunConfig, overrides: Sequence[str], source: str | None, resources: Resources
+) -> str:
+    """The batch script of a run."""
+    arguments = [str(config.path.resolve()), *overrides]
+    if source is not None:
+        arguments += ["--from", source]
+    logs = config.output.resolve() / FOLDER
+    return batch_script(resources, f"megaphase-{config.output.name}", logs, arguments)
+
+
+def submit_run(config: RunConfig, script: str) -> Job:
+    """Queue a run and remember its job in the run directory.
+
+    Raises:
+        RunError: Slurm refuses.
+    """
+    folder = config.output / FOLDER
+    make_directory(folder)
+    number = submit(script)
+    job = Job(number, str(folder.resolve() / f"{number}.log"))
+    write_json_whole(folder / JOB_FILE, asdict(job))
+    return job
+
+
+def read_job(run_dir: Path) -> Job | None:
+    """The last job that was submitted for a run."""
+    try:
+        return Job(**json.loads((run_dir / FOLDER / JOB_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def refuse_second_job(run_dir: Path) -> None:
+    """Refuse a run that is in the queue, or at work, already.
+
+    Raises:
+        InputError: naming the job.
+    """
+    job = read_job(run_dir)
+    state = job_fields(job.job).get("JobState") if job else None
+    if job and state is not None and state not in _OVER:
+        raise InputError(
+            run_dir,
+            f"job {job.job} of this run is {state.lower()}",
+            f"wait for it, or end it with `scancel {job.job}`",
+        )
