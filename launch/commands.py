@@ -116,6 +116,32 @@ def slurm_command(
     print(f"Look at it: megaphase launch status {shlex.quote(str(config.output))}")
 
 
+@launch_app.command("status")
+def status_command(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="Directories of runs.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, an object a run.")] = False,
+) -> None:
+    """Show where runs stand: job, phase, step, loss, speed, remaining time, restarts.
+
+    Example: megaphase launch status runs/multilingual
+    """
+    from json import dumps
+
+    from rich.console import Console
+
+    from megaphase.launch.slurm.status import as_json, as_table, read_status
+
+    console = Console(highlight=False)
+    for number, run_dir in enumerate(run_dirs):
+        status = read_status(run_dir)
+        if json:
+            print(dumps(as_json(status)))
+            continue
+        if number:
+            console.print()
+        console.print(as_table(run_dir, status), markup=False)
+
+
 @launch_app.command("check-node")
 def check_node_command(
     run_file: RunFile,
