@@ -55,6 +55,23 @@ class TensorKind:
         return self.numel * self.dtype.itemsize
 
 
+class WriteBehind:
+    """Has Linux begin to write a file's pages to the disk while the file grows.
+
+    Otherwise most of it would still be in memory when it is forced to the disk at the end.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._begun = descriptor, 0
+
+    def reached(self, size: int) -> None:
+        """The file has so many bytes now; does not wait."""
+        length = size - self._begun
+        if length >= _FLUSH_BYTES:
+            os.posix_fadvise(self._descriptor, self._begun, length, os.POSIX_FADV_DONTNEED)
+            self._begun = size
+
+
 class TensorWriter:
     """Writes the tensors of a file in the order in which they were announced, a part at a time."""
 
@@ -62,8 +79,9 @@ class TensorWriter:
         self, path: Path, kinds: Mapping[str, TensorKind], metadata: Mapping[str, str] | None = None
     ) -> None:
         self._left = sum(kind.nbytes for kind in kinds.values())
-        self._digest, self._size, self._on_the_way = new_hash(), 0, 0
+        self._digest, self._size = new_hash(), 0
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115
+        self._to_disk = WriteBehind(self._file.fileno())
         self._write(memoryview(header_bytes(kinds, metadata)))
 
     def write(self, part: Tensor) -> None:
@@ -87,12 +105,7 @@ class TensorWriter:
         write_all(self._file.fileno(), chunk)
         self._digest.update(chunk)
         self._size += len(chunk)
-        if self._size - self._on_the_way >= _FLUSH_BYTES:
-            # Linux begins to write these pages to the disk, and does not wait: otherwise most of
-            # the file would still be in memory when it is forced to the disk at the end.
-            length = self._size - self._on_the_way
-            os.posix_fadvise(self._file.fileno(), self._on_the_way, length, os.POSIX_FADV_DONTNEED)
-            self._on_the_way = self._size
+        self._to_disk.reached(self._size)
 
 
 def write_tensors(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaphase.checkpoint.tensor_file import TensorKind, memory_chunks
+from megaphase.checkpoint.tensor_file import TensorKind, WriteBehind, memory_chunks
 
 _FOLDER = "archive"
 _PROTOCOL = 2  # the only one that torch.load(weights_only=True) knows
@@ -42,6 +42,7 @@ class TorchFileWriter:
                 wherever there is to be a tensor; the tensors come in the same order.
         """
         self._file = open(path, "wb")  # noqa: SIM115
+        self._to_disk = WriteBehind(self._file.fileno())
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED, allowZip64=True)
         pickled = io.BytesIO()
         pickler = _Pickler(pickled, _PROTOCOL)
@@ -59,6 +60,7 @@ class TorchFileWriter:
             self._record, self._left = self._begin_record(), self._sizes[self._written]
         for chunk in memory_chunks(part):
             self._record.write(chunk)
+            self._to_disk.reached(self._file.tell())
         self._left -= part.nbytes
         assert self._left >= 0, "a tensor has more elements than were announced"
         if not self._left:
