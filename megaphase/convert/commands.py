@@ -161,6 +161,8 @@ def from_hf_command(
     else:
         print(f"tokenizer: {taken.tokenizer}")
     print(taken.model_section, end="")
+    if taken.shape.position == "rotary":
+        print("\nIts positions are rotary, so seq_len may be another one.")
 
 
 @convert_app.command("to-megatron")

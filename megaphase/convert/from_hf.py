@@ -25,7 +25,7 @@ class Taken:
 
     Attributes:
         model_section: what the run file of a training of it says, YAML.
-        tokenizer: for the run file; None where it has none that megaphase can use.
+        tokenizer: its absolute path; None where there is none that megaphase can use.
         why_no_tokenizer: a sentence.
     """
 
@@ -55,13 +55,13 @@ def from_hf(
         with new_folder(out, FP32_BYTES * shape.parameters()) as folder:
             origin = {
                 "format": "Hugging Face",
-                "model_type": family.model_type,
+                "family": family.title,
                 "path": str(directory.resolve()),
             }
             write_foreign(folder, weights, shape, origin, workers=workers, console=console)
             problem = _take_tokenizer(directory, folder / TOKENIZER_FOLDER)
             section = write_model_section(folder, shape)
-    tokenizer = None if problem else out / TOKENIZER_FOLDER
+    tokenizer = None if problem else out.resolve() / TOKENIZER_FOLDER
     return Taken(shape, section, tokenizer, problem)
 
 
