@@ -300,7 +300,8 @@ def test_the_json_holds_every_layout(plan):
     [
         (
             ["parallel.tensor=2", "--processes", 3],
-            "parallel.tensor: 2 does not divide 3 processes; take a multiple of 2 of them",
+            "parallel.tensor: 2 does not divide the 3 processes of this run; start a multiple of 2 "
+            "processes, or change it",
         ),
         (
             ["--processes", 8],

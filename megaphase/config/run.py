@@ -21,6 +21,7 @@ from megaphase.config.sections import (
     TaskConfig,
     ValidationConfig,
 )
+from megaphase.errors import InputError
 
 
 class RunConfig(Section):
@@ -56,6 +57,30 @@ class RunConfig(Section):
     def selected_tasks(self, selection: str | list[str]) -> list[str]:
         """The tasks that a role, or a list of names, stands for."""
         return self.tasks_with_role(selection) if isinstance(selection, str) else selection
+
+    def micro_batches(self, processes: int) -> int:
+        """How many an optimizer step has on each data-parallel rank of a run on so many processes.
+
+        Raises:
+            InputError: tensor parallelism does not divide the processes, or the data-parallel ranks
+                not the global batch.
+        """
+        tensor, micro = self.parallel.tensor, self.batch.micro
+        if processes % tensor:
+            raise InputError(
+                self.where("parallel.tensor"),
+                f"{tensor} does not divide the {processes} processes of this run",
+                f"start a multiple of {tensor} processes, or change it",
+            )
+        data = processes // tensor
+        if self.batch.samples % (data * micro):
+            raise InputError(
+                self.where("batch.samples"),
+                f"{self.batch.samples} is not a multiple of {data} data-parallel ranks × micro "
+                f"{micro} = {data * micro}",
+                "change samples, micro or the number of processes",
+            )
+        return self.batch.samples // (data * micro)
 
     def where(self, key: str) -> str:
         """`FILE: KEY`, for messages about a value that turned out wrong later on."""

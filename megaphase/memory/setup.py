@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megaphase.config import RunConfig
-from megaphase.errors import InputError
 from megaphase.model.shape import GPTShape
 
 Device = Literal["cuda", "cpu"]
@@ -81,30 +80,15 @@ def setup_of(config: RunConfig, shape: GPTShape, processes: int, device: Device)
     Raises:
         InputError: tensor parallelism or the global batch does not divide.
     """
-    tensor, micro = config.parallel.tensor, config.batch.micro
-    if processes % tensor:
-        raise InputError(
-            config.where("parallel.tensor"),
-            f"{tensor} does not divide {processes} processes",
-            f"take a multiple of {tensor} of them",
-        )
-    data = processes // tensor
-    if config.batch.samples % (data * micro):
-        raise InputError(
-            config.where("batch.samples"),
-            f"{config.batch.samples} is not a multiple of {data} data-parallel ranks × micro "
-            f"{micro} = {data * micro}",
-            "change samples, micro or the number of processes",
-        )
     return Setup(
         shape=shape,
-        tensor=tensor,
-        data=data,
+        tensor=config.parallel.tensor,
+        data=processes // config.parallel.tensor,
         zero=config.parallel.zero,
         sequence=config.parallel.sequence,
         bf16=config.precision == "bf16",
-        micro=micro,
-        accumulation=config.batch.samples // (data * micro),
+        micro=config.batch.micro,
+        accumulation=config.micro_batches(processes),
         masked=any(not task.attends_across_documents for task in config.tasks.values()),
         offload=config.parallel.offload,
         offload_parameters=config.parallel.offload_parameters,

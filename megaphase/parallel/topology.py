@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megaphase.errors import InputError, RunError
+from megaphase.errors import RunError
 from megaphase.parallel.launcher import global_rank, world_size
 
 # Long enough for the first rank to build a plan or to verify a checkpoint while the others wait.
@@ -77,16 +77,6 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def check_world_size(processes: int, tensor: int, where: str) -> None:
-    """Refuse a number of processes that tensor parallelism does not divide."""
-    if processes % tensor:
-        raise InputError(
-            where,
-            f"tensor parallelism {tensor} does not divide the {processes} processes of this run",
-            f"start a multiple of {tensor} processes or change parallel.tensor",
-        )
-
-
 def join_processes() -> None:
     """Join the process group that the environment describes; a single process forms its own.
 
@@ -141,7 +131,7 @@ def start(tensor_size: int) -> Topology:
     """Join the process group and form the tensor- and data-parallel groups."""
     join_processes()
     world, rank = dist.get_world_size(), dist.get_rank()
-    assert world % tensor_size == 0, "check_world_size comes first"
+    assert world % tensor_size == 0, "RunConfig.micro_batches comes first"
     tensor_groups = [
         dist.new_group(range(first, first + tensor_size)) for first in range(0, world, tensor_size)
     ]

@@ -66,7 +66,7 @@ def _offload(config: RunConfig, largest: int) -> dict[str, Any]:
 
 def deepspeed_config(config: RunConfig, shape: GPTShape, data_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`."""
-    accumulation = config.batch.samples // (data_size * config.batch.micro)
+    accumulation = config.micro_batches(config.parallel.tensor * data_size)
     return {
         "train_batch_size": config.batch.samples,
         "train_micro_batch_size_per_gpu": config.batch.micro,

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaphase.config import RunConfig
-from megaphase.errors import InputError
 from megaphase.model.gpt import GPT, Block
 from megaphase.model.parameters import is_matrix
 from megaphase.model.shape import GPTShape
@@ -94,18 +93,6 @@ class StepResult:
     applied: bool
 
 
-def check_batch(config: RunConfig, data_size: int) -> None:
-    """Refuse a global batch that the data-parallel ranks cannot share out evenly."""
-    needed = data_size * config.batch.micro
-    if config.batch.samples % needed:
-        raise InputError(
-            config.where("batch.samples"),
-            f"{config.batch.samples} is not a multiple of {data_size} data-parallel ranks × "
-            f"micro {config.batch.micro} = {needed}",
-            "change samples, micro or the number of processes",
-        )
-
-
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Weight decay for matrices, none for norms and biases.
 
@@ -124,7 +111,6 @@ class Engine:
     """The model, its optimizer and its ZeRO state on this rank."""
 
     def __init__(self, config: RunConfig, shape: GPTShape, topology: Topology, tasks: int) -> None:
-        check_batch(config, topology.data_size)
         deepspeed = import_deepspeed()
         deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self.topology = topology

@@ -21,7 +21,7 @@ from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.agreement import Agreement
 from megaphase.parallel.together import on_first_rank, together
-from megaphase.parallel.topology import Topology, check_world_size, start, world_size
+from megaphase.parallel.topology import Topology, start, world_size
 from megaphase.plan.build import ensure_built
 from megaphase.plan.plan import Plan
 from megaphase.plan.preview import plan_warnings
@@ -29,7 +29,7 @@ from megaphase.plan.progress import building_progress
 from megaphase.plan.spec import PlanSpec, plan_spec
 from megaphase.tokenizer import Tokenizer
 from megaphase.training.branch import Branch
-from megaphase.training.engine import Engine, check_batch
+from megaphase.training.engine import Engine
 from megaphase.training.evaluation import HeldOutEvaluator
 from megaphase.training.nvme import prepare_offload
 from megaphase.training.run_directory import RunDirectory
@@ -50,9 +50,7 @@ def check_run(config: RunConfig, branch: Branch | None) -> Ingredients:
     Raises:
         InputError: on the first thing that does not fit.
     """
-    tensor = config.parallel.tensor
-    check_world_size(world_size(), tensor, config.where("parallel.tensor"))
-    check_batch(config, world_size() // tensor)
+    config.micro_batches(world_size())
     tokenizer = Tokenizer.load(config.tokenizer)
     shape = build_shape(config, tokenizer.vocab_size)
     spec = plan_spec(config, tokenizer, branch.used if branch else {})
