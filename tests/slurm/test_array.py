@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cluster import Cluster
 from data_support import corpus_bytes, files_of, make_tokenizer, write_jsonl
-from slurm_cluster import needs_slurm, slurm, slurm_cluster, wait_for_jobs
 
 from megaphase.data_tools.tokenization.tokenize import tokenize
 
@@ -99,50 +98,45 @@ def test_without_slurm_it_is_one_line(text, tok, tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as environment:
-        yield environment
-
-
-@needs_slurm
-def test_on_a_real_slurm(cluster, text, tok, whole, tmp_path) -> None:
+def test_on_a_real_slurm(cluster: Cluster, text, tok, whole, tmp_path) -> None:
     out = tmp_path / "out" / "en"
-    result = run(command(text, tok, out, "--dedup", "--workers", "1"), env=cluster)
+    result = run(command(text, tok, out, "--dedup", "--workers", "1"), env=cluster.environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("Submitted: array ")
-    wait_for_jobs(cluster)
+    cluster.wait_for_all()
     logs = {path.name: path.read_text() for path in (out.parent / "en.slurm").iterdir()}
     assert files_of(out.parent) == sorted([*CORPUS_FILES, "en.slurm"]), logs
     assert corpus_bytes(out) == corpus_bytes(whole)
     assert len(logs) == 4
 
 
-@needs_slurm
-def test_a_shard_that_fails_ends_the_chain_and_can_be_mended(cluster, text, tok, tmp_path) -> None:
+def test_a_shard_that_fails_ends_the_chain_and_can_be_mended(
+    cluster: Cluster, text, tok, tmp_path
+) -> None:
     out = tmp_path / "out" / "en"
     good = (text / "b.jsonl").read_text()
     (text / "b.jsonl").write_text(f"{good}oops\n")
-    assert run(command(text, tok, out, "--workers", "1"), env=cluster).returncode == 0
-    wait_for_jobs(cluster)
+    assert run(command(text, tok, out, "--workers", "1"), env=cluster.environment).returncode == 0
+    cluster.wait_for_all()
     assert not Path(f"{out}.json").exists()
     logs = "".join(path.read_text() for path in (out.parent / "en.slurm").iterdir())
     assert "b.jsonl:101: is not valid JSON" in logs
     # The shards that are whole stay as they are, and the same command goes on.
-    result = run(command(text, tok, out, "--workers", "1", "--on-error", "skip"), env=cluster)
+    result = run(
+        command(text, tok, out, "--workers", "1", "--on-error", "skip"), env=cluster.environment
+    )
     assert result.returncode == 0
-    wait_for_jobs(cluster)
+    cluster.wait_for_all()
     (text / "b.jsonl").write_text(good)
     tokenize(sorted(text.iterdir()), tok, tmp_path / "whole", workers=1)
     found, expected = corpus_bytes(out), corpus_bytes(tmp_path / "whole")
     assert {**found, ".json": b""} == {**expected, ".json": b""}
 
 
-@needs_slurm
-def test_what_sbatch_refuses_is_one_line(cluster, text, tok, tmp_path) -> None:
+def test_what_sbatch_refuses_is_one_line(cluster: Cluster, text, tok, tmp_path) -> None:
     options = ["--sbatch", "--partition=nowhere"]
-    result = run(command(text, tok, tmp_path / "out" / "en", *options), env=cluster)
+    result = run(command(text, tok, tmp_path / "out" / "en", *options), env=cluster.environment)
     assert result.returncode == 1
     assert result.stderr.startswith("megaphase: sbatch refused the job: ")
     assert "Traceback" not in result.stderr
-    assert not slurm(cluster, "squeue", "--noheader")
+    assert not cluster.run("squeue", "--noheader")

@@ -1,0 +1,198 @@
+"""A real Slurm of several nodes on this machine, from Debian's packages slurm-wlm and munge.
+
+    with start_cluster(tmp_path, nodes=("n1", "n2")) as cluster:
+        job = cluster.submit("srun hostname", "--nodes=2")
+        cluster.wait_for(job, "COMPLETED")
+        print(cluster.log_of(job))
+
+Every node has a host name and processes of its own, and shares files and network with this machine;
+on the nodes, and only there, all their names resolve to 127.0.0.1. A node claims more CPUs than the
+machine may have, and GPUs that do not exist. Any number of clusters can run at once.
+
+What differs from a real one: everything runs as root; a lost node's connections are closed, where
+those of a node without power stay silent; without cgroups, ending a job misses its processes that
+made a session of their own (`kill_node` and the end of the cluster miss none).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from daemons import CONTROLLER, Daemon, start_munge, why_no_slurm, write_configuration
+from data_support import wait_until
+
+NODES = ("n1", "n2")
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"}
+
+_WHY_NOT = why_no_slurm()
+needs_slurm = pytest.mark.skipif(_WHY_NOT is not None, reason=_WHY_NOT or "")
+
+
+class Cluster:
+    """Slurm's commands on a running cluster, and what can happen to its nodes."""
+
+    def __init__(self, folder: Path, configuration: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            # The tests may themselves run as a job.
+            **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
+            "SLURM_CONF": str(configuration),
+        }
+        self._daemons: dict[str, Daemon] = {}
+
+    def run(self, *command: object) -> str:
+        """What one of Slurm's commands prints; AssertionError where it fails."""
+        done = self._call(*command)
+        assert done.returncode == 0, f"{done.args}: {done.stderr}{done.stdout}"
+        return done.stdout
+
+    def submit(self, script: str | Path, *options: object, folder: Path | None = None) -> str:
+        """Hand a batch script to sbatch: a file, or the lines of bash after the first.
+
+        Arguments of the script file are not possible here; use `run("sbatch", "--parsable", ...)`.
+
+        Args:
+            options: of sbatch.
+            folder: where the job runs and leaves its log; the cluster's own where it is None.
+        """
+        lines = script.read_text() if isinstance(script, Path) else f"#!/bin/bash\n{script}\n"
+        done = self._call("sbatch", "--parsable", *options, folder=folder, given=lines)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def job(self, job: str) -> dict[str, str]:
+        """The fields of `scontrol show job`; of the first task where the job is an array."""
+        shown = self.run("scontrol", "show", "job", "--oneliner", job).splitlines()[0]
+        # Values have spaces, names do not.
+        return dict(field.split("=", 1) for field in re.split(r" (?=[A-Z][A-Za-z_:/]*=)", shown))
+
+    def state(self, job: str) -> str:
+        """Such as PENDING, RUNNING, COMPLETED."""
+        return self.job(job)["JobState"]
+
+    def wait_for(self, job: str, *states: str, seconds: float = 60) -> dict[str, str]:
+        """Wait until a job is in one of these states; its fields.
+
+        Fails, with the logs of the job and of the controller, when it ends in another state.
+        """
+        end = time.monotonic() + seconds
+        while (fields := self.job(job))["JobState"] not in states:
+            if fields["JobState"] in ENDED or time.monotonic() > end:
+                pytest.fail(f"job {job} is not {' or '.join(states)}\n{self._report(job, fields)}")
+            time.sleep(0.05)
+        return fields
+
+    def wait_for_log(self, job: str, text: str, seconds: float = 60) -> None:
+        """Wait until a job's log holds a text; fails as `wait_for` does."""
+        end = time.monotonic() + seconds
+        while text not in self.log_of(job):
+            fields = self.job(job)
+            # A last look: the text may have come with the end.
+            ended = fields["JobState"] in ENDED and text not in self.log_of(job)
+            if ended or time.monotonic() > end:
+                pytest.fail(f"job {job} did not print {text!r}\n{self._report(job, fields)}")
+            time.sleep(0.05)
+
+    def wait_for_all(self, seconds: float = 120) -> None:
+        """Wait until the queue is empty."""
+        wait_until(lambda: not self.run("squeue", "--noheader"), seconds)
+
+    def log_of(self, job: str) -> str:
+        """What a job has printed; nothing before it first ran."""
+        path = Path(self.job(job)["StdOut"])
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def hurry(self, job: str, seconds: float = 60) -> None:
+        """Let a job that was requeued start after two seconds; by itself it would after six."""
+        self.wait_for(job, "PENDING", seconds=seconds)
+        update = ("scontrol", "update", f"JobId={job}", "StartTime=now+2")
+        # Refused while the job's earlier run is being cleared away.
+        wait_until(lambda: self._call(*update).returncode == 0, seconds)
+
+    def node_state(self, node: str) -> str:
+        """Such as idle, mixed, allocated, down, down* (the star: it does not answer)."""
+        return self.run("sinfo", "--noheader", "--format=%T", f"--nodes={node}").strip()
+
+    def wait_for_node(self, node: str, *states: str, seconds: float = 60) -> None:
+        wait_until(lambda: self.node_state(node) in states, seconds)
+
+    def start_node(self, node: str) -> None:
+        """Start a node's slurmd, after `kill_node` or at first, and wait until it takes jobs."""
+        assert node not in self._daemons, f"{node} runs"
+        self._start(node, node, "slurmd", "-D", "-N", node)
+        self.wait_for_node(node, "idle", "mixed", "allocated")
+
+    def kill_node(self, node: str) -> None:
+        """Kill a node's slurmd and all that it runs, at once and without a word, as a crash does.
+
+        The controller notices by itself after 10 to 25 seconds (node_state is then down*) and
+        requeues the node's jobs; `down` makes it notice at once.
+        """
+        self._daemons.pop(node).kill()
+
+    def down(self, node: str) -> None:
+        """Tell the controller that a node is lost; what runs there is killed and requeued."""
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+
+    def up(self, node: str) -> None:
+        """Take a node back that was set `down` or drained, and is running."""
+        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        self.wait_for_node(node, "idle", "mixed", "allocated")
+
+    def start_controller(self) -> None:
+        """Start slurmctld and wait until it answers."""
+        self._start("slurmctld", CONTROLLER, "slurmctld", "-D")
+        wait_until(lambda: self._call("scontrol", "ping").returncode == 0)
+
+    def kill_all(self) -> None:
+        """Nothing of the cluster runs afterwards."""
+        while self._daemons:
+            self._daemons.popitem()[1].kill()
+
+    def _start(self, name: str, host: str, *command: str) -> None:
+        hosts, output = self.folder / "hosts", self.folder / f"{name}.out"
+        self._daemons[name] = Daemon(host, hosts, command, self.environment, output)
+
+    def _call(
+        self, *command: object, folder: Path | None = None, given: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(word) for word in command],
+            env=self.environment,
+            cwd=folder or self.folder,
+            input=given,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+    def _report(self, job: str, fields: dict[str, str]) -> str:
+        controller = (self.folder / "slurmctld.log").read_text().splitlines()[-30:]
+        shown = [f"{name}={value}" for name, value in fields.items()]
+        return "\n".join([*shown, "--- its log", self.log_of(job), "--- slurmctld", *controller])
+
+
+@contextmanager
+def start_cluster(folder: Path, nodes: Sequence[str] = NODES) -> Iterator[Cluster]:
+    """Start a cluster, whose files go to `folder`; it takes jobs at once. Takes about a second."""
+    with ExitStack() as running:
+        # A Unix socket's path must be short.
+        short = running.enter_context(tempfile.TemporaryDirectory(prefix="munge-"))
+        munge_socket = Path(short, "socket")
+        configuration = write_configuration(folder, munge_socket, nodes)
+        running.callback(start_munge(folder, munge_socket, folder / "hosts").kill)
+        cluster = Cluster(folder, configuration)
+        running.callback(cluster.kill_all)
+        cluster.start_controller()
+        for node in nodes:
+            cluster.start_node(node)
+        yield cluster
