@@ -173,7 +173,7 @@ def make_theirs(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             around = 1.0 if name.endswith("weight") and parameter.dim() == 1 else 0.0
-            parameter.normal_(around, 0.2)
+            parameter.normal_(around, 0.1)
     return model
 
 
