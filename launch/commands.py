@@ -41,8 +41,15 @@ def local_command(
 
 @launch_app.command("slurm")
 def slurm_command(
-    run_file: RunFile,
+    context: typer.Context,
+    run_file: Annotated[
+        Path | None, typer.Argument(metavar="RUN_FILE", help="The run file (YAML).")
+    ] = None,
     overrides: Overrides = None,
+    pipeline: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Submit a chain of jobs instead; see docs/slurm.md."),
+    ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
     gpus_per_node: Annotated[
         int, typer.Option(min=0, help="As many processes run on a node; 0 trains on CPUs.")
@@ -85,12 +92,18 @@ def slurm_command(
 
     from rich.console import Console
 
+    from megaphase.errors import InputError
     from megaphase.launch.slurm.script import Resources
     from megaphase.launch.slurm.submit import check, script_for, submit_run
     from megaphase.slurm import require_sbatch
 
     if not dry_run:
         require_sbatch("launch slurm", "run it on a login node, or add --dry-run")
+    if pipeline is not None:
+        _submit_pipeline(pipeline, context, dry_run=dry_run)
+        return
+    if run_file is None:
+        raise InputError("launch slurm", "there is no run file", "give one, or --pipeline")
     named = {"time": time, "partition": partition, "account": account}
     given = [f"--{key}={value}" for key, value in named.items() if value is not None]
     resources = Resources(
@@ -114,6 +127,22 @@ def slurm_command(
     logs = shlex.quote(job.log.removesuffix(".log"))
     print(f"Follow it: tail -F {logs}*.log")
     print(f"Look at it: megaphase launch status {shlex.quote(str(config.output))}")
+
+
+def _submit_pipeline(path: Path, context: typer.Context, *, dry_run: bool) -> None:
+    from megaphase.launch.slurm.pipeline import load_pipeline, scripts, submit_pipeline
+
+    pipeline = load_pipeline(path, context.find_root().command)
+    if dry_run:
+        for name, script in scripts(pipeline).items():
+            after = ", ".join(pipeline.steps[name].after) or "nothing"
+            print(f"# {name}, after {after}\n{script}")
+        return
+    jobs = submit_pipeline(pipeline)
+    for name, job in jobs.items():
+        print(f"Submitted: {name}, job {job}")
+    print(f"Output: {pipeline.folder / pipeline.logs}")
+    print(f"Follow: squeue --jobs {','.join(jobs.values())}")
 
 
 @launch_app.command("status")

@@ -31,8 +31,8 @@ class Resources:
     gpus: bool
     cores: int | None
     options: Sequence[str]
-    exclude_bad_nodes: bool
-    restarts: int
+    exclude_bad_nodes: bool = False
+    restarts: int = 3
 
     @property
     def processes(self) -> int:
@@ -44,12 +44,14 @@ def template() -> str:
     return importlib.resources.files("megaphase.launch").joinpath("train.sbatch").read_text()
 
 
-def batch_script(resources: Resources, name: str, logs: Path, arguments: Sequence[str]) -> str:
+def batch_script(
+    resources: Resources, name: str, logs: Path, arguments: Sequence[str], *, prefix: str = ""
+) -> str:
     """The script of a run, which needs no arguments.
 
     Args:
         name: of the job.
-        logs: the folder of its output.
+        logs: the folder of its output, in files that begin with `prefix` and the job's id.
         arguments: of `megaphase train`: run file, overrides, --from.
     """
     header = {
@@ -57,7 +59,7 @@ def batch_script(resources: Resources, name: str, logs: Path, arguments: Sequenc
         "nodes": str(resources.nodes),
         "gpus-per-node": str(resources.tasks_per_node) if resources.gpus else None,
         "ntasks-per-node": str(resources.tasks_per_node),
-        "output": str(logs / "%j.log"),
+        "output": str(logs / f"{prefix}%j.log"),
     }
     if resources.cores is not None:
         header["cpus-per-task"] = str(resources.cores)
@@ -68,7 +70,7 @@ def batch_script(resources: Resources, name: str, logs: Path, arguments: Sequenc
         "megaphase": f"({shlex.quote(sys.executable)} -m megaphase)",
         "restarts": str(resources.restarts),
         "exclude_bad_nodes": "yes" if resources.exclude_bad_nodes else "no",
-        "logs": f'{shlex.quote(str(logs))}/"$SLURM_JOB_ID-%N.log"',
+        "logs": f'{shlex.quote(f"{logs}/{prefix}")}"$SLURM_JOB_ID-%N.log"',
         "run": f"({shlex.join(arguments)})",
     }
     text = _with_header(template(), header)

@@ -30,7 +30,8 @@ class Status:
         state: of the job, in Slurm's words; why it waits, or on which nodes it is.
         restarts: of the job.
         phase: whose steps are trained now, or were last.
-        step, steps: done and in all, counted over the whole run.
+        step, steps: trained and planned, counted over the whole run; a phase may end early.
+        done: whether the last phase has ended.
         loss: of the last step.
         tokens_per_second: the median of the last steps.
         remaining_seconds: of training, at that speed, should no phase end early.
@@ -46,16 +47,12 @@ class Status:
     phase: str | None
     step: int
     steps: int
+    done: bool
     loss: float | None
     tokens_per_second: float | None
     remaining_seconds: float | None
     idle_seconds: float | None
     log: str | None
-
-    @property
-    def done(self) -> bool:
-        """Whether the last step of the plan has been trained."""
-        return self.step >= self.steps
 
 
 def read_status(run_dir: Path) -> Status:
@@ -64,7 +61,8 @@ def read_status(run_dir: Path) -> Status:
     Raises:
         InputError: there is no run.
     """
-    steps = _planned_steps(run_dir) + read_origin(run_dir).step
+    planned = _planned_steps(run_dir)
+    steps = sum(planned.values()) + read_origin(run_dir).step
     metrics = run_dir / METRICS_FILE
     rows = list(_last_rows(metrics))
     training = [row for row in rows if "loss" in row][-_RECENT_STEPS:]
@@ -82,6 +80,9 @@ def read_status(run_dir: Path) -> Status:
         phase=newest.get("phase"),
         step=step,
         steps=steps,
+        done=any(
+            row.get("event") == "phase_end" and row["phase"] == list(planned)[-1] for row in rows
+        ),
         loss=newest.get("loss"),
         tokens_per_second=(
             statistics.median(row["tokens_per_second"] for row in training) if training else None
@@ -94,7 +95,7 @@ def read_status(run_dir: Path) -> Status:
 
 def as_json(status: Status) -> dict[str, Any]:
     """All of it, as plain data."""
-    return asdict(status) | {"done": status.done}
+    return asdict(status)
 
 
 def as_table(run_dir: Path, status: Status) -> Table:
@@ -115,7 +116,7 @@ def as_table(run_dir: Path, status: Status) -> Table:
     if status.tokens_per_second is not None:
         table.add_row("speed", f"{status.tokens_per_second:,.0f} tokens/s")
     if status.done:
-        table.add_row("remaining", "nothing: all steps are done")
+        table.add_row("remaining", "nothing: all phases are done")
     elif status.remaining_seconds is not None:
         table.add_row("remaining", _duration(status.remaining_seconds))
     if status.idle_seconds is not None:
@@ -125,10 +126,11 @@ def as_table(run_dir: Path, status: Status) -> Table:
     return table
 
 
-def _planned_steps(run_dir: Path) -> int:
+def _planned_steps(run_dir: Path) -> dict[str, int]:
+    """Of every phase."""
     path = run_dir / "plan.json"
     try:
-        return sum(phase["steps"] for phase in json.loads(path.read_text())["phases"])
+        return {phase["name"]: phase["steps"] for phase in json.loads(path.read_text())["phases"]}
     except FileNotFoundError:
         raise InputError(run_dir, "has no plan.json", "give the directory of a run") from None
     except (OSError, ValueError, KeyError, TypeError):

@@ -82,10 +82,16 @@ def submit_run(config: RunConfig, script: str) -> Job:
     Raises:
         RunError: Slurm refuses.
     """
-    folder = config.output / FOLDER
+    folder = config.output.resolve() / FOLDER
     make_directory(folder)
     number = submit(script)
-    job = Job(number, str(folder.resolve() / f"{number}.log"))
+    return remember_job(config.output, number, folder / f"{number}.log")
+
+
+def remember_job(run_dir: Path, number: str, log: Path) -> Job:
+    """Write down which job trains a run."""
+    folder, job = run_dir / FOLDER, Job(number, str(log))
+    make_directory(folder)
     write_json_whole(folder / JOB_FILE, asdict(job))
     return job
 
