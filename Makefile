@@ -2,6 +2,7 @@
 # make test   set everything up, lint and run the tests
 # make test-slow   the tests that take minutes: kills by the dozen
 # make soak   20 minutes of kills, changed layouts and damaged checkpoints; says what was survived
+# make slurm  as root on Debian or Ubuntu: what the tests of SLURM need; without it they skip
 # make test-sanitize   the plan's C++ under the address and undefined-behaviour sanitizers
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-slow soak test-sanitize lint help-corpora clean
+.PHONY: demo test test-slow soak slurm test-sanitize lint help-corpora clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -24,6 +25,11 @@ test-slow: $(VENV)/installed
 SOAK ?= --minutes 20
 soak: $(VENV)/installed
 	PYTHONPATH=tests $(BIN)/python tests/chaos.py $(SOAK)
+
+# The daemons that the packages start are not used: the tests start their own.
+slurm:
+	apt-get update
+	DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurm-wlm munge
 
 # The sanitizers' libraries must be loaded before Python; Python itself leaks by design.
 SANITIZED := build/sanitized

@@ -48,23 +48,23 @@ class Cluster:
         }
         self._daemons: dict[str, Daemon] = {}
 
-    def run(self, *command: object) -> str:
-        """What one of Slurm's commands prints; AssertionError where it fails."""
-        done = self._call(*command)
+    def run(self, *command: object, folder: Path | None = None) -> str:
+        """What one of Slurm's commands prints, called in a folder; AssertionError if it fails."""
+        done = self._call(*command, folder=folder)
         assert done.returncode == 0, f"{done.args}: {done.stderr}{done.stdout}"
         return done.stdout
 
-    def submit(self, script: str | Path, *options: object, folder: Path | None = None) -> str:
-        """Hand a batch script to sbatch: a file, or the lines of bash after the first.
+    def submit(self, script: str, *options: object, folder: Path | None = None) -> str:
+        """Hand lines of bash to sbatch; the job's id.
 
-        Arguments of the script file are not possible here; use `run("sbatch", "--parsable", ...)`.
+        For a script file use `run("sbatch", "--parsable", file, ...)`.
 
         Args:
             options: of sbatch.
             folder: where the job runs and leaves its log; the cluster's own where it is None.
         """
-        lines = script.read_text() if isinstance(script, Path) else f"#!/bin/bash\n{script}\n"
-        done = self._call("sbatch", "--parsable", *options, folder=folder, given=lines)
+        command = ("sbatch", "--parsable", *options)
+        done = self._call(*command, folder=folder, given=f"#!/bin/bash\n{script}\n")
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
@@ -125,9 +125,12 @@ class Cluster:
         wait_until(lambda: self.node_state(node) in states, seconds)
 
     def start_node(self, node: str) -> None:
-        """Start a node's slurmd, after `kill_node` or at first, and wait until it takes jobs."""
+        """Start a node's slurmd, at first or after `kill_node`, and wait until it takes jobs."""
         assert node not in self._daemons, f"{node} runs"
         self._start(node, node, "slurmd", "-D", "-N", node)
+        if self.node_state(node).startswith("down"):
+            # Refused where it has already come back by itself.
+            self._call("scontrol", "update", f"NodeName={node}", "State=RESUME")
         self.wait_for_node(node, "idle", "mixed", "allocated")
 
     def kill_node(self, node: str) -> None:
@@ -183,7 +186,10 @@ class Cluster:
 
 @contextmanager
 def start_cluster(folder: Path, nodes: Sequence[str] = NODES) -> Iterator[Cluster]:
-    """Start a cluster, whose files go to `folder`; it takes jobs at once. Takes about a second."""
+    """Start a cluster, whose files go to `folder`; takes less than a second.
+
+    Call it from the main thread: the daemons die with the thread that started them.
+    """
     with ExitStack() as running:
         # A Unix socket's path must be short.
         short = running.enter_context(tempfile.TemporaryDirectory(prefix="munge-"))

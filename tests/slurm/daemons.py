@@ -94,7 +94,7 @@ def write_configuration(folder: Path, munge_socket: Path, nodes: Sequence[str]) 
     """Write slurm.conf, gres.conf and a hosts file in which every host is this machine.
 
     What makes this cluster react fast:
-      SchedulerParameters: a job starts within about a second of what it waited for.
+      SchedulerParameters: a job starts within about a second once it may.
       cred_expire: how long a requeued job waits; Slurm's default is two minutes.
       SlurmdTimeout: how long a node may be silent before it is down and its jobs are requeued;
         two pings must fail for it, each after MessageTimeout.

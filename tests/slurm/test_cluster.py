@@ -22,7 +22,8 @@ def out_of_time(cluster: Cluster) -> str:
     """A job with a limit of a minute. Submitted first: Slurm looks at limits every 30 seconds."""
     task = f"trap 'echo task $SLURM_PROCID is told; exit 3' USR1; {WAIT}"
     script = f"trap 'echo the script is told' USR1; srun bash -c {quote(task)}; echo rc $?"
-    return cluster.submit(script, "--time=1", "--signal=USR1@60", "--ntasks=2")
+    options = ("--time=1", "--signal=USR1@60", "--ntasks=2", "--nodelist=n1")
+    return cluster.submit(script, *options)
 
 
 def processes_with(word: str) -> list[str]:
@@ -109,32 +110,32 @@ def test_scancel_signals_whom_it_is_asked_to(cluster: Cluster, option: str, told
     cluster.run("scancel", job)
 
 
-def test_the_time_limit_is_announced_to_the_tasks(cluster: Cluster, out_of_time: str) -> None:
-    cluster.wait_for(out_of_time, "COMPLETED")
-    lines = cluster.log_of(out_of_time).splitlines()
-    assert {"task 0 is told", "task 1 is told", "rc 3"} <= set(lines)
-    assert "the script is told" not in lines
-
-
 def test_a_crashed_node_is_noticed_and_its_job_goes_elsewhere(cluster: Cluster) -> None:
     own_session = f": {cluster.folder}; sleep 1000; :"
     script = (
         "echo start ${SLURM_RESTART_COUNT:-0} on $(hostname)\n"
         f"(( SLURM_RESTART_COUNT )) || {{ setsid sh -c {quote(own_session)} & {WAIT}; }}"
     )
-    job = cluster.submit(script, "--open-mode=append")
-    cluster.wait_for_log(job, "start 0")
-    lost = cluster.job(job)["BatchHost"]
+    job = cluster.submit(script, "--nodelist=n2", "--open-mode=append")
+    cluster.wait_for_log(job, "start 0 on n2")
     wait_until(lambda: bool(processes_with(own_session)))
-    cluster.kill_node(lost)
+    cluster.kill_node("n2")
     assert not processes_with(own_session)
     try:
-        cluster.wait_for_node(lost, "down*")
+        cluster.wait_for_node("n2", "down*")
+        cluster.wait_for(job, "PENDING")
+        cluster.run("scontrol", "update", f"JobId={job}", "ReqNodeList=n1")
         cluster.wait_for(job, "COMPLETED")
     finally:
-        cluster.start_node(lost)
-    other = "n2" if lost == "n1" else "n1"
-    assert cluster.log_of(job).splitlines()[-1] == f"start 1 on {other}"
+        cluster.start_node("n2")
+    assert cluster.log_of(job).splitlines()[-1] == "start 1 on n1"
+
+
+def test_the_time_limit_is_announced_to_the_tasks(cluster: Cluster, out_of_time: str) -> None:
+    cluster.wait_for(out_of_time, "COMPLETED")
+    lines = cluster.log_of(out_of_time).splitlines()
+    assert {"task 0 is told", "task 1 is told", "rc 3"} <= set(lines)
+    assert "the script is told" not in lines
 
 
 def test_a_node_set_down_loses_its_jobs(cluster: Cluster) -> None:
