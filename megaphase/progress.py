@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,9 +38,16 @@ def reading_progress(console: Console | None, what: str, total_bytes: int) -> It
 def bytes_progress(
     console: Console | None, what: str, total_bytes: int
 ) -> Iterator[Callable[[int], None]]:
-    """Likewise for bytes that are what they are; the yielded function gets those done since."""
+    """Likewise for bytes that are what they are; the yielded function gets those done since, from
+    any thread."""
+    lock = threading.Lock()
     with reading_progress(console, what, total_bytes) as advance:
-        yield lambda count: advance(count, count)
+
+        def count(done: int) -> None:
+            with lock:
+                advance(done, done)
+
+        yield count
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor
 from megaphase.errors import InputError
 from megaphase.files import new_hash, write_all
 
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 20
 _FLUSH_BYTES = 1 << 26
 _ALIGNMENT = 8
 _METADATA = "__metadata__"

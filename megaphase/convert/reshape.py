@@ -10,10 +10,10 @@ from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.convert.checkpoint_writer import Form, form_for, portable_form, write_checkpoint
 from megaphase.convert.output import new_folder
 from megaphase.convert.partition import Layout, check_tensor_size
-from megaphase.convert.source import Source, open_source, verify
+from megaphase.convert.source import open_source
+from megaphase.convert.verification import verified_meanwhile
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.shape import GPTShape
-from megaphase.progress import bytes_progress
 
 FP32_BYTES = 4
 
@@ -37,18 +37,13 @@ def reshape(
     kinds = (WEIGHT,) if weights_only else source.weights.kinds
     needed = bytes_of(source.shape) * len(kinds)
     state = source.state | ({"optimizer_steps": 0} if weights_only else {})
-    with new_folder(out, needed) as folder:
-        verify_source(source, workers=workers, console=console)
-        with bytes_progress(console, "writing", needed) as advance:
-            write_checkpoint(
-                folder, source.weights, kinds, form, state, workers=workers, advance=advance
-            )
-
-
-def verify_source(source: Source, *, workers: int, console: Console | None) -> None:
-    """Compare a checkpoint's files with its manifest, and show how far that is."""
-    with bytes_progress(console, "verifying", source.nbytes) as advance:
-        verify(source.folder, workers=workers, advance=advance)
+    with (
+        new_folder(out, needed) as folder,
+        verified_meanwhile(source, needed, workers=workers, console=console) as advance,
+    ):
+        write_checkpoint(
+            folder, source.weights, kinds, form, state, workers=workers, advance=advance
+        )
 
 
 def bytes_of(shape: GPTShape) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -80,20 +79,15 @@ def files_in_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 def verify(folder: Path, *, workers: int, advance: Advance = lambda count: None) -> int:
     """Compare every file of a checkpoint with its manifest; how many there are.
 
-    advance: gets the number of bytes of every chunk that was read; called by one thread at a time.
+    advance: gets the number of bytes of every chunk that was read, from several threads.
 
     Raises:
         InputError: naming the first file that is missing, truncated or altered.
     """
     files = files_in_manifest(folder)
-    lock = threading.Lock()
-
-    def count(done: int) -> None:
-        with lock:
-            advance(done)
 
     def damage(name: str) -> str | None:
-        return file_damage(folder / name, files[name], count)
+        return file_damage(folder / name, files[name], advance)
 
     with ThreadPoolExecutor(workers, thread_name_prefix="verifier") as pool:
         for name, found in zip(files, pool.map(damage, files), strict=True):

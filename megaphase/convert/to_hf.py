@@ -21,13 +21,12 @@ from megaphase.convert.hf_weights import INDEX_SUFFIX, SAFETENSORS_FILE
 from megaphase.convert.hugging_face import Family, family_for
 from megaphase.convert.output import new_folder
 from megaphase.convert.renaming import Renaming
-from megaphase.convert.reshape import verify_source
 from megaphase.convert.source import Source, open_source
 from megaphase.convert.tensor_files import TensorFiles
+from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import Weights, WithZeroBiases, read_each
 from megaphase.errors import InputError
 from megaphase.files import write_json_whole
-from megaphase.progress import bytes_progress
 from megaphase.tokenizer import Tokenizer
 from megaphase.training.run_directory import RunDirectory
 
@@ -66,8 +65,7 @@ def to_hf(
     weights = WithZeroBiases(source.weights, shape)
     nbytes = dtype.itemsize * shape.parameters()
     with new_folder(out, nbytes) as folder:
-        verify_source(source, workers=workers, console=console)
-        with bytes_progress(console, "writing", nbytes) as advance:
+        with verified_meanwhile(source, nbytes, workers=workers, console=console) as advance:
             _write_weights(
                 folder,
                 weights,

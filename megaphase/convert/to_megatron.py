@@ -29,13 +29,13 @@ from megaphase.convert.megatron import (
 from megaphase.convert.megatron_args import expressed, megatron_args
 from megaphase.convert.output import new_folder
 from megaphase.convert.partition import check_tensor_size
-from megaphase.convert.reshape import bytes_of, verify_source
+from megaphase.convert.reshape import bytes_of
 from megaphase.convert.source import open_source
 from megaphase.convert.torch_file import TorchFileWriter
+from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import Weights, WithZeroBiases, read_each
 from megaphase.files import write_text_whole
 from megaphase.model.shape import GPTShape
-from megaphase.progress import bytes_progress
 
 _CHECKPOINT_VERSION = 3.0
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,9 +93,10 @@ def to_megatron(
         target.tensor * each.layout.shard_numel(target.tensor) for each in parameters.values()
     )
     with new_folder(out, needed) as folder:
-        verify_source(source, workers=workers, console=console)
         with _rank_writers(folder / RELEASE, parameters, args) as writers:
-            with bytes_progress(console, "writing", bytes_of(shape)) as advance:
+            with verified_meanwhile(
+                source, bytes_of(shape), workers=workers, console=console
+            ) as advance:
                 _write(weights, parameters, writers, args.params_dtype, shape, workers, advance)
             for writer in writers:
                 writer.close()
