@@ -13,9 +13,9 @@ from convert_support import whole_parameters
 from plain_gpt import PlainGPT, PlainShape
 from torch import Tensor
 
-from megaphase.convert.from_hf import from_hf
+from megaphase.convert.hugging_face.from_hf import from_hf
+from megaphase.convert.hugging_face.to_hf import to_hf
 from megaphase.convert.source import open_source
-from megaphase.convert.to_hf import to_hf
 from megaphase.model.gpt import GPT
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.rng import Initializer

@@ -11,7 +11,7 @@ from typing import Any
 from existing_tokenizers import STRANGE, TEXTS
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from megaphase.convert.hf_tokenizer import write_hf_tokenizer
+from megaphase.convert.hugging_face.tokenizer import write_hf_tokenizer
 from megaphase.tokenizer import Tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

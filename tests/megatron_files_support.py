@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from convert_support import write_random_checkpoint
 
-from megaphase.convert.megatron import Implementation
-from megaphase.convert.to_megatron import Target, to_megatron
+from megaphase.convert.megatron.names import Implementation
+from megaphase.convert.megatron.to_megatron import Target, to_megatron
 from megaphase.model.shape import GPTShape
 
 LLAMA = GPTShape(vocab=99, seq_len=24, layers=2, hidden=32, heads=8, kv_heads=4, ffn=48)

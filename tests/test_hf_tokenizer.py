@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from megaphase.convert.hf_tokenizer import take_tokenizer, write_hf_tokenizer
+from megaphase.convert.hugging_face.tokenizer import take_tokenizer, write_hf_tokenizer
 from megaphase.data_tools.tokenizers.train import train_tokenizer
 from megaphase.errors import InputError
 from megaphase.tokenizer import RECORD_NAME, Tokenizer

@@ -35,7 +35,7 @@ from hf_support import (
 )
 from safetensors.torch import load_file, save_file
 
-from megaphase.convert.hf_config import read_config
+from megaphase.convert.hugging_face.config import read_config
 from megaphase.data_tools.tokenizers.train import train_tokenizer
 from megaphase.parallel.agreement import Agreement
 from megaphase.tokenizer import Tokenizer

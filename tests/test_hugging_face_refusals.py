@@ -33,7 +33,7 @@ from hf_support import (
 from run_support import megaphase
 from safetensors.torch import load_file, save_file
 
-from megaphase.convert.from_hf import from_hf
+from megaphase.convert.hugging_face.from_hf import from_hf
 from megaphase.errors import InputError
 from megaphase.model.shape import GPTShape
 from megaphase.tokenizer import Tokenizer

@@ -21,9 +21,9 @@ from distributed import once, run_ranks
 from megatron_support import build_model, logits_of, megatron_on_cpu, save_model
 from torch import Tensor
 
-from megaphase.convert.from_megatron import from_megatron
-from megaphase.convert.megatron import Implementation
-from megaphase.convert.to_megatron import Target, to_megatron
+from megaphase.convert.megatron.from_megatron import from_megatron
+from megaphase.convert.megatron.names import Implementation
+from megaphase.convert.megatron.to_megatron import Target, to_megatron
 from megaphase.model.gpt import GPT
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.rng import Initializer

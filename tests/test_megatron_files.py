@@ -26,10 +26,10 @@ from typer.testing import CliRunner
 
 from megaphase.checkpoint.store import read_state
 from megaphase.convert.commands import convert_app
-from megaphase.convert.from_megatron import from_megatron
-from megaphase.convert.megatron import Implementation
+from megaphase.convert.megatron.from_megatron import from_megatron
+from megaphase.convert.megatron.names import Implementation
+from megaphase.convert.megatron.to_megatron import Target, to_megatron
 from megaphase.convert.source import open_source
-from megaphase.convert.to_megatron import Target, to_megatron
 from megaphase.errors import InputError
 
 NAMES = list(Implementation)

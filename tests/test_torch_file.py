@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megaphase.checkpoint.tensor_file import TensorKind
+from megaphase.convert.megatron.torch_file import TorchFileWriter
 from megaphase.convert.pickles import check_archive, load_pickle
-from megaphase.convert.torch_file import TorchFileWriter
 
 TENSORS = {
     "matrix": torch.randn(300, 17),

@@ -111,7 +111,7 @@ def to_hf_command(
     """
     from rich.console import Console
 
-    from megaphase.convert.to_hf import to_hf
+    from megaphase.convert.hugging_face.to_hf import to_hf
 
     family = to_hf(
         checkpoint,
@@ -146,7 +146,7 @@ def from_hf_command(
     """
     from rich.console import Console
 
-    from megaphase.convert.from_hf import from_hf
+    from megaphase.convert.hugging_face.from_hf import from_hf
 
     taken = from_hf(
         directory,
@@ -193,9 +193,9 @@ def to_megatron_command(
     """
     from rich.console import Console
 
-    from megaphase.convert.megatron import Implementation
-    from megaphase.convert.megatron_args import load_options
-    from megaphase.convert.to_megatron import Target, to_megatron
+    from megaphase.convert.megatron.arguments import load_options
+    from megaphase.convert.megatron.names import Implementation
+    from megaphase.convert.megatron.to_megatron import Target, to_megatron
 
     args = to_megatron(
         checkpoint,
@@ -236,7 +236,7 @@ def from_megatron_command(
     """
     from rich.console import Console
 
-    from megaphase.convert.from_megatron import from_megatron
+    from megaphase.convert.megatron.from_megatron import from_megatron
 
     section = from_megatron(
         directory,

@@ -17,10 +17,10 @@ from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.checkpoint.store import LATEST, STATE_FILE
 from megaphase.checkpoint.tensor_file import TensorFile, TensorKind
 from megaphase.convert.checkpoint_writer import PORTABLE_FOLDER
-from megaphase.convert.hf_config import CONFIG_FILE
-from megaphase.convert.hf_weights import find_tensors
-from megaphase.convert.megatron import TRACKER_FILE
-from megaphase.convert.megatron_files import RankFile, rank_files
+from megaphase.convert.hugging_face.config import CONFIG_FILE
+from megaphase.convert.hugging_face.weights import find_tensors
+from megaphase.convert.megatron.files import RankFile, rank_files
+from megaphase.convert.megatron.names import TRACKER_FILE
 from megaphase.convert.pickles import check_archive
 from megaphase.convert.source import Source, open_source, verify
 from megaphase.errors import InputError

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 

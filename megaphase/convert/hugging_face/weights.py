@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.checkpoint.tensor_file import TensorFile, TensorKind
-from megaphase.convert.hugging_face import HEAD, Family, is_buffer
+from megaphase.convert.hugging_face.families import HEAD, Family, is_buffer
 from megaphase.convert.pickles import check_archive, load_pickle
 from megaphase.convert.renaming import check_names
 from megaphase.errors import InputError

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megaphase.convert.hugging_face import FAMILIES, GPT2, LLAMA, Family
+from megaphase.convert.hugging_face.families import FAMILIES, GPT2, LLAMA, Family
 from megaphase.errors import InputError
 from megaphase.model.shape import GPTShape
 

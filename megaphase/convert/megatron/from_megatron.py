@@ -12,15 +12,15 @@ from torch import Tensor
 
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.convert.foreign import write_foreign, write_model_section
-from megaphase.convert.megatron import (
+from megaphase.convert.megatron.arguments import shape_of, stored_vocab
+from megaphase.convert.megatron.files import OTHER_CHECKPOINT, RankFile, rank_files
+from megaphase.convert.megatron.names import (
     WORD_EMBEDDINGS,
     Implementation,
     apart,
     megatron_parameters,
     rank_folder,
 )
-from megaphase.convert.megatron_args import shape_of, stored_vocab
-from megaphase.convert.megatron_files import OTHER_CHECKPOINT, RankFile, rank_files
 from megaphase.convert.output import new_folder
 from megaphase.convert.pickles import check_archive
 from megaphase.convert.renaming import check_names

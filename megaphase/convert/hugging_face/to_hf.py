@@ -14,11 +14,11 @@ from torch import Tensor
 from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.checkpoint.tensor_file import TensorKind
-from megaphase.convert.from_hf import TOKENIZER_FOLDER
-from megaphase.convert.hf_config import CONFIG_FILE
-from megaphase.convert.hf_tokenizer import write_hf_tokenizer
-from megaphase.convert.hf_weights import INDEX_SUFFIX, SAFETENSORS_FILE
-from megaphase.convert.hugging_face import Family, family_for
+from megaphase.convert.hugging_face.config import CONFIG_FILE
+from megaphase.convert.hugging_face.families import Family, family_for
+from megaphase.convert.hugging_face.from_hf import TOKENIZER_FOLDER
+from megaphase.convert.hugging_face.tokenizer import write_hf_tokenizer
+from megaphase.convert.hugging_face.weights import INDEX_SUFFIX, SAFETENSORS_FILE
 from megaphase.convert.output import new_folder
 from megaphase.convert.renaming import Renaming
 from megaphase.convert.source import Source, open_source

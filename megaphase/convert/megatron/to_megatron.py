@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.checkpoint.tensor_file import TensorKind
-from megaphase.convert.megatron import (
+from megaphase.convert.megatron.arguments import expressed, megatron_args
+from megaphase.convert.megatron.names import (
     RANK_FILE,
     RELEASE,
     TRACKER_FILE,
@@ -26,12 +27,11 @@ from megaphase.convert.megatron import (
     megatron_parameters,
     rank_folder,
 )
-from megaphase.convert.megatron_args import expressed, megatron_args
+from megaphase.convert.megatron.torch_file import TorchFileWriter
 from megaphase.convert.output import new_folder
 from megaphase.convert.partition import check_tensor_size
 from megaphase.convert.reshape import bytes_of
 from megaphase.convert.source import open_source
-from megaphase.convert.torch_file import TorchFileWriter
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import Weights, WithZeroBiases, read_each
 from megaphase.files import write_text_whole

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from megaphase.convert.megatron import Implementation
+from megaphase.convert.megatron.names import Implementation
 from megaphase.errors import InputError
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.sharding import padded_vocab

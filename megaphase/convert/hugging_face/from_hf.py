@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 from megaphase.convert.foreign import FP32_BYTES, write_foreign, write_model_section
-from megaphase.convert.hf_config import read_config
-from megaphase.convert.hf_tokenizer import take_tokenizer
-from megaphase.convert.hf_weights import HuggingFaceWeights, find_tensors
+from megaphase.convert.hugging_face.config import read_config
+from megaphase.convert.hugging_face.tokenizer import take_tokenizer
+from megaphase.convert.hugging_face.weights import HuggingFaceWeights, find_tensors
 from megaphase.convert.output import new_folder
 from megaphase.errors import InputError
 from megaphase.model.shape import GPTShape

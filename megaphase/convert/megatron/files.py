@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaphase.convert.megatron import RANK_FILE, RELEASE, TRACKER_FILE, rank_folder, todays_name
+from megaphase.convert.megatron.names import (
+    RANK_FILE,
+    RELEASE,
+    TRACKER_FILE,
+    rank_folder,
+    todays_name,
+)
 from megaphase.convert.pickles import load_pickle
 from megaphase.errors import InputError
 

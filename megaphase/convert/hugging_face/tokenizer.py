@@ -15,7 +15,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-from megaphase.convert.tokenizer_json import tokenizer_json
+from megaphase.convert.hugging_face.tokenizer_json import tokenizer_json
 from megaphase.errors import InputError
 from megaphase.files import write_json_whole, write_text_whole
 from megaphase.tokenizer import MODEL_NAME, RECORD_NAME, SPACE_SYMBOL, Tokenizer
