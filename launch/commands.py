@@ -20,7 +20,7 @@ def local_command(
     run_file: RunFile,
     overrides: Overrides = None,
     processes: Annotated[
-        int, typer.Option("--processes", "-n", min=1, help="One a GPU, or a few on the CPU.")
+        int, typer.Option("--processes", "--gpus", "-n", min=1, help="One a GPU, or a few on the CPU.")
     ] = 1,
     command: Annotated[
         str, typer.Option(help="What they run: train or evaluate.", metavar="COMMAND")
@@ -156,19 +156,14 @@ def status_command(
     """
     from json import dumps
 
-    from rich.console import Console
+    from megaphase.launch.slurm.status import as_json, as_text, read_status
 
-    from megaphase.launch.slurm.status import as_json, as_table, read_status
-
-    console = Console(highlight=False)
     for number, run_dir in enumerate(run_dirs):
         status = read_status(run_dir)
         if json:
             print(dumps(as_json(status)))
-            continue
-        if number:
-            console.print()
-        console.print(as_table(run_dir, status), markup=False)
+        else:
+            print("\n" * (number > 0) + as_text(status), end="")
 
 
 @launch_app.command("check-node")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from megaphase.errors import InputError, RunError
 
@@ -37,8 +39,21 @@ def cancel(*jobs: str) -> None:
     subprocess.run(["scancel", *jobs], check=False)
 
 
-def job_fields(job: str) -> dict[str, str]:
-    """What `scontrol show job` says, by field; empty where Slurm no longer knows the job."""
+@dataclass(frozen=True)
+class JobRecord:
+    """What Slurm says of a job.
+
+    Attributes:
+        fields: of `scontrol show job`, by name; empty where it says nothing.
+        unknown: why it says nothing, else None.
+    """
+
+    fields: dict[str, str] = field(default_factory=dict)
+    unknown: str | None = None
+
+
+def look_up(job: str) -> JobRecord:
+    """Ask Slurm for a job; of an array, for its first task."""
     try:
         found = subprocess.run(
             ["scontrol", "show", "job", "--oneliner", job],
@@ -47,9 +62,22 @@ def job_fields(job: str) -> dict[str, str]:
             check=False,
         )
     except OSError:
-        return {}
-    pairs = (word.partition("=") for word in found.stdout.split() if "=" in word)
-    return {key: value for key, _, value in pairs}
+        return JobRecord(unknown="there is no Slurm on this machine")
+    if found.returncode:
+        reason = " ".join(found.stderr.split())
+        gone = "Invalid job id" in reason
+        return JobRecord(
+            unknown="no longer known to Slurm" if gone else f"Slurm does not answer ({reason})"
+        )
+    line = found.stdout.partition("\n")[0]
+    # Values may have spaces; names have none and begin with a capital.
+    pairs = (pair.partition("=") for pair in re.split(r" (?=[A-Z][A-Za-z_:/]*=)", line))
+    return JobRecord({key: value for key, _, value in pairs})
+
+
+def job_fields(job: str) -> dict[str, str]:
+    """What `scontrol show job` says, by field; empty where Slurm does not know the job."""
+    return look_up(job).fields
 
 
 def control(*arguments: str) -> str | None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_WRONG_INPUT, RunError
 from megaphase.files import os_errors_named, write_json_whole
+from megaphase.launch.slurm.job_file import FOLDER
 from megaphase.slurm import control, job_fields
 
-FOLDER = "slurm"  # in a run directory
 CHAIN_FILE = "chain.json"
 _NONE = "(null)"
 _END_SECONDS = 60.0
@@ -101,10 +101,10 @@ def queue_again(job: str, leave_out: str) -> None:
     Raises:
         RunError: Slurm refuses.
     """
-    # Slurm ends all that the job has started, with SIGTERM first: there is time for what can be
-    # changed only now that the job waits again.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     excluded = job_fields(job).get("ExcNodeList", _NONE)
+    # Slurm ends all that the job has started, with SIGTERM first: there is time for what can be
+    # changed only now that the job waits again. Not earlier: whoever cancels the job means it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if refused := control("requeue", job):
         raise RunError(f"job {job}: cannot be queued again ({refused})")
     if leave_out:

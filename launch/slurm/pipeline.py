@@ -16,8 +16,9 @@ from megaphase.config import RunConfig, load_run_file
 from megaphase.config.fields import Count, CountOrZero, FilePath, Section
 from megaphase.errors import InputError
 from megaphase.files import make_directory
+from megaphase.launch.slurm.job_file import remember_job
 from megaphase.launch.slurm.script import Resources, batch_script
-from megaphase.launch.slurm.submit import refuse_second_job, remember_job
+from megaphase.launch.slurm.submit import refuse_second_job
 from megaphase.slurm import cancel, submit
 from megaphase.validation_errors import as_input_error, hint
 from megaphase.yaml_file import read_yaml

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from megaphase.errors import InputError
-from megaphase.launch.slurm.submit import read_job
-from megaphase.plan.history import METRICS_FILE, read_origin
-from megaphase.slurm import job_fields
+from megaphase.launch.slurm.job_file import read_job
+from megaphase.plan.history import METRICS_FILE, phase_ends, read_origin
+from megaphase.slurm import JobRecord, look_up
 
 _TAIL_BYTES = 1 << 18
 _RECENT_STEPS = 50
@@ -26,11 +24,15 @@ class Status:
     """What is known of a run; None where something is not.
 
     Attributes:
+        run: its directory.
         job: the id of the last one that was submitted.
-        state: of the job, in Slurm's words; why it waits, or on which nodes it is.
+        state: of the job, in Slurm's words; in ours where Slurm has none.
+        reason: why the job waits, or has failed.
+        nodes, excluded: on which it is, and must not run, as Slurm writes lists of nodes.
         restarts: of the job.
-        phase: whose steps are trained now, or were last.
-        step, steps: trained and planned, counted over the whole run; a phase may end early.
+        phase: that is trained now, or was last.
+        step, steps: trained and planned, counted over the whole run; a phase that has ended counts
+            with the steps that it had.
         done: whether the last phase has ended.
         loss: of the last step.
         tokens_per_second: the median of the last steps.
@@ -39,14 +41,16 @@ class Status:
         log: of the job.
     """
 
+    run: str
     job: str | None
     state: str | None
     reason: str | None
     nodes: str | None
+    excluded: str | None
     restarts: int | None
     phase: str | None
     step: int
-    steps: int
+    steps: int | None
     done: bool
     loss: float | None
     tokens_per_second: float | None
@@ -59,37 +63,72 @@ def read_status(run_dir: Path) -> Status:
     """What is known of the run in a directory.
 
     Raises:
-        InputError: there is no run.
+        InputError: there is no run, or what it left is damaged.
     """
-    planned = _planned_steps(run_dir)
-    steps = sum(planned.values()) + read_origin(run_dir).step
-    metrics = run_dir / METRICS_FILE
-    rows = list(_last_rows(metrics))
-    training = [row for row in rows if "loss" in row][-_RECENT_STEPS:]
-    newest = training[-1] if training else {}
-    step = max((row["step"] for row in rows), default=read_origin(run_dir).step)
-    seconds = statistics.median(row["step_seconds"] for row in training) if training else None
     job = read_job(run_dir)
-    fields = job_fields(job.job) if job else {}
+    planned = _planned_steps(run_dir)
+    if planned is None and job is None:
+        raise InputError(
+            run_dir, "no run was started or submitted here", "give the `output` of a run file"
+        )
+    record = look_up(job.job) if job else JobRecord()
+    fields = record.fields
+    progress = _progress(run_dir, planned or {})
     return Status(
+        run=str(run_dir),
         job=job.job if job else None,
-        state=fields.get("JobState"),
+        state=fields.get("JobState", record.unknown),
         reason=_said(fields.get("Reason")),
         nodes=_said(fields.get("NodeList")),
+        excluded=_said(fields.get("ExcNodeList")),
         restarts=int(fields["Restarts"]) if "Restarts" in fields else None,
-        phase=newest.get("phase"),
-        step=step,
-        steps=steps,
-        done=any(
-            row.get("event") == "phase_end" and row["phase"] == list(planned)[-1] for row in rows
-        ),
-        loss=newest.get("loss"),
-        tokens_per_second=(
-            statistics.median(row["tokens_per_second"] for row in training) if training else None
-        ),
-        remaining_seconds=None if seconds is None else seconds * max(0, steps - step),
-        idle_seconds=_seconds_since_change(metrics),
+        phase=progress.phase,
+        step=progress.step,
+        steps=progress.steps if planned else None,
+        done=progress.done,
+        loss=progress.training[-1]["loss"] if progress.training else None,
+        tokens_per_second=_median(progress.training, "tokens_per_second"),
+        remaining_seconds=progress.remaining_seconds,
+        idle_seconds=_seconds_since_change(run_dir / METRICS_FILE),
         log=job.log if job else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """What the metrics say; see Status.
+
+    training: the rows of the last steps.
+    """
+
+    phase: str | None
+    step: int
+    steps: int
+    done: bool
+    training: list[dict[str, Any]]
+
+    @property
+    def remaining_seconds(self) -> float | None:
+        if self.done:
+            return 0.0
+        seconds = _median(self.training, "step_seconds")
+        return None if seconds is None else seconds * max(0, self.steps - self.step)
+
+
+def _progress(run_dir: Path, planned: Mapping[str, int]) -> _Progress:
+    """From the steps that the plan gives every phase, and what became of them."""
+    metrics, before = run_dir / METRICS_FILE, read_origin(run_dir).step
+    rows = list(_last_rows(metrics))
+    ends = dict(phase_ends(metrics))
+    steps = before
+    for phase, length in planned.items():
+        steps = ends.get(phase, steps + length)
+    return _Progress(
+        phase=next((row["phase"] for row in reversed(rows) if "phase" in row), None),
+        step=max((row["step"] for row in rows), default=before),
+        steps=steps,
+        done=bool(planned) and list(planned)[-1] in ends,
+        training=[row for row in rows if "step_seconds" in row][-_RECENT_STEPS:],
     )
 
 
@@ -98,43 +137,51 @@ def as_json(status: Status) -> dict[str, Any]:
     return asdict(status)
 
 
-def as_table(run_dir: Path, status: Status) -> Table:
-    """All of it, for people."""
-    table = Table.grid(padding=(0, 2))
-    table.add_row("run", str(run_dir))
+def as_text(status: Status) -> str:
+    """All of it, for people; a line for each thing that is known."""
+    return "".join(f"{name:<10} {value}\n" for name, value in _lines(status))
+
+
+def _lines(status: Status) -> Iterator[tuple[str, str]]:
+    yield "run", status.run
     if status.job is not None:
-        state = status.state or "no longer known to Slurm"
-        why = f" ({status.reason})" if status.reason else ""
-        nodes = f" on {status.nodes}" if status.nodes else ""
-        table.add_row("job", f"{status.job}: {state}{why}{nodes}")
-        table.add_row("restarts", "?" if status.restarts is None else f"{status.restarts}")
-    table.add_row("phase", status.phase or "none yet")
-    share = f" ({status.step / status.steps:.1%})" if status.steps else ""
-    table.add_row("step", f"{status.step:,} of {status.steps:,}{share}")
+        yield "job", _job_sentence(status)
+        yield "restarts", "?" if status.restarts is None else f"{status.restarts}"
+    yield "phase", status.phase or "none yet"
+    planned = f" of {status.steps:,} ({status.step / status.steps:.1%})" if status.steps else ""
+    yield "step", f"{status.step:,}{planned}"
     if status.loss is not None:
-        table.add_row("loss", f"{status.loss:.4f}")
+        yield "loss", f"{status.loss:.4f}"
     if status.tokens_per_second is not None:
-        table.add_row("speed", f"{status.tokens_per_second:,.0f} tokens/s")
+        yield "speed", f"{status.tokens_per_second:,.0f} tokens/s"
     if status.done:
-        table.add_row("remaining", "nothing: all phases are done")
+        yield "remaining", "nothing: all phases are done"
     elif status.remaining_seconds is not None:
-        table.add_row("remaining", _duration(status.remaining_seconds))
+        yield "remaining", f"{_duration(status.remaining_seconds)} of training"
     if status.idle_seconds is not None:
-        table.add_row("last sign", f"{_duration(status.idle_seconds)} ago")
+        yield "last sign", f"{_duration(status.idle_seconds)} ago"
     if status.log is not None:
-        table.add_row("log", status.log)
-    return table
+        yield "log", status.log
 
 
-def _planned_steps(run_dir: Path) -> dict[str, int]:
-    """Of every phase."""
+def _job_sentence(status: Status) -> str:
+    why = f" ({status.reason})" if status.reason else ""
+    nodes = f" on {status.nodes}" if status.nodes else ""
+    excluded = f", not on {status.excluded}" if status.excluded else ""
+    return f"{status.job}: {status.state}{why}{nodes}{excluded}"
+
+
+def _planned_steps(run_dir: Path) -> dict[str, int] | None:
+    """Of every phase; None before the run has begun."""
     path = run_dir / "plan.json"
     try:
         return {phase["name"]: phase["steps"] for phase in json.loads(path.read_text())["phases"]}
-    except FileNotFoundError:
-        raise InputError(run_dir, "has no plan.json", "give the directory of a run") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(path, "is damaged", "give the directory of a run") from None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(path, "is damaged", "restore it") from None
 
 
 def _last_rows(metrics: Path) -> Iterator[dict[str, Any]]:
@@ -146,7 +193,14 @@ def _last_rows(metrics: Path) -> Iterator[dict[str, Any]]:
         file.seek(max(0, size - _TAIL_BYTES))
         lines = file.read().split(b"\n")
     for line in lines[1 if size > _TAIL_BYTES else 0 : -1]:
-        yield json.loads(line)
+        try:
+            yield json.loads(line)
+        except ValueError:
+            raise InputError(metrics, "a row is not JSON", "remove that line") from None
+
+
+def _median(rows: list[dict[str, Any]], key: str) -> float | None:
+    return statistics.median(row[key] for row in rows) if rows else None
 
 
 def _seconds_since_change(path: Path) -> float | None:

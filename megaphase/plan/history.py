@@ -49,7 +49,7 @@ def real_steps(run_dir: Path, plan: Plan, origin: Origin) -> list[int]:
     Raises:
         InputError: the run that is recorded there is not one of this plan.
     """
-    ends = dict(_phase_ends(run_dir / METRICS_FILE))
+    ends = dict(phase_ends(run_dir / METRICS_FILE))
     steps, before = [], origin.step
     for phase in plan.phases:
         steps.append(ends.get(phase.name, before + phase.steps) - before)
@@ -64,7 +64,7 @@ def real_steps(run_dir: Path, plan: Plan, origin: Origin) -> list[int]:
     return steps
 
 
-def _phase_ends(metrics: Path) -> Iterator[tuple[str, int]]:
+def phase_ends(metrics: Path) -> Iterator[tuple[str, int]]:
     """(phase, its last step, counted over the run) of every phase that has ended."""
     if not metrics.exists():
         return

@@ -1,0 +1,36 @@
+"""Which job trains a run: written down in the run directory when it is submitted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megaphase.files import make_directory, write_json_whole
+
+FOLDER = "slurm"  # in a run directory
+JOB_FILE = "job.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was submitted for a run: the id of the job and the path of its log."""
+
+    job: str
+    log: str
+
+
+def remember_job(run_dir: Path, number: str, log: Path) -> Job:
+    """Write down which job trains a run."""
+    folder, job = run_dir / FOLDER, Job(number, str(log))
+    make_directory(folder)
+    write_json_whole(folder / JOB_FILE, asdict(job))
+    return job
+
+
+def read_job(run_dir: Path) -> Job | None:
+    """The last job that was submitted for a run."""
+    try:
+        return Job(**json.loads((run_dir / FOLDER / JOB_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
