@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.resources
+import math
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+# So long the processes may take to end after one was found to be dead.
+_LEAVING_SECONDS = 15.0
 
 _HEADER = re.compile(r"#SBATCH --([a-z-]+)(?:=(.*))?")
 
@@ -45,7 +49,13 @@ def template() -> str:
 
 
 def batch_script(
-    resources: Resources, name: str, logs: Path, arguments: Sequence[str], *, prefix: str = ""
+    resources: Resources,
+    name: str,
+    logs: Path,
+    arguments: Sequence[str],
+    *,
+    prefix: str = "",
+    silent_seconds: float | None = None,
 ) -> str:
     """The script of a run, which needs no arguments.
 
@@ -53,6 +63,7 @@ def batch_script(
         name: of the job.
         logs: the folder of its output, in files that begin with `prefix` and the job's id.
         arguments: of `megaphase train`: run file, overrides, --from.
+        silent_seconds: see FaultsConfig; what the script expects if None.
     """
     header = {
         "job-name": name,
@@ -73,6 +84,8 @@ def batch_script(
         "logs": f'{shlex.quote(f"{logs}/{prefix}")}"$SLURM_JOB_ID-%N.log"',
         "run": f"({shlex.join(arguments)})",
     }
+    if silent_seconds is not None:
+        settings["patience"] = str(math.ceil(silent_seconds + _LEAVING_SECONDS))
     text = _with_header(template(), header)
     for variable, value in settings.items():
         line = re.compile(rf"^{variable}=.*$", re.MULTILINE)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
-from megaphase.files import make_directory, write_json_whole
-from megaphase.launch.slurm.next import FOLDER
+from megaphase.files import make_directory
+from megaphase.launch.slurm.job_file import FOLDER, Job, read_job, remember_job
 from megaphase.launch.slurm.script import Resources, batch_script
 from megaphase.memory.table import memory_sentences, memory_summary
 from megaphase.plan.opening import memory_setup, open_plan, open_run
@@ -21,16 +19,7 @@ from megaphase.slurm import job_fields, submit
 from megaphase.training.branch import choose_branch
 from megaphase.training.run_directory import RunDirectory
 
-JOB_FILE = "job.json"
 _OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What was submitted for a run."""
-
-    job: str
-    log: str
 
 
 def check(
@@ -57,6 +46,8 @@ def check(
         raise InputError(config.where("parallel"), sentences[-1], "or say --memory, of your cards")
     refuse_second_job(config.output)
     plan = open_plan(config, tokenizer, branch.used if branch else None)
+    # Slurm does not make it; without it a job fails and has nowhere to say so.
+    make_directory(logs_folder(config.output))
     for sentence in plan_warnings(plan.summary()):
         console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
     if resources.gpus:
@@ -72,8 +63,13 @@ def script_for(
     arguments = [str(config.path.resolve()), *overrides]
     if source is not None:
         arguments += ["--from", source]
-    logs = config.output.resolve() / FOLDER
-    return batch_script(resources, f"megaphase-{config.output.name}", logs, arguments)
+    return batch_script(
+        resources,
+        f"megaphase-{config.output.name}",
+        logs_folder(config.output),
+        arguments,
+        silent_seconds=config.faults.silent_seconds,
+    )
 
 
 def submit_run(config: RunConfig, script: str) -> Job:
@@ -82,26 +78,13 @@ def submit_run(config: RunConfig, script: str) -> Job:
     Raises:
         RunError: Slurm refuses.
     """
-    folder = config.output.resolve() / FOLDER
-    make_directory(folder)
     number = submit(script)
-    return remember_job(config.output, number, folder / f"{number}.log")
+    return remember_job(config.output, number, logs_folder(config.output) / f"{number}.log")
 
 
-def remember_job(run_dir: Path, number: str, log: Path) -> Job:
-    """Write down which job trains a run."""
-    folder, job = run_dir / FOLDER, Job(number, str(log))
-    make_directory(folder)
-    write_json_whole(folder / JOB_FILE, asdict(job))
-    return job
-
-
-def read_job(run_dir: Path) -> Job | None:
-    """The last job that was submitted for a run."""
-    try:
-        return Job(**json.loads((run_dir / FOLDER / JOB_FILE).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
+def logs_folder(run_dir: Path) -> Path:
+    """Where the jobs of a run leave their output."""
+    return run_dir.resolve() / FOLDER
 
 
 def refuse_second_job(run_dir: Path) -> None:
