@@ -15,9 +15,9 @@ convert_app = typer.Typer(
 
 @convert_app.callback()
 def _convert() -> None:
-    from megaphase.convert.heap import return_large_blocks
+    from megaphase.convert.heap import prepare_for_large_tensors
 
-    return_large_blocks()
+    prepare_for_large_tensors()
 
 
 Checkpoint = Annotated[
