@@ -172,16 +172,21 @@ def check_node_command(
     overrides: Overrides = None,
     source: Source = None,
     gpus: Annotated[
-        int | None, typer.Option(min=0, help="How many it must have; else what SLURM gave.")
-    ] = None,
+        int, typer.Option(min=0, envvar="SLURM_GPUS_ON_NODE", help="How many it must have.")
+    ] = 0,
     shared_memory: Annotated[
-        float, typer.Option(min=0, help="GB that /dev/shm must have free.")
-    ] = 1.0,
+        float | None,
+        typer.Option(min=0, help="GB that /dev/shm must have free; 1 with GPUs, else 0."),
+    ] = None,
+    clock: Annotated[
+        float | None,
+        typer.Option(envvar="MEGAPHASE_CLOCK", help="Seconds since 1970 on the first node."),
+    ] = None,
     clock_seconds: Annotated[
-        float, typer.Option(min=0, help="How far its clock may be from the first node's.")
-    ] = 60.0,
+        float, typer.Option(min=0, help="How far from that its clock may be.")
+    ] = 300.0,
 ) -> None:
-    """Look whether this node can take part in a run; prints its name if not.
+    """Look whether this node can take part in a run; prints its name if so.
 
     Batch scripts run it on every node before they train.
     """
@@ -189,23 +194,24 @@ def check_node_command(
     import socket
 
     from megaphase.config import load_run_file
-    from megaphase.errors import RunError
+    from megaphase.errors import InputError, RunError
     from megaphase.launch.slurm.node import Demands, faults
 
-    config = load_run_file(run_file, tuple(overrides or ()))
-    clock = os.environ.get("MEGAPHASE_CLOCK")
-    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    try:
+        config = load_run_file(run_file, tuple(overrides or ()))
+    except InputError as error:
+        raise InputError(f"node {node}: {error.where}", error.problem, error.remedy) from None
     demands = Demands(
         output=config.output,
-        gpus=int(given) if gpus is None else gpus,
-        shared_memory_gb=shared_memory,
-        clock=None if clock is None else float(clock),
+        gpus=gpus,
+        shared_memory_gb=float(gpus > 0) if shared_memory is None else shared_memory,
+        clock=clock,
         clock_seconds=clock_seconds,
     )
     if found := list(faults(demands)):
-        node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-        print(node, flush=True)
         raise RunError(f"node {node}: {'; '.join(found)}")
+    print(node)
 
 
 @launch_app.command("next", hidden=True)
