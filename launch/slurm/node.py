@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ class Demands:
     Attributes:
         output: a folder that must be writable.
         gpus: how many; 0 for none.
-        shared_memory_gb: free, for NCCL and the loaders of data.
+        shared_memory_gb: free in /dev/shm, for NCCL.
         clock: seconds since 1970 on the first node, a moment ago; None where it is not known.
         clock_seconds: how far from that this node's clock may be.
     """
@@ -37,12 +38,7 @@ def faults(demands: Demands) -> Iterator[str]:
     """What is wrong with this node, in words."""
     if demands.gpus:
         yield from _gpu_faults(demands.gpus)
-    free = shutil.disk_usage(SHARED_MEMORY).free / GB
-    if free < demands.shared_memory_gb:
-        yield (
-            f"{SHARED_MEMORY} has {free:.1f} GB free, of {demands.shared_memory_gb:g} that are "
-            "needed"
-        )
+    yield from _memory_faults(demands.shared_memory_gb)
     yield from _output_faults(demands.output)
     if demands.clock is not None:
         ahead = time.time() - demands.clock
@@ -52,10 +48,21 @@ def faults(demands: Demands) -> Iterator[str]:
 
 
 def _gpu_faults(wanted: int) -> Iterator[str]:
-    import torch
-
-    if not torch.cuda.is_available():
-        yield "torch finds no GPU; look at nvidia-smi, the driver's version and the build of torch"
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library that it loads is not there
+        yield f"torch cannot be imported ({_line(error)})"
+        return
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        usable = torch.cuda.is_available()
+    if not usable:
+        # Of a driver that is too old, or a GPU in a bad state, torch itself warns.
+        reasons = [_line(each.message) for each in said]
+        if torch.version.cuda is None and torch.version.hip is None:
+            reasons.append("it was built without CUDA")
+        why = "; ".join(reasons) or "look at nvidia-smi and at CUDA_VISIBLE_DEVICES"
+        yield f"torch finds no GPU of {wanted} ({why})"
         return
     found = torch.cuda.device_count()
     if found < wanted:
@@ -63,10 +70,24 @@ def _gpu_faults(wanted: int) -> Iterator[str]:
     for number in range(found):
         try:
             ones = torch.ones(256, 256, device=f"cuda:{number}")
-            assert float((ones @ ones)[0, 0]) == 256.0
-        except (RuntimeError, AssertionError) as error:
-            reason = " ".join(str(error).split())[:200] or "a product is wrong"
-            yield f"GPU {number} does not compute: {reason}"
+            right = bool((ones @ ones == 256).all())
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch's own
+            yield f"GPU {number} does not compute ({_line(error)})"
+        else:
+            if not right:
+                yield f"GPU {number} computes wrong products"
+
+
+def _memory_faults(wanted_gb: float) -> Iterator[str]:
+    if not wanted_gb:
+        return
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free / GB
+    except OSError as error:
+        yield f"{SHARED_MEMORY} cannot be looked at ({error.strerror})"
+        return
+    if free < wanted_gb:
+        yield f"{SHARED_MEMORY} has {free:.2f} GB free, of {wanted_gb:g} that are needed"
 
 
 def _output_faults(folder: Path) -> Iterator[str]:
@@ -78,3 +99,8 @@ def _output_faults(folder: Path) -> Iterator[str]:
             os.fsync(file.fileno())
     except OSError as error:
         yield f"{folder} cannot be written ({error.strerror})"
+
+
+def _line(message: object) -> str:
+    """The beginning of what somebody else says, as one line."""
+    return " ".join(str(message).split())[:300]

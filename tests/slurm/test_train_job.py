@@ -1,52 +1,38 @@
-"""`megaphase launch slurm` on two nodes: the run is that of one machine, whatever happens to it."""
+"""`megaphase launch slurm` on two nodes: the run is that of one machine, whatever happens to it.
+
+What takes minutes is in test_train_job_slow.py.
+"""
 
 from __future__ import annotations
 
-import subprocess
+import signal
 from pathlib import Path
-from typing import Any
 
-import pytest
 from cluster import Cluster
-from distributed import launch
-from run_support import make_corpora, megaphase, read_rows, run_settings, timeless, write_run_file
-
-NODES, TASKS = 2, 2
-STEPS = (50, 30)
-START_SECONDS = 180.0
+from run_support import make_corpora, write_run_file
+from train_job_support import TrainJob, rows_of_one_machine, settings
 
 
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpora(tmp_path_factory.mktemp("corpora"))
+def test_a_disturbed_run_ends_as_an_undisturbed_one(cluster: Cluster, tmp_path: Path) -> None:
+    corpora = make_corpora(tmp_path / "corpora")
+    run_file = write_run_file(tmp_path / "a run", settings(corpora))
+    job = TrainJob.submitted(cluster, run_file)
+    expected = rows_of_one_machine(tmp_path / "undisturbed", corpora)
 
+    job.train_further()
+    job.signal("USR1")
+    log = job.start_again()
+    assert "\nn1: megaphase: SIGUSR1 came to rank 0: saved after step " in log
+    assert f"\nmegaphase: job {job.job}: stopped after a checkpoint; the newest check" in log
 
-def settings(corpora: Path, **changes: Any) -> dict[str, Any]:
-    """Tensor 2 × data 2, ZeRO-3: every tensor-parallel group on one node, every data-parallel one
-    on both."""
-    found = run_settings(corpora, parallel={"tensor": 2, "zero": 3}, **changes)
-    for phase, steps in zip(found["phases"], STEPS, strict=True):
-        phase["steps"] = steps
-    return found
+    job.train_further()
+    job.signal_rank(3, signal.SIGKILL)
+    log = job.start_again()
+    last = [line for line in log.splitlines() if "megaphase: " in line][-2:]
+    assert last[0].startswith("n1: megaphase: rank 3 on n2 (process ")
+    assert "has ended without a word" in last[0]
+    assert last[1].startswith(f"megaphase: job {job.job}: failed with exit code 137; ")
+    assert last[1].endswith("; queued again")
 
-
-@pytest.fixture(scope="module")
-def undisturbed(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The rows of the run on this machine alone, started as torchrun does."""
-    run_file = write_run_file(tmp_path_factory.mktemp("undisturbed"), settings(corpora))
-    results = launch(megaphase("train", run_file), NODES * TASKS)
-    assert [result.returncode for result in results] == [0] * NODES * TASKS, results[0].stderr
-    return timeless(read_rows(run_file.parent / "run"))
-
-
-def submit(cluster: Cluster, run_file: Path, *options: object) -> str:
-    """Submit a run as a user does; the job's id."""
-    layout = ["--nodes", NODES, "--gpus-per-node", 0, "--tasks-per-node", TASKS, "--cores", 1]
-    command = megaphase("launch", "slurm", run_file, *layout, *options)
-    done = subprocess.run(
-        command, env=cluster.environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    first = done.stdout.splitlines()[0]
-    assert first.startswith("Submitted: job ")
-    return first.split()[-1]
+    assert job.rows_at_the_end() == expected
+    assert cluster.job(job.job)["Restarts"] == "2"
