@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -20,7 +20,8 @@ def local_command(
     run_file: RunFile,
     overrides: Overrides = None,
     processes: Annotated[
-        int, typer.Option("--processes", "--gpus", "-n", min=1, help="One a GPU, or a few on the CPU.")
+        int,
+        typer.Option("--processes", "--gpus", "-n", min=1, help="One a GPU, or a few on the CPU."),
     ] = 1,
     command: Annotated[
         str, typer.Option(help="What they run: train or evaluate.", metavar="COMMAND")
@@ -235,6 +236,7 @@ def next_command(
         newest_step,
         queue_again,
         read_chain,
+        too_few_nodes,
         write_chain,
     )
 
@@ -244,13 +246,20 @@ def next_command(
     write_chain(output, chain)
     bad = ",".join(bad_nodes.split())
     if bad and not exclude:
-        print(f"megaphase: job {job}: not started, for the nodes {bad}", flush=True)
-        sys.exit(code)
+        _end_job(job, f"not started: {bad} did not pass the check of nodes, see above", code)
     following = decide(chain, code, restarts)
-    print(f"megaphase: job {job}: {following.sentence}", flush=True)
+    if bad and following.again and (reason := too_few_nodes(job, bad)):
+        _end_job(job, f"not started, and not queued again: {reason}", code)
+    without = f", without {bad}" if bad and following.again else ""
+    print(f"megaphase: job {job}: {following.sentence}{without}", flush=True)
     if following.again:
         queue_again(job, leave_out=bad)
     sys.exit(following.exit_code)
+
+
+def _end_job(job: str, sentence: str, code: int) -> NoReturn:
+    print(f"megaphase: job {job}: {sentence}", flush=True)
+    sys.exit(code)
 
 
 def demo_command(

@@ -13,7 +13,7 @@ from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_WRONG_INPUT, RunError
 from megaphase.files import os_errors_named, write_json_whole
 from megaphase.launch.slurm.job_file import FOLDER
-from megaphase.slurm import control, job_fields
+from megaphase.slurm import control, host_names, job_fields, partition_nodes
 
 CHAIN_FILE = "chain.json"
 _NONE = "(null)"
@@ -91,6 +91,18 @@ def newest_step(run_dir: Path) -> int:
         return 0
     found = (_STEP.fullmatch(path.name) for path in folder.iterdir())
     return max((int(match[1]) for match in found if match), default=0)
+
+
+def too_few_nodes(job: str, leave_out: str) -> str | None:
+    """Why a job could never start again without these nodes, besides those it does without now."""
+    fields = job_fields(job)
+    partition = fields.get("Partition", "")
+    there = set(partition_nodes(partition))
+    left = there - set(host_names(leave_out)) - set(host_names(fields.get("ExcNodeList", _NONE)))
+    needed = int(fields.get("NumNodes", "0").split("-")[0])
+    if len(left) >= needed:
+        return None
+    return f"without {leave_out} partition {partition} has {len(left)} of {needed} nodes"
 
 
 def queue_again(job: str, leave_out: str) -> None:
