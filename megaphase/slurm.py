@@ -84,3 +84,27 @@ def control(*arguments: str) -> str | None:
     """Call scontrol; why it refused, or None."""
     result = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=False)
     return " ".join((result.stderr or result.stdout).split()) if result.returncode else None
+
+
+def host_names(expression: str) -> list[str]:
+    """The nodes that Slurm writes as n[1-3],n7; none for (null)."""
+    if expression in ("", "(null)"):
+        return []
+    return _lines("scontrol", "show", "hostnames", expression)
+
+
+def partition_nodes(partition: str) -> list[str]:
+    """The nodes of a partition, whatever their state."""
+    return _lines("sinfo", "--noheader", "--Node", "--format=%N", f"--partition={partition}")
+
+
+def _lines(*command: str) -> list[str]:
+    """What a command prints.
+
+    Raises:
+        RunError: it failed.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RunError(f"{command[0]}: {' '.join(done.stderr.split())}")
+    return done.stdout.splitlines()
