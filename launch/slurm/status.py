@@ -12,7 +12,8 @@ from typing import Any
 
 from megaphase.errors import InputError
 from megaphase.launch.slurm.job_file import read_job
-from megaphase.plan.history import METRICS_FILE, phase_ends, read_origin
+from megaphase.plan.history import phase_ends, read_origin
+from megaphase.run_files import METRICS_FILE, PLAN_FILE
 from megaphase.slurm import JobRecord, look_up
 
 _TAIL_BYTES = 1 << 18
@@ -173,7 +174,7 @@ def _job_sentence(status: Status) -> str:
 
 def _planned_steps(run_dir: Path) -> dict[str, int] | None:
     """Of every phase; None before the run has begun."""
-    path = run_dir / "plan.json"
+    path = run_dir / PLAN_FILE
     try:
         return {phase["name"]: phase["steps"] for phase in json.loads(path.read_text())["phases"]}
     except (FileNotFoundError, NotADirectoryError):

@@ -20,6 +20,7 @@ from megaphase.experiments.plot_style import line_colours
 from megaphase.experiments.run_page import NOTHING, comparison_article, run_article
 from megaphase.experiments.runs import RunRecord, load_run
 from megaphase.files import directory_written_aside
+from megaphase.run_files import METRICS_FILE
 
 __all__ = ["final_losses", "load_run", "summary_table", "verdicts", "write_report"]
 
@@ -42,7 +43,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     for run in runs:
         if not run.validation:
             raise InputError(
-                run.directory / "metrics.jsonl",
+                run.directory / METRICS_FILE,
                 "has no validation row yet",
                 "wait until the run has validated for the first time",
             )

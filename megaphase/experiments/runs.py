@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, RootModel, Validati
 from megaphase.errors import InputError
 from megaphase.plan.history import Origin, read_origin
 from megaphase.records import read_record
+from megaphase.run_files import METRICS_FILE, PLAN_FILE, RUN_FILE
 
 REMEDY = "give the directory of a run of megaphase train"
 
@@ -200,9 +201,9 @@ def load_run(run_dir: Path) -> RunRecord:
     """
     if not run_dir.is_dir():
         raise InputError(run_dir, "is not a directory", REMEDY)
-    settings = read_record(run_dir / "run.json", RootModel[dict[str, Any]], REMEDY).root
-    plan = read_record(run_dir / "plan.json", PlanRecord, REMEDY)
-    training, validation, events = _read_metrics(run_dir / "metrics.jsonl")
+    settings = read_record(run_dir / RUN_FILE, RootModel[dict[str, Any]], REMEDY).root
+    plan = read_record(run_dir / PLAN_FILE, PlanRecord, REMEDY)
+    training, validation, events = _read_metrics(run_dir / METRICS_FILE)
     known = {phase.name for phase in plan.phases}
     origin = read_origin(run_dir)
     plan = _as_it_came_out(plan, origin.step, events)
@@ -211,7 +212,7 @@ def load_run(run_dir: Path) -> RunRecord:
     for row in run.rows:
         if row.phase not in known:
             raise InputError(
-                run_dir / "metrics.jsonl",
+                run_dir / METRICS_FILE,
                 f"step {row.step} is of phase {row.phase!r}, which plan.json does not have",
                 "the two files are of different runs",
             )

@@ -13,9 +13,7 @@ from typing import NamedTuple
 
 from megaphase.errors import InputError
 from megaphase.plan.plan import Plan
-
-ORIGIN_FILE = "origin.json"
-METRICS_FILE = "metrics.jsonl"
+from megaphase.run_files import METRICS_FILE, ORIGIN_FILE
 
 
 class Origin(NamedTuple):

@@ -12,8 +12,8 @@ from megaphase.checkpoint.store import STATE_FILE, read_state, state_or_nothing
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
 from megaphase.files import os_errors_named, write_json_whole
-from megaphase.plan.history import ORIGIN_FILE
 from megaphase.plan.spec import PlanSpec
+from megaphase.run_files import ORIGIN_FILE
 from megaphase.training.run_directory import RunDirectory
 
 

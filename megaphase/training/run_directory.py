@@ -12,6 +12,7 @@ from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
 from megaphase.files import write_json_whole
+from megaphase.run_files import METRICS_FILE, PLAN_FILE, RUN_FILE
 
 # What may change between two starts of one run: nothing that its numbers depend on, but by their
 # rounding. Where corpora and tokenizer lie may, what they hold may not: the plan's fingerprint
@@ -30,16 +31,16 @@ class RunDirectory:
     @property
     def run_file(self) -> Path:
         """The run file as it was understood, with every default."""
-        return self.path / "run.json"
+        return self.path / RUN_FILE
 
     @property
     def plan_file(self) -> Path:
         """Tokens, rates and epochs per phase and task."""
-        return self.path / "plan.json"
+        return self.path / PLAN_FILE
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS_FILE
 
     @property
     def tensorboard(self) -> Path:
