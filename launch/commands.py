@@ -94,7 +94,7 @@ def slurm_command(
     from rich.console import Console
 
     from megaphase.errors import InputError
-    from megaphase.launch.slurm.script import Resources
+    from megaphase.launch.slurm.script import Resources, sbatch_options
     from megaphase.launch.slurm.submit import check, script_for, submit_run
     from megaphase.slurm import require_sbatch
 
@@ -112,7 +112,7 @@ def slurm_command(
         tasks_per_node=gpus_per_node or tasks_per_node or 1,
         gpus=gpus_per_node > 0,
         cores=cores,
-        options=[*given, *shlex.split(sbatch)],
+        options=[*given, *sbatch_options(sbatch)],
         exclude_bad_nodes=exclude_bad_nodes,
         restarts=restarts,
     )
@@ -131,8 +131,17 @@ def slurm_command(
 
 
 def _submit_pipeline(path: Path, context: typer.Context, *, dry_run: bool) -> None:
+    from megaphase.errors import InputError
     from megaphase.launch.slurm.pipeline import load_pipeline, scripts, submit_pipeline
 
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if (
+            name not in ("pipeline", "dry_run")
+            and source is not None
+            and source.name == "COMMANDLINE"
+        ):
+            raise InputError(f"--pipeline {path}", f"{name} is given, too", "put it into the file")
     pipeline = load_pipeline(path, context.find_root().command)
     if dry_run:
         for name, script in scripts(pipeline).items():
@@ -142,7 +151,7 @@ def _submit_pipeline(path: Path, context: typer.Context, *, dry_run: bool) -> No
     jobs = submit_pipeline(pipeline)
     for name, job in jobs.items():
         print(f"Submitted: {name}, job {job}")
-    print(f"Output: {pipeline.folder / pipeline.logs}")
+    print(f"Output: {pipeline.logs_folder}")
     print(f"Follow: squeue --jobs {','.join(jobs.values())}")
 
 

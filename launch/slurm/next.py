@@ -62,7 +62,8 @@ def decide(chain: Chain, code: int, restarts: int) -> Next:
     what = "stopped after a checkpoint" if code == EXIT_REQUEUE else f"failed with exit code {code}"
     reached = f"the newest checkpoint is of step {chain.step:,}"
     if chain.without_progress > restarts:
-        starts = f"{chain.without_progress} starts in a row brought no newer one"
+        plural = "s" if chain.without_progress > 1 else ""
+        starts = f"{chain.without_progress} start{plural} in a row brought no newer one"
         return Next(False, f"{what}; {reached}, and {starts}; not queued again", EXIT_FAILED)
     return Next(True, f"{what}; {reached}; queued again", EXIT_REQUEUE)
 

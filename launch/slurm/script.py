@@ -11,9 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megaphase.errors import InputError
+
 # So long the processes may take to end after one was found to be dead.
 _LEAVING_SECONDS = 15.0
 
+_OPTION = re.compile(r"--([a-z-]+)(?:=.*)?", re.DOTALL)
+# What is to be said instead: layout and memory are checked against it.
+_OWN = {
+    "nodes": "say --nodes",
+    "gpus-per-node": "say --gpus-per-node",
+    "ntasks-per-node": "say --gpus-per-node, or --tasks-per-node",
+    "cpus-per-task": "say --cores",
+    **dict.fromkeys(("gpus", "gpus-per-task", "gres"), "say --nodes and --gpus-per-node"),
+    **dict.fromkeys(("ntasks", "array"), "one task runs on each GPU"),
+}
 _HEADER = re.compile(r"#SBATCH --([a-z-]+)(?:=(.*))?")
 
 
@@ -41,6 +53,27 @@ class Resources:
     @property
     def processes(self) -> int:
         return self.nodes * self.tasks_per_node
+
+
+def sbatch_options(text: str) -> list[str]:
+    """More options of sbatch, taken apart as a shell does.
+
+    Raises:
+        InputError: one is not of the form --NAME=VALUE, or says what Resources say.
+    """
+    try:
+        options = shlex.split(text)
+    except ValueError as error:
+        raise InputError("--sbatch", f"cannot be taken apart ({error})", "check quotes") from None
+    for option in options:
+        match = _OPTION.fullmatch(option)
+        if match is None:
+            raise InputError(
+                "--sbatch", f"{option!r} is no option", "write --NAME=VALUE, or --NAME"
+            )
+        if match[1] in _OWN:
+            raise InputError("--sbatch", f"--{match[1]} has no place there", _OWN[match[1]])
+    return options
 
 
 def template() -> str:
@@ -92,6 +125,19 @@ def batch_script(
         assert len(line.findall(text)) == 1, variable
         text = line.sub(lambda _, v=variable, to=value: f"{v}={to}", text)  # type: ignore[misc]
     return text
+
+
+def command_script(resources: Resources, name: str, line: str) -> str:
+    """The script of a job of one process, which runs a command of `megaphase`.
+
+    line: what follows that word, for a shell.
+    """
+    options = [f"--job-name={name}", "--ntasks=1", "--requeue", "--open-mode=append"]
+    if resources.cores is not None:
+        options.append(f"--cpus-per-task={resources.cores}")
+    header = [f"#SBATCH {shlex.quote(option)}" for option in (*options, *resources.options)]
+    command = f"exec {shlex.quote(sys.executable)} -m megaphase {line.strip()}"
+    return "\n".join(["#!/bin/bash", *header, command]) + "\n"
 
 
 def _with_header(text: str, header: dict[str, str | None]) -> str:

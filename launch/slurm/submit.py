@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,10 @@ from megaphase.slurm import job_fields, submit
 from megaphase.training.branch import choose_branch
 from megaphase.training.run_directory import RunDirectory
 
-_OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
+_OVER = {
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL"),
+    *("OUT_OF_MEMORY", "DEADLINE"),
+}
 
 
 def check(
@@ -36,8 +40,8 @@ def check(
         InputError: the run cannot begin, or does not fit.
     """
     config, tokenizer = open_run(run_file, overrides)
-    directory = RunDirectory(config.output)
-    directory.refuse_other_run(config)
+    _refuse_unwritable(config)
+    RunDirectory(config.output).refuse_other_run(config)
     branch = choose_branch(config, source)
     setup = memory_setup(config, tokenizer, resources.processes)
     needed = memory_summary(setup, card_gb)
@@ -54,6 +58,17 @@ def check(
         for sentence in sentences:
             console.print(sentence, markup=False, soft_wrap=True)
     return config
+
+
+def _refuse_unwritable(config: RunConfig) -> None:
+    """Before anything is looked for in an output that cannot be."""
+    there = config.output
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise InputError(config.where("output"), f"{there} is not a folder", "choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(config.where("output"), f"{there} cannot be written", "choose another")
 
 
 def script_for(
