@@ -6,10 +6,16 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megaphase.errors import InputError
 from megaphase.files import make_directory, write_json_whole
+from megaphase.slurm import job_fields
 
 FOLDER = "slurm"  # in a run directory
 JOB_FILE = "job.json"
+_OVER = {
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL"),
+    *("OUT_OF_MEMORY", "DEADLINE"),
+}
 
 
 @dataclass(frozen=True)
@@ -34,3 +40,19 @@ def read_job(run_dir: Path) -> Job | None:
         return Job(**json.loads((run_dir / FOLDER / JOB_FILE).read_text()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def refuse_second_job(run_dir: Path) -> None:
+    """Refuse a run that is in the queue, or at work, already.
+
+    Raises:
+        InputError: naming the job.
+    """
+    job = read_job(run_dir)
+    state = job_fields(job.job).get("JobState") if job else None
+    if job and state is not None and state not in _OVER:
+        raise InputError(
+            run_dir,
+            f"job {job.job} of this run is {state.lower()}",
+            f"wait for it, or end it with `scancel {job.job}`",
+        )

@@ -3,44 +3,61 @@
 from __future__ import annotations
 
 import re
-import shlex
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import typer
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
-from megaphase.config import RunConfig, load_run_file
+from megaphase.config import load_run_file
 from megaphase.config.fields import Count, CountOrZero, FilePath, Section
 from megaphase.errors import InputError
 from megaphase.files import make_directory
-from megaphase.launch.slurm.job_file import remember_job
-from megaphase.launch.slurm.script import Resources, batch_script
-from megaphase.launch.slurm.submit import refuse_second_job
+from megaphase.launch.slurm.command_line import PLACEHOLDER, filled, parsed, words_of
+from megaphase.launch.slurm.job_file import refuse_second_job, remember_job
+from megaphase.launch.slurm.script import Resources, batch_script, command_script
 from megaphase.slurm import cancel, submit
 from megaphase.validation_errors import as_input_error, hint
 from megaphase.yaml_file import read_yaml
 
-_PLACEHOLDER = re.compile(r"%(tasks|task)\b")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_OPTION = re.compile(r"--([a-z][a-z-]*)(=.+)?", re.DOTALL)
+_TASK = "${SLURM_ARRAY_TASK_ID}"
+_KEY_OF_OPTION = {"array": "array", "dependency": "after", "nodes": "nodes"}
+_OF_TRAINING = ("nodes", "gpus_per_node", "tasks_per_node", "restarts", "exclude_bad_nodes")
 
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _options(value: object) -> object:
+    """Options of sbatch, also as one text: `--partition=cpu --time=1:00:00`."""
+    found = words_of(value) if isinstance(value, str) else value
+    for option in found if isinstance(found, list) else []:
+        match = _OPTION.fullmatch(str(option))
+        if match is None:
+            raise ValueError(f"{option!r} is not of the form --name=value; write it so")
+        if match[1] in _KEY_OF_OPTION:
+            raise ValueError(f"{option!r} is the key `{_KEY_OF_OPTION[match[1]]}`; use that")
+    return found
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+Options = Annotated[tuple[str, ...], BeforeValidator(_options)]
 
 
 class Step(Section):
     """A job. Either `command`, what stands behind `megaphase` on a command line, or `train`.
 
+    train: the arguments of `megaphase train`.
     after: steps that must have ended well before.
-    array: so many tasks run the command; %task in it is a task's number from 0, %tasks how many.
-    train: a run file, with values that replace its own; nodes, gpus_per_node, tasks_per_node,
-        restarts, exclude_bad_nodes: see `megaphase launch slurm`.
+    array: so many tasks do the same; %task is the number of one, from 0, and %tasks how many.
+    cores: of each process.
     sbatch: options of this job; they win over the pipeline's.
+    nodes, gpus_per_node, tasks_per_node, restarts, exclude_bad_nodes: of a training; see
+        `megaphase launch slurm`.
     """
 
     command: str | None = None
@@ -48,10 +65,10 @@ class Step(Section):
     after: Names = ()
     array: Count | None = None
     cores: Count | None = None
+    sbatch: Options = ()
     nodes: Count = 1
     gpus_per_node: CountOrZero = 8
     tasks_per_node: Count | None = None
-    sbatch: Names = ()
     restarts: CountOrZero = 3
     exclude_bad_nodes: Annotated[bool, Field(strict=True)] = False
 
@@ -59,9 +76,32 @@ class Step(Section):
     def _one_of_two(self) -> Self:
         if (self.command is None) == (self.train is None):
             raise ValueError("give either command or train")
-        if self.array is not None and self.command is None:
-            raise ValueError("array is for a command")
+        strange = [key for key in _OF_TRAINING if key in self.model_fields_set]
+        if self.command is not None and strange:
+            raise ValueError(f"{strange[0]} is for train; leave it out, or use sbatch")
+        if self.tasks_per_node is not None and self.gpus_per_node:
+            raise ValueError("tasks_per_node is for nodes without GPUs; add gpus_per_node: 0")
         return self
+
+    @property
+    def line(self) -> str:
+        """What follows `megaphase`."""
+        return self.command if self.command is not None else f"train {self.train}"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a step trains.
+
+    Attributes:
+        arguments: of `megaphase train`; with %task where the step is an array.
+        outputs: the run directory of each task.
+        silent_seconds: see FaultsConfig.
+    """
+
+    arguments: list[str]
+    outputs: list[Path]
+    silent_seconds: float
 
 
 class Pipeline(Section):
@@ -69,14 +109,20 @@ class Pipeline(Section):
 
     steps: dict[str, Step] = Field(min_length=1)
     logs: FilePath = Path("logs")
-    sbatch: Names = ()
+    sbatch: Options = ()
 
     _path: Path = PrivateAttr(default=Path("pipeline.yaml"))
+    _trainings: dict[str, Training] = PrivateAttr(default_factory=dict)
 
     @property
     def folder(self) -> Path:
         """In which the commands run, and from which relative paths are taken: the file's."""
         return self._path.resolve().parent
+
+    @property
+    def logs_folder(self) -> Path:
+        """Of all jobs' output."""
+        return self.folder / self.logs
 
     def where(self, key: str) -> str:
         """`FILE: KEY`, for messages."""
@@ -97,18 +143,16 @@ def load_pipeline(path: Path, program: Any) -> Pipeline:
         raise as_input_error(path, error) from None
     pipeline._path = path
     for name, step in pipeline.steps.items():
-        for other in step.after:
-            if other not in pipeline.steps:
-                raise InputError(
-                    pipeline.where(f"steps.{name}.after"),
-                    f"no step {other!r}",
-                    hint(other, pipeline.steps, "the steps are"),
-                )
-        if step.command is not None:
-            _check_command(pipeline.where(f"steps.{name}.command"), step, program)
-        else:
-            _check_run(pipeline, name, step)
+        _check_names(pipeline, name, step)
     _order(pipeline)
+    for name, step in pipeline.steps.items():
+        key = "command" if step.command is not None else "train"
+        where = pipeline.where(f"steps.{name}.{key}")
+        if step.array is None and (found := PLACEHOLDER.search(step.line)):
+            raise InputError(where, f"{found[0]} stands for nothing", "add array: N to the step")
+        parsed(where, filled(step.line, "0", step.array), program)
+        if step.train is not None:
+            pipeline._trainings[name] = _training(pipeline, name, step, program)
     return pipeline
 
 
@@ -123,24 +167,45 @@ def submit_pipeline(pipeline: Pipeline) -> dict[str, str]:
     Raises:
         RunError: Slurm refuses one; the others have been taken from the queue.
     """
-    make_directory(pipeline.folder / pipeline.logs)
+    make_directory(pipeline.logs_folder)
     jobs: dict[str, str] = {}
     try:
         for name, script in scripts(pipeline).items():
-            step = pipeline.steps[name]
-            options = [f"--chdir={pipeline.folder}"]
-            if step.after:
-                needed = ":".join(jobs[other] for other in step.after)
-                options += [f"--dependency=afterok:{needed}", "--kill-on-invalid-dep=yes"]
-            jobs[name] = submit(script, options)
-            if step.train is not None:
-                output = _run(pipeline, step).output
-                remember_job(output, jobs[name], _logs(pipeline) / f"{name}-{jobs[name]}.log")
+            needed = ":".join(jobs[other] for other in pipeline.steps[name].after)
+            # A job that can never start leaves the queue.
+            after = [f"--dependency=afterok:{needed}", "--kill-on-invalid-dep=yes"]
+            jobs[name] = submit(script, after if needed else [])
+        for name, training in pipeline._trainings.items():
+            _remember(pipeline, name, training, jobs[name])
     except BaseException:
         if jobs:
             cancel(*jobs.values())
         raise
     return jobs
+
+
+def _remember(pipeline: Pipeline, name: str, training: Training, job: str) -> None:
+    is_array = pipeline.steps[name].array is not None
+    for task, output in enumerate(training.outputs):
+        number = f"{job}_{task}" if is_array else job
+        remember_job(output, number, pipeline.logs_folder / f"{name}-{number}.log")
+
+
+def _check_names(pipeline: Pipeline, name: str, step: Step) -> None:
+    """The step's own, of which files are named, and those of the steps before it."""
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            pipeline.where(f"steps.{name}"),
+            "this is no name for a job",
+            "use letters, digits, points, dashes and underscores",
+        )
+    for other in step.after:
+        if other not in pipeline.steps:
+            raise InputError(
+                pipeline.where(f"steps.{name}.after"),
+                f"no step {other!r}",
+                hint(other, pipeline.steps, "the steps are"),
+            )
 
 
 def _order(pipeline: Pipeline) -> list[str]:
@@ -163,87 +228,67 @@ def _order(pipeline: Pipeline) -> list[str]:
     return ordered
 
 
-def _check_command(where: str, step: Step, program: Any) -> None:
-    """Whether there is such a command, with such options."""
-    assert step.command is not None
-    try:
-        words = shlex.split(_filled(step.command, {"task": "0", "tasks": str(step.array or 1)}))
-    except ValueError as error:
-        raise InputError(where, f"cannot be taken apart ({error})", "check its quotes") from None
-    if step.array is None and (found := _PLACEHOLDER.search(step.command)):
-        raise InputError(where, f"{found[0]} stands for nothing", "add array: N to the step")
-    try:
-        _parse(program, words)
-    except typer.Exit:  # --help, or the like
-        pass
-    except Exception as error:
-        # typer's errors have no public base class; this is how all of them say what is wrong.
-        message = getattr(error, "format_message", None)
-        if message is None:
-            raise
-        problem = message() or "something is missing behind it"
-        raise InputError(where, problem, "see `megaphase --help`") from None
-
-
-def _parse(command: Any, words: list[str], parent: Any = None) -> None:
-    """Parse a command line down to the last command in it, and run nothing."""
-    context = command.make_context(command.name, list(words), parent=parent)
-    if hasattr(command, "resolve_command"):  # a group of commands
-        _, found, rest = command.resolve_command(context, [*context._protected_args, *context.args])
-        _parse(found, rest, context)
-
-
-def _check_run(pipeline: Pipeline, name: str, step: Step) -> None:
-    """What can be known before the corpora are there."""
-    try:
-        _run(pipeline, step).micro_batches(_resources(pipeline, step).processes)
-    except InputError as error:
-        raise InputError(pipeline.where(f"steps.{name}.train"), str(error)) from None
-    refuse_second_job(_run(pipeline, step).output)
-
-
-def _run(pipeline: Pipeline, step: Step) -> RunConfig:
-    run_file, *overrides = shlex.split(step.train or "")
-    return load_run_file(pipeline.folder / run_file, tuple(overrides))
+def _training(pipeline: Pipeline, name: str, step: Step, program: Any) -> Training:
+    """Check what can be known of a run before its corpora are there."""
+    where = pipeline.where(f"steps.{name}.train")
+    outputs: list[Path] = []
+    for task in range(step.array or 1):
+        given = parsed(where, filled(step.line, str(task), step.array), program)
+        try:
+            config = load_run_file(
+                pipeline.folder / given["run_file"], tuple(given["overrides"] or ())
+            )
+            config.micro_batches(_resources(pipeline, name, step).processes)
+            refuse_second_job(config.output)
+        except InputError as error:
+            raise InputError(where, str(error)) from None
+        outputs.append(config.output)
+    trained = [each for other in pipeline._trainings.values() for each in other.outputs]
+    for number, output in enumerate(outputs):
+        if output in [*trained, *outputs[:number]]:
+            raise InputError(
+                where, f"the run in {output} is trained twice", "give each run its own output"
+            )
+    given = parsed(where, step.line, program)
+    source = [] if given["source"] is None else ["--from", given["source"]]
+    run_file = str(pipeline.folder / given["run_file"])
+    arguments = [run_file, *(given["overrides"] or []), *source]
+    return Training(arguments, outputs, config.faults.silent_seconds)
 
 
 def _script(pipeline: Pipeline, name: str, step: Step) -> str:
-    if step.train is not None:
-        run_file, *overrides = shlex.split(step.train)
-        arguments = [str(pipeline.folder / run_file), *overrides]
-        return batch_script(
-            _resources(pipeline, step), name, _logs(pipeline), arguments, prefix=f"{name}-"
-        )
-    options = [f"--job-name={name}", "--ntasks=1", "--requeue", "--open-mode=append"]
-    number = "%A_%a" if step.array else "%j"
-    options.append(f"--output={_logs(pipeline) / f'{name}-{number}.log'}")
-    if step.array:
-        options.append(f"--array=0-{step.array - 1}")
-    if step.cores:
-        options.append(f"--cpus-per-task={step.cores}")
-    header = [f"#SBATCH {shlex.quote(each)}" for each in (*options, *pipeline.sbatch, *step.sbatch)]
-    values = {"task": '"$SLURM_ARRAY_TASK_ID"', "tasks": str(step.array)}
-    command = (
-        f"exec {shlex.quote(sys.executable)} -m megaphase {_filled(step.command or '', values)}"
+    resources = _resources(pipeline, name, step)
+    training = pipeline._trainings.get(name)
+    if training is None:
+        return command_script(resources, name, filled(step.line, _TASK, step.array))
+    text = batch_script(
+        resources,
+        name,
+        pipeline.logs_folder,
+        training.arguments,
+        prefix=f"{name}-",
+        silent_seconds=training.silent_seconds,
     )
-    return "\n".join(["#!/bin/bash", *header, command]) + "\n"
+    return re.sub(r"(?m)^run=.*$", lambda line: filled(line[0], _TASK, step.array), text)
 
 
-def _resources(pipeline: Pipeline, step: Step) -> Resources:
+def _resources(pipeline: Pipeline, name: str, step: Step) -> Resources:
     return Resources(
         nodes=step.nodes,
         tasks_per_node=step.gpus_per_node or step.tasks_per_node or 1,
         gpus=step.gpus_per_node > 0,
         cores=step.cores,
-        options=[*pipeline.sbatch, *step.sbatch],
+        options=list(_own_options(pipeline, name, step)),
         exclude_bad_nodes=step.exclude_bad_nodes,
         restarts=step.restarts,
     )
 
 
-def _filled(command: str, values: Mapping[str, str]) -> str:
-    return _PLACEHOLDER.sub(lambda found: values[found[1]], command)
-
-
-def _logs(pipeline: Pipeline) -> Path:
-    return pipeline.folder / pipeline.logs
+def _own_options(pipeline: Pipeline, name: str, step: Step) -> Iterator[str]:
+    """Of sbatch, beside those that every script has."""
+    yield f"--chdir={pipeline.folder}"
+    yield f"--output={pipeline.logs_folder}/{name}-{'%j' if step.array is None else '%A_%a'}.log"
+    if step.array is not None:
+        yield f"--array=0-{step.array - 1}"
+    yield from pipeline.sbatch
+    yield from step.sbatch

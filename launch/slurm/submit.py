@@ -11,19 +11,14 @@ from rich.console import Console
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
 from megaphase.files import make_directory
-from megaphase.launch.slurm.job_file import FOLDER, Job, read_job, remember_job
+from megaphase.launch.slurm.job_file import FOLDER, Job, refuse_second_job, remember_job
 from megaphase.launch.slurm.script import Resources, batch_script
 from megaphase.memory.table import memory_sentences, memory_summary
 from megaphase.plan.opening import memory_setup, open_plan, open_run
 from megaphase.plan.preview import plan_warnings
-from megaphase.slurm import job_fields, submit
+from megaphase.slurm import submit
 from megaphase.training.branch import choose_branch
 from megaphase.training.run_directory import RunDirectory
-
-_OVER = {
-    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL"),
-    *("OUT_OF_MEMORY", "DEADLINE"),
-}
 
 
 def check(
@@ -100,19 +95,3 @@ def submit_run(config: RunConfig, script: str) -> Job:
 def logs_folder(run_dir: Path) -> Path:
     """Where the jobs of a run leave their output."""
     return run_dir.resolve() / FOLDER
-
-
-def refuse_second_job(run_dir: Path) -> None:
-    """Refuse a run that is in the queue, or at work, already.
-
-    Raises:
-        InputError: naming the job.
-    """
-    job = read_job(run_dir)
-    state = job_fields(job.job).get("JobState") if job else None
-    if job and state is not None and state not in _OVER:
-        raise InputError(
-            run_dir,
-            f"job {job.job} of this run is {state.lower()}",
-            f"wait for it, or end it with `scancel {job.job}`",
-        )
