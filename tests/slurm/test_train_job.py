@@ -5,6 +5,7 @@ What takes minutes is in test_train_job_slow.py.
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def test_a_disturbed_run_ends_as_an_undisturbed_one(cluster: Cluster, tmp_path: 
     assert f"\nmegaphase: job {job.job}: stopped after a checkpoint; the newest check" in log
 
     job.train_further()
-    job.signal_rank(3, signal.SIGKILL)
+    os.kill(job.process(3), signal.SIGKILL)
     log = job.start_again()
     last = [line for line in log.splitlines() if "megaphase: " in line][-2:]
     assert last[0].startswith("n1: megaphase: rank 3 on n2 (process ")

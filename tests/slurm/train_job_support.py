@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -71,17 +73,27 @@ class TrainJob:
         """Wait until it has come so many steps further than ever before."""
         goal = self._step() + steps
         self.cluster.wait_for(self.job, "RUNNING", seconds=START_SECONDS)
-        wait_until(lambda: self._step() >= goal, START_SECONDS)
+        wait_until(lambda: self._step() >= goal or not self._runs(), START_SECONDS)
+        assert self._runs(), self.cluster.log_of(self.job)
 
     def signal(self, name: str) -> None:
         """Send a signal to all ranks, as Slurm does before a time limit."""
         self.cluster.run("scancel", f"--signal={name}", self.job)
 
-    def signal_rank(self, rank: int, number: signal.Signals) -> None:
-        """Send a signal to one of its processes."""
+    def process(self, rank: int) -> int:
+        """The id of the process of a rank."""
         wanted = {f"SLURM_JOB_ID={self.job}".encode(), f"RANK={rank}".encode()}
-        found = [pid for pid, given in _environments() if wanted <= given]
-        os.kill(min(found), number)
+        return min(pid for pid, given in _environments() if wanted <= given)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No rank goes on while the block runs; silent_seconds must be longer."""
+        processes = [self.process(rank) for rank in range(NODES * TASKS)]
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        yield
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
 
     def start_again(self) -> str:
         """Wait until it is queued again, and let it start; its log up to then."""
@@ -95,6 +107,9 @@ class TrainJob:
             f"megaphase: job {self.job}: all phases are done"
         )
         return timeless(read_rows(self.run_dir))
+
+    def _runs(self) -> bool:
+        return self.cluster.state(self.job) == "RUNNING"
 
     def _step(self) -> int:
         if not (self.run_dir / "metrics.jsonl").exists():
