@@ -77,16 +77,29 @@ def _lose(job: TrainJob, node: str) -> str:
 
 
 def freeze(job: TrainJob) -> str:
-    os.kill(job.process(2), signal.SIGSTOP)
-    job.cluster.wait_for_log(job.job, "queued again", 90)
-    said = [line for line in job.cluster.log_of(job.job).splitlines() if ": megaphase: " in line]
-    assert said[-1].startswith("n1: megaphase: rank 2 on n2 (process ")
-    return "gave no sign of life for 10 s, last seen in step "
+    _harm(job, signal.SIGSTOP)
+    return "gave no sign of life for 10 s, last seen "
+
+
+def kill(job: TrainJob) -> str:
+    _harm(job, signal.SIGKILL)
+    return "has ended without a word (killed, or out of memory), last seen "
+
+
+def _harm(job: TrainJob, number: signal.Signals) -> None:
+    """Harm a rank on the second node: the last words of the job name it."""
+    os.kill(job.process(2), number)
+    job.cluster.wait_for(job.job, "PENDING", seconds=90)
+    log = job.cluster.log_of(job.job).splitlines()
+    said = [line for line in log if "megaphase: " in line][-2:]
+    assert said[0].startswith("n1: megaphase: rank 2 on n2 (process ")
+    assert said[1].startswith(f"megaphase: job {job.job}: failed with exit code 137; ")
+    assert said[1].endswith("; queued again")
 
 
 @pytest.mark.parametrize(
     ("silent_seconds", "blows"),
-    [(120, (time_limit, requeue)), (10, (freeze, lose_other_host, lose_batch_host))],
+    [(120, (time_limit, requeue)), (10, (kill, freeze, lose_other_host, lose_batch_host))],
 )
 def test_a_run_survives(
     cluster: Cluster,
