@@ -95,6 +95,7 @@ def zeros(size: int) -> np.ndarray:
     return np.frombuffer(memory, np.uint64)
 
 
+@pytest.mark.slow
 def test_a_corpus_of_over_2_to_the_31_documents_is_cut_into_samples(huge):
     corpus, documents = huge
     assert max(documents) > 2**30
@@ -190,6 +191,7 @@ def test_a_document_of_more_than_2_to_the_32_tokens_needs_64_bit_starts():
     assert starts.tolist() == [[0, 0], [0, 2**31], [0, 2**32], [0, 3 * 2**31]]
 
 
+@pytest.mark.slow
 def test_a_plan_of_65535_tasks(tmp_path):
     names = [f"t{number}" for number in range(65_535)]
     corpora = []
