@@ -94,8 +94,6 @@ def slurm_command(
     from rich.console import Console
 
     from megaphase.errors import InputError
-    from megaphase.launch.slurm.script import Resources, sbatch_options
-    from megaphase.launch.slurm.submit import check, script_for, submit_run
     from megaphase.slurm import require_sbatch
 
     if not dry_run:
@@ -103,6 +101,9 @@ def slurm_command(
     if pipeline is not None:
         _submit_pipeline(pipeline, context, dry_run=dry_run)
         return
+    from megaphase.launch.slurm.script import Resources, sbatch_options
+    from megaphase.launch.slurm.submit import check, script_for, submit_run
+
     if run_file is None:
         raise InputError("launch slurm", "there is no run file", "give one, or --pipeline")
     named = {"time": time, "partition": partition, "account": account}

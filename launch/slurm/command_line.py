@@ -26,18 +26,6 @@ def filled(line: str, task: str, tasks: int | None) -> str:
     return _QUOTED_OR_NOT.sub(fill, line)
 
 
-def words_of(line: str) -> list[str]:
-    """As a shell would take it apart.
-
-    Raises:
-        ValueError: it cannot be taken apart.
-    """
-    try:
-        return shlex.split(line)
-    except ValueError as error:
-        raise ValueError(f"{line!r} cannot be taken apart ({error}); check its quotes") from None
-
-
 def parsed(where: str, line: str, program: Any) -> dict[str, Any]:
     """The arguments of a command line by their names, if there is such a command.
 
@@ -47,9 +35,9 @@ def parsed(where: str, line: str, program: Any) -> dict[str, Any]:
         InputError: there is no such command, or not with such options.
     """
     try:
-        words = words_of(line)
+        words = shlex.split(line)
     except ValueError as error:
-        raise InputError(where, str(error)) from None
+        raise InputError(where, f"cannot be taken apart ({error})", "check its quotes") from None
     if "\n" in line.strip():
         raise InputError(where, "has more than one line", "write `>-` before it, not `|`")
     if words[:1] == ["megaphase"]:

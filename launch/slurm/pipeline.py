@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -14,17 +15,26 @@ from megaphase.config import load_run_file
 from megaphase.config.fields import Count, CountOrZero, FilePath, Section
 from megaphase.errors import InputError
 from megaphase.files import make_directory
-from megaphase.launch.slurm.command_line import PLACEHOLDER, filled, parsed, words_of
+from megaphase.launch.slurm.command_line import PLACEHOLDER, filled, parsed
 from megaphase.launch.slurm.job_file import refuse_second_job, remember_job
-from megaphase.launch.slurm.script import Resources, batch_script, command_script
+from megaphase.launch.slurm.script import Resources, batch_script, command_script, sbatch_options
 from megaphase.slurm import cancel, submit
 from megaphase.validation_errors import as_input_error, hint
 from megaphase.yaml_file import read_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_OPTION = re.compile(r"--([a-z][a-z-]*)(=.+)?", re.DOTALL)
 _TASK = "${SLURM_ARRAY_TASK_ID}"
-_KEY_OF_OPTION = {"array": "array", "dependency": "after", "nodes": "nodes"}
+# Options of sbatch that are keys of a step here; the second, of a training alone.
+_KEYS = {"array": "use the key array", "dependency": "use the key after"}
+_TRAINING_KEYS = _KEYS | {
+    "nodes": "use the key nodes",
+    "cpus-per-task": "use the key cores",
+    "gpus-per-node": "use the key gpus_per_node",
+    "ntasks-per-node": "use the key gpus_per_node, or tasks_per_node",
+    **dict.fromkeys(
+        ("gpus", "gpus-per-task", "gres", "ntasks"), "use the keys nodes and gpus_per_node"
+    ),
+}
 _OF_TRAINING = ("nodes", "gpus_per_node", "tasks_per_node", "restarts", "exclude_bad_nodes")
 
 
@@ -33,15 +43,17 @@ def _as_list(value: object) -> object:
 
 
 def _options(value: object) -> object:
-    """Options of sbatch, also as one text: `--partition=cpu --time=1:00:00`."""
-    found = words_of(value) if isinstance(value, str) else value
-    for option in found if isinstance(found, list) else []:
-        match = _OPTION.fullmatch(str(option))
-        if match is None:
-            raise ValueError(f"{option!r} is not of the form --name=value; write it so")
-        if match[1] in _KEY_OF_OPTION:
-            raise ValueError(f"{option!r} is the key `{_KEY_OF_OPTION[match[1]]}`; use that")
-    return found
+    """Options of sbatch, as a list or as one text: `--partition=cpu --time=1:00:00`."""
+    if isinstance(value, list):
+        value = shlex.join(map(str, value))
+    return _without(value, _KEYS) if isinstance(value, str) else value
+
+
+def _without(options: str, refused: Mapping[str, str]) -> list[str]:
+    try:
+        return sbatch_options(options, refused)
+    except InputError as error:
+        raise ValueError(f"{error.problem}; {error.remedy}") from None
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
@@ -81,6 +93,8 @@ class Step(Section):
             raise ValueError(f"{strange[0]} is for train; leave it out, or use sbatch")
         if self.tasks_per_node is not None and self.gpus_per_node:
             raise ValueError("tasks_per_node is for nodes without GPUs; add gpus_per_node: 0")
+        if self.train is not None:
+            _without(shlex.join(self.sbatch), _TRAINING_KEYS)
         return self
 
     @property
@@ -110,6 +124,11 @@ class Pipeline(Section):
     steps: dict[str, Step] = Field(min_length=1)
     logs: FilePath = Path("logs")
     sbatch: Options = ()
+
+    @model_validator(mode="after")
+    def _sbatch_is_of_all_steps(self) -> Self:
+        _without(shlex.join(self.sbatch), _TRAINING_KEYS)
+        return self
 
     _path: Path = PrivateAttr(default=Path("pipeline.yaml"))
     _trainings: dict[str, Training] = PrivateAttr(default_factory=dict)

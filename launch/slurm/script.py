@@ -7,7 +7,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,11 +55,14 @@ class Resources:
         return self.nodes * self.tasks_per_node
 
 
-def sbatch_options(text: str) -> list[str]:
+def sbatch_options(text: str, refused: Mapping[str, str] = _OWN) -> list[str]:
     """More options of sbatch, taken apart as a shell does.
 
+    refused: the remedy by the name of an option that must not be there; if nothing is given, what
+        Resources say.
+
     Raises:
-        InputError: one is not of the form --NAME=VALUE, or says what Resources say.
+        InputError: one is not of the form --NAME=VALUE, or is refused.
     """
     try:
         options = shlex.split(text)
@@ -71,8 +74,8 @@ def sbatch_options(text: str) -> list[str]:
             raise InputError(
                 "--sbatch", f"{option!r} is no option", "write --NAME=VALUE, or --NAME"
             )
-        if match[1] in _OWN:
-            raise InputError("--sbatch", f"--{match[1]} has no place there", _OWN[match[1]])
+        if match[1] in refused:
+            raise InputError("--sbatch", f"--{match[1]} has no place there", refused[match[1]])
     return options
 
 

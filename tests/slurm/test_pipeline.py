@@ -94,15 +94,19 @@ TRAIN = {"train": "run.yaml", **CPU}
         ({"a": {**VERIFY, "after": "a"}}, ": steps.a.after: the steps wait for each other"),
         (
             {"a": {**VERIFY, "sbatch": "-p cpu"}},
-            ": steps.a.sbatch: '-p' is not of the form --name=value; write it so",
+            ": steps.a.sbatch: '-p' is no option; write --NAME=VALUE, or --NAME",
         ),
         (
             {"a": {**VERIFY, "sbatch": ["--array=0-3"]}},
-            ": steps.a.sbatch: '--array=0-3' is the key `array`; use that",
+            ": steps.a.sbatch: --array has no place there; use the key array",
         ),
         (
             {"a": {**VERIFY, "sbatch": "--comment='x"}},
-            ': steps.a.sbatch: "--comment=\'x" cannot be taken apart (No closing quotation)',
+            ": steps.a.sbatch: cannot be taken apart (No closing quotation); check quotes",
+        ),
+        (
+            {"a": {**TRAIN, "sbatch": "--gpus=8"}},
+            ": steps.a: --gpus has no place there; use the keys nodes and gpus_per_node",
         ),
         (
             {"a": {"command": "data verfy en"}},
@@ -119,7 +123,7 @@ TRAIN = {"train": "run.yaml", **CPU}
         ),
         ({"a": {"command": "data"}}, ": steps.a.command: something is missing behind it; see"),
         ({"a": {"command": ""}}, ": steps.a.command: something is missing behind it; see"),
-        ({"a": {"command": "data verify 'en"}}, ': steps.a.command: "data verify \'en" cannot be'),
+        ({"a": {"command": "data verify 'en"}}, ": steps.a.command: cannot be taken apart (No"),
         ({"a": {"command": "megaphase plan run.yaml"}}, ": steps.a.command: begins with megaphase"),
         ({"a": {"command": "data verify en\nplan x"}}, ": steps.a.command: has more than one line"),
         ({"a": {"command": "plan --help"}}, ": steps.a.command: only shows help; leave"),
