@@ -70,9 +70,10 @@ def look_up(job: str) -> JobRecord:
             unknown="no longer known to Slurm" if gone else f"Slurm does not answer ({reason})"
         )
     line = found.stdout.partition("\n")[0]
-    # Values may have spaces; names have none and begin with a capital.
-    pairs = (pair.partition("=") for pair in re.split(r" (?=[A-Z][A-Za-z_:/]*=)", line))
-    return JobRecord({key: value for key, _, value in pairs})
+    # Values may have spaces; names have none and begin with a capital. What users write themselves,
+    # such as a comment, stands at the end: the first of two fields of a name is Slurm's.
+    pairs = [pair.partition("=") for pair in re.split(r" (?=[A-Z][A-Za-z_:/]*=)", line)]
+    return JobRecord({key: value for key, _, value in reversed(pairs)})
 
 
 def job_fields(job: str) -> dict[str, str]:
