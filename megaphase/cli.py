@@ -22,6 +22,7 @@ from megaphase.errors import (
     exit_code,
 )
 from megaphase.experiments.commands import report_command
+from megaphase.generation.commands import generate_command, translate_command
 from megaphase.launch.commands import demo_command, launch_app
 from megaphase.parallel.launcher import global_rank
 from megaphase.plan.commands import plan_app
@@ -45,6 +46,8 @@ app.add_typer(data_app, name="data")
 app.add_typer(plan_app, name="plan")
 app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
+app.command("generate")(generate_command)
+app.command("translate")(translate_command)
 app.add_typer(convert_app, name="convert")
 app.command("report")(report_command)
 app.add_typer(launch_app, name="launch")

@@ -29,6 +29,11 @@ def find_checkpoint(text: str) -> Path:
     return find_in_run(Path(run), name)
 
 
+def find_for_run(run: Path, text: str) -> Path:
+    """The directory of a checkpoint: a NAME in this run, RUN@NAME of any run, or a path."""
+    return find_checkpoint(text) if "@" in text or "/" in text else find_in_run(run, text)
+
+
 def find_in_run(run: Path, name: str) -> Path:
     """The directory of the checkpoint that has this name in a run; see `find_checkpoint`."""
     folder = run / CHECKPOINTS

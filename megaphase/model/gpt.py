@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megaphase.model.kv_cache import CachedTokens
 from megaphase.model.packed_rows import own_document_mask, positions_in_document
 from megaphase.model.rotary import Rotary
 from megaphase.model.shape import GPTShape
@@ -58,7 +59,13 @@ class Attention(nn.Module):
             region=region,
         )
 
-    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        mask: Tensor | None,
+        cached: CachedTokens | None = None,
+    ) -> Tensor:
         batch, seq, _ = x.shape
         heads = self.qkv(x).view(batch, seq, -1, self.head_dim)
         if rotary is None:
@@ -66,16 +73,19 @@ class Attention(nn.Module):
         else:
             parts = rotary(heads, self.local_heads)
         q, k, v = (part.transpose(1, 2) for part in parts)
+        y = self._attend(q, k, v, mask) if cached is None else cached.attend(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(batch, seq, -1))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         grouped = self.queries_per_key > 1
         if mask is not None and grouped:
             # The fused GPU kernel that takes a mask knows no groups; without it, the scores of all
             # heads would be stored.
             k, v = (each.repeat_interleave(self.queries_per_key, 1) for each in (k, v))
             grouped = False
-        y = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=mask is None, enable_gqa=grouped
         )
-        return self.out(y.transpose(1, 2).reshape(batch, seq, -1))
 
 
 class FeedForward(nn.Module):
@@ -119,8 +129,14 @@ class Block(nn.Module):
         self.feed_forward_norm = norm(shape.hidden, shape.norm_eps, init, region)
         self.feed_forward = FeedForward(shape, init.at("feed_forward"), region)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None) -> Tensor:
-        x = x + self.attention(self.region.enter(self.attention_norm(x)), rotary, mask)
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        mask: Tensor | None,
+        cached: CachedTokens | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.region.enter(self.attention_norm(x)), rotary, mask, cached)
         return x + self.feed_forward(self.region.enter(self.feed_forward_norm(x)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -63,4 +64,11 @@ class Rotary:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys turned, and values, of [batch, seq, sum(counts), head_dim]."""
         seq = heads.shape[1]
-        return _RotateQueriesAndKeys.apply(heads, counts, self._cos[:seq], self._sin[:seq])
+        cos, sin = (table[..., :seq, :, :] for table in (self._cos, self._sin))
+        return _RotateQueriesAndKeys.apply(heads, counts, cos, sin)
+
+    def at(self, positions: Tensor) -> Rotary:
+        """The same for tokens at these positions, int64 [batch, seq], rather than 0, 1, 2 ..."""
+        chosen = copy(self)
+        chosen._cos, chosen._sin = self._cos[positions], self._sin[positions]
+        return chosen

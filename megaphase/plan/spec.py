@@ -110,7 +110,12 @@ def _samples(epochs: float, supply: TaskSupply) -> int:
     return ceil(Fraction(repr(epochs)) * supply.samples_per_epoch)
 
 
-def _open_corpus(config: RunConfig, task: str, tokenizer: Tokenizer) -> Corpus:
+def open_task_corpus(config: RunConfig, task: str, tokenizer: Tokenizer) -> Corpus:
+    """A task's corpus.
+
+    Raises:
+        InputError: it is missing, damaged, or of another kind or tokenizer than the run file says.
+    """
     corpus = Corpus.open(config.tasks[task].corpus)
     if corpus.manifest.tokenizer_hash != tokenizer.fingerprint:
         raise InputError(
@@ -240,7 +245,7 @@ def plan_spec(
     """
     used = {task: (used or {}).get(task, 0) for task in config.tasks}
     seq_len = config.model.seq_len
-    corpora = {task: _open_corpus(config, task, tokenizer) for task in config.tasks}
+    corpora = {task: open_task_corpus(config, task, tokenizer) for task in config.tasks}
     training = _streams(config, corpora, held_out=False)
     held_out = _streams(config, corpora, held_out=True)
     for task in config.tasks:

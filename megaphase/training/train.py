@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
 
-from megaphase.checkpoint.names import find_checkpoint, find_in_run
+from megaphase.checkpoint.names import find_for_run
 from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import Checkpoint
 from megaphase.config import RunConfig
@@ -124,17 +123,11 @@ def evaluate(
 
 def _checkpoint_to_evaluate(setting: Setting, name: str | None) -> Checkpoint:
     if name is not None:
-        return setting.store.open(together(lambda: _find(setting.config, name)))
+        return setting.store.open(together(lambda: find_for_run(setting.config.output, name)))
     newest = setting.store.newest_whole(setting.say)
     if newest is None:
         raise InputError(setting.store.folder, "there is no whole checkpoint", "train first")
     return newest
-
-
-def _find(config: RunConfig, text: str) -> Path:
-    if "@" in text or "/" in text:
-        return find_checkpoint(text)
-    return find_in_run(config.output, text)
 
 
 def _require_run(config: RunConfig) -> None:

@@ -11,24 +11,22 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.checkpoint.tensor_file import TensorKind
 from megaphase.convert.hugging_face.config import CONFIG_FILE
 from megaphase.convert.hugging_face.families import Family, family_for
-from megaphase.convert.hugging_face.from_hf import TOKENIZER_FOLDER
 from megaphase.convert.hugging_face.tokenizer import write_hf_tokenizer
 from megaphase.convert.hugging_face.weights import INDEX_SUFFIX, SAFETENSORS_FILE
 from megaphase.convert.output import new_folder
 from megaphase.convert.renaming import Renaming
-from megaphase.convert.source import Source, open_source
+from megaphase.convert.source import open_source
+from megaphase.convert.source_tokenizer import load_tokenizer
 from megaphase.convert.tensor_files import TensorFiles
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import Weights, WithZeroBiases, read_each
 from megaphase.errors import InputError
 from megaphase.files import write_json_whole
 from megaphase.tokenizer import Tokenizer
-from megaphase.training.run_directory import RunDirectory
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -61,7 +59,7 @@ def to_hf(
     family = family_for(source.shape, source.folder)
     shape = family.expressed(source.shape)
     dtype = _DTYPES[precision or ("bf16" if source.state.get("precision") == "bf16" else "fp32")]
-    words = _load_tokenizer(source, tokenizer)
+    words = load_tokenizer(source, tokenizer)
     weights = WithZeroBiases(source.weights, shape)
     nbytes = dtype.itemsize * shape.parameters()
     with new_folder(out, nbytes) as folder:
@@ -139,35 +137,6 @@ def _stored(name: str, part: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float16 and stored.isinf().any():
         raise InputError(name, "has values that fp16 cannot hold", "choose --dtype bf16")
     return stored
-
-
-def _load_tokenizer(source: Source, given: Path | None) -> Tokenizer:
-    path = given or _own_tokenizer(source.folder)
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size > source.shape.vocab:
-        raise InputError(
-            path,
-            f"has {tokenizer.vocab_size:,} tokens, the model's vocabulary {source.shape.vocab:,}",
-            "give the tokenizer that the model was trained with",
-        )
-    return tokenizer
-
-
-def _own_tokenizer(checkpoint: Path) -> Path:
-    """The tokenizer of the run that wrote a checkpoint, or of the model it was converted from."""
-    if (checkpoint / TOKENIZER_FOLDER).is_dir():
-        return checkpoint / TOKENIZER_FOLDER
-    run_file = RunDirectory(checkpoint.parent.parent).run_file
-    if checkpoint.parent.name != CHECKPOINTS or not run_file.is_file():
-        problem = "is in no run directory, so its tokenizer is not known"
-        raise InputError(checkpoint, problem, "give --tokenizer")
-    try:
-        tokenizer = Path(json.loads(run_file.read_bytes())["tokenizer"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(run_file, "is damaged", "give --tokenizer") from None
-    if not tokenizer.exists():
-        raise InputError(f"{run_file}: tokenizer", f"{tokenizer} is gone", "give --tokenizer")
-    return tokenizer
 
 
 def _write_configs(

@@ -1,0 +1,47 @@
+"""The tokenizer that belongs to a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megaphase.checkpoint.names import CHECKPOINTS
+from megaphase.convert.hugging_face.from_hf import TOKENIZER_FOLDER
+from megaphase.convert.source import Source
+from megaphase.errors import InputError
+from megaphase.tokenizer import Tokenizer
+from megaphase.training.run_directory import RunDirectory
+
+
+def load_tokenizer(source: Source, given: Path | None) -> Tokenizer:
+    """The tokenizer that was given, or else that of the run or of the model that it is from.
+
+    Raises:
+        InputError: none is known, or it has tokens that the model knows nothing of.
+    """
+    path = given or _own_tokenizer(source.folder)
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > source.shape.vocab:
+        raise InputError(
+            path,
+            f"has {tokenizer.vocab_size:,} tokens, the model's vocabulary {source.shape.vocab:,}",
+            "give the tokenizer that the model was trained with",
+        )
+    return tokenizer
+
+
+def _own_tokenizer(checkpoint: Path) -> Path:
+    """The tokenizer of the run that wrote a checkpoint, or of the model it was converted from."""
+    if (checkpoint / TOKENIZER_FOLDER).is_dir():
+        return checkpoint / TOKENIZER_FOLDER
+    run_file = RunDirectory(checkpoint.parent.parent).run_file
+    if checkpoint.parent.name != CHECKPOINTS or not run_file.is_file():
+        problem = "is in no run directory, so its tokenizer is not known"
+        raise InputError(checkpoint, problem, "give --tokenizer")
+    try:
+        tokenizer = Path(json.loads(run_file.read_bytes())["tokenizer"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(run_file, "is damaged", "give --tokenizer") from None
+    if not tokenizer.exists():
+        raise InputError(f"{run_file}: tokenizer", f"{tokenizer} is gone", "give --tokenizer")
+    return tokenizer

@@ -1,0 +1,141 @@
+"""Beam search: of all hypotheses of a length, the likeliest few are followed.
+
+Hypotheses that end are kept and compared by length-normalized score (Wu et al. 2016, section 7,
+with n to a power as in most toolkits). Where scores are equal, the hypothesis that was better
+before, then the smaller token, comes first; so the result is the same on every run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from megaphase.generation.decoder import Decoder
+from megaphase.generation.decoding import Continuation, Decoding, Prompt
+from megaphase.model.gpt import GPT
+
+Candidate = tuple[float, int, int]  # gain in log-probability; the beam it extends; token
+
+
+class BeamSearch:
+    """The search for one prompt's continuation; knows nothing of models.
+
+    Attributes:
+        live: hypotheses that go on, at most `beam`, the likeliest first.
+        kept: those that have ended, at most `beam`, the best first.
+    """
+
+    def __init__(self, limit: int, how: Decoding, eod: int) -> None:
+        self.live = [Continuation()]
+        self.kept: list[Continuation] = []
+        self._limit, self._how, self._eod = limit, how, eod
+        self._length = 0
+
+    def score(self, hypothesis: Continuation) -> float:
+        """By which hypotheses of different lengths are compared."""
+        length = len(hypothesis.tokens) + hypothesis.ended
+        return hypothesis.log_probability / length**self._how.length_penalty
+
+    def extend(self, candidates: Iterable[Candidate]) -> list[tuple[int, int]]:
+        """Take the likeliest extensions of the live hypotheses, likeliest first.
+
+        Returns, for every hypothesis that is live now, the number of the one it extends and its
+        token; nothing when the search is over.
+        """
+        before, beam = self.live, self._how.beam
+        self.live, origins = [], []
+        self._length += 1
+        for rank, (gain, number, token) in enumerate(candidates):
+            if len(self.live) == beam:
+                break
+            hypothesis = before[number].then(token, gain, self._eod)
+            if not hypothesis.ended:
+                self.live.append(hypothesis)
+                origins.append((number, token))
+            elif rank < beam:  # what is not among the likeliest has no place in the beam
+                self.kept.append(hypothesis)
+        if self._length == self._limit:
+            self.kept += self.live
+            self.live = []
+        self.kept = sorted(self.kept, key=self.score, reverse=True)[:beam]
+        return origins if self.live and not self._is_decided() else []
+
+    def _is_decided(self) -> bool:
+        """Whether as many as may be kept have ended, and are no worse than what is live."""
+        if len(self.kept) < self._how.beam:
+            return False
+        return self.score(self.live[0]) <= self.score(self.kept[-1])
+
+
+def beam_search(
+    model: GPT, prompts: Sequence[Prompt], how: Decoding, eod: int
+) -> list[list[Continuation]]:
+    """The best continuations of every prompt, at most `how.beam` of each, the best first.
+
+    Every prompt has `how.beam` rows in the batch, until its search is over.
+    """
+    beam = how.beam
+    limits = [prompt.limit for prompt in prompts]
+    decoder = Decoder(model, [p.tokens for p in prompts], max(limits), copies=beam)
+    searches = [BeamSearch(limit, how, eod) for limit in limits]
+    going = list(searches)
+    decoder.select([i for i in range(len(prompts)) for _ in range(beam)])
+    while True:
+        everything = _candidates(decoder.logits.log_softmax(-1), going, beam)
+        rows, tokens, still = [], [], []
+        for place, (search, candidates) in enumerate(zip(going, everything, strict=True)):
+            if origins := search.extend(candidates):
+                # Rows that no hypothesis needs follow the best one; nobody looks at them.
+                origins += origins[:1] * (beam - len(origins))
+                rows += [place * beam + number for number, _ in origins]
+                tokens += [token for _, token in origins]
+                still.append(search)
+        if not still:
+            return [search.kept for search in searches]
+        if len(still) == len(going):
+            decoder.reorder(rows)
+        else:
+            decoder.select(rows)
+        going = still
+        decoder.step(torch.tensor(tokens, device=decoder.logits.device))
+
+
+def _candidates(gains: Tensor, searches: Sequence[BeamSearch], beam: int) -> list[list[Candidate]]:
+    """The likeliest extensions of every search's hypotheses, twice as many as may be live: at most
+    half of them end.
+
+    gains: [searches * beam, vocab], the log-probabilities of the next token.
+    """
+    vocab = gains.shape[1]
+    totals = [
+        [each.log_probability for each in search.live] + [-math.inf] * (beam - len(search.live))
+        for search in searches
+    ]
+    before = torch.tensor(totals, dtype=torch.float64, device=gains.device).view(-1, 1)
+    scores = (gains + before).view(len(searches), beam * vocab)
+    values, places = largest(scores, min(2 * beam, beam * vocab))
+    gained = gains.view(len(searches), beam * vocab).gather(1, places)
+    return [
+        [
+            (gain, *divmod(place, vocab))
+            for value, gain, place in zip(*columns, strict=True)
+            if value > -math.inf
+        ]
+        for columns in zip(values.tolist(), gained.tolist(), places.tolist(), strict=True)
+    ]
+
+
+def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row and their places, in order; of equal ones the first come
+    first, which `torch.topk` does not promise."""
+    values, places = scores.topk(count)
+    edge = values[:, -1:]
+    if ((scores == edge).sum(1) > (values == edge).sum(1)).any():
+        values, places = scores.sort(stable=True, dim=1, descending=True)
+        return values[:, :count], places[:, :count]
+    places, order = places.sort(1)
+    values, order = values.gather(1, order).sort(stable=True, dim=1, descending=True)
+    return values, places.gather(1, order)

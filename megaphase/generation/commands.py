@@ -1,0 +1,194 @@
+"""`megaphase generate` and `translate`; they import what they need, so `--help` stays fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from megaphase.arguments import Overrides, RunFile
+
+Beam = Annotated[int, typer.Option(min=1, help="Hypotheses of beam search; 1 is greedy.")]
+LengthPenalty = Annotated[
+    float,
+    typer.Option(
+        metavar="A",
+        help="Beam search ranks by log-probability / tokens^A: 0 favours short texts, more long.",
+    ),
+]
+Batch = Annotated[
+    int, typer.Option(min=1, help="Prompts at a time; changes speed and memory only.")
+]
+Dtype = Annotated[
+    Literal["fp32", "bf16"] | None,
+    typer.Option(help="Of weights and arithmetic; by default the run's precision."),
+]
+Verify = Annotated[
+    bool, typer.Option(help="Compare the checkpoint's files with their hashes first.")
+]
+
+
+def generate_command(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CKPT",
+            help="RUN@NAME (a phase's name for its end, latest, best-hi, step-…), or a path.",
+        ),
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="May be given several times.")
+    ] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON lines with a prompt each; - is standard input."),
+    ] = None,
+    json_key: Annotated[
+        str, typer.Option(help="Where a line of --input holds its prompt.")
+    ] = "prompt",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="By default that of the run, or of the model taken."),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Most new tokens; seq_len is a limit, too.")
+    ] = 64,
+    beam: Beam = 1,
+    length_penalty: LengthPenalty = 1.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Draw tokens by probability; 0 takes the likeliest.")
+    ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Draw among so many likeliest tokens; 0: all.")
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Draw among the likeliest that have this probability."),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the drawing.")] = 0,
+    batch: Batch = 16,
+    dtype: Dtype = None,
+    verify: Verify = True,
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON object a prompt.")] = False,
+) -> None:
+    """Go on with texts, on one GPU or the CPU, until the document ends or --max-tokens have come.
+
+    Greedy by default; --beam for the likeliest text, --temperature for a random one. A text is the
+    same whatever stands beside it. A prompt "" begins a document.
+
+    Example: megaphase generate runs/a@joint --prompt "The sea" --prompt "Das Meer"
+
+    Example: megaphase generate runs/a@best-hi --input prompts.jsonl --temperature 0.8 --json
+    """
+    from json import dumps
+
+    from rich.console import Console
+
+    from megaphase.convert.source import open_source
+    from megaphase.convert.source_tokenizer import load_tokenizer
+    from megaphase.errors import InputError
+    from megaphase.generation.decoding import Decoding
+    from megaphase.generation.prompts import read_prompts
+
+    if (prompt is None) == (input is None):
+        problem = "neither is given" if prompt is None else "both are given"
+        raise InputError("--prompt and --input", problem, "give one of them")
+    if beam > 1 and temperature:
+        raise InputError("--beam", "excludes --temperature", "give one of them")
+    if not temperature and (top_k or top_p < 1.0):
+        raise InputError("--top-k and --top-p", "are for drawing", "give --temperature, too")
+    texts = prompt or read_prompts(input or Path(), json_key)
+    source = open_source(checkpoint)
+    words = load_tokenizer(source, tokenizer)
+    prompts = words.encode_batch(texts)
+
+    from megaphase.generation.generate import check_lengths, generate
+    from megaphase.generation.model import load_model
+    from megaphase.generation.progress import counting_progress
+
+    check_lengths(prompts, source.shape.seq_len)
+    model = load_model(source, dtype, verify=verify)
+    how = Decoding(max_tokens, beam, length_penalty, temperature, top_k, top_p, seed)
+    with counting_progress(Console(stderr=True), "generating", len(prompts)) as advance:
+        found = generate(model, prompts, how, words.eod, batch=batch, advance=advance)
+    for number, (text, each) in enumerate(zip(texts, found, strict=True)):
+        completion = words.decode(each.tokens)
+        if json:
+            row = {"prompt": text, "completion": completion, "tokens": len(each.tokens)}
+            row |= {"log_probability": each.log_probability, "ended": each.ended}
+            print(dumps(row, ensure_ascii=False))
+        else:
+            print(f"{'' if number == 0 else chr(10)}{text}{completion}")
+
+
+def translate_command(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A translation task; may be given several times. All if left out."),
+    ] = None,
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="A phase (its end), best-TASK, step-…, RUN@NAME or a path."
+        ),
+    ] = "latest",
+    samples: Annotated[
+        int, typer.Option(min=1, help="Held-out pairs of each task, always the same ones.")
+    ] = 1000,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of a translation; seq_len is a limit, too.")
+    ] = 256,
+    beam: Beam = 4,
+    length_penalty: LengthPenalty = 1.0,
+    bleu_tokenizer: Annotated[
+        Literal["13a", "intl", "zh", "char", "none"],
+        typer.Option(help="How sacrebleu finds the words that BLEU counts; zh for Chinese."),
+    ] = "13a",
+    batch: Batch = 16,
+    dtype: Dtype = None,
+    verify: Verify = True,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write sources, references and hypotheses as JSON lines."
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Translate held-out sources of a run's translation tasks; measure BLEU and chrF.
+
+    On one GPU or the CPU. The scores are sacrebleu's, printed with its signatures.
+
+    Example: megaphase translate run.yaml --checkpoint joint --task en-eu --out en-eu.jsonl
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from rich.console import Console
+
+    from megaphase.config import load_run_file
+    from megaphase.generation.decoding import Decoding
+    from megaphase.generation.evaluation import (
+        TranslationTest,
+        as_table,
+        check_place,
+        evaluate_translation,
+        write_translations,
+    )
+
+    config = load_run_file(run_file, tuple(overrides or ()))
+    if out is not None:
+        check_place(out)
+    how = Decoding(max_tokens, beam, length_penalty)
+    test = TranslationTest(samples, how, batch, dtype, bleu_tokenizer, verify)
+    results = evaluate_translation(config, checkpoint, task or [], test, Console(stderr=True))
+    if out is not None:
+        write_translations(out, results.translations)
+    if json:
+        scores = {name: asdict(each) for name, each in results.scores.items()}
+        print(dumps({"step": results.step, "translation": scores}, indent=2))
+    else:
+        Console(highlight=False).print(as_table(results))

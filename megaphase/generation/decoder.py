@@ -1,0 +1,85 @@
+"""Feeds a batch of prompts to a GPT, and then one token of each after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megaphase.errors import RunError
+from megaphase.model.gpt import GPT
+from megaphase.model.kv_cache import KVCache
+
+
+class Decoder:
+    """A batch of prompts, and what the model thinks comes next in each.
+
+    Every token goes through the model once; what attention needs of it is kept. A row of the batch
+    is computed as if it were alone.
+
+    Attributes:
+        logits: fp32 [rows, vocab], for the token after the newest of every row.
+    """
+
+    def __init__(
+        self, model: GPT, prompts: Sequence[Sequence[int]], new_tokens: int, *, copies: int = 1
+    ) -> None:
+        """
+        Args:
+            prompts: token ids, at least one each.
+            new_tokens: how many tokens a row will get at most, the last of which is not fed.
+            copies: rows of a prompt that `select` may ask for.
+
+        Raises:
+            RunError: the model gives no numbers.
+        """
+        longest = max(map(len, prompts))
+        device = model.embedding.weight.device
+        padding = [longest - len(prompt) for prompt in prompts]
+        rows = [[0] * empty + list(p) for empty, p in zip(padding, prompts, strict=True)]
+        self._model = model
+        self._prompt_slots = longest
+        self._cache = KVCache(
+            model.shape,
+            torch.tensor(padding, device=device),
+            rows=len(prompts) * copies,
+            slots=longest + new_tokens - 1,
+            dtype=model.compute_dtype,
+        )
+        self.logits = self._feed(torch.tensor(rows, device=device))
+        if not self.logits.isfinite().all():
+            raise RunError("the model's logits are not finite; its training has diverged")
+
+    def step(self, tokens: Tensor) -> None:
+        """Append a token to every row; int64 [rows]."""
+        self.logits = self._feed(tokens.unsqueeze(1))
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, in this order; one may be there several times."""
+        self._select(rows, 0)
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """`select`, where every row takes the place of one that had the same prompt."""
+        self._select(rows, self._prompt_slots)
+
+    def _select(self, rows: Sequence[int], first_slot: int) -> None:
+        if list(rows) == list(range(len(self.logits))):
+            return
+        chosen = torch.tensor(rows, device=self.logits.device)
+        self.logits = self.logits[chosen]
+        self._cache.select(chosen, first_slot)
+
+    @torch.inference_mode()
+    def _feed(self, tokens: Tensor) -> Tensor:
+        """Logits after the last of `tokens`, int64 [rows, seq]."""
+        model = self._model
+        positions, layers = self._cache.append(tokens.shape[1])
+        x = model.embedding(tokens).to(model.compute_dtype)
+        if model.positions is not None:
+            x = x + F.embedding(positions, model.positions).to(model.compute_dtype)
+        rotary = None if model.rotary is None else model.rotary.at(positions)
+        for block, cached in zip(model.blocks, layers, strict=True):
+            x = block(x, rotary, None, cached)
+        return model.head(model.norm(x[:, -1])).float()

@@ -1,0 +1,128 @@
+"""`megaphase translate`: the translation tasks of a run file at a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megaphase.checkpoint.names import find_for_run
+from megaphase.config import RunConfig
+from megaphase.convert.source import open_source
+from megaphase.convert.source_tokenizer import load_tokenizer
+from megaphase.errors import InputError
+from megaphase.files import make_directory, write_text_whole
+from megaphase.generation.decoding import Decoding
+from megaphase.generation.model import Precision, load_model
+from megaphase.generation.pairs import held_out_pairs, translation_tasks
+from megaphase.generation.progress import counting_progress
+from megaphase.generation.translation import BleuTokenizer, Scores, Translation, score, translate
+
+
+@dataclass(frozen=True)
+class TranslationTest:
+    """What is translated, and how.
+
+    Attributes:
+        samples: held-out pairs of each task.
+        batch: sources that are translated at a time.
+        precision: of weights and arithmetic; that of the run if None.
+        verify: whether the checkpoint's files are compared with their hashes.
+    """
+
+    samples: int
+    how: Decoding
+    batch: int = 16
+    precision: Precision | None = None
+    bleu_tokenizer: BleuTokenizer = "13a"
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class TranslationResults:
+    """Of a checkpoint after `step` steps, by task."""
+
+    step: int
+    translations: dict[str, list[Translation]]
+    scores: dict[str, Scores]
+
+
+def evaluate_translation(
+    config: RunConfig,
+    checkpoint: str,
+    tasks: Sequence[str],
+    test: TranslationTest,
+    console: Console,
+) -> TranslationResults:
+    """Translate held-out sources of tasks, of all translation tasks if none is named; score that.
+
+    checkpoint: a NAME in the run, RUN@NAME of another one, or a path.
+
+    Raises:
+        InputError: something that the user gave is wrong; before anything is translated.
+    """
+    source = open_source(str(find_for_run(config.output, checkpoint)))
+    tokenizer = load_tokenizer(source, config.tokenizer)
+    named = tasks or translation_tasks(config)
+    if not named:
+        raise InputError(config.where("tasks"), "there is no translation task", "add one")
+    pairs = {task: held_out_pairs(config, task, tokenizer, test.samples) for task in named}
+    model = load_model(source, test.precision, verify=test.verify)
+    translations = {}
+    for task, chosen in pairs.items():
+        with counting_progress(console, task, len(chosen)) as advance:
+            translations[task] = translate(
+                model, chosen, tokenizer, test.how, batch=test.batch, advance=advance
+            )
+    scores = {task: score(found, test.bleu_tokenizer) for task, found in translations.items()}
+    return TranslationResults(source.state["step"], translations, scores)
+
+
+def check_place(path: Path) -> None:
+    """Refuse a file that cannot be written, before hours are spent on what it is to hold."""
+    if path.is_dir():
+        raise InputError(path, "is a folder", "name a file")
+    make_directory(path.absolute().parent)
+
+
+def write_translations(path: Path, translations: Mapping[str, Sequence[Translation]]) -> None:
+    """A JSON object a line: task, source, reference, hypothesis, and what it ended with."""
+    rows = [
+        {
+            "task": task,
+            "source": each.pair.source,
+            "reference": each.pair.reference,
+            "hypothesis": each.hypothesis,
+            "ending": each.ending,
+        }
+        for task, found in translations.items()
+        for each in found
+    ]
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text_whole(path, "".join(lines))
+
+
+def as_table(results: TranslationResults) -> Table:
+    """The scores as a table; the signatures below it."""
+    signatures = dict.fromkeys(
+        signature
+        for each in results.scores.values()
+        for signature in (f"BLEU: {each.bleu_signature}", f"chrF: {each.chrf_signature}")
+    )
+    table = Table(
+        title=f"Translations of held-out sources at step {results.step:,}",
+        title_justify="left",
+        caption="\n".join(signatures),
+        caption_justify="left",
+    )
+    table.add_column("task")
+    for figure in ("BLEU", "chrF", "pairs", "cut off", "no room"):
+        table.add_column(figure, justify="right")
+    for task, each in results.scores.items():
+        counts = (f"{count:,}" for count in (each.pairs, each.cut_off, each.no_room))
+        table.add_row(task, f"{each.bleu:.2f}", f"{each.chrf:.2f}", *counts)
+    return table

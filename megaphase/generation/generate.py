@@ -1,0 +1,69 @@
+"""Continuations of any number of prompts, in batches of prompts that are about equally long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from megaphase.errors import InputError
+from megaphase.generation.beam import beam_search
+from megaphase.generation.decoding import Continuation, Decoding, Prompt
+from megaphase.generation.sampling import sample
+from megaphase.model.gpt import GPT
+
+
+def generate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    how: Decoding,
+    eod: int,
+    *,
+    batch: int = 16,
+    advance: Callable[[int], object] = lambda count: None,
+) -> list[Continuation]:
+    """The best continuation of every prompt, up to EOD; each is the same in any batch.
+
+    A continuation also ends where the model's seq_len does. An empty prompt begins as a document
+    does, after EOD.
+
+    Args:
+        prompts: token ids.
+        batch: prompts that are computed at a time.
+        advance: gets the number of prompts that are done since the last call.
+
+    Raises:
+        InputError: a prompt is longer than the model's seq_len.
+        RunError: the model gives no numbers.
+    """
+    seq_len = model.shape.seq_len
+    check_lengths(prompts, seq_len)
+    waiting = [
+        # The last token that is generated needs no position.
+        Prompt(list(tokens), number, min(how.max_tokens, seq_len - len(tokens) + 1))
+        for number, tokens in enumerate(tokens or [eod] for tokens in prompts)
+    ]
+    waiting.sort(key=lambda prompt: len(prompt.tokens))
+    found: dict[int, Continuation] = {}
+    for first in range(0, len(waiting), batch):
+        together = waiting[first : first + batch]
+        if how.beam > 1:
+            best = [kept[0] for kept in beam_search(model, together, how, eod)]
+        else:
+            best = sample(model, together, how, eod)
+        found |= {prompt.number: each for prompt, each in zip(together, best, strict=True)}
+        advance(len(together))
+    return [found[number] for number in range(len(found))]
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], seq_len: int) -> None:
+    """Refuse prompts, token ids each, that the model has no positions for.
+
+    Raises:
+        InputError: naming the first one.
+    """
+    for number, tokens in enumerate(prompts, 1):
+        if len(tokens) > seq_len:
+            raise InputError(
+                f"prompt {number}",
+                f"has {len(tokens):,} tokens, the model's seq_len is {seq_len:,}",
+                "shorten it",
+            )

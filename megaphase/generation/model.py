@@ -1,0 +1,61 @@
+"""A checkpoint's GPT in one process, ready to generate."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megaphase.checkpoint.parameters import WEIGHT
+from megaphase.convert.source import Source
+from megaphase.convert.verification import verified_meanwhile
+from megaphase.convert.weights import read_each
+from megaphase.model.gpt import GPT
+from megaphase.parallel.rng import Initializer
+from megaphase.parallel.topology import Topology
+
+Precision = Literal["fp32", "bf16"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_ALONE = Topology(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
+_READERS = 4
+
+
+class _Uninitialized(Initializer):
+    """Gives parameters memory alone: every one of them is about to be read."""
+
+    def at(self, part: str) -> Initializer:
+        return self
+
+    def normal(self, name: str, shape: tuple[int, ...], std: float) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype)
+
+    def constant(self, shape: tuple[int, ...], value: float) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype)
+
+
+def load_model(source: Source, precision: Precision | None, *, verify: bool = True) -> GPT:
+    """The model on this process's GPU, or the CPU where there is none.
+
+    Args:
+        precision: of weights and activations; that of the run if not given.
+        verify: compare all files with their hashes meanwhile.
+
+    Raises:
+        InputError: a file is missing, truncated or altered.
+    """
+    dtype = _DTYPES[precision or ("bf16" if source.state.get("precision") == "bf16" else "fp32")]
+    model = GPT(source.shape, _Uninitialized(0, dtype), _ALONE, compute_dtype=dtype)
+    parameters = dict(model.named_parameters())
+
+    def take(name: str, kind: str, whole: Tensor) -> None:
+        parameters[name].copy_(whole)
+
+    with torch.no_grad():
+        if verify:
+            with verified_meanwhile(source, 0, workers=_READERS, console=None):
+                read_each(source.weights, (WEIGHT,), take, workers=_READERS)
+        else:
+            read_each(source.weights, (WEIGHT,), take, workers=_READERS)
+    return model.eval().requires_grad_(False)

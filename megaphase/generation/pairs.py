@@ -1,0 +1,92 @@
+"""Held-out pairs of a translation task, as prompts and references."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megaphase.config import RunConfig
+from megaphase.corpus import Corpus
+from megaphase.errors import InputError
+from megaphase.plan.spec import open_task_corpus
+from megaphase.plan.stream import held_out_threshold
+from megaphase.tokenizer import Tokenizer
+from megaphase.validation_errors import hint
+
+_DOCUMENTS_AT_A_TIME = 1 << 20
+
+
+@dataclass(frozen=True)
+class Pair:
+    """prompt: the source's tokens and the tag, after which the model translates."""
+
+    prompt: list[int]
+    source: str
+    reference: str
+
+
+def held_out_pairs(
+    config: RunConfig, task: str, tokenizer: Tokenizer, samples: int | None
+) -> list[Pair]:
+    """Pairs of a task that training never sees, those with the smallest hashes first.
+
+    Hashes are of the sources, so the choice depends neither on the seed nor on the corpus's order.
+
+    Args:
+        samples: how many; all that are held out if None, or if there are not so many.
+
+    Raises:
+        InputError: there is no such task, it is not a translation task, its corpus is missing,
+            damaged or of another tokenizer, or nothing is held out.
+    """
+    if task not in config.tasks:
+        raise InputError(
+            config.where("tasks"), f"no task {task!r}", hint(task, config.tasks, "the tasks are")
+        )
+    if config.tasks[task].kind != "translation":
+        raise InputError(
+            config.where(f"tasks.{task}.kind"),
+            f"is {config.tasks[task].kind}, not translation",
+            hint("", translation_tasks(config), "the translation tasks are"),
+        )
+    corpus = open_task_corpus(config, task, tokenizer)
+    fraction = config.validation.fraction
+    documents = _held_out_documents(corpus, held_out_threshold(fraction), samples)
+    if not len(documents):
+        raise InputError(
+            config.where("validation.fraction"),
+            f"{fraction:g} holds out none of the pairs of {corpus.prefix}",
+            "raise it",
+        )
+    tag = corpus.manifest.tag
+    assert tag is not None, "open_task_corpus has seen to it"
+    return [_pair(corpus, int(document), tag, tokenizer) for document in documents]
+
+
+def translation_tasks(config: RunConfig) -> list[str]:
+    """The run file's translation tasks, in its order."""
+    return [name for name, task in config.tasks.items() if task.kind == "translation"]
+
+
+def _held_out_documents(corpus: Corpus, threshold: int, samples: int | None) -> np.ndarray:
+    """Numbers of the documents with the smallest hashes below the threshold, in that order."""
+    found = np.empty(0, np.int64)
+    for first in range(0, len(corpus.hashes), _DOCUMENTS_AT_A_TIME):
+        hashes = corpus.hashes[first : first + _DOCUMENTS_AT_A_TIME]
+        found = np.append(found, first + np.flatnonzero(hashes < np.uint64(threshold)))
+        found = found[np.argsort(corpus.hashes[found], kind="stable")][:samples]
+    return found
+
+
+def _pair(corpus: Corpus, number: int, tag: int, tokenizer: Tokenizer) -> Pair:
+    document = corpus.document(number).tolist()
+    if tag not in document:
+        problem = f"document {number:,} holds no tag between source and target"
+        raise InputError(corpus.prefix, problem, "tokenize again")
+    target = document.index(tag) + 1
+    return Pair(
+        document[:target],
+        tokenizer.decode(document[: target - 1]),
+        tokenizer.decode(document[target:]),
+    )

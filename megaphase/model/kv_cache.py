@@ -1,0 +1,106 @@
+"""Keys and values of the tokens before, so that a new token is all that the GPT computes.
+
+The rows of a batch are padded on the left: every row's newest token stands in the same slot, a
+step writes and reads slices, and how long a row is shows in its positions and its mask alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megaphase.model.shape import GPTShape
+
+
+class CachedTokens(NamedTuple):
+    """One layer's keys and values, and what the tokens that come next may see.
+
+    Attributes:
+        keys, values: [rows, kv_heads, slots, head_dim] up to the slot of the newest token; the
+            last slots are for the tokens that come next.
+        mask: bool [rows, 1, seq, slots], the slots that each of those tokens attends to.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store keys and values, and attend to them and to all before.
+
+        q: [rows, heads, seq, head_dim]; k, v: [rows, kv_heads, seq, head_dim]. Returns q's shape.
+        """
+        rows, heads, seq, _ = q.shape
+        self.keys[:, :, -seq:], self.values[:, :, -seq:] = k, v
+        keys, values, kv_heads = self.keys, self.values, k.shape[1]
+        if seq == 1:
+            # The queries that share a key are as several tokens that see the same slots, so that
+            # no key is copied for them.
+            y = F.scaled_dot_product_attention(
+                q.reshape(rows, kv_heads, heads // kv_heads, -1), keys, values, self.mask
+            )
+            return y.reshape(q.shape)
+        if heads > kv_heads:
+            keys, values = (x.repeat_interleave(heads // kv_heads, 1) for x in (keys, values))
+        return F.scaled_dot_product_attention(q, keys, values, self.mask)
+
+
+class KVCache:
+    """Memory for the keys and values of a batch, allocated once.
+
+    Attributes:
+        filled: slots that hold a token, or the padding before a row's first one.
+    """
+
+    def __init__(
+        self, shape: GPTShape, padding: Tensor, *, rows: int, slots: int, dtype: torch.dtype
+    ) -> None:
+        """
+        Args:
+            padding: int64 [batch], how many slots of each row are empty before its first token.
+            rows: there are never more, whatever `select` asks for.
+            slots: most tokens of a row, padding included.
+        """
+        size = (shape.layers, rows, shape.kv_heads, slots, shape.head_dim)
+        self._keys, self._values = (
+            torch.empty(size, dtype=dtype, device=padding.device) for _ in range(2)
+        )
+        self._padding = padding
+        self.filled = 0
+
+    def append(self, seq: int) -> tuple[Tensor, list[CachedTokens]]:
+        """Give every row `seq` more slots.
+
+        Returns the positions of the tokens that are to fill them, int64 [rows, seq] (0 where there
+        is only padding), and what each layer's attention needs to know.
+        """
+        rows, padding = len(self._padding), self._padding[:, None]
+        first, self.filled = self.filled, self.filled + seq
+        slots = torch.arange(self.filled, device=padding.device)
+        new = slots[first:]
+        mask = (slots >= padding).unsqueeze(1) & (slots <= new[:, None])
+        # A softmax over nothing would be no number, and padding must not become that.
+        mask |= slots == new[:, None]
+        layers = [
+            CachedTokens(keys, values, mask.unsqueeze(1))
+            for keys, values in zip(
+                self._keys[:, :rows, :, : self.filled],
+                self._values[:, :rows, :, : self.filled],
+                strict=True,
+            )
+        ]
+        return (new - padding).clamp_(min=0), layers
+
+    def select(self, rows: Tensor, first_slot: int = 0) -> None:
+        """Make row i what row rows[i] was; rows: int64 [rows from now on].
+
+        first_slot: what lies before is the same in both, and need not be copied.
+        """
+        self._padding = self._padding[rows]
+        slots = slice(first_slot, self.filled)
+        for memory in (self._keys, self._values):
+            for layer in memory:
+                layer[: len(rows), :, slots] = layer[rows, :, slots]
