@@ -88,6 +88,7 @@ def test_the_run_file_of_the_readme_is_valid(tmp_path):
         "docs/checkpoints.md",
         "docs/conversion.md",
         "docs/reliability.md",
+        "docs/slurm.md",
         "docs/performance.md",
     ],
 )
