@@ -85,7 +85,7 @@ class Step(Section):
     exclude_bad_nodes: Annotated[bool, Field(strict=True)] = False
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
+    def _fits_together(self) -> Self:
         if (self.command is None) == (self.train is None):
             raise ValueError("give either command or train")
         strange = [key for key in _OF_TRAINING if key in self.model_fields_set]
@@ -125,13 +125,13 @@ class Pipeline(Section):
     logs: FilePath = Path("logs")
     sbatch: Options = ()
 
+    _path: Path = PrivateAttr(default=Path("pipeline.yaml"))
+    _trainings: dict[str, Training] = PrivateAttr(default_factory=dict)
+
     @model_validator(mode="after")
     def _sbatch_is_of_all_steps(self) -> Self:
         _without(shlex.join(self.sbatch), _TRAINING_KEYS)
         return self
-
-    _path: Path = PrivateAttr(default=Path("pipeline.yaml"))
-    _trainings: dict[str, Training] = PrivateAttr(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -237,14 +237,24 @@ def _order(pipeline: Pipeline) -> list[str]:
             if name not in ordered and all(other in ordered for other in step.after)
         ]
         if not ready:
-            name = next(name for name in pipeline.steps if name not in ordered)
+            circle = _circle(pipeline, set(ordered))
             raise InputError(
-                pipeline.where(f"steps.{name}.after"),
-                "the steps wait for each other in a circle",
+                pipeline.where(f"steps.{circle[0]}.after"),
+                f"the steps wait for each other in a circle: {', '.join(circle)}",
                 "leave one out",
             )
         ordered.append(ready[0])
     return ordered
+
+
+def _circle(pipeline: Pipeline, ordered: set[str]) -> list[str]:
+    """Steps each of which waits for the next, and the last for the first."""
+    passed = [next(name for name in pipeline.steps if name not in ordered)]
+    while True:
+        name = next(name for name in pipeline.steps[passed[-1]].after if name not in ordered)
+        if name in passed:
+            return passed[passed.index(name) :]
+        passed.append(name)
 
 
 def _training(pipeline: Pipeline, name: str, step: Step, program: Any) -> Training:

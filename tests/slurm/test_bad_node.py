@@ -107,6 +107,7 @@ def test_without_the_bad_node_it_starts_again(
     assert (status["done"], status["step"], status["steps"]) == (True, 2, 2)
 
 
+@pytest.mark.slow
 def test_nodes_where_the_check_cannot_even_start(
     cluster: Cluster, run_file: Path, covered: list[tuple[str, Path]]
 ) -> None:

@@ -88,8 +88,13 @@ TRAIN = {"train": "run.yaml", **CPU}
             ": steps.b.after: no step 'verfy'; did you mean 'verify'?",
         ),
         (
-            {"a": {**VERIFY, "after": "b"}, "b": {**VERIFY, "after": "a"}, "c": VERIFY},
-            ": steps.a.after: the steps wait for each other in a circle; leave one out",
+            {
+                "last": {**VERIFY, "after": "a"},
+                "a": {**VERIFY, "after": ["good", "b"]},
+                "b": {**VERIFY, "after": "a"},
+                "good": VERIFY,
+            },
+            ": steps.a.after: the steps wait for each other in a circle: a, b; leave one out",
         ),
         ({"a": {**VERIFY, "after": "a"}}, ": steps.a.after: the steps wait for each other"),
         (
