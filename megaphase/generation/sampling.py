@@ -56,7 +56,7 @@ def _drawn(logits: Tensor, how: Decoding, draws: Sequence[float]) -> Tensor:
         probabilities[:, how.top_k :] = 0.0
         probabilities /= probabilities.sum(-1, keepdim=True)
     before = probabilities.cumsum(-1) - probabilities
-    probabilities[before >= how.top_p] = 0.0
+    probabilities[:, 1:][before[:, 1:] >= how.top_p] = 0.0
     reached = probabilities.cumsum(-1)
     wanted = torch.tensor(draws, dtype=torch.float64, device=logits.device) * reached[:, -1]
     places = torch.searchsorted(reached, wanted.unsqueeze(1), right=True)
