@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,10 @@ def test_the_script_of_the_repository(
     write_run_file(tmp_path, settings(corpora, checkpoint={"every_steps": 9}))
     (tmp_path / "train.sbatch").write_text(template())
     layout = (f"--nodes={NODES}", f"--ntasks-per-node={TASKS}", "--cpus-per-task=1")
+    # As in an environment that is activated.
+    path = f"--export=ALL,PATH={Path(sys.executable).parent}:{os.environ['PATH']}"
+    options = ("--parsable", *layout, "--gpus-per-node=0", path)
     arguments = ("train.sbatch", "run.yaml", "checkpoint.every_steps=4")
-    options = ("--parsable", *layout, "--gpus-per-node=0")
     job = cluster.run("sbatch", *options, *arguments, folder=tmp_path).strip()
     assert TrainJob(cluster, job, tmp_path / "run").rows_at_the_end() == expected
     logs = sorted(path.name for path in tmp_path.glob("*.log"))
