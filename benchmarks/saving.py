@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from megaphase.checkpoint.saver import Saver
-from megaphase.checkpoint.store import CheckpointStore, full_name
+from megaphase.checkpoint.state import full_name
+from megaphase.checkpoint.store import CheckpointStore
 from megaphase.config import RunConfig
 from megaphase.model.presets import build_shape
 from megaphase.parallel.agreement import Agreement

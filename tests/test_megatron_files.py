@@ -24,7 +24,7 @@ from megatron_files_support import (
 from test_pickles import Payload
 from typer.testing import CliRunner
 
-from megaphase.checkpoint.store import read_state
+from megaphase.checkpoint.state import read_state
 from megaphase.convert.commands import convert_app
 from megaphase.convert.megatron.from_megatron import from_megatron
 from megaphase.convert.megatron.names import Implementation

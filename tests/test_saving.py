@@ -28,7 +28,7 @@ from run_support import (
     write_run_file,
 )
 
-from megaphase.checkpoint.store import full_name
+from megaphase.checkpoint.state import full_name
 from megaphase.locks import exclusive_lock
 
 PROCESSES = 2

@@ -24,7 +24,8 @@ from megaphase.checkpoint import saver as saver_module
 from megaphase.checkpoint import store as store_module
 from megaphase.checkpoint.parameters import Piece, Shard
 from megaphase.checkpoint.saver import Saver, SaveStatus, Snapshot
-from megaphase.checkpoint.store import CheckpointStore, full_name
+from megaphase.checkpoint.state import full_name
+from megaphase.checkpoint.store import CheckpointStore
 from megaphase.checkpoint.tensor_file import file_bytes, write_tensors
 from megaphase.errors import RunError
 from megaphase.files import describe_file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megaphase.checkpoint.store import NAME, STATE_FILE, state_or_nothing
+from megaphase.checkpoint.state import NAME, STATE_FILE, state_or_nothing
 from megaphase.errors import InputError
 from megaphase.validation_errors import hint
 

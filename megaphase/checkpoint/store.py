@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 from megaphase.checkpoint.parameters import INDEX_FILE
+from megaphase.checkpoint.state import LATEST, NAME, STATE_FILE, read_state, state_or_nothing
 from megaphase.errors import InputError, RunError
 from megaphase.files import (
     describe_file,
@@ -37,21 +36,7 @@ from megaphase.files import (
 )
 from megaphase.parallel.agreement import Agreement
 
-CHECKPOINT_FORMAT = 2
-STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
-LATEST = "latest"
-NAME = re.compile(r"(step|best)-(\d{8,})")
-
-
-def full_name(step: int) -> str:
-    """Of a checkpoint that a run can go on from."""
-    return f"step-{step:08d}"
-
-
-def best_name(step: int) -> str:
-    """Of a checkpoint of weights alone."""
-    return f"best-{step:08d}"
 
 
 @dataclass(frozen=True)
@@ -221,28 +206,6 @@ def complete(
         write_json_whole(folder / file, content)
         files = {**files, file: describe_file(folder / file)}
     write_json_whole(folder / MANIFEST_FILE, {"files": files})
-
-
-def check_format(folder: Path, state: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another version of this program."""
-    if state.get("format") != CHECKPOINT_FORMAT:
-        raise InputError(
-            folder,
-            f"has the format {state.get('format')}, this version reads {CHECKPOINT_FORMAT}",
-            "use the version that wrote it",
-        )
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """What the writer of a checkpoint said about it."""
-    return json.loads((folder / STATE_FILE).read_text())
-
-
-def state_or_nothing(folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint that may be damaged."""
-    with suppress(OSError, ValueError):
-        return read_state(folder)
-    return {}
 
 
 def _step(name: str) -> int:

@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from megaphase.checkpoint.parameters import WEIGHT
-from megaphase.checkpoint.store import CHECKPOINT_FORMAT
+from megaphase.checkpoint.state import CHECKPOINT_FORMAT
 from megaphase.convert.checkpoint_writer import portable_form, write_checkpoint
 from megaphase.convert.weights import Weights
 from megaphase.files import write_text_whole

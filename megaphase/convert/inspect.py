@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from megaphase.checkpoint.names import CHECKPOINTS
-from megaphase.checkpoint.store import LATEST, STATE_FILE
+from megaphase.checkpoint.state import LATEST, STATE_FILE
 from megaphase.checkpoint.tensor_file import TensorFile, TensorKind
 from megaphase.convert.checkpoint_writer import PORTABLE_FOLDER
 from megaphase.convert.hugging_face.config import CONFIG_FILE

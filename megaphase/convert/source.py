@@ -11,7 +11,8 @@ from typing import Any
 
 from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.parameters import StoredParameters
-from megaphase.checkpoint.store import MANIFEST_FILE, STATE_FILE, check_format, read_state
+from megaphase.checkpoint.state import STATE_FILE, check_format, read_state
+from megaphase.checkpoint.store import MANIFEST_FILE
 from megaphase.errors import InputError
 from megaphase.files import file_damage
 from megaphase.model.parameters import parameter_layouts

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megaphase.checkpoint.names import find_checkpoint
-from megaphase.checkpoint.store import STATE_FILE, read_state, state_or_nothing
+from megaphase.checkpoint.state import STATE_FILE, read_state, state_or_nothing
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
 from megaphase.files import os_errors_named, write_json_whole

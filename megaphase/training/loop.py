@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from megaphase.checkpoint.store import best_name, full_name
+from megaphase.checkpoint.state import best_name, full_name
 from megaphase.config import RunConfig
 from megaphase.errors import RunError, Stopped
 from megaphase.parallel.agreement import Agreement

@@ -10,7 +10,7 @@ import torch
 
 from megaphase.checkpoint.parameters import RANDOM, WEIGHT
 from megaphase.checkpoint.saver import Saver, SaveStatus, Snapshot
-from megaphase.checkpoint.store import best_name, full_name
+from megaphase.checkpoint.state import best_name, full_name
 from megaphase.plan.plan import Plan
 from megaphase.training.engine import Engine
 from megaphase.training.health import LossWatch

@@ -9,12 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from megaphase.checkpoint.store import (
-    CHECKPOINT_FORMAT,
-    Checkpoint,
-    CheckpointStore,
-    check_format,
-)
+from megaphase.checkpoint.state import CHECKPOINT_FORMAT, check_format
+from megaphase.checkpoint.store import Checkpoint, CheckpointStore
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
 from megaphase.model.presets import build_shape
