@@ -13,7 +13,7 @@ from megaphase.checkpoint.names import find_for_run
 from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import Checkpoint
 from megaphase.config import RunConfig
-from megaphase.errors import InputError
+from megaphase.errors import InputError, RunError
 from megaphase.locks import exclusive_lock
 from megaphase.parallel.together import on_first_rank, together
 from megaphase.parallel.topology import Topology, process_group
@@ -140,10 +140,10 @@ def _sole_run(directory: RunDirectory) -> contextlib.AbstractContextManager[None
     """Keeps other runs out of the directory, and removes what a killed one left aside."""
 
     def refuse() -> NoReturn:
-        raise InputError(
-            directory.path,
-            "another process is training in this run directory",
-            "wait until it has ended, or choose another output",
+        # No wrong input: a job that is started again may find a process of its last start there.
+        raise RunError(
+            f"{directory.path}: another process is training in this run directory; wait until it "
+            "has ended, or choose another output"
         )
 
     return exclusive_lock(directory.lock, refuse)
