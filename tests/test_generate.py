@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from convert_support import write_random_checkpoint
+from existing_tokenizers import llama_directory
 from hf_support import (
     LLAMA,
     SEQ_LEN,
@@ -29,10 +30,11 @@ from megaphase.errors import InputError, RunError
 from megaphase.generation.beam import beam_search, largest
 from megaphase.generation.decoder import Decoder
 from megaphase.generation.decoding import Continuation, Decoding, Prompt
-from megaphase.generation.generate import generate
+from megaphase.generation.generate import generate, text_after
 from megaphase.generation.model import load_model
 from megaphase.model.gpt import GPT
 from megaphase.model.shape import GPTShape
+from megaphase.tokenizer import Tokenizer
 
 EOD = 0
 TOLERANCE = 1e-5
@@ -303,6 +305,21 @@ def test_seeds_differ_and_repeat(model):
     ]
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
+
+
+# --- texts ---
+
+
+def test_a_text_goes_on_where_its_prompt_ends(tmp_path):
+    """The tokenizer drops a text's first space, and a character is spelled in bytes."""
+    tokenizer = Tokenizer.load(llama_directory(tmp_path / "llama"))
+    text = "the dog 日"
+    tokens = tokenizer.encode(text)
+    for cut in range(len(tokens) - 2):
+        begun, added = tokens[:cut], tokens[cut:]
+        assert tokenizer.decode(begun) + text_after(begun, added, tokenizer) == text
+    broken = text_after(tokens[:-1], tokens[-1:], tokenizer)
+    assert broken == tokenizer.decode(tokens[-1:])
 
 
 # --- loading ---

@@ -103,7 +103,7 @@ def generate_command(
     words = load_tokenizer(source, tokenizer)
     prompts = words.encode_batch(texts)
 
-    from megaphase.generation.generate import check_lengths, generate
+    from megaphase.generation.generate import check_lengths, generate, text_after
     from megaphase.generation.model import load_model
     from megaphase.generation.progress import counting_progress
 
@@ -113,7 +113,7 @@ def generate_command(
     with counting_progress(Console(stderr=True), "generating", len(prompts)) as advance:
         found = generate(model, prompts, how, words.eod, batch=batch, advance=advance)
     for number, (text, each) in enumerate(zip(texts, found, strict=True)):
-        completion = words.decode(each.tokens)
+        completion = text_after(prompts[number], each.tokens, words)
         if json:
             row = {"prompt": text, "completion": completion, "tokens": len(each.tokens)}
             row |= {"log_probability": each.log_probability, "ended": each.ended}
@@ -176,6 +176,7 @@ def translate_command(
         as_table,
         check_place,
         evaluate_translation,
+        signature_lines,
         write_translations,
     )
 
@@ -192,3 +193,4 @@ def translate_command(
         print(dumps({"step": results.step, "translation": scores}, indent=2))
     else:
         Console(highlight=False).print(as_table(results))
+        print(*signature_lines(results), sep="\n")

@@ -107,18 +107,9 @@ def write_translations(path: Path, translations: Mapping[str, Sequence[Translati
 
 
 def as_table(results: TranslationResults) -> Table:
-    """The scores as a table; the signatures below it."""
-    signatures = dict.fromkeys(
-        signature
-        for each in results.scores.values()
-        for signature in (f"BLEU: {each.bleu_signature}", f"chrF: {each.chrf_signature}")
-    )
-    table = Table(
-        title=f"Translations of held-out sources at step {results.step:,}",
-        title_justify="left",
-        caption="\n".join(signatures),
-        caption_justify="left",
-    )
+    """The scores, a row a task."""
+    title = f"Translations of held-out sources at step {results.step:,}"
+    table = Table(title=title, title_justify="left")
     table.add_column("task")
     for figure in ("BLEU", "chrF", "pairs", "cut off", "no room"):
         table.add_column(figure, justify="right")
@@ -126,3 +117,9 @@ def as_table(results: TranslationResults) -> Table:
         counts = (f"{count:,}" for count in (each.pairs, each.cut_off, each.no_room))
         table.add_row(task, f"{each.bleu:.2f}", f"{each.chrf:.2f}", *counts)
     return table
+
+
+def signature_lines(results: TranslationResults) -> list[str]:
+    """What sacrebleu calls the two scores, which are of one kind for all tasks."""
+    first = next(iter(results.scores.values()))
+    return [f"BLEU: {first.bleu_signature}", f"chrF: {first.chrf_signature}"]

@@ -9,6 +9,7 @@ from megaphase.generation.beam import beam_search
 from megaphase.generation.decoding import Continuation, Decoding, Prompt
 from megaphase.generation.sampling import sample
 from megaphase.model.gpt import GPT
+from megaphase.tokenizer import Tokenizer
 
 
 def generate(
@@ -52,6 +53,16 @@ def generate(
         found |= {prompt.number: each for prompt, each in zip(together, best, strict=True)}
         advance(len(together))
     return [found[number] for number in range(len(found))]
+
+
+def text_after(prompt: Sequence[int], tokens: Sequence[int], tokenizer: Tokenizer) -> str:
+    """What the tokens add to the prompt's text.
+
+    Many a tokenizer drops a text's first space, and a character may have begun in the prompt; so
+    both are decoded together.
+    """
+    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *tokens])
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(tokens)
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], seq_len: int) -> None:

@@ -1,0 +1,100 @@
+"""Tokens a second of greedy generation, with the cache and without it, in one run.
+
+The floor: a step reads every weight that multiplies a token once, whatever the batch; the keys and
+values that it reads as well are few beside them here. Without the cache, every token of the prefix
+goes through the model again. Weights are random, and no token is taken for EOD.
+
+    python benchmarks/generation.py --preset gpt-14m --batch 1 --batch 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from machine import measure_machine
+
+from megaphase.generation.decoding import Decoding
+from megaphase.generation.generate import generate
+from megaphase.model.gpt import GPT
+from megaphase.model.presets import PRESETS
+from megaphase.model.shape import GPTShape
+from megaphase.parallel.rng import Initializer
+from megaphase.parallel.topology import Topology, device
+
+NO_EOD = -1
+Way = Callable[[GPT, list[list[int]], int], list[list[int]]]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="gpt-14m")
+    parser.add_argument("--vocab", type=int, default=16_000)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--batch", type=int, action="append")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    asked = parser.parse_args()
+    dtype = DTYPES[asked.dtype]
+    shape = _shape(asked.preset, asked.vocab, asked.prompt_tokens + asked.new_tokens)
+    alone = Topology(1, 0, 1, None, None)  # type: ignore[arg-type]
+    model = GPT(shape, Initializer(1, dtype), alone, compute_dtype=dtype).eval()
+    machine = measure_machine(device(), dtype)
+    floor_seconds = dtype.itemsize * shape.matmul_parameters() / machine.memory_bytes_per_second
+    print(
+        f"{asked.preset}, {shape.parameters() / 1e6:.1f} million parameters, {asked.dtype}, on "
+        f"{device().type}; prompts of {asked.prompt_tokens} tokens, {asked.new_tokens} new ones"
+    )
+    print(
+        f"memory {machine.memory_bytes_per_second / 1e9:.1f} GB/s: a step of at least "
+        f"{1e3 * floor_seconds:.2f} ms"
+    )
+    for batch in asked.batch or [1, 16]:
+        prompts = torch.randint(shape.vocab, (batch, asked.prompt_tokens)).tolist()
+        tokens = batch * asked.new_tokens
+        begun, _ = _seconds(_cached, model, prompts, 1)
+        cached, found = _seconds(_cached, model, prompts, asked.new_tokens)
+        plain, expected = _seconds(_uncached, model, prompts, asked.new_tokens)
+        agree = sum(one == other for one, other in zip(found, expected, strict=True))
+        step = (cached - begun) / (asked.new_tokens - 1)
+        print(
+            f"batch {batch}: prompts {begun:.2f} s, then {1e3 * step:.2f} ms a step, "
+            f"{step / floor_seconds:.1f} × the floor; with all, cached {tokens / cached:,.0f} "
+            f"tokens/s, without the cache {tokens / plain:,.0f}; ratio {plain / cached:.1f}; "
+            f"{agree} of {batch} texts the same",
+            flush=True,
+        )
+
+
+def _shape(preset: str, vocab: int, seq_len: int) -> GPTShape:
+    sizes = PRESETS[preset]
+    return GPTShape(vocab=vocab, seq_len=seq_len, kv_heads=sizes["heads"], **sizes)
+
+
+def _cached(model: GPT, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    found = generate(model, prompts, Decoding(new_tokens), NO_EOD, batch=len(prompts))
+    return [each.tokens for each in found]
+
+
+@torch.inference_mode()
+def _uncached(model: GPT, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    tokens = torch.tensor(prompts, device=device())
+    for _ in range(new_tokens):
+        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
+    return tokens[:, -new_tokens:].tolist()
+
+
+def _seconds(way: Way, *arguments: Any) -> tuple[float, list[list[int]]]:
+    way(*arguments)
+    began = time.perf_counter()
+    found = way(*arguments)  # ends with the tokens on the CPU
+    return time.perf_counter() - began, found
+
+
+if __name__ == "__main__":
+    main()
