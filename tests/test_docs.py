@@ -87,6 +87,7 @@ def test_the_run_file_of_the_readme_is_valid(tmp_path):
         "docs/plan.md",
         "docs/checkpoints.md",
         "docs/conversion.md",
+        "docs/generation.md",
         "docs/reliability.md",
         "docs/slurm.md",
         "docs/performance.md",
