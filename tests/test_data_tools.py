@@ -28,9 +28,9 @@ from data_support import (
 from rich.console import Console
 from typer.testing import CliRunner
 
+from megaphase import progress
 from megaphase.corpus import Corpus
 from megaphase.corpus.format import document_hash
-from megaphase.data_tools import progress
 from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.text import Reading
 from megaphase.data_tools.tokenization.tokenize import tokenize

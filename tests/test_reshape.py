@@ -1,13 +1,14 @@
 """A checkpoint reshaped for another layout is what the trainer itself writes there.
 
 Tensor × data layouts of one, two and four processes, ZeRO 0, 1 and 3: bit for bit there and back,
-and the loss curve goes on to 1e-5.
+and the loss curve goes on to 1e-5. `make test` has one stage for every layout, the slow tests all.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import astuple
 from itertools import product
 from pathlib import Path
@@ -27,6 +28,8 @@ from megaphase.training.engine import Engine
 
 GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
 LAYOUTS = [Layout(tensor, data, zero) for (tensor, data), zero in product(GRIDS, (0, 1, 3))]
+QUICK = [Layout(1, 1, 0), Layout(2, 1, 1), Layout(1, 2, 3), Layout(2, 2, 3), Layout(4, 1, 1)]
+EACH = [it if it in QUICK else pytest.param(it, marks=pytest.mark.slow) for it in LAYOUTS]
 VOCAB = 99  # every tensor-parallel size pads its rows otherwise
 BEFORE, AFTER = 3, 10
 RATE = 1e-2
@@ -74,41 +77,55 @@ def go_on(layouts: list[Layout], folder: str) -> dict[Layout, list[float]]:
 
 
 @once
-def trained() -> tuple[Path, list[float], dict[Layout, list[float]]]:
-    """The folder, the undisturbed curve, and the curve of every layout."""
+def trained(quick: bool) -> tuple[Path, list[float], dict[Layout, list[float]]]:
+    """The folder, the undisturbed curve, and the curve of every layout, or of those that are quick
+    together."""
+    chosen = QUICK if quick else LAYOUTS
     folder = tempfile.mkdtemp(prefix="megaphase-reshape-")
     undisturbed = run_ranks(begin, 1, folder)[0]
     curves = {}
-    for layout in LAYOUTS:
+    for layout in chosen:
         source, out = Path(folder, "begin", "step-00000001"), Path(folder, "reshaped")
         reshape(str(source), out / name_of(layout), layout, weights_only=False, workers=2)
     for processes in (1, 2, 4):
-        layouts = [layout for layout in LAYOUTS if layout.processes == processes]
+        layouts = [layout for layout in chosen if layout.processes == processes]
         curves |= run_ranks(go_on, processes, layouts, folder)[0]
     return Path(folder), undisturbed, curves
 
 
-@pytest.fixture(scope="module")
-def folder():
-    path = trained()[0]
-    yield path
-    shutil.rmtree(path)
+@pytest.fixture(scope="module", autouse=True)
+def removed_at_the_end() -> Iterator[None]:
+    yield
+    for quick in made:
+        shutil.rmtree(trained(quick)[0])
+
+
+made: set[bool] = set()
+
+
+def folder_of(layout: Layout) -> Path:
+    """Where its checkpoints lie."""
+    made.add(layout in QUICK)
+    return trained(layout in QUICK)[0]
 
 
 def native(folder: Path, layout: Layout) -> Path:
+    """What the trainer has written on a layout."""
     return folder / "native" / name_of(layout) / "step-00000001"
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
-def test_files_are_those_that_the_trainer_writes(layout: Layout, folder: Path) -> None:
+@pytest.mark.parametrize("layout", EACH, ids=name_of)
+def test_files_are_those_that_the_trainer_writes(layout: Layout) -> None:
+    folder = folder_of(layout)
     assert_same_shards(folder / "reshaped" / name_of(layout), native(folder, layout))
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("source", LAYOUTS, ids=name_of)
-def test_there_and_back_is_bit_equal(source: Layout, folder: Path, tmp_path: Path) -> None:
-    for target in LAYOUTS:
+@pytest.mark.parametrize("source", EACH, ids=name_of)
+def test_there_and_back_is_bit_equal(source: Layout, tmp_path: Path) -> None:
+    folder = folder_of(source)
+    for target in QUICK if source in QUICK else LAYOUTS:
         there, back = tmp_path / f"to-{name_of(target)}", tmp_path / f"from-{name_of(target)}"
         reshape(str(native(folder, source)), there, target, weights_only=False, workers=2)
         assert_same_shards(there, native(folder, target))
@@ -117,8 +134,8 @@ def test_there_and_back_is_bit_equal(source: Layout, folder: Path, tmp_path: Pat
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
-def test_training_goes_on_as_if_nothing_had_happened(layout: Layout, folder: Path) -> None:
-    _, undisturbed, curves = trained()
+@pytest.mark.parametrize("layout", EACH, ids=name_of)
+def test_training_goes_on_as_if_nothing_had_happened(layout: Layout) -> None:
+    _, undisturbed, curves = trained(layout in QUICK)
     assert len(curves[layout]) == AFTER
     assert curves[layout] == pytest.approx(undisturbed, rel=CURVE_TOLERANCE)

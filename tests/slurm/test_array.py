@@ -110,6 +110,7 @@ def test_on_a_real_slurm(cluster: Cluster, text, tok, whole, tmp_path) -> None:
     assert len(logs) == 4
 
 
+@pytest.mark.slow
 def test_a_shard_that_fails_ends_the_chain_and_can_be_mended(
     cluster: Cluster, text, tok, tmp_path
 ) -> None:

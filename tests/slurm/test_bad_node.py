@@ -77,6 +77,7 @@ def test_gpus_that_slurm_gave_and_torch_does_not_find(cluster: Cluster, run_file
     assert not (run_file.parent / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_without_the_bad_node_it_starts_again(
     cluster: Cluster, run_file: Path, covered: list[tuple[str, Path]]
 ) -> None:

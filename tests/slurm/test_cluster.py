@@ -110,6 +110,7 @@ def test_scancel_signals_whom_it_is_asked_to(cluster: Cluster, option: str, told
     cluster.run("scancel", job)
 
 
+@pytest.mark.slow
 def test_a_crashed_node_is_noticed_and_its_job_goes_elsewhere(cluster: Cluster) -> None:
     own_session = f": {cluster.folder}; sleep 1000; :"
     script = (

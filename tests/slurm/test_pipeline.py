@@ -299,6 +299,7 @@ def test_from_text_to_report(cluster: Cluster, corpora: Path, tmp_path: Path) ->
     assert {f"{name}-{jobs[name]}.log" for name in ("merge", "verify", "plan", "train")} <= names
 
 
+@pytest.mark.slow
 def test_behind_a_step_that_fails_none_runs_until_it_is_mended(
     cluster: Cluster, corpora: Path, tmp_path: Path
 ) -> None:
