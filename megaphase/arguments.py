@@ -22,3 +22,11 @@ Source = Annotated[
         "@best-hi, @latest, @step-00001000, or a path; the run file holds what follows.",
     ),
 ]
+
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="CKPT",
+        help="RUN@NAME (a phase's name for its end, latest, best-hi, step-00001000), or a path.",
+    ),
+]

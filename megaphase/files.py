@@ -72,6 +72,11 @@ def file_damage(
     return None if hash_file(path, advance=advance) == described["hash"] else "has been altered"
 
 
+def folder_bytes(folder: Path) -> int:
+    """Of all files in a folder and those below it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def size_damage(path: Path, expected: int) -> str | None:
     """Why a file cannot be the one that had so many bytes, or None."""
     if not path.is_file():

@@ -105,7 +105,7 @@ def assert_same_shards(one: Path, other: Path) -> None:
 
 
 def whole_parameters(checkpoint: Path, kind: str = "weight") -> dict[str, Tensor]:
-    """Whole parameters, put together from docs/checkpoints.md alone."""
+    """Whole parameters, put together from docs/checkpoints.md alone; every element is there once."""
     index: dict[str, Any] = json.loads((checkpoint / INDEX_FILE).read_text())
     files = {file: load_file(checkpoint / file) for file in index["shards"]}
     return {
@@ -119,15 +119,21 @@ def _whole(
 ) -> Tensor:
     cuts = []
     for rank in range(index["tensor"] if facts["dim"] is not None else 1):
-        runs = {
-            shard["pieces"][name][0]: files[file][tensor].reshape(-1)
+        runs = [
+            (*shard["pieces"][name], files[file][tensor].reshape(-1))
             for file, shard in index["shards"].items()
             if shard["tensor_rank"] == rank and name in shard["pieces"]
-        }
+        ]
+        runs.sort(key=lambda run: run[0])
+        end = 0
+        for first, stop, values in runs:
+            assert first == end
+            assert len(values) == stop - first
+            end = stop
         shape = list(facts["shape"])
         if facts["dim"] is not None:
             shape[facts["dim"]] = sum(facts["segments"]) // index["tensor"]
-        cuts.append(torch.cat([runs[first] for first in sorted(runs)]).view(shape))
+        cuts.append(torch.cat([values for _, _, values in runs]).view(shape))
     dim, columns, done = facts["dim"], [], 0
     if dim is None:
         return cuts[0]

@@ -7,6 +7,7 @@ changes none of them.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from convert_support import whole_parameters
 from distributed import once, run_ranks
 from engine_support import (
     build_engine,
@@ -27,7 +29,6 @@ from engine_support import (
     run_config,
     share,
 )
-from safetensors.torch import load_file
 from torch import Tensor
 
 from megaphase.checkpoint.parameters import INDEX_FILE, StoredParameters
@@ -267,41 +268,10 @@ def test_a_run_goes_on_on_any_layout() -> None:
 
 def _check_files(checkpoint: Path) -> None:
     """Every element is stored once, by the page that describes the files; read by other code."""
-    index = __import__("json").loads((checkpoint / INDEX_FILE).read_text())
+    index = json.loads((checkpoint / INDEX_FILE).read_text())
     assert index["kinds"] == ["weight", "exp_avg", "exp_avg_sq"]
-    shards = {name: load_file(checkpoint / name) for name in index["shards"]}
     stored = StoredParameters(checkpoint)
-    for name, facts in index["parameters"].items():
-        cuts = range(1 if facts["dim"] is None else index["tensor"])
-        parts = [_cut(index, shards, name, cut) for cut in cuts]
-        shape = list(facts["shape"])
-        if facts["dim"] is not None:
-            shape[facts["dim"]] = sum(facts["segments"]) // len(parts)
-        whole = _join([part.view(shape) for part in parts], facts)
+    found = whole_parameters(checkpoint)
+    assert found.keys() == index["parameters"].keys()
+    for name, whole in found.items():
         assert torch.equal(whole, stored.whole(name, "weight")), name
-
-
-def _cut(index: Any, shards: Any, name: str, tensor_rank: int) -> Tensor:
-    pieces = [
-        (shard["pieces"][name], shards[file][f"weight/{name}"])
-        for file, shard in index["shards"].items()
-        if name in shard["pieces"] and shard["tensor_rank"] == tensor_rank
-    ]
-    pieces.sort(key=lambda piece: piece[0][0])
-    end = 0
-    for (first, stop), values in pieces:
-        assert first == end
-        assert len(values) == stop - first
-        end = stop
-    return torch.cat([values for _, values in pieces])
-
-
-def _join(parts: list[Tensor], facts: Any) -> Tensor:
-    dim, done, columns = facts["dim"], 0, []
-    if dim is None:
-        return parts[0]
-    for segment in facts["segments"]:
-        size = segment // len(parts)
-        columns += [part.narrow(dim, done, size) for part in parts]
-        done += size
-    return torch.cat(columns, dim).narrow(dim, 0, facts["shape"][dim])

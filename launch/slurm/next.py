@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megaphase.checkpoint.names import CHECKPOINTS
+from megaphase.checkpoint.state import NAME
 from megaphase.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_WRONG_INPUT, RunError
 from megaphase.files import os_errors_named, write_json_whole
 from megaphase.launch.slurm.job_file import FOLDER
@@ -18,7 +18,6 @@ from megaphase.slurm import control, host_names, job_fields, partition_nodes
 CHAIN_FILE = "chain.json"
 _NONE = "(null)"
 _END_SECONDS = 60.0
-_STEP = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,8 @@ def newest_step(run_dir: Path) -> int:
     folder = run_dir / CHECKPOINTS
     if not folder.is_dir():
         return 0
-    found = (_STEP.fullmatch(path.name) for path in folder.iterdir())
-    return max((int(match[1]) for match in found if match), default=0)
+    found = (NAME.fullmatch(path.name) for path in folder.iterdir())
+    return max((int(match[2]) for match in found if match and match[1] == "step"), default=0)
 
 
 def too_few_nodes(job: str, leave_out: str) -> str | None:

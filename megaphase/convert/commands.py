@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from megaphase.arguments import Checkpoint
+
 convert_app = typer.Typer(
     help="Write checkpoints for other layouts and other programs, and read theirs.",
     no_args_is_help=True,
@@ -20,13 +22,6 @@ def _convert() -> None:
     prepare_for_large_tensors()
 
 
-Checkpoint = Annotated[
-    str,
-    typer.Argument(
-        metavar="CKPT",
-        help="RUN@NAME (a phase's name for its end, latest, best-hi, step-00001000), or a path.",
-    ),
-]
 Out = Annotated[Path, typer.Option(help="The new folder; it must not exist.", metavar="DIR")]
 Workers = Annotated[int, typer.Option(min=1, help="Threads that read, and that write.")]
 TrustPickle = Annotated[

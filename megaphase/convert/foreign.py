@@ -12,13 +12,12 @@ from rich.console import Console
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.checkpoint.state import CHECKPOINT_FORMAT
 from megaphase.convert.checkpoint_writer import portable_form, write_checkpoint
-from megaphase.convert.weights import Weights
+from megaphase.convert.weights import Weights, fp32_bytes
 from megaphase.files import write_text_whole
 from megaphase.model.shape import GPTShape
 from megaphase.progress import bytes_progress
 from megaphase.training.position import Position
 
-FP32_BYTES = 4
 _MODEL_FILE = "model.yaml"
 
 
@@ -37,7 +36,7 @@ def write_foreign(
     where they come from, such as `{"format": "Hugging Face", "path": ...}`.
     """
     form = portable_form(weights.layouts)
-    with bytes_progress(console, "writing", FP32_BYTES * shape.parameters()) as advance:
+    with bytes_progress(console, "writing", fp32_bytes(shape)) as advance:
         write_checkpoint(
             folder,
             weights,

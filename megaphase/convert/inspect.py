@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,10 @@ from megaphase.convert.hugging_face.config import CONFIG_FILE
 from megaphase.convert.hugging_face.weights import find_tensors
 from megaphase.convert.megatron.files import RankFile, rank_files
 from megaphase.convert.megatron.names import TRACKER_FILE
-from megaphase.convert.pickles import check_archive
+from megaphase.convert.pickles import check_archives
 from megaphase.convert.source import Source, open_source, verify
 from megaphase.errors import InputError
+from megaphase.files import folder_bytes
 from megaphase.progress import bytes_progress
 
 _MEGATRON_FOLDER = re.compile(r"mp_rank_\d+(_\d+)*")
@@ -142,7 +143,7 @@ def _hugging_face(directory: Path, how: Inspector) -> Contents:
         "layout": f"{len(files)} file{'s' if len(files) > 1 else ''}",
         "model": {k: v for k, v in config.items() if isinstance(v, int | float | str | bool)},
     }
-    return Contents("Hugging Face", _known(facts), tensors, _bytes(directory), checked)
+    return Contents("Hugging Face", _known(facts), tensors, folder_bytes(directory), checked)
 
 
 def _megatron(source: Path, how: Inspector) -> Contents:
@@ -158,7 +159,7 @@ def _megatron(source: Path, how: Inspector) -> Contents:
         "model": {k: v for k, v in args.items() if isinstance(v, int | float | str | bool)},
     }
     tensors = {n: TensorKind(t.dtype, tuple(t.shape)) for n, t in ranks[0].tensors.items()}
-    size = _bytes(files[0].parents[1])
+    size = folder_bytes(files[0].parents[1])
     return Contents("Megatron-LM", _known(facts), tensors, size, checked)
 
 
@@ -191,25 +192,15 @@ def _deepspeed(folder: Path) -> Contents:
         "layout": f"tensor {tensor} × data {data}, {stage}",
         "note": "its tensors can be had with DeepSpeed's zero_to_fp32.py",
     }
-    return Contents("DeepSpeed", facts, {}, _bytes(folder), None)
+    return Contents("DeepSpeed", facts, {}, folder_bytes(folder), None)
 
 
 def _check_pickles(files: list[Path], how: Inspector) -> str | None:
     if not how.verify or not files:
         return None
-    with bytes_progress(how.console, "verifying", _sum_of_sizes(files)) as advance:
-        for path in files:
-            check_archive(path, advance)
+    check_archives(files, how.console)
     return f"the checksums in {len(files)} files of tensors are right"
 
 
 def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
-
-
-def _bytes(folder: Path) -> int:
-    return _sum_of_sizes(path for path in folder.rglob("*") if path.is_file())
-
-
-def _sum_of_sizes(files: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in files)

@@ -6,14 +6,16 @@ import pickle
 import re
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
+from rich.console import Console
 
 from megaphase.errors import InputError
+from megaphase.progress import bytes_progress
 
 # What these packages define is read as `Unread`: enums, settings, states of random generators. No
 # conversion needs them, and nothing of theirs is imported or called.
@@ -88,6 +90,14 @@ def check_archive(path: Path, advance: Callable[[int], object] = lambda count: N
                             advance(len(chunk))
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError):
         raise _damaged(path) from None
+
+
+def check_archives(paths: Sequence[Path], console: Console | None) -> None:
+    """`check_archive` of several files, and show how far that is."""
+    total = sum(path.stat().st_size for path in paths)
+    with bytes_progress(console, "verifying", total) as advance:
+        for path in paths:
+            check_archive(path, advance)
 
 
 def _is_zip(path: Path) -> bool:

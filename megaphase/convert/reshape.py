@@ -12,10 +12,9 @@ from megaphase.convert.output import new_folder
 from megaphase.convert.partition import Layout, check_tensor_size
 from megaphase.convert.source import open_source
 from megaphase.convert.verification import verified_meanwhile
+from megaphase.convert.weights import fp32_bytes
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.shape import GPTShape
-
-FP32_BYTES = 4
 
 
 def reshape(
@@ -35,7 +34,7 @@ def reshape(
     source = open_source(text)
     form = _form(source.shape, layout)
     kinds = (WEIGHT,) if weights_only else source.weights.kinds
-    needed = bytes_of(source.shape) * len(kinds)
+    needed = fp32_bytes(source.shape) * len(kinds)
     state = source.state | ({"optimizer_steps": 0} if weights_only else {})
     with (
         new_folder(out, needed) as folder,
@@ -44,11 +43,6 @@ def reshape(
         write_checkpoint(
             folder, source.weights, kinds, form, state, workers=workers, advance=advance
         )
-
-
-def bytes_of(shape: GPTShape) -> int:
-    """Of all weights in fp32."""
-    return FP32_BYTES * shape.parameters()
 
 
 def _form(shape: GPTShape, layout: Layout | None) -> Form:

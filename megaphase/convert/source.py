@@ -7,16 +7,21 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.parameters import StoredParameters
 from megaphase.checkpoint.state import STATE_FILE, check_format, read_state
 from megaphase.checkpoint.store import MANIFEST_FILE
 from megaphase.errors import InputError
-from megaphase.files import file_damage
+from megaphase.files import file_damage, folder_bytes
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.shape import GPTShape
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Advance = Callable[[int], object]
 
@@ -39,7 +44,12 @@ class Source:
     @property
     def nbytes(self) -> int:
         """Of its files."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        return folder_bytes(self.folder)
+
+    def dtype(self, asked: Precision | None) -> torch.dtype:
+        """Of weights that are taken from it: what is asked for, or that of the run."""
+        own: Precision = "bf16" if self.state.get("precision") == "bf16" else "fp32"
+        return _DTYPES[asked or own]
 
 
 def open_source(text: str) -> Source:

@@ -17,7 +17,12 @@ from megaphase.parallel.sharding import ParameterLayout
 
 # So many bytes may wait in memory even where every parameter is smaller.
 _ALWAYS_ALLOWED = 1 << 26
-_FP32_BYTES = 4
+FP32_BYTES = 4
+
+
+def fp32_bytes(shape: GPTShape) -> int:
+    """Of all weights of a model."""
+    return FP32_BYTES * shape.parameters()
 
 
 class Weights(Protocol):
@@ -68,7 +73,7 @@ def read_each(
     no larger than the largest parameter (or a few megabytes).
     """
     wanted = [(name, kind) for name in weights.layouts for kind in kinds]
-    sizes = {name: _FP32_BYTES * layout.numel for name, layout in weights.layouts.items()}
+    sizes = {name: FP32_BYTES * layout.numel for name, layout in weights.layouts.items()}
     allowed = max(*sizes.values(), _ALWAYS_ALLOWED)
     reading: deque[Future[Tensor]] = deque()
     held = begun = 0

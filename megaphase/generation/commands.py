@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megaphase.arguments import Overrides, RunFile
+from megaphase.arguments import Checkpoint, Overrides, RunFile
 
 Beam = Annotated[int, typer.Option(min=1, help="Hypotheses of beam search; 1 is greedy.")]
 LengthPenalty = Annotated[
@@ -30,13 +30,7 @@ Verify = Annotated[
 
 
 def generate_command(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(
-            metavar="CKPT",
-            help="RUN@NAME (a phase's name for its end, latest, best-hi, step-…), or a path.",
-        ),
-    ],
+    checkpoint: Checkpoint,
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="May be given several times.")
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Literal
 
 import torch
@@ -17,7 +18,6 @@ from megaphase.parallel.topology import Topology
 
 Precision = Literal["fp32", "bf16"]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ALONE = Topology(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
 _READERS = 4
 
@@ -45,17 +45,15 @@ def load_model(source: Source, precision: Precision | None, *, verify: bool = Tr
     Raises:
         InputError: a file is missing, truncated or altered.
     """
-    dtype = _DTYPES[precision or ("bf16" if source.state.get("precision") == "bf16" else "fp32")]
+    dtype = source.dtype(precision)
     model = GPT(source.shape, _Uninitialized(0, dtype), _ALONE, compute_dtype=dtype)
     parameters = dict(model.named_parameters())
 
     def take(name: str, kind: str, whole: Tensor) -> None:
         parameters[name].copy_(whole)
 
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as stack:
         if verify:
-            with verified_meanwhile(source, 0, workers=_READERS, console=None):
-                read_each(source.weights, (WEIGHT,), take, workers=_READERS)
-        else:
-            read_each(source.weights, (WEIGHT,), take, workers=_READERS)
+            stack.enter_context(verified_meanwhile(source, 0, workers=_READERS, console=None))
+        read_each(source.weights, (WEIGHT,), take, workers=_READERS)
     return model.eval().requires_grad_(False)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megaphase.convert.foreign import FP32_BYTES, write_foreign, write_model_section
+from megaphase.convert.foreign import write_foreign, write_model_section
 from megaphase.convert.hugging_face.config import read_config
 from megaphase.convert.hugging_face.tokenizer import take_tokenizer
 from megaphase.convert.hugging_face.weights import HuggingFaceWeights, find_tensors
 from megaphase.convert.output import new_folder
+from megaphase.convert.weights import fp32_bytes
 from megaphase.errors import InputError
 from megaphase.model.shape import GPTShape
 
@@ -52,7 +53,7 @@ def from_hf(
     with ExitStack() as open_files:
         found = find_tensors(directory, open_files, trust_pickle=trust_pickle)
         weights = HuggingFaceWeights(directory, family, shape, found)
-        with new_folder(out, FP32_BYTES * shape.parameters()) as folder:
+        with new_folder(out, fp32_bytes(shape)) as folder:
             origin = {
                 "format": "Hugging Face",
                 "family": family.title,

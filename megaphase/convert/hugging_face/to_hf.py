@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,7 +19,7 @@ from megaphase.convert.hugging_face.tokenizer import write_hf_tokenizer
 from megaphase.convert.hugging_face.weights import INDEX_SUFFIX, SAFETENSORS_FILE
 from megaphase.convert.output import new_folder
 from megaphase.convert.renaming import Renaming
-from megaphase.convert.source import open_source
+from megaphase.convert.source import Precision, open_source
 from megaphase.convert.source_tokenizer import load_tokenizer
 from megaphase.convert.tensor_files import TensorFiles
 from megaphase.convert.verification import verified_meanwhile
@@ -28,9 +28,6 @@ from megaphase.errors import InputError
 from megaphase.files import write_json_whole
 from megaphase.tokenizer import Tokenizer
 
-Precision = Literal["fp32", "bf16", "fp16"]
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _METADATA = {"format": "pt"}  # without which transformers refuses a file
 
 
@@ -58,7 +55,7 @@ def to_hf(
     source = open_source(text)
     family = family_for(source.shape, source.folder)
     shape = family.expressed(source.shape)
-    dtype = _DTYPES[precision or ("bf16" if source.state.get("precision") == "bf16" else "fp32")]
+    dtype = source.dtype(precision)
     words = load_tokenizer(source, tokenizer)
     weights = WithZeroBiases(source.weights, shape)
     nbytes = dtype.itemsize * shape.parameters()

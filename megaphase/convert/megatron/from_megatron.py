@@ -22,12 +22,11 @@ from megaphase.convert.megatron.names import (
     rank_folder,
 )
 from megaphase.convert.output import new_folder
-from megaphase.convert.pickles import check_archive
+from megaphase.convert.pickles import check_archives
 from megaphase.convert.renaming import check_names
-from megaphase.convert.reshape import bytes_of
+from megaphase.convert.weights import fp32_bytes
 from megaphase.errors import InputError
 from megaphase.model.parameters import parameter_layouts
-from megaphase.progress import bytes_progress
 
 
 def from_megatron(
@@ -59,11 +58,8 @@ def from_megatron(
         "path": str(source.resolve()),
         "iteration": ranks[0].iteration,
     }
-    with new_folder(out, bytes_of(weights.shape)) as folder:
-        total = sum(path.stat().st_size for path in files)
-        with bytes_progress(console, "verifying", total) as advance:
-            for path in files:
-                check_archive(path, advance)
+    with new_folder(out, fp32_bytes(weights.shape)) as folder:
+        check_archives(files, console)
         write_foreign(folder, weights, weights.shape, origin, workers=workers, console=console)
         return write_model_section(folder, weights.shape)
 

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -30,15 +29,13 @@ from megaphase.convert.megatron.names import (
 from megaphase.convert.megatron.torch_file import TorchFileWriter
 from megaphase.convert.output import new_folder
 from megaphase.convert.partition import check_tensor_size
-from megaphase.convert.reshape import bytes_of
-from megaphase.convert.source import open_source
+from megaphase.convert.source import Precision, open_source
 from megaphase.convert.verification import verified_meanwhile
-from megaphase.convert.weights import Weights, WithZeroBiases, read_each
+from megaphase.convert.weights import Weights, WithZeroBiases, fp32_bytes, read_each
 from megaphase.files import write_text_whole
 from megaphase.model.shape import GPTShape
 
 _CHECKPOINT_VERSION = 3.0
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Target:
     """
 
     tensor: int = 1
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    dtype: Precision | None = None
     implementation: Implementation = Implementation.TRANSFORMER_ENGINE
     vocab_multiple: int = 128
 
@@ -81,9 +78,7 @@ def to_megatron(
         shape,
         tensor=target.tensor,
         vocab_multiple=target.vocab_multiple,
-        dtype=_DTYPES[
-            target.dtype or ("bf16" if source.state.get("precision") == "bf16" else "fp32")
-        ],
+        dtype=source.dtype(target.dtype),
         implementation=target.implementation,
     )
     parameters = megatron_parameters(
@@ -95,7 +90,7 @@ def to_megatron(
     with new_folder(out, needed) as folder:
         with _rank_writers(folder / RELEASE, parameters, args) as writers:
             with verified_meanwhile(
-                source, bytes_of(shape), workers=workers, console=console
+                source, fp32_bytes(shape), workers=workers, console=console
             ) as advance:
                 _write(weights, parameters, writers, args.params_dtype, shape, workers, advance)
             for writer in writers:
