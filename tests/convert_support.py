@@ -105,7 +105,7 @@ def assert_same_shards(one: Path, other: Path) -> None:
 
 
 def whole_parameters(checkpoint: Path, kind: str = "weight") -> dict[str, Tensor]:
-    """Whole parameters, put together from docs/checkpoints.md alone; every element is there once."""
+    """Whole parameters, put together from docs/checkpoints.md alone; no element is there twice."""
     index: dict[str, Any] = json.loads((checkpoint / INDEX_FILE).read_text())
     files = {file: load_file(checkpoint / file) for file in index["shards"]}
     return {
