@@ -223,10 +223,11 @@ class Judge:
 
 def host_is_gone(place: Place, beat: Beat | None, how: str) -> Verdict:
     """What the others know when rank 0, the judge, is the one."""
-    seen = f", last seen {beat.where}" if beat else ""
+    seen = (beat or NO_BEAT).where
     return Verdict(
         True,
-        f"rank 0 on {place.host} (process {place.pid}) {how}{seen}; all processes end. {AGAIN}",
+        f"rank 0 on {place.host} (process {place.pid}) {how}, last seen {seen}; all processes "
+        f"end. {AGAIN}",
     )
 
 
