@@ -6,7 +6,7 @@ without looking at a corpus or at the world size.
 """
 
 from megaphase.config.fields import Section
-from megaphase.config.load import load_run_file
+from megaphase.config.load import load_run_file, run_config, set_value
 from megaphase.config.phases import (
     LearningRateConfig,
     MixtureConfig,
@@ -47,4 +47,6 @@ __all__ = [
     "TaskConfig",
     "ValidationConfig",
     "load_run_file",
+    "run_config",
+    "set_value",
 ]

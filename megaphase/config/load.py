@@ -92,6 +92,17 @@ def _apply_override(path: Path, data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise InputError(f"override {override!r}", "this is not key.path=value")
+    set_value(path, data, key, parse_scalar(text), f"override {override!r}")
+
+
+def set_value(path: Path, data: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set the value at a key's path, such as `phases.0.learning_rate.peak`, in a parsed run file.
+
+    where: what asks for it, for messages.
+
+    Raises:
+        InputError: the path leads through something that has no such key.
+    """
     parts = key.replace("[", ".").replace("]", "").split(".")
     node: Any = data
     for depth, part in enumerate(parts):
@@ -99,7 +110,7 @@ def _apply_override(path: Path, data: dict[str, Any], override: str) -> None:
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
                 raise InputError(
-                    f"override {override!r}",
+                    where,
                     f"{'.'.join(parts[:depth])} in {path} is a list of {len(node)}",
                     "name an entry by its number, from 0",
                 )
@@ -109,11 +120,9 @@ def _apply_override(path: Path, data: dict[str, Any], override: str) -> None:
             if not last:
                 node.setdefault(part, {})
         else:
-            raise InputError(
-                f"override {override!r}", f"{'.'.join(parts[:depth])} in {path} holds no keys"
-            )
+            raise InputError(where, f"{'.'.join(parts[:depth])} in {path} holds no keys")
         if last:
-            node[index] = parse_scalar(text)
+            node[index] = value
         else:
             node = node[index]
 
@@ -127,6 +136,15 @@ def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     data = read_yaml(path)
     for override in overrides:
         _apply_override(path, data, override)
+    return run_config(path, data)
+
+
+def run_config(path: Path, data: dict[str, Any]) -> RunConfig:
+    """Check the content of a run file; `path` is where it stands, or is to stand.
+
+    Raises:
+        InputError: naming the file, the key's path and the remedy.
+    """
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:

@@ -1,0 +1,131 @@
+"""A sweep's directory: what lies where, and the check that it belongs to this sweep file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from megaphase.errors import InputError
+from megaphase.experiments.sweep.outcome import Outcome
+from megaphase.experiments.sweep.sweep import Sweep
+from megaphase.experiments.sweep.trials import Trial, known_trials
+from megaphase.files import make_directory, write_text_whole
+from megaphase.records import read_record
+
+SWEEP_FILE = "sweep.json"
+REMEDY = "give the directory of a megaphase sweep"
+
+
+@dataclass(frozen=True)
+class SweepDirectory:
+    """The paths in a sweep's directory."""
+
+    path: Path
+
+    @property
+    def sweep_file(self) -> Path:
+        """The sweep as it was understood."""
+        return self.path / SWEEP_FILE
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that starts runs."""
+        return self.path / ".lock"
+
+    def run_file(self, name: str) -> Path:
+        return self.path / "run-files" / f"{name}.yaml"
+
+    def run(self, name: str) -> Path:
+        """A run directory, as that of any other run."""
+        return self.path / "runs" / name
+
+    def log(self, name: str) -> Path:
+        """What a run has printed, over all of its starts."""
+        return self.path / "logs" / f"{name}.log"
+
+    def outcome_file(self, name: str) -> Path:
+        """There as soon as the run has ended."""
+        return self.path / "outcomes" / f"{name}.json"
+
+    def claim(self, sweep: Sweep) -> None:
+        """Write down the sweep, in a directory that is new or of an earlier start of it."""
+        for folder in ("run-files", "runs", "logs", "outcomes"):
+            make_directory(self.path / folder)
+        write_text_whole(self.sweep_file, sweep.model_dump_json(indent=2) + "\n")
+
+    def write_run_file(self, sweep: Sweep, trial: Trial) -> Path:
+        """Write a run's file, or find that it is there and the same.
+
+        Raises:
+            InputError: a run of this name was made of something else.
+        """
+        path, text = self.run_file(trial.name), run_file_text(trial)
+        if not path.exists():
+            write_text_whole(path, text)
+        elif path.read_text(encoding="utf-8") != text:
+            raise InputError(
+                sweep.file,
+                f"{path} was written for other settings",
+                "put them back, or choose another output; arms, rates, peaks and seeds may be "
+                "added and left out",
+            )
+        return path
+
+    def write_outcome(self, name: str, outcome: Outcome) -> None:
+        """Say that a run has ended."""
+        text = outcome.model_dump_json(indent=2, exclude_defaults=True) + "\n"
+        write_text_whole(self.outcome_file(name), text)
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """Of all runs that have ended, by name."""
+        files = sorted((self.path / "outcomes").glob("*.json"))
+        return {file.stem: read_record(file, Outcome, "remove it") for file in files}
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """A sweep as its directory tells it, finished or not.
+
+    Attributes:
+        trials: all runs that are known by now.
+        outcomes: of those that have ended, by name.
+    """
+
+    directory: SweepDirectory
+    sweep: Sweep
+    trials: list[Trial]
+    outcomes: Mapping[str, Outcome]
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether this is the directory of a sweep."""
+    return (folder / SWEEP_FILE).is_file()
+
+
+def load_sweep_record(folder: Path) -> SweepRecord:
+    """Read a sweep's directory; corpora and tokenizer need not be there any more.
+
+    Raises:
+        InputError: a file is missing or not what it should be.
+    """
+    directory = SweepDirectory(folder)
+    sweep = read_record(directory.sweep_file, Sweep, REMEDY)
+    outcomes = directory.outcomes()
+    trials = known_trials(sweep, outcomes)
+    names = {trial.name for trial in trials}
+    return SweepRecord(
+        directory, sweep, trials, {name: each for name, each in outcomes.items() if name in names}
+    )
+
+
+def run_file_text(trial: Trial) -> str:
+    """The run file, and on top how it is started by hand."""
+    source = ""
+    if trial.source is not None:
+        runs = Path(trial.run["output"]).parent
+        source = f" --from {runs / trial.source}@{trial.source_phase}"
+    text = yaml.safe_dump(dict(trial.run), sort_keys=False, allow_unicode=True)
+    return f"# megaphase train {trial.name}.yaml{source}\n{text}"

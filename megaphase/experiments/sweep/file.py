@@ -1,0 +1,123 @@
+"""The sweep file as pydantic models; every error names the key's path."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from megaphase.config.fields import (
+    Count,
+    CountOrZero,
+    FilePath,
+    FractionOf1,
+    Positive,
+    RoleOrTaskNames,
+    Section,
+)
+
+Kind = Literal["static", "two-phase", "restart", "keep", "low-only", "regularized"]
+KINDS: tuple[Kind, ...] = ("static", "two-phase", "restart", "keep", "low-only", "regularized")
+# Kinds of two stages, the first of which takes a share of the budget.
+STAGED = ("two-phase", "restart", "keep", "low-only")
+
+# Of the budget, or of the samples: neither nothing nor all.
+Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
+
+
+class LearningRateGrid(Section):
+    """One schedule for all arms, and the peaks that every arm tries.
+
+    final: of the peak. warmup: of the schedule's steps.
+    """
+
+    schedule: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
+    peaks: list[Positive] = Field(min_length=1)
+    final: FractionOf1 = 0.1
+    warmup: FractionOf1 = 0.03
+
+    @field_validator("peaks")
+    @classmethod
+    def _each_once(cls, peaks: list[float]) -> list[float]:
+        return _unique("peaks", peaks)
+
+
+class Within(Section):
+    """Temperatures by which the tasks of a group share its rate; 1: in proportion to tokens."""
+
+    high: Positive = 1.0
+    low: Positive = 1.0
+
+
+class Arm(Section):
+    """One way to spend the budget, with all the settings of it that are tried.
+
+    kind: the arm's name if left out.
+    rates: of the low-resource tasks together in the last phase; temperatures: of the mixture of all
+        tasks there, instead or as well.
+    pretrain: shares of the budget that the first stage has.
+    settings: values of the run file by key path, such as `model.dropout: 0.1`.
+    early_stopping: end the last phase after so many validations without a gain of any low-resource
+        task, and take the weights of the lowest mean low-resource loss.
+    """
+
+    kind: Kind | None = None
+    rates: list[Share] = Field(default=[])
+    temperatures: list[Positive] = Field(default=[])
+    pretrain: list[Share] = Field(default=[])
+    settings: dict[str, Any] = Field(default={})
+    early_stopping: Count | None = None
+
+    @field_validator("rates", "temperatures", "pretrain")
+    @classmethod
+    def _each_once(cls, values: list[float]) -> list[float]:
+        return _unique("the list", values)
+
+
+class TranslationScores(Section):
+    """How held-out sources are translated when a run has ended; see `megaphase translate`."""
+
+    samples: Count = 200
+    max_tokens: Count = 256
+    beam: Count = 4
+    batch: Count = 16
+
+
+class SweepConfig(Section):
+    """The whole sweep file. Relative paths in it are relative to the file itself.
+
+    run: a run file, or its content; its seed, output and phases are not used.
+    high, low: the two groups of tasks, as a role or a list.
+    steps, tokens: the budget of every run, over all of its phases.
+    models: changes of the section `model` by name; one model as the run file has it if left out.
+    """
+
+    run: FilePath | dict[str, Any]
+    output: FilePath
+    high: RoleOrTaskNames
+    low: RoleOrTaskNames
+    within: Within = Within()
+    steps: Count | None = None
+    tokens: Count | None = None
+    learning_rate: LearningRateGrid
+    seeds: list[CountOrZero] = Field(default=[1234], min_length=1)
+    models: dict[str, dict[str, Any]] = Field(default={})
+    arms: dict[str, Arm] = Field(min_length=1)
+    translation: TranslationScores | None = None
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, seeds: list[int]) -> list[int]:
+        return _unique("seeds", seeds)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give the budget of a run, either steps or tokens")
+        return self
+
+
+def _unique(what: str, values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"a value of {what} stands twice; leave one out")
+    return values
