@@ -19,6 +19,7 @@ from types import FrameType
 from rich.console import Console
 
 from megaphase.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_WRONG_INPUT
+from megaphase.parent import ends_with_this_process
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 POLL_SECONDS = 0.1
@@ -114,6 +115,7 @@ def _start(argv: Sequence[str], processes: int) -> list[subprocess.Popen[bytes]]
                 "OMP_NUM_THREADS": threads,
                 **os.environ,
                 **rank_environment(rank, processes, port),
+                **ends_with_this_process(),
             }
             ranks.append(subprocess.Popen(argv, env=environment))
     except BaseException:

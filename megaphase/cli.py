@@ -21,10 +21,11 @@ from megaphase.errors import (
     Stopped,
     exit_code,
 )
-from megaphase.experiments.commands import report_command
+from megaphase.experiments.commands import report_command, sweep_command
 from megaphase.generation.commands import generate_command, translate_command
 from megaphase.launch.commands import demo_command, launch_app
 from megaphase.parallel.launcher import global_rank
+from megaphase.parent import end_with_parent
 from megaphase.plan.commands import plan_app
 from megaphase.training.commands import evaluate_command, train_command
 
@@ -49,6 +50,7 @@ app.command("evaluate")(evaluate_command)
 app.command("generate")(generate_command)
 app.command("translate")(translate_command)
 app.add_typer(convert_app, name="convert")
+app.command("sweep")(sweep_command)
 app.command("report")(report_command)
 app.add_typer(launch_app, name="launch")
 app.command("demo")(demo_command)
@@ -73,6 +75,7 @@ def main() -> None:
     """Run the command; a user's mistake is one line on standard error, from one process."""
     # When a rank dies torch's own threads fill pages about it; the watchdog says it in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    end_with_parent()
     try:
         app()
     except (InputError, RunError, Stopped) as error:

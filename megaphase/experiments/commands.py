@@ -8,6 +8,39 @@ from typing import Annotated
 import typer
 
 
+def sweep_command(
+    sweep_file: Annotated[
+        Path, typer.Argument(metavar="SWEEP_FILE", help="The sweep file (YAML).")
+    ],
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time.")] = 1,
+    processes: Annotated[
+        int, typer.Option("--processes", "--gpus", "-n", min=1, help="Of each run.")
+    ] = 1,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Start the runs again that have failed.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, show which runs there are, start none.")
+    ] = False,
+) -> None:
+    """Train all arms of an experiment: static mixtures, two phases, and what lies between.
+
+    Started again, it goes on where it was; a run that has ended is never repeated.
+
+    Example: megaphase sweep sweep.yaml --jobs 2
+    """
+    from rich.console import Console
+
+    from megaphase.experiments.sweep.start import dry_run_table, sweep
+
+    console = Console(highlight=False)
+    if dry_run:
+        console.print(dry_run_table(sweep_file))
+        return
+    output = sweep(sweep_file, jobs=jobs, processes=processes, retry=retry, console=console)
+    console.print(f"All runs have ended. Look: megaphase report {output}", soft_wrap=True)
+
+
 def report_command(
     run_dirs: Annotated[
         list[Path], typer.Argument(metavar="RUN_DIR", help="Directories of runs to report on.")

@@ -1,1 +1,1 @@
-"""Arms of runs over one model, its corpora and one budget: which runs there are; who starts them."""
+"""Arms of runs over one model, its corpora and one budget: which there are, and their start."""

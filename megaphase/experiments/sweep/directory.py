@@ -46,38 +46,53 @@ class SweepDirectory:
         """What a run has printed, over all of its starts."""
         return self.path / "logs" / f"{name}.log"
 
+    def scores_file(self, name: str) -> Path:
+        """What `megaphase translate` has said of a run."""
+        return self.path / "logs" / f"{name}.scores.json"
+
     def outcome_file(self, name: str) -> Path:
         """There as soon as the run has ended."""
         return self.path / "outcomes" / f"{name}.json"
 
-    def claim(self, sweep: Sweep) -> None:
+    def prepare(self, sweep: Sweep) -> None:
         """Write down the sweep, in a directory that is new or of an earlier start of it."""
         for folder in ("run-files", "runs", "logs", "outcomes"):
             make_directory(self.path / folder)
         write_text_whole(self.sweep_file, sweep.model_dump_json(indent=2) + "\n")
 
     def write_run_file(self, sweep: Sweep, trial: Trial) -> Path:
-        """Write a run's file, or find that it is there and the same.
+        """Write a run's file, or find that it is there and the same; see `check_run_file`."""
+        self.check_run_file(sweep, trial)
+        path = self.run_file(trial.name)
+        if not path.exists():
+            write_text_whole(path, run_file_text(trial))
+        return path
+
+    def check_run_file(self, sweep: Sweep, trial: Trial) -> None:
+        """Refuse a run of which there is a file with other settings.
 
         Raises:
-            InputError: a run of this name was made of something else.
+            InputError: naming that file.
         """
-        path, text = self.run_file(trial.name), run_file_text(trial)
-        if not path.exists():
-            write_text_whole(path, text)
-        elif path.read_text(encoding="utf-8") != text:
+        path = self.run_file(trial.name)
+        if path.exists() and path.read_text(encoding="utf-8") != run_file_text(trial):
             raise InputError(
                 sweep.file,
                 f"{path} was written for other settings",
                 "put them back, or choose another output; arms, rates, peaks and seeds may be "
                 "added and left out",
             )
-        return path
 
     def write_outcome(self, name: str, outcome: Outcome) -> None:
         """Say that a run has ended."""
         text = outcome.model_dump_json(indent=2, exclude_defaults=True) + "\n"
         write_text_whole(self.outcome_file(name), text)
+
+    def forget_failures(self) -> None:
+        """Let the runs that failed be started again."""
+        for name, outcome in self.outcomes().items():
+            if outcome.failed is not None:
+                self.outcome_file(name).unlink()
 
     def outcomes(self) -> dict[str, Outcome]:
         """Of all runs that have ended, by name."""

@@ -90,9 +90,14 @@ def known_trials(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Trial]:
     return _trials(sweep, lambda candidates: best_peak(sweep, candidates, outcomes))
 
 
+def all_trials(sweep: Sweep) -> list[Trial]:
+    """As many runs as there will be in the end, as if the first peak were always the best one."""
+    return _trials(sweep, lambda candidates: candidates[0].peak)
+
+
 def count_trials(sweep: Sweep) -> int:
     """How many runs there will be in the end, if none fails."""
-    return len(_trials(sweep, lambda candidates: candidates[0].peak))
+    return len(all_trials(sweep))
 
 
 def best_peak(
@@ -257,7 +262,10 @@ class _Expansion:
         is_final = source is not None or self.kind not in STAGED
         model = [] if self.model is None else [self.model]
         shares = [] if share is None else [f"{share:g}"]
-        name = "-".join([*model, arm, *shares]) + f"{mixture.suffix}-p{peak:g}-s{seed}"
+        # Should another first stage be the best one later, its branches are other runs.
+        first = "" if source is None or source.peak == peak else f"-f{source.peak:g}"
+        suffix = f"{mixture.suffix}{first}-p{peak:g}-s{seed}"
+        name = "-".join([*model, arm, *shares]) + suffix
         takes_best = is_final and self.arm.early_stopping is not None
         return Trial(
             name=name,

@@ -1,0 +1,248 @@
+"""Start the runs of a sweep on this machine, some at a time, until none is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from megaphase.errors import EXIT_REQUEUE, EXIT_WRONG_INPUT, InputError, RunError, Stopped
+from megaphase.experiments.runs import load_run
+from megaphase.experiments.sweep.directory import SweepDirectory
+from megaphase.experiments.sweep.display import Display
+from megaphase.experiments.sweep.outcome import Outcome, Translated, outcome_of
+from megaphase.experiments.sweep.sweep import Sweep
+from megaphase.experiments.sweep.trials import Trial, known_trials
+from megaphase.locks import exclusive_lock
+from megaphase.parent import ends_with_this_process
+
+POLL_SECONDS = 0.2
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """jobs: runs at a time. processes: of each run. gpus: that there are; 0 trains on CPUs."""
+
+    jobs: int
+    processes: int
+    gpus: int
+
+    def environment(self, slot: int) -> dict[str, str]:
+        """Of the run that has this place among those at a time: its GPUs, its CPU cores."""
+        cores = len(os.sched_getaffinity(0)) // (self.jobs * self.processes)
+        environment = {"OMP_NUM_THREADS": str(max(1, cores)), **os.environ}
+        if self.gpus and self.jobs > 1:
+            first = slot * self.processes
+            devices = (str(first + number) for number in range(self.processes))
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        return environment | ends_with_this_process()
+
+
+@dataclass
+class _Job:
+    """A run that goes on: the command that it is at, and those that follow."""
+
+    trial: Trial
+    slot: int
+    commands: list[list[str]]
+    process: subprocess.Popen[bytes] = field(init=False)
+
+
+def run_locally(
+    sweep: Sweep, directory: SweepDirectory, machine: Machine, display: Display
+) -> dict[str, Outcome]:
+    """Train all runs that have not ended yet; returns what all came to.
+
+    A run that fails is noted and left out; the others go on.
+
+    Raises:
+        InputError: a run finds its input wrong; those beside it are killed.
+        RunError: another process starts the runs of this sweep.
+        Stopped: a signal came, and the runs have saved.
+    """
+
+    def refuse() -> NoReturn:
+        raise RunError(f"{directory.path}: another process is at this sweep; wait until it ends")
+
+    with exclusive_lock(directory.lock, refuse), _noted_signals() as received:
+        return _Runner(sweep, directory, machine, display, received).run()
+
+
+@contextlib.contextmanager
+def _noted_signals() -> Iterator[list[signal.Signals]]:
+    received: list[signal.Signals] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, note) for number in FORWARDED_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Runner:
+    def __init__(
+        self,
+        sweep: Sweep,
+        directory: SweepDirectory,
+        machine: Machine,
+        display: Display,
+        received: list[signal.Signals],
+    ) -> None:
+        self._sweep, self._directory = sweep, directory
+        self._machine, self._display, self._received = machine, display, received
+        self._outcomes = directory.outcomes()
+        self._jobs: dict[str, _Job] = {}
+        self._told = False
+
+    def run(self) -> dict[str, Outcome]:
+        try:
+            while True:
+                if not self._received:
+                    self._start_what_can_be()
+                if not self._jobs:
+                    break
+                self._look_after_jobs()
+                time.sleep(POLL_SECONDS)
+        finally:
+            self._kill_all()
+        if self._received:
+            raise Stopped(
+                f"{self._received[0].name} came: the runs have saved; the same command goes on "
+                "from there"
+            )
+        return self._outcomes
+
+    def _start_what_can_be(self) -> None:
+        trials = known_trials(self._sweep, self._outcomes)
+        for trial in trials:
+            if len(self._jobs) == self._machine.jobs:
+                return
+            if trial.name in self._outcomes or trial.name in self._jobs:
+                continue
+            if trial.source is None or self._has_ended_well(trial.source):
+                self._begin(trial)
+
+    def _has_ended_well(self, name: str) -> bool:
+        return name in self._outcomes and self._outcomes[name].failed is None
+
+    def _begin(self, trial: Trial) -> None:
+        run_file = self._directory.write_run_file(self._sweep, trial)
+        taken = {job.slot for job in self._jobs.values()}
+        slot = next(slot for slot in range(self._machine.jobs) if slot not in taken)
+        commands = [train_command(self._directory, trial, run_file, self._machine.processes)]
+        if self._sweep.config.translation and trial.is_final:
+            commands.append(translate_command(self._sweep, trial, run_file))
+        job = _Job(trial, slot, commands)
+        self._start_next_command(job)
+        self._jobs[trial.name] = job
+        self._display.begin(trial, self._directory.run(trial.name))
+
+    def _start_next_command(self, job: _Job) -> None:
+        command = job.commands.pop(0)
+        log = self._directory.log(job.trial.name)
+        # What a command answers is its standard output; the log has what it says meanwhile.
+        answers = command[0] == "translate"
+        path = self._directory.scores_file(job.trial.name) if answers else log
+        with open(path, "wb" if answers else "ab") as stdout, open(log, "ab") as stderr:
+            job.process = subprocess.Popen(
+                [sys.executable, "-m", "megaphase", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env=self._machine.environment(job.slot),
+                start_new_session=True,  # Ctrl-C is for this process to handle
+            )
+
+    def _look_after_jobs(self) -> None:
+        if self._received and not self._told:
+            self._told = True
+            for job in self._jobs.values():
+                job.process.send_signal(self._received[0])
+        for name, job in list(self._jobs.items()):
+            code = job.process.poll()
+            if code is None:
+                self._display.show(job.trial, self._directory.run(name))
+            elif code == 0 and job.commands and not self._received:
+                self._start_next_command(job)
+            else:
+                del self._jobs[name]
+                self._settle(job, code)
+
+    def _settle(self, job: _Job, code: int) -> None:
+        name = job.trial.name
+        if code == EXIT_REQUEUE or (self._received and (code != 0 or job.commands)):
+            if not self._received:
+                raise Stopped(f"{self._directory.log(name)}: the run was stopped by a signal")
+            self._display.drop(job.trial)
+            return
+        if code == EXIT_WRONG_INPUT:
+            raise InputError(self._directory.run_file(name), last_line(self._directory.log(name)))
+        if code == 0:
+            outcome = read_outcome(self._sweep, self._directory, job.trial)
+        else:
+            outcome = Outcome(failed=last_line(self._directory.log(name)) or f"exit code {code}")
+        self._directory.write_outcome(name, outcome)
+        self._outcomes[name] = outcome
+        self._display.end(job.trial, outcome, self._outcomes)
+
+    def _kill_all(self) -> None:
+        for job in self._jobs.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.process.pid, signal.SIGKILL)
+            job.process.wait()
+            self._display.drop(job.trial)
+
+
+def train_command(
+    directory: SweepDirectory, trial: Trial, run_file: Path, processes: int
+) -> list[str]:
+    """What follows `megaphase` to train a run."""
+    source = []
+    if trial.source is not None:
+        source = ["--from", f"{directory.run(trial.source)}@{trial.source_phase}"]
+    if processes == 1:
+        return ["train", str(run_file), *source]
+    return ["launch", "local", str(run_file), "--processes", str(processes), *source]
+
+
+def translate_command(sweep: Sweep, trial: Trial, run_file: Path) -> list[str]:
+    """What follows `megaphase` to score the translations of a run."""
+    assert sweep.config.translation is not None
+    options = sweep.config.translation.model_dump()
+    checkpoint = "best-mean" if trial.takes_best else "latest"
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+    return ["translate", str(run_file), "--checkpoint", checkpoint, "--json", *flags]
+
+
+def read_outcome(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outcome:
+    """What a run that has ended well came to."""
+    run = load_run(directory.run(trial.name))
+    outcome = outcome_of(run, sweep.low if trial.takes_best else None)
+    scores = directory.scores_file(trial.name)
+    if sweep.config.translation is None or not trial.is_final:
+        return outcome
+    found: Mapping[str, Mapping[str, float]] = json.loads(scores.read_text())["translation"]
+    translation = {
+        task: Translated(bleu=each["bleu"], chrf=each["chrf"]) for task, each in found.items()
+    }
+    return outcome.model_copy(update={"translation": translation})
+
+
+def last_line(log: Path) -> str:
+    """The last thing that a run has said, without the program's name."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return next((line.removeprefix("megaphase: ") for line in reversed(lines) if line.strip()), "")

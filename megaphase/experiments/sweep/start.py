@@ -1,0 +1,108 @@
+"""From a sweep file to the start of its runs, or to a table of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megaphase.config import run_config
+from megaphase.errors import RunError
+from megaphase.experiments.sweep.directory import SweepDirectory
+from megaphase.experiments.sweep.display import Display
+from megaphase.experiments.sweep.local import Machine, run_locally
+from megaphase.experiments.sweep.outcome import Outcome
+from megaphase.experiments.sweep.sweep import Sweep, load_sweep
+from megaphase.experiments.sweep.trials import all_trials, known_trials
+
+NAMED_AT_MOST = 3
+
+
+def sweep(path: Path, *, jobs: int, processes: int, retry: bool, console: Console) -> Path:
+    """Train all runs of a sweep file on this machine; returns the sweep's directory.
+
+    jobs: runs at a time. processes: of each. retry: whether runs that failed are started again.
+
+    Raises:
+        InputError: something in the sweep file or a run file is wrong.
+        RunError: some runs have failed; all others have ended.
+        Stopped: a signal came, and the runs have saved.
+    """
+    found, directory = open_sweep(path)
+    machine = Machine(jobs, processes, _gpus())
+    if retry:
+        directory.forget_failures()
+    before = directory.outcomes()
+    total = len(all_trials(found))
+    names = {trial.name for trial in known_trials(found, before)}
+    ended = sum(name in names for name in before)
+    console.print(
+        f"{directory.path}: {total} runs of up to {found.steps:,} steps, {ended} have ended",
+        markup=False,
+        soft_wrap=True,
+    )
+    with Display(console, found, total, ended) as display:
+        outcomes = run_locally(found, directory, machine, display)
+    refuse_failures(found, directory, outcomes)
+    return directory.path
+
+
+def open_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
+    """Check a sweep file and everything that its runs will be made of; prepare its directory.
+
+    Raises:
+        InputError: something in it is wrong, or runs of other settings lie there.
+    """
+    found = load_sweep(path)
+    for trial in all_trials(found):
+        run_config(Path(f"{path}: run {trial.name}"), dict(trial.run))
+    directory = SweepDirectory(found.output)
+    directory.prepare(found)
+    for trial in known_trials(found, directory.outcomes()):
+        directory.check_run_file(found, trial)
+    return found, directory
+
+
+def refuse_failures(found: Sweep, directory: SweepDirectory, outcomes: dict[str, Outcome]) -> None:
+    """Raise RunError where runs have failed, or could not be begun because others did."""
+    known = known_trials(found, outcomes)
+    failed = [trial.name for trial in known if _has_failed(outcomes.get(trial.name))]
+    if not failed:
+        return
+    shown = ", ".join(failed[:NAMED_AT_MOST]) + (", …" if failed[NAMED_AT_MOST:] else "")
+    reason = outcomes[failed[0]].failed
+    raise RunError(
+        f"{len(failed)} of {len(known)} runs have failed: {shown}; the first: {reason} (see "
+        f"{directory.log(failed[0])}); the others have ended; --retry starts the failed ones again"
+    )
+
+
+def _has_failed(outcome: Outcome | None) -> bool:
+    return outcome is not None and outcome.failed is not None
+
+
+def dry_run_table(path: Path) -> Table:
+    """The runs of a sweep by arm, and the optimizer steps that they take."""
+    found = load_sweep(path)
+    trials = all_trials(found)
+    runs = Counter(trial.arm for trial in trials)
+    steps: Counter[str] = Counter()
+    for trial in trials:
+        run_config(Path(f"{path}: run {trial.name}"), dict(trial.run))
+        steps[trial.arm] += trial.run["phases"][0]["steps"]
+    table = Table(title=f"{found.output}: {len(trials)} runs", title_justify="left")
+    table.add_column("arm")
+    table.add_column("runs", justify="right")
+    table.add_column("steps", justify="right")
+    for arm, count in runs.items():
+        table.add_row(arm, f"{count:,}", f"{steps[arm]:,}")
+    table.add_row("all", f"{len(trials):,}", f"{steps.total():,}", style="bold")
+    return table
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
