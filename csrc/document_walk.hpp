@@ -11,7 +11,7 @@
 namespace megaphase {
 
 // Documents are looked up in random order, and what that costs is misses of caches and of address
-// translation. So which side a document is on is noted first, in one sequential pass, in a bit a
+// translation. So whether a document is read is noted first, in one sequential pass, in a bit a
 // document, which leaves one random access to memory a document, asked for well ahead.
 template <typename Length>
 class DocumentWalk {
@@ -19,26 +19,26 @@ public:
     DocumentWalk(const Documents<Length>& documents, const KeyedPermutation& order)
         : documents_(documents), order_(order) {}
 
-    bool sides_noted() const { return noted_ == documents_.count; }
+    bool choice_noted() const { return noted_ == documents_.count; }
 
-    // Note the sides of `documents` more; none is left before the walk may begin.
-    void note_sides(int64_t documents) {
-        if (on_side_.empty()) on_side_.resize((documents_.count + kBits - 1) / kBits);
+    // Note which of `documents` more are read; none is left before the walk may begin.
+    void note_choice(int64_t documents) {
+        if (is_read_.empty()) is_read_.resize((documents_.count + kBits - 1) / kBits);
         const int64_t last = std::min(documents_.count - noted_, documents) + noted_;
         for (; noted_ < last; ++noted_)
-            on_side_[noted_ / kBits] |= uint64_t{documents_.on_side(noted_)} << (noted_ % kBits);
+            is_read_[noted_ / kBits] |= uint64_t{documents_.is_read(noted_)} << (noted_ % kBits);
     }
 
     // Of the next document, in the epoch's order.
     int64_t slot() const { return slot_; }
     int64_t left() const { return documents_.count - slot_; }
-    bool at_end() const { return sides_noted() && slot_ == documents_.count; }
+    bool at_end() const { return choice_noted() && slot_ == documents_.count; }
 
-    // The length of the next document; one of the other side has no tokens.
+    // The length of the next document; one that is not read has no tokens.
     int64_t next() {
         if (slot_ % kAhead == 0) look_ahead();
         const int64_t document = ahead_[slot_ % kAhead];
-        const bool here = on_side_[document / kBits] >> (document % kBits) & 1;
+        const bool here = is_read_[document / kBits] >> (document % kBits) & 1;
         ++slot_;
         return here ? load(documents_.lengths, document) : 0;
     }
@@ -53,15 +53,15 @@ private:
         const int64_t count = std::min(kAhead, documents_.count - slot_);
         for (int64_t i = 0; i < count; ++i) {
             ahead_[i] = static_cast<int64_t>(order_(slot_ + i));
-            __builtin_prefetch(&on_side_[ahead_[i] / kBits]);
+            __builtin_prefetch(&is_read_[ahead_[i] / kBits]);
             __builtin_prefetch(documents_.lengths + ahead_[i]);
         }
     }
 
     Documents<Length> documents_;
     KeyedPermutation order_;
-    std::vector<uint64_t> on_side_;  // a bit a document
-    int64_t noted_ = 0;              // documents whose side is noted
+    std::vector<uint64_t> is_read_;  // a bit a document
+    int64_t noted_ = 0;              // documents for which it is noted
     int64_t slot_ = 0;
     int64_t ahead_[kAhead] = {};  // the documents of the slots from the last multiple of kAhead on
 };

@@ -1,4 +1,4 @@
-// One side (training or held out) of a corpus: which documents it has and how long they are.
+// The documents of a corpus that a stream reads: which they are and how long each is.
 #pragma once
 
 #include <cstdint>
@@ -6,10 +6,6 @@
 #include <stdexcept>
 
 namespace megaphase {
-
-// Which side of the held-out split a stream reads: documents whose hash is below the threshold
-// are held out for validation, the others are trained on.
-enum class Side { training, held_out };
 
 // Arrays inside an .idx file follow a header of 34 bytes, so they are not aligned.
 template <typename T>
@@ -24,21 +20,26 @@ struct Totals {
     int64_t tokens = 0;
 };
 
+// The hashes [first, last]; none where last is below first.
+struct HashRange {
+    uint64_t first, last;
+
+    bool holds(uint64_t hash) const { return hash >= first && hash <= last; }
+};
+
+// Those whose hash is in the range; what is held out of training is another range.
 template <typename Length>
 struct Documents {
     const Length* lengths;   // [count], tokens
     const uint64_t* hashes;  // [count]
     int64_t count;
-    uint64_t threshold;
-    Side side;
+    HashRange range;
 
-    bool on_side(int64_t document) const {
-        return (hashes[document] < threshold) == (side == Side::held_out);
-    }
+    bool is_read(int64_t document) const { return range.holds(hashes[document]); }
 
-    // A document of the other side has no tokens here.
+    // A document that is not read has no tokens here.
     int64_t length(int64_t document) const {
-        return on_side(document) ? load(lengths, document) : 0;
+        return is_read(document) ? load(lengths, document) : 0;
     }
 
     Totals totals() const {

@@ -70,7 +70,7 @@ void phase_ordinals(const Array<Task>& tasks, const Array<int64_t>& counts, int6
 template <typename Length, typename Token>
 std::unique_ptr<Stream> make_stream(const Array<Token>& tokens, const Array<int64_t>& byte_offsets,
                                     const Array<Length>& lengths, const Array<uint64_t>& hashes,
-                                    uint64_t threshold, bool held_out, uint64_t key,
+                                    uint64_t first_hash, uint64_t last_hash, uint64_t key,
                                     int64_t seq_len, std::optional<int64_t> tag) {
     require(tokens.ndim() == 1 && byte_offsets.ndim() == 1 && lengths.ndim() == 1 &&
                 hashes.ndim() == 1,
@@ -79,8 +79,8 @@ std::unique_ptr<Stream> make_stream(const Array<Token>& tokens, const Array<int6
             "byte_offsets, lengths and hashes differ in size");
     require(seq_len > 0, "seq_len is positive");
     const Documents<Length> documents{lengths.data(), hashes.data(),
-                                      static_cast<int64_t>(lengths.size()), threshold,
-                                      held_out ? Side::held_out : Side::training};
+                                      static_cast<int64_t>(lengths.size()),
+                                      {first_hash, last_hash}};
     const TokenFile<Token> file{tokens.data(), static_cast<int64_t>(tokens.size()),
                                 byte_offsets.data()};
     const CorpusStream<Length, Token> stream(documents, file, key, seq_len);
@@ -173,7 +173,7 @@ template <typename Length, typename Token>
 void bind_stream(py::class_<Stream>& stream) {
     stream.def(py::init(&make_stream<Length, Token>), py::arg("tokens").noconvert(),
                py::arg("byte_offsets").noconvert(), py::arg("lengths").noconvert(),
-               py::arg("hashes").noconvert(), py::arg("threshold"), py::arg("held_out"),
+               py::arg("hashes").noconvert(), py::arg("first_hash"), py::arg("last_hash"),
                py::arg("key"), py::arg("seq_len"), py::arg("tag") = py::none(),
                py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(),
                py::keep_alive<1, 5>());

@@ -40,8 +40,8 @@ public:
     // call ends soon; returns how many it wrote, which may be none before the end.
     template <typename Unit>
     int64_t fill(Start<Unit>* starts, int64_t samples, int64_t documents) {
-        if (!documents_.sides_noted()) {
-            documents_.note_sides(documents);
+        if (!documents_.choice_noted()) {
+            documents_.note_choice(documents);
             return 0;
         }
         const int64_t last_slot = std::min(documents_.left(), documents) + documents_.slot();

@@ -1,4 +1,4 @@
-// A task's stream over one side of its corpus, behind one interface for all types of its arrays.
+// A task's stream over documents of its corpus, behind one interface for all types of its arrays.
 #pragma once
 
 #include <sys/mman.h>

@@ -54,6 +54,16 @@ class Documents:
     def held_out(self, fraction: float) -> list[bool]:
         return [each < int(fraction * 2**64) for each in self.hashes]
 
+    def on_side(self, side: str, fraction: float, subsample: float = 1.0) -> list[bool]:
+        held_out = self.held_out(fraction)
+        if side == "held out":
+            return held_out
+        threshold = int(fraction * 2**64)
+        end = threshold + Fraction(subsample) * (2**64 - threshold)
+        return [
+            not held and each + 1 <= end for held, each in zip(held_out, self.hashes, strict=True)
+        ]
+
 
 def write_corpus(
     prefix: Path,
@@ -197,17 +207,17 @@ class ReferenceStream:
     seed: int = 7
     side: str = "training"
     window: int = 1 << 16
+    subsample: float = 1.0
 
     def in_token_order(self, epoch: int) -> list[list[int]]:
         """All samples of an epoch, each of seq_len + 1 tokens or, at the end, fewer."""
         family = derived_key(self.seed, "documents", self.side, self.task)
         order = permutation(len(self.documents.lengths), member_key(family, epoch))
-        held_out = self.documents.held_out(self.fraction)
-        wanted = self.side == "held out"
+        here = self.documents.on_side(self.side, self.fraction, self.subsample)
         joined = [
             token
             for document in order
-            if held_out[document] == wanted
+            if here[document]
             for token in self.documents.tokens(document)
         ]
         starts = range(0, len(joined) - 1, self.seq_len)

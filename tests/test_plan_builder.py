@@ -16,6 +16,8 @@ from megaphase.plan import _builder
 
 FILLER, IGNORED = -3, -100
 HASHES = st.integers(0, 2**64 - 1)
+RANGES = st.tuples(HASHES, HASHES)  # those whose last is below their first are empty
+ALL = (0, 2**64 - 1)
 
 
 def test_the_builder_under_test_is_the_one_that_was_asked_for():
@@ -32,14 +34,13 @@ class Arrays:
     tokens: np.ndarray
     byte_offsets: np.ndarray
 
-    def stream(self, threshold: int, held_out: bool, key: int, seq_len: int) -> _builder.Stream:
+    def stream(self, hashes: tuple[int, int], key: int, seq_len: int) -> _builder.Stream:
         return _builder.Stream(
             self.tokens,
             self.byte_offsets,
             self.lengths,
             self.hashes,
-            threshold,
-            held_out,
+            *hashes,
             key,
             seq_len,
         )
@@ -59,14 +60,14 @@ def arrays(draw) -> Arrays:
     )
 
 
-def joined(corpus: Arrays, threshold: int, held_out: bool, key: int, epoch: int) -> list[int]:
+def joined(corpus: Arrays, hashes: tuple[int, int], key: int, epoch: int) -> list[int]:
     """An epoch's tokens, one document after the other."""
     ends = np.cumsum(corpus.lengths)
     order = permutation(len(corpus.lengths), member_key(key, epoch))
     return [
         token
         for document in order
-        if (int(corpus.hashes[document]) < threshold) == held_out
+        if hashes[0] <= int(corpus.hashes[document]) <= hashes[1]
         for token in range(ends[document] - corpus.lengths[document], ends[document])
     ]
 
@@ -74,16 +75,15 @@ def joined(corpus: Arrays, threshold: int, held_out: bool, key: int, epoch: int)
 @settings(max_examples=150, deadline=None)
 @given(
     arrays(),
-    HASHES,
-    st.booleans(),
+    RANGES,
     HASHES,
     st.integers(1, 50),
     st.integers(0, 3),
     st.sampled_from([np.uint32, np.uint64]),
 )
-def test_any_corpus_is_cut_into_samples(corpus, threshold, held_out, key, seq_len, epoch, unit):
-    stream = corpus.stream(threshold, held_out, key, seq_len)
-    expected = joined(corpus, threshold, held_out, key, epoch)
+def test_any_corpus_is_cut_into_samples(corpus, hashes, key, seq_len, epoch, unit):
+    stream = corpus.stream(hashes, key, seq_len)
+    expected = joined(corpus, hashes, key, epoch)
     assert stream.totals()[1] == len(expected)
     samples = max(0, -(-(len(expected) - 1) // seq_len))
     walk = stream.walk(epoch)
@@ -123,7 +123,7 @@ def test_a_wrong_index_or_corpus_is_an_error_and_no_crash(
     tokens = corpus.tokens[: max(0, len(corpus.tokens) - lost % 50)]
     offsets = corpus.byte_offsets + (shift if lost % 3 == 0 else 0)
     broken = Arrays(corpus.lengths - (lost % 2), corpus.hashes, tokens, offsets)
-    stream = broken.stream(2**62, False, 5, 7)
+    stream = broken.stream((2**62, 2**64 - 1), 5, 7)
     inputs, targets = (np.zeros((8, 7), np.int64) for _ in range(2))
     index = np.array(starts, np.uint32)
     numbers_array = np.array(numbers, np.int64)
@@ -166,7 +166,7 @@ def test_any_weights_make_a_blend_or_are_refused(weights, samples, block, random
 def test_arrays_of_wrong_shape_or_size_are_refused():
     lengths, hashes = np.ones(4, np.int32), np.zeros(4, np.uint64)
     tokens, offsets = np.zeros(4, np.uint16), np.arange(0, 8, 2)
-    arguments = [tokens, offsets, lengths, hashes, 0, False, 1, 8]
+    arguments = [tokens, offsets, lengths, hashes, *ALL, 1, 8]
 
     def with_(position: int, value: object) -> list:
         return [value if i == position else each for i, each in enumerate(arguments)]
@@ -196,11 +196,11 @@ def test_arrays_of_wrong_shape_or_size_are_refused():
 def test_the_arrays_live_as_long_as_what_reads_them():
     lengths, hashes = np.full(100, 9, np.int32), np.zeros(100, np.uint64)
     tokens, offsets = np.arange(900, dtype=np.uint16), np.arange(0, 1800, 18)
-    walk = _builder.Stream(tokens, offsets, lengths, hashes, 0, False, 1, 8).walk(0)
+    walk = _builder.Stream(tokens, offsets, lengths, hashes, *ALL, 1, 8).walk(0)
     del lengths, hashes, tokens, offsets
     trash = [np.full(100, 77, np.int64) for _ in range(50)]
     starts = np.zeros((113, 2), np.uint32)
-    assert walk.fill(starts, 1000) == 0  # it notes the sides first
+    assert walk.fill(starts, 1000) == 0  # it notes first which are read
     assert walk.fill(starts, 1000) == 113
     assert (starts[:, 1] < 9).all()
     assert len(trash) == 50

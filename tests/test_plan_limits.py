@@ -170,7 +170,7 @@ def test_a_blend_goes_on_beyond_2_to_the_32_turns_of_a_task():
 
 def test_more_tokens_than_63_bits_count_are_an_overflow_and_no_wrap():
     lengths = np.full(3, 2**62, np.int64)
-    arguments = (np.zeros(3, np.int64), lengths, np.zeros(3, np.uint64), 0, False, 1, 8)
+    arguments = (np.zeros(3, np.int64), lengths, np.zeros(3, np.uint64), 0, 0, 1, 8)
     stream = _builder.Stream(np.zeros(1, np.uint16), *arguments)
     with pytest.raises(OverflowError, match=r"2\^63"):
         stream.totals()
@@ -179,7 +179,7 @@ def test_more_tokens_than_63_bits_count_are_an_overflow_and_no_wrap():
 def test_a_document_of_more_than_2_to_the_32_tokens_needs_64_bit_starts():
     lengths, hashes = np.array([2**33], np.int64), np.zeros(1, np.uint64)
     stream = _builder.Stream(
-        np.zeros(1, np.uint16), np.zeros(1, np.int64), lengths, hashes, 0, False, 1, 2**31
+        np.zeros(1, np.uint16), np.zeros(1, np.int64), lengths, hashes, 0, 0, 1, 2**31
     )
     walk = stream.walk(0)
     walk.fill(np.zeros((1, 2), np.uint32), 10)

@@ -32,6 +32,7 @@ FILLER = 59_999
 SEQ_LEN = 8
 FRACTION = 0.2
 HASHES = st.integers(0, 2**64 - 1)
+ALL = (0, 2**64 - 1)
 # Tags are frequent, so that documents have none, one or several of them, at any place.
 WORDS = st.just(TAG) | st.integers(4, 60_000)
 
@@ -44,15 +45,13 @@ class InMemory:
     hashes: list[int]
 
     def stream(
-        self, threshold: int, held_out: bool, key: int, seq_len: int, tag: int | None
+        self, read: tuple[int, int], key: int, seq_len: int, tag: int | None
     ) -> _builder.Stream:
         lengths = np.array([len(each) for each in self.documents], np.int32)
         tokens = np.array([token for each in self.documents for token in each], np.uint16)
         offsets = 2 * (np.cumsum(lengths, dtype=np.int64) - lengths)
         hashes = np.array(self.hashes, np.uint64)
-        return _builder.Stream(
-            tokens, offsets, lengths, hashes, threshold, held_out, key, seq_len, tag
-        )
+        return _builder.Stream(tokens, offsets, lengths, hashes, *read, key, seq_len, tag)
 
 
 @st.composite
@@ -91,18 +90,15 @@ def as_rows(*arrays: np.ndarray) -> list[ExpectedRow]:
 @settings(max_examples=300, deadline=None)
 @given(
     in_memory(),
-    HASHES,
-    st.booleans(),
+    st.tuples(HASHES, HASHES),
     HASHES,
     st.integers(1, 40),
     st.sampled_from([np.uint32, np.uint64]),
     st.integers(1, 9),
 )
-def test_any_pairs_are_packed_as_by_the_reference(
-    corpus, threshold, held_out, key, seq_len, unit, at_once
-):
-    stream = corpus.stream(threshold, held_out, key, seq_len, TAG)
-    here = [(each < threshold) == held_out for each in corpus.hashes]
+def test_any_pairs_are_packed_as_by_the_reference(corpus, read, key, seq_len, unit, at_once):
+    stream = corpus.stream(read, key, seq_len, TAG)
+    here = [read[0] <= each <= read[1] for each in corpus.hashes]
     lengths = [len(d) if on_side else 0 for d, on_side in zip(corpus.documents, here, strict=True)]
     order = permutation(len(lengths), member_key(key, 0))
     samples = packed(lengths, order, seq_len)
@@ -120,7 +116,7 @@ def test_any_pairs_are_packed_as_by_the_reference(
 @settings(max_examples=100, deadline=None)
 @given(in_memory(), HASHES, st.integers(1, 40))
 def test_every_document_that_fits_is_whole_and_in_one_sample(corpus, key, seq_len):
-    stream = corpus.stream(0, False, key, seq_len, TAG)
+    stream = corpus.stream(ALL, key, seq_len, TAG)
     starts = walked(stream, 0, np.uint32, 7)
     samples = [stream.pieces(0, *start) for start in starts.tolist()]
     assert all(1 <= sum(tokens for _, _, tokens in each) <= seq_len + 1 for each in samples)
@@ -144,7 +140,7 @@ def test_every_document_that_fits_is_whole_and_in_one_sample(corpus, key, seq_le
 @given(in_memory(), HASHES, st.integers(1, 40))
 def test_texts_that_do_not_see_each_other_are_the_same_samples(corpus, key, seq_len):
     """Their documents are numbered, and their first tokens are no targets; nothing else changes."""
-    stream = corpus.stream(0, False, key, seq_len, None)
+    stream = corpus.stream(ALL, key, seq_len, None)
     if stream.totals()[1] < 2:
         return
     starts = walked(stream, 0, np.uint32, 7)
@@ -172,7 +168,7 @@ def test_a_wrong_index_or_corpus_is_an_error_and_no_crash(corpus, starts, shift,
     tokens = np.array([token for each in corpus.documents for token in each], np.uint16)
     offsets = 2 * (np.cumsum(lengths) - lengths) + shift
     hashes = np.array(corpus.hashes, np.uint64)
-    stream = _builder.Stream(tokens[lost:], offsets, lengths, hashes, 0, False, 1, 7, TAG)
+    stream = _builder.Stream(tokens[lost:], offsets, lengths, hashes, *ALL, 1, 7, TAG)
     try:
         rows = read_rows(stream, np.array(starts, np.uint32), 7, apart=True)
     except IndexError:
@@ -183,11 +179,11 @@ def test_a_wrong_index_or_corpus_is_an_error_and_no_crash(corpus, starts, shift,
 def test_a_tag_that_no_token_can_be_is_refused():
     for tag in (-1, 2**16):
         with pytest.raises(ValueError, match="tag"):
-            InMemory([[1, 2]], [1]).stream(0, False, 1, 8, tag)
+            InMemory([[1, 2]], [1]).stream(ALL, 1, 8, tag)
 
 
 def test_documents_must_have_the_shape_of_the_inputs():
-    stream = InMemory([[1, 2]], [1]).stream(0, False, 1, 8, TAG)
+    stream = InMemory([[1, 2]], [1]).stream(ALL, 1, 8, TAG)
     rows, arrays = np.zeros(1, np.int64), [np.zeros((1, 8), np.int64) for _ in range(2)]
     starts = np.zeros((1, 2), np.uint32)
     for wrong in (np.zeros((1, 7), np.int64), np.zeros(8, np.int64)):

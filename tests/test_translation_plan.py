@@ -118,7 +118,7 @@ def test_a_plan_says_how_often_pairs_are_seen(tmp_path, pairs, texts):
     plan = build_plan(run(tmp_path))
     samples = len(ReferencePackedStream("en-fr", pairs, SEQ_LEN, FRACTION).in_token_order())
     facts = plan.summary()
-    here = pairs.on_side(FRACTION, "training")
+    here = pairs.on_side("training", FRACTION)
     lengths = [len(each) for each, on_side in zip(pairs.documents, here, strict=True) if on_side]
     assert facts["tasks"]["en-fr"]["documents"] == len(lengths)
     assert facts["tasks"]["en-fr"]["tokens"] == sum(lengths)

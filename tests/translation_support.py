@@ -38,9 +38,8 @@ class Pairs:
             token += source + target
         return documents
 
-    def on_side(self, fraction: float, side: str) -> list[bool]:
-        held_out = Documents([], self.hashes, 0).held_out(fraction)
-        return [each == (side == "held out") for each in held_out]
+    def on_side(self, side: str, fraction: float, subsample: float = 1.0) -> list[bool]:
+        return Documents([], self.hashes, 0).on_side(side, fraction, subsample)
 
 
 def random_pairs(count: int, longest: int, seed: int) -> list[Lengths]:
@@ -142,10 +141,11 @@ class ReferencePackedStream:
     fraction: float
     seed: int = 7
     side: str = "training"
+    subsample: float = 1.0
 
     def in_token_order(self) -> list[list[Piece]]:
         """The samples of every epoch, in the order in which they are packed."""
-        here = self.pairs.on_side(self.fraction, self.side)
+        here = self.pairs.on_side(self.side, self.fraction, self.subsample)
         lengths = [
             len(document) if on_side else 0
             for document, on_side in zip(self.pairs.documents, here, strict=True)

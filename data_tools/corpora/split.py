@@ -9,7 +9,7 @@ from rich.console import Console
 from megaphase.corpus import Corpus, CorpusWriter, Manifest
 from megaphase.data_tools.corpora.verify import checked_batches, size_of
 from megaphase.errors import InputError
-from megaphase.plan.stream import held_out_threshold
+from megaphase.plan.split import held_out_hashes
 from megaphase.progress import reading_progress
 
 
@@ -24,8 +24,8 @@ def split(
 ) -> tuple[Manifest, Manifest]:
     """Write the documents whose hash is below the `fraction` of all hashes into `held_out`.
 
-    They are those that training with this `validation.fraction` holds out; the order stays. The
-    corpus is checked on the way.
+    They are those that training with this `validation.fraction` or `held_out` holds out; the order
+    stays. The corpus is checked on the way.
 
     Returns the manifests of `train` and `held_out`. Raises InputError where the corpus is damaged,
     a part would be empty, or one exists; neither is left behind then.
@@ -38,14 +38,14 @@ def split(
         raise InputError(prefix, problem, "choose other prefixes")
     corpus = Corpus.open(prefix)
     writers = [_writer(corpus, path, overwrite) for path in (train, held_out)]
-    threshold = held_out_threshold(fraction)
+    hashes = held_out_hashes(fraction)
     with (
         writers[0],
         writers[1],
         reading_progress(console, "splitting", size_of(corpus)) as advance,
     ):
         for batch in checked_batches(corpus, lambda size: advance(size, size)):
-            is_held_out = batch.hashes < threshold
+            is_held_out = hashes.holds(batch.hashes)
             writers[0].add_batch(batch.select(~is_held_out))
             writers[1].add_batch(batch.select(is_held_out))
         _check_parts(writers, prefix, fraction)

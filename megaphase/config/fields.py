@@ -24,6 +24,8 @@ CountOrZero = Annotated[int, BeforeValidator(_whole_number), Field(ge=0, strict=
 Positive = Annotated[float, Field(gt=0, strict=True)]
 PositiveOrZero = Annotated[float, Field(ge=0, strict=True)]
 FractionOf1 = Annotated[float, Field(ge=0, le=1, strict=True)]
+FractionAbove0 = Annotated[float, Field(gt=0, le=1, strict=True)]
+ProperFraction = Annotated[float, Field(gt=0, lt=1, strict=True)]
 
 
 def _non_empty_path(value: Any) -> Any:

@@ -58,6 +58,16 @@ class RunConfig(Section):
         """The tasks that a role, or a list of names, stands for."""
         return self.tasks_with_role(selection) if isinstance(selection, str) else selection
 
+    def held_out_fraction(self, task: str) -> float:
+        """The fraction of a task's documents that is held out of training."""
+        own = self.tasks[task].held_out
+        return self.validation.fraction if own is None else own
+
+    def held_out_key(self, task: str) -> str:
+        """The key that `held_out_fraction` is from, for messages."""
+        own = self.tasks[task].held_out
+        return "validation.fraction" if own is None else f"tasks.{task}.held_out"
+
     def micro_batches(self, processes: int) -> int:
         """How many an optimizer step has on each data-parallel rank of a run on so many processes.
 

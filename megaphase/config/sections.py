@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,9 +10,11 @@ from megaphase.config.fields import (
     Count,
     CountOrZero,
     FilePath,
+    FractionAbove0,
     FractionOf1,
     Positive,
     PositiveOrZero,
+    ProperFraction,
     RoleOrTaskNames,
     Section,
 )
@@ -24,12 +26,16 @@ class TaskConfig(Section):
     kind: texts of a language, or pairs for translation.
     attend_across_documents: whether the documents of a sample see each other; by default those of
     an lm task do, translation pairs do not.
+    held_out: fraction of its documents that is held out; by default `validation.fraction`.
+    subsample: fraction of the others that is trained on; by default all.
     role is any word, such as `high` or `low`, by which a mixture's `over` can name several tasks.
     """
 
     corpus: FilePath
     kind: Literal["lm", "translation"] = "lm"
     attend_across_documents: bool | None = Field(default=None, strict=True)
+    held_out: ProperFraction | None = None
+    subsample: FractionAbove0 | None = None
     role: str | None = Field(default=None, min_length=1)
 
     @property
@@ -38,6 +44,11 @@ class TaskConfig(Section):
         if self.attend_across_documents is None:
             return self.kind == "lm"
         return self.attend_across_documents
+
+    @property
+    def trained_on(self) -> float:
+        """The fraction of the documents that are not held out which is trained on."""
+        return 1.0 if self.subsample is None else self.subsample
 
 
 class ModelConfig(Section):
@@ -126,7 +137,7 @@ class ValidationConfig(Section):
 
     every_steps: Count = 500
     samples: Count = 256
-    fraction: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.01
+    fraction: ProperFraction = 0.01
 
 
 # What the monitor calls the weighted mean of its tasks' losses, beside the tasks' own names.

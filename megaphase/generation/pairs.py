@@ -10,7 +10,7 @@ from megaphase.config import RunConfig
 from megaphase.corpus import Corpus
 from megaphase.errors import InputError
 from megaphase.plan.spec import open_task_corpus
-from megaphase.plan.stream import held_out_threshold
+from megaphase.plan.split import HashRange, held_out_hashes
 from megaphase.tokenizer import Tokenizer
 from megaphase.validation_errors import hint
 
@@ -51,11 +51,11 @@ def held_out_pairs(
             hint("", translation_tasks(config), "the translation tasks are"),
         )
     corpus = open_task_corpus(config, task, tokenizer)
-    fraction = config.validation.fraction
-    documents = _held_out_documents(corpus, held_out_threshold(fraction), samples)
+    fraction = config.held_out_fraction(task)
+    documents = _lowest_documents(corpus, held_out_hashes(fraction), samples)
     if not len(documents):
         raise InputError(
-            config.where("validation.fraction"),
+            config.where(config.held_out_key(task)),
             f"{fraction:g} holds out none of the pairs of {corpus.prefix}",
             "raise it",
         )
@@ -69,12 +69,12 @@ def translation_tasks(config: RunConfig) -> list[str]:
     return [name for name, task in config.tasks.items() if task.kind == "translation"]
 
 
-def _held_out_documents(corpus: Corpus, threshold: int, samples: int | None) -> np.ndarray:
-    """Numbers of the documents with the smallest hashes below the threshold, in that order."""
+def _lowest_documents(corpus: Corpus, wanted: HashRange, samples: int | None) -> np.ndarray:
+    """Numbers of the documents with the smallest hashes that are wanted, in that order."""
     found = np.empty(0, np.int64)
     for first in range(0, len(corpus.hashes), _DOCUMENTS_AT_A_TIME):
         hashes = corpus.hashes[first : first + _DOCUMENTS_AT_A_TIME]
-        found = np.append(found, first + np.flatnonzero(hashes < np.uint64(threshold)))
+        found = np.append(found, first + np.flatnonzero(wanted.holds(hashes)))
         found = found[np.argsort(corpus.hashes[found], kind="stable")][:samples]
     return found
 

@@ -66,7 +66,12 @@ def show_command(
 
     from megaphase.memory.table import memory_sentences, memory_summary, memory_table
     from megaphase.plan.opening import memory_setup, open_plan, open_run
-    from megaphase.plan.preview import plan_table, plan_warnings, stop_sentences
+    from megaphase.plan.preview import (
+        plan_table,
+        plan_warnings,
+        stop_sentences,
+        subsample_sentences,
+    )
 
     config, tokenizer = open_run(run_file, overrides)
     if processes is None:
@@ -79,7 +84,7 @@ def show_command(
         return
     console = _console()
     console.print(plan_table(summary))
-    for sentence in stop_sentences(config):
+    for sentence in [*subsample_sentences(config, summary), *stop_sentences(config)]:
         console.print(sentence, markup=False, soft_wrap=True)
     for sentence in plan_warnings(summary):
         console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)

@@ -154,7 +154,7 @@ class Plan:
                     "documents": stream.documents,
                     "tokens": stream.tokens,
                     "held_out_documents": spec.held_out[task].documents,
-                    "text_bytes": stream.corpus.manifest.text_bytes,
+                    "text_bytes": stream.text_bytes(),
                 }
                 for task, stream in spec.streams.items()
             },

@@ -58,6 +58,16 @@ def plan_warnings(summary: dict[str, Any]) -> list[str]:
     ]
 
 
+def subsample_sentences(config: RunConfig, summary: dict[str, Any]) -> list[str]:
+    """One sentence for every task of which only a subsample is trained on."""
+    return [
+        f"{name} is trained on {facts['documents']:,} documents of {facts['tokens']:,} tokens, a "
+        f"subsample of {config.tasks[name].subsample:g} of what is not held out"
+        for name, facts in summary["tasks"].items()
+        if config.tasks[name].trained_on != 1
+    ]
+
+
 def stop_sentences(config: RunConfig) -> list[str]:
     """One sentence for every phase that may end before its length is reached."""
     sentences = []

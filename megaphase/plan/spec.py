@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from megaphase.config import MixtureConfig, RunConfig
 from megaphase.corpus import Corpus
@@ -153,8 +155,9 @@ def _streams(config: RunConfig, corpora: dict[str, Corpus], held_out: bool) -> d
             corpus,
             seed=config.seed,
             seq_len=config.model.seq_len,
-            fraction=config.validation.fraction,
+            fraction=config.held_out_fraction(task),
             held_out=held_out,
+            subsample=config.tasks[task].trained_on,
             tag=corpus.manifest.tag,
             attend_across_documents=config.tasks[task].attends_across_documents,
         )
@@ -165,7 +168,7 @@ def _streams(config: RunConfig, corpora: dict[str, Corpus], held_out: bool) -> d
 def _check_task(config: RunConfig, task: str, training: Stream, held_out: Stream) -> None:
     """Refuse a corpus whose index is damaged, and one that is too small to train or validate on."""
     corpus = training.corpus
-    found, said = training.tokens + held_out.tokens, corpus.manifest.tokens
+    found, said = int(np.sum(corpus.lengths, dtype=np.int64)), corpus.manifest.tokens
     if found != said:
         raise InputError(
             f"{corpus.prefix}.idx",
@@ -180,33 +183,66 @@ def _check_task(config: RunConfig, task: str, training: Stream, held_out: Stream
             f"{training.seq_len + 1:,}",
             "add text or lower model.seq_len",
         )
-    _check_split(config, training, held_out)
+    _check_held_out(config, task, held_out)
+    _check_training(config, task, training, held_out)
 
 
-def _check_split(config: RunConfig, training: Stream, held_out: Stream) -> None:
-    """Refuse a held-out fraction that leaves nothing to validate on or too little to train on."""
-    where, fraction = config.where("validation.fraction"), config.validation.fraction
-    corpus = training.corpus
-    of_documents = f"of the {corpus.manifest.documents:,} documents of {corpus.prefix}"
+def _documents(stream: Stream) -> str:
+    return f"of the {stream.corpus.manifest.documents:,} documents of {stream.corpus.prefix}"
+
+
+def _check_held_out(config: RunConfig, task: str, held_out: Stream) -> None:
+    """Refuse a held-out fraction that leaves nothing to validate on."""
+    where = config.where(config.held_out_key(task))
+    fraction, of_documents = config.held_out_fraction(task), _documents(held_out)
     if held_out.tokens < 2:
         raise InputError(where, f"{fraction:g} holds out none {of_documents}", "raise it")
-    held = f"{fraction:g} holds out {held_out.documents:,} {of_documents}"
     if not held_out.has_target(config.validation.samples):
         raise InputError(
             where,
-            f"{held}, and no loss is taken on any token of what is scored of them",
+            f"{fraction:g} holds out {held_out.documents:,} {of_documents}, and no loss is taken "
+            "on any token of what is scored of them",
             "raise it, or tokenize again",
         )
-    if isinstance(training, PackedStream):
-        if training.tokens == 0:
-            raise InputError(where, f"{held}, and none is left to train on", "lower it or add text")
-    elif training.tokens <= training.seq_len:
-        raise InputError(
-            where,
-            f"{held}, and the {training.tokens:,} tokens that are left are fewer than one sample "
-            f"of seq_len + 1 = {training.seq_len + 1:,}",
-            "lower it, add text or lower model.seq_len",
+
+
+def _check_training(config: RunConfig, task: str, training: Stream, held_out: Stream) -> None:
+    """Refuse a held-out fraction or a subsample that leaves too little to train on."""
+    packed = isinstance(training, PackedStream)
+    if training.tokens > (0 if packed else training.seq_len):
+        return
+    subsample, of_documents = config.tasks[task].subsample, _documents(training)
+    if subsample is None:
+        key, change = config.held_out_key(task), "lower it"
+        fraction = config.held_out_fraction(task)
+        taken = f"{fraction:g} holds out {held_out.documents:,} {of_documents}"
+    else:
+        key, change = f"tasks.{task}.subsample", "raise it"
+        taken = f"{subsample:g} takes {training.documents:,} {of_documents}"
+    if packed:
+        left, remedy = "none is left to train on", f"{change} or add text"
+    else:
+        left = (
+            f"the {training.tokens:,} tokens that are left are fewer than one sample of "
+            f"seq_len + 1 = {training.seq_len + 1:,}"
         )
+        remedy = f"{change}, add text or lower model.seq_len"
+    raise InputError(config.where(key), f"{taken}, and {left}", remedy)
+
+
+def _splits_of_tasks(config: RunConfig) -> dict[str, Any]:
+    """What a plan depends on where tasks are not split as the run says; nothing where all are."""
+    held_out = {task: config.held_out_fraction(task) for task in config.tasks}
+    subsample = {task: settings.trained_on for task, settings in config.tasks.items()}
+    facts = {
+        "held_out_fractions": _other_than(config.validation.fraction, held_out),
+        "subsample": _other_than(1, subsample),
+    }
+    return {name: of_tasks for name, of_tasks in facts.items() if of_tasks}
+
+
+def _other_than(usual: float, of_tasks: dict[str, float]) -> dict[str, float]:
+    return {task: value for task, value in of_tasks.items() if value != usual}
 
 
 def _phase_spec(config: RunConfig, number: int, supply: Mapping[str, TaskSupply]) -> PhaseSpec:
@@ -254,6 +290,7 @@ def plan_spec(
     phases = [_phase_spec(config, i, supply) for i in range(len(config.phases))]
     fingerprint = hash_json(
         ({"used": used} if any(used.values()) else {})
+        | _splits_of_tasks(config)
         | {
             "format": FORMAT_VERSION,
             "seed": config.seed,

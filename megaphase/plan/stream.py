@@ -14,6 +14,7 @@ from megaphase.corpus import Corpus
 from megaphase.files import hash_json
 from megaphase.keys import derive_key
 from megaphase.plan import _builder
+from megaphase.plan.split import held_out_hashes, training_hashes
 from megaphase.targets import IGNORED_TARGET
 
 # Samples are permuted within windows of this size, so that a run that needs a hundredth of a huge
@@ -24,19 +25,14 @@ SAMPLE_WINDOW = 1 << 16
 DOCUMENTS_PER_CALL = 1 << 21
 
 
-def held_out_threshold(fraction: float) -> int:
-    """Documents whose 64-bit hash is below this are held out of training."""
-    return int(fraction * 2**64)
-
-
 class Stream:
-    """One side (training or held out) of one task's corpus as a sequence of samples.
+    """What one task trains on, or what it holds out, as a sequence of samples.
 
     Samples have two numbers: the ordinal, by which training asks for them, and the number in token
     order, by which the index holds them; both count on from epoch to epoch.
 
     Attributes:
-        documents: how many documents of the corpus are on this side.
+        documents: how many documents of the corpus it reads.
         tokens: how many tokens they have, EODs included.
         samples_per_epoch: of seq_len + 1 tokens; the last one may be shorter.
         attend_across_documents: whether a sample's documents see each other.
@@ -51,12 +47,15 @@ class Stream:
         seq_len: int,
         fraction: float,
         held_out: bool,
+        subsample: float = 1.0,
         tag: int | None = None,
         attend_across_documents: bool = True,
     ) -> None:
         """
         Args:
             fraction: of the documents that is held out.
+            held_out: whether it reads those, or those that are trained on.
+            subsample: of the documents that are not held out, the fraction that is trained on.
             tag: of a PackedStream, and of no other, the token between source and target.
         """
         self.task = task
@@ -70,6 +69,12 @@ class Stream:
             "tag": tag,
             "attend_across_documents": attend_across_documents,
         }
+        if held_out:
+            self._hashes = held_out_hashes(fraction)
+        else:
+            self._hashes = training_hashes(fraction, subsample)
+            # Streams that are whole keep the fingerprints that they had before there were others.
+            self._origin |= {"subsample": subsample} if subsample != 1 else {}
         self.seq_len = seq_len
         self.attend_across_documents = attend_across_documents
         self._every_sample_has_a_target = attend_across_documents and tag is None
@@ -81,8 +86,8 @@ class Stream:
             np.asarray(corpus.byte_offsets),
             np.asarray(corpus.lengths),
             np.asarray(corpus.hashes),
-            held_out_threshold(fraction),
-            held_out,
+            self._hashes.first,
+            self._hashes.last,
             derive_key(seed, "documents", side, task),
             seq_len,
             tag,
@@ -98,6 +103,15 @@ class Stream:
     def fingerprint(self) -> str:
         """A hash of all that the sequence of samples depends on."""
         return hash_json(self._origin | {"corpus": self.corpus.fingerprint})
+
+    def text_bytes(self) -> int:
+        """Bytes of the UTF-8 text of its documents; looks at every document of the corpus."""
+        total, corpus = 0, self.corpus
+        for first in range(0, len(corpus.hashes), DOCUMENTS_PER_CALL):
+            here = slice(first, first + DOCUMENTS_PER_CALL)
+            read = self._hashes.holds(np.asarray(corpus.hashes[here]))
+            total += int(corpus.sums["text_bytes"][here][read].sum(dtype=np.int64))
+        return total
 
     @property
     def start_dtype(self) -> type[np.generic]:

@@ -74,7 +74,7 @@ class Branch:
                 raise InputError(
                     config.where(f"tasks.{task}"),
                     f"its samples are not those that {self.checkpoint} was trained on",
-                    "give the same corpus, seed, model.seq_len and validation.fraction",
+                    "give the same corpus, held-out fraction, subsample, seed and model.seq_len",
                 )
 
 
