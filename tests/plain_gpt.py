@@ -59,11 +59,17 @@ class PlainGPT:
         x = embedding[tokens]
         if "positions" in self.weights:
             x = x + self.weights["positions"][: tokens.shape[1]]
+        x = self.dropped(x, "embedding")
         for layer in range(self.shape.layers):
-            block = f"blocks.{layer}"
-            x = x + self._attention(self._norm(x, f"{block}.attention_norm"), f"{block}.attention")
-            x = x + self._mlp(self._norm(x, f"{block}.feed_forward_norm"), f"{block}.feed_forward")
+            attention, mlp = f"blocks.{layer}.attention", f"blocks.{layer}.feed_forward"
+            added = self._attention(self._norm(x, f"{attention}_norm"), attention)
+            x = x + self.dropped(added, attention)
+            x = x + self.dropped(self._mlp(self._norm(x, f"{mlp}_norm"), mlp), mlp)
         return self._norm(x, "norm") @ self.weights.get("head.weight", embedding).T
+
+    def dropped(self, x: Tensor, place: str) -> Tensor:
+        """All of [batch, seq, hidden]; for models with dropout to override."""
+        return x
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         if self.shape.layernorm:

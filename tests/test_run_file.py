@@ -163,6 +163,18 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
          "other"),
         ("3e-4", "1e-6",
          "run.yaml: phases[0].learning_rate: final (3e-05) is above peak (1e-06)"),
+        ("peak: 1e-4", "peak: 1e-4, steps: 10, first_step: 10",
+         "run.yaml: phases[1].learning_rate: first_step (10) is not below steps (10), the length "
+         "of the whole schedule"),
+        ("peak: 1e-4", "peak: 1e-4, first_step: 5",
+         "run.yaml: phases[1].learning_rate: first_step needs steps, the length of the whole "
+         "schedule"),
+        ("peak: 1e-4", "peak: 1e-4, steps: 1100, first_step: 1095",
+         "run.yaml: phases[1]: the phase ends at step 1,105 of its schedule "
+         "(learning_rate.first_step 1,095 + steps 10), beyond learning_rate.steps (1,100); make it "
+         "1,105 or more"),
+        ("seq_len: 64", "seq_len: 64, dropout: 1.0",
+         "run.yaml: model.dropout: must be less than 1; found 1.0"),
         ("name: joint", "name: pretrain",
          "run.yaml: phases[1].name: 'pretrain' stands twice; give every phase its own name"),
         ("name: joint", "name: a/b",

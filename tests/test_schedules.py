@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,3 +104,40 @@ def test_rises_to_the_peak_and_never_again(name: str, warmup_steps: int, steps: 
     after = rates[warmup_steps:]
     assert after == sorted(after, reverse=True)
     assert min(after, default=1.0) >= 0.1 - 1e-12
+
+
+@given(
+    name=st.sampled_from(NAMES),
+    warmup_steps=st.integers(0, 30),
+    steps=st.integers(2, 60),
+    data=st.data(),
+)
+def test_a_schedule_cut_in_two_phases_is_the_whole_one(
+    name: str, warmup_steps: int, steps: int, data: st.DataObject
+) -> None:
+    cut = data.draw(st.integers(1, steps - 1))
+    whole = any_schedule(name, warmup_steps)
+    first = whole.model_copy(update={"steps": steps})
+    second = LearningRateConfig.model_validate(first.model_dump() | {"first_step": cut})
+    rates = [learning_rate(first, step, cut) for step in range(cut)]
+    rates += [learning_rate(second, step, steps - cut) for step in range(steps - cut)]
+    assert rates == [learning_rate(whole, step, steps) for step in range(steps)]
+
+
+def test_two_phases_that_share_one_cosine() -> None:
+    settings = {"peak": 1e-3, "steps": 1100, "warmup_steps": 100}
+    first = LearningRateConfig.model_validate(settings)
+    second = LearningRateConfig.model_validate(settings | {"first_step": 850})
+    assert learning_rate(first, 0, 850) == pytest.approx(1e-3 / 101)
+    assert learning_rate(first, 100, 850) == 1e-3
+    falling = {0: 0.5 * (1 + math.cos(math.pi * 750 / 999)), 249: 0.0}
+    found = {step: learning_rate(second, step, 250) for step in falling}
+    assert found == pytest.approx({step: 1e-3 * each for step, each in falling.items()}, abs=1e-15)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+def test_a_phase_that_goes_on_beyond_its_schedule_stays_at_the_end(name: str) -> None:
+    config = any_schedule(name, 0).model_copy(update={"steps": 10, "first_step": 5})
+    rates = [learning_rate(config, step, 8) for step in range(8)]
+    assert rates[3] > rates[4] == pytest.approx(0.1)
+    assert rates[4:] == [rates[4]] * 4

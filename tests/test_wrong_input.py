@@ -171,6 +171,7 @@ LATER_CHANGES = {
     "batch.samples=16": "batch.samples",
     "seed=3": "seed",
     "model.hidden=64": "model.hidden",
+    "model.dropout=0.1": "model.dropout",
     "optimizer.clip=2.0": "optimizer.clip",
     "phases.1.optimizer_state=keep": "phases[1].optimizer_state",
     "phases.1.steps=10": "phases[1].steps",

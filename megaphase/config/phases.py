@@ -58,9 +58,10 @@ class MixtureConfig(Section):
 
 
 class LearningRateConfig(Section):
-    """One phase's schedule; every phase starts its own at step 0 with its own warm-up.
+    """One phase's schedule, with its own warm-up, or its part of one that spans several phases.
 
-    decay_steps belongs to `wsd` (warm-up, stable, decay): the length of the final decay.
+    steps: length of the schedule; the phase's own if left out. first_step: where in it the phase
+    begins. decay_steps belongs to `wsd` (warm-up, stable, decay): the length of the final decay.
     """
 
     schedule: Literal["cosine", "linear", "inverse_sqrt", "constant", "wsd"] = "cosine"
@@ -68,6 +69,8 @@ class LearningRateConfig(Section):
     final: PositiveOrZero = 0.0
     warmup_steps: CountOrZero = 0
     decay_steps: Count | None = None
+    steps: Count | None = None
+    first_step: CountOrZero = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -75,6 +78,17 @@ class LearningRateConfig(Section):
             raise ValueError(f"final ({self.final:g}) is above peak ({self.peak:g})")
         if (self.schedule == "wsd") != (self.decay_steps is not None):
             raise ValueError("decay_steps is needed by schedule wsd and by no other")
+        return self
+
+    @model_validator(mode="after")
+    def _begins_within_the_schedule(self) -> Self:
+        if self.first_step and self.steps is None:
+            raise ValueError("first_step needs steps, the length of the whole schedule")
+        if self.steps is not None and self.first_step >= self.steps:
+            raise ValueError(
+                f"first_step ({self.first_step:,}) is not below steps ({self.steps:,}), the length "
+                "of the whole schedule"
+            )
         return self
 
 
@@ -144,4 +158,17 @@ class PhaseConfig(Section):
                 "epochs does not go with mixture.max_epochs, whose rates depend on the length; "
                 "give tokens or steps"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ends_within_the_schedule(self) -> Self:
+        rate = self.learning_rate
+        if self.steps is not None and rate.steps is not None:
+            end = rate.first_step + self.steps
+            if end > rate.steps:
+                raise ValueError(
+                    f"the phase ends at step {end:,} of its schedule (learning_rate.first_step "
+                    f"{rate.first_step:,} + steps {self.steps:,}), beyond learning_rate.steps "
+                    f"({rate.steps:,}); make it {end:,} or more"
+                )
         return self

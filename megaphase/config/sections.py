@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -52,7 +52,10 @@ class TaskConfig(Section):
 
 
 class ModelConfig(Section):
-    """The GPT's shape: a preset, explicit sizes, or a preset with some sizes changed."""
+    """The GPT's shape: a preset, explicit sizes, or a preset with some sizes changed.
+
+    dropout: of the embedding's output and of what every layer adds to it, in training alone.
+    """
 
     seq_len: Count
     preset: str | None = None
@@ -70,6 +73,7 @@ class ModelConfig(Section):
     rotary_base: Positive | None = None
     norm_eps: Positive | None = None
     init_std: Positive | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.0
     activation_checkpointing: Literal["none", "full"] = "none"
 
 

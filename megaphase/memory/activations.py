@@ -102,7 +102,13 @@ def cast_weights(setup: Setup) -> int:
 def block_saved(setup: Setup) -> int:
     """All that one block keeps."""
     parts = (*attention_saved(setup).values(), *feed_forward_saved(setup).values())
-    return sum(parts) + 2 * norm_saved(setup) + cast_weights(setup)
+    each_half = norm_saved(setup) + dropout_saved(setup)
+    return sum(parts) + 2 * each_half + cast_weights(setup)
+
+
+def dropout_saved(setup: Setup) -> int:
+    """The mask of one place where elements are dropped, one byte for each."""
+    return setup.outer_tokens * setup.shape.hidden if setup.shape.dropout else 0
 
 
 def residual(setup: Setup) -> int:

@@ -9,6 +9,7 @@ from megaphase.memory.activations import (
     block_backward,
     block_forward,
     block_kept,
+    dropout_saved,
     head_memory,
     mask_memory,
     residual,
@@ -60,7 +61,8 @@ def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]
     """The moments of a step in which memory can be at its highest."""
     kept, passing = states.kept, states.passing
     layers, each = setup.shape.layers, block_kept(setup)
-    head, mask = head_memory(setup), mask_memory(setup)
+    head = head_memory(setup)
+    mask = mask_memory(setup) + dropout_saved(setup)  # of documents, and of the embedding's output
     sizes = parameter_sizes(setup.shape, setup.tensor)
     parameters = sum(sizes.values())
     block = sum(block_sizes(setup.shape, setup.tensor).values())

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megaphase.model.dropout import Dropout
 from megaphase.model.kv_cache import CachedTokens
 from megaphase.model.packed_rows import own_document_mask, positions_in_document
 from megaphase.model.rotary import Rotary
@@ -118,7 +119,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); dropout of what is added."""
 
     def __init__(self, shape: GPTShape, init: Initializer, region: TensorRegion) -> None:
         super().__init__()
@@ -126,8 +127,10 @@ class Block(nn.Module):
         self.region = region
         self.attention_norm = norm(shape.hidden, shape.norm_eps, init, region)
         self.attention = Attention(shape, init.at("attention"), region)
+        self.attention_dropout = Dropout(shape.dropout, f"{init.path}attention", region)
         self.feed_forward_norm = norm(shape.hidden, shape.norm_eps, init, region)
         self.feed_forward = FeedForward(shape, init.at("feed_forward"), region)
+        self.feed_forward_dropout = Dropout(shape.dropout, f"{init.path}feed_forward", region)
 
     def forward(
         self,
@@ -135,9 +138,12 @@ class Block(nn.Module):
         rotary: Rotary | None,
         mask: Tensor | None,
         cached: CachedTokens | None = None,
+        dropout_seeds: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.region.enter(self.attention_norm(x)), rotary, mask, cached)
-        return x + self.feed_forward(self.region.enter(self.feed_forward_norm(x)))
+        added = self.attention(self.region.enter(self.attention_norm(x)), rotary, mask, cached)
+        x = x + self.attention_dropout(added, dropout_seeds)
+        added = self.feed_forward(self.region.enter(self.feed_forward_norm(x)))
+        return x + self.feed_forward_dropout(added, dropout_seeds)
 
 
 class GPT(nn.Module):
@@ -163,6 +169,7 @@ class GPT(nn.Module):
         self.embedding = VocabParallelEmbedding(
             shape.vocab, shape.hidden, std=shape.init_std, init=init.at("embedding"), region=region
         )
+        self.embedding_dropout = Dropout(shape.dropout, "embedding", region)
         self.positions = None
         self.rotary = None
         if shape.position == "learned":
@@ -185,22 +192,29 @@ class GPT(nn.Module):
         self.head = VocabParallelHead(shape.vocab, weight, region)
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        dropout_seeds: Tensor | None = None,
     ) -> Tensor:
         """Loss of every token, or this rank's logits when there are no targets.
 
         tokens, targets: int64 [batch, seq], seq up to shape.seq_len; targets may hold
         IGNORED_TARGET. documents: int64 [batch, seq], ascending along a row; where they are given,
-        a token sees those of its own document alone. Returns nats, fp32 [batch, seq] with 0 at
-        ignored targets, or logits [batch, seq, vocabulary of this rank].
+        a token sees those of its own document alone. dropout_seeds: int64 [batch], see
+        `dropout.row_seeds`; nothing is dropped where they are missing. Returns nats, fp32
+        [batch, seq] with 0 at ignored targets, or logits [batch, seq, vocabulary of this rank].
         """
-        x = self._embed(tokens, documents)
+        x = self.embedding_dropout(self._embed(tokens, documents), dropout_seeds)
         mask = None if documents is None else own_document_mask(documents)
         for block in self.blocks:
             if self.shape.activation_checkpointing == "full" and self.training:
-                x = checkpoint(block, x, self.rotary, mask, use_reentrant=False)
+                x = checkpoint(
+                    block, x, self.rotary, mask, None, dropout_seeds, use_reentrant=False
+                )
             else:
-                x = block(x, self.rotary, mask)
+                x = block(x, self.rotary, mask, None, dropout_seeds)
         logits = self.head(self.region.enter(self.norm(x)))
         if targets is None:
             return logits

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
-NO_FACTS = {"init_std", "activation_checkpointing"}
+NO_FACTS = {"init_std", "dropout", "activation_checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ class GPTShape:
     rotary_base: float = 10_000.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
+    dropout: float = 0.0
     activation_checkpointing: Literal["none", "full"] = "none"
 
     def facts(self) -> dict[str, Any]:
-        """What the weights and what is computed with them depend on: not how the weights came
+        """What the weights and what is computed with them depend on: not how the weights come
         about, nor how activations are kept."""
         return {key: value for key, value in asdict(self).items() if key not in NO_FACTS}
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaphase.config import RunConfig
+from megaphase.model.dropout import row_seeds
 from megaphase.model.gpt import GPT, Block
 from megaphase.model.parameters import is_matrix
 from megaphase.model.shape import GPTShape
@@ -115,6 +116,7 @@ class Engine:
         deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self.topology = topology
         self._tasks = tasks
+        self._seed, self._dropout = config.seed, shape.dropout
         self.micro = config.batch.micro
         settings = deepspeed_config(config, shape, topology.data_size)
         # Without ZeRO, DeepSpeed clips by the norm but does not tell it.
@@ -166,11 +168,13 @@ class Engine:
         """The GPT; under ZeRO-3 its parameters are partitioned between steps."""
         return self._engine.module
 
-    def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
+    def train_step(self, batch: Batch, learning_rate: float, step: int | None = None) -> StepResult:
         """Accumulate gradients over this rank's rows of the global batch, then step.
 
         The loss is the mean over all tokens of the global batch that have a target, whatever the
         layout; the gradient is zero where none has. A gradient that is not finite changes nothing.
+
+        step: its number over the whole run, which dropout needs and nothing else.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -179,8 +183,9 @@ class Engine:
         # DeepSpeed takes the mean over micro-batches and data-parallel ranks; this makes it a sum.
         scale = self._accumulation * self.topology.data_size / max(1.0, float(tokens.sum()))
         row_losses = []
-        for micro in batch.split(self.micro):
-            losses = self._forward(micro)
+        seeds = self._dropout_seeds(len(batch), step)
+        for micro, micro_seeds in zip(batch.split(self.micro), seeds, strict=True):
+            losses = self._forward(micro, micro_seeds)
             self._engine.backward(losses.sum() * scale)
             norm = self._step()
             row_losses.append(losses.detach().double().sum(1))  # not read yet: nothing waits
@@ -195,7 +200,7 @@ class Engine:
         """
         self._engine.eval()
         tokens = self._count_tokens(batch)
-        losses = [self._forward(micro).double().sum(1) for micro in batch.split(self.micro)]
+        losses = [self._forward(micro, None).double().sum(1) for micro in batch.split(self.micro)]
         return TaskLosses(self.sum_by_task(torch.cat(losses), batch), tokens)
 
     def sum_by_task(self, rows: Tensor, batch: Batch) -> Tensor:
@@ -231,9 +236,21 @@ class Engine:
         if getattr(zero, "cpu_offload", False):
             zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
 
-    def _forward(self, micro: Batch) -> Tensor:
+    def _dropout_seeds(self, rows: int, step: int | None) -> Iterator[Tensor | None]:
+        """Of each micro-batch of this rank's rows of the global batch; None without dropout."""
+        first = self.topology.data_rank * rows
+        for start in range(first, first + rows, self.micro):
+            if self._dropout == 0:
+                yield None
+                continue
+            assert step is not None, "the masks of a step depend on its number"
+            numbers = range(start, min(start + self.micro, first + rows))
+            yield row_seeds(self._seed, step, numbers).to(device())
+
+    def _forward(self, micro: Batch, dropout_seeds: Tensor | None) -> Tensor:
         documents = None if micro.documents is None else micro.documents.to(device())
-        return self._engine(micro.inputs.to(device()), micro.targets.to(device()), documents)
+        inputs, targets = micro.inputs.to(device()), micro.targets.to(device())
+        return self._engine(inputs, targets, documents, dropout_seeds)
 
     def _count_tokens(self, batch: Batch) -> Tensor:
         """Tokens with a target in the global batch, by task; float64 [tasks]."""

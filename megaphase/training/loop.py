@@ -119,7 +119,7 @@ class TrainingLoop:
         rate = learning_rate(phase.learning_rate, at.phase_step - 1, steps)
         self._guards.watchdog.at(f"in step {at.step:,}")
         started = time.perf_counter()
-        result = self._engine.train_step(batch, rate)
+        result = self._engine.train_step(batch, rate, at.step)
         train_seconds = time.perf_counter() - started
         seconds = StepSeconds(wait_seconds, train_seconds, self._save_seconds)
         self._save_seconds = 0.0

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step within a phase."""
+"""Learning-rate schedules: pure functions of the step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from megaphase.config import LearningRateConfig
 def learning_rate(config: LearningRateConfig, step: int, steps: int) -> float:
     """The rate of optimizer step `step` (0-based) of a phase of `steps` steps.
 
-    Warm-up rises linearly and reaches `peak` at step `warmup_steps`; all but `constant` and
-    `inverse_sqrt` arrive at `final` with the phase's last step.
+    Where the schedule has a length of its own, the phase is the part of it that begins at
+    `first_step`. Warm-up rises linearly and reaches `peak` at the schedule's step `warmup_steps`;
+    all but `constant` and `inverse_sqrt` arrive at `final` with the schedule's last step, and a
+    phase that goes on beyond it stays there.
 
     cosine: Loshchilov and Hutter 2017. inverse_sqrt: Vaswani et al. 2017, from the peak, not below
     `final`. wsd: Hu et al. 2024, stable at the peak, then linear over the last `decay_steps`.
     """
+    step += config.first_step
+    steps = steps if config.steps is None else config.steps
     if step < config.warmup_steps:
         return config.peak * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
