@@ -150,6 +150,9 @@ def translate_command(
             metavar="FILE", help="Write sources, references and hypotheses as JSON lines."
         ),
     ] = None,
+    scores: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Translate held-out sources of a run's translation tasks; measure BLEU and chrF.
@@ -158,15 +161,16 @@ def translate_command(
 
     Example: megaphase translate run.yaml --checkpoint joint --task en-eu --out en-eu.jsonl
     """
-    from dataclasses import asdict
     from json import dumps
 
     from rich.console import Console
 
     from megaphase.config import load_run_file
+    from megaphase.files import write_json_whole
     from megaphase.generation.decoding import Decoding
     from megaphase.generation.evaluation import (
         TranslationTest,
+        as_json,
         as_table,
         check_place,
         evaluate_translation,
@@ -175,16 +179,18 @@ def translate_command(
     )
 
     config = load_run_file(run_file, tuple(overrides or ()))
-    if out is not None:
-        check_place(out)
+    for file in (out, scores):
+        if file is not None:
+            check_place(file)
     how = Decoding(max_tokens, beam, length_penalty)
     test = TranslationTest(samples, how, batch, dtype, bleu_tokenizer, verify)
     results = evaluate_translation(config, checkpoint, task or [], test, Console(stderr=True))
     if out is not None:
         write_translations(out, results.translations)
+    if scores is not None:
+        write_json_whole(scores, as_json(results))
     if json:
-        scores = {name: asdict(each) for name, each in results.scores.items()}
-        print(dumps({"step": results.step, "translation": scores}, indent=2))
+        print(dumps(as_json(results), indent=2))
     else:
         Console(highlight=False).print(as_table(results))
         print(*signature_lines(results), sep="\n")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -104,6 +105,12 @@ def write_translations(path: Path, translations: Mapping[str, Sequence[Translati
     ]
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_text_whole(path, "".join(lines))
+
+
+def as_json(results: TranslationResults) -> dict[str, Any]:
+    """The step, and the scores by task."""
+    scores = {name: asdict(each) for name, each in results.scores.items()}
+    return {"step": results.step, "translation": scores}
 
 
 def as_table(results: TranslationResults) -> Table:

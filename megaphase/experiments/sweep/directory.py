@@ -48,7 +48,7 @@ class SweepDirectory:
 
     def scores_file(self, name: str) -> Path:
         """What `megaphase translate` has said of a run."""
-        return self.path / "logs" / f"{name}.scores.json"
+        return self.path / "scores" / f"{name}.json"
 
     def outcome_file(self, name: str) -> Path:
         """There as soon as the run has ended."""
@@ -56,7 +56,7 @@ class SweepDirectory:
 
     def prepare(self, sweep: Sweep) -> None:
         """Write down the sweep, in a directory that is new or of an earlier start of it."""
-        for folder in ("run-files", "runs", "logs", "outcomes"):
+        for folder in ("run-files", "runs", "logs", "scores", "outcomes"):
             make_directory(self.path / folder)
         write_text_whole(self.sweep_file, sweep.model_dump_json(indent=2) + "\n")
 

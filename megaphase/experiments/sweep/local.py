@@ -145,24 +145,19 @@ class _Runner:
         slot = next(slot for slot in range(self._machine.jobs) if slot not in taken)
         commands = [train_command(self._directory, trial, run_file, self._machine.processes)]
         if self._sweep.config.translation and trial.is_final:
-            commands.append(translate_command(self._sweep, trial, run_file))
+            commands.append(translate_command(self._sweep, self._directory, trial, run_file))
         job = _Job(trial, slot, commands)
         self._start_next_command(job)
         self._jobs[trial.name] = job
         self._display.begin(trial, self._directory.run(trial.name))
 
     def _start_next_command(self, job: _Job) -> None:
-        command = job.commands.pop(0)
-        log = self._directory.log(job.trial.name)
-        # What a command answers is its standard output; the log has what it says meanwhile.
-        answers = command[0] == "translate"
-        path = self._directory.scores_file(job.trial.name) if answers else log
-        with open(path, "wb" if answers else "ab") as stdout, open(log, "ab") as stderr:
+        with open(self._directory.log(job.trial.name), "ab") as log:
             job.process = subprocess.Popen(
-                [sys.executable, "-m", "megaphase", *command],
+                [sys.executable, "-m", "megaphase", *job.commands.pop(0)],
                 stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
+                stdout=log,
+                stderr=subprocess.STDOUT,
                 env=self._machine.environment(job.slot),
                 start_new_session=True,  # Ctrl-C is for this process to handle
             )
@@ -219,13 +214,16 @@ def train_command(
     return ["launch", "local", str(run_file), "--processes", str(processes), *source]
 
 
-def translate_command(sweep: Sweep, trial: Trial, run_file: Path) -> list[str]:
+def translate_command(
+    sweep: Sweep, directory: SweepDirectory, trial: Trial, run_file: Path
+) -> list[str]:
     """What follows `megaphase` to score the translations of a run."""
     assert sweep.config.translation is not None
     options = sweep.config.translation.model_dump()
     checkpoint = "best-mean" if trial.takes_best else "latest"
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-    return ["translate", str(run_file), "--checkpoint", checkpoint, "--json", *flags]
+    scores = str(directory.scores_file(trial.name))
+    return ["translate", str(run_file), "--checkpoint", checkpoint, "--scores", scores, *flags]
 
 
 def read_outcome(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outcome:
