@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from megaphase.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def sweep_command(
@@ -43,23 +48,51 @@ def sweep_command(
 
 def report_command(
     run_dirs: Annotated[
-        list[Path], typer.Argument(metavar="RUN_DIR", help="Directories of runs to report on.")
+        list[Path],
+        typer.Argument(metavar="RUN_DIR", help="Directories of runs, or of one sweep."),
     ],
     out: Annotated[
         Path, typer.Option(help="Directory of the report; a former report there is replaced.")
     ] = Path("report"),
 ) -> None:
-    """Show what runs have learnt: tables, verdicts, and a page with plots."""
+    """Show what runs have learnt, or a sweep: tables, verdicts, and a page with plots."""
     from rich.console import Console
 
+    from megaphase.experiments.sweep.directory import is_sweep
+
+    console = Console(highlight=False)
+    sweeps = [folder for folder in run_dirs if is_sweep(folder)]
+    if sweeps:
+        index = _sweep_report(sweeps[0], run_dirs, out, console)
+    else:
+        index = _run_report(run_dirs, out, console)
+    console.print(f"Report: {index}", markup=False, soft_wrap=True)
+
+
+def _run_report(run_dirs: list[Path], out: Path, console: Console) -> Path:
     from megaphase.experiments.report import load_run, summary_table, verdicts, write_report
 
     index = write_report(run_dirs, out)
-    console = Console(highlight=False)
     for run_dir in run_dirs:
         run = load_run(run_dir)
         console.print(summary_table(run))
         for sentence in verdicts(run):
             console.print(sentence, markup=False, soft_wrap=True)
         console.print()
-    console.print(f"Report: {index}", markup=False, soft_wrap=True)
+    return index
+
+
+def _sweep_report(sweep_dir: Path, given: list[Path], out: Path, console: Console) -> Path:
+    from megaphase.experiments.front.report import SweepReport
+
+    if len({folder.resolve() for folder in given}) > 1:
+        raise InputError(
+            sweep_dir, "is a sweep", "give it alone: a page shows either one sweep or runs"
+        )
+    report = SweepReport.of(sweep_dir)
+    index = report.write(out)
+    console.print(report.summary_table())
+    for sentence in report.sentences():
+        console.print(sentence, markup=False, soft_wrap=True)
+    console.print()
+    return index

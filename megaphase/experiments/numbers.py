@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,23 @@ def write_numbers(runs: Sequence[RunRecord], folder: Path) -> list[str]:
         "plan": (["phase", "task", *TaskShare.model_fields], _plan),
     }
     folder.mkdir()
-    for name, (columns, rows) in tables.items():
-        with open(folder / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["run", *columns])
-            for run in runs:
-                writer.writerows([run.name, *row] for row in rows(run))
-    return [f"{name}.csv" for name in tables]
+    return [
+        write_table(
+            folder / f"{name}.csv",
+            ["run", *columns],
+            ([run.name, *row] for run in runs for row in rows(run)),
+        )
+        for name, (columns, rows) in tables.items()
+    ]
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> str:
+    """Write a CSV file; return its name."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+    return path.name
 
 
 def _final_losses(run: RunRecord) -> Iterator[Row]:

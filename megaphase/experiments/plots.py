@@ -7,16 +7,25 @@ token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from megaphase.experiments.plot_parts import (
+    BOTTOM_INCHES,
+    LEGEND_LINE_INCHES,
+    Curve,
+    legend_on_top,
+    line_key,
+    loss_limits,
+    panel_grid,
+    step_axes,
+)
 from megaphase.experiments.plot_style import (
     DASHED,
     INK,
@@ -37,36 +46,32 @@ from megaphase.experiments.runs import RunRecord, TaskShare
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
 
 TRAINING_POINTS = 300  # more would only be noise, and weight in the page
-BEGINNING = 0.1  # of the steps so far; a loss falls so far in it that all else would look flat
-LEGEND_LINE_INCHES = 0.24
-BOTTOM_INCHES = 0.52  # tick labels and the axis title
 Colours = Mapping[str, str]
-Curve = tuple[np.ndarray, np.ndarray]  # steps [n], losses [n]
 
 
 def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
     """Validation loss per task over steps, training loss per task as a faint line behind it."""
     curves = {task: _validation_curve(run, task) for task in validated_tasks([run])}
-    keys = [_line_key("training loss", lw=1.0, alpha=0.5)]
+    keys = [line_key("training loss", lw=1.0, alpha=0.5)]
     if run.low_resource_tasks:
-        keys.insert(0, _line_key("low-resource", **_line_look(True)))
-        keys.insert(1, _line_key("high-resource", **_line_look(False)))
+        keys.insert(0, line_key("low-resource", **_line_look(True)))
+        keys.insert(1, line_key("high-resource", **_line_look(False)))
     height = max(size.height, 1.3 + len(curves) * LABEL_GAP_POINTS / 72)
     with plot_style():
         figure = new_figure(size.width, height)
         right = size.width - label_width(curves)
         top = height - LEGEND_LINE_INCHES - _switch_label_inches(run)
         axes = inch_axes(figure, 0.62, BOTTOM_INCHES, right, top)
-        _step_axes(axes, _steps_of([run]), size)
+        step_axes(axes, _steps_of([run]), size)
         axes.set_ylabel("loss (nats per token)")
         for task, (steps, losses) in curves.items():
             look = _line_look(task in run.low_resource_tasks)
             axes.plot(steps, losses, color=colours[task], zorder=3, **look)
             axes.plot(*_training_curve(run, task), color=colours[task], alpha=0.3, linewidth=1.0)
-        axes.set_ylim(_loss_limits(curves.values(), _steps_of([run])))
+        axes.set_ylim(loss_limits(curves.values(), _steps_of([run])))
         label_line_ends(axes, _line_ends(curves, colours))
         _mark_switches(axes, run)
-        _legend_on_top(figure, keys, columns=3)
+        legend_on_top(figure, keys, columns=3)
     return figure
 
 
@@ -77,7 +82,7 @@ def learning_rate_plot(run: RunRecord, size: Size) -> Figure:
         figure = new_figure(size.width, height)
         top = height - _switch_label_inches(run)
         axes = inch_axes(figure, 0.75, BOTTOM_INCHES, size.width - 0.25, top)
-        _step_axes(axes, _steps_of([run]), size)
+        step_axes(axes, _steps_of([run]), size)
         axes.set_ylabel("learning rate")
         # One line per phase: at the switch the schedule starts anew and must not be joined up.
         for phase in run.plan.phases:
@@ -111,7 +116,7 @@ def data_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
             epochs.axvline(REPEATED_TOO_OFTEN, color=INK, linewidth=0.9, linestyle=DASHED)
         if not size.narrow:
             epochs.tick_params(labelleft=False)
-        _legend_on_top(figure, keys, columns=len(keys))
+        legend_on_top(figure, keys, columns=len(keys))
     return figure
 
 
@@ -119,33 +124,20 @@ def comparison_plot(runs: Sequence[RunRecord], size: Size) -> Figure:
     """Validation loss over steps: one panel per task, in it one line per run."""
     tasks = validated_tasks(runs)
     colours = line_colours(run.name for run in runs)
-    keys = [_line_key(shown(run.name), color=colours[run.name], lw=1.8) for run in runs]
-    columns, legend_columns = (1, 2) if size.narrow else (2, 4)
-    panel_width = (size.width - 0.25) / columns
-    panel_height = 0.55 * size.height
-    rows = -(-len(tasks) // columns)
-    top = 0.2 + LEGEND_LINE_INCHES * -(-len(runs) // legend_columns)
+    keys = [line_key(shown(run.name), color=colours[run.name], lw=1.8) for run in runs]
+    columns = 2 if size.narrow else 4
+    top = 0.2 + LEGEND_LINE_INCHES * -(-len(runs) // columns)
     span = _steps_of(runs)
     with plot_style():
-        figure = new_figure(size.width, rows * panel_height + top)
-        for i, task in enumerate(tasks):
-            left = i % columns * panel_width
-            bottom = (rows - 1 - i // columns) * panel_height
-            axes = inch_axes(
-                figure,
-                left + 0.62,
-                bottom + BOTTOM_INCHES,
-                left + panel_width,
-                bottom + panel_height - 0.3,
-            )
-            _step_axes(axes, span, size, ticks=5)
-            axes.set_title(shown(task), loc="left", fontweight="bold")
+        figure, panels = panel_grid(size, tasks, 0.55 * size.height, top)
+        for task, axes in zip(tasks, panels, strict=True):
+            step_axes(axes, span, size, ticks=5)
             axes.set_ylabel("nats per token")
             curves = {run.name: _validation_curve(run, task) for run in runs}
             for name, (steps, losses) in curves.items():
                 axes.plot(steps, losses, color=colours[name], lw=1.8, marker="o", markersize=3)
-            axes.set_ylim(_loss_limits(curves.values(), span))
-        _legend_on_top(figure, keys, legend_columns)
+            axes.set_ylim(loss_limits(curves.values(), span))
+        legend_on_top(figure, keys, columns)
     return figure
 
 
@@ -185,49 +177,10 @@ def _steps_of(runs: Sequence[RunRecord]) -> tuple[int, int]:
     return min(run.origin.step for run in runs), max(run.last_step for run in runs)
 
 
-def _loss_limits(curves: Iterable[Curve], span: tuple[int, int]) -> tuple[float, float]:
-    """Limits that show where the curves differ: their steep beginning may run out of the top."""
-    first, last = span
-    begin = first + BEGINNING * (last - first)
-    settled = [losses[steps >= begin] for steps, losses in curves]
-    values = np.concatenate(settled)
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return 0.0, 1.0
-    low, high = float(values.min()), float(values.max())
-    room = 0.08 * max(high - low, 0.1)
-    return low - room, high + room
-
-
-def _step_axes(axes: Axes, span: tuple[int, int], size: Size, ticks: int = 9) -> None:
-    first, last = span
-    axes.set_xlim(first, first + 1.01 * max(last - first, 1))  # with room for half a marker
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-    axes.xaxis.set_major_locator(MaxNLocator(5 if size.narrow else ticks, integer=True))
-    axes.grid(False, axis="x")
-
-
 def _line_look(low_resource: bool) -> dict[str, Any]:
     if low_resource:
         return {"linewidth": 2.0, "marker": "o", "markersize": 4.0}
     return {"linewidth": 1.3}
-
-
-def _line_key(label: str, color: str = MUTED, **look: Any) -> Line2D:
-    return Line2D([], [], label=label, color=color, **look)
-
-
-def _legend_on_top(figure: Figure, keys: Sequence[Line2D | Patch], columns: int) -> None:
-    figure.legend(
-        handles=list(keys),
-        loc="upper right",
-        ncols=columns,
-        handlelength=1.6,
-        columnspacing=1.2,
-        handletextpad=0.5,
-        borderaxespad=0.2,
-    )
 
 
 def _switch_label_inches(run: RunRecord) -> float:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,20 +11,20 @@ from rich.table import Table
 from rich.text import Text
 
 from megaphase.errors import InputError
-from megaphase.experiments import page
 from megaphase.experiments.losses import final_losses, newest_losses, task_verdicts, verdicts
 from megaphase.experiments.numbers import write_numbers
 from megaphase.experiments.plot_style import line_colours
+from megaphase.experiments.report_files import (
+    NUMBERS_FOLDER,
+    PLOTS_FOLDER,
+    links_to_numbers,
+    write_page,
+)
 from megaphase.experiments.run_page import NOTHING, comparison_article, run_article
 from megaphase.experiments.runs import RunRecord, load_run
-from megaphase.files import directory_written_aside
 from megaphase.run_files import METRICS_FILE
 
 __all__ = ["final_losses", "load_run", "summary_table", "verdicts", "write_report"]
-
-PAGE_FILE = "index.html"
-PLOTS_FOLDER = "plots"
-NUMBERS_FOLDER = "numbers"
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -47,12 +45,8 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
                 "has no validation row yet",
                 "wait until the run has validated for the first time",
             )
-    with _replacing_report(out) as folder:
-        body = _body(runs, folder)
-        title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-        text = page.document(f"{title} · megaphase report", body)
-        (folder / PAGE_FILE).write_text(text, encoding="utf-8")
-    return out / PAGE_FILE
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    return write_page(out, title, lambda folder: _body(runs, folder))
 
 
 def summary_table(run: RunRecord) -> Table:
@@ -96,9 +90,7 @@ def _body(runs: Sequence[RunRecord], folder: Path) -> str:
     else:
         parts.append(comparison_article(runs, colours, folder))
         parts += [run_article(r, colours, folder, f"{PLOTS_FOLDER}/{r.name}") for r in runs]
-    tables = write_numbers(runs, folder / NUMBERS_FOLDER)
-    links = " · ".join(f'<a href="{NUMBERS_FOLDER}/{name}">{name}</a>' for name in tables)
-    parts.append(f'<p class="note">Every number as a table: {links}</p>')
+    parts.append(links_to_numbers(write_numbers(runs, folder / NUMBERS_FOLDER)))
     return "\n".join(parts)
 
 
@@ -116,37 +108,3 @@ def _named_apart(runs: list[RunRecord]) -> list[RunRecord]:
         replace(run, name=path.relative_to(shared).as_posix())
         for run, path in zip(runs, paths, strict=True)
     ]
-
-
-@contextmanager
-def _replacing_report(out: Path) -> Iterator[Path]:
-    """Yield a scratch directory that takes the place of `out` when the block ends without error."""
-    _refuse_all_but_report(out)
-    former = out.with_name(f".{out.name}.{os.getpid()}.former")
-    try:
-        with directory_written_aside(out) as folder:
-            yield folder
-            if out.exists():
-                os.rename(out, former)
-    except BaseException:
-        if former.exists():
-            os.rename(former, out)
-        raise
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def _refuse_all_but_report(out: Path) -> None:
-    """Replacing removes what is there, so it must be a former report and nothing else."""
-    if not out.exists():
-        return
-    remedy = "give --out a new directory"
-    if not out.is_dir():
-        raise InputError(out, "is not a directory", remedy)
-    names = {path.name for path in out.iterdir()}
-    if not names:
-        return
-    index = out / PAGE_FILE
-    if not index.is_file() or page.GENERATOR not in index.read_text(errors="replace"):
-        raise InputError(out, "exists and is not a former report", remedy)
-    if other := sorted(names - {PAGE_FILE, PLOTS_FOLDER, NUMBERS_FOLDER}):
-        raise InputError(out, f"holds {other[0]}, which is no part of a report", remedy)
