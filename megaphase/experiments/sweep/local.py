@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from megaphase.errors import EXIT_REQUEUE, EXIT_WRONG_INPUT, InputError, RunError, Stopped
 from megaphase.experiments.runs import load_run
@@ -48,6 +48,36 @@ class Machine:
         return environment | ends_with_this_process()
 
 
+class Process(Protocol):
+    """What is used of subprocess.Popen."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+    def send_signal(self, number: signal.Signals) -> None: ...
+
+
+Start = Callable[[Sequence[str], Path, Mapping[str, str]], Process]
+"""Starts a `megaphase` command, by its arguments, its log and its environment."""
+
+
+def start_command(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
+    """As a process of this Python, whose output is appended to the log."""
+    with open(log, "ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "megaphase", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for this process to handle
+        )
+
+
 @dataclass
 class _Job:
     """A run that goes on: the command that it is at, and those that follow."""
@@ -55,11 +85,15 @@ class _Job:
     trial: Trial
     slot: int
     commands: list[list[str]]
-    process: subprocess.Popen[bytes] = field(init=False)
+    process: Process = field(init=False)
 
 
 def run_locally(
-    sweep: Sweep, directory: SweepDirectory, machine: Machine, display: Display
+    sweep: Sweep,
+    directory: SweepDirectory,
+    machine: Machine,
+    display: Display,
+    start: Start = start_command,
 ) -> dict[str, Outcome]:
     """Train all runs that have not ended yet; returns what all came to.
 
@@ -75,7 +109,7 @@ def run_locally(
         raise RunError(f"{directory.path}: another process is at this sweep; wait until it ends")
 
     with exclusive_lock(directory.lock, refuse), _noted_signals() as received:
-        return _Runner(sweep, directory, machine, display, received).run()
+        return _Runner(sweep, directory, machine, display, start, received).run()
 
 
 @contextlib.contextmanager
@@ -100,10 +134,12 @@ class _Runner:
         directory: SweepDirectory,
         machine: Machine,
         display: Display,
+        start: Start,
         received: list[signal.Signals],
     ) -> None:
         self._sweep, self._directory = sweep, directory
-        self._machine, self._display, self._received = machine, display, received
+        self._machine, self._display = machine, display
+        self._start, self._received = start, received
         self._outcomes = directory.outcomes()
         self._jobs: dict[str, _Job] = {}
         self._told = False
@@ -152,15 +188,8 @@ class _Runner:
         self._display.begin(trial, self._directory.run(trial.name))
 
     def _start_next_command(self, job: _Job) -> None:
-        with open(self._directory.log(job.trial.name), "ab") as log:
-            job.process = subprocess.Popen(
-                [sys.executable, "-m", "megaphase", *job.commands.pop(0)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._machine.environment(job.slot),
-                start_new_session=True,  # Ctrl-C is for this process to handle
-            )
+        log = self._directory.log(job.trial.name)
+        job.process = self._start(job.commands.pop(0), log, self._machine.environment(job.slot))
 
     def _look_after_jobs(self) -> None:
         if self._received and not self._told:

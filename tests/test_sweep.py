@@ -1,0 +1,379 @@
+"""`megaphase sweep`: which runs follow from a file, and that they are trained, once each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from run_support import HIGH, LOW, make_corpora, megaphase, read_rows, run_settings
+from warm_process import WarmProcess
+
+from megaphase.config import load_run_file
+from megaphase.errors import InputError, RunError
+from megaphase.experiments.sweep.directory import SweepDirectory
+from megaphase.experiments.sweep.display import Display
+from megaphase.experiments.sweep.local import Machine, run_locally
+from megaphase.experiments.sweep.outcome import Outcome
+from megaphase.experiments.sweep.start import open_sweep, refuse_failures
+from megaphase.experiments.sweep.sweep import load_sweep
+from megaphase.experiments.sweep.trials import Trial, all_trials, known_trials
+from megaphase.launch.local import free_port, rank_environment
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpora(tmp_path_factory.mktemp("corpora"))
+
+
+def settings(corpora: Path, **changes: Any) -> dict[str, Any]:
+    """A sweep of two arms; `changes` replace top-level keys."""
+    run = run_settings(corpora, checkpoint={"every_steps": 3, "keep": 1})
+    run |= {"validation": {"every_steps": 2, "samples": 6, "fraction": 0.1}}
+    return {
+        "run": run,
+        "output": "out",
+        "high": list(HIGH),
+        "low": list(LOW),
+        "steps": STEPS,
+        "learning_rate": {"peaks": [1e-2], "warmup": 0.2},
+        "seeds": [11],
+        "arms": {"static": {"rates": [0.2]}, "two-phase": {"pretrain": [0.6], "rates": [0.4]}},
+        **changes,
+    }
+
+
+def write(folder: Path, content: dict[str, Any]) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def phases(trial: Trial) -> list[tuple[str, int]]:
+    return [(phase["name"], phase["steps"]) for phase in trial.run["phases"]]
+
+
+def invented(trial: Trial, best: float) -> Outcome:
+    """Losses that are lowest for the peak `best`."""
+    loss = 3.0 + abs(trial.peak - best)
+    return Outcome(step=1, losses=dict.fromkeys([*HIGH, *LOW], loss))
+
+
+# Which runs there are
+
+
+def test_first_stages_are_tuned_and_shared(corpora: Path, tmp_path: Path) -> None:
+    arms = {
+        "static": {"rates": [0.1, 0.3], "temperatures": [5]},
+        "two-phase": {"pretrain": [0.5, 0.8], "rates": [0.4]},
+        "low-only": {"pretrain": [0.8]},
+    }
+    grid = {"peaks": [1e-3, 4e-3], "warmup": 0.1, "final": 0.1}
+    content = settings(corpora, arms=arms, learning_rate=grid, seeds=[1, 2], steps=40)
+    sweep = load_sweep(write(tmp_path, content))
+    first = known_trials(sweep, {})
+    assert [trial.is_final for trial in first] == [False] * 8 + [True] * 12
+    assert {trial.name for trial in first[:4]} == {
+        f"pretrain-0.5-p{peak}-s{seed}" for peak in ("0.001", "0.004") for seed in (1, 2)
+    }
+    assert phases(first[0]) == [("pretrain", 20)]
+    rate = first[0].run["phases"][0]["learning_rate"]
+    assert rate == {"schedule": "cosine", "peak": 1e-3, "final": 1e-4, "warmup_steps": 2}
+
+    outcomes = {trial.name: invented(trial, best=4e-3) for trial in first[:7]}
+    assert len(known_trials(sweep, outcomes)) == 20 + 4  # the shorter length is known
+    outcomes |= {trial.name: invented(trial, best=4e-3) for trial in first}
+    everything = known_trials(sweep, outcomes)
+    assert len(everything) == len(all_trials(sweep)) == 20 + 12
+    branches = {trial.name: trial for trial in everything if trial.source is not None}
+    branch = branches["two-phase-0.8-r0.4-f0.004-p0.001-s2"]
+    assert (branch.source, branch.source_phase) == ("pretrain-0.8-p0.004-s2", "pretrain")
+    assert phases(branch) == [("joint", 8)]
+    low_only = branches["low-only-0.8-p0.004-s1"]
+    assert low_only.source == "pretrain-0.8-p0.004-s1"
+    assert low_only.run["phases"][0]["mixture"] == {"rates": {LOW[0]: 1.0}}
+
+
+def test_rates_within_a_group_follow_its_tokens(corpora: Path, tmp_path: Path) -> None:
+    arms = {"static": {"rates": [0.2]}}
+    for temperature in (1.0, 3.0):
+        content = settings(corpora, arms=arms, within={"high": temperature})
+        sweep = load_sweep(write(tmp_path, content))
+        rates = all_trials(sweep)[0].run["phases"][0]["mixture"]["rates"]
+        weights = [sweep.tokens[task] ** (1 / temperature) for task in HIGH]
+        assert rates[HIGH[0]] / rates[HIGH[1]] == pytest.approx(weights[0] / weights[1], rel=1e-4)
+        assert rates[LOW[0]] == pytest.approx(0.2)
+        assert sum(rates.values()) == pytest.approx(1, abs=1e-9)
+
+
+def test_failed_peaks_are_not_chosen(corpora: Path, tmp_path: Path) -> None:
+    arms = {"two-phase": {"pretrain": [0.5], "rates": [0.4]}}
+    content = settings(corpora, arms=arms, learning_rate={"peaks": [1e-3, 4e-3]}, seeds=[1, 2])
+    sweep = load_sweep(write(tmp_path, content))
+    first = known_trials(sweep, {})
+    outcomes = {trial.name: invented(trial, best=4e-3) for trial in first}
+    outcomes["pretrain-0.5-p0.004-s2"] = Outcome(failed="out of cheese")
+    sources = {trial.source for trial in known_trials(sweep, outcomes) if trial.source}
+    assert sources == {"pretrain-0.5-p0.001-s1", "pretrain-0.5-p0.001-s2"}
+    outcomes |= {trial.name: Outcome(failed="out of cheese") for trial in first}
+    assert known_trials(sweep, outcomes) == first
+
+
+def test_restart_keeps_its_mixture_and_keep_its_schedule(corpora: Path, tmp_path: Path) -> None:
+    arms = {
+        "restart": {"pretrain": [0.6], "rates": [0.2]},
+        "keep": {"pretrain": [0.6], "rates": [0.2]},
+    }
+    sweep = load_sweep(write(tmp_path, settings(corpora, arms=arms)))
+    trials = {trial.name: trial for trial in all_trials(sweep)}
+    first = trials["restart-first-0.6-r0.2-p0.01-s11"]
+    again = trials["restart-0.6-r0.2-p0.01-s11"]
+    assert phases(first) == [("static", 6)]
+    assert phases(again) == [("restart", 4)]
+    assert first.run["phases"][0]["mixture"] == again.run["phases"][0]["mixture"]
+    assert "optimizer_state" not in again.run["phases"][0]  # reset is the default
+
+    start, end = (trials[f"{name}-0.6{rest}-p0.01-s11"].run["phases"][0] for name, rest in
+                  (("keep-pretrain", ""), ("keep", "-r0.2")))  # fmt: skip
+    assert end["optimizer_state"] == "keep"
+    assert start["learning_rate"] | {"first_step": 6} == end["learning_rate"]
+    assert start["learning_rate"]["steps"] == STEPS
+
+
+def test_settings_models_and_early_stopping_reach_the_run_files(
+    corpora: Path, tmp_path: Path
+) -> None:
+    regularized = {
+        "kind": "regularized",
+        "rates": [0.2],
+        "settings": {"model.dropout": 0.1, "optimizer.weight_decay": 0.3},
+        "early_stopping": 2,
+    }
+    content = settings(
+        corpora, arms={"dropped": regularized}, models={"small": {}, "wide": {"hidden": 64}}
+    )
+    small, wide = all_trials(load_sweep(write(tmp_path, content)))
+    assert (small.run["model"]["hidden"], wide.run["model"]["hidden"]) == (32, 64)
+    assert wide.name == "wide-dropped-r0.2-p0.01-s11"
+    assert wide.run["model"]["dropout"] == 0.1
+    assert wide.run["optimizer"]["weight_decay"] == 0.3
+    stop = {"overfit": {"tasks": list(LOW), "patience": 2, "when": "all"}}
+    assert wide.run["phases"][0]["stop"] == stop
+    assert wide.takes_best
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": None}, ": give the budget of a run, either steps or tokens"),
+        ({"low": ["nobody"]}, ": low: no task 'nobody'; the tasks are alda, boreth, cimri"),
+        ({"low": [HIGH[0], *LOW]}, f": low: {HIGH[0]} is one of high, too; decide for one"),
+        ({"high": [HIGH[0]]}, f": high: {HIGH[1]} is in neither of high and low"),
+        ({"arms": {"best": {"rates": [0.1]}}}, ": arms.best: 'best' is no kind of arm; add kind:"),
+        ({"arms": {"static": {}}}, ": arms.static: static needs rates or temperatures"),
+        ({"arms": {"static": {"rates": [1.5]}}}, ": arms.static.rates[0]: must be less than 1"),
+        ({"arms": {"keep": {"rates": [0.1]}}}, ": arms.keep.pretrain: keep needs shares"),
+        ({"arms": {"regularized": {"rates": [0.1]}}}, "regularized is like static without"),
+        ({"learning_rate": {"peaks": []}}, ": learning_rate.peaks: must hold at least one entry"),
+        ({"seeds": [3, 3]}, ": seeds: a value of seeds stands twice"),
+        ({"translation": {}}, ": translation: there is no translation task"),
+        ({"models": {"odd": {"hiden": 3}}}, ": run odd-pretrain-0.6-p0.01-s11: model: unknown key"),
+        (
+            {"arms": {"static": {"rates": [0.1], "settings": {"seed": 3}}}},
+            ": arms.static.settings.seed: the sweep sets this; leave it out",
+        ),
+    ],
+)
+def test_refused(changes: dict[str, Any], message: str, corpora: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, settings(corpora, **changes))
+    with pytest.raises(InputError) as caught:
+        open_sweep(path)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_of_other_settings_are_refused(corpora: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, settings(corpora))
+    sweep, directory = open_sweep(path)
+    for trial in known_trials(sweep, {}):
+        directory.write_run_file(sweep, trial)
+    write(tmp_path, settings(corpora, seeds=[11, 12]))
+    open_sweep(path)  # more of them are welcome
+    write(tmp_path, settings(corpora, steps=STEPS + 1))
+    with pytest.raises(InputError, match="was written for other settings"):
+        open_sweep(path)
+
+
+# Runs on this machine
+
+
+def warm_start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> WarmProcess:
+    """A command in a fork that has imported torch and DeepSpeed already."""
+    env = {**environment, **rank_environment(0, 1, free_port())}
+    del env["MEGAPHASE_PARENT"]  # the server of the forks is its parent
+    return WarmProcess("megaphase.cli:main", list(command), stdout=log, stderr=log, env=env)
+
+
+def quiet_display(sweep: Any) -> Display:
+    from rich.console import Console
+
+    return Display(Console(quiet=True), sweep, 0, 0)
+
+
+def run_warm(path: Path) -> tuple[Any, SweepDirectory, dict[str, Outcome]]:
+    sweep, directory = open_sweep(path)
+    machine = Machine(jobs=2, processes=1, gpus=0)
+    return sweep, directory, run_locally(
+        sweep, directory, machine, quiet_display(sweep), warm_start
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepDirectory:
+    """A sweep with all kinds of arms that has ended."""
+    arms = {
+        "static": {"rates": [0.2], "temperatures": [4]},
+        "two-phase": {"pretrain": [0.6], "rates": [0.4]},
+        "keep": {"pretrain": [0.6], "rates": [0.4]},
+        "regularized": {
+            "rates": [0.4], "settings": {"model.dropout": 0.2}, "early_stopping": 1,
+        },
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp("sweep")
+    sweep, directory, outcomes = run_warm(write(folder, settings(corpora, arms=arms)))
+    refuse_failures(sweep, directory, outcomes)
+    return directory
+
+
+def test_every_run_ends_with_its_losses(undisturbed: SweepDirectory) -> None:
+    outcomes = undisturbed.outcomes()
+    assert len(outcomes) == 7
+    for name, outcome in outcomes.items():
+        rows = [row for row in read_rows(undisturbed.run(name)) if "validation" in row]
+        found = [{t: m["loss"] for t, m in row["validation"].items()} for row in rows]
+        if name.startswith("regularized"):
+            assert outcome.losses == min(found, key=lambda losses: losses[LOW[0]])
+        else:
+            assert outcome.losses == found[-1]
+            last = 6 if "pretrain" in name else STEPS
+            assert outcome.step == rows[-1]["step"] == last
+
+
+def test_branches_go_on_from_the_first_stage(undisturbed: SweepDirectory) -> None:
+    first = read_rows(undisturbed.run("pretrain-0.6-p0.01-s11"))
+    branch = read_rows(undisturbed.run("two-phase-0.6-r0.4-p0.01-s11"))
+    measured = [[row for row in rows if "validation" in row] for rows in (first, branch)]
+    assert measured[1][0]["validation"].keys() == measured[0][-1]["validation"].keys()
+    for task, loss in measured[1][0]["validation"].items():
+        assert loss["loss"] == measured[0][-1]["validation"][task]["loss"]
+    assert any(row.get("event") == "optimizer_reset" for row in branch)
+    kept = read_rows(undisturbed.run("keep-0.6-r0.4-p0.01-s11"))
+    assert not any(row.get("event") == "optimizer_reset" for row in kept)
+
+
+def test_kept_schedule_is_that_of_a_single_phase(undisturbed: SweepDirectory) -> None:
+    def rates(name: str) -> list[float]:
+        rows = read_rows(undisturbed.run(name))
+        return [row["learning_rate"] for row in rows if "learning_rate" in row]
+
+    kept = rates("keep-pretrain-0.6-p0.01-s11") + rates("keep-0.6-r0.4-p0.01-s11")
+    assert kept == rates("static-r0.2-p0.01-s11")
+
+
+def test_ended_runs_are_never_repeated(undisturbed: SweepDirectory) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.path.rglob("metrics.jsonl")}
+    run_warm(undisturbed.path.parent / "sweep.yaml")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_run_files_train_by_hand(undisturbed: SweepDirectory) -> None:
+    path = undisturbed.run_file("two-phase-0.6-r0.4-p0.01-s11")
+    source = undisturbed.run("pretrain-0.6-p0.01-s11")
+    comment = path.read_text().splitlines()[0]
+    assert comment == f"# megaphase train {path.name} --from {source}@pretrain"
+    assert load_run_file(path).phases[0].name == "joint"
+
+
+def test_a_run_that_fails_does_not_hold_up_the_others(corpora: Path, tmp_path: Path) -> None:
+    arms = {"static": {"rates": [0.2, 0.3]}}
+    path = write(tmp_path, settings(corpora, arms=arms, steps=3))
+    _, directory = open_sweep(path)
+    broken = directory.run("static-r0.2-p0.01-s11")
+    broken.mkdir(parents=True)
+    (broken / "metrics.jsonl").mkdir()  # as a directory it cannot be written
+    sweep, directory, outcomes = run_warm(path)
+    assert outcomes["static-r0.3-p0.01-s11"].failed is None
+    failed = outcomes["static-r0.2-p0.01-s11"].failed
+    assert failed is not None
+    assert "metrics.jsonl" in failed
+    with pytest.raises(RunError, match=r"1 of 2 runs have failed: static-r0\.2.*--retry starts"):
+        refuse_failures(sweep, directory, outcomes)
+    (broken / "metrics.jsonl").rmdir()
+    directory.forget_failures()
+    _, _, outcomes = run_warm(path)
+    assert all(outcome.failed is None for outcome in outcomes.values())
+
+
+def test_killed_at_once_with_its_runs_it_goes_on(corpora: Path, tmp_path: Path) -> None:
+    """SIGKILL of the sweep ends its runs, too; started again, it ends with the same figures."""
+    arms = {"two-phase": {"pretrain": [0.6], "rates": [0.4]}}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+        path = write(folder, settings(corpora, arms=arms))
+    run_warm(whole / "sweep.yaml")
+    process = subprocess.Popen(megaphase("sweep", path), stdout=subprocess.DEVNULL)
+    first = SweepDirectory(killed / "out").run("pretrain-0.6-p0.01-s11")
+    while not any(first.glob("checkpoints/step-*")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while running(first):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run_warm(path)
+    found = [
+        {name: outcome.losses for name, outcome in SweepDirectory(f / "out").outcomes().items()}
+        for f in (whole, killed)
+    ]
+    assert found[0] == found[1]
+    assert len(found[0]) == 2
+
+
+def running(run: Path) -> bool:
+    """Whether a process has this run's file among its arguments."""
+    for each in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"{run.name}.yaml".encode() in each.read_bytes():
+                return int(each.parent.name) != os.getpid()
+        except OSError:
+            continue
+    return False
+
+
+def test_a_signal_lets_the_runs_save(corpora: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, settings(corpora, steps=4000))
+    process = subprocess.Popen(
+        megaphase("sweep", path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    first = tmp_path / "out" / "runs" / "pretrain-0.6-p0.01-s11"
+    while not any(first.glob("checkpoints/step-*")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 75, stderr
+    assert "SIGTERM came: the runs have saved; the same command goes on" in stderr
+    assert any(row.get("event") == "stopped" for row in read_rows(first))
+    assert not SweepDirectory(tmp_path / "out").outcomes()
