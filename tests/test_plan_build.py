@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from data_support import wait_until
 from plan_support import (
+    TOKENIZER_HASH,
     Documents,
     contents,
     phase,
@@ -93,13 +94,14 @@ def test_a_damaged_index_is_named_and_built_again(run, name, harm, said):
     assert ensure_built(spec, config.output, say=pytest.fail) == folder
 
 
+# Without plan_support, which imports torch: seconds for every process.
 BUILD = """
-import sys, time
+import time
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-from plan_support import spec_of
+from types import SimpleNamespace
 from megaphase.config import load_run_file
 from megaphase.plan.build import ensure_built
+from megaphase.plan.spec import plan_spec
 
 last = None
 def progress(what, done, of):
@@ -112,7 +114,8 @@ def progress(what, done, of):
 
 config = load_run_file(Path({run_file!r}))
 say = lambda text: print(text, flush=True)
-ensure_built(spec_of(config), config.output, say=say, progress=progress)
+tokenizer = SimpleNamespace(fingerprint={tokenizer!r})
+ensure_built(plan_spec(config, tokenizer), config.output, say=say, progress=progress)
 print("done", flush=True)
 """
 
@@ -120,7 +123,7 @@ print("done", flush=True)
 def in_another_process(config: RunConfig, stop_at: str = "") -> subprocess.Popen:
     """Build the plan there; with `stop_at` it prints so and rests at that point until `release`."""
     script = BUILD.format(
-        tests=str(Path(__file__).parent),
+        tokenizer=TOKENIZER_HASH,
         stop_at=stop_at,
         release=str(release_file(config)),
         run_file=str(config.path),

@@ -16,7 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["megaphase.cli", "megaphase.training.train", "deepspeed"])
+# The last two bring torch's compiler: seconds that the first optimizer and the first ZeRO engine of
+# every process would spend on importing what they never use.
+_SERVER.set_forkserver_preload(
+    [
+        "megaphase.cli",
+        "megaphase.training.train",
+        "deepspeed",
+        "torch._dynamo",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+    ]
+)
 # Both are read while the server imports.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
