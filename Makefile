@@ -3,6 +3,7 @@
 # make test-slow   the tests that take minutes: kills by the dozen
 # make soak   20 minutes of kills, changed layouts and damaged checkpoints; says what was survived
 # make slurm  as root on Debian or Ubuntu: what the tests of SLURM need; without it they skip
+# make browser  as root on Debian: what the tests of the report's page need; without it they skip
 # make test-sanitize   the plan's C++ under the address and undefined-behaviour sanitizers
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-slow soak slurm test-sanitize lint help-corpora clean
+.PHONY: demo test test-slow soak slurm browser test-sanitize lint help-corpora clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -30,6 +31,11 @@ soak: $(VENV)/installed
 slurm:
 	apt-get update
 	DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurm-wlm munge
+
+# Chromium without a window; the full browser, where it is already, does as well.
+browser:
+	apt-get update
+	DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends chromium-headless-shell
 
 # The sanitizers' libraries must be loaded before Python; Python itself leaks by design.
 SANITIZED := build/sanitized

@@ -9,11 +9,11 @@ import json
 import math
 from pathlib import Path
 
-from megaphase.experiments.sweep.directory import SweepDirectory
+from megaphase.experiments.sweep.directory import SweepDirectory, SweepRecord
 from megaphase.experiments.sweep.file import SweepConfig
 from megaphase.experiments.sweep.outcome import Outcome, Translated
 from megaphase.experiments.sweep.sweep import Sweep
-from megaphase.experiments.sweep.trials import Mixture, Trial, known_trials
+from megaphase.experiments.sweep.trials import Trial, known_trials
 
 HIGH, LOW = ("en", "fr"), ("hi", "eu")
 TOKENS = {"en": 40_000, "fr": 30_000, "hi": 900, "eu": 1_200}
@@ -55,12 +55,11 @@ def sweep_of(folder: Path, arms: dict, **more) -> Sweep:
 
 
 def write_sweep(
-    folder: Path, arms: dict, *, until=None, failed=(), diverged=(), bleu=False, change=None, **more
+    folder: Path, arms: dict, *, until=None, failed=(), diverged=(), bleu=False, seconds=1.5, **more
 ) -> Path:
     """Write the directory of a sweep; return it.
 
-    until: so many runs have ended. failed, diverged: runs by name. change: nats that are added to
-    the high and to the low losses of a run, by a function of it.
+    until: so many runs have ended. failed, diverged: runs by name. seconds: what each has taken.
     """
     sweep, directory = sweep_of(folder, arms, **more), SweepDirectory(folder)
     folder.mkdir(parents=True)
@@ -74,11 +73,33 @@ def write_sweep(
         if trial.name in failed:
             outcome = Outcome(failed="the loss is not finite 3 times in a row")
         else:
-            rows = write_run(directory, trial, trials.get(trial.source), change)
+            rows = write_run(directory, trial, trials.get(trial.source))
             outcome = _outcome(trial, rows, trial.name in diverged, bleu)
+            outcome = outcome.model_copy(update={"seconds": seconds})
         directory.write_outcome(trial.name, outcome)
         outcomes[trial.name] = outcome
     return folder
+
+
+def record_of(arms: dict, losses, *, ended=lambda trial: True, **more) -> SweepRecord:
+    """A sweep of which there are no files but the outcomes are known.
+
+    losses: of a run: (high, low), or None where it has failed. ended: whether a run has.
+    """
+    more = {"learning_rate": {"peaks": [0.004]}} | more
+    sweep, outcomes = sweep_of(Path("somewhere/sweep"), arms, **more), {}
+    while True:
+        trials = known_trials(sweep, outcomes)
+        new = [trial for trial in trials if trial.name not in outcomes and ended(trial)]
+        if not new:
+            return SweepRecord(SweepDirectory(sweep.output), sweep, trials, outcomes)
+        for trial in new:
+            found = losses(trial) if trial.is_final else (5.0, 9.0)
+            if found is None:
+                outcomes[trial.name] = Outcome(failed="out of memory")
+            else:
+                by_task = dict.fromkeys(HIGH, found[0]) | dict.fromkeys(LOW, found[1])
+                outcomes[trial.name] = Outcome(step=STEPS, losses=by_task)
 
 
 def _outcome(trial: Trial, rows: list[dict], diverged: bool, bleu: bool) -> Outcome:
@@ -87,13 +108,12 @@ def _outcome(trial: Trial, rows: list[dict], diverged: bool, bleu: bool) -> Outc
         row = min(rows, key=lambda row: sum(row["validation"][task]["loss"] for task in LOW))
     losses = {task: measured["loss"] for task, measured in row["validation"].items()}
     if diverged:
-        return Outcome(step=row["step"], losses=losses | {"eu": math.nan}, seconds=1.5)
+        return Outcome(step=row["step"], losses=losses | {"eu": math.nan})
     scores = {"hi": 8.0, "eu": 9.0, "en": 30.0, "fr": 28.0} if bleu and trial.is_final else {}
     return Outcome(
         step=row["step"],
         losses=losses,
         bits_per_byte={task: loss / 2 for task, loss in losses.items()},
-        seconds=1.5,
         translation={
             task: Translated(bleu=score / losses[task] * 4, chrf=20 + score)
             for task, score in scores.items()
@@ -101,7 +121,7 @@ def _outcome(trial: Trial, rows: list[dict], diverged: bool, bleu: bool) -> Outc
     )
 
 
-def write_run(directory: SweepDirectory, trial: Trial, source: Trial | None, change) -> list[dict]:
+def write_run(directory: SweepDirectory, trial: Trial, source: Trial | None) -> list[dict]:
     """Write a run directory; return its validation rows."""
     phase = trial.run["phases"][0]
     begin = 0 if source is None else source.run["phases"][0]["steps"]
@@ -134,12 +154,11 @@ def write_run(directory: SweepDirectory, trial: Trial, source: Trial | None, cha
     if begin:
         used = {task: round(n / SEQ_LEN) for task, n in before.items()}
         (folder / "origin.json").write_text(json.dumps({"step": begin, "used": used}))
-    more = change(trial) if change else (0.0, 0.0)
 
     def loss(task: str, step: int) -> float:
         seen = before[task] + rates.get(task, 0.0) * (step - begin) * samples
         fresh = 0.0 if not begin else 0.25 * (1 - math.exp((begin - step) / 4))
-        return _loss(trial, task, step, seen, fresh, begin) + more[task in LOW]
+        return _loss(trial, task, step, seen, fresh, begin)
 
     rows = []
     for step in range(begin, begin + steps + 1):
@@ -174,7 +193,8 @@ def _loss(trial: Trial, task: str, step: int, seen: float, fresh: float, begin: 
     base = FLOORS[task] + size + PEAKS[trial.peak] + noise - fresh
     if task in HIGH:
         forgotten = 0.0 if trial.mixture.rate != 1.0 else 1 - math.exp((begin - step) / 6)
-        return base + 0.3 * fresh + forgotten + 4 * math.exp(-step / 9) + 0.9 * math.exp(-seen / 9000)
+        learnt = 4 * math.exp(-step / 9) + 0.9 * math.exp(-seen / 9000)
+        return base + 0.3 * fresh + forgotten + learnt
     epochs = seen / TOKENS[task]
     repeated = 0.0 if begin or trial.takes_best else 0.12 * max(0.0, epochs - 2) ** 1.3
     return base + 2.5 * math.exp(-step / 12) + 1.8 * math.exp(-seen / 2500) + repeated
@@ -199,9 +219,3 @@ def _training_row(phase: str, step: int, phase_step: int, losses: dict[str, floa
         "data_wait_seconds": 0.01,
         "tokens_per_second": 5000.0,
     }
-
-
-def final_trial(sweep_dir: Path, sweep: Sweep, mixture: Mixture) -> list[Trial]:
-    """The final runs of a mixture."""
-    outcomes = SweepDirectory(sweep_dir).outcomes()
-    return [t for t in known_trials(sweep, outcomes) if t.is_final and t.mixture == mixture]

@@ -1,0 +1,100 @@
+"""The reports in a headless Chromium, at the width of a desk and of a phone, without a network.
+
+`make browser` installs one; without it these tests are skipped.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from sweep_support import STATIC, TWO_PHASE, write_sweep
+from test_report import write_run
+
+from megaphase.experiments.front.report import SweepReport
+from megaphase.experiments.report import write_report
+
+NAMES = ("chromium", "chromium-headless-shell", "chromium-shell", "google-chrome")
+BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="no headless Chromium; as root on Debian: make browser"
+)
+WIDTHS = (1280, 390)
+RUN_PLOTS = {"Loss per task", "Learning rate", "Training tokens and epochs per task"}
+SWEEP_PLOTS = {
+    "Trade-off fronts",
+    "Low-resource training and validation loss",
+    "Validation loss per task, the best setting of each arm",
+    "Data efficiency",
+}
+# A window can be no narrower than 500 pixels, a frame in it can. The frame's page is read through
+# its `srcdoc`, as two pages from files may not look into each other.
+FRAME = """<!doctype html><title>frame</title><iframe width="{width}" height="900"></iframe>
+<pre id="found"></pre><script>
+const frame = document.querySelector("iframe");
+frame.onload = () => {{
+  const page = frame.contentDocument, root = page.documentElement;
+  const shown = [...page.querySelectorAll("figure svg")].filter(e => e.getClientRects().length);
+  document.getElementById("found").textContent = JSON.stringify({{
+    width: frame.contentWindow.innerWidth,
+    overflow: root.scrollWidth - root.clientWidth,
+    plots: shown.map(e => [e.getAttribute("aria-label"), e.getBoundingClientRect().width]),
+    texts: shown.map(e => e.querySelectorAll("text").length),
+    fetched: frame.contentWindow.performance.getEntriesByType("resource").map(e => e.name),
+  }});
+}};
+frame.srcdoc = {source};
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """The page of a run and that of a sweep."""
+    folder = tmp_path_factory.mktemp("pages")
+    sweep = write_sweep(folder / "sweep", {"static": STATIC, "two-phase": TWO_PHASE})
+    return {
+        "run": write_report([write_run(folder / "run")], folder / "run-report"),
+        "sweep": SweepReport.of(sweep).write(folder / "sweep-report"),
+    }
+
+
+def chromium(folder: Path, *arguments: str) -> tuple[str, str]:
+    """What it has written: the page's document, and the messages of its console."""
+    done = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+         "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder}/profile", *arguments],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    return done.stdout, "\n".join(console)
+
+
+@pytest.mark.parametrize(("name", "plots"), [("run", RUN_PLOTS), ("sweep", SWEEP_PLOTS)])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_page_shows_every_plot_within_its_width(pages, tmp_path, name, plots, width):
+    source = json.dumps(pages[name].read_text()).replace("</", "<\\/")
+    frame = tmp_path / "frame.html"
+    frame.write_text(FRAME.format(width=width, source=source))
+    document, console = chromium(tmp_path, "--dump-dom", frame.as_uri())
+    assert console == ""
+    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', document)[1])
+    assert found["width"] == width
+    assert found["overflow"] == 0
+    assert {title for title, _ in found["plots"]} == plots
+    assert len(found["plots"]) == len(plots)  # either the wide or the narrow one is shown
+    assert min(shown for _, shown in found["plots"]) > 0.8 * min(width, 992) - 60
+    assert min(found["texts"]) > 5
+    assert found["fetched"] == []
+
+
+@pytest.mark.parametrize("name", ["run", "sweep"])
+def test_page_opens_from_its_file(pages, tmp_path, name):
+    picture = tmp_path / "page.png"
+    _, console = chromium(
+        tmp_path, f"--screenshot={picture}", "--window-size=1280,900", pages[name].as_uri()
+    )
+    assert console == ""
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert picture.stat().st_size > 20_000

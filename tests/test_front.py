@@ -1,0 +1,230 @@
+"""Fronts, their measures and verdicts, by hand and against slow computations of another kind."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sweep_support import record_of
+
+from megaphase.experiments.front.first_stages import first_stages
+from megaphase.experiments.front.fronts import fronts_of
+from megaphase.experiments.front.measures import (
+    count_dominated,
+    dominates,
+    hypervolume,
+    lowest_within,
+    nondominated,
+)
+from megaphase.experiments.front.points import failures
+from megaphase.experiments.front.verdict import progress_of, verdicts_of
+
+SIDE = 7
+coordinate = st.integers(0, SIDE + 1)
+pair_lists = st.lists(st.tuples(coordinate, coordinate), max_size=9)
+
+
+def cells_dominated(pairs, side):
+    """Unit squares below the reference point (side, side) that some pair dominates."""
+    return sum(any(x <= i and y <= j for x, y in pairs) for i in range(side) for j in range(side))
+
+
+def is_worse(a, b):
+    return b[0] <= a[0] and b[1] <= a[1] and (b[0] < a[0] or b[1] < a[1])
+
+
+@given(pair_lists)
+def test_hypervolume_is_the_area_of_the_dominated_cells(pairs):
+    assert hypervolume(pairs, (SIDE, SIDE)) == cells_dominated(pairs, SIDE)
+
+
+@given(pair_lists)
+def test_front_is_what_nothing_is_better_than(pairs):
+    expected = [i for i, a in enumerate(pairs) if not any(is_worse(a, b) for b in pairs)]
+    found = nondominated(pairs)
+    assert sorted(found) == expected
+    assert [pairs[i] for i in found] == sorted(pairs[i] for i in expected)
+
+
+@given(pair_lists, pair_lists)
+def test_domination_and_margins(front, others):
+    expected = [a for a in front if any(is_worse(a, b) for b in others)]
+    assert count_dominated(front, others) == len(expected)
+    for x, _ in front:
+        within = [b[1] for b in others if b[0] <= x]
+        found = lowest_within(others, x)
+        assert (found is None) == (not within)
+        assert found is None or others[found][1] == min(within)
+
+
+def test_measures_by_hand():
+    front = [(1.0, 3.0), (2.0, 1.0)]
+    assert hypervolume(front, (4.0, 4.0)) == 3 * 1 + 2 * 2
+    assert hypervolume(front, (2.0, 4.0)) == 1
+    assert hypervolume([], (4.0, 4.0)) == 0
+    assert dominates((1.0, 1.0), (1.0, 2.0))
+    assert not dominates((1.0, 1.0), (1.0, 1.0))
+    assert not dominates((1.0, 3.0), (2.0, 1.0))
+
+
+ARMS = {"static": {"rates": [0.1, 0.5]}, "two-phase": {"rates": [0.25], "pretrain": [0.8]}}
+STATIC = {0.1: (4.0, 6.0), 0.5: (4.4, 5.5)}
+
+
+def told(two_phase, *, static=STATIC, arms=ARMS, **more):
+    """The verdicts where a run of a two-phase arm comes to `two_phase`."""
+    by_arm = {"static": lambda trial: static[trial.mixture.rate]}
+    record = record_of(arms, lambda t: by_arm.get(t.arm, lambda _: two_phase)(t), **more)
+    return verdicts_of(record, fronts_of(record))
+
+
+def test_verdict_of_a_win():
+    (verdict,) = told((3.9, 5.4))
+    assert verdict.outcome == "wins"
+    assert verdict.sentence == (
+        "two-phase wins against static: it dominates each of the 2 points of the static front; at "
+        "no higher high-resource loss its low-resource loss is lower by 0.100 nats (high-resource "
+        "4.400) to 0.600 nats (high-resource 4.000); one seed: no error bars."
+    )
+
+
+def test_verdict_of_a_defeat():
+    (verdict,) = told((4.5, 5.8))
+    assert verdict.outcome == "loses"
+    assert verdict.sentence == (
+        "two-phase loses against static: static dominates the only point of its front; at no "
+        "higher high-resource loss static’s low-resource loss is lower by 0.300 nats "
+        "(high-resource 4.500); one seed: no error bars."
+    )
+
+
+@pytest.mark.parametrize(
+    ("two_phase", "ending"),
+    [
+        (
+            (4.1, 5.4),
+            "it dominates 1 of 2, static 0 of its 1; at no higher high-resource loss its "
+            "low-resource loss is lower by 0.100 nats (high-resource 4.400); one seed: no error "
+            "bars; at one point it reaches no high-resource loss as low as static’s.",
+        ),
+        (
+            (3.8, 6.5),
+            "it dominates 0 of 2, static 0 of its 1; at 2 points it is higher, by up to 1.000 "
+            "nats.",
+        ),
+    ],
+)
+def test_verdict_is_undecided_unless_all_points_are_dominated(two_phase, ending):
+    (verdict,) = told(two_phase)
+    assert verdict.outcome == "undecided"
+    start = "two-phase against static is undecided: of the static front’s points "
+    assert verdict.sentence == start + ending
+
+
+@pytest.mark.parametrize(
+    ("spread", "ending"),
+    [(0.02, "everywhere"), (0.3, "at 1 of these 2 points"), (3.0, "nowhere")],
+)
+def test_verdict_says_whether_it_is_more_than_noise(spread, ending):
+    def losses(trial):
+        high, low = STATIC[trial.mixture.rate] if trial.arm == "static" else (3.9, 5.4)
+        return high, low + spread * (trial.seed - 2)
+
+    record = record_of(ARMS, losses, seeds=[1, 2, 3])
+    fronts = fronts_of(record)
+    (verdict,) = verdicts_of(record, fronts)
+    assert verdict.sentence.endswith(f"; that exceeds two standard errors {ending}.")
+    (static, two_phase) = fronts[0].arms
+    # Three seeds at -spread, 0, +spread: the standard deviation is the spread.
+    assert static.front[0].low == pytest.approx((6.0, spread / math.sqrt(3)))
+    margin = two_phase.against_static.margins[0]
+    assert (margin.nats, margin.error) == pytest.approx((0.6, spread * math.sqrt(2 / 3)))
+
+
+def test_every_other_arm_has_a_verdict_and_two_phase_comes_first():
+    arms = {"keep": {"rates": [0.25], "pretrain": [0.8]}} | ARMS
+    assert [verdict.arm for verdict in told((3.9, 5.4), arms=arms)] == ["two-phase", "keep"]
+
+
+def test_verdict_without_what_it_compares():
+    alone = {"two-phase": ARMS["two-phase"]}
+    (verdict,) = told((3.9, 5.4), arms=alone)
+    assert verdict.sentence == ("there is no verdict on two-phase: the sweep has no static arm.")
+    (verdict,) = told((3.9, 5.4), ended=lambda trial: trial.arm != "two-phase")
+    assert verdict.outcome == "undecided"
+    assert verdict.sentence == (
+        "So far, with 3 of 4 runs, there is no verdict on two-phase yet: no run of two-phase has "
+        "ended well."
+    )
+
+
+def test_models_are_compared_one_by_one():
+    def losses(trial):
+        high, low = STATIC[trial.mixture.rate] if trial.arm == "static" else (3.9, 5.4)
+        return (high, low) if trial.model == "small" else (high, 11 - low)
+
+    record = record_of(ARMS, losses, models={"small": {}, "large": {}})
+    first, second = verdicts_of(record, fronts_of(record))
+    assert first.sentence.startswith("small: two-phase wins")
+    # 11 − low: static is (4.0, 5.0), with (4.4, 5.5) off its front; two-phase is (3.9, 5.6).
+    assert second.sentence.startswith("large: two-phase against static is undecided")
+
+
+def test_front_reference_and_shares_by_hand():
+    arms = {
+        "static": {"rates": [0.1, 0.2, 0.5]},
+        "two-phase": {"rates": [0.1, 0.25], "pretrain": [0.8]},
+    }
+    losses = {
+        ("static", 0.1): (4.0, 6.0), ("static", 0.2): (4.3, 6.2), ("static", 0.5): (4.4, 5.5),
+        ("two-phase", 0.1): (3.9, 5.9), ("two-phase", 0.25): (4.2, 5.6),
+    }  # fmt: skip
+    (fronts,) = fronts_of(record_of(arms, lambda t: losses[t.arm, t.mixture.rate]))
+    static, two_phase = fronts.arms
+    assert fronts.reference == (4.4, 6.2)
+    assert [point.pair for point in fronts.static] == [(4.0, 6.0), (4.4, 5.5)]
+    assert static.hypervolume == pytest.approx(0.4 * 0.2)
+    assert two_phase.hypervolume == pytest.approx(0.5 * 0.3 + 0.2 * 0.3)
+    against = two_phase.against_static
+    assert (against.dominated, against.share, against.dominated_by) == (1, 0.5, 0)
+    assert [margin.nats for margin in against.margins] == pytest.approx([0.1, -0.1])
+    assert static.against_static is None
+
+
+def test_a_setting_with_a_failed_seed_is_no_point():
+    def losses(trial):
+        if trial.arm == "static" and trial.mixture.rate == 0.5:
+            return None if trial.seed == 1 else (4.4, math.nan)
+        return STATIC[0.1]
+
+    record = record_of(ARMS, losses, seeds=[1, 2])
+    (fronts,) = fronts_of(record)
+    assert [point.setting.mixture.rate for point in fronts.arms[0].points] == [0.1]
+    assert [tuple(failure) for failure in failures(record)] == [
+        ("static-r0.5-p0.004-s1", "out of memory"),
+        ("static-r0.5-p0.004-s2", "diverged: the loss of hi, eu is not finite"),
+    ]
+
+
+def test_seeds_that_have_not_ended_are_left_out_of_the_mean():
+    record = record_of(ARMS, lambda _: (4.0, 6.0), seeds=[1, 2], ended=lambda t: t.seed == 1)
+    (point, _) = fronts_of(record)[0].arms[0].points
+    assert (len(point.runs), point.low) == (1, (6.0, None))
+    progress = progress_of(record)
+    # With one seed of its first stage, which branches there are is not known.
+    assert progress.sentence == "Not finished: 3 of 8 runs have ended."
+
+
+def test_a_sweep_whose_first_stages_failed_says_what_could_not_begin():
+    record = record_of(ARMS, lambda _: (4.0, 6.0))
+    sweep = record.sweep
+    name = next(trial.name for trial in record.trials if not trial.is_final)
+    failed = record.outcomes[name].model_copy(update={"failed": "out of memory"})
+    outcomes = {n: o for n, o in record.outcomes.items() if n.startswith("static")}
+    trials = [trial for trial in record.trials if trial.arm != "two-phase"]
+    broken = type(record)(record.directory, sweep, trials, outcomes | {name: failed})
+    assert progress_of(broken).sentence == (
+        "Finished: 3 runs. 1 more could not begin: what they go on from has failed."
+    )
+    (stage,) = first_stages(broken)
+    assert (stage.losses, stage.reason) == ({0.004: None}, "none goes on yet")

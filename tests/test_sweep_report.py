@@ -1,0 +1,247 @@
+"""The report of a sweep on real files: directories as sweeps leave them, with invented losses."""
+
+import csv
+import filecmp
+import json
+import re
+from pathlib import Path
+
+import pytest
+import typer
+from sweep_support import HIGH, LOW, STATIC, STEPS, TOKENS, TWO_PHASE, write_sweep
+from test_report import Page
+from typer.testing import CliRunner
+
+from megaphase.errors import InputError
+from megaphase.experiments.commands import report_command
+from megaphase.experiments.front.report import SweepReport
+from megaphase.experiments.plot_parts import PointLabel, label_points
+from megaphase.experiments.plot_style import inch_axes, new_figure
+
+ARMS = {
+    "static": STATIC | {"temperatures": [3.3]},
+    "two-phase": {"rates": [0.1, 0.5], "pretrain": [0.5, 0.8]},
+    "keep": {"rates": [0.25], "pretrain": [0.8]},
+    "low-only": {"pretrain": [0.8]},
+    "regularized": {"rates": [0.5], "settings": {"model.dropout": 0.1}, "early_stopping": 2},
+}
+PLOTS = ("front", "overfitting", "bleu_front", "losses", "data_efficiency", "pretraining",
+         "translation")  # fmt: skip
+FAILED, DIVERGED = "static-r0.05-p0.001-s2", "keep-0.8-r0.25-p0.001-s1"
+SMALL = {"static": {"rates": [0.1, 0.5]}, "two-phase": TWO_PHASE | {"rates": [0.25]}}
+
+
+@pytest.fixture(scope="module")
+def sweep_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweeps") / "sweep"
+    return write_sweep(folder, ARMS, seeds=[1, 2], bleu=True, failed=[FAILED], diverged=[DIVERGED])
+
+
+@pytest.fixture(scope="module")
+def report(sweep_dir):
+    return SweepReport.of(sweep_dir)
+
+
+@pytest.fixture(scope="module")
+def index(report, tmp_path_factory):
+    return report.write(tmp_path_factory.mktemp("out") / "report")
+
+
+def numbers(index: Path, name: str) -> list[dict[str, str]]:
+    with open(index.parent / "numbers" / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_page_is_self_contained_and_holds_every_plot(index):
+    page, text = Page(index), index.read_text()
+    assert page.fetched == []
+    assert not re.search(r"@import|@font-face|url\((?!#)|<script", text)
+    assert len(set(page.ids)) == len(page.ids)
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(page.ids)
+    for name in PLOTS:
+        assert {f"plots/{name}.png", f"plots/{name}.svg"} <= set(page.links)
+    for link in page.links:
+        assert (index.parent / link).stat().st_size > 0
+    assert "/somewhere" not in text  # where corpora lie is no part of an experiment
+    assert text.count("<figure>") == len(PLOTS)
+
+
+def test_page_says_what_was_found(index, report, sweep_dir):
+    text = index.read_text()
+    ended = len(list((sweep_dir / "outcomes").iterdir()))
+    assert f"Finished: {ended} runs. 2 of them failed." in text
+    for verdict in report.view.verdicts:
+        assert verdict.headline in text
+    assert f"<code>{FAILED}</code>: the loss is not finite 3 times in a row" in text
+    assert f"<code>{DIVERGED}</code>: diverged: the loss of eu is not finite" in text
+    assert "low-only 100% (" in text  # outside the picture of the fronts
+    assert "corpus: eu" in text  # in the sweep file
+
+
+def test_table_of_settings_is_that_of_the_points(index, report):
+    rows = [row for row in Page(index).rows if len(row) == 14]
+    (fronts,) = report.view.fronts
+    points = [(arm, point) for arm in fronts.arms for point in arm.points]
+    assert len(rows) == len(points)
+    on_front = [row[5] == "●" for row in rows]
+    assert on_front == sorted(on_front, reverse=True)
+    arm, point = fronts.arms[1], fronts.arms[1].front[0]
+    row = next(row for row in rows if row[0] == arm.arm)
+    high, low = (f"{each.mean:.3f} ± {each.error:.3f}" for each in (point.high, point.low))
+    setting = point.setting
+    assert row[1:8] == [
+        setting.mixture.label, f"{100 * setting.share:g}%", f"{setting.peak:g}", "2", "●", high, low
+    ]  # fmt: skip
+    tokens = setting.mixture.rate * STEPS * (1 - setting.share) * 8 * 64
+    hi = tokens * TOKENS["hi"] / sum(TOKENS[task] for task in LOW)
+    assert float(row[12]) == pytest.approx(hi / TOKENS["hi"], abs=0.06)
+
+
+def test_first_stages_are_shown_with_the_peak_that_goes_on(index, report):
+    rows = [row for row in Page(index).rows if row[0] in ("pretrain", "keep-pretrain")]
+    assert [row[-1] for row in rows] == ["the lowest loss"] * 2 + ["each goes on with its own peak"]
+    chosen = {row["peak"]: row["goes_on"] for row in numbers(index, "first_stages")[:2]}
+    assert chosen == {"0.001": "False", "0.004": "True"}
+
+
+def test_overfitting_is_measured_from_the_lowest_loss(index, sweep_dir):
+    rows = {
+        (row["arm"], row["rate"], row["task"]): row
+        for row in numbers(index, "overfitting")
+    }  # fmt: skip
+    found = rows["static", "0.5", "hi"]
+    curves = []
+    for seed in (1, 2):
+        name = f"static-r0.5-p{float(found['peak']):g}-s{seed}"
+        lines = (sweep_dir / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        measured = [json.loads(line) for line in lines if "validation" in line]
+        curves.append([row["validation"]["hi"]["loss"] for row in measured])
+    mean = [sum(pair) / 2 for pair in zip(*curves, strict=True)]
+    assert float(found["lowest"]) == pytest.approx(min(mean))
+    assert int(found["lowest_step"]) == 5 * mean.index(min(mean))
+    assert float(found["risen"]) == pytest.approx(mean[-1] - min(mean))
+    assert float(found["risen"]) > 0.1
+    assert float(rows["static", "0.05", "hi"]["risen"]) == 0
+
+
+def test_numbers_of_the_runs(index, sweep_dir):
+    runs = {row["run"]: row for row in numbers(index, "runs")}
+    name = "two-phase-0.5-r0.5-p0.004-s2"
+    outcome = json.loads((sweep_dir / "outcomes" / f"{name}.json").read_text())
+    row = runs[name]
+    assert float(row["low"]) == pytest.approx(sum(outcome["losses"][t] for t in LOW) / 2)
+    assert float(row["high"]) == pytest.approx(sum(outcome["losses"][t] for t in HIGH) / 2)
+    assert float(row["bits_per_byte_eu"]) == outcome["bits_per_byte"]["eu"]
+    assert float(row["bleu_en"]) == outcome["translation"]["en"]["bleu"]
+    # The source's tokens of high-resource tasks, and the branch's own.
+    half, en = STEPS / 2 * 8 * 64, TOKENS["en"] / (TOKENS["en"] + TOKENS["fr"])
+    assert float(row["tokens_en"]) == pytest.approx(half * en + half * 0.5 * en, abs=2)
+    assert float(row["epochs_en"]) == pytest.approx(float(row["tokens_en"]) / 40_000, rel=1e-3)
+    assert runs[FAILED]["failed"].startswith("the loss")
+    assert runs[DIVERGED]["loss_eu"] == "nan"
+    early = runs["regularized-r0.5-p0.004-s1"]
+    assert int(early["step"]) <= STEPS
+    columns = {name for table in (index.parent / "numbers").iterdir()
+               for name in table.read_text().splitlines()[0].split(",")}  # fmt: skip
+    assert not {name for name in columns if "second" in name or "time" in name}
+
+
+def test_curve_of_a_branch_begins_with_its_source(index):
+    rows = [row for row in numbers(index, "curves") if row["run"] == "two-phase-0.8-r0.1-p0.004-s1"]
+    hi = {int(row["step"]): row for row in rows if row["task"] == "hi"}
+    assert list(hi) == [*range(0, 48, 5), 48, 53, 58, 60]
+    assert float(hi[48]["tokens"]) == 0
+    assert hi[45]["training_loss"] == "nan"
+    assert float(hi[60]["training_loss"]) < float(hi[60]["validation_loss"])
+
+
+def test_fronts_and_settings_are_the_same_as_on_the_page(index, report):
+    (fronts,) = report.view.fronts
+    found = {row["arm"]: row for row in numbers(index, "fronts")}
+    for arm in fronts.arms:
+        assert float(found[arm.arm]["hypervolume"]) == arm.hypervolume
+    assert found["static"]["verdict"] == ""
+    settings = numbers(index, "settings")
+    assert len(settings) == len(fronts.points)
+    assert sum(row["on_front"] == "True" for row in settings) == sum(
+        len(arm.front) for arm in fronts.arms
+    )
+    assert len(numbers(index, "margins")) == 4 * len(fronts.static)
+
+
+def test_report_does_not_depend_on_where_and_how_fast_runs_were_done(tmp_path):
+    first = write_sweep(tmp_path / "a" / "sweep", SMALL)
+    second = write_sweep(tmp_path / "b" / "sweep", SMALL, seconds=99.0)
+    metrics = second / "runs" / "static-r0.5-p0.004-s1234" / "metrics.jsonl"
+    again = metrics.read_text().splitlines(keepends=True)[-9:]
+    resume = '{"step": 55, "event": "resume"}\n'
+    with open(metrics, "a") as file:
+        file.writelines([resume, *again])
+    pages = [SweepReport.of(folder).write(folder.parent / "report") for folder in (first, second)]
+    files = sorted(p.relative_to(pages[0].parent) for p in pages[0].parent.rglob("*.*"))
+    assert len(files) == 1 + 2 * 4 + 7
+    same, _, _ = filecmp.cmpfiles(pages[0].parent, pages[1].parent, files, shallow=False)
+    assert same == files
+
+
+def invoke(*arguments):
+    app = typer.Typer()
+    app.command()(report_command)
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+def test_command_reports_a_sweep_that_has_not_finished(tmp_path):
+    models = {"small": {"layers": 2}, "large": {"layers": 4}}
+    folder = write_sweep(tmp_path / "sweep", SMALL, until=9, models=models)
+    result = invoke(folder, "--out", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    assert "Not finished: 9 of 16 runs have ended." in result.output
+    assert "small: So far, with 9 of 16 runs, " in result.output
+    page = Page(tmp_path / "report" / "index.html")
+    assert "plots/models.png" in page.links
+    assert "plots/overfitting-small.png" in page.links
+
+
+def test_command_reports_a_sweep_that_has_hardly_begun(tmp_path):
+    folder = write_sweep(tmp_path / "sweep", SMALL, until=1)
+    result = invoke(folder, "--out", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "report" / "index.html").read_text()
+    assert "So far, with 1 of 8 runs, there is no verdict on two-phase yet" in text
+
+
+def test_wrong_input(sweep_dir, tmp_path):
+    other = write_sweep(tmp_path / "sweep", SMALL, until=1)
+    error = invoke(sweep_dir, other, "--out", tmp_path / "report").exception
+    assert isinstance(error, InputError)
+    assert str(error).startswith(f"{sweep_dir}: is a sweep; give it alone")
+    (other / "sweep.json").write_text("{}")
+    with pytest.raises(InputError, match=r"sweep\.json: file: Field required"):
+        SweepReport.of(other)
+    whole = write_sweep(tmp_path / "whole", SMALL)
+    (whole / "runs" / "static-r0.1-p0.001-s1234" / "plan.json").unlink()
+    with pytest.raises(InputError, match=r"static-r0\.1-p0\.001-s1234/plan\.json: no such file"):
+        SweepReport.of(whole)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    with pytest.raises(InputError, match="not a former report"):
+        SweepReport.of(sweep_dir).write(tmp_path / "mine")
+    assert not (tmp_path / "report").exists()
+
+
+def test_labels_beside_points_cover_neither_each_other_nor_points():
+    figure = new_figure(4, 4)
+    axes = inch_axes(figure, 0.5, 0.5, 3.9, 3.9)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    near = [(0.5 + dx / 40, 0.5 + dy / 40) for dx in range(3) for dy in range(3)]
+    labels = [PointLabel(x, y, "10%", "#000000") for x, y in [*near, (0.01, 0.01), (0.99, 0.5)]]
+    left_out = label_points(axes, labels)
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) + len(left_out) == len(labels)
+    assert len(boxes) >= 8
+    dots = [axes.transData.transform((label.x, label.y)) for label in labels]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+        assert not any(box.contains(*dot) for dot in dots)
