@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweep_support import record_of
 
@@ -33,11 +33,13 @@ def is_worse(a, b):
     return b[0] <= a[0] and b[1] <= a[1] and (b[0] < a[0] or b[1] < a[1])
 
 
+@settings(deadline=None)
 @given(pair_lists)
 def test_hypervolume_is_the_area_of_the_dominated_cells(pairs):
     assert hypervolume(pairs, (SIDE, SIDE)) == cells_dominated(pairs, SIDE)
 
 
+@settings(deadline=None)
 @given(pair_lists)
 def test_front_is_what_nothing_is_better_than(pairs):
     expected = [i for i, a in enumerate(pairs) if not any(is_worse(a, b) for b in pairs)]
@@ -46,6 +48,7 @@ def test_front_is_what_nothing_is_better_than(pairs):
     assert [pairs[i] for i in found] == sorted(pairs[i] for i in expected)
 
 
+@settings(deadline=None)
 @given(pair_lists, pair_lists)
 def test_domination_and_margins(front, others):
     expected = [a for a in front if any(is_worse(a, b) for b in others)]

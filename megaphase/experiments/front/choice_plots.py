@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -60,7 +61,7 @@ def choice_plot(
 
 
 def _draw_lines(axes: Axes, lines: Sequence[Line], group: str, look: Look) -> None:
-    labels = []
+    labels, paths = [], []
     for arm, label, points in lines:
         colour, marker = look[arm]
         xs = [x for x, _ in points]
@@ -69,9 +70,10 @@ def _draw_lines(axes: Axes, lines: Sequence[Line], group: str, look: Look) -> No
             xs, [loss.mean for loss in losses], yerr=[loss.error or 0.0 for loss in losses],
             color=colour, marker=marker, ms=4.5, lw=1.4, elinewidth=1.0,
         )  # fmt: skip
+        paths.append(np.column_stack([xs, [loss.mean for loss in losses]]))
         labels.append(PointLabel(xs[-1], losses[-1].mean, label, colour))
     axes.margins(x=0.14)
-    label_points(axes, [label for label in labels if label.text])
+    label_points(axes, [label for label in labels if label.text], paths)
 
 
 class Score(NamedTuple):

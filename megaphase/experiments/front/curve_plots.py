@@ -111,8 +111,8 @@ def overfitting_plot(
             then = f"at {steps[lowest]:,}, then +{risen:.2f}" if risen > 0 else "at the end"
             axes.annotate(
                 f"lowest {losses[lowest]:.2f} {then}",
-                (1.0, 1.0), xycoords="axes fraction", xytext=(0, 4), textcoords="offset points",
-                ha="right", fontsize=8.5, color=MUTED,
+                (1.0, 1.0), xycoords="axes fraction", xytext=(-2, -2), textcoords="offset points",
+                ha="right", va="top", fontsize=8.5, color=MUTED,
             )  # fmt: skip
         legend_on_top(figure, keys, len(keys))
     return figure

@@ -14,8 +14,6 @@ from megaphase.experiments.front.view import SweepView
 from megaphase.experiments.losses import RISING_NATS
 from megaphase.experiments.run_page import NOTHING
 
-ON_FRONT = '<span title="on the arm’s front">●</span>'
-
 
 def fronts_table(view: SweepView, fronts: ModelFronts) -> str:
     """The measures of every arm's front."""
@@ -80,7 +78,7 @@ def settings_tables(view: SweepView, fronts: ModelFronts) -> str:
     )
     if any(point.high.error is not None for _, point in on + off):
         note += " ± one standard error over the seeds."
-    text = _settings(view, on, note)
+    text = _settings(view, on, f"The settings on the fronts. {note}")
     if off:
         text += f"\n<details><summary>{len(off)} settings off the fronts</summary>\n"
         text += f"{_settings(view, off, note)}\n</details>"
@@ -90,7 +88,7 @@ def settings_tables(view: SweepView, fronts: ModelFronts) -> str:
 def _settings(view: SweepView, rows: Sequence[tuple[ArmFront, Point]], note: str) -> str:
     sweep = view.record.sweep
     groups = [
-        ("setting", ("mixture", "pre-training", "peak", "seeds", "on front")),
+        ("setting", ("mixture", "pre-training", "peak", "seeds")),
         ("loss", ("high", "low", *view.tasks)),
         ("epochs", sweep.low),
     ]
@@ -105,7 +103,6 @@ def _settings(view: SweepView, rows: Sequence[tuple[ArmFront, Point]], note: str
                 share,
                 f"{setting.peak:g}",
                 str(len(point.runs)),
-                ON_FRONT if point in arm.front else "",
                 _bold(point.high),
                 _bold(point.low),
                 *(f"{point.losses[task].mean:.3f}" for task in view.tasks),
