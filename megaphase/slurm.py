@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from megaphase.errors import InputError, RunError
@@ -28,7 +29,15 @@ def submit(script: str, options: Sequence[str] = ()) -> str:
         RunError: sbatch refuses it.
     """
     command = ["sbatch", "--parsable", *options]
-    result = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
+    # A job inherits the environment: what this one was given, should it be a job, is not for it.
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("SLURM_") or name == "SLURM_CONF"
+    }
+    result = subprocess.run(
+        command, input=script, env=environment, capture_output=True, text=True, check=False
+    )
     if result.returncode:
         raise RunError(f"sbatch refused the job: {' '.join(result.stderr.split())}")
     return result.stdout.strip().split(";")[0]
@@ -79,6 +88,27 @@ def look_up(job: str) -> JobRecord:
 def job_fields(job: str) -> dict[str, str]:
     """What `scontrol show job` says, by field; empty where Slurm does not know the job."""
     return look_up(job).fields
+
+
+def queued_jobs(jobs: Collection[str]) -> set[str]:
+    """Those of these jobs, or tasks of arrays, that wait, run or are just ending.
+
+    Raises:
+        RunError: Slurm does not answer.
+    """
+    if not jobs:
+        return set()
+    numbers = sorted({job.partition("_")[0] for job in jobs})
+    try:
+        found = _lines(
+            "squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(numbers)}"
+        )
+    except RunError as error:
+        # Said of a single job that has been forgotten; of several, those are left out.
+        if "Invalid job id" not in str(error):
+            raise
+        return set()
+    return set(jobs).intersection(found)
 
 
 def control(*arguments: str) -> str | None:

@@ -6,55 +6,25 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from run_support import HIGH, LOW, make_corpora, megaphase, read_rows, run_settings
-from warm_process import WarmProcess
+from run_support import HIGH, LOW, make_corpora, megaphase, read_rows
+from sweep_run_support import STEPS, run_warm, settings, write
 
 from megaphase.config import load_run_file
 from megaphase.errors import InputError, RunError
 from megaphase.experiments.sweep.directory import SweepDirectory
-from megaphase.experiments.sweep.display import Display
-from megaphase.experiments.sweep.local import Machine, run_locally
 from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.start import open_sweep, refuse_failures
 from megaphase.experiments.sweep.sweep import load_sweep
 from megaphase.experiments.sweep.trials import Trial, all_trials, known_trials
-from megaphase.launch.local import free_port, rank_environment
-
-STEPS = 10
 
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpora(tmp_path_factory.mktemp("corpora"))
-
-
-def settings(corpora: Path, **changes: Any) -> dict[str, Any]:
-    """A sweep of two arms; `changes` replace top-level keys."""
-    run = run_settings(corpora, checkpoint={"every_steps": 3, "keep": 1})
-    run |= {"validation": {"every_steps": 2, "samples": 6, "fraction": 0.1}}
-    return {
-        "run": run,
-        "output": "out",
-        "high": list(HIGH),
-        "low": list(LOW),
-        "steps": STEPS,
-        "learning_rate": {"peaks": [1e-2], "warmup": 0.2},
-        "seeds": [11],
-        "arms": {"static": {"rates": [0.2]}, "two-phase": {"pretrain": [0.6], "rates": [0.4]}},
-        **changes,
-    }
-
-
-def write(folder: Path, content: dict[str, Any]) -> Path:
-    path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
 
 
 def phases(trial: Trial) -> list[tuple[str, int]]:
@@ -214,27 +184,6 @@ def test_runs_of_other_settings_are_refused(corpora: Path, tmp_path: Path) -> No
 
 
 # Runs on this machine
-
-
-def warm_start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> WarmProcess:
-    """A command in a fork that has imported torch and DeepSpeed already."""
-    env = {**environment, **rank_environment(0, 1, free_port())}
-    del env["MEGAPHASE_PARENT"]  # the server of the forks is its parent
-    return WarmProcess("megaphase.cli:main", list(command), stdout=log, stderr=log, env=env)
-
-
-def quiet_display(sweep: Any) -> Display:
-    from rich.console import Console
-
-    return Display(Console(quiet=True), sweep, 0, 0)
-
-
-def run_warm(path: Path) -> tuple[Any, SweepDirectory, dict[str, Outcome]]:
-    sweep, directory = open_sweep(path)
-    machine = Machine(jobs=2, processes=1, gpus=0)
-    return sweep, directory, run_locally(
-        sweep, directory, machine, quiet_display(sweep), warm_start
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

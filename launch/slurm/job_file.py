@@ -1,8 +1,9 @@
-"""Which job trains a run: written down in the run directory when it is submitted."""
+"""Which jobs are a run's: written down in the run directory when they are submitted."""
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megaphase.slurm import job_fields
 
 FOLDER = "slurm"  # in a run directory
 JOB_FILE = "job.json"
+TRANSLATION_FILE = "translation.json"  # likewise, of the job that translates with the run
 _OVER = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL"),
     *("OUT_OF_MEMORY", "DEADLINE"),
@@ -26,20 +28,29 @@ class Job:
     log: str
 
 
-def remember_job(run_dir: Path, number: str, log: Path) -> Job:
+def remember_job(run_dir: Path, number: str, log: Path, file: str = JOB_FILE) -> Job:
     """Write down which job trains a run."""
     folder, job = run_dir / FOLDER, Job(number, str(log))
     make_directory(folder)
-    write_json_whole(folder / JOB_FILE, asdict(job))
+    write_json_whole(folder / file, asdict(job))
     return job
 
 
-def read_job(run_dir: Path) -> Job | None:
+def read_job(run_dir: Path, file: str = JOB_FILE) -> Job | None:
     """The last job that was submitted for a run."""
     try:
-        return Job(**json.loads((run_dir / FOLDER / JOB_FILE).read_text()))
+        return Job(**json.loads((run_dir / FOLDER / file).read_text()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def forget_jobs(run_dir: Path) -> None:
+    """As if none had been submitted; folders that are empty then are removed."""
+    for file in (JOB_FILE, TRANSLATION_FILE):
+        (run_dir / FOLDER / file).unlink(missing_ok=True)
+    for folder in (run_dir / FOLDER, run_dir):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def refuse_second_job(run_dir: Path) -> None:

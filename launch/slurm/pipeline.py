@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -16,7 +16,12 @@ from megaphase.config.fields import Count, CountOrZero, FilePath, Section
 from megaphase.errors import InputError
 from megaphase.files import make_directory
 from megaphase.launch.slurm.command_line import PLACEHOLDER, filled, parsed
-from megaphase.launch.slurm.job_file import refuse_second_job, remember_job
+from megaphase.launch.slurm.job_file import (
+    forget_jobs,
+    read_job,
+    refuse_second_job,
+    remember_job,
+)
 from megaphase.launch.slurm.script import Resources, batch_script, command_script, sbatch_options
 from megaphase.slurm import cancel, submit
 from megaphase.validation_errors import as_input_error, hint
@@ -65,7 +70,9 @@ class Step(Section):
 
     train: the arguments of `megaphase train`.
     after: steps that must have ended well before.
+    after_failures: that they have ended is enough, however they did.
     array: so many tasks do the same; %task is the number of one, from 0, and %tasks how many.
+    at_a_time: of these tasks; as many as the cluster has room for if left out.
     cores: of each process.
     sbatch: options of this job; they win over the pipeline's.
     nodes, gpus_per_node, tasks_per_node, restarts, exclude_bad_nodes: of a training; see
@@ -75,7 +82,9 @@ class Step(Section):
     command: str | None = None
     train: str | None = None
     after: Names = ()
+    after_failures: Annotated[bool, Field(strict=True)] = False
     array: Count | None = None
+    at_a_time: Count | None = None
     cores: Count | None = None
     sbatch: Options = ()
     nodes: Count = 1
@@ -91,6 +100,10 @@ class Step(Section):
         strange = [key for key in _OF_TRAINING if key in self.model_fields_set]
         if self.command is not None and strange:
             raise ValueError(f"{strange[0]} is for train; leave it out, or use sbatch")
+        if self.after_failures and not self.after:
+            raise ValueError("after_failures says how to wait; add after")
+        if self.at_a_time is not None and self.array is None:
+            raise ValueError("at_a_time is for the tasks of an array; add array: N")
         if self.tasks_per_node is not None and self.gpus_per_node:
             raise ValueError("tasks_per_node is for nodes without GPUs; add gpus_per_node: 0")
         if self.train is not None:
@@ -180,34 +193,54 @@ def scripts(pipeline: Pipeline) -> dict[str, str]:
     return {name: _script(pipeline, name, pipeline.steps[name]) for name in _order(pipeline)}
 
 
-def submit_pipeline(pipeline: Pipeline) -> dict[str, str]:
+def submit_pipeline(pipeline: Pipeline, behind: Sequence[str] = ()) -> dict[str, str]:
     """Queue every step; the ids of the jobs by step.
+
+    behind: other jobs, for whose end every step waits, however they end.
 
     Raises:
         RunError: Slurm refuses one; the others have been taken from the queue.
     """
     make_directory(pipeline.logs_folder)
+    outputs = [each for training in pipeline._trainings.values() for each in training.outputs]
+    before = {output: read_job(output) for output in outputs}
     jobs: dict[str, str] = {}
     try:
         for name, script in scripts(pipeline).items():
-            needed = ":".join(jobs[other] for other in pipeline.steps[name].after)
-            # A job that can never start leaves the queue.
-            after = [f"--dependency=afterok:{needed}", "--kill-on-invalid-dep=yes"]
-            jobs[name] = submit(script, after if needed else [])
-        for name, training in pipeline._trainings.items():
-            _remember(pipeline, name, training, jobs[name])
+            jobs[name] = submit(script, _dependencies(pipeline.steps[name], jobs, behind))
+            # At once: should this process be killed, its jobs are not submitted a second time.
+            if name in pipeline._trainings:
+                for task, output in enumerate(pipeline._trainings[name].outputs):
+                    remember_job(output, *job_and_log(pipeline, name, jobs[name], task))
     except BaseException:
         if jobs:
             cancel(*jobs.values())
+        for output, job in before.items():
+            forget_jobs(output)
+            if job is not None:
+                remember_job(output, job.job, Path(job.log))
         raise
     return jobs
 
 
-def _remember(pipeline: Pipeline, name: str, training: Training, job: str) -> None:
-    is_array = pipeline.steps[name].array is not None
-    for task, output in enumerate(training.outputs):
-        number = f"{job}_{task}" if is_array else job
-        remember_job(output, number, pipeline.logs_folder / f"{name}-{number}.log")
+def job_and_log(pipeline: Pipeline, name: str, job: str, task: int = 0) -> tuple[str, Path]:
+    """The id and the log of a step's job, or of one of its tasks where it is an array."""
+    number = job if pipeline.steps[name].array is None else f"{job}_{task}"
+    return number, pipeline.logs_folder / f"{name}-{number}.log"
+
+
+def _dependencies(step: Step, jobs: Mapping[str, str], behind: Sequence[str]) -> list[str]:
+    """Of a step, as options of sbatch; jobs: the ids of the steps before it."""
+    conditions = []
+    if step.after:
+        kind = "afterany" if step.after_failures else "afterok"
+        conditions.append(":".join([kind, *(jobs[other] for other in step.after)]))
+    if behind:
+        conditions.append(":".join(["afterany", *behind]))
+    if not conditions:
+        return []
+    # A job that can never start leaves the queue.
+    return [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"]
 
 
 def _check_names(pipeline: Pipeline, name: str, step: Step) -> None:
@@ -318,6 +351,7 @@ def _own_options(pipeline: Pipeline, name: str, step: Step) -> Iterator[str]:
     yield f"--chdir={pipeline.folder}"
     yield f"--output={pipeline.logs_folder}/{name}-{'%j' if step.array is None else '%A_%a'}.log"
     if step.array is not None:
-        yield f"--array=0-{step.array - 1}"
+        limit = "" if step.at_a_time is None else f"%{step.at_a_time}"
+        yield f"--array=0-{step.array - 1}{limit}"
     yield from pipeline.sbatch
     yield from step.sbatch

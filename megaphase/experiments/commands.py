@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def sweep_command(
+    context: typer.Context,
     sweep_file: Annotated[
         Path, typer.Argument(metavar="SWEEP_FILE", help="The sweep file (YAML).")
     ],
@@ -24,8 +25,18 @@ def sweep_command(
     retry: Annotated[
         bool, typer.Option("--retry", help="Start the runs again that have failed.")
     ] = False,
+    slurm: Annotated[
+        bool,
+        typer.Option(
+            "--slurm", help="Submit the runs as SLURM arrays; the file's section slurm says how."
+        ),
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check, show which runs there are, start none.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check, show which runs there are, start none; with --slurm, show the scripts.",
+        ),
     ] = False,
 ) -> None:
     """Train all arms of an experiment: static mixtures, two phases, and what lies between.
@@ -39,10 +50,39 @@ def sweep_command(
     from megaphase.experiments.sweep.start import dry_run_table, sweep
 
     console = Console(highlight=False)
+    if slurm:
+        _sweep_on_slurm(context, sweep_file, console)
+        return
     if dry_run:
         console.print(dry_run_table(sweep_file))
         return
     output = sweep(sweep_file, jobs=jobs, processes=processes, retry=retry, console=console)
+    _say_that_all_have_ended(console, output)
+
+
+def _sweep_on_slurm(context: typer.Context, sweep_file: Path, console: Console) -> None:
+    from megaphase.experiments.sweep.slurm import next_scripts, sweep_on_slurm
+    from megaphase.slurm import require_sbatch
+
+    for name in ("jobs", "processes"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError(
+                f"--{name}", "--slurm is given, too", "say it in the sweep file's section slurm"
+            )
+    program = context.find_root().command
+    if context.params["dry_run"]:
+        for name, before, script in next_scripts(sweep_file, program):
+            print(f"# {name}, after {', '.join(before) or 'nothing'}\n{script}")
+        return
+    require_sbatch("sweep --slurm", "run it on a login node, or add --dry-run")
+    retry = context.params["retry"]
+    output = sweep_on_slurm(sweep_file, program, retry=retry, console=console)
+    if output is not None:
+        _say_that_all_have_ended(console, output)
+
+
+def _say_that_all_have_ended(console: Console, output: Path) -> None:
     console.print(f"All runs have ended. Look: megaphase report {output}", soft_wrap=True)
 
 

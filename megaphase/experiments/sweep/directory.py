@@ -46,6 +46,11 @@ class SweepDirectory:
         """What a run has printed, over all of its starts."""
         return self.path / "logs" / f"{name}.log"
 
+    @property
+    def slurm(self) -> Path:
+        """What was submitted to a cluster, a folder for each round."""
+        return self.path / "slurm"
+
     def scores_file(self, name: str) -> Path:
         """What `megaphase translate` has said of a run."""
         return self.path / "scores" / f"{name}.json"
@@ -90,8 +95,13 @@ class SweepDirectory:
 
     def forget_failures(self) -> None:
         """Let the runs that failed be started again."""
+        from megaphase.launch.slurm.job_file import forget_jobs
+
         for name, outcome in self.outcomes().items():
             if outcome.failed is not None:
+                # What they have left behind must not be taken for the end of the next start.
+                forget_jobs(self.run(name))
+                self.scores_file(name).unlink(missing_ok=True)
                 self.outcome_file(name).unlink()
 
     def outcomes(self) -> dict[str, Outcome]:

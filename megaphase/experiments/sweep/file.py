@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megaphase.config.fields import (
     Count,
@@ -15,6 +17,10 @@ from megaphase.config.fields import (
     RoleOrTaskNames,
     Section,
 )
+from megaphase.validation_errors import as_input_error
+
+if TYPE_CHECKING:
+    from megaphase.launch.slurm.pipeline import Step
 
 Kind = Literal["static", "two-phase", "restart", "keep", "low-only", "regularized"]
 KINDS: tuple[Kind, ...] = ("static", "two-phase", "restart", "keep", "low-only", "regularized")
@@ -83,6 +89,66 @@ class TranslationScores(Section):
     batch: Count = 16
 
 
+class ClusterJobs(Section):
+    """What the job of a run asks a cluster for; the keys of a step of a pipeline, of which
+    docs/slurm.md tells.
+
+    next_sbatch: options of the small jobs that begin the rounds after the first.
+    at_a_time: runs of one array.
+    """
+
+    nodes: Count = 1
+    gpus_per_node: CountOrZero = 8
+    tasks_per_node: Count | None = None
+    cores: Count | None = None
+    restarts: CountOrZero = 3
+    exclude_bad_nodes: Annotated[bool, Field(strict=True)] = False
+    sbatch: Any = ()
+    next_sbatch: Any = ()
+    at_a_time: Count | None = None
+
+    @model_validator(mode="after")
+    def _makes_steps(self) -> Self:
+        self._train_step()
+        self._next_step()
+        return self
+
+    @property
+    def options(self) -> Sequence[str]:
+        """Of sbatch, one by one."""
+        return self._train_step().sbatch
+
+    @property
+    def next_options(self) -> Sequence[str]:
+        """Likewise, of the jobs that begin rounds."""
+        return self._next_step().sbatch
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Keys of a step that trains."""
+        own = {"next_sbatch", "at_a_time"}
+        return self.model_dump(include=self.model_fields_set - own)
+
+    def _train_step(self) -> Step:
+        return _checked_step("sbatch", {"train": "RUN_FILE", **self.training})
+
+    def _next_step(self) -> Step:
+        step = {"command": "sweep", "sbatch": self.next_sbatch}
+        return _checked_step("next_sbatch", step)
+
+
+def _checked_step(options: str, keys: dict[str, Any]) -> Step:
+    """A pipeline's step, which finds what is wrong; options: what its `sbatch` is called here."""
+    from megaphase.launch.slurm.pipeline import Step  # imports point from there to here
+
+    try:
+        return Step.model_validate(keys)
+    except ValidationError as error:
+        found = as_input_error(Path(), error)
+        key = f"{options}: " if error.errors()[0]["loc"] else ""
+        raise ValueError(f"{key}{found.problem}; {found.remedy}".removesuffix("; ")) from None
+
+
 class SweepConfig(Section):
     """The whole sweep file. Relative paths in it are relative to the file itself.
 
@@ -104,6 +170,7 @@ class SweepConfig(Section):
     models: dict[str, dict[str, Any]] = Field(default={})
     arms: dict[str, Arm] = Field(min_length=1)
     translation: TranslationScores | None = None
+    slurm: ClusterJobs | None = None
 
     @field_validator("seeds")
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -11,16 +10,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Protocol
 
 from megaphase.errors import EXIT_REQUEUE, EXIT_WRONG_INPUT, InputError, RunError, Stopped
-from megaphase.experiments.runs import load_run
 from megaphase.experiments.sweep.directory import SweepDirectory
 from megaphase.experiments.sweep.display import Display
-from megaphase.experiments.sweep.outcome import Outcome, Translated, outcome_of
+from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.sweep import Sweep
+from megaphase.experiments.sweep.trial_run import (
+    is_translated,
+    last_line,
+    outcome_if_ended,
+    read_outcome,
+    settle,
+    train_command,
+    translate_command,
+)
 from megaphase.experiments.sweep.trials import Trial, known_trials
 from megaphase.locks import exclusive_lock
 from megaphase.parent import ends_with_this_process
@@ -145,6 +153,8 @@ class _Runner:
         self._told = False
 
     def run(self) -> dict[str, Outcome]:
+        ended = partial(outcome_if_ended, self._sweep, self._directory)
+        settle(self._sweep, self._directory, self._display, self._outcomes, ended)
         try:
             while True:
                 if not self._received:
@@ -180,8 +190,9 @@ class _Runner:
         taken = {job.slot for job in self._jobs.values()}
         slot = next(slot for slot in range(self._machine.jobs) if slot not in taken)
         commands = [train_command(self._directory, trial, run_file, self._machine.processes)]
-        if self._sweep.config.translation and trial.is_final:
-            commands.append(translate_command(self._sweep, self._directory, trial, run_file))
+        if is_translated(self._sweep, trial):
+            scores = self._directory.scores_file(trial.name)
+            commands.append(translate_command(self._sweep, trial, run_file, scores))
         job = _Job(trial, slot, commands)
         self._start_next_command(job)
         self._jobs[trial.name] = job
@@ -229,47 +240,3 @@ class _Runner:
                 os.killpg(job.process.pid, signal.SIGKILL)
             job.process.wait()
             self._display.drop(job.trial)
-
-
-def train_command(
-    directory: SweepDirectory, trial: Trial, run_file: Path, processes: int
-) -> list[str]:
-    """What follows `megaphase` to train a run."""
-    source = []
-    if trial.source is not None:
-        source = ["--from", f"{directory.run(trial.source)}@{trial.source_phase}"]
-    if processes == 1:
-        return ["train", str(run_file), *source]
-    return ["launch", "local", str(run_file), "--processes", str(processes), *source]
-
-
-def translate_command(
-    sweep: Sweep, directory: SweepDirectory, trial: Trial, run_file: Path
-) -> list[str]:
-    """What follows `megaphase` to score the translations of a run."""
-    assert sweep.config.translation is not None
-    options = sweep.config.translation.model_dump()
-    checkpoint = "best-mean" if trial.takes_best else "latest"
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-    scores = str(directory.scores_file(trial.name))
-    return ["translate", str(run_file), "--checkpoint", checkpoint, "--scores", scores, *flags]
-
-
-def read_outcome(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outcome:
-    """What a run that has ended well came to."""
-    run = load_run(directory.run(trial.name))
-    outcome = outcome_of(run, sweep.low if trial.takes_best else None)
-    scores = directory.scores_file(trial.name)
-    if sweep.config.translation is None or not trial.is_final:
-        return outcome
-    found: Mapping[str, Mapping[str, float]] = json.loads(scores.read_text())["translation"]
-    translation = {
-        task: Translated(bleu=each["bleu"], chrf=each["chrf"]) for task, each in found.items()
-    }
-    return outcome.model_copy(update={"translation": translation})
-
-
-def last_line(log: Path) -> str:
-    """The last thing that a run has said, without the program's name."""
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return next((line.removeprefix("megaphase: ") for line in reversed(lines) if line.strip()), "")

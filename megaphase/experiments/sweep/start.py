@@ -31,6 +31,7 @@ def sweep(path: Path, *, jobs: int, processes: int, retry: bool, console: Consol
         Stopped: a signal came, and the runs have saved.
     """
     found, directory = open_sweep(path)
+    _refuse_jobs(found, directory)
     machine = Machine(jobs, processes, _gpus())
     if retry:
         directory.forget_failures()
@@ -63,6 +64,17 @@ def open_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
     for trial in known_trials(found, directory.outcomes()):
         directory.check_run_file(found, trial)
     return found, directory
+
+
+def _refuse_jobs(found: Sweep, directory: SweepDirectory) -> None:
+    """Raise InputError where runs, or the job that begins the next of them, are in a queue."""
+    from megaphase.launch.slurm.job_file import refuse_second_job
+
+    refuse_second_job(directory.path)
+    outcomes = directory.outcomes()
+    for trial in known_trials(found, outcomes):
+        if trial.name not in outcomes:
+            refuse_second_job(directory.run(trial.name))
 
 
 def refuse_failures(found: Sweep, directory: SweepDirectory, outcomes: dict[str, Outcome]) -> None:

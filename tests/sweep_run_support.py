@@ -1,0 +1,64 @@
+"""A small sweep on artificial languages, and its runs on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from run_support import HIGH, LOW, run_settings
+from warm_process import WarmProcess
+
+from megaphase.experiments.sweep.directory import SweepDirectory
+from megaphase.experiments.sweep.display import Display
+from megaphase.experiments.sweep.local import Machine, run_locally
+from megaphase.experiments.sweep.outcome import Outcome
+from megaphase.experiments.sweep.start import open_sweep
+from megaphase.launch.local import free_port, rank_environment
+
+STEPS = 10
+
+
+def settings(corpora: Path, **changes: Any) -> dict[str, Any]:
+    """A sweep of two arms; `changes` replace top-level keys."""
+    run = run_settings(corpora, checkpoint={"every_steps": 3, "keep": 1})
+    run |= {"validation": {"every_steps": 2, "samples": 6, "fraction": 0.1}}
+    return {
+        "run": run,
+        "output": "out",
+        "high": list(HIGH),
+        "low": list(LOW),
+        "steps": STEPS,
+        "learning_rate": {"peaks": [1e-2], "warmup": 0.2},
+        "seeds": [11],
+        "arms": {"static": {"rates": [0.2]}, "two-phase": {"pretrain": [0.6], "rates": [0.4]}},
+        **changes,
+    }
+
+
+def write(folder: Path, content: dict[str, Any]) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def warm_start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> WarmProcess:
+    """A command in a fork that has imported torch and DeepSpeed already."""
+    env = {**environment, **rank_environment(0, 1, free_port())}
+    del env["MEGAPHASE_PARENT"]  # the server of the forks is its parent
+    return WarmProcess("megaphase.cli:main", list(command), stdout=log, stderr=log, env=env)
+
+
+def quiet_display(sweep: Any) -> Display:
+    from rich.console import Console
+
+    return Display(Console(quiet=True), sweep, 0, 0)
+
+
+def run_warm(path: Path) -> tuple[Any, SweepDirectory, dict[str, Outcome]]:
+    sweep, directory = open_sweep(path)
+    machine = Machine(jobs=2, processes=1, gpus=0)
+    return sweep, directory, run_locally(
+        sweep, directory, machine, quiet_display(sweep), warm_start
+    )  # fmt: skip
