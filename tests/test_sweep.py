@@ -239,9 +239,14 @@ def test_kept_schedule_is_that_of_a_single_phase(undisturbed: SweepDirectory) ->
 
 
 def test_ended_runs_are_never_repeated(undisturbed: SweepDirectory) -> None:
+    """Even where the sweep was killed before it noted that they had ended."""
     before = {path: path.stat().st_mtime_ns for path in undisturbed.path.rglob("metrics.jsonl")}
+    outcomes = undisturbed.outcomes()
+    for name in ("pretrain-0.6-p0.01-s11", "two-phase-0.6-r0.4-p0.01-s11"):
+        undisturbed.outcome_file(name).unlink()
     run_warm(undisturbed.path.parent / "sweep.yaml")
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert undisturbed.outcomes() == outcomes
 
 
 def test_run_files_train_by_hand(undisturbed: SweepDirectory) -> None:
