@@ -118,6 +118,14 @@ def test_restart_keeps_its_mixture_and_keep_its_schedule(corpora: Path, tmp_path
     assert start["learning_rate"]["steps"] == STEPS
 
 
+def test_tasks_of_neither_group_are_left_out(corpora: Path, tmp_path: Path) -> None:
+    changes = {"high": [HIGH[0]], "settings": {f"tasks.{LOW[0]}.subsample": 0.5}}
+    sweep = load_sweep(write(tmp_path, settings(corpora, **changes)))
+    for trial in all_trials(sweep):
+        assert list(trial.run["tasks"]) == [HIGH[0], *LOW]
+        assert trial.run["tasks"][LOW[0]]["subsample"] == 0.5
+
+
 def test_settings_models_and_early_stopping_reach_the_run_files(
     corpora: Path, tmp_path: Path
 ) -> None:
@@ -146,7 +154,7 @@ def test_settings_models_and_early_stopping_reach_the_run_files(
         ({"steps": None}, ": give the budget of a run, either steps or tokens"),
         ({"low": ["nobody"]}, ": low: no task 'nobody'; the tasks are alda, boreth, cimri"),
         ({"low": [HIGH[0], *LOW]}, f": low: {HIGH[0]} is one of high, too; decide for one"),
-        ({"high": [HIGH[0]]}, f": high: {HIGH[1]} is in neither of high and low"),
+        ({"settings": {"phases.0.steps": 3}}, ": settings.phases.0.steps: the sweep sets this"),
         ({"arms": {"best": {"rates": [0.1]}}}, ": arms.best: 'best' is no kind of arm; add kind:"),
         ({"arms": {"static": {}}}, ": arms.static: static needs rates or temperatures"),
         ({"arms": {"static": {"rates": [1.5]}}}, ": arms.static.rates[0]: must be less than 1"),

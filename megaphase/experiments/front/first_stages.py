@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import fmean
 
 from megaphase.experiments.front.points import (
     Estimate,
@@ -14,9 +13,7 @@ from megaphase.experiments.front.points import (
     setting_of,
 )
 from megaphase.experiments.sweep.directory import SweepRecord
-from megaphase.experiments.sweep.outcome import Outcome
-from megaphase.experiments.sweep.sweep import Sweep
-from megaphase.experiments.sweep.trials import Mixture, Trial
+from megaphase.experiments.sweep.trials import Trial, own_loss
 
 
 @dataclass(frozen=True)
@@ -67,14 +64,8 @@ def first_stages(record: SweepRecord) -> list[FirstStage]:
 def _loss(record: SweepRecord, trials: list[Trial]) -> Estimate | None:
     outcomes = [record.outcomes.get(trial.name) for trial in trials]
     losses = [
-        _own_loss(record.sweep, trial, outcome)
+        own_loss(record.sweep, trial, outcome)
         for trial, outcome in zip(trials, outcomes, strict=True)
         if outcome is not None and reason_of_failure(outcome) is None
     ]
     return estimate(losses) if len(losses) == len(trials) else None
-
-
-def _own_loss(sweep: Sweep, trial: Trial, outcome: Outcome) -> float:
-    """The mean over the groups that it trains on, by which a peak is chosen."""
-    groups = [sweep.high] if trial.mixture == Mixture() else [sweep.high, sweep.low]
-    return fmean(outcome.group_loss(group) for group in groups)

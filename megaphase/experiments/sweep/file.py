@@ -153,13 +153,15 @@ class SweepConfig(Section):
     """The whole sweep file. Relative paths in it are relative to the file itself.
 
     run: a run file, or its content; its seed, output and phases are not used.
-    high, low: the two groups of tasks, as a role or a list.
+    settings: values that replace the run file's, by key path, such as `tasks.hi.subsample: 0.1`.
+    high, low: the two groups of tasks, as a role or a list; what is in neither is left out.
     steps, tokens: the budget of every run, over all of its phases.
     models: changes of the section `model` by name; one model as the run file has it if left out.
     """
 
     run: FilePath | dict[str, Any]
     output: FilePath
+    settings: dict[str, Any] = Field(default={})
     high: RoleOrTaskNames
     low: RoleOrTaskNames
     within: Within = Within()

@@ -7,12 +7,13 @@ corpora or tokenizer.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megaphase.config import RunConfig, run_config
+from megaphase.config import RunConfig, run_config, set_value
 from megaphase.errors import InputError
 from megaphase.experiments.sweep.file import KINDS, STAGED, Arm, Kind, SweepConfig
 from megaphase.plan.spec import plan_spec
@@ -73,14 +74,16 @@ def load_sweep(path: Path) -> Sweep:
     probe = run_config(run_file, base | _probe(config))
     high = _group(f"{path}: high", probe, config.high)
     low = _group(f"{path}: low", probe, config.low)
-    _check_groups(path, probe, high, low)
-    base = base | {
-        "tokenizer": str(probe.tokenizer),
-        "tasks": {
-            name: base["tasks"][name] | {"corpus": str(task.corpus)}
-            for name, task in probe.tasks.items()
-        },
+    if both := [task for task in high if task in low]:
+        raise InputError(f"{path}: low", f"{both[0]} is one of high, too", "decide for one")
+    # Paths become absolute; tasks of neither group are left out.
+    tasks = {
+        name: base["tasks"][name] | {"corpus": str(probe.tasks[name].corpus)}
+        for name in probe.tasks
+        if name in (*high, *low)
     }
+    base = base | {"tokenizer": str(probe.tokenizer), "tasks": tasks}
+    probe = run_config(run_file, base | _probe(config))
     if config.translation and not any(task.kind == "translation" for task in probe.tasks.values()):
         raise InputError(
             f"{path}: translation", "there is no translation task", "leave it out, or add one"
@@ -107,7 +110,20 @@ def _base(path: Path, config: SweepConfig) -> tuple[Path, dict[str, Any]]:
     else:
         run_file = path.parent / config.run.expanduser()
         data = read_yaml(run_file)
-    return run_file, {key: copy.deepcopy(v) for key, v in data.items() if key not in OWN_KEYS}
+    base = {key: copy.deepcopy(value) for key, value in data.items() if key not in OWN_KEYS}
+    set_all(path, "settings", run_file, base, config.settings)
+    return run_file, base
+
+
+def set_all(
+    path: Path, key: str, run_file: Path, run: dict[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Set values in the content of a run file; `key` is where in the sweep file they stand."""
+    for name, value in settings.items():
+        where = f"{path}: {key}.{name}"
+        if name.split(".")[0].split("[")[0] in OWN_KEYS:
+            raise InputError(where, "the sweep sets this", "leave it out")
+        set_value(run_file, run, name, copy.deepcopy(value), where)
 
 
 def _probe(config: SweepConfig) -> dict[str, Any]:
@@ -150,9 +166,6 @@ def _check_arm(path: Path, name: str, arm: Arm) -> None:
             "regularized is like static without settings or early_stopping",
             "add, for example, settings: {model.dropout: 0.1}",
         )
-    for key in arm.settings:
-        if key.split(".")[0].split("[")[0] in OWN_KEYS:
-            raise InputError(f"{where}.settings.{key}", "the sweep sets this", "leave it out")
 
 
 def _group(where: str, probe: RunConfig, selection: str | list[str]) -> list[str]:
@@ -164,14 +177,3 @@ def _group(where: str, probe: RunConfig, selection: str | list[str]) -> list[str
         if task not in probe.tasks:
             raise InputError(where, f"no task {task!r}", hint(task, probe.tasks, "the tasks are"))
     return list(tasks)
-
-
-def _check_groups(path: Path, probe: RunConfig, high: list[str], low: list[str]) -> None:
-    both = [task for task in high if task in low]
-    if both:
-        raise InputError(f"{path}: low", f"{both[0]} is one of high, too", "decide for one")
-    left = [task for task in probe.tasks if task not in high and task not in low]
-    if left:
-        raise InputError(
-            f"{path}: high", f"{left[0]} is in neither of high and low", "add it to one of them"
-        )

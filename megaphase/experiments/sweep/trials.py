@@ -11,14 +11,12 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from megaphase.config import set_value
 from megaphase.experiments.sweep.file import STAGED, Arm
 from megaphase.experiments.sweep.outcome import Outcome
-from megaphase.experiments.sweep.sweep import Sweep
+from megaphase.experiments.sweep.sweep import Sweep, set_all
 
 PRETRAIN, JOINT, STATIC, RESTART, LOW_ONLY = "pretrain", "joint", "static", "restart", "low-only"
 RATE_DECIMALS = 6
@@ -117,12 +115,13 @@ def best_peak(
         if outcome.failed is not None:
             failed.add(trial.peak)
             continue
-        scores.setdefault(trial.peak, []).append(_own_loss(sweep, trial, outcome))
+        scores.setdefault(trial.peak, []).append(own_loss(sweep, trial, outcome))
     means = {peak: fmean(each) for peak, each in scores.items() if peak not in failed}
     return min(means, key=lambda peak: (means[peak], peak), default=None)
 
 
-def _own_loss(sweep: Sweep, trial: Trial, outcome: Outcome) -> float:
+def own_loss(sweep: Sweep, trial: Trial, outcome: Outcome) -> float:
+    """By which a run is compared with others of its stage: the mean over what it trains on."""
     groups = [sweep.high] if trial.mixture == Mixture() else [sweep.high, sweep.low]
     return fmean(outcome.group_loss(group) for group in groups)
 
@@ -289,9 +288,7 @@ class _Expansion:
         run |= copy.deepcopy(sweep.base)
         if self.model is not None:
             run["model"] |= sweep.config.models[self.model]
-        for key, value in arm.settings.items():
-            where = sweep.where(f"arms.{self.name}.settings.{key}")
-            set_value(Path("the run file"), run, key, copy.deepcopy(value), where)
+        set_all(sweep.file, f"arms.{self.name}.settings", sweep.file, run, arm.settings)
         if stops_early:
             overfit = {"tasks": sweep.low, "patience": arm.early_stopping, "when": "all"}
             phase = phase | {"stop": {"overfit": overfit}}
