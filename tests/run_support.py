@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -26,12 +28,21 @@ def megaphase(*arguments: object) -> list[str]:
 
 
 def make_corpora(folder: Path) -> Path:
-    """Train a tokenizer and tokenize three languages: `tok` and `data/NAME` in `folder`."""
+    """A tokenizer and three tokenized languages: `tok` and `data/NAME` in `folder`."""
+    shutil.copytree(_made_once().name, folder, dirs_exist_ok=True)
+    return folder
+
+
+@cache
+def _made_once() -> TemporaryDirectory[str]:
+    """What every test module of this process gets a copy of."""
+    made = TemporaryDirectory(prefix="megaphase-corpora-")
+    folder = Path(made.name)
     texts = write_languages(folder / "text", seed=5, languages=TEXT_BYTES)
     train_tokenizer({n: [path] for n, path in texts.items()}, folder / "tok", vocab_size=500)
     for name, path in texts.items():
         tokenize([path], folder / "tok", folder / "data" / name, workers=1)
-    return folder
+    return made
 
 
 def run_settings(corpora: Path, **changes: Any) -> dict[str, Any]:

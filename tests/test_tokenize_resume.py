@@ -40,7 +40,7 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> list[Path]:
-    """Three files of 1.4 MB in all, one of which must be decompressed to go on in it."""
+    """Three files of 0.6 MB in all, one of which must be decompressed to go on in it."""
     chance = random.Random(5)
     folder = tmp_path / "text"
     folder.mkdir()
@@ -48,7 +48,7 @@ def inputs(tmp_path: Path) -> list[Path]:
     for name in ("a.jsonl", "b.jsonl.zst", "c.txt"):
         texts = [
             " ".join(chance.choice(["one", "two", "three", "vier", "fünf"]) for _ in range(60))
-            for _ in range(1_500)
+            for _ in range(600)
         ]
         data = (
             "\n\n".join(texts)
@@ -155,16 +155,16 @@ def test_killed_while_the_files_get_their_names(tok, inputs, tmp_path, moment) -
 @pytest.mark.usefixtures("small_steps")
 def test_after_a_wrong_line_skipping_goes_on_there(tok, inputs, tmp_path) -> None:
     lines = inputs[0].read_bytes().split(b"\n")
-    lines[1_000] = b"{oops"
+    lines[400] = b"{oops"
     inputs[0].write_bytes(b"\n".join(lines))
     tokenize(inputs, tok, tmp_path / "whole", workers=1, skip_wrong=True)
     prefix = tmp_path / "out" / "en"
-    message = r"a\.jsonl:1001: is not valid JSON .* documents are tokenized and saved: if a doc"
+    message = r"a\.jsonl:401: is not valid JSON .* documents are tokenized and saved: if a doc"
     with pytest.raises(InputError, match=message):
         tokenize(inputs, tok, prefix, workers=2)
     state = state_of(prefix)
     assert state is not None
-    assert 0 < state["figures"]["documents"] <= 1_000
+    assert 0 < state["figures"]["documents"] <= 400
     manifest = tokenize(inputs, tok, prefix, workers=1, skip_wrong=True)
     assert manifest.skipped_wrong == 1
     assert corpus_bytes(prefix) == corpus_bytes(tmp_path / "whole")
