@@ -1,0 +1,339 @@
+"""`megaphase sweep --slurm`: its scripts and refusals, and whole sweeps on a real Slurm."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster import Cluster
+from data_support import wait_until
+from run_support import make_corpora, megaphase
+from sweep_run_support import run_warm, settings, write
+from translation_support import random_hashes, write_documents
+from typer.testing import CliRunner, Result
+
+from megaphase.cli import app
+from megaphase.errors import InputError
+from megaphase.experiments.sweep.directory import SweepDirectory
+from megaphase.experiments.sweep.outcome import Outcome
+from megaphase.experiments.sweep.sweep import load_sweep
+from megaphase.launch.slurm.job_file import read_job
+from megaphase.launch.slurm.next import newest_step
+from megaphase.tokenizer import Tokenizer
+
+CPU = {"gpus_per_node": 0, "tasks_per_node": 1, "cores": 1, "restarts": 0}
+SECONDS = 300.0
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpora(tmp_path_factory.mktemp("corpora"))
+
+
+def call(
+    path: Path, *options: object, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = megaphase("sweep", path, "--slurm", *options)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def invoke(path: Path, *options: object) -> Result:
+    """The same in this process."""
+    return CliRunner().invoke(app, ["sweep", str(path), "--slurm", *map(str, options)])
+
+
+def submitted(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """The ids of jobs by step, of what was printed."""
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("Submitted: ")]
+    return {words[1].rstrip(","): words[3] for words in map(str.split, lines)}
+
+
+# Scripts and refusals
+
+
+@pytest.mark.parametrize(
+    ("slurm", "message"),
+    [
+        (3, ": slurm: must be a mapping"),
+        ({"node": 2}, ": slurm: unknown key 'node'; did you mean 'nodes'?"),
+        ({"nodes": 0}, ": slurm.nodes: must be greater than 0; found 0"),
+        ({"tasks_per_node": 2}, ": slurm: tasks_per_node is for nodes without GPUs; add gpus_per"),
+        ({"sbatch": "-p cpu"}, ": slurm: sbatch: '-p' is no option; write --NAME=VALUE"),
+        ({"sbatch": 3}, ": slurm: sbatch: must be a list; found 3"),
+        ({"sbatch": "--gpus=8"}, ": slurm: --gpus has no place there; use the keys nodes and"),
+        ({"next_sbatch": "--array=1"}, ": slurm: next_sbatch: --array has no place there"),
+    ],
+)
+def test_a_mistake_is_one_line(slurm: Any, message: str, corpora: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, settings(corpora, slurm=slurm))
+    with pytest.raises(InputError) as caught:
+        load_sweep(path)
+    assert str(caught.value).startswith(f"{path}{message}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, [], "sweep --slurm: there is no sbatch on this machine; run it on a login node, or"),
+        ({}, ["--jobs", 2], "--jobs: --slurm is given, too; say it in the sweep file's section"),
+        ({}, ["--gpus", 8], "--processes: --slurm is given, too; say it in the sweep file's"),
+        ({"slurm": None}, ["--dry-run"], "{path}: slurm: --slurm needs this section; say what"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    changes: dict[str, Any],
+    options: list[object],
+    message: str,
+    corpora: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    path = write(tmp_path, settings(corpora, **{"slurm": CPU, **changes}))
+    error = invoke(path, *options).exception
+    assert isinstance(error, InputError)
+    assert str(error).startswith(message.format(path=path))
+
+
+def test_dry_run_prints_the_scripts_of_the_first_round(corpora: Path, tmp_path: Path) -> None:
+    arms = {
+        "static": {"rates": [0.2, 0.3]},
+        "regularized": {"rates": [0.2], "early_stopping": 2},
+        "two-phase": {"pretrain": [0.6], "rates": [0.4]},
+    }
+    jobs = {
+        "nodes": 2, "gpus_per_node": 2, "cores": 6, "at_a_time": 3,
+        "sbatch": "--partition=gpu --time=2:00:00", "next_sbatch": ["--partition=cpu"],
+    }  # fmt: skip
+    content = settings(corpora, arms=arms, slurm=jobs)
+    content["learning_rate"]["peaks"] = [1e-2, 5e-3]
+    done = invoke(write(tmp_path, content), "--dry-run")
+    assert done.exit_code == 0, done.exception
+    arrays = ["first-stage", "single-stage", "single-stage-best"]
+    heads = [line for line in done.stdout.splitlines() if re.match(r"# \S+, after ", line)]
+    assert heads == [
+        *(f"# {name}, after nothing" for name in arrays), f"# next, after {', '.join(arrays)}",
+    ]  # fmt: skip
+    scripts = done.stdout.split("#!/bin/bash\n")[1:]
+    for script, tasks in zip(scripts, (2, 4, 2), strict=False):
+        for option in (
+            f"--array=0-{tasks - 1}%3", "--nodes=2", "--gpus-per-node=2", "--cpus-per-task=6",
+            "--partition=gpu", "--time=2:00:00",
+        ):  # fmt: skip
+            assert f"#SBATCH {option}\n" in script
+    assert "#SBATCH --partition=cpu\n" in scripts[3]
+    assert scripts[3].rstrip().endswith(f" -m megaphase sweep {tmp_path}/sweep.yaml --slurm")
+    # What is printed can be looked at, and submitted by hand.
+    folder = tmp_path / "out" / "slurm" / "dry-run"
+    assert list(yaml.safe_load((folder / "pipeline.yaml").read_text())["steps"])[-1] == "next"
+    trained = [(folder / "first-stage" / f"{task}.yaml").resolve().name for task in range(2)]
+    assert trained == ["pretrain-0.6-p0.01-s11.yaml", "pretrain-0.6-p0.005-s11.yaml"]
+    assert [path.name for path in folder.parent.iterdir()] == ["dry-run"]
+
+
+# On a real Slurm
+
+
+def break_run(run: Path) -> None:
+    """What should be a file is a folder, which no run can write."""
+    (run / "metrics.jsonl").mkdir(parents=True)
+
+
+def wait_for_the_end(cluster: Cluster, path: Path) -> str:
+    """Wait until no job is left; the state of the last one that was to begin a round."""
+    wait_until(lambda: not cluster.run("squeue", "--noheader"), SECONDS)
+    return cluster.state(next_job(path))
+
+
+def next_job(path: Path) -> str:
+    found = read_job(path.parent / "out")
+    assert found is not None
+    return found.job
+
+
+def logs(path: Path) -> str:
+    """All that jobs have said, for messages."""
+    found = sorted((path.parent / "out" / "slurm").rglob("*.log"))
+    return "\n".join(f"--- {log}\n{log.read_text()}" for log in found)
+
+
+def untimed(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
+    """As plain data, without seconds, and without the folder in reasons."""
+    plain = {name: outcome.model_dump(exclude={"seconds"}) for name, outcome in outcomes.items()}
+    for outcome in plain.values():
+        if outcome["failed"] is not None:
+            outcome["failed"] = outcome["failed"].partition("/runs/")[2]
+    return plain
+
+
+def test_a_sweep_ends_as_on_one_machine(cluster: Cluster, corpora: Path, tmp_path: Path) -> None:
+    """Without the job that was to begin the second round, and with a run that fails."""
+    failing = "static-r0.2-p0.01-s11"
+    here, there = tmp_path / "here", tmp_path / "a cluster"
+    for folder in (here, there):
+        folder.mkdir()
+        path = write(folder, settings(corpora, slurm=CPU))
+        break_run(folder / "out" / "runs" / failing)
+
+    jobs = submitted(call(path, env=cluster.environment))
+    assert list(jobs) == ["first-stage", "single-stage", "next"]
+    again = call(path, env=cluster.environment)
+    assert again.returncode == 0
+    assert f"and job {jobs['next']} behind them begins the next round" in again.stdout
+    cluster.run("scancel", jobs["next"])
+    _, _, expected = run_warm(here / "sweep.yaml")
+    wait_until(lambda: not cluster.run("squeue", "--noheader"), SECONDS)
+
+    jobs = submitted(call(path, env=cluster.environment))
+    assert list(jobs) == ["pretrain-0.6-p0.01-s11", "next"], logs(path)
+    assert wait_for_the_end(cluster, path) == "FAILED"
+    directory = SweepDirectory(there / "out")
+    assert untimed(directory.outcomes()) == untimed(expected), logs(path)
+    assert failing in directory.outcomes()
+    (last,) = (directory.slurm / "round-002" / "logs").glob("next-*.log")
+    assert f"1 of 3 runs have failed: {failing}; the first: " in last.read_text()
+    assert "metrics.jsonl" in directory.log(failing).read_text()
+
+
+def add_pairs(corpora: Path) -> str:
+    """Add pairs of short sentences to the corpora; the task's name."""
+    tokenizer = Tokenizer.load(corpora / "tok")
+    tag, words = tokenizer.reserved_tags[0], (corpora / "text" / "alda.jsonl").read_text().split()
+    pairs = [(" ".join(words[n : n + 2]), words[n + 2]) for n in range(9, 900, 3)]
+    documents = [
+        [*tokenizer.encode(source), tag, *tokenizer.encode(target), tokenizer.eod]
+        for source, target in pairs
+    ]
+    write_documents(
+        corpora / "data" / "pairs",
+        documents,
+        random_hashes(len(documents), 6),
+        tag=tag,
+        tokenizer_hash=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+    )
+    return "pairs"
+
+
+@pytest.mark.slow
+def test_rounds_follow_each_other_to_the_scores_of_translations(
+    cluster: Cluster, corpora: Path, tmp_path: Path
+) -> None:
+    arms = {
+        "static": {"rates": [0.3]},
+        "regularized": {"rates": [0.3], "early_stopping": 2},
+        "two-phase": {"pretrain": [0.6], "rates": [0.4]},
+    }
+    translation = {"samples": 4, "max_tokens": 8, "beam": 1, "batch": 4}
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        content = settings(
+            corpora, arms=arms, high=["alda"], low=["pairs"], translation=translation, slurm=CPU
+        )
+        content["learning_rate"]["peaks"] = [1e-2, 5e-3]
+        content["run"]["tasks"] = {
+            "alda": {"corpus": str(corpora / "data" / "alda")},
+            "pairs": {"kind": "translation", "corpus": str(corpora / "data" / add_pairs(corpora))},
+        }
+        path = write(folder, content)
+        break_run(folder / "out" / "runs" / "pretrain-0.6-p0.005-s11")
+    _, _, expected = run_warm(here / "sweep.yaml")
+    jobs = submitted(call(path, env=cluster.environment))
+    assert list(jobs) == [
+        "first-stage", "single-stage", "single-stage-translate", "single-stage-best",
+        "single-stage-best-translate", "next",
+    ]  # fmt: skip
+    assert wait_for_the_end(cluster, path) == "FAILED"  # as a run has failed
+    found = SweepDirectory(there / "out").outcomes()
+    assert untimed(found) == untimed(expected), logs(path)
+    assert len(found) == 8
+    assert sum(bool(outcome.translation) for outcome in found.values()) == 6
+
+
+def losses(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    return {name: (each.failed, each.losses) for name, each in outcomes.items()}
+
+
+@pytest.mark.slow
+def test_stopped_cancelled_and_failed_runs_go_on(
+    cluster: Cluster, corpora: Path, tmp_path: Path
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        arms = {"two-phase": {"pretrain": [0.6], "rates": [0.4]}}
+        path = write(folder, settings(corpora, arms=arms, steps=500, slurm={**CPU, "restarts": 3}))
+    _, _, expected = run_warm(here / "sweep.yaml")
+    directory = SweepDirectory(there / "out")
+    first = directory.run("pretrain-0.6-p0.01-s11")
+
+    def wait_for_steps(more: int) -> None:
+        goal = more + newest_step(first)
+        wait_until(lambda: newest_step(first) >= goal, SECONDS)
+
+    # A job that queues itself again has not ended for those that wait for it.
+    jobs = submitted(call(path, env=cluster.environment))
+    wait_for_steps(6)
+    cluster.run("scancel", "--signal=USR1", f"{jobs['first-stage']}_0")
+    cluster.hurry(f"{jobs['first-stage']}_0", SECONDS)
+    assert cluster.state(jobs["next"]) == "PENDING"
+    wait_for_steps(6)
+
+    # All are cancelled: the same command lets them go on.
+    cluster.run("scancel", jobs["next"], jobs["first-stage"])
+    wait_until(lambda: not cluster.run("squeue", "--noheader"), SECONDS)
+    jobs = submitted(call(path, env=cluster.environment))
+    assert list(jobs) == ["first-stage", "next"], logs(path)
+    assert not directory.outcomes()
+    wait_for_steps(6)
+
+    # One is cancelled: for the next round it has failed, until it is tried again.
+    cluster.run("scancel", jobs["first-stage"])
+    assert wait_for_the_end(cluster, path) == "FAILED"
+    (outcome,) = directory.outcomes().values()
+    assert outcome.failed is not None
+    assert "CANCELLED" in outcome.failed
+    submitted(call(path, "--retry", env=cluster.environment))
+    assert wait_for_the_end(cluster, path) == "COMPLETED"
+    assert losses(directory.outcomes()) == losses(expected), logs(path)
+    ended = call(path, env=cluster.environment)
+    assert "All runs have ended." in ended.stdout
+    assert not submitted(ended)
+
+
+def test_on_one_machine_no_run_is_begun_that_is_in_the_queue(
+    cluster: Cluster, corpora: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path, settings(corpora, slurm={**CPU, "sbatch": "--hold"}))
+    jobs = submitted(call(path, env=cluster.environment))
+    cluster.run("scancel", jobs["next"])
+    local = subprocess.run(
+        megaphase("sweep", path), env=cluster.environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert local.returncode == 2
+    assert f"job {jobs['first-stage']}_0 of this run is pending; wait for it" in local.stderr
+    # Only the job that begins the next round is missing.
+    assert list(submitted(call(path, env=cluster.environment))) == ["next"]
+    cluster.run("scancel", *jobs.values(), next_job(path))
+
+
+def test_what_sbatch_refuses_leaves_nothing(
+    cluster: Cluster, corpora: Path, tmp_path: Path
+) -> None:
+    slurm = {**CPU, "sbatch": "--hold", "next_sbatch": "--partition=nowhere"}
+    path = write(tmp_path, settings(corpora, slurm=slurm))
+    done = call(path, env=cluster.environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith("megaphase: sbatch refused the job: ")
+    assert not cluster.run("squeue", "--noheader")
+    assert not list((tmp_path / "out" / "runs").iterdir())
+    assert not list((tmp_path / "out" / "slurm").iterdir())
