@@ -85,6 +85,8 @@ def test_the_run_file_of_the_readme_is_valid(tmp_path):
         "README.md",
         "docs/run-file.md",
         "docs/plan.md",
+        "docs/sweeps.md",
+        "examples/paper/README.md",
         "docs/checkpoints.md",
         "docs/conversion.md",
         "docs/generation.md",

@@ -206,3 +206,33 @@ def test_ranks_that_leave_at_different_times_are_waited_for(tmp_path):
     with launched(tmp_path, code) as job:
         stdout, stderr = job.process.communicate(timeout=LIMIT_SECONDS)
         assert (job.process.returncode, stdout, stderr) == (0, "done\ndone\n", "")
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(tmp_path):
+    script = (
+        "import sys; from megaphase.launch.local import run_as_ranks; "
+        "run_as_ranks([sys.executable, '-c', sys.argv[1]], 2)"
+    )
+    rank = (
+        "import os, pathlib, time; from megaphase.parent import end_with_parent; "
+        f"end_with_parent(); pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch(); "
+        "time.sleep(600)"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", script, rank])
+    while len(list(tmp_path.iterdir())) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.02)
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 30
+    while any(is_alive(int(path.name)) for path in tmp_path.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_alive(pid):
+    """Whether a process runs still; one that nobody has waited for has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

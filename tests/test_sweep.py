@@ -16,10 +16,12 @@ from sweep_run_support import STEPS, run_warm, settings, write
 from megaphase.config import load_run_file
 from megaphase.errors import InputError, RunError
 from megaphase.experiments.sweep.directory import SweepDirectory
+from megaphase.experiments.sweep.file import SweepConfig
 from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.start import open_sweep, refuse_failures
 from megaphase.experiments.sweep.sweep import load_sweep
 from megaphase.experiments.sweep.trials import Trial, all_trials, known_trials
+from megaphase.yaml_file import read_yaml
 
 
 @pytest.fixture(scope="module")
@@ -339,3 +341,20 @@ def test_a_signal_lets_the_runs_save(corpora: Path, tmp_path: Path) -> None:
     assert "SIGTERM came: the runs have saved; the same command goes on" in stderr
     assert any(row.get("event") == "stopped" for row in read_rows(first))
     assert not SweepDirectory(tmp_path / "out").outcomes()
+
+
+PHASES = "[{name: any, steps: 1, mixture: {proportional: true}, learning_rate: {peak: 1e-3}}]"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "paper"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(EXAMPLES))
+)
+def test_examples_are_sound(path: Path) -> None:
+    content = read_yaml(path)
+    if "arms" not in content:
+        load_run_file(path, () if "phases" in content else (f"phases={PHASES}",))
+        return
+    config = SweepConfig.model_validate(content)
+    assert isinstance(config.run, Path)
+    assert (path.parent / config.run).is_file()

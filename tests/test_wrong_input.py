@@ -233,6 +233,16 @@ def test_nothing_else_may_change_between_two_starts(begun):
     assert {"output", "parallel.zero", "batch.micro", "tasks.alda.corpus"} < free
 
 
+def test_keys_that_a_version_had_not_yet_have_their_defaults(begun):
+    run_file, directory = begun
+    began = json.loads(directory.run_file.read_text())
+    del began["model"]["dropout"], began["phases"][0]["learning_rate"]["first_step"]
+    directory.run_file.write_text(json.dumps(began))
+    directory.refuse_other_run(load_run_file(run_file))
+    with pytest.raises(InputError, match="model.dropout: is 0.1, but the run in .* began with 0.0"):
+        directory.refuse_other_run(load_run_file(run_file, ("model.dropout=0.1",)))
+
+
 @pytest.mark.parametrize(
     ("processes", "changes", "named"),
     [

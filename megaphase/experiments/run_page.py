@@ -44,7 +44,7 @@ def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -
     rates = Plot(
         "learning_rate",
         "Learning rate",
-        "Every phase has its own schedule.",
+        "A phase begins a schedule of its own unless its run file says otherwise.",
         lambda size: learning_rate_plot(run, size),
     )
     data = Plot(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
@@ -64,7 +66,8 @@ class RunDirectory:
         """Raise InputError, naming the first key, where another run file began this directory."""
         if not self.run_file.exists():
             return
-        began, now = _identity(self._read(self.run_file)), _identity(_settings(config))
+        began = _identity(_with_defaults(self._read(self.run_file)))
+        now = _identity(_settings(config))
         difference = _first_difference("", began, now)
         if difference is not None:
             key, old, new = difference
@@ -108,6 +111,14 @@ class RunDirectory:
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude_none=True)
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """With what an earlier version did not write, since it had no such key."""
+    try:
+        return _settings(RunConfig.model_validate(settings))
+    except ValidationError:
+        return settings
 
 
 def _identity(settings: dict[str, Any]) -> dict[str, Any]:
