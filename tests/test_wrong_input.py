@@ -239,7 +239,7 @@ def test_keys_that_a_version_had_not_yet_have_their_defaults(begun):
     del began["model"]["dropout"], began["phases"][0]["learning_rate"]["first_step"]
     directory.run_file.write_text(json.dumps(began))
     directory.refuse_other_run(load_run_file(run_file))
-    with pytest.raises(InputError, match="model.dropout: is 0.1, but the run in .* began with 0.0"):
+    with pytest.raises(InputError, match=r"model\.dropout: is 0\.1, but .* began with 0\.0"):
         directory.refuse_other_run(load_run_file(run_file, ("model.dropout=0.1",)))
 
 
