@@ -51,7 +51,7 @@ _ROUND = re.compile(r"round-(\d+)")
 # has ended the job.
 _GIVEN_UP = re.compile(r"megaphase: job \S+: ")
 _RANK = re.compile(r"\S+: megaphase: ")
-_CUT_OFF = re.compile(r"slurmstepd: .* CANCELLED AT ")
+_CUT_OFF = re.compile(r"slurmstepd\S*: .* CANCELLED AT ")
 _LAST_LINES = 5
 
 Groups = Mapping[str, Sequence[Trial]]
@@ -134,6 +134,10 @@ class _Conductor:
 
         self.outcomes = self.directory.outcomes()
         self.next = read_job(self.directory.path)
+        # Asked once: while this process holds the lock jobs leave the queue, and none is added.
+        runs = [path.name for path in self.directory.run("").iterdir()]
+        jobs = {job.job for name in runs for job in self._jobs_of(name)}
+        self.queue = queued_jobs(jobs if self.next is None else jobs | {self.next.job})
 
     def conduct(self) -> Path | None:
         self._settle()
@@ -180,27 +184,23 @@ class _Conductor:
                 file_of_run.write(log.read_bytes())
         return Outcome(failed=_reason(log) or f"job {job.job} ended without a word")
 
-    def _jobs_of(self, trial: Trial) -> Iterator[Job]:
+    def _jobs_of(self, name: str) -> Iterator[Job]:
         from megaphase.launch.slurm.job_file import JOB_FILE, TRANSLATION_FILE, read_job
 
         for file in (JOB_FILE, TRANSLATION_FILE):
-            if (job := read_job(self.directory.run(trial.name), file)) is not None:
+            if (job := read_job(self.directory.run(name), file)) is not None:
                 yield job
 
     def _queued(self, trials: Sequence[Trial]) -> set[str]:
         """The jobs of these runs that have not ended."""
-        return queued_jobs({job.job for trial in trials for job in self._jobs_of(trial)})
+        return self.queue & {job.job for trial in trials for job in self._jobs_of(trial.name)}
 
     def _is_the_next_job(self) -> bool:
         return self.next is not None and self.next.job == os.environ.get("SLURM_JOB_ID")
 
     def _next_is_queued(self) -> bool:
         """Whether another job than this one begins the next round."""
-        return (
-            self.next is not None
-            and not self._is_the_next_job()
-            and bool(queued_jobs([self.next.job]))
-        )
+        return self.next is not None and self.next.job in self.queue and not self._is_the_next_job()
 
     def _say_that_it_goes_on(self, waiting: set[str]) -> None:
         assert self.next is not None
@@ -224,11 +224,10 @@ class _Conductor:
             remove_directory(folder)
             raise
         self._remember(pipeline, jobs, _groups(trials))
-        total = len(all_trials(self.sweep))
-        self._say(
-            f"{self.directory.path}: {total} runs, {len(self.outcomes)} have ended; round {number} "
-            f"trains {len(trials)}"
-        )
+        total, ended = len(all_trials(self.sweep)), len(self.outcomes)
+        trained = f"round {number} trains {len(trials)}"
+        what = trained if trials else f"{len(behind)} jobs of others are in the queue"
+        self._say(f"{self.directory.path}: {total} runs, {ended} have ended; {what}")
         for name, job in jobs.items():
             self._say(f"Submitted: {name}, job {job}")
         self._say(f"Output: {pipeline.logs_folder}")
