@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import time
@@ -15,6 +16,7 @@ from sweep_run_support import STEPS, run_warm, settings, write
 
 from megaphase.config import load_run_file
 from megaphase.errors import InputError, RunError
+from megaphase.experiments.front.report import SweepReport
 from megaphase.experiments.sweep.directory import SweepDirectory
 from megaphase.experiments.sweep.file import SweepConfig
 from megaphase.experiments.sweep.outcome import Outcome
@@ -324,6 +326,48 @@ def running(run: Path) -> bool:
         except OSError:
             continue
     return False
+
+
+@pytest.mark.slow
+def test_killed_at_random_it_gives_the_same_report(corpora: Path, tmp_path: Path) -> None:
+    """SIGKILL after 5 to 25 s, over and over, until the sweep has ended; all files are equal."""
+    arms = {
+        "static": {"rates": [0.1, 0.3]},
+        "two-phase": {"pretrain": [0.5, 0.75], "rates": [0.4]},
+        "restart": {"pretrain": [0.5], "rates": [0.2]},
+        "low-only": {"pretrain": [0.75]},
+        "regularized": {"rates": [0.3], "settings": {"model.dropout": 0.2}, "early_stopping": 2},
+    }
+    grid = {"peaks": [3e-3, 1e-2], "warmup": 0.2}
+    reports = []
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        path = write(tmp_path / name, settings(corpora, arms=arms, learning_rate=grid, steps=60))
+        if name == "whole":
+            run_warm(path)
+        else:
+            kills = kill_until_done(path, random.Random(3))
+            assert kills >= 4
+        out = tmp_path / name / "report"
+        SweepReport.of(tmp_path / name / "out").write(out)
+        files = sorted(file for file in out.rglob("*") if file.is_file())
+        reports.append({file.relative_to(out): file.read_bytes() for file in files})
+    assert len(reports[0]) > 10
+    assert reports[0] == reports[1]
+
+
+def kill_until_done(path: Path, chance: random.Random) -> int:
+    """Start a sweep again and again, two runs at a time; how often it was killed."""
+    kills = 0
+    while True:
+        process = subprocess.Popen(megaphase("sweep", path, "-j", "2"), stdout=subprocess.DEVNULL)
+        try:
+            assert process.wait(chance.uniform(5, 25)) == 0
+            return kills
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
 
 
 def test_a_signal_lets_the_runs_save(corpora: Path, tmp_path: Path) -> None:
