@@ -202,8 +202,8 @@ def test_a_sweep_ends_as_on_one_machine(cluster: Cluster, corpora: Path, tmp_pat
     assert "metrics.jsonl" in directory.log(failing).read_text()
 
 
-def add_pairs(corpora: Path) -> str:
-    """Add pairs of short sentences to the corpora; the task's name."""
+def write_pairs(prefix: Path, corpora: Path) -> None:
+    """A corpus of pairs of short sentences."""
     tokenizer = Tokenizer.load(corpora / "tok")
     tag, words = tokenizer.reserved_tags[0], (corpora / "text" / "alda.jsonl").read_text().split()
     pairs = [(" ".join(words[n : n + 2]), words[n + 2]) for n in range(9, 900, 3)]
@@ -212,14 +212,13 @@ def add_pairs(corpora: Path) -> str:
         for source, target in pairs
     ]
     write_documents(
-        corpora / "data" / "pairs",
+        prefix,
         documents,
         random_hashes(len(documents), 6),
         tag=tag,
         tokenizer_hash=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
     )
-    return "pairs"
 
 
 @pytest.mark.slow
@@ -232,7 +231,8 @@ def test_rounds_follow_each_other_to_the_scores_of_translations(
         "two-phase": {"pretrain": [0.6], "rates": [0.4]},
     }
     translation = {"samples": 4, "max_tokens": 8, "beam": 1, "batch": 4}
-    here, there = tmp_path / "here", tmp_path / "there"
+    pairs, here, there = (tmp_path / name for name in ("pairs", "here", "there"))
+    write_pairs(pairs, corpora)
     for folder in (here, there):
         folder.mkdir()
         content = settings(
@@ -241,7 +241,7 @@ def test_rounds_follow_each_other_to_the_scores_of_translations(
         content["learning_rate"]["peaks"] = [1e-2, 5e-3]
         content["run"]["tasks"] = {
             "alda": {"corpus": str(corpora / "data" / "alda")},
-            "pairs": {"kind": "translation", "corpus": str(corpora / "data" / add_pairs(corpora))},
+            "pairs": {"kind": "translation", "corpus": str(pairs)},
         }
         path = write(folder, content)
         break_run(folder / "out" / "runs" / "pretrain-0.6-p0.005-s11")
@@ -270,7 +270,7 @@ def test_stopped_cancelled_and_failed_runs_go_on(
     for folder in (here, there):
         folder.mkdir()
         arms = {"two-phase": {"pretrain": [0.6], "rates": [0.4]}}
-        path = write(folder, settings(corpora, arms=arms, steps=500, slurm={**CPU, "restarts": 3}))
+        path = write(folder, settings(corpora, arms=arms, steps=200, slurm={**CPU, "restarts": 3}))
     _, _, expected = run_warm(here / "sweep.yaml")
     directory = SweepDirectory(there / "out")
     first = directory.run("pretrain-0.6-p0.01-s11")
