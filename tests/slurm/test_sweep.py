@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ import pytest
 import yaml
 from cluster import Cluster
 from data_support import wait_until
-from run_support import make_corpora, megaphase
+from run_support import make_corpora
 from sweep_run_support import run_warm, settings, write
 from translation_support import random_hashes, write_documents
 from typer.testing import CliRunner, Result
 
 from megaphase.cli import app
-from megaphase.errors import InputError
+from megaphase.errors import InputError, RunError
 from megaphase.experiments.sweep.directory import SweepDirectory
 from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.sweep import load_sweep
@@ -35,21 +34,16 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpora(tmp_path_factory.mktemp("corpora"))
 
 
-def call(
-    path: Path, *options: object, env: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    command = megaphase("sweep", path, "--slurm", *options)
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+def call(path: Path, *options: object, cluster: Cluster | None = None) -> Result:
+    """`megaphase sweep` in this process."""
+    env = {} if cluster is None else {"SLURM_CONF": cluster.environment["SLURM_CONF"]}
+    return CliRunner().invoke(app, ["sweep", str(path), *map(str, options)], env=env)
 
 
-def invoke(path: Path, *options: object) -> Result:
-    """The same in this process."""
-    return CliRunner().invoke(app, ["sweep", str(path), "--slurm", *map(str, options)])
-
-
-def submitted(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    """The ids of jobs by step, of what was printed."""
-    assert done.returncode == 0, done.stderr
+def submit(cluster: Cluster, path: Path, *options: object) -> dict[str, str]:
+    """Call it with --slurm; the ids of the jobs that were submitted, by step."""
+    done = call(path, "--slurm", *options, cluster=cluster)
+    assert done.exit_code == 0, done.exception
     lines = [line for line in done.stdout.splitlines() if line.startswith("Submitted: ")]
     return {words[1].rstrip(","): words[3] for words in map(str.split, lines)}
 
@@ -97,7 +91,7 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     path = write(tmp_path, settings(corpora, **{"slurm": CPU, **changes}))
-    error = invoke(path, *options).exception
+    error = call(path, "--slurm", *options).exception
     assert isinstance(error, InputError)
     assert str(error).startswith(message.format(path=path))
 
@@ -114,7 +108,7 @@ def test_dry_run_prints_the_scripts_of_the_first_round(corpora: Path, tmp_path: 
     }  # fmt: skip
     content = settings(corpora, arms=arms, slurm=jobs)
     content["learning_rate"]["peaks"] = [1e-2, 5e-3]
-    done = invoke(write(tmp_path, content), "--dry-run")
+    done = call(write(tmp_path, content), "--slurm", "--dry-run")
     assert done.exit_code == 0, done.exception
     arrays = ["first-stage", "single-stage", "single-stage-best"]
     heads = [line for line in done.stdout.splitlines() if re.match(r"# \S+, after ", line)]
@@ -182,16 +176,15 @@ def test_a_sweep_ends_as_on_one_machine(cluster: Cluster, corpora: Path, tmp_pat
         path = write(folder, settings(corpora, slurm=CPU))
         break_run(folder / "out" / "runs" / failing)
 
-    jobs = submitted(call(path, env=cluster.environment))
+    jobs = submit(cluster, path)
     assert list(jobs) == ["first-stage", "single-stage", "next"]
-    again = call(path, env=cluster.environment)
-    assert again.returncode == 0
+    again = call(path, "--slurm", cluster=cluster)
     assert f"and job {jobs['next']} behind them begins the next round" in again.stdout
     cluster.run("scancel", jobs["next"])
     _, _, expected = run_warm(here / "sweep.yaml")
     wait_until(lambda: not cluster.run("squeue", "--noheader"), SECONDS)
 
-    jobs = submitted(call(path, env=cluster.environment))
+    jobs = submit(cluster, path)
     assert list(jobs) == ["pretrain-0.6-p0.01-s11", "next"], logs(path)
     assert wait_for_the_end(cluster, path) == "FAILED"
     directory = SweepDirectory(there / "out")
@@ -246,7 +239,7 @@ def test_rounds_follow_each_other_to_the_scores_of_translations(
         path = write(folder, content)
         break_run(folder / "out" / "runs" / "pretrain-0.6-p0.005-s11")
     _, _, expected = run_warm(here / "sweep.yaml")
-    jobs = submitted(call(path, env=cluster.environment))
+    jobs = submit(cluster, path)
     assert list(jobs) == [
         "first-stage", "single-stage", "single-stage-translate", "single-stage-best",
         "single-stage-best-translate", "next",
@@ -280,7 +273,7 @@ def test_stopped_cancelled_and_failed_runs_go_on(
         wait_until(lambda: newest_step(first) >= goal, SECONDS)
 
     # A job that queues itself again has not ended for those that wait for it.
-    jobs = submitted(call(path, env=cluster.environment))
+    jobs = submit(cluster, path)
     wait_for_steps(6)
     cluster.run("scancel", "--signal=USR1", f"{jobs['first-stage']}_0")
     cluster.hurry(f"{jobs['first-stage']}_0", SECONDS)
@@ -290,7 +283,7 @@ def test_stopped_cancelled_and_failed_runs_go_on(
     # All are cancelled: the same command lets them go on.
     cluster.run("scancel", jobs["next"], jobs["first-stage"])
     wait_until(lambda: not cluster.run("squeue", "--noheader"), SECONDS)
-    jobs = submitted(call(path, env=cluster.environment))
+    jobs = submit(cluster, path)
     assert list(jobs) == ["first-stage", "next"], logs(path)
     assert not directory.outcomes()
     wait_for_steps(6)
@@ -301,28 +294,24 @@ def test_stopped_cancelled_and_failed_runs_go_on(
     (outcome,) = directory.outcomes().values()
     assert outcome.failed is not None
     assert "CANCELLED" in outcome.failed
-    submitted(call(path, "--retry", env=cluster.environment))
+    submit(cluster, path, "--retry")
     assert wait_for_the_end(cluster, path) == "COMPLETED"
     assert losses(directory.outcomes()) == losses(expected), logs(path)
-    ended = call(path, env=cluster.environment)
-    assert "All runs have ended." in ended.stdout
-    assert not submitted(ended)
+    assert "All runs have ended." in call(path, "--slurm", cluster=cluster).stdout
+    assert not cluster.run("squeue", "--noheader")
 
 
 def test_on_one_machine_no_run_is_begun_that_is_in_the_queue(
     cluster: Cluster, corpora: Path, tmp_path: Path
 ) -> None:
     path = write(tmp_path, settings(corpora, slurm={**CPU, "sbatch": "--hold"}))
-    jobs = submitted(call(path, env=cluster.environment))
+    jobs = submit(cluster, path)
     cluster.run("scancel", jobs["next"])
-    local = subprocess.run(
-        megaphase("sweep", path), env=cluster.environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert local.returncode == 2
-    assert f"job {jobs['first-stage']}_0 of this run is pending; wait for it" in local.stderr
+    local = call(path, cluster=cluster)
+    assert isinstance(local.exception, InputError)
+    assert f"job {jobs['first-stage']}_0 of this run is pending; wait" in str(local.exception)
     # Only the job that begins the next round is missing.
-    assert list(submitted(call(path, env=cluster.environment))) == ["next"]
+    assert list(submit(cluster, path)) == ["next"]
     cluster.run("scancel", *jobs.values(), next_job(path))
 
 
@@ -331,9 +320,9 @@ def test_what_sbatch_refuses_leaves_nothing(
 ) -> None:
     slurm = {**CPU, "sbatch": "--hold", "next_sbatch": "--partition=nowhere"}
     path = write(tmp_path, settings(corpora, slurm=slurm))
-    done = call(path, env=cluster.environment)
-    assert done.returncode == 1
-    assert done.stderr.startswith("megaphase: sbatch refused the job: ")
+    done = call(path, "--slurm", cluster=cluster)
+    assert isinstance(done.exception, RunError)
+    assert str(done.exception).startswith("sbatch refused the job: ")
     assert not cluster.run("squeue", "--noheader")
     assert not list((tmp_path / "out" / "runs").iterdir())
     assert not list((tmp_path / "out" / "slurm").iterdir())

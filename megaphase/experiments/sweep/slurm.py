@@ -51,7 +51,7 @@ _ROUND = re.compile(r"round-(\d+)")
 # has ended the job.
 _GIVEN_UP = re.compile(r"megaphase: job \S+: ")
 _RANK = re.compile(r"\S+: megaphase: ")
-_CUT_OFF = re.compile(r"slurmstepd\S*: .* CANCELLED AT ")
+_CUT_OFF = re.compile(r"slurmstepd\S*: .*?\*\*\* (.* CANCELLED AT .*) \*\*\*")
 _LAST_LINES = 5
 
 Groups = Mapping[str, Sequence[Trial]]
@@ -177,12 +177,13 @@ class _Conductor:
         log = Path(job.log)
         # Who cancels jobs and gives the command again wants them to go on. The job that begins the
         # next round does not: so no job that ends without a word is submitted for ever.
-        if _was_cut_off(log) and not self._is_the_next_job():
+        cut_off = _cut_off(log)
+        if cut_off is not None and not self._is_the_next_job():
             return None
         if log.exists():
             with open(self.directory.log(trial.name), "ab") as file_of_run:
                 file_of_run.write(log.read_bytes())
-        return Outcome(failed=_reason(log) or f"job {job.job} ended without a word")
+        return Outcome(failed=cut_off or _reason(log))
 
     def _jobs_of(self, name: str) -> Iterator[Job]:
         from megaphase.launch.slurm.job_file import JOB_FILE, TRANSLATION_FILE, read_job
@@ -337,13 +338,15 @@ def _of_one_process(jobs: ClusterJobs) -> dict[str, Any]:
     return {"sbatch": [*jobs.options, *gpu], **cores}
 
 
-def _was_cut_off(log: Path) -> bool:
-    """Whether a job did not end by itself: cancelled while it waited or ran, say."""
+def _cut_off(log: Path) -> str | None:
+    """Why a job did not end by itself, in Slurm's words where it has any; None where it did."""
     lines = _last_lines(log)
     if not lines:
-        return True
-    ended_by_itself = lines[-1].startswith("megaphase: ")
-    return not ended_by_itself and any(_CUT_OFF.match(line) for line in lines)
+        return "its job has ended without a word"
+    if lines[-1].startswith("megaphase: "):
+        return None
+    found = (_CUT_OFF.match(line) for line in reversed(lines))
+    return next((match[1] for match in found if match), None)
 
 
 def _reason(log: Path) -> str:
