@@ -81,7 +81,7 @@ TRAIN = {"train": "run.yaml", **CPU}
         ({"a": {"command": 3}}, ": steps.a.command: must be text"),
         ({"a": {**VERIFY, "nodes": 2}}, ": steps.a: nodes is for train; leave it out"),
         ({"a": {**VERIFY, "array": 0}}, ": steps.a.array: must be greater than 0; found 0"),
-        ({"a": {**VERIFY, "at_a_time": 2}}, ": steps.a: at_a_time is for the tasks of an array; add"),
+        ({"a": {**VERIFY, "at_a_time": 2}}, ": steps.a: at_a_time is for the tasks of an array;"),
         ({"a": {**VERIFY, "after_failures": True}}, ": steps.a: after_failures says how to wait;"),
         ({"a": {**VERIFY, "cores": "4"}}, ': steps.a.cores: must be a whole number; found "4"'),
         ({"a b": VERIFY}, ": steps.a b: this is no name for a job; use letters, digits"),
