@@ -13,15 +13,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from types import FrameType
+from collections.abc import Sequence
 
 from rich.console import Console
 
 from megaphase.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_WRONG_INPUT
 from megaphase.parent import ends_with_this_process
+from megaphase.signals import noted_signals
 
-FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 POLL_SECONDS = 0.1
 # When a rank has failed the others learn of it from their watchdog, and tell more than this
 # launcher could. Those that know nothing by then get SIGTERM, and SIGKILL after a grace period:
@@ -51,7 +50,7 @@ def run_as_ranks(
     Returns 0 if all ranks do, else the most telling of the codes with which they ended by
     themselves: 2, 1, any other, 128 + the signal that killed one, 75. 130 after Ctrl-C.
     """
-    with _noted_signals() as received:
+    with noted_signals() as received:
         job = _Job(_start(argv, processes))
         try:
             while not job.is_over():
@@ -85,22 +84,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-@contextlib.contextmanager
-def _noted_signals() -> Iterator[list[signal.Signals]]:
-    """The signals to forward, in the order in which they come."""
-    received: list[signal.Signals] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-
-    before = {number: signal.signal(number, note) for number in FORWARDED_SIGNALS}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _start(argv: Sequence[str], processes: int) -> list[subprocess.Popen[bytes]]:

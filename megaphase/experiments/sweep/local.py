@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn, Protocol
 
 from megaphase.errors import EXIT_REQUEUE, EXIT_WRONG_INPUT, InputError, RunError, Stopped
@@ -32,9 +31,9 @@ from megaphase.experiments.sweep.trial_run import (
 from megaphase.experiments.sweep.trials import Trial, known_trials
 from megaphase.locks import exclusive_lock
 from megaphase.parent import ends_with_this_process
+from megaphase.signals import noted_signals
 
 POLL_SECONDS = 0.2
-FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -116,23 +115,8 @@ def run_locally(
     def refuse() -> NoReturn:
         raise RunError(f"{directory.path}: another process is at this sweep; wait until it ends")
 
-    with exclusive_lock(directory.lock, refuse), _noted_signals() as received:
+    with exclusive_lock(directory.lock, refuse), noted_signals() as received:
         return _Runner(sweep, directory, machine, display, start, received).run()
-
-
-@contextlib.contextmanager
-def _noted_signals() -> Iterator[list[signal.Signals]]:
-    received: list[signal.Signals] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-
-    before = {number: signal.signal(number, note) for number in FORWARDED_SIGNALS}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Runner:
