@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 import sysconfig
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Literal, NamedTuple
 
 import megaphase
+from megaphase.parallel.stacks import Frame, all_stacks
 
 State = Literal["running", "patient", "broken", "fault", "failed", "interrupted", "left"]
 
@@ -133,26 +132,19 @@ def next_on_node(places: Sequence[Place]) -> list[int]:
 
 def thread_position(thread: int) -> tuple[str, bool]:
     """Where a thread is in the program (`loop.py:12 in run`), and whether it is in a collective."""
-    frames = sys._current_frames()
-    stack = list(_outwards(frames.get(thread)))
+    stacks = all_stacks()
+    stack = stacks.get(thread, [])
     waits = _in_collective(stack)
-    if not waits and stack and _BACKWARD in stack[0].f_code.co_filename:
+    if not waits and stack and _BACKWARD in stack[0].filename:
         # On a GPU the backward pass, with its collectives, runs in threads of its own.
-        mine = threading.get_ident()
-        others = (frame for ident, frame in frames.items() if ident not in (thread, mine))
-        waits = any(_in_collective(list(_outwards(frame))) for frame in others)
+        apart = (thread, threading.get_ident())
+        waits = any(_in_collective(each) for ident, each in stacks.items() if ident not in apart)
     own = next((frame for frame in stack if not _is_library(frame)), None)
     return _describe(own) if own else "", waits
 
 
-def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _in_collective(stack: list[FrameType]) -> bool:
-    return any(is_collective(frame.f_code.co_filename) for frame in stack)
+def _in_collective(stack: Sequence[Frame]) -> bool:
+    return any(is_collective(frame.filename) for frame in stack)
 
 
 def is_collective(filename: str) -> bool:
@@ -160,11 +152,9 @@ def is_collective(filename: str) -> bool:
     return any(part in filename for part in _COLLECTIVES)
 
 
-def _is_library(frame: FrameType) -> bool:
-    name = frame.f_code.co_filename
-    return name.startswith(_LIBRARIES) and not name.startswith(_OWN)
+def _is_library(frame: Frame) -> bool:
+    return frame.filename.startswith(_LIBRARIES) and not frame.filename.startswith(_OWN)
 
 
-def _describe(frame: FrameType) -> str:
-    code = frame.f_code
-    return f"{os.path.basename(code.co_filename)}:{frame.f_lineno} in {code.co_name}"
+def _describe(frame: Frame) -> str:
+    return f"{os.path.basename(frame.filename)}:{frame.line} in {frame.function}"
