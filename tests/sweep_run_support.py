@@ -12,7 +12,7 @@ from warm_process import WarmProcess
 
 from megaphase.experiments.sweep.directory import SweepDirectory
 from megaphase.experiments.sweep.display import Display
-from megaphase.experiments.sweep.local import Machine, run_locally
+from megaphase.experiments.sweep.local import Machine, Start, run_locally
 from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.start import open_sweep
 from megaphase.launch.local import free_port, rank_environment
@@ -56,9 +56,11 @@ def quiet_display(sweep: Any) -> Display:
     return Display(Console(quiet=True), sweep, 0, 0)
 
 
-def run_warm(path: Path) -> tuple[Any, SweepDirectory, dict[str, Outcome]]:
+def run_warm(
+    path: Path, start: Start = warm_start
+) -> tuple[Any, SweepDirectory, dict[str, Outcome]]:
     sweep, directory = open_sweep(path)
     machine = Machine(jobs=2, processes=1, gpus=0)
     return sweep, directory, run_locally(
-        sweep, directory, machine, quiet_display(sweep), warm_start
+        sweep, directory, machine, quiet_display(sweep), start
     )  # fmt: skip

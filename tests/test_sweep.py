@@ -6,7 +6,9 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +289,21 @@ def test_a_run_that_fails_does_not_hold_up_the_others(corpora: Path, tmp_path: P
     directory.forget_failures()
     _, _, outcomes = run_warm(path)
     assert all(outcome.failed is None for outcome in outcomes.values())
+
+
+def test_a_run_that_is_killed_is_told_so(corpora: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, settings(corpora, arms={"static": {"rates": [0.2]}}, steps=3))
+    _, _, outcomes = run_warm(path, start=killed_start)
+    assert outcomes["static-r0.2-p0.01-s11"].failed == "was killed by SIGSEGV"
+    _, directory = open_sweep(path)
+    directory.forget_failures()
+    _, _, outcomes = run_warm(path)
+    assert outcomes["static-r0.2-p0.01-s11"].failed is None
+
+
+def killed_start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Any:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
 
 
 def test_killed_at_once_with_its_runs_it_goes_on(corpora: Path, tmp_path: Path) -> None:

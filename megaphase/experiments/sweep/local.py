@@ -213,7 +213,7 @@ class _Runner:
         if code == 0:
             outcome = read_outcome(self._sweep, self._directory, job.trial)
         else:
-            outcome = Outcome(failed=last_line(self._directory.log(name)) or f"exit code {code}")
+            outcome = Outcome(failed=_reason(code, self._directory.log(name)))
         self._directory.write_outcome(name, outcome)
         self._outcomes[name] = outcome
         self._display.end(job.trial, outcome, self._outcomes)
@@ -224,3 +224,10 @@ class _Runner:
                 os.killpg(job.process.pid, signal.SIGKILL)
             job.process.wait()
             self._display.drop(job.trial)
+
+
+def _reason(code: int, log: Path) -> str:
+    """Why a command ended so; where it was killed, its last line is none of that."""
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return last_line(log) or f"ended with exit code {code}"
