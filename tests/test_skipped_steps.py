@@ -60,8 +60,8 @@ def scale_losses(steps: list[int], factor: float) -> None:
         train_step(loop, at, *arguments)
         now[0] = 0
 
-    def forward_scaled(engine, micro):
-        return forward(engine, micro) * (factor if now[0] in steps else 1.0)
+    def forward_scaled(engine, micro, dropout_seeds):
+        return forward(engine, micro, dropout_seeds) * (factor if now[0] in steps else 1.0)
 
     TrainingLoop._train_step, Engine._forward = noting_step, forward_scaled
 
