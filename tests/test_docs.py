@@ -86,6 +86,7 @@ def test_the_run_file_of_the_readme_is_valid(tmp_path):
         "docs/run-file.md",
         "docs/plan.md",
         "docs/sweeps.md",
+        "docs/experiments.md",
         "examples/paper/README.md",
         "docs/checkpoints.md",
         "docs/conversion.md",
