@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 
-from megaphase.errors import InputError
+from megaphase.errors import InputError, RunError
 from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.sweep import Sweep
 from megaphase.experiments.sweep.trials import Trial, known_trials
 from megaphase.files import make_directory, write_text_whole
+from megaphase.locks import exclusive_lock
 from megaphase.records import read_record
 
 SWEEP_FILE = "sweep.json"
@@ -29,11 +32,6 @@ class SweepDirectory:
     def sweep_file(self) -> Path:
         """The sweep as it was understood."""
         return self.path / SWEEP_FILE
-
-    @property
-    def lock(self) -> Path:
-        """Held by the process that starts runs."""
-        return self.path / ".lock"
 
     def run_file(self, name: str) -> Path:
         return self.path / "run-files" / f"{name}.yaml"
@@ -64,6 +62,20 @@ class SweepDirectory:
         for folder in ("run-files", "runs", "logs", "scores", "outcomes"):
             make_directory(self.path / folder)
         write_text_whole(self.sweep_file, sweep.model_dump_json(indent=2) + "\n")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from starting runs of this sweep.
+
+        Raises:
+            RunError: one is at it.
+        """
+
+        def refuse() -> NoReturn:
+            raise RunError(f"{self.path}: another process is at this sweep; wait until it ends")
+
+        with exclusive_lock(self.path / ".lock", refuse):
+            yield
 
     def write_run_file(self, sweep: Sweep, trial: Trial) -> Path:
         """Write a run's file, or find that it is there and the same; see `check_run_file`."""

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Protocol
 
-from megaphase.errors import EXIT_REQUEUE, EXIT_WRONG_INPUT, InputError, RunError, Stopped
+from megaphase.errors import EXIT_REQUEUE, EXIT_WRONG_INPUT, InputError, Stopped
 from megaphase.experiments.sweep.directory import SweepDirectory
 from megaphase.experiments.sweep.display import Display
 from megaphase.experiments.sweep.outcome import Outcome
@@ -28,8 +28,7 @@ from megaphase.experiments.sweep.trial_run import (
     train_command,
     translate_command,
 )
-from megaphase.experiments.sweep.trials import Trial, known_trials
-from megaphase.locks import exclusive_lock
+from megaphase.experiments.sweep.trials import Trial, ready_trials
 from megaphase.parent import ends_with_this_process
 from megaphase.signals import noted_signals
 
@@ -111,11 +110,7 @@ def run_locally(
         RunError: another process starts the runs of this sweep.
         Stopped: a signal came, and the runs have saved.
     """
-
-    def refuse() -> NoReturn:
-        raise RunError(f"{directory.path}: another process is at this sweep; wait until it ends")
-
-    with exclusive_lock(directory.lock, refuse), noted_signals() as received:
+    with directory.locked(), noted_signals() as received:
         return _Runner(sweep, directory, machine, display, start, received).run()
 
 
@@ -140,13 +135,10 @@ class _Runner:
         ended = partial(outcome_if_ended, self._sweep, self._directory)
         settle(self._sweep, self._directory, self._display, self._outcomes, ended)
         try:
-            while True:
-                if not self._received:
-                    self._start_what_can_be()
-                if not self._jobs:
-                    break
-                self._look_after_jobs()
+            self._start_what_can_be()
+            while self._jobs:
                 time.sleep(POLL_SECONDS)
+                self._look_after_jobs()
         finally:
             self._kill_all()
         if self._received:
@@ -157,17 +149,14 @@ class _Runner:
         return self._outcomes
 
     def _start_what_can_be(self) -> None:
-        trials = known_trials(self._sweep, self._outcomes)
-        for trial in trials:
+        """At the beginning and whenever a run has ended: which ones there are is known by that."""
+        if self._received:
+            return
+        for trial in ready_trials(self._sweep, self._outcomes):
             if len(self._jobs) == self._machine.jobs:
                 return
-            if trial.name in self._outcomes or trial.name in self._jobs:
-                continue
-            if trial.source is None or self._has_ended_well(trial.source):
+            if trial.name not in self._jobs:
                 self._begin(trial)
-
-    def _has_ended_well(self, name: str) -> bool:
-        return name in self._outcomes and self._outcomes[name].failed is None
 
     def _begin(self, trial: Trial) -> None:
         run_file = self._directory.write_run_file(self._sweep, trial)
@@ -200,6 +189,7 @@ class _Runner:
             else:
                 del self._jobs[name]
                 self._settle(job, code)
+                self._start_what_can_be()
 
     def _settle(self, job: _Job, code: int) -> None:
         name = job.trial.name

@@ -12,12 +12,12 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
 
-from megaphase.errors import InputError, RunError
+from megaphase.errors import InputError
 from megaphase.experiments.sweep.directory import SweepDirectory
 from megaphase.experiments.sweep.display import Display
 from megaphase.experiments.sweep.file import ClusterJobs
@@ -33,9 +33,8 @@ from megaphase.experiments.sweep.trial_run import (
     train_command,
     translate_command,
 )
-from megaphase.experiments.sweep.trials import Trial, all_trials, known_trials
+from megaphase.experiments.sweep.trials import Trial, all_trials, known_trials, ready_trials
 from megaphase.files import make_directory, remove_directory, write_text_whole
-from megaphase.locks import exclusive_lock
 from megaphase.slurm import queued_jobs
 
 # Imports point from launch to here, so what is used of it is imported within functions.
@@ -72,11 +71,7 @@ def sweep_on_slurm(path: Path, program: Any, *, retry: bool, console: Console) -
     """
     found, directory = open_sweep(path)
     jobs = _cluster_jobs(found)
-
-    def refuse() -> NoReturn:
-        raise RunError(f"{directory.path}: another process is at this sweep; wait until it ends")
-
-    with exclusive_lock(directory.lock, refuse):
+    with directory.locked():
         if retry:
             directory.forget_failures()
         return _Conductor(found, directory, jobs, program, console).conduct()
@@ -94,7 +89,7 @@ def next_scripts(path: Path, program: Any) -> Iterator[tuple[str, Sequence[str],
     jobs, outcomes = _cluster_jobs(found), directory.outcomes()
     folder = directory.slurm / _DRY_RUN
     remove_directory(folder)
-    pipeline = _write_round(found, directory, jobs, _can_begin(found, outcomes), folder, program)
+    pipeline = _write_round(found, directory, jobs, ready_trials(found, outcomes), folder, program)
     for name, script in scripts(pipeline).items():
         yield name, pipeline.steps[name].after, script
 
@@ -107,16 +102,6 @@ def _cluster_jobs(sweep: Sweep) -> ClusterJobs:
             "say what the job of a run asks for, such as slurm: {gpus_per_node: 8}",
         )
     return sweep.config.slurm
-
-
-def _can_begin(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Trial]:
-    """Runs that have not ended, and wait for no other."""
-
-    def is_there(source: str | None) -> bool:
-        return source is None or (source in outcomes and outcomes[source].failed is None)
-
-    known = known_trials(sweep, outcomes)
-    return [trial for trial in known if trial.name not in outcomes and is_there(trial.source)]
 
 
 @dataclass
@@ -141,7 +126,7 @@ class _Conductor:
 
     def conduct(self) -> Path | None:
         self._settle()
-        open_trials = _can_begin(self.sweep, self.outcomes)
+        open_trials = ready_trials(self.sweep, self.outcomes)
         waiting = self._queued(open_trials)
         if waiting and self._next_is_queued():
             self._say_that_it_goes_on(waiting)

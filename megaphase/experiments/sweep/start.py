@@ -15,7 +15,7 @@ from megaphase.experiments.sweep.display import Display
 from megaphase.experiments.sweep.local import Machine, run_locally
 from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.sweep import Sweep, load_sweep
-from megaphase.experiments.sweep.trials import all_trials, known_trials
+from megaphase.experiments.sweep.trials import Trial, all_trials, known_trials
 
 NAMED_AT_MOST = 3
 
@@ -57,13 +57,20 @@ def open_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
         InputError: something in it is wrong, or runs of other settings lie there.
     """
     found = load_sweep(path)
-    for trial in all_trials(found):
-        run_config(Path(f"{path}: run {trial.name}"), dict(trial.run))
+    _checked_trials(found)
     directory = SweepDirectory(found.output)
     directory.prepare(found)
     for trial in known_trials(found, directory.outcomes()):
         directory.check_run_file(found, trial)
     return found, directory
+
+
+def _checked_trials(found: Sweep) -> list[Trial]:
+    """All runs; raises InputError where the run file of one is wrong."""
+    trials = all_trials(found)
+    for trial in trials:
+        run_config(Path(f"{found.file}: run {trial.name}"), dict(trial.run))
+    return trials
 
 
 def _refuse_jobs(found: Sweep, directory: SweepDirectory) -> None:
@@ -98,11 +105,10 @@ def _has_failed(outcome: Outcome | None) -> bool:
 def dry_run_table(path: Path) -> Table:
     """The runs of a sweep by arm, and the optimizer steps that they take."""
     found = load_sweep(path)
-    trials = all_trials(found)
+    trials = _checked_trials(found)
     runs = Counter(trial.arm for trial in trials)
     steps: Counter[str] = Counter()
     for trial in trials:
-        run_config(Path(f"{path}: run {trial.name}"), dict(trial.run))
         steps[trial.arm] += trial.run["phases"][0]["steps"]
     table = Table(title=f"{found.output}: {len(trials)} runs", title_justify="left")
     table.add_column("arm")

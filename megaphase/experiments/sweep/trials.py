@@ -88,6 +88,16 @@ def known_trials(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Trial]:
     return _trials(sweep, lambda candidates: best_peak(sweep, candidates, outcomes))
 
 
+def ready_trials(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Trial]:
+    """The known runs that have not ended and wait for no other."""
+
+    def is_there(source: str | None) -> bool:
+        return source is None or (source in outcomes and outcomes[source].failed is None)
+
+    known = known_trials(sweep, outcomes)
+    return [trial for trial in known if trial.name not in outcomes and is_there(trial.source)]
+
+
 def all_trials(sweep: Sweep) -> list[Trial]:
     """As many runs as there will be in the end, as if the first peak were always the best one."""
     return _trials(sweep, lambda candidates: candidates[0].peak)
