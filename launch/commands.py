@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from megaphase.arguments import Overrides, RunFile, Source
+from megaphase.arguments import Overrides, Profile, ProfileSteps, RunFile, Source
 
 launch_app = typer.Typer(
     help="Start a run as several processes, here or on a SLURM cluster.", no_args_is_help=True
@@ -27,6 +27,8 @@ def local_command(
         str, typer.Option(help="What they run: train or evaluate.", metavar="COMMAND")
     ] = "train",
     source: Source = None,
+    profile: Profile = False,
+    profile_steps: ProfileSteps = None,
 ) -> None:
     """Train with several processes on this machine.
 
@@ -36,8 +38,10 @@ def local_command(
     """
     from megaphase.launch.local import launch_local
 
-    branch = [] if source is None else ["--from", source]
-    sys.exit(launch_local([command, str(run_file), *(overrides or []), *branch], processes))
+    options = [] if source is None else ["--from", source]
+    options += ["--profile"] if profile else []
+    options += [] if profile_steps is None else ["--profile-steps", str(profile_steps)]
+    sys.exit(launch_local([command, str(run_file), *(overrides or []), *options], processes))
 
 
 @launch_app.command("slurm")

@@ -23,6 +23,21 @@ Source = Annotated[
     ),
 ]
 
+Profile = Annotated[
+    bool,
+    typer.Option(
+        "--profile",
+        help="Trace a few steps with torch's profiler, print where their time went, and train on; "
+        "see docs/profiling.md.",
+    ),
+]
+ProfileSteps = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="How many, after two that warm up; implies --profile. [default: 3]"
+    ),
+]
+
 Checkpoint = Annotated[
     str,
     typer.Argument(

@@ -44,6 +44,12 @@ class Beginning:
         """Steps that were done before this run's own first one."""
         return self.branch.step if self.branch else 0
 
+    @property
+    def steps_left(self) -> int:
+        """Until the end of the last phase, if none ends early."""
+        at, phases = self.position(), self.setting.plan.phases
+        return sum(phase.steps for phase in phases[at.phase :]) - at.phase_step
+
     def is_end(self) -> bool:
         """Whether all phases are done."""
         return self.position().phase == len(self.setting.config.phases)

@@ -6,13 +6,17 @@ from typing import Annotated
 
 import typer
 
-from megaphase.arguments import Overrides, RunFile, Source
+from megaphase.arguments import Overrides, Profile, ProfileSteps, RunFile, Source
+
+PROFILE_STEPS = 3
 
 
 def train_command(
     run_file: RunFile,
     overrides: Overrides = None,
     source: Source = None,
+    profile: Profile = False,
+    profile_steps: ProfileSteps = None,
 ) -> None:
     """Train all phases of a run file, or go on where the run stopped.
 
@@ -35,7 +39,8 @@ def train_command(
 
         from megaphase.training.train import train
 
-        train(config, Console(), signals, source=source)
+        steps = profile_steps or (PROFILE_STEPS if profile else 0)
+        train(config, Console(), signals, source=source, profile_steps=steps)
 
 
 def evaluate_command(

@@ -23,6 +23,7 @@ from megaphase.training.evaluation import HeldOutEvaluator, HeldOutLoss
 from megaphase.training.health import LossWatch
 from megaphase.training.monitor import OverfitMonitor
 from megaphase.training.position import Position
+from megaphase.training.profiling.recorder import StepProfiler
 from megaphase.training.record import Record, StepSeconds
 from megaphase.training.saving import RunSaver
 from megaphase.training.schedules import learning_rate
@@ -40,6 +41,7 @@ class Guards:
     monitor: OverfitMonitor
     losses: LossWatch
     trace: StepTrace
+    profiler: StepProfiler
 
 
 class TrainingLoop:
@@ -118,9 +120,10 @@ class TrainingLoop:
         phase = self._config.phases[at.phase]
         rate = learning_rate(phase.learning_rate, at.phase_step - 1, steps)
         self._guards.watchdog.at(f"in step {at.step:,}")
-        started = time.perf_counter()
-        result = self._engine.train_step(batch, rate, at.step)
-        train_seconds = time.perf_counter() - started
+        with self._guards.profiler.step(at.step, wait_seconds):
+            started = time.perf_counter()
+            result = self._engine.train_step(batch, rate, at.step)
+            train_seconds = time.perf_counter() - started
         seconds = StepSeconds(wait_seconds, train_seconds, self._save_seconds)
         self._save_seconds = 0.0
         self._record.step(phase.name, at, result, rate, seconds)

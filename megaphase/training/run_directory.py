@@ -66,6 +66,11 @@ class RunDirectory:
         """Raise InputError, naming the first key, where another run file began this directory."""
         if not self.run_file.exists():
             return
+    @property
+    def profile(self) -> Path:
+        """Where the time of a few steps went: torch's traces and what they say."""
+        return self.path / "profile"
+
         began = _identity(_with_defaults(self._read(self.run_file)))
         now = _identity(_settings(config))
         difference = _first_difference("", began, now)

@@ -27,6 +27,12 @@ from megaphase.training.hardware import peak_flops
 from megaphase.training.health import LossWatch
 from megaphase.training.loop import Guards, TrainingLoop
 from megaphase.training.metrics import MetricsLog
+from megaphase.training.profiling.recorder import (
+    WARM_UP_STEPS,
+    NoProfiler,
+    Profiler,
+    StepProfiler,
+)
 from megaphase.training.monitor import OverfitMonitor
 from megaphase.training.progress import Display
 from megaphase.training.record import Record, Yardstick
@@ -38,12 +44,18 @@ from megaphase.training.step_trace import StepTrace
 
 
 def train(
-    config: RunConfig, console: Console, signals: StopSignals, *, source: str | None = None
+    config: RunConfig,
+    console: Console,
+    signals: StopSignals,
+    *,
+    source: str | None = None,
+    profile_steps: int = 0,
 ) -> None:
     """Train all phases, or go on from the newest whole checkpoint; called by every process.
 
     Args:
         signals: entered by the caller, so that those that come while it starts count, too.
+        profile_steps: how many of the first steps to profile; 0 for none.
         source: RUN@NAME or a checkpoint, from which a new run goes on.
 
     Raises:
@@ -69,7 +81,8 @@ def train(
             beginning.load(engine)
             record = stack.enter_context(_record(beginning, console))
             beginning.tell(record)
-        guards = _guards(beginning, watchdog, signals)
+            profiler = _profiler(beginning, profile_steps, watchdog, record, stack)
+        guards = _guards(beginning, watchdog, signals, profiler)
         loop = TrainingLoop(
             config,
             setting.plan,
@@ -149,7 +162,9 @@ def _sole_run(directory: RunDirectory) -> contextlib.AbstractContextManager[None
     return exclusive_lock(directory.lock, refuse)
 
 
-def _guards(beginning: Beginning, watchdog: Watchdog, signals: StopSignals) -> Guards:
+def _guards(
+    beginning: Beginning, watchdog: Watchdog, signals: StopSignals, profiler: StepProfiler
+) -> Guards:
     setting, state = beginning.setting, beginning.state
     monitor = OverfitMonitor(setting.config)
     losses = LossWatch(setting.config.faults.spike_deviations)
@@ -158,7 +173,38 @@ def _guards(beginning: Beginning, watchdog: Watchdog, signals: StopSignals) -> G
         losses.load_state_dict(state["losses"])
     first = setting.topology.is_first
     trace = StepTrace(setting.directory.traces, setting.plan, writes=first)
-    return Guards(setting.agreement, watchdog, signals, monitor, losses, trace)
+    return Guards(setting.agreement, watchdog, signals, monitor, losses, trace, profiler)
+
+
+def _profiler(
+    beginning: Beginning,
+    steps: int,
+    watchdog: Watchdog,
+    record: Record,
+    stack: contextlib.ExitStack,
+) -> StepProfiler:
+    """For the run's first steps, where that many are left; `stack` ends it."""
+    if steps == 0:
+        return NoProfiler()
+    left, needed = beginning.steps_left, WARM_UP_STEPS + steps
+    if left < needed:
+        record.say(
+            f"Warning: nothing is profiled: {left:,} steps are left, and --profile needs "
+            f"{needed:,}, of which {WARM_UP_STEPS} warm up"
+        )
+        return NoProfiler()
+    setting = beginning.setting
+    profiler = together(
+        lambda: Profiler(
+            setting.directory.profile,
+            steps,
+            _yardstick(setting),
+            setting.agreement,
+            watchdog,
+            record.say,
+        )
+    )
+    return stack.enter_context(profiler)
 
 
 def _run_saver(beginning: Beginning, engine: Engine, guards: Guards, record: Record) -> RunSaver:
@@ -183,11 +229,7 @@ def _record(beginning: Beginning, console: Console) -> Iterator[Record]:
     """Rank 0's record and display, closed at the end whatever happens."""
     setting, done = beginning.setting, beginning.step
     config, plan = setting.config, setting.plan
-    yardstick = Yardstick(
-        config.batch.samples * config.model.seq_len,
-        setting.parts.shape.train_flops_per_token(),
-        _peak_flops(config, setting.topology),
-    )
+    yardstick = _yardstick(setting)
     if not setting.topology.is_first:
         yield Record(None, None, plan.tasks, yardstick)
         return
@@ -204,6 +246,15 @@ def _record(beginning: Beginning, console: Console) -> Iterator[Record]:
 
 
 def _peak_flops(config: RunConfig, topology: Topology) -> float | None:
+def _yardstick(setting: Setting) -> Yardstick:
+    config = setting.config
+    return Yardstick(
+        config.batch.samples * config.model.seq_len,
+        setting.parts.shape.train_flops_per_token(),
+        _peak_flops(config, setting.topology),
+    )
+
+
     one = peak_flops(compute_dtype(config))
     return None if one is None else one * topology.world_size
 

@@ -1,0 +1,205 @@
+"""`megaphase train --profile`: torch's profiler around a few steps, then what it has seen."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from megaphase.errors import RunError
+from megaphase.files import make_directory, os_errors_named, path_aside, write_json_whole
+from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.together import Fault, outcome_of
+from megaphase.parallel.topology import device
+from megaphase.parallel.watchdog import Watchdog
+from megaphase.training.profiling.printing import profile_text
+from megaphase.training.profiling.summary import RankProfile, summarize
+from megaphase.training.profiling.trace import STEP_MARK, read_trace
+from megaphase.training.record import Yardstick
+
+# The first step allocates and compiles; in the second the profiler itself gets warm.
+WARM_UP_STEPS = 2
+
+SUMMARY_FILE = "summary.json"
+COMPRESSION_LEVEL = 3
+
+
+class StepProfiler(Protocol):
+    """What the loop knows of profiling."""
+
+    def step(self, number: int, wait_seconds: float) -> AbstractContextManager[None]:
+        """Surrounds a training step.
+
+        number: over the whole run. wait_seconds: for its batch.
+        """
+
+
+class NoProfiler:
+    """A run without --profile."""
+
+    def step(self, number: int, wait_seconds: float) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class Profiler:
+    """Context manager around a run; profiles its first steps after WARM_UP_STEPS, on all ranks.
+
+    The first rank of each node writes a trace and reads it; rank 0 says what is in them and writes
+    `summary.json`. The ranks of a node do the same work, and the traces of hundreds would be
+    hundreds of large files; a node or a link that is slow shows in those of the others.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        yardstick: Yardstick,
+        agreement: Agreement,
+        watchdog: Watchdog,
+        say: Callable[[str], None],
+    ) -> None:
+        """
+        Raises:
+            InputError: the folder cannot be made.
+        """
+        make_directory(folder)
+        self._folder, self._steps, self._yardstick = folder, steps, yardstick
+        self._agreement, self._watchdog, self._say = agreement, watchdog, say
+        self._done = 0
+        self._waits: list[float] = []
+        self._profile = _torch_profiler(steps) if _is_first_of_node() else None
+
+    def __enter__(self) -> Self:
+        if self._profile is not None:
+            self._profile.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._is_over():
+            return
+        if self._profile is not None:
+            self._profile.stop()
+        if error is None:
+            self._say("Warning: the run was over before all steps were profiled: no profile")
+
+    @contextmanager
+    def step(self, number: int, wait_seconds: float) -> Iterator[None]:
+        """Surrounds a training step; after the last one that is profiled, all ranks meet.
+
+        Raises:
+            RunError: the trace cannot be written; on every rank.
+        """
+        if self._is_over():
+            yield
+            return
+        with record_function(f"{STEP_MARK}{number}"):
+            yield
+        if self._profile is not None:
+            self._profile.step()
+        self._waits.append(wait_seconds)
+        self._done += 1
+        if self._is_over():
+            with self._watchdog.patient(f"reading the profile after step {number:,}"):
+                self._report(range(number - self._steps + 1, number + 1))
+
+    def _is_over(self) -> bool:
+        return self._done == WARM_UP_STEPS + self._steps
+
+    def _report(self, steps: range) -> None:
+        self._agreement.on_first_rank(self._remove_old)
+        found = self._agreement.gather(outcome_of(self._own_profile))
+        for each in found:
+            if isinstance(each, Fault):
+                raise each
+        ranks = [each for each in found if isinstance(each, RankProfile)]
+        gpu = device().type == "cuda"
+        name = torch.cuda.get_device_name() if gpu else "CPU"
+        self._agreement.on_first_rank(lambda: self._write_summary(ranks, steps, name))
+        self._say(profile_text(ranks, steps, name, self._folder))
+        if gpu and not ranks[0].on_gpu:
+            self._say("Warning: the trace holds no GPU kernels; see whether CUPTI is installed")
+
+    def _own_profile(self) -> RankProfile | None:
+        if self._profile is None:
+            return None
+        rank, world_size = self._agreement.rank, self._agreement.world_size
+        file = self._folder / f"rank-{rank:05d}.json.gz"
+        with os_errors_named(file):
+            content = self._write_trace(file)
+        try:
+            events = json.loads(content)["traceEvents"]
+        except ValueError:
+            raise RunError(f"{file}: could not be written whole; is the disk full?") from None
+        trace = read_trace(events)
+        peak, yardstick = self._yardstick.peak_flops, self._yardstick
+        return summarize(
+            trace,
+            self._waits[WARM_UP_STEPS:],
+            rank=rank,
+            file=file.name,
+            model_flops=yardstick.flops_per_token * yardstick.tokens_per_step / world_size,
+            peak_flops=None if peak is None else peak / world_size,
+        )
+
+    def _write_trace(self, file: Path) -> bytes:
+        """Write the compressed trace; its plain content."""
+        assert self._profile is not None
+        plain, aside = path_aside(file.with_suffix("")), path_aside(file)
+        try:
+            self._profile.export_chrome_trace(str(plain))
+            content = plain.read_bytes()
+            aside.write_bytes(gzip.compress(content, COMPRESSION_LEVEL))
+            os.replace(aside, file)
+        finally:
+            plain.unlink(missing_ok=True)
+            aside.unlink(missing_ok=True)
+        return content
+
+    def _remove_old(self) -> None:
+        """What an earlier start has left, perhaps of more ranks than there are now."""
+        with os_errors_named(self._folder):
+            for path in self._folder.glob("rank-*.json.gz"):
+                path.unlink()
+            (self._folder / SUMMARY_FILE).unlink(missing_ok=True)
+
+    def _write_summary(self, ranks: list[RankProfile], steps: range, name: str) -> None:
+        content = {
+            "steps": list(steps),
+            "device": name,
+            "torch": torch.__version__,
+            "ranks": [{**asdict(each), "step_seconds": each.times.step} for each in ranks],
+        }
+        path = self._folder / SUMMARY_FILE
+        with os_errors_named(path):
+            write_json_whole(path, content)
+
+
+def _torch_profiler(steps: int) -> profile:
+    # Otherwise its library says on standard error that it begins and ends.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    activities = [ProfilerActivity.CPU]
+    if device().type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    return profile(
+        activities=activities,
+        schedule=schedule(wait=WARM_UP_STEPS - 1, warmup=1, active=steps, repeat=1),
+        record_shapes=True,  # without them nothing is known of a matrix product's FLOPs
+    )
+
+
+def _is_first_of_node() -> bool:
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
