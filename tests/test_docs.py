@@ -92,9 +92,11 @@ def test_the_run_file_of_the_readme_is_valid(tmp_path):
         "docs/conversion.md",
         "docs/generation.md",
         "docs/reliability.md",
+        "docs/profiling.md",
         "docs/slurm.md",
         "docs/performance.md",
     ],
+        "docs/scaling.md",
 )
 def test_links_between_pages_lead_somewhere(page):
     folder = (REPOSITORY / page).parent

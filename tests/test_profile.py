@@ -120,7 +120,7 @@ def rank_profile(events, waits=(0.0005,), *, rank=0, peak=None):
 
 def test_a_gpu_trace_is_shared_out():
     profile = rank_profile(gpu_events(), peak=1e9)
-    found = {name: round(MILLION * value, 6) for name, value in asdict(profile.times).items()}
+    found = {name: round(MILLION * value, 6) for name, value in asdict(profile.seconds).items()}
     assert found == {
         "matmul": 250,  # both kernels that aten::mm launched: 100 to 350
         "attention": 50,  # 350 to 400
@@ -132,7 +132,7 @@ def test_a_gpu_trace_is_shared_out():
         "data_wait": 500,
     }
     assert profile.on_gpu
-    assert profile.times.step == pytest.approx(1500e-6)
+    assert profile.seconds.step == pytest.approx(1500e-6)
     assert profile.floor.matmul_flops == 2 * 8 * 16 * 32
     assert profile.floor.matmul_flops_per_second == pytest.approx(8192 / 250e-6)
     assert profile.floor.seconds == pytest.approx(500e-6)
@@ -150,7 +150,7 @@ def test_two_steps_give_a_mean_step():
         each["args"] = {**each["args"], "correlation": 100 + each["args"].get("correlation", 0)}
     both = rank_profile(events + second, waits=(0.0005, 0.0005))
     one = rank_profile(gpu_events())
-    assert asdict(both.times) == pytest.approx(asdict(one.times))
+    assert asdict(both.seconds) == pytest.approx(asdict(one.seconds))
     assert [kernel.calls for kernel in both.kernels] == [1.0] * 7
 
 
@@ -179,7 +179,7 @@ def cpu_events():
 def test_a_cpu_trace_is_shared_out_by_own_time():
     trace = read_trace(cpu_events())
     profile = rank_profile(cpu_events(), waits=(0.0,))
-    found = {name: round(MILLION * value, 6) for name, value in asdict(profile.times).items()}
+    found = {name: round(MILLION * value, 6) for name, value in asdict(profile.seconds).items()}
     assert found == {
         "matmul": 20,
         "attention": 0,
@@ -230,6 +230,7 @@ def test_operators_are_told_by_their_names(name, kind):
         ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL", Kind.COMMUNICATION),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>()", Kind.OPTIMIZER),
         ("triton_poi_fused_mul_silu_0", Kind.OTHER),
+        ("triton_red_fused__scaled_dot_product_flash_attention_mm_1", Kind.OTHER),
     ],
 )
 def test_kernels_are_told_by_their_names(name, kind):
@@ -351,9 +352,9 @@ def test_the_profile_says_where_the_time_went(profiled):
     ]  # fmt: skip
     rows = [row for row in read_rows(folder / "run") if row.get("step") in (3, 4) and "loss" in row]
     waits = [row["data_wait_seconds"] for row in rows]
-    assert summary["ranks"][0]["times"]["data_wait"] == pytest.approx(sum(waits) / 2)
+    assert summary["ranks"][0]["seconds"]["data_wait"] == pytest.approx(sum(waits) / 2)
     for rank in summary["ranks"]:
-        times = rank["times"]
+        times = rank["seconds"]
         assert min(times.values()) >= 0
         assert times["exposed_communication"] > 0
         assert times["matmul"] > 0

@@ -40,6 +40,8 @@ _FRAMEWORK = ("autograd::", "torch::", "profiler::")
 _ATTENTION_KERNEL = re.compile(r"flash|fmha|attention|attn|sdpa", re.IGNORECASE)
 _MATMUL_KERNEL = re.compile(r"gemm|gemv|cutlass|cublas|nvjet|xmma|_mm_|splitk", re.IGNORECASE)
 _OPTIMIZER_KERNEL = re.compile(r"adam", re.IGNORECASE)
+# torch.compile names them after all operators around; only its templates (tem) multiply matrices.
+_POINTWISE_KERNEL = re.compile(r"triton_(poi|red|per)_")
 _NCCL_KERNEL = re.compile(r"nccl", re.IGNORECASE)
 
 _NOISE = re.compile(r"^void |at::native::|\(anonymous namespace\)::|c10::|std::")
@@ -64,6 +66,8 @@ def kind_of_kernel(name: str) -> Kind:
     """Of a GPU kernel or copy."""
     if _NCCL_KERNEL.search(name):
         return Kind.COMMUNICATION
+    if _POINTWISE_KERNEL.match(name):
+        return Kind.OTHER
     if _ATTENTION_KERNEL.search(name):  # before cutlass, of which some are made
         return Kind.ATTENTION
     if _MATMUL_KERNEL.search(name):

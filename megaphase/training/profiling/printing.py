@@ -21,13 +21,13 @@ def profile_text(ranks: Sequence[RankProfile], steps: range, device: str, folder
     heading = f"Profile of {_steps(steps)} on rank {first.rank} ({device}): "
     lines = [
         "",
-        heading + f"{_ms(first.times.step)} ms a step",
-        *_times(first.times, on_gpu=first.on_gpu),
+        heading + f"{_ms(first.seconds.step)} ms a step",
+        *_times(first.seconds, on_gpu=first.on_gpu),
         *_other_ranks(ranks),
         "",
         *_kernels(first),
         "",
-        *_floor(first.floor, first.times),
+        *_floor(first.floor, first.seconds),
         "",
         f"Trace: {folder / first.trace}",
         "Open it at https://ui.perfetto.dev or chrome://tracing.",
@@ -60,7 +60,7 @@ def _other_ranks(ranks: Sequence[RankProfile]) -> Iterator[str]:
     """The rank that waits least for others is the one that they wait for."""
     if len(ranks) == 1:
         return
-    exposed = {each.rank: each.times.exposed_communication for each in ranks}
+    exposed = {each.rank: each.seconds.exposed_communication for each in ranks}
     least, most = min(exposed, key=exposed.__getitem__), max(exposed, key=exposed.__getitem__)
     yield (
         f"  exposed communication of {len(ranks)} ranks: from {_ms(exposed[least])} ms on rank "

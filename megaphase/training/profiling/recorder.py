@@ -181,7 +181,7 @@ class Profiler:
             "steps": list(steps),
             "device": name,
             "torch": torch.__version__,
-            "ranks": [{**asdict(each), "step_seconds": each.times.step} for each in ranks],
+            "ranks": [{**asdict(each), "step_seconds": each.seconds.step} for each in ranks],
         }
         path = self._folder / SUMMARY_FILE
         with os_errors_named(path):

@@ -89,7 +89,7 @@ class RankProfile:
     rank: int
     trace: str
     on_gpu: bool
-    times: StepTimes
+    seconds: StepTimes
     kernels: list[KernelFigures]
     floor: Floor
 
