@@ -31,6 +31,7 @@ SECTIONS = {
     "`checkpoint`": config.CheckpointConfig,
     "`faults`": config.FaultsConfig,
     "`logging`": config.LoggingConfig,
+    "`hardware`": config.HardwareConfig,
 }
 
 
@@ -91,12 +92,12 @@ def test_the_run_file_of_the_readme_is_valid(tmp_path):
         "docs/checkpoints.md",
         "docs/conversion.md",
         "docs/generation.md",
-        "docs/reliability.md",
         "docs/profiling.md",
+        "docs/reliability.md",
         "docs/slurm.md",
         "docs/performance.md",
-    ],
         "docs/scaling.md",
+    ],
 )
 def test_links_between_pages_lead_somewhere(page):
     folder = (REPOSITORY / page).parent

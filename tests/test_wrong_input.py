@@ -166,6 +166,7 @@ LATER_CHANGES = {
     "model.activation_checkpointing=full": None,
     "checkpoint.every_steps=7": None,
     "faults.silent_seconds=9": None,
+    "hardware.card=l4": None,
     "tasks.alda.corpus=elsewhere": None,  # what it holds may not, and the plan tells
     "precision=bf16": "precision",
     "batch.samples=16": "batch.samples",
@@ -193,7 +194,7 @@ def test_what_may_change_between_two_starts(changes, begun):
 
 
 FREE = re.compile(
-    r"(output|tokenizer|(checkpoint|logging|parallel|faults)\..*|batch\.micro|"
+    r"(output|tokenizer|(checkpoint|logging|parallel|faults|hardware)\..*|batch\.micro|"
     r"model\.activation_checkpointing|tasks\.\w+\.corpus)"
 )
 

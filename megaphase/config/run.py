@@ -13,6 +13,7 @@ from megaphase.config.sections import (
     BatchConfig,
     CheckpointConfig,
     FaultsConfig,
+    HardwareConfig,
     LoggingConfig,
     ModelConfig,
     MonitorConfig,
@@ -42,6 +43,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultsConfig = FaultsConfig()
     logging: LoggingConfig = LoggingConfig()
+    hardware: HardwareConfig = HardwareConfig()
 
     _path: Path = PrivateAttr(default=Path("run.yaml"))
 

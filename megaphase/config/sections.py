@@ -190,3 +190,20 @@ class LoggingConfig(Section):
 
     every_steps: Count = 10
     tensorboard: bool = True
+
+
+class HardwareConfig(Section):
+    """What runs are planned for, and what MFU is measured against; changes nothing of a run.
+
+    card: a name from `speed.cards`, which gives what is left out here.
+    peak_tflops: dense, in the run's precision; efficiency: what matrix products reach of it.
+    *_gb_per_s, *_gbit_per_s: of one GPU, in one direction.
+    """
+
+    card: str | None = Field(default=None, min_length=1)
+    peak_tflops: Positive | None = None
+    efficiency: FractionAbove0 | None = None
+    memory_gb_per_s: Positive | None = None
+    gpus_per_node: Count | None = None
+    node_link_gb_per_s: Positive | None = None
+    network_gbit_per_s: Positive | None = None

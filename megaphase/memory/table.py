@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from megaphase.memory.choices import GB, RESERVE, fits, layouts, remedies
-from megaphase.memory.estimate import PARTS, estimate
+from megaphase.memory.estimate import estimate
 from megaphase.memory.setup import Setup
 
 
@@ -43,7 +40,7 @@ def memory_sentences(summary: dict[str, Any]) -> list[str]:
     parts = " + ".join(
         f"{part} {_gb(size)}" for part, size in own["parts"].items() if size >= 0.05 * GB
     )
-    line = f"Memory per GPU ({_name(own)}): {_gb(own['bytes'])} GB"
+    line = f"Memory per GPU ({layout_name(own)}): {_gb(own['bytes'])} GB"
     sentences = [f"{line} = {parts}" if parts else line]
     if own["host_bytes"]:
         host = " + ".join(f"{part} {_gb(size)}" for part, size in own["host_bytes"].items())
@@ -63,29 +60,8 @@ def _does_not_fit(summary: dict[str, Any]) -> str:
     return f"{what}; take many more GPUs, larger ones or a smaller model"
 
 
-def memory_table(summary: dict[str, Any]) -> Table:
-    """GB on each GPU by layout and part; the run's own layout first, marked."""
-    table = Table(
-        title=f"Memory per GPU in GB, {summary['processes']} processes",
-        title_justify="left",
-        box=box.SIMPLE,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("layout")
-    for column in (*PARTS, "all", f"fits {summary['card_gb']:g} GB"):
-        table.add_column(column, justify="right")
-    for i, figures in enumerate(summary["layouts"]):
-        sizes = [_gb(figures["parts"][part]) for part in PARTS]
-        mark = " (this run)" if i == 0 else ""
-        verdict = "yes" if figures["fits"] else "no"
-        table.add_row(_name(figures) + mark, *sizes, _gb(figures["bytes"]), verdict)
-        if i == 0:
-            table.add_section()
-    return table
-
-
-def _name(figures: dict[str, Any]) -> str:
+def layout_name(figures: dict[str, Any]) -> str:
+    """A layout in words; `figures` has its sizes."""
     return f"tensor {figures['tensor']} × data {figures['data']}, ZeRO {figures['zero']}"
 
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 # Columns of a table in a file or a pipe, where nothing needs to be folded.
 PLAIN_WIDTH = 160
-CARD_GB = 80.0
 
 
 class _ShowByDefault(TyperGroup):
@@ -49,22 +48,27 @@ def show_command(
             min=1, help="GPUs of the run; if left out, WORLD_SIZE or else parallel.tensor."
         ),
     ] = None,
+    card: Annotated[
+        str | None,
+        typer.Option(help="The GPU, for example a100-80gb; if left out, hardware.card."),
+    ] = None,
     memory: Annotated[
-        float, typer.Option(min=1, help="GB of memory of one GPU, as it is sold.")
-    ] = CARD_GB,
+        float | None,
+        typer.Option(min=1, help="GB of memory of one GPU, as it is sold; else the card's."),
+    ] = None,
     layouts: Annotated[
-        bool, typer.Option("--layouts", help="Show the memory of other layouts, too.")
+        bool, typer.Option("--layouts", help="Show memory and time of other layouts, too.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Show tokens, sampling rates and epochs per phase and task, and build the plan's index; show
-    what memory the run needs on each GPU.
+    what memory the run needs on each GPU, and how long it takes.
 
-    Example: megaphase plan run.yaml --processes 64 --memory 80 --layouts
+    Example: megaphase plan run.yaml --processes 64 --card h100-sxm --layouts
     """
     from json import dumps
 
-    from megaphase.memory.table import memory_sentences, memory_summary, memory_table
+    from megaphase.memory.table import memory_sentences, memory_summary
     from megaphase.plan.opening import memory_setup, open_plan, open_run
     from megaphase.plan.preview import (
         plan_table,
@@ -72,13 +76,18 @@ def show_command(
         stop_sentences,
         subsample_sentences,
     )
+    from megaphase.speed.hardware import hardware_of, planned_card
+    from megaphase.speed.table import layouts_table, speed_sentences, speed_summary
 
     config, tokenizer = open_run(run_file, overrides)
     if processes is None:
         processes = int(os.environ.get("WORLD_SIZE", config.parallel.tensor))
-    needed = memory_summary(memory_setup(config, tokenizer, processes), memory)
+    setup, hardware = memory_setup(config, tokenizer, processes), hardware_of(config, card)
+    needed = memory_summary(setup, memory or planned_card(config, card).memory_gb)
     plan = open_plan(config, tokenizer)
-    summary = plan.summary() | {"memory": needed}
+    phases = [(phase.name, phase.steps) for phase in plan.phases]
+    times = speed_summary(setup, hardware, phases) if hardware else None
+    summary = plan.summary() | {"memory": needed, "speed": times}
     if json:
         print(dumps(summary, indent=2, ensure_ascii=False))
         return
@@ -88,10 +97,10 @@ def show_command(
         console.print(sentence, markup=False, soft_wrap=True)
     for sentence in plan_warnings(summary):
         console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
-    for sentence in memory_sentences(needed):
+    for sentence in [*memory_sentences(needed), *speed_sentences(needed, times)]:
         console.print(sentence, markup=False, soft_wrap=True)
     if layouts:
-        console.print(memory_table(needed))
+        console.print(layouts_table(needed, times, width=console.width))
     console.print(f"Index: {plan.folder}", markup=False, soft_wrap=True)
 
 

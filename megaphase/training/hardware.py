@@ -1,26 +1,29 @@
-"""The arithmetic that a device could do, against which model FLOPs utilisation is measured."""
+"""The arithmetic that this process's device could do, against which MFU is measured."""
 
 from __future__ import annotations
 
 import torch
 
+from megaphase.config import RunConfig
 from megaphase.parallel.topology import device
-
-# Dense bf16 FLOP/s of the tensor cores, from NVIDIA's data sheets (SXM form where there are two).
-BF16_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "A10": 125e12,
-    "V100": 125e12,
-}
+from megaphase.speed.hardware import peak_flops
 
 
-def peak_flops(dtype: torch.dtype) -> float | None:
-    """bf16 FLOP/s of this process's GPU; None for other types, the CPU and unknown GPUs."""
-    if device().type != "cuda" or dtype != torch.bfloat16:
+def device_peak_flops(config: RunConfig) -> float | None:
+    """FLOP/s of this process's device in the run's precision, None where nothing says it."""
+    return peak_flops(config, _device_name())
+
+
+def missing_peak(config: RunConfig) -> str | None:
+    """Why there is no MFU, and the key that would give it; None where there is, or on a CPU."""
+    name = _device_name()
+    if name is None or peak_flops(config, name) is not None:
         return None
-    name = torch.cuda.get_device_name()
-    return next((flops for model, flops in BF16_FLOPS.items() if model in name), None)
+    return (
+        f"No MFU: the {config.precision} peak of {name} is not in the table of cards; "
+        "hardware.peak_tflops gives it"
+    )
+
+
+def _device_name() -> str | None:
+    return torch.cuda.get_device_name() if device().type == "cuda" else None

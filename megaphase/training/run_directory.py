@@ -19,7 +19,15 @@ from megaphase.run_files import METRICS_FILE, PLAN_FILE, RUN_FILE
 # What may change between two starts of one run: nothing that its numbers depend on, but by their
 # rounding. Where corpora and tokenizer lie may, what they hold may not: the plan's fingerprint
 # tells.
-FREE_SECTIONS = ("output", "checkpoint", "logging", "tokenizer", "parallel", "faults")
+FREE_SECTIONS = (
+    "output",
+    "checkpoint",
+    "logging",
+    "tokenizer",
+    "parallel",
+    "faults",
+    "hardware",
+)
 FREE_KEYS = {"batch": ("micro",), "model": ("activation_checkpointing",)}
 FREE_TASK_KEYS = ("corpus",)
 
@@ -58,6 +66,11 @@ class RunDirectory:
         return self.path / "traces"
 
     @property
+    def profile(self) -> Path:
+        """Where the time of a few steps went: torch's traces and what they say."""
+        return self.path / "profile"
+
+    @property
     def lock(self) -> Path:
         """Held by the process that trains here."""
         return self.path / ".lock"
@@ -66,11 +79,6 @@ class RunDirectory:
         """Raise InputError, naming the first key, where another run file began this directory."""
         if not self.run_file.exists():
             return
-    @property
-    def profile(self) -> Path:
-        """Where the time of a few steps went: torch's traces and what they say."""
-        return self.path / "profile"
-
         began = _identity(_with_defaults(self._read(self.run_file)))
         now = _identity(_settings(config))
         difference = _first_difference("", began, now)

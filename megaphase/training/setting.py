@@ -23,6 +23,7 @@ from megaphase.plan.plan import Plan
 from megaphase.plan.preview import plan_warnings
 from megaphase.plan.progress import building_progress
 from megaphase.plan.spec import PlanSpec, plan_spec
+from megaphase.speed.hardware import planned_card
 from megaphase.tokenizer import Tokenizer
 from megaphase.training.branch import Branch
 from megaphase.training.engine import Engine
@@ -47,6 +48,7 @@ def check_run(config: RunConfig, branch: Branch | None) -> Ingredients:
         InputError: on the first thing that does not fit.
     """
     config.micro_batches(world_size())
+    planned_card(config)
     tokenizer = Tokenizer.load(config.tokenizer)
     shape = build_shape(config, tokenizer.vocab_size)
     spec = plan_spec(config, tokenizer, branch.used if branch else {})

@@ -20,20 +20,19 @@ from megaphase.parallel.topology import Topology, process_group
 from megaphase.parallel.watchdog import Watchdog
 from megaphase.training.beginning import Beginning, load_checkpoint
 from megaphase.training.branch import choose_branch
-from megaphase.training.deepspeed_config import compute_dtype
 from megaphase.training.engine import Engine
 from megaphase.training.evaluation import HeldOutLoss
-from megaphase.training.hardware import peak_flops
+from megaphase.training.hardware import device_peak_flops, missing_peak
 from megaphase.training.health import LossWatch
 from megaphase.training.loop import Guards, TrainingLoop
 from megaphase.training.metrics import MetricsLog
+from megaphase.training.monitor import OverfitMonitor
 from megaphase.training.profiling.recorder import (
     WARM_UP_STEPS,
     NoProfiler,
     Profiler,
     StepProfiler,
 )
-from megaphase.training.monitor import OverfitMonitor
 from megaphase.training.progress import Display
 from megaphase.training.record import Record, Yardstick
 from megaphase.training.run_directory import RunDirectory
@@ -55,8 +54,8 @@ def train(
 
     Args:
         signals: entered by the caller, so that those that come while it starts count, too.
-        profile_steps: how many of the first steps to profile; 0 for none.
         source: RUN@NAME or a checkpoint, from which a new run goes on.
+        profile_steps: how many of the first steps to profile; 0 for none.
 
     Raises:
         InputError: something that the user gave is wrong; on every process.
@@ -78,6 +77,8 @@ def train(
                 return
             engine = setting.engine()
             setting.say(_describe(setting))
+            if reason := missing_peak(config):
+                setting.say(reason)
             beginning.load(engine)
             record = stack.enter_context(_record(beginning, console))
             beginning.tell(record)
@@ -245,7 +246,6 @@ def _record(beginning: Beginning, console: Console) -> Iterator[Record]:
         yield Record(metrics, display, plan.tasks, yardstick)
 
 
-def _peak_flops(config: RunConfig, topology: Topology) -> float | None:
 def _yardstick(setting: Setting) -> Yardstick:
     config = setting.config
     return Yardstick(
@@ -255,7 +255,8 @@ def _yardstick(setting: Setting) -> Yardstick:
     )
 
 
-    one = peak_flops(compute_dtype(config))
+def _peak_flops(config: RunConfig, topology: Topology) -> float | None:
+    one = device_peak_flops(config)
     return None if one is None else one * topology.world_size
 
 

@@ -1,0 +1,251 @@
+"""Cards, the hardware of a run file, MFU, and what `megaphase plan` says about time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from engine_support import run_config
+from plan_support import FakeTokenizer, phase, random_lengths, write_corpus, write_run
+from rich.console import Console
+from typer.testing import CliRunner
+
+from megaphase.config import HardwareConfig
+from megaphase.errors import InputError
+from megaphase.memory.setup import Setup
+from megaphase.memory.table import memory_summary
+from megaphase.model.shape import GPTShape
+from megaphase.plan.commands import plan_app
+from megaphase.speed.cards import CARDS, card_of_device
+from megaphase.speed.hardware import Hardware, hardware_of, peak_flops
+from megaphase.speed.table import WIDE, layouts_table, quickest, speed_sentences, speed_summary
+from megaphase.training.hardware import device_peak_flops, missing_peak
+
+
+@pytest.mark.parametrize(
+    ("device", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-sxm"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200", "h200-sxm"),
+        ("NVIDIA H200 NVL", "h200-nvl"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("A100-PCIE-40GB", "a100-pcie-40gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA A10", "a10"),
+        ("AMD Instinct MI300X", "mi300x"),
+        # Others, whose names hold the name of one in the table.
+        ("NVIDIA A10G", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GB200", None),
+        ("Tesla V100-SXM2-32GB", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+    ],
+)
+def test_the_card_that_a_device_s_name_means(device, card):
+    assert card_of_device(device) == (CARDS[card] if card else None)
+
+
+def config_with(precision="bf16", **hardware):
+    config = run_config(precision=precision)
+    return config.model_copy(update={"hardware": HardwareConfig(**hardware)})
+
+
+def test_the_run_file_goes_before_the_table():
+    card = hardware_of(config_with(card="a100-80gb"))
+    assert (card.title, card.peak_flops, card.memory_bandwidth) == (
+        "A100 SXM 80 GB",
+        312e12,
+        2.039e12,
+    )
+    assert (card.node_link, card.network, card.gpus_per_node) == (300e9, 25e9, 8)
+    own = hardware_of(
+        config_with(
+            card="a100-80gb",
+            peak_tflops=100,
+            efficiency=0.5,
+            memory_gb_per_s=1000,
+            gpus_per_node=4,
+            node_link_gb_per_s=200,
+            network_gbit_per_s=80,
+        )
+    )
+    assert own == Hardware("A100 SXM 80 GB", False, 100e12, 0.5, 1e12, 4, 200e9, 10e9)
+    assert hardware_of(config_with(card="a100-80gb"), "l4").title == "L4"
+
+
+def test_h100_is_assumed_where_nothing_is_said():
+    usual = hardware_of(config_with())
+    assert (usual.title, usual.assumed) == ("H100 SXM", True)
+    assert not hardware_of(config_with(efficiency=0.5)).assumed
+    assert not hardware_of(config_with(), "h100-sxm").assumed
+
+
+def test_the_table_says_nothing_about_fp32():
+    assert hardware_of(config_with("fp32")) is None
+    assert hardware_of(config_with("fp32", peak_tflops=60)).peak_flops == 60e12
+
+
+def test_an_unknown_card_is_refused():
+    config = config_with(card="h100")
+    with pytest.raises(InputError) as error:
+        hardware_of(config)
+    assert str(error.value) == (
+        f"{config.path}: hardware.card: no card 'h100' in the table; did you mean 'h100-sxm'? (for "
+        "another give hardware.peak_tflops)"
+    )
+    with pytest.raises(InputError, match=r"^--card: no card 'gtx'"):
+        hardware_of(config_with(), "gtx")
+
+
+def test_what_mfu_is_measured_against():
+    assert peak_flops(config_with(), "NVIDIA H100 80GB HBM3") == 989.5e12
+    assert peak_flops(config_with(peak_tflops=800), "NVIDIA H100 80GB HBM3") == 800e12
+    # What is there, not what was planned for; but where that is not known, the latter.
+    assert peak_flops(config_with(card="l4"), "NVIDIA H100 80GB HBM3") == 989.5e12
+    assert peak_flops(config_with(card="l4"), "NVIDIA X1") == 121e12
+    assert peak_flops(config_with(), "NVIDIA X1") is None
+    assert peak_flops(config_with("fp32"), "NVIDIA H100 80GB HBM3") is None
+    assert peak_flops(config_with("fp32", peak_tflops=0.2), None) == 0.2e12
+    assert peak_flops(config_with(card="l4"), None) is None
+
+
+def test_a_run_says_what_would_give_mfu(monkeypatch):
+    monkeypatch.setattr("megaphase.training.hardware.device", lambda: torch.device("cpu"))
+    assert missing_peak(config_with()) is None
+    assert device_peak_flops(config_with(peak_tflops=2)) == 2e12
+    monkeypatch.setattr("megaphase.training.hardware.device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X1")
+    assert missing_peak(config_with()) == (
+        "No MFU: the bf16 peak of NVIDIA X1 is not in the table of cards; hardware.peak_tflops "
+        "gives it"
+    )
+    assert missing_peak(config_with(peak_tflops=2)) is None
+    assert device_peak_flops(config_with()) is None
+
+
+SHAPE = GPTShape(
+    vocab=64_000, seq_len=4096, layers=40, hidden=5120, heads=40, kv_heads=40, ffn=13696
+)
+RUN = Setup(SHAPE, 2, 32, 1, True, True, micro=1, accumulation=32)
+H100 = Hardware("H100 SXM", True, 989.5e12, 0.65, 3350e9, 8, 450e9, 50e9)
+PHASES = [("pretrain", 60_000), ("joint", 5000)]
+
+
+def test_the_summary_adds_up():
+    memory, speed = memory_summary(RUN, 80.0), speed_summary(RUN, H100, PHASES)
+    keys = ("tensor", "data", "zero")
+    for one, other in zip(memory["layouts"], speed["layouts"], strict=True):
+        assert [one[key] for key in keys] == [other[key] for key in keys]
+        assert other["step_seconds"] == sum(other["seconds_by"].values())
+    own = speed["layouts"][0]
+    assert [each["seconds"] for each in speed["phases"]] == [
+        steps * own["step_seconds"] for _, steps in PHASES
+    ]
+    assert speed["seconds"] == pytest.approx(65_000 * own["step_seconds"])
+    best = speed["layouts"][quickest(memory, speed)]["step_seconds"]
+    fitting = [
+        time["step_seconds"]
+        for figures, time in zip(memory["layouts"], speed["layouts"], strict=True)
+        if figures["fits"]
+    ]
+    assert best == min(fitting) < max(fitting)
+
+
+def test_the_sentences():
+    memory, speed = memory_summary(RUN, 80.0), speed_summary(RUN, H100, PHASES)
+    step, rate, best = speed_sentences(memory, speed)
+    own = speed["layouts"][0]
+    assert step.startswith(
+        f"Step, estimated (H100 SXM, assumed): {own['step_seconds']:.2f} s = matrices "
+    )
+    assert "optimizer" not in step  # too little to be named
+    days = speed["seconds"] / 86400
+    assert (
+        f"tokens/s, MFU {own['mfu']:.0%}; without validation and saving {days:.1f} days = " in rate
+    )
+    assert rate.endswith(" hours")
+    assert best.startswith("Quickest layout that fits: tensor 1 × data 64, ZeRO 3, ")
+
+
+def test_no_other_layout_is_named_where_the_own_one_is_good():
+    memory, speed = memory_summary(RUN, 80.0), speed_summary(RUN, H100, PHASES[:1])
+    at = quickest(memory, speed)
+    for summary in (memory, speed):
+        summary["layouts"].insert(0, summary["layouts"].pop(at))
+    assert len(speed_sentences(memory, speed)) == 2
+    assert "=" not in speed_sentences(memory, speed)[1]  # a single phase
+
+
+def test_there_is_nothing_quickest_where_nothing_fits():
+    memory, speed = memory_summary(RUN, 1.0), speed_summary(RUN, H100, PHASES)
+    assert quickest(memory, speed) is None
+    assert len(speed_sentences(memory, speed)) == 2
+
+
+@pytest.mark.parametrize("width", [80, WIDE])
+def test_the_table_loses_nothing_in_its_width(width):
+    memory, speed = memory_summary(RUN, 80.0), speed_summary(RUN, H100, PHASES)
+    console = Console(width=width, record=True, file=None, quiet=False)
+    with console.capture() as capture:
+        console.print(layouts_table(memory, speed, width=width))
+    text = capture.get()
+    assert "…" not in text
+    assert ("activations" in text) == (width == WIDE)
+    rows = [line.split() for line in text.splitlines() if line.split()[:1] in (["1"], ["2"])]
+    assert rows[0][:3] == ["2", "32", "1"]
+    assert sum(row[-1] == "quickest" for row in rows) == 1
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """`megaphase plan` of a small run of two phases; returns the command's result."""
+    monkeypatch.setattr("megaphase.tokenizer.Tokenizer.load", lambda directory: FakeTokenizer())
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    write_corpus(tmp_path / "en", random_lengths(60, 30, 0), seed=0)
+    phases = [phase(name, 10, {"rates": {"en": 1.0}}) for name in ("one", "two")]
+    config = write_run(tmp_path, ["en"], phases=phases)
+    return lambda *words: CliRunner().invoke(plan_app, [str(config.path), *map(str, words)])
+
+
+def test_the_command_estimates_the_step(plan):
+    lines = plan("--card", "l4").stdout.splitlines()
+    [step] = [line for line in lines if line.startswith("Step")]
+    assert step.startswith("Step, estimated (L4): ")
+    assert any(line.startswith("Speed: ") for line in lines)
+
+
+def test_the_card_s_memory_is_what_has_to_suffice(plan):
+    for words, gb in [((), 80), (("--card", "l4"), 24), (("--card", "l4", "--memory", 5), 5)]:
+        assert json.loads(plan("--json", *words).stdout)["memory"]["card_gb"] == gb
+
+
+def test_the_json_holds_the_time(plan):
+    speed = json.loads(plan("--json", "--processes", 2, "hardware.card=b200").stdout)["speed"]
+    assert (speed["card"], speed["card_assumed"]) == ("B200", False)
+    assert [each["name"] for each in speed["phases"]] == ["one", "two"]
+    own = speed["layouts"][0]
+    assert speed["seconds"] == pytest.approx(20 * own["step_seconds"])
+    assert own["tokens_per_second"] == pytest.approx(4 * 8 / own["step_seconds"])
+    assert own["sent_bytes_by"].keys() == {"tensor", "data"}
+
+
+def test_the_command_says_why_there_is_no_time(plan):
+    output = plan("precision=fp32", "--layouts").stdout
+    assert "No estimate of time: hardware.peak_tflops gives" in output
+    assert "MFU" not in output
+    assert json.loads(plan("precision=fp32", "--json").stdout)["speed"] is None
+
+
+def test_the_command_refuses_an_unknown_card(plan, tmp_path):
+    error = plan("--card", "h100-sx").exception
+    assert isinstance(error, InputError)
+    assert str(error).startswith("--card: no card 'h100-sx' in the table; did you mean 'h100-sxm'?")
+    assert not (tmp_path / "run").exists()

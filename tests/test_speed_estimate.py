@@ -1,0 +1,237 @@
+"""The estimate of a step's time: against sums made by hand, and what must hold of any."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megaphase.memory.setup import Setup
+from megaphase.model.parameters import parameter_sizes
+from megaphase.model.shape import GPTShape
+from megaphase.speed.communication import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    Ring,
+    Traffic,
+    data_ring,
+    data_traffic,
+    tensor_backward,
+    tensor_forward,
+    tensor_ring,
+)
+from megaphase.speed.estimate import PARTS, step_time
+from megaphase.speed.hardware import Hardware
+from megaphase.speed.work import Work, backward_work, forward_work, recomputed_work
+
+REPOSITORY = Path(__file__).parent.parent
+H100 = Hardware("H100", False, 1000e12, 0.5, 3000e9, 8, 450e9, 50e9)
+SMALL = GPTShape(vocab=97, seq_len=16, layers=2, hidden=32, heads=4, kv_heads=2, ffn=48)
+# Two ranks share the model; 2 samples of 16 tokens at a time.
+PAIR = Setup(SMALL, 2, 4, 1, False, True, micro=2, accumulation=3)
+GPT_13B = GPTShape(
+    vocab=64_000, seq_len=4096, layers=40, hidden=5120, heads=40, kv_heads=40, ffn=13696
+)
+BIG = Setup(GPT_13B, 4, 16, 3, True, True, micro=1, accumulation=16)
+
+
+def test_products_are_those_of_the_layers():
+    # Each rank has, of a block, 16 + 8 + 8 rows of 32 for heads, 16 columns of 32 behind them, 48
+    # rows of 32 and 24 columns of 32 in the feed-forward layer; of the head 49 rows.
+    block, head = 32 * 32 + 16 * 32 + 48 * 32 + 24 * 32, 49 * 32
+    forward, backward = forward_work(PAIR), backward_work(PAIR)
+    assert forward.matrices == 2 * 32 * (2 * block + head)
+    assert backward.matrices == 2 * forward.matrices
+
+
+def test_attention_computes_half_of_the_square_forward_and_five_products_backward():
+    # 2 samples, 2 heads of this rank, 8 wide: scores, and their product with the values.
+    square = 2 * 2 * (2 * 16 * 16 * 8) * 2
+    assert forward_work(PAIR).attention == 2 * square / 2
+    assert backward_work(PAIR).attention == 2.5 * forward_work(PAIR).attention
+    assert forward_work(replace(PAIR, masked=True)).attention == 2 * square
+
+
+def test_bytes_past_memory():
+    stream = 32 * 32 * 2
+    heads, up, down = (32 * width * 2 for width in (16 + 8 + 8, 48, 24))
+    block = 2 * 4 * stream + 2 * heads + up + down
+    assert forward_work(PAIR).elementwise == 2 * block + 4 * stream
+    back = 2 * 4 * stream + 2 * heads + 2 * up + down
+    loss = 4 * (32 * 49 * 2)
+    gradients = sum(parameter_sizes(SMALL, 2).values()) * (2 + 8)
+    assert backward_work(PAIR).elementwise == 2 * back + 4 * stream + loss + gradients
+
+
+def checkpointed(mode: str) -> Setup:
+    return replace(PAIR, shape=replace(SMALL, activation_checkpointing=mode))
+
+
+def test_selective_recomputation_is_of_norms_and_activation_functions():
+    again = recomputed_work(checkpointed("selective"))
+    assert (again.matrices, again.attention) == (0, 0)
+    assert again.elementwise == 2 * 2 * (32 * 32 * 2) + 32 * (48 + 24) * 2
+    assert recomputed_work(PAIR) == Work()
+
+
+def test_full_recomputation_is_a_forward_pass_of_the_blocks():
+    full = checkpointed("full")
+    assert backward_work(full).matrices - backward_work(PAIR).matrices == (
+        forward_work(PAIR).matrices - 2 * 32 * 49 * 32
+    )
+
+
+def test_the_products_of_all_ranks_are_the_model_flops():
+    every = forward_work(BIG) + backward_work(BIG)
+    model = BIG.tokens * (GPT_13B.train_flops_per_token() - 12 * 40 * 5120 * 4096)
+    assert every.matrices * BIG.tensor == model
+
+
+def test_a_ring_within_a_node():
+    found = Ring(4, 4, H100).collective(ALL_REDUCE, 1e9)
+    assert found.sent == 2 * 3 / 4 * 1e9
+    assert found.seconds == pytest.approx(8.4e-6 + 6 * 3.4e-6 + 1.5e9 / (0.8 * 450e9))
+    assert Ring(1, 1, H100).collective(ALL_REDUCE, 1e9) == Traffic()
+
+
+def test_a_ring_across_nodes_shares_the_links_of_its_ranks():
+    all_of_two = Ring(16, 8, H100)
+    found = all_of_two.collective(ALL_GATHER, 16e9)
+    assert found.sent == 15e9
+    assert found.seconds == pytest.approx(8.4e-6 + 14 * 3.4e-6 + 14e-6 + 15e9 / (0.8 * 400e9))
+    assert Ring(16, 4, H100).bandwidth == 0.8 * 200e9
+    assert Ring(16, 1, H100).bandwidth == 0.8 * 50e9
+
+
+@pytest.mark.parametrize(
+    ("tensor", "data", "of_tensor", "of_data"),
+    [
+        (1, 4, (1, 1), (4, 4)),
+        (2, 32, (2, 2), (32, 4)),
+        (8, 8, (8, 8), (8, 1)),
+        (16, 4, (16, 8), (4, 1)),
+    ],
+)
+def test_tensor_parallel_ranks_are_neighbours(tensor, data, of_tensor, of_data):
+    setup = replace(BIG, tensor=tensor, data=data)
+    ring = tensor_ring(setup, H100)
+    assert (ring.size, ring.in_node) == of_tensor
+    ring = data_ring(setup, H100)
+    assert (ring.size, ring.in_node) == of_data
+
+
+def test_tensor_parallel_volume():
+    whole = 32 * 32 * 2  # bytes of one tensor of the residual stream
+    loss = (1 + 2) * 32 * 4
+    # Of 2 ranks an all-reduce sends each byte once: two a block and the embedding; then the head.
+    assert tensor_forward(PAIR, H100).sent == (2 * 2 + 1) * whole + loss
+    assert tensor_backward(PAIR, H100).sent == (2 * 2 + 1) * whole
+    # A half for each all-gather and reduce-scatter, and backward two more a block.
+    along = replace(PAIR, sequence=True)
+    norms = 5 * 32 * 2
+    assert tensor_forward(along, H100).sent == (4 * 2 + 2) * whole / 2 + loss
+    assert tensor_backward(along, H100).sent == (6 * 2 + 2) * whole / 2 + norms
+    assert tensor_backward(replace(PAIR, tensor=1), H100) == Traffic()
+
+
+def test_backward_collectives_hide_behind_the_products_of_their_layer():
+    slow = replace(H100, peak_flops=1.0)  # everything hides
+    fast = replace(H100, peak_flops=1e30)  # nothing does
+    hidden, plain = (tensor_backward(PAIR, each).seconds for each in (slow, fast))
+    reduced = tensor_ring(PAIR, H100).collective(ALL_REDUCE, 32 * 32 * 2).seconds
+    assert hidden == pytest.approx(reduced)  # that of the head
+    assert plain == pytest.approx(reduced * 5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_zero_s_volume(accumulation):
+    setup = Setup(GPT_13B, 1, 8, 0, False, True, micro=1, accumulation=accumulation)
+    share = 7 / 8 * GPT_13B.parameters()
+    expected = {0: 8, 1: 6, 2: 4 * accumulation + 2, 3: 6 * accumulation}
+    for zero, each in expected.items():
+        traffic = data_traffic(replace(setup, zero=zero), H100)
+        sent = (traffic.forward + traffic.backward) * accumulation + traffic.end
+        assert sent.sent == pytest.approx(share * each), zero
+
+
+def test_what_is_sent_along_is_waited_for_where_it_takes_longer():
+    assert Traffic(5, 3.0).behind(2.0) == Traffic(5, 1.0)
+    assert Traffic(5, 3.0).behind(4.0) == Traffic(5, 0.0)
+    assert Traffic(5, 3.0).behind(4.0, pieces=6) == Traffic(5, 0.5)
+
+
+def test_a_step_is_the_sum_of_its_parts():
+    found = step_time(PAIR, H100)
+    work = (forward_work(PAIR) + backward_work(PAIR)) * 3
+    assert tuple(found.seconds_by) == PARTS
+    assert found.seconds_by["matrices"] == pytest.approx(work.matrices / 500e12)
+    assert found.seconds_by["attention"] == pytest.approx(work.attention / 350e12)
+    assert found.seconds_by["elementwise"] == pytest.approx(work.elementwise / 2700e9)
+    both = tensor_forward(PAIR, H100) + tensor_backward(PAIR, H100)
+    assert found.seconds_by["tensor"] == pytest.approx(3 * both.seconds)
+    assert found.seconds_by["data"] == pytest.approx(data_traffic(PAIR, H100).end.seconds)
+    own = sum(parameter_sizes(SMALL, 2).values()) / 4
+    assert found.seconds_by["optimizer"] == pytest.approx(own * 42 / 2700e9)
+    assert found.tokens == 2 * 3 * 4 * 16
+    flops = found.tokens * SMALL.train_flops_per_token()
+    assert found.mfu == pytest.approx(flops / found.seconds / (8 * 1000e12))
+
+
+setups = st.builds(
+    Setup,
+    shape=st.sampled_from(
+        [GPT_13B, replace(GPT_13B, activation_checkpointing="full"), replace(GPT_13B, layers=1)]
+    ),
+    tensor=st.sampled_from([2, 4]),
+    data=st.sampled_from([1, 4, 32]),
+    zero=st.sampled_from([0, 1, 2, 3]),
+    sequence=st.booleans(),
+    bf16=st.booleans(),
+    micro=st.sampled_from([2, 4]),
+    accumulation=st.sampled_from([2, 8]),
+    masked=st.booleans(),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(setups)
+def test_of_any_layout(setup):
+    here = step_time(setup, H100)
+    assert min(here.seconds_by.values()) >= 0
+    assert 0 < here.mfu < H100.efficiency + 0.1  # causal attention does half of what is counted
+    wider = step_time(replace(setup, tensor=2 * setup.tensor, data=setup.data), H100)
+    assert wider.sent_by["tensor"] > here.sent_by["tensor"]
+    assert wider.sent_by["data"] < here.sent_by["data"] or setup.data == 1
+    for slower in (
+        replace(H100, network=H100.network / 2),
+        replace(H100, node_link=H100.node_link / 2),
+        replace(H100, efficiency=H100.efficiency / 2),
+        replace(H100, memory_bandwidth=H100.memory_bandwidth / 2),
+        replace(H100, gpus_per_node=4),
+    ):
+        assert step_time(setup, slower).seconds >= here.seconds * (1 - 1e-9)
+    if setup.zero >= 2:
+        larger = step_time(setup.with_micro(2 * setup.micro), H100)
+        assert larger.sent_by["data"] <= here.sent_by["data"]
+
+
+@pytest.fixture
+def scaling(monkeypatch):
+    """benchmarks/scaling.py, which makes the tables of docs/scaling.md."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    return importlib.import_module("scaling")
+
+
+def test_the_tables_of_the_page_are_what_the_code_gives(scaling):
+    page = (REPOSITORY / "docs" / "scaling.md").read_text()
+    assert scaling.with_tables(page) == page, "python benchmarks/scaling.py --write docs/scaling.md"
+
+
+def test_the_run_files_of_the_page_fit_their_gpus(scaling):
+    for name in scaling.RUNS:
+        setup, _ = scaling.run_setup(name)
+        assert scaling.fits(setup, scaling.CARD.memory_gb)
