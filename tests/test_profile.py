@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import warm_commands
 from distributed import check, launch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_support import (
     make_corpora,
@@ -55,6 +55,7 @@ def ticks(pairs):
     return covered
 
 
+@settings(deadline=None)
 @given(SPANS)
 def test_merged_spans_cover_the_same_ticks_and_are_apart(pairs):
     found = merged(spans(pairs))
@@ -62,6 +63,7 @@ def test_merged_spans_cover_the_same_ticks_and_are_apart(pairs):
     assert (found[1:, 0] > found[:-1, 1]).all()
 
 
+@settings(deadline=None)
 @given(st.lists(SPANS, max_size=4), SPANS)
 def test_each_layer_gets_what_none_before_it_covers(layers, windows):
     windows = merged(spans(windows))
@@ -305,14 +307,14 @@ def corpora(tmp_path_factory):
     return make_corpora(tmp_path_factory.mktemp("corpora"))
 
 
-def settings(corpora):
+def small_run(corpora):
     made = run_settings(corpora, parallel={"tensor": 2, "zero": 3}, checkpoint={"every_steps": 100})
     made["phases"][0]["steps"], made["phases"][1]["steps"] = 4, 3
     return made
 
 
 def train(folder, corpora, *options, **env):
-    run_file = write_run_file(folder, settings(corpora))
+    run_file = write_run_file(folder, small_run(corpora))
     results = launch(megaphase("train", run_file, *options), 2, env=env)
     check(results)
     return results
