@@ -21,9 +21,12 @@ from run_support import (
     write_run_file,
 )
 
+from megaphase.tokenizer import Tokenizer
+
 ALL_STEPS = sum(STEPS)
 LAYOUT_TOLERANCE = 1e-5
 DEADLINE_SECONDS = 120.0
+PEAK_TFLOPS = 0.25  # of each process
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +52,22 @@ def single(corpora, tmp_path_factory):
 def several(corpora, tmp_path_factory):
     """The folder of a finished run of tensor 2 × data 2 with ZeRO 3."""
     folder = tmp_path_factory.mktemp("several") / "a"
-    settings = run_settings(corpora, parallel={"tensor": 2, "zero": 3})
+    settings = run_settings(
+        corpora, parallel={"tensor": 2, "zero": 3}, hardware={"peak_tflops": PEAK_TFLOPS}
+    )
     train(write_run_file(folder, settings), 4)
     return folder
+
+
+def test_mfu_is_measured_against_the_peak_of_all_processes(single, several, corpora):
+    block = 32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 64
+    head = 32 * Tokenizer.load(corpora / "tok").vocab_size
+    flops_per_token = 6 * (2 * block + head) + 12 * 2 * 32 * 32
+    for row in read_rows(several / "run"):
+        if "loss" in row:
+            peak = 4 * PEAK_TFLOPS * 1e12
+            assert row["mfu"] == pytest.approx(flops_per_token * row["tokens_per_second"] / peak)
+    assert {row["mfu"] for row in read_rows(single / "run") if "loss" in row} == {None}
 
 
 def test_rows_tell_the_story_of_two_phases(single):
