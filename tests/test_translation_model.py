@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -72,25 +73,34 @@ def build(shape: GPTShape) -> GPT:
     return GPT(shape, INITIALIZER, ALONE)
 
 
-def losses_alone(model: GPT | PlainGPT, batch: Batch, lengths: list[list[int]]) -> Tensor:
-    """Every document in a row of its own, without filler; its losses where it stands in `batch`."""
-    found = torch.zeros(batch.inputs.shape, dtype=torch.float64)
+def losses_of(model: GPT, *batch: torch.Tensor) -> torch.Tensor:
+    _, losses = model(*batch)
+    return losses
+
+
+def documents_alone(
+    batch: Batch, lengths: list[list[int]]
+) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """Row, place, inputs and targets of every document, in a row of its own without filler."""
     for row, of_row in enumerate(lengths):
         start = 0
         for length in of_row:
             place = slice(start, min(start + length - 1, SEQ_LEN))
             if length > 1:
-                inputs, targets = (
-                    batch.inputs[row : row + 1, place],
-                    batch.targets[row : row + 1, place],
-                )
-                if isinstance(model, PlainGPT):
-                    found[row, place] = model.losses(inputs, targets.where(targets >= 0, IGNORED))[
-                        0
-                    ]
-                else:
-                    found[row, place] = model(inputs.contiguous(), targets.contiguous())[0].double()
+                inputs, targets = (x[row : row + 1, place] for x in (batch.inputs, batch.targets))
+                yield row, place, inputs.contiguous(), targets.contiguous()
             start += length
+
+
+def losses_alone(model: GPT | PlainGPT, batch: Batch, lengths: list[list[int]]) -> Tensor:
+    """The losses of every document in a row of its own, where it stands in `batch`."""
+    found = torch.zeros(batch.inputs.shape, dtype=torch.float64)
+    for row, place, inputs, targets in documents_alone(batch, lengths):
+        if isinstance(model, PlainGPT):
+            losses = model.losses(inputs, targets.where(targets >= 0, IGNORED))
+        else:
+            losses = losses_of(model, inputs, targets)
+        found[row, place] = losses[0].double()
     return found
 
 
@@ -104,11 +114,11 @@ def plain(model: GPT) -> PlainGPT:
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_packed_row_loses_what_its_documents_lose_alone(name: str) -> None:
     model, batch = build(GPTShape(**SHAPES[name])), packed_batch(LENGTHS)
-    losses = model(batch.inputs, batch.targets, batch.documents).double()
+    losses = losses_of(model, batch.inputs, batch.targets, batch.documents).double()
     for reference in (model, plain(model)):
         alone = losses_alone(reference, batch, LENGTHS)
         torch.testing.assert_close(losses, alone, rtol=0, atol=1e-5)
-    together = model(batch.inputs, batch.targets).double()
+    together = losses_of(model, batch.inputs, batch.targets).double()
     assert (together - losses).abs().max() > 0.01
 
 
@@ -116,9 +126,11 @@ def test_a_packed_row_loses_what_its_documents_lose_alone(name: str) -> None:
 def test_gradients_are_those_of_the_documents_alone(name: str) -> None:
     model, batch = build(GPTShape(**SHAPES[name])), packed_batch(LENGTHS)
     parameters = list(model.parameters())
-    losses = model(batch.inputs, batch.targets, batch.documents)
-    packed = torch.autograd.grad(losses.sum(), parameters)
-    alone = torch.autograd.grad(losses_alone(model, batch, LENGTHS).sum(), parameters)
+    total, _ = model(batch.inputs, batch.targets, batch.documents)
+    packed = torch.autograd.grad(total, parameters)
+    each = documents_alone(batch, LENGTHS)
+    totals = [model(inputs, targets)[0] for _, _, inputs, targets in each]
+    alone = torch.autograd.grad(torch.stack(totals).sum(), parameters)
     for ours, theirs in zip(packed, alone, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -127,32 +139,32 @@ def test_rows_whose_documents_see_each_other_are_the_same_beside_others() -> Non
     model, batch = build(GPTShape(**SHAPE)), packed_batch(LENGTHS)
     documents = batch.documents.clone()
     documents[1:] = 0
-    mixed = model(batch.inputs, batch.targets, documents)
+    mixed = losses_of(model, batch.inputs, batch.targets, documents)
     torch.testing.assert_close(
-        mixed[1:], model(batch.inputs[1:], batch.targets[1:]), rtol=0, atol=1e-5
+        mixed[1:], losses_of(model, batch.inputs[1:], batch.targets[1:]), rtol=0, atol=1e-5
     )
-    one_more = model(batch.inputs[:1], batch.targets[:1], batch.documents[:1])
+    one_more = losses_of(model, batch.inputs[:1], batch.targets[:1], batch.documents[:1])
     torch.testing.assert_close(mixed[:1], one_more, rtol=0, atol=1e-5)
 
 
 def test_ignored_tokens_have_no_gradient() -> None:
-    """Neither their logits, nor what stands after the last target of a document."""
+    """Neither before the output projection, nor after the last target of a document."""
     shape = GPTShape(**SHAPE)
     model, batch = build(shape), packed_batch([[7, 5, 4]])
     batch.targets[0, 7:] = IGNORED_TARGET  # the second and third document, and the filler
-    logits: list[Tensor] = []
+    normed: list[Tensor] = []
 
-    def keep(module: object, inputs: object, output: Tensor) -> None:
-        output.retain_grad()
-        logits.append(output)
+    def keep(module: object, inputs: object, output: tuple[Tensor, Tensor]) -> None:
+        output[1].retain_grad()
+        normed.append(output[1])
 
-    model.head.register_forward_hook(keep)
+    model.norm.register_forward_hook(keep)
     embedded: list[Tensor] = []
     model.embedding.register_forward_hook(
         lambda module, inputs, output: (output.retain_grad(), embedded.append(output))[1]
     )
-    model(batch.inputs, batch.targets, batch.documents).sum().backward()
-    gradient = logits[0].grad[0].abs().sum(-1)
+    model(batch.inputs, batch.targets, batch.documents)[0].backward()
+    gradient = normed[0].grad[0].abs().sum(-1)
     assert ((gradient > 0) == (batch.targets[0] != IGNORED_TARGET)).all()
     gradient = embedded[0].grad[0].abs().sum(-1)
     last_scored = int((batch.targets[0] != IGNORED_TARGET).nonzero().max())

@@ -25,6 +25,7 @@ from megaphase.config.sections import (
     MonitorConfig,
     OptimizerConfig,
     ParallelConfig,
+    PartsConfig,
     TaskConfig,
     ValidationConfig,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "OptimizerConfig",
     "OverfitConfig",
     "ParallelConfig",
+    "PartsConfig",
     "PhaseConfig",
     "RunConfig",
     "Section",

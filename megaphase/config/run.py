@@ -19,6 +19,7 @@ from megaphase.config.sections import (
     MonitorConfig,
     OptimizerConfig,
     ParallelConfig,
+    PartsConfig,
     TaskConfig,
     ValidationConfig,
 )
@@ -37,6 +38,7 @@ class RunConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     batch: BatchConfig
     optimizer: OptimizerConfig = OptimizerConfig()
+    parts: PartsConfig = PartsConfig()
     phases: list[PhaseConfig] = Field(min_length=1)
     validation: ValidationConfig = ValidationConfig()
     monitor: MonitorConfig = MonitorConfig()

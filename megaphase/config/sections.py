@@ -74,7 +74,7 @@ class ModelConfig(Section):
     norm_eps: Positive | None = None
     init_std: Positive | None = None
     dropout: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.0
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
 
 
 class ParallelConfig(Section):
@@ -134,6 +134,19 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-8
     weight_decay: PositiveOrZero = 0.1
     clip: PositiveOrZero = 1.0
+
+
+class PartsConfig(Section):
+    """What computes: changes a run's numbers by their rounding alone.
+
+    kernels: norms, rotary embedding, SwiGLU and cross entropy by torch.compile or operation by
+    operation. auto compiles on a GPU where Triton is there, and takes NVIDIA apex where it is
+    installed and there is a GPU.
+    """
+
+    kernels: Literal["auto", "compile", "eager"] = "auto"
+    norm: Literal["auto", "torch", "apex"] = "auto"
+    optimizer: Literal["auto", "torch", "apex"] = "auto"
 
 
 class ValidationConfig(Section):

@@ -81,5 +81,6 @@ class Decoder:
             x = x + F.embedding(positions, model.positions).to(model.compute_dtype)
         rotary = None if model.rotary is None else model.rotary.at(positions)
         for block, cached in zip(model.blocks, layers, strict=True):
-            x = block(x, rotary, None, cached)
-        return model.head(model.norm(x[:, -1])).float()
+            x = block(x, rotary, cached.attend)
+        _, normed = model.norm(x[:, -1])
+        return model.head(normed, None).float()

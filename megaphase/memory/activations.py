@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from megaphase.memory.setup import BF16_BYTES, FP32_BYTES, Setup
 from megaphase.model.parameters import block_sizes
+from megaphase.parallel.cross_entropy import tokens_at_a_time
 
 INDEX_BYTES = 8
 
@@ -29,11 +32,6 @@ class Widths:
     def qkv(self) -> int:
         return self.queries + self.keys_and_values
 
-    @property
-    def turned(self) -> int:
-        """Queries and keys, which a rotary embedding turns."""
-        return self.queries + self.keys_and_values // 2
-
 
 def widths_of(setup: Setup) -> Widths:
     shape, tensor = setup.shape, setup.tensor
@@ -50,29 +48,18 @@ def widths_of(setup: Setup) -> Widths:
 def norm_saved(setup: Setup) -> int:
     """What one norm keeps beside its output, which the next layer keeps anyway."""
     tokens, hidden = setup.outer_tokens, setup.shape.hidden
-    if setup.shape.norm == "layernorm":
-        return tokens * (hidden * setup.compute_bytes + 2 * FP32_BYTES)  # input, mean, deviation
-    scale = tokens * FP32_BYTES
-    if setup.device == "cuda":
-        return tokens * hidden * setup.compute_bytes + scale  # torch's fused kernel: the input
-    if setup.bf16:
-        # torch has no fused kernel: the input in fp32, and that normed.
-        return 2 * tokens * hidden * FP32_BYTES + scale
-    return tokens * hidden * FP32_BYTES + scale  # rms_norm._RMSNorm: the normed input
+    figures = 2 if setup.shape.norm == "layernorm" else 1  # mean and deviation, or scale
+    return tokens * (hidden * setup.compute_bytes + figures * FP32_BYTES)
 
 
 def attention_saved(setup: Setup) -> dict[str, int]:
     """What the attention layer keeps, from its entered input to the output projection's input."""
     widths, each = widths_of(setup), setup.tokens * setup.compute_bytes
-    saved = {
-        "input": each * widths.hidden,
-        "qkv": each * widths.qkv,
-        "output": each * widths.queries,
-    }
-    if setup.shape.position == "rotary":
-        saved["turned"] = each * widths.turned
+    saved = {"qkv": each * widths.qkv, "output": each * widths.queries}
+    if not _selective(setup):
+        saved["input"] = residual(setup)
     saved["logsumexp"] = setup.tokens * widths.heads * FP32_BYTES
-    if setup.masked:
+    if setup.masked and not setup.variable_length:
         saved["mask"] = each * setup.shape.seq_len  # what is added to the scores of all heads
     if setup.masked and setup.shape.kv_heads < setup.shape.heads:
         saved["repeated"] = 2 * each * widths.queries
@@ -80,16 +67,17 @@ def attention_saved(setup: Setup) -> dict[str, int]:
 
 
 def feed_forward_saved(setup: Setup) -> dict[str, int]:
-    """What the feed-forward layer keeps, from its entered input to the down projection's input."""
+    """What the feed-forward layer keeps, from its input to the down projection's input."""
     widths, each = widths_of(setup), setup.tokens * setup.compute_bytes
-    saved = {
-        "input": each * widths.hidden,
-        "up": each * widths.up,
-        "down_input": each * widths.ffn,
-    }
-    if setup.shape.activation == "swiglu":
-        saved["opened"] = each * widths.ffn
+    saved = {"up": each * widths.up}
+    if not _selective(setup):
+        saved |= {"input": residual(setup), "down_input": each * widths.ffn}
     return saved
+
+
+def _selective(setup: Setup) -> bool:
+    """Whether norms and activations are computed again, rather than kept."""
+    return setup.shape.activation_checkpointing == "selective"
 
 
 def cast_weights(setup: Setup) -> int:
@@ -142,23 +130,29 @@ def block_backward(setup: Setup) -> int:
     attention, feed_forward = attention_saved(setup), feed_forward_saved(setup)
     grad = residual(setup) + (whole if setup.sequence else 0)
     sizes = block_sizes(setup.shape, setup.tensor)
-    weight_grad = {name: _weight_gradient(setup, sizes[f"{name}.weight"]) for name in _LINEAR}
-    gate = each * widths.ffn
-    after_down = block_saved(setup) - feed_forward["down_input"]
-    after_up = after_down - feed_forward["up"] - feed_forward.get("opened", 0)
-    after_norm = after_up - feed_forward["input"] - norm_saved(setup)
+    product = {name: _products(setup, name, sizes[f"{name}.weight"]) for name in _LINEAR}
+    gate, normed = each * widths.ffn, residual(setup)
+    after_down = block_saved(setup) - feed_forward.get("down_input", 0)
+    after_up = after_down - feed_forward["up"] - feed_forward.get("input", 0)
+    after_norm = after_up - norm_saved(setup)
     after_out = after_norm - attention["output"]
-    activation = gate + each * widths.up + (gate if "opened" in feed_forward else 0)
     heads = each * widths.qkv
+    again = gate if _selective(setup) else 0
+    normed_again = normed if _selective(setup) else 0
+    # Operation by operation, SwiGLU has two more tensors, and a norm four in fp32.
+    apart = 0 if setup.compiled else 1
+    activation = 2 * gate * apart if setup.shape.activation == "swiglu" else 0
+    norm = 4 * setup.outer_tokens * widths.hidden * FP32_BYTES * apart
+    norm = norm if setup.shape.norm == "rmsnorm" else 0
     stages = [
-        block_saved(setup) + grad + gate + weight_grad["feed_forward.down"],
-        after_down + grad + activation,
-        after_down + grad + each * widths.up + whole + weight_grad["feed_forward.up"],
-        after_up + residual(setup) + whole * (2 if setup.tensor > 1 else 1),
-        after_norm + grad + each * widths.queries + weight_grad["attention.out"],
+        block_saved(setup) + again + grad + gate + product["feed_forward.down"],
+        after_down + grad + gate + each * widths.up + activation,
+        after_down + grad + each * widths.up + whole + normed_again + product["feed_forward.up"],
+        after_up + 3 * residual(setup) + norm,
+        after_norm + grad + each * widths.queries + product["attention.out"],
         after_norm + grad + each * widths.queries + heads,
         after_out + grad + 2 * heads,
-        after_out + grad + heads + whole + weight_grad["attention.qkv"],
+        after_out + grad + heads + whole + normed_again + product["attention.qkv"],
     ]
     if setup.sequence:
         stages.append(block_saved(setup) + residual(setup) + 2 * whole)
@@ -169,17 +163,35 @@ def block_backward(setup: Setup) -> int:
 _LINEAR = ("attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down")
 
 
+def _products(setup: Setup, name: str, size: int) -> int:
+    """What the two products of a linear layer's backward pass take beside their results' place.
+
+    size: elements of its weight, whose gradient is there before it has been added to what is kept
+    of all gradients.
+    """
+    widened = 0
+    if setup.widened:  # the two factors and the result in fp32
+        outputs = _outputs(setup, name)
+        widened = FP32_BYTES * (setup.tokens * (outputs + size // outputs) + size)
+    return _weight_gradient(setup, size) + widened
+
+
+def _outputs(setup: Setup, name: str) -> int:
+    widths = widths_of(setup)
+    outputs = {"attention.qkv": widths.qkv, "feed_forward.up": widths.up}
+    return outputs.get(name, widths.hidden)
+
+
 def _weight_gradient(setup: Setup, size: int) -> int:
-    """The gradient of one weight, before it has been added to what is kept of all gradients."""
     cast = size * setup.compute_bytes if setup.compute_bytes != setup.parameter_bytes else 0
     return size * setup.parameter_bytes + cast
 
 
 @dataclass(frozen=True)
 class HeadMemory:
-    """The final norm, the logits and the loss.
+    """The final norm, the output projection and the loss.
 
-    loss: at the loss and its gradient; backward: at the gradient of the output projection.
+    kept: until the backward pass; loss: at the loss; backward: handing its gradients on.
     """
 
     kept: int
@@ -188,23 +200,35 @@ class HeadMemory:
 
 
 def head_memory(setup: Setup) -> HeadMemory:
+    """The gradients of the projection come about with the losses, for some tokens at a time."""
     shape, tokens = setup.shape, setup.tokens
     rows = -(-shape.vocab // setup.tensor)
     weight = rows * shape.hidden
-    logits = tokens * rows
+    part = min(tokens, tokens_at_a_time(rows, torch.device(setup.device)))
+    logits = part * rows
     whole = tokens * shape.hidden * setup.compute_bytes
     cast = weight * BF16_BYTES if setup.compute_bytes != setup.parameter_bytes else 0
-    kept = norm_saved(setup) + whole + cast
-    # The fp32 logits become exponentials and their own gradient in place; bf16 logits lie beside
-    # them in the forward pass, and their bf16 gradient in the backward pass.
-    loss = logits * FP32_BYTES + (logits * BF16_BYTES if setup.bf16 else 0)
+    gradients = whole + weight * FP32_BYTES
+    # The logits and their gradient; operation by operation, exponentials and gradient in fp32.
+    loss = 2 * logits * setup.compute_bytes + (0 if setup.compiled else 2 * logits * FP32_BYTES)
+    products = 0 if setup.parameter_bytes == FP32_BYTES else weight * setup.compute_bytes
+    if setup.widened:
+        products = FP32_BYTES * (logits + weight + part * shape.hidden)
     per_token = tokens * (INDEX_BYTES + 8 * FP32_BYTES)
-    backward = logits * setup.compute_bytes + whole + _weight_gradient(setup, weight)
+    backward = gradients + weight * (BF16_BYTES if setup.parameter_bytes == BF16_BYTES else 0)
     return HeadMemory(
-        kept, loss + per_token + residual(setup), backward + per_token + residual(setup)
+        kept=norm_saved(setup),
+        loss=gradients
+        + cast
+        + max(loss, logits * setup.compute_bytes + products)
+        + whole
+        + per_token
+        + residual(setup),
+        backward=backward + per_token + residual(setup),
     )
 
 
 def mask_memory(setup: Setup) -> int:
     """The mask of documents that do not see each other, one byte for each pair of tokens."""
-    return setup.tokens * setup.shape.seq_len if setup.masked else 0
+    mask = setup.masked and not setup.variable_length
+    return setup.tokens * setup.shape.seq_len if mask else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations, islice
+from typing import Literal
 
 from megaphase.memory.estimate import estimate
 from megaphase.memory.setup import Setup
@@ -15,6 +16,8 @@ GB = 1 << 30
 RESERVE = 0.06
 TENSOR_SIZES = (1, 2, 4, 8)
 ZERO_STAGES = (0, 1, 2, 3)
+# What is computed again in the backward pass: more and more.
+CHECKPOINTING: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 # Changes of a run file that are looked at together to make a layout fit, and how many are named.
 CHANGES_AT_ONCE = 3
 REMEDIES = 3
@@ -103,10 +106,11 @@ def _changes(setup: Setup) -> Iterator[_Change]:
     processes = setup.tensor * setup.data
     for zero in range(setup.zero + 1, max(ZERO_STAGES) + 1):
         yield _Change(f"zero {zero}", "zero", replace(setup, zero=zero))
-    if setup.shape.activation_checkpointing == "none":
-        shape = replace(setup.shape, activation_checkpointing="full")
+    now = CHECKPOINTING.index(setup.shape.activation_checkpointing)
+    for stage in CHECKPOINTING[now + 1 :]:
+        shape = replace(setup.shape, activation_checkpointing=stage)
         changed = replace(setup, shape=shape)
-        yield _Change("activation_checkpointing: full", "checkpointing", changed)
+        yield _Change(f"activation_checkpointing: {stage}", "checkpointing", changed)
     for micro in range(setup.micro - 1, 0, -1):
         if setup.micro * setup.accumulation % micro == 0:
             yield _Change(f"micro {micro}", "micro", setup.with_micro(micro))

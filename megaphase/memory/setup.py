@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from megaphase.config import RunConfig
+from megaphase.kernels.matmul import widens_bf16
 from megaphase.model.shape import GPTShape
 
 Device = Literal["cuda", "cpu"]
@@ -18,7 +21,8 @@ class Setup:
     """One rank's part of a run: `tensor` × `data` processes under a ZeRO stage.
 
     accumulation: micro-batches of an optimizer step; masked: whether samples hold documents that do
-    not see each other, which takes an attention mask.
+    not see each other. compiled: the parts between the matrix products, see `kernels`. widened:
+    whether the device computes products of bf16 in fp32, see `kernels.matmul`.
     """
 
     shape: GPTShape
@@ -33,6 +37,8 @@ class Setup:
     offload: str = "none"
     offload_parameters: str = "none"
     device: Device = "cuda"
+    compiled: bool = True
+    widened: bool = False
 
     @property
     def compute_bytes(self) -> int:
@@ -53,6 +59,11 @@ class Setup:
     def outer_tokens(self) -> int:
         """Of a micro-batch, those that this rank holds outside the tensor-parallel regions."""
         return self.tokens // self.tensor if self.sequence else self.tokens
+
+    @property
+    def variable_length(self) -> bool:
+        """Whether attention takes documents one by one, so that none of them is masked."""
+        return self.masked and self.bf16 and self.device == "cuda"
 
     @property
     def samples(self) -> int:
@@ -80,6 +91,7 @@ def setup_of(config: RunConfig, shape: GPTShape, processes: int, device: Device)
     Raises:
         InputError: tensor parallelism or the global batch does not divide.
     """
+    kernels = config.parts.kernels
     return Setup(
         shape=shape,
         tensor=config.parallel.tensor,
@@ -93,4 +105,6 @@ def setup_of(config: RunConfig, shape: GPTShape, processes: int, device: Device)
         offload=config.parallel.offload,
         offload_parameters=config.parallel.offload_parameters,
         device=device,
+        compiled=kernels == "compile" or (kernels == "auto" and device == "cuda"),
+        widened=config.precision == "bf16" and widens_bf16(torch.device(device)),
     )

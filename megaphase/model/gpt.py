@@ -7,19 +7,26 @@ and feed-forward regions is [batch, seq / tensor, hidden].
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megaphase.kernels.kept import computed_again
+from megaphase.kernels.kernels import EAGER, Kernels
+from megaphase.kernels.swiglu import swiglu
 from megaphase.model.dropout import Dropout
-from megaphase.model.kv_cache import CachedTokens
-from megaphase.model.packed_rows import own_document_mask, positions_in_document
+from megaphase.model.packed_rows import (
+    Attend,
+    attend_before,
+    attend_within,
+    positions_in_document,
+)
 from megaphase.model.rotary import Rotary
 from megaphase.model.shape import GPTShape
-from megaphase.model.swiglu import swiglu
-from megaphase.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megaphase.parallel.layers import (
     NORMS,
     ColumnParallelLinear,
@@ -40,7 +47,6 @@ class Attention(nn.Module):
     def __init__(self, shape: GPTShape, init: Initializer, region: TensorRegion) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
-        self.queries_per_key = shape.heads // shape.kv_heads
         heads, kv_heads = (n // region.topology.tensor_size for n in (shape.heads, shape.kv_heads))
         self.local_heads = (heads, kv_heads, kv_heads)
         self.qkv = ColumnParallelLinear(
@@ -64,37 +70,29 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotary: Rotary | None,
-        mask: Tensor | None,
-        cached: CachedTokens | None = None,
+        attend: Attend,
     ) -> Tensor:
-        batch, seq, _ = x.shape
-        heads = self.qkv(x).view(batch, seq, -1, self.head_dim)
+        qkv = self.qkv(x)
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
         if rotary is None:
             parts = heads.split(self.local_heads, dim=2)
         else:
             parts = rotary(heads, self.local_heads)
         q, k, v = (part.transpose(1, 2) for part in parts)
-        y = self._attend(q, k, v, mask) if cached is None else cached.attend(q, k, v)
-        return self.out(y.transpose(1, 2).reshape(batch, seq, -1))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        grouped = self.queries_per_key > 1
-        if mask is not None and grouped:
-            # The fused GPU kernel that takes a mask knows no groups; without it, the scores of all
-            # heads would be stored.
-            k, v = (each.repeat_interleave(self.queries_per_key, 1) for each in (k, v))
-            grouped = False
-        return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, enable_gqa=grouped
-        )
+        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020) or GELU feed-forward layer; its inner dimension is sharded."""
 
-    def __init__(self, shape: GPTShape, init: Initializer, region: TensorRegion) -> None:
+    def __init__(
+        self, shape: GPTShape, init: Initializer, region: TensorRegion, kernels: Kernels
+    ) -> None:
         super().__init__()
-        self.gated = shape.activation == "swiglu"
+        self.activate: Callable[[Tensor], Tensor] = partial(F.gelu, approximate="tanh")
+        if shape.activation == "swiglu":
+            self.activate = partial(swiglu, kernels=kernels)
+        self.keep_again = shape.activation_checkpointing == "selective"
         self.up = ColumnParallelLinear(
             shape.hidden,
             shape.ffn_segments,
@@ -113,36 +111,41 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gated:
-            return self.down(swiglu(self.up(x)))
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        up = self.up(x)
+        inner = self.activate(up)
+        with computed_again(inner, partial(self.activate, up.detach()), self.keep_again):
+            return self.down(inner)
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)); dropout of what is added."""
 
-    def __init__(self, shape: GPTShape, init: Initializer, region: TensorRegion) -> None:
+    def __init__(
+        self, shape: GPTShape, init: Initializer, region: TensorRegion, kernels: Kernels
+    ) -> None:
         super().__init__()
         norm = NORMS[shape.norm]
-        self.region = region
-        self.attention_norm = norm(shape.hidden, shape.norm_eps, init, region)
+        self.keep_again = shape.activation_checkpointing == "selective"
+        self.attention_norm = norm(shape.hidden, shape.norm_eps, init, region, kernels)
         self.attention = Attention(shape, init.at("attention"), region)
         self.attention_dropout = Dropout(shape.dropout, f"{init.path}attention", region)
-        self.feed_forward_norm = norm(shape.hidden, shape.norm_eps, init, region)
-        self.feed_forward = FeedForward(shape, init.at("feed_forward"), region)
+        self.feed_forward_norm = norm(shape.hidden, shape.norm_eps, init, region, kernels)
+        self.feed_forward = FeedForward(shape, init.at("feed_forward"), region, kernels)
         self.feed_forward_dropout = Dropout(shape.dropout, f"{init.path}feed_forward", region)
 
     def forward(
         self,
         x: Tensor,
         rotary: Rotary | None,
-        mask: Tensor | None,
-        cached: CachedTokens | None = None,
+        attend: Attend,
         dropout_seeds: Tensor | None = None,
     ) -> Tensor:
-        added = self.attention(self.region.enter(self.attention_norm(x)), rotary, mask, cached)
-        x = x + self.attention_dropout(added, dropout_seeds)
-        added = self.feed_forward(self.region.enter(self.feed_forward_norm(x)))
+        x, normed = self.attention_norm(x)
+        with computed_again(normed, self.attention_norm.again(x), self.keep_again):
+            added = self.attention(normed, rotary, attend)
+        x, normed = self.feed_forward_norm(x, self.attention_dropout(added, dropout_seeds))
+        with computed_again(normed, self.feed_forward_norm.again(x), self.keep_again):
+            added = self.feed_forward(normed)
         return x + self.feed_forward_dropout(added, dropout_seeds)
 
 
@@ -151,6 +154,7 @@ class GPT(nn.Module):
 
     Args:
         compute_dtype: type of the activations; weights of another type are cast when used.
+        kernels: what computes the parts between the matrix products.
     """
 
     def __init__(
@@ -161,6 +165,7 @@ class GPT(nn.Module):
         *,
         sequence_parallel: bool = False,
         compute_dtype: torch.dtype = torch.float32,
+        kernels: Kernels = EAGER,
     ) -> None:
         super().__init__()
         self.shape = shape
@@ -178,18 +183,20 @@ class GPT(nn.Module):
             )
             self.positions = nn.Parameter(whole.to(device()))
         else:
-            self.rotary = Rotary(shape.head_dim, shape.seq_len, shape.rotary_base, compute_dtype)
+            self.rotary = Rotary(
+                shape.head_dim, shape.seq_len, shape.rotary_base, compute_dtype, kernels
+            )
         self.blocks = nn.ModuleList(
-            Block(shape, init.at(f"blocks.{i}"), region) for i in range(shape.layers)
+            Block(shape, init.at(f"blocks.{i}"), region, kernels) for i in range(shape.layers)
         )
-        self.norm = NORMS[shape.norm](shape.hidden, shape.norm_eps, init, region)
+        self.norm = NORMS[shape.norm](shape.hidden, shape.norm_eps, init, region, kernels)
         if shape.tied_embeddings:
             weight = self.embedding.weight
         else:
             weight = vocab_parallel_weight(
                 shape.vocab, shape.hidden, shape.init_std, init.at("head"), topology
             )
-        self.head = VocabParallelHead(shape.vocab, weight, region)
+        self.head = VocabParallelHead(shape.vocab, weight, region, IGNORED_TARGET, kernels)
 
     def forward(
         self,
@@ -197,34 +204,27 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         documents: Tensor | None = None,
         dropout_seeds: Tensor | None = None,
-    ) -> Tensor:
-        """Loss of every token, or this rank's logits when there are no targets.
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The sum of all losses and the loss of every token, or logits when there are no targets.
 
         tokens, targets: int64 [batch, seq], seq up to shape.seq_len; targets may hold
         IGNORED_TARGET. documents: int64 [batch, seq], ascending along a row; where they are given,
         a token sees those of its own document alone. dropout_seeds: int64 [batch], see
-        `dropout.row_seeds`; nothing is dropped where they are missing. Returns nats, fp32
-        [batch, seq] with 0 at ignored targets, or logits [batch, seq, vocabulary of this rank].
+        `dropout.row_seeds`; nothing is dropped where they are missing. Returns nats, fp32 [] and
+        [batch, seq] with 0 at ignored targets, of which the sum alone has a gradient; or logits
+        [batch, seq, vocabulary of this rank].
         """
         x = self.embedding_dropout(self._embed(tokens, documents), dropout_seeds)
-        mask = None if documents is None else own_document_mask(documents)
+        attend = attend_before
+        if documents is not None:
+            attend = attend_within(documents, self.compute_dtype)
         for block in self.blocks:
             if self.shape.activation_checkpointing == "full" and self.training:
-                x = checkpoint(
-                    block, x, self.rotary, mask, None, dropout_seeds, use_reentrant=False
-                )
+                x = checkpoint(block, x, self.rotary, attend, dropout_seeds, use_reentrant=False)
             else:
-                x = block(x, self.rotary, mask, None, dropout_seeds)
-        logits = self.head(self.region.enter(self.norm(x)))
-        if targets is None:
-            return logits
-        return vocab_parallel_cross_entropy(
-            logits,
-            targets,
-            ignored=IGNORED_TARGET,
-            first=self.head.first_row,
-            topology=self.region.topology,
-        )
+                x = block(x, self.rotary, attend, dropout_seeds)
+        _, normed = self.norm(x)
+        return self.head(normed, targets)
 
     def _embed(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         x = self.embedding(tokens).to(self.compute_dtype)

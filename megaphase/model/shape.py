@@ -29,7 +29,7 @@ class GPTShape:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     dropout: float = 0.0
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
 
     def facts(self) -> dict[str, Any]:
         """What the weights and what is computed with them depend on: not how the weights come

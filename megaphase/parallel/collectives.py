@@ -6,6 +6,7 @@ et al. 2022 for the sequence-parallel pair). Activations are [batch, seq, hidden
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,23 +18,45 @@ from megaphase.parallel.topology import Topology
 SEQUENCE_DIM = 1
 
 
-def _all_reduce(x: Tensor, topology: Topology) -> Tensor:
+Finish = Callable[[], Tensor]
+"""Waits for a collective that has been started, and returns its result."""
+
+
+def start_all_reduce(x: Tensor, topology: Topology) -> Finish:
+    """Sum over the group; x is used up."""
     x = x.contiguous()
-    dist.all_reduce(x, group=topology.tensor_group)
-    return x
+    work = dist.all_reduce(x, group=topology.tensor_group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return x
+
+    return finish
 
 
-def _all_gather_sequence(x: Tensor, topology: Topology) -> Tensor:
+def start_gather_sequence(x: Tensor, topology: Topology) -> Finish:
+    """[batch, seq / tensor, hidden] -> [batch, seq, hidden]."""
     parts = [torch.empty_like(x) for _ in range(topology.tensor_size)]
-    dist.all_gather(parts, x.contiguous(), group=topology.tensor_group)
-    return torch.cat(parts, dim=SEQUENCE_DIM)
+    work = dist.all_gather(parts, x.contiguous(), group=topology.tensor_group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return torch.cat(parts, dim=SEQUENCE_DIM)
+
+    return finish
 
 
-def _reduce_scatter_sequence(x: Tensor, topology: Topology) -> Tensor:
+def start_reduce_scatter_sequence(x: Tensor, topology: Topology) -> Finish:
+    """Sum [batch, seq, hidden] and keep one's own [batch, seq / tensor, hidden]."""
     parts = [part.contiguous() for part in x.chunk(topology.tensor_size, dim=SEQUENCE_DIM)]
-    mine = torch.empty_like(parts[0])
-    dist.reduce_scatter(mine, parts, group=topology.tensor_group)
-    return mine
+    own = torch.empty_like(parts[0])
+    work = dist.reduce_scatter(own, parts, group=topology.tensor_group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return own
+
+    return finish
 
 
 class _CopyToTensorParallel(torch.autograd.Function):
@@ -44,13 +67,13 @@ class _CopyToTensorParallel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grads[0].clone(), ctx.topology), None
+        return start_all_reduce(grads[0].clone(), ctx.topology)(), None
 
 
 class _ReduceFromTensorParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, topology: Topology) -> Tensor:
-        return _all_reduce(x.clone(), topology)
+        return start_all_reduce(x.clone(), topology)()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -61,22 +84,22 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, topology: Topology) -> Tensor:
         ctx.topology = topology
-        return _all_gather_sequence(x, topology)
+        return start_gather_sequence(x, topology)()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter_sequence(grads[0], ctx.topology), None
+        return start_reduce_scatter_sequence(grads[0], ctx.topology)(), None
 
 
 class _ReduceScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, topology: Topology) -> Tensor:
         ctx.topology = topology
-        return _reduce_scatter_sequence(x, topology)
+        return start_reduce_scatter_sequence(x, topology)()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _all_gather_sequence(grads[0], ctx.topology), None
+        return start_gather_sequence(grads[0], ctx.topology)(), None
 
 
 def copy_to_tensor_parallel(x: Tensor, topology: Topology) -> Tensor:

@@ -7,18 +7,24 @@ Weights are cast to the activations' type when they are used, so fp32 masters ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megaphase.kernels.kernels import Kernels
+from megaphase.kernels.layer_norm import layer_norm
+from megaphase.kernels.matmul import linear
+from megaphase.kernels.rms_norm import add_and_rms_norm, rms_norm
 from megaphase.parallel.collectives import (
     copy_to_tensor_parallel,
     gather_sequence,
     reduce_from_tensor_parallel,
     reduce_scatter_sequence,
 )
-from megaphase.parallel.rms_norm import rms_norm
+from megaphase.parallel.column_linear import column_parallel_linear
+from megaphase.parallel.cross_entropy import Vocabulary, linear_cross_entropy, tokens_at_a_time
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.sharding import ParameterLayout, padded_vocab
 from megaphase.parallel.topology import Topology, device
@@ -81,7 +87,7 @@ class TensorRegion:
 class ColumnParallelLinear(nn.Module):
     """y = x Wᵀ + b with the rows of W [sum(segments), inputs] sharded, each segment on its own.
 
-    Input whole on every rank; output [..., sum(segments) / tensor].
+    The input is as outside of the tensor-parallel region; output [..., sum(segments) / tensor].
     """
 
     def __init__(
@@ -95,6 +101,7 @@ class ColumnParallelLinear(nn.Module):
         region: TensorRegion,
     ) -> None:
         super().__init__()
+        self.region = region
         outputs = sum(segments)
         whole = init.normal("weight", (outputs, inputs), std)
         self.weight = sharded_parameter(whole, 0, segments, region.topology)
@@ -104,8 +111,9 @@ class ColumnParallelLinear(nn.Module):
             self.bias = sharded_parameter(zeros, 0, segments, region.topology)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        region = self.region
+        y = column_parallel_linear(x, self.weight.to(x.dtype), region.topology, region.sequence)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 class RowParallelLinear(nn.Module):
@@ -131,7 +139,7 @@ class RowParallelLinear(nn.Module):
         self.bias = nn.Parameter(init.constant((outputs,), 0.0).to(device())) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.region.leave(F.linear(x, self.weight.to(x.dtype)))
+        y = self.region.leave(linear(x, self.weight.to(x.dtype)))
         if self.bias is not None:
             y = y + self.region.replicated(self.bias).to(y.dtype)
         return y
@@ -170,48 +178,75 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(nn.Module):
-    """Logits over the rank's own part of the vocabulary, without the rows that only pad."""
+    """Output projection: logits over the rank's own part of the vocabulary, or their losses.
 
-    def __init__(self, vocab: int, weight: nn.Parameter, region: TensorRegion) -> None:
+    The input is as outside of the tensor-parallel region. Rows that only pad are left out.
+    """
+
+    def __init__(
+        self, vocab: int, weight: nn.Parameter, region: TensorRegion, ignored: int, kernels: Kernels
+    ) -> None:
+        """ignored: the target of tokens without a loss."""
         super().__init__()
-        self.weight = weight
+        self.weight, self.region = weight, region
         topology = region.topology
         rows = padded_vocab(vocab, topology.tensor_size) // topology.tensor_size
-        self.first_row = rows * topology.tensor_rank
-        self.real_rows = max(0, min(rows, vocab - self.first_row))
+        first = rows * topology.tensor_rank
+        self.real_rows = max(0, min(rows, vocab - first))
         self.padded = self.real_rows < rows
+        self.vocabulary = Vocabulary(
+            first, ignored, topology, kernels, tokens_at_a_time(rows, device())
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, seq, hidden], whole on every rank -> [batch, seq, real rows of this rank]."""
+    def forward(self, x: Tensor, targets: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [batch, seq, real rows of this rank]; with targets, see `linear_cross_entropy`."""
+        x = self.region.enter(x)
         weight = self.weight[: self.real_rows] if self.padded else self.weight
-        return F.linear(x, weight.to(x.dtype))
+        if targets is None:
+            return linear(x, weight.to(x.dtype))
+        return linear_cross_entropy(x, weight, targets, self.vocabulary)
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm (Zhang and Sennrich 2019) over the hidden dimension."""
 
-    def __init__(self, hidden: int, eps: float, init: Initializer, region: TensorRegion) -> None:
+    def __init__(
+        self, hidden: int, eps: float, init: Initializer, region: TensorRegion, kernels: Kernels
+    ) -> None:
         super().__init__()
-        self.region, self.eps = region, eps
+        self.region, self.eps, self.kernels = region, eps, kernels
         self.weight = nn.Parameter(init.constant((hidden,), 1.0).to(device()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.region.replicated(self.weight).to(x.dtype), self.eps)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, plus what is added to it, and that normed."""
+        weight = self.region.replicated(self.weight)
+        return add_and_rms_norm(x, added, weight, self.eps, self.kernels)
+
+    def again(self, x: Tensor) -> Callable[[], Tensor]:
+        """What computes the normed x once more, without autograd."""
+        return partial(rms_norm, x.detach(), self.weight, self.eps, self.kernels)
 
 
 class LayerNorm(nn.Module):
     """Layer norm (Ba, Kiros and Hinton 2016) over the hidden dimension."""
 
-    def __init__(self, hidden: int, eps: float, init: Initializer, region: TensorRegion) -> None:
+    def __init__(
+        self, hidden: int, eps: float, init: Initializer, region: TensorRegion, kernels: Kernels
+    ) -> None:
         super().__init__()
-        self.region, self.eps, self.shape = region, eps, (hidden,)
-        self.weight = nn.Parameter(init.constant(self.shape, 1.0).to(device()))
-        self.bias = nn.Parameter(init.constant(self.shape, 0.0).to(device()))
+        self.region, self.eps, self.kernels = region, eps, kernels
+        self.weight = nn.Parameter(init.constant((hidden,), 1.0).to(device()))
+        self.bias = nn.Parameter(init.constant((hidden,), 0.0).to(device()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.region.replicated(self.weight).to(x.dtype)
-        bias = self.region.replicated(self.bias).to(x.dtype)
-        return F.layer_norm(x, self.shape, weight, bias, self.eps)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, plus what is added to it, and that normed."""
+        weight, bias = (self.region.replicated(each) for each in (self.weight, self.bias))
+        total = x if added is None else x + added
+        return total, layer_norm(total, weight, bias, self.eps, self.kernels)
+
+    def again(self, x: Tensor) -> Callable[[], Tensor]:
+        """What computes the normed x once more, without autograd."""
+        return partial(layer_norm, x.detach(), self.weight, self.bias, self.eps, self.kernels)
 
 
 NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}

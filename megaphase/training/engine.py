@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from megaphase.config import RunConfig
 from megaphase.model.dropout import row_seeds
 from megaphase.model.gpt import GPT, Block
-from megaphase.model.parameters import is_matrix
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.topology import Topology, device
@@ -31,7 +30,9 @@ from megaphase.training.deepspeed_config import (
     parameter_dtype,
 )
 from megaphase.training.gradients import clip_gradients
+from megaphase.training.optimizer import build_optimizer
 from megaphase.training.optimizer_state import OptimizerState
+from megaphase.training.parts import choose_parts
 
 
 def import_deepspeed():  # type: ignore[no-untyped-def]  # its classes are not typed
@@ -94,26 +95,13 @@ class StepResult:
     applied: bool
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weight decay for matrices, none for norms and biases.
-
-    By name, because under ZeRO-3 a parameter's own shape is that of a partition.
-    """
-    names = dict(model.named_parameters())
-    matrices = [p for n, p in names.items() if is_matrix(n)]
-    others = [p for n, p in names.items() if not is_matrix(n)]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-
-
 class Engine:
     """The model, its optimizer and its ZeRO state on this rank."""
 
     def __init__(self, config: RunConfig, shape: GPTShape, topology: Topology, tasks: int) -> None:
         deepspeed = import_deepspeed()
         deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        self.parts = parts = choose_parts(config)
         self.topology = topology
         self._tasks = tasks
         self._seed, self._dropout = config.seed, shape.dropout
@@ -139,18 +127,13 @@ class Engine:
                 topology,
                 sequence_parallel=config.parallel.sequence,
                 compute_dtype=compute_dtype(config),
+                kernels=parts.kernels,
             )
         model = model.to(parameter_dtype(config))
         if config.parallel.zero == 3:
             # A block's weights travel together, and its inner modules cost no bookkeeping.
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(model, config.optimizer.weight_decay),
-            lr=0.0,  # DeepSpeed takes a step on zero gradients at the start, which must do nothing
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-            fused=True,
-        )
+        optimizer = build_optimizer(model, config.optimizer, parts.optimizer)
         with _deepspeed_silenced():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
@@ -185,10 +168,10 @@ class Engine:
         row_losses = []
         seeds = self._dropout_seeds(len(batch), step)
         for micro, micro_seeds in zip(batch.split(self.micro), seeds, strict=True):
-            losses = self._forward(micro, micro_seeds)
-            self._engine.backward(losses.sum() * scale)
+            total, losses = self._forward(micro, micro_seeds)
+            self._engine.backward(total * scale)
             norm = self._step()
-            row_losses.append(losses.detach().double().sum(1))  # not read yet: nothing waits
+            row_losses.append(losses.double().sum(1))  # not read yet: nothing waits
         losses_by_task = self.sum_by_task(torch.cat(row_losses), batch)
         return StepResult(TaskLosses(losses_by_task, tokens), norm, math.isfinite(norm))
 
@@ -200,7 +183,8 @@ class Engine:
         """
         self._engine.eval()
         tokens = self._count_tokens(batch)
-        losses = [self._forward(micro, None).double().sum(1) for micro in batch.split(self.micro)]
+        micros = batch.split(self.micro)
+        losses = [self._forward(micro, None)[1].double().sum(1) for micro in micros]
         return TaskLosses(self.sum_by_task(torch.cat(losses), batch), tokens)
 
     def sum_by_task(self, rows: Tensor, batch: Batch) -> Tensor:
@@ -247,7 +231,8 @@ class Engine:
             numbers = range(start, min(start + self.micro, first + rows))
             yield row_seeds(self._seed, step, numbers).to(device())
 
-    def _forward(self, micro: Batch, dropout_seeds: Tensor | None) -> Tensor:
+    def _forward(self, micro: Batch, dropout_seeds: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The sum of all losses of a micro-batch and each of them, see GPT.forward."""
         documents = None if micro.documents is None else micro.documents.to(device())
         inputs, targets = micro.inputs.to(device()), micro.targets.to(device())
         return self._engine(inputs, targets, documents, dropout_seeds)

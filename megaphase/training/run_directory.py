@@ -27,6 +27,7 @@ FREE_SECTIONS = (
     "parallel",
     "faults",
     "hardware",
+    "parts",
 )
 FREE_KEYS = {"batch": ("micro",), "model": ("activation_checkpointing",)}
 FREE_TASK_KEYS = ("corpus",)

@@ -29,6 +29,7 @@ from megaphase.training.branch import Branch
 from megaphase.training.engine import Engine
 from megaphase.training.evaluation import HeldOutEvaluator
 from megaphase.training.nvme import prepare_offload
+from megaphase.training.parts import choose_parts
 from megaphase.training.run_directory import RunDirectory
 
 
@@ -56,6 +57,7 @@ def check_run(config: RunConfig, branch: Branch | None) -> Ingredients:
         if branch.state:
             check_format(branch.checkpoint, branch.state)
         branch.check(config, spec, shape.facts())
+    choose_parts(config)
     prepare_offload(config)
     return Ingredients(tokenizer, shape, spec)
 

@@ -27,6 +27,7 @@ from megaphase.training.health import LossWatch
 from megaphase.training.loop import Guards, TrainingLoop
 from megaphase.training.metrics import MetricsLog
 from megaphase.training.monitor import OverfitMonitor
+from megaphase.training.parts import Parts
 from megaphase.training.profiling.recorder import (
     WARM_UP_STEPS,
     NoProfiler,
@@ -76,7 +77,7 @@ def train(
                 setting.say(f"{config.output}: all {steps:,} steps are done; nothing to do")
                 return
             engine = setting.engine()
-            setting.say(_describe(setting))
+            setting.say(_describe(setting, engine.parts))
             if reason := missing_peak(config):
                 setting.say(reason)
             beginning.load(engine)
@@ -260,11 +261,12 @@ def _peak_flops(config: RunConfig, topology: Topology) -> float | None:
     return None if one is None else one * topology.world_size
 
 
-def _describe(setting: Setting) -> str:
+def _describe(setting: Setting, parts: Parts) -> str:
     config, topology = setting.config, setting.topology
     name = f"{config.model.preset}: " if config.model.preset else ""
     parameters = setting.parts.shape.parameters()
     return (
         f"{name}{parameters / 1e6:,.1f} million parameters, {config.precision}, "
-        f"tensor {topology.tensor_size} × data {topology.data_size}, ZeRO {config.parallel.zero}"
+        f"tensor {topology.tensor_size} × data {topology.data_size}, ZeRO {config.parallel.zero}; "
+        f"{parts.describe()}"
     )

@@ -1,0 +1,250 @@
+"""The sides of train_throughput.py: each takes optimizer steps in processes of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from llama import hugging_face_llama
+from torch import nn
+
+from megaphase.config import RunConfig
+from megaphase.launch.local import free_port, rank_environment
+from megaphase.model.presets import build_shape
+from megaphase.model.shape import GPTShape
+from megaphase.parallel.topology import start
+from megaphase.plan.dataset import Batch
+from megaphase.training.engine import Engine
+
+LEARNING_RATE = 1e-4
+BATCHES = 4  # different ones, used in turn
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all sides are told."""
+
+    preset: str
+    vocab: int
+    seq_len: int
+    batch: int
+    micro: int
+    kv_heads: int | None
+    threads: int
+    precision: str
+    device: str
+    checkpointing: str
+
+    def run_config(self, zero: int = 0, tensor: int = 1, kernels: str = "eager") -> RunConfig:
+        """The run file that this benchmark stands for."""
+        model = {"preset": self.preset, "vocab": self.vocab, "seq_len": self.seq_len}
+        model["activation_checkpointing"] = self.checkpointing
+        if self.kv_heads:
+            model["kv_heads"] = self.kv_heads
+        phase = {
+            "name": "only",
+            "steps": 1,
+            "mixture": {"rates": {"text": 1.0}},
+            "learning_rate": {"peak": LEARNING_RATE},
+        }
+        return RunConfig.model_validate(
+            {
+                "output": "none",
+                "tokenizer": "none",
+                "tasks": {"text": {"corpus": "none"}},
+                "model": model,
+                "parallel": {"zero": zero, "tensor": tensor},
+                "precision": self.precision,
+                "parts": {"kernels": kernels},
+                "batch": {"samples": self.batch, "micro": self.micro},
+                "phases": [phase],
+            }
+        )
+
+    def shape(self) -> GPTShape:
+        return build_shape(self.run_config(), self.vocab)
+
+    def batches(self) -> list[Batch]:
+        """Random tokens, the same on all sides."""
+        generator = torch.Generator().manual_seed(0)
+        size = (self.batch, self.seq_len + 1)
+        rows = [torch.randint(0, self.vocab, size, generator=generator) for _ in range(BATCHES)]
+        tasks = torch.zeros(self.batch, dtype=torch.int64)
+        return [Batch(r[:, :-1].contiguous(), r[:, 1:].contiguous(), tasks) for r in rows]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.seq_len
+
+
+Step = Callable[[Batch], float]
+
+
+@dataclass(frozen=True)
+class Ours:
+    """Our engine, in tensor × data processes, which share the threads."""
+
+    zero: int
+    kernels: str
+    tensor: int = 1
+    data: int = 1
+
+    @property
+    def name(self) -> str:
+        words = [f"megaphase ZeRO {self.zero}", self.kernels]
+        if self.processes > 1:
+            words.append(f"tensor {self.tensor} × data {self.data}")
+        return ", ".join(words)
+
+    @property
+    def processes(self) -> int:
+        return self.tensor * self.data
+
+    def step(self, settings: Settings) -> Step:
+        """One optimizer step as `megaphase train` takes it; returns the loss."""
+        config = settings.run_config(self.zero, self.tensor, self.kernels)
+        engine = Engine(config, settings.shape(), start(self.tensor), tasks=1)
+        share = settings.batch // self.data
+        first = engine.topology.data_rank * share
+
+        def step(batch: Batch) -> float:
+            return engine.train_step(batch[first : first + share], LEARNING_RATE).losses.mean
+
+        return step
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Hugging Face's Llama in a plain torch loop."""
+
+    compiled: bool
+
+    @property
+    def name(self) -> str:
+        return "HF Llama, torch.compile" if self.compiled else "HF Llama"
+
+    @property
+    def processes(self) -> int:
+        return 1
+
+    def step(self, settings: Settings) -> Step:
+        """The same step as a plain loop writes it: accumulation, clipping, fused AdamW.
+
+        With bf16 everything is bf16, weights and optimizer state too, which is the quickest.
+        """
+        device = torch.device(settings.device)
+        defaults = settings.run_config().optimizer
+        model = hugging_face_llama(settings.shape()).to(device, settings.dtype).train()
+        if settings.checkpointing == "full":
+            model.gradient_checkpointing_enable()
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=LEARNING_RATE,
+            betas=defaults.betas,
+            eps=defaults.eps,
+            weight_decay=defaults.weight_decay,
+            fused=True,
+        )
+        forward = torch.compile(model) if self.compiled else model
+
+        def step(batch: Batch) -> float:
+            total = torch.zeros((), device=device)
+            for micro in batch.split(settings.micro):
+                logits = forward(micro.inputs.to(device)).logits
+                targets = micro.targets.to(device).flatten()
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
+                loss = loss / settings.tokens_per_step
+                loss.backward()
+                total += loss.detach()
+            nn.utils.clip_grad_norm_(model.parameters(), defaults.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return float(total)
+
+        return step
+
+
+def prepare(settings: Settings, processes: int = 1) -> None:
+    """The threads and the device that the settings ask for."""
+    torch.set_num_threads(max(1, settings.threads // processes))
+    torch.set_float32_matmul_precision("highest")
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory that this process has had: of the GPU, or where there is none, resident."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def serve_steps(
+    kind: Ours | Peer, settings: Settings, environment: dict[str, str], orders: Connection
+) -> None:
+    """One of a side's processes: for every number of steps, their seconds and the peak memory."""
+    os.environ.update(environment)
+    prepare(settings, kind.processes)
+    step, batches, taken = kind.step(settings), settings.batches(), 0
+    while (steps := receive(orders)) is not None:
+        seconds = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            step(batches[taken % BATCHES])  # the loss it returns has waited for the device
+            seconds.append(time.perf_counter() - began)
+            taken += 1
+        orders.send((seconds, peak_bytes(settings.device)))
+
+
+def receive(connection: Connection) -> Any:
+    """The next message; None once the other end is closed or gone."""
+    try:
+        return connection.recv()
+    except EOFError:
+        return None
+
+
+class Side:
+    """One side of the comparison, running."""
+
+    def __init__(self, kind: Ours | Peer, settings: Settings) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name, self.peak_bytes = kind.name, 0
+        self._orders, self._processes = [], []
+        port = free_port()
+        for rank in range(kind.processes):
+            mine, theirs = context.Pipe()
+            environment = rank_environment(rank, kind.processes, port)
+            process = context.Process(
+                target=serve_steps, args=(kind, settings, environment, theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._orders.append(mine)
+            self._processes.append(process)
+
+    def take_steps(self, steps: int) -> list[float]:
+        """Seconds of each of `steps` optimizer steps."""
+        for orders in self._orders:
+            orders.send(steps)
+        answers = [receive(orders) for orders in self._orders]
+        if None in answers:
+            raise SystemExit(f"{self.name}: its process failed; see above")
+        self.peak_bytes = max(peak for _, peak in answers)
+        return [max(times) for times in zip(*(seconds for seconds, _ in answers), strict=True)]
+
+    def stop(self) -> None:
+        for orders in self._orders:
+            orders.close()
+        for process in self._processes:
+            process.join()

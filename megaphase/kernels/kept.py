@@ -1,0 +1,31 @@
+"""What autograd keeps of a tensor that is cheaply computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+@contextmanager
+def computed_again(tensor: Tensor, again: Callable[[], Tensor], chosen: bool) -> Iterator[None]:
+    """Operations within keep, in place of `tensor`, only how to compute it again.
+
+    again: called in the backward pass, without autograd, once for each operation that keeps it.
+    chosen: otherwise they keep what they are given.
+    """
+    if not chosen:
+        yield
+        return
+
+    def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
+        is_it = saved.data_ptr() == tensor.data_ptr() and saved.shape == tensor.shape
+        return again if is_it else saved
+
+    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept()
+
+    with saved_tensors_hooks(pack, unpack):
+        yield

@@ -1,0 +1,64 @@
+"""AdamW over the model's parameters, by whichever implementation the run has chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from megaphase.config.sections import OptimizerConfig
+from megaphase.model.parameters import is_matrix
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, name: str) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019), fused.
+
+    name: of the implementation, torch or apex.
+    """
+    build: Any = _apex_adamw if name == "apex" else torch.optim.AdamW
+    return build(
+        _parameter_groups(model, config.weight_decay),
+        lr=0.0,  # DeepSpeed takes a step on zero gradients at the start, which must do nothing
+        betas=config.betas,
+        eps=config.eps,
+        **({} if name == "apex" else {"fused": True}),
+    )
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Weight decay for matrices, none for norms and biases.
+
+    By name, because under ZeRO-3 a parameter's own shape is that of a partition.
+    """
+    names = dict(model.named_parameters())
+    matrices = [p for n, p in names.items() if is_matrix(n)]
+    others = [p for n, p in names.items() if not is_matrix(n)]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def _apex_adamw(groups: list[dict[str, object]], **options: Any) -> torch.optim.Optimizer:
+    from apex.optimizers import FusedAdam
+
+    class ApexAdamW(FusedAdam):  # type: ignore[misc]  # apex has no types
+        """With its step count in every parameter's state, as torch has it.
+
+        apex counts in the group, where neither a reset nor a checkpoint finds it.
+        """
+
+        def step(self, *arguments: Any, **settings: Any) -> Any:
+            for group in self.param_groups:
+                states = [self.state[p] for p in group["params"] if self.state.get(p)]
+                group["step"] = max((int(state["step"]) for state in states), default=0)
+            result = super().step(*arguments, **settings)
+            for group in self.param_groups:
+                steps = torch.tensor(float(group.pop("step")))
+                for state in (self.state.get(p) for p in group["params"]):
+                    if state:
+                        state["step"] = steps.clone()
+            return result
+
+    return ApexAdamW(groups, adam_w_mode=True, **options)
