@@ -21,8 +21,11 @@ def computed_again(tensor: Tensor, again: Callable[[], Tensor], chosen: bool) ->
         return
 
     def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
-        is_it = saved.data_ptr() == tensor.data_ptr() and saved.shape == tensor.shape
-        return again if is_it else saved
+        # Operations keep views as well; those of the whole tensor are made again from the whole.
+        if saved.data_ptr() != tensor.data_ptr() or saved.numel() != tensor.numel():
+            return saved
+        size, stride = saved.size(), saved.stride()
+        return lambda: again().as_strided(size, stride)
 
     def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept()

@@ -79,6 +79,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: Kernels) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, in x's type; no gradient."""
+    if kernels.apex_norm:
+        return _fused(x, weight.to(x.dtype), eps, kernels)
     return kernels.of(_norm)(x, weight, eps)[0]
 
 
@@ -89,7 +91,16 @@ def add_and_rms_norm(
 
     Both come from one function so that the gradient of the sum takes one pass over memory.
     """
-    if kernels.compiled or not x.is_cuda:
+    if not kernels.apex_norm and (kernels.compiled or not x.is_cuda):
         return _RMSNorm.apply(x, added, weight, eps, kernels)
     total = x if added is None else x + added
-    return total, F.rms_norm(total, weight.shape, weight.to(x.dtype), eps)
+    return total, _fused(total, weight.to(x.dtype), eps, kernels)
+
+
+def _fused(x: Tensor, weight: Tensor, eps: float, kernels: Kernels) -> Tensor:
+    """By a kernel that knows nothing of the sum."""
+    if kernels.apex_norm:
+        from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+
+        return fused_rms_norm_affine(x, weight, list(weight.shape), eps)
+    return F.rms_norm(x, weight.shape, weight, eps)

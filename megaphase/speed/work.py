@@ -115,7 +115,7 @@ def _block_matrices(setup: Setup) -> int:
 def _attention(setup: Setup) -> float:
     """FLOPs of the scores and of their product with the values."""
     whole = 4 * setup.tokens * setup.shape.seq_len * setup.shape.hidden / setup.tensor
-    return whole if setup.masked else whole * CAUSAL_SHARE
+    return whole if (setup.masked and not setup.variable_length) else whole * CAUSAL_SHARE
 
 
 def _head_forward(setup: Setup) -> Work:

@@ -1,0 +1,281 @@
+"""What is between the matrix products: compiled as eager, kept or computed again, by apex."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine_support import VOCAB, global_batch, run_config
+from plain_gpt import PlainGPT, PlainShape
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from megaphase.errors import InputError
+from megaphase.kernels.kernels import EAGER, Kernels
+from megaphase.kernels.matmul import matmul
+from megaphase.model.gpt import GPT
+from megaphase.model.packed_rows import _Masked, _VariableLength, own_document_mask
+from megaphase.model.presets import build_shape
+from megaphase.model.shape import GPTShape
+from megaphase.parallel.rng import Initializer
+from megaphase.parallel.topology import Topology
+from megaphase.training.optimizer import build_optimizer
+from megaphase.training.parts import Parts, choose_parts
+
+ALONE = Topology(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
+GPT2 = {"norm": "layernorm", "position": "learned", "activation": "gelu", "bias": True}
+
+
+def shape_of(**changes: Any) -> GPTShape:
+    return replace(build_shape(run_config(), VOCAB), init_std=0.2, **changes)
+
+
+def build(shape: GPTShape, kernels: Kernels = EAGER) -> GPT:
+    return GPT(shape, Initializer(1, torch.float32), ALONE, kernels=kernels)
+
+
+def gradients(model: GPT) -> dict[str, Tensor]:
+    """Of the summed losses of a batch, by parameter."""
+    batch = global_batch(0)
+    model.train().zero_grad()
+    total, _ = model(batch.inputs, batch.targets)
+    total.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        limit = rtol * float(gradient.abs().max())
+        torch.testing.assert_close(found[name].double(), gradient.double(), rtol=0, atol=limit)
+
+
+def plain_gradients(shape: GPTShape) -> dict[str, Tensor]:
+    weights = {name: p.detach() for name, p in build(shape).named_parameters()}
+    plain = PlainGPT(weights, PlainShape(shape.layers, shape.heads, shape.kv_heads))
+    batch = global_batch(0)
+    plain.losses(batch.inputs, batch.targets).sum().backward()
+    return {name: p.grad for name, p in plain.weights.items() if p.grad is not None}
+
+
+def test_compiled_kernels_compute_what_plain_torch_does() -> None:
+    shape = shape_of()
+    found = gradients(build(shape, Kernels(compiled=True)))
+    assert_close(found, plain_gradients(shape), 1e-5)
+
+
+# What is kept for the backward pass.
+
+
+def kept_bytes(shape: GPTShape, monkeypatch: Any) -> int:
+    """Of all that autograd keeps beside weights, every memory once."""
+    model, memories = build(shape), {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(kept: Any) -> Any:
+        if isinstance(kept, Tensor):
+            storage = kept.untyped_storage()
+            memories[storage.data_ptr()] = storage.nbytes()
+        return kept
+
+    def inner(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Any:
+        return saved_tensors_hooks(lambda tensor: note(pack(tensor)), unpack)
+
+    monkeypatch.setattr("megaphase.kernels.kept.saved_tensors_hooks", inner)
+    batch = global_batch(0)
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        alive = model.train()(batch.inputs, batch.targets)
+    assert alive[0].requires_grad
+    return sum(size for memory, size in memories.items() if memory not in weights)
+
+
+@pytest.mark.parametrize("changes", [{}, GPT2], ids=["llama", "gpt2"])
+def test_selective_checkpointing_keeps_less_and_changes_nothing(
+    changes: dict[str, Any], monkeypatch: Any
+) -> None:
+    whole, selective = (
+        shape_of(**changes, activation_checkpointing=which) for which in ("none", "selective")
+    )
+    tokens = global_batch(0).inputs.numel()
+    # The input of both projections into a half of a block, and of the one out of its second half.
+    spared = tokens * whole.layers * (2 * whole.hidden + whole.ffn) * 4
+    assert kept_bytes(whole, monkeypatch) - kept_bytes(selective, monkeypatch) == spared
+    found, expected = gradients(build(selective)), gradients(build(whole))
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+# Products of bf16.
+
+
+def test_products_of_bf16_are_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn((64, 64), generator=generator).bfloat16() for _ in range(2))
+    exact = a.double() @ b.double()
+    # Half a unit of the last of 8 bits, and what summing in fp32 may add.
+    assert ((matmul(a, b).double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
+
+
+# Documents one by one.
+
+
+def attend_by_loops(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, _: Tensor, longest: int, __: int,
+    *, window_size: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """What torch's varlen_attn, which needs a GPU, is documented to compute."""
+    assert window_size == (-1, 0)  # itself and all before
+    assert bounds.dtype == torch.int32
+    out = torch.empty_like(q)
+    for first, end in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
+        assert end - first <= longest
+        for here in range(first, end):
+            seen = slice(first, here + 1)
+            scores = torch.einsum("hd,thd->ht", q[here], k[seen]) / q.shape[-1] ** 0.5
+            out[here] = torch.einsum("ht,thd->hd", scores.softmax(-1), v[seen])
+    return out
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_documents_one_by_one_attend_as_masked_ones(monkeypatch: Any, kv_heads: int) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend_by_loops)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0]])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn((3, 6, heads, 8), generator=generator).transpose(1, 2)
+        for heads in (4, kv_heads, kv_heads)
+    )
+    expected = _Masked(own_document_mask(documents))(q, k, v)
+    torch.testing.assert_close(_VariableLength.of(documents)(q, k, v), expected)
+
+
+# The choice, and apex, for which stand-ins do what its documentation says.
+
+
+def apex_modules() -> dict[str, ModuleType]:
+    norm, optimizers = ModuleType("apex.normalization.fused_layer_norm"), ModuleType("optimizers")
+    called: list[str] = []
+
+    def rms(x: Tensor, weight: Tensor, normalized_shape: list[int], eps: float) -> Tensor:
+        called.append("rms")
+        return F.rms_norm(x, normalized_shape, weight, eps)
+
+    def layer(
+        x: Tensor, weight: Tensor, bias: Tensor, normalized_shape: list[int], eps: float
+    ) -> Tensor:
+        called.append("layer")
+        return F.layer_norm(x, normalized_shape, weight, bias, eps)
+
+    class FusedAdam(torch.optim.Optimizer):
+        """Counts steps in the group; takes a state with anything in it for a whole one."""
+
+        def __init__(
+            self, params: Any, lr: float, betas: Any, eps: float, adam_w_mode: bool
+        ) -> None:
+            assert adam_w_mode
+            super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], Any] | None = None) -> None:
+            for group in self.param_groups:
+                group["step"] = group.get("step", 0) + 1
+                (first, second), count = group["betas"], group["step"]
+                for p in group["params"]:
+                    state = self.state[p]
+                    if not state:
+                        state["exp_avg"] = torch.zeros_like(p)
+                        state["exp_avg_sq"] = torch.zeros_like(p)
+                    state["exp_avg"].lerp_(p.grad, 1 - first)
+                    state["exp_avg_sq"].lerp_(p.grad**2, 1 - second)
+                    root = (state["exp_avg_sq"] / (1 - second**count)).sqrt() + group["eps"]
+                    p *= 1 - group["lr"] * group["weight_decay"]
+                    p -= group["lr"] * state["exp_avg"] / (1 - first**count) / root
+
+    norm.fused_rms_norm_affine, norm.fused_layer_norm_affine = rms, layer  # type: ignore[attr-defined]
+    norm.called, optimizers.FusedAdam = called, FusedAdam  # type: ignore[attr-defined]
+    return {
+        "apex": ModuleType("apex"),
+        "apex.normalization": ModuleType("apex.normalization"),
+        "apex.normalization.fused_layer_norm": norm,
+        "apex.optimizers": optimizers,
+    }
+
+
+@pytest.fixture
+def apex(monkeypatch: Any) -> dict[str, ModuleType]:
+    modules = apex_modules()
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return modules
+
+
+@pytest.mark.parametrize(("changes", "kind"), [({}, "rms"), (GPT2, "layer")])
+def test_norms_by_apex(apex: dict[str, ModuleType], changes: dict[str, Any], kind: str) -> None:
+    shape = shape_of(**changes)
+    found = gradients(build(shape, Kernels(apex_norm=True)))
+    called = apex["apex.normalization.fused_layer_norm"].called
+    assert called == [kind] * (2 * shape.layers + 1)
+    assert_close(found, gradients(build(shape)), 1e-5)
+
+
+def test_apex_s_optimizer_steps_and_forgets_as_torch_s(apex: dict[str, ModuleType]) -> None:
+    settings = run_config().optimizer
+    models = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)]
+    models[1].load_state_dict(models[0].state_dict())
+    ours, theirs = (
+        build_optimizer(model, settings, name)
+        for model, name in zip(models, ("apex", "torch"), strict=True)
+    )
+    for step in range(6):
+        if step == 3:  # a phase begins
+            ours.state.clear()
+            theirs.state.clear()
+        for model, optimizer in zip(models, (ours, theirs), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2
+            optimizer.zero_grad()
+            model(torch.full((1, 3), float(step))).square().sum().backward()
+            optimizer.step()
+        for mine, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(mine, other)
+            assert ours.state[mine].keys() == theirs.state[other].keys()
+            assert ours.state[mine]["step"] == theirs.state[other]["step"] == step % 3 + 1
+
+
+def test_what_is_there_is_chosen(monkeypatch: Any) -> None:
+    eager, compiled = Parts(EAGER, "torch"), Parts(Kernels(compiled=True), "torch")
+    assert choose_parts(run_config()) == eager
+    assert choose_parts(parts(kernels="compile")) == compiled
+    monkeypatch.setattr("megaphase.training.parts.device", lambda: torch.device("cuda"))
+    there: set[str] = set()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in there or None)
+    assert choose_parts(run_config()) == eager
+    there |= {"triton", "apex.normalization", "fused_layer_norm_cuda"}
+    assert choose_parts(run_config()) == Parts(Kernels(compiled=True, apex_norm=True), "torch")
+    there |= {"apex.optimizers", "amp_C"}
+    assert choose_parts(parts(kernels="eager", norm="torch")) == Parts(EAGER, "apex")
+
+
+def parts(**asked: str) -> Any:
+    config = run_config()
+    return config.model_copy(update={"parts": config.parts.model_copy(update=asked)})
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"norm": "apex"}, "parts.norm: apex needs a GPU; build NVIDIA apex"),
+        ({"optimizer": "apex"}, "parts.optimizer: apex needs a GPU; build NVIDIA apex"),
+        ({"kernels": "compile"}, "parts.kernels: compile needs a compiler (none-such"),
+    ],
+)
+def test_what_is_missing_is_said(monkeypatch: Any, asked: dict[str, str], message: str) -> None:
+    monkeypatch.setenv("CXX", "none-such")
+    with pytest.raises(InputError) as error:
+        choose_parts(parts(**asked))
+    assert message in str(error.value)
