@@ -76,6 +76,7 @@ class Case:
     sequence: bool = False
     accumulation: int = 1
     masked: bool = False
+    kernels: str = "eager"
     changes: dict[str, Any] = field(default_factory=dict)
     quick: bool = False
 
@@ -90,6 +91,7 @@ class Case:
         words += [f"ZeRO {self.zero}"]
         words += ["sequence"] * self.sequence
         words += ["masked"] * self.masked
+        words += ["compiled"] * (self.kernels == "compile")
         words += [f"{self.accumulation} micro-batches"] * (self.accumulation > 1)
         changes = [f"{key} {value}" for key, value in self.changes.items()]
         words += ["GPT-2's layers"] if self.changes == GPT2 else changes
@@ -108,6 +110,7 @@ class Case:
                 "model": MODELS[model] | changes,
                 "parallel": {"tensor": self.tensor, "sequence": self.sequence, "zero": self.zero},
                 "precision": self.precision,
+                "parts": {"kernels": self.kernels},
                 "batch": {"samples": micro * self.data * self.accumulation, "micro": micro},
                 "phases": [
                     {"name": "one", "steps": 1, "mixture": mixture, "learning_rate": {"peak": 1e-3}}
@@ -131,6 +134,9 @@ CASES = [
     Case("activations", 3, "bf16"),
     Case("activations", 3, "fp32", changes={"activation_checkpointing": "full"}),
     Case("activations", 3, "bf16", changes={"activation_checkpointing": "full"}),
+    Case("activations", 0, "fp32", changes={"activation_checkpointing": "selective"}),
+    Case("activations", 0, "fp32", kernels="compile"),
+    Case("logits", 0, "fp32", kernels="compile"),
     Case("activations", 0, "fp32", changes=GPT2),
     Case("activations", 3, "bf16", changes=GPT2),
     Case("activations", 0, "fp32", changes={"kv_heads": 2}),

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
+from megaphase.kernels.attention import attention as attend
 from megaphase.model.gpt import GPT, Attention
-from megaphase.model.packed_rows import attend_before
 from megaphase.model.presets import PRESETS, build_shape
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.layers import TensorRegion
@@ -215,9 +215,7 @@ def test_attention_with_grouped_queries(kv_heads: int) -> None:
     x = torch.randn((2, 6, shape.hidden), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = attention_by_loops(x, attention, shape)
-        torch.testing.assert_close(
-            attention(x, None, attend_before), expected, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(attention(x, None, attend), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -22,13 +22,14 @@ def widens_bf16(device: torch.device) -> bool:
     return not any(cpu.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
-def _widened(x: Tensor) -> bool:
+def is_widened(x: Tensor) -> bool:
+    """Whether products of this tensor are computed so."""
     return x.dtype == torch.bfloat16 and widens_bf16(x.device)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, summed in fp32 and rounded to a's type."""
-    return (a.float() @ b.float()).to(a.dtype) if _widened(a) else a @ b
+    return (a.float() @ b.float()).to(a.dtype) if is_widened(a) else a @ b
 
 
 class _Linear(torch.autograd.Function):
@@ -50,12 +51,12 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ for x [..., inputs] and W [outputs, inputs]."""
-    return _Linear.apply(x, weight) if _widened(x) else F.linear(x, weight)
+    return _Linear.apply(x, weight) if is_widened(x) else F.linear(x, weight)
 
 
 def add_weight_gradient(sum_: Tensor, grad: Tensor, x: Tensor) -> None:
     """Add `weight_gradient` to an fp32 sum; grad [tokens, outputs], x [tokens, inputs]."""
-    if grad.dtype == torch.float32 or _widened(x):
+    if grad.dtype == torch.float32 or is_widened(x):
         torch.addmm(sum_, grad.float().t(), x.float(), out=sum_)
     else:
         sum_.add_(grad.t() @ x)

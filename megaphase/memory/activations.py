@@ -56,6 +56,9 @@ def attention_saved(setup: Setup) -> dict[str, int]:
     """What the attention layer keeps, from its entered input to the output projection's input."""
     widths, each = widths_of(setup), setup.tokens * setup.compute_bytes
     saved = {"qkv": each * widths.qkv, "output": each * widths.queries}
+    if setup.widened:
+        wide = setup.tokens * FP32_BYTES
+        saved = {"qkv": wide * widths.qkv, "output": saved["output"] + wide * widths.queries}
     if not _selective(setup):
         saved["input"] = residual(setup)
     saved["logsumexp"] = setup.tokens * widths.heads * FP32_BYTES
@@ -209,8 +212,8 @@ def head_memory(setup: Setup) -> HeadMemory:
     whole = tokens * shape.hidden * setup.compute_bytes
     cast = weight * BF16_BYTES if setup.compute_bytes != setup.parameter_bytes else 0
     gradients = whole + weight * FP32_BYTES
-    # The logits and their gradient; operation by operation, exponentials and gradient in fp32.
-    loss = 2 * logits * setup.compute_bytes + (0 if setup.compiled else 2 * logits * FP32_BYTES)
+    # The logits and their gradient, and exponentials in fp32, with another cast in bf16.
+    loss = logits * (2 * setup.compute_bytes + FP32_BYTES * (2 if setup.bf16 else 1))
     products = 0 if setup.parameter_bytes == FP32_BYTES else weight * setup.compute_bytes
     if setup.widened:
         products = FP32_BYTES * (logits + weight + part * shape.hidden)

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megaphase.kernels.attention import attention
 from megaphase.kernels.kept import computed_again
 from megaphase.kernels.kernels import EAGER, Kernels
 from megaphase.kernels.swiglu import swiglu
 from megaphase.model.dropout import Dropout
 from megaphase.model.packed_rows import (
     Attend,
-    attend_before,
     attend_within,
     positions_in_document,
 )
@@ -215,7 +215,7 @@ class GPT(nn.Module):
         [batch, seq, vocabulary of this rank].
         """
         x = self.embedding_dropout(self._embed(tokens, documents), dropout_seeds)
-        attend = attend_before
+        attend: Attend = attention
         if documents is not None:
             attend = attend_within(documents, self.compute_dtype)
         for block in self.blocks:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from megaphase.kernels.attention import attention
 
 
 class Attend(Protocol):
@@ -18,12 +19,6 @@ class Attend(Protocol):
     head_dim]; the queries' shape."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
-
-
-def attend_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every token sees itself and all before it in its row."""
-    grouped = q.shape[1] > k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
 def attend_within(documents: Tensor, dtype: torch.dtype) -> Attend:
@@ -49,7 +44,7 @@ class _Masked:
         # The fused GPU kernel that takes a mask knows no groups; without it, the scores of all
         # heads would be stored.
         k, v = (_each_head(x, q.shape[1]) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, self.mask)
+        return attention(q, k, v, self.mask)
 
 
 @dataclass(frozen=True)

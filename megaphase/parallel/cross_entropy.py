@@ -118,7 +118,7 @@ def _top(logits: Tensor) -> Tensor:
 
 
 def _exponentials(logits: Tensor, top: Tensor) -> Tensor:
-    return (logits.float() - top.unsqueeze(-1)).exp()
+    return torch.sub(logits.float(), top.unsqueeze(-1)).exp_()
 
 
 def _sums(logits: Tensor, top: Tensor, columns: Tensor, elsewhere: Tensor) -> Tensor:
@@ -134,8 +134,8 @@ def _gradient(logits: Tensor, top: Tensor, share: Tensor, columns: Tensor, hit: 
     """Softmax less one at the target, by what the targets count and one over the sums."""
     if not logits.shape[-1]:
         return logits
-    gradient = _exponentials(logits, top) * share
-    return gradient.scatter_add(-1, columns, -hit.float()).to(logits.dtype)
+    gradient = _exponentials(logits, top).mul_(share)
+    return gradient.scatter_add_(-1, columns, -hit.float()).to(logits.dtype)
 
 
 def _all_reduce(x: Tensor, operation: Any, topology: Topology) -> None:
