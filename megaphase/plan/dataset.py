@@ -38,6 +38,11 @@ class Batch:
     def __len__(self) -> int:
         return self.inputs.shape[0]
 
+    def pinned(self) -> Batch:
+        """In memory that a GPU copies from while the CPU goes on."""
+        documents = None if self.documents is None else self.documents.pin_memory()
+        return Batch(self.inputs.pin_memory(), self.targets.pin_memory(), self.tasks, documents)
+
     def split(self, samples: int) -> Iterator[Batch]:
         """The batch in pieces of `samples` samples."""
         for first in range(0, len(self), samples):
@@ -145,6 +150,7 @@ class StepReader:
                 yield batch
 
     def _read(self, step: int) -> Batch:
-        return read_step(
+        batch = read_step(
             self._plan, self._phase, step, self._rank, self._ranks, self._filler, self._starts
         )
+        return batch.pinned() if torch.cuda.is_available() else batch

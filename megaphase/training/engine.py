@@ -233,8 +233,10 @@ class Engine:
 
     def _forward(self, micro: Batch, dropout_seeds: Tensor | None) -> tuple[Tensor, Tensor]:
         """The sum of all losses of a micro-batch and each of them, see GPT.forward."""
-        documents = None if micro.documents is None else micro.documents.to(device())
-        inputs, targets = micro.inputs.to(device()), micro.targets.to(device())
+        inputs, targets, documents = (
+            None if rows is None else rows.to(device(), non_blocking=True)
+            for rows in (micro.inputs, micro.targets, micro.documents)
+        )
         return self._engine(inputs, targets, documents, dropout_seeds)
 
     def _count_tokens(self, batch: Batch) -> Tensor:
