@@ -8,10 +8,11 @@ the same weights.
     python benchmarks/train_throughput.py --precision fp32
     python benchmarks/train_throughput.py --preset gpt-1.3b --seq-len 4096 --batch 8 --micro 2
 
-Prints tokens/s of each side, its share of what matrix products reach on this machine, its peak
-memory, and the ratios to the plain loop. Exit code 2 where transformers is missing. The allocator
-is left as it is for all sides; to see what page faults cost, run it with MALLOC_MMAP_THRESHOLD_
-and MALLOC_TRIM_THRESHOLD_ set to 1073741824 (glibc then keeps freed memory).
+Prints tokens/s of each side, its share of what matrix products reach on this machine and of the
+card's data sheet (MFU), its peak memory, and the ratios to the plain loop. Exit code 2 where
+transformers is missing. The allocator is left as it is for all sides; to see what page faults cost,
+run it with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ set to 1073741824 (glibc then keeps
+freed memory).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from megaphase.model.gpt import GPT
 from megaphase.model.presets import PRESETS
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.topology import start
+from megaphase.speed.cards import card_of_device
 
 LARGEST_LOSS_DIFFERENCE = 1e-4  # nats, fp32
 WARM_UP_STEPS = 2
@@ -115,12 +117,15 @@ def report(
     machine: Machine,
     seconds: dict[str, list[float]],
     peaks: dict[str, int],
-    peer: str,
+    kinds: list[Ours | Peer],
 ) -> dict[str, Any]:
     """Everything that was measured, with the floor and the ratios."""
     shape = settings.shape()
+    peer = next(kind.name for kind in kinds if isinstance(kind, Peer))
+    gpus = {kind.name: kind.processes for kind in kinds}
     step_flops = shape.train_flops_per_token() * settings.tokens_per_step
     step_bytes = OPTIMIZER_BYTES * shape.parameters()
+    peak = _card_flops(settings)
     floor = step_flops / machine.matmul_flops + step_bytes / machine.memory_bytes_per_second
     sides = {
         name: {
@@ -129,6 +134,7 @@ def report(
             "step_seconds_max": max(times),
             "tokens_per_second": settings.tokens_per_step / statistics.median(times),
             "of_matmul_ceiling": step_flops / statistics.median(times) / machine.matmul_flops,
+            "mfu": peak and step_flops / statistics.median(times) / (peak * gpus[name]),
             "peak_bytes": peaks[name],
             "ratio": _ratio(seconds[peer], times),
         }
@@ -147,6 +153,14 @@ def report(
         "peer": peer,
         "sides": sides,
     }
+
+
+def _card_flops(settings: Settings) -> float | None:
+    """bf16 FLOP/s of the GPU by its data sheet; None for fp32, the CPU and unknown ones."""
+    if settings.device != "cuda" or settings.precision != "bf16":
+        return None
+    card = card_of_device(torch.cuda.get_device_name())
+    return None if card is None else card.peak_tflops * 1e12
 
 
 def _ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
@@ -168,13 +182,14 @@ def print_report(result: dict[str, Any]) -> None:
     )
     print(f"\nratio: tokens/s as a multiple of {result['peer']}, median (range) of the rounds")
     width = max(map(len, result["sides"]))
-    heads = ("ms a step", "tokens/s", "of matmul ceiling", "peak GB")
+    heads = ("ms a step", "tokens/s", "of matmul ceiling", "MFU", "peak GB")
     print(f"\n{'':{width}}" + "".join(f"{head:>19}" for head in heads) + "  ratio")
     for name, side in result["sides"].items():
-        ratio = side["ratio"]
+        ratio, mfu = side["ratio"], "-" if side["mfu"] is None else f"{side['mfu']:.3f}"
         print(
             f"{name:{width}}{side['step_seconds'] * 1e3:>19,.1f}"
             f"{side['tokens_per_second']:>19,.0f}{side['of_matmul_ceiling']:>19.2f}"
+            f"{mfu:>19}"
             f"{side['peak_bytes'] / 1e9:>19.2f}"
             f"  {ratio['median']:.3f} ({ratio['min']:.3f}-{ratio['max']:.3f})"
         )
@@ -266,18 +281,19 @@ def main() -> int:
     asked = parse_arguments()
     if importlib.util.find_spec("transformers") is None:
         raise InputError("", "transformers is not installed", "pip install 'megaphase[benchmark]'")
-    if asked.batch % asked.micro:
-        raise InputError("--micro", f"{asked.micro} does not divide --batch {asked.batch}")
+    kinds = choose_sides(asked)
+    for data in {kind.data for kind in kinds if isinstance(kind, Ours)} or {1}:
+        if asked.batch % (asked.micro * data):
+            problem = f"{asked.micro} on {data} data-parallel ranks do not divide {asked.batch}"
+            raise InputError("--micro", problem, "change --micro or --batch")
     device = choose_device(asked.device)
     names = [field.name for field in dataclasses.fields(Settings) if field.name != "device"]
     settings = Settings(**{name: getattr(asked, name) for name in names}, device=device)
-    kinds = choose_sides(asked)
     parameters, difference = in_own_process(check_same_model, settings)
     before = in_own_process(machine_of, settings)
     seconds, peaks = measure_sides(kinds, settings, asked.steps, asked.rounds)
     machine = before.best(in_own_process(machine_of, settings))
-    peer = next(kind.name for kind in kinds if isinstance(kind, Peer))
-    result = report(settings, machine, seconds, peaks, peer)
+    result = report(settings, machine, seconds, peaks, kinds)
     result["same_model"] = {"parameters": parameters, "loss_difference": difference}
     if asked.plot is not None:
         draw(result, asked.plot)
