@@ -13,7 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 def computed_again(tensor: Tensor, again: Callable[[], Tensor], chosen: bool) -> Iterator[None]:
     """Operations within keep, in place of `tensor`, only how to compute it again.
 
-    tensor: lives as long as the context does. again: called in the backward pass, without autograd, once for each operation that keeps it.
+    tensor: lives as long as the context does.
+    again: called in the backward pass, without autograd, once for each operation that keeps it.
     chosen: otherwise they keep what they are given.
     """
     if not chosen:
