@@ -119,6 +119,7 @@ CASES = [
     Case("grouped", 2, 1, 3),
     Case("checkpointed", 1, 1, 0),
     Case("checkpointed", 2, 2, 3),
+    Case("selective", 1, 1, 0),
     Case("selective", 2, 2, 3, sequence=True),
     Case("odd vocabulary", 1, 1, 0),
     Case("odd vocabulary", 2, 1, 0),

@@ -113,7 +113,11 @@ def save(engine: Engine, folder: Path, agreement: Agreement) -> Path:
 @contextmanager
 def not_finite(engine: Engine) -> Iterator[None]:
     """Make every loss NaN while the block runs."""
-    hook = engine.module.register_forward_hook(lambda module, given, loss: loss * math.nan)
+
+    def spoil(module: object, given: object, found: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(each * math.nan for each in found)
+
+    hook = engine.module.register_forward_hook(spoil)
     yield
     hook.remove()
 

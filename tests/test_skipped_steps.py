@@ -61,7 +61,9 @@ def scale_losses(steps: list[int], factor: float) -> None:
         now[0] = 0
 
     def forward_scaled(engine, micro, dropout_seeds):
-        return forward(engine, micro, dropout_seeds) * (factor if now[0] in steps else 1.0)
+        scale = factor if now[0] in steps else 1.0
+        total, losses = forward(engine, micro, dropout_seeds)
+        return total * scale, losses * scale
 
     TrainingLoop._train_step, Engine._forward = noting_step, forward_scaled
 

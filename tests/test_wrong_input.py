@@ -194,7 +194,7 @@ def test_what_may_change_between_two_starts(changes, begun):
 
 
 FREE = re.compile(
-    r"(output|tokenizer|(checkpoint|logging|parallel|faults|hardware)\..*|batch\.micro|"
+    r"(output|tokenizer|(checkpoint|logging|parallel|parts|faults|hardware)\..*|batch\.micro|"
     r"model\.activation_checkpointing|tasks\.\w+\.corpus)"
 )
 
