@@ -101,12 +101,14 @@ class TrainJob:
         return self.cluster.log_of(self.job)
 
     def rows_at_the_end(self) -> list[dict[str, Any]]:
-        """Wait until the job is done; all rows that can be reproduced."""
+        """Wait until the job is done; all rows that can be reproduced, and none that tells of a stop
+        between two checkpoints."""
         self.cluster.wait_for(self.job, "COMPLETED", seconds=START_SECONDS)
         assert self.cluster.log_of(self.job).splitlines()[-1] == (
             f"megaphase: job {self.job}: all phases are done"
         )
-        return timeless(read_rows(self.run_dir))
+        rows = timeless(read_rows(self.run_dir))
+        return [row for row in rows if row.get("event") != "stopped"]
 
     def _runs(self) -> bool:
         return self.cluster.state(self.job) == "RUNNING"
