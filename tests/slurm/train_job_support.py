@@ -101,8 +101,10 @@ class TrainJob:
         return self.cluster.log_of(self.job)
 
     def rows_at_the_end(self) -> list[dict[str, Any]]:
-        """Wait until the job is done; all rows that can be reproduced, and none that tells of a stop
-        between two checkpoints."""
+        """Wait until the job is done; all rows that can be reproduced.
+
+        A stop between two checkpoints has one of its own, and is left out.
+        """
         self.cluster.wait_for(self.job, "COMPLETED", seconds=START_SECONDS)
         assert self.cluster.log_of(self.job).splitlines()[-1] == (
             f"megaphase: job {self.job}: all phases are done"
