@@ -38,12 +38,12 @@ def memory_sentences(summary: dict[str, Any]) -> list[str]:
     """The estimate for the run's own layout in a line, and what to do where it does not fit."""
     own = summary["layouts"][0]
     parts = " + ".join(
-        f"{part} {_gb(size)}" for part, size in own["parts"].items() if size >= 0.05 * GB
+        f"{part} {gb(size)}" for part, size in own["parts"].items() if size >= 0.05 * GB
     )
-    line = f"Memory per GPU ({layout_name(own)}): {_gb(own['bytes'])} GB"
+    line = f"Memory per GPU ({layout_name(own)}): {gb(own['bytes'])} GB"
     sentences = [f"{line} = {parts}" if parts else line]
     if own["host_bytes"]:
-        host = " + ".join(f"{part} {_gb(size)}" for part, size in own["host_bytes"].items())
+        host = " + ".join(f"{part} {gb(size)}" for part, size in own["host_bytes"].items())
         sentences.append(f"Memory of the node for each GPU, offloaded: {host} GB")
     if not own["fits"]:
         sentences.append(_does_not_fit(summary))
@@ -54,7 +54,7 @@ def _does_not_fit(summary: dict[str, Any]) -> str:
     own, card = summary["layouts"][0], f"{summary['card_gb']:g} GB"
     needed = own["bytes"] / (1 - summary["reserve"])
     what = f"The run does not fit {card}: with {summary['reserve']:.0%} in reserve it needs "
-    what += f"{_gb(needed)} GB"
+    what += f"{gb(needed)} GB"
     if summary["remedies"]:
         return f"{what}; it fits with {', or '.join(summary['remedies'])}"
     return f"{what}; take many more GPUs, larger ones or a smaller model"
@@ -65,5 +65,6 @@ def layout_name(figures: dict[str, Any]) -> str:
     return f"tensor {figures['tensor']} × data {figures['data']}, ZeRO {figures['zero']}"
 
 
-def _gb(size: float) -> str:
+def gb(size: float) -> str:
+    """Bytes in GB, as they are shown."""
     return f"{size / GB:.1f}"

@@ -8,10 +8,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from megaphase.memory.choices import GB, layouts
+from megaphase.memory.choices import layouts
 from megaphase.memory.estimate import PARTS as MEMORY_PARTS
 from megaphase.memory.setup import Setup
-from megaphase.memory.table import layout_name
+from megaphase.memory.table import gb, layout_name
 from megaphase.speed.estimate import PARTS, step_time
 from megaphase.speed.hardware import Hardware
 
@@ -119,8 +119,8 @@ def layouts_table(
     best = quickest(memory, speed) if speed else None
     for i, figures in enumerate(memory["layouts"]):
         row = [str(figures[key]) for key in ("tensor", "data", "zero")]
-        row += [_gb(figures["parts"][part]) for part in parts]
-        row.append(_gb(figures["bytes"]))
+        row += [gb(figures["parts"][part]) for part in parts]
+        row.append(gb(figures["bytes"]))
         if speed:
             time = speed["layouts"][i]
             row += [_seconds(time["step_seconds"]), f"{time['mfu']:.0%}"]
@@ -149,7 +149,3 @@ def _duration(seconds: float) -> str:
 def _seconds(seconds: float, whole: float | None = None) -> str:
     """whole: what it is a part of, whose decimals it gets."""
     return f"{seconds:.2f}" if (whole or seconds) >= 1 else f"{seconds:.3g}"
-
-
-def _gb(size: float) -> str:
-    return f"{size / GB:.1f}"

@@ -42,8 +42,14 @@ def choose_parts(config: RunConfig) -> Parts:
     Raises:
         InputError: something that is asked for is not there.
     """
-    kernels = Kernels(compiled=_compiles(config), apex_norm=_apex_norm(config))
-    return Parts(kernels, "apex" if _apex_optimizer(config) else "torch")
+    offloaded = config.parallel.offload != "none"
+    for_optimizer = "the optimizer state on the GPU, and parallel.offload moves it"
+    norm = _takes_apex(config, "norm", _missing_for_apex(APEX_NORM))
+    optimizer = _takes_apex(
+        config, "optimizer", for_optimizer if offloaded else _missing_for_apex(APEX_OPTIMIZER)
+    )
+    kernels = Kernels(compiled=_compiles(config), apex_norm=norm)
+    return Parts(kernels, "apex" if optimizer else "torch")
 
 
 def _compiles(config: RunConfig) -> bool:
@@ -67,21 +73,11 @@ def _missing_to_compile() -> str | None:
     return f"a compiler ({', '.join(compilers)}; the variable {variable} can name another)"
 
 
-def _apex_norm(config: RunConfig) -> bool:
-    asked = config.parts.norm
-    missing = _missing_for_apex(APEX_NORM)
+def _takes_apex(config: RunConfig, part: Literal["norm", "optimizer"], missing: str | None) -> bool:
+    """missing: what apex needs for that part and does not find."""
+    asked = getattr(config.parts, part)
     if asked == "apex" and missing:
-        raise InputError(config.where("parts.norm"), f"apex needs {missing}", _APEX_REMEDY)
-    return asked == "apex" or (asked == "auto" and not missing)
-
-
-def _apex_optimizer(config: RunConfig) -> bool:
-    asked = config.parts.optimizer
-    missing = _missing_for_apex(APEX_OPTIMIZER)
-    if config.parallel.offload != "none":
-        missing = "the optimizer state on the GPU, and parallel.offload moves it"
-    if asked == "apex" and missing:
-        raise InputError(config.where("parts.optimizer"), f"apex needs {missing}", _APEX_REMEDY)
+        raise InputError(config.where(f"parts.{part}"), f"apex needs {missing}", _APEX_REMEDY)
     return asked == "apex" or (asked == "auto" and not missing)
 
 
