@@ -126,22 +126,25 @@ def test_verdict_is_undecided_unless_all_points_are_dominated(two_phase, ending)
 
 @pytest.mark.parametrize(
     ("spread", "ending"),
-    [(0.02, "everywhere"), (0.3, "at 1 of these 2 points"), (3.0, "nowhere")],
+    [(0.02, "everywhere"), (0.2, "at 1 of these 2 points"), (3.0, "nowhere")],
 )
 def test_verdict_says_whether_it_is_more_than_noise(spread, ending):
     def losses(trial):
-        high, low = STATIC[trial.mixture.rate] if trial.arm == "static" else (3.9, 5.4)
-        return high, low + spread * (trial.seed - 2)
+        # What a seed adds to both arms is no noise of their difference.
+        (high, low), own = (3.9, 5.4), -spread
+        if trial.arm == "static":
+            (high, low), own = STATIC[trial.mixture.rate], spread
+        return high, low + (100 + own) * (trial.seed - 2)
 
     record = record_of(ARMS, losses, seeds=[1, 2, 3])
     fronts = fronts_of(record)
     (verdict,) = verdicts_of(record, fronts)
     assert verdict.sentence.endswith(f"; that exceeds two standard errors {ending}.")
     (static, two_phase) = fronts[0].arms
-    # Three seeds at -spread, 0, +spread: the standard deviation is the spread.
-    assert static.front[0].low == pytest.approx((6.0, spread / math.sqrt(3)))
+    # Three seeds at -a, 0, +a: the standard deviation is a.
+    assert static.front[0].low == pytest.approx((6.0, (100 + spread) / math.sqrt(3)))
     margin = two_phase.against_static.margins[0]
-    assert (margin.nats, margin.error) == pytest.approx((0.6, spread * math.sqrt(2 / 3)))
+    assert (margin.nats, margin.error) == pytest.approx((0.6, 2 * spread / math.sqrt(3)))
 
 
 def test_every_other_arm_has_a_verdict_and_two_phase_comes_first():

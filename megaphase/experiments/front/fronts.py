@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from megaphase.experiments.front.measures import (
     hypervolume,
     lowest_within,
 )
-from megaphase.experiments.front.points import Point, front_of, points_of
+from megaphase.experiments.front.points import Point, estimate, front_of, points_of
 from megaphase.experiments.sweep.directory import SweepRecord
 from megaphase.experiments.sweep.file import Kind
 
@@ -38,10 +37,16 @@ class Margin:
 
     @property
     def error(self) -> float | None:
-        """The standard error of the difference; None without several seeds on both sides."""
-        if self.other is None or self.point.low.error is None or self.other.low.error is None:
+        """The standard error of the difference, from one for every seed that both sides have.
+
+        A seed chooses the held-out samples, too: what it adds to the losses of both is no noise
+        of their difference. None without several such seeds.
+        """
+        if self.other is None:
             return None
-        return math.hypot(self.point.low.error, self.other.low.error)
+        ours, theirs = self.point.low_by_seed, self.other.low_by_seed
+        differences = [loss - theirs[seed] for seed, loss in ours.items() if seed in theirs]
+        return estimate(differences).error if differences else None
 
     @property
     def is_beyond_noise(self) -> bool:

@@ -6,7 +6,7 @@ Losses are in nats per token; the high and the low loss are the means over the t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -48,6 +48,7 @@ class Point:
     Attributes:
         runs: (run, outcome) by seed.
         losses: by task.
+        low_by_seed: the low loss of each run.
     """
 
     setting: Setting
@@ -55,6 +56,7 @@ class Point:
     losses: dict[str, Estimate]
     high: Estimate
     low: Estimate
+    low_by_seed: Mapping[int, float]
 
     @property
     def pair(self) -> Pair:
@@ -113,6 +115,7 @@ def _point(record: SweepRecord, setting: Setting, runs: list[tuple[Trial, Outcom
         },
         high=estimate([outcome.group_loss(sweep.high) for outcome in outcomes]),
         low=estimate([outcome.group_loss(sweep.low) for outcome in outcomes]),
+        low_by_seed={trial.seed: outcome.group_loss(sweep.low) for trial, outcome in runs},
     )
 
 
