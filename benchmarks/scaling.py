@@ -121,7 +121,7 @@ def layouts_page(name: str) -> str:
         "| layout, ZeRO | micro | again | GB | step | compute | tensor | data | sent | MFU |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for layout in sorted(layouts(own), key=lambda each: (each.tensor, each.zero)):
+    for layout in sorted(layouts(own.with_micro(1)), key=lambda each: (each.tensor, each.zero)):
         if layout.zero > 0:
             variant = best_variant(replace(layout, sequence=layout.tensor > 1), hardware)
             rows.append(_layout_row(variant, step_time(variant, hardware)))

@@ -17,8 +17,7 @@ from megaphase.kernels.kernels import EAGER
 from megaphase.parallel.collectives import (
     copy_to_tensor_parallel,
     gather_sequence,
-    reduce_from_tensor_parallel,
-    reduce_scatter_sequence,
+    start_leaving,
 )
 from megaphase.parallel.cross_entropy import Vocabulary, linear_cross_entropy
 from megaphase.parallel.sharding import layout_of
@@ -210,13 +209,14 @@ COLLECTIVES = {
         copy_to_tensor_parallel, lambda xs: [xs[0] for _ in xs], replicated_input=True
     ),
     "reduce": Collective(
-        reduce_from_tensor_parallel,
+        lambda x, topology: start_leaving(x.clone(), topology, False)(),
         lambda xs: [torch.stack(xs).sum(0)] * len(xs),
         replicated_output=True,
     ),
     "gather": Collective(gather_sequence, lambda xs: [torch.cat(xs, 1) for _ in xs]),
     "reduce_scatter": Collective(
-        reduce_scatter_sequence, lambda xs: list(torch.stack(xs).sum(0).chunk(len(xs), 1))
+        lambda x, topology: start_leaving(x.clone(), topology, True)(),
+        lambda xs: list(torch.stack(xs).sum(0).chunk(len(xs), 1)),
     ),
 }
 

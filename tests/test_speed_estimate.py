@@ -16,6 +16,7 @@ from megaphase.model.shape import GPTShape
 from megaphase.speed.communication import (
     ALL_GATHER,
     ALL_REDUCE,
+    REDUCE_SCATTER,
     Ring,
     Traffic,
     data_ring,
@@ -30,9 +31,12 @@ from megaphase.speed.work import Work, backward_work, forward_work, recomputed_w
 
 REPOSITORY = Path(__file__).parent.parent
 H100 = Hardware("H100", False, 1000e12, 0.5, 3000e9, 8, 450e9, 50e9)
+SLOW = replace(H100, peak_flops=1.0)  # everything hides that may
+FAST = replace(H100, peak_flops=1e30)  # nothing does
 SMALL = GPTShape(vocab=97, seq_len=16, layers=2, hidden=32, heads=4, kv_heads=2, ffn=48)
 # Two ranks share the model; 2 samples of 16 tokens at a time.
-PAIR = Setup(SMALL, 2, 4, 1, False, True, micro=2, accumulation=3)
+PAIR = Setup(SMALL, 2, 4, 1, False, True, micro=2, accumulation=3, overlap=False)
+IN_TURN = replace(PAIR, overlap=True)
 GPT_13B = GPTShape(
     vocab=64_000, seq_len=4096, layers=40, hidden=5120, heads=40, kv_heads=40, ffn=13696
 )
@@ -68,6 +72,9 @@ def test_bytes_past_memory():
     loss = 4 * (32 * 49 * 2)
     gradients = sum(parameter_sizes(SMALL, 2).values()) * (2 + 8)
     assert backward_work(PAIR).elementwise == 2 * back + 4 * stream + loss + gradients
+    # The gradients of two halves: of 32 rows of 32, 16 columns, 48 rows and 24 columns.
+    summed = 3 * 2 * 2 * (32 * 32 + 16 * 32 + 48 * 32 + 24 * 32)
+    assert backward_work(IN_TURN).elementwise == backward_work(PAIR).elementwise + summed
 
 
 def checkpointed(mode: str) -> Setup:
@@ -142,12 +149,33 @@ def test_tensor_parallel_volume():
 
 
 def test_backward_collectives_hide_behind_the_products_of_their_layer():
-    slow = replace(H100, peak_flops=1.0)  # everything hides
-    fast = replace(H100, peak_flops=1e30)  # nothing does
-    hidden, plain = (tensor_backward(PAIR, each).seconds for each in (slow, fast))
+    hidden, plain = (tensor_backward(PAIR, each).seconds for each in (SLOW, FAST))
     reduced = tensor_ring(PAIR, H100).collective(ALL_REDUCE, 32 * 32 * 2).seconds
     assert hidden == pytest.approx(reduced)  # that of the head
     assert plain == pytest.approx(reduced * 5)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_halves_hide_all_but_what_is_sent_at_the_edges_of_a_block(sequence):
+    setup, ring = replace(IN_TURN, sequence=sequence), tensor_ring(PAIR, H100)
+    whole, rounds = 32 * 32 * 2, REDUCE_SCATTER if sequence else ALL_REDUCE
+    gathered = [ring.collective(ALL_GATHER, size).seconds for size in (whole, whole / 2)]
+    summed = [ring.collective(rounds, size).seconds for size in (whole, whole / 2)]
+    losses = sum(ring.collective(ALL_REDUCE, n * 32 * 4).seconds for n in (1, 2))
+    if not sequence:
+        gathered = [0, 0]
+    outside = summed[0] + gathered[0] + losses  # embedding, head
+    hidden, plain = (tensor_forward(setup, each).seconds for each in (SLOW, FAST))
+    assert hidden == pytest.approx(2 * (gathered[1] + summed[1]) + outside)
+    assert plain == pytest.approx(8 * (gathered[1] + summed[1]) + outside)
+    assert (
+        tensor_forward(setup, H100).sent == tensor_forward(replace(setup, overlap=False), H100).sent
+    )
+
+
+def test_a_single_sample_has_no_halves():
+    single = replace(IN_TURN, micro=1)
+    assert tensor_forward(single, SLOW) == tensor_forward(replace(single, overlap=False), SLOW)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

@@ -80,12 +80,14 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """How one model replica and its optimizer are spread over processes and memories.
 
+    overlap: compute half of a micro-batch while the tensor-parallel ranks sum the other half.
     offload: where fp32 weights and optimizer state lie; offload_parameters: where the weights
     that the model computes with lie. offload_folder: a folder on each node's NVMe disk.
     """
 
     tensor: Count = 1
     sequence: bool = False
+    overlap: bool = True
     zero: Literal[0, 1, 2, 3] = 3
     offload: Literal["none", "cpu", "nvme"] = "none"
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"

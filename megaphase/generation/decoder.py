@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megaphase.errors import RunError
-from megaphase.model.gpt import GPT
+from megaphase.model.gpt import GPT, Rows
 from megaphase.model.kv_cache import KVCache
 
 
@@ -81,6 +81,6 @@ class Decoder:
             x = x + F.embedding(positions, model.positions).to(model.compute_dtype)
         rotary = None if model.rotary is None else model.rotary.at(positions)
         for block, cached in zip(model.blocks, layers, strict=True):
-            x = block(x, rotary, cached.attend)
+            (x,) = block(rotary, [Rows(cached.attend)], x)
         _, normed = model.norm(x[:, -1])
         return model.head(normed, None).float()

@@ -21,7 +21,8 @@ class Setup:
     """One rank's part of a run: `tensor` × `data` processes under a ZeRO stage.
 
     accumulation: micro-batches of an optimizer step; masked: whether samples hold documents that do
-    not see each other. compiled: the parts between the matrix products, see `kernels`. widened:
+    not see each other. overlap: of tensor-parallel collectives, see `model.in_turn`. compiled: the
+    parts between the matrix products, see `kernels`. widened:
     whether the device computes products of bf16 in fp32, see `kernels.matmul`.
     """
 
@@ -36,6 +37,7 @@ class Setup:
     masked: bool = False
     offload: str = "none"
     offload_parameters: str = "none"
+    overlap: bool = True
     device: Device = "cuda"
     compiled: bool = True
     widened: bool = False
@@ -64,6 +66,11 @@ class Setup:
     def variable_length(self) -> bool:
         """Whether attention takes documents one by one, so that none of them is masked."""
         return self.masked and self.bf16 and self.device == "cuda"
+
+    @property
+    def halves(self) -> int:
+        """Parts of a micro-batch that are computed in turn."""
+        return 2 if self.overlap and self.tensor > 1 and self.micro > 1 else 1
 
     @property
     def samples(self) -> int:
@@ -104,6 +111,7 @@ def setup_of(config: RunConfig, shape: GPTShape, processes: int, device: Device)
         masked=any(not task.attends_across_documents for task in config.tasks.values()),
         offload=config.parallel.offload,
         offload_parameters=config.parallel.offload_parameters,
+        overlap=config.parallel.overlap,
         device=device,
         compiled=kernels == "compile" or (kernels == "auto" and device == "cuda"),
         widened=config.precision == "bf16" and widens_bf16(torch.device(device)),

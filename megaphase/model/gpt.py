@@ -7,7 +7,9 @@ and feed-forward regions is [batch, seq / tensor, hidden].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,6 +22,7 @@ from megaphase.kernels.kept import computed_again
 from megaphase.kernels.kernels import EAGER, Kernels
 from megaphase.kernels.swiglu import swiglu
 from megaphase.model.dropout import Dropout
+from megaphase.model.in_turn import Steps, in_turn
 from megaphase.model.packed_rows import (
     Attend,
     attend_within,
@@ -39,6 +42,8 @@ from megaphase.parallel.layers import (
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.topology import Topology, device
 from megaphase.targets import IGNORED_TARGET
+
+Keep = Callable[[], AbstractContextManager[None]]
 
 
 class Attention(nn.Module):
@@ -66,20 +71,23 @@ class Attention(nn.Module):
             region=region,
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary | None,
-        attend: Attend,
-    ) -> Tensor:
-        qkv = self.qkv(x)
+    def steps(self, x: Tensor, rotary: Rotary | None, attend: Attend, keep: Keep) -> Steps:
+        """Its output in three steps, see `in_turn`; keep: around the operations that keep x."""
+        arriving = self.qkv.start(x)
+        yield
+        with keep():
+            qkv = arriving()
         heads = qkv.unflatten(-1, (-1, self.head_dim))
         if rotary is None:
             parts = heads.split(self.local_heads, dim=2)
         else:
             parts = rotary(heads, self.local_heads)
         q, k, v = (part.transpose(1, 2) for part in parts)
-        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+        attended = attend(q, k, v).transpose(1, 2).flatten(2)
+        yield
+        leaving = self.out.start(attended)
+        yield
+        return leaving()
 
 
 class FeedForward(nn.Module):
@@ -110,11 +118,29 @@ class FeedForward(nn.Module):
             region=region,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        up = self.up(x)
+    def steps(self, x: Tensor, keep: Keep) -> Steps:
+        """Its output in three steps, see `in_turn`; keep: around the operations that keep x."""
+        arriving = self.up.start(x)
+        yield
+        with keep():
+            up = arriving()
         inner = self.activate(up)
+        yield
         with computed_again(inner, partial(self.activate, up.detach()), self.keep_again):
-            return self.down(inner)
+            leaving = self.down.start(inner)
+        yield
+        return leaving()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What blocks know of the rows that they are given.
+
+    attend: attention within them. dropout_seeds: int64 [rows], see `dropout.row_seeds`.
+    """
+
+    attend: Attend = attention
+    dropout_seeds: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -134,19 +160,28 @@ class Block(nn.Module):
         self.feed_forward_dropout = Dropout(shape.dropout, f"{init.path}feed_forward", region)
 
     def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary | None,
-        attend: Attend,
-        dropout_seeds: Tensor | None = None,
-    ) -> Tensor:
+        self, rotary: Rotary | None, rows: Sequence[Rows], *parts: Tensor
+    ) -> tuple[Tensor, ...]:
+        """parts: the activations of some rows each, which are computed in turn.
+
+        They are arguments of their own, because ZeRO-3's hooks see no others.
+        """
+        return in_turn(
+            [partial(self._steps, x, rotary, of) for x, of in zip(parts, rows, strict=True)]
+        )
+
+    def _steps(self, x: Tensor, rotary: Rotary | None, rows: Rows) -> Steps:
         x, normed = self.attention_norm(x)
-        with computed_again(normed, self.attention_norm.again(x), self.keep_again):
-            added = self.attention(normed, rotary, attend)
-        x, normed = self.feed_forward_norm(x, self.attention_dropout(added, dropout_seeds))
-        with computed_again(normed, self.feed_forward_norm.again(x), self.keep_again):
-            added = self.feed_forward(normed)
-        return x + self.feed_forward_dropout(added, dropout_seeds)
+        keep = self._keep(normed, self.attention_norm.again(x))
+        added = yield from self.attention.steps(normed, rotary, rows.attend, keep)
+        added = self.attention_dropout(added, rows.dropout_seeds)
+        x, normed = self.feed_forward_norm(x, added)
+        keep = self._keep(normed, self.feed_forward_norm.again(x))
+        added = yield from self.feed_forward.steps(normed, keep)
+        return x + self.feed_forward_dropout(added, rows.dropout_seeds)
+
+    def _keep(self, normed: Tensor, again: Callable[[], Tensor]) -> Keep:
+        return partial(computed_again, normed, again, self.keep_again)
 
 
 class GPT(nn.Module):
@@ -155,6 +190,7 @@ class GPT(nn.Module):
     Args:
         compute_dtype: type of the activations; weights of another type are cast when used.
         kernels: what computes the parts between the matrix products.
+        overlap: compute half of the rows while the tensor-parallel collectives of the others go on.
     """
 
     def __init__(
@@ -166,9 +202,11 @@ class GPT(nn.Module):
         sequence_parallel: bool = False,
         compute_dtype: torch.dtype = torch.float32,
         kernels: Kernels = EAGER,
+        overlap: bool = True,
     ) -> None:
         super().__init__()
         self.shape = shape
+        self.overlap = overlap and topology.tensor_size > 1
         self.compute_dtype = compute_dtype
         self.region = region = TensorRegion(topology, sequence_parallel)
         self.embedding = VocabParallelEmbedding(
@@ -215,16 +253,25 @@ class GPT(nn.Module):
         [batch, seq, vocabulary of this rank].
         """
         x = self.embedding_dropout(self._embed(tokens, documents), dropout_seeds)
-        attend: Attend = attention
-        if documents is not None:
-            attend = attend_within(documents, self.compute_dtype)
+        halves = 2 if self.overlap and len(tokens) > 1 else 1
+        rows = self._rows(documents, dropout_seeds, halves)
+        parts = x.chunk(halves)
         for block in self.blocks:
             if self.shape.activation_checkpointing == "full" and self.training:
-                x = checkpoint(block, x, self.rotary, attend, dropout_seeds, use_reentrant=False)
+                parts = checkpoint(block, self.rotary, rows, *parts, use_reentrant=False)
             else:
-                x = block(x, self.rotary, attend, dropout_seeds)
-        _, normed = self.norm(x)
+                parts = block(self.rotary, rows, *parts)
+        _, normed = self.norm(parts[0] if halves == 1 else torch.cat(parts))
         return self.head(normed, targets)
+
+    def _rows(
+        self, documents: Tensor | None, dropout_seeds: Tensor | None, parts: int
+    ) -> list[Rows]:
+        attends: list[Attend] = [attention] * parts
+        if documents is not None:
+            attends = [attend_within(part, self.compute_dtype) for part in documents.chunk(parts)]
+        seeds = [None] * parts if dropout_seeds is None else dropout_seeds.chunk(parts)
+        return [Rows(*each) for each in zip(attends, seeds, strict=True)]
 
     def _embed(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         x = self.embedding(tokens).to(self.compute_dtype)

@@ -7,6 +7,8 @@ is gathered again while the input's gradient is computed (Korthikanti et al. 202
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from megaphase.kernels.matmul import linear, matmul, weight_gradient
 from megaphase.parallel.collectives import (
+    Started,
     start_all_reduce,
     start_gather_sequence,
     start_reduce_scatter_sequence,
@@ -23,32 +26,37 @@ from megaphase.parallel.topology import Topology
 
 class _ColumnParallelLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, topology: Topology, sequence: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, topology: Topology, arriving: Started | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.topology, ctx.sequence = topology, sequence
-        whole = start_gather_sequence(x, topology)() if sequence else x
-        return matmul(whole, weight.t())
+        ctx.topology, ctx.sequence = topology, arriving is not None
+        return matmul(x if arriving is None else arriving.finish(), weight.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
         if not ctx.sequence:
-            summed = start_all_reduce(matmul(grads[0], weight), ctx.topology)
+            sum_ = start_all_reduce(matmul(grads[0], weight), ctx.topology)
             for_weight = weight_gradient(grads[0], x)
-            return summed(), for_weight, None, None
+            return sum_.finish(), for_weight, None, None
         whole = start_gather_sequence(x, ctx.topology)
         for_whole = matmul(grads[0], weight)
-        gathered = whole()
+        gathered = whole.finish()
         own = start_reduce_scatter_sequence(for_whole, ctx.topology)
         for_weight = weight_gradient(grads[0], gathered)
-        return own(), for_weight, None, None
+        return own.finish(), for_weight, None, None
 
 
-def column_parallel_linear(x: Tensor, weight: Tensor, topology: Topology, sequence: bool) -> Tensor:
-    """x Wᵀ for x [batch, seq, inputs] and this rank's rows of W; [batch, seq, rows].
+def start_column_parallel_linear(
+    x: Tensor, weight: Tensor, topology: Topology, sequence: bool
+) -> Callable[[], Tensor]:
+    """What computes x Wᵀ for x [batch, seq, inputs] and this rank's rows of W; [batch, seq, rows].
 
-    sequence: whether x is this rank's part of the positions, [batch, seq / tensor, inputs].
+    sequence: whether x is this rank's part of the positions, [batch, seq / tensor, inputs]; the
+        others' are on their way from now on.
     """
     if topology.tensor_size == 1:
-        return linear(x, weight)
-    return _ColumnParallelLinear.apply(x, weight, topology, sequence)
+        return partial(linear, x, weight)
+    arriving = start_gather_sequence(x.detach(), topology) if sequence else None
+    return partial(_ColumnParallelLinear.apply, x, weight, topology, arriving)

@@ -20,10 +20,9 @@ from megaphase.kernels.rms_norm import add_and_rms_norm, rms_norm
 from megaphase.parallel.collectives import (
     copy_to_tensor_parallel,
     gather_sequence,
-    reduce_from_tensor_parallel,
-    reduce_scatter_sequence,
+    start_leaving,
 )
-from megaphase.parallel.column_linear import column_parallel_linear
+from megaphase.parallel.column_linear import start_column_parallel_linear
 from megaphase.parallel.cross_entropy import Vocabulary, linear_cross_entropy, tokens_at_a_time
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.sharding import ParameterLayout, padded_vocab
@@ -63,11 +62,9 @@ class TensorRegion:
             return gather_sequence(x, self.topology)
         return copy_to_tensor_parallel(x, self.topology)
 
-    def leave(self, x: Tensor) -> Tensor:
-        """Sum the ranks' partial results."""
-        if self.sequence:
-            return reduce_scatter_sequence(x, self.topology)
-        return reduce_from_tensor_parallel(x, self.topology)
+    def start_leaving(self, x: Tensor) -> Callable[[], Tensor]:
+        """Start to sum the ranks' partial results, which are used up; what waits for the sum."""
+        return start_leaving(x, self.topology, self.sequence)
 
     def own_positions(self, x: Tensor) -> Tensor:
         """Of [..., seq, hidden], the positions that this rank holds outside the region."""
@@ -110,10 +107,11 @@ class ColumnParallelLinear(nn.Module):
             zeros = init.constant((outputs,), 0.0)
             self.bias = sharded_parameter(zeros, 0, segments, region.topology)
 
-    def forward(self, x: Tensor) -> Tensor:
-        region = self.region
-        y = column_parallel_linear(x, self.weight.to(x.dtype), region.topology, region.sequence)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+    def start(self, x: Tensor) -> Callable[[], Tensor]:
+        """Send for what the other ranks hold of x; what then computes y."""
+        region, weight = self.region, self.weight.to(x.dtype)
+        product = start_column_parallel_linear(x, weight, region.topology, region.sequence)
+        return lambda: product() if self.bias is None else product() + self.bias.to(x.dtype)
 
 
 class RowParallelLinear(nn.Module):
@@ -138,11 +136,14 @@ class RowParallelLinear(nn.Module):
         self.weight = sharded_parameter(whole, 1, (inputs,), region.topology)
         self.bias = nn.Parameter(init.constant((outputs,), 0.0).to(device())) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.region.leave(linear(x, self.weight.to(x.dtype)))
-        if self.bias is not None:
-            y = y + self.region.replicated(self.bias).to(y.dtype)
-        return y
+    def start(self, x: Tensor) -> Callable[[], Tensor]:
+        """Compute this rank's part of y and send it off; what then waits for y."""
+        sum_ = self.region.start_leaving(linear(x, self.weight.to(x.dtype)))
+        return lambda: sum_() if self.bias is None else sum_() + self._whole_bias().to(x.dtype)
+
+    def _whole_bias(self) -> Tensor:
+        assert self.bias is not None
+        return self.region.replicated(self.bias)
 
 
 def vocab_parallel_weight(
@@ -174,7 +175,7 @@ class VocabParallelEmbedding(nn.Module):
         local = tokens - self.first_row
         elsewhere = (local < 0) | (local >= self.rows)
         vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return self.region.leave(vectors.masked_fill(elsewhere.unsqueeze(-1), 0))
+        return self.region.start_leaving(vectors.masked_fill(elsewhere.unsqueeze(-1), 0))()
 
 
 class VocabParallelHead(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megaphase.memory.setup import FP32_BYTES, Setup
@@ -20,8 +21,9 @@ LINK_EFFICIENCY = 0.8
 START_SECONDS, NODE_STEP_SECONDS, NETWORK_STEP_SECONDS = 8.4e-6, 3.4e-6, 14e-6
 # Rounds of a ring.
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = 2, 1, 1
-# Projections into the tensor-parallel regions of a block; as many lead out of them.
+# Projections into the tensor-parallel regions of a block, and out of them.
 COLUMN_PARALLEL = ("attention.qkv.weight", "feed_forward.up.weight")
+ROW_PARALLEL = ("attention.out.weight", "feed_forward.down.weight")
 # Of the cross entropy, fp32: the largest logit; the sum of exponentials and the target's logit.
 LOSS_VALUES = (1, 2)
 
@@ -103,7 +105,7 @@ def tensor_forward(setup: Setup, hardware: Hardware) -> Traffic:
     for values in LOSS_VALUES:
         loss += ring.collective(ALL_REDUCE, setup.tokens * values * FP32_BYTES)
     into, out_of = _into_region(setup, ring), _out_of_region(setup, ring)
-    return _blocks_forward(setup, ring) + out_of + into + loss  # embedding, head
+    return _blocks_forward(setup, hardware) + out_of + into + loss  # embedding, head
 
 
 def tensor_backward(setup: Setup, hardware: Hardware) -> Traffic:
@@ -112,40 +114,64 @@ def tensor_backward(setup: Setup, hardware: Hardware) -> Traffic:
     Each is the transpose of one of the forward pass, and with sequence parallelism the input of the
     projections into a region is gathered again. These projections' collectives go on behind their
     own products: the gathering behind the gradient of the input, the summing behind that of the
-    weight (`parallel.column_linear`).
+    weight (`parallel.column_linear`). The gathering that is the transpose of a sum goes on, where
+    halves are computed in turn, behind the other half's projections into a region.
     """
     ring = tensor_ring(setup, hardware)
-    gathered, summed = _into_region(setup, ring), _out_of_region(setup, ring)
-    block = Traffic()
+    gathered, summed = (each(setup, ring, setup.halves) for each in (_into_region, _out_of_region))
+    block = _in_turn(setup, hardware, gathered, COLUMN_PARALLEL, passes=2)
     for name in COLUMN_PARALLEL:
-        product = 2 * setup.tokens * block_sizes(setup.shape, setup.tensor)[name]
-        computing = hardware.matrix_seconds(product)
-        block += gathered + gathered.behind(computing) + summed.behind(computing)
-    traffic = block * setup.shape.layers + summed + gathered  # head, embedding
+        computing = _product_seconds(setup, hardware, [name])
+        block += gathered.behind(computing) + summed.behind(computing)
+    outside = _into_region(setup, ring) + _out_of_region(setup, ring)  # embedding, head
+    traffic = block * setup.shape.layers + outside
     if setup.sequence:
         # Gradients of the norms' weights, of which each rank has seen its own positions.
         norm = ring.collective(ALL_REDUCE, setup.shape.hidden * setup.parameter_bytes)
         traffic += norm * (NORMS * setup.shape.layers + 1)
     if setup.shape.activation_checkpointing == "full":
-        traffic += _blocks_forward(setup, ring)
+        traffic += _blocks_forward(setup, hardware)
     return traffic
 
 
-def _blocks_forward(setup: Setup, ring: Ring) -> Traffic:
-    both = _into_region(setup, ring) + _out_of_region(setup, ring)
-    return both * (len(COLUMN_PARALLEL) * setup.shape.layers)
+def _blocks_forward(setup: Setup, hardware: Hardware) -> Traffic:
+    """What one half sends goes on behind the next product of the other, see `model.in_turn`."""
+    ring = tensor_ring(setup, hardware)
+    gathered, summed = (each(setup, ring, setup.halves) for each in (_into_region, _out_of_region))
+    block = _in_turn(setup, hardware, gathered, ROW_PARALLEL)
+    block += _in_turn(setup, hardware, summed, COLUMN_PARALLEL)
+    return block * setup.shape.layers
 
 
-def _into_region(setup: Setup, ring: Ring) -> Traffic:
+def _in_turn(
+    setup: Setup, hardware: Hardware, each: Traffic, products: Sequence[str], passes: int = 1
+) -> Traffic:
+    """One collective for every region of a block, behind some products where halves take turns.
+
+    That of one half at a block's edge is waited for in any case.
+    """
+    traffic = each * len(products)
+    if setup.halves == 1:
+        return traffic
+    computing = passes * _product_seconds(setup, hardware, products)
+    return traffic.behind(computing, pieces=setup.halves * len(products))
+
+
+def _product_seconds(setup: Setup, hardware: Hardware, names: Sequence[str]) -> float:
+    sizes = block_sizes(setup.shape, setup.tensor)
+    return hardware.matrix_seconds(2 * setup.tokens * sum(sizes[name] for name in names))
+
+
+def _into_region(setup: Setup, ring: Ring, pieces: int = 1) -> Traffic:
     """What `parallel.layers.TensorRegion` sends on the way in."""
     if not setup.sequence:
         return Traffic()
-    return ring.collective(ALL_GATHER, _whole(setup))
+    return ring.split_collective(ALL_GATHER, _whole(setup), pieces)
 
 
-def _out_of_region(setup: Setup, ring: Ring) -> Traffic:
+def _out_of_region(setup: Setup, ring: Ring, pieces: int = 1) -> Traffic:
     rounds = REDUCE_SCATTER if setup.sequence else ALL_REDUCE
-    return ring.collective(rounds, _whole(setup))
+    return ring.split_collective(rounds, _whole(setup), pieces)
 
 
 def _whole(setup: Setup) -> int:

@@ -29,6 +29,8 @@ NORM_FORWARD, NORM_BACKWARD, NORM_AGAIN = 4, 4, 2
 NORMS = 2  # of a block
 # A gradient is read, and added to the fp32 sum or to a bucket, which is read and written.
 GRADIENT_TRAFFIC = 2 * FP32_BYTES
+# Gradients of a weight by two halves of a micro-batch: both are read, their sum is written.
+SUM_PASSES = 3
 # A weight that is kept in fp32 is read and written in bf16, and its gradient the other way.
 CAST_TRAFFIC = 12
 
@@ -88,10 +90,11 @@ def _block_backward(setup: Setup) -> Work:
     widths, each = widths_of(setup), setup.tokens * setup.compute_bytes
     norms = NORMS * NORM_BACKWARD * residual(setup)
     activation = each * (2 * widths.up + widths.ffn)
+    sums = (setup.halves - 1) * SUM_PASSES * _block_matrices(setup) * setup.compute_bytes
     return Work(
         2 * setup.tokens * _block_matrices(setup) * BACKWARD_PRODUCTS,
         _attention(setup) * BACKWARD_ATTENTION,
-        norms + _rotary(setup) + activation,
+        norms + _rotary(setup) + activation + sums,
     )
 
 

@@ -128,6 +128,7 @@ class Engine:
                 sequence_parallel=config.parallel.sequence,
                 compute_dtype=compute_dtype(config),
                 kernels=parts.kernels,
+                overlap=config.parallel.overlap,
             )
         model = model.to(parameter_dtype(config))
         if config.parallel.zero == 3:
