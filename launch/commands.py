@@ -8,7 +8,14 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from megaphase.arguments import Overrides, Profile, ProfileSteps, RunFile, Source
+from megaphase.arguments import (
+    Overrides,
+    Profile,
+    ProfileSteps,
+    RunFile,
+    Source,
+    train_options,
+)
 
 launch_app = typer.Typer(
     help="Start a run as several processes, here or on a SLURM cluster.", no_args_is_help=True
@@ -38,9 +45,7 @@ def local_command(
     """
     from megaphase.launch.local import launch_local
 
-    options = [] if source is None else ["--from", source]
-    options += ["--profile"] if profile else []
-    options += [] if profile_steps is None else ["--profile-steps", str(profile_steps)]
+    options = train_options(source, profile, profile_steps)
     sys.exit(launch_local([command, str(run_file), *(overrides or []), *options], processes))
 
 
@@ -82,6 +87,8 @@ def slurm_command(
         ),
     ] = False,
     source: Source = None,
+    profile: Profile = False,
+    profile_steps: ProfileSteps = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, print the batch script, submit nothing.")
     ] = False,
@@ -123,7 +130,8 @@ def slurm_command(
     )
     console = Console(stderr=True, highlight=False)
     config = check(run_file, overrides or [], source, resources, memory, console)
-    script = script_for(config, overrides or [], source, resources)
+    options = train_options(source, profile, profile_steps)
+    script = script_for(config, overrides or [], options, resources)
     if dry_run:
         print(script, end="")
         return
@@ -186,6 +194,8 @@ def check_node_command(
     run_file: RunFile,
     overrides: Overrides = None,
     source: Source = None,
+    profile: Profile = False,
+    profile_steps: ProfileSteps = None,
     gpus: Annotated[
         int, typer.Option(min=0, envvar="SLURM_GPUS_ON_NODE", help="How many it must have.")
     ] = 0,
@@ -203,7 +213,8 @@ def check_node_command(
 ) -> None:
     """Look whether this node can take part in a run; prints its name if so.
 
-    Batch scripts run it on every node before they train.
+    Batch scripts run it on every node before they train, with the arguments of the training; the
+    options --from and --profile change nothing here.
     """
     import os
     import socket
@@ -234,6 +245,8 @@ def next_command(
     run_file: RunFile,
     overrides: Overrides = None,
     source: Source = None,
+    profile: Profile = False,
+    profile_steps: ProfileSteps = None,
     code: Annotated[int, typer.Option(help="With which the processes have ended.")] = 0,
     restarts: Annotated[int, typer.Option(min=0, help="See `launch slurm`.")] = 3,
     bad_nodes: Annotated[str, typer.Option(help="That have failed their check.")] = "",
@@ -241,7 +254,10 @@ def next_command(
         bool, typer.Option("--exclude", help="Start again without the bad nodes.")
     ] = False,
 ) -> None:
-    """Decide what follows after a start of a job; batch scripts end with it."""
+    """Decide what follows after a start of a job; batch scripts end with it.
+
+    They give it the arguments of the training, as they do `check-node`.
+    """
     import os
 
     from megaphase.config import load_run_file

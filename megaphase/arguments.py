@@ -38,6 +38,15 @@ ProfileSteps = Annotated[
     ),
 ]
 
+
+def train_options(source: str | None, profile: bool, profile_steps: int | None) -> list[str]:
+    """The options above as a command line has them, for a `megaphase train` that is started."""
+    options = [] if source is None else ["--from", source]
+    options += ["--profile"] if profile else []
+    options += [] if profile_steps is None else ["--profile-steps", str(profile_steps)]
+    return options
+
+
 Checkpoint = Annotated[
     str,
     typer.Argument(

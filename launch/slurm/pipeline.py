@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
+from megaphase.arguments import train_options
 from megaphase.config import load_run_file
 from megaphase.config.fields import Count, CountOrZero, FilePath, Section
 from megaphase.errors import InputError
@@ -312,9 +313,9 @@ def _training(pipeline: Pipeline, name: str, step: Step, program: Any) -> Traini
                 where, f"the run in {output} is trained twice", "give each run its own output"
             )
     given = parsed(where, step.line, program)
-    source = [] if given["source"] is None else ["--from", given["source"]]
+    options = train_options(given["source"], given["profile"], given["profile_steps"])
     run_file = str(pipeline.folder / given["run_file"])
-    arguments = [run_file, *(given["overrides"] or []), *source]
+    arguments = [run_file, *(given["overrides"] or []), *options]
     return Training(arguments, outputs, config.faults.silent_seconds)
 
 

@@ -98,7 +98,7 @@ def batch_script(
     Args:
         name: of the job.
         logs: the folder of its output, in files that begin with `prefix` and the job's id.
-        arguments: of `megaphase train`: run file, overrides, --from.
+        arguments: of `megaphase train`: run file, overrides, options.
         silent_seconds: see FaultsConfig; what the script expects if None.
     """
     header = {

@@ -67,12 +67,10 @@ def _refuse_unwritable(config: RunConfig) -> None:
 
 
 def script_for(
-    config: RunConfig, overrides: Sequence[str], source: str | None, resources: Resources
+    config: RunConfig, overrides: Sequence[str], options: Sequence[str], resources: Resources
 ) -> str:
-    """The batch script of a run."""
-    arguments = [str(config.path.resolve()), *overrides]
-    if source is not None:
-        arguments += ["--from", source]
+    """The batch script of a run; options: of `megaphase train`."""
+    arguments = [str(config.path.resolve()), *overrides, *options]
     return batch_script(
         resources,
         f"megaphase-{config.output.name}",

@@ -256,6 +256,13 @@ def test_a_sweep_trains_a_run_file_in_each_task(folder: Path) -> None:
     assert printed.stdout == f"{folder}/runs/1.yaml optimizer.weight_decay=0.1\n"
 
 
+def test_options_of_a_training_are_handed_on(folder: Path) -> None:
+    line = "run.yaml seed=3 --from runs/base@pretrain --profile --profile-steps 5"
+    script = scripts(load_pipeline(write(folder, {"a": {**TRAIN, "train": line}}), program()))["a"]
+    (given,) = [line for line in script.splitlines() if line.startswith("run=")]
+    assert given == f"run=({folder}/{line})"
+
+
 def test_the_example(tmp_path: Path) -> None:
     found = scripts(load_pipeline(EXAMPLE, program()))
     assert list(found)[-3:] == ["plan", "train", "report"]

@@ -5,15 +5,23 @@ What takes minutes is in test_train_job_slow.py.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 from cluster import Cluster
-from run_support import make_corpora, write_run_file
+from run_support import make_corpora, run_settings, write_run_file
 from train_job_support import TrainJob, rows_of_one_machine, settings
 
 
-def test_a_disturbed_run_ends_as_an_undisturbed_one(cluster: Cluster, tmp_path: Path) -> None:
-    corpora = make_corpora(tmp_path / "corpora")
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpora(tmp_path_factory.mktemp("corpora"))
+
+
+def test_a_disturbed_run_ends_as_an_undisturbed_one(
+    cluster: Cluster, corpora: Path, tmp_path: Path
+) -> None:
     run_file = write_run_file(tmp_path / "a run", settings(corpora))
     job = TrainJob.submitted(cluster, run_file)
 
@@ -26,3 +34,18 @@ def test_a_disturbed_run_ends_as_an_undisturbed_one(cluster: Cluster, tmp_path: 
     expected = rows_of_one_machine(tmp_path / "undisturbed", corpora)
     assert job.rows_at_the_end() == expected
     assert cluster.job(job.job)["Restarts"] == "1"
+
+
+def test_a_job_is_profiled(cluster: Cluster, corpora: Path, tmp_path: Path) -> None:
+    found = run_settings(corpora)
+    found["phases"] = [{**found["phases"][0], "steps": 4}]
+    run_file = write_run_file(tmp_path / "a run", found)
+    layout = ["--nodes", 1, "--tasks-per-node", 1]
+    job = TrainJob.submitted(cluster, run_file, *layout, "--profile", "--profile-steps", 2)
+    rows = job.rows_at_the_end()
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    (log,) = (job.run_dir / "slurm").glob(f"{job.job}-*.log")
+    assert "Profile of steps 3 to 4 on rank 0 (CPU)" in log.read_text()
+    profile = job.run_dir / "profile"
+    assert json.loads((profile / "summary.json").read_text())["steps"] == [3, 4]
+    assert [path.name for path in profile.glob("rank-*")] == ["rank-00000.json.gz"]
