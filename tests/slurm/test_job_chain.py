@@ -120,7 +120,8 @@ class StubJob:
 
 def test_a_job_that_does_not_come_further_gives_up(cluster: Cluster, tmp_path: Path) -> None:
     train = 'echo "attempt $SLURM_RESTART_COUNT of $RANK on $SLURMD_NODENAME"; exit 9'
-    stub = StubJob(cluster, tmp_path / "a run", train, restarts="1")
+    # The first to end must not end the other before that one has spoken.
+    stub = StubJob(cluster, tmp_path / "a run", train, restarts="1", patience="60")
     cluster.hurry(stub.job)
     fields = cluster.wait_for(stub.job, "FAILED")
     assert (fields["Restarts"], fields["ExitCode"]) == ("1", "1:0")
