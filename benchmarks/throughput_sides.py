@@ -21,6 +21,7 @@ from megaphase.launch.local import free_port, rank_environment
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.topology import start
+from megaphase.parent import end_with_parent, ends_with_this_process
 from megaphase.plan.dataset import Batch
 from megaphase.training.engine import Engine
 
@@ -189,11 +190,17 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def begin(environment: dict[str, str]) -> None:
+    """In a process of the benchmark, before all else; it may be told to end with the benchmark."""
+    os.environ.update(environment)
+    end_with_parent()
+
+
 def serve_steps(
     kind: Ours | Peer, settings: Settings, environment: dict[str, str], orders: Connection
 ) -> None:
     """One of a side's processes: for every number of steps, their seconds and the peak memory."""
-    os.environ.update(environment)
+    begin(environment)
     prepare(settings, kind.processes)
     step, batches, taken = kind.step(settings), settings.batches(), 0
     while (steps := receive(orders)) is not None:
@@ -224,7 +231,7 @@ class Side:
         port = free_port()
         for rank in range(kind.processes):
             mine, theirs = context.Pipe()
-            environment = rank_environment(rank, kind.processes, port)
+            environment = rank_environment(rank, kind.processes, port) | ends_with_this_process()
             process = context.Process(
                 target=serve_steps, args=(kind, settings, environment, theirs), daemon=True
             )
@@ -248,3 +255,8 @@ class Side:
             orders.close()
         for process in self._processes:
             process.join()
+
+    def kill(self) -> None:
+        """End it at once, also in the midst of a step."""
+        for process in self._processes:
+            process.kill()

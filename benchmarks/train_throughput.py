@@ -33,13 +33,14 @@ import torch
 import torch.nn.functional as F
 from llama import hugging_face_llama, llama_weights
 from machine import Machine, measure_machine
-from throughput_sides import Ours, Peer, Settings, Side, prepare
+from throughput_sides import Ours, Peer, Settings, Side, begin, prepare
 
 from megaphase.errors import EXIT_WRONG_INPUT, InputError
 from megaphase.model.gpt import GPT
 from megaphase.model.presets import PRESETS
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.topology import start
+from megaphase.parent import ends_with_this_process
 from megaphase.speed.cards import card_of_device
 
 LARGEST_LOSS_DIFFERENCE = 1e-4  # nats, fp32
@@ -85,7 +86,8 @@ def machine_of(settings: Settings) -> Machine:
 
 def in_own_process(work: Callable[[Settings], Any], settings: Settings) -> Any:
     """What `work` returns; it leaves nothing behind in this process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1, begin, (ends_with_this_process(),)) as pool:
         return pool.apply(work, (settings,))
 
 
@@ -106,9 +108,12 @@ def measure_sides(
             first = i % len(sides)
             for side in sides[first:] + sides[:first]:
                 seconds[side.name].append(statistics.median(side.take_steps(steps + 1)[1:]))
-    finally:
+    except BaseException:
         for side in sides:
-            side.stop()
+            side.kill()
+        raise
+    for side in sides:
+        side.stop()
     return seconds, {side.name: side.peak_bytes for side in sides}
 
 
