@@ -206,7 +206,9 @@ class Collective:
 
 COLLECTIVES = {
     "copy": Collective(
-        copy_to_tensor_parallel, lambda xs: [xs[0] for _ in xs], replicated_input=True
+        lambda x, topology: copy_to_tensor_parallel([x], topology)[0],
+        lambda xs: [xs[0] for _ in xs],
+        replicated_input=True,
     ),
     "reduce": Collective(
         lambda x, topology: start_leaving(x.clone(), topology, False)(),

@@ -151,6 +151,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         norm = NORMS[shape.norm]
+        self.region = region
         self.keep_again = shape.activation_checkpointing == "selective"
         self.attention_norm = norm(shape.hidden, shape.norm_eps, init, region, kernels)
         self.attention = Attention(shape, init.at("attention"), region)
@@ -166,9 +167,10 @@ class Block(nn.Module):
 
         They are arguments of their own, because ZeRO-3's hooks see no others.
         """
-        return in_turn(
-            [partial(self._steps, x, rotary, of) for x, of in zip(parts, rows, strict=True)]
-        )
+        with self.region.summed_together(self):
+            return in_turn(
+                [partial(self._steps, x, rotary, of) for x, of in zip(parts, rows, strict=True)]
+            )
 
     def _steps(self, x: Tensor, rotary: Rotary | None, rows: Rows) -> Steps:
         x, normed = self.attention_norm(x)

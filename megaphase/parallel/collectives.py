@@ -6,7 +6,7 @@ et al. 2022 for the sequence-parallel pair). Activations are [batch, seq, hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +59,15 @@ def start_reduce_scatter_sequence(x: Tensor, topology: Topology) -> Started:
 
 class _CopyToTensorParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, topology: Topology) -> Tensor:
+    def forward(ctx: Any, topology: Topology, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.topology = topology
-        return x.view_as(x)
+        return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return start_all_reduce(grads[0].clone(), ctx.topology).finish(), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        joined = torch.cat([grad.flatten() for grad in grads])
+        sums = start_all_reduce(joined, ctx.topology).finish().split([x.numel() for x in grads])
+        return None, *(sum_.view(x.shape) for sum_, x in zip(sums, grads, strict=True))
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -123,11 +125,14 @@ class _FinishLeaving(torch.autograd.Function):
         return grads[0], None
 
 
-def copy_to_tensor_parallel(x: Tensor, topology: Topology) -> Tensor:
-    """Identity forward, sum over the tensor-parallel group backward."""
-    if topology.tensor_size == 1:
-        return x
-    return _CopyToTensorParallel.apply(x, topology)
+def copy_to_tensor_parallel(xs: Sequence[Tensor], topology: Topology) -> Sequence[Tensor]:
+    """Identity forward; backward one sum over the tensor-parallel group, of all gradients.
+
+    xs: of one type.
+    """
+    if topology.tensor_size == 1 or not xs:
+        return xs
+    return _CopyToTensorParallel.apply(topology, *xs)
 
 
 def gather_sequence(x: Tensor, topology: Topology) -> Tensor:

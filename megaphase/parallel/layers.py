@@ -7,7 +7,8 @@ Weights are cast to the activations' type when they are used, so fp32 masters ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from megaphase.parallel.collectives import (
 from megaphase.parallel.column_linear import start_column_parallel_linear
 from megaphase.parallel.cross_entropy import Vocabulary, linear_cross_entropy, tokens_at_a_time
 from megaphase.parallel.rng import Initializer
-from megaphase.parallel.sharding import ParameterLayout, padded_vocab
+from megaphase.parallel.sharding import ParameterLayout, layout_of, padded_vocab
 from megaphase.parallel.topology import Topology, device
 
 
@@ -55,12 +56,13 @@ class TensorRegion:
     def __init__(self, topology: Topology, sequence: bool) -> None:
         self.topology = topology
         self.sequence = sequence
+        self._copies: dict[Tensor, Tensor] = {}
 
     def enter(self, x: Tensor) -> Tensor:
         """Whole activations on every rank: [batch, seq, hidden]."""
         if self.sequence:
             return gather_sequence(x, self.topology)
-        return copy_to_tensor_parallel(x, self.topology)
+        return copy_to_tensor_parallel([x], self.topology)[0]
 
     def start_leaving(self, x: Tensor) -> Callable[[], Tensor]:
         """Start to sum the ranks' partial results, which are used up; what waits for the sum."""
@@ -78,7 +80,23 @@ class TensorRegion:
         With sequence parallelism each rank sees its share of the positions only, so the
         parameter's gradient is summed over the group.
         """
-        return copy_to_tensor_parallel(parameter, self.topology) if self.sequence else parameter
+        if not self.sequence:
+            return parameter
+        if parameter in self._copies:
+            return self._copies[parameter]
+        return copy_to_tensor_parallel([parameter], self.topology)[0]
+
+    @contextmanager
+    def summed_together(self, module: nn.Module) -> Iterator[None]:
+        """Within, the gradients of all replicated parameters of a module are summed in one."""
+        if self.sequence:
+            whole = [each for each in module.parameters() if layout_of(each).dim is None]
+            copies = copy_to_tensor_parallel(whole, self.topology)
+            self._copies = dict(zip(whole, copies, strict=True))
+        try:
+            yield
+        finally:
+            self._copies = {}
 
 
 class ColumnParallelLinear(nn.Module):

@@ -127,8 +127,9 @@ def tensor_backward(setup: Setup, hardware: Hardware) -> Traffic:
     traffic = block * setup.shape.layers + outside
     if setup.sequence:
         # Gradients of the norms' weights, of which each rank has seen its own positions.
-        norm = ring.collective(ALL_REDUCE, setup.shape.hidden * setup.parameter_bytes)
-        traffic += norm * (NORMS * setup.shape.layers + 1)
+        norm = setup.shape.hidden * setup.parameter_bytes
+        traffic += ring.collective(ALL_REDUCE, NORMS * norm) * setup.shape.layers
+        traffic += ring.collective(ALL_REDUCE, norm)
     if setup.shape.activation_checkpointing == "full":
         traffic += _blocks_forward(setup, hardware)
     return traffic
