@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
@@ -191,6 +192,8 @@ class Profiler:
 def _torch_profiler(steps: int) -> profile:
     # Otherwise its library says on standard error that it begins and ends.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    # torch 2.11 says so before the first cycle, too; there is one alone.
+    warnings.filterwarnings("ignore", message="Warning: Profiler clears events", module="torch")
     activities = [ProfilerActivity.CPU]
     if device().type == "cuda":
         activities.append(ProfilerActivity.CUDA)
