@@ -30,6 +30,7 @@ from daemons import CONTROLLER, Daemon, start_munge, why_no_slurm, write_configu
 from data_support import wait_until
 
 NODES = ("n1", "n2")
+LIMIT_SECONDS = 300.0  # for what takes a few; a machine may have much else to do
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"}
 
 _WHY_NOT = why_no_slurm()
@@ -78,7 +79,7 @@ class Cluster:
         """Such as PENDING, RUNNING, COMPLETED."""
         return self.job(job)["JobState"]
 
-    def wait_for(self, job: str, *states: str, seconds: float = 60) -> dict[str, str]:
+    def wait_for(self, job: str, *states: str, seconds: float = LIMIT_SECONDS) -> dict[str, str]:
         """Wait until a job is in one of these states; its fields.
 
         Fails, with the logs of the job and of the controller, when it ends in another state.
@@ -90,7 +91,7 @@ class Cluster:
             time.sleep(0.05)
         return fields
 
-    def wait_for_log(self, job: str, text: str, seconds: float = 60) -> None:
+    def wait_for_log(self, job: str, text: str, seconds: float = LIMIT_SECONDS) -> None:
         """Wait until a job's log holds a text; fails as `wait_for` does."""
         end = time.monotonic() + seconds
         while text not in self.log_of(job):
@@ -101,7 +102,7 @@ class Cluster:
                 pytest.fail(f"job {job} did not print {text!r}\n{self._report(job, fields)}")
             time.sleep(0.05)
 
-    def wait_for_all(self, seconds: float = 120) -> None:
+    def wait_for_all(self, seconds: float = LIMIT_SECONDS) -> None:
         """Wait until the queue is empty."""
         wait_until(lambda: not self.run("squeue", "--noheader"), seconds)
 
@@ -110,7 +111,7 @@ class Cluster:
         path = Path(self.job(job)["StdOut"])
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def hurry(self, job: str, seconds: float = 60) -> None:
+    def hurry(self, job: str, seconds: float = LIMIT_SECONDS) -> None:
         """Let a job that was requeued start after two seconds; by itself it would after six."""
         self.wait_for(job, "PENDING", seconds=seconds)
         update = ("scontrol", "update", f"JobId={job}", "StartTime=now+2")
@@ -121,7 +122,7 @@ class Cluster:
         """Such as idle, mixed, allocated, down, down* (the star: it does not answer)."""
         return self.run("sinfo", "--noheader", "--format=%T", f"--nodes={node}").strip()
 
-    def wait_for_node(self, node: str, *states: str, seconds: float = 60) -> None:
+    def wait_for_node(self, node: str, *states: str, seconds: float = LIMIT_SECONDS) -> None:
         wait_until(lambda: self.node_state(node) in states, seconds)
 
     def start_node(self, node: str) -> None:

@@ -299,7 +299,7 @@ def test_from_text_to_report(cluster: Cluster, corpora: Path, tmp_path: Path) ->
     second = call(project / "pipeline.yaml", env=cluster.environment)
     assert second.returncode == 2
     assert f"job {jobs['train']} of this run is pending; wait for it, or end it" in second.stderr
-    cluster.wait_for(jobs["report"], "COMPLETED", seconds=180)
+    cluster.wait_for(jobs["report"], "COMPLETED")
     assert corpus_bytes(project / "data" / "alda") == corpus_bytes(corpora / "data" / "alda")
     assert [row["step"] for row in read_rows(project / "run") if "loss" in row] == [1, 2, 3]
     assert list((project / "report").glob("*.html"))
@@ -359,7 +359,7 @@ def test_a_sweep(cluster: Cluster, corpora: Path, tmp_path: Path) -> None:
         "report": {"command": "report runs/out-* --out report", "after": "sweep"},
     }
     jobs = jobs_of(call(write(tmp_path, steps), env=cluster.environment))
-    cluster.wait_for(jobs["report"], "COMPLETED", seconds=240)
+    cluster.wait_for(jobs["report"], "COMPLETED")
     for number in range(2):
         output = tmp_path / "runs" / f"out-{number}"
         assert read_job(output).job == f"{jobs['sweep']}_{number}"
