@@ -22,6 +22,7 @@ from megaphase.plan.stream import Stream
 from megaphase.tokenizer import Tokenizer
 
 FORMAT_VERSION = 3
+HELD_OUT_SEED = 0
 
 # Of a phase; together with 64-bit arithmetic on weights and ordinals it can never overflow.
 MOST_SAMPLES = 1 << 48
@@ -153,7 +154,8 @@ def _streams(config: RunConfig, corpora: dict[str, Corpus], held_out: bool) -> d
         task: stream_classes[config.tasks[task].kind](
             task,
             corpus,
-            seed=config.seed,
+            # Runs that differ in the seed are validated on the same samples, and can be compared.
+            seed=HELD_OUT_SEED if held_out else config.seed,
             seq_len=config.model.seq_len,
             fraction=config.held_out_fraction(task),
             held_out=held_out,

@@ -39,8 +39,8 @@ class Margin:
     def error(self) -> float | None:
         """The standard error of the difference, from one for every seed that both sides have.
 
-        A seed chooses the held-out samples, too: what it adds to the losses of both is no noise
-        of their difference. None without several such seeds.
+        A seed chooses the first weights and the order of samples: what it adds to the losses of
+        both is no noise of their difference. None without several such seeds.
         """
         if self.other is None:
             return None
