@@ -1,0 +1,113 @@
+"""What `parallel.overlap` gains: optimizer steps with it and without it, in turn, in one run.
+
+    python benchmarks/overlap.py --tensor 2
+    python benchmarks/overlap.py --tensor 2 --sequence
+
+One engine takes all steps, so that both sides have the same weights, memory and processes. Prints
+the median time of a step of each side, and the median of the ratios of neighbouring steps with its
+quartiles. On a machine with GPUs every process has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from multiprocessing.connection import Connection
+
+import torch
+import torch.distributed as dist
+from throughput_sides import LEARNING_RATE, Settings, begin, prepare
+
+from megaphase.launch.local import free_port, rank_environment
+from megaphase.model.gpt import GPT
+from megaphase.parallel.topology import start
+from megaphase.parent import ends_with_this_process
+from megaphase.training.engine import Engine
+
+WARM_UP_PAIRS = 2
+
+
+def serve(
+    settings: Settings,
+    tensor: int,
+    sequence: bool,
+    pairs: int,
+    environment: dict[str, str],
+    answer: Connection,
+) -> None:
+    """One of the processes: its seconds with and without overlap, pair by pair."""
+    begin(environment)
+    prepare(settings, tensor)
+    config = settings.run_config(tensor=tensor)
+    parallel = config.parallel.model_copy(update={"sequence": sequence})
+    config = config.model_copy(update={"parallel": parallel})
+    engine = Engine(config, settings.shape(), start(tensor), tasks=1)
+    model, batch = engine.module, settings.batches()[0]
+    assert isinstance(model, GPT)
+
+    def seconds(overlap: bool) -> float:
+        model.overlap = overlap
+        dist.barrier()
+        began = time.perf_counter()
+        engine.train_step(batch, LEARNING_RATE)
+        return time.perf_counter() - began
+
+    found = [(seconds(True), seconds(False)) for _ in range(WARM_UP_PAIRS + pairs)]
+    answer.send(found[WARM_UP_PAIRS:])
+
+
+def measure(
+    settings: Settings, tensor: int, sequence: bool, pairs: int
+) -> list[tuple[float, float]]:
+    """Seconds of a step with and without overlap, of the slowest process, pair by pair."""
+    context = multiprocessing.get_context("spawn")
+    port = free_port()
+    ends = []
+    for rank in range(tensor):
+        mine, theirs = context.Pipe(duplex=False)
+        environment = rank_environment(rank, tensor, port) | ends_with_this_process()
+        arguments = (settings, tensor, sequence, pairs, environment, theirs)
+        context.Process(target=serve, args=arguments, daemon=True).start()
+        theirs.close()
+        ends.append(mine)
+    ranks = [end.recv() for end in ends]
+    return [(max(a for a, _ in pair), max(b for _, b in pair)) for pair in zip(*ranks, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="gpt-14m")
+    parser.add_argument("--vocab", type=int, default=16_000)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--micro", type=int, default=8)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--checkpointing", default="none")
+    parser.add_argument("--tensor", type=int, default=2)
+    parser.add_argument("--sequence", action="store_true")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--pairs", type=int, default=12)
+    options = parser.parse_args()
+    settings = Settings(
+        preset=options.preset,
+        vocab=options.vocab,
+        seq_len=options.seq_len,
+        batch=options.batch,
+        micro=options.micro,
+        kv_heads=None,
+        threads=options.threads,
+        precision=options.precision,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        checkpointing=options.checkpointing,
+    )
+    found = measure(settings, options.tensor, options.sequence, options.pairs)
+    for name, times in zip(("overlap", "no overlap"), zip(*found, strict=True), strict=True):
+        print(f"{name:10}  {1000 * statistics.median(times):8.1f} ms a step")
+    low, ratio, high = statistics.quantiles([without / with_ for with_, without in found], n=4)
+    print(f"{ratio:.3f} times as quick with overlap (quartiles {low:.3f} to {high:.3f})")
+
+
+if __name__ == "__main__":
+    main()
