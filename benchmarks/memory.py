@@ -77,6 +77,7 @@ class Case:
     accumulation: int = 1
     masked: bool = False
     kernels: str = "eager"
+    keep_gathered: float = 0.0
     changes: dict[str, Any] = field(default_factory=dict)
     quick: bool = False
 
@@ -93,6 +94,7 @@ class Case:
         words += ["masked"] * self.masked
         words += ["compiled"] * (self.kernels == "compile")
         words += [f"{self.accumulation} micro-batches"] * (self.accumulation > 1)
+        words += [f"keep_gathered {self.keep_gathered}"] * (self.keep_gathered > 0)
         changes = [f"{key} {value}" for key, value in self.changes.items()]
         words += ["GPT-2's layers"] if self.changes == GPT2 else changes
         return ", ".join(words)
@@ -102,13 +104,14 @@ class Case:
         micro = MICRO[model]
         changes = self.changes if model == self.model else {}
         mixture = {"rates": {"all": 1.0}}
+        parallel = {"tensor": self.tensor, "sequence": self.sequence, "zero": self.zero}
         return RunConfig.model_validate(
             {
                 "output": "run",
                 "tokenizer": "tok",
                 "tasks": {"all": {"corpus": "all", "attend_across_documents": not self.masked}},
                 "model": MODELS[model] | changes,
-                "parallel": {"tensor": self.tensor, "sequence": self.sequence, "zero": self.zero},
+                "parallel": parallel | {"keep_gathered": self.keep_gathered},
                 "precision": self.precision,
                 "parts": {"kernels": self.kernels},
                 "batch": {"samples": micro * self.data * self.accumulation, "micro": micro},
@@ -173,6 +176,11 @@ CASES = [
     Case("activations", 2, "fp32", data=2),
     Case("activations", 3, "fp32", data=2),
     Case("activations", 3, "bf16", data=2),
+    Case("weights", 3, "fp32", data=2, keep_gathered=0.6),
+    Case("weights", 3, "fp32", data=2, keep_gathered=1.0),
+    Case("weights", 3, "bf16", data=2, accumulation=2, keep_gathered=0.6),
+    Case("weights", 3, "bf16", data=2, accumulation=2, keep_gathered=1.0),
+    Case("activations", 3, "fp32", data=2, keep_gathered=1.0),
 ]
 
 

@@ -44,7 +44,9 @@ class Settings:
     device: str
     checkpointing: str
 
-    def run_config(self, zero: int = 0, tensor: int = 1, kernels: str = "eager") -> RunConfig:
+    def run_config(
+        self, zero: int = 0, tensor: int = 1, kernels: str = "eager", keep_gathered: float = 0.0
+    ) -> RunConfig:
         """The run file that this benchmark stands for."""
         model = {"preset": self.preset, "vocab": self.vocab, "seq_len": self.seq_len}
         model["activation_checkpointing"] = self.checkpointing
@@ -62,7 +64,7 @@ class Settings:
                 "tokenizer": "none",
                 "tasks": {"text": {"corpus": "none"}},
                 "model": model,
-                "parallel": {"zero": zero, "tensor": tensor},
+                "parallel": {"zero": zero, "tensor": tensor, "keep_gathered": keep_gathered},
                 "precision": self.precision,
                 "parts": {"kernels": kernels},
                 "batch": {"samples": self.batch, "micro": self.micro},
@@ -101,10 +103,13 @@ class Ours:
     kernels: str
     tensor: int = 1
     data: int = 1
+    keep_gathered: float = 0.0
 
     @property
     def name(self) -> str:
         words = [f"megaphase ZeRO {self.zero}", self.kernels]
+        if self.keep_gathered > 0:
+            words.append(f"keep_gathered {self.keep_gathered:g}")
         if self.processes > 1:
             words.append(f"tensor {self.tensor} × data {self.data}")
         return ", ".join(words)
@@ -115,7 +120,7 @@ class Ours:
 
     def step(self, settings: Settings) -> Step:
         """One optimizer step as `megaphase train` takes it; returns the loss."""
-        config = settings.run_config(self.zero, self.tensor, self.kernels)
+        config = settings.run_config(self.zero, self.tensor, self.kernels, self.keep_gathered)
         engine = Engine(config, settings.shape(), start(self.tensor), tasks=1)
         share = settings.batch // self.data
         first = engine.topology.data_rank * share

@@ -246,6 +246,9 @@ def parse_arguments() -> argparse.Namespace:
         "--layouts", nargs="*", default=["1x1"], help="tensor x data of ours, such as 2x1"
     )
     parser.add_argument(
+        "--keep-gathered", type=float, nargs="*", default=[0.0], help="of ours with ZeRO 3"
+    )
+    parser.add_argument(
         "--peers", nargs="*", choices=("eager", "compile"), default=["eager", "compile"]
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -272,9 +275,10 @@ def choose_sides(asked: argparse.Namespace) -> list[Ours | Peer]:
         if not (tensor.isdecimal() and data.isdecimal()):
             raise InputError("--layouts", f"{layout} is not tensor x data", "such as 2x1")
         ours += [
-            Ours(zero, kernels, int(tensor), int(data))
+            Ours(zero, kernels, int(tensor), int(data), kept)
             for kernels in asked.kernels
             for zero in asked.zero
+            for kept in (asked.keep_gathered if zero == 3 else [0.0])
         ]
     peers = [Peer(compiled=peer == "compile") for peer in asked.peers]
     if not peers:

@@ -20,8 +20,10 @@ from distributed import once, run_ranks
 from engine_support import (
     CLIP,
     MODEL,
+    SOME,
     TASKS,
     VOCAB,
+    WIDE,
     build_engine,
     fp32_weights,
     global_batch,
@@ -72,6 +74,7 @@ VARIANTS = {
     "checkpointed": Variant({"activation_checkpointing": "full"}),
     "selective": Variant({"activation_checkpointing": "selective"}),
     "odd vocabulary": Variant(vocab=VOCAB + 1),
+    "wide": Variant(WIDE),
     "short rows": Variant(short=True),
     "packed": Variant(packed=True),
     "packed gpt2": Variant(
@@ -91,12 +94,14 @@ class Case:
     precision: str = "fp32"
     micro: int = 4
     steps: int = FEW_STEPS
+    keep_gathered: float = 0.0
 
     def __str__(self) -> str:
         extras = [
             *(["sequence"] if self.sequence else []),
             *([self.precision] if self.precision != "fp32" else []),
             *([f"micro {self.micro}"] if self.micro != 4 else []),
+            *([f"keep_gathered {self.keep_gathered}"] if self.keep_gathered else []),
         ]
         return " ".join([self.variant, f"{self.tensor}x{self.data}", f"zero {self.zero}", *extras])
 
@@ -126,6 +131,11 @@ CASES = [
     Case("odd vocabulary", 1, 1, 0),
     Case("odd vocabulary", 2, 1, 0),
     Case("odd vocabulary", 2, 2, 3),
+    Case("wide", 1, 1, 0),
+    Case("wide", 1, 2, 3, micro=2),
+    Case("wide", 1, 2, 3, micro=2, keep_gathered=SOME),
+    Case("wide", 2, 2, 3, sequence=True, micro=2, keep_gathered=SOME),
+    Case("wide", 2, 2, 3, keep_gathered=1.0),
     Case("short rows", 1, 1, 0),
     Case("short rows", 1, 2, 3),
     Case("short rows", 2, 2, 0),
@@ -179,6 +189,7 @@ def _train(case: Case) -> Curve:
         tensor=case.tensor,
         zero=case.zero,
         sequence=case.sequence,
+        keep_gathered=case.keep_gathered,
     )
     engine = build_engine(config, variant.vocab)
     before = fp32_weights(engine)

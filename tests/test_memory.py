@@ -19,7 +19,7 @@ from plan_support import FakeTokenizer, random_lengths, write_corpus, write_run
 from typer.testing import CliRunner
 
 from megaphase.errors import InputError
-from megaphase.memory.choices import GB, RESERVE, fits, layouts, remedies
+from megaphase.memory.choices import GB, RESERVE, all_kept, fits, layouts, remedies
 from megaphase.memory.estimate import PARTS, estimate
 from megaphase.memory.setup import Setup, setup_of
 from megaphase.memory.states import PREFETCH_BUCKET, REDUCE_BUCKET, SUB_GROUP, Kept, states_of
@@ -162,6 +162,7 @@ setups = st.builds(
     micro=st.sampled_from([2, 4]),
     accumulation=st.sampled_from([2, 8]),
     masked=st.booleans(),
+    keep_gathered=st.sampled_from([0.0, 0.5, 1.0]),
     device=st.sampled_from(["cuda", "cpu"]),
 )
 
@@ -210,6 +211,30 @@ def test_offloading_moves_what_it_says_to_the_node():
     assert estimate(on_cpu).host == {}
 
 
+def test_what_is_kept_gathered_costs_memory_up_to_all_of_the_weights():
+    run = replace(BIG, shape=replace(GPT_13B, layers=16))
+    found = [total(replace(run, keep_gathered=share)) for share in (0.0, 0.5, 1.0)]
+    assert found == sorted(set(found))
+    weights = states_of(run).kept.weights * run.data
+    kept = states_of(replace(run, keep_gathered=1.0)).passing
+    assert (kept.held, kept.gathered, kept.returned, kept.arriving) == (*[weights] * 3, 0)
+    some = states_of(replace(run, keep_gathered=0.5)).passing
+    assert weights / 4 < some.held < weights / 2
+    alone = replace(run, data=1)
+    assert total(replace(alone, keep_gathered=1.0)) == total(alone)
+
+
+def test_all_kept_is_offered_where_it_is_a_choice():
+    assert all_kept(BIG) == replace(BIG, keep_gathered=1.0)
+    for other in (
+        replace(BIG, keep_gathered=1.0),
+        replace(BIG, data=1),
+        replace(BIG, zero=2),
+        replace(BIG, offload="cpu", offload_parameters="cpu"),
+    ):
+        assert all_kept(other) is None
+
+
 def test_layouts_begin_with_the_run_s_own_and_share_everything_out():
     found = layouts(BIG)
     assert found[0] == BIG
@@ -234,6 +259,14 @@ def test_remedies_are_enough():
     assert fits(BIG.with_micro(int(micro.split()[1])), 50)
     assert not fits(BIG, 50)
     assert "activation_checkpointing: selective" in remedies(BIG, 57)  # the mildest that is enough
+
+
+def test_less_is_kept_gathered_where_that_is_enough():
+    kept = replace(BIG, keep_gathered=1.0)
+    card = (total(BIG) / GB + 1) / (1 - RESERVE)
+    assert remedies(kept, card)[0] == "keep_gathered: 0.0"
+    assert remedies(kept, 30)  # parameters are not offered to the CPU while they are kept
+    assert not any("offload_parameters" in words for words in remedies(kept, 30))
 
 
 def test_two_changes_are_named_where_one_is_not_enough():

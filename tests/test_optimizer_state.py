@@ -22,6 +22,8 @@ import torch
 from convert_support import whole_parameters
 from distributed import once, run_ranks
 from engine_support import (
+    SOME,
+    WIDE,
     build_engine,
     fp32_weights,
     global_batch,
@@ -48,14 +50,23 @@ OFFLOADS: dict[str, dict[str, Any]] = {
     "optimizer": {"offload": "cpu"},
     "optimizer and parameters": {"offload": "cpu", "offload_parameters": "cpu"},
 }
+KEPT: dict[str, dict[str, Any]] = {
+    f"{words} weights kept": {"model": WIDE, "keep_gathered": kept}
+    for words, kept in (("some", SOME), ("all", 1.0))
+}
 CASES = [
     (zero, precision, offload)
     for zero in range(4)
     for precision in ("fp32", "bf16")
-    for offload in OFFLOADS
+    for offload in OFFLOADS | KEPT
     if offload == "none" or (zero > 0 and (offload == "optimizer" or zero == 3))
 ]
-QUICK = [case for case in CASES if case[2] == "none" or case == (3, "bf16", list(OFFLOADS)[-1])]
+ALSO_QUICK = [
+    (3, "bf16", "optimizer and parameters"),
+    (3, "bf16", "some weights kept"),
+    (3, "fp32", "all weights kept"),
+]
+QUICK = [case for case in CASES if case[2] == "none" or case in ALSO_QUICK]
 SLOW = [case for case in CASES if case not in QUICK]
 PARAMETERS = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 # Every hop changes the tensor-parallel size, the stage, or both.
@@ -129,7 +140,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def examine(
     zero: int, precision: str, offload: str, folder: Path, agreement: Agreement
 ) -> Examined:
-    settings = {"tensor": 2, "zero": zero, "precision": precision, **OFFLOADS[offload]}
+    settings = {"tensor": 2, "zero": zero, "precision": precision, **(OFFLOADS | KEPT)[offload]}
     engine = build_engine(run_config(**settings))
     train(engine, 0, BEFORE)
     checkpoint = save(engine, folder, agreement)
@@ -151,7 +162,8 @@ def examine(
 
     other.state.load(stored, steps)
     other.state.reset()
-    fresh = build_engine(run_config(seed=3, **settings))
+    # Nor does it matter to the numbers which weights stay gathered.
+    fresh = build_engine(run_config(seed=3, **settings | {"keep_gathered": 0.0}))
     fresh.state.load(stored, 0)
     return Examined(
         undisturbed,

@@ -183,6 +183,12 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
         ("micro: 2", "micro: 3", "run.yaml: batch: micro (3) does not divide samples (8)"),
         ("{tensor: 1}", "{sequence: true}",
          "run.yaml: parallel: sequence: true needs tensor greater than 1"),
+        ("{tensor: 1}", "{zero: 2, keep_gathered: 0.5}",
+         "run.yaml: parallel: keep_gathered needs zero 3 and offload_parameters: none"),
+        ("{tensor: 1}", "{keep_gathered: 1.0, offload: cpu, offload_parameters: cpu}",
+         "run.yaml: parallel: keep_gathered needs zero 3 and offload_parameters: none"),
+        ("{tensor: 1}", "{keep_gathered: 1.5}",
+         "run.yaml: parallel.keep_gathered: must be at most 1; found 1.5"),
         ("{tensor: 1}", "{zero: 4}", "run.yaml: parallel.zero: must be 0, 1, 2 or 3; found 4"),
         # lengths, ends and the monitor
         ("steps: 10", "epochs: {}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from typer.testing import CliRunner
 
 from megaphase.config import HardwareConfig
 from megaphase.errors import InputError
+from megaphase.memory.choices import GB
+from megaphase.memory.estimate import estimate
 from megaphase.memory.setup import Setup
 from megaphase.memory.table import memory_summary
 from megaphase.model.shape import GPTShape
 from megaphase.plan.commands import plan_app
 from megaphase.speed.cards import CARDS, card_of_device
+from megaphase.speed.estimate import step_time
 from megaphase.speed.hardware import Hardware, hardware_of, peak_flops
 from megaphase.speed.table import WIDE, layouts_table, quickest, speed_sentences, speed_summary
 from megaphase.training.hardware import device_peak_flops, missing_peak
@@ -188,6 +192,29 @@ def test_there_is_nothing_quickest_where_nothing_fits():
     memory, speed = memory_summary(RUN, 1.0), speed_summary(RUN, H100, PHASES)
     assert quickest(memory, speed) is None
     assert len(speed_sentences(memory, speed)) == 2
+
+
+def test_what_is_gathered_too_often_is_named_where_it_would_fit():
+    few_layers = replace(SHAPE, layers=8)
+    run = Setup(few_layers, 1, 64, 3, False, True, micro=1, accumulation=16)
+    slow = replace(H100, network=5e9)
+
+    def last(setup: Setup, card_gb: float = 80.0) -> str:
+        return speed_sentences(memory_summary(setup, card_gb), speed_summary(setup, slow, PHASES))[
+            -1
+        ]
+
+    kept = replace(run, keep_gathered=1.0)
+    saved = step_time(run, slow).seconds - step_time(kept, slow).seconds
+    more = (estimate(kept).total - estimate(run).total) / GB
+    line = f"keep_gathered: 1.0 would save {saved:.2f} s a step for {more:.1f} GB"
+    assert last(run) == line
+    assert saved > 1
+    for other in (kept, replace(run, zero=2)):
+        assert not last(other).startswith("keep_gathered")
+    assert not last(run, 12.0).startswith("keep_gathered")  # not enough for all of them
+    quick = speed_sentences(memory_summary(run, 80.0), speed_summary(run, H100, PHASES))
+    assert not quick[-1].startswith("keep_gathered")  # what is sent goes on behind the products
 
 
 @pytest.mark.parametrize("width", [80, WIDE])

@@ -182,11 +182,32 @@ def test_a_single_sample_has_no_halves():
 def test_zero_s_volume(accumulation):
     setup = Setup(GPT_13B, 1, 8, 0, False, True, micro=1, accumulation=accumulation)
     share = 7 / 8 * GPT_13B.parameters()
-    expected = {0: 8, 1: 6, 2: 4 * accumulation + 2, 3: 6 * accumulation}
+    expected = {0: 8, 1: 6, 2: 4 * accumulation + 2}
     for zero, each in expected.items():
-        traffic = data_traffic(replace(setup, zero=zero), H100)
-        sent = (traffic.forward + traffic.backward) * accumulation + traffic.end
-        assert sent.sent == pytest.approx(share * each), zero
+        assert sent_by(replace(setup, zero=zero)) == pytest.approx(share * each), zero
+
+
+def sent_by(setup: Setup) -> float:
+    """What data-parallel ranks send in a step."""
+    traffic = data_traffic(setup, H100)
+    return ((traffic.forward + traffic.backward) * setup.accumulation + traffic.end).sent
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_zero_3_gathers_once_what_it_keeps_and_what_is_near_the_loss(accumulation):
+    setup = Setup(GPT_13B, 1, 8, 3, False, True, micro=1, accumulation=accumulation)
+    every, norms, near = GPT_13B.parameters(), 81 * 5120, 500_000_000
+    gathered = norms + accumulation * (2 * (every - norms) - near)
+    assert sent_by(setup) == pytest.approx(7 / 8 * 2 * (gathered + accumulation * every))
+    kept = every + accumulation * every
+    assert sent_by(replace(setup, keep_gathered=1.0)) == pytest.approx(7 / 8 * 2 * kept)
+    # The embedding of 64,000 rows and blocks of 4 * 5120 ** 2 + 3 * 5120 * 13696 elements.
+    block = 4 * 5120**2 + 3 * 5120 * 13696
+    half = norms + 64_000 * 5120 + (every // 2 - norms - 64_000 * 5120) // block * block
+    gathered = half + accumulation * (2 * (every - half) - near)
+    assert sent_by(replace(setup, keep_gathered=0.5)) == pytest.approx(
+        7 / 8 * 2 * (gathered + accumulation * every)
+    )
 
 
 def test_what_is_sent_along_is_waited_for_where_it_takes_longer():

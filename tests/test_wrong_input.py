@@ -162,6 +162,7 @@ LATER_CHANGES = {
     "parallel.zero=3": None,
     "parallel.sequence=true parallel.tensor=2": None,
     "parallel.zero=1 parallel.offload=cpu": None,
+    "parallel.zero=3 parallel.keep_gathered=0.5": None,
     "batch.micro=1": None,
     "model.activation_checkpointing=full": None,
     "checkpoint.every_steps=7": None,

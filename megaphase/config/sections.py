@@ -83,6 +83,8 @@ class ParallelConfig(Section):
     overlap: compute half of a micro-batch while the tensor-parallel ranks sum the other half.
     offload: where fp32 weights and optimizer state lie; offload_parameters: where the weights
     that the model computes with lie. offload_folder: a folder on each node's NVMe disk.
+    keep_gathered: the share of the weights that ZeRO-3 keeps gathered from one micro-batch to the
+    next.
     """
 
     tensor: Count = 1
@@ -92,6 +94,7 @@ class ParallelConfig(Section):
     offload: Literal["none", "cpu", "nvme"] = "none"
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     offload_folder: FilePath | None = None
+    keep_gathered: FractionOf1 = 0.0
 
     @model_validator(mode="after")
     def _sequence_needs_tensor(self) -> Self:
@@ -109,6 +112,8 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"offload_parameters: {self.offload_parameters} needs zero 3, and offload, too"
             )
+        if self.keep_gathered > 0 and (self.zero != 3 or self.offload_parameters != "none"):
+            raise ValueError("keep_gathered needs zero 3 and offload_parameters: none")
         to_disk = "nvme" in (self.offload, self.offload_parameters)
         if to_disk != (self.offload_folder is not None):
             raise ValueError("offload_folder is needed by nvme and by nothing else")

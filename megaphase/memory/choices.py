@@ -63,6 +63,13 @@ def _offloads(setup: Setup) -> bool:
     return setup.zero >= (3 if setup.offload_parameters != "none" else least)
 
 
+def all_kept(setup: Setup) -> Setup | None:
+    """The same layout with all weights kept gathered; None where they are, or cannot be."""
+    if setup.zero < 3 or setup.data == 1 or setup.offload_parameters != "none":
+        return None
+    return replace(setup, keep_gathered=1.0) if setup.keep_gathered < 1 else None
+
+
 @dataclass(frozen=True)
 class _Change:
     words: str
@@ -104,6 +111,8 @@ def _apply(setup: Setup, keys: tuple[str, ...], words: list[str]) -> Iterator[tu
 def _changes(setup: Setup) -> Iterator[_Change]:
     """Single changes that save memory."""
     processes = setup.tensor * setup.data
+    if setup.keep_gathered > 0:
+        yield _Change("keep_gathered: 0.0", "keep_gathered", replace(setup, keep_gathered=0.0))
     for zero in range(setup.zero + 1, max(ZERO_STAGES) + 1):
         yield _Change(f"zero {zero}", "zero", replace(setup, zero=zero))
     now = CHECKPOINTING.index(setup.shape.activation_checkpointing)
@@ -124,6 +133,7 @@ def _changes(setup: Setup) -> Iterator[_Change]:
         yield _Change(f"{2 * processes} GPUs", "processes", changed)
     if setup.offload == "none" and setup.zero > 0:
         yield _Change("offload: cpu", "offload", replace(setup, offload="cpu"))
-    if setup.offload == "cpu" and setup.offload_parameters == "none" and setup.zero == 3:
+    unkept = setup.zero == 3 and setup.keep_gathered == 0
+    if setup.offload == "cpu" and setup.offload_parameters == "none" and unkept:
         changed = replace(setup, offload_parameters="cpu")
         yield _Change("offload_parameters: cpu", "offload_parameters", changed)

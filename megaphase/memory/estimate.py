@@ -78,7 +78,8 @@ def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]
             "buffers": buffers,
         }
 
-    carried, gathered, backward = passing.carried, passing.gathered, block_backward(setup)
+    carried, backward = passing.carried, block_backward(setup)
+    held, gathered = passing.held, passing.gathered
     forward = layers * each + block_forward(setup) + mask
     yield "forward pass", at(forward, carried, gathered, passing.arriving)
     before_head = layers * each + head.kept + mask
@@ -93,7 +94,7 @@ def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]
     for left in range(layers, 0, -1):
         share = (above + (layers - left) * block) / parameters
         waiting = min(int(passing.growing * share), passing.limit)
-        there = max(int(gathered * (1 - share)), passing.returned)
+        there = max(held + int((gathered - held) * (1 - share)), passing.returned)
         activations = left * each + mask
         name = f"backward pass of block {left}"
         yield (
@@ -107,7 +108,7 @@ def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]
     end = passing.bucket + passing.reduction
     yield "reduction of gradients", at(residual(setup), carried + waiting, passing.returned, end)
     step = 0 if setup.offload != "none" else passing.step
-    yield "optimizer step", at(0, step, passing.returned, 0)
+    yield "optimizer step", at(0, step, 0, 0)
 
 
 def _offloaded(setup: Setup, states: States) -> dict[str, int]:

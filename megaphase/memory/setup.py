@@ -21,8 +21,8 @@ class Setup:
     """One rank's part of a run: `tensor` × `data` processes under a ZeRO stage.
 
     accumulation: micro-batches of an optimizer step; masked: whether samples hold documents that do
-    not see each other. overlap: of tensor-parallel collectives, see `model.in_turn`. compiled: the
-    parts between the matrix products, see `kernels`. widened:
+    not see each other. overlap: of tensor-parallel collectives, see `model.in_turn`. keep_gathered:
+    see `memory.gathered`. compiled: the parts between the matrix products, see `kernels`. widened:
     whether the device computes products of bf16 in fp32, see `kernels.matmul`.
     """
 
@@ -38,6 +38,7 @@ class Setup:
     offload: str = "none"
     offload_parameters: str = "none"
     overlap: bool = True
+    keep_gathered: float = 0.0
     device: Device = "cuda"
     compiled: bool = True
     widened: bool = False
@@ -112,6 +113,7 @@ def setup_of(config: RunConfig, shape: GPTShape, processes: int, device: Device)
         offload=config.parallel.offload,
         offload_parameters=config.parallel.offload_parameters,
         overlap=config.parallel.overlap,
+        keep_gathered=config.parallel.keep_gathered,
         device=device,
         compiled=kernels == "compile" or (kernels == "auto" and device == "cuda"),
         widened=config.precision == "bf16" and widens_bf16(torch.device(device)),

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megaphase.memory.gathered import gathering, kept_gathered
 from megaphase.memory.setup import FP32_BYTES, Setup
 from megaphase.model.parameters import is_matrix, parameter_sizes
 
 # Elements.
 REDUCE_BUCKET = 500_000_000
 PREFETCH_BUCKET = 50_000_000
-# Smaller parameters stay gathered under ZeRO-3.
-PERSISTENT_PARAMETER = 100_000
-# A weight that is used again before so many others have been used is not given back.
-REUSE_DISTANCE = 1_000_000_000
 SUB_GROUP = 1_000_000_000
 # For parameters on an NVMe disk: the four matrices of a block and of the one that is read ahead,
 # embeddings and output projection, and some that are on their way.
@@ -47,7 +44,8 @@ class Passing:
     bucket:    buffers for communication during the backward pass
     reduction: while gradients are handed on, beside those that wait
     step:      in the optimizer step
-    gathered:  whole weights that ZeRO-3 has gathered, at the loss
+    held:      whole weights that ZeRO-3 keeps gathered from one micro-batch to the next
+    gathered:  whole weights that it has gathered, at the loss; with those that it keeps
     arriving:  whole weights on their way, in the forward pass
     returned:  whole weights still there at the end of the backward pass
     """
@@ -58,6 +56,7 @@ class Passing:
     bucket: int = 0
     reduction: int = 0
     step: int = 0
+    held: int = 0
     gathered: int = 0
     arriving: int = 0
     returned: int = 0
@@ -177,12 +176,14 @@ def _partitioned_weights(setup: Setup, sizes: dict[str, int]) -> States:
     handed_on = waiting // setup.data * FP32_BYTES if setup.bf16 else 0
     if setup.device == "cpu":
         handed_on = max(handed_on, waiting * low)  # gloo scatters a copy
-    gathered = arriving = returned = 0
+    held = gathered = arriving = returned = 0
     if setup.data > 1 or setup.offload_parameters != "none":
-        persistent = sum(size for size in sizes.values() if size <= PERSISTENT_PARAMETER)
-        gathered = persistent + min(every - persistent, REUSE_DISTANCE // 2)
-        arriving = min(every - persistent, PREFETCH_BUCKET)
-        returned = persistent + sizes["embedding.weight"]
+        found = gathering(sizes, setup.keep_gathered)
+        held = returned = found.kept
+        gathered = held + found.reused
+        arriving = min(every - held, PREFETCH_BUCKET)
+        if "embedding.weight" not in kept_gathered(sizes, setup.keep_gathered):
+            returned += sizes["embedding.weight"]
     return States(
         Kept(weights=part * low, masters=own, gradients=own, moments=MOMENTS * own),
         Passing(
@@ -190,6 +191,7 @@ def _partitioned_weights(setup: Setup, sizes: dict[str, int]) -> States:
             limit=waiting * low,
             reduction=waiting * low + handed_on,
             step=min(part, SUB_GROUP) * FP32_BYTES,
+            held=held * low,
             gathered=gathered * low,
             arriving=arriving * low,
             returned=returned * low,

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from megaphase.memory.choices import GB, RESERVE, fits, layouts, remedies
+from megaphase.memory.choices import GB, RESERVE, all_kept, fits, layouts, remedies
 from megaphase.memory.estimate import estimate
 from megaphase.memory.setup import Setup
 
 
 def memory_summary(setup: Setup, card_gb: float) -> dict[str, Any]:
-    """All figures as plain data: bytes by part, for the run's own layout and then all others."""
+    """All figures as plain data: bytes by part, for the run's own layout and then all others.
+
+    all_kept: those of its own layout with `keep_gathered: 1.0`, None where that is no choice.
+    """
+    kept = all_kept(setup)
     return {
         "processes": setup.tensor * setup.data,
         "card_gb": card_gb,
         "reserve": RESERVE,
         "layouts": [_figures(layout, card_gb) for layout in layouts(setup)],
+        "all_kept": kept and _figures(kept, card_gb),
         "remedies": remedies(setup, card_gb),
     }
 

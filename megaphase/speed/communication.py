@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megaphase.memory.gathered import gathering
 from megaphase.memory.setup import FP32_BYTES, Setup
 from megaphase.memory.states import REDUCE_BUCKET
 from megaphase.model.parameters import block_sizes, parameter_sizes
@@ -200,17 +201,16 @@ def data_traffic(setup: Setup, hardware: Hardware) -> DataTraffic:
 
     0: gradients, all-reduced in fp32 after the last micro-batch. 1: in the type of the parameters,
     and the new weights gathered. 2: all-reduced, too, and not scattered (`allreduce_and_scatter` in
-    stage_1_and_2.py), but in every micro-batch. 3: weights gathered block by block in both passes,
-    gradients scattered.
+    stage_1_and_2.py), but in every micro-batch. 3: weights gathered block by block, in both passes
+    or, near the loss, in the forward pass alone, and gradients scattered; those weights that are
+    kept are gathered once, when the optimizer has changed them (`memory.gathered`).
     """
     ring = data_ring(setup, hardware)
-    parameters = sum(parameter_sizes(setup.shape, setup.tensor).values())
+    sizes = parameter_sizes(setup.shape, setup.tensor)
+    parameters = sum(sizes.values())
     size = parameters * setup.parameter_bytes
     if setup.zero == 3:
-        pieces = setup.shape.layers + 2  # embedding and head
-        gathered = ring.split_collective(ALL_GATHER, size, pieces)
-        scattered = ring.split_collective(REDUCE_SCATTER, size, pieces)
-        return DataTraffic(gathered, gathered + scattered, pieces=pieces)
+        return _partitioned_weights(setup, ring, sizes)
     buckets = math.ceil(parameters / REDUCE_BUCKET)
     reduced = ring.split_collective(ALL_REDUCE, size, buckets)
     if setup.zero == 0:
@@ -219,3 +219,22 @@ def data_traffic(setup: Setup, hardware: Hardware) -> DataTraffic:
     if setup.zero == 1:
         return DataTraffic(end=reduced + weights)
     return DataTraffic(backward=reduced, end=weights, pieces=buckets)
+
+
+def _partitioned_weights(setup: Setup, ring: Ring, sizes: dict[str, int]) -> DataTraffic:
+    """Stage 3."""
+    found = gathering(sizes, setup.keep_gathered)
+    parameters, each = sum(sizes.values()), setup.parameter_bytes
+    pieces = setup.shape.layers + 2  # embedding and head
+
+    def in_pieces(rounds: int, elements: int) -> Traffic:
+        """As many pieces as their share of the weights has."""
+        count = math.ceil(pieces * elements / parameters)
+        return ring.split_collective(rounds, elements * each, count) if count else Traffic()
+
+    return DataTraffic(
+        forward=in_pieces(ALL_GATHER, found.reused + found.twice),
+        backward=in_pieces(ALL_GATHER, found.twice) + in_pieces(REDUCE_SCATTER, parameters),
+        end=in_pieces(ALL_GATHER, found.kept),
+        pieces=pieces,
+    )

@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from megaphase.memory.choices import layouts
+from megaphase.memory.choices import all_kept, layouts
 from megaphase.memory.estimate import PARTS as MEMORY_PARTS
 from megaphase.memory.setup import Setup
 from megaphase.memory.table import gb, layout_name
@@ -25,11 +25,12 @@ _DAY, _HOUR, _MINUTE = 86400, 3600, 60
 def speed_summary(
     setup: Setup, hardware: Hardware, phases: Sequence[tuple[str, int]]
 ) -> dict[str, Any]:
-    """All figures as plain data; layouts in the order of `memory_summary`.
+    """All figures as plain data; layouts in the order of `memory_summary`, and `all_kept` as there.
 
     phases: names and steps.
     """
     found = [_figures(layout, hardware) for layout in layouts(setup)]
+    kept = all_kept(setup)
     each = found[0]["step_seconds"]
     return {
         "card": hardware.title,
@@ -38,6 +39,7 @@ def speed_summary(
         "efficiency": hardware.efficiency,
         "offload_counted": setup.offload == "none",
         "layouts": found,
+        "all_kept": kept and _figures(kept, hardware),
         "phases": [{"name": name, "seconds": steps * each} for name, steps in phases],
         "seconds": each * sum(steps for _, steps in phases),
     }
@@ -87,7 +89,21 @@ def speed_sentences(memory: dict[str, Any], speed: dict[str, Any] | None) -> lis
                 f"Quickest layout that fits: {layout_name(figures)}, {_seconds(seconds)} s a step, "
                 f"MFU {figures['mfu']:.0%}"
             )
+    sentences.extend(_keeping(memory, speed))
     return sentences
+
+
+def _keeping(memory: dict[str, Any], speed: dict[str, Any]) -> list[str]:
+    """What ZeRO-3 would gain if it gathered all weights once a step, where that is worth naming."""
+    needed, time = memory["all_kept"], speed["all_kept"]
+    if time is None or not needed["fits"]:
+        return []
+    whole = speed["layouts"][0]["step_seconds"]
+    saved = whole - time["step_seconds"]
+    if saved < NAMED_GAIN * whole:
+        return []
+    more = gb(needed["bytes"] - memory["layouts"][0]["bytes"])
+    return [f"keep_gathered: 1.0 would save {_seconds(saved, whole)} s a step for {more} GB"]
 
 
 def quickest(memory: dict[str, Any], speed: dict[str, Any]) -> int | None:

@@ -30,6 +30,7 @@ from megaphase.training.deepspeed_config import (
     parameter_dtype,
 )
 from megaphase.training.gradients import clip_gradients
+from megaphase.training.kept_weights import keep_gathered
 from megaphase.training.optimizer import build_optimizer
 from megaphase.training.optimizer_state import OptimizerState
 from megaphase.training.parts import choose_parts
@@ -143,6 +144,8 @@ class Engine:
                 mpu=topology,
                 dist_init_required=False,
             )
+        if config.parallel.zero == 3:
+            keep_gathered(self._engine.optimizer, model, config.parallel.keep_gathered)
         self._optimizer = optimizer
         self.state = OptimizerState(self._engine, optimizer, topology)
         self.state.reset()
