@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from megaphase.config import RunConfig
 from megaphase.errors import InputError
 from megaphase.kernels.attention import attention as attend
 from megaphase.model.gpt import GPT, Attention
+from megaphase.model.in_turn import in_turn
 from megaphase.model.presets import PRESETS, build_shape
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.layers import TensorRegion
@@ -215,7 +217,8 @@ def test_attention_with_grouped_queries(kv_heads: int) -> None:
     x = torch.randn((2, 6, shape.hidden), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = attention_by_loops(x, attention, shape)
-        torch.testing.assert_close(attention(x, None, attend), expected, rtol=1e-4, atol=1e-5)
+        (found,) = in_turn([lambda: attention.steps(x, None, attend, nullcontext)])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SHAPES)
