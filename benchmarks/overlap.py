@@ -88,9 +88,7 @@ def main() -> None:
     parser.add_argument("--tensor", type=int, default=2)
     parser.add_argument("--sequence", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--pairs", type=int, default=8, help="of steps that are compared; 2 or more"
-    )
+    parser.add_argument("--pairs", type=int, default=8, help="of compared steps; at least 2")
     options = parser.parse_args()
     if options.pairs < 2:
         parser.error("--pairs: at least 2, for quartiles")
