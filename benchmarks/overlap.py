@@ -40,9 +40,7 @@ def serve(
     """One of the processes: its seconds with and without overlap, pair by pair."""
     begin(environment)
     prepare(settings, tensor)
-    config = settings.run_config(tensor=tensor)
-    parallel = config.parallel.model_copy(update={"sequence": sequence})
-    config = config.model_copy(update={"parallel": parallel})
+    config = settings.run_config(tensor=tensor, sequence=sequence)
     engine = Engine(config, settings.shape(), start(tensor), tasks=1)
     model, batch = engine.module, settings.batches()[0]
     assert isinstance(model, GPT)

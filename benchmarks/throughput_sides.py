@@ -44,10 +44,8 @@ class Settings:
     device: str
     checkpointing: str
 
-    def run_config(
-        self, zero: int = 0, tensor: int = 1, kernels: str = "eager", keep_gathered: float = 0.0
-    ) -> RunConfig:
-        """The run file that this benchmark stands for."""
+    def run_config(self, kernels: str = "eager", **parallel: Any) -> RunConfig:
+        """The run file of this benchmark; parallel: keys of that section, ZeRO 0 if unsaid."""
         model = {"preset": self.preset, "vocab": self.vocab, "seq_len": self.seq_len}
         model["activation_checkpointing"] = self.checkpointing
         if self.kv_heads:
@@ -64,7 +62,7 @@ class Settings:
                 "tokenizer": "none",
                 "tasks": {"text": {"corpus": "none"}},
                 "model": model,
-                "parallel": {"zero": zero, "tensor": tensor, "keep_gathered": keep_gathered},
+                "parallel": {"zero": 0} | parallel,
                 "precision": self.precision,
                 "parts": {"kernels": kernels},
                 "batch": {"samples": self.batch, "micro": self.micro},
@@ -120,7 +118,9 @@ class Ours:
 
     def step(self, settings: Settings) -> Step:
         """One optimizer step as `megaphase train` takes it; returns the loss."""
-        config = settings.run_config(self.zero, self.tensor, self.kernels, self.keep_gathered)
+        config = settings.run_config(
+            self.kernels, zero=self.zero, tensor=self.tensor, keep_gathered=self.keep_gathered
+        )
         engine = Engine(config, settings.shape(), start(self.tensor), tasks=1)
         share = settings.batch // self.data
         first = engine.topology.data_rank * share

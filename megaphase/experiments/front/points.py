@@ -106,6 +106,7 @@ def points_of(record: SweepRecord) -> list[Point]:
 
 def _point(record: SweepRecord, setting: Setting, runs: list[tuple[Trial, Outcome]]) -> Point:
     sweep, outcomes = record.sweep, [outcome for _, outcome in runs]
+    low_by_seed = {trial.seed: outcome.group_loss(sweep.low) for trial, outcome in runs}
     return Point(
         setting=setting,
         runs=runs,
@@ -114,8 +115,8 @@ def _point(record: SweepRecord, setting: Setting, runs: list[tuple[Trial, Outcom
             for task in (*sweep.high, *sweep.low)
         },
         high=estimate([outcome.group_loss(sweep.high) for outcome in outcomes]),
-        low=estimate([outcome.group_loss(sweep.low) for outcome in outcomes]),
-        low_by_seed={trial.seed: outcome.group_loss(sweep.low) for trial, outcome in runs},
+        low=estimate([*low_by_seed.values()]),
+        low_by_seed=low_by_seed,
     )
 
 
