@@ -31,7 +31,7 @@ from megaphase.memory.activations import dropout_saved
 from megaphase.memory.setup import Setup
 from megaphase.model.dropout import Dropout, row_seeds
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.layers import TensorRegion
+from megaphase.parallel.region import TensorRegion
 from megaphase.parallel.topology import Topology
 
 SEED = 1

@@ -16,11 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
 from megaphase.kernels.attention import attention as attend
-from megaphase.model.gpt import GPT, Attention
+from megaphase.kernels.kernels import EAGER
+from megaphase.model.gpt import GPT, Attention, Block, Rows
 from megaphase.model.in_turn import in_turn
 from megaphase.model.presets import PRESETS, build_shape
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.layers import TensorRegion
+from megaphase.parallel.region import TensorRegion
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.topology import Topology
 
@@ -219,6 +220,42 @@ def test_attention_with_grouped_queries(kv_heads: int) -> None:
         expected = attention_by_loops(x, attention, shape)
         (found,) = in_turn([lambda: attention.steps(x, None, attend, nullcontext)])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_halves_share_the_cast_weights_and_sum_their_gradients_in_the_weights_type() -> None:
+    shape = GPTShape(**LLAMA)
+    region = TensorRegion(ALONE, sequence=False)
+    block = Block(shape, INITIALIZER, region, EAGER)
+    sizes = [each.numel() for each in block.parameters() if each.dim() == 2]
+    halves = torch.randn((2, 3, 6, shape.hidden), generator=torch.Generator().manual_seed(0))
+    kept: set[int] = set()
+
+    def note(saved: Tensor) -> Tensor:
+        if saved.numel() in sizes and saved.dtype == torch.bfloat16:
+            kept.add(saved.data_ptr())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        outputs = block(None, [Rows(), Rows()], *halves.bfloat16())
+    assert len(kept) == len(sizes) == 4
+    torch.stack(outputs).float().square().sum().backward()
+    together = {name: each.grad for name, each in block.named_parameters()}
+
+    block.zero_grad()
+    for half in halves.bfloat16():
+        block(None, [Rows()], half)[0].float().square().sum().backward()
+    for name, each in block.named_parameters():
+        assert each.grad is not None
+        torch.testing.assert_close(together[name], each.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_cast_weights_do_not_outlive_what_shares_them() -> None:
+    region = TensorRegion(ALONE, sequence=False)
+    module = torch.nn.Linear(2, 2, bias=False)
+    for value in (1.0, 2.0):
+        torch.nn.init.constant_(module.weight, value)
+        with region.shared(module):
+            assert region.cast(module.weight, torch.bfloat16).tolist() == [[value] * 2] * 2
 
 
 @pytest.mark.parametrize("name", SHAPES)

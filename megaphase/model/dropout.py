@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megaphase.keys import derive_key
-from megaphase.parallel.layers import TensorRegion
+from megaphase.parallel.region import TensorRegion
 
 # Four elements share a word of 64 bits, for drawing is most of what dropout costs. The share is
 # rounded to a multiple of 1 / LEVELS, and the scale is that of the rounded one.

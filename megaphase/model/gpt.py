@@ -34,11 +34,11 @@ from megaphase.parallel.layers import (
     NORMS,
     ColumnParallelLinear,
     RowParallelLinear,
-    TensorRegion,
     VocabParallelEmbedding,
     VocabParallelHead,
     vocab_parallel_weight,
 )
+from megaphase.parallel.region import TensorRegion
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.topology import Topology, device
 from megaphase.targets import IGNORED_TARGET
@@ -167,7 +167,7 @@ class Block(nn.Module):
 
         They are arguments of their own, because ZeRO-3's hooks see no others.
         """
-        with self.region.summed_together(self):
+        with self.region.shared(self):
             return in_turn(
                 [partial(self._steps, x, rotary, of) for x, of in zip(parts, rows, strict=True)]
             )

@@ -7,8 +7,7 @@ Weights are cast to the activations' type when they are used, so fp32 masters ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch.nn.functional as F
@@ -18,15 +17,11 @@ from megaphase.kernels.kernels import Kernels
 from megaphase.kernels.layer_norm import layer_norm
 from megaphase.kernels.matmul import linear
 from megaphase.kernels.rms_norm import add_and_rms_norm, rms_norm
-from megaphase.parallel.collectives import (
-    copy_to_tensor_parallel,
-    gather_sequence,
-    start_leaving,
-)
 from megaphase.parallel.column_linear import start_column_parallel_linear
 from megaphase.parallel.cross_entropy import Vocabulary, linear_cross_entropy, tokens_at_a_time
+from megaphase.parallel.region import TensorRegion
 from megaphase.parallel.rng import Initializer
-from megaphase.parallel.sharding import ParameterLayout, layout_of, padded_vocab
+from megaphase.parallel.sharding import ParameterLayout, padded_vocab
 from megaphase.parallel.topology import Topology, device
 
 
@@ -44,59 +39,6 @@ def sharded_parameter(
     parameter.tensor_model_parallel = parameter.model_parallel = topology.tensor_size > 1  # type: ignore[attr-defined]
     parameter.parallel_layout = layout  # type: ignore[attr-defined]
     return parameter
-
-
-class TensorRegion:
-    """The way into and out of the part of a layer that is computed tensor-parallel.
-
-    Outside, activations are whole on every rank or, with sequence parallelism, each rank holds
-    its share of the sequence: [batch, seq / tensor, hidden].
-    """
-
-    def __init__(self, topology: Topology, sequence: bool) -> None:
-        self.topology = topology
-        self.sequence = sequence
-        self._copies: dict[Tensor, Tensor] = {}
-
-    def enter(self, x: Tensor) -> Tensor:
-        """Whole activations on every rank: [batch, seq, hidden]."""
-        if self.sequence:
-            return gather_sequence(x, self.topology)
-        return copy_to_tensor_parallel([x], self.topology)[0]
-
-    def start_leaving(self, x: Tensor) -> Callable[[], Tensor]:
-        """Start to sum the ranks' partial results, which are used up; what waits for the sum."""
-        return start_leaving(x, self.topology, self.sequence)
-
-    def own_positions(self, x: Tensor) -> Tensor:
-        """Of [..., seq, hidden], the positions that this rank holds outside the region."""
-        if not self.sequence:
-            return x
-        return x.chunk(self.topology.tensor_size, dim=-2)[self.topology.tensor_rank]
-
-    def replicated(self, parameter: Tensor) -> Tensor:
-        """A replicated parameter used outside the region.
-
-        With sequence parallelism each rank sees its share of the positions only, so the
-        parameter's gradient is summed over the group.
-        """
-        if not self.sequence:
-            return parameter
-        if parameter in self._copies:
-            return self._copies[parameter]
-        return copy_to_tensor_parallel([parameter], self.topology)[0]
-
-    @contextmanager
-    def summed_together(self, module: nn.Module) -> Iterator[None]:
-        """Within, the gradients of all replicated parameters of a module are summed in one."""
-        if self.sequence:
-            whole = [each for each in module.parameters() if layout_of(each).dim is None]
-            copies = copy_to_tensor_parallel(whole, self.topology)
-            self._copies = dict(zip(whole, copies, strict=True))
-        try:
-            yield
-        finally:
-            self._copies = {}
 
 
 class ColumnParallelLinear(nn.Module):
@@ -127,7 +69,7 @@ class ColumnParallelLinear(nn.Module):
 
     def start(self, x: Tensor) -> Callable[[], Tensor]:
         """Send for what the other ranks hold of x; what then computes y."""
-        region, weight = self.region, self.weight.to(x.dtype)
+        region, weight = self.region, self.region.cast(self.weight, x.dtype)
         product = start_column_parallel_linear(x, weight, region.topology, region.sequence)
         return lambda: product() if self.bias is None else product() + self.bias.to(x.dtype)
 
@@ -156,7 +98,8 @@ class RowParallelLinear(nn.Module):
 
     def start(self, x: Tensor) -> Callable[[], Tensor]:
         """Compute this rank's part of y and send it off; what then waits for y."""
-        sum_ = self.region.start_leaving(linear(x, self.weight.to(x.dtype)))
+        product = linear(x, self.region.cast(self.weight, x.dtype))
+        sum_ = self.region.start_leaving(product)
         return lambda: sum_() if self.bias is None else sum_() + self._whole_bias().to(x.dtype)
 
     def _whole_bias(self) -> Tensor:

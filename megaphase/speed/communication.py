@@ -165,7 +165,7 @@ def _product_seconds(setup: Setup, hardware: Hardware, names: Sequence[str]) -> 
 
 
 def _into_region(setup: Setup, ring: Ring, pieces: int = 1) -> Traffic:
-    """What `parallel.layers.TensorRegion` sends on the way in."""
+    """What `parallel.region.TensorRegion` sends on the way in."""
     if not setup.sequence:
         return Traffic()
     return ring.split_collective(ALL_GATHER, _whole(setup), pieces)
