@@ -13,6 +13,7 @@ import torch
 from megaphase.memory.setup import BF16_BYTES, FP32_BYTES, Setup
 from megaphase.model.parameters import block_sizes
 from megaphase.parallel.cross_entropy import tokens_at_a_time
+from megaphase.parallel.sharding import vocab_rows
 
 INDEX_BYTES = 8
 
@@ -205,7 +206,7 @@ class HeadMemory:
 def head_memory(setup: Setup) -> HeadMemory:
     """The gradients of the projection come about with the losses, for some tokens at a time."""
     shape, tokens = setup.shape, setup.tokens
-    rows = -(-shape.vocab // setup.tensor)
+    rows = vocab_rows(shape.vocab, setup.tensor)
     weight = rows * shape.hidden
     part = min(tokens, tokens_at_a_time(rows, torch.device(setup.device)))
     logits = part * rows

@@ -21,7 +21,7 @@ from megaphase.parallel.column_linear import start_column_parallel_linear
 from megaphase.parallel.cross_entropy import Vocabulary, linear_cross_entropy, tokens_at_a_time
 from megaphase.parallel.region import TensorRegion
 from megaphase.parallel.rng import Initializer
-from megaphase.parallel.sharding import ParameterLayout, padded_vocab
+from megaphase.parallel.sharding import ParameterLayout, padded_vocab, vocab_rows
 from megaphase.parallel.topology import Topology, device
 
 
@@ -125,9 +125,8 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.region = region
         self.weight = vocab_parallel_weight(vocab, hidden, std, init, region.topology)
-        rows = padded_vocab(vocab, region.topology.tensor_size) // region.topology.tensor_size
-        self.first_row = rows * region.topology.tensor_rank
-        self.rows = rows
+        self.rows = vocab_rows(vocab, region.topology.tensor_size)
+        self.first_row = self.rows * region.topology.tensor_rank
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens int64 [batch, seq] -> [batch, seq (/ tensor), hidden]."""
@@ -152,7 +151,7 @@ class VocabParallelHead(nn.Module):
         super().__init__()
         self.weight, self.region = weight, region
         topology = region.topology
-        rows = padded_vocab(vocab, topology.tensor_size) // topology.tensor_size
+        rows = vocab_rows(vocab, topology.tensor_size)
         first = rows * topology.tensor_rank
         self.real_rows = max(0, min(rows, vocab - first))
         self.padded = self.real_rows < rows

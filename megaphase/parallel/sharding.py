@@ -118,9 +118,14 @@ class Run:
         return part.narrow(dim, self.in_part, self.length)
 
 
+def vocab_rows(vocab: int, tensor_size: int) -> int:
+    """Rows of the vocabulary on each rank; the last ones may only pad."""
+    return -(-vocab // tensor_size)
+
+
 def padded_vocab(vocab: int, tensor_size: int) -> int:
     """The vocabulary rounded up so that every rank holds equally many rows."""
-    return -(-vocab // tensor_size) * tensor_size
+    return vocab_rows(vocab, tensor_size) * tensor_size
 
 
 def layout_of(parameter: Tensor) -> ParameterLayout:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from megaphase.memory.activations import residual, widths_of
 from megaphase.memory.setup import FP32_BYTES, Setup
 from megaphase.model.parameters import block_sizes, is_matrix, parameter_sizes
-from megaphase.parallel.sharding import padded_vocab
+from megaphase.parallel.sharding import vocab_rows
 
 # A backward pass has two products, of inputs and of weights, for each one of the forward pass.
 BACKWARD_PRODUCTS = 2
@@ -135,7 +135,7 @@ def _head_backward(setup: Setup) -> Work:
 
 def _vocabulary(setup: Setup) -> int:
     """Rows of the output projection on this rank."""
-    return padded_vocab(setup.shape.vocab, setup.tensor) // setup.tensor
+    return vocab_rows(setup.shape.vocab, setup.tensor)
 
 
 def _gradients(setup: Setup) -> Work:
