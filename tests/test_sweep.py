@@ -24,6 +24,7 @@ from megaphase.experiments.sweep.file import SweepConfig
 from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.start import open_sweep, refuse_failures
 from megaphase.experiments.sweep.sweep import load_sweep
+from megaphase.experiments.sweep.trial_run import release_checkpoints
 from megaphase.experiments.sweep.trials import Trial, all_trials, known_trials
 from megaphase.yaml_file import read_yaml
 
@@ -261,6 +262,38 @@ def test_ended_runs_are_never_repeated(undisturbed: SweepDirectory) -> None:
     run_warm(undisturbed.path.parent / "sweep.yaml")
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert undisturbed.outcomes() == outcomes
+
+
+FIRST, BRANCH = "pretrain-0.6-p0.01-s11", "two-phase-0.6-r0.4-p0.01-s11"
+STATIC = "static-r0.2-p0.01-s11"
+
+
+def with_checkpoints(directory: SweepDirectory) -> set[str]:
+    return {path.parent.name for path in directory.run("").glob("*/checkpoints")}
+
+
+def test_checkpoints_stay_as_long_as_they_are_needed(corpora: Path, tmp_path: Path) -> None:
+    _, directory, outcomes = run_warm(write(tmp_path, settings(corpora)))
+    assert with_checkpoints(directory) == {FIRST, BRANCH, STATIC} == set(outcomes)
+    few = settings(corpora, keep_checkpoints="first-stages", seeds=[11, 12])
+    _, directory, outcomes = run_warm(write(tmp_path, few))
+    assert with_checkpoints(directory) == {FIRST, FIRST.replace("s11", "s12")}
+    assert len(outcomes) == 6
+    assert not any(outcome.failed for outcome in outcomes.values())
+
+
+def test_checkpoints_of_a_run_that_failed_stay(corpora: Path, tmp_path: Path) -> None:
+    config = settings(corpora, keep_checkpoints="first-stages")
+    sweep, directory = open_sweep(write(tmp_path, config))
+    first = next(trial for trial in known_trials(sweep, {}) if trial.name == FIRST)
+    outcomes = {FIRST: invented(first, 1e-2)}
+    for trial in known_trials(sweep, outcomes):
+        (directory.run(trial.name) / "checkpoints").mkdir(parents=True)
+        outcomes[trial.name] = invented(trial, 1e-2)
+    outcomes[STATIC] = Outcome(failed="diverged")
+    release_checkpoints(sweep, directory, outcomes)
+    assert with_checkpoints(directory) == {FIRST, STATIC}
+    assert not list(directory.run(BRANCH).iterdir())
 
 
 def test_run_files_train_by_hand(undisturbed: SweepDirectory) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from typing import NoReturn
 
 import yaml
 
+from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.errors import InputError, RunError
 from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.sweep import Sweep
 from megaphase.experiments.sweep.trials import Trial, known_trials
-from megaphase.files import make_directory, write_text_whole
+from megaphase.files import make_directory, remove_directory, write_text_whole
 from megaphase.locks import exclusive_lock
 from megaphase.records import read_record
 
@@ -104,6 +106,15 @@ class SweepDirectory:
         """Say that a run has ended."""
         text = outcome.model_dump_json(indent=2, exclude_defaults=True) + "\n"
         write_text_whole(self.outcome_file(name), text)
+
+    def remove_checkpoints(self, name: str) -> None:
+        """Remove those of a run; a part of them is never left where it may be taken for all."""
+        folder = self.run(name) / CHECKPOINTS
+        aside = folder.with_name(f".{CHECKPOINTS}.removed")
+        remove_directory(aside)
+        if folder.is_dir():
+            os.rename(folder, aside)
+            remove_directory(aside)
 
     def forget_failures(self) -> None:
         """Let the runs that failed be started again."""

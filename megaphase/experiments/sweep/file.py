@@ -157,6 +157,7 @@ class SweepConfig(Section):
     high, low: the two groups of tasks, as a role or a list; what is in neither is left out.
     steps, tokens: the budget of every run, over all of its phases.
     models: changes of the section `model` by name; one model as the run file has it if left out.
+    keep_checkpoints: of all runs that have ended, or of those alone that others may go on from.
     """
 
     run: FilePath | dict[str, Any]
@@ -171,6 +172,7 @@ class SweepConfig(Section):
     seeds: list[CountOrZero] = Field(default=[1234], min_length=1)
     models: dict[str, dict[str, Any]] = Field(default={})
     arms: dict[str, Arm] = Field(min_length=1)
+    keep_checkpoints: Literal["all", "first-stages"] = "all"
     translation: TranslationScores | None = None
     slurm: ClusterJobs | None = None
 

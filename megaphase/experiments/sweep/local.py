@@ -24,6 +24,7 @@ from megaphase.experiments.sweep.trial_run import (
     last_line,
     outcome_if_ended,
     read_outcome,
+    release_checkpoints,
     settle,
     train_command,
     translate_command,
@@ -206,6 +207,7 @@ class _Runner:
             outcome = Outcome(failed=_reason(code, self._directory.log(name)))
         self._directory.write_outcome(name, outcome)
         self._outcomes[name] = outcome
+        release_checkpoints(self._sweep, self._directory, self._outcomes)
         self._display.end(job.trial, outcome, self._outcomes)
 
     def _kill_all(self) -> None:

@@ -76,6 +76,19 @@ def outcome_if_ended(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> O
     return read_outcome(sweep, directory, trial)
 
 
+def release_checkpoints(
+    sweep: Sweep, directory: SweepDirectory, outcomes: Mapping[str, Outcome]
+) -> None:
+    """Remove the checkpoints that the sweep file does not want to be kept; a run that has failed
+    goes on from its own.
+    """
+    if sweep.config.keep_checkpoints == "all":
+        return
+    for trial in known_trials(sweep, outcomes):
+        if trial.is_final and trial.name in outcomes and outcomes[trial.name].failed is None:
+            directory.remove_checkpoints(trial.name)
+
+
 def settle(
     sweep: Sweep,
     directory: SweepDirectory,
@@ -83,7 +96,8 @@ def settle(
     outcomes: dict[str, Outcome],
     come_to: Callable[[Trial], Outcome | None],
 ) -> None:
-    """Write down the outcomes that are missing: of runs that end while nobody looks.
+    """Write down the outcomes that are missing, of runs that have ended while nobody looked, and
+    remove what is not to be kept.
 
     outcomes: of all runs that are known to have ended; added to. come_to: an outcome, or None.
     """
@@ -96,6 +110,7 @@ def settle(
                 outcomes[trial.name] = outcome
                 display.end(trial, outcome, outcomes)
                 settled = True
+    release_checkpoints(sweep, directory, outcomes)
 
 
 def _last_phase(trial: Trial) -> str:
