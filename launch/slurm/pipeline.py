@@ -23,7 +23,13 @@ from megaphase.launch.slurm.job_file import (
     refuse_second_job,
     remember_job,
 )
-from megaphase.launch.slurm.script import Resources, batch_script, command_script, sbatch_options
+from megaphase.launch.slurm.script import (
+    Resources,
+    batch_script,
+    command_script,
+    refuse_pattern,
+    sbatch_options,
+)
 from megaphase.slurm import cancel, submit
 from megaphase.validation_errors import as_input_error, hint
 from megaphase.yaml_file import read_yaml
@@ -175,6 +181,7 @@ def load_pipeline(path: Path, program: Any) -> Pipeline:
     except ValidationError as error:
         raise as_input_error(path, error) from None
     pipeline._path = path
+    refuse_pattern(pipeline.where("logs"), pipeline.logs_folder)
     for name, step in pipeline.steps.items():
         _check_names(pipeline, name, step)
     _order(pipeline)

@@ -130,6 +130,15 @@ def batch_script(
     return text
 
 
+def refuse_pattern(where: str, logs: Path) -> None:
+    """Refuse a folder for logs of which Slurm would read a part as a pattern, such as %j.
+
+    where: file and key that name it.
+    """
+    if "%" in str(logs):
+        raise InputError(where, f"Slurm reads % in {logs} as a pattern", "choose a path without it")
+
+
 def command_script(resources: Resources, name: str, line: str) -> str:
     """The script of a job of one process, which runs a command of `megaphase`.
 

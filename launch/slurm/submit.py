@@ -12,7 +12,7 @@ from megaphase.config import RunConfig
 from megaphase.errors import InputError
 from megaphase.files import make_directory
 from megaphase.launch.slurm.job_file import FOLDER, Job, refuse_second_job, remember_job
-from megaphase.launch.slurm.script import Resources, batch_script
+from megaphase.launch.slurm.script import Resources, batch_script, refuse_pattern
 from megaphase.memory.table import memory_sentences, memory_summary
 from megaphase.plan.opening import memory_setup, open_plan, open_run
 from megaphase.plan.preview import plan_warnings
@@ -36,6 +36,7 @@ def check(
     """
     config, tokenizer = open_run(run_file, overrides)
     _refuse_unwritable(config)
+    refuse_pattern(config.where("output"), logs_folder(config.output))
     RunDirectory(config.output).refuse_other_run(config)
     branch = choose_branch(config, source)
     setup = memory_setup(config, tokenizer, resources.processes)

@@ -60,6 +60,10 @@ def wrong_heads(found: dict[str, Any]) -> None:
     found["parallel"]["tensor"] = 4
 
 
+def wrong_name(found: dict[str, Any]) -> None:
+    found["output"] = "50%j"
+
+
 def wrong_output(found: dict[str, Any]) -> None:
     found["output"] = "run.yaml/run"
 
@@ -72,6 +76,7 @@ def wrong_output(found: dict[str, Any]) -> None:
         (wrong_tokenizer, "tok-x/megaphase_tokenizer.json: no such file; make the tokenizer with"),
         (wrong_batch, "run.yaml: batch.samples: 9 is not a multiple of 2 data-parallel ranks × "),
         (wrong_heads, "run.yaml: model.kv_heads: parallel.tensor 4 does not divide kv_heads 2; "),
+        (wrong_name, "a run/50%j/slurm as a pattern; choose a path without it"),
         (wrong_output, "a run/run.yaml is not a folder; choose another"),
     ],
 )

@@ -189,6 +189,14 @@ def test_the_command_line_adds_nothing(folder: Path, given: list[object], messag
     assert done.stderr == f"megaphase: --pipeline {path}: {message}\n"
 
 
+def test_logs_whose_path_is_a_pattern_are_refused(folder: Path) -> None:
+    path = write(folder, {"a": VERIFY}, logs="50%j")
+    done = call(path, "--dry-run")
+    assert done.returncode == 2
+    problem = f"logs: Slurm reads % in {folder}/50%j as a pattern; choose a path without it"
+    assert done.stderr == f"megaphase: {path}: {problem}\n"
+
+
 def test_without_slurm_it_is_one_line(folder: Path) -> None:
     done = call(write(folder, {"a": VERIFY}), env={**os.environ, "PATH": "/nowhere"})
     assert done.returncode == 2
