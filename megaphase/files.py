@@ -172,6 +172,17 @@ def remove_directory(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
+def remove_directory_at_once(directory: Path) -> None:
+    """Remove a directory, so that no part of it is ever taken for all; what a killed call of this
+    has left behind goes, too.
+    """
+    doomed = directory.with_name(f".{directory.name}.removed")
+    remove_directory(doomed)
+    if directory.is_dir():
+        os.rename(directory, doomed)
+        remove_directory(doomed)
+
+
 def remove_soon(directory: Path, then_if_empty: Sequence[Path] = ()) -> None:
     """Remove a directory, then those of the others that are empty, without waiting for long.
 

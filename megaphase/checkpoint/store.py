@@ -32,6 +32,7 @@ from megaphase.files import (
     os_errors_named,
     publish_directory,
     remove_directory,
+    remove_directory_at_once,
     write_json_whole,
 )
 from megaphase.parallel.agreement import Agreement
@@ -76,7 +77,7 @@ class CheckpointStore:
         aside, final = self._aside(name), self.folder / name
         complete(aside, index, state, files)
         if final.exists():  # a run that went on from an older checkpoint comes by again
-            _remove(final)
+            remove_directory_at_once(final)
         publish_directory(aside, final)
         if name.startswith("step-"):
             self.link(LATEST, name)
@@ -111,7 +112,7 @@ class CheckpointStore:
         for name in (*full, *self._names("best")):
             folder = self.folder / name
             if name not in kept and not state_or_nothing(folder).get("permanent"):
-                _remove(folder)
+                remove_directory_at_once(folder)
 
     def prepare(self, best: Mapping[str, str]) -> None:
         """Before a run trains: remove what a killed process left aside, and set `best-…` links.
@@ -215,11 +216,3 @@ def _step(name: str) -> int:
 def _fault(path: Path, described: dict[str, Any]) -> str | None:
     damage = file_damage(path, described)
     return None if damage is None else f"{path}: {damage}"
-
-
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint so that no half of it is ever taken for whole."""
-    doomed = folder.with_name(f".{folder.name}.removed")
-    remove_directory(doomed)
-    os.rename(folder, doomed)
-    remove_directory(doomed)

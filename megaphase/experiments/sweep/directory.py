@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from megaphase.errors import InputError, RunError
 from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.sweep import Sweep
 from megaphase.experiments.sweep.trials import Trial, known_trials
-from megaphase.files import make_directory, remove_directory, write_text_whole
+from megaphase.files import make_directory, remove_directory_at_once, write_text_whole
 from megaphase.locks import exclusive_lock
 from megaphase.records import read_record
 
@@ -108,13 +107,8 @@ class SweepDirectory:
         write_text_whole(self.outcome_file(name), text)
 
     def remove_checkpoints(self, name: str) -> None:
-        """Remove those of a run; a part of them is never left where it may be taken for all."""
-        folder = self.run(name) / CHECKPOINTS
-        aside = folder.with_name(f".{CHECKPOINTS}.removed")
-        remove_directory(aside)
-        if folder.is_dir():
-            os.rename(folder, aside)
-            remove_directory(aside)
+        """Remove those of a run, if there are any."""
+        remove_directory_at_once(self.run(name) / CHECKPOINTS)
 
     def forget_failures(self) -> None:
         """Let the runs that failed be started again."""
