@@ -24,6 +24,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 from warm_process import WarmProcess
 
 from megaphase.launch.local import free_port, rank_environment
+from megaphase.parallel.together import leaving_processes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -248,5 +249,6 @@ def serve() -> None:
     """The far end of `run_ranks`."""
     module, function, call, folder = sys.argv[1:]
     arguments = pickle.loads(Path(call).read_bytes())
-    result = getattr(importlib.import_module(module), function)(*arguments)
+    with leaving_processes():
+        result = getattr(importlib.import_module(module), function)(*arguments)
     (Path(folder) / f"result-{os.environ['RANK']}").write_bytes(pickle.dumps(result))

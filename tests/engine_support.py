@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megaphase.config import RunConfig
@@ -59,16 +56,6 @@ def run_config(
             ],
         }
     )
-
-
-@contextmanager
-def process_group() -> Iterator[None]:
-    """Leave the process group at the end, so that every rank ends in good order."""
-    try:
-        yield
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def build_engine(config: RunConfig, vocab: int = VOCAB) -> Engine:

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from distributed import once, run_ranks
-from engine_support import build_engine, global_batch, process_group, run_config, share
+from engine_support import build_engine, global_batch, run_config, share
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaphase.memory.gathered import Gathering, gathering, kept_gathered
 from megaphase.memory.setup import FP32_BYTES, setup_of
 from megaphase.model.parameters import parameter_sizes
 from megaphase.model.presets import build_shape
+from megaphase.parallel.topology import process_group
 from megaphase.speed.communication import data_traffic
 from megaphase.speed.hardware import Hardware
 from megaphase.training import engine as engine_module

@@ -18,7 +18,6 @@ from engine_support import (
     build_engine,
     fp32_weights,
     global_batch,
-    process_group,
     run_config,
     share,
 )
@@ -32,7 +31,7 @@ from megaphase.memory.setup import Setup
 from megaphase.model.dropout import Dropout, row_seeds
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.region import TensorRegion
-from megaphase.parallel.topology import Topology
+from megaphase.parallel.topology import Topology, process_group
 
 SEED = 1
 SHARE = 0.3

@@ -16,7 +16,7 @@ import torch
 from convert_support import save, whole_parameters, write_random_checkpoint
 from data_support import CORPORA, make_tokenizer, write_jsonl
 from distributed import once, run_ranks
-from engine_support import build_engine, global_batch, process_group, run_config, share
+from engine_support import build_engine, global_batch, run_config, share
 from hf_support import (
     SEQ_LEN,
     SHAPES,
@@ -38,6 +38,7 @@ from safetensors.torch import load_file, save_file
 from megaphase.convert.hugging_face.config import read_config
 from megaphase.data_tools.tokenizers.train import train_tokenizer
 from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.topology import process_group
 from megaphase.tokenizer import Tokenizer
 
 TOLERANCE = 1e-5

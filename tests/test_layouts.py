@@ -28,7 +28,6 @@ from engine_support import (
     fp32_weights,
     global_batch,
     model_weights,
-    process_group,
     run_config,
     share,
 )
@@ -36,6 +35,7 @@ from plain_gpt import IGNORED, PlainAdamW, PlainGPT, PlainShape
 from torch import Tensor
 
 from megaphase.parallel.layers import padded_vocab
+from megaphase.parallel.topology import process_group
 from megaphase.plan.dataset import Batch
 
 STEPS = 30

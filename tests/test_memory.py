@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import once, run_ranks
-from engine_support import build_engine, global_batch, process_group, run_config, share
+from engine_support import build_engine, global_batch, run_config, share
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_support import FakeTokenizer, random_lengths, write_corpus, write_run
@@ -29,7 +29,7 @@ from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.sharding import layout_of
-from megaphase.parallel.topology import Topology
+from megaphase.parallel.topology import Topology, process_group
 from megaphase.plan.commands import plan_app
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "memory.py"

@@ -20,7 +20,6 @@ from engine_support import (
     build_engine,
     fp32_weights,
     global_batch,
-    process_group,
     run_config,
     share,
 )
@@ -32,7 +31,7 @@ from megaphase.checkpoint.store import CheckpointStore
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
 from megaphase.parallel.agreement import Agreement
-from megaphase.parallel.topology import start
+from megaphase.parallel.topology import process_group, start
 from megaphase.training.deepspeed_config import swap_folder
 from megaphase.training.engine import Engine, import_deepspeed
 from megaphase.training.nvme import prepare_offload

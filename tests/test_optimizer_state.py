@@ -27,7 +27,6 @@ from engine_support import (
     build_engine,
     fp32_weights,
     global_batch,
-    process_group,
     run_config,
     share,
 )
@@ -37,7 +36,7 @@ from megaphase.checkpoint.parameters import INDEX_FILE, StoredParameters
 from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.parallel.agreement import Agreement
-from megaphase.parallel.topology import start
+from megaphase.parallel.topology import process_group, start
 from megaphase.training.engine import Engine, StepResult
 
 PROCESSES = 4

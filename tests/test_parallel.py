@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distributed import once, run_ranks
-from engine_support import build_engine, global_batch, model_weights, process_group, run_config
+from engine_support import build_engine, global_batch, model_weights, run_config
 from plain_gpt import PlainGPT, PlainShape
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from megaphase.parallel.collectives import (
 )
 from megaphase.parallel.cross_entropy import Vocabulary, linear_cross_entropy
 from megaphase.parallel.sharding import layout_of
-from megaphase.parallel.topology import Topology, start
+from megaphase.parallel.topology import Topology, process_group, start
 from megaphase.targets import IGNORED_TARGET
 from megaphase.training.engine import Engine
 

@@ -12,11 +12,12 @@ from engine_support import (
     fp32_weights,
     global_batch,
     model_weights,
-    process_group,
     run_config,
     share,
 )
 from torch import Tensor
+
+from megaphase.parallel.topology import process_group
 
 STEPS = 10
 # A norm's weights start at 1, where bf16 has steps of 2^-8 and 2^-7: a thousand updates and more.

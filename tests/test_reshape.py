@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 from convert_support import assert_same_shards, save
 from distributed import once, run_ranks
-from engine_support import build_engine, global_batch, process_group, run_config, share
+from engine_support import build_engine, global_batch, run_config, share
 
 from megaphase.checkpoint.parameters import StoredParameters
 from megaphase.config import RunConfig
 from megaphase.convert.partition import Layout
 from megaphase.convert.reshape import reshape
 from megaphase.parallel.agreement import Agreement
-from megaphase.parallel.topology import start
+from megaphase.parallel.topology import process_group, start
 from megaphase.training.engine import Engine
 
 GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]

@@ -17,13 +17,13 @@ from engine_support import (
     global_batch,
     load_fp32_weights,
     model_weights,
-    process_group,
     run_config,
     share,
 )
 from torch import Tensor
 
 from megaphase.config import RunConfig
+from megaphase.parallel.topology import process_group
 from megaphase.training.engine import Engine
 
 STEPS_BEFORE = 4

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from distributed import check, launch, run_ranks
-from engine_support import TASKS, build_engine, global_batch, model_weights, process_group, share
+from engine_support import TASKS, build_engine, global_batch, model_weights, share
 from engine_support import run_config as engine_config
 from run_support import (
     make_corpora,
@@ -24,6 +24,7 @@ from run_support import (
 from translation_support import random_hashes, write_documents
 
 from megaphase.config import load_run_file
+from megaphase.parallel.topology import process_group
 from megaphase.plan.dataset import Batch, read_held_out
 from megaphase.plan.spec import plan_spec
 from megaphase.targets import IGNORED_TARGET

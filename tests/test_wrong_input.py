@@ -6,7 +6,7 @@ import shutil
 import sys
 
 import pytest
-from distributed import launch
+from distributed import launch, run_ranks
 from run_support import make_corpora, megaphase, run_settings, write_run_file
 
 from megaphase import cli
@@ -260,6 +260,25 @@ def test_one_rank_reports_and_all_stop(processes, changes, named, corpora, tmp_p
     assert results[0].stderr.count("\n") == 1
     assert [result.stderr for result in results[1:]] == [""] * (processes - 1)
     assert not (tmp_path / "run").exists()
+
+
+def _joined_after(*arguments):
+    """The command's exit code, and whether the rank is still in the process group."""
+    import torch.distributed
+
+    sys.argv = ["megaphase", *arguments]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code, torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_refused_ranks_leave_the_process_group(command, corpora, tmp_path):
+    settings = run_settings(corpora)
+    settings["seeds"] = 1
+    run_file = write_run_file(tmp_path, settings)
+    assert run_ranks(_joined_after, 2, command, str(run_file)) == [(2, False)] * 2
 
 
 def test_launch_local_passes_the_exit_code_on(corpora, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from megaphase.errors import InputError, RunError
@@ -40,6 +42,21 @@ def on_first_rank(action: Callable[[], Result]) -> Result:
     if isinstance(outcome, Fault):
         raise outcome
     return outcome  # type: ignore[return-value]  # the other ranks' None has been replaced
+
+
+@contextmanager
+def leaving_processes() -> Iterator[None]:
+    """Leave the process group at the end, whatever happens, if this process has joined it.
+
+    A process that ended as a member would still have the threads of its collectives; one of them
+    that then lets go of a tensor ends the process with SIGABRT instead of its exit code.
+    """
+    try:
+        yield
+    finally:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def outcome_of(action: Callable[[], Result]) -> Result | Fault:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megaphase.errors import RunError
 from megaphase.parallel.launcher import global_rank, world_size
+from megaphase.parallel.together import leaving_processes
 
 # Long enough for the first rank to build a plan or to verify a checkpoint while the others wait.
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)
@@ -120,11 +121,9 @@ def _meeting_place() -> dist.Store:
 @contextmanager
 def process_group() -> Iterator[None]:
     """Join the process group, and leave it at the end, whatever happens."""
-    join_processes()
-    try:
+    with leaving_processes():
+        join_processes()
         yield
-    finally:
-        dist.destroy_process_group()
 
 
 def start(tensor_size: int) -> Topology:

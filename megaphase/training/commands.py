@@ -31,10 +31,11 @@ def train_command(
     from rich.console import Console
 
     from megaphase.config import load_run_file
-    from megaphase.parallel.together import together
+    from megaphase.parallel.together import leaving_processes, together
     from megaphase.training.signals import StopSignals
 
-    with StopSignals() as signals:  # before anything that takes seconds is imported
+    # The signals before anything that takes seconds is imported.
+    with StopSignals() as signals, leaving_processes():
         config = together(lambda: load_run_file(run_file, tuple(overrides or ())))
 
         from megaphase.training.train import train
@@ -68,13 +69,14 @@ def evaluate_command(
 
     from megaphase.config import load_run_file
     from megaphase.parallel.launcher import global_rank
-    from megaphase.parallel.together import together
+    from megaphase.parallel.together import leaving_processes, together
 
-    config = together(lambda: load_run_file(run_file, tuple(overrides or ())))
+    with leaving_processes():
+        config = together(lambda: load_run_file(run_file, tuple(overrides or ())))
 
-    from megaphase.training.train import evaluate
+        from megaphase.training.train import evaluate
 
-    step, losses = evaluate(config, checkpoint, Console(stderr=True))
+        step, losses = evaluate(config, checkpoint, Console(stderr=True))
     if global_rank() != 0:
         return
     if json:
