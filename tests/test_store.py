@@ -27,7 +27,7 @@ from megaphase.checkpoint.saver import Saver, SaveStatus, Snapshot
 from megaphase.checkpoint.state import full_name
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.checkpoint.tensor_file import file_bytes, write_tensors
-from megaphase.errors import RunError
+from megaphase.errors import InputError, RunError
 from megaphase.files import describe_file
 from megaphase.parallel.agreement import Agreement
 from megaphase.parallel.sharding import ParameterLayout
@@ -120,6 +120,18 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken(
     # A bit of a manifest may be one of the hash of another file, which then seems altered.
     assert str(victim) in sentence or (file == "manifest.json" and how == "altered")
     assert "going back to the checkpoint before" in sentence
+
+
+def test_where_none_is_whole_nothing_begins_anew(tmp_path: Path) -> None:
+    for step in (4, 8):
+        save(tmp_path, step)
+        damage(tmp_path / full_name(step) / "state.json", "altered")
+    said: list[str] = []
+    with pytest.raises(InputError) as refused:
+        make_store(tmp_path).newest_whole(said.append)
+    assert len(said) == 1
+    assert str(tmp_path / full_name(4) / "state.json") in str(refused.value)
+    assert f"remove {tmp_path} to begin anew" in str(refused.value)
 
 
 def test_latest_leads_to_the_newest_and_the_last_and_permanent_ones_stay(tmp_path: Path) -> None:

@@ -231,6 +231,18 @@ def test_an_altered_checkpoint_is_named_and_the_one_before_is_used(single, tmp_p
     assert timeless(read_rows(run_dir)) == timeless(read_rows(single / "run"))
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_keeps_its_record(single, tmp_path):
+    run_file = copy_run(single, tmp_path / "purged")
+    run_dir = tmp_path / "purged" / "run"
+    for shard in run_dir.glob("checkpoints/step-*/*.safetensors"):
+        shard.unlink()
+    refused = launch(megaphase("train", run_file), 2)
+    assert [each.returncode for each in refused] == [2, 2]
+    assert refused[0].stderr.count("\n") == 1
+    assert f"remove {run_dir / 'checkpoints'} to begin anew" in refused[0].stderr
+    assert read_rows(run_dir) == read_rows(single / "run")
+
+
 def test_newest_checkpoints_and_ends_of_phases_stay(single):
     folder = single / "run" / "checkpoints"
     names = sorted(path.name for path in folder.iterdir())

@@ -132,16 +132,27 @@ class CheckpointStore:
                 self.link(alias, name)
 
     def newest_whole(self, say: Callable[[str], object]) -> Checkpoint | None:
-        """The newest checkpoint whose every byte is as it was written; called by all ranks.
+        """The newest checkpoint whose every byte is as it was written, None where none has been
+        saved; called by all ranks.
 
         `say` gets a sentence, on rank 0, about every newer one that is damaged.
+
+        Raises:
+            InputError: all that there are are damaged. No kill leaves that behind: to begin anew,
+                and write over the run's record, is for the user to decide.
         """
-        names = self._agreement.gather(self._names("step") if self._agreement.rank == 0 else [])
-        for name in reversed(names[0]):
+        names = self._agreement.gather(self._names("step") if self._agreement.rank == 0 else [])[0]
+        for name in reversed(names):
             folder = self.folder / name
             problem = self._damage(folder)
             if problem is None:
                 return Checkpoint(folder, read_state(folder))
+            if name == names[0]:
+                raise InputError(
+                    "",
+                    f"{problem}, and no other checkpoint there is whole",
+                    f"put one back, or remove {self.folder} to begin anew",
+                )
             if self._agreement.rank == 0:
                 say(f"{problem}; going back to the checkpoint before")
         return None
