@@ -28,7 +28,8 @@ from megaphase.memory.estimate import Estimate, estimate
 from megaphase.memory.setup import setup_of
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.topology import process_group, start
+from megaphase.parallel.together import process_group
+from megaphase.parallel.topology import start
 from megaphase.plan.dataset import Batch
 from megaphase.training.engine import Engine
 

@@ -23,7 +23,8 @@ from megaphase.checkpoint.store import CheckpointStore
 from megaphase.config import RunConfig
 from megaphase.model.presets import build_shape
 from megaphase.parallel.agreement import Agreement
-from megaphase.parallel.topology import process_group, start
+from megaphase.parallel.together import process_group
+from megaphase.parallel.topology import start
 from megaphase.plan.dataset import Batch
 from megaphase.training.engine import Engine
 

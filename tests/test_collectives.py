@@ -20,7 +20,7 @@ from megaphase.memory.gathered import Gathering, gathering, kept_gathered
 from megaphase.memory.setup import FP32_BYTES, setup_of
 from megaphase.model.parameters import parameter_sizes
 from megaphase.model.presets import build_shape
-from megaphase.parallel.topology import process_group
+from megaphase.parallel.together import process_group
 from megaphase.speed.communication import data_traffic
 from megaphase.speed.hardware import Hardware
 from megaphase.training import engine as engine_module

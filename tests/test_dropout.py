@@ -31,7 +31,8 @@ from megaphase.memory.setup import Setup
 from megaphase.model.dropout import Dropout, row_seeds
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.region import TensorRegion
-from megaphase.parallel.topology import Topology, process_group
+from megaphase.parallel.together import process_group
+from megaphase.parallel.topology import Topology
 
 SEED = 1
 SHARE = 0.3

@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from megaphase.convert.hugging_face.config import read_config
 from megaphase.data_tools.tokenizers.train import train_tokenizer
 from megaphase.parallel.agreement import Agreement
-from megaphase.parallel.topology import process_group
+from megaphase.parallel.together import process_group
 from megaphase.tokenizer import Tokenizer
 
 TOLERANCE = 1e-5

@@ -35,7 +35,7 @@ from plain_gpt import IGNORED, PlainAdamW, PlainGPT, PlainShape
 from torch import Tensor
 
 from megaphase.parallel.layers import padded_vocab
-from megaphase.parallel.topology import process_group
+from megaphase.parallel.together import process_group
 from megaphase.plan.dataset import Batch
 
 STEPS = 30

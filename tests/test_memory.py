@@ -29,7 +29,8 @@ from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.sharding import layout_of
-from megaphase.parallel.topology import Topology, process_group
+from megaphase.parallel.together import process_group
+from megaphase.parallel.topology import Topology
 from megaphase.plan.commands import plan_app
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "memory.py"

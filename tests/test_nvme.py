@@ -31,7 +31,8 @@ from megaphase.checkpoint.store import CheckpointStore
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
 from megaphase.parallel.agreement import Agreement
-from megaphase.parallel.topology import process_group, start
+from megaphase.parallel.together import process_group
+from megaphase.parallel.topology import start
 from megaphase.training.deepspeed_config import swap_folder
 from megaphase.training.engine import Engine, import_deepspeed
 from megaphase.training.nvme import prepare_offload

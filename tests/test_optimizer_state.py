@@ -36,7 +36,8 @@ from megaphase.checkpoint.parameters import INDEX_FILE, StoredParameters
 from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.parallel.agreement import Agreement
-from megaphase.parallel.topology import process_group, start
+from megaphase.parallel.together import process_group
+from megaphase.parallel.topology import start
 from megaphase.training.engine import Engine, StepResult
 
 PROCESSES = 4

@@ -21,7 +21,8 @@ from megaphase.parallel.collectives import (
 )
 from megaphase.parallel.cross_entropy import Vocabulary, linear_cross_entropy
 from megaphase.parallel.sharding import layout_of
-from megaphase.parallel.topology import Topology, process_group, start
+from megaphase.parallel.together import process_group
+from megaphase.parallel.topology import Topology, start
 from megaphase.targets import IGNORED_TARGET
 from megaphase.training.engine import Engine
 

@@ -23,7 +23,8 @@ from megaphase.config import RunConfig
 from megaphase.convert.partition import Layout
 from megaphase.convert.reshape import reshape
 from megaphase.parallel.agreement import Agreement
-from megaphase.parallel.topology import process_group, start
+from megaphase.parallel.together import process_group
+from megaphase.parallel.topology import start
 from megaphase.training.engine import Engine
 
 GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]

@@ -347,7 +347,8 @@ def test_after_a_failed_save_the_next_one_is_whole(
 
 def agreed_failure(folder: str) -> tuple[str, list[str]]:
     """Rank 1 cannot write its shard; what every rank is told, and what is left."""
-    from megaphase.parallel.topology import process_group, start
+    from megaphase.parallel.together import process_group
+    from megaphase.parallel.topology import start
 
     with process_group():
         start(1)

@@ -23,7 +23,7 @@ from engine_support import (
 from torch import Tensor
 
 from megaphase.config import RunConfig
-from megaphase.parallel.topology import process_group
+from megaphase.parallel.together import process_group
 from megaphase.training.engine import Engine
 
 STEPS_BEFORE = 4

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megaphase.errors import InputError, RunError, exit_code
 from megaphase.launch.local import free_port, rank_environment
-from megaphase.parallel.topology import process_group
+from megaphase.parallel.together import process_group
 from megaphase.parallel.watchdog import Watchdog
 
 SILENT_SECONDS = 2.0

@@ -45,6 +45,16 @@ def on_first_rank(action: Callable[[], Result]) -> Result:
 
 
 @contextmanager
+def process_group() -> Iterator[None]:
+    """Join the process group, and leave it at the end, whatever happens."""
+    from megaphase.parallel.topology import join_processes
+
+    with leaving_processes():
+        join_processes()
+        yield
+
+
+@contextmanager
 def leaving_processes() -> Iterator[None]:
     """Leave the process group at the end, whatever happens, if this process has joined it.
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,7 +11,6 @@ import torch.distributed as dist
 
 from megaphase.errors import RunError
 from megaphase.parallel.launcher import global_rank, world_size
-from megaphase.parallel.together import leaving_processes
 
 # Long enough for the first rank to build a plan or to verify a checkpoint while the others wait.
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)
@@ -116,14 +113,6 @@ def _meeting_place() -> dist.Store:
         ) from None
     store.set_timeout(COLLECTIVE_TIMEOUT)
     return store
-
-
-@contextmanager
-def process_group() -> Iterator[None]:
-    """Join the process group, and leave it at the end, whatever happens."""
-    with leaving_processes():
-        join_processes()
-        yield
 
 
 def start(tensor_size: int) -> Topology:

@@ -15,8 +15,8 @@ from megaphase.checkpoint.store import Checkpoint
 from megaphase.config import RunConfig
 from megaphase.errors import InputError, RunError
 from megaphase.locks import exclusive_lock
-from megaphase.parallel.together import on_first_rank, together
-from megaphase.parallel.topology import Topology, process_group
+from megaphase.parallel.together import on_first_rank, process_group, together
+from megaphase.parallel.topology import Topology
 from megaphase.parallel.watchdog import Watchdog
 from megaphase.training.beginning import Beginning, load_checkpoint
 from megaphase.training.branch import choose_branch
