@@ -108,7 +108,7 @@ def test_killed_at_any_moment_it_loses_little_and_ends_the_same(tok, inputs, tmp
         # The last kill may have come while the files got their names.
         written = (draft if draft.exists() else Path(f"{prefix}.bin")).stat().st_size
         assert written - state["files"][".bin"]["bytes"] <= 2 * (SAVE_BYTES * 3 + CHUNK_BYTES)
-    assert kills > 1  # more on a slow machine
+    assert kills > 3
     assert corpus_bytes(prefix) == corpus_bytes(tmp_path / "whole")
     # Where the last kill came after the corpus had appeared, its draft was not yet removed.
     left = [name for name in files_of(prefix.parent) if name != ".en.draft"]
