@@ -9,13 +9,17 @@ from typing import Annotated, NoReturn
 import typer
 
 from megaphase.arguments import (
+    MOST,
+    MOST_PROCESSES,
     Overrides,
     Profile,
     ProfileSteps,
     RunFile,
     Source,
+    finite,
     train_options,
 )
+from megaphase.streams import standard_output_is_a_log
 
 launch_app = typer.Typer(
     help="Start a run as several processes, here or on a SLURM cluster.", no_args_is_help=True
@@ -28,7 +32,14 @@ def local_command(
     overrides: Overrides = None,
     processes: Annotated[
         int,
-        typer.Option("--processes", "--gpus", "-n", min=1, help="One a GPU, or a few on the CPU."),
+        typer.Option(
+            "--processes",
+            "--gpus",
+            "-n",
+            min=1,
+            max=MOST_PROCESSES,
+            help="One a GPU, or a few on the CPU.",
+        ),
     ] = 1,
     command: Annotated[
         str, typer.Option(help="What they run: train or evaluate.", metavar="COMMAND")
@@ -45,6 +56,7 @@ def local_command(
     """
     from megaphase.launch.local import launch_local
 
+    standard_output_is_a_log()
     options = train_options(source, profile, profile_steps)
     sys.exit(launch_local([command, str(run_file), *(overrides or []), *options], processes))
 
@@ -60,14 +72,17 @@ def slurm_command(
         Path | None,
         typer.Option(metavar="FILE", help="Submit a chain of jobs instead; see docs/slurm.md."),
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, max=MOST, help="How many.")] = 1,
     gpus_per_node: Annotated[
-        int, typer.Option(min=0, help="As many processes run on a node; 0 trains on CPUs.")
+        int,
+        typer.Option(min=0, max=MOST, help="As many processes run on a node; 0 trains on CPUs."),
     ] = 8,
     tasks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Processes of a node without GPUs.")
+        int | None, typer.Option(min=1, max=MOST, help="Processes of a node without GPUs.")
     ] = None,
-    cores: Annotated[int | None, typer.Option(min=1, help="CPU cores of each process.")] = None,
+    cores: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="CPU cores of each process.")
+    ] = None,
     time: Annotated[str | None, typer.Option(help="Limit of one start, as 24:00:00.")] = None,
     partition: Annotated[str | None, typer.Option(help="As for sbatch.")] = None,
     account: Annotated[str | None, typer.Option(help="As for sbatch.")] = None,
@@ -75,10 +90,14 @@ def slurm_command(
         str, typer.Option(help="More options of sbatch: '--qos=high --constraint=ib'.")
     ] = "",
     memory: Annotated[
-        float, typer.Option(min=1, help="GB of memory of one GPU, as it is sold.")
+        float,
+        typer.Option(
+            min=1, max=1e9, callback=finite, help="GB of memory of one GPU, as it is sold."
+        ),
     ] = 80.0,
     restarts: Annotated[
-        int, typer.Option(min=0, help="How often in a row it starts again without progress.")
+        int,
+        typer.Option(min=0, max=MOST, help="How often in a row it starts again without progress."),
     ] = 3,
     exclude_bad_nodes: Annotated[
         bool,
@@ -197,18 +216,27 @@ def check_node_command(
     profile: Profile = False,
     profile_steps: ProfileSteps = None,
     gpus: Annotated[
-        int, typer.Option(min=0, envvar="SLURM_GPUS_ON_NODE", help="How many it must have.")
+        int,
+        typer.Option(min=0, max=MOST, envvar="SLURM_GPUS_ON_NODE", help="How many it must have."),
     ] = 0,
     shared_memory: Annotated[
         float | None,
-        typer.Option(min=0, help="GB that /dev/shm must have free; 1 with GPUs, else 0."),
+        typer.Option(
+            min=0,
+            max=1e9,
+            callback=finite,
+            help="GB that /dev/shm must have free; 1 with GPUs, else 0.",
+        ),
     ] = None,
     clock: Annotated[
         float | None,
-        typer.Option(envvar="MEGAPHASE_CLOCK", help="Seconds since 1970 on the first node."),
+        typer.Option(
+            callback=finite, envvar="MEGAPHASE_CLOCK", help="Seconds since 1970 on the first node."
+        ),
     ] = None,
     clock_seconds: Annotated[
-        float, typer.Option(min=0, help="How far from that its clock may be.")
+        float,
+        typer.Option(min=0, callback=finite, help="How far from that its clock may be."),
     ] = 300.0,
 ) -> None:
     """Look whether this node can take part in a run; prints its name if so.
@@ -247,8 +275,10 @@ def next_command(
     source: Source = None,
     profile: Profile = False,
     profile_steps: ProfileSteps = None,
-    code: Annotated[int, typer.Option(help="With which the processes have ended.")] = 0,
-    restarts: Annotated[int, typer.Option(min=0, help="See `launch slurm`.")] = 3,
+    code: Annotated[
+        int, typer.Option(min=0, max=255, help="With which the processes have ended.")
+    ] = 0,
+    restarts: Annotated[int, typer.Option(min=0, max=MOST, help="See `launch slurm`.")] = 3,
     bad_nodes: Annotated[str, typer.Option(help="That have failed their check.")] = "",
     exclude: Annotated[
         bool, typer.Option("--exclude", help="Start again without the bad nodes.")
@@ -304,4 +334,5 @@ def demo_command(
     """
     from megaphase.launch.demo import run_demo
 
+    standard_output_is_a_log()
     run_demo(folder)

@@ -20,13 +20,16 @@ from megaphase.errors import (
     RunError,
     Stopped,
     exit_code,
+    os_fault,
 )
 from megaphase.experiments.commands import report_command, sweep_command
 from megaphase.generation.commands import generate_command, translate_command
 from megaphase.launch.commands import demo_command, launch_app
+from megaphase.locale_settings import require_utf8, work_in_utf8
 from megaphase.parallel.launcher import global_rank
 from megaphase.parent import end_with_parent
 from megaphase.plan.commands import plan_app
+from megaphase.streams import prepare_streams
 from megaphase.training.commands import evaluate_command, train_command
 
 SECONDS_FOR_RANK_0 = 1.0
@@ -73,19 +76,30 @@ def _options(
 
 def main() -> None:
     """Run the command; a user's mistake is one line on standard error, from one process."""
+    work_in_utf8()
+    prepare_streams()
     # When a rank dies torch's own threads fill pages about it; the watchdog says it in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     end_with_parent()
     try:
-        app()
+        require_utf8(sys.argv[1:])
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where a failure can still be said
     except (InputError, RunError, Stopped) as error:
         _stop(error, exit_code(error))
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader of our output (head, less) has left; nothing is wrong.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_FAILED)
+        sys.exit(EXIT_FAILED)  # the reader of our output (head, less) has left; nothing is wrong
+    except OSError as error:
+        fault = os_fault(error)
+        if fault is None:
+            raise
+        # The other ranks do not know of it, so this one says it whatever its number.
+        print(f"megaphase: {fault}", file=sys.stderr, flush=True)
+        sys.exit(exit_code(fault))
 
 
 def _stop(error: Exception, code: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megaphase.data_tools.text.kinds import STDIN, check_text_file, display_name
 from megaphase.errors import InputError
+from megaphase.locale_settings import escaped, is_utf8
 
 
 def expand_inputs(arguments: Sequence[str]) -> list[Path]:
@@ -39,4 +40,7 @@ def _files_of(argument: str) -> list[Path]:
     found = sorted(name for name in glob.glob(argument, recursive=True) if not os.path.isdir(name))
     if not found:
         raise InputError(argument, "no file matches", "check the pattern")
+    for name in found:
+        if not is_utf8(name):
+            raise InputError(escaped(name), "the name of this file is not UTF-8", "rename it")
     return [Path(name) for name in found]

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megaphase.arguments import MOST_PROCESSES
 from megaphase.errors import InputError
+from megaphase.streams import standard_output_is_a_log
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,9 +20,12 @@ def sweep_command(
     sweep_file: Annotated[
         Path, typer.Argument(metavar="SWEEP_FILE", help="The sweep file (YAML).")
     ],
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time.")] = 1,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, max=MOST_PROCESSES, help="Runs at a time.")
+    ] = 1,
     processes: Annotated[
-        int, typer.Option("--processes", "--gpus", "-n", min=1, help="Of each run.")
+        int,
+        typer.Option("--processes", "--gpus", "-n", min=1, max=MOST_PROCESSES, help="Of each run."),
     ] = 1,
     retry: Annotated[
         bool, typer.Option("--retry", help="Start the runs again that have failed.")
@@ -56,6 +61,7 @@ def sweep_command(
     if dry_run:
         console.print(dry_run_table(sweep_file))
         return
+    standard_output_is_a_log()
     output = sweep(sweep_file, jobs=jobs, processes=processes, retry=retry, console=console)
     _say_that_all_have_ended(console, output)
 
@@ -77,6 +83,7 @@ def _sweep_on_slurm(context: typer.Context, sweep_file: Path, console: Console) 
         return
     require_sbatch("sweep --slurm", "run it on a login node, or add --dry-run")
     retry = context.params["retry"]
+    standard_output_is_a_log()
     output = sweep_on_slurm(sweep_file, program, retry=retry, console=console)
     if output is not None:
         _say_that_all_have_ended(console, output)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from megaphase.arguments import Overrides, Profile, ProfileSteps, RunFile, Source
+from megaphase.streams import standard_output_is_a_log
 
 PROFILE_STEPS = 3
 
@@ -34,6 +35,7 @@ def train_command(
     from megaphase.parallel.together import leaving_processes, together
     from megaphase.training.signals import StopSignals
 
+    standard_output_is_a_log()
     # The signals before anything that takes seconds is imported.
     with StopSignals() as signals, leaving_processes():
         config = together(lambda: load_run_file(run_file, tuple(overrides or ())))
