@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megaphase.arguments import MOST_PROCESSES, MOST_SEED
 from megaphase.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,10 +28,16 @@ Dedup = Annotated[
     bool, typer.Option("--dedup", help="Leave out documents that stand there already.")
 ]
 Shuffle = Annotated[
-    int | None, typer.Option(metavar="SEED", help="Put the documents into a random order.")
+    int | None,
+    typer.Option(
+        metavar="SEED", min=0, max=MOST_SEED, help="Put the documents into a random order."
+    ),
 ]
 Workers = Annotated[
-    int | None, typer.Option(help="Processes that work; as many as cores if not given.")
+    int | None,
+    typer.Option(
+        min=1, max=MOST_PROCESSES, help="Processes that work; as many as cores if not given."
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out names.")]
 

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+# The largest values of numbers on the command line: of what is counted, of processes and threads
+# on a machine, and of seeds.
+MOST = 2**31 - 1
+MOST_PROCESSES = 4096
+MOST_SEED = 2**63 - 1
+
+
+def finite(value: float | None) -> float | None:
+    """The callback of every option that is a float: NaN passes all bounds, and infinity many.
+
+    Raises typer.BadParameter, which ends the command with exit code 2.
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN_FILE", help="The run file (YAML).")]
 Overrides = Annotated[
@@ -34,7 +52,10 @@ Profile = Annotated[
 ProfileSteps = Annotated[
     int | None,
     typer.Option(
-        min=1, metavar="N", help="How many, after two that warm up; implies --profile. [default: 3]"
+        min=1,
+        max=MOST,
+        metavar="N",
+        help="How many, after two that warm up; implies --profile. [default: 3]",
     ),
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_REQUEUE = 75
@@ -47,3 +49,31 @@ def exit_code(error: InputError | RunError | Stopped) -> int:
     if isinstance(error, InputError):
         return EXIT_WRONG_INPUT
     return EXIT_REQUEUE if isinstance(error, Stopped) else EXIT_FAILED
+
+
+# With which a write fails that would have been right on a larger disk.
+NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+# Of which no path that the user gives can be the cause.
+_FAULTS_OF_THE_MACHINE = NO_SPACE | {
+    *(errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+}
+
+
+def os_fault(error: OSError) -> InputError | RunError | None:
+    """What an error of the operating system means where nothing nearer to it has said so.
+
+    RunError for what a disk or the machine refuses, InputError for a path that cannot be used;
+    None for an error that names no file, which is one of the program.
+    """
+    reason = error.strerror or str(error)
+    if error.errno in _FAULTS_OF_THE_MACHINE:
+        where = "a file" if error.filename is None else _name(error.filename)
+        verb = "written" if error.errno in NO_SPACE else "read or written"
+        return RunError(f"{where}: cannot be {verb} ({reason})")
+    if error.filename is None:
+        return None
+    return InputError(_name(error.filename), f"cannot be used ({reason})", "give another path")
+
+
+def _name(filename: object) -> str:
+    return repr(filename)[2:-1] if isinstance(filename, bytes) else str(filename)

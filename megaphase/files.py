@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from megaphase.errors import InputError, RunError
+from megaphase.errors import NO_SPACE, InputError, RunError
 
 HASH_CHUNK_BYTES = 1 << 22
 
@@ -51,6 +53,36 @@ def hash_file(
             left -= len(chunk)
             advance(len(chunk))
     return digest.hexdigest()
+
+
+def read_file(path: Path, *, pipes: bool = False) -> bytes:
+    """All bytes of a regular file; a FIFO or a device that lies there never makes this wait.
+
+    pipes: whether a pipe is read, too, as `<(command)` of a shell is one. A FIFO into which nobody
+        writes is empty.
+
+    Raises OSError, with the file's name, also where it is no such file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not (stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode))):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        os.set_blocking(descriptor, True)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    except OSError as error:
+        error.filename = str(path)  # the number of the descriptor, or nothing
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; OSError as of `read_file`, ValueError where it is no JSON."""
+    return json.loads(read_file(path))
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -133,11 +165,12 @@ def write_text_whole(path: Path, text: str) -> None:
     """Write a small text file so that a reader sees the old or the new content, never a part."""
     aside = path_aside(path)
     try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        with _named(aside, path):
+            with open(aside, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
@@ -213,10 +246,25 @@ def directory_written_aside(
     remove_directory(aside)
     make_directory(aside)
     try:
-        yield aside
-        publish_directory(aside, final)
+        with _named(aside, final):
+            yield aside
+            publish_directory(aside, final)
     except BaseException:
         discard(aside)
+        raise
+
+
+@contextmanager
+def _named(aside: Path, final: Path) -> Iterator[None]:
+    """Let errors of the system name what was to be written, not where it is written aside."""
+    try:
+        yield
+    except OSError as error:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
+        if name is None and error.errno in NO_SPACE:  # a write does not know the file's name
+            error.filename = str(final)
+        elif name is not None and name.startswith(str(aside)):
+            error.filename = f"{final}{name.removeprefix(str(aside))}"
         raise
 
 

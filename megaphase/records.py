@@ -8,6 +8,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from megaphase.errors import InputError
+from megaphase.files import read_file
 
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -19,7 +20,7 @@ def read_record(path: Path, model: type[Record], remedy: str) -> Record:
     does not fit the model; the message names the first field that does not.
     """
     try:
-        text = path.read_bytes()
+        text = read_file(path)
     except FileNotFoundError:
         raise InputError(path, "no such file", remedy) from None
     except OSError as error:

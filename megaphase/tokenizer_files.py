@@ -11,7 +11,6 @@ The ids are the model's own, whatever the path. A tag's name is its text without
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from sentencepiece import SentencePieceProcessor
 
 from megaphase.errors import InputError
-from megaphase.files import hash_file, hash_json
+from megaphase.files import hash_file, hash_json, read_json
 from megaphase.records import read_record
 
 MODEL_NAME = "tokenizer.model"
@@ -290,7 +289,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json(path)
     except ValueError:
         value = None
     if not isinstance(value, dict):

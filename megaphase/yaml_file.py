@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from megaphase.errors import InputError
+from megaphase.files import read_file
 
 BOOL_TAG = "tag:yaml.org,2002:bool"
 INT_TAG = "tag:yaml.org,2002:int"
@@ -65,7 +66,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: the file is missing, is no YAML (with the line), or holds something else.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, pipes=True).decode("utf-8")
     except FileNotFoundError:
         raise InputError(path, "no such file", "give the path of a run file") from None
     except OSError as error:

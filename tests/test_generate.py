@@ -32,6 +32,7 @@ from megaphase.generation.decoder import Decoder
 from megaphase.generation.decoding import Continuation, Decoding, Prompt
 from megaphase.generation.generate import generate, text_after
 from megaphase.generation.model import load_model
+from megaphase.generation.prompts import read_prompts
 from megaphase.model.gpt import GPT
 from megaphase.model.shape import GPTShape
 from megaphase.tokenizer import Tokenizer
@@ -346,3 +347,21 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     shard.write_bytes(content)
     with pytest.raises(InputError, match="altered"):
         load_model(open_source(str(folder)), None)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (rb'{"prompt": "x \ud83d y"}', "half of a surrogate pair"),
+        (b'{"prompt": "caf\xe9"}', "no JSON object with a string under 'prompt'"),
+        (b'{"prompt": 1}', "no JSON object with a string under 'prompt'"),
+        (b"[" * 100_000, "no JSON object with a string under 'prompt'"),
+    ],
+)
+def test_prompts_that_are_no_text(line, named, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(rb'{"prompt": "a \ud83d\ude00"}' + b"\n\n" + line + b"\n")
+    with pytest.raises(InputError, match=f"{path.name}:3: .*{named}"):
+        read_prompts(path, "prompt")
+    path.write_bytes(path.read_bytes().splitlines()[0])
+    assert read_prompts(path, "prompt") == ["a \U0001f600"]

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megaphase.arguments import finite
 from megaphase.data_tools.options import Dedup, Overwrite, Shuffle, Workers, available_cores
 from megaphase.errors import InputError
 
@@ -141,7 +142,9 @@ def split_command(
     prefix: Annotated[Path, typer.Argument(help="The corpus's prefix.")],
     train: Annotated[Path, typer.Option(help="Prefix of the larger part.")],
     held_out: Annotated[Path, typer.Option(help="Prefix of the part that is held out.")],
-    fraction: Annotated[float, typer.Option(help="Of the documents that is held out.")] = 0.01,
+    fraction: Annotated[
+        float, typer.Option(callback=finite, help="Of the documents that is held out.")
+    ] = 0.01,
     overwrite: Overwrite = False,
 ) -> None:
     """Divide a corpus by the documents' hashes, as training does with validation.fraction.

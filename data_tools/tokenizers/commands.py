@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megaphase.arguments import MOST, MOST_SEED, finite
 from megaphase.data_tools.options import JsonKey, Overwrite, Separator, Template, reading_of
 from megaphase.errors import InputError
 
@@ -44,7 +45,9 @@ def train(
             help="Text to train on, a file or a quoted pattern; repeatable.",
         ),
     ],
-    vocab_size: Annotated[int, typer.Option(help="Number of token ids, all kinds together.")],
+    vocab_size: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Number of token ids, all kinds together.")
+    ],
     out: Annotated[Path, typer.Option(help="The tokenizer's directory.")],
     model_type: Annotated[Algorithm, typer.Option(help="The algorithm.")] = Algorithm.unigram,
     json_key: JsonKey = "text",
@@ -53,7 +56,9 @@ def train(
     tag: Annotated[
         list[str], typer.Option(help="A task tag, for example a target language; repeatable.")
     ] = [],  # noqa: B006
-    reserved_tags: Annotated[int, typer.Option(help="Tags to keep room for.")] = 16,
+    reserved_tags: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="Tags to keep room for.")
+    ] = 16,
     user_symbol: Annotated[
         list[str],
         typer.Option(help="Text that gets a token of its own and is never cut; repeatable."),
@@ -61,19 +66,28 @@ def train(
     split_digits: Annotated[
         bool, typer.Option("--split-digits/--no-split-digits", help="Make every digit a token.")
     ] = True,
-    max_sentences: Annotated[int, typer.Option(help="Most lines to train on.")] = 2_000_000,
+    max_sentences: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Most lines to train on.")
+    ] = 2_000_000,
     alpha: Annotated[
         float | None,
-        typer.Option(help="Share of a language with n characters: p ∝ n^alpha; 1 / temperature."),
+        typer.Option(
+            callback=finite,
+            help="Share of a language with n characters: p ∝ n^alpha; 1 / temperature.",
+        ),
     ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(
+            min=1.0,
+            callback=finite,
             help="Smooths the languages' shares of the text; 1 does not.",
             show_default=str(DEFAULT_TEMPERATURE),
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Chooses the lines to train on.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Chooses the lines to train on.")
+    ] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Train a sentencepiece tokenizer on several languages.

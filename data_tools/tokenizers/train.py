@@ -114,7 +114,7 @@ def train_tokenizer(
         ("--max-sentences", max_sentences, 1),
         ("--temperature", temperature, 1),
     ):
-        if value < least:
+        if not value >= least:  # NaN is not
             raise InputError(option, f"{value} is too small", f"give {least} or more")
     _check_tags(tags)
     _check_user_symbols(user_symbols, tags)

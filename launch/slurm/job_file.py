@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megaphase.errors import InputError
-from megaphase.files import make_directory, write_json_whole
+from megaphase.files import make_directory, read_json, write_json_whole
 from megaphase.slurm import job_fields
 
 FOLDER = "slurm"  # in a run directory
@@ -39,7 +38,7 @@ def remember_job(run_dir: Path, number: str, log: Path, file: str = JOB_FILE) ->
 def read_job(run_dir: Path, file: str = JOB_FILE) -> Job | None:
     """The last job that was submitted for a run."""
     try:
-        return Job(**json.loads((run_dir / FOLDER / file).read_text()))
+        return Job(**read_json(run_dir / FOLDER / file))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.checkpoint.state import NAME
 from megaphase.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_WRONG_INPUT, RunError
-from megaphase.files import os_errors_named, write_json_whole
+from megaphase.files import os_errors_named, read_json, write_json_whole
 from megaphase.launch.slurm.job_file import FOLDER
 from megaphase.slurm import control, host_names, job_fields, partition_nodes
 
@@ -70,7 +69,7 @@ def decide(chain: Chain, code: int, restarts: int) -> Next:
 def read_chain(run_dir: Path, job: str) -> Chain:
     """The starts of this job; of another one before it, how far it has come."""
     try:
-        chain = Chain(**json.loads((run_dir / FOLDER / CHAIN_FILE).read_text()))
+        chain = Chain(**read_json(run_dir / FOLDER / CHAIN_FILE))
     except (OSError, ValueError, TypeError):
         chain = Chain(job)
     return chain if chain.job == job else Chain(job, chain.step)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megaphase.errors import InputError
+from megaphase.files import read_json
 from megaphase.launch.slurm.job_file import read_job
 from megaphase.plan.history import phase_ends, read_origin
 from megaphase.run_files import METRICS_FILE, PLAN_FILE
@@ -176,7 +177,7 @@ def _planned_steps(run_dir: Path) -> dict[str, int] | None:
     """Of every phase; None before the run has begun."""
     path = run_dir / PLAN_FILE
     try:
-        return {phase["name"]: phase["steps"] for phase in json.loads(path.read_text())["phases"]}
+        return {phase["name"]: phase["steps"] for phase in read_json(path)["phases"]}
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

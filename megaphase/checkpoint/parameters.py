@@ -14,7 +14,6 @@ of elements, for each kind one tensor `KIND/NAME`. `parameters.json` tells where
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from megaphase.checkpoint.tensor_file import TensorFile
 from megaphase.errors import InputError
+from megaphase.files import read_json
 from megaphase.parallel.sharding import ParameterLayout
 
 INDEX_FILE = "parameters.json"
@@ -100,7 +100,7 @@ class StoredParameters:
         """
         self._folder = folder
         try:
-            index = json.loads((folder / INDEX_FILE).read_text())
+            index = read_json(folder / INDEX_FILE)
             self.tensor_size: int = index["tensor"]
             self.kinds: tuple[str, ...] = tuple(index["kinds"])
             self.layouts = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megaphase.errors import InputError
+from megaphase.files import read_json
 
 CHECKPOINT_FORMAT = 2
 STATE_FILE = "state.json"
@@ -29,7 +29,7 @@ def best_name(step: int) -> str:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """What the writer of a checkpoint said about it."""
-    return json.loads((folder / STATE_FILE).read_text())
+    return read_json(folder / STATE_FILE)
 
 
 def state_or_nothing(folder: Path) -> dict[str, Any]:

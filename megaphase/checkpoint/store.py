@@ -13,7 +13,6 @@ lead to some: `latest`, and `best-TASK` and `best-mean`.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -31,6 +30,7 @@ from megaphase.files import (
     fsync_path,
     os_errors_named,
     publish_directory,
+    read_json,
     remove_directory,
     remove_directory_at_once,
     write_json_whole,
@@ -199,7 +199,7 @@ class CheckpointStore:
     def _damage(self, folder: Path) -> str | None:
         """The first fault that any rank finds, or None; the ranks share the reading."""
         try:
-            files = json.loads((folder / MANIFEST_FILE).read_text())["files"]
+            files = read_json(folder / MANIFEST_FILE)["files"]
             mine = sorted(files)[self._agreement.rank :: self._agreement.world_size]
             found = next(filter(None, (_fault(folder / n, files[n]) for n in mine)), None)
         except (OSError, ValueError, KeyError, TypeError):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megaphase.arguments import Checkpoint
+from megaphase.arguments import MOST, Checkpoint, finite
 
 convert_app = typer.Typer(
     help="Write checkpoints for other layouts and other programs, and read theirs.",
@@ -23,7 +23,7 @@ def _convert() -> None:
 
 
 Out = Annotated[Path, typer.Option(help="The new folder; it must not exist.", metavar="DIR")]
-Workers = Annotated[int, typer.Option(min=1, help="Threads that read, and that write.")]
+Workers = Annotated[int, typer.Option(min=1, max=1024, help="Threads that read, and that write.")]
 TrustPickle = Annotated[
     bool,
     typer.Option(
@@ -37,8 +37,10 @@ DEFAULT_WORKERS = 4
 def reshape_command(
     checkpoint: Checkpoint,
     out: Out,
-    tensor: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel size.")] = None,
-    data: Annotated[int | None, typer.Option(min=1, help="Data-parallel size.")] = None,
+    tensor: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Tensor-parallel size.")
+    ] = None,
+    data: Annotated[int | None, typer.Option(min=1, max=MOST, help="Data-parallel size.")] = None,
     zero: Annotated[
         int | None, typer.Option(min=0, max=3, help="ZeRO stage; 3 if left out.")
     ] = None,
@@ -92,7 +94,13 @@ def to_hf_command(
         Path | None, typer.Option(help="By default that of the run.", metavar="DIR")
     ] = None,
     max_shard_gb: Annotated[
-        float, typer.Option(min=1e-6, help="No file is larger, unless a single tensor is.")
+        float,
+        typer.Option(
+            min=1e-6,
+            max=1e9,
+            callback=finite,
+            help="No file is larger, unless a single tensor is.",
+        ),
     ] = 5.0,
     workers: Workers = DEFAULT_WORKERS,
 ) -> None:
@@ -164,7 +172,7 @@ def from_hf_command(
 def to_megatron_command(
     checkpoint: Checkpoint,
     out: Out,
-    tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel size.")] = 1,
+    tensor: Annotated[int, typer.Option(min=1, max=MOST, help="Tensor-parallel size.")] = 1,
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None,
         typer.Option(help="Of the weights; by default the run's precision."),
@@ -174,7 +182,7 @@ def to_megatron_command(
         typer.Option(help="Megatron-LM's --transformer-impl, which decides the tensors' names."),
     ] = "transformer_engine",
     vocab_divisible_by: Annotated[
-        int, typer.Option(min=1, help="Megatron-LM's --make-vocab-size-divisible-by.")
+        int, typer.Option(min=1, max=MOST, help="Megatron-LM's --make-vocab-size-divisible-by.")
     ] = 128,
     workers: Workers = DEFAULT_WORKERS,
 ) -> None:
@@ -213,7 +221,9 @@ def from_megatron_command(
     out: Out,
     vocab: Annotated[
         int | None,
-        typer.Option(min=1, help="The tokenizer's size, where the checkpoint does not tell it."),
+        typer.Option(
+            min=1, max=MOST, help="The tokenizer's size, where the checkpoint does not tell it."
+        ),
     ] = None,
     trust_pickle: TrustPickle = False,
     workers: Workers = DEFAULT_WORKERS,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -24,7 +23,7 @@ from megaphase.convert.megatron.names import TRACKER_FILE
 from megaphase.convert.pickles import check_archives
 from megaphase.convert.source import Source, open_source, verify
 from megaphase.errors import InputError
-from megaphase.files import folder_bytes
+from megaphase.files import folder_bytes, read_file, read_json
 from megaphase.progress import bytes_progress
 
 _MEGATRON_FOLDER = re.compile(r"mp_rank_\d+(_\d+)*")
@@ -135,7 +134,7 @@ def _hugging_face(directory: Path, how: Inspector) -> Contents:
         found = find_tensors(directory, open_files, trust_pickle=how.trust_pickle)
         tensors = {each.name: each.kind for each in found}
         files = sorted({each.path for each in found})
-    config = json.loads((directory / CONFIG_FILE).read_text())
+    config = read_json(directory / CONFIG_FILE)
     checked = _check_pickles([path for path in files if path.suffix == ".bin"], how)
     facts = {
         "folder": str(directory),
@@ -173,7 +172,7 @@ def _deepspeed_folder(path: Path) -> Path | None:
     """Where the files of ranks lie: here, or in the folder that `latest` names."""
     folder = path
     if (path / "latest").is_file():
-        folder = path / (path / "latest").read_text().strip()
+        folder = path / read_file(path / "latest").decode(errors="replace").strip()
     if folder.is_dir() and any(_DEEPSPEED_FILE.fullmatch(each.name) for each in folder.iterdir()):
         return folder
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from megaphase.checkpoint.parameters import StoredParameters
 from megaphase.checkpoint.state import STATE_FILE, check_format, read_state
 from megaphase.checkpoint.store import MANIFEST_FILE
 from megaphase.errors import InputError
-from megaphase.files import file_damage, folder_bytes
+from megaphase.files import file_damage, folder_bytes, read_json
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.shape import GPTShape
 
@@ -81,7 +80,7 @@ def files_in_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """
     path = folder / MANIFEST_FILE
     try:
-        files = json.loads(path.read_text())["files"]
+        files = read_json(path)["files"]
         return {name: {"bytes": f["bytes"], "hash": f["hash"]} for name, f in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(path, "is missing or damaged", "use another checkpoint") from None

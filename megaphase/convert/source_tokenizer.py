@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.convert.hugging_face.from_hf import TOKENIZER_FOLDER
 from megaphase.convert.source import Source
 from megaphase.errors import InputError
+from megaphase.files import read_json
 from megaphase.tokenizer import Tokenizer
 from megaphase.training.run_directory import RunDirectory
 
@@ -39,7 +39,7 @@ def _own_tokenizer(checkpoint: Path) -> Path:
         problem = "is in no run directory, so its tokenizer is not known"
         raise InputError(checkpoint, problem, "give --tokenizer")
     try:
-        tokenizer = Path(json.loads(run_file.read_bytes())["tokenizer"])
+        tokenizer = Path(read_json(run_file)["tokenizer"])
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(run_file, "is damaged", "give --tokenizer") from None
     if not tokenizer.exists():

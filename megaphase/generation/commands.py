@@ -7,18 +7,26 @@ from typing import Annotated, Literal
 
 import typer
 
-from megaphase.arguments import Checkpoint, Overrides, RunFile
+from megaphase.arguments import MOST, MOST_SEED, Checkpoint, Overrides, RunFile, finite
 
-Beam = Annotated[int, typer.Option(min=1, help="Hypotheses of beam search; 1 is greedy.")]
+# Logits that are divided by less overflow.
+_LEAST_TEMPERATURE = 1e-4
+
+Beam = Annotated[
+    int, typer.Option(min=1, max=10_000, help="Hypotheses of beam search; 1 is greedy.")
+]
 LengthPenalty = Annotated[
     float,
     typer.Option(
+        min=-100.0,
+        max=100.0,
+        callback=finite,
         metavar="A",
         help="Beam search ranks by log-probability / tokens^A: 0 favours short texts, more long.",
     ),
 ]
 Batch = Annotated[
-    int, typer.Option(min=1, help="Prompts at a time; changes speed and memory only.")
+    int, typer.Option(min=1, max=MOST, help="Prompts at a time; changes speed and memory only.")
 ]
 Dtype = Annotated[
     Literal["fp32", "bf16"] | None,
@@ -27,6 +35,13 @@ Dtype = Annotated[
 Verify = Annotated[
     bool, typer.Option(help="Compare the checkpoint's files with their hashes first.")
 ]
+
+
+def _temperature(value: float) -> float:
+    finite(value)
+    if 0 < value < _LEAST_TEMPERATURE:
+        raise typer.BadParameter(f"{value} is neither 0 nor {_LEAST_TEMPERATURE} or more.")
+    return value
 
 
 def generate_command(
@@ -46,21 +61,32 @@ def generate_command(
         typer.Option(metavar="DIR", help="By default that of the run, or of the model taken."),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(min=1, help="Most new tokens; seq_len is a limit, too.")
+        int, typer.Option(min=1, max=MOST, help="Most new tokens; seq_len is a limit, too.")
     ] = 64,
     beam: Beam = 1,
     length_penalty: LengthPenalty = 1.0,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="Draw tokens by probability; 0 takes the likeliest.")
+        float,
+        typer.Option(
+            min=0.0,
+            max=1e4,
+            callback=_temperature,
+            help="Draw tokens by probability; 0 takes the likeliest.",
+        ),
     ] = 0.0,
     top_k: Annotated[
-        int, typer.Option(min=0, help="Draw among so many likeliest tokens; 0: all.")
+        int, typer.Option(min=0, max=MOST, help="Draw among so many likeliest tokens; 0: all.")
     ] = 0,
     top_p: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, help="Draw among the likeliest that have this probability."),
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            callback=finite,
+            help="Draw among the likeliest that have this probability.",
+        ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the drawing.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the drawing.")] = 0,
     batch: Batch = 16,
     dtype: Dtype = None,
     verify: Verify = True,
@@ -130,10 +156,14 @@ def translate_command(
         ),
     ] = "latest",
     samples: Annotated[
-        int, typer.Option(min=1, help="Held-out pairs of each task, always the same ones.")
+        int,
+        typer.Option(min=1, max=MOST, help="Held-out pairs of each task, always the same ones."),
     ] = 1000,
     max_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens of a translation; seq_len is a limit, too.")
+        int,
+        typer.Option(
+            min=1, max=MOST, help="Most tokens of a translation; seq_len is a limit, too."
+        ),
     ] = 256,
     beam: Beam = 4,
     length_penalty: LengthPenalty = 1.0,

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 from megaphase.errors import InputError
+from megaphase.files import read_file
+from megaphase.locale_settings import is_utf8
 
 STANDARD_INPUT = Path("-")
 
@@ -18,7 +20,7 @@ def read_prompts(path: Path, key: str) -> list[str]:
         InputError: naming the file and the line that is no such object.
     """
     try:
-        content = sys.stdin.buffer.read() if path == STANDARD_INPUT else path.read_bytes()
+        content = sys.stdin.buffer.read() if path == STANDARD_INPUT else read_file(path, pipes=True)
     except OSError as error:
         raise InputError(path, f"cannot be read ({error.strerror})", "check --input") from None
     prompts = [
@@ -34,9 +36,12 @@ def read_prompts(path: Path, key: str) -> list[str]:
 def _prompt(line: bytes, key: str, where: str) -> str:
     try:
         prompt = json.loads(line)[key]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         prompt = None
     if not isinstance(prompt, str):
         problem = f"is no JSON object with a string under {key!r}"
         raise InputError(where, problem, "mend the line, or give --json-key")
+    if not is_utf8(prompt):
+        problem = "holds half of a surrogate pair, which is no character"
+        raise InputError(where, problem, "mend the line")
     return prompt

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from megaphase.arguments import Overrides, RunFile
+from megaphase.arguments import MOST, Overrides, RunFile, finite
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +45,9 @@ def show_command(
     processes: Annotated[
         int | None,
         typer.Option(
-            min=1, help="GPUs of the run; if left out, WORLD_SIZE or else parallel.tensor."
+            min=1,
+            max=MOST,
+            help="GPUs of the run; if left out, WORLD_SIZE or else parallel.tensor.",
         ),
     ] = None,
     card: Annotated[
@@ -54,7 +56,12 @@ def show_command(
     ] = None,
     memory: Annotated[
         float | None,
-        typer.Option(min=1, help="GB of memory of one GPU, as it is sold; else the card's."),
+        typer.Option(
+            min=1,
+            max=1e9,
+            callback=finite,
+            help="GB of memory of one GPU, as it is sold; else the card's.",
+        ),
     ] = None,
     layouts: Annotated[
         bool, typer.Option("--layouts", help="Show memory and time of other layouts, too.")
@@ -107,7 +114,7 @@ def show_command(
 @plan_app.command("trace")
 def trace_command(
     step: Annotated[
-        int, typer.Option(help="As in metrics.jsonl: from 1, counted over the whole run.")
+        int, typer.Option(min=1, help="As in metrics.jsonl: from 1, counted over the whole run.")
     ],
     run_file: RunFile,
     overrides: Overrides = None,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megaphase.errors import InputError
+from megaphase.files import read_json
 from megaphase.plan.plan import Plan
 from megaphase.run_files import METRICS_FILE, ORIGIN_FILE
 
@@ -31,7 +32,7 @@ def read_origin(run_dir: Path) -> Origin:
     """
     path = run_dir / ORIGIN_FILE
     try:
-        origin = json.loads(path.read_text())
+        origin = read_json(path)
         return Origin(int(origin["step"]), {task: int(n) for task, n in origin["used"].items()})
     except FileNotFoundError:
         return Origin(0, {})

@@ -13,7 +13,6 @@ determines it. It holds, besides `index.json` (counts, and the hashes of all pie
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from megaphase.files import hash_json
+from megaphase.files import hash_json, read_json
 from megaphase.plan.pieces import pieces_damage
 from megaphase.plan.spec import FORMAT_VERSION, PlanSpec
 
@@ -70,7 +69,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 
     Raises ValueError where it is not as it was written, FileNotFoundError where it is not there.
     """
-    header = json.loads((folder / INDEX_FILE).read_text())
+    header = read_json(folder / INDEX_FILE)
     if not isinstance(header, dict) or header.pop("hash", None) != hash_json(header):
         raise ValueError(f"{INDEX_FILE} has been altered")
     return header

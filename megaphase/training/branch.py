@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.state import STATE_FILE, read_state, state_or_nothing
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
-from megaphase.files import os_errors_named, write_json_whole
+from megaphase.files import os_errors_named, read_json, write_json_whole
 from megaphase.plan.spec import PlanSpec
 from megaphase.run_files import ORIGIN_FILE
 from megaphase.training.run_directory import RunDirectory
@@ -107,7 +106,7 @@ def recorded_branch(directory: RunDirectory) -> Branch | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
         folder = Path(record["checkpoint"])
         facts = record["source"], folder, record["step"], record["tokens"], record["used"]
     except (OSError, ValueError, KeyError, TypeError):

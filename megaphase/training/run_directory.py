@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
-from megaphase.files import write_json_whole
+from megaphase.files import read_json, write_json_whole
 from megaphase.run_files import METRICS_FILE, PLAN_FILE, RUN_FILE
 
 # What may change between two starts of one run: nothing that its numbers depend on, but by their
@@ -116,7 +116,7 @@ class RunDirectory:
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
-            return json.loads(path.read_text())
+            return read_json(path)
         except (OSError, ValueError):
             raise InputError(
                 path, "is missing or damaged", "choose another output or restore the file"

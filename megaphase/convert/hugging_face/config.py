@@ -8,6 +8,7 @@ from typing import Any
 
 from megaphase.convert.hugging_face.families import FAMILIES, GPT2, LLAMA, Family
 from megaphase.errors import InputError
+from megaphase.files import read_json
 from megaphase.model.shape import GPTShape
 
 CONFIG_FILE = "config.json"
@@ -45,7 +46,7 @@ class _Config:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._values = json.loads(path.read_bytes())
+            self._values = read_json(path)
         except OSError as error:
             raise InputError(
                 path,

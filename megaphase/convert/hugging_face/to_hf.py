@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from megaphase.convert.tensor_files import TensorFiles
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import Weights, WithZeroBiases, read_each
 from megaphase.errors import InputError
-from megaphase.files import write_json_whole
+from megaphase.files import read_json, write_json_whole
 from megaphase.tokenizer import Tokenizer
 
 _METADATA = {"format": "pt"}  # without which transformers refuses a file
@@ -148,7 +147,7 @@ def _write_configs(
 
 def _bos(folder: Path, tokenizer: Tokenizer) -> int | None:
     """The id of the token that the tokenizer in a folder calls its bos_token."""
-    text = json.loads((folder / "tokenizer_config.json").read_bytes()).get("bos_token")
+    text = read_json(folder / "tokenizer_config.json").get("bos_token")
     if isinstance(text, dict):
         text = text["content"]
     return next((i for i in range(tokenizer.vocab_size) if tokenizer.piece(i) == text), None)

@@ -17,7 +17,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 
 from megaphase.convert.hugging_face.tokenizer_json import tokenizer_json
 from megaphase.errors import InputError
-from megaphase.files import write_json_whole, write_text_whole
+from megaphase.files import read_json, write_json_whole, write_text_whole
 from megaphase.tokenizer import MODEL_NAME, RECORD_NAME, SPACE_SYMBOL, Tokenizer
 from megaphase.tokenizer_files import HUGGING_FACE_MODEL_NAMES
 
@@ -100,7 +100,7 @@ def _model_file(path: Path) -> Path:
 def _class_name(directory: Path) -> str | None:
     """The class that transformers is told to load a directory with, or None."""
     path = directory / _CONFIG_NAME
-    return json.loads(path.read_bytes()).get("tokenizer_class") if path.exists() else None
+    return read_json(path).get("tokenizer_class") if path.exists() else None
 
 
 def _spells_space_symbol(tokenizer: Tokenizer) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from megaphase.convert.hugging_face.families import HEAD, Family, is_buffer
 from megaphase.convert.pickles import check_archive, load_pickle
 from megaphase.convert.renaming import check_names
 from megaphase.errors import InputError
+from megaphase.files import read_json
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.shape import GPTShape
 
@@ -118,7 +118,7 @@ class HuggingFaceWeights:
 def _places(index: Path) -> dict[str, str]:
     """The file of every tensor."""
     try:
-        places = json.loads(index.read_bytes())["weight_map"]
+        places = read_json(index)["weight_map"]
         # A name with a folder in it could lead out of the directory.
         if not places or any(Path(file).name != file for file in places.values()):
             raise ValueError

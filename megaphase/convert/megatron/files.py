@@ -20,6 +20,7 @@ from megaphase.convert.megatron.names import (
 )
 from megaphase.convert.pickles import load_pickle
 from megaphase.errors import InputError
+from megaphase.files import read_file
 
 OTHER_CHECKPOINT = "use another checkpoint"
 _RANK_FOLDER = re.compile(r"mp_rank_\d{2,}")
@@ -109,7 +110,7 @@ def _iteration_folder(source: Path) -> Path:
     if not tracker.exists():
         return source
     try:
-        newest = tracker.read_text().strip()
+        newest = read_file(tracker).decode().strip()
     except (OSError, UnicodeDecodeError):
         newest = ""
     if newest != RELEASE and not newest.isdecimal():

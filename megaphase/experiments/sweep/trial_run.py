@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from megaphase.experiments.sweep.display import Display
 from megaphase.experiments.sweep.outcome import Outcome, Translated, outcome_of
 from megaphase.experiments.sweep.sweep import Sweep
 from megaphase.experiments.sweep.trials import Trial, known_trials
+from megaphase.files import read_json
 
 
 def train_command(
@@ -46,7 +46,7 @@ def read_outcome(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outco
     scores = directory.scores_file(trial.name)
     if not is_translated(sweep, trial):
         return outcome
-    found: Mapping[str, Mapping[str, float]] = json.loads(scores.read_text())["translation"]
+    found: Mapping[str, Mapping[str, float]] = read_json(scores)["translation"]
     translation = {
         task: Translated(bleu=each["bleu"], chrf=each["chrf"]) for task, each in found.items()
     }
