@@ -299,6 +299,7 @@ def next_command(
         too_few_nodes,
         write_chain,
     )
+    from megaphase.launch.slurm.status import ended_diverged
 
     output = load_run_file(run_file, tuple(overrides or ())).output
     job = os.environ.get("SLURM_JOB_ID", "")
@@ -307,7 +308,7 @@ def next_command(
     bad = ",".join(bad_nodes.split())
     if bad and not exclude:
         _end_job(job, f"not started: {bad} did not pass the check of nodes, see above", code)
-    following = decide(chain, code, restarts)
+    following = decide(chain, code, restarts, diverged=ended_diverged(output))
     if bad and following.again and (reason := too_few_nodes(job, bad)):
         _end_job(job, f"not started, and not queued again: {reason}", code)
     without = f", without {bad}" if bad and following.again else ""

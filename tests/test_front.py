@@ -230,7 +230,7 @@ def test_a_sweep_whose_first_stages_failed_says_what_could_not_begin():
     trials = [trial for trial in record.trials if trial.arm != "two-phase"]
     broken = type(record)(record.directory, sweep, trials, outcomes | {name: failed})
     assert progress_of(broken).sentence == (
-        "Finished: 3 runs. 1 more could not begin: what they go on from has failed."
+        "Finished: 3 runs. 1 more could not begin: what they go on from has failed or diverged."
     )
     (stage,) = first_stages(broken)
     assert (stage.losses, stage.reason) == ({0.004: None}, "none goes on yet")

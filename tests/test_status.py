@@ -113,7 +113,7 @@ def test_a_run_that_was_never_submitted(run_dir: Path) -> None:
     found = as_json(run_dir)
     idle = found.pop("idle_seconds")
     assert 7200 <= idle < 7300
-    nothing = ("job", "state", "reason", "nodes", "excluded", "restarts", "log")
+    nothing = ("job", "state", "reason", "nodes", "excluded", "restarts", "divergence", "log")
     # The first phase ended ten steps early: 90 steps are left of the 100 that were planned.
     assert found == dict.fromkeys(nothing) | {
         "run": str(run_dir),

@@ -69,7 +69,7 @@ def test_page_is_self_contained_and_holds_every_plot(index):
 def test_page_says_what_was_found(index, report, sweep_dir):
     text = index.read_text()
     ended = len(list((sweep_dir / "outcomes").iterdir()))
-    assert f"Finished: {ended} runs. 2 of them failed." in text
+    assert f"Finished: {ended} runs. 2 of them failed or diverged." in text
     for verdict in report.view.verdicts:
         assert verdict.headline in text
     assert f"<code>{FAILED}</code>: the loss is not finite 3 times in a row" in text

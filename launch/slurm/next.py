@@ -48,15 +48,18 @@ class Next:
     exit_code: int
 
 
-def decide(chain: Chain, code: int, restarts: int) -> Next:
+def decide(chain: Chain, code: int, restarts: int, *, diverged: bool = False) -> Next:
     """After a start that ended with an exit code.
 
-    chain: that start included. restarts: how many in a row may bring nothing.
+    chain: that start included. restarts: how many in a row may bring nothing. diverged: whether the
+    run has ended because it diverged.
     """
     if code == 0:
         return Next(False, "all phases are done", 0)
     if code == EXIT_WRONG_INPUT:
         return Next(False, "the input is wrong, see above; not queued again", code)
+    if diverged and code == EXIT_FAILED:
+        return Next(False, "the run has diverged, see above; not queued again", code)
     what = "stopped after a checkpoint" if code == EXIT_REQUEUE else f"failed with exit code {code}"
     reached = f"the newest checkpoint is of step {chain.step:,}"
     if chain.without_progress > restarts:

@@ -37,6 +37,7 @@ class Status:
             with the steps that it had.
         done: whether the last phase has ended.
         loss: of the last step.
+        divergence: whether training diverges now, or the run has ended because it did.
         tokens_per_second: the median of the last steps.
         remaining_seconds: of training, at that speed, should no phase end early.
         idle_seconds: since the last row of metrics.
@@ -55,6 +56,7 @@ class Status:
     steps: int | None
     done: bool
     loss: float | None
+    divergence: str | None
     tokens_per_second: float | None
     remaining_seconds: float | None
     idle_seconds: float | None
@@ -89,6 +91,7 @@ def read_status(run_dir: Path) -> Status:
         steps=progress.steps if planned else None,
         done=progress.done,
         loss=progress.training[-1]["loss"] if progress.training else None,
+        divergence=progress.divergence,
         tokens_per_second=_median(progress.training, "tokens_per_second"),
         remaining_seconds=progress.remaining_seconds,
         idle_seconds=_seconds_since_change(run_dir / METRICS_FILE),
@@ -96,11 +99,20 @@ def read_status(run_dir: Path) -> Status:
     )
 
 
+def ended_diverged(run_dir: Path) -> bool:
+    """Whether a run has ended because it diverged: started again, it would do so again.
+
+    Steps that are not finite do not count, since a faulty GPU makes them, too.
+    """
+    last = _progress(run_dir, {}).last_divergence
+    return last is not None and last["event"] == "divergence_stop" and last["kind"] != "not_finite"
+
+
 @dataclass(frozen=True)
 class _Progress:
     """What the metrics say; see Status.
 
-    training: the rows of the last steps.
+    training: the rows of the last steps. last_divergence: the last event of one.
     """
 
     phase: str | None
@@ -108,6 +120,16 @@ class _Progress:
     steps: int
     done: bool
     training: list[dict[str, Any]]
+    last_divergence: dict[str, Any] | None
+
+    @property
+    def divergence(self) -> str | None:
+        row = self.last_divergence
+        if row is None or row["event"] == "divergence_over":
+            return None
+        if row["event"] == "divergence_stop" and row["step"] >= self.step:
+            return f"the run has diverged ({row['kind']}) and ended after step {row['step']:,}"
+        return f"found at step {row['step']:,} ({row['kind']})"
 
     @property
     def remaining_seconds(self) -> float | None:
@@ -131,6 +153,7 @@ def _progress(run_dir: Path, planned: Mapping[str, int]) -> _Progress:
         steps=steps,
         done=bool(planned) and list(planned)[-1] in ends,
         training=[row for row in rows if "step_seconds" in row][-_RECENT_STEPS:],
+        last_divergence=next((row for row in reversed(rows) if _is_of_divergence(row)), None),
     )
 
 
@@ -154,6 +177,8 @@ def _lines(status: Status) -> Iterator[tuple[str, str]]:
     yield "step", f"{status.step:,}{planned}"
     if status.loss is not None:
         yield "loss", f"{status.loss:.4f}"
+    if status.divergence is not None:
+        yield "divergence", status.divergence
     if status.tokens_per_second is not None:
         yield "speed", f"{status.tokens_per_second:,.0f} tokens/s"
     if status.done:
@@ -199,6 +224,11 @@ def _last_rows(metrics: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except ValueError:
             raise InputError(metrics, "a row is not JSON", "remove that line") from None
+
+
+def _is_of_divergence(row: Mapping[str, Any]) -> bool:
+    """Whether a row says that training diverges, has ended by that, or does not any more."""
+    return str(row.get("event", "")).startswith("divergence")
 
 
 def _median(rows: list[dict[str, Any]], key: str) -> float | None:

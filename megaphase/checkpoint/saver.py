@@ -54,6 +54,7 @@ class _Save:
     snapshot: Snapshot
     state: Mapping[str, Any]
     best: Mapping[str, str]
+    sound_step: int | None
 
 
 class Saver:
@@ -83,12 +84,17 @@ class Saver:
         self._written = False
 
     def save(
-        self, name: str, snapshot: Snapshot, state: Mapping[str, Any], best: Mapping[str, str]
+        self,
+        name: str,
+        snapshot: Snapshot,
+        state: Mapping[str, Any],
+        best: Mapping[str, str],
+        sound_step: int | None = None,
     ) -> None:
         """Begin a save, after the one before has ended.
 
         state: the content of state.json; rank 0's counts. best: link names of the best weights,
-        each with the name of its checkpoint.
+        each with the name of its checkpoint. sound_step: see CheckpointStore.prune.
 
         Raises:
             RunError: on all ranks; the checkpoint, or the one before, could not be written.
@@ -102,7 +108,7 @@ class Saver:
             aside = self._store.begin(name, needed)
         except RunError as error:
             raise self._with_what_is_left(error) from None
-        self._save, self._written = _Save(name, snapshot, state, best), False
+        self._save, self._written = _Save(name, snapshot, state, best, sound_step), False
         path = aside / shard_file(self._agreement.rank)
         self._work = self._thread.submit(write_tensors, path, copies)
         if not self._asynchronous:
@@ -161,7 +167,7 @@ class Saver:
         for alias, name in save.best.items():
             if name == save.name:
                 self._store.link(alias, name)
-        self._store.prune(self._keep, save.best, save.name)
+        self._store.prune(self._keep, save.best, save.name, save.sound_step)
 
     def _give_up(self) -> None:
         save, work = self._save, self._work

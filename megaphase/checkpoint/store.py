@@ -97,16 +97,21 @@ class CheckpointStore:
         os.replace(aside, final)
         fsync_path(self.folder)
 
-    def prune(self, keep: int, best: Mapping[str, str], saved: str) -> None:
+    def prune(
+        self, keep: int, best: Mapping[str, str], saved: str, sound_step: int | None = None
+    ) -> None:
         """Remove all but the newest `keep` checkpoints, the permanent ones, and the best weights.
 
         best: the names of those that are the best now; those that a run would count as best after
         it has gone on from one of the newest stay, too. saved: the one that has just appeared;
         those of later steps are damaged, or the run would have gone on from them. They do not
-        count, and stay until it comes by.
+        count, and stay until it comes by. sound_step: given while training seems to diverge; the
+        newest checkpoint that is not of a later step stays, too.
         """
         full = [name for name in self._names("step") if _step(name) <= _step(saved)]
         kept = {*full[-keep:], *best.values()}
+        if sound_step is not None:
+            kept |= set(_until(full, sound_step)[-1:])
         for name in full[-keep:]:
             kept |= set(state_or_nothing(self.folder / name).get("best", {}).values())
         for name in (*full, *self._names("best")):
@@ -170,9 +175,10 @@ class CheckpointStore:
             raise InputError("", problem, "use another checkpoint")
         return Checkpoint(folder, read_state(folder))
 
-    def newest_name(self) -> str | None:
-        """The newest checkpoint there is, for messages."""
-        return next(reversed(self._names("step")), None)
+    def newest_name(self, until: int | None = None) -> str | None:
+        """The newest checkpoint there is, or that is not of a later step, for messages."""
+        names = self._names("step")
+        return next(reversed(names if until is None else _until(names, until)), None)
 
     def _aside(self, name: str) -> Path:
         return self.folder / f".{name}.partial"
@@ -218,6 +224,10 @@ def complete(
         write_json_whole(folder / file, content)
         files = {**files, file: describe_file(folder / file)}
     write_json_whole(folder / MANIFEST_FILE, {"files": files})
+
+
+def _until(names: list[str], step: int) -> list[str]:
+    return [name for name in names if _step(name) <= step]
 
 
 def _step(name: str) -> int:

@@ -111,6 +111,10 @@ class Event(_Record):
     event: str
     phase: str | None = None
     reason: str | None = None
+    kind: str | None = None
+    since: int | None = None
+    loss: Measured | None = None
+    loss_before: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,12 @@ class RunRecord:
     def planned_steps(self) -> int:
         """The run's last step, if no other phase ends early."""
         return self.origin.step + sum(phase.steps for phase in self.plan.phases)
+
+    @property
+    def ended_diverged(self) -> Event | None:
+        """What ended the run, where that was a divergence after which no step was trained."""
+        ends = [e for e in self.events if e.event == "divergence_stop" and e.step >= self.last_step]
+        return ends[-1] if ends else None
 
     def planned_epochs(self, task: str) -> float:
         """Passes over the task's training text in the whole run."""

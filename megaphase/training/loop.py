@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from megaphase.parallel.agreement import Agreement
 from megaphase.parallel.watchdog import Watchdog
 from megaphase.plan.dataset import Batch, StepReader
 from megaphase.plan.plan import Plan
+from megaphase.training.divergence_watch import DivergenceWatch
 from megaphase.training.engine import Engine, StepResult
 from megaphase.training.evaluation import HeldOutEvaluator, HeldOutLoss
 from megaphase.training.health import LossWatch
@@ -40,6 +42,7 @@ class Guards:
     signals: StopSignals
     monitor: OverfitMonitor
     losses: LossWatch
+    divergence: DivergenceWatch
     trace: StepTrace
     profiler: StepProfiler
 
@@ -73,7 +76,8 @@ class TrainingLoop:
             phase keeps or resets.
 
         Raises:
-            RunError: too many steps in a row are not finite, or a checkpoint cannot be written.
+            RunError: too many steps in a row are not finite, the loss has diverged, or a
+                checkpoint cannot be written.
             Stopped: a signal came to some rank; the state is saved.
         """
         while position.phase < len(self._config.phases):
@@ -94,6 +98,7 @@ class TrainingLoop:
         self._guards.monitor.begin_phase(at.phase)
         self._guards.losses.begin_phase()
         self._validate(at, saved_anyway=False)
+        self._guards.divergence.begin_phase(self._held_out())
 
     def _train_phase(self, at: Position) -> Position:
         """To the phase's end; returns where the next one begins."""
@@ -128,15 +133,16 @@ class TrainingLoop:
         self._save_seconds = 0.0
         self._record.step(phase.name, at, result, rate, seconds)
         if result.applied:
-            self._take_in(at, result)
+            self._take_in(at, result, rate)
         else:
             self._leave_out(at, result)
 
-    def _take_in(self, at: Position, result: StepResult) -> None:
+    def _take_in(self, at: Position, result: StepResult, rate: float) -> None:
         tasks = self._plan.tasks
         sums = dict(zip(tasks, result.losses.loss_sums.tolist(), strict=True))
         tokens = dict(zip(tasks, result.losses.tokens.int().tolist(), strict=True))
         self._guards.monitor.add_training_losses(sums, tokens)
+        self._guards.divergence.observe(at, sums, tokens, result.grad_norm, rate)
         mean = self._guards.losses.spike(result.losses.mean)
         if mean is None:
             return
@@ -165,6 +171,7 @@ class TrainingLoop:
         if in_a_row > allowed:
             with self._holding_up(at):
                 self._saver.finish()
+            self._record.event(at.step, "divergence_stop", phase=phase, kind="not_finite")
             steps = "1 step" if in_a_row == 1 else f"{in_a_row} steps in a row"
             raise RunError(
                 f"{phase} step {at.step:,}: {what} is not finite, in {steps} "
@@ -195,6 +202,9 @@ class TrainingLoop:
             self._record.say(f"{phase} step {at.step:,}  the phase ends: {reason}")
         following = at.next_phase(at.used(self._plan))
         self._save(following, permanent=True)
+        ends = self._guards.divergence.is_over(phase_ends=True)
+        if self._guards.agreement.largest(int(ends))[0]:
+            self._end_diverged(following, phase)
         return following
 
     def _validate(self, at: Position, *, saved_anyway: bool) -> str | None:
@@ -209,8 +219,7 @@ class TrainingLoop:
         if self._last_evaluation is None or self._last_evaluation[0] != at.step:
             measuring = partial(self._guards.watchdog.at, f"measuring after step {at.step:,}")
             self._last_evaluation = at.step, self._evaluator.evaluate(measuring)
-        found = self._last_evaluation[1]
-        losses = {task: loss.loss for task, loss in found.items()}
+        found, losses = self._last_evaluation[1], self._held_out()
         verdict = self._guards.monitor.observe(at.step, losses)
         self._record.validation(phase, at.step, found, verdict.gaps)
         if verdict.improved:
@@ -221,6 +230,11 @@ class TrainingLoop:
                 with self._holding_up(at):
                     self._saver.save_weights(at, phase, self._record.sync())
         return verdict.stop
+
+    def _held_out(self) -> dict[str, float]:
+        """The losses by task that were measured last, in nats a token."""
+        assert self._last_evaluation is not None
+        return {task: loss.loss for task, loss in self._last_evaluation[1].items()}
 
     def _save(self, at: Position, *, permanent: bool = False, event: str = "checkpoint") -> None:
         """permanent: at the end of a phase; `at` is then the beginning of the next one."""
@@ -239,16 +253,27 @@ class TrainingLoop:
         self._save_seconds += time.perf_counter() - started
 
     def _agree(self, at: Position) -> None:
-        """Between two steps: does a save go on to its next part, and has a signal come?"""
+        """Between two steps: does a save go on to its next part, does the run end, and why?"""
         received = self._guards.signals.received
+        ends = self._guards.divergence.is_over(phase_ends=False)
         started = time.perf_counter()
-        save_status, signalled = self._guards.agreement.largest(
-            self._saver.status, int(received is not None)
+        save_status, signalled, diverged = self._guards.agreement.largest(
+            self._saver.status, int(received is not None), int(ends)
         )
         self._saver.advance(save_status)
         self._save_seconds += time.perf_counter() - started
+        if diverged:
+            self._end_diverged(at, self._config.phases[at.phase].name)
         if signalled:
             self._stop(at, received)
+
+    def _end_diverged(self, at: Position, phase: str) -> NoReturn:
+        """Save, so that the run can be continued all the same; it begins with this message."""
+        if not self._saver.is_saved(at):
+            self._save(at)
+        with self._holding_up(at):
+            self._saver.finish()
+        raise self._guards.divergence.end(at.step, phase)
 
     def _stop(self, at: Position, received: str | None) -> None:
         names = self._guards.agreement.gather(received)

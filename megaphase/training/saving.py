@@ -12,6 +12,7 @@ from megaphase.checkpoint.parameters import RANDOM, WEIGHT
 from megaphase.checkpoint.saver import Saver, SaveStatus, Snapshot
 from megaphase.checkpoint.state import best_name, full_name
 from megaphase.plan.plan import Plan
+from megaphase.training.divergence import DivergenceDetector
 from megaphase.training.engine import Engine
 from megaphase.training.health import LossWatch
 from megaphase.training.monitor import OverfitMonitor
@@ -29,6 +30,7 @@ class RunSaver:
         plan: Plan,
         monitor: OverfitMonitor,
         losses: LossWatch,
+        divergence: DivergenceDetector,
         facts: Mapping[str, Any],
         best: Mapping[str, str],
     ) -> None:
@@ -38,7 +40,8 @@ class RunSaver:
             best: links to the best weights, each with the name of the checkpoint it leads to.
         """
         self._saver, self._engine, self._plan = saver, engine, plan
-        self._monitor, self._losses, self._facts = monitor, losses, facts
+        self._monitor, self._losses, self._divergence = monitor, losses, divergence
+        self._facts = facts
         self._best = dict(best)
         self._saved: Position | None = None
 
@@ -60,6 +63,7 @@ class RunSaver:
             "optimizer_steps": self._engine.state.steps,
             "monitor": self._monitor.state_dict(),
             "losses": self._losses.state_dict(),
+            "divergence": self._divergence.state_dict(),
             "best": dict(self._best),
         }
         self._begin(full_name(at.step), self._engine.state.snapshot(random), state)
@@ -89,7 +93,8 @@ class RunSaver:
 
     def _begin(self, name: str, snapshot: Snapshot, state: Mapping[str, Any]) -> None:
         with torch.no_grad():
-            self._saver.save(name, snapshot, state, dict(self._best))
+            sound_step = self._divergence.last_sound_step
+            self._saver.save(name, snapshot, state, dict(self._best), sound_step)
 
     def _state(self, at: Position, phase: str, metrics_bytes: int) -> dict[str, Any]:
         return {

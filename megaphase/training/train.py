@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NoReturn
 
@@ -20,6 +20,8 @@ from megaphase.parallel.topology import Topology
 from megaphase.parallel.watchdog import Watchdog
 from megaphase.training.beginning import Beginning, load_checkpoint
 from megaphase.training.branch import choose_branch
+from megaphase.training.divergence import DivergenceDetector
+from megaphase.training.divergence_watch import DivergenceWatch, diverged_error
 from megaphase.training.engine import Engine
 from megaphase.training.evaluation import HeldOutLoss
 from megaphase.training.hardware import device_peak_flops, missing_peak
@@ -60,7 +62,7 @@ def train(
 
     Raises:
         InputError: something that the user gave is wrong; on every process.
-        RunError: the run cannot go on.
+        RunError: the run cannot go on, or has diverged.
         Stopped: a signal came; the state is saved.
     """
     faults = config.faults
@@ -72,6 +74,7 @@ def train(
         with watchdog.patient("setting up"):
             beginning = _beginning(config, source, console, stack)
             setting = beginning.setting
+            detector = _detector(beginning)
             if beginning.is_end():
                 steps = beginning.step
                 setting.say(f"{config.output}: all {steps:,} steps are done; nothing to do")
@@ -84,13 +87,13 @@ def train(
             record = stack.enter_context(_record(beginning, console))
             beginning.tell(record)
             profiler = _profiler(beginning, profile_steps, watchdog, record, stack)
-        guards = _guards(beginning, watchdog, signals, profiler)
+        guards = _guards(beginning, watchdog, signals, profiler, detector, record)
         loop = TrainingLoop(
             config,
             setting.plan,
             engine,
             setting.evaluator(engine),
-            _run_saver(beginning, engine, guards, record),
+            _run_saver(beginning, engine, guards, detector, record),
             record,
             guards,
             filler=setting.parts.tokenizer.eod,
@@ -164,8 +167,44 @@ def _sole_run(directory: RunDirectory) -> contextlib.AbstractContextManager[None
     return exclusive_lock(directory.lock, refuse)
 
 
+def _detector(beginning: Beginning) -> DivergenceDetector:
+    """As it was when the run was saved.
+
+    Raises:
+        RunError: the run had diverged, and is not to be trained on.
+    """
+    config, state = beginning.setting.config, beginning.state
+    detector = DivergenceDetector(beginning.setting.parts.shape.vocab)
+    if state is None or "divergence" not in state:  # earlier versions have saved none
+        return detector
+    detector.load_state_dict(state["divergence"])
+    between_phases = beginning.position().phase_step == 0
+    if config.faults.stop_on_divergence and detector.is_diverged(phase_ends=between_phases):
+        source = _checkpoint_until(beginning)
+        raise diverged_error(config, detector, beginning.step, state["phase_name"], source)
+    return detector
+
+
+def _checkpoint_until(beginning: Beginning) -> Callable[[int], str | None]:
+    """The newest checkpoint that is not of a later step, in the run or before it: for --from."""
+    setting, branch = beginning.setting, beginning.branch
+
+    def newest(step: int) -> str | None:
+        name = setting.store.newest_name(until=step)
+        if name is not None:
+            return f"{setting.config.output}@{name}"
+        return branch.source if branch is not None and branch.step <= step else None
+
+    return newest
+
+
 def _guards(
-    beginning: Beginning, watchdog: Watchdog, signals: StopSignals, profiler: StepProfiler
+    beginning: Beginning,
+    watchdog: Watchdog,
+    signals: StopSignals,
+    profiler: StepProfiler,
+    detector: DivergenceDetector,
+    record: Record,
 ) -> Guards:
     setting, state = beginning.setting, beginning.state
     monitor = OverfitMonitor(setting.config)
@@ -175,7 +214,10 @@ def _guards(
         losses.load_state_dict(state["losses"])
     first = setting.topology.is_first
     trace = StepTrace(setting.directory.traces, setting.plan, writes=first)
-    return Guards(setting.agreement, watchdog, signals, monitor, losses, trace, profiler)
+    checkpoint = _checkpoint_until(beginning)
+    divergence = DivergenceWatch(setting.config, detector, record, checkpoint)
+    agreement = setting.agreement
+    return Guards(agreement, watchdog, signals, monitor, losses, divergence, trace, profiler)
 
 
 def _profiler(
@@ -209,7 +251,13 @@ def _profiler(
     return stack.enter_context(profiler)
 
 
-def _run_saver(beginning: Beginning, engine: Engine, guards: Guards, record: Record) -> RunSaver:
+def _run_saver(
+    beginning: Beginning,
+    engine: Engine,
+    guards: Guards,
+    detector: DivergenceDetector,
+    record: Record,
+) -> RunSaver:
     setting = beginning.setting
     settings = setting.config.checkpoint
     best = beginning.state["best"] if beginning.state else {}
@@ -222,7 +270,14 @@ def _run_saver(beginning: Beginning, engine: Engine, guards: Guards, record: Rec
         say=record.say,
     )
     return RunSaver(
-        saver, engine, setting.plan, guards.monitor, guards.losses, setting.facts(), best
+        saver,
+        engine,
+        setting.plan,
+        guards.monitor,
+        guards.losses,
+        detector,
+        setting.facts(),
+        best,
     )
 
 

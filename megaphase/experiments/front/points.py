@@ -124,6 +124,8 @@ def reason_of_failure(outcome: Outcome) -> str | None:
     """Why an ended run has no figures to compare; None where it has."""
     if outcome.failed is not None:
         return outcome.failed
+    if outcome.diverged is not None:
+        return f"diverged: {outcome.diverged}"
     wrong = [task for task, loss in outcome.losses.items() if not math.isfinite(loss)]
     return f"diverged: the loss of {', '.join(wrong)} is not finite" if wrong else None
 

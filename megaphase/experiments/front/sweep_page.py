@@ -75,7 +75,7 @@ def _lead(view: SweepView) -> str:
     """How far the sweep is, and what it is over."""
     sweep = view.record.sweep
     seeds = len(sweep.config.seeds)
-    failed = f" {len(view.failures)} of them failed." if view.failures else ""
+    failed = f" {len(view.failures)} of them failed or diverged." if view.failures else ""
     return (
         f"{view.progress.sentence}{failed} Every run has {sweep.steps:,} steps. "
         f"High-resource: {', '.join(sweep.high)}; low-resource: {', '.join(sweep.low)}. "
@@ -98,8 +98,9 @@ def _failures(view: SweepView) -> str:
     items = "\n".join(
         f"<li><code>{escape(name)}</code>: {escape(reason)}</li>" for name, reason in view.failures
     )
-    note = '<p class="note">A setting of which a run has failed is not among the points.</p>'
-    return f"<h3>Runs that failed</h3>\n<ul>\n{items}\n</ul>\n{note}"
+    note = "A setting of which a run has failed or diverged is not among the points."
+    title = "<h3>Runs that failed or diverged</h3>"
+    return f'{title}\n<ul>\n{items}\n</ul>\n<p class="note">{note}</p>'
 
 
 def _sweep_file(sweep: Sweep) -> str:

@@ -33,7 +33,7 @@ class Progress:
         if self.waiting:
             return f"Not finished: {self.ended:,} of {self.planned:,} runs have ended."
         missing = self.planned - self.ended
-        never = f" {missing:,} more could not begin: what they go on from has failed."
+        never = f" {missing:,} more could not begin: what they go on from has failed or diverged."
         return f"Finished: {self.ended:,} runs.{never if missing > 0 else ''}"
 
 

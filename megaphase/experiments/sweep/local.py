@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from megaphase.errors import EXIT_REQUEUE, EXIT_WRONG_INPUT, InputError, Stopped
+from megaphase.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_WRONG_INPUT, InputError, Stopped
 from megaphase.experiments.sweep.directory import SweepDirectory
 from megaphase.experiments.sweep.display import Display
 from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.sweep import Sweep
 from megaphase.experiments.sweep.trial_run import (
+    has_diverged,
     is_translated,
     last_line,
     outcome_if_ended,
@@ -104,7 +105,7 @@ def run_locally(
 ) -> dict[str, Outcome]:
     """Train all runs that have not ended yet; returns what all came to.
 
-    A run that fails is noted and left out; the others go on.
+    A run that fails is noted and left out, as is one that diverges; the others go on.
 
     Raises:
         InputError: a run finds its input wrong; those beside it are killed.
@@ -201,7 +202,7 @@ class _Runner:
             return
         if code == EXIT_WRONG_INPUT:
             raise InputError(self._directory.run_file(name), last_line(self._directory.log(name)))
-        if code == 0:
+        if code == 0 or (code == EXIT_FAILED and has_diverged(self._directory, job.trial)):
             outcome = read_outcome(self._sweep, self._directory, job.trial)
         else:
             outcome = Outcome(failed=_reason(code, self._directory.log(name)))

@@ -40,11 +40,11 @@ def translate_command(sweep: Sweep, trial: Trial, run_file: Path, scores: Path) 
 
 
 def read_outcome(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outcome:
-    """What a run that has ended well came to."""
+    """What a run came to that has ended, well or because it has diverged."""
     run = load_run(directory.run(trial.name))
     outcome = outcome_of(run, sweep.low if trial.takes_best else None)
     scores = directory.scores_file(trial.name)
-    if not is_translated(sweep, trial):
+    if outcome.diverged is not None or not is_translated(sweep, trial):
         return outcome
     found: Mapping[str, Mapping[str, float]] = read_json(scores)["translation"]
     translation = {
@@ -58,6 +58,14 @@ def is_translated(sweep: Sweep, trial: Trial) -> bool:
     return sweep.config.translation is not None and trial.is_final
 
 
+def has_diverged(directory: SweepDirectory, trial: Trial) -> bool:
+    """Whether a run was ended by its divergence."""
+    try:
+        return load_run(directory.run(trial.name)).ended_diverged is not None
+    except (InputError, OSError):  # it has not begun, or failed before its first step
+        return False
+
+
 def has_ended(directory: SweepDirectory, trial: Trial) -> bool:
     """Whether a run has left the checkpoint at the end of its last phase."""
     try:
@@ -69,6 +77,8 @@ def has_ended(directory: SweepDirectory, trial: Trial) -> bool:
 
 def outcome_if_ended(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outcome | None:
     """What a run came to; None where it has not ended, or is still to be translated."""
+    if has_diverged(directory, trial):
+        return read_outcome(sweep, directory, trial)
     if not has_ended(directory, trial):
         return None
     if is_translated(sweep, trial) and not directory.scores_file(trial.name).exists():

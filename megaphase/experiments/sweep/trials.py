@@ -92,7 +92,7 @@ def ready_trials(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Trial]:
     """The known runs that have not ended and wait for no other."""
 
     def is_there(source: str | None) -> bool:
-        return source is None or (source in outcomes and outcomes[source].failed is None)
+        return source is None or (source in outcomes and outcomes[source].can_be_branched)
 
     known = known_trials(sweep, outcomes)
     return [trial for trial in known if trial.name not in outcomes and is_there(trial.source)]
@@ -114,7 +114,7 @@ def best_peak(
     """The peak whose loss is lowest in the mean over the seeds, of those that never failed.
 
     The loss is the mean over the tasks that the candidates train on. None while some have not
-    ended, and where all have failed.
+    ended, and where all have failed or diverged.
     """
     if any(trial.name not in outcomes for trial in candidates):
         return None
@@ -122,7 +122,7 @@ def best_peak(
     failed: set[float] = set()
     for trial in candidates:
         outcome = outcomes[trial.name]
-        if outcome.failed is not None:
+        if not outcome.can_be_branched:
             failed.add(trial.peak)
             continue
         scores.setdefault(trial.peak, []).append(own_loss(sweep, trial, outcome))
