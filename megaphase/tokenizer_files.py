@@ -95,8 +95,8 @@ def read_tokenizer(path: Path) -> tuple[SentencePieceProcessor, TokenizerRecord]
     """Load the model that `path` stands for, and what must be known about it.
 
     Raises InputError where a file is missing or broken, `tokenizer.model` is not the one that the
-    record was written for, there is no EOD, or a Hugging Face tokenizer gives other ids than its
-    model.
+    record was written for, there is no EOD, the model spells a space in bytes, or a Hugging Face
+    tokenizer gives other ids than its model.
     """
     if path.is_file():
         return _read_model_alone(path)
@@ -263,10 +263,22 @@ def _algorithm(processor: SentencePieceProcessor) -> str:
 
 def _load_model(path: Path) -> SentencePieceProcessor:
     try:
-        return SentencePieceProcessor(model_file=str(path))
+        processor = SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError):
         problem = "is not a sentencepiece model"
         raise InputError(path, problem, "give one, or a directory that holds one") from None
+    if _spells_spaces(processor):
+        problem = "has no piece for the space, so a space would come back as U+2581"
+        raise InputError(path, problem, _REMEDY)
+    return processor
+
+
+def _spells_spaces(processor: SentencePieceProcessor) -> bool:
+    """Whether byte fallback spells a space, as the three bytes of U+2581: the ids of a space and
+    of that character are then the same."""
+    space = processor.piece_to_id(SPACE_SYMBOL)
+    is_piece = processor.id_to_piece(space) == SPACE_SYMBOL and not processor.is_unused(space)
+    return not is_piece and processor.is_byte(processor.piece_to_id("<0x20>"))
 
 
 def _id_of(

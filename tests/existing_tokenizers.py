@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -18,11 +19,11 @@ TEXTS = [
 STRANGE = ["", " ", "  two  spaces ", "\n", "a\tb\nc", "日本 😀", "</s> <unk> <tag> <0x41>", "ﬁ ①"]
 
 
-def train_model(path: Path, **options: object) -> Path:
-    """Train a sentencepiece model on TEXTS."""
+def train_model(path: Path, texts: Sequence[str] = TEXTS, **options: object) -> Path:
+    """Train a sentencepiece model."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS * 20),
+        sentence_iterator=iter([*texts] * 20),
         model_writer=model,
         minloglevel=2,
         num_threads=1,

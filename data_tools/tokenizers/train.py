@@ -221,6 +221,8 @@ def train_model(job: TrainingJob) -> bytes:
         remove_extra_whitespaces=False,
         byte_fallback=True,
         allow_whitespace_only_pieces=True,
+        # Where it is no piece, byte fallback spells it, and a space comes back as U+2581.
+        required_chars=SPACE_SYMBOL,
         split_digits=job.split_digits,
         eos_id=0,
         eos_piece=EOD_PIECE,
