@@ -44,6 +44,10 @@ def test_jsonl_may_hold_raw_characters_blank_lines_and_a_byte_order_mark(tmp_pat
         ("one\r\ntwo\r\n\r\nthree", ["one\r\ntwo", "three"]),
         ("\n\n one \n \t\n\n\ntwo \n\n\n", [" one ", "two "]),
         (" \n\none", ["one"]),
+        ("\ufeff\n \none\n\r\n", ["one"]),
+        ("one\n \t\ntwo\n\t\r\n \r\r\nthree", ["one", "two", "three"]),
+        ("one\n\ftwo\n\f\nthree\r\r\rfour", ["one\n\ftwo\n\f\nthree\r\r\rfour"]),
+        ("one\n\u3000\ntwo\n\xa0\n\n\u3000\n\n", ["one\n\u3000\ntwo\n\xa0"]),
         ("one\u2028\u2028two", ["one\u2028\u2028two"]),
         ("\n \n", []),
         ("", []),
@@ -167,6 +171,13 @@ def test_other_encodings_are_refused_with_the_line(tmp_path: Path, name: str) ->
         ),
         ("a.jsonl.zst", zstandard.compress(os.urandom(9000))[:5000], "is cut off; copy"),
         ("a.jsonl.zst", b'{"text": "a"}', "is not whole zstd data"),
+        ("a.jsonl.gz", b"", "is cut off: it has no bytes; copy or write it again"),
+        ("a.jsonl.ZST", b"", "is cut off: it has no bytes; copy or write it again"),
+        ("a.parquet", b"", "is cut off: it has no bytes; copy or write it again"),
+        ("a.jsonl.gz", gzip.compress(b"")[:9], "is cut off; copy"),
+        ("a.jsonl.gz", gzip.compress(b"{}") + b"x", "is not whole gzip data (Not a gzipped file"),
+        ("a.jsonl.zst", zstandard.compress(b"")[:5], "is cut off; copy"),
+        ("a.jsonl.zst", zstandard.compress(b"\n") + b"\0\0\0\0", "is not whole zstd data"),
     ],
 )
 def test_broken_compression_is_named(
@@ -207,3 +218,27 @@ def test_a_document_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.M
     path.write_text("first\n\n" + "line\n" * 500_000)
     with pytest.raises(InputError, match=r"a\.txt:1: a document of more than 1 MB begins here or"):
         documents(path)
+
+
+@pytest.mark.parametrize("line", [" ", "\t \r", ""])
+def test_documents_end_at_blank_lines_in_large_files_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.setattr(chunks, "LARGEST_DOCUMENT_BYTES", 1 << 16)
+    path = tmp_path / "a.txt"
+    path.write_bytes(f"{'word ' * 200}\n{line}\n".encode() * 2_000)
+    cut = list(read_chunks(path, Reading(), chunk_bytes=1 << 16))
+    assert len(cut) > 20
+    found = [text for chunk in cut for text in documents_of(chunk, Reading())]
+    assert found == ["word " * 200] * 2_000
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_compressed_files_without_content_hold_no_documents(tmp_path: Path, ending: str) -> None:
+    compress = {".gz": gzip.compress, ".zst": zstandard.compress}[ending]
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(compress(b""))
+    assert documents(path) == []
+    # Behind and before others it is a member as any other.
+    path.write_bytes(compress(b"") + compress(b"one\n\ntw") + compress(b"") + compress(b"o"))
+    assert documents(path) == ["one", "two"]

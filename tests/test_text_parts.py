@@ -31,7 +31,16 @@ from megaphase.data_tools.text.chunk import count_lines
 from megaphase.errors import InputError
 
 LINES = st.lists(
-    st.sampled_from(["", " ", "a", "bb b", "ö", "\r", "c\r", "%", "%\r", " %", "%%"]), max_size=24
+    st.sampled_from(
+        [
+            *("", " ", "\t", " \t ", "\r", " \r", "\r\r", " " * 9),
+            *("a", "bb b", "ö", "c\r", "d\re", " f", "\tg"),
+            *("%", "%\r", " %", "%%", "% "),
+            # Blank to the eye, but no blank lines.
+            *("\f", "\v", "\x1c", "\x85", "\u2028", "\u3000", "\u200b", "\ufeff", "\0"),
+        ]
+    ),
+    max_size=24,
 )
 
 
@@ -57,7 +66,7 @@ def compressed(path: Path, ending: str, compress: Callable[[bytes], bytes]) -> P
 def plain_documents(lines: Sequence[str], ends: Callable[[str], bool]) -> list[str]:
     """What a .txt file holds, line by line."""
     documents: list[list[str]] = [[]]
-    for line in "\n".join(lines).split("\n"):
+    for line in "\n".join(lines).removeprefix("\ufeff").split("\n"):
         if ends(line):
             documents.append([])
         else:
@@ -90,7 +99,7 @@ KINDS = ["jsonl", "txt", "separated", "parquet", "jsonl.gz", "txt.zst"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None
 )
 @given(data=st.data(), lines=LINES, chunk_bytes=st.integers(1, 40))
 def test_parts_and_resumed_parts_give_every_document_once(

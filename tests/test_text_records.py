@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -105,6 +106,82 @@ def test_broken_parquet_is_named(tmp_path: Path, damage: str) -> None:
     if damage == "pages":
         data[4:2_000] = b"\xff" * 1_996
     path.write_bytes({"cut": data[:-100], "pages": data, "text": b"some text"}[damage])
+    with pytest.raises(InputError, match=r"a\.parquet: is cut off or not whole Parquet data \("):
+        documents(path, Reading())
+
+
+NANOSECONDS = pa.timestamp("ns")
+NOT_UTF8 = pa.array([b"caf\xe9"]).view(pa.string())
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        (pa.array([1], NANOSECONDS), "timestamp[ns]"),
+        (pa.array([2**60], pa.timestamp("us", "UTC")), "timestamp[us, tz=UTC]"),
+        (pa.array([2**31 - 1], pa.date32()), "date32[day]"),
+        (pa.array([1], pa.time64("ns")), "time64[ns]"),
+        (pa.array([2**62], pa.duration("ns")), "duration[ns]"),
+        (pa.array([Decimal("1.5")]), "decimal128(2, 1)"),
+        (pa.array([b"a"]), "bytes"),
+        (pa.array([b"ab"], pa.binary(2)), "fixed_size_binary[2]"),
+        (pa.array([None], pa.null()), "null"),
+        (pa.array([True]), "true or false"),
+        (pa.array([float("nan")]), "a number"),
+        (pa.array([["a"]]), "list<element: string>"),
+        (pa.ListArray.from_arrays([0, 1], NOT_UTF8), "list<element: string>"),
+        (pa.array([{"a": "b"}]), "struct<a: string>"),
+        (pa.StructArray.from_arrays([NOT_UTF8] * 2, ["a", "a"]), "struct<a: string, a: string>"),
+        (pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int8())), "map<string, int8>"),
+    ],
+)
+def test_a_column_that_is_no_text_is_named_with_its_type(
+    tmp_path: Path, column: pa.Array, said: str
+) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": column}), path)
+    with pytest.raises(InputError) as error:
+        documents(path, Reading())
+    problem = f"the key 'text' holds {said}, not a string"
+    assert str(error.value) == f"{path}: row 1: {problem}; no key holds a string"
+    (wrong,) = wrong_ones(path, Reading())
+    assert isinstance(wrong, WrongDocument)
+    assert wrong.problem == problem
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.large_string(), pa.json_()])
+def test_every_kind_of_string_is_text(tmp_path: Path, kind: pa.DataType) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": pa.array(["one", "two"]).cast(kind)}), path)
+    assert documents(path, Reading()) == ["one", "two"]
+
+
+def test_a_column_that_stands_twice_is_refused_where_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    columns = [pa.array(["one"]), pa.array(["two"]), pa.array(["three"])]
+    pq.write_table(pa.Table.from_arrays(columns, ["text", "text", "body"]), path)
+    message = r"a\.parquet: has 2 columns with the name 'text'; write it again with one of them"
+    for reading in (Reading(), Reading(template="{body} {text}"), Reading(pair=("text", "body"))):
+        with pytest.raises(InputError, match=message):
+            documents(path, reading)
+        with pytest.raises(InputError, match=message):
+            wrong_ones(path, reading)
+    assert documents(path, Reading("body")) == ["three"]
+
+
+def test_a_damaged_page_is_found_by_its_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    column = pa.table({"text": ["some text"] * 3})
+    pq.write_table(column, path, compression="none", write_page_checksum=True)
+    path.write_bytes(path.read_bytes().replace(b"some text", b"same text", 1))
+    with pytest.raises(InputError, match=r"is cut off or not whole Parquet data \(.*CRC"):
+        documents(path, Reading())
+
+
+def test_a_column_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["one"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"text", b"te\xfft"))
     with pytest.raises(InputError, match=r"a\.parquet: is cut off or not whole Parquet data \("):
         documents(path, Reading())
 

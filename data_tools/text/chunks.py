@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from megaphase.data_tools.text.boundaries import Boundaries
 from megaphase.data_tools.text.chunk import Position, TextChunk, advance, count_lines
 from megaphase.data_tools.text.compression import decompressed, named_errors
 from megaphase.data_tools.text.kinds import (
@@ -86,10 +87,10 @@ def _check_reading(path: Path, reading: Reading, whole: bool) -> None:
 def _plain_chunks(
     path: Path, reading: Reading, start: Position, begin: int, end: int | None, chunk_bytes: int
 ) -> Iterator[TextChunk]:
-    ends = _document_ends(path, reading)
+    ends = Boundaries.of(kind_of(path, reading.stdin_kind), reading)
     with open(path, "rb") as file:
-        first = _document_end_from(file, begin, ends)
-        last = file.seek(0, os.SEEK_END) if end is None else _document_end_from(file, end, ends)
+        first = ends.end_in_file(file, begin)
+        last = file.seek(0, os.SEEK_END) if end is None else ends.end_in_file(file, end)
         position = start if start.offset >= first else Position(first, line=0)
         pieces = _pieces_between(file, position.offset, last)
         yield from _uncompressed_chunks(path, pieces, ends, position, chunk_bytes)
@@ -97,7 +98,7 @@ def _plain_chunks(
 
 def _stdin_chunks(reading: Reading, start: Position, chunk_bytes: int) -> Iterator[TextChunk]:
     pieces = iter(partial(sys.stdin.buffer.read, _PIECE_BYTES), b"")
-    ends = _document_ends(STDIN, reading)
+    ends = Boundaries.of(reading.stdin_kind, reading)
     for chunk in _uncompressed_chunks(STDIN, pieces, ends, Position(), chunk_bytes):
         if chunk.end.offset > start.offset:
             yield chunk
@@ -106,7 +107,7 @@ def _stdin_chunks(reading: Reading, start: Position, chunk_bytes: int) -> Iterat
 def _uncompressed_chunks(
     path: Path,
     pieces: Iterable[bytes],
-    ends: Sequence[bytes],
+    ends: Boundaries,
     position: Position,
     chunk_bytes: int,
 ) -> Iterator[TextChunk]:
@@ -120,7 +121,8 @@ def _uncompressed_chunks(
 def _compressed_chunks(
     path: Path, reading: Reading, start: Position, begin: int, end: int | None, chunk_bytes: int
 ) -> Iterator[TextChunk]:
-    ends, position, disk = _document_ends(path, reading), Position(), 0
+    ends = Boundaries.of(kind_of(path, reading.stdin_kind), reading)
+    position, disk = Position(), 0
     with open(path, "rb") as file:
         pieces = decompressed(file, path.suffix)
         for data, lines in _whole_documents(path, pieces, ends, position, chunk_bytes):
@@ -135,7 +137,7 @@ def _compressed_chunks(
 def _whole_documents(
     path: Path,
     pieces: Iterable[bytes],
-    ends: Sequence[bytes],
+    ends: Boundaries,
     position: Position,
     chunk_bytes: int,
 ) -> Iterator[tuple[bytes, int]]:
@@ -144,7 +146,7 @@ def _whole_documents(
     buffer, searched = bytearray(), chunk_bytes
     for piece in pieces:
         buffer += piece
-        while cut := _document_end(buffer, ends, searched):
+        while cut := ends.end(buffer, searched):
             with memoryview(buffer) as view:
                 data = bytes(view[:cut])
             del buffer[:cut]
@@ -159,39 +161,6 @@ def _whole_documents(
         yield bytes(buffer), buffer.count(b"\n")
 
 
-def _document_ends(path: Path, reading: Reading) -> tuple[bytes, ...]:
-    """The bytes after which another document begins, in any case."""
-    if kind_of(path, reading.stdin_kind) == "jsonl":
-        return (b"\n",)
-    line = (reading.separator or "").encode()
-    return b"\n%s\n" % line, b"\n%s\r\n" % line
-
-
-def _document_end(buffer: bytes | bytearray, ends: Sequence[bytes], least: int) -> int:
-    """Where a document ends for the first time at `least` or later; 0 where none does."""
-    found = ((buffer.find(end, max(least - len(end), 0)), end) for end in ends)
-    return min((at + len(end) for at, end in found if at >= 0), default=0)
-
-
-def _document_end_from(file: BinaryIO, offset: int, ends: Sequence[bytes]) -> int:
-    """Where in the file a document ends for the first time at `offset` or later; 0 counts as one,
-    and so does the end of the file."""
-    if offset == 0:
-        return 0
-    longest = max(map(len, ends))
-    window_begin = max(offset - longest, 0)
-    file.seek(window_begin)
-    window = b""
-    while piece := file.read(_PIECE_BYTES):
-        window += piece
-        if found := _document_end(window, ends, offset - window_begin):
-            return window_begin + found
-        # What is left may be the beginning of an end.
-        passed = max(len(window) - longest, 0)
-        window, window_begin = window[passed:], window_begin + passed
-    return window_begin + len(window)
-
-
 def _pieces_between(file: BinaryIO, offset: int, end: int) -> Iterator[bytes]:
     file.seek(offset)
     while offset < end and (piece := file.read(min(_PIECE_BYTES, end - offset))):
@@ -199,8 +168,8 @@ def _pieces_between(file: BinaryIO, offset: int, end: int) -> Iterator[bytes]:
         yield piece
 
 
-def _too_large(ends: Sequence[bytes]) -> tuple[str, str]:
+def _too_large(ends: Boundaries) -> tuple[str, str]:
     problem = f"a document of more than {LARGEST_DOCUMENT_BYTES >> 20} MB begins here or soon after"
-    if len(ends) == 1:
+    if ends.line is None:
         return problem, "split it"
     return problem, "put a blank line or the --separator between documents, or use JSONL"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +23,17 @@ _LARGEST_ZSTD_WINDOW = 1 << 31
 
 
 def decompressed(file: BinaryIO, suffix: str) -> Iterator[bytes]:
-    """The file's content, by its ending: .gz, .zst, or any other for what is not compressed."""
+    """The content of a compressed file, by its ending: .gz or .zst.
+
+    Raises EOFError where the file is cut off: also where it is empty, since compressing nothing
+    gives a header.
+    """
+    if os.fstat(file.fileno()).st_size == 0:
+        raise EOFError
     if suffix.lower() == ".zst":
         yield from _zstd_pieces(file)
         return
-    stream = gzip.GzipFile(fileobj=file) if suffix.lower() == ".gz" else file
+    stream = gzip.GzipFile(fileobj=file)
     while piece := stream.read(_PIECE_BYTES):
         yield piece
 

@@ -41,7 +41,8 @@ def is_compressed(path: Path) -> bool:
 
 
 def check_text_file(path: Path) -> None:
-    """Raise InputError where `path` is no file, or not of a kind that can be read here."""
+    """Raise InputError where `path` is no file, not of a kind that can be read here, or compressed
+    or Parquet and empty."""
     if path == STDIN:
         return
     if os.path.isdir(path):
@@ -55,6 +56,9 @@ def check_text_file(path: Path) -> None:
     elif _ending(path) not in _KINDS:
         known = f"{', '.join(_KINDS)} [.gz|.zst], or {PARQUET_ENDING}"
         raise InputError(path, "unknown kind of file", f"its name must end in {known}")
+    if (is_parquet(path) or is_compressed(path)) and os.path.getsize(path) == 0:
+        # No part of such a file would be read, so that nobody would notice.
+        raise InputError(path, "is cut off: it has no bytes", "copy or write it again")
 
 
 def size_on_disk(path: Path) -> int:

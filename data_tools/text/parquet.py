@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,19 @@ def parquet_chunks(
     end: int | None,
     chunk_bytes: int,
 ) -> Iterator[TextChunk]:
-    """The chunks of a Parquet file, see `read_chunks`; only the row groups needed are read."""
+    """The chunks of a Parquet file, see `read_chunks`; only the row groups needed are read.
+
+    Raises InputError also where one of the columns stands twice.
+    """
     try:
         # Without a buffer, or with pre_buffer, a whole row group is held in memory.
-        with pq.ParquetFile(path, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False) as file:
+        with pq.ParquetFile(
+            path,
+            buffer_size=_READ_BUFFER_BYTES,
+            pre_buffer=False,
+            page_checksum_verification=True,  # of files that have checksums
+        ) as file:
+            _check_columns(path, file, columns)
             row = disk = 0
             for number in range(file.num_row_groups):
                 group = _RowGroup(file, number, row, disk)
@@ -45,18 +55,28 @@ def parquet_chunks(
                         return
                     if chunk.file_begin >= begin and chunk.end.offset > start.offset:
                         yield chunk
-    except (pa.ArrowException, OSError) as error:
-        # An error of the system has a number; pyarrow also raises its own as OSErrors.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        # An error of the system has a number; pyarrow also raises its own as OSErrors. Names of
+        # columns are decoded, too.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         problem = f"is cut off or not whole Parquet data ({' '.join(str(error).split())})"
         raise InputError(path, problem, "copy or write it again") from None
 
 
+def _check_columns(path: Path, file: pq.ParquetFile, columns: Sequence[str]) -> None:
+    names = file.schema_arrow.names
+    for name in columns:
+        if names.count(name) > 1:
+            problem = f"has {names.count(name)} columns with the name {name!r}"
+            raise InputError(path, problem, "write it again with one of them")
+
+
 def rows_of(chunk: TextChunk) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a chunk, of the columns asked for, and the names of all the file's columns.
 
-    A string that is not UTF-8 is given as bytes.
+    A string that is not UTF-8 is given as bytes, and what is neither a string nor a plain number
+    as OtherValue.
     """
     with pa.ipc.open_stream(chunk.data) as stream:
         names = json.loads(stream.schema.metadata[_COLUMNS_KEY])
@@ -68,18 +88,55 @@ def rows_of(chunk: TextChunk) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, names
 
 
+@dataclass(frozen=True)
+class OtherValue:
+    """A value that is no text, of an Arrow type that need not have a Python value."""
+
+    type: str
+
+    def __str__(self) -> str:
+        return self.type
+
+
 def _values(column: pa.ChunkedArray) -> list[Any]:
+    """The Python values; what is no text is converted only where that cannot fail."""
+    if isinstance(column.type, pa.BaseExtensionType) and _is_text(column.type.storage_type):
+        column = column.cast(column.type.storage_type)
+    if not _has_python_values(column.type):
+        other = OtherValue(str(column.type))
+        return [other if valid else None for valid in column.is_valid().to_pylist()]
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
         return [_value(scalar) for scalar in column]
 
 
+def _has_python_values(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return (
+        _is_text(kind)
+        or pa.types.is_null(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+    )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
 def _value(scalar: pa.Scalar) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
-        return scalar.as_buffer().to_pybytes()
+        text = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
+        return text.as_buffer().to_pybytes()
 
 
 class _RowGroup:

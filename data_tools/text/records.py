@@ -11,13 +11,12 @@ from typing import Any
 
 from pydantic_core import from_json
 
+from megaphase.data_tools.text.boundaries import Boundaries
 from megaphase.data_tools.text.chunk import TextChunk, advance
 from megaphase.data_tools.text.kinds import display_name, kind_of
 from megaphase.data_tools.text.reading import Document, Reading
 from megaphase.errors import InputError
 
-_BLANK_LINES = r"\n(?:[ \t\r]*(?:\n|\Z))+"
-_LINE_END = r"\n"
 _JSON_TYPES = {
     dict: "an object",
     list: "a list",
@@ -61,7 +60,8 @@ def documents_of(chunk: TextChunk, reading: Reading) -> Iterator[Document]:
                 document = _quick_json_document(line, reading, keys)
                 yield _json_document(line, reading, chunk, number) if document is None else document
     else:
-        for block in re.split(_between_texts(reading), f"\n{_decode(_without_mark(chunk), chunk)}"):
+        between = Boundaries.of(kind, reading).between
+        for block in re.split(between, f"\n{_decode(_without_mark(chunk), chunk)}"):
             if block and not block.isspace():
                 yield block.strip("\r\n")
 
@@ -109,21 +109,15 @@ def _rows_and_wrong_ones(chunk: TextChunk, reading: Reading) -> Iterator[Documen
 
 def _single_documents(chunk: TextChunk, reading: Reading) -> Iterator[TextChunk]:
     """A chunk of text for every document."""
-    is_jsonl = kind_of(chunk.path, reading.stdin_kind) == "jsonl"
-    between = re.compile((_LINE_END if is_jsonl else _between_texts(reading)).encode())
+    ends = Boundaries.of(kind_of(chunk.path, reading.stdin_kind), reading)
+    # A line begins where the chunk does.
+    found = re.finditer(ends.between.encode(), b"\n" + chunk.data)
     position, begin = replace(chunk.start, line=chunk.first_line), 0
-    for end in [*(found.end() for found in between.finditer(chunk.data)), len(chunk.data)]:
+    for end in [*(match.end() - 1 for match in found), len(chunk.data)]:
         data = chunk.data[begin:end]
         after = advance(position, len(data), data.count(b"\n"))
         yield TextChunk(chunk.path, position, after, data, chunk.file_begin, 0)
         position, begin = after, end
-
-
-def _between_texts(reading: Reading) -> str:
-    """What stands between two documents of a .txt file, as a regular expression."""
-    if reading.separator is None:
-        return _BLANK_LINES
-    return rf"(?m:^){re.escape(reading.separator)}\r?(?:\n|\Z)"
 
 
 def _without_mark(chunk: TextChunk) -> bytes:
@@ -191,7 +185,7 @@ def _document(
 def _string_fault(value: Any) -> str | None:
     """Why a value is no text, or None."""
     if not isinstance(value, str):
-        return f"{_JSON_TYPES.get(type(value), type(value).__name__)}, not a string"
+        return f"{_JSON_TYPES.get(type(value), str(value))}, not a string"
     try:
         value.encode()
     except UnicodeEncodeError as error:
