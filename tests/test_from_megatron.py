@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_support import corpus_bytes, files_of, make_tokenizer, megatron_index, write_jsonl
+from data_support import corpus_bytes, make_tokenizer, megatron_index, write_jsonl
 
 from megaphase.corpus import Corpus
 from megaphase.data_tools.corpora.from_megatron import from_megatron
@@ -105,7 +105,8 @@ def index_of_one(prefix: Path, tokens: list[int], says: int) -> Path:
     [
         ([5, 6, 70_000], 3, "old.bin: document 0 has the token 70000, the vocabulary ends at"),
         ([5, -1, 7], 3, "old.bin: document 0 has the token -1, the vocabulary ends at"),
-        ([5, 6], 3, "old.bin: document 0 ends at token 3, the file at 2"),
+        ([5, 6], 3, "old.bin: is cut off: 8 bytes, old.idx says 12; copy both files again"),
+        ([5, 6, 7, 8], 3, "old.bin: is too long: 16 bytes, old.idx says 12; copy both files again"),
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_is_left(tok, tmp_path, tokens, says, problem):
@@ -113,7 +114,7 @@ def test_what_is_wrong_is_named_and_nothing_is_left(tok, tmp_path, tokens, says,
     with pytest.raises(InputError) as error:
         from_megatron(source, tok, tmp_path / "out" / "en", workers=1)
     assert problem in str(error.value)
-    assert files_of(tmp_path / "out") == []
+    assert list((tmp_path / "out").glob("*")) == []
 
 
 def test_a_missing_file_is_named(tok, tmp_path):
@@ -123,3 +124,58 @@ def test_a_missing_file_is_named(tok, tmp_path):
     (tmp_path / "old.bin").unlink()
     with pytest.raises(InputError, match=r"old\.bin: no such file"):
         from_megatron(tmp_path / "old", tok, tmp_path / "en", workers=1)
+
+
+@pytest.mark.parametrize(("bytes_more", "fault"), [(1, "too long"), (-1, "cut off")])
+def test_a_file_of_odd_length_is_named(tok, tmp_path, bytes_more, fault):
+    source = index_of_one(tmp_path / "old", [5, 6, 7], 3)
+    tokens = (tmp_path / "old.bin").read_bytes()
+    (tmp_path / "old.bin").write_bytes((tokens + b"\1")[: len(tokens) + bytes_more])
+    with pytest.raises(InputError, match=rf"old\.bin: is {fault}: {12 + bytes_more} bytes, old"):
+        from_megatron(source, tok, tmp_path / "en", workers=1)
+
+
+def test_an_index_of_another_dtype_is_found_by_the_size(tok, tmp_path):
+    source = index_of_one(tmp_path / "old", [5, 6, 7], 3)
+    for code, itemsize, fault in ((8, 2, "too long"), (5, 8, "cut off")):
+        (tmp_path / "old.idx").write_bytes(megatron_index(code, [3], itemsize, [0, 1]))
+        with pytest.raises(InputError, match=rf"old\.bin: is {fault}: 12 bytes, old\.idx says"):
+            from_megatron(source, tok, tmp_path / "en", workers=1)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "offsets", "indices", "problem"),
+    [
+        ([2, -1, 2], [0, 8, 4], [0, 1, 2, 3], "sequence 1 has a negative length"),
+        ([2, 1], [0, 4], [0, 1, 2], "sequence 1 does not begin where the one before it ends"),
+        ([2, 1], [0, 12], [0, 1, 2], "sequence 1 does not begin where the one before it ends"),
+        ([2, 1], [0, 9], [0, 1, 2], "sequence 1 does not begin where the one before it ends"),
+        ([3], [-4], [0, 1], "sequence 0 does not begin where the one before it ends"),
+        ([1, 1, 1], [0, 4, 8], [0, 2, 1, 3], "document_indices do not ascend at document 1"),
+        ([1, 1, 1], [0, 4, 8], [0, 9, 3], "document_indices do not ascend at document 1"),
+        ([1, 1, 1], [0, 4, 8], [0, -1, 2, 3], "document_indices do not ascend at document 0"),
+    ],
+)
+def test_an_index_that_megatron_would_not_write_is_named(
+    tok, tmp_path, lengths, offsets, indices, problem
+):
+    index = megatron_index(4, lengths, 4, indices)
+    begin = 34 + 4 * len(lengths)
+    offset_bytes = np.array(offsets, "<i8").tobytes()
+    index = index[:begin] + offset_bytes + index[begin + len(offset_bytes) :]
+    (tmp_path / "old.idx").write_bytes(index)
+    np.array([5, 6, 7], np.int32).tofile(tmp_path / "old.bin")
+    with pytest.raises(InputError) as error:
+        from_megatron(tmp_path / "old", tok, tmp_path / "en", workers=1)
+    assert str(error.value) == f"{tmp_path / 'old.idx'}: its {problem}; copy both files again"
+
+
+def test_document_indices_say_where_documents_begin(tok, tmp_path):
+    """As many documents as sequences, but not one each: two of them, then none, then one."""
+    (tmp_path / "old.idx").write_bytes(megatron_index(4, [1, 2, 1], 4, [0, 2, 2, 3]))
+    np.array([5, 6, 7, 8], np.int32).tofile(tmp_path / "old.bin")
+    manifest = from_megatron(tmp_path / "old", tok, tmp_path / "en", workers=1)
+    eod = Tokenizer.load(tok).eod
+    corpus = Corpus.open(tmp_path / "en")
+    assert [corpus.document(i).tolist() for i in range(2)] == [[5, 6, 7, eod], [8, eod]]
+    assert (manifest.documents, manifest.skipped_empty) == (2, 1)

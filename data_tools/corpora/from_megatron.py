@@ -14,7 +14,6 @@ from megaphase.corpus import CorpusWriter, Manifest
 from megaphase.corpus.batch import runs_of_tokens
 from megaphase.corpus.format import Index, read_index
 from megaphase.corpus.manifest import corpus_file
-from megaphase.corpus.reader import documents_of
 from megaphase.data_tools.corpora.encoded import EncodedDocuments, join_documents
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.errors import InputError
@@ -23,6 +22,7 @@ from megaphase.tokenizer import Tokenizer
 
 _BATCH_TOKENS = 1 << 18
 _REMEDY = "give the tokenizer that made the tokens"
+_COPY_AGAIN = "copy both files again"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def from_megatron(
 
     With the tokenizer that made the tokens the result is what tokenizing the text would give.
     Documents of several sequences become one; those without EOD get it. Memory does not grow with
-    the tokens.
+    the tokens, only with the sequences (eight bytes each).
 
     Args:
         source: prefix of the two files.
@@ -98,6 +98,7 @@ def from_megatron(
     index = read_index(corpus_file(source, ".idx"))
     if not bin_path.is_file():
         raise InputError(bin_path, "no such file", "give the prefix of a .bin and .idx pair")
+    lengths = _document_lengths(source, index)
     writer = CorpusWriter(
         out,
         tokenizer_hash=tokenizer.fingerprint,
@@ -107,7 +108,7 @@ def from_megatron(
         overwrite=overwrite,
     )
     importer = DocumentImporter(tokenizer, bin_path)
-    batches = ordered_map(importer, _read(source, bin_path, index), workers)
+    batches = ordered_map(importer, _read(lengths, bin_path, index), workers)
     size = bin_path.stat().st_size
     with writer, closing(batches), reading_progress(console, "reading", size) as advance:
         for file_bytes, encoded in batches:
@@ -118,20 +119,41 @@ def from_megatron(
     return writer.manifest
 
 
-def _read(source: Path, bin_path: Path, index: Index) -> Iterator[MegatronDocuments]:
-    """All documents, some at a time."""
+def _read(documents: np.ndarray, bin_path: Path, index: Index) -> Iterator[MegatronDocuments]:
+    """All documents, some at a time; `documents` are their lengths."""
     if bin_path.stat().st_size == 0:
         return
     tokens = np.memmap(bin_path, dtype=index.dtype, mode="r")
-    lengths, byte_offsets = documents_of(source, index)
-    for first, count in runs_of_tokens(lengths, _BATCH_TOKENS):
-        parts = []
-        for number in range(first, first + count):
-            start = int(byte_offsets[number]) // index.dtype.itemsize
-            end = start + int(lengths[number])
-            if not 0 <= start <= end <= len(tokens):
-                problem = f"document {number} ends at token {end:,}, the file at {len(tokens):,}"
-                raise InputError(bin_path, problem, "the file is cut off; copy it again")
-            parts.append(tokens[start:end])
-        counted = np.asarray(lengths[first : first + count], dtype=np.int64)
-        yield MegatronDocuments(first, counted, np.concatenate(parts))
+    begin = 0
+    for first, count in runs_of_tokens(documents, _BATCH_TOKENS):
+        lengths = documents[first : first + count]
+        end = begin + int(lengths.sum())
+        yield MegatronDocuments(first, lengths, np.array(tokens[begin:end]))
+        begin = end
+
+
+def _document_lengths(source: Path, index: Index) -> np.ndarray:
+    """Tokens of each document, int64 [documents].
+
+    Raises InputError where the index is not as Megatron-LM writes one, a sequence after the other
+    from the beginning to the end of the `.bin`.
+    """
+    path, bin_path = corpus_file(source, ".idx"), corpus_file(source, ".bin")
+    starts = np.zeros(len(index.lengths) + 1, np.int64)
+    np.cumsum(index.lengths, out=starts[1:])
+    for wrong, fault in (
+        (index.lengths < 0, "sequence {} has a negative length"),
+        (
+            index.byte_offsets != starts[:-1] * index.dtype.itemsize,
+            "sequence {} does not begin where the one before it ends",
+        ),
+        (np.diff(index.document_indices) < 0, "document_indices do not ascend at document {}"),
+    ):
+        if wrong.any():
+            raise InputError(path, f"its {fault.format(int(np.argmax(wrong)))}", _COPY_AGAIN)
+    size, expected = bin_path.stat().st_size, int(starts[-1]) * index.dtype.itemsize
+    if size != expected:
+        fault = "cut off" if size < expected else "too long"
+        problem = f"is {fault}: {size:,} bytes, {path.name} says {expected:,}"
+        raise InputError(bin_path, problem, _COPY_AGAIN)
+    return np.diff(starts[index.document_indices])
