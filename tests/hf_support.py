@@ -95,11 +95,6 @@ def their_logits(directory: Path, tokens: Tensor) -> Tensor:
     return model.eval()(tokens).logits
 
 
-def largest_difference(one: Tensor, other: Tensor) -> float:
-    assert one.shape == other.shape
-    return float((one.double() - other.double()).abs().max())
-
-
 # --- conversions ---
 
 

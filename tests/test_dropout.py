@@ -22,6 +22,7 @@ from engine_support import (
     share,
 )
 from plain_gpt import IGNORED, PlainAdamW, PlainGPT, PlainShape
+from rounding import FP32
 from run_support import STEPS, make_corpora, read_rows, run_settings, timeless, write_run_file
 from torch import Tensor
 from warm_commands import run_killed, run_well
@@ -39,7 +40,6 @@ SHARE = 0.3
 FIRST_STEP, LAST_STEP = 7, 10
 RATE = 3e-3
 VALIDATION_BATCH = 999
-TOLERANCE = 1e-5
 ALONE = TensorRegion(Topology(1, 0, 1, None, None), False)  # type: ignore[arg-type]  # no groups
 
 
@@ -163,8 +163,8 @@ def plain_curve() -> Curve:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_layout_has_the_curve_of_the_plain_model_and_validates_without(case: Case) -> None:
     ours, plain = curves(case.tensor * case.data)[case], plain_curve()
-    assert ours.steps == [pytest.approx(step, rel=TOLERANCE) for step in plain.steps]
-    assert ours.validation == pytest.approx(plain.validation, rel=TOLERANCE)
+    assert ours.steps == [pytest.approx(step, rel=FP32) for step in plain.steps]
+    assert ours.validation == pytest.approx(plain.validation, rel=FP32)
 
 
 def test_masks_have_the_share_and_are_those_of_row_step_and_place_alone() -> None:

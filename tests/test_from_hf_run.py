@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 from existing_tokenizers import llama_directory
-from hf_support import largest_difference, our_logits, their_logits
+from hf_support import our_logits, their_logits
+from rounding import FP32, deviation
 from run_support import TEXT_BYTES, read_rows, run_settings, write_run_file
 from torch.nn.functional import cross_entropy
 from warm_commands import run, run_killed, run_well
@@ -103,7 +104,7 @@ def test_the_first_loss_is_that_of_transformers(
     expected = float(cross_entropy(logits.flatten(0, 1), batch.targets.flatten()))
     rows = [row for row in read_rows(trained) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert rows[0]["loss"] == pytest.approx(expected, abs=1e-4)
+    assert rows[0]["loss"] == pytest.approx(expected, rel=FP32)
     assert {row["phase"] for row in rows} == {"joint"}
     begun = [row for row in read_rows(trained) if row.get("event") == "branch"]
     assert [row["step"] for row in begun] == [0]
@@ -123,8 +124,8 @@ def test_what_was_trained_is_a_model_of_transformers_again(
     tokens = torch.arange(2 * SEQ_LEN).view(2, SEQ_LEN)
     found = their_logits(tmp_path / "hf", tokens)
     checkpoint = trained / "checkpoints" / f"step-{STEPS:08d}"
-    assert largest_difference(found, our_logits(checkpoint, tokens)) < 1e-5
-    assert largest_difference(found, their_logits(published, tokens)) > 1e-2
+    assert deviation(found, our_logits(checkpoint, tokens)) < FP32
+    assert deviation(found, their_logits(published, tokens)) > 1e-2
 
 
 def changed(joint: Path, folder: Path, **changes: Any) -> Path:

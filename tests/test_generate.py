@@ -16,13 +16,13 @@ from hf_support import (
     SHAPES,
     THEIR_CONFIGS,
     VOCAB,
-    largest_difference,
     make_theirs,
     random_tokens,
     take,
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from rounding import FP32, deviation
 from torch import Tensor
 
 from megaphase.convert.source import open_source
@@ -38,7 +38,6 @@ from megaphase.model.shape import GPTShape
 from megaphase.tokenizer import Tokenizer
 
 EOD = 0
-TOLERANCE = 1e-5
 LENGTHS = (1, 5, 5, 17, 30, SEQ_LEN)
 GREEDY = Decoding(max_tokens=20)
 SAMPLED = Decoding(max_tokens=20, temperature=1.5, top_k=40, top_p=0.9, seed=3)
@@ -104,7 +103,7 @@ def test_logits_are_those_of_a_whole_forward_pass(name, tmp_path):
     decoder = Decoder(model, rows, 11, copies=2)
     for step in range(10):
         expected = torch.stack([plain_logits(model, row)[-1] for row in rows])
-        assert largest_difference(decoder.logits, expected) < TOLERANCE
+        assert deviation(decoder.logits, expected) < FP32
         if step == 4:  # rows come and go
             decoder.select(order := [4, 0, 1, 1, 3, 4, 0])
             rows = [list(rows[i]) for i in order]
@@ -332,9 +331,7 @@ def test_bf16_is_the_rounded_model(tmp_path):
     rounded, exact = load_model(source, None), load_model(source, "fp32")
     assert rounded.embedding.weight.dtype == torch.bfloat16
     assert (
-        largest_difference(
-            Decoder(rounded, PROMPTS[:4], 1).logits, Decoder(exact, PROMPTS[:4], 1).logits
-        )
+        deviation(Decoder(rounded, PROMPTS[:4], 1).logits, Decoder(exact, PROMPTS[:4], 1).logits)
         < 0.1
     )
 

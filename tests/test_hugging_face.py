@@ -24,7 +24,6 @@ from hf_support import (
     VOCAB,
     change_config,
     export,
-    largest_difference,
     llama,
     make_theirs,
     our_logits,
@@ -33,6 +32,7 @@ from hf_support import (
     take,
     their_logits,
 )
+from rounding import FP32, deviation
 from safetensors.torch import load_file, save_file
 
 from megaphase.convert.hugging_face.config import read_config
@@ -41,7 +41,6 @@ from megaphase.parallel.agreement import Agreement
 from megaphase.parallel.together import process_group
 from megaphase.tokenizer import Tokenizer
 
-TOLERANCE = 1e-5
 LANGUAGES = ("en", "fr", "de", "hi", "eu")
 TEXTS_EACH = 3
 # As older versions of transformers have stored them.
@@ -61,8 +60,8 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_transformers_computes_our_logits(name: str, tok: Path, tmp_path: Path) -> None:
     checkpoint = write_random_checkpoint(tmp_path / "ours", SHAPES[name], std=0.1)
     theirs = their_logits(export(checkpoint, tmp_path / "hf", tok), tokens := random_tokens(VOCAB))
-    assert largest_difference(theirs, our_logits(checkpoint, tokens)) < TOLERANCE
-    assert largest_difference(theirs, plain_logits(checkpoint, tokens)) < TOLERANCE
+    assert deviation(theirs, our_logits(checkpoint, tokens)) < FP32
+    assert deviation(theirs, plain_logits(checkpoint, tokens)) < FP32
 
 
 def test_long_contexts(tok: Path, tmp_path: Path) -> None:
@@ -71,7 +70,7 @@ def test_long_contexts(tok: Path, tmp_path: Path) -> None:
     checkpoint = write_random_checkpoint(tmp_path / "ours", shape, std=0.05)
     tokens = random_tokens(VOCAB, batch=1, seq=shape.seq_len)
     theirs = their_logits(export(checkpoint, tmp_path / "hf", tok), tokens)
-    assert largest_difference(theirs, our_logits(checkpoint, tokens)) < TOLERANCE
+    assert deviation(theirs, our_logits(checkpoint, tokens)) < FP32
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -120,7 +119,7 @@ def test_real_text_of_five_languages(
     for each in ids:
         tokens = torch.tensor([each[: shape.seq_len]])
         found = their_logits(directory, tokens)
-        assert largest_difference(found, our_logits(checkpoint, tokens)) < TOLERANCE
+        assert deviation(found, our_logits(checkpoint, tokens)) < FP32
 
 
 def train_and_save(folder: str) -> None:
@@ -150,7 +149,7 @@ def test_what_four_ranks_have_trained(tok: Path, tmp_path: Path) -> None:
     tokens = random_tokens(VOCAB, seq=shape.seq_len)
     found = their_logits(directory, tokens)
     assert found.shape[-1] == VOCAB
-    assert largest_difference(found, our_logits(checkpoint, tokens)) < TOLERANCE
+    assert deviation(found, our_logits(checkpoint, tokens)) < FP32
     shutil.rmtree(checkpoint.parent)
 
 
@@ -225,7 +224,7 @@ def test_we_compute_the_logits_of_transformers(name: str, form: str, tmp_path: P
     with torch.no_grad():
         expected = model.eval()(tokens).logits
     found = our_logits(take(directory, tmp_path / "ours"), tokens)
-    assert largest_difference(found, expected) < TOLERANCE
+    assert deviation(found, expected) < FP32
 
 
 def write_form(model: Any, directory: Path, form: str) -> None:

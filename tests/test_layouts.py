@@ -32,6 +32,7 @@ from engine_support import (
     share,
 )
 from plain_gpt import IGNORED, PlainAdamW, PlainGPT, PlainShape
+from rounding import FP32
 from torch import Tensor
 
 from megaphase.parallel.layers import padded_vocab
@@ -44,7 +45,6 @@ LEARNING_RATE = 3e-3
 VALIDATED_STEP = 5
 VALIDATION_BATCH = 999
 FALL = 0.8
-TOLERANCE = 1e-5
 BF16_TOLERANCE = 1e-2
 
 
@@ -315,7 +315,7 @@ def deviations(ours: Curve, reference: Curve) -> dict[str, float]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_curve_is_that_of_the_plain_model(case: Case) -> None:
     found = deviations(curve(case), plain_curve(case.variant))
-    assert max(found.values()) < TOLERANCE, found
+    assert max(found.values()) < FP32, found
 
 
 @pytest.mark.distributed

@@ -19,6 +19,7 @@ import torch
 from convert_support import whole_parameters, write_random_checkpoint
 from distributed import once, run_ranks
 from megatron_support import build_model, logits_of, megatron_on_cpu, save_model
+from rounding import FP32, assert_close, deviation
 from torch import Tensor
 
 from megaphase.convert.megatron.from_megatron import from_megatron
@@ -50,7 +51,6 @@ SHAPES = {
 LOCAL = Implementation.LOCAL
 SIZES = [1, 2, pytest.param(4, marks=pytest.mark.slow)]
 BATCH = 2
-TOLERANCE = 1e-5
 TOKENS = torch.randint(LLAMA.vocab, (BATCH, LLAMA.seq_len), generator=torch.Generator())
 
 
@@ -130,10 +130,9 @@ def folder():
     shutil.rmtree(path)
 
 
-def assert_close(theirs: Tensor, ours: Tensor) -> None:
+def assert_same_logits(theirs: Tensor, ours: Tensor) -> None:
     assert ours.abs().max() > 0.5
-    difference = theirs[..., : ours.shape[-1]] - ours
-    assert difference.abs().max() <= TOLERANCE
+    assert_close(theirs[..., : ours.shape[-1]], ours)
 
 
 @pytest.mark.distributed
@@ -141,7 +140,7 @@ def assert_close(theirs: Tensor, ours: Tensor) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_megatron_computes_our_logits(name: str, size: int, folder: Path) -> None:
     logits = answers(size)[0]["exported", name]
-    assert_close(logits, our_logits(folder / "ours" / name, SHAPES[name]))
+    assert_same_logits(logits, our_logits(folder / "ours" / name, SHAPES[name]))
     padding = logits[..., LLAMA.vocab :]
     assert padding.shape[-1] == {1: 112, 2: 128, 4: 128}[size] - LLAMA.vocab
     assert torch.equal(padding, logits[..., LLAMA.vocab - 1 : LLAMA.vocab].expand_as(padding))
@@ -154,7 +153,7 @@ def test_we_compute_megatrons_logits(name: str, size: int, folder: Path, tmp_pat
     logits = answers(size)[0]["native", name]
     out = tmp_path / "taken"
     from_megatron(folder / f"native-{size}" / name, out)
-    assert_close(logits, our_logits(out, SHAPES[name]))
+    assert_same_logits(logits, our_logits(out, SHAPES[name]))
 
 
 @pytest.mark.distributed
@@ -163,11 +162,10 @@ def test_gelu_is_by_tanh_only_where_it_is_fused_with_the_bias(folder: Path) -> N
     logits = answers(1)[0]
     for name, shape in SHAPES.items():
         fused, unfused = logits["exported", name], logits["without bias_gelu_fusion", name]
-        difference = (fused - unfused).abs().max()
         if shape.activation == "gelu":
-            assert difference > 10 * TOLERANCE
+            assert deviation(unfused, fused) > 10 * FP32
         else:
-            assert difference == 0
+            assert torch.equal(unfused, fused)
 
 
 @pytest.mark.distributed

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import FP32_ROUNDOFF, assert_close
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -219,7 +220,7 @@ def test_attention_with_grouped_queries(kv_heads: int) -> None:
     with torch.no_grad():
         expected = attention_by_loops(x, attention, shape)
         (found,) = in_turn([lambda: attention.steps(x, None, attend, nullcontext)])
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert_close(found, expected)
 
 
 def test_halves_share_the_cast_weights_and_sum_their_gradients_in_the_weights_type() -> None:
@@ -246,7 +247,7 @@ def test_halves_share_the_cast_weights_and_sum_their_gradients_in_the_weights_ty
         block(None, [Rows()], half)[0].float().square().sum().backward()
     for name, each in block.named_parameters():
         assert each.grad is not None
-        torch.testing.assert_close(together[name], each.grad, rtol=1e-6, atol=1e-6)
+        assert_close(together[name], each.grad, 4 * FP32_ROUNDOFF, name)
 
 
 def test_cast_weights_do_not_outlive_what_shares_them() -> None:

@@ -30,6 +30,7 @@ from engine_support import (
     run_config,
     share,
 )
+from rounding import FP32
 from torch import Tensor
 
 from megaphase.checkpoint.parameters import INDEX_FILE, StoredParameters
@@ -43,7 +44,6 @@ from megaphase.training.engine import Engine, StepResult
 PROCESSES = 4
 BEFORE, AFTER = 3, 3
 RATE = 1e-2
-CURVE_TOLERANCE = 1e-5
 
 OFFLOADS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -276,7 +276,7 @@ def test_a_run_goes_on_on_any_layout() -> None:
     try:
         for still, hopping in run_ranks(hop, PROCESSES, folder, timeout=600):
             assert len(still) == len(hopping) == len(HOPS) * HOP_STEPS
-            assert hopping == pytest.approx(still, rel=CURVE_TOLERANCE)
+            assert hopping == pytest.approx(still, rel=FP32)
         _check_files(Path(folder, str(HOPS.index((4, 3))), "step-00000001"))
     finally:
         shutil.rmtree(folder)

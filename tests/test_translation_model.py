@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_gpt import IGNORED, PlainGPT, PlainShape
+from rounding import assert_close
 from torch import Tensor
 
 from megaphase.model.gpt import GPT
@@ -117,7 +118,7 @@ def test_a_packed_row_loses_what_its_documents_lose_alone(name: str) -> None:
     losses = losses_of(model, batch.inputs, batch.targets, batch.documents).double()
     for reference in (model, plain(model)):
         alone = losses_alone(reference, batch, LENGTHS)
-        torch.testing.assert_close(losses, alone, rtol=0, atol=1e-5)
+        assert_close(losses, alone)
     together = losses_of(model, batch.inputs, batch.targets).double()
     assert (together - losses).abs().max() > 0.01
 
@@ -132,7 +133,7 @@ def test_gradients_are_those_of_the_documents_alone(name: str) -> None:
     totals = [model(inputs, targets)[0] for _, _, inputs, targets in each]
     alone = torch.autograd.grad(torch.stack(totals).sum(), parameters)
     for ours, theirs in zip(packed, alone, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert_close(ours, theirs)
 
 
 def test_rows_whose_documents_see_each_other_are_the_same_beside_others() -> None:
@@ -140,11 +141,9 @@ def test_rows_whose_documents_see_each_other_are_the_same_beside_others() -> Non
     documents = batch.documents.clone()
     documents[1:] = 0
     mixed = losses_of(model, batch.inputs, batch.targets, documents)
-    torch.testing.assert_close(
-        mixed[1:], losses_of(model, batch.inputs[1:], batch.targets[1:]), rtol=0, atol=1e-5
-    )
+    assert_close(mixed[1:], losses_of(model, batch.inputs[1:], batch.targets[1:]))
     one_more = losses_of(model, batch.inputs[:1], batch.targets[:1], batch.documents[:1])
-    torch.testing.assert_close(mixed[:1], one_more, rtol=0, atol=1e-5)
+    assert_close(mixed[:1], one_more)
 
 
 def test_ignored_tokens_have_no_gradient() -> None:

@@ -12,6 +12,7 @@ import pytest
 from distributed import check, launch, run_ranks
 from engine_support import TASKS, build_engine, global_batch, model_weights, share
 from engine_support import run_config as engine_config
+from rounding import FP32, approx_validation
 from run_support import (
     make_corpora,
     megaphase,
@@ -31,7 +32,6 @@ from megaphase.targets import IGNORED_TARGET
 from megaphase.tokenizer import Tokenizer
 
 PAIR_TASK = "alda-boreth"
-LAYOUT_TOLERANCE = 1e-5
 STEPS = 10  # of each of two phases
 PAIRS = 400
 
@@ -127,9 +127,9 @@ def test_losses_do_not_depend_on_the_layout(single, corpora, tmp_path):
     one, two = timeless(read_rows(single / "run")), timeless(read_rows(tmp_path / "run"))
     for a, b in zip(one, two, strict=True):
         if "loss" in a:
-            assert a["loss_by_task"] == pytest.approx(b["loss_by_task"], rel=LAYOUT_TOLERANCE)
+            assert a["loss_by_task"] == pytest.approx(b["loss_by_task"], rel=FP32)
         for task, figures in a.get("validation", {}).items():
-            assert figures == pytest.approx(b["validation"][task], rel=LAYOUT_TOLERANCE)
+            assert figures == approx_validation(b["validation"][task], FP32)
 
 
 def test_a_run_goes_on_bit_for_bit(single, tmp_path):
