@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 # A shell lets what it starts in the background ignore Ctrl-C, and so would all that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What a terminal, a launcher or a Slurm job has set around the tests is not meant for the commands
+# in them: it changes the form of output, or makes a command one rank of a job.
+OF_A_TERMINAL = ("COLUMNS", "LINES", "TERMINAL_WIDTH", "FORCE_COLOR", "NO_COLOR")
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+for name in list(os.environ):
+    if name in OF_A_TERMINAL + OF_A_RANK or name.startswith(("SLURM_", "SBATCH_", "SRUN_")):
+        del os.environ[name]

@@ -20,6 +20,7 @@ from megaphase.data_tools.tokenizers.train import train_tokenizer
 
 CORPORA = Path(__file__).resolve().parents[2] / "shared" / "corpora"
 VOCAB_SIZE = 700
+LIMIT_SECONDS = 300.0  # for what takes a few; a machine may have much else to do
 
 
 def make_tokenizer(directory: Path, *, seed: int = 3, vocab_size: int = VOCAB_SIZE) -> Path:
@@ -122,7 +123,7 @@ def is_running(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] not in "ZX"
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = LIMIT_SECONDS) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

@@ -21,7 +21,7 @@ from subprocess import CompletedProcess
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
-from warm_process import WarmProcess
+from warm_process import THREADS, WarmProcess
 
 from megaphase.launch.local import free_port, rank_environment
 from megaphase.parallel.together import leaving_processes
@@ -29,10 +29,12 @@ from megaphase.parallel.together import leaving_processes
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LAUNCH_TIMEOUT_SECONDS = 180.0
+# Against a job that hangs; a machine may have much else to do.
+LAUNCH_TIMEOUT_SECONDS = 600.0
 # A rank whose neighbour has failed may wait for it in a collective for ever.
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 30.0
 POLL_SECONDS = 0.05
+MOMENT_POLL_SECONDS = 0.001
 SHOWN_CHARACTERS = 6000
 
 # Commands that warm processes serve.
@@ -60,14 +62,17 @@ class RunningRanks:
         *,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        prepare: Callable[[], object] | None = None,
     ) -> None:
+        """prepare: called in every rank before a command of megaphase; it can be pickled."""
         self._argv = [str(each) for each in argv]
+        self._prepare = prepare
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         port = free_port()
         self.processes = [
             self._start(
                 rank,
-                {"OMP_NUM_THREADS": "1", **rank_environment(rank, processes, port), **(env or {})},
+                {**THREADS, **rank_environment(rank, processes, port), **(env or {})},
                 cwd,
             )
             for rank in range(processes)
@@ -85,7 +90,9 @@ class RunningRanks:
                 stderr=self._output(rank, "stderr"),
                 env=env,
                 cwd=cwd,
+                prepare=self._prepare,
             )
+        assert self._prepare is None
         with (
             open(self._output(rank, "stdout"), "wb") as stdout,
             open(self._output(rank, "stderr"), "wb") as stderr,
@@ -120,6 +127,24 @@ class RunningRanks:
             if process.poll() is None:
                 with suppress(ProcessLookupError):
                     _signal_group(process.pid, number)
+
+    def wait_for(
+        self, happened: Callable[[], bool], timeout: float = LAUNCH_TIMEOUT_SECONDS
+    ) -> None:
+        """Wait until something has happened that the ranks bring about.
+
+        Raises:
+            LaunchError: a rank has ended, and it has not happened; or the time limit has passed.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            # Looked at first: a rank may bring it about just before its end.
+            ended = any(process.poll() is not None for process in self.processes)
+            if happened():
+                return
+            if ended or time.monotonic() > deadline:
+                raise LaunchError(f"the moment never came\n{self._what_was_said()}")
+            time.sleep(MOMENT_POLL_SECONDS)
 
     def wait(self, timeout: float = LAUNCH_TIMEOUT_SECONDS) -> list[CompletedProcess[str]]:
         """Wait until all ranks have ended; those that outlive a failed one too long are killed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -85,6 +86,26 @@ def write_run_file(folder: Path, settings: dict[str, Any]) -> Path:
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     """All rows of metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def rows_so_far(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl that is being written, if there is one yet."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def save_begins(checkpoints: Path) -> Callable[[], bool]:
+    """Whether a checkpoint has been begun since this call.
+
+    A save may be over before anybody looks: one that is whole counts, too.
+    """
+
+    def begun() -> set[str]:
+        return {path.name for path in checkpoints.glob("*step-*")}
+
+    before = begun()
+    return lambda: not begun() <= before
 
 
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import pytest
 import zstandard
 from data_support import (
     CORPORA,
+    LIMIT_SECONDS,
     VOCAB_SIZE,
     children_of,
     corpus_bytes,
@@ -208,7 +209,7 @@ def test_stopped_in_the_middle(
         os.killpg(main.pid, how)
     else:
         os.kill(main.pid if whom == "main" else children[-1], how)
-    _, errors = main.communicate(timeout=60)
+    _, errors = main.communicate(timeout=LIMIT_SECONDS)
     wait_until(lambda: not any(map(is_running, children)))
     assert (errors.splitlines() or [""])[-1].rpartition("errors.")[2].startswith(last_line)
     assert errors.count("Traceback") == (whom != "main")

@@ -52,8 +52,9 @@ def test_exit_codes_and_output_come_back_as_they_are() -> None:
 def test_time_limit_ends_all_ranks() -> None:
     code = "import sys, time; print('stuck', file=sys.stderr, flush=True); time.sleep(600)"
     with RunningRanks(python(code), 2) as ranks:
+        ranks.wait_for(lambda: all(ranks.result(rank).stderr == "stuck\n" for rank in range(2)))
         with pytest.raises(LaunchError, match="stuck"):
-            ranks.wait(timeout=2)
+            ranks.wait(timeout=0.1)
         assert [each.wait() for each in ranks.processes] == [-signal.SIGKILL] * 2
 
 

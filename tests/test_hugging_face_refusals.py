@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from hf_support import (
     names_in,
     take,
 )
-from run_support import megaphase
 from safetensors.torch import load_file, save_file
+from warm_commands import run
 
 from megaphase.convert.hugging_face.from_hf import from_hf
 from megaphase.errors import InputError
@@ -306,19 +306,33 @@ def test_a_damaged_checkpoint_is_not_exported(tok: Path, tmp_path: Path) -> None
     assert names_in(tmp_path) == {"ours"}
 
 
+def signal_while_writing(number: signal.Signals) -> None:
+    """In the process of a conversion: it gets a signal when it has begun to write weights."""
+    from megaphase.checkpoint.tensor_file import TensorWriter
+
+    write = TensorWriter.write
+
+    def signalled_write(writer: TensorWriter, part: Any) -> None:
+        write(writer, part)
+        os.kill(os.getpid(), number)
+
+    TensorWriter.write = signalled_write  # type: ignore[method-assign]  # in this process alone
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_export_leaves_no_model(number: int, tok: Path, tmp_path: Path) -> None:
-    shape = replace(SHAPES["llama"], hidden=512, ffn=2048, layers=8)
-    checkpoint = write_random_checkpoint(tmp_path / "ours", shape)
-    command = megaphase(
-        "convert", "to-hf", checkpoint, "--out", tmp_path / "hf", "--tokenizer", tok
+def test_a_killed_export_leaves_no_model(number: signal.Signals, tok: Path, tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "ours", SHAPES["llama"])
+    ended = run(
+        *("convert", "to-hf", checkpoint, "--out", tmp_path / "hf", "--tokenizer", tok),
+        prepare=partial(signal_while_writing, number),
     )
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and names_in(tmp_path) == {"ours"}:
-            time.sleep(0.01)
-        process.send_signal(number)
     left = names_in(tmp_path) - {"ours"}
     assert "hf" not in left
-    assert number == signal.SIGKILL or not left
+    if number == signal.SIGKILL:
+        assert ended.returncode == -number
+        assert left
+    else:
+        assert ended.returncode
+        assert not left
     export(checkpoint, tmp_path / "hf", tok)
     assert names_in(tmp_path) == {"ours", "hf"}

@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from data_support import is_running, start_python, wait_until
+from data_support import LIMIT_SECONDS, is_running, start_python, wait_until
 
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.errors import InputError, RunError
@@ -181,7 +181,7 @@ def test_no_worker_outlives_the_main_process(tmp_path: Path, how: signal.Signals
         os.killpg(main.pid, how)
     else:
         main.send_signal(how)
-    _, errors = main.communicate(timeout=60)
+    _, errors = main.communicate(timeout=LIMIT_SECONDS)
     assert main.returncode == -how
     wait_until(lambda: not any(map(is_running, pids)))
     assert errors.count("Traceback") == (how == signal.SIGINT)

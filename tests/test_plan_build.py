@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from data_support import wait_until
+from data_support import LIMIT_SECONDS, wait_until
 from plan_support import (
     TOKENIZER_HASH,
     Documents,
@@ -146,7 +146,7 @@ def first_line(process: subprocess.Popen) -> str:
 
 
 def output_of(process: subprocess.Popen) -> list[str]:
-    out, error = process.communicate(timeout=120)
+    out, error = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, error
     return out.splitlines()
 
@@ -269,7 +269,7 @@ def test_ctrl_c_ends_the_command_and_leaves_nothing(tmp_path):
     with in_another_process(config, "blend of one") as process:
         assert first_line(process) == "at blend of one"
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=LIMIT_SECONDS)
     assert "KeyboardInterrupt" in error
     # A slow disk may still be busy with removing what was written.
     wait_until(lambda: not config.output.exists())

@@ -10,9 +10,8 @@ import json
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,12 @@ from run_support import (
     timeless,
     write_run_file,
 )
+from warm_commands import kill_before
 
 from megaphase.checkpoint.state import full_name
 from megaphase.locks import exclusive_lock
 
 PROCESSES = 2
-TIMEOUT_SECONDS = 400.0
 RESUMED, FAILING = 12, 16
 SHARD_LIMIT, METRICS_LIMIT = 150, 8  # KiB: less than a shard; less than the rows up to FAILING
 
@@ -84,7 +83,7 @@ def undisturbed(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     checkpoint = {"every_steps": 4, "keep": 2, "asynchronous": False}
     changes = {"parallel": {"tensor": 1, "zero": 1}, "checkpoint": checkpoint}
     run_file = write_run_file(folder, run_settings(corpora, **changes))
-    check(launch(megaphase("train", run_file), PROCESSES, timeout=TIMEOUT_SECONDS))
+    check(launch(megaphase("train", run_file), PROCESSES))
     return folder
 
 
@@ -99,17 +98,16 @@ def ordeal(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Ordea
     command = megaphase("train", run_file, "checkpoint.asynchronous=true")
 
     def start(argv: list[str]) -> Start:
-        return ended(launch(argv, PROCESSES, timeout=TIMEOUT_SECONDS))
+        return ended(launch(argv, PROCESSES))
 
     def ended(results: list[subprocess.CompletedProcess[str]]) -> Start:
         names = sorted(path.name for path in checkpoints.iterdir())
         return Start(results, names, read_rows(run)[-1] if results[0].returncode == 0 else {})
 
     def killed_while_saving() -> Start:
-        with RunningRanks(command, PROCESSES) as ranks:
-            wait_for(lambda: any(checkpoints.glob(".step-*.partial")), ranks)
-            ranks.processes[1].send_signal(signal.SIGKILL)
-            return ended(ranks.wait(TIMEOUT_SECONDS))
+        prepare = partial(kill_before, FAILING + 1, rank=1)
+        with RunningRanks(command, PROCESSES, prepare=prepare) as ranks:
+            return ended(ranks.wait())
 
     return Ordeal(
         undisturbed,
@@ -119,15 +117,6 @@ def ordeal(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Ordea
         killed=killed_while_saving(),
         last=start(command),
     )
-
-
-def wait_for(happened: Callable[[], bool], ranks: RunningRanks) -> None:
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not happened():
-        ended = [rank for rank, each in enumerate(ranks.processes) if each.poll() is not None]
-        assert not ended, ranks.result(ended[0]).stderr
-        assert time.monotonic() < deadline, "the moment never came"
-        time.sleep(0.001)
 
 
 @pytest.mark.distributed
@@ -193,7 +182,7 @@ def test_a_run_directory_has_one_run(undisturbed: Path) -> None:
 
     with exclusive_lock(undisturbed / "run" / ".lock", unexpected):
         command = megaphase("train", undisturbed / "run.yaml")
-        results = launch(command, PROCESSES, timeout=TIMEOUT_SECONDS)
+        results = launch(command, PROCESSES)
     assert [result.returncode for result in results] == [1, 1]
     (line,) = results[0].stderr.splitlines()
     assert "another process is training in this run directory" in line

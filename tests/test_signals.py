@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 
 import pytest
+from data_support import LIMIT_SECONDS
 
 from megaphase import cli
 from megaphase.errors import Stopped
@@ -63,7 +64,9 @@ with StopSignals() as signals:
     assert total % 4950 == 0
     print(signals.received)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_SECONDS
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout in ("SIGTERM\n", "SIGUSR1\n")
 

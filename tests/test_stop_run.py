@@ -6,14 +6,14 @@ its rows must equal, bit for bit, those of its undisturbed twin.
 
 from __future__ import annotations
 
-import json
+import itertools
 import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,16 @@ from run_support import (
     make_corpora,
     megaphase,
     read_rows,
+    rows_so_far,
     run_settings,
+    save_begins,
     timeless,
     write_run_file,
 )
+from warm_commands import signal_before
 
 PROCESSES = 2
 STEPS = (24, 12)
-TIMEOUT_SECONDS = 400.0
 LINE = re.compile(
     r"megaphase: (SIG\w+) came to rank (\d): saved after step ([\d,]+); the same command goes on "
     r"from there\n"
@@ -82,42 +84,41 @@ class Stopper:
         processes: int = PROCESSES,
     ) -> Stop:
         with RunningRanks(command or self.command, processes) as ranks:
-            self._wait(ranks, moment)
+            ranks.wait_for(partial(moment, ranks))
             for rank, number in signals:
                 ranks.processes[rank].send_signal(number)
-            results = ranks.wait(TIMEOUT_SECONDS)
+            return self._what_came_of_it(ranks)
+
+    def stop_itself(self, method: str, rank: int, number: signal.Signals, calls: int = 1) -> Stop:
+        """A rank gets the signal at a certain call of a method of its training loop."""
+        prepare = partial(signal_at_call, method, calls, rank, number)
+        with RunningRanks(self.command, PROCESSES, prepare=prepare) as ranks:
+            return self._what_came_of_it(ranks)
+
+    def _what_came_of_it(self, ranks: RunningRanks) -> Stop:
+        results = ranks.wait()
         checkpoints = self._run / "checkpoints"
         names = sorted(path.name for path in checkpoints.iterdir())
         latest = (checkpoints / "latest").resolve().name
         return Stop(results, names, latest, len(self._rows()))
-
-    def _wait(self, ranks: RunningRanks, moment: Callable[[RunningRanks], bool]) -> None:
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        while not moment(ranks):
-            ended = [rank for rank, each in enumerate(ranks.processes) if each.poll() is not None]
-            assert not ended, ranks.result(ended[0]).stderr
-            assert time.monotonic() < deadline, "the moment never came"
-            time.sleep(0.001)
 
     def after_steps(self, steps: int) -> Callable[[RunningRanks], bool]:
         """So many more than there are now."""
         wanted = len(self._rows()) + steps
         return lambda ranks: len(self._rows()) >= wanted
 
-    def at_end_of(self, phase: str) -> Callable[[RunningRanks], bool]:
-        needle = f'"event": "phase_end", "phase": "{phase}"'
-        return lambda ranks: needle in self._metrics()
-
-    def saving(self, ranks: RunningRanks) -> bool:
-        return any((self._run / "checkpoints").glob(".step-*.partial"))
-
-    def _metrics(self) -> str:
-        path = self._run / "metrics.jsonl"
-        return path.read_text() if path.exists() else ""
+    def saving(self) -> Callable[[RunningRanks], bool]:
+        begun = save_begins(self._run / "checkpoints")
+        return lambda ranks: begun()
 
     def _rows(self) -> list[dict[str, Any]]:
-        whole = [line for line in self._metrics().splitlines(keepends=True) if line.endswith("\n")]
-        return [row for row in map(json.loads, whole) if "loss_by_task" in row]
+        return [row for row in rows_so_far(self._run) if "loss_by_task" in row]
+
+
+def signal_at_call(method: str, calls: int, rank: int, number: signal.Signals) -> None:
+    """In the processes of a run: see `Stopper.stop_itself`."""
+    count = itertools.count(1)
+    signal_before(method, rank, number, lambda *_: next(count) == calls)
 
 
 def starting_up(ranks: RunningRanks) -> bool:
@@ -140,7 +141,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     for phase, steps in zip(settings["phases"], STEPS, strict=True):
         phase["steps"] = steps
     undisturbed = write_run_file(folder / "undisturbed", settings)
-    check(launch(megaphase("train", undisturbed), PROCESSES, timeout=TIMEOUT_SECONDS))
+    check(launch(megaphase("train", undisturbed), PROCESSES))
     run_file = write_run_file(folder / "stopped", settings)
     run = Stopper(run_file)
     # Not one of the warm processes: its imports must not be done already.
@@ -149,12 +150,12 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     both = [(rank, number) for number in (TERM, USR1) for rank in (1, 0)]
     stops = {
         "at the start": run.stop(starting_up, [(0, TERM), (1, TERM)], cold),
-        "one rank": run.stop(run.after_steps(2), [(1, TERM)]),
-        "the other rank": run.stop(run.after_steps(2), [(0, USR1)]),
-        "again and again": run.stop(run.saving, both * 5),
-        "at the switch": run.stop(run.at_end_of("pretrain"), [(1, USR1)]),
+        "one rank": run.stop_itself("_train_step", 1, TERM, calls=3),
+        "the other rank": run.stop_itself("_train_step", 0, USR1, calls=3),
+        "again and again": run.stop(run.saving(), both * 5),
+        "at the switch": run.stop_itself("_end_phase", 1, USR1),
         "launcher": run.stop(run.after_steps(1), [(0, TERM)], local, processes=1),
-        "at the end": run.stop(run.at_end_of("joint"), [(1, TERM)]),
+        "at the end": run.stop_itself("_end_phase", 1, TERM),
     }
     return Story(run_file.parent / "run", undisturbed.parent / "run", stops)
 

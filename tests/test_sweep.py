@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_support import LIMIT_SECONDS, wait_until
 from run_support import HIGH, LOW, make_corpora, megaphase, read_rows
 from sweep_run_support import STEPS, run_warm, settings, write
 
@@ -354,10 +355,7 @@ def test_killed_at_once_with_its_runs_it_goes_on(corpora: Path, tmp_path: Path) 
         time.sleep(0.02)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 60
-    while running(first):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not running(first))
     run_warm(path)
     found = [
         {name: outcome.losses for name, outcome in SweepDirectory(f / "out").outcomes().items()}
@@ -430,7 +428,7 @@ def test_a_signal_lets_the_runs_save(corpora: Path, tmp_path: Path) -> None:
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 75, stderr
     assert "SIGTERM came: the runs have saved; the same command goes on" in stderr
     log = SweepDirectory(tmp_path / "out").log(first.name).read_text()

@@ -20,16 +20,27 @@ from megaphase.errors import InputError, RunError
 CHUNK_BYTES = 4_000
 SAVE_BYTES = 8_000
 
+# Killed a moment after some batches more than its first save: without one it would never end.
 RUN = f"""if True:
-    import sys, time
+    import os, signal, sys, threading
     from functools import partial
     from pathlib import Path
     from megaphase.data_tools.tokenization import tokenize as module
+    class Writer(module.CorpusWriter):
+        def add_batch(self, batch):
+            global batches
+            super().add_batch(batch)
+            if self.saved_documents > saved_before:
+                if batches == 0:
+                    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+                batches -= 1
     if __name__ == "__main__":
+        saved_before, batches, seconds, workers = map(float, sys.argv[1:5])
+        tokenizer, prefix, *inputs = map(Path, sys.argv[5:])
         module.SAVE_BYTES_PER_WORKER = {SAVE_BYTES}
         module.read_chunks = partial(module.read_chunks, chunk_bytes={CHUNK_BYTES})
-        inputs = [Path(name) for name in sys.argv[4:]]
-        module.tokenize(inputs, Path(sys.argv[1]), Path(sys.argv[2]), workers=int(sys.argv[3]))
+        module.CorpusWriter = Writer
+        module.tokenize(inputs, tokenizer, prefix, workers=int(workers))
 """
 
 
@@ -86,21 +97,21 @@ def test_killed_at_any_moment_it_loses_little_and_ends_the_same(tok, inputs, tmp
     prefix, chance = tmp_path / "out" / "en", random.Random(0)
     saved_documents, kills = 0, 0
     while not Path(f"{prefix}.json").exists():
-        workers = chance.choice([1, 2, 3])
-        process = start_python(RUN, tok, prefix, workers, *inputs)
-        # Not before something new is saved, or it would never end.
-        while process.poll() is None:
-            state = state_of(prefix)
-            if state and state["figures"]["documents"] > saved_documents:
-                time.sleep(chance.random() * 0.03)
-                process.kill()
-                kills += 1
-                break
-            time.sleep(0.002)
-        process.communicate()
+        batches, seconds, workers = (
+            chance.randrange(20),
+            chance.random() / 500,
+            chance.randint(1, 3),
+        )
+        process = start_python(
+            RUN, saved_documents, batches, seconds, workers, tok, prefix, *inputs
+        )
+        _, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors
+        kills += process.returncode == -signal.SIGKILL
         state = state_of(prefix)
         if state is None:
             break
+        assert kills
         # What the killed one had written is saved but for the last of it.
         assert state["figures"]["documents"] >= saved_documents
         saved_documents = state["figures"]["documents"]

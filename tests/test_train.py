@@ -4,17 +4,18 @@ import json
 import math
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from distributed import LaunchError, RunningRanks, check, launch
+from distributed import RunningRanks, check, launch
+from rounding import FP32, approx_validation
 from run_support import (
     STEPS,
     copy_run,
     make_corpora,
     megaphase,
     read_rows,
+    rows_so_far,
     run_settings,
     timeless,
     without_gap,
@@ -24,8 +25,6 @@ from run_support import (
 from megaphase.tokenizer import Tokenizer
 
 ALL_STEPS = sum(STEPS)
-LAYOUT_TOLERANCE = 1e-5
-DEADLINE_SECONDS = 120.0
 PEAK_TFLOPS = 0.25  # of each process
 
 
@@ -151,13 +150,11 @@ def test_losses_do_not_depend_on_the_layout(single, several):
     assert len(one) == len(four)
     for a, b in zip(one, four, strict=True):
         if "loss" in a:
-            assert a["loss"] == pytest.approx(b["loss"], rel=LAYOUT_TOLERANCE)
-            assert a["loss_by_task"] == pytest.approx(b["loss_by_task"], rel=LAYOUT_TOLERANCE)
+            assert a["loss"] == pytest.approx(b["loss"], rel=FP32)
+            assert a["loss_by_task"] == pytest.approx(b["loss_by_task"], rel=FP32)
         elif "validation" in a:
             for task, figures in a["validation"].items():
-                assert without_gap(figures) == pytest.approx(
-                    without_gap(b["validation"][task]), rel=LAYOUT_TOLERANCE
-                )
+                assert figures == approx_validation(b["validation"][task], FP32)
         else:
             assert a == b
 
@@ -184,37 +181,22 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(layout, request, tmp_path):
     checkpoints = folder / "run" / "checkpoints"
 
     def saving_again():
-        return any(checkpoints.glob(".step-*8.partial"))
+        return any(checkpoints.glob("*step-00000008*"))  # under way, or already whole
 
     def second_phase_begun():
         return any(
-            row.get("phase_step") == 2 and row["phase"] == "joint" for row in safe_rows(folder)
+            row.get("phase_step") == 2 and row["phase"] == "joint"
+            for row in rows_so_far(folder / "run")
         )
 
     for moment in (saving_again, second_phase_begun):
         with RunningRanks(megaphase("train", run_file), processes) as ranks:
-            wait_for(moment, ranks)
+            ranks.wait_for(moment)
             ranks.signal(signal.SIGKILL)
     said = train(run_file, processes).stdout
     assert "going on from" in said
     assert timeless(read_rows(folder / "run")) == timeless(read_rows(whole / "run"))
     assert not any(checkpoints.glob(".*"))
-
-
-def safe_rows(folder: Path):
-    """Rows of a file that is being written."""
-    path = folder / "run" / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def wait_for(happened, ranks):
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not happened():
-        if any(process.poll() is not None for process in ranks.processes):
-            raise LaunchError(f"ended too early: {ranks.result(0).stderr}")
-        assert time.monotonic() < deadline, "the moment never came"
-        time.sleep(0.001)
 
 
 def test_an_altered_checkpoint_is_named_and_the_one_before_is_used(single, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from data_support import (
+    LIMIT_SECONDS,
     children_of,
     files_of,
     is_running,
@@ -231,7 +232,7 @@ def test_training_stops_at_once_and_leaves_nothing(
         os.killpg(main.pid, how)
     else:
         os.kill(started[-1], how)
-    _, errors = main.communicate(timeout=60)
+    _, errors = main.communicate(timeout=LIMIT_SECONDS)
     assert errors.splitlines()[-1].rpartition("errors.")[2].startswith(message)
     wait_until(lambda: not any(map(is_running, started)))
     assert files_of(tmp_path) == ["a.jsonl"]

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from data_support import LIMIT_SECONDS
 from watchdog_support import FAULTY_STEP, STEPS, Ended, run_job
 
 from megaphase.launch.local import free_port, rank_environment
@@ -110,7 +111,11 @@ def test_processes_that_never_come_are_told(tmp_path: Path) -> None:
     )
     environment = {**os.environ, **rank_environment(0, 2, free_port())}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
     )
     assert done.returncode == 1
     assert "RunError: the 2 processes have not found each other at 127.0.0.1:" in done.stderr

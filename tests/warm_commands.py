@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 
-from warm_process import WarmProcess
+from warm_process import THREADS, WarmProcess
 
 from megaphase.launch.local import free_port, rank_environment
 
@@ -34,7 +34,7 @@ def run(*arguments: object, prepare: Callable[[], object] | None = None) -> Comp
             argv,
             stdout=stdout,
             stderr=stderr,
-            env={"OMP_NUM_THREADS": "1", **rank_environment(0, 1, free_port())},
+            env={**THREADS, **rank_environment(0, 1, free_port())},
             prepare=prepare,
         )
         try:
@@ -57,21 +57,35 @@ def run_well(*arguments: object, prepare: Callable[[], object] | None = None) ->
 
 def run_killed(*arguments: object, before_step: int) -> None:
     """Run `megaphase train`, which is ended by SIGKILL when it is about to train a step."""
-    result = run("train", *arguments, prepare=partial(_kill_before, before_step))
+    result = run("train", *arguments, prepare=partial(kill_before, before_step))
     assert result.returncode == -signal.SIGKILL, result.stderr
 
 
-def _kill_before(step: int) -> None:
+def kill_before(step: int, rank: int = 0) -> None:
+    """In the processes of a run: one of them is ended when it is about to train a step."""
+    signal_before("_train_step", rank, signal.SIGKILL, lambda at, *_: at.step == step)
+
+
+def signal_before(
+    method: str,
+    rank: int,
+    number: signal.Signals,
+    when: Callable[..., bool] = lambda *_: True,
+) -> None:
+    """In the processes of a run: one of them gets a signal before each such call of a method of
+    its training loop."""
     from megaphase.training.loop import TrainingLoop
 
-    train_step = TrainingLoop._train_step
+    if int(os.environ["RANK"]) != rank:
+        return
+    call = getattr(TrainingLoop, method)
 
-    def killed_step(loop, at, *arguments):
-        if at.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        train_step(loop, at, *arguments)
+    def signalled(loop, *arguments):
+        if when(*arguments):
+            os.kill(os.getpid(), number)
+        return call(loop, *arguments)
 
-    TrainingLoop._train_step = killed_step  # type: ignore[method-assign]  # in this process alone
+    setattr(TrainingLoop, method, signalled)
 
 
 def _text(path: Path) -> str:

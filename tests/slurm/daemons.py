@@ -72,7 +72,7 @@ class Daemon:
             for first in children_of(self._unshare.pid):
                 os.kill(first, signal.SIGKILL)
             try:
-                self._unshare.wait(timeout=10)
+                self._unshare.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 self._unshare.kill()
         self._unshare.wait()

@@ -26,7 +26,6 @@ from megaphase.launch.slurm.next import newest_step
 from megaphase.tokenizer import Tokenizer
 
 CPU = {"gpus_per_node": 0, "tasks_per_node": 1, "cores": 1, "restarts": 0}
-SECONDS = 300.0
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +141,7 @@ def break_run(run: Path) -> None:
 
 def wait_for_the_end(cluster: Cluster, path: Path) -> str:
     """Wait until no job is left; the state of the last one that was to begin a round."""
-    wait_until(lambda: not cluster.run("squeue", "--noheader"), SECONDS)
+    wait_until(lambda: not cluster.run("squeue", "--noheader"))
     return cluster.state(next_job(path))
 
 
@@ -182,7 +181,7 @@ def test_a_sweep_ends_as_on_one_machine(cluster: Cluster, corpora: Path, tmp_pat
     assert f"and job {jobs['next']} behind them begins the next round" in again.stdout
     cluster.run("scancel", jobs["next"])
     _, _, expected = run_warm(here / "sweep.yaml")
-    wait_until(lambda: not cluster.run("squeue", "--noheader"), SECONDS)
+    wait_until(lambda: not cluster.run("squeue", "--noheader"))
 
     jobs = submit(cluster, path)
     assert list(jobs) == ["pretrain-0.6-p0.01-s11", "next"], logs(path)
@@ -270,19 +269,19 @@ def test_stopped_cancelled_and_failed_runs_go_on(
 
     def wait_for_steps(more: int) -> None:
         goal = more + newest_step(first)
-        wait_until(lambda: newest_step(first) >= goal, SECONDS)
+        wait_until(lambda: newest_step(first) >= goal)
 
     # A job that queues itself again has not ended for those that wait for it.
     jobs = submit(cluster, path)
     wait_for_steps(6)
     cluster.run("scancel", "--signal=USR1", f"{jobs['first-stage']}_0")
-    cluster.hurry(f"{jobs['first-stage']}_0", SECONDS)
+    cluster.hurry(f"{jobs['first-stage']}_0")
     assert cluster.state(jobs["next"]) == "PENDING"
     wait_for_steps(6)
 
     # All are cancelled: the same command lets them go on.
     cluster.run("scancel", jobs["next"], jobs["first-stage"])
-    wait_until(lambda: not cluster.run("squeue", "--noheader"), SECONDS)
+    wait_until(lambda: not cluster.run("squeue", "--noheader"))
     jobs = submit(cluster, path)
     assert list(jobs) == ["first-stage", "next"], logs(path)
     assert not directory.outcomes()

@@ -43,7 +43,7 @@ def time_limit(job: TrainJob) -> str:
     """Five minutes before it the script asks for a signal."""
     with job.paused():  # Slurm looks at limits every 30 seconds; the run would be done by then
         job.cluster.run("scontrol", "update", f"JobId={job.job}", "TimeLimit=4")
-        wait_until(lambda: _is_to_get(job.process(0), signal.SIGUSR1), 90)
+        wait_until(lambda: _is_to_get(job.process(0), signal.SIGUSR1))
     job.cluster.wait_for(job.job, "PENDING")
     job.cluster.run("scontrol", "update", f"JobId={job.job}", "TimeLimit=60")
     return "megaphase: SIGUSR1 came to rank 0: saved after step "
@@ -90,7 +90,7 @@ def kill(job: TrainJob) -> str:
 def _harm(job: TrainJob, number: signal.Signals) -> None:
     """Harm a rank on the second node: the last words of the job name it."""
     os.kill(job.process(2), number)
-    job.cluster.wait_for(job.job, "PENDING", seconds=90)
+    job.cluster.wait_for(job.job, "PENDING")
     log = job.cluster.log_of(job.job).splitlines()
     said = [line for line in log if "megaphase: " in line][-2:]
     assert said[0].startswith("n1: megaphase: rank 2 on n2 (process ")

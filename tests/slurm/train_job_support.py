@@ -11,14 +11,20 @@ from subprocess import CompletedProcess
 from typing import Any
 
 from cluster import Cluster
-from data_support import wait_until
+from data_support import LIMIT_SECONDS, wait_until
 from distributed import check, launch
-from run_support import megaphase, read_rows, run_settings, timeless, write_run_file
+from run_support import (
+    megaphase,
+    read_rows,
+    rows_so_far,
+    run_settings,
+    timeless,
+    write_run_file,
+)
 from warm_process import WarmProcess
 
 NODES, TASKS = 2, 2
 STEPS = (30, 20)
-START_SECONDS = 180.0
 LAYOUT = ["--nodes", NODES, "--gpus-per-node", 0, "--tasks-per-node", TASKS, "--cores", 1]
 
 
@@ -49,7 +55,7 @@ def launch_slurm(
     process = WarmProcess(
         "megaphase.cli:main", argv, stdout=stdout, stderr=stderr, env=environment, cwd=folder
     )
-    code = process.wait(START_SECONDS)
+    code = process.wait(LIMIT_SECONDS)
     return CompletedProcess(argv, code, stdout.read_text(), stderr.read_text())
 
 
@@ -72,8 +78,8 @@ class TrainJob:
     def train_further(self, steps: int = 3) -> None:
         """Wait until it has come so many steps further than ever before."""
         goal = self._step() + steps
-        self.cluster.wait_for(self.job, "RUNNING", seconds=START_SECONDS)
-        wait_until(lambda: self._step() >= goal or not self._runs(), START_SECONDS)
+        self.cluster.wait_for(self.job, "RUNNING")
+        wait_until(lambda: self._step() >= goal or not self._runs())
         assert self._runs(), self.cluster.log_of(self.job)
 
     def signal(self, name: str) -> None:
@@ -97,7 +103,7 @@ class TrainJob:
 
     def start_again(self) -> str:
         """Wait until it is queued again, and let it start; its log up to then."""
-        self.cluster.hurry(self.job, START_SECONDS)
+        self.cluster.hurry(self.job)
         return self.cluster.log_of(self.job)
 
     def rows_at_the_end(self) -> list[dict[str, Any]]:
@@ -105,7 +111,7 @@ class TrainJob:
 
         A stop between two checkpoints has one of its own, and is left out.
         """
-        self.cluster.wait_for(self.job, "COMPLETED", seconds=START_SECONDS)
+        self.cluster.wait_for(self.job, "COMPLETED")
         assert self.cluster.log_of(self.job).splitlines()[-1] == (
             f"megaphase: job {self.job}: all phases are done"
         )
@@ -116,9 +122,7 @@ class TrainJob:
         return self.cluster.state(self.job) == "RUNNING"
 
     def _step(self) -> int:
-        if not (self.run_dir / "metrics.jsonl").exists():
-            return 0
-        return max((row["step"] for row in read_rows(self.run_dir)), default=0)
+        return max((row["step"] for row in rows_so_far(self.run_dir)), default=0)
 
 
 def _environments() -> list[tuple[int, set[bytes]]]:
