@@ -16,3 +16,7 @@ OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 for name in list(os.environ):
     if name in OF_A_TERMINAL + OF_A_RANK or name.startswith(("SLURM_", "SBATCH_", "SRUN_")):
         del os.environ[name]
+
+# Threads only get in each other's way where matrices are as small as in the tests. torch reads this
+# when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -21,7 +21,7 @@ from subprocess import CompletedProcess
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
-from warm_process import THREADS, WarmProcess
+from warm_process import WarmProcess
 
 from megaphase.launch.local import free_port, rank_environment
 from megaphase.parallel.together import leaving_processes
@@ -72,7 +72,7 @@ class RunningRanks:
         self.processes = [
             self._start(
                 rank,
-                {**THREADS, **rank_environment(rank, processes, port), **(env or {})},
+                {**rank_environment(rank, processes, port), **(env or {})},
                 cwd,
             )
             for rank in range(processes)

@@ -7,8 +7,7 @@ engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
@@ -234,19 +233,7 @@ def curve(case: Case) -> Curve:
     return curves(case.tensor * case.data)[case]
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Threads only get in each other's way where matrices are this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @cache
-@one_thread()
 def plain_curve(name: str) -> Curve:
     """The same training by `plain_gpt`, from the first weights of the variant's 1 × 1 engine."""
     variant = VARIANTS[name]

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 
-from warm_process import THREADS, WarmProcess
+from warm_process import WarmProcess
 
 from megaphase.launch.local import free_port, rank_environment
 
@@ -34,7 +34,7 @@ def run(*arguments: object, prepare: Callable[[], object] | None = None) -> Comp
             argv,
             stdout=stdout,
             stderr=stderr,
-            env={**THREADS, **rank_environment(0, 1, free_port())},
+            env=rank_environment(0, 1, free_port()),
             prepare=prepare,
         )
         try:

@@ -31,9 +31,6 @@ _SERVER.set_forkserver_preload(
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-# Of a process of a job: one, where the environment of the tests does not ask for another number.
-THREADS = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-
 
 class WarmProcess:
     """What tests use of subprocess.Popen."""
@@ -110,7 +107,7 @@ def _main(
         os.chdir(folder)
     import torch
 
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
     if prepare is not None:
         prepare()
     sys.argv = ["megaphase", *arguments]
