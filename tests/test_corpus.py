@@ -20,7 +20,7 @@ from data_support import (
     start_python,
     tokens_of,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaphase.corpus import Corpus, CorpusWriter, DocumentBatch, Manifest
@@ -49,7 +49,7 @@ def prefix(tmp_path: Path) -> Path:
     return tmp_path / "en.v1"
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@settings(max_examples=40)
 @given(
     documents=st.lists(st.lists(st.integers(0, 65_535), max_size=5), min_size=1, max_size=20),
     vocab_size=st.sampled_from([65_499, 65_500, 70_000]),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_support import corpus_bytes, files_of, make_tokenizer, megatron_documents, write_jsonl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -23,7 +23,6 @@ from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.errors import InputError
 
 EOD = 0
-FACTORY = [HealthCheck.function_scoped_fixture]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def first_ones(documents: list[list[int]]) -> list[list[int]]:
 texts = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=3), min_size=1, max_size=40)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=FACTORY)
+@settings(max_examples=40, deadline=None)
 @given(corpora=st.lists(texts, min_size=1, max_size=3), bucket=st.integers(1, 50))
 def test_the_first_of_equal_documents_stays(tmp_path, monkeypatch, corpora, bucket) -> None:
     monkeypatch.setattr(duplicates, "_BUCKET_DOCUMENTS", bucket)
@@ -75,7 +74,7 @@ def test_tokens_alone_or_text_alone_make_no_duplicate(tmp_path: Path) -> None:
     assert megatron_documents(tmp_path / "b") == [[1, EOD], [2, EOD], [1, EOD]]
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=FACTORY)
+@settings(max_examples=15, deadline=None)
 @given(corpora=st.lists(texts, min_size=1, max_size=3), bucket=st.integers(1, 4000))
 def test_a_shuffle_is_one_permutation(tmp_path, monkeypatch, corpora, bucket) -> None:
     shutil.rmtree(tmp_path)

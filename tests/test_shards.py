@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from data_support import corpus_bytes, files_of, make_tokenizer, write_jsonl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -33,11 +33,7 @@ def in_process(task, items, workers):
     yield from map(task, items)
 
 
-@settings(
-    max_examples=25,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    deadline=None,
-)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any),
     compressed=st.lists(st.booleans(), min_size=4, max_size=4),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import zstandard
 from data_support import write_jsonl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaphase.data_tools.text import Reading, chunks, documents_of, read_chunks
@@ -86,7 +86,7 @@ def test_compressed_files_give_the_same(
     assert sum(chunk.file_bytes for chunk in cut) == packed.stat().st_size
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(max_examples=60)
 @given(
     lines=st.lists(st.sampled_from(["", " ", "a", "bb b", "ö", "\r", "c\r"]), max_size=20),
     chunk_bytes=st.integers(1, 12),

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from data_support import write_jsonl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaphase.data_tools.text import (
@@ -98,9 +98,7 @@ KINDS = ["jsonl", "txt", "separated", "parquet", "jsonl.gz", "txt.zst"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None
-)
+@settings(max_examples=100)
 @given(data=st.data(), lines=LINES, chunk_bytes=st.integers(1, 40))
 def test_parts_and_resumed_parts_give_every_document_once(
     tmp_path: Path, kind: str, data: st.DataObject, lines: list[str], chunk_bytes: int
