@@ -104,6 +104,28 @@ def test_another_tokenizer_is_refused(prefix: Path, tmp_path: Path) -> None:
         document_text(prefix, other, 0)
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".hash", ".sum"])
+def test_a_document_that_was_altered_is_not_shown(tok: Path, prefix: Path, suffix: str) -> None:
+    corpus = Corpus.open(prefix)
+    position = {
+        ".bin": int(corpus.byte_offsets[1]) + 2,
+        ".idx": 34 + 4,
+        ".hash": 8,
+        ".sum": 8,
+    }[suffix]
+    data = Path(f"{prefix}{suffix}").read_bytes()
+    edit_bytes(Path(f"{prefix}{suffix}"), position, bytes([data[position] ^ 1]))
+    with pytest.raises(InputError, match=r"en\.bin: document 1 was altered, or its entry in \.idx"):
+        document_text(prefix, tok, 1)
+    assert document_text(prefix, tok, 3) == TEXTS[4]
+
+
+def test_an_index_with_negative_lengths_is_named(prefix: Path) -> None:
+    edit_bytes(Path(f"{prefix}.idx"), 34 + 4, b"\xff" * 4)
+    with pytest.raises(InputError, match=r"en\.idx: was altered: it has documents without tokens"):
+        describe(prefix)
+
+
 def test_a_whole_corpus_is_verified(prefix: Path) -> None:
     assert verify(prefix) == Corpus.open(prefix).manifest
 

@@ -81,6 +81,15 @@ def written(folder: Path, kind: str, lines: list[str]) -> tuple[Path, Reading, l
         return write_parquet(folder / "a.parquet", lines), Reading(), lines
     if kind.startswith("jsonl"):
         path, reading, texts = write_jsonl(folder / "a.jsonl", lines), Reading(), lines
+    elif kind == "lines of json":
+        blank = [not line.strip(" \t\r\f\v") for line in lines]
+        texts = [line for line, is_blank in zip(lines, blank, strict=True) if not is_blank]
+        rows = (
+            line if is_blank else json.dumps({"text": line}, ensure_ascii=False) + "\r" * (i % 2)
+            for i, (line, is_blank) in enumerate(zip(lines, blank, strict=True))
+        )
+        mark = "\ufeff" * (len(lines) % 2)
+        path, reading = write_lines(folder / "a.jsonl", [mark, *rows]), Reading()
     elif kind == "separated":
         path, reading = write_lines(folder / "a.txt", lines), Reading(separator="%")
         texts = plain_documents(lines, lambda line: line in ("%", "%\r"))
@@ -94,7 +103,7 @@ def written(folder: Path, kind: str, lines: list[str]) -> tuple[Path, Reading, l
     return path, reading, texts
 
 
-KINDS = ["jsonl", "txt", "separated", "parquet", "jsonl.gz", "txt.zst"]
+KINDS = ["jsonl", "lines of json", "txt", "separated", "parquet", "jsonl.gz", "txt.zst"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

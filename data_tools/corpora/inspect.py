@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megaphase.corpus import Corpus
+from megaphase.corpus.manifest import corpus_file
+from megaphase.data_tools.corpora.verify import checked_document
 from megaphase.errors import InputError
 from megaphase.tokenizer import Tokenizer
 
@@ -22,10 +24,13 @@ _BAR_WIDTH = 40
 def describe(prefix: Path) -> RenderableType:
     """The corpus's figures and the distribution of its documents' lengths.
 
-    Raises InputError where the corpus cannot be opened.
+    Raises InputError where the corpus cannot be opened, or its index has lengths below 1.
     """
     corpus = Corpus.open(prefix)
     lengths = corpus.lengths[:: -(-len(corpus.lengths) // _LENGTHS_READ)]
+    if lengths.min() < 1:
+        problem = "was altered: it has documents without tokens"
+        raise InputError(corpus_file(prefix, ".idx"), problem, "tokenize again")
     return Group(
         _figures(corpus),
         Text("\ntokens in a document"),
@@ -38,8 +43,8 @@ def describe(prefix: Path) -> RenderableType:
 def document_text(prefix: Path, tokenizer_dir: Path, index: int) -> str:
     """The text of one document, counted from 0.
 
-    Raises InputError where there is no such document, or the corpus was made with another
-    tokenizer.
+    Raises InputError where there is no such document, it was altered, or the corpus was made with
+    another tokenizer.
     """
     corpus = Corpus.open(prefix)
     tokenizer = Tokenizer.load(tokenizer_dir)
@@ -55,7 +60,7 @@ def document_text(prefix: Path, tokenizer_dir: Path, index: int) -> str:
         raise InputError(
             "--document", f"{prefix} has no document {index}", f"choose 0 to {documents - 1}"
         )
-    return tokenizer.decode(corpus.document(index))
+    return tokenizer.decode(checked_document(corpus, index))
 
 
 def _figures(corpus: Corpus) -> Table:

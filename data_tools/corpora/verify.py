@@ -82,6 +82,20 @@ def checked_batches(
         raise _altered_document(corpus, altered_files[0])
 
 
+def checked_document(corpus: Corpus, index: int) -> np.ndarray:
+    """The tokens of one document, `corpus.document`; InputError where they are not those that its
+    checksum was made of."""
+    tokens = corpus.document(index)
+    # The index may give another length than the file has tokens for.
+    length = np.array([len(tokens)], np.int64)
+    chosen = slice(index, index + 1)
+    batch = DocumentBatch(tokens, length, corpus.hashes[chosen], corpus.sums[chosen])
+    if _first_altered(batch) is not None:
+        problem = f"document {index} was altered, or its entry in .idx, .hash or .sum"
+        raise InputError(corpus_file(corpus.prefix, ".bin"), problem, _REMEDY)
+    return tokens
+
+
 def _altered(prefix: Path, suffix: str, where: str = "") -> InputError:
     problem = f"was altered{where}: its hash is not the manifest's"
     return InputError(corpus_file(prefix, suffix), problem, _REMEDY)
