@@ -183,6 +183,13 @@ def test_a_language_without_text_is_named(tmp_path: Path) -> None:
         train_tokenizer({}, tmp_path / "tok", vocab_size=300)
 
 
+@pytest.mark.parametrize("text", ["\0", "\u2585", "<eod>", "<fr><fr>"])
+def test_text_of_nothing_that_sentencepiece_trains_on_is_refused(tmp_path: Path, text: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [text] * 20)
+    with pytest.raises(InputError, match="--input: the text has nothing that pieces can be made o"):
+        train_tokenizer({"a": [path]}, tmp_path / "tok", vocab_size=300, tags=("fr",))
+
+
 def test_only_a_tokenizer_is_replaced_and_only_when_asked(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["some words to learn from, some more words"])
     out = tmp_path / "tok"

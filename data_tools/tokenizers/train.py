@@ -258,6 +258,9 @@ def _explained(error: RuntimeError, job: TrainingJob) -> InputError | RunError:
         least = int(found[1])
         problem = f"{asked} has no room for the bytes, tags and characters of this text"
         return InputError(where, problem, f"choose {least} or more")
+    if re.search(r"all_chars_count|!(seed_)?sentence(s_|pieces)\.empty", message):
+        problem = "the text has nothing that pieces can be made of"
+        return InputError("--input", problem, "give more text")
     return RunError(f"sentencepiece failed: {message}")
 
 
