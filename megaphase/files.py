@@ -20,6 +20,7 @@ from typing import Any
 import xxhash
 
 from megaphase.errors import NO_SPACE, InputError, RunError
+from megaphase.set_aside import remove_leftover
 
 HASH_CHUNK_BYTES = 1 << 22
 
@@ -82,7 +83,10 @@ def read_file(path: Path, *, pipes: bool = False) -> bytes:
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file; OSError as of `read_file`, ValueError where it is no JSON."""
-    return json.loads(read_file(path))
+    try:
+        return json.loads(read_file(path))
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -112,7 +116,7 @@ def folder_bytes(folder: Path) -> int:
 def size_damage(path: Path, expected: int) -> str | None:
     """Why a file cannot be the one that had so many bytes, or None."""
     if not path.is_file():
-        return "is missing"
+        return "is not a regular file" if os.path.lexists(path) else "is missing"
     size = path.stat().st_size
     return None if size == expected else f"has {size} bytes, not {expected}"
 
@@ -205,13 +209,18 @@ def remove_directory(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
+def removal_path(directory: Path) -> Path:
+    """Where a directory is while it is removed."""
+    return directory.with_name(f".{directory.name}.removed")
+
+
 def remove_directory_at_once(directory: Path) -> None:
     """Remove a directory, so that no part of it is ever taken for all; what a killed call of this
     has left behind goes, too.
     """
-    doomed = directory.with_name(f".{directory.name}.removed")
-    remove_directory(doomed)
-    if directory.is_dir():
+    doomed = removal_path(directory)
+    remove_leftover(doomed)
+    if directory.is_dir() and not directory.is_symlink():
         os.rename(directory, doomed)
         remove_directory(doomed)
 
@@ -243,7 +252,7 @@ def directory_written_aside(
     Otherwise `discard` removes it.
     """
     aside = path_aside(final)
-    remove_directory(aside)
+    remove_leftover(aside)
     make_directory(aside)
     try:
         with _named(aside, final):

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from megaphase.set_aside import set_aside
+
 _POLL_SECONDS = 0.2
 
 
@@ -37,7 +39,7 @@ def _acquire(path: Path, waiting: Callable[[], object]) -> IO[bytes]:
         # A process that failed may have taken away the directory that it had made.
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            file = open(path, "wb")  # noqa: SIM115
+            file = _open(path)
         except FileNotFoundError:
             continue
         try:
@@ -52,6 +54,20 @@ def _acquire(path: Path, waiting: Callable[[], object]) -> IO[bytes]:
             file.close()
             raise
         file.close()
+
+
+def _open(path: Path) -> IO[bytes]:
+    """Open the lock file; a directory or a link that lies there is set aside."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return open(os.open(path, flags, 0o666), "r+b", buffering=0)
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
+            raise
+    # Of several processes that find it there, one renames it.
+    with suppress(FileNotFoundError):
+        set_aside(path, "a lock file")
+    raise FileNotFoundError(path)
 
 
 def _try_lock(file: IO[bytes]) -> bool:

@@ -1,17 +1,19 @@
 """Phases that end before their length is reached, and the best weights, in real runs."""
 
 import json
+import shutil
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 from rounding import approx_sum
-from run_support import make_corpora, read_rows, run_settings, timeless, write_run_file
-from warm_commands import run_killed, run_well
+from run_support import copy_run, make_corpora, read_rows, run_settings, timeless, write_run_file
+from warm_commands import run, run_killed, run_well
 
 from megaphase.config import load_run_file
 from megaphase.plan.build import ensure_built
-from megaphase.plan.history import read_origin, real_steps
+from megaphase.plan.history import phase_spans, read_history
 from megaphase.plan.plan import Plan
 from megaphase.plan.spec import plan_spec
 from megaphase.plan.trace import trace_step
@@ -80,10 +82,15 @@ def traced(run_dir):
     config = load_run_file(run_dir.parent / "run.yaml")
     spec = plan_spec(config, Tokenizer.load(config.tokenizer))
     plan = Plan(spec, ensure_built(spec, run_dir))
-    steps = real_steps(run_dir, plan, read_origin(run_dir))
-    places = [(phase, i + 1) for phase, count in enumerate(steps) for i in range(count)]
+    return trace_all(run_dir, plan)
+
+
+def trace_all(run_dir, plan):
+    spans = phase_spans(run_dir, read_history(run_dir), plan, 0)
+    assert [span.before for span in spans] == [0, *accumulate(span.steps for span in spans)][:-1]
+    places = [(phase, i + 1) for phase, span in enumerate(spans) for i in range(span.steps)]
     return {
-        step: trace_step(plan, phase, i, plan.first_ordinals(steps[:phase]))
+        step: trace_step(plan, phase, i, spans[phase].starts)
         for step, (phase, i) in enumerate(places, 1)
     }
 
@@ -152,6 +159,38 @@ def test_streams_go_on_where_the_phase_that_ended_early_stopped(run_dir, ends, t
         assert [(s["task"], s["ordinal"]) for s in found] == [
             (s.task, s.ordinal) for s in traced[step]
         ]
+
+
+def test_where_phases_ended_does_not_depend_on_the_log(run_dir, ends, traced, tmp_path):
+    config = load_run_file(run_dir.parent / "run.yaml")
+    spec = plan_spec(config, Tokenizer.load(config.tokenizer))
+    plan = Plan(spec, ensure_built(spec, run_dir))
+    copy = copy_run(run_dir.parent, tmp_path / "a").parent / "run"
+    (copy / "metrics.jsonl").unlink()
+    history = read_history(copy)
+    assert history.doubt is None
+    assert {phase.name: (phase.ended_after, phase.reason) for phase in history.phases} == ends
+    assert trace_all(copy, plan) == traced
+    # Without the ends and the starts: what an earlier version wrote, and its log.
+    shutil.copy(run_dir / "metrics.jsonl", copy)
+    without_history(copy)
+    assert trace_all(copy, plan) == traced
+    doubt = read_history(copy).doubt
+    assert doubt is not None
+    assert "was written by an earlier version" in doubt
+    said = run("plan", "trace", copy, "--step", ends["goal"][0] + 1, "--json")
+    assert said.returncode == 0, said.stderr
+    assert doubt in said.stderr
+    # The checkpoints at the ends of phases tell their steps, too.
+    (copy / "metrics.jsonl").unlink()
+    assert trace_all(copy, plan) == traced
+
+
+def without_history(run_dir):
+    for path in (run_dir / "checkpoints").glob("*-*/state.json"):
+        state = json.loads(path.read_text())
+        del state["history"], state["metrics_hash"]
+        path.write_text(json.dumps(state))
 
 
 def test_it_is_the_run_that_was_told_these_lengths(corpora, rows, ends, tmp_path):

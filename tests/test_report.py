@@ -457,8 +457,8 @@ def test_skipped_steps_are_drawn_and_tabled(run_dir, tmp_path):
         ("plan.json", '{"tasks": {}}', r"plan\.json: phases: Field required"),
         ("metrics.jsonl", None, r"metrics\.jsonl: no such file"),
         ("metrics.jsonl", "", r"metrics\.jsonl: has no validation row yet"),
-        ("metrics.jsonl", '{"step": 1\n{}\n', r"metrics\.jsonl:1: is not valid JSON"),
-        ("metrics.jsonl", '{"step": 1}\n', r"metrics\.jsonl:1: phase: Field required"),
+        ("metrics.jsonl", '{"step": 1\n{}\n', r"has no validation row: .* 2 lines cannot be read"),
+        ("metrics.jsonl", '{"step": 1}\n', r"has no validation row: .* 1 line cannot be read"),
         (
             "metrics.jsonl",
             '{"step": 0, "phase": "other", "validation": {}}\n',

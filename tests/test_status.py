@@ -114,6 +114,7 @@ def test_a_run_that_was_never_submitted(run_dir: Path) -> None:
     found = as_json(run_dir)
     assert age <= found.pop("idle_seconds") < age + 180  # until then it is rounded to 2.0 hours
     nothing = ("job", "state", "reason", "nodes", "excluded", "restarts", "divergence", "log")
+    nothing += ("metrics_problem",)
     # The first phase ended ten steps early: 90 steps are left of the 100 that were planned.
     assert found == dict.fromkeys(nothing) | {
         "run": str(run_dir),
@@ -244,14 +245,43 @@ def test_where_there_is_no_run_it_is_one_line(tmp_path: Path, name: str) -> None
     )
 
 
-@pytest.mark.parametrize(
-    ("file", "message"),
-    [("plan.json", "is damaged; restore it"), ("metrics.jsonl", "a row is not JSON; remove")],
-)
-def test_a_damaged_file_is_named(run_dir: Path, file: str, message: str) -> None:
-    path = run_dir / file
+def test_a_damaged_plan_is_named(run_dir: Path) -> None:
+    path = run_dir / "plan.json"
     path.write_text(path.read_text().replace(":", "", 1))
     done = call(run_dir)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"megaphase: {path}: {message}")
+    assert done.stderr.startswith(f"megaphase: {path}: is damaged; restore it")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_lines_of_the_metrics_that_are_no_rows_are_passed_over(run_dir: Path) -> None:
+    before, path = as_json(run_dir), run_dir / "metrics.jsonl"
+    rows = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([b"\0" * 50 + b"\n", b"[]\n", *rows, b'{"step": 7', b"5}\n"]))
+    found = as_json(run_dir)
+    assert found | {"idle_seconds": 0} == before | {"idle_seconds": 0}
+
+
+def test_metrics_that_are_shorter_than_at_the_newest_checkpoint(run_dir: Path) -> None:
+    folder = run_dir / "checkpoints" / "step-00000060"
+    folder.mkdir(parents=True)
+    state = {"step": 60, "phase_name": "joint", "metrics_bytes": 10_000_000, "history": HISTORY}
+    (folder / "state.json").write_text(json.dumps(state))
+    found = as_json(run_dir)
+    assert found["metrics_problem"].startswith("metrics.jsonl was cut off: ")
+    (run_dir / "metrics.jsonl").unlink()
+    found = as_json(run_dir)
+    assert (found["phase"], found["step"], found["steps"]) == ("joint", 60, 90)
+    assert found["metrics_problem"] == "metrics.jsonl is missing"
+    assert "metrics    metrics.jsonl is missing\n" in call(run_dir).stdout
+
+
+# The end of the first phase, as the run's checkpoints tell it.
+HISTORY = {
+    "origin": None,
+    "phases": [
+        {"name": "pretrain", "begun_after": 0, "starts": {}, "ended_after": 50, "reason": "early"},
+        {"name": "joint", "begun_after": 50, "starts": {}, "ended_after": None, "reason": None},
+    ],
+    "skipped_steps": [],
+}

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megaphase.checkpoint.names import CHECKPOINTS
-from megaphase.checkpoint.state import NAME
+from megaphase.checkpoint.state import checkpoint_folders, step_of
 from megaphase.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_WRONG_INPUT, RunError
 from megaphase.files import os_errors_named, read_json, write_json_whole
 from megaphase.launch.slurm.job_file import FOLDER
@@ -88,11 +88,8 @@ def write_chain(run_dir: Path, chain: Chain) -> None:
 
 def newest_step(run_dir: Path) -> int:
     """Of a run's newest checkpoint, by its name; 0 where there is none."""
-    folder = run_dir / CHECKPOINTS
-    if not folder.is_dir():
-        return 0
-    found = (NAME.fullmatch(path.name) for path in folder.iterdir())
-    return max((int(match[2]) for match in found if match and match[1] == "step"), default=0)
+    folders = checkpoint_folders(run_dir / CHECKPOINTS)
+    return max((step_of(folder.name) or 0 for folder in folders), default=0)
 
 
 def too_few_nodes(job: str, leave_out: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -10,14 +9,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from megaphase.checkpoint.names import newest_state
 from megaphase.errors import InputError
 from megaphase.files import read_json
 from megaphase.launch.slurm.job_file import read_job
-from megaphase.plan.history import phase_ends, read_origin
+from megaphase.metrics_rows import last_rows
+from megaphase.plan.history import metrics_problem, read_history, read_origin
 from megaphase.run_files import METRICS_FILE, PLAN_FILE
 from megaphase.slurm import JobRecord, look_up
 
-_TAIL_BYTES = 1 << 18
 _RECENT_STEPS = 50
 
 
@@ -42,6 +42,7 @@ class Status:
         remaining_seconds: of training, at that speed, should no phase end early.
         idle_seconds: since the last row of metrics.
         log: of the job.
+        metrics_problem: what is missing in the run's metrics, for people.
     """
 
     run: str
@@ -61,6 +62,7 @@ class Status:
     remaining_seconds: float | None
     idle_seconds: float | None
     log: str | None
+    metrics_problem: str | None = None
 
 
 def read_status(run_dir: Path) -> Status:
@@ -96,6 +98,7 @@ def read_status(run_dir: Path) -> Status:
         remaining_seconds=progress.remaining_seconds,
         idle_seconds=_seconds_since_change(run_dir / METRICS_FILE),
         log=job.log if job else None,
+        metrics_problem=metrics_problem(run_dir),
     )
 
 
@@ -142,14 +145,18 @@ class _Progress:
 def _progress(run_dir: Path, planned: Mapping[str, int]) -> _Progress:
     """From the steps that the plan gives every phase, and what became of them."""
     metrics, before = run_dir / METRICS_FILE, read_origin(run_dir).step
-    rows = list(_last_rows(metrics))
-    ends = dict(phase_ends(metrics))
+    rows, saved = last_rows(metrics), newest_state(run_dir) or {}
+    ends = read_history(run_dir).ends()
     steps = before
-    for phase, length in planned.items():
-        steps = ends.get(phase, steps + length)
+    for name, length in planned.items():
+        steps = ends.get(name, steps + length)
+    step = max((row["step"] for row in rows), default=before)
+    phase: str | None = next((row["phase"] for row in reversed(rows) if "phase" in row), None)
+    if saved.get("step", 0) > step or phase is None:  # the log was cut off, or lost
+        step, phase = max(step, saved.get("step", before)), saved.get("phase_name", phase)
     return _Progress(
-        phase=next((row["phase"] for row in reversed(rows) if "phase" in row), None),
-        step=max((row["step"] for row in rows), default=before),
+        phase=phase,
+        step=step,
         steps=steps,
         done=bool(planned) and list(planned)[-1] in ends,
         training=[row for row in rows if "step_seconds" in row][-_RECENT_STEPS:],
@@ -187,6 +194,8 @@ def _lines(status: Status) -> Iterator[tuple[str, str]]:
         yield "remaining", f"{_duration(status.remaining_seconds)} of training"
     if status.idle_seconds is not None:
         yield "last sign", f"{_duration(status.idle_seconds)} ago"
+    if status.metrics_problem is not None:
+        yield "metrics", status.metrics_problem
     if status.log is not None:
         yield "log", status.log
 
@@ -211,28 +220,14 @@ def _planned_steps(run_dir: Path) -> dict[str, int] | None:
         raise InputError(path, "is damaged", "restore it") from None
 
 
-def _last_rows(metrics: Path) -> Iterator[dict[str, Any]]:
-    """The last rows of a file that may be long, and may end with half of one."""
-    if not metrics.exists():
-        return
-    with open(metrics, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - _TAIL_BYTES))
-        lines = file.read().split(b"\n")
-    for line in lines[1 if size > _TAIL_BYTES else 0 : -1]:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            raise InputError(metrics, "a row is not JSON", "remove that line") from None
-
-
 def _is_of_divergence(row: Mapping[str, Any]) -> bool:
     """Whether a row says that training diverges, has ended by that, or does not any more."""
     return str(row.get("event", "")).startswith("divergence")
 
 
 def _median(rows: list[dict[str, Any]], key: str) -> float | None:
-    return statistics.median(row[key] for row in rows) if rows else None
+    numbers = [row[key] for row in rows if isinstance(row.get(key), int | float)]
+    return statistics.median(numbers) if numbers else None
 
 
 def _seconds_since_change(path: Path) -> float | None:

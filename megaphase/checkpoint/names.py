@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from megaphase.checkpoint.state import NAME, STATE_FILE, state_or_nothing
+from megaphase.checkpoint.state import STATE_FILE, checkpoint_folders, state_or_nothing
 from megaphase.errors import InputError
 from megaphase.validation_errors import hint
 
@@ -21,7 +22,7 @@ def find_checkpoint(text: str) -> Path:
         InputError: there is no such checkpoint.
     """
     folder = Path(text)
-    if (folder / STATE_FILE).is_file():
+    if _is_checkpoint(folder):
         return folder.resolve()
     run, separator, name = text.rpartition("@")
     if not separator:
@@ -39,17 +40,43 @@ def find_in_run(run: Path, name: str) -> Path:
     folder = run / CHECKPOINTS
     if not folder.is_dir():
         raise InputError(run, f"has no folder {CHECKPOINTS}", "give a run directory")
-    if name and (folder / name / STATE_FILE).is_file():
+    if name and _is_checkpoint(folder / name):
         return (folder / name).resolve()
     ends = _phase_ends(folder)
     if name in ends:
         return ends[name].resolve()
-    names = [*ends, *sorted(path.name for path in folder.iterdir() if path.name[0] != ".")]
+    there = sorted(path.name for path in folder.iterdir() if _is_checkpoint(path))
+    names = [*ends, *(each for each in there if each[0] != ".")]
     raise InputError(f"{run}@{name}", "there is no such checkpoint", hint(name, names, "there are"))
+
+
+def newest_state(run: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint of a run says that can be read; None where there is none."""
+    for folder in reversed(checkpoint_folders(run / CHECKPOINTS)):
+        state = state_or_nothing(folder)
+        if type(state.get("step")) is int:
+            return state
+    return None
+
+
+def permanent_ends(run: Path) -> dict[str, int]:
+    """The last steps of phases by the phase's name, as the checkpoints at their ends tell."""
+    states = {name: state_or_nothing(path) for name, path in _phase_ends(run / CHECKPOINTS).items()}
+    return {name: state["step"] for name, state in states.items() if type(state["step"]) is int}
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        return (path / STATE_FILE).is_file()
+    except (OSError, ValueError):  # a name that is too long, a folder that may not be read
+        return False
 
 
 def _phase_ends(folder: Path) -> dict[str, Path]:
     """The checkpoints at the ends of phases by the phase's name, the newest of each."""
-    found = sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name))
-    states = {path: state_or_nothing(path) for path in found}
-    return {state["phase_name"]: path for path, state in states.items() if state.get("permanent")}
+    states = {path: state_or_nothing(path) for path in checkpoint_folders(folder)}
+    return {
+        state["phase_name"]: path
+        for path, state in states.items()
+        if state.get("permanent") and "phase_name" in state and "step" in state
+    }

@@ -14,7 +14,7 @@ from megaphase.files import read_json
 CHECKPOINT_FORMAT = 2
 STATE_FILE = "state.json"
 LATEST = "latest"
-NAME = re.compile(r"(step|best)-(\d{8,})")
+NAME = re.compile(r"(step|best)-([0-9]{8,})")
 
 
 def full_name(step: int) -> str:
@@ -27,9 +27,35 @@ def best_name(step: int) -> str:
     return f"best-{step:08d}"
 
 
+def step_of(name: str, kind: str = "step") -> int | None:
+    """The step in the name of a checkpoint of this kind, None where it is the name of none."""
+    match = NAME.fullmatch(name)
+    if match is None or match[1] != kind or (match[2][0] == "0" and len(match[2]) > 8):
+        return None
+    return int(match[2])
+
+
+def checkpoint_folders(folder: Path, kind: str = "step") -> list[Path]:
+    """The directories in a run's folder of checkpoints that have the name of one, by their step.
+
+    Links and files with such a name are none of them.
+    """
+    if not folder.is_dir():
+        return []
+    found = [(step_of(path.name, kind), path) for path in folder.iterdir()]
+    named = [(step, path) for step, path in found if step is not None]
+    return [path for _, path in sorted(named) if path.is_dir() and not path.is_symlink()]
+
+
 def read_state(folder: Path) -> dict[str, Any]:
-    """What the writer of a checkpoint said about it."""
-    return read_json(folder / STATE_FILE)
+    """What the writer of a checkpoint said about it.
+
+    Raises OSError or ValueError where it cannot be read.
+    """
+    state = read_json(folder / STATE_FILE)
+    if not isinstance(state, dict):
+        raise ValueError(f"{STATE_FILE} is not a JSON object")
+    return state
 
 
 def state_or_nothing(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ lead to some: `latest`, and `best-TASK` and `best-mean`.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,15 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from megaphase.checkpoint.parameters import INDEX_FILE
-from megaphase.checkpoint.state import LATEST, NAME, STATE_FILE, read_state, state_or_nothing
+from megaphase.checkpoint.state import (
+    LATEST,
+    NAME,
+    STATE_FILE,
+    checkpoint_folders,
+    read_state,
+    state_or_nothing,
+    step_of,
+)
 from megaphase.errors import InputError, RunError
 from megaphase.files import (
     describe_file,
@@ -36,8 +45,18 @@ from megaphase.files import (
     write_json_whole,
 )
 from megaphase.parallel.agreement import Agreement
+from megaphase.set_aside import (
+    Say,
+    kind_of,
+    remove_leftover,
+    say_on_standard_error,
+    set_aside,
+    shown,
+)
 
 MANIFEST_FILE = "manifest.json"
+# What this program calls what it has not finished to write, or to remove.
+_LEFTOVER = re.compile(r"\.(.+\.(partial|link)|(step|best)-[0-9]{8,}\.removed)")
 
 
 @dataclass(frozen=True)
@@ -51,9 +70,13 @@ class Checkpoint:
 class CheckpointStore:
     """The directory in which a run's checkpoints lie."""
 
-    def __init__(self, folder: Path, agreement: Agreement) -> None:
+    def __init__(
+        self, folder: Path, agreement: Agreement, say: Say = say_on_standard_error
+    ) -> None:
+        """say: gets a sentence, on rank 0, about whatever lay in the way of a checkpoint."""
         self.folder = folder
         self._agreement = agreement
+        self._say = say
 
     def begin(self, name: str, needed_bytes: int) -> Path:
         """Make the directory aside for a checkpoint; called by all ranks.
@@ -76,8 +99,8 @@ class CheckpointStore:
         """
         aside, final = self._aside(name), self.folder / name
         complete(aside, index, state, files)
-        if final.exists():  # a run that went on from an older checkpoint comes by again
-            remove_directory_at_once(final)
+        if os.path.lexists(final):
+            self._clear(final)
         publish_directory(aside, final)
         if name.startswith("step-"):
             self.link(LATEST, name)
@@ -90,10 +113,10 @@ class CheckpointStore:
     def link(self, alias: str, name: str) -> None:
         """Let a link lead to a checkpoint, in one step."""
         aside, final = self.folder / f".{alias}.link", self.folder / alias
-        aside.unlink(missing_ok=True)
+        remove_leftover(aside, self._say)
         aside.symlink_to(name)
-        if final.is_dir() and not final.is_symlink():
-            remove_directory(final)  # the run was copied by a program that follows links
+        if os.path.lexists(final) and not final.is_symlink():
+            self._clear(final)  # perhaps the run was copied by a program that follows links
         os.replace(aside, final)
         fsync_path(self.folder)
 
@@ -108,7 +131,9 @@ class CheckpointStore:
         count, and stay until it comes by. sound_step: given while training seems to diverge; the
         newest checkpoint that is not of a later step stays, too.
         """
-        full = [name for name in self._names("step") if _step(name) <= _step(saved)]
+        last = step_of(saved, saved.partition("-")[0])
+        assert last is not None
+        full = [name for name in self._names("step") if (step_of(name) or 0) <= last]
         kept = {*full[-keep:], *best.values()}
         if sound_step is not None:
             kept |= set(_until(full, sound_step)[-1:])
@@ -120,7 +145,8 @@ class CheckpointStore:
                 remove_directory_at_once(folder)
 
     def prepare(self, best: Mapping[str, str]) -> None:
-        """Before a run trains: remove what a killed process left aside, and set `best-…` links.
+        """Before a run trains: remove what a killed process left aside, rename what else has the
+        name of something that the run will write, and set `best-…` links.
 
         Raises:
             RunError: the folder cannot be made or written; better now than at the first save.
@@ -128,11 +154,11 @@ class CheckpointStore:
         with os_errors_named(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=self.folder).close()
-            for leftover in self.folder.glob(".*"):
-                if leftover.is_symlink():
-                    leftover.unlink()
-                else:
-                    remove_directory(leftover)
+            for path in list(self.folder.iterdir()):
+                if _LEFTOVER.fullmatch(path.name):
+                    remove_leftover(path, self._say)
+                elif NAME.fullmatch(path.name) and kind_of(path) != "a directory":
+                    set_aside(path, "a checkpoint", self._say)
             for alias, name in best.items():
                 self.link(alias, name)
 
@@ -140,26 +166,33 @@ class CheckpointStore:
         """The newest checkpoint whose every byte is as it was written, None where none has been
         saved; called by all ranks.
 
-        `say` gets a sentence, on rank 0, about every newer one that is damaged.
+        `say` gets a sentence, on rank 0, about every newer one that is damaged, and about whatever
+        else has the name of a checkpoint.
 
         Raises:
             InputError: all that there are are damaged. No kill leaves that behind: to begin anew,
                 and write over the run's record, is for the user to decide.
         """
-        names = self._agreement.gather(self._names("step") if self._agreement.rank == 0 else [])[0]
+        mine = self._candidates() if self._agreement.rank == 0 else ([], [])
+        names, others = self._agreement.gather(mine)[0]
+        problem = None
         for name in reversed(names):
             folder = self.folder / name
             problem = self._damage(folder)
             if problem is None:
+                if self._agreement.rank == 0:
+                    for other in others:
+                        say(f"{other}; it is passed over")
                 return Checkpoint(folder, read_state(folder))
-            if name == names[0]:
-                raise InputError(
-                    "",
-                    f"{problem}, and no other checkpoint there is whole",
-                    f"put one back, or remove {self.folder} to begin anew",
-                )
-            if self._agreement.rank == 0:
+            if self._agreement.rank == 0 and name != names[0]:
                 say(f"{problem}; going back to the checkpoint before")
+        problem = problem or next(iter(others), None)
+        if problem is not None:
+            raise InputError(
+                "",
+                f"{problem}, and no other checkpoint there is whole",
+                f"put one back, or remove {self.folder} to begin anew",
+            )
         return None
 
     def open(self, folder: Path) -> Checkpoint:
@@ -176,8 +209,16 @@ class CheckpointStore:
         return Checkpoint(folder, read_state(folder))
 
     def newest_name(self, until: int | None = None) -> str | None:
-        """The newest checkpoint there is, or that is not of a later step, for messages."""
-        names = self._names("step")
+        """The newest checkpoint that a run could resume from, or that is not of a later step, for
+        messages.
+
+        Its manifest can be read; its other files are not looked at.
+        """
+        names = [
+            folder.name
+            for folder in checkpoint_folders(self.folder)
+            if _manifest_of(folder) is not None
+        ]
         return next(reversed(names if until is None else _until(names, until)), None)
 
     def _aside(self, name: str) -> Path:
@@ -186,7 +227,7 @@ class CheckpointStore:
     def _make(self, aside: Path, needed_bytes: int) -> None:
         with os_errors_named(aside):
             self.folder.mkdir(parents=True, exist_ok=True)
-            remove_directory(aside)
+            remove_leftover(aside, self._say)
             free = shutil.disk_usage(self.folder).free
             if needed_bytes > free:
                 raise RunError(
@@ -195,21 +236,44 @@ class CheckpointStore:
                 )
             aside.mkdir()
 
+    def _clear(self, final: Path) -> None:
+        """Remove an older or damaged checkpoint; set aside what is none."""
+        if final.is_dir() and not final.is_symlink() and (final / MANIFEST_FILE).is_file():
+            remove_directory_at_once(final)
+        else:
+            set_aside(final, "a checkpoint", self._say)
+
     def _names(self, kind: str) -> list[str]:
-        if not self.folder.is_dir():
-            return []
-        found = (path for path in self.folder.iterdir() if not path.is_symlink())
-        matches = (NAME.fullmatch(path.name) for path in found)
-        return sorted(match[0] for match in matches if match and match[1] == kind)
+        """Of the checkpoints that this program has written, in the order of their steps."""
+        folders = checkpoint_folders(self.folder, kind)
+        return [folder.name for folder in folders if (folder / MANIFEST_FILE).is_file()]
+
+    def _candidates(self) -> tuple[list[str], list[str]]:
+        """The names of the directories that may be whole, by their steps; and in words what else
+        has the name of a checkpoint."""
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            kind = kind_of(self.folder)
+            problem = "leads nowhere" if kind == "a symbolic link" else f"is {kind}"
+            return [], [f"{shown(self.folder)}: {problem}, where a run has its checkpoints"]
+        names = [folder.name for folder in checkpoint_folders(self.folder)]
+        others = []
+        if self.folder.is_dir():
+            for path in sorted(self.folder.iterdir()):
+                if step_of(path.name) is not None and path.name not in names:
+                    others.append(f"{path}: is {kind_of(path)}, not a checkpoint")
+        return names, others
 
     def _damage(self, folder: Path) -> str | None:
         """The first fault that any rank finds, or None; the ranks share the reading."""
-        try:
-            files = read_json(folder / MANIFEST_FILE)["files"]
+        files = _manifest_of(folder)
+        if files is None:
+            found: str | None = f"{folder / MANIFEST_FILE}: is missing or damaged"
+        else:
             mine = sorted(files)[self._agreement.rank :: self._agreement.world_size]
-            found = next(filter(None, (_fault(folder / n, files[n]) for n in mine)), None)
-        except (OSError, ValueError, KeyError, TypeError):
-            found = f"{folder / MANIFEST_FILE}: is missing or damaged"
+            try:
+                found = next(filter(None, (_fault(folder / n, files[n]) for n in mine)), None)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                found = f"{folder}: cannot be read ({getattr(error, 'strerror', None) or error})"
         return next(filter(None, self._agreement.gather(found)), None)
 
 
@@ -227,11 +291,18 @@ def complete(
 
 
 def _until(names: list[str], step: int) -> list[str]:
-    return [name for name in names if _step(name) <= step]
+    return [name for name in names if (step_of(name) or 0) <= step]
 
 
-def _step(name: str) -> int:
-    return int(name.rpartition("-")[2])
+def _manifest_of(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """What the manifest says of every file, None where it is missing or damaged."""
+    try:
+        files = read_json(folder / MANIFEST_FILE)["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not isinstance(files, dict) or not {STATE_FILE, INDEX_FILE} <= files.keys():
+        return None
+    return files
 
 
 def _fault(path: Path, described: dict[str, Any]) -> str | None:

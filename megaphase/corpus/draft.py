@@ -15,6 +15,7 @@ from megaphase.errors import InputError
 from megaphase.files import remove_directory, write_json_whole
 from megaphase.locks import exclusive_lock
 from megaphase.records import read_record
+from megaphase.set_aside import make_way_for_directory
 
 _STATE_NAME = "state.json"
 _LOCK_NAME = "lock"
@@ -77,6 +78,7 @@ class Draft:
         return state.manifest if state else None
 
     def __enter__(self) -> Self:
+        make_way_for_directory(self.folder, "the draft of a corpus")
         with ExitStack() as opened:
             opened.enter_context(exclusive_lock(self.folder / _LOCK_NAME, self._refuse))
             opened.callback(self._leave)
@@ -142,7 +144,9 @@ class Draft:
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
-            if path.name != _LOCK_NAME:
+            if path.is_dir() and not path.is_symlink():
+                remove_directory(path)
+            elif path.name != _LOCK_NAME:
                 path.unlink()
 
     def _leave(self) -> None:

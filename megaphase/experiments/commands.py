@@ -123,6 +123,8 @@ def _run_report(run_dirs: list[Path], out: Path, console: Console) -> Path:
     for run_dir in run_dirs:
         run = load_run(run_dir)
         console.print(summary_table(run))
+        if run.hole is not None:
+            console.print(f"Warning: {run.hole}", style="yellow", markup=False, soft_wrap=True)
         for sentence in verdicts(run):
             console.print(sentence, markup=False, soft_wrap=True)
         console.print()

@@ -70,6 +70,7 @@ def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
             axes.plot(*_training_curve(run, task), color=colours[task], alpha=0.3, linewidth=1.0)
         axes.set_ylim(loss_limits(curves.values(), _steps_of([run])))
         label_line_ends(axes, _line_ends(curves, colours))
+        _mark_holes(axes, run)
         _mark_switches(axes, run)
         legend_on_top(figure, keys, columns=3)
     return figure
@@ -90,6 +91,7 @@ def learning_rate_plot(run: RunRecord, size: Size) -> Figure:
             axes.plot([r.step for r in rows], [r.learning_rate for r in rows], color=INK, lw=1.5)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+        _mark_holes(axes, run)
         _mark_switches(axes, run)
     return figure
 
@@ -185,6 +187,14 @@ def _line_look(low_resource: bool) -> dict[str, Any]:
 
 def _switch_label_inches(run: RunRecord) -> float:
     return 0.15 + len(run.switches) * LABEL_GAP_POINTS / 72
+
+
+def _mark_holes(axes: Axes, run: RunRecord) -> None:
+    """Hatched where the metrics have no rows; a line across joins what was measured around it."""
+    for first, last in run.missing_steps:
+        axes.axvspan(
+            first - 1, last, facecolor="none", edgecolor=INK, alpha=0.25, hatch="///", lw=0
+        )
 
 
 def _mark_switches(axes: Axes, run: RunRecord) -> None:

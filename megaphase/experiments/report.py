@@ -42,8 +42,14 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
         if not run.validation:
             raise InputError(
                 run.directory / METRICS_FILE,
-                "has no validation row yet",
-                "wait until the run has validated for the first time",
+                *(
+                    (f"has no validation row: {run.hole}", "restore it")
+                    if run.hole
+                    else (
+                        "has no validation row yet",
+                        "wait until the run has validated for the first time",
+                    )
+                ),
             )
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     return write_page(out, title, lambda folder: _body(runs, folder))

@@ -102,6 +102,8 @@ def _state(run: RunRecord) -> str:
     if run.training:
         speed = statistics.median(row.tokens_per_second for row in run.training)
         text += f"; {run.training[-1].tokens:,} tokens, {speed:,.0f} a second (median)"
+    if run.hole is not None:
+        text += f"; {run.hole}"
     return f"{text}."
 
 

@@ -6,17 +6,19 @@ have the length that they came to, and a branch counts its steps on from the run
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, RootModel, ValidationError
 
+from megaphase.checkpoint.names import newest_state
 from megaphase.errors import InputError
-from megaphase.plan.history import Origin, read_origin
+from megaphase.metrics_rows import Row, Steps, missing_steps, read_lines, steps_in_words
+from megaphase.plan.history import Origin, RunHistory, read_history, read_origin
 from megaphase.records import read_record
 from megaphase.run_files import METRICS_FILE, PLAN_FILE, RUN_FILE
 
@@ -119,7 +121,11 @@ class Event(_Record):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that a run directory tells. Rows are in the order of their steps."""
+    """All that a run directory tells. Rows are in the order of their steps.
+
+    missing_steps: those whose training rows are not in the metrics, though the run has done them.
+    unreadable_lines: of the metrics.
+    """
 
     directory: Path
     name: str
@@ -129,6 +135,19 @@ class RunRecord:
     validation: Sequence[ValidationRow]
     events: Sequence[Event]
     origin: Origin
+    missing_steps: Sequence[Steps] = ()
+    unreadable_lines: int = 0
+
+    @property
+    def hole(self) -> str | None:
+        """What is missing in the metrics, in words."""
+        parts = []
+        if self.missing_steps:
+            parts.append(f"the rows of {steps_in_words(self.missing_steps)} are missing")
+        if self.unreadable_lines:
+            plural = "s" if self.unreadable_lines > 1 else ""
+            parts.append(f"{self.unreadable_lines:,} line{plural} cannot be read")
+        return f"{METRICS_FILE} is damaged: {' and '.join(parts)}" if parts else None
 
     @property
     def low_resource_tasks(self) -> frozenset[str]:
@@ -206,19 +225,24 @@ def load_run(run_dir: Path) -> RunRecord:
     """Read a run directory, also while the run is going on.
 
     Raises:
-        InputError: a file is missing or not what it should be; names the file, and the line of a
-            broken row in `metrics.jsonl`.
+        InputError: a file is missing or not what it should be; names the file. Lines of
+            `metrics.jsonl` that are no rows are passed over and counted.
     """
     if not run_dir.is_dir():
         raise InputError(run_dir, "is not a directory", REMEDY)
     settings = read_record(run_dir / RUN_FILE, RootModel[dict[str, Any]], REMEDY).root
     plan = read_record(run_dir / PLAN_FILE, PlanRecord, REMEDY)
-    training, validation, events = _read_metrics(run_dir / METRICS_FILE)
+    metrics = _read_metrics(run_dir / METRICS_FILE)
     known = {phase.name for phase in plan.phases}
-    origin = read_origin(run_dir)
+    origin, history = read_origin(run_dir), read_history(run_dir)
+    events = [*metrics.events, *_lost_ends(history, metrics.events)]
     plan = _as_it_came_out(plan, origin.step, events)
     name = run_dir.resolve().name
+    training, validation = metrics.training, metrics.validation
     run = RunRecord(run_dir, name, settings, plan, training, validation, events, origin)
+    done = max(run.last_step, (newest_state(run_dir) or {}).get("step", 0))
+    missing = missing_steps((row.step for row in training), origin.step + 1, done)
+    run = replace(run, missing_steps=missing, unreadable_lines=metrics.unreadable)
     for row in run.rows:
         if row.phase not in known:
             raise InputError(
@@ -227,6 +251,16 @@ def load_run(run_dir: Path) -> RunRecord:
                 "the two files are of different runs",
             )
     return run
+
+
+def _lost_ends(history: RunHistory, events: Sequence[Event]) -> list[Event]:
+    """The ends of phases that the checkpoints tell and the log does not."""
+    told = {event.phase for event in events if event.event == "phase_end"}
+    return [
+        Event(step=phase.ended_after, event="phase_end", phase=phase.name, reason=phase.reason)
+        for phase in history.phases
+        if phase.ended_after is not None and phase.name not in told
+    ]
 
 
 def _as_it_came_out(plan: PlanRecord, step: int, events: Sequence[Event]) -> PlanRecord:
@@ -268,45 +302,45 @@ def _shortened(
     return PhasePlan(name=phase.name, steps=steps, tokens=tokens, tasks=tasks, ended_early=reason)
 
 
-def _read_metrics(path: Path) -> tuple[list[TrainingRow], list[ValidationRow], list[Event]]:
+@dataclass(frozen=True)
+class _Metrics:
+    training: list[TrainingRow]
+    validation: list[ValidationRow]
+    events: list[Event]
+    unreadable: int
+
+
+def _read_metrics(path: Path) -> _Metrics:
     # Keyed, so that a row written again after a resume takes the place of the first.
     training: dict[int, TrainingRow] = {}
     validation: dict[tuple[int, str], ValidationRow] = {}
     events: list[Event] = []
-    try:
-        file = open(path, "rb")  # noqa: SIM115  # closed by the with below
-    except FileNotFoundError:
-        raise InputError(path, "no such file", "wait until the run has begun") from None
-    with file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break  # the run is writing it at this moment
-            row = _read_row(f"{path}:{number}", line)
-            if isinstance(row, TrainingRow):
-                training[row.step] = row
-            elif isinstance(row, ValidationRow):
-                validation[row.step, row.phase] = row
-            else:
-                events.append(row)
-    return (
+    unreadable = 0
+    if not path.is_file():
+        raise InputError(path, "no such file", "wait until the run has begun")
+    for line in read_lines(path):  # but for one that the run is writing at this moment
+        row = None if line.row is None else _read_row(line.row)
+        if row is None:
+            unreadable += 1
+            continue
+        if isinstance(row, TrainingRow):
+            training[row.step] = row
+        elif isinstance(row, ValidationRow):
+            validation[row.step, row.phase] = row
+        else:
+            events.append(row)
+    return _Metrics(
         sorted(training.values(), key=lambda row: row.step),
         # A stable sort: the end of one phase and the start of the next share a step.
         sorted(validation.values(), key=lambda row: row.step),
         events,
+        unreadable,
     )
 
 
-def _read_row(where: str, line: bytes) -> TrainingRow | ValidationRow | Event:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise InputError(where, f"is not valid JSON ({error})", "mend or remove the line") from None
+def _read_row(value: Row) -> TrainingRow | ValidationRow | Event | None:
     kind: type[TrainingRow] | type[ValidationRow] | type[Event] = TrainingRow
-    if isinstance(value, dict):
-        kind = Event if "event" in value else ValidationRow if "validation" in value else kind
-    try:
+    kind = Event if "event" in value else ValidationRow if "validation" in value else kind
+    with suppress(ValidationError):
         return kind.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "row"
-        raise InputError(where, f"{key}: {first['msg']}", "mend or remove the line") from None
+    return None

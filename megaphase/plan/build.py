@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -41,6 +42,9 @@ from megaphase.plan.mixture import effective_rates, integer_weights, requested_r
 from megaphase.plan.pieces import PieceWriter
 from megaphase.plan.spec import FORMAT_VERSION, PhaseSpec, PlanSpec, task_supply
 from megaphase.plan.stream import DOCUMENTS_PER_CALL, Stream
+from megaphase.set_aside import make_way_for_directory, set_aside
+
+_OF_AN_INDEX = re.compile(rf"{INDEX_FILE}|{STARTS_FILE}|blend-[0-9]+\.(tasks|counts)")
 
 # Samples made between two looks at whether to go on; a block of a blend may be larger.
 SAMPLES_PER_CALL = 1 << 19
@@ -67,21 +71,31 @@ def ensure_built(
         RunError: the disk is too small or cannot be written to.
     """
     folder = plan_folder(run_dir, spec)
-    if folder.exists() and damage(folder, spec) is None:
+    if folder.is_dir() and damage(folder, spec) is None:
         return folder
+    with _os_errors_named(folder):
+        make_way_for_directory(folder.parent, "the directory of plans", say)
     with _new_directories(folder.parent, run_dir) as new, _os_errors_named(folder):
         waiting = partial(say, f"{folder}: another process is building this plan; waiting for it")
         with exclusive_lock(folder.with_name(f".{folder.name}.lock"), waiting):
+            make_way_for_directory(folder, "the index of a plan", say)
             if folder.exists():
                 problem = damage(folder, spec)
                 if problem is None:
                     return folder
-                say(f"{folder}: {problem}; building the plan again")
-                shutil.rmtree(folder)
+                _remove_damaged(folder, problem, say)
             remove_abandoned(folder)
             _check_space(spec, folder)
             build_index(spec, folder, progress, discard=partial(remove_soon, then_if_empty=new))
     return folder
+
+
+def _remove_damaged(folder: Path, problem: str, say: Say) -> None:
+    if folder.is_symlink() or any(not _OF_AN_INDEX.fullmatch(p.name) for p in folder.iterdir()):
+        set_aside(folder, "the index of a plan", say)
+    else:
+        say(f"{folder}: {problem}; building the plan again")
+        shutil.rmtree(folder)
 
 
 @contextmanager

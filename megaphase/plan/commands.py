@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,11 +12,7 @@ from typer.core import TyperGroup
 from megaphase.arguments import MOST, Overrides, RunFile, finite
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.console import Console
-
-    from megaphase.config import RunConfig
-    from megaphase.plan.plan import Plan
 
 # Columns of a table in a file or a pipe, where nothing needs to be folded.
 PLAIN_WIDTH = 160
@@ -116,7 +113,9 @@ def trace_command(
     step: Annotated[
         int, typer.Option(min=1, help="As in metrics.jsonl: from 1, counted over the whole run.")
     ],
-    run_file: RunFile,
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run directory, or the run file (YAML).")
+    ],
     overrides: Overrides = None,
     task: Annotated[str | None, typer.Option(help="Only samples of this task.")] = None,
     row: Annotated[int | None, typer.Option(help="Only this row of the global batch.")] = None,
@@ -125,62 +124,45 @@ def trace_command(
 ) -> None:
     """Show what a training step saw: each sample's task, epoch, documents and offsets.
 
-    Example: megaphase plan trace run.yaml --step 1234 --task hi --text
+    Example: megaphase plan trace runs/multilingual --step 1234 --task hi --text
     """
     from json import dumps
 
     from megaphase.errors import InputError
-    from megaphase.plan.opening import open_plan, open_run
     from megaphase.plan.trace import as_json, print_texts, sample_texts, trace_step, trace_table
+    from megaphase.plan.traced_run import open_traced_run
 
-    config, tokenizer = open_run(run_file, overrides)
-    plan = open_plan(config, tokenizer)
-    if task is not None and task not in config.tasks:
-        raise InputError(
-            "--task", f"{run_file} has no task {task!r}", f"the tasks are {', '.join(config.tasks)}"
+    with open_traced_run(run, overrides) as traced:
+        plan, tokenizer = traced.plan, traced.tokenizer
+        tasks = traced.config.tasks
+        if task is not None and task not in tasks:
+            raise InputError(
+                "--task", f"{run} has no task {task!r}", f"the tasks are {', '.join(tasks)}"
+            )
+        size = plan.spec.samples_per_step
+        if row is not None and not 0 <= row < size:
+            raise InputError("--row", f"a step has no row {row}", f"give 0 to {size - 1:,}")
+        phase, phase_step, starts = traced.find_step(step)
+        samples = [
+            sample
+            for sample in trace_step(plan, phase, phase_step, starts)
+            if task in (None, sample.task) and row in (None, sample.row)
+        ]
+        if json:
+            for sample in samples:
+                texts = sample_texts(plan, sample, tokenizer) if text else None
+                print(dumps(as_json(sample, texts), ensure_ascii=False))
+            return
+        console = _console()
+        console.print(
+            f"step {step:,}: step {phase_step:,} of {plan.phases[phase].name}, "
+            f"{len(samples):,} of {size:,} samples",
+            markup=False,
         )
-    size = plan.spec.samples_per_step
-    if row is not None and not 0 <= row < size:
-        raise InputError("--row", f"a step has no row {row}", f"give 0 to {size - 1:,}")
-    phase, phase_step, starts = _find_step(config, plan, step)
-    samples = [
-        sample
-        for sample in trace_step(plan, phase, phase_step, starts)
-        if task in (None, sample.task) and row in (None, sample.row)
-    ]
-    if json:
-        for sample in samples:
-            texts = sample_texts(plan, sample, tokenizer) if text else None
-            print(dumps(as_json(sample, texts), ensure_ascii=False))
-        return
-    console = _console()
-    console.print(
-        f"step {step:,}: step {phase_step:,} of {plan.phases[phase].name}, "
-        f"{len(samples):,} of {size:,} samples",
-        markup=False,
-    )
-    if text:
-        print_texts(console, plan, samples, tokenizer)
-    else:
-        console.print(trace_table(samples))
-
-
-def _find_step(config: RunConfig, plan: Plan, step: int) -> tuple[int, int, np.ndarray]:
-    """A step's phase, its number there, and the ordinals at which the phase's streams went on."""
-    from megaphase.errors import InputError
-    from megaphase.plan.history import read_origin, real_steps
-    from megaphase.plan.trace import find_step
-
-    origin = read_origin(config.output)
-    steps = real_steps(config.output, plan, origin)
-    try:
-        phase, phase_step = find_step(steps, step - origin.step)
-    except IndexError:
-        first, last = origin.step + 1, origin.step + sum(steps)
-        raise InputError(
-            "--step", f"there is no step {step}", f"give {first:,} to {last:,}"
-        ) from None
-    return phase, phase_step, plan.first_ordinals(steps[:phase])
+        if text:
+            print_texts(console, plan, samples, tokenizer)
+        else:
+            console.print(trace_table(samples))
 
 
 def _console() -> Console:

@@ -81,7 +81,7 @@ def damage(folder: Path, spec: PlanSpec) -> str | None:
         header = read_header(folder)
     except FileNotFoundError:
         return f"{INDEX_FILE} is missing"
-    except ValueError:
+    except (OSError, ValueError):
         return f"{INDEX_FILE} has been altered"
     if header.get("format") != FORMAT_VERSION or header.get("fingerprint") != spec.fingerprint:
         return f"{INDEX_FILE} belongs to another plan"

@@ -8,6 +8,7 @@ from typing import Any
 from megaphase.checkpoint.parameters import StoredParameters
 from megaphase.checkpoint.store import Checkpoint
 from megaphase.parallel.together import together
+from megaphase.plan.history import RunHistory, history_of_state
 from megaphase.training.branch import Branch
 from megaphase.training.engine import Engine
 from megaphase.training.position import Position
@@ -63,6 +64,16 @@ class Beginning:
         starts = tuple(self.setting.plan.first_ordinals([]).tolist())
         tokens = self.branch.tokens if self.branch else 0
         return Position(0, 0, self.first_step, tokens, starts, tokens_per_step)
+
+    def history(self) -> RunHistory:
+        """What became of the run by then."""
+        if self.state is not None:
+            history = history_of_state(self.setting.config.output, self.state)
+        else:
+            history = RunHistory()
+        if self.branch is not None:
+            history.origin = self.branch.facts()
+        return history
 
     def load(self, engine: Engine) -> None:
         """Give the engine the weights and the optimizer state of the beginning.

@@ -10,7 +10,8 @@ from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.state import STATE_FILE, read_state, state_or_nothing
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
-from megaphase.files import os_errors_named, read_json, write_json_whole
+from megaphase.files import os_errors_named, write_json_whole
+from megaphase.plan.history import read_origin_record
 from megaphase.plan.spec import PlanSpec
 from megaphase.run_files import ORIGIN_FILE
 from megaphase.training.run_directory import RunDirectory
@@ -39,16 +40,19 @@ class Branch:
 
     def record(self, run_dir: Path) -> None:
         """Write down where the run begins, so that it can go on without being told again."""
-        facts = {
+        with os_errors_named(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_json_whole(run_dir / ORIGIN_FILE, self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """What `origin.json` and every checkpoint of the run say of it."""
+        return {
             "source": self.source,
             "checkpoint": str(self.checkpoint),
             "step": self.step,
             "tokens": self.tokens,
             "used": self.used,
         }
-        with os_errors_named(run_dir):
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_json_whole(run_dir / ORIGIN_FILE, facts)
 
     def check(self, config: RunConfig, spec: PlanSpec, model: dict[str, Any]) -> None:
         """Refuse a model or streams that are not those of the run that this one goes on from.
@@ -102,14 +106,14 @@ def recorded_branch(directory: RunDirectory) -> Branch | None:
 
     Its checkpoint is needed until the run has one of its own; it may be gone by now.
     """
-    path = directory.path / ORIGIN_FILE
-    if not path.exists():
+    record = read_origin_record(directory.path)
+    if record is None:
         return None
     try:
-        record = read_json(path)
         folder = Path(record["checkpoint"])
         facts = record["source"], folder, record["step"], record["tokens"], record["used"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
+        path = directory.path / ORIGIN_FILE
         raise InputError(path, "is damaged", "branch into another output") from None
     return Branch(*facts, state_or_nothing(folder), is_new=False)
 

@@ -18,6 +18,7 @@ from megaphase.errors import RunError, Stopped
 from megaphase.parallel.agreement import Agreement
 from megaphase.parallel.watchdog import Watchdog
 from megaphase.plan.dataset import Batch, StepReader
+from megaphase.plan.history import RunHistory
 from megaphase.plan.plan import Plan
 from megaphase.training.divergence_watch import DivergenceWatch
 from megaphase.training.engine import Engine, StepResult
@@ -43,6 +44,7 @@ class Guards:
     monitor: OverfitMonitor
     losses: LossWatch
     divergence: DivergenceWatch
+    history: RunHistory
     trace: StepTrace
     profiler: StepProfiler
 
@@ -90,6 +92,8 @@ class TrainingLoop:
     def _begin_phase(self, at: Position, *, switched: bool) -> None:
         """The switch: the weights stay; with `reset`, nothing else of the phase before does."""
         phase = self._config.phases[at.phase]
+        starts = dict(zip(self._plan.tasks, at.starts, strict=True))
+        self._guards.history.begin_phase(phase.name, at.step, starts)
         self._record.event(at.step, "phase_start", phase=phase.name)
         if switched and phase.optimizer_state == "reset":
             self._engine.state.reset()
@@ -159,6 +163,7 @@ class TrainingLoop:
     def _leave_out(self, at: Position, result: StepResult) -> None:
         """A step whose gradient is not finite changed nothing; too many in a row are the end."""
         self._guards.losses.skip()
+        self._guards.history.skip(at.step)
         in_a_row, allowed = self._guards.losses.skipped_in_a_row, self._config.faults.skip_batches
         phase, trace = self._config.phases[at.phase].name, self._guards.trace.write(at)
         tasks = [
@@ -197,6 +202,7 @@ class TrainingLoop:
 
     def _end_phase(self, at: Position, reason: str) -> Position:
         phase = self._config.phases[at.phase].name
+        self._guards.history.end_phase(phase, at.step, reason)
         self._record.event(at.step, "phase_end", phase=phase, reason=reason)
         if at.phase_step < self._plan.phases[at.phase].steps:
             self._record.say(f"{phase} step {at.step:,}  the phase ends: {reason}")

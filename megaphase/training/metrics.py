@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megaphase.errors import RunError
-from megaphase.files import os_errors_named, write_all
-
-Row = dict[str, Any]
+from megaphase.files import HASH_CHUNK_BYTES, new_hash, os_errors_named, write_all
+from megaphase.metrics_rows import Row
+from megaphase.set_aside import Say, make_way_for_directory, say_on_standard_error
 
 TRAINING_SCALARS = (
     "loss",
@@ -28,15 +28,26 @@ TRAINING_SCALARS = (
 class MetricsLog:
     """Appends rows of training, validation and events; used by rank 0 only.
 
-    Opening it for a run that goes on cuts off what was written after the checkpoint.
+    Opening it for a run that resumes cuts off what was written after the checkpoint; for one that
+    begins anew, all of it, with what TensorBoard shows.
     """
 
-    def __init__(self, path: Path, *, keep_bytes: int, tensorboard: Path | None, step: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        keep_bytes: int,
+        tensorboard: Path | None,
+        resumed_step: int | None,
+        say: Say = say_on_standard_error,
+    ) -> None:
         """
         Args:
-            keep_bytes: how much of the file belongs to the checkpoint that the run goes on from.
+            keep_bytes: how much of the file belongs to the checkpoint that the run resumes from.
             tensorboard: directory of TensorBoard's files, None for none.
-            step: steps already done; what TensorBoard has beyond is hidden.
+            resumed_step: of that checkpoint; what TensorBoard has beyond is hidden. None where the
+                run begins anew.
+            say: gets a sentence about what lay in the way.
         """
         self._path = path
         with os_errors_named(path):
@@ -44,12 +55,10 @@ class MetricsLog:
             # Unbuffered: a row that could not be written is not tried again when it is closed.
             self._file = open(path, "rb+", buffering=0)  # noqa: SIM115  # open for a whole run
             self._file.truncate(keep_bytes)
-            self._file.seek(keep_bytes)
-        self._board = None
-        if tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
+            self._digest = new_hash()
+            while chunk := self._file.read(HASH_CHUNK_BYTES):
+                self._digest.update(chunk)
+        self._board = None if tensorboard is None else _Board(tensorboard, resumed_step, say)
 
     def write(self, row: Row) -> None:
         """Append one row; numbers that JSON does not have become null.
@@ -60,13 +69,12 @@ class MetricsLog:
         line = json.dumps(_finite(row), ensure_ascii=False).encode() + b"\n"
         with os_errors_named(self._path):
             write_all(self._file.fileno(), line)
+        self._digest.update(line)
         if self._board is not None:
-            with os_errors_named(Path(self._board.log_dir)):
-                for name, value in _scalars(row):
-                    self._board.add_scalar(name, value, row["step"])
+            self._board.write(row)
 
-    def sync(self) -> int:
-        """Force all rows to the disk; returns the file's size in bytes.
+    def sync(self) -> dict[str, Any]:
+        """Force all rows to the disk; `metrics_bytes` and `metrics_hash`, for a checkpoint's state.
 
         Raises:
             RunError: the disk is full, or the like.
@@ -74,18 +82,60 @@ class MetricsLog:
         with os_errors_named(self._path):
             os.fsync(self._file.fileno())
         if self._board is not None:
-            with os_errors_named(Path(self._board.log_dir)):
-                self._board.flush()
-        return self._file.tell()
+            self._board.flush()
+        return {
+            "metrics_bytes": self._file.tell(),
+            "metrics_hash": self._digest.hexdigest(),
+        }
 
     def close(self) -> None:
         """Write out and close everything, as far as the disk takes it."""
-        with suppress(RunError):  # said already, or of rows that a run that goes on writes again
+        with suppress(RunError):  # said already, or of rows that a resumed run writes again
             self.sync()
         self._file.close()
         if self._board is not None:
-            with suppress(OSError):
-                self._board.close()
+            self._board.close()
+
+
+class _Board:
+    """TensorBoard's files: every value is in them once for its step.
+
+    A resumed run hides what was written after its checkpoint: `purge_step` makes TensorBoard drop
+    values of that step and of later ones from the files before. A run that begins anew removes
+    them.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int | None, say: Say) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with os_errors_named(folder):
+            make_way_for_directory(folder, "the directory of TensorBoard's files", say)
+            before = list(folder.glob("events.out.tfevents.*"))
+            if resumed_step is None:
+                for path in before:
+                    path.unlink()
+            first = 0 if resumed_step is None else resumed_step + 1
+            self._writer = SummaryWriter(str(folder), purge_step=first if before else None)
+        self._folder = folder
+        self._validated = resumed_step if before else None
+
+    def write(self, row: Row) -> None:
+        """Add a row's numbers; those that two phases share at a switch are added once."""
+        if "validation" in row:
+            if row["step"] == self._validated:
+                return
+            self._validated = row["step"]
+        with os_errors_named(self._folder):
+            for name, value in _scalars(row):
+                self._writer.add_scalar(name, value, row["step"])
+
+    def flush(self) -> None:
+        with os_errors_named(self._folder):
+            self._writer.flush()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._writer.close()
 
 
 def _finite(value: Any) -> Any:

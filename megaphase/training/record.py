@@ -110,9 +110,9 @@ class Record:
         if self._display is not None:
             self._display.say(text)
 
-    def sync(self) -> int:
-        """Force all rows to the disk; how many bytes of metrics.jsonl there are."""
-        return self._metrics.sync() if self._metrics is not None else 0
+    def sync(self) -> dict[str, Any]:
+        """Force all rows to the disk; see MetricsLog. Empty on other ranks."""
+        return self._metrics.sync() if self._metrics is not None else {}
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         if self._yardstick.peak_flops is None:

@@ -11,6 +11,7 @@ import torch
 from megaphase.checkpoint.parameters import RANDOM, WEIGHT
 from megaphase.checkpoint.saver import Saver, SaveStatus, Snapshot
 from megaphase.checkpoint.state import best_name, full_name
+from megaphase.plan.history import RunHistory
 from megaphase.plan.plan import Plan
 from megaphase.training.divergence import DivergenceDetector
 from megaphase.training.engine import Engine
@@ -31,16 +32,19 @@ class RunSaver:
         monitor: OverfitMonitor,
         losses: LossWatch,
         divergence: DivergenceDetector,
+        history: RunHistory,
         facts: Mapping[str, Any],
         best: Mapping[str, str],
     ) -> None:
         """
         Args:
+            history: of the run so far; the loop goes on with it.
             facts: what every checkpoint's state says of the run beside its position.
             best: links to the best weights, each with the name of the checkpoint it leads to.
         """
         self._saver, self._engine, self._plan = saver, engine, plan
         self._monitor, self._losses, self._divergence = monitor, losses, divergence
+        self._history = history
         self._facts = facts
         self._best = dict(best)
         self._saved: Position | None = None
@@ -49,16 +53,19 @@ class RunSaver:
         """The weights that are about to be saved under this name are the best of these tasks."""
         self._best |= {f"best-{name}": checkpoint for name in names}
 
-    def save(self, at: Position, phase: str, metrics_bytes: int, *, permanent: bool) -> None:
+    def save(
+        self, at: Position, phase: str, metrics: Mapping[str, Any], *, permanent: bool
+    ) -> None:
         """Save everything.
 
         Args:
             phase: whose steps were trained last.
-            metrics_bytes: how much of metrics.jsonl belongs to the checkpoint; rank 0's counts.
+            metrics: what of metrics.jsonl belongs to the checkpoint, see MetricsLog.sync; rank 0's
+                counts.
             permanent: whether the checkpoint stays for ever.
         """
         random = ((RANDOM + name, each) for name, each in random_state().items())
-        state = self._state(at, phase, metrics_bytes) | {
+        state = self._state(at, phase, metrics) | {
             "permanent": permanent,
             "optimizer_steps": self._engine.state.steps,
             "monitor": self._monitor.state_dict(),
@@ -69,9 +76,9 @@ class RunSaver:
         self._begin(full_name(at.step), self._engine.state.snapshot(random), state)
         self._saved = at
 
-    def save_weights(self, at: Position, phase: str, metrics_bytes: int) -> None:
+    def save_weights(self, at: Position, phase: str, metrics: Mapping[str, Any]) -> None:
         """Save the fp32 weights alone, as the best of some task."""
-        state = self._state(at, phase, metrics_bytes) | {"optimizer_steps": 0}
+        state = self._state(at, phase, metrics) | {"optimizer_steps": 0}
         self._begin(best_name(at.step), self._engine.state.snapshot(kinds=(WEIGHT,)), state)
 
     def is_saved(self, at: Position) -> bool:
@@ -96,12 +103,13 @@ class RunSaver:
             sound_step = self._divergence.last_sound_step
             self._saver.save(name, snapshot, state, dict(self._best), sound_step)
 
-    def _state(self, at: Position, phase: str, metrics_bytes: int) -> dict[str, Any]:
+    def _state(self, at: Position, phase: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
         return {
             **self._facts,
             "position": asdict(at),
             "step": at.step,
             "phase_name": phase,
             "used": dict(zip(self._plan.tasks, at.used(self._plan), strict=True)),
-            "metrics_bytes": metrics_bytes,
+            "history": self._history.to_json(),
+            **metrics,
         }

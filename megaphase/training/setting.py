@@ -131,7 +131,7 @@ def set_the_stage(config: RunConfig, branch: Branch | None, console: Console) ->
 
     agreement = Agreement()
     directory = RunDirectory(config.output)
-    store = CheckpointStore(directory.checkpoints, agreement)
+    store = CheckpointStore(directory.checkpoints, agreement, say)
     if branch is not None and branch.is_new:
         store.open(branch.checkpoint)  # before anything is written
     plan = _open_plan(config, parts.spec, directory, branch, say, console)

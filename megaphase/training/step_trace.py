@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megaphase.files import write_text_whole
+from megaphase.files import os_errors_named, write_text_whole
 from megaphase.plan.plan import Plan
 from megaphase.plan.trace import as_json, trace_step
+from megaphase.set_aside import make_way_for_directory, make_way_for_file
 from megaphase.training.position import Position
 
 
@@ -26,6 +27,9 @@ class StepTrace:
             starts = np.array(at.starts, np.int64)
             samples = trace_step(self._plan, at.phase, at.phase_step, starts)
             lines = [json.dumps(as_json(sample, None)) + "\n" for sample in samples]
-            self._folder.mkdir(exist_ok=True)
-            write_text_whole(path, "".join(lines))
+            with os_errors_named(path):
+                make_way_for_directory(self._folder, "the directory of traces")
+                self._folder.mkdir(exist_ok=True)
+                make_way_for_file(path, "a trace")
+                write_text_whole(path, "".join(lines))
         return str(path)

@@ -14,10 +14,13 @@ from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import Checkpoint
 from megaphase.config import RunConfig
 from megaphase.errors import InputError, RunError
+from megaphase.files import os_errors_named
 from megaphase.locks import exclusive_lock
 from megaphase.parallel.together import on_first_rank, process_group, together
 from megaphase.parallel.topology import Topology
 from megaphase.parallel.watchdog import Watchdog
+from megaphase.plan.history import RunHistory
+from megaphase.set_aside import make_way_for_file
 from megaphase.training.beginning import Beginning, load_checkpoint
 from megaphase.training.branch import choose_branch
 from megaphase.training.divergence import DivergenceDetector
@@ -28,6 +31,7 @@ from megaphase.training.hardware import device_peak_flops, missing_peak
 from megaphase.training.health import LossWatch
 from megaphase.training.loop import Guards, TrainingLoop
 from megaphase.training.metrics import MetricsLog
+from megaphase.training.metrics_recovery import KeptMetrics, kept_metrics
 from megaphase.training.monitor import OverfitMonitor
 from megaphase.training.parts import Parts
 from megaphase.training.profiling.recorder import (
@@ -86,8 +90,11 @@ def train(
             beginning.load(engine)
             record = stack.enter_context(_record(beginning, console))
             beginning.tell(record)
+            history = together(beginning.history)
+            if history.doubt:
+                record.say(history.doubt)
             profiler = _profiler(beginning, profile_steps, watchdog, record, stack)
-        guards = _guards(beginning, watchdog, signals, profiler, detector, record)
+        guards = _guards(beginning, history, watchdog, signals, profiler, detector, record)
         loop = TrainingLoop(
             config,
             setting.plan,
@@ -107,7 +114,7 @@ def _beginning(
     """Check everything and take the run directory, which `stack` gives back."""
     branch = together(lambda: choose_branch(config, source))
     setting = set_the_stage(config, branch, console)
-    on_first_rank(lambda: stack.enter_context(_sole_run(setting.directory)) and None)
+    on_first_rank(lambda: _take(setting.directory, stack))
     checkpoint = setting.store.newest_whole(setting.say)
     if checkpoint is not None:
         together(lambda: setting.check_checkpoint(checkpoint))
@@ -152,6 +159,11 @@ def _require_run(config: RunConfig) -> None:
     directory = RunDirectory(config.output)
     if not directory.checkpoints.is_dir():
         raise InputError(directory.checkpoints, "there is no checkpoint yet", "train first")
+
+
+def _take(directory: RunDirectory, stack: contextlib.ExitStack) -> None:
+    with os_errors_named(directory.lock):
+        stack.enter_context(_sole_run(directory))
 
 
 def _sole_run(directory: RunDirectory) -> contextlib.AbstractContextManager[None]:
@@ -200,6 +212,7 @@ def _checkpoint_until(beginning: Beginning) -> Callable[[int], str | None]:
 
 def _guards(
     beginning: Beginning,
+    history: RunHistory,
     watchdog: Watchdog,
     signals: StopSignals,
     profiler: StepProfiler,
@@ -217,7 +230,9 @@ def _guards(
     checkpoint = _checkpoint_until(beginning)
     divergence = DivergenceWatch(setting.config, detector, record, checkpoint)
     agreement = setting.agreement
-    return Guards(agreement, watchdog, signals, monitor, losses, divergence, trace, profiler)
+    return Guards(
+        agreement, watchdog, signals, monitor, losses, divergence, history, trace, profiler
+    )
 
 
 def _profiler(
@@ -276,6 +291,7 @@ def _run_saver(
         guards.monitor,
         guards.losses,
         detector,
+        guards.history,
         setting.facts(),
         best,
     )
@@ -290,16 +306,27 @@ def _record(beginning: Beginning, console: Console) -> Iterator[Record]:
     if not setting.topology.is_first:
         yield Record(None, None, plan.tasks, yardstick)
         return
+    path, state = setting.directory.metrics, beginning.state
+    with os_errors_named(path):
+        kept = KeptMetrics(0)
+        if state is not None:
+            kept = kept_metrics(path, state, beginning.first_step + 1)
+        make_way_for_file(path, "the run's metrics", setting.say)
     metrics = MetricsLog(
-        setting.directory.metrics,
-        keep_bytes=beginning.state["metrics_bytes"] if beginning.state else 0,
+        path,
+        keep_bytes=kept.bytes,
         tensorboard=setting.directory.tensorboard if config.logging.tensorboard else None,
-        step=done,
+        resumed_step=None if state is None else done,
+        say=setting.say,
     )
     steps = beginning.first_step + sum(phase.steps for phase in plan.phases)
     display = Display(console, steps=steps, done=done, every_steps=config.logging.every_steps)
     with contextlib.closing(metrics), display:
-        yield Record(metrics, display, plan.tasks, yardstick)
+        record = Record(metrics, display, plan.tasks, yardstick)
+        if kept.problem is not None:
+            record.say(kept.sentence(path))
+            record.event(done, "metrics_damaged", **kept.event())
+        yield record
 
 
 def _yardstick(setting: Setting) -> Yardstick:

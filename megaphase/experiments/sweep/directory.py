@@ -15,9 +15,15 @@ from megaphase.errors import InputError, RunError
 from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.sweep import Sweep
 from megaphase.experiments.sweep.trials import Trial, known_trials
-from megaphase.files import make_directory, remove_directory_at_once, write_text_whole
+from megaphase.files import (
+    make_directory,
+    os_errors_named,
+    remove_directory_at_once,
+    write_text_whole,
+)
 from megaphase.locks import exclusive_lock
 from megaphase.records import read_record
+from megaphase.set_aside import make_way_for_directory
 
 SWEEP_FILE = "sweep.json"
 REMEDY = "give the directory of a megaphase sweep"
@@ -61,6 +67,8 @@ class SweepDirectory:
     def prepare(self, sweep: Sweep) -> None:
         """Write down the sweep, in a directory that is new or of an earlier start of it."""
         for folder in ("run-files", "runs", "logs", "scores", "outcomes"):
+            with os_errors_named(self.path):
+                make_way_for_directory(self.path / folder, "a directory of the sweep")
             make_directory(self.path / folder)
         write_text_whole(self.sweep_file, sweep.model_dump_json(indent=2) + "\n")
 

@@ -31,7 +31,9 @@ from megaphase.experiments.sweep.trial_run import (
     translate_command,
 )
 from megaphase.experiments.sweep.trials import Trial, ready_trials
+from megaphase.files import os_errors_named
 from megaphase.parent import ends_with_this_process
+from megaphase.set_aside import make_way_for_file
 from megaphase.signals import noted_signals
 
 POLL_SECONDS = 0.2
@@ -75,6 +77,8 @@ Start = Callable[[Sequence[str], Path, Mapping[str, str]], Process]
 
 def start_command(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
     """As a process of this Python, whose output is appended to the log."""
+    with os_errors_named(log):
+        make_way_for_file(log, "a log")
     with open(log, "ab") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "megaphase", *command],

@@ -22,6 +22,7 @@ from megaphase.parallel.agreement import Agreement
 from megaphase.parallel.together import Fault, outcome_of
 from megaphase.parallel.topology import device
 from megaphase.parallel.watchdog import Watchdog
+from megaphase.set_aside import make_way_for_directory, make_way_for_file
 from megaphase.training.profiling.printing import profile_text
 from megaphase.training.profiling.summary import RankProfile, summarize
 from megaphase.training.profiling.trace import STEP_MARK, read_trace
@@ -72,6 +73,9 @@ class Profiler:
         Raises:
             InputError: the folder cannot be made.
         """
+        if agreement.rank == 0:
+            with os_errors_named(folder):
+                make_way_for_directory(folder, "the directory of profiles", say)
         make_directory(folder)
         self._folder, self._steps, self._yardstick = folder, steps, yardstick
         self._agreement, self._watchdog, self._say = agreement, watchdog, say
@@ -173,9 +177,9 @@ class Profiler:
     def _remove_old(self) -> None:
         """What an earlier start has left, perhaps of more ranks than there are now."""
         with os_errors_named(self._folder):
-            for path in self._folder.glob("rank-*.json.gz"):
-                path.unlink()
-            (self._folder / SUMMARY_FILE).unlink(missing_ok=True)
+            for path in (*self._folder.glob("rank-*.json.gz"), self._folder / SUMMARY_FILE):
+                make_way_for_file(path, "a profile", self._say)
+                path.unlink(missing_ok=True)
 
     def _write_summary(self, ranks: list[RankProfile], steps: range, name: str) -> None:
         content = {

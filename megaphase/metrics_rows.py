@@ -1,0 +1,95 @@
+"""Reads `metrics.jsonl`, also where a part of it was cut off, lost or altered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Steps = tuple[int, int]  # the first and the last of a run of steps, both included
+
+_TAIL_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the file that ends with a newline.
+
+    Attributes:
+        number: from 1.
+        end: bytes of the file up to its end.
+        row: what it says; None where it is no row of metrics.
+    """
+
+    number: int
+    end: int
+    row: Row | None
+
+
+def read_lines(path: Path, containing: Sequence[bytes] = ()) -> Iterator[Line]:
+    """The whole lines of the file, of which the last, half-written one is none.
+
+    containing: lines that hold none of these bytes are left out, which saves parsing them.
+
+    Raises OSError where the file cannot be read.
+    """
+    end = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            end += len(line)
+            if not line.endswith(b"\n"):
+                return
+            if not containing or any(part in line for part in containing):
+                yield Line(number, end, parse_row(line))
+
+
+def last_rows(path: Path) -> list[Row]:
+    """The last rows of a file that may be long, and may end with half of one."""
+    if not path.is_file():
+        return []
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _TAIL_BYTES))
+        lines = file.read().split(b"\n")
+    rows = map(parse_row, lines[1 if size > _TAIL_BYTES else 0 : -1])
+    return [row for row in rows if row is not None]
+
+
+def parse_row(line: bytes) -> Row | None:
+    """A row of training, of validation, or an event; None where the line is none of them."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    return row if "event" in row or "validation" in row or "loss" in row else None
+
+
+def is_training(row: Row) -> bool:
+    """Whether this is the row of an optimizer step."""
+    return "event" not in row and "validation" not in row
+
+
+def missing_steps(found: Iterable[int], first: int, last: int) -> list[Steps]:
+    """The runs of steps from `first` to `last` that are not among those that were found."""
+    holes, expected = [], first
+    for step in sorted({step for step in found if first <= step <= last} | {last + 1}):
+        if step > expected:
+            holes.append((expected, step - 1))
+        expected = step + 1
+    return holes
+
+
+def steps_in_words(holes: Sequence[Steps], at_most: int = 5) -> str:
+    """For example `steps 3 to 7 and 9`; `no steps` where there are none."""
+    if not holes:
+        return "no steps"
+    parts = [f"{a:,}" if a == b else f"{a:,} to {b:,}" for a, b in holes[:at_most]]
+    if len(holes) > at_most:
+        parts.append(f"{len(holes) - at_most:,} more ranges")
+    joined = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
+    return f"{'step' if joined.isdigit() else 'steps'} {joined}"

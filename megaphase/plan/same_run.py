@@ -1,0 +1,127 @@
+"""Whether a run directory belongs to a run file, by what the run wrote into it as it began."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megaphase.checkpoint.names import newest_state
+from megaphase.config import RunConfig
+from megaphase.errors import InputError
+from megaphase.files import read_json
+from megaphase.run_files import PLAN_FILE, RUN_FILE
+
+# What may change between two starts of one run: nothing that its numbers depend on, but by their
+# rounding. Where corpora and tokenizer lie may, what they hold may not: the plan's fingerprint
+# tells.
+FREE_SECTIONS = (
+    "output",
+    "checkpoint",
+    "logging",
+    "tokenizer",
+    "parallel",
+    "faults",
+    "hardware",
+    "parts",
+)
+FREE_KEYS = {"batch": ("micro",), "model": ("activation_checkpointing",)}
+FREE_TASK_KEYS = ("corpus",)
+
+
+def refuse_other_run(run_dir: Path, config: RunConfig) -> None:
+    """Raise InputError, naming the first key, where another run file began this directory."""
+    path = run_dir / RUN_FILE
+    if not path.exists():
+        return
+    began = _identity(_with_defaults(_read(path)))
+    now = _identity(settings_of(config))
+    difference = _first_difference("", began, now)
+    if difference is not None:
+        key, old, new = difference
+        raise InputError(
+            config.where(key),
+            f"is {_show(new)}, but the run in {run_dir} began with {_show(old)}",
+            "put the old value back or choose another output",
+        )
+
+
+def refuse_other_plan(run_dir: Path, config: RunConfig, fingerprint: str) -> None:
+    """Raise InputError where the run in this directory has another plan: of other corpora, since
+    its run file is the same."""
+    known = plan_of_run(run_dir)
+    if known not in (None, fingerprint):
+        raise InputError(
+            config.where("tasks"),
+            f"the corpora are not those with which the run in {run_dir} began",
+            "put the old ones back or choose another output",
+        )
+
+
+def plan_of_run(run_dir: Path) -> str | None:
+    """The fingerprint of the plan of the run in this directory, None where none has begun."""
+    path = run_dir / PLAN_FILE
+    if path.exists():
+        return str(_read(path).get("fingerprint"))
+    return (newest_state(run_dir) or {}).get("plan")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+        if not isinstance(value, dict):
+            raise ValueError
+        return value
+    except (OSError, ValueError):
+        raise InputError(
+            path, "is missing or damaged", "choose another output or restore the file"
+        ) from None
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """What `run.json` says of a run file."""
+    return config.model_dump(mode="json", exclude_none=True)
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """With what an earlier version did not write, since it had no such key."""
+    try:
+        return settings_of(RunConfig.model_validate(settings))
+    except ValidationError:
+        return settings
+
+
+def _identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """The part of a resolved run file on which the run's numbers depend."""
+    kept = {key: value for key, value in settings.items() if key not in FREE_SECTIONS}
+    for section, free in FREE_KEYS.items():
+        kept[section] = _without(free, settings.get(section, {}))
+    tasks = settings.get("tasks", {})
+    return kept | {"tasks": {name: _without(FREE_TASK_KEYS, task) for name, task in tasks.items()}}
+
+
+def _without(keys: Iterable[str], section: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in keys}
+
+
+def _first_difference(key: str, old: Any, new: Any) -> tuple[str, Any, Any] | None:
+    """The path of the first value that differs between two JSON values, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [
+            (f"{key}.{k}" if key else k, old.get(k), new.get(k))
+            for k in dict.fromkeys([*old, *new])
+        ]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(f"{key}[{i}]", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    else:
+        return None if old == new else (key, old, new)
+    return next(filter(None, (_first_difference(*pair) for pair in pairs)), None)
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "missing"
+    return str(value) if not isinstance(value, dict | list) else json.dumps(value)

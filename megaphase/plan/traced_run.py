@@ -1,0 +1,136 @@
+"""A run that was trained, opened to see what its steps saw; nothing is written into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from rich.console import Console
+
+from megaphase.config import RunConfig, load_run_file
+from megaphase.errors import InputError
+from megaphase.plan.build import ensure_built, plan_folder
+from megaphase.plan.history import (
+    PhaseSpan,
+    RunHistory,
+    phase_spans,
+    read_history,
+    read_origin,
+    steps_done,
+)
+from megaphase.plan.index import damage
+from megaphase.plan.plan import Plan
+from megaphase.plan.progress import building_progress
+from megaphase.plan.same_run import plan_of_run, refuse_other_plan, refuse_other_run
+from megaphase.plan.spec import PlanSpec, plan_spec
+from megaphase.plan.trace import find_step
+from megaphase.run_files import RUN_FILE
+from megaphase.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TracedRun:
+    """A run and its plan.
+
+    Attributes:
+        spans: the steps of its phases.
+        done: steps that were trained so far; None where no run has begun there.
+        say: gets the sentences that a user should see.
+    """
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    plan: Plan
+    history: RunHistory
+    spans: list[PhaseSpan]
+    done: int | None
+    say: Callable[[str], object]
+
+    def find_step(self, step: int) -> tuple[int, int, np.ndarray]:
+        """A step's phase, its number there, and the ordinals at which the phase's streams went on.
+
+        Says what is to be known of the step beside it.
+
+        Raises:
+            InputError: there is no such step.
+        """
+        first = self.spans[0].before
+        try:
+            phase, phase_step = find_step([span.steps for span in self.spans], step - first)
+        except IndexError:
+            last = first + sum(span.steps for span in self.spans)
+            raise InputError(
+                "--step", f"there is no step {step}", f"give {first + 1:,} to {last:,}"
+            ) from None
+        if self.history.has_skipped(step):
+            self.say(f"step {step:,} was skipped: its gradient was not finite, it changed nothing")
+        elif self.done is not None and self.done < step:
+            self.say(f"step {step:,} has not been trained yet: {self.done:,} steps are done")
+        return phase, phase_step, self.spans[phase].starts
+
+
+@contextmanager
+def open_traced_run(run: Path, overrides: Sequence[str] | None) -> Iterator[TracedRun]:
+    """Open a run by its directory, or by its run file with values that replace its own.
+
+    Raises:
+        InputError: something in the run file is wrong, or the run that was trained there is
+            another one.
+    """
+    errors = Console(stderr=True, highlight=False)
+    say = partial(errors.print, markup=False, soft_wrap=True)
+    config = _config(run, tuple(overrides or ()))
+    tokenizer = Tokenizer.load(config.tokenizer)
+    output = config.output
+    refuse_other_run(output, config)
+    origin = read_origin(output)
+    spec = plan_spec(config, tokenizer, origin.used)
+    with _opened(spec, config, say) as plan:
+        history = read_history(output)
+        if history.doubt:
+            say(history.doubt)
+        spans = phase_spans(output, history, plan, origin.step)
+        done = None if plan_of_run(output) is None else steps_done(output)
+        yield TracedRun(config, tokenizer, plan, history, spans, done, say)
+
+
+def _config(run: Path, overrides: tuple[str, ...]) -> RunConfig:
+    if not run.is_dir():
+        return load_run_file(run, overrides)
+    if not (run / RUN_FILE).is_file():
+        raise InputError(run, f"is not a run directory: it has no {RUN_FILE}", "give a run file")
+    config = load_run_file(run / RUN_FILE, overrides)
+    moved = config.model_copy(update={"output": run.resolve()})
+    moved._path = config._path
+    return moved
+
+
+@contextmanager
+def _opened(spec: PlanSpec, config: RunConfig, say: Callable[[str], object]) -> Iterator[Plan]:
+    """The plan, from the index that the run was trained with where it is whole."""
+    output = config.output
+    refuse_other_plan(output, config, spec.fingerprint)
+    folder = plan_folder(output, spec)
+    problem = damage(folder, spec) if folder.is_dir() else "is missing"
+    if problem is None:
+        yield Plan(spec, folder)
+        return
+    errors = Console(stderr=True, highlight=False)
+    if plan_of_run(output) is None:
+        say(
+            f"no run has been trained in {output} yet: this is what the steps of {config.path} "
+            "would see"
+        )
+        with building_progress(errors) as progress:
+            yield Plan(spec, ensure_built(spec, output, say=say, progress=progress))
+        return
+    say(f"{folder}: {problem}; the same index is built in a temporary folder")
+    with TemporaryDirectory(prefix="megaphase-plan-") as scratch:
+        with building_progress(errors) as progress:
+            built = ensure_built(spec, Path(scratch), say=say, progress=progress)
+        yield Plan(spec, built)

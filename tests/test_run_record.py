@@ -1,0 +1,265 @@
+"""A run's record: what was lost of metrics.jsonl is said, and TensorBoard shows every step once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from run_support import (
+    STEPS,
+    copy_run,
+    make_corpora,
+    read_rows,
+    run_settings,
+    timeless,
+    write_run_file,
+)
+from warm_commands import run_killed, run_well
+
+from megaphase.experiments.runs import load_run
+from megaphase.files import hash_file
+from megaphase.launch.slurm.status import read_status
+from megaphase.metrics_rows import missing_steps, steps_in_words
+from megaphase.training.metrics_recovery import kept_metrics
+
+LAST = sum(STEPS)
+SAVED = 16  # the newest checkpoint before the kill, in the second phase
+KILLED = 18
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    return make_corpora(tmp_path_factory.mktemp("corpora"))
+
+
+@pytest.fixture(scope="module")
+def stopped(corpora, tmp_path_factory):
+    """The folder of a run that was killed in its second phase."""
+    folder = tmp_path_factory.mktemp("stopped") / "a"
+    checkpoint = {"every_steps": 4, "keep": 2, "asynchronous": False}
+    path = write_run_file(folder, run_settings(corpora, checkpoint=checkpoint))
+    run_killed(path, before_step=KILLED)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(stopped, tmp_path_factory):
+    """All rows of that run, resumed with its metrics as they were."""
+    path = copy_run(stopped, tmp_path_factory.mktemp("whole") / "a")
+    said = run_well("train", path)
+    assert "Warning" not in said
+    return timeless(read_rows(path.parent / "run"))
+
+
+def steps_of(rows: list[dict[str, Any]]) -> list[int]:
+    return [row["step"] for row in rows if "loss" in row]
+
+
+def cut_in_a_row(lines: list[bytes]) -> bytes:
+    return b"".join(lines)[:100]
+
+
+def zeros_for_rows(lines: list[bytes]) -> bytes:
+    """Three rows in a row, their ends among them, have become NUL bytes."""
+    first = next(i for i, line in enumerate(lines) if line.startswith(b'{"step": 6, "phase"'))
+    zeros = b"\0" * len(b"".join(lines[first : first + 3]))
+    return b"".join([*lines[:first], zeros, *lines[first + 3 :]])
+
+
+def without_row(lines: list[bytes]) -> bytes:
+    return b"".join(line for line in lines if not line.startswith(b'{"step": 9, "phase"'))
+
+
+@pytest.mark.parametrize(
+    ("harm", "problem", "missing", "unreadable"),
+    [
+        (cut_in_a_row, "was cut off", [[1, SAVED]], 0),
+        (zeros_for_rows, "has been altered", [[6, 8]], 1),
+        (without_row, "has been altered", [[9, 9]], 0),
+        (None, "is missing", [[1, SAVED]], 0),
+    ],
+)
+def test_lost_rows_are_said_and_stay_lost(
+    harm: Callable[[list[bytes]], bytes] | None,
+    problem: str,
+    missing: list[list[int]],
+    unreadable: int,
+    stopped: Path,
+    whole: list[dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    path = copy_run(stopped, tmp_path / "a")
+    run_dir = tmp_path / "a" / "run"
+    metrics = run_dir / "metrics.jsonl"
+    harmed = b""
+    if harm is None:
+        metrics.unlink()
+    else:
+        harmed = harm(metrics.read_bytes().splitlines(keepends=True))
+        metrics.write_bytes(harmed)
+    said = run_well("train", path)
+    [warning] = [line for line in said.splitlines() if "Warning" in line]
+    holes = [(first, last) for first, last in missing]
+    assert f"{metrics} {problem}" in warning
+    assert f"the rows of {steps_in_words(holes)} are missing" in warning
+
+    content = metrics.read_bytes()
+    assert content.count(b"\0") == harmed.count(b"\0")
+    assert content.endswith(b"\n")
+    rows = [json.loads(line) for line in content.splitlines() if b"\0" not in line]
+    [event] = [row for row in rows if row.get("event") == "metrics_damaged"]
+    assert event["missing_steps"] == missing
+    assert event["unreadable_lines"] == unreadable
+    assert event["step"] == SAVED
+    # What is there is what an unharmed run has, in the same order.
+    left = [row for row in timeless(rows) if row.get("event") != "metrics_damaged"]
+    rest = iter(whole)
+    assert all(row in rest for row in left)
+    lost = {step for first, last in missing for step in range(first, last + 1)}
+    assert steps_of(left) == [step for step in range(1, LAST + 1) if step not in lost]
+    assert timeless(rows)[-8:] == whole[-8:]
+
+    run = load_run(run_dir)
+    assert list(run.missing_steps) == holes
+    assert run.unreadable_lines == unreadable
+    assert [phase.steps for phase in run.plan.phases] == list(STEPS)
+    status = read_status(run_dir)
+    assert (status.step, status.done) == (LAST, True)
+    assert status.metrics_problem == f"the rows of {steps_in_words(holes)} are missing"
+    report = run_well("report", run_dir, "--out", tmp_path / "report")
+    assert "metrics.jsonl is damaged: the rows of" in report
+    assert "are missing" in (tmp_path / "report" / "index.html").read_text()
+    again = run_well("train", path)
+    assert "Warning" not in again
+    assert metrics.read_bytes() == content
+
+
+def test_a_checkpoint_without_a_hash_is_of_an_earlier_version(stopped, tmp_path):
+    path = copy_run(stopped, tmp_path / "a")
+    run_dir = tmp_path / "a" / "run"
+    state = json.loads((run_dir / "checkpoints" / "latest" / "state.json").read_text())
+    for key in ("metrics_hash", "history"):
+        del state[key]
+    kept = kept_metrics(run_dir / "metrics.jsonl", state, 1)
+    assert kept.problem is None
+    assert kept.bytes == state["metrics_bytes"]
+    lines = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_bytes(without_row(lines))
+    kept = kept_metrics(run_dir / "metrics.jsonl", state, 1)
+    assert kept.missing == ((9, 9),)
+    assert path.exists()
+
+
+def written(steps: int, saved: int) -> tuple[list[bytes], int]:
+    """The lines of a log, and how many of them belong to the checkpoint after step `saved`."""
+    lines, kept = [], 0
+    for step in range(1, steps + 1):
+        lines.append(json.dumps({"step": step, "phase": "a", "loss": step / 7}).encode() + b"\n")
+        if step == saved:
+            lines.append(json.dumps({"step": step, "event": "checkpoint"}).encode() + b"\n")
+            kept = len(lines)
+    return lines, kept
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), steps=st.integers(2, 12))
+def test_any_damage_is_found_and_whole_lines_before_the_checkpoint_are_kept(
+    data: st.DataObject, steps: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "metrics.jsonl"
+    saved = data.draw(st.integers(1, steps - 1))
+    lines, kept = written(steps, saved)
+    path.write_bytes(b"".join(lines))
+    size = len(b"".join(lines[:kept]))
+    state = {"step": saved, "metrics_bytes": size, "metrics_hash": hash_file(path, size=size)}
+    assert kept_metrics(path, state, 1).problem is None
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, size - 1)) :]
+    else:
+        at = data.draw(st.integers(0, size - 1))
+        for place in range(at, min(at + data.draw(st.integers(1, 80)), size)):
+            content[place] ^= 0x80  # no byte of JSON here
+    path.write_bytes(content)
+    found = kept_metrics(path, state, 1)
+    assert found.problem is not None
+    unharmed = [
+        line
+        for line in bytes(content[: found.bytes]).splitlines(keepends=True)
+        if line in lines[:kept]
+    ]
+    assert found.bytes == 0 or content[found.bytes - 1 : found.bytes] == b"\n"
+    # Everything of the part that is whole is kept, but for what is glued to a broken line.
+    there = [line for line in bytes(content).splitlines(keepends=True) if line in lines[:kept]]
+    assert unharmed == there
+    steps_left = {json.loads(line)["step"] for line in there if b"loss" in line}
+    lost = {step for first, last in found.missing for step in range(first, last + 1)}
+    assert lost == set(range(1, saved + 1)) - steps_left
+
+
+def test_missing_steps_and_their_words():
+    assert missing_steps([], 1, 0) == []
+    assert missing_steps([1, 2, 3], 1, 3) == []
+    assert missing_steps([5, 2, 9], 1, 8) == [(1, 1), (3, 4), (6, 8)]
+    assert steps_in_words([]) == "no steps"
+    assert steps_in_words([(4, 4)]) == "step 4"
+    assert steps_in_words([(4, 4), (1_000, 2_000)]) == "steps 4 and 1,000 to 2,000"
+    assert steps_in_words([(n, n) for n in range(1, 20, 2)], 2) == "steps 1, 3 and 8 more ranges"
+
+
+def scalars(folder: Path) -> dict[str, list[int]]:
+    """The steps that TensorBoard shows, by the name of the curve."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    return {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
+def assert_every_step_once(run_dir: Path, first: int, last: int) -> None:
+    found = scalars(run_dir)
+    assert found["train/loss"] == list(range(first, last + 1))
+    for tag, steps in found.items():
+        assert [step for step, count in Counter(steps).items() if count > 1] == [], tag
+    validated = {row["step"] for row in read_rows(run_dir) if "validation" in row}
+    assert set(found["validation_loss/cimri"]) == validated
+
+
+def test_tensorboard_shows_every_step_once(corpora, tmp_path):
+    """Killed before the first checkpoint, twice; then before and after the switch."""
+    path = write_run_file(tmp_path, run_settings(corpora, logging={"tensorboard": True}))
+    for step in (4, 3, STEPS[0] + 1, STEPS[0] + 3):
+        run_killed(path, before_step=step)
+    run_well("train", path)
+    assert_every_step_once(tmp_path / "run", 1, LAST)
+
+    joint = run_settings(corpora, logging={"tensorboard": True}, output="branch")
+    del joint["phases"][0]
+    branch = tmp_path / "branch.yaml"
+    branch.write_text(json.dumps(joint))
+    source = f"{tmp_path / 'run'}@pretrain"
+    for _ in range(2):
+        run_killed(branch, "--from", source, before_step=STEPS[0] + 3)
+    run_well("train", branch)
+    assert_every_step_once(tmp_path / "branch", STEPS[0] + 1, LAST)
+
+
+def test_other_files_in_the_folder_of_tensorboard_stay(corpora, tmp_path):
+    path = write_run_file(tmp_path, run_settings(corpora, logging={"tensorboard": True}))
+    board = tmp_path / "run" / "tensorboard"
+    board.parent.mkdir()
+    board.write_text("mine")
+    run_killed(path, before_step=2)
+    assert (tmp_path / "run" / "tensorboard.set-aside").read_text() == "mine"
+    (board / "notes.txt").write_text("mine, too")
+    shutil.copy(next(board.glob("events.*")), board / "copy.of.events")
+    run_killed(path, before_step=2)
+    assert {"notes.txt", "copy.of.events"} < {each.name for each in board.iterdir()}
+    assert len(list(board.glob("events.out.tfevents.*"))) == 1
