@@ -209,7 +209,6 @@ def test_a_branch_counts_on_from_its_base(command, tmp_path):
     ("arguments", "said"),
     [
         (("--step", 56), "--step: there is no step 56; give 1 to 55"),
-        (("--step", 0), "--step: there is no step 0; give 1 to 55"),
         (("--step", 1, "--row", 4), "--row: a step has no row 4; give 0 to 3"),
         (
             ("--step", 1, "--task", "fr"),
