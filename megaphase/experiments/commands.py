@@ -117,6 +117,7 @@ def report_command(
 
 
 def _run_report(run_dirs: list[Path], out: Path, console: Console) -> Path:
+    from megaphase.experiments.incidents import incident_sentences
     from megaphase.experiments.report import load_run, summary_table, verdicts, write_report
 
     index = write_report(run_dirs, out)
@@ -125,6 +126,8 @@ def _run_report(run_dirs: list[Path], out: Path, console: Console) -> Path:
         console.print(summary_table(run))
         if run.hole is not None:
             console.print(f"Warning: {run.hole}", style="yellow", markup=False, soft_wrap=True)
+        for sentence in incident_sentences(run):
+            console.print(sentence, style="red", markup=False, soft_wrap=True)
         for sentence in verdicts(run):
             console.print(sentence, markup=False, soft_wrap=True)
         console.print()

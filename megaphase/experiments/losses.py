@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from megaphase.experiments.incidents import divergences
 from megaphase.experiments.runs import PhasePlan, RunRecord
 
 SAME_LOSS_NATS = 0.005  # a difference that two decimals do not show is none
 RISING_NATS = 0.03  # above its best by more than this, a loss has risen again
+# A training loss so far above where the comparison begins, for so many steps, has diverged.
+DIVERGED_NATS, DIVERGED_STEPS = 1.0, 10
 
 
 @dataclass(frozen=True)
@@ -39,19 +42,21 @@ class PhaseLoss:
 class Verdict:
     """What has become of one task since the first switch, or since the start without a switch.
 
-    `change` is in nats, below 0 when better; None while the first switch is still to come.
+    `change` is in nats, below 0 when better; None while the first switch is still to come. `rose`:
+    whether its training loss has been far above in between.
     """
 
     task: str
     low_resource: bool
     change: float | None
     sentence: str
+    rose: bool = False
 
     @property
     def outcome(self) -> Literal["better", "worse", "same"]:
-        """The change in one word; a loss that is not a number is worse."""
+        """The change in one word; worse where the loss is no number, or only rose and fell back."""
         if self.change is None or abs(self.change) < SAME_LOSS_NATS:
-            return "same"
+            return "worse" if self.rose else "same"
         return "better" if self.change < 0 else "worse"
 
 
@@ -124,17 +129,46 @@ def _verdict(run: RunRecord, losses: list[PhaseLoss]) -> Verdict:
     # The switch to the first phase of a branch has come.
     first_phase = None if run.origin.step else run.plan.phases[0].name
     if last.phase == first_phase and len(run.plan.phases) > 1:
-        return Verdict(task, low, None, f"{last.end:.2f} {now}; the switch is still to come")
+        rise = _rise(run, losses[0])
+        sentence = f"{last.end:.2f} {now}; the switch is still to come{_rise_sentence(rise)}"
+        return Verdict(task, low, None, sentence, rise is not None)
     since = next((loss for loss in losses if loss.phase != first_phase), last)
     before = "at the start" if since.phase == first_phase else f"at the switch to {since.phase}"
     change = last.end - since.start
+    rise = _rise(run, since)
+    unchanged = abs(change) < SAME_LOSS_NATS
     sentence = (
-        f"{since.start:.2f} {before}, {last.end:.2f} {now}: {describe_change(change)} "
+        f"{since.start:.2f} {before}, {last.end:.2f} {now}: "
+        f"{'no better' if rise and unchanged else describe_change(change)} "
         f"(bits per byte {since.start_bits_per_byte:.2f} → {last.end_bits_per_byte:.2f})"
     )
     if min(last.start, last.end) - last.best > RISING_NATS:
         sentence += f"; it had been at {last.best:.2f} at step {last.best_step:,} and rose again"
-    return Verdict(task, low, change, sentence)
+    return Verdict(task, low, change, sentence + _rise_sentence(rise), rise is not None)
+
+
+def _rise(run: RunRecord, since: PhaseLoss) -> tuple[float, int] | None:
+    """The highest training loss of a task since a phase's start and its step, if it has diverged.
+
+    Where an event says that the run has, fewer steps tell.
+    """
+    begin = run.phase_start(since.phase) or 0
+    rows = [(row.loss_by_task.get(since.task), row.step) for row in run.training]
+    seen = [(loss, step) for loss, step in rows if loss is not None and step > begin]
+    events = [each for each in divergences(run) if each.kind != "gradient_norm"]
+    told = run.ended_diverged is not None or any(event.step > begin for event in events)
+    needed = 1 if told else DIVERGED_STEPS
+    highest: tuple[float, int] | None = None
+    stretch: list[tuple[float, int]] = []
+    for loss, step in seen:
+        stretch = [*stretch, (loss, step)] if loss > since.start + DIVERGED_NATS else []
+        if len(stretch) >= needed:
+            highest = max(stretch) if highest is None else max(highest, *stretch)
+    return highest
+
+
+def _rise_sentence(rise: tuple[float, int] | None) -> str:
+    return "" if rise is None else f"; its training loss rose to {rise[0]:,.2f} at step {rise[1]:,}"
 
 
 def describe_change(change: float) -> str:

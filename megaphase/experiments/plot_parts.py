@@ -89,13 +89,21 @@ def panel_grid(
     return figure, panels
 
 
-def loss_limits(curves: Iterable[Curve], span: tuple[int, int]) -> tuple[float, float]:
-    """Limits that show where the curves differ: their steep beginning may run out of the top."""
+def loss_limits(
+    curves: Iterable[Curve], span: tuple[int, int], otherwise: Iterable[Curve] = ()
+) -> tuple[float, float]:
+    """Limits that show where the curves differ: their steep beginning may run out of the top.
+
+    otherwise: curves that count where the others have no point after the beginning.
+    """
     first, last = span
     begin = first + BEGINNING * (last - first)
-    settled = [losses[steps >= begin] for steps, losses in curves]
-    values = np.concatenate(settled)
-    values = values[np.isfinite(values)]
+    values = np.empty(0)
+    for group in (curves, otherwise):
+        values = np.concatenate([values, *(losses[steps >= begin] for steps, losses in group)])
+        values = values[np.isfinite(values)]
+        if len(values):
+            break
     if not len(values):
         return 0.0, 1.0
     low, high = float(values.min()), float(values.max())

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from megaphase.experiments.incidents import divergences, loss_spikes, skipped_steps
 from megaphase.experiments.plot_parts import (
     BOTTOM_INCHES,
     LEGEND_LINE_INCHES,
@@ -45,6 +47,7 @@ from megaphase.experiments.plot_style import (
 from megaphase.experiments.runs import RunRecord, TaskShare
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
 
+LEGEND_COLUMNS = 3
 TRAINING_POINTS = 300  # more would only be noise, and weight in the page
 Colours = Mapping[str, str]
 
@@ -52,7 +55,8 @@ Colours = Mapping[str, str]
 def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
     """Validation loss per task over steps, training loss per task as a faint line behind it."""
     curves = {task: _validation_curve(run, task) for task in validated_tasks([run])}
-    keys = [line_key("training loss", lw=1.0, alpha=0.5)]
+    training = {task: _training_curve(run, task) for task in curves}
+    keys = [line_key("training loss", lw=1.0, alpha=0.5), *_incident_keys(run)]
     if run.low_resource_tasks:
         keys.insert(0, line_key("low-resource", **_line_look(True)))
         keys.insert(1, line_key("high-resource", **_line_look(False)))
@@ -60,19 +64,21 @@ def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
     with plot_style():
         figure = new_figure(size.width, height)
         right = size.width - label_width(curves)
-        top = height - LEGEND_LINE_INCHES - _switch_label_inches(run)
+        rows = -(-len(keys) // LEGEND_COLUMNS)
+        top = height - rows * LEGEND_LINE_INCHES - _step_label_inches(run)
         axes = inch_axes(figure, 0.62, BOTTOM_INCHES, right, top)
         step_axes(axes, _steps_of([run]), size)
         axes.set_ylabel("loss (nats per token)")
         for task, (steps, losses) in curves.items():
             look = _line_look(task in run.low_resource_tasks)
             axes.plot(steps, losses, color=colours[task], zorder=3, **look)
-            axes.plot(*_training_curve(run, task), color=colours[task], alpha=0.3, linewidth=1.0)
-        axes.set_ylim(loss_limits(curves.values(), _steps_of([run])))
+            axes.plot(*training[task], color=colours[task], alpha=0.3, linewidth=1.0)
+        axes.set_ylim(loss_limits(curves.values(), _steps_of([run]), training.values()))
         label_line_ends(axes, _line_ends(curves, colours))
         _mark_holes(axes, run)
-        _mark_switches(axes, run)
-        legend_on_top(figure, keys, columns=3)
+        _mark_steps(axes, run)
+        _mark_incidents(axes, run)
+        legend_on_top(figure, keys, columns=LEGEND_COLUMNS)
     return figure
 
 
@@ -81,7 +87,7 @@ def learning_rate_plot(run: RunRecord, size: Size) -> Figure:
     height = 0.72 * size.height
     with plot_style():
         figure = new_figure(size.width, height)
-        top = height - _switch_label_inches(run)
+        top = height - _step_label_inches(run)
         axes = inch_axes(figure, 0.75, BOTTOM_INCHES, size.width - 0.25, top)
         step_axes(axes, _steps_of([run]), size)
         axes.set_ylabel("learning rate")
@@ -92,7 +98,7 @@ def learning_rate_plot(run: RunRecord, size: Size) -> Figure:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
         _mark_holes(axes, run)
-        _mark_switches(axes, run)
+        _mark_steps(axes, run)
     return figure
 
 
@@ -185,8 +191,11 @@ def _line_look(low_resource: bool) -> dict[str, Any]:
     return {"linewidth": 1.3}
 
 
-def _switch_label_inches(run: RunRecord) -> float:
-    return 0.15 + len(run.switches) * LABEL_GAP_POINTS / 72
+def _step_marks(run: RunRecord) -> list[tuple[int, str, Any]]:
+    """(step, label, line style) of every switch and divergence, in the order of their steps."""
+    marks: list[tuple[int, str, Any]] = [(step, name, DASHED) for step, name in run.switches]
+    marks += [(event.step, "diverges", "solid") for event in divergences(run)[:1]]
+    return sorted(marks, key=lambda mark: mark[0])
 
 
 def _mark_holes(axes: Axes, run: RunRecord) -> None:
@@ -197,20 +206,52 @@ def _mark_holes(axes: Axes, run: RunRecord) -> None:
         )
 
 
-def _mark_switches(axes: Axes, run: RunRecord) -> None:
-    """A dashed line at every switch, with the name of the phase that begins above it."""
-    for above, (step, phase) in enumerate(reversed(run.switches)):
+def _step_label_inches(run: RunRecord) -> float:
+    return 0.15 + len(_step_marks(run)) * LABEL_GAP_POINTS / 72
+
+
+def _mark_steps(axes: Axes, run: RunRecord) -> None:
+    """A line at every switch and at the first divergence, with its name above it."""
+    for above, (step, label, style) in enumerate(reversed(_step_marks(run))):
         left, right = axes.get_xlim()
         late = step > left + 0.75 * (right - left)
-        axes.axvline(step, color=INK, linewidth=1.0, linestyle=DASHED, zorder=1)
+        axes.axvline(step, color=INK, linewidth=1.0, linestyle=style, zorder=1)
         axes.annotate(
-            f"{shown(phase)} →" if late else f"→ {shown(phase)}",
+            f"{shown(label)} →" if late else f"→ {shown(label)}",
             (step, 1.0),
             xycoords=("data", "axes fraction"),
-            # Every label has a line of its own, because switches may be near each other.
+            # Every label has a line of its own, because the steps may be near each other.
             xytext=(0, 3 + above * LABEL_GAP_POINTS),
             textcoords="offset points",
             ha="right" if late else "left",
+        )
+
+
+def _incident_marks(run: RunRecord) -> list[tuple[str, list[int], str]]:
+    """(name, steps, marker) of what went wrong in single steps."""
+    marks = [("loss spike", loss_spikes(run), "^"), ("step left out", skipped_steps(run), "x")]
+    return [(name, steps, marker) for name, steps, marker in marks if steps]
+
+
+def _incident_keys(run: RunRecord) -> list[Line2D]:
+    return [
+        line_key(name, color=INK, marker=marker, markersize=4, linestyle="none")
+        for name, _, marker in _incident_marks(run)
+    ]
+
+
+def _mark_incidents(axes: Axes, run: RunRecord) -> None:
+    """Marks at the bottom."""
+    for _, steps, marker in _incident_marks(run):
+        axes.plot(
+            steps,
+            [0.02] * len(steps),
+            transform=axes.get_xaxis_transform(),
+            color=INK,
+            marker=marker,
+            markersize=4,
+            linestyle="none",
+            zorder=4,
         )
 
 

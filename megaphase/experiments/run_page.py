@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from megaphase.experiments import page
+from megaphase.experiments.incidents import incident_sentences
 from megaphase.experiments.losses import (
     Verdict,
     final_losses,
@@ -37,7 +38,8 @@ def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -
     losses = Plot(
         "loss",
         "Loss per task",
-        "On held-out text; faint: the training loss. Dashed: the switch to the next phase. "
+        "On held-out text; faint: the training loss. Dashed: the switch to the next phase; solid: "
+        "where training diverges. "
         "The steep beginning may run out of the top.",
         lambda size: loss_plot(run, colours, size),
     )
@@ -58,6 +60,7 @@ def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -
         (
             f"<article>\n<h2>{escape(run.name)}</h2>",
             f'<p class="lead">{escape(_state(run))}</p>',
+            _incident_list(run),
             _verdict_list(run),
             add_plot(losses, out, plot_folder),
             "<h3>Validation loss per phase</h3>",
@@ -89,7 +92,9 @@ def _state(run: RunRecord) -> str:
     """How far the run has come, when it switched and how fast it is."""
     last = run.plan.phases[-1]
     begun = f" (the first {run.origin.step:,} of another run)" if run.origin.step else ""
-    if run.phase_is_over(last):
+    if run.ended_diverged is not None:
+        text = f"Diverged: ended after {run.last_step:,} of {run.planned_steps:,} steps{begun}"
+    elif run.phase_is_over(last):
         text = f"Finished after {run.last_step:,} steps{begun}"
     else:
         text = f"Not finished: {run.last_step:,} of {run.planned_steps:,} steps{begun}"
@@ -105,6 +110,12 @@ def _state(run: RunRecord) -> str:
     if run.hole is not None:
         text += f"; {run.hole}"
     return f"{text}."
+
+
+def _incident_list(run: RunRecord) -> str:
+    sentences = incident_sentences(run)
+    items = "\n".join(f'<li class="worse">{escape(sentence)}</li>' for sentence in sentences)
+    return f'<ul class="verdicts">\n{items}\n</ul>' if sentences else ""
 
 
 def _verdict_list(run: RunRecord) -> str:
