@@ -18,6 +18,7 @@ import pytest
 
 from megaphase.cli import main
 from megaphase.launch.slurm.job_file import remember_job
+from megaphase.launch.slurm.status import ended_diverged
 
 PHASES = {"pretrain": 60, "joint": 40}
 UNKNOWN_JOB = ("slurm_load_jobs error: Invalid job id specified", 1)
@@ -143,6 +144,30 @@ def test_a_run_that_is_done(tmp_path: Path) -> None:
     assert (found["done"], found["step"], found["steps"]) == (True, 90, 90)
     assert found["remaining_seconds"] == 0
     assert shown(run_dir)["remaining"] == "nothing: all phases are done"
+
+
+def test_a_run_that_diverges_or_has_ended_by_it(run_dir: Path) -> None:
+    def add(*rows: dict[str, Any]) -> str | None:
+        with open(run_dir / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        found = as_json(run_dir)
+        assert shown(run_dir).get("divergence") == found["divergence"]
+        return found["divergence"]
+
+    rise = {"phase": "joint", "kind": "rise"}
+    assert add(event(70, "divergence", **rise)) == "since step 70 (rise)"
+    assert add(event(70, "divergence_over", **rise)) is None
+    assert add(training(71, "joint"), event(71, "divergence", **rise)) == "since step 71 (rise)"
+    assert not ended_diverged(run_dir)
+    assert add(event(71, "divergence_stop", **rise)) == "the run has ended at step 71 (rise)"
+    assert "remaining" not in shown(run_dir)
+    assert ended_diverged(run_dir)
+    # It was trained on all the same.
+    assert add(training(72, "joint")) == "since step 71 (rise)"
+    assert not ended_diverged(run_dir)
+    broken = event(72, "divergence_stop", phase="joint", kind="not_finite")
+    assert add(broken) == "the run has ended at step 72 (not_finite)"
+    assert not ended_diverged(run_dir)
 
 
 def test_a_branch_counts_from_the_run_before_it(tmp_path: Path) -> None:

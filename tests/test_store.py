@@ -77,10 +77,12 @@ def snapshot(weights: Tensor) -> Snapshot:
     )
 
 
-def save(folder: Path, step: int, *, keep: int = 3, permanent: bool = False) -> None:
+def save(
+    folder: Path, step: int, *, keep: int = 3, permanent: bool = False, sound: int | None = None
+) -> None:
     saver = make_saver(folder, keep=keep)
     state = {"step": step, "permanent": permanent}
-    saver.save(full_name(step), snapshot(torch.full((100,), float(step))), state, {})
+    saver.save(full_name(step), snapshot(torch.full((100,), float(step))), state, {}, sound)
     saver.finish()
 
 
@@ -139,6 +141,20 @@ def test_latest_leads_to_the_newest_and_the_last_and_permanent_ones_stay(tmp_pat
         save(tmp_path, step, keep=2, permanent=step == 2)
         assert (tmp_path / "latest").resolve().name == full_name(step)
     assert names(tmp_path) == ["latest", *map(full_name, (2, 4, 5))]
+
+
+def test_the_newest_one_from_before_a_divergence_stays(tmp_path: Path) -> None:
+    for step in (1, 2, 4):
+        save(tmp_path, step, keep=1)
+    assert names(tmp_path) == ["latest", full_name(4)]
+    for step in (6, 8):
+        save(tmp_path, step, keep=1, sound=5)
+        assert names(tmp_path) == ["latest", full_name(4), full_name(step)]
+    assert make_store(tmp_path).newest_name() == full_name(8)
+    assert make_store(tmp_path).newest_name(until=7) == full_name(4)
+    assert make_store(tmp_path).newest_name(until=3) is None
+    save(tmp_path, 10, keep=1)
+    assert names(tmp_path) == ["latest", full_name(10)]
 
 
 def test_a_run_that_was_copied_without_its_links_goes_on(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -103,6 +104,22 @@ def test_failed_peaks_are_not_chosen(corpora: Path, tmp_path: Path) -> None:
     assert sources == {"pretrain-0.5-p0.001-s1", "pretrain-0.5-p0.001-s2"}
     outcomes |= {trial.name: Outcome(failed="out of cheese") for trial in first}
     assert known_trials(sweep, outcomes) == first
+
+
+def test_peaks_that_diverged_are_not_chosen(corpora: Path, tmp_path: Path) -> None:
+    arms = {"two-phase": {"pretrain": [0.5], "rates": [0.4]}}
+    content = settings(corpora, arms=arms, learning_rate={"peaks": [1e-3, 4e-3]}, seeds=[1, 2])
+    sweep, directory = open_sweep(write(tmp_path, content))
+    first = known_trials(sweep, {})
+    diverged = Outcome(diverged="at step 5", losses=dict.fromkeys([*HIGH, *LOW], math.nan))
+    outcomes = {trial.name: invented(trial, best=4e-3) for trial in first}
+    outcomes["pretrain-0.5-p0.004-s2"] = diverged
+    sources = {trial.source for trial in known_trials(sweep, outcomes) if trial.source}
+    assert sources == {"pretrain-0.5-p0.001-s1", "pretrain-0.5-p0.001-s2"}
+    outcomes |= {trial.name: diverged for trial in first}
+    assert known_trials(sweep, outcomes) == first
+    with pytest.raises(RunError, match=r"4 runs could not begin: .* diverged with every peak"):
+        refuse_failures(sweep, directory, outcomes)
 
 
 def test_restart_keeps_its_mixture_and_keep_its_schedule(corpora: Path, tmp_path: Path) -> None:
@@ -323,6 +340,33 @@ def test_a_run_that_fails_does_not_hold_up_the_others(corpora: Path, tmp_path: P
     directory.forget_failures()
     _, _, outcomes = run_warm(path)
     assert all(outcome.failed is None for outcome in outcomes.values())
+
+
+def test_a_run_that_diverges_has_ended_and_is_no_failure(corpora: Path, tmp_path: Path) -> None:
+    """Of the first stages one diverges, another one has gradients that are not finite."""
+    arms = {"two-phase": {"pretrain": [0.6], "rates": [0.4]}}
+    grid = {"peaks": [1e-2, 3.0, 1e30], "warmup": 0.0}
+    path = write(tmp_path, settings(corpora, arms=arms, learning_rate=grid, steps=16))
+    sweep, directory, outcomes = run_warm(path)
+    refuse_failures(sweep, directory, outcomes)
+    good, *bad = (f"pretrain-0.6-p{peak}-s11" for peak in ("0.01", "3", "1e+30"))
+    for name in bad:
+        outcome = outcomes[name]
+        assert outcome.failed is None
+        assert outcome.diverged == f"ended at step {outcome.step} of 10"
+        assert math.isinf(outcome.group_loss(HIGH))
+    branches = [name for name in outcomes if name.startswith("two-phase")]
+    assert len(branches) == 3
+    assert all(directory.run_file(name).read_text().count(f"{good}@pretrain") for name in branches)
+    (healthy,) = (name for name in branches if name.endswith("-p0.01-s11"))
+    assert outcomes[healthy].diverged is None
+    # Neither is started again.
+    before = [(directory.run(name) / "metrics.jsonl").read_bytes() for name in outcomes]
+    directory.forget_failures()
+    run_warm(path)
+    assert [(directory.run(name) / "metrics.jsonl").read_bytes() for name in outcomes] == before
+    text = "\n".join(SweepReport.of(directory.path).sentences())
+    assert f"{bad[0]} diverged: ended at step" in text
 
 
 def test_a_run_that_is_killed_is_told_so(corpora: Path, tmp_path: Path) -> None:

@@ -107,8 +107,9 @@ def ended_diverged(run_dir: Path) -> bool:
 
     Steps that are not finite do not count, since a faulty GPU makes them, too.
     """
-    last = _progress(run_dir, {}).last_divergence
-    return last is not None and last["event"] == "divergence_stop" and last["kind"] != "not_finite"
+    progress = _progress(run_dir, {})
+    last = progress.last_divergence
+    return progress.ended_diverged and last is not None and last["kind"] != "not_finite"
 
 
 @dataclass(frozen=True)
@@ -126,20 +127,26 @@ class _Progress:
     last_divergence: dict[str, Any] | None
 
     @property
+    def ended_diverged(self) -> bool:
+        row = self.last_divergence
+        return row is not None and row["event"] == "divergence_stop" and row["step"] >= self.step
+
+    @property
     def divergence(self) -> str | None:
         row = self.last_divergence
         if row is None or row["event"] == "divergence_over":
             return None
-        if row["event"] == "divergence_stop" and row["step"] >= self.step:
-            return f"the run has diverged ({row['kind']}) and ended after step {row['step']:,}"
-        return f"found at step {row['step']:,} ({row['kind']})"
+        where = f"step {row['step']:,} ({row['kind']})"
+        return f"the run has ended at {where}" if self.ended_diverged else f"since {where}"
 
     @property
     def remaining_seconds(self) -> float | None:
         if self.done:
             return 0.0
         seconds = _median(self.training, "step_seconds")
-        return None if seconds is None else seconds * max(0, self.steps - self.step)
+        if seconds is None or self.ended_diverged:
+            return None
+        return seconds * max(0, self.steps - self.step)
 
 
 def _progress(run_dir: Path, planned: Mapping[str, int]) -> _Progress:

@@ -57,6 +57,16 @@ def test_what_is_done_or_wrong_is_not_queued_again() -> None:
     assert wrong.sentence == "the input is wrong, see above; not queued again"
 
 
+def test_a_run_that_has_diverged_is_not_queued_again() -> None:
+    chain = Chain("7", step=4)
+    diverged = decide(chain, 1, 3, diverged=True)
+    assert (diverged.again, diverged.exit_code) == (False, 1)
+    assert diverged.sentence == "the run has diverged, see above; not queued again"
+    # It was stopped, or killed, before it could say so again.
+    assert decide(chain, 75, 3, diverged=True).again
+    assert decide(chain, 137, 3, diverged=True).again
+
+
 def test_what_is_said() -> None:
     stopped = decide(Chain("7", step=12_000), 75, 3)
     assert stopped.sentence == (

@@ -61,8 +61,11 @@ class SweepReport:
         return table
 
     def sentences(self) -> list[str]:
-        """The verdicts, and how many runs have failed."""
-        failed = [f"{name} failed: {reason}" for name, reason in self.view.failures]
+        """The verdicts, and which runs have failed or diverged."""
+        failed = [
+            f"{name} {reason if reason.startswith('diverged') else f'failed: {reason}'}"
+            for name, reason in self.view.failures
+        ]
         return [*(verdict.sentence for verdict in self.view.verdicts), *failed]
 
     def _body(self, folder: Path) -> str:

@@ -83,7 +83,7 @@ class Display:
             self._progress.update(self._all, completed=ended)
         what = f"failed: {outcome.failed}"
         if outcome.diverged is not None:
-            what = outcome.diverged
+            what = f"diverged: {outcome.diverged}"
         elif outcome.failed is None:
             high, low = (outcome.group_loss(g) for g in (self._sweep.high, self._sweep.low))
             what = f"high {high:.3f}, low {low:.3f}, {outcome.seconds:,.0f} s of steps"

@@ -74,7 +74,7 @@ def outcome_of(run: RunRecord, best_of: Sequence[str] | None) -> Outcome:
 
 def _of_diverged(run: RunRecord, end: Event) -> Outcome:
     losses = dict.fromkeys(run.plan.tasks, math.nan)
-    sentence = f"ended by its divergence at step {end.step:,} of {run.planned_steps:,}"
+    sentence = f"ended at step {end.step:,} of {run.planned_steps:,}"
     return Outcome(diverged=sentence, step=end.step, losses=losses, seconds=_seconds(run))
 
 

@@ -15,7 +15,7 @@ from megaphase.experiments.sweep.display import Display
 from megaphase.experiments.sweep.local import Machine, run_locally
 from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.sweep import Sweep, load_sweep
-from megaphase.experiments.sweep.trials import Trial, all_trials, known_trials
+from megaphase.experiments.sweep.trials import Trial, all_trials, count_trials, known_trials
 
 NAMED_AT_MOST = 3
 
@@ -85,10 +85,15 @@ def _refuse_jobs(found: Sweep, directory: SweepDirectory) -> None:
 
 
 def refuse_failures(found: Sweep, directory: SweepDirectory, outcomes: dict[str, Outcome]) -> None:
-    """Raise RunError where runs have failed, or could not be begun because others did."""
+    """Raise RunError where runs have failed, or could not be begun because others have no end."""
     known = known_trials(found, outcomes)
     failed = [trial.name for trial in known if _has_failed(outcomes.get(trial.name))]
     if not failed:
+        if missing := count_trials(found) - len(known):
+            raise RunError(
+                f"{missing} runs could not begin: the first stages that they go on from have "
+                f"diverged with every peak; add lower peaks to {found.file}"
+            )
         return
     shown = ", ".join(failed[:NAMED_AT_MOST]) + (", …" if failed[NAMED_AT_MOST:] else "")
     reason = outcomes[failed[0]].failed
