@@ -19,6 +19,9 @@ SAMPLES = 8
 SEQ_LEN = 16
 VOCAB = 96
 CLIP = 0.85  # some steps of a small model are clipped, some are not
+# How far the gradients of a batch's tokens cancel: the mean of their norms is so many times the
+# norm of their mean, whose error is in proportion to the former.
+CANCELLATION = 10
 MODEL = {"seq_len": SEQ_LEN, "layers": 2, "hidden": 32, "heads": 4, "ffn": 48}
 # Its feed-forward layers are too large for ZeRO-3 to keep them gathered unasked; of their weights
 # SOME keep those of block 0.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from distributed import check, launch
+from rounding import FP32
 from run_support import megaphase, read_rows
 from warm_commands import run_well
 
@@ -18,7 +19,6 @@ FIXTURE = Path(__file__).parent / "fixtures" / "version_0_1_0"
 PROCESSES = {"rotary": 4, "learned": 1}
 PRETRAIN_STEPS = 6
 RESUMED_FROM = 8
-TOLERANCE = 1e-5  # of losses near 5.5
 
 
 @pytest.fixture
@@ -57,13 +57,13 @@ def test_a_run_resumes_and_ends_as_it_would_have(runs, name):
     steps, expected_steps = training_rows(rows), training_rows(expected)
     assert steps.keys() == expected_steps.keys()
     for step, row in expected_steps.items():
-        assert steps[step]["loss"] == pytest.approx(row["loss"], rel=TOLERANCE)
-        assert steps[step]["learning_rate"] == pytest.approx(row["learning_rate"], rel=TOLERANCE)
+        assert steps[step]["loss"] == pytest.approx(row["loss"], rel=FP32)
+        assert steps[step]["learning_rate"] == pytest.approx(row["learning_rate"], rel=FP32)
 
     measured = validations(rows)
     assert measured.keys() == validations(expected).keys()
     for key, losses in validations(expected).items():
-        assert measured[key] == pytest.approx(losses, rel=TOLERANCE)
+        assert measured[key] == pytest.approx(losses, rel=FP32)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_checkpoint_is_evaluated(runs, name, checkpoint, step):
     losses = {task: figures["loss"] for task, figures in report["validation"].items()}
     phase = "pretrain" if step == PRETRAIN_STEPS else "joint"
     expected = validations(expected_rows(runs / name))[phase, step]
-    assert losses == pytest.approx(expected, rel=TOLERANCE)
+    assert losses == pytest.approx(expected, rel=FP32)
 
 
 def test_a_branch_begins_at_the_end_of_the_first_phase(runs):
@@ -91,7 +91,7 @@ def test_a_branch_begins_at_the_end_of_the_first_phase(runs):
     expected = training_rows(expected_rows(runs / "rotary"))
     assert sorted(steps) == [step for step in sorted(expected) if step > PRETRAIN_STEPS]
     for step, row in steps.items():
-        assert row["loss"] == pytest.approx(expected[step]["loss"], rel=TOLERANCE)
+        assert row["loss"] == pytest.approx(expected[step]["loss"], rel=FP32)
 
 
 def test_a_checkpoint_is_converted(runs, name):
