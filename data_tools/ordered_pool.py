@@ -18,6 +18,7 @@ from multiprocessing import connection, resource_tracker
 from typing import Any, TypeVar
 
 from megaphase.errors import RunError
+from megaphase.signals import ALL_SIGNALS, handlers, heeded_signals, signals_blocked
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -140,8 +141,10 @@ class _Pool:
 
 
 def _work(pipe: connection.Connection, task: Callable[[Any], Any]) -> None:
-    # Ctrl-C reaches every process of the terminal; the main one stops the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What reaches every process of a terminal or a job: the main one stops the others.
+    for ignored in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(ignored, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL_SIGNALS)
     threading.Thread(target=_end_with_main_process, daemon=True).start()
     items: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
     threading.Thread(target=_take_items, args=(pipe, items), daemon=True).start()
@@ -175,24 +178,18 @@ def _end_with_main_process() -> None:
 
 @contextmanager
 def _interrupt_deferred() -> Iterator[None]:
-    """Hold Ctrl-C back while a process starts: half started, either side would print a traceback.
+    """Hold signals back while a process starts: half started, either side would print a traceback.
 
-    The signal is blocked for the new process, which inherits that, and noted in this one, where
-    another thread may receive it all the same.
+    They are blocked for the new process, which inherits that, and noted in this one, where another
+    thread may receive them all the same.
     """
-    # The tracker unblocks the signal when it starts, so it must run before.
+    # The tracker unblocks Ctrl-C and SIGTERM when it starts, so it must run before.
     resource_tracker.ensure_running()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    noted: list[int] = []
-    # Python interrupts no other thread, and lets no other thread set a handler.
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    if is_main_thread:
-        handler = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
-    try:
+    noted: list[signal.Signals] = []
+    with (
+        handlers(heeded_signals(), lambda number, _: noted.append(signal.Signals(number))),
+        signals_blocked(),
+    ):
         yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if is_main_thread:
-            signal.signal(signal.SIGINT, handler)
     if noted:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(noted[0])

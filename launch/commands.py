@@ -50,15 +50,20 @@ def local_command(
 ) -> None:
     """Train with several processes on this machine.
 
-    SIGTERM or SIGUSR1 lets all of them save and end with exit code 75; Ctrl-C ends them at once.
+    SIGTERM, SIGUSR1 or Ctrl-C lets all of them save and end with exit code 75; a second Ctrl-C ends
+    them at once.
 
     Example: megaphase launch local run.yaml --processes 8
     """
-    from megaphase.launch.local import launch_local
+    from megaphase.launch.local import Sayings, launch_local
+    from megaphase.launch.sayings import training_sayings
 
     standard_output_is_a_log()
     options = train_options(source, profile, profile_steps)
-    sys.exit(launch_local([command, str(run_file), *(overrides or []), *options], processes))
+    arguments = [command, str(run_file), *(overrides or []), *options]
+    trains = command == "train"
+    sayings = training_sayings(run_file, overrides or []) if trains else Sayings()
+    sys.exit(launch_local(arguments, processes, sayings))
 
 
 @launch_app.command("slurm")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from megaphase.data_tools.artificial.languages import DEFAULT_LANGUAGES, write_languages
-from megaphase.errors import InputError, RunError
+from megaphase.errors import InputError, RunError, Stopped
+from megaphase.parent import ends_with_this_process
+from megaphase.signals import noted_signals, signals_blocked, told_name
 
 SEED = 1234
 VOCAB_SIZE = 2048
 PROCESSES = 2
+POLL_SECONDS = 0.1
 
 RUN_FILE = """\
 # Two languages with much text, two with little: first the former, then all of them.
@@ -71,10 +77,37 @@ def run_demo(folder: Path) -> None:
     run_file.write_text(RUN_FILE.format(tasks=tasks, high=", ".join(high)))
     for command in _commands(folder, texts, run_file):
         console.print(f"\n[bold cyan]$ megaphase {shlex.join(command)}[/]", soft_wrap=True)
-        done = subprocess.run([sys.executable, "-m", "megaphase", *command], check=False)
-        if done.returncode:
+        code, stopped_by = _run(command)
+        if stopped_by is not None:
+            raise Stopped(
+                f"{stopped_by} came: the demo ends with this command; run it and those that follow "
+                f"by hand, or remove {folder} and begin again"
+            )
+        if code:
             raise RunError(f"the demo stopped: megaphase {command[0]} failed (see above)")
     console.print(f"\nThe demo took {time.monotonic() - began:.0f} seconds.")
+
+
+def _run(command: Sequence[str]) -> tuple[int, str | None]:
+    """Run a command, and hand signals down to it; its exit code, and which signal came first.
+
+    A terminal sends Ctrl-C to both, and the command knows what to do on it.
+    """
+    first: str | None = None
+    with noted_signals() as received:
+        with signals_blocked():
+            process = subprocess.Popen(
+                [sys.executable, "-m", "megaphase", *command],
+                env=os.environ | ends_with_this_process(),
+            )
+        while process.poll() is None:
+            while received:
+                number = received.pop(0)
+                first = first or told_name(number)
+                if number != signal.SIGINT or not sys.stdin.isatty():
+                    process.send_signal(number)
+            time.sleep(POLL_SECONDS)
+    return process.returncode, first
 
 
 def _commands(folder: Path, texts: dict[str, Path], run_file: Path) -> list[list[str]]:

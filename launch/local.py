@@ -1,67 +1,95 @@
 """Start one command as several processes on this machine, as torchrun would.
 
 Unlike torchrun it passes the processes' exit code on (2 is wrong input, 75 wants to be requeued),
-hands stop signals down to them, and adds nothing to what they print unless one was killed.
+hands stop signals down to them, and says in one line why a job has ended of which a rank died.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 
 from megaphase.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_WRONG_INPUT
+from megaphase.parallel.judge import GONE
+from megaphase.parallel.launcher import REPORTS_VARIABLE
 from megaphase.parent import ends_with_this_process
-from megaphase.signals import noted_signals
+from megaphase.signals import SAME_PRESS_SECONDS, code_after, noted_signals, signals_blocked
 
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
 # When a rank has failed the others learn of it from their watchdog, and tell more than this
 # launcher could. Those that know nothing by then get SIGTERM, and SIGKILL after a grace period:
 # to a rank that is stuck in a collective SIGTERM means to save, which it cannot.
 PATIENCE_SECONDS = 15.0
 GRACE_SECONDS = 10.0
+# With which a rank of a job ends that has said itself why, or had no reason to.
+_OWN_CODES = (0, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_REQUEUE, EXIT_INTERRUPTED)
 
 
-def launch_local(command: Sequence[str], processes: int) -> int:
+@dataclass(frozen=True)
+class Sayings:
+    """What is said of a job whose ranks cannot say it: sentences, found when they are needed.
+
+    outlook: what the same command does after a fault. loss: what is lost if it ends at once.
+    """
+
+    outlook: Callable[[], str] = lambda: ""
+    loss: Callable[[], str] = lambda: ""
+
+
+def launch_local(command: Sequence[str], processes: int, sayings: Sayings) -> int:
     """Run `python -m megaphase COMMAND...` as `processes` ranks; returns the exit code for all."""
-    return run_as_ranks([sys.executable, "-m", "megaphase", *command], processes)
+    return run_as_ranks([sys.executable, "-m", "megaphase", *command], processes, sayings)
 
 
 def run_as_ranks(
     argv: Sequence[str],
     processes: int,
+    sayings: Sayings | None = None,
     *,
     patience_seconds: float = PATIENCE_SECONDS,
     grace_seconds: float = GRACE_SECONDS,
 ) -> int:
     """Run a command as the ranks of one job until all have ended; none is left behind.
 
-    SIGTERM and SIGUSR1 go to every rank, however often they come. Ctrl-C kills all. Ranks that go
-    on when another has failed get SIGTERM after `patience_seconds`, and SIGKILL `grace_seconds`
-    later.
+    SIGTERM and SIGUSR1 go to every rank, however often they come, and so does Ctrl-C; a second
+    Ctrl-C kills all. Ranks that go on when another has ended get SIGTERM after `patience_seconds`,
+    and SIGKILL `grace_seconds` later.
 
     Returns 0 if all ranks do, else the most telling of the codes with which they ended by
-    themselves: 2, 1, any other, 128 + the signal that killed one, 75. 130 after Ctrl-C.
+    themselves: 2, 1, any other, 130, 75. 1 if a rank was killed; 75 if a stop signal that was
+    handed down has ended a rank. 130 after the second Ctrl-C.
     """
-    with noted_signals() as received:
-        job = _Job(_start(argv, processes))
+    sayings = sayings or Sayings()
+    with noted_signals() as received, _Reports() as reports:
+        job = _Job(_start(argv, processes, reports.descriptor), reports, sayings)
+        pressed: float | None = None
         try:
             while not job.is_over():
                 while received:
-                    job.forward(received.pop(0))
-                if job.seconds_since_failure() > patience_seconds:
+                    number = received.pop(0)
+                    if number == signal.SIGINT:
+                        before, pressed = pressed, time.monotonic()
+                        if before is not None and pressed - before > SAME_PRESS_SECONDS:
+                            job.kill()
+                            _say("ended at once", sayings.loss(), separator=": ")
+                            return EXIT_INTERRUPTED
+                    job.forward(number)
+                if job.seconds_since_end() > patience_seconds:
                     job.stop(grace_seconds)
                 time.sleep(POLL_SECONDS)
+            job.say_why()
             return job.exit_code()
-        except KeyboardInterrupt:
-            return EXIT_INTERRUPTED
         finally:
             job.kill()
             Console().show_cursor()  # a rank that is killed cannot put it back
@@ -86,12 +114,35 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _start(argv: Sequence[str], processes: int) -> list[subprocess.Popen[bytes]]:
+def _say(*parts: str, separator: str = ". ") -> None:
+    print(f"megaphase: {separator.join(filter(None, parts))}", file=sys.stderr, flush=True)
+
+
+class _Reports:
+    """A pipe in which ranks say why the job ends; see `report_end`."""
+
+    def __enter__(self) -> _Reports:
+        self._read, self.descriptor = os.pipe()
+        os.set_blocking(self._read, False)
+        self._bytes = b""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._read)
+        os.close(self.descriptor)
+
+    def first(self) -> dict[str, Any] | None:
+        """What was reported first, None as long as nothing was."""
+        with contextlib.suppress(BlockingIOError):
+            self._bytes += os.read(self._read, 1 << 20)
+        line, end, _ = self._bytes.partition(b"\n")
+        return json.loads(line) if end else None
+
+
+def _start(argv: Sequence[str], processes: int, reports: int) -> list[subprocess.Popen[bytes]]:
     port = free_port()
     threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
     ranks: list[subprocess.Popen[bytes]] = []
-    # A terminal sends Ctrl-C to all of them; the ranks leave it to this process to end them.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for rank in range(processes):
             environment = {
@@ -99,34 +150,46 @@ def _start(argv: Sequence[str], processes: int) -> list[subprocess.Popen[bytes]]
                 **os.environ,
                 **rank_environment(rank, processes, port),
                 **ends_with_this_process(),
+                REPORTS_VARIABLE: str(reports),
             }
-            ranks.append(subprocess.Popen(argv, env=environment))
+            with signals_blocked():
+                ranks.append(subprocess.Popen(argv, env=environment, pass_fds=[reports]))
     except BaseException:
         for started in ranks:
             started.kill()
         raise
-    finally:
-        signal.signal(signal.SIGINT, before)
     return ranks
 
 
 class _Job:
     """The ranks that were started, and what became of them."""
 
-    def __init__(self, ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-        self._ranks = ranks
+    def __init__(
+        self, ranks: Sequence[subprocess.Popen[bytes]], reports: _Reports, sayings: Sayings
+    ) -> None:
+        self._ranks, self._reports, self._sayings = ranks, reports, sayings
         self._codes: dict[int, int] = {}  # of those that have ended by themselves, in their order
         self._stopped: set[int] = set()
-        self._forwarded: set[int] = set()
-        self._failed_at: float | None = None
+        self._forwarded: list[signal.Signals] = []
+        self._ended_at: float | None = None
+        self._said = False
 
     def is_over(self) -> bool:
         """Look after all ranks; whether all have ended."""
-        for number, rank in self._left():
-            code = rank.poll()
-            if code is not None:
-                self._note(number, code)
+        self._look()
+        if self._reports.first() is not None:
+            self._look()  # a rank that died before the report has ended by now
+            self.say_why()
         return not self._left()
+
+    def _look(self) -> None:
+        looked = [(number, rank.poll()) for number, rank in self._left()]
+        ended = [(number, code) for number, code in looked if code is not None]
+        # Of those that end together, one that was killed was the first, one that aborts the last.
+        for number, code in sorted(ended, key=lambda each: _order(each[1])):
+            self._codes[number] = code
+            if code != 0 and self._ended_at is None:
+                self._ended_at = time.monotonic()
 
     def _left(self) -> list[tuple[int, subprocess.Popen[bytes]]]:
         return [
@@ -135,22 +198,38 @@ class _Job:
             if number not in self._codes and number not in self._stopped
         ]
 
-    def _note(self, number: int, code: int) -> None:
-        self._codes[number] = code
-        if code not in (0, EXIT_REQUEUE) and self._failed_at is None:
-            self._failed_at = time.monotonic()
-        if code < 0 and -code not in self._forwarded:
-            process, name = self._ranks[number].pid, signal.Signals(-code).name
-            text = f"megaphase: rank {number} (process {process}) was killed by {name}"
-            print(text, file=sys.stderr, flush=True)
+    def _died(self) -> Iterator[tuple[int, str]]:
+        """The ranks that could not say why they ended, in their order, and how."""
+        for number, code in self._codes.items():
+            if code < 0 and -code not in self._forwarded:
+                yield number, f"was killed by {_signal_name(-code)}"
+            elif code > 0 and code not in _OWN_CODES:
+                yield number, f"ended with exit code {code}"
 
-    def seconds_since_failure(self) -> float:
-        """How long ago the first rank failed; 0 if none has."""
-        return 0.0 if self._failed_at is None else time.monotonic() - self._failed_at
+    def say_why(self) -> None:
+        """Say in one line which rank died, once; or what a rank has reported, if none has died."""
+        report = self._reports.first()
+        died = dict(self._died())
+        if self._said or not (report or died):
+            return
+        self._said = True
+        first = next(iter(died), None)
+        if first is not None and (report is None or report["rank"] != first):
+            process = self._ranks[first].pid
+            rank = f"rank {first} (process {process}) {died[first]}; all processes end"
+            _say(rank, self._sayings.outlook())
+        elif report is not None:
+            for line in report["lines"]:
+                told = line if first is None else line.replace(GONE, died[first])
+                print(told, file=sys.stderr, flush=True)
+
+    def seconds_since_end(self) -> float:
+        """How long ago the first rank ended, other than with 0; 0 if none has."""
+        return 0.0 if self._ended_at is None else time.monotonic() - self._ended_at
 
     def forward(self, number: signal.Signals) -> None:
         """Send a signal to all ranks that are left."""
-        self._forwarded.add(number)
+        self._forwarded.append(number)
         for _, rank in self._left():
             rank.send_signal(number)
 
@@ -158,6 +237,7 @@ class _Job:
         """End the ranks that are left; their exit codes tell nothing."""
         deadline = time.monotonic() + grace_seconds
         left = self._left()
+        self.say_why()
         for number, rank in left:
             self._stopped.add(number)
             rank.terminate()
@@ -175,11 +255,29 @@ class _Job:
 
     def exit_code(self) -> int:
         """What the ranks that ended by themselves say together; see `run_as_ranks`."""
-        codes = list(self._codes.values())
-        for telling in (EXIT_WRONG_INPUT, EXIT_FAILED):
-            if telling in codes:
-                return telling
-        own = [code for code in codes if code > 0 and code != EXIT_REQUEUE]
-        killed = [128 - code for code in codes if code < 0]
-        requeue = [code for code in codes if code == EXIT_REQUEUE]
-        return next(iter([*own, *killed, *requeue]), 0)
+        codes = [
+            code if code >= 0 else self._code_of_killed(-code) for code in self._codes.values()
+        ]
+        telling = [EXIT_WRONG_INPUT, EXIT_FAILED]
+        if self._forwarded:
+            # A rank that is stopped while the job starts may take others with it.
+            telling = [EXIT_WRONG_INPUT, EXIT_REQUEUE, EXIT_INTERRUPTED, EXIT_FAILED]
+        stopped = (0, EXIT_REQUEUE, EXIT_INTERRUPTED)
+        others = [code for code in codes if code not in stopped]
+        return next((code for code in (*telling, *others) if code in codes), max(codes, default=0))
+
+    def _code_of_killed(self, number: int) -> int:
+        return code_after(number) if number in self._forwarded else EXIT_FAILED
+
+
+def _order(code: int) -> int:
+    if code >= 0:
+        return 1
+    return 2 if -code == signal.SIGABRT else 0
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

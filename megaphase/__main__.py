@@ -1,5 +1,43 @@
-"""`python -m megaphase`."""
+"""The program: what `megaphase` and `python -m megaphase` run.
 
-from megaphase.cli import main
+It is ready for signals before it imports anything that takes time. As long as nothing has begun, a
+signal ends it at once.
+"""
 
-main()
+from __future__ import annotations
+
+import os
+import signal
+
+from megaphase.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def main() -> None:
+    """Run the command line."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end_at_once)
+    # A launcher starts its processes with these blocked, so that none comes before this.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        from megaphase.cli import main as run
+
+        run()
+    finally:
+        # How it ends is settled, and Python's own end takes a while.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _end_at_once(number: int, _frame: object) -> None:
+    interrupted = number == signal.SIGINT
+    if os.environ.get("RANK", "0") == "0":
+        name = "Ctrl-C" if interrupted else signal.Signals(number).name
+        os.write(2, f"megaphase: {name} came before anything had begun; nothing is lost\n".encode())
+    os._exit(EXIT_INTERRUPTED if interrupted else EXIT_REQUEUE)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -16,7 +17,10 @@ from megaphase.data_tools.tokenizers.commands import tokenizer_app
 from megaphase.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EndedAtOnce,
     InputError,
+    Interrupted,
+    LostProcessError,
     RunError,
     Stopped,
     exit_code,
@@ -26,9 +30,10 @@ from megaphase.experiments.commands import report_command, sweep_command
 from megaphase.generation.commands import generate_command, translate_command
 from megaphase.launch.commands import demo_command, launch_app
 from megaphase.locale_settings import require_utf8, work_in_utf8
-from megaphase.parallel.launcher import global_rank
+from megaphase.parallel.launcher import global_rank, report_end
 from megaphase.parent import end_with_parent
 from megaphase.plan.commands import plan_app
+from megaphase.signals import handlers, heeded_signals, interrupting_signals
 from megaphase.streams import prepare_streams
 from megaphase.training.commands import evaluate_command, train_command
 
@@ -37,8 +42,8 @@ SECONDS_FOR_RANK_0 = 1.0
 app = typer.Typer(
     help="Train multilingual GPT models in phases: first on the high-resource tasks, then, with "
     "fresh optimizer state and schedule, on a mixture that raises the low-resource ones.",
-    epilog="Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped on a signal "
-    "after a checkpoint.",
+    epilog="Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped by a signal "
+    "(a training has saved), 130 ended at once by Ctrl-C.",
     no_args_is_help=True,
     rich_markup_mode="markdown",  # so that paragraphs are wrapped to the terminal
     pretty_exceptions_enable=False,
@@ -81,31 +86,46 @@ def main() -> None:
     # When a rank dies torch's own threads fill pages about it; the watchdog says it in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     end_with_parent()
-    try:
-        require_utf8(sys.argv[1:])
+    with interrupting_signals() as interrupts:
         try:
-            app()
-        finally:
-            sys.stdout.flush()  # here, where a failure can still be said
-    except (InputError, RunError, Stopped) as error:
-        _stop(error, exit_code(error))
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        sys.exit(EXIT_FAILED)  # the reader of our output (head, less) has left; nothing is wrong
-    except OSError as error:
-        fault = os_fault(error)
-        if fault is None:
+            require_utf8(sys.argv[1:])
+            try:
+                app()
+            finally:
+                sys.stdout.flush()  # here, where a failure can still be said
+        except (InputError, RunError, Stopped, EndedAtOnce) as error:
+            _stop(error, exit_code(error))
+        except BrokenPipeError:
+            sys.exit(
+                EXIT_FAILED
+            )  # the reader of our output (head, less) has left; nothing is wrong
+        except OSError as error:
+            fault = os_fault(error)
+            if fault is None:
+                raise
+            # The other ranks do not know of it, so this one says it whatever its number.
+            print(f"megaphase: {fault}", file=sys.stderr, flush=True)
+            sys.exit(exit_code(fault))
+        except (KeyboardInterrupt, SystemExit) as error:
+            # Typer makes an exit code of what has interrupted a command.
+            if interrupts and _is_interrupt(error):
+                _stop(interrupts[0], interrupts[0].exit_code)
             raise
-        # The other ranks do not know of it, so this one says it whatever its number.
-        print(f"megaphase: {fault}", file=sys.stderr, flush=True)
-        sys.exit(exit_code(fault))
 
 
-def _stop(error: Exception, code: int) -> None:
-    if global_rank() == 0:
-        print(f"megaphase: {error}", file=sys.stderr, flush=True)
-    else:
-        # Launchers end all processes as soon as one has failed: let rank 0 speak first.
-        time.sleep(SECONDS_FOR_RANK_0)
+def _is_interrupt(error: BaseException) -> bool:
+    return isinstance(error, Interrupted) or getattr(error, "code", None) == EXIT_INTERRUPTED
+
+
+def _stop(error: BaseException, code: int) -> NoReturn:
+    text = f"stopped by {error.name}" if isinstance(error, Interrupted) else str(error)
+    line = f"megaphase: {text}"
+    with handlers(heeded_signals(), signal.SIG_IGN):  # how it ends is settled
+        if isinstance(error, LostProcessError) and report_end(None, [line]):
+            pass
+        elif global_rank() == 0:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            # Launchers end all processes as soon as one has failed: let rank 0 speak first.
+            time.sleep(SECONDS_FOR_RANK_0)
     sys.exit(code)

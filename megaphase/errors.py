@@ -36,6 +36,10 @@ class RunError(Exception):
     """
 
 
+class LostProcessError(RunError):
+    """A collective broke off, outside of the watchdog's sight: another process must have ended."""
+
+
 class Stopped(Exception):
     """A signal asked the run to stop, and it did so after a checkpoint; all ranks raise it.
 
@@ -44,8 +48,29 @@ class Stopped(Exception):
     """
 
 
-def exit_code(error: InputError | RunError | Stopped) -> int:
+class EndedAtOnce(Exception):
+    """Ctrl-C came again while what the first one had asked for was under way: all was killed.
+
+    The message is one line: what is lost, and what the same command does. The command line prints
+    it and ends with exit code 130.
+    """
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a command that had nothing to save: Ctrl-C, SIGTERM or SIGUSR1.
+
+    name: of the signal, as it is told to people. exit_code: what the command line ends with.
+    """
+
+    def __init__(self, name: str, exit_code: int) -> None:
+        self.name, self.exit_code = name, exit_code
+        super().__init__(name)
+
+
+def exit_code(error: InputError | RunError | Stopped | EndedAtOnce) -> int:
     """What the command line ends with on an error that it foresees."""
+    if isinstance(error, EndedAtOnce):
+        return EXIT_INTERRUPTED
     if isinstance(error, InputError):
         return EXIT_WRONG_INPUT
     return EXIT_REQUEUE if isinstance(error, Stopped) else EXIT_FAILED

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from megaphase.errors import InputError
+from megaphase.signals import ALL_SIGNALS
 
 
 def work_in_utf8() -> None:
@@ -22,6 +24,7 @@ def work_in_utf8() -> None:
     if sys.stdout is not None:
         os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding)
     os.environ["PYTHONUTF8"] = "1"
+    signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)  # until it can take them again
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 

@@ -57,7 +57,9 @@ def test_silent_rank_is_named_in_time():
     assert verdict == Verdict(
         True,
         "rank 3 on node1 (process 111) gave no sign of life for 30 s, last seen in step 1; all "
-        "processes end. The same command goes on from the newest checkpoint",
+        "processes end",
+        rank=3,
+        unfinished=True,
     )
 
 
@@ -128,7 +130,9 @@ def test_fault_of_one_rank_ends_all_with_its_code():
     run = Run(2, 1)
     run.change(2, state="fault", reason="run.yaml: is wrong", exit_code=2)
     verdict = run.go(SILENT_SECONDS)
-    assert verdict == Verdict(True, "rank 2 on node1 (process 110): run.yaml: is wrong", (), 2)
+    assert verdict == Verdict(
+        True, "rank 2 on node1 (process 110): run.yaml: is wrong", exit_code=2, rank=2
+    )
 
 
 def test_failure_comes_before_those_that_it_kills():
@@ -142,10 +146,24 @@ def test_failure_comes_before_those_that_it_kills():
     )
 
 
-def test_interrupted_rank_ends_all_without_a_word():
+def test_signal_to_one_rank_ends_all_with_its_code():
     run = Run(2)
-    run.change(1, state="interrupted")
-    assert run.go(1) == Verdict(True, exit_code=130)
+    run.change(1, state="interrupted", reason="SIGTERM came", exit_code=75)
+    assert run.go(1) == Verdict(True, "SIGTERM came", exit_code=75, rank=1)
+
+
+def test_of_several_that_are_gone_the_first_is_named():
+    run = Run(3)
+    run.go(10)
+    run.silent = {2}
+    run.change(1, neighbour=-1)
+    assert run.go(1) is None
+    run.silent = {1, 2}  # it aborts, because its connection to the other has broken
+    run.change(0, neighbour=-1)
+    verdict = run.go(10)
+    assert verdict is not None
+    assert verdict.rank == 2
+    assert verdict.message.startswith("rank 2 on node0 (process 102) has ended without a word")
 
 
 def test_hanging_rank_is_the_one_that_does_not_wait():
@@ -157,8 +175,7 @@ def test_hanging_rank_is_the_one_that_does_not_wait():
     assert STALLED_SECONDS <= run.seconds <= STALLED_SECONDS + 2 * BEAT_SECONDS
     assert verdict.message == (
         "no rank has made progress for 900 s: rank 2 on node1 (process 110) hangs reading the "
-        "batch of step 9 (dataset.py:7 in read); all processes end. The same command goes on "
-        "from the newest checkpoint"
+        "batch of step 9 (dataset.py:7 in read); all processes end"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,15 +26,22 @@ import os, signal, sys, time
 from pathlib import Path
 rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
 received = []
+signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 def wait():
     (folder / f"ready-{rank}").write_text(str(os.getpid()))
     time.sleep(600)
 def note(number, frame):
     received.append(signal.Signals(number).name)
     (folder / f"signals-{rank}").write_text(" ".join(received))
+def take_signals():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # as the program does when it can
 def note_signals():
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGUSR1, note)
+    for number in signals:
+        signal.signal(number, note)
+    take_signals()
+def report(rank, line):
+    from megaphase.parallel.launcher import report_end
+    assert report_end(rank, [line])
 def wait_for(what, seconds=300):
     end = time.monotonic() + seconds
     while not what():
@@ -43,10 +51,11 @@ def wait_for(what, seconds=300):
 
 LAUNCHER = """
 import sys
-from megaphase.launch.local import run_as_ranks
+from megaphase.launch.local import Sayings, run_as_ranks
 processes, patience, grace, *argv = sys.argv[1:]
-patience, grace = float(patience), float(grace)
-sys.exit(run_as_ranks(argv, int(processes), patience_seconds=patience, grace_seconds=grace))
+seconds = {"patience_seconds": float(patience), "grace_seconds": float(grace)}
+sayings = Sayings(lambda: "It resumes from step-00000004", lambda: "7 steps are lost")
+sys.exit(run_as_ranks(argv, int(processes), sayings, **seconds))
 """
 
 
@@ -109,11 +118,23 @@ def is_there(pid: int) -> bool:
 
 @pytest.mark.parametrize(
     ("codes", "expected"),
-    [((0, 0, 0), 0), ((0, 7, 0), 7), ((1, 2, 1), 2), ((7, 0, 1), 1), ((75, 75, 75), 75)],
+    [((0, 0, 0), 0), ((1, 2, 1), 2), ((1, 0, 75), 1), ((75, 75, 75), 75), ((130, 0, 75), 130)],
 )
 def test_most_telling_exit_code(codes, expected, tmp_path):
     with launched(tmp_path, f"sys.exit({codes}[rank])", 3, patience=30) as job:
         assert job.result() == (expected, "")
+
+
+@pytest.mark.parametrize(("codes", "expected"), [((0, 7, 0), 7), ((0, 7, 1), 1)])
+def test_rank_that_ends_with_a_code_of_no_meaning_is_named(codes, expected, tmp_path):
+    with launched(tmp_path, f"sys.exit({codes}[rank])", 3, patience=30) as job:
+        code, stderr = job.result()
+    assert code == expected
+    assert re.fullmatch(
+        r"megaphase: rank 1 \(process \d+\) ended with exit code 7; all processes end\. It resumes "
+        r"from step-00000004\n",
+        stderr,
+    )
 
 
 def test_every_signal_reaches_every_rank(tmp_path):
@@ -132,21 +153,62 @@ sys.exit(75)
         assert job.signals() == ["SIGUSR1 SIGTERM SIGTERM"] * 2
 
 
-def test_a_forwarded_signal_that_kills_is_not_reported(tmp_path):
-    with launched(tmp_path, "wait()") as job:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_forwarded_signal_that_kills_is_not_reported(number, tmp_path):
+    with launched(tmp_path, "take_signals(); wait()") as job:
+        job.pids()
+        job.process.send_signal(number)
+        assert job.result() == (75, "")
+
+
+def test_signals_wait_for_ranks_that_are_just_being_started(tmp_path):
+    code = """
+(folder / f"ready-{rank}").write_text(str(os.getpid()))
+wait_for(lambda: signal.SIGTERM in signal.sigpending())
+note_signals()
+wait_for(lambda: received)
+sys.exit(75)
+"""
+    with launched(tmp_path, code) as job:
         job.pids()
         job.process.send_signal(signal.SIGTERM)
-        assert job.result() == (128 + signal.SIGTERM, "")
+        assert job.result() == (75, "")
+        assert job.signals() == ["SIGTERM"] * 2
 
 
-def test_rank_killed_from_outside_is_named(tmp_path):
-    with launched(tmp_path, "wait()", 3) as job:
+def killed(number, name, pid):
+    return (
+        f"megaphase: rank {number} (process {pid}) was killed by {name}; all processes end. It "
+        "resumes from step-00000004\n"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+def test_rank_killed_from_outside_is_named(number, tmp_path):
+    with launched(tmp_path, "take_signals(); wait()", 3) as job:
         pids = job.pids()
-        os.kill(pids[1], signal.SIGKILL)
+        os.kill(pids[1], number)
         code, stderr = job.result()
-    assert code == 128 + signal.SIGKILL
-    assert stderr == f"megaphase: rank 1 (process {pids[1]}) was killed by SIGKILL\n"
+    assert (code, stderr) == (1, killed(1, number.name, pids[1]))
     assert not any(map(is_there, pids))
+
+
+def test_rank_that_aborts_after_another_was_killed_is_not_blamed(tmp_path):
+    code = """
+if rank == 1:
+    wait()
+import signal
+wait_for((folder / "ready-1").exists)
+(folder / f"ready-{rank}").write_text(str(os.getpid()))
+victim = int((folder / "ready-1").read_text() or 0)
+os.kill(os.getppid(), signal.SIGSTOP)  # so that the launcher finds both at once
+os.kill(victim, signal.SIGKILL)
+os.system(f"(sleep 1; kill -CONT {os.getppid()}) &")
+os.abort()
+"""
+    with launched(tmp_path, code, 2, patience=30) as job:
+        pids = job.pids()
+        assert job.result() == (1, killed(1, "SIGKILL", pids[1]))
 
 
 def test_others_may_tell_more_than_the_launcher(tmp_path):
@@ -156,7 +218,7 @@ if rank == 0:
 wait_for((folder / "ready-0").exists)
 victim = int((folder / "ready-0").read_text())
 wait_for(lambda: not Path(f"/proc/{victim}").exists())
-print("rank 0 is gone", file=sys.stderr, flush=True)
+report(0, "megaphase: rank 0 on here has ended without a word (killed, or out of memory), at 7")
 sys.exit(1)
 """
     with launched(tmp_path, code, patience=30) as job:
@@ -166,10 +228,33 @@ sys.exit(1)
         os.kill(pid, signal.SIGKILL)
         code, stderr = job.result()
     assert code == 1
-    assert set(stderr.splitlines()) == {
-        f"megaphase: rank 0 (process {pid}) was killed by SIGKILL",
-        "rank 0 is gone",
-    }
+    assert stderr == "megaphase: rank 0 on here was killed by SIGKILL, at 7\n"
+
+
+def test_report_that_blames_another_than_the_killed_rank_is_not_believed(tmp_path):
+    code = """
+if rank == 0:
+    wait()
+wait_for((folder / "ready-0").exists)
+wait_for((folder / "ready-0").read_text)
+os.kill(int((folder / "ready-0").read_text()), signal.SIGKILL)
+report(1, "megaphase: rank 1 failed: a connection was reset")
+sys.exit(1)
+"""
+    with launched(tmp_path, code, patience=30) as job:
+        code, stderr = job.result()
+    pid = int((tmp_path / "ready-0").read_text())
+    assert (code, stderr) == (1, killed(0, "SIGKILL", pid))
+
+
+def test_first_report_is_what_is_said_where_no_rank_has_died(tmp_path):
+    code = """
+report(rank, "one line")
+report(rank, "another")
+sys.exit(1)
+"""
+    with launched(tmp_path, code, 3) as job:
+        assert job.result() == (1, "one line\n")
 
 
 def test_survivor_that_only_notes_sigterm_is_killed(tmp_path):
@@ -188,11 +273,33 @@ while True:
         assert not is_there(int((tmp_path / "ready-0").read_text()))
 
 
-def test_ctrl_c_ends_all_at_once(tmp_path):
-    with launched(tmp_path, "wait()", patience=600) as job:
+NOTE_UNTIL_TOLD = """
+note_signals()
+(folder / f"ready-{rank}").write_text(str(os.getpid()))
+wait_for((folder / "go").exists)
+sys.exit(75)
+"""
+
+
+def test_ctrl_c_reaches_all_ranks(tmp_path):
+    with launched(tmp_path, NOTE_UNTIL_TOLD, patience=600) as job:
+        job.pids()
+        job.process.send_signal(signal.SIGINT)
+        wait_until(partial(job.has_signals, 1))
+        (tmp_path / "go").touch()
+        assert job.result() == (75, "")
+        assert job.signals() == ["SIGINT"] * 2
+
+
+def test_second_ctrl_c_ends_all_at_once_and_says_what_is_lost(tmp_path):
+    with launched(tmp_path, NOTE_UNTIL_TOLD, patience=600) as job:
         pids = job.pids()
-        os.killpg(job.process.pid, signal.SIGINT)  # as a terminal does
-        assert job.result() == (130, "")
+        # As a terminal does; the ranks get it from the launcher, too.
+        os.killpg(job.process.pid, signal.SIGINT)
+        wait_until(lambda: all("SIGINT" in each for each in job.signals()))
+        time.sleep(1)  # far longer than the two ways of one press are apart
+        os.killpg(job.process.pid, signal.SIGINT)
+        assert job.result() == (130, "megaphase: ended at once: 7 steps are lost\n")
         assert not any(map(is_there, pids))
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: all ranks finish the step, save and end with exit code 75.
+"""SIGTERM, SIGUSR1 and Ctrl-C: all ranks finish the step, save and end with exit code 75.
 
 One run of two processes is stopped at moment after moment and started again each time; in the end
 its rows must equal, bit for bit, those of its undisturbed twin.
@@ -34,10 +34,11 @@ from warm_commands import signal_before
 PROCESSES = 2
 STEPS = (24, 12)
 LINE = re.compile(
-    r"megaphase: (SIG\w+) came to rank (\d): saved after step ([\d,]+); the same command goes on "
-    r"from there\n"
+    r"megaphase: (SIG\w+|Ctrl-C) came to rank (\d): saved after step ([\d,]+); the same command "
+    r"resumes from there\n"
 )
-TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
+SAVING = "megaphase: saving after this step; press Ctrl-C again to end at once\n"
+TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 Signals = Sequence[tuple[int, signal.Signals]]  # to which rank
 
 
@@ -55,9 +56,9 @@ class Stop:
         return [result.returncode for result in self.results]
 
     def said(self) -> tuple[str, int, int]:
-        """Signal, rank and step, from the only line on standard error."""
+        """Signal, rank and step, from the only line on standard error; two after Ctrl-C."""
         assert [result.stderr for result in self.results[1:]] == [""] * (len(self.results) - 1)
-        match = LINE.fullmatch(self.results[0].stderr)
+        match = LINE.fullmatch(self.results[0].stderr.removeprefix(SAVING))
         assert match is not None, self.results[0].stderr
         return match[1], int(match[2]), int(match[3])
 
@@ -98,7 +99,7 @@ class Stopper:
     def _what_came_of_it(self, ranks: RunningRanks) -> Stop:
         results = ranks.wait()
         checkpoints = self._run / "checkpoints"
-        names = sorted(path.name for path in checkpoints.iterdir())
+        names = sorted(path.name for path in checkpoints.glob("*"))
         latest = (checkpoints / "latest").resolve().name
         return Stop(results, names, latest, len(self._rows()))
 
@@ -155,6 +156,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         "again and again": run.stop(run.saving(), both * 5),
         "at the switch": run.stop_itself("_end_phase", 1, USR1),
         "launcher": run.stop(run.after_steps(1), [(0, TERM)], local, processes=1),
+        "Ctrl-C": run.stop(run.after_steps(1), [(0, INT), (1, INT)]),
+        "Ctrl-C to the launcher": run.stop(run.after_steps(1), [(0, INT)], local, processes=1),
         "at the end": run.stop_itself("_end_phase", 1, TERM),
     }
     return Story(run_file.parent / "run", undisturbed.parent / "run", stops)
@@ -164,12 +167,13 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 @pytest.mark.parametrize(
     ("name", "signals", "ranks"),
     [
-        ("at the start", {"SIGTERM"}, {0}),
         ("one rank", {"SIGTERM"}, {1}),
         ("the other rank", {"SIGUSR1"}, {0}),
         ("again and again", {"SIGTERM", "SIGUSR1"}, {0, 1}),
         ("at the switch", {"SIGUSR1"}, {1}),
         ("launcher", {"SIGTERM"}, {0, 1}),
+        ("Ctrl-C", {"Ctrl-C"}, {0, 1}),
+        ("Ctrl-C to the launcher", {"Ctrl-C"}, {0, 1}),
     ],
 )
 def test_a_signal_saves_and_ends_all_ranks(
@@ -186,8 +190,18 @@ def test_a_signal_saves_and_ends_all_ranks(
 
 
 @pytest.mark.distributed
-def test_a_signal_at_the_start_waits_for_one_step(story: Story) -> None:
-    assert story.stops["at the start"].said() == ("SIGTERM", 0, 1)
+def test_a_signal_at_the_start_ends_a_run_that_has_nothing_to_save(story: Story) -> None:
+    stop = story.stops["at the start"]
+    assert stop.codes == [75, 75]
+    assert re.fullmatch(r"megaphase: SIGTERM came .*; nothing is lost\n", stop.results[0].stderr)
+    assert stop.results[1].stderr == ""
+    assert (stop.checkpoints, stop.steps) == ([], 0)
+
+
+@pytest.mark.distributed
+def test_ctrl_c_says_at_once_that_the_run_saves(story: Story) -> None:
+    for name in ("Ctrl-C", "Ctrl-C to the launcher"):
+        assert story.stops[name].results[0].stderr.startswith(SAVING)
 
 
 @pytest.mark.distributed

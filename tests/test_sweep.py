@@ -474,7 +474,7 @@ def test_a_signal_lets_the_runs_save(corpora: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 75, stderr
-    assert "SIGTERM came: the runs have saved; the same command goes on" in stderr
+    assert "SIGTERM came: the runs have saved; the same command resumes" in stderr
     log = SweepDirectory(tmp_path / "out").log(first.name).read_text()
     assert "SIGTERM came to rank 0: saved after step" in log
     assert not SweepDirectory(tmp_path / "out").outcomes()

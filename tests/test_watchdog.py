@@ -19,7 +19,7 @@ from megaphase.launch.local import free_port, rank_environment
 pytestmark = pytest.mark.distributed
 
 HOST = socket.gethostname()
-GOES_ON = "all processes end. The same command goes on from the newest checkpoint"
+GOES_ON = "all processes end. It resumes from step-00000002"
 
 
 def name(rank: int, ended: list[Ended]) -> str:
@@ -97,9 +97,50 @@ def test_failing_collective_is_told_where_no_rank_has_died(tmp_path: Path) -> No
     assert [each.code for each in ended] == [1, 1]
 
 
-def test_interrupted_rank_ends_all_without_a_word(tmp_path: Path) -> None:
-    ended = run_job(tmp_path, 2, "interrupt", [1])
-    assert [(each.code, each.stderr) for each in ended] == [(130, "")] * 2
+@pytest.mark.parametrize("rank", [0, 1])
+def test_error_of_a_broken_connection_does_not_blame_the_rank_that_sees_it(
+    rank: int, tmp_path: Path
+) -> None:
+    ended = run_job(tmp_path, 3, "die_under_others", [rank])
+    message = said(ended)
+    assert message.startswith(f"megaphase: {name(rank, ended)} has ended without a word")
+    check_survivors(ended, rank)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_library_that_ends_the_process_is_told(rank: int, tmp_path: Path) -> None:
+    ended = run_job(tmp_path, 2, "exit", [rank])
+    assert ended[0].stderr.splitlines()[-1] == (
+        f"megaphase: {name(rank, ended)}: a library ended the process in step {FAULTY_STEP} "
+        "(SystemExit: 0)"
+    )
+    assert [each.stderr.count("Traceback") for each in ended] == [
+        int(number == rank) for number in range(2)
+    ]
+    check_survivors(ended, rank)
+    assert ended[rank].code == 1
+
+
+def test_library_that_ends_the_only_process_is_told(tmp_path: Path) -> None:
+    [ended] = run_job(tmp_path, 1, "exit", [0])
+    assert ended.code == 1
+    assert ended.stderr.splitlines()[-1] == (
+        f"megaphase: a library ended the process in step {FAULTY_STEP} (SystemExit: 0)"
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_interrupted_rank_ends_all(rank: int, tmp_path: Path) -> None:
+    ended = run_job(tmp_path, 2, "interrupt", [rank])
+    assert said(ended) == "megaphase: stopped by SIGTERM"
+    assert [each.code for each in ended] == [75] * 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_stopped_from_another_thread_all_end_at_once(rank: int, tmp_path: Path) -> None:
+    ended = run_job(tmp_path, 2, "stop", [rank])
+    assert said(ended) == "megaphase: nothing is lost"
+    assert [each.code for each in ended] == [75] * 2
 
 
 def test_processes_that_never_come_are_told(tmp_path: Path) -> None:

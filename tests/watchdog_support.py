@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch
 import torch.distributed as dist
 
-from megaphase.errors import InputError, RunError, exit_code
+from megaphase.errors import InputError, Interrupted, RunError, exit_code
 from megaphase.launch.local import free_port, rank_environment
 from megaphase.parallel.together import process_group
 from megaphase.parallel.watchdog import Watchdog
@@ -25,6 +26,7 @@ from megaphase.parallel.watchdog import Watchdog
 SILENT_SECONDS = 2.0
 FAULTY_STEP, STEPS = 3, 6
 FOR_EVER = 600
+_watchdog: Watchdog
 # Generous: a loaded machine must not fail a test.
 LIMIT_SECONDS = 90.0
 
@@ -59,7 +61,23 @@ def fail_in_a_collective() -> None:
 
 
 def interrupt() -> None:
-    raise KeyboardInterrupt
+    raise Interrupted("SIGTERM", 75)
+
+
+def die_under_others() -> None:
+    """The others see it in an error that no frame of a collective is part of."""
+    die()
+
+
+def exit() -> None:
+    """As a library might."""
+    sys.exit(0)
+
+
+def stop() -> None:
+    """Another thread ends the run; the main one never knows."""
+    threading.Thread(target=_watchdog.stop, args=("nothing is lost", 75)).start()
+    time.sleep(FOR_EVER)
 
 
 def fail_foreseen() -> None:
@@ -81,13 +99,19 @@ def leave_late() -> None:
 def train(harm: str, faulty_ranks: set[int]) -> None:
     """Steps with a collective each; at FAULTY_STEP the faulty ranks call the function `harm`."""
     stalled_seconds = 2 * SILENT_SECONDS if harm == "hang" else LIMIT_SECONDS
+    global _watchdog
     with process_group(), Watchdog(SILENT_SECONDS, stalled_seconds) as watchdog:
+        _watchdog = watchdog
+        watchdog.outlook = "It resumes from step-00000002"
         rank = dist.get_rank()
         for step in range(STEPS):
             watchdog.at(f"in step {step}")
             if step == FAULTY_STEP and rank in faulty_ranks:
                 globals()[harm]()
-            dist.all_reduce(torch.ones(4))
+            if harm == "die_under_others":
+                dist.all_reduce(torch.ones(4), async_op=True).wait()
+            else:
+                dist.all_reduce(torch.ones(4))
             print("step", step, flush=True)
         if harm == "leave_late" and rank in faulty_ranks:
             sleep()

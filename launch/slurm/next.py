@@ -60,7 +60,7 @@ def decide(chain: Chain, code: int, restarts: int, *, diverged: bool = False) ->
         return Next(False, "the input is wrong, see above; not queued again", code)
     if diverged and code == EXIT_FAILED:
         return Next(False, "the run has diverged, see above; not queued again", code)
-    what = "stopped after a checkpoint" if code == EXIT_REQUEUE else f"failed with exit code {code}"
+    what = "stopped by a signal" if code == EXIT_REQUEUE else f"failed with exit code {code}"
     reached = f"the newest checkpoint is of step {chain.step:,}"
     if chain.without_progress > restarts:
         plural = "s" if chain.without_progress > 1 else ""

@@ -68,15 +68,17 @@ class Saver:
         keep: int,
         asynchronous: bool,
         say: Callable[[str], object],
+        note: Callable[[str], object] = lambda name: None,
     ) -> None:
         """
         Args:
             keep: how many of the newest checkpoints stay.
             asynchronous: whether `save` returns before the checkpoint is written.
             say: gets a sentence, on rank 0, about every checkpoint that has appeared.
+            note: gets the name of every checkpoint that has appeared, on all ranks.
         """
         self._store, self._agreement, self._keep = store, agreement, keep
-        self._asynchronous, self._say = asynchronous, say
+        self._asynchronous, self._say, self._note = asynchronous, say, note
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._buffers: dict[str, Tensor] = {}
         self._save: _Save | None = None
@@ -139,6 +141,7 @@ class Saver:
         else:
             if self._agreement.rank == 0:
                 self._say(f"checkpoint: {self._store.folder / self._save.name}")
+            self._note(self._save.name)
             self._save = self._work = None
 
     def finish(self) -> None:

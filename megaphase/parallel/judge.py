@@ -6,12 +6,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from megaphase.errors import EXIT_FAILED, EXIT_INTERRUPTED
+from megaphase.errors import EXIT_FAILED
 from megaphase.parallel.pulse import Beat, Place, next_on_node
 
 GONE = "has ended without a word (killed, or out of memory)"
 SILENT = "gave no sign of life for {seconds:.0f} s"
-AGAIN = "The same command goes on from the newest checkpoint"
 
 # So many looks in a row must find a process gone, because its farewell may be on its way.
 LOOKS_UNTIL_GONE = 3
@@ -27,12 +26,16 @@ class Verdict:
     """How it ends. With `ends` every process does at once; without, all have left by themselves.
 
     message: one line that one rank says, after `details`; none where there is nothing to say.
+    rank: the one at fault, where there is one. unfinished: whether the run is to be started again
+    after this, so that the speaker adds from where.
     """
 
     ends: bool
     message: str = ""
     details: tuple[str, ...] = ()
     exit_code: int = EXIT_FAILED
+    rank: int | None = None
+    unfinished: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -112,9 +115,12 @@ class Judge:
         return f"rank {rank} on {place.host} (process {place.pid})"
 
     def _interrupted(self) -> Verdict | None:
-        if not self._ranks(lambda beat: beat.state == "interrupted"):
+        """A signal that came to one rank before there was anything to save ends all."""
+        ranks = self._ranks(lambda beat: beat.state == "interrupted")
+        if not ranks:
             return None
-        return Verdict(ends=True, exit_code=EXIT_INTERRUPTED)
+        first = self._beats[ranks[0]]
+        return Verdict(True, first.reason, exit_code=first.exit_code, rank=ranks[0])
 
     def _failed(self) -> Verdict | None:
         failed = self._ranks(lambda beat: beat.state == "failed")
@@ -123,8 +129,7 @@ class Judge:
         beat = self._beats[failed[0]]
         others = f" (and so did {_ranges(failed[1:])})" if failed[1:] else ""
         return self._end(
-            f"{self._name(failed[0])} failed {beat.where}{others}: {beat.reason}; all "
-            f"processes end. {AGAIN}"
+            f"{self._name(failed[0])} failed {beat.where}{others}: {beat.reason}", failed[0]
         )
 
     def _dead(self) -> Verdict | None:
@@ -144,13 +149,13 @@ class Judge:
             first = silent[0]
             how = SILENT.format(seconds=self._silent[first])
         else:
-            first, how = gone[0], GONE
+            # One that is killed takes others with it, whose libraries abort: it was the first.
+            first, how = max(gone, key=lambda rank: self._looks_gone[rank]), GONE
         others = sorted({*silent, *gone} - {first})
         too = f" (nor did {_ranges(others)})" if silent and others else ""
         too = f" (and so have {_ranges(others)})" if not silent and others else too
         return self._end(
-            f"{self._name(first)} {how}{too}, last seen {self._beats[first].where}; all "
-            f"processes end. {AGAIN}"
+            f"{self._name(first)} {how}{too}, last seen {self._beats[first].where}", first
         )
 
     def _left(self, seconds: float) -> Verdict | None:
@@ -164,7 +169,8 @@ class Judge:
         if self._faulted < self._silent_seconds * FAULT_SHARE:
             return None
         first = self._beats[faults[0]]
-        return Verdict(True, f"{self._name(faults[0])}: {first.reason}", (), first.exit_code)
+        message = f"{self._name(faults[0])}: {first.reason}"
+        return Verdict(True, message, exit_code=first.exit_code, rank=faults[0])
 
     def _stalled(self) -> Verdict | None:
         if self._still < self._stalled_seconds:
@@ -172,16 +178,12 @@ class Judge:
         blamed = self._hanging()
         start = f"no rank has made progress for {self._still:.0f} s"
         if blamed is None:
-            return self._end(
-                f"{start}, and none of them stands out; all processes end. {AGAIN}",
-                self._where_all_are(),
-            )
+            return self._end(f"{start}, and none of them stands out", details=self._where_all_are())
         beat = self._beats[blamed[0]]
         place = f" ({beat.code})" if beat.code else ""
         others = f", as do {_ranges(blamed[1:])}" if blamed[1:] else ""
         return self._end(
-            f"{start}: {self._name(blamed[0])} hangs {beat.where}{place}{others}; all processes "
-            f"end. {AGAIN}"
+            f"{start}: {self._name(blamed[0])} hangs {beat.where}{place}{others}", blamed[0]
         )
 
     def _hanging(self) -> list[int] | None:
@@ -217,8 +219,8 @@ class Judge:
         return tuple(lines)
 
     @staticmethod
-    def _end(message: str, details: tuple[str, ...] = ()) -> Verdict:
-        return Verdict(True, message, details)
+    def _end(message: str, rank: int | None = None, details: tuple[str, ...] = ()) -> Verdict:
+        return Verdict(True, f"{message}; all processes end", details, rank=rank, unfinished=True)
 
 
 def host_is_gone(place: Place, beat: Beat | None, how: str) -> Verdict:
@@ -226,8 +228,9 @@ def host_is_gone(place: Place, beat: Beat | None, how: str) -> Verdict:
     seen = (beat or NO_BEAT).where
     return Verdict(
         True,
-        f"rank 0 on {place.host} (process {place.pid}) {how}, last seen {seen}; all processes "
-        f"end. {AGAIN}",
+        f"rank 0 on {place.host} (process {place.pid}) {how}, last seen {seen}; all processes end",
+        rank=0,
+        unfinished=True,
     )
 
 

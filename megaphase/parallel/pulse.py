@@ -52,7 +52,8 @@ class Beat(NamedTuple):
 
     state: `patient` announces that the main thread is busy for long and makes no progress; `broken`
     has seen a collective fail; `fault` and `failed` leave with an error, the one foreseen and the
-    other not; `interrupted` leaves on Ctrl-C; `left` is done. reason: the error.
+    other not; `interrupted` leaves on a signal before there is anything to save; `left` is done.
+    reason: the error, or which signal it was.
     """
 
     counter: int

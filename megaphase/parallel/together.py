@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from megaphase.errors import InputError, RunError
+from megaphase.errors import InputError, LostProcessError, RunError
 from megaphase.parallel.launcher import global_rank, world_size
 
 Result = TypeVar("Result")
@@ -60,13 +60,29 @@ def leaving_processes() -> Iterator[None]:
 
     A process that ended as a member would still have the threads of its collectives; one of them
     that then lets go of a tensor ends the process with SIGABRT instead of its exit code.
+
+    Raises:
+        LostProcessError: a collective failed before or after a watchdog could say why.
     """
     try:
         yield
+    except RuntimeError as error:
+        if world_size() > 1 and _is_lost_connection(error):
+            raise LostProcessError(
+                f"rank {global_rank()} has lost the connection to another process, which has "
+                "ended or cannot be reached"
+            ) from None
+        raise
     finally:
         distributed = sys.modules.get("torch.distributed")
         if distributed is not None and distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    from megaphase.parallel.watchdog import tells_of_others
+
+    return tells_of_others(error)
 
 
 def outcome_of(action: Callable[[], Result]) -> Result | Fault:

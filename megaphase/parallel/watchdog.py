@@ -14,19 +14,33 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
 from typing import NoReturn, Self
 
-from megaphase.errors import EXIT_FAILED, InputError, RunError, Stopped, exit_code
-from megaphase.parallel.judge import GONE, SILENT, Verdict, host_is_gone
-from megaphase.parallel.launcher import global_rank
+import torch.distributed as dist
+
+from megaphase.errors import (
+    EXIT_FAILED,
+    InputError,
+    Interrupted,
+    RunError,
+    Stopped,
+    exit_code,
+)
+from megaphase.parallel.judge import GONE, LOOKS_UNTIL_GONE, SILENT, Verdict, host_is_gone
+from megaphase.parallel.launcher import global_rank, report_end
 from megaphase.parallel.lines import AloneLine, MemberLine, open_line
 from megaphase.parallel.pulse import Beat, Neighbour, State, is_collective, thread_position
 
 LONGEST_INTERVAL_SECONDS = 1.0
 FLUSH_SECONDS = 1.0
 REASON_CHARACTERS = 400
+# What the errors say with which a collective or its store breaks off, on whatever backend.
+_BROKEN_CONNECTION = (
+    *("gloo", "nccl", "tcpstore", "processgroup", "process group", "socket"),
+    *("connection closed", "connection reset", "connection refused", "broken pipe"),
+)
 
 
 def say_on_stderr(text: str) -> None:
@@ -42,17 +56,16 @@ class Watchdog:
     rank then says which one it was, and every process ends with exit code 1. An exception that
     leaves the block on one rank ends the others likewise. One that all share (InputError, RunError,
     Stopped) leaves the block on all of them.
+
+    Attributes:
+        outlook: a sentence that follows what is said of a fault: from where the same command
+            resumes. Whoever knows sets it.
     """
 
-    def __init__(
-        self,
-        silent_seconds: float,
-        stalled_seconds: float,
-        say: Callable[[str], None] = say_on_stderr,
-    ) -> None:
-        """`say` prints a line; it is called in another thread than the main one."""
+    def __init__(self, silent_seconds: float, stalled_seconds: float) -> None:
         self._silent_seconds, self._stalled_seconds = silent_seconds, stalled_seconds
-        self._say = say
+        self.outlook = ""
+        self._stopped: tuple[str, int] | None = None
         self._interval = min(LONGEST_INTERVAL_SECONDS, silent_seconds / 5)
         self._counter = self._progress = 0
         self._where = "at the start"
@@ -80,6 +93,16 @@ class Watchdog:
             self._state = "running"
             self.at(f"after {where}")
 
+    def stop(self, reason: str, code: int) -> None:
+        """End all processes at once with an exit code; called in any thread of any rank.
+
+        For a run that has nothing to save. reason: the line that is said.
+        """
+        if self._over.is_set():
+            _exit(code)
+        self._stopped = reason, code
+        self._wake.set()
+
     def __enter__(self) -> Self:
         self._main = threading.get_ident()
         self._rank = global_rank()
@@ -100,16 +123,23 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        exited = error if isinstance(error, SystemExit) else None
+        if exited is not None:
+            # Nothing in a run ends its process in this way, unless a library does.
+            traceback.print_exception(exited)
+            error = RunError(f"a library ended the process {self._where} (SystemExit: {exited})")
         if isinstance(self._line, AloneLine):
             self._leave("left")
         elif isinstance(error, InputError | RunError | Stopped):
             self._leave("fault", str(error), exit_code(error))
-        elif isinstance(error, KeyboardInterrupt):
-            self._leave("interrupted")
+        elif isinstance(error, Interrupted):
+            self._leave("interrupted", f"stopped by {error.name}", error.exit_code)
         elif isinstance(error, Exception):
             self._fail(error)
         else:
             self._leave("left")
+        if exited is not None and error is not None:
+            raise error from None
 
     def _leave(self, state: State, reason: str = "", code: int = EXIT_FAILED) -> None:
         """Say so and wait until this rank may go: rank 0 is the last, for it keeps the store."""
@@ -122,12 +152,15 @@ class Watchdog:
     def _fail(self, error: Exception) -> None:
         """An error that was not foreseen: all processes end, after its trace has been shown.
 
-        If it only says that a collective failed, the rank at fault is found first.
+        If it may say only that another rank has died, that rank is found first.
         """
-        if _tells_of_others(error):
+        if isinstance(error, RuntimeError):
             self._state = "broken"
-            # Rank 0 knows within `silent_seconds`, and says so at its next beat.
-            if self._over.wait(self._silent_seconds + 4 * self._interval):
+            # Rank 0 knows by then, and says so at its next beat; this process ends with that.
+            seconds = (LOOKS_UNTIL_GONE + 4) * self._interval
+            if tells_of_others(error):
+                seconds = max(seconds, self._silent_seconds + 4 * self._interval)
+            if self._over.wait(seconds):
                 return
         traceback.print_exception(error)
         self._leave("failed", _one_line(error))
@@ -146,7 +179,7 @@ class Watchdog:
             now = time.monotonic()
             # While the whole job is suspended nobody is silent: that time does not count.
             seconds, before = min(now - before, 2 * self._interval), now
-            state = self._state
+            state = "interrupted" if self._stopped else self._state
             try:
                 verdict = self._line.exchange(self._next_beat(state), seconds)
             except RuntimeError:
@@ -162,6 +195,7 @@ class Watchdog:
     def _next_beat(self, state: State) -> Beat:
         self._counter += 1
         code, waits = thread_position(self._main)
+        reason, exit_code = self._stopped or (self._reason, self._exit_code)
         return Beat(
             counter=self._counter,
             progress=self._progress,
@@ -170,8 +204,8 @@ class Watchdog:
             waits=waits,
             neighbour=self._neighbour.ticks(),
             state=state,
-            reason=self._reason,
-            exit_code=self._exit_code,
+            reason=reason,
+            exit_code=exit_code,
         )
 
     def _guard_host(self, line: MemberLine) -> None:
@@ -214,16 +248,26 @@ class Watchdog:
         return self._rank in (1, next(elsewhere, 1))
 
     def _speak(self, verdict: Verdict) -> None:
-        for line in verdict.details:
-            self._say(f"  {line}")
-        if verdict.message:
-            self._say(f"megaphase: {verdict.message}")
+        if not verdict.message:
+            return
+        message = verdict.message
+        if verdict.unfinished and self.outlook:
+            message = f"{message}. {self.outlook}"
+        lines = [*(f"  {line}" for line in verdict.details), f"megaphase: {message}"]
+        if not report_end(verdict.rank, lines):
+            for line in lines:
+                say_on_stderr(line)
 
 
-def _tells_of_others(error: BaseException) -> bool:
+def tells_of_others(error: BaseException) -> bool:
     """Whether an error came out of a collective, as it does on all that outlive a rank."""
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    if isinstance(error, dist.DistError) or any(words in text for words in _BROKEN_CONNECTION):
+        return True
     files = (frame.filename for frame in traceback.extract_tb(error.__traceback__))
-    return isinstance(error, RuntimeError) and any(map(is_collective, files))
+    return any(map(is_collective, files))
 
 
 def _one_line(error: BaseException) -> str:

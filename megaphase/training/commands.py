@@ -21,9 +21,9 @@ def train_command(
 ) -> None:
     """Train all phases of a run file, or go on where the run stopped.
 
-    One process by itself; several under `megaphase launch local`, torchrun or srun. On SIGTERM or
-    SIGUSR1 it saves and ends with exit code 75; the same command then goes on, also with another
-    number of processes.
+    One process by itself; several under `megaphase launch local`, torchrun or srun. On SIGTERM,
+    SIGUSR1 or Ctrl-C it saves and ends with exit code 75; the same command then resumes, also with
+    another number of processes. A second Ctrl-C ends it at once.
 
     Example: megaphase train run.yaml phases.0.steps=500
 

@@ -25,6 +25,7 @@ from megaphase.training.engine import Engine, StepResult
 from megaphase.training.evaluation import HeldOutEvaluator, HeldOutLoss
 from megaphase.training.health import LossWatch
 from megaphase.training.monitor import OverfitMonitor
+from megaphase.training.outlook import Outlook
 from megaphase.training.position import Position
 from megaphase.training.profiling.recorder import StepProfiler
 from megaphase.training.record import Record, StepSeconds
@@ -47,6 +48,7 @@ class Guards:
     history: RunHistory
     trace: StepTrace
     profiler: StepProfiler
+    outlook: Outlook
 
 
 class TrainingLoop:
@@ -136,6 +138,7 @@ class TrainingLoop:
         seconds = StepSeconds(wait_seconds, train_seconds, self._save_seconds)
         self._save_seconds = 0.0
         self._record.step(phase.name, at, result, rate, seconds)
+        self._guards.outlook.note_step(at.step)
         if result.applied:
             self._take_in(at, result, rate)
         else:
@@ -242,12 +245,14 @@ class TrainingLoop:
         assert self._last_evaluation is not None
         return {task: loss.loss for task, loss in self._last_evaluation[1].items()}
 
-    def _save(self, at: Position, *, permanent: bool = False, event: str = "checkpoint") -> None:
+    def _save(
+        self, at: Position, *, permanent: bool = False, event: str = "checkpoint", **facts: str
+    ) -> None:
         """permanent: at the end of a phase; `at` is then the beginning of the next one."""
         phase = self._config.phases[at.phase - 1 if permanent else at.phase].name
         with self._holding_up(at):
             # The event comes first, so that it lies within the bytes that the checkpoint keeps.
-            self._record.event(at.step, event, phase=phase)
+            self._record.event(at.step, event, phase=phase, **facts)
             self._saver.save(at, phase, self._record.sync(), permanent=permanent)
 
     @contextmanager
@@ -284,11 +289,14 @@ class TrainingLoop:
     def _stop(self, at: Position, received: str | None) -> None:
         names = self._guards.agreement.gather(received)
         rank, name = next((rank, name) for rank, name in enumerate(names) if name is not None)
-        if not self._saver.is_saved(at):
-            self._save(at, event="stopped")
+        if self._saver.is_saved(at):
+            phase = self._config.phases[at.phase].name
+            self._record.event(at.step, "stopped", phase=phase, signal=name)
+        else:
+            self._save(at, event="stopped", signal=name)
         with self._holding_up(at):
             self._saver.finish()
         raise Stopped(
-            f"{name} came to rank {rank}: saved after step {at.step:,}; the same command goes on "
+            f"{name} came to rank {rank}: saved after step {at.step:,}; the same command resumes "
             "from there"
         )

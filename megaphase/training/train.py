@@ -33,6 +33,7 @@ from megaphase.training.loop import Guards, TrainingLoop
 from megaphase.training.metrics import MetricsLog
 from megaphase.training.metrics_recovery import KeptMetrics, kept_metrics
 from megaphase.training.monitor import OverfitMonitor
+from megaphase.training.outlook import Outlook
 from megaphase.training.parts import Parts
 from megaphase.training.profiling.recorder import (
     WARM_UP_STEPS,
@@ -75,9 +76,11 @@ def train(
         Watchdog(faults.silent_seconds, faults.stalled_seconds) as watchdog,
         contextlib.ExitStack() as stack,
     ):
+        signals.ends_with(watchdog.stop)
         with watchdog.patient("setting up"):
             beginning = _beginning(config, source, console, stack)
             setting = beginning.setting
+            outlook = _outlook(beginning, watchdog)
             detector = _detector(beginning)
             if beginning.is_end():
                 steps = beginning.step
@@ -94,7 +97,7 @@ def train(
             if history.doubt:
                 record.say(history.doubt)
             profiler = _profiler(beginning, profile_steps, watchdog, record, stack)
-        guards = _guards(beginning, history, watchdog, signals, profiler, detector, record)
+        guards = _guards(beginning, history, watchdog, signals, profiler, detector, record, outlook)
         loop = TrainingLoop(
             config,
             setting.plan,
@@ -105,6 +108,7 @@ def train(
             guards,
             filler=setting.parts.tokenizer.eod,
         )
+        signals.begin_training(outlook.loss)
         loop.run(beginning.position(), branched=beginning.branch is not None)
 
 
@@ -179,6 +183,11 @@ def _sole_run(directory: RunDirectory) -> contextlib.AbstractContextManager[None
     return exclusive_lock(directory.lock, refuse)
 
 
+def _outlook(beginning: Beginning, watchdog: Watchdog) -> Outlook:
+    checkpoint = None if beginning.checkpoint is None else beginning.checkpoint.folder.name
+    return Outlook(checkpoint, beginning.step, partial(setattr, watchdog, "outlook"))
+
+
 def _detector(beginning: Beginning) -> DivergenceDetector:
     """As it was when the run was saved.
 
@@ -218,6 +227,7 @@ def _guards(
     profiler: StepProfiler,
     detector: DivergenceDetector,
     record: Record,
+    outlook: Outlook,
 ) -> Guards:
     setting, state = beginning.setting, beginning.state
     monitor = OverfitMonitor(setting.config)
@@ -231,7 +241,7 @@ def _guards(
     divergence = DivergenceWatch(setting.config, detector, record, checkpoint)
     agreement = setting.agreement
     return Guards(
-        agreement, watchdog, signals, monitor, losses, divergence, history, trace, profiler
+        agreement, watchdog, signals, monitor, losses, divergence, history, trace, profiler, outlook
     )
 
 
@@ -283,6 +293,7 @@ def _run_saver(
         keep=settings.keep,
         asynchronous=settings.asynchronous,
         say=record.say,
+        note=guards.outlook.note_saved,
     )
     return RunSaver(
         saver,

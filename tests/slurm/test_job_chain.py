@@ -70,7 +70,7 @@ def test_a_run_that_has_diverged_is_not_queued_again() -> None:
 def test_what_is_said() -> None:
     stopped = decide(Chain("7", step=12_000), 75, 3)
     assert stopped.sentence == (
-        "stopped after a checkpoint; the newest checkpoint is of step 12,000; queued again"
+        "stopped by a signal; the newest checkpoint is of step 12,000; queued again"
     )
     stuck = decide(Chain("7", step=12_000, without_progress=4), 137, 3)
     assert stuck.sentence == (

@@ -29,7 +29,7 @@ def test_a_disturbed_run_ends_as_an_undisturbed_one(
     job.signal("USR1")
     log = job.start_again()
     assert "\nn1: megaphase: SIGUSR1 came to rank 0: saved after step " in log
-    assert f"\nmegaphase: job {job.job}: stopped after a checkpoint; the newest check" in log
+    assert f"\nmegaphase: job {job.job}: stopped by a signal; the newest check" in log
 
     expected = rows_of_one_machine(tmp_path / "undisturbed", corpora)
     assert job.rows_at_the_end() == expected

@@ -57,6 +57,10 @@ class Display:
         if self._progress:
             self._progress.stop()
 
+    def say(self, sentence: str) -> None:
+        """A line of its own."""
+        self._console.print(f"megaphase: {sentence}", markup=False, soft_wrap=True)
+
     def begin(self, trial: Trial, run_dir: Path) -> None:
         """A run has been started, perhaps not for the first time."""
         if self._progress:

@@ -14,7 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from megaphase.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_WRONG_INPUT, InputError, Stopped
+from megaphase.errors import (
+    EXIT_FAILED,
+    EXIT_REQUEUE,
+    EXIT_WRONG_INPUT,
+    EndedAtOnce,
+    InputError,
+    Stopped,
+)
 from megaphase.experiments.sweep.directory import SweepDirectory
 from megaphase.experiments.sweep.display import Display
 from megaphase.experiments.sweep.outcome import Outcome
@@ -34,7 +41,7 @@ from megaphase.experiments.sweep.trials import Trial, ready_trials
 from megaphase.files import os_errors_named
 from megaphase.parent import ends_with_this_process
 from megaphase.set_aside import make_way_for_file
-from megaphase.signals import noted_signals
+from megaphase.signals import SAME_PRESS_SECONDS, noted_signals, told_name
 
 POLL_SECONDS = 0.2
 
@@ -115,6 +122,7 @@ def run_locally(
         InputError: a run finds its input wrong; those beside it are killed.
         RunError: another process starts the runs of this sweep.
         Stopped: a signal came, and the runs have saved.
+        EndedAtOnce: a second Ctrl-C came, and the runs were killed.
     """
     with directory.locked(), noted_signals() as received:
         return _Runner(sweep, directory, machine, display, start, received).run()
@@ -135,7 +143,8 @@ class _Runner:
         self._start, self._received = start, received
         self._outcomes = directory.outcomes()
         self._jobs: dict[str, _Job] = {}
-        self._told = False
+        self._told = 0  # signals
+        self._told_at: float | None = None
 
     def run(self) -> dict[str, Outcome]:
         ended = partial(outcome_if_ended, self._sweep, self._directory)
@@ -144,13 +153,14 @@ class _Runner:
             self._start_what_can_be()
             while self._jobs:
                 time.sleep(POLL_SECONDS)
+                self._hand_signals_down()
                 self._look_after_jobs()
         finally:
             self._kill_all()
         if self._received:
             raise Stopped(
-                f"{self._received[0].name} came: the runs have saved; the same command goes on "
-                "from there"
+                f"{told_name(self._received[0])} came: the runs have saved; the same command "
+                "resumes from there"
             )
         return self._outcomes
 
@@ -181,11 +191,24 @@ class _Runner:
         log = self._directory.log(job.trial.name)
         job.process = self._start(job.commands.pop(0), log, self._machine.environment(job.slot))
 
-    def _look_after_jobs(self) -> None:
-        if self._received and not self._told:
-            self._told = True
+    def _hand_signals_down(self) -> None:
+        """The first one lets the runs save; Ctrl-C after it ends them at once."""
+        received = self._received
+        if received and self._told_at is None:
+            self._told_at, self._told = time.monotonic(), len(received)
             for job in self._jobs.values():
-                job.process.send_signal(self._received[0])
+                job.process.send_signal(received[0])
+            if received[0] == signal.SIGINT:
+                self._display.say("the runs save and end; press Ctrl-C again to end them at once")
+        elif self._told_at is not None and signal.SIGINT in received[self._told :]:
+            self._told = len(received)
+            if time.monotonic() - self._told_at > SAME_PRESS_SECONDS:
+                raise EndedAtOnce(
+                    "ended at once: what the runs had done since their newest checkpoints is lost; "
+                    "the same command resumes from those"
+                )
+
+    def _look_after_jobs(self) -> None:
         for name, job in list(self._jobs.items()):
             code = job.process.poll()
             if code is None:
