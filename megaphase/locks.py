@@ -33,6 +33,21 @@ def exclusive_lock(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
         file.close()
 
 
+def is_locked(path: Path) -> bool | None:
+    """Whether a process holds the lock file now; None where that cannot be told.
+
+    A file system that only the nodes of a cluster share may show no lock of another node.
+    """
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until the file is closed
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        return True if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    return False
+
+
 def _acquire(path: Path, waiting: Callable[[], object]) -> IO[bytes]:
     told = False
     while True:
@@ -43,8 +58,10 @@ def _acquire(path: Path, waiting: Callable[[], object]) -> IO[bytes]:
         except FileNotFoundError:
             continue
         try:
+            tries = 0
             while not _try_lock(file):
-                if not told:
+                tries += 1
+                if tries > 1 and not told:  # the first time it may have been a look at the lock
                     waiting()
                     told = True
                 time.sleep(_POLL_SECONDS)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import statistics
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from shlex import quote
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 
 from megaphase.cli import main
+from megaphase.launch.slurm import activity
 from megaphase.launch.slurm.job_file import remember_job
 from megaphase.launch.slurm.status import ended_diverged
 
@@ -68,6 +71,21 @@ def run_dir(tmp_path: Path) -> Path:
     return write_run(tmp_path / "run", rows_until(70))
 
 
+@contextmanager
+def trained(run_dir: Path) -> Iterator[None]:
+    """As if a process trained the run."""
+    with open(run_dir / ".lock", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def save(run_dir: Path, step: int) -> None:
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    state = {"step": step, "phase_name": "joint", "metrics_bytes": 0, "history": HISTORY}
+    (folder / "state.json").write_text(json.dumps(state))
+
+
 def path_with(folder: Path, answer: tuple[str, int] | None) -> str:
     """A PATH on which scontrol, if there is one, says this and ends with this code."""
     programs = folder / "bin"
@@ -112,10 +130,11 @@ def test_a_run_that_was_never_submitted(run_dir: Path) -> None:
     last = [training(at, "") for at in range(21, 71)]
     seconds = statistics.median(row["step_seconds"] for row in last)
     speed = statistics.median(row["tokens_per_second"] for row in last)
-    found = as_json(run_dir)
+    with trained(run_dir):
+        found, lines = as_json(run_dir), shown(run_dir)
     assert age <= found.pop("idle_seconds") < age + 180  # until then it is rounded to 2.0 hours
     nothing = ("job", "state", "reason", "nodes", "excluded", "restarts", "divergence", "log")
-    nothing += ("metrics_problem",)
+    nothing += ("metrics_problem", "stopped")
     # The first phase ended ten steps early: 90 steps are left of the 100 that were planned.
     assert found == dict.fromkeys(nothing) | {
         "run": str(run_dir),
@@ -126,8 +145,9 @@ def test_a_run_that_was_never_submitted(run_dir: Path) -> None:
         "loss": pytest.approx(5.6),
         "tokens_per_second": pytest.approx(speed),
         "remaining_seconds": pytest.approx(seconds * 20),
+        "training": True,
     }
-    assert shown(run_dir) == {
+    assert lines == {
         "run": str(run_dir),
         "phase": "joint",
         "step": "70 of 90 (77.8%)",
@@ -144,6 +164,66 @@ def test_a_run_that_is_done(tmp_path: Path) -> None:
     assert (found["done"], found["step"], found["steps"]) == (True, 90, 90)
     assert found["remaining_seconds"] == 0
     assert shown(run_dir)["remaining"] == "nothing: all phases are done"
+
+
+@pytest.mark.parametrize(
+    ("saved", "last", "stopped"),
+    [
+        (
+            60,
+            None,
+            "at step 70 (killed, or failed): 10 steps since step-00000060 are lost; the same "
+            "command resumes from step-00000060",
+        ),
+        (
+            None,
+            None,
+            "at step 70 (killed, or failed): 70 steps are lost, as there is no checkpoint yet; the "
+            "same command starts from the beginning",
+        ),
+        (
+            70,
+            event(70, "stopped", phase="joint", signal="Ctrl-C"),
+            "at step 70 (Ctrl-C): no step is lost; the same command resumes from step-00000070",
+        ),
+    ],
+)
+def test_a_run_that_nobody_trains(
+    saved: int | None, last: dict[str, Any] | None, stopped: str, tmp_path: Path
+) -> None:
+    run_dir = write_run(tmp_path / "run", rows_until(70) + ([last] if last else []))
+    if saved is not None:
+        save(run_dir, saved)
+    (run_dir / ".lock").touch()  # a process that was killed has left it
+    found, lines = as_json(run_dir), shown(run_dir)
+    assert (found["training"], found["remaining_seconds"]) == (False, None)
+    assert found["stopped"] == lines["stopped"] == stopped
+    assert "remaining" not in lines
+    (run_dir / ".lock").unlink()
+    assert as_json(run_dir)["stopped"] == stopped
+    with trained(run_dir):
+        lines = shown(run_dir)
+    assert "remaining" in lines
+    assert "stopped" not in lines
+
+
+def test_a_lock_of_another_node_may_not_be_seen(run_dir: Path, monkeypatch) -> None:
+    monkeypatch.setattr(activity, "_is_local", lambda path: False)
+    (run_dir / ".lock").touch()
+    assert as_json(run_dir)["training"]
+    hour_ago = time.time() - 3600
+    os.utime(run_dir / "metrics.jsonl", (hour_ago, hour_ago))
+    assert not as_json(run_dir)["training"]
+
+
+def test_a_plan_that_is_being_built_is_a_sign_of_life(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", [])
+    (run_dir / "metrics.jsonl").unlink()
+    assert as_json(run_dir)["stopped"] == "not trained yet"
+    (run_dir / "plan").mkdir()
+    with open(run_dir / "plan" / ".0123456789abcdef.lock", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert as_json(run_dir)["training"]
 
 
 def test_a_run_that_diverges_or_has_ended_by_it(run_dir: Path) -> None:
@@ -231,6 +311,8 @@ def test_what_slurm_says_of_a_job(run_dir: Path, tmp_path: Path, fields: str, jo
     found = shown(run_dir, path=path)
     assert (found["job"], found["restarts"]) == (job, "3")
     assert found["step"] == "70 of 90 (77.8%)"
+    assert ("remaining" in found) == ("RUNNING" in job)
+    assert ("stopped" in found) == ("FAILED" in job)
 
 
 @pytest.mark.parametrize(

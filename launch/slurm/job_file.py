@@ -13,7 +13,7 @@ from megaphase.slurm import job_fields
 FOLDER = "slurm"  # in a run directory
 JOB_FILE = "job.json"
 TRANSLATION_FILE = "translation.json"  # likewise, of the job that translates with the run
-_OVER = {
+OVER = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL"),
     *("OUT_OF_MEMORY", "DEADLINE"),
 }
@@ -60,7 +60,7 @@ def refuse_second_job(run_dir: Path) -> None:
     """
     job = read_job(run_dir)
     state = job_fields(job.job).get("JobState") if job else None
-    if job and state is not None and state not in _OVER:
+    if job and state is not None and state not in OVER:
         raise InputError(
             run_dir,
             f"job {job.job} of this run is {state.lower()}",

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from megaphase.checkpoint.names import newest_state
+from megaphase.checkpoint.state import full_name
 from megaphase.errors import InputError
 from megaphase.files import read_json
-from megaphase.launch.slurm.job_file import read_job
+from megaphase.launch.slurm.activity import is_trained
+from megaphase.launch.slurm.job_file import OVER, read_job
 from megaphase.metrics_rows import last_rows
 from megaphase.plan.history import metrics_problem, read_history, read_origin
 from megaphase.run_files import METRICS_FILE, PLAN_FILE
 from megaphase.slurm import JobRecord, look_up
+from megaphase.training.outlook import loss_sentence
 
 _RECENT_STEPS = 50
 
@@ -39,10 +42,13 @@ class Status:
         loss: of the last step.
         divergence: whether training diverges now, or the run has ended because it did.
         tokens_per_second: the median of the last steps.
-        remaining_seconds: of training, at that speed, should no phase end early.
+        remaining_seconds: of training, at that speed, should no phase end early; None where
+            nobody trains the run.
         idle_seconds: since the last row of metrics.
         log: of the job.
         metrics_problem: what is missing in the run's metrics, for people.
+        training: whether a process trains the run now.
+        stopped: where and why it is not trained any more, for people.
     """
 
     run: str
@@ -63,6 +69,8 @@ class Status:
     idle_seconds: float | None
     log: str | None
     metrics_problem: str | None = None
+    training: bool = True
+    stopped: str | None = None
 
 
 def read_status(run_dir: Path) -> Status:
@@ -80,6 +88,13 @@ def read_status(run_dir: Path) -> Status:
     record = look_up(job.job) if job else JobRecord()
     fields = record.fields
     progress = _progress(run_dir, planned or {})
+    idle_seconds = _seconds_since_change(run_dir / METRICS_FILE)
+    job_state = fields.get("JobState")
+    training = not progress.done and is_trained(
+        run_dir, job_state, idle_seconds, _median(progress.training, "step_seconds")
+    )
+    waits = job_state is not None and job_state not in OVER
+    is_over = planned is not None and not (training or waits or progress.done)
     return Status(
         run=str(run_dir),
         job=job.job if job else None,
@@ -95,11 +110,29 @@ def read_status(run_dir: Path) -> Status:
         loss=progress.training[-1]["loss"] if progress.training else None,
         divergence=progress.divergence,
         tokens_per_second=_median(progress.training, "tokens_per_second"),
-        remaining_seconds=progress.remaining_seconds,
-        idle_seconds=_seconds_since_change(run_dir / METRICS_FILE),
+        remaining_seconds=progress.remaining_seconds if training or progress.done else None,
+        idle_seconds=idle_seconds,
         log=job.log if job else None,
         metrics_problem=metrics_problem(run_dir),
+        training=training,
+        stopped=_why_stopped(progress) if is_over else None,
     )
+
+
+def _why_stopped(progress: _Progress) -> str:
+    """Of a run that nobody trains, though it is not done: where it stands, and why."""
+    if not progress.training and progress.saved_step is None:
+        return "not trained yet"
+    if progress.ended_diverged:
+        return f"at step {progress.step:,} (it diverged)"
+    if progress.stopped is not None and progress.stopped["step"] >= progress.step:
+        why = progress.stopped.get("signal", "a signal")  # earlier versions have not noted it
+    else:
+        why = "killed, or failed"
+    saved = progress.saved_step
+    checkpoint = None if saved is None else full_name(saved)
+    lost = loss_sentence(checkpoint, progress.step - (progress.before if saved is None else saved))
+    return f"at step {progress.step:,} ({why}): {lost}"
 
 
 def ended_diverged(run_dir: Path) -> bool:
@@ -116,7 +149,9 @@ def ended_diverged(run_dir: Path) -> bool:
 class _Progress:
     """What the metrics say; see Status.
 
-    training: the rows of the last steps. last_divergence: the last event of one.
+    training: the rows of the last steps. last_divergence: the last event of one. stopped: that of
+    a signal on which it saved. before: steps of the runs before it. saved_step: that of its newest
+    checkpoint.
     """
 
     phase: str | None
@@ -125,6 +160,9 @@ class _Progress:
     done: bool
     training: list[dict[str, Any]]
     last_divergence: dict[str, Any] | None
+    stopped: dict[str, Any] | None
+    before: int
+    saved_step: int | None
 
     @property
     def ended_diverged(self) -> bool:
@@ -168,6 +206,9 @@ def _progress(run_dir: Path, planned: Mapping[str, int]) -> _Progress:
         done=bool(planned) and list(planned)[-1] in ends,
         training=[row for row in rows if "step_seconds" in row][-_RECENT_STEPS:],
         last_divergence=next((row for row in reversed(rows) if _is_of_divergence(row)), None),
+        stopped=next((row for row in reversed(rows) if row.get("event") == "stopped"), None),
+        before=before,
+        saved_step=saved.get("step"),
     )
 
 
@@ -195,6 +236,8 @@ def _lines(status: Status) -> Iterator[tuple[str, str]]:
         yield "divergence", status.divergence
     if status.tokens_per_second is not None:
         yield "speed", f"{status.tokens_per_second:,.0f} tokens/s"
+    if status.stopped is not None:
+        yield "stopped", status.stopped
     if status.done:
         yield "remaining", "nothing: all phases are done"
     elif status.remaining_seconds is not None:

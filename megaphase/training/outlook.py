@@ -50,15 +50,12 @@ def resume_sentence(checkpoint: str | None) -> str:
 
 def loss_sentence(checkpoint: str | None, steps: int) -> str:
     """What a run has lost that ended at once, so many steps after its newest checkpoint."""
+    number, verb = ("1 step", "is") if steps == 1 else (f"{steps:,} steps", "are")
     if steps <= 0:
         lost = "no step is lost"
     elif checkpoint is None:
-        lost = f"{_steps(steps)}, as there is no checkpoint yet"
+        lost = f"{number} {verb} lost, as there is no checkpoint yet"
     else:
-        lost = f"{_steps(steps)} since {checkpoint}"
+        lost = f"{number} since {checkpoint} {verb} lost"
     then = f"resumes from {checkpoint}" if checkpoint else "starts from the beginning"
     return f"{lost}; the same command {then}"
-
-
-def _steps(steps: int) -> str:
-    return "1 step is lost" if steps == 1 else f"{steps:,} steps are lost"

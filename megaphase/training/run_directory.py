@@ -11,7 +11,7 @@ from megaphase.config import RunConfig
 from megaphase.errors import InputError
 from megaphase.files import write_json_whole
 from megaphase.plan.same_run import refuse_other_plan, refuse_other_run, settings_of
-from megaphase.run_files import METRICS_FILE, PLAN_FILE, RUN_FILE
+from megaphase.run_files import LOCK_FILE, METRICS_FILE, PLAN_FILE, RUN_FILE
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RunDirectory:
     @property
     def lock(self) -> Path:
         """Held by the process that trains here."""
-        return self.path / ".lock"
+        return self.path / LOCK_FILE
 
     def refuse_other_run(self, config: RunConfig) -> None:
         """Raise InputError, naming the first key, where another run file began this directory."""

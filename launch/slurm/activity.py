@@ -1,0 +1,56 @@
+"""Whether a run is being trained now, as its lock, its metrics and its job tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megaphase.launch.slurm.job_file import OVER
+from megaphase.locks import is_locked
+from megaphase.run_files import LOCK_FILE
+
+# Of a run whose lock may be that of another node, which this one cannot see.
+QUIET_SECONDS = 900.0
+QUIET_STEPS = 20
+_WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SUSPENDED"}
+_LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlay"}
+
+
+def is_trained(
+    run_dir: Path, job_state: str | None, idle_seconds: float | None, step_seconds: float | None
+) -> bool:
+    """Whether some process trains the run.
+
+    Args:
+        job_state: in Slurm's words; None where no job is known.
+        idle_seconds: since the last row of its metrics; None without any.
+        step_seconds: how long a step takes; None without any.
+    """
+    if job_state is not None and job_state not in OVER:
+        return job_state not in _WAITING
+    locked = [is_locked(path) for path in (run_dir / LOCK_FILE, *_locks_of_plan(run_dir))]
+    if True in locked:
+        return True
+    if not (run_dir / LOCK_FILE).exists() or (None not in locked and _is_local(run_dir)):
+        return False
+    quiet = max(QUIET_SECONDS, QUIET_STEPS * (step_seconds or 0.0))
+    return idle_seconds is not None and idle_seconds < quiet
+
+
+def _locks_of_plan(run_dir: Path) -> list[Path]:
+    """Held while the plan is built, which comes before the training."""
+    return list((run_dir / "plan").glob(".*.lock"))
+
+
+def _is_local(path: Path) -> bool:
+    """Whether the file system is one of this machine alone, whose locks are all seen here."""
+    place, kind = "", ""
+    try:
+        absolute = str(path.resolve())
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            _, mounted, found, *_ = line.split()
+            inside = absolute == mounted or absolute.startswith(mounted.rstrip("/") + "/")
+            if inside and len(mounted) >= len(place):
+                place, kind = mounted, found
+    except (OSError, ValueError):
+        return False
+    return kind in _LOCAL
