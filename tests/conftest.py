@@ -30,3 +30,9 @@ for name in list(os.environ):
 # Threads only get in each other's way where matrices are as small as in the tests. torch reads this
 # when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are no part of a test's name: all workers must give it the same, and they may hold the
+    time, as those of a gzip file do."""
+    return argname if isinstance(val, bytes) else None
