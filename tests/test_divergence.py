@@ -73,6 +73,18 @@ def test_the_first_steps_are_compared_with_the_held_out_loss():
     assert (step, found.kind, found.since) == (6, "above_uniform", 3)
 
 
+def test_a_first_step_above_the_held_out_loss_is_no_rise():
+    """It is trained with dropout, say, by the weights that were measured without."""
+    detector = detector_at(a=3.0)
+    assert feed(detector, noisy(4.8, 200)) == []
+    ((step, found),) = feed(detector, [20.0] * 4, first=201)
+    assert step == 204
+    assert found.expected == pytest.approx(4.8, abs=0.1)
+    # One below it lowers nothing.
+    ((step, _),) = feed(detector_at(a=3.0), [1.0, *noisy(3.5, 30), *[20.0] * 4])
+    assert step == 35
+
+
 def test_what_was_reached_counts_from_twenty_steps_on():
     falling = [6.2 - 0.1 * step for step in range(40)]
     ((_, found),) = feed(detector_at(a=6.2), falling + [6.0] * 30)
@@ -138,7 +150,7 @@ def test_a_task_of_which_nothing_is_known_is_compared_with_uniform_guessing():
 
 
 def test_a_held_out_loss_that_is_no_number_counts_as_uniform_guessing():
-    ((_, found),) = feed(detector_at(a=math.inf), [20.0] * 4)
+    ((_, found),) = feed(detector_at(a=math.inf), [6.0, *[20.0] * 4])
     assert found.expected == pytest.approx(UNIFORM, abs=1e-4)
 
 

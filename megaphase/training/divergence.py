@@ -90,6 +90,7 @@ class DivergenceDetector:
         self._uniform = math.log(vocabulary)
         self._tasks: dict[str, _TaskLoss] = {}
         self._score, self._since, self._is_up = 0.0, 0, False
+        self._is_new_phase = False
         self._rate = 0.0
         self._losses: deque[float] = deque(maxlen=STUCK_STEPS)
         self._norms: deque[float] = deque(maxlen=OLD_NORMS + NEW_NORMS)
@@ -107,6 +108,7 @@ class DivergenceDetector:
             known = before.get(name) if diverged else None
             reached = loss if math.isfinite(loss) else self._uniform
             self._tasks[name] = _TaskLoss(reached=reached if known is None else min(known, reached))
+        self._is_new_phase = not diverged
         self._rate = 0.0
         self._losses.clear()
         self._norms.clear()
@@ -131,7 +133,9 @@ class DivergenceDetector:
         if not total:
             return None
         loss = sum(loss_sums[name] for name in seen) / total
-        expected = sum(n * self._expected(name, loss_sums[name] / n) for name, n in seen.items())
+        if self._is_new_phase:
+            self._raise_to_training(loss - self._expected(loss_sums, seen) / total)
+        expected = self._expected(loss_sums, seen)
         self._add_to_score(step, loss - expected / total)
         if self._score == 0:
             for name, count in seen.items():
@@ -167,6 +171,7 @@ class DivergenceDetector:
             "score": self._score,
             "since": self._since,
             "is_up": self._is_up,
+            "is_new_phase": self._is_new_phase,
             "rate": self._rate,
             "losses": list(self._losses),
             "norms": list(self._norms),
@@ -177,7 +182,7 @@ class DivergenceDetector:
         """Go on from what `state_dict` gave."""
         self._tasks = {name: _TaskLoss(**task) for name, task in state["tasks"].items()}
         self._score, self._since, self._rate = state["score"], state["since"], state["rate"]
-        self._is_up = state["is_up"]
+        self._is_up, self._is_new_phase = state["is_up"], state["is_new_phase"]
         self._losses = deque(state["losses"], self._losses.maxlen)
         self._norms = deque(state["norms"], self._norms.maxlen)
         self.found = None if state["found"] is None else Divergence(**state["found"])
@@ -185,10 +190,26 @@ class DivergenceDetector:
     def _task(self, name: str) -> _TaskLoss:
         return self._tasks.setdefault(name, _TaskLoss())
 
-    def _expected(self, name: str, loss: float) -> float:
-        """Of one task; nothing above uniform guessing where nothing is known of it."""
-        reached = self._task(name).reached
-        return min(loss, self._uniform) if reached is None else reached
+    def _expected(self, loss_sums: Mapping[str, float], tokens: Mapping[str, float]) -> float:
+        """The sum over the tokens; of a task of which nothing is known no more than by guessing."""
+        expected = 0.0
+        for name, count in tokens.items():
+            reached = self._task(name).reached
+            unknown = min(loss_sums[name], count * self._uniform)
+            expected += unknown if reached is None else count * reached
+        return expected
+
+    def _raise_to_training(self, excess: float) -> None:
+        """Add to the held-out losses by how much the first step of a phase is above them.
+
+        Its loss is still that of the weights that were measured: what it is above them is due to
+        dropout, or to other texts.
+        """
+        self._is_new_phase = False
+        if math.isfinite(excess) and excess > 0:
+            for task in self._tasks.values():
+                if task.reached is not None:
+                    task.reached += excess
 
     def _add_to_score(self, step: int, excess: float) -> None:
         if self._score == 0:
