@@ -30,7 +30,7 @@ from megaphase.experiments.commands import report_command, sweep_command
 from megaphase.generation.commands import generate_command, translate_command
 from megaphase.launch.commands import demo_command, launch_app
 from megaphase.locale_settings import require_utf8, work_in_utf8
-from megaphase.parallel.launcher import global_rank, report_end
+from megaphase.parallel.launcher import check_launch, is_first_rank, report_end
 from megaphase.parent import end_with_parent
 from megaphase.plan.commands import plan_app
 from megaphase.signals import handlers, heeded_signals, interrupting_signals
@@ -76,7 +76,7 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    check_launch()
 
 
 def main() -> None:
@@ -123,7 +123,7 @@ def _stop(error: BaseException, code: int) -> NoReturn:
     with handlers(heeded_signals(), signal.SIG_IGN):  # how it ends is settled
         if isinstance(error, LostProcessError) and report_end(None, [line]):
             pass
-        elif global_rank() == 0:
+        elif is_first_rank():
             print(line, file=sys.stderr, flush=True)
         else:
             # Launchers end all processes as soon as one has failed: let rank 0 speak first.

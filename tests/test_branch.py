@@ -185,6 +185,7 @@ def test_the_same_command_goes_on_when_the_base_has_moved_on_or_is_gone(base, co
 def test_the_best_weights_of_a_task_can_be_branched(base, corpora, folder):
     settings = branch_settings(corpora)
     settings["phases"][0]["steps"] = 1
+    settings["phases"][0]["learning_rate"]["warmup_steps"] = 1
     run_file = write_run_file(folder / "of-best", settings)
     run_well("train", run_file, "--from", f"{base}@best-alda")
     best = find_checkpoint(f"{base}@best-alda")

@@ -9,8 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megaphase.errors import RunError
-from megaphase.parallel.launcher import global_rank, world_size
+from megaphase.errors import InputError, RunError
+from megaphase.parallel.launcher import check_meeting, global_rank, local_rank, world_size
 
 # Long enough for the first rank to build a plan or to verify a checkpoint while the others wait.
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)
@@ -71,7 +71,7 @@ class Topology:
 def device() -> torch.device:
     """This process's GPU, or the CPU where there is none."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", local_rank())
     return torch.device("cpu")
 
 
@@ -79,13 +79,21 @@ def join_processes() -> None:
     """Join the process group that the environment describes; a single process forms its own.
 
     Raises:
+        InputError: the environment describes none.
         RunError: some of the processes have not come.
     """
     if dist.is_initialized():
         return
+    check_meeting()
     backend = "gloo"
     if device().type == "cuda":
         backend = "nccl"
+        if local_rank() >= torch.cuda.device_count():
+            raise InputError(
+                "LOCAL_RANK",
+                f"is {local_rank():,}, but this machine has {torch.cuda.device_count():,} GPUs",
+                "start one process for each GPU",
+            )
         torch.cuda.set_device(device())
     if world_size() == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,6 +72,7 @@ def show_command(
     from json import dumps
 
     from megaphase.memory.table import memory_sentences, memory_summary
+    from megaphase.parallel.launcher import given_world_size
     from megaphase.plan.opening import memory_setup, open_plan, open_run
     from megaphase.plan.preview import (
         plan_table,
@@ -85,7 +85,7 @@ def show_command(
 
     config, tokenizer = open_run(run_file, overrides)
     if processes is None:
-        processes = int(os.environ.get("WORLD_SIZE", config.parallel.tensor))
+        processes = given_world_size() or config.parallel.tensor
     setup, hardware = memory_setup(config, tokenizer, processes), hardware_of(config, card)
     needed = memory_summary(setup, memory or planned_card(config, card).memory_gb)
     plan = open_plan(config, tokenizer)

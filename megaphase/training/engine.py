@@ -19,6 +19,7 @@ from megaphase.config import RunConfig
 from megaphase.model.dropout import row_seeds
 from megaphase.model.gpt import GPT, Block
 from megaphase.model.shape import GPTShape
+from megaphase.parallel.launcher import local_world_size
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.topology import Topology, device
 from megaphase.plan.dataset import Batch
@@ -41,7 +42,7 @@ def import_deepspeed():  # type: ignore[no-untyped-def]  # its classes are not t
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Otherwise it asks `numactl` how many CPUs there are, in every backward pass.
-        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        os.environ.setdefault("LOCAL_SIZE", str(local_world_size()))
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.expanduser("~/.triton/cache"))
     os.environ.setdefault("LOCAL_RANK", "0")  # it asks for it even in a single process
     # DeepSpeed calls collectives by names that torch is about to drop, and is told so at each step.

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from megaphase.errors import RunError
 from megaphase.files import make_directory, os_errors_named, path_aside, write_json_whole
 from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.launcher import local_rank
 from megaphase.parallel.together import Fault, outcome_of
 from megaphase.parallel.topology import device
 from megaphase.parallel.watchdog import Watchdog
@@ -209,4 +210,4 @@ def _torch_profiler(steps: int) -> profile:
 
 
 def _is_first_of_node() -> bool:
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return local_rank() == 0
