@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import combinations, islice
+from math import isqrt
 from typing import Literal
 
 from megaphase.memory.estimate import estimate
@@ -70,6 +72,13 @@ def all_kept(setup: Setup) -> Setup | None:
     return replace(setup, keep_gathered=1.0) if setup.keep_gathered < 1 else None
 
 
+@lru_cache(maxsize=64)
+def _divisors(number: int) -> list[int]:
+    """From the largest to 1."""
+    small = [each for each in range(1, isqrt(number) + 1) if number % each == 0]
+    return sorted({*small, *(number // each for each in small)}, reverse=True)
+
+
 @dataclass(frozen=True)
 class _Change:
     words: str
@@ -120,8 +129,8 @@ def _changes(setup: Setup) -> Iterator[_Change]:
         shape = replace(setup.shape, activation_checkpointing=stage)
         changed = replace(setup, shape=shape)
         yield _Change(f"activation_checkpointing: {stage}", "checkpointing", changed)
-    for micro in range(setup.micro - 1, 0, -1):
-        if setup.micro * setup.accumulation % micro == 0:
+    for micro in _divisors(setup.micro * setup.accumulation):
+        if micro < setup.micro:
             yield _Change(f"micro {micro}", "micro", setup.with_micro(micro))
     if setup.tensor > 1 and not setup.sequence and setup.shape.seq_len % setup.tensor == 0:
         yield _Change("sequence: true", "sequence", replace(setup, sequence=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megaphase.memory.activations import (
     block_backward,
@@ -46,6 +47,7 @@ class Estimate:
         return sum(self.parts.values())
 
 
+@lru_cache(maxsize=4096)  # layouts and remedies ask for the same setups again and again
 def estimate(setup: Setup) -> Estimate:
     """The memory of one rank of a run."""
     states = states_of(setup)
@@ -91,7 +93,12 @@ def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]
     above = parameters - layers * block
     if not setup.shape.tied_embeddings:
         above -= sizes["embedding.weight"]
-    for left in range(layers, 0, -1):
+    turns = [
+        (passing.limit, passing.growing),
+        (gathered - passing.returned, gathered - held),
+    ]
+    # Between these blocks all that follows is linear in the number that is left.
+    for left in _turning_points(layers, block, above, parameters, turns):
         share = (above + (layers - left) * block) / parameters
         waiting = min(int(passing.growing * share), passing.limit)
         there = max(held + int((gathered - held) * (1 - share)), passing.returned)
@@ -109,6 +116,22 @@ def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]
     yield "reduction of gradients", at(residual(setup), carried + waiting, passing.returned, end)
     step = 0 if setup.offload != "none" else passing.step
     yield "optimizer step", at(0, step, 0, 0)
+
+
+def _turning_points(
+    layers: int, block: int, above: int, parameters: int, turns: list[tuple[int, int]]
+) -> list[int]:
+    """The first and the last number of blocks left, and those next to where a limit is reached.
+
+    turns: limits of what grows with the share of the parameters whose gradients are there, each
+    with what it would grow to.
+    """
+    found = {1, layers}
+    for limit, whole in turns:
+        if whole > 0:
+            left = layers - (limit / whole * parameters - above) / block
+            found.update(range(int(left) - 2, int(left) + 4))
+    return sorted((left for left in found if 1 <= left <= layers), reverse=True)
 
 
 def _offloaded(setup: Setup, states: States) -> dict[str, int]:

@@ -6,6 +6,7 @@ its defaults; tests compare them, and all sizes here, with those of engines that
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megaphase.memory.gathered import gathering, kept_gathered
@@ -80,7 +81,7 @@ def states_of(setup: Setup) -> States:
     return _partitioned_optimizer(setup, sizes)
 
 
-def _flat_size(sizes: dict[str, int], data: int) -> int:
+def _flat_size(sizes: Mapping[str, int], data: int) -> int:
     """Elements of the flat buffers of both parameter groups, padded so that all ranks share."""
     unit = FLAT_ALIGNMENT * data
     groups = [[n for name, n in sizes.items() if is_matrix(name) == matrix] for matrix in (1, 0)]
@@ -103,7 +104,7 @@ def _without_zero(setup: Setup, elements: int) -> States:
     )
 
 
-def _bf16_optimizer(setup: Setup, sizes: dict[str, int]) -> States:
+def _bf16_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
     """DeepSpeed's BF16_Optimizer: whole fp32 gradients on every rank."""
     elements = _flat_size(sizes, setup.data)
     own = elements // setup.data * FP32_BYTES
@@ -123,7 +124,7 @@ def _bf16_optimizer(setup: Setup, sizes: dict[str, int]) -> States:
     )
 
 
-def _partitioned_optimizer(setup: Setup, sizes: dict[str, int]) -> States:
+def _partitioned_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
     """DeepSpeedZeroOptimizer, stages 1 and 2.
 
     Stage 1 keeps the gradients of all micro-batches whole and hands them on with the last one;
@@ -166,7 +167,7 @@ def _partitioned_optimizer(setup: Setup, sizes: dict[str, int]) -> States:
     )
 
 
-def _partitioned_weights(setup: Setup, sizes: dict[str, int]) -> States:
+def _partitioned_weights(setup: Setup, sizes: Mapping[str, int]) -> States:
     """Stage 3: every parameter is cut into `data` parts of its own."""
     part = sum(-(-size // setup.data) for size in sizes.values())
     own = part * FP32_BYTES

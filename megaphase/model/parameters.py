@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
+
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.sharding import ParameterLayout, padded_vocab
 
@@ -36,17 +40,24 @@ def block_layouts(shape: GPTShape) -> dict[str, ParameterLayout]:
     }
 
 
-def parameter_sizes(shape: GPTShape, tensor: int) -> dict[str, int]:
+@lru_cache(maxsize=16)
+def parameter_sizes(shape: GPTShape, tensor: int) -> Mapping[str, int]:
     """Elements of each parameter on one tensor-parallel rank, not yet cut by ZeRO."""
+    return MappingProxyType(_parameter_sizes(shape, tensor))
+
+
+def _parameter_sizes(shape: GPTShape, tensor: int) -> dict[str, int]:
     return {
         name: layout.shard_numel(tensor)
         for name, layout in parameter_layouts(shape, tensor).items()
     }
 
 
-def block_sizes(shape: GPTShape, tensor: int) -> dict[str, int]:
+@lru_cache(maxsize=16)
+def block_sizes(shape: GPTShape, tensor: int) -> Mapping[str, int]:
     """Elements of each parameter of one block on one rank."""
-    return {name: layout.shard_numel(tensor) for name, layout in block_layouts(shape).items()}
+    sizes = {name: layout.shard_numel(tensor) for name, layout in block_layouts(shape).items()}
+    return MappingProxyType(sizes)
 
 
 def largest_partition(shape: GPTShape, tensor: int, data: int) -> int:

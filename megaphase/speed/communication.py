@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megaphase.memory.gathered import gathering
@@ -221,7 +221,7 @@ def data_traffic(setup: Setup, hardware: Hardware) -> DataTraffic:
     return DataTraffic(backward=reduced, end=weights, pieces=buckets)
 
 
-def _partitioned_weights(setup: Setup, ring: Ring, sizes: dict[str, int]) -> DataTraffic:
+def _partitioned_weights(setup: Setup, ring: Ring, sizes: Mapping[str, int]) -> DataTraffic:
     """Stage 3."""
     found = gathering(sizes, setup.keep_gathered)
     parameters, each = sum(sizes.values()), setup.parameter_bytes

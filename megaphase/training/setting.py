@@ -13,6 +13,7 @@ from megaphase.checkpoint.state import CHECKPOINT_FORMAT, check_format
 from megaphase.checkpoint.store import Checkpoint, CheckpointStore
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
+from megaphase.memory.available import check_memory
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.agreement import Agreement
@@ -52,6 +53,7 @@ def check_run(config: RunConfig, branch: Branch | None) -> Ingredients:
     planned_card(config)
     tokenizer = Tokenizer.load(config.tokenizer)
     shape = build_shape(config, tokenizer.vocab_size)
+    check_memory(config, shape)
     spec = plan_spec(config, tokenizer, branch.used if branch else {})
     if branch is not None:
         if branch.state:
