@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 
+from megaphase.names import printable
+
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 130
+
+_LONGEST_LINE = 2000
 
 
 class InputError(Exception):
@@ -22,11 +26,19 @@ class InputError(Exception):
         self.problem = problem
         self.remedy = remedy
         text = f"{self.where}: {problem}" if self.where else problem
-        super().__init__(f"{text}; {remedy}" if remedy else text)
+        super().__init__(one_line(f"{text}; {remedy}" if remedy else text))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Otherwise an error that comes from another process could not be unpickled.
         return InputError, (self.where, self.problem, self.remedy)
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks and control characters, cut in its middle where it is long."""
+    if len(text) > _LONGEST_LINE:
+        half = _LONGEST_LINE // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    return printable(text)
 
 
 class RunError(Exception):

@@ -11,7 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from megaphase.errors import InputError
+from megaphase.names import printable, shown
 
+_LONGEST = 200  # of a value, or of a part of a key, in a message
 _MESSAGES = {
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
@@ -26,10 +28,12 @@ _MESSAGES = {
     "tuple_type": "must be a list",
     "selection_type": "must be a role or a list of tasks",
     "too_short": "must hold at least one entry",
-    "greater_than": "must be greater than {gt:g}",
-    "greater_than_equal": "must be at least {ge:g}",
-    "less_than": "must be less than {lt:g}",
-    "less_than_equal": "must be at most {le:g}",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} letters",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
     "literal_error": "must be {expected}",
 }
 
@@ -37,7 +41,7 @@ _MESSAGES = {
 def hint(name: object, known: Iterable[str], what: str) -> str:
     """`did you mean 'seed'?` where one of the known names is near, else all that there are."""
     by_folded = {each.casefold(): each for each in known}
-    near = difflib.get_close_matches(str(name).casefold(), by_folded, n=1)
+    near = difflib.get_close_matches(str(name).casefold()[:_LONGEST], by_folded, n=1)
     return f"did you mean {by_folded[near[0]]!r}?" if near else f"{what} {', '.join(known)}"
 
 
@@ -47,6 +51,8 @@ def as_input_error(path: Path, error: ValidationError) -> InputError:
     location, kind = first["loc"], first["type"]
     if location and location[-1] == "[key]":
         key = _key_path(location[:-2])
+        if kind == "value_error":
+            return InputError(f"{path}: {key}", first["msg"].removeprefix("Value error, "))
         return InputError(
             f"{path}: {key}", f"the key {_as_yaml(first['input'])} is not text", "put it in quotes"
         )
@@ -57,15 +63,27 @@ def as_input_error(path: Path, error: ValidationError) -> InputError:
         return InputError(where, first["msg"].removeprefix("Value error, "))
     found = f"found {_as_yaml(first['input'])}"
     if kind in _MESSAGES:
-        message = _MESSAGES[kind].format(**first.get("ctx", {}))
+        bounds = {key: _bound(value) for key, value in first.get("ctx", {}).items()}
+        message = _MESSAGES[kind].format(**bounds)
         return InputError(where, message.replace("True", "true"), found)
     return InputError(where, f"{first['msg'][0].lower()}{first['msg'][1:]}", found)
+
+
+def _bound(value: Any) -> str:
+    """A limit as it is shown."""
+    if isinstance(value, bool | str):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _key_path(location: tuple[int | str, ...]) -> str:
     path = ""
     for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+        if isinstance(part, int):
+            path += f"[{part}]"
+            continue
+        text = part if part.isprintable() and len(part) <= _LONGEST else shown(part)
+        path += f".{text}" if path else text
     return path
 
 
@@ -76,4 +94,5 @@ def _as_yaml(value: Any) -> str:
         return "a mapping" if value else "an empty mapping"
     if isinstance(value, list | tuple):
         return "a list" if value else "an empty list"
-    return json.dumps(value, ensure_ascii=False, default=str)
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return printable(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…")

@@ -15,6 +15,7 @@ import yaml
 
 from megaphase.errors import InputError
 from megaphase.files import read_file
+from megaphase.names import shown
 
 BOOL_TAG = "tag:yaml.org,2002:bool"
 INT_TAG = "tag:yaml.org,2002:int"
@@ -23,6 +24,12 @@ MERGE_TAG = "tag:yaml.org,2002:merge"
 REPLACED_TAGS = (BOOL_TAG, INT_TAG, FLOAT_TAG, "tag:yaml.org,2002:timestamp")
 
 BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+# Far more than any run file has; PyYAML reads about a megabyte a second.
+MOST_BYTES = 4 << 20
+MOST_VALUES = 1_000_000
+MOST_MERGED = 10_000
+DEEPEST = 50
+
 FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$")
 INT = re.compile(r"^[-+]?[0-9]+(?:_[0-9]+)*$")
 
@@ -45,10 +52,17 @@ class _Loader(yaml.SafeLoader):
                 continue  # refused below, with its line
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"the key {shown(key)} stands twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_MERGED:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"more than {MOST_MERGED:,} keys are merged", node.start_mark
+            )
 
 
 _Loader.add_implicit_resolver(BOOL_TAG, BOOL, list("tTfF"))
@@ -73,15 +87,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(path, f"cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise InputError(path, "this is not UTF-8 text") from None
+    if len(text) > MOST_BYTES:
+        raise InputError(path, f"is larger than {MOST_BYTES:,} bytes", "give a run file")
     try:
-        data = yaml.load(text, _Loader)
+        data = _parsed(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f":{mark.line + 1}" if mark else ""
         problem = ", ".join(filter(None, (error.context, error.problem)))
         raise InputError(f"{path}{line}", problem or "this is not YAML") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise InputError(path, " ".join(str(error).split())) from None
+        raise InputError(path, " ".join(str(error).split()) or "this is not YAML") from None
     if not isinstance(data, dict):
         raise InputError(path, "the file must hold a mapping of keys to values")
     return data
@@ -90,6 +106,44 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_scalar(text: str) -> Any:
     """The value of a `key=value` override, read as YAML."""
     try:
-        return yaml.load(text, _Loader)
+        return _parsed(text)
     except (yaml.YAMLError, ValueError):
         return text
+
+
+def _parsed(text: str) -> Any:
+    """The values of a YAML text, none of which is another one's.
+
+    Raises:
+        ValueError: a tag does not fit its value, or there is too much of it.
+    """
+    try:
+        return _Copy().of(yaml.load(text, _Loader))
+    except RecursionError:
+        raise ValueError(f"it is nested more than {DEEPEST} levels deep") from None
+    except (KeyError, AttributeError, TypeError, OverflowError):
+        # What PyYAML's constructors stumble over: `!!bool maybe`, `!!timestamp soon`.
+        raise ValueError("a value does not fit its tag") from None
+
+
+class _Copy:
+    """Copies in which an anchor's value stands once for every alias.
+
+    Otherwise, what is set at one place would be set at all of them. The number of values is
+    limited, since aliases of aliases can stand for any number of them.
+    """
+
+    def __init__(self) -> None:
+        self._values = 0
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        self._values += 1
+        if self._values > MOST_VALUES:
+            raise ValueError(f"it holds more than {MOST_VALUES:,} values, aliases counted")
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+        if isinstance(value, dict):
+            return {key: self.of(each, depth + 1) for key, each in value.items()}
+        if isinstance(value, list):
+            return [self.of(each, depth + 1) for each in value]
+        return value

@@ -52,14 +52,14 @@ class Documents:
         return list(range(start, start + self.lengths[document]))
 
     def held_out(self, fraction: float) -> list[bool]:
-        return [each < int(fraction * 2**64) for each in self.hashes]
+        return [each < int(Fraction(str(fraction)) * 2**64) for each in self.hashes]
 
     def on_side(self, side: str, fraction: float, subsample: float = 1.0) -> list[bool]:
         held_out = self.held_out(fraction)
         if side == "held out":
             return held_out
-        threshold = int(fraction * 2**64)
-        end = threshold + Fraction(subsample) * (2**64 - threshold)
+        threshold = int(Fraction(str(fraction)) * 2**64)
+        end = threshold + Fraction(str(subsample)) * (2**64 - threshold)
         return [
             not held and each + 1 <= end for held, each in zip(held_out, self.hashes, strict=True)
         ]

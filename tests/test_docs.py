@@ -21,6 +21,7 @@ SECTIONS = {
     "`parallel`": config.ParallelConfig,
     "`batch`": config.BatchConfig,
     "`optimizer`": config.OptimizerConfig,
+    "`parts`": config.PartsConfig,
     "`phases[N]`": config.PhaseConfig,
     "`phases[N].mixture`": config.MixtureConfig,
     "`phases[N].learning_rate`": config.LearningRateConfig,

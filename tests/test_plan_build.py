@@ -254,10 +254,13 @@ def test_a_plan_of_2_to_the_40_samples_is_refused_for_the_disk_alone(run, tmp_pa
     with pytest.raises(RunError, match=r"needs 10,995\.1 GB for 1,099,511,627,776 samples"):
         ensure_built(spec_of(config), config.output)
     config = write_run(
-        tmp_path, list(written), phases=[phase("one", 2**48, {"proportional": True})]
+        tmp_path,
+        list(written),
+        batch={"samples": 1024},
+        phases=[phase("one", 10**12, {"proportional": True})],
     )
     with pytest.raises(
-        InputError, match=r"phases\[0\]\.steps: one has 1,125,899,906,842,624 samples"
+        InputError, match=r"phases\[0\]\.steps: one has 1,024,000,000,000,000 samples"
     ):
         spec_of(config)
 

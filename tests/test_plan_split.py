@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -62,10 +63,15 @@ def hashes_near(draw, limits: list[int]) -> np.ndarray:
     return np.array([0, LAST_HASH, *near, *drawn], np.uint64)
 
 
+def exact(number: float) -> Fraction:
+    """The decimal number that Python, and YAML, write for it."""
+    return Fraction(Decimal(str(number)))
+
+
 @given(FRACTIONS, SUBSAMPLES, SUBSAMPLES, st.data())
 def test_sides_are_disjoint_and_subsamples_nested(fraction, one, other, data):
-    threshold = int(fraction * 2**64)
-    ends = [threshold + Fraction(each) * (2**64 - threshold) for each in sorted([one, other])]
+    threshold = int(exact(fraction) * 2**64)
+    ends = [threshold + exact(each) * (2**64 - threshold) for each in sorted([one, other])]
     hashes = data.draw(hashes_near([threshold, *(int(end) for end in ends)]))
     held_out = held_out_hashes(fraction).holds(hashes)
     assert held_out.tolist() == [each < threshold for each in hashes.tolist()]

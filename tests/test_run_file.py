@@ -117,7 +117,7 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
          "run.yaml: phases[1].name: must be text; put it in quotes; found 5"),
         # wrong values
         ("{en: 1.0}", "{en: 1.5, hi: -0.5}",
-         "run.yaml: phases[0].mixture.rates.hi: must be at least 0; found -0.5"),
+         "run.yaml: phases[0].mixture.rates.en: must be at most 1; found 1.5"),
         ("{en: 1.0}", "{en: 0.5, hi: 0.4}",
          "run.yaml: phases[0].mixture.rates: the rates sum to 0.9; make them sum to 1"),
         ("{en: 1.0}", "{en: 0.5, hi: 0.499998}",
@@ -147,12 +147,12 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
         ("{rates: {en: 1.0}}", "{proportional: yes}",
          'run.yaml: phases[0].mixture.proportional: must be true; found "yes"'),
         ("temperature: 3.3", "temperature: 0",
-         "run.yaml: phases[1].mixture.temperature: must be greater than 0; found 0"),
+         "run.yaml: phases[1].mixture.temperature: must be at least 0.01; found 0"),
         ("max_epochs: 8", "max_epochs: -1",
          "run.yaml: phases[1].mixture.max_epochs: must be greater than 0; found -1"),
         ("fraction: 0.01", "fraction: 1",
          "run.yaml: validation.fraction: must be less than 1; found 1"),
-        ("[0.9, 0.95]", "[0.9, 2]", "run.yaml: optimizer.betas[1]: must be at most 1; found 2"),
+        ("[0.9, 0.95]", "[0.9, 2]", "run.yaml: optimizer.betas[1]: must be less than 1; found 2"),
         ("200e9", "2.5", "run.yaml: phases[0].tokens: must be a whole number; found 2.5"),
         ("200e9", "0", "run.yaml: phases[0].tokens: must be greater than 0; found 0"),
         ("schedule: cosine", "schedule: cosin",
@@ -178,8 +178,8 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
         ("name: joint", "name: pretrain",
          "run.yaml: phases[1].name: 'pretrain' stands twice; give every phase its own name"),
         ("name: joint", "name: a/b",
-         "run.yaml: phases[1].name: 'a/b' is no phase name; use letters, digits, '_', '.' and "
-         "'-'"),
+         "run.yaml: phases[1].name: the name 'a/b' holds '/'; use letters, digits, '_', '.' and "
+         "'-', at most 100 bytes"),
         ("micro: 2", "micro: 3", "run.yaml: batch: micro (3) does not divide samples (8)"),
         ("{tensor: 1}", "{sequence: true}",
          "run.yaml: parallel: sequence: true needs tensor greater than 1"),
@@ -315,8 +315,10 @@ def test_yaml_is_read_as_its_version_1_2(tmp_path):
 
 
 def test_anchors_and_merge_keys_work(tmp_path):
-    text = GOOD.replace("peak: 1e-4}", "<<: *shared, peak: 1e-4}").replace(
-        "learning_rate: {schedule", "learning_rate: &shared {schedule"
+    text = (
+        GOOD.replace("steps: 10\n", "steps: 20\n")
+        .replace("peak: 1e-4}", "<<: *shared, peak: 1e-4}")
+        .replace("learning_rate: {schedule", "learning_rate: &shared {schedule")
     )
     shared = load(tmp_path, text).phases[1].learning_rate
     assert [shared.peak, shared.final, shared.warmup_steps] == [1e-4, 3e-5, 20]

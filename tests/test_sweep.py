@@ -186,7 +186,7 @@ def test_settings_models_and_early_stopping_reach_the_run_files(
         ({"arms": {"keep": {"rates": [0.1]}}}, ": arms.keep.pretrain: keep needs shares"),
         ({"arms": {"regularized": {"rates": [0.1]}}}, "regularized is like static without"),
         ({"learning_rate": {"peaks": []}}, ": learning_rate.peaks: must hold at least one entry"),
-        ({"seeds": [3, 3]}, ": seeds: a value of seeds stands twice"),
+        ({"seeds": [3, 3]}, ": seeds: 3 stands twice in this list"),
         ({"translation": {}}, ": translation: there is no translation task"),
         ({"models": {"odd": {"hiden": 3}}}, ": run odd-pretrain-0.6-p0.01-s11: model: unknown key"),
         (

@@ -57,7 +57,7 @@ RUN_FILE_MISTAKES = {
     "wrong type": (["phases", 0, "steps"], "many", ["phases[0].steps", "many"]),
     "task without corpus": (["phases", 0, "mixture"], {"rates": {"aldo": 1.0}}, ["aldo", "alda"]),
     "negative rate": (
-        ["phases", 0, "mixture"], {"rates": {"alda": 1.5, "boreth": -0.5}},
+        ["phases", 0, "mixture"], {"rates": {"alda": 1.0, "boreth": -0.5}},
         ["phases[0].mixture.rates.boreth", "-0.5"],
     ),
     "rates beside 1": (

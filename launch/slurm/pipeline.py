@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model
 
 from megaphase.arguments import train_options
 from megaphase.config import load_run_file
-from megaphase.config.fields import Count, CountOrZero, FilePath, Section
+from megaphase.config.fields import Count, Few, FewOrZero, FilePath, RunName, Section
 from megaphase.errors import InputError
 from megaphase.files import make_directory
 from megaphase.launch.slurm.command_line import PLACEHOLDER, filled, parsed
@@ -30,11 +30,11 @@ from megaphase.launch.slurm.script import (
     refuse_pattern,
     sbatch_options,
 )
+from megaphase.names import shown
 from megaphase.slurm import cancel, submit
 from megaphase.validation_errors import as_input_error, hint
 from megaphase.yaml_file import read_yaml
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TASK = "${SLURM_ARRAY_TASK_ID}"
 # Options of sbatch that are keys of a step here; the second, of a training alone.
 _KEYS = {"array": "use the key array", "dependency": "use the key after"}
@@ -68,8 +68,8 @@ def _without(options: str, refused: Mapping[str, str]) -> list[str]:
         raise ValueError(f"{error.problem}; {error.remedy}") from None
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
-Options = Annotated[tuple[str, ...], BeforeValidator(_options)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(strict=False)]
+Options = Annotated[tuple[str, ...], BeforeValidator(_options), Field(strict=False)]
 
 
 class Step(Section):
@@ -89,16 +89,16 @@ class Step(Section):
     command: str | None = None
     train: str | None = None
     after: Names = ()
-    after_failures: Annotated[bool, Field(strict=True)] = False
-    array: Count | None = None
-    at_a_time: Count | None = None
-    cores: Count | None = None
+    after_failures: bool = False
+    array: Annotated[Count, Field(le=100_000)] | None = None
+    at_a_time: Few | None = None
+    cores: Few | None = None
     sbatch: Options = ()
-    nodes: Count = 1
-    gpus_per_node: CountOrZero = 8
-    tasks_per_node: Count | None = None
-    restarts: CountOrZero = 3
-    exclude_bad_nodes: Annotated[bool, Field(strict=True)] = False
+    nodes: Few = 1
+    gpus_per_node: FewOrZero = 8
+    tasks_per_node: Few | None = None
+    restarts: FewOrZero = 3
+    exclude_bad_nodes: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -141,7 +141,7 @@ class Training:
 class Pipeline(Section):
     """The file: steps by name, and the folder of their output."""
 
-    steps: dict[str, Step] = Field(min_length=1)
+    steps: dict[RunName, Step] = Field(min_length=1)
     logs: FilePath = Path("logs")
     sbatch: Options = ()
 
@@ -177,7 +177,7 @@ def load_pipeline(path: Path, program: Any) -> Pipeline:
         InputError: naming the first key that is wrong.
     """
     try:
-        pipeline = Pipeline.model_validate(read_yaml(path))
+        pipeline = Pipeline.model_validate(read_yaml(path), context=path.parent.resolve())
     except ValidationError as error:
         raise as_input_error(path, error) from None
     pipeline._path = path
@@ -252,18 +252,12 @@ def _dependencies(step: Step, jobs: Mapping[str, str], behind: Sequence[str]) ->
 
 
 def _check_names(pipeline: Pipeline, name: str, step: Step) -> None:
-    """The step's own, of which files are named, and those of the steps before it."""
-    if not _NAME.fullmatch(name):
-        raise InputError(
-            pipeline.where(f"steps.{name}"),
-            "this is no name for a job",
-            "use letters, digits, points, dashes and underscores",
-        )
+    """Those of the steps before it."""
     for other in step.after:
         if other not in pipeline.steps:
             raise InputError(
                 pipeline.where(f"steps.{name}.after"),
-                f"no step {other!r}",
+                f"no step {shown(other)}",
                 hint(other, pipeline.steps, "the steps are"),
             )
 

@@ -10,21 +10,21 @@ from typing import Any
 
 from megaphase.errors import InputError
 from megaphase.files import read_json
+from megaphase.names import BEST_PREFIX, STEP_PREFIX
 
 CHECKPOINT_FORMAT = 2
 STATE_FILE = "state.json"
-LATEST = "latest"
 NAME = re.compile(r"(step|best)-([0-9]{8,})")
 
 
 def full_name(step: int) -> str:
     """Of a checkpoint that a run can go on from."""
-    return f"step-{step:08d}"
+    return f"{STEP_PREFIX}{step:08d}"
 
 
 def best_name(step: int) -> str:
     """Of a checkpoint of weights alone."""
-    return f"best-{step:08d}"
+    return f"{BEST_PREFIX}{step:08d}"
 
 
 def step_of(name: str, kind: str = "step") -> int | None:

@@ -24,7 +24,6 @@ from typing import Any
 
 from megaphase.checkpoint.parameters import INDEX_FILE
 from megaphase.checkpoint.state import (
-    LATEST,
     NAME,
     STATE_FILE,
     checkpoint_folders,
@@ -44,6 +43,7 @@ from megaphase.files import (
     remove_directory_at_once,
     write_json_whole,
 )
+from megaphase.names import LATEST
 from megaphase.parallel.agreement import Agreement
 from megaphase.set_aside import (
     Say,

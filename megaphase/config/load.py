@@ -11,8 +11,11 @@ from pydantic import ValidationError
 from megaphase.config.run import RunConfig
 from megaphase.config.sections import MONITORED_MEAN
 from megaphase.errors import InputError
+from megaphase.names import shown
 from megaphase.validation_errors import as_input_error, hint
 from megaphase.yaml_file import parse_scalar, read_yaml
+
+MOST_DIGITS = 9  # of an entry's number
 
 
 def _check_references(config: RunConfig) -> None:
@@ -33,7 +36,7 @@ def _check_references(config: RunConfig) -> None:
             if task not in config.tasks:
                 raise InputError(
                     config.where(key),
-                    f"no task {task!r} with a corpus under tasks",
+                    f"no task {shown(task)} with a corpus under tasks",
                     hint(task, config.tasks, "the tasks are"),
                 )
 
@@ -84,15 +87,15 @@ def _check_role(config: RunConfig, where: str, role: str) -> None:
         remedy = hint(role, roles, "the roles are")
     else:
         remedy = "set tasks.NAME.role, or give a list of tasks"
-    raise InputError(where, f"no task has the role {role!r}", remedy)
+    raise InputError(where, f"no task has the role {shown(role)}", remedy)
 
 
 def _apply_override(path: Path, data: dict[str, Any], override: str) -> None:
     """Set `phases.0.learning_rate.peak=1e-3` in the parsed file, before it is checked."""
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise InputError(f"override {override!r}", "this is not key.path=value")
-    set_value(path, data, key, parse_scalar(text), f"override {override!r}")
+        raise InputError(f"override {shown(override)}", "this is not key.path=value")
+    set_value(path, data, key, parse_scalar(text), f"override {shown(override)}")
 
 
 def set_value(path: Path, data: dict[str, Any], key: str, value: Any, where: str) -> None:
@@ -105,26 +108,43 @@ def set_value(path: Path, data: dict[str, Any], key: str, value: Any, where: str
     """
     parts = key.replace("[", ".").replace("]", "").split(".")
     node: Any = data
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
+    depth = 0
+    while True:
+        here = ".".join(parts[:depth])
+        taken = 1
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            number = _index(parts[depth])
+            if number is None or number >= len(node):
                 raise InputError(
                     where,
-                    f"{'.'.join(parts[:depth])} in {path} is a list of {len(node)}",
+                    f"{here} in {path} is a list of {len(node)}",
                     "name an entry by its number, from 0",
                 )
-            index: Any = int(part)
+            index: Any = number
         elif isinstance(node, dict):
-            index = part
-            if not last:
-                node.setdefault(part, {})
+            index, taken = _known_key(node, parts[depth:])
         else:
-            raise InputError(where, f"{'.'.join(parts[:depth])} in {path} holds no keys")
-        if last:
+            raise InputError(where, f"{here} in {path} holds no keys")
+        depth += taken
+        if depth == len(parts):
             node[index] = value
-        else:
-            node = node[index]
+            return
+        if isinstance(node, dict) and node.get(index) is None:
+            node[index] = {}  # a section that is not there yet, or has nothing below it
+        node = node[index]
+
+
+def _known_key(node: dict[str, Any], parts: list[str]) -> tuple[str, int]:
+    """The key that a path goes on with, and of how many parts: a task's name may hold points."""
+    for taken in range(len(parts), 1, -1):
+        if (key := ".".join(parts[:taken])) in node:
+            return key, taken
+    return parts[0], 1
+
+
+def _index(part: str) -> int | None:
+    """The number of an entry of a list."""
+    return int(part) if part.isascii() and part.isdigit() and len(part) <= MOST_DIGITS else None
 
 
 def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -146,10 +166,9 @@ def run_config(path: Path, data: dict[str, Any]) -> RunConfig:
         InputError: naming the file, the key's path and the remedy.
     """
     try:
-        config = RunConfig.model_validate(data)
+        config = RunConfig.model_validate(data, context=path.parent.resolve())
     except ValidationError as error:
         raise as_input_error(path, error) from None
-    config = config.resolved_paths(path.parent)
     config._path = path
     _check_references(config)
     _check_monitor(config)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from megaphase.config.fields import (
     Count,
-    CountOrZero,
-    Positive,
-    PositiveOrZero,
+    Epochs,
+    Few,
+    FractionOf1,
+    LearningRate,
+    Nats,
+    NatsOrZero,
+    PhaseName,
     RoleOrTaskNames,
     Section,
+    Steps,
+    StepsOrZero,
+    Temperature,
 )
 
 RATE_SUM_TOLERANCE = 1e-6
@@ -27,12 +33,12 @@ class MixtureConfig(Section):
     over: the tasks among which the last three divide the phase, a list of names or a role.
     """
 
-    rates: dict[str, PositiveOrZero] | None = None
-    temperature: Positive | None = None
+    rates: dict[str, FractionOf1] | None = None
+    temperature: Temperature | None = None
     proportional: Literal[True] | None = None
     unimax: Literal[True] | None = None
     over: RoleOrTaskNames | None = None
-    max_epochs: Positive | None = None
+    max_epochs: Epochs | None = None
 
     @field_validator("rates")
     @classmethod
@@ -65,12 +71,12 @@ class LearningRateConfig(Section):
     """
 
     schedule: Literal["cosine", "linear", "inverse_sqrt", "constant", "wsd"] = "cosine"
-    peak: Positive
-    final: PositiveOrZero = 0.0
-    warmup_steps: CountOrZero = 0
-    decay_steps: Count | None = None
-    steps: Count | None = None
-    first_step: CountOrZero = 0
+    peak: LearningRate
+    final: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: StepsOrZero = 0
+    decay_steps: Steps | None = None
+    steps: Steps | None = None
+    first_step: StepsOrZero = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -89,7 +95,19 @@ class LearningRateConfig(Section):
                 f"first_step ({self.first_step:,}) is not below steps ({self.steps:,}), the length "
                 "of the whole schedule"
             )
+        if self.steps is not None and (problem := self.too_long_for(self.steps)):
+            raise ValueError(problem)
         return self
+
+    def too_long_for(self, steps: int) -> str | None:
+        """What of the schedule does not fit into its length, if anything; with the remedy."""
+        decay = self.decay_steps or 0
+        if self.warmup_steps + decay <= steps:
+            return None
+        keys = f"warmup_steps ({self.warmup_steps:,})"
+        if self.schedule == "wsd":
+            keys += f" and decay_steps ({decay:,})"
+        return f"{keys} do not fit the schedule of {steps:,} steps; lower them or make it longer"
 
 
 class OverfitConfig(Section):
@@ -100,8 +118,8 @@ class OverfitConfig(Section):
     """
 
     tasks: RoleOrTaskNames
-    patience: Count = 3
-    min_gain: PositiveOrZero = 0.0
+    patience: Few = 3
+    min_gain: NatsOrZero = 0.0
     when: Literal["all", "any"] = "all"
 
 
@@ -112,7 +130,7 @@ class StopConfig(Section):
     """
 
     overfit: OverfitConfig | None = None
-    loss: dict[str, Positive] | None = Field(default=None, min_length=1)
+    loss: dict[str, Nats] | None = Field(default=None, min_length=1)
 
 
 class PhaseConfig(Section):
@@ -122,22 +140,15 @@ class PhaseConfig(Section):
     one that gets there first ends it.
     """
 
-    name: str
+    name: PhaseName
     tokens: Count | None = None
-    steps: Count | None = None
-    epochs: dict[str, Positive] | None = Field(default=None, min_length=1)
+    steps: Steps | None = None
+    epochs: dict[str, Epochs] | None = Field(default=None, min_length=1)
     mixture: MixtureConfig
     order: Literal["balanced", "random"] = "balanced"
     optimizer_state: Literal["reset", "keep"] = "reset"
     learning_rate: LearningRateConfig
     stop: StopConfig = StopConfig()
-
-    @field_validator("name")
-    @classmethod
-    def _fit_for_a_file_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-            raise ValueError(f"{name!r} is no phase name; use letters, digits, '_', '.' and '-'")
-        return name
 
     @property
     def length_key(self) -> str:
@@ -171,4 +182,8 @@ class PhaseConfig(Section):
                     f"{rate.first_step:,} + steps {self.steps:,}), beyond learning_rate.steps "
                     f"({rate.steps:,}); make it {end:,} or more"
                 )
+        if self.steps is not None and rate.steps is None:
+            problem = rate.too_long_for(self.steps)
+            if problem:
+                raise ValueError(f"learning_rate: {problem}")
         return self

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import Field, PrivateAttr
 
-from megaphase.config.fields import CountOrZero, FilePath, Section
+from megaphase.config.fields import FilePath, Name, Section, Seed
 from megaphase.config.phases import PhaseConfig
 from megaphase.config.sections import (
     BatchConfig,
@@ -29,10 +29,10 @@ from megaphase.errors import InputError
 class RunConfig(Section):
     """The whole run file. Relative paths in it are relative to the file itself."""
 
-    seed: CountOrZero = 1234
+    seed: Seed = 1234
     output: FilePath
     tokenizer: FilePath
-    tasks: dict[str, TaskConfig] = Field(min_length=1)
+    tasks: dict[Name, TaskConfig] = Field(min_length=1)
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -99,18 +99,3 @@ class RunConfig(Section):
     def where(self, key: str) -> str:
         """`FILE: KEY`, for messages about a value that turned out wrong later on."""
         return f"{self._path}: {key}"
-
-    def resolved_paths(self, folder: Path) -> Self:
-        """A copy whose paths are absolute, relative ones taken from `folder`."""
-        folder = folder.resolve()
-        tasks = {
-            name: task.model_copy(update={"corpus": folder / task.corpus.expanduser()})
-            for name, task in self.tasks.items()
-        }
-        return self.model_copy(
-            update={
-                "output": folder / self.output.expanduser(),
-                "tokenizer": folder / self.tokenizer.expanduser(),
-                "tasks": tasks,
-            }
-        )

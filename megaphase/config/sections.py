@@ -8,16 +8,30 @@ from pydantic import Field, model_validator
 
 from megaphase.config.fields import (
     Count,
-    CountOrZero,
+    Few,
+    FewOrZero,
+    Figure,
     FilePath,
     FractionAbove0,
+    FractionBelow1,
     FractionOf1,
+    NatsOrZero,
     Positive,
     PositiveOrZero,
     ProperFraction,
     RoleOrTaskNames,
     Section,
+    Steps,
+    Word,
 )
+
+# Of a model: beyond what has ever been built, and within what an estimate computes at once.
+Layers = Annotated[Count, Field(le=2_000)]
+Width = Annotated[Count, Field(le=1 << 24)]
+Heads = Annotated[Count, Field(le=1 << 16)]
+# Added to what is divided by, in fp32.
+Epsilon = Annotated[float, Field(ge=1e-30, le=1)]
+Seconds = Annotated[float, Field(ge=0.1, le=1e8)]
 
 
 class TaskConfig(Section):
@@ -33,10 +47,10 @@ class TaskConfig(Section):
 
     corpus: FilePath
     kind: Literal["lm", "translation"] = "lm"
-    attend_across_documents: bool | None = Field(default=None, strict=True)
+    attend_across_documents: bool | None = None
     held_out: ProperFraction | None = None
     subsample: FractionAbove0 | None = None
-    role: str | None = Field(default=None, min_length=1)
+    role: Word | None = None
 
     @property
     def attends_across_documents(self) -> bool:
@@ -57,23 +71,23 @@ class ModelConfig(Section):
     dropout: of the embedding's output and of what every layer adds to it, in training alone.
     """
 
-    seq_len: Count
-    preset: str | None = None
-    layers: Count | None = None
-    hidden: Count | None = None
-    heads: Count | None = None
-    kv_heads: Count | None = None
-    ffn: Count | None = None
-    vocab: Count | None = None
+    seq_len: Annotated[Count, Field(le=1 << 27)]
+    preset: Word | None = None
+    layers: Layers | None = None
+    hidden: Width | None = None
+    heads: Heads | None = None
+    kv_heads: Heads | None = None
+    ffn: Width | None = None
+    vocab: Width | None = None
     norm: Literal["rmsnorm", "layernorm"] | None = None
     position: Literal["rotary", "learned"] | None = None
     activation: Literal["swiglu", "gelu"] | None = None
     tied_embeddings: bool | None = None
     bias: bool | None = None
-    rotary_base: Positive | None = None
-    norm_eps: Positive | None = None
-    init_std: Positive | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.0
+    rotary_base: Annotated[float, Field(ge=1, le=1e15)] | None = None
+    norm_eps: Epsilon | None = None
+    init_std: Annotated[float, Field(gt=0, le=100)] | None = None
+    dropout: FractionBelow1 = 0.0
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
 
 
@@ -87,7 +101,7 @@ class ParallelConfig(Section):
     next.
     """
 
-    tensor: Count = 1
+    tensor: Annotated[Count, Field(le=1 << 16)] = 1
     sequence: bool = False
     overlap: bool = True
     zero: Literal[0, 1, 2, 3] = 3
@@ -123,8 +137,8 @@ class ParallelConfig(Section):
 class BatchConfig(Section):
     """samples: global batch of an optimizer step; micro: samples of one forward pass per rank."""
 
-    samples: Count
-    micro: Count = 1
+    samples: Annotated[Count, Field(le=1 << 24)]
+    micro: Annotated[Count, Field(le=1 << 16)] = 1
 
     @model_validator(mode="after")
     def _micro_divides(self) -> Self:
@@ -137,9 +151,9 @@ class OptimizerConfig(Section):
     """AdamW (Loshchilov and Hutter 2019); clip is the largest global gradient norm, 0 is none."""
 
     name: Literal["adamw"] = "adamw"
-    betas: tuple[FractionOf1, FractionOf1] = (0.9, 0.95)
-    eps: Positive = 1e-8
-    weight_decay: PositiveOrZero = 0.1
+    betas: Annotated[tuple[FractionBelow1, FractionBelow1], Field(strict=False)] = (0.9, 0.95)
+    eps: Epsilon = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.1
     clip: PositiveOrZero = 1.0
 
 
@@ -159,8 +173,8 @@ class PartsConfig(Section):
 class ValidationConfig(Section):
     """fraction of each task's documents is held out of training; samples of it are scored."""
 
-    every_steps: Count = 500
-    samples: Count = 256
+    every_steps: Steps = 500
+    samples: Annotated[Count, Field(le=10**9)] = 256
     fraction: ProperFraction = 0.01
 
 
@@ -176,7 +190,7 @@ class MonitorConfig(Section):
 
     tasks: RoleOrTaskNames | None = None
     weights: dict[str, Positive] | None = Field(default=None, min_length=1)
-    min_gain: PositiveOrZero = 0.0
+    min_gain: NatsOrZero = 0.0
 
 
 class CheckpointConfig(Section):
@@ -185,8 +199,8 @@ class CheckpointConfig(Section):
     asynchronous: training goes on while a copy of the state is written.
     """
 
-    every_steps: Count = 1000
-    keep: Count = 3
+    every_steps: Steps = 1000
+    keep: Few = 3
     asynchronous: bool = True
 
 
@@ -200,17 +214,17 @@ class FaultsConfig(Section):
     stalled_seconds: after so long without progress on any rank the run counts as hanging.
     """
 
-    skip_batches: CountOrZero = 3
+    skip_batches: FewOrZero = 3
     spike_deviations: PositiveOrZero = 6.0
     stop_on_divergence: bool = True
-    silent_seconds: Positive = 30.0
-    stalled_seconds: Positive = 900.0
+    silent_seconds: Seconds = 30.0
+    stalled_seconds: Seconds = 900.0
 
 
 class LoggingConfig(Section):
     """every_steps: how often a plain progress line is printed when no terminal is there."""
 
-    every_steps: Count = 10
+    every_steps: Steps = 10
     tensorboard: bool = True
 
 
@@ -222,10 +236,10 @@ class HardwareConfig(Section):
     *_gb_per_s, *_gbit_per_s: of one GPU, in one direction.
     """
 
-    card: str | None = Field(default=None, min_length=1)
-    peak_tflops: Positive | None = None
-    efficiency: FractionAbove0 | None = None
-    memory_gb_per_s: Positive | None = None
-    gpus_per_node: Count | None = None
-    node_link_gb_per_s: Positive | None = None
-    network_gbit_per_s: Positive | None = None
+    card: Word | None = None
+    peak_tflops: Figure | None = None
+    efficiency: Annotated[float, Field(ge=1e-6, le=1)] | None = None
+    memory_gb_per_s: Figure | None = None
+    gpus_per_node: Few | None = None
+    node_link_gb_per_s: Figure | None = None
+    network_gbit_per_s: Figure | None = None

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from megaphase.checkpoint.names import CHECKPOINTS
-from megaphase.checkpoint.state import LATEST, STATE_FILE
+from megaphase.checkpoint.state import STATE_FILE
 from megaphase.checkpoint.tensor_file import TensorFile, TensorKind
 from megaphase.convert.checkpoint_writer import PORTABLE_FOLDER
 from megaphase.convert.hugging_face.config import CONFIG_FILE
@@ -24,6 +24,7 @@ from megaphase.convert.pickles import check_archives
 from megaphase.convert.source import Source, open_source, verify
 from megaphase.errors import InputError
 from megaphase.files import folder_bytes, read_file, read_json
+from megaphase.names import LATEST
 from megaphase.progress import bytes_progress
 
 _MEGATRON_FOLDER = re.compile(r"mp_rank_\d+(_\d+)*")

@@ -6,7 +6,10 @@ Read off DeepSpeed 0.19.8: `partitioned_param_coordinator.py` gives weights back
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from megaphase.decimals import as_written
 
 # Elements. Smaller parameters stay gathered in any case.
 PERSISTENT_PARAMETER = 100_000
@@ -14,7 +17,7 @@ PERSISTENT_PARAMETER = 100_000
 REUSE_DISTANCE = 1_000_000_000
 
 
-def kept_gathered(sizes: dict[str, int], share: float) -> set[str]:
+def kept_gathered(sizes: Mapping[str, int], share: float) -> set[str]:
     """The parameters that stay gathered from one optimizer step to the next, by name.
 
     Small ones, and beyond them in the model's order whole blocks (or embedding, or head) that
@@ -25,7 +28,7 @@ def kept_gathered(sizes: dict[str, int], share: float) -> set[str]:
     sizes: elements of each parameter, in the model's order.
     """
     kept = {name for name, size in sizes.items() if size <= PERSISTENT_PARAMETER}
-    room = share * sum(sizes.values()) - sum(sizes[name] for name in kept)
+    room = as_written(share) * sum(sizes.values()) - sum(sizes[name] for name in kept)
     for piece in _pieces(sizes):
         size = sum(sizes[name] for name in piece if name not in kept)
         if size <= room:
@@ -34,7 +37,7 @@ def kept_gathered(sizes: dict[str, int], share: float) -> set[str]:
     return kept
 
 
-def _pieces(sizes: dict[str, int]) -> list[list[str]]:
+def _pieces(sizes: Mapping[str, int]) -> list[list[str]]:
     """Parameters that are gathered together: those of a block; each of the others by itself."""
     pieces: dict[str, list[str]] = {}
     for name in sizes:
@@ -56,7 +59,7 @@ class Gathering:
     twice: int
 
 
-def gathering(sizes: dict[str, int], share: float) -> Gathering:
+def gathering(sizes: Mapping[str, int], share: float) -> Gathering:
     """How often the parameters are gathered if a share of them is kept, see `kept_gathered`."""
     kept = sum(sizes[name] for name in kept_gathered(sizes, share))
     others = sum(sizes.values()) - kept

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaphase.decimals import as_written
 from megaphase.keys import derive_key
 from megaphase.parallel.region import TensorRegion
 
@@ -45,7 +46,7 @@ class Dropout:
 
     def __init__(self, share: float, place: str, region: TensorRegion) -> None:
         """place: its name; every place has masks of its own."""
-        dropped = min(round(share * LEVELS), LEVELS - 1)
+        dropped = min(round(as_written(share) * LEVELS), LEVELS - 1)
         self._region, self._place_seed = region, _int63(0, "place", place)
         self._first_kept = dropped - LEVELS // 2
         self._scale = LEVELS / (LEVELS - dropped)

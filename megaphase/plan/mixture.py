@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megaphase.config import MixtureConfig
+from megaphase.decimals import as_written
 from megaphase.errors import InputError
 
 
@@ -30,8 +31,7 @@ def requested_rates(mixture: MixtureConfig, supply: Mapping[str, TaskSupply]) ->
     proportional is T = 1; unimax starts uniform (Chung et al. 2023). Tasks outside get 0.
     """
     if mixture.rates is not None:
-        # The decimal number that was written, not the binary one nearest to it.
-        weights = {task: Fraction(repr(rate)) for task, rate in mixture.rates.items()}
+        weights = {task: as_written(rate) for task, rate in mixture.rates.items()}
     else:
         over = mixture.over or list(supply)
         exponent = 0.0 if mixture.unimax else 1 / (mixture.temperature or 1.0)
@@ -56,7 +56,7 @@ def effective_rates(
     if mixture.max_epochs is None:
         return requested
     room = {
-        task: max(0, int(mixture.max_epochs * s.samples_per_epoch) - s.samples_used)
+        task: max(0, int(as_written(mixture.max_epochs) * s.samples_per_epoch) - s.samples_used)
         for task, s in supply.items()
     }
     shares = {task: rate * samples for task, rate in requested.items() if rate > 0}

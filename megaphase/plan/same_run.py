@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,32 @@ def refuse_other_plan(run_dir: Path, config: RunConfig, fingerprint: str) -> Non
             f"the corpora are not those with which the run in {run_dir} began",
             "put the old ones back or choose another output",
         )
+
+
+def refuse_other_counts(run_dir: Path, plan: Mapping[str, Any]) -> None:
+    """Raise InputError where the run's plan had other counts of samples than `plan`, its summary.
+
+    An earlier version read max_epochs as a binary number, which may be a sample less: where the
+    index is gone, such a plan cannot be built again.
+    """
+    path = run_dir / PLAN_FILE
+    if path.exists() and _counts(_read(path)) != _counts(plan):
+        raise InputError(
+            path,
+            "has other counts of samples than the plan that this version builds",
+            f"put back {run_dir / 'plan'}, or choose another output",
+        )
+
+
+def _counts(plan: Mapping[str, Any]) -> list[dict[str, int]]:
+    """Samples of every phase by task, from `Plan.summary()`."""
+    try:
+        return [
+            {task: figures["samples"] for task, figures in phase["tasks"].items()}
+            for phase in plan.get("phases", [])
+        ]
+    except (KeyError, TypeError, AttributeError):
+        return []
 
 
 def plan_of_run(run_dir: Path) -> str | None:

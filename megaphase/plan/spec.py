@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from math import ceil
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ import numpy as np
 from megaphase.config import MixtureConfig, RunConfig
 from megaphase.corpus import Corpus
 from megaphase.corpus.manifest import MANIFEST_SUFFIX, corpus_file
+from megaphase.decimals import as_written
 from megaphase.errors import InputError
 from megaphase.files import hash_json
 from megaphase.keys import derive_key
@@ -109,8 +109,8 @@ def _phase_steps(
 
 
 def _samples(epochs: float, supply: TaskSupply) -> int:
-    """Of a task in so many epochs; read as the decimal number that was written."""
-    return ceil(Fraction(repr(epochs)) * supply.samples_per_epoch)
+    """Of a task in so many epochs."""
+    return ceil(as_written(epochs) * supply.samples_per_epoch)
 
 
 def open_task_corpus(config: RunConfig, task: str, tokenizer: Tokenizer) -> Corpus:
@@ -259,6 +259,7 @@ def _phase_spec(config: RunConfig, number: int, supply: Mapping[str, TaskSupply]
             f"{phase.name} has {samples:,} samples, more than {MOST_SAMPLES:,}",
             "shorten the phase",
         )
+    _check_schedule(config, number, steps)
     return PhaseSpec(
         phase.name,
         steps,
@@ -267,6 +268,14 @@ def _phase_spec(config: RunConfig, number: int, supply: Mapping[str, TaskSupply]
         phase.order,
         derive_key(config.seed, "order", phase.name),
     )
+
+
+def _check_schedule(config: RunConfig, number: int, steps: int) -> None:
+    """Refuse a warm-up or decay that is longer than the phase has come out."""
+    rate = config.phases[number].learning_rate
+    problem = rate.too_long_for(steps) if rate.steps is None else None
+    if problem is not None:
+        raise InputError(config.where(f"phases[{number}].learning_rate"), problem)
 
 
 def plan_spec(

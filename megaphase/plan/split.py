@@ -7,9 +7,10 @@ order, and the same text is on the same side in every corpus that is split alike
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
+
+from megaphase.decimals import as_written
 
 _HASHES = 1 << 64
 
@@ -44,8 +45,8 @@ def training_hashes(fraction: float, subsample: float = 1.0) -> HashRange:
             a smaller one takes a subset of what a larger one takes.
     """
     threshold = _threshold(fraction)
-    return HashRange.of(threshold, threshold + int(Fraction(subsample) * (_HASHES - threshold)))
+    return HashRange.of(threshold, threshold + int(as_written(subsample) * (_HASHES - threshold)))
 
 
 def _threshold(fraction: float) -> int:
-    return int(fraction * _HASHES)
+    return int(as_written(fraction) * _HASHES)

@@ -10,7 +10,12 @@ from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
 from megaphase.files import write_json_whole
-from megaphase.plan.same_run import refuse_other_plan, refuse_other_run, settings_of
+from megaphase.plan.same_run import (
+    refuse_other_counts,
+    refuse_other_plan,
+    refuse_other_run,
+    settings_of,
+)
 from megaphase.run_files import LOCK_FILE, METRICS_FILE, PLAN_FILE, RUN_FILE
 
 
@@ -69,6 +74,7 @@ class RunDirectory:
                 written.
         """
         refuse_other_plan(self.path, config, plan["fingerprint"])
+        refuse_other_counts(self.path, plan)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json_whole(self.plan_file, plan)

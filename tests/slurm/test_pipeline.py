@@ -84,7 +84,7 @@ TRAIN = {"train": "run.yaml", **CPU}
         ({"a": {**VERIFY, "at_a_time": 2}}, ": steps.a: at_a_time is for the tasks of an array;"),
         ({"a": {**VERIFY, "after_failures": True}}, ": steps.a: after_failures says how to wait;"),
         ({"a": {**VERIFY, "cores": "4"}}, ': steps.a.cores: must be a whole number; found "4"'),
-        ({"a b": VERIFY}, ": steps.a b: this is no name for a job; use letters, digits"),
+        ({"a b": VERIFY}, ": steps: the name 'a b' holds ' '; use letters, digits"),
         (
             {"verify": VERIFY, "b": {**VERIFY, "after": "verfy"}},
             ": steps.b.after: no step 'verfy'; did you mean 'verify'?",

@@ -10,12 +10,19 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megaphase.config.fields import (
     Count,
-    CountOrZero,
+    Few,
+    FewOrZero,
     FilePath,
+    FilePathOrContent,
     FractionOf1,
-    Positive,
+    LearningRate,
+    Name,
+    ProperFraction,
     RoleOrTaskNames,
     Section,
+    Seed,
+    Steps,
+    Temperature,
 )
 from megaphase.validation_errors import as_input_error
 
@@ -27,9 +34,6 @@ KINDS: tuple[Kind, ...] = ("static", "two-phase", "restart", "keep", "low-only",
 # Kinds of two stages, the first of which takes a share of the budget.
 STAGED = ("two-phase", "restart", "keep", "low-only")
 
-# Of the budget, or of the samples: neither nothing nor all.
-Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
-
 
 class LearningRateGrid(Section):
     """One schedule for all arms, and the peaks that every arm tries.
@@ -38,21 +42,21 @@ class LearningRateGrid(Section):
     """
 
     schedule: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
-    peaks: list[Positive] = Field(min_length=1)
+    peaks: list[LearningRate] = Field(min_length=1)
     final: FractionOf1 = 0.1
     warmup: FractionOf1 = 0.03
 
     @field_validator("peaks")
     @classmethod
     def _each_once(cls, peaks: list[float]) -> list[float]:
-        return _unique("peaks", peaks)
+        return _unique("this list", peaks)
 
 
 class Within(Section):
     """Temperatures by which the tasks of a group share its rate; 1: in proportion to tokens."""
 
-    high: Positive = 1.0
-    low: Positive = 1.0
+    high: Temperature = 1.0
+    low: Temperature = 1.0
 
 
 class Arm(Section):
@@ -68,25 +72,25 @@ class Arm(Section):
     """
 
     kind: Kind | None = None
-    rates: list[Share] = Field(default=[])
-    temperatures: list[Positive] = Field(default=[])
-    pretrain: list[Share] = Field(default=[])
+    rates: list[ProperFraction] = Field(default=[])
+    temperatures: list[Temperature] = Field(default=[])
+    pretrain: list[ProperFraction] = Field(default=[])
     settings: dict[str, Any] = Field(default={})
-    early_stopping: Count | None = None
+    early_stopping: Few | None = None
 
     @field_validator("rates", "temperatures", "pretrain")
     @classmethod
     def _each_once(cls, values: list[float]) -> list[float]:
-        return _unique("the list", values)
+        return _unique("this list", values)
 
 
 class TranslationScores(Section):
     """How held-out sources are translated when a run has ended; see `megaphase translate`."""
 
-    samples: Count = 200
-    max_tokens: Count = 256
-    beam: Count = 4
-    batch: Count = 16
+    samples: Annotated[Count, Field(le=10**9)] = 200
+    max_tokens: Few = 256
+    beam: Annotated[Count, Field(le=1000)] = 4
+    batch: Few = 16
 
 
 class ClusterJobs(Section):
@@ -97,15 +101,15 @@ class ClusterJobs(Section):
     at_a_time: runs of one array.
     """
 
-    nodes: Count = 1
-    gpus_per_node: CountOrZero = 8
-    tasks_per_node: Count | None = None
-    cores: Count | None = None
-    restarts: CountOrZero = 3
-    exclude_bad_nodes: Annotated[bool, Field(strict=True)] = False
+    nodes: Few = 1
+    gpus_per_node: FewOrZero = 8
+    tasks_per_node: Few | None = None
+    cores: Few | None = None
+    restarts: FewOrZero = 3
+    exclude_bad_nodes: bool = False
     sbatch: Any = ()
     next_sbatch: Any = ()
-    at_a_time: Count | None = None
+    at_a_time: Few | None = None
 
     @model_validator(mode="after")
     def _makes_steps(self) -> Self:
@@ -160,18 +164,18 @@ class SweepConfig(Section):
     keep_checkpoints: of all runs that have ended, or of those alone that others may go on from.
     """
 
-    run: FilePath | dict[str, Any]
+    run: FilePathOrContent
     output: FilePath
     settings: dict[str, Any] = Field(default={})
     high: RoleOrTaskNames
     low: RoleOrTaskNames
     within: Within = Within()
-    steps: Count | None = None
+    steps: Steps | None = None
     tokens: Count | None = None
     learning_rate: LearningRateGrid
-    seeds: list[CountOrZero] = Field(default=[1234], min_length=1)
-    models: dict[str, dict[str, Any]] = Field(default={})
-    arms: dict[str, Arm] = Field(min_length=1)
+    seeds: list[Seed] = Field(default=[1234], min_length=1)
+    models: dict[Name, dict[str, Any]] = Field(default={})
+    arms: dict[Name, Arm] = Field(min_length=1)
     keep_checkpoints: Literal["all", "first-stages"] = "all"
     translation: TranslationScores | None = None
     slurm: ClusterJobs | None = None
@@ -179,7 +183,7 @@ class SweepConfig(Section):
     @field_validator("seeds")
     @classmethod
     def _each_once(cls, seeds: list[int]) -> list[int]:
-        return _unique("seeds", seeds)
+        return _unique("this list", seeds)
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
@@ -190,5 +194,6 @@ class SweepConfig(Section):
 
 def _unique(what: str, values: list[Any]) -> list[Any]:
     if len(set(values)) < len(values):
-        raise ValueError(f"a value of {what} stands twice; leave one out")
+        twice = next(value for value in values if values.count(value) > 1)
+        raise ValueError(f"{twice!r} stands twice in {what}; leave it out once")
     return values

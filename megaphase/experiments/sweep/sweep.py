@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megaphase.config import RunConfig, run_config, set_value
 from megaphase.errors import InputError
 from megaphase.experiments.sweep.file import KINDS, STAGED, Arm, Kind, SweepConfig
+from megaphase.names import shown
 from megaphase.plan.spec import plan_spec
 from megaphase.tokenizer import Tokenizer
 from megaphase.validation_errors import as_input_error, hint
@@ -65,7 +66,7 @@ def load_sweep(path: Path) -> Sweep:
         InputError: naming the file, the key's path and the remedy.
     """
     try:
-        config = SweepConfig.model_validate(read_yaml(path))
+        config = SweepConfig.model_validate(read_yaml(path), context=path.parent.resolve())
     except ValidationError as error:
         raise as_input_error(path, error) from None
     for name, arm in config.arms.items():
@@ -95,7 +96,7 @@ def load_sweep(path: Path) -> Sweep:
         file=path,
         config=config,
         base=base,
-        output=(path.parent / config.output.expanduser()).absolute(),
+        output=config.output,
         high=high,
         low=low,
         tokens={task: stream.tokens for task, stream in spec.streams.items()},
@@ -108,7 +109,7 @@ def _base(path: Path, config: SweepConfig) -> tuple[Path, dict[str, Any]]:
     if isinstance(config.run, dict):
         run_file, data = path, config.run
     else:
-        run_file = path.parent / config.run.expanduser()
+        run_file = config.run
         data = read_yaml(run_file)
     base = {key: copy.deepcopy(value) for key, value in data.items() if key not in OWN_KEYS}
     set_all(path, "settings", run_file, base, config.settings)
@@ -149,8 +150,6 @@ def _kind(path: Path, name: str, arm: Arm) -> Kind:
 def _check_arm(path: Path, name: str, arm: Arm) -> None:
     """Refuse what does not go with the arm's kind, and what it lacks."""
     where, kind = f"{path}: arms.{name}", _kind(path, name, arm)
-    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-        raise InputError(where, f"{name!r} is no name for an arm", "use letters, digits, '-', '_'")
     if kind == "low-only" and (arm.rates or arm.temperatures):
         raise InputError(where, "low-only has no rates nor temperatures", "leave them out")
     if kind != "low-only" and not (arm.rates or arm.temperatures):
@@ -172,8 +171,10 @@ def _group(where: str, probe: RunConfig, selection: str | list[str]) -> list[str
     """The tasks that a role, or a list of names, stands for."""
     tasks = probe.selected_tasks(selection)
     if not tasks:
-        raise InputError(where, f"no task has the role {selection!r}", "list the tasks")
+        raise InputError(where, f"no task has the role {shown(selection)}", "list the tasks")
     for task in tasks:
         if task not in probe.tasks:
-            raise InputError(where, f"no task {task!r}", hint(task, probe.tasks, "the tasks are"))
+            raise InputError(
+                where, f"no task {shown(task)}", hint(task, probe.tasks, "the tasks are")
+            )
     return list(tasks)

@@ -14,9 +14,12 @@ from itertools import product
 from statistics import fmean
 from typing import Any
 
+from megaphase.decimals import as_written
+from megaphase.errors import InputError
 from megaphase.experiments.sweep.file import STAGED, Arm
 from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.sweep import Sweep, set_all
+from megaphase.names import MOST_BYTES_OF_RUN
 
 PRETRAIN, JOINT, STATIC, RESTART, LOW_ONLY = "pretrain", "joint", "static", "restart", "low-only"
 RATE_DECIMALS = 6
@@ -45,8 +48,8 @@ class Mixture:
     def suffix(self) -> str:
         """In the names of runs."""
         if self.temperature is not None:
-            return f"-t{self.temperature:g}"
-        return "" if self.rate in (None, 1.0) else f"-r{self.rate:g}"
+            return f"-t{_in_name(self.temperature)}"
+        return "" if self.rate in (None, 1.0) else f"-r{_in_name(self.rate)}"
 
 
 @dataclass(frozen=True)
@@ -137,9 +140,32 @@ def own_loss(sweep: Sweep, trial: Trial, outcome: Outcome) -> float:
 
 
 def _trials(sweep: Sweep, choose: Choice) -> list[Trial]:
-    """Each once, first stages first."""
-    found = {trial.name: trial for trial in _all_trials(sweep, choose)}
+    """Each once, first stages first.
+
+    Raises:
+        InputError: two different runs have one name, or a name is too long.
+    """
+    found: dict[str, Trial] = {}
+    for trial in _all_trials(sweep, choose):
+        if found.setdefault(trial.name, trial).run != trial.run:
+            raise InputError(
+                sweep.where("arms"),
+                f"two different runs would be called {trial.name}",
+                "rename an arm or a model",
+            )
+        if len(trial.name.encode()) > MOST_BYTES_OF_RUN:
+            raise InputError(
+                sweep.where(f"arms.{trial.arm}"),
+                f"a run would be called {trial.name}, which is too long for a file",
+                "shorten the names of arm and model",
+            )
     return sorted(found.values(), key=lambda trial: trial.is_final)
+
+
+def _in_name(value: float) -> str:
+    """A number in a run's name: as `{:g}` has it, with more digits only where it needs them."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def _all_trials(sweep: Sweep, choose: Choice) -> Iterator[Trial]:
@@ -227,7 +253,7 @@ class _Expansion:
                 yield self.trial(self.name, share, mixture, peak, seed, phase, source)
 
     def first_steps(self, share: float) -> int:
-        return min(max(1, round(share * self.sweep.steps)), self.sweep.steps - 1)
+        return min(max(1, round(as_written(share) * self.sweep.steps)), self.sweep.steps - 1)
 
     def first_name(self, mixture: Mixture) -> str:
         """Arms without settings of their own share what they begin with."""
@@ -253,7 +279,7 @@ class _Expansion:
                 "schedule": grid.schedule,
                 "peak": peak,
                 "final": float(f"{peak * grid.final:.6g}"),
-                "warmup_steps": round(grid.warmup * (schedule_steps or steps)),
+                "warmup_steps": round(as_written(grid.warmup) * (schedule_steps or steps)),
                 **(schedule or {}),
             },
         }
@@ -270,10 +296,10 @@ class _Expansion:
     ) -> Trial:
         is_final = source is not None or self.kind not in STAGED
         model = [] if self.model is None else [self.model]
-        shares = [] if share is None else [f"{share:g}"]
+        shares = [] if share is None else [_in_name(share)]
         # Should another first stage be the best one later, its branches are other runs.
-        first = "" if source is None or source.peak == peak else f"-f{source.peak:g}"
-        suffix = f"{mixture.suffix}{first}-p{peak:g}-s{seed}"
+        first = "" if source is None or source.peak == peak else f"-f{_in_name(source.peak)}"
+        suffix = f"{mixture.suffix}{first}-p{_in_name(peak)}-s{seed}"
         name = "-".join([*model, arm, *shares]) + suffix
         takes_best = is_final and self.arm.early_stopping is not None
         return Trial(
@@ -314,6 +340,14 @@ def mixture_section(sweep: Sweep, mixture: Mixture) -> dict[str, Any]:
     within = sweep.config.within
     rates = _shares(sweep, sweep.high, within.high, 1 - rate)
     rates |= _shares(sweep, sweep.low, within.low, rate)
+    for group, part in ((sweep.high, 1 - rate), (sweep.low, rate)):
+        if part > 0 and (lost := next((task for task in group if rates[task] == 0), None)):
+            raise InputError(
+                sweep.where("arms"),
+                f"with {mixture.label} for the low-resource tasks {lost} has a rate below "
+                f"{10**-RATE_DECIMALS:g}",
+                "choose another rate, or another temperature under within",
+            )
     largest = max(rates, key=lambda task: rates[task])
     rest = sum(each for task, each in rates.items() if task != largest)
     rates[largest] = round(1 - rest, RATE_DECIMALS)
@@ -322,6 +356,7 @@ def mixture_section(sweep: Sweep, mixture: Mixture) -> dict[str, Any]:
 
 def _shares(sweep: Sweep, tasks: list[str], temperature: float, rate: float) -> dict[str, float]:
     """The parts of a group's rate that its tasks have."""
-    weights = {task: sweep.tokens[task] ** (1 / temperature) for task in tasks}
+    most = max(sweep.tokens[task] for task in tasks)
+    weights = {task: (sweep.tokens[task] / most) ** (1 / temperature) for task in tasks}
     total = sum(weights.values())
     return {task: round(rate * each / total, RATE_DECIMALS) for task, each in weights.items()}
