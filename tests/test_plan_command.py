@@ -29,13 +29,13 @@ from megaphase.plan.spec import plan_spec
 
 PHASES = [
     phase("pretrain", 50, {"rates": {"en": 0.9995, "no": 0.0005}}),
-    phase("joint", 30, {"rates": {"en": 0.5, "[hi]": 0.5}, "max_epochs": 5}),
+    phase("joint", 30, {"rates": {"en": 0.5, "hi": 0.5}, "max_epochs": 5}),
 ]
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    for seed, (name, documents) in enumerate([("en", 60), ("[hi]", 5), ("no", 20)]):
+    for seed, (name, documents) in enumerate([("en", 60), ("hi", 5), ("no", 20)]):
         write_corpus(tmp_path / name, random_lengths(documents, 30, seed), seed=seed)
     return tmp_path
 
@@ -47,7 +47,7 @@ def rendered(summary: dict, width: int = 160) -> list[list[str]]:
 
 
 def test_the_table_shows_tokens_rates_and_epochs(folder):
-    summary = build_plan(write_run(folder, ["en", "[hi]", "no"], phases=PHASES)).summary()
+    summary = build_plan(write_run(folder, ["en", "hi", "no"], phases=PHASES)).summary()
     first, second = (phase["tasks"] for phase in summary["phases"])
     rows = rendered(summary)
     header = ["phase", "task", "steps", "tokens", "requested", "effective", "epochs", "so", "far"]
@@ -58,36 +58,36 @@ def test_the_table_shows_tokens_rates_and_epochs(folder):
          f"{en['epochs_so_far']:.2f}"],
         ["no", "0", "5.0e-04", "5.0e-04", "0.00", "0.00"],
     ]  # fmt: skip
-    hi = second["[hi]"]
+    hi = second["hi"]
     assert hi["rate"] < 0.5
     assert rows[6] == [
-        "[hi]", f"{hi['tokens']:,}", "0.5000", f"{hi['rate']:.4f}", "5.00", "5.00", "!",
+        "hi", f"{hi['tokens']:,}", "0.5000", f"{hi['rate']:.4f}", "5.00", "5.00", "!",
     ]  # fmt: skip
     assert len(rows) == 7
 
 
 def test_the_table_names_a_random_order(folder):
     phases = [PHASES[0] | {"order": "random"}, PHASES[1]]
-    rows = rendered(build_plan(write_run(folder, ["en", "[hi]", "no"], phases=phases)).summary())
+    rows = rendered(build_plan(write_run(folder, ["en", "hi", "no"], phases=phases)).summary())
     assert [row[:3] for row in rows if "order)" in row] == [["pretrain", "(random", "order)"]]
 
 
 def test_the_table_loses_no_digit_in_80_columns(folder):
-    summary = build_plan(write_run(folder, ["en", "[hi]", "no"], phases=PHASES)).summary()
+    summary = build_plan(write_run(folder, ["en", "hi", "no"], phases=PHASES)).summary()
     summary["phases"][0]["tasks"]["en"]["tokens"] = 200_000_000_000
     rows = rendered(summary, width=80)
     assert any("200,000,000,000" in row for row in rows)
 
 
 def test_tasks_that_are_repeated_too_often_are_warned_of(folder):
-    summary = build_plan(write_run(folder, ["en", "[hi]", "no"], phases=PHASES)).summary()
+    summary = build_plan(write_run(folder, ["en", "hi", "no"], phases=PHASES)).summary()
     assert plan_warnings(summary) == [
-        "[hi] is repeated 5.0 times over the run (more than 4); lower its rate or set "
+        "hi is repeated 5.0 times over the run (more than 4); lower its rate or set "
         "mixture.max_epochs"
     ]
     exactly_four = [PHASES[0], phase("joint", 30, PHASES[1]["mixture"] | {"max_epochs": 4})]
-    summary = build_plan(write_run(folder, ["en", "[hi]", "no"], phases=exactly_four)).summary()
-    assert summary["phases"][1]["tasks"]["[hi]"]["epochs_so_far"] == 4
+    summary = build_plan(write_run(folder, ["en", "hi", "no"], phases=exactly_four)).summary()
+    assert summary["phases"][1]["tasks"]["hi"]["epochs_so_far"] == 4
     assert plan_warnings(summary) == []
     assert not any("!" in row for row in rendered(summary))
 
@@ -99,35 +99,35 @@ def command(monkeypatch):
 
 
 def test_the_command_prints_table_warnings_and_folder(folder, command):
-    config = write_run(folder, ["en", "[hi]", "no"], phases=PHASES)
+    config = write_run(folder, ["en", "hi", "no"], phases=PHASES)
     result = command(config.path)
     assert result.exit_code == 0, result.output
     where = plan_folder(config.output, spec_of(config))
-    assert "Warning: [hi] is repeated 5.0 times" in result.stdout
+    assert "Warning: hi is repeated 5.0 times" in result.stdout
     assert result.stdout.splitlines()[-1] == f"Index: {where}"
     assert (where / "index.json").is_file()
 
 
 def test_the_command_says_what_may_end_a_phase(folder, command):
-    stop = {"overfit": {"tasks": ["[hi]", "no"], "patience": 5}}
-    any_of = {"overfit": {"tasks": ["[hi]", "no"], "when": "any"}, "loss": {"en": 2.5, "no": 3}}
+    stop = {"overfit": {"tasks": ["hi", "no"], "patience": 5}}
+    any_of = {"overfit": {"tasks": ["hi", "no"], "when": "any"}, "loss": {"en": 2.5, "no": 3}}
     phases = [
         PHASES[0] | {"stop": {"loss": {"en": 2}}},
         PHASES[1] | {"stop": stop},
         phase("last", 3, {"rates": {"en": 1.0}}) | {"stop": any_of},
         phase("plain", 3, {"rates": {"en": 1.0}}),
     ]
-    lines = command(write_run(folder, ["en", "[hi]", "no"], phases=phases).path).stdout.splitlines()
+    lines = command(write_run(folder, ["en", "hi", "no"], phases=phases).path).stdout.splitlines()
     assert [line for line in lines if "may end" in line] == [
         "pretrain may end earlier: loss of en at 2",
-        "joint may end earlier: overfit of [hi], no (patience 5)",
-        "last may end earlier: overfit of any of [hi], no (patience 3), or loss of en at 2.5 and "
+        "joint may end earlier: overfit of hi, no (patience 5)",
+        "last may end earlier: overfit of any of hi, no (patience 3), or loss of en at 2.5 and "
         "no at 3",
     ]
 
 
 def test_the_command_prints_json_and_nothing_else(folder, command):
-    config = write_run(folder, ["en", "[hi]", "no"], phases=PHASES)
+    config = write_run(folder, ["en", "hi", "no"], phases=PHASES)
     result = command(config.path, "--json", "phases.0.steps=40", "batch.samples=2")
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
@@ -136,7 +136,7 @@ def test_the_command_prints_json_and_nothing_else(folder, command):
 
 
 def test_the_command_names_a_damaged_index_on_standard_error(folder, command):
-    config = write_run(folder, ["en", "[hi]", "no"], phases=PHASES)
+    config = write_run(folder, ["en", "hi", "no"], phases=PHASES)
     command(config.path)
     (plan_folder(config.output, spec_of(config)) / "blend-0.tasks").unlink()
     result = command(config.path, "--json")
@@ -221,10 +221,10 @@ def test_a_truncated_corpus(folder, suffix):
 
 
 def test_a_cap_holds_in_the_built_plan(folder):
-    facts = build_plan(write_run(folder, ["en", "[hi]", "no"], phases=PHASES)).summary()
+    facts = build_plan(write_run(folder, ["en", "hi", "no"], phases=PHASES)).summary()
     joint = facts["phases"][1]["tasks"]
-    assert joint["[hi]"]["epochs_so_far"] == 5
-    assert joint["en"]["samples"] + joint["[hi]"]["samples"] == 120
+    assert joint["hi"]["epochs_so_far"] == 5
+    assert joint["en"]["samples"] + joint["hi"]["samples"] == 120
 
 
 def test_a_token_budget_is_rounded_up_to_whole_steps(folder):
@@ -235,8 +235,8 @@ def test_a_token_budget_is_rounded_up_to_whole_steps(folder):
 
 
 def test_a_cap_that_cannot_be_kept_leaves_no_index(folder):
-    mixture = {"rates": {"[hi]": 1.0}, "max_epochs": 2}
-    config = write_run(folder, ["en", "[hi]"], phases=[phase("joint", 500, mixture)])
+    mixture = {"rates": {"hi": 1.0}, "max_epochs": 2}
+    config = write_run(folder, ["en", "hi"], phases=[phase("joint", 500, mixture)])
     with pytest.raises(InputError, match=r"phases\[0\]\.mixture: the phase wants 2,000 samples"):
         build_plan(config)
     wait_until(lambda: not config.output.exists())

@@ -24,7 +24,7 @@ from megaphase.plan.trace import TracedSample, find_step, trace_step
 from megaphase.targets import IGNORED_TARGET
 
 FILLER = 59_999
-NAMES = ["en", "[hi]", "no"]
+NAMES = ["en", "hi", "no"]
 PHASES = [
     phase("pretrain", 15, {"rates": {"en": 0.9, "no": 0.1}}),
     phase("joint", 40, {"temperature": 3.3}),
@@ -212,7 +212,7 @@ def test_a_branch_counts_on_from_its_base(command, tmp_path):
         (("--step", 1, "--row", 4), "--row: a step has no row 4; give 0 to 3"),
         (
             ("--step", 1, "--task", "fr"),
-            "--task: run.yaml has no task 'fr'; the tasks are en, [hi], no",
+            "--task: run.yaml has no task 'fr'; the tasks are en, hi, no",
         ),
     ],
 )
