@@ -83,7 +83,7 @@ def run(code: str, *arguments: str, **variables: str) -> tuple[int, str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=LIMIT_SECONDS,
     )
     return done.returncode, done.stderr
 
@@ -117,7 +117,7 @@ TRAINING = """
 import os, signal, sys, time
 from megaphase.training.signals import StopSignals
 def wait_for(what):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not what():
         assert time.monotonic() < end
         time.sleep(0.01)

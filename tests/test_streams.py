@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import warm_commands
+from data_support import LIMIT_SECONDS
 from run_support import (
     make_corpora,
     megaphase,
@@ -27,7 +28,7 @@ def python(code, *, redirections="", **environment):
         env={**os.environ, **environment},
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=LIMIT_SECONDS,
     )
 
 
