@@ -95,8 +95,8 @@ def read_tokenizer(path: Path) -> tuple[SentencePieceProcessor, TokenizerRecord]
     """Load the model that `path` stands for, and what must be known about it.
 
     Raises InputError where a file is missing or broken, `tokenizer.model` is not the one that the
-    record was written for, there is no EOD, the model spells a space in bytes, or a Hugging Face
-    tokenizer gives other ids than its model.
+    record was written for, the record names other tokens than the model has, there is no EOD, the
+    model spells a space in bytes, or a Hugging Face tokenizer gives other ids than its model.
     """
     if path.is_file():
         return _read_model_alone(path)
@@ -121,7 +121,22 @@ def _read_own(directory: Path) -> tuple[SentencePieceProcessor, TokenizerRecord]
     if processor.get_piece_size() != record.vocab_size:
         problem = f"vocab_size is {record.vocab_size}, the model's {processor.vocab_size()}"
         raise InputError(directory / RECORD_NAME, problem, _REMEDY)
+    _check_control_tokens(directory / RECORD_NAME, processor, record)
     return processor, record
+
+
+def _check_control_tokens(
+    path: Path, processor: SentencePieceProcessor, record: TokenizerRecord
+) -> None:
+    """EOD and the tags are control tokens of the model, to which no text encodes, each its own."""
+    tags = {f"tags.{name}": token for name, token in record.tags.items()}
+    reserved = {f"reserved_tags.{i}": token for i, token in enumerate(record.reserved_tags)}
+    seen: set[int] = set()
+    for key, token in ({"eod": record.eod} | tags | reserved).items():
+        if not 0 <= token < record.vocab_size or not processor.is_control(token) or token in seen:
+            problem = f"{key}: {token} is no control token of the model, or stands twice"
+            raise InputError(path, problem, _REMEDY)
+        seen.add(token)
 
 
 def _read_model_alone(

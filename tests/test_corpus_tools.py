@@ -104,6 +104,48 @@ def test_another_tokenizer_is_refused(prefix: Path, tmp_path: Path) -> None:
         document_text(prefix, other, 0)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("vocab_size", -1, "vocab_size: Input should be greater than or equal to 1"),
+        ("vocab_size", 1 << 63, "vocab_size: Input should be less than or equal to 2147483648"),
+        ("documents", True, "documents: Input should be a valid integer"),
+        ("tokens", -5, "tokens: Input should be greater than or equal to 0"),
+        ("tag", 1 << 40, "tag: Input should be less than 2147483648"),
+        (
+            "dtype",
+            "float64\n",
+            "dtype: Input should be 'uint8', 'int8', 'int16', 'uint16', 'int32'",
+        ),
+        ("files", {"/../x": {"bytes": 1, "hash": ""}}, "String should match pattern"),
+    ],
+)
+def test_a_manifest_of_values_that_no_corpus_has_is_named(
+    prefix: Path, key: str, value: object, problem: str
+) -> None:
+    path = Path(f"{prefix}.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(InputError) as error:
+        Corpus.open(prefix)
+    assert str(error.value).startswith(f"{path}: ")
+    assert problem in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_list_of_what_was_skipped_that_is_gone_is_named(tok: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    with open(source, "a") as file:
+        file.write("oops\n")
+    tokenize([source], tok, tmp_path / "en", workers=1, skip_wrong=True)
+    (tmp_path / "en.skipped.jsonl").unlink()
+    # What is trained on is whole.
+    assert Corpus.open(tmp_path / "en").manifest.skipped_wrong == 1
+    with pytest.raises(InputError, match=r"en\.skipped\.jsonl: no such file; tokenize again"):
+        verify(tmp_path / "en")
+    with pytest.raises(InputError, match=r"en\.skipped\.jsonl: no such file; tokenize again"):
+        merge([tmp_path / "en"], tmp_path / "all")
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".hash", ".sum"])
 def test_a_document_that_was_altered_is_not_shown(tok: Path, prefix: Path, suffix: str) -> None:
     corpus = Corpus.open(prefix)

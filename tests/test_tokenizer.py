@@ -128,6 +128,15 @@ def test_an_altered_model_is_found(copy: Path, change: bytes) -> None:
         ("eod", "x", "eod: Input should be a valid integer"),
         ("version", 2, "version: Input should be 1"),
         ("surprise", 1, "surprise: Extra inputs"),
+        ("eod", 100, "eod: 100 is no control token of the model, or stands twice"),
+        ("eod", -1, "eod: -1 is no control token of the model"),
+        (
+            "tags",
+            {"fr": 1 << 63},
+            r"tags\.fr: 9223372036854775808 is no control token of the model",
+        ),
+        ("tags", {"fr": 0}, r"tags\.fr: 0 is no control token of the model, or stands twice"),
+        ("reserved_tags", [700], r"reserved_tags\.0: 700 is no control token of the model"),
     ],
 )
 def test_a_wrong_record_names_the_field(copy: Path, key: str, value: object, message: str) -> None:

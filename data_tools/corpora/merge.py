@@ -105,7 +105,7 @@ def _without(drop: np.ndarray, batches: Iterator[DocumentBatch]) -> Iterator[Doc
 def _take_over_skipped(prefix: Path, manifest: Manifest, writer: CorpusWriter) -> None:
     """Count what a corpus says of documents that were left out, and list those that were wrong."""
     writer.count_skipped(empty=manifest.skipped_empty, duplicates=manifest.skipped_duplicates)
-    if manifest.skipped_wrong:
+    if SKIPPED_SUFFIX in manifest.files:
         with open(corpus_file(prefix, SKIPPED_SUFFIX), "rb") as lines:
             for line in lines:
                 writer.add_skipped(line)

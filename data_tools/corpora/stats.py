@@ -75,7 +75,9 @@ def stats_tables(stats: Mapping[Path, CorpusStats], tokenizer_dir: Path | None) 
     if tokenizer_dir is not None:
         tokenizer = Tokenizer.load(tokenizer_dir)
         for prefix, figures in stats.items():
-            if figures.manifest.tokenizer_hash != tokenizer.fingerprint:
+            manifest = figures.manifest
+            made_with = manifest.tokenizer_hash, manifest.vocab_size
+            if made_with != (tokenizer.fingerprint, tokenizer.vocab_size):
                 problem = f"was made with another tokenizer than {tokenizer_dir}"
                 raise InputError(prefix, problem, "give the tokenizer it was made with")
         parts.append(_common_tokens(stats, tokenizer))

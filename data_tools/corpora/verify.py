@@ -51,6 +51,8 @@ def checked_batches(
     manifest, prefix = corpus.manifest, corpus.prefix
     for suffix, record in manifest.files.items():
         if suffix not in (".bin", ".hash", ".sum"):
+            if not corpus_file(prefix, suffix).is_file():
+                raise InputError(corpus_file(prefix, suffix), "no such file", _REMEDY)
             altered = hash_file(corpus_file(prefix, suffix)) != record.hash
             fault = _index_fault(corpus) if suffix == ".idx" else None
             if altered:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from megaphase.errors import InputError
 from megaphase.files import hash_json, write_json_whole
@@ -16,6 +16,10 @@ SKIPPED_SUFFIX = ".skipped.jsonl"
 MANIFEST_SUFFIX = ".json"
 
 CorpusKind = Literal["lm", "translation"]
+Count = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
+# Of which file names are made.
+Suffix = Annotated[str, Field(pattern=r"\A(\.[a-z]+)+\z")]
 
 
 def corpus_file(prefix: Path | str, suffix: str) -> Path:
@@ -28,7 +32,7 @@ class FileRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bytes: int
+    bytes: Count
     hash: str
 
 
@@ -44,8 +48,8 @@ class Shard(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     job: str
-    number: int
-    of: int
+    number: Count
+    of: Count
 
 
 class Manifest(BaseModel):
@@ -74,19 +78,19 @@ class Manifest(BaseModel):
 
     version: Literal[1] = 1
     tokenizer_hash: str
-    vocab_size: int
-    eod: int
-    dtype: str
-    documents: int
-    skipped_empty: int = 0
-    skipped_wrong: int = 0
-    skipped_duplicates: int = 0
-    tokens: int
-    text_bytes: int
-    files: dict[str, FileRecord]
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 31, strict=True)]
+    eod: TokenId
+    dtype: Literal["uint8", "int8", "int16", "uint16", "int32", "int64"]
+    documents: Count
+    skipped_empty: Count = 0
+    skipped_wrong: Count = 0
+    skipped_duplicates: Count = 0
+    tokens: Count
+    text_bytes: Count
+    files: dict[Suffix, FileRecord]
     sources: list[str]
     kind: CorpusKind = "lm"
-    tag: int | None = None
+    tag: TokenId | None = None
     shard: Shard | None = None
 
     @property
