@@ -72,13 +72,14 @@ def evaluate_command(
     from megaphase.config import load_run_file
     from megaphase.parallel.launcher import global_rank
     from megaphase.parallel.together import leaving_processes, together
+    from megaphase.training.signals import MEASURING, StopSignals
 
-    with leaving_processes():
+    with StopSignals(MEASURING) as signals, leaving_processes():
         config = together(lambda: load_run_file(run_file, tuple(overrides or ())))
 
         from megaphase.training.train import evaluate
 
-        step, losses = evaluate(config, checkpoint, Console(stderr=True))
+        step, losses = evaluate(config, checkpoint, Console(stderr=True), signals)
     if global_rank() != 0:
         return
     if json:

@@ -30,6 +30,12 @@ from megaphase.signals import (
 # Of a launcher that hands Ctrl-C down: how much later than from the terminal it may come.
 HANDED_DOWN_SECONDS = 1.5
 
+BEFORE_TRAINING = (
+    "{name} came to rank {rank} before the first step: nothing is lost, the same command begins "
+    "again"
+)
+MEASURING = "stopped by {name}"
+
 End = Callable[[str, int], None]
 """Ends all processes of a run, with a line and an exit code."""
 
@@ -55,7 +61,9 @@ class StopSignals:
     (Python allows no other to install handlers).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reason: str = BEFORE_TRAINING) -> None:
+        """reason: why a run ends that has nothing to save; `name` and `rank` are filled in."""
+        self._reason = reason
         self._received: str | None = None
         self._pressed: float | None = None
         self._end: End = _end_alone
@@ -111,10 +119,7 @@ class StopSignals:
         self._note(number, None)
         with self._lock:
             if self._loss is None:
-                reason = (
-                    f"{told_name(number)} came to rank {global_rank()} before the first step: "
-                    "nothing is lost, the same command begins again"
-                )
+                reason = self._reason.format(name=told_name(number), rank=global_rank())
                 self._end(reason, code_after(number))
             elif number == signal.SIGINT:
                 self._press(self._loss)

@@ -126,7 +126,7 @@ def _beginning(
 
 
 def evaluate(
-    config: RunConfig, checkpoint: str | None, console: Console
+    config: RunConfig, checkpoint: str | None, console: Console, signals: StopSignals
 ) -> tuple[int, dict[str, HeldOutLoss]]:
     """Held-out losses of a checkpoint, the run's newest if none is given; on every process.
 
@@ -139,6 +139,7 @@ def evaluate(
         process_group(),
         Watchdog(faults.silent_seconds, faults.stalled_seconds) as watchdog,
     ):
+        signals.ends_with(watchdog.stop)
         with watchdog.patient("setting up"):
             together(lambda: _require_run(config))
             setting = set_the_stage(config, together(lambda: choose_branch(config, None)), console)
