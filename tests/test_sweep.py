@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from run_support import HIGH, LOW, make_corpora, megaphase, read_rows
 from sweep_run_support import STEPS, run_warm, settings, write
 
 from megaphase.config import load_run_file
-from megaphase.errors import InputError, RunError
+from megaphase.errors import EndedAtOnce, InputError, RunError, Stopped
 from megaphase.experiments.front.report import SweepReport
 from megaphase.experiments.sweep.directory import SweepDirectory
 from megaphase.experiments.sweep.file import SweepConfig
@@ -477,6 +478,47 @@ def test_a_signal_lets_the_runs_save(corpora: Path, tmp_path: Path) -> None:
     assert "SIGTERM came: the runs have saved; the same command resumes" in stderr
     log = SweepDirectory(tmp_path / "out").log(first.name).read_text()
     assert "SIGTERM came to rank 0: saved after step" in log
+    assert not SweepDirectory(tmp_path / "out").outcomes()
+
+
+class Sleeper(subprocess.Popen):
+    """A run that saves on a signal, or one that does not get so far; presses Ctrl-C by itself."""
+
+    def __init__(self, presses: int) -> None:
+        super().__init__(["sleep", "600"], start_new_session=True)
+        self._presses, self._saves, self._pressed_at = presses, presses == 1, 0.0
+
+    def poll(self) -> int | None:
+        if self._presses and time.monotonic() - self._pressed_at > 1.0:
+            self._pressed_at, self._presses = time.monotonic(), self._presses - 1
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().poll()
+
+    def send_signal(self, number: int) -> None:
+        assert number == signal.SIGINT
+        if self._saves:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+            self.returncode = 75
+
+
+def test_ctrl_c_lets_the_runs_save_and_a_second_one_kills_them(
+    corpora: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path, settings(corpora, arms={"static": {"rates": [0.2]}}, steps=3))
+    runs: list[Sleeper] = []
+
+    def start(presses: int, *_: object) -> Sleeper:
+        runs.append(Sleeper(presses))
+        return runs[-1]
+
+    with pytest.raises(
+        Stopped, match=r"^Ctrl-C came: the runs have saved; the same command resumes"
+    ):
+        run_warm(path, start=partial(start, 1))
+    with pytest.raises(EndedAtOnce, match=r"^ended at once: .* resumes from those$"):
+        run_warm(path, start=partial(start, 2))
+    assert [run.wait() for run in runs] == [75, -signal.SIGKILL]
     assert not SweepDirectory(tmp_path / "out").outcomes()
 
 
