@@ -7,6 +7,7 @@ from typing import Any
 
 from megaphase.checkpoint.state import STATE_FILE, checkpoint_folders, state_or_nothing
 from megaphase.errors import InputError
+from megaphase.paths import expanded_path
 from megaphase.validation_errors import hint
 
 CHECKPOINTS = "checkpoints"  # in a run directory
@@ -21,13 +22,21 @@ def find_checkpoint(text: str) -> Path:
     Raises:
         InputError: there is no such checkpoint.
     """
-    folder = Path(text)
+    folder = _given(text)
     if _is_checkpoint(folder):
         return folder.resolve()
     run, separator, name = text.rpartition("@")
     if not separator:
         raise InputError(text, "this is not a checkpoint", "give RUN@NAME or a step-… directory")
-    return find_in_run(Path(run), name)
+    return find_in_run(_given(run), name)
+
+
+def _given(text: str) -> Path:
+    """A path on the command line, of which a shell has expanded `~` only at a word's beginning."""
+    try:
+        return expanded_path(text)
+    except ValueError as error:
+        raise InputError("", str(error)) from None
 
 
 def find_for_run(run: Path, text: str) -> Path:
