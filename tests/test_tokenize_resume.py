@@ -64,7 +64,10 @@ def inputs(tmp_path: Path) -> list[Path]:
         data = (
             "\n\n".join(texts)
             if name == "c.txt"
-            else "\n".join(json.dumps({"text": text}) for text in texts)
+            else "\n".join(
+                json.dumps({"id": f"{name} {number**3}", "text": text})
+                for number, text in enumerate(texts)
+            )
         )
         path = folder / name
         if name.endswith(".zst"):

@@ -51,7 +51,11 @@ def inspect_command(
         Path | None, typer.Option(help="The tokenizer's directory; needed for --document.")
     ] = None,
     document: Annotated[
-        int | None, typer.Option(help="Print this document's text, counted from 0.")
+        int | None,
+        typer.Option(
+            help="Print this document's text, counted from 0, and on standard error its own id "
+            "and its file."
+        ),
     ] = None,
 ) -> None:
     """Show a corpus's figures, or one of its documents as text.
@@ -65,7 +69,9 @@ def inspect_command(
     elif tokenizer is None:
         raise InputError("--document", "a document's text needs the tokenizer", "add --tokenizer")
     else:
-        typer.echo(document_text(prefix, tokenizer, document))
+        text, origin = document_text(prefix, tokenizer, document)
+        typer.echo(origin, err=True)
+        typer.echo(text)
 
 
 def stats_command(

@@ -10,6 +10,7 @@ import numpy as np
 
 from megaphase.corpus import DocumentBatch
 from megaphase.corpus.format import HASH_DTYPE, document_hash, token_dtype
+from megaphase.corpus.origins import UNKNOWN_SOURCE, Origins
 from megaphase.tokenizer import Tokenizer
 
 
@@ -26,6 +27,8 @@ def join_documents(
     hashed: Sequence[bytes],
     text_bytes: Sequence[int],
     tokenizer: Tokenizer,
+    ids: Sequence[bytes] | None = None,
+    source: int = UNKNOWN_SOURCE,
 ) -> EncodedDocuments:
     """The documents that have tokens, each ended by EOD.
 
@@ -33,6 +36,8 @@ def join_documents(
         tokens: [n] of each document, without EOD.
         hashed: what of each document's text gives its hash.
         text_bytes: of each document's UTF-8 text.
+        ids: of each document, if its origin is to be told; empty where it has none.
+        source: the number of the file that the documents stood in.
     """
     counts = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
     kept = np.flatnonzero(counts)
@@ -42,7 +47,9 @@ def join_documents(
     stored = np.frombuffer(joined, np.int32).astype(token_dtype(tokenizer.vocab_size))
     digests = b"".join([document_hash(hashed[i]) for i in kept.tolist()])
     sizes = np.asarray(text_bytes, dtype=np.int64)[kept]
-    batch = DocumentBatch.of(stored, counts[kept] + 1, np.frombuffer(digests, HASH_DTYPE), sizes)
+    origins = None if ids is None else Origins.of([ids[i] for i in kept.tolist()], source)
+    hashes = np.frombuffer(digests, HASH_DTYPE)
+    batch = DocumentBatch.of(stored, counts[kept] + 1, hashes, sizes, origins)
     return EncodedDocuments(batch, len(tokens) - len(kept))
 
 

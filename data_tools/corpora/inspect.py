@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megaphase.corpus import Corpus
-from megaphase.corpus.manifest import corpus_file
+from megaphase.corpus import Corpus, Manifest
+from megaphase.corpus.manifest import IDS_SUFFIX, SOURCES_SUFFIX, corpus_file
 from megaphase.data_tools.corpora.verify import checked_document
 from megaphase.errors import InputError
 from megaphase.tokenizer import Tokenizer
@@ -40,8 +40,8 @@ def describe(prefix: Path) -> RenderableType:
     )
 
 
-def document_text(prefix: Path, tokenizer_dir: Path, index: int) -> str:
-    """The text of one document, counted from 0.
+def document_text(prefix: Path, tokenizer_dir: Path, index: int) -> tuple[str, str]:
+    """The text of one document, counted from 0, and in words where it comes from.
 
     Raises InputError where there is no such document, it was altered, or the corpus was made with
     another tokenizer.
@@ -60,7 +60,13 @@ def document_text(prefix: Path, tokenizer_dir: Path, index: int) -> str:
         raise InputError(
             "--document", f"{prefix} has no document {index}", f"choose 0 to {documents - 1}"
         )
-    return tokenizer.decode(checked_document(corpus, index))
+    origin = "nothing is known of its origin"
+    if corpus.origins is not None:
+        own_id, source = corpus.origins[index]
+        known = [f"id {own_id}"] if own_id is not None else []
+        known += [f"from {source}"] if source is not None else []
+        origin = ", ".join(known) or origin
+    return tokenizer.decode(checked_document(corpus, index)), f"document {index:,}: {origin}"
 
 
 def _figures(corpus: Corpus) -> Table:
@@ -86,9 +92,16 @@ def _figures(corpus: Corpus) -> Table:
         ("tokenizer hash", manifest.tokenizer_hash),
         ("fingerprint", corpus.fingerprint),
         ("sources", ", ".join(manifest.sources)),
+        ("origins", _origins(manifest)),
     ):
         table.add_row(Text(name, style="bold"), Text(value))
     return table
+
+
+def _origins(manifest: Manifest) -> str:
+    if SOURCES_SUFFIX not in manifest.files:
+        return "not told: neither the documents' ids nor their files"
+    return f"each document's file, and {manifest.files[IDS_SUFFIX].bytes:,} bytes of own ids"
 
 
 def _percentiles(lengths: np.ndarray) -> Table:

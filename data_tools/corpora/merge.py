@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -10,7 +11,13 @@ import numpy as np
 from rich.console import Console
 
 from megaphase.corpus import Corpus, CorpusWriter, DocumentBatch, Manifest
-from megaphase.corpus.manifest import MANIFEST_SUFFIX, SKIPPED_SUFFIX, corpus_file
+from megaphase.corpus.manifest import (
+    MANIFEST_SUFFIX,
+    SKIPPED_SUFFIX,
+    SOURCES_SUFFIX,
+    corpus_file,
+)
+from megaphase.corpus.origins import Origins
 from megaphase.corpus.writer import write_errors
 from megaphase.data_tools.corpora.duplicates import find_duplicates
 from megaphase.data_tools.corpora.shuffle import shuffled
@@ -54,19 +61,20 @@ def merge(
         if manifest.documents or not manifest.shard
     ]
     first = manifests[0]
-    names = chain.from_iterable(manifest.sources for manifest in manifests)
+    names = dict.fromkeys(chain.from_iterable(manifest.sources for manifest in manifests))
     writer = CorpusWriter(
         out,
         tokenizer_hash=first.tokenizer_hash,
         vocab_size=first.vocab_size,
         eod=first.eod,
-        sources=list(dict.fromkeys(names)),
+        sources=list(names),
         tag=first.tag,
+        with_origins=any(SOURCES_SUFFIX in manifest.files for manifest in manifests),
         overwrite=overwrite,
     )
     size = sum(map(size_of, corpora))
     with writer, write_errors(out), reading_progress(console, "merging", size) as advance:
-        batches = _checked(corpora, lambda size: advance(size, size))
+        batches = _checked(corpora, list(names), lambda size: advance(size, size))
         if drop_duplicates:
             is_duplicate = find_duplicates(corpora, out.parent)
             writer.count_skipped(duplicates=int(is_duplicate.sum()))
@@ -89,8 +97,22 @@ def remove_corpus(prefix: Path) -> None:
         corpus_file(prefix, suffix).unlink(missing_ok=True)
 
 
-def _checked(corpora: Sequence[Corpus], advance: Advance) -> Iterator[DocumentBatch]:
-    return chain.from_iterable(checked_batches(corpus, advance) for corpus in corpora)
+def _checked(
+    corpora: Sequence[Corpus], names: Sequence[str], advance: Advance
+) -> Iterator[DocumentBatch]:
+    """All documents, with the numbers that their files have among `names`; all of them have
+    origins, or none has."""
+    numbers = {name: number for number, name in enumerate(names)}
+    with_origins = any(corpus.origins is not None for corpus in corpora)
+    for corpus in corpora:
+        here = np.array([numbers[name] for name in corpus.manifest.sources], np.uint32)
+        for batch in checked_batches(corpus, advance):
+            if not with_origins:
+                yield batch
+            elif batch.origins is None:
+                yield replace(batch, origins=Origins.unknown(len(batch.lengths)))
+            else:
+                yield replace(batch, origins=batch.origins.renumbered(here))
 
 
 def _without(drop: np.ndarray, batches: Iterator[DocumentBatch]) -> Iterator[DocumentBatch]:

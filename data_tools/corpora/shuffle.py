@@ -12,6 +12,7 @@ import numpy as np
 
 from megaphase.corpus import DocumentBatch
 from megaphase.corpus.batch import join
+from megaphase.corpus.origins import Origins
 from megaphase.keys import derive_key
 
 # Tokens and all that a document needs beside them; a bucket of this size is sorted in memory.
@@ -19,6 +20,7 @@ _BUCKET_BYTES = 32 << 20
 _MOST_BUCKETS = 256  # each is an open file
 _KEY_BITS = 64
 _PARTS = ("tokens", "lengths", "hashes", "sums")
+_ORIGINS = ("sources", "id_lengths", "ids")
 
 # An order's documents: each batch with a key for every document, u64 [documents].
 KeyedBatch = tuple[np.ndarray, DocumentBatch]
@@ -83,13 +85,17 @@ class _Bucket:
     """Documents in a nameless file."""
 
     def __init__(self, folder: Path, opened: ExitStack) -> None:
-        self.bytes = 0
+        self.bytes, self._with_origins = 0, False
         self._file: IO[bytes] = opened.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
 
     def add(self, keys: np.ndarray, batch: DocumentBatch, chosen: np.ndarray) -> None:
         """Append the documents for which `chosen`, bool [documents], holds."""
         part = batch.select(chosen)
-        for array in (keys[chosen], *(getattr(part, name) for name in _PARTS)):
+        arrays = [keys[chosen], *(getattr(part, name) for name in _PARTS)]
+        if part.origins is not None:
+            arrays += [getattr(part.origins, name) for name in _ORIGINS]
+        self._with_origins = part.origins is not None
+        for array in arrays:
             np.save(self._file, array, allow_pickle=False)
             self.bytes += array.nbytes
 
@@ -98,5 +104,10 @@ class _Bucket:
         end = self._file.tell()
         self._file.seek(0)
         while self._file.tell() < end:
-            keys, *arrays = (np.load(self._file, allow_pickle=False) for _ in range(5))
-            yield keys, DocumentBatch(*arrays)
+            keys, tokens, lengths, hashes, sums = (self._load() for _ in range(1 + len(_PARTS)))
+            origins = Origins(*(self._load() for _ in _ORIGINS)) if self._with_origins else None
+            yield keys, DocumentBatch(tokens, lengths, hashes, sums, origins)
+
+    def _load(self) -> np.ndarray:
+        array: np.ndarray = np.load(self._file, allow_pickle=False)
+        return array

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megaphase.corpus import Corpus, CorpusWriter, Manifest
+from megaphase.corpus.manifest import SOURCES_SUFFIX
 from megaphase.data_tools.corpora.verify import checked_batches, size_of
 from megaphase.errors import InputError
 from megaphase.plan.split import held_out_hashes
@@ -73,5 +74,6 @@ def _writer(corpus: Corpus, out: Path, overwrite: bool) -> CorpusWriter:
         eod=manifest.eod,
         sources=manifest.sources,
         tag=manifest.tag,
+        with_origins=SOURCES_SUFFIX in manifest.files,
         overwrite=overwrite,
     )

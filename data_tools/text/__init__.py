@@ -21,6 +21,8 @@ from megaphase.data_tools.text.records import (
     WrongDocument,
     documents_and_wrong_ones,
     documents_of,
+    identified_and_wrong_ones,
+    identified_documents,
 )
 
 __all__ = [
@@ -37,6 +39,8 @@ __all__ = [
     "documents_and_wrong_ones",
     "documents_of",
     "expand_inputs",
+    "identified_and_wrong_ones",
+    "identified_documents",
     "read_chunks",
     "size_on_disk",
 ]

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megaphase.data_tools.text.chunk import Position, TextChunk
+from megaphase.data_tools.text.reading import ID_KEY
 from megaphase.errors import InputError
 
 # Rows are read few at a time: repeated texts look smaller in the file than they are.
@@ -42,6 +43,7 @@ def parquet_chunks(
             page_checksum_verification=True,  # of files that have checksums
         ) as file:
             _check_columns(path, file, columns)
+            columns = [*columns, *_id_column(file, columns)]
             row = disk = 0
             for number in range(file.num_row_groups):
                 group = _RowGroup(file, number, row, disk)
@@ -70,6 +72,15 @@ def _check_columns(path: Path, file: pq.ParquetFile, columns: Sequence[str]) -> 
         if names.count(name) > 1:
             problem = f"has {names.count(name)} columns with the name {name!r}"
             raise InputError(path, problem, "write it again with one of them")
+
+
+def _id_column(file: pq.ParquetFile, columns: Sequence[str]) -> list[str]:
+    """The column with the rows' own ids, where there is one that is not among `columns`."""
+    schema = file.schema_arrow
+    if ID_KEY in columns or schema.names.count(ID_KEY) != 1:
+        return []
+    kind = schema.field(ID_KEY).type
+    return [ID_KEY] if _is_text(kind) or pa.types.is_integer(kind) else []
 
 
 def rows_of(chunk: TextChunk) -> tuple[list[dict[str, Any]], list[str]]:

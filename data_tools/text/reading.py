@@ -11,6 +11,8 @@ from string import Formatter
 from megaphase.data_tools.text.kinds import Kind
 from megaphase.errors import InputError
 
+ID_KEY = "id"  # under which a record has its own name, if any
+
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 _ESCAPE = re.compile(r"\\([ntr\\])")
 

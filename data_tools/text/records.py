@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from megaphase.data_tools.text.boundaries import Boundaries
 from megaphase.data_tools.text.chunk import TextChunk, advance
 from megaphase.data_tools.text.kinds import display_name, kind_of
-from megaphase.data_tools.text.reading import Document, Reading
+from megaphase.data_tools.text.reading import ID_KEY, Document, Reading
 from megaphase.errors import InputError
 
 _JSON_TYPES = {
@@ -46,32 +46,49 @@ class WrongDocument:
 def documents_of(chunk: TextChunk, reading: Reading) -> Iterator[Document]:
     """The documents of a chunk: Pairs where `reading.pair` is given, texts otherwise.
 
+    Raises InputError as `identified_documents` does.
+    """
+    return (document for document, _ in identified_documents(chunk, reading))
+
+
+def identified_documents(chunk: TextChunk, reading: Reading) -> Iterator[tuple[Document, bytes]]:
+    """The documents of a chunk, each with its own id in UTF-8: a string or whole number under the
+    key `id` of its JSON object or row; empty where it has none.
+
     Raises InputError, naming file and line (Parquet: row), where a line is not UTF-8 or not a JSON
     object, or a key is missing from it or holds something else than a string.
     """
     kind = kind_of(chunk.path, reading.stdin_kind)
     if kind == "parquet":
         for where, row, names in _rows(chunk):
-            yield _document(row, reading, where, names)
+            yield _document(row, reading, where, names), _id(row)
     elif kind == "jsonl":
         keys = reading.keys
         for number, line in enumerate(_without_mark(chunk).split(b"\n")):
             if line and not line.isspace():
-                document = _quick_json_document(line, reading, keys)
-                yield _json_document(line, reading, chunk, number) if document is None else document
+                found = _quick_json_document(line, reading, keys)
+                yield _json_document(line, reading, chunk, number) if found is None else found
     else:
         between = Boundaries.of(kind, reading).between
         for block in re.split(between, f"\n{_decode(_without_mark(chunk), chunk)}"):
             if block and not block.isspace():
-                yield block.strip("\r\n")
+                yield block.strip("\r\n"), b""
 
 
 def documents_and_wrong_ones(
     chunk: TextChunk, reading: Reading
 ) -> Iterator[Document | WrongDocument]:
     """The documents of a chunk; in the place of a wrong one, what is wrong with it."""
+    for found in identified_and_wrong_ones(chunk, reading):
+        yield found if isinstance(found, WrongDocument) else found[0]
+
+
+def identified_and_wrong_ones(
+    chunk: TextChunk, reading: Reading
+) -> Iterator[tuple[Document, bytes] | WrongDocument]:
+    """`identified_documents`; in the place of a wrong one, what is wrong with it."""
     try:
-        documents = list(documents_of(chunk, reading))
+        documents = list(identified_documents(chunk, reading))
     except InputError:
         pass
     else:
@@ -82,7 +99,7 @@ def documents_and_wrong_ones(
         return
     for single in _single_documents(chunk, reading):
         try:
-            yield from documents_of(single, reading)
+            yield from identified_documents(single, reading)
         except InputError as error:
             text = single.data.strip(b"\r\n").decode(errors="backslashreplace")
             yield WrongDocument(error.where, error.problem, text)
@@ -98,10 +115,12 @@ def _rows(chunk: TextChunk) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
         yield f"{chunk.path}: row {number}", row, names
 
 
-def _rows_and_wrong_ones(chunk: TextChunk, reading: Reading) -> Iterator[Document | WrongDocument]:
+def _rows_and_wrong_ones(
+    chunk: TextChunk, reading: Reading
+) -> Iterator[tuple[Document, bytes] | WrongDocument]:
     for where, row, names in _rows(chunk):
         try:
-            yield _document(row, reading, where, names)
+            yield _document(row, reading, where, names), _id(row)
         except InputError as error:
             text = json.dumps(row, ensure_ascii=False, default=str)
             yield WrongDocument(error.where, error.problem, text)
@@ -136,23 +155,35 @@ def _decode(data: bytes, chunk: TextChunk, number: int = 0) -> str:
         raise InputError(where, problem, "convert the file to UTF-8") from None
 
 
-def _quick_json_document(line: bytes, reading: Reading, keys: Sequence[str]) -> Document | None:
-    """The document of a line, or None where something about it is not as usual."""
+def _id(record: Mapping[str, Any]) -> bytes:
+    value = record.get(ID_KEY)
+    if type(value) is int:
+        return str(value).encode()
+    # Half a character, which UTF-8 does not have, is written as its escape.
+    return value.encode(errors="backslashreplace") if isinstance(value, str) else b""
+
+
+def _quick_json_document(
+    line: bytes, reading: Reading, keys: Sequence[str]
+) -> tuple[Document, bytes] | None:
+    """The document of a line with its id, or None where something about it is not as usual."""
     try:
         record = from_json(line, cache_strings="none")
         if all(type(record[key]) is str for key in keys):
-            return reading.document(record)
+            return reading.document(record), _id(record)
     except (ValueError, KeyError, TypeError):
         pass
     return None
 
 
-def _json_document(line: bytes, reading: Reading, chunk: TextChunk, number: int) -> Document:
+def _json_document(
+    line: bytes, reading: Reading, chunk: TextChunk, number: int
+) -> tuple[Document, bytes]:
     """The document of a chunk's line, counted from 0, by a parser that says what is wrong."""
     try:
         value = json.loads(_decode(line, chunk, number))
         if isinstance(value, dict):
-            return _document(value, reading, "", value)
+            return _document(value, reading, "", value), _id(value)
         problem = f"is {_JSON_TYPES[type(value)]}, not a JSON object"
         remedy = "write {" + ", ".join(f'"{key}": "..."' for key in reading.keys) + "}"
     except InputError as error:

@@ -15,8 +15,8 @@ from megaphase.data_tools.text import (
     Reading,
     TextChunk,
     WrongDocument,
-    documents_and_wrong_ones,
-    documents_of,
+    identified_and_wrong_ones,
+    identified_documents,
 )
 from megaphase.tokenizer import Tokenizer
 
@@ -55,28 +55,37 @@ class ChunkEncoder:
     def __call__(self, numbered: tuple[int, TextChunk]) -> EncodedChunk:
         """Encode a chunk of the file with this number."""
         file, chunk = numbered
-        read = documents_and_wrong_ones if self.skip_wrong else documents_of
+        read = identified_and_wrong_ones if self.skip_wrong else identified_documents
         texts: list[str] = []
         pairs: list[Pair] = []
+        ids: list[bytes] = []
         wrong = []
-        for document in read(chunk, self.reading):
-            if isinstance(document, WrongDocument):
-                line = json.dumps(asdict(document), ensure_ascii=False)
+        for found in read(chunk, self.reading):
+            if isinstance(found, WrongDocument):
+                line = json.dumps(asdict(found), ensure_ascii=False)
                 wrong.append(f"{line}\n".encode())
-            elif isinstance(document, Pair):
+                continue
+            document, own_id = found
+            ids.append(own_id)
+            if isinstance(document, Pair):
                 pairs.append(document)
             else:
                 texts.append(document)
-        documents = self.encode(texts) if self.reading.pair is None else self.encode_pairs(pairs)
+        if self.reading.pair is None:
+            documents = self.encode(texts, ids, file)
+        else:
+            documents = self.encode_pairs(pairs, ids, file)
         return EncodedChunk(file, chunk.end, chunk.file_bytes, documents, wrong)
 
-    def encode(self, texts: Sequence[str]) -> EncodedDocuments:
-        """Tokenize texts."""
+    def encode(self, texts: Sequence[str], ids: Sequence[bytes], file: int) -> EncodedDocuments:
+        """Tokenize texts that have these ids and stood in the file with this number."""
         utf8 = [text.encode() for text in texts]
         tokens = self.tokenizer.encode_arrays(texts)
-        return join_documents(tokens, utf8, list(map(len, utf8)), self.tokenizer)
+        return join_documents(tokens, utf8, list(map(len, utf8)), self.tokenizer, ids, file)
 
-    def encode_pairs(self, pairs: Sequence[Pair]) -> EncodedDocuments:
+    def encode_pairs(
+        self, pairs: Sequence[Pair], ids: Sequence[bytes], file: int
+    ) -> EncodedDocuments:
         """Tokenize pairs: source, tag, target; the hash is that of the source."""
         assert self.tag is not None
         tag = np.array([self.tag], dtype=np.int32)
@@ -89,4 +98,4 @@ class ChunkEncoder:
         ]
         sources = [pair.source.encode() for pair in pairs]
         sizes = [len(pair.source.encode()) + len(pair.target.encode()) for pair in pairs]
-        return join_documents(tokens, sources, sizes, self.tokenizer)
+        return join_documents(tokens, sources, sizes, self.tokenizer, ids, file)

@@ -215,6 +215,7 @@ def _encode(
         tag=what.tag,
         job=hash_json(what.shard_record.model_dump()) if what.can_be_resumed else "",
         shard=what.shard_record if is_part else None,
+        with_origins=True,
         may_be_empty=shard != WHOLE,
         overwrite=overwrite,
     )

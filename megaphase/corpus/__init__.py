@@ -10,8 +10,9 @@ A corpus with the prefix P is five files:
 | P.sum  | two u32 a document: bytes of its UTF-8 text, checksum of its tokens and hash |
 | P.json | the manifest; it is written last, so a corpus with a manifest is whole |
 
-Megatron-LM reads the first two, and needs no other. Where documents could not be read and were
-left out, P.skipped.jsonl lists them.
+Megatron-LM reads the first two, and needs no other. P.sources and P.ids say where the documents
+come from, see `megaphase.corpus.origins`. Where documents could not be read and were left out,
+P.skipped.jsonl lists them.
 """
 
 from megaphase.corpus.batch import DocumentBatch

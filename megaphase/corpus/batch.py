@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megaphase.corpus.format import SUM_DTYPE, document_checksum
+from megaphase.corpus.origins import Origins, join_origins
 
 if TYPE_CHECKING:
     from megaphase.corpus.reader import Corpus
@@ -25,12 +26,14 @@ class DocumentBatch:
         lengths: integers [documents], in tokens, EOD included.
         hashes: u64 [documents], `document_hash` of each text.
         sums: SUM_DTYPE [documents], see `megaphase.corpus`.
+        origins: where the documents come from; None where nothing tells.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     hashes: np.ndarray
     sums: np.ndarray
+    origins: Origins | None = None
 
     @classmethod
     def of(
@@ -39,6 +42,7 @@ class DocumentBatch:
         lengths: np.ndarray,
         hashes: np.ndarray,
         text_bytes: Sequence[int] | np.ndarray,
+        origins: Origins | None = None,
     ) -> DocumentBatch:
         """A batch with the checksums of its documents.
 
@@ -49,7 +53,7 @@ class DocumentBatch:
         sums = np.empty(len(lengths), SUM_DTYPE)
         sums["text_bytes"] = text_bytes
         sums["checksum"] = checksums(tokens, lengths, hashes, sums["text_bytes"])
-        return cls(tokens, lengths, hashes, sums)
+        return cls(tokens, lengths, hashes, sums, origins)
 
     @property
     def text_bytes(self) -> int:
@@ -63,13 +67,17 @@ class DocumentBatch:
             self.lengths[keep],
             self.hashes[keep],
             self.sums[keep],
+            None if self.origins is None else self.origins.select(keep),
         )
 
     def reorder(self, order: np.ndarray) -> DocumentBatch:
         """The documents in another order, integers [documents]."""
         parts = np.split(self.tokens, np.cumsum(self.lengths)[:-1])
         tokens = np.concatenate([self.tokens[:0], *(parts[i] for i in order)])
-        return DocumentBatch(tokens, self.lengths[order], self.hashes[order], self.sums[order])
+        origins = None if self.origins is None else self.origins.reorder(order)
+        return DocumentBatch(
+            tokens, self.lengths[order], self.hashes[order], self.sums[order], origins
+        )
 
 
 def checksums(
@@ -83,13 +91,14 @@ def checksums(
 
 
 def join(batches: Sequence[DocumentBatch]) -> DocumentBatch:
-    """The documents of several batches as one."""
-    return DocumentBatch(
-        *(
-            np.concatenate([getattr(batch, name) for batch in batches])
-            for name in ("tokens", "lengths", "hashes", "sums")
-        )
+    """The documents of several batches as one; all of them have origins, or none has."""
+    origins = [batch.origins for batch in batches if batch.origins is not None]
+    tokens, lengths, hashes, sums = (
+        np.concatenate([getattr(batch, name) for batch in batches])
+        for name in ("tokens", "lengths", "hashes", "sums")
     )
+    joined = join_origins(origins) if origins else None
+    return DocumentBatch(tokens, lengths, hashes, sums, joined)
 
 
 def batches_of(corpus: Corpus, tokens: int = BATCH_TOKENS) -> Iterator[DocumentBatch]:
@@ -100,7 +109,11 @@ def batches_of(corpus: Corpus, tokens: int = BATCH_TOKENS) -> Iterator[DocumentB
         begin = int(corpus.byte_offsets[first]) // corpus.tokens.itemsize
         end = begin + int(lengths.sum(dtype=np.int64))
         yield DocumentBatch(
-            corpus.tokens[begin:end], lengths, corpus.hashes[chosen], corpus.sums[chosen]
+            corpus.tokens[begin:end],
+            lengths,
+            corpus.hashes[chosen],
+            corpus.sums[chosen],
+            None if corpus.origins is None else corpus.origins.part(first, count),
         )
 
 

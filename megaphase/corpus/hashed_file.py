@@ -40,6 +40,11 @@ class HashedFile:
         self._bytes += view.nbytes
 
     @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._bytes
+
+    @property
     def digest(self) -> str:
         """Of everything written so far."""
         return self._digest.hexdigest()

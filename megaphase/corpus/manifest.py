@@ -13,6 +13,7 @@ from megaphase.records import read_record
 
 DATA_SUFFIXES = (".bin", ".idx", ".hash", ".sum")
 SKIPPED_SUFFIX = ".skipped.jsonl"
+SOURCES_SUFFIX, IDS_SUFFIX = ".sources", ".ids"  # see megaphase.corpus.origins
 MANIFEST_SUFFIX = ".json"
 
 CorpusKind = Literal["lm", "translation"]
@@ -66,7 +67,8 @@ class Manifest(BaseModel):
         skipped_duplicates: how many were left out because the same one stands before them.
         tokens: EODs included.
         text_bytes: bytes of the documents' UTF-8 text.
-        files: size and digest of each data file, and of `.skipped.jsonl` if any, by its ending.
+        files: size and digest of each data file, and of `.sources`, `.ids` and `.skipped.jsonl`
+            if any, by its ending.
         sources: names of the files that the text came from.
         kind: `lm`, where a document is a text, or `translation`, where it is a source, the tag and
             a target, and `.hash` holds the digest of the source alone.

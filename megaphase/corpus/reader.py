@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from megaphase.corpus.format import HASH_DTYPE, SUM_DTYPE, Index, read_index
 from megaphase.corpus.manifest import (
     DATA_SUFFIXES,
     MANIFEST_SUFFIX,
+    SOURCES_SUFFIX,
     Manifest,
     corpus_file,
 )
+from megaphase.corpus.origins import StoredOrigins
 from megaphase.errors import InputError
 
 _REMEDY = "tokenize again"
@@ -72,6 +75,16 @@ class Corpus:
     def __reduce__(self) -> tuple[object, ...]:
         # A pickled memory map would carry the whole file.
         return Corpus.open, (self.prefix,)
+
+    @cached_property
+    def origins(self) -> StoredOrigins | None:
+        """Where the documents come from; None in corpora that do not tell.
+
+        Raises InputError where its files are missing or do not fit the others.
+        """
+        if SOURCES_SUFFIX not in self.manifest.files:
+            return None
+        return StoredOrigins(self.prefix, self.manifest)
 
     @property
     def fingerprint(self) -> str:

@@ -23,17 +23,21 @@ from megaphase.corpus.format import (
 )
 from megaphase.corpus.manifest import (
     DATA_SUFFIXES,
+    IDS_SUFFIX,
     MANIFEST_SUFFIX,
     SKIPPED_SUFFIX,
+    SOURCES_SUFFIX,
     Manifest,
     Shard,
 )
 from megaphase.corpus.manifest import corpus_file as file_of
+from megaphase.corpus.origins import Origins
 from megaphase.errors import InputError, RunError
 from megaphase.files import fsync_path, make_directory
 
 _LENGTHS_NAME = "lengths"
 _WRITTEN_AS_IT_COMES = (".bin", ".hash", ".sum", SKIPPED_SUFFIX, _LENGTHS_NAME)
+_NOT_IN_EVERY_CORPUS = (SKIPPED_SUFFIX, SOURCES_SUFFIX, IDS_SUFFIX)
 
 
 class CorpusWriter:
@@ -66,6 +70,7 @@ class CorpusWriter:
         tag: int | None = None,
         job: str = "",
         shard: Shard | None = None,
+        with_origins: bool = False,
         may_be_empty: bool = False,
         overwrite: bool = False,
     ) -> None:
@@ -74,6 +79,7 @@ class CorpusWriter:
             tag: of translation pairs, the token between source and target.
             job: identifies what is written, so that a killed writer's work is taken up.
             shard: of a corpus that is part of one, which part.
+            with_origins: whether it tells where the documents come from, as far as batches say it.
             may_be_empty: whether a corpus without a document is written all the same.
         """
         self.prefix = Path(prefix)
@@ -92,7 +98,7 @@ class CorpusWriter:
             "shard": shard,
         }
         self._eod = eod
-        self._may_be_empty = may_be_empty
+        self._may_be_empty, self._with_origins = may_be_empty, with_origins
         self._figures = Figures()
         self._draft = Draft(self.prefix, job)
         if not overwrite and not self._draft.finished_manifest():
@@ -114,7 +120,8 @@ class CorpusWriter:
                 if state and state.manifest:
                     self._publish(state.manifest)
                 else:
-                    for suffix in _WRITTEN_AS_IT_COMES:
+                    origins = (SOURCES_SUFFIX, IDS_SUFFIX) if self._with_origins else ()
+                    for suffix in (*_WRITTEN_AS_IT_COMES, *origins):
                         self._draft.open(suffix)
             except OSError as error:
                 problem = f"cannot be written ({error.strerror})"
@@ -148,6 +155,11 @@ class CorpusWriter:
                 (_LENGTHS_NAME, batch.lengths, LENGTH_DTYPE),
             ):
                 files[name].write(np.ascontiguousarray(array, dtype=dtype).view(np.uint8))
+            if self._with_origins:
+                origins = batch.origins or Origins.unknown(len(batch.lengths))
+                stored = origins.stored(files[IDS_SUFFIX].size)
+                files[SOURCES_SUFFIX].write(stored.view(np.uint8))
+                files[IDS_SUFFIX].write(np.ascontiguousarray(origins.ids))
         figures = self._figures
         figures.documents += len(batch.lengths)
         figures.tokens += len(batch.tokens)
@@ -203,8 +215,9 @@ class CorpusWriter:
         # An old manifest must not stand beside new data, not even for a moment.
         file_of(self.prefix, MANIFEST_SUFFIX).unlink(missing_ok=True)
         fsync_path(self.prefix.parent)
-        if SKIPPED_SUFFIX not in manifest.files:
-            file_of(self.prefix, SKIPPED_SUFFIX).unlink(missing_ok=True)
+        for suffix in _NOT_IN_EVERY_CORPUS:
+            if suffix not in manifest.files:
+                file_of(self.prefix, suffix).unlink(missing_ok=True)
         try:
             for suffix in manifest.files:
                 # What is not there any more has its name already.

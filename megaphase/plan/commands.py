@@ -129,7 +129,14 @@ def trace_command(
     from json import dumps
 
     from megaphase.errors import InputError
-    from megaphase.plan.trace import as_json, print_texts, sample_texts, trace_step, trace_table
+    from megaphase.plan.trace import (
+        as_json,
+        print_texts,
+        sample_origins,
+        sample_texts,
+        trace_step,
+        trace_table,
+    )
     from megaphase.plan.traced_run import open_traced_run
 
     with open_traced_run(run, overrides) as traced:
@@ -151,7 +158,8 @@ def trace_command(
         if json:
             for sample in samples:
                 texts = sample_texts(plan, sample, tokenizer) if text else None
-                print(dumps(as_json(sample, texts), ensure_ascii=False))
+                origins = sample_origins(plan, sample)
+                print(dumps(as_json(sample, texts, origins), ensure_ascii=False))
             return
         console = _console()
         console.print(
@@ -162,7 +170,7 @@ def trace_command(
         if text:
             print_texts(console, plan, samples, tokenizer)
         else:
-            console.print(trace_table(samples))
+            console.print(trace_table(plan, samples))
 
 
 def _console() -> Console:

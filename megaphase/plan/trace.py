@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megaphase.corpus.origins import Origin
 from megaphase.plan.plan import Plan
 from megaphase.tokenizer import Tokenizer
 
@@ -110,22 +111,39 @@ def _source_and_target(tokens: np.ndarray, tag: int | None) -> list[np.ndarray]:
     return [tokens[:boundary], tokens[boundary + 1 :]]
 
 
-def trace_table(samples: list[TracedSample]) -> Table:
-    """One line a sample; documents as `number[first token:last token]`."""
+def sample_origins(plan: Plan, sample: TracedSample) -> list[Origin]:
+    """Where the document of every piece comes from, as far as its corpus tells."""
+    origins = plan.spec.streams[sample.task].corpus.origins
+    unknown = Origin(None, None)
+    return [unknown if origins is None else origins[piece.document] for piece in sample.pieces]
+
+
+def _origin_in_words(origin: Origin) -> str:
+    return " in ".join(each for each in origin if each is not None)
+
+
+def trace_table(plan: Plan, samples: list[TracedSample]) -> Table:
+    """One line a sample; documents as `number[first token:last token]`, and where the corpora tell
+    it, the own id of each and its file."""
     table = Table(box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("row", justify="right")
     table.add_column("task", overflow="fold")
     table.add_column("epoch", justify="right")
     table.add_column("sample", justify="right")
     table.add_column("documents [tokens]", overflow="fold")
-    for sample in samples:
-        table.add_row(
+    origins = [[_origin_in_words(o) for o in sample_origins(plan, sample)] for sample in samples]
+    told = any(map(any, origins))
+    if told:
+        table.add_column("their ids in their files", overflow="fold")
+    for sample, words in zip(samples, origins, strict=True):
+        cells = [
             str(sample.row),
             escape(sample.task),
             str(sample.epoch),
             f"{sample.number:,} of {sample.of:,}",
             escape(" ".join(f"{p.document}[{p.first}:{p.last}]" for p in sample.pieces)),
-        )
+        ]
+        table.add_row(*cells, *([escape(", ".join(filter(None, words)))] if told else []))
     return table
 
 
@@ -141,18 +159,24 @@ def print_texts(
             markup=False,
         )
         texts = sample_texts(plan, sample, tokenizer)
-        for piece, text in zip(sample.pieces, texts, strict=True):
-            heading = f"document {piece.document}, tokens {piece.first} to {piece.last}:"
+        origins = sample_origins(plan, sample)
+        for piece, origin, text in zip(sample.pieces, origins, texts, strict=True):
+            words = f" ({_origin_in_words(origin)})" if any(origin) else ""
+            heading = f"document {piece.document}{words}, tokens {piece.first} to {piece.last}:"
             console.print(heading, style="cyan", markup=False)
             console.print(text.strip("\n"), markup=False, soft_wrap=True)
 
 
-def as_json(sample: TracedSample, texts: list[str] | None) -> dict[str, Any]:
-    """A sample for machines; `texts`, where given, are those of its pieces."""
+def as_json(
+    sample: TracedSample, texts: list[str] | None, origins: list[Origin] | None = None
+) -> dict[str, Any]:
+    """A sample for machines; `texts` and `origins`, where given, are those of its pieces."""
     documents: list[dict[str, Any]] = [
         {"document": piece.document, "first_token": piece.first, "last_token": piece.last}
         for piece in sample.pieces
     ]
+    for document, origin in zip(documents, origins or [], strict=False):
+        document |= {key: value for key, value in origin._asdict().items() if value is not None}
     for document, text in zip(documents, texts or [], strict=False):
         document["text"] = text
     return {
