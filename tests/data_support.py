@@ -20,6 +20,7 @@ from megaphase.data_tools.tokenizers.train import train_tokenizer
 
 CORPORA = Path(__file__).resolve().parents[2] / "shared" / "corpora"
 VOCAB_SIZE = 700
+CORPUS_FILES = ["en.bin", "en.hash", "en.ids", "en.idx", "en.json", "en.sources", "en.sum"]
 LIMIT_SECONDS = 300.0  # for what takes a few; a machine may have much else to do
 
 
@@ -81,8 +82,9 @@ def files_of(directory: Path) -> list[str]:
 
 
 def corpus_bytes(prefix: Path) -> dict[str, bytes]:
-    endings = (".bin", ".idx", ".hash", ".sum", ".json")
-    return {end: Path(f"{prefix}{end}").read_bytes() for end in endings}
+    endings = (".bin", ".idx", ".hash", ".sum", ".json", ".sources", ".ids")
+    paths = {end: Path(f"{prefix}{end}") for end in endings}
+    return {end: path.read_bytes() for end, path in paths.items() if path.exists()}
 
 
 def edit_bytes(path: Path, position: int, data: bytes) -> None:

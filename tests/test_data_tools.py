@@ -14,6 +14,7 @@ import pytest
 import zstandard
 from data_support import (
     CORPORA,
+    CORPUS_FILES,
     LIMIT_SECONDS,
     VOCAB_SIZE,
     children_of,
@@ -64,7 +65,7 @@ def test_tokens_are_the_tokenizers(tok: Path, tmp_path: Path) -> None:
     tokenizer, kept = Tokenizer.load(tok), [text for text in TEXTS if text]
     expected = [[*tokenizer.encode(text), tokenizer.eod] for text in kept]
     assert megatron_documents(tmp_path / "data" / "en") == expected
-    assert files_of(tmp_path / "data") == ["en.bin", "en.hash", "en.idx", "en.json", "en.sum"]
+    assert files_of(tmp_path / "data") == CORPUS_FILES
 
     assert manifest.documents == 4
     assert manifest.skipped_empty == 2
@@ -218,7 +219,7 @@ def test_stopped_in_the_middle(
     assert corpus_bytes(data / "en") == before
     assert (".en.draft" in files_of(data)) == (whom == "main")
     tokenize([old], tok, data / "en", workers=1, overwrite=True)
-    assert files_of(data) == ["en.bin", "en.hash", "en.idx", "en.json", "en.sum"]
+    assert files_of(data) == CORPUS_FILES
 
 
 def test_progress_is_a_bar_in_a_terminal(tok: Path, tmp_path: Path) -> None:

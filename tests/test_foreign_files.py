@@ -214,6 +214,7 @@ def test_in_the_place_of_a_plan(put: Put, tmp_path: Path) -> None:
         put(folder.parent)
         ensure_built(spec, config.output, say=lambda text: None)
         os.rename(folder, folder.with_name("built"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
     put(folder)
     said: list[str] = []
     assert ensure_built(spec, config.output, say=said.append) == folder
@@ -261,6 +262,7 @@ def test_a_run_goes_on_whatever_lies_in_its_way(tmp_path: Path) -> None:
     a_folder(checkpoints / full_name(16))
     a_fifo_as_manifest(checkpoints / full_name(20))
     os.mkdir(os.fsencode(checkpoints) + b"/\xff")
+    (run_dir / ".lock").unlink()
     a_folder(run_dir / ".lock")
     os.rename(run_dir / "tensorboard", tmp_path / "events")
     a_fifo(run_dir / "tensorboard")

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_support import corpus_bytes, files_of, make_tokenizer, megatron_documents, write_jsonl
+from data_support import (
+    CORPUS_FILES,
+    corpus_bytes,
+    files_of,
+    make_tokenizer,
+    megatron_documents,
+    write_jsonl,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -147,7 +154,7 @@ def test_only_the_merge_is_done_again(tok: Path, tmp_path: Path, monkeypatch) ->
     monkeypatch.setattr(module, "merge", real)
     monkeypatch.setattr(module, "ordered_map", None)
     assert tokenize([path], tok, out, workers=1, drop_duplicates=True).documents == 2
-    assert files_of(out.parent) == ["en.bin", "en.hash", "en.idx", "en.json", "en.sum"]
+    assert files_of(out.parent) == CORPUS_FILES
 
 
 def test_the_commands_say_what_was_left_out(tok: Path, tmp_path: Path) -> None:

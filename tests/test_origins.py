@@ -7,7 +7,6 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 from data_support import corpus_bytes, edit_bytes, make_tokenizer
 from typer.testing import CliRunner
@@ -136,7 +135,8 @@ def write_without(prefix: Path, tok: Path, documents: int) -> None:
         sources=["old.txt"],
     ) as writer:
         for number in range(documents):
-            writer.add_document(np.array([5 + number]), f"{number}")
+            text = f"old {number}"
+            writer.add_document(tokenizer.encode_arrays([text])[0], text)
 
 
 def test_corpora_that_do_not_tell(texts, tok, tmp_path):

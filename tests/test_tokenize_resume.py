@@ -10,7 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-from data_support import corpus_bytes, edit_bytes, files_of, make_tokenizer, start_python
+from data_support import (
+    CORPUS_FILES,
+    corpus_bytes,
+    edit_bytes,
+    files_of,
+    make_tokenizer,
+    start_python,
+)
 
 from megaphase.data_tools.text import read_chunks
 from megaphase.data_tools.tokenization import tokenize as module
@@ -126,7 +133,7 @@ def test_killed_at_any_moment_it_loses_little_and_ends_the_same(tok, inputs, tmp
     assert corpus_bytes(prefix) == corpus_bytes(tmp_path / "whole")
     # Where the last kill came after the corpus had appeared, its draft was not yet removed.
     left = [name for name in files_of(prefix.parent) if name != ".en.draft"]
-    assert left == ["en.bin", "en.hash", "en.idx", "en.json", "en.sum"]
+    assert left == CORPUS_FILES
 
 
 KILLED_AT_THE_END = """if True:
@@ -165,7 +172,7 @@ def test_killed_while_the_files_get_their_names(tok, inputs, tmp_path, moment) -
     assert not Path(f"{prefix}.json").exists()
     tokenize(inputs[:1], tok, prefix, workers=2)
     assert corpus_bytes(prefix) == corpus_bytes(tmp_path / "whole")
-    assert files_of(prefix.parent) == ["en.bin", "en.hash", "en.idx", "en.json", "en.sum"]
+    assert files_of(prefix.parent) == CORPUS_FILES
 
 
 @pytest.mark.usefixtures("small_steps")
