@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,16 @@ from plan_support import (
 )
 from typer.testing import CliRunner
 
+from megaphase.corpus import Corpus, CorpusWriter
+from megaphase.corpus.batch import batches_of
+from megaphase.corpus.origins import Origins
 from megaphase.errors import InputError
 from megaphase.plan.commands import plan_app
 from megaphase.plan.dataset import read_step
 from megaphase.plan.plan import Plan
-from megaphase.plan.trace import TracedSample, find_step, trace_step
+from megaphase.plan.trace import TracedSample, as_json, find_step, trace_step
 from megaphase.targets import IGNORED_TARGET
+from megaphase.training.run_directory import RunDirectory
 
 FILLER = 59_999
 NAMES = ["en", "hi", "no"]
@@ -220,3 +226,152 @@ def test_wrong_arguments_are_named(command, tmp_path, arguments, said):
     result = command(*arguments)
     assert isinstance(result.exception, InputError)
     assert str(result.exception).replace(f"{tmp_path}{Path('/')}", "") == said
+
+
+@pytest.fixture
+def trained(written, tmp_path, monkeypatch):
+    """A run that has begun, and the files that it has then; its directory."""
+    monkeypatch.setattr("megaphase.tokenizer.Tokenizer.load", lambda directory: NumberTokenizer())
+    config = write_run(tmp_path, NAMES, phases=PHASES)
+    RunDirectory(config.output).claim(config, build_plan(config).summary())
+    rows = [{"step": step, "phase": "pretrain", "loss": 1.0} for step in range(1, 12)]
+    skipped = {"step": 7, "event": "step_skipped", "phase": "pretrain", "tasks": [], "trace": ""}
+    lines = [json.dumps(row) + "\n" for row in (*rows, skipped)]
+    (config.output / "metrics.jsonl").write_text("".join(lines))
+    return config.output
+
+
+def trace(*arguments):
+    return CliRunner().invoke(plan_app, ["trace", *(str(each) for each in arguments)])
+
+
+def files_below(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_run_directory_is_traced_as_its_run_file_is(trained, plan, tmp_path):
+    before = files_below(trained)
+    for step in (3, 17):
+        by_file = trace(tmp_path / "run.yaml", "--step", step)
+        moved = trace(trained, "--step", step)
+        assert by_file.exit_code == moved.exit_code == 0
+        assert by_file.output == moved.output
+    assert files_below(trained) == before
+    # Where it lies now, not where it was begun.
+    elsewhere = tmp_path / "moved"
+    trained.rename(elsewhere)
+    assert trace(elsewhere, "--step", 3, "--json").stdout == "".join(
+        json.dumps(as_json(sample, None), ensure_ascii=False) + "\n"
+        for sample in trace_step(plan, 0, 3)
+    )
+    assert not trained.exists()
+
+
+def test_steps_that_were_skipped_or_not_trained_are_called_so(trained):
+    assert trace(trained, "--step", 6).stderr == ""
+    assert trace(trained, "--step", 7).stderr == (
+        "step 7 was skipped: its gradient was not finite, it changed nothing\n"
+    )
+    assert trace(trained, "--step", 12).stderr == (
+        "step 12 has not been trained yet: 11 steps are done\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed=8", "seed: is 8, but the run in {run} began with 7"),
+        ("phases.0.steps=14", "phases[0].steps: is 14, but the run in {run} began with 15"),
+    ],
+)
+def test_another_run_file_than_that_of_the_run_is_refused(trained, tmp_path, override, said):
+    before = files_below(trained)
+    for run in (tmp_path / "run.yaml", trained):
+        result = trace(run, override, "--step", 3)
+        assert isinstance(result.exception, InputError)
+        assert said.format(run=trained) in str(result.exception)
+    assert files_below(trained) == before
+
+
+def test_other_corpora_than_those_of_the_run_are_refused(trained, tmp_path):
+    before = files_below(trained)
+    write_corpus(tmp_path / "new" / "no", random_lengths(9, 30, 1), seed=9)
+    result = trace(trained, f"tasks.no.corpus={tmp_path / 'new' / 'no'}", "--step", 3)
+    assert isinstance(result.exception, InputError)
+    assert "the corpora are not those with which the run" in str(result.exception)
+    assert files_below(trained) == before
+
+
+@pytest.mark.parametrize("harm", [shutil.rmtree, lambda folder: (folder / "starts").unlink()])
+def test_an_index_that_is_lost_is_built_in_a_temporary_folder(trained, harm, tmp_path, monkeypatch):
+    whole = trace(trained, "--step", 20).stdout
+    [folder] = (trained / "plan").iterdir()
+    harm(folder)
+    before = files_below(trained)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    found = trace(trained, "--step", 20)
+    assert found.stdout == whole
+    assert "the same index is built in a temporary folder" in found.stderr
+    assert files_below(trained) == before
+    assert not list(scratch.iterdir())
+
+
+def test_what_nobody_has_trained_is_called_so(command):
+    said = command("--step", 3).stderr
+    assert "no run has been trained in" in said
+
+
+def test_what_is_no_run_directory_is_named(tmp_path):
+    result = trace(tmp_path, "--step", 3)
+    assert isinstance(result.exception, InputError)
+    assert "is not a run directory: it has no run.json" in str(result.exception)
+
+
+def test_ids_and_files_of_documents_are_shown(command, plan, tmp_path):
+    for number, name in enumerate(NAMES[:2]):
+        give_origins(tmp_path / name, f"{name}.jsonl", number)
+    samples = trace_step(plan, 1, 2)
+    shown = [json.loads(line) for line in command("--step", 17, "--json").stdout.splitlines()]
+    for sample, each in zip(samples, shown, strict=True):
+        for piece, document in zip(sample.pieces, each["documents"], strict=True):
+            expected = {
+                "document": piece.document,
+                "first_token": piece.first,
+                "last_token": piece.last,
+            }
+            if sample.task != "no":
+                expected["source"] = f"{sample.task}.jsonl"
+                if piece.document % 3:
+                    expected["id"] = f"{sample.task}/{piece.document}"
+            assert document == expected
+    assert {sample.task for sample in samples} > {"no"}
+    table, text = command("--step", 17).stdout, command("--step", 17, "--text").stdout
+    for sample in samples:
+        for piece in sample.pieces:
+            words = f"{sample.task}/{piece.document} in " if piece.document % 3 else ""
+            words += f"{sample.task}.jsonl"
+            heading = f"document {piece.document} ({words}), tokens {piece.first}"
+            assert (heading in text) == (sample.task != "no")
+    assert ".jsonl" in table
+
+
+def give_origins(prefix, source, number):
+    """Write a corpus again as one that tells where its documents come from."""
+    corpus = Corpus.open(prefix)
+    manifest = corpus.manifest
+    ids = [f"{prefix.name}/{i}".encode() if i % 3 else b"" for i in range(manifest.documents)]
+    batches = list(batches_of(corpus))
+    origins = Origins.of(ids, number)
+    with CorpusWriter(
+        prefix,
+        tokenizer_hash=manifest.tokenizer_hash,
+        vocab_size=manifest.vocab_size,
+        eod=manifest.eod,
+        sources=["other"] * number + [source],
+        with_origins=True,
+        overwrite=True,
+    ) as writer:
+        [batch] = batches
+        writer.add_batch(replace(batch, origins=origins))
