@@ -26,6 +26,7 @@ from megaphase.plan.build import plan_folder
 from megaphase.plan.commands import plan_app
 from megaphase.plan.preview import plan_table, plan_warnings
 from megaphase.plan.spec import plan_spec
+from megaphase.training.run_directory import RunDirectory
 
 PHASES = [
     phase("pretrain", 50, {"rates": {"en": 0.9995, "no": 0.0005}}),
@@ -142,6 +143,24 @@ def test_the_command_names_a_damaged_index_on_standard_error(folder, command):
     result = command(config.path, "--json")
     assert "blend-0.tasks is missing; building the plan again" in result.stderr
     assert json.loads(result.stdout)
+
+
+def test_the_command_writes_nothing_into_a_run_with_another_plan(folder, command):
+    config = write_run(folder, ["en", "hi", "no"], phases=PHASES)
+    RunDirectory(config.output).claim(config, build_plan(config).summary())
+    expected = json.loads(command(folder / "run.yaml", "--json").stdout)
+    before = {path: path.stat().st_mtime_ns for path in config.output.rglob("*")}
+    same = command(folder / "run.yaml")
+    assert "another plan" not in same.stderr
+    other = command(folder / "run.yaml", "seed=8")
+    assert other.exit_code == 0, other.output
+    assert f"{config.output} holds a run with another plan, which stays as it is" in other.stderr
+    assert "Index:" in same.stdout
+    assert "Index:" not in other.stdout
+    shown = json.loads(command(folder / "run.yaml", "seed=8", "--json").stdout)
+    assert shown["phases"][0]["steps"] == expected["phases"][0]["steps"]
+    assert shown["fingerprint"] != expected["fingerprint"]
+    assert {path: path.stat().st_mtime_ns for path in config.output.rglob("*")} == before
 
 
 def refused(config) -> str:

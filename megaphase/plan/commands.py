@@ -105,7 +105,8 @@ def show_command(
         console.print(sentence, markup=False, soft_wrap=True)
     if layouts:
         console.print(layouts_table(needed, times, width=console.width))
-    console.print(f"Index: {plan.folder}", markup=False, soft_wrap=True)
+    if plan.folder.is_dir():
+        console.print(f"Index: {plan.folder}", markup=False, soft_wrap=True)
 
 
 @plan_app.command("trace")

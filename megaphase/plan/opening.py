@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
@@ -14,6 +17,7 @@ from megaphase.plan.build import ensure_built
 from megaphase.plan.history import read_origin
 from megaphase.plan.plan import Plan
 from megaphase.plan.progress import building_progress
+from megaphase.plan.same_run import plan_of_run
 from megaphase.plan.spec import plan_spec
 from megaphase.tokenizer import Tokenizer
 
@@ -40,6 +44,9 @@ def memory_setup(config: RunConfig, tokenizer: Tokenizer, processes: int) -> Set
 def open_plan(config: RunConfig, tokenizer: Tokenizer, used: dict[str, int] | None = None) -> Plan:
     """Open the run's plan; where there is none yet, build it and show how far.
 
+    Where a run with another plan lies in the output, nothing is written into it: the index is built
+    in a temporary folder, which is gone by the return, and this is said.
+
     used: samples of each task before the run, where it is to begin with another one's checkpoint;
     otherwise what its directory says.
 
@@ -50,11 +57,15 @@ def open_plan(config: RunConfig, tokenizer: Tokenizer, used: dict[str, int] | No
         used = read_origin(config.output).used
     spec = plan_spec(config, tokenizer, used)
     errors = Console(stderr=True, highlight=False)
-    with building_progress(errors) as progress:
-        folder = ensure_built(
-            spec,
-            config.output,
-            say=lambda text: errors.print(text, markup=False, soft_wrap=True),
-            progress=progress,
-        )
-    return Plan(spec, folder)
+    say = partial(errors.print, markup=False, soft_wrap=True)
+    with ExitStack() as opened:
+        output = config.output
+        if plan_of_run(output) not in (None, spec.fingerprint):
+            say(
+                f"{output} holds a run with another plan, which stays as it is; to train with this "
+                "one, choose another output"
+            )
+            output = Path(opened.enter_context(TemporaryDirectory(prefix="megaphase-plan-")))
+        progress = opened.enter_context(building_progress(errors))
+        # Its files are mapped: the plan can be read when they have no name any more.
+        return Plan(spec, ensure_built(spec, output, say=say, progress=progress))
