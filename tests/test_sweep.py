@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from data_support import LIMIT_SECONDS, wait_until
 from run_support import HIGH, LOW, make_corpora, megaphase, read_rows
-from sweep_run_support import STEPS, run_warm, settings, write
+from sweep_run_support import STEPS, run_warm, settings, warm_start, write
 
 from megaphase.config import load_run_file
 from megaphase.errors import EndedAtOnce, InputError, RunError, Stopped
@@ -326,21 +326,26 @@ def test_run_files_train_by_hand(undisturbed: SweepDirectory) -> None:
 def test_a_run_that_fails_does_not_hold_up_the_others(corpora: Path, tmp_path: Path) -> None:
     arms = {"static": {"rates": [0.2, 0.3]}}
     path = write(tmp_path, settings(corpora, arms=arms, steps=3))
-    _, directory = open_sweep(path)
-    broken = directory.run("static-r0.2-p0.01-s11")
-    broken.mkdir(parents=True)
-    (broken / "metrics.jsonl").mkdir()  # as a directory it cannot be written
-    sweep, directory, outcomes = run_warm(path)
+    sweep, directory, outcomes = run_warm(path, start=full_disk_start)
     assert outcomes["static-r0.3-p0.01-s11"].failed is None
     failed = outcomes["static-r0.2-p0.01-s11"].failed
     assert failed is not None
-    assert "metrics.jsonl" in failed
+    assert "the disk is full" in failed
     with pytest.raises(RunError, match=r"1 of 2 runs have failed: static-r0\.2.*--retry starts"):
         refuse_failures(sweep, directory, outcomes)
-    (broken / "metrics.jsonl").rmdir()
     directory.forget_failures()
     _, _, outcomes = run_warm(path)
     assert all(outcome.failed is None for outcome in outcomes.values())
+
+
+def full_disk_start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Any:
+    """One of the runs fails at once."""
+    if not any("static-r0.2" in each for each in command):
+        return warm_start(command, log, environment)
+    with open(log, "a") as output:
+        code = "import sys; sys.exit('megaphase: the disk is full')"
+        argv = [sys.executable, "-c", code]
+        return subprocess.Popen(argv, stderr=output, start_new_session=True)
 
 
 def test_a_run_that_diverges_has_ended_and_is_no_failure(corpora: Path, tmp_path: Path) -> None:
