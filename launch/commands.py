@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -41,9 +41,7 @@ def local_command(
             help="One a GPU, or a few on the CPU.",
         ),
     ] = 1,
-    command: Annotated[
-        str, typer.Option(help="What they run: train or evaluate.", metavar="COMMAND")
-    ] = "train",
+    command: Annotated[Literal["train", "evaluate"], typer.Option(help="What they run.")] = "train",
     source: Source = None,
     profile: Profile = False,
     profile_steps: ProfileSteps = None,

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from megaphase.data_tools.artificial.languages import DEFAULT_LANGUAGES, write_languages
 from megaphase.errors import InputError, RunError, Stopped
+from megaphase.files import write_text_whole
 from megaphase.parent import ends_with_this_process
 from megaphase.signals import noted_signals, signals_blocked, told_name
 
@@ -74,7 +75,7 @@ def run_demo(folder: Path) -> None:
     )
     tasks = "\n".join(f"  {name}: {{corpus: data/{name}}}" for name in texts)
     run_file = folder / "run.yaml"
-    run_file.write_text(RUN_FILE.format(tasks=tasks, high=", ".join(high)))
+    write_text_whole(run_file, RUN_FILE.format(tasks=tasks, high=", ".join(high)))
     for command in _commands(folder, texts, run_file):
         console.print(f"\n[bold cyan]$ megaphase {shlex.join(command)}[/]", soft_wrap=True)
         code, stopped_by = _run(command)

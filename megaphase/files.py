@@ -89,6 +89,11 @@ def read_json(path: Path) -> Any:
         raise ValueError("is nested too deeply") from None
 
 
+def real_path(path: Path) -> Path:
+    """The absolute path without links; unlike Path.resolve it takes a loop of links as it is."""
+    return Path(os.path.realpath(path))
+
+
 def describe_file(path: Path) -> dict[str, Any]:
     """What a manifest says of a file: its `bytes` and its `hash`."""
     return {"bytes": path.stat().st_size, "hash": hash_file(path)}

@@ -12,6 +12,7 @@ from rich.table import Table
 from megaphase.arguments import finite
 from megaphase.data_tools.options import Dedup, Overwrite, Shuffle, Workers, available_cores
 from megaphase.errors import InputError
+from megaphase.files import real_path
 
 if TYPE_CHECKING:
     from megaphase.corpus import Manifest
@@ -139,7 +140,7 @@ def merge_command(
     )
     if remove:
         for prefix in chosen:
-            if prefix.resolve() != out.resolve():
+            if real_path(prefix) != real_path(out):
                 remove_corpus(prefix)
     print_corpora({out: manifest})
 

@@ -23,6 +23,7 @@ from megaphase.data_tools.corpora.duplicates import find_duplicates
 from megaphase.data_tools.corpora.shuffle import shuffled
 from megaphase.data_tools.corpora.verify import Advance, checked_batches, size_of
 from megaphase.errors import InputError
+from megaphase.files import real_path
 from megaphase.progress import reading_progress
 
 
@@ -136,9 +137,9 @@ def _take_over_skipped(prefix: Path, manifest: Manifest, writer: CorpusWriter) -
 def _check_distinct(prefixes: Sequence[Path]) -> None:
     seen = set()
     for prefix in prefixes:
-        if prefix.resolve() in seen:
+        if real_path(prefix) in seen:
             raise InputError(prefix, "the corpus stands twice", "name it once")
-        seen.add(prefix.resolve())
+        seen.add(real_path(prefix))
 
 
 def _check_alike(prefixes: Sequence[Path], manifests: Sequence[Manifest]) -> None:

@@ -10,6 +10,7 @@ from megaphase.corpus import Corpus, CorpusWriter, Manifest
 from megaphase.corpus.manifest import SOURCES_SUFFIX
 from megaphase.data_tools.corpora.verify import checked_batches, size_of
 from megaphase.errors import InputError
+from megaphase.files import real_path
 from megaphase.plan.split import held_out_hashes
 from megaphase.progress import reading_progress
 
@@ -33,7 +34,7 @@ def split(
     """
     if not 0 < fraction < 1:
         raise InputError("--fraction", f"{fraction:g} is not between 0 and 1", "give, say, 0.01")
-    places = [path.resolve() for path in (prefix, train, held_out)]
+    places = [real_path(path) for path in (prefix, train, held_out)]
     if len(set(places)) < len(places):
         problem = "--train, --held-out and the corpus are not three places"
         raise InputError(prefix, problem, "choose other prefixes")

@@ -26,7 +26,7 @@ from megaphase.data_tools.text import (
 )
 from megaphase.data_tools.tokenization.chunk_encoder import ChunkEncoder
 from megaphase.errors import InputError, RunError
-from megaphase.files import hash_json
+from megaphase.files import hash_json, real_path
 from megaphase.progress import Advance, reading_progress
 from megaphase.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ class Tokenization:
     @property
     def job(self) -> str:
         """A digest of all this but the shard: the files by place, size and time of change."""
-        status = [(str(path.resolve()), path.stat()) for path in self.inputs if path != STDIN]
+        status = [(str(real_path(path)), path.stat()) for path in self.inputs if path != STDIN]
         return hash_json(
             {
                 "files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in status],

@@ -15,7 +15,7 @@ from megaphase.arguments import train_options
 from megaphase.config import load_run_file
 from megaphase.config.fields import Count, Few, FewOrZero, FilePath, RunName, Section
 from megaphase.errors import InputError
-from megaphase.files import make_directory
+from megaphase.files import make_directory, real_path
 from megaphase.launch.slurm.command_line import PLACEHOLDER, filled, parsed
 from megaphase.launch.slurm.job_file import (
     forget_jobs,
@@ -156,7 +156,7 @@ class Pipeline(Section):
     @property
     def folder(self) -> Path:
         """In which the commands run, and from which relative paths are taken: the file's."""
-        return self._path.resolve().parent
+        return real_path(self._path).parent
 
     @property
     def logs_folder(self) -> Path:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
-from megaphase.files import make_directory
+from megaphase.files import make_directory, real_path
 from megaphase.launch.slurm.job_file import FOLDER, Job, refuse_second_job, remember_job
 from megaphase.launch.slurm.script import Resources, batch_script, refuse_pattern
 from megaphase.memory.table import memory_sentences, memory_summary
@@ -71,7 +71,7 @@ def script_for(
     config: RunConfig, overrides: Sequence[str], options: Sequence[str], resources: Resources
 ) -> str:
     """The batch script of a run; options: of `megaphase train`."""
-    arguments = [str(config.path.resolve()), *overrides, *options]
+    arguments = [str(real_path(config.path)), *overrides, *options]
     return batch_script(
         resources,
         f"megaphase-{config.output.name}",
@@ -93,4 +93,4 @@ def submit_run(config: RunConfig, script: str) -> Job:
 
 def logs_folder(run_dir: Path) -> Path:
     """Where the jobs of a run leave their output."""
-    return run_dir.resolve() / FOLDER
+    return real_path(run_dir) / FOLDER

@@ -7,6 +7,7 @@ from typing import Any
 
 from megaphase.checkpoint.state import STATE_FILE, checkpoint_folders, state_or_nothing
 from megaphase.errors import InputError
+from megaphase.files import real_path
 from megaphase.paths import expanded_path
 from megaphase.validation_errors import hint
 
@@ -24,7 +25,7 @@ def find_checkpoint(text: str) -> Path:
     """
     folder = _given(text)
     if _is_checkpoint(folder):
-        return folder.resolve()
+        return real_path(folder)
     run, separator, name = text.rpartition("@")
     if not separator:
         raise InputError(text, "this is not a checkpoint", "give RUN@NAME or a step-… directory")
@@ -50,10 +51,10 @@ def find_in_run(run: Path, name: str) -> Path:
     if not folder.is_dir():
         raise InputError(run, f"has no folder {CHECKPOINTS}", "give a run directory")
     if name and _is_checkpoint(folder / name):
-        return (folder / name).resolve()
+        return real_path(folder / name)
     ends = _phase_ends(folder)
     if name in ends:
-        return ends[name].resolve()
+        return real_path(ends[name])
     there = sorted(path.name for path in folder.iterdir() if _is_checkpoint(path))
     names = [*ends, *(each for each in there if each[0] != ".")]
     raise InputError(f"{run}@{name}", "there is no such checkpoint", hint(name, names, "there are"))

@@ -9,6 +9,7 @@ import typer
 
 from megaphase.arguments import MOST_PROCESSES
 from megaphase.errors import InputError
+from megaphase.files import real_path
 from megaphase.streams import standard_output_is_a_log
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _run_report(run_dirs: list[Path], out: Path, console: Console) -> Path:
 def _sweep_report(sweep_dir: Path, given: list[Path], out: Path, console: Console) -> Path:
     from megaphase.experiments.front.report import SweepReport
 
-    if len({folder.resolve() for folder in given}) > 1:
+    if len({real_path(folder) for folder in given}) > 1:
         raise InputError(
             sweep_dir, "is a sweep", "give it alone: a page shows either one sweep or runs"
         )

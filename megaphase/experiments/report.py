@@ -22,6 +22,7 @@ from megaphase.experiments.report_files import (
 )
 from megaphase.experiments.run_page import NOTHING, comparison_article, run_article
 from megaphase.experiments.runs import RunRecord, load_run
+from megaphase.files import real_path
 from megaphase.run_files import METRICS_FILE
 
 __all__ = ["final_losses", "load_run", "summary_table", "verdicts", "write_report"]
@@ -101,14 +102,14 @@ def _body(runs: Sequence[RunRecord], folder: Path) -> str:
 
 
 def _each_once(paths: Sequence[Path]) -> list[Path]:
-    return list({path.resolve(): path for path in paths}.values())
+    return list({real_path(path): path for path in paths}.values())
 
 
 def _named_apart(runs: list[RunRecord]) -> list[RunRecord]:
     """Runs that share a directory name get as much of their path as tells them apart."""
     if len({run.name for run in runs}) == len(runs):
         return runs
-    paths = [run.directory.resolve() for run in runs]
+    paths = [real_path(run.directory) for run in runs]
     shared = os.path.commonpath([path.parent for path in paths])
     return [
         replace(run, name=path.relative_to(shared).as_posix())

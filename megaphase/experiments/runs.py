@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, RootModel, Validati
 
 from megaphase.checkpoint.names import newest_state
 from megaphase.errors import InputError
+from megaphase.files import real_path
 from megaphase.metrics_rows import Row, Steps, missing_steps, read_lines, steps_in_words
 from megaphase.plan.history import Origin, RunHistory, read_history, read_origin
 from megaphase.records import read_record
@@ -237,7 +238,7 @@ def load_run(run_dir: Path) -> RunRecord:
     origin, history = read_origin(run_dir), read_history(run_dir)
     events = [*metrics.events, *_lost_ends(history, metrics.events)]
     plan = _as_it_came_out(plan, origin.step, events)
-    name = run_dir.resolve().name
+    name = real_path(run_dir).name
     training, validation = metrics.training, metrics.validation
     run = RunRecord(run_dir, name, settings, plan, training, validation, events, origin)
     done = max(run.last_step, (newest_state(run_dir) or {}).get("step", 0))

@@ -87,6 +87,8 @@ def check_place(path: Path) -> None:
     """Refuse a file that cannot be written, before hours are spent on what it is to hold."""
     if path.is_dir():
         raise InputError(path, "is a folder", "name a file")
+    if path.exists() and not path.is_file():  # it would be replaced, /dev/null as well
+        raise InputError(path, "is not a regular file", "name a file")
     make_directory(path.absolute().parent)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from megaphase.errors import InputError, LostProcessError, RunError
+from megaphase.errors import InputError, LostProcessError, RunError, os_fault
 from megaphase.parallel.launcher import global_rank, world_size
 
 Result = TypeVar("Result")
@@ -86,11 +86,16 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 
 
 def outcome_of(action: Callable[[], Result]) -> Result | Fault:
-    """What `action` returns, or the fault that it raises."""
+    """What `action` returns, or the fault that it raises, which an OSError with a path is, too."""
     try:
         return action()
     except (InputError, RunError) as fault:
         return fault
+    except OSError as error:
+        found = os_fault(error)
+        if found is None:
+            raise
+        return found
 
 
 def _gather_faults(outcome: object) -> list[Fault | None]:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from megaphase.config import RunConfig, load_run_file
 from megaphase.errors import InputError
+from megaphase.files import real_path
 from megaphase.plan.build import ensure_built, plan_folder
 from megaphase.plan.history import (
     PhaseSpan,
@@ -105,7 +106,7 @@ def _config(run: Path, overrides: tuple[str, ...]) -> RunConfig:
     if not (run / RUN_FILE).is_file():
         raise InputError(run, f"is not a run directory: it has no {RUN_FILE}", "give a run file")
     config = load_run_file(run / RUN_FILE, overrides)
-    moved = config.model_copy(update={"output": run.resolve()})
+    moved = config.model_copy(update={"output": real_path(run)})
     moved._path = config._path
     return moved
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megaphase.config import RunConfig
-from megaphase.files import hash_json
+from megaphase.files import hash_json, real_path
 from megaphase.memory.states import SWAP_BUFFERS
 from megaphase.model.parameters import largest_partition
 from megaphase.model.shape import GPTShape
@@ -40,7 +40,7 @@ def swap_folder(config: RunConfig) -> Path | None:
     Every run directory has its own, because DeepSpeed gives the files of all runs the same names.
     """
     folder = config.parallel.offload_folder
-    return folder and folder / f"megaphase-{hash_json(str(config.output.resolve()))}"
+    return folder and folder / f"megaphase-{hash_json(str(real_path(config.output)))}"
 
 
 def _offload(config: RunConfig, largest: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from megaphase.convert.hugging_face.weights import HuggingFaceWeights, find_tens
 from megaphase.convert.output import new_folder
 from megaphase.convert.weights import fp32_bytes
 from megaphase.errors import InputError
+from megaphase.files import real_path
 from megaphase.model.shape import GPTShape
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -57,12 +58,12 @@ def from_hf(
             origin = {
                 "format": "Hugging Face",
                 "family": family.title,
-                "path": str(directory.resolve()),
+                "path": str(real_path(directory)),
             }
             write_foreign(folder, weights, shape, origin, workers=workers, console=console)
             problem = _take_tokenizer(directory, folder / TOKENIZER_FOLDER)
             section = write_model_section(folder, shape)
-    tokenizer = None if problem else out.resolve() / TOKENIZER_FOLDER
+    tokenizer = None if problem else real_path(out) / TOKENIZER_FOLDER
     return Taken(shape, section, tokenizer, problem)
 
 

@@ -26,6 +26,7 @@ from megaphase.convert.pickles import check_archives
 from megaphase.convert.renaming import check_names
 from megaphase.convert.weights import fp32_bytes
 from megaphase.errors import InputError
+from megaphase.files import real_path
 from megaphase.model.parameters import parameter_layouts
 
 
@@ -55,7 +56,7 @@ def from_megatron(
     weights = MegatronWeights(ranks, vocab)
     origin = {
         "format": "Megatron-LM",
-        "path": str(source.resolve()),
+        "path": str(real_path(source)),
         "iteration": ranks[0].iteration,
     }
     with new_folder(out, fp32_bytes(weights.shape)) as folder:

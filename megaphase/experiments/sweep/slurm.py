@@ -34,7 +34,7 @@ from megaphase.experiments.sweep.trial_run import (
     translate_command,
 )
 from megaphase.experiments.sweep.trials import Trial, all_trials, known_trials, ready_trials
-from megaphase.files import make_directory, remove_directory, write_text_whole
+from megaphase.files import make_directory, real_path, remove_directory, write_text_whole
 from megaphase.slurm import queued_jobs
 
 # Imports point from launch to here, so what is used of it is imported within functions.
@@ -309,7 +309,7 @@ def _steps(
                 "after_failures": True,
                 **_of_one_process(jobs),
             }
-    again = ["sweep", str(sweep.file.resolve()), "--slurm"]
+    again = ["sweep", str(real_path(sweep.file)), "--slurm"]
     steps[NEXT] = {"command": shlex.join(again), "sbatch": list(jobs.next_options)}
     if groups:
         steps[NEXT] |= {"after": [name for name in steps if name != NEXT], "after_failures": True}

@@ -1,0 +1,78 @@
+"""Odd values for every option and argument: one of the exit codes, no traceback, and an end."""
+
+import hashlib
+
+import pytest
+from command_cases import (
+    CALLS,
+    Case,
+    cases,
+    commands,
+    is_number,
+    is_refused_at_once,
+    make_inputs,
+    run_case,
+    run_cases,
+)
+
+SAMPLE = 30
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def wrong(outcomes):
+    """What did not end as it should, readable."""
+    return [
+        f"{case}: exit code {outcome.code}, {outcome.said[-2000:]}"
+        for case, outcome in outcomes.items()
+        if not outcome.is_right
+    ]
+
+
+def test_no_command_is_left_out():
+    assert set(CALLS) == set(commands())
+    assert len(list(cases())) > 4000
+
+
+def test_no_number_is_nan_or_infinite():
+    checked = 0
+    for name, command in commands().items():
+        for parameter in filter(is_number, command.params):
+            for value in ("nan", "inf", "-inf", "1e400"):
+                argv = [*name.split(), parameter.opts[0], value]
+                assert is_refused_at_once(Case(name, parameter.opts[0], value, argv)), argv
+                checked += 1
+    assert checked > 200
+
+
+def test_the_calls_are_right_but_for_the_value(inputs):
+    """Otherwise the cases would show nothing."""
+    for name in ("data inspect", "generate", "convert inspect"):
+        chosen = next(case for case in cases() if case.command == name)
+        arguments, options = CALLS[name]
+        pairs = [part for option in options.items() for part in option]
+        given = [value for values in arguments.values() for value in values]
+        right = Case(name, "", "", [*name.split(), *pairs, "--", *given])
+        outcome = run_case(right, inputs)
+        assert outcome.code == 0, outcome.said
+        assert chosen.argv[: len(name.split())] == name.split()
+
+
+def test_some_odd_values(inputs):
+    runs = [case for case in cases() if case.command != "launch local"]  # it starts processes
+    runs = [case for case in runs if not is_refused_at_once(case)]
+    runs.sort(key=lambda case: hashlib.blake2b(ascii((case, case.value)).encode()).digest())
+    outcomes = run_cases(runs[:SAMPLE], inputs)
+    assert not wrong(outcomes)
+    assert len({case.command for case in outcomes}) > 10
+
+
+@pytest.mark.slow
+def test_all_odd_values(inputs):
+    outcomes = run_cases(list(cases()), inputs)
+    codes = [outcome.code for outcome in outcomes.values()]
+    print({code: codes.count(code) for code in set(codes)})
+    assert not wrong(outcomes)
