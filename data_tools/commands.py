@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from megaphase.arguments import named
 from megaphase.data_tools.corpora import commands as corpora
 from megaphase.data_tools.options import (
     Dedup,
@@ -25,6 +25,7 @@ from megaphase.data_tools.options import (
     reading_of,
 )
 from megaphase.errors import InputError
+from megaphase.streams import new_console
 
 if TYPE_CHECKING:
     from megaphase.data_tools.tokenization.slurm import ArrayOfShards
@@ -64,7 +65,9 @@ def tokenize_command(
         typer.Argument(metavar="FILE", help='Text files in order, also as "*" patterns; or -.'),
     ],
     tokenizer: Annotated[Path, typer.Option(help="The tokenizer's directory, or a .model file.")],
-    out: Annotated[Path, typer.Option(help="Prefix of the corpus: PREFIX.bin, PREFIX.idx ...")],
+    out: Annotated[
+        Path, typer.Option(callback=named, help="Prefix of the corpus: PREFIX.bin, PREFIX.idx ...")
+    ],
     workers: Workers = None,
     json_key: JsonKey = "text",
     template: Template = None,
@@ -172,7 +175,7 @@ def tokenize_command(
         shuffle_seed=shuffle,
         skip_wrong=on_error is OnError.skip,
         overwrite=overwrite,
-        console=Console(stderr=True),
+        console=new_console(stderr=True),
     )
     corpora.print_corpora({part.prefix(out): manifest})
 

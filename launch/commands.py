@@ -17,9 +17,10 @@ from megaphase.arguments import (
     RunFile,
     Source,
     finite,
+    named,
     train_options,
 )
-from megaphase.streams import standard_output_is_a_log
+from megaphase.streams import new_console, standard_output_is_a_log
 
 launch_app = typer.Typer(
     help="Start a run as several processes, here or on a SLURM cluster.", no_args_is_help=True
@@ -124,8 +125,6 @@ def slurm_command(
     """
     import shlex
 
-    from rich.console import Console
-
     from megaphase.errors import InputError
     from megaphase.slurm import require_sbatch
 
@@ -150,7 +149,7 @@ def slurm_command(
         exclude_bad_nodes=exclude_bad_nodes,
         restarts=restarts,
     )
-    console = Console(stderr=True, highlight=False)
+    console = new_console(stderr=True, highlight=False)
     config = check(run_file, overrides or [], source, resources, memory, console)
     options = train_options(source, profile, profile_steps)
     script = script_for(config, overrides or [], options, resources)
@@ -328,7 +327,10 @@ def _end_job(job: str, sentence: str, code: int) -> NoReturn:
 
 def demo_command(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where everything goes; must not exist.")
+        Path,
+        typer.Argument(
+            callback=named, metavar="DIR", help="Where everything goes; must not exist."
+        ),
     ] = Path("demo"),
 ) -> None:
     """From raw text to a two-phase-trained model and its report, in under five minutes.

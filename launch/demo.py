@@ -11,13 +11,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from megaphase.data_tools.artificial.languages import DEFAULT_LANGUAGES, write_languages
 from megaphase.errors import InputError, RunError, Stopped
 from megaphase.files import write_text_whole
 from megaphase.parent import ends_with_this_process
 from megaphase.signals import noted_signals, signals_blocked, told_name
+from megaphase.streams import new_console
 
 SEED = 1234
 VOCAB_SIZE = 2048
@@ -58,7 +57,7 @@ def run_demo(folder: Path) -> None:
         InputError: the folder exists already.
         RunError: a command failed; it has said why.
     """
-    console = Console(highlight=False)
+    console = new_console(highlight=False)
     began = time.monotonic()
     try:
         folder.mkdir(parents=True)
@@ -77,7 +76,7 @@ def run_demo(folder: Path) -> None:
     run_file = folder / "run.yaml"
     write_text_whole(run_file, RUN_FILE.format(tasks=tasks, high=", ".join(high)))
     for command in _commands(folder, texts, run_file):
-        console.print(f"\n[bold cyan]$ megaphase {shlex.join(command)}[/]", soft_wrap=True)
+        console.print(f"\n$ megaphase {shlex.join(command)}", style="bold cyan", soft_wrap=True)
         code, stopped_by = _run(command)
         if stopped_by is not None:
             raise Stopped(

@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-
 from megaphase.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_WRONG_INPUT
 from megaphase.parallel.judge import GONE
 from megaphase.parallel.launcher import REPORTS_VARIABLE
 from megaphase.parent import ends_with_this_process
 from megaphase.signals import SAME_PRESS_SECONDS, code_after, noted_signals, signals_blocked
+from megaphase.streams import new_console
 
 POLL_SECONDS = 0.05
 # When a rank has failed the others learn of it from their watchdog, and tell more than this
@@ -92,7 +91,7 @@ def run_as_ranks(
             return job.exit_code()
         finally:
             job.kill()
-            Console().show_cursor()  # a rank that is killed cannot put it back
+            new_console().show_cursor()  # a rank that is killed cannot put it back
 
 
 def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:

@@ -25,6 +25,16 @@ def finite(value: float | None) -> float | None:
     return value
 
 
+def named(path: Path | None) -> Path | None:
+    """The callback of every option that says where an output goes: "", . and / name nothing new.
+
+    Raises typer.BadParameter, which ends the command with exit code 2.
+    """
+    if path is not None and not path.name:
+        raise typer.BadParameter(f"'{path}' has no name of its own.")
+    return path
+
+
 RunFile = Annotated[Path, typer.Argument(metavar="RUN_FILE", help="The run file (YAML).")]
 Overrides = Annotated[
     list[str] | None,

@@ -53,7 +53,7 @@ def bytes_progress(
 @contextmanager
 def _bar(console: Console, what: str, total_bytes: int) -> Iterator[Advance]:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[rate]}"),

@@ -6,9 +6,12 @@ import io
 import os
 import select
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megaphase.errors import RunError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Handlers with which every character can be written, one way or another.
 _ERRORS_THAT_WRITE_ALL = ("replace", "backslashreplace", "xmlcharrefreplace", "namereplace")
@@ -76,6 +79,13 @@ def standard_output_is_a_log() -> None:
     stream = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     if isinstance(stream, _StandardStream):
         stream.is_log = True
+
+
+def new_console(*, stderr: bool = False, highlight: bool = True) -> Console:
+    """A console that prints text as it is: brackets and colons of a user's names mean nothing."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=highlight, markup=False, emoji=False)
 
 
 def _text_stream(former: Any, stream: _StandardStream) -> io.TextIOWrapper:

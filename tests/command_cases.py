@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -226,8 +226,11 @@ def is_refused_at_once(case: Case) -> bool:
     return False
 
 
-def run_case(case: Case, inputs: Path) -> Outcome:
-    """Run a command in a folder of its own, which begins as a copy of the inputs."""
+def run_case(case: Case, inputs: Path, prepare: Callable[[], object] | None = None) -> Outcome:
+    """Run a command in a folder of its own, which begins as a copy of the inputs.
+
+    prepare: called in the process before the command.
+    """
     if is_refused_at_once(case):
         return Outcome(EXIT_WRONG_INPUT, "")
     with tempfile.TemporaryDirectory(prefix="case-") as place:
@@ -242,6 +245,7 @@ def run_case(case: Case, inputs: Path) -> Outcome:
             stderr=stderr,
             env=environment,
             cwd=folder,
+            prepare=prepare,
         )
         try:
             code: int | None = process.wait(DEADLINE_SECONDS)

@@ -1,6 +1,7 @@
 """Odd values for every option and argument: one of the exit codes, no traceback, and an end."""
 
 import hashlib
+import resource
 
 import pytest
 from command_cases import (
@@ -59,6 +60,36 @@ def test_the_calls_are_right_but_for_the_value(inputs):
         outcome = run_case(right, inputs)
         assert outcome.code == 0, outcome.said
         assert chosen.argv[: len(name.split())] == name.split()
+
+
+def limit_files():
+    """Let no file grow beyond half a kilobyte, as on a disk that is nearly full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
+
+
+WRITERS = [
+    *("tokenizer train", "data tokenize", "data from-megatron", "data merge", "data split"),
+    *("convert reshape", "convert to-hf", "convert from-hf", "convert to-megatron"),
+    *("convert from-megatron", "report", "train output=new", "plan show output=new", "sweep"),
+]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_files_that_cannot_grow(name, inputs):
+    command, _, override = name.partition(" output")
+    arguments, options = CALLS[command]
+    if command == "sweep":
+        options = {}
+    pairs = [part for option in options.items() for part in option]
+    given = [value for values in arguments.values() for value in values]
+    argv = [*command.split(), *pairs, "--", *given, *([f"output{override}"] if override else [])]
+    outcome = run_case(Case(command, "", "", argv), inputs, prepare=limit_files)
+    assert outcome.code == 1, outcome.said
+    assert "Traceback" not in outcome.said
+    lines = [line for line in outcome.said.splitlines() if line.startswith("megaphase: ")]
+    assert len(lines) == 1
+    assert lines[0].endswith("(File too large)")
+    assert "Exception ignored" not in outcome.said
 
 
 def test_some_odd_values(inputs):

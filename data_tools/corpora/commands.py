@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from megaphase.arguments import finite
+from megaphase.arguments import finite, named
 from megaphase.data_tools.options import Dedup, Overwrite, Shuffle, Workers, available_cores
 from megaphase.errors import InputError
 from megaphase.files import real_path
+from megaphase.streams import new_console
 
 if TYPE_CHECKING:
     from megaphase.corpus import Manifest
@@ -23,7 +23,9 @@ Prefixes = Annotated[list[Path], typer.Argument(metavar="PREFIX", help="The corp
 def from_megatron_command(
     source: Annotated[Path, typer.Argument(metavar="PREFIX", help="Of its .bin and .idx.")],
     tokenizer: Annotated[Path, typer.Option(help="The tokenizer that made the tokens.")],
-    out: Annotated[Path, typer.Option(help="Prefix of the corpus: PREFIX.bin, PREFIX.idx ...")],
+    out: Annotated[
+        Path, typer.Option(callback=named, help="Prefix of the corpus: PREFIX.bin, PREFIX.idx ...")
+    ],
     workers: Workers = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -41,7 +43,7 @@ def from_megatron_command(
         out,
         workers=available_cores() if workers is None else workers,
         overwrite=overwrite,
-        console=Console(stderr=True),
+        console=new_console(stderr=True),
     )
     print_corpora({out: manifest})
 
@@ -66,7 +68,7 @@ def inspect_command(
     from megaphase.data_tools.corpora.inspect import describe, document_text
 
     if document is None:
-        Console().print(describe(prefix))
+        new_console().print(describe(prefix))
     elif tokenizer is None:
         raise InputError("--document", "a document's text needs the tokenizer", "add --tokenizer")
     else:
@@ -87,8 +89,8 @@ def stats_command(
     """
     from megaphase.data_tools.corpora.stats import corpus_stats, stats_tables
 
-    stats = {prefix: corpus_stats(prefix, Console(stderr=True)) for prefix in prefixes}
-    Console().print(stats_tables(stats, tokenizer))
+    stats = {prefix: corpus_stats(prefix, new_console(stderr=True)) for prefix in prefixes}
+    new_console().print(stats_tables(stats, tokenizer))
 
 
 def verify_command(prefixes: Prefixes) -> None:
@@ -101,12 +103,12 @@ def verify_command(prefixes: Prefixes) -> None:
     from megaphase.data_tools.corpora.verify import verify
 
     for prefix in prefixes:
-        manifest = verify(prefix, Console(stderr=True))
+        manifest = verify(prefix, new_console(stderr=True))
         typer.echo(f"{prefix}: whole, {manifest.documents:,} documents, {manifest.tokens:,} tokens")
 
 
 def merge_command(
-    out: Annotated[Path, typer.Option(help="Prefix of the new corpus.")],
+    out: Annotated[Path, typer.Option(callback=named, help="Prefix of the new corpus.")],
     prefixes: Annotated[
         list[Path] | None, typer.Argument(metavar="PREFIX", help="The corpora, in order.")
     ] = None,
@@ -136,7 +138,7 @@ def merge_command(
         drop_duplicates=dedup,
         shuffle_seed=shuffle,
         overwrite=overwrite,
-        console=Console(stderr=True),
+        console=new_console(stderr=True),
     )
     if remove:
         for prefix in chosen:
@@ -147,8 +149,10 @@ def merge_command(
 
 def split_command(
     prefix: Annotated[Path, typer.Argument(help="The corpus's prefix.")],
-    train: Annotated[Path, typer.Option(help="Prefix of the larger part.")],
-    held_out: Annotated[Path, typer.Option(help="Prefix of the part that is held out.")],
+    train: Annotated[Path, typer.Option(callback=named, help="Prefix of the larger part.")],
+    held_out: Annotated[
+        Path, typer.Option(callback=named, help="Prefix of the part that is held out.")
+    ],
     fraction: Annotated[
         float, typer.Option(callback=finite, help="Of the documents that is held out.")
     ] = 0.01,
@@ -163,7 +167,7 @@ def split_command(
     from megaphase.data_tools.corpora.split import split
 
     parts = split(
-        prefix, train, held_out, fraction, overwrite=overwrite, console=Console(stderr=True)
+        prefix, train, held_out, fraction, overwrite=overwrite, console=new_console(stderr=True)
     )
     print_corpora(dict(zip((train, held_out), parts, strict=True)))
 
@@ -184,7 +188,7 @@ def print_corpora(manifests: dict[Path, Manifest]) -> None:
             f"{manifest.text_bytes:,}",
             f"{manifest.text_bytes / max(manifest.tokens, 1):.2f}",
         )
-    Console().print(table)
+    new_console().print(table)
     for prefix, manifest in manifests.items():
         if manifest.skipped_duplicates:
             typer.echo(f"Left out, duplicates: {manifest.skipped_duplicates:,}")

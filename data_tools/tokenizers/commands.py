@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from megaphase.arguments import MOST, MOST_SEED, finite
+from megaphase.arguments import MOST, MOST_SEED, finite, named
 from megaphase.data_tools.options import JsonKey, Overwrite, Separator, Template, reading_of
 from megaphase.errors import InputError
+from megaphase.streams import new_console
 
 if TYPE_CHECKING:
     from megaphase.tokenizer import Fertility, Tokenizer
@@ -48,7 +49,7 @@ def train(
     vocab_size: Annotated[
         int, typer.Option(min=1, max=MOST, help="Number of token ids, all kinds together.")
     ],
-    out: Annotated[Path, typer.Option(help="The tokenizer's directory.")],
+    out: Annotated[Path, typer.Option(callback=named, help="The tokenizer's directory.")],
     model_type: Annotated[Algorithm, typer.Option(help="The algorithm.")] = Algorithm.unigram,
     json_key: JsonKey = "text",
     template: Template = None,
@@ -115,9 +116,9 @@ def train(
         temperature=_temperature(alpha, temperature),
         seed=seed,
         overwrite=overwrite,
-        console=Console(stderr=True),
+        console=new_console(stderr=True),
     )
-    console = Console()
+    console = new_console()
     _print_fertility(console, record.languages)
     console.print(f"{record.vocab_size:,} tokens in {out}", soft_wrap=True, highlight=False)
 
@@ -155,7 +156,7 @@ def inspect(
         )
         for language, files in _by_language(inputs).items()
     }
-    console = Console()
+    console = new_console()
     console.print(_tokenizer_table(tokenizer))
     if measured or tokenizer.record.languages:
         _print_fertility(console, measured or tokenizer.record.languages, given=bool(measured))
@@ -215,5 +216,5 @@ def _tokenizer_table(tokenizer: Tokenizer) -> Table:
         ("byte fallback", "yes" if tokenizer.byte_fallback else "no"),
         ("fingerprint", tokenizer.fingerprint),
     ):
-        table.add_row(what, escape(value))
+        table.add_row(what, Text(value))
     return table

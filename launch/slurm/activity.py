@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megaphase.files import real_path
 from megaphase.launch.slurm.job_file import OVER
 from megaphase.locks import is_locked
 from megaphase.run_files import LOCK_FILE
@@ -45,7 +46,7 @@ def _is_local(path: Path) -> bool:
     """Whether the file system is one of this machine alone, whose locks are all seen here."""
     place, kind = "", ""
     try:
-        absolute = str(path.resolve())
+        absolute = str(real_path(path))
         for line in Path("/proc/self/mounts").read_text().splitlines():
             _, mounted, found, *_ = line.split()
             inside = absolute == mounted or absolute.startswith(mounted.rstrip("/") + "/")

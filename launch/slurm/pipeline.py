@@ -177,7 +177,7 @@ def load_pipeline(path: Path, program: Any) -> Pipeline:
         InputError: naming the first key that is wrong.
     """
     try:
-        pipeline = Pipeline.model_validate(read_yaml(path), context=path.parent.resolve())
+        pipeline = Pipeline.model_validate(read_yaml(path), context=real_path(path.parent))
     except ValidationError as error:
         raise as_input_error(path, error) from None
     pipeline._path = path

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from megaphase.config.run import RunConfig
 from megaphase.config.sections import MONITORED_MEAN
 from megaphase.errors import InputError
+from megaphase.files import real_path
 from megaphase.names import shown
 from megaphase.validation_errors import as_input_error, hint
 from megaphase.yaml_file import parse_scalar, read_yaml
@@ -166,7 +167,7 @@ def run_config(path: Path, data: dict[str, Any]) -> RunConfig:
         InputError: naming the file, the key's path and the remedy.
     """
     try:
-        config = RunConfig.model_validate(data, context=path.parent.resolve())
+        config = RunConfig.model_validate(data, context=real_path(path.parent))
     except ValidationError as error:
         raise as_input_error(path, error) from None
     config._path = path

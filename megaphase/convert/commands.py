@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from megaphase.arguments import MOST, Checkpoint, finite
+from megaphase.arguments import MOST, Checkpoint, finite, named
+from megaphase.streams import new_console
 
 convert_app = typer.Typer(
     help="Write checkpoints for other layouts and other programs, and read theirs.",
@@ -22,7 +23,9 @@ def _convert() -> None:
     prepare_for_large_tensors()
 
 
-Out = Annotated[Path, typer.Option(help="The new folder; it must not exist.", metavar="DIR")]
+Out = Annotated[
+    Path, typer.Option(callback=named, help="The new folder; it must not exist.", metavar="DIR")
+]
 Workers = Annotated[int, typer.Option(min=1, max=1024, help="Threads that read, and that write.")]
 TrustPickle = Annotated[
     bool,
@@ -59,8 +62,6 @@ def reshape_command(
 
     Example: megaphase convert reshape runs/a@pretrain --tensor 4 --data 8 --out reshaped/
     """
-    from rich.console import Console
-
     from megaphase.convert.partition import Layout
     from megaphase.convert.reshape import reshape
     from megaphase.errors import InputError
@@ -77,7 +78,7 @@ def reshape_command(
         layout,
         weights_only=weights_only,
         workers=workers,
-        console=Console(stderr=True, highlight=False),
+        console=new_console(stderr=True, highlight=False),
     )
     print(f"Checkpoint: {out}")
 
@@ -112,8 +113,6 @@ def to_hf_command(
 
     Example: megaphase convert to-hf runs/a@joint --out hf/
     """
-    from rich.console import Console
-
     from megaphase.convert.hugging_face.to_hf import to_hf
 
     family = to_hf(
@@ -123,7 +122,7 @@ def to_hf_command(
         tokenizer=tokenizer,
         max_shard_bytes=int(max_shard_gb * 1e9),
         workers=workers,
-        console=Console(stderr=True, highlight=False),
+        console=new_console(stderr=True, highlight=False),
     )
     print(f"{family.title} model: {out}")
 
@@ -147,8 +146,6 @@ def from_hf_command(
 
     Example: megaphase train joint.yaml --from base/
     """
-    from rich.console import Console
-
     from megaphase.convert.hugging_face.from_hf import from_hf
 
     taken = from_hf(
@@ -156,7 +153,7 @@ def from_hf_command(
         out,
         trust_pickle=trust_pickle,
         workers=workers,
-        console=Console(stderr=True, highlight=False),
+        console=new_console(stderr=True, highlight=False),
     )
     print(f"Checkpoint: {out}\n\nThe run file of a training that begins with it says:\n")
     if taken.tokenizer is None:
@@ -194,8 +191,6 @@ def to_megatron_command(
 
     Example: megaphase convert to-megatron runs/a@pretrain --tensor 2 --out megatron/
     """
-    from rich.console import Console
-
     from megaphase.convert.megatron.arguments import load_options
     from megaphase.convert.megatron.names import Implementation
     from megaphase.convert.megatron.to_megatron import Target, to_megatron
@@ -205,7 +200,7 @@ def to_megatron_command(
         out,
         Target(tensor, dtype, Implementation(implementation), vocab_divisible_by),
         workers=workers,
-        console=Console(stderr=True, highlight=False),
+        console=new_console(stderr=True, highlight=False),
     )
     print(f"Megatron-LM checkpoint: {out}\n\nTo load it: --load {out} {load_options(args)}")
 
@@ -239,8 +234,6 @@ def from_megatron_command(
 
     Example: megaphase train joint.yaml --from base/
     """
-    from rich.console import Console
-
     from megaphase.convert.megatron.from_megatron import from_megatron
 
     section = from_megatron(
@@ -249,7 +242,7 @@ def from_megatron_command(
         vocab=vocab,
         trust_pickle=trust_pickle,
         workers=workers,
-        console=Console(stderr=True, highlight=False),
+        console=new_console(stderr=True, highlight=False),
     )
     print(f"Checkpoint: {out}\n\nThe run file of a training that begins with it says:\n")
     print(section, end="")
@@ -278,14 +271,12 @@ def inspect_command(
     """
     from json import dumps
 
-    from rich.console import Console
-
     from megaphase.convert.inspect import Inspector, inspect
     from megaphase.convert.inspect_table import as_json, as_table
 
-    how = Inspector(verify, trust_pickle, workers, Console(stderr=True, highlight=False))
+    how = Inspector(verify, trust_pickle, workers, new_console(stderr=True, highlight=False))
     contents = inspect(checkpoint, how)
     if json:
         print(dumps(as_json(contents), indent=2, ensure_ascii=False))
     else:
-        Console(highlight=False).print(as_table(contents), markup=False)
+        new_console(highlight=False).print(as_table(contents), markup=False)

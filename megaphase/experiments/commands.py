@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megaphase.arguments import MOST_PROCESSES
+from megaphase.arguments import MOST_PROCESSES, named
 from megaphase.errors import InputError
 from megaphase.files import real_path
-from megaphase.streams import standard_output_is_a_log
+from megaphase.streams import new_console, standard_output_is_a_log
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,11 +51,10 @@ def sweep_command(
 
     Example: megaphase sweep sweep.yaml --jobs 2
     """
-    from rich.console import Console
 
     from megaphase.experiments.sweep.start import dry_run_table, sweep
 
-    console = Console(highlight=False)
+    console = new_console(highlight=False)
     if slurm:
         _sweep_on_slurm(context, sweep_file, console)
         return
@@ -100,15 +99,17 @@ def report_command(
         typer.Argument(metavar="RUN_DIR", help="Directories of runs, or of one sweep."),
     ],
     out: Annotated[
-        Path, typer.Option(help="Directory of the report; a former report there is replaced.")
+        Path,
+        typer.Option(
+            callback=named, help="Directory of the report; a former report there is replaced."
+        ),
     ] = Path("report"),
 ) -> None:
     """Show what runs have learnt, or a sweep: tables, verdicts, and a page with plots."""
-    from rich.console import Console
 
     from megaphase.experiments.sweep.directory import is_sweep
 
-    console = Console(highlight=False)
+    console = new_console(highlight=False)
     sweeps = [folder for folder in run_dirs if is_sweep(folder)]
     if sweeps:
         index = _sweep_report(sweeps[0], run_dirs, out, console)

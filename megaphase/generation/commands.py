@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from megaphase.arguments import MOST, MOST_SEED, Checkpoint, Overrides, RunFile, finite
+from megaphase.arguments import MOST, MOST_SEED, Checkpoint, Overrides, RunFile, finite, named
+from megaphase.streams import new_console
 
 # Logits that are divided by less overflow.
 _LEAST_TEMPERATURE = 1e-4
@@ -103,8 +104,6 @@ def generate_command(
     """
     from json import dumps
 
-    from rich.console import Console
-
     from megaphase.convert.source import open_source
     from megaphase.convert.source_tokenizer import load_tokenizer
     from megaphase.errors import InputError
@@ -130,7 +129,7 @@ def generate_command(
     check_lengths(prompts, source.shape.seq_len)
     model = load_model(source, dtype, verify=verify)
     how = Decoding(max_tokens, beam, length_penalty, temperature, top_k, top_p, seed)
-    with counting_progress(Console(stderr=True), "generating", len(prompts)) as advance:
+    with counting_progress(new_console(stderr=True), "generating", len(prompts)) as advance:
         found = generate(model, prompts, how, words.eod, batch=batch, advance=advance)
     for number, (text, each) in enumerate(zip(texts, found, strict=True)):
         completion = text_after(prompts[number], each.tokens, words)
@@ -177,11 +176,13 @@ def translate_command(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Write sources, references and hypotheses as JSON lines."
+            callback=named,
+            metavar="FILE",
+            help="Write sources, references and hypotheses as JSON lines.",
         ),
     ] = None,
     scores: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON.")
+        Path | None, typer.Option(callback=named, metavar="FILE", help="Write the figures as JSON.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
@@ -192,8 +193,6 @@ def translate_command(
     Example: megaphase translate run.yaml --checkpoint joint --task en-eu --out en-eu.jsonl
     """
     from json import dumps
-
-    from rich.console import Console
 
     from megaphase.config import load_run_file
     from megaphase.files import write_json_whole
@@ -214,7 +213,7 @@ def translate_command(
             check_place(file)
     how = Decoding(max_tokens, beam, length_penalty)
     test = TranslationTest(samples, how, batch, dtype, bleu_tokenizer, verify)
-    results = evaluate_translation(config, checkpoint, task or [], test, Console(stderr=True))
+    results = evaluate_translation(config, checkpoint, task or [], test, new_console(stderr=True))
     if out is not None:
         write_translations(out, results.translations)
     if scores is not None:
@@ -222,5 +221,5 @@ def translate_command(
     if json:
         print(dumps(as_json(results), indent=2))
     else:
-        Console(highlight=False).print(as_table(results))
+        new_console(highlight=False).print(as_table(results))
         print(*signature_lines(results), sep="\n")

@@ -16,7 +16,7 @@ def counting_progress(console: Console, what: str, total: int) -> Iterator[Calla
         yield lambda count: None
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),

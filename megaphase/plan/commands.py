@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from megaphase.arguments import MOST, Overrides, RunFile, finite
+from megaphase.streams import new_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -175,9 +176,7 @@ def trace_command(
 
 
 def _console() -> Console:
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = new_console(highlight=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     return console

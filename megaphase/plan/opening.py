@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rich.console import Console
-
 from megaphase.config import RunConfig, load_run_file
 from megaphase.memory.setup import Setup, setup_of
 from megaphase.model.presets import build_shape
@@ -19,6 +17,7 @@ from megaphase.plan.plan import Plan
 from megaphase.plan.progress import building_progress
 from megaphase.plan.same_run import plan_of_run
 from megaphase.plan.spec import plan_spec
+from megaphase.streams import new_console
 from megaphase.tokenizer import Tokenizer
 
 
@@ -56,7 +55,7 @@ def open_plan(config: RunConfig, tokenizer: Tokenizer, used: dict[str, int] | No
     if used is None:
         used = read_origin(config.output).used
     spec = plan_spec(config, tokenizer, used)
-    errors = Console(stderr=True, highlight=False)
+    errors = new_console(stderr=True, highlight=False)
     say = partial(errors.print, markup=False, soft_wrap=True)
     with ExitStack() as opened:
         output = config.output

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from megaphase.config import OverfitConfig, RunConfig
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
@@ -33,8 +33,8 @@ def plan_table(summary: dict[str, Any]) -> Table:
             if facts["samples"] == 0 and facts["requested_rate"] == 0:
                 continue
             table.add_row(
-                name,
-                escape(task),
+                Text(name),
+                Text(task),
                 steps,
                 f"{facts['tokens']:,}",
                 _rate(facts["requested_rate"]),
@@ -93,5 +93,7 @@ def _rate(rate: float) -> str:
     return f"{rate:.4f}" if rate >= 0.001 or rate == 0 else f"{rate:.1e}"
 
 
-def _epochs_so_far(epochs: float) -> str:
-    return f"[bold yellow]{epochs:.2f} ![/]" if epochs > REPEATED_TOO_OFTEN else f"{epochs:.2f}"
+def _epochs_so_far(epochs: float) -> Text:
+    if epochs > REPEATED_TOO_OFTEN:
+        return Text(f"{epochs:.2f} !", style="bold yellow")
+    return Text(f"{epochs:.2f}")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from megaphase.corpus.origins import Origin
 from megaphase.plan.plan import Plan
@@ -138,12 +138,12 @@ def trace_table(plan: Plan, samples: list[TracedSample]) -> Table:
     for sample, words in zip(samples, origins, strict=True):
         cells = [
             str(sample.row),
-            escape(sample.task),
+            Text(sample.task),
             str(sample.epoch),
             f"{sample.number:,} of {sample.of:,}",
-            escape(" ".join(f"{p.document}[{p.first}:{p.last}]" for p in sample.pieces)),
+            Text(" ".join(f"{p.document}[{p.first}:{p.last}]" for p in sample.pieces)),
         ]
-        table.add_row(*cells, *([escape(", ".join(filter(None, words)))] if told else []))
+        table.add_row(*cells, *([Text(", ".join(filter(None, words)))] if told else []))
     return table
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from rich.console import Console
 
 from megaphase.config import RunConfig, load_run_file
 from megaphase.errors import InputError
@@ -31,6 +30,7 @@ from megaphase.plan.same_run import plan_of_run, refuse_other_plan, refuse_other
 from megaphase.plan.spec import PlanSpec, plan_spec
 from megaphase.plan.trace import find_step
 from megaphase.run_files import RUN_FILE
+from megaphase.streams import new_console
 from megaphase.tokenizer import Tokenizer
 
 
@@ -83,7 +83,7 @@ def open_traced_run(run: Path, overrides: Sequence[str] | None) -> Iterator[Trac
         InputError: something in the run file is wrong, or the run that was trained there is
             another one.
     """
-    errors = Console(stderr=True, highlight=False)
+    errors = new_console(stderr=True, highlight=False)
     say = partial(errors.print, markup=False, soft_wrap=True)
     config = _config(run, tuple(overrides or ()))
     tokenizer = Tokenizer.load(config.tokenizer)
@@ -121,7 +121,7 @@ def _opened(spec: PlanSpec, config: RunConfig, say: Callable[[str], object]) -> 
     if problem is None:
         yield Plan(spec, folder)
         return
-    errors = Console(stderr=True, highlight=False)
+    errors = new_console(stderr=True, highlight=False)
     if plan_of_run(output) is None:
         say(
             f"no run has been trained in {output} yet: this is what the steps of {config.path} "

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from megaphase.arguments import Overrides, Profile, ProfileSteps, RunFile, Source
-from megaphase.streams import standard_output_is_a_log
+from megaphase.streams import new_console, standard_output_is_a_log
 
 PROFILE_STEPS = 3
 
@@ -29,8 +29,6 @@ def train_command(
 
     Example: megaphase train joint.yaml --from runs/base@pretrain
     """
-    from rich.console import Console
-
     from megaphase.config import load_run_file
     from megaphase.parallel.together import leaving_processes, together
     from megaphase.training.signals import StopSignals
@@ -43,7 +41,7 @@ def train_command(
         from megaphase.training.train import train
 
         steps = profile_steps or (PROFILE_STEPS if profile else 0)
-        train(config, Console(), signals, source=source, profile_steps=steps)
+        train(config, new_console(), signals, source=source, profile_steps=steps)
 
 
 def evaluate_command(
@@ -66,7 +64,6 @@ def evaluate_command(
     from dataclasses import asdict
     from json import dumps
 
-    from rich.console import Console
     from rich.table import Table
 
     from megaphase.config import load_run_file
@@ -79,7 +76,7 @@ def evaluate_command(
 
         from megaphase.training.train import evaluate
 
-        step, losses = evaluate(config, checkpoint, Console(stderr=True), signals)
+        step, losses = evaluate(config, checkpoint, new_console(stderr=True), signals)
     if global_rank() != 0:
         return
     if json:
@@ -92,4 +89,4 @@ def evaluate_command(
     table.add_column("bits a byte", justify="right")
     for task, loss in losses.items():
         table.add_row(task, f"{loss.loss:.4f}", f"{loss.bits_per_byte:.4f}")
-    Console().print(table)
+    new_console().print(table)

@@ -11,6 +11,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,12 @@ class TorchFileWriter:
         self._written = 0
         self._record: Any = None
         self._left = 0
-        for name, text in (("data.pkl", pickled.getvalue()), ("byteorder", b"little")):
-            self._archive.writestr(f"{_FOLDER}/{name}", text)
+        try:
+            for name, text in (("data.pkl", pickled.getvalue()), ("byteorder", b"little")):
+                self._archive.writestr(f"{_FOLDER}/{name}", text)
+        except BaseException:
+            self.abandon()
+            raise
 
     def write(self, part: Tensor) -> None:
         """The next elements of the next tensor: contiguous, on the CPU, of the announced type."""
@@ -77,11 +82,14 @@ class TorchFileWriter:
         self._file.close()
 
     def abandon(self) -> None:
-        """Close the file as it is."""
+        """Close the file as it is, also where it cannot be written any more."""
+        # What the archive still writes, here or when it is collected, goes nowhere.
+        self._archive.fp = io.BytesIO()
         if self._record is not None:
             self._record.close()
         self._archive.close()
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
 
     def _begin_record(self) -> Any:
         info = zipfile.ZipInfo(f"{_FOLDER}/data/{self._written}")

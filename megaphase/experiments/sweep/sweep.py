@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megaphase.config import RunConfig, run_config, set_value
 from megaphase.errors import InputError
 from megaphase.experiments.sweep.file import KINDS, STAGED, Arm, Kind, SweepConfig
+from megaphase.files import real_path
 from megaphase.names import shown
 from megaphase.plan.spec import plan_spec
 from megaphase.tokenizer import Tokenizer
@@ -66,7 +67,7 @@ def load_sweep(path: Path) -> Sweep:
         InputError: naming the file, the key's path and the remedy.
     """
     try:
-        config = SweepConfig.model_validate(read_yaml(path), context=path.parent.resolve())
+        config = SweepConfig.model_validate(read_yaml(path), context=real_path(path.parent))
     except ValidationError as error:
         raise as_input_error(path, error) from None
     for name, arm in config.arms.items():
