@@ -61,4 +61,7 @@ def is_utf8(name: str) -> bool:
 
 def escaped(name: str) -> str:
     """A name that is not UTF-8 for a message: `caf\\xe9.jsonl`."""
-    return repr(name.encode("utf-8", "surrogateescape"))[2:-1]
+    try:
+        return repr(name.encode("utf-8", "surrogateescape"))[2:-1]
+    except UnicodeEncodeError:
+        return ascii(name)[1:-1]  # half of a surrogate pair, from a file that spells it

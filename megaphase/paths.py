@@ -6,6 +6,7 @@ import os
 import unicodedata
 from pathlib import Path
 
+from megaphase.locale_settings import escaped, is_utf8
 from megaphase.names import shown
 
 # Room is left for what is put behind a path: file names, suffixes.
@@ -19,7 +20,10 @@ def resolved_path(path: str | Path, folder: Path) -> Path:
     Raises:
         ValueError: there is no such user, or no file can have such a path.
     """
-    return folder / expanded_path(path)
+    whole = folder / expanded_path(path)
+    if not is_utf8(str(whole)):  # the folder's name may be at fault, or that of a home folder
+        raise ValueError(f"the path {escaped(str(whole))} is not UTF-8; rename the folder or file")
+    return whole
 
 
 def expanded_path(path: str | Path) -> Path:

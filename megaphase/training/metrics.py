@@ -13,7 +13,6 @@ from typing import Any
 from megaphase.errors import RunError
 from megaphase.files import HASH_CHUNK_BYTES, new_hash, os_errors_named, write_all
 from megaphase.metrics_rows import Row
-from megaphase.set_aside import Say, make_way_for_directory, say_on_standard_error
 
 TRAINING_SCALARS = (
     "loss",
@@ -39,7 +38,6 @@ class MetricsLog:
         keep_bytes: int,
         tensorboard: Path | None,
         resumed_step: int | None,
-        say: Say = say_on_standard_error,
     ) -> None:
         """
         Args:
@@ -47,7 +45,6 @@ class MetricsLog:
             tensorboard: directory of TensorBoard's files, None for none.
             resumed_step: of that checkpoint; what TensorBoard has beyond is hidden. None where the
                 run begins anew.
-            say: gets a sentence about what lay in the way.
         """
         self._path = path
         with os_errors_named(path):
@@ -58,7 +55,7 @@ class MetricsLog:
             self._digest = new_hash()
             while chunk := self._file.read(HASH_CHUNK_BYTES):
                 self._digest.update(chunk)
-        self._board = None if tensorboard is None else _Board(tensorboard, resumed_step, say)
+        self._board = None if tensorboard is None else _Board(tensorboard, resumed_step)
 
     def write(self, row: Row) -> None:
         """Append one row; numbers that JSON does not have become null.
@@ -105,11 +102,10 @@ class _Board:
     them.
     """
 
-    def __init__(self, folder: Path, resumed_step: int | None, say: Say) -> None:
+    def __init__(self, folder: Path, resumed_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         with os_errors_named(folder):
-            make_way_for_directory(folder, "the directory of TensorBoard's files", say)
             before = list(folder.glob("events.out.tfevents.*"))
             if resumed_step is None:
                 for path in before:

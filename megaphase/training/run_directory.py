@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,16 @@ class RunDirectory:
         """Write down the run file and the plan, in a directory that is new or of this run.
 
         Raises:
-            InputError: the corpora have changed since the run began, or the directory cannot be
-                written.
+            InputError: the corpora have changed since the run began, or the directory, or that of
+                TensorBoard in it, cannot be written.
         """
+        board = self.tensorboard
+        if config.logging.tensorboard and os.path.lexists(board) and not board.is_dir():
+            raise InputError(
+                board,
+                "is no folder, which TensorBoard's files need",
+                "move it away, or set logging.tensorboard: false",
+            )
         refuse_other_plan(self.path, config, plan["fingerprint"])
         refuse_other_counts(self.path, plan)
         try:

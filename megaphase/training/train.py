@@ -329,7 +329,6 @@ def _record(beginning: Beginning, console: Console) -> Iterator[Record]:
         keep_bytes=kept.bytes,
         tensorboard=setting.directory.tensorboard if config.logging.tensorboard else None,
         resumed_step=None if state is None else done,
-        say=setting.say,
     )
     steps = beginning.first_step + sum(phase.steps for phase in plan.phases)
     display = Display(console, steps=steps, done=done, every_steps=config.logging.every_steps)

@@ -83,6 +83,8 @@ class TorchFileWriter:
 
     def abandon(self) -> None:
         """Close the file as it is, also where it cannot be written any more."""
+        if self._archive.fp is None:
+            return  # it is closed
         # What the archive still writes, here or when it is collected, goes nowhere.
         self._archive.fp = io.BytesIO()
         if self._record is not None:
