@@ -136,7 +136,7 @@ def trace_table(plan: Plan, samples: list[TracedSample]) -> Table:
     if told:
         table.add_column("their ids in their files", overflow="fold")
     for sample, words in zip(samples, origins, strict=True):
-        cells = [
+        cells: list[str | Text] = [
             str(sample.row),
             Text(sample.task),
             str(sample.epoch),
