@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nasty_values import all_keys, places, replaced
 
 from megaphase.checkpoint.state import NAME
-from megaphase.config import MixtureConfig, RunConfig, load_run_file
+from megaphase.config import MixtureConfig, RunConfig, load_run_file, run_config
 from megaphase.decimals import as_written
 from megaphase.errors import InputError, one_line
 from megaphase.memory.gathered import kept_gathered
@@ -99,7 +99,8 @@ def test_no_value_is_taken_for_one_of_another_type(tmp_path, place):
     for key in place:
         node = node[key]
     for value in OF_ANOTHER_TYPE.get(type(node), [True, 1, 1.5, "text"]):
-        assert refusal(tmp_path, replaced(all_keys(), place, value)).startswith("run.yaml: ")
+        with pytest.raises(InputError, match=r"run.yaml: "):
+            run_config(tmp_path / "run.yaml", replaced(all_keys(), place, value))
 
 
 @pytest.mark.parametrize(
