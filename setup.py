@@ -1,4 +1,4 @@
-"""Builds the plan's C++ extension; everything declarative stands in pyproject.toml."""
+"""Builds the C++ extensions; everything declarative stands in pyproject.toml."""
 
 import os
 from glob import glob
@@ -17,13 +17,22 @@ SANITIZE = [
 
 sanitize = bool(os.environ.get("MEGAPHASE_SANITIZE"))
 
-builder = Pybind11Extension(
-    "megaphase.plan._builder",
-    ["csrc/module.cpp"],
-    depends=sorted(glob("csrc/*.hpp")),
-    cxx_std=17,
-    extra_compile_args=OPTIONS + (SANITIZE if sanitize else []),
-    extra_link_args=["-fsanitize=address,undefined"] if sanitize else [],
-)
 
-setup(ext_modules=[builder], cmdclass={"build_ext": build_ext})
+def extension(name: str, source: str) -> Pybind11Extension:
+    return Pybind11Extension(
+        name,
+        [source],
+        depends=sorted(glob("csrc/**/*.h*", recursive=True)),
+        cxx_std=17,
+        extra_compile_args=OPTIONS + (SANITIZE if sanitize else []),
+        extra_link_args=["-fsanitize=address,undefined"] if sanitize else [],
+    )
+
+
+setup(
+    ext_modules=[
+        extension("megaphase.plan._builder", "csrc/module.cpp"),
+        extension("megaphase.corpus._checksums", "csrc/checksums.cpp"),
+    ],
+    cmdclass={"build_ext": build_ext},
+)

@@ -1,12 +1,15 @@
-"""Reading planned samples beside megatron-core's GPTDataset, over the same corpora, in one run.
+"""Reading planned samples beside megatron-core's GPTDataset, over the same corpora, in one run;
+and what it costs that the tokens are checked where they are read for the first time.
 
     pip install -c constraints.txt -e '.[benchmark]'
     python benchmarks/plan_reading.py
+    python benchmarks/plan_reading.py --ours        without GPTDataset
 
-Both sides deliver batches of int64 tensors; they take turns, each time in a process of its own:
+All sides deliver batches of int64 tensors; they take turns, each time in a process of its own:
 cold, with every file dropped from the page cache, and warm, with all of it read before. GPTDataset
 runs as Megatron-LM runs it with no loader processes (a blended data set behind torch's DataLoader,
 no attention mask), and also with two, as many as this machine has cores.
+Every round opens the plan anew, so that all tokens are read for the first time, and checked.
 Exit code 2 where megatron-core is missing.
 """
 
@@ -31,11 +34,13 @@ import numpy as np
 from synthetic_corpora import TOKENIZER, document_lengths, open_spec, write_corpus, write_run_file
 
 from megaphase.errors import EXIT_WRONG_INPUT
+from megaphase.plan import _builder
 
 TASKS = 8
 BATCH = 256
 MEAN_DOCUMENT = 1000
 SEED = 1
+STREAM = _builder.Stream
 
 
 def prepare(folder: Path, tokens: int, seq_len: int, steps: int) -> Path:
@@ -61,6 +66,17 @@ def our_batches(run_file: Path, workers: int) -> Iterator[Any]:
     plan = Plan(spec, ensure_built(spec, config.output))
     reader = StepReader(plan, 0, rank=0, ranks=1, filler=TOKENIZER.eod)
     return reader.steps(0, plan.phases[0].steps)
+
+
+def unchecked_batches(run_file: Path, workers: int) -> Iterator[Any]:
+    """As ours, with the checks left out."""
+
+    class Unchecked(STREAM):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments[:-2])
+
+    _builder.Stream = Unchecked  # type: ignore[misc]
+    return our_batches(run_file, workers)
 
 
 def their_batches(run_file: Path, workers: int) -> Iterator[Any]:
@@ -105,27 +121,29 @@ def their_batches(run_file: Path, workers: int) -> Iterator[Any]:
 
 SIDES: dict[str, tuple[Callable[[Path, int], Iterator[Any]], int]] = {
     "megaphase": (our_batches, 0),
+    "megaphase, unchecked": (unchecked_batches, 0),
     "GPTDataset": (their_batches, 0),
     "GPTDataset, 2 loader processes": (their_batches, 2),
 }
 
 
-def read_all(side: str, run_file: Path, rounds: int) -> tuple[list[float], int]:
-    """Seconds of every round, opening not counted; samples of a round."""
+def read_all(side: str, run_file: Path, rounds: int) -> tuple[float, float, int]:
+    """Seconds and processor seconds of the last round, opening not counted; samples of a round."""
     make, workers = SIDES[side]
-    seconds = []
+    seconds = processor = 0.0
     samples = 0
     for _ in range(rounds):
         batches = make(run_file, workers)
-        began = time.perf_counter()
+        began, processor_began = time.perf_counter(), time.process_time()
         samples = 0
         for batch in batches:
             samples += len(batch["tokens"] if isinstance(batch, dict) else batch)
-        seconds.append(time.perf_counter() - began)
-    return seconds, samples
+        seconds = time.perf_counter() - began
+        processor = time.process_time() - processor_began
+    return seconds, processor, samples
 
 
-def measure(side: str, run_file: Path, rounds: int) -> tuple[list[float], int]:
+def measure(side: str, run_file: Path, rounds: int) -> tuple[float, float, int]:
     """`read_all` in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(read_all, side, run_file, rounds).result()
@@ -140,20 +158,30 @@ def drop_from_page_cache(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def compare(run_file: Path, turns: int, *, cold: bool) -> None:
-    """Samples a second of all sides, in turns, and the ratio of ours to each."""
-    rates: dict[str, list[float]] = {side: [] for side in SIDES}
-    for _ in range(turns):
-        for side in SIDES:
+def compare(run_file: Path, sides: list[str], turns: int, *, cold: bool) -> None:
+    """Samples a second of the sides, in turns, the ratio of ours to each, and processor time.
+
+    That of loader processes does not count. It is steadier than the seconds on a machine that does
+    other work.
+    """
+    rates: dict[str, list[float]] = {side: [] for side in sides}
+    processor: dict[str, list[float]] = {side: [] for side in sides}
+    for turn in range(turns):
+        # The first becomes the last, so that none always follows the same one.
+        for side in sides[turn % len(sides) :] + sides[: turn % len(sides)]:
             if cold:
                 drop_from_page_cache(run_file.parent)
             # A first, unmeasured round reads everything into the page cache.
-            seconds, samples = measure(side, run_file, 1 if cold else 2)
-            rates[side].append(samples / seconds[-1])
+            seconds, used, samples = measure(side, run_file, 1 if cold else 2)
+            rates[side].append(samples / seconds)
+            processor[side].append(used / samples)
     ours = rates["megaphase"]
     for side, theirs in rates.items():
         ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-        print(f"  {side:32} {statistics.median(theirs):>12,.0f} samples/s  ratio {ratio:.1f}")
+        print(
+            f"  {side:32} {statistics.median(theirs):>12,.0f} samples/s  ratio {ratio:.2f}  "
+            f"{statistics.median(processor[side]) * 1e6:.2f} µs of processor time a sample"
+        )
 
 
 def main() -> int:
@@ -164,8 +192,10 @@ def main() -> int:
     parser.add_argument("--cold-steps", type=int, default=40)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where the corpora go, for a while")
+    parser.add_argument("--ours", action="store_true", help="leave GPTDataset out")
     options = parser.parse_args()
-    if importlib.util.find_spec("megatron") is None:
+    sides = [side for side in SIDES if not (options.ours and side.startswith("GPTDataset"))]
+    if not options.ours and importlib.util.find_spec("megatron") is None:
         print("megatron-core is missing: pip install -c constraints.txt -e '.[benchmark]'")
         return EXIT_WRONG_INPUT
     for cold, steps in ((False, options.warm_steps), (True, options.cold_steps)):
@@ -173,14 +203,14 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
             run_file = prepare(Path(name), int(options.tokens), options.seq_len, steps)
-            for side in SIDES:
+            for side in sides:
                 measure(side, run_file, 1)  # builds the index
             print(
                 f"{'cold' if cold else 'warm'} files, {steps * BATCH:,} samples of "
                 f"{options.seq_len:,} tokens, {TASKS} tasks, {options.tokens:,.0f} tokens in all",
                 flush=True,
             )
-            compare(run_file, options.turns, cold=cold)
+            compare(run_file, sides, options.turns, cold=cold)
     return 0
 
 

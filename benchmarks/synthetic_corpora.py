@@ -9,8 +9,11 @@ import numpy as np
 import yaml
 
 from megaphase.config import RunConfig, load_run_file
+from megaphase.corpus.batch import checksums
+from megaphase.corpus.block_sums import BlockSums
 from megaphase.corpus.format import HASH_DTYPE, SUM_DTYPE, write_index
-from megaphase.corpus.manifest import DATA_SUFFIXES, FileRecord, Manifest
+from megaphase.corpus.manifest import BLOCKS_SUFFIX, DATA_SUFFIXES, Manifest
+from megaphase.files import describe_file
 from megaphase.plan.spec import PlanSpec, plan_spec
 
 TOKENIZER = SimpleNamespace(fingerprint="synthetic", eod=0)
@@ -26,14 +29,19 @@ def document_lengths(documents: int, mean: float, seed: int) -> np.ndarray:
 
 
 def write_corpus(prefix: Path, lengths: np.ndarray, seed: int, *, with_tokens: bool) -> None:
-    """Write the files of a corpus; without tokens the .bin is a hole as large as they would be."""
+    """Write the files of a corpus.
+
+    Without tokens the .bin is a hole as large as they would be, there are no checksums, and nothing
+    of it can be read.
+    """
     random = np.random.default_rng(seed)
-    paths = {suffix: prefix.with_name(prefix.name + suffix) for suffix in DATA_SUFFIXES}
+    suffixes = (*DATA_SUFFIXES, BLOCKS_SUFFIX) if with_tokens else DATA_SUFFIXES
+    paths = {suffix: prefix.with_name(prefix.name + suffix) for suffix in suffixes}
     tokens = int(lengths.sum(dtype=np.int64))
     with open(paths[".idx"], "wb") as file:
         write_index(file.write, TOKEN_DTYPE, lengths)
-    with open(paths[".hash"], "wb") as file:
-        random.integers(0, 2**64, len(lengths), dtype=np.uint64).astype(HASH_DTYPE).tofile(file)
+    hashes = random.integers(0, 2**64, len(lengths), dtype=np.uint64).astype(HASH_DTYPE)
+    hashes.tofile(paths[".hash"])
     with open(paths[".sum"], "wb") as file:
         file.truncate(len(lengths) * SUM_DTYPE.itemsize)
     with open(paths[".bin"], "wb") as file:
@@ -41,10 +49,11 @@ def write_corpus(prefix: Path, lengths: np.ndarray, seed: int, *, with_tokens: b
             size = min(CHUNK_TOKENS, tokens - first)
             random.integers(1, VOCAB_SIZE, size, dtype=TOKEN_DTYPE).tofile(file)
         file.truncate(tokens * TOKEN_DTYPE.itemsize)
-    files = {
-        suffix: FileRecord(bytes=path.stat().st_size, hash=f"synthetic {seed}")
-        for suffix, path in paths.items()
-    }
+    if with_tokens:
+        _write_checksums(paths, lengths, hashes)
+    # That of a large .bin is read by `data verify` alone.
+    files = {suffix: describe_file(path) for suffix, path in paths.items() if suffix != ".bin"}
+    files[".bin"] = {"bytes": tokens * TOKEN_DTYPE.itemsize, "hash": f"synthetic {seed}"}
     manifest = Manifest(
         dtype=TOKEN_DTYPE.name,
         documents=len(lengths),
@@ -53,10 +62,21 @@ def write_corpus(prefix: Path, lengths: np.ndarray, seed: int, *, with_tokens: b
         vocab_size=VOCAB_SIZE,
         eod=TOKENIZER.eod,
         tokenizer_hash=TOKENIZER.fingerprint,
-        files=files,
+        files=files,  # type: ignore[arg-type]
         sources=[],
     )
     manifest.write(prefix)
+
+
+def _write_checksums(paths: dict[str, Path], lengths: np.ndarray, hashes: np.ndarray) -> None:
+    tokens = np.memmap(paths[".bin"], TOKEN_DTYPE, "r")
+    sums = np.zeros(len(lengths), SUM_DTYPE)
+    sums["checksum"] = checksums(tokens, lengths, hashes, sums["text_bytes"])
+    sums.tofile(paths[".sum"])
+    blocks = BlockSums()
+    with open(paths[BLOCKS_SUFFIX], "wb") as file:
+        blocks.add(np.asarray(tokens).view(np.uint8)).tofile(file)
+        blocks.end().tofile(file)
 
 
 def write_run_file(

@@ -10,6 +10,7 @@
 #include "blend.hpp"
 #include "sample_index.hpp"
 #include "stream.hpp"
+#include "token_check.hpp"
 #include "translation_stream.hpp"
 
 namespace py = pybind11;
@@ -67,11 +68,26 @@ void phase_ordinals(const Array<Task>& tasks, const Array<int64_t>& counts, int6
     }
 }
 
+template <typename Token>
+std::shared_ptr<const TokenCheck<Token>> make_check(const Array<Token>& tokens,
+                                                    const std::optional<Array<uint32_t>>& blocks,
+                                                    int64_t vocab_size) {
+    const auto count = static_cast<int64_t>(tokens.size());
+    const int64_t bytes = count * int64_t{sizeof(Token)};
+    require(!blocks || (blocks->ndim() == 1 &&
+                        blocks->size() == (bytes + kBlockBytes - 1) / kBlockBytes),
+            "blocks has a checksum for every block");
+    return std::make_shared<TokenCheck<Token>>(tokens.data(), count,
+                                               blocks ? blocks->data() : nullptr, vocab_size);
+}
+
 template <typename Length, typename Token>
 std::unique_ptr<Stream> make_stream(const Array<Token>& tokens, const Array<int64_t>& byte_offsets,
                                     const Array<Length>& lengths, const Array<uint64_t>& hashes,
                                     uint64_t first_hash, uint64_t last_hash, uint64_t key,
-                                    int64_t seq_len, std::optional<int64_t> tag) {
+                                    int64_t seq_len, std::optional<int64_t> tag,
+                                    const std::optional<Array<uint32_t>>& blocks,
+                                    int64_t vocab_size) {
     require(tokens.ndim() == 1 && byte_offsets.ndim() == 1 && lengths.ndim() == 1 &&
                 hashes.ndim() == 1,
             "a corpus's arrays have one dimension");
@@ -82,7 +98,8 @@ std::unique_ptr<Stream> make_stream(const Array<Token>& tokens, const Array<int6
                                       static_cast<int64_t>(lengths.size()),
                                       {first_hash, last_hash}};
     const TokenFile<Token> file{tokens.data(), static_cast<int64_t>(tokens.size()),
-                                byte_offsets.data()};
+                                byte_offsets.data(),
+                                make_check(tokens, blocks, vocab_size)};
     const CorpusStream<Length, Token> stream(documents, file, key, seq_len);
     if (!tag) return std::make_unique<CorpusStream<Length, Token>>(stream);
     require(*tag >= 0 && *tag <= int64_t{std::numeric_limits<Token>::max()}, "the tag is no token");
@@ -175,8 +192,10 @@ void bind_stream(py::class_<Stream>& stream) {
                py::arg("byte_offsets").noconvert(), py::arg("lengths").noconvert(),
                py::arg("hashes").noconvert(), py::arg("first_hash"), py::arg("last_hash"),
                py::arg("key"), py::arg("seq_len"), py::arg("tag") = py::none(),
-               py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(),
-               py::keep_alive<1, 5>());
+               py::arg("blocks").noconvert() = py::none(),
+               py::arg("vocab_size") = std::numeric_limits<int64_t>::max(), py::keep_alive<1, 2>(),
+               py::keep_alive<1, 3>(), py::keep_alive<1, 4>(), py::keep_alive<1, 5>(),
+               py::keep_alive<1, 11>());
 }
 
 template <typename Unit>
@@ -187,6 +206,20 @@ void bind_for_starts(py::class_<Stream>& stream, py::class_<StreamWalk>& walk) {
                py::arg("rows").noconvert(), py::arg("inputs").noconvert(),
                py::arg("targets").noconvert(), py::arg("filler"), py::arg("ignored"),
                py::arg("documents").noconvert() = py::none());
+}
+
+// Python's WrongTokensError carries the first token of the part that is wrong, and the one after it.
+void bind_wrong_tokens(py::module_& module) {
+    static py::object error;
+    error = py::exception<WrongTokens>(module, "WrongTokensError", PyExc_ValueError);
+    py::register_exception_translator([](std::exception_ptr thrown) {
+        try {
+            if (thrown) std::rethrow_exception(thrown);
+        } catch (const WrongTokens& wrong) {
+            const py::tuple range = py::make_tuple(wrong.first, wrong.last);
+            PyErr_SetObject(error.ptr(), range.ptr());
+        }
+    });
 }
 
 template <typename Blend>
@@ -213,6 +246,7 @@ PYBIND11_MODULE(_builder, module) {
     module.attr("LARGEST_TOTAL_WEIGHT") = kLargestTotalWeight;
     module.def("shuffle_samples", &shuffle_samples, py::arg("ordinals").noconvert(),
                py::arg("samples_per_epoch"), py::arg("window"), py::arg("key"));
+    bind_wrong_tokens(module);
     bind_phase_ordinals<uint16_t>(module);
     bind_phase_ordinals<uint32_t>(module);
 

@@ -13,6 +13,7 @@
 
 #include "documents.hpp"
 #include "sample_index.hpp"
+#include "token_check.hpp"
 
 namespace megaphase {
 
@@ -51,7 +52,8 @@ public:
     // the system for their tokens.
     virtual void prepare(int64_t epoch, int64_t slot, int64_t offset,
                          std::vector<Piece>& pieces) const = 0;
-    // Write a sample; what it leaves empty gets the blanks, and counts to its last document.
+    // Write a sample, whose tokens are checked where that has not been done before. What it leaves
+    // empty gets the blanks, and counts to its last document.
     virtual void read(const Piece* first, const Piece* last, const Row& row,
                       const Blanks& blanks) const = 0;
 };
@@ -80,24 +82,33 @@ struct TokenFile {
     const Token* tokens;
     int64_t count;
     const int64_t* byte_offsets;  // [documents]
+    std::shared_ptr<const TokenCheck<Token>> check;
 
+    // To be read, after it was checked.
     const Token* at(const Piece& piece) const {
-        const int64_t begin =
-            load(byte_offsets, piece.document) / int64_t{sizeof(Token)} + piece.offset;
-        if (begin < 0 || begin > count - piece.tokens)
-            throw std::out_of_range("a document lies outside the token file");
+        const int64_t begin = position(piece);
+        if (piece.tokens > 0) check->check(begin, begin + piece.tokens);
         return tokens + begin;
     }
 
     // Have a mapped file's pages read, without waiting: many requests are then under way at once.
     void will_need(const Piece& piece) const {
         static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-        const auto begin = reinterpret_cast<uintptr_t>(at(piece));
+        const auto begin = reinterpret_cast<uintptr_t>(tokens + position(piece));
         const uintptr_t aligned = begin / page * page;
         // A hint: where it is not understood, the pages are read when they are touched.
         madvise(reinterpret_cast<void*>(aligned),
                 begin - aligned + static_cast<uintptr_t>(piece.tokens) * sizeof(Token),
                 MADV_WILLNEED);
+    }
+
+private:
+    int64_t position(const Piece& piece) const {
+        const int64_t begin =
+            load(byte_offsets, piece.document) / int64_t{sizeof(Token)} + piece.offset;
+        if (begin < 0 || begin > count - piece.tokens)
+            throw std::out_of_range("a document lies outside the token file");
+        return begin;
     }
 };
 

@@ -132,6 +132,32 @@ def hash_json(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+class AlteredError(ValueError):
+    """A JSON object is not the one that was written."""
+
+
+def with_hash(value: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with the digest of all else in it as `hash`."""
+    return value | {"hash": hash_json(value)}
+
+
+def without_hash(value: dict[str, Any]) -> dict[str, Any]:
+    """What was given to `with_hash`; AlteredError where it is another one, or has no hash."""
+    rest = {key: each for key, each in value.items() if key != "hash"}
+    if value.get("hash") != hash_json(rest):
+        raise AlteredError("the hash is that of another object")
+    return rest
+
+
+def read_hashed_json(path: Path) -> Any:
+    """What was given to `with_hash` and written; files of an earlier version have no hash.
+
+    Raises OSError as `read_file` does, ValueError where it is no JSON or has been altered.
+    """
+    value = read_json(path)
+    return without_hash(value) if isinstance(value, dict) and "hash" in value else value
+
+
 def fsync_path(path: Path) -> None:
     """Force a file's bytes, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -14,13 +15,23 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from megaphase.data_tools.artificial.languages import write_languages
 from megaphase.data_tools.tokenizers.train import train_tokenizer
 
 CORPORA = Path(__file__).resolve().parents[2] / "shared" / "corpora"
 VOCAB_SIZE = 700
-CORPUS_FILES = ["en.bin", "en.hash", "en.ids", "en.idx", "en.json", "en.sources", "en.sum"]
+CORPUS_FILES = [
+    "en.bin",
+    "en.blocks",
+    "en.hash",
+    "en.ids",
+    "en.idx",
+    "en.json",
+    "en.sources",
+    "en.sum",
+]
 LIMIT_SECONDS = 300.0  # for what takes a few; a machine may have much else to do
 
 
@@ -82,9 +93,28 @@ def files_of(directory: Path) -> list[str]:
 
 
 def corpus_bytes(prefix: Path) -> dict[str, bytes]:
-    endings = (".bin", ".idx", ".hash", ".sum", ".json", ".sources", ".ids")
+    endings = (".bin", ".idx", ".hash", ".sum", ".blocks", ".json", ".sources", ".ids")
     paths = {end: Path(f"{prefix}{end}") for end in endings}
     return {end: path.read_bytes() for end, path in paths.items() if path.exists()}
+
+
+def rewrite_manifest(prefix: Path, **changes: object) -> None:
+    """Replace fields of a manifest, as one who means it would: its hash fits."""
+    path = Path(f"{prefix}.json")
+    manifest = {**json.loads(path.read_text()), **changes}
+    del manifest["hash"]
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    manifest["hash"] = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    path.write_text(json.dumps(manifest))
+
+
+def rehash(prefix: Path, *suffixes: str) -> None:
+    """Make a manifest agree with the files of these endings, or all, as they are now."""
+    files = json.loads(Path(f"{prefix}.json").read_text())["files"]
+    for suffix in suffixes or files:
+        data = Path(f"{prefix}{suffix}").read_bytes()
+        files[suffix] = {"bytes": len(data), "hash": xxhash.xxh3_128_hexdigest(data)}
+    rewrite_manifest(prefix, files=files)
 
 
 def edit_bytes(path: Path, position: int, data: bytes) -> None:

@@ -142,11 +142,19 @@ def test_a_branch_that_is_killed_before_its_first_checkpoint_begins_again(
     run_well("train", run_file)
     assert rows_of_joint(folder / "early" / "run") == rows_of_joint(branch)
 
+    checkpoint = base / "checkpoints" / "step-00000012"
+    checkpoint.rename(folder / "moved")
+    result = run("train", folder / "orphan" / "run.yaml")
+    (folder / "moved").rename(checkpoint)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert f"{checkpoint}: this is not a checkpoint" in result.stderr
+
+    # Another checkpoint's name, which an altered byte makes of it, is not followed.
     origin = folder / "orphan" / "run" / "origin.json"
     origin.write_text(origin.read_text().replace("step-00000012", "step-00000011"))
     result = run("train", folder / "orphan" / "run.yaml")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert f"{base / 'checkpoints' / 'step-00000011'}: this is not a checkpoint" in result.stderr
+    assert f"{origin}: is damaged" in result.stderr
 
 
 def kill_before_claim() -> None:

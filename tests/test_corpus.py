@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import signal
@@ -17,6 +16,8 @@ from data_support import (
     files_of,
     megatron_documents,
     megatron_index,
+    rehash,
+    rewrite_manifest,
     start_python,
     tokens_of,
 )
@@ -93,9 +94,7 @@ def test_documents_of_several_sequences_are_joined(prefix: Path) -> None:
     """As Megatron-LM writes them when it splits documents into sentences."""
     path = Path(f"{prefix}.idx")
     path.write_bytes(megatron_index(8, [1, 3, 2, 4, 1], 2, [0, 2, 3, 5]))
-    manifest = json.loads(Path(f"{prefix}.json").read_text())
-    manifest["files"][".idx"] = {"bytes": path.stat().st_size, "hash": hash_file(path)}
-    Path(f"{prefix}.json").write_text(json.dumps(manifest))
+    rehash(prefix, ".idx")
 
     corpus = Corpus.open(prefix)
     assert corpus.lengths.tolist() == [4, 2, 5]
@@ -162,7 +161,7 @@ def test_an_error_leaves_the_old_corpus(prefix: Path) -> None:
     with pytest.raises(InputError, match="would be empty; give files that hold text"):
         write(prefix, [], overwrite=True)
     assert corpus_bytes(prefix) == before
-    assert len(files_of(prefix.parent)) == 5
+    assert len(files_of(prefix.parent)) == 6
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -227,7 +226,7 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_whole(prefix: Path, mo
             Corpus.open(prefix)
     # The next writer cleans up.
     write(prefix, overwrite=True)
-    assert len(files_of(prefix.parent)) == 5
+    assert len(files_of(prefix.parent)) == 6
 
 
 def test_two_writers_of_one_corpus_are_refused(tmp_path: Path) -> None:
@@ -239,14 +238,14 @@ def test_two_writers_of_one_corpus_are_refused(tmp_path: Path) -> None:
     assert Corpus.open(tmp_path / "x").tokens.tolist() == [1, EOD]
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".idx", ".hash", ".sum", ".json"])
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".hash", ".sum", ".blocks", ".json"])
 def test_a_missing_file_is_named(prefix: Path, suffix: str) -> None:
     os.remove(f"{prefix}{suffix}")
     with pytest.raises(InputError, match=rf"en\.v1\{suffix}: no such file"):
         Corpus.open(prefix)
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".idx", ".hash", ".sum"])
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".hash", ".sum", ".blocks"])
 @pytest.mark.parametrize("change", [-1, 1])
 def test_a_file_of_another_size_is_named(prefix: Path, suffix: str, change: int) -> None:
     path = Path(f"{prefix}{suffix}")
@@ -288,11 +287,10 @@ def test_a_wrong_index_is_refused(prefix: Path, position: int, data: bytes, mess
     ],
 )
 def test_a_wrong_manifest_is_refused(prefix: Path, key: str, value: object, message: str) -> None:
-    path = Path(f"{prefix}.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    rewrite_manifest(prefix, **{key: value})
     with pytest.raises(InputError, match=message) as error:
         Corpus.open(prefix)
-    assert str(error.value).startswith(str(path))
+    assert str(error.value).startswith(f"{prefix}.json")
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".hash", ".sum", ".json"])

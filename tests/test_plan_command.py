@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_support import wait_until
+from data_support import rewrite_manifest, wait_until
 from plan_support import (
     FakeTokenizer,
     build_plan,
@@ -189,10 +189,9 @@ def test_a_corpus_that_is_not_there(folder):
 
 
 def test_an_empty_corpus(folder):
-    manifest = folder / "no.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"documents": 0}))
+    rewrite_manifest(folder / "no", documents=0)
     message = refused(write_run(folder, ["no"]))
-    assert message == f"{manifest}: the corpus is empty; tokenize files that hold text"
+    assert message == f"{folder}/no.json: the corpus is empty; tokenize files that hold text"
 
 
 def test_a_corpus_shorter_than_a_sample(folder):

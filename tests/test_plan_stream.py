@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +24,7 @@ from plan_support import (
     write_run,
 )
 
-from megaphase.corpus import Corpus
-from megaphase.corpus.format import SUM_DTYPE
+from megaphase.corpus import Corpus, DocumentBatch
 from megaphase.plan import _builder
 from megaphase.plan.dataset import read_held_out
 from megaphase.plan.stream import DOCUMENTS_PER_CALL, Stream
@@ -166,14 +166,16 @@ def test_documents_of_several_sequences_have_64_bit_lengths(tmp_path):
 def test_every_token_is_an_input_and_a_target_once_an_epoch(lengths, seq_len):
     total = sum(lengths)
     ends = np.cumsum(lengths)
+    tokens = np.arange(total, dtype=np.uint16)
+    hashes = np.full(len(lengths), 2**64 - 1, np.uint64)
     corpus = Corpus(
         prefix=Path("in-memory"),
-        manifest=None,  # type: ignore[arg-type]  # a stream does not look at it
-        tokens=np.arange(total, dtype=np.uint16),
+        manifest=SimpleNamespace(vocab_size=total),  # type: ignore[arg-type]
+        tokens=tokens,
         lengths=np.array(lengths, np.int32),
         byte_offsets=2 * (ends - lengths),
-        hashes=np.full(len(lengths), 2**64 - 1, np.uint64),
-        sums=np.zeros(len(lengths), SUM_DTYPE),
+        hashes=hashes,
+        sums=DocumentBatch.of(tokens, np.array(lengths), hashes, lengths).sums,
     )
     stream = Stream("x", corpus, seed=1, seq_len=seq_len, fraction=0.5, held_out=False)
     assert stream.samples_per_epoch == -(-(total - 1) // seq_len)
@@ -337,7 +339,8 @@ def test_reading_outside_of_a_corpus_is_refused(tmp_path):
         read(0, 0, number=-1)
     with pytest.raises(ValueError, match="out of range"):
         read(0, 0, row=1)
-    cut = dataclasses.replace(stream.corpus, tokens=np.asarray(stream.corpus.tokens)[:5])
+    tokens = np.asarray(stream.corpus.tokens)[:5]
+    cut = dataclasses.replace(stream.corpus, tokens=tokens, blocks=None)
     stream = Stream("en", cut, seed=7, seq_len=SEQ_LEN, fraction=FRACTION, held_out=False)
     with pytest.raises(IndexError, match="outside the token file"):
         read(0, 0)

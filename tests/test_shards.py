@@ -130,7 +130,7 @@ def test_what_a_shard_cannot_do_is_said(tok: Path, tmp_path: Path) -> None:
 
 def test_the_commands(three: Path) -> None:
     first = shards_of(three)[0]
-    for suffix in (".bin", ".idx", ".hash", ".sum", ".json"):
+    for suffix in (".bin", ".idx", ".hash", ".sum", ".blocks", ".json"):
         shutil.copy(f"{first}{suffix}", f"{three}.shard-00000-of-00002{suffix}")
     arguments = ["merge", "--shards", "--out", str(three), "--remove"]
     result = CliRunner().invoke(data_app, arguments)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from data_support import rewrite_manifest
 from plan_support import (
     FakeTokenizer,
     ReferenceStream,
@@ -221,9 +221,8 @@ def test_pairs_are_refused_as_texts_and_texts_as_pairs(tmp_path, pairs, texts):
 
 
 def test_a_manifest_without_the_tag_is_refused(tmp_path, pairs, texts):
-    path = tmp_path / "en-fr.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tag": None}))
-    assert refused(run(tmp_path)).startswith(f"{path}: ")
+    rewrite_manifest(tmp_path / "en-fr", tag=None)
+    assert refused(run(tmp_path)).startswith(f"{tmp_path / 'en-fr.json'}: ")
 
 
 def test_too_few_pairs_to_hold_any_out_or_to_train_on(tmp_path, texts):
@@ -233,7 +232,7 @@ def test_too_few_pairs_to_hold_any_out_or_to_train_on(tmp_path, texts):
         f"{config.path}: validation.fraction: 0.2 holds out none of the 3 documents of "
         f"{tmp_path}/en-fr; raise it"
     )
-    for suffix in (".bin", ".idx", ".hash", ".sum", ".json"):
+    for suffix in (".bin", ".idx", ".hash", ".sum", ".blocks", ".json"):
         (tmp_path / f"en-fr{suffix}").unlink()
     write_documents(tmp_path / "en-fr", [[9, TAG, 9, EOD]] * 3, [0] * 3)
     assert refused(config) == (
@@ -270,8 +269,7 @@ def test_a_plan_belongs_to_the_tag_and_to_what_pairs_see(tmp_path, pairs, texts)
     first = fingerprint()
     assert fingerprint(attend_across_documents=False) == first
     assert fingerprint(attend_across_documents=True) != first
-    path = tmp_path / "en-fr.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tag": TAG + 1}))
+    rewrite_manifest(tmp_path / "en-fr", tag=TAG + 1)
     assert Corpus.open(tmp_path / "en-fr").manifest.tag == TAG + 1
     # Held out are pairs whose tag is another one now: nothing of them would be scored.
     with pytest.raises(InputError, match="no loss is taken"):

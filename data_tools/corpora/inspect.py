@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megaphase.corpus import Corpus, Manifest
-from megaphase.corpus.manifest import IDS_SUFFIX, SOURCES_SUFFIX, corpus_file
-from megaphase.data_tools.corpora.verify import checked_document
+from megaphase.corpus.checks import check_document, check_files
+from megaphase.corpus.manifest import IDS_SUFFIX, SOURCES_SUFFIX
 from megaphase.errors import InputError
 from megaphase.tokenizer import Tokenizer
 
@@ -24,13 +24,12 @@ _BAR_WIDTH = 40
 def describe(prefix: Path) -> RenderableType:
     """The corpus's figures and the distribution of its documents' lengths.
 
-    Raises InputError where the corpus cannot be opened, or its index has lengths below 1.
+    Raises InputError where the corpus cannot be opened or has been altered; the tokens of a large
+    one are not read.
     """
     corpus = Corpus.open(prefix)
+    check_files([corpus])
     lengths = corpus.lengths[:: -(-len(corpus.lengths) // _LENGTHS_READ)]
-    if lengths.min() < 1:
-        problem = "was altered: it has documents without tokens"
-        raise InputError(corpus_file(prefix, ".idx"), problem, "tokenize again")
     return Group(
         _figures(corpus),
         Text("\ntokens in a document"),
@@ -66,7 +65,8 @@ def document_text(prefix: Path, tokenizer_dir: Path, index: int) -> tuple[str, s
         known = [f"id {own_id}"] if own_id is not None else []
         known += [f"from {source}"] if source is not None else []
         origin = ", ".join(known) or origin
-    return tokenizer.decode(checked_document(corpus, index)), f"document {index:,}: {origin}"
+    check_document(corpus, index)
+    return tokenizer.decode(corpus.document(index)), f"document {index:,}: {origin}"
 
 
 def _figures(corpus: Corpus) -> Table:

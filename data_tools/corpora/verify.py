@@ -10,8 +10,9 @@ from rich.console import Console
 
 from megaphase.corpus import Corpus, DocumentBatch, Manifest
 from megaphase.corpus.batch import batches_of, checksums
+from megaphase.corpus.block_sums import BlockSums
 from megaphase.corpus.format import read_index
-from megaphase.corpus.manifest import corpus_file
+from megaphase.corpus.manifest import BLOCKS_SUFFIX, corpus_file
 from megaphase.errors import InputError
 from megaphase.files import hash_file, new_hash
 from megaphase.progress import reading_progress
@@ -60,6 +61,7 @@ def checked_batches(
             if fault:
                 raise InputError(corpus_file(prefix, suffix), fault, _REMEDY)
             advance(record.bytes)
+    blocks = _BlockComparison(corpus)
     digests = {".bin": new_hash(), ".hash": new_hash(), ".sum": new_hash()}
     first = 0
     for batch in batches_of(corpus):
@@ -73,6 +75,7 @@ def checked_batches(
             digests[suffix].update(np.ascontiguousarray(array).view(np.uint8))
             sizes += array.nbytes
         advance(sizes)
+        blocks.add(batch.tokens)
         yield batch
         first += len(batch.lengths)
     altered_files = [
@@ -82,20 +85,38 @@ def checked_batches(
     ]
     if altered_files:
         raise _altered_document(corpus, altered_files[0])
+    blocks.finish()
 
 
-def checked_document(corpus: Corpus, index: int) -> np.ndarray:
-    """The tokens of one document, `corpus.document`; InputError where they are not those that its
-    checksum was made of."""
-    tokens = corpus.document(index)
-    # The index may give another length than the file has tokens for.
-    length = np.array([len(tokens)], np.int64)
-    chosen = slice(index, index + 1)
-    batch = DocumentBatch(tokens, length, corpus.hashes[chosen], corpus.sums[chosen])
-    if _first_altered(batch) is not None:
-        problem = f"document {index} was altered, or its entry in .idx, .hash or .sum"
-        raise InputError(corpus_file(corpus.prefix, ".bin"), problem, _REMEDY)
-    return tokens
+class _BlockComparison:
+    """Compares the blocks of a .bin, as it is read, with their checksums in .blocks, if any."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus, self._computed = corpus, BlockSums()
+        self._compared = 0
+        self._wrong: int | None = None
+
+    def add(self, tokens: np.ndarray) -> None:
+        """The tokens that follow in the .bin."""
+        if self._corpus.blocks is not None:
+            self._compare(self._computed.add(np.ascontiguousarray(tokens).view(np.uint8)))
+
+    def finish(self) -> None:
+        """InputError where a block was another one."""
+        self._compare(self._computed.end())
+        if self._wrong is not None:
+            path = corpus_file(self._corpus.prefix, BLOCKS_SUFFIX)
+            problem = f"the checksum of block {self._wrong} is not that of its bytes in the .bin"
+            raise InputError(path, problem, _REMEDY)
+
+    def _compare(self, sums: np.ndarray) -> None:
+        if self._corpus.blocks is None or self._wrong is not None:
+            return
+        stored = self._corpus.blocks[self._compared : self._compared + len(sums)]
+        wrong = np.flatnonzero(stored != sums)
+        if len(wrong):
+            self._wrong = self._compared + int(wrong[0])
+        self._compared += len(sums)
 
 
 def _altered(prefix: Path, suffix: str, where: str = "") -> InputError:
@@ -124,7 +145,7 @@ def _place(corpus: Corpus, suffix: str, document: int) -> str:
 
 def _first_altered(batch: DocumentBatch) -> int | None:
     found = checksums(batch.tokens, batch.lengths, batch.hashes, batch.sums["text_bytes"])
-    wrong = np.flatnonzero(np.array(found, np.uint32) != batch.sums["checksum"])
+    wrong = np.flatnonzero(found != batch.sums["checksum"])
     return int(wrong[0]) if len(wrong) else None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from megaphase.checkpoint.names import newest_state
 from megaphase.checkpoint.state import full_name
 from megaphase.errors import InputError
-from megaphase.files import read_json
+from megaphase.files import read_hashed_json
 from megaphase.launch.slurm.activity import is_trained
 from megaphase.launch.slurm.job_file import OVER, read_job
 from megaphase.metrics_rows import last_rows
@@ -261,7 +261,7 @@ def _planned_steps(run_dir: Path) -> dict[str, int] | None:
     """Of every phase; None before the run has begun."""
     path = run_dir / PLAN_FILE
     try:
-        return {phase["name"]: phase["steps"] for phase in read_json(path)["phases"]}
+        return {phase["name"]: phase["steps"] for phase in read_hashed_json(path)["phases"]}
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

@@ -46,7 +46,7 @@ class DraftState(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     job: str
     files: dict[str, FileRecord]
     figures: Figures

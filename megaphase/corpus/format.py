@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from megaphase.corpus._checksums import BLOCK_BYTES
 from megaphase.errors import InputError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -28,6 +29,7 @@ LENGTH_DTYPE = np.dtype("<i4")
 OFFSET_DTYPE = np.dtype("<i8")
 HASH_DTYPE = np.dtype("<u8")
 SUM_DTYPE = np.dtype([("text_bytes", "<u4"), ("checksum", "<u4")])
+BLOCK_DTYPE = np.dtype("<u4")
 DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {
     1: np.dtype("u1"),
     2: np.dtype("i1"),
@@ -79,6 +81,11 @@ def document_checksum(tokens: Any, text_hash: int, text_bytes: int) -> int:
     hash or the size of its text."""
     seed = (text_hash + text_bytes) & 0xFFFFFFFFFFFFFFFF
     return xxhash.xxh3_64_intdigest(tokens, seed) & 0xFFFFFFFF
+
+
+def blocks_of(size: int) -> int:
+    """Blocks of a .bin of so many bytes; the last may be shorter than the others."""
+    return -(-size // BLOCK_BYTES)
 
 
 def read_index(path: Path) -> Index:

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from megaphase.errors import InputError
-from megaphase.files import hash_json, write_json_whole
-from megaphase.records import read_record
+from megaphase.files import hash_json
+from megaphase.records import read_record, write_record
 
 DATA_SUFFIXES = (".bin", ".idx", ".hash", ".sum")
+BLOCKS_SUFFIX = ".blocks"
 SKIPPED_SUFFIX = ".skipped.jsonl"
 SOURCES_SUFFIX, IDS_SUFFIX = ".sources", ".ids"  # see megaphase.corpus.origins
 MANIFEST_SUFFIX = ".json"
@@ -67,8 +68,8 @@ class Manifest(BaseModel):
         skipped_duplicates: how many were left out because the same one stands before them.
         tokens: EODs included.
         text_bytes: bytes of the documents' UTF-8 text.
-        files: size and digest of each data file, and of `.sources`, `.ids` and `.skipped.jsonl`
-            if any, by its ending.
+        files: size and digest of each data file, and of `.blocks`, `.sources`, `.ids` and
+            `.skipped.jsonl` if any, by its ending.
         sources: names of the files that the text came from.
         kind: `lm`, where a document is a text, or `translation`, where it is a source, the tag and
             a target, and `.hash` holds the digest of the source alone.
@@ -102,7 +103,7 @@ class Manifest(BaseModel):
 
     @classmethod
     def read(cls, prefix: Path | str) -> Manifest:
-        """Read `PREFIX.json`; InputError where it is missing or broken."""
+        """Read `PREFIX.json`; InputError where it is missing, broken or altered."""
         path = corpus_file(prefix, MANIFEST_SUFFIX)
         if not path.is_file():
             raise InputError(path, "no such file", _remedy_for_missing(Path(prefix)))
@@ -114,7 +115,7 @@ class Manifest(BaseModel):
 
     def write(self, prefix: Path | str) -> None:
         """Write `PREFIX.json`, whole or not at all."""
-        write_json_whole(corpus_file(prefix, MANIFEST_SUFFIX), self.model_dump())
+        write_record(corpus_file(prefix, MANIFEST_SUFFIX), self)
 
 
 def _remedy_for_missing(prefix: Path) -> str:

@@ -9,8 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from megaphase.corpus.format import HASH_DTYPE, SUM_DTYPE, Index, read_index
+from megaphase.corpus.format import (
+    BLOCK_DTYPE,
+    HASH_DTYPE,
+    SUM_DTYPE,
+    Index,
+    blocks_of,
+    read_index,
+)
 from megaphase.corpus.manifest import (
+    BLOCKS_SUFFIX,
     DATA_SUFFIXES,
     MANIFEST_SUFFIX,
     SOURCES_SUFFIX,
@@ -35,6 +43,8 @@ class Corpus:
         byte_offsets: i64 [documents], where each document begins in the .bin.
         hashes: u64 [documents], the digest of each document's text.
         sums: SUM_DTYPE [documents], bytes of each document's text and checksum of its tokens.
+        blocks: u32 [blocks], checksum of each block of the .bin; None in corpora of an earlier
+            version.
     """
 
     prefix: Path
@@ -44,13 +54,14 @@ class Corpus:
     byte_offsets: np.ndarray
     hashes: np.ndarray
     sums: np.ndarray
+    blocks: np.ndarray | None = None
 
     @classmethod
     def open(cls, prefix: Path | str) -> Corpus:
         """Open the corpus with this prefix.
 
         Raises InputError where a file is missing, empty, cut off, of another version, or does not
-        fit the others. What only a full reading can find, `megaphase data verify` finds.
+        fit the others. What only reading all of it finds, `megaphase.corpus.checks` finds.
         """
         prefix = Path(prefix)
         manifest = Manifest.read(prefix)
@@ -70,6 +81,7 @@ class Corpus:
             byte_offsets=byte_offsets,
             hashes=np.memmap(corpus_file(prefix, ".hash"), dtype=HASH_DTYPE, mode="r"),
             sums=np.memmap(corpus_file(prefix, ".sum"), dtype=SUM_DTYPE, mode="r"),
+            blocks=_map_blocks(prefix, manifest),
         )
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -101,15 +113,26 @@ class Corpus:
             self.tokens._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
 
     def document(self, index: int) -> np.ndarray:
-        """Tokens [length] of one document, EOD included; a view. IndexError where there is none."""
+        """Tokens [length] of one document, EOD included; a view, which nobody has checked.
+
+        IndexError where there is none.
+        """
         if not 0 <= index < len(self.lengths):
             raise IndexError(f"document {index} of {len(self.lengths)}")
         start = int(self.byte_offsets[index]) // self.tokens.itemsize
         return self.tokens[start : start + int(self.lengths[index])]
 
 
+def _map_blocks(prefix: Path, manifest: Manifest) -> np.ndarray | None:
+    if BLOCKS_SUFFIX not in manifest.files:
+        return None
+    return np.memmap(corpus_file(prefix, BLOCKS_SUFFIX), dtype=BLOCK_DTYPE, mode="r")
+
+
 def _check_sizes(prefix: Path, manifest: Manifest) -> None:
-    for suffix in DATA_SUFFIXES:
+    for suffix in (*DATA_SUFFIXES, BLOCKS_SUFFIX):
+        if suffix not in manifest.files:
+            continue
         path = corpus_file(prefix, suffix)
         if not path.is_file():
             raise InputError(path, "no such file", _REMEDY)
@@ -135,6 +158,11 @@ def _check_manifest_fits(prefix: Path, manifest: Manifest, index: Index) -> None
         if said != found:
             found = f"{found:g}" if isinstance(found, float) else found
             problem = f"{field}: {said}, but its {source} has {found}"
+            raise InputError(path, problem, _REMEDY)
+    if BLOCKS_SUFFIX in manifest.files:
+        said, found = manifest.files[BLOCKS_SUFFIX].bytes, blocks_of(sizes[".bin"])
+        if said != found * BLOCK_DTYPE.itemsize:
+            problem = f"{BLOCKS_SUFFIX}: {said} bytes, but its .bin has {found} blocks"
             raise InputError(path, problem, _REMEDY)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megaphase.corpus.batch import DocumentBatch
+from megaphase.corpus.block_sums import BlockSums
 from megaphase.corpus.draft import Draft, Figures
 from megaphase.corpus.format import (
     HASH_DTYPE,
@@ -22,6 +23,7 @@ from megaphase.corpus.format import (
     write_index,
 )
 from megaphase.corpus.manifest import (
+    BLOCKS_SUFFIX,
     DATA_SUFFIXES,
     IDS_SUFFIX,
     MANIFEST_SUFFIX,
@@ -36,7 +38,14 @@ from megaphase.errors import InputError, RunError
 from megaphase.files import fsync_path, make_directory
 
 _LENGTHS_NAME = "lengths"
-_WRITTEN_AS_IT_COMES = (".bin", ".hash", ".sum", SKIPPED_SUFFIX, _LENGTHS_NAME)
+_WRITTEN_AS_IT_COMES = (
+    ".bin",
+    ".hash",
+    ".sum",
+    BLOCKS_SUFFIX,
+    SKIPPED_SUFFIX,
+    _LENGTHS_NAME,
+)
 _NOT_IN_EVERY_CORPUS = (SKIPPED_SUFFIX, SOURCES_SUFFIX, IDS_SUFFIX)
 
 
@@ -123,6 +132,7 @@ class CorpusWriter:
                     origins = (SOURCES_SUFFIX, IDS_SUFFIX) if self._with_origins else ()
                     for suffix in (*_WRITTEN_AS_IT_COMES, *origins):
                         self._draft.open(suffix)
+                    self._block_sums = BlockSums.at_end_of(self._draft.files[".bin"].path)
             except OSError as error:
                 problem = f"cannot be written ({error.strerror})"
                 raise InputError(self.prefix, problem, "choose another --out") from None
@@ -147,9 +157,11 @@ class CorpusWriter:
         if int(batch.lengths.sum(dtype=np.int64)) != len(batch.tokens):
             raise ValueError(f"lengths do not sum to the {len(batch.tokens)} tokens")
         files = self._draft.files
+        tokens = np.ascontiguousarray(batch.tokens, dtype=self.dtype).view(np.uint8)
         with write_errors(self.prefix):
+            files[".bin"].write(tokens)
+            files[BLOCKS_SUFFIX].write(self._block_sums.add(tokens))
             for name, array, dtype in (
-                (".bin", batch.tokens, self.dtype),
                 (".hash", batch.hashes, HASH_DTYPE),
                 (".sum", batch.sums, SUM_DTYPE),
                 (_LENGTHS_NAME, batch.lengths, LENGTH_DTYPE),
@@ -198,6 +210,7 @@ class CorpusWriter:
         if self._figures.documents == 0 and not self._may_be_empty:
             self._draft.discard()
             raise InputError(self.prefix, "the corpus would be empty", "give files that hold text")
+        self._draft.files[BLOCKS_SUFFIX].write(self._block_sums.end())
         lengths_file = self._draft.files.pop(_LENGTHS_NAME)
         lengths_file.record()
         lengths_file.close()
@@ -251,7 +264,7 @@ def _mapped_lengths(path: Path) -> np.ndarray:
 
 def refuse_existing(prefix: Path) -> None:
     """Raise InputError where a file of the corpus exists, even one that is not whole."""
-    for suffix in (MANIFEST_SUFFIX, *DATA_SUFFIXES):
+    for suffix in (MANIFEST_SUFFIX, *DATA_SUFFIXES, BLOCKS_SUFFIX):
         path = file_of(prefix, suffix)
         if os.path.lexists(path):
             raise InputError(path, "exists already", "pass --overwrite or choose another --out")

@@ -8,6 +8,7 @@ import numpy as np
 
 from megaphase.config import RunConfig
 from megaphase.corpus import Corpus
+from megaphase.corpus.checks import check_document, check_files
 from megaphase.errors import InputError
 from megaphase.plan.spec import open_task_corpus
 from megaphase.plan.split import HashRange, held_out_hashes
@@ -51,6 +52,7 @@ def held_out_pairs(
             hint("", translation_tasks(config), "the translation tasks are"),
         )
     corpus = open_task_corpus(config, task, tokenizer)
+    check_files([corpus])
     fraction = config.held_out_fraction(task)
     documents = _lowest_documents(corpus, held_out_hashes(fraction), samples)
     if not len(documents):
@@ -80,6 +82,7 @@ def _lowest_documents(corpus: Corpus, wanted: HashRange, samples: int | None) ->
 
 
 def _pair(corpus: Corpus, number: int, tag: int, tokenizer: Tokenizer) -> Pair:
+    check_document(corpus, number)
     document = corpus.document(number).tolist()
     if tag not in document:
         problem = f"document {number:,} holds no tag between source and target"

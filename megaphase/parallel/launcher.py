@@ -46,6 +46,13 @@ def local_world_size() -> int:
     return _number("LOCAL_WORLD_SIZE", 1, least=1)
 
 
+def share_of_node() -> tuple[int, int]:
+    """This process's number among those of its node, and how many they are; (0, 1) where the
+    launcher does not say it."""
+    processes = local_world_size()
+    return (local_rank(), processes) if processes > 1 else (0, 1)
+
+
 def check_launch() -> None:
     """Refuse what cannot be true of any launch.
 

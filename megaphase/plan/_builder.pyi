@@ -5,6 +5,9 @@ import numpy as np
 
 LARGEST_TOTAL_WEIGHT: int
 
+class WrongTokensError(ValueError):
+    """`args`: the tokens [first, last) of the .bin are altered, or not in the vocabulary."""
+
 class DeadlineBlend:
     def __init__(self, weights: list[int]) -> None: ...
     @property
@@ -38,6 +41,8 @@ class Stream:
         key: int,
         seq_len: int,
         tag: int | None = None,
+        blocks: np.ndarray | None = None,
+        vocab_size: int = ...,
     ) -> None: ...
     def totals(self) -> tuple[int, int]: ...
     def walk(self, epoch: int) -> StreamWalk: ...

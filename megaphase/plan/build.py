@@ -18,11 +18,11 @@ import numpy as np
 from megaphase.errors import InputError, RunError
 from megaphase.files import (
     directory_written_aside,
-    hash_json,
     make_directory,
     remove_abandoned,
     remove_directory,
     remove_soon,
+    with_hash,
     write_json_whole,
 )
 from megaphase.locks import exclusive_lock
@@ -162,7 +162,7 @@ def build_index(
             "starts": starts,
             "files": files,
         }
-        write_json_whole(aside / INDEX_FILE, header | {"hash": hash_json(header)})
+        write_json_whole(aside / INDEX_FILE, with_hash(header))
 
 
 def _build_blend(

@@ -16,7 +16,7 @@ import numpy as np
 
 from megaphase.checkpoint.names import newest_state, permanent_ends
 from megaphase.errors import InputError
-from megaphase.files import read_json
+from megaphase.files import read_hashed_json
 from megaphase.metrics_rows import (
     Row,
     Steps,
@@ -178,7 +178,7 @@ def read_origin_record(run_dir: Path) -> dict[str, Any] | None:
     """
     path = run_dir / ORIGIN_FILE
     try:
-        origin = read_json(path)
+        origin = read_hashed_json(path)
         if not all(type(n) is int for n in (origin["step"], *origin["used"].values())):
             raise TypeError
         return origin

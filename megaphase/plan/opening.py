@@ -16,7 +16,7 @@ from megaphase.plan.history import read_origin
 from megaphase.plan.plan import Plan
 from megaphase.plan.progress import building_progress
 from megaphase.plan.same_run import plan_of_run
-from megaphase.plan.spec import plan_spec
+from megaphase.plan.spec import check_corpora, plan_spec
 from megaphase.streams import new_console
 from megaphase.tokenizer import Tokenizer
 
@@ -54,6 +54,7 @@ def open_plan(config: RunConfig, tokenizer: Tokenizer, used: dict[str, int] | No
     """
     if used is None:
         used = read_origin(config.output).used
+    check_corpora(config)
     spec = plan_spec(config, tokenizer, used)
     errors = new_console(stderr=True, highlight=False)
     say = partial(errors.print, markup=False, soft_wrap=True)

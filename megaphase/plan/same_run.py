@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from megaphase.checkpoint.names import newest_state
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
-from megaphase.files import read_json
+from megaphase.files import read_hashed_json
 from megaphase.run_files import PLAN_FILE, RUN_FILE
 
 # What may change between two starts of one run: nothing that its numbers depend on, but by their
@@ -97,7 +97,7 @@ def plan_of_run(run_dir: Path) -> str | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = read_json(path)
+        value = read_hashed_json(path)
         if not isinstance(value, dict):
             raise ValueError
         return value

@@ -11,6 +11,7 @@ import numpy as np
 
 from megaphase.config import MixtureConfig, RunConfig
 from megaphase.corpus import Corpus
+from megaphase.corpus.checks import check_files
 from megaphase.corpus.manifest import MANIFEST_SUFFIX, corpus_file
 from megaphase.decimals import as_written
 from megaphase.errors import InputError
@@ -278,10 +279,23 @@ def _check_schedule(config: RunConfig, number: int, steps: int) -> None:
         raise InputError(config.where(f"phases[{number}].learning_rate"), problem)
 
 
+def check_corpora(config: RunConfig, number: int = 0, of: int = 1) -> None:
+    """Compare the corpora's files with their manifests, see `megaphase.corpus.checks`.
+
+    Args:
+        number: of this process among `of` that share the work.
+
+    Raises:
+        InputError: a corpus is missing, or a file of one has been altered.
+    """
+    prefixes = dict.fromkeys(task.corpus for task in config.tasks.values())
+    check_files([Corpus.open(prefix) for prefix in prefixes], number, of)
+
+
 def plan_spec(
     config: RunConfig, tokenizer: Tokenizer, used: Mapping[str, int] | None = None
 ) -> PlanSpec:
-    """Open the corpora and put together what the plan is made of.
+    """Open the corpora, see `check_corpora`, and put together what the plan is made of.
 
     Args:
         used: samples by task that a run has used from which this one goes on; none if left out.

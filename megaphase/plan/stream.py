@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from megaphase.corpus import Corpus
+from megaphase.corpus.checks import wrong_tokens
 from megaphase.files import hash_json
 from megaphase.keys import derive_key
 from megaphase.plan import _builder
@@ -91,6 +92,8 @@ class Stream:
             derive_key(seed, "documents", side, task),
             seq_len,
             tag,
+            None if corpus.blocks is None else np.asarray(corpus.blocks),
+            corpus.manifest.vocab_size,
         )
         self.documents, self.tokens = self._samples.totals()
         self.samples_per_epoch = self._samples_in_an_epoch()
@@ -180,22 +183,30 @@ class Stream:
                          and IGNORED_TARGET as target
         documents:       int64 [batch, seq_len], needed where the sample's documents do not see each
                          other: gets the number of every input's document within its row
+
+        Tokens are checked where this process reads them for the first time.
+
+        Raises:
+            InputError: they are not those that were written, or not of the vocabulary.
         """
         if self.attend_across_documents:
             documents = None
         elif documents is None:
             raise ValueError(f"{self.task} needs to know which document a token belongs to")
-        self._samples.read(
-            starts,
-            self.samples_per_epoch,
-            self.index_rows(numbers),
-            rows,
-            inputs,
-            targets,
-            filler,
-            IGNORED_TARGET,
-            documents,
-        )
+        try:
+            self._samples.read(
+                starts,
+                self.samples_per_epoch,
+                self.index_rows(numbers),
+                rows,
+                inputs,
+                targets,
+                filler,
+                IGNORED_TARGET,
+                documents,
+            )
+        except _builder.WrongTokensError as error:
+            raise wrong_tokens(self.corpus, *error.args) from None
 
     def has_target(self, samples: int) -> bool:
         """Whether any of the first `samples` samples in token order has a target."""

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megaphase.corpus.checks import check_document
 from megaphase.corpus.origins import Origin
 from megaphase.plan.plan import Plan
 from megaphase.tokenizer import Tokenizer
@@ -92,11 +93,13 @@ def trace_step(
 def sample_texts(plan: Plan, sample: TracedSample, tokenizer: Tokenizer) -> list[str]:
     """The text of every piece; a character that is cut at a piece's edge shows as U+FFFD.
 
-    Between a source and its target stands an arrow.
+    Between a source and its target stands an arrow. Raises InputError where a document has been
+    altered.
     """
     corpus = plan.spec.streams[sample.task].corpus
     texts = []
     for piece in sample.pieces:
+        check_document(corpus, piece.document)
         tokens = corpus.document(piece.document)[piece.first : piece.last]
         sides = _source_and_target(tokens, corpus.manifest.tag)
         texts.append(" → ".join(tokenizer.decode(side) for side in sides))

@@ -27,7 +27,7 @@ from megaphase.plan.index import damage
 from megaphase.plan.plan import Plan
 from megaphase.plan.progress import building_progress
 from megaphase.plan.same_run import plan_of_run, refuse_other_plan, refuse_other_run
-from megaphase.plan.spec import PlanSpec, plan_spec
+from megaphase.plan.spec import PlanSpec, check_corpora, plan_spec
 from megaphase.plan.trace import find_step
 from megaphase.run_files import RUN_FILE
 from megaphase.streams import new_console
@@ -90,6 +90,7 @@ def open_traced_run(run: Path, overrides: Sequence[str] | None) -> Iterator[Trac
     output = config.output
     refuse_other_run(output, config)
     origin = read_origin(output)
+    check_corpora(config)
     spec = plan_spec(config, tokenizer, origin.used)
     with _opened(spec, config, say) as plan:
         history = read_history(output)

@@ -17,13 +17,14 @@ from megaphase.memory.available import check_memory
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.launcher import share_of_node
 from megaphase.parallel.together import on_first_rank, together
 from megaphase.parallel.topology import Topology, start, world_size
 from megaphase.plan.build import ensure_built
 from megaphase.plan.plan import Plan
 from megaphase.plan.preview import plan_warnings
 from megaphase.plan.progress import building_progress
-from megaphase.plan.spec import PlanSpec, plan_spec
+from megaphase.plan.spec import PlanSpec, check_corpora, plan_spec
 from megaphase.speed.hardware import planned_card
 from megaphase.tokenizer import Tokenizer
 from megaphase.training.branch import Branch
@@ -124,6 +125,8 @@ def set_the_stage(config: RunConfig, branch: Branch | None, console: Console) ->
     Raises:
         InputError: something that the user gave is wrong; on every process.
     """
+    # First, so that no process uses a file in which another one has found a fault.
+    together(lambda: check_corpora(config, *share_of_node()))
     parts = together(lambda: check_run(config, branch))
     topology = start(config.parallel.tensor)
 

@@ -13,7 +13,16 @@ from data_support import corpus_bytes, files_of, make_tokenizer, write_jsonl
 
 from megaphase.data_tools.tokenization.tokenize import tokenize
 
-CORPUS_FILES = ["en.bin", "en.hash", "en.ids", "en.idx", "en.json", "en.sources", "en.sum"]
+CORPUS_FILES = [
+    "en.bin",
+    "en.blocks",
+    "en.hash",
+    "en.ids",
+    "en.idx",
+    "en.json",
+    "en.sources",
+    "en.sum",
+]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from megaphase.errors import InputError
 from megaphase.experiments.sweep.file import KINDS, STAGED, Arm, Kind, SweepConfig
 from megaphase.files import real_path
 from megaphase.names import shown
-from megaphase.plan.spec import plan_spec
+from megaphase.plan.spec import check_corpora, plan_spec
 from megaphase.tokenizer import Tokenizer
 from megaphase.validation_errors import as_input_error, hint
 from megaphase.yaml_file import read_yaml
@@ -90,6 +90,7 @@ def load_sweep(path: Path) -> Sweep:
         raise InputError(
             f"{path}: translation", "there is no translation task", "leave it out, or add one"
         )
+    check_corpora(probe)
     spec = plan_spec(probe, Tokenizer.load(probe.tokenizer))
     tokens_per_step = probe.batch.samples * probe.model.seq_len
     steps = config.steps or -(-(config.tokens or 0) // tokens_per_step)

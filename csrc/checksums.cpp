@@ -1,0 +1,38 @@
+// Python bindings of the checksums of blocks, for programs that write and verify corpora.
+
+#include "checksums.hpp"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+
+namespace py = pybind11;
+using namespace megaphase;
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+namespace {
+
+// The checksum of every block of kBlockBytes bytes, of which the last may be shorter.
+Array<uint32_t> block_checksums(const Array<uint8_t>& bytes, bool instruction) {
+    const int64_t size = bytes.size(), blocks = (size + kBlockBytes - 1) / kBlockBytes;
+    Array<uint32_t> sums(blocks);
+    const uint8_t* first = bytes.data();
+    uint32_t* sum = sums.mutable_data();
+    py::gil_scoped_release released;
+    for (int64_t i = 0; i < blocks; ++i)
+        sum[i] = checksum(first + i * kBlockBytes, std::min(kBlockBytes, size - i * kBlockBytes),
+                          instruction);
+    return sums;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_checksums, module) {
+    module.doc() = "CRC-32C of the blocks of a .bin; see megaphase.corpus.";
+    module.attr("BLOCK_BYTES") = kBlockBytes;
+    module.def("block_checksums", &block_checksums, py::arg("bytes").noconvert(),
+               py::arg("instruction") = true);
+}

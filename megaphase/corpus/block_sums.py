@@ -1,0 +1,42 @@
+"""Checksums of the blocks of a .bin that is being written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from megaphase.corpus._checksums import BLOCK_BYTES, block_checksums
+
+
+class BlockSums:
+    """Takes the bytes of a file as they are appended to it; gives the checksums of its blocks."""
+
+    def __init__(self) -> None:
+        self._begun = np.empty(0, np.uint8)
+
+    @classmethod
+    def at_end_of(cls, path: Path) -> BlockSums:
+        """For a file whose whole blocks have been given already."""
+        sums = cls()
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(size // BLOCK_BYTES * BLOCK_BYTES)
+            sums._begun = np.frombuffer(file.read(), np.uint8)
+        return sums
+
+    def add(self, data: np.ndarray) -> np.ndarray:
+        """u8 [bytes] to u32 [blocks that are whole by now]."""
+        missing = -len(self._begun) % BLOCK_BYTES
+        first = np.concatenate([self._begun, data[:missing]])
+        rest = data[missing:]
+        whole = len(rest) // BLOCK_BYTES * BLOCK_BYTES
+        if len(first) % BLOCK_BYTES:
+            self._begun = first
+            return np.empty(0, np.uint32)
+        self._begun = rest[whole:].copy()
+        return np.concatenate([block_checksums(first), block_checksums(rest[:whole])])
+
+    def end(self) -> np.ndarray:
+        """u32 [0 or 1], of the last block, which is shorter."""
+        return block_checksums(self._begun)
