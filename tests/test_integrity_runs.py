@@ -1,0 +1,129 @@
+"""Tokens that are found wrong as they are read: all ranks end, one speaks, none trains on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_support import rehash
+from distributed import launch
+from run_support import make_corpora, megaphase, read_rows, run_settings, write_run_file
+
+from megaphase.config import load_run_file
+from megaphase.corpus import Corpus
+from megaphase.corpus._checksums import block_checksums
+from megaphase.corpus.batch import checksums
+from megaphase.plan.build import ensure_built
+from megaphase.plan.plan import Plan
+from megaphase.plan.spec import plan_spec
+from megaphase.plan.trace import TracedSample, trace_step
+from megaphase.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.distributed
+
+BLOCK_TOKENS = 512
+VOCABULARY = 500
+
+
+def write_token(prefix: Path, position: int, token: int) -> None:
+    """Put a token into a corpus with the checksums that a writer would make of it."""
+    tokens = np.fromfile(f"{prefix}.bin", "<u2")
+    tokens[position] = token
+    tokens.tofile(f"{prefix}.bin")
+    corpus = Corpus.open(prefix)
+    sums = np.array(corpus.sums)
+    sums["checksum"] = checksums(tokens, corpus.lengths, corpus.hashes, sums["text_bytes"])
+    sums.tofile(f"{prefix}.sum")
+    block_checksums(tokens.view(np.uint8)).tofile(f"{prefix}.blocks")
+    rehash(prefix)
+
+
+def blocks_of(plan: Plan, samples: list[TracedSample]) -> dict[tuple[str, int], int]:
+    """The blocks that samples are read from, as (task, number), and a token in each."""
+    found = {}
+    for sample in samples:
+        offsets = plan.spec.streams[sample.task].corpus.byte_offsets
+        for piece in sample.pieces:
+            begin = int(offsets[piece.document]) // 2
+            for position in range(begin + piece.first, begin + piece.last):
+                found[sample.task, position // BLOCK_TOKENS] = position
+    return found
+
+
+def held_out_blocks(plan: Plan, samples: int) -> set[tuple[str, int]]:
+    found = set()
+    for task, stream in plan.spec.held_out.items():
+        starts = stream.first_starts(min(samples, stream.samples_per_epoch)).tolist()
+        for slot, offset in starts:
+            for document, first, tokens in stream.pieces(0, slot, offset):
+                begin = int(stream.corpus.byte_offsets[document]) // 2 + first
+                found |= {(task, at // BLOCK_TOKENS) for at in range(begin, begin + tokens)}
+    return found
+
+
+def first_step_that_only_one_half_reads(plan: Plan, samples: int) -> tuple[int, str, int]:
+    """A step, a task and a token of a block of which only the second half of that step's batch
+    reads, and nothing before."""
+    size = plan.spec.samples_per_step
+    before = held_out_blocks(plan, samples)
+    for step in range(1, plan.phases[0].steps + 1):
+        traced = trace_step(plan, 0, step)
+        halves = [
+            blocks_of(plan, [each for each in traced if each.row // (size // 2) == half])
+            for half in range(2)
+        ]
+        new = halves[1].keys() - halves[0].keys() - before
+        if new and step > 1:
+            task, block = min(new)
+            return step, task, halves[1][task, block]
+        before |= halves[0].keys() | halves[1].keys()
+    raise AssertionError("every block is read by the first half")
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_one_rank_speaks_and_all_end_before_the_step(tensor, tmp_path):
+    """With tensor 1 a single rank finds it, which the others must learn; with tensor 2 both do."""
+    corpora = make_corpora(tmp_path / "corpora")
+    settings = run_settings(
+        corpora,
+        parallel={"tensor": tensor, "zero": 0},
+        faults={"silent_seconds": 6.0},
+        checkpoint={"every_steps": 100},
+    )
+    settings["validation"]["every_steps"] = 100
+    run_file = write_run_file(tmp_path / "job", settings)
+    config = load_run_file(run_file, (f"output={tmp_path / 'planned'}",))
+    spec = plan_spec(config, Tokenizer.load(config.tokenizer))
+    plan = Plan(spec, ensure_built(spec, config.output))
+    step, task, position = first_step_that_only_one_half_reads(plan, config.validation.samples)
+    prefix = corpora / "data" / task
+    offsets = np.asarray(spec.streams[task].corpus.byte_offsets)
+    document = int(np.searchsorted(offsets, 2 * position, side="right")) - 1
+    write_token(prefix, position, VOCABULARY)
+
+    results = launch(megaphase("train", run_file), 2)
+    assert [result.returncode for result in results] == [2, 2]
+    said = "".join(result.stderr for result in results)
+    fault = (
+        f"{prefix}.bin: document {document} has the token {VOCABULARY}, the vocabulary ends at "
+        f"{VOCABULARY - 1}; tokenize again\n"
+    )
+    assert said.count("\n") == 1, said
+    assert said.startswith("megaphase: rank 1 on " if tensor == 1 else f"megaphase: {prefix}")
+    assert said.endswith(fault)
+    steps = [row["step"] for row in read_rows(tmp_path / "job" / "run") if "loss" in row]
+    assert steps == list(range(1, step))
+
+
+def test_ids_beyond_the_vocabulary_among_held_out_documents_end_the_run(tmp_path):
+    corpora = make_corpora(tmp_path / "corpora")
+    run_file = write_run_file(tmp_path / "job", run_settings(corpora))
+    prefix = corpora / "data" / "cimri"
+    corpus = Corpus.open(prefix)
+    document = int(np.flatnonzero(np.asarray(corpus.hashes) < int(0.1 * 2**64))[0])
+    write_token(prefix, int(corpus.byte_offsets[document]) // 2, VOCABULARY + 7)
+    [result] = launch(megaphase("train", run_file), 1)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert f"cimri.bin: document {document} has the token {VOCABULARY + 7}" in result.stderr
