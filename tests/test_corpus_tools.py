@@ -8,7 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_support import corpus_bytes, edit_bytes, files_of, make_tokenizer, rehash, write_jsonl
+from data_support import (
+    corpus_bytes,
+    edit_bytes,
+    files_of,
+    make_tokenizer,
+    rehash,
+    rewrite_manifest,
+    write_jsonl,
+)
 from rich.console import Console
 
 from megaphase.corpus import Corpus, CorpusWriter
@@ -120,7 +128,7 @@ def test_a_manifest_of_values_that_no_corpus_has_is_named(
     prefix: Path, key: str, value: object, problem: str
 ) -> None:
     path = Path(f"{prefix}.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    rewrite_manifest(prefix, **{key: value})
     with pytest.raises(InputError) as error:
         Corpus.open(prefix)
     assert str(error.value).startswith(f"{path}: ")
