@@ -137,7 +137,7 @@ def history_of_state(run_dir: Path, state: Mapping[str, Any]) -> RunHistory:
         if end <= step:
             history.end_phase(name, end, history.phase(name).reason)
     position = state.get("position")
-    if position is not None and position["phase_step"] > 0:
+    if position is not None and position.get("phase_step", 0) > 0:
         history.phase(state["phase_name"]).begun_after = step - position["phase_step"]
     history.doubt = (
         f"the checkpoint of step {step:,} was written by an earlier version, which kept no history "

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from megaphase.errors import InputError
 from megaphase.files import os_errors_named, write_text_whole
 from megaphase.plan.plan import Plan
-from megaphase.plan.trace import as_json, trace_step
+from megaphase.plan.trace import TracedSample, as_json, sample_origins, trace_step
 from megaphase.set_aside import make_way_for_directory, make_way_for_file
 from megaphase.training.position import Position
 
@@ -26,10 +28,16 @@ class StepTrace:
         if self._writes:
             starts = np.array(at.starts, np.int64)
             samples = trace_step(self._plan, at.phase, at.phase_step, starts)
-            lines = [json.dumps(as_json(sample, None)) + "\n" for sample in samples]
+            lines = [self._line(sample) for sample in samples]
             with os_errors_named(path):
                 make_way_for_directory(self._folder, "the directory of traces")
                 self._folder.mkdir(exist_ok=True)
                 make_way_for_file(path, "a trace")
                 write_text_whole(path, "".join(lines))
         return str(path)
+
+    def _line(self, sample: TracedSample) -> str:
+        origins = None
+        with suppress(InputError):  # training does not depend on where documents come from
+            origins = sample_origins(self._plan, sample)
+        return json.dumps(as_json(sample, None, origins), ensure_ascii=False) + "\n"
