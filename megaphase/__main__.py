@@ -35,7 +35,10 @@ def _end_at_once(number: int, _frame: object) -> None:
     interrupted = number == signal.SIGINT
     if os.environ.get("RANK", "0") == "0":
         name = "Ctrl-C" if interrupted else signal.Signals(number).name
-        os.write(2, f"megaphase: {name} came before anything had begun; nothing is lost\n".encode())
+        line = f"megaphase: {name} came before anything had begun; nothing is lost"
+        reports = os.environ.get("MEGAPHASE_REPORTS")  # see parallel/launcher.py
+        report = line if reports is None else f'{{"rank": null, "lines": ["{line}"]}}'
+        os.write(2 if reports is None else int(reports), f"{report}\n".encode())
     os._exit(EXIT_INTERRUPTED if interrupted else EXIT_REQUEUE)
 
 

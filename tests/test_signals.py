@@ -3,6 +3,7 @@ it trains. Exit code 75 is for what a signal has stopped, 130 for what Ctrl-C ha
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -155,6 +156,9 @@ def test_ctrl_c_stays_ignored_where_it_was_before():
     assert run(code.replace("wait_for(lambda: signals.received)", ""), "SIGINT", "0.2") == (75, "")
 
 
+STARTED = (
+    "SIGTERM came to rank 0 before the first step: nothing is lost, the same command begins again"
+)
 PROGRAM = """
 import os, signal, sys, threading
 from megaphase import __main__
@@ -176,6 +180,39 @@ def test_signal_while_the_program_imports_ends_it_in_a_line(name, told, code):
     line = f"megaphase: {told} came before anything had begun; nothing is lost\n"
     assert run(PROGRAM, name) == (code, line)
     assert run(PROGRAM, name, RANK="3") == (code, "")
+
+
+def reported(code: str, *arguments: str) -> tuple[int, str, list[dict[str, object]]]:
+    """Exit code, standard error, and what `launch local` is told."""
+    read, write = os.pipe()
+    os.set_inheritable(write, True)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env=os.environ | {"MEGAPHASE_REPORTS": str(write), "RANK": "0"},
+            pass_fds=[write],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=LIMIT_SECONDS,
+        )
+    finally:
+        os.close(write)
+    with open(read) as pipe:
+        return done.returncode, done.stderr, [json.loads(line) for line in pipe]
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("PROGRAM", "SIGTERM came before anything had begun; nothing is lost"),
+        ("STARTING", STARTED),
+    ],
+)
+def test_launcher_is_told_so_that_it_alone_speaks(code, told):
+    [*ended, reports] = reported(globals()[code], "SIGTERM")
+    assert ended == [75, ""]
+    assert reports == [{"rank": None, "lines": [f"megaphase: {told}"]}]
 
 
 def test_signal_that_was_blocked_comes_as_soon_as_the_program_can_take_it():

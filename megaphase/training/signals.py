@@ -17,7 +17,12 @@ from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
 from megaphase.errors import EXIT_INTERRUPTED
-from megaphase.parallel.launcher import global_rank, is_launched_locally, world_size
+from megaphase.parallel.launcher import (
+    global_rank,
+    is_launched_locally,
+    report_end,
+    world_size,
+)
 from megaphase.signals import (
     SAME_PRESS_SECONDS,
     STOP_SIGNALS,
@@ -47,7 +52,8 @@ def _say(text: str) -> None:
 
 
 def _end_alone(reason: str, code: int) -> NoReturn:
-    if global_rank() == 0:
+    # A launcher that ends a rank because another has died has said so, and says no more.
+    if global_rank() == 0 and not report_end(None, [f"megaphase: {reason}"]):
         _say(reason)
     os._exit(code)
 
