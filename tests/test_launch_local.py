@@ -199,8 +199,9 @@ if rank == 1:
     wait()
 import signal
 wait_for((folder / "ready-1").exists)
+wait_for((folder / "ready-1").read_text)
 (folder / f"ready-{rank}").write_text(str(os.getpid()))
-victim = int((folder / "ready-1").read_text() or 0)
+victim = int((folder / "ready-1").read_text())
 os.kill(os.getppid(), signal.SIGSTOP)  # so that the launcher finds both at once
 os.kill(victim, signal.SIGKILL)
 os.system(f"(sleep 1; kill -CONT {os.getppid()}) &")

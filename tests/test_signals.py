@@ -265,6 +265,7 @@ def test_stopped_run_wants_to_be_requeued(rank, line, monkeypatch, capsys):
     monkeypatch.setattr(cli, "app", stop)
     monkeypatch.setattr(cli, "SECONDS_FOR_RANK_0", 0.0)
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == 75
