@@ -180,6 +180,14 @@ def test_one_value_of_a_pipeline_is_replaced(data):
     one_is_replaced("pipeline", data.draw)
 
 
+@pytest.mark.parametrize("command", ["", "  ", "data", "--help", "plan"])
+def test_a_step_that_only_shows_help_shows_none(command, capsys):
+    content = replaced(PIPELINE, ("steps", "second", "command"), command)
+    with pytest.raises(InputError, match=r"steps.second.command: "):
+        check_pipeline(content)
+    assert capsys.readouterr().out == ""
+
+
 def one_is_replaced(kind, draw):
     content, model, check = CASES[kind]
     place = draw(st.sampled_from(sorted(places(content), key=str)))

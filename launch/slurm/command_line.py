@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 from typing import Any
@@ -43,7 +45,8 @@ def parsed(where: str, line: str, program: Any) -> dict[str, Any]:
     if words[:1] == ["megaphase"]:
         raise InputError(where, "begins with megaphase", "leave that word out")
     try:
-        return _parse(program, "megaphase", words)
+        with contextlib.redirect_stdout(io.StringIO()):  # a group without a command shows its help
+            return _parse(program, "megaphase", words)
     except typer.Exit:
         raise InputError(where, "only shows help", "leave --help or --version out") from None
     except Exception as error:
