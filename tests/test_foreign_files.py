@@ -244,7 +244,6 @@ def test_in_the_place_of_a_draft(put: Put, tmp_path: Path) -> None:
 def test_a_run_goes_on_whatever_lies_in_its_way(tmp_path: Path) -> None:
     settings = run_settings(
         make_corpora(tmp_path / "corpora"),
-        logging={"tensorboard": True},
         checkpoint={"every_steps": 4, "keep": 2, "asynchronous": False},
     )
     path = write_run_file(tmp_path / "a", settings)
@@ -264,8 +263,6 @@ def test_a_run_goes_on_whatever_lies_in_its_way(tmp_path: Path) -> None:
     os.mkdir(os.fsencode(checkpoints) + b"/\xff")
     (run_dir / ".lock").unlink()
     a_folder(run_dir / ".lock")
-    os.rename(run_dir / "tensorboard", tmp_path / "events")
-    a_fifo(run_dir / "tensorboard")
     os.rename(run_dir / "plan", tmp_path / "plan")
     a_file(run_dir / "plan")
     run_well("train", path)
