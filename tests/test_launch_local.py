@@ -217,6 +217,7 @@ def test_others_may_tell_more_than_the_launcher(tmp_path):
 if rank == 0:
     wait()
 wait_for((folder / "ready-0").exists)
+wait_for((folder / "ready-0").read_text)
 victim = int((folder / "ready-0").read_text())
 wait_for(lambda: not Path(f"/proc/{victim}").exists())
 report(0, "megaphase: rank 0 on here has ended without a word (killed, or out of memory), at 7")
