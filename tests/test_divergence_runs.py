@@ -121,7 +121,9 @@ def test_from_the_first_steps_and_without_clipping(corpora, tmp_path):
 
 def test_the_last_checkpoint_from_before_stays_and_can_be_gone_on_from(corpora, tmp_path):
     """The rate rises until it is too high; of later checkpoints only the newest one stays."""
-    settings = settings_of(corpora, phase("only", 200, 300.0, warmup=10_000))
+    rising = phase("only", 200, 300.0, warmup=10_000)
+    rising["learning_rate"]["steps"] = 10_001
+    settings = settings_of(corpora, rising)
     result = run("train", write_run_file(tmp_path / "a", settings))
     run_dir = tmp_path / "a" / "run"
     assert result.returncode == 1

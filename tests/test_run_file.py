@@ -279,6 +279,12 @@ def test_a_mistake_in_an_override_is_one_line(tmp_path, override, said):
     assert message(tmp_path, GOOD, override) == said
 
 
+def test_a_key_of_very_many_parts_is_refused_at_once(tmp_path):
+    said = message(tmp_path, GOOD, "a." * 5000 + "a=5")
+    assert said.startswith("override 'a.a.")
+    assert said.endswith(": a key has at most 100 parts, this has 5001")
+
+
 def test_overrides_replace_values_before_they_are_checked(tmp_path):
     config = load(
         tmp_path,

@@ -27,6 +27,7 @@ from megaphase.experiments.runs import load_run
 from megaphase.files import hash_file
 from megaphase.launch.slurm.status import read_status
 from megaphase.metrics_rows import missing_steps, steps_in_words
+from megaphase.training.metrics import MetricsLog
 from megaphase.training.metrics_recovery import kept_metrics
 
 LAST = sum(STEPS)
@@ -249,6 +250,20 @@ def test_tensorboard_shows_every_step_once(corpora, tmp_path):
         run_killed(branch, "--from", source, before_step=STEPS[0] + 3)
     run_well("train", branch)
     assert_every_step_once(tmp_path / "branch", STEPS[0] + 1, LAST)
+
+
+def test_events_with_a_loss_are_no_curves(tmp_path):
+    """As those of a loss spike or of divergence are."""
+    log = MetricsLog(
+        tmp_path / "metrics.jsonl",
+        keep_bytes=0,
+        tensorboard=tmp_path / "tensorboard",
+        resumed_step=None,
+    )
+    log.write({"step": 5, "event": "loss_spike", "loss": 9.0, "mean_before": 3.0})
+    log.write({"step": 6, "phase": "joint", "validation": {"hi": {"loss": 2.5}}})
+    log.close()
+    assert scalars(tmp_path) == {"validation_loss/hi": [6]}
 
 
 def test_other_files_in_the_folder_of_tensorboard_stay(corpora, tmp_path):

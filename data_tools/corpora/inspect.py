@@ -13,6 +13,7 @@ from megaphase.corpus import Corpus, Manifest
 from megaphase.corpus.checks import check_document, check_files
 from megaphase.corpus.manifest import IDS_SUFFIX, SOURCES_SUFFIX
 from megaphase.errors import InputError
+from megaphase.names import printable
 from megaphase.tokenizer import Tokenizer
 
 # The lengths of so many documents, evenly spread, give the distribution.
@@ -62,7 +63,7 @@ def document_text(prefix: Path, tokenizer_dir: Path, index: int) -> tuple[str, s
     origin = "nothing is known of its origin"
     if corpus.origins is not None:
         own_id, source = corpus.origins[index]
-        known = [f"id {own_id}"] if own_id is not None else []
+        known = [f"id {printable(own_id)}"] if own_id is not None else []
         known += [f"from {source}"] if source is not None else []
         origin = ", ".join(known) or origin
     check_document(corpus, index)

@@ -17,6 +17,7 @@ from megaphase.validation_errors import as_input_error, hint
 from megaphase.yaml_file import parse_scalar, read_yaml
 
 MOST_DIGITS = 9  # of an entry's number
+MOST_PARTS = 100  # of a key's path
 
 
 def _check_references(config: RunConfig) -> None:
@@ -108,6 +109,8 @@ def set_value(path: Path, data: dict[str, Any], key: str, value: Any, where: str
         InputError: the path leads through something that has no such key.
     """
     parts = key.replace("[", ".").replace("]", "").split(".")
+    if len(parts) > MOST_PARTS:
+        raise InputError(where, f"a key has at most {MOST_PARTS} parts, this has {len(parts)}")
     node: Any = data
     depth = 0
     while True:

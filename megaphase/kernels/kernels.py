@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import torch
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,8 +35,23 @@ class Kernels:
 EAGER = Kernels()
 
 
+def _separate_caches() -> None:
+    """Give every width of vector instructions a cache of compiled code of its own.
+
+    torch's cache does not tell them apart: code generated for AVX-512 would be built again for AVX2
+    where the environment asks for that (ATEN_CPU_CAPABILITY), and skip half of the values.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    default, capability = default_cache_dir(), torch.backends.cpu.get_cpu_capability()
+    # torch sets the variable itself when it is first asked for the folder.
+    if os.environ.get(CACHE_VARIABLE, default) == default:
+        os.environ[CACHE_VARIABLE] = f"{default}-{capability}"
+
+
 @functools.cache
 def _compiled(formula: Callable[P, R]) -> Callable[P, R]:
+    _separate_caches()
     # Every shape has a kernel of its own. One for all shapes would be made once a second shape is
     # seen, and a run that goes on, which sees them in another order, would differ in the last bit.
     return torch.compile(formula, dynamic=False, fullgraph=True)

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from megaphase.corpus.checks import check_document
 from megaphase.corpus.origins import Origin
+from megaphase.names import printable
 from megaphase.plan.plan import Plan
 from megaphase.tokenizer import Tokenizer
 
@@ -122,7 +123,7 @@ def sample_origins(plan: Plan, sample: TracedSample) -> list[Origin]:
 
 
 def _origin_in_words(origin: Origin) -> str:
-    return " in ".join(each for each in origin if each is not None)
+    return " in ".join(printable(each) for each in origin if each is not None)
 
 
 def trace_table(plan: Plan, samples: list[TracedSample]) -> Table:

@@ -149,7 +149,7 @@ def _scalars(row: Row) -> Iterator[tuple[str, float]]:
             for name, value in figures.items():
                 if value is not None:
                     yield f"validation_{name}/{task}", value
-    elif "loss" in row:
+    elif "loss_by_task" in row:  # events, too, may tell a loss
         for task, loss in row["loss_by_task"].items():
             yield f"train_loss/{task}", loss
         for name in TRAINING_SCALARS:

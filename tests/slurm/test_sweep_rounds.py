@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.sweep import load_sweep
 from megaphase.launch.slurm.job_file import read_job
 from megaphase.launch.slurm.next import newest_step
+from megaphase.locks import exclusive_lock
 from megaphase.tokenizer import Tokenizer
 
 CPU = {"gpus_per_node": 0, "tasks_per_node": 1, "cores": 1, "restarts": 0}
@@ -134,9 +137,16 @@ def test_dry_run_prints_the_scripts_of_the_first_round(corpora: Path, tmp_path: 
 # On a real Slurm
 
 
-def break_run(run: Path) -> None:
-    """What should be a file is a folder, which no run can write."""
-    (run / "metrics.jsonl").mkdir(parents=True)
+@pytest.fixture
+def break_run() -> Iterator[Callable[[Path], None]]:
+    """Lets runs fail until the test ends: this process holds their directories."""
+    with ExitStack() as held:
+
+        def hold(run: Path) -> None:
+            taken = partial(pytest.fail, "somebody else holds the run directory")
+            held.enter_context(exclusive_lock(run / ".lock", taken))
+
+        yield hold
 
 
 def wait_for_the_end(cluster: Cluster, path: Path) -> str:
@@ -166,7 +176,9 @@ def untimed(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
     return plain
 
 
-def test_a_sweep_ends_as_on_one_machine(cluster: Cluster, corpora: Path, tmp_path: Path) -> None:
+def test_a_sweep_ends_as_on_one_machine(
+    cluster: Cluster, corpora: Path, tmp_path: Path, break_run: Callable[[Path], None]
+) -> None:
     """Without the job that was to begin the second round, and with a run that fails."""
     failing = "static-r0.2-p0.01-s11"
     here, there = tmp_path / "here", tmp_path / "a cluster"
@@ -191,7 +203,7 @@ def test_a_sweep_ends_as_on_one_machine(cluster: Cluster, corpora: Path, tmp_pat
     assert failing in directory.outcomes()
     (last,) = (directory.slurm / "round-002" / "logs").glob("next-*.log")
     assert f"1 of 3 runs have failed: {failing}; the first: " in last.read_text()
-    assert "metrics.jsonl" in directory.log(failing).read_text()
+    assert "another process is training" in directory.log(failing).read_text()
 
 
 def write_pairs(prefix: Path, corpora: Path) -> None:
@@ -215,7 +227,7 @@ def write_pairs(prefix: Path, corpora: Path) -> None:
 
 @pytest.mark.slow
 def test_rounds_follow_each_other_to_the_scores_of_translations(
-    cluster: Cluster, corpora: Path, tmp_path: Path
+    cluster: Cluster, corpora: Path, tmp_path: Path, break_run: Callable[[Path], None]
 ) -> None:
     arms = {
         "static": {"rates": [0.3]},
