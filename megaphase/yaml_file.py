@@ -84,7 +84,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(path, "no such file", "give the path of a run file") from None
     except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror})") from None
+        problem = f"cannot be read ({error.strerror})"
+        raise InputError(path, problem, "give the path of a run file") from None
     except UnicodeDecodeError:
         raise InputError(path, "this is not UTF-8 text") from None
     if len(text) > MOST_BYTES:
@@ -97,7 +98,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         problem = ", ".join(filter(None, (error.context, error.problem)))
         raise InputError(f"{path}{line}", problem or "this is not YAML") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise InputError(path, " ".join(str(error).split()) or "this is not YAML") from None
+        why = " ".join(str(error).split())
+        remedy = "look for tags such as !!map, and for numbers of very many digits"
+        raise InputError(path, f"a value cannot be read ({why})", remedy) from None
     if not isinstance(data, dict):
         raise InputError(path, "the file must hold a mapping of keys to values")
     return data

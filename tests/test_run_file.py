@@ -236,7 +236,8 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
          "run.yaml:1: while constructing a mapping, found unhashable key"),
         ("seed: 1", "seed: *nope", "run.yaml:1: found undefined alias 'nope'"),
         ("seed: 1", "seed: !!int many",
-         "run.yaml: invalid literal for int() with base 10: 'many'"),
+         "run.yaml: a value cannot be read (invalid literal for int() with base 10: 'many'); look "
+         "for tags such as !!map, and for numbers of very many digits"),
         (GOOD, "", "run.yaml: the file must hold a mapping of keys to values"),
         (GOOD, "- a", "run.yaml: the file must hold a mapping of keys to values"),
     ],
@@ -362,7 +363,7 @@ def test_a_monitor_may_name_tasks_by_a_role(tmp_path):
     ("prepare", "said"),
     [
         (lambda path: None, "no such file; give the path of a run file"),
-        (Path.mkdir, "cannot be read (Is a directory)"),
+        (Path.mkdir, "cannot be read (Is a directory); give the path of a run file"),
         (lambda path: path.write_bytes(b"seed: \xff"), "this is not UTF-8 text"),
     ],
 )
