@@ -9,20 +9,9 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from data_support import corpus_bytes, files_of, make_tokenizer, write_jsonl
+from data_support import CORPUS_FILES, corpus_bytes, files_of, make_tokenizer, write_jsonl
 
 from megaphase.data_tools.tokenization.tokenize import tokenize
-
-CORPUS_FILES = [
-    "en.bin",
-    "en.blocks",
-    "en.hash",
-    "en.ids",
-    "en.idx",
-    "en.json",
-    "en.sources",
-    "en.sum",
-]
 
 
 @pytest.fixture(scope="module")
