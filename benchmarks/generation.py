@@ -23,7 +23,7 @@ from megaphase.model.gpt import GPT
 from megaphase.model.presets import PRESETS
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.rng import Initializer
-from megaphase.parallel.topology import Topology, device
+from megaphase.parallel.topology import ProcessGrid, device
 
 NO_EOD = -1
 TURNS = 3
@@ -43,7 +43,7 @@ def main() -> None:
     asked = parser.parse_args()
     dtype = DTYPES[asked.dtype]
     shape = _shape(asked.preset, asked.vocab, asked.prompt_tokens + asked.new_tokens)
-    alone = Topology(1, 0, 1, None, None)  # type: ignore[arg-type]
+    alone = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]
     model = GPT(shape, Initializer(1, dtype), alone, compute_dtype=dtype).eval()
     machine = measure_machine(device(), dtype)
     floor_seconds = dtype.itemsize * shape.matmul_parameters() / machine.memory_bytes_per_second

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from megaphase.config import RunConfig
 from megaphase.launch.local import free_port, rank_environment
-from megaphase.memory.estimate import Estimate, estimate
+from megaphase.memory.estimate import MemoryEstimate, estimate
 from megaphase.memory.setup import setup_of
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
@@ -259,7 +259,7 @@ def measure(number: int) -> int:
     return int(said[0][0].split()[-1])
 
 
-def estimated(case: Case) -> Estimate:
+def estimated(case: Case) -> MemoryEstimate:
     """What `megaphase plan` says, of the CPU."""
     config = case.config(case.model)
     shape = build_shape(config, MODELS[case.model]["vocab"])

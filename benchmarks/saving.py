@@ -22,7 +22,7 @@ from megaphase.checkpoint.state import full_name
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.config import RunConfig
 from megaphase.model.presets import build_shape
-from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.agreement import ControlGroup
 from megaphase.parallel.together import process_group
 from megaphase.parallel.topology import start
 from megaphase.plan.dataset import Batch
@@ -54,7 +54,7 @@ def _measure(preset: str, vocab: int, rounds: int, folder: Path) -> None:
     zeros = torch.zeros((1, 16), dtype=torch.int64)
     engine.train_step(Batch(zeros, zeros, torch.zeros(1, dtype=torch.int64)), 1e-4)
     size = sum(tensor.nbytes for _, tensor in engine.state.tensors(engine.state.kinds()))
-    agreement = Agreement()
+    agreement = ControlGroup()
     store = CheckpointStore(folder / "ours", agreement)
     saver = Saver(store, agreement, keep=1, asynchronous=True, say=lambda text: None)
     held, whole, theirs, copies, writes = [], [], [], [], []

@@ -54,14 +54,14 @@ def local_command(
 
     Example: megaphase launch local run.yaml --processes 8
     """
-    from megaphase.launch.local import Sayings, launch_local
-    from megaphase.launch.sayings import training_sayings
+    from megaphase.launch.local import ExitMessages, launch_local
+    from megaphase.launch.sayings import training_exit_messages
 
     standard_output_is_a_log()
     options = train_options(source, profile, profile_steps)
     arguments = [command, str(run_file), *(overrides or []), *options]
     trains = command == "train"
-    sayings = training_sayings(run_file, overrides or []) if trains else Sayings()
+    sayings = training_exit_messages(run_file, overrides or []) if trains else ExitMessages()
     sys.exit(launch_local(arguments, processes, sayings))
 
 

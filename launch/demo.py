@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megaphase.data_tools.artificial.languages import DEFAULT_LANGUAGES, write_languages
 from megaphase.errors import InputError, RunError, Stopped
-from megaphase.files import write_text_whole
+from megaphase.files import atomic_write_text
 from megaphase.parent import ends_with_this_process
 from megaphase.signals import noted_signals, signals_blocked, told_name
 from megaphase.streams import new_console
@@ -74,7 +74,7 @@ def run_demo(folder: Path) -> None:
     )
     tasks = "\n".join(f"  {name}: {{corpus: data/{name}}}" for name in texts)
     run_file = folder / "run.yaml"
-    write_text_whole(run_file, RUN_FILE.format(tasks=tasks, high=", ".join(high)))
+    atomic_write_text(run_file, RUN_FILE.format(tasks=tasks, high=", ".join(high)))
     for command in _commands(folder, texts, run_file):
         console.print(f"\n$ megaphase {shlex.join(command)}", style="bold cyan", soft_wrap=True)
         code, stopped_by = _run(command)

@@ -36,7 +36,7 @@ _OWN_CODES = (0, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_REQUEUE, EXIT_INTERRUPTED)
 
 
 @dataclass(frozen=True)
-class Sayings:
+class ExitMessages:
     """What is said of a job whose ranks cannot say it: sentences, found when they are needed.
 
     outlook: what the same command does after a fault. loss: what is lost if it ends at once.
@@ -46,7 +46,7 @@ class Sayings:
     loss: Callable[[], str] = lambda: ""
 
 
-def launch_local(command: Sequence[str], processes: int, sayings: Sayings) -> int:
+def launch_local(command: Sequence[str], processes: int, sayings: ExitMessages) -> int:
     """Run `python -m megaphase COMMAND...` as `processes` ranks; returns the exit code for all."""
     return run_as_ranks([sys.executable, "-m", "megaphase", *command], processes, sayings)
 
@@ -54,7 +54,7 @@ def launch_local(command: Sequence[str], processes: int, sayings: Sayings) -> in
 def run_as_ranks(
     argv: Sequence[str],
     processes: int,
-    sayings: Sayings | None = None,
+    sayings: ExitMessages | None = None,
     *,
     patience_seconds: float = PATIENCE_SECONDS,
     grace_seconds: float = GRACE_SECONDS,
@@ -69,7 +69,7 @@ def run_as_ranks(
     themselves: 2, 1, any other, 130, 75. 1 if a rank was killed; 75 if a stop signal that was
     handed down has ended a rank. 130 after the second Ctrl-C.
     """
-    sayings = sayings or Sayings()
+    sayings = sayings or ExitMessages()
     with noted_signals() as received, _Reports() as reports:
         job = _Job(_start(argv, processes, reports.descriptor), reports, sayings)
         pressed: float | None = None
@@ -164,7 +164,7 @@ class _Job:
     """The ranks that were started, and what became of them."""
 
     def __init__(
-        self, ranks: Sequence[subprocess.Popen[bytes]], reports: _Reports, sayings: Sayings
+        self, ranks: Sequence[subprocess.Popen[bytes]], reports: _Reports, sayings: ExitMessages
     ) -> None:
         self._ranks, self._reports, self._sayings = ranks, reports, sayings
         self._codes: dict[int, int] = {}  # of those that have ended by themselves, in their order
@@ -175,13 +175,13 @@ class _Job:
 
     def is_over(self) -> bool:
         """Look after all ranks; whether all have ended."""
-        self._look()
+        self._validate_and_save_if_due()
         if self._reports.first() is not None:
-            self._look()  # a rank that died before the report has ended by now
+            self._validate_and_save_if_due()  # a rank that died before the report has ended by now
             self.say_why()
         return not self._left()
 
-    def _look(self) -> None:
+    def _validate_and_save_if_due(self) -> None:
         looked = [(number, rank.poll()) for number, rank in self._left()]
         ended = [(number, code) for number, code in looked if code is not None]
         # Of those that end together, one that was killed was the first, one that aborts the last.

@@ -9,14 +9,14 @@ from pathlib import Path
 from megaphase.checkpoint.names import newest_state
 from megaphase.checkpoint.state import full_name
 from megaphase.errors import InputError
-from megaphase.launch.local import Sayings
+from megaphase.launch.local import ExitMessages
 from megaphase.metrics_rows import last_rows
 from megaphase.plan.history import read_origin
 from megaphase.run_files import METRICS_FILE
 from megaphase.training.outlook import loss_sentence, resume_sentence
 
 
-def training_sayings(run_file: Path, overrides: Sequence[str]) -> Sayings:
+def training_exit_messages(run_file: Path, overrides: Sequence[str]) -> ExitMessages:
     """Of a training; nothing is read before it is to be said."""
 
     def output() -> Path:
@@ -24,7 +24,7 @@ def training_sayings(run_file: Path, overrides: Sequence[str]) -> Sayings:
 
         return load_run_file(run_file, tuple(overrides)).output
 
-    return Sayings(
+    return ExitMessages(
         outlook=lambda: _or_nothing(lambda: resume_sentence(_newest(output()))),
         loss=lambda: _or_nothing(lambda: _loss(output())),
     )

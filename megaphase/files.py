@@ -174,7 +174,7 @@ def write_all(descriptor: int, content: bytes | memoryview) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
-def path_aside(final: Path) -> Path:
+def temporary_path(final: Path) -> Path:
     """Where this process writes what is to appear as `final`."""
     return final.with_name(f".{final.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
@@ -196,9 +196,9 @@ def _is_abandoned(aside: Path) -> bool:
     return False
 
 
-def write_text_whole(path: Path, text: str) -> None:
+def atomic_write_text(path: Path, text: str) -> None:
     """Write a small text file so that a reader sees the old or the new content, never a part."""
-    aside = path_aside(path)
+    aside = temporary_path(path)
     try:
         with _named(aside, path):
             with open(aside, "w", encoding="utf-8") as file:
@@ -212,9 +212,9 @@ def write_text_whole(path: Path, text: str) -> None:
     fsync_path(path.parent)
 
 
-def write_json_whole(path: Path, value: Any) -> None:
-    """`write_text_whole` of an indented JSON value."""
-    write_text_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def atomic_write_json(path: Path, value: Any) -> None:
+    """`atomic_write_text` of an indented JSON value."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def publish_directory(aside: Path, final: Path) -> None:
@@ -282,7 +282,7 @@ def directory_written_aside(
 
     Otherwise `discard` removes it.
     """
-    aside = path_aside(final)
+    aside = temporary_path(final)
     remove_leftover(aside)
     make_directory(aside)
     try:

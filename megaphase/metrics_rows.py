@@ -15,7 +15,7 @@ _TAIL_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
-class Line:
+class MetricsLine:
     """A line of the file that ends with a newline.
 
     Attributes:
@@ -29,7 +29,7 @@ class Line:
     row: Row | None
 
 
-def read_lines(path: Path, containing: Sequence[bytes] = ()) -> Iterator[Line]:
+def read_lines(path: Path, containing: Sequence[bytes] = ()) -> Iterator[MetricsLine]:
     """The whole lines of the file, of which the last, half-written one is none.
 
     containing: lines that hold none of these bytes are left out, which saves parsing them.
@@ -43,7 +43,7 @@ def read_lines(path: Path, containing: Sequence[bytes] = ()) -> Iterator[Line]:
             if not line.endswith(b"\n"):
                 return
             if not containing or any(part in line for part in containing):
-                yield Line(number, end, parse_row(line))
+                yield MetricsLine(number, end, parse_row(line))
 
 
 def last_rows(path: Path) -> list[Row]:

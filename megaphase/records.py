@@ -11,10 +11,10 @@ from pydantic import BaseModel, ValidationError
 from megaphase.errors import InputError
 from megaphase.files import (
     AlteredError,
+    atomic_write_json,
     read_file,
     with_hash,
     without_hash,
-    write_json_whole,
 )
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -53,4 +53,4 @@ def read_record(path: Path, model: type[Record], remedy: str) -> Record:
 
 def write_record(path: Path, record: BaseModel) -> None:
     """Write a record, whole or not at all, with a hash by which an altered one is found."""
-    write_json_whole(path, with_hash(record.model_dump(mode="json")))
+    atomic_write_json(path, with_hash(record.model_dump(mode="json")))

@@ -21,12 +21,14 @@ from megaphase.convert.foreign import foreign_state
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.agreement import ControlGroup
 from megaphase.parallel.sharding import ParameterLayout
 from megaphase.training.engine import Engine
 
 
-def save(engine: Engine, config: RunConfig, vocab: int, folder: Path, agreement: Agreement) -> Path:
+def save(
+    engine: Engine, config: RunConfig, vocab: int, folder: Path, agreement: ControlGroup
+) -> Path:
     """Save an engine's state as a run does; the checkpoint's folder. Called by all ranks."""
     topology = engine.topology
     state = foreign_state(build_shape(config, vocab), {}) | {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megaphase.config import RunConfig
 from megaphase.model.presets import build_shape
-from megaphase.parallel.topology import Topology, start
+from megaphase.parallel.topology import ProcessGrid, start
 from megaphase.plan.dataset import Batch
 from megaphase.targets import IGNORED_TARGET
 from megaphase.training.engine import Engine, import_deepspeed
@@ -101,7 +101,7 @@ def _documents(targets: Tensor, half: bool, random: torch.Generator) -> Tensor:
     return begins.cumsum(1)
 
 
-def share(batch: Batch, topology: Topology) -> Batch:
+def share(batch: Batch, topology: ProcessGrid) -> Batch:
     """The rows of this data-parallel rank."""
     rows = len(batch) // topology.data_size
     return list(batch.split(rows))[topology.data_rank]

@@ -19,11 +19,11 @@ from megaphase.convert.source import open_source
 from megaphase.model.gpt import GPT
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.rng import Initializer
-from megaphase.parallel.topology import Topology
+from megaphase.parallel.topology import ProcessGrid
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-ALONE = Topology(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
+ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
 VOCAB = 707  # odd, and larger than the tokenizer's
 SEQ_LEN = 48
 LLAMA: dict[str, Any] = {

@@ -11,7 +11,7 @@ from run_support import HIGH, LOW, run_settings
 from warm_process import WarmProcess
 
 from megaphase.experiments.sweep.directory import SweepDirectory
-from megaphase.experiments.sweep.display import Display
+from megaphase.experiments.sweep.display import SweepDisplay
 from megaphase.experiments.sweep.local import Machine, Start, run_locally
 from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.start import open_sweep
@@ -50,10 +50,10 @@ def warm_start(command: Sequence[str], log: Path, environment: Mapping[str, str]
     return WarmProcess("megaphase.cli:main", list(command), stdout=log, stderr=log, env=env)
 
 
-def quiet_display(sweep: Any) -> Display:
+def quiet_display(sweep: Any) -> SweepDisplay:
     from rich.console import Console
 
-    return Display(Console(quiet=True), sweep, 0, 0)
+    return SweepDisplay(Console(quiet=True), sweep, 0, 0)
 
 
 def run_warm(

@@ -34,14 +34,14 @@ from megaphase.model.dropout import Dropout, row_seeds
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.region import TensorRegion
 from megaphase.parallel.together import process_group
-from megaphase.parallel.topology import Topology
+from megaphase.parallel.topology import ProcessGrid
 
 SEED = 1
 SHARE = 0.3
 FIRST_STEP, LAST_STEP = 7, 10
 RATE = 3e-3
 VALIDATION_BATCH = 999
-ALONE = TensorRegion(Topology(1, 0, 1, None, None), False)  # type: ignore[arg-type]  # no groups
+ALONE = TensorRegion(ProcessGrid(1, 0, 1, None, None), False)  # type: ignore[arg-type]  # no groups
 
 
 @dataclass(frozen=True)

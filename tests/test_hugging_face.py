@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 
 from megaphase.convert.hugging_face.config import read_config
 from megaphase.data_tools.tokenizers.train import train_tokenizer
-from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.agreement import ControlGroup
 from megaphase.parallel.together import process_group
 from megaphase.tokenizer import Tokenizer
 
@@ -131,7 +131,7 @@ def train_and_save(folder: str) -> None:
         for step in range(2):
             batch = share(global_batch(step, vocab=VOCAB), engine.topology)
             engine.train_step(batch, 1e-2)
-        save(engine, config, VOCAB, Path(folder), Agreement())
+        save(engine, config, VOCAB, Path(folder), ControlGroup())
 
 
 @once

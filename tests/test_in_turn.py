@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from megaphase.model.in_turn import Steps, in_turn
+from megaphase.model.in_turn import Steps, interleave
 
 
 def computation(name: str, steps: int, log: list[str]) -> Steps:
@@ -18,7 +18,7 @@ def computation(name: str, steps: int, log: list[str]) -> Steps:
 
 def run(names: str, steps: int) -> tuple[list[str], list[float]]:
     log: list[str] = []
-    results = in_turn([partial(computation, name, steps, log) for name in names])
+    results = interleave([partial(computation, name, steps, log) for name in names])
     return log, [float(result) for result in results]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megaphase.parallel.judge import LOOKS_UNTIL_GONE, Judge, Verdict
-from megaphase.parallel.pulse import Beat, Place, next_on_node
+from megaphase.parallel.judge import LOOKS_UNTIL_GONE, Diagnosis, FaultDetector
+from megaphase.parallel.pulse import Heartbeat, RankInfo, next_on_node
 
 SILENT_SECONDS, STALLED_SECONDS = 30.0, 900.0
 BEAT_SECONDS = 1.0
@@ -16,12 +16,12 @@ class Run:
 
     def __init__(self, *nodes: int) -> None:
         places = [
-            Place(f"node{node}", pid=100 + node * 10 + local, born=0)
+            RankInfo(f"node{node}", pid=100 + node * 10 + local, born=0)
             for node, ranks in enumerate(nodes)
             for local in range(ranks)
         ]
-        self.judge = Judge(places, SILENT_SECONDS, STALLED_SECONDS)
-        self.beats = [Beat(counter=1, progress=1, where="in step 1")] * len(places)
+        self.judge = FaultDetector(places, SILENT_SECONDS, STALLED_SECONDS)
+        self.beats = [Heartbeat(counter=1, progress=1, where="in step 1")] * len(places)
         self.seconds = 0.0
         self.silent: set[int] = set()
 
@@ -29,7 +29,7 @@ class Run:
         for rank in ranks:
             self.beats[rank] = self.beats[rank]._replace(**changes)
 
-    def go(self, seconds: float, *, progress: bool = True) -> Verdict | None:
+    def go(self, seconds: float, *, progress: bool = True) -> Diagnosis | None:
         """Let time pass, until there is a verdict."""
         end = self.seconds + seconds
         while self.seconds < end:
@@ -44,7 +44,7 @@ class Run:
 
 
 def test_neighbours_are_a_circle_on_each_node():
-    places = [Place(host, 1, 0) for host in ("a", "b", "a", "a", "c", "b")]
+    places = [RankInfo(host, 1, 0) for host in ("a", "b", "a", "a", "c", "b")]
     assert next_on_node(places) == [2, 5, 3, 0, 4, 1]
 
 
@@ -54,7 +54,7 @@ def test_silent_rank_is_named_in_time():
     run.silent = {3}
     verdict = run.go(100)
     assert 100 + SILENT_SECONDS <= run.seconds <= 100 + SILENT_SECONDS + BEAT_SECONDS
-    assert verdict == Verdict(
+    assert verdict == Diagnosis(
         True,
         "rank 3 on node1 (process 111) gave no sign of life for 30 s, last seen in step 1; all "
         "processes end",
@@ -105,7 +105,7 @@ def test_rank_that_has_left_is_not_missed():
     run.change(1, neighbour=-1)
     assert run.go(2 * SILENT_SECONDS) is None
     run.change(0, 1, state="left")
-    assert run.go(1) == Verdict(ends=False)
+    assert run.go(1) == Diagnosis(ends=False)
 
 
 def test_rank_that_works_without_a_beat_lives():
@@ -123,14 +123,14 @@ def test_fault_that_all_share_is_theirs_to_tell(state):
     run.change(1, state="fault", reason="the disk is full")
     assert run.go(SILENT_SECONDS / 3 - 2 * BEAT_SECONDS) is None
     run.change(0, 2, state=state)
-    assert run.go(1) == Verdict(ends=False)
+    assert run.go(1) == Diagnosis(ends=False)
 
 
 def test_fault_of_one_rank_ends_all_with_its_code():
     run = Run(2, 1)
     run.change(2, state="fault", reason="run.yaml: is wrong", exit_code=2)
     verdict = run.go(SILENT_SECONDS)
-    assert verdict == Verdict(
+    assert verdict == Diagnosis(
         True, "rank 2 on node1 (process 110): run.yaml: is wrong", exit_code=2, rank=2
     )
 
@@ -149,7 +149,7 @@ def test_failure_comes_before_those_that_it_kills():
 def test_signal_to_one_rank_ends_all_with_its_code():
     run = Run(2)
     run.change(1, state="interrupted", reason="SIGTERM came", exit_code=75)
-    assert run.go(1) == Verdict(True, "SIGTERM came", exit_code=75, rank=1)
+    assert run.go(1) == Diagnosis(True, "SIGTERM came", exit_code=75, rank=1)
 
 
 def test_of_several_that_are_gone_the_first_is_named():

@@ -25,11 +25,11 @@ from megaphase.model.packed_rows import _Masked, _VariableLength, own_document_m
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.rng import Initializer
-from megaphase.parallel.topology import Topology
+from megaphase.parallel.topology import ProcessGrid
 from megaphase.training.optimizer import build_optimizer
-from megaphase.training.parts import Parts, choose_parts
+from megaphase.training.parts import Backends, choose_parts
 
-ALONE = Topology(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
+ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
 GPT2 = {"norm": "layernorm", "position": "learned", "activation": "gelu", "bias": True}
 
 
@@ -249,7 +249,7 @@ def test_apex_s_optimizer_steps_and_forgets_as_torch_s(apex: dict[str, ModuleTyp
 
 
 def test_what_is_there_is_chosen(monkeypatch: Any) -> None:
-    eager, compiled = Parts(EAGER, "torch"), Parts(Kernels(compiled=True), "torch")
+    eager, compiled = Backends(EAGER, "torch"), Backends(Kernels(compiled=True), "torch")
     assert choose_parts(run_config()) == eager
     assert choose_parts(parts(kernels="compile")) == compiled
     monkeypatch.setattr("megaphase.training.parts.device", lambda: torch.device("cuda"))
@@ -257,9 +257,9 @@ def test_what_is_there_is_chosen(monkeypatch: Any) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name in there or None)
     assert choose_parts(run_config()) == eager
     there |= {"triton", "apex.normalization", "fused_layer_norm_cuda"}
-    assert choose_parts(run_config()) == Parts(Kernels(compiled=True, apex_norm=True), "torch")
+    assert choose_parts(run_config()) == Backends(Kernels(compiled=True, apex_norm=True), "torch")
     there |= {"apex.optimizers", "amp_C"}
-    assert choose_parts(parts(kernels="eager", norm="torch")) == Parts(EAGER, "apex")
+    assert choose_parts(parts(kernels="eager", norm="torch")) == Backends(EAGER, "apex")
 
 
 def parts(**asked: str) -> Any:

@@ -22,7 +22,7 @@ from megaphase.errors import InputError
 from megaphase.memory.choices import GB, RESERVE, all_kept, fits, layouts, remedies
 from megaphase.memory.estimate import PARTS, estimate
 from megaphase.memory.setup import Setup, setup_of
-from megaphase.memory.states import PREFETCH_BUCKET, REDUCE_BUCKET, SUB_GROUP, Kept, states_of
+from megaphase.memory.states import PREFETCH_BUCKET, REDUCE_BUCKET, SUB_GROUP, Resident, states_of
 from megaphase.model.gpt import GPT
 from megaphase.model.parameters import parameter_layouts, parameter_sizes
 from megaphase.model.presets import build_shape
@@ -30,7 +30,7 @@ from megaphase.model.shape import GPTShape
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.sharding import layout_of
 from megaphase.parallel.together import process_group
-from megaphase.parallel.topology import Topology
+from megaphase.parallel.topology import ProcessGrid
 from megaphase.plan.commands import plan_app
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "memory.py"
@@ -56,7 +56,7 @@ BIG = Setup(
 @pytest.mark.parametrize("shape", [LLAMA, GPT2])
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_parameters_are_those_of_the_model(shape, tensor):
-    topology = Topology(tensor, 0, tensor, None, None)  # type: ignore[arg-type]  # nothing travels
+    topology = ProcessGrid(tensor, 0, tensor, None, None)  # type: ignore[arg-type]  # nothing travels
     model = GPT(shape, Initializer(1, torch.float32), topology)
     parameters = dict(model.named_parameters())
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
@@ -74,7 +74,7 @@ def test_parameters_sum_to_the_shape_s_own_count():
 class Built:
     """What lies in an engine's tensors after a step, and the sizes of its buckets."""
 
-    kept: Kept
+    kept: Resident
     buckets: tuple[int, ...]
 
 
@@ -105,7 +105,7 @@ def _build(zero: int, precision: str, tensor: int) -> Built:
         weights, gradients = optimizer.bf16_groups_flat, optimizer.fp32_groups_gradients_flat
     else:
         weights = optimizer.bit16_groups_flat
-    kept = Kept(
+    kept = Resident(
         _bytes(weights),
         _bytes(masters),
         _bytes(gradients),

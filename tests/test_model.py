@@ -19,14 +19,14 @@ from megaphase.errors import InputError
 from megaphase.kernels.attention import attention as attend
 from megaphase.kernels.kernels import EAGER
 from megaphase.model.gpt import GPT, Attention, Block, Rows
-from megaphase.model.in_turn import in_turn
+from megaphase.model.in_turn import interleave
 from megaphase.model.presets import PRESETS, build_shape
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.region import TensorRegion
 from megaphase.parallel.rng import Initializer
-from megaphase.parallel.topology import Topology
+from megaphase.parallel.topology import ProcessGrid
 
-ALONE = Topology(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
+ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
 INITIALIZER = Initializer(1, torch.float32)
 
 LLAMA: dict[str, Any] = {
@@ -219,7 +219,7 @@ def test_attention_with_grouped_queries(kv_heads: int) -> None:
     x = torch.randn((2, 6, shape.hidden), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = attention_by_loops(x, attention, shape)
-        (found,) = in_turn([lambda: attention.steps(x, None, attend, nullcontext)])
+        (found,) = interleave([lambda: attention.steps(x, None, attend, nullcontext)])
         assert_close(found, expected)
 
 

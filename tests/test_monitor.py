@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaphase.config import RunConfig, load_run_file
-from megaphase.training.monitor import OverfitMonitor, Verdict
+from megaphase.training.monitor import EarlyStopping, PhaseEnd
 
 TASKS = ["en", "hi", "eu"]
 
@@ -57,20 +57,20 @@ def losses(hi: float, eu: float = 1.0, en: float = 1.0) -> dict[str, float]:
     return {"en": en, "hi": hi, "eu": eu}
 
 
-def stops_of(monitor: OverfitMonitor, of_hi: list[float], first_step: int = 0) -> list[str | None]:
+def stops_of(monitor: EarlyStopping, of_hi: list[float], first_step: int = 0) -> list[str | None]:
     return [monitor.observe(first_step + 10 * i, losses(loss)).stop for i, loss in enumerate(of_hi)]
 
 
 def test_a_task_has_overfit_after_its_patience(folder):
     config = make_config(folder, [overfit(tasks=["hi"], patience=3)], {})
-    found = stops_of(OverfitMonitor(config), [3.0, 2.5, 2.6, 2.4, 2.4, 2.5, 2.41, 2.3])
+    found = stops_of(EarlyStopping(config), [3.0, 2.5, 2.6, 2.4, 2.4, 2.5, 2.41, 2.3])
     said = "hi has overfit: no gain for 3 validations (best 2.4000 at step 30)"
     assert found == [None] * 6 + [said, None]
 
 
 def test_small_gains_add_up(folder):
     config = make_config(folder, [overfit(tasks=["hi"], patience=2, min_gain=0.25)], {})
-    found = stops_of(OverfitMonitor(config), [3.0, 2.875, 2.625, 2.5, 2.375])
+    found = stops_of(EarlyStopping(config), [3.0, 2.875, 2.625, 2.5, 2.375])
     assert found[:4] == [None] * 4
     assert found[4] == "hi has overfit: no gain for 2 validations (best 2.6250 at step 20)"
 
@@ -84,14 +84,14 @@ def test_all_tasks_of_a_role_or_any(folder):
     }
     for when, expected in said.items():
         config = make_config(folder, [overfit(tasks="low", patience=1, when=when)], {})
-        monitor = OverfitMonitor(config)
+        monitor = EarlyStopping(config)
         seen = [losses(3.0, 3.0), losses(3.0, 2.0), losses(3.0, 2.0)]
         assert [monitor.observe(10 * i, each).stop for i, each in enumerate(seen)] == expected
 
 
 def test_losses_that_are_reached_end_a_phase(folder):
     config = make_config(folder, [{"loss": {"hi": 2.5, "eu": 3}}, {}], {})
-    monitor = OverfitMonitor(config)
+    monitor = EarlyStopping(config)
     said = "the loss of hi reached 2.5, the loss of eu reached 3"
     found = [
         monitor.observe(step, losses(hi, eu)).stop
@@ -104,7 +104,7 @@ def test_losses_that_are_reached_end_a_phase(folder):
 
 def test_patience_begins_anew_with_a_phase_and_bests_do_not(folder):
     stop = overfit(tasks=["hi"], patience=2)
-    monitor = OverfitMonitor(make_config(folder, [stop, stop], {"tasks": ["hi"]}))
+    monitor = EarlyStopping(make_config(folder, [stop, stop], {"tasks": ["hi"]}))
     assert [v is None for v in stops_of(monitor, [2.0, 2.1, 2.2])] == [True, True, False]
     monitor.begin_phase(1)
     verdicts = [monitor.observe(20 + 10 * i, losses(x)) for i, x in enumerate([2.2, 2.1, 1.9])]
@@ -118,7 +118,7 @@ def test_patience_begins_anew_with_a_phase_and_bests_do_not(folder):
 
 def test_a_step_that_is_observed_again_counts_once(folder):
     stop = overfit(tasks=["hi"], patience=2)
-    monitor = OverfitMonitor(make_config(folder, [stop, stop], {"tasks": ["hi"]}))
+    monitor = EarlyStopping(make_config(folder, [stop, stop], {"tasks": ["hi"]}))
     monitor.observe(0, losses(2.0))
     for _ in range(5):
         assert monitor.observe(10, losses(2.0)).stop is None
@@ -131,7 +131,7 @@ def test_a_step_that_is_observed_again_counts_once(folder):
 
 def test_a_loss_that_is_not_finite_is_no_gain(folder):
     config = make_config(folder, [overfit(tasks=["hi"], patience=2)], {"tasks": ["hi", "eu"]})
-    monitor = OverfitMonitor(config)
+    monitor = EarlyStopping(config)
     verdict = monitor.observe(0, losses(math.nan))
     assert [verdict.improved, verdict.stop] == [["eu"], None]
     verdict = monitor.observe(10, losses(-math.inf, math.nan))
@@ -144,7 +144,7 @@ def test_a_loss_that_is_not_finite_is_no_gain(folder):
 
 
 def test_the_mean_is_weighted(folder):
-    monitor = OverfitMonitor(
+    monitor = EarlyStopping(
         make_config(folder, [{}], {"tasks": "low", "weights": {"hi": 3, "eu": 1}, "min_gain": 0.5})
     )
     assert monitor.observe(0, losses(2.0, 4.0)).improved == ["hi", "eu", "mean"]
@@ -156,13 +156,13 @@ def test_the_mean_is_weighted(folder):
 
 
 def test_without_tasks_there_are_no_bests(folder):
-    monitor = OverfitMonitor(make_config(folder, [{}], {}))
-    assert monitor.observe(0, losses(2.0)) == Verdict([], None, dict.fromkeys(TASKS))
+    monitor = EarlyStopping(make_config(folder, [{}], {}))
+    assert monitor.observe(0, losses(2.0)) == PhaseEnd([], None, dict.fromkeys(TASKS))
     assert monitor.best() == {}
 
 
 def test_the_gap_is_that_to_the_training_loss_since_the_last_validation(folder):
-    monitor = OverfitMonitor(make_config(folder, [{}], {}))
+    monitor = EarlyStopping(make_config(folder, [{}], {}))
     monitor.observe(0, losses(9.0))
     monitor.add_training_losses({"hi": 30.0, "en": 0.0}, {"hi": 10, "en": 0})
     monitor.add_training_losses({"hi": 20.0}, {"hi": 30})
@@ -212,7 +212,7 @@ SETTINGS = st.builds(
 )
 
 
-def play(monitor: OverfitMonitor, seen: list[Seen]) -> list[Verdict]:
+def play(monitor: EarlyStopping, seen: list[Seen]) -> list[PhaseEnd]:
     verdicts = []
     for each in seen:
         if each.phase != monitor.state_dict()["phase"]:
@@ -232,10 +232,10 @@ def through_json(state: dict[str, Any]) -> dict[str, Any]:
 def test_a_run_that_was_stopped_anywhere_decides_the_same(folder, seen, chosen, data):
     stop, keep = chosen
     config = make_config(folder, [stop, stop], keep)
-    uninterrupted = OverfitMonitor(config)
+    uninterrupted = EarlyStopping(config)
     expected = play(uninterrupted, seen)
     cut = data.draw(st.integers(0, len(seen)))
-    first, second = OverfitMonitor(config), OverfitMonitor(config)
+    first, second = EarlyStopping(config), EarlyStopping(config)
     found = play(first, seen[:cut])
     second.load_state_dict(through_json(first.state_dict()))
     found += play(second, seen[cut:])
@@ -247,7 +247,7 @@ def test_a_run_that_was_stopped_anywhere_decides_the_same(folder, seen, chosen, 
 
 def test_training_losses_since_the_last_validation_survive_a_restart(folder):
     config = make_config(folder, [{}], {})
-    first, second = OverfitMonitor(config), OverfitMonitor(config)
+    first, second = EarlyStopping(config), EarlyStopping(config)
     first.add_training_losses({"hi": 0.1}, {"hi": 1})
     first.add_training_losses({"hi": 0.2}, {"hi": 2})
     second.load_state_dict(through_json(first.state_dict()))
@@ -276,7 +276,7 @@ def has_overfit(series: list[tuple[int, float]], patience: int, min_gain: float)
 @given(histories(), SETTINGS)
 def test_patience_and_bests_are_those_of_the_reference(folder, seen, chosen):
     stop, keep = chosen
-    monitor = OverfitMonitor(make_config(folder, [stop, stop], keep))
+    monitor = EarlyStopping(make_config(folder, [stop, stop], keep))
     verdicts = play(monitor, seen)
     rule = stop["overfit"]
     weights = keep.get("weights", {"hi": 1, "eu": 1})

@@ -30,7 +30,7 @@ from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
-from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.agreement import ControlGroup
 from megaphase.parallel.together import process_group
 from megaphase.parallel.topology import start
 from megaphase.training.deepspeed_config import swap_folder
@@ -146,14 +146,14 @@ def train(engine: Engine, first: int, steps: int) -> Curve:
     return curve
 
 
-def save(engine: Engine, folder: Path, agreement: Agreement) -> Path:
+def save(engine: Engine, folder: Path, agreement: ControlGroup) -> Path:
     saver = Saver(CheckpointStore(folder, agreement), agreement, keep=1, asynchronous=True, say=str)
     saver.save("step-00000001", engine.state.snapshot(), {}, {})
     saver.finish()
     return folder / "step-00000001"
 
 
-def examine(folder: Path, precision: str, place: str, agreement: Agreement) -> Examined:
+def examine(folder: Path, precision: str, place: str, agreement: ControlGroup) -> Examined:
     def build(name: str, seed: int) -> Engine:
         config = nvme_config(str(folder / name), precision, place, seed=seed)
         return build_engine(config, VOCAB)
@@ -197,7 +197,7 @@ def examine_all(folder: str, operator: str) -> dict[tuple[str, str], Examined]:
             put_stand_in_place()
         else:
             prepare_offload(nvme_config(folder, "bf16", "optimizer"))
-        agreement = Agreement()
+        agreement = ControlGroup()
         return {
             case: examine(Path(folder, str(number)), *case, agreement)
             for number, case in enumerate(CASES)

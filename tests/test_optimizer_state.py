@@ -36,7 +36,7 @@ from torch import Tensor
 from megaphase.checkpoint.parameters import INDEX_FILE, StoredParameters
 from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import CheckpointStore
-from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.agreement import ControlGroup
 from megaphase.parallel.together import process_group
 from megaphase.parallel.topology import start
 from megaphase.training.engine import Engine, StepResult
@@ -112,7 +112,7 @@ def curve(results: list[StepResult]) -> list[tuple[float, float]]:
     return [(result.losses.mean, result.grad_norm) for result in results]
 
 
-def save(engine: Engine, folder: Path, agreement: Agreement) -> Path:
+def save(engine: Engine, folder: Path, agreement: ControlGroup) -> Path:
     """Save as a run does; the checkpoint's folder."""
     store = CheckpointStore(folder, agreement)
     saver = Saver(store, agreement, keep=1, asynchronous=True, say=lambda text: None)
@@ -138,7 +138,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def examine(
-    zero: int, precision: str, offload: str, folder: Path, agreement: Agreement
+    zero: int, precision: str, offload: str, folder: Path, agreement: ControlGroup
 ) -> Examined:
     settings = {"tensor": 2, "zero": zero, "precision": precision, **(OFFLOADS | KEPT)[offload]}
     engine = build_engine(run_config(**settings))
@@ -184,7 +184,7 @@ def examine_all(
 ) -> dict[tuple[int, str, str], Examined]:
     with process_group():
         start(2)
-        agreement = Agreement()
+        agreement = ControlGroup()
         return {
             case: examine(*case, Path(folder, "-".join(map(str, case))), agreement)
             for case in cases
@@ -235,7 +235,7 @@ def hop(folder: str) -> tuple[list[float], list[float]]:
     model = {"kv_heads": 4, "vocab": 99}  # 99: every size pads its rows otherwise
     with process_group():
         start(1)
-        agreement = Agreement()
+        agreement = ControlGroup()
         still = build_engine(run_config(model=model, tensor=1, zero=0), 99)
         still_curve = [
             result.losses.mean

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from megaphase.training.outlook import Outlook, loss_sentence
+from megaphase.training.outlook import ResumePoint, loss_sentence
 
 FROM_4 = "The same command resumes from step-00000004"
 
 
 def test_what_is_told_follows_the_checkpoints():
     told: list[str] = []
-    outlook = Outlook(None, 0, told.append)
+    outlook = ResumePoint(None, 0, told.append)
     beginning = "There is no checkpoint yet: the same command starts from the beginning"
     assert told == [beginning]
     outlook.note_step(5)
@@ -29,7 +29,7 @@ def test_what_is_told_follows_the_checkpoints():
 
 
 def test_a_run_that_resumes_has_lost_nothing_yet():
-    outlook = Outlook("step-00001000", 1000, lambda sentence: None)
+    outlook = ResumePoint("step-00001000", 1000, lambda sentence: None)
     outlook.note_step(1000)
     assert outlook.loss().startswith("no step is lost; ")
     outlook.note_step(2234)

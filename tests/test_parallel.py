@@ -18,12 +18,12 @@ from megaphase.kernels.kernels import EAGER
 from megaphase.parallel.collectives import (
     copy_to_tensor_parallel,
     gather_sequence,
-    start_leaving,
+    reduce_async,
 )
 from megaphase.parallel.cross_entropy import Vocabulary, linear_cross_entropy
 from megaphase.parallel.sharding import layout_of
 from megaphase.parallel.together import process_group
-from megaphase.parallel.topology import Topology, start
+from megaphase.parallel.topology import ProcessGrid, start
 from megaphase.targets import IGNORED_TARGET
 from megaphase.training.engine import Engine
 
@@ -199,7 +199,7 @@ class Collective:
     replicated: the input, or the output, is one tensor that every rank holds.
     """
 
-    run: Callable[[Tensor, Topology], Tensor]
+    run: Callable[[Tensor, ProcessGrid], Tensor]
     whole: Callable[[list[Tensor]], list[Tensor]]
     replicated_input: bool = False
     replicated_output: bool = False
@@ -213,13 +213,13 @@ COLLECTIVES = {
         replicated_input=True,
     ),
     "reduce": Collective(
-        lambda x, topology: start_leaving(x.clone(), topology, False)(),
+        lambda x, topology: reduce_async(x.clone(), topology, False)(),
         lambda xs: [torch.stack(xs).sum(0)] * len(xs),
         replicated_output=True,
     ),
     "gather": Collective(gather_sequence, lambda xs: [torch.cat(xs, 1) for _ in xs]),
     "reduce_scatter": Collective(
-        lambda x, topology: start_leaving(x.clone(), topology, True)(),
+        lambda x, topology: reduce_async(x.clone(), topology, True)(),
         lambda xs: list(torch.stack(xs).sum(0).chunk(len(xs), 1)),
     ),
 }
@@ -236,7 +236,7 @@ def _score(output: Tensor, collective: Collective, rank: int) -> Tensor:
     return (output**2 * normal(*output.shape, seed=seed)).sum()
 
 
-def _run_collective(name: str, topology: Topology) -> tuple[Tensor, Tensor]:
+def _run_collective(name: str, topology: ProcessGrid) -> tuple[Tensor, Tensor]:
     collective = COLLECTIVES[name]
     x = _input(collective, topology.tensor_rank)
     y = collective.run(x, topology)
@@ -293,7 +293,7 @@ class FoundLosses:
     weight_gradient: Tensor
 
 
-def _run_cross_entropy(vocab: int, dtype: torch.dtype, topology: Topology) -> FoundLosses:
+def _run_cross_entropy(vocab: int, dtype: torch.dtype, topology: ProcessGrid) -> FoundLosses:
     rows = -(-vocab // topology.tensor_size)
     first = rows * topology.tensor_rank
     x = _hidden(dtype).requires_grad_()

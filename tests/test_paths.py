@@ -13,7 +13,7 @@ from run_support import make_corpora, run_settings, write_run_file
 from megaphase import cli
 from megaphase.data_tools.text import expand_inputs
 from megaphase.errors import InputError, RunError, exit_code, os_fault
-from megaphase.files import directory_written_aside, read_file, read_json, write_text_whole
+from megaphase.files import atomic_write_text, directory_written_aside, read_file, read_json
 from megaphase.yaml_file import read_yaml
 
 LATIN_1 = os.fsdecode(b"caf\xe9")
@@ -111,7 +111,7 @@ def test_errors_in_writing_name_what_was_to_be_written(tmp_path):
     assert other.filename == "elsewhere"
     assert fails_with(lambda aside: OSError(errno.EIO, "of a file that is read")).filename is None
     with pytest.raises(OSError) as missing:  # noqa: PT011
-        write_text_whole(tmp_path / "nowhere" / "file", "text")
+        atomic_write_text(tmp_path / "nowhere" / "file", "text")
     assert missing.value.filename == str(tmp_path / "nowhere" / "file")
 
 

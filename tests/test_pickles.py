@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from megaphase.convert.pickles import Unread, check_archive, load_pickle
+from megaphase.convert.pickles import UnreadStorage, check_archive, load_pickle
 from megaphase.errors import InputError
 
 
@@ -60,8 +60,8 @@ def test_harmless_objects_are_not_read(tmp_path, nothing_allowed) -> None:
     args = Namespace(exit_signal=signal.SIGTERM, path=tmp_path, layers=2)
     torch.save({"args": args, "rng_state": [random_state], "extra": io.BytesIO(b"x")}, path)
     found = load_pickle(path, trust=False)
-    assert isinstance(found["args"].exit_signal, Unread)
-    assert isinstance(found["args"].path, Unread)
+    assert isinstance(found["args"].exit_signal, UnreadStorage)
+    assert isinstance(found["args"].path, UnreadStorage)
     assert found["args"].layers == 2
     assert found["rng_state"][0]["python"] == random_state["python"]
 
@@ -79,7 +79,7 @@ def test_harmless_objects_of_programs_that_are_not_installed(tmp_path) -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
     for trust in (False, True):
         found = load_pickle(path, trust=trust)
-        assert isinstance(found["kind"], Unread)
+        assert isinstance(found["kind"], UnreadStorage)
         assert found["n"] == 3
 
 

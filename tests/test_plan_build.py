@@ -195,13 +195,15 @@ def test_a_process_that_waits_goes_on_when_the_builder_is_killed(run):
 
 
 def test_what_a_live_process_on_this_machine_writes_is_not_removed(run):
-    from megaphase.files import path_aside, remove_abandoned
+    from megaphase.files import remove_abandoned, temporary_path
 
     config, _ = run
     final = config.output / "plan" / "name"
     own, dead, elsewhere, old = (
-        path_aside(final),
-        path_aside(final).with_name(path_aside(final).name.replace(str(os.getpid()), "4194999")),
+        temporary_path(final),
+        temporary_path(final).with_name(
+            temporary_path(final).name.replace(str(os.getpid()), "4194999")
+        ),
         final.with_name(".name.another-node-17.partial"),
         final.with_name(".name.another-node-18.partial"),
     )

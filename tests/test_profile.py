@@ -35,7 +35,7 @@ from megaphase.training.profiling.printing import profile_text
 from megaphase.training.profiling.recorder import Profiler
 from megaphase.training.profiling.summary import summarize, top_kernels
 from megaphase.training.profiling.trace import read_trace
-from megaphase.training.record import Yardstick
+from megaphase.training.record import ThroughputReference
 
 TICKS = 40
 SPANS = st.lists(
@@ -278,7 +278,9 @@ class Patience:
 
 
 def profiler(folder, steps, said):
-    return Profiler(folder, steps, Yardstick(1, 1, None), Alone(), Patience(), said.append)
+    return Profiler(
+        folder, steps, ThroughputReference(1, 1, None), Alone(), Patience(), said.append
+    )
 
 
 def test_a_run_that_ends_early_says_that_there_is_no_profile(tmp_path):

@@ -23,7 +23,7 @@ from megaphase.checkpoint.parameters import StoredParameters
 from megaphase.config import RunConfig
 from megaphase.convert.partition import Layout
 from megaphase.convert.reshape import reshape
-from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.agreement import ControlGroup
 from megaphase.parallel.together import process_group
 from megaphase.parallel.topology import start
 from megaphase.training.engine import Engine
@@ -57,7 +57,7 @@ def begin(folder: str) -> list[float]:
         config = config_of(Layout(1, 1, 0))
         engine = build_engine(config, VOCAB)
         train(engine, 0, BEFORE)
-        save(engine, config, VOCAB, Path(folder, "begin"), Agreement())
+        save(engine, config, VOCAB, Path(folder, "begin"), ControlGroup())
         return train(engine, BEFORE, AFTER)
 
 
@@ -65,7 +65,7 @@ def go_on(layouts: list[Layout], folder: str) -> dict[Layout, list[float]]:
     """From `reshaped` checkpoints: save them again as `native` ones, and train."""
     with process_group():
         start(1)
-        agreement = Agreement()
+        agreement = ControlGroup()
         curves = {}
         for layout in layouts:
             config = config_of(layout)

@@ -21,7 +21,7 @@ from run_support import (
 from safetensors.torch import load_file
 from warm_commands import run, run_killed, run_well
 
-from megaphase.training.health import ENOUGH, WINDOW, LossWatch
+from megaphase.training.health import ENOUGH, WINDOW, LossSpikeDetector
 
 ALLOWED = 2
 BAD_STEP, LAST_STEP = 4, 6
@@ -214,7 +214,7 @@ def slow_spikes(losses: list[float | None], deviations: float) -> list[float | N
     return found
 
 
-def observe(watch: LossWatch, loss: float | None) -> float | None:
+def observe(watch: LossSpikeDetector, loss: float | None) -> float | None:
     if loss is None:
         watch.skip()
         return None
@@ -229,10 +229,10 @@ some_losses = st.lists(st.one_of(st.none(), eighths, eighths, eighths), max_size
 @given(some_losses, st.sampled_from([0.0, 1.5, 2.0, 6.0]), st.data())
 def test_spikes_are_those_of_the_slow_reference_also_when_cut_anywhere(losses, deviations, data):
     cut = data.draw(st.integers(0, len(losses)))
-    watch = LossWatch(deviations)
+    watch = LossSpikeDetector(deviations)
     found = [observe(watch, loss) for loss in losses[:cut]]
     state = json.dumps(watch.state_dict())
-    watch = LossWatch(deviations)
+    watch = LossSpikeDetector(deviations)
     watch.load_state_dict(json.loads(state))
     found += [observe(watch, loss) for loss in losses[cut:]]
     expected = slow_spikes(losses, deviations)
@@ -247,7 +247,7 @@ def test_spikes_are_those_of_the_slow_reference_also_when_cut_anywhere(losses, d
 
 
 def test_a_new_phase_has_nothing_to_compare_with_and_skipped_steps_still_count():
-    watch = LossWatch(2.0)
+    watch = LossSpikeDetector(2.0)
     for i in range(ENOUGH):
         assert watch.spike(1.0 + i % 2 / 8) is None
     watch.skip()

@@ -29,7 +29,7 @@ from megaphase.checkpoint.store import CheckpointStore
 from megaphase.checkpoint.tensor_file import file_bytes, write_tensors
 from megaphase.errors import InputError, RunError
 from megaphase.files import describe_file
-from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.agreement import ControlGroup
 from megaphase.parallel.sharding import ParameterLayout
 from megaphase.training.metrics import MetricsLog
 
@@ -373,7 +373,7 @@ def agreed_failure(folder: str) -> tuple[str, list[str]]:
 
     with process_group():
         start(1)
-        agreement = Agreement()
+        agreement = ControlGroup()
         store = CheckpointStore(Path(folder), agreement)
         saver = Saver(store, agreement, keep=1, asynchronous=True, say=lambda text: None)
         saver.save(full_name(1), snapshot(torch.ones(10)), {}, {})

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaphase.data_tools.text import (
-    Position,
+    InvalidDocument,
     Reading,
     TextChunk,
-    WrongDocument,
+    TextPosition,
     documents_and_wrong_ones,
     documents_of,
     read_chunks,
@@ -183,7 +183,7 @@ def test_lines_are_named_in_parts_too(tmp_path: Path, shards: int) -> None:
             path, Reading(), begin=shard * size // shards, end=(shard + 1) * size // shards
         )
         documents = (it for chunk in part for it in documents_and_wrong_ones(chunk, Reading()))
-        wrong += [it.where for it in documents if isinstance(it, WrongDocument)]
+        wrong += [it.where for it in documents if isinstance(it, InvalidDocument)]
     assert wrong == [f"{path}:1501", f"{path}:2701"]
 
 
@@ -194,7 +194,7 @@ def test_lines_before_a_part_are_counted_once(tmp_path: Path) -> None:
     counts = count_lines.cache_info().misses
     wrong = [it for chunk in part for it in documents_and_wrong_ones(chunk, Reading())]
     assert len(part) > 10
-    assert [it.where for it in wrong if isinstance(it, WrongDocument)] == [
+    assert [it.where for it in wrong if isinstance(it, InvalidDocument)] == [
         f"{path}:{number}" for number in range(1_401, 3_001)
     ]
     assert count_lines.cache_info().misses == counts + 1
@@ -224,7 +224,7 @@ def test_a_broken_end_is_noticed_by_the_last_part(tmp_path: Path) -> None:
 def test_going_on_reads_no_byte_before(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["a", "b", "c"])
     line = path.stat().st_size // 3
-    (chunk,) = read_chunks(path, Reading(), start=Position(line, 2))
+    (chunk,) = read_chunks(path, Reading(), start=TextPosition(line, 2))
     assert list(documents_of(chunk, Reading())) == ["b", "c"]
-    assert (chunk.start, chunk.end) == (Position(line, 2), Position(3 * line, 4))
+    assert (chunk.start, chunk.end) == (TextPosition(line, 2), TextPosition(3 * line, 4))
     assert (chunk.file_begin, chunk.file_bytes) == (line, 2 * line)

@@ -19,10 +19,10 @@ from data_support import write_jsonl
 from megaphase.data_tools.text import (
     STDIN,
     Document,
-    Pair,
-    Position,
+    InvalidDocument,
     Reading,
-    WrongDocument,
+    SourceTarget,
+    TextPosition,
     check_text_file,
     documents_and_wrong_ones,
     documents_of,
@@ -41,7 +41,7 @@ def documents(path: Path, reading: Reading) -> list[Document]:
     return [it for chunk in read_chunks(path, reading) for it in documents_of(chunk, reading)]
 
 
-def wrong_ones(path: Path, reading: Reading) -> list[Document | WrongDocument]:
+def wrong_ones(path: Path, reading: Reading) -> list[Document | InvalidDocument]:
     chunks = read_chunks(path, reading)
     return [it for chunk in chunks for it in documents_and_wrong_ones(chunk, reading)]
 
@@ -64,7 +64,7 @@ def test_a_row_of_parquet_is_a_document(tmp_path: Path, kind: pa.DataType) -> No
     assert documents(path, Reading("x.y")) == TEXTS * 700
     chunks = list(read_chunks(path, Reading("body"), chunk_bytes=100_000))
     assert sum(chunk.file_bytes for chunk in chunks) <= size_on_disk(path)
-    assert chunks[-1].end == Position(4_200, 4_201)
+    assert chunks[-1].end == TextPosition(4_200, 4_201)
     assert all(len(chunk.data) < 300_000 for chunk in chunks)
 
 
@@ -73,7 +73,7 @@ def test_a_wrong_row_of_parquet_is_named(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.parquet", rows)
     with pytest.raises(InputError, match=r"a\.parquet: row 2: the key 'text' holds null, not a st"):
         documents(path, Reading())
-    wrong = WrongDocument(
+    wrong = InvalidDocument(
         f"{path}: row 2", "the key 'text' holds null, not a string", '{"text": null}'
     )
     assert wrong_ones(path, Reading()) == ["a", wrong, "c"]
@@ -95,7 +95,7 @@ def test_a_row_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         documents(path, Reading())
     found = wrong_ones(path, Reading())
     assert [found[0], found[2]] == ["a", "c"]
-    assert isinstance(found[1], WrongDocument)
+    assert isinstance(found[1], InvalidDocument)
 
 
 @pytest.mark.parametrize("damage", ["cut", "pages", "text"])
@@ -145,7 +145,7 @@ def test_a_column_that_is_no_text_is_named_with_its_type(
     problem = f"the key 'text' holds {said}, not a string"
     assert str(error.value) == f"{path}: row 1: {problem}; no key holds a string"
     (wrong,) = wrong_ones(path, Reading())
-    assert isinstance(wrong, WrongDocument)
+    assert isinstance(wrong, InvalidDocument)
     assert wrong.problem == problem
 
 
@@ -251,7 +251,7 @@ def test_wrong_blocks_between_separators_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"%\none\n\n%\ntw\xffo\n%\nthree\n")
     assert wrong_ones(path, Reading(separator="%")) == [
         "one",
-        WrongDocument(f"{path}:5", "is not UTF-8 text (byte 0xff)", "tw\\xffo\n%"),
+        InvalidDocument(f"{path}:5", "is not UTF-8 text (byte 0xff)", "tw\\xffo\n%"),
         "three",
     ]
 
@@ -309,8 +309,8 @@ def test_pairs_have_a_source_and_a_target(tmp_path: Path, name: str) -> None:
     path = write_rows(tmp_path / name, rows)
     reading = Reading(pair=("src", "tgt"))
     found = wrong_ones(path, reading)
-    assert [found[0], found[2]] == [Pair("one", "eins"), Pair("", "drei")]
-    assert isinstance(found[1], WrongDocument)
+    assert [found[0], found[2]] == [SourceTarget("one", "eins"), SourceTarget("", "drei")]
+    assert isinstance(found[1], InvalidDocument)
     assert found[1].problem == "the key 'tgt' holds null, not a string"
     message = r"the key 'de' is missing; .* choose with --source-key and --target-key"
     with pytest.raises(InputError, match=message):

@@ -17,11 +17,11 @@ from megaphase.model.gpt import GPT
 from megaphase.model.packed_rows import own_document_mask, positions_in_document
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.rng import Initializer
-from megaphase.parallel.topology import Topology
+from megaphase.parallel.topology import ProcessGrid
 from megaphase.plan.dataset import Batch
 from megaphase.targets import IGNORED_TARGET
 
-ALONE = Topology(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
+ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
 INITIALIZER = Initializer(1, torch.float32)
 VOCAB, SEQ_LEN = 101, 24
 SHAPE: dict[str, Any] = {

@@ -30,7 +30,7 @@ from megaphase.data_tools.artificial.world import (
     World,
     Zipf,
 )
-from megaphase.files import make_directory, write_text_whole
+from megaphase.files import atomic_write_text, make_directory
 
 DEFAULT_LANGUAGES = {"alda": 1_500_000, "boreth": 1_500_000, "cimri": 60_000, "dovan": 60_000}
 """Bytes of text of each language: two with much, two with little."""
@@ -64,7 +64,7 @@ def write_languages(
             for i, text in enumerate(author.documents(text_bytes))
         )
         paths[name] = out / f"{name}.jsonl"
-        write_text_whole(paths[name], "".join(rows))
+        atomic_write_text(paths[name], "".join(rows))
     return paths
 
 

@@ -12,13 +12,13 @@ What a document is depends on the file's ending, before an optional .gz or .zst:
 .txt file. Blank lines of a JSONL file are passed over, and so is a byte order mark.
 """
 
-from megaphase.data_tools.text.chunk import Position, TextChunk
+from megaphase.data_tools.text.chunk import TextChunk, TextPosition
 from megaphase.data_tools.text.chunks import CHUNK_BYTES, read_chunks
 from megaphase.data_tools.text.inputs import expand_inputs
 from megaphase.data_tools.text.kinds import STDIN, check_text_file, display_name, size_on_disk
-from megaphase.data_tools.text.reading import Document, Pair, Reading
+from megaphase.data_tools.text.reading import Document, Reading, SourceTarget
 from megaphase.data_tools.text.records import (
-    WrongDocument,
+    InvalidDocument,
     documents_and_wrong_ones,
     documents_of,
     identified_and_wrong_ones,
@@ -29,11 +29,11 @@ __all__ = [
     "CHUNK_BYTES",
     "STDIN",
     "Document",
-    "Pair",
-    "Position",
+    "InvalidDocument",
     "Reading",
+    "SourceTarget",
     "TextChunk",
-    "WrongDocument",
+    "TextPosition",
     "check_text_file",
     "display_name",
     "documents_and_wrong_ones",

@@ -10,7 +10,7 @@ _PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Position:
+class TextPosition:
     """Where in a file a document begins.
 
     Attributes:
@@ -38,8 +38,8 @@ class TextChunk:
     """
 
     path: Path
-    start: Position
-    end: Position
+    start: TextPosition
+    end: TextPosition
     data: bytes
     file_begin: int
     file_bytes: int
@@ -66,6 +66,6 @@ def count_lines(path: Path, size: int) -> int:
     return lines
 
 
-def advance(position: Position, size: int, lines: int) -> Position:
+def advance(position: TextPosition, size: int, lines: int) -> TextPosition:
     """The position after `size` bytes from `position` on, in which so many lines end."""
-    return Position(position.offset + size, position.line and position.line + lines)
+    return TextPosition(position.offset + size, position.line and position.line + lines)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megaphase.data_tools.text.boundaries import Boundaries
-from megaphase.data_tools.text.chunk import Position, TextChunk, advance, count_lines
+from megaphase.data_tools.text.chunk import TextChunk, TextPosition, advance, count_lines
 from megaphase.data_tools.text.compression import decompressed, named_errors
 from megaphase.data_tools.text.kinds import (
     STDIN,
@@ -35,7 +35,7 @@ def read_chunks(
     path: Path,
     reading: Reading,
     *,
-    start: Position = Position(),  # noqa: B008
+    start: TextPosition = TextPosition(),  # noqa: B008
     begin: int = 0,
     end: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
@@ -85,21 +85,21 @@ def _check_reading(path: Path, reading: Reading, whole: bool) -> None:
 
 
 def _plain_chunks(
-    path: Path, reading: Reading, start: Position, begin: int, end: int | None, chunk_bytes: int
+    path: Path, reading: Reading, start: TextPosition, begin: int, end: int | None, chunk_bytes: int
 ) -> Iterator[TextChunk]:
     ends = Boundaries.of(kind_of(path, reading.stdin_kind), reading)
     with open(path, "rb") as file:
         first = ends.end_in_file(file, begin)
         last = file.seek(0, os.SEEK_END) if end is None else ends.end_in_file(file, end)
-        position = start if start.offset >= first else Position(first, line=0)
+        position = start if start.offset >= first else TextPosition(first, line=0)
         pieces = _pieces_between(file, position.offset, last)
         yield from _uncompressed_chunks(path, pieces, ends, position, chunk_bytes)
 
 
-def _stdin_chunks(reading: Reading, start: Position, chunk_bytes: int) -> Iterator[TextChunk]:
+def _stdin_chunks(reading: Reading, start: TextPosition, chunk_bytes: int) -> Iterator[TextChunk]:
     pieces = iter(partial(sys.stdin.buffer.read, _PIECE_BYTES), b"")
     ends = Boundaries.of(reading.stdin_kind, reading)
-    for chunk in _uncompressed_chunks(STDIN, pieces, ends, Position(), chunk_bytes):
+    for chunk in _uncompressed_chunks(STDIN, pieces, ends, TextPosition(), chunk_bytes):
         if chunk.end.offset > start.offset:
             yield chunk
 
@@ -108,7 +108,7 @@ def _uncompressed_chunks(
     path: Path,
     pieces: Iterable[bytes],
     ends: Boundaries,
-    position: Position,
+    position: TextPosition,
     chunk_bytes: int,
 ) -> Iterator[TextChunk]:
     begin, lines_since = position.offset, 0
@@ -119,10 +119,10 @@ def _uncompressed_chunks(
 
 
 def _compressed_chunks(
-    path: Path, reading: Reading, start: Position, begin: int, end: int | None, chunk_bytes: int
+    path: Path, reading: Reading, start: TextPosition, begin: int, end: int | None, chunk_bytes: int
 ) -> Iterator[TextChunk]:
     ends = Boundaries.of(kind_of(path, reading.stdin_kind), reading)
-    position, disk = Position(), 0
+    position, disk = TextPosition(), 0
     with open(path, "rb") as file:
         pieces = decompressed(file, path.suffix)
         for data, lines in _whole_documents(path, pieces, ends, position, chunk_bytes):
@@ -138,7 +138,7 @@ def _whole_documents(
     path: Path,
     pieces: Iterable[bytes],
     ends: Boundaries,
-    position: Position,
+    position: TextPosition,
     chunk_bytes: int,
 ) -> Iterator[tuple[bytes, int]]:
     """The pieces put together and cut where a document ends, each with how many lines end in it;

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megaphase.data_tools.text.chunk import Position, TextChunk
+from megaphase.data_tools.text.chunk import TextChunk, TextPosition
 from megaphase.data_tools.text.reading import ID_KEY
 from megaphase.errors import InputError
 
@@ -25,7 +25,7 @@ _COLUMNS_KEY = b"columns"
 def parquet_chunks(
     path: Path,
     columns: Sequence[str],
-    start: Position,
+    start: TextPosition,
     begin: int,
     end: int | None,
     chunk_bytes: int,
@@ -169,8 +169,8 @@ class _RowGroup:
             begin, end = self._bytes_before(row), self._bytes_before(after)
             yield TextChunk(
                 path=path,
-                start=Position(row, row + 1),
-                end=Position(after, after + 1),
+                start=TextPosition(row, row + 1),
+                end=TextPosition(after, after + 1),
                 data=_serialized(batches, names),
                 file_begin=begin,
                 file_bytes=end - begin,

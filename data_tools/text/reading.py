@@ -18,14 +18,14 @@ _ESCAPE = re.compile(r"\\([ntr\\])")
 
 
 @dataclass(frozen=True)
-class Pair:
+class SourceTarget:
     """A translation pair."""
 
     source: str
     target: str
 
 
-Document = str | Pair
+Document = str | SourceTarget
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Reading:
     def document(self, strings: Mapping[str, str]) -> Document:
         """The document of a record that has strings under all of its `keys`."""
         if self.pair is not None:
-            return Pair(strings[self.pair[0]], strings[self.pair[1]])
+            return SourceTarget(strings[self.pair[0]], strings[self.pair[1]])
         if self.template is None:
             return strings[self.key]
         return "".join(

@@ -30,7 +30,7 @@ _JSON_TYPES = {
 
 
 @dataclass(frozen=True)
-class WrongDocument:
+class InvalidDocument:
     """A document that cannot be read, as an error would describe it.
 
     Attributes:
@@ -77,15 +77,15 @@ def identified_documents(chunk: TextChunk, reading: Reading) -> Iterator[tuple[D
 
 def documents_and_wrong_ones(
     chunk: TextChunk, reading: Reading
-) -> Iterator[Document | WrongDocument]:
+) -> Iterator[Document | InvalidDocument]:
     """The documents of a chunk; in the place of a wrong one, what is wrong with it."""
     for found in identified_and_wrong_ones(chunk, reading):
-        yield found if isinstance(found, WrongDocument) else found[0]
+        yield found if isinstance(found, InvalidDocument) else found[0]
 
 
 def identified_and_wrong_ones(
     chunk: TextChunk, reading: Reading
-) -> Iterator[tuple[Document, bytes] | WrongDocument]:
+) -> Iterator[tuple[Document, bytes] | InvalidDocument]:
     """`identified_documents`; in the place of a wrong one, what is wrong with it."""
     try:
         documents = list(identified_documents(chunk, reading))
@@ -102,7 +102,7 @@ def identified_and_wrong_ones(
             yield from identified_documents(single, reading)
         except InputError as error:
             text = single.data.strip(b"\r\n").decode(errors="backslashreplace")
-            yield WrongDocument(error.where, error.problem, text)
+            yield InvalidDocument(error.where, error.problem, text)
 
 
 def _rows(chunk: TextChunk) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
@@ -117,13 +117,13 @@ def _rows(chunk: TextChunk) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
 
 def _rows_and_wrong_ones(
     chunk: TextChunk, reading: Reading
-) -> Iterator[tuple[Document, bytes] | WrongDocument]:
+) -> Iterator[tuple[Document, bytes] | InvalidDocument]:
     for where, row, names in _rows(chunk):
         try:
             yield _document(row, reading, where, names), _id(row)
         except InputError as error:
             text = json.dumps(row, ensure_ascii=False, default=str)
-            yield WrongDocument(error.where, error.problem, text)
+            yield InvalidDocument(error.where, error.problem, text)
 
 
 def _single_documents(chunk: TextChunk, reading: Reading) -> Iterator[TextChunk]:

@@ -10,11 +10,11 @@ import numpy as np
 
 from megaphase.data_tools.corpora.encoded import EncodedDocuments, join_documents
 from megaphase.data_tools.text import (
-    Pair,
-    Position,
+    InvalidDocument,
     Reading,
+    SourceTarget,
     TextChunk,
-    WrongDocument,
+    TextPosition,
     identified_and_wrong_ones,
     identified_documents,
 )
@@ -33,7 +33,7 @@ class EncodedChunk:
     """
 
     file: int
-    end: Position
+    end: TextPosition
     file_bytes: int
     documents: EncodedDocuments
     wrong: list[bytes] = field(default_factory=list)
@@ -57,17 +57,17 @@ class ChunkEncoder:
         file, chunk = numbered
         read = identified_and_wrong_ones if self.skip_wrong else identified_documents
         texts: list[str] = []
-        pairs: list[Pair] = []
+        pairs: list[SourceTarget] = []
         ids: list[bytes] = []
         wrong = []
         for found in read(chunk, self.reading):
-            if isinstance(found, WrongDocument):
+            if isinstance(found, InvalidDocument):
                 line = json.dumps(asdict(found), ensure_ascii=False)
                 wrong.append(f"{line}\n".encode())
                 continue
             document, own_id = found
             ids.append(own_id)
-            if isinstance(document, Pair):
+            if isinstance(document, SourceTarget):
                 pairs.append(document)
             else:
                 texts.append(document)
@@ -84,7 +84,7 @@ class ChunkEncoder:
         return join_documents(tokens, utf8, list(map(len, utf8)), self.tokenizer, ids, file)
 
     def encode_pairs(
-        self, pairs: Sequence[Pair], ids: Sequence[bytes], file: int
+        self, pairs: Sequence[SourceTarget], ids: Sequence[bytes], file: int
     ) -> EncodedDocuments:
         """Tokenize pairs: source, tag, target; the hash is that of the source."""
         assert self.tag is not None

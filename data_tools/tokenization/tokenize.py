@@ -10,16 +10,16 @@ from pathlib import Path
 from rich.console import Console
 
 from megaphase.corpus import CorpusWriter, Manifest
-from megaphase.corpus.manifest import Shard
+from megaphase.corpus.manifest import ShardOf
 from megaphase.corpus.writer import refuse_existing
 from megaphase.data_tools.corpora.merge import merge, remove_corpus
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.shards import WHOLE, ShardChoice, parts_of
 from megaphase.data_tools.text import (
     STDIN,
-    Position,
     Reading,
     TextChunk,
+    TextPosition,
     check_text_file,
     read_chunks,
     size_on_disk,
@@ -65,9 +65,9 @@ class Tokenization:
         )
 
     @property
-    def shard_record(self) -> Shard:
+    def shard_record(self) -> ShardOf:
         """What the manifest of this part says."""
-        return Shard(job=self.job, number=self.shard.number, of=self.shard.of)
+        return ShardOf(job=self.job, number=self.shard.number, of=self.shard.of)
 
     @property
     def can_be_resumed(self) -> bool:
@@ -276,7 +276,7 @@ def _chunks(what: Tokenization, begin: dict[str, int]) -> Iterator[tuple[int, Te
         if part.file < begin["file"]:
             continue
         here = part.file == begin["file"]
-        start = Position(begin["offset"], begin["line"]) if here else Position()
+        start = TextPosition(begin["offset"], begin["line"]) if here else TextPosition()
         path = what.inputs[part.file]
         for chunk in read_chunks(path, what.reading, start=start, begin=part.begin, end=part.end):
             yield part.file, chunk

@@ -25,7 +25,7 @@ from megaphase.data_tools.tokenizers.sample import (
     uses_per_sentence,
 )
 from megaphase.errors import InputError, RunError
-from megaphase.files import directory_written_aside, hash_file, write_json_whole
+from megaphase.files import atomic_write_json, directory_written_aside, hash_file
 from megaphase.progress import reading_progress
 from megaphase.tokenizer import MODEL_NAME, RECORD_NAME, SPACE_SYMBOL, Tokenizer, TokenizerRecord
 
@@ -290,7 +290,7 @@ def _write_tokenizer(
         for name, survey in surveys.items()
     }
     record = record.model_copy(update={"languages": languages})
-    write_json_whole(directory / RECORD_NAME, record.model_dump())
+    atomic_write_json(directory / RECORD_NAME, record.model_dump())
     return record
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megaphase.errors import InputError
-from megaphase.files import make_directory, read_json, write_json_whole
+from megaphase.files import atomic_write_json, make_directory, read_json
 from megaphase.slurm import job_fields
 
 FOLDER = "slurm"  # in a run directory
@@ -31,7 +31,7 @@ def remember_job(run_dir: Path, number: str, log: Path, file: str = JOB_FILE) ->
     """Write down which job trains a run."""
     folder, job = run_dir / FOLDER, Job(number, str(log))
     make_directory(folder)
-    write_json_whole(folder / file, asdict(job))
+    atomic_write_json(folder / file, asdict(job))
     return job
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.checkpoint.state import checkpoint_folders, step_of
 from megaphase.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_WRONG_INPUT, RunError
-from megaphase.files import os_errors_named, read_json, write_json_whole
+from megaphase.files import atomic_write_json, os_errors_named, read_json
 from megaphase.launch.slurm.job_file import FOLDER
 from megaphase.slurm import control, host_names, job_fields, partition_nodes
 
@@ -20,7 +20,7 @@ _END_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Chain:
+class RestartHistory:
     """The starts of a job so far.
 
     Attributes:
@@ -33,10 +33,10 @@ class Chain:
     step: int = 0
     without_progress: int = 0
 
-    def after_start(self, step: int) -> Chain:
+    def after_start(self, step: int) -> RestartHistory:
         """With one more start; step: of the newest checkpoint now."""
         stuck = 0 if step > self.step else self.without_progress + 1
-        return Chain(self.job, max(step, self.step), stuck)
+        return RestartHistory(self.job, max(step, self.step), stuck)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Next:
     exit_code: int
 
 
-def decide(chain: Chain, code: int, restarts: int, *, diverged: bool = False) -> Next:
+def decide(chain: RestartHistory, code: int, restarts: int, *, diverged: bool = False) -> Next:
     """After a start that ended with an exit code.
 
     chain: that start included. restarts: how many in a row may bring nothing. diverged: whether the
@@ -69,21 +69,21 @@ def decide(chain: Chain, code: int, restarts: int, *, diverged: bool = False) ->
     return Next(True, f"{what}; {reached}; queued again", EXIT_REQUEUE)
 
 
-def read_chain(run_dir: Path, job: str) -> Chain:
+def read_chain(run_dir: Path, job: str) -> RestartHistory:
     """The starts of this job; of another one before it, how far it has come."""
     try:
-        chain = Chain(**read_json(run_dir / FOLDER / CHAIN_FILE))
+        chain = RestartHistory(**read_json(run_dir / FOLDER / CHAIN_FILE))
     except (OSError, ValueError, TypeError):
-        chain = Chain(job)
-    return chain if chain.job == job else Chain(job, chain.step)
+        chain = RestartHistory(job)
+    return chain if chain.job == job else RestartHistory(job, chain.step)
 
 
-def write_chain(run_dir: Path, chain: Chain) -> None:
+def write_chain(run_dir: Path, chain: RestartHistory) -> None:
     """Remember the starts of a job."""
     path = run_dir / FOLDER / CHAIN_FILE
     with os_errors_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_whole(path, asdict(chain))
+        atomic_write_json(path, asdict(chain))
 
 
 def newest_step(run_dir: Path) -> int:

@@ -20,7 +20,7 @@ from megaphase.checkpoint.parameters import Shard, index_json, shard_file
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.checkpoint.tensor_file import file_bytes, write_tensors
 from megaphase.errors import RunError
-from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.agreement import ControlGroup
 from megaphase.parallel.sharding import ParameterLayout
 
 
@@ -63,7 +63,7 @@ class Saver:
     def __init__(
         self,
         store: CheckpointStore,
-        agreement: Agreement,
+        agreement: ControlGroup,
         *,
         keep: int,
         asynchronous: bool,

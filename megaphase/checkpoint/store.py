@@ -33,6 +33,7 @@ from megaphase.checkpoint.state import (
 )
 from megaphase.errors import InputError, RunError
 from megaphase.files import (
+    atomic_write_json,
     describe_file,
     file_damage,
     fsync_path,
@@ -41,10 +42,9 @@ from megaphase.files import (
     read_json,
     remove_directory,
     remove_directory_at_once,
-    write_json_whole,
 )
 from megaphase.names import LATEST
-from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.agreement import ControlGroup
 from megaphase.set_aside import (
     Say,
     kind_of,
@@ -71,7 +71,7 @@ class CheckpointStore:
     """The directory in which a run's checkpoints lie."""
 
     def __init__(
-        self, folder: Path, agreement: Agreement, say: Say = say_on_standard_error
+        self, folder: Path, agreement: ControlGroup, say: Say = say_on_standard_error
     ) -> None:
         """say: gets a sentence, on rank 0, about whatever lay in the way of a checkpoint."""
         self.folder = folder
@@ -285,9 +285,9 @@ def complete(
     files: what a manifest says of the shards, which lie in the folder already.
     """
     for file, content in ((INDEX_FILE, index), (STATE_FILE, state)):
-        write_json_whole(folder / file, content)
+        atomic_write_json(folder / file, content)
         files = {**files, file: describe_file(folder / file)}
-    write_json_whole(folder / MANIFEST_FILE, {"files": files})
+    atomic_write_json(folder / MANIFEST_FILE, {"files": files})
 
 
 def _until(names: list[str], step: int) -> list[str]:

@@ -16,6 +16,7 @@ from megaphase.config.phases import (
 )
 from megaphase.config.run import RunConfig
 from megaphase.config.sections import (
+    BackendsConfig,
     BatchConfig,
     CheckpointConfig,
     FaultsConfig,
@@ -25,12 +26,12 @@ from megaphase.config.sections import (
     MonitorConfig,
     OptimizerConfig,
     ParallelConfig,
-    PartsConfig,
     TaskConfig,
     ValidationConfig,
 )
 
 __all__ = [
+    "BackendsConfig",
     "BatchConfig",
     "CheckpointConfig",
     "FaultsConfig",
@@ -43,7 +44,6 @@ __all__ = [
     "OptimizerConfig",
     "OverfitConfig",
     "ParallelConfig",
-    "PartsConfig",
     "PhaseConfig",
     "RunConfig",
     "Section",

@@ -10,6 +10,7 @@ from pydantic import Field, PrivateAttr
 from megaphase.config.fields import FilePath, Name, Section, Seed
 from megaphase.config.phases import PhaseConfig
 from megaphase.config.sections import (
+    BackendsConfig,
     BatchConfig,
     CheckpointConfig,
     FaultsConfig,
@@ -19,7 +20,6 @@ from megaphase.config.sections import (
     MonitorConfig,
     OptimizerConfig,
     ParallelConfig,
-    PartsConfig,
     TaskConfig,
     ValidationConfig,
 )
@@ -38,7 +38,7 @@ class RunConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     batch: BatchConfig
     optimizer: OptimizerConfig = OptimizerConfig()
-    parts: PartsConfig = PartsConfig()
+    parts: BackendsConfig = BackendsConfig()
     phases: list[PhaseConfig] = Field(min_length=1)
     validation: ValidationConfig = ValidationConfig()
     monitor: MonitorConfig = MonitorConfig()

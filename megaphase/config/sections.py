@@ -157,7 +157,7 @@ class OptimizerConfig(Section):
     clip: PositiveOrZero = 1.0
 
 
-class PartsConfig(Section):
+class BackendsConfig(Section):
     """What computes: changes a run's numbers by their rounding alone.
 
     kernels: norms, rotary embedding, SwiGLU and cross entropy by torch.compile or operation by

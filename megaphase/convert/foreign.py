@@ -13,10 +13,10 @@ from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.checkpoint.state import CHECKPOINT_FORMAT
 from megaphase.convert.checkpoint_writer import portable_form, write_checkpoint
 from megaphase.convert.weights import Weights, fp32_bytes
-from megaphase.files import write_text_whole
+from megaphase.files import atomic_write_text
 from megaphase.model.shape import GPTShape
 from megaphase.progress import bytes_progress
-from megaphase.training.position import Position
+from megaphase.training.position import TrainState
 
 _MODEL_FILE = "model.yaml"
 
@@ -51,7 +51,7 @@ def write_foreign(
 def write_model_section(folder: Path, shape: GPTShape) -> str:
     """Write what the run file of a training of it says about the model as model.yaml; its text."""
     section = yaml.safe_dump({"model": shape.facts()}, sort_keys=False)
-    write_text_whole(folder / _MODEL_FILE, section)
+    atomic_write_text(folder / _MODEL_FILE, section)
     return section
 
 
@@ -61,7 +61,7 @@ def foreign_state(shape: GPTShape, origin: dict[str, Any]) -> dict[str, Any]:
         "format": CHECKPOINT_FORMAT,
         "origin": origin,
         "model": shape.facts(),
-        "position": asdict(Position(0, 0, 0, 0, (), 0)),
+        "position": asdict(TrainState(0, 0, 0, 0, (), 0)),
         "step": 0,
         "phase_name": None,
         "used": {},

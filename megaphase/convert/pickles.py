@@ -17,15 +17,15 @@ from rich.console import Console
 from megaphase.errors import InputError
 from megaphase.progress import bytes_progress
 
-# What these packages define is read as `Unread`: enums, settings, states of random generators. No
-# conversion needs them, and nothing of theirs is imported or called.
+# What these packages define is read as `UnreadStorage`: enums, settings, states of random
+# generators. No conversion needs them, and none of their code is imported or called.
 _UNREAD = re.compile(r"(megatron|numpy|transformer_engine|apex|signal|pathlib|_io)\.")
 _ZIP_MAGIC = b"PK\x03\x04"
 _CHUNK_BYTES = 1 << 24
 _NAMED_AT_MOST = 5
 
 
-class Unread:
+class UnreadStorage:
     """Stands for an object that is not needed: takes whatever it is made from, and forgets it."""
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
@@ -41,12 +41,9 @@ class Unread:
 def load_pickle(path: Path, *, trust: bool) -> Any:
     """What `torch.save` has written, on the CPU; tensors stay in the file until they are read.
 
-    Only tensors, plain containers and `argparse.Namespace` are made, and `Unread` for objects that
-    are known to be harmless. trust: whether any object may be made, which may run code that the
-    file brings along.
-
-    Raises:
-        InputError: the file cannot be read, or it holds other objects and is not trusted.
+    Only tensors, plain containers and `argparse.Namespace` are made, and `UnreadStorage` for
+    objects that are known to be harmless. trust: whether any object may be made, which may run
+    code that the file brings along.
     """
     mapped = _is_zip(path)  # what torch before 1.6 has written is not one, and cannot be mapped
     if trust:
@@ -54,7 +51,7 @@ def load_pickle(path: Path, *, trust: bool) -> Any:
     try:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
         unread = [name for name in unsafe if _UNREAD.match(name)]
-        allowed: list[Any] = [Namespace, *((Unread, name) for name in unread)]
+        allowed: list[Any] = [Namespace, *((UnreadStorage, name) for name in unread)]
         refused = set(unsafe) - set(unread) - {f"{Namespace.__module__}.{Namespace.__qualname__}"}
         if refused:
             raise _untrusted(path, refused)
@@ -111,11 +108,11 @@ def _is_zip(path: Path) -> bool:
 
 class _TrustingUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """`Unread` for what is not installed here."""
+        """`UnreadStorage` for what is not installed here."""
         try:
             return super().find_class(module, name)
         except (ImportError, AttributeError):
-            return Unread
+            return UnreadStorage
 
 
 def _load_anything(path: Path, mapped: bool) -> Any:

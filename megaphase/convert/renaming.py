@@ -11,7 +11,7 @@ from megaphase.errors import InputError
 
 
 @dataclass(frozen=True)
-class Renaming:
+class ParameterMapping:
     """A parameter of ours, and the tensors as which another program stores it.
 
     Attributes:

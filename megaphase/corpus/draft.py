@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from megaphase.corpus.hashed_file import HashedFile
 from megaphase.corpus.manifest import FileRecord, Manifest
 from megaphase.errors import InputError
-from megaphase.files import remove_directory, write_json_whole
+from megaphase.files import atomic_write_json, remove_directory
 from megaphase.locks import exclusive_lock
 from megaphase.records import read_record
 from megaphase.set_aside import make_way_for_directory
@@ -34,7 +34,7 @@ class Figures(BaseModel):
     skipped_duplicates: int = 0
 
 
-class DraftState(BaseModel):
+class StagingState(BaseModel):
     """`state.json`: what of the draft's files is known to be on the disk.
 
     Attributes:
@@ -54,7 +54,7 @@ class DraftState(BaseModel):
     manifest: Manifest | None = None
 
 
-class Draft:
+class StagedCorpus:
     """Context manager for the folder `.NAME.draft` beside a corpus, which one process may have.
 
     Where the block raises, the folder stays only if its state was saved for a job.
@@ -68,7 +68,7 @@ class Draft:
     def __init__(self, prefix: Path, job: str) -> None:
         self.folder = prefix.with_name(f".{prefix.name}.draft")
         self.files: dict[str, HashedFile] = {}
-        self.state: DraftState | None = None
+        self.state: StagingState | None = None
         self.job = job
         self._prefix = prefix
 
@@ -112,14 +112,14 @@ class Draft:
 
     def save(self, figures: Figures, note: Any, manifest: Manifest | None = None) -> None:
         """Force all files to the disk and note that a later writer can go on from here."""
-        self.state = DraftState(
+        self.state = StagingState(
             job=self.job,
             files={suffix: file.record() for suffix, file in self.files.items()},
             figures=figures,
             note=note,
             manifest=manifest,
         )
-        write_json_whole(self.folder / _STATE_NAME, self.state.model_dump())
+        atomic_write_json(self.folder / _STATE_NAME, self.state.model_dump())
 
     def discard(self) -> None:
         """Forget what was saved: the folder goes when the block ends."""
@@ -129,11 +129,11 @@ class Draft:
         remedy = "wait for it, or choose another --out"
         raise InputError(self._prefix, "is being written by another process", remedy)
 
-    def _read_state(self) -> DraftState | None:
+    def _read_state(self) -> StagingState | None:
         if not self.job or not (self.folder / _STATE_NAME).is_file():
             return None
         try:
-            state = read_record(self.folder / _STATE_NAME, DraftState, "")
+            state = read_record(self.folder / _STATE_NAME, StagingState, "")
         except InputError:
             return None  # of another version
         return state if state.job == self.job else None

@@ -38,7 +38,7 @@ class FileRecord(BaseModel):
     hash: str
 
 
-class Shard(BaseModel):
+class ShardOf(BaseModel):
     """Which part of a corpus another one is.
 
     Attributes:
@@ -94,7 +94,7 @@ class Manifest(BaseModel):
     sources: list[str]
     kind: CorpusKind = "lm"
     tag: TokenId | None = None
-    shard: Shard | None = None
+    shard: ShardOf | None = None
 
     @property
     def fingerprint(self) -> str:

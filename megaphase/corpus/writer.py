@@ -13,7 +13,7 @@ import numpy as np
 
 from megaphase.corpus.batch import DocumentBatch
 from megaphase.corpus.block_sums import BlockSums
-from megaphase.corpus.draft import Draft, Figures
+from megaphase.corpus.draft import Figures, StagedCorpus
 from megaphase.corpus.format import (
     HASH_DTYPE,
     LENGTH_DTYPE,
@@ -30,7 +30,7 @@ from megaphase.corpus.manifest import (
     SKIPPED_SUFFIX,
     SOURCES_SUFFIX,
     Manifest,
-    Shard,
+    ShardOf,
 )
 from megaphase.corpus.manifest import corpus_file as file_of
 from megaphase.corpus.origins import Origins
@@ -78,7 +78,7 @@ class CorpusWriter:
         sources: Sequence[str] = (),
         tag: int | None = None,
         job: str = "",
-        shard: Shard | None = None,
+        shard: ShardOf | None = None,
         with_origins: bool = False,
         may_be_empty: bool = False,
         overwrite: bool = False,
@@ -109,7 +109,7 @@ class CorpusWriter:
         self._eod = eod
         self._may_be_empty, self._with_origins = may_be_empty, with_origins
         self._figures = Figures()
-        self._draft = Draft(self.prefix, job)
+        self._draft = StagedCorpus(self.prefix, job)
         if not overwrite and not self._draft.finished_manifest():
             refuse_existing(self.prefix)
 

@@ -39,7 +39,7 @@ class PhaseLoss:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class LossChange:
     """What has become of one task since the first switch, or since the start without a switch.
 
     `change` is in nats, below 0 when better; None while the first switch is still to come. `rose`:
@@ -110,7 +110,7 @@ def verdicts(run: RunRecord) -> list[str]:
     return [f"{verdict.task}: {verdict.sentence}" for verdict in task_verdicts(run)]
 
 
-def task_verdicts(run: RunRecord) -> list[Verdict]:
+def task_verdicts(run: RunRecord) -> list[LossChange]:
     """One verdict for every validated task, the low-resource ones first."""
     by_task: dict[str, list[PhaseLoss]] = {}
     for loss in final_losses(run):
@@ -119,7 +119,7 @@ def task_verdicts(run: RunRecord) -> list[Verdict]:
     return sorted(found, key=lambda verdict: not verdict.low_resource)
 
 
-def _verdict(run: RunRecord, losses: list[PhaseLoss]) -> Verdict:
+def _verdict(run: RunRecord, losses: list[PhaseLoss]) -> LossChange:
     """`losses` are those of one task, phase by phase."""
     last = losses[-1]
     task, low = last.task, last.low_resource
@@ -131,7 +131,7 @@ def _verdict(run: RunRecord, losses: list[PhaseLoss]) -> Verdict:
     if last.phase == first_phase and len(run.plan.phases) > 1:
         rise = _rise(run, losses[0])
         sentence = f"{last.end:.2f} {now}; the switch is still to come{_rise_sentence(rise)}"
-        return Verdict(task, low, None, sentence, rise is not None)
+        return LossChange(task, low, None, sentence, rise is not None)
     since = next((loss for loss in losses if loss.phase != first_phase), last)
     before = "at the start" if since.phase == first_phase else f"at the switch to {since.phase}"
     change = last.end - since.start
@@ -144,7 +144,7 @@ def _verdict(run: RunRecord, losses: list[PhaseLoss]) -> Verdict:
     )
     if min(last.start, last.end) - last.best > RISING_NATS:
         sentence += f"; it had been at {last.best:.2f} at step {last.best_step:,} and rose again"
-    return Verdict(task, low, change, sentence + _rise_sentence(rise), rise is not None)
+    return LossChange(task, low, change, sentence + _rise_sentence(rise), rise is not None)
 
 
 def _rise(run: RunRecord, since: PhaseLoss) -> tuple[float, int] | None:

@@ -12,7 +12,7 @@ import yaml
 from megaphase.experiments import page
 from megaphase.experiments.incidents import incident_sentences
 from megaphase.experiments.losses import (
-    Verdict,
+    LossChange,
     final_losses,
     newest_losses,
     task_verdicts,
@@ -127,7 +127,7 @@ def _verdict_list(run: RunRecord) -> str:
     return f'<ul class="verdicts">\n{items}\n</ul>'
 
 
-def _low_mark(verdict: Verdict) -> str:
+def _low_mark(verdict: LossChange) -> str:
     return '<span class="low">low-resource</span>' if verdict.low_resource else ""
 
 

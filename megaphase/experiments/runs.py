@@ -19,7 +19,7 @@ from megaphase.checkpoint.names import newest_state
 from megaphase.errors import InputError
 from megaphase.files import real_path
 from megaphase.metrics_rows import Row, Steps, missing_steps, read_lines, steps_in_words
-from megaphase.plan.history import Origin, RunHistory, read_history, read_origin
+from megaphase.plan.history import BranchPoint, RunHistory, read_history, read_origin
 from megaphase.records import read_record
 from megaphase.run_files import METRICS_FILE, PLAN_FILE, RUN_FILE
 
@@ -89,7 +89,7 @@ class TrainingRow(_Row):
     mfu: float | None = None
 
 
-class HeldOutLoss(_Record):
+class HeldOutRow(_Record):
     """A task's validation loss, in nats per token and in bits per byte of text.
 
     gap: how far it is above the training loss since the validation before; None where the task was
@@ -104,7 +104,7 @@ class HeldOutLoss(_Record):
 class ValidationRow(_Row):
     """Held-out losses after `step` steps; a switch has one row for each of its two phases."""
 
-    validation: dict[str, HeldOutLoss]
+    validation: dict[str, HeldOutRow]
 
 
 class Event(_Record):
@@ -135,7 +135,7 @@ class RunRecord:
     training: Sequence[TrainingRow]
     validation: Sequence[ValidationRow]
     events: Sequence[Event]
-    origin: Origin
+    origin: BranchPoint
     missing_steps: Sequence[Steps] = ()
     unreadable_lines: int = 0
 

@@ -195,7 +195,7 @@ def translate_command(
     from json import dumps
 
     from megaphase.config import load_run_file
-    from megaphase.files import write_json_whole
+    from megaphase.files import atomic_write_json
     from megaphase.generation.decoding import Decoding
     from megaphase.generation.evaluation import (
         TranslationTest,
@@ -217,7 +217,7 @@ def translate_command(
     if out is not None:
         write_translations(out, results.translations)
     if scores is not None:
-        write_json_whole(scores, as_json(results))
+        atomic_write_json(scores, as_json(results))
     if json:
         print(dumps(as_json(results), indent=2))
     else:

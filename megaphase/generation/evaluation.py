@@ -16,7 +16,7 @@ from megaphase.config import RunConfig
 from megaphase.convert.source import open_source
 from megaphase.convert.source_tokenizer import load_tokenizer
 from megaphase.errors import InputError
-from megaphase.files import make_directory, write_text_whole
+from megaphase.files import atomic_write_text, make_directory
 from megaphase.generation.decoding import Decoding
 from megaphase.generation.model import Precision, load_model
 from megaphase.generation.pairs import held_out_pairs, translation_tasks
@@ -106,7 +106,7 @@ def write_translations(path: Path, translations: Mapping[str, Sequence[Translati
         for each in found
     ]
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text_whole(path, "".join(lines))
+    atomic_write_text(path, "".join(lines))
 
 
 def as_json(results: TranslationResults) -> dict[str, Any]:

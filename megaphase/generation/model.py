@@ -14,11 +14,11 @@ from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import read_each
 from megaphase.model.gpt import GPT
 from megaphase.parallel.rng import Initializer
-from megaphase.parallel.topology import Topology
+from megaphase.parallel.topology import ProcessGrid
 
 Precision = Literal["fp32", "bf16"]
 
-_ALONE = Topology(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
+_ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
 _READERS = 4
 
 

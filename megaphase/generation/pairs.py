@@ -19,7 +19,7 @@ _DOCUMENTS_AT_A_TIME = 1 << 20
 
 
 @dataclass(frozen=True)
-class Pair:
+class TranslationPair:
     """prompt: the source's tokens and the tag, after which the model translates."""
 
     prompt: list[int]
@@ -29,7 +29,7 @@ class Pair:
 
 def held_out_pairs(
     config: RunConfig, task: str, tokenizer: Tokenizer, samples: int | None
-) -> list[Pair]:
+) -> list[TranslationPair]:
     """Pairs of a task that training never sees, those with the smallest hashes first.
 
     Hashes are of the sources, so the choice depends neither on the seed nor on the corpus's order.
@@ -81,14 +81,14 @@ def _lowest_documents(corpus: Corpus, wanted: HashRange, samples: int | None) ->
     return found
 
 
-def _pair(corpus: Corpus, number: int, tag: int, tokenizer: Tokenizer) -> Pair:
+def _pair(corpus: Corpus, number: int, tag: int, tokenizer: Tokenizer) -> TranslationPair:
     check_document(corpus, number)
     document = corpus.document(number).tolist()
     if tag not in document:
         problem = f"document {number:,} holds no tag between source and target"
         raise InputError(corpus.prefix, problem, "tokenize again")
     target = document.index(tag) + 1
-    return Pair(
+    return TranslationPair(
         document[:target],
         tokenizer.decode(document[: target - 1]),
         tokenizer.decode(document[target:]),

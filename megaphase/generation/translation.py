@@ -8,7 +8,7 @@ from typing import Literal
 
 from megaphase.generation.decoding import Decoding
 from megaphase.generation.generate import generate
-from megaphase.generation.pairs import Pair
+from megaphase.generation.pairs import TranslationPair
 from megaphase.model.gpt import GPT
 from megaphase.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ class Translation:
     translation, nothing.
     """
 
-    pair: Pair
+    pair: TranslationPair
     hypothesis: str
     ending: Literal["eod", "length", "no room"]
 
@@ -51,7 +51,7 @@ class Scores:
 
 def translate(
     model: GPT,
-    pairs: Sequence[Pair],
+    pairs: Sequence[TranslationPair],
     tokenizer: Tokenizer,
     how: Decoding,
     *,

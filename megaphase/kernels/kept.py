@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 @contextmanager
-def computed_again(tensor: Tensor, again: Callable[[], Tensor], chosen: bool) -> Iterator[None]:
+def recompute(tensor: Tensor, again: Callable[[], Tensor], chosen: bool) -> Iterator[None]:
     """Operations within keep, in place of `tensor`, only how to compute it again.
 
     tensor: lives as long as the context does.

@@ -52,7 +52,7 @@ class _Turn(torch.autograd.Function):
         return ctx.kernels.of(_turn_back)(*grads, *ctx.saved_tensors), None, None, None, None
 
 
-def turn_heads(
+def apply_rope(
     heads: Tensor, counts: tuple[int, int, int], cos: Tensor, sin: Tensor, kernels: Kernels
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys turned, and values, of [batch, seq, sum(counts), head_dim].

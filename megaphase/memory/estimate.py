@@ -29,7 +29,7 @@ PARTS = ("weights", "masters", "moments", "gradients", "activations", "gathered"
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes of one rank.
 
     parts: on the GPU (or, where the device is the CPU, all there are), at `moment`, the one of a
@@ -48,12 +48,12 @@ class Estimate:
 
 
 @lru_cache(maxsize=4096)  # layouts and remedies ask for the same setups again and again
-def estimate(setup: Setup) -> Estimate:
+def estimate(setup: Setup) -> MemoryEstimate:
     """The memory of one rank of a run."""
     states = states_of(setup)
     host = _offloaded(setup, states)
     moments = [
-        Estimate(_moved_off(setup, parts, states), host, moment)
+        MemoryEstimate(_moved_off(setup, parts, states), host, moment)
         for moment, parts in _moments(setup, states)
     ]
     return max(moments, key=lambda at: at.total)

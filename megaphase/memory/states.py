@@ -25,7 +25,7 @@ FLAT_ALIGNMENT = 2
 
 
 @dataclass(frozen=True)
-class Kept:
+class Resident:
     """Bytes on one rank, from one optimizer step to the next."""
 
     weights: int
@@ -35,7 +35,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Passing:
+class Transient:
     """Bytes on one rank that come and go within a step, beside what is kept.
 
     carried:   gradients of earlier micro-batches, while a later one is computed
@@ -65,8 +65,8 @@ class Passing:
 
 @dataclass(frozen=True)
 class States:
-    kept: Kept
-    passing: Passing = field(default_factory=Passing)
+    kept: Resident
+    passing: Transient = field(default_factory=Transient)
 
 
 def states_of(setup: Setup) -> States:
@@ -93,8 +93,8 @@ def _without_zero(setup: Setup, elements: int) -> States:
     every = elements * FP32_BYTES
     bucket = min(elements, REDUCE_BUCKET) * FP32_BYTES
     return States(
-        Kept(weights=every, masters=0, gradients=0, moments=MOMENTS * every),
-        Passing(
+        Resident(weights=every, masters=0, gradients=0, moments=MOMENTS * every),
+        Transient(
             carried=every if setup.accumulation > 1 else 0,
             growing=0 if setup.accumulation > 1 else every,
             limit=every,
@@ -113,8 +113,8 @@ def _bf16_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
     # Joined before they travel, where they fit a bucket, and they travel in bf16.
     joined = (whole if elements <= REDUCE_BUCKET else 0) + low
     return States(
-        Kept(weights=low, masters=own, gradients=whole, moments=MOMENTS * own),
-        Passing(
+        Resident(weights=low, masters=own, gradients=whole, moments=MOMENTS * own),
+        Transient(
             carried=low if setup.accumulation > 1 else 0,
             growing=0 if setup.accumulation > 1 else low,
             limit=low,
@@ -155,8 +155,8 @@ def _partitioned_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
     if apart:
         reduction = joined + cast + (0 if accumulated and setup.zero == 2 else own)
     return States(
-        Kept(weights=weights, masters=own, gradients=0, moments=MOMENTS * own),
-        Passing(
+        Resident(weights=weights, masters=own, gradients=0, moments=MOMENTS * own),
+        Transient(
             carried=carried,
             growing=growing,
             limit=limit,
@@ -186,8 +186,8 @@ def _partitioned_weights(setup: Setup, sizes: Mapping[str, int]) -> States:
         if "embedding.weight" not in kept_gathered(sizes, setup.keep_gathered):
             returned += sizes["embedding.weight"]
     return States(
-        Kept(weights=part * low, masters=own, gradients=own, moments=MOMENTS * own),
-        Passing(
+        Resident(weights=part * low, masters=own, gradients=own, moments=MOMENTS * own),
+        Transient(
             growing=every * low,
             limit=waiting * low,
             reduction=waiting * low + handed_on,

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megaphase.kernels.attention import attention
-from megaphase.kernels.kept import computed_again
+from megaphase.kernels.kept import recompute
 from megaphase.kernels.kernels import EAGER, Kernels
 from megaphase.kernels.swiglu import swiglu
 from megaphase.model.dropout import Dropout
-from megaphase.model.in_turn import Steps, in_turn
+from megaphase.model.in_turn import Steps, interleave
 from megaphase.model.packed_rows import (
-    Attend,
+    AttentionFn,
     attend_within,
     positions_in_document,
 )
@@ -40,7 +40,7 @@ from megaphase.parallel.layers import (
 )
 from megaphase.parallel.region import TensorRegion
 from megaphase.parallel.rng import Initializer
-from megaphase.parallel.topology import Topology, device
+from megaphase.parallel.topology import ProcessGrid, device
 from megaphase.targets import IGNORED_TARGET
 
 Keep = Callable[[], AbstractContextManager[None]]
@@ -71,8 +71,8 @@ class Attention(nn.Module):
             region=region,
         )
 
-    def steps(self, x: Tensor, rotary: Rotary | None, attend: Attend, keep: Keep) -> Steps:
-        """Its output in three steps, see `in_turn`; keep: around the operations that keep x."""
+    def steps(self, x: Tensor, rotary: Rotary | None, attend: AttentionFn, keep: Keep) -> Steps:
+        """Its output in three steps, see `interleave`; keep: around the operations that keep x."""
         arriving = self.qkv.start(x)
         yield
         with keep():
@@ -119,14 +119,14 @@ class FeedForward(nn.Module):
         )
 
     def steps(self, x: Tensor, keep: Keep) -> Steps:
-        """Its output in three steps, see `in_turn`; keep: around the operations that keep x."""
+        """Its output in three steps, see `interleave`; keep: around the operations that keep x."""
         arriving = self.up.start(x)
         yield
         with keep():
             up = arriving()
         inner = self.activate(up)
         yield
-        with computed_again(inner, partial(self.activate, up.detach()), self.keep_again):
+        with recompute(inner, partial(self.activate, up.detach()), self.keep_again):
             leaving = self.down.start(inner)
         yield
         return leaving()
@@ -139,7 +139,7 @@ class Rows:
     attend: attention within them. dropout_seeds: int64 [rows], see `dropout.row_seeds`.
     """
 
-    attend: Attend = attention
+    attend: AttentionFn = attention
     dropout_seeds: Tensor | None = None
 
 
@@ -168,7 +168,7 @@ class Block(nn.Module):
         They are arguments of their own, because ZeRO-3's hooks see no others.
         """
         with self.region.shared(self):
-            return in_turn(
+            return interleave(
                 [partial(self._steps, x, rotary, of) for x, of in zip(parts, rows, strict=True)]
             )
 
@@ -183,7 +183,7 @@ class Block(nn.Module):
         return x + self.feed_forward_dropout(added, rows.dropout_seeds)
 
     def _keep(self, normed: Tensor, again: Callable[[], Tensor]) -> Keep:
-        return partial(computed_again, normed, again, self.keep_again)
+        return partial(recompute, normed, again, self.keep_again)
 
 
 class GPT(nn.Module):
@@ -199,7 +199,7 @@ class GPT(nn.Module):
         self,
         shape: GPTShape,
         init: Initializer,
-        topology: Topology,
+        topology: ProcessGrid,
         *,
         sequence_parallel: bool = False,
         compute_dtype: torch.dtype = torch.float32,
@@ -269,7 +269,7 @@ class GPT(nn.Module):
     def _rows(
         self, documents: Tensor | None, dropout_seeds: Tensor | None, parts: int
     ) -> list[Rows]:
-        attends: list[Attend] = [attention] * parts
+        attends: list[AttentionFn] = [attention] * parts
         if documents is not None:
             attends = [attend_within(part, self.compute_dtype) for part in documents.chunk(parts)]
         seeds = [None] * parts if dropout_seeds is None else dropout_seeds.chunk(parts)

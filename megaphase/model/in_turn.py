@@ -14,7 +14,7 @@ Steps = Generator[None, None, Tensor]
 """A computation in steps; a step that begins with waiting comes two after that which has sent."""
 
 
-def in_turn(computations: Sequence[Callable[[], Steps]]) -> tuple[Tensor, ...]:
+def interleave(computations: Sequence[Callable[[], Steps]]) -> tuple[Tensor, ...]:
     """The results of computations, a step of each in turn, all in as many steps.
 
     The first is one step ahead: what it sends at the end of a step is on its way while the others

@@ -14,14 +14,14 @@ from torch import Tensor
 from megaphase.kernels.attention import attention
 
 
-class Attend(Protocol):
+class AttentionFn(Protocol):
     """Attention of queries [batch, heads, seq, head_dim] to keys and values [batch, kv_heads, seq,
     head_dim]; the queries' shape."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
-def attend_within(documents: Tensor, dtype: torch.dtype) -> Attend:
+def attend_within(documents: Tensor, dtype: torch.dtype) -> AttentionFn:
     """Every token sees itself and what its document has before it.
 
     dtype: of queries, keys and values.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megaphase.kernels.kernels import Kernels
-from megaphase.kernels.rotary import turn_heads
+from megaphase.kernels.rotary import apply_rope
 from megaphase.parallel.topology import device
 
 
@@ -32,7 +32,7 @@ class Rotary:
         """Queries and keys turned, and values, of [batch, seq, sum(counts), head_dim]."""
         seq = heads.shape[1]
         cos, sin = (table[..., :seq, :, :] for table in (self._cos, self._sin))
-        return turn_heads(heads, counts, cos, sin, self._kernels)
+        return apply_rope(heads, counts, cos, sin, self._kernels)
 
     def at(self, positions: Tensor) -> Rotary:
         """The same for tokens at these positions, int64 [batch, seq], rather than 0, 1, 2 ..."""

@@ -13,7 +13,7 @@ from megaphase.parallel.together import Fault, outcome_of
 Fact = TypeVar("Fact")
 
 
-class Agreement:
+class ControlGroup:
     """Collectives over gloo, whatever the device: none of them waits for a GPU.
 
     Every method is called by all ranks.

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaphase.parallel.topology import Topology
+from megaphase.parallel.topology import ProcessGrid
 
 SEQUENCE_DIM = 1
 
@@ -35,21 +35,21 @@ class Started:
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=SEQUENCE_DIM)
 
 
-def start_all_reduce(x: Tensor, topology: Topology) -> Started:
+def start_all_reduce(x: Tensor, topology: ProcessGrid) -> Started:
     """Sum over the group, in place where x is contiguous; x is used up."""
     x = x.contiguous()
     work = dist.all_reduce(x, group=topology.tensor_group, async_op=True)
     return Started(work, [x])
 
 
-def start_gather_sequence(x: Tensor, topology: Topology) -> Started:
+def start_gather_sequence(x: Tensor, topology: ProcessGrid) -> Started:
     """[batch, seq / tensor, hidden] -> [batch, seq, hidden]."""
     parts = [torch.empty_like(x) for _ in range(topology.tensor_size)]
     work = dist.all_gather(parts, x.contiguous(), group=topology.tensor_group, async_op=True)
     return Started(work, parts)
 
 
-def start_reduce_scatter_sequence(x: Tensor, topology: Topology) -> Started:
+def start_reduce_scatter_sequence(x: Tensor, topology: ProcessGrid) -> Started:
     """Sum [batch, seq, hidden] and keep one's own [batch, seq / tensor, hidden]."""
     parts = [part.contiguous() for part in x.chunk(topology.tensor_size, dim=SEQUENCE_DIM)]
     own = torch.empty_like(parts[0])
@@ -59,7 +59,7 @@ def start_reduce_scatter_sequence(x: Tensor, topology: Topology) -> Started:
 
 class _CopyToTensorParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, topology: Topology, *xs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, topology: ProcessGrid, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.topology = topology
         return tuple(x.view_as(x) for x in xs)
 
@@ -72,7 +72,7 @@ class _CopyToTensorParallel(torch.autograd.Function):
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, topology: Topology) -> Tensor:
+    def forward(ctx: Any, x: Tensor, topology: ProcessGrid) -> Tensor:
         ctx.topology = topology
         return start_gather_sequence(x, topology).finish()
 
@@ -85,7 +85,7 @@ class _GatherSequence(torch.autograd.Function):
 class _Crossing:
     """What is under way out of the region, and its gradient on the way back."""
 
-    topology: Topology
+    topology: ProcessGrid
     sequence: bool
     out: Started | None = None
     back: Started | None = None
@@ -125,7 +125,7 @@ class _FinishLeaving(torch.autograd.Function):
         return grads[0], None
 
 
-def copy_to_tensor_parallel(xs: Sequence[Tensor], topology: Topology) -> Sequence[Tensor]:
+def copy_to_tensor_parallel(xs: Sequence[Tensor], topology: ProcessGrid) -> Sequence[Tensor]:
     """Identity forward; backward one sum over the tensor-parallel group, of all gradients.
 
     xs: of one type.
@@ -135,12 +135,12 @@ def copy_to_tensor_parallel(xs: Sequence[Tensor], topology: Topology) -> Sequenc
     return _CopyToTensorParallel.apply(topology, *xs)
 
 
-def gather_sequence(x: Tensor, topology: Topology) -> Tensor:
+def gather_sequence(x: Tensor, topology: ProcessGrid) -> Tensor:
     """[batch, seq / tensor, hidden] -> [batch, seq, hidden]; backward sums and scatters."""
     return _GatherSequence.apply(x, topology)
 
 
-def start_leaving(x: Tensor, topology: Topology, sequence: bool) -> Callable[[], Tensor]:
+def reduce_async(x: Tensor, topology: ProcessGrid, sequence: bool) -> Callable[[], Tensor]:
     """Start to sum x over the tensor-parallel group; what is returned waits for the sum.
 
     What is computed in between, forward and backward, is computed while the collective goes on.

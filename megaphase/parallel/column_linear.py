@@ -21,13 +21,13 @@ from megaphase.parallel.collectives import (
     start_gather_sequence,
     start_reduce_scatter_sequence,
 )
-from megaphase.parallel.topology import Topology
+from megaphase.parallel.topology import ProcessGrid
 
 
 class _ColumnParallelLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, topology: Topology, arriving: Started | None
+        ctx: Any, x: Tensor, weight: Tensor, topology: ProcessGrid, arriving: Started | None
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.topology, ctx.sequence = topology, arriving is not None
@@ -49,7 +49,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
 
 
 def start_column_parallel_linear(
-    x: Tensor, weight: Tensor, topology: Topology, sequence: bool
+    x: Tensor, weight: Tensor, topology: ProcessGrid, sequence: bool
 ) -> Callable[[], Tensor]:
     """What computes x Wᵀ for x [batch, seq, inputs] and this rank's rows of W; [batch, seq, rows].
 

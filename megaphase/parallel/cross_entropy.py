@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from megaphase.kernels.kernels import Kernels
 from megaphase.kernels.matmul import add_weight_gradient, matmul
-from megaphase.parallel.topology import Topology
+from megaphase.parallel.topology import ProcessGrid
 
 # Logits at a time. For a CPU, what stays in its cache; for a GPU, products that fill it, of which
 # there are few, because each adds to the whole gradient of the weight.
@@ -35,7 +35,7 @@ class Vocabulary:
 
     first: int
     ignored: int
-    topology: Topology
+    topology: ProcessGrid
     kernels: Kernels
     tokens: int
 
@@ -138,7 +138,7 @@ def _gradient(logits: Tensor, top: Tensor, share: Tensor, columns: Tensor, hit: 
     return gradient.scatter_add_(-1, columns, -hit.float()).to(logits.dtype)
 
 
-def _all_reduce(x: Tensor, operation: Any, topology: Topology) -> None:
+def _all_reduce(x: Tensor, operation: Any, topology: ProcessGrid) -> None:
     if topology.tensor_size > 1:
         dist.all_reduce(x, op=operation, group=topology.tensor_group)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from megaphase.errors import EXIT_FAILED
-from megaphase.parallel.pulse import Beat, Place, next_on_node
+from megaphase.parallel.pulse import Heartbeat, RankInfo, next_on_node
 
 GONE = "has ended without a word (killed, or out of memory)"
 SILENT = "gave no sign of life for {seconds:.0f} s"
@@ -18,11 +18,11 @@ LOOKS_UNTIL_GONE = 3
 FAULT_SHARE = 1 / 3
 LINES_AT_MOST = 10
 
-NO_BEAT = Beat(counter=0, progress=0, where="at the start")
+NO_BEAT = Heartbeat(counter=0, progress=0, where="at the start")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Diagnosis:
     """How it ends. With `ends` every process does at once; without, all have left by themselves.
 
     message: one line that one rank says, after `details`; none where there is nothing to say.
@@ -41,26 +41,26 @@ class Verdict:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, data: bytes) -> Verdict:
+    def from_json(cls, data: bytes) -> Diagnosis:
         return cls(**json.loads(data))
 
 
-class Judge:
+class FaultDetector:
     """Looks at the beats of all ranks again and again, and says when one is at fault."""
 
     def __init__(
-        self, places: Sequence[Place], silent_seconds: float, stalled_seconds: float
+        self, places: Sequence[RankInfo], silent_seconds: float, stalled_seconds: float
     ) -> None:
         ranks = len(places)
         self._places, self._next_on_node = list(places), next_on_node(places)
         self._silent_seconds, self._stalled_seconds = silent_seconds, stalled_seconds
-        self._beats: list[Beat] = [NO_BEAT] * ranks
+        self._beats: list[Heartbeat] = [NO_BEAT] * ranks
         self._silent = [0.0] * ranks
         self._looks_gone = [0] * ranks
         self._still = 0.0
         self._faulted = 0.0
 
-    def look(self, beats: Sequence[Beat | None], seconds: float) -> Verdict | None:
+    def look(self, beats: Sequence[Heartbeat | None], seconds: float) -> Diagnosis | None:
         """Take in every rank's newest beat, None where there has been none yet.
 
         `seconds` have passed since the last look; those in which the judge itself did not run
@@ -79,7 +79,7 @@ class Judge:
             or self._stalled()
         )
 
-    def _note_silence(self, now: Sequence[Beat], seconds: float) -> None:
+    def _note_silence(self, now: Sequence[Heartbeat], seconds: float) -> None:
         for rank, (old, new) in enumerate(zip(self._beats, now, strict=True)):
             if new.counter != old.counter:
                 self._silent[rank] = 0.0
@@ -93,7 +93,7 @@ class Judge:
                 # It works, but in something that lets no other thread of its process run.
                 self._silent[rank] = 0.0
 
-    def _note_progress(self, now: Sequence[Beat], seconds: float) -> None:
+    def _note_progress(self, now: Sequence[Heartbeat], seconds: float) -> None:
         moved = any(
             (new.progress, new.state) != (old.progress, old.state)
             for old, new in zip(self._beats, now, strict=True)
@@ -104,25 +104,25 @@ class Judge:
             self._still += seconds
 
     @staticmethod
-    def _is_here(beat: Beat) -> bool:
+    def _is_here(beat: Heartbeat) -> bool:
         return beat.state != "left"
 
-    def _ranks(self, holds: Callable[[Beat], bool]) -> list[int]:
+    def _ranks(self, holds: Callable[[Heartbeat], bool]) -> list[int]:
         return [rank for rank, beat in enumerate(self._beats) if holds(beat)]
 
     def _name(self, rank: int) -> str:
         place = self._places[rank]
         return f"rank {rank} on {place.host} (process {place.pid})"
 
-    def _interrupted(self) -> Verdict | None:
+    def _interrupted(self) -> Diagnosis | None:
         """A signal that came to one rank before there was anything to save ends all."""
         ranks = self._ranks(lambda beat: beat.state == "interrupted")
         if not ranks:
             return None
         first = self._beats[ranks[0]]
-        return Verdict(True, first.reason, exit_code=first.exit_code, rank=ranks[0])
+        return Diagnosis(True, first.reason, exit_code=first.exit_code, rank=ranks[0])
 
-    def _failed(self) -> Verdict | None:
+    def _failed(self) -> Diagnosis | None:
         failed = self._ranks(lambda beat: beat.state == "failed")
         if not failed:
             return None
@@ -132,7 +132,7 @@ class Judge:
             f"{self._name(failed[0])} failed {beat.where}{others}: {beat.reason}", failed[0]
         )
 
-    def _dead(self) -> Verdict | None:
+    def _dead(self) -> Diagnosis | None:
         """A rank that is gone or silent; with it, first, those that have been so for longer."""
         here = self._ranks(self._is_here)
         gone = [rank for rank in here if self._looks_gone[rank] >= LOOKS_UNTIL_GONE]
@@ -158,11 +158,11 @@ class Judge:
             f"{self._name(first)} {how}{too}, last seen {self._beats[first].where}", first
         )
 
-    def _left(self, seconds: float) -> Verdict | None:
+    def _left(self, seconds: float) -> Diagnosis | None:
         """Faults that all share are theirs to tell; one that others know nothing of ends them."""
         faults = self._ranks(lambda beat: beat.state == "fault")
         if all(beat.state in ("fault", "left") for beat in self._beats):
-            return Verdict(ends=False)
+            return Diagnosis(ends=False)
         if not faults:
             return None
         self._faulted += seconds
@@ -170,9 +170,9 @@ class Judge:
             return None
         first = self._beats[faults[0]]
         message = f"{self._name(faults[0])}: {first.reason}"
-        return Verdict(True, message, exit_code=first.exit_code, rank=faults[0])
+        return Diagnosis(True, message, exit_code=first.exit_code, rank=faults[0])
 
-    def _stalled(self) -> Verdict | None:
+    def _stalled(self) -> Diagnosis | None:
         if self._still < self._stalled_seconds:
             return None
         blamed = self._hanging()
@@ -219,14 +219,14 @@ class Judge:
         return tuple(lines)
 
     @staticmethod
-    def _end(message: str, rank: int | None = None, details: tuple[str, ...] = ()) -> Verdict:
-        return Verdict(True, f"{message}; all processes end", details, rank=rank, unfinished=True)
+    def _end(message: str, rank: int | None = None, details: tuple[str, ...] = ()) -> Diagnosis:
+        return Diagnosis(True, f"{message}; all processes end", details, rank=rank, unfinished=True)
 
 
-def host_is_gone(place: Place, beat: Beat | None, how: str) -> Verdict:
+def host_is_gone(place: RankInfo, beat: Heartbeat | None, how: str) -> Diagnosis:
     """What the others know when rank 0, the judge, is the one."""
     seen = (beat or NO_BEAT).where
-    return Verdict(
+    return Diagnosis(
         True,
         f"rank 0 on {place.host} (process {place.pid}) {how}, last seen {seen}; all processes end",
         rank=0,

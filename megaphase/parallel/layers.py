@@ -22,11 +22,11 @@ from megaphase.parallel.cross_entropy import Vocabulary, linear_cross_entropy, t
 from megaphase.parallel.region import TensorRegion
 from megaphase.parallel.rng import Initializer
 from megaphase.parallel.sharding import ParameterLayout, padded_vocab, vocab_rows
-from megaphase.parallel.topology import Topology, device
+from megaphase.parallel.topology import ProcessGrid, device
 
 
 def sharded_parameter(
-    whole: Tensor, dim: int, segments: Sequence[int], topology: Topology
+    whole: Tensor, dim: int, segments: Sequence[int], topology: ProcessGrid
 ) -> nn.Parameter:
     """The rank's shard of `whole` as a parameter that knows how it was cut.
 
@@ -99,7 +99,7 @@ class RowParallelLinear(nn.Module):
     def start(self, x: Tensor) -> Callable[[], Tensor]:
         """Compute this rank's part of y and send it off; what then waits for y."""
         product = linear(x, self.region.cast(self.weight, x.dtype))
-        sum_ = self.region.start_leaving(product)
+        sum_ = self.region.reduce_async(product)
         return lambda: sum_() if self.bias is None else sum_() + self._whole_bias().to(x.dtype)
 
     def _whole_bias(self) -> Tensor:
@@ -108,7 +108,7 @@ class RowParallelLinear(nn.Module):
 
 
 def vocab_parallel_weight(
-    vocab: int, hidden: int, std: float, init: Initializer, topology: Topology
+    vocab: int, hidden: int, std: float, init: Initializer, topology: ProcessGrid
 ) -> nn.Parameter:
     """[vocab, hidden] with its rows sharded; rows that only pad are zero and never used."""
     whole = init.normal("weight", (vocab, hidden), std)
@@ -135,7 +135,7 @@ class VocabParallelEmbedding(nn.Module):
         local = tokens - self.first_row
         elsewhere = (local < 0) | (local >= self.rows)
         vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return self.region.start_leaving(vectors.masked_fill(elsewhere.unsqueeze(-1), 0))()
+        return self.region.reduce_async(vectors.masked_fill(elsewhere.unsqueeze(-1), 0))()
 
 
 class VocabParallelHead(nn.Module):

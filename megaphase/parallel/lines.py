@@ -10,50 +10,50 @@ from typing import Protocol
 
 import torch.distributed as dist
 
-from megaphase.parallel.judge import Judge, Verdict
+from megaphase.parallel.judge import Diagnosis, FaultDetector
 from megaphase.parallel.launcher import global_rank, world_size
-from megaphase.parallel.pulse import Beat, Place
+from megaphase.parallel.pulse import Heartbeat, RankInfo
 
 _VERDICT, _HEARD = "verdict", "heard"
 _POLL_SECONDS = 0.05
 
 
-class Line(Protocol):
+class HeartbeatTransport(Protocol):
     """One rank's end. Only one thread uses it."""
 
-    def exchange(self, beat: Beat, seconds: float) -> Verdict | None:
+    def exchange(self, beat: Heartbeat, seconds: float) -> Diagnosis | None:
         """Hand a beat over, `seconds` after the one before, and hear whether there is a verdict.
 
         Raises RuntimeError where rank 0 does not answer any more.
         """
 
-    def end(self, verdict: Verdict, patience_seconds: float) -> None:
+    def end(self, verdict: Diagnosis, patience_seconds: float) -> None:
         """Make sure, before this process ends, that all others know."""
 
 
-class AloneLine:
+class LocalTransport:
     """The line of a run that is a single process: it judges itself."""
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: FaultDetector) -> None:
         self._judge = judge
 
-    def exchange(self, beat: Beat, seconds: float) -> Verdict | None:
+    def exchange(self, beat: Heartbeat, seconds: float) -> Diagnosis | None:
         return self._judge.look([beat], seconds)
 
-    def end(self, verdict: Verdict, patience_seconds: float) -> None:
+    def end(self, verdict: Diagnosis, patience_seconds: float) -> None:
         pass
 
 
-class HostLine:
+class HostTransport:
     """Rank 0's: it reads all beats, judges and publishes. A beat costs O(ranks) in all."""
 
-    def __init__(self, store: dist.TCPStore, judge: Judge, ranks: int) -> None:
+    def __init__(self, store: dist.TCPStore, judge: FaultDetector, ranks: int) -> None:
         self._store, self._judge = store, judge
         self._keys = [_beat_key(rank) for rank in range(1, ranks)]
 
-    def exchange(self, beat: Beat, seconds: float) -> Verdict | None:
+    def exchange(self, beat: Heartbeat, seconds: float) -> Diagnosis | None:
         self._store.set(_beat_key(0), beat.to_json())
-        found = [Beat.from_json(each) if each else None for each in self._read()]
+        found = [Heartbeat.from_json(each) if each else None for each in self._read()]
         verdict = self._judge.look([beat, *found], seconds)
         if verdict is not None and not verdict.ends:
             self._store.set(_VERDICT, verdict.to_json())
@@ -62,7 +62,7 @@ class HostLine:
     def _read(self) -> list[bytes]:
         return self._store.multi_get(self._keys)
 
-    def end(self, verdict: Verdict, patience_seconds: float) -> None:
+    def end(self, verdict: Diagnosis, patience_seconds: float) -> None:
         """Tell all, and keep the store up until they have heard or can be waited for no longer."""
         self._store.set(_VERDICT, verdict.to_json())
         deadline = time.monotonic() + patience_seconds
@@ -70,7 +70,7 @@ class HostLine:
             time.sleep(_POLL_SECONDS)
 
 
-class MemberLine:
+class MemberTransport:
     """Any other rank's: it sends its beat and hears rank 0's, and the verdict if there is one.
 
     Attributes:
@@ -81,24 +81,26 @@ class MemberLine:
     def __init__(self, store: dist.TCPStore, rank: int) -> None:
         self._store, self._key = store, _beat_key(rank)
         self.answers = 0
-        self.host_beat: Beat | None = None
+        self.host_beat: Heartbeat | None = None
 
-    def exchange(self, beat: Beat, seconds: float) -> Verdict | None:
+    def exchange(self, beat: Heartbeat, seconds: float) -> Diagnosis | None:
         self._store.set(self._key, beat.to_json())
         verdict, host_beat = self._store.multi_get([_VERDICT, _beat_key(0)])
         self.answers += 1
-        self.host_beat = Beat.from_json(host_beat) if host_beat else None
-        return Verdict.from_json(verdict) if verdict else None
+        self.host_beat = Heartbeat.from_json(host_beat) if host_beat else None
+        return Diagnosis.from_json(verdict) if verdict else None
 
-    def end(self, verdict: Verdict, patience_seconds: float) -> None:
+    def end(self, verdict: Diagnosis, patience_seconds: float) -> None:
         self._store.add(_HEARD, 1)
 
 
-def open_line(silent_seconds: float, stalled_seconds: float) -> tuple[Line, Sequence[Place]]:
+def open_line(
+    silent_seconds: float, stalled_seconds: float
+) -> tuple[HeartbeatTransport, Sequence[RankInfo]]:
     """Open this rank's line; all ranks do it together. Returns it and where every rank runs."""
-    here = Place.here()
+    here = RankInfo.here()
     if world_size() == 1:
-        return AloneLine(Judge([here], silent_seconds, stalled_seconds)), [here]
+        return LocalTransport(FaultDetector([here], silent_seconds, stalled_seconds)), [here]
     address = os.environ["MASTER_ADDR"]  # all ranks have found rank 0 there before
     timeout = timedelta(seconds=silent_seconds)
     rank, ranks = global_rank(), world_size()
@@ -108,14 +110,16 @@ def open_line(silent_seconds: float, stalled_seconds: float) -> tuple[Line, Sequ
         # Every key is there from the start: the store makes a reader wait for a missing one.
         for key in (_VERDICT, *(_beat_key(each) for each in range(ranks))):
             server.set(key, "")
-    gathered: list[tuple[Place, int]] = [(here, 0)] * ranks
+    gathered: list[tuple[RankInfo, int]] = [(here, 0)] * ranks
     dist.all_gather_object(gathered, (here, server.port if server else 0))
     places = [place for place, _ in gathered]
     if server is not None:
-        return HostLine(server, Judge(places, silent_seconds, stalled_seconds), ranks), places
+        return HostTransport(
+            server, FaultDetector(places, silent_seconds, stalled_seconds), ranks
+        ), places
     port = gathered[0][1]
     store = dist.TCPStore(address, port, wait_for_workers=False, timeout=timeout)
-    return MemberLine(store, rank), places
+    return MemberTransport(store, rank), places
 
 
 def _beat_key(rank: int) -> str:

@@ -28,7 +28,7 @@ _BACKWARD = f"torch{os.sep}autograd{os.sep}"
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Where a rank runs. `born` is when its process began, in the clock ticks of its machine."""
 
     host: str
@@ -36,12 +36,12 @@ class Place:
     born: int | None
 
     @classmethod
-    def here(cls) -> Place:
+    def here(cls) -> RankInfo:
         seen = look_at_process(os.getpid())
         return cls(socket.gethostname(), os.getpid(), seen.born if seen else None)
 
 
-class Beat(NamedTuple):
+class Heartbeat(NamedTuple):
     """What a rank tells about once a second. A tuple, since rank 0 reads one of every rank.
 
     counter: grows with every beat. progress: how often its main thread has said where it is.
@@ -70,7 +70,7 @@ class Beat(NamedTuple):
         return json.dumps(self)
 
     @classmethod
-    def from_json(cls, data: bytes) -> Beat:
+    def from_json(cls, data: bytes) -> Heartbeat:
         return cls(*json.loads(data.decode()))
 
 
@@ -101,7 +101,7 @@ class Neighbour:
     is none, nothing is ever said of it.
     """
 
-    def __init__(self, rank: int, places: Sequence[Place]) -> None:
+    def __init__(self, rank: int, places: Sequence[RankInfo]) -> None:
         following = next_on_node(places)[rank]
         self._place = places[following]
         self._visible = following != rank and self._see() is not None
@@ -119,7 +119,7 @@ class Neighbour:
         return seen if seen is not None and seen.born == self._place.born else None
 
 
-def next_on_node(places: Sequence[Place]) -> list[int]:
+def next_on_node(places: Sequence[RankInfo]) -> list[int]:
     """For every rank the one after it on the same host, in a circle; itself where it is alone."""
     by_host: dict[str, list[int]] = {}
     for rank, place in enumerate(places):

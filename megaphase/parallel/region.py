@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from megaphase.parallel.collectives import (
     copy_to_tensor_parallel,
     gather_sequence,
-    start_leaving,
+    reduce_async,
 )
 from megaphase.parallel.sharding import layout_of
-from megaphase.parallel.topology import Topology
+from megaphase.parallel.topology import ProcessGrid
 
 
 class TensorRegion:
@@ -25,7 +25,7 @@ class TensorRegion:
     its share of the sequence: [batch, seq / tensor, hidden].
     """
 
-    def __init__(self, topology: Topology, sequence: bool) -> None:
+    def __init__(self, topology: ProcessGrid, sequence: bool) -> None:
         self.topology = topology
         self.sequence = sequence
         self._copies: dict[Tensor, Tensor] = {}
@@ -37,9 +37,9 @@ class TensorRegion:
             return gather_sequence(x, self.topology)
         return copy_to_tensor_parallel([x], self.topology)[0]
 
-    def start_leaving(self, x: Tensor) -> Callable[[], Tensor]:
+    def reduce_async(self, x: Tensor) -> Callable[[], Tensor]:
         """Start to sum the ranks' partial results, which are used up; what waits for the sum."""
-        return start_leaving(x, self.topology, self.sequence)
+        return reduce_async(x, self.topology, self.sequence)
 
     def own_positions(self, x: Tensor) -> Tensor:
         """Of [..., seq, hidden], the positions that this rank holds outside the region."""

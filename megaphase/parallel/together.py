@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 Fault = InputError | RunError
 
 
-def together(action: Callable[[], Result]) -> Result:
+def run_on_all_ranks(action: Callable[[], Result]) -> Result:
     """Run `action` on every process.
 
     Raises the InputError or RunError of the lowest rank that raised one on all of them. torch is

@@ -19,7 +19,7 @@ JOIN_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
-class Topology:
+class ProcessGrid:
     """A grid of tensor × data processes; tensor-parallel ranks are neighbours (one node's GPUs).
 
     It is also the `mpu` that DeepSpeed asks for groups, ranks and sizes.
@@ -123,7 +123,7 @@ def _meeting_place() -> dist.Store:
     return store
 
 
-def start(tensor_size: int) -> Topology:
+def start(tensor_size: int) -> ProcessGrid:
     """Join the process group and form the tensor- and data-parallel groups."""
     join_processes()
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -132,7 +132,7 @@ def start(tensor_size: int) -> Topology:
         dist.new_group(range(first, first + tensor_size)) for first in range(0, world, tensor_size)
     ]
     data_groups = [dist.new_group(range(t, world, tensor_size)) for t in range(tensor_size)]
-    return Topology(
+    return ProcessGrid(
         world,
         rank,
         tensor_size,

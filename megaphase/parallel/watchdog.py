@@ -28,10 +28,10 @@ from megaphase.errors import (
     Stopped,
     exit_code,
 )
-from megaphase.parallel.judge import GONE, LOOKS_UNTIL_GONE, SILENT, Verdict, host_is_gone
+from megaphase.parallel.judge import GONE, LOOKS_UNTIL_GONE, SILENT, Diagnosis, host_is_gone
 from megaphase.parallel.launcher import global_rank, report_end
-from megaphase.parallel.lines import AloneLine, MemberLine, open_line
-from megaphase.parallel.pulse import Beat, Neighbour, State, is_collective, thread_position
+from megaphase.parallel.lines import LocalTransport, MemberTransport, open_line
+from megaphase.parallel.pulse import Heartbeat, Neighbour, State, is_collective, thread_position
 
 LONGEST_INTERVAL_SECONDS = 1.0
 FLUSH_SECONDS = 1.0
@@ -110,7 +110,7 @@ class Watchdog:
         self._neighbour = Neighbour(self._rank, self._places)
         self._thread = threading.Thread(target=self._keep_beating, name="watchdog", daemon=True)
         self._thread.start()
-        if isinstance(self._line, MemberLine):
+        if isinstance(self._line, MemberTransport):
             guard = threading.Thread(
                 target=self._guard_host, args=(self._line,), name="watchdog-of-rank-0", daemon=True
             )
@@ -128,7 +128,7 @@ class Watchdog:
             # Nothing in a run ends its process in this way, unless a library does.
             traceback.print_exception(exited)
             error = RunError(f"a library ended the process {self._where} (SystemExit: {exited})")
-        if isinstance(self._line, AloneLine):
+        if isinstance(self._line, LocalTransport):
             self._leave("left")
         elif isinstance(error, InputError | RunError | Stopped):
             self._leave("fault", str(error), exit_code(error))
@@ -192,11 +192,11 @@ class Watchdog:
             self._wake.wait(self._interval)
             self._wake.clear()
 
-    def _next_beat(self, state: State) -> Beat:
+    def _next_beat(self, state: State) -> Heartbeat:
         self._counter += 1
         code, waits = thread_position(self._main)
         reason, exit_code = self._stopped or (self._reason, self._exit_code)
-        return Beat(
+        return Heartbeat(
             counter=self._counter,
             progress=self._progress,
             where=self._where,
@@ -208,7 +208,7 @@ class Watchdog:
             exit_code=exit_code,
         )
 
-    def _guard_host(self, line: MemberLine) -> None:
+    def _guard_host(self, line: MemberTransport) -> None:
         """Notice that rank 0 is frozen: its store takes the beats then, but never answers."""
         answers, unanswered, before = line.answers, 0.0, time.monotonic()
         while not self._over.wait(self._interval):
@@ -221,7 +221,7 @@ class Watchdog:
                 self._end_without_host(self._state, SILENT.format(seconds=unanswered))
                 self._over.set()
 
-    def _end_with_all(self, verdict: Verdict) -> NoReturn:
+    def _end_with_all(self, verdict: Diagnosis) -> NoReturn:
         """End this process as rank 0 has decided, whatever its main thread is doing."""
         if self._rank == 0:
             self._speak(verdict)
@@ -230,11 +230,11 @@ class Watchdog:
             self._line.end(verdict, 3 * self._interval)
         _exit(verdict.exit_code)
 
-    def _end_without_host(self, state: State, how: str) -> Verdict:
+    def _end_without_host(self, state: State, how: str) -> Diagnosis:
         """End this process because rank 0 does not answer, unless both have left already."""
         if state in ("left", "fault"):
-            return Verdict(ends=False)
-        assert isinstance(self._line, MemberLine)
+            return Diagnosis(ends=False)
+        assert isinstance(self._line, MemberTransport)
         with self._ending:  # two threads may find it out
             verdict = host_is_gone(self._places[0], self._line.host_beat, how)
             if self._speaks_for_host():
@@ -247,7 +247,7 @@ class Watchdog:
         elsewhere = (rank for rank, place in enumerate(self._places) if place.host != lost)
         return self._rank in (1, next(elsewhere, 1))
 
-    def _speak(self, verdict: Verdict) -> None:
+    def _speak(self, verdict: Diagnosis) -> None:
         if not verdict.message:
             return
         message = verdict.message

@@ -17,17 +17,17 @@ import numpy as np
 
 from megaphase.errors import InputError, RunError
 from megaphase.files import (
+    atomic_write_json,
     directory_written_aside,
     make_directory,
     remove_abandoned,
     remove_directory,
     remove_soon,
     with_hash,
-    write_json_whole,
 )
 from megaphase.locks import exclusive_lock
 from megaphase.plan import _builder
-from megaphase.plan.crew import Crew, Progress
+from megaphase.plan.crew import BuildPool, Progress
 from megaphase.plan.index import (
     INDEX_FILE,
     START_ALIGNMENT,
@@ -39,7 +39,7 @@ from megaphase.plan.index import (
     task_dtype,
 )
 from megaphase.plan.mixture import effective_rates, integer_weights, requested_rates
-from megaphase.plan.pieces import PieceWriter
+from megaphase.plan.pieces import HashedChunkWriter
 from megaphase.plan.spec import FORMAT_VERSION, PhaseSpec, PlanSpec, task_supply
 from megaphase.plan.stream import DOCUMENTS_PER_CALL, Stream
 from megaphase.set_aside import make_way_for_directory, set_aside
@@ -145,7 +145,7 @@ def build_index(
     """
     with (
         directory_written_aside(folder, discard) as aside,
-        Crew(threads or builder_threads(), progress) as crew,
+        BuildPool(threads or builder_threads(), progress) as crew,
     ):
         used = list(spec.used.values())
         phases: list[PhaseIndex] = []
@@ -162,7 +162,7 @@ def build_index(
             "starts": starts,
             "files": files,
         }
-        write_json_whole(aside / INDEX_FILE, with_hash(header))
+        atomic_write_json(aside / INDEX_FILE, with_hash(header))
 
 
 def _build_blend(
@@ -171,7 +171,7 @@ def _build_blend(
     phase: PhaseSpec,
     spec: PlanSpec,
     used: list[int],
-    crew: Crew,
+    crew: BuildPool,
     files: dict[str, Any],
 ) -> PhaseIndex:
     names = list(spec.streams)
@@ -203,7 +203,7 @@ def make_blend(phase: PhaseSpec, rates: list[Any], samples: int) -> Blend:
 
 
 def _write_blend(
-    folder: Path, number: int, blend: Blend, samples: int, tasks: int, crew: Crew
+    folder: Path, number: int, blend: Blend, samples: int, tasks: int, crew: BuildPool
 ) -> dict[str, Any]:
     block = block_size(tasks)
     stride = max(SAMPLES_PER_CALL // block, 1) * block
@@ -214,8 +214,8 @@ def _write_blend(
         open(folder / order_name, "wb", buffering=0) as order_file,
         open(folder / counts_name, "wb", buffering=0) as counts_file,
     ):
-        order_writer = PieceWriter(order_file.fileno(), 0, crew.flusher)
-        counts_writer = PieceWriter(counts_file.fileno(), 0, crew.flusher)
+        order_writer = HashedChunkWriter(order_file.fileno(), 0, crew.flusher)
+        counts_writer = HashedChunkWriter(counts_file.fileno(), 0, crew.flusher)
         for first in range(0, samples, stride):
             part = order[: min(stride, samples - first)]
             rows = counts[: -(-len(part) // block)]
@@ -230,7 +230,7 @@ def _write_blend(
 
 
 def _build_starts(
-    folder: Path, spec: PlanSpec, used: list[int], crew: Crew, files: dict[str, Any]
+    folder: Path, spec: PlanSpec, used: list[int], crew: BuildPool, files: dict[str, Any]
 ) -> list[list[int]]:
     """Write where the samples of all tasks begin; [first byte, samples] of every task.
 
@@ -274,10 +274,10 @@ def _write_starts(
     first_epoch: int,
     descriptor: int,
     first_byte: int,
-    crew: Crew,
+    crew: BuildPool,
 ) -> list[list[Any]]:
     skipped = sum(sizes[:first_epoch]) * _row_bytes(stream)
-    writer = PieceWriter(descriptor, first_byte + skipped, crew.flusher)
+    writer = HashedChunkWriter(descriptor, first_byte + skipped, crew.flusher)
     buffer = np.empty((min(SAMPLES_PER_CALL, max(sizes, default=0)), 2), stream.start_dtype)
     for epoch, size in enumerate(sizes[first_epoch:], first_epoch):
         walk = stream.walk(epoch)

@@ -21,7 +21,7 @@ class _StoppedError(Exception):
     """Raised in a thread whose work is no longer wanted."""
 
 
-class Crew:
+class BuildPool:
     """A pool of threads whose jobs report with `advance`, and one that forces files to the disk.
 
     When the main thread is interrupted or a job fails, the others stop at their next `advance`.

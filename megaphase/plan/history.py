@@ -31,7 +31,7 @@ from megaphase.run_files import METRICS_FILE, ORIGIN_FILE
 _EVENTS = (b'"phase_end"', b'"phase_start"', b'"step_skipped"')
 
 
-class Origin(NamedTuple):
+class BranchPoint(NamedTuple):
     """Steps of the run before this one, and the samples of each task that it has used."""
 
     step: int
@@ -158,7 +158,7 @@ def read_history(run_dir: Path) -> RunHistory:
     return history
 
 
-def read_origin(run_dir: Path) -> Origin:
+def read_origin(run_dir: Path) -> BranchPoint:
     """What this run goes on from: nothing where it is a run of its own, or none yet.
 
     Raises:
@@ -166,8 +166,8 @@ def read_origin(run_dir: Path) -> Origin:
     """
     origin = read_origin_record(run_dir)
     if origin is None:
-        return Origin(0, {})
-    return Origin(int(origin["step"]), {task: int(n) for task, n in origin["used"].items()})
+        return BranchPoint(0, {})
+    return BranchPoint(int(origin["step"]), {task: int(n) for task, n in origin["used"].items()})
 
 
 def read_origin_record(run_dir: Path) -> dict[str, Any] | None:

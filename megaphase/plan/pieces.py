@@ -20,7 +20,7 @@ _CHUNK_BYTES = 1 << 20
 _FLUSH_BYTES = 16 << 20
 
 
-class PieceWriter:
+class HashedChunkWriter:
     """Writes one range of an open file front to back."""
 
     def __init__(self, descriptor: int, offset: int, flusher: Executor) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Card:
+class GPUSpec:
     """One GPU, and its links in the nodes that it is sold in.
 
     words: those of `torch.cuda.get_device_name()` that tell it from all others
@@ -28,8 +28,8 @@ class Card:
     network_gbit_per_s: float
 
 
-def _card(title: str, words: str, *figures: float) -> Card:
-    return Card(title, frozenset(words.split()), *figures)
+def _card(title: str, words: str, *figures: float) -> GPUSpec:
+    return GPUSpec(title, frozenset(words.split()), *figures)
 
 
 # A bridge joins two PCIe cards only: among more, PCIe 4.0 x16 (32 GB/s) or 5.0 x16 (64 GB/s) is the
@@ -63,7 +63,7 @@ CARDS = {
 _PARTITION = "MIG"
 
 
-def card_of_device(name: str) -> Card | None:
+def card_of_device(name: str) -> GPUSpec | None:
     """The card that `torch.cuda.get_device_name()` names, None where it is not in the table.
 
     Of several that fit, such as H100 and H100 PCIe, the one with most words in the name.

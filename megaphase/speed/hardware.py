@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megaphase.config import HardwareConfig, RunConfig
 from megaphase.errors import InputError
-from megaphase.speed.cards import CARDS, Card, card_of_device
+from megaphase.speed.cards import CARDS, GPUSpec, card_of_device
 from megaphase.validation_errors import hint
 
 TERA, GIGA = 1e12, 1e9
@@ -80,7 +80,7 @@ def hardware_of(config: RunConfig, card_name: str | None = None) -> Hardware | N
     )
 
 
-def planned_card(config: RunConfig, card_name: str | None = None) -> Card:
+def planned_card(config: RunConfig, card_name: str | None = None) -> GPUSpec:
     """The card of the table that is named, on the command line or else in the run file.
 
     Raises:

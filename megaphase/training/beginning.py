@@ -7,18 +7,18 @@ from typing import Any
 
 from megaphase.checkpoint.parameters import StoredParameters
 from megaphase.checkpoint.store import Checkpoint
-from megaphase.parallel.together import together
+from megaphase.parallel.together import run_on_all_ranks
 from megaphase.plan.history import RunHistory, history_of_state
 from megaphase.training.branch import Branch
 from megaphase.training.engine import Engine
-from megaphase.training.position import Position
+from megaphase.training.position import TrainState
 from megaphase.training.random_state import set_random_state, stored_random_state
-from megaphase.training.record import Record
-from megaphase.training.setting import Setting
+from megaphase.training.record import RunLogger
+from megaphase.training.setting import RunContext
 
 
 @dataclass(frozen=True)
-class Beginning:
+class StartState:
     """One of three; every method is called by all ranks.
 
     Attributes:
@@ -26,7 +26,7 @@ class Beginning:
         branch: where a run that is a branch began; None for others.
     """
 
-    setting: Setting
+    setting: RunContext
     checkpoint: Checkpoint | None
     branch: Branch | None
 
@@ -55,15 +55,15 @@ class Beginning:
         """Whether all phases are done."""
         return self.position().phase == len(self.setting.config.phases)
 
-    def position(self) -> Position:
+    def position(self) -> TrainState:
         """Where the run stands then."""
         if self.state is not None:
-            return Position.from_json(self.state["position"])
+            return TrainState.from_json(self.state["position"])
         config = self.setting.config
         tokens_per_step = config.batch.samples * config.model.seq_len
         starts = tuple(self.setting.plan.first_ordinals([]).tolist())
         tokens = self.branch.tokens if self.branch else 0
-        return Position(0, 0, self.first_step, tokens, starts, tokens_per_step)
+        return TrainState(0, 0, self.first_step, tokens, starts, tokens_per_step)
 
     def history(self) -> RunHistory:
         """What became of the run by then."""
@@ -85,7 +85,7 @@ class Beginning:
         if checkpoint is not None:
             load_checkpoint(self.setting, engine, checkpoint)
 
-    def tell(self, record: Record) -> None:
+    def tell(self, record: RunLogger) -> None:
         """Say and write down where the run goes on from."""
         if self.checkpoint is not None:
             record.event(self.step, "resume", checkpoint=self.checkpoint.folder.name)
@@ -102,9 +102,9 @@ class Beginning:
         return self.setting.store.open(self.branch.checkpoint)
 
 
-def load_checkpoint(setting: Setting, engine: Engine, checkpoint: Checkpoint) -> None:
+def load_checkpoint(setting: RunContext, engine: Engine, checkpoint: Checkpoint) -> None:
     """Take weights and optimizer state over, from whatever layout they were saved on."""
     stored, state = StoredParameters(checkpoint.folder), checkpoint.state
-    together(lambda: engine.state.load(stored, state["optimizer_steps"]))
+    run_on_all_ranks(lambda: engine.state.load(stored, state["optimizer_steps"]))
     if state["processes"] == setting.topology.world_size:
         set_random_state(stored_random_state(checkpoint.folder, setting.topology.rank))

@@ -10,7 +10,7 @@ from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.state import STATE_FILE, read_state, state_or_nothing
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
-from megaphase.files import os_errors_named, with_hash, write_json_whole
+from megaphase.files import atomic_write_json, os_errors_named, with_hash
 from megaphase.plan.history import read_origin_record
 from megaphase.plan.spec import PlanSpec
 from megaphase.run_files import ORIGIN_FILE
@@ -42,7 +42,7 @@ class Branch:
         """Write down where the run begins, so that it can go on without being told again."""
         with os_errors_named(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
-            write_json_whole(run_dir / ORIGIN_FILE, with_hash(self.facts()))
+            atomic_write_json(run_dir / ORIGIN_FILE, with_hash(self.facts()))
 
     def facts(self) -> dict[str, Any]:
         """What `origin.json` and every checkpoint of the run say of it."""

@@ -30,13 +30,13 @@ def train_command(
     Example: megaphase train joint.yaml --from runs/base@pretrain
     """
     from megaphase.config import load_run_file
-    from megaphase.parallel.together import leaving_processes, together
+    from megaphase.parallel.together import leaving_processes, run_on_all_ranks
     from megaphase.training.signals import StopSignals
 
     standard_output_is_a_log()
     # The signals before anything that takes seconds is imported.
     with StopSignals() as signals, leaving_processes():
-        config = together(lambda: load_run_file(run_file, tuple(overrides or ())))
+        config = run_on_all_ranks(lambda: load_run_file(run_file, tuple(overrides or ())))
 
         from megaphase.training.train import train
 
@@ -68,11 +68,11 @@ def evaluate_command(
 
     from megaphase.config import load_run_file
     from megaphase.parallel.launcher import global_rank
-    from megaphase.parallel.together import leaving_processes, together
+    from megaphase.parallel.together import leaving_processes, run_on_all_ranks
     from megaphase.training.signals import MEASURING, StopSignals
 
     with StopSignals(MEASURING) as signals, leaving_processes():
-        config = together(lambda: load_run_file(run_file, tuple(overrides or ())))
+        config = run_on_all_ranks(lambda: load_run_file(run_file, tuple(overrides or ())))
 
         from megaphase.training.train import evaluate
 

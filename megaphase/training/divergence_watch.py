@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from megaphase.config import RunConfig
 from megaphase.errors import RunError
 from megaphase.training.divergence import Divergence, DivergenceDetector
-from megaphase.training.position import Position
-from megaphase.training.record import Record
+from megaphase.training.position import TrainState
+from megaphase.training.record import RunLogger
 
 
 class DivergenceWatch:
@@ -18,7 +18,7 @@ class DivergenceWatch:
         self,
         config: RunConfig,
         detector: DivergenceDetector,
-        record: Record,
+        record: RunLogger,
         checkpoint: Callable[[int], str | None],
     ) -> None:
         """checkpoint: the newest one that is not of a later step, as `--from` takes it."""
@@ -31,7 +31,7 @@ class DivergenceWatch:
 
     def observe(
         self,
-        at: Position,
+        at: TrainState,
         loss_sums: Mapping[str, float],
         tokens: Mapping[str, float],
         norm: float,
@@ -58,7 +58,7 @@ class DivergenceWatch:
         self._record.event(step, "divergence_stop", phase=phase, kind=self._detector.found.kind)
         return diverged_error(self._config, self._detector, step, phase, self._checkpoint)
 
-    def _tell(self, at: Position, phase: str, new: Divergence) -> None:
+    def _tell(self, at: TrainState, phase: str, new: Divergence) -> None:
         checkpoint = _last_sound(self._detector, self._checkpoint)
         what = "grad_norm" if new.kind == "gradient_norm" else "loss"
         self._record.event(

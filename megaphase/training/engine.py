@@ -21,7 +21,7 @@ from megaphase.model.gpt import GPT, Block
 from megaphase.model.shape import GPTShape
 from megaphase.parallel.launcher import local_world_size
 from megaphase.parallel.rng import Initializer
-from megaphase.parallel.topology import Topology, device
+from megaphase.parallel.topology import ProcessGrid, device
 from megaphase.plan.dataset import Batch
 from megaphase.targets import IGNORED_TARGET
 from megaphase.training.deepspeed_config import (
@@ -100,7 +100,9 @@ class StepResult:
 class Engine:
     """The model, its optimizer and its ZeRO state on this rank."""
 
-    def __init__(self, config: RunConfig, shape: GPTShape, topology: Topology, tasks: int) -> None:
+    def __init__(
+        self, config: RunConfig, shape: GPTShape, topology: ProcessGrid, tasks: int
+    ) -> None:
         deepspeed = import_deepspeed()
         deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self.parts = parts = choose_parts(config)

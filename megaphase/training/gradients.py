@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaphase.parallel.topology import Topology
+from megaphase.parallel.topology import ProcessGrid
 
 SMALLEST_NORM = 1e-6  # as in torch and DeepSpeed
 
 
-def clip_gradients(parameters: Iterable[Tensor], limit: float, topology: Topology) -> float:
+def clip_gradients(parameters: Iterable[Tensor], limit: float, topology: ProcessGrid) -> float:
     """Scale gradients in place so that their norm is at most `limit`; returns the norm before.
 
     Shards are summed over the tensor-parallel group, replicated parameters count once.

@@ -12,7 +12,7 @@ WINDOW = 100
 ENOUGH = 20
 
 
-class LossWatch:
+class LossSpikeDetector:
     """Remembers the newest losses of a phase; its state is plain JSON values."""
 
     def __init__(self, spike_deviations: float) -> None:

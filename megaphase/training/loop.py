@@ -15,7 +15,7 @@ import numpy as np
 from megaphase.checkpoint.state import best_name, full_name
 from megaphase.config import RunConfig
 from megaphase.errors import RunError, Stopped
-from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.agreement import ControlGroup
 from megaphase.parallel.watchdog import Watchdog
 from megaphase.plan.dataset import Batch, StepReader
 from megaphase.plan.history import RunHistory
@@ -23,32 +23,32 @@ from megaphase.plan.plan import Plan
 from megaphase.training.divergence_watch import DivergenceWatch
 from megaphase.training.engine import Engine, StepResult
 from megaphase.training.evaluation import HeldOutEvaluator, HeldOutLoss
-from megaphase.training.health import LossWatch
-from megaphase.training.monitor import OverfitMonitor
-from megaphase.training.outlook import Outlook
-from megaphase.training.position import Position
+from megaphase.training.health import LossSpikeDetector
+from megaphase.training.monitor import EarlyStopping
+from megaphase.training.outlook import ResumePoint
+from megaphase.training.position import TrainState
 from megaphase.training.profiling.recorder import StepProfiler
-from megaphase.training.record import Record, StepSeconds
-from megaphase.training.saving import RunSaver
+from megaphase.training.record import RunLogger, StepSeconds
+from megaphase.training.saving import Checkpointer
 from megaphase.training.schedules import learning_rate
 from megaphase.training.signals import StopSignals
-from megaphase.training.step_trace import StepTrace
+from megaphase.training.step_trace import BatchDump
 
 
 @dataclass(frozen=True)
 class Guards:
     """What watches over a run beside the loop."""
 
-    agreement: Agreement
+    agreement: ControlGroup
     watchdog: Watchdog
     signals: StopSignals
-    monitor: OverfitMonitor
-    losses: LossWatch
+    monitor: EarlyStopping
+    losses: LossSpikeDetector
     divergence: DivergenceWatch
     history: RunHistory
-    trace: StepTrace
+    trace: BatchDump
     profiler: StepProfiler
-    outlook: Outlook
+    outlook: ResumePoint
 
 
 class TrainingLoop:
@@ -60,8 +60,8 @@ class TrainingLoop:
         plan: Plan,
         engine: Engine,
         evaluator: HeldOutEvaluator,
-        saver: RunSaver,
-        record: Record,
+        saver: Checkpointer,
+        record: RunLogger,
         guards: Guards,
         *,
         filler: int,
@@ -73,7 +73,7 @@ class TrainingLoop:
         self._last_evaluation: tuple[int, dict[str, HeldOutLoss]] | None = None
         self._save_seconds = 0.0
 
-    def run(self, position: Position, *, branched: bool) -> None:
+    def run(self, position: TrainState, *, branched: bool) -> None:
         """Train from `position` to the end of the last phase.
 
         branched: whether the weights are those of another run, whose optimizer state the first
@@ -91,7 +91,7 @@ class TrainingLoop:
         with self._holding_up(position):
             self._saver.finish()
 
-    def _begin_phase(self, at: Position, *, switched: bool) -> None:
+    def _begin_phase(self, at: TrainState, *, switched: bool) -> None:
         """The switch: the weights stay; with `reset`, nothing else of the phase before does."""
         phase = self._config.phases[at.phase]
         starts = dict(zip(self._plan.tasks, at.starts, strict=True))
@@ -106,7 +106,7 @@ class TrainingLoop:
         self._validate(at, saved_anyway=False)
         self._guards.divergence.begin_phase(self._held_out())
 
-    def _train_phase(self, at: Position) -> Position:
+    def _train_phase(self, at: TrainState) -> TrainState:
         """To the phase's end; returns where the next one begins."""
         steps, topology = self._plan.phases[at.phase].steps, self._engine.topology
         reader = StepReader(
@@ -120,14 +120,14 @@ class TrainingLoop:
         for batch in reader.steps(at.phase_step, steps):
             at = at.after_step()
             self._train_step(at, steps, batch, reader.wait_seconds)
-            reason = self._look(at, at.phase_step == steps)
+            reason = self._validate_and_save_if_due(at, at.phase_step == steps)
             if reason is not None:
                 return self._end_phase(at, reason)
             self._agree(at)
             self._guards.watchdog.at(f"reading the batch of step {at.step + 1:,}")
         raise AssertionError("the last step of a phase ends it")
 
-    def _train_step(self, at: Position, steps: int, batch: Batch, wait_seconds: float) -> None:
+    def _train_step(self, at: TrainState, steps: int, batch: Batch, wait_seconds: float) -> None:
         phase = self._config.phases[at.phase]
         rate = learning_rate(phase.learning_rate, at.phase_step - 1, steps)
         self._guards.watchdog.at(f"in step {at.step:,}")
@@ -140,11 +140,11 @@ class TrainingLoop:
         self._record.step(phase.name, at, result, rate, seconds)
         self._guards.outlook.note_step(at.step)
         if result.applied:
-            self._take_in(at, result, rate)
+            self._on_step_applied(at, result, rate)
         else:
-            self._leave_out(at, result)
+            self._on_step_skipped(at, result)
 
-    def _take_in(self, at: Position, result: StepResult, rate: float) -> None:
+    def _on_step_applied(self, at: TrainState, result: StepResult, rate: float) -> None:
         tasks = self._plan.tasks
         sums = dict(zip(tasks, result.losses.loss_sums.tolist(), strict=True))
         tokens = dict(zip(tasks, result.losses.tokens.int().tolist(), strict=True))
@@ -163,7 +163,7 @@ class TrainingLoop:
             f"saw: {trace}"
         )
 
-    def _leave_out(self, at: Position, result: StepResult) -> None:
+    def _on_step_skipped(self, at: TrainState, result: StepResult) -> None:
         """A step whose gradient is not finite changed nothing; too many in a row are the end."""
         self._guards.losses.skip()
         self._guards.history.skip(at.step)
@@ -192,7 +192,7 @@ class TrainingLoop:
             f"{allowed} allowed); what the step saw: {trace}"
         )
 
-    def _look(self, at: Position, last: bool) -> str | None:
+    def _validate_and_save_if_due(self, at: TrainState, last: bool) -> str | None:
         """Measure and save where that is due; why the phase ends here, or None."""
         saving = at.step % self._config.checkpoint.every_steps == 0
         reason = "its length is reached" if last else None
@@ -203,7 +203,7 @@ class TrainingLoop:
             self._save(at)
         return reason
 
-    def _end_phase(self, at: Position, reason: str) -> Position:
+    def _end_phase(self, at: TrainState, reason: str) -> TrainState:
         phase = self._config.phases[at.phase].name
         self._guards.history.end_phase(phase, at.step, reason)
         self._record.event(at.step, "phase_end", phase=phase, reason=reason)
@@ -216,7 +216,7 @@ class TrainingLoop:
             self._end_diverged(following, phase)
         return following
 
-    def _validate(self, at: Position, *, saved_anyway: bool) -> str | None:
+    def _validate(self, at: TrainState, *, saved_anyway: bool) -> str | None:
         """Measure the held-out losses, once for both phases that meet at a switch.
 
         saved_anyway: whether a whole checkpoint of this step follows; the best weights are then
@@ -246,7 +246,7 @@ class TrainingLoop:
         return {task: loss.loss for task, loss in self._last_evaluation[1].items()}
 
     def _save(
-        self, at: Position, *, permanent: bool = False, event: str = "checkpoint", **facts: str
+        self, at: TrainState, *, permanent: bool = False, event: str = "checkpoint", **facts: str
     ) -> None:
         """permanent: at the end of a phase; `at` is then the beginning of the next one."""
         phase = self._config.phases[at.phase - 1 if permanent else at.phase].name
@@ -256,14 +256,14 @@ class TrainingLoop:
             self._saver.save(at, phase, self._record.sync(), permanent=permanent)
 
     @contextmanager
-    def _holding_up(self, at: Position) -> Iterator[None]:
+    def _holding_up(self, at: TrainState) -> Iterator[None]:
         """While this rank copies its state or waits for a slow disk, it is not taken to hang."""
         started = time.perf_counter()
         with self._guards.watchdog.patient(f"saving after step {at.step:,}"):
             yield
         self._save_seconds += time.perf_counter() - started
 
-    def _agree(self, at: Position) -> None:
+    def _agree(self, at: TrainState) -> None:
         """Between two steps: does a save go on to its next part, does the run end, and why?"""
         received = self._guards.signals.received
         ends = self._guards.divergence.is_over(phase_ends=False)
@@ -278,7 +278,7 @@ class TrainingLoop:
         if signalled:
             self._stop(at, received)
 
-    def _end_diverged(self, at: Position, phase: str) -> NoReturn:
+    def _end_diverged(self, at: TrainState, phase: str) -> NoReturn:
         """Save, so that the run can be continued all the same; it begins with this message."""
         if not self._saver.is_saved(at):
             self._save(at)
@@ -286,7 +286,7 @@ class TrainingLoop:
             self._saver.finish()
         raise self._guards.divergence.end(at.step, phase)
 
-    def _stop(self, at: Position, received: str | None) -> None:
+    def _stop(self, at: TrainState, received: str | None) -> None:
         names = self._guards.agreement.gather(received)
         rank, name = next((rank, name) for rank, name in enumerate(names) if name is not None)
         if self._saver.is_saved(at):

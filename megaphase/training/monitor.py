@@ -24,7 +24,7 @@ class Best:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PhaseEnd:
     """What follows from one validation.
 
     Attributes:
@@ -71,7 +71,7 @@ class _TrainingLoss:
     tokens: int = 0
 
 
-class OverfitMonitor:
+class EarlyStopping:
     """Keeps the bests of a run (`monitor`) and says when a phase has to end (`phases[N].stop`).
 
     Bests count over the whole run, patience within a phase, whose first validation is the one at
@@ -105,7 +105,7 @@ class OverfitMonitor:
                 known.loss_sum + loss_sum, known.tokens + int(tokens[task])
             )
 
-    def observe(self, step: int, losses: Mapping[str, float]) -> Verdict:
+    def observe(self, step: int, losses: Mapping[str, float]) -> PhaseEnd:
         """What follows from the validation losses, by task, after `step` steps of the run.
 
         The training losses that were added count for this observation and are then forgotten.
@@ -117,7 +117,7 @@ class OverfitMonitor:
         improved = [] if again else self._update_bests(step, losses)
         gaps = {task: self._gap(task, loss) for task, loss in losses.items()}
         self._training = {}
-        return Verdict(improved, self._reason_to_stop(losses), gaps)
+        return PhaseEnd(improved, self._reason_to_stop(losses), gaps)
 
     def best(self) -> dict[str, tuple[int, float]]:
         """Step and loss of the best so far of each of the monitor's tasks and of "mean"."""

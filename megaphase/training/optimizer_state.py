@@ -26,7 +26,7 @@ from megaphase.checkpoint.parameters import (
 )
 from megaphase.checkpoint.saver import Snapshot
 from megaphase.parallel.sharding import ParameterLayout, layout_of
-from megaphase.parallel.topology import Topology
+from megaphase.parallel.topology import ProcessGrid
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class MasterGroup:
 class OptimizerState:
     """What a checkpoint holds of this rank, under whichever ZeRO stage."""
 
-    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, topology: Topology) -> None:
+    def __init__(
+        self, engine: Any, optimizer: torch.optim.Optimizer, topology: ProcessGrid
+    ) -> None:
         """
         Args:
             engine: DeepSpeed's.

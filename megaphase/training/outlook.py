@@ -7,7 +7,7 @@ from collections.abc import Callable
 from megaphase.checkpoint.state import NAME
 
 
-class Outlook:
+class ResumePoint:
     """Known on every rank; any thread may ask, as it stays in memory and waits for no disk."""
 
     def __init__(self, checkpoint: str | None, step: int, tell: Callable[[str], object]) -> None:

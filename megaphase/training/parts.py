@@ -23,7 +23,7 @@ _APEX_REMEDY = (
 
 
 @dataclass(frozen=True)
-class Parts:
+class Backends:
     """What was chosen."""
 
     kernels: Kernels
@@ -36,7 +36,7 @@ class Parts:
         return f"kernels {kernels}, norm {norm}, optimizer {self.optimizer}"
 
 
-def choose_parts(config: RunConfig) -> Parts:
+def choose_parts(config: RunConfig) -> Backends:
     """What this process computes with.
 
     Raises:
@@ -49,7 +49,7 @@ def choose_parts(config: RunConfig) -> Parts:
         config, "optimizer", for_optimizer if offloaded else _missing_for_apex(APEX_OPTIMIZER)
     )
     kernels = Kernels(compiled=_compiles(config), apex_norm=norm)
-    return Parts(kernels, "apex" if optimizer else "torch")
+    return Backends(kernels, "apex" if optimizer else "torch")
 
 
 def _compiles(config: RunConfig) -> bool:

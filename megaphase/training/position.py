@@ -10,7 +10,7 @@ from megaphase.plan.plan import Plan
 
 
 @dataclass(frozen=True)
-class Position:
+class TrainState:
     """A place between two steps of a run.
 
     Attributes:

@@ -32,7 +32,7 @@ class StepFigures:
     seconds: float
 
 
-class Display:
+class TrainingDisplay:
     """Context manager; `step` after every step, `say` for everything else."""
 
     def __init__(self, console: Console, *, steps: int, done: int, every_steps: int) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from megaphase.training.engine import StepResult
 from megaphase.training.evaluation import HeldOutLoss
 from megaphase.training.metrics import MetricsLog
-from megaphase.training.position import Position
-from megaphase.training.progress import Display, StepFigures
+from megaphase.training.position import TrainState
+from megaphase.training.progress import StepFigures, TrainingDisplay
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class StepSeconds:
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class ThroughputReference:
     """What speeds are measured by.
 
     Attributes:
@@ -41,21 +41,21 @@ class Yardstick:
     peak_flops: float | None
 
 
-class Record:
+class RunLogger:
     """metrics.jsonl, TensorBoard and the display; does nothing where it is given neither."""
 
     def __init__(
         self,
         metrics: MetricsLog | None,
-        display: Display | None,
+        display: TrainingDisplay | None,
         tasks: list[str],
-        yardstick: Yardstick,
+        yardstick: ThroughputReference,
     ) -> None:
         self._metrics, self._display = metrics, display
         self._tasks, self._yardstick = tasks, yardstick
 
     def step(
-        self, phase: str, at: Position, result: StepResult, rate: float, seconds: StepSeconds
+        self, phase: str, at: TrainState, result: StepResult, rate: float, seconds: StepSeconds
     ) -> None:
         """A training step, also one that was left out; `at`: where it has led to."""
         if self._metrics is None or self._display is None:

@@ -10,7 +10,7 @@ from typing import Any
 from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.config import RunConfig
 from megaphase.errors import InputError
-from megaphase.files import with_hash, write_json_whole
+from megaphase.files import atomic_write_json, with_hash
 from megaphase.plan.same_run import (
     refuse_other_counts,
     refuse_other_plan,
@@ -85,8 +85,8 @@ class RunDirectory:
         refuse_other_counts(self.path, plan)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json_whole(self.plan_file, with_hash(plan))
-            write_json_whole(self.run_file, settings_of(config))
+            atomic_write_json(self.plan_file, with_hash(plan))
+            atomic_write_json(self.run_file, settings_of(config))
         except OSError as error:
             raise InputError(
                 config.where("output"), f"{self.path} cannot be written ({error.strerror})"

@@ -15,13 +15,13 @@ from megaphase.plan.history import RunHistory
 from megaphase.plan.plan import Plan
 from megaphase.training.divergence import DivergenceDetector
 from megaphase.training.engine import Engine
-from megaphase.training.health import LossWatch
-from megaphase.training.monitor import OverfitMonitor
-from megaphase.training.position import Position
+from megaphase.training.health import LossSpikeDetector
+from megaphase.training.monitor import EarlyStopping
+from megaphase.training.position import TrainState
 from megaphase.training.random_state import random_state
 
 
-class RunSaver:
+class Checkpointer:
     """Puts a run's state together and has it saved; every method is called by all ranks."""
 
     def __init__(
@@ -29,8 +29,8 @@ class RunSaver:
         saver: Saver,
         engine: Engine,
         plan: Plan,
-        monitor: OverfitMonitor,
-        losses: LossWatch,
+        monitor: EarlyStopping,
+        losses: LossSpikeDetector,
         divergence: DivergenceDetector,
         history: RunHistory,
         facts: Mapping[str, Any],
@@ -47,14 +47,14 @@ class RunSaver:
         self._history = history
         self._facts = facts
         self._best = dict(best)
-        self._saved: Position | None = None
+        self._saved: TrainState | None = None
 
     def note_best(self, names: Sequence[str], checkpoint: str) -> None:
         """The weights that are about to be saved under this name are the best of these tasks."""
         self._best |= {f"best-{name}": checkpoint for name in names}
 
     def save(
-        self, at: Position, phase: str, metrics: Mapping[str, Any], *, permanent: bool
+        self, at: TrainState, phase: str, metrics: Mapping[str, Any], *, permanent: bool
     ) -> None:
         """Save everything.
 
@@ -76,12 +76,12 @@ class RunSaver:
         self._begin(full_name(at.step), self._engine.state.snapshot(random), state)
         self._saved = at
 
-    def save_weights(self, at: Position, phase: str, metrics: Mapping[str, Any]) -> None:
+    def save_weights(self, at: TrainState, phase: str, metrics: Mapping[str, Any]) -> None:
         """Save the fp32 weights alone, as the best of some task."""
         state = self._state(at, phase, metrics) | {"optimizer_steps": 0}
         self._begin(best_name(at.step), self._engine.state.snapshot(kinds=(WEIGHT,)), state)
 
-    def is_saved(self, at: Position) -> bool:
+    def is_saved(self, at: TrainState) -> bool:
         """Whether the newest save was at this position."""
         return self._saved == at
 
@@ -103,7 +103,7 @@ class RunSaver:
             sound_step = self._divergence.last_sound_step
             self._saver.save(name, snapshot, state, dict(self._best), sound_step)
 
-    def _state(self, at: Position, phase: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    def _state(self, at: TrainState, phase: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
         return {
             **self._facts,
             "position": asdict(at),

@@ -16,10 +16,10 @@ from megaphase.errors import InputError
 from megaphase.memory.available import check_memory
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.agreement import Agreement
+from megaphase.parallel.agreement import ControlGroup
 from megaphase.parallel.launcher import share_of_node
-from megaphase.parallel.together import on_first_rank, together
-from megaphase.parallel.topology import Topology, start, world_size
+from megaphase.parallel.together import on_first_rank, run_on_all_ranks
+from megaphase.parallel.topology import ProcessGrid, start, world_size
 from megaphase.plan.build import ensure_built
 from megaphase.plan.plan import Plan
 from megaphase.plan.preview import plan_warnings
@@ -36,7 +36,7 @@ from megaphase.training.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
-class Ingredients:
+class ValidatedInputs:
     """What the run file stands for, all of it checked, before anything is built."""
 
     tokenizer: Tokenizer
@@ -44,7 +44,7 @@ class Ingredients:
     spec: PlanSpec
 
 
-def check_run(config: RunConfig, branch: Branch | None) -> Ingredients:
+def check_run(config: RunConfig, branch: Branch | None) -> ValidatedInputs:
     """Check the run file against the world: processes, tokenizer, shape, corpora, and the branch.
 
     Raises:
@@ -62,17 +62,17 @@ def check_run(config: RunConfig, branch: Branch | None) -> Ingredients:
         branch.check(config, spec, shape.facts())
     choose_parts(config)
     prepare_offload(config)
-    return Ingredients(tokenizer, shape, spec)
+    return ValidatedInputs(tokenizer, shape, spec)
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunContext:
     """The run as this process sees it."""
 
     config: RunConfig
-    parts: Ingredients
-    topology: Topology
-    agreement: Agreement
+    parts: ValidatedInputs
+    topology: ProcessGrid
+    agreement: ControlGroup
     directory: RunDirectory
     plan: Plan
     store: CheckpointStore
@@ -117,7 +117,7 @@ class Setting:
             )
 
 
-def set_the_stage(config: RunConfig, branch: Branch | None, console: Console) -> Setting:
+def build_run_context(config: RunConfig, branch: Branch | None, console: Console) -> RunContext:
     """Check everything, form the groups of processes, and build the plan where there is none.
 
     Called by all processes.
@@ -126,21 +126,21 @@ def set_the_stage(config: RunConfig, branch: Branch | None, console: Console) ->
         InputError: something that the user gave is wrong; on every process.
     """
     # First, so that no process uses a file in which another one has found a fault.
-    together(lambda: check_corpora(config, *share_of_node()))
-    parts = together(lambda: check_run(config, branch))
+    run_on_all_ranks(lambda: check_corpora(config, *share_of_node()))
+    parts = run_on_all_ranks(lambda: check_run(config, branch))
     topology = start(config.parallel.tensor)
 
     def say(text: str) -> None:
         if topology.is_first:
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    agreement = Agreement()
+    agreement = ControlGroup()
     directory = RunDirectory(config.output)
     store = CheckpointStore(directory.checkpoints, agreement, say)
     if branch is not None and branch.is_new:
         store.open(branch.checkpoint)  # before anything is written
     plan = _open_plan(config, parts.spec, directory, branch, say, console)
-    return Setting(config, parts, topology, agreement, directory, plan, store, say)
+    return RunContext(config, parts, topology, agreement, directory, plan, store, say)
 
 
 def _open_plan(

@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 
 from megaphase.errors import InputError
-from megaphase.files import os_errors_named, write_text_whole
+from megaphase.files import atomic_write_text, os_errors_named
 from megaphase.plan.plan import Plan
 from megaphase.plan.trace import TracedSample, as_json, sample_origins, trace_step
 from megaphase.set_aside import make_way_for_directory, make_way_for_file
-from megaphase.training.position import Position
+from megaphase.training.position import TrainState
 
 
-class StepTrace:
+class BatchDump:
     """Writes `traces/step-XXXXXXXX.jsonl` in the run directory: on rank 0, a sample a line."""
 
     def __init__(self, folder: Path, plan: Plan, *, writes: bool) -> None:
         self._folder, self._plan, self._writes = folder, plan, writes
 
-    def write(self, at: Position) -> str:
+    def write(self, at: TrainState) -> str:
         """Write down the step that led to a position; the file's path."""
         path = self._folder / f"step-{at.step:08d}.jsonl"
         if self._writes:
@@ -33,7 +33,7 @@ class StepTrace:
                 make_way_for_directory(self._folder, "the directory of traces")
                 self._folder.mkdir(exist_ok=True)
                 make_way_for_file(path, "a trace")
-                write_text_whole(path, "".join(lines))
+                atomic_write_text(path, "".join(lines))
         return str(path)
 
     def _line(self, sample: TracedSample) -> str:

@@ -16,38 +16,38 @@ from megaphase.config import RunConfig
 from megaphase.errors import InputError, RunError
 from megaphase.files import os_errors_named
 from megaphase.locks import exclusive_lock
-from megaphase.parallel.together import on_first_rank, process_group, together
-from megaphase.parallel.topology import Topology
+from megaphase.parallel.together import on_first_rank, process_group, run_on_all_ranks
+from megaphase.parallel.topology import ProcessGrid
 from megaphase.parallel.watchdog import Watchdog
 from megaphase.plan.history import RunHistory
 from megaphase.set_aside import make_way_for_file
-from megaphase.training.beginning import Beginning, load_checkpoint
+from megaphase.training.beginning import StartState, load_checkpoint
 from megaphase.training.branch import choose_branch
 from megaphase.training.divergence import DivergenceDetector
 from megaphase.training.divergence_watch import DivergenceWatch, diverged_error
 from megaphase.training.engine import Engine
 from megaphase.training.evaluation import HeldOutLoss
 from megaphase.training.hardware import device_peak_flops, missing_peak
-from megaphase.training.health import LossWatch
+from megaphase.training.health import LossSpikeDetector
 from megaphase.training.loop import Guards, TrainingLoop
 from megaphase.training.metrics import MetricsLog
 from megaphase.training.metrics_recovery import KeptMetrics, kept_metrics
-from megaphase.training.monitor import OverfitMonitor
-from megaphase.training.outlook import Outlook
-from megaphase.training.parts import Parts
+from megaphase.training.monitor import EarlyStopping
+from megaphase.training.outlook import ResumePoint
+from megaphase.training.parts import Backends
 from megaphase.training.profiling.recorder import (
     WARM_UP_STEPS,
     NoProfiler,
     Profiler,
     StepProfiler,
 )
-from megaphase.training.progress import Display
-from megaphase.training.record import Record, Yardstick
+from megaphase.training.progress import TrainingDisplay
+from megaphase.training.record import RunLogger, ThroughputReference
 from megaphase.training.run_directory import RunDirectory
-from megaphase.training.saving import RunSaver
-from megaphase.training.setting import Setting, set_the_stage
+from megaphase.training.saving import Checkpointer
+from megaphase.training.setting import RunContext, build_run_context
 from megaphase.training.signals import StopSignals
-from megaphase.training.step_trace import StepTrace
+from megaphase.training.step_trace import BatchDump
 
 
 def train(
@@ -93,7 +93,7 @@ def train(
             beginning.load(engine)
             record = stack.enter_context(_record(beginning, console))
             beginning.tell(record)
-            history = together(beginning.history)
+            history = run_on_all_ranks(beginning.history)
             if history.doubt:
                 record.say(history.doubt)
             profiler = _profiler(beginning, profile_steps, watchdog, record, stack)
@@ -114,15 +114,15 @@ def train(
 
 def _beginning(
     config: RunConfig, source: str | None, console: Console, stack: contextlib.ExitStack
-) -> Beginning:
+) -> StartState:
     """Check everything and take the run directory, which `stack` gives back."""
-    branch = together(lambda: choose_branch(config, source))
-    setting = set_the_stage(config, branch, console)
+    branch = run_on_all_ranks(lambda: choose_branch(config, source))
+    setting = build_run_context(config, branch, console)
     on_first_rank(lambda: _take(setting.directory, stack))
     checkpoint = setting.store.newest_whole(setting.say)
     if checkpoint is not None:
-        together(lambda: setting.check_checkpoint(checkpoint))
-    return Beginning(setting, checkpoint, branch)
+        run_on_all_ranks(lambda: setting.check_checkpoint(checkpoint))
+    return StartState(setting, checkpoint, branch)
 
 
 def evaluate(
@@ -141,19 +141,23 @@ def evaluate(
     ):
         signals.ends_with(watchdog.stop)
         with watchdog.patient("setting up"):
-            together(lambda: _require_run(config))
-            setting = set_the_stage(config, together(lambda: choose_branch(config, None)), console)
+            run_on_all_ranks(lambda: _require_run(config))
+            setting = build_run_context(
+                config, run_on_all_ranks(lambda: choose_branch(config, None)), console
+            )
             found = _checkpoint_to_evaluate(setting, checkpoint)
-            together(lambda: setting.check_checkpoint(found))
+            run_on_all_ranks(lambda: setting.check_checkpoint(found))
             engine = setting.engine()
             load_checkpoint(setting, engine, found)
         losses = setting.evaluator(engine).evaluate(partial(watchdog.at, "measuring"))
         return found.state["step"], losses
 
 
-def _checkpoint_to_evaluate(setting: Setting, name: str | None) -> Checkpoint:
+def _checkpoint_to_evaluate(setting: RunContext, name: str | None) -> Checkpoint:
     if name is not None:
-        return setting.store.open(together(lambda: find_for_run(setting.config.output, name)))
+        return setting.store.open(
+            run_on_all_ranks(lambda: find_for_run(setting.config.output, name))
+        )
     newest = setting.store.newest_whole(setting.say)
     if newest is None:
         raise InputError(setting.store.folder, "there is no whole checkpoint", "train first")
@@ -184,12 +188,12 @@ def _sole_run(directory: RunDirectory) -> contextlib.AbstractContextManager[None
     return exclusive_lock(directory.lock, refuse)
 
 
-def _outlook(beginning: Beginning, watchdog: Watchdog) -> Outlook:
+def _outlook(beginning: StartState, watchdog: Watchdog) -> ResumePoint:
     checkpoint = None if beginning.checkpoint is None else beginning.checkpoint.folder.name
-    return Outlook(checkpoint, beginning.step, partial(setattr, watchdog, "outlook"))
+    return ResumePoint(checkpoint, beginning.step, partial(setattr, watchdog, "outlook"))
 
 
-def _detector(beginning: Beginning) -> DivergenceDetector:
+def _detector(beginning: StartState) -> DivergenceDetector:
     """As it was when the run was saved.
 
     Raises:
@@ -207,7 +211,7 @@ def _detector(beginning: Beginning) -> DivergenceDetector:
     return detector
 
 
-def _checkpoint_until(beginning: Beginning) -> Callable[[int], str | None]:
+def _checkpoint_until(beginning: StartState) -> Callable[[int], str | None]:
     """The newest checkpoint that is not of a later step, in the run or before it: for --from."""
     setting, branch = beginning.setting, beginning.branch
 
@@ -221,23 +225,23 @@ def _checkpoint_until(beginning: Beginning) -> Callable[[int], str | None]:
 
 
 def _guards(
-    beginning: Beginning,
+    beginning: StartState,
     history: RunHistory,
     watchdog: Watchdog,
     signals: StopSignals,
     profiler: StepProfiler,
     detector: DivergenceDetector,
-    record: Record,
-    outlook: Outlook,
+    record: RunLogger,
+    outlook: ResumePoint,
 ) -> Guards:
     setting, state = beginning.setting, beginning.state
-    monitor = OverfitMonitor(setting.config)
-    losses = LossWatch(setting.config.faults.spike_deviations)
+    monitor = EarlyStopping(setting.config)
+    losses = LossSpikeDetector(setting.config.faults.spike_deviations)
     if state is not None:
         monitor.load_state_dict(state["monitor"])
         losses.load_state_dict(state["losses"])
     first = setting.topology.is_first
-    trace = StepTrace(setting.directory.traces, setting.plan, writes=first)
+    trace = BatchDump(setting.directory.traces, setting.plan, writes=first)
     checkpoint = _checkpoint_until(beginning)
     divergence = DivergenceWatch(setting.config, detector, record, checkpoint)
     agreement = setting.agreement
@@ -247,10 +251,10 @@ def _guards(
 
 
 def _profiler(
-    beginning: Beginning,
+    beginning: StartState,
     steps: int,
     watchdog: Watchdog,
-    record: Record,
+    record: RunLogger,
     stack: contextlib.ExitStack,
 ) -> StepProfiler:
     """For the run's first steps, where that many are left; `stack` ends it."""
@@ -264,7 +268,7 @@ def _profiler(
         )
         return NoProfiler()
     setting = beginning.setting
-    profiler = together(
+    profiler = run_on_all_ranks(
         lambda: Profiler(
             setting.directory.profile,
             steps,
@@ -278,12 +282,12 @@ def _profiler(
 
 
 def _run_saver(
-    beginning: Beginning,
+    beginning: StartState,
     engine: Engine,
     guards: Guards,
     detector: DivergenceDetector,
-    record: Record,
-) -> RunSaver:
+    record: RunLogger,
+) -> Checkpointer:
     setting = beginning.setting
     settings = setting.config.checkpoint
     best = beginning.state["best"] if beginning.state else {}
@@ -296,7 +300,7 @@ def _run_saver(
         say=record.say,
         note=guards.outlook.note_saved,
     )
-    return RunSaver(
+    return Checkpointer(
         saver,
         engine,
         setting.plan,
@@ -310,13 +314,13 @@ def _run_saver(
 
 
 @contextlib.contextmanager
-def _record(beginning: Beginning, console: Console) -> Iterator[Record]:
+def _record(beginning: StartState, console: Console) -> Iterator[RunLogger]:
     """Rank 0's record and display, closed at the end whatever happens."""
     setting, done = beginning.setting, beginning.step
     config, plan = setting.config, setting.plan
     yardstick = _yardstick(setting)
     if not setting.topology.is_first:
-        yield Record(None, None, plan.tasks, yardstick)
+        yield RunLogger(None, None, plan.tasks, yardstick)
         return
     path, state = setting.directory.metrics, beginning.state
     with os_errors_named(path):
@@ -331,30 +335,32 @@ def _record(beginning: Beginning, console: Console) -> Iterator[Record]:
         resumed_step=None if state is None else done,
     )
     steps = beginning.first_step + sum(phase.steps for phase in plan.phases)
-    display = Display(console, steps=steps, done=done, every_steps=config.logging.every_steps)
+    display = TrainingDisplay(
+        console, steps=steps, done=done, every_steps=config.logging.every_steps
+    )
     with contextlib.closing(metrics), display:
-        record = Record(metrics, display, plan.tasks, yardstick)
+        record = RunLogger(metrics, display, plan.tasks, yardstick)
         if kept.problem is not None:
             record.say(kept.sentence(path))
             record.event(done, "metrics_damaged", **kept.event())
         yield record
 
 
-def _yardstick(setting: Setting) -> Yardstick:
+def _yardstick(setting: RunContext) -> ThroughputReference:
     config = setting.config
-    return Yardstick(
+    return ThroughputReference(
         config.batch.samples * config.model.seq_len,
         setting.parts.shape.train_flops_per_token(),
         _peak_flops(config, setting.topology),
     )
 
 
-def _peak_flops(config: RunConfig, topology: Topology) -> float | None:
+def _peak_flops(config: RunConfig, topology: ProcessGrid) -> float | None:
     one = device_peak_flops(config)
     return None if one is None else one * topology.world_size
 
 
-def _describe(setting: Setting, parts: Parts) -> str:
+def _describe(setting: RunContext, parts: Backends) -> str:
     config, topology = setting.config, setting.topology
     name = f"{config.model.preset}: " if config.model.preset else ""
     parameters = setting.parts.shape.parameters()

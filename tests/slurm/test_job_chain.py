@@ -16,7 +16,7 @@ from data_support import wait_until
 from run_support import run_settings, write_run_file
 
 from megaphase.launch.slurm.next import (
-    Chain,
+    RestartHistory,
     decide,
     newest_step,
     read_chain,
@@ -29,7 +29,7 @@ OPTIONS = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-
 
 def after(steps: list[int], restarts: int = 2, code: int = 1) -> list[bool]:
     """Whether the job is queued again after each of its starts, by their newest checkpoints."""
-    chain, again = Chain("7"), []
+    chain, again = RestartHistory("7"), []
     for step in steps:
         chain = chain.after_start(step)
         again.append(decide(chain, code, restarts).again)
@@ -50,7 +50,7 @@ def test_a_checkpoint_that_is_gone_is_no_progress_when_it_comes_back() -> None:
 
 
 def test_what_is_done_or_wrong_is_not_queued_again() -> None:
-    chain = Chain("7", step=4)
+    chain = RestartHistory("7", step=4)
     done, wrong = decide(chain, 0, 3), decide(chain, 2, 3)
     assert (done.again, done.exit_code) == (False, 0)
     assert (wrong.again, wrong.exit_code) == (False, 2)
@@ -58,7 +58,7 @@ def test_what_is_done_or_wrong_is_not_queued_again() -> None:
 
 
 def test_a_run_that_has_diverged_is_not_queued_again() -> None:
-    chain = Chain("7", step=4)
+    chain = RestartHistory("7", step=4)
     diverged = decide(chain, 1, 3, diverged=True)
     assert (diverged.again, diverged.exit_code) == (False, 1)
     assert diverged.sentence == "the run has diverged, see above; not queued again"
@@ -68,11 +68,11 @@ def test_a_run_that_has_diverged_is_not_queued_again() -> None:
 
 
 def test_what_is_said() -> None:
-    stopped = decide(Chain("7", step=12_000), 75, 3)
+    stopped = decide(RestartHistory("7", step=12_000), 75, 3)
     assert stopped.sentence == (
         "stopped by a signal; the newest checkpoint is of step 12,000; queued again"
     )
-    stuck = decide(Chain("7", step=12_000, without_progress=4), 137, 3)
+    stuck = decide(RestartHistory("7", step=12_000, without_progress=4), 137, 3)
     assert stuck.sentence == (
         "failed with exit code 137; the newest checkpoint is of step 12,000, and 4 starts in a row "
         "brought no newer one; not queued again"
@@ -81,10 +81,10 @@ def test_what_is_said() -> None:
 
 
 def test_a_chain_is_remembered_and_another_job_begins_anew(tmp_path: Path) -> None:
-    assert read_chain(tmp_path, "7") == Chain("7")
-    write_chain(tmp_path, Chain("7", step=8, without_progress=2))
-    assert read_chain(tmp_path, "7") == Chain("7", step=8, without_progress=2)
-    assert read_chain(tmp_path, "9") == Chain("9", step=8)
+    assert read_chain(tmp_path, "7") == RestartHistory("7")
+    write_chain(tmp_path, RestartHistory("7", step=8, without_progress=2))
+    assert read_chain(tmp_path, "7") == RestartHistory("7", step=8, without_progress=2)
+    assert read_chain(tmp_path, "9") == RestartHistory("9", step=8)
 
 
 def test_the_newest_checkpoint_is_a_whole_one(tmp_path: Path) -> None:

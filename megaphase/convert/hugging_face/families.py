@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megaphase.convert.renaming import Renaming
+from megaphase.convert.renaming import ParameterMapping
 from megaphase.errors import InputError
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.shape import GPTShape
@@ -66,7 +66,7 @@ class Family:
         """The same model with the biases that this family has; those that were not there are 0."""
         return replace(shape, bias=True) if self.always_biased else shape
 
-    def renamings(self, shape: GPTShape) -> dict[str, Renaming]:
+    def renamings(self, shape: GPTShape) -> dict[str, ParameterMapping]:
         """By our name, of every parameter of an expressed shape, in the model's order."""
         layouts = parameter_layouts(shape, 1)
         return {name: self._renaming(name, layout) for name, layout in layouts.items()}
@@ -75,16 +75,16 @@ class Family:
         """The name of a tensor as the whole model stores it; that of a base model lacks a part."""
         return name if name == HEAD or name.startswith(self.prefix) else self.prefix + name
 
-    def _renaming(self, ours: str, layout: ParameterLayout) -> Renaming:
+    def _renaming(self, ours: str, layout: ParameterLayout) -> ParameterMapping:
         found = _OURS.fullmatch(ours)
         assert found is not None
         block, module, kind = found.group("block", "module", "kind")
         if module == "head":
-            return Renaming(ours, (HEAD,), layout.shape[:1])
+            return ParameterMapping(ours, (HEAD,), layout.shape[:1])
         place = self.prefix if block is None else f"{self.prefix}{self.blocks}.{block}."
         theirs = tuple(f"{place}{each}.{kind or 'weight'}" for each in self.modules[module])
         rows = layout.segments if len(theirs) > 1 else layout.shape[:1]
-        return Renaming(ours, theirs, rows, kind == "weight" and module in self.transposed)
+        return ParameterMapping(ours, theirs, rows, kind == "weight" and module in self.transposed)
 
 
 def is_buffer(name: str) -> bool:

@@ -17,14 +17,14 @@ from megaphase.convert.hugging_face.families import Family, family_for
 from megaphase.convert.hugging_face.tokenizer import write_hf_tokenizer
 from megaphase.convert.hugging_face.weights import INDEX_SUFFIX, SAFETENSORS_FILE
 from megaphase.convert.output import new_folder
-from megaphase.convert.renaming import Renaming
+from megaphase.convert.renaming import ParameterMapping
 from megaphase.convert.source import Precision, open_source
 from megaphase.convert.source_tokenizer import load_tokenizer
 from megaphase.convert.tensor_files import TensorFiles
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import Weights, WithZeroBiases, read_each
 from megaphase.errors import InputError
-from megaphase.files import read_json, write_json_whole
+from megaphase.files import atomic_write_json, read_json
 from megaphase.tokenizer import Tokenizer
 
 _METADATA = {"format": "pt"}  # without which transformers refuses a file
@@ -77,7 +77,7 @@ def to_hf(
 def _write_weights(
     folder: Path,
     weights: Weights,
-    renamings: Mapping[str, Renaming],
+    renamings: Mapping[str, ParameterMapping],
     dtype: torch.dtype,
     max_shard_bytes: int,
     *,
@@ -105,7 +105,7 @@ def _write_weights(
     if len(contents) > 1:
         total = sum(kind.nbytes for kind in kinds.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        write_json_whole(folder / f"{SAFETENSORS_FILE}{INDEX_SUFFIX}", index)
+        atomic_write_json(folder / f"{SAFETENSORS_FILE}{INDEX_SUFFIX}", index)
 
 
 def _shards(kinds: Mapping[str, TensorKind], max_bytes: int) -> dict[str, dict[str, TensorKind]]:
@@ -141,8 +141,8 @@ def _write_configs(
     tokens = {"bos_token_id": _bos(folder, tokenizer), "eos_token_id": tokenizer.eod}
     name = str(dtype).removeprefix("torch.")
     # The first of these names is that of version 5 of transformers, the second that of version 4.
-    write_json_whole(folder / CONFIG_FILE, config | tokens | {"dtype": name, "torch_dtype": name})
-    write_json_whole(folder / "generation_config.json", tokens)
+    atomic_write_json(folder / CONFIG_FILE, config | tokens | {"dtype": name, "torch_dtype": name})
+    atomic_write_json(folder / "generation_config.json", tokens)
 
 
 def _bos(folder: Path, tokenizer: Tokenizer) -> int | None:

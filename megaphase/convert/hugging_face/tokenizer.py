@@ -17,7 +17,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 
 from megaphase.convert.hugging_face.tokenizer_json import tokenizer_json
 from megaphase.errors import InputError
-from megaphase.files import read_json, write_json_whole, write_text_whole
+from megaphase.files import atomic_write_json, atomic_write_text, read_json
 from megaphase.tokenizer import MODEL_NAME, RECORD_NAME, SPACE_SYMBOL, Tokenizer
 from megaphase.tokenizer_files import HUGGING_FACE_MODEL_NAMES
 
@@ -59,8 +59,8 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -
     proto = ModelProto.FromString(model.serialized_model_proto())
     whole = tokenizer_json(proto, path, spells_space_symbol=_spells_space_symbol(tokenizer))
     config = _config(model, whole["added_tokens"], tokenizer.eod, max_length)
-    write_text_whole(folder / "tokenizer.json", json.dumps(whole, ensure_ascii=False))
-    write_json_whole(folder / _CONFIG_NAME, config)
+    atomic_write_text(folder / "tokenizer.json", json.dumps(whole, ensure_ascii=False))
+    atomic_write_json(folder / _CONFIG_NAME, config)
     shutil.copyfile(source, folder / MODEL_NAME)
     if (path / RECORD_NAME).exists():
         shutil.copyfile(path / RECORD_NAME, folder / RECORD_NAME)

@@ -32,7 +32,7 @@ from megaphase.convert.partition import check_tensor_size
 from megaphase.convert.source import Precision, open_source
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import Weights, WithZeroBiases, fp32_bytes, read_each
-from megaphase.files import write_text_whole
+from megaphase.files import atomic_write_text
 from megaphase.model.shape import GPTShape
 
 _CHECKPOINT_VERSION = 3.0
@@ -95,7 +95,7 @@ def to_megatron(
                 _write(weights, parameters, writers, args.params_dtype, shape, workers, advance)
             for writer in writers:
                 writer.close()
-        write_text_whole(folder / TRACKER_FILE, RELEASE)
+        atomic_write_text(folder / TRACKER_FILE, RELEASE)
     return args
 
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from megaphase.experiments.front.points import Estimate, Point
+from megaphase.experiments.front.points import Point, SeedMean
 from megaphase.experiments.front.trade_off import Look
 from megaphase.experiments.plot_parts import (
     BOTTOM_INCHES,
@@ -65,7 +65,7 @@ def _draw_lines(axes: Axes, lines: Sequence[Line], group: str, look: Look) -> No
     for arm, label, points in lines:
         colour, marker = look[arm]
         xs = [x for x, _ in points]
-        losses: list[Estimate] = [getattr(point, group) for _, point in points]
+        losses: list[SeedMean] = [getattr(point, group) for _, point in points]
         axes.errorbar(
             xs, [loss.mean for loss in losses], yerr=[loss.error or 0.0 for loss in losses],
             color=colour, marker=marker, ms=4.5, lw=1.4, elinewidth=1.0,
@@ -81,7 +81,7 @@ class Score(NamedTuple):
 
     task: str
     arm: str
-    value: Estimate
+    value: SeedMean
 
 
 def score_plot(scores: Mapping[str, Sequence[Score]], look: Look, size: Size) -> Figure:

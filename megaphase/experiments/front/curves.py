@@ -16,7 +16,7 @@ import numpy as np
 
 from megaphase.experiments.front.points import Point, reason_of_failure
 from megaphase.experiments.plot_parts import Curve
-from megaphase.experiments.runs import HeldOutLoss, RunRecord, load_run
+from megaphase.experiments.runs import HeldOutRow, RunRecord, load_run
 from megaphase.experiments.sweep.directory import SweepRecord
 
 ByTask = Mapping[str, Sequence[float]]
@@ -87,7 +87,7 @@ def _own_curves(run: RunRecord, tasks: Sequence[str]) -> RunCurves:
     )
 
 
-def _loss(measured: HeldOutLoss | None) -> float:
+def _loss(measured: HeldOutRow | None) -> float:
     return math.nan if measured is None else measured.loss
 
 

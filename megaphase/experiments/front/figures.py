@@ -13,7 +13,7 @@ from megaphase.experiments.front.curve_plots import (
 )
 from megaphase.experiments.front.fronts import ArmFront, ModelFronts
 from megaphase.experiments.front.overfit import best_by_mixture, single_stage_points
-from megaphase.experiments.front.points import Estimate, Point, estimate
+from megaphase.experiments.front.points import Point, SeedMean, estimate
 from megaphase.experiments.front.trade_off import Mark, Panel, outside, trade_off_plot
 from megaphase.experiments.front.view import SweepView
 from megaphase.experiments.page import Plot
@@ -179,7 +179,7 @@ def _bleu_panel(view: SweepView, fronts: ModelFronts) -> Panel:
     return Panel(fronts.model or "", marks, _static_arms(fronts), higher_is_better=True)
 
 
-def _bleu(point: Point, group: Sequence[str]) -> Estimate | None:
+def _bleu(point: Point, group: Sequence[str]) -> SeedMean | None:
     """The mean over those tasks of a group that are translated."""
     by_seed = [
         [outcome.translation[task].bleu for task in group if task in outcome.translation]

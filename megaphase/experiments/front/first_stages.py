@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megaphase.experiments.front.points import (
-    Estimate,
-    Setting,
+    SeedMean,
+    TriedSetting,
     estimate,
     reason_of_failure,
     setting_of,
@@ -26,8 +26,8 @@ class FirstStage:
         taken: the peaks that branches go on from.
     """
 
-    setting: Setting
-    losses: Mapping[float, Estimate | None]
+    setting: TriedSetting
+    losses: Mapping[float, SeedMean | None]
     taken: frozenset[float]
 
     @property
@@ -61,7 +61,7 @@ def first_stages(record: SweepRecord) -> list[FirstStage]:
     ]
 
 
-def _loss(record: SweepRecord, trials: list[Trial]) -> Estimate | None:
+def _loss(record: SweepRecord, trials: list[Trial]) -> SeedMean | None:
     outcomes = [record.outcomes.get(trial.name) for trial in trials]
     losses = [
         own_loss(record.sweep, trial, outcome)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megaphase.experiments.front.first_stages import first_stages
 from megaphase.experiments.front.overfit import overfits
-from megaphase.experiments.front.points import Setting, setting_of
+from megaphase.experiments.front.points import TriedSetting, setting_of
 from megaphase.experiments.front.view import SweepView
 from megaphase.experiments.numbers import Row, write_table
 from megaphase.experiments.sweep.trials import Trial
@@ -64,7 +64,7 @@ def write_sweep_numbers(view: SweepView, folder: Path) -> list[str]:
     ]
 
 
-def _setting(setting: Setting) -> list[object]:
+def _setting(setting: TriedSetting) -> list[object]:
     mixture = setting.mixture
     return [
         setting.arm, setting.model, setting.share, mixture.rate, mixture.temperature, setting.peak

@@ -17,7 +17,7 @@ from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.trials import Mixture, Trial
 
 
-class Estimate(NamedTuple):
+class SeedMean(NamedTuple):
     """A mean over seeds and its standard error, None where there is one seed alone."""
 
     mean: float
@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Setting:
+class TriedSetting:
     """All that an arm has tried at once; runs that differ in nothing but the seed share it."""
 
     arm: str
@@ -51,11 +51,11 @@ class Point:
         low_by_seed: the low loss of each run.
     """
 
-    setting: Setting
+    setting: TriedSetting
     runs: Sequence[tuple[Trial, Outcome]]
-    losses: dict[str, Estimate]
-    high: Estimate
-    low: Estimate
+    losses: dict[str, SeedMean]
+    high: SeedMean
+    low: SeedMean
     low_by_seed: Mapping[int, float]
 
     @property
@@ -76,15 +76,15 @@ class Failure(NamedTuple):
     reason: str
 
 
-def setting_of(trial: Trial) -> Setting:
+def setting_of(trial: Trial) -> TriedSetting:
     """A run without its seed."""
-    return Setting(trial.arm, trial.model, trial.share, trial.mixture, trial.peak)
+    return TriedSetting(trial.arm, trial.model, trial.share, trial.mixture, trial.peak)
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float]) -> SeedMean:
     """The mean, and the standard error of it."""
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Estimate(fmean(values), error)
+    return SeedMean(fmean(values), error)
 
 
 def points_of(record: SweepRecord) -> list[Point]:
@@ -93,7 +93,7 @@ def points_of(record: SweepRecord) -> list[Point]:
     A setting of which one run failed or diverged has none: the mean over the others would flatter
     it. Seeds that have not ended yet are missing in the mean.
     """
-    runs: dict[Setting, list[tuple[Trial, Outcome]]] = {}
+    runs: dict[TriedSetting, list[tuple[Trial, Outcome]]] = {}
     for trial in record.trials:
         if trial.is_final and trial.name in record.outcomes:
             runs.setdefault(setting_of(trial), []).append((trial, record.outcomes[trial.name]))
@@ -104,7 +104,7 @@ def points_of(record: SweepRecord) -> list[Point]:
     ]
 
 
-def _point(record: SweepRecord, setting: Setting, runs: list[tuple[Trial, Outcome]]) -> Point:
+def _point(record: SweepRecord, setting: TriedSetting, runs: list[tuple[Trial, Outcome]]) -> Point:
     sweep, outcomes = record.sweep, [outcome for _, outcome in runs]
     low_by_seed = {trial.seed: outcome.group_loss(sweep.low) for trial, outcome in runs}
     return Point(

@@ -9,7 +9,7 @@ from megaphase.experiments import page
 from megaphase.experiments.front.first_stages import first_stages
 from megaphase.experiments.front.fronts import ArmFront, ModelFronts
 from megaphase.experiments.front.overfit import Overfit, overfits
-from megaphase.experiments.front.points import Estimate, Point
+from megaphase.experiments.front.points import Point, SeedMean
 from megaphase.experiments.front.view import SweepView
 from megaphase.experiments.losses import RISING_NATS
 from megaphase.experiments.run_page import NOTHING
@@ -173,7 +173,7 @@ def first_stage_table(view: SweepView) -> str:
     return page.table(head, rows, note)
 
 
-def _taken(loss: Estimate | None, taken: bool) -> str:
+def _taken(loss: SeedMean | None, taken: bool) -> str:
     if loss is None:
         return NOTHING
     return _bold(loss) if taken else _loss(loss)
@@ -184,11 +184,11 @@ def _arm(view: SweepView, arm: str) -> str:
     return f'<span class="swatch" style="background: {colour}"></span>{escape(arm)}'
 
 
-def _loss(loss: Estimate) -> str:
+def _loss(loss: SeedMean) -> str:
     error = "" if loss.error is None else f" <small>± {loss.error:.3f}</small>"
     return f"{loss.mean:.3f}{error}"
 
 
-def _bold(loss: Estimate) -> str:
+def _bold(loss: SeedMean) -> str:
     error = "" if loss.error is None else f" <small>± {loss.error:.3f}</small>"
     return f"<b>{loss.mean:.3f}</b>{error}"

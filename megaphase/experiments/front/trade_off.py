@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megaphase.experiments.front.measures import nondominated
-from megaphase.experiments.front.points import Estimate
+from megaphase.experiments.front.points import SeedMean
 from megaphase.experiments.plot_parts import (
     PointLabel,
     label_points,
@@ -37,8 +37,8 @@ class Mark:
 
     arm: str
     label: str
-    x: Estimate
-    y: Estimate
+    x: SeedMean
+    y: SeedMean
     is_core: bool
 
 

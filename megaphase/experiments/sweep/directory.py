@@ -16,10 +16,10 @@ from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.sweep import Sweep
 from megaphase.experiments.sweep.trials import Trial, known_trials
 from megaphase.files import (
+    atomic_write_text,
     make_directory,
     os_errors_named,
     remove_directory_at_once,
-    write_text_whole,
 )
 from megaphase.locks import exclusive_lock
 from megaphase.records import read_record
@@ -70,7 +70,7 @@ class SweepDirectory:
             with os_errors_named(self.path):
                 make_way_for_directory(self.path / folder, "a directory of the sweep")
             make_directory(self.path / folder)
-        write_text_whole(self.sweep_file, sweep.model_dump_json(indent=2) + "\n")
+        atomic_write_text(self.sweep_file, sweep.model_dump_json(indent=2) + "\n")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -91,7 +91,7 @@ class SweepDirectory:
         self.check_run_file(sweep, trial)
         path = self.run_file(trial.name)
         if not path.exists():
-            write_text_whole(path, run_file_text(trial))
+            atomic_write_text(path, run_file_text(trial))
         return path
 
     def check_run_file(self, sweep: Sweep, trial: Trial) -> None:
@@ -112,7 +112,7 @@ class SweepDirectory:
     def write_outcome(self, name: str, outcome: Outcome) -> None:
         """Say that a run has ended."""
         text = outcome.model_dump_json(indent=2, exclude_defaults=True) + "\n"
-        write_text_whole(self.outcome_file(name), text)
+        atomic_write_text(self.outcome_file(name), text)
 
     def remove_checkpoints(self, name: str) -> None:
         """Remove those of a run, if there are any."""

@@ -21,7 +21,7 @@ TAIL_BYTES = 4096
 _PHASE_STEP = re.compile(rb'"phase_step": (\d+)')
 
 
-class Display:
+class SweepDisplay:
     """Shows the runs that go on and what others came to.
 
     Args:

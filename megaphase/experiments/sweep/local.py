@@ -23,7 +23,7 @@ from megaphase.errors import (
     Stopped,
 )
 from megaphase.experiments.sweep.directory import SweepDirectory
-from megaphase.experiments.sweep.display import Display
+from megaphase.experiments.sweep.display import SweepDisplay
 from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.sweep import Sweep
 from megaphase.experiments.sweep.trial_run import (
@@ -111,7 +111,7 @@ def run_locally(
     sweep: Sweep,
     directory: SweepDirectory,
     machine: Machine,
-    display: Display,
+    display: SweepDisplay,
     start: Start = start_command,
 ) -> dict[str, Outcome]:
     """Train all runs that have not ended yet; returns what all came to.
@@ -134,7 +134,7 @@ class _Runner:
         sweep: Sweep,
         directory: SweepDirectory,
         machine: Machine,
-        display: Display,
+        display: SweepDisplay,
         start: Start,
         received: list[signal.Signals],
     ) -> None:

@@ -9,7 +9,7 @@ from statistics import fmean
 from pydantic import BaseModel, ConfigDict
 
 from megaphase.errors import RunError
-from megaphase.experiments.runs import Event, HeldOutLoss, Measured, RunRecord
+from megaphase.experiments.runs import Event, HeldOutRow, Measured, RunRecord
 
 
 class Translated(BaseModel):
@@ -82,6 +82,6 @@ def _seconds(run: RunRecord) -> float:
     return round(sum(step.step_seconds for step in run.training), 1)
 
 
-def _mean(measured: dict[str, HeldOutLoss], tasks: Sequence[str]) -> float:
+def _mean(measured: dict[str, HeldOutRow], tasks: Sequence[str]) -> float:
     loss = fmean(measured[task].loss for task in tasks)
     return loss if math.isfinite(loss) else math.inf

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from megaphase.errors import InputError
 from megaphase.experiments.sweep.directory import SweepDirectory
-from megaphase.experiments.sweep.display import Display
+from megaphase.experiments.sweep.display import SweepDisplay
 from megaphase.experiments.sweep.file import ClusterJobs
 from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.start import open_sweep, refuse_failures
@@ -34,7 +34,7 @@ from megaphase.experiments.sweep.trial_run import (
     translate_command,
 )
 from megaphase.experiments.sweep.trials import Trial, all_trials, known_trials, ready_trials
-from megaphase.files import make_directory, real_path, remove_directory, write_text_whole
+from megaphase.files import atomic_write_text, make_directory, real_path, remove_directory
 from megaphase.slurm import queued_jobs
 
 # Imports point from launch to here, so what is used of it is imported within functions.
@@ -74,7 +74,7 @@ def sweep_on_slurm(path: Path, program: Any, *, retry: bool, console: Console) -
     with directory.locked():
         if retry:
             directory.forget_failures()
-        return _Conductor(found, directory, jobs, program, console).conduct()
+        return SlurmSweep(found, directory, jobs, program, console).conduct()
 
 
 def next_scripts(path: Path, program: Any) -> Iterator[tuple[str, Sequence[str], str]]:
@@ -105,7 +105,7 @@ def _cluster_jobs(sweep: Sweep) -> ClusterJobs:
 
 
 @dataclass
-class _Conductor:
+class SlurmSweep:
     """Holds the sweep's lock while it looks what has become of the jobs, and submits others."""
 
     sweep: Sweep
@@ -143,7 +143,7 @@ class _Conductor:
         """Write down what runs came to whose jobs have left the queue."""
         known = {trial.name for trial in known_trials(self.sweep, self.outcomes)}
         ended = sum(name in known for name in self.outcomes)
-        display = Display(self.console, self.sweep, len(all_trials(self.sweep)), ended)
+        display = SweepDisplay(self.console, self.sweep, len(all_trials(self.sweep)), ended)
         settle(self.sweep, self.directory, display, self.outcomes, self._come_to)
 
     def _come_to(self, trial: Trial) -> Outcome | None:
@@ -277,7 +277,7 @@ def _write_round(
             _link(folder / name / f"{task}.yaml", run_file)
     content = {"logs": "logs", "steps": _steps(sweep, directory, jobs, groups, folder)}
     make_directory(folder)
-    write_text_whole(folder / PIPELINE_FILE, yaml.safe_dump(content, sort_keys=False))
+    atomic_write_text(folder / PIPELINE_FILE, yaml.safe_dump(content, sort_keys=False))
     return load_pipeline(folder / PIPELINE_FILE, program)
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from megaphase.config import run_config
 from megaphase.errors import RunError
 from megaphase.experiments.sweep.directory import SweepDirectory
-from megaphase.experiments.sweep.display import Display
+from megaphase.experiments.sweep.display import SweepDisplay
 from megaphase.experiments.sweep.local import Machine, run_locally
 from megaphase.experiments.sweep.outcome import Outcome
 from megaphase.experiments.sweep.sweep import Sweep, load_sweep
@@ -44,7 +44,7 @@ def sweep(path: Path, *, jobs: int, processes: int, retry: bool, console: Consol
         markup=False,
         soft_wrap=True,
     )
-    with Display(console, found, total, ended) as display:
+    with SweepDisplay(console, found, total, ended) as display:
         outcomes = run_locally(found, directory, machine, display)
     refuse_failures(found, directory, outcomes)
     return directory.path

@@ -9,7 +9,7 @@ from megaphase.checkpoint.names import find_in_run
 from megaphase.errors import InputError
 from megaphase.experiments.runs import load_run
 from megaphase.experiments.sweep.directory import SweepDirectory
-from megaphase.experiments.sweep.display import Display
+from megaphase.experiments.sweep.display import SweepDisplay
 from megaphase.experiments.sweep.outcome import Outcome, Translated, outcome_of
 from megaphase.experiments.sweep.sweep import Sweep
 from megaphase.experiments.sweep.trials import Trial, known_trials
@@ -102,7 +102,7 @@ def release_checkpoints(
 def settle(
     sweep: Sweep,
     directory: SweepDirectory,
-    display: Display,
+    display: SweepDisplay,
     outcomes: dict[str, Outcome],
     come_to: Callable[[Trial], Outcome | None],
 ) -> None:

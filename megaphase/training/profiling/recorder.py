@@ -17,8 +17,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from megaphase.errors import RunError
-from megaphase.files import make_directory, os_errors_named, path_aside, write_json_whole
-from megaphase.parallel.agreement import Agreement
+from megaphase.files import atomic_write_json, make_directory, os_errors_named, temporary_path
+from megaphase.parallel.agreement import ControlGroup
 from megaphase.parallel.launcher import local_rank
 from megaphase.parallel.together import Fault, outcome_of
 from megaphase.parallel.topology import device
@@ -27,7 +27,7 @@ from megaphase.set_aside import make_way_for_directory, make_way_for_file
 from megaphase.training.profiling.printing import profile_text
 from megaphase.training.profiling.summary import RankProfile, summarize
 from megaphase.training.profiling.trace import STEP_MARK, read_trace
-from megaphase.training.record import Yardstick
+from megaphase.training.record import ThroughputReference
 
 # The first step allocates and compiles; in the second the profiler itself gets warm.
 WARM_UP_STEPS = 2
@@ -65,8 +65,8 @@ class Profiler:
         self,
         folder: Path,
         steps: int,
-        yardstick: Yardstick,
-        agreement: Agreement,
+        yardstick: ThroughputReference,
+        agreement: ControlGroup,
         watchdog: Watchdog,
         say: Callable[[str], None],
     ) -> None:
@@ -164,7 +164,7 @@ class Profiler:
     def _write_trace(self, file: Path) -> bytes:
         """Write the compressed trace; its plain content."""
         assert self._profile is not None
-        plain, aside = path_aside(file.with_suffix("")), path_aside(file)
+        plain, aside = temporary_path(file.with_suffix("")), temporary_path(file)
         try:
             self._profile.export_chrome_trace(str(plain))
             content = plain.read_bytes()
@@ -191,7 +191,7 @@ class Profiler:
         }
         path = self._folder / SUMMARY_FILE
         with os_errors_named(path):
-            write_json_whole(path, content)
+            atomic_write_json(path, content)
 
 
 def _torch_profiler(steps: int) -> profile:

@@ -10,7 +10,7 @@ import numpy as np
 
 from megaphase.training.profiling.intervals import Spans, clipped, exclusive_lengths, length, spans
 from megaphase.training.profiling.kinds import Kind
-from megaphase.training.profiling.trace import DeviceTrace, Work
+from megaphase.training.profiling.trace import DeviceTrace, DeviceWork
 
 TOP_KERNELS = 10
 _MICRO = 1e-6
@@ -175,11 +175,11 @@ def _floor(
     )
 
 
-def _times(work: list[Work], kind: Kind, windows: Spans) -> Spans:
+def _times(work: list[DeviceWork], kind: Kind, windows: Spans) -> Spans:
     found = [time for each in work if each.kind is kind for time in each.times]
     return clipped(spans(found), windows)
 
 
-def _begins_within(work: Work, windows: Spans) -> bool:
+def _begins_within(work: DeviceWork, windows: Spans) -> bool:
     begin = work.times[0][0]
     return any(start <= begin < end for start, end in windows)

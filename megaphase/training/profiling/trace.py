@@ -35,7 +35,7 @@ Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Work:
+class DeviceWork:
     """A kernel, or a call of an operator with its own time."""
 
     name: str
@@ -63,7 +63,7 @@ class DeviceTrace:
 
     on_gpu: bool
     steps: Spans
-    work: list[Work]
+    work: list[DeviceWork]
     host_optimizer: Spans
     host_collectives: Spans
     matmul_flops: int
@@ -171,14 +171,15 @@ def _kind(event: Event, parent: Call | None) -> Kind | None:
     return None if event["cat"] in _LAUNCHES else kind_of_operator(event["name"])
 
 
-def _kernels(on_device: list[Event], calls: list[Call]) -> list[Work]:
+def _kernels(on_device: list[Event], calls: list[Call]) -> list[DeviceWork]:
     launched_by = {
         call.event["args"]["correlation"]: call.kind
         for call in calls
         if call.event["cat"] in _LAUNCHES and "correlation" in call.event.get("args", {})
     }
     return [
-        Work(event["name"], _kernel_kind(event, launched_by), [_span(event)]) for event in on_device
+        DeviceWork(event["name"], _kernel_kind(event, launched_by), [_span(event)])
+        for event in on_device
     ]
 
 
@@ -190,19 +191,19 @@ def _kernel_kind(event: Event, launched_by: dict[int, Kind | None]) -> Kind:
     return launcher
 
 
-def _own_work(calls: list[Call]) -> list[Work]:
+def _own_work(calls: list[Call]) -> list[DeviceWork]:
     """Operators, but for those that begin collectives: gloo's own threads tell more of these."""
     return [
-        Work(call.name, call.kind, call.own)
+        DeviceWork(call.name, call.kind, call.own)
         for call in calls
         if call.own and call.kind not in (None, Kind.COMMUNICATION)
     ]
 
 
-def _gloo_work(events: list[Event]) -> list[Work]:
+def _gloo_work(events: list[Event]) -> list[DeviceWork]:
     """Collectives from the call to their end, with the waiting for others; they may overlap."""
     return [
-        Work(event["name"], Kind.COMMUNICATION, [_span(event)])
+        DeviceWork(event["name"], Kind.COMMUNICATION, [_span(event)])
         for event in events
         if _is_gloo(event)
     ]
