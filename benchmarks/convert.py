@@ -23,9 +23,9 @@ from torch import Tensor
 
 from megaphase.checkpoint.parameters import MOMENTS, WEIGHT
 from megaphase.convert.checkpoint_writer import form_for, write_checkpoint
-from megaphase.convert.foreign import foreign_state
 from megaphase.convert.partition import Layout
-from megaphase.data_tools.artificial.languages import write_languages
+from megaphase.convert.weight_import import foreign_state
+from megaphase.data_tools.synthetic.languages import write_languages
 from megaphase.data_tools.tokenizers.train import train_tokenizer
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.presets import PRESETS

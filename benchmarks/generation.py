@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from machine import measure_machine
 
+from megaphase.distributed.initialization import Initializer
+from megaphase.distributed.process_grid import ProcessGrid, device
 from megaphase.generation.decoding import Decoding
 from megaphase.generation.generate import generate
 from megaphase.model.gpt import GPT
 from megaphase.model.presets import PRESETS
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.rng import Initializer
-from megaphase.parallel.topology import ProcessGrid, device
 
 NO_EOD = -1
 TURNS = 3

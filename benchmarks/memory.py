@@ -23,13 +23,13 @@ import torch
 import torch.distributed as dist
 
 from megaphase.config import RunConfig
+from megaphase.distributed.all_ranks import process_group
+from megaphase.distributed.process_grid import start
+from megaphase.estimate.memory import MemoryEstimate, estimate
+from megaphase.estimate.setup import setup_of
 from megaphase.launch.local import free_port, rank_environment
-from megaphase.memory.estimate import MemoryEstimate, estimate
-from megaphase.memory.setup import setup_of
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.together import process_group
-from megaphase.parallel.topology import start
 from megaphase.plan.dataset import Batch
 from megaphase.training.engine import Engine
 

@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from throughput_sides import LEARNING_RATE, Settings, begin, prepare
 
+from megaphase.distributed.process_grid import start
 from megaphase.launch.local import free_port, rank_environment
 from megaphase.model.gpt import GPT
-from megaphase.parallel.topology import start
-from megaphase.parent import ends_with_this_process
 from megaphase.training.engine import Engine
+from megaphase.utils.process_lifetime import ends_with_this_process
 
 WARM_UP_PAIRS = 2
 

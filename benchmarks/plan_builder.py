@@ -32,11 +32,11 @@ import numpy as np
 from synthetic_corpora import document_lengths, open_spec, write_corpus, write_run_file
 
 from megaphase.corpus import Corpus
-from megaphase.errors import EXIT_WRONG_INPUT
 from megaphase.plan import _builder
 from megaphase.plan.build import ensure_built, plan_folder
 from megaphase.plan.index import block_size, builder_threads
 from megaphase.plan.stream import DOCUMENTS_PER_CALL, Stream
+from megaphase.utils.errors import EXIT_WRONG_INPUT
 
 matplotlib.use("Agg")
 

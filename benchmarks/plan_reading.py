@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 from synthetic_corpora import TOKENIZER, document_lengths, open_spec, write_corpus, write_run_file
 
-from megaphase.errors import EXIT_WRONG_INPUT
 from megaphase.plan import _builder
+from megaphase.utils.errors import EXIT_WRONG_INPUT
 
 TASKS = 8
 BATCH = 256

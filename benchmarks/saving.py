@@ -21,10 +21,10 @@ from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.state import full_name
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.config import RunConfig
+from megaphase.distributed.all_ranks import process_group
+from megaphase.distributed.control_group import ControlGroup
+from megaphase.distributed.process_grid import start
 from megaphase.model.presets import build_shape
-from megaphase.parallel.agreement import ControlGroup
-from megaphase.parallel.together import process_group
-from megaphase.parallel.topology import start
 from megaphase.plan.dataset import Batch
 from megaphase.training.engine import Engine
 

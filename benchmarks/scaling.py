@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megaphase.config import load_run_file
-from megaphase.memory.choices import GB, fits, layouts
-from megaphase.memory.estimate import estimate
-from megaphase.memory.setup import Setup, setup_of
+from megaphase.estimate.gpu_specs import CARDS
+from megaphase.estimate.hardware import Hardware, hardware_of
+from megaphase.estimate.memory import estimate
+from megaphase.estimate.setup import Setup, setup_of
+from megaphase.estimate.step_time import StepTime, step_time
+from megaphase.estimate.suggestions import GB, fits, layouts
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
-from megaphase.speed.cards import CARDS
-from megaphase.speed.estimate import StepTime, step_time
-from megaphase.speed.hardware import Hardware, hardware_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "scaling"
 RUNS = {"13b-64": 64, "70b-512": 512}

@@ -13,8 +13,8 @@ from megaphase.corpus.batch import checksums
 from megaphase.corpus.block_sums import BlockSums
 from megaphase.corpus.format import HASH_DTYPE, SUM_DTYPE, write_index
 from megaphase.corpus.manifest import BLOCKS_SUFFIX, DATA_SUFFIXES, Manifest
-from megaphase.files import describe_file
 from megaphase.plan.spec import PlanSpec, plan_spec
+from megaphase.utils.files import describe_file
 
 TOKENIZER = SimpleNamespace(fingerprint="synthetic", eod=0)
 VOCAB_SIZE = 32_000

@@ -17,13 +17,13 @@ from llama import hugging_face_llama
 from torch import nn
 
 from megaphase.config import RunConfig
+from megaphase.distributed.process_grid import start
 from megaphase.launch.local import free_port, rank_environment
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.topology import start
-from megaphase.parent import end_with_parent, ends_with_this_process
 from megaphase.plan.dataset import Batch
 from megaphase.training.engine import Engine
+from megaphase.utils.process_lifetime import end_with_parent, ends_with_this_process
 
 LEARNING_RATE = 1e-4
 BATCHES = 4  # different ones, used in turn

@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 
 import sentencepiece
 
-from megaphase.errors import EXIT_WRONG_INPUT
+from megaphase.utils.errors import EXIT_WRONG_INPUT
 
 ROUNDS = 5
 VOCAB_SIZE = 16_000

@@ -35,13 +35,13 @@ from llama import hugging_face_llama, llama_weights
 from machine import Machine, measure_machine
 from throughput_sides import Ours, Peer, Settings, Side, begin, prepare
 
-from megaphase.errors import EXIT_WRONG_INPUT, InputError
+from megaphase.distributed.initialization import Initializer
+from megaphase.distributed.process_grid import start
+from megaphase.estimate.gpu_specs import card_of_device
 from megaphase.model.gpt import GPT
 from megaphase.model.presets import PRESETS
-from megaphase.parallel.rng import Initializer
-from megaphase.parallel.topology import start
-from megaphase.parent import ends_with_this_process
-from megaphase.speed.cards import card_of_device
+from megaphase.utils.errors import EXIT_WRONG_INPUT, InputError
+from megaphase.utils.process_lifetime import ends_with_this_process
 
 LARGEST_LOSS_DIFFERENCE = 1e-4  # nats, fp32
 WARM_UP_STEPS = 2

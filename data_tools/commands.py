@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megaphase.arguments import named
 from megaphase.data_tools.corpora import commands as corpora
 from megaphase.data_tools.options import (
     Dedup,
@@ -24,8 +23,9 @@ from megaphase.data_tools.options import (
     available_cores,
     reading_of,
 )
-from megaphase.errors import InputError
-from megaphase.streams import new_console
+from megaphase.utils.arguments import named
+from megaphase.utils.errors import InputError
+from megaphase.utils.standard_streams import new_console
 
 if TYPE_CHECKING:
     from megaphase.data_tools.tokenization.slurm import ArrayOfShards

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megaphase.arguments import MOST_PROCESSES, MOST_SEED
-from megaphase.errors import InputError
+from megaphase.utils.arguments import MOST_PROCESSES, MOST_SEED
+from megaphase.utils.errors import InputError
 
 if TYPE_CHECKING:
     from megaphase.data_tools.text import Reading

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megaphase.corpus.manifest import MANIFEST_SUFFIX
 from megaphase.data_tools.text import size_on_disk
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 MOST_SHARDS = 99_999
 

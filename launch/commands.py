@@ -8,7 +8,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from megaphase.arguments import (
+from megaphase.utils.arguments import (
     MOST,
     MOST_PROCESSES,
     Overrides,
@@ -20,7 +20,7 @@ from megaphase.arguments import (
     named,
     train_options,
 )
-from megaphase.streams import new_console, standard_output_is_a_log
+from megaphase.utils.standard_streams import new_console, standard_output_is_a_log
 
 launch_app = typer.Typer(
     help="Start a run as several processes, here or on a SLURM cluster.", no_args_is_help=True
@@ -54,8 +54,8 @@ def local_command(
 
     Example: megaphase launch local run.yaml --processes 8
     """
+    from megaphase.launch.exit_messages import training_exit_messages
     from megaphase.launch.local import ExitMessages, launch_local
-    from megaphase.launch.sayings import training_exit_messages
 
     standard_output_is_a_log()
     options = train_options(source, profile, profile_steps)
@@ -125,8 +125,8 @@ def slurm_command(
     """
     import shlex
 
-    from megaphase.errors import InputError
-    from megaphase.slurm import require_sbatch
+    from megaphase.utils.errors import InputError
+    from megaphase.utils.slurm import require_sbatch
 
     if not dry_run:
         require_sbatch("launch slurm", "run it on a login node, or add --dry-run")
@@ -165,8 +165,8 @@ def slurm_command(
 
 
 def _submit_pipeline(path: Path, context: typer.Context, *, dry_run: bool) -> None:
-    from megaphase.errors import InputError
     from megaphase.launch.slurm.pipeline import load_pipeline, scripts, submit_pipeline
+    from megaphase.utils.errors import InputError
 
     for name in context.params:
         source = context.get_parameter_source(name)
@@ -250,8 +250,8 @@ def check_node_command(
     import socket
 
     from megaphase.config import load_run_file
-    from megaphase.errors import InputError, RunError
     from megaphase.launch.slurm.node import Demands, faults
+    from megaphase.utils.errors import InputError, RunError
 
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     try:
@@ -293,7 +293,7 @@ def next_command(
     import os
 
     from megaphase.config import load_run_file
-    from megaphase.launch.slurm.next import (
+    from megaphase.launch.slurm.requeue import (
         decide,
         newest_step,
         queue_again,

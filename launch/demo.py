@@ -11,12 +11,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megaphase.data_tools.artificial.languages import DEFAULT_LANGUAGES, write_languages
-from megaphase.errors import InputError, RunError, Stopped
-from megaphase.files import atomic_write_text
-from megaphase.parent import ends_with_this_process
-from megaphase.signals import noted_signals, signals_blocked, told_name
-from megaphase.streams import new_console
+from megaphase.data_tools.synthetic.languages import DEFAULT_LANGUAGES, write_languages
+from megaphase.fault_tolerance.forwarded_signals import noted_signals, signals_blocked, told_name
+from megaphase.utils.errors import InputError, RunError, Stopped
+from megaphase.utils.files import atomic_write_text
+from megaphase.utils.process_lifetime import ends_with_this_process
+from megaphase.utils.standard_streams import new_console
 
 SEED = 1234
 VOCAB_SIZE = 2048

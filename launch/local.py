@@ -18,12 +18,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megaphase.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_WRONG_INPUT
-from megaphase.parallel.judge import GONE
-from megaphase.parallel.launcher import REPORTS_VARIABLE
-from megaphase.parent import ends_with_this_process
-from megaphase.signals import SAME_PRESS_SECONDS, code_after, noted_signals, signals_blocked
-from megaphase.streams import new_console
+from megaphase.distributed.dist_env import REPORTS_VARIABLE
+from megaphase.fault_tolerance.fault_detector import GONE
+from megaphase.fault_tolerance.forwarded_signals import (
+    SAME_PRESS_SECONDS,
+    code_after,
+    noted_signals,
+    signals_blocked,
+)
+from megaphase.utils.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_WRONG_INPUT
+from megaphase.utils.process_lifetime import ends_with_this_process
+from megaphase.utils.standard_streams import new_console
 
 POLL_SECONDS = 0.05
 # When a rank has failed the others learn of it from their watchdog, and tell more than this

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 
-from megaphase.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
+from megaphase.utils.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -36,7 +36,7 @@ def _end_at_once(number: int, _frame: object) -> None:
     if os.environ.get("RANK", "0") == "0":
         name = "Ctrl-C" if interrupted else signal.Signals(number).name
         line = f"megaphase: {name} came before anything had begun; nothing is lost"
-        reports = os.environ.get("MEGAPHASE_REPORTS")  # see parallel/launcher.py
+        reports = os.environ.get("MEGAPHASE_REPORTS")  # see distributed/dist_env.py
         report = line if reports is None else f'{{"rank": null, "lines": ["{line}"]}}'
         os.write(2 if reports is None else int(reports), f"{report}\n".encode())
     os._exit(EXIT_INTERRUPTED if interrupted else EXIT_REQUEUE)

@@ -14,7 +14,18 @@ from megaphase import __version__
 from megaphase.convert.commands import convert_app
 from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.tokenizers.commands import tokenizer_app
-from megaphase.errors import (
+from megaphase.distributed.dist_env import check_launch, is_first_rank, report_end
+from megaphase.fault_tolerance.forwarded_signals import (
+    handlers,
+    heeded_signals,
+    interrupting_signals,
+)
+from megaphase.generation.commands import generate_command, translate_command
+from megaphase.launch.commands import demo_command, launch_app
+from megaphase.plan.commands import plan_app
+from megaphase.sweep.commands import report_command, sweep_command
+from megaphase.training.commands import evaluate_command, train_command
+from megaphase.utils.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EndedAtOnce,
@@ -26,16 +37,9 @@ from megaphase.errors import (
     exit_code,
     os_fault,
 )
-from megaphase.experiments.commands import report_command, sweep_command
-from megaphase.generation.commands import generate_command, translate_command
-from megaphase.launch.commands import demo_command, launch_app
-from megaphase.locale_settings import require_utf8, work_in_utf8
-from megaphase.parallel.launcher import check_launch, is_first_rank, report_end
-from megaphase.parent import end_with_parent
-from megaphase.plan.commands import plan_app
-from megaphase.signals import handlers, heeded_signals, interrupting_signals
-from megaphase.streams import prepare_streams
-from megaphase.training.commands import evaluate_command, train_command
+from megaphase.utils.locale_settings import require_utf8, work_in_utf8
+from megaphase.utils.process_lifetime import end_with_parent
+from megaphase.utils.standard_streams import prepare_streams
 
 SECONDS_FOR_RANK_0 = 1.0
 

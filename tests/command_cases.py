@@ -20,9 +20,9 @@ from warm_commands import run_well
 from warm_process import WarmProcess
 
 from megaphase.cli import app
-from megaphase.errors import EXIT_WRONG_INPUT, InputError
 from megaphase.launch.local import free_port, rank_environment
-from megaphase.locale_settings import require_utf8
+from megaphase.utils.errors import EXIT_WRONG_INPUT, InputError
+from megaphase.utils.locale_settings import require_utf8
 
 DEADLINE_SECONDS = 300.0
 EXIT_CODES = (0, 1, 2, 75)

@@ -17,12 +17,12 @@ from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.config import RunConfig
 from megaphase.convert.checkpoint_writer import portable_form, write_checkpoint
-from megaphase.convert.foreign import foreign_state
+from megaphase.convert.weight_import import foreign_state
+from megaphase.distributed.control_group import ControlGroup
+from megaphase.distributed.sharding import ParameterLayout
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.agreement import ControlGroup
-from megaphase.parallel.sharding import ParameterLayout
 from megaphase.training.engine import Engine
 
 

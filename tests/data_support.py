@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from megaphase.data_tools.artificial.languages import write_languages
+from megaphase.data_tools.synthetic.languages import write_languages
 from megaphase.data_tools.tokenizers.train import train_tokenizer
 
 CORPORA = Path(__file__).resolve().parents[2] / "shared" / "corpora"

@@ -23,8 +23,8 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 from warm_process import WarmProcess
 
+from megaphase.distributed.all_ranks import leaving_processes
 from megaphase.launch.local import free_port, rank_environment
-from megaphase.parallel.together import leaving_processes
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from megaphase.config import RunConfig
+from megaphase.distributed.process_grid import ProcessGrid, start
 from megaphase.model.presets import build_shape
-from megaphase.parallel.topology import ProcessGrid, start
 from megaphase.plan.dataset import Batch
-from megaphase.targets import IGNORED_TARGET
 from megaphase.training.engine import Engine, import_deepspeed
+from megaphase.utils.targets import IGNORED_TARGET
 
 TASKS = ["big", "small"]
 SAMPLES = 8

@@ -16,10 +16,10 @@ from torch import Tensor
 from megaphase.convert.hugging_face.from_hf import from_hf
 from megaphase.convert.hugging_face.to_hf import to_hf
 from megaphase.convert.source import open_source
+from megaphase.distributed.initialization import Initializer
+from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.model.gpt import GPT
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.rng import Initializer
-from megaphase.parallel.topology import ProcessGrid
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

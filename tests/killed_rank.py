@@ -21,9 +21,9 @@ def main(folder: Path, rank: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from megaphase.parallel.together import leaving_processes, process_group
-    from megaphase.parallel.watchdog import Watchdog
-    from megaphase.training.signals import StopSignals
+    from megaphase.distributed.all_ranks import leaving_processes, process_group
+    from megaphase.fault_tolerance.stop_signals import StopSignals
+    from megaphase.fault_tolerance.watchdog import Watchdog
 
     with (
         StopSignals() as signals,

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from megaphase.data_tools.artificial.languages import write_languages
+from megaphase.data_tools.synthetic.languages import write_languages
 from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.data_tools.tokenizers.train import train_tokenizer
 

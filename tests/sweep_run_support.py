@@ -10,12 +10,12 @@ import yaml
 from run_support import HIGH, LOW, run_settings
 from warm_process import WarmProcess
 
-from megaphase.experiments.sweep.directory import SweepDirectory
-from megaphase.experiments.sweep.display import SweepDisplay
-from megaphase.experiments.sweep.local import Machine, Start, run_locally
-from megaphase.experiments.sweep.outcome import Outcome
-from megaphase.experiments.sweep.start import open_sweep
 from megaphase.launch.local import free_port, rank_environment
+from megaphase.sweep.directory import SweepDirectory
+from megaphase.sweep.display import SweepDisplay
+from megaphase.sweep.local import Machine, Start, run_locally
+from megaphase.sweep.outcome import Outcome
+from megaphase.sweep.start import open_sweep
 
 STEPS = 10
 

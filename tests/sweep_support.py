@@ -9,11 +9,11 @@ import json
 import math
 from pathlib import Path
 
-from megaphase.experiments.sweep.directory import SweepDirectory, SweepRecord
-from megaphase.experiments.sweep.file import SweepConfig
-from megaphase.experiments.sweep.outcome import Outcome, Translated
-from megaphase.experiments.sweep.sweep import Sweep
-from megaphase.experiments.sweep.trials import Trial, known_trials
+from megaphase.sweep.directory import SweepDirectory, SweepRecord
+from megaphase.sweep.file import SweepConfig
+from megaphase.sweep.outcome import Outcome, Translated
+from megaphase.sweep.sweep import Sweep
+from megaphase.sweep.trials import Trial, known_trials
 
 HIGH, LOW = ("en", "fr"), ("hi", "eu")
 TOKENS = {"en": 40_000, "fr": 30_000, "hi": 900, "eu": 1_200}

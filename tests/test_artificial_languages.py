@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megaphase.data_tools.artificial.languages import DEFAULT_LANGUAGES, write_languages
-from megaphase.data_tools.artificial.lexicon import Lexicon
-from megaphase.data_tools.artificial.world import Dice, World, Zipf
-from megaphase.errors import InputError
+from megaphase.data_tools.synthetic.languages import DEFAULT_LANGUAGES, write_languages
+from megaphase.data_tools.synthetic.lexicon import Lexicon
+from megaphase.data_tools.synthetic.world import Dice, World, Zipf
+from megaphase.utils.errors import InputError
 
 LANGUAGES = {"aa": 60_000, "bb": 60_000, "cc": 20_000, "dd": 20_000, "ee": 20_000}
 

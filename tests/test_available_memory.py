@@ -11,13 +11,13 @@ import pytest
 from plan_support import write_run
 
 from megaphase.config import RunConfig
-from megaphase.errors import InputError
+from megaphase.estimate.available_memory import available_bytes, check_memory, lasting_bytes
+from megaphase.estimate.setup import Setup, setup_of
+from megaphase.estimate.suggestions import GB
 from megaphase.memory import available, estimate
-from megaphase.memory.available import available_bytes, check_memory, lasting_bytes
-from megaphase.memory.choices import GB
-from megaphase.memory.setup import Setup, setup_of
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
+from megaphase.utils.errors import InputError
 
 SHAPE = GPTShape(vocab=500, seq_len=8, layers=2, hidden=32, heads=4, kv_heads=4, ffn=64)
 

@@ -12,8 +12,8 @@ from warm_commands import run, run_killed, run_well
 
 from megaphase.checkpoint.names import find_checkpoint
 from megaphase.config import load_run_file
-from megaphase.errors import InputError
 from megaphase.training.branch import choose_branch
+from megaphase.utils.errors import InputError
 
 RATES = {"alda": 0.25, "boreth": 0.25, "cimri": 0.5}
 # What a run says of its own beginning and of its checkpoints.

@@ -13,8 +13,8 @@ import pytest
 from sweep_support import STATIC, TWO_PHASE, write_sweep
 from test_report import write_run
 
-from megaphase.experiments.front.report import SweepReport
-from megaphase.experiments.report import write_report
+from megaphase.report.report import write_report
+from megaphase.sweep.pareto.report import SweepReport
 
 NAMES = ("chromium", "chromium-headless-shell", "chromium-shell", "google-chrome")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)

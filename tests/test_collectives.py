@@ -16,13 +16,13 @@ from distributed import once, run_ranks
 from engine_support import build_engine, global_batch, run_config, share
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megaphase.memory.gathered import Gathering, gathering, kept_gathered
-from megaphase.memory.setup import FP32_BYTES, setup_of
+from megaphase.distributed.all_ranks import process_group
+from megaphase.estimate.communication import data_traffic
+from megaphase.estimate.gathered_parameters import Gathering, gathering, kept_gathered
+from megaphase.estimate.hardware import Hardware
+from megaphase.estimate.setup import FP32_BYTES, setup_of
 from megaphase.model.parameters import parameter_sizes
 from megaphase.model.presets import build_shape
-from megaphase.parallel.together import process_group
-from megaphase.speed.communication import data_traffic
-from megaphase.speed.hardware import Hardware
 from megaphase.training import engine as engine_module
 
 PROCESSES = 2

@@ -22,10 +22,10 @@ from megaphase.checkpoint.state import STATE_FILE
 from megaphase.checkpoint.store import MANIFEST_FILE
 from megaphase.cli import app
 from megaphase.convert.partition import Layout, shards_of
-from megaphase.errors import InputError
-from megaphase.files import describe_file
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.shape import GPTShape
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import describe_file
 
 KINDS = (WEIGHT, *MOMENTS)
 SHAPE = GPTShape(vocab=50, seq_len=8, layers=2, hidden=16, heads=4, kv_heads=2, ffn=24)

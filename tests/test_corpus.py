@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 
 from megaphase.corpus import Corpus, CorpusWriter, DocumentBatch, Manifest
 from megaphase.corpus.format import SUM_DTYPE, document_hash
-from megaphase.errors import InputError, RunError
-from megaphase.files import hash_file
+from megaphase.utils.errors import InputError, RunError
+from megaphase.utils.files import hash_file
 
 EOD = 7
 DOCUMENTS = [([1, 2, 3], "one"), ([4], "four"), ([5, 6, 1, 2], "five")]
@@ -177,7 +177,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         import resource, sys
         import numpy as np
         from megaphase.corpus import CorpusWriter
-        from megaphase.errors import RunError
+        from megaphase.utils.errors import RunError
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
             with CorpusWriter(sys.argv[1], tokenizer_hash="t", vocab_size=9, eod=0) as writer:

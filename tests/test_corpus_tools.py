@@ -26,7 +26,7 @@ from megaphase.data_tools.corpora.inspect import describe, document_text
 from megaphase.data_tools.corpora.merge import merge
 from megaphase.data_tools.corpora.verify import verify
 from megaphase.data_tools.tokenization.tokenize import tokenize
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 TEXTS = ["one two", "drei\nvier", "", "😀" * 40, "four"]
 

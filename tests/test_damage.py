@@ -16,15 +16,15 @@ from test_integrity import read_everything, write_pairs
 
 from megaphase.config import load_run_file
 from megaphase.corpus import checks
-from megaphase.errors import InputError, RunError
-from megaphase.parallel.together import outcome_of
+from megaphase.distributed.all_ranks import outcome_of
 from megaphase.plan.build import ensure_built
-from megaphase.plan.history import read_origin
 from megaphase.plan.plan import Plan
+from megaphase.plan.run_history import read_origin
 from megaphase.plan.same_run import refuse_other_run
 from megaphase.plan.spec import check_corpora, plan_spec
 from megaphase.training.branch import Branch
 from megaphase.training.run_directory import RunDirectory
+from megaphase.utils.errors import InputError, RunError
 
 USED = {"en": 7, "en-fr": 2}
 

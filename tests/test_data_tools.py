@@ -30,7 +30,6 @@ from data_support import (
 from rich.console import Console
 from typer.testing import CliRunner
 
-from megaphase import progress
 from megaphase.corpus import Corpus
 from megaphase.corpus.format import document_hash
 from megaphase.data_tools.commands import data_app
@@ -38,8 +37,9 @@ from megaphase.data_tools.text import Reading
 from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.data_tools.tokenizers.commands import tokenizer_app
 from megaphase.data_tools.tokenizers.train import train_tokenizer
-from megaphase.errors import InputError
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils import progress
+from megaphase.utils.errors import InputError
 
 TEXTS = ["one two", "", "drei\nvier\n", "  ▁<eod> 😀", "", "x" * 3000]
 

@@ -28,13 +28,13 @@ from run_support import STEPS, make_corpora, read_rows, run_settings, timeless, 
 from torch import Tensor
 from warm_commands import run_killed, run_well
 
-from megaphase.memory.activations import dropout_saved
-from megaphase.memory.setup import Setup
+from megaphase.distributed.all_ranks import process_group
+from megaphase.distributed.process_grid import ProcessGrid
+from megaphase.distributed.tensor_region import TensorRegion
+from megaphase.estimate.activation_memory import dropout_saved
+from megaphase.estimate.setup import Setup
 from megaphase.model.dropout import Dropout, row_seeds
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.region import TensorRegion
-from megaphase.parallel.together import process_group
-from megaphase.parallel.topology import ProcessGrid
 
 SEED = 1
 SHARE = 0.3

@@ -25,8 +25,8 @@ from existing_tokenizers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaphase.errors import InputError
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

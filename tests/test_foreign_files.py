@@ -25,9 +25,9 @@ from warm_commands import run_killed, run_well
 from megaphase.checkpoint.names import find_in_run, newest_state
 from megaphase.checkpoint.state import checkpoint_folders, full_name, step_of
 from megaphase.corpus import Corpus
-from megaphase.errors import InputError
-from megaphase.locks import exclusive_lock
 from megaphase.plan.build import ensure_built, plan_folder
+from megaphase.utils.errors import InputError
+from megaphase.utils.locks import exclusive_lock
 
 WAIT_SECONDS = 60
 

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from warm_commands import run, run_killed, run_well
 
 from megaphase.config import load_run_file
-from megaphase.data_tools.artificial.languages import write_languages
+from megaphase.data_tools.synthetic.languages import write_languages
 from megaphase.plan.build import ensure_built
 from megaphase.plan.dataset import read_step
 from megaphase.plan.plan import Plan

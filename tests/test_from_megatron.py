@@ -14,8 +14,8 @@ from megaphase.corpus import Corpus
 from megaphase.data_tools.corpora.from_megatron import from_megatron
 from megaphase.data_tools.corpora.verify import verify
 from megaphase.data_tools.tokenization.tokenize import tokenize
-from megaphase.errors import InputError
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
 
 TEXTS = ["one two", "drei\nvier ▁ fünf", "😀" * 40, *(f"text number {n}" * 9 for n in range(80))]
 

@@ -7,17 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweep_support import record_of
 
-from megaphase.experiments.front.first_stages import first_stages
-from megaphase.experiments.front.fronts import fronts_of
-from megaphase.experiments.front.measures import (
+from megaphase.sweep.pareto.first_stages import first_stages
+from megaphase.sweep.pareto.fronts import fronts_of
+from megaphase.sweep.pareto.measures import (
     count_dominated,
     dominates,
     hypervolume,
     lowest_within,
     nondominated,
 )
-from megaphase.experiments.front.points import failures
-from megaphase.experiments.front.verdict import progress_of, verdicts_of
+from megaphase.sweep.pareto.points import failures
+from megaphase.sweep.pareto.verdict import progress_of, verdicts_of
 
 SIDE = 7
 coordinate = st.integers(0, SIDE + 1)

@@ -26,7 +26,6 @@ from rounding import FP32, deviation
 from torch import Tensor
 
 from megaphase.convert.source import open_source
-from megaphase.errors import InputError, RunError
 from megaphase.generation.beam import beam_search, largest
 from megaphase.generation.decoder import Decoder
 from megaphase.generation.decoding import Continuation, Decoding, Prompt
@@ -36,6 +35,7 @@ from megaphase.generation.prompts import read_prompts
 from megaphase.model.gpt import GPT
 from megaphase.model.shape import GPTShape
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError, RunError
 
 EOD = 0
 LENGTHS = (1, 5, 5, 17, 30, SEQ_LEN)

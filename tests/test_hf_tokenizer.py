@@ -32,8 +32,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from megaphase.convert.hugging_face.tokenizer import take_tokenizer, write_hf_tokenizer
 from megaphase.data_tools.tokenizers.train import train_tokenizer
-from megaphase.errors import InputError
 from megaphase.tokenizer import RECORD_NAME, Tokenizer
+from megaphase.utils.errors import InputError
 
 LANGUAGES = ("en", "fr", "de", "hi", "eu")
 FRAGMENTS = [*"  \n\t▁<>éa\u0301", "  ", "0x", "the", *LOOKS_LIKE_CONTROL]

@@ -37,8 +37,8 @@ from safetensors.torch import load_file, save_file
 
 from megaphase.convert.hugging_face.config import read_config
 from megaphase.data_tools.tokenizers.train import train_tokenizer
-from megaphase.parallel.agreement import ControlGroup
-from megaphase.parallel.together import process_group
+from megaphase.distributed.all_ranks import process_group
+from megaphase.distributed.control_group import ControlGroup
 from megaphase.tokenizer import Tokenizer
 
 LANGUAGES = ("en", "fr", "de", "hi", "eu")

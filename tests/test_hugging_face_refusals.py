@@ -34,9 +34,9 @@ from safetensors.torch import load_file, save_file
 from warm_commands import run
 
 from megaphase.convert.hugging_face.from_hf import from_hf
-from megaphase.errors import InputError
 from megaphase.model.shape import GPTShape
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from megaphase.model.in_turn import Steps, interleave
+from megaphase.model.interleave import Steps, interleave
 
 
 def computation(name: str, steps: int, log: list[str]) -> Steps:

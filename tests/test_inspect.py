@@ -15,8 +15,8 @@ from megaphase.checkpoint.parameters import MOMENTS, WEIGHT
 from megaphase.cli import app
 from megaphase.convert.partition import Layout
 from megaphase.convert.reshape import reshape
-from megaphase.errors import InputError
 from megaphase.model.shape import GPTShape
+from megaphase.utils.errors import InputError
 
 SHAPE = GPTShape(vocab=50, seq_len=8, layers=3, hidden=16, heads=4, kv_heads=2, ffn=24)
 LAYOUT = Layout(tensor=2, data=3, zero=1)

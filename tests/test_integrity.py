@@ -24,12 +24,12 @@ from plan_support import (
 from megaphase.config import RunConfig
 from megaphase.corpus import Corpus, CorpusWriter, DocumentBatch, checks
 from megaphase.corpus._checksums import block_checksums
-from megaphase.corpus.checks import check_document, check_files, wrong_tokens
-from megaphase.errors import InputError
-from megaphase.parallel.together import outcome_of
+from megaphase.corpus.integrity import check_document, check_files, wrong_tokens
+from megaphase.distributed.all_ranks import outcome_of
 from megaphase.plan.dataset import StepReader, read_held_out
 from megaphase.plan.plan import Plan
 from megaphase.plan.spec import check_corpora
+from megaphase.utils.errors import InputError
 
 BLOCK = 1024
 STEPS = 40

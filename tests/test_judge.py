@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megaphase.parallel.judge import LOOKS_UNTIL_GONE, Diagnosis, FaultDetector
-from megaphase.parallel.pulse import Heartbeat, RankInfo, next_on_node
+from megaphase.fault_tolerance.fault_detector import LOOKS_UNTIL_GONE, Diagnosis, FaultDetector
+from megaphase.fault_tolerance.heartbeat import Heartbeat, RankInfo, next_on_node
 
 SILENT_SECONDS, STALLED_SECONDS = 30.0, 900.0
 BEAT_SECONDS = 1.0

@@ -17,17 +17,17 @@ from rounding import FP32_ROUNDOFF, assert_close
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from megaphase.errors import InputError
-from megaphase.kernels.kernels import EAGER, Kernels
-from megaphase.kernels.matmul import matmul
+from megaphase.distributed.initialization import Initializer
+from megaphase.distributed.process_grid import ProcessGrid
+from megaphase.model.document_mask import _Masked, _VariableLength, own_document_mask
 from megaphase.model.gpt import GPT
-from megaphase.model.packed_rows import _Masked, _VariableLength, own_document_mask
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.rng import Initializer
-from megaphase.parallel.topology import ProcessGrid
-from megaphase.training.optimizer import build_optimizer
-from megaphase.training.parts import Backends, choose_parts
+from megaphase.ops.kernels import EAGER, Kernels
+from megaphase.ops.matmul import matmul
+from megaphase.optim.optimizer import build_optimizer
+from megaphase.training.backends import Backends, choose_parts
+from megaphase.utils.errors import InputError
 
 ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
 GPT2 = {"norm": "layernorm", "position": "learned", "activation": "gelu", "bias": True}
@@ -87,7 +87,7 @@ def kept_bytes(shape: GPTShape, monkeypatch: Any) -> int:
     def inner(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Any:
         return saved_tensors_hooks(lambda tensor: note(pack(tensor)), unpack)
 
-    monkeypatch.setattr("megaphase.kernels.kept.saved_tensors_hooks", inner)
+    monkeypatch.setattr("megaphase.ops.recompute.saved_tensors_hooks", inner)
     batch = global_batch(0)
     with saved_tensors_hooks(note, lambda tensor: tensor):
         alive = model.train()(batch.inputs, batch.targets)
@@ -252,7 +252,7 @@ def test_what_is_there_is_chosen(monkeypatch: Any) -> None:
     eager, compiled = Backends(EAGER, "torch"), Backends(Kernels(compiled=True), "torch")
     assert choose_parts(run_config()) == eager
     assert choose_parts(parts(kernels="compile")) == compiled
-    monkeypatch.setattr("megaphase.training.parts.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("megaphase.training.backends.device", lambda: torch.device("cuda"))
     there: set[str] = set()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name in there or None)
     assert choose_parts(run_config()) == eager

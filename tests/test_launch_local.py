@@ -40,7 +40,7 @@ def note_signals():
         signal.signal(number, note)
     take_signals()
 def report(rank, line):
-    from megaphase.parallel.launcher import report_end
+    from megaphase.distributed.dist_env import report_end
     assert report_end(rank, [line])
 def wait_for(what, seconds=300):
     end = time.monotonic() + seconds
@@ -318,7 +318,7 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path):
         "run_as_ranks([sys.executable, '-c', sys.argv[1]], 2)"
     )
     rank = (
-        "import os, pathlib, time; from megaphase.parent import end_with_parent; "
+        "import os, pathlib, time; from megaphase.utils.process_lifetime import end_with_parent; "
         f"end_with_parent(); pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch(); "
         "time.sleep(600)"
     )

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from megaphase import cli
-from megaphase.errors import InputError
-from megaphase.parallel import launcher
+from megaphase.distributed import dist_env
+from megaphase.utils.errors import InputError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -25,20 +25,20 @@ def given(monkeypatch, **variables: str) -> None:
 
 
 def test_without_a_launcher():
-    launcher.check_launch()
-    launcher.check_meeting()
-    assert launcher.given_world_size() is None
-    assert [launcher.world_size(), launcher.global_rank(), launcher.local_rank()] == [1, 0, 0]
+    dist_env.check_launch()
+    dist_env.check_meeting()
+    assert dist_env.given_world_size() is None
+    assert [dist_env.world_size(), dist_env.global_rank(), dist_env.local_rank()] == [1, 0, 0]
 
 
 def test_with_a_launcher(monkeypatch):
     given(monkeypatch, RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4")
     given(monkeypatch, MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
-    launcher.check_meeting()
-    assert launcher.given_world_size() == launcher.world_size() == 8
-    assert [launcher.global_rank(), launcher.local_rank()] == [5, 1]
-    assert launcher.local_world_size() == 4
-    assert not launcher.is_first_rank()
+    dist_env.check_meeting()
+    assert dist_env.given_world_size() == dist_env.world_size() == 8
+    assert [dist_env.global_rank(), dist_env.local_rank()] == [5, 1]
+    assert dist_env.local_world_size() == 4
+    assert not dist_env.is_first_rank()
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,6 @@ def test_what_cannot_be_is_refused_by_every_command(monkeypatch, capfd, command,
 def test_processes_that_are_not_told_where_to_meet(monkeypatch, missing):
     given(monkeypatch, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     monkeypatch.delenv(missing)
-    launcher.check_launch()  # enough for `megaphase plan`
+    dist_env.check_launch()  # enough for `megaphase plan`
     with pytest.raises(InputError, match=f"{missing}: is not set, but WORLD_SIZE is 2"):
-        launcher.check_meeting()
+        dist_env.check_meeting()

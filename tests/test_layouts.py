@@ -35,8 +35,8 @@ from plain_gpt import IGNORED, PlainAdamW, PlainGPT, PlainShape
 from rounding import FP32
 from torch import Tensor
 
-from megaphase.parallel.layers import padded_vocab
-from megaphase.parallel.together import process_group
+from megaphase.distributed.all_ranks import process_group
+from megaphase.distributed.layers import padded_vocab
 from megaphase.plan.dataset import Batch
 
 STEPS = 30

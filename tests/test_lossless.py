@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.data_tools.tokenizers.train import train_tokenizer
-from megaphase.errors import InputError
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
 
 
 def sentences(first: int, last: int, between: str = "") -> list[str]:

@@ -25,11 +25,11 @@ from torch import Tensor
 from megaphase.convert.megatron.from_megatron import from_megatron
 from megaphase.convert.megatron.names import Implementation
 from megaphase.convert.megatron.to_megatron import Target, to_megatron
+from megaphase.distributed.all_ranks import process_group
+from megaphase.distributed.initialization import Initializer
+from megaphase.distributed.process_grid import start
 from megaphase.model.gpt import GPT
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.rng import Initializer
-from megaphase.parallel.together import process_group
-from megaphase.parallel.topology import start
 
 LLAMA = GPTShape(
     vocab=99, seq_len=24, layers=2, hidden=32, heads=8, kv_heads=4, ffn=48, rotary_base=5000.0

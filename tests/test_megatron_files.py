@@ -30,7 +30,7 @@ from megaphase.convert.megatron.from_megatron import from_megatron
 from megaphase.convert.megatron.names import Implementation
 from megaphase.convert.megatron.to_megatron import Target, to_megatron
 from megaphase.convert.source import open_source
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 NAMES = list(Implementation)
 

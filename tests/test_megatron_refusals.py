@@ -20,7 +20,7 @@ from test_pickles import Payload
 
 from megaphase.convert.megatron.from_megatron import from_megatron
 from megaphase.convert.megatron.to_megatron import Target, to_megatron
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 QKV = "decoder.layers.1.self_attention.linear_qkv.weight"
 

@@ -18,20 +18,26 @@ from hypothesis import strategies as st
 from plan_support import FakeTokenizer, random_lengths, write_corpus, write_run
 from typer.testing import CliRunner
 
-from megaphase.errors import InputError
-from megaphase.memory.choices import GB, RESERVE, all_kept, fits, layouts, remedies
-from megaphase.memory.estimate import PARTS, estimate
-from megaphase.memory.setup import Setup, setup_of
-from megaphase.memory.states import PREFETCH_BUCKET, REDUCE_BUCKET, SUB_GROUP, Resident, states_of
+from megaphase.distributed.all_ranks import process_group
+from megaphase.distributed.initialization import Initializer
+from megaphase.distributed.process_grid import ProcessGrid
+from megaphase.distributed.sharding import layout_of
+from megaphase.estimate.memory import PARTS, estimate
+from megaphase.estimate.setup import Setup, setup_of
+from megaphase.estimate.state_memory import (
+    PREFETCH_BUCKET,
+    REDUCE_BUCKET,
+    SUB_GROUP,
+    Resident,
+    states_of,
+)
+from megaphase.estimate.suggestions import GB, RESERVE, all_kept, fits, layouts, remedies
 from megaphase.model.gpt import GPT
 from megaphase.model.parameters import parameter_layouts, parameter_sizes
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.rng import Initializer
-from megaphase.parallel.sharding import layout_of
-from megaphase.parallel.together import process_group
-from megaphase.parallel.topology import ProcessGrid
 from megaphase.plan.commands import plan_app
+from megaphase.utils.errors import InputError
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "memory.py"
 TOLERANCE = 0.1

@@ -27,7 +27,7 @@ from megaphase.data_tools.corpora.merge import merge
 from megaphase.data_tools.corpora.verify import verify
 from megaphase.data_tools.shards import ShardChoice, shards_of
 from megaphase.data_tools.tokenization.tokenize import tokenize
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 EOD = 0
 

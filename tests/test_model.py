@@ -15,16 +15,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megaphase.config import RunConfig
-from megaphase.errors import InputError
-from megaphase.kernels.attention import attention as attend
-from megaphase.kernels.kernels import EAGER
+from megaphase.distributed.initialization import Initializer
+from megaphase.distributed.process_grid import ProcessGrid
+from megaphase.distributed.tensor_region import TensorRegion
 from megaphase.model.gpt import GPT, Attention, Block, Rows
-from megaphase.model.in_turn import interleave
+from megaphase.model.interleave import interleave
 from megaphase.model.presets import PRESETS, build_shape
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.region import TensorRegion
-from megaphase.parallel.rng import Initializer
-from megaphase.parallel.topology import ProcessGrid
+from megaphase.ops.attention import attention as attend
+from megaphase.ops.kernels import EAGER
+from megaphase.utils.errors import InputError
 
 ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
 INITIALIZER = Initializer(1, torch.float32)

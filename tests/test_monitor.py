@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaphase.config import RunConfig, load_run_file
-from megaphase.training.monitor import EarlyStopping, PhaseEnd
+from megaphase.training.early_stopping import EarlyStopping, PhaseEnd
 
 TASKS = ["en", "hi", "eu"]
 

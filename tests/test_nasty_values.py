@@ -18,18 +18,18 @@ from plan_support import FakeTokenizer, write_corpus
 
 from megaphase import cli
 from megaphase.config import RunConfig, run_config
-from megaphase.errors import InputError
-from megaphase.experiments.sweep import sweep as sweep_module
-from megaphase.experiments.sweep.file import SweepConfig
-from megaphase.experiments.sweep.start import _checked_trials
+from megaphase.estimate.hardware import hardware_of, planned_card
+from megaphase.estimate.memory_table import memory_sentences, memory_summary
+from megaphase.estimate.step_time_table import speed_sentences, speed_summary
 from megaphase.launch.slurm.pipeline import Pipeline, load_pipeline, scripts
-from megaphase.memory.table import memory_sentences, memory_summary
+from megaphase.optim.schedules import learning_rate
+from megaphase.plan.load_plan import memory_setup
 from megaphase.plan.mixture import effective_rates
-from megaphase.plan.opening import memory_setup
 from megaphase.plan.spec import plan_spec, task_supply
-from megaphase.speed.hardware import hardware_of, planned_card
-from megaphase.speed.table import speed_sentences, speed_summary
-from megaphase.training.schedules import learning_rate
+from megaphase.sweep import sweep as sweep_module
+from megaphase.sweep.file import SweepConfig
+from megaphase.sweep.start import _checked_trials
+from megaphase.utils.errors import InputError
 
 PROGRAM = typer.main.get_command(cli.app)
 LONGEST_LINE = 4100

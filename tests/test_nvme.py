@@ -29,13 +29,13 @@ from megaphase.checkpoint.parameters import StoredParameters
 from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.config import RunConfig
-from megaphase.errors import InputError
-from megaphase.parallel.agreement import ControlGroup
-from megaphase.parallel.together import process_group
-from megaphase.parallel.topology import start
+from megaphase.distributed.all_ranks import process_group
+from megaphase.distributed.control_group import ControlGroup
+from megaphase.distributed.process_grid import start
 from megaphase.training.deepspeed_config import swap_folder
 from megaphase.training.engine import Engine, import_deepspeed
 from megaphase.training.nvme import prepare_offload
+from megaphase.utils.errors import InputError
 
 PROCESSES = 2
 BEFORE, AFTER = 3, 3

@@ -36,9 +36,9 @@ from torch import Tensor
 from megaphase.checkpoint.parameters import INDEX_FILE, StoredParameters
 from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import CheckpointStore
-from megaphase.parallel.agreement import ControlGroup
-from megaphase.parallel.together import process_group
-from megaphase.parallel.topology import start
+from megaphase.distributed.all_ranks import process_group
+from megaphase.distributed.control_group import ControlGroup
+from megaphase.distributed.process_grid import start
 from megaphase.training.engine import Engine, StepResult
 
 PROCESSES = 4

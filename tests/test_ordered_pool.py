@@ -14,7 +14,7 @@ import pytest
 from data_support import LIMIT_SECONDS, is_running, start_python, wait_until
 
 from megaphase.data_tools.ordered_pool import ordered_map
-from megaphase.errors import InputError, RunError
+from megaphase.utils.errors import InputError, RunError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 

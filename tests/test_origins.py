@@ -18,8 +18,8 @@ from megaphase.data_tools.corpora.split import split
 from megaphase.data_tools.corpora.verify import verify
 from megaphase.data_tools.shards import ShardChoice
 from megaphase.data_tools.tokenization.tokenize import tokenize
-from megaphase.errors import InputError
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")

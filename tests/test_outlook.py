@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megaphase.training.outlook import ResumePoint, loss_sentence
+from megaphase.training.resume_point import ResumePoint, loss_sentence
 
 FROM_4 = "The same command resumes from step-00000004"
 

@@ -15,8 +15,8 @@ from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.corpora.verify import verify
 from megaphase.data_tools.text import Reading
 from megaphase.data_tools.tokenization.tokenize import tokenize
-from megaphase.errors import InputError
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
 
 PAIRS = [("one two", "un deux"), ("one two", "eins"), ("<fr> three", "trois <fr>"), ("four", "")]
 

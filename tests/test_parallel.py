@@ -14,18 +14,18 @@ from plain_gpt import PlainGPT, PlainShape
 from rounding import FP32_ROUNDOFF, assert_close
 from torch import Tensor
 
-from megaphase.kernels.kernels import EAGER
-from megaphase.parallel.collectives import (
+from megaphase.distributed.all_ranks import process_group
+from megaphase.distributed.collectives import (
     copy_to_tensor_parallel,
     gather_sequence,
     reduce_async,
 )
-from megaphase.parallel.cross_entropy import Vocabulary, linear_cross_entropy
-from megaphase.parallel.sharding import layout_of
-from megaphase.parallel.together import process_group
-from megaphase.parallel.topology import ProcessGrid, start
-from megaphase.targets import IGNORED_TARGET
+from megaphase.distributed.cross_entropy import Vocabulary, linear_cross_entropy
+from megaphase.distributed.process_grid import ProcessGrid, start
+from megaphase.distributed.sharding import layout_of
+from megaphase.ops.kernels import EAGER
 from megaphase.training.engine import Engine
+from megaphase.utils.targets import IGNORED_TARGET
 
 PROCESSES = 4
 TENSOR_SIZES = (1, 2, 4)

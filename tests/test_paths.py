@@ -12,9 +12,9 @@ from run_support import make_corpora, run_settings, write_run_file
 
 from megaphase import cli
 from megaphase.data_tools.text import expand_inputs
-from megaphase.errors import InputError, RunError, exit_code, os_fault
-from megaphase.files import atomic_write_text, directory_written_aside, read_file, read_json
-from megaphase.yaml_file import read_yaml
+from megaphase.utils.errors import InputError, RunError, exit_code, os_fault
+from megaphase.utils.files import atomic_write_text, directory_written_aside, read_file, read_json
+from megaphase.utils.yaml_file import read_yaml
 
 LATIN_1 = os.fsdecode(b"caf\xe9")
 

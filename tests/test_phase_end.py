@@ -13,8 +13,8 @@ from warm_commands import run, run_killed, run_well
 
 from megaphase.config import load_run_file
 from megaphase.plan.build import ensure_built
-from megaphase.plan.history import phase_spans, read_history
 from megaphase.plan.plan import Plan
+from megaphase.plan.run_history import phase_spans, read_history
 from megaphase.plan.spec import plan_spec
 from megaphase.plan.trace import trace_step
 from megaphase.tokenizer import Tokenizer

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from megaphase.convert.pickles import UnreadStorage, check_archive, load_pickle
-from megaphase.errors import InputError
+from megaphase.convert.safe_torch_load import UnreadStorage, check_archive, load_pickle
+from megaphase.utils.errors import InputError
 
 
 class Payload:

@@ -28,10 +28,10 @@ from plan_support import (
 from rich.console import Console
 
 from megaphase.config import RunConfig
-from megaphase.errors import InputError, RunError
-from megaphase.files import hash_json
 from megaphase.plan.build import build_index, ensure_built, plan_folder
 from megaphase.plan.progress import building_progress
+from megaphase.utils.errors import InputError, RunError
+from megaphase.utils.files import hash_json
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_a_process_that_waits_goes_on_when_the_builder_is_killed(run):
 
 
 def test_what_a_live_process_on_this_machine_writes_is_not_removed(run):
-    from megaphase.files import remove_abandoned, temporary_path
+    from megaphase.utils.files import remove_abandoned, temporary_path
 
     config, _ = run
     final = config.output / "plan" / "name"

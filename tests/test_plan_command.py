@@ -21,12 +21,12 @@ from plan_support import (
 from rich.console import Console
 from typer.testing import CliRunner
 
-from megaphase.errors import InputError
 from megaphase.plan.build import plan_folder
 from megaphase.plan.commands import plan_app
 from megaphase.plan.preview import plan_table, plan_warnings
 from megaphase.plan.spec import plan_spec
 from megaphase.training.run_directory import RunDirectory
+from megaphase.utils.errors import InputError
 
 PHASES = [
     phase("pretrain", 50, {"rates": {"en": 0.9995, "no": 0.0005}}),

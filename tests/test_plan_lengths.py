@@ -22,11 +22,11 @@ from plan_support import (
 from translation_support import random_pairs, write_pairs
 
 from megaphase.config import RunConfig
-from megaphase.errors import InputError
 from megaphase.plan.build import ensure_built
 from megaphase.plan.dataset import StepReader, read_step
 from megaphase.plan.index import block_size
 from megaphase.plan.plan import Plan
+from megaphase.utils.errors import InputError
 
 FILLER = 59_999
 NAMES = ["en", "hi", "pair"]

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from plan_support import LARGEST, blend_of_rates, normalised
 
 from megaphase.config import MixtureConfig
-from megaphase.errors import InputError
 from megaphase.plan.mixture import (
     TaskSupply,
     effective_rates,
     integer_weights,
     requested_rates,
 )
+from megaphase.utils.errors import InputError
 
 
 @settings(deadline=None)

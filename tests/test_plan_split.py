@@ -34,12 +34,12 @@ from translation_support import (
 )
 
 from megaphase.config import RunConfig
-from megaphase.errors import InputError
 from megaphase.generation.pairs import held_out_pairs
 from megaphase.plan.plan import Plan
 from megaphase.plan.preview import subsample_sentences
 from megaphase.plan.split import held_out_hashes, training_hashes
 from megaphase.plan.stream import Stream
+from megaphase.utils.errors import InputError
 
 FRACTION, FILLER = 0.2, 59_999
 SAMPLES = 160

@@ -28,7 +28,7 @@ from megaphase.corpus import Corpus, DocumentBatch
 from megaphase.plan import _builder
 from megaphase.plan.dataset import read_held_out
 from megaphase.plan.stream import DOCUMENTS_PER_CALL, Stream
-from megaphase.targets import IGNORED_TARGET
+from megaphase.utils.targets import IGNORED_TARGET
 
 SEQ_LEN = 8
 FRACTION = 0.2

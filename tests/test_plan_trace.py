@@ -21,13 +21,13 @@ from typer.testing import CliRunner
 from megaphase.corpus import Corpus, CorpusWriter
 from megaphase.corpus.batch import batches_of
 from megaphase.corpus.origins import Origins
-from megaphase.errors import InputError
 from megaphase.plan.commands import plan_app
 from megaphase.plan.dataset import read_step
 from megaphase.plan.plan import Plan
 from megaphase.plan.trace import TracedSample, as_json, find_step, trace_step
-from megaphase.targets import IGNORED_TARGET
 from megaphase.training.run_directory import RunDirectory
+from megaphase.utils.errors import InputError
+from megaphase.utils.targets import IGNORED_TARGET
 
 FILLER = 59_999
 NAMES = ["en", "hi", "no"]

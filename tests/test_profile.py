@@ -22,7 +22,6 @@ from run_support import (
     write_run_file,
 )
 
-from megaphase.errors import InputError, RunError
 from megaphase.training.profiling.intervals import clipped, exclusive_lengths, merged, spans
 from megaphase.training.profiling.kinds import (
     Kind,
@@ -35,7 +34,8 @@ from megaphase.training.profiling.printing import profile_text
 from megaphase.training.profiling.recorder import Profiler
 from megaphase.training.profiling.summary import summarize, top_kernels
 from megaphase.training.profiling.trace import read_trace
-from megaphase.training.record import ThroughputReference
+from megaphase.training.run_logger import ThroughputReference
+from megaphase.utils.errors import InputError, RunError
 
 TICKS = 40
 SPANS = st.lists(

@@ -14,17 +14,17 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from megaphase.errors import InputError
-from megaphase.experiments.commands import report_command
-from megaphase.experiments.plot_style import LABEL_GAP_POINTS, WIDE, line_colours, spread
-from megaphase.experiments.plots import comparison_plot, learning_rate_plot, loss_plot
-from megaphase.experiments.report import (
+from megaphase.report.plot_style import LABEL_GAP_POINTS, WIDE, line_colours, spread
+from megaphase.report.plots import comparison_plot, learning_rate_plot, loss_plot
+from megaphase.report.report import (
     final_losses,
     load_run,
     summary_table,
     verdicts,
     write_report,
 )
+from megaphase.sweep.commands import report_command
+from megaphase.utils.errors import InputError
 
 TASKS = {"en": 40_000, "fr": 30_000, "hi": 500, "eu": 2_000}  # tokens
 FLOORS = {"en": 3.0, "fr": 3.3, "hi": 5.1, "eu": 5.7}

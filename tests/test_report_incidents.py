@@ -6,11 +6,11 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_report import END, SWITCH, Page, held_out_loss, write_run
 
-from megaphase.experiments.incidents import incident_sentences
-from megaphase.experiments.losses import task_verdicts
-from megaphase.experiments.plot_style import NARROW, WIDE
-from megaphase.experiments.plots import loss_plot
-from megaphase.experiments.report import load_run, write_report
+from megaphase.report.incidents import incident_sentences
+from megaphase.report.losses import task_verdicts
+from megaphase.report.plot_style import NARROW, WIDE
+from megaphase.report.plots import loss_plot
+from megaphase.report.report import load_run, write_report
 
 SPIKES = [3, 4, 5, 6, 7, 8]
 

@@ -23,9 +23,9 @@ from megaphase.checkpoint.parameters import StoredParameters
 from megaphase.config import RunConfig
 from megaphase.convert.partition import Layout
 from megaphase.convert.reshape import reshape
-from megaphase.parallel.agreement import ControlGroup
-from megaphase.parallel.together import process_group
-from megaphase.parallel.topology import start
+from megaphase.distributed.all_ranks import process_group
+from megaphase.distributed.control_group import ControlGroup
+from megaphase.distributed.process_grid import start
 from megaphase.training.engine import Engine
 
 GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]

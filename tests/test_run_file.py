@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megaphase.config import RunConfig, load_run_file
-from megaphase.errors import InputError
-from megaphase.yaml_file import read_yaml
+from megaphase.utils.errors import InputError
+from megaphase.utils.yaml_file import read_yaml
 
 GOOD = """\
 seed: 1

@@ -18,13 +18,13 @@ from nasty_values import all_keys, places, replaced
 
 from megaphase.checkpoint.state import NAME
 from megaphase.config import MixtureConfig, RunConfig, load_run_file, run_config
-from megaphase.decimals import as_written
-from megaphase.errors import InputError, one_line
-from megaphase.memory.gathered import kept_gathered
-from megaphase.names import check_name, check_phase_name
+from megaphase.estimate.gathered_parameters import kept_gathered
 from megaphase.plan.mixture import TaskSupply, effective_rates
 from megaphase.plan.split import held_out_hashes, training_hashes
 from megaphase.training.run_directory import RunDirectory
+from megaphase.utils.decimals import as_written
+from megaphase.utils.errors import InputError, one_line
+from megaphase.utils.names import check_name, check_phase_name
 
 
 def load(folder: Path, content: dict[str, Any], *overrides: str) -> RunConfig:

@@ -23,12 +23,12 @@ from run_support import (
 )
 from warm_commands import run_killed, run_well
 
-from megaphase.experiments.runs import load_run
-from megaphase.files import hash_file
 from megaphase.launch.slurm.status import read_status
-from megaphase.metrics_rows import missing_steps, steps_in_words
-from megaphase.training.metrics import MetricsLog
+from megaphase.report.runs import load_run
+from megaphase.training.metrics_file import MetricsLog
 from megaphase.training.metrics_recovery import kept_metrics
+from megaphase.utils.files import hash_file
+from megaphase.utils.metrics_rows import missing_steps, steps_in_words
 
 LAST = sum(STEPS)
 SAVED = 16  # the newest checkpoint before the kill, in the second phase

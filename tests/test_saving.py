@@ -29,7 +29,7 @@ from run_support import (
 from warm_commands import kill_before
 
 from megaphase.checkpoint.state import full_name
-from megaphase.locks import exclusive_lock
+from megaphase.utils.locks import exclusive_lock
 
 PROCESSES = 2
 RESUMED, FAILING = 12, 16

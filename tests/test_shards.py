@@ -20,7 +20,7 @@ from megaphase.data_tools.shards import ShardChoice, shards_of
 from megaphase.data_tools.text import read_chunks
 from megaphase.data_tools.tokenization import tokenize as module
 from megaphase.data_tools.tokenization.tokenize import tokenize
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import pytest
 from data_support import LIMIT_SECONDS
 
 from megaphase import cli
-from megaphase.errors import Stopped
-from megaphase.training.signals import StopSignals
+from megaphase.fault_tolerance.stop_signals import StopSignals
+from megaphase.utils.errors import Stopped
 
 
 def get_signals(*numbers: signal.Signals) -> None:
@@ -53,7 +53,7 @@ def test_earlier_handlers_come_back():
 def test_many_signals_at_once_interrupt_nothing():
     code = """
 import os, signal, sys, threading
-from megaphase.training.signals import StopSignals
+from megaphase.fault_tolerance.stop_signals import StopSignals
 def storm():
     for _ in range(2000):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -91,7 +91,7 @@ def run(code: str, *arguments: str, **variables: str) -> tuple[int, str]:
 
 STARTING = """
 import ctypes, os, signal, sys, threading, time
-from megaphase.training.signals import StopSignals
+from megaphase.fault_tolerance.stop_signals import StopSignals
 with StopSignals() as signals:
     threading.Timer(0.2, os.kill, (os.getpid(), signal.Signals[sys.argv[1]])).start()
     # A process that waits in C for good, as in a collective, runs no handler of Python's.
@@ -116,7 +116,7 @@ def test_signal_ends_a_run_that_has_not_begun_to_train(name, told, code):
 
 TRAINING = """
 import os, signal, sys, time
-from megaphase.training.signals import StopSignals
+from megaphase.fault_tolerance.stop_signals import StopSignals
 def wait_for(what):
     end = time.monotonic() + 300
     while not what():

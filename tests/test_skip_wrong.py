@@ -18,7 +18,7 @@ from megaphase.data_tools.corpora.inspect import describe
 from megaphase.data_tools.corpora.merge import merge
 from megaphase.data_tools.text import read_chunks
 from megaphase.data_tools.tokenization.tokenize import tokenize
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 GOOD = [f"text number {n} · नमस्ते" for n in range(300)]
 WRONG = {

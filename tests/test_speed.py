@@ -13,18 +13,24 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from megaphase.config import HardwareConfig
-from megaphase.errors import InputError
-from megaphase.memory.choices import GB
-from megaphase.memory.estimate import estimate
-from megaphase.memory.setup import Setup
-from megaphase.memory.table import memory_summary
+from megaphase.estimate.gpu_specs import CARDS, card_of_device
+from megaphase.estimate.hardware import Hardware, hardware_of, peak_flops
+from megaphase.estimate.memory import estimate
+from megaphase.estimate.memory_table import memory_summary
+from megaphase.estimate.setup import Setup
+from megaphase.estimate.step_time import step_time
+from megaphase.estimate.step_time_table import (
+    WIDE,
+    layouts_table,
+    quickest,
+    speed_sentences,
+    speed_summary,
+)
+from megaphase.estimate.suggestions import GB
 from megaphase.model.shape import GPTShape
 from megaphase.plan.commands import plan_app
-from megaphase.speed.cards import CARDS, card_of_device
-from megaphase.speed.estimate import step_time
-from megaphase.speed.hardware import Hardware, hardware_of, peak_flops
-from megaphase.speed.table import WIDE, layouts_table, quickest, speed_sentences, speed_summary
-from megaphase.training.hardware import device_peak_flops, missing_peak
+from megaphase.training.peak_flops import device_peak_flops, missing_peak
+from megaphase.utils.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -122,10 +128,10 @@ def test_what_mfu_is_measured_against():
 
 
 def test_a_run_says_what_would_give_mfu(monkeypatch):
-    monkeypatch.setattr("megaphase.training.hardware.device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("megaphase.training.peak_flops.device", lambda: torch.device("cpu"))
     assert missing_peak(config_with()) is None
     assert device_peak_flops(config_with(peak_tflops=2)) == 2e12
-    monkeypatch.setattr("megaphase.training.hardware.device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr("megaphase.training.peak_flops.device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X1")
     assert missing_peak(config_with()) == (
         "No MFU: the bf16 peak of NVIDIA X1 is not in the table of cards; hardware.peak_tflops "

@@ -10,10 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaphase.memory.setup import Setup
-from megaphase.model.parameters import parameter_sizes
-from megaphase.model.shape import GPTShape
-from megaphase.speed.communication import (
+from megaphase.estimate.communication import (
     ALL_GATHER,
     ALL_REDUCE,
     REDUCE_SCATTER,
@@ -25,9 +22,12 @@ from megaphase.speed.communication import (
     tensor_forward,
     tensor_ring,
 )
-from megaphase.speed.estimate import PARTS, step_time
-from megaphase.speed.hardware import Hardware
-from megaphase.speed.work import Work, backward_work, forward_work, recomputed_work
+from megaphase.estimate.flops import Work, backward_work, forward_work, recomputed_work
+from megaphase.estimate.hardware import Hardware
+from megaphase.estimate.setup import Setup
+from megaphase.estimate.step_time import PARTS, step_time
+from megaphase.model.parameters import parameter_sizes
+from megaphase.model.shape import GPTShape
 
 REPOSITORY = Path(__file__).parent.parent
 H100 = Hardware("H100", False, 1000e12, 0.5, 3000e9, 8, 450e9, 50e9)

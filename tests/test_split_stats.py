@@ -21,9 +21,9 @@ from megaphase.data_tools.corpora.split import split
 from megaphase.data_tools.corpora.stats import corpus_stats, stats_tables
 from megaphase.data_tools.corpora.verify import verify
 from megaphase.data_tools.tokenization.tokenize import tokenize
-from megaphase.errors import InputError
 from megaphase.plan.stream import Stream
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
 
 WORDS = ["one", "two", "three", "vier", "fünf", "sechs"]
 

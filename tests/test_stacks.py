@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from megaphase.parallel.pulse import thread_position
-from megaphase.parallel.stacks import all_stacks
+from megaphase.fault_tolerance.heartbeat import thread_position
+from megaphase.fault_tolerance.stack_dump import all_stacks
 
 
 def wait_for(event: threading.Event) -> None:

@@ -27,11 +27,11 @@ from megaphase.checkpoint.saver import Saver, SaveStatus, Snapshot
 from megaphase.checkpoint.state import full_name
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.checkpoint.tensor_file import file_bytes, write_tensors
-from megaphase.errors import InputError, RunError
-from megaphase.files import describe_file
-from megaphase.parallel.agreement import ControlGroup
-from megaphase.parallel.sharding import ParameterLayout
-from megaphase.training.metrics import MetricsLog
+from megaphase.distributed.control_group import ControlGroup
+from megaphase.distributed.sharding import ParameterLayout
+from megaphase.training.metrics_file import MetricsLog
+from megaphase.utils.errors import InputError, RunError
+from megaphase.utils.files import describe_file
 
 PROCESSES = 2
 TIMEOUT_SECONDS = 400.0
@@ -368,8 +368,8 @@ def test_after_a_failed_save_the_next_one_is_whole(
 
 def agreed_failure(folder: str) -> tuple[str, list[str]]:
     """Rank 1 cannot write its shard; what every rank is told, and what is left."""
-    from megaphase.parallel.together import process_group
-    from megaphase.parallel.topology import start
+    from megaphase.distributed.all_ranks import process_group
+    from megaphase.distributed.process_grid import start
 
     with process_group():
         start(1)

@@ -18,7 +18,10 @@ from run_support import (
 from warm_process import WarmProcess
 
 TEXT = "2 × 3 → “six” \U0001f600"
-PREPARED = f"import sys\nfrom megaphase.streams import *\nprepare_streams()\nTEXT = {TEXT!r}\n"
+PREPARED = (
+    "import sys\nfrom megaphase.utils.standard_streams import *\n"
+    f"prepare_streams()\nTEXT = {TEXT!r}\n"
+)
 
 
 def python(code, *, redirections="", **environment):

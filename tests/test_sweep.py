@@ -20,16 +20,16 @@ from run_support import HIGH, LOW, make_corpora, megaphase, read_rows
 from sweep_run_support import STEPS, run_warm, settings, warm_start, write
 
 from megaphase.config import load_run_file
-from megaphase.errors import EndedAtOnce, InputError, RunError, Stopped
-from megaphase.experiments.front.report import SweepReport
-from megaphase.experiments.sweep.directory import SweepDirectory
-from megaphase.experiments.sweep.file import SweepConfig
-from megaphase.experiments.sweep.outcome import Outcome
-from megaphase.experiments.sweep.start import open_sweep, refuse_failures
-from megaphase.experiments.sweep.sweep import load_sweep
-from megaphase.experiments.sweep.trial_run import release_checkpoints
-from megaphase.experiments.sweep.trials import Trial, all_trials, known_trials
-from megaphase.yaml_file import read_yaml
+from megaphase.sweep.directory import SweepDirectory
+from megaphase.sweep.file import SweepConfig
+from megaphase.sweep.outcome import Outcome
+from megaphase.sweep.pareto.report import SweepReport
+from megaphase.sweep.start import open_sweep, refuse_failures
+from megaphase.sweep.sweep import load_sweep
+from megaphase.sweep.trial_run import release_checkpoints
+from megaphase.sweep.trials import Trial, all_trials, known_trials
+from megaphase.utils.errors import EndedAtOnce, InputError, RunError, Stopped
+from megaphase.utils.yaml_file import read_yaml
 
 
 @pytest.fixture(scope="module")

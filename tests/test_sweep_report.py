@@ -13,11 +13,11 @@ from sweep_support import HIGH, LOW, STATIC, STEPS, TOKENS, TWO_PHASE, write_swe
 from test_report import Page
 from typer.testing import CliRunner
 
-from megaphase.errors import InputError
-from megaphase.experiments.commands import report_command
-from megaphase.experiments.front.report import SweepReport
-from megaphase.experiments.plot_parts import PointLabel, label_points
-from megaphase.experiments.plot_style import inch_axes, new_figure
+from megaphase.report.plot_parts import PointLabel, label_points
+from megaphase.report.plot_style import inch_axes, new_figure
+from megaphase.sweep.commands import report_command
+from megaphase.sweep.pareto.report import SweepReport
+from megaphase.utils.errors import InputError
 
 ARMS = {
     "static": STATIC | {"temperatures": [3.3]},

@@ -7,8 +7,8 @@ import pytest
 from sweep_support import sweep_of
 
 from megaphase.checkpoint.names import find_checkpoint
-from megaphase.errors import InputError
-from megaphase.experiments.sweep.trials import all_trials
+from megaphase.sweep.trials import all_trials
+from megaphase.utils.errors import InputError
 
 
 def trials(tmp_path, arms, steps=60, **more):

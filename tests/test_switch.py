@@ -23,7 +23,7 @@ from engine_support import (
 from torch import Tensor
 
 from megaphase.config import RunConfig
-from megaphase.parallel.together import process_group
+from megaphase.distributed.all_ranks import process_group
 from megaphase.training.engine import Engine
 
 STEPS_BEFORE = 4

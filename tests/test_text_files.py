@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaphase.data_tools.text import Reading, chunks, documents_of, read_chunks
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 TEXTS = ["one", "two\nlines", "ein Wort für 😀", "  spaces  ", "", "a\u2028b\x85c", "x" * 5000]
 

@@ -28,7 +28,7 @@ from megaphase.data_tools.text import (
 )
 from megaphase.data_tools.text import chunks as chunks_module
 from megaphase.data_tools.text.chunk import count_lines
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 LINES = st.lists(
     st.sampled_from(

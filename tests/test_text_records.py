@@ -30,9 +30,9 @@ from megaphase.data_tools.text import (
     read_chunks,
     size_on_disk,
 )
-from megaphase.data_tools.text.kinds import Kind
+from megaphase.data_tools.text.file_types import Kind
 from megaphase.data_tools.text.reading import unescape
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 TEXTS = ["one", "two\nlines", "ein Wort für 😀", "  spaces  ", "", "x" * 5000]
 

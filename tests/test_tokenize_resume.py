@@ -22,7 +22,7 @@ from data_support import (
 from megaphase.data_tools.text import read_chunks
 from megaphase.data_tools.tokenization import tokenize as module
 from megaphase.data_tools.tokenization.tokenize import tokenize
-from megaphase.errors import InputError, RunError
+from megaphase.utils.errors import InputError, RunError
 
 CHUNK_BYTES = 4_000
 SAVE_BYTES = 8_000

@@ -13,8 +13,8 @@ from data_support import VOCAB_SIZE, make_tokenizer
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megaphase.errors import InputError
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
 
 # Text, with what tokenizers are apt to lose or mistake made likely.
 DIFFICULT = (

@@ -10,7 +10,7 @@ import torch
 
 from megaphase.checkpoint.tensor_file import TensorKind
 from megaphase.convert.megatron.torch_file import TorchFileWriter
-from megaphase.convert.pickles import check_archive, load_pickle
+from megaphase.convert.safe_torch_load import check_archive, load_pickle
 
 TENSORS = {
     "matrix": torch.randn(300, 17),

@@ -22,7 +22,7 @@ from data_support import (
 )
 from typer.testing import CliRunner
 
-from megaphase.data_tools.artificial.languages import write_languages
+from megaphase.data_tools.synthetic.languages import write_languages
 from megaphase.data_tools.text import Reading
 from megaphase.data_tools.tokenizers.commands import tokenizer_app
 from megaphase.data_tools.tokenizers.fertility import badly_served, fertility_table
@@ -34,8 +34,8 @@ from megaphase.data_tools.tokenizers.sample import (
     uses_per_sentence,
 )
 from megaphase.data_tools.tokenizers.train import train_tokenizer
-from megaphase.errors import InputError
 from megaphase.tokenizer import Fertility, Tokenizer
+from megaphase.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from plain_gpt import IGNORED, PlainGPT, PlainShape
 from rounding import assert_close
 from torch import Tensor
 
+from megaphase.distributed.initialization import Initializer
+from megaphase.distributed.process_grid import ProcessGrid
+from megaphase.model.document_mask import own_document_mask, positions_in_document
 from megaphase.model.gpt import GPT
-from megaphase.model.packed_rows import own_document_mask, positions_in_document
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.rng import Initializer
-from megaphase.parallel.topology import ProcessGrid
 from megaphase.plan.dataset import Batch
-from megaphase.targets import IGNORED_TARGET
+from megaphase.utils.targets import IGNORED_TARGET
 
 ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
 INITIALIZER = Initializer(1, torch.float32)

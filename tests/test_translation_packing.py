@@ -26,7 +26,7 @@ from megaphase.plan import _builder
 from megaphase.plan.dataset import read_held_out
 from megaphase.plan.packed_stream import PackedStream
 from megaphase.plan.stream import Stream
-from megaphase.targets import IGNORED_TARGET
+from megaphase.utils.targets import IGNORED_TARGET
 
 FILLER = 59_999
 SEQ_LEN = 8

@@ -30,11 +30,11 @@ from translation_support import (
 
 from megaphase.config import RunConfig
 from megaphase.corpus import Corpus
-from megaphase.errors import InputError
 from megaphase.plan.dataset import Batch, read_step
 from megaphase.plan.stream import Stream
 from megaphase.plan.trace import sample_texts, trace_step
-from megaphase.targets import IGNORED_TARGET
+from megaphase.utils.errors import InputError
+from megaphase.utils.targets import IGNORED_TARGET
 
 FILLER = 59_999
 SEQ_LEN = 8

@@ -25,11 +25,11 @@ from run_support import (
 from translation_support import random_hashes, write_documents
 
 from megaphase.config import load_run_file
-from megaphase.parallel.together import process_group
+from megaphase.distributed.all_ranks import process_group
 from megaphase.plan.dataset import Batch, read_held_out
 from megaphase.plan.spec import plan_spec
-from megaphase.targets import IGNORED_TARGET
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.targets import IGNORED_TARGET
 
 PAIR_TASK = "alda-boreth"
 STEPS = 10  # of each of two phases

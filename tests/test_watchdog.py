@@ -146,9 +146,9 @@ def test_stopped_from_another_thread_all_end_at_once(rank: int, tmp_path: Path) 
 def test_processes_that_never_come_are_told(tmp_path: Path) -> None:
     code = (
         "from datetime import timedelta\n"
-        "from megaphase.parallel import topology\n"
-        "topology.JOIN_TIMEOUT = timedelta(seconds=1)\n"
-        "topology.join_processes()\n"
+        "from megaphase.distributed import process_grid\n"
+        "process_grid.JOIN_TIMEOUT = timedelta(seconds=1)\n"
+        "process_grid.join_processes()\n"
     )
     environment = {**os.environ, **rank_environment(0, 2, free_port())}
     done = subprocess.run(

@@ -11,8 +11,8 @@ from run_support import make_corpora, megaphase, run_settings, write_run_file
 
 from megaphase import cli
 from megaphase.config import load_run_file
-from megaphase.errors import InputError
 from megaphase.training.run_directory import RunDirectory
+from megaphase.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")

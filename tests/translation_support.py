@@ -12,7 +12,7 @@ import numpy as np
 from plan_support import TOKENIZER_HASH, Documents, derived_key, member_key, permutation
 
 from megaphase.corpus import CorpusWriter, DocumentBatch
-from megaphase.targets import IGNORED_TARGET
+from megaphase.utils.targets import IGNORED_TARGET
 
 EOD, TAG = 0, 3
 FIRST_TOKEN = 10

@@ -18,10 +18,10 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch
 import torch.distributed as dist
 
-from megaphase.errors import InputError, Interrupted, RunError, exit_code
+from megaphase.distributed.all_ranks import process_group
+from megaphase.fault_tolerance.watchdog import Watchdog
 from megaphase.launch.local import free_port, rank_environment
-from megaphase.parallel.together import process_group
-from megaphase.parallel.watchdog import Watchdog
+from megaphase.utils.errors import InputError, Interrupted, RunError, exit_code
 
 SILENT_SECONDS = 2.0
 FAULTY_STEP, STEPS = 3, 6

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from megaphase.arguments import finite, named
 from megaphase.data_tools.options import Dedup, Overwrite, Shuffle, Workers, available_cores
-from megaphase.errors import InputError
-from megaphase.files import real_path
-from megaphase.streams import new_console
+from megaphase.utils.arguments import finite, named
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import real_path
+from megaphase.utils.standard_streams import new_console
 
 if TYPE_CHECKING:
     from megaphase.corpus import Manifest

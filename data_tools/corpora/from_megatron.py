@@ -16,9 +16,9 @@ from megaphase.corpus.format import Index, read_index
 from megaphase.corpus.manifest import corpus_file
 from megaphase.data_tools.corpora.encoded import EncodedDocuments, join_documents
 from megaphase.data_tools.ordered_pool import ordered_map
-from megaphase.errors import InputError
-from megaphase.progress import reading_progress
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
+from megaphase.utils.progress import reading_progress
 
 _BATCH_TOKENS = 1 << 18
 _REMEDY = "give the tokenizer that made the tokens"

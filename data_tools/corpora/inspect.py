@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from megaphase.corpus import Corpus, Manifest
-from megaphase.corpus.checks import check_document, check_files
+from megaphase.corpus.integrity import check_document, check_files
 from megaphase.corpus.manifest import IDS_SUFFIX, SOURCES_SUFFIX
-from megaphase.errors import InputError
-from megaphase.names import printable
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
+from megaphase.utils.names import printable
 
 # The lengths of so many documents, evenly spread, give the distribution.
 _LENGTHS_READ = 1 << 20

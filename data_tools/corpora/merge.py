@@ -22,9 +22,9 @@ from megaphase.corpus.writer import write_errors
 from megaphase.data_tools.corpora.duplicates import find_duplicates
 from megaphase.data_tools.corpora.shuffle import shuffled
 from megaphase.data_tools.corpora.verify import Advance, checked_batches, size_of
-from megaphase.errors import InputError
-from megaphase.files import real_path
-from megaphase.progress import reading_progress
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import real_path
+from megaphase.utils.progress import reading_progress
 
 
 def merge(

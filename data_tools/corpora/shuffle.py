@@ -13,7 +13,7 @@ import numpy as np
 from megaphase.corpus import DocumentBatch
 from megaphase.corpus.batch import join
 from megaphase.corpus.origins import Origins
-from megaphase.keys import derive_key
+from megaphase.utils.seeds import derive_key
 
 # Tokens and all that a document needs beside them; a bucket of this size is sorted in memory.
 _BUCKET_BYTES = 32 << 20

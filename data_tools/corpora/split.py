@@ -9,10 +9,10 @@ from rich.console import Console
 from megaphase.corpus import Corpus, CorpusWriter, Manifest
 from megaphase.corpus.manifest import SOURCES_SUFFIX
 from megaphase.data_tools.corpora.verify import checked_batches, size_of
-from megaphase.errors import InputError
-from megaphase.files import real_path
 from megaphase.plan.split import held_out_hashes
-from megaphase.progress import reading_progress
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import real_path
+from megaphase.utils.progress import reading_progress
 
 
 def split(

@@ -15,9 +15,9 @@ from rich.table import Table
 from megaphase.corpus import Corpus, Manifest
 from megaphase.data_tools.corpora.duplicates import find_duplicates
 from megaphase.data_tools.corpora.verify import checked_batches, size_of
-from megaphase.errors import InputError
-from megaphase.progress import reading_progress
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
+from megaphase.utils.progress import reading_progress
 
 _TEMPERATURE = 3.3  # of the example run file, as in mT5
 _MOST_COMMON = 12

@@ -13,9 +13,9 @@ from megaphase.corpus.batch import batches_of, checksums
 from megaphase.corpus.block_sums import BlockSums
 from megaphase.corpus.format import read_index
 from megaphase.corpus.manifest import BLOCKS_SUFFIX, corpus_file
-from megaphase.errors import InputError
-from megaphase.files import hash_file, new_hash
-from megaphase.progress import reading_progress
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import hash_file, new_hash
+from megaphase.utils.progress import reading_progress
 
 Advance = Callable[[int], object]
 

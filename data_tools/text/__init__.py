@@ -14,8 +14,8 @@ What a document is depends on the file's ending, before an optional .gz or .zst:
 
 from megaphase.data_tools.text.chunk import TextChunk, TextPosition
 from megaphase.data_tools.text.chunks import CHUNK_BYTES, read_chunks
+from megaphase.data_tools.text.file_types import STDIN, check_text_file, display_name, size_on_disk
 from megaphase.data_tools.text.inputs import expand_inputs
-from megaphase.data_tools.text.kinds import STDIN, check_text_file, display_name, size_on_disk
 from megaphase.data_tools.text.reading import Document, Reading, SourceTarget
 from megaphase.data_tools.text.records import (
     InvalidDocument,

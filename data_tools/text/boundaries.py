@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import BinaryIO
 
-from megaphase.data_tools.text.kinds import Kind
+from megaphase.data_tools.text.file_types import Kind
 from megaphase.data_tools.text.reading import Reading
 
 # A longer line is not taken for a blank one; no chunk has room for it.

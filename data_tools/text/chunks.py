@@ -12,7 +12,7 @@ from typing import BinaryIO
 from megaphase.data_tools.text.boundaries import Boundaries
 from megaphase.data_tools.text.chunk import TextChunk, TextPosition, advance, count_lines
 from megaphase.data_tools.text.compression import decompressed, named_errors
-from megaphase.data_tools.text.kinds import (
+from megaphase.data_tools.text.file_types import (
     STDIN,
     check_text_file,
     display_name,
@@ -22,7 +22,7 @@ from megaphase.data_tools.text.kinds import (
     size_on_disk,
 )
 from megaphase.data_tools.text.reading import Reading
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 CHUNK_BYTES = 1 << 20
 # A worker needs nine bytes of memory for each of a document; what is longer is a mistake.

@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 import zstandard
 
-from megaphase.data_tools.text.kinds import display_name
-from megaphase.errors import InputError
+from megaphase.data_tools.text.file_types import display_name
+from megaphase.utils.errors import InputError
 
 _PIECE_BYTES = 1 << 18
 # All that a piece expands to comes at once, and text of much repetition expands a lot.

@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megaphase.data_tools.text.kinds import STDIN, check_text_file, display_name
-from megaphase.errors import InputError
-from megaphase.locale_settings import escaped, is_utf8
+from megaphase.data_tools.text.file_types import STDIN, check_text_file, display_name
+from megaphase.utils.errors import InputError
+from megaphase.utils.locale_settings import escaped, is_utf8
 
 
 def expand_inputs(arguments: Sequence[str]) -> list[Path]:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from megaphase.data_tools.text.chunk import TextChunk, TextPosition
 from megaphase.data_tools.text.reading import ID_KEY
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 # Rows are read few at a time: repeated texts look smaller in the file than they are.
 _ROWS_AT_ONCE = 64

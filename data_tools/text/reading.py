@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from string import Formatter
 
-from megaphase.data_tools.text.kinds import Kind
-from megaphase.errors import InputError
+from megaphase.data_tools.text.file_types import Kind
+from megaphase.utils.errors import InputError
 
 ID_KEY = "id"  # under which a record has its own name, if any
 

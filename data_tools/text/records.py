@@ -13,9 +13,9 @@ from pydantic_core import from_json
 
 from megaphase.data_tools.text.boundaries import Boundaries
 from megaphase.data_tools.text.chunk import TextChunk, advance
-from megaphase.data_tools.text.kinds import display_name, kind_of
+from megaphase.data_tools.text.file_types import display_name, kind_of
 from megaphase.data_tools.text.reading import ID_KEY, Document, Reading
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 _JSON_TYPES = {
     dict: "an object",

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaphase.files import make_directory
-from megaphase.slurm import cancel, require_sbatch, submit
+from megaphase.utils.files import make_directory
+from megaphase.utils.slurm import cancel, require_sbatch, submit
 
 _COMMAND = (sys.executable, "-m", "megaphase", "data")
 

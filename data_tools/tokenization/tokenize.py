@@ -25,10 +25,10 @@ from megaphase.data_tools.text import (
     size_on_disk,
 )
 from megaphase.data_tools.tokenization.chunk_encoder import ChunkEncoder
-from megaphase.errors import InputError, RunError
-from megaphase.files import hash_json, real_path
-from megaphase.progress import Advance, reading_progress
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError, RunError
+from megaphase.utils.files import hash_json, real_path
+from megaphase.utils.progress import Advance, reading_progress
 
 # After so much text a worker, what was done is forced to the disk and noted.
 SAVE_BYTES_PER_WORKER = 8 << 20

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megaphase.arguments import MOST, MOST_SEED, finite, named
 from megaphase.data_tools.options import JsonKey, Overwrite, Separator, Template, reading_of
-from megaphase.errors import InputError
-from megaphase.streams import new_console
+from megaphase.utils.arguments import MOST, MOST_SEED, finite, named
+from megaphase.utils.errors import InputError
+from megaphase.utils.standard_streams import new_console
 
 if TYPE_CHECKING:
     from megaphase.tokenizer import Fertility, Tokenizer

@@ -10,8 +10,8 @@ from pathlib import Path
 from zlib import crc32
 
 from megaphase.data_tools.text import Reading, display_name, documents_of, read_chunks
-from megaphase.errors import InputError
-from megaphase.progress import Advance
+from megaphase.utils.errors import InputError
+from megaphase.utils.progress import Advance
 
 # sentencepiece drops longer sentences (4,192 bytes; a character has at most 4).
 LONGEST_SENTENCE = 1024

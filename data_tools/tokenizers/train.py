@@ -24,10 +24,16 @@ from megaphase.data_tools.tokenizers.sample import (
     survey_language,
     uses_per_sentence,
 )
-from megaphase.errors import InputError, RunError
-from megaphase.files import atomic_write_json, directory_written_aside, hash_file
-from megaphase.progress import reading_progress
-from megaphase.tokenizer import MODEL_NAME, RECORD_NAME, SPACE_SYMBOL, Tokenizer, TokenizerRecord
+from megaphase.tokenizer import (
+    MODEL_NAME,
+    RECORD_NAME,
+    SPACE_SYMBOL,
+    Tokenizer,
+    TokenizerRecord,
+)
+from megaphase.utils.errors import InputError, RunError
+from megaphase.utils.files import atomic_write_json, directory_written_aside, hash_file
+from megaphase.utils.progress import reading_progress
 
 ModelType = Literal["unigram", "bpe"]
 

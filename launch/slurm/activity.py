@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megaphase.files import real_path
 from megaphase.launch.slurm.job_file import OVER
-from megaphase.locks import is_locked
-from megaphase.run_files import LOCK_FILE
+from megaphase.utils.files import real_path
+from megaphase.utils.locks import is_locked
+from megaphase.utils.run_files import LOCK_FILE
 
 # Of a run whose lock may be that of another node, which this one cannot see.
 QUIET_SECONDS = 900.0

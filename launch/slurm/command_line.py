@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 PLACEHOLDER = re.compile(r"%tasks?(?![A-Za-z])")
 _QUOTED_OR_NOT = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^'"\\]+""", re.DOTALL)

@@ -6,9 +6,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megaphase.errors import InputError
-from megaphase.files import atomic_write_json, make_directory, read_json
-from megaphase.slurm import job_fields
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import atomic_write_json, make_directory, read_json
+from megaphase.utils.slurm import job_fields
 
 FOLDER = "slurm"  # in a run directory
 JOB_FILE = "job.json"

@@ -11,11 +11,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
-from megaphase.arguments import train_options
 from megaphase.config import load_run_file
 from megaphase.config.fields import Count, Few, FewOrZero, FilePath, RunName, Section
-from megaphase.errors import InputError
-from megaphase.files import make_directory, real_path
 from megaphase.launch.slurm.command_line import PLACEHOLDER, filled, parsed
 from megaphase.launch.slurm.job_file import (
     forget_jobs,
@@ -30,10 +27,13 @@ from megaphase.launch.slurm.script import (
     refuse_pattern,
     sbatch_options,
 )
-from megaphase.names import shown
-from megaphase.slurm import cancel, submit
-from megaphase.validation_errors import as_input_error, hint
-from megaphase.yaml_file import read_yaml
+from megaphase.utils.arguments import train_options
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import make_directory, real_path
+from megaphase.utils.names import shown
+from megaphase.utils.slurm import cancel, submit
+from megaphase.utils.validation_errors import as_input_error, hint
+from megaphase.utils.yaml_file import read_yaml
 
 _TASK = "${SLURM_ARRAY_TASK_ID}"
 # Options of sbatch that are keys of a step here; the second, of a training alone.

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 # So long the processes may take to end after one was found to be dead.
 _LEAVING_SECONDS = 15.0

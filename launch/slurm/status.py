@@ -11,15 +11,15 @@ from typing import Any
 
 from megaphase.checkpoint.names import newest_state
 from megaphase.checkpoint.state import full_name
-from megaphase.errors import InputError
-from megaphase.files import read_hashed_json
 from megaphase.launch.slurm.activity import is_trained
 from megaphase.launch.slurm.job_file import OVER, read_job
-from megaphase.metrics_rows import last_rows
-from megaphase.plan.history import metrics_problem, read_history, read_origin
-from megaphase.run_files import METRICS_FILE, PLAN_FILE
-from megaphase.slurm import JobRecord, look_up
-from megaphase.training.outlook import loss_sentence
+from megaphase.plan.run_history import metrics_problem, read_history, read_origin
+from megaphase.training.resume_point import loss_sentence
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import read_hashed_json
+from megaphase.utils.metrics_rows import last_rows
+from megaphase.utils.run_files import METRICS_FILE, PLAN_FILE
+from megaphase.utils.slurm import JobRecord, look_up
 
 _RECENT_STEPS = 50
 

@@ -9,16 +9,16 @@ from pathlib import Path
 from rich.console import Console
 
 from megaphase.config import RunConfig
-from megaphase.errors import InputError
-from megaphase.files import make_directory, real_path
+from megaphase.estimate.memory_table import memory_sentences, memory_summary
 from megaphase.launch.slurm.job_file import FOLDER, Job, refuse_second_job, remember_job
 from megaphase.launch.slurm.script import Resources, batch_script, refuse_pattern
-from megaphase.memory.table import memory_sentences, memory_summary
-from megaphase.plan.opening import memory_setup, open_plan, open_run
+from megaphase.plan.load_plan import memory_setup, open_plan, open_run
 from megaphase.plan.preview import plan_warnings
-from megaphase.slurm import submit
 from megaphase.training.branch import choose_branch
 from megaphase.training.run_directory import RunDirectory
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import make_directory, real_path
+from megaphase.utils.slurm import submit
 
 
 def check(

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from megaphase.checkpoint.state import STATE_FILE, checkpoint_folders, state_or_nothing
-from megaphase.errors import InputError
-from megaphase.files import real_path
-from megaphase.paths import expanded_path
-from megaphase.validation_errors import hint
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import real_path
+from megaphase.utils.paths import expanded_path
+from megaphase.utils.validation_errors import hint
 
 CHECKPOINTS = "checkpoints"  # in a run directory
 

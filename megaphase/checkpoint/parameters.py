@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from megaphase.checkpoint.tensor_file import TensorFile
-from megaphase.errors import InputError
-from megaphase.files import read_json
-from megaphase.parallel.sharding import ParameterLayout
+from megaphase.distributed.sharding import ParameterLayout
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import read_json
 
 INDEX_FILE = "parameters.json"
 WEIGHT = "weight"

@@ -19,9 +19,9 @@ from torch import Tensor
 from megaphase.checkpoint.parameters import Shard, index_json, shard_file
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.checkpoint.tensor_file import file_bytes, write_tensors
-from megaphase.errors import RunError
-from megaphase.parallel.agreement import ControlGroup
-from megaphase.parallel.sharding import ParameterLayout
+from megaphase.distributed.control_group import ControlGroup
+from megaphase.distributed.sharding import ParameterLayout
+from megaphase.utils.errors import RunError
 
 
 class SaveStatus(IntEnum):

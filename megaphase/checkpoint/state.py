@@ -8,9 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megaphase.errors import InputError
-from megaphase.files import read_json
-from megaphase.names import BEST_PREFIX, STEP_PREFIX
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import read_json
+from megaphase.utils.names import BEST_PREFIX, STEP_PREFIX
 
 CHECKPOINT_FORMAT = 2
 STATE_FILE = "state.json"

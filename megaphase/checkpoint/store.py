@@ -31,8 +31,9 @@ from megaphase.checkpoint.state import (
     state_or_nothing,
     step_of,
 )
-from megaphase.errors import InputError, RunError
-from megaphase.files import (
+from megaphase.distributed.control_group import ControlGroup
+from megaphase.utils.errors import InputError, RunError
+from megaphase.utils.files import (
     atomic_write_json,
     describe_file,
     file_damage,
@@ -43,9 +44,8 @@ from megaphase.files import (
     remove_directory,
     remove_directory_at_once,
 )
-from megaphase.names import LATEST
-from megaphase.parallel.agreement import ControlGroup
-from megaphase.set_aside import (
+from megaphase.utils.names import LATEST
+from megaphase.utils.set_aside import (
     Say,
     kind_of,
     remove_leftover,

@@ -18,8 +18,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from megaphase.errors import InputError
-from megaphase.files import new_hash, write_all
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import new_hash, write_all
 
 _CHUNK_BYTES = 1 << 20
 _FLUSH_BYTES = 1 << 26

@@ -19,10 +19,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from megaphase.decimals import as_written
-from megaphase.names import MOST_BYTES_OF_RUN, check_name, check_phase_name, shown
-from megaphase.paths import expanded_path, resolved_path
-from megaphase.validation_errors import hint
+from megaphase.utils.decimals import as_written
+from megaphase.utils.names import MOST_BYTES_OF_RUN, check_name, check_phase_name, shown
+from megaphase.utils.paths import expanded_path, resolved_path
+from megaphase.utils.validation_errors import hint
 
 # Upper bounds of what is counted: far above all that anybody trains, far below what arithmetic in
 # 64 bits, or a loop over it, could not do.

@@ -10,11 +10,11 @@ from pydantic import ValidationError
 
 from megaphase.config.run import RunConfig
 from megaphase.config.sections import MONITORED_MEAN
-from megaphase.errors import InputError
-from megaphase.files import real_path
-from megaphase.names import shown
-from megaphase.validation_errors import as_input_error, hint
-from megaphase.yaml_file import parse_scalar, read_yaml
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import real_path
+from megaphase.utils.names import shown
+from megaphase.utils.validation_errors import as_input_error, hint
+from megaphase.utils.yaml_file import parse_scalar, read_yaml
 
 MOST_DIGITS = 9  # of an entry's number
 MOST_PARTS = 100  # of a key's path

@@ -23,7 +23,7 @@ from megaphase.config.sections import (
     TaskConfig,
     ValidationConfig,
 )
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 
 class RunConfig(Section):

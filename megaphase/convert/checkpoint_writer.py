@@ -21,7 +21,7 @@ from megaphase.checkpoint.tensor_file import TensorKind
 from megaphase.convert.partition import Layout, shards_of
 from megaphase.convert.tensor_files import TensorFiles
 from megaphase.convert.weights import Weights, read_each
-from megaphase.parallel.sharding import ParameterLayout
+from megaphase.distributed.sharding import ParameterLayout
 
 PORTABLE_FOLDER = "parameters"
 

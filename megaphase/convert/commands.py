@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from megaphase.arguments import MOST, Checkpoint, finite, named
-from megaphase.streams import new_console
+from megaphase.utils.arguments import MOST, Checkpoint, finite, named
+from megaphase.utils.standard_streams import new_console
 
 convert_app = typer.Typer(
     help="Write checkpoints for other layouts and other programs, and read theirs.",
@@ -64,7 +64,7 @@ def reshape_command(
     """
     from megaphase.convert.partition import Layout
     from megaphase.convert.reshape import reshape
-    from megaphase.errors import InputError
+    from megaphase.utils.errors import InputError
 
     if portable == (tensor is not None or data is not None or zero is not None):
         problem = (

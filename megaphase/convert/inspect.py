@@ -20,12 +20,12 @@ from megaphase.convert.hugging_face.config import CONFIG_FILE
 from megaphase.convert.hugging_face.weights import find_tensors
 from megaphase.convert.megatron.files import RankFile, rank_files
 from megaphase.convert.megatron.names import TRACKER_FILE
-from megaphase.convert.pickles import check_archives
+from megaphase.convert.safe_torch_load import check_archives
 from megaphase.convert.source import Source, open_source, verify
-from megaphase.errors import InputError
-from megaphase.files import folder_bytes, read_file, read_json
-from megaphase.names import LATEST
-from megaphase.progress import bytes_progress
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import folder_bytes, read_file, read_json
+from megaphase.utils.names import LATEST
+from megaphase.utils.progress import bytes_progress
 
 _MEGATRON_FOLDER = re.compile(r"mp_rank_\d+(_\d+)*")
 _DEEPSPEED_FILE = re.compile(r"(?:bf16_)?(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_\w+_states\.pt")

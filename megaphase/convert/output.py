@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megaphase.errors import InputError, RunError
-from megaphase.files import directory_written_aside, os_errors_named, remove_abandoned
+from megaphase.utils.errors import InputError, RunError
+from megaphase.utils.files import directory_written_aside, os_errors_named, remove_abandoned
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from megaphase.checkpoint.parameters import Piece, Shard
-from megaphase.errors import InputError
+from megaphase.distributed.sharding import ParameterLayout
 from megaphase.model.parameters import is_matrix
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.sharding import ParameterLayout
+from megaphase.utils.errors import InputError
 
 # ZeRO 1 and 2 pad the flat tensor of a group to a multiple of so many elements a rank.
 _FLAT_ALIGNMENT = 2

@@ -14,10 +14,10 @@ from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.parameters import StoredParameters
 from megaphase.checkpoint.state import STATE_FILE, check_format, read_state
 from megaphase.checkpoint.store import MANIFEST_FILE
-from megaphase.errors import InputError
-from megaphase.files import file_damage, folder_bytes, read_json
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.shape import GPTShape
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import file_damage, folder_bytes, read_json
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -7,10 +7,10 @@ from pathlib import Path
 from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.convert.hugging_face.from_hf import TOKENIZER_FOLDER
 from megaphase.convert.source import Source
-from megaphase.errors import InputError
-from megaphase.files import read_json
 from megaphase.tokenizer import Tokenizer
 from megaphase.training.run_directory import RunDirectory
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import read_json
 
 
 def load_tokenizer(source: Source, given: Path | None) -> Tokenizer:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from rich.console import Console
 
 from megaphase.convert.source import Advance, Source, verify
-from megaphase.errors import InputError
-from megaphase.progress import bytes_progress
+from megaphase.utils.errors import InputError
+from megaphase.utils.progress import bytes_progress
 
 
 @contextmanager

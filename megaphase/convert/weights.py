@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from megaphase.checkpoint.parameters import WEIGHT
+from megaphase.distributed.sharding import ParameterLayout
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.sharding import ParameterLayout
 
 # So many bytes may wait in memory even where every parameter is smaller.
 _ALWAYS_ALLOWED = 1 << 26

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from megaphase.corpus._checksums import BLOCK_BYTES
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

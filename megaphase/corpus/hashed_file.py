@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megaphase.corpus.manifest import FileRecord
-from megaphase.files import HASH_CHUNK_BYTES, new_hash
+from megaphase.utils.files import HASH_CHUNK_BYTES, new_hash
 
 _CHUNK_BYTES = 1 << 20
 

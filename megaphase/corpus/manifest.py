@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from megaphase.errors import InputError
-from megaphase.files import hash_json
-from megaphase.records import read_record, write_record
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import hash_json
+from megaphase.utils.json_models import read_record, write_record
 
 DATA_SUFFIXES = (".bin", ".idx", ".hash", ".sum")
 BLOCKS_SUFFIX = ".blocks"

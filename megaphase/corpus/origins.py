@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megaphase.corpus.manifest import IDS_SUFFIX, SOURCES_SUFFIX, Manifest, corpus_file
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 SOURCE_DTYPE = np.dtype([("id_end", "<u8"), ("source", "<u4")])
 UNKNOWN_SOURCE = 0xFFFFFFFF

@@ -26,7 +26,7 @@ from megaphase.corpus.manifest import (
     corpus_file,
 )
 from megaphase.corpus.origins import StoredOrigins
-from megaphase.errors import InputError
+from megaphase.utils.errors import InputError
 
 _REMEDY = "tokenize again"
 
@@ -61,7 +61,7 @@ class Corpus:
         """Open the corpus with this prefix.
 
         Raises InputError where a file is missing, empty, cut off, of another version, or does not
-        fit the others. What only reading all of it finds, `megaphase.corpus.checks` finds.
+        fit the others. What only reading all of it finds, `megaphase.corpus.integrity` finds.
         """
         prefix = Path(prefix)
         manifest = Manifest.read(prefix)

@@ -13,7 +13,6 @@ import numpy as np
 
 from megaphase.corpus.batch import DocumentBatch
 from megaphase.corpus.block_sums import BlockSums
-from megaphase.corpus.draft import Figures, StagedCorpus
 from megaphase.corpus.format import (
     HASH_DTYPE,
     LENGTH_DTYPE,
@@ -34,8 +33,9 @@ from megaphase.corpus.manifest import (
 )
 from megaphase.corpus.manifest import corpus_file as file_of
 from megaphase.corpus.origins import Origins
-from megaphase.errors import InputError, RunError
-from megaphase.files import fsync_path, make_directory
+from megaphase.corpus.staging import Figures, StagedCorpus
+from megaphase.utils.errors import InputError, RunError
+from megaphase.utils.files import fsync_path, make_directory
 
 _LENGTHS_NAME = "lengths"
 _WRITTEN_AS_IT_COMES = (

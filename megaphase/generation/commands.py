@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from megaphase.arguments import MOST, MOST_SEED, Checkpoint, Overrides, RunFile, finite, named
-from megaphase.streams import new_console
+from megaphase.utils.arguments import MOST, MOST_SEED, Checkpoint, Overrides, RunFile, finite, named
+from megaphase.utils.standard_streams import new_console
 
 # Logits that are divided by less overflow.
 _LEAST_TEMPERATURE = 1e-4
@@ -106,9 +106,9 @@ def generate_command(
 
     from megaphase.convert.source import open_source
     from megaphase.convert.source_tokenizer import load_tokenizer
-    from megaphase.errors import InputError
     from megaphase.generation.decoding import Decoding
     from megaphase.generation.prompts import read_prompts
+    from megaphase.utils.errors import InputError
 
     if (prompt is None) == (input is None):
         problem = "neither is given" if prompt is None else "both are given"
@@ -195,7 +195,6 @@ def translate_command(
     from json import dumps
 
     from megaphase.config import load_run_file
-    from megaphase.files import atomic_write_json
     from megaphase.generation.decoding import Decoding
     from megaphase.generation.evaluation import (
         TranslationTest,
@@ -206,6 +205,7 @@ def translate_command(
         signature_lines,
         write_translations,
     )
+    from megaphase.utils.files import atomic_write_json
 
     config = load_run_file(run_file, tuple(overrides or ()))
     for file in (out, scores):

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaphase.errors import RunError
 from megaphase.model.gpt import GPT, Rows
 from megaphase.model.kv_cache import KVCache
+from megaphase.utils.errors import RunError
 
 
 class Decoder:

@@ -15,13 +15,13 @@ from megaphase.checkpoint.names import find_for_run
 from megaphase.config import RunConfig
 from megaphase.convert.source import open_source
 from megaphase.convert.source_tokenizer import load_tokenizer
-from megaphase.errors import InputError
-from megaphase.files import atomic_write_text, make_directory
 from megaphase.generation.decoding import Decoding
 from megaphase.generation.model import Precision, load_model
 from megaphase.generation.pairs import held_out_pairs, translation_tasks
 from megaphase.generation.progress import counting_progress
 from megaphase.generation.translation import BleuTokenizer, Scores, Translation, score, translate
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import atomic_write_text, make_directory
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from megaphase.errors import InputError
 from megaphase.generation.beam import beam_search
 from megaphase.generation.decoding import Continuation, Decoding, Prompt
 from megaphase.generation.sampling import sample
 from megaphase.model.gpt import GPT
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
 
 
 def generate(

@@ -12,9 +12,9 @@ from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.convert.source import Source
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import read_each
+from megaphase.distributed.initialization import Initializer
+from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.model.gpt import GPT
-from megaphase.parallel.rng import Initializer
-from megaphase.parallel.topology import ProcessGrid
 
 Precision = Literal["fp32", "bf16"]
 

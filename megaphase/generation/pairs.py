@@ -8,12 +8,12 @@ import numpy as np
 
 from megaphase.config import RunConfig
 from megaphase.corpus import Corpus
-from megaphase.corpus.checks import check_document, check_files
-from megaphase.errors import InputError
+from megaphase.corpus.integrity import check_document, check_files
 from megaphase.plan.spec import open_task_corpus
 from megaphase.plan.split import HashRange, held_out_hashes
 from megaphase.tokenizer import Tokenizer
-from megaphase.validation_errors import hint
+from megaphase.utils.errors import InputError
+from megaphase.utils.validation_errors import hint
 
 _DOCUMENTS_AT_A_TIME = 1 << 20
 

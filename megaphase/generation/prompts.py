@@ -6,9 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-from megaphase.errors import InputError
-from megaphase.files import read_file
-from megaphase.locale_settings import is_utf8
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import read_file
+from megaphase.utils.locale_settings import is_utf8
 
 STANDARD_INPUT = Path("-")
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaphase.decimals import as_written
-from megaphase.keys import derive_key
-from megaphase.parallel.region import TensorRegion
+from megaphase.distributed.tensor_region import TensorRegion
+from megaphase.utils.decimals import as_written
+from megaphase.utils.seeds import derive_key
 
 # Four elements share a word of 64 bits, for drawing is most of what dropout costs. The share is
 # rounded to a multiple of 1 / LEVELS, and the scale is that of the rounded one.

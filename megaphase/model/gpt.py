@@ -17,20 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megaphase.kernels.attention import attention
-from megaphase.kernels.kept import recompute
-from megaphase.kernels.kernels import EAGER, Kernels
-from megaphase.kernels.swiglu import swiglu
-from megaphase.model.dropout import Dropout
-from megaphase.model.in_turn import Steps, interleave
-from megaphase.model.packed_rows import (
-    AttentionFn,
-    attend_within,
-    positions_in_document,
-)
-from megaphase.model.rotary import Rotary
-from megaphase.model.shape import GPTShape
-from megaphase.parallel.layers import (
+from megaphase.distributed.initialization import Initializer
+from megaphase.distributed.layers import (
     NORMS,
     ColumnParallelLinear,
     RowParallelLinear,
@@ -38,10 +26,22 @@ from megaphase.parallel.layers import (
     VocabParallelHead,
     vocab_parallel_weight,
 )
-from megaphase.parallel.region import TensorRegion
-from megaphase.parallel.rng import Initializer
-from megaphase.parallel.topology import ProcessGrid, device
-from megaphase.targets import IGNORED_TARGET
+from megaphase.distributed.process_grid import ProcessGrid, device
+from megaphase.distributed.tensor_region import TensorRegion
+from megaphase.model.document_mask import (
+    AttentionFn,
+    attend_within,
+    positions_in_document,
+)
+from megaphase.model.dropout import Dropout
+from megaphase.model.interleave import Steps, interleave
+from megaphase.model.rotary import Rotary
+from megaphase.model.shape import GPTShape
+from megaphase.ops.attention import attention
+from megaphase.ops.kernels import EAGER, Kernels
+from megaphase.ops.recompute import recompute
+from megaphase.ops.swiglu import swiglu
+from megaphase.utils.targets import IGNORED_TARGET
 
 Keep = Callable[[], AbstractContextManager[None]]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
 
+from megaphase.distributed.sharding import ParameterLayout, padded_vocab
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.sharding import ParameterLayout, padded_vocab
 
 
 def parameter_layouts(shape: GPTShape, tensor: int) -> dict[str, ParameterLayout]:

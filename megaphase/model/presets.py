@@ -6,8 +6,8 @@ import difflib
 from typing import Any
 
 from megaphase.config import RunConfig
-from megaphase.errors import InputError
 from megaphase.model.shape import GPTShape
+from megaphase.utils.errors import InputError
 
 
 def _sizes(layers: int, hidden: int, heads: int, ffn: int) -> dict[str, int]:

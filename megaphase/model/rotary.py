@@ -7,9 +7,9 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from megaphase.kernels.kernels import Kernels
-from megaphase.kernels.rotary import apply_rope
-from megaphase.parallel.topology import device
+from megaphase.distributed.process_grid import device
+from megaphase.ops.kernels import Kernels
+from megaphase.ops.rotary import apply_rope
 
 
 class Rotary:

@@ -15,19 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from megaphase.errors import InputError, RunError
-from megaphase.files import (
-    atomic_write_json,
-    directory_written_aside,
-    make_directory,
-    remove_abandoned,
-    remove_directory,
-    remove_soon,
-    with_hash,
-)
-from megaphase.locks import exclusive_lock
 from megaphase.plan import _builder
-from megaphase.plan.crew import BuildPool, Progress
+from megaphase.plan.build_pool import BuildPool, ReportProgress
+from megaphase.plan.hashed_chunks import HashedChunkWriter
 from megaphase.plan.index import (
     INDEX_FILE,
     START_ALIGNMENT,
@@ -39,10 +29,20 @@ from megaphase.plan.index import (
     task_dtype,
 )
 from megaphase.plan.mixture import effective_rates, integer_weights, requested_rates
-from megaphase.plan.pieces import HashedChunkWriter
 from megaphase.plan.spec import FORMAT_VERSION, PhaseSpec, PlanSpec, task_supply
 from megaphase.plan.stream import DOCUMENTS_PER_CALL, Stream
-from megaphase.set_aside import make_way_for_directory, set_aside
+from megaphase.utils.errors import InputError, RunError
+from megaphase.utils.files import (
+    atomic_write_json,
+    directory_written_aside,
+    make_directory,
+    remove_abandoned,
+    remove_directory,
+    remove_soon,
+    with_hash,
+)
+from megaphase.utils.locks import exclusive_lock
+from megaphase.utils.set_aside import make_way_for_directory, set_aside
 
 _OF_AN_INDEX = re.compile(rf"{INDEX_FILE}|{STARTS_FILE}|blend-[0-9]+\.(tasks|counts)")
 
@@ -59,7 +59,7 @@ def plan_folder(run_dir: Path, spec: PlanSpec) -> Path:
 
 
 def ensure_built(
-    spec: PlanSpec, run_dir: Path, *, say: Say = print, progress: Progress = lambda *_: None
+    spec: PlanSpec, run_dir: Path, *, say: Say = print, progress: ReportProgress = lambda *_: None
 ) -> Path:
     """Build the index unless a whole one is there; a damaged one is named and built again.
 
@@ -135,7 +135,7 @@ def _check_space(spec: PlanSpec, folder: Path) -> None:
 def build_index(
     spec: PlanSpec,
     folder: Path,
-    progress: Progress,
+    progress: ReportProgress,
     threads: int | None = None,
     discard: Callable[[Path], object] = remove_directory,
 ) -> None:
@@ -145,15 +145,15 @@ def build_index(
     """
     with (
         directory_written_aside(folder, discard) as aside,
-        BuildPool(threads or builder_threads(), progress) as crew,
+        BuildPool(threads or builder_threads(), progress) as pool,
     ):
         used = list(spec.used.values())
         phases: list[PhaseIndex] = []
         files: dict[str, Any] = {}
         for number, phase in enumerate(spec.phases):
-            phases.append(_build_blend(aside, number, phase, spec, used, crew, files))
+            phases.append(_build_blend(aside, number, phase, spec, used, pool, files))
             used = [a + b for a, b in zip(used, phases[-1].counts, strict=True)]
-        starts = _build_starts(aside, spec, used, crew, files)
+        starts = _build_starts(aside, spec, used, pool, files)
         header = {
             "format": FORMAT_VERSION,
             "fingerprint": spec.fingerprint,
@@ -171,7 +171,7 @@ def _build_blend(
     phase: PhaseSpec,
     spec: PlanSpec,
     used: list[int],
-    crew: BuildPool,
+    pool: BuildPool,
     files: dict[str, Any],
 ) -> PhaseIndex:
     names = list(spec.streams)
@@ -180,8 +180,8 @@ def _build_blend(
     requested = requested_rates(phase.mixture, supply)
     rates = effective_rates(phase.mixture, supply, samples, phase.where)
     blend = make_blend(phase, [rates[task] for task in names], samples)
-    write = partial(_write_blend, folder, number, blend, samples, len(names), crew)
-    [written] = crew.run(f"blend of {phase.name}", samples, [write])
+    write = partial(_write_blend, folder, number, blend, samples, len(names), pool)
+    [written] = pool.run(f"blend of {phase.name}", samples, [write])
     files |= written
     return PhaseIndex(
         phase.name,
@@ -203,7 +203,7 @@ def make_blend(phase: PhaseSpec, rates: list[Any], samples: int) -> Blend:
 
 
 def _write_blend(
-    folder: Path, number: int, blend: Blend, samples: int, tasks: int, crew: BuildPool
+    folder: Path, number: int, blend: Blend, samples: int, tasks: int, pool: BuildPool
 ) -> dict[str, Any]:
     block = block_size(tasks)
     stride = max(SAMPLES_PER_CALL // block, 1) * block
@@ -214,15 +214,15 @@ def _write_blend(
         open(folder / order_name, "wb", buffering=0) as order_file,
         open(folder / counts_name, "wb", buffering=0) as counts_file,
     ):
-        order_writer = HashedChunkWriter(order_file.fileno(), 0, crew.flusher)
-        counts_writer = HashedChunkWriter(counts_file.fileno(), 0, crew.flusher)
+        order_writer = HashedChunkWriter(order_file.fileno(), 0, pool.flusher)
+        counts_writer = HashedChunkWriter(counts_file.fileno(), 0, pool.flusher)
         for first in range(0, samples, stride):
             part = order[: min(stride, samples - first)]
             rows = counts[: -(-len(part) // block)]
             blend.fill(part, rows, block)
             order_writer.write(part)
             counts_writer.write(rows)
-            crew.advance(len(part))
+            pool.advance(len(part))
         return {
             order_name: _described(order_writer.finish()),
             counts_name: _described(counts_writer.finish()),
@@ -230,7 +230,7 @@ def _write_blend(
 
 
 def _build_starts(
-    folder: Path, spec: PlanSpec, used: list[int], crew: BuildPool, files: dict[str, Any]
+    folder: Path, spec: PlanSpec, used: list[int], pool: BuildPool, files: dict[str, Any]
 ) -> list[list[int]]:
     """Write where the samples of all tasks begin; [first byte, samples] of every task.
 
@@ -256,13 +256,13 @@ def _build_starts(
                 epochs[task],
                 file.fileno(),
                 first_bytes[task],
-                crew,
+                pool,
             )
             for task, stream in enumerate(streams)
         }
         # The longest first, so that no thread is left with one when the others are done.
         longest_first = sorted(jobs, key=lambda task: -to_write[task])
-        written = crew.run("sample index", sum(to_write), [jobs[task] for task in longest_first])
+        written = pool.run("sample index", sum(to_write), [jobs[task] for task in longest_first])
     pieces = sorted(piece for each in written for piece in each)
     files[STARTS_FILE] = {"bytes": first_bytes[-1], "pieces": pieces}
     return [[first, n] for first, n in zip(first_bytes, samples, strict=False)]
@@ -274,17 +274,17 @@ def _write_starts(
     first_epoch: int,
     descriptor: int,
     first_byte: int,
-    crew: BuildPool,
+    pool: BuildPool,
 ) -> list[list[Any]]:
     skipped = sum(sizes[:first_epoch]) * _row_bytes(stream)
-    writer = HashedChunkWriter(descriptor, first_byte + skipped, crew.flusher)
+    writer = HashedChunkWriter(descriptor, first_byte + skipped, pool.flusher)
     buffer = np.empty((min(SAMPLES_PER_CALL, max(sizes, default=0)), 2), stream.start_dtype)
     for epoch, size in enumerate(sizes[first_epoch:], first_epoch):
         walk = stream.walk(epoch)
         while size > 0:
             filled = walk.fill(buffer[:size], DOCUMENTS_PER_CALL)
             writer.write(buffer[:filled])
-            crew.advance(filled)
+            pool.advance(filled)
             size -= filled
             if size > 0 and walk.at_end:
                 raise InputError(

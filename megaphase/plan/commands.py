@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from megaphase.arguments import MOST, Overrides, RunFile, finite
-from megaphase.streams import new_console
+from megaphase.utils.arguments import MOST, Overrides, RunFile, finite
+from megaphase.utils.standard_streams import new_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,17 +72,17 @@ def show_command(
     """
     from json import dumps
 
-    from megaphase.memory.table import memory_sentences, memory_summary
-    from megaphase.parallel.launcher import given_world_size
-    from megaphase.plan.opening import memory_setup, open_plan, open_run
+    from megaphase.distributed.dist_env import given_world_size
+    from megaphase.estimate.hardware import hardware_of, planned_card
+    from megaphase.estimate.memory_table import memory_sentences, memory_summary
+    from megaphase.estimate.step_time_table import layouts_table, speed_sentences, speed_summary
+    from megaphase.plan.load_plan import memory_setup, open_plan, open_run
     from megaphase.plan.preview import (
         plan_table,
         plan_warnings,
         stop_sentences,
         subsample_sentences,
     )
-    from megaphase.speed.hardware import hardware_of, planned_card
-    from megaphase.speed.table import layouts_table, speed_sentences, speed_summary
 
     config, tokenizer = open_run(run_file, overrides)
     if processes is None:
@@ -130,7 +130,6 @@ def trace_command(
     """
     from json import dumps
 
-    from megaphase.errors import InputError
     from megaphase.plan.trace import (
         as_json,
         print_texts,
@@ -140,6 +139,7 @@ def trace_command(
         trace_table,
     )
     from megaphase.plan.traced_run import open_traced_run
+    from megaphase.utils.errors import InputError
 
     with open_traced_run(run, overrides) as traced:
         plan, tokenizer = traced.plan, traced.tokenizer

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from megaphase.files import read_json, without_hash
-from megaphase.plan.pieces import pieces_damage
+from megaphase.plan.hashed_chunks import pieces_damage
 from megaphase.plan.spec import FORMAT_VERSION, PlanSpec
+from megaphase.utils.files import read_json, without_hash
 
 INDEX_FILE = "index.json"
 STARTS_FILE = "starts"

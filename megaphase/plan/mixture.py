@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megaphase.config import MixtureConfig
-from megaphase.decimals import as_written
-from megaphase.errors import InputError
+from megaphase.utils.decimals import as_written
+from megaphase.utils.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from megaphase.plan import crew
+from megaphase.plan.build_pool import ReportProgress
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def building_progress(console: Console) -> Iterator[crew.Progress]:
+def building_progress(console: Console) -> Iterator[ReportProgress]:
     """Yield what shows progress(what, done, of) on the console while the block runs."""
     if not console.is_terminal:
         yield _Lines(console)

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from megaphase.checkpoint.names import newest_state
 from megaphase.config import RunConfig
-from megaphase.errors import InputError
-from megaphase.files import read_hashed_json
-from megaphase.run_files import PLAN_FILE, RUN_FILE
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import read_hashed_json
+from megaphase.utils.run_files import PLAN_FILE, RUN_FILE
 
 # What may change between two starts of one run: nothing that its numbers depend on, but by their
 # rounding. Where corpora and tokenizer lie may, what they hold may not: the plan's fingerprint

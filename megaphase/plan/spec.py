@@ -11,16 +11,16 @@ import numpy as np
 
 from megaphase.config import MixtureConfig, RunConfig
 from megaphase.corpus import Corpus
-from megaphase.corpus.checks import check_files
+from megaphase.corpus.integrity import check_files
 from megaphase.corpus.manifest import MANIFEST_SUFFIX, corpus_file
-from megaphase.decimals import as_written
-from megaphase.errors import InputError
-from megaphase.files import hash_json
-from megaphase.keys import derive_key
 from megaphase.plan.mixture import TaskSupply, requested_rates
 from megaphase.plan.packed_stream import PackedStream
 from megaphase.plan.stream import Stream
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.decimals import as_written
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import hash_json
+from megaphase.utils.seeds import derive_key
 
 FORMAT_VERSION = 3
 HELD_OUT_SEED = 0
@@ -280,7 +280,7 @@ def _check_schedule(config: RunConfig, number: int, steps: int) -> None:
 
 
 def check_corpora(config: RunConfig, number: int = 0, of: int = 1) -> None:
-    """Compare the corpora's files with their manifests, see `megaphase.corpus.checks`.
+    """Compare the corpora's files with their manifests, see `megaphase.corpus.integrity`.
 
     Args:
         number: of this process among `of` that share the work.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megaphase.decimals import as_written
+from megaphase.utils.decimals import as_written
 
 _HASHES = 1 << 64
 

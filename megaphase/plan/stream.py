@@ -11,12 +11,12 @@ from __future__ import annotations
 import numpy as np
 
 from megaphase.corpus import Corpus
-from megaphase.corpus.checks import wrong_tokens
-from megaphase.files import hash_json
-from megaphase.keys import derive_key
+from megaphase.corpus.integrity import wrong_tokens
 from megaphase.plan import _builder
 from megaphase.plan.split import held_out_hashes, training_hashes
-from megaphase.targets import IGNORED_TARGET
+from megaphase.utils.files import hash_json
+from megaphase.utils.seeds import derive_key
+from megaphase.utils.targets import IGNORED_TARGET
 
 # Samples are permuted within windows of this size, so that a run that needs a hundredth of a huge
 # epoch needs an index of that hundredth (and at most one window) only.

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megaphase.corpus.checks import check_document
+from megaphase.corpus.integrity import check_document
 from megaphase.corpus.origins import Origin
-from megaphase.names import printable
 from megaphase.plan.plan import Plan
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.names import printable
 
 
 @dataclass(frozen=True)

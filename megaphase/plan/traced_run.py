@@ -12,10 +12,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from megaphase.config import RunConfig, load_run_file
-from megaphase.errors import InputError
-from megaphase.files import real_path
 from megaphase.plan.build import ensure_built, plan_folder
-from megaphase.plan.history import (
+from megaphase.plan.index import damage
+from megaphase.plan.plan import Plan
+from megaphase.plan.progress import building_progress
+from megaphase.plan.run_history import (
     PhaseSpan,
     RunHistory,
     phase_spans,
@@ -23,15 +24,14 @@ from megaphase.plan.history import (
     read_origin,
     steps_done,
 )
-from megaphase.plan.index import damage
-from megaphase.plan.plan import Plan
-from megaphase.plan.progress import building_progress
 from megaphase.plan.same_run import plan_of_run, refuse_other_plan, refuse_other_run
 from megaphase.plan.spec import PlanSpec, check_corpora, plan_spec
 from megaphase.plan.trace import find_step
-from megaphase.run_files import RUN_FILE
-from megaphase.streams import new_console
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import real_path
+from megaphase.utils.run_files import RUN_FILE
+from megaphase.utils.standard_streams import new_console
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any
 from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.state import STATE_FILE, read_state, state_or_nothing
 from megaphase.config import RunConfig
-from megaphase.errors import InputError
-from megaphase.files import atomic_write_json, os_errors_named, with_hash
-from megaphase.plan.history import read_origin_record
+from megaphase.plan.run_history import read_origin_record
 from megaphase.plan.spec import PlanSpec
-from megaphase.run_files import ORIGIN_FILE
 from megaphase.training.run_directory import RunDirectory
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import atomic_write_json, os_errors_named, with_hash
+from megaphase.utils.run_files import ORIGIN_FILE
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from megaphase.arguments import Overrides, Profile, ProfileSteps, RunFile, Source
-from megaphase.streams import new_console, standard_output_is_a_log
+from megaphase.utils.arguments import Overrides, Profile, ProfileSteps, RunFile, Source
+from megaphase.utils.standard_streams import new_console, standard_output_is_a_log
 
 PROFILE_STEPS = 3
 
@@ -30,8 +30,8 @@ def train_command(
     Example: megaphase train joint.yaml --from runs/base@pretrain
     """
     from megaphase.config import load_run_file
-    from megaphase.parallel.together import leaving_processes, run_on_all_ranks
-    from megaphase.training.signals import StopSignals
+    from megaphase.distributed.all_ranks import leaving_processes, run_on_all_ranks
+    from megaphase.fault_tolerance.stop_signals import StopSignals
 
     standard_output_is_a_log()
     # The signals before anything that takes seconds is imported.
@@ -67,9 +67,9 @@ def evaluate_command(
     from rich.table import Table
 
     from megaphase.config import load_run_file
-    from megaphase.parallel.launcher import global_rank
-    from megaphase.parallel.together import leaving_processes, run_on_all_ranks
-    from megaphase.training.signals import MEASURING, StopSignals
+    from megaphase.distributed.all_ranks import leaving_processes, run_on_all_ranks
+    from megaphase.distributed.dist_env import global_rank
+    from megaphase.fault_tolerance.stop_signals import MEASURING, StopSignals
 
     with StopSignals(MEASURING) as signals, leaving_processes():
         config = run_on_all_ranks(lambda: load_run_file(run_file, tuple(overrides or ())))

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from megaphase.config import RunConfig
-from megaphase.files import hash_json, real_path
-from megaphase.memory.states import SWAP_BUFFERS
+from megaphase.estimate.state_memory import SWAP_BUFFERS
 from megaphase.model.parameters import largest_partition
 from megaphase.model.shape import GPTShape
+from megaphase.utils.files import hash_json, real_path
 
 
 def parameter_dtype(config: RunConfig) -> torch.dtype:

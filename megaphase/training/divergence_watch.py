@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from megaphase.config import RunConfig
-from megaphase.errors import RunError
 from megaphase.training.divergence import Divergence, DivergenceDetector
-from megaphase.training.position import TrainState
-from megaphase.training.record import RunLogger
+from megaphase.training.run_logger import RunLogger
+from megaphase.training.train_state import TrainState
+from megaphase.utils.errors import RunError
 
 
 class DivergenceWatch:

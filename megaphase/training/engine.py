@@ -16,14 +16,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaphase.config import RunConfig
+from megaphase.distributed.dist_env import local_world_size
+from megaphase.distributed.initialization import Initializer
+from megaphase.distributed.process_grid import ProcessGrid, device
 from megaphase.model.dropout import row_seeds
 from megaphase.model.gpt import GPT, Block
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.launcher import local_world_size
-from megaphase.parallel.rng import Initializer
-from megaphase.parallel.topology import ProcessGrid, device
+from megaphase.optim.optimizer import build_optimizer
+from megaphase.optim.optimizer_state import OptimizerState
 from megaphase.plan.dataset import Batch
-from megaphase.targets import IGNORED_TARGET
+from megaphase.training.backends import choose_parts
 from megaphase.training.deepspeed_config import (
     compute_dtype,
     deepspeed_config,
@@ -31,10 +33,8 @@ from megaphase.training.deepspeed_config import (
     parameter_dtype,
 )
 from megaphase.training.gradients import clip_gradients
-from megaphase.training.kept_weights import keep_gathered
-from megaphase.training.optimizer import build_optimizer
-from megaphase.training.optimizer_state import OptimizerState
-from megaphase.training.parts import choose_parts
+from megaphase.training.parameter_persistence import keep_gathered
+from megaphase.utils.targets import IGNORED_TARGET
 
 
 def import_deepspeed():  # type: ignore[no-untyped-def]  # its classes are not typed

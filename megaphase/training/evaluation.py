@@ -12,7 +12,7 @@ import torch
 
 from megaphase.plan.dataset import Batch, read_held_out
 from megaphase.plan.spec import PlanSpec
-from megaphase.targets import IGNORED_TARGET
+from megaphase.utils.targets import IGNORED_TARGET
 
 if TYPE_CHECKING:
     from megaphase.training.engine import Engine

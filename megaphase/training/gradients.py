@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaphase.parallel.topology import ProcessGrid
+from megaphase.distributed.process_grid import ProcessGrid
 
 SMALLEST_NORM = 1e-6  # as in torch and DeepSpeed
 

@@ -14,25 +14,25 @@ import numpy as np
 
 from megaphase.checkpoint.state import best_name, full_name
 from megaphase.config import RunConfig
-from megaphase.errors import RunError, Stopped
-from megaphase.parallel.agreement import ControlGroup
-from megaphase.parallel.watchdog import Watchdog
+from megaphase.distributed.control_group import ControlGroup
+from megaphase.fault_tolerance.stop_signals import StopSignals
+from megaphase.fault_tolerance.watchdog import Watchdog
+from megaphase.optim.schedules import learning_rate
 from megaphase.plan.dataset import Batch, StepReader
-from megaphase.plan.history import RunHistory
 from megaphase.plan.plan import Plan
+from megaphase.plan.run_history import RunHistory
+from megaphase.training.batch_dump import BatchDump
+from megaphase.training.checkpointer import Checkpointer
 from megaphase.training.divergence_watch import DivergenceWatch
+from megaphase.training.early_stopping import EarlyStopping
 from megaphase.training.engine import Engine, StepResult
 from megaphase.training.evaluation import HeldOutEvaluator, HeldOutLoss
-from megaphase.training.health import LossSpikeDetector
-from megaphase.training.monitor import EarlyStopping
-from megaphase.training.outlook import ResumePoint
-from megaphase.training.position import TrainState
+from megaphase.training.loss_spikes import LossSpikeDetector
 from megaphase.training.profiling.recorder import StepProfiler
-from megaphase.training.record import RunLogger, StepSeconds
-from megaphase.training.saving import Checkpointer
-from megaphase.training.schedules import learning_rate
-from megaphase.training.signals import StopSignals
-from megaphase.training.step_trace import BatchDump
+from megaphase.training.resume_point import ResumePoint
+from megaphase.training.run_logger import RunLogger, StepSeconds
+from megaphase.training.train_state import TrainState
+from megaphase.utils.errors import RunError, Stopped
 
 
 @dataclass(frozen=True)

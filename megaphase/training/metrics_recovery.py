@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaphase.files import hash_file
-from megaphase.metrics_rows import (
+from megaphase.utils.files import hash_file
+from megaphase.utils.metrics_rows import (
     Steps,
     is_training,
     missing_steps,

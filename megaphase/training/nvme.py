@@ -6,10 +6,10 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from megaphase.config import RunConfig
-from megaphase.errors import InputError
-from megaphase.locks import exclusive_lock
 from megaphase.training.deepspeed_config import swap_folder
 from megaphase.training.engine import import_deepspeed
+from megaphase.utils.errors import InputError
+from megaphase.utils.locks import exclusive_lock
 
 LOCK_FILE = "megaphase-async-io.lock"
 

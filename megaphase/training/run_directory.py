@@ -9,15 +9,15 @@ from typing import Any
 
 from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.config import RunConfig
-from megaphase.errors import InputError
-from megaphase.files import atomic_write_json, with_hash
 from megaphase.plan.same_run import (
     refuse_other_counts,
     refuse_other_plan,
     refuse_other_run,
     settings_of,
 )
-from megaphase.run_files import LOCK_FILE, METRICS_FILE, PLAN_FILE, RUN_FILE
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import atomic_write_json, with_hash
+from megaphase.utils.run_files import LOCK_FILE, METRICS_FILE, PLAN_FILE, RUN_FILE
 
 
 @dataclass(frozen=True)

@@ -13,28 +13,25 @@ from megaphase.checkpoint.names import find_for_run
 from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import Checkpoint
 from megaphase.config import RunConfig
-from megaphase.errors import InputError, RunError
-from megaphase.files import os_errors_named
-from megaphase.locks import exclusive_lock
-from megaphase.parallel.together import on_first_rank, process_group, run_on_all_ranks
-from megaphase.parallel.topology import ProcessGrid
-from megaphase.parallel.watchdog import Watchdog
-from megaphase.plan.history import RunHistory
-from megaphase.set_aside import make_way_for_file
-from megaphase.training.beginning import StartState, load_checkpoint
+from megaphase.distributed.all_ranks import on_first_rank, process_group, run_on_all_ranks
+from megaphase.distributed.process_grid import ProcessGrid
+from megaphase.fault_tolerance.stop_signals import StopSignals
+from megaphase.fault_tolerance.watchdog import Watchdog
+from megaphase.plan.run_history import RunHistory
+from megaphase.training.backends import Backends
+from megaphase.training.batch_dump import BatchDump
 from megaphase.training.branch import choose_branch
+from megaphase.training.checkpointer import Checkpointer
 from megaphase.training.divergence import DivergenceDetector
 from megaphase.training.divergence_watch import DivergenceWatch, diverged_error
+from megaphase.training.early_stopping import EarlyStopping
 from megaphase.training.engine import Engine
 from megaphase.training.evaluation import HeldOutLoss
-from megaphase.training.hardware import device_peak_flops, missing_peak
-from megaphase.training.health import LossSpikeDetector
 from megaphase.training.loop import Guards, TrainingLoop
-from megaphase.training.metrics import MetricsLog
+from megaphase.training.loss_spikes import LossSpikeDetector
+from megaphase.training.metrics_file import MetricsLog
 from megaphase.training.metrics_recovery import KeptMetrics, kept_metrics
-from megaphase.training.monitor import EarlyStopping
-from megaphase.training.outlook import ResumePoint
-from megaphase.training.parts import Backends
+from megaphase.training.peak_flops import device_peak_flops, missing_peak
 from megaphase.training.profiling.recorder import (
     WARM_UP_STEPS,
     NoProfiler,
@@ -42,12 +39,15 @@ from megaphase.training.profiling.recorder import (
     StepProfiler,
 )
 from megaphase.training.progress import TrainingDisplay
-from megaphase.training.record import RunLogger, ThroughputReference
+from megaphase.training.resume import StartState, load_checkpoint
+from megaphase.training.resume_point import ResumePoint
+from megaphase.training.run_context import RunContext, build_run_context
 from megaphase.training.run_directory import RunDirectory
-from megaphase.training.saving import Checkpointer
-from megaphase.training.setting import RunContext, build_run_context
-from megaphase.training.signals import StopSignals
-from megaphase.training.step_trace import BatchDump
+from megaphase.training.run_logger import RunLogger, ThroughputReference
+from megaphase.utils.errors import InputError, RunError
+from megaphase.utils.files import os_errors_named
+from megaphase.utils.locks import exclusive_lock
+from megaphase.utils.set_aside import make_way_for_file
 
 
 def train(

@@ -15,7 +15,7 @@ from cluster import Cluster
 from data_support import wait_until
 from run_support import run_settings, write_run_file
 
-from megaphase.launch.slurm.next import (
+from megaphase.launch.slurm.requeue import (
     RestartHistory,
     decide,
     newest_step,

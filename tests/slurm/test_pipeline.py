@@ -15,10 +15,10 @@ from data_support import corpus_bytes
 from run_support import make_corpora, megaphase, read_rows, run_settings, write_run_file
 
 from megaphase.cli import app
-from megaphase.errors import InputError
 from megaphase.launch.slurm.command_line import filled
 from megaphase.launch.slurm.job_file import read_job
 from megaphase.launch.slurm.pipeline import load_pipeline, scripts
+from megaphase.utils.errors import InputError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "pipeline" / "pipeline.yaml"
 CPU = {"gpus_per_node": 0, "tasks_per_node": 2, "cores": 1}

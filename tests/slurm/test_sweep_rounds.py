@@ -19,14 +19,14 @@ from translation_support import random_hashes, write_documents
 from typer.testing import CliRunner, Result
 
 from megaphase.cli import app
-from megaphase.errors import InputError, RunError
-from megaphase.experiments.sweep.directory import SweepDirectory
-from megaphase.experiments.sweep.outcome import Outcome
-from megaphase.experiments.sweep.sweep import load_sweep
 from megaphase.launch.slurm.job_file import read_job
-from megaphase.launch.slurm.next import newest_step
-from megaphase.locks import exclusive_lock
+from megaphase.launch.slurm.requeue import newest_step
+from megaphase.sweep.directory import SweepDirectory
+from megaphase.sweep.outcome import Outcome
+from megaphase.sweep.sweep import load_sweep
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError, RunError
+from megaphase.utils.locks import exclusive_lock
 
 CPU = {"gpus_per_node": 0, "tasks_per_node": 1, "cores": 1, "restarts": 0}
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megaphase.convert.hugging_face.families import FAMILIES, GPT2, LLAMA, Family
-from megaphase.errors import InputError
-from megaphase.files import read_json
 from megaphase.model.shape import GPTShape
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import read_json
 
 CONFIG_FILE = "config.json"
 _REMEDY = "megaphase has no such model; use another one"

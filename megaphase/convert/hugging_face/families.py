@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megaphase.convert.renaming import ParameterMapping
-from megaphase.errors import InputError
+from megaphase.convert.parameter_mapping import ParameterMapping
+from megaphase.distributed.sharding import ParameterLayout
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.sharding import ParameterLayout
+from megaphase.utils.errors import InputError
 
 HEAD = "lm_head.weight"
 # Tensors that some versions of transformers store and none needs: angles and causal masks.

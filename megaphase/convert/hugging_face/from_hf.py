@@ -8,15 +8,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megaphase.convert.foreign import write_foreign, write_model_section
 from megaphase.convert.hugging_face.config import read_config
 from megaphase.convert.hugging_face.tokenizer import take_tokenizer
 from megaphase.convert.hugging_face.weights import HuggingFaceWeights, find_tensors
 from megaphase.convert.output import new_folder
+from megaphase.convert.weight_import import write_foreign, write_model_section
 from megaphase.convert.weights import fp32_bytes
-from megaphase.errors import InputError
-from megaphase.files import real_path
 from megaphase.model.shape import GPTShape
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import real_path
 
 TOKENIZER_FOLDER = "tokenizer"
 

@@ -17,15 +17,15 @@ from megaphase.convert.hugging_face.families import Family, family_for
 from megaphase.convert.hugging_face.tokenizer import write_hf_tokenizer
 from megaphase.convert.hugging_face.weights import INDEX_SUFFIX, SAFETENSORS_FILE
 from megaphase.convert.output import new_folder
-from megaphase.convert.renaming import ParameterMapping
+from megaphase.convert.parameter_mapping import ParameterMapping
 from megaphase.convert.source import Precision, open_source
 from megaphase.convert.source_tokenizer import load_tokenizer
 from megaphase.convert.tensor_files import TensorFiles
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import Weights, WithZeroBiases, read_each
-from megaphase.errors import InputError
-from megaphase.files import atomic_write_json, read_json
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import atomic_write_json, read_json
 
 _METADATA = {"format": "pt"}  # without which transformers refuses a file
 

@@ -16,10 +16,10 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from megaphase.convert.hugging_face.tokenizer_json import tokenizer_json
-from megaphase.errors import InputError
-from megaphase.files import atomic_write_json, atomic_write_text, read_json
 from megaphase.tokenizer import MODEL_NAME, RECORD_NAME, SPACE_SYMBOL, Tokenizer
-from megaphase.tokenizer_files import HUGGING_FACE_MODEL_NAMES
+from megaphase.tokenizer.files import HUGGING_FACE_MODEL_NAMES
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import atomic_write_json, atomic_write_text, read_json
 
 _CONFIG_NAME = "tokenizer_config.json"
 _FILE_NAMES = (
@@ -76,7 +76,7 @@ def take_tokenizer(source: Path, folder: Path) -> bool:
     Returns whether `source` has a sentencepiece model; where it has none (a `tokenizer.json` only,
     as GPT-2 and Llama 3, or no tokenizer), nothing is copied.
 
-    Raises InputError where megaphase cannot use it, see `megaphase.tokenizer_files.read_tokenizer`.
+    Raises InputError where megaphase cannot use it, see `megaphase.tokenizer.files.read_tokenizer`.
     """
     if not any((source / name).is_file() for name in HUGGING_FACE_MODEL_NAMES):
         return False

@@ -42,8 +42,8 @@ from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-from megaphase.errors import InputError
-from megaphase.tokenizer_files import SPACE_SYMBOL
+from megaphase.tokenizer.files import SPACE_SYMBOL
+from megaphase.utils.errors import InputError
 
 Json = dict[str, Any]
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.checkpoint.tensor_file import TensorFile, TensorKind
 from megaphase.convert.hugging_face.families import HEAD, Family, is_buffer
-from megaphase.convert.pickles import check_archive, load_pickle
-from megaphase.convert.renaming import check_names
-from megaphase.errors import InputError
-from megaphase.files import read_json
+from megaphase.convert.parameter_mapping import check_names
+from megaphase.convert.safe_torch_load import check_archive, load_pickle
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.shape import GPTShape
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import read_json
 
 SAFETENSORS_FILE = "model.safetensors"
 PICKLE_FILE = "pytorch_model.bin"

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 
 from megaphase.convert.megatron.names import Implementation
-from megaphase.errors import InputError
+from megaphase.distributed.sharding import padded_vocab
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.sharding import padded_vocab
+from megaphase.utils.errors import InputError
 
 Norm = Literal["rmsnorm", "layernorm"]
 Position = Literal["rotary", "learned"]

@@ -18,9 +18,9 @@ from megaphase.convert.megatron.names import (
     rank_folder,
     todays_name,
 )
-from megaphase.convert.pickles import load_pickle
-from megaphase.errors import InputError
-from megaphase.files import read_file
+from megaphase.convert.safe_torch_load import load_pickle
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import read_file
 
 OTHER_CHECKPOINT = "use another checkpoint"
 _RANK_FOLDER = re.compile(r"mp_rank_\d{2,}")

@@ -11,7 +11,6 @@ from rich.console import Console
 from torch import Tensor
 
 from megaphase.checkpoint.parameters import WEIGHT
-from megaphase.convert.foreign import write_foreign, write_model_section
 from megaphase.convert.megatron.arguments import shape_of, stored_vocab
 from megaphase.convert.megatron.files import OTHER_CHECKPOINT, RankFile, rank_files
 from megaphase.convert.megatron.names import (
@@ -22,12 +21,13 @@ from megaphase.convert.megatron.names import (
     rank_folder,
 )
 from megaphase.convert.output import new_folder
-from megaphase.convert.pickles import check_archives
-from megaphase.convert.renaming import check_names
+from megaphase.convert.parameter_mapping import check_names
+from megaphase.convert.safe_torch_load import check_archives
+from megaphase.convert.weight_import import write_foreign, write_model_section
 from megaphase.convert.weights import fp32_bytes
-from megaphase.errors import InputError
-from megaphase.files import real_path
 from megaphase.model.parameters import parameter_layouts
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import real_path
 
 
 def from_megatron(

@@ -13,9 +13,9 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from megaphase.distributed.sharding import ParameterLayout
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.shape import GPTShape
-from megaphase.parallel.sharding import ParameterLayout
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"

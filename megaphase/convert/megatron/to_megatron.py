@@ -32,8 +32,8 @@ from megaphase.convert.partition import check_tensor_size
 from megaphase.convert.source import Precision, open_source
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import Weights, WithZeroBiases, fp32_bytes, read_each
-from megaphase.files import atomic_write_text
 from megaphase.model.shape import GPTShape
+from megaphase.utils.files import atomic_write_text
 
 _CHECKPOINT_VERSION = 3.0
 

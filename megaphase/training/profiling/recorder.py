@@ -16,18 +16,18 @@ from typing import Protocol, Self
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from megaphase.errors import RunError
-from megaphase.files import atomic_write_json, make_directory, os_errors_named, temporary_path
-from megaphase.parallel.agreement import ControlGroup
-from megaphase.parallel.launcher import local_rank
-from megaphase.parallel.together import Fault, outcome_of
-from megaphase.parallel.topology import device
-from megaphase.parallel.watchdog import Watchdog
-from megaphase.set_aside import make_way_for_directory, make_way_for_file
+from megaphase.distributed.all_ranks import Fault, outcome_of
+from megaphase.distributed.control_group import ControlGroup
+from megaphase.distributed.dist_env import local_rank
+from megaphase.distributed.process_grid import device
+from megaphase.fault_tolerance.watchdog import Watchdog
 from megaphase.training.profiling.printing import profile_text
 from megaphase.training.profiling.summary import RankProfile, summarize
 from megaphase.training.profiling.trace import STEP_MARK, read_trace
-from megaphase.training.record import ThroughputReference
+from megaphase.training.run_logger import ThroughputReference
+from megaphase.utils.errors import RunError
+from megaphase.utils.files import atomic_write_json, make_directory, os_errors_named, temporary_path
+from megaphase.utils.set_aside import make_way_for_directory, make_way_for_file
 
 # The first step allocates and compiles; in the second the profiler itself gets warm.
 WARM_UP_STEPS = 2

@@ -1,0 +1,125 @@
+"""What becomes of a job after a start: it is done, or queues itself again, or gives up."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megaphase.checkpoint.names import CHECKPOINTS
+from megaphase.checkpoint.state import checkpoint_folders, step_of
+from megaphase.launch.slurm.job_file import FOLDER
+from megaphase.utils.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_WRONG_INPUT, RunError
+from megaphase.utils.files import atomic_write_json, os_errors_named, read_json
+from megaphase.utils.slurm import control, host_names, job_fields, partition_nodes
+
+CHAIN_FILE = "chain.json"
+_NONE = "(null)"
+_END_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class RestartHistory:
+    """The starts of a job so far.
+
+    Attributes:
+        job: its id.
+        step: of the newest checkpoint after the last one.
+        without_progress: how many starts in a row have not brought a newer one.
+    """
+
+    job: str
+    step: int = 0
+    without_progress: int = 0
+
+    def after_start(self, step: int) -> RestartHistory:
+        """With one more start; step: of the newest checkpoint now."""
+        stuck = 0 if step > self.step else self.without_progress + 1
+        return RestartHistory(self.job, max(step, self.step), stuck)
+
+
+@dataclass(frozen=True)
+class Next:
+    """What follows: whether the job is queued again, why, and the exit code if it is not."""
+
+    again: bool
+    sentence: str
+    exit_code: int
+
+
+def decide(chain: RestartHistory, code: int, restarts: int, *, diverged: bool = False) -> Next:
+    """After a start that ended with an exit code.
+
+    chain: that start included. restarts: how many in a row may bring nothing. diverged: whether the
+    run has ended because it diverged.
+    """
+    if code == 0:
+        return Next(False, "all phases are done", 0)
+    if code == EXIT_WRONG_INPUT:
+        return Next(False, "the input is wrong, see above; not queued again", code)
+    if diverged and code == EXIT_FAILED:
+        return Next(False, "the run has diverged, see above; not queued again", code)
+    what = "stopped by a signal" if code == EXIT_REQUEUE else f"failed with exit code {code}"
+    reached = f"the newest checkpoint is of step {chain.step:,}"
+    if chain.without_progress > restarts:
+        plural = "s" if chain.without_progress > 1 else ""
+        starts = f"{chain.without_progress} start{plural} in a row brought no newer one"
+        return Next(False, f"{what}; {reached}, and {starts}; not queued again", EXIT_FAILED)
+    return Next(True, f"{what}; {reached}; queued again", EXIT_REQUEUE)
+
+
+def read_chain(run_dir: Path, job: str) -> RestartHistory:
+    """The starts of this job; of another one before it, how far it has come."""
+    try:
+        chain = RestartHistory(**read_json(run_dir / FOLDER / CHAIN_FILE))
+    except (OSError, ValueError, TypeError):
+        chain = RestartHistory(job)
+    return chain if chain.job == job else RestartHistory(job, chain.step)
+
+
+def write_chain(run_dir: Path, chain: RestartHistory) -> None:
+    """Remember the starts of a job."""
+    path = run_dir / FOLDER / CHAIN_FILE
+    with os_errors_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(path, asdict(chain))
+
+
+def newest_step(run_dir: Path) -> int:
+    """Of a run's newest checkpoint, by its name; 0 where there is none."""
+    folders = checkpoint_folders(run_dir / CHECKPOINTS)
+    return max((step_of(folder.name) or 0 for folder in folders), default=0)
+
+
+def too_few_nodes(job: str, leave_out: str) -> str | None:
+    """Why a job could never start again without these nodes, besides those it does without now."""
+    fields = job_fields(job)
+    partition = fields.get("Partition", "")
+    there = set(partition_nodes(partition))
+    left = there - set(host_names(leave_out)) - set(host_names(fields.get("ExcNodeList", _NONE)))
+    needed = int(fields.get("NumNodes", "0").split("-")[0])
+    if len(left) >= needed:
+        return None
+    return f"without {leave_out} partition {partition} has {len(left)} of {needed} nodes"
+
+
+def queue_again(job: str, leave_out: str) -> None:
+    """Let the job in which this process runs begin anew, which ends this process.
+
+    leave_out: names of nodes, with commas, on which it must not run again.
+
+    Raises:
+        RunError: Slurm refuses.
+    """
+    excluded = job_fields(job).get("ExcNodeList", _NONE)
+    # Slurm ends all that the job has started, with SIGTERM first: there is time for what can be
+    # changed only now that the job waits again. Not earlier: whoever cancels the job means it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if refused := control("requeue", job):
+        raise RunError(f"job {job}: cannot be queued again ({refused})")
+    if leave_out:
+        nodes = leave_out if excluded == _NONE else f"{excluded},{leave_out}"
+        if refused := control("update", f"JobId={job}", f"ExcNodeList={nodes}"):
+            raise RunError(f"job {job}: nodes {nodes} cannot be excluded ({refused})")
+    time.sleep(_END_SECONDS)

@@ -1,0 +1,70 @@
+"""Weights that another program has trained, as the checkpoint at which a run of ours begins."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from megaphase.checkpoint.parameters import WEIGHT
+from megaphase.checkpoint.state import CHECKPOINT_FORMAT
+from megaphase.convert.checkpoint_writer import portable_form, write_checkpoint
+from megaphase.convert.weights import Weights, fp32_bytes
+from megaphase.model.shape import GPTShape
+from megaphase.training.train_state import TrainState
+from megaphase.utils.files import atomic_write_text
+from megaphase.utils.progress import bytes_progress
+
+_MODEL_FILE = "model.yaml"
+
+
+def write_foreign(
+    folder: Path,
+    weights: Weights,
+    shape: GPTShape,
+    origin: dict[str, Any],
+    *,
+    workers: int,
+    console: Console | None,
+) -> None:
+    """Write a portable checkpoint of weights alone, at step 0, into an empty folder.
+
+    weights: their layouts are those of `parameter_layouts(shape, 1)`. origin: what is known about
+    where they come from, such as `{"format": "Hugging Face", "path": ...}`.
+    """
+    form = portable_form(weights.layouts)
+    with bytes_progress(console, "writing", fp32_bytes(shape)) as advance:
+        write_checkpoint(
+            folder,
+            weights,
+            (WEIGHT,),
+            form,
+            foreign_state(shape, origin),
+            workers=workers,
+            advance=advance,
+        )
+
+
+def write_model_section(folder: Path, shape: GPTShape) -> str:
+    """Write what the run file of a training of it says about the model as model.yaml; its text."""
+    section = yaml.safe_dump({"model": shape.facts()}, sort_keys=False)
+    atomic_write_text(folder / _MODEL_FILE, section)
+    return section
+
+
+def foreign_state(shape: GPTShape, origin: dict[str, Any]) -> dict[str, Any]:
+    """state.json of a model that no run of ours has trained yet."""
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "origin": origin,
+        "model": shape.facts(),
+        "position": asdict(TrainState(0, 0, 0, 0, (), 0)),
+        "step": 0,
+        "phase_name": None,
+        "used": {},
+        "streams": {},
+        "optimizer_steps": 0,
+    }

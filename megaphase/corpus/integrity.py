@@ -1,0 +1,108 @@
+"""Whether the files of corpora are those that were written.
+
+What is small beside the tokens is compared with the manifest at every start: .idx, .hash, .sum and
+.blocks, and a .bin of at most SMALL_BIN_BYTES or, in a corpus of an earlier version, without
+.blocks. Any other .bin is checked where it is read, block by block, see csrc/token_check.hpp.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from megaphase.corpus.batch import checksums
+from megaphase.corpus.manifest import BLOCKS_SUFFIX, corpus_file
+from megaphase.corpus.reader import Corpus
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import hash_file
+
+SMALL_BIN_BYTES = 16 << 20
+
+_MOST_THREADS = 8
+_REMEDY = "put back the file that was there, or tokenize again"
+
+
+def check_files(corpora: Sequence[Corpus], number: int = 0, of: int = 1) -> None:
+    """Compare small files of corpora with their manifests, and a .bin that is not checked later.
+
+    Args:
+        number: of this process among `of` that share the work.
+
+    Raises:
+        InputError: a file has been altered.
+    """
+    files = [
+        (corpus, suffix)
+        for corpus in corpora
+        for suffix, record in corpus.manifest.files.items()
+        if suffix in (".idx", ".hash", ".sum", BLOCKS_SUFFIX)
+        or (suffix == ".bin" and (record.bytes <= SMALL_BIN_BYTES or corpus.blocks is None))
+    ]
+    threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    with ThreadPoolExecutor(threads, thread_name_prefix="corpus-check") as pool:
+        for error in pool.map(lambda file: _error_of_file(*file), files[number::of]):
+            if error is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise error
+
+
+def check_document(corpus: Corpus, document: int) -> None:
+    """InputError where a document is not the one that was written, or not of the vocabulary."""
+    error = _error_of_document(corpus, document)
+    if error is not None:
+        raise error
+
+
+def wrong_tokens(corpus: Corpus, first: int, last: int) -> InputError:
+    """What is wrong where the tokens [first, last) of the .bin were found to be so."""
+    itemsize = corpus.tokens.itemsize
+    document = bisect_right(corpus.byte_offsets, first * itemsize) - 1
+    while document < len(corpus.lengths) and corpus.byte_offsets[document] < last * itemsize:
+        error = _error_of_document(corpus, document)
+        if error is not None:
+            return error
+        document += 1
+    problem = f"bytes {first * itemsize:,} to {last * itemsize - 1:,} have another checksum than "
+    path = corpus_file(corpus.prefix, ".bin")
+    return InputError(path, f"{problem}{corpus.prefix}{BLOCKS_SUFFIX} says", _REMEDY)
+
+
+def altered_document(corpus: Corpus, document: int, why: str) -> InputError:
+    """The error that says where in the .bin an altered document is; `why`: how that was found."""
+    begin = int(corpus.byte_offsets[document])
+    end = begin + int(corpus.lengths[document]) * corpus.tokens.itemsize
+    problem = f"was altered in document {document} (bytes {begin:,} to {end - 1:,}): {why}"
+    return InputError(corpus_file(corpus.prefix, ".bin"), problem, _REMEDY)
+
+
+def _error_of_file(corpus: Corpus, suffix: str) -> InputError | None:
+    path = corpus_file(corpus.prefix, suffix)
+    try:
+        if hash_file(path) == corpus.manifest.files[suffix].hash:
+            return None
+    except OSError as error:
+        return InputError(path, f"cannot be read ({error.strerror})", _REMEDY)
+    # Where the index is altered, too, it cannot say which document it is.
+    if suffix == ".bin" and _error_of_file(corpus, ".idx") is None:
+        return wrong_tokens(corpus, 0, len(corpus.tokens))
+    return InputError(path, "was altered: its hash is not the manifest's", _REMEDY)
+
+
+def _error_of_document(corpus: Corpus, document: int) -> InputError | None:
+    tokens, manifest = corpus.document(document), corpus.manifest
+    one = slice(document, document + 1)
+    sums = corpus.sums[one]
+    lengths = np.array([len(tokens)])
+    [checksum] = checksums(tokens, lengths, corpus.hashes[one], sums["text_bytes"])
+    if checksum != sums["checksum"][0]:
+        return altered_document(corpus, document, "its checksum is not the one in .sum")
+    wrong = (tokens < 0) | (tokens >= manifest.vocab_size)
+    if not wrong.any():
+        return None
+    token, largest = tokens[int(np.argmax(wrong))], manifest.vocab_size - 1
+    problem = f"document {document} has the token {token}, the vocabulary ends at {largest}"
+    return InputError(corpus_file(corpus.prefix, ".bin"), problem, "tokenize again")

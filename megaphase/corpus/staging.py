@@ -1,0 +1,156 @@
+"""Where a corpus is written before it appears: a folder from which a killed writer can go on."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from megaphase.corpus.hashed_file import HashedFile
+from megaphase.corpus.manifest import FileRecord, Manifest
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import atomic_write_json, remove_directory
+from megaphase.utils.json_models import read_record
+from megaphase.utils.locks import exclusive_lock
+from megaphase.utils.set_aside import make_way_for_directory
+
+_STATE_NAME = "state.json"
+_LOCK_NAME = "lock"
+
+
+class Figures(BaseModel):
+    """What a writer has counted; see Manifest."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    skipped_empty: int = 0
+    skipped_wrong: int = 0
+    skipped_duplicates: int = 0
+
+
+class StagingState(BaseModel):
+    """`state.json`: what of the draft's files is known to be on the disk.
+
+    Attributes:
+        job: what is being written; a draft of another job is of no use.
+        files: size and digest of the part of each file that counts.
+        note: the writer's own, handed back when it goes on.
+        manifest: of the corpus, once all is written and only the files' names are missing.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal[3] = 3
+    job: str
+    files: dict[str, FileRecord]
+    figures: Figures
+    note: Any = None
+    manifest: Manifest | None = None
+
+
+class StagedCorpus:
+    """Context manager for the folder `.NAME.draft` beside a corpus, which one process may have.
+
+    Where the block raises, the folder stays only if its state was saved for a job.
+
+    Attributes:
+        state: what an earlier writer of the same job has saved, or None.
+        files: the open files by their ending.
+        job: identifies what is written; what was saved for an empty one is never taken up.
+    """
+
+    def __init__(self, prefix: Path, job: str) -> None:
+        self.folder = prefix.with_name(f".{prefix.name}.draft")
+        self.files: dict[str, HashedFile] = {}
+        self.state: StagingState | None = None
+        self.job = job
+        self._prefix = prefix
+
+    def finished_manifest(self) -> Manifest | None:
+        """The manifest, where the same job was killed while the files got their names."""
+        state = self._read_state()
+        return state.manifest if state else None
+
+    def __enter__(self) -> Self:
+        make_way_for_directory(self.folder, "the draft of a corpus")
+        with ExitStack() as opened:
+            opened.enter_context(exclusive_lock(self.folder / _LOCK_NAME, self._refuse))
+            opened.callback(self._leave)
+            self.state = self._read_state()
+            if self.state is None:
+                self._clear()
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._opened.__exit__(kind, error, traceback)
+
+    def open(self, suffix: str) -> HashedFile:
+        """Open a file at the end of what was saved of it, which is read again.
+
+        Raises InputError where that is not what was saved; the draft is of no use then.
+        """
+        saved = self.state.files.get(suffix) if self.state else None
+        path = self.folder / suffix
+        if saved and (not path.is_file() or path.stat().st_size < saved.bytes):
+            raise self._damaged(path, "is shorter than it was")
+        file = self.files[suffix] = HashedFile(path, saved.bytes if saved else 0)
+        if saved and file.digest != saved.hash:
+            raise self._damaged(path, "has been altered")
+        return file
+
+    def save(self, figures: Figures, note: Any, manifest: Manifest | None = None) -> None:
+        """Force all files to the disk and note that a later writer can go on from here."""
+        self.state = StagingState(
+            job=self.job,
+            files={suffix: file.record() for suffix, file in self.files.items()},
+            figures=figures,
+            note=note,
+            manifest=manifest,
+        )
+        atomic_write_json(self.folder / _STATE_NAME, self.state.model_dump())
+
+    def discard(self) -> None:
+        """Forget what was saved: the folder goes when the block ends."""
+        self.state = None
+
+    def _refuse(self) -> None:
+        remedy = "wait for it, or choose another --out"
+        raise InputError(self._prefix, "is being written by another process", remedy)
+
+    def _read_state(self) -> StagingState | None:
+        if not self.job or not (self.folder / _STATE_NAME).is_file():
+            return None
+        try:
+            state = read_record(self.folder / _STATE_NAME, StagingState, "")
+        except InputError:
+            return None  # of another version
+        return state if state.job == self.job else None
+
+    def _damaged(self, path: Path, problem: str) -> InputError:
+        self.discard()
+        return InputError(path, problem, "it is removed: run the command again to start over")
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                remove_directory(path)
+            elif path.name != _LOCK_NAME:
+                path.unlink()
+
+    def _leave(self) -> None:
+        for file in self.files.values():
+            file.close()
+        if self.state is None or not self.job:
+            remove_directory(self.folder)

@@ -1,0 +1,109 @@
+"""Steps that all processes take together: where one of them cannot go on, all of them stop."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from megaphase.distributed.dist_env import global_rank, world_size
+from megaphase.utils.errors import InputError, LostProcessError, RunError, os_fault
+
+Result = TypeVar("Result")
+Fault = InputError | RunError
+
+
+def run_on_all_ranks(action: Callable[[], Result]) -> Result:
+    """Run `action` on every process.
+
+    Raises the InputError or RunError of the lowest rank that raised one on all of them. torch is
+    imported only if there are several processes.
+    """
+    outcome = outcome_of(action)
+    faults = [outcome] if world_size() == 1 else _gather_faults(outcome)
+    for fault in faults:
+        if isinstance(fault, Fault):
+            raise fault
+    assert not isinstance(outcome, Fault)
+    return outcome
+
+
+def on_first_rank(action: Callable[[], Result]) -> Result:
+    """Run `action` on rank 0 while the others wait; all get its result, or raise its fault."""
+    import torch.distributed as dist
+
+    from megaphase.distributed.process_grid import device, join_processes
+
+    join_processes()
+    shared = [outcome_of(action) if global_rank() == 0 else None]
+    dist.broadcast_object_list(shared, src=0, device=device())
+    outcome = shared[0]
+    if isinstance(outcome, Fault):
+        raise outcome
+    return outcome  # type: ignore[return-value]  # the other ranks' None has been replaced
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the process group, and leave it at the end, whatever happens."""
+    from megaphase.distributed.process_grid import join_processes
+
+    with leaving_processes():
+        join_processes()
+        yield
+
+
+@contextmanager
+def leaving_processes() -> Iterator[None]:
+    """Leave the process group at the end, whatever happens, if this process has joined it.
+
+    A process that ended as a member would still have the threads of its collectives; one of them
+    that then lets go of a tensor ends the process with SIGABRT instead of its exit code.
+
+    Raises:
+        LostProcessError: a collective failed before or after a watchdog could say why.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() > 1 and _is_lost_connection(error):
+            raise LostProcessError(
+                f"rank {global_rank()} has lost the connection to another process, which has "
+                "ended or cannot be reached"
+            ) from None
+        raise
+    finally:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    from megaphase.fault_tolerance.watchdog import tells_of_others
+
+    return tells_of_others(error)
+
+
+def outcome_of(action: Callable[[], Result]) -> Result | Fault:
+    """What `action` returns, or the fault that it raises, which an OSError with a path is, too."""
+    try:
+        return action()
+    except (InputError, RunError) as fault:
+        return fault
+    except OSError as error:
+        found = os_fault(error)
+        if found is None:
+            raise
+        return found
+
+
+def _gather_faults(outcome: object) -> list[Fault | None]:
+    import torch.distributed as dist
+
+    from megaphase.distributed.process_grid import join_processes
+
+    join_processes()
+    faults: list[Fault | None] = [None] * world_size()
+    dist.all_gather_object(faults, outcome if isinstance(outcome, Fault) else None)
+    return faults

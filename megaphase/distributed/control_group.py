@@ -1,0 +1,43 @@
+"""Small facts on which all processes agree between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megaphase.distributed.all_ranks import Fault, outcome_of
+
+Fact = TypeVar("Fact")
+
+
+class ControlGroup:
+    """Collectives over gloo, whatever the device: none of them waits for a GPU.
+
+    Every method is called by all ranks.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._group = dist.new_group(backend="gloo")
+
+    def largest(self, *values: int) -> list[int]:
+        """Of each value, the largest that any rank has."""
+        found = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
+        return found.tolist()
+
+    def gather(self, fact: Fact) -> list[Fact]:
+        """The facts of all ranks, in their order."""
+        facts: list[Fact] = [fact] * self.world_size
+        dist.all_gather_object(facts, fact, group=self._group)
+        return facts
+
+    def on_first_rank(self, action: Callable[[], object]) -> None:
+        """Run `action` on rank 0 while the others wait; its fault is raised on all of them."""
+        outcome = [outcome_of(action) if self.rank == 0 else None]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if isinstance(outcome[0], Fault):
+            raise outcome[0]

@@ -1,0 +1,162 @@
+"""Output projection and cross entropy in one, over a vocabulary that is spread over ranks.
+
+The logits of a whole micro-batch are never there: those of some tokens become their losses and
+their gradients at once (as in Liger Kernel, Hsu et al. 2024), so that the backward pass has no
+logits to keep or to compute again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megaphase.distributed.process_grid import ProcessGrid
+from megaphase.ops.kernels import Kernels
+from megaphase.ops.matmul import add_weight_gradient, matmul
+
+# Logits at a time. For a CPU, what stays in its cache; for a GPU, products that fill it, of which
+# there are few, because each adds to the whole gradient of the weight.
+CPU_LOGITS = 1 << 22
+GPU_LOGITS = 1 << 27
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the ranks that share a vocabulary know of it.
+
+    first: token id of this rank's first logit. ignored: the target of tokens without a loss.
+    tokens: how many have their logits at a time, the same on all ranks.
+    """
+
+    first: int
+    ignored: int
+    topology: ProcessGrid
+    kernels: Kernels
+    tokens: int
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocabulary: Vocabulary,
+        backward_follows: bool,
+    ) -> tuple[Tensor, Tensor]:
+        losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        used = weight.to(x.dtype)
+        if backward_follows:
+            ctx.for_x = torch.empty_like(x)
+            ctx.for_weight = torch.zeros_like(weight, dtype=torch.float32)
+            ctx.dtype = weight.dtype
+        for rows in _chunks(len(x), vocabulary.tokens):
+            part = x[rows]
+            logits = matmul(part, used.t())
+            losses[rows], gradient = _losses(logits, targets[rows], vocabulary, backward_follows)
+            if gradient is not None:
+                ctx.for_x[rows] = matmul(gradient, used)
+                add_weight_gradient(ctx.for_weight, gradient, part)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        for_x, for_weight = ctx.for_x.mul_(grads[0]), ctx.for_weight.mul_(grads[0])
+        del ctx.for_x, ctx.for_weight
+        return for_x, for_weight.to(ctx.dtype), None, None, None
+
+
+def tokens_at_a_time(rows: int, device: torch.device) -> int:
+    """How many tokens' logits a device computes at a time.
+
+    rows: of the vocabulary on each rank, padding included.
+    """
+    return max(1, (CPU_LOGITS if device.type == "cpu" else GPU_LOGITS) // rows)
+
+
+def _chunks(tokens: int, most: int) -> list[slice]:
+    size = -(-tokens // -(-tokens // most))  # alike, so that a compiled kernel serves them all
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _losses(
+    logits: Tensor, targets: Tensor, vocabulary: Vocabulary, backward_follows: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Of some tokens: losses, and gradients of their sum with respect to the logits."""
+    of, topology = vocabulary.kernels.of, vocabulary.topology
+    columns = targets - vocabulary.first
+    elsewhere = (columns < 0) | (columns >= logits.shape[-1])
+    columns = columns.masked_fill_(elsewhere, 0).unsqueeze(-1)
+    top = of(_top)(logits)
+    _all_reduce(top, dist.ReduceOp.MAX, topology)
+    sums = of(_sums)(logits, top, columns, elsewhere)
+    _all_reduce(sums, dist.ReduceOp.SUM, topology)
+    total, chosen = sums
+    skip = targets == vocabulary.ignored
+    losses = (total.log() - chosen).masked_fill_(skip, 0)
+    if not backward_follows:
+        return losses, None
+    share, hit = (~skip / total).unsqueeze(-1), (skip | elsewhere).logical_not_().unsqueeze(-1)
+    return losses, of(_gradient)(logits, top, share, columns, hit)
+
+
+# A rank whose part of the vocabulary is only padding has no logits at all.
+
+
+def _top(logits: Tensor) -> Tensor:
+    if not logits.shape[-1]:
+        return torch.full(logits.shape[:-1], -torch.inf, device=logits.device)
+    return logits.amax(-1).float()
+
+
+def _exponentials(logits: Tensor, top: Tensor) -> Tensor:
+    return torch.sub(logits.float(), top.unsqueeze(-1)).exp_()
+
+
+def _sums(logits: Tensor, top: Tensor, columns: Tensor, elsewhere: Tensor) -> Tensor:
+    """The sum of exponentials, and the target's logit, both from the largest logit on."""
+    chosen = torch.zeros_like(top)
+    if logits.shape[-1]:
+        chosen = logits.gather(-1, columns).squeeze(-1).float() - top
+    total = _exponentials(logits, top).sum(-1)
+    return torch.stack([total, chosen.masked_fill(elsewhere, 0)])
+
+
+def _gradient(logits: Tensor, top: Tensor, share: Tensor, columns: Tensor, hit: Tensor) -> Tensor:
+    """Softmax less one at the target, by what the targets count and one over the sums."""
+    if not logits.shape[-1]:
+        return logits
+    gradient = _exponentials(logits, top).mul_(share)
+    return gradient.scatter_add_(-1, columns, -hit.float()).to(logits.dtype)
+
+
+def _all_reduce(x: Tensor, operation: Any, topology: ProcessGrid) -> None:
+    if topology.tensor_size > 1:
+        dist.all_reduce(x, op=operation, group=topology.tensor_group)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor]:
+    """Sum of all losses, and the loss of every token, in nats, fp32 [] and [batch, seq].
+
+    x:       [batch, seq, hidden], whole on every rank
+    weight:  [vocabulary of this rank, hidden]; cast to x's type where it is used
+    targets: int64 [batch, seq], token ids of the whole vocabulary; the loss of `ignored` ones is 0
+
+    Gradients flow through the sum alone. Only the largest logit, the sum of exponentials and the
+    target's logit of each token travel between ranks (Shoeybi et al. 2019, section 3).
+    """
+    backward_follows = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    total, losses = _LinearCrossEntropy.apply(
+        x.flatten(0, -2), weight, targets.flatten(), vocabulary, backward_follows
+    )
+    return total, losses.view(targets.shape)

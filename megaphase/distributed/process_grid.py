@@ -1,0 +1,141 @@
+"""Which process does what: tensor-parallel neighbours times data-parallel replicas."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megaphase.distributed.dist_env import check_meeting, global_rank, local_rank, world_size
+from megaphase.utils.errors import InputError, RunError
+
+# Long enough for the first rank to build a plan or to verify a checkpoint while the others wait.
+COLLECTIVE_TIMEOUT = timedelta(minutes=60)
+# Processes of one job start within minutes of each other, or not at all.
+JOIN_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class ProcessGrid:
+    """A grid of tensor × data processes; tensor-parallel ranks are neighbours (one node's GPUs).
+
+    It is also the `mpu` that DeepSpeed asks for groups, ranks and sizes.
+    """
+
+    world_size: int
+    rank: int
+    tensor_size: int
+    tensor_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor_size
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.tensor_size
+
+    @property
+    def data_size(self) -> int:
+        return self.world_size // self.tensor_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the metrics and speaks for all."""
+        return self.rank == 0
+
+    # The names under which DeepSpeed looks for the same facts.
+    def get_model_parallel_rank(self) -> int:
+        return self.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.tensor_size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.tensor_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.data_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.data_group
+
+
+def device() -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank())
+    return torch.device("cpu")
+
+
+def join_processes() -> None:
+    """Join the process group that the environment describes; a single process forms its own.
+
+    Raises:
+        InputError: the environment describes none.
+        RunError: some of the processes have not come.
+    """
+    if dist.is_initialized():
+        return
+    check_meeting()
+    backend = "gloo"
+    if device().type == "cuda":
+        backend = "nccl"
+        if local_rank() >= torch.cuda.device_count():
+            raise InputError(
+                "LOCAL_RANK",
+                f"is {local_rank():,}, but this machine has {torch.cuda.device_count():,} GPUs",
+                "start one process for each GPU",
+            )
+        torch.cuda.set_device(device())
+    if world_size() == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        store = _meeting_place()
+        dist.init_process_group(
+            backend,
+            timeout=COLLECTIVE_TIMEOUT,
+            store=store,
+            rank=global_rank(),
+            world_size=world_size(),
+        )
+
+
+def _meeting_place() -> dist.Store:
+    """The store at which all processes have found each other."""
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+    except (dist.DistStoreError, dist.DistNetworkError):
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RunError(
+            f"the {world_size()} processes have not found each other at {where} within "
+            f"{JOIN_TIMEOUT.total_seconds():.0f} s; see whether one has ended, or whether the "
+            "nodes cannot reach that address"
+        ) from None
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    return store
+
+
+def start(tensor_size: int) -> ProcessGrid:
+    """Join the process group and form the tensor- and data-parallel groups."""
+    join_processes()
+    world, rank = dist.get_world_size(), dist.get_rank()
+    assert world % tensor_size == 0, "RunConfig.micro_batches comes first"
+    tensor_groups = [
+        dist.new_group(range(first, first + tensor_size)) for first in range(0, world, tensor_size)
+    ]
+    data_groups = [dist.new_group(range(t, world, tensor_size)) for t in range(tensor_size)]
+    return ProcessGrid(
+        world,
+        rank,
+        tensor_size,
+        tensor_groups[rank // tensor_size],
+        data_groups[rank % tensor_size],
+    )

@@ -1,0 +1,97 @@
+"""The way into and out of what is computed tensor-parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaphase.distributed.collectives import (
+    copy_to_tensor_parallel,
+    gather_sequence,
+    reduce_async,
+)
+from megaphase.distributed.process_grid import ProcessGrid
+from megaphase.distributed.sharding import layout_of
+
+
+class TensorRegion:
+    """The way into and out of the part of a layer that is computed tensor-parallel.
+
+    Outside, activations are whole on every rank or, with sequence parallelism, each rank holds
+    its share of the sequence: [batch, seq / tensor, hidden].
+    """
+
+    def __init__(self, topology: ProcessGrid, sequence: bool) -> None:
+        self.topology = topology
+        self.sequence = sequence
+        self._copies: dict[Tensor, Tensor] = {}
+        self._casts: dict[Tensor, Tensor] | None = None
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Whole activations on every rank: [batch, seq, hidden]."""
+        if self.sequence:
+            return gather_sequence(x, self.topology)
+        return copy_to_tensor_parallel([x], self.topology)[0]
+
+    def reduce_async(self, x: Tensor) -> Callable[[], Tensor]:
+        """Start to sum the ranks' partial results, which are used up; what waits for the sum."""
+        return reduce_async(x, self.topology, self.sequence)
+
+    def own_positions(self, x: Tensor) -> Tensor:
+        """Of [..., seq, hidden], the positions that this rank holds outside the region."""
+        if not self.sequence:
+            return x
+        return x.chunk(self.topology.tensor_size, dim=-2)[self.topology.tensor_rank]
+
+    def replicated(self, parameter: Tensor) -> Tensor:
+        """A replicated parameter used outside the region.
+
+        With sequence parallelism each rank sees its share of the positions only, so the
+        parameter's gradient is summed over the group.
+        """
+        if not self.sequence:
+            return parameter
+        if parameter in self._copies:
+            return self._copies[parameter]
+        return copy_to_tensor_parallel([parameter], self.topology)[0]
+
+    def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """A weight in the activations' type; within `shared`, all who ask have the same copy."""
+        if weight.dtype == dtype or self._casts is None:
+            return weight.to(dtype)
+        if weight not in self._casts:
+            self._casts[weight] = weight.detach().to(dtype)
+        return _Cast.apply(weight, self._casts[weight])
+
+    @contextmanager
+    def shared(self, module: nn.Module) -> Iterator[None]:
+        """Within, what parts of a micro-batch need of a module's parameters alike is done once.
+
+        Weights are cast once, and the gradients of all replicated parameters summed in one.
+        """
+        if self.sequence:
+            whole = [each for each in module.parameters() if layout_of(each).dim is None]
+            copies = copy_to_tensor_parallel(whole, self.topology)
+            self._copies = dict(zip(whole, copies, strict=True))
+        self._casts = {}
+        try:
+            yield
+        finally:
+            self._copies, self._casts = {}, None
+
+
+class _Cast(torch.autograd.Function):
+    """A cast of which the result is there. Its users' gradients are summed in the weight's type."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return copy.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].to(ctx.dtype), None

@@ -1,0 +1,166 @@
+"""Bytes on one GPU at the moment of a step when they are most, by what they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megaphase.estimate.activation_memory import (
+    block_backward,
+    block_forward,
+    block_kept,
+    dropout_saved,
+    head_memory,
+    mask_memory,
+    residual,
+)
+from megaphase.estimate.setup import FP32_BYTES, Setup
+from megaphase.estimate.state_memory import (
+    MOMENTS,
+    SUB_GROUP,
+    SWAP_BUFFERS,
+    States,
+    states_of,
+)
+from megaphase.model.parameters import block_sizes, largest_partition, parameter_sizes
+
+PARTS = ("weights", "masters", "moments", "gradients", "activations", "gathered", "buffers")
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one rank.
+
+    parts: on the GPU (or, where the device is the CPU, all there are), at `moment`, the one of a
+    step when they are most together
+    host: of the node's memory, for what is offloaded to it
+    """
+
+    parts: dict[str, int]
+    host: dict[str, int]
+    moment: str
+
+    @property
+    def total(self) -> int:
+        """Bytes on the GPU."""
+        return sum(self.parts.values())
+
+
+@lru_cache(maxsize=4096)  # layouts and remedies ask for the same setups again and again
+def estimate(setup: Setup) -> MemoryEstimate:
+    """The memory of one rank of a run."""
+    states = states_of(setup)
+    host = _offloaded(setup, states)
+    moments = [
+        MemoryEstimate(_moved_off(setup, parts, states), host, moment)
+        for moment, parts in _moments(setup, states)
+    ]
+    return max(moments, key=lambda at: at.total)
+
+
+def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]]]:
+    """The moments of a step in which memory can be at its highest."""
+    kept, passing = states.kept, states.passing
+    layers, each = setup.shape.layers, block_kept(setup)
+    head = head_memory(setup)
+    mask = mask_memory(setup) + dropout_saved(setup)  # of documents, and of the embedding's output
+    sizes = parameter_sizes(setup.shape, setup.tensor)
+    parameters = sum(sizes.values())
+    block = sum(block_sizes(setup.shape, setup.tensor).values())
+
+    def at(activations: int, gradients: int, gathered: int, buffers: int) -> dict[str, int]:
+        return {
+            "weights": kept.weights,
+            "masters": kept.masters,
+            "moments": kept.moments,
+            "gradients": kept.gradients + gradients,
+            "activations": activations,
+            "gathered": gathered,
+            "buffers": buffers,
+        }
+
+    carried, backward = passing.carried, block_backward(setup)
+    held, gathered = passing.held, passing.gathered
+    forward = layers * each + block_forward(setup) + mask
+    yield "forward pass", at(forward, carried, gathered, passing.arriving)
+    before_head = layers * each + head.kept + mask
+    yield "loss", at(before_head + head.loss, carried, gathered, 0)
+    yield (
+        "backward pass of the head",
+        at(before_head + head.backward, carried, gathered, passing.bucket),
+    )
+    above = parameters - layers * block
+    if not setup.shape.tied_embeddings:
+        above -= sizes["embedding.weight"]
+    turns = [
+        (passing.limit, passing.growing),
+        (gathered - passing.returned, gathered - held),
+    ]
+    # Between these blocks all that follows is linear in the number that is left.
+    for left in _turning_points(layers, block, above, parameters, turns):
+        share = (above + (layers - left) * block) / parameters
+        waiting = min(int(passing.growing * share), passing.limit)
+        there = max(held + int((gathered - held) * (1 - share)), passing.returned)
+        activations = left * each + mask
+        name = f"backward pass of block {left}"
+        yield (
+            name,
+            at(activations + backward, carried + waiting, there, passing.bucket),
+        )
+        if passing.limit <= waiting and passing.limit < passing.growing:
+            handing_on = passing.bucket + passing.reduction
+            yield name, at(activations, carried + waiting, there, handing_on)
+    waiting = min(passing.growing, passing.limit)
+    end = passing.bucket + passing.reduction
+    yield "reduction of gradients", at(residual(setup), carried + waiting, passing.returned, end)
+    step = 0 if setup.offload != "none" else passing.step
+    yield "optimizer step", at(0, step, 0, 0)
+
+
+def _turning_points(
+    layers: int, block: int, above: int, parameters: int, turns: list[tuple[int, int]]
+) -> list[int]:
+    """The first and the last number of blocks left, and those next to where a limit is reached.
+
+    turns: limits of what grows with the share of the parameters whose gradients are there, each
+    with what it would grow to.
+    """
+    found = {1, layers}
+    for limit, whole in turns:
+        if whole > 0:
+            left = layers - (limit / whole * parameters - above) / block
+            found.update(range(int(left) - 2, int(left) + 4))
+    return sorted((left for left in found if 1 <= left <= layers), reverse=True)
+
+
+def _offloaded(setup: Setup, states: States) -> dict[str, int]:
+    """Bytes of the node's memory, by part; of what lies on NVMe, the buffers on the way to it."""
+    if setup.device == "cpu":
+        return {}
+    kept, host = states.kept, {}
+    if setup.offload == "cpu":
+        host = {"masters": kept.masters, "moments": kept.moments, "gradients": kept.masters}
+    elif setup.offload == "nvme":
+        # Weights, both moments and gradients of a sub-group at a time.
+        host = {"buffers": (2 + MOMENTS) * min(kept.masters, SUB_GROUP * FP32_BYTES)}
+    if setup.offload_parameters == "cpu":
+        host["weights"] = kept.weights
+    elif setup.offload_parameters == "nvme":
+        largest = largest_partition(setup.shape, setup.tensor, setup.data)
+        swapped = SWAP_BUFFERS * largest * setup.parameter_bytes
+        host["buffers"] = host.get("buffers", 0) + swapped
+    return host
+
+
+def _moved_off(setup: Setup, parts: dict[str, int], states: States) -> dict[str, int]:
+    """The parts without what is offloaded; where the device is the CPU, nothing leaves it."""
+    if setup.device == "cpu":
+        return parts
+    left = dict(parts)
+    if setup.offload != "none":
+        left |= {"masters": 0, "moments": 0}
+        left["gradients"] -= states.kept.gradients
+    if setup.offload_parameters != "none":
+        left["weights"] = 0
+    return left

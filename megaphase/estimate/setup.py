@@ -1,0 +1,120 @@
+"""All that the memory of one process depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from megaphase.config import RunConfig
+from megaphase.model.shape import GPTShape
+from megaphase.ops.matmul import widens_bf16
+
+Device = Literal["cuda", "cpu"]
+FP32_BYTES = 4
+BF16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One rank's part of a run: `tensor` × `data` processes under a ZeRO stage.
+
+    accumulation: micro-batches of an optimizer step; masked: whether samples hold documents that do
+    not see each other. overlap: of tensor-parallel collectives, see `model.in_turn`. keep_gathered:
+    see `memory.gathered`. compiled: the parts between the matrix products, see `kernels`. widened:
+    whether the device computes products of bf16 in fp32, see `kernels.matmul`.
+    """
+
+    shape: GPTShape
+    tensor: int
+    data: int
+    zero: int
+    sequence: bool
+    bf16: bool
+    micro: int
+    accumulation: int
+    masked: bool = False
+    offload: str = "none"
+    offload_parameters: str = "none"
+    overlap: bool = True
+    keep_gathered: float = 0.0
+    device: Device = "cuda"
+    compiled: bool = True
+    widened: bool = False
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of one element of the activations."""
+        return BF16_BYTES if self.bf16 else FP32_BYTES
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of one element of the model's parameters, which stay fp32 without ZeRO."""
+        return BF16_BYTES if self.bf16 and self.zero > 0 else FP32_BYTES
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.micro * self.shape.seq_len
+
+    @property
+    def outer_tokens(self) -> int:
+        """Of a micro-batch, those that this rank holds outside the tensor-parallel regions."""
+        return self.tokens // self.tensor if self.sequence else self.tokens
+
+    @property
+    def variable_length(self) -> bool:
+        """Whether attention takes documents one by one, so that none of them is masked."""
+        return self.masked and self.bf16 and self.device == "cuda"
+
+    @property
+    def halves(self) -> int:
+        """Parts of a micro-batch that are computed in turn."""
+        return 2 if self.overlap and self.tensor > 1 and self.micro > 1 else 1
+
+    @property
+    def samples(self) -> int:
+        """Of the global batch."""
+        return self.micro * self.accumulation * self.data
+
+    def with_micro(self, micro: int) -> Setup:
+        """The same global batch in micro-batches of another size."""
+        return replace(self, micro=micro, accumulation=self.samples // (micro * self.data))
+
+    def with_processes(self, tensor: int, data: int) -> Setup:
+        """The same global batch on another grid of processes."""
+        return replace(
+            self,
+            tensor=tensor,
+            data=data,
+            sequence=self.sequence and tensor > 1,
+            accumulation=self.samples // (self.micro * data),
+        )
+
+
+def setup_of(config: RunConfig, shape: GPTShape, processes: int, device: Device) -> Setup:
+    """What a run file asks for on a number of processes.
+
+    Raises:
+        InputError: tensor parallelism or the global batch does not divide.
+    """
+    kernels = config.parts.kernels
+    return Setup(
+        shape=shape,
+        tensor=config.parallel.tensor,
+        data=processes // config.parallel.tensor,
+        zero=config.parallel.zero,
+        sequence=config.parallel.sequence,
+        bf16=config.precision == "bf16",
+        micro=config.batch.micro,
+        accumulation=config.micro_batches(processes),
+        masked=any(not task.attends_across_documents for task in config.tasks.values()),
+        offload=config.parallel.offload,
+        offload_parameters=config.parallel.offload_parameters,
+        overlap=config.parallel.overlap,
+        keep_gathered=config.parallel.keep_gathered,
+        device=device,
+        compiled=kernels == "compile" or (kernels == "auto" and device == "cuda"),
+        widened=config.precision == "bf16" and widens_bf16(torch.device(device)),
+    )

@@ -1,0 +1,200 @@
+"""What DeepSpeed keeps of weights, gradients and moments on one rank, by ZeRO stage.
+
+Read off DeepSpeed 0.19.8 under the settings of `training.deepspeed_config`. The bucket sizes are
+its defaults; tests compare them, and all sizes here, with those of engines that are really built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megaphase.estimate.gathered_parameters import gathering, kept_gathered
+from megaphase.estimate.setup import FP32_BYTES, Setup
+from megaphase.model.parameters import is_matrix, parameter_sizes
+
+# Elements.
+REDUCE_BUCKET = 500_000_000
+PREFETCH_BUCKET = 50_000_000
+SUB_GROUP = 1_000_000_000
+# For parameters on an NVMe disk: the four matrices of a block and of the one that is read ahead,
+# embeddings and output projection, and some that are on their way.
+SWAP_BUFFERS = 16
+MOMENTS = 2
+FLAT_ALIGNMENT = 2
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Bytes on one rank, from one optimizer step to the next."""
+
+    weights: int
+    masters: int
+    gradients: int
+    moments: int
+
+
+@dataclass(frozen=True)
+class Transient:
+    """Bytes on one rank that come and go within a step, beside what is kept.
+
+    carried:   gradients of earlier micro-batches, while a later one is computed
+    growing:   gradients of the micro-batch in work once the backward pass is through, if none had
+               been handed on
+    limit:     the most of `growing` that waits before it is handed on
+    bucket:    buffers for communication during the backward pass
+    reduction: while gradients are handed on, beside those that wait
+    step:      in the optimizer step
+    held:      whole weights that ZeRO-3 keeps gathered from one micro-batch to the next
+    gathered:  whole weights that it has gathered, at the loss; with those that it keeps
+    arriving:  whole weights on their way, in the forward pass
+    returned:  whole weights still there at the end of the backward pass
+    """
+
+    carried: int = 0
+    growing: int = 0
+    limit: int = 0
+    bucket: int = 0
+    reduction: int = 0
+    step: int = 0
+    held: int = 0
+    gathered: int = 0
+    arriving: int = 0
+    returned: int = 0
+
+
+@dataclass(frozen=True)
+class States:
+    kept: Resident
+    passing: Transient = field(default_factory=Transient)
+
+
+def states_of(setup: Setup) -> States:
+    """What lies on this rank, were nothing offloaded."""
+    sizes = parameter_sizes(setup.shape, setup.tensor)
+    if setup.zero == 0:
+        return _without_zero(setup, sum(sizes.values()))
+    if setup.zero == 3:
+        return _partitioned_weights(setup, sizes)
+    if setup.zero == 1 and setup.bf16 and setup.offload == "none":
+        return _bf16_optimizer(setup, sizes)
+    return _partitioned_optimizer(setup, sizes)
+
+
+def _flat_size(sizes: Mapping[str, int], data: int) -> int:
+    """Elements of the flat buffers of both parameter groups, padded so that all ranks share."""
+    unit = FLAT_ALIGNMENT * data
+    groups = [[n for name, n in sizes.items() if is_matrix(name) == matrix] for matrix in (1, 0)]
+    return sum(-(-sum(group) // unit) * unit for group in groups)
+
+
+def _without_zero(setup: Setup, elements: int) -> States:
+    """fp32 weights in place; torch's optimizer."""
+    every = elements * FP32_BYTES
+    bucket = min(elements, REDUCE_BUCKET) * FP32_BYTES
+    return States(
+        Resident(weights=every, masters=0, gradients=0, moments=MOMENTS * every),
+        Transient(
+            carried=every if setup.accumulation > 1 else 0,
+            growing=0 if setup.accumulation > 1 else every,
+            limit=every,
+            reduction=bucket,  # joined before they travel
+            step=every,
+        ),
+    )
+
+
+def _bf16_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
+    """DeepSpeed's BF16_Optimizer: whole fp32 gradients on every rank."""
+    elements = _flat_size(sizes, setup.data)
+    own = elements // setup.data * FP32_BYTES
+    low = elements * setup.parameter_bytes
+    whole = elements * FP32_BYTES
+    # Joined before they travel, where they fit a bucket, and they travel in bf16.
+    joined = (whole if elements <= REDUCE_BUCKET else 0) + low
+    return States(
+        Resident(weights=low, masters=own, gradients=whole, moments=MOMENTS * own),
+        Transient(
+            carried=low if setup.accumulation > 1 else 0,
+            growing=0 if setup.accumulation > 1 else low,
+            limit=low,
+            reduction=max(joined, max(sizes.values()) * FP32_BYTES),
+            step=low,
+        ),
+    )
+
+
+def _partitioned_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
+    """DeepSpeedZeroOptimizer, stages 1 and 2.
+
+    Stage 1 keeps the gradients of all micro-batches whole and hands them on with the last one;
+    stage 2 hands on those of each.
+    """
+    elements = _flat_size(sizes, setup.data)
+    own = elements // setup.data * FP32_BYTES
+    weights = elements * setup.parameter_bytes
+    apart = setup.bf16  # gradients are summed in another type than they are computed in
+    staged = setup.parameter_bytes if setup.zero == 2 else FP32_BYTES
+    waiting = min(elements, REDUCE_BUCKET) * staged
+    joined = waiting if setup.data > 1 or apart else 0
+    cast = max(sizes.values()) * FP32_BYTES if apart else 0
+    buffers = 0
+    if setup.device == "cuda":
+        # Two whole buckets take turns. On the CPU, what is not written to is not there.
+        buffers = 2 * REDUCE_BUCKET * staged
+        waiting = 0
+    accumulated = setup.accumulation > 1
+    whole = elements * (FP32_BYTES if setup.zero == 1 else staged)
+    if setup.zero == 1:
+        carried, growing = (whole, 0) if accumulated else (0, whole)
+        limit = whole
+        waiting = 0 if setup.device == "cpu" else waiting
+    else:
+        carried, growing, limit = own if accumulated else 0, waiting, waiting
+    reduction = max(joined, own)
+    if apart:
+        reduction = joined + cast + (0 if accumulated and setup.zero == 2 else own)
+    return States(
+        Resident(weights=weights, masters=own, gradients=0, moments=MOMENTS * own),
+        Transient(
+            carried=carried,
+            growing=growing,
+            limit=limit,
+            bucket=buffers,
+            reduction=reduction,
+            step=2 * own,
+        ),
+    )
+
+
+def _partitioned_weights(setup: Setup, sizes: Mapping[str, int]) -> States:
+    """Stage 3: every parameter is cut into `data` parts of its own."""
+    part = sum(-(-size // setup.data) for size in sizes.values())
+    own = part * FP32_BYTES
+    every = sum(sizes.values())
+    low = setup.parameter_bytes
+    waiting = min(every, REDUCE_BUCKET)
+    handed_on = waiting // setup.data * FP32_BYTES if setup.bf16 else 0
+    if setup.device == "cpu":
+        handed_on = max(handed_on, waiting * low)  # gloo scatters a copy
+    held = gathered = arriving = returned = 0
+    if setup.data > 1 or setup.offload_parameters != "none":
+        found = gathering(sizes, setup.keep_gathered)
+        held = returned = found.kept
+        gathered = held + found.reused
+        arriving = min(every - held, PREFETCH_BUCKET)
+        if "embedding.weight" not in kept_gathered(sizes, setup.keep_gathered):
+            returned += sizes["embedding.weight"]
+    return States(
+        Resident(weights=part * low, masters=own, gradients=own, moments=MOMENTS * own),
+        Transient(
+            growing=every * low,
+            limit=waiting * low,
+            reduction=waiting * low + handed_on,
+            step=min(part, SUB_GROUP) * FP32_BYTES,
+            held=held * low,
+            gathered=gathered * low,
+            arriving=arriving * low,
+            returned=returned * low,
+        ),
+    )

@@ -1,0 +1,97 @@
+"""The time of an optimizer step, by what it is spent on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megaphase.estimate.communication import data_traffic, tensor_backward, tensor_forward
+from megaphase.estimate.flops import Work, backward_work, forward_work
+from megaphase.estimate.hardware import Hardware
+from megaphase.estimate.setup import FP32_BYTES, Setup
+from megaphase.model.parameters import parameter_sizes
+
+# matrices, attention, elementwise: computing, with what is computed again. tensor, data: waiting
+# for what tensor-parallel and data-parallel ranks send. optimizer: its pass over the weights.
+PARTS = ("matrices", "attention", "elementwise", "tensor", "data", "optimizer")
+# Passes of AdamW over a weight: gradient, weight and two moments read, the last three written;
+# before them the gradient is read for the norm, and read and written to be clipped.
+OPTIMIZER_PASSES = 7 + 3
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """An optimizer step of all ranks together.
+
+    seconds_by: PARTS
+    sent_by: bytes that each rank sends, by `tensor` and `data`
+    tokens: of the global batch
+    model_flops, peak_flops: of all ranks together; the first as `train_flops_per_token` counts them
+    """
+
+    seconds_by: dict[str, float]
+    sent_by: dict[str, float]
+    tokens: int
+    model_flops: float
+    peak_flops: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.seconds_by.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation (Chowdhery et al. 2022, appendix B)."""
+        return self.model_flops / (self.seconds * self.peak_flops)
+
+
+def step_time(setup: Setup, hardware: Hardware) -> StepTime:
+    """The time of a step; what offload adds is not in it."""
+    forward, backward = forward_work(setup), backward_work(setup)
+    tensor_forth, tensor_back = tensor_forward(setup, hardware), tensor_backward(setup, hardware)
+    data = data_traffic(setup, hardware)
+    # What data-parallel ranks send goes on behind all else of a pass.
+    in_forward = _seconds(forward, hardware) + tensor_forth.seconds
+    in_backward = _seconds(backward, hardware) + tensor_back.seconds
+    data_forth = data.forward.behind(in_forward, data.pieces)
+    data_back = data.backward.behind(in_backward, data.pieces)
+
+    count = setup.accumulation
+    tensor_all = (tensor_forth + tensor_back) * count
+    data_all = (data_forth + data_back) * count + data.end
+    seconds = _seconds_by_kind((forward + backward) * count, hardware) | {
+        "tensor": tensor_all.seconds,
+        "data": data_all.seconds,
+        "optimizer": hardware.memory_seconds(_optimizer_bytes(setup)),
+    }
+    tokens = setup.samples * setup.shape.seq_len
+    return StepTime(
+        seconds,
+        {"tensor": tensor_all.sent, "data": data_all.sent},
+        tokens,
+        tokens * setup.shape.train_flops_per_token(),
+        setup.tensor * setup.data * hardware.peak_flops,
+    )
+
+
+def _seconds_by_kind(work: Work, hardware: Hardware) -> dict[str, float]:
+    return {
+        "matrices": hardware.matrix_seconds(work.matrices),
+        "attention": hardware.attention_seconds(work.attention),
+        "elementwise": hardware.memory_seconds(work.elementwise),
+    }
+
+
+def _seconds(work: Work, hardware: Hardware) -> float:
+    return sum(_seconds_by_kind(work, hardware).values())
+
+
+def _optimizer_bytes(setup: Setup) -> float:
+    """Of the weights that this rank updates; those of bf16 are written once more."""
+    parameters = sum(parameter_sizes(setup.shape, setup.tensor).values())
+    own = parameters if setup.zero == 0 else parameters / setup.data
+    rounded = setup.parameter_bytes if setup.bf16 and setup.zero > 0 else 0
+    return own * (OPTIMIZER_PASSES * FP32_BYTES + rounded)

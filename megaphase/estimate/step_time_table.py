@@ -1,0 +1,167 @@
+"""What `megaphase plan` says about time, and about the layouts that a run could have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from megaphase.estimate.hardware import Hardware
+from megaphase.estimate.memory import PARTS as MEMORY_PARTS
+from megaphase.estimate.memory_table import gb, layout_name
+from megaphase.estimate.setup import Setup
+from megaphase.estimate.step_time import PARTS, step_time
+from megaphase.estimate.suggestions import all_kept, layouts
+
+# Columns of a console in which the layouts' memory is shown by part.
+WIDE = 120
+# Of a step, what is worth naming: a part of it, and how much sooner another layout ends it.
+NAMED_PART, NAMED_GAIN = 0.005, 0.02
+_DAY, _HOUR, _MINUTE = 86400, 3600, 60
+
+
+def speed_summary(
+    setup: Setup, hardware: Hardware, phases: Sequence[tuple[str, int]]
+) -> dict[str, Any]:
+    """All figures as plain data; layouts in the order of `memory_summary`, and `all_kept` as there.
+
+    phases: names and steps.
+    """
+    found = [_figures(layout, hardware) for layout in layouts(setup)]
+    kept = all_kept(setup)
+    each = found[0]["step_seconds"]
+    return {
+        "card": hardware.title,
+        "card_assumed": hardware.assumed,
+        "peak_tflops": hardware.peak_flops / 1e12,
+        "efficiency": hardware.efficiency,
+        "offload_counted": setup.offload == "none",
+        "layouts": found,
+        "all_kept": kept and _figures(kept, hardware),
+        "phases": [{"name": name, "seconds": steps * each} for name, steps in phases],
+        "seconds": each * sum(steps for _, steps in phases),
+    }
+
+
+def _figures(layout: Setup, hardware: Hardware) -> dict[str, Any]:
+    found = step_time(layout, hardware)
+    return {
+        "tensor": layout.tensor,
+        "data": layout.data,
+        "zero": layout.zero,
+        "step_seconds": found.seconds,
+        "seconds_by": found.seconds_by,
+        "sent_bytes_by": found.sent_by,
+        "tokens_per_second": found.tokens_per_second,
+        "mfu": found.mfu,
+    }
+
+
+def speed_sentences(memory: dict[str, Any], speed: dict[str, Any] | None) -> list[str]:
+    """The run's own layout in a few lines, and the quickest one where that is another.
+
+    speed: None where the hardware is not known.
+    """
+    if speed is None:
+        return ["No estimate of time: hardware.peak_tflops gives the peak of the GPUs in fp32"]
+    own = speed["layouts"][0]
+    whole = own["step_seconds"]
+    parts = " + ".join(
+        f"{part} {_seconds(own['seconds_by'][part], whole)}"
+        for part in PARTS
+        if own["seconds_by"][part] >= NAMED_PART * whole
+    )
+    card = speed["card"] + (", assumed" if speed["card_assumed"] else "")
+    offload = "" if speed["offload_counted"] else ", without what offload adds"
+    sentences = [
+        f"Step, estimated ({card}{offload}): {_seconds(whole)} s = {parts}",
+        f"Speed: {own['tokens_per_second']:,.0f} tokens/s, MFU {own['mfu']:.0%}; without "
+        f"validation and saving {_phases(speed)}",
+    ]
+    best = quickest(memory, speed)
+    if best is not None:
+        figures = speed["layouts"][best]
+        seconds = figures["step_seconds"]
+        if seconds < (1 - NAMED_GAIN) * whole or not memory["layouts"][0]["fits"]:
+            sentences.append(
+                f"Quickest layout that fits: {layout_name(figures)}, {_seconds(seconds)} s a step, "
+                f"MFU {figures['mfu']:.0%}"
+            )
+    sentences.extend(_keeping(memory, speed))
+    return sentences
+
+
+def _keeping(memory: dict[str, Any], speed: dict[str, Any]) -> list[str]:
+    """What ZeRO-3 would gain if it gathered all weights once a step, where that is worth naming."""
+    needed, time = memory["all_kept"], speed["all_kept"]
+    if time is None or not needed["fits"]:
+        return []
+    whole = speed["layouts"][0]["step_seconds"]
+    saved = whole - time["step_seconds"]
+    if saved < NAMED_GAIN * whole:
+        return []
+    more = gb(needed["bytes"] - memory["layouts"][0]["bytes"])
+    return [f"keep_gathered: 1.0 would save {_seconds(saved, whole)} s a step for {more} GB"]
+
+
+def quickest(memory: dict[str, Any], speed: dict[str, Any]) -> int | None:
+    """The layout with the shortest step of those that fit, None where none does."""
+    fitting = [i for i, figures in enumerate(memory["layouts"]) if figures["fits"]]
+    seconds = [figures["step_seconds"] for figures in speed["layouts"]]
+    return min(fitting, key=seconds.__getitem__, default=None)
+
+
+def layouts_table(
+    memory: dict[str, Any], speed: dict[str, Any] | None, *, width: int = WIDE
+) -> Table:
+    """Memory on each GPU and time of a step by layout, the run's own first; GB, seconds.
+
+    width: of the console; where it is less than WIDE, memory is not shown by part.
+    """
+    table = Table(
+        title=f"{memory['processes']} GPUs of {memory['card_gb']:g} GB: GB on each, seconds a "
+        "step; this run's layout first",
+        title_justify="left",
+        box=box.SIMPLE,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    parts = MEMORY_PARTS if width >= WIDE else ()
+    times = ("step", "MFU") if speed else ()
+    for column in ("tensor", "data", "ZeRO", *parts, "all", *times, "fits"):
+        table.add_column(column, justify="right")
+    best = quickest(memory, speed) if speed else None
+    for i, figures in enumerate(memory["layouts"]):
+        row = [str(figures[key]) for key in ("tensor", "data", "zero")]
+        row += [gb(figures["parts"][part]) for part in parts]
+        row.append(gb(figures["bytes"]))
+        if speed:
+            time = speed["layouts"][i]
+            row += [_seconds(time["step_seconds"]), f"{time['mfu']:.0%}"]
+        verdict = "quickest" if i == best else "yes" if figures["fits"] else "no"
+        table.add_row(*row, verdict)
+        if i == 0:
+            table.add_section()
+    return table
+
+
+def _phases(speed: dict[str, Any]) -> str:
+    whole = _duration(speed["seconds"])
+    if len(speed["phases"]) == 1:
+        return whole
+    parts = " + ".join(f"{each['name']} {_duration(each['seconds'])}" for each in speed["phases"])
+    return f"{whole} = {parts}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((_DAY, "days"), (_HOUR, "hours"), (_MINUTE, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{_seconds(seconds)} s"
+
+
+def _seconds(seconds: float, whole: float | None = None) -> str:
+    """whole: what it is a part of, whose decimals it gets."""
+    return f"{seconds:.2f}" if (whole or seconds) >= 1 else f"{seconds:.3g}"

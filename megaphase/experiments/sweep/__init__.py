@@ -1,1 +1,0 @@
-"""Arms of runs over one model, its corpora and one budget: which there are, and their start."""

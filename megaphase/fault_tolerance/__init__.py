@@ -1,0 +1,1 @@
+"""Heartbeats, fault detection, stack dumps and stop signals of the ranks of a job."""

@@ -1,0 +1,301 @@
+"""A rank that dies, freezes or hangs is noticed, named, and ends the whole run.
+
+Collectives tell nothing of this: NCCL waits for a dead rank until its time-out, gloo says that a
+connection was closed. Here every rank has a thread that sends signs of life to rank 0, which looks
+at all of them (`Judge`) and tells the others how it ends. It has a store of its own, so that it
+shares no lock with the collectives, and never touches the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from types import TracebackType
+from typing import NoReturn, Self
+
+import torch.distributed as dist
+
+from megaphase.distributed.dist_env import global_rank, report_end
+from megaphase.fault_tolerance.fault_detector import (
+    GONE,
+    LOOKS_UNTIL_GONE,
+    SILENT,
+    Diagnosis,
+    host_is_gone,
+)
+from megaphase.fault_tolerance.heartbeat import (
+    Heartbeat,
+    Neighbour,
+    State,
+    is_collective,
+    thread_position,
+)
+from megaphase.fault_tolerance.heartbeat_transport import LocalTransport, MemberTransport, open_line
+from megaphase.utils.errors import (
+    EXIT_FAILED,
+    InputError,
+    Interrupted,
+    RunError,
+    Stopped,
+    exit_code,
+)
+
+LONGEST_INTERVAL_SECONDS = 1.0
+FLUSH_SECONDS = 1.0
+REASON_CHARACTERS = 400
+# What the errors say with which a collective or its store breaks off, on whatever backend.
+_BROKEN_CONNECTION = (
+    *("gloo", "nccl", "tcpstore", "processgroup", "process group", "socket"),
+    *("connection closed", "connection reset", "connection refused", "broken pipe"),
+)
+
+
+def say_on_stderr(text: str) -> None:
+    """Write a line past Python's buffers, whose locks a stuck main thread may hold."""
+    os.write(2, f"{text}\n".encode(errors="replace"))
+
+
+class Watchdog:
+    """Guards the block that it surrounds; all ranks enter it together, with the processes joined.
+
+    Within `silent_seconds` it is noticed that a rank is dead or frozen (at once where another rank
+    on its node sees that the process is gone), within `stalled_seconds` that no rank goes on. One
+    rank then says which one it was, and every process ends with exit code 1. An exception that
+    leaves the block on one rank ends the others likewise. One that all share (InputError, RunError,
+    Stopped) leaves the block on all of them.
+
+    Attributes:
+        outlook: a sentence that follows what is said of a fault: from where the same command
+            resumes. Whoever knows sets it.
+    """
+
+    def __init__(self, silent_seconds: float, stalled_seconds: float) -> None:
+        self._silent_seconds, self._stalled_seconds = silent_seconds, stalled_seconds
+        self.outlook = ""
+        self._stopped: tuple[str, int] | None = None
+        self._interval = min(LONGEST_INTERVAL_SECONDS, silent_seconds / 5)
+        self._counter = self._progress = 0
+        self._where = "at the start"
+        self._state: State = "running"
+        self._reason, self._exit_code = "", EXIT_FAILED
+        self._wake, self._over = threading.Event(), threading.Event()
+        self._ending = threading.Lock()
+
+    def at(self, where: str) -> None:
+        """Say what this rank does now, such as `in step 12` or `saving step 12`; next to no cost.
+
+        All ranks call it at the same points: one that has come less far than the others is named.
+        """
+        self._where = where
+        self._progress += 1
+
+    @contextlib.contextmanager
+    def patient(self, where: str) -> Iterator[None]:
+        """For work that may take longer than `stalled_seconds`; only hanging is not noticed."""
+        self.at(where)
+        self._state = "patient"
+        try:
+            yield
+        finally:
+            self._state = "running"
+            self.at(f"after {where}")
+
+    def stop(self, reason: str, code: int) -> None:
+        """End all processes at once with an exit code; called in any thread of any rank.
+
+        For a run that has nothing to save. reason: the line that is said.
+        """
+        if self._over.is_set():
+            _exit(code)
+        self._stopped = reason, code
+        self._wake.set()
+
+    def __enter__(self) -> Self:
+        self._main = threading.get_ident()
+        self._rank = global_rank()
+        self._line, self._places = open_line(self._silent_seconds, self._stalled_seconds)
+        self._neighbour = Neighbour(self._rank, self._places)
+        self._thread = threading.Thread(target=self._keep_beating, name="watchdog", daemon=True)
+        self._thread.start()
+        if isinstance(self._line, MemberTransport):
+            guard = threading.Thread(
+                target=self._guard_host, args=(self._line,), name="watchdog-of-rank-0", daemon=True
+            )
+            guard.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        exited = error if isinstance(error, SystemExit) else None
+        if exited is not None:
+            # Nothing in a run ends its process in this way, unless a library does.
+            traceback.print_exception(exited)
+            error = RunError(f"a library ended the process {self._where} (SystemExit: {exited})")
+        if isinstance(self._line, LocalTransport):
+            self._leave("left")
+        elif isinstance(error, InputError | RunError | Stopped):
+            self._leave("fault", str(error), exit_code(error))
+        elif isinstance(error, Interrupted):
+            self._leave("interrupted", f"stopped by {error.name}", error.exit_code)
+        elif isinstance(error, Exception):
+            self._fail(error)
+        else:
+            self._leave("left")
+        if exited is not None and error is not None:
+            raise error from None
+
+    def _leave(self, state: State, reason: str = "", code: int = EXIT_FAILED) -> None:
+        """Say so and wait until this rank may go: rank 0 is the last, for it keeps the store."""
+        self._reason, self._exit_code = reason, code
+        self._state = state
+        self._wake.set()
+        self._over.wait()
+        self._thread.join(self._silent_seconds)  # should rank 0 be frozen it never returns
+
+    def _fail(self, error: Exception) -> None:
+        """An error that was not foreseen: all processes end, after its trace has been shown.
+
+        If it may say only that another rank has died, that rank is found first.
+        """
+        if isinstance(error, RuntimeError):
+            self._state = "broken"
+            # Rank 0 knows by then, and says so at its next beat; this process ends with that.
+            seconds = (LOOKS_UNTIL_GONE + 4) * self._interval
+            if tells_of_others(error):
+                seconds = max(seconds, self._silent_seconds + 4 * self._interval)
+            if self._over.wait(seconds):
+                return
+        traceback.print_exception(error)
+        self._leave("failed", _one_line(error))
+
+    def _keep_beating(self) -> None:
+        try:
+            self._beat()
+        except Exception:
+            # Without this thread the rank would count as dead, and its main thread wait for ever.
+            traceback.print_exc()
+            _exit(EXIT_FAILED)
+
+    def _beat(self) -> None:
+        before = time.monotonic()
+        while True:
+            now = time.monotonic()
+            # While the whole job is suspended nobody is silent: that time does not count.
+            seconds, before = min(now - before, 2 * self._interval), now
+            state = "interrupted" if self._stopped else self._state
+            try:
+                verdict = self._line.exchange(self._next_beat(state), seconds)
+            except RuntimeError:
+                verdict = self._end_without_host(state, GONE)
+            if verdict is not None and verdict.ends:
+                self._end_with_all(verdict)
+            if verdict is not None or (state == "left" and self._rank > 0):
+                self._over.set()
+                return
+            self._wake.wait(self._interval)
+            self._wake.clear()
+
+    def _next_beat(self, state: State) -> Heartbeat:
+        self._counter += 1
+        code, waits = thread_position(self._main)
+        reason, exit_code = self._stopped or (self._reason, self._exit_code)
+        return Heartbeat(
+            counter=self._counter,
+            progress=self._progress,
+            where=self._where,
+            code=code,
+            waits=waits,
+            neighbour=self._neighbour.ticks(),
+            state=state,
+            reason=reason,
+            exit_code=exit_code,
+        )
+
+    def _guard_host(self, line: MemberTransport) -> None:
+        """Notice that rank 0 is frozen: its store takes the beats then, but never answers."""
+        answers, unanswered, before = line.answers, 0.0, time.monotonic()
+        while not self._over.wait(self._interval):
+            now = time.monotonic()
+            unanswered += min(now - before, 2 * self._interval)
+            before = now
+            if line.answers != answers:
+                answers, unanswered = line.answers, 0.0
+            elif unanswered >= self._silent_seconds:
+                self._end_without_host(self._state, SILENT.format(seconds=unanswered))
+                self._over.set()
+
+    def _end_with_all(self, verdict: Diagnosis) -> NoReturn:
+        """End this process as rank 0 has decided, whatever its main thread is doing."""
+        if self._rank == 0:
+            self._speak(verdict)
+        # Rank 0 has spoken before the first process ends: launchers then kill the others.
+        with contextlib.suppress(RuntimeError):
+            self._line.end(verdict, 3 * self._interval)
+        _exit(verdict.exit_code)
+
+    def _end_without_host(self, state: State, how: str) -> Diagnosis:
+        """End this process because rank 0 does not answer, unless both have left already."""
+        if state in ("left", "fault"):
+            return Diagnosis(ends=False)
+        assert isinstance(self._line, MemberTransport)
+        with self._ending:  # two threads may find it out
+            verdict = host_is_gone(self._places[0], self._line.host_beat, how)
+            if self._speaks_for_host():
+                self._speak(verdict)
+            _exit(verdict.exit_code)
+
+    def _speaks_for_host(self) -> bool:
+        """Rank 1, and a rank on another node, should rank 0 have been lost with its whole node."""
+        lost = self._places[0].host
+        elsewhere = (rank for rank, place in enumerate(self._places) if place.host != lost)
+        return self._rank in (1, next(elsewhere, 1))
+
+    def _speak(self, verdict: Diagnosis) -> None:
+        if not verdict.message:
+            return
+        message = verdict.message
+        if verdict.unfinished and self.outlook:
+            message = f"{message}. {self.outlook}"
+        lines = [*(f"  {line}" for line in verdict.details), f"megaphase: {message}"]
+        if not report_end(verdict.rank, lines):
+            for line in lines:
+                say_on_stderr(line)
+
+
+def tells_of_others(error: BaseException) -> bool:
+    """Whether an error came out of a collective, as it does on all that outlive a rank."""
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    if isinstance(error, dist.DistError) or any(words in text for words in _BROKEN_CONNECTION):
+        return True
+    files = (frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    return any(map(is_collective, files))
+
+
+def _one_line(error: BaseException) -> str:
+    text = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {text}"[:REASON_CHARACTERS]
+
+
+def _exit(code: int) -> NoReturn:
+    """End the process at once, with what it has printed, if its main thread lets go of that."""
+    flushing = threading.Thread(target=_flush, daemon=True)
+    flushing.start()
+    flushing.join(FLUSH_SECONDS)
+    os._exit(code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()

@@ -1,0 +1,1 @@
+"""The optimizer, learning-rate schedules, and optimizer state under every ZeRO stage."""

@@ -1,0 +1,230 @@
+"""fp32 weights and optimizer state as they lie in DeepSpeed's ZeRO optimizers: read, set, forget.
+
+DeepSpeed joins the parameters of a group into flat tensors and gives each data-parallel rank a
+part of them. Here a flat tensor is a MasterGroup, and says which piece of which parameter lies
+where in it. Written against DeepSpeed 0.19; tested for every stage, precision and offload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaphase.checkpoint.parameters import (
+    MOMENTS,
+    WEIGHT,
+    Piece,
+    Shard,
+    StoredParameters,
+    tensor_name,
+)
+from megaphase.checkpoint.saver import Snapshot
+from megaphase.distributed.process_grid import ProcessGrid
+from megaphase.distributed.sharding import ParameterLayout, layout_of
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A piece of a parameter, and its first element in the flat tensor."""
+
+    name: str
+    piece: Piece
+    offset: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The piece's elements, a view."""
+        return flat.narrow(0, self.offset, self.piece.stop - self.piece.start)
+
+
+@dataclass(frozen=True)
+class MasterGroup:
+    """A flat fp32 tensor that the optimizer updates, and what lies in it."""
+
+    flat: nn.Parameter
+    fragments: list[Fragment]
+
+
+class OptimizerState:
+    """What a checkpoint holds of this rank, under whichever ZeRO stage."""
+
+    def __init__(
+        self, engine: Any, optimizer: torch.optim.Optimizer, topology: ProcessGrid
+    ) -> None:
+        """
+        Args:
+            engine: DeepSpeed's.
+            optimizer: torch's, which DeepSpeed's works with.
+        """
+        self._zero = engine.optimizer
+        self._optimizer, self._topology = optimizer, topology
+        self._parameters = dict(engine.module.named_parameters())
+        self._stage: int = engine.zero_optimization_stage()
+        self._swapper = getattr(self._zero, "optimizer_swapper", None)  # to and from an NVMe disk
+        self.layouts: dict[str, ParameterLayout] = {
+            name: layout_of(parameter) for name, parameter in self._parameters.items()
+        }
+
+    def reset(self) -> None:
+        """Forget moments and step counts; the fp32 weights stay as they are."""
+        self._optimizer.state.clear()
+        if self._swapper is not None:
+            self._swapper.purge_state()  # or it would bring the old moments back from the disk
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps since the last reset."""
+        counts = {int(state["step"]) for state in self._optimizer.state.values() if state}
+        assert len(counts) <= 1, "all parameters are stepped together"
+        return counts.pop() if counts else 0
+
+    def kinds(self) -> tuple[str, ...]:
+        """What there is of each parameter now: its weight, and moments once a step was taken."""
+        return (WEIGHT, *MOMENTS) if self.steps else (WEIGHT,)
+
+    def shard(self) -> Shard:
+        """What this rank writes: of what several ranks hold, the first of them writes it."""
+        pieces = {f.name: f.piece for group in self._groups() for f in self._own(group)}
+        return Shard(self._topology.tensor_rank, pieces)
+
+    def snapshot(
+        self,
+        beside: Iterable[tuple[str, Tensor]] = (),
+        *,
+        kinds: tuple[str, ...] | None = None,
+    ) -> Snapshot:
+        """What this rank saves: all that there is, or some kinds of it; with tensors `beside`."""
+        kinds = kinds or self.kinds()
+        tensors = chain(self.tensors(kinds), beside)
+        size = self._topology.tensor_size
+        return Snapshot(tensors, self.shard(), kinds, self.layouts, size)
+
+    def tensors(self, kinds: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+        """This rank's pieces by name, as views that the next step changes."""
+        for index, group in enumerate(self._groups()):
+            with self._resident(index, changed=False):
+                for kind in kinds:
+                    flat = self._flat(group, kind)
+                    for fragment in self._own(group):
+                        yield tensor_name(kind, fragment.name), fragment.of(flat)
+
+    @torch.no_grad()
+    def load(self, stored: StoredParameters, steps: int) -> None:
+        """Set weights, moments and step count from a checkpoint of any layout.
+
+        steps: optimizer steps behind the moments that are stored; 0 where there are none.
+
+        Raises:
+            InputError: its parameters are not those of the model.
+        """
+        stored.check(self.layouts)
+        self._zero_prologue()
+        self.reset()
+        for index, group in enumerate(self._groups()):
+            with self._resident(index, changed=True):
+                self._fill(group.flat.data, group, WEIGHT, stored)
+                if steps:
+                    self._optimizer.state[group.flat] = self._moments(group, steps, stored)
+                self._write_back(index)
+        self._zero_epilogue()
+
+    def _moments(
+        self, group: MasterGroup, steps: int, stored: StoredParameters
+    ) -> dict[str, Tensor]:
+        state = {"step": torch.tensor(float(steps), device=group.flat.device)}
+        for kind in MOMENTS:
+            state[kind] = torch.zeros_like(group.flat, requires_grad=False)
+            self._fill(state[kind], group, kind, stored)
+        return state
+
+    def _fill(self, flat: Tensor, group: MasterGroup, kind: str, stored: StoredParameters) -> None:
+        rank, size = self._topology.tensor_rank, self._topology.tensor_size
+        flat = flat.view(-1)
+        for f in group.fragments:
+            layout = self.layouts[f.name]
+            f.of(flat).copy_(stored.read(f.name, kind, layout, rank, size, f.piece))
+
+    def _own(self, group: MasterGroup) -> Iterator[Fragment]:
+        if self._stage == 0 and self._topology.data_rank > 0:
+            return
+        for fragment in group.fragments:
+            if self.layouts[fragment.name].dim is not None or self._topology.tensor_rank == 0:
+                yield fragment
+
+    def _flat(self, group: MasterGroup, kind: str) -> Tensor:
+        flat = group.flat.data if kind == WEIGHT else self._optimizer.state[group.flat][kind]
+        return flat.view(-1)
+
+    def _groups(self) -> Iterator[MasterGroup]:
+        if self._stage == 0:
+            return self._groups_without_zero()
+        return self._groups_of_stage_3() if self._stage == 3 else self._groups_of_stages_1_and_2()
+
+    def _groups_without_zero(self) -> Iterator[MasterGroup]:
+        for name, parameter in self._parameters.items():
+            assert isinstance(parameter, nn.Parameter)
+            yield MasterGroup(parameter, [Fragment(name, Piece(0, parameter.numel()), 0)])
+
+    def _groups_of_stages_1_and_2(self) -> Iterator[MasterGroup]:
+        fragments: list[list[Fragment]] = [[] for _ in self._optimizer.param_groups]
+        for name, parameter in self._parameters.items():
+            mapping = parameter._hp_mapping  # None where another rank has all of it
+            if mapping is not None:
+                at, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                fragments[mapping.param_group_index].append(
+                    Fragment(name, Piece(at.start, at.start + at.numel), there.start)
+                )
+        for group, found in zip(self._optimizer.param_groups, fragments, strict=True):
+            yield MasterGroup(group["params"][0], found)
+
+    def _groups_of_stage_3(self) -> Iterator[MasterGroup]:
+        rank = self._topology.data_rank
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        flats = self._zero.fp32_partitioned_groups_flat
+        for flat, parameters in zip(flats, self._zero.fp16_groups, strict=True):
+            offset, fragments = 0, []
+            for parameter in parameters:
+                size = parameter.partition_numel()
+                start, stop = rank * size, min((rank + 1) * size, parameter.ds_numel)
+                if start < stop:
+                    fragments.append(Fragment(names[id(parameter)], Piece(start, stop), offset))
+                offset += size
+            yield MasterGroup(flat, fragments)
+
+    @contextmanager
+    def _resident(self, index: int, *, changed: bool) -> Iterator[None]:
+        """Have a group's tensors in memory; they may lie on an NVMe disk otherwise.
+
+        changed: whether they go back to the disk afterwards.
+        """
+        if self._swapper is None or not self._zero._swappable_optimizer_subgroup(index):
+            yield
+            return
+        self._zero._optimizer_states_and_gradient_swap_in(index)
+        yield
+        if changed:
+            self._zero._optimizer_states_and_gradient_swap_out(index)
+        else:
+            self._zero._release_swap_buffers(index)
+
+    def _zero_prologue(self) -> None:
+        if self._stage == 3:
+            self._zero.checkpoint_event_prologue()
+            if self._zero.persistent_parameters:
+                self._zero.persistent_parameters[0].partition(self._zero.persistent_parameters)
+
+    def _write_back(self, index: int) -> None:
+        """Under ZeRO-3, round this group's weights to those that the model computes with."""
+        if self._stage == 3:
+            self._zero._reassign_or_swap_out_partitioned_parameters(index)
+
+    def _zero_epilogue(self) -> None:
+        if self._stage == 3:
+            self._zero.checkpoint_event_epilogue()
+        elif self._stage > 0:
+            self._zero.update_lp_params()

@@ -1,0 +1,71 @@
+"""From a run file to its plan, for commands that look at a run without training it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from megaphase.config import RunConfig, load_run_file
+from megaphase.estimate.setup import Setup, setup_of
+from megaphase.model.presets import build_shape
+from megaphase.plan.build import ensure_built
+from megaphase.plan.plan import Plan
+from megaphase.plan.progress import building_progress
+from megaphase.plan.run_history import read_origin
+from megaphase.plan.same_run import plan_of_run
+from megaphase.plan.spec import check_corpora, plan_spec
+from megaphase.tokenizer import Tokenizer
+from megaphase.utils.standard_streams import new_console
+
+
+def open_run(run_file: Path, overrides: Sequence[str] | None) -> tuple[RunConfig, Tokenizer]:
+    """A run file, with values that replace its own, and the tokenizer that it names.
+
+    Raises:
+        InputError: something in it is wrong.
+    """
+    config = load_run_file(run_file, tuple(overrides or ()))
+    return config, Tokenizer.load(config.tokenizer)
+
+
+def memory_setup(config: RunConfig, tokenizer: Tokenizer, processes: int) -> Setup:
+    """What the memory of a run on so many GPUs depends on.
+
+    Raises:
+        InputError: its sizes, layout or batch do not divide.
+    """
+    return setup_of(config, build_shape(config, tokenizer.vocab_size), processes, "cuda")
+
+
+def open_plan(config: RunConfig, tokenizer: Tokenizer, used: dict[str, int] | None = None) -> Plan:
+    """Open the run's plan; where there is none yet, build it and show how far.
+
+    Where a run with another plan lies in the output, nothing is written into it: the index is built
+    in a temporary folder, which is gone by the return, and this is said.
+
+    used: samples of each task before the run, where it is to begin with another one's checkpoint;
+    otherwise what its directory says.
+
+    Raises:
+        InputError: the corpora are missing or damaged, or the plan cannot be written.
+    """
+    if used is None:
+        used = read_origin(config.output).used
+    check_corpora(config)
+    spec = plan_spec(config, tokenizer, used)
+    errors = new_console(stderr=True, highlight=False)
+    say = partial(errors.print, markup=False, soft_wrap=True)
+    with ExitStack() as opened:
+        output = config.output
+        if plan_of_run(output) not in (None, spec.fingerprint):
+            say(
+                f"{output} holds a run with another plan, which stays as it is; to train with this "
+                "one, choose another output"
+            )
+            output = Path(opened.enter_context(TemporaryDirectory(prefix="megaphase-plan-")))
+        progress = opened.enter_context(building_progress(errors))
+        # Its files are mapped: the plan can be read when they have no name any more.
+        return Plan(spec, ensure_built(spec, output, say=say, progress=progress))

@@ -1,0 +1,294 @@
+"""What became of a run beside its plan: its origin, the ends of its phases, the skipped steps.
+
+Every checkpoint holds all of this, so that a `metrics.jsonl` that was cut off or lost takes none of
+it away. The log is read for what has happened since the newest checkpoint, and for runs whose
+checkpoints were written by an earlier version, which hold none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from megaphase.checkpoint.names import newest_state, permanent_ends
+from megaphase.plan.plan import Plan
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import read_hashed_json
+from megaphase.utils.metrics_rows import (
+    Row,
+    Steps,
+    is_training,
+    last_rows,
+    read_lines,
+    steps_in_words,
+)
+from megaphase.utils.run_files import METRICS_FILE, ORIGIN_FILE
+
+_EVENTS = (b'"phase_end"', b'"phase_start"', b'"step_skipped"')
+
+
+class BranchPoint(NamedTuple):
+    """Steps of the run before this one, and the samples of each task that it has used."""
+
+    step: int
+    used: dict[str, int]
+
+
+@dataclass
+class PhaseHistory:
+    """What became of a phase; steps count over the whole run, and the runs that it goes on from.
+
+    Attributes:
+        begun_after: steps done before the phase.
+        starts: samples of each task that were used before the phase; None where only the log tells.
+        ended_after: steps done at its end; None where it has not ended, or nothing tells.
+        reason: why it ended.
+    """
+
+    name: str
+    begun_after: int | None = None
+    starts: dict[str, int] | None = None
+    ended_after: int | None = None
+    reason: str | None = None
+
+
+@dataclass
+class RunHistory:
+    """What became of a run.
+
+    Attributes:
+        origin: where a branch began, as its `origin.json` says; None for other runs.
+        phases: those that have begun, in order.
+        skipped: the runs of steps that were left out because their gradient was not finite.
+        doubt: a sentence about what is not known for certain, or None.
+    """
+
+    origin: dict[str, Any] | None = None
+    phases: list[PhaseHistory] = field(default_factory=list)
+    skipped: list[Steps] = field(default_factory=list)
+    doubt: str | None = None
+
+    def phase(self, name: str) -> PhaseHistory:
+        """That phase; added where it was not there."""
+        found = next((phase for phase in self.phases if phase.name == name), None)
+        if found is None:
+            found = PhaseHistory(name)
+            self.phases.append(found)
+        return found
+
+    def ends(self) -> dict[str, int]:
+        """The last steps of the phases that have ended."""
+        return {p.name: p.ended_after for p in self.phases if p.ended_after is not None}
+
+    def begin_phase(self, name: str, step: int, starts: Mapping[str, int]) -> None:
+        """A phase begins after `step` steps; `starts`: samples of each task used by then."""
+        phase = self.phase(name)
+        phase.begun_after, phase.starts = step, dict(starts)
+
+    def end_phase(self, name: str, step: int, reason: str | None) -> None:
+        """A phase ends after `step` steps."""
+        phase = self.phase(name)
+        phase.ended_after, phase.reason = step, reason
+
+    def skip(self, step: int) -> None:
+        """A step was left out."""
+        if self.skipped and self.skipped[-1][1] + 1 == step:
+            self.skipped[-1] = (self.skipped[-1][0], step)
+        else:
+            self.skipped.append((step, step))
+
+    def has_skipped(self, step: int) -> bool:
+        """Whether a step was left out."""
+        return any(first <= step <= last for first, last in self.skipped)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint's state."""
+        return {
+            "origin": self.origin,
+            "phases": [asdict(phase) for phase in self.phases],
+            "skipped_steps": [list(steps) for steps in self.skipped],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """From what `to_json` gave.
+
+        Raises KeyError, TypeError or ValueError where it is something else.
+        """
+        phases = [PhaseHistory(**phase) for phase in value["phases"]]
+        skipped = [(int(first), int(last)) for first, last in value["skipped_steps"]]
+        return cls(value["origin"], phases, skipped)
+
+
+def history_of_state(run_dir: Path, state: Mapping[str, Any]) -> RunHistory:
+    """What a checkpoint of this run tells, and for one of an earlier version also the log and the
+    checkpoints at the ends of phases; `doubt` then says so."""
+    try:
+        return RunHistory.from_json(state["history"])
+    except (KeyError, TypeError, ValueError):
+        pass
+    history, step = RunHistory(), state["step"]
+    _take_events(history, _events(run_dir, up_to=step))
+    for name, end in permanent_ends(run_dir).items():
+        if end <= step:
+            history.end_phase(name, end, history.phase(name).reason)
+    position = state.get("position")
+    if position is not None and position.get("phase_step", 0) > 0:
+        history.phase(state["phase_name"]).begun_after = step - position["phase_step"]
+    history.doubt = (
+        f"the checkpoint of step {step:,} was written by an earlier version, which kept no history "
+        f"of the run: where phases ended is taken from {METRICS_FILE} and the checkpoints there"
+    )
+    return history
+
+
+def read_history(run_dir: Path) -> RunHistory:
+    """What became of the run in a directory so far."""
+    state = newest_state(run_dir)
+    if state is None:
+        history = RunHistory()
+        _take_events(history, _events(run_dir))
+        return history
+    history = history_of_state(run_dir, state)
+    _take_events(history, _events(run_dir, after=state["step"]))
+    return history
+
+
+def read_origin(run_dir: Path) -> BranchPoint:
+    """What this run goes on from: nothing where it is a run of its own, or none yet.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    origin = read_origin_record(run_dir)
+    if origin is None:
+        return BranchPoint(0, {})
+    return BranchPoint(int(origin["step"]), {task: int(n) for task, n in origin["used"].items()})
+
+
+def read_origin_record(run_dir: Path) -> dict[str, Any] | None:
+    """What `origin.json` says or, where it was lost, the run's newest checkpoint; else None.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = run_dir / ORIGIN_FILE
+    try:
+        origin = read_hashed_json(path)
+        if not all(type(n) is int for n in (origin["step"], *origin["used"].values())):
+            raise TypeError
+        return origin
+    except (FileNotFoundError, NotADirectoryError):
+        history = (newest_state(run_dir) or {}).get("history")
+        return history.get("origin") if isinstance(history, dict) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            path, "is damaged or cannot be read", "restore it or branch into another output"
+        ) from None
+
+
+def steps_done(run_dir: Path) -> int:
+    """Steps that the run has trained, as far as its newest checkpoint and its log tell."""
+    saved = (newest_state(run_dir) or {}).get("step", 0)
+    rows = last_rows(run_dir / METRICS_FILE)
+    before = read_origin(run_dir).step
+    return max([before, saved, *(row["step"] for row in rows if is_training(row))])
+
+
+def metrics_problem(run_dir: Path) -> str | None:
+    """What is missing in the run's metrics, by what its log and its newest checkpoint say.
+
+    In words, None where nothing is known to be missing.
+    """
+    path, state = run_dir / METRICS_FILE, newest_state(run_dir)
+    if not path.is_file():
+        return None if state is None else f"{METRICS_FILE} is missing"
+    size, saved = path.stat().st_size, (state or {}).get("metrics_bytes")
+    if type(saved) is int and size < saved:
+        return f"{METRICS_FILE} was cut off: {size:,} of at least {saved:,} bytes are there"
+    holes: list[Steps] = []
+    damaged = False
+    for line in read_lines(path, (b'"metrics_damaged"',)):
+        if line.row is not None and line.row.get("event") == "metrics_damaged":
+            damaged = True
+            holes = [(first, last) for first, last in line.row.get("missing_steps", ())]
+    if not damaged:
+        return None
+    if not holes:
+        return f"{METRICS_FILE} was altered while the run was stopped"
+    return f"the rows of {steps_in_words(holes)} are missing"
+
+
+class PhaseSpan(NamedTuple):
+    """The steps of a phase: after `before` of the run's steps come `steps`.
+
+    starts: int64 [tasks], the ordinals at which the tasks' streams go on.
+    """
+
+    before: int
+    steps: int
+    starts: np.ndarray
+
+
+def phase_spans(run_dir: Path, history: RunHistory, plan: Plan, first: int) -> list[PhaseSpan]:
+    """The steps of every phase: those that it had where it has ended, else the planned ones.
+
+    first: steps before the run's own.
+
+    Raises:
+        InputError: the run that is recorded there is not one of this plan, or nothing tells where
+            a phase has ended.
+    """
+    known = {phase.name: phase for phase in history.phases}
+    spans: list[PhaseSpan] = []
+    before = first
+    for number, phase in enumerate(plan.phases):
+        this = known.get(phase.name, PhaseHistory(phase.name))
+        following = [known[each.name] for each in plan.phases[number + 1 :] if each.name in known]
+        end = this.ended_after
+        if end is None and following:
+            end = following[0].begun_after
+            if end is None or plan.phases[number + 1].name != following[0].name:
+                raise InputError(
+                    run_dir, f"nothing there tells with which step {phase.name} ended", ""
+                )
+        steps = phase.steps if end is None else end - before
+        if not 0 <= steps <= phase.steps:
+            raise InputError(
+                run_dir / METRICS_FILE,
+                f"{phase.name} ended with step {end:,} of the run, but by its plan it has the "
+                f"{steps_in_words([(before + 1, before + phase.steps)])}",
+                "use the run file with which the run began",
+            )
+        starts = plan.first_ordinals([span.steps for span in spans])
+        if this.starts is not None:
+            starts = np.array([this.starts[task] for task in plan.tasks], np.int64)
+        spans.append(PhaseSpan(before, steps, starts))
+        before += steps
+    return spans
+
+
+def _events(run_dir: Path, *, after: int = -1, up_to: int | None = None) -> Iterable[Row]:
+    """The events of the log in a range of steps; a run that is killed may leave half a line."""
+    path = run_dir / METRICS_FILE
+    if not path.is_file():
+        return
+    for line in read_lines(path, _EVENTS):
+        row = line.row
+        if row is not None and after < row["step"] and (up_to is None or row["step"] <= up_to):
+            yield row
+
+
+def _take_events(history: RunHistory, events: Iterable[Row]) -> None:
+    for row in events:
+        event, step, phase = row.get("event"), row["step"], row.get("phase")
+        if event == "step_skipped":
+            history.skip(step)
+        elif isinstance(phase, str) and event == "phase_start":
+            history.phase(phase).begun_after = step
+        elif isinstance(phase, str) and event == "phase_end":
+            history.end_phase(phase, step, row.get("reason"))

@@ -1,0 +1,1 @@
+"""Reports of runs: plots, tables and pages."""

@@ -1,0 +1,67 @@
+"""What went wrong in a run, by its events: divergence, steps that were left out, loss spikes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megaphase.report.runs import Event, RunRecord
+
+NAMED_AT_MOST = 5
+_ABOVE_UNIFORM = ", above that of uniform guessing"
+
+
+def divergences(run: RunRecord) -> list[Event]:
+    """In the order of their steps."""
+    return _events(run, "divergence")
+
+
+def skipped_steps(run: RunRecord) -> list[int]:
+    """Steps whose loss or gradient was not finite."""
+    return [event.step for event in _events(run, "step_skipped")]
+
+
+def loss_spikes(run: RunRecord) -> list[int]:
+    """Steps whose loss was far above its running mean."""
+    return [event.step for event in _events(run, "loss_spike")]
+
+
+def incident_sentences(run: RunRecord) -> list[str]:
+    """One for every divergence and its end, one for all skipped steps, one for all loss spikes."""
+    sentences = []
+    for event in run.events:
+        where = f"{event.phase} step {event.step:,}: "
+        if event.event == "divergence":
+            sentences.append(where + _describe(event))
+        elif event.event == "divergence_over":
+            sentences.append(where + "the divergence is over")
+        elif event.event == "divergence_stop":
+            why = "steps were not finite" if event.kind == "not_finite" else "it had diverged"
+            sentences.append(f"{where}the run ended, since {why}")
+    if skipped := skipped_steps(run):
+        was = "step was" if len(skipped) == 1 else "steps were"
+        sentences.append(f"{len(skipped):,} {was} not finite and left out: {_named(skipped)}")
+    if spikes := loss_spikes(run):
+        plural = "" if len(spikes) == 1 else "s"
+        sentences.append(f"{len(spikes):,} loss spike{plural}: at step {_named(spikes)}")
+    return sentences
+
+
+def _describe(event: Event) -> str:
+    if event.kind == "gradient_norm":
+        return f"gradients are far larger than before, since step {event.since:,}"
+    if event.kind == "stuck":
+        return f"the loss has not moved since step {event.since:,}: it is {event.loss:,.4g}"
+    above = _ABOVE_UNIFORM if event.kind == "above_uniform" else ""
+    return (
+        f"training diverges: the loss rose from {event.loss_before:,.4g} at step {event.since:,} "
+        f"to {event.loss:,.4g}{above}"
+    )
+
+
+def _named(steps: Sequence[int]) -> str:
+    more = ", …" if len(steps) > NAMED_AT_MOST else ""
+    return ", ".join(f"{step:,}" for step in steps[:NAMED_AT_MOST]) + more
+
+
+def _events(run: RunRecord, name: str) -> list[Event]:
+    return [event for event in run.events if event.event == name]

@@ -1,0 +1,205 @@
+"""Pieces that several figures share: keys, axes of steps, panels, labels beside points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import Bbox
+
+from megaphase.report.plot_style import (
+    MUTED,
+    Size,
+    inch_axes,
+    new_figure,
+    short_number,
+    shown,
+)
+
+BEGINNING = 0.1  # of the steps so far; a loss falls so far in it that all else would look flat
+LEGEND_LINE_INCHES = 0.24
+LEGEND_KEY_INCHES = 0.5  # handle and spacing
+LEGEND_CHARACTER_INCHES = 0.08
+BOTTOM_INCHES = 0.52  # tick labels and the axis title
+LEFT_INCHES = 0.62
+TITLE_INCHES = 0.3
+LABEL_POINTS = 8.5  # the font of labels beside points
+Curve = tuple[np.ndarray, np.ndarray]  # steps [n], losses [n]
+
+
+def line_key(label: str, color: str = MUTED, **look: Any) -> Line2D:
+    """A key of a legend."""
+    return Line2D([], [], label=label, color=color, **look)
+
+
+def legend_on_top(figure: Figure, keys: Sequence[Line2D | Patch], columns: int) -> None:
+    """At the upper right edge, for which the figure must have left room."""
+    figure.legend(
+        handles=list(keys),
+        loc="upper right",
+        ncols=columns,
+        handlelength=1.6,
+        columnspacing=1.2,
+        handletextpad=0.5,
+        borderaxespad=0.2,
+    )
+
+
+def legend_columns(labels: Sequence[str], size: Size) -> int:
+    """As many columns as the figure's width has room for."""
+    longest = max((len(label) for label in labels), default=0)
+    wide = LEGEND_KEY_INCHES + LEGEND_CHARACTER_INCHES * longest
+    return max(1, min(len(labels), int((size.width - 0.1) / wide)))
+
+
+def legend_inches(labels: Sequence[str], columns: int) -> float:
+    """The height of a legend."""
+    return 0.1 + LEGEND_LINE_INCHES * -(-len(labels) // columns)
+
+
+def panel_grid(
+    size: Size, titles: Sequence[str], panel_height: float, top: float
+) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel per title: two side by side in a wide figure, below `top` inches."""
+    columns = 1 if size.narrow or len(titles) == 1 else 2
+    title_inches = TITLE_INCHES if any(titles) else 0.1
+    panel_width = (size.width - 0.25) / columns
+    rows = -(-len(titles) // columns)
+    figure = new_figure(size.width, rows * panel_height + top)
+    panels = []
+    for i, title in enumerate(titles):
+        left = i % columns * panel_width
+        bottom = (rows - 1 - i // columns) * panel_height
+        axes = inch_axes(
+            figure,
+            left + LEFT_INCHES,
+            bottom + BOTTOM_INCHES,
+            left + panel_width,
+            bottom + panel_height - title_inches,
+        )
+        axes.set_title(shown(title), loc="left", fontweight="bold")
+        panels.append(axes)
+    return figure, panels
+
+
+def loss_limits(
+    curves: Iterable[Curve], span: tuple[int, int], otherwise: Iterable[Curve] = ()
+) -> tuple[float, float]:
+    """Limits that show where the curves differ: their steep beginning may run out of the top.
+
+    otherwise: curves that count where the others have no point after the beginning.
+    """
+    first, last = span
+    begin = first + BEGINNING * (last - first)
+    values = np.empty(0)
+    for group in (curves, otherwise):
+        values = np.concatenate([values, *(losses[steps >= begin] for steps, losses in group)])
+        values = values[np.isfinite(values)]
+        if len(values):
+            break
+    if not len(values):
+        return 0.0, 1.0
+    low, high = float(values.min()), float(values.max())
+    room = 0.08 * max(high - low, 0.1)
+    return low - room, high + room
+
+
+def step_axes(axes: Axes, span: tuple[int, int], size: Size, ticks: int = 9) -> None:
+    """Make the x axis one of steps from the first to the last."""
+    first, last = span
+    axes.set_xlim(first, first + 1.01 * max(last - first, 1))  # with room for half a marker
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(5 if size.narrow else ticks, integer=True))
+    axes.grid(False, axis="x")
+
+
+class PointLabel(NamedTuple):
+    """A text that belongs beside a point, in data coordinates."""
+
+    x: float
+    y: float
+    text: str
+    colour: str
+
+
+# Where a label may stand, the best place first: direction and distance in points.
+PLACES = [
+    (dx, dy, distance)
+    for distance in (6.0, 13.0, 22.0)
+    for dx, dy in ((-1, -1), (1, 1), (-1, 0), (1, 0), (0, -1), (0, 1), (1, -1), (-1, 1))
+]
+
+
+def label_points(
+    axes: Axes, labels: Sequence[PointLabel], lines: Sequence[np.ndarray] = ()
+) -> list[PointLabel]:
+    """Write labels beside their points so that none covers another or a point; return those left.
+
+    lines: paths [n, 2] in data coordinates that a label had better not cover. The size of
+    the axes must be final. A label for which there is no room is left out.
+    """
+    axes.autoscale_view()  # limits that nobody has set are otherwise found when it is drawn
+    dpi = axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]  # pixels per point
+    to_pixels = axes.transData.transform
+    dots = [to_pixels((label.x, label.y)) for label in labels]
+    paths = [_along(to_pixels(line)) for line in lines if len(line)]
+    trodden = np.concatenate(paths) if paths else np.empty((0, 2))
+    frame = axes.get_window_extent()
+    taken = [Bbox.from_bounds(x - 4 * dpi, y - 4 * dpi, 8 * dpi, 8 * dpi) for x, y in dots]
+    left_out = []
+    for i, label in enumerate(labels):
+        place = _free_place(dots[i], label.text, dpi, [*taken[:i], *taken[i + 1 :]], frame, trodden)
+        if place is None:
+            left_out.append(label)
+            continue
+        offset, ha, va, box = place
+        taken.append(box)
+        axes.annotate(
+            label.text, (label.x, label.y), offset, textcoords="offset points", ha=ha, va=va,
+            color=label.colour, fontsize=LABEL_POINTS, zorder=5,
+        )  # fmt: skip
+    return left_out
+
+
+Place = tuple[tuple[float, float], str, str, Bbox]
+
+
+def _free_place(
+    dot: np.ndarray, text: str, dpi: float, taken: list[Bbox], frame: Bbox, trodden: np.ndarray
+) -> Place | None:
+    """Offset in points, alignments and box in pixels of the place that covers the least line."""
+    width, height = 0.68 * LABEL_POINTS * len(text) * dpi, 1.15 * LABEL_POINTS * dpi
+    best: Place | None = None
+    least = np.inf
+    for rank, (dx, dy, distance) in enumerate(PLACES):
+        length = distance / np.hypot(dx, dy)
+        offset = dx * length, dy * length
+        x, y = dot[0] + offset[0] * dpi, dot[1] + offset[1] * dpi
+        box = Bbox.from_bounds(x + (dx - 1) * width / 2, y + (dy - 1) * height / 2, width, height)
+        inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 20 * dpi
+        if not inside or not (frame.y0 <= box.y0 and box.y1 <= frame.y1 + 6 * dpi):
+            continue
+        if any(box.overlaps(other) for other in taken):
+            continue
+        cost = rank + 3 * int(box.count_contains(trodden)) if len(trodden) else rank
+        if cost < least:
+            ha, va = ("right", "center", "left")[dx + 1], ("top", "center", "bottom")[dy + 1]
+            best, least = (offset, ha, va, box), cost
+    return best
+
+
+def _along(path: np.ndarray) -> np.ndarray:
+    """Points every few pixels along a path."""
+    pieces = []
+    for start, end in pairwise(path):
+        count = int(np.hypot(*(end - start)) // 4) + 2
+        pieces.append(np.linspace(start, end, min(count, 400)))
+    return np.concatenate(pieces) if pieces else path

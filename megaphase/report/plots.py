@@ -1,0 +1,293 @@
+"""The figures of a report, one function each.
+
+Every function returns a matplotlib `Figure`. `colours` maps tasks to colours and is shared by all
+figures of a report; low-resource tasks are drawn heavier, with markers. Losses are in nats per
+token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from megaphase.plan.plan import REPEATED_TOO_OFTEN
+from megaphase.report.incidents import divergences, loss_spikes, skipped_steps
+from megaphase.report.plot_parts import (
+    BOTTOM_INCHES,
+    LEGEND_LINE_INCHES,
+    Curve,
+    legend_on_top,
+    line_key,
+    loss_limits,
+    panel_grid,
+    step_axes,
+)
+from megaphase.report.plot_style import (
+    DASHED,
+    INK,
+    LABEL_GAP_POINTS,
+    MUTED,
+    PAPER,
+    Size,
+    inch_axes,
+    label_line_ends,
+    label_width,
+    line_colours,
+    new_figure,
+    plot_style,
+    short_number,
+    shown,
+)
+from megaphase.report.runs import RunRecord, TaskShare
+
+LEGEND_COLUMNS = 3
+TRAINING_POINTS = 300  # more would only be noise, and weight in the page
+Colours = Mapping[str, str]
+
+
+def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
+    """Validation loss per task over steps, training loss per task as a faint line behind it."""
+    curves = {task: _validation_curve(run, task) for task in validated_tasks([run])}
+    training = {task: _training_curve(run, task) for task in curves}
+    keys = [line_key("training loss", lw=1.0, alpha=0.5), *_incident_keys(run)]
+    if run.low_resource_tasks:
+        keys.insert(0, line_key("low-resource", **_line_look(True)))
+        keys.insert(1, line_key("high-resource", **_line_look(False)))
+    height = max(size.height, 1.3 + len(curves) * LABEL_GAP_POINTS / 72)
+    with plot_style():
+        figure = new_figure(size.width, height)
+        right = size.width - label_width(curves)
+        rows = -(-len(keys) // LEGEND_COLUMNS)
+        top = height - rows * LEGEND_LINE_INCHES - _step_label_inches(run)
+        axes = inch_axes(figure, 0.62, BOTTOM_INCHES, right, top)
+        step_axes(axes, _steps_of([run]), size)
+        axes.set_ylabel("loss (nats per token)")
+        for task, (steps, losses) in curves.items():
+            look = _line_look(task in run.low_resource_tasks)
+            axes.plot(steps, losses, color=colours[task], zorder=3, **look)
+            axes.plot(*training[task], color=colours[task], alpha=0.3, linewidth=1.0)
+        axes.set_ylim(loss_limits(curves.values(), _steps_of([run]), training.values()))
+        label_line_ends(axes, _line_ends(curves, colours))
+        _mark_holes(axes, run)
+        _mark_steps(axes, run)
+        _mark_incidents(axes, run)
+        legend_on_top(figure, keys, columns=LEGEND_COLUMNS)
+    return figure
+
+
+def learning_rate_plot(run: RunRecord, size: Size) -> Figure:
+    """Learning rate over steps."""
+    height = 0.72 * size.height
+    with plot_style():
+        figure = new_figure(size.width, height)
+        top = height - _step_label_inches(run)
+        axes = inch_axes(figure, 0.75, BOTTOM_INCHES, size.width - 0.25, top)
+        step_axes(axes, _steps_of([run]), size)
+        axes.set_ylabel("learning rate")
+        # One line per phase: at the switch the schedule starts anew and must not be joined up.
+        for phase in run.plan.phases:
+            rows = [row for row in run.training if row.phase == phase.name]
+            axes.plot([r.step for r in rows], [r.learning_rate for r in rows], color=INK, lw=1.5)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+        _mark_holes(axes, run)
+        _mark_steps(axes, run)
+    return figure
+
+
+def data_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
+    """Planned training tokens and epochs per task, as bars with a segment per phase."""
+    left, gap, right, top = 0.1 + label_width(run.tasks), 0.75, 0.6, 0.4
+    bars = 0.28 * len(run.tasks)
+    panel = bars + BOTTOM_INCHES
+    with plot_style():
+        if size.narrow:
+            figure = new_figure(size.width, 2 * panel + 0.15 + top)
+            edge = size.width - right
+            tokens = inch_axes(figure, left, panel + 0.15 + BOTTOM_INCHES, edge, 2 * panel + 0.15)
+            epochs = inch_axes(figure, left, BOTTOM_INCHES, edge, panel)
+        else:
+            figure = new_figure(size.width, panel + top)
+            half = (size.width - left - gap - right) / 2
+            tokens = inch_axes(figure, left, BOTTOM_INCHES, left + half, panel)
+            epochs = inch_axes(figure, left + half + gap, BOTTOM_INCHES, size.width - right, panel)
+        keys = _phase_bars(tokens, run, colours, "training tokens", lambda share: share.tokens)
+        _phase_bars(epochs, run, colours, "epochs", lambda share: share.epochs)
+        if epochs.get_xlim()[1] > REPEATED_TOO_OFTEN:
+            epochs.axvline(REPEATED_TOO_OFTEN, color=INK, linewidth=0.9, linestyle=DASHED)
+        if not size.narrow:
+            epochs.tick_params(labelleft=False)
+        legend_on_top(figure, keys, columns=len(keys))
+    return figure
+
+
+def comparison_plot(runs: Sequence[RunRecord], size: Size) -> Figure:
+    """Validation loss over steps: one panel per task, in it one line per run."""
+    tasks = validated_tasks(runs)
+    colours = line_colours(run.name for run in runs)
+    keys = [line_key(shown(run.name), color=colours[run.name], lw=1.8) for run in runs]
+    columns = 2 if size.narrow else 4
+    top = 0.2 + LEGEND_LINE_INCHES * -(-len(runs) // columns)
+    span = _steps_of(runs)
+    with plot_style():
+        figure, panels = panel_grid(size, tasks, 0.55 * size.height, top)
+        for task, axes in zip(tasks, panels, strict=True):
+            step_axes(axes, span, size, ticks=5)
+            axes.set_ylabel("nats per token")
+            curves = {run.name: _validation_curve(run, task) for run in runs}
+            for name, (steps, losses) in curves.items():
+                axes.plot(steps, losses, color=colours[name], lw=1.8, marker="o", markersize=3)
+            axes.set_ylim(loss_limits(curves.values(), span))
+        legend_on_top(figure, keys, columns)
+    return figure
+
+
+def validated_tasks(runs: Sequence[RunRecord]) -> list[str]:
+    """Tasks of these runs of which a validation loss has been measured."""
+    measured = {task for run in runs for row in run.validation for task in row.validation}
+    return list(dict.fromkeys(task for run in runs for task in run.tasks if task in measured))
+
+
+def _validation_curve(run: RunRecord, task: str) -> Curve:
+    rows = [row for row in run.validation if task in row.validation]
+    steps = np.array([row.step for row in rows], dtype=np.int64)
+    return steps, np.array([row.validation[task].loss for row in rows], dtype=np.float64)
+
+
+def _line_ends(curves: Mapping[str, Curve], colours: Colours) -> list[tuple[str, float, str]]:
+    """(task, newest loss that is a number, colour) of every curve that has one."""
+    finite = {task: losses[np.isfinite(losses)] for task, (_, losses) in curves.items()}
+    return [(task, float(v[-1]), colours[task]) for task, v in finite.items() if len(v)]
+
+
+def _training_curve(run: RunRecord, task: str) -> Curve:
+    """The task's training loss, averaged over equal stretches of steps; none where it is absent."""
+    rows = [row for row in run.training if task in row.loss_by_task]
+    steps = np.array([row.step for row in rows], dtype=np.int64)
+    losses = np.array([row.loss_by_task[task] for row in rows], dtype=np.float64)
+    width = max(1.0, (run.last_step - run.origin.step) / TRAINING_POINTS)
+    _, stretch, counts = np.unique((steps - 1) // width, return_inverse=True, return_counts=True)
+    return (
+        np.bincount(stretch, weights=steps) / counts,
+        np.bincount(stretch, weights=losses) / counts,
+    )
+
+
+def _steps_of(runs: Sequence[RunRecord]) -> tuple[int, int]:
+    """Steps done before the first step of these runs and with their last; branches begin late."""
+    return min(run.origin.step for run in runs), max(run.last_step for run in runs)
+
+
+def _line_look(low_resource: bool) -> dict[str, Any]:
+    if low_resource:
+        return {"linewidth": 2.0, "marker": "o", "markersize": 4.0}
+    return {"linewidth": 1.3}
+
+
+def _step_marks(run: RunRecord) -> list[tuple[int, str, Any]]:
+    """(step, label, line style) of every switch and divergence, in the order of their steps."""
+    marks: list[tuple[int, str, Any]] = [(step, name, DASHED) for step, name in run.switches]
+    marks += [(event.step, "diverges", "solid") for event in divergences(run)[:1]]
+    return sorted(marks, key=lambda mark: mark[0])
+
+
+def _mark_holes(axes: Axes, run: RunRecord) -> None:
+    """Hatched where the metrics have no rows; a line across joins what was measured around it."""
+    for first, last in run.missing_steps:
+        axes.axvspan(
+            first - 1, last, facecolor="none", edgecolor=INK, alpha=0.25, hatch="///", lw=0
+        )
+
+
+def _step_label_inches(run: RunRecord) -> float:
+    return 0.15 + len(_step_marks(run)) * LABEL_GAP_POINTS / 72
+
+
+def _mark_steps(axes: Axes, run: RunRecord) -> None:
+    """A line at every switch and at the first divergence, with its name above it."""
+    for above, (step, label, style) in enumerate(reversed(_step_marks(run))):
+        left, right = axes.get_xlim()
+        late = step > left + 0.75 * (right - left)
+        axes.axvline(step, color=INK, linewidth=1.0, linestyle=style, zorder=1)
+        axes.annotate(
+            f"{shown(label)} →" if late else f"→ {shown(label)}",
+            (step, 1.0),
+            xycoords=("data", "axes fraction"),
+            # Every label has a line of its own, because the steps may be near each other.
+            xytext=(0, 3 + above * LABEL_GAP_POINTS),
+            textcoords="offset points",
+            ha="right" if late else "left",
+        )
+
+
+def _incident_marks(run: RunRecord) -> list[tuple[str, list[int], str]]:
+    """(name, steps, marker) of what went wrong in single steps."""
+    marks = [("loss spike", loss_spikes(run), "^"), ("step left out", skipped_steps(run), "x")]
+    return [(name, steps, marker) for name, steps, marker in marks if steps]
+
+
+def _incident_keys(run: RunRecord) -> list[Line2D]:
+    return [
+        line_key(name, color=INK, marker=marker, markersize=4, linestyle="none")
+        for name, _, marker in _incident_marks(run)
+    ]
+
+
+def _mark_incidents(axes: Axes, run: RunRecord) -> None:
+    """Marks at the bottom."""
+    for _, steps, marker in _incident_marks(run):
+        axes.plot(
+            steps,
+            [0.02] * len(steps),
+            transform=axes.get_xaxis_transform(),
+            color=INK,
+            marker=marker,
+            markersize=4,
+            linestyle="none",
+            zorder=4,
+        )
+
+
+def _phase_bars(
+    axes: Axes,
+    run: RunRecord,
+    colours: Colours,
+    title: str,
+    measure: Callable[[TaskShare], float],
+) -> list[Patch]:
+    """Draw a bar per task, the total written at its end; return the legend's keys of the phases."""
+    phases, tasks = run.plan.phases, run.tasks
+    strengths = np.linspace(1.0, 0.4, len(phases))[::-1]  # the last phase is the strongest
+    ends = np.zeros(len(tasks))
+    for phase, strength in zip(phases, strengths, strict=True):
+        values = [measure(phase.tasks[t]) if t in phase.tasks else 0.0 for t in tasks]
+        fill = [colours[task] for task in tasks]
+        axes.barh(range(len(tasks)), values, 0.62, left=ends, color=fill, alpha=float(strength))
+        ends += values
+    for row, end in enumerate(ends):
+        axes.annotate(
+            short_number(end),
+            (end, row),
+            (4, 0),
+            textcoords="offset points",
+            va="center_baseline",
+            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.5},  # over the limit's line
+        )
+    axes.set_yticks(range(len(tasks)), [shown(task) for task in tasks])
+    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    axes.set_xlim(0, max(float(ends.max()), 1e-9))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.grid(False, axis="y")
+    axes.set_xlabel(title)
+    return [
+        Patch(color=MUTED, alpha=float(strength), label=shown(phase.name))
+        for phase, strength in zip(phases, strengths, strict=True)
+    ]

@@ -1,0 +1,117 @@
+"""`megaphase report`: one page, its plots and its numbers, on what one or several runs learnt."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from megaphase.report.losses import final_losses, newest_losses, task_verdicts, verdicts
+from megaphase.report.numbers import write_numbers
+from megaphase.report.plot_style import line_colours
+from megaphase.report.report_files import (
+    NUMBERS_FOLDER,
+    PLOTS_FOLDER,
+    links_to_numbers,
+    write_page,
+)
+from megaphase.report.run_page import NOTHING, comparison_article, run_article
+from megaphase.report.runs import RunRecord, load_run
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import real_path
+from megaphase.utils.run_files import METRICS_FILE
+
+__all__ = ["final_losses", "load_run", "summary_table", "verdicts", "write_report"]
+
+
+def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Write the report of these runs into the directory `out`; return the path of its page.
+
+    `out` gets `index.html` (self-contained), `plots/` (PNG and SVG) and `numbers/` (CSV), whole
+    or not at all. A former report there is replaced.
+
+    Raises:
+        InputError: a run directory is incomplete or broken, a run has no validation yet, or `out`
+            holds anything that is not a former report.
+    """
+    runs = _named_apart([load_run(path) for path in _each_once(run_dirs)])
+    for run in runs:
+        if not run.validation:
+            raise InputError(
+                run.directory / METRICS_FILE,
+                *(
+                    (f"has no validation row: {run.hole}", "restore it")
+                    if run.hole
+                    else (
+                        "has no validation row yet",
+                        "wait until the run has validated for the first time",
+                    )
+                ),
+            )
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    return write_page(out, title, lambda folder: _body(runs, folder))
+
+
+def summary_table(run: RunRecord) -> Table:
+    """Validation losses for the terminal: per task at the start and after each phase begun."""
+    losses = {(loss.phase, loss.task): loss for loss in final_losses(run)}
+    newest = newest_losses(run)
+    found = {verdict.task: verdict for verdict in task_verdicts(run)}
+    colours = {"better": "green", "worse": "red", "same": ""}
+    phases = run.phases_begun
+    table = Table(title=Text(f"{run.name}: validation loss, nats per token"), title_justify="left")
+    table.add_column("task", no_wrap=True)
+    columns = [f"{'after' if run.phase_is_over(p) else 'now in'} {p.name}" for p in phases]
+    change = "since switch" if run.switches else "change"
+    for column in ("at start", *columns, change, "bits/byte", "epochs"):
+        table.add_column(Text(column), justify="right")
+    for task in run.tasks:
+        if task not in newest:
+            continue
+        ends = [losses.get((phase.name, task)) for phase in phases]
+        start = next(loss.start for loss in ends if loss is not None)
+        verdict = found[task]
+        table.add_row(
+            Text(f"{task} (low)" if verdict.low_resource else task),
+            f"{start:.3f}",
+            *(NOTHING if loss is None else f"{loss.end:.3f}" for loss in ends),
+            NOTHING
+            if verdict.change is None
+            else Text(f"{verdict.change:+.3f}", style=colours[verdict.outcome]),
+            f"{newest[task].end_bits_per_byte:.3f}",
+            f"{run.planned_epochs(task):.2f}",
+        )
+    return table
+
+
+def _body(runs: Sequence[RunRecord], folder: Path) -> str:
+    """Write plots and numbers into `folder`; return the page's body."""
+    colours = line_colours(task for run in runs for task in run.tasks)
+    parts = ["<h1>megaphase report</h1>"]
+    if len(runs) == 1:
+        parts.append(run_article(runs[0], colours, folder, PLOTS_FOLDER))
+    else:
+        parts.append(comparison_article(runs, colours, folder))
+        parts += [run_article(r, colours, folder, f"{PLOTS_FOLDER}/{r.name}") for r in runs]
+    parts.append(links_to_numbers(write_numbers(runs, folder / NUMBERS_FOLDER)))
+    return "\n".join(parts)
+
+
+def _each_once(paths: Sequence[Path]) -> list[Path]:
+    return list({real_path(path): path for path in paths}.values())
+
+
+def _named_apart(runs: list[RunRecord]) -> list[RunRecord]:
+    """Runs that share a directory name get as much of their path as tells them apart."""
+    if len({run.name for run in runs}) == len(runs):
+        return runs
+    paths = [real_path(run.directory) for run in runs]
+    shared = os.path.commonpath([path.parent for path in paths])
+    return [
+        replace(run, name=path.relative_to(shared).as_posix())
+        for run, path in zip(runs, paths, strict=True)
+    ]

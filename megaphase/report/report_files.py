@@ -1,0 +1,71 @@
+"""The directory of a report: page, plots and numbers appear in it whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from megaphase.report import page
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import directory_written_aside
+
+PAGE_FILE = "index.html"
+PLOTS_FOLDER = "plots"
+NUMBERS_FOLDER = "numbers"
+
+
+def write_page(out: Path, title: str, body_of: Callable[[Path], str]) -> Path:
+    """Write a report into the directory `out`, a former one there is replaced; return its page.
+
+    body_of: writes plots and numbers into the folder that it is given, and returns the page's body.
+
+    Raises:
+        InputError: `out` holds anything that is not a former report.
+    """
+    with _replacing_report(out) as folder:
+        text = page.document(f"{title} · megaphase report", body_of(folder))
+        (folder / PAGE_FILE).write_text(text, encoding="utf-8")
+    return out / PAGE_FILE
+
+
+def links_to_numbers(tables: Sequence[str]) -> str:
+    """A line of links to these files among the numbers."""
+    links = " · ".join(f'<a href="{NUMBERS_FOLDER}/{name}">{name}</a>' for name in tables)
+    return f'<p class="note">Every number as a table: {links}</p>'
+
+
+@contextmanager
+def _replacing_report(out: Path) -> Iterator[Path]:
+    """Yield a scratch directory that takes the place of `out` when the block ends without error."""
+    _refuse_all_but_report(out)
+    former = out.with_name(f".{out.name}.{os.getpid()}.former")
+    try:
+        with directory_written_aside(out) as folder:
+            yield folder
+            if out.exists():
+                os.rename(out, former)
+    except BaseException:
+        if former.exists():
+            os.rename(former, out)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _refuse_all_but_report(out: Path) -> None:
+    """Replacing removes what is there, so it must be a former report and nothing else."""
+    if not out.exists():
+        return
+    remedy = "give --out a new directory"
+    if not out.is_dir():
+        raise InputError(out, "is not a directory", remedy)
+    names = {path.name for path in out.iterdir()}
+    if not names:
+        return
+    index = out / PAGE_FILE
+    if not index.is_file() or page.GENERATOR not in index.read_text(errors="replace"):
+        raise InputError(out, "exists and is not a former report", remedy)
+    if other := sorted(names - {PAGE_FILE, PLOTS_FOLDER, NUMBERS_FOLDER}):
+        raise InputError(out, f"holds {other[0]}, which is no part of a report", remedy)

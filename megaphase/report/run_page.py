@@ -1,0 +1,217 @@
+"""What a report page says of runs: state, verdicts, plots and tables of one, comparison of many."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import yaml
+
+from megaphase.plan.plan import REPEATED_TOO_OFTEN
+from megaphase.report import page
+from megaphase.report.incidents import incident_sentences
+from megaphase.report.losses import (
+    LossChange,
+    final_losses,
+    newest_losses,
+    task_verdicts,
+)
+from megaphase.report.page import Plot, add_plot
+from megaphase.report.plots import (
+    Colours,
+    comparison_plot,
+    data_plot,
+    learning_rate_plot,
+    loss_plot,
+    validated_tasks,
+)
+from megaphase.report.runs import RunRecord
+
+NOTHING = "–"
+AS_PLANNED = "As planned, or as it came out where a phase ended early."
+
+
+def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -> str:
+    """All of one run; its plots are written into `out/plot_folder`."""
+    losses = Plot(
+        "loss",
+        "Loss per task",
+        "On held-out text; faint: the training loss. Dashed: the switch to the next phase; solid: "
+        "where training diverges. "
+        "The steep beginning may run out of the top.",
+        lambda size: loss_plot(run, colours, size),
+    )
+    rates = Plot(
+        "learning_rate",
+        "Learning rate",
+        "A phase begins a schedule of its own unless its run file says otherwise.",
+        lambda size: learning_rate_plot(run, size),
+    )
+    data = Plot(
+        "data",
+        "Training tokens and epochs per task",
+        f"{AS_PLANNED} An epoch is one pass over the task's training text; "
+        f"dashed: {REPEATED_TOO_OFTEN:g} epochs, beyond which repetition pays little.",
+        lambda size: data_plot(run, colours, size),
+    )
+    return "\n".join(
+        (
+            f"<article>\n<h2>{escape(run.name)}</h2>",
+            f'<p class="lead">{escape(_state(run))}</p>',
+            _incident_list(run),
+            _verdict_list(run),
+            add_plot(losses, out, plot_folder),
+            "<h3>Validation loss per phase</h3>",
+            _loss_table(run, colours),
+            "<h3>Data</h3>",
+            add_plot(data, out, plot_folder),
+            _data_table(run, colours),
+            "<h3>Learning rate</h3>",
+            add_plot(rates, out, plot_folder),
+            _run_file(run),
+            "</article>",
+        )
+    )
+
+
+def comparison_article(runs: Sequence[RunRecord], colours: Colours, out: Path) -> str:
+    """Several runs side by side: newest losses and curves."""
+    plot = Plot(
+        "comparison",
+        "Loss on held-out text, task by task",
+        "Every panel has its own scale; the steep beginning may run out of the top.",
+        lambda size: comparison_plot(runs, size),
+    )
+    table, figure = _comparison_table(runs, colours), add_plot(plot, out, "plots")
+    return f"<article>\n<h2>{len(runs)} runs compared</h2>\n{table}\n{figure}\n</article>"
+
+
+def _state(run: RunRecord) -> str:
+    """How far the run has come, when it switched and how fast it is."""
+    last = run.plan.phases[-1]
+    begun = f" (the first {run.origin.step:,} of another run)" if run.origin.step else ""
+    if run.ended_diverged is not None:
+        text = f"Diverged: ended after {run.last_step:,} of {run.planned_steps:,} steps{begun}"
+    elif run.phase_is_over(last):
+        text = f"Finished after {run.last_step:,} steps{begun}"
+    else:
+        text = f"Not finished: {run.last_step:,} of {run.planned_steps:,} steps{begun}"
+    text += "".join(f", {name} from step {step:,}" for step, name in run.switches)
+    text += "".join(
+        f"; {phase.name} ended early, after {phase.steps:,} steps: {phase.ended_early}"
+        for phase in run.plan.phases
+        if phase.ended_early is not None
+    )
+    if run.training:
+        speed = statistics.median(row.tokens_per_second for row in run.training)
+        text += f"; {run.training[-1].tokens:,} tokens, {speed:,.0f} a second (median)"
+    if run.hole is not None:
+        text += f"; {run.hole}"
+    return f"{text}."
+
+
+def _incident_list(run: RunRecord) -> str:
+    sentences = incident_sentences(run)
+    items = "\n".join(f'<li class="worse">{escape(sentence)}</li>' for sentence in sentences)
+    return f'<ul class="verdicts">\n{items}\n</ul>' if sentences else ""
+
+
+def _verdict_list(run: RunRecord) -> str:
+    items = "\n".join(
+        f'<li class="{verdict.outcome}"><b>{escape(verdict.task)}</b>{_low_mark(verdict)} '
+        f"{escape(verdict.sentence)}</li>"
+        for verdict in task_verdicts(run)
+    )
+    return f'<ul class="verdicts">\n{items}\n</ul>'
+
+
+def _low_mark(verdict: LossChange) -> str:
+    return '<span class="low">low-resource</span>' if verdict.low_resource else ""
+
+
+def _task_cell(task: str, colours: Colours) -> str:
+    """The task's name with its colour in the plots."""
+    colour = page.css_colour(colours[task])
+    return f'<span class="swatch" style="background: {colour}"></span>{escape(task)}'
+
+
+def _loss_table(run: RunRecord, colours: Colours) -> str:
+    losses = {(loss.phase, loss.task): loss for loss in final_losses(run)}
+    phases = run.phases_begun
+    with_gap = any(loss.end_gap is not None for loss in losses.values())
+    last_columns = ("best", "bits/byte", "gap") if with_gap else ("best", "bits/byte")
+    groups = [
+        (p.name, ("start", "end" if run.phase_is_over(p) else "so far", *last_columns))
+        for p in phases
+    ]
+    rows = []
+    for task in validated_tasks([run]):
+        cells = [_task_cell(task, colours)]
+        for phase in phases:
+            loss = losses.get((phase.name, task))
+            cells += [NOTHING] * 4 if loss is None else [
+                f"{loss.start:.3f}",
+                f"<b>{loss.end:.3f}</b>",
+                f"{loss.best:.3f} <small>at {loss.best_step:,}</small>",
+                f"{loss.end_bits_per_byte:.3f}",
+            ]  # fmt: skip
+            if with_gap:
+                gap = None if loss is None else loss.end_gap
+                cells.append(NOTHING if gap is None else f"{gap:+.3f}")
+        rows.append(cells)
+    note = "Nats per token; best: the lowest, and its step; bits per byte of text: at the end."
+    if with_gap:
+        note += " Gap: how far the loss is above that on the training text, at the end."
+    return page.table(page.grouped_head("task", groups), rows, note)
+
+
+def _data_table(run: RunRecord, colours: Colours) -> str:
+    phases = run.plan.phases
+    groups: list[tuple[str, Sequence[str]]] = [("corpus", ("tokens", "documents", "held out"))]
+    groups += [(phase.name, ("rate", "tokens", "epochs")) for phase in phases]
+    groups.append(("whole run", ("tokens", "epochs")))
+    rows = []
+    for task in run.tasks:
+        corpus = run.plan.tasks[task]
+        cells = [_task_cell(task, colours)]
+        cells += [f"{n:,}" for n in (corpus.tokens, corpus.documents, corpus.held_out_documents)]
+        shares = [phase.tasks.get(task) for phase in phases]
+        for share in shares:
+            cells += [NOTHING] * 3 if share is None or not share.samples else [
+                f"{share.rate:.2%}", f"{share.tokens:,}", f"{share.epochs:.2f}",
+            ]  # fmt: skip
+        epochs = run.planned_epochs(task)
+        cells.append(f"{sum(share.tokens for share in shares if share):,}")
+        often = epochs > REPEATED_TOO_OFTEN
+        cells.append(f'<b class="warning">{epochs:.2f} ⚠</b>' if often else f"{epochs:.2f}")
+        rows.append(cells)
+    note = (
+        f"{AS_PLANNED} Held out: documents kept for validation. "
+        f"⚠ repeated more than {REPEATED_TOO_OFTEN:g} times."
+    )
+    return page.table(page.grouped_head("task", groups), rows, note)
+
+
+def _comparison_table(runs: Sequence[RunRecord], colours: Colours) -> str:
+    newest = {run.name: newest_losses(run) for run in runs}
+    tasks = validated_tasks(runs)
+    rows = []
+    for run in runs:
+        cells = [escape(run.name)]
+        for task in tasks:
+            ends = {name: losses[task].end for name, losses in newest.items() if task in losses}
+            text = f"{ends[run.name]:.3f}" if run.name in ends else NOTHING
+            lowest = ends.get(run.name) == min(ends.values())
+            cells.append(f"<b>{text}</b>" if lowest else text)
+        cells.append(f"{run.last_step:,}")
+        rows.append(cells)
+    header = page.head(["run", *(_task_cell(task, colours) for task in tasks), "steps"])
+    note = "Newest validation loss, nats per token; the lowest of each task is bold."
+    return page.table(header, rows, note)
+
+
+def _run_file(run: RunRecord) -> str:
+    text = yaml.safe_dump(dict(run.settings), sort_keys=False, allow_unicode=True)
+    return f"<details>\n<summary>Run file</summary>\n<pre>{escape(text)}</pre>\n</details>"

@@ -1,0 +1,347 @@
+"""Read what a run left in its directory: `run.json`, `plan.json`, `metrics.jsonl`, `origin.json`.
+
+A run that is still going reads like a finished one; it only has fewer rows. Phases that ended early
+have the length that they came to, and a branch counts its steps on from the run before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, RootModel, ValidationError
+
+from megaphase.checkpoint.names import newest_state
+from megaphase.plan.run_history import BranchPoint, RunHistory, read_history, read_origin
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import real_path
+from megaphase.utils.json_models import read_record
+from megaphase.utils.metrics_rows import Row, Steps, missing_steps, read_lines, steps_in_words
+from megaphase.utils.run_files import METRICS_FILE, PLAN_FILE, RUN_FILE
+
+REMEDY = "give the directory of a run of megaphase train"
+
+# JSON has no NaN, so a writer may put null where a loss has overflowed.
+Measured = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class CorpusSize(_Record):
+    """How much text a task has."""
+
+    documents: int
+    tokens: int
+    held_out_documents: int
+    text_bytes: int
+
+
+class TaskShare(_Record):
+    """What one phase plans for one task; `rate` is its sampling rate, 0 to 1."""
+
+    rate: float
+    samples: int
+    tokens: int
+    epochs: float
+    epochs_so_far: float
+
+
+class PhasePlan(_Record):
+    """One phase as it was planned or, where it ended early, as it came out, and why it did."""
+
+    name: str
+    steps: int
+    tokens: int
+    tasks: dict[str, TaskShare]
+    ended_early: str | None = None
+
+
+class PlanRecord(_Record):
+    """The figures per phase and task."""
+
+    tasks: dict[str, CorpusSize]
+    phases: list[PhasePlan]
+
+
+class _Row(_Record):
+    step: int
+    phase: str
+
+
+class TrainingRow(_Row):
+    """One optimizer step; losses in nats per token, `step` counts from 1 over the whole run."""
+
+    phase_step: int
+    tokens: int
+    loss: Measured
+    loss_by_task: dict[str, Measured]
+    learning_rate: float
+    grad_norm: Measured
+    step_seconds: float
+    data_wait_seconds: float
+    tokens_per_second: float
+    mfu: float | None = None
+
+
+class HeldOutRow(_Record):
+    """A task's validation loss, in nats per token and in bits per byte of text.
+
+    gap: how far it is above the training loss since the validation before; None where the task was
+    not trained on.
+    """
+
+    loss: Measured
+    bits_per_byte: Measured
+    gap: float | None = None
+
+
+class ValidationRow(_Row):
+    """Held-out losses after `step` steps; a switch has one row for each of its two phases."""
+
+    validation: dict[str, HeldOutRow]
+
+
+class Event(_Record):
+    """Something that happened after `step` steps."""
+
+    step: int
+    event: str
+    phase: str | None = None
+    reason: str | None = None
+    kind: str | None = None
+    since: int | None = None
+    loss: Measured | None = None
+    loss_before: Measured | None = None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All that a run directory tells. Rows are in the order of their steps.
+
+    missing_steps: those whose training rows are not in the metrics, though the run has done them.
+    unreadable_lines: of the metrics.
+    """
+
+    directory: Path
+    name: str
+    settings: Mapping[str, Any]
+    plan: PlanRecord
+    training: Sequence[TrainingRow]
+    validation: Sequence[ValidationRow]
+    events: Sequence[Event]
+    origin: BranchPoint
+    missing_steps: Sequence[Steps] = ()
+    unreadable_lines: int = 0
+
+    @property
+    def hole(self) -> str | None:
+        """What is missing in the metrics, in words."""
+        parts = []
+        if self.missing_steps:
+            parts.append(f"the rows of {steps_in_words(self.missing_steps)} are missing")
+        if self.unreadable_lines:
+            plural = "s" if self.unreadable_lines > 1 else ""
+            parts.append(f"{self.unreadable_lines:,} line{plural} cannot be read")
+        return f"{METRICS_FILE} is damaged: {' and '.join(parts)}" if parts else None
+
+    @property
+    def low_resource_tasks(self) -> frozenset[str]:
+        """The tasks that the first of several phases does not train on.
+
+        The first phases of a branch are those of the run that it goes on from.
+        """
+        if self.origin.step:
+            return frozenset(t for t in self.plan.tasks if not self.origin.used.get(t))
+        if len(self.plan.phases) == 1:
+            return frozenset()
+        trained = self.plan.phases[0].tasks
+        return frozenset(t for t in self.plan.tasks if t not in trained or not trained[t].samples)
+
+    @property
+    def tasks(self) -> list[str]:
+        """All tasks in the plan's order, but the low-resource ones last."""
+        low = self.low_resource_tasks
+        return sorted(self.plan.tasks, key=lambda task: task in low)
+
+    @property
+    def rows(self) -> list[TrainingRow | ValidationRow]:
+        """All measurements."""
+        return [*self.training, *self.validation]
+
+    @property
+    def last_step(self) -> int:
+        """Steps done so far, as far as the metrics tell."""
+        return max((row.step for row in self.rows), default=self.origin.step)
+
+    @property
+    def planned_steps(self) -> int:
+        """The run's last step, if no other phase ends early."""
+        return self.origin.step + sum(phase.steps for phase in self.plan.phases)
+
+    @property
+    def ended_diverged(self) -> Event | None:
+        """What ended the run, where that was a divergence after which no step was trained."""
+        ends = [e for e in self.events if e.event == "divergence_stop" and e.step >= self.last_step]
+        return ends[-1] if ends else None
+
+    def planned_epochs(self, task: str) -> float:
+        """Passes over the task's training text in the whole run."""
+        shares = [phase.tasks[task] for phase in self.plan.phases if task in phase.tasks]
+        return max((share.epochs_so_far for share in shares), default=0.0)
+
+    def validation_in(self, phase: str) -> list[ValidationRow]:
+        """The validation rows of one phase, from its start to its end."""
+        return [row for row in self.validation if row.phase == phase]
+
+    def phase_start(self, phase: str) -> int | None:
+        """Steps done when the phase really began, whatever the plan says; None if it has not."""
+        steps = [row.step for row in self.validation_in(phase)]
+        steps += [row.step - 1 for row in self.training if row.phase == phase]
+        return min(steps, default=None)
+
+    def phase_is_over(self, phase: PhasePlan) -> bool:
+        """Whether the phase has ended, as planned or early."""
+        return any(e.event == "phase_end" and e.phase == phase.name for e in self.events)
+
+    @property
+    def phases_begun(self) -> list[PhasePlan]:
+        """The phases of which anything has been measured."""
+        return [p for p in self.plan.phases if self.phase_start(p.name) is not None]
+
+    @property
+    def switches(self) -> list[tuple[int, str]]:
+        """(steps done, name of the phase that begins) of every switch that has happened."""
+        phases = self.plan.phases if self.origin.step else self.plan.phases[1:]
+        starts = [(self.phase_start(p.name), p.name) for p in phases]
+        return [(step, name) for step, name in starts if step is not None]
+
+
+def load_run(run_dir: Path) -> RunRecord:
+    """Read a run directory, also while the run is going on.
+
+    Raises:
+        InputError: a file is missing or not what it should be; names the file. Lines of
+            `metrics.jsonl` that are no rows are passed over and counted.
+    """
+    if not run_dir.is_dir():
+        raise InputError(run_dir, "is not a directory", REMEDY)
+    settings = read_record(run_dir / RUN_FILE, RootModel[dict[str, Any]], REMEDY).root
+    plan = read_record(run_dir / PLAN_FILE, PlanRecord, REMEDY)
+    metrics = _read_metrics(run_dir / METRICS_FILE)
+    known = {phase.name for phase in plan.phases}
+    origin, history = read_origin(run_dir), read_history(run_dir)
+    events = [*metrics.events, *_lost_ends(history, metrics.events)]
+    plan = _as_it_came_out(plan, origin.step, events)
+    name = real_path(run_dir).name
+    training, validation = metrics.training, metrics.validation
+    run = RunRecord(run_dir, name, settings, plan, training, validation, events, origin)
+    done = max(run.last_step, (newest_state(run_dir) or {}).get("step", 0))
+    missing = missing_steps((row.step for row in training), origin.step + 1, done)
+    run = replace(run, missing_steps=missing, unreadable_lines=metrics.unreadable)
+    for row in run.rows:
+        if row.phase not in known:
+            raise InputError(
+                run_dir / METRICS_FILE,
+                f"step {row.step} is of phase {row.phase!r}, which plan.json does not have",
+                "the two files are of different runs",
+            )
+    return run
+
+
+def _lost_ends(history: RunHistory, events: Sequence[Event]) -> list[Event]:
+    """The ends of phases that the checkpoints tell and the log does not."""
+    told = {event.phase for event in events if event.event == "phase_end"}
+    return [
+        Event(step=phase.ended_after, event="phase_end", phase=phase.name, reason=phase.reason)
+        for phase in history.phases
+        if phase.ended_after is not None and phase.name not in told
+    ]
+
+
+def _as_it_came_out(plan: PlanRecord, step: int, events: Sequence[Event]) -> PlanRecord:
+    """The plan with the real lengths of the phases that have ended.
+
+    step: steps done before the first phase.
+    """
+    ends = {event.phase: event for event in events if event.event == "phase_end"}
+    phases: list[PhasePlan] = []
+    left_out = dict.fromkeys(plan.tasks, 0.0)  # epochs
+    for phase in plan.phases:
+        end = ends.get(phase.name)
+        steps = phase.steps if end is None else end.step - step
+        reason = end.reason or "" if end is not None and steps < phase.steps else None
+        phases.append(_shortened(phase, steps, reason, left_out))
+        step += steps
+    return plan.model_copy(update={"phases": phases})
+
+
+def _shortened(
+    phase: PhasePlan, steps: int, reason: str | None, left_out: dict[str, float]
+) -> PhasePlan:
+    """A phase of so many steps, of which every task has had its part, give or take a sample.
+
+    left_out: epochs by task that the phases before were short of; this one's are added.
+    """
+    part = steps / max(phase.steps, 1)
+    tasks = {}
+    for task, share in phase.tasks.items():
+        left_out[task] = left_out.get(task, 0.0) + share.epochs * (1 - part)
+        tasks[task] = TaskShare(
+            rate=share.rate,
+            samples=round(share.samples * part),
+            tokens=round(share.tokens * part),
+            epochs=share.epochs * part,
+            epochs_so_far=share.epochs_so_far - left_out[task],
+        )
+    tokens = round(phase.tokens * part)
+    return PhasePlan(name=phase.name, steps=steps, tokens=tokens, tasks=tasks, ended_early=reason)
+
+
+@dataclass(frozen=True)
+class _Metrics:
+    training: list[TrainingRow]
+    validation: list[ValidationRow]
+    events: list[Event]
+    unreadable: int
+
+
+def _read_metrics(path: Path) -> _Metrics:
+    # Keyed, so that a row written again after a resume takes the place of the first.
+    training: dict[int, TrainingRow] = {}
+    validation: dict[tuple[int, str], ValidationRow] = {}
+    events: list[Event] = []
+    unreadable = 0
+    if not path.is_file():
+        raise InputError(path, "no such file", "wait until the run has begun")
+    for line in read_lines(path):  # but for one that the run is writing at this moment
+        row = None if line.row is None else _read_row(line.row)
+        if row is None:
+            unreadable += 1
+            continue
+        if isinstance(row, TrainingRow):
+            training[row.step] = row
+        elif isinstance(row, ValidationRow):
+            validation[row.step, row.phase] = row
+        else:
+            events.append(row)
+    return _Metrics(
+        sorted(training.values(), key=lambda row: row.step),
+        # A stable sort: the end of one phase and the start of the next share a step.
+        sorted(validation.values(), key=lambda row: row.step),
+        events,
+        unreadable,
+    )
+
+
+def _read_row(value: Row) -> TrainingRow | ValidationRow | Event | None:
+    kind: type[TrainingRow] | type[ValidationRow] | type[Event] = TrainingRow
+    kind = Event if "event" in value else ValidationRow if "validation" in value else kind
+    with suppress(ValidationError):
+        return kind.model_validate(value)
+    return None

@@ -1,0 +1,152 @@
+"""The commands of this room; each imports what it needs, so that `--help` stays fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megaphase.utils.arguments import MOST_PROCESSES, named
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import real_path
+from megaphase.utils.standard_streams import new_console, standard_output_is_a_log
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def sweep_command(
+    context: typer.Context,
+    sweep_file: Annotated[
+        Path, typer.Argument(metavar="SWEEP_FILE", help="The sweep file (YAML).")
+    ],
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, max=MOST_PROCESSES, help="Runs at a time.")
+    ] = 1,
+    processes: Annotated[
+        int,
+        typer.Option("--processes", "--gpus", "-n", min=1, max=MOST_PROCESSES, help="Of each run."),
+    ] = 1,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Start the runs again that have failed.")
+    ] = False,
+    slurm: Annotated[
+        bool,
+        typer.Option(
+            "--slurm", help="Submit the runs as SLURM arrays; the file's section slurm says how."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check, show which runs there are, start none; with --slurm, show the scripts.",
+        ),
+    ] = False,
+) -> None:
+    """Train all arms of an experiment: static mixtures, two phases, and what lies between.
+
+    Started again, it goes on where it was; a run that has ended is never repeated.
+
+    Example: megaphase sweep sweep.yaml --jobs 2
+    """
+
+    from megaphase.sweep.start import dry_run_table, sweep
+
+    console = new_console(highlight=False)
+    if slurm:
+        _sweep_on_slurm(context, sweep_file, console)
+        return
+    if dry_run:
+        console.print(dry_run_table(sweep_file))
+        return
+    standard_output_is_a_log()
+    output = sweep(sweep_file, jobs=jobs, processes=processes, retry=retry, console=console)
+    _say_that_all_have_ended(console, output)
+
+
+def _sweep_on_slurm(context: typer.Context, sweep_file: Path, console: Console) -> None:
+    from megaphase.sweep.slurm import next_scripts, sweep_on_slurm
+    from megaphase.utils.slurm import require_sbatch
+
+    for name in ("jobs", "processes"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError(
+                f"--{name}", "--slurm is given, too", "say it in the sweep file's section slurm"
+            )
+    program = context.find_root().command
+    if context.params["dry_run"]:
+        for name, before, script in next_scripts(sweep_file, program):
+            print(f"# {name}, after {', '.join(before) or 'nothing'}\n{script}")
+        return
+    require_sbatch("sweep --slurm", "run it on a login node, or add --dry-run")
+    retry = context.params["retry"]
+    standard_output_is_a_log()
+    output = sweep_on_slurm(sweep_file, program, retry=retry, console=console)
+    if output is not None:
+        _say_that_all_have_ended(console, output)
+
+
+def _say_that_all_have_ended(console: Console, output: Path) -> None:
+    console.print(f"All runs have ended. Look: megaphase report {output}", soft_wrap=True)
+
+
+def report_command(
+    run_dirs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_DIR", help="Directories of runs, or of one sweep."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            callback=named, help="Directory of the report; a former report there is replaced."
+        ),
+    ] = Path("report"),
+) -> None:
+    """Show what runs have learnt, or a sweep: tables, verdicts, and a page with plots."""
+
+    from megaphase.sweep.directory import is_sweep
+
+    console = new_console(highlight=False)
+    sweeps = [folder for folder in run_dirs if is_sweep(folder)]
+    if sweeps:
+        index = _sweep_report(sweeps[0], run_dirs, out, console)
+    else:
+        index = _run_report(run_dirs, out, console)
+    console.print(f"Report: {index}", markup=False, soft_wrap=True)
+
+
+def _run_report(run_dirs: list[Path], out: Path, console: Console) -> Path:
+    from megaphase.report.incidents import incident_sentences
+    from megaphase.report.report import load_run, summary_table, verdicts, write_report
+
+    index = write_report(run_dirs, out)
+    for run_dir in run_dirs:
+        run = load_run(run_dir)
+        console.print(summary_table(run))
+        if run.hole is not None:
+            console.print(f"Warning: {run.hole}", style="yellow", markup=False, soft_wrap=True)
+        for sentence in incident_sentences(run):
+            console.print(sentence, style="red", markup=False, soft_wrap=True)
+        for sentence in verdicts(run):
+            console.print(sentence, markup=False, soft_wrap=True)
+        console.print()
+    return index
+
+
+def _sweep_report(sweep_dir: Path, given: list[Path], out: Path, console: Console) -> Path:
+    from megaphase.sweep.pareto.report import SweepReport
+
+    if len({real_path(folder) for folder in given}) > 1:
+        raise InputError(
+            sweep_dir, "is a sweep", "give it alone: a page shows either one sweep or runs"
+        )
+    report = SweepReport.of(sweep_dir)
+    index = report.write(out)
+    console.print(report.summary_table())
+    for sentence in report.sentences():
+        console.print(sentence, markup=False, soft_wrap=True)
+    console.print()
+    return index

@@ -1,0 +1,181 @@
+"""A sweep's directory: what lies where, and the check that it belongs to this sweep file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+
+from megaphase.checkpoint.names import CHECKPOINTS
+from megaphase.sweep.outcome import Outcome
+from megaphase.sweep.sweep import Sweep
+from megaphase.sweep.trials import Trial, known_trials
+from megaphase.utils.errors import InputError, RunError
+from megaphase.utils.files import (
+    atomic_write_text,
+    make_directory,
+    os_errors_named,
+    remove_directory_at_once,
+)
+from megaphase.utils.json_models import read_record
+from megaphase.utils.locks import exclusive_lock
+from megaphase.utils.set_aside import make_way_for_directory
+
+SWEEP_FILE = "sweep.json"
+REMEDY = "give the directory of a megaphase sweep"
+
+
+@dataclass(frozen=True)
+class SweepDirectory:
+    """The paths in a sweep's directory."""
+
+    path: Path
+
+    @property
+    def sweep_file(self) -> Path:
+        """The sweep as it was understood."""
+        return self.path / SWEEP_FILE
+
+    def run_file(self, name: str) -> Path:
+        return self.path / "run-files" / f"{name}.yaml"
+
+    def run(self, name: str) -> Path:
+        """A run directory, as that of any other run."""
+        return self.path / "runs" / name
+
+    def log(self, name: str) -> Path:
+        """What a run has printed, over all of its starts."""
+        return self.path / "logs" / f"{name}.log"
+
+    @property
+    def slurm(self) -> Path:
+        """What was submitted to a cluster, a folder for each round."""
+        return self.path / "slurm"
+
+    def scores_file(self, name: str) -> Path:
+        """What `megaphase translate` has said of a run."""
+        return self.path / "scores" / f"{name}.json"
+
+    def outcome_file(self, name: str) -> Path:
+        """There as soon as the run has ended."""
+        return self.path / "outcomes" / f"{name}.json"
+
+    def prepare(self, sweep: Sweep) -> None:
+        """Write down the sweep, in a directory that is new or of an earlier start of it."""
+        for folder in ("run-files", "runs", "logs", "scores", "outcomes"):
+            with os_errors_named(self.path):
+                make_way_for_directory(self.path / folder, "a directory of the sweep")
+            make_directory(self.path / folder)
+        atomic_write_text(self.sweep_file, sweep.model_dump_json(indent=2) + "\n")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from starting runs of this sweep.
+
+        Raises:
+            RunError: one is at it.
+        """
+
+        def refuse() -> NoReturn:
+            raise RunError(f"{self.path}: another process is at this sweep; wait until it ends")
+
+        with exclusive_lock(self.path / ".lock", refuse):
+            yield
+
+    def write_run_file(self, sweep: Sweep, trial: Trial) -> Path:
+        """Write a run's file, or find that it is there and the same; see `check_run_file`."""
+        self.check_run_file(sweep, trial)
+        path = self.run_file(trial.name)
+        if not path.exists():
+            atomic_write_text(path, run_file_text(trial))
+        return path
+
+    def check_run_file(self, sweep: Sweep, trial: Trial) -> None:
+        """Refuse a run of which there is a file with other settings.
+
+        Raises:
+            InputError: naming that file.
+        """
+        path = self.run_file(trial.name)
+        if path.exists() and path.read_text(encoding="utf-8") != run_file_text(trial):
+            raise InputError(
+                sweep.file,
+                f"{path} was written for other settings",
+                "put them back, or choose another output; arms, rates, peaks and seeds may be "
+                "added and left out",
+            )
+
+    def write_outcome(self, name: str, outcome: Outcome) -> None:
+        """Say that a run has ended."""
+        text = outcome.model_dump_json(indent=2, exclude_defaults=True) + "\n"
+        atomic_write_text(self.outcome_file(name), text)
+
+    def remove_checkpoints(self, name: str) -> None:
+        """Remove those of a run, if there are any."""
+        remove_directory_at_once(self.run(name) / CHECKPOINTS)
+
+    def forget_failures(self) -> None:
+        """Let the runs that failed be started again."""
+        from megaphase.launch.slurm.job_file import forget_jobs
+
+        for name, outcome in self.outcomes().items():
+            if outcome.failed is not None:
+                # What they have left behind must not be taken for the end of the next start.
+                forget_jobs(self.run(name))
+                self.scores_file(name).unlink(missing_ok=True)
+                self.outcome_file(name).unlink()
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """Of all runs that have ended, by name."""
+        files = sorted((self.path / "outcomes").glob("*.json"))
+        return {file.stem: read_record(file, Outcome, "remove it") for file in files}
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """A sweep as its directory tells it, finished or not.
+
+    Attributes:
+        trials: all runs that are known by now.
+        outcomes: of those that have ended, by name.
+    """
+
+    directory: SweepDirectory
+    sweep: Sweep
+    trials: list[Trial]
+    outcomes: Mapping[str, Outcome]
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether this is the directory of a sweep."""
+    return (folder / SWEEP_FILE).is_file()
+
+
+def load_sweep_record(folder: Path) -> SweepRecord:
+    """Read a sweep's directory; corpora and tokenizer need not be there any more.
+
+    Raises:
+        InputError: a file is missing or not what it should be.
+    """
+    directory = SweepDirectory(folder)
+    sweep = read_record(directory.sweep_file, Sweep, REMEDY)
+    outcomes = directory.outcomes()
+    trials = known_trials(sweep, outcomes)
+    names = {trial.name for trial in trials}
+    return SweepRecord(
+        directory, sweep, trials, {name: each for name, each in outcomes.items() if name in names}
+    )
+
+
+def run_file_text(trial: Trial) -> str:
+    """The run file, and on top how it is started by hand."""
+    source = ""
+    if trial.source is not None:
+        runs = Path(trial.run["output"]).parent
+        source = f" --from {runs / trial.source}@{trial.source_phase}"
+    text = yaml.safe_dump(dict(trial.run), sort_keys=False, allow_unicode=True)
+    return f"# megaphase train {trial.name}.yaml{source}\n{text}"

@@ -1,0 +1,104 @@
+"""How far a sweep has come: bars in a terminal, a line for every run that ends everywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from megaphase.sweep.outcome import Outcome
+from megaphase.sweep.sweep import Sweep
+from megaphase.sweep.trials import Trial
+from megaphase.utils.run_files import METRICS_FILE
+
+TAIL_BYTES = 4096
+_PHASE_STEP = re.compile(rb'"phase_step": (\d+)')
+
+
+class SweepDisplay:
+    """Shows the runs that go on and what others came to.
+
+    Args:
+        total: how many runs there will be.
+        ended: how many of them had ended before.
+    """
+
+    def __init__(self, console: Console, sweep: Sweep, total: int, ended: int) -> None:
+        self._console, self._sweep, self._total = console, sweep, total
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            )
+            self._progress = Progress(*columns, console=console, transient=True)
+            self._all = self._progress.add_task("runs", total=total, completed=ended)
+        self._bars: dict[str, object] = {}
+
+    def __enter__(self) -> Self:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def say(self, sentence: str) -> None:
+        """A line of its own."""
+        self._console.print(f"megaphase: {sentence}", markup=False, soft_wrap=True)
+
+    def begin(self, trial: Trial, run_dir: Path) -> None:
+        """A run has been started, perhaps not for the first time."""
+        if self._progress:
+            steps = trial.run["phases"][0]["steps"]
+            self._bars[trial.name] = self._progress.add_task(trial.name, total=steps)
+            self.show(trial, run_dir)
+
+    def show(self, trial: Trial, run_dir: Path) -> None:
+        """A run goes on."""
+        if self._progress:
+            done = phase_steps_done(run_dir / METRICS_FILE)
+            self._progress.update(self._bars[trial.name], completed=done)  # type: ignore[arg-type]
+
+    def drop(self, trial: Trial) -> None:
+        """A run is not looked after any more."""
+        if self._progress and trial.name in self._bars:
+            self._progress.remove_task(self._bars.pop(trial.name))  # type: ignore[arg-type]
+
+    def end(self, trial: Trial, outcome: Outcome, outcomes: Mapping[str, Outcome]) -> None:
+        """A run has ended."""
+        self.drop(trial)
+        ended = len(outcomes)
+        if self._progress:
+            self._progress.update(self._all, completed=ended)
+        what = f"failed: {outcome.failed}"
+        if outcome.diverged is not None:
+            what = f"diverged: {outcome.diverged}"
+        elif outcome.failed is None:
+            high, low = (outcome.group_loss(g) for g in (self._sweep.high, self._sweep.low))
+            what = f"high {high:.3f}, low {low:.3f}, {outcome.seconds:,.0f} s of steps"
+        text = f"[{ended}/{self._total}] {trial.name}: {what}"
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def phase_steps_done(metrics: Path) -> int:
+    """Of a run's newest phase, by the end of its metrics; 0 where there are none yet."""
+    with contextlib.suppress(OSError), open(metrics, "rb") as file:
+        file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
+        found = _PHASE_STEP.findall(file.read())
+        return int(found[-1]) if found else 0
+    return 0

@@ -1,0 +1,253 @@
+"""Start the runs of a sweep on this machine, some at a time, until none is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from megaphase.fault_tolerance.forwarded_signals import SAME_PRESS_SECONDS, noted_signals, told_name
+from megaphase.sweep.directory import SweepDirectory
+from megaphase.sweep.display import SweepDisplay
+from megaphase.sweep.outcome import Outcome
+from megaphase.sweep.sweep import Sweep
+from megaphase.sweep.trial_run import (
+    has_diverged,
+    is_translated,
+    last_line,
+    outcome_if_ended,
+    read_outcome,
+    release_checkpoints,
+    settle,
+    train_command,
+    translate_command,
+)
+from megaphase.sweep.trials import Trial, ready_trials
+from megaphase.utils.errors import (
+    EXIT_FAILED,
+    EXIT_REQUEUE,
+    EXIT_WRONG_INPUT,
+    EndedAtOnce,
+    InputError,
+    Stopped,
+)
+from megaphase.utils.files import os_errors_named
+from megaphase.utils.process_lifetime import ends_with_this_process
+from megaphase.utils.set_aside import make_way_for_file
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Machine:
+    """jobs: runs at a time. processes: of each run. gpus: that there are; 0 trains on CPUs."""
+
+    jobs: int
+    processes: int
+    gpus: int
+
+    def environment(self, slot: int) -> dict[str, str]:
+        """Of the run that has this place among those at a time: its GPUs, its CPU cores."""
+        cores = len(os.sched_getaffinity(0)) // (self.jobs * self.processes)
+        environment = {"OMP_NUM_THREADS": str(max(1, cores)), **os.environ}
+        if self.gpus and self.jobs > 1:
+            first = slot * self.processes
+            devices = (str(first + number) for number in range(self.processes))
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        return environment | ends_with_this_process()
+
+
+class Process(Protocol):
+    """What is used of subprocess.Popen."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+    def send_signal(self, number: signal.Signals) -> None: ...
+
+
+Start = Callable[[Sequence[str], Path, Mapping[str, str]], Process]
+"""Starts a `megaphase` command, by its arguments, its log and its environment."""
+
+
+def start_command(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
+    """As a process of this Python, whose output is appended to the log."""
+    with os_errors_named(log):
+        make_way_for_file(log, "a log")
+    with open(log, "ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "megaphase", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for this process to handle
+        )
+
+
+@dataclass
+class _Job:
+    """A run that goes on: the command that it is at, and those that follow."""
+
+    trial: Trial
+    slot: int
+    commands: list[list[str]]
+    process: Process = field(init=False)
+
+
+def run_locally(
+    sweep: Sweep,
+    directory: SweepDirectory,
+    machine: Machine,
+    display: SweepDisplay,
+    start: Start = start_command,
+) -> dict[str, Outcome]:
+    """Train all runs that have not ended yet; returns what all came to.
+
+    A run that fails is noted and left out, as is one that diverges; the others go on.
+
+    Raises:
+        InputError: a run finds its input wrong; those beside it are killed.
+        RunError: another process starts the runs of this sweep.
+        Stopped: a signal came, and the runs have saved.
+        EndedAtOnce: a second Ctrl-C came, and the runs were killed.
+    """
+    with directory.locked(), noted_signals() as received:
+        return _Runner(sweep, directory, machine, display, start, received).run()
+
+
+class _Runner:
+    def __init__(
+        self,
+        sweep: Sweep,
+        directory: SweepDirectory,
+        machine: Machine,
+        display: SweepDisplay,
+        start: Start,
+        received: list[signal.Signals],
+    ) -> None:
+        self._sweep, self._directory = sweep, directory
+        self._machine, self._display = machine, display
+        self._start, self._received = start, received
+        self._outcomes = directory.outcomes()
+        self._jobs: dict[str, _Job] = {}
+        self._told = 0  # signals
+        self._told_at: float | None = None
+
+    def run(self) -> dict[str, Outcome]:
+        ended = partial(outcome_if_ended, self._sweep, self._directory)
+        settle(self._sweep, self._directory, self._display, self._outcomes, ended)
+        try:
+            self._start_what_can_be()
+            while self._jobs:
+                time.sleep(POLL_SECONDS)
+                self._hand_signals_down()
+                self._look_after_jobs()
+        finally:
+            self._kill_all()
+        if self._received:
+            raise Stopped(
+                f"{told_name(self._received[0])} came: the runs have saved; the same command "
+                "resumes from there"
+            )
+        return self._outcomes
+
+    def _start_what_can_be(self) -> None:
+        """At the beginning and whenever a run has ended: which ones there are is known by that."""
+        if self._received:
+            return
+        for trial in ready_trials(self._sweep, self._outcomes):
+            if len(self._jobs) == self._machine.jobs:
+                return
+            if trial.name not in self._jobs:
+                self._begin(trial)
+
+    def _begin(self, trial: Trial) -> None:
+        run_file = self._directory.write_run_file(self._sweep, trial)
+        taken = {job.slot for job in self._jobs.values()}
+        slot = next(slot for slot in range(self._machine.jobs) if slot not in taken)
+        commands = [train_command(self._directory, trial, run_file, self._machine.processes)]
+        if is_translated(self._sweep, trial):
+            scores = self._directory.scores_file(trial.name)
+            commands.append(translate_command(self._sweep, trial, run_file, scores))
+        job = _Job(trial, slot, commands)
+        self._start_next_command(job)
+        self._jobs[trial.name] = job
+        self._display.begin(trial, self._directory.run(trial.name))
+
+    def _start_next_command(self, job: _Job) -> None:
+        log = self._directory.log(job.trial.name)
+        job.process = self._start(job.commands.pop(0), log, self._machine.environment(job.slot))
+
+    def _hand_signals_down(self) -> None:
+        """The first one lets the runs save; Ctrl-C after it ends them at once."""
+        received = self._received
+        if received and self._told_at is None:
+            self._told_at, self._told = time.monotonic(), len(received)
+            for job in self._jobs.values():
+                job.process.send_signal(received[0])
+            if received[0] == signal.SIGINT:
+                self._display.say("the runs save and end; press Ctrl-C again to end them at once")
+        elif self._told_at is not None and signal.SIGINT in received[self._told :]:
+            self._told = len(received)
+            if time.monotonic() - self._told_at > SAME_PRESS_SECONDS:
+                raise EndedAtOnce(
+                    "ended at once: what the runs had done since their newest checkpoints is lost; "
+                    "the same command resumes from those"
+                )
+
+    def _look_after_jobs(self) -> None:
+        for name, job in list(self._jobs.items()):
+            code = job.process.poll()
+            if code is None:
+                self._display.show(job.trial, self._directory.run(name))
+            elif code == 0 and job.commands and not self._received:
+                self._start_next_command(job)
+            else:
+                del self._jobs[name]
+                self._settle(job, code)
+                self._start_what_can_be()
+
+    def _settle(self, job: _Job, code: int) -> None:
+        name = job.trial.name
+        if code == EXIT_REQUEUE or (self._received and (code != 0 or job.commands)):
+            if not self._received:
+                raise Stopped(f"{self._directory.log(name)}: the run was stopped by a signal")
+            self._display.drop(job.trial)
+            return
+        if code == EXIT_WRONG_INPUT:
+            raise InputError(self._directory.run_file(name), last_line(self._directory.log(name)))
+        if code == 0 or (code == EXIT_FAILED and has_diverged(self._directory, job.trial)):
+            outcome = read_outcome(self._sweep, self._directory, job.trial)
+        else:
+            outcome = Outcome(failed=_reason(code, self._directory.log(name)))
+        self._directory.write_outcome(name, outcome)
+        self._outcomes[name] = outcome
+        release_checkpoints(self._sweep, self._directory, self._outcomes)
+        self._display.end(job.trial, outcome, self._outcomes)
+
+    def _kill_all(self) -> None:
+        for job in self._jobs.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.process.pid, signal.SIGKILL)
+            job.process.wait()
+            self._display.drop(job.trial)
+
+
+def _reason(code: int, log: Path) -> str:
+    """Why a command ended so; where it was killed, its last line is none of that."""
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return last_line(log) or f"ended with exit code {code}"

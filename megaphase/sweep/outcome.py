@@ -1,0 +1,87 @@
+"""What a run of a sweep came to: the figures by which runs are compared, or why there are none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from pydantic import BaseModel, ConfigDict
+
+from megaphase.report.runs import Event, HeldOutRow, Measured, RunRecord
+from megaphase.utils.errors import RunError
+
+
+class Translated(BaseModel):
+    """sacrebleu's scores of a task, 0 to 100."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bleu: float
+    chrf: float
+
+
+class Outcome(BaseModel):
+    """Held-out losses by task at the step whose weights count, or the reason of a failure.
+
+    diverged: how a run ended that its divergence has ended; its losses are no numbers then.
+    losses: nats a token. seconds: of all optimizer steps. translation: scores by task.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    failed: str | None = None
+    diverged: str | None = None
+    step: int = 0
+    losses: dict[str, Measured] = {}
+    bits_per_byte: dict[str, Measured] = {}
+    seconds: float = 0.0
+    translation: dict[str, Translated] = {}
+
+    @property
+    def can_be_branched(self) -> bool:
+        """Whether the run has come to its end, from which others go on."""
+        return self.failed is None and self.diverged is None
+
+    def group_loss(self, tasks: Sequence[str]) -> float:
+        """The mean loss of these tasks; infinite where one is no number."""
+        loss = fmean(self.losses[task] for task in tasks)
+        return loss if math.isfinite(loss) else math.inf
+
+
+def outcome_of(run: RunRecord, best_of: Sequence[str] | None) -> Outcome:
+    """What an ended run came to.
+
+    best_of: the tasks whose lowest mean loss says which weights count; the last ones if None.
+
+    Raises:
+        RunError: the run has never measured.
+    """
+    if run.ended_diverged is not None:
+        return _of_diverged(run, run.ended_diverged)
+    if not run.validation:
+        raise RunError(f"{run.directory}: the run has ended without a validation")
+    row = run.validation[-1]
+    if best_of is not None:
+        row = min(run.validation, key=lambda each: _mean(each.validation, best_of))
+    return Outcome(
+        step=row.step,
+        losses={task: measured.loss for task, measured in row.validation.items()},
+        bits_per_byte={task: measured.bits_per_byte for task, measured in row.validation.items()},
+        seconds=_seconds(run),
+    )
+
+
+def _of_diverged(run: RunRecord, end: Event) -> Outcome:
+    losses = dict.fromkeys(run.plan.tasks, math.nan)
+    sentence = f"ended at step {end.step:,} of {run.planned_steps:,}"
+    return Outcome(diverged=sentence, step=end.step, losses=losses, seconds=_seconds(run))
+
+
+def _seconds(run: RunRecord) -> float:
+    return round(sum(step.step_seconds for step in run.training), 1)
+
+
+def _mean(measured: dict[str, HeldOutRow], tasks: Sequence[str]) -> float:
+    loss = fmean(measured[task].loss for task in tasks)
+    return loss if math.isfinite(loss) else math.inf

@@ -1,0 +1,163 @@
+"""What the runs of a sweep went through: losses, tokens and epochs at every validation.
+
+A branch begins with the curve of the run that it goes on from. Only what is shown is kept of a run,
+so that a sweep of hundreds of long ones fits into memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+
+import numpy as np
+
+from megaphase.report.plot_parts import Curve
+from megaphase.report.runs import HeldOutRow, RunRecord, load_run
+from megaphase.sweep.directory import SweepRecord
+from megaphase.sweep.pareto.points import Point, reason_of_failure
+
+ByTask = Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """Values at the validations of a run and of what it goes on from.
+
+    Attributes:
+        steps: of the validations, ascending, over both runs.
+        switch: steps done before the run's own first one; None without a first stage.
+        validation: loss by task.
+        training: mean loss since the validation before, by task; NaN where it was not trained on.
+        tokens, epochs: of training text so far, by task.
+    """
+
+    steps: Sequence[int]
+    switch: int | None
+    validation: ByTask
+    training: ByTask
+    tokens: ByTask
+    epochs: ByTask
+
+    def at(self, step: int) -> int:
+        """The index of a validation.
+
+        Raises:
+            ValueError: there was none after so many steps.
+        """
+        return self.steps.index(step)
+
+
+def curves_of(record: SweepRecord) -> dict[str, RunCurves]:
+    """The curves of all final runs that have ended well, by name.
+
+    Raises:
+        InputError: the directory of one of them is not as training left it.
+    """
+    tasks = [*record.sweep.high, *record.sweep.low]
+    sources: dict[str, RunCurves] = {}
+    found: dict[str, RunCurves] = {}
+    for trial in record.trials:
+        outcome = record.outcomes.get(trial.name)
+        if not trial.is_final or outcome is None or reason_of_failure(outcome) is not None:
+            continue
+        if trial.source is not None and trial.source not in sources:
+            sources[trial.source] = _own_curves(load_run(record.directory.run(trial.source)), tasks)
+        run = _own_curves(load_run(record.directory.run(trial.name)), tasks)
+        found[trial.name] = run if trial.source is None else _joined(sources[trial.source], run)
+    return found
+
+
+def _own_curves(run: RunRecord, tasks: Sequence[str]) -> RunCurves:
+    # A step that ends a phase and begins another has two rows of the same weights.
+    rows = {row.step: row for row in run.validation}
+    steps = list(rows)
+    seen = {task: [_seen(run, task, step) for step in steps] for task in tasks}
+    return RunCurves(
+        steps=steps,
+        switch=run.origin.step or None,
+        validation={
+            task: [_loss(row.validation.get(task)) for row in rows.values()] for task in tasks
+        },
+        training=_training_means(run, steps, tasks),
+        tokens={task: [tokens for tokens, _ in values] for task, values in seen.items()},
+        epochs={task: [epochs for _, epochs in values] for task, values in seen.items()},
+    )
+
+
+def _loss(measured: HeldOutRow | None) -> float:
+    return math.nan if measured is None else measured.loss
+
+
+def _training_means(run: RunRecord, steps: Sequence[int], tasks: Sequence[str]) -> ByTask:
+    """The mean training loss of every task between each validation and the one before it."""
+    means: dict[str, list[float]] = {task: [math.nan] for task in tasks}
+    rows = iter(run.training)
+    row = next(rows, None)
+    for _, end in pairwise(steps):
+        losses: dict[str, list[float]] = {task: [] for task in tasks}
+        while row is not None and row.step <= end:
+            for task, loss in row.loss_by_task.items():
+                losses[task].append(loss)
+            row = next(rows, None)
+        for task, values in losses.items():
+            finite = [value for value in values if math.isfinite(value)]
+            means[task].append(fmean(finite) if finite else math.nan)
+    return means
+
+
+def _seen(run: RunRecord, task: str, step: int) -> tuple[float, float]:
+    """Tokens of this run alone, and epochs over it and those before it, after so many steps."""
+    begin, tokens, epochs = run.origin.step, 0.0, 0.0
+    for phase in run.plan.phases:
+        share = phase.tasks.get(task)
+        part = min(max(step - begin, 0) / max(phase.steps, 1), 1.0)
+        begin += phase.steps
+        if share is None:
+            continue
+        # At every step a task has had its rate, give or take one sample: the plan's promise.
+        tokens += part * share.tokens
+        epochs = max(epochs, share.epochs_so_far - (1 - part) * share.epochs)
+    return tokens, epochs
+
+
+def _joined(source: RunCurves, run: RunCurves) -> RunCurves:
+    """The source's curve up to the switch, then the run's own."""
+    switch = run.switch or 0
+    kept = [i for i, step in enumerate(source.steps) if step < switch]
+
+    def join(before: ByTask, after: ByTask) -> ByTask:
+        return {task: [*(before[task][i] for i in kept), *after[task]] for task in after}
+
+    before = {task: source.tokens[task][-1] for task in source.tokens}
+    training = {task: list(values) for task, values in run.training.items()}
+    for task, values in source.training.items():
+        training[task][0] = values[-1]  # what led to the switch
+    return RunCurves(
+        steps=[*(source.steps[i] for i in kept), *run.steps],
+        switch=switch,
+        validation=join(source.validation, run.validation),
+        training=join(source.training, training),
+        tokens=join(
+            source.tokens,
+            {task: [before[task] + n for n in values] for task, values in run.tokens.items()},
+        ),
+        epochs=join(source.epochs, run.epochs),
+    )
+
+
+Values = Callable[[RunCurves], ByTask]
+
+
+def mean_curve(
+    curves: Mapping[str, RunCurves], point: Point, tasks: Sequence[str], values: Values
+) -> Curve:
+    """The mean over the seeds of a setting and over tasks, at the steps that all seeds have."""
+    runs = [curves[trial.name] for trial, _ in point.runs]
+    steps = sorted(set.intersection(*(set(run.steps) for run in runs)))
+    means = [
+        fmean(values(run)[task][run.at(step)] for run in runs for task in tasks) for step in steps
+    ]
+    return np.array(steps, dtype=np.int64), np.array(means, dtype=np.float64)

@@ -1,0 +1,247 @@
+"""The plots of a sweep's page: what each one shows of the sweep, and what to look at in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from megaphase.report.page import Plot
+from megaphase.sweep.file import Kind
+from megaphase.sweep.pareto.choice_plots import Line, Score, choice_plot, score_plot
+from megaphase.sweep.pareto.curve_plots import (
+    data_efficiency_plot,
+    overfitting_plot,
+    task_curves_plot,
+)
+from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts
+from megaphase.sweep.pareto.overfit import best_by_mixture, single_stage_points
+from megaphase.sweep.pareto.points import Point, SeedMean, estimate
+from megaphase.sweep.pareto.trade_off import Mark, Panel, outside, trade_off_plot
+from megaphase.sweep.pareto.view import SweepView
+
+LOSS_AXES = ("high-resource loss (nats per token)", "low-resource loss (nats per token)")
+BLEU_AXES = ("BLEU, high-resource", "BLEU, low-resource")
+COMPARED: tuple[Kind, ...] = ("static", "two-phase")
+STEEP = "The steep beginning may run out of the top."
+
+
+def front_plot(view: SweepView) -> Plot:
+    """The trade-off fronts, a panel per model."""
+    panels = [_loss_panel(fronts) for fronts in view.fronts]
+    errors = "Bars: one standard error over the seeds. " if _has_errors(view) else ""
+    caption = (
+        "Lower left is better. Solid: the settings that no other of the same arm dominates, with "
+        "a line around what they dominate; faint: its other settings. A point outside the grey "
+        f"area is beyond every static mixture. {errors}{_said_outside(panels)}"
+    )
+    return Plot(
+        "front", "Trade-off fronts", caption, partial(trade_off_plot, panels, view.look, LOSS_AXES)
+    )
+
+
+def overfitting_figure(view: SweepView, fronts: ModelFronts) -> Plot | None:
+    """Training against validation loss of the arms of one phase."""
+    points = single_stage_points(fronts)
+    if not points:
+        return None
+    return Plot(
+        _named("overfitting", fronts),
+        "Low-resource training and validation loss",
+        "Where the two part, the model learns its few texts by heart: look at how far the solid "
+        "line rises from its lowest point (circle) while the dashed one goes on falling. One panel "
+        f"per mixture, at its best peak. {STEEP}",
+        partial(overfitting_plot, points, view.curves, view.record.sweep.low, view.look),
+    )
+
+
+def other_figures(view: SweepView, fronts: ModelFronts) -> Iterator[Plot]:
+    """Of one model: curves, data efficiency, pre-training length, scores; what there is of them."""
+    best = view.best_points(fronts)
+    if not best:
+        return
+    yield Plot(
+        _named("losses", fronts),
+        "Validation loss per task, the best setting of each arm",
+        "Best: the lowest mean of high- and low-resource loss. Dashed: where a second phase "
+        f"begins; look at what it wins on the low-resource tasks and costs on the others. {STEEP}",
+        partial(task_curves_plot, best, view.curves, view.tasks, view.look),
+    )
+    compared = [
+        point for arm in fronts.arms if arm.kind in COMPARED for point in _of_best_share(arm)
+    ]
+    if compared:
+        yield Plot(
+            _named("data_efficiency", fronts),
+            "Data efficiency",
+            "Low-resource loss against the low-resource tokens seen so far, a line per mixture: "
+            "at the same number of tokens, the lower line has learnt more from them; a line that "
+            "turns up has seen them too often.",
+            partial(data_efficiency_plot, compared, view.curves, view.record.sweep.low, view.look),
+        )
+    lines = list(_share_lines(fronts))
+    if lines:
+        shares = sorted({share for line in lines for share, _ in line.points})
+        yield Plot(
+            _named("pretraining", fronts),
+            "Pre-training length and final losses",
+            "A line per mixture of the second phase, each point at its best peak: look for the "
+            "length beyond which the low-resource loss rises faster than the high-resource falls.",
+            partial(
+                choice_plot,
+                lines,
+                "pre-training, share of the budget",
+                {share: f"{100 * share:g}%" for share in shares},
+                view.look,
+            ),
+        )
+    scores = _scores(view, best)
+    if scores["BLEU"]:
+        yield Plot(
+            _named("translation", fronts),
+            "Translations of held-out sources, the best setting of each arm",
+            "BLEU and chrF, 0 to 100; higher is better. Best: by losses, as above.",
+            partial(score_plot, scores, view.look),
+        )
+
+
+def bleu_front_plot(view: SweepView) -> Plot | None:
+    """The fronts in BLEU, where all outcomes of a point have scores for both groups."""
+    panels = [_bleu_panel(view, fronts) for fronts in view.fronts]
+    if not any(panel.marks for panel in panels):
+        return None
+    return Plot(
+        "bleu_front",
+        "Trade-off fronts in BLEU",
+        "Upper right is better; otherwise as the fronts of losses. " + _said_outside(panels),
+        partial(trade_off_plot, panels, view.look, BLEU_AXES),
+    )
+
+
+def models_plot(view: SweepView) -> Plot | None:
+    """Final losses over the models, in the order of the sweep file."""
+    if len(view.fronts) < 2:
+        return None
+    places = {float(i): str(fronts.model) for i, fronts in enumerate(view.fronts)}
+    lines = []
+    for i, arm in enumerate(view.record.sweep.config.arms):
+        best = [(x, view.best(view.fronts[int(x)].arms[i])) for x in places]
+        points = [(x, point) for x, point in best if point is not None]
+        if points:
+            lines.append(Line(arm, "", points))
+    if not lines:
+        return None
+    return Plot(
+        "models",
+        "Models and final losses",
+        "The best setting of each arm with each model: look at whether the arms come closer "
+        "together or part.",
+        partial(choice_plot, lines, "model", places, view.look),
+    )
+
+
+def _named(name: str, fronts: ModelFronts) -> str:
+    return name if fronts.model is None else f"{name}-{fronts.model}"
+
+
+def _loss_panel(fronts: ModelFronts) -> Panel:
+    marks = [
+        Mark(
+            arm.arm,
+            _label(point, arm),
+            point.high,
+            point.low,
+            arm.kind in COMPARED,
+        )
+        for arm in fronts.arms
+        for point in arm.points
+    ]
+    return Panel(fronts.model or "", marks, _static_arms(fronts))
+
+
+def _static_arms(fronts: ModelFronts) -> frozenset[str]:
+    return frozenset(arm.arm for arm in fronts.arms if arm.kind == "static")
+
+
+def _label(point: Point, arm: ArmFront) -> str:
+    """The mixture; where the arm has several pre-training lengths, that too."""
+    shares = {each.setting.share for each in arm.points}
+    return point.setting.label if len(shares) > 1 else point.setting.mixture.label
+
+
+def _bleu_panel(view: SweepView, fronts: ModelFronts) -> Panel:
+    sweep = view.record.sweep
+    marks = []
+    for arm in fronts.arms:
+        for point in arm.points:
+            high, low = (_bleu(point, group) for group in (sweep.high, sweep.low))
+            if high is not None and low is not None:
+                marks.append(Mark(arm.arm, _label(point, arm), high, low, arm.kind in COMPARED))
+    return Panel(fronts.model or "", marks, _static_arms(fronts), higher_is_better=True)
+
+
+def _bleu(point: Point, group: Sequence[str]) -> SeedMean | None:
+    """The mean over those tasks of a group that are translated."""
+    by_seed = [
+        [outcome.translation[task].bleu for task in group if task in outcome.translation]
+        for _, outcome in point.runs
+    ]
+    if not all(by_seed):
+        return None
+    return estimate([sum(scores) / len(scores) for scores in by_seed])
+
+
+def _scores(view: SweepView, best: Sequence[Point]) -> dict[str, list[Score]]:
+    found: dict[str, list[Score]] = {"BLEU": [], "chrF": []}
+    for point in best:
+        for task in view.tasks:
+            scores = [outcome.translation.get(task) for _, outcome in point.runs]
+            known = [score for score in scores if score is not None]
+            if known:
+                arm = point.setting.arm
+                found["BLEU"].append(Score(task, arm, estimate([each.bleu for each in known])))
+                found["chrF"].append(Score(task, arm, estimate([each.chrf for each in known])))
+    return found
+
+
+def _of_best_share(arm: ArmFront) -> list[Point]:
+    """For every mixture the best peak, with the pre-training length of the arm's best point."""
+    points = best_by_mixture(arm.points)
+    share = min(points, key=lambda point: point.mean_loss).setting.share if points else None
+    return [point for point in points if point.setting.share == share]
+
+
+def _share_lines(fronts: ModelFronts) -> Iterator[Line]:
+    """Of the arms with several pre-training lengths, a line per mixture."""
+    for arm in fronts.arms:
+        by_mixture: dict[str, list[tuple[float, Point]]] = {}
+        for point in best_by_mixture(arm.points):
+            if point.setting.share is not None:
+                label = point.setting.mixture.label
+                by_mixture.setdefault(label, []).append((point.setting.share, point))
+        if len({share for points in by_mixture.values() for share, _ in points}) < 2:
+            continue
+        for label, points in by_mixture.items():
+            yield Line(arm.arm, label, sorted(points, key=lambda each: each[0]))
+
+
+def _has_errors(view: SweepView) -> bool:
+    return any(point.high.error is not None for fronts in view.fronts for point in fronts.points)
+
+
+def _said_outside(panels: Sequence[Panel]) -> str:
+    """What the limits leave out, so that nobody looks for it."""
+    told = []
+    for panel in panels:
+        if not panel.marks:
+            continue
+        front, others = outside(panel)
+        where = f"{panel.title}: " if panel.title else ""
+        named = [
+            f"{mark.arm} {mark.label} ({mark.x.mean:.2f}, {mark.y.mean:.2f})" for mark in front
+        ]
+        if others:
+            settings = "setting" if others == 1 else "settings"
+            named.append(f"{others} {settings} off the fronts")
+        if named:
+            told.append(where + ", ".join(named))
+    return f"Outside the picture: {'; '.join(told)}." if told else ""

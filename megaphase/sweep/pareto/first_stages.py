@@ -1,0 +1,71 @@
+"""Which peak the first stages of a sweep go on with, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megaphase.sweep.directory import SweepRecord
+from megaphase.sweep.pareto.points import (
+    SeedMean,
+    TriedSetting,
+    estimate,
+    reason_of_failure,
+    setting_of,
+)
+from megaphase.sweep.trials import Trial, own_loss
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """A first stage that was trained with every peak.
+
+    Attributes:
+        setting: with the lowest peak.
+        losses: of the groups that it trains on, by peak; None where a run failed or has not ended.
+        taken: the peaks that branches go on from.
+    """
+
+    setting: TriedSetting
+    losses: Mapping[float, SeedMean | None]
+    taken: frozenset[float]
+
+    @property
+    def reason(self) -> str:
+        """Why these peaks."""
+        if not self.taken:
+            return "none goes on yet"
+        if len(self.taken) > 1 or len(self.losses) == 1:
+            return "the only one" if len(self.losses) == 1 else "each goes on with its own peak"
+        return "the lowest loss"
+
+
+def first_stages(record: SweepRecord) -> list[FirstStage]:
+    """In the sweep's order."""
+    used = {trial.source for trial in record.trials}
+    groups: dict[tuple[object, ...], list[Trial]] = {}
+    for trial in record.trials:
+        if not trial.is_final:
+            key = trial.arm, trial.model, trial.share, trial.mixture
+            groups.setdefault(key, []).append(trial)
+    return [
+        FirstStage(
+            setting=setting_of(trials[0]),
+            losses={
+                peak: _loss(record, [trial for trial in trials if trial.peak == peak])
+                for peak in dict.fromkeys(trial.peak for trial in trials)
+            },
+            taken=frozenset(trial.peak for trial in trials if trial.name in used),
+        )
+        for trials in groups.values()
+    ]
+
+
+def _loss(record: SweepRecord, trials: list[Trial]) -> SeedMean | None:
+    outcomes = [record.outcomes.get(trial.name) for trial in trials]
+    losses = [
+        own_loss(record.sweep, trial, outcome)
+        for trial, outcome in zip(trials, outcomes, strict=True)
+        if outcome is not None and reason_of_failure(outcome) is None
+    ]
+    return estimate(losses) if len(losses) == len(trials) else None

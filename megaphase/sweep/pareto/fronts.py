@@ -1,0 +1,171 @@
+"""The fronts of a sweep's arms, model by model, each measured against the static one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megaphase.sweep.directory import SweepRecord
+from megaphase.sweep.file import Kind
+from megaphase.sweep.pareto.measures import (
+    Pair,
+    count_dominated,
+    hypervolume,
+    lowest_within,
+)
+from megaphase.sweep.pareto.points import Point, estimate, front_of, points_of
+
+STANDARD_ERRORS = 2.0  # a difference beyond so many of its own is taken for more than noise
+
+
+@dataclass(frozen=True)
+class Margin:
+    """How much lower another front's low loss is than a point's, at no higher high loss.
+
+    Attributes:
+        point: of the front that is compared with.
+        other: the lowest of the other front at no higher high loss; None where it has none there.
+    """
+
+    point: Point
+    other: Point | None
+
+    @property
+    def nats(self) -> float | None:
+        """Above 0 where the other is better; None where there is no other."""
+        return None if self.other is None else self.point.low.mean - self.other.low.mean
+
+    @property
+    def error(self) -> float | None:
+        """The standard error of the difference, from one for every seed that both sides have.
+
+        A seed chooses the first weights and the order of samples: what it adds to the losses of
+        both is no noise of their difference. None without several such seeds.
+        """
+        if self.other is None:
+            return None
+        ours, theirs = self.point.low_by_seed, self.other.low_by_seed
+        differences = [loss - theirs[seed] for seed, loss in ours.items() if seed in theirs]
+        return estimate(differences).error if differences else None
+
+    @property
+    def is_beyond_noise(self) -> bool:
+        """Whether the other is better by more than two standard errors."""
+        if self.nats is None or self.error is None:
+            return False
+        return self.nats > STANDARD_ERRORS * self.error
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm's front against the static one.
+
+    Attributes:
+        dominated: how many points of the static front the arm's dominates.
+        dominated_by: how many points of the arm's front the static one dominates.
+        margins: of the arm, at every point of the static front.
+        margins_of_static: of the static front, at every point of the arm's.
+    """
+
+    dominated: int
+    dominated_by: int
+    margins: Sequence[Margin]
+    margins_of_static: Sequence[Margin]
+
+    @property
+    def share(self) -> float:
+        """The part of the static front that is dominated."""
+        return self.dominated / len(self.margins)
+
+
+@dataclass(frozen=True)
+class ArmFront:
+    """An arm with one model.
+
+    Attributes:
+        points: of all of its settings.
+        hypervolume: of the front, in nats squared; None without a point in the whole model.
+        against_static: None for static arms, and while either side has no point.
+    """
+
+    arm: str
+    kind: Kind
+    points: Sequence[Point]
+    front: Sequence[Point]
+    hypervolume: float | None
+    against_static: Comparison | None
+
+
+@dataclass(frozen=True)
+class ModelFronts:
+    """The arms with one model.
+
+    Attributes:
+        reference: of the hypervolume, the worst high and the worst low loss over all settings of
+            the static arms, or of all arms where none of those has a point.
+        static: the front of all static arms together, the envelope of theirs.
+    """
+
+    model: str | None
+    arms: Sequence[ArmFront]
+    reference: Pair | None
+    static: Sequence[Point]
+
+    @property
+    def points(self) -> list[Point]:
+        """Of all arms."""
+        return [point for arm in self.arms for point in arm.points]
+
+
+def fronts_of(record: SweepRecord) -> list[ModelFronts]:
+    """The fronts of every model, in the sweep's order."""
+    models: list[str | None] = [*record.sweep.config.models] or [None]
+    points = points_of(record)
+    return [
+        _model_fronts(record, model, [point for point in points if point.setting.model == model])
+        for model in models
+    ]
+
+
+def _model_fronts(record: SweepRecord, model: str | None, points: Sequence[Point]) -> ModelFronts:
+    kinds = {arm: record.sweep.kind(arm) for arm in record.sweep.config.arms}
+    static = [point for point in points if kinds[point.setting.arm] == "static"]
+    reference = worst(static or points)
+    envelope = front_of(static)
+    arms = []
+    for arm, kind in kinds.items():
+        own = [point for point in points if point.setting.arm == arm]
+        front = front_of(own)
+        volume = None if reference is None else hypervolume(_pairs(front), reference)
+        against = compare(front, envelope) if kind != "static" and front and envelope else None
+        arms.append(ArmFront(arm, kind, own, front, volume, against))
+    return ModelFronts(model, arms, reference, envelope)
+
+
+def worst(points: Sequence[Point]) -> Pair | None:
+    """The highest high loss and the highest low loss."""
+    if not points:
+        return None
+    return max(point.high.mean for point in points), max(point.low.mean for point in points)
+
+
+def compare(front: Sequence[Point], static: Sequence[Point]) -> Comparison:
+    """Measure a front against the static one."""
+    return Comparison(
+        dominated=count_dominated(_pairs(static), _pairs(front)),
+        dominated_by=count_dominated(_pairs(front), _pairs(static)),
+        margins=_margins(static, front),
+        margins_of_static=_margins(front, static),
+    )
+
+
+def _margins(points: Sequence[Point], others: Sequence[Point]) -> list[Margin]:
+    found = [lowest_within(_pairs(others), point.high.mean) for point in points]
+    return [
+        Margin(point, None if i is None else others[i])
+        for point, i in zip(points, found, strict=True)
+    ]
+
+
+def _pairs(points: Sequence[Point]) -> list[Pair]:
+    return [point.pair for point in points]

@@ -1,0 +1,66 @@
+"""Overfitting: how far the loss of a low-resource task has risen above its lowest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megaphase.sweep.pareto.curves import RunCurves, mean_curve
+from megaphase.sweep.pareto.fronts import ModelFronts
+from megaphase.sweep.pareto.points import Point, best_of
+
+SINGLE_STAGE = ("static", "regularized")
+
+
+@dataclass(frozen=True)
+class Overfit:
+    """Of one task, the mean over the seeds; losses in nats per token.
+
+    best: the lowest loss; risen: from there to the end. epochs: of the task's text, to the end.
+    """
+
+    point: Point
+    task: str
+    best: float
+    best_step: int
+    end: float
+    epochs: float
+
+    @property
+    def risen(self) -> float:
+        return self.end - self.best
+
+
+def best_by_mixture(points: Sequence[Point]) -> list[Point]:
+    """Of every arm, share and mixture the peak with the lowest mean loss of both groups."""
+    groups: dict[object, list[Point]] = {}
+    for point in points:
+        setting = point.setting
+        groups.setdefault((setting.arm, setting.share, setting.mixture), []).append(point)
+    found = (best_of(each) for each in groups.values())
+    return [point for point in found if point is not None]
+
+
+def single_stage_points(fronts: ModelFronts) -> list[Point]:
+    """Of the arms of one phase: for every mixture the best peak."""
+    return best_by_mixture(
+        [point for arm in fronts.arms if arm.kind in SINGLE_STAGE for point in arm.points]
+    )
+
+
+def overfits(
+    fronts: ModelFronts, curves: Mapping[str, RunCurves], low: Sequence[str]
+) -> list[Overfit]:
+    """Of every mixture of the arms of one phase, task by task."""
+    return [_overfit(point, curves, task) for point in single_stage_points(fronts) for task in low]
+
+
+def _overfit(point: Point, curves: Mapping[str, RunCurves], task: str) -> Overfit:
+    steps, losses = mean_curve(curves, point, [task], lambda run: run.validation)
+    _, epochs = mean_curve(curves, point, [task], lambda run: run.epochs)
+    lowest = int(np.nanargmin(losses))
+    return Overfit(
+        point, task, float(losses[lowest]), int(steps[lowest]), float(losses[-1]), float(epochs[-1])
+    )

@@ -1,0 +1,75 @@
+"""The report of a sweep: its page, plots and numbers, and what the terminal shows of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from rich.table import Table
+from rich.text import Text
+
+from megaphase.report.report_files import NUMBERS_FOLDER, links_to_numbers, write_page
+from megaphase.report.run_page import NOTHING
+from megaphase.sweep.pareto.numbers import write_sweep_numbers
+from megaphase.sweep.pareto.sweep_page import sweep_article
+from megaphase.sweep.pareto.tables import comparison_cells
+from megaphase.sweep.pareto.view import SweepView
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What a sweep has found, finished or not."""
+
+    view: SweepView
+
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """Read the directory of a sweep.
+
+        Raises:
+            InputError: a file in it is missing or not what it should be.
+        """
+        return cls(SweepView.of(folder))
+
+    def write(self, out: Path) -> Path:
+        """Write page, plots and numbers as `write_report` does; return the page's path.
+
+        The files depend on the sweep alone: not on when, where or how fast its runs were done.
+
+        Raises:
+            InputError: `out` holds anything that is not a former report.
+        """
+        return write_page(out, self.view.name, self._body)
+
+    def summary_table(self) -> Table:
+        """The fronts, for the terminal."""
+        title = f"{self.view.name}: trade-off fronts. {self.view.progress.sentence}"
+        table = Table(title=Text(title), title_justify="left")
+        several = len(self.view.fronts) > 1
+        for column in (*(["model"] if several else []), "arm"):
+            table.add_column(column, no_wrap=True)
+        for column in ("settings", "on front", "hypervolume", "of static front dominated",
+                       "of own front dominated", "margin, nats"):  # fmt: skip
+            table.add_column(column, justify="right")
+        for fronts in self.view.fronts:
+            for arm in fronts.arms:
+                volume = NOTHING if arm.hypervolume is None else f"{arm.hypervolume:.4f}"
+                model = [Text(str(fronts.model))] if several else []
+                counts = [str(len(arm.points)), str(len(arm.front)), volume]
+                table.add_row(*model, Text(arm.arm), *counts, *comparison_cells(arm))
+        return table
+
+    def sentences(self) -> list[str]:
+        """The verdicts, and which runs have failed or diverged."""
+        failed = [
+            f"{name} {reason if reason.startswith('diverged') else f'failed: {reason}'}"
+            for name, reason in self.view.failures
+        ]
+        return [*(verdict.sentence for verdict in self.view.verdicts), *failed]
+
+    def _body(self, folder: Path) -> str:
+        """Write plots and numbers into `folder`; return the page's body."""
+        article = sweep_article(self.view, folder)
+        links = links_to_numbers(write_sweep_numbers(self.view, folder / NUMBERS_FOLDER))
+        return f"<h1>megaphase report</h1>\n{article}\n{links}"

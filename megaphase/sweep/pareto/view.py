@@ -1,0 +1,69 @@
+"""All that a sweep's report shows, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from megaphase.sweep.directory import SweepRecord, load_sweep_record
+from megaphase.sweep.pareto.curves import RunCurves, curves_of
+from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts, fronts_of
+from megaphase.sweep.pareto.points import Failure, Point, best_of, failures
+from megaphase.sweep.pareto.trade_off import Look, look_of
+from megaphase.sweep.pareto.verdict import Progress, Verdict, progress_of, verdicts_of
+
+
+@dataclass(frozen=True)
+class SweepView:
+    """A sweep's fronts, verdicts and curves.
+
+    Attributes:
+        look: colour and marker of each arm.
+    """
+
+    record: SweepRecord
+    fronts: Sequence[ModelFronts]
+    verdicts: Sequence[Verdict]
+    failures: Sequence[Failure]
+    progress: Progress
+    curves: Mapping[str, RunCurves]
+    look: Look
+
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """Read the directory of a sweep.
+
+        Raises:
+            InputError: a file in it is missing or not what it should be.
+        """
+        record = load_sweep_record(folder)
+        fronts = fronts_of(record)
+        return cls(
+            record=record,
+            fronts=fronts,
+            verdicts=verdicts_of(record, fronts),
+            failures=failures(record),
+            progress=progress_of(record),
+            curves=curves_of(record),
+            look=look_of(list(record.sweep.config.arms)),
+        )
+
+    @property
+    def name(self) -> str:
+        """Of the sweep file: the same wherever the directory lies."""
+        return self.record.sweep.file.stem
+
+    @property
+    def tasks(self) -> list[str]:
+        """The high-resource ones first."""
+        return [*self.record.sweep.high, *self.record.sweep.low]
+
+    def best(self, arm: ArmFront) -> Point | None:
+        """Of an arm with a model: the lowest mean loss of both groups."""
+        return best_of(arm.points)
+
+    def best_points(self, fronts: ModelFronts) -> list[Point]:
+        """Of every arm that has any."""
+        return [point for arm in fronts.arms if (point := self.best(arm)) is not None]

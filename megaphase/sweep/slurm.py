@@ -1,0 +1,347 @@
+"""Runs of a sweep as SLURM arrays, in rounds: which runs there are follows from those that ended.
+
+A round is a pipeline: arrays that train all runs that can begin, arrays that score translations,
+and a small job behind all of them that begins the next round.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+
+from megaphase.sweep.directory import SweepDirectory
+from megaphase.sweep.display import SweepDisplay
+from megaphase.sweep.file import ClusterJobs
+from megaphase.sweep.outcome import Outcome
+from megaphase.sweep.start import open_sweep, refuse_failures
+from megaphase.sweep.sweep import Sweep
+from megaphase.sweep.trial_run import (
+    has_ended,
+    is_translated,
+    last_line,
+    outcome_if_ended,
+    settle,
+    train_command,
+    translate_command,
+)
+from megaphase.sweep.trials import Trial, all_trials, known_trials, ready_trials
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import atomic_write_text, make_directory, real_path, remove_directory
+from megaphase.utils.slurm import queued_jobs
+
+# Imports point from launch to here, so what is used of it is imported within functions.
+if TYPE_CHECKING:
+    from megaphase.launch.slurm.job_file import Job
+    from megaphase.launch.slurm.pipeline import Pipeline
+
+NEXT, TRANSLATE = "next", "-translate"
+PIPELINE_FILE = "pipeline.yaml"
+_DRY_RUN = "dry-run"
+_ROUND = re.compile(r"round-(\d+)")
+# Lines of a job's log: its script's own last words, those of a rank above it, and Slurm's where it
+# has ended the job.
+_GIVEN_UP = re.compile(r"megaphase: job \S+: ")
+_RANK = re.compile(r"\S+: megaphase: ")
+_CUT_OFF = re.compile(r"slurmstepd\S*: .*?\*\*\* (.* CANCELLED AT .*) \*\*\*")
+_LAST_LINES = 5
+
+Groups = Mapping[str, Sequence[Trial]]
+"""Runs that one array trains, with the same command but for the run file; by the array's name."""
+
+
+def sweep_on_slurm(path: Path, program: Any, *, retry: bool, console: Console) -> Path | None:
+    """Submit a round of a sweep's runs, unless one is under way.
+
+    program: `megaphase` itself. retry: whether runs that failed are started again.
+
+    Returns the sweep's directory when all runs have ended, before that None.
+
+    Raises:
+        InputError: something in the sweep file or a run file is wrong.
+        RunError: Slurm refuses a job or does not answer, another process is at this sweep, or all
+            runs have ended and some of them have failed.
+    """
+    found, directory = open_sweep(path)
+    jobs = _cluster_jobs(found)
+    with directory.locked():
+        if retry:
+            directory.forget_failures()
+        return SlurmSweep(found, directory, jobs, program, console).conduct()
+
+
+def next_scripts(path: Path, program: Any) -> Iterator[tuple[str, Sequence[str], str]]:
+    """(name, the steps before it, batch script) of all jobs that would be submitted next.
+
+    Raises:
+        InputError: something in the sweep file or a run file is wrong, or a run is in the queue.
+    """
+    from megaphase.launch.slurm.pipeline import scripts
+
+    found, directory = open_sweep(path)
+    jobs, outcomes = _cluster_jobs(found), directory.outcomes()
+    folder = directory.slurm / _DRY_RUN
+    remove_directory(folder)
+    pipeline = _write_round(found, directory, jobs, ready_trials(found, outcomes), folder, program)
+    for name, script in scripts(pipeline).items():
+        yield name, pipeline.steps[name].after, script
+
+
+def _cluster_jobs(sweep: Sweep) -> ClusterJobs:
+    if sweep.config.slurm is None:
+        raise InputError(
+            sweep.where("slurm"),
+            "--slurm needs this section",
+            "say what the job of a run asks for, such as slurm: {gpus_per_node: 8}",
+        )
+    return sweep.config.slurm
+
+
+@dataclass
+class SlurmSweep:
+    """Holds the sweep's lock while it looks what has become of the jobs, and submits others."""
+
+    sweep: Sweep
+    directory: SweepDirectory
+    jobs: ClusterJobs
+    program: Any
+    console: Console
+
+    def __post_init__(self) -> None:
+        from megaphase.launch.slurm.job_file import read_job
+
+        self.outcomes = self.directory.outcomes()
+        self.next = read_job(self.directory.path)
+        # Asked once: while this process holds the lock jobs leave the queue, and none is added.
+        runs = [path.name for path in self.directory.run("").iterdir()]
+        jobs = {job.job for name in runs for job in self._jobs_of(name)}
+        self.queue = queued_jobs(jobs if self.next is None else jobs | {self.next.job})
+
+    def conduct(self) -> Path | None:
+        self._settle()
+        open_trials = ready_trials(self.sweep, self.outcomes)
+        waiting = self._queued(open_trials)
+        if waiting and self._next_is_queued():
+            self._say_that_it_goes_on(waiting)
+            return None
+        # Only where nothing is under way: what else can begin is best known in the next round.
+        trials = [] if waiting else open_trials
+        if not waiting and not trials:
+            refuse_failures(self.sweep, self.directory, self.outcomes)
+            return self.directory.path
+        self._submit(trials, behind=waiting)
+        return None
+
+    def _settle(self) -> None:
+        """Write down what runs came to whose jobs have left the queue."""
+        known = {trial.name for trial in known_trials(self.sweep, self.outcomes)}
+        ended = sum(name in known for name in self.outcomes)
+        display = SweepDisplay(self.console, self.sweep, len(all_trials(self.sweep)), ended)
+        settle(self.sweep, self.directory, display, self.outcomes, self._come_to)
+
+    def _come_to(self, trial: Trial) -> Outcome | None:
+        """None of a run that is under way, or still to be begun."""
+        if self._queued([trial]):
+            return None
+        return outcome_if_ended(self.sweep, self.directory, trial) or self._failure(trial)
+
+    def _failure(self, trial: Trial) -> Outcome | None:
+        from megaphase.launch.slurm.job_file import JOB_FILE, TRANSLATION_FILE, read_job
+
+        file = TRANSLATION_FILE if has_ended(self.directory, trial) else JOB_FILE
+        job = read_job(self.directory.run(trial.name), file)
+        if job is None:
+            return None
+        log = Path(job.log)
+        # Who cancels jobs and gives the command again wants them to go on. The job that begins the
+        # next round does not: so no job that ends without a word is submitted for ever.
+        cut_off = _cut_off(log)
+        if cut_off is not None and not self._is_the_next_job():
+            return None
+        if log.exists():
+            with open(self.directory.log(trial.name), "ab") as file_of_run:
+                file_of_run.write(log.read_bytes())
+        return Outcome(failed=cut_off or _reason(log))
+
+    def _jobs_of(self, name: str) -> Iterator[Job]:
+        from megaphase.launch.slurm.job_file import JOB_FILE, TRANSLATION_FILE, read_job
+
+        for file in (JOB_FILE, TRANSLATION_FILE):
+            if (job := read_job(self.directory.run(name), file)) is not None:
+                yield job
+
+    def _queued(self, trials: Sequence[Trial]) -> set[str]:
+        """The jobs of these runs that have not ended."""
+        return self.queue & {job.job for trial in trials for job in self._jobs_of(trial.name)}
+
+    def _is_the_next_job(self) -> bool:
+        return self.next is not None and self.next.job == os.environ.get("SLURM_JOB_ID")
+
+    def _next_is_queued(self) -> bool:
+        """Whether another job than this one begins the next round."""
+        return self.next is not None and self.next.job in self.queue and not self._is_the_next_job()
+
+    def _say_that_it_goes_on(self, waiting: set[str]) -> None:
+        assert self.next is not None
+        self._say(
+            f"{self.directory.path}: {len(waiting)} jobs of runs are in the queue, and job "
+            f"{self.next.job} behind them begins the next round"
+        )
+
+    def _submit(self, trials: Sequence[Trial], behind: set[str]) -> None:
+        from megaphase.launch.slurm.pipeline import submit_pipeline
+
+        number = 1 + max(_rounds(self.directory), default=0)
+        folder = self.directory.slurm / f"round-{number:03}"
+        try:
+            pipeline = _write_round(
+                self.sweep, self.directory, self.jobs, trials, folder, self.program
+            )
+            self._link_scores(_groups(trials), folder)
+            jobs = submit_pipeline(pipeline, sorted(behind))
+        except BaseException:
+            remove_directory(folder)
+            raise
+        self._remember(pipeline, jobs, _groups(trials))
+        total, ended = len(all_trials(self.sweep)), len(self.outcomes)
+        trained = f"round {number} trains {len(trials)}"
+        what = trained if trials else f"{len(behind)} jobs of others are in the queue"
+        self._say(f"{self.directory.path}: {total} runs, {ended} have ended; {what}")
+        for name, job in jobs.items():
+            self._say(f"Submitted: {name}, job {job}")
+        self._say(f"Output: {pipeline.logs_folder}")
+        self._say(f"Follow: squeue --jobs {','.join(jobs.values())}")
+        self._say(f"Look: megaphase report {shlex.quote(str(self.directory.path))}")
+
+    def _link_scores(self, groups: Groups, folder: Path) -> None:
+        """A task of an array knows its number, and not the name of its run."""
+        for name, trials in groups.items():
+            for task, trial in enumerate(trials):
+                if is_translated(self.sweep, trial):
+                    _link(self.directory.scores_file(trial.name), folder / name / f"{task}.json")
+
+    def _remember(self, pipeline: Pipeline, jobs: Mapping[str, str], groups: Groups) -> None:
+        """Which job begins the next round, and which ones translate."""
+        from megaphase.launch.slurm.job_file import TRANSLATION_FILE, remember_job
+        from megaphase.launch.slurm.pipeline import job_and_log
+
+        remember_job(self.directory.path, *job_and_log(pipeline, NEXT, jobs[NEXT]))
+        for group, trials in groups.items():
+            name = f"{group}{TRANSLATE}"
+            for task, trial in enumerate(trials if name in jobs else []):
+                job, log = job_and_log(pipeline, name, jobs[name], task)
+                remember_job(self.directory.run(trial.name), job, log, TRANSLATION_FILE)
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _rounds(directory: SweepDirectory) -> list[int]:
+    """The numbers of those that were submitted."""
+    folders = directory.slurm.glob("round-*")
+    return [int(match[1]) for path in folders if (match := _ROUND.fullmatch(path.name))]
+
+
+def _groups(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+    """Runs that begin alike and are translated alike."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        name = trial.source or ("single-stage" if trial.is_final else "first-stage")
+        groups.setdefault(f"{name}-best" if trial.takes_best else name, []).append(trial)
+    return groups
+
+
+def _write_round(
+    sweep: Sweep,
+    directory: SweepDirectory,
+    jobs: ClusterJobs,
+    trials: Sequence[Trial],
+    folder: Path,
+    program: Any,
+) -> Pipeline:
+    """Write the pipeline that trains runs, with all that it names, into its folder."""
+    from megaphase.launch.slurm.pipeline import load_pipeline
+
+    groups = _groups(trials)
+    for name, members in groups.items():
+        make_directory(folder / name)
+        for task, trial in enumerate(members):
+            run_file = directory.write_run_file(sweep, trial)
+            _link(folder / name / f"{task}.yaml", run_file)
+    content = {"logs": "logs", "steps": _steps(sweep, directory, jobs, groups, folder)}
+    make_directory(folder)
+    atomic_write_text(folder / PIPELINE_FILE, yaml.safe_dump(content, sort_keys=False))
+    return load_pipeline(folder / PIPELINE_FILE, program)
+
+
+def _link(link: Path, target: Path) -> None:
+    """Let a relative link lead to a file that may not be there yet."""
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(target, link.parent))
+
+
+def _steps(
+    sweep: Sweep, directory: SweepDirectory, jobs: ClusterJobs, groups: Groups, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Of a round; the last one calls `megaphase sweep` again."""
+    steps: dict[str, dict[str, Any]] = {}
+    for name, members in groups.items():
+        trial, run_file = members[0], Path(name, "%task.yaml")
+        array: dict[str, Any] = {"array": len(members)}
+        if jobs.at_a_time is not None:
+            array["at_a_time"] = jobs.at_a_time
+        train = train_command(directory, trial, run_file, processes=1)
+        steps[name] = {"train": shlex.join(train[1:]), **array, **jobs.training}
+        if is_translated(sweep, trial):
+            scores = folder / name / "%task.json"
+            command = translate_command(sweep, trial, run_file, scores)
+            steps[f"{name}{TRANSLATE}"] = {
+                "command": shlex.join(command),
+                **array,
+                "after": [name],
+                "after_failures": True,
+                **_of_one_process(jobs),
+            }
+    again = ["sweep", str(real_path(sweep.file)), "--slurm"]
+    steps[NEXT] = {"command": shlex.join(again), "sbatch": list(jobs.next_options)}
+    if groups:
+        steps[NEXT] |= {"after": [name for name in steps if name != NEXT], "after_failures": True}
+    return steps
+
+
+def _of_one_process(jobs: ClusterJobs) -> dict[str, Any]:
+    """What a translation asks for: a part of what the run has."""
+    gpu = ["--gpus-per-node=1"] if jobs.gpus_per_node else []
+    cores = {} if jobs.cores is None else {"cores": jobs.cores}
+    return {"sbatch": [*jobs.options, *gpu], **cores}
+
+
+def _cut_off(log: Path) -> str | None:
+    """Why a job did not end by itself, in Slurm's words where it has any; None where it did."""
+    lines = _last_lines(log)
+    if not lines:
+        return "its job has ended without a word"
+    if lines[-1].startswith("megaphase: "):
+        return None
+    found = (_CUT_OFF.match(line) for line in reversed(lines))
+    return next((match[1] for match in found if match), None)
+
+
+def _reason(log: Path) -> str:
+    """Why a job has failed: what a rank has said last, else the last line."""
+    lines = _last_lines(log)
+    if len(lines) > 1 and _GIVEN_UP.match(lines[-1]) and (found := _RANK.match(lines[-2])):
+        return lines[-2][found.end() :]
+    return last_line(log)
+
+
+def _last_lines(log: Path) -> list[str]:
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return [line for line in text.splitlines() if line.strip()][-_LAST_LINES:]

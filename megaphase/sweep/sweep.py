@@ -1,0 +1,182 @@
+"""A sweep that has been checked: its file, the run file that it is over, the size of its corpora.
+
+All of it is one JSON file in the sweep's directory, from which a report reads it again without
+corpora or tokenizer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megaphase.config import RunConfig, run_config, set_value
+from megaphase.plan.spec import check_corpora, plan_spec
+from megaphase.sweep.file import KINDS, STAGED, Arm, Kind, SweepConfig
+from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import real_path
+from megaphase.utils.names import shown
+from megaphase.utils.validation_errors import as_input_error, hint
+from megaphase.utils.yaml_file import read_yaml
+
+# Keys of the run file that every run of the sweep has of its own.
+OWN_KEYS = ("seed", "output", "phases")
+
+
+class Sweep(BaseModel):
+    """What the runs follow from.
+
+    Attributes:
+        file: the sweep file.
+        config: its content.
+        base: the run file's content, without what every run has of its own; its paths absolute.
+        output: the sweep's directory.
+        high, low: the tasks of the two groups.
+        tokens: training tokens of an epoch by task.
+        steps: optimizer steps of every run, over all of its phases.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    file: Path
+    config: SweepConfig
+    base: dict[str, Any]
+    output: Path
+    high: list[str]
+    low: list[str]
+    tokens: dict[str, int]
+    steps: int
+
+    def where(self, key: str) -> str:
+        """`FILE: KEY`, for messages."""
+        return f"{self.file}: {key}"
+
+    def kind(self, arm: str) -> Kind:
+        """What an arm does."""
+        return _kind(self.file, arm, self.config.arms[arm])
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Read a sweep file and check it against its run file, tokenizer and corpora.
+
+    Raises:
+        InputError: naming the file, the key's path and the remedy.
+    """
+    try:
+        config = SweepConfig.model_validate(read_yaml(path), context=real_path(path.parent))
+    except ValidationError as error:
+        raise as_input_error(path, error) from None
+    for name, arm in config.arms.items():
+        _check_arm(path, name, arm)
+    run_file, base = _base(path, config)
+    probe = run_config(run_file, base | _probe(config))
+    high = _group(f"{path}: high", probe, config.high)
+    low = _group(f"{path}: low", probe, config.low)
+    if both := [task for task in high if task in low]:
+        raise InputError(f"{path}: low", f"{both[0]} is one of high, too", "decide for one")
+    # Paths become absolute; tasks of neither group are left out.
+    tasks = {
+        name: base["tasks"][name] | {"corpus": str(probe.tasks[name].corpus)}
+        for name in probe.tasks
+        if name in (*high, *low)
+    }
+    base = base | {"tokenizer": str(probe.tokenizer), "tasks": tasks}
+    probe = run_config(run_file, base | _probe(config))
+    if config.translation and not any(task.kind == "translation" for task in probe.tasks.values()):
+        raise InputError(
+            f"{path}: translation", "there is no translation task", "leave it out, or add one"
+        )
+    check_corpora(probe)
+    spec = plan_spec(probe, Tokenizer.load(probe.tokenizer))
+    tokens_per_step = probe.batch.samples * probe.model.seq_len
+    steps = config.steps or -(-(config.tokens or 0) // tokens_per_step)
+    return Sweep(
+        file=path,
+        config=config,
+        base=base,
+        output=config.output,
+        high=high,
+        low=low,
+        tokens={task: stream.tokens for task, stream in spec.streams.items()},
+        steps=steps,
+    )
+
+
+def _base(path: Path, config: SweepConfig) -> tuple[Path, dict[str, Any]]:
+    """The run file and its content, without what every run has of its own."""
+    if isinstance(config.run, dict):
+        run_file, data = path, config.run
+    else:
+        run_file = config.run
+        data = read_yaml(run_file)
+    base = {key: copy.deepcopy(value) for key, value in data.items() if key not in OWN_KEYS}
+    set_all(path, "settings", run_file, base, config.settings)
+    return run_file, base
+
+
+def set_all(
+    path: Path, key: str, run_file: Path, run: dict[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Set values in the content of a run file; `key` is where in the sweep file they stand."""
+    for name, value in settings.items():
+        where = f"{path}: {key}.{name}"
+        if name.split(".")[0].split("[")[0] in OWN_KEYS:
+            raise InputError(where, "the sweep sets this", "leave it out")
+        set_value(run_file, run, name, copy.deepcopy(value), where)
+
+
+def _probe(config: SweepConfig) -> dict[str, Any]:
+    """A phase, so that the rest of the run file can be checked and its corpora opened."""
+    phase = {
+        "name": "any",
+        "steps": 1,
+        "mixture": {"proportional": True},
+        "learning_rate": {"peak": config.learning_rate.peaks[0]},
+    }
+    return {"seed": config.seeds[0], "output": str(config.output), "phases": [phase]}
+
+
+def _kind(path: Path, name: str, arm: Arm) -> Kind:
+    kind = arm.kind or name
+    if kind not in KINDS:
+        raise InputError(
+            f"{path}: arms.{name}", f"{name!r} is no kind of arm", f"add kind: {', '.join(KINDS)}"
+        )
+    return kind
+
+
+def _check_arm(path: Path, name: str, arm: Arm) -> None:
+    """Refuse what does not go with the arm's kind, and what it lacks."""
+    where, kind = f"{path}: arms.{name}", _kind(path, name, arm)
+    if kind == "low-only" and (arm.rates or arm.temperatures):
+        raise InputError(where, "low-only has no rates nor temperatures", "leave them out")
+    if kind != "low-only" and not (arm.rates or arm.temperatures):
+        raise InputError(where, f"{kind} needs rates or temperatures", "add some")
+    if (kind in STAGED) != bool(arm.pretrain):
+        problem = "has no first stage" if arm.pretrain else "needs shares of the budget for it"
+        raise InputError(
+            f"{where}.pretrain", f"{kind} {problem}", "leave it out" if arm.pretrain else "add some"
+        )
+    if kind == "regularized" and not arm.settings and arm.early_stopping is None:
+        raise InputError(
+            where,
+            "regularized is like static without settings or early_stopping",
+            "add, for example, settings: {model.dropout: 0.1}",
+        )
+
+
+def _group(where: str, probe: RunConfig, selection: str | list[str]) -> list[str]:
+    """The tasks that a role, or a list of names, stands for."""
+    tasks = probe.selected_tasks(selection)
+    if not tasks:
+        raise InputError(where, f"no task has the role {shown(selection)}", "list the tasks")
+    for task in tasks:
+        if task not in probe.tasks:
+            raise InputError(
+                where, f"no task {shown(task)}", hint(task, probe.tasks, "the tasks are")
+            )
+    return list(tasks)

@@ -1,0 +1,133 @@
+"""One run of a sweep: the commands that make it, whether it has ended, and what it came to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from megaphase.checkpoint.names import find_in_run
+from megaphase.report.runs import load_run
+from megaphase.sweep.directory import SweepDirectory
+from megaphase.sweep.display import SweepDisplay
+from megaphase.sweep.outcome import Outcome, Translated, outcome_of
+from megaphase.sweep.sweep import Sweep
+from megaphase.sweep.trials import Trial, known_trials
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import read_json
+
+
+def train_command(
+    directory: SweepDirectory, trial: Trial, run_file: Path, processes: int
+) -> list[str]:
+    """What follows `megaphase` to train a run."""
+    source = []
+    if trial.source is not None:
+        source = ["--from", f"{directory.run(trial.source)}@{trial.source_phase}"]
+    if processes == 1:
+        return ["train", str(run_file), *source]
+    return ["launch", "local", str(run_file), "--processes", str(processes), *source]
+
+
+def translate_command(sweep: Sweep, trial: Trial, run_file: Path, scores: Path) -> list[str]:
+    """What follows `megaphase` to score the translations of a run; scores: where they go."""
+    assert sweep.config.translation is not None
+    options = sweep.config.translation.model_dump()
+    # By the name of its last phase: that of a run which has not ended is refused.
+    checkpoint = "best-mean" if trial.takes_best else _last_phase(trial)
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+    where = ["--checkpoint", checkpoint, "--scores", str(scores)]
+    return ["translate", str(run_file), *where, *flags]
+
+
+def read_outcome(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outcome:
+    """What a run came to that has ended, well or because it has diverged."""
+    run = load_run(directory.run(trial.name))
+    outcome = outcome_of(run, sweep.low if trial.takes_best else None)
+    scores = directory.scores_file(trial.name)
+    if outcome.diverged is not None or not is_translated(sweep, trial):
+        return outcome
+    found: Mapping[str, Mapping[str, float]] = read_json(scores)["translation"]
+    translation = {
+        task: Translated(bleu=each["bleu"], chrf=each["chrf"]) for task, each in found.items()
+    }
+    return outcome.model_copy(update={"translation": translation})
+
+
+def is_translated(sweep: Sweep, trial: Trial) -> bool:
+    """Whether translations of a run are scored."""
+    return sweep.config.translation is not None and trial.is_final
+
+
+def has_diverged(directory: SweepDirectory, trial: Trial) -> bool:
+    """Whether a run was ended by its divergence."""
+    try:
+        return load_run(directory.run(trial.name)).ended_diverged is not None
+    except (InputError, OSError):  # it has not begun, or failed before its first step
+        return False
+
+
+def has_ended(directory: SweepDirectory, trial: Trial) -> bool:
+    """Whether a run has left the checkpoint at the end of its last phase."""
+    try:
+        find_in_run(directory.run(trial.name), _last_phase(trial))
+    except InputError:
+        return False
+    return True
+
+
+def outcome_if_ended(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outcome | None:
+    """What a run came to; None where it has not ended, or is still to be translated."""
+    if has_diverged(directory, trial):
+        return read_outcome(sweep, directory, trial)
+    if not has_ended(directory, trial):
+        return None
+    if is_translated(sweep, trial) and not directory.scores_file(trial.name).exists():
+        return None
+    return read_outcome(sweep, directory, trial)
+
+
+def release_checkpoints(
+    sweep: Sweep, directory: SweepDirectory, outcomes: Mapping[str, Outcome]
+) -> None:
+    """Remove the checkpoints that the sweep file does not want to be kept; a run that has failed
+    goes on from its own.
+    """
+    if sweep.config.keep_checkpoints == "all":
+        return
+    for trial in known_trials(sweep, outcomes):
+        if trial.is_final and trial.name in outcomes and outcomes[trial.name].failed is None:
+            directory.remove_checkpoints(trial.name)
+
+
+def settle(
+    sweep: Sweep,
+    directory: SweepDirectory,
+    display: SweepDisplay,
+    outcomes: dict[str, Outcome],
+    come_to: Callable[[Trial], Outcome | None],
+) -> None:
+    """Write down the outcomes that are missing, of runs that have ended while nobody looked, and
+    remove what is not to be kept.
+
+    outcomes: of all runs that are known to have ended; added to. come_to: an outcome, or None.
+    """
+    settled = True
+    while settled:  # other runs become known by that
+        settled = False
+        for trial in known_trials(sweep, outcomes):
+            if trial.name not in outcomes and (outcome := come_to(trial)) is not None:
+                directory.write_outcome(trial.name, outcome)
+                outcomes[trial.name] = outcome
+                display.end(trial, outcome, outcomes)
+                settled = True
+    release_checkpoints(sweep, directory, outcomes)
+
+
+def _last_phase(trial: Trial) -> str:
+    return trial.run["phases"][-1]["name"]
+
+
+def last_line(log: Path) -> str:
+    """The last thing that a run has said, without the program's name."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return next((line.removeprefix("megaphase: ") for line in reversed(lines) if line.strip()), "")

@@ -1,0 +1,324 @@
+"""The files of a tokenizer: a directory of ours, a sentencepiece model, a Hugging Face directory.
+
+| path                                | EOD                               | tags |
+| ----------------------------------- | --------------------------------- | --- |
+| a directory that this project made  | by its record                     | by its record |
+| a sentencepiece model, as `a.model` | the model's EOS                   | other control symbols |
+| a Hugging Face directory with one   | its `eos_token`, else the model's | these and added tokens |
+
+The ids are the model's own, whatever the path. A tag's name is its text without < and >.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+from sentencepiece import SentencePieceProcessor
+
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import hash_file, hash_json, read_json
+from megaphase.utils.json_models import read_record
+
+MODEL_NAME = "tokenizer.model"
+RECORD_NAME = "megaphase_tokenizer.json"
+
+# sentencepiece writes a space as this character, and so reads the character itself as a space.
+SPACE_SYMBOL = "\N{LOWER ONE EIGHTH BLOCK}"
+
+HUGGING_FACE_MODEL_NAMES = (
+    MODEL_NAME,
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "spm.model",
+)
+# Classes of transformers that number the pieces of their model anew, in fairseq's order, with an
+# offset, or after a vocabulary file; in small letters, "Tokenizer" left out.
+_OWN_NUMBERS = frozenset(
+    (
+        *("bartpho", "bertjapanese", "bigbirdpegasus", "camembert", "erniem", "layoutxlm"),
+        *("m2m100", "marian", "mbart", "mbart50", "mluke", "nllb", "nllbmoe", "pegasus"),
+        *("pegasusx", "plbart", "seamlessm4t", "seamlessm4tv2", "speech2text", "speechtotext"),
+        *("xglm", "xlmprophetnet", "xlmroberta", "xlmrobertaxl", "xmod"),
+    )
+)
+# Classes that change the text before their model sees it: case, quotes, spaces, accents.
+_OWN_TEXT = frozenset(("albert", "cpm", "gptsw3", "siglip", "xlnet"))
+
+_REMEDY = "make the tokenizer with `megaphase tokenizer train`"
+
+
+class Fertility(BaseModel):
+    """How finely the vocabulary cuts one language; a badly served one has few bytes a token."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes_per_token: float
+    tokens_per_word: float
+    spelled: float | None = None
+    """Share of the tokens that spell, in bytes, or lose a character that the vocabulary lacks."""
+    sample_bytes: int
+    held_out: bool
+    """Whether the sample was kept out of the training text."""
+
+
+class TokenizerRecord(BaseModel):
+    """`megaphase_tokenizer.json`, or what it would say of a tokenizer from elsewhere.
+
+    Attributes:
+        algorithm: of sentencepiece: unigram, bpe, word or char.
+        vocab_size: number of ids, added tokens included.
+        eod: the id that ends a document.
+        tags: id of each control token that has a name.
+        reserved_tags: ids without a name, for tags that a later task needs.
+        tokenizer_hash: digest of the model file; where EOD or added tokens come from other files,
+            of these too.
+        languages: how well each is served, where this project trained the tokenizer.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = 1
+    algorithm: str
+    vocab_size: int
+    eod: int
+    tags: dict[str, int]
+    reserved_tags: list[int]
+    tokenizer_hash: str
+    languages: dict[str, Fertility]
+
+
+def read_tokenizer(path: Path) -> tuple[SentencePieceProcessor, TokenizerRecord]:
+    """Load the model that `path` stands for, and what must be known about it.
+
+    Raises InputError where a file is missing or broken, `tokenizer.model` is not the one that the
+    record was written for, the record names other tokens than the model has, there is no EOD, the
+    model spells a space in bytes, or a Hugging Face tokenizer gives other ids than its model.
+    """
+    if path.is_file():
+        return _read_model_alone(path)
+    if path.is_dir() and not (path / RECORD_NAME).exists():
+        for name in HUGGING_FACE_MODEL_NAMES:
+            if (path / name).is_file():
+                return _read_hugging_face(path, path / name)
+        if (path / "tokenizer.json").exists():
+            problem = "holds a tokenizer.json only, no sentencepiece model"
+            raise InputError(path, problem, "give a tokenizer that has a tokenizer.model")
+    return _read_own(path)
+
+
+def _read_own(directory: Path) -> tuple[SentencePieceProcessor, TokenizerRecord]:
+    record = read_record(directory / RECORD_NAME, TokenizerRecord, _REMEDY)
+    model = directory / MODEL_NAME
+    if not model.is_file():
+        raise InputError(model, "no such file", _REMEDY)
+    if hash_file(model) != record.tokenizer_hash:
+        raise InputError(model, f"is not the model that {RECORD_NAME} describes", _REMEDY)
+    processor = _load_model(model)
+    if processor.get_piece_size() != record.vocab_size:
+        problem = f"vocab_size is {record.vocab_size}, the model's {processor.vocab_size()}"
+        raise InputError(directory / RECORD_NAME, problem, _REMEDY)
+    _check_control_tokens(directory / RECORD_NAME, processor, record)
+    return processor, record
+
+
+def _check_control_tokens(
+    path: Path, processor: SentencePieceProcessor, record: TokenizerRecord
+) -> None:
+    """EOD and the tags are control tokens of the model, to which no text encodes, each its own."""
+    tags = {f"tags.{name}": token for name, token in record.tags.items()}
+    reserved = {f"reserved_tags.{i}": token for i, token in enumerate(record.reserved_tags)}
+    seen: set[int] = set()
+    for key, token in ({"eod": record.eod} | tags | reserved).items():
+        if not 0 <= token < record.vocab_size or not processor.is_control(token) or token in seen:
+            problem = f"{key}: {token} is no control token of the model, or stands twice"
+            raise InputError(path, problem, _REMEDY)
+        seen.add(token)
+
+
+def _read_model_alone(
+    path: Path,
+) -> tuple[SentencePieceProcessor, TokenizerRecord]:
+    processor = _load_model(path)
+    if processor.eos_id() < 0:
+        remedy = "train the model with an EOS symbol (sentencepiece's eos_id)"
+        raise InputError(path, "the model has no symbol that can end a document", remedy)
+    return processor, _record(path, processor, processor.eos_id(), {}, ())
+
+
+def _read_hugging_face(
+    directory: Path, model: Path
+) -> tuple[SentencePieceProcessor, TokenizerRecord]:
+    processor = _load_model(model)
+    files = _HuggingFaceFiles(directory)
+    if difference := _difference(files, processor):
+        remedy = f"give {model} itself, to take the model without the class around it"
+        raise InputError(directory, difference, remedy)
+    eod = _id_of(files.special_token("eos_token"), files.added_tokens, processor)
+    if eod is None:
+        eod = processor.eos_id()
+    if eod < 0:
+        remedy = "name an eos_token in tokenizer_config.json"
+        raise InputError(directory, "has no token that can end a document", remedy)
+    others = [files.special_token(f"{kind}_token") for kind in ("bos", "unk", "pad")]
+    ids = [_id_of(text, files.added_tokens, processor) for text in others]
+    known = [token for token in ids if token is not None]
+    return processor, _record(model, processor, eod, files.added_tokens, known)
+
+
+class _HuggingFaceFiles:
+    """What a Hugging Face directory says about its tokenizer, apart from the model.
+
+    Attributes:
+        added_tokens: id of each token that was added to the model's, or named among its own.
+        pieces: the ids by which tokenizer.json numbers the pieces; empty where there is none.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = _read_object(directory / "tokenizer_config.json")
+        self._special_tokens = _read_object(directory / "special_tokens_map.json")
+        self.added_tokens: dict[str, int] = {}
+        self.pieces: dict[str, int] = {}
+        try:
+            self._read_tokens()
+        except (AttributeError, KeyError, TypeError, ValueError):
+            problem = "its tokens are not written as transformers does"
+            raise InputError(directory, problem, "copy the tokenizer again") from None
+
+    def _read_tokens(self) -> None:
+        for text, token in _read_object(self.directory / "added_tokens.json").items():
+            self.added_tokens[text] = int(token)
+        for token, described in (self.config.get("added_tokens_decoder") or {}).items():
+            self.added_tokens[described["content"]] = int(token)
+        whole = _read_object(self.directory / "tokenizer.json")
+        for described in whole.get("added_tokens") or []:
+            self.added_tokens[described["content"]] = int(described["id"])
+        vocabulary = (whole.get("model") or {}).get("vocab") or {}
+        if isinstance(vocabulary, dict):
+            self.pieces = vocabulary
+        else:
+            self.pieces = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+
+    def special_token(self, name: str) -> str | None:
+        """The text of, for example, `eos_token`."""
+        return _text_of(self.config.get(name) or self._special_tokens.get(name))
+
+    @property
+    def class_name(self) -> str:
+        """The tokenizer's class, or, where it is not named, the model's kind."""
+        named = self.config.get("tokenizer_class")
+        return named or _read_object(self.directory / "config.json").get("model_type") or ""
+
+
+def _difference(files: _HuggingFaceFiles, processor: SentencePieceProcessor) -> str | None:
+    """Why the ids of a text would not be those of the model alone, or None."""
+    name = files.class_name
+    short = "".join(filter(str.isalnum, name.lower())).removesuffix("fast")
+    short = short.removesuffix("tokenizer")
+    if short in _OWN_TEXT or files.config.get("do_lower_case"):
+        return f"{name} changes the text before its sentencepiece model sees it"
+    if files.config.get("add_prefix_space") is False and adds_prefix_space(processor):
+        return "its add_prefix_space is false, but its sentencepiece model adds a space"
+    pieces = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
+    moved = (
+        pieces.get(text, number) != number
+        for text, number in (*files.added_tokens.items(), *files.pieces.items())
+    )
+    if short in _OWN_NUMBERS or any(moved):
+        return f"{name or 'its class'} numbers the tokens otherwise than its sentencepiece model"
+    return None
+
+
+def adds_prefix_space(processor: SentencePieceProcessor) -> bool:
+    """Whether the model puts a space before every text."""
+    return processor.encode("a", out_type=str)[0].startswith(SPACE_SYMBOL)
+
+
+def _record(
+    model: Path,
+    processor: SentencePieceProcessor,
+    eod: int,
+    added_tokens: dict[str, int],
+    special: Sequence[int],
+) -> TokenizerRecord:
+    pieces = processor.get_piece_size()
+    beyond = {text: i for text, i in added_tokens.items() if i >= pieces}
+    control = {processor.id_to_piece(i): i for i in range(pieces) if processor.is_control(i)}
+    roles = {eod, processor.bos_id(), processor.eos_id(), processor.unk_id(), *special}
+    roles.add(processor.pad_id())
+    tokenizer_hash = hash_file(model)
+    if beyond or eod != processor.eos_id():
+        tokenizer_hash = hash_json({"model": tokenizer_hash, "eod": eod, "added": beyond})
+    return TokenizerRecord(
+        algorithm=_algorithm(processor),
+        vocab_size=max([pieces - 1, *beyond.values()]) + 1,
+        eod=eod,
+        tags={_tag_name(text): i for text, i in (control | beyond).items() if i not in roles},
+        reserved_tags=[],
+        tokenizer_hash=tokenizer_hash,
+        languages={},
+    )
+
+
+def _tag_name(text: str) -> str:
+    return text.removeprefix("<").removesuffix(">")
+
+
+def _algorithm(processor: SentencePieceProcessor) -> str:
+    # Not needed for a tokenizer of ours.
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    model = ModelProto.FromString(processor.serialized_model_proto())
+    return model.trainer_spec.ModelType.Name(model.trainer_spec.model_type).lower()
+
+
+def _load_model(path: Path) -> SentencePieceProcessor:
+    try:
+        processor = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError):
+        problem = "is not a sentencepiece model"
+        raise InputError(path, problem, "give one, or a directory that holds one") from None
+    if _spells_spaces(processor):
+        problem = "has no piece for the space, so a space would come back as U+2581"
+        raise InputError(path, problem, _REMEDY)
+    return processor
+
+
+def _spells_spaces(processor: SentencePieceProcessor) -> bool:
+    """Whether byte fallback spells a space, as the three bytes of U+2581: the ids of a space and
+    of that character are then the same."""
+    space = processor.piece_to_id(SPACE_SYMBOL)
+    is_piece = processor.id_to_piece(space) == SPACE_SYMBOL and not processor.is_unused(space)
+    return not is_piece and processor.is_byte(processor.piece_to_id("<0x20>"))
+
+
+def _id_of(
+    text: str | None, added: dict[str, int], processor: SentencePieceProcessor
+) -> int | None:
+    """The id of a token by its text; None where neither the model nor `added` has it."""
+    if text is None or text in added:
+        return None if text is None else added[text]
+    token = processor.piece_to_id(text)
+    return token if processor.id_to_piece(token) == text else None
+
+
+def _text_of(token: Any) -> str | None:
+    """The text of a token, which these files write as a string or an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        value = read_json(path)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise InputError(path, "is not a JSON object", "copy the tokenizer again")
+    return value

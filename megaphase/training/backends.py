@@ -1,0 +1,94 @@
+"""Which kernels and which optimizer a run computes with: what it asks for, and what is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+from typing import Literal
+
+from megaphase.config import RunConfig
+from megaphase.distributed.process_grid import device
+from megaphase.ops.kernels import Kernels
+from megaphase.utils.errors import InputError
+
+# Modules that NVIDIA apex has only where it was built with its CUDA extensions. There is another
+# package of that name on PyPI.
+APEX_NORM = ("apex.normalization", "fused_layer_norm_cuda")
+APEX_OPTIMIZER = ("apex.optimizers", "amp_C")
+_APEX_REMEDY = (
+    "build NVIDIA apex with --cpp_ext --cuda_ext (github.com/NVIDIA/apex), or take torch or auto"
+)
+
+
+@dataclass(frozen=True)
+class Backends:
+    """What was chosen."""
+
+    kernels: Kernels
+    optimizer: Literal["torch", "apex"]
+
+    def describe(self) -> str:
+        """For the line that a run says once."""
+        kernels = "compiled in the first step" if self.kernels.compiled else "eager"
+        norm = "apex" if self.kernels.apex_norm else "torch"
+        return f"kernels {kernels}, norm {norm}, optimizer {self.optimizer}"
+
+
+def choose_parts(config: RunConfig) -> Backends:
+    """What this process computes with.
+
+    Raises:
+        InputError: something that is asked for is not there.
+    """
+    offloaded = config.parallel.offload != "none"
+    for_optimizer = "the optimizer state on the GPU, and parallel.offload moves it"
+    norm = _takes_apex(config, "norm", _missing_for_apex(APEX_NORM))
+    optimizer = _takes_apex(
+        config, "optimizer", for_optimizer if offloaded else _missing_for_apex(APEX_OPTIMIZER)
+    )
+    kernels = Kernels(compiled=_compiles(config), apex_norm=norm)
+    return Backends(kernels, "apex" if optimizer else "torch")
+
+
+def _compiles(config: RunConfig) -> bool:
+    asked, missing = config.parts.kernels, _missing_to_compile()
+    if asked == "compile" and missing:
+        raise InputError(
+            config.where("parts.kernels"), f"compile needs {missing}", "install it, or take eager"
+        )
+    # On a CPU compiling is worth its time in longer runs only, and those are trained on GPUs.
+    return asked == "compile" or (asked == "auto" and device().type == "cuda" and not missing)
+
+
+def _missing_to_compile() -> str | None:
+    """What torch.compile needs here and does not find."""
+    if device().type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "Triton"
+    variable, usual = ("CC", ["gcc", "clang"]) if device().type == "cuda" else ("CXX", ["g++"])
+    compilers = [os.environ[variable]] if variable in os.environ else usual
+    if any(shutil.which(name) for name in compilers):
+        return None
+    return f"a compiler ({', '.join(compilers)}; the variable {variable} can name another)"
+
+
+def _takes_apex(config: RunConfig, part: Literal["norm", "optimizer"], missing: str | None) -> bool:
+    """missing: what apex needs for that part and does not find."""
+    asked = getattr(config.parts, part)
+    if asked == "apex" and missing:
+        raise InputError(config.where(f"parts.{part}"), f"apex needs {missing}", _APEX_REMEDY)
+    return asked == "apex" or (asked == "auto" and not missing)
+
+
+def _missing_for_apex(modules: tuple[str, str]) -> str | None:
+    if device().type != "cuda":
+        return "a GPU"
+    for module in modules:
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:  # the package that the module would be in
+            found = None
+        if found is None:
+            return f"the module {module}"
+    return None

@@ -1,0 +1,56 @@
+"""Small JSON files that stand beside large ones, read into pydantic models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import (
+    AlteredError,
+    atomic_write_json,
+    read_file,
+    with_hash,
+    without_hash,
+)
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+def read_record(path: Path, model: type[Record], remedy: str) -> Record:
+    """Read a JSON file into `model`.
+
+    Raises InputError, ending with `remedy`, where the file is missing, unreadable, not JSON, has
+    been altered, or does not fit the model; the message names the first field that does not.
+    """
+    try:
+        text = read_file(path)
+    except FileNotFoundError:
+        raise InputError(path, "no such file", remedy) from None
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})", remedy) from None
+    try:
+        value = json.loads(text)
+        if isinstance(value, dict) and "hash" in value:
+            text = json.dumps(without_hash(value)).encode()
+    except RecursionError:
+        raise InputError(path, "is nested too deeply", remedy) from None
+    except AlteredError:
+        raise InputError(path, "has been altered: its hash is another one", remedy) from None
+    except ValueError:
+        pass  # no JSON: the model says where
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        problem = f"{field}: {first['msg']}" if field else first["msg"]
+        raise InputError(path, problem, remedy) from None
+
+
+def write_record(path: Path, record: BaseModel) -> None:
+    """Write a record, whole or not at all, with a hash by which an altered one is found."""
+    atomic_write_json(path, with_hash(record.model_dump(mode="json")))
