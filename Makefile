@@ -25,7 +25,7 @@ test-slow: $(VENV)/installed
 
 SOAK ?= --minutes 20
 soak: $(VENV)/installed
-	PYTHONPATH=tests $(BIN)/python tests/chaos.py $(SOAK)
+	PYTHONPATH=tests/support $(BIN)/python tests/support/chaos.py $(SOAK)
 
 # The daemons that the packages start are not used: the tests start their own.
 slurm:
@@ -44,9 +44,9 @@ test-sanitize: $(VENV)/installed
 		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	MEGAPHASE_BUILDER="$$(echo $(SANITIZED)/megaphase/plan/_builder*.so)" \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=tests \
-	$(BIN)/python -m pytest -p sanitized_builder tests/test_plan_builder.py tests/test_plan_blend.py \
-		tests/test_plan_stream.py tests/test_plan_index.py tests/test_translation_packing.py
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=tests/support \
+	$(BIN)/python -m pytest -p sanitized_builder tests/plan/test_plan_builder.py tests/plan/test_plan_blend.py \
+		tests/plan/test_plan_stream.py tests/plan/test_plan_index.py tests/plan/test_translation_packing.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from pydantic_core import PydanticUndefined
 from megaphase import cli, config
 from megaphase.model.presets import PRESETS
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).resolve().parents[1]
 RUN_FILE = (REPOSITORY / "docs" / "run-file.md").read_text()
 README = (REPOSITORY / "README.md").read_text()
 
@@ -21,7 +21,7 @@ SECTIONS = {
     "`parallel`": config.ParallelConfig,
     "`batch`": config.BatchConfig,
     "`optimizer`": config.OptimizerConfig,
-    "`parts`": config.PartsConfig,
+    "`parts`": config.BackendsConfig,
     "`phases[N]`": config.PhaseConfig,
     "`phases[N].mixture`": config.MixtureConfig,
     "`phases[N].learning_rate`": config.LearningRateConfig,

@@ -10,7 +10,7 @@ import pytest
 
 import megaphase
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).resolve().parents[1]
 PROJECT = ("setup.py", "pyproject.toml", "README.md", "csrc", "megaphase", "data_tools", "launch")
 
 

@@ -163,7 +163,7 @@ def test_a_long_text_in_parts_is_the_same(tokenizer: Tokenizer, parts: list[str]
     assume(" " * 20 not in text)  # likewise
     whole = tokenizer.encode(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megaphase.tokenizer._LONG_TEXT", 40)
+        patch.setattr("megaphase.tokenizer.tokenizer._LONG_TEXT", 40)
         assert tokenizer.encode(text) == whole
         other = tokenizer.encode("a b")
         assert tokenizer.encode_batch(["a b", text, "a b"]) == [other, whole, other]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import typer
+from report_support import Page
 from rounding import approx_sum
 from sweep_support import HIGH, LOW, STATIC, STEPS, TOKENS, TWO_PHASE, write_sweep
-from test_report import Page
 from typer.testing import CliRunner
 
 from megaphase.report.plot_parts import PointLabel, label_points

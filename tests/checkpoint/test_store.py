@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,76 +18,22 @@ from distributed import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from store_support import make_saver, make_store, names, save, snapshot
 from torch import Tensor
 
 from megaphase.checkpoint import saver as saver_module
 from megaphase.checkpoint import store as store_module
-from megaphase.checkpoint.parameters import Piece, Shard
-from megaphase.checkpoint.saver import Saver, SaveStatus, Snapshot
+from megaphase.checkpoint.saver import Saver, SaveStatus
 from megaphase.checkpoint.state import full_name
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.checkpoint.tensor_file import file_bytes, write_tensors
 from megaphase.distributed.control_group import ControlGroup
-from megaphase.distributed.sharding import ParameterLayout
 from megaphase.training.metrics_file import MetricsLog
 from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.files import describe_file
 
 PROCESSES = 2
 TIMEOUT_SECONDS = 400.0
-
-
-class Alone:
-    """The agreement of a single process with itself."""
-
-    rank, world_size = 0, 1
-
-    def largest(self, *values: int) -> list[int]:
-        return list(values)
-
-    def gather(self, fact: Any) -> list[Any]:
-        return [fact]
-
-    def on_first_rank(self, action: Callable[[], object]) -> None:
-        action()
-
-
-def make_store(folder: Path) -> CheckpointStore:
-    return CheckpointStore(folder, Alone())  # type: ignore[arg-type]
-
-
-def make_saver(folder: Path, *, keep: int = 3, asynchronous: bool = True) -> Saver:
-    return Saver(
-        make_store(folder),
-        Alone(),  # type: ignore[arg-type]
-        keep=keep,
-        asynchronous=asynchronous,
-        say=lambda text: None,
-    )
-
-
-def snapshot(weights: Tensor) -> Snapshot:
-    size = len(weights)
-    return Snapshot(
-        iter([("weight/w", weights)]),
-        Shard(0, {"w": Piece(0, size)}),
-        ("weight",),
-        {"w": ParameterLayout((size,), None, (size,))},
-        1,
-    )
-
-
-def save(
-    folder: Path, step: int, *, keep: int = 3, permanent: bool = False, sound: int | None = None
-) -> None:
-    saver = make_saver(folder, keep=keep)
-    state = {"step": step, "permanent": permanent}
-    saver.save(full_name(step), snapshot(torch.full((100,), float(step))), state, {}, sound)
-    saver.finish()
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def damage(victim: Path, how: str) -> None:

@@ -20,7 +20,7 @@ import xxhash
 from megaphase.data_tools.synthetic.languages import write_languages
 from megaphase.data_tools.tokenizers.train import train_tokenizer
 
-CORPORA = Path(__file__).resolve().parents[2] / "shared" / "corpora"
+CORPORA = Path(__file__).resolve().parents[3] / "shared" / "corpora"
 VOCAB_SIZE = 700
 CORPUS_FILES = [
     "en.bin",

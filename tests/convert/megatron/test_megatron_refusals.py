@@ -16,7 +16,7 @@ from megatron_files_support import (
     save_two_ranks,
     write_shapes,
 )
-from test_pickles import Payload
+from pickle_support import Payload
 
 from megaphase.convert.megatron.from_megatron import from_megatron
 from megaphase.convert.megatron.to_megatron import Target, to_megatron

@@ -19,7 +19,7 @@ from run_support import (
     timeless,
     write_run_file,
 )
-from test_store import make_store, names, save
+from store_support import make_store, names, save
 from warm_commands import run_killed, run_well
 
 from megaphase.checkpoint.names import find_in_run, newest_state

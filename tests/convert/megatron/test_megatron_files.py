@@ -21,7 +21,7 @@ from megatron_files_support import (
     save_two_ranks,
     write_shapes,
 )
-from test_pickles import Payload
+from pickle_support import Payload
 from typer.testing import CliRunner
 
 from megaphase.checkpoint.state import read_state

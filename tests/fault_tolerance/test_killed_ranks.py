@@ -19,7 +19,7 @@ from run_support import make_corpora, megaphase, run_settings, write_run_file
 
 pytestmark = pytest.mark.distributed
 
-RANK = Path(__file__).with_name("killed_rank.py")
+RANK = Path(__file__).resolve().parents[1] / "support" / "killed_rank.py"
 # While ranks join each other, only the launcher knows that one is dead.
 PATIENCE_SECONDS = {"starting": 2.0, "training": 120.0}
 LAUNCHER = """

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from test_report import END, SWITCH, Page, held_out_loss, write_run
+from report_support import END, SWITCH, Page, held_out_loss, write_run
 
 from megaphase.report.incidents import incident_sentences
 from megaphase.report.losses import task_verdicts

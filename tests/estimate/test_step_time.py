@@ -29,7 +29,7 @@ from megaphase.estimate.step_time import PARTS, step_time
 from megaphase.model.parameters import parameter_sizes
 from megaphase.model.shape import GPTShape
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 H100 = Hardware("H100", False, 1000e12, 0.5, 3000e9, 8, 450e9, 50e9)
 SLOW = replace(H100, peak_flops=1.0)  # everything hides that may
 FAST = replace(H100, peak_flops=1e30)  # nothing does

@@ -13,7 +13,9 @@ from megaphase.training.divergence import DivergenceDetector
 
 VOCABULARY = 500
 UNIFORM = 6.2146  # the natural logarithm of 500
-RECORDED = json.loads((Path(__file__).parent / "fixtures" / "loss_curves.json").read_text())
+RECORDED = json.loads(
+    (Path(__file__).resolve().parents[1] / "fixtures" / "loss_curves.json").read_text()
+)
 
 
 def detector_at(**held_out: float) -> DivergenceDetector:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpus_support import read_everything, write_pairs
 from data_support import edit_bytes, rehash, rewrite_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_support import (
     TOKENIZER_HASH,
-    as_rows,
     build_plan,
     phase,
     random_lengths,
@@ -22,18 +22,16 @@ from plan_support import (
 )
 
 from megaphase.config import RunConfig
-from megaphase.corpus import Corpus, CorpusWriter, DocumentBatch, checks
+from megaphase.corpus import Corpus, CorpusWriter, DocumentBatch, integrity
 from megaphase.corpus._checksums import block_checksums
 from megaphase.corpus.integrity import check_document, check_files, wrong_tokens
 from megaphase.distributed.all_ranks import outcome_of
-from megaphase.plan.dataset import StepReader, read_held_out
-from megaphase.plan.plan import Plan
+from megaphase.plan.dataset import read_held_out
 from megaphase.plan.spec import check_corpora
 from megaphase.utils.errors import InputError
 
 BLOCK = 1024
 STEPS = 40
-TAG = 59_999
 
 
 def flip(path: Path, position: int) -> None:
@@ -50,18 +48,6 @@ def forget_blocks(prefix: Path) -> None:
     Path(f"{prefix}.blocks").unlink()
 
 
-def write_pairs(prefix: Path, pairs: int) -> None:
-    """Translation pairs of one length, of tokens that count up."""
-    documents = np.arange(1, 1 + 20 * pairs).reshape(pairs, 20).astype(np.uint16)
-    documents[:, 8] = TAG
-    hashes = np.random.default_rng(3).integers(0, 2**64, pairs, dtype=np.uint64)
-    with CorpusWriter(
-        prefix, tokenizer_hash=TOKENIZER_HASH, vocab_size=60_000, eod=0, tag=TAG
-    ) as writer:
-        lengths = np.full(pairs, 20)
-        writer.add_batch(DocumentBatch.of(documents.reshape(-1), lengths, hashes, lengths))
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> RunConfig:
     """Texts and pairs that are read more than once within the run's steps, of several blocks."""
@@ -74,15 +60,6 @@ def run(tmp_path: Path) -> RunConfig:
         model={"preset": "gpt-3m", "seq_len": 32},
         phases=[phase("joint", STEPS, {"rates": {"en": 0.5, "en-fr": 0.5}})],
     )
-
-
-def read_everything(plan: Plan) -> list[list[tuple]]:
-    """The rows of all steps, then the held-out ones of every task."""
-    reader = StepReader(plan, 0, rank=0, ranks=1, filler=0)
-    rows = [as_rows(batch) for batch in reader.steps(0, plan.phases[0].steps)]
-    for number, stream in enumerate(plan.spec.held_out.values()):
-        rows.append(as_rows(read_held_out(stream, number, 10**6, 0)))
-    return rows
 
 
 def crc32c(data: bytes) -> int:
@@ -161,7 +138,7 @@ def test_a_small_bin_is_compared_whole_and_its_document_named(run):
 
 @pytest.mark.parametrize("task", ["en", "en-fr"])
 def test_altered_tokens_are_found_when_they_are_read(run, task, monkeypatch):
-    monkeypatch.setattr(checks, "SMALL_BIN_BYTES", 0)
+    monkeypatch.setattr(integrity, "SMALL_BIN_BYTES", 0)
     prefix = run.tasks[task].corpus
     expected = read_everything(build_plan(run))
     path = Path(f"{prefix}.bin")
@@ -179,7 +156,7 @@ def test_altered_tokens_are_found_when_they_are_read(run, task, monkeypatch):
 
 def test_a_bin_without_blocks_is_compared_whole_at_every_start(run, monkeypatch):
     """As corpora of an earlier version are."""
-    monkeypatch.setattr(checks, "SMALL_BIN_BYTES", 0)
+    monkeypatch.setattr(integrity, "SMALL_BIN_BYTES", 0)
     prefix = run.tasks["en"].corpus
     expected = read_everything(build_plan(run))
     forget_blocks(prefix)
@@ -191,7 +168,7 @@ def test_a_bin_without_blocks_is_compared_whole_at_every_start(run, monkeypatch)
 
 
 def test_held_out_tokens_are_checked(run, monkeypatch):
-    monkeypatch.setattr(checks, "SMALL_BIN_BYTES", 0)
+    monkeypatch.setattr(integrity, "SMALL_BIN_BYTES", 0)
     plan = build_plan(run)
     stream = plan.spec.held_out["en"]
     held_out = np.flatnonzero(stream.corpus.hashes < int(0.2 * 2**64))
@@ -201,7 +178,7 @@ def test_held_out_tokens_are_checked(run, monkeypatch):
 
 
 def test_a_block_that_agrees_with_its_documents_alone_is_named_by_its_bytes(run, monkeypatch):
-    monkeypatch.setattr(checks, "SMALL_BIN_BYTES", 0)
+    monkeypatch.setattr(integrity, "SMALL_BIN_BYTES", 0)
     prefix = run.tasks["en"].corpus
     flip(Path(f"{prefix}.blocks"), 5)
     rehash(prefix, ".blocks")
@@ -214,7 +191,7 @@ def test_a_block_that_agrees_with_its_documents_alone_is_named_by_its_bytes(run,
 @pytest.mark.parametrize("side", ["training", "held out"])
 def test_ids_beyond_the_vocabulary_are_found_when_they_are_read(run, side, blocks, monkeypatch):
     """Checksums that fit, as a faulty writer would make them: no comparison of files finds it."""
-    monkeypatch.setattr(checks, "SMALL_BIN_BYTES", 0)
+    monkeypatch.setattr(integrity, "SMALL_BIN_BYTES", 0)
     prefix = run.tasks["en"].corpus
     before = Corpus.open(prefix)
     is_held_out = np.asarray(before.hashes) < int(0.2 * 2**64)

@@ -528,7 +528,7 @@ def test_ctrl_c_lets_the_runs_save_and_a_second_one_kills_them(
 
 
 PHASES = "[{name: any, steps: 1, mixture: {proportional: true}, learning_rate: {peak: 1e-3}}]"
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "paper"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "paper"
 
 
 @pytest.mark.parametrize(

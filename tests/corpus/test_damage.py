@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from corpus_support import read_everything, write_pairs
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from plan_support import FakeTokenizer, phase, random_lengths, write_corpus, write_run
-from test_integrity import read_everything, write_pairs
 
 from megaphase.config import load_run_file
-from megaphase.corpus import checks
+from megaphase.corpus import integrity
 from megaphase.distributed.all_ranks import outcome_of
 from megaphase.plan.build import ensure_built
 from megaphase.plan.plan import Plan
@@ -161,7 +161,7 @@ def test_damage_to_a_corpus_or_a_plan_is_found_or_changes_nothing(planned, seed,
     """With each .bin compared whole at the start, and with its blocks checked as they are read."""
     with pytest.MonkeyPatch.context() as patch:
         if not small:
-            patch.setattr(checks, "SMALL_BIN_BYTES", 0)
+            patch.setattr(integrity, "SMALL_BIN_BYTES", 0)
         is_found_or_harmless(planned, planned.parent / "copy", seed, read_run, read_run(planned))
 
 
@@ -172,7 +172,7 @@ def test_much_damage_to_corpora_and_plans(planned):
     for seed in range(3000):
         with pytest.MonkeyPatch.context() as patch:
             if seed % 2:
-                patch.setattr(checks, "SMALL_BIN_BYTES", 0)
+                patch.setattr(integrity, "SMALL_BIN_BYTES", 0)
             copy = planned.parent / "copy"
             outcomes[is_found_or_harmless(planned, copy, seed, read_run, expected)] += 1
     print(dict(outcomes))

@@ -11,10 +11,10 @@ import pytest
 from plan_support import write_run
 
 from megaphase.config import RunConfig
+from megaphase.estimate import available_memory, memory
 from megaphase.estimate.available_memory import available_bytes, check_memory, lasting_bytes
 from megaphase.estimate.setup import Setup, setup_of
 from megaphase.estimate.suggestions import GB
-from megaphase.memory import available, estimate
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError
@@ -48,12 +48,12 @@ def test_what_is_refused_is_what_does_not_fit(tmp_path, monkeypatch):
     shape = build_shape(config, 500)
     _, needed = lasting_bytes(setup_of(config, shape, 1, "cpu"))
     assert needed == 3 * 4 * shape.parameters()
-    monkeypatch.setattr(available, "available_bytes", lambda: needed)
+    monkeypatch.setattr(available_memory, "available_bytes", lambda: needed)
     check_memory(config, shape)
-    monkeypatch.setattr(available, "available_bytes", lambda: needed - 1)
+    monkeypatch.setattr(available_memory, "available_bytes", lambda: needed - 1)
     with pytest.raises(InputError, match=r"need 0.0 GB of this machine"):
         check_memory(config, shape)
-    monkeypatch.setattr(available, "available_bytes", lambda: None)  # not known
+    monkeypatch.setattr(available_memory, "available_bytes", lambda: None)  # not known
     check_memory(config, shape)
 
 
@@ -63,7 +63,7 @@ def test_all_processes_of_a_machine_count(tmp_path, monkeypatch):
     needed = 3 * 4 * shape.parameters()
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(available, "available_bytes", lambda: 2 * needed - 1)
+    monkeypatch.setattr(available_memory, "available_bytes", lambda: 2 * needed - 1)
     with pytest.raises(InputError, match="of this machine, for 2 processes, which has"):
         check_memory(config, shape)
 
@@ -83,9 +83,9 @@ def test_what_lies_on_the_gpu_and_what_in_the_nodes_memory():
 
 def test_a_model_that_a_gpu_does_not_hold(tmp_path, monkeypatch):
     config = config_of(tmp_path, model={"preset": "gpt-3m", "seq_len": 8})
-    monkeypatch.setattr(available, "device", lambda: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(available_memory, "device", lambda: SimpleNamespace(type="cuda"))
     card = SimpleNamespace(total_memory=1 << 20)
-    monkeypatch.setattr(available.torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(available_memory.torch.cuda, "get_device_properties", lambda _: card)
     with pytest.raises(InputError, match=r"of this GPU, which has 0.0 GB; .*parallel.offload: cpu"):
         check_memory(config, build_shape(config, 500))
 
@@ -99,9 +99,9 @@ def test_a_limit_of_a_cgroup_counts(tmp_path, monkeypatch):
         (place / "memory.max").write_text(f"{limit}\n")
         (place / "memory.current").write_text(f"{used}\n")
         (place / "memory.stat").write_text("anon 1\ninactive_file 500000\n")
-    monkeypatch.setattr(available, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(available, "_OWN_CGROUP", tmp_path / "self")
-    monkeypatch.setattr(available, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(available_memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(available_memory, "_OWN_CGROUP", tmp_path / "self")
+    monkeypatch.setattr(available_memory, "_CGROUPS", tmp_path / "cgroup")
     assert available_bytes() == 1_500_000
     (tmp_path / "cgroup/a/memory.max").write_text("max\n")
     assert available_bytes() == 9_000 * 1024
@@ -140,9 +140,9 @@ def random_setup(rng: random.Random) -> Setup:
 def test_the_blocks_that_are_looked_at_are_those_that_matter(monkeypatch):
     rng = random.Random(7)
     setups = [random_setup(rng) for _ in range(300)]
-    found = [estimate.estimate(setup) for setup in setups]
-    estimate.estimate.cache_clear()
+    found = [memory.estimate(setup) for setup in setups]
+    memory.estimate.cache_clear()
     every = lambda layers, *_: list(range(layers, 0, -1))  # noqa: E731
-    monkeypatch.setattr(estimate, "_turning_points", every)
-    assert found == [estimate.estimate(setup) for setup in setups]
-    estimate.estimate.cache_clear()
+    monkeypatch.setattr(memory, "_turning_points", every)
+    assert found == [memory.estimate(setup) for setup in setups]
+    memory.estimate.cache_clear()

@@ -39,7 +39,7 @@ from megaphase.model.shape import GPTShape
 from megaphase.plan.commands import plan_app
 from megaphase.utils.errors import InputError
 
-BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "memory.py"
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "memory.py"
 TOLERANCE = 0.1
 LLAMA = GPTShape(vocab=97, seq_len=16, layers=2, hidden=32, heads=4, kv_heads=2, ffn=48)
 GPT2 = replace(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import io
-import os
 import random
 import signal
 import subprocess
@@ -15,19 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pickle_support import Payload
 
 from megaphase.convert.safe_torch_load import UnreadStorage, check_archive, load_pickle
 from megaphase.utils.errors import InputError
-
-
-class Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, victim: Path) -> None:
-        self.victim = victim
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.victim}",)
 
 
 class Colour(enum.Enum):

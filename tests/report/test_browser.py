@@ -10,8 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from report_support import write_run
 from sweep_support import STATIC, TWO_PHASE, write_sweep
-from test_report import write_run
 
 from megaphase.report.report import write_report
 from megaphase.sweep.pareto.report import SweepReport
