@@ -215,10 +215,10 @@ def train(case: Case, model: str) -> int:
     """Bytes that training took on this rank at most, over the steps after the first."""
     config = case.config(model)
     shape = build_shape(config, MODELS[model]["vocab"])
-    topology = start(case.tensor)
+    grid = start(case.tensor)
     batch = random_batch(case, config, shape)
     before = resident_bytes("VmRSS")
-    engine = Engine(config, shape, topology, 1)
+    engine = Engine(config, shape, grid, 1)
     engine.train_step(batch, 1e-3)
     reset_most_resident()
     for _ in range(STEPS):

@@ -64,7 +64,7 @@ def our_batches(run_file: Path, workers: int) -> Iterator[Any]:
 
     config, spec = open_spec(run_file)
     plan = Plan(spec, ensure_built(spec, config.output))
-    reader = StepReader(plan, 0, rank=0, ranks=1, filler=TOKENIZER.eod)
+    reader = StepReader(plan, 0, rank=0, ranks=1, pad_token_id=TOKENIZER.eod)
     return reader.steps(0, plan.phases[0].steps)
 
 

@@ -54,9 +54,9 @@ def _measure(preset: str, vocab: int, rounds: int, folder: Path) -> None:
     zeros = torch.zeros((1, 16), dtype=torch.int64)
     engine.train_step(Batch(zeros, zeros, torch.zeros(1, dtype=torch.int64)), 1e-4)
     size = sum(tensor.nbytes for _, tensor in engine.state.tensors(engine.state.kinds()))
-    agreement = ControlGroup()
-    store = CheckpointStore(folder / "ours", agreement)
-    saver = Saver(store, agreement, keep=1, asynchronous=True, say=lambda text: None)
+    control_group = ControlGroup()
+    store = CheckpointStore(folder / "ours", control_group)
+    saver = Saver(store, control_group, keep=1, asynchronous=True, say=lambda text: None)
     held, whole, theirs, copies, writes = [], [], [], [], []
     source, target = torch.ones(size // 4), torch.empty(size // 4)
     for number in range(rounds + 1):  # the first one warms up

@@ -123,7 +123,7 @@ class Ours:
         )
         engine = Engine(config, settings.shape(), start(self.tensor), tasks=1)
         share = settings.batch // self.data
-        first = engine.topology.data_rank * share
+        first = engine.grid.data_rank * share
 
         def step(batch: Batch) -> float:
             return engine.train_step(batch[first : first + share], LEARNING_RATE).losses.mean

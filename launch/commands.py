@@ -61,8 +61,8 @@ def local_command(
     options = train_options(source, profile, profile_steps)
     arguments = [command, str(run_file), *(overrides or []), *options]
     trains = command == "train"
-    sayings = training_exit_messages(run_file, overrides or []) if trains else ExitMessages()
-    sys.exit(launch_local(arguments, processes, sayings))
+    exit_messages = training_exit_messages(run_file, overrides or []) if trains else ExitMessages()
+    sys.exit(launch_local(arguments, processes, exit_messages))
 
 
 @launch_app.command("slurm")

@@ -25,7 +25,7 @@ def training_exit_messages(run_file: Path, overrides: Sequence[str]) -> ExitMess
         return load_run_file(run_file, tuple(overrides)).output
 
     return ExitMessages(
-        outlook=lambda: _or_nothing(lambda: resume_sentence(_newest(output()))),
+        resume_point=lambda: _or_nothing(lambda: resume_sentence(_newest(output()))),
         loss=lambda: _or_nothing(lambda: _loss(output())),
     )
 

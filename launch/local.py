@@ -44,22 +44,22 @@ _OWN_CODES = (0, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_REQUEUE, EXIT_INTERRUPTED)
 class ExitMessages:
     """What is said of a job whose ranks cannot say it: sentences, found when they are needed.
 
-    outlook: what the same command does after a fault. loss: what is lost if it ends at once.
+    resume_point: what the same command does after a fault. loss: what is lost if it ends at once.
     """
 
-    outlook: Callable[[], str] = lambda: ""
+    resume_point: Callable[[], str] = lambda: ""
     loss: Callable[[], str] = lambda: ""
 
 
-def launch_local(command: Sequence[str], processes: int, sayings: ExitMessages) -> int:
+def launch_local(command: Sequence[str], processes: int, exit_messages: ExitMessages) -> int:
     """Run `python -m megaphase COMMAND...` as `processes` ranks; returns the exit code for all."""
-    return run_as_ranks([sys.executable, "-m", "megaphase", *command], processes, sayings)
+    return run_as_ranks([sys.executable, "-m", "megaphase", *command], processes, exit_messages)
 
 
 def run_as_ranks(
     argv: Sequence[str],
     processes: int,
-    sayings: ExitMessages | None = None,
+    exit_messages: ExitMessages | None = None,
     *,
     patience_seconds: float = PATIENCE_SECONDS,
     grace_seconds: float = GRACE_SECONDS,
@@ -74,9 +74,9 @@ def run_as_ranks(
     themselves: 2, 1, any other, 130, 75. 1 if a rank was killed; 75 if a stop signal that was
     handed down has ended a rank. 130 after the second Ctrl-C.
     """
-    sayings = sayings or ExitMessages()
+    exit_messages = exit_messages or ExitMessages()
     with noted_signals() as received, _Reports() as reports:
-        job = _Job(_start(argv, processes, reports.descriptor), reports, sayings)
+        job = _Job(_start(argv, processes, reports.descriptor), reports, exit_messages)
         pressed: float | None = None
         try:
             while not job.is_over():
@@ -86,7 +86,7 @@ def run_as_ranks(
                         before, pressed = pressed, time.monotonic()
                         if before is not None and pressed - before > SAME_PRESS_SECONDS:
                             job.kill()
-                            _say("ended at once", sayings.loss(), separator=": ")
+                            _say("ended at once", exit_messages.loss(), separator=": ")
                             return EXIT_INTERRUPTED
                     job.forward(number)
                 if job.seconds_since_end() > patience_seconds:
@@ -169,9 +169,12 @@ class _Job:
     """The ranks that were started, and what became of them."""
 
     def __init__(
-        self, ranks: Sequence[subprocess.Popen[bytes]], reports: _Reports, sayings: ExitMessages
+        self,
+        ranks: Sequence[subprocess.Popen[bytes]],
+        reports: _Reports,
+        exit_messages: ExitMessages,
     ) -> None:
-        self._ranks, self._reports, self._sayings = ranks, reports, sayings
+        self._ranks, self._reports, self._exit_messages = ranks, reports, exit_messages
         self._codes: dict[int, int] = {}  # of those that have ended by themselves, in their order
         self._stopped: set[int] = set()
         self._forwarded: list[signal.Signals] = []
@@ -221,7 +224,7 @@ class _Job:
         if first is not None and (report is None or report["rank"] != first):
             process = self._ranks[first].pid
             rank = f"rank {first} (process {process}) {died[first]}; all processes end"
-            _say(rank, self._sayings.outlook())
+            _say(rank, self._exit_messages.resume_point())
         elif report is not None:
             for line in report["lines"]:
                 told = line if first is None else line.replace(GONE, died[first])

@@ -63,7 +63,7 @@ class Saver:
     def __init__(
         self,
         store: CheckpointStore,
-        agreement: ControlGroup,
+        control_group: ControlGroup,
         *,
         keep: int,
         asynchronous: bool,
@@ -77,7 +77,7 @@ class Saver:
             say: gets a sentence, on rank 0, about every checkpoint that has appeared.
             note: gets the name of every checkpoint that has appeared, on all ranks.
         """
-        self._store, self._agreement, self._keep = store, agreement, keep
+        self._store, self._control_group, self._keep = store, control_group, keep
         self._asynchronous, self._say, self._note = asynchronous, say, note
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._buffers: dict[str, Tensor] = {}
@@ -106,12 +106,12 @@ class Saver:
         if self._asynchronous:
             self._buffers.update(copies)
         try:
-            needed = sum(self._agreement.gather(file_bytes(copies)))
+            needed = sum(self._control_group.gather(file_bytes(copies)))
             aside = self._store.begin(name, needed)
         except RunError as error:
             raise self._with_what_is_left(error) from None
         self._save, self._written = _Save(name, snapshot, state, best, sound_step), False
-        path = aside / shard_file(self._agreement.rank)
+        path = aside / shard_file(self._control_group.rank)
         self._work = self._thread.submit(write_tensors, path, copies)
         if not self._asynchronous:
             self.finish()
@@ -139,7 +139,7 @@ class Saver:
             self._written = True
             self._begin_to_publish()
         else:
-            if self._agreement.rank == 0:
+            if self._control_group.rank == 0:
                 self._say(f"checkpoint: {self._store.folder / self._save.name}")
             self._note(self._save.name)
             self._save = self._work = None
@@ -149,15 +149,15 @@ class Saver:
         while self._save is not None:
             if self._work is not None:
                 self._work.exception()  # waits
-            self.advance(self._agreement.largest(self.status)[0])
+            self.advance(self._control_group.largest(self.status)[0])
 
     def _begin_to_publish(self) -> None:
         save = self._save
         assert save is not None
         assert self._work is not None
-        facts = self._agreement.gather((self._work.result(), save.snapshot.shard))
+        facts = self._control_group.gather((self._work.result(), save.snapshot.shard))
         self._work = None
-        if self._agreement.rank == 0:
+        if self._control_group.rank == 0:
             self._work = self._thread.submit(self._publish, save, facts)
 
     def _publish(self, save: _Save, facts: list[tuple[dict[str, Any], Shard]]) -> None:
@@ -177,9 +177,9 @@ class Saver:
         assert save is not None
         # Only a thread that has ended writes no more into the directory that is removed now.
         fault = work.exception() if work is not None else None
-        faults = self._agreement.gather(None if fault is None else _describe(fault))
+        faults = self._control_group.gather(None if fault is None else _describe(fault))
         self._save = self._work = None
-        self._agreement.on_first_rank(partial(self._store.discard, save.name))
+        self._control_group.on_first_rank(partial(self._store.discard, save.name))
         rank, first = next((r, f) for r, f in enumerate(faults) if f is not None)
         folder = self._store.folder / save.name
         raise self._with_what_is_left(RunError(f"{folder}: rank {rank} could not write: {first}"))

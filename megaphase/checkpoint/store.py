@@ -71,11 +71,11 @@ class CheckpointStore:
     """The directory in which a run's checkpoints lie."""
 
     def __init__(
-        self, folder: Path, agreement: ControlGroup, say: Say = say_on_standard_error
+        self, folder: Path, control_group: ControlGroup, say: Say = say_on_standard_error
     ) -> None:
         """say: gets a sentence, on rank 0, about whatever lay in the way of a checkpoint."""
         self.folder = folder
-        self._agreement = agreement
+        self._control_group = control_group
         self._say = say
 
     def begin(self, name: str, needed_bytes: int) -> Path:
@@ -87,7 +87,7 @@ class CheckpointStore:
             RunError: on all ranks; the folder cannot be written, or has not so much space.
         """
         aside = self._aside(name)
-        self._agreement.on_first_rank(lambda: self._make(aside, needed_bytes))
+        self._control_group.on_first_rank(lambda: self._make(aside, needed_bytes))
         return aside
 
     def publish(
@@ -173,18 +173,18 @@ class CheckpointStore:
             InputError: all that there are are damaged. No kill leaves that behind: to begin anew,
                 and write over the run's record, is for the user to decide.
         """
-        mine = self._candidates() if self._agreement.rank == 0 else ([], [])
-        names, others = self._agreement.gather(mine)[0]
+        mine = self._candidates() if self._control_group.rank == 0 else ([], [])
+        names, others = self._control_group.gather(mine)[0]
         problem = None
         for name in reversed(names):
             folder = self.folder / name
             problem = self._damage(folder)
             if problem is None:
-                if self._agreement.rank == 0:
+                if self._control_group.rank == 0:
                     for other in others:
                         say(f"{other}; it is passed over")
                 return Checkpoint(folder, read_state(folder))
-            if self._agreement.rank == 0 and name != names[0]:
+            if self._control_group.rank == 0 and name != names[0]:
                 say(f"{problem}; going back to the checkpoint before")
         problem = problem or next(iter(others), None)
         if problem is not None:
@@ -269,12 +269,12 @@ class CheckpointStore:
         if files is None:
             found: str | None = f"{folder / MANIFEST_FILE}: is missing or damaged"
         else:
-            mine = sorted(files)[self._agreement.rank :: self._agreement.world_size]
+            mine = sorted(files)[self._control_group.rank :: self._control_group.world_size]
             try:
                 found = next(filter(None, (_fault(folder / n, files[n]) for n in mine)), None)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 found = f"{folder}: cannot be read ({getattr(error, 'strerror', None) or error})"
-        return next(filter(None, self._agreement.gather(found)), None)
+        return next(filter(None, self._control_group.gather(found)), None)
 
 
 def complete(

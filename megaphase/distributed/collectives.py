@@ -35,57 +35,57 @@ class Started:
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=SEQUENCE_DIM)
 
 
-def start_all_reduce(x: Tensor, topology: ProcessGrid) -> Started:
+def start_all_reduce(x: Tensor, grid: ProcessGrid) -> Started:
     """Sum over the group, in place where x is contiguous; x is used up."""
     x = x.contiguous()
-    work = dist.all_reduce(x, group=topology.tensor_group, async_op=True)
+    work = dist.all_reduce(x, group=grid.tensor_group, async_op=True)
     return Started(work, [x])
 
 
-def start_gather_sequence(x: Tensor, topology: ProcessGrid) -> Started:
+def start_gather_sequence(x: Tensor, grid: ProcessGrid) -> Started:
     """[batch, seq / tensor, hidden] -> [batch, seq, hidden]."""
-    parts = [torch.empty_like(x) for _ in range(topology.tensor_size)]
-    work = dist.all_gather(parts, x.contiguous(), group=topology.tensor_group, async_op=True)
+    parts = [torch.empty_like(x) for _ in range(grid.tensor_size)]
+    work = dist.all_gather(parts, x.contiguous(), group=grid.tensor_group, async_op=True)
     return Started(work, parts)
 
 
-def start_reduce_scatter_sequence(x: Tensor, topology: ProcessGrid) -> Started:
+def start_reduce_scatter_sequence(x: Tensor, grid: ProcessGrid) -> Started:
     """Sum [batch, seq, hidden] and keep one's own [batch, seq / tensor, hidden]."""
-    parts = [part.contiguous() for part in x.chunk(topology.tensor_size, dim=SEQUENCE_DIM)]
+    parts = [part.contiguous() for part in x.chunk(grid.tensor_size, dim=SEQUENCE_DIM)]
     own = torch.empty_like(parts[0])
-    work = dist.reduce_scatter(own, parts, group=topology.tensor_group, async_op=True)
+    work = dist.reduce_scatter(own, parts, group=grid.tensor_group, async_op=True)
     return Started(work, [own])
 
 
 class _CopyToTensorParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, topology: ProcessGrid, *xs: Tensor) -> tuple[Tensor, ...]:
-        ctx.topology = topology
+    def forward(ctx: Any, grid: ProcessGrid, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.grid = grid
         return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         joined = torch.cat([grad.flatten() for grad in grads])
-        sums = start_all_reduce(joined, ctx.topology).finish().split([x.numel() for x in grads])
+        sums = start_all_reduce(joined, ctx.grid).finish().split([x.numel() for x in grads])
         return None, *(sum_.view(x.shape) for sum_, x in zip(sums, grads, strict=True))
 
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, topology: ProcessGrid) -> Tensor:
-        ctx.topology = topology
-        return start_gather_sequence(x, topology).finish()
+    def forward(ctx: Any, x: Tensor, grid: ProcessGrid) -> Tensor:
+        ctx.grid = grid
+        return start_gather_sequence(x, grid).finish()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return start_reduce_scatter_sequence(grads[0], ctx.topology).finish(), None
+        return start_reduce_scatter_sequence(grads[0], ctx.grid).finish(), None
 
 
 @dataclass
 class _Crossing:
     """What is under way out of the region, and its gradient on the way back."""
 
-    topology: ProcessGrid
+    grid: ProcessGrid
     sequence: bool
     out: Started | None = None
     back: Started | None = None
@@ -96,10 +96,10 @@ class _StartLeaving(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, crossing: _Crossing) -> Tensor:
         ctx.crossing = crossing
         if crossing.sequence:
-            crossing.out = start_reduce_scatter_sequence(x, crossing.topology)
+            crossing.out = start_reduce_scatter_sequence(x, crossing.grid)
             return crossing.out.parts[0]
         ctx.mark_dirty(x)
-        crossing.out = start_all_reduce(x, crossing.topology)
+        crossing.out = start_all_reduce(x, crossing.grid)
         return x
 
     @staticmethod
@@ -121,26 +121,26 @@ class _FinishLeaving(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         crossing = ctx.crossing
         if crossing.sequence:
-            crossing.back = start_gather_sequence(grads[0], crossing.topology)
+            crossing.back = start_gather_sequence(grads[0], crossing.grid)
         return grads[0], None
 
 
-def copy_to_tensor_parallel(xs: Sequence[Tensor], topology: ProcessGrid) -> Sequence[Tensor]:
+def copy_to_tensor_parallel(xs: Sequence[Tensor], grid: ProcessGrid) -> Sequence[Tensor]:
     """Identity forward; backward one sum over the tensor-parallel group, of all gradients.
 
     xs: of one type.
     """
-    if topology.tensor_size == 1 or not xs:
+    if grid.tensor_size == 1 or not xs:
         return xs
-    return _CopyToTensorParallel.apply(topology, *xs)
+    return _CopyToTensorParallel.apply(grid, *xs)
 
 
-def gather_sequence(x: Tensor, topology: ProcessGrid) -> Tensor:
+def gather_sequence(x: Tensor, grid: ProcessGrid) -> Tensor:
     """[batch, seq / tensor, hidden] -> [batch, seq, hidden]; backward sums and scatters."""
-    return _GatherSequence.apply(x, topology)
+    return _GatherSequence.apply(x, grid)
 
 
-def reduce_async(x: Tensor, topology: ProcessGrid, sequence: bool) -> Callable[[], Tensor]:
+def reduce_async(x: Tensor, grid: ProcessGrid, sequence: bool) -> Callable[[], Tensor]:
     """Start to sum x over the tensor-parallel group; what is returned waits for the sum.
 
     What is computed in between, forward and backward, is computed while the collective goes on.
@@ -149,8 +149,8 @@ def reduce_async(x: Tensor, topology: ProcessGrid, sequence: bool) -> Callable[[
     sequence: whether every rank keeps its positions alone, [batch, seq / tensor, hidden]; backward
         they are gathered.
     """
-    if topology.tensor_size == 1:
+    if grid.tensor_size == 1:
         return lambda: x
-    crossing = _Crossing(topology, sequence)
+    crossing = _Crossing(grid, sequence)
     sum_ = _StartLeaving.apply(x, crossing)
     return lambda: _FinishLeaving.apply(sum_, crossing)

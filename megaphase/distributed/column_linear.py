@@ -27,36 +27,36 @@ from megaphase.ops.matmul import linear, matmul, weight_gradient
 class _ColumnParallelLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, topology: ProcessGrid, arriving: Started | None
+        ctx: Any, x: Tensor, weight: Tensor, grid: ProcessGrid, arriving: Started | None
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.topology, ctx.sequence = topology, arriving is not None
+        ctx.grid, ctx.sequence = grid, arriving is not None
         return matmul(x if arriving is None else arriving.finish(), weight.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
         if not ctx.sequence:
-            sum_ = start_all_reduce(matmul(grads[0], weight), ctx.topology)
+            sum_ = start_all_reduce(matmul(grads[0], weight), ctx.grid)
             for_weight = weight_gradient(grads[0], x)
             return sum_.finish(), for_weight, None, None
-        whole = start_gather_sequence(x, ctx.topology)
+        whole = start_gather_sequence(x, ctx.grid)
         for_whole = matmul(grads[0], weight)
         gathered = whole.finish()
-        own = start_reduce_scatter_sequence(for_whole, ctx.topology)
+        own = start_reduce_scatter_sequence(for_whole, ctx.grid)
         for_weight = weight_gradient(grads[0], gathered)
         return own.finish(), for_weight, None, None
 
 
 def start_column_parallel_linear(
-    x: Tensor, weight: Tensor, topology: ProcessGrid, sequence: bool
+    x: Tensor, weight: Tensor, grid: ProcessGrid, sequence: bool
 ) -> Callable[[], Tensor]:
     """What computes x Wᵀ for x [batch, seq, inputs] and this rank's rows of W; [batch, seq, rows].
 
     sequence: whether x is this rank's part of the positions, [batch, seq / tensor, inputs]; the
         others' are on their way from now on.
     """
-    if topology.tensor_size == 1:
+    if grid.tensor_size == 1:
         return partial(linear, x, weight)
-    arriving = start_gather_sequence(x.detach(), topology) if sequence else None
-    return partial(_ColumnParallelLinear.apply, x, weight, topology, arriving)
+    arriving = start_gather_sequence(x.detach(), grid) if sequence else None
+    return partial(_ColumnParallelLinear.apply, x, weight, grid, arriving)

@@ -35,7 +35,7 @@ class Vocabulary:
 
     first: int
     ignored: int
-    topology: ProcessGrid
+    grid: ProcessGrid
     kernels: Kernels
     tokens: int
 
@@ -91,14 +91,14 @@ def _losses(
     logits: Tensor, targets: Tensor, vocabulary: Vocabulary, backward_follows: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Of some tokens: losses, and gradients of their sum with respect to the logits."""
-    of, topology = vocabulary.kernels.of, vocabulary.topology
+    of, grid = vocabulary.kernels.of, vocabulary.grid
     columns = targets - vocabulary.first
     elsewhere = (columns < 0) | (columns >= logits.shape[-1])
     columns = columns.masked_fill_(elsewhere, 0).unsqueeze(-1)
     top = of(_top)(logits)
-    _all_reduce(top, dist.ReduceOp.MAX, topology)
+    _all_reduce(top, dist.ReduceOp.MAX, grid)
     sums = of(_sums)(logits, top, columns, elsewhere)
-    _all_reduce(sums, dist.ReduceOp.SUM, topology)
+    _all_reduce(sums, dist.ReduceOp.SUM, grid)
     total, chosen = sums
     skip = targets == vocabulary.ignored
     losses = (total.log() - chosen).masked_fill_(skip, 0)
@@ -138,9 +138,9 @@ def _gradient(logits: Tensor, top: Tensor, share: Tensor, columns: Tensor, hit: 
     return gradient.scatter_add_(-1, columns, -hit.float()).to(logits.dtype)
 
 
-def _all_reduce(x: Tensor, operation: Any, topology: ProcessGrid) -> None:
-    if topology.tensor_size > 1:
-        dist.all_reduce(x, op=operation, group=topology.tensor_group)
+def _all_reduce(x: Tensor, operation: Any, grid: ProcessGrid) -> None:
+    if grid.tensor_size > 1:
+        dist.all_reduce(x, op=operation, group=grid.tensor_group)
 
 
 def linear_cross_entropy(

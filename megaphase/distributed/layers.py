@@ -26,7 +26,7 @@ from megaphase.ops.rms_norm import add_and_rms_norm, rms_norm
 
 
 def sharded_parameter(
-    whole: Tensor, dim: int, segments: Sequence[int], topology: ProcessGrid
+    whole: Tensor, dim: int, segments: Sequence[int], grid: ProcessGrid
 ) -> nn.Parameter:
     """The rank's shard of `whole` as a parameter that knows how it was cut.
 
@@ -34,9 +34,9 @@ def sharded_parameter(
     which is then padded with zeros.
     """
     layout = ParameterLayout(tuple(whole.shape), dim, tuple(segments))
-    part = layout.cut(whole, topology.tensor_rank, topology.tensor_size)
+    part = layout.cut(whole, grid.tensor_rank, grid.tensor_size)
     parameter = nn.Parameter(part.to(device()))
-    parameter.tensor_model_parallel = parameter.model_parallel = topology.tensor_size > 1  # type: ignore[attr-defined]
+    parameter.tensor_model_parallel = parameter.model_parallel = grid.tensor_size > 1  # type: ignore[attr-defined]
     parameter.parallel_layout = layout  # type: ignore[attr-defined]
     return parameter
 
@@ -61,16 +61,16 @@ class ColumnParallelLinear(nn.Module):
         self.region = region
         outputs = sum(segments)
         whole = init.normal("weight", (outputs, inputs), std)
-        self.weight = sharded_parameter(whole, 0, segments, region.topology)
+        self.weight = sharded_parameter(whole, 0, segments, region.grid)
         self.bias = None
         if bias:
             zeros = init.constant((outputs,), 0.0)
-            self.bias = sharded_parameter(zeros, 0, segments, region.topology)
+            self.bias = sharded_parameter(zeros, 0, segments, region.grid)
 
     def start(self, x: Tensor) -> Callable[[], Tensor]:
         """Send for what the other ranks hold of x; what then computes y."""
         region, weight = self.region, self.region.cast(self.weight, x.dtype)
-        product = start_column_parallel_linear(x, weight, region.topology, region.sequence)
+        product = start_column_parallel_linear(x, weight, region.grid, region.sequence)
         return lambda: product() if self.bias is None else product() + self.bias.to(x.dtype)
 
 
@@ -93,7 +93,7 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.region = region
         whole = init.normal("weight", (outputs, inputs), std)
-        self.weight = sharded_parameter(whole, 1, (inputs,), region.topology)
+        self.weight = sharded_parameter(whole, 1, (inputs,), region.grid)
         self.bias = nn.Parameter(init.constant((outputs,), 0.0).to(device())) if bias else None
 
     def start(self, x: Tensor) -> Callable[[], Tensor]:
@@ -108,12 +108,12 @@ class RowParallelLinear(nn.Module):
 
 
 def vocab_parallel_weight(
-    vocab: int, hidden: int, std: float, init: Initializer, topology: ProcessGrid
+    vocab: int, hidden: int, std: float, init: Initializer, grid: ProcessGrid
 ) -> nn.Parameter:
     """[vocab, hidden] with its rows sharded; rows that only pad are zero and never used."""
     whole = init.normal("weight", (vocab, hidden), std)
-    padded = padded_vocab(vocab, topology.tensor_size)
-    return sharded_parameter(whole, 0, (padded,), topology)
+    padded = padded_vocab(vocab, grid.tensor_size)
+    return sharded_parameter(whole, 0, (padded,), grid)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -124,13 +124,13 @@ class VocabParallelEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.region = region
-        self.weight = vocab_parallel_weight(vocab, hidden, std, init, region.topology)
-        self.rows = vocab_rows(vocab, region.topology.tensor_size)
-        self.first_row = self.rows * region.topology.tensor_rank
+        self.weight = vocab_parallel_weight(vocab, hidden, std, init, region.grid)
+        self.rows = vocab_rows(vocab, region.grid.tensor_size)
+        self.first_row = self.rows * region.grid.tensor_rank
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens int64 [batch, seq] -> [batch, seq (/ tensor), hidden]."""
-        if self.region.topology.tensor_size == 1:
+        if self.region.grid.tensor_size == 1:
             return F.embedding(tokens, self.weight)
         local = tokens - self.first_row
         elsewhere = (local < 0) | (local >= self.rows)
@@ -150,13 +150,13 @@ class VocabParallelHead(nn.Module):
         """ignored: the target of tokens without a loss."""
         super().__init__()
         self.weight, self.region = weight, region
-        topology = region.topology
-        rows = vocab_rows(vocab, topology.tensor_size)
-        first = rows * topology.tensor_rank
+        grid = region.grid
+        rows = vocab_rows(vocab, grid.tensor_size)
+        first = rows * grid.tensor_rank
         self.real_rows = max(0, min(rows, vocab - first))
         self.padded = self.real_rows < rows
         self.vocabulary = Vocabulary(
-            first, ignored, topology, kernels, tokens_at_a_time(rows, device())
+            first, ignored, grid, kernels, tokens_at_a_time(rows, device())
         )
 
     def forward(self, x: Tensor, targets: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:

@@ -25,8 +25,8 @@ class TensorRegion:
     its share of the sequence: [batch, seq / tensor, hidden].
     """
 
-    def __init__(self, topology: ProcessGrid, sequence: bool) -> None:
-        self.topology = topology
+    def __init__(self, grid: ProcessGrid, sequence: bool) -> None:
+        self.grid = grid
         self.sequence = sequence
         self._copies: dict[Tensor, Tensor] = {}
         self._casts: dict[Tensor, Tensor] | None = None
@@ -34,18 +34,18 @@ class TensorRegion:
     def enter(self, x: Tensor) -> Tensor:
         """Whole activations on every rank: [batch, seq, hidden]."""
         if self.sequence:
-            return gather_sequence(x, self.topology)
-        return copy_to_tensor_parallel([x], self.topology)[0]
+            return gather_sequence(x, self.grid)
+        return copy_to_tensor_parallel([x], self.grid)[0]
 
     def reduce_async(self, x: Tensor) -> Callable[[], Tensor]:
         """Start to sum the ranks' partial results, which are used up; what waits for the sum."""
-        return reduce_async(x, self.topology, self.sequence)
+        return reduce_async(x, self.grid, self.sequence)
 
     def own_positions(self, x: Tensor) -> Tensor:
         """Of [..., seq, hidden], the positions that this rank holds outside the region."""
         if not self.sequence:
             return x
-        return x.chunk(self.topology.tensor_size, dim=-2)[self.topology.tensor_rank]
+        return x.chunk(self.grid.tensor_size, dim=-2)[self.grid.tensor_rank]
 
     def replicated(self, parameter: Tensor) -> Tensor:
         """A replicated parameter used outside the region.
@@ -57,7 +57,7 @@ class TensorRegion:
             return parameter
         if parameter in self._copies:
             return self._copies[parameter]
-        return copy_to_tensor_parallel([parameter], self.topology)[0]
+        return copy_to_tensor_parallel([parameter], self.grid)[0]
 
     def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """A weight in the activations' type; within `shared`, all who ask have the same copy."""
@@ -75,7 +75,7 @@ class TensorRegion:
         """
         if self.sequence:
             whole = [each for each in module.parameters() if layout_of(each).dim is None]
-            copies = copy_to_tensor_parallel(whole, self.topology)
+            copies = copy_to_tensor_parallel(whole, self.grid)
             self._copies = dict(zip(whole, copies, strict=True))
         self._casts = {}
         try:

@@ -89,7 +89,7 @@ class Ring:
 
 
 def tensor_ring(setup: Setup, hardware: Hardware) -> Ring:
-    """Tensor-parallel ranks are neighbours; see `parallel.topology`."""
+    """Tensor-parallel ranks are neighbours; see `distributed.process_grid`."""
     return Ring(setup.tensor, min(setup.tensor, hardware.gpus_per_node), hardware)
 
 
@@ -120,7 +120,7 @@ def tensor_backward(setup: Setup, hardware: Hardware) -> Traffic:
     """
     ring = tensor_ring(setup, hardware)
     gathered, summed = (each(setup, ring, setup.halves) for each in (_into_region, _out_of_region))
-    block = _in_turn(setup, hardware, gathered, COLUMN_PARALLEL, passes=2)
+    block = _interleaved(setup, hardware, gathered, COLUMN_PARALLEL, passes=2)
     for name in COLUMN_PARALLEL:
         computing = _product_seconds(setup, hardware, [name])
         block += gathered.behind(computing) + summed.behind(computing)
@@ -137,15 +137,15 @@ def tensor_backward(setup: Setup, hardware: Hardware) -> Traffic:
 
 
 def _blocks_forward(setup: Setup, hardware: Hardware) -> Traffic:
-    """What one half sends goes on behind the next product of the other, see `model.in_turn`."""
+    """What one half sends goes on behind the next product of the other, see `model.interleave`."""
     ring = tensor_ring(setup, hardware)
     gathered, summed = (each(setup, ring, setup.halves) for each in (_into_region, _out_of_region))
-    block = _in_turn(setup, hardware, gathered, ROW_PARALLEL)
-    block += _in_turn(setup, hardware, summed, COLUMN_PARALLEL)
+    block = _interleaved(setup, hardware, gathered, ROW_PARALLEL)
+    block += _interleaved(setup, hardware, summed, COLUMN_PARALLEL)
     return block * setup.shape.layers
 
 
-def _in_turn(
+def _interleaved(
     setup: Setup, hardware: Hardware, each: Traffic, products: Sequence[str], passes: int = 1
 ) -> Traffic:
     """One collective for every region of a block, behind some products where halves take turns.

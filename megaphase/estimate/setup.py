@@ -21,9 +21,10 @@ class Setup:
     """One rank's part of a run: `tensor` × `data` processes under a ZeRO stage.
 
     accumulation: micro-batches of an optimizer step; masked: whether samples hold documents that do
-    not see each other. overlap: of tensor-parallel collectives, see `model.in_turn`. keep_gathered:
-    see `memory.gathered`. compiled: the parts between the matrix products, see `kernels`. widened:
-    whether the device computes products of bf16 in fp32, see `kernels.matmul`.
+    not see each other. overlap: of tensor-parallel collectives, see `model.interleave`.
+    keep_gathered: see `estimate.gathered_parameters`. compiled: the formulas between the matrix
+    products, see `ops`. widened: whether the device computes products of bf16 in fp32, see
+    `ops.matmul`.
     """
 
     shape: GPTShape

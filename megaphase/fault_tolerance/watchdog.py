@@ -1,9 +1,9 @@
 """A rank that dies, freezes or hangs is noticed, named, and ends the whole run.
 
 Collectives tell nothing of this: NCCL waits for a dead rank until its time-out, gloo says that a
-connection was closed. Here every rank has a thread that sends signs of life to rank 0, which looks
-at all of them (`Judge`) and tells the others how it ends. It has a store of its own, so that it
-shares no lock with the collectives, and never touches the device.
+connection was closed. Here every rank has a thread that sends heartbeats to rank 0, which compares
+them (`FaultDetector`) and tells the other ranks how the run ends. It has a store of its own, so
+that it shares no lock with the collectives, and never touches the device.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ class Watchdog:
     Stopped) leaves the block on all of them.
 
     Attributes:
-        outlook: a sentence that follows what is said of a fault: from where the same command
+        resume_point: a sentence that follows what is said of a fault: from where the same command
             resumes. Whoever knows sets it.
     """
 
     def __init__(self, silent_seconds: float, stalled_seconds: float) -> None:
         self._silent_seconds, self._stalled_seconds = silent_seconds, stalled_seconds
-        self.outlook = ""
+        self.resume_point = ""
         self._stopped: tuple[str, int] | None = None
         self._interval = min(LONGEST_INTERVAL_SECONDS, silent_seconds / 5)
         self._counter = self._progress = 0
@@ -263,8 +263,8 @@ class Watchdog:
         if not verdict.message:
             return
         message = verdict.message
-        if verdict.unfinished and self.outlook:
-            message = f"{message}. {self.outlook}"
+        if verdict.unfinished and self.resume_point:
+            message = f"{message}. {self.resume_point}"
         lines = [*(f"  {line}" for line in verdict.details), f"megaphase: {message}"]
         if not report_end(verdict.rank, lines):
             for line in lines:

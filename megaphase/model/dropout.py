@@ -63,7 +63,7 @@ class Dropout:
     def _kept(self, x: Tensor, seeds: Tensor) -> Tensor:
         """bool, as `x`; a rank that holds some of the positions draws for all of them."""
         batch, own_seq, hidden = x.shape
-        seq = own_seq * (self._region.topology.tensor_size if self._region.sequence else 1)
+        seq = own_seq * (self._region.grid.tensor_size if self._region.sequence else 1)
         elements = seq * hidden
         numbers = torch.arange(-(-elements // _ELEMENTS_PER_WORD), device=x.device)
         words = _mixed((seeds + self._place_seed).unsqueeze(1) + numbers * _STRIDE)

@@ -52,7 +52,7 @@ class Attention(nn.Module):
     def __init__(self, shape: GPTShape, init: Initializer, region: TensorRegion) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
-        heads, kv_heads = (n // region.topology.tensor_size for n in (shape.heads, shape.kv_heads))
+        heads, kv_heads = (n // region.grid.tensor_size for n in (shape.heads, shape.kv_heads))
         self.local_heads = (heads, kv_heads, kv_heads)
         self.qkv = ColumnParallelLinear(
             shape.hidden,
@@ -199,7 +199,7 @@ class GPT(nn.Module):
         self,
         shape: GPTShape,
         init: Initializer,
-        topology: ProcessGrid,
+        grid: ProcessGrid,
         *,
         sequence_parallel: bool = False,
         compute_dtype: torch.dtype = torch.float32,
@@ -208,9 +208,9 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = shape
-        self.overlap = overlap and topology.tensor_size > 1
+        self.overlap = overlap and grid.tensor_size > 1
         self.compute_dtype = compute_dtype
-        self.region = region = TensorRegion(topology, sequence_parallel)
+        self.region = region = TensorRegion(grid, sequence_parallel)
         self.embedding = VocabParallelEmbedding(
             shape.vocab, shape.hidden, std=shape.init_std, init=init.at("embedding"), region=region
         )
@@ -234,7 +234,7 @@ class GPT(nn.Module):
             weight = self.embedding.weight
         else:
             weight = vocab_parallel_weight(
-                shape.vocab, shape.hidden, shape.init_std, init.at("head"), topology
+                shape.vocab, shape.hidden, shape.init_std, init.at("head"), grid
             )
         self.head = VocabParallelHead(shape.vocab, weight, region, IGNORED_TARGET, kernels)
 

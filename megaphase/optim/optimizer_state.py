@@ -53,16 +53,14 @@ class MasterGroup:
 class OptimizerState:
     """What a checkpoint holds of this rank, under whichever ZeRO stage."""
 
-    def __init__(
-        self, engine: Any, optimizer: torch.optim.Optimizer, topology: ProcessGrid
-    ) -> None:
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, grid: ProcessGrid) -> None:
         """
         Args:
             engine: DeepSpeed's.
             optimizer: torch's, which DeepSpeed's works with.
         """
         self._zero = engine.optimizer
-        self._optimizer, self._topology = optimizer, topology
+        self._optimizer, self._grid = optimizer, grid
         self._parameters = dict(engine.module.named_parameters())
         self._stage: int = engine.zero_optimization_stage()
         self._swapper = getattr(self._zero, "optimizer_swapper", None)  # to and from an NVMe disk
@@ -90,7 +88,7 @@ class OptimizerState:
     def shard(self) -> Shard:
         """What this rank writes: of what several ranks hold, the first of them writes it."""
         pieces = {f.name: f.piece for group in self._groups() for f in self._own(group)}
-        return Shard(self._topology.tensor_rank, pieces)
+        return Shard(self._grid.tensor_rank, pieces)
 
     def snapshot(
         self,
@@ -101,7 +99,7 @@ class OptimizerState:
         """What this rank saves: all that there is, or some kinds of it; with tensors `beside`."""
         kinds = kinds or self.kinds()
         tensors = chain(self.tensors(kinds), beside)
-        size = self._topology.tensor_size
+        size = self._grid.tensor_size
         return Snapshot(tensors, self.shard(), kinds, self.layouts, size)
 
     def tensors(self, kinds: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
@@ -143,17 +141,17 @@ class OptimizerState:
         return state
 
     def _fill(self, flat: Tensor, group: MasterGroup, kind: str, stored: StoredParameters) -> None:
-        rank, size = self._topology.tensor_rank, self._topology.tensor_size
+        rank, size = self._grid.tensor_rank, self._grid.tensor_size
         flat = flat.view(-1)
         for f in group.fragments:
             layout = self.layouts[f.name]
             f.of(flat).copy_(stored.read(f.name, kind, layout, rank, size, f.piece))
 
     def _own(self, group: MasterGroup) -> Iterator[Fragment]:
-        if self._stage == 0 and self._topology.data_rank > 0:
+        if self._stage == 0 and self._grid.data_rank > 0:
             return
         for fragment in group.fragments:
-            if self.layouts[fragment.name].dim is not None or self._topology.tensor_rank == 0:
+            if self.layouts[fragment.name].dim is not None or self._grid.tensor_rank == 0:
                 yield fragment
 
     def _flat(self, group: MasterGroup, kind: str) -> Tensor:
@@ -183,7 +181,7 @@ class OptimizerState:
             yield MasterGroup(group["params"][0], found)
 
     def _groups_of_stage_3(self) -> Iterator[MasterGroup]:
-        rank = self._topology.data_rank
+        rank = self._grid.data_rank
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         flats = self._zero.fp32_partitioned_groups_flat
         for flat, parameters in zip(flats, self._zero.fp16_groups, strict=True):

@@ -84,13 +84,13 @@ def read_step(
     step: int,
     rank: int,
     ranks: int,
-    filler: int,
+    pad_token_id: int,
     starts: np.ndarray | None = None,
 ) -> Batch:
     """The rows of one optimizer step (0-based in its phase) for one of `ranks` data-parallel ranks.
 
     The global batch of a step is the same whatever `ranks` is; a rank takes a contiguous part.
-    `filler` is the input where a sample has ended early; for `starts` see Plan.samples.
+    `pad_token_id` is the input where a sample has ended early; for `starts` see Plan.samples.
     """
     samples = plan.spec.samples_per_step
     if samples % ranks:
@@ -98,17 +98,17 @@ def read_step(
     share = samples // ranks
     planned = plan.samples(phase, step * samples + rank * share, share, starts)
     inputs, targets, documents = _empty_rows(share, plan.spec.seq_len)
-    plan.read(planned, inputs, targets, filler, documents)
+    plan.read(planned, inputs, targets, pad_token_id, documents)
     return _batch(inputs, targets, planned.tasks, documents)
 
 
-def read_held_out(stream: Stream, task: int, samples: int, filler: int) -> Batch:
+def read_held_out(stream: Stream, task: int, samples: int, pad_token_id: int) -> Batch:
     """The first `samples` samples (fewer where there are not so many) of a held-out stream."""
     samples = min(samples, stream.samples_per_epoch)
     starts = stream.first_starts(samples)
     inputs, targets, documents = _empty_rows(samples, stream.seq_len)
     numbers = np.arange(samples)
-    stream.read(starts, numbers, numbers, inputs, targets, filler, documents)
+    stream.read(starts, numbers, numbers, inputs, targets, pad_token_id, documents)
     return _batch(inputs, targets, np.full(samples, task), documents)
 
 
@@ -129,13 +129,18 @@ class StepReader:
         *,
         rank: int,
         ranks: int,
-        filler: int,
+        pad_token_id: int,
         starts: np.ndarray | None = None,
     ) -> None:
         """See read_step; starts: int64 [tasks], where a phase before has ended early."""
         self.wait_seconds = 0.0
         self._plan, self._phase = plan, phase
-        self._rank, self._ranks, self._filler, self._starts = rank, ranks, filler, starts
+        self._rank, self._ranks, self._pad_token_id, self._starts = (
+            rank,
+            ranks,
+            pad_token_id,
+            starts,
+        )
 
     def steps(self, first: int, last: int) -> Iterator[Batch]:
         """Batches of the steps [first, last) of the phase."""
@@ -151,6 +156,6 @@ class StepReader:
 
     def _read(self, step: int) -> Batch:
         batch = read_step(
-            self._plan, self._phase, step, self._rank, self._ranks, self._filler, self._starts
+            self._plan, self._phase, step, self._rank, self._ranks, self._pad_token_id, self._starts
         )
         return batch.pinned() if torch.cuda.is_available() else batch

@@ -112,7 +112,7 @@ class Plan:
         samples: PlannedSamples,
         inputs: np.ndarray,
         targets: np.ndarray,
-        filler: int,
+        pad_token_id: int,
         documents: np.ndarray | None = None,
     ) -> None:
         """Read samples into inputs and targets, int64 [samples, seq_len]; see Stream.read.
@@ -124,7 +124,7 @@ class Plan:
             stream = self._streams[task]
             numbers = stream.in_token_order(samples.ordinals[rows])
             starts = self._index.starts[task]
-            stream.read(starts, numbers, rows, inputs, targets, filler, documents)
+            stream.read(starts, numbers, rows, inputs, targets, pad_token_id, documents)
 
     def summary(self) -> dict[str, Any]:
         """Tokens, rates and epochs per phase and task, as `plan.json` in the run directory."""

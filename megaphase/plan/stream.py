@@ -172,15 +172,15 @@ class Stream:
         rows: np.ndarray,
         inputs: np.ndarray,
         targets: np.ndarray,
-        filler: int,
+        pad_token_id: int,
         documents: np.ndarray | None = None,
     ) -> None:
         """Read the samples with these numbers in token order into the given rows.
 
         starts:          start_dtype [indexed samples, 2], slot and offset where each begins
         numbers, rows:   int64 [samples]
-        inputs, targets: int64 [batch, seq_len]; what a sample leaves empty gets `filler` as input
-                         and IGNORED_TARGET as target
+        inputs, targets: int64 [batch, seq_len]; positions past a sample's end get
+                         `pad_token_id` as input and IGNORED_TARGET as target
         documents:       int64 [batch, seq_len], needed where the sample's documents do not see each
                          other: gets the number of every input's document within its row
 
@@ -201,7 +201,7 @@ class Stream:
                 rows,
                 inputs,
                 targets,
-                filler,
+                pad_token_id,
                 IGNORED_TARGET,
                 documents,
             )

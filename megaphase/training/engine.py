@@ -100,17 +100,15 @@ class StepResult:
 class Engine:
     """The model, its optimizer and its ZeRO state on this rank."""
 
-    def __init__(
-        self, config: RunConfig, shape: GPTShape, topology: ProcessGrid, tasks: int
-    ) -> None:
+    def __init__(self, config: RunConfig, shape: GPTShape, grid: ProcessGrid, tasks: int) -> None:
         deepspeed = import_deepspeed()
         deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self.parts = parts = choose_parts(config)
-        self.topology = topology
+        self.grid = grid
         self._tasks = tasks
         self._seed, self._dropout = config.seed, shape.dropout
         self.micro = config.batch.micro
-        settings = deepspeed_config(config, shape, topology.data_size)
+        settings = deepspeed_config(config, shape, grid.data_size)
         # Without ZeRO, DeepSpeed clips by the norm but does not tell it.
         self._clip_here = largest_norm(config) if config.parallel.zero == 0 else None
         self._accumulation: int = settings["gradient_accumulation_steps"]
@@ -118,8 +116,8 @@ class Engine:
         if config.parallel.zero == 3:
             partitioned = deepspeed.zero.Init(
                 config_dict_or_path=settings,
-                mpu=topology,
-                data_parallel_group=topology.data_group,
+                mpu=grid,
+                data_parallel_group=grid.data_group,
                 tensor_overrides=[],  # parameters come in their type; nothing else is to change
             )
         # Weights are rounded to the precision's type for every ZeRO stage, so that all start equal.
@@ -128,7 +126,7 @@ class Engine:
             model = GPT(
                 shape,
                 init,
-                topology,
+                grid,
                 sequence_parallel=config.parallel.sequence,
                 compute_dtype=compute_dtype(config),
                 kernels=parts.kernels,
@@ -144,13 +142,13 @@ class Engine:
                 model=model,
                 optimizer=optimizer,
                 config=settings,
-                mpu=topology,
+                mpu=grid,
                 dist_init_required=False,
             )
         if config.parallel.zero == 3:
             keep_gathered(self._engine.optimizer, model, config.parallel.keep_gathered)
         self._optimizer = optimizer
-        self.state = OptimizerState(self._engine, optimizer, topology)
+        self.state = OptimizerState(self._engine, optimizer, grid)
         self.state.reset()
 
     @property
@@ -171,7 +169,7 @@ class Engine:
         self._engine.train()
         tokens = self._count_tokens(batch)
         # DeepSpeed takes the mean over micro-batches and data-parallel ranks; this makes it a sum.
-        scale = self._accumulation * self.topology.data_size / max(1.0, float(tokens.sum()))
+        scale = self._accumulation * self.grid.data_size / max(1.0, float(tokens.sum()))
         row_losses = []
         seeds = self._dropout_seeds(len(batch), step)
         for micro, micro_seeds in zip(batch.split(self.micro), seeds, strict=True):
@@ -198,7 +196,7 @@ class Engine:
         """Sum one figure a row by task, over all data-parallel ranks; float64 [tasks], CPU."""
         sums = torch.zeros(self._tasks, dtype=torch.float64)
         sums.index_add_(0, batch.tasks, rows.double().cpu())
-        dist.all_reduce(on_device := sums.to(device()), group=self.topology.data_group)
+        dist.all_reduce(on_device := sums.to(device()), group=self.grid.data_group)
         return on_device.cpu()
 
     def _step(self) -> float:
@@ -215,7 +213,7 @@ class Engine:
             if not math.isfinite(norm):
                 self._forget_gradients()
             return norm
-        norm = clip_gradients(self.module.parameters(), self._clip_here, self.topology)
+        norm = clip_gradients(self.module.parameters(), self._clip_here, self.grid)
         if not math.isfinite(norm):
             self.module.zero_grad(set_to_none=True)
         self._engine.step()
@@ -229,7 +227,7 @@ class Engine:
 
     def _dropout_seeds(self, rows: int, step: int | None) -> Iterator[Tensor | None]:
         """Of each micro-batch of this rank's rows of the global batch; None without dropout."""
-        first = self.topology.data_rank * rows
+        first = self.grid.data_rank * rows
         for start in range(first, first + rows, self.micro):
             if self._dropout == 0:
                 yield None

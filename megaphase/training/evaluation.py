@@ -30,16 +30,22 @@ class HeldOutEvaluator:
     """Scores the first `samples` held-out samples of every task, always the same ones."""
 
     def __init__(
-        self, spec: PlanSpec, engine: Engine, *, samples: int, token_bytes: np.ndarray, filler: int
+        self,
+        spec: PlanSpec,
+        engine: Engine,
+        *,
+        samples: int,
+        token_bytes: np.ndarray,
+        pad_token_id: int,
     ) -> None:
         """
         Args:
             samples: how many of each task; fewer where a task has not so many.
             token_bytes: int64 [vocab], bytes of text that each token stands for.
-            filler: token id for inputs that have no target.
+            pad_token_id: token id for inputs that have no target.
         """
         self._spec, self._engine = spec, engine
-        self._samples, self._filler = samples, filler
+        self._samples, self._pad_token_id = samples, pad_token_id
         self._token_bytes = torch.from_numpy(token_bytes)
 
     def evaluate(self, next_task: Callable[[], object] = lambda: None) -> dict[str, HeldOutLoss]:
@@ -50,7 +56,7 @@ class HeldOutEvaluator:
         found = {}
         for number, (task, stream) in enumerate(self._spec.held_out.items()):
             next_task()
-            rows = self._own_rows(read_held_out(stream, number, self._samples, self._filler))
+            rows = self._own_rows(read_held_out(stream, number, self._samples, self._pad_token_id))
             losses = self._engine.evaluate(rows)
             nats = float(losses.loss_sums[number])
             scored_bytes = self._engine.sum_by_task(self._bytes_of_rows(rows), rows)[number]
@@ -62,14 +68,14 @@ class HeldOutEvaluator:
 
     def _own_rows(self, batch: Batch) -> Batch:
         """This data-parallel rank's rows; rows without targets fill up to equally many."""
-        topology, micro = self._engine.topology, self._engine.micro
-        share = -(-len(batch) // (topology.data_size * micro)) * micro
-        missing = share * topology.data_size - len(batch)
-        rows = slice(topology.data_rank * share, (topology.data_rank + 1) * share)
+        grid, micro = self._engine.grid, self._engine.micro
+        share = -(-len(batch) // (grid.data_size * micro)) * micro
+        missing = share * grid.data_size - len(batch)
+        rows = slice(grid.data_rank * share, (grid.data_rank + 1) * share)
         pad = torch.nn.functional.pad
         documents = batch.documents
         return Batch(
-            pad(batch.inputs, (0, 0, 0, missing), value=self._filler),
+            pad(batch.inputs, (0, 0, 0, missing), value=self._pad_token_id),
             pad(batch.targets, (0, 0, 0, missing), value=IGNORED_TARGET),
             pad(batch.tasks, (0, missing), value=int(batch.tasks[0])),
             None if documents is None else pad(documents, (0, 0, 0, missing)),

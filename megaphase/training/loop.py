@@ -39,7 +39,7 @@ from megaphase.utils.errors import RunError, Stopped
 class Guards:
     """What watches over a run beside the loop."""
 
-    agreement: ControlGroup
+    control_group: ControlGroup
     watchdog: Watchdog
     signals: StopSignals
     monitor: EarlyStopping
@@ -48,7 +48,7 @@ class Guards:
     history: RunHistory
     trace: BatchDump
     profiler: StepProfiler
-    outlook: ResumePoint
+    resume_point: ResumePoint
 
 
 class TrainingLoop:
@@ -64,12 +64,12 @@ class TrainingLoop:
         record: RunLogger,
         guards: Guards,
         *,
-        filler: int,
+        pad_token_id: int,
     ) -> None:
-        """filler: token id for inputs that have no target."""
+        """pad_token_id: token id for inputs that have no target."""
         self._config, self._plan, self._engine = config, plan, engine
         self._evaluator, self._saver, self._record = evaluator, saver, record
-        self._guards, self._filler = guards, filler
+        self._guards, self._pad_token_id = guards, pad_token_id
         self._last_evaluation: tuple[int, dict[str, HeldOutLoss]] | None = None
         self._save_seconds = 0.0
 
@@ -108,13 +108,13 @@ class TrainingLoop:
 
     def _train_phase(self, at: TrainState) -> TrainState:
         """To the phase's end; returns where the next one begins."""
-        steps, topology = self._plan.phases[at.phase].steps, self._engine.topology
+        steps, grid = self._plan.phases[at.phase].steps, self._engine.grid
         reader = StepReader(
             self._plan,
             at.phase,
-            rank=topology.data_rank,
-            ranks=topology.data_size,
-            filler=self._filler,
+            rank=grid.data_rank,
+            ranks=grid.data_size,
+            pad_token_id=self._pad_token_id,
             starts=np.array(at.starts, np.int64),
         )
         for batch in reader.steps(at.phase_step, steps):
@@ -138,7 +138,7 @@ class TrainingLoop:
         seconds = StepSeconds(wait_seconds, train_seconds, self._save_seconds)
         self._save_seconds = 0.0
         self._record.step(phase.name, at, result, rate, seconds)
-        self._guards.outlook.note_step(at.step)
+        self._guards.resume_point.note_step(at.step)
         if result.applied:
             self._on_step_applied(at, result, rate)
         else:
@@ -212,7 +212,7 @@ class TrainingLoop:
         following = at.next_phase(at.used(self._plan))
         self._save(following, permanent=True)
         ends = self._guards.divergence.is_over(phase_ends=True)
-        if self._guards.agreement.largest(int(ends))[0]:
+        if self._guards.control_group.largest(int(ends))[0]:
             self._end_diverged(following, phase)
         return following
 
@@ -268,7 +268,7 @@ class TrainingLoop:
         received = self._guards.signals.received
         ends = self._guards.divergence.is_over(phase_ends=False)
         started = time.perf_counter()
-        save_status, signalled, diverged = self._guards.agreement.largest(
+        save_status, signalled, diverged = self._guards.control_group.largest(
             self._saver.status, int(received is not None), int(ends)
         )
         self._saver.advance(save_status)
@@ -287,7 +287,7 @@ class TrainingLoop:
         raise self._guards.divergence.end(at.step, phase)
 
     def _stop(self, at: TrainState, received: str | None) -> None:
-        names = self._guards.agreement.gather(received)
+        names = self._guards.control_group.gather(received)
         rank, name = next((rank, name) for rank, name in enumerate(names) if name is not None)
         if self._saver.is_saved(at):
             phase = self._config.phases[at.phase].name

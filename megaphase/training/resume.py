@@ -106,5 +106,5 @@ def load_checkpoint(setting: RunContext, engine: Engine, checkpoint: Checkpoint)
     """Take weights and optimizer state over, from whatever layout they were saved on."""
     stored, state = StoredParameters(checkpoint.folder), checkpoint.state
     run_on_all_ranks(lambda: engine.state.load(stored, state["optimizer_steps"]))
-    if state["processes"] == setting.topology.world_size:
-        set_random_state(stored_random_state(checkpoint.folder, setting.topology.rank))
+    if state["processes"] == setting.grid.world_size:
+        set_random_state(stored_random_state(checkpoint.folder, setting.grid.rank))

@@ -71,8 +71,8 @@ class RunContext:
 
     config: RunConfig
     parts: ValidatedInputs
-    topology: ProcessGrid
-    agreement: ControlGroup
+    grid: ProcessGrid
+    control_group: ControlGroup
     directory: RunDirectory
     plan: Plan
     store: CheckpointStore
@@ -80,7 +80,7 @@ class RunContext:
 
     def engine(self) -> Engine:
         """The model with its initial weights."""
-        return Engine(self.config, self.parts.shape, self.topology, len(self.plan.tasks))
+        return Engine(self.config, self.parts.shape, self.grid, len(self.plan.tasks))
 
     def evaluator(self, engine: Engine) -> HeldOutEvaluator:
         """Measures what the run file asks for."""
@@ -90,7 +90,7 @@ class RunContext:
             engine,
             samples=self.config.validation.samples,
             token_bytes=tokenizer.token_bytes(),
-            filler=tokenizer.eod,
+            pad_token_id=tokenizer.eod,
         )
 
     def facts(self) -> dict[str, Any]:
@@ -100,8 +100,8 @@ class RunContext:
             "plan": self.plan.spec.fingerprint,
             "streams": self.plan.spec.stream_fingerprints,
             "model": self.parts.shape.facts(),
-            "processes": self.topology.world_size,
-            "tensor": self.topology.tensor_size,
+            "processes": self.grid.world_size,
+            "tensor": self.grid.tensor_size,
             "zero": self.config.parallel.zero,
             "precision": self.config.precision,
         }
@@ -128,19 +128,19 @@ def build_run_context(config: RunConfig, branch: Branch | None, console: Console
     # First, so that no process uses a file in which another one has found a fault.
     run_on_all_ranks(lambda: check_corpora(config, *share_of_node()))
     parts = run_on_all_ranks(lambda: check_run(config, branch))
-    topology = start(config.parallel.tensor)
+    grid = start(config.parallel.tensor)
 
     def say(text: str) -> None:
-        if topology.is_first:
+        if grid.is_first:
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    agreement = ControlGroup()
+    control_group = ControlGroup()
     directory = RunDirectory(config.output)
-    store = CheckpointStore(directory.checkpoints, agreement, say)
+    store = CheckpointStore(directory.checkpoints, control_group, say)
     if branch is not None and branch.is_new:
         store.open(branch.checkpoint)  # before anything is written
     plan = _open_plan(config, parts.spec, directory, branch, say, console)
-    return RunContext(config, parts, topology, agreement, directory, plan, store, say)
+    return RunContext(config, parts, grid, control_group, directory, plan, store, say)
 
 
 def _open_plan(

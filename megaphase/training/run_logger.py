@@ -49,10 +49,10 @@ class RunLogger:
         metrics: MetricsLog | None,
         display: TrainingDisplay | None,
         tasks: list[str],
-        yardstick: ThroughputReference,
+        throughput_reference: ThroughputReference,
     ) -> None:
         self._metrics, self._display = metrics, display
-        self._tasks, self._yardstick = tasks, yardstick
+        self._tasks, self._throughput_reference = tasks, throughput_reference
 
     def step(
         self, phase: str, at: TrainState, result: StepResult, rate: float, seconds: StepSeconds
@@ -60,7 +60,7 @@ class RunLogger:
         """A training step, also one that was left out; `at`: where it has led to."""
         if self._metrics is None or self._display is None:
             return
-        tokens = self._yardstick.tokens_per_step
+        tokens = self._throughput_reference.tokens_per_step
         loss = result.losses.mean
         row = {
             "step": at.step,
@@ -115,6 +115,10 @@ class RunLogger:
         return self._metrics.sync() if self._metrics is not None else {}
 
     def _mfu(self, tokens_per_second: float) -> float | None:
-        if self._yardstick.peak_flops is None:
+        if self._throughput_reference.peak_flops is None:
             return None
-        return self._yardstick.flops_per_token * tokens_per_second / self._yardstick.peak_flops
+        return (
+            self._throughput_reference.flops_per_token
+            * tokens_per_second
+            / self._throughput_reference.peak_flops
+        )

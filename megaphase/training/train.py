@@ -80,7 +80,7 @@ def train(
         with watchdog.patient("setting up"):
             beginning = _beginning(config, source, console, stack)
             setting = beginning.setting
-            outlook = _outlook(beginning, watchdog)
+            resume_point = _resume_point(beginning, watchdog)
             detector = _detector(beginning)
             if beginning.is_end():
                 steps = beginning.step
@@ -97,7 +97,9 @@ def train(
             if history.doubt:
                 record.say(history.doubt)
             profiler = _profiler(beginning, profile_steps, watchdog, record, stack)
-        guards = _guards(beginning, history, watchdog, signals, profiler, detector, record, outlook)
+        guards = _guards(
+            beginning, history, watchdog, signals, profiler, detector, record, resume_point
+        )
         loop = TrainingLoop(
             config,
             setting.plan,
@@ -106,9 +108,9 @@ def train(
             _run_saver(beginning, engine, guards, detector, record),
             record,
             guards,
-            filler=setting.parts.tokenizer.eod,
+            pad_token_id=setting.parts.tokenizer.eod,
         )
-        signals.begin_training(outlook.loss)
+        signals.begin_training(resume_point.loss)
         loop.run(beginning.position(), branched=beginning.branch is not None)
 
 
@@ -188,9 +190,9 @@ def _sole_run(directory: RunDirectory) -> contextlib.AbstractContextManager[None
     return exclusive_lock(directory.lock, refuse)
 
 
-def _outlook(beginning: StartState, watchdog: Watchdog) -> ResumePoint:
+def _resume_point(beginning: StartState, watchdog: Watchdog) -> ResumePoint:
     checkpoint = None if beginning.checkpoint is None else beginning.checkpoint.folder.name
-    return ResumePoint(checkpoint, beginning.step, partial(setattr, watchdog, "outlook"))
+    return ResumePoint(checkpoint, beginning.step, partial(setattr, watchdog, "resume_point"))
 
 
 def _detector(beginning: StartState) -> DivergenceDetector:
@@ -232,7 +234,7 @@ def _guards(
     profiler: StepProfiler,
     detector: DivergenceDetector,
     record: RunLogger,
-    outlook: ResumePoint,
+    resume_point: ResumePoint,
 ) -> Guards:
     setting, state = beginning.setting, beginning.state
     monitor = EarlyStopping(setting.config)
@@ -240,13 +242,22 @@ def _guards(
     if state is not None:
         monitor.load_state_dict(state["monitor"])
         losses.load_state_dict(state["losses"])
-    first = setting.topology.is_first
+    first = setting.grid.is_first
     trace = BatchDump(setting.directory.traces, setting.plan, writes=first)
     checkpoint = _checkpoint_until(beginning)
     divergence = DivergenceWatch(setting.config, detector, record, checkpoint)
-    agreement = setting.agreement
+    control_group = setting.control_group
     return Guards(
-        agreement, watchdog, signals, monitor, losses, divergence, history, trace, profiler, outlook
+        control_group,
+        watchdog,
+        signals,
+        monitor,
+        losses,
+        divergence,
+        history,
+        trace,
+        profiler,
+        resume_point,
     )
 
 
@@ -272,8 +283,8 @@ def _profiler(
         lambda: Profiler(
             setting.directory.profile,
             steps,
-            _yardstick(setting),
-            setting.agreement,
+            _throughput_reference(setting),
+            setting.control_group,
             watchdog,
             record.say,
         )
@@ -291,14 +302,14 @@ def _run_saver(
     setting = beginning.setting
     settings = setting.config.checkpoint
     best = beginning.state["best"] if beginning.state else {}
-    setting.agreement.on_first_rank(partial(setting.store.prepare, best))
+    setting.control_group.on_first_rank(partial(setting.store.prepare, best))
     saver = Saver(
         setting.store,
-        setting.agreement,
+        setting.control_group,
         keep=settings.keep,
         asynchronous=settings.asynchronous,
         say=record.say,
-        note=guards.outlook.note_saved,
+        note=guards.resume_point.note_saved,
     )
     return Checkpointer(
         saver,
@@ -318,9 +329,9 @@ def _record(beginning: StartState, console: Console) -> Iterator[RunLogger]:
     """Rank 0's record and display, closed at the end whatever happens."""
     setting, done = beginning.setting, beginning.step
     config, plan = setting.config, setting.plan
-    yardstick = _yardstick(setting)
-    if not setting.topology.is_first:
-        yield RunLogger(None, None, plan.tasks, yardstick)
+    throughput_reference = _throughput_reference(setting)
+    if not setting.grid.is_first:
+        yield RunLogger(None, None, plan.tasks, throughput_reference)
         return
     path, state = setting.directory.metrics, beginning.state
     with os_errors_named(path):
@@ -339,33 +350,33 @@ def _record(beginning: StartState, console: Console) -> Iterator[RunLogger]:
         console, steps=steps, done=done, every_steps=config.logging.every_steps
     )
     with contextlib.closing(metrics), display:
-        record = RunLogger(metrics, display, plan.tasks, yardstick)
+        record = RunLogger(metrics, display, plan.tasks, throughput_reference)
         if kept.problem is not None:
             record.say(kept.sentence(path))
             record.event(done, "metrics_damaged", **kept.event())
         yield record
 
 
-def _yardstick(setting: RunContext) -> ThroughputReference:
+def _throughput_reference(setting: RunContext) -> ThroughputReference:
     config = setting.config
     return ThroughputReference(
         config.batch.samples * config.model.seq_len,
         setting.parts.shape.train_flops_per_token(),
-        _peak_flops(config, setting.topology),
+        _peak_flops(config, setting.grid),
     )
 
 
-def _peak_flops(config: RunConfig, topology: ProcessGrid) -> float | None:
+def _peak_flops(config: RunConfig, grid: ProcessGrid) -> float | None:
     one = device_peak_flops(config)
-    return None if one is None else one * topology.world_size
+    return None if one is None else one * grid.world_size
 
 
 def _describe(setting: RunContext, parts: Backends) -> str:
-    config, topology = setting.config, setting.topology
+    config, grid = setting.config, setting.grid
     name = f"{config.model.preset}: " if config.model.preset else ""
     parameters = setting.parts.shape.parameters()
     return (
         f"{name}{parameters / 1e6:,.1f} million parameters, {config.precision}, "
-        f"tensor {topology.tensor_size} × data {topology.data_size}, ZeRO {config.parallel.zero}; "
+        f"tensor {grid.tensor_size} × data {grid.data_size}, ZeRO {config.parallel.zero}; "
         f"{parts.describe()}"
     )

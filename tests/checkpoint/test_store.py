@@ -319,12 +319,12 @@ def agreed_failure(folder: str) -> tuple[str, list[str]]:
 
     with process_group():
         start(1)
-        agreement = ControlGroup()
-        store = CheckpointStore(Path(folder), agreement)
-        saver = Saver(store, agreement, keep=1, asynchronous=True, say=lambda text: None)
+        control_group = ControlGroup()
+        store = CheckpointStore(Path(folder), control_group)
+        saver = Saver(store, control_group, keep=1, asynchronous=True, say=lambda text: None)
         saver.save(full_name(1), snapshot(torch.ones(10)), {}, {})
         saver.finish()
-        if agreement.rank == 1:
+        if control_group.rank == 1:
             saver_module.write_tensors = missing_device  # type: ignore[assignment]
         saver.save(full_name(2), snapshot(torch.ones(10)), {}, {})
         try:

@@ -47,7 +47,7 @@ def config_of(layout: Layout) -> RunConfig:
 
 def train(engine: Engine, first: int, steps: int) -> list[float]:
     batches = (global_batch(first + i, vocab=VOCAB) for i in range(steps))
-    return [engine.train_step(share(batch, engine.topology), RATE).losses.mean for batch in batches]
+    return [engine.train_step(share(batch, engine.grid), RATE).losses.mean for batch in batches]
 
 
 def begin(folder: str) -> list[float]:
@@ -65,14 +65,14 @@ def go_on(layouts: list[Layout], folder: str) -> dict[Layout, list[float]]:
     """From `reshaped` checkpoints: save them again as `native` ones, and train."""
     with process_group():
         start(1)
-        agreement = ControlGroup()
+        control_group = ControlGroup()
         curves = {}
         for layout in layouts:
             config = config_of(layout)
             engine = build_engine(config, VOCAB)
             stored = StoredParameters(Path(folder, "reshaped", name_of(layout)))
             engine.state.load(stored, BEFORE)
-            save(engine, config, VOCAB, Path(folder, "native", name_of(layout)), agreement)
+            save(engine, config, VOCAB, Path(folder, "native", name_of(layout)), control_group)
             curves[layout] = train(engine, BEFORE, AFTER)
         return curves
 

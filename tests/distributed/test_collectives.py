@@ -106,7 +106,7 @@ def _record(case: Case, micro: int) -> list[Collectives]:
         engine = build_engine(run_config(model=MODEL, micro=micro, **case.parallel), VOCAB)
     finally:
         engine_module.deepspeed_config = settings_of
-    batch = share(global_batch(0, vocab=VOCAB), engine.topology)
+    batch = share(global_batch(0, vocab=VOCAB), engine.grid)
     for _ in range(LEARNING_STEPS):
         engine.train_step(batch, RATE)
     found = []

@@ -76,13 +76,13 @@ def examine() -> RankResults:
         for size in TENSOR_SIZES:
             for zero in (0, 3):
                 _examine_model(size, zero, results)
-            topology = start(size)
+            grid = start(size)
             if size > 1:
                 for name in COLLECTIVES:
-                    results.collectives[size, name] = _run_collective(name, topology)
+                    results.collectives[size, name] = _run_collective(name, grid)
             for vocab in VOCABULARIES:
                 for dtype in (torch.float32, torch.bfloat16):
-                    found = _run_cross_entropy(vocab, dtype, topology)
+                    found = _run_cross_entropy(vocab, dtype, grid)
                     results.cross_entropy[size, vocab, dtype] = found
         return results
 
@@ -208,18 +208,18 @@ class Collective:
 
 COLLECTIVES = {
     "copy": Collective(
-        lambda x, topology: copy_to_tensor_parallel([x], topology)[0],
+        lambda x, grid: copy_to_tensor_parallel([x], grid)[0],
         lambda xs: [xs[0] for _ in xs],
         replicated_input=True,
     ),
     "reduce": Collective(
-        lambda x, topology: reduce_async(x.clone(), topology, False)(),
+        lambda x, grid: reduce_async(x.clone(), grid, False)(),
         lambda xs: [torch.stack(xs).sum(0)] * len(xs),
         replicated_output=True,
     ),
     "gather": Collective(gather_sequence, lambda xs: [torch.cat(xs, 1) for _ in xs]),
     "reduce_scatter": Collective(
-        lambda x, topology: reduce_async(x.clone(), topology, True)(),
+        lambda x, grid: reduce_async(x.clone(), grid, True)(),
         lambda xs: list(torch.stack(xs).sum(0).chunk(len(xs), 1)),
     ),
 }
@@ -236,11 +236,11 @@ def _score(output: Tensor, collective: Collective, rank: int) -> Tensor:
     return (output**2 * normal(*output.shape, seed=seed)).sum()
 
 
-def _run_collective(name: str, topology: ProcessGrid) -> tuple[Tensor, Tensor]:
+def _run_collective(name: str, grid: ProcessGrid) -> tuple[Tensor, Tensor]:
     collective = COLLECTIVES[name]
-    x = _input(collective, topology.tensor_rank)
-    y = collective.run(x, topology)
-    _score(y, collective, topology.tensor_rank).backward()
+    x = _input(collective, grid.tensor_rank)
+    y = collective.run(x, grid)
+    _score(y, collective, grid.tensor_rank).backward()
     assert x.grad is not None
     return y.detach(), x.grad
 
@@ -293,12 +293,12 @@ class FoundLosses:
     weight_gradient: Tensor
 
 
-def _run_cross_entropy(vocab: int, dtype: torch.dtype, topology: ProcessGrid) -> FoundLosses:
-    rows = -(-vocab // topology.tensor_size)
-    first = rows * topology.tensor_rank
+def _run_cross_entropy(vocab: int, dtype: torch.dtype, grid: ProcessGrid) -> FoundLosses:
+    rows = -(-vocab // grid.tensor_size)
+    first = rows * grid.tensor_rank
     x = _hidden(dtype).requires_grad_()
     weight = _vocabulary_weight(vocab, dtype)[first : first + rows].clone().requires_grad_()
-    part = Vocabulary(first, IGNORED_TARGET, topology, EAGER, TOKENS_AT_A_TIME)
+    part = Vocabulary(first, IGNORED_TARGET, grid, EAGER, TOKENS_AT_A_TIME)
     total, losses = linear_cross_entropy(x, weight, _targets(vocab), part)
     assert total.requires_grad
     assert not losses.requires_grad

@@ -62,8 +62,8 @@ BIG = Setup(
 @pytest.mark.parametrize("shape", [LLAMA, GPT2])
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_parameters_are_those_of_the_model(shape, tensor):
-    topology = ProcessGrid(tensor, 0, tensor, None, None)  # type: ignore[arg-type]  # nothing travels
-    model = GPT(shape, Initializer(1, torch.float32), topology)
+    grid = ProcessGrid(tensor, 0, tensor, None, None)  # type: ignore[arg-type]  # nothing travels
+    model = GPT(shape, Initializer(1, torch.float32), grid)
     parameters = dict(model.named_parameters())
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     assert parameter_sizes(shape, tensor) == sizes
@@ -95,7 +95,7 @@ def build(tensor: int) -> list[Built]:
 
 def _build(zero: int, precision: str, tensor: int) -> Built:
     engine = build_engine(run_config(zero=zero, precision=precision, tensor=tensor))
-    engine.train_step(share(global_batch(0), engine.topology), 1e-3)
+    engine.train_step(share(global_batch(0), engine.grid), 1e-3)
     deepspeed = engine._engine
     optimizer = deepspeed.optimizer
     masters = [p for group in engine._optimizer.param_groups for p in group["params"]]

@@ -24,10 +24,10 @@ RANK = Path(__file__).resolve().parents[1] / "support" / "killed_rank.py"
 PATIENCE_SECONDS = {"starting": 2.0, "training": 120.0}
 LAUNCHER = """
 import sys
-from megaphase.launch.local import Sayings, run_as_ranks
+from megaphase.launch.local import ExitMessages, run_as_ranks
 processes, patience, *argv = sys.argv[1:]
-sayings = Sayings(lambda: "It begins again")
-sys.exit(run_as_ranks(argv, int(processes), sayings, patience_seconds=float(patience)))
+exit_messages = ExitMessages(lambda: "It begins again")
+sys.exit(run_as_ranks(argv, int(processes), exit_messages, patience_seconds=float(patience)))
 """
 
 
@@ -134,10 +134,10 @@ def test_killed_rank_of_a_training_is_named_in_one_line(layout, tmp_path):
         assert line.startswith(f"megaphase: rank {victim} on "), line
         assert f" (process {pid}) was killed by SIGKILL, last seen " in line
         assert line.count("\n") == 1
-        outlook = "There is no checkpoint yet: the same command starts from the beginning"
+        resume_point = "There is no checkpoint yet: the same command starts from the beginning"
         if newest is not None:
-            outlook = f"The same command resumes from {newest.name}"
-        assert line.endswith(f"; all processes end. {outlook}\n")
+            resume_point = f"The same command resumes from {newest.name}"
+        assert line.endswith(f"; all processes end. {resume_point}\n")
 
 
 def has_trained(metrics: Path) -> bool:

@@ -51,11 +51,11 @@ def wait_for(what, seconds=300):
 
 LAUNCHER = """
 import sys
-from megaphase.launch.local import Sayings, run_as_ranks
+from megaphase.launch.local import ExitMessages, run_as_ranks
 processes, patience, grace, *argv = sys.argv[1:]
 seconds = {"patience_seconds": float(patience), "grace_seconds": float(grace)}
-sayings = Sayings(lambda: "It resumes from step-00000004", lambda: "7 steps are lost")
-sys.exit(run_as_ranks(argv, int(processes), sayings, **seconds))
+exit_messages = ExitMessages(lambda: "It resumes from step-00000004", lambda: "7 steps are lost")
+sys.exit(run_as_ranks(argv, int(processes), exit_messages, **seconds))
 """
 
 

@@ -91,9 +91,9 @@ def _train(case: Case) -> Curve:
     )
     before, steps = fp32_weights(engine), []
     for step in range(FIRST_STEP, LAST_STEP):
-        result = engine.train_step(share(global_batch(step), engine.topology), RATE, step)
+        result = engine.train_step(share(global_batch(step), engine.grid), RATE, step)
         steps.append((result.losses.mean, result.grad_norm))
-    validation = engine.evaluate(share(global_batch(VALIDATION_BATCH), engine.topology))
+    validation = engine.evaluate(share(global_batch(VALIDATION_BATCH), engine.grid))
     return Curve(steps, validation.by_task(TASKS), before)
 
 

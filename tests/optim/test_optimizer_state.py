@@ -104,7 +104,7 @@ class Examined:
 
 
 def train(engine: Engine, first: int, steps: int) -> list[StepResult]:
-    batches = (share(global_batch(first + i), engine.topology) for i in range(steps))
+    batches = (share(global_batch(first + i), engine.grid) for i in range(steps))
     return [engine.train_step(batch, RATE) for batch in batches]
 
 
@@ -112,10 +112,10 @@ def curve(results: list[StepResult]) -> list[tuple[float, float]]:
     return [(result.losses.mean, result.grad_norm) for result in results]
 
 
-def save(engine: Engine, folder: Path, agreement: ControlGroup) -> Path:
+def save(engine: Engine, folder: Path, control_group: ControlGroup) -> Path:
     """Save as a run does; the checkpoint's folder."""
-    store = CheckpointStore(folder, agreement)
-    saver = Saver(store, agreement, keep=1, asynchronous=True, say=lambda text: None)
+    store = CheckpointStore(folder, control_group)
+    saver = Saver(store, control_group, keep=1, asynchronous=True, say=lambda text: None)
     saver.save("step-00000001", engine.state.snapshot(), {}, {})
     saver.finish()
     return folder / "step-00000001"
@@ -138,12 +138,12 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def examine(
-    zero: int, precision: str, offload: str, folder: Path, agreement: ControlGroup
+    zero: int, precision: str, offload: str, folder: Path, control_group: ControlGroup
 ) -> Examined:
     settings = {"tensor": 2, "zero": zero, "precision": precision, **(OFFLOADS | KEPT)[offload]}
     engine = build_engine(run_config(**settings))
     train(engine, 0, BEFORE)
-    checkpoint = save(engine, folder, agreement)
+    checkpoint = save(engine, folder, control_group)
     steps = engine.state.steps
     undisturbed = curve(train(engine, BEFORE, AFTER))
     last_weights = fp32_weights(engine)
@@ -184,9 +184,9 @@ def examine_all(
 ) -> dict[tuple[int, str, str], Examined]:
     with process_group():
         start(2)
-        agreement = ControlGroup()
+        control_group = ControlGroup()
         return {
-            case: examine(*case, Path(folder, "-".join(map(str, case))), agreement)
+            case: examine(*case, Path(folder, "-".join(map(str, case))), control_group)
             for case in cases
         }
 
@@ -235,12 +235,12 @@ def hop(folder: str) -> tuple[list[float], list[float]]:
     model = {"kv_heads": 4, "vocab": 99}  # 99: every size pads its rows otherwise
     with process_group():
         start(1)
-        agreement = ControlGroup()
+        control_group = ControlGroup()
         still = build_engine(run_config(model=model, tensor=1, zero=0), 99)
         still_curve = [
             result.losses.mean
             for i in range(len(HOPS) * HOP_STEPS)
-            for result in [still.train_step(share(batch(i), still.topology), RATE)]
+            for result in [still.train_step(share(batch(i), still.grid), RATE)]
         ]
         curve: list[float] = []
         checkpoint, steps = None, 0
@@ -253,10 +253,10 @@ def hop(folder: str) -> tuple[list[float], list[float]]:
             else:
                 engine.state.load(StoredParameters(checkpoint), steps)
             for _ in range(HOP_STEPS):
-                result = engine.train_step(share(batch(len(curve)), engine.topology), RATE)
+                result = engine.train_step(share(batch(len(curve)), engine.grid), RATE)
                 curve.append(result.losses.mean)
             checkpoint, steps = (
-                save(engine, Path(folder, str(number)), agreement),
+                save(engine, Path(folder, str(number)), control_group),
                 engine.state.steps,
             )
         return still_curve, curve

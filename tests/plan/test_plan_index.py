@@ -161,7 +161,7 @@ def test_random_access_equals_sequential_access(run):
 def test_a_step_reader_reads_the_steps(run):
     config, _ = run
     plan = build_plan(config)
-    reader = StepReader(plan, 0, rank=1, ranks=2, filler=FILLER)
+    reader = StepReader(plan, 0, rank=1, ranks=2, pad_token_id=FILLER)
     expected = [as_rows(read_step(plan, 0, step, 1, 2, FILLER)) for step in range(12)]
     assert [as_rows(batch) for batch in reader.steps(0, 12)] == expected
     assert [as_rows(batch) for batch in reader.steps(5, 7)] == expected[5:7]

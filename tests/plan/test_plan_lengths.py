@@ -137,7 +137,7 @@ def test_streams_go_on_where_a_phase_was_cut(folder, order, cut):
     assert starts.tolist() == reference.phases[-1].starts
     last = len(reference.phases) - 1
     assert rows_of(planned, 1, 45, starts) == rows_of(reference, last, 45)
-    reader = StepReader(planned, 1, rank=1, ranks=2, filler=FILLER, starts=starts)
+    reader = StepReader(planned, 1, rank=1, ranks=2, pad_token_id=FILLER, starts=starts)
     read = [as_rows(batch) for batch in reader.steps(3, 9)]
     assert read == [as_rows(read_step(reference, last, s, 1, 2, FILLER)) for s in range(3, 9)]
 

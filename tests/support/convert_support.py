@@ -27,19 +27,19 @@ from megaphase.training.engine import Engine
 
 
 def save(
-    engine: Engine, config: RunConfig, vocab: int, folder: Path, agreement: ControlGroup
+    engine: Engine, config: RunConfig, vocab: int, folder: Path, control_group: ControlGroup
 ) -> Path:
     """Save an engine's state as a run does; the checkpoint's folder. Called by all ranks."""
-    topology = engine.topology
+    grid = engine.grid
     state = foreign_state(build_shape(config, vocab), {}) | {
         "optimizer_steps": engine.state.steps,
-        "processes": topology.world_size,
-        "tensor": topology.tensor_size,
+        "processes": grid.world_size,
+        "tensor": grid.tensor_size,
         "zero": config.parallel.zero,
         "precision": config.precision,
     }
-    store = CheckpointStore(folder, agreement)
-    saver = Saver(store, agreement, keep=1, asynchronous=False, say=lambda text: None)
+    store = CheckpointStore(folder, control_group)
+    saver = Saver(store, control_group, keep=1, asynchronous=False, say=lambda text: None)
     saver.save("step-00000001", engine.state.snapshot(), state, {})
     return folder / "step-00000001"
 

@@ -28,7 +28,7 @@ def write_pairs(prefix: Path, pairs: int) -> None:
 
 def read_everything(plan: Plan) -> list[list[tuple]]:
     """The rows of all steps, then the held-out ones of every task."""
-    reader = StepReader(plan, 0, rank=0, ranks=1, filler=0)
+    reader = StepReader(plan, 0, rank=0, ranks=1, pad_token_id=0)
     rows = [as_rows(batch) for batch in reader.steps(0, plan.phases[0].steps)]
     for number, stream in enumerate(plan.spec.held_out.values()):
         rows.append(as_rows(read_held_out(stream, number, 10**6, 0)))

@@ -62,8 +62,8 @@ def run_config(
 
 
 def build_engine(config: RunConfig, vocab: int = VOCAB) -> Engine:
-    topology = start(config.parallel.tensor)
-    return Engine(config, build_shape(config, vocab), topology, len(TASKS))
+    grid = start(config.parallel.tensor)
+    return Engine(config, build_shape(config, vocab), grid, len(TASKS))
 
 
 def global_batch(
@@ -101,10 +101,10 @@ def _documents(targets: Tensor, half: bool, random: torch.Generator) -> Tensor:
     return begins.cumsum(1)
 
 
-def share(batch: Batch, topology: ProcessGrid) -> Batch:
+def share(batch: Batch, grid: ProcessGrid) -> Batch:
     """The rows of this data-parallel rank."""
-    rows = len(batch) // topology.data_size
-    return list(batch.split(rows))[topology.data_rank]
+    rows = len(batch) // grid.data_size
+    return list(batch.split(rows))[grid.data_rank]
 
 
 def fp32_weights(engine: Engine) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ def main(folder: Path, rank: str) -> None:
         process_group(),
         Watchdog(2.0, 600.0) as watchdog,
     ):
-        watchdog.outlook = OUTLOOK
+        watchdog.resume_point = OUTLOOK
         signals.begin_training(lambda: "")
         for step in itertools.count():
             watchdog.at(f"in step {step}")

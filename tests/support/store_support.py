@@ -17,7 +17,7 @@ from megaphase.distributed.sharding import ParameterLayout
 
 
 class Alone:
-    """The agreement of a single process with itself."""
+    """The control group of a single process."""
 
     rank, world_size = 0, 1
 

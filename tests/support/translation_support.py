@@ -115,7 +115,11 @@ class ExpectedRow:
 
 
 def expected_row(
-    sample: list[Piece], documents: list[list[int]], seq_len: int, filler: int, scored: list[int]
+    sample: list[Piece],
+    documents: list[list[int]],
+    seq_len: int,
+    pad_token_id: int,
+    scored: list[int],
 ) -> ExpectedRow:
     """A sample's row; of document d, the tokens from scored[d] on are targets."""
     tokens, targets, numbers = [], [], []
@@ -126,7 +130,7 @@ def expected_row(
             targets.append(token if place >= scored[document] else IGNORED_TARGET)
             numbers.append(number)
     empty = seq_len + 1 - len(tokens)
-    inputs = (tokens + [filler] * empty)[:seq_len]
+    inputs = (tokens + [pad_token_id] * empty)[:seq_len]
     numbers = (numbers + [numbers[-1]] * empty)[:seq_len]
     return ExpectedRow(inputs, targets[1:] + [IGNORED_TARGET] * empty, numbers)
 
@@ -159,7 +163,9 @@ class ReferencePackedStream:
         family = member_key(derived_key(self.seed, "samples", self.side, self.task), epoch)
         return [samples[i] for i in permutation(len(samples), member_key(family, 0))]
 
-    def rows(self, samples: list[list[Piece]], filler: int) -> list[ExpectedRow]:
+    def rows(self, samples: list[list[Piece]], pad_token_id: int) -> list[ExpectedRow]:
         documents = self.pairs.documents
         scored = [scored_from(document) for document in documents]
-        return [expected_row(each, documents, self.seq_len, filler, scored) for each in samples]
+        return [
+            expected_row(each, documents, self.seq_len, pad_token_id, scored) for each in samples
+        ]

@@ -102,7 +102,7 @@ def train(harm: str, faulty_ranks: set[int]) -> None:
     global _watchdog
     with process_group(), Watchdog(SILENT_SECONDS, stalled_seconds) as watchdog:
         _watchdog = watchdog
-        watchdog.outlook = "It resumes from step-00000002"
+        watchdog.resume_point = "It resumes from step-00000002"
         rank = dist.get_rank()
         for step in range(STEPS):
             watchdog.at(f"in step {step}")

@@ -198,9 +198,9 @@ def _train(case: Case) -> Curve:
     for step in range(case.steps):
         if step == VALIDATED_STEP:
             batch = variant.batch(VALIDATION_BATCH)
-            validation = engine.evaluate(share(batch, engine.topology)).by_task(TASKS)
+            validation = engine.evaluate(share(batch, engine.grid)).by_task(TASKS)
         batch = variant.batch(step)
-        result = engine.train_step(share(batch, engine.topology), LEARNING_RATE)
+        result = engine.train_step(share(batch, engine.grid), LEARNING_RATE)
         steps.append(Step(result.losses.mean, result.losses.by_task(TASKS), result.grad_norm))
     return Curve(steps, validation, before, _padding(engine, case, variant.vocab))
 
@@ -208,7 +208,7 @@ def _train(case: Case) -> Curve:
 def _padding(engine: Any, case: Case, vocab: int) -> list[Tensor]:
     """The rows of embedding and head on this rank that stand for no token."""
     rows = padded_vocab(vocab, case.tensor) // case.tensor
-    real = min(rows, vocab - rows * engine.topology.tensor_rank)
+    real = min(rows, vocab - rows * engine.grid.tensor_rank)
     weights = model_weights(engine)
     return [weights[name][real:] for name in ("embedding.weight", "head.weight") if name in weights]
 

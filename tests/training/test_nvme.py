@@ -140,20 +140,22 @@ def nvme_config(folder: str, precision: str, place: str, **changes: Any) -> RunC
 def train(engine: Engine, first: int, steps: int) -> Curve:
     curve = []
     for step in range(first, first + steps):
-        batch = share(global_batch(step, vocab=VOCAB), engine.topology)
+        batch = share(global_batch(step, vocab=VOCAB), engine.grid)
         result = engine.train_step(batch, RATE)
         curve.append((result.losses.mean, result.grad_norm))
     return curve
 
 
-def save(engine: Engine, folder: Path, agreement: ControlGroup) -> Path:
-    saver = Saver(CheckpointStore(folder, agreement), agreement, keep=1, asynchronous=True, say=str)
+def save(engine: Engine, folder: Path, control_group: ControlGroup) -> Path:
+    saver = Saver(
+        CheckpointStore(folder, control_group), control_group, keep=1, asynchronous=True, say=str
+    )
     saver.save("step-00000001", engine.state.snapshot(), {}, {})
     saver.finish()
     return folder / "step-00000001"
 
 
-def examine(folder: Path, precision: str, place: str, agreement: ControlGroup) -> Examined:
+def examine(folder: Path, precision: str, place: str, control_group: ControlGroup) -> Examined:
     def build(name: str, seed: int) -> Engine:
         config = nvme_config(str(folder / name), precision, place, seed=seed)
         return build_engine(config, VOCAB)
@@ -163,7 +165,7 @@ def examine(folder: Path, precision: str, place: str, agreement: ControlGroup) -
     expected = train(build_engine(on_the_cpu, VOCAB), 0, BEFORE + AFTER)
     engine = build("one", 1)
     first = train(engine, 0, BEFORE)
-    checkpoint, steps = save(engine, folder / "saved", agreement), engine.state.steps
+    checkpoint, steps = save(engine, folder / "saved", control_group), engine.state.steps
     undisturbed = train(engine, BEFORE, AFTER)
     weights = fp32_weights(engine)
 
@@ -197,9 +199,9 @@ def examine_all(folder: str, operator: str) -> dict[tuple[str, str], Examined]:
             put_stand_in_place()
         else:
             prepare_offload(nvme_config(folder, "bf16", "optimizer"))
-        agreement = ControlGroup()
+        control_group = ControlGroup()
         return {
-            case: examine(Path(folder, str(number)), *case, agreement)
+            case: examine(Path(folder, str(number)), *case, control_group)
             for number, case in enumerate(CASES)
         }
 

@@ -46,7 +46,7 @@ def _move(zero: int, precision: str) -> Movement:
     engine = build_engine(run_config(zero=zero, precision=precision, micro=4))
     movements = []
     for step in range(STEPS):
-        engine.train_step(share(global_batch(step), engine.topology), LEARNING_RATE)
+        engine.train_step(share(global_batch(step), engine.grid), LEARNING_RATE)
         if step + 1 in (STEPS // 2, STEPS):
             movements.append(fp32_weights(engine)[NAME] - 1)
     model = model_weights(engine)[NAME]

@@ -106,14 +106,14 @@ def _compare(case: Case) -> Comparison:
 def _trained(case: Case) -> Engine:
     engine = build_engine(case.config())
     for step in range(STEPS_BEFORE):
-        engine.train_step(share(global_batch(step), engine.topology), LEARNING_RATE)
+        engine.train_step(share(global_batch(step), engine.grid), LEARNING_RATE)
     return engine
 
 
 def _steps(engine: Engine, steps: int) -> list[Step]:
     taken = []
     for step in range(STEPS_BEFORE, STEPS_BEFORE + steps):
-        batch = share(global_batch(step), engine.topology)
+        batch = share(global_batch(step), engine.grid)
         result = engine.train_step(batch, LEARNING_RATE / 2)
         taken.append(
             Step(result.losses.mean, result.grad_norm, fp32_weights(engine), model_weights(engine))

@@ -174,10 +174,10 @@ def train_with_a_step_without_targets(
         batch = global_batch(step, packed=True)
         if step == 1:
             batch.targets.fill_(IGNORED_TARGET)
-        result = engine.train_step(share(batch, engine.topology), 1e-2)
+        result = engine.train_step(share(batch, engine.grid), 1e-2)
         steps.append((result.losses.mean, result.grad_norm))
     nothing = Batch(batch.inputs, batch.targets * 0 + IGNORED_TARGET, batch.tasks)
-    found = engine.evaluate(share(nothing, engine.topology))
+    found = engine.evaluate(share(nothing, engine.grid))
     assert found.by_task(TASKS) == {}
     finite = all(bool(each.isfinite().all()) for each in model_weights(engine).values())
     return steps, found.mean, finite

@@ -65,8 +65,8 @@ class Profiler:
         self,
         folder: Path,
         steps: int,
-        yardstick: ThroughputReference,
-        agreement: ControlGroup,
+        throughput_reference: ThroughputReference,
+        control_group: ControlGroup,
         watchdog: Watchdog,
         say: Callable[[str], None],
     ) -> None:
@@ -74,12 +74,12 @@ class Profiler:
         Raises:
             InputError: the folder cannot be made.
         """
-        if agreement.rank == 0:
+        if control_group.rank == 0:
             with os_errors_named(folder):
                 make_way_for_directory(folder, "the directory of profiles", say)
         make_directory(folder)
-        self._folder, self._steps, self._yardstick = folder, steps, yardstick
-        self._agreement, self._watchdog, self._say = agreement, watchdog, say
+        self._folder, self._steps, self._throughput_reference = folder, steps, throughput_reference
+        self._control_group, self._watchdog, self._say = control_group, watchdog, say
         self._done = 0
         self._waits: list[float] = []
         self._profile = _torch_profiler(steps) if _is_first_of_node() else None
@@ -126,15 +126,15 @@ class Profiler:
         return self._done == WARM_UP_STEPS + self._steps
 
     def _report(self, steps: range) -> None:
-        self._agreement.on_first_rank(self._remove_old)
-        found = self._agreement.gather(outcome_of(self._own_profile))
+        self._control_group.on_first_rank(self._remove_old)
+        found = self._control_group.gather(outcome_of(self._own_profile))
         for each in found:
             if isinstance(each, Fault):
                 raise each
         ranks = [each for each in found if isinstance(each, RankProfile)]
         gpu = device().type == "cuda"
         name = torch.cuda.get_device_name() if gpu else "CPU"
-        self._agreement.on_first_rank(lambda: self._write_summary(ranks, steps, name))
+        self._control_group.on_first_rank(lambda: self._write_summary(ranks, steps, name))
         self._say(profile_text(ranks, steps, name, self._folder))
         if gpu and not ranks[0].on_gpu:
             self._say("Warning: the trace holds no GPU kernels; see whether CUPTI is installed")
@@ -142,7 +142,7 @@ class Profiler:
     def _own_profile(self) -> RankProfile | None:
         if self._profile is None:
             return None
-        rank, world_size = self._agreement.rank, self._agreement.world_size
+        rank, world_size = self._control_group.rank, self._control_group.world_size
         file = self._folder / f"rank-{rank:05d}.json.gz"
         with os_errors_named(file):
             content = self._write_trace(file)
@@ -151,13 +151,18 @@ class Profiler:
         except ValueError:
             raise RunError(f"{file}: could not be written whole; is the disk full?") from None
         trace = read_trace(events)
-        peak, yardstick = self._yardstick.peak_flops, self._yardstick
+        peak, throughput_reference = (
+            self._throughput_reference.peak_flops,
+            self._throughput_reference,
+        )
         return summarize(
             trace,
             self._waits[WARM_UP_STEPS:],
             rank=rank,
             file=file.name,
-            model_flops=yardstick.flops_per_token * yardstick.tokens_per_step / world_size,
+            model_flops=throughput_reference.flops_per_token
+            * throughput_reference.tokens_per_step
+            / world_size,
             peak_flops=None if peak is None else peak / world_size,
         )
 

@@ -96,7 +96,7 @@ def test_the_first_loss_is_that_of_transformers(
     tokenizer = Tokenizer.load(config.tokenizer)
     spec = plan_spec(config, tokenizer, {})
     batch = read_step(
-        Plan(spec, ensure_built(spec, config.output)), 0, 0, 0, 1, filler=tokenizer.eod
+        Plan(spec, ensure_built(spec, config.output)), 0, 0, 0, 1, pad_token_id=tokenizer.eod
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32)
     with torch.no_grad():

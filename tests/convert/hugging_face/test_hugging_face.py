@@ -129,7 +129,7 @@ def train_and_save(folder: str) -> None:
         config = run_config(model=model, tensor=2, zero=3)
         engine = build_engine(config, VOCAB)
         for step in range(2):
-            batch = share(global_batch(step, vocab=VOCAB), engine.topology)
+            batch = share(global_batch(step, vocab=VOCAB), engine.grid)
             engine.train_step(batch, 1e-2)
         save(engine, config, VOCAB, Path(folder), ControlGroup())
 

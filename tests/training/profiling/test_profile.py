@@ -259,7 +259,7 @@ def test_every_line_fits():
 
 
 class Alone:
-    """The agreement of a single process."""
+    """The control group of a single process."""
 
     rank, world_size = 0, 1
 
