@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.process_grid import start
 from megaphase.estimate.memory import MemoryEstimate, estimate

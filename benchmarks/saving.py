@@ -20,7 +20,7 @@ import torch
 from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.state import full_name
 from megaphase.checkpoint.store import CheckpointStore
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.control_group import ControlGroup
 from megaphase.distributed.process_grid import start

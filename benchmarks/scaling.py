@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megaphase.config import load_run_file
+from megaphase.config.load import load_run_file
 from megaphase.estimate.gpu_specs import CARDS
 from megaphase.estimate.hardware import Hardware, hardware_of
 from megaphase.estimate.memory import estimate

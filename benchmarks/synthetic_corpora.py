@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import yaml
 
-from megaphase.config import RunConfig, load_run_file
+from megaphase.config.load import load_run_file
+from megaphase.config.run import RunConfig
 from megaphase.corpus.batch import checksums
 from megaphase.corpus.block_sums import BlockSums
 from megaphase.corpus.format import HASH_DTYPE, SUM_DTYPE, write_index

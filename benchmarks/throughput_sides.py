@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from llama import hugging_face_llama
 from torch import nn
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.distributed.process_grid import start
 from megaphase.launch.local import free_port, rank_environment
 from megaphase.model.presets import build_shape

@@ -249,7 +249,7 @@ def check_node_command(
     import os
     import socket
 
-    from megaphase.config import load_run_file
+    from megaphase.config.load import load_run_file
     from megaphase.launch.slurm.node import Demands, faults
     from megaphase.utils.errors import InputError, RunError
 
@@ -292,7 +292,7 @@ def next_command(
     """
     import os
 
-    from megaphase.config import load_run_file
+    from megaphase.config.load import load_run_file
     from megaphase.launch.slurm.requeue import (
         decide,
         newest_step,

@@ -20,7 +20,7 @@ def training_exit_messages(run_file: Path, overrides: Sequence[str]) -> ExitMess
     """Of a training; nothing is read before it is to be said."""
 
     def output() -> Path:
-        from megaphase.config import load_run_file
+        from megaphase.config.load import load_run_file
 
         return load_run_file(run_file, tuple(overrides)).output
 

@@ -7,32 +7,47 @@ import pytest
 import yaml
 from pydantic_core import PydanticUndefined
 
-from megaphase import cli, config
+from megaphase import cli
+from megaphase.checkpoint.config import CheckpointConfig
+from megaphase.config.fields import Section
+from megaphase.config.load import load_run_file
+from megaphase.config.phases import PhaseConfig
+from megaphase.config.run import RunConfig
+from megaphase.distributed.config import ParallelConfig
+from megaphase.estimate.hardware import HardwareConfig
+from megaphase.fault_tolerance.config import FaultsConfig
+from megaphase.model.config import ModelConfig
 from megaphase.model.presets import PRESETS
+from megaphase.optim.config import OptimizerConfig
+from megaphase.optim.schedules import LearningRateConfig
+from megaphase.plan.config import BatchConfig, TaskConfig
+from megaphase.plan.mixture import MixtureConfig
+from megaphase.training.config import BackendsConfig, LoggingConfig, ValidationConfig
+from megaphase.training.early_stopping import MonitorConfig, OverfitConfig, StopConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUN_FILE = (REPOSITORY / "docs" / "run-file.md").read_text()
 README = (REPOSITORY / "README.md").read_text()
 
 SECTIONS = {
-    "Top level": config.RunConfig,
-    "`tasks.NAME`": config.TaskConfig,
-    "`model`": config.ModelConfig,
-    "`parallel`": config.ParallelConfig,
-    "`batch`": config.BatchConfig,
-    "`optimizer`": config.OptimizerConfig,
-    "`parts`": config.BackendsConfig,
-    "`phases[N]`": config.PhaseConfig,
-    "`phases[N].mixture`": config.MixtureConfig,
-    "`phases[N].learning_rate`": config.LearningRateConfig,
-    "`phases[N].stop`": config.StopConfig,
-    "`phases[N].stop.overfit`": config.OverfitConfig,
-    "`validation`": config.ValidationConfig,
-    "`monitor`": config.MonitorConfig,
-    "`checkpoint`": config.CheckpointConfig,
-    "`faults`": config.FaultsConfig,
-    "`logging`": config.LoggingConfig,
-    "`hardware`": config.HardwareConfig,
+    "Top level": RunConfig,
+    "`tasks.NAME`": TaskConfig,
+    "`model`": ModelConfig,
+    "`parallel`": ParallelConfig,
+    "`batch`": BatchConfig,
+    "`optimizer`": OptimizerConfig,
+    "`parts`": BackendsConfig,
+    "`phases[N]`": PhaseConfig,
+    "`phases[N].mixture`": MixtureConfig,
+    "`phases[N].learning_rate`": LearningRateConfig,
+    "`phases[N].stop`": StopConfig,
+    "`phases[N].stop.overfit`": OverfitConfig,
+    "`validation`": ValidationConfig,
+    "`monitor`": MonitorConfig,
+    "`checkpoint`": CheckpointConfig,
+    "`faults`": FaultsConfig,
+    "`logging`": LoggingConfig,
+    "`hardware`": HardwareConfig,
 }
 
 
@@ -50,7 +65,7 @@ def test_every_key_stands_with_its_default(title):
     for key, field in model.model_fields.items():
         if field.default is PydanticUndefined:
             assert found[key] == "*required*", key
-        elif isinstance(field.default, config.Section):
+        elif isinstance(field.default, Section):
             assert found[key] == "", key
         elif field.default is None:
             assert found[key] == "—", key
@@ -76,7 +91,7 @@ def test_the_readme_names_every_command():
 def test_the_run_file_of_the_readme_is_valid(tmp_path):
     text = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1]
     (tmp_path / "run.yaml").write_text(text)
-    assert [phase.name for phase in config.load_run_file(tmp_path / "run.yaml").phases] == [
+    assert [phase.name for phase in load_run_file(tmp_path / "run.yaml").phases] == [
         "pretrain", "joint",
     ]  # fmt: skip
 

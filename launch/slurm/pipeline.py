@@ -11,8 +11,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
-from megaphase.config import load_run_file
 from megaphase.config.fields import Count, Few, FewOrZero, FilePath, RunName, Section
+from megaphase.config.load import load_run_file
 from megaphase.launch.slurm.command_line import PLACEHOLDER, filled, parsed
 from megaphase.launch.slurm.job_file import (
     forget_jobs,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.estimate.memory_table import memory_sentences, memory_summary
 from megaphase.launch.slurm.job_file import FOLDER, Job, refuse_second_job, remember_job
 from megaphase.launch.slurm.script import Resources, batch_script, refuse_pattern

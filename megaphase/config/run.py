@@ -7,22 +7,17 @@ from typing import Literal
 
 from pydantic import Field, PrivateAttr
 
+from megaphase.checkpoint.config import CheckpointConfig
 from megaphase.config.fields import FilePath, Name, Section, Seed
 from megaphase.config.phases import PhaseConfig
-from megaphase.config.sections import (
-    BackendsConfig,
-    BatchConfig,
-    CheckpointConfig,
-    FaultsConfig,
-    HardwareConfig,
-    LoggingConfig,
-    ModelConfig,
-    MonitorConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TaskConfig,
-    ValidationConfig,
-)
+from megaphase.distributed.config import ParallelConfig
+from megaphase.estimate.hardware import HardwareConfig
+from megaphase.fault_tolerance.config import FaultsConfig
+from megaphase.model.config import ModelConfig
+from megaphase.optim.config import OptimizerConfig
+from megaphase.plan.config import BatchConfig, TaskConfig
+from megaphase.training.config import BackendsConfig, LoggingConfig, ValidationConfig
+from megaphase.training.early_stopping import MonitorConfig
 from megaphase.utils.errors import InputError
 
 

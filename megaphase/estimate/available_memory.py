@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.distributed.dist_env import local_world_size, world_size
 from megaphase.distributed.process_grid import device
 from megaphase.estimate.setup import Setup, setup_of

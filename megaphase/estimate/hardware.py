@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-from megaphase.config import HardwareConfig, RunConfig
+from pydantic import Field
+
+from megaphase.config.fields import Few, Figure, Section, Word
 from megaphase.estimate.gpu_specs import CARDS, GPUSpec, card_of_device
 from megaphase.utils.errors import InputError
 from megaphase.utils.validation_errors import hint
+
+if TYPE_CHECKING:
+    from megaphase.config.run import RunConfig
 
 TERA, GIGA = 1e12, 1e9
 BITS = 8  # of a byte
@@ -24,6 +30,23 @@ MATRIX_EFFICIENCY = 0.65
 ATTENTION_EFFICIENCY = 0.35
 # Of the memory's bandwidth, reached by kernels that stream.
 MEMORY_EFFICIENCY = 0.9
+
+
+class HardwareConfig(Section):
+    """What runs are planned for, and what MFU is measured against; changes nothing of a run.
+
+    card: a name from `CARDS`, which gives what is left out here.
+    peak_tflops: dense, in the run's precision; efficiency: what matrix products reach of it.
+    *_gb_per_s, *_gbit_per_s: of one GPU, in one direction.
+    """
+
+    card: Word | None = None
+    peak_tflops: Figure | None = None
+    efficiency: Annotated[float, Field(ge=1e-6, le=1)] | None = None
+    memory_gb_per_s: Figure | None = None
+    gpus_per_node: Few | None = None
+    node_link_gb_per_s: Figure | None = None
+    network_gbit_per_s: Figure | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.model.shape import GPTShape
 from megaphase.ops.matmul import widens_bf16
 

@@ -194,7 +194,7 @@ def translate_command(
     """
     from json import dumps
 
-    from megaphase.config import load_run_file
+    from megaphase.config.load import load_run_file
     from megaphase.generation.decoding import Decoding
     from megaphase.generation.evaluation import (
         TranslationTest,

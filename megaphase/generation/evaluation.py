@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megaphase.checkpoint.names import find_for_run
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.convert.source import open_source
 from megaphase.convert.source_tokenizer import load_tokenizer
 from megaphase.generation.decoding import Decoding

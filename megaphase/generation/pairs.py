@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.corpus import Corpus
 from megaphase.corpus.integrity import check_document, check_files
 from megaphase.plan.spec import open_task_corpus

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from megaphase.config.sections import OptimizerConfig
 from megaphase.model.parameters import is_matrix
+from megaphase.optim.config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, name: str) -> torch.optim.Optimizer:

@@ -3,8 +3,58 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated, Literal, Self
 
-from megaphase.config import LearningRateConfig
+from pydantic import Field, model_validator
+
+from megaphase.config.fields import LearningRate, Section, Steps, StepsOrZero
+
+
+class LearningRateConfig(Section):
+    """One phase's schedule, with its own warm-up, or its part of one that spans several phases.
+
+    steps: length of the schedule; the phase's own if left out. first_step: where in it the phase
+    begins. decay_steps belongs to `wsd` (warm-up, stable, decay): the length of the final decay.
+    """
+
+    schedule: Literal["cosine", "linear", "inverse_sqrt", "constant", "wsd"] = "cosine"
+    peak: LearningRate
+    final: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: StepsOrZero = 0
+    decay_steps: Steps | None = None
+    steps: Steps | None = None
+    first_step: StepsOrZero = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.final > self.peak:
+            raise ValueError(f"final ({self.final:g}) is above peak ({self.peak:g})")
+        if (self.schedule == "wsd") != (self.decay_steps is not None):
+            raise ValueError("decay_steps is needed by schedule wsd and by no other")
+        return self
+
+    @model_validator(mode="after")
+    def _begins_within_the_schedule(self) -> Self:
+        if self.first_step and self.steps is None:
+            raise ValueError("first_step needs steps, the length of the whole schedule")
+        if self.steps is not None and self.first_step >= self.steps:
+            raise ValueError(
+                f"first_step ({self.first_step:,}) is not below steps ({self.steps:,}), the length "
+                "of the whole schedule"
+            )
+        if self.steps is not None and (problem := self.too_long_for(self.steps)):
+            raise ValueError(problem)
+        return self
+
+    def too_long_for(self, steps: int) -> str | None:
+        """What of the schedule does not fit into its length, if anything; with the remedy."""
+        decay = self.decay_steps or 0
+        if self.warmup_steps + decay <= steps:
+            return None
+        keys = f"warmup_steps ({self.warmup_steps:,})"
+        if self.schedule == "wsd":
+            keys += f" and decay_steps ({decay:,})"
+        return f"{keys} do not fit the schedule of {steps:,} steps; lower them or make it longer"
 
 
 def learning_rate(config: LearningRateConfig, step: int, steps: int) -> float:

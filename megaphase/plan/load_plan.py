@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from megaphase.config import RunConfig, load_run_file
+from megaphase.config.load import load_run_file
+from megaphase.config.run import RunConfig
 from megaphase.estimate.setup import Setup, setup_of
 from megaphase.model.presets import build_shape
 from megaphase.plan.build import ensure_built

@@ -6,10 +6,51 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal, Self
 
-from megaphase.config import MixtureConfig
+from pydantic import field_validator, model_validator
+
+from megaphase.config.fields import Epochs, FractionOf1, RoleOrTaskNames, Section, Temperature
 from megaphase.utils.decimals import as_written
 from megaphase.utils.errors import InputError
+
+RATE_SUM_TOLERANCE = 1e-6
+
+
+class MixtureConfig(Section):
+    """A phase's sampling rates: exactly one of rates, temperature, proportional and unimax.
+
+    over: the tasks among which the last three divide the phase, a list of names or a role.
+    """
+
+    rates: dict[str, FractionOf1] | None = None
+    temperature: Temperature | None = None
+    proportional: Literal[True] | None = None
+    unimax: Literal[True] | None = None
+    over: RoleOrTaskNames | None = None
+    max_epochs: Epochs | None = None
+
+    @field_validator("rates")
+    @classmethod
+    def _rates_sum_to_one(cls, rates: dict[str, float] | None) -> dict[str, float] | None:
+        if rates is not None:
+            total = math.fsum(rates.values())
+            if abs(total - 1) > RATE_SUM_TOLERANCE:
+                raise ValueError(f"the rates sum to {total:.9g}; make them sum to 1")
+        return rates
+
+    @model_validator(mode="after")
+    def _one_method(self) -> Self:
+        methods = ("rates", "temperature", "proportional", "unimax")
+        given = [name for name in methods if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"give exactly one of {', '.join(methods)}; found {found}")
+        if self.rates is not None and self.over is not None:
+            raise ValueError("over goes with temperature, proportional and unimax, not with rates")
+        if self.unimax and self.max_epochs is None:
+            raise ValueError("unimax needs max_epochs")
+        return self
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megaphase.checkpoint.names import newest_state
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import read_hashed_json
 from megaphase.utils.run_files import PLAN_FILE, RUN_FILE

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megaphase.config import MixtureConfig, RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.corpus import Corpus
 from megaphase.corpus.integrity import check_files
 from megaphase.corpus.manifest import MANIFEST_SUFFIX, corpus_file
-from megaphase.plan.mixture import TaskSupply, requested_rates
+from megaphase.plan.mixture import MixtureConfig, TaskSupply, requested_rates
 from megaphase.plan.packed_stream import PackedStream
 from megaphase.plan.stream import Stream
 from megaphase.tokenizer import Tokenizer

@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from megaphase.config import RunConfig, load_run_file
+from megaphase.config.load import load_run_file
+from megaphase.config.run import RunConfig
 from megaphase.plan.build import ensure_built, plan_folder
 from megaphase.plan.index import damage
 from megaphase.plan.plan import Plan

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megaphase.config import run_config
+from megaphase.config.load import run_config
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.local import Machine, run_locally

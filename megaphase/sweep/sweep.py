@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megaphase.config import RunConfig, run_config, set_value
+from megaphase.config.load import run_config, set_value
+from megaphase.config.run import RunConfig
 from megaphase.plan.spec import check_corpora, plan_spec
 from megaphase.sweep.file import KINDS, STAGED, Arm, Kind, SweepConfig
 from megaphase.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from typing import Literal
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.distributed.process_grid import device
 from megaphase.ops.kernels import Kernels
 from megaphase.utils.errors import InputError

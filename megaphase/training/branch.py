@@ -8,7 +8,7 @@ from typing import Any
 
 from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.state import STATE_FILE, read_state, state_or_nothing
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.plan.run_history import read_origin_record
 from megaphase.plan.spec import PlanSpec
 from megaphase.training.run_directory import RunDirectory

@@ -29,7 +29,7 @@ def train_command(
 
     Example: megaphase train joint.yaml --from runs/base@pretrain
     """
-    from megaphase.config import load_run_file
+    from megaphase.config.load import load_run_file
     from megaphase.distributed.all_ranks import leaving_processes, run_on_all_ranks
     from megaphase.fault_tolerance.stop_signals import StopSignals
 
@@ -66,7 +66,7 @@ def evaluate_command(
 
     from rich.table import Table
 
-    from megaphase.config import load_run_file
+    from megaphase.config.load import load_run_file
     from megaphase.distributed.all_ranks import leaving_processes, run_on_all_ranks
     from megaphase.distributed.dist_env import global_rank
     from megaphase.fault_tolerance.stop_signals import MEASURING, StopSignals

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.estimate.state_memory import SWAP_BUFFERS
 from megaphase.model.parameters import largest_partition
 from megaphase.model.shape import GPTShape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.training.divergence import Divergence, DivergenceDetector
 from megaphase.training.run_logger import RunLogger
 from megaphase.training.train_state import TrainState

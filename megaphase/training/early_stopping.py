@@ -9,10 +9,51 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from megaphase.config import OverfitConfig, RunConfig, StopConfig
-from megaphase.config.sections import MONITORED_MEAN
+from pydantic import Field
+
+from megaphase.config.fields import Few, Nats, NatsOrZero, Positive, RoleOrTaskNames, Section
+
+if TYPE_CHECKING:
+    from megaphase.config.run import RunConfig
+
+# What the monitor calls the weighted mean of its tasks' losses, beside the tasks' own names.
+MONITORED_MEAN = "mean"
+
+
+class OverfitConfig(Section):
+    """Ends a phase when validation losses no longer fall.
+
+    A task has overfit when its validation loss has not fallen by more than `min_gain` below its
+    best of this phase for `patience` validations in a row.
+    """
+
+    tasks: RoleOrTaskNames
+    patience: Few = 3
+    min_gain: NatsOrZero = 0.0
+    when: Literal["all", "any"] = "all"
+
+
+class StopConfig(Section):
+    """What ends a phase before its length is reached; looked at after every validation.
+
+    loss: validation losses by task, in nats a token; all of them have to be reached.
+    """
+
+    overfit: OverfitConfig | None = None
+    loss: dict[str, Nats] | None = Field(default=None, min_length=1)
+
+
+class MonitorConfig(Section):
+    """Tasks whose best weights are kept, each task's and those of the best weighted mean loss.
+
+    weights: of the tasks in that mean; equal ones if left out.
+    """
+
+    tasks: RoleOrTaskNames | None = None
+    weights: dict[str, Positive] | None = Field(default=None, min_length=1)
+    min_gain: NatsOrZero = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.distributed.dist_env import local_world_size
 from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.process_grid import ProcessGrid, device

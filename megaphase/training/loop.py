@@ -13,7 +13,7 @@ from typing import NoReturn
 import numpy as np
 
 from megaphase.checkpoint.state import best_name, full_name
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.distributed.control_group import ControlGroup
 from megaphase.fault_tolerance.stop_signals import StopSignals
 from megaphase.fault_tolerance.watchdog import Watchdog

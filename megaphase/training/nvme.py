@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.training.deepspeed_config import swap_folder
 from megaphase.training.engine import import_deepspeed
 from megaphase.utils.errors import InputError

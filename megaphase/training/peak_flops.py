@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.distributed.process_grid import device
 from megaphase.estimate.hardware import peak_flops
 

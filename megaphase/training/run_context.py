@@ -11,7 +11,7 @@ from rich.console import Console
 
 from megaphase.checkpoint.state import CHECKPOINT_FORMAT, check_format
 from megaphase.checkpoint.store import Checkpoint, CheckpointStore
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.distributed.all_ranks import on_first_rank, run_on_all_ranks
 from megaphase.distributed.control_group import ControlGroup
 from megaphase.distributed.dist_env import share_of_node

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megaphase.checkpoint.names import CHECKPOINTS
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.plan.same_run import (
     refuse_other_counts,
     refuse_other_plan,

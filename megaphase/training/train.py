@@ -12,7 +12,7 @@ from rich.console import Console
 from megaphase.checkpoint.names import find_for_run
 from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import Checkpoint
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.distributed.all_ranks import on_first_rank, process_group, run_on_all_ranks
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.fault_tolerance.stop_signals import StopSignals

@@ -17,7 +17,8 @@ from nasty_values import all_keys, nasty_values, places, replaced
 from plan_support import FakeTokenizer, write_corpus
 
 from megaphase import cli
-from megaphase.config import RunConfig, run_config
+from megaphase.config.load import run_config
+from megaphase.config.run import RunConfig
 from megaphase.estimate.hardware import hardware_of, planned_card
 from megaphase.estimate.memory_table import memory_sentences, memory_summary
 from megaphase.estimate.step_time_table import speed_sentences, speed_summary

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megaphase.config import RunConfig, load_run_file
+from megaphase.config.load import load_run_file
+from megaphase.config.run import RunConfig
 from megaphase.utils.errors import InputError
 from megaphase.utils.yaml_file import read_yaml
 

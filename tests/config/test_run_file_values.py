@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from nasty_values import all_keys, places, replaced
 
 from megaphase.checkpoint.state import NAME
-from megaphase.config import MixtureConfig, RunConfig, load_run_file, run_config
+from megaphase.config.load import load_run_file, run_config
+from megaphase.config.run import RunConfig
 from megaphase.estimate.gathered_parameters import kept_gathered
-from megaphase.plan.mixture import TaskSupply, effective_rates
+from megaphase.plan.mixture import MixtureConfig, TaskSupply, effective_rates
 from megaphase.plan.split import held_out_hashes, training_hashes
 from megaphase.training.run_directory import RunDirectory
 from megaphase.utils.decimals import as_written

@@ -10,7 +10,7 @@ from distributed import launch, run_ranks
 from run_support import make_corpora, megaphase, run_settings, write_run_file
 
 from megaphase import cli
-from megaphase.config import load_run_file
+from megaphase.config.load import load_run_file
 from megaphase.training.run_directory import RunDirectory
 from megaphase.utils.errors import InputError
 

@@ -20,7 +20,7 @@ from engine_support import build_engine, global_batch, run_config, share
 from rounding import FP32
 
 from megaphase.checkpoint.parameters import StoredParameters
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.convert.partition import Layout
 from megaphase.convert.reshape import reshape
 from megaphase.distributed.all_ranks import process_group

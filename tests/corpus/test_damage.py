@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from plan_support import FakeTokenizer, phase, random_lengths, write_corpus, write_run
 
-from megaphase.config import load_run_file
+from megaphase.config.load import load_run_file
 from megaphase.corpus import integrity
 from megaphase.distributed.all_ranks import outcome_of
 from megaphase.plan.build import ensure_built

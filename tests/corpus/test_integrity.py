@@ -21,7 +21,7 @@ from plan_support import (
     write_run,
 )
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.corpus import Corpus, CorpusWriter, DocumentBatch, integrity
 from megaphase.corpus._checksums import block_checksums
 from megaphase.corpus.integrity import check_document, check_files, wrong_tokens

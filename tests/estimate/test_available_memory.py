@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from plan_support import write_run
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.estimate import available_memory, memory
 from megaphase.estimate.available_memory import available_bytes, check_memory, lasting_bytes
 from megaphase.estimate.setup import Setup, setup_of

@@ -15,7 +15,7 @@ from run_support import make_corpora, run_settings, write_run_file
 from translation_support import random_hashes, write_documents
 
 from megaphase import cli
-from megaphase.config import load_run_file
+from megaphase.config.load import load_run_file
 from megaphase.convert.source import open_source
 from megaphase.generation.decoding import Decoding
 from megaphase.generation.generate import generate

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaphase.config import LearningRateConfig
-from megaphase.optim.schedules import learning_rate
+from megaphase.optim.schedules import LearningRateConfig, learning_rate
 
 WARM_UP_OF_4 = {0: 0.2, 1: 0.4, 2: 0.6, 3: 0.8, 4: 1.0}
 

@@ -27,7 +27,7 @@ from plan_support import (
 )
 from rich.console import Console
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.plan.build import build_index, ensure_built, plan_folder
 from megaphase.plan.progress import building_progress
 from megaphase.utils.errors import InputError, RunError
@@ -99,7 +99,7 @@ BUILD = """
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from megaphase.config import load_run_file
+from megaphase.config.load import load_run_file
 from megaphase.plan.build import ensure_built
 from megaphase.plan.spec import plan_spec
 

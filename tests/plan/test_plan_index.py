@@ -22,7 +22,7 @@ from plan_support import (
     write_three_tasks,
 )
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.plan.build import ensure_built, plan_folder
 from megaphase.plan.dataset import StepReader, read_step
 from megaphase.plan.plan import Plan

@@ -21,7 +21,7 @@ from plan_support import (
 )
 from translation_support import random_pairs, write_pairs
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.plan.build import ensure_built
 from megaphase.plan.dataset import StepReader, read_step
 from megaphase.plan.index import block_size

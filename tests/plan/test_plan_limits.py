@@ -18,12 +18,12 @@ from plan_support import (
     write_corpus,
 )
 
-from megaphase.config import MixtureConfig
 from megaphase.corpus import Corpus
 from megaphase.corpus.format import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
 from megaphase.plan import _builder
 from megaphase.plan.build import build_index
 from megaphase.plan.index import block_size
+from megaphase.plan.mixture import MixtureConfig
 from megaphase.plan.plan import Plan
 from megaphase.plan.spec import PhaseSpec, PlanSpec
 from megaphase.plan.stream import Stream

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_support import LARGEST, blend_of_rates, normalised
 
-from megaphase.config import MixtureConfig
 from megaphase.plan.mixture import (
+    MixtureConfig,
     TaskSupply,
     effective_rates,
     integer_weights,

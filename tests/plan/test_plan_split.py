@@ -33,7 +33,7 @@ from translation_support import (
     write_pairs,
 )
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.generation.pairs import held_out_pairs
 from megaphase.plan.plan import Plan
 from megaphase.plan.preview import subsample_sentences

@@ -28,7 +28,7 @@ from translation_support import (
     write_pairs,
 )
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.corpus import Corpus
 from megaphase.plan.dataset import Batch, read_step
 from megaphase.plan.stream import Stream

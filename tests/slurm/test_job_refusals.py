@@ -13,7 +13,7 @@ from data_support import files_of
 from run_support import make_corpora, write_run_file
 from train_job_support import LAYOUT, launch_slurm, settings
 
-from megaphase.config import load_run_file
+from megaphase.config.load import load_run_file
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch import Tensor
 from megaphase.checkpoint.parameters import INDEX_FILE
 from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import CheckpointStore
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.convert.checkpoint_writer import portable_form, write_checkpoint
 from megaphase.convert.weight_import import foreign_state
 from megaphase.distributed.control_group import ControlGroup

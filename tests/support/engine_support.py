@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.distributed.process_grid import ProcessGrid, start
 from megaphase.model.presets import build_shape
 from megaphase.plan.dataset import Batch

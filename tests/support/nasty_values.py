@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 
 Place = tuple[str | int, ...]
 

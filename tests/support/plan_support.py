@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megaphase.config import RunConfig, load_run_file
+from megaphase.config.load import load_run_file
+from megaphase.config.run import RunConfig
 from megaphase.corpus import CorpusWriter, DocumentBatch
 from megaphase.corpus.format import token_dtype
 from megaphase.plan import _builder

@@ -19,7 +19,7 @@ from data_support import LIMIT_SECONDS, wait_until
 from run_support import HIGH, LOW, make_corpora, megaphase, read_rows
 from sweep_run_support import STEPS, run_warm, settings, warm_start, write
 
-from megaphase.config import load_run_file
+from megaphase.config.load import load_run_file
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.file import SweepConfig
 from megaphase.sweep.outcome import Outcome

@@ -11,7 +11,7 @@ from run_support import HIGH, STEPS, make_corpora, read_rows, run_settings, time
 from warm_commands import run, run_killed, run_well
 
 from megaphase.checkpoint.names import find_checkpoint
-from megaphase.config import load_run_file
+from megaphase.config.load import load_run_file
 from megaphase.training.branch import choose_branch
 from megaphase.utils.errors import InputError
 

@@ -10,7 +10,7 @@ from data_support import rehash
 from distributed import launch
 from run_support import make_corpora, megaphase, read_rows, run_settings, write_run_file
 
-from megaphase.config import load_run_file
+from megaphase.config.load import load_run_file
 from megaphase.corpus import Corpus
 from megaphase.corpus._checksums import block_checksums
 from megaphase.corpus.batch import checksums

@@ -28,7 +28,7 @@ from torch import Tensor
 from megaphase.checkpoint.parameters import StoredParameters
 from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import CheckpointStore
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.control_group import ControlGroup
 from megaphase.distributed.process_grid import start

@@ -11,7 +11,7 @@ from rounding import approx_sum
 from run_support import copy_run, make_corpora, read_rows, run_settings, timeless, write_run_file
 from warm_commands import run, run_killed, run_well
 
-from megaphase.config import load_run_file
+from megaphase.config.load import load_run_file
 from megaphase.plan.build import ensure_built
 from megaphase.plan.plan import Plan
 from megaphase.plan.run_history import phase_spans, read_history

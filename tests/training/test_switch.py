@@ -22,7 +22,7 @@ from engine_support import (
 )
 from torch import Tensor
 
-from megaphase.config import RunConfig
+from megaphase.config.run import RunConfig
 from megaphase.distributed.all_ranks import process_group
 from megaphase.training.engine import Engine
 

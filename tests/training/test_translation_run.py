@@ -24,7 +24,7 @@ from run_support import (
 )
 from translation_support import random_hashes, write_documents
 
-from megaphase.config import load_run_file
+from megaphase.config.load import load_run_file
 from megaphase.distributed.all_ranks import process_group
 from megaphase.plan.dataset import Batch, read_held_out
 from megaphase.plan.spec import plan_spec

@@ -19,7 +19,7 @@ from run_support import TEXT_BYTES, read_rows, run_settings, write_run_file
 from torch.nn.functional import cross_entropy
 from warm_commands import run, run_killed, run_well
 
-from megaphase.config import load_run_file
+from megaphase.config.load import load_run_file
 from megaphase.data_tools.synthetic.languages import write_languages
 from megaphase.plan.build import ensure_built
 from megaphase.plan.dataset import read_step
