@@ -8,6 +8,8 @@ import yaml
 from pydantic_core import PydanticUndefined
 
 from megaphase import cli
+from megaphase.callbacks.config import LoggingConfig
+from megaphase.callbacks.early_stopping import MonitorConfig, OverfitConfig, StopConfig
 from megaphase.checkpoint.config import CheckpointConfig
 from megaphase.config.fields import Section
 from megaphase.config.load import load_run_file
@@ -22,8 +24,7 @@ from megaphase.optim.config import OptimizerConfig
 from megaphase.optim.schedules import LearningRateConfig
 from megaphase.plan.config import BatchConfig, TaskConfig
 from megaphase.plan.mixture import MixtureConfig
-from megaphase.training.config import BackendsConfig, LoggingConfig, ValidationConfig
-from megaphase.training.early_stopping import MonitorConfig, OverfitConfig, StopConfig
+from megaphase.training.config import BackendsConfig, ValidationConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUN_FILE = (REPOSITORY / "docs" / "run-file.md").read_text()

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megaphase.callbacks.early_stopping import MONITORED_MEAN
 from megaphase.config.run import RunConfig
-from megaphase.training.early_stopping import MONITORED_MEAN
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import real_path
 from megaphase.utils.names import shown

@@ -6,10 +6,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from megaphase.callbacks.early_stopping import StopConfig
 from megaphase.config.fields import Count, Epochs, PhaseName, Section, Steps
 from megaphase.optim.schedules import LearningRateConfig
 from megaphase.plan.mixture import MixtureConfig
-from megaphase.training.early_stopping import StopConfig
 
 PHASE_LENGTHS = ("tokens", "steps", "epochs")
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import Field, PrivateAttr
 
+from megaphase.callbacks.config import LoggingConfig
+from megaphase.callbacks.early_stopping import MonitorConfig
 from megaphase.checkpoint.config import CheckpointConfig
 from megaphase.config.fields import FilePath, Name, Section, Seed
 from megaphase.config.phases import PhaseConfig
@@ -16,8 +18,7 @@ from megaphase.fault_tolerance.config import FaultsConfig
 from megaphase.model.config import ModelConfig
 from megaphase.optim.config import OptimizerConfig
 from megaphase.plan.config import BatchConfig, TaskConfig
-from megaphase.training.config import BackendsConfig, LoggingConfig, ValidationConfig
-from megaphase.training.early_stopping import MonitorConfig
+from megaphase.training.config import BackendsConfig, ValidationConfig
 from megaphase.utils.errors import InputError
 
 

@@ -8,9 +8,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from megaphase.callbacks.early_stopping import OverfitConfig
 from megaphase.config.run import RunConfig
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
-from megaphase.training.early_stopping import OverfitConfig
 
 
 def plan_table(summary: dict[str, Any]) -> Table:

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
+from megaphase.callbacks.divergence import DivergenceDetector
+from megaphase.callbacks.early_stopping import EarlyStopping
+from megaphase.callbacks.loss_spikes import LossSpikeDetector
 from megaphase.checkpoint.parameters import RANDOM, WEIGHT
 from megaphase.checkpoint.saver import Saver, SaveStatus, Snapshot
 from megaphase.checkpoint.state import best_name, full_name
 from megaphase.plan.plan import Plan
 from megaphase.plan.run_history import RunHistory
-from megaphase.training.divergence import DivergenceDetector
-from megaphase.training.early_stopping import EarlyStopping
 from megaphase.training.engine import Engine
-from megaphase.training.loss_spikes import LossSpikeDetector
 from megaphase.training.random_state import random_state
 from megaphase.training.train_state import TrainState
 

@@ -1,4 +1,4 @@
-"""The `parts`, `validation` and `logging` sections of a run file."""
+"""The `parts` and `validation` sections of a run file."""
 
 from __future__ import annotations
 
@@ -28,10 +28,3 @@ class ValidationConfig(Section):
     every_steps: Steps = 500
     samples: Annotated[Count, Field(le=10**9)] = 256
     fraction: ProperFraction = 0.01
-
-
-class LoggingConfig(Section):
-    """every_steps: how often a plain progress line is printed when no terminal is there."""
-
-    every_steps: Steps = 10
-    tensorboard: bool = True

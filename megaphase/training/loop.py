@@ -12,6 +12,11 @@ from typing import NoReturn
 
 import numpy as np
 
+from megaphase.callbacks.batch_dump import BatchDump
+from megaphase.callbacks.divergence_monitor import DivergenceWatch
+from megaphase.callbacks.early_stopping import EarlyStopping
+from megaphase.callbacks.loss_spikes import LossSpikeDetector
+from megaphase.callbacks.profiling.recorder import StepProfiler
 from megaphase.checkpoint.state import best_name, full_name
 from megaphase.config.run import RunConfig
 from megaphase.distributed.control_group import ControlGroup
@@ -21,14 +26,9 @@ from megaphase.optim.schedules import learning_rate
 from megaphase.plan.dataset import Batch, StepReader
 from megaphase.plan.plan import Plan
 from megaphase.plan.run_history import RunHistory
-from megaphase.training.batch_dump import BatchDump
 from megaphase.training.checkpointer import Checkpointer
-from megaphase.training.divergence_watch import DivergenceWatch
-from megaphase.training.early_stopping import EarlyStopping
 from megaphase.training.engine import Engine, StepResult
-from megaphase.training.evaluation import HeldOutEvaluator, HeldOutLoss
-from megaphase.training.loss_spikes import LossSpikeDetector
-from megaphase.training.profiling.recorder import StepProfiler
+from megaphase.training.evaluator import HeldOutEvaluator, HeldOutLoss
 from megaphase.training.resume_point import ResumePoint
 from megaphase.training.run_logger import RunLogger, StepSeconds
 from megaphase.training.train_state import TrainState

@@ -29,7 +29,7 @@ from megaphase.tokenizer import Tokenizer
 from megaphase.training.backends import choose_parts
 from megaphase.training.branch import Branch
 from megaphase.training.engine import Engine
-from megaphase.training.evaluation import HeldOutEvaluator
+from megaphase.training.evaluator import HeldOutEvaluator
 from megaphase.training.nvme import prepare_offload
 from megaphase.training.run_directory import RunDirectory
 from megaphase.utils.errors import InputError

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megaphase.callbacks.display import StepFigures, TrainingDisplay
+from megaphase.callbacks.metrics_file import MetricsLog
 from megaphase.training.engine import StepResult
-from megaphase.training.evaluation import HeldOutLoss
-from megaphase.training.metrics_file import MetricsLog
-from megaphase.training.progress import StepFigures, TrainingDisplay
+from megaphase.training.evaluator import HeldOutLoss
 from megaphase.training.train_state import TrainState
 
 

@@ -9,6 +9,21 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from megaphase.callbacks.batch_dump import BatchDump
+from megaphase.callbacks.display import TrainingDisplay
+from megaphase.callbacks.divergence import DivergenceDetector
+from megaphase.callbacks.divergence_monitor import DivergenceWatch, diverged_error
+from megaphase.callbacks.early_stopping import EarlyStopping
+from megaphase.callbacks.loss_spikes import LossSpikeDetector
+from megaphase.callbacks.metrics_file import MetricsLog
+from megaphase.callbacks.metrics_recovery import KeptMetrics, kept_metrics
+from megaphase.callbacks.profiling.recorder import (
+    WARM_UP_STEPS,
+    NoProfiler,
+    Profiler,
+    StepProfiler,
+)
+from megaphase.callbacks.throughput import device_peak_flops, missing_peak
 from megaphase.checkpoint.names import find_for_run
 from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import Checkpoint
@@ -19,26 +34,11 @@ from megaphase.fault_tolerance.stop_signals import StopSignals
 from megaphase.fault_tolerance.watchdog import Watchdog
 from megaphase.plan.run_history import RunHistory
 from megaphase.training.backends import Backends
-from megaphase.training.batch_dump import BatchDump
 from megaphase.training.branch import choose_branch
 from megaphase.training.checkpointer import Checkpointer
-from megaphase.training.divergence import DivergenceDetector
-from megaphase.training.divergence_watch import DivergenceWatch, diverged_error
-from megaphase.training.early_stopping import EarlyStopping
 from megaphase.training.engine import Engine
-from megaphase.training.evaluation import HeldOutLoss
+from megaphase.training.evaluator import HeldOutLoss
 from megaphase.training.loop import Guards, TrainingLoop
-from megaphase.training.loss_spikes import LossSpikeDetector
-from megaphase.training.metrics_file import MetricsLog
-from megaphase.training.metrics_recovery import KeptMetrics, kept_metrics
-from megaphase.training.peak_flops import device_peak_flops, missing_peak
-from megaphase.training.profiling.recorder import (
-    WARM_UP_STEPS,
-    NoProfiler,
-    Profiler,
-    StepProfiler,
-)
-from megaphase.training.progress import TrainingDisplay
 from megaphase.training.resume import StartState, load_checkpoint
 from megaphase.training.resume_point import ResumePoint
 from megaphase.training.run_context import RunContext, build_run_context

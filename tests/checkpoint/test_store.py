@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from store_support import make_saver, make_store, names, save, snapshot
 from torch import Tensor
 
+from megaphase.callbacks.metrics_file import MetricsLog
 from megaphase.checkpoint import saver as saver_module
 from megaphase.checkpoint import store as store_module
 from megaphase.checkpoint.saver import Saver, SaveStatus
@@ -28,7 +29,6 @@ from megaphase.checkpoint.state import full_name
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.checkpoint.tensor_file import file_bytes, write_tensors
 from megaphase.distributed.control_group import ControlGroup
-from megaphase.training.metrics_file import MetricsLog
 from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.files import describe_file
 

@@ -12,6 +12,7 @@ from plan_support import FakeTokenizer, phase, random_lengths, write_corpus, wri
 from rich.console import Console
 from typer.testing import CliRunner
 
+from megaphase.callbacks.throughput import device_peak_flops, missing_peak
 from megaphase.estimate.gpu_specs import CARDS, card_of_device
 from megaphase.estimate.hardware import Hardware, HardwareConfig, hardware_of, peak_flops
 from megaphase.estimate.memory import estimate
@@ -28,7 +29,6 @@ from megaphase.estimate.step_time_table import (
 from megaphase.estimate.suggestions import GB
 from megaphase.model.shape import GPTShape
 from megaphase.plan.commands import plan_app
-from megaphase.training.peak_flops import device_peak_flops, missing_peak
 from megaphase.utils.errors import InputError
 
 
@@ -127,10 +127,10 @@ def test_what_mfu_is_measured_against():
 
 
 def test_a_run_says_what_would_give_mfu(monkeypatch):
-    monkeypatch.setattr("megaphase.training.peak_flops.device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("megaphase.callbacks.throughput.device", lambda: torch.device("cpu"))
     assert missing_peak(config_with()) is None
     assert device_peak_flops(config_with(peak_tflops=2)) == 2e12
-    monkeypatch.setattr("megaphase.training.peak_flops.device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr("megaphase.callbacks.throughput.device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X1")
     assert missing_peak(config_with()) == (
         "No MFU: the bf16 peak of NVIDIA X1 is not in the table of cards; hardware.peak_tflops "

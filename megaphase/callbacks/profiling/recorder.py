@@ -16,14 +16,14 @@ from typing import Protocol, Self
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from megaphase.callbacks.profiling.printing import profile_text
+from megaphase.callbacks.profiling.summary import RankProfile, summarize
+from megaphase.callbacks.profiling.trace import STEP_MARK, read_trace
 from megaphase.distributed.all_ranks import Fault, outcome_of
 from megaphase.distributed.control_group import ControlGroup
 from megaphase.distributed.dist_env import local_rank
 from megaphase.distributed.process_grid import device
 from megaphase.fault_tolerance.watchdog import Watchdog
-from megaphase.training.profiling.printing import profile_text
-from megaphase.training.profiling.summary import RankProfile, summarize
-from megaphase.training.profiling.trace import STEP_MARK, read_trace
 from megaphase.training.run_logger import ThroughputReference
 from megaphase.utils.errors import RunError
 from megaphase.utils.files import atomic_write_json, make_directory, os_errors_named, temporary_path

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from megaphase.callbacks.divergence import Divergence, DivergenceDetector
 from megaphase.config.run import RunConfig
-from megaphase.training.divergence import Divergence, DivergenceDetector
 from megaphase.training.run_logger import RunLogger
 from megaphase.training.train_state import TrainState
 from megaphase.utils.errors import RunError

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megaphase.training.profiling.intervals import Spans, clipped, exclusive_lengths, length, spans
-from megaphase.training.profiling.kinds import Kind
-from megaphase.training.profiling.trace import DeviceTrace, DeviceWork
+from megaphase.callbacks.profiling.intervals import Spans, clipped, exclusive_lengths, length, spans
+from megaphase.callbacks.profiling.kinds import Kind
+from megaphase.callbacks.profiling.trace import DeviceTrace, DeviceWork
 
 TOP_KERNELS = 10
 _MICRO = 1e-6

@@ -23,10 +23,10 @@ from run_support import (
 )
 from warm_commands import run_killed, run_well
 
+from megaphase.callbacks.metrics_file import MetricsLog
+from megaphase.callbacks.metrics_recovery import kept_metrics
 from megaphase.launch.slurm.status import read_status
 from megaphase.report.runs import load_run
-from megaphase.training.metrics_file import MetricsLog
-from megaphase.training.metrics_recovery import kept_metrics
 from megaphase.utils.files import hash_file
 from megaphase.utils.metrics_rows import missing_steps, steps_in_words
 

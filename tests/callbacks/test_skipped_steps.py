@@ -21,7 +21,7 @@ from run_support import (
 from safetensors.torch import load_file
 from warm_commands import run, run_killed, run_well
 
-from megaphase.training.loss_spikes import ENOUGH, WINDOW, LossSpikeDetector
+from megaphase.callbacks.loss_spikes import ENOUGH, WINDOW, LossSpikeDetector
 
 ALLOWED = 2
 BAD_STEP, LAST_STEP = 4, 6

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megaphase.training.profiling.intervals import Spans, spans
-from megaphase.training.profiling.kinds import (
+from megaphase.callbacks.profiling.intervals import Spans, spans
+from megaphase.callbacks.profiling.kinds import (
     COMPILED_GRAPH,
     OPTIMIZER_STEP,
     Kind,

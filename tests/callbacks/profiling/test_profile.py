@@ -22,18 +22,18 @@ from run_support import (
     write_run_file,
 )
 
-from megaphase.training.profiling.intervals import clipped, exclusive_lengths, merged, spans
-from megaphase.training.profiling.kinds import (
+from megaphase.callbacks.profiling.intervals import clipped, exclusive_lengths, merged, spans
+from megaphase.callbacks.profiling.kinds import (
     Kind,
     kind_of_kernel,
     kind_of_operator,
     matmul_flops,
     short_name,
 )
-from megaphase.training.profiling.printing import profile_text
-from megaphase.training.profiling.recorder import Profiler
-from megaphase.training.profiling.summary import summarize, top_kernels
-from megaphase.training.profiling.trace import read_trace
+from megaphase.callbacks.profiling.printing import profile_text
+from megaphase.callbacks.profiling.recorder import Profiler
+from megaphase.callbacks.profiling.summary import summarize, top_kernels
+from megaphase.callbacks.profiling.trace import read_trace
 from megaphase.training.run_logger import ThroughputReference
 from megaphase.utils.errors import InputError, RunError
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaphase.training.divergence import DivergenceDetector
+from megaphase.callbacks.divergence import DivergenceDetector
 
 VOCABULARY = 500
 UNIFORM = 6.2146  # the natural logarithm of 500

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megaphase.training.profiling.kinds import short_name
-from megaphase.training.profiling.summary import Floor, RankProfile, StepTimes
+from megaphase.callbacks.profiling.kinds import short_name
+from megaphase.callbacks.profiling.summary import Floor, RankProfile, StepTimes
 
 NAME_WIDTH = 62
 _UNITS = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6))

@@ -13,9 +13,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megaphase.callbacks.early_stopping import EarlyStopping, PhaseEnd
 from megaphase.config.load import load_run_file
 from megaphase.config.run import RunConfig
-from megaphase.training.early_stopping import EarlyStopping, PhaseEnd
 
 TASKS = ["en", "hi", "eu"]
 
