@@ -1,6 +1,7 @@
 # make demo   set everything up and run the main job on artificial languages
 # make test   set everything up, lint and run the tests
 # make test-slow   the tests that take minutes: kills by the dozen
+# make docs   write docs/run-file.md again, from the config classes
 # make soak   20 minutes of kills, changed layouts and damaged checkpoints; says what was survived
 # make slurm  as root on Debian or Ubuntu: what the tests of SLURM need; without it they skip
 # make browser  as root on Debian: what the tests of the report's page need; without it they skip
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-slow soak slurm browser test-sanitize lint help-corpora clean
+.PHONY: demo test test-slow docs soak slurm browser test-sanitize lint help-corpora clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -22,6 +23,9 @@ test: lint
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+docs: $(VENV)/installed
+	$(BIN)/python docs/generate_run_file.py
 
 SOAK ?= --minutes 20
 soak: $(VENV)/installed

@@ -6,7 +6,9 @@ from megaphase.config.fields import Section, Steps
 
 
 class LoggingConfig(Section):
-    """every_steps: how often a plain progress line is printed when no terminal is there."""
+    """How a run reports its progress."""
 
     every_steps: Steps = 10
+    """Optimizer steps between progress lines where the output is not a terminal."""
     tensorboard: bool = True
+    """Whether TensorBoard files are written beside `metrics.jsonl`."""

@@ -23,37 +23,44 @@ MONITORED_MEAN = "mean"
 
 
 class OverfitConfig(Section):
-    """Ends a phase when validation losses no longer fall.
-
-    A task has overfit when its validation loss has not fallen by more than `min_gain` below its
-    best of this phase for `patience` validations in a row.
-    """
+    """Ends a phase when validation losses no longer fall. A task has overfit when its validation
+    loss has not fallen by more than `min_gain` below its best of this phase for `patience`
+    validations in a row."""
 
     tasks: RoleOrTaskNames
+    """The tasks whose validation loss is watched."""
     patience: Few = 3
+    """Validations in a row without a new best loss after which a task has overfit."""
     min_gain: NatsOrZero = 0.0
+    """How far below the best a loss must be, in nats per token, to count as a new best."""
     when: Literal["all", "any"] = "all"
+    """Whether the phase ends when `all` of the tasks have overfit, or when `any` of them has."""
 
 
 class StopConfig(Section):
-    """What ends a phase before its length is reached; looked at after every validation.
-
-    loss: validation losses by task, in nats a token; all of them have to be reached.
-    """
+    """Conditions that end a phase before its length is reached. They are checked after every
+    validation. The next phase begins with the weights of that step, and its streams continue where
+    they stopped."""
 
     overfit: OverfitConfig | None = None
+    """Ends the phase when validation losses no longer fall."""
     loss: dict[str, Nats] | None = Field(default=None, min_length=1)
+    """Ends the phase when the validation loss of every named task has fallen to its value, in nats
+    per token, for example `{hi: 2.5}`."""
 
 
 class MonitorConfig(Section):
-    """Tasks whose best weights are kept, each task's and those of the best weighted mean loss.
-
-    weights: of the tasks in that mean; equal ones if left out.
-    """
+    """Tasks whose best weights over the whole run are kept, as the checkpoint
+    `checkpoints/best-TASK`, beside the weights with the best weighted mean of their losses, as
+    `checkpoints/best-mean`."""
 
     tasks: RoleOrTaskNames | None = None
+    """The monitored tasks; none if left out."""
     weights: dict[str, Positive] | None = Field(default=None, min_length=1)
+    """Weights of the tasks in the mean, for example `{hi: 2, eu: 1}`, where tasks that are not
+    named do not count; equal weights if left out."""
     min_gain: NatsOrZero = 0.0
+    """How far below the best a loss must be, in nats per token, to count as a new best."""
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ from megaphase.config.fields import Few, Section, Steps
 
 
 class CheckpointConfig(Section):
-    """The newest `keep` checkpoints stay, and the one at the end of every phase for ever.
-
-    asynchronous: training goes on while a copy of the state is written.
-    """
+    """When checkpoints are saved, and which of them are kept."""
 
     every_steps: Steps = 1000
+    """Optimizer steps between checkpoints, counted over the run; besides, one is saved at the end
+    of every phase."""
     keep: Few = 3
+    """How many of the newest checkpoints are kept; those at the end of a phase are always kept."""
     asynchronous: bool = True
+    """Whether training continues while a copy of the state is written; `false` needs no memory for
+    the copy."""

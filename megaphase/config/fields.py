@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -81,14 +82,23 @@ def _file_path(value: Any, info: ValidationInfo) -> Path:
     return Path(value)
 
 
-FilePath = Annotated[Path, PlainValidator(_file_path)]
+# The JSON schemas name the format, for the documentation.
+FilePath = Annotated[
+    Path,
+    PlainValidator(_file_path),
+    WithJsonSchema({"type": "string", "format": "path"}),
+]
 
 
 def _file_path_or_mapping(value: Any, info: ValidationInfo) -> Any:
     return value if isinstance(value, dict) else _file_path(value, info)
 
 
-FilePathOrContent = Annotated[Path | dict[str, Any], PlainValidator(_file_path_or_mapping)]
+FilePathOrContent = Annotated[
+    Path | dict[str, Any],
+    PlainValidator(_file_path_or_mapping),
+    WithJsonSchema({"type": ["string", "object"], "format": "path-or-mapping"}),
+]
 
 
 def _role_or_task_names(value: Any) -> Any:
@@ -103,13 +113,27 @@ def _role_or_task_names(value: Any) -> Any:
     return value
 
 
-RoleOrTaskNames = Annotated[str | list[str], PlainValidator(_role_or_task_names)]
+RoleOrTaskNames = Annotated[
+    str | list[str],
+    PlainValidator(_role_or_task_names),
+    WithJsonSchema({"type": ["string", "array"], "format": "role-or-tasks"}),
+]
 
 
 class Section(BaseModel):
-    """A mapping of the run file; unknown keys are refused with the nearest right name."""
+    """A mapping of the run file; unknown keys are refused with the nearest right name.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+    docs/run-file.md is made from these classes: a field's docstring describes the key; the first
+    paragraph of a class's docstring is printed above the table of its keys, the others below.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        strict=True,
+        use_attribute_docstrings=True,
+    )
 
     @field_validator("*", mode="before")
     @classmethod

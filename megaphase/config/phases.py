@@ -15,21 +15,32 @@ PHASE_LENGTHS = ("tokens", "steps", "epochs")
 
 
 class PhaseConfig(Section):
-    """A run of steps with one mixture, one schedule and one optimizer-state policy.
-
-    epochs: the phase's length in passes over the training text of a task; of several tasks, the
-    one that gets there first ends it.
-    """
+    """A phase is a run of optimizer steps with one mixture, one learning-rate schedule and one
+    policy for the optimizer state. Give its length by exactly one of `tokens`, `steps` and
+    `epochs`."""
 
     name: PhaseName
+    """A name, see above, that no other phase has."""
     tokens: Count | None = None
+    """Length of the phase in tokens, rounded up to whole steps; a sample counts `seq_len` tokens,
+    however full it is."""
     steps: Steps | None = None
+    """Length of the phase in optimizer steps."""
     epochs: dict[str, Epochs] | None = Field(default=None, min_length=1)
+    """Length of the phase in passes over the training text of a task, for example `{hi: 4}`; of
+    several tasks, the one that gets there first ends the phase. Not with `mixture.max_epochs`."""
     mixture: MixtureConfig
+    """Sampling rates of the tasks."""
     order: Literal["balanced", "random"] = "balanced"
+    """`balanced`: after any n samples the count of every task differs from its rate times n by less
+    than one. `random`: the task of every sample is drawn independently, and `max_epochs` holds on
+    average."""
     optimizer_state: Literal["reset", "keep"] = "reset"
+    """Whether the optimizer's moments and step count are reset at the phase's start, or kept."""
     learning_rate: LearningRateConfig
+    """Learning-rate schedule."""
     stop: StopConfig = StopConfig()
+    """Conditions that end the phase before its length is reached."""
 
     @property
     def length_key(self) -> str:

@@ -23,25 +23,48 @@ from megaphase.utils.errors import InputError
 
 
 class RunConfig(Section):
-    """The whole run file. Relative paths in it are relative to the file itself."""
+    """The keys of the run file and its sections.
+
+    When a run is started again in its run directory, only these may have changed: `output`,
+    `tokenizer`, `tasks.*.corpus` (as paths; the content is checked), `parallel`, `batch.micro`,
+    `model.activation_checkpointing`, `parts`, `checkpoint`, `faults`, `logging` and `hardware`.
+    """
 
     seed: Seed = 1234
+    """Determines the initial weights and every shuffle."""
     output: FilePath
+    """The run directory; made where it is missing."""
     tokenizer: FilePath
+    """A tokenizer that `megaphase tokenizer train` made, a sentencepiece model, or a Hugging Face
+    directory with a tokenizer."""
     tasks: dict[Name, TaskConfig] = Field(min_length=1)
+    """The tasks by name: their corpora."""
     model: ModelConfig
+    """Shape of the model."""
     parallel: ParallelConfig = ParallelConfig()
+    """How processes share the work."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """Precision of the computation; with `bf16` the master weights are fp32."""
     batch: BatchConfig
+    """Batch sizes."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """Settings of the optimizer."""
     parts: BackendsConfig = BackendsConfig()
+    """The implementations that compute."""
     phases: list[PhaseConfig] = Field(min_length=1)
+    """The phases in their order."""
     validation: ValidationConfig = ValidationConfig()
+    """Held-out documents and their losses."""
     monitor: MonitorConfig = MonitorConfig()
+    """Tasks whose best weights are kept."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are saved."""
     faults: FaultsConfig = FaultsConfig()
+    """What is done about bad steps, divergence and dead processes."""
     logging: LoggingConfig = LoggingConfig()
+    """How progress is reported."""
     hardware: HardwareConfig = HardwareConfig()
+    """The hardware that estimates and MFU refer to."""
 
     _path: Path = PrivateAttr(default=Path("run.yaml"))
 

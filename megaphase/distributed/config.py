@@ -10,23 +10,49 @@ from megaphase.config.fields import Count, FilePath, FractionOf1, Section
 
 
 class ParallelConfig(Section):
-    """How one model replica and its optimizer are spread over processes and memories.
+    """How a model replica and its optimizer state are spread over processes, and in which memory
+    they are stored. The data-parallel size is the number of processes divided by `tensor`. Nothing
+    here changes a run's numbers but by their rounding, so it may differ from one start of a run to
+    the next.
 
-    overlap: compute half of a micro-batch while the tensor-parallel ranks sum the other half.
-    offload: where fp32 weights and optimizer state lie; offload_parameters: where the weights
-    that the model computes with lie. offload_folder: a folder on each node's NVMe disk.
-    keep_gathered: the share of the weights that ZeRO-3 keeps gathered from one micro-batch to the
-    next.
+    `nvme` is DeepSpeed's: it needs libaio with its headers (Debian: `libaio-dev`) and a compiler,
+    for an operator that is built at the first use, and leaves tensors below 1 MiB in memory.
+
+    With ZeRO 3 every micro-batch gathers the weights from the data-parallel processes block by
+    block for its forward pass, and gathers those that are more than 500 million elements before the
+    loss again for the backward pass. The weights that `keep_gathered` selects (whole blocks in the
+    model's order, from the embedding on, up to that fraction of all weights) are gathered once per
+    step instead, after the optimizer has changed them, and stay on every GPU in between; gradients
+    are still scattered, and optimizer state stays sharded. It pays with several micro-batches per
+    step and memory left: `1.0` sends A · 2 P + 2 P bytes where `0.0` sends up to A · 6 P for A
+    micro-batches and P weights in bf16 ([scaling.md](scaling.md)). `megaphase plan` says in a line
+    when that fits and what it saves. Parameters of up to 100,000 elements are always kept.
+    `keep_gathered` changes nothing of a run's numbers.
     """
 
     tensor: Annotated[Count, Field(le=1 << 16)] = 1
+    """Tensor-parallel size: processes that share every layer; divides `heads`, `kv_heads` and
+    `ffn`."""
     sequence: bool = False
+    """Whether the tensor-parallel processes also share the activations between the layers, along
+    the sequence; needs `tensor` above 1, which must divide `seq_len`."""
     overlap: bool = True
+    """With `tensor` and `micro` above 1: compute one half of a micro-batch while the results of the
+    other half are summed over the `tensor` processes, instead of waiting."""
     zero: Literal[0, 1, 2, 3] = 3
+    """Stage of DeepSpeed's ZeRO."""
     offload: Literal["none", "cpu", "nvme"] = "none"
+    """Memory for fp32 weights and optimizer state: `none` (beside the model), `cpu` (with `zero` 1
+    to 3) or `nvme` (with `zero` 3)."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Memory for the weights that the model computes with, between their uses; needs `zero` 3 and
+    `offload`."""
     offload_folder: FilePath | None = None
+    """A folder on every node's own NVMe disk, needed by `nvme` and by nothing else; every run
+    directory gets a folder in it."""
     keep_gathered: FractionOf1 = 0.0
+    """Fraction of the weights that ZeRO 3 keeps gathered from one micro-batch to the next, see
+    below; `zero` 3 only, and not with `offload_parameters`."""
 
     @model_validator(mode="after")
     def _sequence_needs_tensor(self) -> Self:

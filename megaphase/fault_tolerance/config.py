@@ -12,17 +12,21 @@ Seconds = Annotated[float, Field(ge=0.1, le=1e8)]
 
 
 class FaultsConfig(Section):
-    """What a run does about faults.
-
-    skip_batches: steps in a row whose loss or gradient is not finite that are left out.
-    spike_deviations: how far above the running mean loss a step is reported; 0 never.
-    stop_on_divergence: whether a run ends whose loss has risen far and stays there, or is stuck.
-    silent_seconds: after so long without a sign of life a rank counts as dead.
-    stalled_seconds: after so long without progress on any rank the run counts as hanging.
-    """
+    """What a run does about faults; all of it is explained in [reliability.md](reliability.md)."""
 
     skip_batches: FewOrZero = 3
+    """How many steps in a row whose loss or gradient is not finite are skipped; one more ends the
+    run."""
     spike_deviations: PositiveOrZero = 6.0
+    """A step whose loss is this many standard deviations above its running mean is reported with
+    its samples; 0 never reports."""
     stop_on_divergence: bool = True
+    """Whether a run whose loss has risen far and stays there, or does not move, ends with exit code
+    1 after a checkpoint; `false` continues to train. It is reported in both cases: see
+    [reliability.md](reliability.md#divergence)."""
     silent_seconds: Seconds = 30.0
+    """Seconds without a heartbeat after which a process counts as dead: all others end and name
+    it."""
     stalled_seconds: Seconds = 900.0
+    """Seconds without progress on any process after which the run counts as hanging: all processes
+    end and say where each of them is."""

@@ -11,19 +11,46 @@ from megaphase.config.fields import LearningRate, Section, Steps, StepsOrZero
 
 
 class LearningRateConfig(Section):
-    """One phase's schedule, with its own warm-up, or its part of one that spans several phases.
+    """Every phase has a learning-rate schedule of its own, or its part of one that spans several
+    phases.
 
-    steps: length of the schedule; the phase's own if left out. first_step: where in it the phase
-    begins. decay_steps belongs to `wsd` (warm-up, stable, decay): the length of the final decay.
+    With `steps` and `first_step` phases share one schedule, which then need not restart at a
+    switch:
+
+    ```yaml
+    phases:
+      - name: pretrain
+        steps: 900
+        learning_rate: {peak: 1e-3, warmup_steps: 50, steps: 1100}
+        # …
+      - name: joint
+        steps: 200
+        learning_rate: {peak: 1e-3, warmup_steps: 50, steps: 1100, first_step: 900}
+        # …
+    ```
+
+    A phase whose length is given in `steps` must end within its schedule. A phase whose length is
+    given otherwise and that turns out longer than the schedule continues at `final`. `first_step`
+    counts as it is written, even if the phase before has ended early.
     """
 
     schedule: Literal["cosine", "linear", "inverse_sqrt", "constant", "wsd"] = "cosine"
+    """Shape of the decay after the warm-up; `wsd` is warm-up, stable, decay."""
     peak: LearningRate
+    """Learning rate at the end of the warm-up."""
     final: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate of the schedule's last step, which is the phase's where `steps` is left out; at
+    most `peak`. `inverse_sqrt` never falls below it; `constant` does not use it."""
     warmup_steps: StepsOrZero = 0
+    """Optimizer steps of linear warm-up at the schedule's beginning; together with `decay_steps` at
+    most the schedule's length."""
     decay_steps: Steps | None = None
+    """Optimizer steps of linear decay at the schedule's end; required by `wsd`, not allowed with
+    the others."""
     steps: Steps | None = None
+    """Length of the schedule in optimizer steps; the phase's own length if left out."""
     first_step: StepsOrZero = 0
+    """Step of the schedule at which the phase begins; below `steps`, which it needs."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

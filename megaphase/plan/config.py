@@ -10,22 +10,29 @@ from megaphase.config.fields import Count, FilePath, FractionAbove0, ProperFract
 
 
 class TaskConfig(Section):
-    """One training distribution: what it teaches and where its corpus lies (PREFIX of .bin/.idx).
-
-    kind: texts of a language, or pairs for translation.
-    attend_across_documents: whether the documents of a sample see each other; by default those of
-    an lm task do, translation pairs do not.
-    held_out: fraction of its documents that is held out; by default `validation.fraction`.
-    subsample: fraction of the others that is trained on; by default all.
-    role is any word, such as `high` or `low`, by which a mixture's `over` can name several tasks.
-    """
+    """A task is one training distribution: a language, or a translation pair."""
 
     corpus: FilePath
+    """Prefix of the corpus: `data/en` for `data/en.bin`, `data/en.idx` …"""
     kind: Literal["lm", "translation"] = "lm"
+    """`lm`: the corpus holds texts, and the loss is taken on every token. `translation`: it holds
+    pairs of a source and a target, several of which fill a sample, and the loss is taken on the
+    targets alone. The corpus must be of this kind."""
     attend_across_documents: bool | None = None
+    """Whether tokens attend to the other documents of their sample; if left out, `true` for `lm`
+    and `false` for `translation`. With `false` every document gets the attention and the loss that
+    it would get alone in a row: positions count from its start, and its first token is no
+    target."""
     held_out: ProperFraction | None = None
+    """Fraction of the task's documents that is held out of training; `validation.fraction` if left
+    out."""
     subsample: FractionAbove0 | None = None
+    """Fraction of the documents not held out that is trained on; all of them if left out. It makes
+    a task smaller without another corpus: the held-out documents stay the same, and a smaller
+    subsample is part of a larger one."""
     role: Word | None = None
+    """Any word, such as `high` or `low`, by which `mixture.over`, `monitor.tasks` and
+    `overfit.tasks` can name several tasks."""
 
     @property
     def attends_across_documents(self) -> bool:
@@ -41,10 +48,17 @@ class TaskConfig(Section):
 
 
 class BatchConfig(Section):
-    """samples: global batch of an optimizer step; micro: samples of one forward pass per rank."""
+    """How many samples an optimizer step takes, in all and at a time.
+
+    The data-parallel size is the number of processes divided by `parallel.tensor`; it times `micro`
+    must divide `samples`.
+    """
 
     samples: Annotated[Count, Field(le=1 << 24)]
+    """Global batch: samples of one optimizer step, over all processes."""
     micro: Annotated[Count, Field(le=1 << 16)] = 1
+    """Micro-batch: samples of one forward and backward pass on one data-parallel rank; must divide
+    `samples`."""
 
     @model_validator(mode="after")
     def _micro_divides(self) -> Self:

@@ -18,17 +18,22 @@ RATE_SUM_TOLERANCE = 1e-6
 
 
 class MixtureConfig(Section):
-    """A phase's sampling rates: exactly one of rates, temperature, proportional and unimax.
-
-    over: the tasks among which the last three divide the phase, a list of names or a role.
-    """
+    """The sampling rates of a phase. Give exactly one of `rates`, `temperature`, `proportional` and
+    `unimax`."""
 
     rates: dict[str, FractionOf1] | None = None
+    """Sampling rates by task, which sum to 1. A sum that differs from 1 by at most 1e-6 is taken
+    for rounding, and the rates are divided by it."""
     temperature: Temperature | None = None
+    """Rates in proportion to tokens^(1/T), with the tokens of one epoch of each task."""
     proportional: Literal[True] | None = None
+    """Rates in proportion to tokens, which is `temperature: 1`."""
     unimax: Literal[True] | None = None
+    """Equal rates, capped by `max_epochs`, which it needs (Chung et al. 2023)."""
     over: RoleOrTaskNames | None = None
+    """The tasks that take part; all if left out. Not with `rates`."""
     max_epochs: Epochs | None = None
+    """Most epochs of a task over the whole run; samples above this cap go to the other tasks."""
 
     @field_validator("rates")
     @classmethod

@@ -10,21 +10,31 @@ from megaphase.config.fields import Count, ProperFraction, Section, Steps
 
 
 class BackendsConfig(Section):
-    """What computes: changes a run's numbers by their rounding alone.
-
-    kernels: norms, rotary embedding, SwiGLU and cross entropy by torch.compile or operation by
-    operation. auto compiles on a GPU where Triton is there, and takes NVIDIA apex where it is
-    installed and there is a GPU.
-    """
+    """The implementations that compute. The first line of a run's output names the chosen ones.
+    Another choice changes a run's numbers by their rounding alone, so a run may be resumed with it,
+    but not bit for bit."""
 
     kernels: Literal["auto", "compile", "eager"] = "auto"
+    """The operations between the matrix products (norms with the residual stream, rotary embedding,
+    SwiGLU, cross entropy): `compile` makes one kernel of each with torch.compile, in the first step
+    (on a GPU it needs Triton and a C compiler, on a CPU g++); `eager` computes operation by
+    operation; `auto` compiles on GPUs where it can."""
     norm: Literal["auto", "torch", "apex"] = "auto"
+    """`torch`, or the fused norms of NVIDIA `apex`; `auto` takes apex where there is a GPU and apex
+    was built with its CUDA extensions."""
     optimizer: Literal["auto", "torch", "apex"] = "auto"
+    """`torch` (fused AdamW) or `apex` (FusedAdam); `auto` as for `norm`. With `parallel.offload`
+    only `torch`."""
 
 
 class ValidationConfig(Section):
-    """fraction of each task's documents is held out of training; samples of it are scored."""
+    """The loss of every task on documents that training never sees."""
 
     every_steps: Steps = 500
+    """Optimizer steps between validations, counted over the run; besides, both ends of every phase
+    are validated."""
     samples: Annotated[Count, Field(le=10**9)] = 256
+    """Held-out samples of each task that are scored, always the same ones, whatever the seed."""
     fraction: ProperFraction = 0.01
+    """Fraction of each task's documents that is held out of training, chosen by a hash of the text;
+    `tasks.NAME.held_out` replaces it for one task."""

@@ -64,8 +64,10 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
         ("peak: 1e-4", "peak: 1e-4, warmup: 5",
          "run.yaml: phases[1].learning_rate: unknown key 'warmup'; did you mean 'warmup_steps'?"),
         ("betas: [0.9, 0.95]", "xyz: 1",
-         "run.yaml: optimizer: unknown key 'xyz'; the keys here are name, betas, eps, "
+         "run.yaml: optimizer: unknown key 'xyz'; the keys here are betas, eps, "
          "weight_decay, clip"),
+        ("betas: [0.9, 0.95]", "name: sgd",
+         "run.yaml: optimizer: the optimizer is always adamw; leave out name"),
         # missing keys
         ("output: runs/x\n", "", "run.yaml: output: this key is missing; add it"),
         ("batch: {samples: 8, micro: 2}\n", "", "run.yaml: batch: this key is missing; add it"),
@@ -304,6 +306,12 @@ def test_overrides_replace_values_before_they_are_checked(tmp_path):
     assert config.tasks["fr"].corpus == tmp_path / "data/fr"
     assert config.phases[0].mixture.rates == {"en": 0.5, "no": 0.5}
     assert config.output.resolve() == tmp_path.parent / "other"
+
+
+def test_the_optimizer_name_of_earlier_versions_is_accepted(tmp_path):
+    config = load(tmp_path, GOOD.replace("betas: [0.9, 0.95]", "name: adamw"))
+    assert config.optimizer == load(tmp_path, GOOD).optimizer
+    assert "name" not in config.model_dump()["optimizer"]
 
 
 def test_yaml_is_read_as_its_version_1_2(tmp_path):

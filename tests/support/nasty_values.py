@@ -68,7 +68,7 @@ def all_keys() -> dict[str, Any]:
         "precision": "bf16",
         "batch": {"samples": 4, "micro": 1},
         "optimizer": {
-            "name": "adamw", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0,
+            "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0,
         },
         "parts": {"kernels": "auto", "norm": "auto", "optimizer": "auto"},
         "phases": [
