@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -74,26 +76,37 @@ def _schema(model: type[Section]) -> dict[str, dict[str, Any]]:
 
 def _chapter(path: str, model: type[Section]) -> str:
     above, _, below = inspect.cleandoc(model.__doc__ or "").partition("\n\n")
-    rows = [_row(path, model, key) for key in model.model_fields]
+    meanings = _docstrings(model)
+    rows = [_row(path, model, key, meanings[key]) for key in model.model_fields]
     parts = [f"## {_title(path)}", above, TABLE_HEAD + "\n".join(rows), below]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _docstrings(model: type[Section]) -> dict[str, str]:
+    """The text below every field of a class.
+
+    pydantic's use_attribute_docstrings finds it, too, but at every start of every command.
+    """
+    body = ast.parse(inspect.getsource(model)).body[0].body
+    return {
+        field.target.id: below.value.value
+        for field, below in pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
 
 
 def _title(path: str) -> str:
     return f"`{path}`" if path else "Top level"
 
 
-def _row(path: str, model: type[Section], key: str) -> str:
+def _row(path: str, model: type[Section], key: str, meaning: str) -> str:
     field = model.model_fields[key]
-    if field.description is None:
-        raise ValueError(f"{model.__name__}.{key} has no docstring")
     below = _section_classes(field.annotation)
     value = _words(_schema(model)[key])
     if below:
         value = f"[{value}](#{_anchor(_path(path, key, model))})"
     default = "*required*" if field.is_required() else _default(field.default)
-    meaning = " ".join(field.description.split())
-    return f"| `{key}` | {value} | {default} | {meaning.removesuffix('.')} |"
+    return f"| `{key}` | {value} | {default} | {' '.join(meaning.split()).removesuffix('.')} |"
 
 
 def _anchor(path: str) -> str:
