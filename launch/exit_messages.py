@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megaphase.checkpoint.names import newest_state
 from megaphase.checkpoint.state import full_name
+from megaphase.config.load import load_run_file
 from megaphase.launch.local import ExitMessages
 from megaphase.plan.run_history import read_origin
 from megaphase.training.resume_point import loss_sentence, resume_sentence
@@ -20,8 +21,6 @@ def training_exit_messages(run_file: Path, overrides: Sequence[str]) -> ExitMess
     """Of a training; nothing is read before it is to be said."""
 
     def output() -> Path:
-        from megaphase.config.load import load_run_file
-
         return load_run_file(run_file, tuple(overrides)).output
 
     return ExitMessages(

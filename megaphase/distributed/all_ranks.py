@@ -1,4 +1,8 @@
-"""Steps that all processes take together: where one of them cannot go on, all of them stop."""
+"""Steps that all processes take together: if one of them fails, all of them stop.
+
+A single process needs no torch for them, which takes seconds to import: torch, and what imports it,
+is imported where several processes need it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from megaphase.distributed.dist_env import global_rank, world_size
+from megaphase.distributed.lost_connection import is_collective_error
 from megaphase.utils.errors import InputError, LostProcessError, RunError, os_fault
 
 Result = TypeVar("Result")
@@ -67,7 +72,7 @@ def leaving_processes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if world_size() > 1 and _is_lost_connection(error):
+        if world_size() > 1 and is_collective_error(error):
             raise LostProcessError(
                 f"rank {global_rank()} has lost the connection to another process, which has "
                 "ended or cannot be reached"
@@ -77,12 +82,6 @@ def leaving_processes() -> Iterator[None]:
         distributed = sys.modules.get("torch.distributed")
         if distributed is not None and distributed.is_initialized():
             distributed.destroy_process_group()
-
-
-def _is_lost_connection(error: RuntimeError) -> bool:
-    from megaphase.fault_tolerance.watchdog import tells_of_others
-
-    return tells_of_others(error)
 
 
 def outcome_of(action: Callable[[], Result]) -> Result | Fault:

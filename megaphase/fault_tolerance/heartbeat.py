@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import megaphase
+from megaphase.distributed.lost_connection import is_collective
 from megaphase.fault_tolerance.stack_dump import Frame, all_stacks
 
 State = Literal["running", "patient", "broken", "fault", "failed", "interrupted", "left"]
@@ -23,7 +24,6 @@ _LIBRARIES = (
     "<",
     *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
 )
-_COLLECTIVES = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os.sep}")
 _BACKWARD = f"torch{os.sep}autograd{os.sep}"
 
 
@@ -146,11 +146,6 @@ def thread_position(thread: int) -> tuple[str, bool]:
 
 def _in_collective(stack: Sequence[Frame]) -> bool:
     return any(is_collective(frame.filename) for frame in stack)
-
-
-def is_collective(filename: str) -> bool:
-    """Whether code of this file only runs on behalf of a collective."""
-    return any(part in filename for part in _COLLECTIVES)
 
 
 def _is_library(frame: Frame) -> bool:

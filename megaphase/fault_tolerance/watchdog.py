@@ -18,9 +18,8 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import NoReturn, Self
 
-import torch.distributed as dist
-
 from megaphase.distributed.dist_env import global_rank, report_end
+from megaphase.distributed.lost_connection import is_collective_error
 from megaphase.fault_tolerance.fault_detector import (
     GONE,
     LOOKS_UNTIL_GONE,
@@ -32,7 +31,6 @@ from megaphase.fault_tolerance.heartbeat import (
     Heartbeat,
     Neighbour,
     State,
-    is_collective,
     thread_position,
 )
 from megaphase.fault_tolerance.heartbeat_transport import LocalTransport, MemberTransport, open_line
@@ -48,11 +46,6 @@ from megaphase.utils.errors import (
 LONGEST_INTERVAL_SECONDS = 1.0
 FLUSH_SECONDS = 1.0
 REASON_CHARACTERS = 400
-# What the errors say with which a collective or its store breaks off, on whatever backend.
-_BROKEN_CONNECTION = (
-    *("gloo", "nccl", "tcpstore", "processgroup", "process group", "socket"),
-    *("connection closed", "connection reset", "connection refused", "broken pipe"),
-)
 
 
 def say_on_stderr(text: str) -> None:
@@ -170,7 +163,7 @@ class Watchdog:
             self._state = "broken"
             # Rank 0 knows by then, and says so at its next beat; this process ends with that.
             seconds = (LOOKS_UNTIL_GONE + 4) * self._interval
-            if tells_of_others(error):
+            if is_collective_error(error):
                 seconds = max(seconds, self._silent_seconds + 4 * self._interval)
             if self._over.wait(seconds):
                 return
@@ -269,17 +262,6 @@ class Watchdog:
         if not report_end(verdict.rank, lines):
             for line in lines:
                 say_on_stderr(line)
-
-
-def tells_of_others(error: BaseException) -> bool:
-    """Whether an error came out of a collective, as it does on all that outlive a rank."""
-    if not isinstance(error, RuntimeError):
-        return False
-    text = str(error).lower()
-    if isinstance(error, dist.DistError) or any(words in text for words in _BROKEN_CONNECTION):
-        return True
-    files = (frame.filename for frame in traceback.extract_tb(error.__traceback__))
-    return any(map(is_collective, files))
 
 
 def _one_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from typing import NoReturn
 import yaml
 
 from megaphase.checkpoint.names import CHECKPOINTS
+from megaphase.launch.slurm.job_file import forget_jobs
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trials import Trial, known_trials
@@ -120,8 +121,6 @@ class SweepDirectory:
 
     def forget_failures(self) -> None:
         """Let the runs that failed be started again."""
-        from megaphase.launch.slurm.job_file import forget_jobs
-
         for name, outcome in self.outcomes().items():
             if outcome.failed is not None:
                 # What they have left behind must not be taken for the end of the next start.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -24,10 +24,8 @@ from megaphase.config.fields import (
     Steps,
     Temperature,
 )
+from megaphase.launch.slurm.pipeline import Step
 from megaphase.utils.validation_errors import as_input_error
-
-if TYPE_CHECKING:
-    from megaphase.launch.slurm.pipeline import Step
 
 Kind = Literal["static", "two-phase", "restart", "keep", "low-only", "regularized"]
 KINDS: tuple[Kind, ...] = ("static", "two-phase", "restart", "keep", "low-only", "regularized")
@@ -143,8 +141,6 @@ class ClusterJobs(Section):
 
 def _checked_step(options: str, keys: dict[str, Any]) -> Step:
     """A pipeline's step, which finds what is wrong; options: what its `sbatch` is called here."""
-    from megaphase.launch.slurm.pipeline import Step  # imports point from there to here
-
     try:
         return Step.model_validate(keys)
     except ValidationError as error:

@@ -12,11 +12,25 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from rich.console import Console
 
+from megaphase.launch.slurm.job_file import (
+    JOB_FILE,
+    TRANSLATION_FILE,
+    Job,
+    read_job,
+    remember_job,
+)
+from megaphase.launch.slurm.pipeline import (
+    Pipeline,
+    job_and_log,
+    load_pipeline,
+    scripts,
+    submit_pipeline,
+)
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.file import ClusterJobs
@@ -36,11 +50,6 @@ from megaphase.sweep.trials import Trial, all_trials, known_trials, ready_trials
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_text, make_directory, real_path, remove_directory
 from megaphase.utils.slurm import queued_jobs
-
-# Imports point from launch to here, so what is used of it is imported within functions.
-if TYPE_CHECKING:
-    from megaphase.launch.slurm.job_file import Job
-    from megaphase.launch.slurm.pipeline import Pipeline
 
 NEXT, TRANSLATE = "next", "-translate"
 PIPELINE_FILE = "pipeline.yaml"
@@ -83,8 +92,6 @@ def next_scripts(path: Path, program: Any) -> Iterator[tuple[str, Sequence[str],
     Raises:
         InputError: something in the sweep file or a run file is wrong, or a run is in the queue.
     """
-    from megaphase.launch.slurm.pipeline import scripts
-
     found, directory = open_sweep(path)
     jobs, outcomes = _cluster_jobs(found), directory.outcomes()
     folder = directory.slurm / _DRY_RUN
@@ -115,8 +122,6 @@ class SlurmSweep:
     console: Console
 
     def __post_init__(self) -> None:
-        from megaphase.launch.slurm.job_file import read_job
-
         self.outcomes = self.directory.outcomes()
         self.next = read_job(self.directory.path)
         # Asked once: while this process holds the lock jobs leave the queue, and none is added.
@@ -153,8 +158,6 @@ class SlurmSweep:
         return outcome_if_ended(self.sweep, self.directory, trial) or self._failure(trial)
 
     def _failure(self, trial: Trial) -> Outcome | None:
-        from megaphase.launch.slurm.job_file import JOB_FILE, TRANSLATION_FILE, read_job
-
         file = TRANSLATION_FILE if has_ended(self.directory, trial) else JOB_FILE
         job = read_job(self.directory.run(trial.name), file)
         if job is None:
@@ -171,8 +174,6 @@ class SlurmSweep:
         return Outcome(failed=cut_off or _reason(log))
 
     def _jobs_of(self, name: str) -> Iterator[Job]:
-        from megaphase.launch.slurm.job_file import JOB_FILE, TRANSLATION_FILE, read_job
-
         for file in (JOB_FILE, TRANSLATION_FILE):
             if (job := read_job(self.directory.run(name), file)) is not None:
                 yield job
@@ -196,8 +197,6 @@ class SlurmSweep:
         )
 
     def _submit(self, trials: Sequence[Trial], behind: set[str]) -> None:
-        from megaphase.launch.slurm.pipeline import submit_pipeline
-
         number = 1 + max(_rounds(self.directory), default=0)
         folder = self.directory.slurm / f"round-{number:03}"
         try:
@@ -229,9 +228,6 @@ class SlurmSweep:
 
     def _remember(self, pipeline: Pipeline, jobs: Mapping[str, str], groups: Groups) -> None:
         """Which job begins the next round, and which ones translate."""
-        from megaphase.launch.slurm.job_file import TRANSLATION_FILE, remember_job
-        from megaphase.launch.slurm.pipeline import job_and_log
-
         remember_job(self.directory.path, *job_and_log(pipeline, NEXT, jobs[NEXT]))
         for group, trials in groups.items():
             name = f"{group}{TRANSLATE}"
@@ -267,8 +263,6 @@ def _write_round(
     program: Any,
 ) -> Pipeline:
     """Write the pipeline that trains runs, with all that it names, into its folder."""
-    from megaphase.launch.slurm.pipeline import load_pipeline
-
     groups = _groups(trials)
     for name, members in groups.items():
         make_directory(folder / name)

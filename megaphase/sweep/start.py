@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megaphase.config.load import run_config
+from megaphase.launch.slurm.job_file import refuse_second_job
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.local import Machine, run_locally
@@ -75,8 +76,6 @@ def _checked_trials(found: Sweep) -> list[Trial]:
 
 def _refuse_jobs(found: Sweep, directory: SweepDirectory) -> None:
     """Raise InputError where runs, or the job that begins the next of them, are in a queue."""
-    from megaphase.launch.slurm.job_file import refuse_second_job
-
     refuse_second_job(directory.path)
     outcomes = directory.outcomes()
     for trial in known_trials(found, outcomes):
