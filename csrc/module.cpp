@@ -25,12 +25,20 @@ void require(bool condition, const char* message) {
     if (!condition) throw std::invalid_argument(message);
 }
 
+void require_blend(const py::array& tasks, const py::array& counts) {
+    require(tasks.ndim() == 1 && counts.ndim() == 2, "tasks is [samples], counts [blocks, tasks]");
+}
+
+void require_starts(const py::array& starts) {
+    require(starts.ndim() == 2 && starts.shape(1) == 2, "starts is [samples, 2]");
+}
+
 // Blend the slots [position, position + tasks.size()); counts[b] are the turns that every task had
 // before slot b * block of the phase, for the blocks that start in this range.
 template <typename Task, typename Blend>
 void fill_blend(Blend& blend, Array<Task>& tasks, Array<int64_t>& counts, int64_t block) {
     const auto number_of_tasks = static_cast<int64_t>(blend.counts().size());
-    require(tasks.ndim() == 1 && counts.ndim() == 2, "tasks is [samples], counts [blocks, tasks]");
+    require_blend(tasks, counts);
     require(number_of_tasks - 1 <= int64_t{std::numeric_limits<Task>::max()},
             "the type of tasks cannot number them");
     require(block > 0 && block < FreeSlots::kNone, "a block has 1 to 2^32 - 2 slots");
@@ -52,7 +60,7 @@ template <typename Task>
 void phase_ordinals(const Array<Task>& tasks, const Array<int64_t>& counts, int64_t block,
                     int64_t first, Array<int64_t>& ordinals) {
     const int64_t wanted = ordinals.size();
-    require(tasks.ndim() == 1 && counts.ndim() == 2, "tasks is [samples], counts [blocks, tasks]");
+    require_blend(tasks, counts);
     require(block > 0 && first >= 0 && wanted <= tasks.size() - first, "samples outside the phase");
     if (wanted == 0) return;
     const Task* task = tasks.data();
@@ -108,7 +116,7 @@ std::unique_ptr<Stream> make_stream(const Array<Token>& tokens, const Array<int6
 
 template <typename Unit>
 int64_t fill_starts(StreamWalk& walk, Array<Unit>& starts, int64_t documents) {
-    require(starts.ndim() == 2 && starts.shape(1) == 2, "starts is [samples, 2]");
+    require_starts(starts);
     require(documents > 0, "documents is positive");
     auto* start = reinterpret_cast<Start<Unit>*>(starts.mutable_data());
     const int64_t samples = starts.shape(0);
@@ -122,7 +130,7 @@ void read_samples(const Stream& stream, const Array<Unit>& starts, int64_t sampl
                   const Array<int64_t>& numbers, const Array<int64_t>& rows, Array<int64_t>& inputs,
                   Array<int64_t>& targets, int64_t filler, int64_t ignored,
                   std::optional<Array<int64_t>> documents) {
-    require(starts.ndim() == 2 && starts.shape(1) == 2, "starts is [samples, 2]");
+    require_starts(starts);
     require(inputs.ndim() == 2 && targets.ndim() == 2 && inputs.shape(0) == targets.shape(0) &&
                 inputs.shape(1) == targets.shape(1) && inputs.shape(1) == stream.seq_len(),
             "inputs and targets are [batch, seq_len]");

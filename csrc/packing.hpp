@@ -17,55 +17,33 @@
 
 namespace megaphase {
 
-// Walks once through an epoch's samples in order, as EpochWalk does.
-template <typename Length>
-class PackedWalk {
+// A sample begins with a document that does not fit into the open sample, and in a document that is
+// longer than a sample.
+class PackedCut {
 public:
-    PackedWalk(const Documents<Length>& documents, const KeyedPermutation& order, int64_t seq_len)
-        : documents_(documents, order), seq_len_(seq_len) {}
+    explicit PackedCut(int64_t seq_len) : seq_len_(seq_len) {}
 
-    // See EpochWalk::fill.
-    template <typename Unit>
-    int64_t fill(Start<Unit>* starts, int64_t samples, int64_t documents) {
-        if (!documents_.choice_noted()) {
-            documents_.note_choice(documents);
-            return 0;
-        }
-        const int64_t last_slot = std::min(documents_.left(), documents) + documents_.slot();
-        int64_t sample = 0;
-        while (sample < samples) {
-            if (next_ == kNone) {
-                if (documents_.slot() >= last_slot) break;
-                enter_next_document();
-                continue;
-            }
-            starts[sample++] = Start<Unit>::at(documents_.slot() - 1, next_);
-            open_sample();
-        }
-        return sample;
-    }
+    bool begins_here() const { return next_ != kNone; }
 
-    bool at_end() const { return documents_.at_end() && next_ == kNone; }
-
-private:
-    static constexpr int64_t kNone = -1;
-
-    void enter_next_document() {
-        length_ = documents_.next();
+    void enter(int64_t length) {
+        length_ = length;
         if (length_ <= room_)
             room_ -= std::max(length_, int64_t{0});
         else
             next_ = 0;
     }
 
-    // Of the current document, from next_ on.
-    void open_sample() {
-        const int64_t left = length_ - next_, taken = std::min(left, seq_len_ + 1);
+    int64_t take() {
+        const int64_t offset = next_, left = length_ - offset;
+        const int64_t taken = std::min(left, seq_len_ + 1);
         room_ = seq_len_ + 1 - taken;
-        next_ = left > taken ? next_ + seq_len_ : kNone;
+        next_ = left > taken ? offset + seq_len_ : kNone;
+        return offset;
     }
 
-    DocumentWalk<Length> documents_;
+private:
+    static constexpr int64_t kNone = -1;
+
     int64_t seq_len_;
     int64_t length_ = 0;    // of the current document
     int64_t next_ = kNone;  // the token of the current document with which the next sample begins

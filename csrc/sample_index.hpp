@@ -29,12 +29,16 @@ struct Start {
     }
 };
 
-// Walks once through an epoch in token order; `fill` writes the starts of the next samples.
-template <typename Length>
-class EpochWalk {
+// Walks once through the samples of an epoch in order; `fill` writes the starts of the next ones.
+//
+// A Cut says where in the documents samples begin: begins_here() whether one begins in what is left
+// of the current document, take() at which of its tokens, and enter(length) goes to the next
+// document.
+template <typename Length, typename Cut>
+class SampleWalk {
 public:
-    EpochWalk(const Documents<Length>& documents, const KeyedPermutation& order, int64_t seq_len)
-        : documents_(documents, order), seq_len_(seq_len) {}
+    SampleWalk(const Documents<Length>& documents, const KeyedPermutation& order, const Cut& cut)
+        : documents_(documents, order), cut_(cut) {}
 
     // Writes at most `samples` starts, looking at about `documents` documents at most, so that a
     // call ends soon; returns how many it wrote, which may be none before the end.
@@ -47,22 +51,42 @@ public:
         const int64_t last_slot = std::min(documents_.left(), documents) + documents_.slot();
         int64_t sample = 0;
         while (sample < samples) {
-            if (until_next_ >= length_) {
+            if (!cut_.begins_here()) {
                 if (documents_.slot() >= last_slot) break;
-                until_next_ -= length_;
-                length_ = documents_.next();
+                cut_.enter(documents_.next());
                 continue;
             }
-            starts[sample++] = Start<Unit>::at(documents_.slot() - 1, until_next_);
-            until_next_ += seq_len_;
+            starts[sample++] = Start<Unit>::at(documents_.slot() - 1, cut_.take());
         }
         return sample;
     }
 
-    bool at_end() const { return documents_.at_end() && until_next_ >= length_; }
+    bool at_end() const { return documents_.at_end() && !cut_.begins_here(); }
 
 private:
     DocumentWalk<Length> documents_;
+    Cut cut_;
+};
+
+// A sample begins every seq_len tokens, wherever documents end.
+class EvenCut {
+public:
+    explicit EvenCut(int64_t seq_len) : seq_len_(seq_len) {}
+
+    bool begins_here() const { return until_next_ < length_; }
+
+    void enter(int64_t length) {
+        until_next_ -= length_;
+        length_ = length;
+    }
+
+    int64_t take() {
+        const int64_t offset = until_next_;
+        until_next_ += seq_len_;
+        return offset;
+    }
+
+private:
     int64_t seq_len_;
     int64_t length_ = 0;      // of the current document
     int64_t until_next_ = 0;  // tokens from the current document's start to the next sample's start

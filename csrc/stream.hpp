@@ -33,7 +33,7 @@ struct Blanks {
     int64_t filler, ignored;
 };
 
-// A walk through an epoch that remembers where it is; see EpochWalk.
+// A walk through an epoch that remembers where it is; see SampleWalk.
 class StreamWalk {
 public:
     virtual ~StreamWalk() = default;
@@ -125,7 +125,7 @@ public:
     Totals totals() const override { return documents_.totals(); }
 
     std::unique_ptr<StreamWalk> walk(int64_t epoch) const override {
-        return walk_of(EpochWalk<Length>(documents_, order(epoch), seq_len_));
+        return walk_of(SampleWalk<Length, EvenCut>(documents_, order(epoch), EvenCut(seq_len_)));
     }
 
     void prepare(int64_t epoch, int64_t slot, int64_t offset,

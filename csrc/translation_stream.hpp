@@ -21,7 +21,8 @@ public:
     TranslationStream(Base base, Token tag) : Base(std::move(base)), tag_(tag) {}
 
     std::unique_ptr<StreamWalk> walk(int64_t epoch) const override {
-        return walk_of(PackedWalk<Length>(this->documents_, this->order(epoch), this->seq_len_));
+        return walk_of(SampleWalk<Length, PackedCut>(this->documents_, this->order(epoch),
+                                                     PackedCut(this->seq_len_)));
     }
 
     void prepare(int64_t epoch, int64_t slot, int64_t offset,
