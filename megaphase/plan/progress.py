@@ -2,62 +2,33 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
 from megaphase.plan.build_pool import ReportProgress
-
-SECONDS_BETWEEN_LINES = 10.0
+from megaphase.utils.progress import ProgressDisplay
 
 
 @contextmanager
 def building_progress(console: Console) -> Iterator[ReportProgress]:
-    """Yield what shows progress(what, done, of) on the console while the block runs."""
-    if not console.is_terminal:
-        yield _Lines(console)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bars:
-        bar = bars.add_task("plan", total=None)
+    """Yield what shows progress(what, done, of) on the console while the block runs.
+
+    A log gets nothing of a build that takes a moment.
+    """
+    columns = BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with ProgressDisplay(console, *columns, transient=True) as display:
+        bar = display.add_bar("plan", None)
         shown = ""
 
         def progress(what: str, done: int, of: int) -> None:
             nonlocal shown
             if what != shown:
                 shown = what
-                bars.reset(bar, description=escape(what))
-            bars.update(bar, completed=done, total=of)
+                bar.restart(what)
+            bar.update(completed=done, total=of)
+            display.line_when_due(lambda: f"plan: {what}, {done:,} of {of:,} samples")
 
         yield progress
-
-
-class _Lines:
-    """Nothing for a build that takes a moment; otherwise a line every few seconds."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._last = time.monotonic()
-
-    def __call__(self, what: str, done: int, of: int) -> None:
-        now = time.monotonic()
-        if now - self._last < SECONDS_BETWEEN_LINES:
-            return
-        self._last = now
-        line = f"plan: {what}, {done:,} of {of:,} samples"
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)

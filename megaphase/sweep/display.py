@@ -10,11 +10,12 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trials import Trial
+from megaphase.utils.progress import ProgressBar, ProgressDisplay
 from megaphase.utils.run_files import METRICS_FILE
 
 TAIL_BYTES = 4096
@@ -31,21 +32,13 @@ class SweepDisplay:
 
     def __init__(self, console: Console, sweep: Sweep, total: int, ended: int) -> None:
         self._console, self._sweep, self._total = console, sweep, total
-        self._progress: Progress | None = None
-        if console.is_terminal:
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-            )
-            self._progress = Progress(*columns, console=console, transient=True)
-            self._all = self._progress.add_task("runs", total=total, completed=ended)
-        self._bars: dict[str, object] = {}
+        columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        self._progress = ProgressDisplay(console, *columns, transient=True)
+        self._all = self._progress.add_bar("runs", total, done=ended)
+        self._bars: dict[str, ProgressBar] = {}
 
     def __enter__(self) -> Self:
-        if self._progress:
-            self._progress.start()
+        self._progress.__enter__()
         return self
 
     def __exit__(
@@ -54,8 +47,7 @@ class SweepDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._progress:
-            self._progress.stop()
+        self._progress.__exit__(kind, error, trace)
 
     def say(self, sentence: str) -> None:
         """A line of its own."""
@@ -63,28 +55,26 @@ class SweepDisplay:
 
     def begin(self, trial: Trial, run_dir: Path) -> None:
         """A run has been started, perhaps not for the first time."""
-        if self._progress:
-            steps = trial.run["phases"][0]["steps"]
-            self._bars[trial.name] = self._progress.add_task(trial.name, total=steps)
-            self.show(trial, run_dir)
+        steps = trial.run["phases"][0]["steps"]
+        self._bars[trial.name] = self._progress.add_bar(trial.name, steps)
+        self.show(trial, run_dir)
 
     def show(self, trial: Trial, run_dir: Path) -> None:
         """A run goes on."""
-        if self._progress:
+        if self._progress.has_bars:
             done = phase_steps_done(run_dir / METRICS_FILE)
-            self._progress.update(self._bars[trial.name], completed=done)  # type: ignore[arg-type]
+            self._bars[trial.name].update(completed=done)
 
     def drop(self, trial: Trial) -> None:
         """A run is not looked after any more."""
-        if self._progress and trial.name in self._bars:
-            self._progress.remove_task(self._bars.pop(trial.name))  # type: ignore[arg-type]
+        if trial.name in self._bars:
+            self._bars.pop(trial.name).remove()
 
     def end(self, trial: Trial, outcome: Outcome, outcomes: Mapping[str, Outcome]) -> None:
         """A run has ended."""
         self.drop(trial)
         ended = len(outcomes)
-        if self._progress:
-            self._progress.update(self._all, completed=ended)
+        self._all.update(completed=ended)
         what = f"failed: {outcome.failed}"
         if outcome.diverged is not None:
             what = f"diverged: {outcome.diverged}"

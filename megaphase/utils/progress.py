@@ -1,4 +1,4 @@
-"""How far reading has come: a bar in a terminal, a plain line now and then elsewhere."""
+"""How far work has come: a bar on a terminal, a plain line now and then in a log."""
 
 from __future__ import annotations
 
@@ -6,20 +6,99 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
+    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
 
-PLAIN_LINE_SECONDS = 10.0
+SECONDS_BETWEEN_LINES = 10.0
 
 Advance = Callable[[int, int], None]
 """Called with the bytes of the files, and of what they hold, that were done since the last call."""
+
+
+class ProgressDisplay:
+    """Context manager that shows bars where the console is a terminal, and lines elsewhere.
+
+    Args:
+        columns: of every bar, behind its description.
+        transient: whether the bars disappear at the end.
+    """
+
+    def __init__(self, console: Console, *columns: ProgressColumn, transient: bool = False) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._last_line = time.monotonic()
+        if console.is_terminal:
+            description = TextColumn("{task.description}", markup=False)
+            self._progress = Progress(description, *columns, console=console, transient=transient)
+
+    def __enter__(self) -> Self:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    @property
+    def has_bars(self) -> bool:
+        """Whether the console is a terminal."""
+        return self._progress is not None
+
+    def add_bar(
+        self, description: str, total: float | None, *, done: float = 0, **fields: str
+    ) -> ProgressBar:
+        """Another bar; `fields` are those that the columns name."""
+        if self._progress is None:
+            return ProgressBar(None, TaskID(0))
+        task = self._progress.add_task(description, total=total, completed=done, **fields)
+        return ProgressBar(self._progress, task)
+
+    def line_when_due(self, text: Callable[[], str]) -> None:
+        """Print a line where there are no bars, and none was printed for some seconds."""
+        now = time.monotonic()
+        if self._progress is not None or now - self._last_line < SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        self._console.print(text(), markup=False, highlight=False, soft_wrap=True)
+
+
+class ProgressBar:
+    """One bar of a ProgressDisplay; does nothing where there are none."""
+
+    def __init__(self, progress: Progress | None, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def update(self, **values: Any) -> None:
+        """Set `completed`, `total` or a field of a column, or `advance` by a number."""
+        if self._progress is not None:
+            self._progress.update(self._task, **values)
+
+    def restart(self, description: str) -> None:
+        """Begin again, with another description."""
+        if self._progress is not None:
+            self._progress.reset(self._task, description=description)
+
+    def remove(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.remove_task(self._task)
 
 
 @contextmanager
@@ -27,11 +106,34 @@ def reading_progress(console: Console | None, what: str, total_bytes: int) -> It
     """Show MB/s, decompressed, and the remaining time, by how much of the files' bytes is done."""
     if console is None:
         yield lambda file_bytes, data_bytes: None
-    elif console.is_terminal:
-        with _bar(console, what, total_bytes) as advance:
-            yield advance
-    else:
-        yield _plain_lines(console, what, total_bytes)
+        return
+    columns = (
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    start = time.monotonic()
+    file_done = done = 0
+    with ProgressDisplay(console, *columns) as display:
+        bar = display.add_bar(what, total_bytes, rate="")
+
+        def line() -> str:
+            seconds = time.monotonic() - start
+            left = seconds * (total_bytes - file_done) / file_done
+            rate = _megabytes_per_second(done, seconds)
+            return f"{what}: {100 * file_done / total_bytes:.0f}%, {rate}, about {left:.0f} s left"
+
+        def advance(file_bytes: int, data_bytes: int) -> None:
+            nonlocal file_done, done
+            file_done += file_bytes
+            done += data_bytes
+            rate = _megabytes_per_second(done, time.monotonic() - start)
+            bar.update(advance=file_bytes, rate=rate)
+            if file_done:
+                display.line_when_due(line)
+
+        yield advance
 
 
 @contextmanager
@@ -48,50 +150,6 @@ def bytes_progress(
                 advance(done, done)
 
         yield count
-
-
-@contextmanager
-def _bar(console: Console, what: str, total_bytes: int) -> Iterator[Advance]:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    start, done = time.monotonic(), 0
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(what, total=total_bytes, rate="")
-
-        def advance(file_bytes: int, data_bytes: int) -> None:
-            nonlocal done
-            done += data_bytes
-            rate = _megabytes_per_second(done, time.monotonic() - start)
-            progress.update(task, advance=file_bytes, rate=rate)
-
-        yield advance
-
-
-def _plain_lines(console: Console, what: str, total_bytes: int) -> Advance:
-    start = shown = time.monotonic()
-    file_done = done = 0
-
-    def advance(file_bytes: int, data_bytes: int) -> None:
-        nonlocal shown, file_done, done
-        file_done += file_bytes
-        done += data_bytes
-        now = time.monotonic()
-        if now - shown < PLAIN_LINE_SECONDS or file_done == 0:
-            return
-        shown = now
-        left = (now - start) * (total_bytes - file_done) / file_done
-        rate = _megabytes_per_second(done, now - start)
-        console.print(
-            f"{what}: {100 * file_done / total_bytes:.0f}%, {rate}, about {left:.0f} s left",
-            soft_wrap=True,
-        )
-
-    return advance
 
 
 def _megabytes_per_second(data_bytes: int, seconds: float) -> str:

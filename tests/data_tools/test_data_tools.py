@@ -235,7 +235,7 @@ def test_progress_is_a_bar_in_a_terminal(tok: Path, tmp_path: Path) -> None:
 def test_progress_is_plain_lines_elsewhere(
     tok: Path, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     output = io.StringIO()
     tokenize([large], tok, tmp_path / "en", workers=1, console=Console(file=output))
     lines = output.getvalue().splitlines()

@@ -41,7 +41,7 @@ def test_every_thread_is_seen_innermost_call_first() -> None:
     mine = all_stacks()[threading.get_ident()]
     line = sys._getframe().f_lineno - 1
     assert (__file__, line, "test_every_thread_is_seen_innermost_call_first") in mine
-    assert thread_position(ident) == (f"test_stacks.py:{line_of(wait_for)} in wait_for", False)
+    assert thread_position(ident) == (f"test_stack_dump.py:{line_of(wait_for)} in wait_for", False)
     event.set()
 
 

@@ -300,7 +300,7 @@ def test_progress_is_told_to_the_end(run, tmp_path):
 def test_a_log_gets_a_line_now_and_then(monkeypatch):
     out = io.StringIO()
     clock = itertools.count(start=0, step=4)
-    monkeypatch.setattr("megaphase.plan.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("megaphase.utils.progress.time.monotonic", lambda: next(clock))
     with building_progress(Console(file=out)) as progress:
         for done in range(1000, 7000, 1000):
             progress("blend of [joint]", done, 6000)
