@@ -1,7 +1,4 @@
-"""The pieces of a self-contained HTML page: document, tables, figures. Knows nothing of runs.
-
-Parameters and cells named `html` are markup that is already escaped; other text is escaped here.
-"""
+"""A self-contained HTML page from templates: document, tables, figures. Knows nothing of runs."""
 
 from __future__ import annotations
 
@@ -9,13 +6,14 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from string import Template
 from urllib.parse import quote
 
 import matplotlib as mpl
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from megaphase.report.plot_style import (
@@ -37,26 +35,6 @@ CSS_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper
     colour: f"--line-{i}" for i, colour in enumerate(LINE_COLOURS)
 }
 
-DOCUMENT = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-$generator
-<title>$title</title>
-<style>
-:root { $variables }
-$css</style>
-</head>
-<body>
-<main>
-$body
-</main>
-</body>
-</html>
-""")
-
 
 @dataclass(frozen=True)
 class Plot:
@@ -68,49 +46,84 @@ class Plot:
     draw: Callable[[Size], Figure]
 
 
-def document(title: str, body_html: str) -> str:
-    """The whole page, with its style sheet inside."""
-    return DOCUMENT.substitute(
-        generator=GENERATOR,
-        title=escape(title),
-        variables=" ".join(f"{name}: {colour};" for colour, name in CSS_VARIABLES.items()),
-        css=files("megaphase.report").joinpath("report.css").read_text(encoding="utf-8"),
-        body=body_html,
-    )
+@dataclass(frozen=True)
+class DrawnPlot:
+    """A drawn plot: its files are `stem`.png and `stem`.svg, and the page holds both drawings."""
+
+    title: str
+    caption: str
+    stem: str
+    wide_svg: Markup
+    narrow_svg: Markup
 
 
-def table(head_html: str, rows: Sequence[Sequence[str]], note: str) -> str:
-    """A table that scrolls sideways where it does not fit.
+@dataclass(frozen=True)
+class Cell:
+    """What a table's cell shows; a plain string where that is all.
 
-    `head_html` is the content of `<thead>`; the cells are markup, the first of a row is its head.
+    Attributes:
+        colour: of a swatch before the text, in CSS; see `css_colour`.
+        small: text in small print after it.
     """
-    body = "\n".join(
-        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
-        for first, *rest in rows
+
+    text: str
+    bold: bool = False
+    warning: bool = False
+    colour: str | None = None
+    small: str = ""
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A table and the note below it; the first cell of a row is its head.
+
+    Attributes:
+        columns: their titles; with `groups` that of the first alone.
+        groups: titles over several columns, each with the titles of these.
+    """
+
+    columns: Sequence[str | Cell]
+    rows: Sequence[Sequence[str | Cell]]
+    note: str
+    groups: Sequence[tuple[str, Sequence[str]]] = ()
+
+
+def render(template: str, **values: object) -> Markup:
+    """Fill a template of this package; text in `values` is escaped, Markup is not."""
+    return Markup(_environment().get_template(template).render(values))
+
+
+def document(title: str, articles: Sequence[Markup], tables: Sequence[str], folder: str) -> str:
+    """The whole page, with its style sheet inside.
+
+    tables: names of the files in `folder` to which the page links.
+    """
+    return render(
+        "page.html",
+        generator=Markup(GENERATOR),
+        title=title,
+        variables=CSS_VARIABLES,
+        css=Markup(files("megaphase.report").joinpath("report.css").read_text(encoding="utf-8")),
+        articles=articles,
+        tables=tables,
+        numbers_folder=folder,
     )
-    return (
-        f'<div class="scroll"><table>\n<thead>{head_html}</thead>\n<tbody>\n{body}\n</tbody>'
-        f'</table></div>\n<p class="note">{escape(note)}</p>'
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("megaphase.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=False,
     )
 
 
-def head(cells_html: Sequence[str]) -> str:
-    """A header row."""
-    cells = "".join(f'<th scope="col">{cell}</th>' for cell in cells_html)
-    return f"<tr>{cells}</tr>"
-
-
-def grouped_head(first: str, groups: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """Two header rows: the groups' titles, and below them their columns."""
-    top = f'<th rowspan="2" scope="col">{escape(first)}</th>' + "".join(
-        f'<th colspan="{len(columns)}" scope="colgroup">{escape(title)}</th>'
-        for title, columns in groups
-    )
-    return f"<tr>{top}</tr>{head([escape(c) for _, columns in groups for c in columns])}"
-
-
-def add_plot(plot: Plot, out: Path, folder: str) -> str:
-    """Write the plot as PNG and SVG into `out/folder`; return the figure with the SVG inside.
+def draw_plot(plot: Plot, out: Path, folder: str) -> DrawnPlot:
+    """Write the plot as PNG and SVG into `out/folder`; return what the page shows of it.
 
     The page holds it twice, for a wide and for a narrow window; the style sheet shows one.
     """
@@ -122,13 +135,12 @@ def add_plot(plot: Plot, out: Path, folder: str) -> str:
     with plot_style():
         wide.savefig(out / f"{stem}.png", dpi=PNG_DOTS_PER_INCH, metadata={"Software": None})
     narrow = _svg(plot.draw(NARROW))
-    links = " · ".join(f'<a href="{quote(stem)}.{k}">{k.upper()}</a>' for k in ("png", "svg"))
-    return (
-        f'<figure>\n<div class="wide">{_inline(svg, f"{stem}-wide", plot.title)}</div>\n'
-        f'<div class="narrow">{_inline(narrow, f"{stem}-narrow", plot.title)}</div>\n'
-        f"<figcaption><b>{escape(plot.title)}.</b> {escape(plot.caption)} "
-        f'<span class="files">{links}</span></figcaption>\n'
-        "</figure>"
+    return DrawnPlot(
+        plot.title,
+        plot.caption,
+        stem,
+        _inline(svg, f"{stem}-wide", plot.title),
+        _inline(narrow, f"{stem}-narrow", plot.title),
     )
 
 
@@ -140,14 +152,14 @@ def _svg(figure: Figure) -> str:
     return buffer.getvalue()
 
 
-def _inline(svg: str, name: str, title: str) -> str:
+def _inline(svg: str, name: str, title: str) -> Markup:
     """The bare element: identifiers made unique in the page, colours left to the style sheet."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", svg, count=1)
     svg = re.sub(r'(\sid="|href="#|url\(#)', lambda found: f"{found[1]}{quote(name)}-", svg)
     for colour in CSS_VARIABLES:
         svg = svg.replace(f": {colour}", f": {css_colour(colour)}")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1))
 
 
 def css_colour(colour: str) -> str:

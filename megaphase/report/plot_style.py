@@ -1,4 +1,4 @@
-"""One look for all figures: sizes, colours, axes, labels at line ends."""
+"""One style for all figures: sizes, colours, axes, labels at line ends."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
     training = {task: _training_curve(run, task) for task in curves}
     keys = [line_key("training loss", lw=1.0, alpha=0.5), *_incident_keys(run)]
     if run.low_resource_tasks:
-        keys.insert(0, line_key("low-resource", **_line_look(True)))
-        keys.insert(1, line_key("high-resource", **_line_look(False)))
+        keys.insert(0, line_key("low-resource", **_line_style(True)))
+        keys.insert(1, line_key("high-resource", **_line_style(False)))
     height = max(size.height, 1.3 + len(curves) * LABEL_GAP_POINTS / 72)
     with plot_style():
         figure = new_figure(size.width, height)
@@ -70,7 +70,7 @@ def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
         step_axes(axes, _steps_of([run]), size)
         axes.set_ylabel("loss (nats per token)")
         for task, (steps, losses) in curves.items():
-            look = _line_look(task in run.low_resource_tasks)
+            look = _line_style(task in run.low_resource_tasks)
             axes.plot(steps, losses, color=colours[task], zorder=3, **look)
             axes.plot(*training[task], color=colours[task], alpha=0.3, linewidth=1.0)
         axes.set_ylim(loss_limits(curves.values(), _steps_of([run]), training.values()))
@@ -185,7 +185,7 @@ def _steps_of(runs: Sequence[RunRecord]) -> tuple[int, int]:
     return min(run.origin.step for run in runs), max(run.last_step for run in runs)
 
 
-def _line_look(low_resource: bool) -> dict[str, Any]:
+def _line_style(low_resource: bool) -> dict[str, Any]:
     if low_resource:
         return {"linewidth": 2.0, "marker": "o", "markersize": 4.0}
     return {"linewidth": 1.3}

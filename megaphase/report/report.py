@@ -16,7 +16,7 @@ from megaphase.report.plot_style import line_colours
 from megaphase.report.report_files import (
     NUMBERS_FOLDER,
     PLOTS_FOLDER,
-    links_to_numbers,
+    PageContent,
     write_page,
 )
 from megaphase.report.run_page import NOTHING, comparison_article, run_article
@@ -53,7 +53,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
                 ),
             )
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    return write_page(out, title, lambda folder: _body(runs, folder))
+    return write_page(out, title, lambda folder: _content(runs, folder))
 
 
 def summary_table(run: RunRecord) -> Table:
@@ -88,17 +88,15 @@ def summary_table(run: RunRecord) -> Table:
     return table
 
 
-def _body(runs: Sequence[RunRecord], folder: Path) -> str:
-    """Write plots and numbers into `folder`; return the page's body."""
+def _content(runs: Sequence[RunRecord], folder: Path) -> PageContent:
+    """Write plots and numbers into `folder`; return the page's content."""
     colours = line_colours(task for run in runs for task in run.tasks)
-    parts = ["<h1>megaphase report</h1>"]
     if len(runs) == 1:
-        parts.append(run_article(runs[0], colours, folder, PLOTS_FOLDER))
+        articles = [run_article(runs[0], colours, folder, PLOTS_FOLDER)]
     else:
-        parts.append(comparison_article(runs, colours, folder))
-        parts += [run_article(r, colours, folder, f"{PLOTS_FOLDER}/{r.name}") for r in runs]
-    parts.append(links_to_numbers(write_numbers(runs, folder / NUMBERS_FOLDER)))
-    return "\n".join(parts)
+        articles = [comparison_article(runs, colours, folder)]
+        articles += [run_article(r, colours, folder, f"{PLOTS_FOLDER}/{r.name}") for r in runs]
+    return PageContent(articles, write_numbers(runs, folder / NUMBERS_FOLDER))
 
 
 def _each_once(paths: Sequence[Path]) -> list[Path]:

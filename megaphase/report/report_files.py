@@ -6,7 +6,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+from markupsafe import Markup
 
 from megaphase.report import page
 from megaphase.utils.errors import InputError
@@ -17,24 +20,27 @@ PLOTS_FOLDER = "plots"
 NUMBERS_FOLDER = "numbers"
 
 
-def write_page(out: Path, title: str, body_of: Callable[[Path], str]) -> Path:
+@dataclass(frozen=True)
+class PageContent:
+    """The articles of a page, and the names of the files in NUMBERS_FOLDER to which it links."""
+
+    articles: Sequence[Markup]
+    tables: Sequence[str]
+
+
+def write_page(out: Path, title: str, content_of: Callable[[Path], PageContent]) -> Path:
     """Write a report into the directory `out`, a former one there is replaced; return its page.
 
-    body_of: writes plots and numbers into the folder that it is given, and returns the page's body.
+    content_of: writes plots and numbers into the folder that it is given, and returns the rest.
 
     Raises:
         InputError: `out` holds anything that is not a former report.
     """
     with _replacing_report(out) as folder:
-        text = page.document(f"{title} · megaphase report", body_of(folder))
+        content = content_of(folder)
+        text = page.document(title, content.articles, content.tables, NUMBERS_FOLDER)
         (folder / PAGE_FILE).write_text(text, encoding="utf-8")
     return out / PAGE_FILE
-
-
-def links_to_numbers(tables: Sequence[str]) -> str:
-    """A line of links to these files among the numbers."""
-    links = " · ".join(f'<a href="{NUMBERS_FOLDER}/{name}">{name}</a>' for name in tables)
-    return f'<p class="note">Every number as a table: {links}</p>'
 
 
 @contextmanager

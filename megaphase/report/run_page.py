@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 import yaml
+from markupsafe import Markup
 
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
-from megaphase.report import page
 from megaphase.report.incidents import incident_sentences
 from megaphase.report.losses import (
-    LossChange,
     final_losses,
     newest_losses,
     task_verdicts,
 )
-from megaphase.report.page import Plot, add_plot
+from megaphase.report.page import Cell, PageTable, Plot, css_colour, draw_plot, render
 from megaphase.report.plots import (
     Colours,
     comparison_plot,
@@ -33,7 +31,7 @@ NOTHING = "–"
 AS_PLANNED = "As planned, or as it came out where a phase ended early."
 
 
-def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -> str:
+def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -> Markup:
     """All of one run; its plots are written into `out/plot_folder`."""
     losses = Plot(
         "loss",
@@ -56,27 +54,22 @@ def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -
         f"dashed: {REPEATED_TOO_OFTEN:g} epochs, beyond which repetition pays little.",
         lambda size: data_plot(run, colours, size),
     )
-    return "\n".join(
-        (
-            f"<article>\n<h2>{escape(run.name)}</h2>",
-            f'<p class="lead">{escape(_state(run))}</p>',
-            _incident_list(run),
-            _verdict_list(run),
-            add_plot(losses, out, plot_folder),
-            "<h3>Validation loss per phase</h3>",
-            _loss_table(run, colours),
-            "<h3>Data</h3>",
-            add_plot(data, out, plot_folder),
-            _data_table(run, colours),
-            "<h3>Learning rate</h3>",
-            add_plot(rates, out, plot_folder),
-            _run_file(run),
-            "</article>",
-        )
+    return render(
+        "run.html",
+        name=run.name,
+        state=_state(run),
+        incidents=incident_sentences(run),
+        verdicts=task_verdicts(run),
+        losses=draw_plot(losses, out, plot_folder),
+        loss_table=_loss_table(run, colours),
+        data=draw_plot(data, out, plot_folder),
+        data_table=_data_table(run, colours),
+        learning_rate=draw_plot(rates, out, plot_folder),
+        run_file=yaml.safe_dump(dict(run.settings), sort_keys=False, allow_unicode=True),
     )
 
 
-def comparison_article(runs: Sequence[RunRecord], colours: Colours, out: Path) -> str:
+def comparison_article(runs: Sequence[RunRecord], colours: Colours, out: Path) -> Markup:
     """Several runs side by side: newest losses and curves."""
     plot = Plot(
         "comparison",
@@ -84,8 +77,8 @@ def comparison_article(runs: Sequence[RunRecord], colours: Colours, out: Path) -
         "Every panel has its own scale; the steep beginning may run out of the top.",
         lambda size: comparison_plot(runs, size),
     )
-    table, figure = _comparison_table(runs, colours), add_plot(plot, out, "plots")
-    return f"<article>\n<h2>{len(runs)} runs compared</h2>\n{table}\n{figure}\n</article>"
+    table, figure = _comparison_table(runs, colours), draw_plot(plot, out, "plots")
+    return render("comparison.html", runs=len(runs), table=table, figure=figure)
 
 
 def _state(run: RunRecord) -> str:
@@ -112,32 +105,12 @@ def _state(run: RunRecord) -> str:
     return f"{text}."
 
 
-def _incident_list(run: RunRecord) -> str:
-    sentences = incident_sentences(run)
-    items = "\n".join(f'<li class="worse">{escape(sentence)}</li>' for sentence in sentences)
-    return f'<ul class="verdicts">\n{items}\n</ul>' if sentences else ""
-
-
-def _verdict_list(run: RunRecord) -> str:
-    items = "\n".join(
-        f'<li class="{verdict.outcome}"><b>{escape(verdict.task)}</b>{_low_mark(verdict)} '
-        f"{escape(verdict.sentence)}</li>"
-        for verdict in task_verdicts(run)
-    )
-    return f'<ul class="verdicts">\n{items}\n</ul>'
-
-
-def _low_mark(verdict: LossChange) -> str:
-    return '<span class="low">low-resource</span>' if verdict.low_resource else ""
-
-
-def _task_cell(task: str, colours: Colours) -> str:
+def _task_cell(task: str, colours: Colours) -> Cell:
     """The task's name with its colour in the plots."""
-    colour = page.css_colour(colours[task])
-    return f'<span class="swatch" style="background: {colour}"></span>{escape(task)}'
+    return Cell(task, colour=css_colour(colours[task]))
 
 
-def _loss_table(run: RunRecord, colours: Colours) -> str:
+def _loss_table(run: RunRecord, colours: Colours) -> PageTable:
     losses = {(loss.phase, loss.task): loss for loss in final_losses(run)}
     phases = run.phases_begun
     with_gap = any(loss.end_gap is not None for loss in losses.values())
@@ -148,13 +121,13 @@ def _loss_table(run: RunRecord, colours: Colours) -> str:
     ]
     rows = []
     for task in validated_tasks([run]):
-        cells = [_task_cell(task, colours)]
+        cells: list[str | Cell] = [_task_cell(task, colours)]
         for phase in phases:
             loss = losses.get((phase.name, task))
             cells += [NOTHING] * 4 if loss is None else [
                 f"{loss.start:.3f}",
-                f"<b>{loss.end:.3f}</b>",
-                f"{loss.best:.3f} <small>at {loss.best_step:,}</small>",
+                Cell(f"{loss.end:.3f}", bold=True),
+                Cell(f"{loss.best:.3f}", small=f"at {loss.best_step:,}"),
                 f"{loss.end_bits_per_byte:.3f}",
             ]  # fmt: skip
             if with_gap:
@@ -164,10 +137,10 @@ def _loss_table(run: RunRecord, colours: Colours) -> str:
     note = "Nats per token; best: the lowest, and its step; bits per byte of text: at the end."
     if with_gap:
         note += " Gap: how far the loss is above that on the training text, at the end."
-    return page.table(page.grouped_head("task", groups), rows, note)
+    return PageTable(["task"], rows, note, groups)
 
 
-def _data_table(run: RunRecord, colours: Colours) -> str:
+def _data_table(run: RunRecord, colours: Colours) -> PageTable:
     phases = run.plan.phases
     groups: list[tuple[str, Sequence[str]]] = [("corpus", ("tokens", "documents", "held out"))]
     groups += [(phase.name, ("rate", "tokens", "epochs")) for phase in phases]
@@ -175,7 +148,7 @@ def _data_table(run: RunRecord, colours: Colours) -> str:
     rows = []
     for task in run.tasks:
         corpus = run.plan.tasks[task]
-        cells = [_task_cell(task, colours)]
+        cells: list[str | Cell] = [_task_cell(task, colours)]
         cells += [f"{n:,}" for n in (corpus.tokens, corpus.documents, corpus.held_out_documents)]
         shares = [phase.tasks.get(task) for phase in phases]
         for share in shares:
@@ -185,33 +158,28 @@ def _data_table(run: RunRecord, colours: Colours) -> str:
         epochs = run.planned_epochs(task)
         cells.append(f"{sum(share.tokens for share in shares if share):,}")
         often = epochs > REPEATED_TOO_OFTEN
-        cells.append(f'<b class="warning">{epochs:.2f} ⚠</b>' if often else f"{epochs:.2f}")
+        cells.append(Cell(f"{epochs:.2f}", warning=often))
         rows.append(cells)
     note = (
         f"{AS_PLANNED} Held out: documents kept for validation. "
         f"⚠ repeated more than {REPEATED_TOO_OFTEN:g} times."
     )
-    return page.table(page.grouped_head("task", groups), rows, note)
+    return PageTable(["task"], rows, note, groups)
 
 
-def _comparison_table(runs: Sequence[RunRecord], colours: Colours) -> str:
+def _comparison_table(runs: Sequence[RunRecord], colours: Colours) -> PageTable:
     newest = {run.name: newest_losses(run) for run in runs}
     tasks = validated_tasks(runs)
     rows = []
     for run in runs:
-        cells = [escape(run.name)]
+        cells: list[str | Cell] = [run.name]
         for task in tasks:
             ends = {name: losses[task].end for name, losses in newest.items() if task in losses}
             text = f"{ends[run.name]:.3f}" if run.name in ends else NOTHING
             lowest = ends.get(run.name) == min(ends.values())
-            cells.append(f"<b>{text}</b>" if lowest else text)
+            cells.append(Cell(text, bold=lowest))
         cells.append(f"{run.last_step:,}")
         rows.append(cells)
-    header = page.head(["run", *(_task_cell(task, colours) for task in tasks), "steps"])
+    columns: list[str | Cell] = ["run", *(_task_cell(task, colours) for task in tasks), "steps"]
     note = "Newest validation loss, nats per token; the lowest of each task is bold."
-    return page.table(header, rows, note)
-
-
-def _run_file(run: RunRecord) -> str:
-    text = yaml.safe_dump(dict(run.settings), sort_keys=False, allow_unicode=True)
-    return f"<details>\n<summary>Run file</summary>\n<pre>{escape(text)}</pre>\n</details>"
+    return PageTable(columns, rows, note)

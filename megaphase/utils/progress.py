@@ -62,7 +62,7 @@ class ProgressDisplay:
         return self._progress is not None
 
     def add_bar(
-        self, description: str, total: float | None, *, done: float = 0, **fields: str
+        self, description: str, total: int | None, *, done: int = 0, **fields: Any
     ) -> ProgressBar:
         """Another bar; `fields` are those that the columns name."""
         if self._progress is None:

@@ -29,7 +29,7 @@ from megaphase.report.plot_style import (
     shown,
 )
 from megaphase.sweep.pareto.points import Point, SeedMean
-from megaphase.sweep.pareto.trade_off import Look
+from megaphase.sweep.pareto.trade_off import ArmStyles
 
 GROUPS = ("high-resource loss", "low-resource loss")
 
@@ -43,27 +43,27 @@ class Line(NamedTuple):
 
 
 def choice_plot(
-    lines: Sequence[Line], title: str, ticks: Mapping[float, str], look: Look, size: Size
+    lines: Sequence[Line], title: str, ticks: Mapping[float, str], styles: ArmStyles, size: Size
 ) -> Figure:
     """High and low loss over a choice, whose values have names on the x axis."""
     arms = list(dict.fromkeys(line.arm for line in lines))
     columns = legend_columns(arms, size)
-    keys = [line_key(shown(arm), look[arm][0], marker=look[arm][1], ms=5) for arm in arms]
+    keys = [line_key(shown(arm), styles[arm][0], marker=styles[arm][1], ms=5) for arm in arms]
     with plot_style():
         figure, panels = panel_grid(size, GROUPS, 0.85 * size.height, legend_inches(arms, columns))
         for axes, group in zip(panels, ("high", "low"), strict=True):
             axes.set_ylabel("nats per token")
             axes.set_xlabel(title)
             axes.set_xticks(list(ticks), [shown(name) for name in ticks.values()])
-            _draw_lines(axes, lines, group, look)
+            _draw_lines(axes, lines, group, styles)
         legend_on_top(figure, keys, columns)
     return figure
 
 
-def _draw_lines(axes: Axes, lines: Sequence[Line], group: str, look: Look) -> None:
+def _draw_lines(axes: Axes, lines: Sequence[Line], group: str, styles: ArmStyles) -> None:
     labels, paths = [], []
     for arm, label, points in lines:
-        colour, marker = look[arm]
+        colour, marker = styles[arm]
         xs = [x for x, _ in points]
         losses: list[SeedMean] = [getattr(point, group) for _, point in points]
         axes.errorbar(
@@ -84,12 +84,12 @@ class Score(NamedTuple):
     value: SeedMean
 
 
-def score_plot(scores: Mapping[str, Sequence[Score]], look: Look, size: Size) -> Figure:
+def score_plot(scores: Mapping[str, Sequence[Score]], styles: ArmStyles, size: Size) -> Figure:
     """A panel per measure, a bar per task and arm."""
     arms = list(dict.fromkeys(each.arm for values in scores.values() for each in values))
     tasks = list(dict.fromkeys(each.task for values in scores.values() for each in values))
     columns = legend_columns(arms, size)
-    keys = [line_key(shown(arm), look[arm][0], lw=5) for arm in arms]
+    keys = [line_key(shown(arm), styles[arm][0], lw=5) for arm in arms]
     top, left = legend_inches(arms, columns) + 0.1, 0.15 + label_width(tasks)
     panel = 0.2 * (len(arms) + 1) * len(tasks) + BOTTOM_INCHES + 0.25
     rows = len(scores) if size.narrow else 1
@@ -100,18 +100,22 @@ def score_plot(scores: Mapping[str, Sequence[Score]], look: Look, size: Size) ->
             x, y = (0.0, (rows - 1 - i) * panel) if size.narrow else (i * width, 0.0)
             axes = inch_axes(figure, x + left, y + BOTTOM_INCHES, x + width - 0.5, y + panel - 0.05)
             axes.set_xlabel(title)
-            _bars(axes, values, tasks, arms, look)
+            _bars(axes, values, tasks, arms, styles)
         legend_on_top(figure, keys, columns)
     return figure
 
 
 def _bars(
-    axes: Axes, scores: Sequence[Score], tasks: Sequence[str], arms: Sequence[str], look: Look
+    axes: Axes,
+    scores: Sequence[Score],
+    tasks: Sequence[str],
+    arms: Sequence[str],
+    styles: ArmStyles,
 ) -> None:
     height = 1 / (len(arms) + 1)
     for task, arm, value in scores:
         row = tasks.index(task) + (arms.index(arm) - (len(arms) - 1) / 2) * height
-        axes.barh(row, value.mean, 0.86 * height, color=look[arm][0], xerr=value.error)
+        axes.barh(row, value.mean, 0.86 * height, color=styles[arm][0], xerr=value.error)
         axes.annotate(
             f"{value.mean:.1f}", (value.mean + (value.error or 0.0), row), (4, 0),
             textcoords="offset points", va="center_baseline", fontsize=8.5,

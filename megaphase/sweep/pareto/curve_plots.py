@@ -35,18 +35,18 @@ from megaphase.report.plot_style import (
 )
 from megaphase.sweep.pareto.curves import RunCurves, mean_curve
 from megaphase.sweep.pareto.points import Point
-from megaphase.sweep.pareto.trade_off import Look
+from megaphase.sweep.pareto.trade_off import ArmStyles
 
 Curves = Mapping[str, RunCurves]
 PANEL_HEIGHT = 0.62  # of a figure's
 
 
 def task_curves_plot(
-    best: Sequence[Point], curves: Curves, tasks: Sequence[str], look: Look, size: Size
+    best: Sequence[Point], curves: Curves, tasks: Sequence[str], styles: ArmStyles, size: Size
 ) -> Figure:
     """Validation loss over steps, a panel per task, in it the best setting of every arm."""
     arms = [point.setting.arm for point in best]
-    keys = [line_key(shown(arm), look[arm][0], lw=1.8) for arm in arms]
+    keys = [line_key(shown(arm), styles[arm][0], lw=1.8) for arm in arms]
     columns = legend_columns(arms, size)
     span = _span(best, curves)
     switches = sorted({_switch(point, curves) for point in best} - {0})
@@ -63,7 +63,7 @@ def task_curves_plot(
             for point, (steps, losses) in zip(best, drawn, strict=True):
                 at = [int(i) for i in np.flatnonzero(steps == _switch(point, curves))]
                 axes.plot(
-                    steps, losses, color=look[point.setting.arm][0], lw=1.6,
+                    steps, losses, color=styles[point.setting.arm][0], lw=1.6,
                     marker="o", ms=5, markevery=at,
                 )  # fmt: skip
             axes.set_ylim(loss_limits(drawn, span))
@@ -72,7 +72,7 @@ def task_curves_plot(
 
 
 def overfitting_plot(
-    points: Sequence[Point], curves: Curves, low: Sequence[str], look: Look, size: Size
+    points: Sequence[Point], curves: Curves, low: Sequence[str], styles: ArmStyles, size: Size
 ) -> Figure:
     """Training and validation loss of the low-resource tasks, a panel per mixture.
 
@@ -98,7 +98,7 @@ def overfitting_plot(
             size, titles, PANEL_HEIGHT * size.height, legend_inches([""], 1)
         )
         for axes, point, (validation, training) in zip(panels, points, drawn.values(), strict=True):
-            colour = look[point.setting.arm][0]
+            colour = styles[point.setting.arm][0]
             step_axes(axes, span, size, ticks=5)
             axes.set_ylabel("nats per token")
             axes.set_ylim(limits)
@@ -119,11 +119,11 @@ def overfitting_plot(
 
 
 def data_efficiency_plot(
-    points: Sequence[Point], curves: Curves, low: Sequence[str], look: Look, size: Size
+    points: Sequence[Point], curves: Curves, low: Sequence[str], styles: ArmStyles, size: Size
 ) -> Figure:
     """Low-resource validation loss over the low-resource tokens seen, one line per point."""
     arms = list(dict.fromkeys(point.setting.arm for point in points))
-    keys = [line_key(shown(arm), look[arm][0], lw=1.8) for arm in arms]
+    keys = [line_key(shown(arm), styles[arm][0], lw=1.8) for arm in arms]
     columns = legend_columns(arms, size)
     top = legend_inches(arms, columns)
     with plot_style():
@@ -135,7 +135,7 @@ def data_efficiency_plot(
         lines = [_over_tokens(curves, point, low) for point in points]
         labels = []
         for point, (tokens, losses) in zip(points, lines, strict=True):
-            colour = look[point.setting.arm][0]
+            colour = styles[point.setting.arm][0]
             axes.plot(tokens, losses, color=colour, lw=1.5, marker="o", ms=2.5, alpha=0.85)
             if len(tokens):
                 end = float(tokens[-1]), float(losses[-1])

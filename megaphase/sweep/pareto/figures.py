@@ -35,7 +35,10 @@ def front_plot(view: SweepView) -> Plot:
         f"area is beyond every static mixture. {errors}{_said_outside(panels)}"
     )
     return Plot(
-        "front", "Trade-off fronts", caption, partial(trade_off_plot, panels, view.look, LOSS_AXES)
+        "front",
+        "Trade-off fronts",
+        caption,
+        partial(trade_off_plot, panels, view.styles, LOSS_AXES),
     )
 
 
@@ -50,7 +53,7 @@ def overfitting_figure(view: SweepView, fronts: ModelFronts) -> Plot | None:
         "Where the two part, the model learns its few texts by heart: look at how far the solid "
         "line rises from its lowest point (circle) while the dashed one goes on falling. One panel "
         f"per mixture, at its best peak. {STEEP}",
-        partial(overfitting_plot, points, view.curves, view.record.sweep.low, view.look),
+        partial(overfitting_plot, points, view.curves, view.record.sweep.low, view.styles),
     )
 
 
@@ -64,7 +67,7 @@ def other_figures(view: SweepView, fronts: ModelFronts) -> Iterator[Plot]:
         "Validation loss per task, the best setting of each arm",
         "Best: the lowest mean of high- and low-resource loss. Dashed: where a second phase "
         f"begins; look at what it wins on the low-resource tasks and costs on the others. {STEEP}",
-        partial(task_curves_plot, best, view.curves, view.tasks, view.look),
+        partial(task_curves_plot, best, view.curves, view.tasks, view.styles),
     )
     compared = [
         point for arm in fronts.arms if arm.kind in COMPARED for point in _of_best_share(arm)
@@ -76,7 +79,9 @@ def other_figures(view: SweepView, fronts: ModelFronts) -> Iterator[Plot]:
             "Low-resource loss against the low-resource tokens seen so far, a line per mixture: "
             "at the same number of tokens, the lower line has learnt more from them; a line that "
             "turns up has seen them too often.",
-            partial(data_efficiency_plot, compared, view.curves, view.record.sweep.low, view.look),
+            partial(
+                data_efficiency_plot, compared, view.curves, view.record.sweep.low, view.styles
+            ),
         )
     lines = list(_share_lines(fronts))
     if lines:
@@ -91,7 +96,7 @@ def other_figures(view: SweepView, fronts: ModelFronts) -> Iterator[Plot]:
                 lines,
                 "pre-training, share of the budget",
                 {share: f"{100 * share:g}%" for share in shares},
-                view.look,
+                view.styles,
             ),
         )
     scores = _scores(view, best)
@@ -100,7 +105,7 @@ def other_figures(view: SweepView, fronts: ModelFronts) -> Iterator[Plot]:
             _named("translation", fronts),
             "Translations of held-out sources, the best setting of each arm",
             "BLEU and chrF, 0 to 100; higher is better. Best: by losses, as above.",
-            partial(score_plot, scores, view.look),
+            partial(score_plot, scores, view.styles),
         )
 
 
@@ -113,7 +118,7 @@ def bleu_front_plot(view: SweepView) -> Plot | None:
         "bleu_front",
         "Trade-off fronts in BLEU",
         "Upper right is better; otherwise as the fronts of losses. " + _said_outside(panels),
-        partial(trade_off_plot, panels, view.look, BLEU_AXES),
+        partial(trade_off_plot, panels, view.styles, BLEU_AXES),
     )
 
 
@@ -135,7 +140,7 @@ def models_plot(view: SweepView) -> Plot | None:
         "Models and final losses",
         "The best setting of each arm with each model: look at whether the arms come closer "
         "together or part.",
-        partial(choice_plot, lines, "model", places, view.look),
+        partial(choice_plot, lines, "model", places, view.styles),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Self
 from rich.table import Table
 from rich.text import Text
 
-from megaphase.report.report_files import NUMBERS_FOLDER, links_to_numbers, write_page
+from megaphase.report.report_files import NUMBERS_FOLDER, PageContent, write_page
 from megaphase.report.run_page import NOTHING
 from megaphase.sweep.pareto.numbers import write_sweep_numbers
 from megaphase.sweep.pareto.sweep_page import sweep_article
@@ -40,7 +40,7 @@ class SweepReport:
         Raises:
             InputError: `out` holds anything that is not a former report.
         """
-        return write_page(out, self.view.name, self._body)
+        return write_page(out, self.view.name, self._content)
 
     def summary_table(self) -> Table:
         """The fronts, for the terminal."""
@@ -68,8 +68,7 @@ class SweepReport:
         ]
         return [*(verdict.sentence for verdict in self.view.verdicts), *failed]
 
-    def _body(self, folder: Path) -> str:
-        """Write plots and numbers into `folder`; return the page's body."""
-        article = sweep_article(self.view, folder)
-        links = links_to_numbers(write_sweep_numbers(self.view, folder / NUMBERS_FOLDER))
-        return f"<h1>megaphase report</h1>\n{article}\n{links}"
+    def _content(self, folder: Path) -> PageContent:
+        """Write plots and numbers into `folder`; return the page's content."""
+        tables = write_sweep_numbers(self.view, folder / NUMBERS_FOLDER)
+        return PageContent([sweep_article(self.view, folder)], tables)

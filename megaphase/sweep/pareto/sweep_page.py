@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from markupsafe import Markup
 
-from megaphase.report.page import Plot, add_plot
+from megaphase.report.page import DrawnPlot, PageTable, Plot, draw_plot, render
 from megaphase.report.report_files import PLOTS_FOLDER
 from megaphase.sweep.pareto.figures import (
     bleu_front_plot,
@@ -30,45 +31,77 @@ from megaphase.sweep.sweep import Sweep
 CLASSES = {"wins": "better", "loses": "worse", "undecided": "undecided"}
 
 
-def sweep_article(view: SweepView, out: Path) -> str:
+@dataclass(frozen=True)
+class _Overfitting:
+    figure: DrawnPlot
+    table: PageTable
+
+
+@dataclass(frozen=True)
+class _ModelEvidence:
+    """Tables and figures of one of the sweep's models; `suffix` names it in the headings."""
+
+    suffix: str
+    fronts: PageTable
+    on_fronts: PageTable
+    off_fronts: PageTable | None
+    overfitting: _Overfitting | None
+    curves: list[DrawnPlot]
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What the verdict rests on."""
+
+    trade_off: DrawnPlot
+    models: list[_ModelEvidence]
+    across_models: list[DrawnPlot]
+
+
+def sweep_article(view: SweepView, out: Path) -> Markup:
     """All of a sweep; its plots are written into the report's folder `out`."""
-    parts = [
-        f"<article>\n<h2>{escape(view.name)}</h2>",
-        f'<p class="lead">{escape(_lead(view))}</p>',
-        _verdicts(view),
-    ]
-    if any(fronts.points for fronts in view.fronts):
-        parts += _evidence(view, out)
-    if stages := first_stage_table(view):
-        parts += ["<h3>Learning rates of the first stages</h3>", stages]
-    parts += [_failures(view), _sweep_file(view.record.sweep), "</article>"]
-    return "\n".join(part for part in parts if part)
+    content = sweep_file_of(view.record.sweep)
+    has_points = any(fronts.points for fronts in view.fronts)
+    return render(
+        "sweep.html",
+        name=view.name,
+        lead=_lead(view),
+        verdicts=view.verdicts,
+        classes=CLASSES,
+        evidence=_evidence(view, out) if has_points else None,
+        first_stages=first_stage_table(view),
+        failures=view.failures,
+        sweep_file=yaml.safe_dump(content, sort_keys=False, allow_unicode=True),
+    )
 
 
-def _evidence(view: SweepView, out: Path) -> list[str]:
+def _evidence(view: SweepView, out: Path) -> _Evidence:
     """Plots and tables."""
-
-    def add(plot: Plot | None) -> str:
-        return "" if plot is None else add_plot(plot, out, PLOTS_FOLDER)
-
-    parts = [add(front_plot(view))]
-    for fronts in view.fronts:
-        parts += [_heading("Fronts", fronts), fronts_table(view, fronts)]
-        parts += [settings_tables(view, fronts)]
-    for fronts in view.fronts:
-        if (plot := overfitting_figure(view, fronts)) is not None:
-            parts += [_heading("Overfitting", fronts), add(plot), overfitting_table(view, fronts)]
-    parts += [add(models_plot(view)), add(bleu_front_plot(view))]
-    for fronts in view.fronts:
-        if fronts.points:
-            parts.append(_heading("Curves and choices", fronts))
-            parts += [add(plot) for plot in other_figures(view, fronts)]
-    return parts
+    across = (models_plot(view), bleu_front_plot(view))
+    return _Evidence(
+        _draw(front_plot(view), out),
+        [_model_evidence(view, fronts, out) for fronts in view.fronts],
+        [_draw(plot, out) for plot in across if plot is not None],
+    )
 
 
-def _heading(title: str, fronts: ModelFronts) -> str:
-    model = "" if fronts.model is None else f", {fronts.model}"
-    return f"<h3>{escape(title + model)}</h3>"
+def _model_evidence(view: SweepView, fronts: ModelFronts, out: Path) -> _ModelEvidence:
+    on_fronts, off_fronts = settings_tables(view, fronts)
+    overfitting = None
+    if (plot := overfitting_figure(view, fronts)) is not None:
+        overfitting = _Overfitting(_draw(plot, out), overfitting_table(view, fronts))
+    return _ModelEvidence(
+        "" if fronts.model is None else f", {fronts.model}",
+        fronts_table(view, fronts),
+        on_fronts,
+        off_fronts,
+        overfitting,
+        [_draw(plot, out) for plot in other_figures(view, fronts)] if fronts.points else [],
+    )
+
+
+def _draw(plot: Plot, out: Path) -> DrawnPlot:
+    return draw_plot(plot, out, PLOTS_FOLDER)
 
 
 def _lead(view: SweepView) -> str:
@@ -81,31 +114,6 @@ def _lead(view: SweepView) -> str:
         f"High-resource: {', '.join(sweep.high)}; low-resource: {', '.join(sweep.low)}. "
         f"{seeds} {'seed' if seeds == 1 else 'seeds'} per setting."
     )
-
-
-def _verdicts(view: SweepView) -> str:
-    items = "\n".join(
-        f'<li class="{CLASSES[verdict.outcome]}"><b>{escape(verdict.headline)}:</b> '
-        f"{escape(verdict.detail)}.</li>"
-        for verdict in view.verdicts
-    )
-    return f'<ul class="verdicts">\n{items}\n</ul>' if items else ""
-
-
-def _failures(view: SweepView) -> str:
-    if not view.failures:
-        return ""
-    items = "\n".join(
-        f"<li><code>{escape(name)}</code>: {escape(reason)}</li>" for name, reason in view.failures
-    )
-    note = "A setting of which a run has failed or diverged is not among the points."
-    title = "<h3>Runs that failed or diverged</h3>"
-    return f'{title}\n<ul>\n{items}\n</ul>\n<p class="note">{note}</p>'
-
-
-def _sweep_file(sweep: Sweep) -> str:
-    text = yaml.safe_dump(sweep_file_of(sweep), sort_keys=False, allow_unicode=True)
-    return f"<details>\n<summary>Sweep file</summary>\n<pre>{escape(text)}</pre>\n</details>"
 
 
 def sweep_file_of(sweep: Sweep) -> dict[str, Any]:

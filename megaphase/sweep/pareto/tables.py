@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
-from megaphase.report import page
 from megaphase.report.losses import RISING_NATS
+from megaphase.report.page import Cell, PageTable, css_colour
 from megaphase.report.run_page import NOTHING
 from megaphase.sweep.pareto.first_stages import first_stages
 from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts
@@ -15,13 +14,13 @@ from megaphase.sweep.pareto.points import Point, SeedMean
 from megaphase.sweep.pareto.view import SweepView
 
 
-def fronts_table(view: SweepView, fronts: ModelFronts) -> str:
+def fronts_table(view: SweepView, fronts: ModelFronts) -> PageTable:
     """The measures of every arm's front."""
-    rows = []
+    rows: list[list[str | Cell]] = []
     for arm in fronts.arms:
         volume = NOTHING if arm.hypervolume is None else f"{arm.hypervolume:.4f}"
         counts = [f"{len(arm.points)}", f"{len(arm.front)}"]
-        rows.append([_arm(view, arm.arm), *counts, volume, *map(escape, comparison_cells(arm))])
+        rows.append([_arm(view, arm.arm), *counts, volume, *comparison_cells(arm)])
     reference = ""
     if fronts.reference is not None:
         of = "static settings" if fronts.static else "settings of all arms"
@@ -35,11 +34,11 @@ def fronts_table(view: SweepView, fronts: ModelFronts) -> str:
         "front, how much lower the arm’s low-resource loss is at no higher high-resource loss; "
         f"least and most over these points.{reference}"
     )
-    head = page.head(
-        ["arm", "settings", "on front", "hypervolume", "of static front<br>dominated",
-         "of own front<br>dominated", "margin, nats"]
-    )  # fmt: skip
-    return page.table(head, rows, note)
+    columns = [
+        "arm", "settings", "on front", "hypervolume", "of static front\ndominated",
+        "of own front\ndominated", "margin, nats",
+    ]  # fmt: skip
+    return PageTable(columns, rows, note)
 
 
 def comparison_cells(arm: ArmFront) -> list[str]:
@@ -63,8 +62,8 @@ def _margin_range(arm: ArmFront) -> str:
     return f"{least} … {max(nats):+.3f}"
 
 
-def settings_tables(view: SweepView, fronts: ModelFronts) -> str:
-    """The points of the fronts, and folded away all the others."""
+def settings_tables(view: SweepView, fronts: ModelFronts) -> tuple[PageTable, PageTable | None]:
+    """The points of the fronts, and all the others, if there are any."""
     on = [(arm, point) for arm in fronts.arms for point in arm.front]
     off = [
         (arm, point)
@@ -78,38 +77,35 @@ def settings_tables(view: SweepView, fronts: ModelFronts) -> str:
     )
     if any(point.high.error is not None for _, point in on + off):
         note += " ± one standard error over the seeds."
-    text = _settings(view, on, f"The settings on the fronts. {note}")
-    if off:
-        text += f"\n<details><summary>{len(off)} settings off the fronts</summary>\n"
-        text += f"{_settings(view, off, note)}\n</details>"
-    return text
+    on_fronts = _settings(view, on, f"The settings on the fronts. {note}")
+    return on_fronts, _settings(view, off, note) if off else None
 
 
-def _settings(view: SweepView, rows: Sequence[tuple[ArmFront, Point]], note: str) -> str:
+def _settings(view: SweepView, rows: Sequence[tuple[ArmFront, Point]], note: str) -> PageTable:
     sweep = view.record.sweep
     groups = [
         ("setting", ("mixture", "pre-training", "peak", "seeds")),
         ("loss", ("high", "low", *view.tasks)),
         ("epochs", sweep.low),
     ]
-    cells = []
+    cells: list[list[str | Cell]] = []
     for arm, point in rows:
         setting = point.setting
         share = NOTHING if setting.share is None else f"{100 * setting.share:g}%"
         cells.append(
             [
                 _arm(view, arm.arm),
-                escape(setting.mixture.label),
+                setting.mixture.label,
                 share,
                 f"{setting.peak:g}",
                 str(len(point.runs)),
-                _bold(point.high),
-                _bold(point.low),
+                _loss(point.high, bold=True),
+                _loss(point.low, bold=True),
                 *(f"{point.losses[task].mean:.3f}" for task in view.tasks),
                 *(f"{_epochs(view, point, task):.1f}" for task in sweep.low),
             ]
         )
-    return page.table(page.grouped_head("arm", groups), cells, note)
+    return PageTable(["arm"], cells, note, groups)
 
 
 def _epochs(view: SweepView, point: Point, task: str) -> float:
@@ -121,74 +117,63 @@ def _epochs(view: SweepView, point: Point, task: str) -> float:
     return sum(values) / len(values)
 
 
-def overfitting_table(view: SweepView, fronts: ModelFronts) -> str:
+def overfitting_table(view: SweepView, fronts: ModelFronts) -> PageTable:
     """How far the loss of each low-resource task has risen above its lowest."""
     rows = [_overfit_row(view, row) for row in overfits(fronts, view.curves, view.record.sweep.low)]
-    head = page.head(
-        ["arm", "mixture", "peak", "task", "lowest", "at step", "at the end", "risen by", "epochs"]
+    columns = (
+        *("arm", "mixture", "peak", "task"),
+        *("lowest", "at step", "at the end", "risen by", "epochs"),
     )
     note = (
         "Validation loss, nats per token, of the arms of one phase: every mixture at its best "
         f"peak. ⚠ risen by more than {RISING_NATS:g} nats. Epochs: to the end."
     )
-    return page.table(head, rows, note)
+    return PageTable(columns, rows, note)
 
 
-def _overfit_row(view: SweepView, row: Overfit) -> list[str]:
+def _overfit_row(view: SweepView, row: Overfit) -> list[str | Cell]:
     setting = row.point.setting
-    rises = row.risen > RISING_NATS
-    risen = f'<b class="warning">{row.risen:.3f} ⚠</b>' if rises else f"{row.risen:.3f}"
+    risen = Cell(f"{row.risen:.3f}", warning=row.risen > RISING_NATS)
     return [
-        _arm(view, setting.arm), escape(setting.mixture.label), f"{setting.peak:g}",
-        escape(row.task), f"{row.best:.3f}", f"{row.best_step:,}", f"{row.end:.3f}", risen,
+        _arm(view, setting.arm), setting.mixture.label, f"{setting.peak:g}",
+        row.task, f"{row.best:.3f}", f"{row.best_step:,}", f"{row.end:.3f}", risen,
         f"{row.epochs:.1f}",
     ]  # fmt: skip
 
 
-def first_stage_table(view: SweepView) -> str:
-    """Which peak every first stage goes on with; nothing where there is no first stage."""
+def first_stage_table(view: SweepView) -> PageTable | None:
+    """Which peak every first stage goes on with; None where there is no first stage."""
     stages = first_stages(view.record)
     if not stages:
-        return ""
+        return None
     peaks = sorted({peak for stage in stages for peak in stage.losses})
     several = len(view.fronts) > 1
     rows = []
     for stage in stages:
         setting = stage.setting
         losses = [_taken(stage.losses.get(peak), peak in stage.taken) for peak in peaks]
-        model = [escape(setting.model or NOTHING)] if several else []
+        model = [setting.model or NOTHING] if several else []
         length = NOTHING if setting.share is None else f"{100 * setting.share:g}%"
-        rows.append(
-            [escape(setting.arm), *model, length, escape(setting.mixture.label), *losses,
-             escape(stage.reason)]
-        )  # fmt: skip
-    head = page.head(
-        ["first stage", *(["model"] if several else []), "length", "mixture",
-         *(f"peak {peak:g}" for peak in peaks), "goes on with"]
-    )  # fmt: skip
+        rows.append([setting.arm, *model, length, setting.mixture.label, *losses, stage.reason])
+    columns = [
+        "first stage", *(["model"] if several else []), "length", "mixture",
+        *(f"peak {peak:g}" for peak in peaks), "goes on with",
+    ]  # fmt: skip
     note = (
         "Loss at the end of the first stage, nats per token, by peak: the mean over the groups of "
         "tasks that it trains on. Bold: what the second phases go on from."
     )
-    return page.table(head, rows, note)
+    return PageTable(columns, rows, note)
 
 
-def _taken(loss: SeedMean | None, taken: bool) -> str:
-    if loss is None:
-        return NOTHING
-    return _bold(loss) if taken else _loss(loss)
+def _taken(loss: SeedMean | None, taken: bool) -> str | Cell:
+    return NOTHING if loss is None else _loss(loss, bold=taken)
 
 
-def _arm(view: SweepView, arm: str) -> str:
-    colour = page.css_colour(view.look[arm][0])
-    return f'<span class="swatch" style="background: {colour}"></span>{escape(arm)}'
+def _arm(view: SweepView, arm: str) -> Cell:
+    return Cell(arm, colour=css_colour(view.styles[arm][0]))
 
 
-def _loss(loss: SeedMean) -> str:
-    error = "" if loss.error is None else f" <small>± {loss.error:.3f}</small>"
-    return f"{loss.mean:.3f}{error}"
-
-
-def _bold(loss: SeedMean) -> str:
-    error = "" if loss.error is None else f" <small>± {loss.error:.3f}</small>"
-    return f"<b>{loss.mean:.3f}</b>{error}"
+def _loss(loss: SeedMean, *, bold: bool) -> Cell:
+    error = "" if loss.error is None else f"± {loss.error:.3f}"
+    return Cell(f"{loss.mean:.3f}", bold=bold, small=error)

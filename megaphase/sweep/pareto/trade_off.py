@@ -28,7 +28,7 @@ WINDOW = 0.7  # how far beyond the core, in its widths, a point is still shown
 LEAST_WIDTH = 0.1  # of the core, in the unit of the axis
 PADDING = 0.09
 Limits = tuple[float, float]
-Look = Mapping[str, tuple[str, str]]  # colour and marker by arm
+ArmStyles = Mapping[str, tuple[str, str]]  # colour and marker by arm
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Panel:
         return {arm: self.front(frozenset({arm})) for arm in self.arms}
 
 
-def look_of(arms: Sequence[str]) -> dict[str, tuple[str, str]]:
+def style_of_arms(arms: Sequence[str]) -> dict[str, tuple[str, str]]:
     """A colour and a marker for every arm."""
     return {
         arm: (LINE_COLOURS[ARM_COLOURS[i % len(ARM_COLOURS)]], MARKERS[i % len(MARKERS)])
@@ -123,13 +123,13 @@ def outside(panel: Panel) -> tuple[list[Mark], int]:
 
 
 def trade_off_plot(
-    panels: Sequence[Panel], look: Look, axis_titles: tuple[str, str], size: Size
+    panels: Sequence[Panel], styles: ArmStyles, axis_titles: tuple[str, str], size: Size
 ) -> Figure:
     """One panel per model: a point per setting, the front of each arm as a step line."""
-    arms = [arm for arm in look if any(arm in panel.arms for panel in panels)]
+    arms = [arm for arm in styles if any(arm in panel.arms for panel in panels)]
     names = [shown(arm) if _is_visible(arm, panels) else f"{shown(arm)} (outside)" for arm in arms]
     keys = [
-        line_key(name, look[arm][0], marker=look[arm][1], markersize=5, lw=1.6)
+        line_key(name, styles[arm][0], marker=styles[arm][1], markersize=5, lw=1.6)
         for name, arm in zip(names, arms, strict=True)
     ]
     columns = legend_columns(names, size)
@@ -142,7 +142,7 @@ def trade_off_plot(
             axes.set_xlabel(axis_titles[0])
             axes.set_ylabel(axis_titles[1])
             if panel.marks:
-                _draw(panel, axes, look)
+                _draw(panel, axes, styles)
         legend_on_top(figure, keys, columns)
     return figure
 
@@ -157,14 +157,14 @@ def _is_visible(arm: str, panels: Sequence[Panel]) -> bool:
     )
 
 
-def _draw(panel: Panel, axes: Axes, look: Look) -> None:
+def _draw(panel: Panel, axes: Axes, styles: ArmStyles) -> None:
     limits, (bottom, top) = limits_of(panel)
     axes.set_xlim(*limits)
     axes.set_ylim(bottom, top)
     _shade(panel, axes)
     fronts, labels, lines = panel.fronts(), [], []
     for arm, front in fronts.items():
-        colour, marker = look[arm]
+        colour, marker = styles[arm]
         rest = [mark for mark in panel.marks if mark.arm == arm and mark not in front]
         axes.plot(
             [mark.x.mean for mark in rest], [mark.y.mean for mark in rest],

@@ -11,7 +11,7 @@ from megaphase.sweep.directory import SweepRecord, load_sweep_record
 from megaphase.sweep.pareto.curves import RunCurves, curves_of
 from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts, fronts_of
 from megaphase.sweep.pareto.points import Failure, Point, best_of, failures
-from megaphase.sweep.pareto.trade_off import Look, look_of
+from megaphase.sweep.pareto.trade_off import ArmStyles, style_of_arms
 from megaphase.sweep.pareto.verdict import Progress, Verdict, progress_of, verdicts_of
 
 
@@ -20,7 +20,7 @@ class SweepView:
     """A sweep's fronts, verdicts and curves.
 
     Attributes:
-        look: colour and marker of each arm.
+        styles: colour and marker of each arm.
     """
 
     record: SweepRecord
@@ -29,7 +29,7 @@ class SweepView:
     failures: Sequence[Failure]
     progress: Progress
     curves: Mapping[str, RunCurves]
-    look: Look
+    styles: ArmStyles
 
     @classmethod
     def of(cls, folder: Path) -> Self:
@@ -47,7 +47,7 @@ class SweepView:
             failures=failures(record),
             progress=progress_of(record),
             curves=curves_of(record),
-            look=look_of(list(record.sweep.config.arms)),
+            styles=style_of_arms(list(record.sweep.config.arms)),
         )
 
     @property
