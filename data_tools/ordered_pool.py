@@ -17,13 +17,13 @@ from contextlib import contextmanager, suppress
 from multiprocessing import connection, resource_tracker
 from typing import Any, TypeVar
 
-from megaphase.fault_tolerance.forwarded_signals import (
+from megaphase.utils.errors import RunError
+from megaphase.utils.signals import (
     ALL_SIGNALS,
     handlers,
     heeded_signals,
     signals_blocked,
 )
-from megaphase.utils.errors import RunError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megaphase.data_tools.synthetic.languages import DEFAULT_LANGUAGES, write_languages
-from megaphase.fault_tolerance.forwarded_signals import noted_signals, signals_blocked, told_name
 from megaphase.utils.errors import InputError, RunError, Stopped
 from megaphase.utils.files import atomic_write_text
 from megaphase.utils.process_lifetime import ends_with_this_process
+from megaphase.utils.signals import noted_signals, signals_blocked, told_name
 from megaphase.utils.standard_streams import new_console
 
 SEED = 1234

@@ -20,14 +20,14 @@ from typing import Any
 
 from megaphase.distributed.dist_env import REPORTS_VARIABLE
 from megaphase.fault_tolerance.fault_detector import GONE
-from megaphase.fault_tolerance.forwarded_signals import (
+from megaphase.utils.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_WRONG_INPUT
+from megaphase.utils.process_lifetime import ends_with_this_process
+from megaphase.utils.signals import (
     SAME_PRESS_SECONDS,
     code_after,
     noted_signals,
     signals_blocked,
 )
-from megaphase.utils.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_WRONG_INPUT
-from megaphase.utils.process_lifetime import ends_with_this_process
 from megaphase.utils.standard_streams import new_console
 
 POLL_SECONDS = 0.05

@@ -15,11 +15,6 @@ from megaphase.convert.commands import convert_app
 from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.tokenizers.commands import tokenizer_app
 from megaphase.distributed.dist_env import check_launch, is_first_rank, report_end
-from megaphase.fault_tolerance.forwarded_signals import (
-    handlers,
-    heeded_signals,
-    interrupting_signals,
-)
 from megaphase.generation.commands import generate_command, translate_command
 from megaphase.launch.commands import demo_command, launch_app
 from megaphase.plan.commands import plan_app
@@ -39,6 +34,11 @@ from megaphase.utils.errors import (
 )
 from megaphase.utils.locale_settings import require_utf8, work_in_utf8
 from megaphase.utils.process_lifetime import end_with_parent
+from megaphase.utils.signals import (
+    handlers,
+    heeded_signals,
+    interrupting_signals,
+)
 from megaphase.utils.standard_streams import prepare_streams
 
 SECONDS_FOR_RANK_0 = 1.0

@@ -22,7 +22,8 @@ from megaphase.distributed.dist_env import (
     report_end,
     world_size,
 )
-from megaphase.fault_tolerance.forwarded_signals import (
+from megaphase.utils.errors import EXIT_INTERRUPTED
+from megaphase.utils.signals import (
     SAME_PRESS_SECONDS,
     STOP_SIGNALS,
     code_after,
@@ -30,7 +31,6 @@ from megaphase.fault_tolerance.forwarded_signals import (
     heeded_signals,
     told_name,
 )
-from megaphase.utils.errors import EXIT_INTERRUPTED
 
 # Of a launcher that hands Ctrl-C down: how much later than from the terminal it may come.
 HANDED_DOWN_SECONDS = 1.5

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from megaphase.callbacks.early_stopping import OverfitConfig
+from megaphase.config.phases import PhaseConfig
 from megaphase.config.run import RunConfig
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
 
@@ -75,7 +75,7 @@ def stop_sentences(config: RunConfig) -> list[str]:
     for phase in config.phases:
         reasons = []
         if phase.stop.overfit is not None:
-            reasons.append(_overfit(phase.stop.overfit, config))
+            reasons.append(_overfit(phase, config))
         if phase.stop.loss is not None:
             goals = " and ".join(f"{task} at {loss:g}" for task, loss in phase.stop.loss.items())
             reasons.append(f"loss of {goals}")
@@ -84,7 +84,9 @@ def stop_sentences(config: RunConfig) -> list[str]:
     return sentences
 
 
-def _overfit(stop: OverfitConfig, config: RunConfig) -> str:
+def _overfit(phase: PhaseConfig, config: RunConfig) -> str:
+    stop = phase.stop.overfit
+    assert stop is not None
     tasks = config.selected_tasks(stop.tasks)
     any_of = "any of " if stop.when == "any" and len(tasks) > 1 else ""
     return f"overfit of {any_of}{', '.join(tasks)} (patience {stop.patience})"

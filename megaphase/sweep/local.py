@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from megaphase.fault_tolerance.forwarded_signals import SAME_PRESS_SECONDS, noted_signals, told_name
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.outcome import Outcome
@@ -42,6 +41,7 @@ from megaphase.utils.errors import (
 from megaphase.utils.files import os_errors_named
 from megaphase.utils.process_lifetime import ends_with_this_process
 from megaphase.utils.set_aside import make_way_for_file
+from megaphase.utils.signals import SAME_PRESS_SECONDS, noted_signals, told_name
 
 POLL_SECONDS = 0.2
 

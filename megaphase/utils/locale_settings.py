@@ -7,8 +7,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from megaphase.fault_tolerance.forwarded_signals import ALL_SIGNALS
 from megaphase.utils.errors import InputError
+from megaphase.utils.signals import ALL_SIGNALS
 
 
 def work_in_utf8() -> None:
