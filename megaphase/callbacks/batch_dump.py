@@ -1,40 +1,53 @@
-"""Writes down what a step saw, for a person who looks for what went wrong in it."""
+"""Writes down which samples a step saw where something was wrong with it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from megaphase.callbacks.callback import Callback, StepRecord
 from megaphase.plan.plan import Plan
 from megaphase.plan.trace import TracedSample, as_json, sample_origins, trace_step
-from megaphase.training.train_state import TrainState
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_text, os_errors_named
 from megaphase.utils.set_aside import make_way_for_directory, make_way_for_file
 
+EVENTS = ("step_skipped", "loss_spike")
 
-class BatchDump:
-    """Writes `traces/step-XXXXXXXX.jsonl` in the run directory: on rank 0, a sample a line."""
 
-    def __init__(self, folder: Path, plan: Plan, *, writes: bool) -> None:
-        self._folder, self._plan, self._writes = folder, plan, writes
+class BatchDump(Callback):
+    """Writes a file, a sample a line, for each step that is skipped or has a loss spike.
 
-    def write(self, at: TrainState) -> str:
-        """Write down the step that led to a position; the file's path."""
-        path = self._folder / f"step-{at.step:08d}.jsonl"
-        if self._writes:
-            starts = np.array(at.starts, np.int64)
-            samples = trace_step(self._plan, at.phase, at.phase_step, starts)
-            lines = [self._line(sample) for sample in samples]
-            with os_errors_named(path):
-                make_way_for_directory(self._folder, "the directory of traces")
-                self._folder.mkdir(exist_ok=True)
-                make_way_for_file(path, "a trace")
-                atomic_write_text(path, "".join(lines))
-        return str(path)
+    Exists on rank 0 alone, before the callbacks that record these events.
+    """
+
+    def __init__(self, plan: Plan, path: Callable[[int], Path]) -> None:
+        """path: the file of a step."""
+        self._plan, self._path = plan, path
+        self._newest: StepRecord | None = None
+
+    def on_step_end(self, record: StepRecord) -> None:
+        self._newest = record
+
+    def on_event(self, step: int, event: str, facts: Mapping[str, Any]) -> None:
+        if event in EVENTS and self._newest is not None:
+            self._write(self._newest)
+
+    def _write(self, step: StepRecord) -> None:
+        path = self._path(step.step)
+        starts = np.array(step.starts, np.int64)
+        samples = trace_step(self._plan, step.phase_number, step.phase_step, starts)
+        lines = [self._line(sample) for sample in samples]
+        with os_errors_named(path):
+            make_way_for_directory(path.parent, "the directory of traces")
+            path.parent.mkdir(exist_ok=True)
+            make_way_for_file(path, "a trace")
+            atomic_write_text(path, "".join(lines))
 
     def _line(self, sample: TracedSample) -> str:
         origins = None

@@ -1,11 +1,6 @@
-"""What a person sees of a run: a live bar in a terminal, plain lines elsewhere; rank 0 only."""
+"""Shows a run's progress: a live bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,23 +12,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from megaphase.callbacks.callback import Callback, StepRecord, ValidationRecord
+
 SMOOTHING = 0.1  # weight of the newest step in the shown speed
 
 
-@dataclass(frozen=True)
-class StepFigures:
-    """The figures of one step that are shown."""
+class TrainingDisplay(Callback):
+    """Shows steps and validations; exists on rank 0 alone.
 
-    phase: str
-    step: int
-    loss: float
-    learning_rate: float
-    tokens: int
-    seconds: float
-
-
-class TrainingDisplay:
-    """Context manager; `step` after every step, `say` for everything else."""
+    Other lines that are printed to the same console appear above the bar.
+    """
 
     def __init__(self, console: Console, *, steps: int, done: int, every_steps: int) -> None:
         """
@@ -57,54 +45,42 @@ class TrainingDisplay:
                 transient=True,
             )
 
-    def __enter__(self) -> Self:
+    def on_run_begin(self) -> None:
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task(
                 "start", total=self._steps, completed=self._done, figures=""
             )
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def on_run_end(self, error: BaseException | None) -> None:
         if self._bar is not None:
             self._bar.stop()
 
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        console = self._bar.console if self._bar is not None else self._console
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def step(self, figures: StepFigures) -> None:
-        """Show that a step is done."""
-        before = self._seconds_a_step
-        newest = figures.seconds
+    def on_step_end(self, record: StepRecord) -> None:
+        before, newest = self._seconds_a_step, record.seconds.total
         self._seconds_a_step = newest if before is None else before + SMOOTHING * (newest - before)
-        speed = figures.tokens / self._seconds_a_step
+        speed = record.tokens_per_second * newest / self._seconds_a_step
         if self._bar is not None:
-            text = f"loss {figures.loss:.3f}  {speed:,.0f} tokens/s"
             self._bar.update(
                 self._task,
-                completed=figures.step,
-                description=escape(figures.phase),
-                figures=text,
+                completed=record.step,
+                description=escape(record.phase),
+                figures=f"loss {record.loss:.3f}  {speed:,.0f} tokens/s",
             )
-        elif figures.step % self._every == 0 or figures.step == self._steps:
-            left = (self._steps - figures.step) * self._seconds_a_step
-            self.say(
-                f"{figures.phase} step {figures.step:,}/{self._steps:,}  loss {figures.loss:.4f}  "
-                f"learning rate {figures.learning_rate:.2e}  {speed:,.0f} tokens/s  "
+        elif record.step % self._every == 0 or record.step == self._steps:
+            left = (self._steps - record.step) * self._seconds_a_step
+            self._print(
+                f"{record.phase} step {record.step:,}/{self._steps:,}  loss {record.loss:.4f}  "
+                f"learning rate {record.learning_rate:.2e}  {speed:,.0f} tokens/s  "
                 f"{_duration(left)} left"
             )
 
-    def validation(self, phase: str, step: int, losses: Mapping[str, float]) -> None:
-        """Show the validation losses of all tasks."""
-        shown = "  ".join(f"{task} {loss:.4f}" for task, loss in losses.items())
-        self.say(f"{phase} step {step:,}  validation loss: {shown}")
+    def on_validation_end(self, record: ValidationRecord) -> None:
+        shown = "  ".join(f"{task} {loss.loss:.4f}" for task, loss in record.losses.items())
+        self._print(f"{record.phase} step {record.step:,}  validation loss: {shown}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

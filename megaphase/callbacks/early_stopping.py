@@ -1,7 +1,7 @@
-"""The overfit monitor: whose weights are the best, how far losses part, when a phase is over.
+"""Early stopping: when a phase ends before its length, and which weights are the best.
 
 Bookkeeping over losses alone: it neither measures nor saves. Its whole state is plain JSON values,
-so a run that goes on from a checkpoint decides as the run that was never stopped would have.
+so a run that resumes from a checkpoint decides as the run that was never stopped would have.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
+from megaphase.callbacks.callback import Callback, StepRecord
 from megaphase.config.fields import Few, Nats, NatsOrZero, Positive, RoleOrTaskNames, Section
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class PhaseEnd:
 
     Attributes:
         improved: those of the monitor's tasks, and "mean", whose loss is the best of the whole run.
-        stop: why the phase is over, as a sentence; None where it goes on.
+        stop: why the phase is over, as a sentence; None where it continues.
         gaps: validation loss minus training loss since the validation before, by task, in nats a
             token; None where the task has not been trained on since.
     """
@@ -119,13 +120,15 @@ class _TrainingLoss:
     tokens: int = 0
 
 
-class EarlyStopping:
+class EarlyStopping(Callback):
     """Keeps the bests of a run (`monitor`) and says when a phase has to end (`phases[N].stop`).
 
     Bests count over the whole run, patience within a phase, whose first validation is the one at
     its start. A step counts once, however often it is observed: where two phases meet, it is the
     last observation of the one and the first of the other, and no new best in the second.
     """
+
+    state_key: ClassVar[str] = "monitor"
 
     def __init__(self, config: RunConfig) -> None:
         monitored = config.selected_tasks(config.monitor.tasks or [])
@@ -137,6 +140,14 @@ class EarlyStopping:
         self._training: dict[str, _TrainingLoss] = {}
         self._last_step: int | None = None
         self.begin_phase(0)
+
+    def on_phase_begin(self, number: int, name: str) -> None:
+        """From here on the stop conditions of this phase hold; patience begins anew."""
+        self.begin_phase(number)
+
+    def on_step_end(self, record: StepRecord) -> None:
+        if record.applied:
+            self.add_training_losses(record.loss_sums, record.scored_tokens)
 
     def begin_phase(self, number: int) -> None:
         """From here on the stop conditions of phase `number` hold; patience begins anew."""
@@ -154,7 +165,7 @@ class EarlyStopping:
             )
 
     def observe(self, step: int, losses: Mapping[str, float]) -> PhaseEnd:
-        """What follows from the validation losses, by task, after `step` steps of the run.
+        """Take in the validation losses, by task, after `step` steps of the run.
 
         The training losses that were added count for this observation and are then forgotten.
         """
@@ -182,7 +193,7 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave, for the same run file."""
+        """Resume from what `state_dict` gave, for the same run file."""
         self._phase, self._last_step = state["phase"], state["last_step"]
         self._bests = {name: Best(**best) for name, best in state["bests"].items()}
         self._watches = {task: _Watch.from_json(each) for task, each in state["watches"].items()}

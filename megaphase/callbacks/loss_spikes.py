@@ -1,51 +1,112 @@
-"""Signs of illness in a run: steps that are not finite, and losses that jump."""
+"""Steps whose loss is far above those before, and steps that were skipped as not finite."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from megaphase.callbacks.callback import Callback, StepRecord
+from megaphase.fault_tolerance.config import FaultsConfig
+from megaphase.utils.errors import RunError
 
 # Losses of the same phase that a new one is compared with, and how many it takes to compare.
 WINDOW = 100
 ENOUGH = 20
 
 
-class LossSpikeDetector:
-    """Remembers the newest losses of a phase; its state is plain JSON values."""
+class LossSpikeDetector(Callback):
+    """Remembers the newest losses of a phase; reports loss spikes and skipped steps."""
 
-    def __init__(self, spike_deviations: float) -> None:
-        """spike_deviations: how many standard deviations above the mean are a spike; 0: none is."""
-        self._spike_deviations = spike_deviations
+    state_key: ClassVar[str] = "losses"
+
+    def __init__(self, faults: FaultsConfig, trace_path: Callable[[int], Path]) -> None:
+        """trace_path: where BatchDump writes down which samples a step saw."""
+        self._faults, self._trace_path = faults, trace_path
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self.skipped_in_a_row = 0
 
-    def begin_phase(self) -> None:
+    def on_phase_begin(self, number: int, name: str) -> None:
         """Another mixture has other losses."""
         self._losses.clear()
+
+    def on_step_end(self, record: StepRecord) -> None:
+        if not record.applied:
+            self._report_skipped(record)
+            return
+        mean = self.spike(record.loss)
+        if mean is not None:
+            self._report_spike(record, mean)
+
+    def has_skipped_too_many(self) -> bool:
+        """Whether more steps in a row were skipped than `faults.skip_batches` allows."""
+        return self.skipped_in_a_row > self._faults.skip_batches
+
+    def stop(self, record: StepRecord) -> RunError:
+        """Report that the run ends because of that; the error with which it ends."""
+        step, phase = record.step, record.phase
+        self.run.event(step, "divergence_stop", phase=phase, kind="not_finite")
+        number = self.skipped_in_a_row
+        steps = "1 step" if number == 1 else f"{number} steps in a row"
+        return RunError(
+            f"{phase} step {step:,}: {_not_finite(record)} is not finite, in {steps} "
+            f"(faults.skip_batches: {self._faults.skip_batches}); what the step saw: "
+            f"{self._trace_path(step)}; resume from the last checkpoint with other data, or begin "
+            "again with a lower peak learning rate or a longer warm-up"
+        )
+
+    def _report_skipped(self, record: StepRecord) -> None:
+        self.skip()
+        step, phase, trace = record.step, record.phase, str(self._trace_path(record.step))
+        tasks = _not_finite_tasks(record)
+        self.run.event(step, "step_skipped", phase=phase, tasks=tasks, trace=trace)
+        if not self.has_skipped_too_many():
+            self.run.say(
+                f"{phase} step {step:,}  skipped: {_not_finite(record)} is not finite "
+                f"({self.skipped_in_a_row} in a row, {self._faults.skip_batches} allowed); what "
+                f"the step saw: {trace}"
+            )
+
+    def _report_spike(self, record: StepRecord, mean: float) -> None:
+        step, phase, loss = record.step, record.phase, record.loss
+        trace = str(self._trace_path(step))
+        self.run.event(step, "loss_spike", phase=phase, loss=loss, mean_before=mean, trace=trace)
+        self.run.say(
+            f"{phase} step {step:,}  loss spike: {loss:.4f}, before {mean:.4f}; what the step "
+            f"saw: {trace}"
+        )
 
     def spike(self, loss: float) -> float | None:
         """Take in the loss of a step; the mean of those before if this one is far above it."""
         self.skipped_in_a_row = 0
         before = list(self._losses)
         self._losses.append(loss)
-        if not self._spike_deviations or len(before) < ENOUGH:
+        if not self._faults.spike_deviations or len(before) < ENOUGH:
             return None
         mean = math.fsum(before) / len(before)
         variance = math.fsum((each - mean) ** 2 for each in before) / len(before)
-        limit = mean + self._spike_deviations * math.sqrt(variance)
+        limit = mean + self._faults.spike_deviations * math.sqrt(variance)
         return mean if loss > limit else None
 
     def skip(self) -> None:
-        """Count a step that was left out."""
+        """Count a step that was skipped."""
         self.skipped_in_a_row += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it knows."""
         return {"losses": list(self._losses), "skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
         self._losses = deque(state["losses"], WINDOW)
         self.skipped_in_a_row = state["skipped_in_a_row"]
+
+
+def _not_finite_tasks(record: StepRecord) -> list[str]:
+    return [task for task, total in record.loss_sums.items() if not math.isfinite(total)]
+
+
+def _not_finite(record: StepRecord) -> str:
+    """The part of a skipped step that is not finite, in words."""
+    tasks = _not_finite_tasks(record)
+    return f"the loss of {', '.join(tasks)}" if tasks else "the gradient"

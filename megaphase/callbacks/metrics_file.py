@@ -1,137 +1,91 @@
-"""The run's record: `metrics.jsonl`, a JSON object a line, and the same in TensorBoard."""
+"""`metrics.jsonl`: a JSON object a line for every training step, validation and event."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megaphase.callbacks.metrics_recovery import KeptMetrics, kept_metrics
+from megaphase.callbacks.tracker import Tracker
 from megaphase.utils.errors import RunError
 from megaphase.utils.files import HASH_CHUNK_BYTES, new_hash, os_errors_named, write_all
 from megaphase.utils.metrics_rows import Row
-
-TRAINING_SCALARS = (
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "tokens_per_second",
-    "save_seconds",
-    "mfu",
-)
+from megaphase.utils.set_aside import make_way_for_file
 
 
-class MetricsLog:
-    """Appends rows of training, validation and events; used by rank 0 only.
+class MetricsFile(Tracker):
+    """Appends to the file of a run that starts or resumes, cut to what its checkpoint has of it."""
 
-    Opening it for a run that resumes cuts off what was written after the checkpoint; for one that
-    begins anew, all of it, with what TensorBoard shows.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        *,
-        keep_bytes: int,
-        tensorboard: Path | None,
-        resumed_step: int | None,
-    ) -> None:
+    def __init__(self, path: Path, kept: KeptMetrics, resumed_step: int = 0) -> None:
         """
         Args:
-            keep_bytes: how much of the file belongs to the checkpoint that the run resumes from.
-            tensorboard: directory of TensorBoard's files, None for none.
-            resumed_step: of that checkpoint; what TensorBoard has beyond is hidden. None where the
-                run begins anew.
+            kept: how much of the file belongs to the checkpoint that the run resumes from.
+            resumed_step: of that checkpoint.
         """
-        self._path = path
+        self._path, self._kept, self._resumed_step = path, kept, resumed_step
         with os_errors_named(path):
             path.touch()
             # Unbuffered: a row that could not be written is not tried again when it is closed.
             self._file = open(path, "rb+", buffering=0)  # noqa: SIM115  # open for a whole run
-            self._file.truncate(keep_bytes)
+            self._file.truncate(kept.bytes)
             self._digest = new_hash()
             while chunk := self._file.read(HASH_CHUNK_BYTES):
                 self._digest.update(chunk)
-        self._board = None if tensorboard is None else _Board(tensorboard, resumed_step)
+
+    def on_run_begin(self) -> None:
+        """Report what has happened to the file since the checkpoint."""
+        if self._kept.problem is not None:
+            self.run.say(self._kept.sentence(self._path))
+            self.run.event(self._resumed_step, "metrics_damaged", **self._kept.event())
 
     def write(self, row: Row) -> None:
-        """Append one row; numbers that JSON does not have become null.
-
-        Raises:
-            RunError: the disk is full, or the like.
-        """
+        """Append one row; numbers that JSON does not have become null."""
         line = json.dumps(_finite(row), ensure_ascii=False).encode() + b"\n"
         with os_errors_named(self._path):
             write_all(self._file.fileno(), line)
         self._digest.update(line)
-        if self._board is not None:
-            self._board.write(row)
 
-    def sync(self) -> dict[str, Any]:
-        """Force all rows to the disk; `metrics_bytes` and `metrics_hash`, for a checkpoint's state.
+    def on_save(self) -> dict[str, Any]:
+        """Force all rows to the disk; the file's size and hash, `metrics_bytes` and `metrics_hash`.
 
         Raises:
             RunError: the disk is full, or the like.
         """
         with os_errors_named(self._path):
             os.fsync(self._file.fileno())
-        if self._board is not None:
-            self._board.flush()
         return {
             "metrics_bytes": self._file.tell(),
             "metrics_hash": self._digest.hexdigest(),
         }
 
-    def close(self) -> None:
-        """Write out and close everything, as far as the disk takes it."""
+    def on_run_end(self, error: BaseException | None) -> None:
+        """Force all rows to the disk, as far as it takes them, and close the file."""
         with suppress(RunError):  # said already, or of rows that a resumed run writes again
-            self.sync()
+            self.on_save()
         self._file.close()
-        if self._board is not None:
-            self._board.close()
 
 
-class _Board:
-    """TensorBoard's files: every value is in them once for its step.
+def open_metrics(
+    path: Path, state: Mapping[str, Any] | None, first_step: int, say: Callable[[str], None]
+) -> MetricsFile:
+    """The file of a run that starts (`state` is None) or resumes from a checkpoint's state.
 
-    A resumed run hides what was written after its checkpoint: `purge_step` makes TensorBoard drop
-    values of that step and of later ones from the files before. A run that begins anew removes
-    them.
+    first_step: of the run's own steps. say: is told of what is in the way.
+
+    Raises:
+        RunError: it cannot be read or written.
     """
-
-    def __init__(self, folder: Path, resumed_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        with os_errors_named(folder):
-            before = list(folder.glob("events.out.tfevents.*"))
-            if resumed_step is None:
-                for path in before:
-                    path.unlink()
-            first = 0 if resumed_step is None else resumed_step + 1
-            self._writer = SummaryWriter(str(folder), purge_step=first if before else None)
-        self._folder = folder
-        self._validated = resumed_step if before else None
-
-    def write(self, row: Row) -> None:
-        """Add a row's numbers; those that two phases share at a switch are added once."""
-        if "validation" in row:
-            if row["step"] == self._validated:
-                return
-            self._validated = row["step"]
-        with os_errors_named(self._folder):
-            for name, value in _scalars(row):
-                self._writer.add_scalar(name, value, row["step"])
-
-    def flush(self) -> None:
-        with os_errors_named(self._folder):
-            self._writer.flush()
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._writer.close()
+    kept = KeptMetrics(0)
+    with os_errors_named(path):
+        if state is not None:
+            kept = kept_metrics(path, state, first_step)
+        make_way_for_file(path, "the run's metrics", say)
+    return MetricsFile(path, kept, 0 if state is None else state["step"])
 
 
 def _finite(value: Any) -> Any:
@@ -140,18 +94,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _scalars(row: Row) -> Iterator[tuple[str, float]]:
-    """The row's numbers under the names that TensorBoard shows."""
-    if "validation" in row:
-        for task, figures in row["validation"].items():
-            for name, value in figures.items():
-                if value is not None:
-                    yield f"validation_{name}/{task}", value
-    elif "loss_by_task" in row:  # events, too, may tell a loss
-        for task, loss in row["loss_by_task"].items():
-            yield f"train_loss/{task}", loss
-        for name in TRAINING_SCALARS:
-            if row[name] is not None:
-                yield f"train/{name}", row[name]

@@ -1,6 +1,8 @@
-"""The arithmetic that this process's device could do, against which MFU is measured."""
+"""What the speed of training is measured against: the arithmetic that the devices could do."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -9,8 +11,38 @@ from megaphase.distributed.process_grid import device
 from megaphase.estimate.hardware import peak_flops
 
 
+@dataclass(frozen=True)
+class ThroughputReference:
+    """What speeds are measured by.
+
+    Attributes:
+        tokens_per_step: of the global batch.
+        flops_per_token: of a forward and backward pass.
+        peak_flops: of all devices together, None where it is not known.
+    """
+
+    tokens_per_step: int
+    flops_per_token: int
+    peak_flops: float | None
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilization; None where the peak is not known."""
+        if self.peak_flops is None:
+            return None
+        return self.flops_per_token * tokens_per_second / self.peak_flops
+
+
+def throughput_reference(
+    config: RunConfig, flops_per_token: int, world_size: int
+) -> ThroughputReference:
+    """Of a run on so many processes."""
+    one = device_peak_flops(config)
+    peak = None if one is None else one * world_size
+    return ThroughputReference(config.batch.samples * config.model.seq_len, flops_per_token, peak)
+
+
 def device_peak_flops(config: RunConfig) -> float | None:
-    """FLOP/s of this process's device in the run's precision, None where nothing says it."""
+    """FLOP/s of this process's device in the run's precision, None where it is not known."""
     return peak_flops(config, _device_name())
 
 

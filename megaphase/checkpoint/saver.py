@@ -188,9 +188,7 @@ class Saver:
         newest = self._store.newest_name()
         left = "there is no earlier checkpoint"
         if newest is not None:
-            left = (
-                f"earlier checkpoints are untouched: started again, the run goes on from {newest}"
-            )
+            left = f"earlier checkpoints are untouched: the same command resumes from {newest}"
         return RunError(f"{error}; {left}")
 
 

@@ -123,7 +123,7 @@ def _meeting_place() -> dist.Store:
     return store
 
 
-def start(tensor_size: int) -> ProcessGrid:
+def start_process_grid(tensor_size: int) -> ProcessGrid:
     """Join the process group and form the tensor- and data-parallel groups."""
     join_processes()
     world, rank = dist.get_world_size(), dist.get_rank()

@@ -36,7 +36,7 @@ class Backends:
         return f"kernels {kernels}, norm {norm}, optimizer {self.optimizer}"
 
 
-def choose_parts(config: RunConfig) -> Backends:
+def choose_backends(config: RunConfig) -> Backends:
     """What this process computes with.
 
     Raises:

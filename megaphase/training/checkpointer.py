@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from megaphase.callbacks.divergence import DivergenceDetector
-from megaphase.callbacks.early_stopping import EarlyStopping
-from megaphase.callbacks.loss_spikes import LossSpikeDetector
+from megaphase.callbacks.callback import CallbackList
 from megaphase.checkpoint.parameters import RANDOM, WEIGHT
 from megaphase.checkpoint.saver import Saver, SaveStatus, Snapshot
-from megaphase.checkpoint.state import best_name, full_name
+from megaphase.checkpoint.state import CHECKPOINT_FORMAT, best_name, full_name
+from megaphase.config.run import RunConfig
+from megaphase.model.shape import GPTShape
 from megaphase.plan.plan import Plan
 from megaphase.plan.run_history import RunHistory
 from megaphase.training.engine import Engine
@@ -29,23 +29,19 @@ class Checkpointer:
         saver: Saver,
         engine: Engine,
         plan: Plan,
-        monitor: EarlyStopping,
-        losses: LossSpikeDetector,
-        divergence: DivergenceDetector,
+        callbacks: CallbackList,
         history: RunHistory,
         facts: Mapping[str, Any],
         best: Mapping[str, str],
     ) -> None:
         """
         Args:
-            history: of the run so far; the loop goes on with it.
+            history: of the run so far, to which the trainer adds.
             facts: what every checkpoint's state says of the run beside its position.
             best: links to the best weights, each with the name of the checkpoint it leads to.
         """
         self._saver, self._engine, self._plan = saver, engine, plan
-        self._monitor, self._losses, self._divergence = monitor, losses, divergence
-        self._history = history
-        self._facts = facts
+        self._callbacks, self._history, self._facts = callbacks, history, facts
         self._best = dict(best)
         self._saved: TrainState | None = None
 
@@ -53,33 +49,30 @@ class Checkpointer:
         """The weights that are about to be saved under this name are the best of these tasks."""
         self._best |= {f"best-{name}": checkpoint for name in names}
 
-    def save(
-        self, at: TrainState, phase: str, metrics: Mapping[str, Any], *, permanent: bool
-    ) -> None:
+    def save(self, at: TrainState, phase: str, sound_step: int | None, *, permanent: bool) -> None:
         """Save everything.
 
         Args:
             phase: whose steps were trained last.
-            metrics: what of metrics.jsonl belongs to the checkpoint, see MetricsLog.sync; rank 0's
-                counts.
+            sound_step: see CheckpointStore.prune.
             permanent: whether the checkpoint stays for ever.
         """
         random = ((RANDOM + name, each) for name, each in random_state().items())
-        state = self._state(at, phase, metrics) | {
+        state = self._state(at, phase) | {
             "permanent": permanent,
             "optimizer_steps": self._engine.state.steps,
-            "monitor": self._monitor.state_dict(),
-            "losses": self._losses.state_dict(),
-            "divergence": self._divergence.state_dict(),
+            **self._callbacks.state_dict(),
             "best": dict(self._best),
         }
-        self._begin(full_name(at.step), self._engine.state.snapshot(random), state)
+        snapshot = self._engine.state.snapshot(random)
+        self._begin(full_name(at.step), snapshot, state, sound_step)
         self._saved = at
 
-    def save_weights(self, at: TrainState, phase: str, metrics: Mapping[str, Any]) -> None:
+    def save_weights(self, at: TrainState, phase: str, sound_step: int | None) -> None:
         """Save the fp32 weights alone, as the best of some task."""
-        state = self._state(at, phase, metrics) | {"optimizer_steps": 0}
-        self._begin(best_name(at.step), self._engine.state.snapshot(kinds=(WEIGHT,)), state)
+        state = self._state(at, phase) | {"optimizer_steps": 0}
+        snapshot = self._engine.state.snapshot(kinds=(WEIGHT,))
+        self._begin(best_name(at.step), snapshot, state, sound_step)
 
     def is_saved(self, at: TrainState) -> bool:
         """Whether the newest save was at this position."""
@@ -98,12 +91,13 @@ class Checkpointer:
         """See Saver."""
         self._saver.finish()
 
-    def _begin(self, name: str, snapshot: Snapshot, state: Mapping[str, Any]) -> None:
+    def _begin(
+        self, name: str, snapshot: Snapshot, state: Mapping[str, Any], sound_step: int | None
+    ) -> None:
         with torch.no_grad():
-            sound_step = self._divergence.last_sound_step
             self._saver.save(name, snapshot, state, dict(self._best), sound_step)
 
-    def _state(self, at: TrainState, phase: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    def _state(self, at: TrainState, phase: str) -> dict[str, Any]:
         return {
             **self._facts,
             "position": asdict(at),
@@ -111,5 +105,21 @@ class Checkpointer:
             "phase_name": phase,
             "used": dict(zip(self._plan.tasks, at.used(self._plan), strict=True)),
             "history": self._history.to_json(),
-            **metrics,
+            **self._callbacks.on_save(),
         }
+
+
+def checkpoint_facts(
+    config: RunConfig, shape: GPTShape, plan: Plan, world_size: int
+) -> dict[str, Any]:
+    """What every checkpoint says of its run."""
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "plan": plan.spec.fingerprint,
+        "streams": plan.spec.stream_fingerprints,
+        "model": shape.facts(),
+        "processes": world_size,
+        "tensor": config.parallel.tensor,
+        "zero": config.parallel.zero,
+        "precision": config.precision,
+    }

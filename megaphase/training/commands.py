@@ -19,7 +19,7 @@ def train_command(
     profile: Profile = False,
     profile_steps: ProfileSteps = None,
 ) -> None:
-    """Train all phases of a run file, or go on where the run stopped.
+    """Train all phases of a run file, or resume where the run stopped.
 
     One process by itself; several under `megaphase launch local`, torchrun or srun. On SIGTERM,
     SIGUSR1 or Ctrl-C it saves and ends with exit code 75; the same command then resumes, also with
@@ -29,19 +29,29 @@ def train_command(
 
     Example: megaphase train joint.yaml --from runs/base@pretrain
     """
+    from contextlib import ExitStack
+
     from megaphase.config.load import load_run_file
     from megaphase.distributed.all_ranks import leaving_processes, run_on_all_ranks
     from megaphase.fault_tolerance.stop_signals import StopSignals
 
     standard_output_is_a_log()
     # The signals before anything that takes seconds is imported.
-    with StopSignals() as signals, leaving_processes():
+    with StopSignals() as signals, leaving_processes(), ExitStack() as resources:
         config = run_on_all_ranks(lambda: load_run_file(run_file, tuple(overrides or ())))
 
-        from megaphase.training.train import train
+        from megaphase.training.setup import watched_processes
+        from megaphase.training.trainer import Trainer
 
-        steps = profile_steps or (PROFILE_STEPS if profile else 0)
-        train(config, new_console(), signals, source=source, profile_steps=steps)
+        watchdog = resources.enter_context(watched_processes(config, signals))
+        with watchdog.patient("setting up"):
+            trainer = Trainer(config, new_console(), watchdog, signals, resources, source)
+            if trainer.is_done():
+                steps = trainer.state.step
+                trainer.say(f"{config.output}: all {steps:,} steps are done; nothing to do")
+                return
+            trainer.build(profile_steps or (PROFILE_STEPS if profile else 0))
+        trainer.run()
 
 
 def evaluate_command(
@@ -74,7 +84,7 @@ def evaluate_command(
     with StopSignals(MEASURING) as signals, leaving_processes():
         config = run_on_all_ranks(lambda: load_run_file(run_file, tuple(overrides or ())))
 
-        from megaphase.training.train import evaluate
+        from megaphase.training.evaluate import evaluate
 
         step, losses = evaluate(config, checkpoint, new_console(stderr=True), signals)
     if global_rank() != 0:

@@ -25,7 +25,7 @@ from megaphase.model.shape import GPTShape
 from megaphase.optim.optimizer import build_optimizer
 from megaphase.optim.optimizer_state import OptimizerState
 from megaphase.plan.dataset import Batch
-from megaphase.training.backends import choose_parts
+from megaphase.training.backends import choose_backends
 from megaphase.training.deepspeed_config import (
     compute_dtype,
     deepspeed_config,
@@ -103,7 +103,7 @@ class Engine:
     def __init__(self, config: RunConfig, shape: GPTShape, grid: ProcessGrid, tasks: int) -> None:
         deepspeed = import_deepspeed()
         deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-        self.parts = parts = choose_parts(config)
+        self.backends = backends = choose_backends(config)
         self.grid = grid
         self._tasks = tasks
         self._seed, self._dropout = config.seed, shape.dropout
@@ -129,14 +129,14 @@ class Engine:
                 grid,
                 sequence_parallel=config.parallel.sequence,
                 compute_dtype=compute_dtype(config),
-                kernels=parts.kernels,
+                kernels=backends.kernels,
                 overlap=config.parallel.overlap,
             )
         model = model.to(parameter_dtype(config))
         if config.parallel.zero == 3:
             # A block's weights travel together, and its inner modules cost no bookkeeping.
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
-        optimizer = build_optimizer(model, config.optimizer, parts.optimizer)
+        optimizer = build_optimizer(model, config.optimizer, backends.optimizer)
         with _deepspeed_silenced():
             self._engine, *_ = deepspeed.initialize(
                 model=model,

@@ -4,49 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
+from megaphase.callbacks.callback import HeldOutLoss
 from megaphase.plan.dataset import Batch, read_held_out
 from megaphase.plan.spec import PlanSpec
+from megaphase.tokenizer import Tokenizer
+from megaphase.training.engine import Engine
 from megaphase.utils.targets import IGNORED_TARGET
-
-if TYPE_CHECKING:
-    from megaphase.training.engine import Engine
-
-
-@dataclass(frozen=True)
-class HeldOutLoss:
-    """loss: nats a token. bits_per_byte: of the scored text, which compares across tokenizers."""
-
-    loss: float
-    bits_per_byte: float
 
 
 class HeldOutEvaluator:
     """Scores the first `samples` held-out samples of every task, always the same ones."""
 
-    def __init__(
-        self,
-        spec: PlanSpec,
-        engine: Engine,
-        *,
-        samples: int,
-        token_bytes: np.ndarray,
-        pad_token_id: int,
-    ) -> None:
-        """
-        Args:
-            samples: how many of each task; fewer where a task has not so many.
-            token_bytes: int64 [vocab], bytes of text that each token stands for.
-            pad_token_id: token id for inputs that have no target.
-        """
+    def __init__(self, spec: PlanSpec, engine: Engine, tokenizer: Tokenizer, samples: int) -> None:
+        """samples: how many of each task; fewer where a task has not so many."""
         self._spec, self._engine = spec, engine
-        self._samples, self._pad_token_id = samples, pad_token_id
-        self._token_bytes = torch.from_numpy(token_bytes)
+        self._samples, self._pad_token_id = samples, tokenizer.eod
+        self._token_bytes = torch.from_numpy(tokenizer.token_bytes())  # int64 [vocab]
 
     def evaluate(self, next_task: Callable[[], object] = lambda: None) -> dict[str, HeldOutLoss]:
         """Losses of the current weights by task; called by all ranks, same result on each.

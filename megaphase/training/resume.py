@@ -1,110 +1,150 @@
-"""Where a run begins: at initial weights, at another run's checkpoint, or at its own newest."""
+"""Where a run starts: at initial weights, at another run's checkpoint, or at its own newest."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
+from megaphase.callbacks.callback import CallbackList
+from megaphase.callbacks.divergence_monitor import DivergenceMonitor
 from megaphase.checkpoint.parameters import StoredParameters
-from megaphase.checkpoint.store import Checkpoint
+from megaphase.checkpoint.state import check_format
+from megaphase.checkpoint.store import Checkpoint, CheckpointStore
+from megaphase.config.run import RunConfig
 from megaphase.distributed.all_ranks import run_on_all_ranks
+from megaphase.plan.plan import Plan
 from megaphase.plan.run_history import RunHistory, history_of_state
 from megaphase.training.branch import Branch
 from megaphase.training.engine import Engine
 from megaphase.training.random_state import set_random_state, stored_random_state
-from megaphase.training.run_context import RunContext
-from megaphase.training.run_logger import RunLogger
 from megaphase.training.train_state import TrainState
+from megaphase.utils.errors import InputError
 
 
-@dataclass(frozen=True)
-class StartState:
-    """One of three; every method is called by all ranks.
+def newest_checkpoint(
+    store: CheckpointStore, plan: Plan, say: Callable[[str], None]
+) -> Checkpoint | None:
+    """The run's newest whole checkpoint, None where it has none yet; called by all ranks.
 
-    Attributes:
-        checkpoint: the run's own newest whole one, None where it has none yet.
+    Raises:
+        InputError: it is of another run file, or of another version of this program.
+    """
+    checkpoint = store.newest_whole(say)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, plan)
+    return checkpoint
+
+
+def check_checkpoint(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Refuse a checkpoint of another run file or version of this program; called by all ranks."""
+
+    def check() -> None:
+        check_format(checkpoint.folder, checkpoint.state)
+        if checkpoint.state["plan"] != plan.spec.fingerprint:
+            raise InputError(
+                checkpoint.folder,
+                "was written with another plan than that of this run file",
+                "use the run file and the corpora with which it was written",
+            )
+
+    run_on_all_ranks(check)
+
+
+def starting_state(
+    config: RunConfig, plan: Plan, checkpoint: Checkpoint | None, branch: Branch | None
+) -> TrainState:
+    """Where the run's next step is.
+
+    Args:
+        checkpoint: the run's own newest one, None at the first start.
         branch: where a run that is a branch began; None for others.
     """
+    if checkpoint is not None:
+        return TrainState.from_json(checkpoint.state["position"])
+    tokens_per_step = config.batch.samples * config.model.seq_len
+    starts = tuple(plan.first_ordinals([]).tolist())
+    step, tokens = (branch.step, branch.tokens) if branch is not None else (0, 0)
+    return TrainState(0, 0, step, tokens, starts, tokens_per_step)
 
-    setting: RunContext
-    checkpoint: Checkpoint | None
-    branch: Branch | None
 
-    @property
-    def state(self) -> dict[str, Any] | None:
-        """What the run's own checkpoint says; None at the first start."""
-        return None if self.checkpoint is None else self.checkpoint.state
+def starting_history(
+    config: RunConfig, checkpoint: Checkpoint | None, branch: Branch | None
+) -> RunHistory:
+    """What became of the run so far; called by all ranks."""
 
-    @property
-    def step(self) -> int:
-        """Steps done by then."""
-        return self.position().step
-
-    @property
-    def first_step(self) -> int:
-        """Steps that were done before this run's own first one."""
-        return self.branch.step if self.branch else 0
-
-    @property
-    def steps_left(self) -> int:
-        """Until the end of the last phase, if none ends early."""
-        at, phases = self.position(), self.setting.plan.phases
-        return sum(phase.steps for phase in phases[at.phase :]) - at.phase_step
-
-    def is_end(self) -> bool:
-        """Whether all phases are done."""
-        return self.position().phase == len(self.setting.config.phases)
-
-    def position(self) -> TrainState:
-        """Where the run stands then."""
-        if self.state is not None:
-            return TrainState.from_json(self.state["position"])
-        config = self.setting.config
-        tokens_per_step = config.batch.samples * config.model.seq_len
-        starts = tuple(self.setting.plan.first_ordinals([]).tolist())
-        tokens = self.branch.tokens if self.branch else 0
-        return TrainState(0, 0, self.first_step, tokens, starts, tokens_per_step)
-
-    def history(self) -> RunHistory:
-        """What became of the run by then."""
-        if self.state is not None:
-            history = history_of_state(self.setting.config.output, self.state)
-        else:
-            history = RunHistory()
-        if self.branch is not None:
-            history.origin = self.branch.facts()
-        return history
-
-    def load(self, engine: Engine) -> None:
-        """Give the engine the weights and the optimizer state of the beginning.
-
-        Raises:
-            InputError: the branch's checkpoint is damaged, or of another model.
-        """
-        checkpoint = self._weights()
+    def read() -> RunHistory:
         if checkpoint is not None:
-            load_checkpoint(self.setting, engine, checkpoint)
+            return history_of_state(config.output, checkpoint.state)
+        return RunHistory()
 
-    def tell(self, record: RunLogger) -> None:
-        """Say and write down where the run goes on from."""
-        if self.checkpoint is not None:
-            record.event(self.step, "resume", checkpoint=self.checkpoint.folder.name)
-            record.say(f"going on from {self.checkpoint.folder}")
-        elif self.branch is not None:
-            record.event(self.step, "branch", checkpoint=str(self.branch.checkpoint))
-            record.say(f"going on from {self.branch.checkpoint}")
-
-    def _weights(self) -> Checkpoint | None:
-        if self.checkpoint is not None or self.branch is None:
-            return self.checkpoint
-        if self.branch.is_new:  # verified when the stage was set
-            return Checkpoint(self.branch.checkpoint, self.branch.state)
-        return self.setting.store.open(self.branch.checkpoint)
+    history = run_on_all_ranks(read)
+    if branch is not None:
+        history.origin = branch.facts()
+    return history
 
 
-def load_checkpoint(setting: RunContext, engine: Engine, checkpoint: Checkpoint) -> None:
-    """Take weights and optimizer state over, from whatever layout they were saved on."""
+def starting_weights(
+    store: CheckpointStore, checkpoint: Checkpoint | None, branch: Branch | None
+) -> Checkpoint | None:
+    """The checkpoint whose weights the run starts with, None for initial weights.
+
+    Called by all ranks.
+
+    Raises:
+        InputError: the branch's checkpoint is damaged.
+    """
+    if checkpoint is not None or branch is None:
+        return checkpoint
+    if branch.is_new:  # verified before anything was written
+        return Checkpoint(branch.checkpoint, branch.state)
+    return store.open(branch.checkpoint)
+
+
+def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Load weights and optimizer state, from whatever layout they were saved on.
+
+    Called by all ranks.
+
+    Raises:
+        InputError: it is of another model.
+    """
     stored, state = StoredParameters(checkpoint.folder), checkpoint.state
     run_on_all_ranks(lambda: engine.state.load(stored, state["optimizer_steps"]))
-    if state["processes"] == setting.grid.world_size:
-        set_random_state(stored_random_state(checkpoint.folder, setting.grid.rank))
+    if state["processes"] == engine.grid.world_size:
+        set_random_state(stored_random_state(checkpoint.folder, engine.grid.rank))
+
+
+def newest_name_until(
+    config: RunConfig, store: CheckpointStore, branch: Branch | None, step: int
+) -> str | None:
+    """The newest checkpoint that is not of a later step, in the run or before it: for --from."""
+    name = store.newest_name(until=step)
+    if name is not None:
+        return f"{config.output}@{name}"
+    return branch.source if branch is not None and branch.step <= step else None
+
+
+def refuse_diverged(divergence: DivergenceMonitor, checkpoint: Checkpoint) -> None:
+    """Give the monitor its state in the checkpoint, from which a diverged run does not resume.
+
+    Raises:
+        RunError: the run had diverged when it was saved.
+    """
+    state = checkpoint.state
+    if "divergence" not in state:  # earlier versions have saved none
+        return
+    divergence.load_state_dict(state["divergence"])
+    at = TrainState.from_json(state["position"])
+    if divergence.is_over(phase_ends=at.phase_step == 0):
+        raise divergence.error(at.step, state["phase_name"])
+
+
+def report_start(
+    callbacks: CallbackList, checkpoint: Checkpoint | None, branch: Branch | None, step: int
+) -> None:
+    """Report from which checkpoint the run resumes or starts, if from one."""
+    if checkpoint is not None:
+        callbacks.event(step, "resume", checkpoint=checkpoint.folder.name)
+        callbacks.say(f"resuming from {checkpoint.folder}")
+    elif branch is not None:
+        callbacks.event(step, "branch", checkpoint=str(branch.checkpoint))
+        callbacks.say(f"starting from {branch.checkpoint}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.config.run import RunConfig
@@ -15,8 +17,9 @@ from megaphase.plan.same_run import (
     refuse_other_run,
     settings_of,
 )
-from megaphase.utils.errors import InputError
-from megaphase.utils.files import atomic_write_json, with_hash
+from megaphase.utils.errors import InputError, RunError
+from megaphase.utils.files import atomic_write_json, os_errors_named, with_hash
+from megaphase.utils.locks import exclusive_lock
 from megaphase.utils.run_files import LOCK_FILE, METRICS_FILE, PLAN_FILE, RUN_FILE
 
 
@@ -48,10 +51,9 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINTS
 
-    @property
-    def traces(self) -> Path:
-        """What single steps saw, where something was wrong with them."""
-        return self.path / "traces"
+    def trace(self, step: int) -> Path:
+        """Which samples a step saw, where something was wrong with it."""
+        return self.path / "traces" / f"step-{step:08d}.jsonl"
 
     @property
     def profile(self) -> Path:
@@ -62,6 +64,26 @@ class RunDirectory:
     def lock(self) -> Path:
         """Held by the process that trains here."""
         return self.path / LOCK_FILE
+
+    @contextlib.contextmanager
+    def sole_run(self) -> Iterator[None]:
+        """Keeps other runs out of the directory as long as the block lasts.
+
+        Raises:
+            RunError: another process trains in it.
+        """
+
+        def refuse() -> NoReturn:
+            # Not an input error: a job that is started again may meet a process of its last start.
+            raise RunError(
+                f"{self.path}: another process is training in this run directory; wait until it "
+                "has ended, or choose another output"
+            )
+
+        with contextlib.ExitStack() as stack:
+            with os_errors_named(self.lock):
+                stack.enter_context(exclusive_lock(self.lock, refuse))
+            yield
 
     def refuse_other_run(self, config: RunConfig) -> None:
         """Raise InputError, naming the first key, where another run file began this directory."""

@@ -23,8 +23,8 @@ from run_support import (
 )
 from warm_commands import run_killed, run_well
 
-from megaphase.callbacks.metrics_file import MetricsLog
 from megaphase.callbacks.metrics_recovery import kept_metrics
+from megaphase.callbacks.tensorboard import TensorBoard
 from megaphase.launch.slurm.status import read_status
 from megaphase.report.runs import load_run
 from megaphase.utils.files import hash_file
@@ -254,15 +254,10 @@ def test_tensorboard_shows_every_step_once(corpora, tmp_path):
 
 def test_events_with_a_loss_are_no_curves(tmp_path):
     """As those of a loss spike or of divergence are."""
-    log = MetricsLog(
-        tmp_path / "metrics.jsonl",
-        keep_bytes=0,
-        tensorboard=tmp_path / "tensorboard",
-        resumed_step=None,
-    )
+    log = TensorBoard(tmp_path / "tensorboard", resumed_step=None)
     log.write({"step": 5, "event": "loss_spike", "loss": 9.0, "mean_before": 3.0})
     log.write({"step": 6, "phase": "joint", "validation": {"hi": {"loss": 2.5}}})
-    log.close()
+    log.on_run_end(None)
     assert scalars(tmp_path) == {"validation_loss/hi": [6]}
 
 

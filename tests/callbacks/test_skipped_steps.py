@@ -1,4 +1,4 @@
-"""Steps that are not finite are left out, too many in a row end a run; spikes are told."""
+"""Steps that are not finite are skipped, too many in a row end a run; spikes are told."""
 
 import json
 import math
@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from warm_commands import run, run_killed, run_well
 
 from megaphase.callbacks.loss_spikes import ENOUGH, WINDOW, LossSpikeDetector
+from megaphase.fault_tolerance.config import FaultsConfig
 
 ALLOWED = 2
 BAD_STEP, LAST_STEP = 4, 6
@@ -50,14 +51,14 @@ def settings_of(corpora, steps, peak, **changes):
 def scale_losses(steps: list[int], factor: float) -> None:
     """In the process of a run: losses of these steps, and their gradients, come out otherwise."""
     from megaphase.training.engine import Engine
-    from megaphase.training.loop import TrainingLoop
+    from megaphase.training.trainer import Trainer
 
-    train_step, forward = TrainingLoop._train_step, Engine._forward
+    train_step, forward = Trainer.train_step, Engine._forward
     now = [0]
 
-    def noting_step(loop, at, *arguments):
-        now[0] = at.step
-        train_step(loop, at, *arguments)
+    def noting_step(trainer, *arguments):
+        now[0] = trainer.state.step + 1
+        train_step(trainer, *arguments)
         now[0] = 0
 
     def forward_scaled(engine, micro, dropout_seeds):
@@ -65,7 +66,7 @@ def scale_losses(steps: list[int], factor: float) -> None:
         total, losses = forward(engine, micro, dropout_seeds)
         return total * scale, losses * scale
 
-    TrainingLoop._train_step, Engine._forward = noting_step, forward_scaled
+    Trainer.train_step, Engine._forward = noting_step, forward_scaled
 
 
 BREAK = partial(scale_losses, list(range(2, 13)), math.nan)
@@ -104,7 +105,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(broken):
     assert said.startswith(f"megaphase: only step 4: the loss of {tasks} is not finite, ")
     assert f"in 3 steps in a row (faults.skip_batches: 2); what the step saw: {trace};" in said
     for step in (2, 3):
-        assert f"only step {step}  left out: the loss of" in result.stdout
+        assert f"only step {step}  skipped: the loss of" in result.stdout
 
 
 def tasks_of(run_file: Path, step: int) -> list[str]:
@@ -214,6 +215,10 @@ def slow_spikes(losses: list[float | None], deviations: float) -> list[float | N
     return found
 
 
+def detector(deviations: float) -> LossSpikeDetector:
+    return LossSpikeDetector(FaultsConfig(spike_deviations=deviations), lambda step: Path("trace"))
+
+
 def observe(watch: LossSpikeDetector, loss: float | None) -> float | None:
     if loss is None:
         watch.skip()
@@ -229,10 +234,10 @@ some_losses = st.lists(st.one_of(st.none(), eighths, eighths, eighths), max_size
 @given(some_losses, st.sampled_from([0.0, 1.5, 2.0, 6.0]), st.data())
 def test_spikes_are_those_of_the_slow_reference_also_when_cut_anywhere(losses, deviations, data):
     cut = data.draw(st.integers(0, len(losses)))
-    watch = LossSpikeDetector(deviations)
+    watch = detector(deviations)
     found = [observe(watch, loss) for loss in losses[:cut]]
     state = json.dumps(watch.state_dict())
-    watch = LossSpikeDetector(deviations)
+    watch = detector(deviations)
     watch.load_state_dict(json.loads(state))
     found += [observe(watch, loss) for loss in losses[cut:]]
     expected = slow_spikes(losses, deviations)
@@ -247,11 +252,11 @@ def test_spikes_are_those_of_the_slow_reference_also_when_cut_anywhere(losses, d
 
 
 def test_a_new_phase_has_nothing_to_compare_with_and_skipped_steps_still_count():
-    watch = LossSpikeDetector(2.0)
+    watch = detector(2.0)
     for i in range(ENOUGH):
         assert watch.spike(1.0 + i % 2 / 8) is None
     watch.skip()
-    watch.begin_phase()
+    watch.on_phase_begin(1, "joint")
     assert watch.skipped_in_a_row == 1
     assert watch.spike(50.0) is None
     assert watch.skipped_in_a_row == 0

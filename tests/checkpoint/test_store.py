@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from store_support import make_saver, make_store, names, save, snapshot
 from torch import Tensor
 
-from megaphase.callbacks.metrics_file import MetricsLog
+from megaphase.callbacks.metrics_file import MetricsFile
+from megaphase.callbacks.metrics_recovery import KeptMetrics
 from megaphase.checkpoint import saver as saver_module
 from megaphase.checkpoint import store as store_module
 from megaphase.checkpoint.saver import Saver, SaveStatus
@@ -147,7 +148,7 @@ def test_too_little_space_is_found_before_anything_is_written(
     save(tmp_path, 4)
     nearly_full = SimpleNamespace(free=300)
     monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: nearly_full)
-    with pytest.raises(RunError, match=r"needs 0\.000 GB.*goes on from step-00000004") as error:
+    with pytest.raises(RunError, match=r"needs 0\.000 GB.*resumes from step-00000004") as error:
         save(tmp_path, 8)
     assert len(str(error.value).splitlines()) == 1
     assert names(tmp_path) == ["latest", full_name(4)]
@@ -168,7 +169,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_small_disk_that_fills_up_keeps_its_whole_checkpoints(small_disk: Path) -> None:
     save(small_disk, 1)
     saver = make_saver(small_disk)
-    with pytest.raises(RunError, match=r"the disk has .* left.*goes on from step-00000001"):
+    with pytest.raises(RunError, match=r"the disk has .* left.*resumes from step-00000001"):
         saver.save(full_name(2), snapshot(torch.zeros(20_000)), {}, {})
     shown = store_module.shutil.disk_usage(small_disk).free
     with pytest.MonkeyPatch.context() as patch:  # another process is faster in taking the space
@@ -342,7 +343,7 @@ def missing_device(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 def test_all_ranks_learn_of_the_one_that_could_not_write(tmp_path: Path) -> None:
     expected = (
         f"{tmp_path / full_name(2)}: rank 1 could not write: No such device; earlier checkpoints "
-        f"are untouched: started again, the run goes on from {full_name(1)}"
+        f"are untouched: the same command resumes from {full_name(1)}"
     )
     for told, left in run_ranks(agreed_failure, PROCESSES, str(tmp_path), timeout=TIMEOUT_SECONDS):
         assert told == expected
@@ -385,27 +386,27 @@ def test_metrics_that_cannot_be_opened_are_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.mkdir()
     with pytest.raises(RunError, match=rf"{path}: cannot be written \(Is a directory\)"):
-        MetricsLog(path, keep_bytes=0, tensorboard=None, resumed_step=None)
+        MetricsFile(path, KeptMetrics(0))
 
 
 def test_metrics_of_a_full_disk_leave_no_part_of_a_row_behind_a_restart(tmp_path: Path) -> None:
     import resource
 
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, keep_bytes=0, tensorboard=None, resumed_step=None)
+    log = MetricsFile(path, KeptMetrics(0))
     log.write({"step": 1})
-    kept = log.sync()
+    kept = log.on_save()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (kept["metrics_bytes"] + 5, hard))
     try:
         with pytest.raises(RunError, match=r"cannot be written \(File too large\)"):
             log.write({"step": 2, "text": "x" * 100})
-        log.close()  # says nothing more
+        log.on_run_end(None)  # says nothing more
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    log = MetricsLog(path, keep_bytes=kept["metrics_bytes"], tensorboard=None, resumed_step=1)
+    log = MetricsFile(path, KeptMetrics(kept["metrics_bytes"]), resumed_step=1)
     log.write({"step": 2})
-    log.close()
+    log.on_run_end(None)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1}, {"step": 2},
     ]  # fmt: skip

@@ -25,7 +25,7 @@ from megaphase.convert.partition import Layout
 from megaphase.convert.reshape import reshape
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.control_group import ControlGroup
-from megaphase.distributed.process_grid import start
+from megaphase.distributed.process_grid import start_process_grid
 from megaphase.training.engine import Engine
 
 GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
@@ -53,7 +53,7 @@ def train(engine: Engine, first: int, steps: int) -> list[float]:
 def begin(folder: str) -> list[float]:
     """Train on one process and save at `begin`; the curve of the steps after it."""
     with process_group():
-        start(1)
+        start_process_grid(1)
         config = config_of(Layout(1, 1, 0))
         engine = build_engine(config, VOCAB)
         train(engine, 0, BEFORE)
@@ -64,7 +64,7 @@ def begin(folder: str) -> list[float]:
 def go_on(layouts: list[Layout], folder: str) -> dict[Layout, list[float]]:
     """From `reshaped` checkpoints: save them again as `native` ones, and train."""
     with process_group():
-        start(1)
+        start_process_grid(1)
         control_group = ControlGroup()
         curves = {}
         for layout in layouts:

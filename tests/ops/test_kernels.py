@@ -26,7 +26,7 @@ from megaphase.model.shape import GPTShape
 from megaphase.ops.kernels import EAGER, Kernels
 from megaphase.ops.matmul import matmul
 from megaphase.optim.optimizer import build_optimizer
-from megaphase.training.backends import Backends, choose_parts
+from megaphase.training.backends import Backends, choose_backends
 from megaphase.utils.errors import InputError
 
 ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
@@ -250,16 +250,18 @@ def test_apex_s_optimizer_steps_and_forgets_as_torch_s(apex: dict[str, ModuleTyp
 
 def test_what_is_there_is_chosen(monkeypatch: Any) -> None:
     eager, compiled = Backends(EAGER, "torch"), Backends(Kernels(compiled=True), "torch")
-    assert choose_parts(run_config()) == eager
-    assert choose_parts(parts(kernels="compile")) == compiled
+    assert choose_backends(run_config()) == eager
+    assert choose_backends(parts(kernels="compile")) == compiled
     monkeypatch.setattr("megaphase.training.backends.device", lambda: torch.device("cuda"))
     there: set[str] = set()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name in there or None)
-    assert choose_parts(run_config()) == eager
+    assert choose_backends(run_config()) == eager
     there |= {"triton", "apex.normalization", "fused_layer_norm_cuda"}
-    assert choose_parts(run_config()) == Backends(Kernels(compiled=True, apex_norm=True), "torch")
+    assert choose_backends(run_config()) == Backends(
+        Kernels(compiled=True, apex_norm=True), "torch"
+    )
     there |= {"apex.optimizers", "amp_C"}
-    assert choose_parts(parts(kernels="eager", norm="torch")) == Backends(EAGER, "apex")
+    assert choose_backends(parts(kernels="eager", norm="torch")) == Backends(EAGER, "apex")
 
 
 def parts(**asked: str) -> Any:
@@ -278,5 +280,5 @@ def parts(**asked: str) -> Any:
 def test_what_is_missing_is_said(monkeypatch: Any, asked: dict[str, str], message: str) -> None:
     monkeypatch.setenv("CXX", "none-such")
     with pytest.raises(InputError) as error:
-        choose_parts(parts(**asked))
+        choose_backends(parts(**asked))
     assert message in str(error.value)

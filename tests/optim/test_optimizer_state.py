@@ -38,7 +38,7 @@ from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.control_group import ControlGroup
-from megaphase.distributed.process_grid import start
+from megaphase.distributed.process_grid import start_process_grid
 from megaphase.training.engine import Engine, StepResult
 
 PROCESSES = 4
@@ -183,7 +183,7 @@ def examine_all(
     cases: list[tuple[int, str, str]], folder: str
 ) -> dict[tuple[int, str, str], Examined]:
     with process_group():
-        start(2)
+        start_process_grid(2)
         control_group = ControlGroup()
         return {
             case: examine(*case, Path(folder, "-".join(map(str, case))), control_group)
@@ -234,7 +234,7 @@ def hop(folder: str) -> tuple[list[float], list[float]]:
     """A curve on one layout throughout, and one that changes it every two steps."""
     model = {"kv_heads": 4, "vocab": 99}  # 99: every size pads its rows otherwise
     with process_group():
-        start(1)
+        start_process_grid(1)
         control_group = ControlGroup()
         still = build_engine(run_config(model=model, tensor=1, zero=0), 99)
         still_curve = [

@@ -65,7 +65,7 @@ class Victim:
             else:
                 check(ranks.wait())
             said = " ".join(ranks.result(0).stdout.split())
-        self.counts["resumed"] += "going on from" in said
+        self.counts["resumed"] += "resuming from" in said
         self.counts["damage found"] += "going back to the checkpoint before" in said
         return came
 

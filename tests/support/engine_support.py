@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megaphase.config.run import RunConfig
-from megaphase.distributed.process_grid import ProcessGrid, start
+from megaphase.distributed.process_grid import ProcessGrid, start_process_grid
 from megaphase.model.presets import build_shape
 from megaphase.plan.dataset import Batch
 from megaphase.training.engine import Engine, import_deepspeed
@@ -62,7 +62,7 @@ def run_config(
 
 
 def build_engine(config: RunConfig, vocab: int = VOCAB) -> Engine:
-    grid = start(config.parallel.tensor)
+    grid = start_process_grid(config.parallel.tensor)
     return Engine(config, build_shape(config, vocab), grid, len(TASKS))
 
 

@@ -55,37 +55,45 @@ def run_well(*arguments: object, prepare: Callable[[], object] | None = None) ->
     return result.stdout
 
 
-def run_killed(*arguments: object, before_step: int) -> None:
+def run_killed(
+    *arguments: object, before_step: int, prepare: Callable[[], object] | None = None
+) -> None:
     """Run `megaphase train`, which is ended by SIGKILL when it is about to train a step."""
-    result = run("train", *arguments, prepare=partial(kill_before, before_step))
+    result = run("train", *arguments, prepare=partial(_prepare_to_kill, before_step, prepare))
     assert result.returncode == -signal.SIGKILL, result.stderr
+
+
+def _prepare_to_kill(step: int, prepare: Callable[[], object] | None) -> None:
+    kill_before(step)
+    if prepare is not None:
+        prepare()
 
 
 def kill_before(step: int, rank: int = 0) -> None:
     """In the processes of a run: one of them is ended when it is about to train a step."""
-    signal_before("_train_step", rank, signal.SIGKILL, lambda at, *_: at.step == step)
+    signal_before("train_step", rank, signal.SIGKILL, lambda run: run.state.step + 1 == step)
 
 
 def signal_before(
     method: str,
     rank: int,
     number: signal.Signals,
-    when: Callable[..., bool] = lambda *_: True,
+    when: Callable[..., bool] = lambda run: True,
 ) -> None:
     """In the processes of a run: one of them gets a signal before each such call of a method of
-    its training loop."""
-    from megaphase.training.loop import TrainingLoop
+    its trainer, which `when` is given."""
+    from megaphase.training.trainer import Trainer
 
     if int(os.environ["RANK"]) != rank:
         return
-    call = getattr(TrainingLoop, method)
+    call = getattr(Trainer, method)
 
-    def signalled(loop, *arguments):
-        if when(*arguments):
+    def signalled(trainer, *arguments):
+        if when(trainer):
             os.kill(os.getpid(), number)
-        return call(loop, *arguments)
+        return call(trainer, *arguments)
 
-    setattr(TrainingLoop, method, signalled)
+    setattr(Trainer, method, signalled)
 
 
 def _text(path: Path) -> str:

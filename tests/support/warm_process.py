@@ -21,7 +21,7 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
         "megaphase.cli",
-        "megaphase.training.train",
+        "megaphase.training.trainer",
         "deepspeed",
         "torch._dynamo",
         "deepspeed.runtime.zero.muon.muon_optimizer",

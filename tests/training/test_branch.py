@@ -122,7 +122,7 @@ def test_a_branch_that_is_killed_after_its_first_checkpoint_goes_on(branch, base
     assert (folder / "killed" / "run" / "checkpoints" / "step-00000016").is_dir()
     shutil.copytree(folder / "killed", folder / "killed-without", symlinks=True)
     for name, arguments in (("killed", source), ("killed-without", ())):
-        assert "going on from" in run_well("train", folder / name / "run.yaml", *arguments)
+        assert "resuming from" in run_well("train", folder / name / "run.yaml", *arguments)
         rows = read_rows(folder / name / "run")
         assert [row["event"] for row in rows if row.get("event") in ("branch", "resume")] == [
             "branch",

@@ -124,7 +124,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(ordeal: Ordeal) -> N
     start = ordeal.disk_full
     assert start.codes == [1, 1]
     assert f"{full_name(FAILING)}: rank 0 could not write: File too large" in start.line
-    assert f"the run goes on from {full_name(RESUMED)}" in start.line
+    assert f"the same command resumes from {full_name(RESUMED)}" in start.line
     assert start.checkpoints == ["latest", full_name(RESUMED)]
 
 
@@ -153,7 +153,7 @@ def test_a_rank_that_dies_while_it_saves_is_named(ordeal: Ordeal) -> None:
 @pytest.mark.distributed
 def test_after_all_that_the_run_ends_like_its_twin(ordeal: Ordeal) -> None:
     check(ordeal.last.results)
-    assert "going on from" in ordeal.last.results[0].stdout
+    assert "resuming from" in ordeal.last.results[0].stdout
     assert "going back" not in ordeal.last.results[0].stdout
     assert timeless(read_rows(ordeal.run)) == timeless(read_rows(ordeal.undisturbed / "run"))
     expected = ["latest", *map(full_name, (RESUMED, 20, 21))]

@@ -31,7 +31,7 @@ from megaphase.checkpoint.store import CheckpointStore
 from megaphase.config.run import RunConfig
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.control_group import ControlGroup
-from megaphase.distributed.process_grid import start
+from megaphase.distributed.process_grid import start_process_grid
 from megaphase.training.deepspeed_config import swap_folder
 from megaphase.training.engine import Engine, import_deepspeed
 from megaphase.training.nvme import prepare_offload
@@ -194,7 +194,7 @@ def examine(folder: Path, precision: str, place: str, control_group: ControlGrou
 
 def examine_all(folder: str, operator: str) -> dict[tuple[str, str], Examined]:
     with process_group():
-        start(1)
+        start_process_grid(1)
         if operator == "stand-in":
             put_stand_in_place()
         else:

@@ -151,14 +151,14 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     both = [(rank, number) for number in (TERM, USR1) for rank in (1, 0)]
     stops = {
         "at the start": run.stop(starting_up, [(0, TERM), (1, TERM)], cold),
-        "one rank": run.stop_itself("_train_step", 1, TERM, calls=3),
-        "the other rank": run.stop_itself("_train_step", 0, USR1, calls=3),
+        "one rank": run.stop_itself("train_step", 1, TERM, calls=3),
+        "the other rank": run.stop_itself("train_step", 0, USR1, calls=3),
         "again and again": run.stop(run.saving(), both * 5),
-        "at the switch": run.stop_itself("_end_phase", 1, USR1),
+        "at the switch": run.stop_itself("end_phase", 1, USR1),
         "launcher": run.stop(run.after_steps(1), [(0, TERM)], local, processes=1),
         "Ctrl-C": run.stop(run.after_steps(1), [(0, INT), (1, INT)]),
         "Ctrl-C to the launcher": run.stop(run.after_steps(1), [(0, INT)], local, processes=1),
-        "at the end": run.stop_itself("_end_phase", 1, TERM),
+        "at the end": run.stop_itself("end_phase", 1, TERM),
     }
     return Story(run_file.parent / "run", undisturbed.parent / "run", stops)
 

@@ -194,7 +194,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(layout, request, tmp_path):
             ranks.wait_for(moment)
             ranks.signal(signal.SIGKILL)
     said = train(run_file, processes).stdout
-    assert "going on from" in said
+    assert "resuming from" in said
     assert timeless(read_rows(folder / "run")) == timeless(read_rows(whole / "run"))
     assert not any(checkpoints.glob(".*"))
 

@@ -137,7 +137,7 @@ def test_a_run_goes_on_bit_for_bit(single, tmp_path):
     checkpoints = sorted((folder / "run" / "checkpoints").iterdir())
     shutil.rmtree(checkpoints[-1])
     shutil.rmtree(checkpoints[-2])
-    assert "going on from" in train(folder / "run.yaml")
+    assert "resuming from" in train(folder / "run.yaml")
     assert timeless(read_rows(folder / "run")) == timeless(read_rows(single / "run"))
 
 

@@ -6,25 +6,23 @@ import gzip
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from megaphase.callbacks.callback import Callback, StepRecord
 from megaphase.callbacks.profiling.printing import profile_text
 from megaphase.callbacks.profiling.summary import RankProfile, summarize
 from megaphase.callbacks.profiling.trace import STEP_MARK, read_trace
+from megaphase.callbacks.throughput import ThroughputReference
 from megaphase.distributed.all_ranks import Fault, outcome_of
 from megaphase.distributed.control_group import ControlGroup
 from megaphase.distributed.dist_env import local_rank
 from megaphase.distributed.process_grid import device
 from megaphase.fault_tolerance.watchdog import Watchdog
-from megaphase.training.run_logger import ThroughputReference
 from megaphase.utils.errors import RunError
 from megaphase.utils.files import atomic_write_json, make_directory, os_errors_named, temporary_path
 from megaphase.utils.set_aside import make_way_for_directory, make_way_for_file
@@ -36,25 +34,8 @@ SUMMARY_FILE = "summary.json"
 COMPRESSION_LEVEL = 3
 
 
-class StepProfiler(Protocol):
-    """What the loop knows of profiling."""
-
-    def step(self, number: int, wait_seconds: float) -> AbstractContextManager[None]:
-        """Surrounds a training step.
-
-        number: over the whole run. wait_seconds: for its batch.
-        """
-
-
-class NoProfiler:
-    """A run without --profile."""
-
-    def step(self, number: int, wait_seconds: float) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
-class Profiler:
-    """Context manager around a run; profiles its first steps after WARM_UP_STEPS, on all ranks.
+class Profiler(Callback):
+    """Profiles the first steps of a run after WARM_UP_STEPS; exists on all ranks.
 
     The first rank of each node writes a trace and reads it; rank 0 says what is in them and writes
     `summary.json`. The ranks of a node do the same work, and the traces of hundreds would be
@@ -83,18 +64,37 @@ class Profiler:
         self._done = 0
         self._waits: list[float] = []
         self._profile = _torch_profiler(steps) if _is_first_of_node() else None
+        self._mark: record_function | None = None
 
-    def __enter__(self) -> Self:
+    def on_run_begin(self) -> None:
         if self._profile is not None:
             self._profile.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def on_step_begin(self, step: int) -> None:
+        """Mark the step in the trace, up to its end."""
+        if not self._is_over():
+            self._mark = record_function(f"{STEP_MARK}{step}")
+            self._mark.__enter__()
+
+    def on_step_end(self, record: StepRecord) -> None:
+        """Count the step; after the last one that is profiled, all ranks meet and report.
+
+        Raises:
+            RunError: the trace cannot be written; on every rank.
+        """
+        if self._is_over():
+            return
+        self._end_mark()
+        if self._profile is not None:
+            self._profile.step()
+        self._waits.append(record.seconds.data_wait)
+        self._done += 1
+        if self._is_over():
+            with self._watchdog.patient(f"reading the profile after step {record.step:,}"):
+                self._report(range(record.step - self._steps + 1, record.step + 1))
+
+    def on_run_end(self, error: BaseException | None) -> None:
+        self._end_mark()
         if self._is_over():
             return
         if self._profile is not None:
@@ -102,25 +102,10 @@ class Profiler:
         if error is None:
             self._say("Warning: the run was over before all steps were profiled: no profile")
 
-    @contextmanager
-    def step(self, number: int, wait_seconds: float) -> Iterator[None]:
-        """Surrounds a training step; after the last one that is profiled, all ranks meet.
-
-        Raises:
-            RunError: the trace cannot be written; on every rank.
-        """
-        if self._is_over():
-            yield
-            return
-        with record_function(f"{STEP_MARK}{number}"):
-            yield
-        if self._profile is not None:
-            self._profile.step()
-        self._waits.append(wait_seconds)
-        self._done += 1
-        if self._is_over():
-            with self._watchdog.patient(f"reading the profile after step {number:,}"):
-                self._report(range(number - self._steps + 1, number + 1))
+    def _end_mark(self) -> None:
+        if self._mark is not None:
+            self._mark.__exit__(None, None, None)
+            self._mark = None
 
     def _is_over(self) -> bool:
         return self._done == WARM_UP_STEPS + self._steps
@@ -197,6 +182,17 @@ class Profiler:
         path = self._folder / SUMMARY_FILE
         with os_errors_named(path):
             atomic_write_json(path, content)
+
+
+def enough_steps(steps: int, left: int, say: Callable[[str], None]) -> bool:
+    """Whether so many steps can be profiled of those that are left; says so if not."""
+    needed = WARM_UP_STEPS + steps
+    if left < needed:
+        say(
+            f"Warning: nothing is profiled: {left:,} steps are left, and --profile needs "
+            f"{needed:,}, of which {WARM_UP_STEPS} warm up"
+        )
+    return left >= needed
 
 
 def _torch_profiler(steps: int) -> profile:

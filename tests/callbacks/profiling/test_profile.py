@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import warm_commands
+from callback_support import step_record
 from distributed import check, launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,7 +35,7 @@ from megaphase.callbacks.profiling.printing import profile_text
 from megaphase.callbacks.profiling.recorder import Profiler
 from megaphase.callbacks.profiling.summary import summarize, top_kernels
 from megaphase.callbacks.profiling.trace import read_trace
-from megaphase.training.run_logger import ThroughputReference
+from megaphase.callbacks.throughput import ThroughputReference
 from megaphase.utils.errors import InputError, RunError
 
 TICKS = 40
@@ -283,11 +284,27 @@ def profiler(folder, steps, said):
     )
 
 
+def profile_step(guard, number):
+    guard.on_step_begin(number)
+    guard.on_step_end(step_record(number))
+
+
 def test_a_run_that_ends_early_says_that_there_is_no_profile(tmp_path):
     said = []
-    with profiler(tmp_path / "profile", 1, said) as guard, guard.step(1, 0.0):
-        pass
+    guard = profiler(tmp_path / "profile", 1, said)
+    guard.on_run_begin()
+    profile_step(guard, 1)
+    guard.on_run_end(None)
     assert "no profile" in said[0]
+
+
+def test_a_run_that_fails_within_a_step_says_nothing_of_its_profile(tmp_path):
+    said = []
+    guard = profiler(tmp_path / "profile", 1, said)
+    guard.on_run_begin()
+    guard.on_step_begin(1)
+    guard.on_run_end(RunError("a fault"))
+    assert said == []
 
 
 def test_a_profile_that_cannot_be_written_is_named(tmp_path):
@@ -295,13 +312,14 @@ def test_a_profile_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(InputError, match="file/profile: cannot be created"):
         profiler(tmp_path / "file" / "profile", 1, [])
     folder = tmp_path / "profile"
-    with profiler(folder, 1, []) as guard:
-        for number in range(2):
-            with guard.step(number, 0.0):
-                pass
-        folder.rmdir()
-        with pytest.raises(RunError, match=r"rank-00000\.json\.gz: cannot be"), guard.step(2, 0.0):
-            pass
+    guard = profiler(folder, 1, [])
+    guard.on_run_begin()
+    for number in range(2):
+        profile_step(guard, number)
+    folder.rmdir()
+    with pytest.raises(RunError, match=r"rank-00000\.json\.gz: cannot be"):
+        profile_step(guard, 2)
+    guard.on_run_end(None)
 
 
 @pytest.fixture(scope="module")

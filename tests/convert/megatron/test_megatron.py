@@ -27,7 +27,7 @@ from megaphase.convert.megatron.names import Implementation
 from megaphase.convert.megatron.to_megatron import Target, to_megatron
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.initialization import Initializer
-from megaphase.distributed.process_grid import start
+from megaphase.distributed.process_grid import start_process_grid
 from megaphase.model.gpt import GPT
 from megaphase.model.shape import GPTShape
 
@@ -114,7 +114,7 @@ def answers(size: int) -> tuple[dict[tuple[str, str], Tensor], dict[str, str]]:
 @torch.no_grad()
 def our_logits(checkpoint: Path, shape: GPTShape) -> Tensor:
     with process_group():
-        model = GPT(shape, Initializer(0, torch.float32), start(1))
+        model = GPT(shape, Initializer(0, torch.float32), start_process_grid(1))
         weights = whole_parameters(checkpoint)
         parameters = dict(model.named_parameters())
         assert parameters.keys() == weights.keys()

@@ -1,0 +1,237 @@
+"""What a callback is, what it is told, and the list that calls a run's callbacks in order.
+
+Callbacks observe, the trainer acts: a callback changes neither the weights nor where the run is.
+Where the trainer has to act on what one has found (early stopping, divergence), it asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+from megaphase.utils.metrics_rows import Row
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """loss: nats a token. bits_per_byte: of the scored text, which compares across tokenizers."""
+
+    loss: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """How long a step took: waiting for its batch, training, and before it for a save's copy."""
+
+    data_wait: float
+    train: float
+    save: float
+
+    @property
+    def total(self) -> float:
+        return self.data_wait + self.train + self.save
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A training step that has ended; sums are over the tokens of the global batch.
+
+    Attributes:
+        step: its number over the whole run. phase_step: within the phase.
+        starts: samples of each task that were used before the phase.
+        tokens: of the run so far.
+        loss: mean in nats a token, before the step; loss_by_task: of the tasks in the batch.
+        loss_sums, scored_tokens: by task; nats, and tokens that have a target.
+        grad_norm: before clipping.
+        applied: False where the gradient was not finite, so that the step was skipped.
+        mfu: model FLOPs of the step against the peak of all devices; None where that is not known.
+    """
+
+    step: int
+    phase: str
+    phase_number: int
+    phase_step: int
+    starts: tuple[int, ...]
+    tokens: int
+    loss: float
+    loss_by_task: Mapping[str, float]
+    loss_sums: Mapping[str, float]
+    scored_tokens: Mapping[str, int]
+    learning_rate: float
+    grad_norm: float
+    applied: bool
+    seconds: StepSeconds
+    tokens_per_second: float
+    mfu: float | None
+
+    def row(self) -> Row:
+        """As in metrics.jsonl."""
+        row: Row = {
+            "step": self.step,
+            "phase": self.phase,
+            "phase_step": self.phase_step,
+            "tokens": self.tokens,
+            "loss": self.loss,
+            "loss_by_task": dict(self.loss_by_task),
+            "learning_rate": self.learning_rate,
+            "grad_norm": self.grad_norm,
+            "step_seconds": self.seconds.total,
+            "data_wait_seconds": self.seconds.data_wait,
+            "save_seconds": self.seconds.save,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+        }
+        return row if self.applied else row | {"skipped": True}
+
+
+@dataclass(frozen=True)
+class ValidationRecord:
+    """Held-out losses by task after `step` steps of the run.
+
+    Attributes:
+        gaps: by how much each loss is above the training loss since the validation before, in nats
+            a token; None for a task that was not trained on since.
+        begins_phase: whether this is the phase's first validation, before its first step.
+    """
+
+    step: int
+    phase: str
+    losses: Mapping[str, HeldOutLoss]
+    gaps: Mapping[str, float | None]
+    begins_phase: bool
+
+    def row(self) -> Row:
+        """As in metrics.jsonl."""
+        figures = {
+            task: asdict(loss) | ({} if self.gaps[task] is None else {"gap": self.gaps[task]})
+            for task, loss in self.losses.items()
+        }
+        return {"step": self.step, "phase": self.phase, "validation": figures}
+
+
+class Callback:
+    """Observes a run. Every method does nothing unless a subclass overrides it.
+
+    A callback that exists on all ranks is called on each of them at the same points of the run, so
+    that it may use collectives.
+
+    Attributes:
+        state_key: the key of the callback's state in a checkpoint's state; None if it has none.
+        run: the list that the callback is in, by which it reports events and messages.
+    """
+
+    state_key: ClassVar[str | None] = None
+    run: CallbackList
+
+    def on_run_begin(self) -> None:
+        """The run has loaded its weights, and is about to start or to resume."""
+
+    def on_phase_begin(self, number: int, name: str) -> None:
+        """A phase begins; not called where a run resumes within it."""
+
+    def on_step_begin(self, step: int) -> None:
+        """A training step begins; its batch is there."""
+
+    def on_step_end(self, record: StepRecord) -> None:
+        """A training step has ended, also one that was skipped."""
+
+    def on_validation_end(self, record: ValidationRecord) -> None:
+        """The held-out losses have been measured: at the ends of phases and in between."""
+
+    def on_event(self, step: int, event: str, facts: Mapping[str, Any]) -> None:
+        """Something else happened after `step` steps, such as `checkpoint`; facts: JSON values."""
+
+    def on_save(self) -> Mapping[str, Any]:
+        """A checkpoint is about to be saved: make durable what was written.
+
+        Returns what the checkpoint's state has to say of it.
+        """
+        return {}
+
+    def on_run_end(self, error: BaseException | None) -> None:
+        """The run is over: close everything. error: with which it ended, if with one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the callback knows, as JSON values; only where it has a `state_key`."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from what `state_dict` gave."""
+        raise NotImplementedError
+
+
+class CallbackList:
+    """Calls the callbacks of a run, in their order; a context manager around the run.
+
+    Attributes:
+        say: shows a sentence, on rank 0.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self._callbacks: list[Callback] = []
+
+    def extend(self, callbacks: Iterable[Callback]) -> None:
+        """Add callbacks, to be called after those that are there."""
+        for callback in callbacks:
+            callback.run = self
+            self._callbacks.append(callback)
+
+    def event(self, step: int, event: str, **facts: Any) -> None:
+        """Tell all callbacks of something that happened after `step` steps of the run."""
+        for callback in self._callbacks:
+            callback.on_event(step, event, facts)
+
+    def on_phase_begin(self, number: int, name: str) -> None:
+        for callback in self._callbacks:
+            callback.on_phase_begin(number, name)
+
+    def on_step_begin(self, step: int) -> None:
+        for callback in self._callbacks:
+            callback.on_step_begin(step)
+
+    def on_step_end(self, record: StepRecord) -> None:
+        for callback in self._callbacks:
+            callback.on_step_end(record)
+
+    def on_validation_end(self, record: ValidationRecord) -> None:
+        for callback in self._callbacks:
+            callback.on_validation_end(record)
+
+    def on_save(self) -> dict[str, Any]:
+        """What the callbacks on this rank say of what they wrote."""
+        return {key: value for each in self._callbacks for key, value in each.on_save().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of the callbacks that have one, for a checkpoint's state."""
+        return {key: callback.state_dict() for key, callback in self._with_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from a checkpoint's state, which need not know all of the callbacks."""
+        for key, callback in self._with_state():
+            if key in state:
+                callback.load_state_dict(state[key])
+
+    def __enter__(self) -> Self:
+        for callback in self._callbacks:
+            callback.on_run_begin()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with contextlib.ExitStack() as stack:  # which calls all of them, whatever one raises
+            for callback in reversed(self._callbacks):
+                stack.callback(callback.on_run_end, error)
+
+    def _with_state(self) -> Iterator[tuple[str, Callback]]:
+        for callback in self._callbacks:
+            if callback.state_key is not None:
+                yield callback.state_key, callback

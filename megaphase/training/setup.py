@@ -1,0 +1,129 @@
+"""The first steps of training and evaluation: processes joined, inputs checked, the plan opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from megaphase.callbacks.throughput import missing_peak
+from megaphase.checkpoint.state import check_format
+from megaphase.config.run import RunConfig
+from megaphase.distributed.all_ranks import on_first_rank, process_group, run_on_all_ranks
+from megaphase.distributed.dist_env import global_rank, share_of_node
+from megaphase.distributed.process_grid import ProcessGrid, world_size
+from megaphase.estimate.available_memory import check_memory
+from megaphase.estimate.hardware import planned_card
+from megaphase.fault_tolerance.stop_signals import StopSignals
+from megaphase.fault_tolerance.watchdog import Watchdog
+from megaphase.model.presets import build_shape
+from megaphase.model.shape import GPTShape
+from megaphase.plan.build import ensure_built
+from megaphase.plan.plan import Plan
+from megaphase.plan.preview import plan_warnings
+from megaphase.plan.progress import building_progress
+from megaphase.plan.spec import PlanSpec, check_corpora, plan_spec
+from megaphase.tokenizer import Tokenizer
+from megaphase.training.backends import Backends, choose_backends
+from megaphase.training.branch import Branch
+from megaphase.training.nvme import prepare_offload
+from megaphase.training.run_directory import RunDirectory
+
+
+@contextmanager
+def watched_processes(config: RunConfig, signals: StopSignals) -> Iterator[Watchdog]:
+    """Join the process group under a watchdog, which a stop signal ends while the run starts."""
+    faults = config.faults
+    with (
+        process_group(),
+        Watchdog(faults.silent_seconds, faults.stalled_seconds) as watchdog,
+    ):
+        signals.ends_with(watchdog.stop)
+        yield watchdog
+
+
+def say_on_first_rank(console: Console) -> Callable[[str], None]:
+    """Prints a sentence on rank 0, and nothing on the others."""
+
+    def say(text: str) -> None:
+        if global_rank() == 0:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    return say
+
+
+def check_inputs(config: RunConfig, branch: Branch | None) -> tuple[Tokenizer, GPTShape, PlanSpec]:
+    """Check the run file against processes, tokenizer, shape, corpora and the branch's checkpoint.
+
+    Called by all ranks; returns what the run file means, before anything is built.
+
+    Raises:
+        InputError: on the first thing that does not fit; on every rank.
+    """
+    # First, so that no process uses a file in which another one has found a fault.
+    run_on_all_ranks(lambda: check_corpora(config, *share_of_node()))
+    return run_on_all_ranks(lambda: _check_inputs(config, branch))
+
+
+def _check_inputs(config: RunConfig, branch: Branch | None) -> tuple[Tokenizer, GPTShape, PlanSpec]:
+    config.micro_batches(world_size())
+    planned_card(config)
+    tokenizer = Tokenizer.load(config.tokenizer)
+    shape = build_shape(config, tokenizer.vocab_size)
+    check_memory(config, shape)
+    spec = plan_spec(config, tokenizer, branch.used if branch else {})
+    if branch is not None:
+        if branch.state:
+            check_format(branch.checkpoint, branch.state)
+        branch.check(config, spec, shape.facts())
+    choose_backends(config)
+    prepare_offload(config)
+    return tokenizer, shape, spec
+
+
+def open_plan(
+    config: RunConfig,
+    spec: PlanSpec,
+    branch: Branch | None,
+    say: Callable[[str], None],
+    console: Console,
+) -> Plan:
+    """Build the plan where it is not there yet, and claim the run directory for it.
+
+    Called by all ranks.
+
+    Raises:
+        InputError: another run has the directory, or it cannot be written; on every rank.
+    """
+    directory = RunDirectory(config.output)
+
+    def build_and_claim() -> Path:
+        directory.refuse_other_run(config)
+        with building_progress(console) as progress:
+            folder = ensure_built(spec, directory.path, say=say, progress=progress)
+        summary = Plan(spec, folder).summary()
+        if branch is not None and branch.is_new:
+            # First, so that a run that is killed here can never be taken for one of its own.
+            branch.record(directory.path)
+        directory.claim(config, summary)
+        for sentence in plan_warnings(summary):
+            say(f"Warning: {sentence}")
+        return folder
+
+    return Plan(spec, on_first_rank(build_and_claim))
+
+
+def run_description(
+    config: RunConfig, shape: GPTShape, grid: ProcessGrid, backends: Backends
+) -> list[str]:
+    """The lines that a run prints about its model, its layout, and why it has no MFU."""
+    name = f"{config.model.preset}: " if config.model.preset else ""
+    description = (
+        f"{name}{shape.parameters() / 1e6:,.1f} million parameters, {config.precision}, "
+        f"tensor {grid.tensor_size} × data {grid.data_size}, ZeRO {config.parallel.zero}; "
+        f"{backends.describe()}"
+    )
+    reason = missing_peak(config)
+    return [description] if reason is None else [description, reason]

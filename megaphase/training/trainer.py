@@ -1,0 +1,419 @@
+"""A training run: what it is made of, and its loop over phases and steps."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NoReturn
+
+import numpy as np
+from rich.console import Console
+
+from megaphase.callbacks.callback import (
+    Callback,
+    CallbackList,
+    HeldOutLoss,
+    StepRecord,
+    StepSeconds,
+    ValidationRecord,
+)
+from megaphase.callbacks.divergence_monitor import DivergenceMonitor
+from megaphase.callbacks.early_stopping import EarlyStopping
+from megaphase.callbacks.loss_spikes import LossSpikeDetector
+from megaphase.callbacks.profiling.recorder import Profiler, enough_steps
+from megaphase.callbacks.throughput import throughput_reference
+from megaphase.checkpoint.saver import Saver
+from megaphase.checkpoint.state import best_name, full_name
+from megaphase.checkpoint.store import CheckpointStore
+from megaphase.config.phases import PhaseConfig
+from megaphase.config.run import RunConfig
+from megaphase.distributed.all_ranks import on_first_rank, run_on_all_ranks
+from megaphase.distributed.control_group import ControlGroup
+from megaphase.distributed.process_grid import start_process_grid
+from megaphase.fault_tolerance.stop_signals import StopSignals
+from megaphase.fault_tolerance.watchdog import Watchdog
+from megaphase.optim.schedules import learning_rate
+from megaphase.plan.dataset import Batch, StepReader
+from megaphase.training.branch import choose_branch
+from megaphase.training.checkpointer import Checkpointer, checkpoint_facts
+from megaphase.training.engine import Engine, StepResult
+from megaphase.training.evaluator import HeldOutEvaluator
+from megaphase.training.rank0_callbacks import first_rank_callbacks
+from megaphase.training.resume import (
+    load_checkpoint,
+    newest_checkpoint,
+    newest_name_until,
+    refuse_diverged,
+    report_start,
+    starting_history,
+    starting_state,
+    starting_weights,
+)
+from megaphase.training.resume_point import ResumePoint
+from megaphase.training.run_directory import RunDirectory
+from megaphase.training.setup import (
+    check_inputs,
+    open_plan,
+    run_description,
+    say_on_first_rank,
+)
+from megaphase.utils.errors import Stopped
+
+
+class Trainer:
+    """A run from where it starts to its end; every method is called by all ranks.
+
+    Attributes:
+        state: where the run is: between which two steps of which phase.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        console: Console,
+        watchdog: Watchdog,
+        signals: StopSignals,
+        resources: contextlib.ExitStack,
+        source: str | None,
+    ) -> None:
+        """Check the inputs, build the plan, and find out where the run starts.
+
+        Args:
+            resources: closes at the end of the run what is opened here.
+            source: RUN@NAME or a checkpoint, from which a new run starts; None for others.
+        """
+        self.config, self.console = config, console
+        self.watchdog, self.signals, self._resources = watchdog, signals, resources
+        self.say = say_on_first_rank(console)
+
+        self.branch = branch = run_on_all_ranks(lambda: choose_branch(config, source))
+        self.tokenizer, self.shape, spec = check_inputs(config, branch)
+        self.grid = start_process_grid(config.parallel.tensor)
+        self.control_group = ControlGroup()
+        self.directory = RunDirectory(config.output)
+        self.store = CheckpointStore(self.directory.checkpoints, self.control_group, self.say)
+        if branch is not None and branch.is_new:
+            self.store.open(branch.checkpoint)  # verified before anything is written
+        self.plan = open_plan(config, spec, branch, self.say, console)
+        on_first_rank(lambda: resources.enter_context(self.directory.sole_run()))
+
+        self.checkpoint = newest_checkpoint(self.store, self.plan, self.say)
+        self.state = starting_state(config, self.plan, self.checkpoint, branch)
+        self.resume_point = ResumePoint(
+            None if self.checkpoint is None else self.checkpoint.folder.name,
+            self.state.step,
+            partial(setattr, watchdog, "resume_point"),
+        )
+        until = partial(newest_name_until, config, self.store, branch)
+        self.divergence = DivergenceMonitor(config, self.shape.vocab, until)
+        if self.checkpoint is not None:
+            refuse_diverged(self.divergence, self.checkpoint)
+
+    def build(self, profile_steps: int) -> None:
+        """Build the model with the weights that the run starts with, and all that needs it."""
+        config = self.config
+        self.engine = Engine(config, self.shape, self.grid, len(self.plan.tasks))
+        for sentence in run_description(config, self.shape, self.grid, self.engine.backends):
+            self.say(sentence)
+        weights = starting_weights(self.store, self.checkpoint, self.branch)
+        if weights is not None:
+            load_checkpoint(self.engine, weights)
+        self.evaluator = HeldOutEvaluator(
+            self.plan.spec, self.engine, self.tokenizer, config.validation.samples
+        )
+        self.history = starting_history(config, self.checkpoint, self.branch)
+        self.throughput = throughput_reference(
+            config, self.shape.train_flops_per_token(), self.grid.world_size
+        )
+
+        self.early_stopping = EarlyStopping(config)
+        self.loss_spikes = LossSpikeDetector(config.faults, self.directory.trace)
+        # In the order in which they are called: events that the last ones report follow the row of
+        # their step.
+        self.callbacks = CallbackList(self.say)
+        self.callbacks.extend(self._profilers(profile_steps))
+        if self.grid.is_first:
+            self.callbacks.extend(
+                first_rank_callbacks(
+                    config, self.plan, self.console, self.state, self.checkpoint, self.branch
+                )
+            )
+        self.callbacks.extend([self.early_stopping, self.divergence, self.loss_spikes])
+        best = {}
+        if self.checkpoint is not None:
+            self.callbacks.load_state_dict(self.checkpoint.state)
+            best = self.checkpoint.state["best"]
+
+        self.control_group.on_first_rank(partial(self.store.prepare, best))
+        saver = Saver(
+            self.store,
+            self.control_group,
+            keep=config.checkpoint.keep,
+            asynchronous=config.checkpoint.asynchronous,
+            say=self.say,
+            note=self.resume_point.note_saved,
+        )
+        facts = checkpoint_facts(config, self.shape, self.plan, self.grid.world_size)
+        self.checkpointer = Checkpointer(
+            saver, self.engine, self.plan, self.callbacks, self.history, facts, best
+        )
+        self._last_validation: tuple[int, dict[str, HeldOutLoss]] | None = None
+        self._save_seconds = 0.0
+
+        self._resources.enter_context(self.callbacks)
+        report_start(self.callbacks, self.checkpoint, self.branch, self.state.step)
+        if self.history.doubt:
+            self.say(self.history.doubt)
+
+    def run(self) -> None:
+        """Train from where the run starts to the end of its last phase.
+
+        Raises:
+            RunError: too many steps in a row are not finite, the loss has diverged, or a
+                checkpoint cannot be written.
+            Stopped: a signal came to some rank; the state is saved.
+        """
+        self.signals.begin_training(self.resume_point.loss)
+        while not self.is_done():
+            if self.state.phase_step == 0:
+                self.begin_phase()
+            reason = self.train_phase()
+            self.end_phase(reason)
+        with self._saving():
+            self.checkpointer.finish()
+
+    def begin_phase(self) -> None:
+        phase, step = self.phase.name, self.state.step
+        starts = dict(zip(self.plan.tasks, self.state.starts, strict=True))
+        self.history.begin_phase(phase, step, starts)
+        self.callbacks.event(step, "phase_start", phase=phase)
+        if self.branch is not None or self.state.phase > 0:
+            self.switch_phase()
+        self.callbacks.on_phase_begin(self.state.phase, phase)
+        self.validate(saved_anyway=False, begins_phase=True)
+
+    def switch_phase(self) -> None:
+        """Keep the weights of the phase before; with `reset`, nothing else of it."""
+        if self.phase.optimizer_state == "reset":
+            phase, step = self.phase.name, self.state.step
+            self.engine.state.reset()
+            self.callbacks.event(step, "optimizer_reset", phase=phase)
+            self.say(f"{phase} step {step:,}  optimizer state reset")
+
+    def train_phase(self) -> str:
+        """Train the phase from where it is; returns why it ends."""
+        reader = StepReader(
+            self.plan,
+            self.state.phase,
+            rank=self.grid.data_rank,
+            ranks=self.grid.data_size,
+            pad_token_id=self.tokenizer.eod,
+            starts=np.array(self.state.starts, np.int64),
+        )
+        for batch in reader.steps(self.state.phase_step, self.phase_steps):
+            self.train_step(batch, reader.wait_seconds)
+            reason = self.validate_if_due()
+            if reason is not None:
+                return reason
+            self.save_if_due()
+            self.stop_if_due()
+            self.watchdog.at(f"reading the batch of step {self.state.step + 1:,}")
+        raise AssertionError("the last step of a phase ends it")
+
+    def train_step(self, batch: Batch, data_wait_seconds: float) -> None:
+        """Train one step, and tell the callbacks."""
+        self.state = self.state.after_step()
+        step = self.state.step
+        rate = learning_rate(self.phase.learning_rate, self.state.phase_step - 1, self.phase_steps)
+        self.watchdog.at(f"in step {step:,}")
+        self.callbacks.on_step_begin(step)
+        started = time.perf_counter()
+        result = self.engine.train_step(batch, rate, step)
+        train_seconds = time.perf_counter() - started
+        seconds = StepSeconds(data_wait_seconds, train_seconds, self._save_seconds)
+        self._save_seconds = 0.0
+        self.resume_point.note_step(step)
+        record = self._step_record(result, rate, seconds)
+        self.callbacks.on_step_end(record)
+        if not record.applied:
+            self.history.skip(step)
+            if self.loss_spikes.has_skipped_too_many():
+                with self._saving():
+                    self.checkpointer.finish()
+                raise self.loss_spikes.stop(record)
+
+    def validate_if_due(self) -> str | None:
+        """Measure the held-out losses if it is time to; why the phase ends here, or None."""
+        is_last = self.state.phase_step == self.phase_steps
+        reason = "its length is reached" if is_last else None
+        if is_last or self.state.step % self.config.validation.every_steps == 0:
+            # At the end of a phase a checkpoint follows in any case.
+            stop = self.validate(saved_anyway=is_last or self._save_is_due())
+            reason = stop or reason
+        return reason
+
+    def validate(self, *, saved_anyway: bool, begins_phase: bool = False) -> str | None:
+        """Measure the held-out losses, once for both phases that meet at a switch.
+
+        saved_anyway: whether a whole checkpoint of this step follows; the best weights are then
+            in that one.
+
+        Returns why early stopping ends the phase, or None.
+        """
+        phase, step = self.phase.name, self.state.step
+        if self._last_validation is None or self._last_validation[0] != step:
+            measuring = partial(self.watchdog.at, f"measuring after step {step:,}")
+            self._last_validation = step, self.evaluator.evaluate(measuring)
+        losses = self._last_validation[1]
+        outcome = self.early_stopping.observe(
+            step, {task: found.loss for task, found in losses.items()}
+        )
+        self.callbacks.on_validation_end(
+            ValidationRecord(step, phase, losses, outcome.gaps, begins_phase)
+        )
+        if outcome.improved:
+            self.callbacks.event(step, "best", phase=phase, of=outcome.improved)
+            name = full_name(step) if saved_anyway else best_name(step)
+            self.checkpointer.note_best(outcome.improved, name)
+            if not saved_anyway:
+                with self._saving():
+                    self.checkpointer.save_weights(
+                        self.state, phase, self.divergence.last_sound_step
+                    )
+        return outcome.stop
+
+    def save_if_due(self) -> None:
+        if self._save_is_due():
+            self.save(self.phase.name)
+
+    def save(
+        self, phase: str, *, permanent: bool = False, event: str = "checkpoint", **facts: Any
+    ) -> None:
+        """Save a whole checkpoint.
+
+        phase: whose steps were trained last. permanent: at the end of a phase.
+        """
+        with self._saving():
+            # The event comes first, so that it lies within the bytes that the checkpoint keeps.
+            self.callbacks.event(self.state.step, event, phase=phase, **facts)
+            self.checkpointer.save(
+                self.state, phase, self.divergence.last_sound_step, permanent=permanent
+            )
+
+    def end_phase(self, reason: str) -> None:
+        """Save, permanently, a state in which the next phase begins."""
+        phase, step = self.phase.name, self.state.step
+        self.history.end_phase(phase, step, reason)
+        self.callbacks.event(step, "phase_end", phase=phase, reason=reason)
+        if self.state.phase_step < self.phase_steps:
+            self.say(f"{phase} step {step:,}  the phase ends: {reason}")
+        self.state = self.state.next_phase(self.state.used(self.plan))
+        self.save(phase, permanent=True)
+        is_over = self.divergence.is_over(phase_ends=True)
+        if self.control_group.largest(int(is_over))[0]:
+            self._end_diverged(phase)
+
+    def stop_if_due(self) -> None:
+        """Agree between two steps: does a save continue, does the run end, and why?"""
+        received = self.signals.received
+        is_over = self.divergence.is_over(phase_ends=False)
+        started = time.perf_counter()
+        save_status, signalled, diverged = self.control_group.largest(
+            self.checkpointer.status, int(received is not None), int(is_over)
+        )
+        self.checkpointer.advance(save_status)
+        self._save_seconds += time.perf_counter() - started
+        if diverged:
+            self._end_diverged(self.phase.name)
+        if signalled:
+            self._stop(received)
+
+    def is_done(self) -> bool:
+        """Whether all phases are done."""
+        return self.state.phase == len(self.config.phases)
+
+    @property
+    def phase(self) -> PhaseConfig:
+        """The phase that the next step is of."""
+        return self.config.phases[self.state.phase]
+
+    @property
+    def phase_steps(self) -> int:
+        """Steps of that phase, if it does not end early."""
+        return self.plan.phases[self.state.phase].steps
+
+    def _save_is_due(self) -> bool:
+        return self.state.step % self.config.checkpoint.every_steps == 0
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """While this rank copies its state or waits for a slow disk, it is not taken to hang."""
+        started = time.perf_counter()
+        with self.watchdog.patient(f"saving after step {self.state.step:,}"):
+            yield
+        self._save_seconds += time.perf_counter() - started
+
+    def _step_record(self, result: StepResult, rate: float, seconds: StepSeconds) -> StepRecord:
+        tasks, losses, state = self.plan.tasks, result.losses, self.state
+        speed = self.throughput.tokens_per_step / seconds.total
+        return StepRecord(
+            step=state.step,
+            phase=self.phase.name,
+            phase_number=state.phase,
+            phase_step=state.phase_step,
+            starts=state.starts,
+            tokens=state.tokens,
+            loss=losses.mean,
+            loss_by_task=losses.by_task(tasks),
+            loss_sums=dict(zip(tasks, losses.loss_sums.tolist(), strict=True)),
+            scored_tokens=dict(zip(tasks, losses.tokens.int().tolist(), strict=True)),
+            learning_rate=rate,
+            grad_norm=result.grad_norm,
+            applied=result.applied,
+            seconds=seconds,
+            tokens_per_second=speed,
+            mfu=self.throughput.mfu(speed),
+        )
+
+    def _end_diverged(self, phase: str) -> NoReturn:
+        """Save, so that the run can be continued all the same; it starts with this message."""
+        if not self.checkpointer.is_saved(self.state):
+            self.save(phase)
+        with self._saving():
+            self.checkpointer.finish()
+        raise self.divergence.stop(self.state.step, phase)
+
+    def _stop(self, received: str | None) -> NoReturn:
+        """Save and end the run; received: the signal that came to this rank."""
+        names = self.control_group.gather(received)
+        rank, name = next((rank, name) for rank, name in enumerate(names) if name is not None)
+        phase, step = self.phase.name, self.state.step
+        if self.checkpointer.is_saved(self.state):
+            self.callbacks.event(step, "stopped", phase=phase, signal=name)
+        else:
+            self.save(phase, event="stopped", signal=name)
+        with self._saving():
+            self.checkpointer.finish()
+        raise Stopped(
+            f"{name} came to rank {rank}: saved after step {step:,}; the same command resumes "
+            "from there"
+        )
+
+    def _profilers(self, steps: int) -> list[Callback]:
+        """For the first steps, where that many are left."""
+        left = sum(phase.steps for phase in self.plan.phases[self.state.phase :])
+        left -= self.state.phase_step
+        if steps == 0 or not enough_steps(steps, left, self.say):
+            return []
+        make = partial(
+            Profiler,
+            self.directory.profile,
+            steps,
+            self.throughput,
+            self.control_group,
+            self.watchdog,
+            self.say,
+        )
+        return [run_on_all_ranks(make)]
