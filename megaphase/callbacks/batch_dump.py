@@ -1,4 +1,4 @@
-"""Writes down which samples a step saw where something was wrong with it."""
+"""Writes the samples of a step to a file if it was skipped or had a loss spike."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What a callback is, what it is told, and the list that calls a run's callbacks in order.
+"""The protocol of callbacks, the records they get, and the list that calls them in order.
 
 Callbacks observe, the trainer acts: a callback changes neither the weights nor where the run is.
-Where the trainer has to act on what one has found (early stopping, divergence), it asks for it.
+Where the trainer has to act on a finding (early stopping, divergence, too many skipped steps), it
+asks the callback for it.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ class Callback:
     def on_save(self) -> Mapping[str, Any]:
         """A checkpoint is about to be saved: make durable what was written.
 
-        Returns what the checkpoint's state has to say of it.
+        Returns facts about it for the checkpoint's state.
         """
         return {}
 
@@ -156,11 +157,11 @@ class Callback:
         """The run is over: close everything. error: with which it ended, if with one."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the callback knows, as JSON values; only where it has a `state_key`."""
+        """The callback's whole state, as JSON values; only for one that has a `state_key`."""
         raise NotImplementedError
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from what `state_dict` gave."""
+        """Restore what `state_dict` gave."""
         raise NotImplementedError
 
 
@@ -168,7 +169,7 @@ class CallbackList:
     """Calls the callbacks of a run, in their order; a context manager around the run.
 
     Attributes:
-        say: shows a sentence, on rank 0.
+        say: prints a sentence, on rank 0.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -203,7 +204,7 @@ class CallbackList:
             callback.on_validation_end(record)
 
     def on_save(self) -> dict[str, Any]:
-        """What the callbacks on this rank say of what they wrote."""
+        """The facts of all callbacks on this rank, for a checkpoint's state."""
         return {key: value for each in self._callbacks for key, value in each.on_save().items()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class DivergenceMonitor(Callback):
         return self.error(step, phase)
 
     def error(self, step: int, phase: str) -> RunError:
-        """What a run that has diverged ends with, and every later start of it.
+        """The error with which a diverged run ends, and every later start of it.
 
         step: steps done. phase: whose they are.
         """

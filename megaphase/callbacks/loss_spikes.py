@@ -107,6 +107,6 @@ def _not_finite_tasks(record: StepRecord) -> list[str]:
 
 
 def _not_finite(record: StepRecord) -> str:
-    """The part of a skipped step that is not finite, in words."""
+    """Names the part of a skipped step that is not finite."""
     tasks = _not_finite_tasks(record)
     return f"the loss of {', '.join(tasks)}" if tasks else "the gradient"

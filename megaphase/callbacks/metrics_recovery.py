@@ -1,4 +1,4 @@
-"""What of `metrics.jsonl` belongs to the checkpoint from which a run resumes."""
+"""The part of `metrics.jsonl` that belongs to the checkpoint from which a run resumes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class KeptMetrics:
 
     Attributes:
         bytes: how much of the file; the rest was written after the checkpoint, or is half a line.
-        problem: what has happened to the file since the checkpoint; None where nothing has.
-        missing: the steps before the checkpoint whose training rows are not there.
+        problem: how the file has changed since the checkpoint; None if it has not.
+        missing: the steps before the checkpoint whose training rows are missing.
         unreadable: how many lines are no rows; they stay as they are.
     """
 
@@ -56,7 +56,7 @@ class KeptMetrics:
 
 
 def kept_metrics(path: Path, state: Mapping[str, Any], first_step: int) -> KeptMetrics:
-    """Compare the file with what the checkpoint's state says of it.
+    """Compare the file with its size and hash in the checkpoint's state.
 
     state: of the checkpoint from which the run resumes; those of earlier versions have no hash, so
         that for them the rows are checked for holes and broken lines alone.
@@ -81,7 +81,7 @@ def kept_metrics(path: Path, state: Mapping[str, Any], first_step: int) -> KeptM
 
 @dataclass(frozen=True)
 class _Part:
-    """What the file begins with; `steps` are those of its training rows."""
+    """The first part of the file; `steps` are those of its training rows."""
 
     end: int = 0
     steps: Sequence[int] = ()
@@ -89,7 +89,7 @@ class _Part:
 
 
 def _part_before(path: Path, step: int) -> _Part:
-    """What was written up to the checkpoint after `step`.
+    """The part that was written up to the checkpoint after `step`.
 
     Where its event is not there any more, up to the last row of that step or of one before.
     """

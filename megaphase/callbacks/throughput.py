@@ -1,4 +1,4 @@
-"""What the speed of training is measured against: the arithmetic that the devices could do."""
+"""The reference for throughput: FLOPs of a step, and the peak of the devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megaphase.estimate.hardware import peak_flops
 
 @dataclass(frozen=True)
 class ThroughputReference:
-    """What speeds are measured by.
+    """The constants of a run from which its throughput and MFU are computed.
 
     Attributes:
         tokens_per_step: of the global batch.

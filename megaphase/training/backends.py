@@ -1,4 +1,4 @@
-"""Which kernels and which optimizer a run computes with: what it asks for, and what is there."""
+"""Chooses the kernels and the optimizer of a run from those it asks for and those installed."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ _APEX_REMEDY = (
 
 @dataclass(frozen=True)
 class Backends:
-    """What was chosen."""
+    """The implementations that a run computes with."""
 
     kernels: Kernels
     optimizer: Literal["torch", "apex"]
 
     def describe(self) -> str:
-        """For the line that a run says once."""
+        """For the line that a run prints at its start."""
         kernels = "compiled in the first step" if self.kernels.compiled else "eager"
         norm = "apex" if self.kernels.apex_norm else "torch"
         return f"kernels {kernels}, norm {norm}, optimizer {self.optimizer}"
 
 
 def choose_backends(config: RunConfig) -> Backends:
-    """What this process computes with.
+    """The implementations for this process.
 
     Raises:
-        InputError: something that is asked for is not there.
+        InputError: one that the run file asks for is not installed.
     """
     offloaded = config.parallel.offload != "none"
     for_optimizer = "the optimizer state on the GPU, and parallel.offload moves it"
@@ -63,7 +63,7 @@ def _compiles(config: RunConfig) -> bool:
 
 
 def _missing_to_compile() -> str | None:
-    """What torch.compile needs here and does not find."""
+    """The program or package that torch.compile needs and does not find; None if it finds all."""
     if device().type == "cuda" and importlib.util.find_spec("triton") is None:
         return "Triton"
     variable, usual = ("CC", ["gcc", "clang"]) if device().type == "cuda" else ("CXX", ["g++"])
@@ -74,7 +74,7 @@ def _missing_to_compile() -> str | None:
 
 
 def _takes_apex(config: RunConfig, part: Literal["norm", "optimizer"], missing: str | None) -> bool:
-    """missing: what apex needs for that part and does not find."""
+    """missing: a requirement of apex for that part that is not met; None if all are."""
     asked = getattr(config.parts, part)
     if asked == "apex" and missing:
         raise InputError(config.where(f"parts.{part}"), f"apex needs {missing}", _APEX_REMEDY)

@@ -1,4 +1,4 @@
-"""Runs that go on from another run's checkpoint, without a copy of it."""
+"""Runs that continue from another run's checkpoint, without a copy of it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from megaphase.utils.run_files import ORIGIN_FILE
 
 @dataclass(frozen=True)
 class Branch:
-    """Where a run begins: another one's checkpoint, and what that run had used by then.
+    """The checkpoint of another run from which this one starts, and the samples used by then.
 
     Attributes:
         source: as the user named the checkpoint.
-        step: steps done over the whole of that run, and the runs that it goes on from.
+        step: steps done over the whole of that run, and the runs that it continues.
         tokens: likewise.
         used: samples of each task, likewise.
-        state: what the checkpoint's writer said about it; empty where it is no longer there.
+        state: the checkpoint's state; empty if the checkpoint no longer exists.
         is_new: whether the run has not begun yet.
     """
 
@@ -39,13 +39,13 @@ class Branch:
     is_new: bool
 
     def record(self, run_dir: Path) -> None:
-        """Write down where the run begins, so that it can go on without being told again."""
+        """Record where the run starts, so that later starts of it need no --from."""
         with os_errors_named(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             atomic_write_json(run_dir / ORIGIN_FILE, with_hash(self.facts()))
 
     def facts(self) -> dict[str, Any]:
-        """What `origin.json` and every checkpoint of the run say of it."""
+        """The content of `origin.json`, which every checkpoint of the run repeats."""
         return {
             "source": self.source,
             "checkpoint": str(self.checkpoint),
@@ -55,10 +55,10 @@ class Branch:
         }
 
     def check(self, config: RunConfig, spec: PlanSpec, model: dict[str, Any]) -> None:
-        """Refuse a model or streams that are not those of the run that this one goes on from.
+        """Refuse a model or streams that are not those of the run that this one continues.
 
-        Weights from elsewhere, of which no run of ours has cut samples, may be trained with another
-        seq_len where none of them depends on it.
+        Imported weights, on which megaphase has trained no samples, may be trained with another
+        seq_len if none of them depends on it.
 
         Raises:
             InputError: naming the first key that differs.
@@ -104,7 +104,7 @@ def choose_branch(config: RunConfig, source: str | None) -> Branch | None:
 def recorded_branch(directory: RunDirectory) -> Branch | None:
     """Where the run in this directory began, if it is a branch.
 
-    Its checkpoint is needed until the run has one of its own; it may be gone by now.
+    Its checkpoint is needed until the run has one of its own; it may no longer exist.
     """
     record = read_origin_record(directory.path)
     if record is None:
@@ -122,8 +122,8 @@ def begin_branch(config: RunConfig, source: str) -> Branch:
     """A branch from `RUN@NAME` or a checkpoint's path.
 
     Raises:
-        InputError: there is no such checkpoint, or a phase that it has behind it stands in the run
-            file again, or it has not the optimizer state that the first phase keeps.
+        InputError: there is no such checkpoint, or it has completed a phase of the run file, or it
+            lacks the optimizer state that the first phase keeps.
     """
     folder = find_checkpoint(source)
     branch = _new_branch(source, folder)

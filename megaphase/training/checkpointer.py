@@ -1,4 +1,4 @@
-"""What goes into a run's checkpoints, and which of them hold the best weights."""
+"""Saves a run's checkpoints, and keeps track of those that hold the best weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megaphase.training.train_state import TrainState
 
 
 class Checkpointer:
-    """Puts a run's state together and has it saved; every method is called by all ranks."""
+    """Collects a run's state and saves it; every method is called by all ranks."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Checkpointer:
         """
         Args:
             history: of the run so far, to which the trainer adds.
-            facts: what every checkpoint's state says of the run beside its position.
+            facts: of the run, the same in the state of every checkpoint.
             best: links to the best weights, each with the name of the checkpoint it leads to.
         """
         self._saver, self._engine, self._plan = saver, engine, plan
@@ -55,7 +55,7 @@ class Checkpointer:
         Args:
             phase: whose steps were trained last.
             sound_step: see CheckpointStore.prune.
-            permanent: whether the checkpoint stays for ever.
+            permanent: whether the checkpoint is never removed.
         """
         random = ((RANDOM + name, each) for name, each in random_state().items())
         state = self._state(at, phase) | {
@@ -112,7 +112,7 @@ class Checkpointer:
 def checkpoint_facts(
     config: RunConfig, shape: GPTShape, plan: Plan, world_size: int
 ) -> dict[str, Any]:
-    """What every checkpoint says of its run."""
+    """The facts of a run that are the same in the state of every checkpoint."""
     return {
         "format": CHECKPOINT_FORMAT,
         "plan": plan.spec.fingerprint,

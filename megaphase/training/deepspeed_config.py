@@ -1,4 +1,4 @@
-"""What the run file means in DeepSpeed's words."""
+"""Translates the run file into DeepSpeed's configuration."""
 
 from __future__ import annotations
 

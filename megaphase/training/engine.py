@@ -45,7 +45,7 @@ def import_deepspeed():  # type: ignore[no-untyped-def]  # its classes are not t
         os.environ.setdefault("LOCAL_SIZE", str(local_world_size()))
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.expanduser("~/.triton/cache"))
     os.environ.setdefault("LOCAL_RANK", "0")  # it asks for it even in a single process
-    # DeepSpeed calls collectives by names that torch is about to drop, and is told so at each step.
+    # DeepSpeed calls collectives by deprecated names, of which torch warns at each step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     import deepspeed
 
@@ -86,7 +86,7 @@ class TaskLosses:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step shows.
+    """The figures of one optimizer step.
 
     losses: before the step. grad_norm: before clipping.
     applied: False where the gradient was not finite; nothing has changed then.
@@ -109,7 +109,7 @@ class Engine:
         self._seed, self._dropout = config.seed, shape.dropout
         self.micro = config.batch.micro
         settings = deepspeed_config(config, shape, grid.data_size)
-        # Without ZeRO, DeepSpeed clips by the norm but does not tell it.
+        # Without ZeRO, DeepSpeed clips but does not return the norm.
         self._clip_here = largest_norm(config) if config.parallel.zero == 0 else None
         self._accumulation: int = settings["gradient_accumulation_steps"]
         partitioned: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
@@ -202,7 +202,7 @@ class Engine:
     def _step(self) -> float:
         """Step if this was the last micro-batch; then the gradients' norm before clipping.
 
-        Where that is not finite, DeepSpeed's ZeRO optimizers leave the step out by themselves.
+        Where that is not finite, DeepSpeed's ZeRO optimizers skip the step themselves.
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
@@ -220,7 +220,7 @@ class Engine:
         return norm
 
     def _forget_gradients(self) -> None:
-        """DeepSpeed 0.19 keeps those of a step that is left out under ZeRO 1 and 2 with offload."""
+        """DeepSpeed 0.19 keeps those of a skipped step under ZeRO 1 and 2 with offload."""
         zero = self._engine.optimizer
         if getattr(zero, "cpu_offload", False):
             zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)

@@ -1,8 +1,8 @@
-"""Weights that ZeRO-3 keeps gathered from one micro-batch to the next.
+"""Chooses the weights that ZeRO-3 keeps gathered from one micro-batch to the next.
 
 DeepSpeed 0.19 gathers its persistent parameters once, at the end of an optimizer step, and gives
 them back when the next one begins. Its settings choose them by size alone, and with a limit on
-all of them leave out small ones that happen to stand last; so they are named to it here.
+all of them omit small ones that happen to come last; so they are marked here one by one.
 """
 
 from __future__ import annotations

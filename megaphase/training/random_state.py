@@ -1,4 +1,4 @@
-"""torch's random generators: what they would draw next, kept in checkpoints."""
+"""The states of torch's random generators, which checkpoints hold."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def random_state() -> dict[str, Tensor]:
 
 
 def stored_random_state(checkpoint: Path, rank: int) -> dict[str, Tensor]:
-    """What a rank has put into a checkpoint of its generators."""
+    """The states of a rank's generators in a checkpoint."""
     with TensorFile(checkpoint / shard_file(rank)) as shard:
         names = [name for name in shard.kinds if name.startswith(RANDOM)]
         return {name.removeprefix(RANDOM): shard.read(name) for name in names}
 
 
 def set_random_state(states: Mapping[str, Tensor]) -> None:
-    """Go on from what `random_state` gave; what this machine has no device for is left out."""
+    """Restore what `random_state` gave; states of devices that this machine lacks are ignored."""
     if "cpu" in states:
         torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""From where a run would resume if it ended now: said when it does."""
+"""The checkpoint from which a run would resume if it ended now, for the message of its end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ResumePoint:
         """
         Args:
             checkpoint: the name of the newest one that can be resumed from, None without any.
-            step: the one at which the run begins.
+            step: at which the run starts.
             tell: is given `sentence` now, and whenever it changes.
         """
         self._checkpoint, self._saved, self._step = checkpoint, step, step
@@ -22,34 +22,34 @@ class ResumePoint:
         tell(self.sentence())
 
     def note_step(self, step: int) -> None:
-        """So many steps are done."""
+        """Note that so many steps are done."""
         self._step = step
 
     def note_saved(self, name: str) -> None:
-        """A checkpoint has appeared; one of weights alone changes nothing."""
+        """Note that a checkpoint was saved; one of weights alone changes nothing."""
         match = NAME.fullmatch(name)
         if match is not None and match[1] == "step":
             self._checkpoint, self._saved = name, int(match[2])
             self._tell(self.sentence())
 
     def sentence(self) -> str:
-        """What the same command does next."""
+        """What the same command will do, as a sentence."""
         return resume_sentence(self._checkpoint)
 
     def loss(self) -> str:
-        """What is lost if the run ends at once."""
+        """The steps that are lost if the run ends now, as a sentence."""
         return loss_sentence(self._checkpoint, self._step - self._saved)
 
 
 def resume_sentence(checkpoint: str | None) -> str:
-    """What the same command does after a fault; checkpoint: the newest one, None without any."""
+    """A sentence that says from where the same command resumes; checkpoint: the newest, or None."""
     if checkpoint is None:
         return "There is no checkpoint yet: the same command starts from the beginning"
     return f"The same command resumes from {checkpoint}"
 
 
 def loss_sentence(checkpoint: str | None, steps: int) -> str:
-    """What a run has lost that ended at once, so many steps after its newest checkpoint."""
+    """A sentence about the loss of a run that ended so many steps after its newest checkpoint."""
     number, verb = ("1 step", "is") if steps == 1 else (f"{steps:,} steps", "are")
     if steps <= 0:
         lost = "no step is lost"

@@ -1,4 +1,4 @@
-"""A run directory: what lies where, and the check that it belongs to this run file."""
+"""A run directory: the paths of its files, and the check that it belongs to this run file."""
 
 from __future__ import annotations
 

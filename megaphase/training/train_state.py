@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""The position of a run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megaphase.plan.plan import Plan
 
 @dataclass(frozen=True)
 class TrainState:
-    """A place between two steps of a run.
+    """A position between two steps of a run.
 
     Attributes:
         phase: its number; that of the next one at the end of a phase.
         phase_step: steps done in the phase.
-        step: steps done over the whole run, and the runs that it goes on from.
+        step: steps done over the whole run, and the runs that it continues.
         tokens: likewise, of the global batches of these steps.
         starts: samples of each task that were used before the phase.
         tokens_per_step: of the run's global batch.
@@ -30,7 +30,7 @@ class TrainState:
     tokens_per_step: int
 
     def after_step(self) -> Self:
-        """One step of the phase further on."""
+        """The position one step of the phase later."""
         return replace(
             self,
             phase_step=self.phase_step + 1,
@@ -46,10 +46,10 @@ class TrainState:
         return tuple(a + b for a, b in zip(self.starts, counts, strict=True))
 
     def next_phase(self, starts: Sequence[int]) -> Self:
-        """At the beginning of the phase after this one; `starts` as above."""
+        """The position at the start of the following phase; `starts` as above."""
         return replace(self, phase=self.phase + 1, phase_step=0, starts=tuple(starts))
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Self:
-        """From what `dataclasses.asdict` gave."""
+        """From the value of `dataclasses.asdict`."""
         return cls(**{**state, "starts": tuple(state["starts"])})

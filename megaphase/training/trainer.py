@@ -185,6 +185,7 @@ class Trainer:
             self.checkpointer.finish()
 
     def begin_phase(self) -> None:
+        """Switch to the phase, and validate before its first step."""
         phase, step = self.phase.name, self.state.step
         starts = dict(zip(self.plan.tasks, self.state.starts, strict=True))
         self.history.begin_phase(phase, step, starts)
@@ -203,7 +204,7 @@ class Trainer:
             self.say(f"{phase} step {step:,}  optimizer state reset")
 
     def train_phase(self) -> str:
-        """Train the phase from where it is; returns why it ends."""
+        """Train the phase from the current position to its end; returns the reason of the end."""
         reader = StepReader(
             self.plan,
             self.state.phase,
@@ -245,7 +246,7 @@ class Trainer:
                 raise self.loss_spikes.stop(record)
 
     def validate_if_due(self) -> str | None:
-        """Measure the held-out losses if it is time to; why the phase ends here, or None."""
+        """Measure the held-out losses if that is due; returns why the phase ends here, or None."""
         is_last = self.state.phase_step == self.phase_steps
         reason = "its length is reached" if is_last else None
         if is_last or self.state.step % self.config.validation.every_steps == 0:
@@ -303,7 +304,7 @@ class Trainer:
             )
 
     def end_phase(self, reason: str) -> None:
-        """Save, permanently, a state in which the next phase begins."""
+        """Save a permanent checkpoint from which the next phase starts."""
         phase, step = self.phase.name, self.state.step
         self.history.end_phase(phase, step, reason)
         self.callbacks.event(step, "phase_end", phase=phase, reason=reason)
@@ -316,7 +317,10 @@ class Trainer:
             self._end_diverged(phase)
 
     def stop_if_due(self) -> None:
-        """Agree between two steps: does a save continue, does the run end, and why?"""
+        """Advance a save that is under way; end the run if it has diverged or a signal came.
+
+        All ranks agree on this between two steps.
+        """
         received = self.signals.received
         is_over = self.divergence.is_over(phase_ends=False)
         started = time.perf_counter()
@@ -349,7 +353,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """While this rank copies its state or waits for a slow disk, it is not taken to hang."""
+        """Lets this rank copy its state or wait for a slow disk without being taken for hanging."""
         started = time.perf_counter()
         with self.watchdog.patient(f"saving after step {self.state.step:,}"):
             yield
@@ -378,7 +382,7 @@ class Trainer:
         )
 
     def _end_diverged(self, phase: str) -> NoReturn:
-        """Save, so that the run can be continued all the same; it starts with this message."""
+        """Save, so that the run can be resumed with faults.stop_on_divergence: false; end it."""
         if not self.checkpointer.is_saved(self.state):
             self.save(phase)
         with self._saving():
@@ -402,7 +406,7 @@ class Trainer:
         )
 
     def _profilers(self, steps: int) -> list[Callback]:
-        """For the first steps, where that many are left."""
+        """The profiler of the first steps, if that many are left."""
         left = sum(phase.steps for phase in self.plan.phases[self.state.phase :])
         left -= self.state.phase_step
         if steps == 0 or not enough_steps(steps, left, self.say):

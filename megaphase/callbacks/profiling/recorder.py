@@ -1,4 +1,4 @@
-"""`megaphase train --profile`: torch's profiler around a few steps, then what it has seen."""
+"""`megaphase train --profile`: runs torch's profiler over a few steps and summarizes its traces."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ COMPRESSION_LEVEL = 3
 class Profiler(Callback):
     """Profiles the first steps of a run after WARM_UP_STEPS; exists on all ranks.
 
-    The first rank of each node writes a trace and reads it; rank 0 says what is in them and writes
-    `summary.json`. The ranks of a node do the same work, and the traces of hundreds would be
+    The first rank of each node writes a trace and reads it; rank 0 prints a summary of them and
+    writes `summary.json`. The ranks of a node do the same work, and the traces of hundreds would be
     hundreds of large files; a node or a link that is slow shows in those of the others.
     """
 
@@ -185,7 +185,7 @@ class Profiler(Callback):
 
 
 def enough_steps(steps: int, left: int, say: Callable[[str], None]) -> bool:
-    """Whether so many steps can be profiled of those that are left; says so if not."""
+    """Whether enough steps are left to profile so many; prints a warning if not."""
     needed = WARM_UP_STEPS + steps
     if left < needed:
         say(
@@ -196,7 +196,7 @@ def enough_steps(steps: int, left: int, say: Callable[[str], None]) -> bool:
 
 
 def _torch_profiler(steps: int) -> profile:
-    # Otherwise its library says on standard error that it begins and ends.
+    # Otherwise its library reports on standard error that it starts and ends.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # torch 2.11 says so before the first cycle, too; there is one alone.
     warnings.filterwarnings("ignore", message="Warning: Profiler clears events", module="torch")
