@@ -47,11 +47,7 @@ BELOW_CONFIG_CLASSES = ("megaphase.utils", "megaphase.config.fields")
 ANNOTATED = "megaphase.config.run"
 
 # Importing module, imported room: to be mended.
-KNOWN_EXCEPTIONS: set[tuple[str, str]] = {
-    ("megaphase.callbacks.batch_dump", "training"),
-    ("megaphase.callbacks.divergence_monitor", "training"),
-    ("megaphase.callbacks.profiling.recorder", "training"),
-}
+KNOWN_EXCEPTIONS: set[tuple[str, str]] = set()
 
 # Commands import within functions what they need, so that the others start without it: torch,
 # DeepSpeed, matplotlib and whatever imports those.
