@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from megaphase.callbacks.callback import Callback, StepRecord, ValidationRecord
+from megaphase.utils.progress import ProgressDisplay
 
 SMOOTHING = 0.1  # weight of the newest step in the shown speed
 
@@ -30,44 +26,35 @@ class TrainingDisplay(Callback):
             done: steps that were done before.
             every_steps: how often a plain line is printed where there is no terminal.
         """
-        self._console, self._steps, self._every = console, steps, every_steps
-        self._done = done
+        self._console, self._steps, self._done, self._every = console, steps, done, every_steps
         self._seconds_a_step: float | None = None
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(),
-                console=console,
-                transient=True,
-            )
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )
+        self._progress = ProgressDisplay(console, *columns, transient=True)
+        self._resources = ExitStack()
 
     def on_run_begin(self) -> None:
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task(
-                "start", total=self._steps, completed=self._done, figures=""
-            )
+        self._resources.enter_context(self._progress)
+        self._bar = self._progress.add_bar("start", self._steps, done=self._done, figures="")
 
     def on_run_end(self, error: BaseException | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._resources.close()
 
     def on_step_end(self, record: StepRecord) -> None:
         before, newest = self._seconds_a_step, record.seconds.total
         self._seconds_a_step = newest if before is None else before + SMOOTHING * (newest - before)
         speed = record.tokens_per_second * newest / self._seconds_a_step
-        if self._bar is not None:
-            self._bar.update(
-                self._task,
-                completed=record.step,
-                description=escape(record.phase),
-                figures=f"loss {record.loss:.3f}  {speed:,.0f} tokens/s",
-            )
-        elif record.step % self._every == 0 or record.step == self._steps:
+        self._bar.update(
+            completed=record.step,
+            description=record.phase,
+            figures=f"loss {record.loss:.3f}  {speed:,.0f} tokens/s",
+        )
+        is_due = record.step % self._every == 0 or record.step == self._steps
+        if is_due and not self._progress.has_bars:
             left = (self._steps - record.step) * self._seconds_a_step
             self._print(
                 f"{record.phase} step {record.step:,}/{self._steps:,}  loss {record.loss:.4f}  "

@@ -1,4 +1,4 @@
-"""What went wrong in a run, by its events: divergence, steps that were left out, loss spikes."""
+"""What went wrong in a run, by its events: divergence, skipped steps, loss spikes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def incident_sentences(run: RunRecord) -> list[str]:
             sentences.append(f"{where}the run ended, since {why}")
     if skipped := skipped_steps(run):
         was = "step was" if len(skipped) == 1 else "steps were"
-        sentences.append(f"{len(skipped):,} {was} not finite and left out: {_named(skipped)}")
+        sentences.append(f"{len(skipped):,} {was} skipped as not finite: {_named(skipped)}")
     if spikes := loss_spikes(run):
         plural = "" if len(spikes) == 1 else "s"
         sentences.append(f"{len(spikes):,} loss spike{plural}: at step {_named(spikes)}")

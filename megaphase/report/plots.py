@@ -229,7 +229,7 @@ def _mark_steps(axes: Axes, run: RunRecord) -> None:
 
 def _incident_marks(run: RunRecord) -> list[tuple[str, list[int], str]]:
     """(name, steps, marker) of what went wrong in single steps."""
-    marks = [("loss spike", loss_spikes(run), "^"), ("step left out", skipped_steps(run), "x")]
+    marks = [("loss spike", loss_spikes(run), "^"), ("skipped step", skipped_steps(run), "x")]
     return [(name, steps, marker) for name, steps, marker in marks if steps]
 
 

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ from megaphase.training.parameter_persistence import keep_gathered
 from megaphase.utils.targets import IGNORED_TARGET
 
 
-def import_deepspeed():  # type: ignore[no-untyped-def]  # its classes are not typed
+def import_deepspeed() -> Any:  # its classes are not typed
     """Import DeepSpeed on the accelerator that is really there, without its chatter."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -154,7 +155,8 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         """The GPT; under ZeRO-3 its parameters are partitioned between steps."""
-        return self._engine.module
+        module: nn.Module = self._engine.module
+        return module
 
     def train_step(self, batch: Batch, learning_rate: float, step: int | None = None) -> StepResult:
         """Accumulate gradients over this rank's rows of the global batch, then step.
@@ -242,7 +244,8 @@ class Engine:
             None if rows is None else rows.to(device(), non_blocking=True)
             for rows in (micro.inputs, micro.targets, micro.documents)
         )
-        return self._engine(inputs, targets, documents, dropout_seeds)
+        losses: tuple[Tensor, Tensor] = self._engine(inputs, targets, documents, dropout_seeds)
+        return losses
 
     def _count_tokens(self, batch: Batch) -> Tensor:
         """Tokens with a target in the global batch, by task; float64 [tasks]."""

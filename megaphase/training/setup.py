@@ -12,8 +12,8 @@ from megaphase.callbacks.throughput import missing_peak
 from megaphase.checkpoint.state import check_format
 from megaphase.config.run import RunConfig
 from megaphase.distributed.all_ranks import on_first_rank, process_group, run_on_all_ranks
-from megaphase.distributed.dist_env import global_rank, share_of_node
-from megaphase.distributed.process_grid import ProcessGrid, world_size
+from megaphase.distributed.dist_env import global_rank, share_of_node, world_size
+from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.estimate.available_memory import check_memory
 from megaphase.estimate.hardware import planned_card
 from megaphase.fault_tolerance.stop_signals import StopSignals

@@ -55,7 +55,7 @@ def test_every_event_has_a_sentence(tmp_path):
         "joint step 80: the loss has not moved since step 77: it is 8.29",
         "joint step 84: gradients are far larger than before, since step 81",
         f"joint step {END}: the run ended, since it had diverged",
-        "1 step was not finite and left out: 9",
+        "1 step was skipped as not finite: 9",
         "6 loss spikes: at step 3, 4, 5, 6, 7, …",
     ]
     text = write_report([run_dir], tmp_path / "report").read_text()
@@ -93,7 +93,7 @@ def test_incidents_are_drawn(size, tmp_path):
 
     marks, keys, labels = of(marked)
     assert sorted(marks) == [SPIKES, [9]]
-    assert set(keys) - set(of(plain)[1]) == {"loss spike", "step left out"}
+    assert set(keys) - set(of(plain)[1]) == {"loss spike", "skipped step"}
     assert any("diverges" in label for label in labels)
     assert not any("diverges" in label for label in of(plain)[2])
     # Nothing runs out of the figure at its top.

@@ -41,4 +41,5 @@ def length(covered: Spans) -> float:
 def exclusive_lengths(layers: Sequence[Spans]) -> list[float]:
     """Of each layer, the time that it covers and no layer before it does."""
     lengths = [length(np.concatenate(layers[:count])) for count in range(1, len(layers) + 1)]
-    return np.maximum(np.diff(lengths, prepend=0.0), 0.0).tolist()
+    exclusive: list[float] = np.maximum(np.diff(lengths, prepend=0.0), 0.0).tolist()
+    return exclusive

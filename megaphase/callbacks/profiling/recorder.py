@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class Profiler(Callback):
         self._done = 0
         self._waits: list[float] = []
         self._profile = _torch_profiler(steps) if _is_first_of_node() else None
-        self._mark: record_function | None = None
+        self._mark = ExitStack()
 
     def on_run_begin(self) -> None:
         if self._profile is not None:
@@ -73,8 +74,7 @@ class Profiler(Callback):
     def on_step_begin(self, step: int) -> None:
         """Mark the step in the trace, up to its end."""
         if not self._is_over():
-            self._mark = record_function(f"{STEP_MARK}{step}")
-            self._mark.__enter__()
+            self._mark.enter_context(record_function(f"{STEP_MARK}{step}"))
 
     def on_step_end(self, record: StepRecord) -> None:
         """Count the step; after the last one that is profiled, all ranks meet and report.
@@ -84,7 +84,7 @@ class Profiler(Callback):
         """
         if self._is_over():
             return
-        self._end_mark()
+        self._mark.close()
         if self._profile is not None:
             self._profile.step()
         self._waits.append(record.seconds.data_wait)
@@ -94,18 +94,13 @@ class Profiler(Callback):
                 self._report(range(record.step - self._steps + 1, record.step + 1))
 
     def on_run_end(self, error: BaseException | None) -> None:
-        self._end_mark()
+        self._mark.close()
         if self._is_over():
             return
         if self._profile is not None:
             self._profile.stop()
         if error is None:
             self._say("Warning: the run was over before all steps were profiled: no profile")
-
-    def _end_mark(self) -> None:
-        if self._mark is not None:
-            self._mark.__exit__(None, None, None)
-            self._mark = None
 
     def _is_over(self) -> bool:
         return self._done == WARM_UP_STEPS + self._steps

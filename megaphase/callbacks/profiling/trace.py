@@ -86,7 +86,8 @@ class Call:
 
     @property
     def name(self) -> str:
-        return self.event["name"]
+        name: str = self.event["name"]
+        return name
 
     def flops(self) -> int:
         """Of a matrix product that is not part of another."""

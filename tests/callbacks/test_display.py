@@ -1,0 +1,43 @@
+"""The lines that a run prints where there is no terminal, and its bar where there is one."""
+
+from __future__ import annotations
+
+import io
+
+from callback_support import step_record
+from rich.console import Console
+
+from megaphase.callbacks.callback import HeldOutLoss, StepSeconds, ValidationRecord
+from megaphase.callbacks.display import TrainingDisplay
+
+
+def shown(*, terminal: bool) -> str:
+    """What a run of 12 steps prints, of which 3 were done before."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=120)
+    display = TrainingDisplay(console, steps=12, done=3, every_steps=5)
+    display.on_run_begin()
+    for step in range(4, 13):
+        seconds = StepSeconds(0.25, 0.5, 0.25)
+        display.on_step_end(step_record(step, seconds=seconds, tokens_per_second=2048.0))
+        if step == 6:
+            losses = {"en": HeldOutLoss(1.5, 0.5)}
+            display.on_validation_end(ValidationRecord(6, "[x]", losses, {"en": None}, False))
+    display.on_run_end(None)
+    return out.getvalue()
+
+
+def test_plain_lines_come_every_few_steps_and_at_the_end() -> None:
+    assert shown(terminal=False).splitlines() == [
+        "only step 5/12  loss 2.0000  learning rate 1.00e-03  2,048 tokens/s  0:07 left",
+        "[x] step 6  validation loss: en 1.5000",
+        "only step 10/12  loss 2.0000  learning rate 1.00e-03  2,048 tokens/s  0:02 left",
+        "only step 12/12  loss 2.0000  learning rate 1.00e-03  2,048 tokens/s  0:00 left",
+    ]
+
+
+def test_a_terminal_gets_a_bar_and_the_validations() -> None:
+    text = shown(terminal=True)
+    assert "[x] step 6  validation loss: en 1.5000" in text
+    assert "12/12" in text
+    assert "learning rate" not in text
