@@ -22,7 +22,7 @@ from megaphase.callbacks.callback import (
 from megaphase.callbacks.divergence_monitor import DivergenceMonitor
 from megaphase.callbacks.early_stopping import EarlyStopping
 from megaphase.callbacks.loss_spikes import LossSpikeDetector
-from megaphase.callbacks.profiling.recorder import Profiler, enough_steps
+from megaphase.callbacks.profiling.profiler import Profiler, enough_steps
 from megaphase.callbacks.throughput import throughput_reference
 from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.state import best_name, full_name

@@ -32,7 +32,7 @@ from megaphase.callbacks.profiling.kinds import (
     short_name,
 )
 from megaphase.callbacks.profiling.printing import profile_text
-from megaphase.callbacks.profiling.recorder import Profiler
+from megaphase.callbacks.profiling.profiler import Profiler
 from megaphase.callbacks.profiling.summary import summarize, top_kernels
 from megaphase.callbacks.profiling.trace import read_trace
 from megaphase.callbacks.throughput import ThroughputReference
