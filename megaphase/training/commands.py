@@ -40,7 +40,7 @@ def train_command(
     with StopSignals() as signals, leaving_processes(), ExitStack() as resources:
         config = run_on_all_ranks(lambda: load_run_file(run_file, tuple(overrides or ())))
 
-        from megaphase.training.setup import watched_processes
+        from megaphase.training.startup import watched_processes
         from megaphase.training.trainer import Trainer
 
         watchdog = resources.enter_context(watched_processes(config, signals))

@@ -19,7 +19,7 @@ from megaphase.training.engine import Engine
 from megaphase.training.evaluator import HeldOutEvaluator
 from megaphase.training.resume import check_checkpoint, load_checkpoint
 from megaphase.training.run_directory import RunDirectory
-from megaphase.training.setup import (
+from megaphase.training.startup import (
     check_inputs,
     open_plan,
     say_on_first_rank,

@@ -14,7 +14,7 @@ from megaphase.config.run import RunConfig
 from megaphase.plan.plan import Plan
 from megaphase.training.branch import Branch
 from megaphase.training.run_directory import RunDirectory
-from megaphase.training.setup import say_on_first_rank
+from megaphase.training.startup import say_on_first_rank
 from megaphase.training.train_state import TrainState
 
 

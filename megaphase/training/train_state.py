@@ -45,6 +45,10 @@ class TrainState:
         counts = plan.counts(self.phase, self.phase_step).tolist()
         return tuple(a + b for a, b in zip(self.starts, counts, strict=True))
 
+    def steps_left(self, plan: Plan) -> int:
+        """Steps until the end of the last phase, if none ends early."""
+        return sum(phase.steps for phase in plan.phases[self.phase :]) - self.phase_step
+
     def next_phase(self, starts: Sequence[int]) -> Self:
         """The position at the start of the following phase; `starts` as above."""
         return replace(self, phase=self.phase + 1, phase_step=0, starts=tuple(starts))

@@ -53,7 +53,7 @@ from megaphase.training.resume import (
 )
 from megaphase.training.resume_point import ResumePoint
 from megaphase.training.run_directory import RunDirectory
-from megaphase.training.setup import (
+from megaphase.training.startup import (
     check_inputs,
     open_plan,
     run_description,
@@ -407,17 +407,8 @@ class Trainer:
 
     def _profilers(self, steps: int) -> list[Callback]:
         """The profiler of the first steps, if that many are left."""
-        left = sum(phase.steps for phase in self.plan.phases[self.state.phase :])
-        left -= self.state.phase_step
-        if steps == 0 or not enough_steps(steps, left, self.say):
+        if steps == 0 or not enough_steps(steps, self.state.steps_left(self.plan), self.say):
             return []
-        make = partial(
-            Profiler,
-            self.directory.profile,
-            steps,
-            self.throughput,
-            self.control_group,
-            self.watchdog,
-            self.say,
-        )
-        return [run_on_all_ranks(make)]
+        guards = self.control_group, self.watchdog, self.say
+        folder, throughput = self.directory.profile, self.throughput
+        return [run_on_all_ranks(lambda: Profiler(folder, steps, throughput, *guards))]
