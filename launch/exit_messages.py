@@ -10,7 +10,7 @@ from megaphase.checkpoint.names import newest_state
 from megaphase.checkpoint.state import full_name
 from megaphase.config.load import load_run_file
 from megaphase.launch.local import ExitMessages
-from megaphase.plan.run_history import read_origin
+from megaphase.plan.origin import read_origin
 from megaphase.training.resume_point import loss_sentence, resume_sentence
 from megaphase.utils.errors import InputError
 from megaphase.utils.metrics_rows import last_rows

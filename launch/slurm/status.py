@@ -13,7 +13,8 @@ from megaphase.checkpoint.names import newest_state
 from megaphase.checkpoint.state import full_name
 from megaphase.launch.slurm.activity import is_trained
 from megaphase.launch.slurm.job_file import OVER, read_job
-from megaphase.plan.run_history import metrics_problem, read_history, read_origin
+from megaphase.plan.origin import read_origin
+from megaphase.plan.run_history import metrics_problem, read_history
 from megaphase.training.resume_point import loss_sentence
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import read_hashed_json

@@ -141,38 +141,38 @@ def trace_command(
     from megaphase.plan.traced_run import open_traced_run
     from megaphase.utils.errors import InputError
 
-    with open_traced_run(run, overrides) as traced:
-        plan, tokenizer = traced.plan, traced.tokenizer
-        tasks = traced.config.tasks
-        if task is not None and task not in tasks:
-            raise InputError(
-                "--task", f"{run} has no task {task!r}", f"the tasks are {', '.join(tasks)}"
-            )
-        size = plan.spec.samples_per_step
-        if row is not None and not 0 <= row < size:
-            raise InputError("--row", f"a step has no row {row}", f"give 0 to {size - 1:,}")
-        phase, phase_step, starts = traced.find_step(step)
-        samples = [
-            sample
-            for sample in trace_step(plan, phase, phase_step, starts)
-            if task in (None, sample.task) and row in (None, sample.row)
-        ]
-        if json:
-            for sample in samples:
-                texts = sample_texts(plan, sample, tokenizer) if text else None
-                origins = sample_origins(plan, sample)
-                print(dumps(as_json(sample, texts, origins), ensure_ascii=False))
-            return
-        console = _console()
-        console.print(
-            f"step {step:,}: step {phase_step:,} of {plan.phases[phase].name}, "
-            f"{len(samples):,} of {size:,} samples",
-            markup=False,
+    traced = open_traced_run(run, overrides)
+    plan, tokenizer = traced.plan, traced.tokenizer
+    tasks = traced.config.tasks
+    if task is not None and task not in tasks:
+        raise InputError(
+            "--task", f"{run} has no task {task!r}", f"the tasks are {', '.join(tasks)}"
         )
-        if text:
-            print_texts(console, plan, samples, tokenizer)
-        else:
-            console.print(trace_table(plan, samples))
+    size = plan.spec.samples_per_step
+    if row is not None and not 0 <= row < size:
+        raise InputError("--row", f"a step has no row {row}", f"give 0 to {size - 1:,}")
+    phase, phase_step, starts = traced.find_step(step)
+    samples = [
+        sample
+        for sample in trace_step(plan, phase, phase_step, starts)
+        if task in (None, sample.task) and row in (None, sample.row)
+    ]
+    if json:
+        for sample in samples:
+            texts = sample_texts(plan, sample, tokenizer) if text else None
+            origins = sample_origins(plan, sample)
+            print(dumps(as_json(sample, texts, origins), ensure_ascii=False))
+        return
+    console = _console()
+    console.print(
+        f"step {step:,}: step {phase_step:,} of {plan.phases[phase].name}, "
+        f"{len(samples):,} of {size:,} samples",
+        markup=False,
+    )
+    if text:
+        print_texts(console, plan, samples, tokenizer)
+    else:
+        console.print(trace_table(plan, samples))
 
 
 def _console() -> Console:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from rich.console import Console
 
 from megaphase.config.load import load_run_file
 from megaphase.config.run import RunConfig
 from megaphase.estimate.setup import Setup, setup_of
 from megaphase.model.presets import build_shape
-from megaphase.plan.build import ensure_built
+from megaphase.plan.build import Say, ensure_built
+from megaphase.plan.origin import read_origin
 from megaphase.plan.plan import Plan
 from megaphase.plan.progress import building_progress
-from megaphase.plan.run_history import read_origin
 from megaphase.plan.same_run import plan_of_run
-from megaphase.plan.spec import check_corpora, plan_spec
+from megaphase.plan.spec import PlanSpec, check_corpora, plan_spec
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.standard_streams import new_console
 
@@ -41,11 +42,13 @@ def memory_setup(config: RunConfig, tokenizer: Tokenizer, processes: int) -> Set
     return setup_of(config, build_shape(config, tokenizer.vocab_size), processes, "cuda")
 
 
-def open_plan(config: RunConfig, tokenizer: Tokenizer, used: dict[str, int] | None = None) -> Plan:
-    """Open the run's plan; where there is none yet, build it and show how far.
+def open_plan(
+    config: RunConfig, tokenizer: Tokenizer, used: Mapping[str, int] | None = None
+) -> Plan:
+    """Open the run's plan; where there is none yet, build it and show the progress.
 
     Where a run with another plan lies in the output, nothing is written into it: the index is built
-    in a temporary folder, which is gone by the return, and this is said.
+    in a temporary folder, and this is said.
 
     used: samples of each task before the run, where it is to begin with another one's checkpoint;
     otherwise what its directory says.
@@ -57,16 +60,30 @@ def open_plan(config: RunConfig, tokenizer: Tokenizer, used: dict[str, int] | No
         used = read_origin(config.output).used
     check_corpora(config)
     spec = plan_spec(config, tokenizer, used)
-    errors = new_console(stderr=True, highlight=False)
-    say = partial(errors.print, markup=False, soft_wrap=True)
-    with ExitStack() as opened:
-        output = config.output
-        if plan_of_run(output) not in (None, spec.fingerprint):
-            say(
-                f"{output} holds a run with another plan, which stays as it is; to train with this "
-                "one, choose another output"
-            )
-            output = Path(opened.enter_context(TemporaryDirectory(prefix="megaphase-plan-")))
-        progress = opened.enter_context(building_progress(errors))
+    console = new_console(stderr=True, highlight=False)
+    say = partial(console.print, markup=False, soft_wrap=True)
+    if plan_of_run(config.output) in (None, spec.fingerprint):
+        return build_plan(spec, config.output, console, say)
+    say(
+        f"{config.output} holds a run with another plan, which stays as it is; to train with this "
+        "one, choose another output"
+    )
+    return build_temporary_plan(spec, console, say)
+
+
+def build_plan(spec: PlanSpec, run_dir: Path, console: Console, say: Say) -> Plan:
+    """Open the plan in a run directory, after it was built where no whole one is there.
+
+    console: shows the progress. say: gets the sentences that a user should see.
+
+    Raises as `ensure_built` does.
+    """
+    with building_progress(console) as progress:
+        return Plan(spec, ensure_built(spec, run_dir, say=say, progress=progress))
+
+
+def build_temporary_plan(spec: PlanSpec, console: Console, say: Say) -> Plan:
+    """Likewise in a temporary folder, which is removed before the return."""
+    with TemporaryDirectory(prefix="megaphase-plan-") as folder:
         # Its files are mapped: the plan can be read when they have no name any more.
-        return Plan(spec, ensure_built(spec, output, say=say, progress=progress))
+        return build_plan(spec, Path(folder), console, say)

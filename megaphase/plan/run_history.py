@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from megaphase.checkpoint.names import newest_state, permanent_ends
+from megaphase.plan.origin import Origin, read_origin
 from megaphase.plan.plan import Plan
 from megaphase.utils.errors import InputError
-from megaphase.utils.files import read_hashed_json
 from megaphase.utils.metrics_rows import (
     Row,
     Steps,
@@ -26,16 +26,9 @@ from megaphase.utils.metrics_rows import (
     read_lines,
     steps_in_words,
 )
-from megaphase.utils.run_files import METRICS_FILE, ORIGIN_FILE
+from megaphase.utils.run_files import METRICS_FILE
 
 _EVENTS = (b'"phase_end"', b'"phase_start"', b'"step_skipped"')
-
-
-class BranchPoint(NamedTuple):
-    """Steps of the run before this one, and the samples of each task that it has used."""
-
-    step: int
-    used: dict[str, int]
 
 
 @dataclass
@@ -61,13 +54,13 @@ class RunHistory:
     """What became of a run.
 
     Attributes:
-        origin: where a branch began, as its `origin.json` says; None for other runs.
+        origin: where a branch began; None for other runs.
         phases: those that have begun, in order.
         skipped: the runs of steps that were left out because their gradient was not finite.
         doubt: a sentence about what is not known for certain, or None.
     """
 
-    origin: dict[str, Any] | None = None
+    origin: Origin | None = None
     phases: list[PhaseHistory] = field(default_factory=list)
     skipped: list[Steps] = field(default_factory=list)
     doubt: str | None = None
@@ -108,7 +101,7 @@ class RunHistory:
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint's state."""
         return {
-            "origin": self.origin,
+            "origin": None if self.origin is None else self.origin.to_json(),
             "phases": [asdict(phase) for phase in self.phases],
             "skipped_steps": [list(steps) for steps in self.skipped],
         }
@@ -117,11 +110,12 @@ class RunHistory:
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """From what `to_json` gave.
 
-        Raises KeyError, TypeError or ValueError where it is something else.
+        Raises KeyError, TypeError, ValueError or AttributeError where it is something else.
         """
         phases = [PhaseHistory(**phase) for phase in value["phases"]]
         skipped = [(int(first), int(last)) for first, last in value["skipped_steps"]]
-        return cls(value["origin"], phases, skipped)
+        origin = value["origin"]
+        return cls(None if origin is None else Origin.from_json(origin), phases, skipped)
 
 
 def history_of_state(run_dir: Path, state: Mapping[str, Any]) -> RunHistory:
@@ -129,7 +123,7 @@ def history_of_state(run_dir: Path, state: Mapping[str, Any]) -> RunHistory:
     checkpoints at the ends of phases; `doubt` then says so."""
     try:
         return RunHistory.from_json(state["history"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         pass
     history, step = RunHistory(), state["step"]
     _take_events(history, _events(run_dir, up_to=step))
@@ -156,39 +150,6 @@ def read_history(run_dir: Path) -> RunHistory:
     history = history_of_state(run_dir, state)
     _take_events(history, _events(run_dir, after=state["step"]))
     return history
-
-
-def read_origin(run_dir: Path) -> BranchPoint:
-    """What this run goes on from: nothing where it is a run of its own, or none yet.
-
-    Raises:
-        InputError: the file is damaged.
-    """
-    origin = read_origin_record(run_dir)
-    if origin is None:
-        return BranchPoint(0, {})
-    return BranchPoint(int(origin["step"]), {task: int(n) for task, n in origin["used"].items()})
-
-
-def read_origin_record(run_dir: Path) -> dict[str, Any] | None:
-    """What `origin.json` says or, where it was lost, the run's newest checkpoint; else None.
-
-    Raises:
-        InputError: the file is damaged.
-    """
-    path = run_dir / ORIGIN_FILE
-    try:
-        origin = read_hashed_json(path)
-        if not all(type(n) is int for n in (origin["step"], *origin["used"].values())):
-            raise TypeError
-        return origin
-    except (FileNotFoundError, NotADirectoryError):
-        history = (newest_state(run_dir) or {}).get("history")
-        return history.get("origin") if isinstance(history, dict) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(
-            path, "is damaged or cannot be read", "restore it or branch into another output"
-        ) from None
 
 
 def steps_done(run_dir: Path) -> int:

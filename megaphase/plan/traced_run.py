@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
+from rich.console import Console
 
 from megaphase.config.load import load_run_file
 from megaphase.config.run import RunConfig
-from megaphase.plan.build import ensure_built, plan_folder
+from megaphase.plan.build import Say, plan_folder
 from megaphase.plan.index import damage
+from megaphase.plan.load_plan import build_plan, build_temporary_plan
+from megaphase.plan.origin import read_origin
 from megaphase.plan.plan import Plan
-from megaphase.plan.progress import building_progress
 from megaphase.plan.run_history import (
     PhaseSpan,
     RunHistory,
     phase_spans,
     read_history,
-    read_origin,
     steps_done,
 )
 from megaphase.plan.same_run import plan_of_run, refuse_other_plan, refuse_other_run
@@ -51,7 +50,7 @@ class TracedRun:
     history: RunHistory
     spans: list[PhaseSpan]
     done: int | None
-    say: Callable[[str], object]
+    say: Say
 
     def find_step(self, step: int) -> tuple[int, int, np.ndarray]:
         """A step's phase, its number there, and the ordinals at which the phase's streams went on.
@@ -76,16 +75,15 @@ class TracedRun:
         return phase, phase_step, self.spans[phase].starts
 
 
-@contextmanager
-def open_traced_run(run: Path, overrides: Sequence[str] | None) -> Iterator[TracedRun]:
+def open_traced_run(run: Path, overrides: Sequence[str] | None) -> TracedRun:
     """Open a run by its directory, or by its run file with values that replace its own.
 
     Raises:
         InputError: something in the run file is wrong, or the run that was trained there is
             another one.
     """
-    errors = new_console(stderr=True, highlight=False)
-    say = partial(errors.print, markup=False, soft_wrap=True)
+    console = new_console(stderr=True, highlight=False)
+    say = partial(console.print, markup=False, soft_wrap=True)
     config = _config(run, tuple(overrides or ()))
     tokenizer = Tokenizer.load(config.tokenizer)
     output = config.output
@@ -93,13 +91,13 @@ def open_traced_run(run: Path, overrides: Sequence[str] | None) -> Iterator[Trac
     origin = read_origin(output)
     check_corpora(config)
     spec = plan_spec(config, tokenizer, origin.used)
-    with _opened(spec, config, say) as plan:
-        history = read_history(output)
-        if history.doubt:
-            say(history.doubt)
-        spans = phase_spans(output, history, plan, origin.step)
-        done = None if plan_of_run(output) is None else steps_done(output)
-        yield TracedRun(config, tokenizer, plan, history, spans, done, say)
+    plan = _open_plan(spec, config, console, say)
+    history = read_history(output)
+    if history.doubt:
+        say(history.doubt)
+    spans = phase_spans(output, history, plan, origin.step)
+    done = None if plan_of_run(output) is None else steps_done(output)
+    return TracedRun(config, tokenizer, plan, history, spans, done, say)
 
 
 def _config(run: Path, overrides: tuple[str, ...]) -> RunConfig:
@@ -113,27 +111,19 @@ def _config(run: Path, overrides: tuple[str, ...]) -> RunConfig:
     return moved
 
 
-@contextmanager
-def _opened(spec: PlanSpec, config: RunConfig, say: Callable[[str], object]) -> Iterator[Plan]:
+def _open_plan(spec: PlanSpec, config: RunConfig, console: Console, say: Say) -> Plan:
     """The plan, from the index that the run was trained with where it is whole."""
     output = config.output
     refuse_other_plan(output, config, spec.fingerprint)
     folder = plan_folder(output, spec)
     problem = damage(folder, spec) if folder.is_dir() else "is missing"
     if problem is None:
-        yield Plan(spec, folder)
-        return
-    errors = new_console(stderr=True, highlight=False)
+        return Plan(spec, folder)
     if plan_of_run(output) is None:
         say(
             f"no run has been trained in {output} yet: this is what the steps of {config.path} "
             "would see"
         )
-        with building_progress(errors) as progress:
-            yield Plan(spec, ensure_built(spec, output, say=say, progress=progress))
-        return
+        return build_plan(spec, output, console, say)
     say(f"{folder}: {problem}; the same index is built in a temporary folder")
-    with TemporaryDirectory(prefix="megaphase-plan-") as scratch:
-        with building_progress(errors) as progress:
-            built = ensure_built(spec, Path(scratch), say=say, progress=progress)
-        yield Plan(spec, built)
+    return build_temporary_plan(spec, console, say)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,11 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trials import Trial
+from megaphase.utils.metrics_rows import rows_from_end
 from megaphase.utils.progress import ProgressBar, ProgressDisplay
 from megaphase.utils.run_files import METRICS_FILE
-
-TAIL_BYTES = 4096
-_PHASE_STEP = re.compile(rb'"phase_step": (\d+)')
 
 
 class SweepDisplay:
@@ -87,8 +84,6 @@ class SweepDisplay:
 
 def phase_steps_done(metrics: Path) -> int:
     """Of a run's newest phase, by the end of its metrics; 0 where there are none yet."""
-    with contextlib.suppress(OSError), open(metrics, "rb") as file:
-        file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
-        found = _PHASE_STEP.findall(file.read())
-        return int(found[-1]) if found else 0
+    with contextlib.suppress(OSError):
+        return next((r["phase_step"] for r in rows_from_end(metrics) if "phase_step" in r), 0)
     return 0

@@ -9,11 +9,10 @@ from typing import Any
 from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.state import STATE_FILE, read_state, state_or_nothing
 from megaphase.config.run import RunConfig
-from megaphase.plan.run_history import read_origin_record
+from megaphase.plan.origin import Origin, recorded_origin
 from megaphase.plan.spec import PlanSpec
 from megaphase.training.run_directory import RunDirectory
 from megaphase.utils.errors import InputError
-from megaphase.utils.files import atomic_write_json, os_errors_named, with_hash
 from megaphase.utils.run_files import ORIGIN_FILE
 
 
@@ -38,21 +37,10 @@ class Branch:
     state: dict[str, Any]
     is_new: bool
 
-    def record(self, run_dir: Path) -> None:
-        """Record where the run starts, so that later starts of it need no --from."""
-        with os_errors_named(run_dir):
-            run_dir.mkdir(parents=True, exist_ok=True)
-            atomic_write_json(run_dir / ORIGIN_FILE, with_hash(self.facts()))
-
-    def facts(self) -> dict[str, Any]:
-        """The content of `origin.json`, which every checkpoint of the run repeats."""
-        return {
-            "source": self.source,
-            "checkpoint": str(self.checkpoint),
-            "step": self.step,
-            "tokens": self.tokens,
-            "used": self.used,
-        }
+    @property
+    def origin(self) -> Origin:
+        """What is recorded of it in the run directory and in every checkpoint of the run."""
+        return Origin(self.step, self.used, self.tokens, self.source, self.checkpoint)
 
     def check(self, config: RunConfig, spec: PlanSpec, model: dict[str, Any]) -> None:
         """Refuse a model or streams that are not those of the run that this one continues.
@@ -106,16 +94,21 @@ def recorded_branch(directory: RunDirectory) -> Branch | None:
 
     Its checkpoint is needed until the run has one of its own; it may no longer exist.
     """
-    record = read_origin_record(directory.path)
-    if record is None:
+    origin = recorded_origin(directory.path)
+    if origin is None:
         return None
-    try:
-        folder = Path(record["checkpoint"])
-        facts = record["source"], folder, record["step"], record["tokens"], record["used"]
-    except (KeyError, TypeError):
+    if origin.source is None or origin.checkpoint is None or origin.tokens is None:
         path = directory.path / ORIGIN_FILE
-        raise InputError(path, "is damaged", "branch into another output") from None
-    return Branch(*facts, state_or_nothing(folder), is_new=False)
+        raise InputError(path, "is damaged", "branch into another output")
+    return Branch(
+        origin.source,
+        origin.checkpoint,
+        origin.step,
+        origin.tokens,
+        dict(origin.used),
+        state_or_nothing(origin.checkpoint),
+        is_new=False,
+    )
 
 
 def begin_branch(config: RunConfig, source: str) -> Branch:

@@ -78,7 +78,7 @@ def starting_history(
 
     history = run_on_all_ranks(read)
     if branch is not None:
-        history.origin = branch.facts()
+        history.origin = branch.origin
     return history
 
 

@@ -20,10 +20,10 @@ from megaphase.fault_tolerance.stop_signals import StopSignals
 from megaphase.fault_tolerance.watchdog import Watchdog
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
-from megaphase.plan.build import ensure_built
+from megaphase.plan.load_plan import build_plan
+from megaphase.plan.origin import write_origin
 from megaphase.plan.plan import Plan
 from megaphase.plan.preview import plan_warnings
-from megaphase.plan.progress import building_progress
 from megaphase.plan.spec import PlanSpec, check_corpora, plan_spec
 from megaphase.tokenizer import Tokenizer
 from megaphase.training.backends import Backends, choose_backends
@@ -101,16 +101,15 @@ def open_plan(
 
     def build_and_claim() -> Path:
         directory.refuse_other_run(config)
-        with building_progress(console) as progress:
-            folder = ensure_built(spec, directory.path, say=say, progress=progress)
-        summary = Plan(spec, folder).summary()
+        plan = build_plan(spec, directory.path, console, say)
+        summary = plan.summary()
         if branch is not None and branch.is_new:
             # First, so that a run that is killed here can never be taken for one of its own.
-            branch.record(directory.path)
+            write_origin(directory.path, branch.origin)
         directory.claim(config, summary)
         for sentence in plan_warnings(summary):
             say(f"Warning: {sentence}")
-        return folder
+        return plan.folder
 
     return Plan(spec, on_first_rank(build_and_claim))
 

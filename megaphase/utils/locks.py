@@ -1,4 +1,15 @@
-"""One process at a time, also among the nodes of a cluster that share a file system."""
+"""One process at a time, also among the nodes of a cluster that share a file system.
+
+The lock is flock(2), which Linux turns into a byte-range lock on NFS, so that other nodes see it;
+Lustre does so when it is mounted with `flock`. The kernel releases it when its process ends.
+
+The package filelock makes the same call, so it is no better on network file systems, and for a run
+directory it is worse in three ways. Where a file system has no flock it raises an error or falls
+back to a marker file, which a killed process leaves behind and which then blocks every later start;
+here the block runs without a lock. It does not remove the lock file, so that every run directory
+and plan would keep one. And it cannot tell whether another process holds a lock without taking it,
+which `is_locked` does for `launch status`.
+"""
 
 from __future__ import annotations
 

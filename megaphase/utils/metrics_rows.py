@@ -48,14 +48,20 @@ def read_lines(path: Path, containing: Sequence[bytes] = ()) -> Iterator[Metrics
 
 def last_rows(path: Path) -> list[Row]:
     """The last rows of a file that may be long, and may end with half of one."""
+    return list(rows_from_end(path))[::-1]
+
+
+def rows_from_end(path: Path) -> Iterator[Row]:
+    """Likewise, the newest first; each is parsed when it is asked for."""
     if not path.is_file():
-        return []
+        return
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL_BYTES))
         lines = file.read().split(b"\n")
-    rows = map(parse_row, lines[1 if size > _TAIL_BYTES else 0 : -1])
-    return [row for row in rows if row is not None]
+    for line in reversed(lines[1 if size > _TAIL_BYTES else 0 : -1]):
+        if (row := parse_row(line)) is not None:
+            yield row
 
 
 def parse_row(line: bytes) -> Row | None:

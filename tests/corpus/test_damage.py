@@ -18,8 +18,8 @@ from megaphase.config.load import load_run_file
 from megaphase.corpus import integrity
 from megaphase.distributed.all_ranks import outcome_of
 from megaphase.plan.build import ensure_built
+from megaphase.plan.origin import read_origin
 from megaphase.plan.plan import Plan
-from megaphase.plan.run_history import read_origin
 from megaphase.plan.same_run import refuse_other_run
 from megaphase.plan.spec import check_corpora, plan_spec
 from megaphase.training.branch import Branch

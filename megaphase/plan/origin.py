@@ -1,0 +1,90 @@
+"""`origin.json`: the checkpoint that a run continues from; read and written here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from megaphase.checkpoint.names import newest_state
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import atomic_write_json, os_errors_named, read_hashed_json, with_hash
+from megaphase.utils.run_files import ORIGIN_FILE
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a branch begins; of a run that is no branch, no steps and no samples.
+
+    Attributes:
+        step: steps of the runs before this one.
+        used: samples of each task that they have used.
+        tokens: training tokens of these steps.
+        source: the checkpoint as the user named it.
+        checkpoint: its folder.
+    """
+
+    step: int = 0
+    used: Mapping[str, int] = field(default_factory=dict)
+    tokens: int | None = None
+    source: str | None = None
+    checkpoint: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For `origin.json` and for the state of every checkpoint of the run."""
+        return {
+            "source": self.source,
+            "checkpoint": str(self.checkpoint),
+            "step": self.step,
+            "tokens": self.tokens,
+            "used": dict(self.used),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """From what `to_json` gave.
+
+        Raises KeyError, TypeError or AttributeError where it is something else.
+        """
+        step, used, checkpoint = value["step"], value["used"], value.get("checkpoint")
+        if not all(type(number) is int for number in (step, *used.values())):
+            raise TypeError("a count is no integer")
+        folder = None if checkpoint is None else Path(checkpoint)
+        return cls(step, dict(used), value.get("tokens"), value.get("source"), folder)
+
+
+def read_origin(run_dir: Path) -> Origin:
+    """Where the run in a directory begins, be it a branch or not, or not begun yet.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    return recorded_origin(run_dir) or Origin()
+
+
+def recorded_origin(run_dir: Path) -> Origin | None:
+    """What `origin.json` says or, where it was lost, the run's newest checkpoint; else None.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = run_dir / ORIGIN_FILE
+    try:
+        try:
+            return Origin.from_json(read_hashed_json(path))
+        except (FileNotFoundError, NotADirectoryError):
+            history = (newest_state(run_dir) or {}).get("history")
+            found = history.get("origin") if isinstance(history, dict) else None
+            return None if found is None else Origin.from_json(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            path, "is damaged or cannot be read", "restore it or branch into another output"
+        ) from None
+
+
+def write_origin(run_dir: Path, origin: Origin) -> None:
+    """Write down where a run begins, so that it can be resumed without being told again."""
+    with os_errors_named(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(run_dir / ORIGIN_FILE, with_hash(origin.to_json()))
