@@ -297,20 +297,20 @@ def next_command(
         decide,
         newest_step,
         queue_again,
-        read_chain,
+        read_restart_history,
         too_few_nodes,
-        write_chain,
+        write_restart_history,
     )
     from megaphase.launch.slurm.status import ended_diverged
 
     output = load_run_file(run_file, tuple(overrides or ())).output
     job = os.environ.get("SLURM_JOB_ID", "")
-    chain = read_chain(output, job).after_start(newest_step(output))
-    write_chain(output, chain)
+    history = read_restart_history(output, job).after_start(newest_step(output))
+    write_restart_history(output, history)
     bad = ",".join(bad_nodes.split())
     if bad and not exclude:
         _end_job(job, f"not started: {bad} did not pass the check of nodes, see above", code)
-    following = decide(chain, code, restarts, diverged=ended_diverged(output))
+    following = decide(history, code, restarts, diverged=ended_diverged(output))
     if bad and following.again and (reason := too_few_nodes(job, bad)):
         _end_job(job, f"not started, and not queued again: {reason}", code)
     without = f", without {bad}" if bad and following.again else ""

@@ -76,7 +76,7 @@ def run_as_ranks(
     """
     exit_messages = exit_messages or ExitMessages()
     with noted_signals() as received, _Reports() as reports:
-        job = _Job(_start(argv, processes, reports.descriptor), reports, exit_messages)
+        job = _RankProcesses(_start(argv, processes, reports.descriptor), reports, exit_messages)
         pressed: float | None = None
         try:
             while not job.is_over():
@@ -165,7 +165,7 @@ def _start(argv: Sequence[str], processes: int, reports: int) -> list[subprocess
     return ranks
 
 
-class _Job:
+class _RankProcesses:
     """The ranks that were started, and what became of them."""
 
     def __init__(
@@ -183,15 +183,15 @@ class _Job:
 
     def is_over(self) -> bool:
         """Look after all ranks; whether all have ended."""
-        self._validate_and_save_if_due()
+        self._poll_ranks()
         if self._reports.first() is not None:
-            self._validate_and_save_if_due()  # a rank that died before the report has ended by now
+            self._poll_ranks()  # a rank that died before the report has ended by now
             self.say_why()
         return not self._left()
 
-    def _validate_and_save_if_due(self) -> None:
-        looked = [(number, rank.poll()) for number, rank in self._left()]
-        ended = [(number, code) for number, code in looked if code is not None]
+    def _poll_ranks(self) -> None:
+        polled = [(number, rank.poll()) for number, rank in self._left()]
+        ended = [(number, code) for number, code in polled if code is not None]
         # Of those that end together, one that was killed was the first, one that aborts the last.
         for number, code in sorted(ended, key=lambda each: _order(each[1])):
             self._codes[number] = code

@@ -148,7 +148,7 @@ class Author:
     def _subject(self, scene: _Scene) -> list[str]:
         """A pronoun for the last subject, or a noun phrase, which becomes the last subject."""
         if self._dice.chance(0.25):
-            return [self._words.pronouns[self._control_group(scene.subject)]]
+            return [self._words.pronouns[self._agreement(scene.subject)]]
         scene.subject = self._any_noun(scene)
         phrase = self._phrase(scene.subject, scene)
         return phrase + self._relative_clause(scene) if self._dice.chance(0.2) else phrase
@@ -170,7 +170,7 @@ class Author:
 
     def _relative_clause(self, scene: _Scene) -> list[str]:
         """Stands between the subject and what agrees with it."""
-        relative = self._words.relatives[self._control_group(scene.subject)]
+        relative = self._words.relatives[self._agreement(scene.subject)]
         verb, transitive = self._verb(scene)
         rest = self._phrase(self._dice.choose(scene.characters), scene) if transitive else []
         words = [*rest, verb] if self._words.verb_last else [verb, *rest]
@@ -199,7 +199,7 @@ class Author:
         return self._words.nouns[noun.concept] + (self._words.plural if noun.plural else "")
 
     def _agreeing(self, noun: _Noun) -> str:
-        return self._words.control_group[self._control_group(noun)]
+        return self._words.agreement[self._agreement(noun)]
 
-    def _control_group(self, noun: _Noun) -> int:
+    def _agreement(self, noun: _Noun) -> int:
         return 2 * self._world.noun_class[noun.concept] + noun.plural

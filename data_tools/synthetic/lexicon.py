@@ -54,7 +54,7 @@ class Lexicon:
     determiners: list[str]
     plural: str
     tense: list[str]
-    control_group: list[str]
+    agreement: list[str]
     pronouns: list[str]
     relatives: list[str]
     pairs: list[tuple[str, str]]
@@ -79,7 +79,7 @@ class Lexicon:
             adverbs=inventor.words(ADVERBS, 2),
             plural=endings[0],
             tense=endings[1 : 1 + TENSES],
-            control_group=endings[1 + TENSES :],
+            agreement=endings[1 + TENSES :],
         )
 
 

@@ -20,25 +20,25 @@ OVER = {
 
 
 @dataclass(frozen=True)
-class Job:
+class SubmittedJob:
     """What was submitted for a run: the id of the job and the path of its log."""
 
     job: str
     log: str
 
 
-def remember_job(run_dir: Path, number: str, log: Path, file: str = JOB_FILE) -> Job:
+def remember_job(run_dir: Path, number: str, log: Path, file: str = JOB_FILE) -> SubmittedJob:
     """Write down which job trains a run."""
-    folder, job = run_dir / FOLDER, Job(number, str(log))
+    folder, job = run_dir / FOLDER, SubmittedJob(number, str(log))
     make_directory(folder)
     atomic_write_json(folder / file, asdict(job))
     return job
 
 
-def read_job(run_dir: Path, file: str = JOB_FILE) -> Job | None:
+def read_job(run_dir: Path, file: str = JOB_FILE) -> SubmittedJob | None:
     """The last job that was submitted for a run."""
     try:
-        return Job(**read_json(run_dir / FOLDER / file))
+        return SubmittedJob(**read_json(run_dir / FOLDER / file))
     except (OSError, ValueError, TypeError):
         return None
 

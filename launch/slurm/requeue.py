@@ -40,7 +40,7 @@ class RestartHistory:
 
 
 @dataclass(frozen=True)
-class Next:
+class RequeueDecision:
     """What follows: whether the job is queued again, why, and the exit code if it is not."""
 
     again: bool
@@ -48,42 +48,46 @@ class Next:
     exit_code: int
 
 
-def decide(chain: RestartHistory, code: int, restarts: int, *, diverged: bool = False) -> Next:
+def decide(
+    history: RestartHistory, code: int, restarts: int, *, diverged: bool = False
+) -> RequeueDecision:
     """After a start that ended with an exit code.
 
-    chain: that start included. restarts: how many in a row may bring nothing. diverged: whether the
-    run has ended because it diverged.
+    history: that start included. restarts: how many in a row may bring nothing. diverged: whether
+    the run has ended because it diverged.
     """
     if code == 0:
-        return Next(False, "all phases are done", 0)
+        return RequeueDecision(False, "all phases are done", 0)
     if code == EXIT_WRONG_INPUT:
-        return Next(False, "the input is wrong, see above; not queued again", code)
+        return RequeueDecision(False, "the input is wrong, see above; not queued again", code)
     if diverged and code == EXIT_FAILED:
-        return Next(False, "the run has diverged, see above; not queued again", code)
+        return RequeueDecision(False, "the run has diverged, see above; not queued again", code)
     what = "stopped by a signal" if code == EXIT_REQUEUE else f"failed with exit code {code}"
-    reached = f"the newest checkpoint is of step {chain.step:,}"
-    if chain.without_progress > restarts:
-        plural = "s" if chain.without_progress > 1 else ""
-        starts = f"{chain.without_progress} start{plural} in a row brought no newer one"
-        return Next(False, f"{what}; {reached}, and {starts}; not queued again", EXIT_FAILED)
-    return Next(True, f"{what}; {reached}; queued again", EXIT_REQUEUE)
+    reached = f"the newest checkpoint is of step {history.step:,}"
+    if history.without_progress > restarts:
+        plural = "s" if history.without_progress > 1 else ""
+        starts = f"{history.without_progress} start{plural} in a row brought no newer one"
+        return RequeueDecision(
+            False, f"{what}; {reached}, and {starts}; not queued again", EXIT_FAILED
+        )
+    return RequeueDecision(True, f"{what}; {reached}; queued again", EXIT_REQUEUE)
 
 
-def read_chain(run_dir: Path, job: str) -> RestartHistory:
+def read_restart_history(run_dir: Path, job: str) -> RestartHistory:
     """The starts of this job; of another one before it, how far it has come."""
     try:
-        chain = RestartHistory(**read_json(run_dir / FOLDER / CHAIN_FILE))
+        history = RestartHistory(**read_json(run_dir / FOLDER / CHAIN_FILE))
     except (OSError, ValueError, TypeError):
-        chain = RestartHistory(job)
-    return chain if chain.job == job else RestartHistory(job, chain.step)
+        history = RestartHistory(job)
+    return history if history.job == job else RestartHistory(job, history.step)
 
 
-def write_chain(run_dir: Path, chain: RestartHistory) -> None:
+def write_restart_history(run_dir: Path, history: RestartHistory) -> None:
     """Remember the starts of a job."""
     path = run_dir / FOLDER / CHAIN_FILE
     with os_errors_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(path, asdict(chain))
+        atomic_write_json(path, asdict(history))
 
 
 def newest_step(run_dir: Path) -> int:

@@ -120,7 +120,7 @@ def read_status(run_dir: Path) -> Status:
     )
 
 
-def _why_stopped(progress: _Progress) -> str:
+def _why_stopped(progress: _RunProgress) -> str:
     """Of a run that nobody trains, though it is not done: where it stands, and why."""
     if not progress.training and progress.saved_step is None:
         return "not trained yet"
@@ -147,7 +147,7 @@ def ended_diverged(run_dir: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class _Progress:
+class _RunProgress:
     """What the metrics say; see Status.
 
     training: the rows of the last steps. last_divergence: the last event of one. stopped: that of
@@ -188,7 +188,7 @@ class _Progress:
         return seconds * max(0, self.steps - self.step)
 
 
-def _progress(run_dir: Path, planned: Mapping[str, int]) -> _Progress:
+def _progress(run_dir: Path, planned: Mapping[str, int]) -> _RunProgress:
     """From the steps that the plan gives every phase, and what became of them."""
     metrics, before = run_dir / METRICS_FILE, read_origin(run_dir).step
     rows, saved = last_rows(metrics), newest_state(run_dir) or {}
@@ -200,7 +200,7 @@ def _progress(run_dir: Path, planned: Mapping[str, int]) -> _Progress:
     phase: str | None = next((row["phase"] for row in reversed(rows) if "phase" in row), None)
     if saved.get("step", 0) > step or phase is None:  # the log was cut off, or lost
         step, phase = max(step, saved.get("step", before)), saved.get("phase_name", phase)
-    return _Progress(
+    return _RunProgress(
         phase=phase,
         step=step,
         steps=steps,

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from megaphase.config.run import RunConfig
 from megaphase.estimate.memory_table import memory_sentences, memory_summary
-from megaphase.launch.slurm.job_file import FOLDER, Job, refuse_second_job, remember_job
+from megaphase.launch.slurm.job_file import FOLDER, SubmittedJob, refuse_second_job, remember_job
 from megaphase.launch.slurm.script import Resources, batch_script, refuse_pattern
 from megaphase.plan.load_plan import memory_setup, open_plan, open_run
 from megaphase.plan.preview import plan_warnings
@@ -81,7 +81,7 @@ def script_for(
     )
 
 
-def submit_run(config: RunConfig, script: str) -> Job:
+def submit_run(config: RunConfig, script: str) -> SubmittedJob:
     """Queue a run and remember its job in the run directory.
 
     Raises:

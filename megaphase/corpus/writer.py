@@ -109,8 +109,8 @@ class CorpusWriter:
         self._eod = eod
         self._may_be_empty, self._with_origins = may_be_empty, with_origins
         self._figures = Figures()
-        self._draft = StagedCorpus(self.prefix, job)
-        if not overwrite and not self._draft.finished_manifest():
+        self._staged = StagedCorpus(self.prefix, job)
+        if not overwrite and not self._staged.finished_manifest():
             refuse_existing(self.prefix)
 
     @property
@@ -122,8 +122,8 @@ class CorpusWriter:
         make_directory(self.prefix.parent)
         with ExitStack() as opened:
             try:
-                opened.enter_context(self._draft)
-                state = self._draft.state
+                opened.enter_context(self._staged)
+                state = self._staged.state
                 if state:
                     self.resumed, self._figures = state.note, state.figures
                 if state and state.manifest:
@@ -131,8 +131,8 @@ class CorpusWriter:
                 else:
                     origins = (SOURCES_SUFFIX, IDS_SUFFIX) if self._with_origins else ()
                     for suffix in (*_WRITTEN_AS_IT_COMES, *origins):
-                        self._draft.open(suffix)
-                    self._block_sums = BlockSums.at_end_of(self._draft.files[".bin"].path)
+                        self._staged.open(suffix)
+                    self._block_sums = BlockSums.at_end_of(self._staged.files[".bin"].path)
             except OSError as error:
                 problem = f"cannot be written ({error.strerror})"
                 raise InputError(self.prefix, problem, "choose another --out") from None
@@ -156,7 +156,7 @@ class CorpusWriter:
             raise ValueError(f"{found}, {len(batch.sums)} sums")
         if int(batch.lengths.sum(dtype=np.int64)) != len(batch.tokens):
             raise ValueError(f"lengths do not sum to the {len(batch.tokens)} tokens")
-        files = self._draft.files
+        files = self._staged.files
         tokens = np.ascontiguousarray(batch.tokens, dtype=self.dtype).view(np.uint8)
         with write_errors(self.prefix):
             files[".bin"].write(tokens)
@@ -185,14 +185,14 @@ class CorpusWriter:
     def add_skipped(self, line: bytes) -> None:
         """Count a document that could not be read, with its line for `.skipped.jsonl`."""
         with write_errors(self.prefix):
-            self._draft.files[SKIPPED_SUFFIX].write(line)
+            self._staged.files[SKIPPED_SUFFIX].write(line)
         self._figures.skipped_wrong += 1
 
     def save(self, note: Any) -> None:
         """Force what was added to the disk: killed from now on, a writer of the same job goes on
         from here, with `note` as `resumed`."""
         with write_errors(self.prefix):
-            self._draft.save(self._figures, note)
+            self._staged.save(self._figures, note)
         self.saved_documents = self._figures.documents
 
     def __exit__(
@@ -208,19 +208,19 @@ class CorpusWriter:
 
     def _commit(self) -> None:
         if self._figures.documents == 0 and not self._may_be_empty:
-            self._draft.discard()
+            self._staged.discard()
             raise InputError(self.prefix, "the corpus would be empty", "give files that hold text")
-        self._draft.files[BLOCKS_SUFFIX].write(self._block_sums.end())
-        lengths_file = self._draft.files.pop(_LENGTHS_NAME)
+        self._staged.files[BLOCKS_SUFFIX].write(self._block_sums.end())
+        lengths_file = self._staged.files.pop(_LENGTHS_NAME)
         lengths_file.record()
         lengths_file.close()
-        write_index(self._draft.open(".idx").write, self.dtype, _mapped_lengths(lengths_file.path))
+        write_index(self._staged.open(".idx").write, self.dtype, _mapped_lengths(lengths_file.path))
         if not self._figures.skipped_wrong:
-            self._draft.files.pop(SKIPPED_SUFFIX).close()
-        records = {suffix: file.record() for suffix, file in self._draft.files.items()}
+            self._staged.files.pop(SKIPPED_SUFFIX).close()
+        records = {suffix: file.record() for suffix, file in self._staged.files.items()}
         files = {suffix: records[suffix] for suffix in sorted(records)}
         manifest = Manifest(**self._fixed, **self._figures.model_dump(), files=files)
-        self._draft.save(self._figures, None, manifest)
+        self._staged.save(self._figures, None, manifest)
         self._publish(manifest)
 
     def _publish(self, manifest: Manifest) -> None:
@@ -235,15 +235,15 @@ class CorpusWriter:
             for suffix in manifest.files:
                 # What is not there any more has its name already.
                 with suppress(FileNotFoundError):
-                    os.replace(self._draft.folder / suffix, file_of(self.prefix, suffix))
+                    os.replace(self._staged.folder / suffix, file_of(self.prefix, suffix))
             fsync_path(self.prefix.parent)
             manifest.write(self.prefix)
         except BaseException:
-            if not self._draft.job:
+            if not self._staged.job:
                 for suffix in manifest.files:
                     file_of(self.prefix, suffix).unlink(missing_ok=True)
             raise
-        self._draft.discard()
+        self._staged.discard()
         self.manifest = manifest
 
 

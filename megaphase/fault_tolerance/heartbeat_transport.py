@@ -14,7 +14,7 @@ from megaphase.distributed.dist_env import global_rank, world_size
 from megaphase.fault_tolerance.fault_detector import Diagnosis, FaultDetector
 from megaphase.fault_tolerance.heartbeat import Heartbeat, RankInfo
 
-_VERDICT, _HEARD = "verdict", "heard"
+_VERDICT, _HEARD = "diagnosis", "heard"
 _POLL_SECONDS = 0.05
 
 
@@ -22,12 +22,12 @@ class HeartbeatTransport(Protocol):
     """One rank's end. Only one thread uses it."""
 
     def exchange(self, beat: Heartbeat, seconds: float) -> Diagnosis | None:
-        """Hand a beat over, `seconds` after the one before, and hear whether there is a verdict.
+        """Hand a beat over, `seconds` after the one before, and hear whether there is a diagnosis.
 
         Raises RuntimeError where rank 0 does not answer any more.
         """
 
-    def end(self, verdict: Diagnosis, patience_seconds: float) -> None:
+    def end(self, diagnosis: Diagnosis, patience_seconds: float) -> None:
         """Make sure, before this process ends, that all others know."""
 
 
@@ -40,7 +40,7 @@ class LocalTransport:
     def exchange(self, beat: Heartbeat, seconds: float) -> Diagnosis | None:
         return self._judge.look([beat], seconds)
 
-    def end(self, verdict: Diagnosis, patience_seconds: float) -> None:
+    def end(self, diagnosis: Diagnosis, patience_seconds: float) -> None:
         pass
 
 
@@ -54,24 +54,24 @@ class HostTransport:
     def exchange(self, beat: Heartbeat, seconds: float) -> Diagnosis | None:
         self._store.set(_beat_key(0), beat.to_json())
         found = [Heartbeat.from_json(each) if each else None for each in self._read()]
-        verdict = self._judge.look([beat, *found], seconds)
-        if verdict is not None and not verdict.ends:
-            self._store.set(_VERDICT, verdict.to_json())
-        return verdict
+        diagnosis = self._judge.look([beat, *found], seconds)
+        if diagnosis is not None and not diagnosis.ends:
+            self._store.set(_VERDICT, diagnosis.to_json())
+        return diagnosis
 
     def _read(self) -> list[bytes]:
         return self._store.multi_get(self._keys)
 
-    def end(self, verdict: Diagnosis, patience_seconds: float) -> None:
+    def end(self, diagnosis: Diagnosis, patience_seconds: float) -> None:
         """Tell all, and keep the store up until they have heard or can be waited for no longer."""
-        self._store.set(_VERDICT, verdict.to_json())
+        self._store.set(_VERDICT, diagnosis.to_json())
         deadline = time.monotonic() + patience_seconds
         while self._store.add(_HEARD, 0) < len(self._keys) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
 
 
 class MemberTransport:
-    """Any other rank's: it sends its beat and hears rank 0's, and the verdict if there is one.
+    """Any other rank's: it sends its beat and hears rank 0's, and the diagnosis if there is one.
 
     Attributes:
         answers: how often rank 0's store has answered; anyone may read it.
@@ -85,12 +85,12 @@ class MemberTransport:
 
     def exchange(self, beat: Heartbeat, seconds: float) -> Diagnosis | None:
         self._store.set(self._key, beat.to_json())
-        verdict, host_beat = self._store.multi_get([_VERDICT, _beat_key(0)])
+        diagnosis, host_beat = self._store.multi_get([_VERDICT, _beat_key(0)])
         self.answers += 1
         self.host_beat = Heartbeat.from_json(host_beat) if host_beat else None
-        return Diagnosis.from_json(verdict) if verdict else None
+        return Diagnosis.from_json(diagnosis) if diagnosis else None
 
-    def end(self, verdict: Diagnosis, patience_seconds: float) -> None:
+    def end(self, diagnosis: Diagnosis, patience_seconds: float) -> None:
         self._store.add(_HEARD, 1)
 
 

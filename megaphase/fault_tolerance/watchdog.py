@@ -186,12 +186,12 @@ class Watchdog:
             seconds, before = min(now - before, 2 * self._interval), now
             state = "interrupted" if self._stopped else self._state
             try:
-                verdict = self._line.exchange(self._next_beat(state), seconds)
+                diagnosis = self._line.exchange(self._next_beat(state), seconds)
             except RuntimeError:
-                verdict = self._end_without_host(state, GONE)
-            if verdict is not None and verdict.ends:
-                self._end_with_all(verdict)
-            if verdict is not None or (state == "left" and self._rank > 0):
+                diagnosis = self._end_without_host(state, GONE)
+            if diagnosis is not None and diagnosis.ends:
+                self._end_with_all(diagnosis)
+            if diagnosis is not None or (state == "left" and self._rank > 0):
                 self._over.set()
                 return
             self._wake.wait(self._interval)
@@ -226,14 +226,14 @@ class Watchdog:
                 self._end_without_host(self._state, SILENT.format(seconds=unanswered))
                 self._over.set()
 
-    def _end_with_all(self, verdict: Diagnosis) -> NoReturn:
+    def _end_with_all(self, diagnosis: Diagnosis) -> NoReturn:
         """End this process as rank 0 has decided, whatever its main thread is doing."""
         if self._rank == 0:
-            self._speak(verdict)
+            self._speak(diagnosis)
         # Rank 0 has spoken before the first process ends: launchers then kill the others.
         with contextlib.suppress(RuntimeError):
-            self._line.end(verdict, 3 * self._interval)
-        _exit(verdict.exit_code)
+            self._line.end(diagnosis, 3 * self._interval)
+        _exit(diagnosis.exit_code)
 
     def _end_without_host(self, state: State, how: str) -> Diagnosis:
         """End this process because rank 0 does not answer, unless both have left already."""
@@ -241,10 +241,10 @@ class Watchdog:
             return Diagnosis(ends=False)
         assert isinstance(self._line, MemberTransport)
         with self._ending:  # two threads may find it out
-            verdict = host_is_gone(self._places[0], self._line.host_beat, how)
+            diagnosis = host_is_gone(self._places[0], self._line.host_beat, how)
             if self._speaks_for_host():
-                self._speak(verdict)
-            _exit(verdict.exit_code)
+                self._speak(diagnosis)
+            _exit(diagnosis.exit_code)
 
     def _speaks_for_host(self) -> bool:
         """Rank 1, and a rank on another node, should rank 0 have been lost with its whole node."""
@@ -252,14 +252,14 @@ class Watchdog:
         elsewhere = (rank for rank, place in enumerate(self._places) if place.host != lost)
         return self._rank in (1, next(elsewhere, 1))
 
-    def _speak(self, verdict: Diagnosis) -> None:
-        if not verdict.message:
+    def _speak(self, diagnosis: Diagnosis) -> None:
+        if not diagnosis.message:
             return
-        message = verdict.message
-        if verdict.unfinished and self.resume_point:
+        message = diagnosis.message
+        if diagnosis.unfinished and self.resume_point:
             message = f"{message}. {self.resume_point}"
-        lines = [*(f"  {line}" for line in verdict.details), f"megaphase: {message}"]
-        if not report_end(verdict.rank, lines):
+        lines = [*(f"  {line}" for line in diagnosis.details), f"megaphase: {message}"]
+        if not report_end(diagnosis.rank, lines):
             for line in lines:
                 say_on_stderr(line)
 

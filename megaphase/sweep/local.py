@@ -19,13 +19,13 @@ from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trial_run import (
+    collect_results,
     has_diverged,
     is_translated,
     last_line,
     outcome_if_ended,
     read_outcome,
     release_checkpoints,
-    settle,
     train_command,
     translate_command,
 )
@@ -98,7 +98,7 @@ def start_command(command: Sequence[str], log: Path, environment: Mapping[str, s
 
 
 @dataclass
-class _Job:
+class _RunningTrial:
     """A run that goes on: the command that it is at, and those that follow."""
 
     trial: Trial
@@ -142,19 +142,19 @@ class _Runner:
         self._machine, self._display = machine, display
         self._start, self._received = start, received
         self._outcomes = directory.outcomes()
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: dict[str, _RunningTrial] = {}
         self._told = 0  # signals
         self._told_at: float | None = None
 
     def run(self) -> dict[str, Outcome]:
         ended = partial(outcome_if_ended, self._sweep, self._directory)
-        settle(self._sweep, self._directory, self._display, self._outcomes, ended)
+        collect_results(self._sweep, self._directory, self._display, self._outcomes, ended)
         try:
             self._start_what_can_be()
             while self._jobs:
                 time.sleep(POLL_SECONDS)
                 self._hand_signals_down()
-                self._look_after_jobs()
+                self._poll_jobs()
         finally:
             self._kill_all()
         if self._received:
@@ -182,12 +182,12 @@ class _Runner:
         if is_translated(self._sweep, trial):
             scores = self._directory.scores_file(trial.name)
             commands.append(translate_command(self._sweep, trial, run_file, scores))
-        job = _Job(trial, slot, commands)
+        job = _RunningTrial(trial, slot, commands)
         self._start_next_command(job)
         self._jobs[trial.name] = job
         self._display.begin(trial, self._directory.run(trial.name))
 
-    def _start_next_command(self, job: _Job) -> None:
+    def _start_next_command(self, job: _RunningTrial) -> None:
         log = self._directory.log(job.trial.name)
         job.process = self._start(job.commands.pop(0), log, self._machine.environment(job.slot))
 
@@ -208,7 +208,7 @@ class _Runner:
                     "the same command resumes from those"
                 )
 
-    def _look_after_jobs(self) -> None:
+    def _poll_jobs(self) -> None:
         for name, job in list(self._jobs.items()):
             code = job.process.poll()
             if code is None:
@@ -217,10 +217,10 @@ class _Runner:
                 self._start_next_command(job)
             else:
                 del self._jobs[name]
-                self._settle(job, code)
+                self._record_outcome(job, code)
                 self._start_what_can_be()
 
-    def _settle(self, job: _Job, code: int) -> None:
+    def _record_outcome(self, job: _RunningTrial, code: int) -> None:
         name = job.trial.name
         if code == EXIT_REQUEUE or (self._received and (code != 0 or job.commands)):
             if not self._received:

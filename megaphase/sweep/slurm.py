@@ -20,7 +20,7 @@ from rich.console import Console
 from megaphase.launch.slurm.job_file import (
     JOB_FILE,
     TRANSLATION_FILE,
-    Job,
+    SubmittedJob,
     read_job,
     remember_job,
 )
@@ -38,11 +38,11 @@ from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.start import open_sweep, refuse_failures
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trial_run import (
+    collect_results,
     has_ended,
     is_translated,
     last_line,
     outcome_if_ended,
-    settle,
     train_command,
     translate_command,
 )
@@ -130,7 +130,7 @@ class SlurmSweep:
         self.queue = queued_jobs(jobs if self.next is None else jobs | {self.next.job})
 
     def conduct(self) -> Path | None:
-        self._settle()
+        self._collect_results()
         open_trials = ready_trials(self.sweep, self.outcomes)
         waiting = self._queued(open_trials)
         if waiting and self._next_is_queued():
@@ -144,14 +144,14 @@ class SlurmSweep:
         self._submit(trials, behind=waiting)
         return None
 
-    def _settle(self) -> None:
+    def _collect_results(self) -> None:
         """Write down what runs came to whose jobs have left the queue."""
         known = {trial.name for trial in known_trials(self.sweep, self.outcomes)}
         ended = sum(name in known for name in self.outcomes)
         display = SweepDisplay(self.console, self.sweep, len(all_trials(self.sweep)), ended)
-        settle(self.sweep, self.directory, display, self.outcomes, self._come_to)
+        collect_results(self.sweep, self.directory, display, self.outcomes, self._outcome_of)
 
-    def _come_to(self, trial: Trial) -> Outcome | None:
+    def _outcome_of(self, trial: Trial) -> Outcome | None:
         """None of a run that is under way, or still to be begun."""
         if self._queued([trial]):
             return None
@@ -173,7 +173,7 @@ class SlurmSweep:
                 file_of_run.write(log.read_bytes())
         return Outcome(failed=cut_off or _reason(log))
 
-    def _jobs_of(self, name: str) -> Iterator[Job]:
+    def _jobs_of(self, name: str) -> Iterator[SubmittedJob]:
         for file in (JOB_FILE, TRANSLATION_FILE):
             if (job := read_job(self.directory.run(name), file)) is not None:
                 yield job

@@ -99,27 +99,27 @@ def release_checkpoints(
             directory.remove_checkpoints(trial.name)
 
 
-def settle(
+def collect_results(
     sweep: Sweep,
     directory: SweepDirectory,
     display: SweepDisplay,
     outcomes: dict[str, Outcome],
-    come_to: Callable[[Trial], Outcome | None],
+    find_outcome: Callable[[Trial], Outcome | None],
 ) -> None:
     """Write down the outcomes that are missing, of runs that have ended while nobody looked, and
     remove what is not to be kept.
 
-    outcomes: of all runs that are known to have ended; added to. come_to: an outcome, or None.
+    outcomes: of all runs that are known to have ended; added to. find_outcome: an outcome, or None.
     """
-    settled = True
-    while settled:  # other runs become known by that
-        settled = False
+    collected = True
+    while collected:  # other runs become known by that
+        collected = False
         for trial in known_trials(sweep, outcomes):
-            if trial.name not in outcomes and (outcome := come_to(trial)) is not None:
+            if trial.name not in outcomes and (outcome := find_outcome(trial)) is not None:
                 directory.write_outcome(trial.name, outcome)
                 outcomes[trial.name] = outcome
                 display.end(trial, outcome, outcomes)
-                settled = True
+                collected = True
     release_checkpoints(sweep, directory, outcomes)
 
 

@@ -19,8 +19,8 @@ from megaphase.launch.slurm.requeue import (
     RestartHistory,
     decide,
     newest_step,
-    read_chain,
-    write_chain,
+    read_restart_history,
+    write_restart_history,
 )
 from megaphase.launch.slurm.script import template
 
@@ -81,10 +81,10 @@ def test_what_is_said() -> None:
 
 
 def test_a_chain_is_remembered_and_another_job_begins_anew(tmp_path: Path) -> None:
-    assert read_chain(tmp_path, "7") == RestartHistory("7")
-    write_chain(tmp_path, RestartHistory("7", step=8, without_progress=2))
-    assert read_chain(tmp_path, "7") == RestartHistory("7", step=8, without_progress=2)
-    assert read_chain(tmp_path, "9") == RestartHistory("9", step=8)
+    assert read_restart_history(tmp_path, "7") == RestartHistory("7")
+    write_restart_history(tmp_path, RestartHistory("7", step=8, without_progress=2))
+    assert read_restart_history(tmp_path, "7") == RestartHistory("7", step=8, without_progress=2)
+    assert read_restart_history(tmp_path, "9") == RestartHistory("9", step=8)
 
 
 def test_the_newest_checkpoint_is_a_whole_one(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def tokenizer_json(model: ModelProto, where: Path, *, spells_space_symbol: bool)
 
     Raises InputError where the model has something that the format cannot say.
     """
-    vocabulary = _Vocabulary(model)
+    vocabulary = _PieceVocabulary(model)
     if problem := _inexpressible(model, vocabulary):
         raise InputError(where, problem, "`tokenizers` cannot express that; use another tokenizer")
     is_unigram = model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
@@ -80,7 +80,7 @@ def tokenizer_json(model: ModelProto, where: Path, *, spells_space_symbol: bool)
     }
 
 
-class _Vocabulary:
+class _PieceVocabulary:
     """The pieces of a model by what they do; a space is a space.
 
     Attributes:
@@ -132,7 +132,7 @@ class _Vocabulary:
         return next(changes, 1)
 
 
-def _inexpressible(model: ModelProto, vocabulary: _Vocabulary) -> str | None:
+def _inexpressible(model: ModelProto, vocabulary: _PieceVocabulary) -> str | None:
     """What the format cannot say of a model, or None."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type not in (trainer.UNIGRAM, trainer.BPE):
@@ -161,11 +161,11 @@ def _changes_the_ends(normalizer: Any) -> bool:
     return bool(normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces)
 
 
-def _long_symbols(vocabulary: _Vocabulary) -> dict[str, int]:
+def _long_symbols(vocabulary: _PieceVocabulary) -> dict[str, int]:
     return {text: i for text, i in vocabulary.user_symbols.items() if len(text) > 1}
 
 
-def _added_tokens(vocabulary: _Vocabulary, is_unigram: bool) -> Iterator[Json]:
+def _added_tokens(vocabulary: _PieceVocabulary, is_unigram: bool) -> Iterator[Json]:
     """The special tokens; in a BPE model, where no merge makes them, also the user's symbols."""
     symbols = {} if is_unigram else _long_symbols(vocabulary)
     for text, token in sorted((vocabulary.special | symbols).items(), key=lambda item: item[1]):
@@ -201,7 +201,7 @@ def _replace(pattern: Json, content: str) -> Json:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-def _pre_tokenizer(vocabulary: _Vocabulary) -> Json | None:
+def _pre_tokenizer(vocabulary: _PieceVocabulary) -> Json | None:
     """Cut what reads as the name of a hidden piece and has a character that is not in the
     vocabulary."""
     patterns = []
@@ -224,7 +224,7 @@ def _decoder(model: ModelProto) -> Json:
     return {"type": "Sequence", "decoders": steps}
 
 
-def _unigram(model: ModelProto, vocabulary: _Vocabulary) -> Json:
+def _unigram(model: ModelProto, vocabulary: _PieceVocabulary) -> Json:
     scores = vocabulary.unigram_scores()
     least = min(scores.values(), default=0.0)
     for text in vocabulary.hidden:
@@ -238,7 +238,7 @@ def _unigram(model: ModelProto, vocabulary: _Vocabulary) -> Json:
     }
 
 
-def _bpe(model: ModelProto, vocabulary: _Vocabulary) -> Json:
+def _bpe(model: ModelProto, vocabulary: _PieceVocabulary) -> Json:
     return {
         "type": "BPE",
         "dropout": None,
@@ -253,7 +253,7 @@ def _bpe(model: ModelProto, vocabulary: _Vocabulary) -> Json:
     }
 
 
-def _merges(vocabulary: _Vocabulary) -> Iterator[tuple[str, str]]:
+def _merges(vocabulary: _PieceVocabulary) -> Iterator[tuple[str, str]]:
     """Every pair of pieces that makes a piece, by the score of what it makes.
 
     sentencepiece takes the leftmost of the pairs that make the same piece, `tokenizers` the first
@@ -264,7 +264,7 @@ def _merges(vocabulary: _Vocabulary) -> Iterator[tuple[str, str]]:
     return chain.from_iterable(_splits(text, vocabulary) for text, _ in by_score)
 
 
-def _splits(text: str, vocabulary: _Vocabulary) -> Iterator[tuple[str, str]]:
+def _splits(text: str, vocabulary: _PieceVocabulary) -> Iterator[tuple[str, str]]:
     for place in range(len(text) - 1, 0, -1):
         left, right = text[:place], text[place:]
         if left in vocabulary.normal and right in vocabulary.normal:

@@ -14,7 +14,7 @@ Outcome = Literal["wins", "loses", "undecided"]
 
 
 @dataclass(frozen=True)
-class Progress:
+class SweepProgress:
     """How far a sweep is.
 
     Attributes:
@@ -53,10 +53,10 @@ class Verdict:
         return f"{self.headline}: {self.detail}."
 
 
-def progress_of(record: SweepRecord) -> Progress:
+def progress_of(record: SweepRecord) -> SweepProgress:
     """How many runs have ended, of how many."""
     waiting = any(trial.name not in record.outcomes for trial in record.trials)
-    return Progress(len(record.outcomes), count_trials(record.sweep), waiting)
+    return SweepProgress(len(record.outcomes), count_trials(record.sweep), waiting)
 
 
 def verdicts_of(record: SweepRecord, fronts: Sequence[ModelFronts]) -> list[Verdict]:
@@ -70,7 +70,7 @@ def verdicts_of(record: SweepRecord, fronts: Sequence[ModelFronts]) -> list[Verd
     ]
 
 
-def _verdict(arm: ArmFront, model: ModelFronts, progress: Progress) -> Verdict:
+def _verdict(arm: ArmFront, model: ModelFronts, progress: SweepProgress) -> Verdict:
     outcome, headline, detail = _judge(arm, model)
     if progress.waiting:
         headline = f"So far, with {progress.ended:,} of {progress.planned:,} runs, {headline}"

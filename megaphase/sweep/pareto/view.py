@@ -12,7 +12,7 @@ from megaphase.sweep.pareto.curves import RunCurves, curves_of
 from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts, fronts_of
 from megaphase.sweep.pareto.points import Failure, Point, best_of, failures
 from megaphase.sweep.pareto.trade_off import ArmStyles, style_of_arms
-from megaphase.sweep.pareto.verdict import Progress, Verdict, progress_of, verdicts_of
+from megaphase.sweep.pareto.verdict import SweepProgress, Verdict, progress_of, verdicts_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SweepView:
     fronts: Sequence[ModelFronts]
     verdicts: Sequence[Verdict]
     failures: Sequence[Failure]
-    progress: Progress
+    progress: SweepProgress
     curves: Mapping[str, RunCurves]
     styles: ArmStyles
 
