@@ -226,14 +226,14 @@ def compare_bytes(folder: Path) -> None:
 
 def compare_verify(folder: Path) -> None:
     """`data verify`, without its start, beside `cat` of the same files."""
-    from megaphase.data_tools.corpora.verify import verify
+    from megaphase.data_tools.corpora.verify import verify_corpus
 
     files = [str(folder / f"ours{suffix}") for suffix in (".bin", ".idx", ".hash", ".sum")]
     size = sum(os.path.getsize(file) for file in files)
     for _ in range(ROUNDS):
         cat = command_seconds(["sh", "-c", 'cat "$@" | cat > /dev/null', "sh", *files])
         began = time.perf_counter()
-        verify(folder / "ours")
+        verify_corpus(folder / "ours")
         seconds = time.perf_counter() - began
         print(
             f"verify {size / 1e6 / seconds:,.0f} MB/s, cat {size / 1e6 / cat:,.0f} MB/s, "

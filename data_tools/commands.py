@@ -220,8 +220,8 @@ def _submit(array: ArrayOfShards, dry_run: bool) -> None:
     typer.echo(f"Follow: squeue --jobs {submitted.array},{submitted.merge}")
 
 
-data_app.command("from-megatron")(corpora.from_megatron_command)
-data_app.command("inspect")(corpora.inspect_command)
+data_app.command("from-megatron")(corpora.corpus_from_megatron_command)
+data_app.command("inspect")(corpora.inspect_corpus_command)
 data_app.command("stats")(corpora.stats_command)
 data_app.command("verify")(corpora.verify_command)
 data_app.command("merge")(corpora.merge_command)

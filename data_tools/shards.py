@@ -63,7 +63,7 @@ def parts_of(paths: Sequence[Path], shard: ShardChoice) -> Iterator[FilePart]:
             yield FilePart(file, max(low - begins, 0), end)
 
 
-def shards_of(out: Path) -> list[Path]:
+def existing_shards(out: Path) -> list[Path]:
     """The prefixes of the shards of the corpus `out` that are there, in order.
 
     Raises InputError where there is none, or where shards of several divisions lie there.

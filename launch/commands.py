@@ -200,12 +200,12 @@ def status_command(
     """
     from json import dumps
 
-    from megaphase.launch.slurm.status import as_json, as_text, read_status
+    from megaphase.launch.slurm.status import as_text, read_status, status_as_json
 
     for number, run_dir in enumerate(run_dirs):
         status = read_status(run_dir)
         if json:
-            print(dumps(as_json(status)))
+            print(dumps(status_as_json(status)))
         else:
             print("\n" * (number > 0) + as_text(status), end="")
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Prefixes = Annotated[list[Path], typer.Argument(metavar="PREFIX", help="The corpora.")]
 
 
-def from_megatron_command(
+def corpus_from_megatron_command(
     source: Annotated[Path, typer.Argument(metavar="PREFIX", help="Of its .bin and .idx.")],
     tokenizer: Annotated[Path, typer.Option(help="The tokenizer that made the tokens.")],
     out: Annotated[
@@ -35,9 +35,9 @@ def from_megatron_command(
 
     Example: megaphase data from-megatron old/en_text_document --tokenizer tok/ --out data/en
     """
-    from megaphase.data_tools.corpora.from_megatron import from_megatron
+    from megaphase.data_tools.corpora.from_megatron import corpus_from_megatron
 
-    manifest = from_megatron(
+    manifest = corpus_from_megatron(
         source,
         tokenizer,
         out,
@@ -48,7 +48,7 @@ def from_megatron_command(
     print_corpora({out: manifest})
 
 
-def inspect_command(
+def inspect_corpus_command(
     prefix: Annotated[Path, typer.Argument(help="The corpus's prefix.")],
     tokenizer: Annotated[
         Path | None, typer.Option(help="The tokenizer's directory; needed for --document.")
@@ -100,10 +100,10 @@ def verify_command(prefixes: Prefixes) -> None:
 
     Example: megaphase data verify data/en data/hi
     """
-    from megaphase.data_tools.corpora.verify import verify
+    from megaphase.data_tools.corpora.verify import verify_corpus
 
     for prefix in prefixes:
-        manifest = verify(prefix, new_console(stderr=True))
+        manifest = verify_corpus(prefix, new_console(stderr=True))
         typer.echo(f"{prefix}: whole, {manifest.documents:,} documents, {manifest.tokens:,} tokens")
 
 
@@ -127,11 +127,11 @@ def merge_command(
     Example: megaphase data merge data/en-1 data/en-2 --out data/en --dedup
     """
     from megaphase.data_tools.corpora.merge import merge, remove_corpus
-    from megaphase.data_tools.shards import shards_of
+    from megaphase.data_tools.shards import existing_shards
 
     if shards == bool(prefixes):
         raise InputError("--shards", "it takes the place of the prefixes", "give one of them")
-    chosen = shards_of(out) if shards else prefixes or []
+    chosen = existing_shards(out) if shards else prefixes or []
     manifest = merge(
         chosen,
         out,

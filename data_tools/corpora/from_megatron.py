@@ -69,7 +69,7 @@ class DocumentImporter:
             raise InputError(self.path, f"{problem}{self.tokenizer.vocab_size - 1}", _REMEDY)
 
 
-def from_megatron(
+def corpus_from_megatron(
     source: Path,
     tokenizer_dir: Path,
     out: Path,

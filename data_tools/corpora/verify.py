@@ -23,7 +23,7 @@ _INDEX_ITEMS = 1 << 20
 _REMEDY = "tokenize again"
 
 
-def verify(prefix: Path, console: Console | None = None) -> Manifest:
+def verify_corpus(prefix: Path, console: Console | None = None) -> Manifest:
     """Check a corpus: the hash of every file, and that lengths, offsets and tokens fit together.
 
     Memory does not grow with the corpus. Raises InputError that names the file, the first fault in
@@ -47,7 +47,7 @@ def checked_batches(
     """All documents of a corpus, some at a time, checked on the way: read once, for two ends.
 
     What is wrong in a batch is found before the batch is given; that a file's hash is not the
-    manifest's, only at the end. Raises InputError as `verify` does.
+    manifest's, only at the end. Raises InputError as `verify_corpus` does.
     """
     manifest, prefix = corpus.manifest, corpus.prefix
     for suffix, record in manifest.files.items():

@@ -20,9 +20,9 @@ from megaphase.data_tools.text.reading import Document, Reading, SourceTarget
 from megaphase.data_tools.text.records import (
     InvalidDocument,
     documents_and_wrong_ones,
-    documents_of,
     identified_and_wrong_ones,
     identified_documents,
+    read_documents,
 )
 
 __all__ = [
@@ -37,10 +37,10 @@ __all__ = [
     "check_text_file",
     "display_name",
     "documents_and_wrong_ones",
-    "documents_of",
     "expand_inputs",
     "identified_and_wrong_ones",
     "identified_documents",
     "read_chunks",
+    "read_documents",
     "size_on_disk",
 ]

@@ -16,9 +16,9 @@ from megaphase.data_tools.text.file_types import (
     STDIN,
     check_text_file,
     display_name,
+    file_type_of,
     is_compressed,
     is_parquet,
-    kind_of,
     size_on_disk,
 )
 from megaphase.data_tools.text.reading import Reading
@@ -79,7 +79,7 @@ def _check_reading(path: Path, reading: Reading, whole: bool) -> None:
     if path == STDIN and not whole:
         problem = "cannot be read in parts"
         raise InputError(display_name(path), problem, "write it to a file first")
-    if reading.pair is not None and kind_of(path, reading.stdin_kind) == "txt":
+    if reading.pair is not None and file_type_of(path, reading.stdin_kind) == "txt":
         problem = "plain text holds no translation pairs"
         raise InputError(display_name(path), problem, "use JSONL or Parquet")
 
@@ -87,7 +87,7 @@ def _check_reading(path: Path, reading: Reading, whole: bool) -> None:
 def _plain_chunks(
     path: Path, reading: Reading, start: TextPosition, begin: int, end: int | None, chunk_bytes: int
 ) -> Iterator[TextChunk]:
-    ends = Boundaries.of(kind_of(path, reading.stdin_kind), reading)
+    ends = Boundaries.of(file_type_of(path, reading.stdin_kind), reading)
     with open(path, "rb") as file:
         first = ends.end_in_file(file, begin)
         last = file.seek(0, os.SEEK_END) if end is None else ends.end_in_file(file, end)
@@ -121,7 +121,7 @@ def _uncompressed_chunks(
 def _compressed_chunks(
     path: Path, reading: Reading, start: TextPosition, begin: int, end: int | None, chunk_bytes: int
 ) -> Iterator[TextChunk]:
-    ends = Boundaries.of(kind_of(path, reading.stdin_kind), reading)
+    ends = Boundaries.of(file_type_of(path, reading.stdin_kind), reading)
     position, disk = TextPosition(), 0
     with open(path, "rb") as file:
         pieces = decompressed(file, path.suffix)

@@ -23,7 +23,7 @@ _KINDS: dict[str, Kind] = {
 }
 
 
-def kind_of(path: Path, stdin_kind: Kind) -> Kind:
+def file_type_of(path: Path, stdin_kind: Kind) -> Kind:
     """What the file holds, by its name; `check_text_file` must have accepted it."""
     if path == STDIN:
         return stdin_kind

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 from megaphase.data_tools.text.boundaries import Boundaries
 from megaphase.data_tools.text.chunk import TextChunk, advance
-from megaphase.data_tools.text.file_types import display_name, kind_of
+from megaphase.data_tools.text.file_types import display_name, file_type_of
 from megaphase.data_tools.text.reading import ID_KEY, Document, Reading
 from megaphase.utils.errors import InputError
 
@@ -43,7 +43,7 @@ class InvalidDocument:
     text: str
 
 
-def documents_of(chunk: TextChunk, reading: Reading) -> Iterator[Document]:
+def read_documents(chunk: TextChunk, reading: Reading) -> Iterator[Document]:
     """The documents of a chunk: Pairs where `reading.pair` is given, texts otherwise.
 
     Raises InputError as `identified_documents` does.
@@ -58,7 +58,7 @@ def identified_documents(chunk: TextChunk, reading: Reading) -> Iterator[tuple[D
     Raises InputError, naming file and line (Parquet: row), where a line is not UTF-8 or not a JSON
     object, or a key is missing from it or holds something else than a string.
     """
-    kind = kind_of(chunk.path, reading.stdin_kind)
+    kind = file_type_of(chunk.path, reading.stdin_kind)
     if kind == "parquet":
         for where, row, names in _rows(chunk):
             yield _document(row, reading, where, names), _id(row)
@@ -94,7 +94,7 @@ def identified_and_wrong_ones(
     else:
         yield from documents
         return
-    if kind_of(chunk.path, reading.stdin_kind) == "parquet":
+    if file_type_of(chunk.path, reading.stdin_kind) == "parquet":
         yield from _rows_and_wrong_ones(chunk, reading)
         return
     for single in _single_documents(chunk, reading):
@@ -128,7 +128,7 @@ def _rows_and_wrong_ones(
 
 def _single_documents(chunk: TextChunk, reading: Reading) -> Iterator[TextChunk]:
     """A chunk of text for every document."""
-    ends = Boundaries.of(kind_of(chunk.path, reading.stdin_kind), reading)
+    ends = Boundaries.of(file_type_of(chunk.path, reading.stdin_kind), reading)
     # A line begins where the chunk does.
     found = re.finditer(ends.between.encode(), b"\n" + chunk.data)
     position, begin = replace(chunk.start, line=chunk.first_line), 0

@@ -37,7 +37,7 @@ class Algorithm(StrEnum):
 
 
 @tokenizer_app.command("train")
-def train(
+def train_tokenizer_command(
     inputs: Annotated[
         list[str],
         typer.Option(
@@ -124,7 +124,7 @@ def train(
 
 
 @tokenizer_app.command("inspect")
-def inspect(
+def inspect_tokenizer_command(
     path: Annotated[
         Path, typer.Argument(help="A tokenizer of ours, a .model file, a Hugging Face directory.")
     ],

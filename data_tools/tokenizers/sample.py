@@ -9,7 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from zlib import crc32
 
-from megaphase.data_tools.text import Reading, display_name, documents_of, read_chunks
+from megaphase.data_tools.text import Reading, display_name, read_chunks, read_documents
 from megaphase.utils.errors import InputError
 from megaphase.utils.progress import Advance
 
@@ -117,7 +117,7 @@ def _sentences(
     """Each sentence, and whether it is kept out of training; the first never is."""
     is_first = True
     for chunk in chain.from_iterable(read_chunks(path, reading) for path in files):
-        for document in documents_of(chunk, reading):
+        for document in read_documents(chunk, reading):
             assert isinstance(document, str)
             for sentence in sentences_of(document):
                 held_out = crc32(sentence.encode()) % _HELD_OUT_ONE_IN == 0

@@ -213,7 +213,7 @@ def _progress(run_dir: Path, planned: Mapping[str, int]) -> _RunProgress:
     )
 
 
-def as_json(status: Status) -> dict[str, Any]:
+def status_as_json(status: Status) -> dict[str, Any]:
     """All of it, as plain data."""
     return asdict(status)
 

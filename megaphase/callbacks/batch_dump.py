@@ -12,7 +12,7 @@ import numpy as np
 
 from megaphase.callbacks.callback import Callback, StepRecord
 from megaphase.plan.plan import Plan
-from megaphase.plan.trace import TracedSample, as_json, sample_origins, trace_step
+from megaphase.plan.trace import TracedSample, sample_as_json, sample_origins, trace_step
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_text, os_errors_named
 from megaphase.utils.set_aside import make_way_for_directory, make_way_for_file
@@ -53,4 +53,4 @@ class BatchDump(Callback):
         origins = None
         with suppress(InputError):  # training does not depend on where documents come from
             origins = sample_origins(self._plan, sample)
-        return json.dumps(as_json(sample, None, origins), ensure_ascii=False) + "\n"
+        return json.dumps(sample_as_json(sample, None, origins), ensure_ascii=False) + "\n"

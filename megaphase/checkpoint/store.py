@@ -51,7 +51,7 @@ from megaphase.utils.set_aside import (
     remove_leftover,
     say_on_standard_error,
     set_aside,
-    shown,
+    shown_path,
 )
 
 MANIFEST_FILE = "manifest.json"
@@ -254,7 +254,7 @@ class CheckpointStore:
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             kind = kind_of(self.folder)
             problem = "leads nowhere" if kind == "a symbolic link" else f"is {kind}"
-            return [], [f"{shown(self.folder)}: {problem}, where a run has its checkpoints"]
+            return [], [f"{shown_path(self.folder)}: {problem}, where a run has its checkpoints"]
         names = [folder.name for folder in checkpoint_folders(self.folder)]
         others = []
         if self.folder.is_dir():

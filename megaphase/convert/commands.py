@@ -272,11 +272,11 @@ def inspect_command(
     from json import dumps
 
     from megaphase.convert.inspect import Inspector, inspect
-    from megaphase.convert.inspect_table import as_json, as_table
+    from megaphase.convert.inspect_table import inspection_as_json, inspection_table
 
     how = Inspector(verify, trust_pickle, workers, new_console(stderr=True, highlight=False))
     contents = inspect(checkpoint, how)
     if json:
-        print(dumps(as_json(contents), indent=2, ensure_ascii=False))
+        print(dumps(inspection_as_json(contents), indent=2, ensure_ascii=False))
     else:
-        new_console(highlight=False).print(as_table(contents), markup=False)
+        new_console(highlight=False).print(inspection_table(contents), markup=False)

@@ -21,7 +21,7 @@ from megaphase.convert.hugging_face.weights import find_tensors
 from megaphase.convert.megatron.files import RankFile, rank_files
 from megaphase.convert.megatron.names import TRACKER_FILE
 from megaphase.convert.safe_torch_load import check_archives
-from megaphase.convert.source import Source, open_source, verify
+from megaphase.convert.source import Source, open_source, verify_checkpoint
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import folder_bytes, read_file, read_json
 from megaphase.utils.names import LATEST
@@ -102,7 +102,7 @@ def _ours(source: Source, how: Inspector) -> Contents:
     verified = None
     if how.verify:
         with bytes_progress(how.console, "verifying", source.nbytes) as advance:
-            files = verify(source.folder, workers=how.workers, advance=advance)
+            files = verify_checkpoint(source.folder, workers=how.workers, advance=advance)
         verified = f"all {files} files are as they were written"
     portable = all(file.startswith(f"{PORTABLE_FOLDER}/") for file in weights.shards)
     position = state.get("position", {})

@@ -17,7 +17,7 @@ from megaphase.convert.inspect import Contents
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a block, in a tensor's name
 
 
-def as_json(contents: Contents) -> dict[str, Any]:
+def inspection_as_json(contents: Contents) -> dict[str, Any]:
     """Everything; tensors by name with `dtype` and `shape`."""
     return {
         "format": contents.format,
@@ -32,7 +32,7 @@ def as_json(contents: Contents) -> dict[str, Any]:
     }
 
 
-def as_table(contents: Contents) -> RenderableType:
+def inspection_table(contents: Contents) -> RenderableType:
     """Facts, then tensors; those that all blocks have alike are one line."""
     facts = Table.grid(padding=(0, 2))
     facts.add_row("format", contents.format)

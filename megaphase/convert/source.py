@@ -86,7 +86,7 @@ def files_in_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise InputError(path, "is missing or damaged", "use another checkpoint") from None
 
 
-def verify(folder: Path, *, workers: int, advance: Advance = lambda count: None) -> int:
+def verify_checkpoint(folder: Path, *, workers: int, advance: Advance = lambda count: None) -> int:
     """Compare every file of a checkpoint with its manifest; how many there are.
 
     advance: gets the number of bytes of every chunk that was read, from several threads.

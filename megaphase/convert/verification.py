@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from megaphase.convert.source import Advance, Source, verify
+from megaphase.convert.source import Advance, Source, verify_checkpoint
 from megaphase.utils.errors import InputError
 from megaphase.utils.progress import bytes_progress
 
@@ -37,7 +37,9 @@ def verified_meanwhile(
                 raise CancelledError
             advance(count)
 
-        work = pool.submit(verify, source.folder, workers=workers, advance=count_verified)
+        work = pool.submit(
+            verify_checkpoint, source.folder, workers=workers, advance=count_verified
+        )
 
         def count_written(count: int) -> None:
             if work.done():

@@ -25,7 +25,7 @@ def run_on_all_ranks(action: Callable[[], Result]) -> Result:
     Raises the InputError or RunError of the lowest rank that raised one on all of them. torch is
     imported only if there are several processes.
     """
-    outcome = outcome_of(action)
+    outcome = result_or_fault(action)
     faults = [outcome] if world_size() == 1 else _gather_faults(outcome)
     for fault in faults:
         if isinstance(fault, Fault):
@@ -41,7 +41,7 @@ def on_first_rank(action: Callable[[], Result]) -> Result:
     from megaphase.distributed.process_grid import device, join_processes
 
     join_processes()
-    shared = [outcome_of(action) if global_rank() == 0 else None]
+    shared = [result_or_fault(action) if global_rank() == 0 else None]
     dist.broadcast_object_list(shared, src=0, device=device())
     outcome = shared[0]
     if isinstance(outcome, Fault):
@@ -84,7 +84,7 @@ def leaving_processes() -> Iterator[None]:
             distributed.destroy_process_group()
 
 
-def outcome_of(action: Callable[[], Result]) -> Result | Fault:
+def result_or_fault(action: Callable[[], Result]) -> Result | Fault:
     """What `action` returns, or the fault that it raises, which an OSError with a path is, too."""
     try:
         return action()

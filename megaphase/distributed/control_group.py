@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from megaphase.distributed.all_ranks import Fault, outcome_of
+from megaphase.distributed.all_ranks import Fault, result_or_fault
 
 Fact = TypeVar("Fact")
 
@@ -37,7 +37,7 @@ class ControlGroup:
 
     def on_first_rank(self, action: Callable[[], object]) -> None:
         """Run `action` on rank 0 while the others wait; its fault is raised on all of them."""
-        outcome = [outcome_of(action) if self.rank == 0 else None]
+        outcome = [result_or_fault(action) if self.rank == 0 else None]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         if isinstance(outcome[0], Fault):
             raise outcome[0]

@@ -198,10 +198,10 @@ def translate_command(
     from megaphase.generation.decoding import Decoding
     from megaphase.generation.evaluation import (
         TranslationTest,
-        as_json,
-        as_table,
         check_place,
         evaluate_translation,
+        scores_as_json,
+        scores_table,
         signature_lines,
         write_translations,
     )
@@ -217,9 +217,9 @@ def translate_command(
     if out is not None:
         write_translations(out, results.translations)
     if scores is not None:
-        atomic_write_json(scores, as_json(results))
+        atomic_write_json(scores, scores_as_json(results))
     if json:
-        print(dumps(as_json(results), indent=2))
+        print(dumps(scores_as_json(results), indent=2))
     else:
-        new_console(highlight=False).print(as_table(results))
+        new_console(highlight=False).print(scores_table(results))
         print(*signature_lines(results), sep="\n")

@@ -109,13 +109,13 @@ def write_translations(path: Path, translations: Mapping[str, Sequence[Translati
     atomic_write_text(path, "".join(lines))
 
 
-def as_json(results: TranslationResults) -> dict[str, Any]:
+def scores_as_json(results: TranslationResults) -> dict[str, Any]:
     """The step, and the scores by task."""
     scores = {name: asdict(each) for name, each in results.scores.items()}
     return {"step": results.step, "translation": scores}
 
 
-def as_table(results: TranslationResults) -> Table:
+def scores_table(results: TranslationResults) -> Table:
     """The scores, a row a task."""
     title = f"Translations of held-out sources at step {results.step:,}"
     table = Table(title=title, title_justify="left")

@@ -131,8 +131,8 @@ def trace_command(
     from json import dumps
 
     from megaphase.plan.trace import (
-        as_json,
         print_texts,
+        sample_as_json,
         sample_origins,
         sample_texts,
         trace_step,
@@ -161,7 +161,7 @@ def trace_command(
         for sample in samples:
             texts = sample_texts(plan, sample, tokenizer) if text else None
             origins = sample_origins(plan, sample)
-            print(dumps(as_json(sample, texts, origins), ensure_ascii=False))
+            print(dumps(sample_as_json(sample, texts, origins), ensure_ascii=False))
         return
     console = _console()
     console.print(

@@ -171,7 +171,7 @@ def print_texts(
             console.print(text.strip("\n"), markup=False, soft_wrap=True)
 
 
-def as_json(
+def sample_as_json(
     sample: TracedSample, texts: list[str] | None, origins: list[Origin] | None = None
 ) -> dict[str, Any]:
     """A sample for machines; `texts` and `origins`, where given, are those of its pieces."""

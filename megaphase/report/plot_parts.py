@@ -19,8 +19,8 @@ from megaphase.report.plot_style import (
     Size,
     inch_axes,
     new_figure,
+    plot_label,
     short_number,
-    shown,
 )
 
 BEGINNING = 0.1  # of the steps so far; a loss falls so far in it that all else would look flat
@@ -84,7 +84,7 @@ def panel_grid(
             left + panel_width,
             bottom + panel_height - title_inches,
         )
-        axes.set_title(shown(title), loc="left", fontweight="bold")
+        axes.set_title(plot_label(title), loc="left", fontweight="bold")
         panels.append(axes)
     return figure, panels
 

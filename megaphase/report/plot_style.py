@@ -93,7 +93,7 @@ def inch_axes(figure: Figure, left: float, bottom: float, right: float, top: flo
     return axes
 
 
-def shown(name: str) -> str:
+def plot_label(name: str) -> str:
     """A task's or run's name as a figure shows it: shortened, and never taken for mathematics."""
     short = name if len(name) <= NAME_LIMIT else name[: NAME_LIMIT - 1] + "…"
     return short.replace("$", r"\$")
@@ -101,7 +101,7 @@ def shown(name: str) -> str:
 
 def label_width(names: Iterable[str]) -> float:
     """Inches that the longest of these names needs beside the axes, with some air."""
-    return 0.15 + CHARACTER_INCHES * max((len(shown(name)) for name in names), default=0)
+    return 0.15 + CHARACTER_INCHES * max((len(plot_label(name)) for name in names), default=0)
 
 
 def line_colours(names: Iterable[str]) -> dict[str, str]:
@@ -121,7 +121,7 @@ def label_line_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
     wanted = [(y - low) / (high - low) * height for _, y, _ in ends]
     for (name, _, colour), position in zip(ends, spread(wanted, height), strict=True):
         axes.annotate(
-            shown(name),
+            plot_label(name),
             (1.0, position / height),
             xycoords="axes fraction",
             xytext=(6, 0),

@@ -41,9 +41,9 @@ from megaphase.report.plot_style import (
     label_width,
     line_colours,
     new_figure,
+    plot_label,
     plot_style,
     short_number,
-    shown,
 )
 from megaphase.report.runs import RunRecord, TaskShare
 
@@ -132,7 +132,7 @@ def comparison_plot(runs: Sequence[RunRecord], size: Size) -> Figure:
     """Validation loss over steps: one panel per task, in it one line per run."""
     tasks = validated_tasks(runs)
     colours = line_colours(run.name for run in runs)
-    keys = [line_key(shown(run.name), color=colours[run.name], lw=1.8) for run in runs]
+    keys = [line_key(plot_label(run.name), color=colours[run.name], lw=1.8) for run in runs]
     columns = 2 if size.narrow else 4
     top = 0.2 + LEGEND_LINE_INCHES * -(-len(runs) // columns)
     span = _steps_of(runs)
@@ -217,7 +217,7 @@ def _mark_steps(axes: Axes, run: RunRecord) -> None:
         late = step > left + 0.75 * (right - left)
         axes.axvline(step, color=INK, linewidth=1.0, linestyle=style, zorder=1)
         axes.annotate(
-            f"{shown(label)} →" if late else f"→ {shown(label)}",
+            f"{plot_label(label)} →" if late else f"→ {plot_label(label)}",
             (step, 1.0),
             xycoords=("data", "axes fraction"),
             # Every label has a line of its own, because the steps may be near each other.
@@ -280,7 +280,7 @@ def _phase_bars(
             va="center_baseline",
             bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.5},  # over the limit's line
         )
-    axes.set_yticks(range(len(tasks)), [shown(task) for task in tasks])
+    axes.set_yticks(range(len(tasks)), [plot_label(task) for task in tasks])
     axes.set_ylim(len(tasks) - 0.5, -0.5)
     axes.set_xlim(0, max(float(ends.max()), 1e-9))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
@@ -288,6 +288,6 @@ def _phase_bars(
     axes.grid(False, axis="y")
     axes.set_xlabel(title)
     return [
-        Patch(color=MUTED, alpha=float(strength), label=shown(phase.name))
+        Patch(color=MUTED, alpha=float(strength), label=plot_label(phase.name))
         for phase, strength in zip(phases, strengths, strict=True)
     ]

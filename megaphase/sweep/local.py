@@ -26,8 +26,8 @@ from megaphase.sweep.trial_run import (
     outcome_if_ended,
     read_outcome,
     release_checkpoints,
-    train_command,
-    translate_command,
+    train_arguments,
+    translate_arguments,
 )
 from megaphase.sweep.trials import Trial, ready_trials
 from megaphase.utils.errors import (
@@ -178,10 +178,10 @@ class _Runner:
         run_file = self._directory.write_run_file(self._sweep, trial)
         taken = {job.slot for job in self._jobs.values()}
         slot = next(slot for slot in range(self._machine.jobs) if slot not in taken)
-        commands = [train_command(self._directory, trial, run_file, self._machine.processes)]
+        commands = [train_arguments(self._directory, trial, run_file, self._machine.processes)]
         if is_translated(self._sweep, trial):
             scores = self._directory.scores_file(trial.name)
-            commands.append(translate_command(self._sweep, trial, run_file, scores))
+            commands.append(translate_arguments(self._sweep, trial, run_file, scores))
         job = _RunningTrial(trial, slot, commands)
         self._start_next_command(job)
         self._jobs[trial.name] = job

@@ -43,8 +43,8 @@ from megaphase.sweep.trial_run import (
     is_translated,
     last_line,
     outcome_if_ended,
-    train_command,
-    translate_command,
+    train_arguments,
+    translate_arguments,
 )
 from megaphase.sweep.trials import Trial, all_trials, known_trials, ready_trials
 from megaphase.utils.errors import InputError
@@ -291,11 +291,11 @@ def _steps(
         array: dict[str, Any] = {"array": len(members)}
         if jobs.at_a_time is not None:
             array["at_a_time"] = jobs.at_a_time
-        train = train_command(directory, trial, run_file, processes=1)
+        train = train_arguments(directory, trial, run_file, processes=1)
         steps[name] = {"train": shlex.join(train[1:]), **array, **jobs.training}
         if is_translated(sweep, trial):
             scores = folder / name / "%task.json"
-            command = translate_command(sweep, trial, run_file, scores)
+            command = translate_arguments(sweep, trial, run_file, scores)
             steps[f"{name}{TRANSLATE}"] = {
                 "command": shlex.join(command),
                 **array,

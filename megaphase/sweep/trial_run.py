@@ -16,7 +16,7 @@ from megaphase.utils.errors import InputError
 from megaphase.utils.files import read_json
 
 
-def train_command(
+def train_arguments(
     directory: SweepDirectory, trial: Trial, run_file: Path, processes: int
 ) -> list[str]:
     """What follows `megaphase` to train a run."""
@@ -28,7 +28,7 @@ def train_command(
     return ["launch", "local", str(run_file), "--processes", str(processes), *source]
 
 
-def translate_command(sweep: Sweep, trial: Trial, run_file: Path, scores: Path) -> list[str]:
+def translate_arguments(sweep: Sweep, trial: Trial, run_file: Path, scores: Path) -> list[str]:
     """What follows `megaphase` to score the translations of a run; scores: where they go."""
     assert sweep.config.translation is not None
     options = sweep.config.translation.model_dump()

@@ -21,7 +21,7 @@ def say_on_standard_error(text: str) -> None:
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
 
 
-def shown(path: Path | str) -> str:
+def shown_path(path: Path | str) -> str:
     """A path for a message; bytes of its name that are not UTF-8 are escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
@@ -52,7 +52,7 @@ def set_aside(path: Path, wanted: str, say: Say = say_on_standard_error) -> Path
     names = (f"{path.name}{SUFFIX}" + (f"-{n}" if n > 1 else "") for n in count(1))
     aside = next(each for each in map(path.with_name, names) if not os.path.lexists(each))
     os.rename(path, aside)
-    say(f"{shown(path)}: is {kind}, not {wanted}; it is renamed to {shown(aside.name)}")
+    say(f"{shown_path(path)}: is {kind}, not {wanted}; it is renamed to {shown_path(aside.name)}")
     return aside
 
 

@@ -16,7 +16,7 @@ from plan_support import FakeTokenizer, phase, random_lengths, write_corpus, wri
 
 from megaphase.config.load import load_run_file
 from megaphase.corpus import integrity
-from megaphase.distributed.all_ranks import outcome_of
+from megaphase.distributed.all_ranks import result_or_fault
 from megaphase.plan.build import ensure_built
 from megaphase.plan.origin import read_origin
 from megaphase.plan.plan import Plan
@@ -139,7 +139,7 @@ def is_found_or_harmless(
     files = files_to_damage(folder)
     path = folder / files[seed % len(files)]
     how = damage(path, seed)
-    outcome = outcome_of(lambda: use(folder))
+    outcome = result_or_fault(lambda: use(folder))
     if isinstance(outcome, InputError | RunError):
         assert str(folder) in str(outcome), f"{how} of {path}: {outcome}"
         assert "\n" not in str(outcome)

@@ -25,7 +25,7 @@ from megaphase.config.run import RunConfig
 from megaphase.corpus import Corpus, CorpusWriter, DocumentBatch, integrity
 from megaphase.corpus._checksums import block_checksums
 from megaphase.corpus.integrity import check_document, check_files, wrong_tokens
-from megaphase.distributed.all_ranks import outcome_of
+from megaphase.distributed.all_ranks import result_or_fault
 from megaphase.plan.dataset import read_held_out
 from megaphase.plan.spec import check_corpora
 from megaphase.utils.errors import InputError
@@ -117,7 +117,8 @@ def test_processes_of_a_node_share_the_comparing(run):
     corpora = [Corpus.open(task.corpus) for task in run.tasks.values()]
     flip(Path(f"{corpora[1].prefix}.sum"), 5)
     found = [
-        outcome_of(lambda number=number: check_files(corpora, number, 3)) for number in range(3)
+        result_or_fault(lambda number=number: check_files(corpora, number, 3))
+        for number in range(3)
     ]
     [error] = [each for each in found if each is not None]
     assert str(error).startswith(f"{corpora[1].prefix}.sum: was altered")

@@ -15,7 +15,7 @@ from megaphase.corpus import Corpus, CorpusWriter, Manifest
 from megaphase.corpus.origins import Origin
 from megaphase.data_tools.corpora.merge import merge
 from megaphase.data_tools.corpora.split import split
-from megaphase.data_tools.corpora.verify import verify
+from megaphase.data_tools.corpora.verify import verify_corpus
 from megaphase.data_tools.shards import ShardChoice
 from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ def test_of_every_kind_of_file_and_id(texts, tok, tmp_path):
     inputs, expected = texts
     tokenize(inputs, tok, tmp_path / "all", workers=2)
     assert origins_of(tmp_path / "all", tok) == expected
-    verify(tmp_path / "all")
+    verify_corpus(tmp_path / "all")
 
 
 def test_of_parquet_rows(tok, tmp_path):
@@ -165,7 +165,7 @@ def test_damage_is_found(texts, tok, tmp_path, suffix):
     path = Path(f"{tmp_path / 'all'}{suffix}")
     edit_bytes(path, 12 if suffix == ".ids" else 30, b"\xff\xff\xff")
     with pytest.raises(InputError, match="was altered"):
-        verify(tmp_path / "all")
+        verify_corpus(tmp_path / "all")
     with pytest.raises(InputError, match=r"tells no origin of document|do not ascend"):
         [Corpus.open(tmp_path / "all").origins[number] for number in range(4)]  # type: ignore[index]
     path.unlink()

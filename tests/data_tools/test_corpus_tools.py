@@ -24,7 +24,7 @@ from megaphase.corpus._checksums import block_checksums
 from megaphase.corpus.batch import batches_of, checksums
 from megaphase.data_tools.corpora.inspect import describe, document_text
 from megaphase.data_tools.corpora.merge import merge
-from megaphase.data_tools.corpora.verify import verify
+from megaphase.data_tools.corpora.verify import verify_corpus
 from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.utils.errors import InputError
 
@@ -145,7 +145,7 @@ def test_a_list_of_what_was_skipped_that_is_gone_is_named(tok: Path, tmp_path: P
     # What is trained on is whole.
     assert Corpus.open(tmp_path / "en").manifest.skipped_wrong == 1
     with pytest.raises(InputError, match=r"en\.skipped\.jsonl: no such file; tokenize again"):
-        verify(tmp_path / "en")
+        verify_corpus(tmp_path / "en")
     with pytest.raises(InputError, match=r"en\.skipped\.jsonl: no such file; tokenize again"):
         merge([tmp_path / "en"], tmp_path / "all")
 
@@ -173,7 +173,7 @@ def test_an_index_with_negative_lengths_is_named(prefix: Path) -> None:
 
 
 def test_a_whole_corpus_is_verified(prefix: Path) -> None:
-    assert verify(prefix) == Corpus.open(prefix).manifest
+    assert verify_corpus(prefix) == Corpus.open(prefix).manifest
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".hash", ".sum"])
@@ -188,9 +188,9 @@ def test_the_document_of_any_altered_byte_is_named(prefix: Path, suffix: str) ->
             where = f"at document {position // 8}"
         edit_bytes(path, position, bytes([before[position] ^ 1]))
         with pytest.raises(InputError, match=rf"en\{suffix}: was altered {where}"):
-            verify(prefix)
+            verify_corpus(prefix)
         edit_bytes(path, position, before[position : position + 1])
-    assert verify(prefix) == corpus.manifest
+    assert verify_corpus(prefix) == corpus.manifest
 
 
 def test_an_altered_byte_of_the_index_is_found(prefix: Path) -> None:
@@ -199,20 +199,20 @@ def test_an_altered_byte_of_the_index_is_found(prefix: Path) -> None:
     for position in range(len(before)):
         edit_bytes(path, position, bytes([before[position] ^ 1]))
         with pytest.raises(InputError, match=r"en\.(idx|json): "):
-            verify(prefix)
+            verify_corpus(prefix)
         edit_bytes(path, position, before[position : position + 1])
     edit_bytes(path, 36, bytes([before[36] ^ 1]))
     with pytest.raises(InputError, match=r"was altered \(document 1 does not begin where the one"):
-        verify(prefix)
+        verify_corpus(prefix)
 
 
 def test_an_altered_list_of_skipped_documents_is_found(tok: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('[]\n{"text": "one"}\n')
     tokenize([tmp_path / "a.jsonl"], tok, tmp_path / "en", workers=1, skip_wrong=True)
-    assert verify(tmp_path / "en").skipped_wrong == 1
+    assert verify_corpus(tmp_path / "en").skipped_wrong == 1
     edit_bytes(tmp_path / "en.skipped.jsonl", 3, b"x")
     with pytest.raises(InputError, match=r"en\.skipped\.jsonl: was altered: its hash"):
-        verify(tmp_path / "en")
+        verify_corpus(tmp_path / "en")
 
 
 def number(value: int, dtype: str) -> bytes:
@@ -258,10 +258,10 @@ def test_every_structural_fault_is_found(prefix: Path) -> None:
         edit_bytes(path, position, data)
         rewrite_sums(prefix)
         with pytest.raises(InputError, match=message):
-            verify(prefix)
+            verify_corpus(prefix)
         for ending, content in before.items():
             Path(f"{prefix}{ending}").write_bytes(content)
-    assert verify(prefix).tokens == tokens
+    assert verify_corpus(prefix).tokens == tokens
 
 
 def test_verifying_reads_large_corpora_in_parts(
@@ -269,11 +269,11 @@ def test_verifying_reads_large_corpora_in_parts(
 ) -> None:
     monkeypatch.setattr("megaphase.data_tools.corpora.verify._INDEX_ITEMS", 3)
     monkeypatch.setattr(batches_of, "__defaults__", (20,))
-    verify(prefix)
+    verify_corpus(prefix)
     edit_bytes(Path(f"{prefix}.bin"), 2 * 20, number(60_000, "<u2"))
     rewrite_sums(prefix)
     with pytest.raises(InputError, match="document 2 has the token 60000, the vocabulary ends at"):
-        verify(prefix)
+        verify_corpus(prefix)
 
 
 def test_merging_gives_what_tokenizing_at_once_gives(
@@ -314,4 +314,4 @@ def test_merging_refuses_what_does_not_fit(tok: Path, prefix: Path, tmp_path: Pa
 def test_a_corpus_may_be_merged_over_itself(tok: Path, prefix: Path, tmp_path: Path) -> None:
     tokenize([tmp_path / "a.jsonl"], tok, tmp_path / "de", workers=1)
     merge([prefix, tmp_path / "de"], prefix, overwrite=True)
-    assert verify(prefix).documents == 8
+    assert verify_corpus(prefix).documents == 8

@@ -11,8 +11,8 @@ import torch
 from data_support import corpus_bytes, make_tokenizer, megatron_index, write_jsonl
 
 from megaphase.corpus import Corpus
-from megaphase.data_tools.corpora.from_megatron import from_megatron
-from megaphase.data_tools.corpora.verify import verify
+from megaphase.data_tools.corpora.from_megatron import corpus_from_megatron
+from megaphase.data_tools.corpora.verify import verify_corpus
 from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
@@ -61,14 +61,14 @@ def test_what_megatron_wrote_becomes_what_tokenizing_gives(megatron, tok, ours, 
     eod = Tokenizer.load(tok).eod
     documents = [[[*tokens, eod]] for tokens in encoded(tok)]
     source = written_by_megatron(megatron, tmp_path / "old", documents)
-    manifest = from_megatron(source, tok, tmp_path / "en", workers=workers)
+    manifest = corpus_from_megatron(source, tok, tmp_path / "en", workers=workers)
     found, expected = corpus_bytes(tmp_path / "en"), corpus_bytes(ours)
     for suffix in (".bin", ".idx", ".hash"):
         assert found[suffix] == expected[suffix], suffix
     made = Corpus.open(ours).manifest
     assert (manifest.text_bytes, manifest.documents) == (made.text_bytes, made.documents)
     assert manifest.fingerprint == made.fingerprint
-    verify(tmp_path / "en")
+    verify_corpus(tmp_path / "en")
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int64])
@@ -79,7 +79,7 @@ def test_sequences_are_joined_and_eod_is_added(megatron, tok, ours, tmp_path, dt
     ]
     documents.insert(3, [[eod]])
     source = written_by_megatron(megatron, tmp_path / "old", documents, dtype)
-    manifest = from_megatron(source, tok, tmp_path / "en", workers=1)
+    manifest = corpus_from_megatron(source, tok, tmp_path / "en", workers=1)
     assert corpus_bytes(tmp_path / "en")[".bin"] == corpus_bytes(ours)[".bin"]
     assert manifest.skipped_empty == 1
 
@@ -112,18 +112,18 @@ def index_of_one(prefix: Path, tokens: list[int], says: int) -> Path:
 def test_what_is_wrong_is_named_and_nothing_is_left(tok, tmp_path, tokens, says, problem):
     source = index_of_one(tmp_path / "old", tokens, says)
     with pytest.raises(InputError) as error:
-        from_megatron(source, tok, tmp_path / "out" / "en", workers=1)
+        corpus_from_megatron(source, tok, tmp_path / "out" / "en", workers=1)
     assert problem in str(error.value)
     assert list((tmp_path / "out").glob("*")) == []
 
 
 def test_a_missing_file_is_named(tok, tmp_path):
     with pytest.raises(InputError, match=r"old\.idx: no such file"):
-        from_megatron(tmp_path / "old", tok, tmp_path / "en", workers=1)
+        corpus_from_megatron(tmp_path / "old", tok, tmp_path / "en", workers=1)
     index_of_one(tmp_path / "old", [1], 1)
     (tmp_path / "old.bin").unlink()
     with pytest.raises(InputError, match=r"old\.bin: no such file"):
-        from_megatron(tmp_path / "old", tok, tmp_path / "en", workers=1)
+        corpus_from_megatron(tmp_path / "old", tok, tmp_path / "en", workers=1)
 
 
 @pytest.mark.parametrize(("bytes_more", "fault"), [(1, "too long"), (-1, "cut off")])
@@ -132,7 +132,7 @@ def test_a_file_of_odd_length_is_named(tok, tmp_path, bytes_more, fault):
     tokens = (tmp_path / "old.bin").read_bytes()
     (tmp_path / "old.bin").write_bytes((tokens + b"\1")[: len(tokens) + bytes_more])
     with pytest.raises(InputError, match=rf"old\.bin: is {fault}: {12 + bytes_more} bytes, old"):
-        from_megatron(source, tok, tmp_path / "en", workers=1)
+        corpus_from_megatron(source, tok, tmp_path / "en", workers=1)
 
 
 def test_an_index_of_another_dtype_is_found_by_the_size(tok, tmp_path):
@@ -140,7 +140,7 @@ def test_an_index_of_another_dtype_is_found_by_the_size(tok, tmp_path):
     for code, itemsize, fault in ((8, 2, "too long"), (5, 8, "cut off")):
         (tmp_path / "old.idx").write_bytes(megatron_index(code, [3], itemsize, [0, 1]))
         with pytest.raises(InputError, match=rf"old\.bin: is {fault}: 12 bytes, old\.idx says"):
-            from_megatron(source, tok, tmp_path / "en", workers=1)
+            corpus_from_megatron(source, tok, tmp_path / "en", workers=1)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_an_index_that_megatron_would_not_write_is_named(
     (tmp_path / "old.idx").write_bytes(index)
     np.array([5, 6, 7], np.int32).tofile(tmp_path / "old.bin")
     with pytest.raises(InputError) as error:
-        from_megatron(tmp_path / "old", tok, tmp_path / "en", workers=1)
+        corpus_from_megatron(tmp_path / "old", tok, tmp_path / "en", workers=1)
     assert str(error.value) == f"{tmp_path / 'old.idx'}: its {problem}; copy both files again"
 
 
@@ -174,7 +174,7 @@ def test_document_indices_say_where_documents_begin(tok, tmp_path):
     """As many documents as sequences, but not one each: two of them, then none, then one."""
     (tmp_path / "old.idx").write_bytes(megatron_index(4, [1, 2, 1], 4, [0, 2, 2, 3]))
     np.array([5, 6, 7, 8], np.int32).tofile(tmp_path / "old.bin")
-    manifest = from_megatron(tmp_path / "old", tok, tmp_path / "en", workers=1)
+    manifest = corpus_from_megatron(tmp_path / "old", tok, tmp_path / "en", workers=1)
     eod = Tokenizer.load(tok).eod
     corpus = Corpus.open(tmp_path / "en")
     assert [corpus.document(i).tolist() for i in range(2)] == [[5, 6, 7, eod], [8, eod]]

@@ -24,8 +24,8 @@ from megaphase.corpus.batch import batches_of
 from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.corpora import duplicates, shuffle
 from megaphase.data_tools.corpora.merge import merge
-from megaphase.data_tools.corpora.verify import verify
-from megaphase.data_tools.shards import ShardChoice, shards_of
+from megaphase.data_tools.corpora.verify import verify_corpus
+from megaphase.data_tools.shards import ShardChoice, existing_shards
 from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.utils.errors import InputError
 
@@ -69,7 +69,7 @@ def test_the_first_of_equal_documents_stays(tmp_path, monkeypatch, corpora, buck
     expected = first_ones(every)
     assert megatron_documents(tmp_path / "en") == [[*document, EOD] for document in expected]
     assert manifest.skipped_duplicates == len(every) - len(expected)
-    assert verify(tmp_path / "en").text_bytes == sum(2 * len(each) - 1 for each in expected)
+    assert verify_corpus(tmp_path / "en").text_bytes == sum(2 * len(each) - 1 for each in expected)
 
 
 def test_tokens_alone_or_text_alone_make_no_duplicate(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_shuffle_is_one_permutation(tmp_path, monkeypatch, corpora, bucket) ->
     assert corpus_bytes(tmp_path / "parts") == corpus_bytes(tmp_path / "whole")
     every = [[*document, EOD] for each in corpora for document in each]
     assert sorted(megatron_documents(tmp_path / "parts")) == sorted(every)
-    assert verify(tmp_path / "parts") == manifest
+    assert verify_corpus(tmp_path / "parts") == manifest
 
 
 def test_a_shuffle_mixes(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_tokenizing_and_merging_shards_agree(tok: Path, tmp_path: Path) -> None:
     at_once = tokenize([path], tok, tmp_path / "at-once", workers=1, **options)
     for number in range(4):
         tokenize([path], tok, tmp_path / "en", workers=1, shard=ShardChoice(number, 4))
-    merge(shards_of(tmp_path / "en"), tmp_path / "en", **options)
+    merge(existing_shards(tmp_path / "en"), tmp_path / "en", **options)
     assert corpus_bytes(tmp_path / "at-once") == corpus_bytes(tmp_path / "en")
     assert (at_once.documents, at_once.skipped_duplicates) == (70, 130)
     assert not [name for name in files_of(tmp_path) if name.startswith(".")]

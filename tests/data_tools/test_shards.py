@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from megaphase.corpus import Manifest
 from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.corpora.merge import merge
-from megaphase.data_tools.shards import ShardChoice, shards_of
+from megaphase.data_tools.shards import ShardChoice, existing_shards
 from megaphase.data_tools.text import read_chunks
 from megaphase.data_tools.tokenization import tokenize as module
 from megaphase.data_tools.tokenization.tokenize import tokenize
@@ -59,7 +59,7 @@ def test_shards_give_the_whole(tok, tmp_path, monkeypatch, sizes, compressed, sh
     for shard in range(shards):
         tokenize(inputs, tok, tmp_path / "en", workers=1, shard=ShardChoice(shard, shards))
     if shards > 1:
-        merge(shards_of(tmp_path / "en"), tmp_path / "en")
+        merge(existing_shards(tmp_path / "en"), tmp_path / "en")
     assert corpus_bytes(tmp_path / "en") == corpus_bytes(tmp_path / "whole")
 
 
@@ -78,7 +78,7 @@ def text_folder(tmp_path: Path) -> None:
 
 
 def test_shards_are_merged_all_and_in_order(three: Path) -> None:
-    first, second, third = shards_of(three)
+    first, second, third = existing_shards(three)
     assert [path.name for path in (first, third)] == [
         "en.shard-00000-of-00003",
         "en.shard-00002-of-00003",
@@ -98,11 +98,11 @@ def test_shards_of_other_text_do_not_belong(three: Path, tok: Path, tmp_path: Pa
     other = write_jsonl(tmp_path / "b.jsonl", [f"other {i}" for i in range(50)])
     tokenize([other], tok, three, workers=1, shard=ShardChoice(1, 3), overwrite=True)
     with pytest.raises(InputError, match=r"00001-of-00003: shard 1 of 3 should stand here"):
-        merge(shards_of(three), three)
+        merge(existing_shards(three), three)
 
 
 def test_a_shard_that_is_there_is_not_made_again(three: Path, tok: Path, tmp_path: Path) -> None:
-    prefix = shards_of(three)[1]
+    prefix = existing_shards(three)[1]
     before = Path(f"{prefix}.bin").stat().st_mtime_ns
     path = tmp_path / "text" / "a.jsonl"
     manifest = tokenize([path], tok, three, workers=1, shard=ShardChoice(1, 3))
@@ -125,11 +125,11 @@ def test_what_a_shard_cannot_do_is_said(tok: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"--shard: '{text}' is no part of a whole; give I/N"):
             ShardChoice.parse(text)
     with pytest.raises(InputError, match=r"there is no en\.shard-… beside it; make them with"):
-        shards_of(tmp_path / "en")
+        existing_shards(tmp_path / "en")
 
 
 def test_the_commands(three: Path) -> None:
-    first = shards_of(three)[0]
+    first = existing_shards(three)[0]
     for suffix in (".bin", ".idx", ".hash", ".sum", ".blocks", ".json"):
         shutil.copy(f"{first}{suffix}", f"{three}.shard-00000-of-00002{suffix}")
     arguments = ["merge", "--shards", "--out", str(three), "--remove"]

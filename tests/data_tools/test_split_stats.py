@@ -19,7 +19,7 @@ from megaphase.corpus.format import document_hash
 from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.corpora.split import split
 from megaphase.data_tools.corpora.stats import corpus_stats, stats_tables
-from megaphase.data_tools.corpora.verify import verify
+from megaphase.data_tools.corpora.verify import verify_corpus
 from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.plan.stream import Stream
 from megaphase.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ def test_both_parts_are_whole_and_in_order(corpus: Path, tmp_path: Path, texts) 
             document for document, held in zip(every, is_held_out, strict=True) if held == side
         ]
         assert megatron_documents(tmp_path / name) == expected
-        assert verify(tmp_path / name) == manifest
+        assert verify_corpus(tmp_path / name) == manifest
         assert manifest.text_bytes == sum(
             len(text.encode())
             for text, held in zip(texts, is_held_out, strict=True)

@@ -15,7 +15,7 @@ from data_support import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaphase.data_tools.text import Reading, chunks, documents_of, read_chunks
+from megaphase.data_tools.text import Reading, chunks, read_chunks, read_documents
 from megaphase.utils.errors import InputError
 
 TEXTS = ["one", "two\nlines", "ein Wort für 😀", "  spaces  ", "", "a\u2028b\x85c", "x" * 5000]
@@ -23,7 +23,7 @@ TEXTS = ["one", "two\nlines", "ein Wort für 😀", "  spaces  ", "", "a\u2028b\
 
 def documents(path: Path, key: str = "text") -> list[str]:
     reading = Reading(key)
-    return [text for chunk in read_chunks(path, reading) for text in documents_of(chunk, reading)]
+    return [text for chunk in read_chunks(path, reading) for text in read_documents(chunk, reading)]
 
 
 def test_jsonl_gives_the_text_of_each_line(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_documents_do_not_depend_on_the_chunks(
     cut = list(read_chunks(path, Reading(), chunk_bytes=chunk_bytes))
     assert b"".join(chunk.data for chunk in cut) == path.read_bytes()
     assert sum(chunk.file_bytes for chunk in cut) == path.stat().st_size
-    found = [text for chunk in cut for text in documents_of(chunk, Reading())]
+    found = [text for chunk in cut for text in read_documents(chunk, Reading())]
     assert found == documents(path)
 
 
@@ -237,7 +237,7 @@ def test_documents_end_at_blank_lines_in_large_files_too(
     path.write_bytes(f"{'word ' * 200}\n{line}\n".encode() * 2_000)
     cut = list(read_chunks(path, Reading(), chunk_bytes=1 << 16))
     assert len(cut) > 20
-    found = [text for chunk in cut for text in documents_of(chunk, Reading())]
+    found = [text for chunk in cut for text in read_documents(chunk, Reading())]
     assert found == ["word " * 200] * 2_000
 
 

@@ -22,8 +22,8 @@ from megaphase.data_tools.text import (
     TextChunk,
     TextPosition,
     documents_and_wrong_ones,
-    documents_of,
     read_chunks,
+    read_documents,
     size_on_disk,
 )
 from megaphase.data_tools.text import chunks as chunks_module
@@ -132,9 +132,9 @@ def test_parts_and_resumed_parts_give_every_document_once(
             part = [*part[: stopped + 1], *rest]
         assert all(chunk.file_begin >= begin for chunk in part)
         assert sorted(chunk.file_begin for chunk in part) == [chunk.file_begin for chunk in part]
-        found += [text for chunk in part for text in documents_of(chunk, reading)]
+        found += [text for chunk in part for text in read_documents(chunk, reading)]
     assert found == expected
-    assert [text for chunk in whole for text in documents_of(chunk, reading)] == expected
+    assert [text for chunk in whole for text in read_documents(chunk, reading)] == expected
     # What resuming gives is what would have come, places included.
     for number, chunk in enumerate(whole):
         rest = read_chunks(path, reading, start=chunk.end, chunk_bytes=chunk_bytes)
@@ -153,7 +153,7 @@ def test_a_part_of_a_plain_file_reads_nothing_else(tmp_path: Path) -> None:
         file.seek(size - len(spoiled))
         file.write(spoiled)
     cut = read_chunks(path, Reading(), begin=size // 3, end=size // 2)
-    assert {text for chunk in cut for text in documents_of(chunk, Reading())} == {"x" * 90}
+    assert {text for chunk in cut for text in read_documents(chunk, Reading())} == {"x" * 90}
 
 
 def test_a_part_of_a_parquet_file_reads_no_other_row_group(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_part_of_a_parquet_file_reads_no_other_row_group(tmp_path: Path) -> No
         file.seek(4)
         file.write(b"\xff" * (first - 4))
     cut = list(read_chunks(path, Reading(), begin=first, end=None))
-    assert [text for chunk in cut for text in documents_of(chunk, Reading())] == texts[1_000:]
+    assert [text for chunk in cut for text in read_documents(chunk, Reading())] == texts[1_000:]
     with pytest.raises(InputError, match=r"a\.parquet: "):
         list(read_chunks(path, Reading()))
 
@@ -225,6 +225,6 @@ def test_going_on_reads_no_byte_before(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["a", "b", "c"])
     line = path.stat().st_size // 3
     (chunk,) = read_chunks(path, Reading(), start=TextPosition(line, 2))
-    assert list(documents_of(chunk, Reading())) == ["b", "c"]
+    assert list(read_documents(chunk, Reading())) == ["b", "c"]
     assert (chunk.start, chunk.end) == (TextPosition(line, 2), TextPosition(3 * line, 4))
     assert (chunk.file_begin, chunk.file_bytes) == (line, 2 * line)

@@ -25,9 +25,9 @@ from megaphase.data_tools.text import (
     TextPosition,
     check_text_file,
     documents_and_wrong_ones,
-    documents_of,
     expand_inputs,
     read_chunks,
+    read_documents,
     size_on_disk,
 )
 from megaphase.data_tools.text.file_types import Kind
@@ -38,7 +38,7 @@ TEXTS = ["one", "two\nlines", "ein Wort für 😀", "  spaces  ", "", "x" * 5000
 
 
 def documents(path: Path, reading: Reading) -> list[Document]:
-    return [it for chunk in read_chunks(path, reading) for it in documents_of(chunk, reading)]
+    return [it for chunk in read_chunks(path, reading) for it in read_documents(chunk, reading)]
 
 
 def wrong_ones(path: Path, reading: Reading) -> list[Document | InvalidDocument]:
@@ -328,7 +328,7 @@ STDIN_DOCUMENTS = """if True:
     from megaphase.data_tools.text import *
     reading = Reading(stdin_kind=sys.argv[1], separator=sys.argv[2] or None)
     chunks = list(read_chunks(STDIN, reading, start=Position(int(sys.argv[3])), chunk_bytes=100))
-    print([document for chunk in chunks for document in documents_of(chunk, reading)])
+    print([document for chunk in chunks for document in read_documents(chunk, reading)])
     print([(chunk.start.offset, chunk.file_begin, chunk.start.line) for chunk in chunks][-1])
 """
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from megaphase.corpus import Corpus
 from megaphase.corpus.format import document_hash
 from megaphase.data_tools.commands import data_app
-from megaphase.data_tools.corpora.verify import verify
+from megaphase.data_tools.corpora.verify import verify_corpus
 from megaphase.data_tools.text import Reading
 from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ def test_a_document_is_source_tag_target(tok: Path, tmp_path: Path) -> None:
     assert manifest.text_bytes == sum(len((s + t).encode()) for s, t in kept)
     hashes = Corpus.open(tmp_path / "en-fr").hashes.tobytes()
     assert hashes == b"".join(document_hash(source.encode()) for source, _ in kept)
-    assert verify(tmp_path / "en-fr") == manifest
+    assert verify_corpus(tmp_path / "en-fr") == manifest
 
 
 def test_the_command(tok: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from megaphase.corpus.origins import Origins
 from megaphase.plan.commands import plan_app
 from megaphase.plan.dataset import read_step
 from megaphase.plan.plan import Plan
-from megaphase.plan.trace import TracedSample, as_json, find_step, trace_step
+from megaphase.plan.trace import TracedSample, find_step, sample_as_json, trace_step
 from megaphase.training.run_directory import RunDirectory
 from megaphase.utils.errors import InputError
 from megaphase.utils.targets import IGNORED_TARGET
@@ -261,7 +261,7 @@ def test_a_run_directory_is_traced_as_its_run_file_is(trained, plan, tmp_path):
     elsewhere = tmp_path / "moved"
     trained.rename(elsewhere)
     assert trace(elsewhere, "--step", 3, "--json").stdout == "".join(
-        json.dumps(as_json(sample, None), ensure_ascii=False) + "\n"
+        json.dumps(sample_as_json(sample, None), ensure_ascii=False) + "\n"
         for sample in trace_step(plan, 0, 3)
     )
     assert not trained.exists()

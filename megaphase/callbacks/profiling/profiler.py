@@ -19,7 +19,7 @@ from megaphase.callbacks.profiling.printing import profile_text
 from megaphase.callbacks.profiling.summary import RankProfile, summarize
 from megaphase.callbacks.profiling.trace import STEP_MARK, read_trace
 from megaphase.callbacks.throughput import ThroughputReference
-from megaphase.distributed.all_ranks import Fault, outcome_of
+from megaphase.distributed.all_ranks import Fault, result_or_fault
 from megaphase.distributed.control_group import ControlGroup
 from megaphase.distributed.dist_env import local_rank
 from megaphase.distributed.process_grid import device
@@ -107,7 +107,7 @@ class Profiler(Callback):
 
     def _report(self, steps: range) -> None:
         self._control_group.on_first_rank(self._remove_old)
-        found = self._control_group.gather(outcome_of(self._own_profile))
+        found = self._control_group.gather(result_or_fault(self._own_profile))
         for each in found:
             if isinstance(each, Fault):
                 raise each

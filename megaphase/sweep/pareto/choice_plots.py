@@ -25,8 +25,8 @@ from megaphase.report.plot_style import (
     inch_axes,
     label_width,
     new_figure,
+    plot_label,
     plot_style,
-    shown,
 )
 from megaphase.sweep.pareto.points import Point, SeedMean
 from megaphase.sweep.pareto.trade_off import ArmStyles
@@ -48,13 +48,13 @@ def choice_plot(
     """High and low loss over a choice, whose values have names on the x axis."""
     arms = list(dict.fromkeys(line.arm for line in lines))
     columns = legend_columns(arms, size)
-    keys = [line_key(shown(arm), styles[arm][0], marker=styles[arm][1], ms=5) for arm in arms]
+    keys = [line_key(plot_label(arm), styles[arm][0], marker=styles[arm][1], ms=5) for arm in arms]
     with plot_style():
         figure, panels = panel_grid(size, GROUPS, 0.85 * size.height, legend_inches(arms, columns))
         for axes, group in zip(panels, ("high", "low"), strict=True):
             axes.set_ylabel("nats per token")
             axes.set_xlabel(title)
-            axes.set_xticks(list(ticks), [shown(name) for name in ticks.values()])
+            axes.set_xticks(list(ticks), [plot_label(name) for name in ticks.values()])
             _draw_lines(axes, lines, group, styles)
         legend_on_top(figure, keys, columns)
     return figure
@@ -89,7 +89,7 @@ def score_plot(scores: Mapping[str, Sequence[Score]], styles: ArmStyles, size: S
     arms = list(dict.fromkeys(each.arm for values in scores.values() for each in values))
     tasks = list(dict.fromkeys(each.task for values in scores.values() for each in values))
     columns = legend_columns(arms, size)
-    keys = [line_key(shown(arm), styles[arm][0], lw=5) for arm in arms]
+    keys = [line_key(plot_label(arm), styles[arm][0], lw=5) for arm in arms]
     top, left = legend_inches(arms, columns) + 0.1, 0.15 + label_width(tasks)
     panel = 0.2 * (len(arms) + 1) * len(tasks) + BOTTOM_INCHES + 0.25
     rows = len(scores) if size.narrow else 1
@@ -120,7 +120,7 @@ def _bars(
             f"{value.mean:.1f}", (value.mean + (value.error or 0.0), row), (4, 0),
             textcoords="offset points", va="center_baseline", fontsize=8.5,
         )  # fmt: skip
-    axes.set_yticks(range(len(tasks)), [shown(task) for task in tasks])
+    axes.set_yticks(range(len(tasks)), [plot_label(task) for task in tasks])
     axes.set_ylim(len(tasks) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -29,9 +29,9 @@ from megaphase.report.plot_style import (
     Size,
     inch_axes,
     new_figure,
+    plot_label,
     plot_style,
     short_number,
-    shown,
 )
 from megaphase.sweep.pareto.curves import RunCurves, mean_curve
 from megaphase.sweep.pareto.points import Point
@@ -46,7 +46,7 @@ def task_curves_plot(
 ) -> Figure:
     """Validation loss over steps, a panel per task, in it the best setting of every arm."""
     arms = [point.setting.arm for point in best]
-    keys = [line_key(shown(arm), styles[arm][0], lw=1.8) for arm in arms]
+    keys = [line_key(plot_label(arm), styles[arm][0], lw=1.8) for arm in arms]
     columns = legend_columns(arms, size)
     span = _span(best, curves)
     switches = sorted({_switch(point, curves) for point in best} - {0})
@@ -123,7 +123,7 @@ def data_efficiency_plot(
 ) -> Figure:
     """Low-resource validation loss over the low-resource tokens seen, one line per point."""
     arms = list(dict.fromkeys(point.setting.arm for point in points))
-    keys = [line_key(shown(arm), styles[arm][0], lw=1.8) for arm in arms]
+    keys = [line_key(plot_label(arm), styles[arm][0], lw=1.8) for arm in arms]
     columns = legend_columns(arms, size)
     top = legend_inches(arms, columns)
     with plot_style():

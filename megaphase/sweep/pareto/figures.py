@@ -15,7 +15,7 @@ from megaphase.sweep.pareto.curve_plots import (
 )
 from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts
 from megaphase.sweep.pareto.overfit import best_by_mixture, single_stage_points
-from megaphase.sweep.pareto.points import Point, SeedMean, estimate
+from megaphase.sweep.pareto.points import Point, SeedMean, mean_over_seeds
 from megaphase.sweep.pareto.trade_off import Mark, Panel, outside, trade_off_plot
 from megaphase.sweep.pareto.view import SweepView
 
@@ -192,7 +192,7 @@ def _bleu(point: Point, group: Sequence[str]) -> SeedMean | None:
     ]
     if not all(by_seed):
         return None
-    return estimate([sum(scores) / len(scores) for scores in by_seed])
+    return mean_over_seeds([sum(scores) / len(scores) for scores in by_seed])
 
 
 def _scores(view: SweepView, best: Sequence[Point]) -> dict[str, list[Score]]:
@@ -203,8 +203,12 @@ def _scores(view: SweepView, best: Sequence[Point]) -> dict[str, list[Score]]:
             known = [score for score in scores if score is not None]
             if known:
                 arm = point.setting.arm
-                found["BLEU"].append(Score(task, arm, estimate([each.bleu for each in known])))
-                found["chrF"].append(Score(task, arm, estimate([each.chrf for each in known])))
+                found["BLEU"].append(
+                    Score(task, arm, mean_over_seeds([each.bleu for each in known]))
+                )
+                found["chrF"].append(
+                    Score(task, arm, mean_over_seeds([each.chrf for each in known]))
+                )
     return found
 
 

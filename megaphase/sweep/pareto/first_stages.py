@@ -9,7 +9,7 @@ from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.pareto.points import (
     SeedMean,
     TriedSetting,
-    estimate,
+    mean_over_seeds,
     reason_of_failure,
     setting_of,
 )
@@ -68,4 +68,4 @@ def _loss(record: SweepRecord, trials: list[Trial]) -> SeedMean | None:
         for trial, outcome in zip(trials, outcomes, strict=True)
         if outcome is not None and reason_of_failure(outcome) is None
     ]
-    return estimate(losses) if len(losses) == len(trials) else None
+    return mean_over_seeds(losses) if len(losses) == len(trials) else None

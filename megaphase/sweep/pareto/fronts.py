@@ -13,7 +13,7 @@ from megaphase.sweep.pareto.measures import (
     hypervolume,
     lowest_within,
 )
-from megaphase.sweep.pareto.points import Point, estimate, front_of, points_of
+from megaphase.sweep.pareto.points import Point, front_of, mean_over_seeds, points_of
 
 STANDARD_ERRORS = 2.0  # a difference beyond so many of its own is taken for more than noise
 
@@ -46,7 +46,7 @@ class Margin:
             return None
         ours, theirs = self.point.low_by_seed, self.other.low_by_seed
         differences = [loss - theirs[seed] for seed, loss in ours.items() if seed in theirs]
-        return estimate(differences).error if differences else None
+        return mean_over_seeds(differences).error if differences else None
 
     @property
     def is_beyond_noise(self) -> bool:

@@ -81,7 +81,7 @@ def setting_of(trial: Trial) -> TriedSetting:
     return TriedSetting(trial.arm, trial.model, trial.share, trial.mixture, trial.peak)
 
 
-def estimate(values: Sequence[float]) -> SeedMean:
+def mean_over_seeds(values: Sequence[float]) -> SeedMean:
     """The mean, and the standard error of it."""
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return SeedMean(fmean(values), error)
@@ -111,11 +111,11 @@ def _point(record: SweepRecord, setting: TriedSetting, runs: list[tuple[Trial, O
         setting=setting,
         runs=runs,
         losses={
-            task: estimate([outcome.losses[task] for outcome in outcomes])
+            task: mean_over_seeds([outcome.losses[task] for outcome in outcomes])
             for task in (*sweep.high, *sweep.low)
         },
-        high=estimate([outcome.group_loss(sweep.high) for outcome in outcomes]),
-        low=estimate([*low_by_seed.values()]),
+        high=mean_over_seeds([outcome.group_loss(sweep.high) for outcome in outcomes]),
+        low=mean_over_seeds([*low_by_seed.values()]),
         low_by_seed=low_by_seed,
     )
 

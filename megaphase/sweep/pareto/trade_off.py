@@ -18,7 +18,7 @@ from megaphase.report.plot_parts import (
     line_key,
     panel_grid,
 )
-from megaphase.report.plot_style import GRID, LINE_COLOURS, Size, plot_style, shown
+from megaphase.report.plot_style import GRID, LINE_COLOURS, Size, plot_label, plot_style
 from megaphase.sweep.pareto.measures import nondominated
 from megaphase.sweep.pareto.points import SeedMean
 
@@ -127,7 +127,10 @@ def trade_off_plot(
 ) -> Figure:
     """One panel per model: a point per setting, the front of each arm as a step line."""
     arms = [arm for arm in styles if any(arm in panel.arms for panel in panels)]
-    names = [shown(arm) if _is_visible(arm, panels) else f"{shown(arm)} (outside)" for arm in arms]
+    names = [
+        plot_label(arm) if _is_visible(arm, panels) else f"{plot_label(arm)} (outside)"
+        for arm in arms
+    ]
     keys = [
         line_key(name, styles[arm][0], marker=styles[arm][1], markersize=5, lw=1.6)
         for name, arm in zip(names, arms, strict=True)
