@@ -227,13 +227,13 @@ def _encode(
                 _write(writer, what, encoder, workers, advance)
     except (InputError, RunError, KeyboardInterrupt) as error:
         if writer.saved_documents:
-            _say_how_to_go_on(error, writer.saved_documents, console)
+            _raise_with_resume_hint(error, writer.saved_documents, console)
         raise
     assert writer.manifest is not None
     return writer.manifest
 
 
-def _say_how_to_go_on(
+def _raise_with_resume_hint(
     error: InputError | RunError | KeyboardInterrupt, documents: int, console: Console | None
 ) -> None:
     """Raise the error again with what is saved; say it where Ctrl-C was pressed."""

@@ -12,8 +12,8 @@ from megaphase.utils.errors import EXIT_FAILED
 GONE = "has ended without a word (killed, or out of memory)"
 SILENT = "gave no sign of life for {seconds:.0f} s"
 
-# So many looks in a row must find a process gone, because its farewell may be on its way.
-LOOKS_UNTIL_GONE = 3
+# So many checks in a row must find a process gone, because its farewell may be on its way.
+CHECKS_UNTIL_GONE = 3
 # So long, in shares of silent_seconds, the others may take to leave with a fault that they share.
 FAULT_SHARE = 1 / 3
 LINES_AT_MOST = 10
@@ -56,15 +56,15 @@ class FaultDetector:
         self._silent_seconds, self._stalled_seconds = silent_seconds, stalled_seconds
         self._beats: list[Heartbeat] = [NO_BEAT] * ranks
         self._silent = [0.0] * ranks
-        self._looks_gone = [0] * ranks
+        self._checks_gone = [0] * ranks
         self._still = 0.0
         self._faulted = 0.0
 
-    def look(self, beats: Sequence[Heartbeat | None], seconds: float) -> Diagnosis | None:
+    def check(self, beats: Sequence[Heartbeat | None], seconds: float) -> Diagnosis | None:
         """Take in every rank's newest beat, None where there has been none yet.
 
-        `seconds` have passed since the last look; those in which the judge itself did not run
-        (a job that was suspended as a whole) must not be among them.
+        `seconds` have passed since the last check; those in which the detector itself did not
+        run (a job that was suspended as a whole) must not be among them.
         """
         now = [new or old for new, old in zip(beats, self._beats, strict=True)]
         self._note_silence(now, seconds)
@@ -88,7 +88,7 @@ class FaultDetector:
         for witness, (old, new) in enumerate(zip(self._beats, now, strict=True)):
             rank = self._next_on_node[witness]
             if new.neighbour == -1 and self._is_here(now[rank]):
-                self._looks_gone[rank] += 1
+                self._checks_gone[rank] += 1
             elif None not in (old.neighbour, new.neighbour) and new.neighbour != old.neighbour:
                 # It works, but in something that lets no other thread of its process run.
                 self._silent[rank] = 0.0
@@ -135,7 +135,7 @@ class FaultDetector:
     def _dead(self) -> Diagnosis | None:
         """A rank that is gone or silent; with it, first, those that have been so for longer."""
         here = self._ranks(self._is_here)
-        gone = [rank for rank in here if self._looks_gone[rank] >= LOOKS_UNTIL_GONE]
+        gone = [rank for rank in here if self._checks_gone[rank] >= CHECKS_UNTIL_GONE]
         if not gone and all(self._silent[rank] < self._silent_seconds for rank in here):
             return None
         silent = [
@@ -150,7 +150,7 @@ class FaultDetector:
             how = SILENT.format(seconds=self._silent[first])
         else:
             # One that is killed takes others with it, whose libraries abort: it was the first.
-            first, how = max(gone, key=lambda rank: self._looks_gone[rank]), GONE
+            first, how = max(gone, key=lambda rank: self._checks_gone[rank]), GONE
         others = sorted({*silent, *gone} - {first})
         too = f" (nor did {_ranges(others)})" if silent and others else ""
         too = f" (and so have {_ranges(others)})" if not silent and others else too
@@ -224,7 +224,7 @@ class FaultDetector:
 
 
 def host_is_gone(place: RankInfo, beat: Heartbeat | None, how: str) -> Diagnosis:
-    """What the others know when rank 0, the judge, is the one."""
+    """What the others know when rank 0, which has the fault detector, is the one."""
     seen = (beat or NO_BEAT).where
     return Diagnosis(
         True,

@@ -1,4 +1,4 @@
-"""How signs of life travel: every rank's line to rank 0, over a store of the watchdog's own."""
+"""How heartbeats reach rank 0: over a store that only the watchdog uses."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ class HeartbeatTransport(Protocol):
 
 
 class LocalTransport:
-    """The line of a run that is a single process: it judges itself."""
+    """Of a run that is a single process, which checks its own heartbeats."""
 
-    def __init__(self, judge: FaultDetector) -> None:
-        self._judge = judge
+    def __init__(self, detector: FaultDetector) -> None:
+        self._detector = detector
 
     def exchange(self, beat: Heartbeat, seconds: float) -> Diagnosis | None:
-        return self._judge.look([beat], seconds)
+        return self._detector.check([beat], seconds)
 
     def end(self, diagnosis: Diagnosis, patience_seconds: float) -> None:
         pass
 
 
 class HostTransport:
-    """Rank 0's: it reads all beats, judges and publishes. A beat costs O(ranks) in all."""
+    """Of rank 0: it reads all heartbeats, diagnoses and publishes. A beat costs O(ranks) in all."""
 
-    def __init__(self, store: dist.TCPStore, judge: FaultDetector, ranks: int) -> None:
-        self._store, self._judge = store, judge
+    def __init__(self, store: dist.TCPStore, detector: FaultDetector, ranks: int) -> None:
+        self._store, self._detector = store, detector
         self._keys = [_beat_key(rank) for rank in range(1, ranks)]
 
     def exchange(self, beat: Heartbeat, seconds: float) -> Diagnosis | None:
         self._store.set(_beat_key(0), beat.to_json())
         found = [Heartbeat.from_json(each) if each else None for each in self._read()]
-        diagnosis = self._judge.look([beat, *found], seconds)
+        diagnosis = self._detector.check([beat, *found], seconds)
         if diagnosis is not None and not diagnosis.ends:
             self._store.set(_VERDICT, diagnosis.to_json())
         return diagnosis
@@ -94,10 +94,10 @@ class MemberTransport:
         self._store.add(_HEARD, 1)
 
 
-def open_line(
+def open_transport(
     silent_seconds: float, stalled_seconds: float
 ) -> tuple[HeartbeatTransport, Sequence[RankInfo]]:
-    """Open this rank's line; all ranks do it together. Returns it and where every rank runs."""
+    """Open this rank's transport, on all ranks at once; returns it and where every rank runs."""
     here = RankInfo.here()
     if world_size() == 1:
         return LocalTransport(FaultDetector([here], silent_seconds, stalled_seconds)), [here]

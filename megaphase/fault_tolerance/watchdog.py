@@ -21,8 +21,8 @@ from typing import NoReturn, Self
 from megaphase.distributed.dist_env import global_rank, report_end
 from megaphase.distributed.lost_connection import is_collective_error
 from megaphase.fault_tolerance.fault_detector import (
+    CHECKS_UNTIL_GONE,
     GONE,
-    LOOKS_UNTIL_GONE,
     SILENT,
     Diagnosis,
     host_is_gone,
@@ -33,7 +33,11 @@ from megaphase.fault_tolerance.heartbeat import (
     State,
     thread_position,
 )
-from megaphase.fault_tolerance.heartbeat_transport import LocalTransport, MemberTransport, open_line
+from megaphase.fault_tolerance.heartbeat_transport import (
+    LocalTransport,
+    MemberTransport,
+    open_transport,
+)
 from megaphase.utils.errors import (
     EXIT_FAILED,
     InputError,
@@ -111,13 +115,16 @@ class Watchdog:
     def __enter__(self) -> Self:
         self._main = threading.get_ident()
         self._rank = global_rank()
-        self._line, self._places = open_line(self._silent_seconds, self._stalled_seconds)
+        self._transport, self._places = open_transport(self._silent_seconds, self._stalled_seconds)
         self._neighbour = Neighbour(self._rank, self._places)
         self._thread = threading.Thread(target=self._keep_beating, name="watchdog", daemon=True)
         self._thread.start()
-        if isinstance(self._line, MemberTransport):
+        if isinstance(self._transport, MemberTransport):
             guard = threading.Thread(
-                target=self._guard_host, args=(self._line,), name="watchdog-of-rank-0", daemon=True
+                target=self._guard_host,
+                args=(self._transport,),
+                name="watchdog-of-rank-0",
+                daemon=True,
             )
             guard.start()
         return self
@@ -133,7 +140,7 @@ class Watchdog:
             # Nothing in a run ends its process in this way, unless a library does.
             traceback.print_exception(exited)
             error = RunError(f"a library ended the process {self._where} (SystemExit: {exited})")
-        if isinstance(self._line, LocalTransport):
+        if isinstance(self._transport, LocalTransport):
             self._leave("left")
         elif isinstance(error, InputError | RunError | Stopped):
             self._leave("fault", str(error), exit_code(error))
@@ -162,7 +169,7 @@ class Watchdog:
         if isinstance(error, RuntimeError):
             self._state = "broken"
             # Rank 0 knows by then, and says so at its next beat; this process ends with that.
-            seconds = (LOOKS_UNTIL_GONE + 4) * self._interval
+            seconds = (CHECKS_UNTIL_GONE + 4) * self._interval
             if is_collective_error(error):
                 seconds = max(seconds, self._silent_seconds + 4 * self._interval)
             if self._over.wait(seconds):
@@ -186,7 +193,7 @@ class Watchdog:
             seconds, before = min(now - before, 2 * self._interval), now
             state = "interrupted" if self._stopped else self._state
             try:
-                diagnosis = self._line.exchange(self._next_beat(state), seconds)
+                diagnosis = self._transport.exchange(self._next_beat(state), seconds)
             except RuntimeError:
                 diagnosis = self._end_without_host(state, GONE)
             if diagnosis is not None and diagnosis.ends:
@@ -213,15 +220,15 @@ class Watchdog:
             exit_code=exit_code,
         )
 
-    def _guard_host(self, line: MemberTransport) -> None:
+    def _guard_host(self, transport: MemberTransport) -> None:
         """Notice that rank 0 is frozen: its store takes the beats then, but never answers."""
-        answers, unanswered, before = line.answers, 0.0, time.monotonic()
+        answers, unanswered, before = transport.answers, 0.0, time.monotonic()
         while not self._over.wait(self._interval):
             now = time.monotonic()
             unanswered += min(now - before, 2 * self._interval)
             before = now
-            if line.answers != answers:
-                answers, unanswered = line.answers, 0.0
+            if transport.answers != answers:
+                answers, unanswered = transport.answers, 0.0
             elif unanswered >= self._silent_seconds:
                 self._end_without_host(self._state, SILENT.format(seconds=unanswered))
                 self._over.set()
@@ -232,16 +239,16 @@ class Watchdog:
             self._speak(diagnosis)
         # Rank 0 has spoken before the first process ends: launchers then kill the others.
         with contextlib.suppress(RuntimeError):
-            self._line.end(diagnosis, 3 * self._interval)
+            self._transport.end(diagnosis, 3 * self._interval)
         _exit(diagnosis.exit_code)
 
     def _end_without_host(self, state: State, how: str) -> Diagnosis:
         """End this process because rank 0 does not answer, unless both have left already."""
         if state in ("left", "fault"):
             return Diagnosis(ends=False)
-        assert isinstance(self._line, MemberTransport)
+        assert isinstance(self._transport, MemberTransport)
         with self._ending:  # two threads may find it out
-            diagnosis = host_is_gone(self._places[0], self._line.host_beat, how)
+            diagnosis = host_is_gone(self._places[0], self._transport.host_beat, how)
             if self._speaks_for_host():
                 self._speak(diagnosis)
             _exit(diagnosis.exit_code)

@@ -14,7 +14,7 @@ from megaphase.utils.run_files import ORIGIN_FILE
 
 
 @dataclass(frozen=True)
-class Origin:
+class RunOrigin:
     """Where a branch begins; of a run that is no branch, no steps and no samples.
 
     Attributes:
@@ -54,16 +54,16 @@ class Origin:
         return cls(step, dict(used), value.get("tokens"), value.get("source"), folder)
 
 
-def read_origin(run_dir: Path) -> Origin:
+def read_origin(run_dir: Path) -> RunOrigin:
     """Where the run in a directory begins, be it a branch or not, or not begun yet.
 
     Raises:
         InputError: the file is damaged.
     """
-    return recorded_origin(run_dir) or Origin()
+    return recorded_origin(run_dir) or RunOrigin()
 
 
-def recorded_origin(run_dir: Path) -> Origin | None:
+def recorded_origin(run_dir: Path) -> RunOrigin | None:
     """What `origin.json` says or, where it was lost, the run's newest checkpoint; else None.
 
     Raises:
@@ -72,18 +72,18 @@ def recorded_origin(run_dir: Path) -> Origin | None:
     path = run_dir / ORIGIN_FILE
     try:
         try:
-            return Origin.from_json(read_hashed_json(path))
+            return RunOrigin.from_json(read_hashed_json(path))
         except (FileNotFoundError, NotADirectoryError):
             history = (newest_state(run_dir) or {}).get("history")
             found = history.get("origin") if isinstance(history, dict) else None
-            return None if found is None else Origin.from_json(found)
+            return None if found is None else RunOrigin.from_json(found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
             path, "is damaged or cannot be read", "restore it or branch into another output"
         ) from None
 
 
-def write_origin(run_dir: Path, origin: Origin) -> None:
+def write_origin(run_dir: Path, origin: RunOrigin) -> None:
     """Write down where a run begins, so that it can be resumed without being told again."""
     with os_errors_named(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from megaphase.checkpoint.names import newest_state, permanent_ends
-from megaphase.plan.origin import Origin, read_origin
+from megaphase.plan.origin import RunOrigin, read_origin
 from megaphase.plan.plan import Plan
 from megaphase.utils.errors import InputError
 from megaphase.utils.metrics_rows import (
@@ -60,7 +60,7 @@ class RunHistory:
         doubt: a sentence about what is not known for certain, or None.
     """
 
-    origin: Origin | None = None
+    origin: RunOrigin | None = None
     phases: list[PhaseHistory] = field(default_factory=list)
     skipped: list[Steps] = field(default_factory=list)
     doubt: str | None = None
@@ -115,7 +115,7 @@ class RunHistory:
         phases = [PhaseHistory(**phase) for phase in value["phases"]]
         skipped = [(int(first), int(last)) for first, last in value["skipped_steps"]]
         origin = value["origin"]
-        return cls(None if origin is None else Origin.from_json(origin), phases, skipped)
+        return cls(None if origin is None else RunOrigin.from_json(origin), phases, skipped)
 
 
 def history_of_state(run_dir: Path, state: Mapping[str, Any]) -> RunHistory:

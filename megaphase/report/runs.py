@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, RootModel, ValidationError
 
 from megaphase.checkpoint.names import newest_state
-from megaphase.plan.origin import Origin, read_origin
+from megaphase.plan.origin import RunOrigin, read_origin
 from megaphase.plan.run_history import RunHistory, read_history
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import real_path
@@ -136,7 +136,7 @@ class RunRecord:
     training: Sequence[TrainingRow]
     validation: Sequence[ValidationRow]
     events: Sequence[Event]
-    origin: Origin
+    origin: RunOrigin
     missing_steps: Sequence[Steps] = ()
     unreadable_lines: int = 0
 

@@ -150,10 +150,10 @@ class _Runner:
         ended = partial(outcome_if_ended, self._sweep, self._directory)
         collect_results(self._sweep, self._directory, self._display, self._outcomes, ended)
         try:
-            self._start_what_can_be()
+            self._start_ready_trials()
             while self._jobs:
                 time.sleep(POLL_SECONDS)
-                self._hand_signals_down()
+                self._forward_signals()
                 self._poll_jobs()
         finally:
             self._kill_all()
@@ -164,7 +164,7 @@ class _Runner:
             )
         return self._outcomes
 
-    def _start_what_can_be(self) -> None:
+    def _start_ready_trials(self) -> None:
         """At the beginning and whenever a run has ended: which ones there are is known by that."""
         if self._received:
             return
@@ -191,7 +191,7 @@ class _Runner:
         log = self._directory.log(job.trial.name)
         job.process = self._start(job.commands.pop(0), log, self._machine.environment(job.slot))
 
-    def _hand_signals_down(self) -> None:
+    def _forward_signals(self) -> None:
         """The first one lets the runs save; Ctrl-C after it ends them at once."""
         received = self._received
         if received and self._told_at is None:
@@ -218,7 +218,7 @@ class _Runner:
             else:
                 del self._jobs[name]
                 self._record_outcome(job, code)
-                self._start_what_can_be()
+                self._start_ready_trials()
 
     def _record_outcome(self, job: _RunningTrial, code: int) -> None:
         name = job.trial.name

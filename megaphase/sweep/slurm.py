@@ -83,7 +83,7 @@ def sweep_on_slurm(path: Path, program: Any, *, retry: bool, console: Console) -
     with directory.locked():
         if retry:
             directory.forget_failures()
-        return SlurmSweep(found, directory, jobs, program, console).conduct()
+        return SlurmSweep(found, directory, jobs, program, console).run_round()
 
 
 def next_scripts(path: Path, program: Any) -> Iterator[tuple[str, Sequence[str], str]]:
@@ -129,12 +129,12 @@ class SlurmSweep:
         jobs = {job.job for name in runs for job in self._jobs_of(name)}
         self.queue = queued_jobs(jobs if self.next is None else jobs | {self.next.job})
 
-    def conduct(self) -> Path | None:
+    def run_round(self) -> Path | None:
         self._collect_results()
         open_trials = ready_trials(self.sweep, self.outcomes)
         waiting = self._queued(open_trials)
         if waiting and self._next_is_queued():
-            self._say_that_it_goes_on(waiting)
+            self._say_round_is_queued(waiting)
             return None
         # Only where nothing is under way: what else can begin is best known in the next round.
         trials = [] if waiting else open_trials
@@ -189,7 +189,7 @@ class SlurmSweep:
         """Whether another job than this one begins the next round."""
         return self.next is not None and self.next.job in self.queue and not self._is_the_next_job()
 
-    def _say_that_it_goes_on(self, waiting: set[str]) -> None:
+    def _say_round_is_queued(self, waiting: set[str]) -> None:
         assert self.next is not None
         self._say(
             f"{self.directory.path}: {len(waiting)} jobs of runs are in the queue, and job "

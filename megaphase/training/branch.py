@@ -9,7 +9,7 @@ from typing import Any
 from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.state import STATE_FILE, read_state, state_or_nothing
 from megaphase.config.run import RunConfig
-from megaphase.plan.origin import Origin, recorded_origin
+from megaphase.plan.origin import RunOrigin, recorded_origin
 from megaphase.plan.spec import PlanSpec
 from megaphase.training.run_directory import RunDirectory
 from megaphase.utils.errors import InputError
@@ -38,9 +38,9 @@ class Branch:
     is_new: bool
 
     @property
-    def origin(self) -> Origin:
+    def origin(self) -> RunOrigin:
         """What is recorded of it in the run directory and in every checkpoint of the run."""
-        return Origin(self.step, self.used, self.tokens, self.source, self.checkpoint)
+        return RunOrigin(self.step, self.used, self.tokens, self.source, self.checkpoint)
 
     def check(self, config: RunConfig, spec: PlanSpec, model: dict[str, Any]) -> None:
         """Refuse a model or streams that are not those of the run that this one continues.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megaphase.fault_tolerance.fault_detector import LOOKS_UNTIL_GONE, Diagnosis, FaultDetector
+from megaphase.fault_tolerance.fault_detector import CHECKS_UNTIL_GONE, Diagnosis, FaultDetector
 from megaphase.fault_tolerance.heartbeat import Heartbeat, RankInfo, next_on_node
 
 SILENT_SECONDS, STALLED_SECONDS = 30.0, 900.0
@@ -20,7 +20,7 @@ class Run:
             for node, ranks in enumerate(nodes)
             for local in range(ranks)
         ]
-        self.judge = FaultDetector(places, SILENT_SECONDS, STALLED_SECONDS)
+        self.detector = FaultDetector(places, SILENT_SECONDS, STALLED_SECONDS)
         self.beats = [Heartbeat(counter=1, progress=1, where="in step 1")] * len(places)
         self.seconds = 0.0
         self.silent: set[int] = set()
@@ -30,7 +30,7 @@ class Run:
             self.beats[rank] = self.beats[rank]._replace(**changes)
 
     def go(self, seconds: float, *, progress: bool = True) -> Diagnosis | None:
-        """Let time pass, until there is a verdict."""
+        """Let time pass, until there is a diagnosis."""
         end = self.seconds + seconds
         while self.seconds < end:
             self.seconds += BEAT_SECONDS
@@ -38,8 +38,8 @@ class Run:
                 if rank not in self.silent:
                     self.change(rank, counter=beat.counter + 1)
                     self.change(rank, progress=beat.progress + progress)
-            if verdict := self.judge.look(self.beats, BEAT_SECONDS):
-                return verdict
+            if diagnosis := self.detector.check(self.beats, BEAT_SECONDS):
+                return diagnosis
         return None
 
 
@@ -52,9 +52,9 @@ def test_silent_rank_is_named_in_time():
     run = Run(2, 2)
     assert run.go(100) is None
     run.silent = {3}
-    verdict = run.go(100)
+    diagnosis = run.go(100)
     assert 100 + SILENT_SECONDS <= run.seconds <= 100 + SILENT_SECONDS + BEAT_SECONDS
-    assert verdict == Diagnosis(
+    assert diagnosis == Diagnosis(
         True,
         "rank 3 on node1 (process 111) gave no sign of life for 30 s, last seen in step 1; all "
         "processes end",
@@ -67,10 +67,10 @@ def test_rank_without_any_beat_is_named():
     run = Run(1, 1)
     for _ in range(int(SILENT_SECONDS)):
         run.change(0, counter=run.beats[0].counter + 1)
-        verdict = run.judge.look([run.beats[0], None], BEAT_SECONDS)
-    assert verdict is not None
-    assert "rank 1 on node1 (process 110)" in verdict.message
-    assert "last seen at the start" in verdict.message
+        diagnosis = run.detector.check([run.beats[0], None], BEAT_SECONDS)
+    assert diagnosis is not None
+    assert "rank 1 on node1 (process 110)" in diagnosis.message
+    assert "last seen at the start" in diagnosis.message
 
 
 def test_lost_node_is_named_as_a_whole_and_before_its_victims():
@@ -80,9 +80,9 @@ def test_lost_node_is_named_as_a_whole_and_before_its_victims():
     assert run.go(20) is None
     run.silent = {1, 3, 4, 5}  # it aborts, because the network to the others is gone
     run.change(0, neighbour=-1)
-    verdict = run.go(20)
-    assert verdict is not None
-    assert verdict.message.startswith(
+    diagnosis = run.go(20)
+    assert diagnosis is not None
+    assert diagnosis.message.startswith(
         "rank 3 on node1 (process 110) gave no sign of life for 23 s (nor did ranks 1, 4-5), last"
     )
 
@@ -92,10 +92,10 @@ def test_process_that_is_gone_is_named_at_once():
     run.go(10)
     run.silent = {2}
     run.change(1, neighbour=-1)
-    verdict = run.go(100)
-    assert verdict is not None
-    assert run.seconds == 10 + LOOKS_UNTIL_GONE * BEAT_SECONDS
-    assert verdict.message.startswith("rank 2 on node0 (process 102) has ended without a word")
+    diagnosis = run.go(100)
+    assert diagnosis is not None
+    assert run.seconds == 10 + CHECKS_UNTIL_GONE * BEAT_SECONDS
+    assert diagnosis.message.startswith("rank 2 on node0 (process 102) has ended without a word")
 
 
 def test_rank_that_has_left_is_not_missed():
@@ -129,8 +129,8 @@ def test_fault_that_all_share_is_theirs_to_tell(state):
 def test_fault_of_one_rank_ends_all_with_its_code():
     run = Run(2, 1)
     run.change(2, state="fault", reason="run.yaml: is wrong", exit_code=2)
-    verdict = run.go(SILENT_SECONDS)
-    assert verdict == Diagnosis(
+    diagnosis = run.go(SILENT_SECONDS)
+    assert diagnosis == Diagnosis(
         True, "rank 2 on node1 (process 110): run.yaml: is wrong", exit_code=2, rank=2
     )
 
@@ -139,9 +139,9 @@ def test_failure_comes_before_those_that_it_kills():
     run = Run(4)
     run.change(2, 3, state="failed", reason="ValueError: 5", where="in step 7")
     run.change(0, neighbour=-1)
-    verdict = run.go(10)
-    assert verdict is not None
-    assert verdict.message.startswith(
+    diagnosis = run.go(10)
+    assert diagnosis is not None
+    assert diagnosis.message.startswith(
         "rank 2 on node0 (process 102) failed in step 7 (and so did rank 3): ValueError: 5; all"
     )
 
@@ -160,20 +160,20 @@ def test_of_several_that_are_gone_the_first_is_named():
     assert run.go(1) is None
     run.silent = {1, 2}  # it aborts, because its connection to the other has broken
     run.change(0, neighbour=-1)
-    verdict = run.go(10)
-    assert verdict is not None
-    assert verdict.rank == 2
-    assert verdict.message.startswith("rank 2 on node0 (process 102) has ended without a word")
+    diagnosis = run.go(10)
+    assert diagnosis is not None
+    assert diagnosis.rank == 2
+    assert diagnosis.message.startswith("rank 2 on node0 (process 102) has ended without a word")
 
 
 def test_hanging_rank_is_the_one_that_does_not_wait():
     run = Run(2, 2)
     run.change(0, 1, 3, waits=True)
     run.change(2, where="reading the batch of step 9", code="dataset.py:7 in read")
-    verdict = run.go(2 * STALLED_SECONDS, progress=False)
-    assert verdict is not None
+    diagnosis = run.go(2 * STALLED_SECONDS, progress=False)
+    assert diagnosis is not None
     assert STALLED_SECONDS <= run.seconds <= STALLED_SECONDS + 2 * BEAT_SECONDS
-    assert verdict.message == (
+    assert diagnosis.message == (
         "no rank has made progress for 900 s: rank 2 on node1 (process 110) hangs reading the "
         "batch of step 9 (dataset.py:7 in read); all processes end"
     )
@@ -184,18 +184,20 @@ def test_rank_that_is_behind_is_named_where_all_look_alike(waits):
     run = Run(2, 2)
     run.change(0, 1, 2, 3, waits=waits)
     run.change(0, 2, 3, progress=5)
-    verdict = run.go(2 * STALLED_SECONDS, progress=False)
-    assert verdict is not None
-    assert ": rank 1 on node0 (process 101) hangs in step 1" in verdict.message
+    diagnosis = run.go(2 * STALLED_SECONDS, progress=False)
+    assert diagnosis is not None
+    assert ": rank 1 on node0 (process 101) hangs in step 1" in diagnosis.message
 
 
 def test_rank_that_is_apart_from_all_others_is_named():
     run = Run(2, 2)
     run.change(0, 1, 3, code="engine.py:5 in step")
     run.change(2, code="dataset.py:7 in read")
-    verdict = run.go(2 * STALLED_SECONDS, progress=False)
-    assert verdict is not None
-    assert "rank 2 on node1 (process 110) hangs in step 1 (dataset.py:7 in read)" in verdict.message
+    diagnosis = run.go(2 * STALLED_SECONDS, progress=False)
+    assert diagnosis is not None
+    assert (
+        "rank 2 on node1 (process 110) hangs in step 1 (dataset.py:7 in read)" in diagnosis.message
+    )
 
 
 def test_where_all_are_is_said_where_nobody_stands_out():
@@ -204,19 +206,19 @@ def test_where_all_are_is_said_where_nobody_stands_out():
     for rank in range(12):
         run.change(2 * rank, code=f"gpt.py:{rank} in forward")
     run.change(5, code="loop.py:9 in run")
-    verdict = run.go(2 * STALLED_SECONDS, progress=False)
-    assert verdict is not None
-    assert "none of them stands out" in verdict.message
-    assert len(verdict.details) == 10
-    assert verdict.details[0] == "rank 0: in step 1 (gpt.py:0 in forward), in a collective"
-    assert verdict.details[-1] == "and 5 other places"
+    diagnosis = run.go(2 * STALLED_SECONDS, progress=False)
+    assert diagnosis is not None
+    assert "none of them stands out" in diagnosis.message
+    assert len(diagnosis.details) == 10
+    assert diagnosis.details[0] == "rank 0: in step 1 (gpt.py:0 in forward), in a collective"
+    assert diagnosis.details[-1] == "and 5 other places"
 
 
 def test_single_process_that_hangs_is_named():
     run = Run(1)
-    verdict = run.go(2 * STALLED_SECONDS, progress=False)
-    assert verdict is not None
-    assert "rank 0 on node0 (process 100) hangs in step 1" in verdict.message
+    diagnosis = run.go(2 * STALLED_SECONDS, progress=False)
+    assert diagnosis is not None
+    assert "rank 0 on node0 (process 100) hangs in step 1" in diagnosis.message
 
 
 def test_patience_stops_the_clock():
