@@ -12,7 +12,7 @@ from megaphase.config.run import RunConfig
 from megaphase.estimate.memory_table import memory_sentences, memory_summary
 from megaphase.launch.slurm.job_file import FOLDER, SubmittedJob, refuse_second_job, remember_job
 from megaphase.launch.slurm.script import Resources, batch_script, refuse_pattern
-from megaphase.plan.load_plan import memory_setup, open_plan, open_run
+from megaphase.plan.load_plan import memory_setup, open_run, preview_plan
 from megaphase.plan.preview import plan_warnings
 from megaphase.training.branch import choose_branch
 from megaphase.training.run_directory import RunDirectory
@@ -45,7 +45,7 @@ def check(
     if resources.gpus and not needed["layouts"][0]["fits"]:
         raise InputError(config.where("parallel"), sentences[-1], "or say --memory, of your cards")
     refuse_second_job(config.output)
-    plan = open_plan(config, tokenizer, branch.used if branch else None)
+    plan = preview_plan(config, tokenizer, branch.used if branch else None)
     # Slurm does not make it; without it a job fails and has nowhere to say so.
     make_directory(logs_folder(config.output))
     for sentence in plan_warnings(plan.summary()):

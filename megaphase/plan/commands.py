@@ -76,7 +76,7 @@ def show_command(
     from megaphase.estimate.hardware import hardware_of, planned_card
     from megaphase.estimate.memory_table import memory_sentences, memory_summary
     from megaphase.estimate.step_time_table import layouts_table, speed_sentences, speed_summary
-    from megaphase.plan.load_plan import memory_setup, open_plan, open_run
+    from megaphase.plan.load_plan import memory_setup, open_run, preview_plan
     from megaphase.plan.preview import (
         plan_table,
         plan_warnings,
@@ -89,7 +89,7 @@ def show_command(
         processes = given_world_size() or config.parallel.tensor
     setup, hardware = memory_setup(config, tokenizer, processes), hardware_of(config, card)
     needed = memory_summary(setup, memory or planned_card(config, card).memory_gb)
-    plan = open_plan(config, tokenizer)
+    plan = preview_plan(config, tokenizer)
     phases = [(phase.name, phase.steps) for phase in plan.phases]
     times = speed_summary(setup, hardware, phases) if hardware else None
     summary = plan.summary() | {"memory": needed, "speed": times}

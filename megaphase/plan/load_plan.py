@@ -42,7 +42,7 @@ def memory_setup(config: RunConfig, tokenizer: Tokenizer, processes: int) -> Set
     return setup_of(config, build_shape(config, tokenizer.vocab_size), processes, "cuda")
 
 
-def open_plan(
+def preview_plan(
     config: RunConfig, tokenizer: Tokenizer, used: Mapping[str, int] | None = None
 ) -> Plan:
     """Open the run's plan; where there is none yet, build it and show the progress.

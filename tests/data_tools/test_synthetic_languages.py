@@ -109,7 +109,7 @@ def test_verbs_agree_with_a_subject_before_a_relative_clause(paths: dict[str, Pa
         stem + tense + ending: form
         for stem in lexicon.verbs
         for tense in lexicon.tense
-        for form, ending in enumerate(lexicon.control_group)
+        for form, ending in enumerate(lexicon.agreement)
     }
     seen = 0
     for row in read(paths["aa"]):
