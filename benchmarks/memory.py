@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from megaphase.config.run import RunConfig
 from megaphase.distributed.all_ranks import process_group
-from megaphase.distributed.process_grid import start
+from megaphase.distributed.process_grid import start_process_grid
 from megaphase.estimate.memory import MemoryEstimate, estimate
 from megaphase.estimate.setup import setup_of
 from megaphase.launch.local import free_port, rank_environment
@@ -215,7 +215,7 @@ def train(case: Case, model: str) -> int:
     """Bytes that training took on this rank at most, over the steps after the first."""
     config = case.config(model)
     shape = build_shape(config, MODELS[model]["vocab"])
-    grid = start(case.tensor)
+    grid = start_process_grid(case.tensor)
     batch = random_batch(case, config, shape)
     before = resident_bytes("VmRSS")
     engine = Engine(config, shape, grid, 1)

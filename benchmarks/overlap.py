@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from throughput_sides import LEARNING_RATE, Settings, begin, prepare
 
-from megaphase.distributed.process_grid import start
+from megaphase.distributed.process_grid import start_process_grid
 from megaphase.launch.local import free_port, rank_environment
 from megaphase.model.gpt import GPT
 from megaphase.training.engine import Engine
@@ -41,7 +41,7 @@ def serve(
     begin(environment)
     prepare(settings, tensor)
     config = settings.run_config(tensor=tensor, sequence=sequence)
-    engine = Engine(config, settings.shape(), start(tensor), tasks=1)
+    engine = Engine(config, settings.shape(), start_process_grid(tensor), tasks=1)
     model, batch = engine.module, settings.batches()[0]
     assert isinstance(model, GPT)
 

@@ -23,7 +23,7 @@ from megaphase.checkpoint.store import CheckpointStore
 from megaphase.config.run import RunConfig
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.control_group import ControlGroup
-from megaphase.distributed.process_grid import start
+from megaphase.distributed.process_grid import start_process_grid
 from megaphase.model.presets import build_shape
 from megaphase.plan.dataset import Batch
 from megaphase.training.engine import Engine
@@ -50,7 +50,7 @@ def main() -> None:
 def _measure(preset: str, vocab: int, rounds: int, folder: Path) -> None:
     config = _config(preset)
     shape = build_shape(config, vocab)
-    engine = Engine(config, shape, start(1), 1)
+    engine = Engine(config, shape, start_process_grid(1), 1)
     zeros = torch.zeros((1, 16), dtype=torch.int64)
     engine.train_step(Batch(zeros, zeros, torch.zeros(1, dtype=torch.int64)), 1e-4)
     size = sum(tensor.nbytes for _, tensor in engine.state.tensors(engine.state.kinds()))

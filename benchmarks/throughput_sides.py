@@ -17,7 +17,7 @@ from llama import hugging_face_llama
 from torch import nn
 
 from megaphase.config.run import RunConfig
-from megaphase.distributed.process_grid import start
+from megaphase.distributed.process_grid import start_process_grid
 from megaphase.launch.local import free_port, rank_environment
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
@@ -121,7 +121,7 @@ class Ours:
         config = settings.run_config(
             self.kernels, zero=self.zero, tensor=self.tensor, keep_gathered=self.keep_gathered
         )
-        engine = Engine(config, settings.shape(), start(self.tensor), tasks=1)
+        engine = Engine(config, settings.shape(), start_process_grid(self.tensor), tasks=1)
         share = settings.batch // self.data
         first = engine.grid.data_rank * share
 

@@ -36,7 +36,7 @@ from machine import Machine, measure_machine
 from throughput_sides import Ours, Peer, Settings, Side, begin, prepare
 
 from megaphase.distributed.initialization import Initializer
-from megaphase.distributed.process_grid import start
+from megaphase.distributed.process_grid import start_process_grid
 from megaphase.estimate.gpu_specs import card_of_device
 from megaphase.model.gpt import GPT
 from megaphase.model.presets import PRESETS
@@ -60,7 +60,7 @@ def check_same_model(settings: Settings) -> tuple[int, float]:
     # Larger weights than those that training starts from: with them every loss is near log(vocab).
     shape = dataclasses.replace(settings.shape(), init_std=0.05)
     device = torch.device(settings.device)
-    ours = GPT(shape, Initializer(1, torch.float32), start(1)).to(device)
+    ours = GPT(shape, Initializer(1, torch.float32), start_process_grid(1)).to(device)
     peer = hugging_face_llama(shape).to(device)
     counts = [sum(p.numel() for p in model.parameters()) for model in (ours, peer)]
     if counts[0] != counts[1]:

@@ -316,10 +316,10 @@ def test_after_a_failed_save_the_next_one_is_whole(
 def agreed_failure(folder: str) -> tuple[str, list[str]]:
     """Rank 1 cannot write its shard; what every rank is told, and what is left."""
     from megaphase.distributed.all_ranks import process_group
-    from megaphase.distributed.process_grid import start
+    from megaphase.distributed.process_grid import start_process_grid
 
     with process_group():
-        start(1)
+        start_process_grid(1)
         control_group = ControlGroup()
         store = CheckpointStore(Path(folder), control_group)
         saver = Saver(store, control_group, keep=1, asynchronous=True, say=lambda text: None)

@@ -21,7 +21,7 @@ from megaphase.distributed.collectives import (
     reduce_async,
 )
 from megaphase.distributed.cross_entropy import Vocabulary, linear_cross_entropy
-from megaphase.distributed.process_grid import ProcessGrid, start
+from megaphase.distributed.process_grid import ProcessGrid, start_process_grid
 from megaphase.distributed.sharding import layout_of
 from megaphase.ops.kernels import EAGER
 from megaphase.training.engine import Engine
@@ -76,7 +76,7 @@ def examine() -> RankResults:
         for size in TENSOR_SIZES:
             for zero in (0, 3):
                 _examine_model(size, zero, results)
-            grid = start(size)
+            grid = start_process_grid(size)
             if size > 1:
                 for name in COLLECTIVES:
                     results.collectives[size, name] = _run_collective(name, grid)
