@@ -9,7 +9,7 @@ from typing import Any
 from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.state import STATE_FILE, read_state, state_or_nothing
 from megaphase.config.run import RunConfig
-from megaphase.plan.origin import RunOrigin, recorded_origin
+from megaphase.plan.origin import RunOrigin, recorded_origin, write_origin
 from megaphase.plan.spec import PlanSpec
 from megaphase.training.run_directory import RunDirectory
 from megaphase.utils.errors import InputError
@@ -36,6 +36,10 @@ class Branch:
     used: dict[str, int]
     state: dict[str, Any]
     is_new: bool
+
+    def record(self, run_dir: Path) -> None:
+        """Record where the run starts, so that later starts of it need no --from."""
+        write_origin(run_dir, self.origin)
 
     @property
     def origin(self) -> RunOrigin:

@@ -21,7 +21,6 @@ from megaphase.fault_tolerance.watchdog import Watchdog
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
 from megaphase.plan.load_plan import build_plan
-from megaphase.plan.origin import write_origin
 from megaphase.plan.plan import Plan
 from megaphase.plan.preview import plan_warnings
 from megaphase.plan.spec import PlanSpec, check_corpora, plan_spec
@@ -105,7 +104,7 @@ def open_plan(
         summary = plan.summary()
         if branch is not None and branch.is_new:
             # First, so that a run that is killed here can never be taken for one of its own.
-            write_origin(directory.path, branch.origin)
+            branch.record(directory.path)
         directory.claim(config, summary)
         for sentence in plan_warnings(summary):
             say(f"Warning: {sentence}")
