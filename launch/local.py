@@ -115,7 +115,7 @@ def free_port() -> int:
     """A TCP port on this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def _say(*parts: str, separator: str = ". ") -> None:

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def find_duplicates(corpora: Sequence[Corpus], folder: Path) -> np.ndarray:
     buckets = min(-(-total // _BUCKET_DOCUMENTS), _MOST_BUCKETS)
     found = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the map keeps it
     found.truncate(total)
-    is_duplicate = np.memmap(found, dtype=bool, mode="r+")  # type: ignore[call-overload]
+    is_duplicate = np.memmap(found, dtype=bool, mode="r+")
     with ExitStack() as opened:
         files = [opened.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(buckets)]
         first = 0
@@ -61,7 +62,7 @@ def _entries(corpus: Corpus, part: slice, first: int) -> np.ndarray:
     return entries
 
 
-def _scatter(entries: np.ndarray, files: Sequence) -> None:
+def _scatter(entries: np.ndarray, files: Sequence[IO[bytes]]) -> None:
     """Append each entry to the file that its text's hash chooses."""
     chosen = entries["text"] % np.uint64(len(files))
     order = np.argsort(chosen, kind="stable")
@@ -75,4 +76,5 @@ def _later_ones(entries: np.ndarray) -> np.ndarray:
     ordered = entries[np.lexsort((entries["rest"], entries["text"]))]  # stable
     before, after = ordered[:-1], ordered[1:]
     same = (before["text"] == after["text"]) & (before["rest"] == after["rest"])
-    return after["document"][same]
+    documents: np.ndarray = after["document"][same]
+    return documents

@@ -117,7 +117,8 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
         other = OtherValue(str(column.type))
         return [other if valid else None for valid in column.is_valid().to_pylist()]
     try:
-        return column.to_pylist()
+        values: list[Any] = column.to_pylist()
+        return values
     except UnicodeDecodeError:
         return [_value(scalar) for scalar in column]
 
@@ -137,9 +138,8 @@ def _has_python_values(kind: pa.DataType) -> bool:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(test(kind) for test in tests)
 
 
 def _value(scalar: pa.Scalar) -> Any:
@@ -158,8 +158,8 @@ class _RowGroup:
         self._metadata = file.metadata.row_group(number)
         self._columns = [self._metadata.column(i) for i in range(self._metadata.num_columns)]
         self.row, self.begin = row, begin
-        self.rows = self._metadata.num_rows
-        self.bytes = sum(column.total_compressed_size for column in self._columns)
+        self.rows: int = self._metadata.num_rows
+        self.bytes: int = sum(column.total_compressed_size for column in self._columns)
 
     def chunks(self, path: Path, columns: Sequence[str], chunk_bytes: int) -> Iterator[TextChunk]:
         names = self._file.schema_arrow.names
@@ -196,7 +196,7 @@ class _RowGroup:
             yield together
 
     def _rows_at_once(self, columns: Sequence[str], chunk_bytes: int) -> int:
-        size = sum(
+        size: int = sum(
             column.total_uncompressed_size
             for column in self._columns
             if column.path_in_schema.split(".")[0] in columns
@@ -213,4 +213,4 @@ def _serialized(batches: Sequence[pa.RecordBatch], names: Sequence[str]) -> byte
     with pa.ipc.new_stream(sink, schema) as stream:
         for batch in batches:
             stream.write_batch(batch)
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue())

@@ -47,7 +47,7 @@ class HashedFile:
     @property
     def digest(self) -> str:
         """Of everything written so far."""
-        return self._digest.hexdigest()
+        return str(self._digest.hexdigest())
 
     def record(self) -> FileRecord:
         """Force everything to the disk; size and digest of what was written so far."""

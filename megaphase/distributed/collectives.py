@@ -132,12 +132,14 @@ def copy_to_tensor_parallel(xs: Sequence[Tensor], grid: ProcessGrid) -> Sequence
     """
     if grid.tensor_size == 1 or not xs:
         return xs
-    return _CopyToTensorParallel.apply(grid, *xs)
+    copies: Sequence[Tensor] = _CopyToTensorParallel.apply(grid, *xs)
+    return copies
 
 
 def gather_sequence(x: Tensor, grid: ProcessGrid) -> Tensor:
     """[batch, seq / tensor, hidden] -> [batch, seq, hidden]; backward sums and scatters."""
-    return _GatherSequence.apply(x, grid)
+    gathered: Tensor = _GatherSequence.apply(x, grid)
+    return gathered
 
 
 def reduce_async(x: Tensor, grid: ProcessGrid, sequence: bool) -> Callable[[], Tensor]:

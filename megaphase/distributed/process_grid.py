@@ -111,6 +111,7 @@ def join_processes() -> None:
 def _meeting_place() -> dist.Store:
     """The store at which all processes have found each other."""
     try:
+        store: dist.Store
         store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
     except (dist.DistStoreError, dist.DistNetworkError):
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

@@ -65,7 +65,8 @@ class TensorRegion:
             return weight.to(dtype)
         if weight not in self._casts:
             self._casts[weight] = weight.detach().to(dtype)
-        return _Cast.apply(weight, self._casts[weight])
+        cast: Tensor = _Cast.apply(weight, self._casts[weight])
+        return cast
 
     @contextmanager
     def shared(self, module: nn.Module) -> Iterator[None]:

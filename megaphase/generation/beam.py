@@ -37,7 +37,7 @@ class BeamSearch:
     def score(self, hypothesis: Continuation) -> float:
         """By which hypotheses of different lengths are compared."""
         length = len(hypothesis.tokens) + hypothesis.ended
-        return hypothesis.log_probability / length**self._how.length_penalty
+        return float(hypothesis.log_probability / length**self._how.length_penalty)
 
     def extend(self, candidates: Iterable[Candidate]) -> list[tuple[int, int]]:
         """Take the likeliest extensions of the live hypotheses, likeliest first.

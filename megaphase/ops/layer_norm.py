@@ -14,5 +14,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, kernels: Ker
     if kernels.apex_norm:
         from apex.normalization.fused_layer_norm import fused_layer_norm_affine
 
-        return fused_layer_norm_affine(x, weight, bias, list(weight.shape), eps)
+        normed: Tensor = fused_layer_norm_affine(x, weight, bias, list(weight.shape), eps)
+        return normed
     return F.layer_norm(x, weight.shape, weight, bias, eps)

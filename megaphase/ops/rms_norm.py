@@ -16,7 +16,8 @@ ROWS_IN_GROUP = 64
 
 def _scale(wide: Tensor, eps: float) -> Tensor:
     mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
-    return (mean_square + eps).rsqrt()
+    scale: Tensor = (mean_square + eps).rsqrt()
+    return scale
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -92,7 +93,8 @@ def add_and_rms_norm(
     Both come from one function so that the gradient of the sum takes one pass over memory.
     """
     if not kernels.apex_norm and (kernels.compiled or not x.is_cuda):
-        return _RMSNorm.apply(x, added, weight, eps, kernels)
+        sum_and_normed: tuple[Tensor, Tensor] = _RMSNorm.apply(x, added, weight, eps, kernels)
+        return sum_and_normed
     total = x if added is None else x + added
     return total, _fused(total, weight.to(x.dtype), eps, kernels)
 
@@ -102,5 +104,6 @@ def _fused(x: Tensor, weight: Tensor, eps: float, kernels: Kernels) -> Tensor:
     if kernels.apex_norm:
         from apex.normalization.fused_layer_norm import fused_rms_norm_affine
 
-        return fused_rms_norm_affine(x, weight, list(weight.shape), eps)
+        normed: Tensor = fused_rms_norm_affine(x, weight, list(weight.shape), eps)
+        return normed
     return F.rms_norm(x, weight.shape, weight, eps)

@@ -45,7 +45,9 @@ class _Turn(torch.autograd.Function):
         ctx.kernels = kernels
         ctx.save_for_backward(cos, sin)
         turning = counts[0] + counts[1]
-        return kernels.of(_turn_heads)(heads, turning, cos, sin).split(counts, dim=2)
+        turned: Tensor = kernels.of(_turn_heads)(heads, turning, cos, sin)
+        parts: tuple[Tensor, ...] = turned.split(counts, dim=2)
+        return parts
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -59,4 +61,5 @@ def apply_rope(
 
     cos, sin: of each position's angles, [seq, 1, head_dim / 2] or with batch before.
     """
-    return _Turn.apply(heads, counts, cos, sin, kernels)
+    turned: tuple[Tensor, Tensor, Tensor] = _Turn.apply(heads, counts, cos, sin, kernels)
+    return turned

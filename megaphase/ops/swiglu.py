@@ -40,4 +40,5 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_and_up: Tensor, kernels: Kernels) -> Tensor:
     """silu(gate) · up of [..., 2 · ffn], the gate's half first."""
-    return _SwiGLU.apply(gate_and_up, kernels)
+    activated: Tensor = _SwiGLU.apply(gate_and_up, kernels)
+    return activated

@@ -17,13 +17,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, name: str) -> tor
     name: of the implementation, torch or apex.
     """
     build: Any = _apex_adamw if name == "apex" else torch.optim.AdamW
-    return build(
+    optimizer: torch.optim.Optimizer = build(
         _parameter_groups(model, config.weight_decay),
         lr=0.0,  # DeepSpeed takes a step on zero gradients at the start, which must do nothing
         betas=config.betas,
         eps=config.eps,
         **({} if name == "apex" else {"fused": True}),
     )
+    return optimizer
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -73,7 +73,8 @@ class Plan:
             raise ValueError(f"{self.phases[phase].name} has no {steps} steps")
         block = min(samples // self._block, len(counts) - 1)
         since = order[block * self._block : samples]
-        return counts[block] + np.bincount(since, minlength=len(self.tasks))
+        found: np.ndarray = counts[block] + np.bincount(since, minlength=len(self.tasks))
+        return found
 
     def first_ordinals(self, phase_steps: Sequence[int]) -> np.ndarray:
         """The ordinals at which streams go on after phases of so many steps, int64 [tasks]."""

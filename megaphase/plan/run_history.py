@@ -157,7 +157,7 @@ def steps_done(run_dir: Path) -> int:
     saved = (newest_state(run_dir) or {}).get("step", 0)
     rows = last_rows(run_dir / METRICS_FILE)
     before = read_origin(run_dir).step
-    return max([before, saved, *(row["step"] for row in rows if is_training(row))])
+    return max([before, int(saved), *(int(row["step"]) for row in rows if is_training(row))])
 
 
 def metrics_problem(run_dir: Path) -> str | None:

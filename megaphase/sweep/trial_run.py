@@ -124,7 +124,7 @@ def collect_results(
 
 
 def _last_phase(trial: Trial) -> str:
-    return trial.run["phases"][-1]["name"]
+    return str(trial.run["phases"][-1]["name"])
 
 
 def last_line(log: Path) -> str:

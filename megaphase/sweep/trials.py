@@ -169,7 +169,7 @@ def _in_name(value: float) -> str:
 
 
 def _all_trials(sweep: Sweep, choose: Choice) -> Iterator[Trial]:
-    for model in sweep.config.models or [None]:  # type: ignore[list-item]
+    for model in sweep.config.models or [None]:
         for name in sweep.config.arms:
             yield from _Expansion(sweep, name, model, choose).trials()
 

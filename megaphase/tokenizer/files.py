@@ -235,7 +235,7 @@ def _difference(files: _HuggingFaceFiles, processor: SentencePieceProcessor) -> 
 
 def adds_prefix_space(processor: SentencePieceProcessor) -> bool:
     """Whether the model puts a space before every text."""
-    return processor.encode("a", out_type=str)[0].startswith(SPACE_SYMBOL)
+    return str(processor.encode("a", out_type=str)[0]).startswith(SPACE_SYMBOL)
 
 
 def _record(
@@ -273,7 +273,8 @@ def _algorithm(processor: SentencePieceProcessor) -> str:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
     model = ModelProto.FromString(processor.serialized_model_proto())
-    return model.trainer_spec.ModelType.Name(model.trainer_spec.model_type).lower()
+    spec = model.trainer_spec
+    return str(spec.ModelType.Name(spec.model_type)).lower()
 
 
 def _load_model(path: Path) -> SentencePieceProcessor:

@@ -75,7 +75,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, without EOD."""
-        return self.encode_arrays([text])[0].tolist()
+        ids: list[int] = self.encode_arrays([text])[0].tolist()
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without EOD."""
@@ -98,14 +99,16 @@ class Tokenizer:
         return arrays
 
     def _encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return self._processor.encode(list(texts), out_type="numpy", num_threads=1)
+        ids = self._processor.encode(list(texts), out_type="numpy", num_threads=1)
+        return list(ids)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids; EOD, tags and added tokens leave no trace.
 
         Bytes that are not UTF-8 (ids cut in the middle of a character) become U+FFFD.
         """
-        return self._processor.decode([int(token) for token in ids if token < self._pieces])
+        known = [int(token) for token in ids if token < self._pieces]
+        return str(self._processor.decode(known))
 
     def token_bytes(self) -> np.ndarray:
         """How many bytes of UTF-8 text each token stands for, int64 [vocab_size]; control: 0."""

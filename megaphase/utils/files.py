@@ -53,7 +53,7 @@ def hash_file(
             digest.update(chunk)
             left -= len(chunk)
             advance(len(chunk))
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def read_file(path: Path, *, pipes: bool = False) -> bytes:

@@ -118,7 +118,7 @@ class HuggingFaceWeights:
 def _places(index: Path) -> dict[str, str]:
     """The file of every tensor."""
     try:
-        places = read_json(index)["weight_map"]
+        places: dict[str, str] = read_json(index)["weight_map"]
         # A name with a folder in it could lead out of the directory.
         if not places or any(Path(file).name != file for file in places.values()):
             raise ValueError
