@@ -327,7 +327,8 @@ STDIN_DOCUMENTS = """if True:
     import sys
     from megaphase.data_tools.text import *
     reading = Reading(stdin_kind=sys.argv[1], separator=sys.argv[2] or None)
-    chunks = list(read_chunks(STDIN, reading, start=TextPosition(int(sys.argv[3])), chunk_bytes=100))
+    start = TextPosition(int(sys.argv[3]))
+    chunks = list(read_chunks(STDIN, reading, start=start, chunk_bytes=100))
     print([document for chunk in chunks for document in read_documents(chunk, reading)])
     print([(chunk.start.offset, chunk.file_begin, chunk.start.line) for chunk in chunks][-1])
 """
