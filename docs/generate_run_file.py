@@ -87,10 +87,11 @@ def _docstrings(model: type[Section]) -> dict[str, str]:
 
     pydantic's use_attribute_docstrings finds it, too, but at every start of every command.
     """
-    body = ast.parse(inspect.getsource(model)).body[0].body
+    [definition] = ast.parse(inspect.getsource(model)).body
+    assert isinstance(definition, ast.ClassDef)
     return {
-        field.target.id: below.value.value
-        for field, below in pairwise(body)
+        ast.unparse(field.target): ast.literal_eval(below.value)
+        for field, below in pairwise(definition.body)
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
     }
 
@@ -173,7 +174,11 @@ def _range(schema: dict[str, Any]) -> str:
     below = schema.get("exclusiveMaximum", schema.get("lt"))
     if low is not None and high is not None:
         return f"from {_number(low)} to {_number(high)}"
-    lower = f"from {_number(low)}" if above is None else f"above {_number(above)}"
+    if low is None:
+        assert above is not None, "every number of a run file has a lower bound"
+        lower = f"above {_number(above)}"
+    else:
+        lower = f"from {_number(low)}"
     if high is not None:
         return f"{lower}, at most {_number(high)}"
     return f"{lower}, below {_number(below)}" if below is not None else f"{lower} on"
