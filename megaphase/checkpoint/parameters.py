@@ -180,7 +180,7 @@ class StoredParameters:
             return self._whole_of_rows(name, kind)
         shape, numel = layout.shard_shape(size), layout.shard_numel(size)
         parts = (self._stored(name, kind, r, Piece(0, numel)).view(shape) for r in range(size))
-        return layout.join(parts, size)
+        return layout.unshard(parts, size)
 
     def _whole_of_rows(self, name: str, kind: str) -> Tensor:
         """A parameter that is cut between rows: each run of them is read to where it belongs."""
@@ -190,7 +190,7 @@ class StoredParameters:
             for run in layout.runs(rank, self.tensor_size):
                 rows = run.of_whole(whole, 0)
                 row = rows[0].numel()
-                self._read_into(name, kind, rank, run.in_part * row, rows.view(-1))
+                self._read_into(name, kind, rank, run.in_shard * row, rows.view(-1))
         return whole
 
     def _cut(self, name: str, kind: str, layout: ParameterLayout, rank: int, size: int) -> Tensor:
@@ -198,7 +198,7 @@ class StoredParameters:
         key = (name, kind, layout, rank, size)
         if self._last_cut is None or self._last_cut[0] != key:
             self._last_cut = None
-            cut = layout.cut(self.whole(name, kind), rank, size)
+            cut = layout.shard(self.whole(name, kind), rank, size)
             self._last_cut = key, cut.reshape(-1)
         return self._last_cut[1]
 

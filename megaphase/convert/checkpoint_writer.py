@@ -100,7 +100,7 @@ def write_checkpoint(
 
     def write(name: str, kind: str, whole: Tensor) -> None:
         for rank in sorted({rank for _, rank, _ in places[name]}):
-            cut = form.layouts[name].flat_cut(whole, rank, form.tensor)
+            cut = form.layouts[name].flat_shard(whole, rank, form.tensor)
             parts = [
                 (file, list(_elements(cut, piece)))
                 for file, at, piece in places[name]

@@ -6,11 +6,14 @@ not depend on the layout, nor on the order in which layers are built.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from megaphase.distributed.parameter_spec import Normal, ParameterSpec
+from megaphase.distributed.process_grid import device
 from megaphase.utils.seeds import derive_key
 
 
@@ -22,16 +25,38 @@ class Initializer:
     dtype: torch.dtype
     path: str = ""
 
-    def at(self, part: str) -> Initializer:
-        """The initializer whose names start with `part`."""
-        return Initializer(self.seed, self.dtype, f"{self.path}{part}.")
+    @property
+    def device(self) -> torch.device:
+        """Where the model is built."""
+        return device()
 
-    def normal(self, name: str, shape: tuple[int, ...], std: float) -> Tensor:
-        """The whole parameter, N(0, std²), on the CPU (GPUs draw other numbers)."""
+    def at(self, part: str) -> Self:
+        """The initializer whose names start with `part`."""
+        return replace(self, path=f"{self.path}{part}.")
+
+    def draw(self, name: str, spec: ParameterSpec) -> Tensor:
+        """The whole parameter, on the CPU (GPUs draw other numbers)."""
+        if not isinstance(spec.init, Normal):
+            return torch.full(spec.shape, spec.init.value, dtype=self.dtype)
         generator = torch.Generator("cpu")
         generator.manual_seed(derive_key(self.seed, "init", self.path + name) >> 1)
-        return torch.empty(shape).normal_(0, std, generator=generator).to(self.dtype)
+        values = torch.empty(spec.shape).normal_(0, spec.init.std, generator=generator)
+        return values.to(self.dtype)
 
-    def constant(self, shape: tuple[int, ...], value: float) -> Tensor:
-        """A parameter that starts at one value everywhere."""
-        return torch.full(shape, value, dtype=self.dtype)
+
+class Uninitialized(Initializer):
+    """Only allocates the parameters, for a model whose weights are about to be read."""
+
+    def draw(self, name: str, spec: ParameterSpec) -> Tensor:
+        return torch.empty(spec.shape, dtype=self.dtype)
+
+
+class OnMeta(Initializer):
+    """Gives parameters neither memory nor values, for a model that only declares them."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("meta")
+
+    def draw(self, name: str, spec: ParameterSpec) -> Tensor:
+        return torch.empty(spec.shape, dtype=self.dtype, device=self.device)

@@ -115,7 +115,7 @@ def tensor_backward(setup: Setup, hardware: Hardware) -> Traffic:
     Each is the transpose of one of the forward pass, and with sequence parallelism the input of the
     projections into a region is gathered again. These projections' collectives go on behind their
     own products: the gathering behind the gradient of the input, the summing behind that of the
-    weight (`parallel.column_linear`). The gathering that is the transpose of a sum goes on, where
+    weight (`distributed.linear`). The gathering that is the transpose of a sum goes on, where
     halves are computed in turn, behind the other half's projections into a region.
     """
     ring = tensor_ring(setup, hardware)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaphase.model.gpt import GPT, Rows
+from megaphase.model.forward_context import ForwardContext
+from megaphase.model.gpt import GPT
 from megaphase.model.kv_cache import KVCache
 from megaphase.utils.errors import RunError
 
@@ -81,6 +82,6 @@ class Decoder:
             x = x + F.embedding(positions, model.positions).to(model.compute_dtype)
         rotary = None if model.rotary is None else model.rotary.at(positions)
         for block, cached in zip(model.blocks, layers, strict=True):
-            (x,) = block(rotary, [Rows(cached.attend)], x)
+            (x,) = block([ForwardContext(cached.attend, rotary)], x)
         _, normed = model.norm(x[:, -1])
         return model.head(normed, None).float()

@@ -12,7 +12,7 @@ from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.convert.source import Source
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import read_each
-from megaphase.distributed.initialization import Initializer
+from megaphase.distributed.initialization import Uninitialized
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.model.gpt import GPT
 
@@ -20,19 +20,6 @@ Precision = Literal["fp32", "bf16"]
 
 _ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
 _READERS = 4
-
-
-class _Uninitialized(Initializer):
-    """Gives parameters memory alone: every one of them is about to be read."""
-
-    def at(self, part: str) -> Initializer:
-        return self
-
-    def normal(self, name: str, shape: tuple[int, ...], std: float) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype)
-
-    def constant(self, shape: tuple[int, ...], value: float) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype)
 
 
 def load_model(source: Source, precision: Precision | None, *, verify: bool = True) -> GPT:
@@ -46,7 +33,7 @@ def load_model(source: Source, precision: Precision | None, *, verify: bool = Tr
         InputError: a file is missing, truncated or altered.
     """
     dtype = source.dtype(precision)
-    model = GPT(source.shape, _Uninitialized(0, dtype), _ALONE, compute_dtype=dtype)
+    model = GPT(source.shape, Uninitialized(0, dtype), _ALONE, compute_dtype=dtype)
     parameters = dict(model.named_parameters())
 
     def take(name: str, kind: str, whole: Tensor) -> None:

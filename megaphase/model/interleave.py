@@ -1,38 +1,86 @@
-"""Halves of a micro-batch that take turns: one is computed while the other waits for other ranks.
+"""Computes two halves of a micro-batch in turns.
 
-As in Domino (Wang et al. 2024, arXiv 2409.15241, section 3.2), rows do not depend on each other, so
-that the tensor-parallel collectives of some go on while a layer is computed for the others.
+As in Domino (Wang et al. 2024, arXiv 2409.15241, section 3.2): rows do not depend on each other, so
+while one half waits for a tensor-parallel collective, a layer is computed for the other half. The
+layers do not know: only this module splits a block into steps between which the halves alternate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from megaphase.distributed.linear import ColumnParallelLinear, RowParallelLinear
+from megaphase.model.dropout import Dropout
+from megaphase.model.forward_context import ForwardContext
+from megaphase.model.norms import LayerNorm, RMSNorm
+
 Steps = Generator[None, None, Tensor]
-"""A computation in steps; a step that begins with waiting comes two after that which has sent."""
+"""A computation in steps: a step ends where a collective has been started, or before one is."""
 
 
-def interleave(computations: Sequence[Callable[[], Steps]]) -> tuple[Tensor, ...]:
-    """The results of computations, a step of each in turn, all in as many steps.
+class Stages(NamedTuple):
+    """The forward pass of a layer, row(inner(column(x))): its collectives are in column and row."""
 
-    The first is one step ahead: what it sends at the end of a step is on its way while the others
-    compute the next one of theirs, and so is what they send.
+    column: ColumnParallelLinear
+    inner: Callable[[Tensor, ForwardContext], Tensor]
+    row: RowParallelLinear
+
+
+class ParallelLayer(Protocol):
+    """A tensor-parallel layer: attention, feed-forward."""
+
+    @property
+    def stages(self) -> Stages: ...
+
+    def __call__(self, x: Tensor, context: ForwardContext) -> Tensor: ...
+
+
+class Branch(NamedTuple):
+    """A residual branch of a block: x + dropout(layer(norm(x)))."""
+
+    norm: RMSNorm | LayerNorm
+    layer: ParallelLayer
+    dropout: Dropout
+
+
+def branch_steps(branches: Sequence[Branch], x: Tensor, context: ForwardContext) -> Steps:
+    """`Block.add_branches` in steps."""
+    added = None
+    for branch in branches:
+        x, normed = branch.norm(x, added)
+        column, inner, row = branch.layer.stages
+        gathered = column.start(normed)
+        yield
+        activations = inner(gathered(), context)
+        yield
+        summed = row.start(activations)
+        yield
+        added = branch.dropout(summed(), context.dropout_seeds)
+    assert added is not None
+    return x + added
+
+
+def interleave(computations: Sequence[Steps]) -> tuple[Tensor, ...]:
+    """The results of computations, one step of each in turn; all have the same number of steps.
+
+    The first is one step ahead: the collective that it starts at the end of a step is on its way
+    while the others compute their next one, and the other way round.
     """
-    going = [start() for start in computations]
     results: dict[int, Tensor] = {}
 
     def advance(number: int) -> None:
         try:
-            next(going[number])
+            next(computations[number])
         except StopIteration as end:
             results[number] = end.value
 
-    if len(going) > 1:
+    if len(computations) > 1:
         advance(0)
-    while len(results) < len(going):
-        for number in range(len(going)):
+    while len(results) < len(computations):
+        for number in range(len(computations)):
             if number not in results:
                 advance(number)
-    return tuple(results[number] for number in range(len(going)))
+    return tuple(results[number] for number in range(len(computations)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
@@ -51,6 +52,12 @@ class GPTShape:
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
+
+    @property
+    def residual_init_std(self) -> float:
+        """Layers that write to the residual stream start smaller (Radford et al. 2019, section
+        2.3)."""
+        return self.init_std / math.sqrt(2 * self.layers)
 
     @property
     def qkv_segments(self) -> tuple[int, int, int]:

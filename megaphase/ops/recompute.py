@@ -1,38 +1,47 @@
-"""What autograd keeps of a tensor that is cheaply computed again."""
+"""Tensors that autograd recomputes in the backward pass rather than saves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+_ATTRIBUTE = "recomputed_by"
+
+
+def recomputable(tensor: Tensor, recompute: Callable[[], Tensor]) -> Tensor:
+    """The same tensor, marked so that operations within `saves_recompute_of` do not save it.
+
+    recompute: computes the tensor again; called in the backward pass, without autograd, once for
+        each operation that needs it.
+    """
+    setattr(tensor, _ATTRIBUTE, recompute)
+    return tensor
+
 
 @contextmanager
-def recompute(tensor: Tensor, again: Callable[[], Tensor], chosen: bool) -> Iterator[None]:
-    """Operations within keep, in place of `tensor`, only how to compute it again.
-
-    tensor: lives as long as the context does.
-    again: called in the backward pass, without autograd, once for each operation that keeps it.
-    chosen: otherwise they keep what they are given.
-    """
-    if not chosen:
+def saves_recompute_of(tensor: Tensor) -> Iterator[None]:
+    """Within, autograd saves a recompute closure instead of `tensor` if that is `recomputable`."""
+    recompute = cast(Callable[[], Tensor] | None, getattr(tensor, _ATTRIBUTE, None))
+    if recompute is None:
         yield
         return
 
-    # Not the tensor itself, which the operations would hold on to with this function.
-    place, numel = tensor.data_ptr(), tensor.numel()
+    # Not the tensor itself, which the saved closures would keep alive.
+    address, numel = tensor.data_ptr(), tensor.numel()
 
     def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
-        # Operations keep views as well; those of the whole tensor are made again from the whole.
-        if saved.data_ptr() != place or saved.numel() != numel:
+        # Operations also save views; a view of the whole tensor is a view of the recomputed one.
+        if saved.data_ptr() != address or saved.numel() != numel:
             return saved
         size, stride = saved.size(), saved.stride()
-        return lambda: again().as_strided(size, stride)
+        return lambda: recompute().as_strided(size, stride)
 
-    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
-        return kept if isinstance(kept, Tensor) else kept()
+    def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed()
 
     with saved_tensors_hooks(pack, unpack):
         yield

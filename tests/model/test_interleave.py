@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from megaphase.model.interleave import Steps, interleave
@@ -18,7 +16,7 @@ def computation(name: str, steps: int, log: list[str]) -> Steps:
 
 def run(names: str, steps: int) -> tuple[list[str], list[float]]:
     log: list[str] = []
-    results = interleave([partial(computation, name, steps, log) for name in names])
+    results = interleave([computation(name, steps, log) for name in names])
     return log, [float(result) for result in results]
 
 

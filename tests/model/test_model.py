@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,14 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megaphase.config.run import RunConfig
 from megaphase.distributed.initialization import Initializer
+from megaphase.distributed.layer_builder import LayerBuilder
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.distributed.tensor_region import TensorRegion
-from megaphase.model.gpt import GPT, Attention, Block, Rows
-from megaphase.model.interleave import interleave
+from megaphase.model.attention import Attention
+from megaphase.model.forward_context import ForwardContext
+from megaphase.model.gpt import GPT, Block
 from megaphase.model.presets import PRESETS, build_shape
 from megaphase.model.shape import GPTShape
-from megaphase.ops.attention import attention as attend
-from megaphase.ops.kernels import EAGER
 from megaphase.utils.errors import InputError
 
 ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
@@ -215,18 +214,16 @@ def attention_by_loops(x: Tensor, attention: Attention, shape: GPTShape) -> Tens
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_with_grouped_queries(kv_heads: int) -> None:
     shape = GPTShape(**LLAMA | {"kv_heads": kv_heads, "init_std": 0.3})
-    attention = Attention(shape, INITIALIZER, TensorRegion(ALONE, sequence=False))
+    attention = Attention(shape, LayerBuilder(INITIALIZER, TensorRegion(ALONE, sequence=False)))
     x = torch.randn((2, 6, shape.hidden), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = attention_by_loops(x, attention, shape)
-        (found,) = interleave([lambda: attention.steps(x, None, attend, nullcontext)])
-        assert_close(found, expected)
+        assert_close(attention(x, ForwardContext()), expected)
 
 
 def test_halves_share_the_cast_weights_and_sum_their_gradients_in_the_weights_type() -> None:
     shape = GPTShape(**LLAMA)
-    region = TensorRegion(ALONE, sequence=False)
-    block = Block(shape, INITIALIZER, region, EAGER)
+    block = Block(shape, LayerBuilder(INITIALIZER, TensorRegion(ALONE, sequence=False)))
     sizes = [each.numel() for each in block.parameters() if each.dim() == 2]
     halves = torch.randn((2, 3, 6, shape.hidden), generator=torch.Generator().manual_seed(0))
     kept: set[int] = set()
@@ -237,14 +234,14 @@ def test_halves_share_the_cast_weights_and_sum_their_gradients_in_the_weights_ty
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
-        outputs = block(None, [Rows(), Rows()], *halves.bfloat16())
+        outputs = block([ForwardContext()] * 2, *halves.bfloat16())
     assert len(kept) == len(sizes) == 4
     torch.stack(outputs).float().square().sum().backward()
     together = {name: each.grad for name, each in block.named_parameters()}
 
     block.zero_grad()
     for half in halves.bfloat16():
-        block(None, [Rows()], half)[0].float().square().sum().backward()
+        block([ForwardContext()], half)[0].float().square().sum().backward()
     for name, each in block.named_parameters():
         assert each.grad is not None
         assert_close(together[name], each.grad, 4 * FP32_ROUNDOFF, name)

@@ -36,7 +36,7 @@ from rounding import FP32
 from torch import Tensor
 
 from megaphase.distributed.all_ranks import process_group
-from megaphase.distributed.layers import padded_vocab
+from megaphase.distributed.sharding import padded_vocab
 from megaphase.plan.dataset import Batch
 
 STEPS = 30

@@ -111,7 +111,7 @@ class MegatronWeights:
         parts = [rank.tensors[parameter.name] for rank in self._ranks]
         if parameter.layout.dim is None:
             self._check_same(parameter.name)
-        joined = parameter.layout.join((part.float() for part in parts), len(parts))
+        joined = parameter.layout.unshard((part.float() for part in parts), len(parts))
         return apart(joined, self.shape) if parameter.interleaved else joined.contiguous()
 
     def _check_tensors(self, rank: RankFile) -> None:

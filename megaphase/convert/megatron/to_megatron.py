@@ -140,7 +140,7 @@ def _write(
             theirs = interleaved(theirs, shape)
 
         def write_part(rank: int) -> None:
-            part = layout.cut(theirs, rank, len(writers))
+            part = layout.shard(theirs, rank, len(writers))
             if layout.padded_shape() != layout.shape:
                 _fill_padding(part, theirs, rank)
             writers[rank].write(part)
