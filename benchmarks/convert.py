@@ -27,7 +27,7 @@ from megaphase.convert.partition import Layout
 from megaphase.convert.weight_import import foreign_state
 from megaphase.data_tools.synthetic.languages import write_languages
 from megaphase.data_tools.tokenizers.train import train_tokenizer
-from megaphase.model.parameters import parameter_layouts
+from megaphase.model.parameters import parameter_count, parameter_layouts
 from megaphase.model.presets import PRESETS
 from megaphase.model.shape import GPTShape
 
@@ -97,7 +97,7 @@ def _measure(shape: GPTShape, arguments: argparse.Namespace, folder: Path) -> No
     largest = 4 * max(layout.numel for layout in parameter_layouts(shape, 1).values())
     idle = _run([sys.executable, "-c", "import megaphase.convert.reshape"], weights, None)
     print(
-        f"{shape.parameters() / 1e9:.2f} billion parameters, largest {largest / 1e6:,.0f} MB, "
+        f"{parameter_count(shape) / 1e9:.2f} billion parameters, largest {largest / 1e6:,.0f} MB, "
         f"imports alone {idle.peak_bytes / 1e6:,.0f} MB; {arguments.rounds} rounds, best of each"
     )
     for name, (source, command) in sides.items():
@@ -126,7 +126,7 @@ def _write(shape: GPTShape, folder: Path) -> None:
     folder.mkdir()
     weights = RandomWeights(shape)
     state = foreign_state(shape, {}) | {"optimizer_steps": 1, "precision": "bf16"}
-    form = form_for(weights.layouts, BEFORE)
+    form = form_for(shape, BEFORE)
     write_checkpoint(folder, weights, weights.kinds, form, state, workers=2)
 
 

@@ -22,6 +22,7 @@ from megaphase.distributed.process_grid import ProcessGrid, device
 from megaphase.generation.decoding import Decoding
 from megaphase.generation.generate import generate
 from megaphase.model.gpt import GPT
+from megaphase.model.parameters import matmul_parameters, parameter_count
 from megaphase.model.presets import PRESETS
 from megaphase.model.shape import GPTShape
 
@@ -46,9 +47,9 @@ def main() -> None:
     alone = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]
     model = GPT(shape, Initializer(1, dtype), alone, compute_dtype=dtype).eval()
     machine = measure_machine(device(), dtype)
-    floor_seconds = dtype.itemsize * shape.matmul_parameters() / machine.memory_bytes_per_second
+    floor_seconds = dtype.itemsize * matmul_parameters(shape) / machine.memory_bytes_per_second
     print(
-        f"{asked.preset}, {shape.parameters() / 1e6:.1f} million parameters, {asked.dtype}, on "
+        f"{asked.preset}, {parameter_count(shape) / 1e6:.1f} million parameters, {asked.dtype}, on "
         f"{device().type}; prompts of {asked.prompt_tokens} tokens, {asked.new_tokens} new ones"
     )
     print(

@@ -39,6 +39,7 @@ from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.process_grid import start_process_grid
 from megaphase.estimate.gpu_specs import card_of_device
 from megaphase.model.gpt import GPT
+from megaphase.model.parameters import parameter_count, train_flops_per_token
 from megaphase.model.presets import PRESETS
 from megaphase.utils.errors import EXIT_WRONG_INPUT, InputError
 from megaphase.utils.process_lifetime import ends_with_this_process
@@ -128,8 +129,8 @@ def report(
     shape = settings.shape()
     peer = next(kind.name for kind in kinds if isinstance(kind, Peer))
     gpus = {kind.name: kind.processes for kind in kinds}
-    step_flops = shape.train_flops_per_token() * settings.tokens_per_step
-    step_bytes = OPTIMIZER_BYTES * shape.parameters()
+    step_flops = train_flops_per_token(shape) * settings.tokens_per_step
+    step_bytes = OPTIMIZER_BYTES * parameter_count(shape)
     peak = _card_flops(settings)
     floor = step_flops / machine.matmul_flops + step_bytes / machine.memory_bytes_per_second
     sides = {

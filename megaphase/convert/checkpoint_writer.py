@@ -22,6 +22,8 @@ from megaphase.convert.partition import Layout, shards_of
 from megaphase.convert.tensor_files import TensorFiles
 from megaphase.convert.weights import Weights, read_each
 from megaphase.distributed.sharding import ParameterLayout
+from megaphase.model.parameters import parameter_layouts, parameter_specs
+from megaphase.model.shape import GPTShape
 
 PORTABLE_FOLDER = "parameters"
 
@@ -31,8 +33,8 @@ class Form:
     """The files of a checkpoint and what lies in them.
 
     Attributes:
-        tensor: the tensor-parallel size for which parameters are cut.
-        layouts: cut for it.
+        tensor: the tensor-parallel size.
+        layouts: how parameters are sharded for it.
         shards: by file.
         flat: whether tensors are one-dimensional; otherwise they have their parameter's shape.
         facts: what the checkpoint's state says of the layout.
@@ -58,15 +60,17 @@ class Form:
         return (piece.stop - piece.start,) if self.flat else self.layouts[name].shape
 
 
-def form_for(layouts: Mapping[str, ParameterLayout], layout: Layout) -> Form:
-    """A file for every rank. layouts: cut for this tensor-parallel size."""
-    shards = {shard_file(i): shard for i, shard in enumerate(shards_of(layouts, layout))}
+def form_for(shape: GPTShape, layout: Layout) -> Form:
+    """A file for every rank."""
+    shards = shards_of(parameter_specs(shape), layout)
+    by_file = {shard_file(i): shard for i, shard in enumerate(shards)}
     facts = {"processes": layout.processes, "tensor": layout.tensor, "zero": layout.zero}
-    return Form(layout.tensor, layouts, shards, True, facts)
+    return Form(layout.tensor, parameter_layouts(shape, layout.tensor), by_file, True, facts)
 
 
-def portable_form(layouts: Mapping[str, ParameterLayout]) -> Form:
-    """A file for every parameter. layouts: cut for a single rank."""
+def portable_form(shape: GPTShape) -> Form:
+    """A file for every parameter."""
+    layouts = parameter_layouts(shape, 1)
     shards = {
         f"{PORTABLE_FOLDER}/{name}.safetensors": Shard(0, {name: Piece(0, layout.numel)})
         for name, layout in layouts.items()

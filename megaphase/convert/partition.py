@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from megaphase.checkpoint.parameters import Piece, Shard
-from megaphase.distributed.sharding import ParameterLayout
-from megaphase.model.parameters import is_matrix
+from megaphase.distributed.parameter_spec import ParameterSpec
 from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError
 
@@ -47,29 +46,27 @@ def check_tensor_size(shape: GPTShape, tensor: int) -> None:
             )
 
 
-def shards_of(layouts: Mapping[str, ParameterLayout], layout: Layout) -> list[Shard]:
-    """What every rank writes, in the order of ranks.
-
-    layouts: cut for this tensor-parallel size, in the model's order.
-    """
-    sizes = {name: each.shard_numel(layout.tensor) for name, each in layouts.items()}
-    by_data_rank = [_pieces(sizes, data_rank, layout) for data_rank in range(layout.data)]
+def shards_of(specs: Mapping[str, ParameterSpec], layout: Layout) -> list[Shard]:
+    """What every rank writes, in the order of ranks. specs: in the model's order."""
+    by_data_rank = [_pieces(specs, data_rank, layout) for data_rank in range(layout.data)]
     # Ranks that are neighbours form a tensor-parallel group. Of what is not cut, the first of
     # them writes its piece.
     return [
-        Shard(rank, {n: p for n, p in pieces.items() if rank == 0 or layouts[n].dim is not None})
+        Shard(rank, {n: p for n, p in pieces.items() if rank == 0 or specs[n].dim is not None})
         for pieces in by_data_rank
         for rank in range(layout.tensor)
     ]
 
 
-def _pieces(sizes: Mapping[str, int], rank: int, layout: Layout) -> dict[str, Piece]:
+def _pieces(specs: Mapping[str, ParameterSpec], rank: int, layout: Layout) -> dict[str, Piece]:
+    sizes = {n: each.layout(layout.tensor).shard_numel(layout.tensor) for n, each in specs.items()}
     if layout.zero == 0:
         return {name: Piece(0, size) for name, size in sizes.items()} if rank == 0 else {}
-    cut = _of_flat_groups if layout.zero < 3 else _of_each
-    return {
-        name: piece for name, piece in cut(sizes, rank, layout.data) if piece.start < piece.stop
-    }
+    if layout.zero == 3:
+        pieces = _of_each(sizes, rank, layout.data)
+    else:
+        pieces = _of_flat_groups(specs, sizes, rank, layout.data)
+    return {name: piece for name, piece in pieces if piece.start < piece.stop}
 
 
 def _of_each(sizes: Mapping[str, int], rank: int, ranks: int) -> Iterator[tuple[str, Piece]]:
@@ -79,10 +76,12 @@ def _of_each(sizes: Mapping[str, int], rank: int, ranks: int) -> Iterator[tuple[
         yield name, Piece(min(rank * share, size), min((rank + 1) * share, size))
 
 
-def _of_flat_groups(sizes: Mapping[str, int], rank: int, ranks: int) -> Iterator[tuple[str, Piece]]:
-    """ZeRO 1 and 2: the parameters of an optimizer group are joined, and that is cut."""
-    for matrices in (True, False):
-        group = {name: size for name, size in sizes.items() if is_matrix(name) == matrices}
+def _of_flat_groups(
+    specs: Mapping[str, ParameterSpec], sizes: Mapping[str, int], rank: int, ranks: int
+) -> Iterator[tuple[str, Piece]]:
+    """ZeRO 1 and 2: the parameters of an optimizer group are concatenated, then partitioned."""
+    for decays in (True, False):
+        group = {n: size for n, size in sizes.items() if specs[n].weight_decay == decays}
         unit = _FLAT_ALIGNMENT * ranks
         share = -(-sum(group.values()) // unit) * unit // ranks
         offset = 0

@@ -13,7 +13,6 @@ from megaphase.convert.partition import Layout, check_tensor_size
 from megaphase.convert.source import open_source
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import fp32_bytes
-from megaphase.model.parameters import parameter_layouts
 from megaphase.model.shape import GPTShape
 
 
@@ -47,6 +46,6 @@ def reshape(
 
 def _form(shape: GPTShape, layout: Layout | None) -> Form:
     if layout is None:
-        return portable_form(parameter_layouts(shape, 1))
+        return portable_form(shape)
     check_tensor_size(shape, layout.tensor)
-    return form_for(parameter_layouts(shape, layout.tensor), layout)
+    return form_for(shape, layout)

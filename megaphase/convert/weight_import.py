@@ -35,7 +35,7 @@ def write_foreign(
     weights: their layouts are those of `parameter_layouts(shape, 1)`. origin: what is known about
     where they come from, such as `{"format": "Hugging Face", "path": ...}`.
     """
-    form = portable_form(weights.layouts)
+    form = portable_form(shape)
     with bytes_progress(console, "writing", fp32_bytes(shape)) as advance:
         write_checkpoint(
             folder,

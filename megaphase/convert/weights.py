@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.distributed.sharding import ParameterLayout
-from megaphase.model.parameters import parameter_layouts
+from megaphase.model.parameters import parameter_count, parameter_layouts
 from megaphase.model.shape import GPTShape
 
 # So many bytes may wait in memory even where every parameter is smaller.
@@ -22,7 +22,7 @@ FP32_BYTES = 4
 
 def fp32_bytes(shape: GPTShape) -> int:
     """Of all weights of a model."""
-    return FP32_BYTES * shape.parameters()
+    return FP32_BYTES * parameter_count(shape)
 
 
 class Weights(Protocol):

@@ -12,7 +12,7 @@ et al. 2022, section 4.2.2).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,14 +25,60 @@ from megaphase.distributed.collectives import (
     start_gather_sequence,
     start_reduce_scatter_sequence,
 )
+from megaphase.distributed.costs import (
+    BACKWARD_PRODUCTS,
+    FP32_BYTES,
+    Collective,
+    CostedLayer,
+    Rank,
+    Work,
+    enter_collectives,
+    leave_collectives,
+)
 from megaphase.distributed.layer_builder import LayerBuilder
-from megaphase.distributed.parameter_spec import Constant, Normal, ParameterSpec
+from megaphase.distributed.parameter_spec import Constant, Normal, ParameterSpec, spec_of
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.ops.matmul import linear, matmul, weight_gradient
 from megaphase.ops.recompute import saves_recompute_of
 
+# Gradients of a weight by two halves of a micro-batch: both are read, their sum is written.
+_SUM_PASSES = 3
 
-class ColumnParallelLinear(nn.Module):
+
+class _CostedLinear(CostedLayer):
+    """The costs of a linear layer on one tensor-parallel rank."""
+
+    weight: nn.Parameter
+    hidden: int  # features outside of the tensor-parallel region
+
+    def weights(self, rank: Rank) -> int:
+        """Elements of the weight on one rank."""
+        return spec_of(self.weight).layout(rank.tensor).shard_numel(rank.tensor)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        return 2 * spec_of(self.weight).numel
+
+    def forward_work(self, rank: Rank) -> Work:
+        return Work(2 * rank.tokens * self.weights(rank))
+
+    def backward_work(self, rank: Rank) -> Work:
+        weights = self.weights(rank)
+        sums = (rank.halves - 1) * _SUM_PASSES * weights * rank.compute_bytes
+        return Work(2 * rank.tokens * weights * BACKWARD_PRODUCTS, 0, sums)
+
+    def product_bytes(self, rank: Rank) -> int:
+        """What the two products of the backward pass need beside the gradients of input and output:
+        the weight's gradient, before it has been added to those of all micro-batches."""
+        weights = self.weights(rank)
+        cast = weights * rank.compute_bytes if rank.compute_bytes != rank.parameter_bytes else 0
+        widened = 0
+        if rank.widened:  # the two factors and the result in fp32
+            outputs = spec_of(self.weight).layout(rank.tensor).shard_shape(rank.tensor)[0]
+            widened = FP32_BYTES * (rank.tokens * (outputs + weights // outputs) + weights)
+        return weights * rank.parameter_bytes + cast + widened
+
+
+class ColumnParallelLinear(_CostedLinear):
     """y = x Wᵀ + b with the rows of W [sum(segments), inputs] sharded, each segment separately.
 
     The input is as outside of the tensor-parallel region; output [..., sum(segments) / tensor].
@@ -49,7 +95,7 @@ class ColumnParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.region = build.region
-        outputs = sum(segments)
+        self.hidden, outputs = inputs, sum(segments)
         weight = ParameterSpec((outputs, inputs), Normal(std), dim=0, segments=segments)
         self.weight = build.parameter("weight", weight)
         self.bias = None
@@ -74,8 +120,14 @@ class ColumnParallelLinear(nn.Module):
 
         return finish
 
+    def forward_collectives(self, rank: Rank) -> Sequence[Collective]:
+        return enter_collectives(rank, self.hidden)
 
-class RowParallelLinear(nn.Module):
+    def backward_collectives(self, rank: Rank) -> Sequence[Collective]:
+        return leave_collectives(rank, self.hidden)
+
+
+class RowParallelLinear(_CostedLinear):
     """y = x Wᵀ + b with the columns of W [outputs, inputs] sharded.
 
     Input [..., inputs / tensor]; the ranks' partial results are summed on the way out.
@@ -92,9 +144,9 @@ class RowParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.region = build.region
-        self.weight = build.parameter(
-            "weight", ParameterSpec((outputs, inputs), Normal(std), dim=1)
-        )
+        self.hidden = outputs
+        weight = ParameterSpec((outputs, inputs), Normal(std), dim=1)
+        self.weight = build.parameter("weight", weight)
         self.bias = None
         if bias:
             spec = ParameterSpec((outputs,), Constant(0.0), weight_decay=False)
@@ -113,6 +165,12 @@ class RowParallelLinear(nn.Module):
     def _whole_bias(self) -> Tensor:
         assert self.bias is not None
         return self.region.replicated(self.bias)
+
+    def forward_collectives(self, rank: Rank) -> Sequence[Collective]:
+        return leave_collectives(rank, self.hidden)
+
+    def backward_collectives(self, rank: Rank) -> Sequence[Collective]:
+        return enter_collectives(rank, self.hidden)
 
 
 class _ColumnParallelLinear(torch.autograd.Function):

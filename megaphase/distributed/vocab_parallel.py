@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megaphase.distributed.costs import (
+    BACKWARD_PRODUCTS,
+    BF16_BYTES,
+    FP32_BYTES,
+    Collective,
+    CollectiveKind,
+    CostedLayer,
+    Rank,
+    Work,
+    enter_collectives,
+    leave_collectives,
+    region_bytes,
+    residual_bytes,
+)
 from megaphase.distributed.cross_entropy import Vocabulary, linear_cross_entropy, tokens_at_a_time
 from megaphase.distributed.layer_builder import LayerBuilder
 from megaphase.distributed.parameter_spec import Normal, ParameterSpec
@@ -17,12 +35,12 @@ def _weight(vocab: int, hidden: int, std: float) -> ParameterSpec:
     return ParameterSpec((vocab, hidden), Normal(std), dim=0, padded=True)
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(CostedLayer):
     """Token embedding: each rank looks up the tokens whose rows it holds, and these are summed."""
 
     def __init__(self, vocab: int, hidden: int, *, std: float, build: LayerBuilder) -> None:
         super().__init__()
-        self.region = build.region
+        self.region, self.hidden = build.region, hidden
         self.weight = build.parameter("weight", _weight(vocab, hidden, std))
         self.rows = vocab_rows(vocab, build.region.grid.tensor_size)
         self.first_row = self.rows * build.region.grid.tensor_rank
@@ -36,8 +54,30 @@ class VocabParallelEmbedding(nn.Module):
         vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
         return self.region.reduce_async(vectors.masked_fill(elsewhere.unsqueeze(-1), 0))()
 
+    def forward_collectives(self, rank: Rank) -> Sequence[Collective]:
+        return leave_collectives(rank, self.hidden)
 
-class VocabParallelHead(nn.Module):
+    def backward_collectives(self, rank: Rank) -> Sequence[Collective]:
+        return enter_collectives(rank, self.hidden)
+
+
+# Passes over the logits: maximum, sum and gradient read them, and the gradient is written.
+_LOGIT_PASSES = 4
+# Of the cross entropy, fp32: the largest logit; the sum of exponentials and the target's logit.
+_LOSS_VALUES = (1, 2)
+_INDEX_BYTES = 8
+
+
+@dataclass(frozen=True)
+class LossMemory:
+    """Bytes beside the saved activations. loss: in the forward pass; backward: when its gradients
+    are passed on."""
+
+    loss: int
+    backward: int
+
+
+class VocabParallelHead(CostedLayer):
     """Output projection: logits over this rank's part of the vocabulary, or the losses.
 
     The input is as outside of the tensor-parallel region. Rows of padding give no logits.
@@ -57,6 +97,7 @@ class VocabParallelHead(nn.Module):
         projection has none of its own."""
         super().__init__()
         self.region, grid = build.region, build.region.grid
+        self.vocab, self.hidden = vocab, hidden
         if tied_to is None:
             tied_to = build.parameter("weight", _weight(vocab, hidden, std))
         self.weight = tied_to
@@ -75,3 +116,49 @@ class VocabParallelHead(nn.Module):
         if targets is None:
             return linear(x, weight.to(x.dtype))
         return linear_cross_entropy(x, weight, targets, self.vocabulary)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        return 2 * self.vocab * self.hidden
+
+    def forward_work(self, rank: Rank) -> Work:
+        return Work(2 * rank.tokens * vocab_rows(self.vocab, rank.tensor) * self.hidden)
+
+    def backward_work(self, rank: Rank) -> Work:
+        """With the loss in both directions."""
+        rows = vocab_rows(self.vocab, rank.tensor)
+        loss = _LOGIT_PASSES * rank.tokens * rows * rank.compute_bytes
+        return Work(self.forward_work(rank).matrices * BACKWARD_PRODUCTS, 0, loss)
+
+    def forward_collectives(self, rank: Rank) -> Sequence[Collective]:
+        return enter_collectives(rank, self.hidden)
+
+    def backward_collectives(self, rank: Rank) -> Sequence[Collective]:
+        return leave_collectives(rank, self.hidden)
+
+    def loss_collectives(self, rank: Rank) -> Sequence[Collective]:
+        """Those of the cross entropy; the backward pass has none."""
+        sizes = [rank.tokens * values * FP32_BYTES for values in _LOSS_VALUES]
+        return [Collective(CollectiveKind.ALL_REDUCE, size) for size in sizes]
+
+    def loss_memory(self, rank: Rank) -> LossMemory:
+        """The projection's gradients are computed with the losses, for some tokens at a time."""
+        tokens, rows = rank.tokens, vocab_rows(self.vocab, rank.tensor)
+        weight = rows * self.hidden
+        part = min(tokens, tokens_at_a_time(rows, torch.device(rank.device)))
+        logits = part * rows
+        whole = region_bytes(rank, self.hidden)
+        cast = weight * BF16_BYTES if rank.compute_bytes != rank.parameter_bytes else 0
+        gradients = whole + weight * FP32_BYTES
+        # The logits and their gradient, and exponentials in fp32, with another cast in bf16.
+        loss = logits * (2 * rank.compute_bytes + FP32_BYTES * (2 if rank.bf16 else 1))
+        products = 0 if rank.parameter_bytes == FP32_BYTES else weight * rank.compute_bytes
+        if rank.widened:
+            products = FP32_BYTES * (logits + weight + part * self.hidden)
+        products += logits * rank.compute_bytes
+        per_token = tokens * (_INDEX_BYTES + 8 * FP32_BYTES)
+        outside = per_token + residual_bytes(rank, self.hidden)
+        handed_on = weight * (BF16_BYTES if rank.parameter_bytes == BF16_BYTES else 0)
+        return LossMemory(
+            loss=gradients + cast + max(loss, products) + whole + outside,
+            backward=gradients + handed_on + outside,
+        )

@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megaphase.estimate.flops import NORMS
+from torch import nn
+
+from megaphase.distributed.costs import Collective, CollectiveKind, layers_of
+from megaphase.distributed.linear import ColumnParallelLinear, RowParallelLinear
 from megaphase.estimate.gathered_parameters import gathering
 from megaphase.estimate.hardware import Hardware
-from megaphase.estimate.setup import FP32_BYTES, Setup
+from megaphase.estimate.setup import Setup
 from megaphase.estimate.state_memory import REDUCE_BUCKET
-from megaphase.model.parameters import block_sizes, parameter_sizes
+from megaphase.model.parameters import declared_block, declared_model, parameter_sizes
 
 # Of a link's line rate, what a ring of large messages gets: NCCL's maintainers give 370 of NVLink's
 # 450 GB/s (github.com/NVIDIA/nccl-tests/issues/212), and 4 nodes of 8 x 400 Gbit/s have been seen
@@ -22,11 +25,11 @@ LINK_EFFICIENCY = 0.8
 START_SECONDS, NODE_STEP_SECONDS, NETWORK_STEP_SECONDS = 8.4e-6, 3.4e-6, 14e-6
 # Rounds of a ring.
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = 2, 1, 1
-# Projections into the tensor-parallel regions of a block, and out of them.
-COLUMN_PARALLEL = ("attention.qkv.weight", "feed_forward.up.weight")
-ROW_PARALLEL = ("attention.out.weight", "feed_forward.down.weight")
-# Of the cross entropy, fp32: the largest logit; the sum of exponentials and the target's logit.
-LOSS_VALUES = (1, 2)
+ROUNDS = {
+    CollectiveKind.ALL_REDUCE: ALL_REDUCE,
+    CollectiveKind.ALL_GATHER: ALL_GATHER,
+    CollectiveKind.REDUCE_SCATTER: REDUCE_SCATTER,
+}
 
 
 @dataclass(frozen=True)
@@ -101,84 +104,99 @@ def data_ring(setup: Setup, hardware: Hardware) -> Ring:
 
 def tensor_forward(setup: Setup, hardware: Hardware) -> Traffic:
     """Tensor-parallel collectives of a forward pass."""
-    ring = tensor_ring(setup, hardware)
-    loss = Traffic()
-    for values in LOSS_VALUES:
-        loss += ring.collective(ALL_REDUCE, setup.tokens * values * FP32_BYTES)
-    into, out_of = _into_region(setup, ring), _out_of_region(setup, ring)
-    return _blocks_forward(setup, hardware) + out_of + into + loss  # embedding, head
+    ring, model = tensor_ring(setup, hardware), declared_model(setup.shape)
+    traffic = _blocks_forward(setup, hardware)
+    for layer in (model.embedding, model.head):
+        traffic += _traffic(ring, layer.forward_collectives(setup))
+    return traffic + _traffic(ring, model.head.loss_collectives(setup))
 
 
 def tensor_backward(setup: Setup, hardware: Hardware) -> Traffic:
-    """Those of a backward pass, with those of what it computes again.
+    """Those of a backward pass, with those of what it recomputes.
 
     Each is the transpose of one of the forward pass, and with sequence parallelism the input of the
-    projections into a region is gathered again. These projections' collectives go on behind their
-    own products: the gathering behind the gradient of the input, the summing behind that of the
-    weight (`distributed.linear`). The gathering that is the transpose of a sum goes on, where
-    halves are computed in turn, behind the other half's projections into a region.
+    column-parallel layers is gathered again. The collectives of these layers run behind their own
+    products: the gathering behind the gradient of the input, the summing behind that of the weight
+    (`distributed.linear`). The gathering that is the transpose of a sum runs, where halves are
+    computed in turn, behind the column-parallel layers of the other half.
     """
-    ring = tensor_ring(setup, hardware)
-    gathered, summed = (each(setup, ring, setup.halves) for each in (_into_region, _out_of_region))
-    block = _interleaved(setup, hardware, gathered, COLUMN_PARALLEL, passes=2)
-    for name in COLUMN_PARALLEL:
-        computing = _product_seconds(setup, hardware, [name])
-        block += gathered.behind(computing) + summed.behind(computing)
-    outside = _into_region(setup, ring) + _out_of_region(setup, ring)  # embedding, head
+    ring, model = tensor_ring(setup, hardware), declared_model(setup.shape)
+    columns, rows = _linear_layers(setup)
+    gathered = [_traffic(ring, each.backward_collectives(setup), setup.halves) for each in rows]
+    block = _interleaved(setup, hardware, gathered, columns, passes=2)
+    for layer in columns:
+        computing = _product_seconds(setup, hardware, [layer])
+        again = _traffic(ring, layer.forward_collectives(setup), setup.halves)
+        summed = _traffic(ring, layer.backward_collectives(setup), setup.halves)
+        block += again.behind(computing) + summed.behind(computing)
+    outside = Traffic()
+    for outer in (model.embedding, model.head):
+        outside += _traffic(ring, outer.backward_collectives(setup))
     traffic = block * setup.shape.layers + outside
     if setup.sequence:
         # Gradients of the norms' weights, of which each rank has seen its own positions.
-        norm = setup.shape.hidden * setup.parameter_bytes
-        traffic += ring.collective(ALL_REDUCE, NORMS * norm) * setup.shape.layers
-        traffic += ring.collective(ALL_REDUCE, norm)
+        traffic += _replicated(ring, declared_block(setup.shape), setup) * setup.shape.layers
+        traffic += _replicated(ring, model.norm, setup)
     if setup.shape.activation_checkpointing == "full":
         traffic += _blocks_forward(setup, hardware)
     return traffic
 
 
 def _blocks_forward(setup: Setup, hardware: Hardware) -> Traffic:
-    """What one half sends goes on behind the next product of the other, see `model.interleave`."""
+    """The collectives of one half run behind the next product of the other, see
+    `model.interleave`."""
     ring = tensor_ring(setup, hardware)
-    gathered, summed = (each(setup, ring, setup.halves) for each in (_into_region, _out_of_region))
-    block = _interleaved(setup, hardware, gathered, ROW_PARALLEL)
-    block += _interleaved(setup, hardware, summed, COLUMN_PARALLEL)
+    columns, rows = _linear_layers(setup)
+    gathered, summed = (
+        [_traffic(ring, layer.forward_collectives(setup), setup.halves) for layer in layers]
+        for layers in (columns, rows)
+    )
+    block = _interleaved(setup, hardware, gathered, rows)
+    block += _interleaved(setup, hardware, summed, columns)
     return block * setup.shape.layers
 
 
+def _linear_layers(setup: Setup) -> tuple[list[ColumnParallelLinear], list[RowParallelLinear]]:
+    """Of a block."""
+    layers = [branch.layer.stages for branch in declared_block(setup.shape).branches]
+    return [each.column for each in layers], [each.row for each in layers]
+
+
 def _interleaved(
-    setup: Setup, hardware: Hardware, each: Traffic, products: Sequence[str], passes: int = 1
+    setup: Setup,
+    hardware: Hardware,
+    collectives: Sequence[Traffic],
+    products: Sequence[ColumnParallelLinear] | Sequence[RowParallelLinear],
+    passes: int = 1,
 ) -> Traffic:
-    """One collective for every region of a block, behind some products where halves take turns.
+    """Collectives of a block, behind the products of some layers where halves take turns.
 
     That of one half at a block's edge is waited for in any case.
     """
-    traffic = each * len(products)
+    traffic = sum(collectives, Traffic())
     if setup.halves == 1:
         return traffic
     computing = passes * _product_seconds(setup, hardware, products)
     return traffic.behind(computing, pieces=setup.halves * len(products))
 
 
-def _product_seconds(setup: Setup, hardware: Hardware, names: Sequence[str]) -> float:
-    sizes = block_sizes(setup.shape, setup.tensor)
-    return hardware.matrix_seconds(2 * setup.tokens * sum(sizes[name] for name in names))
+def _product_seconds(
+    setup: Setup,
+    hardware: Hardware,
+    layers: Sequence[ColumnParallelLinear] | Sequence[RowParallelLinear],
+) -> float:
+    return hardware.matrix_seconds(sum(layer.forward_work(setup).matrices for layer in layers))
 
 
-def _into_region(setup: Setup, ring: Ring, pieces: int = 1) -> Traffic:
-    """What `parallel.region.TensorRegion` sends on the way in."""
-    if not setup.sequence:
-        return Traffic()
-    return ring.split_collective(ALL_GATHER, _whole(setup), pieces)
+def _traffic(ring: Ring, collectives: Sequence[Collective], pieces: int = 1) -> Traffic:
+    """pieces: equal ones, in which the bytes of each collective are sent."""
+    each = (ring.split_collective(ROUNDS[c.kind], c.size, pieces) for c in collectives)
+    return sum(each, Traffic())
 
 
-def _out_of_region(setup: Setup, ring: Ring, pieces: int = 1) -> Traffic:
-    rounds = REDUCE_SCATTER if setup.sequence else ALL_REDUCE
-    return ring.split_collective(rounds, _whole(setup), pieces)
-
-
-def _whole(setup: Setup) -> int:
-    """Bytes of one tensor of the residual stream inside of a region."""
-    return setup.tokens * setup.shape.hidden * setup.compute_bytes
+def _replicated(ring: Ring, module: nn.Module, setup: Setup) -> Traffic:
+    size = sum(layer.replicated_gradients(setup) for layer in layers_of(module))
+    return ring.collective(ALL_REDUCE, size)
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from megaphase.distributed.costs import FP32_BYTES
 from megaphase.estimate.activation_memory import (
     block_backward,
     block_forward,
     block_kept,
-    dropout_saved,
-    head_memory,
-    mask_memory,
+    loss_memory,
     residual,
+    saved_before_blocks,
+    saved_by_final_norm,
 )
-from megaphase.estimate.setup import FP32_BYTES, Setup
+from megaphase.estimate.setup import Setup
 from megaphase.estimate.state_memory import (
     MOMENTS,
     SUB_GROUP,
@@ -23,7 +24,13 @@ from megaphase.estimate.state_memory import (
     States,
     states_of,
 )
-from megaphase.model.parameters import block_sizes, largest_partition, parameter_sizes
+from megaphase.model.parameters import (
+    declared_block,
+    declared_model,
+    elements_of,
+    largest_partition,
+    parameter_sizes,
+)
 
 PARTS = ("weights", "masters", "moments", "gradients", "activations", "gathered", "buffers")
 
@@ -63,11 +70,9 @@ def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]
     """The moments of a step in which memory can be at its highest."""
     kept, passing = states.kept, states.passing
     layers, each = setup.shape.layers, block_kept(setup)
-    head = head_memory(setup)
-    mask = mask_memory(setup) + dropout_saved(setup)  # of documents, and of the embedding's output
-    sizes = parameter_sizes(setup.shape, setup.tensor)
-    parameters = sum(sizes.values())
-    block = sum(block_sizes(setup.shape, setup.tensor).values())
+    head, before = loss_memory(setup), saved_before_blocks(setup)
+    parameters = sum(parameter_sizes(setup.shape, setup.tensor).values())
+    block = elements_of(declared_block(setup.shape), setup.tensor)
 
     def at(activations: int, gradients: int, gathered: int, buffers: int) -> dict[str, int]:
         return {
@@ -82,9 +87,9 @@ def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]
 
     carried, backward = passing.carried, block_backward(setup)
     held, gathered = passing.held, passing.gathered
-    forward = layers * each + block_forward(setup) + mask
+    forward = layers * each + block_forward(setup) + before
     yield "forward pass", at(forward, carried, gathered, passing.arriving)
-    before_head = layers * each + head.kept + mask
+    before_head = layers * each + saved_by_final_norm(setup) + before
     yield "loss", at(before_head + head.loss, carried, gathered, 0)
     yield (
         "backward pass of the head",
@@ -92,7 +97,7 @@ def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]
     )
     above = parameters - layers * block
     if not setup.shape.tied_embeddings:
-        above -= sizes["embedding.weight"]
+        above -= elements_of(declared_model(setup.shape).embedding, setup.tensor)
     turns = [
         (passing.limit, passing.growing),
         (gathered - passing.returned, gathered - held),
@@ -102,7 +107,7 @@ def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]
         share = (above + (layers - left) * block) / parameters
         waiting = min(int(passing.growing * share), passing.limit)
         there = max(held + int((gathered - held) * (1 - share)), passing.returned)
-        activations = left * each + mask
+        activations = left * each + before
         name = f"backward pass of block {left}"
         yield (
             name,

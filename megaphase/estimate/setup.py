@@ -8,12 +8,11 @@ from typing import Literal
 import torch
 
 from megaphase.config.run import RunConfig
+from megaphase.distributed.costs import BF16_BYTES, FP32_BYTES
 from megaphase.model.shape import GPTShape
 from megaphase.ops.matmul import widens_bf16
 
 Device = Literal["cuda", "cpu"]
-FP32_BYTES = 4
-BF16_BYTES = 2
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from megaphase.distributed.costs import FP32_BYTES
 from megaphase.estimate.gathered_parameters import gathering, kept_gathered
-from megaphase.estimate.setup import FP32_BYTES, Setup
-from megaphase.model.parameters import is_matrix, parameter_sizes
+from megaphase.estimate.setup import Setup
+from megaphase.model.parameters import embedding_name, parameter_sizes, parameter_specs
 
 # Elements.
 REDUCE_BUCKET = 500_000_000
@@ -81,10 +82,14 @@ def states_of(setup: Setup) -> States:
     return _partitioned_optimizer(setup, sizes)
 
 
-def _flat_size(sizes: Mapping[str, int], data: int) -> int:
+def _flat_size(setup: Setup, sizes: Mapping[str, int]) -> int:
     """Elements of the flat buffers of both parameter groups, padded so that all ranks share."""
-    unit = FLAT_ALIGNMENT * data
-    groups = [[n for name, n in sizes.items() if is_matrix(name) == matrix] for matrix in (1, 0)]
+    unit = FLAT_ALIGNMENT * setup.data
+    specs = parameter_specs(setup.shape)
+    groups = [
+        [size for name, size in sizes.items() if specs[name].weight_decay == decays]
+        for decays in (True, False)
+    ]
     return sum(-(-sum(group) // unit) * unit for group in groups)
 
 
@@ -106,7 +111,7 @@ def _without_zero(setup: Setup, elements: int) -> States:
 
 def _bf16_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
     """DeepSpeed's BF16_Optimizer: whole fp32 gradients on every rank."""
-    elements = _flat_size(sizes, setup.data)
+    elements = _flat_size(setup, sizes)
     own = elements // setup.data * FP32_BYTES
     low = elements * setup.parameter_bytes
     whole = elements * FP32_BYTES
@@ -130,7 +135,7 @@ def _partitioned_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
     Stage 1 keeps the gradients of all micro-batches whole and hands them on with the last one;
     stage 2 hands on those of each.
     """
-    elements = _flat_size(sizes, setup.data)
+    elements = _flat_size(setup, sizes)
     own = elements // setup.data * FP32_BYTES
     weights = elements * setup.parameter_bytes
     apart = setup.bf16  # gradients are summed in another type than they are computed in
@@ -183,8 +188,9 @@ def _partitioned_weights(setup: Setup, sizes: Mapping[str, int]) -> States:
         held = returned = found.kept
         gathered = held + found.reused
         arriving = min(every - held, PREFETCH_BUCKET)
-        if "embedding.weight" not in kept_gathered(sizes, setup.keep_gathered):
-            returned += sizes["embedding.weight"]
+        embedding = embedding_name(setup.shape)
+        if embedding not in kept_gathered(sizes, setup.keep_gathered):
+            returned += sizes[embedding]
     return States(
         Resident(weights=part * low, masters=own, gradients=own, moments=MOMENTS * own),
         Transient(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megaphase.distributed.costs import FP32_BYTES, Work
 from megaphase.estimate.communication import data_traffic, tensor_backward, tensor_forward
-from megaphase.estimate.flops import Work, backward_work, forward_work
+from megaphase.estimate.flops import backward_work, forward_work
 from megaphase.estimate.hardware import Hardware
-from megaphase.estimate.setup import FP32_BYTES, Setup
-from megaphase.model.parameters import parameter_sizes
+from megaphase.estimate.setup import Setup
+from megaphase.model.parameters import parameter_sizes, train_flops_per_token
 
 # matrices, attention, elementwise: computing, with what is computed again. tensor, data: waiting
 # for what tensor-parallel and data-parallel ranks send. optimizer: its pass over the weights.
@@ -72,7 +73,7 @@ def step_time(setup: Setup, hardware: Hardware) -> StepTime:
         seconds,
         {"tensor": tensor_all.sent, "data": data_all.sent},
         tokens,
-        tokens * setup.shape.train_flops_per_token(),
+        tokens * train_flops_per_token(setup.shape),
         setup.tensor * setup.data * hardware.peak_flops,
     )
 

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
+from megaphase.distributed.costs import (
+    FP32_BYTES,
+    BackwardStage,
+    CostedLayer,
+    Rank,
+    Work,
+    region_bytes,
+    residual_bytes,
+)
 from megaphase.distributed.layer_builder import LayerBuilder
 from megaphase.distributed.linear import ColumnParallelLinear, RowParallelLinear
 from megaphase.model.forward_context import ForwardContext
 from megaphase.model.interleave import Stages
 from megaphase.model.shape import GPTShape
 
+# FlashAttention recomputes the scores: five products for two (Dao 2023, section 3.1).
+_BACKWARD_ATTENTION = 2.5
+# Causal attention skips the blocks above the diagonal; with a mask nothing is skipped.
+_CAUSAL_SHARE = 0.5
 
-class Attention(nn.Module):
+
+class Attention(CostedLayer):
     """Causal self-attention with grouped queries (Ainslie et al. 2023); heads are sharded."""
 
     def __init__(self, shape: GPTShape, build: LayerBuilder) -> None:
         super().__init__()
-        self.head_dim = shape.head_dim
+        self.shape, self.head_dim = shape, shape.head_dim
+        self.recomputed_input = shape.activation_checkpointing == "selective"
         tensor_size = build.region.grid.tensor_size
         heads, kv_heads = (n // tensor_size for n in (shape.heads, shape.kv_heads))
         self.local_heads = (heads, kv_heads, kv_heads)
@@ -53,3 +70,59 @@ class Attention(nn.Module):
             q, k, v = context.rotary(heads, self.local_heads)
         y = context.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return y.transpose(1, 2).flatten(2)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        return 4 * self.shape.hidden * seq_len
+
+    def forward_work(self, rank: Rank) -> Work:
+        return Work(0, self._attention_flops(rank), self._rotary_traffic(rank))
+
+    def backward_work(self, rank: Rank) -> Work:
+        flops = self._attention_flops(rank) * _BACKWARD_ATTENTION
+        return Work(0, flops, self._rotary_traffic(rank))
+
+    def _attention_flops(self, rank: Rank) -> float:
+        """Of the scores and of their product with the values."""
+        whole = 4 * rank.tokens * self.shape.seq_len * self.shape.hidden / rank.tensor
+        return whole if rank.masked and not rank.variable_length else whole * _CAUSAL_SHARE
+
+    def _rotary_traffic(self, rank: Rank) -> int:
+        """Queries, keys and values are read, and written side by side."""
+        return 2 * self._qkv_bytes(rank) if self.shape.position == "rotary" else 0
+
+    def _qkv_bytes(self, rank: Rank) -> int:
+        return rank.tokens * rank.compute_bytes * (sum(self.shape.qkv_segments) // rank.tensor)
+
+    def _query_bytes(self, rank: Rank) -> int:
+        return rank.tokens * rank.compute_bytes * (self.shape.hidden // rank.tensor)
+
+    def saved(self, rank: Rank) -> Mapping[str, int]:
+        """From the input of `qkv` to that of `out`."""
+        shape, queries = self.shape, self._query_bytes(rank)
+        saved = {"qkv": self._qkv_bytes(rank), "output": queries}
+        if rank.widened:
+            in_fp32 = FP32_BYTES // rank.compute_bytes
+            saved = {"qkv": in_fp32 * saved["qkv"], "output": queries + in_fp32 * queries}
+        if not self.recomputed_input:
+            saved["input"] = residual_bytes(rank, shape.hidden)
+        saved["logsumexp"] = rank.tokens * (shape.heads // rank.tensor) * FP32_BYTES
+        if rank.masked and not rank.variable_length:
+            # Added to the scores of all heads.
+            saved["mask"] = rank.tokens * rank.compute_bytes * shape.seq_len
+        if rank.masked and shape.kv_heads < shape.heads:
+            saved["repeated"] = 2 * queries
+        return saved
+
+    def backward_stages(self, rank: Rank) -> Sequence[BackwardStage]:
+        """`out`, attention, rotary positions, `qkv`."""
+        whole, residual = (f(rank, self.shape.hidden) for f in (region_bytes, residual_bytes))
+        # Without sequence parallelism the gradient of the output is that of the residual stream.
+        gradient = residual + (whole if rank.sequence else 0)
+        queries, qkv = self._query_bytes(rank), self._qkv_bytes(rank)
+        input_ = whole + (residual if self.recomputed_input else 0)
+        return (
+            BackwardStage(gradient + queries + self.out.product_bytes(rank)),
+            BackwardStage(gradient + queries + qkv, released=self.saved(rank)["output"]),
+            BackwardStage(gradient + 2 * qkv),
+            BackwardStage(gradient + qkv + input_ + self.qkv.product_bytes(rank)),
+        )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaphase.distributed.costs import Rank
 from megaphase.distributed.tensor_region import TensorRegion
 from megaphase.utils.decimals import as_written
 from megaphase.utils.seeds import derive_key
@@ -46,6 +47,7 @@ class Dropout:
 
     def __init__(self, share: float, place: str, region: TensorRegion) -> None:
         """place: its name; every place has masks of its own."""
+        self._share = share
         dropped = min(round(as_written(share) * LEVELS), LEVELS - 1)
         self._region, self._place_seed = region, _int63(0, "place", place)
         self._first_kept = dropped - LEVELS // 2
@@ -59,6 +61,10 @@ class Dropout:
         if seeds is None:
             return x
         return _ZeroOrScale.apply(x, self._kept(x, seeds), self._scale)
+
+    def saved_bytes(self, rank: Rank, hidden: int) -> int:
+        """What autograd saves: the mask, one byte for each element of the residual stream."""
+        return rank.outer_tokens * hidden if self._share else 0
 
     def _kept(self, x: Tensor, seeds: Tensor) -> Tensor:
         """bool, as `x`; a rank that holds some of the positions draws for all of them."""

@@ -6,16 +6,17 @@ and feed-forward layers is [batch, seq / tensor, hidden].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megaphase.distributed.costs import CostedLayer, Rank
 from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.layer_builder import LayerBuilder
-from megaphase.distributed.parameter_spec import Normal, ParameterSpec
+from megaphase.distributed.parameter_spec import Normal, ParameterSpec, spec_of
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.distributed.tensor_region import TensorRegion
 from megaphase.distributed.vocab_parallel import VocabParallelEmbedding, VocabParallelHead
@@ -37,17 +38,24 @@ from megaphase.ops.kernels import EAGER, Kernels
 from megaphase.utils.targets import IGNORED_TARGET
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)); dropout of what is added."""
+class Block(CostedLayer):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); dropout of what is added.
+
+    Attributes:
+        attention_layer, feed_forward_layer: the classes of its layers.
+    """
+
+    attention_layer: type[Attention] = Attention
+    feed_forward_layer: type[FeedForward] = FeedForward
 
     def __init__(self, shape: GPTShape, build: LayerBuilder) -> None:
         super().__init__()
-        self.region = build.region
+        self.region, self.shape = build.region, shape
         self.attention_norm = _block_norm(shape, build.at("attention_norm"))
-        self.attention = Attention(shape, build.at("attention"))
+        self.attention = self.attention_layer(shape, build.at("attention"))
         self.attention_dropout = _dropout(shape, build.at("attention"))
         self.feed_forward_norm = _block_norm(shape, build.at("feed_forward_norm"))
-        self.feed_forward = FeedForward(shape, build.at("feed_forward"))
+        self.feed_forward = self.feed_forward_layer(shape, build.at("feed_forward"))
         self.feed_forward_dropout = _dropout(shape, build.at("feed_forward"))
 
     @property
@@ -76,8 +84,18 @@ class Block(nn.Module):
             added = dropout(layer(normed, context), context.dropout_seeds)
         return x if added is None else x + added
 
+    def saved(self, rank: Rank) -> Mapping[str, int]:
+        """Beside what its layers save."""
+        hidden = self.shape.hidden
+        saved = {"dropout": sum(b.dropout.saved_bytes(rank, hidden) for b in self.branches)}
+        if rank.compute_bytes != rank.parameter_bytes:
+            layouts = [spec_of(each).layout(rank.tensor) for each in self.parameters()]
+            elements = sum(layout.shard_numel(rank.tensor) for layout in layouts)
+            saved["cast_weights"] = elements * rank.compute_bytes
+        return saved
 
-class GPT(nn.Module):
+
+class GPT(CostedLayer):
     """Embedding, blocks, final norm and output projection.
 
     Args:
@@ -182,6 +200,14 @@ class GPT(nn.Module):
                 positions = F.embedding(positions_in_document(documents), positions)
             x = x + self.region.own_positions(positions).to(self.compute_dtype)
         return x
+
+    def saved(self, rank: Rank) -> Mapping[str, int]:
+        """Before the blocks; all of them share the mask, one byte for each pair of tokens."""
+        masked = rank.masked and not rank.variable_length
+        return {
+            "dropout": self.embedding_dropout.saved_bytes(rank, self.shape.hidden),
+            "document_mask": rank.tokens * self.shape.seq_len if masked else 0,
+        }
 
 
 def _block_norm(shape: GPTShape, build: LayerBuilder) -> RMSNorm | LayerNorm:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from megaphase.distributed.costs import BackwardStage, Rank
 from megaphase.distributed.linear import ColumnParallelLinear, RowParallelLinear
 from megaphase.model.dropout import Dropout
 from megaphase.model.forward_context import ForwardContext
@@ -36,6 +37,8 @@ class ParallelLayer(Protocol):
     def stages(self) -> Stages: ...
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor: ...
+
+    def backward_stages(self, rank: Rank) -> Sequence[BackwardStage]: ...
 
 
 class Branch(NamedTuple):

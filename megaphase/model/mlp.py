@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from megaphase.distributed.costs import (
+    BackwardStage,
+    CostedLayer,
+    Rank,
+    Work,
+    region_bytes,
+    residual_bytes,
+)
 from megaphase.distributed.layer_builder import LayerBuilder
 from megaphase.distributed.linear import ColumnParallelLinear, RowParallelLinear
 from megaphase.model.forward_context import ForwardContext
@@ -17,11 +25,12 @@ from megaphase.ops.recompute import recomputable
 from megaphase.ops.swiglu import swiglu
 
 
-class FeedForward(nn.Module):
+class FeedForward(CostedLayer):
     """SwiGLU (Shazeer 2020) or GELU feed-forward layer; its inner dimension is sharded."""
 
     def __init__(self, shape: GPTShape, build: LayerBuilder) -> None:
         super().__init__()
+        self.shape = shape
         self.activation: Callable[[Tensor], Tensor] = partial(F.gelu, approximate="tanh")
         if shape.activation == "swiglu":
             self.activation = partial(swiglu, kernels=build.kernels)
@@ -55,4 +64,49 @@ class FeedForward(nn.Module):
         inner = self.activation(up)
         return (
             recomputable(inner, partial(self.activation, up.detach())) if self.recomputed else inner
+        )
+
+    def _up_bytes(self, rank: Rank) -> int:
+        return rank.tokens * rank.compute_bytes * (sum(self.shape.ffn_segments) // rank.tensor)
+
+    def _inner_bytes(self, rank: Rank) -> int:
+        return rank.tokens * rank.compute_bytes * (self.shape.ffn // rank.tensor)
+
+    def forward_work(self, rank: Rank) -> Work:
+        return Work(0, 0, self._up_bytes(rank) + self._inner_bytes(rank))
+
+    def backward_work(self, rank: Rank) -> Work:
+        return Work(0, 0, 2 * self._up_bytes(rank) + self._inner_bytes(rank))
+
+    def recomputed_work(self, rank: Rank) -> Work:
+        return self.forward_work(rank) if self.recomputed else Work()
+
+    def saved(self, rank: Rank) -> Mapping[str, int]:
+        """From the input of `up` to that of `down`."""
+        saved = {"up": self._up_bytes(rank)}
+        if not self.recomputed:
+            saved["input"] = residual_bytes(rank, self.shape.hidden)
+            saved["inner"] = self._inner_bytes(rank)
+        return saved
+
+    def backward_stages(self, rank: Rank) -> Sequence[BackwardStage]:
+        """`down`, activation, `up`."""
+        whole, residual = (f(rank, self.shape.hidden) for f in (region_bytes, residual_bytes))
+        # Without sequence parallelism the gradient of the output is that of the residual stream.
+        gradient = residual + (whole if rank.sequence else 0)
+        up, inner, saved = self._up_bytes(rank), self._inner_bytes(rank), self.saved(rank)
+        # SwiGLU has two more tensors where each operation is a kernel of its own.
+        swiglu_bytes = 2 * inner if self.shape.activation == "swiglu" and not rank.compiled else 0
+        again = inner if self.recomputed else 0
+        input_ = whole + (residual if self.recomputed else 0)
+        return (
+            BackwardStage(
+                again + gradient + inner + self.down.product_bytes(rank),
+                released=saved.get("inner", 0),
+            ),
+            BackwardStage(gradient + inner + up + swiglu_bytes),
+            BackwardStage(
+                gradient + up + input_ + self.up.product_bytes(rank),
+                released=saved["up"] + saved.get("input", 0),
+            ),
         )

@@ -6,19 +6,69 @@ come from one kernel where there is one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from megaphase.distributed.costs import (
+    FP32_BYTES,
+    BackwardStage,
+    CostedLayer,
+    Rank,
+    Work,
+    residual_bytes,
+)
 from megaphase.distributed.layer_builder import LayerBuilder
 from megaphase.distributed.parameter_spec import Constant, ParameterSpec
 from megaphase.ops.layer_norm import layer_norm
 from megaphase.ops.recompute import recomputable
 from megaphase.ops.rms_norm import add_and_rms_norm, rms_norm
 
+# Passes over the residual stream: it and what is added are read, the sum and the normalized sum
+# written; backward, both gradients and the sum are read and one gradient written. To recompute the
+# normalized sum, the sum is read and it is written.
+_FORWARD_PASSES, _BACKWARD_PASSES, _RECOMPUTE_PASSES = 4, 4, 2
 
-class RMSNorm(nn.Module):
+
+class _CostedNorm(CostedLayer):
+    """The costs of a norm. statistics: fp32 values saved for each token."""
+
+    hidden: int
+    recomputed: bool
+    statistics: int
+
+    def forward_work(self, rank: Rank) -> Work:
+        return Work(0, 0, _FORWARD_PASSES * residual_bytes(rank, self.hidden))
+
+    def backward_work(self, rank: Rank) -> Work:
+        return Work(0, 0, _BACKWARD_PASSES * residual_bytes(rank, self.hidden))
+
+    def recomputed_work(self, rank: Rank) -> Work:
+        passes = _RECOMPUTE_PASSES if self.recomputed else 0
+        return Work(0, 0, passes * residual_bytes(rank, self.hidden))
+
+    def saved(self, rank: Rank) -> Mapping[str, int]:
+        """Without the output, which the layer that follows saves."""
+        statistics = rank.outer_tokens * self.statistics * FP32_BYTES
+        return {"input": residual_bytes(rank, self.hidden), "statistics": statistics}
+
+    def backward_stages(self, rank: Rank) -> Sequence[BackwardStage]:
+        transient = 3 * residual_bytes(rank, self.hidden) + self.uncompiled_bytes(rank)
+        return (BackwardStage(transient, released=sum(self.saved(rank).values())),)
+
+    def uncompiled_bytes(self, rank: Rank) -> int:
+        """What the backward pass needs beyond that where each operation is a kernel of its own."""
+        return 0
+
+    def replicated_gradients(self, rank: Rank) -> int:
+        return self.hidden * rank.parameter_bytes  # a bias adds nothing that matters
+
+
+class RMSNorm(_CostedNorm):
     """Root-mean-square norm (Zhang and Sennrich 2019)."""
+
+    statistics = 1  # the scale
 
     def __init__(
         self, hidden: int, eps: float, build: LayerBuilder, *, recomputed: bool = False
@@ -26,7 +76,7 @@ class RMSNorm(nn.Module):
         """recomputed: whether the linear layer that follows saves no copy of the output."""
         super().__init__()
         self.region, self.eps, self.kernels = build.region, eps, build.kernels
-        self.recomputed = recomputed
+        self.hidden, self.recomputed = hidden, recomputed
         weight = ParameterSpec((hidden,), Constant(1.0), weight_decay=False)
         self.weight = build.parameter("weight", weight)
 
@@ -39,9 +89,14 @@ class RMSNorm(nn.Module):
             normed = recomputable(normed, again)
         return total, normed
 
+    def uncompiled_bytes(self, rank: Rank) -> int:
+        return 0 if rank.compiled else 4 * rank.outer_tokens * self.hidden * FP32_BYTES
 
-class LayerNorm(nn.Module):
+
+class LayerNorm(_CostedNorm):
     """Layer norm (Ba, Kiros and Hinton 2016)."""
+
+    statistics = 2  # mean and deviation
 
     def __init__(
         self, hidden: int, eps: float, build: LayerBuilder, *, recomputed: bool = False
@@ -49,7 +104,7 @@ class LayerNorm(nn.Module):
         """recomputed: whether the linear layer that follows saves no copy of the output."""
         super().__init__()
         self.region, self.eps, self.kernels = build.region, eps, build.kernels
-        self.recomputed = recomputed
+        self.hidden, self.recomputed = hidden, recomputed
         weight = ParameterSpec((hidden,), Constant(1.0), weight_decay=False)
         bias = ParameterSpec((hidden,), Constant(0.0), weight_decay=False)
         self.weight = build.parameter("weight", weight)

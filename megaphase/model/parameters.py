@@ -1,4 +1,8 @@
-"""The model's parameters by name: their shapes, and how tensor parallelism cuts them."""
+"""What a model declares, without building it: its layers on the meta device, and their parameters.
+
+Everything is read off the layers themselves, each of which specifies its parameters where it builds
+them.
+"""
 
 from __future__ import annotations
 
@@ -6,89 +10,88 @@ from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
 
-from megaphase.distributed.sharding import ParameterLayout, padded_vocab
+import torch
+from torch import nn
+
+from megaphase.distributed.costs import BACKWARD_PRODUCTS, layers_of
+from megaphase.distributed.initialization import OnMeta
+from megaphase.distributed.parameter_spec import ParameterSpec, spec_of
+from megaphase.distributed.process_grid import ProcessGrid
+from megaphase.distributed.sharding import ParameterLayout
+from megaphase.model.gpt import GPT, Block
 from megaphase.model.shape import GPTShape
+
+_ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # nothing is sent
+
+
+@lru_cache(maxsize=64)
+def declared_model(shape: GPTShape) -> GPT:
+    """The model without memory for its parameters."""
+    return GPT(shape, OnMeta(0, torch.float32), _ALONE)
+
+
+def declared_block(shape: GPTShape) -> Block:
+    """One of the blocks of `declared_model`, which are alike."""
+    block = declared_model(shape).blocks[0]
+    assert isinstance(block, Block)
+    return block
+
+
+@lru_cache(maxsize=64)
+def parameter_specs(shape: GPTShape) -> Mapping[str, ParameterSpec]:
+    """Of every parameter by name, in the order in which the model has them."""
+    named = declared_model(shape).named_parameters()
+    return MappingProxyType({name: spec_of(parameter) for name, parameter in named})
 
 
 def parameter_layouts(shape: GPTShape, tensor: int) -> dict[str, ParameterLayout]:
-    """Of every parameter, in the order in which the model has them.
-
-    tensor: the tensor-parallel size, to a multiple of which the vocabulary is padded.
-    """
-    layouts = {}
-    if shape.position == "learned":
-        layouts["positions"] = ParameterLayout((shape.seq_len, shape.hidden))
-    layouts["embedding.weight"] = vocabulary = _vocabulary(shape, tensor)
-    block = block_layouts(shape)
-    for i in range(shape.layers):
-        layouts |= {f"blocks.{i}.{name}": layout for name, layout in block.items()}
-    layouts |= _norm("norm", shape)
-    if not shape.tied_embeddings:
-        layouts["head.weight"] = vocabulary
-    return layouts
+    """How every parameter is sharded over `tensor` tensor-parallel ranks, in the model's order."""
+    return {name: spec.layout(tensor) for name, spec in parameter_specs(shape).items()}
 
 
-def block_layouts(shape: GPTShape) -> dict[str, ParameterLayout]:
-    """Of the parameters of one block."""
-    return {
-        **_norm("attention_norm", shape),
-        **_column("attention.qkv", shape.hidden, shape.qkv_segments, shape.bias),
-        **_row("attention.out", shape.hidden, shape.hidden, shape.bias),
-        **_norm("feed_forward_norm", shape),
-        **_column("feed_forward.up", shape.hidden, shape.ffn_segments, shape.bias),
-        **_row("feed_forward.down", shape.ffn, shape.hidden, shape.bias),
-    }
-
-
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def parameter_sizes(shape: GPTShape, tensor: int) -> Mapping[str, int]:
-    """Elements of each parameter on one tensor-parallel rank, not yet cut by ZeRO."""
-    return MappingProxyType(_parameter_sizes(shape, tensor))
+    """Elements of each parameter on one tensor-parallel rank, before ZeRO partitions it."""
+    layouts = parameter_layouts(shape, tensor)
+    return MappingProxyType({n: layout.shard_numel(tensor) for n, layout in layouts.items()})
 
 
-def _parameter_sizes(shape: GPTShape, tensor: int) -> dict[str, int]:
-    return {
-        name: layout.shard_numel(tensor)
-        for name, layout in parameter_layouts(shape, tensor).items()
-    }
+def parameter_count(shape: GPTShape) -> int:
+    """All trainable parameters, without padding."""
+    return sum(spec.numel for spec in parameter_specs(shape).values())
 
 
-@lru_cache(maxsize=16)
-def block_sizes(shape: GPTShape, tensor: int) -> Mapping[str, int]:
-    """Elements of each parameter of one block on one rank."""
-    sizes = {name: layout.shard_numel(tensor) for name, layout in block_layouts(shape).items()}
-    return MappingProxyType(sizes)
+def embedding_name(shape: GPTShape) -> str:
+    """Of the token embedding's weight."""
+    model = declared_model(shape)
+    named = model.named_parameters()
+    return next(name for name, parameter in named if parameter is model.embedding.weight)
+
+
+def elements_of(module: nn.Module, tensor: int) -> int:
+    """Of all parameters of a declared module on one tensor-parallel rank."""
+    layouts = (spec_of(parameter).layout(tensor) for parameter in module.parameters())
+    return sum(layout.shard_numel(tensor) for layout in layouts)
+
+
+def train_flops_per_token(shape: GPTShape) -> int:
+    """Floating-point operations of a forward and backward pass, per token.
+
+    6 N + 12 L H Q T of PaLM (Chowdhery et al. 2022, appendix B): N the weights that multiply every
+    token, the second term attention over the whole context. Recomputation of checkpointed
+    activations is not counted.
+    """
+    forward = sum(
+        layer.flops_per_token(shape.seq_len) for layer in layers_of(declared_model(shape))
+    )
+    return forward * (1 + BACKWARD_PRODUCTS)
+
+
+def matmul_parameters(shape: GPTShape) -> int:
+    """Weights that multiply every token: all linear layers and the output projection."""
+    return sum(layer.flops_per_token(0) for layer in layers_of(declared_model(shape))) // 2
 
 
 def largest_partition(shape: GPTShape, tensor: int, data: int) -> int:
-    """Elements of the largest parameter on one rank, cut by ZeRO-3 among `data` ranks."""
+    """Elements of the largest parameter on one rank, partitioned by ZeRO-3 over `data` ranks."""
     return -(-max(parameter_sizes(shape, tensor).values()) // data)
-
-
-def is_matrix(name: str) -> bool:
-    """Whether weight decay applies; the optimizer keeps such parameters in a group of their own."""
-    return not name.endswith("bias") and "norm" not in name
-
-
-def _vocabulary(shape: GPTShape, tensor: int) -> ParameterLayout:
-    return ParameterLayout((shape.vocab, shape.hidden), 0, (padded_vocab(shape.vocab, tensor),))
-
-
-def _column(
-    name: str, inputs: int, segments: tuple[int, ...], bias: bool
-) -> dict[str, ParameterLayout]:
-    outputs = sum(segments)
-    layouts = {f"{name}.weight": ParameterLayout((outputs, inputs), 0, segments)}
-    return layouts | ({f"{name}.bias": ParameterLayout((outputs,), 0, segments)} if bias else {})
-
-
-def _row(name: str, inputs: int, outputs: int, bias: bool) -> dict[str, ParameterLayout]:
-    layouts = {f"{name}.weight": ParameterLayout((outputs, inputs), 1, (inputs,))}
-    return layouts | ({f"{name}.bias": ParameterLayout((outputs,))} if bias else {})
-
-
-def _norm(name: str, shape: GPTShape) -> dict[str, ParameterLayout]:
-    layouts = {f"{name}.weight": ParameterLayout((shape.hidden,))}
-    if shape.norm == "layernorm":
-        layouts[f"{name}.bias"] = ParameterLayout((shape.hidden,))
-    return layouts

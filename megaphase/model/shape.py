@@ -69,31 +69,3 @@ class GPTShape:
     def ffn_segments(self) -> tuple[int, ...]:
         """Rows of the first feed-forward projection: gate and up for SwiGLU."""
         return (self.ffn, self.ffn) if self.activation == "swiglu" else (self.ffn,)
-
-    def matmul_parameters(self) -> int:
-        """Weights that multiply every token: all linear layers and the output projection."""
-        attention = self.hidden * (sum(self.qkv_segments) + self.hidden)
-        feed_forward = self.hidden * (sum(self.ffn_segments) + self.ffn)
-        return self.layers * (attention + feed_forward) + self.vocab * self.hidden
-
-    def parameters(self) -> int:
-        """All trainable parameters, without padding."""
-        norm = self.hidden * (2 if self.norm == "layernorm" else 1)
-        count = self.matmul_parameters() + (2 * self.layers + 1) * norm
-        if not self.tied_embeddings:
-            count += self.vocab * self.hidden
-        if self.position == "learned":
-            count += self.seq_len * self.hidden
-        if self.bias:
-            biases = sum(self.qkv_segments) + self.hidden + sum(self.ffn_segments) + self.hidden
-            count += self.layers * biases
-        return count
-
-    def train_flops_per_token(self) -> int:
-        """Floating-point operations of a forward and backward pass, per token.
-
-        6 N + 12 L H Q T of PaLM (Chowdhery et al. 2022, appendix B): N the weights that multiply
-        every token, the second term attention over the whole context. Recomputation of
-        checkpointed activations is not counted.
-        """
-        return 6 * self.matmul_parameters() + 12 * self.layers * self.hidden * self.seq_len

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megaphase.model.parameters import is_matrix
+from megaphase.distributed.parameter_spec import spec_of
 from megaphase.optim.config import OptimizerConfig
 
 
@@ -28,16 +28,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, name: str) -> tor
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weight decay for matrices, none for norms and biases.
-
-    By name, because under ZeRO-3 a parameter's own shape is that of a partition.
-    """
-    names = dict(model.named_parameters())
-    matrices = [p for n, p in names.items() if is_matrix(n)]
-    others = [p for n, p in names.items() if not is_matrix(n)]
+    """One with weight decay and one without, as the parameters' specifications say."""
+    parameters = list(model.parameters())
     return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {
+            "params": [each for each in parameters if spec_of(each).weight_decay == decays],
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
     ]
 
 

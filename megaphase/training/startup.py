@@ -119,7 +119,7 @@ def run_description(
     """The lines that a run prints about its model, its layout, and why it has no MFU."""
     name = f"{config.model.preset}: " if config.model.preset else ""
     description = (
-        f"{name}{shape.parameters() / 1e6:,.1f} million parameters, {config.precision}, "
+        f"{name}{parameter_count(shape) / 1e6:,.1f} million parameters, {config.precision}, "
         f"tensor {grid.tensor_size} × data {grid.data_size}, ZeRO {config.parallel.zero}; "
         f"{backends.describe()}"
     )

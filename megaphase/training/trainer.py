@@ -125,7 +125,7 @@ class Trainer:
         )
         self.history = starting_history(config, self.checkpoint, self.branch)
         self.throughput = throughput_reference(
-            config, self.shape.train_flops_per_token(), self.grid.world_size
+            config, train_flops_per_token(self.shape), self.grid.world_size
         )
 
         self.early_stopping = EarlyStopping(config)

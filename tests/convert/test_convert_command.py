@@ -22,7 +22,7 @@ from megaphase.checkpoint.state import STATE_FILE
 from megaphase.checkpoint.store import MANIFEST_FILE
 from megaphase.cli import app
 from megaphase.convert.partition import Layout, shards_of
-from megaphase.model.parameters import parameter_layouts
+from megaphase.model.parameters import parameter_count, parameter_layouts, parameter_specs
 from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import describe_file
@@ -105,7 +105,7 @@ def test_every_element_belongs_to_one_rank(
         position="learned" if learned else "rotary",
     )  # fmt: skip
     layouts = parameter_layouts(shape, tensor)
-    shards = shards_of(layouts, Layout(tensor, data, zero))
+    shards = shards_of(parameter_specs(shape), Layout(tensor, data, zero))
     assert [shard.tensor_rank for shard in shards] == [*range(tensor)] * data
     for name, layout in layouts.items():
         for rank in range(tensor):
@@ -224,7 +224,7 @@ def test_memory_is_bounded_by_the_largest_parameter(tmp_path: Path) -> None:
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     used = int(found.stdout.split()[-1])
-    assert used < 2 * largest + constant < 4 * shape.parameters() / 2
+    assert used < 2 * largest + constant < 4 * parameter_count(shape) / 2
 
 
 @pytest.fixture(scope="module")

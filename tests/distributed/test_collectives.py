@@ -17,10 +17,11 @@ from engine_support import build_engine, global_batch, run_config, share
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaphase.distributed.all_ranks import process_group
+from megaphase.distributed.costs import FP32_BYTES
 from megaphase.estimate.communication import data_traffic
 from megaphase.estimate.gathered_parameters import Gathering, gathering, kept_gathered
 from megaphase.estimate.hardware import Hardware
-from megaphase.estimate.setup import FP32_BYTES, setup_of
+from megaphase.estimate.setup import setup_of
 from megaphase.model.parameters import parameter_sizes
 from megaphase.model.presets import build_shape
 from megaphase.training import engine as engine_module

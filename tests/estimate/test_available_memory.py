@@ -15,6 +15,7 @@ from megaphase.estimate import available_memory, memory
 from megaphase.estimate.available_memory import available_bytes, check_memory, lasting_bytes
 from megaphase.estimate.setup import Setup, setup_of
 from megaphase.estimate.suggestions import GB
+from megaphase.model.parameters import parameter_count
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError
@@ -47,7 +48,7 @@ def test_what_is_refused_is_what_does_not_fit(tmp_path, monkeypatch):
     config = config_of(tmp_path, model={"preset": "gpt-3m", "seq_len": 8})
     shape = build_shape(config, 500)
     _, needed = lasting_bytes(setup_of(config, shape, 1, "cpu"))
-    assert needed == 3 * 4 * shape.parameters()
+    assert needed == 3 * 4 * parameter_count(shape)
     monkeypatch.setattr(available_memory, "available_bytes", lambda: needed)
     check_memory(config, shape)
     monkeypatch.setattr(available_memory, "available_bytes", lambda: needed - 1)
@@ -60,7 +61,7 @@ def test_what_is_refused_is_what_does_not_fit(tmp_path, monkeypatch):
 def test_all_processes_of_a_machine_count(tmp_path, monkeypatch):
     config = config_of(tmp_path, model={"preset": "gpt-3m", "seq_len": 8})
     shape = build_shape(config, 500)
-    needed = 3 * 4 * shape.parameters()
+    needed = 3 * 4 * parameter_count(shape)
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(available_memory, "available_bytes", lambda: 2 * needed - 1)
@@ -71,7 +72,7 @@ def test_all_processes_of_a_machine_count(tmp_path, monkeypatch):
 def test_what_lies_on_the_gpu_and_what_in_the_nodes_memory():
     setup = Setup(SHAPE, tensor=1, data=2, zero=3, sequence=False, bf16=True, micro=1,
                   accumulation=1)  # fmt: skip
-    parts = -(-SHAPE.parameters() // 2)  # of each rank, up to what the cuts are padded by
+    parts = -(-parameter_count(SHAPE) // 2)  # of each rank, up to what the cuts are padded by
     gpu, host = lasting_bytes(setup)
     assert host == 0
     assert gpu == pytest.approx(parts * (2 + 4 + 8 + 4), rel=1e-3)  # weight, master, moments, grad

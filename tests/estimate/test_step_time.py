@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megaphase.distributed.costs import Work
 from megaphase.estimate.communication import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -22,11 +23,11 @@ from megaphase.estimate.communication import (
     tensor_forward,
     tensor_ring,
 )
-from megaphase.estimate.flops import Work, backward_work, forward_work, recomputed_work
+from megaphase.estimate.flops import backward_work, forward_work, recomputed_work
 from megaphase.estimate.hardware import Hardware
 from megaphase.estimate.setup import Setup
 from megaphase.estimate.step_time import PARTS, step_time
-from megaphase.model.parameters import parameter_sizes
+from megaphase.model.parameters import parameter_count, parameter_sizes, train_flops_per_token
 from megaphase.model.shape import GPTShape
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -97,7 +98,7 @@ def test_full_recomputation_is_a_forward_pass_of_the_blocks():
 
 def test_the_products_of_all_ranks_are_the_model_flops():
     every = forward_work(BIG) + backward_work(BIG)
-    model = BIG.tokens * (GPT_13B.train_flops_per_token() - 12 * 40 * 5120 * 4096)
+    model = BIG.tokens * (train_flops_per_token(GPT_13B) - 12 * 40 * 5120 * 4096)
     assert every.matrices * BIG.tensor == model
 
 
@@ -181,7 +182,7 @@ def test_a_single_sample_has_no_halves():
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_zero_s_volume(accumulation):
     setup = Setup(GPT_13B, 1, 8, 0, False, True, micro=1, accumulation=accumulation)
-    share = 7 / 8 * GPT_13B.parameters()
+    share = 7 / 8 * parameter_count(GPT_13B)
     expected = {0: 8, 1: 6, 2: 4 * accumulation + 2}
     for zero, each in expected.items():
         assert sent_by(replace(setup, zero=zero)) == pytest.approx(share * each), zero
@@ -196,7 +197,7 @@ def sent_by(setup: Setup) -> float:
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_zero_3_gathers_once_what_it_keeps_and_what_is_near_the_loss(accumulation):
     setup = Setup(GPT_13B, 1, 8, 3, False, True, micro=1, accumulation=accumulation)
-    every, norms, near = GPT_13B.parameters(), 81 * 5120, 500_000_000
+    every, norms, near = parameter_count(GPT_13B), 81 * 5120, 500_000_000
     gathered = norms + accumulation * (2 * (every - norms) - near)
     assert sent_by(setup) == pytest.approx(7 / 8 * 2 * (gathered + accumulation * every))
     kept = every + accumulation * every
@@ -229,7 +230,7 @@ def test_a_step_is_the_sum_of_its_parts():
     own = sum(parameter_sizes(SMALL, 2).values()) / 4
     assert found.seconds_by["optimizer"] == pytest.approx(own * 42 / 2700e9)
     assert found.tokens == 2 * 3 * 4 * 16
-    flops = found.tokens * SMALL.train_flops_per_token()
+    flops = found.tokens * train_flops_per_token(SMALL)
     assert found.mfu == pytest.approx(flops / found.seconds / (8 * 1000e12))
 
 

@@ -31,7 +31,6 @@ from warm_commands import run_killed, run_well
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.distributed.tensor_region import TensorRegion
-from megaphase.estimate.activation_memory import dropout_saved
 from megaphase.estimate.setup import Setup
 from megaphase.model.dropout import Dropout, row_seeds
 from megaphase.model.shape import GPTShape
@@ -212,8 +211,9 @@ def test_a_place_keeps_one_byte_an_element_as_the_estimate_says() -> None:
 
     x = torch.ones(SAMPLES, SEQ_LEN, 32, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        Dropout(SHARE, "a", ALONE)(x, row_seeds(SEED, 1, range(SAMPLES)))
-    assert sum(each.nbytes for each in kept) == dropout_saved(setup) == x.numel()
+        dropout = Dropout(SHARE, "a", ALONE)
+        dropout(x, row_seeds(SEED, 1, range(SAMPLES)))
+    assert sum(each.nbytes for each in kept) == dropout.saved_bytes(setup, 32) == x.numel()
 
 
 def test_dropout_is_no_fact_of_the_weights() -> None:

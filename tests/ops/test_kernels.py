@@ -18,7 +18,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from megaphase.distributed.initialization import Initializer
+from megaphase.distributed.layer_builder import LayerBuilder
+from megaphase.distributed.linear import ColumnParallelLinear
 from megaphase.distributed.process_grid import ProcessGrid
+from megaphase.distributed.tensor_region import TensorRegion
 from megaphase.model.document_mask import _Masked, _VariableLength, own_document_mask
 from megaphase.model.gpt import GPT
 from megaphase.model.presets import build_shape
@@ -226,7 +229,8 @@ def test_norms_by_apex(apex: dict[str, ModuleType], changes: dict[str, Any], kin
 
 def test_apex_s_optimizer_steps_and_forgets_as_torch_s(apex: dict[str, ModuleType]) -> None:
     settings = run_config().optimizer
-    models = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)]
+    build = LayerBuilder(Initializer(1, torch.float32), TensorRegion(ALONE, sequence=False))
+    models = [ColumnParallelLinear(3, (2,), bias=True, std=0.5, build=build) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     ours, theirs = (
         build_optimizer(model, settings, name)

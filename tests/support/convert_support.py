@@ -74,7 +74,7 @@ def write_random_checkpoint(
     folder.mkdir(parents=True)
     weights = RandomWeights(shape, kinds, std)
     state = foreign_state(shape, {}) | {"precision": precision}
-    write_checkpoint(folder, weights, kinds, portable_form(weights.layouts), state, workers=1)
+    write_checkpoint(folder, weights, kinds, portable_form(shape), state, workers=1)
     return folder
 
 

@@ -23,6 +23,7 @@ from megaphase.convert.source_tokenizer import load_tokenizer
 from megaphase.convert.tensor_files import TensorFiles
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import Weights, WithZeroBiases, read_each
+from megaphase.model.parameters import parameter_count
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_json, read_json
@@ -57,7 +58,7 @@ def to_hf(
     dtype = source.dtype(precision)
     words = load_tokenizer(source, tokenizer)
     weights = WithZeroBiases(source.weights, shape)
-    nbytes = dtype.itemsize * shape.parameters()
+    nbytes = dtype.itemsize * parameter_count(shape)
     with new_folder(out, nbytes) as folder:
         with verified_meanwhile(source, nbytes, workers=workers, console=console) as advance:
             _write_weights(

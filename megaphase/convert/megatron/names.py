@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megaphase.distributed.sharding import ParameterLayout
-from megaphase.model.parameters import parameter_layouts
+from megaphase.model.parameters import parameter_specs
 from megaphase.model.shape import GPTShape
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -22,7 +22,6 @@ RELEASE = "release"
 RANK_FILE = "model_optim_rng.pt"
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
-_VOCABULARIES = {"embedding.weight": WORD_EMBEDDINGS, "head.weight": "output_layer.weight"}
 
 
 class Implementation(StrEnum):
@@ -34,12 +33,13 @@ class Implementation(StrEnum):
 
 _NAMES = {
     "positions": "embedding.position_embeddings.weight",
+    "embedding.weight": WORD_EMBEDDINGS,
+    "head.weight": "output_layer.weight",
     "norm.": "decoder.final_layernorm.",
     "attention.qkv.": "self_attention.linear_qkv.",
     "attention.out.": "self_attention.linear_proj.",
     "feed_forward.up.": "mlp.linear_fc1.",
     "feed_forward.down.": "mlp.linear_fc2.",
-    **_VOCABULARIES,
 }
 _NORMS = {
     Implementation.LOCAL: {
@@ -94,11 +94,12 @@ def megatron_parameters(
     """
     names = {**_NAMES, **_NORMS[implementation]}
     parameters = {}
-    for ours, layout in parameter_layouts(shape, tensor).items():
+    for ours, spec in parameter_specs(shape).items():
+        layout = spec.layout(tensor)
         interleaved = ".attention.qkv." in ours
         if interleaved:  # every rank gets whole groups
             layout = replace(layout, segments=(sum(layout.segments),))
-        elif ours in _VOCABULARIES:
+        elif spec.padded:
             layout = replace(layout, segments=(padded_vocab,))
         parameters[ours] = MegatronParameter(_their_name(ours, names), layout, interleaved)
     return parameters
