@@ -18,6 +18,7 @@ from megaphase.estimate.available_memory import check_memory
 from megaphase.estimate.hardware import planned_card
 from megaphase.fault_tolerance.stop_signals import StopSignals
 from megaphase.fault_tolerance.watchdog import Watchdog
+from megaphase.model.parameters import parameter_count
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
 from megaphase.plan.load_plan import build_plan

@@ -34,6 +34,7 @@ from megaphase.distributed.control_group import ControlGroup
 from megaphase.distributed.process_grid import start_process_grid
 from megaphase.fault_tolerance.stop_signals import StopSignals
 from megaphase.fault_tolerance.watchdog import Watchdog
+from megaphase.model.parameters import train_flops_per_token
 from megaphase.optim.schedules import learning_rate
 from megaphase.plan.dataset import Batch, StepReader
 from megaphase.training.branch import choose_branch

@@ -30,7 +30,7 @@ from megaphase.distributed.costs import Rank, Work
 from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.layer_builder import LayerBuilder
 from megaphase.distributed.parameter_spec import Normal, ParameterSpec
-from megaphase.distributed.process_grid import ProcessGrid, start
+from megaphase.distributed.process_grid import ProcessGrid, start_process_grid
 from megaphase.estimate.flops import forward_work
 from megaphase.estimate.memory import MemoryEstimate, estimate
 from megaphase.estimate.setup import Setup
@@ -208,7 +208,7 @@ def train(engine: Engine, first: int, steps: int) -> list[float]:
 def begin(folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
     """Train on one process and save; the weights at first and then, and the curve after that."""
     with process_group(), mixing():
-        start(1)
+        start_process_grid(1)
         config = run_config(model={"kv_heads": 2}, tensor=1, zero=0)
         engine = build_engine(config)
         first = fp32_weights(engine)
@@ -219,7 +219,7 @@ def begin(folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float
 
 def resume(folder: str) -> list[float]:
     with process_group(), mixing():
-        start(2)
+        start_process_grid(2)
         engine = build_engine(run_config(model={"kv_heads": 2}, tensor=2, zero=1))
         engine.state.load(StoredParameters(Path(folder, "reshaped")), BEFORE)
         return train(engine, BEFORE, AFTER)
