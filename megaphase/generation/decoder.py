@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megaphase.model.forward_context import ForwardContext
 from megaphase.model.gpt import GPT
 from megaphase.model.kv_cache import KVCache
 from megaphase.utils.errors import RunError
@@ -75,13 +73,6 @@ class Decoder:
     @torch.inference_mode()
     def _feed(self, tokens: Tensor) -> Tensor:
         """Logits after the last of `tokens`, int64 [rows, seq]."""
-        model = self._model
-        positions, layers = self._cache.append(tokens.shape[1])
-        x = model.embedding(tokens).to(model.compute_dtype)
-        if model.positions is not None:
-            x = x + F.embedding(positions, model.positions).to(model.compute_dtype)
-        rotary = None if model.rotary is None else model.rotary.at(positions)
-        for block, cached in zip(model.blocks, layers, strict=True):
-            (x,) = block([ForwardContext(cached.attend, rotary)], x)
-        _, normed = model.norm(x[:, -1])
-        return model.head(normed, None).float()
+        logits = self._model(tokens, cache=self._cache)
+        assert isinstance(logits, Tensor)  # there are no targets
+        return logits.float()

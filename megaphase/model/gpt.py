@@ -29,6 +29,7 @@ from megaphase.model.document_mask import (
 from megaphase.model.dropout import Dropout
 from megaphase.model.forward_context import ForwardContext
 from megaphase.model.interleave import Branch, branch_steps, interleave
+from megaphase.model.kv_cache import CachedBatch, KVCache
 from megaphase.model.mlp import FeedForward
 from megaphase.model.norms import NORMS, LayerNorm, RMSNorm
 from megaphase.model.rotary import Rotary
@@ -85,7 +86,7 @@ class Block(CostedLayer):
         return x if added is None else x + added
 
     def saved(self, rank: Rank) -> Mapping[str, int]:
-        """Beside what its layers save."""
+        """Bytes that are saved beside those that its layers declare."""
         hidden = self.shape.hidden
         saved = {"dropout": sum(b.dropout.saved_bytes(rank, hidden) for b in self.branches)}
         if rank.compute_bytes != rank.parameter_bytes:
@@ -158,6 +159,7 @@ class GPT(CostedLayer):
         targets: Tensor | None = None,
         documents: Tensor | None = None,
         dropout_seeds: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The sum of all losses and the loss of every token, or logits when there are no targets.
 
@@ -167,39 +169,58 @@ class GPT(CostedLayer):
         `dropout.row_seeds`; nothing is dropped where they are missing. Returns nats, fp32 [] and
         [batch, seq] with 0 at ignored targets, of which the sum alone has a gradient; or logits
         [batch, seq, vocabulary of this rank].
+
+        cache: the tokens follow those that it holds, and are added to it; without tensor
+        parallelism. Returns the logits of the last token alone, [batch, vocabulary].
         """
-        x = self.embedding_dropout(self._embed(tokens, documents), dropout_seeds)
+        cached = None if cache is None else cache.append(tokens.shape[1])
+        x = self.embedding_dropout(self._embed(tokens, documents, cached), dropout_seeds)
         halves = 2 if self.overlap and len(tokens) > 1 else 1
-        contexts = self._contexts(documents, dropout_seeds, halves)
+        contexts = self._contexts(documents, dropout_seeds, halves, cached)
         parts = x.chunk(halves)
-        for block in self.blocks:
+        for block, of_block in zip(self.blocks, contexts, strict=True):
             if self.shape.activation_checkpointing == "full" and self.training:
-                parts = checkpoint(block, contexts, *parts, use_reentrant=False)
+                parts = checkpoint(block, of_block, *parts, use_reentrant=False)
             else:
-                parts = block(contexts, *parts)
-        _, normed = self.norm(parts[0] if halves == 1 else torch.cat(parts))
+                parts = block(of_block, *parts)
+        x = parts[0] if halves == 1 else torch.cat(parts)
+        _, normed = self.norm(x if cached is None else x[:, -1])
         return self.head(normed, targets)
 
+    def _embed(
+        self, tokens: Tensor, documents: Tensor | None, cached: CachedBatch | None
+    ) -> Tensor:
+        x = self.embedding(tokens).to(self.compute_dtype)
+        if self.positions is not None:
+            positions = self.region.replicated(self.positions)
+            if cached is not None:
+                positions = F.embedding(cached.positions, positions)
+            elif documents is not None:
+                positions = F.embedding(positions_in_document(documents), positions)
+            else:
+                positions = positions[: tokens.shape[1]]
+            x = x + self.region.own_positions(positions).to(self.compute_dtype)
+        return x
+
     def _contexts(
-        self, documents: Tensor | None, dropout_seeds: Tensor | None, parts: int
-    ) -> list[ForwardContext]:
+        self,
+        documents: Tensor | None,
+        dropout_seeds: Tensor | None,
+        parts: int,
+        cached: CachedBatch | None,
+    ) -> list[list[ForwardContext]]:
+        """For every block, one context for each part of the rows."""
+        if cached is not None:
+            rotary = None if self.rotary is None else self.rotary.at(cached.positions)
+            return [[ForwardContext(layer.attend, rotary)] for layer in cached.layers]
         attends: list[AttentionFn] = [attention] * parts
         if documents is not None:
             attends = [attend_within(part, self.compute_dtype) for part in documents.chunk(parts)]
         seeds = [None] * parts if dropout_seeds is None else dropout_seeds.chunk(parts)
         each = zip(attends, seeds, strict=True)
-        return [ForwardContext(attend, self.rotary, seed) for attend, seed in each]
-
-    def _embed(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
-        x = self.embedding(tokens).to(self.compute_dtype)
-        if self.positions is not None:
-            positions = self.region.replicated(self.positions)
-            if documents is None:
-                positions = positions[: tokens.shape[1]]
-            else:
-                positions = F.embedding(positions_in_document(documents), positions)
-            x = x + self.region.own_positions(positions).to(self.compute_dtype)
-        return x
+        return [[ForwardContext(attend, self.rotary, seed) for attend, seed in each]] * len(
+            self.blocks
+        )
 
     def saved(self, rank: Rank) -> Mapping[str, int]:
         """Before the blocks; all of them share the mask, one byte for each pair of tokens."""

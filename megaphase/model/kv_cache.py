@@ -1,7 +1,7 @@
-"""Keys and values of the tokens before, so that a new token is all that the GPT computes.
+"""Keys and values of earlier tokens, so that the GPT computes only the new ones.
 
-The rows of a batch are padded on the left: every row's newest token stands in the same slot, a
-step writes and reads slices, and how long a row is shows in its positions and its mask alone.
+The rows of a batch are padded on the left: the newest tokens of all rows are in the same slot, a
+step writes and reads slices, and only positions and mask depend on how long a row is.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from megaphase.model.shape import GPTShape
 
 
 class CachedTokens(NamedTuple):
-    """One layer's keys and values, and what the tokens that come next may see.
+    """One layer's keys and values, and the mask of the new tokens.
 
     Attributes:
         keys, values: [rows, kv_heads, slots, head_dim] up to the slot of the newest token; the
-            last slots are for the tokens that come next.
+            last slots are for the new tokens.
         mask: bool [rows, 1, seq, slots], the slots that each of those tokens attends to.
     """
 
@@ -29,7 +29,7 @@ class CachedTokens(NamedTuple):
     mask: Tensor
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store keys and values, and attend to them and to all before.
+        """Attention that stores the new keys and values, and attends to them and all earlier ones.
 
         q: [rows, heads, seq, head_dim]; k, v: [rows, kv_heads, seq, head_dim]. Returns q's shape.
         """
@@ -37,7 +37,7 @@ class CachedTokens(NamedTuple):
         self.keys[:, :, -seq:], self.values[:, :, -seq:] = k, v
         keys, values, kv_heads = self.keys, self.values, k.shape[1]
         if seq == 1:
-            # The queries that share a key are as several tokens that see the same slots, so that
+            # The queries that share a key are treated as several tokens that see the same slots, so
             # no key is copied for them.
             y = F.scaled_dot_product_attention(
                 q.reshape(rows, kv_heads, heads // kv_heads, -1), keys, values, self.mask
@@ -48,8 +48,20 @@ class CachedTokens(NamedTuple):
         return F.scaled_dot_product_attention(q, keys, values, self.mask)
 
 
+class CachedBatch(NamedTuple):
+    """New tokens of all rows, and what each layer has cached.
+
+    Attributes:
+        positions: of the new tokens in their rows, int64 [rows, seq]; 0 for padding.
+        layers: one for each block.
+    """
+
+    positions: Tensor
+    layers: list[CachedTokens]
+
+
 class KVCache:
-    """Memory for the keys and values of a batch, allocated once.
+    """The keys and values of a batch; allocated once.
 
     Attributes:
         filled: slots that hold a token, or the padding before a row's first one.
@@ -61,7 +73,7 @@ class KVCache:
         """
         Args:
             padding: int64 [batch], how many slots of each row are empty before its first token.
-            rows: there are never more, whatever `select` asks for.
+            rows: the most that `select` will ask for.
             slots: most tokens of a row, padding included.
         """
         size = (shape.layers, rows, shape.kv_heads, slots, shape.head_dim)
@@ -71,18 +83,14 @@ class KVCache:
         self._padding = padding
         self.filled = 0
 
-    def append(self, seq: int) -> tuple[Tensor, list[CachedTokens]]:
-        """Give every row `seq` more slots.
-
-        Returns the positions of the tokens that are to fill them, int64 [rows, seq] (0 where there
-        is only padding), and what each layer's attention needs to know.
-        """
+    def append(self, seq: int) -> CachedBatch:
+        """Give every row `seq` more slots, for new tokens."""
         rows, padding = len(self._padding), self._padding[:, None]
         first, self.filled = self.filled, self.filled + seq
         slots = torch.arange(self.filled, device=padding.device)
         new = slots[first:]
         mask = (slots >= padding).unsqueeze(1) & (slots <= new[:, None])
-        # A softmax over nothing would be no number, and padding must not become that.
+        # Padding attends to itself: a softmax over nothing would be NaN.
         mask |= slots == new[:, None]
         layers = [
             CachedTokens(keys, values, mask.unsqueeze(1))
@@ -92,12 +100,12 @@ class KVCache:
                 strict=True,
             )
         ]
-        return (new - padding).clamp_(min=0), layers
+        return CachedBatch((new - padding).clamp_(min=0), layers)
 
     def select(self, rows: Tensor, first_slot: int = 0) -> None:
-        """Make row i what row rows[i] was; rows: int64 [rows from now on].
+        """Copy row rows[i] to row i; rows: int64 [rows from now on].
 
-        first_slot: what lies before is the same in both, and need not be copied.
+        first_slot: earlier slots are the same in both, and need not be copied.
         """
         self._padding = self._padding[rows]
         slots = slice(first_slot, self.filled)
