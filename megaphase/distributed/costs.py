@@ -1,4 +1,4 @@
-"""What a layer costs on one rank, which every layer declares beside its formula.
+"""The costs of a layer on one rank, which every layer declares beside its formula.
 
 The estimates of memory and step time sum these costs over the layers of a model that is declared
 without memory (`model.parameters.declared_model`). Such a model has one tensor-parallel rank; the
@@ -21,7 +21,7 @@ BACKWARD_PRODUCTS = 2
 
 
 class Rank(Protocol):
-    """What the costs of a layer depend on, beside the layer; see `estimate.setup.Setup`."""
+    """The part of `estimate.setup.Setup` that the costs of a layer depend on."""
 
     @property
     def tensor(self) -> int: ...
@@ -95,32 +95,34 @@ class CollectiveKind(StrEnum):
 
 @dataclass(frozen=True)
 class Collective:
-    """Of the tensor-parallel group. size: bytes of the whole, as a rank has it that has all."""
+    """One of the tensor-parallel group. size: bytes of the whole tensor, not of a rank's shard."""
 
     kind: CollectiveKind
     size: int
 
 
 class CostedLayer(nn.Module):
-    """A layer that declares what it costs, without what its inner layers declare themselves."""
+    """A layer that declares its costs, without those of its inner layers, which declare their
+    own."""
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Of a forward pass of the whole layer: its matrix products and whole attention."""
+        """FLOPs of a forward pass of the whole layer, with attention to all `seq_len` tokens."""
         return 0
 
     def forward_work(self, rank: Rank) -> Work:
         return Work()
 
     def backward_work(self, rank: Rank) -> Work:
-        """Without what it recomputes."""
+        """Without the operations that it recomputes."""
         return Work()
 
     def recomputed_work(self, rank: Rank) -> Work:
-        """What the backward pass recomputes, with selective recomputation, of the forward pass."""
+        """The part of the forward pass that the backward pass repeats, if recomputation is
+        selective."""
         return Work()
 
     def saved(self, rank: Rank) -> Mapping[str, int]:
-        """Bytes that autograd saves until the backward pass, by what they are of."""
+        """Bytes that autograd saves until the backward pass, by tensor."""
         return {}
 
     def backward_stages(self, rank: Rank) -> Sequence[BackwardStage]:
@@ -145,43 +147,45 @@ def layers_of(module: nn.Module) -> Iterator[CostedLayer]:
 
 
 def forward_work(module: nn.Module, rank: Rank) -> Work:
-    """Of a module with all its layers."""
+    """The forward pass of a module with all its layers."""
     return sum((layer.forward_work(rank) for layer in layers_of(module)), Work())
 
 
 def backward_work(module: nn.Module, rank: Rank) -> Work:
-    """Of a module with all its layers."""
+    """The backward pass of a module with all its layers."""
     return sum((layer.backward_work(rank) for layer in layers_of(module)), Work())
 
 
 def recomputed_work(module: nn.Module, rank: Rank) -> Work:
-    """Of a module with all its layers."""
+    """Selective recomputation in a module with all its layers."""
     return sum((layer.recomputed_work(rank) for layer in layers_of(module)), Work())
 
 
 def saved_bytes(module: nn.Module, rank: Rank) -> int:
-    """Of a module with all its layers."""
+    """Bytes that autograd saves of a module with all its layers."""
     return sum(sum(layer.saved(rank).values()) for layer in layers_of(module))
 
 
 def residual_bytes(rank: Rank, hidden: int) -> int:
-    """Of one tensor of the residual stream."""
+    """Bytes of one tensor of the residual stream."""
     return rank.outer_tokens * hidden * rank.compute_bytes
 
 
 def region_bytes(rank: Rank, hidden: int) -> int:
-    """Of one tensor of the residual stream inside of a tensor-parallel region."""
+    """Bytes of one tensor of the residual stream inside of a tensor-parallel region."""
     return rank.tokens * hidden * rank.compute_bytes
 
 
 def enter_collectives(rank: Rank, hidden: int) -> tuple[Collective, ...]:
-    """With which a forward pass enters a tensor-parallel region, and a backward pass leaves it."""
+    """Collectives with which a forward pass enters a tensor-parallel region, and a backward pass
+    leaves it."""
     if not rank.sequence:
         return ()
     return (Collective(CollectiveKind.ALL_GATHER, region_bytes(rank, hidden)),)
 
 
 def leave_collectives(rank: Rank, hidden: int) -> tuple[Collective, ...]:
-    """With which a forward pass leaves a tensor-parallel region, and a backward pass enters it."""
+    """Collectives with which a forward pass leaves a tensor-parallel region, and a backward pass
+    enters it."""
     kind = CollectiveKind.REDUCE_SCATTER if rank.sequence else CollectiveKind.ALL_REDUCE
     return (Collective(kind, region_bytes(rank, hidden)),)

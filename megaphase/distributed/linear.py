@@ -67,8 +67,8 @@ class _CostedLinear(CostedLayer):
         return Work(2 * rank.tokens * weights * BACKWARD_PRODUCTS, 0, sums)
 
     def product_bytes(self, rank: Rank) -> int:
-        """What the two products of the backward pass need beside the gradients of input and output:
-        the weight's gradient, before it has been added to those of all micro-batches."""
+        """Bytes that the two products of the backward pass need beside the gradients of input and
+        output: the weight's gradient, before it is added to that of earlier micro-batches."""
         weights = self.weights(rank)
         cast = weights * rank.compute_bytes if rank.compute_bytes != rank.parameter_bytes else 0
         widened = 0
@@ -109,7 +109,8 @@ class ColumnParallelLinear(_CostedLinear):
         return self.start(x)()
 
     def start(self, x: Tensor) -> Callable[[], Tensor]:
-        """Start to gather x where it is sharded; returns what waits for that and computes y."""
+        """Start to gather x where it is sharded; the function returned waits for x and computes
+        y."""
         region, weight = self.region, self.region.cast(self.weight, x.dtype)
         product = start_column_parallel_linear(x, weight, region.grid, region.sequence)
 
@@ -156,7 +157,7 @@ class RowParallelLinear(_CostedLinear):
         return self.start(x)()
 
     def start(self, x: Tensor) -> Callable[[], Tensor]:
-        """Compute this rank's partial y and start to sum it; returns what waits for the sum."""
+        """Compute this rank's partial y and start to sum it; the function returned waits for y."""
         with saves_recompute_of(x):
             product = linear(x, self.region.cast(self.weight, x.dtype))
         sum_ = self.region.reduce_async(product)

@@ -1,4 +1,4 @@
-"""The way into and out of what is computed tensor-parallel."""
+"""The way into and out of tensor-parallel regions of the model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class TensorRegion:
         return copy_to_tensor_parallel([x], self.grid)[0]
 
     def reduce_async(self, x: Tensor) -> Callable[[], Tensor]:
-        """Start to sum the ranks' partial results, which are used up; what waits for the sum."""
+        """Start to sum the ranks' partial results in place; the function returned waits for the
+        sum."""
         return reduce_async(x, self.grid, self.sequence)
 
     def own_positions(self, x: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class TensorRegion:
         return copy_to_tensor_parallel([parameter], self.grid)[0]
 
     def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """A weight in the activations' type; within `shared`, all who ask have the same copy."""
+        """A weight in the activations' type; within `shared`, every call returns the same copy."""
         if weight.dtype == dtype or self._casts is None:
             return weight.to(dtype)
         if weight not in self._casts:
@@ -70,9 +71,10 @@ class TensorRegion:
 
     @contextmanager
     def shared(self, module: nn.Module) -> Iterator[None]:
-        """Within, what parts of a micro-batch need of a module's parameters alike is done once.
+        """Within, the parts of a micro-batch share casts and copies of a module's parameters.
 
-        Weights are cast once, and the gradients of all replicated parameters summed in one.
+        Weights are cast once, and the gradients of all replicated parameters are summed in one
+        collective.
         """
         if self.sequence:
             whole = [each for each in module.parameters() if layout_of(each).dim is None]
@@ -86,7 +88,7 @@ class TensorRegion:
 
 
 class _Cast(torch.autograd.Function):
-    """A cast of which the result is there. Its users' gradients are summed in the weight's type."""
+    """A cast whose result already exists; gradients are summed in the weight's type."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:

@@ -63,15 +63,16 @@ class VocabParallelEmbedding(CostedLayer):
 
 # Passes over the logits: maximum, sum and gradient read them, and the gradient is written.
 _LOGIT_PASSES = 4
-# Of the cross entropy, fp32: the largest logit; the sum of exponentials and the target's logit.
+# fp32 values that the cross entropy reduces for each token: the largest logit; the sum of
+# exponentials and the target's logit.
 _LOSS_VALUES = (1, 2)
 _INDEX_BYTES = 8
 
 
 @dataclass(frozen=True)
 class LossMemory:
-    """Bytes beside the saved activations. loss: in the forward pass; backward: when its gradients
-    are passed on."""
+    """Bytes beside the saved activations. loss: in the forward pass; backward: in the backward
+    pass."""
 
     loss: int
     backward: int
@@ -157,8 +158,8 @@ class VocabParallelHead(CostedLayer):
         products += logits * rank.compute_bytes
         per_token = tokens * (_INDEX_BYTES + 8 * FP32_BYTES)
         outside = per_token + residual_bytes(rank, self.hidden)
-        handed_on = weight * (BF16_BYTES if rank.parameter_bytes == BF16_BYTES else 0)
+        gradient_copy = weight * (BF16_BYTES if rank.parameter_bytes == BF16_BYTES else 0)
         return LossMemory(
             loss=gradients + cast + max(loss, products) + whole + outside,
-            backward=gradients + handed_on + outside,
+            backward=gradients + gradient_copy + outside,
         )

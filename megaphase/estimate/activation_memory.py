@@ -1,4 +1,4 @@
-"""What the forward pass saves for the backward pass, and what the backward pass adds.
+"""Activations that are saved for the backward pass, and memory that the backward pass adds.
 
 Bytes of one micro-batch on one rank, summed over the model's layers, which declare them (see
 `distributed.costs`). All blocks are alike.
@@ -23,23 +23,24 @@ def block_saved(setup: Setup) -> int:
 
 
 def block_kept(setup: Setup) -> int:
-    """What is kept of a block until the backward pass: all, or its input to recompute it from."""
+    """Saved of a block until its backward pass: everything, or only its input with full
+    recomputation."""
     if setup.shape.activation_checkpointing == "full":
         return residual(setup)
     return block_saved(setup)
 
 
 def block_forward(setup: Setup) -> int:
-    """What a block's forward pass needs at its end, beyond what is kept of all blocks."""
+    """Memory that a block's forward pass needs at its end, beyond `block_kept` of all blocks."""
     output = 2 * region_bytes(setup, setup.shape.hidden)
     return max(block_saved(setup) - block_kept(setup), 0) + output + residual(setup)
 
 
 def block_backward(setup: Setup) -> int:
-    """The most that one block's backward pass needs beyond what is kept of all blocks.
+    """The peak of one block's backward pass, beyond `block_kept` of all blocks.
 
-    The stages are those of the branches' layers from the last one to the first; what a stage has
-    released is not there in the next.
+    The stages are those of the branches' layers, from the last to the first; tensors that a stage
+    releases are gone in the next.
     """
     saved = block_saved(setup)
     peaks, left = [], saved
@@ -55,7 +56,7 @@ def block_backward(setup: Setup) -> int:
 
 
 def saved_before_blocks(setup: Setup) -> int:
-    """What is saved of the embedding, and the mask of documents, which all blocks share."""
+    """Saved for the embedding's dropout, and the mask of documents, which all blocks share."""
     return sum(declared_model(setup.shape).saved(setup).values())
 
 
@@ -64,5 +65,5 @@ def saved_by_final_norm(setup: Setup) -> int:
 
 
 def loss_memory(setup: Setup) -> LossMemory:
-    """Of the output projection and the loss."""
+    """Transient memory of the output projection and the loss."""
     return declared_model(setup.shape).head.loss_memory(setup)

@@ -1,4 +1,4 @@
-"""What one rank sends, and how long that takes: NCCL's rings, over the links that they cross."""
+"""The bytes that one rank sends, and how long that takes with NCCL's rings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROUNDS = {
 class Traffic:
     """Bytes that a rank sends, and seconds that it waits for them.
 
-    Those that go on behind a computation are the less waited for: `behind`.
+    `behind` accounts for communication that overlaps with computation.
     """
 
     sent: float = 0.0
@@ -97,7 +97,7 @@ def tensor_ring(setup: Setup, hardware: Hardware) -> Ring:
 
 
 def data_ring(setup: Setup, hardware: Hardware) -> Ring:
-    """Data-parallel ranks stand `tensor` ranks apart."""
+    """Data-parallel neighbours are `tensor` ranks apart."""
     in_node = max(1, hardware.gpus_per_node // setup.tensor)
     return Ring(setup.data, min(setup.data, in_node), hardware)
 
@@ -112,7 +112,7 @@ def tensor_forward(setup: Setup, hardware: Hardware) -> Traffic:
 
 
 def tensor_backward(setup: Setup, hardware: Hardware) -> Traffic:
-    """Those of a backward pass, with those of what it recomputes.
+    """Tensor-parallel collectives of a backward pass, with those of recomputation.
 
     Each is the transpose of one of the forward pass, and with sequence parallelism the input of the
     column-parallel layers is gathered again. The collectives of these layers run behind their own
@@ -157,7 +157,7 @@ def _blocks_forward(setup: Setup, hardware: Hardware) -> Traffic:
 
 
 def _linear_layers(setup: Setup) -> tuple[list[ColumnParallelLinear], list[RowParallelLinear]]:
-    """Of a block."""
+    """The linear layers of a block that enter a tensor-parallel region, and those that leave it."""
     layers = [branch.layer.stages for branch in declared_block(setup.shape).branches]
     return [each.column for each in layers], [each.row for each in layers]
 
@@ -201,11 +201,11 @@ def _replicated(ring: Ring, module: nn.Module, setup: Setup) -> Traffic:
 
 @dataclass(frozen=True)
 class DataTraffic:
-    """What data-parallel ranks send to each other, by when: see `training.deepspeed_config`.
+    """Data-parallel communication by the time at which it happens: see `training.deepspeed_config`.
 
     forward, backward: in that pass of every micro-batch, while it computes
     end: once a step, when nothing is computed
-    pieces: of what goes along with a pass, one after the other
+    pieces: number of messages into which the communication during a pass is divided
     """
 
     forward: Traffic = Traffic()
@@ -215,13 +215,13 @@ class DataTraffic:
 
 
 def data_traffic(setup: Setup, hardware: Hardware) -> DataTraffic:
-    """What ZeRO's stages send, as DeepSpeed 0.19.8 does it.
+    """The communication of ZeRO's stages as implemented in DeepSpeed 0.19.8.
 
     0: gradients, all-reduced in fp32 after the last micro-batch. 1: in the type of the parameters,
     and the new weights gathered. 2: all-reduced, too, and not scattered (`allreduce_and_scatter` in
     stage_1_and_2.py), but in every micro-batch. 3: weights gathered block by block, in both passes
     or, near the loss, in the forward pass alone, and gradients scattered; those weights that are
-    kept are gathered once, when the optimizer has changed them (`memory.gathered`).
+    kept are gathered once, when the optimizer has changed them (`estimate.gathered_parameters`).
     """
     ring = data_ring(setup, hardware)
     sizes = parameter_sizes(setup.shape, setup.tensor)

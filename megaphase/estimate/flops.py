@@ -1,7 +1,7 @@
-"""What one rank computes for a micro-batch: floating-point operations, and bytes past its memory.
+"""The work of one rank for a micro-batch: floating-point operations and memory traffic.
 
-Summed over the model's layers, which declare it (see `distributed.costs`). What is too small to
-matter (embedding, biases) is not counted.
+Summed over the model's layers, which declare it (see `distributed.costs`). Layers that are too
+small to matter (embedding, biases) are not counted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CAST_TRAFFIC = 12
 
 
 def forward_work(setup: Setup) -> Work:
-    """Of a forward pass."""
+    """The work of a forward pass."""
     model = declared_model(setup.shape)
     blocks = costs.forward_work(declared_block(setup.shape), setup) * setup.shape.layers
     head = costs.forward_work(model.norm, setup) + costs.forward_work(model.head, setup)
@@ -26,7 +26,7 @@ def forward_work(setup: Setup) -> Work:
 
 
 def backward_work(setup: Setup) -> Work:
-    """Of a backward pass, with what it recomputes."""
+    """The work of a backward pass, with recomputation."""
     model = declared_model(setup.shape)
     block = costs.backward_work(declared_block(setup.shape), setup) + recomputed_work(setup)
     head = costs.backward_work(model.norm, setup) + costs.backward_work(model.head, setup)
@@ -34,7 +34,7 @@ def backward_work(setup: Setup) -> Work:
 
 
 def recomputed_work(setup: Setup) -> Work:
-    """What the backward pass of a block recomputes of its forward pass."""
+    """The part of a block's forward pass that its backward pass repeats."""
     block = declared_block(setup.shape)
     if setup.shape.activation_checkpointing == "full":
         return costs.forward_work(block, setup)

@@ -1,4 +1,4 @@
-"""Bytes on one GPU at the moment of a step when they are most, by what they are for."""
+"""Peak memory of one GPU within a step, by purpose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `megaphase plan` says about memory."""
+"""The memory estimate as `megaphase plan` prints it."""
 
 from __future__ import annotations
 

@@ -55,12 +55,12 @@ class Setup:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
+        """Tokens of a micro-batch."""
         return self.micro * self.shape.seq_len
 
     @property
     def outer_tokens(self) -> int:
-        """Of a micro-batch, those that this rank holds outside the tensor-parallel regions."""
+        """Tokens of a micro-batch that this rank holds outside the tensor-parallel regions."""
         return self.tokens // self.tensor if self.sequence else self.tokens
 
     @property
@@ -70,12 +70,12 @@ class Setup:
 
     @property
     def halves(self) -> int:
-        """Parts of a micro-batch that are computed in turn."""
+        """Parts of a micro-batch that take turns, see `model.interleave`."""
         return 2 if self.overlap and self.tensor > 1 and self.micro > 1 else 1
 
     @property
     def samples(self) -> int:
-        """Of the global batch."""
+        """Samples of the global batch."""
         return self.micro * self.accumulation * self.data
 
     def with_micro(self, micro: int) -> Setup:
@@ -94,7 +94,7 @@ class Setup:
 
 
 def setup_of(config: RunConfig, shape: GPTShape, processes: int, device: Device) -> Setup:
-    """What a run file asks for on a number of processes.
+    """The setup that a run file describes, on a number of processes.
 
     Raises:
         InputError: tensor parallelism or the global batch does not divide.

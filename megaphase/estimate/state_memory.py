@@ -1,4 +1,4 @@
-"""What DeepSpeed keeps of weights, gradients and moments on one rank, by ZeRO stage.
+"""Memory of DeepSpeed for weights, gradients and moments on one rank, by ZeRO stage.
 
 Read off DeepSpeed 0.19.8 under the settings of `training.deepspeed_config`. The bucket sizes are
 its defaults; tests compare them, and all sizes here, with those of engines that are really built.
@@ -37,14 +37,14 @@ class Resident:
 
 @dataclass(frozen=True)
 class Transient:
-    """Bytes on one rank that come and go within a step, beside what is kept.
+    """Bytes on one rank that are allocated and freed within a step, beside the resident ones.
 
     carried:   gradients of earlier micro-batches, while a later one is computed
     growing:   gradients of the micro-batch in work once the backward pass is through, if none had
-               been handed on
-    limit:     the most of `growing` that waits before it is handed on
+               been reduced
+    limit:     the most of `growing` that waits before it is reduced
     bucket:    buffers for communication during the backward pass
-    reduction: while gradients are handed on, beside those that wait
+    reduction: while gradients are reduced, beside those that wait
     step:      in the optimizer step
     held:      whole weights that ZeRO-3 keeps gathered from one micro-batch to the next
     gathered:  whole weights that it has gathered, at the loss; with those that it keeps
@@ -71,7 +71,7 @@ class States:
 
 
 def states_of(setup: Setup) -> States:
-    """What lies on this rank, were nothing offloaded."""
+    """The memory of this rank if nothing were offloaded."""
     sizes = parameter_sizes(setup.shape, setup.tensor)
     if setup.zero == 0:
         return _without_zero(setup, sum(sizes.values()))
@@ -132,8 +132,8 @@ def _bf16_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
 def _partitioned_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
     """DeepSpeedZeroOptimizer, stages 1 and 2.
 
-    Stage 1 keeps the gradients of all micro-batches whole and hands them on with the last one;
-    stage 2 hands on those of each.
+    Stage 1 keeps the gradients of all micro-batches whole and reduces them with the last one;
+    stage 2 reduces those of each.
     """
     elements = _flat_size(setup, sizes)
     own = elements // setup.data * FP32_BYTES
@@ -145,7 +145,8 @@ def _partitioned_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
     cast = max(sizes.values()) * FP32_BYTES if apart else 0
     buffers = 0
     if setup.device == "cuda":
-        # Two whole buckets take turns. On the CPU, what is not written to is not there.
+        # Two whole buckets are used alternately. On the CPU, pages that are not written to take no
+        # memory.
         buffers = 2 * REDUCE_BUCKET * staged
         waiting = 0
     accumulated = setup.accumulation > 1
@@ -173,15 +174,15 @@ def _partitioned_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
 
 
 def _partitioned_weights(setup: Setup, sizes: Mapping[str, int]) -> States:
-    """Stage 3: every parameter is cut into `data` parts of its own."""
+    """Stage 3: every parameter is partitioned into `data` parts."""
     part = sum(-(-size // setup.data) for size in sizes.values())
     own = part * FP32_BYTES
     every = sum(sizes.values())
     low = setup.parameter_bytes
     waiting = min(every, REDUCE_BUCKET)
-    handed_on = waiting // setup.data * FP32_BYTES if setup.bf16 else 0
+    reduced_bytes = waiting // setup.data * FP32_BYTES if setup.bf16 else 0
     if setup.device == "cpu":
-        handed_on = max(handed_on, waiting * low)  # gloo scatters a copy
+        reduced_bytes = max(reduced_bytes, waiting * low)  # gloo scatters a copy
     held = gathered = arriving = returned = 0
     if setup.data > 1 or setup.offload_parameters != "none":
         found = gathering(sizes, setup.keep_gathered)
@@ -196,7 +197,7 @@ def _partitioned_weights(setup: Setup, sizes: Mapping[str, int]) -> States:
         Transient(
             growing=every * low,
             limit=waiting * low,
-            reduction=waiting * low + handed_on,
+            reduction=waiting * low + reduced_bytes,
             step=min(part, SUB_GROUP) * FP32_BYTES,
             held=held * low,
             gathered=gathered * low,

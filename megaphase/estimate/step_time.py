@@ -1,4 +1,4 @@
-"""The time of an optimizer step, by what it is spent on."""
+"""The time of an optimizer step, by activity."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megaphase.estimate.hardware import Hardware
 from megaphase.estimate.setup import Setup
 from megaphase.model.parameters import parameter_sizes, train_flops_per_token
 
-# matrices, attention, elementwise: computing, with what is computed again. tensor, data: waiting
-# for what tensor-parallel and data-parallel ranks send. optimizer: its pass over the weights.
+# matrices, attention, elementwise: computing, with recomputation. tensor, data: waiting for
+# tensor-parallel and data-parallel communication. optimizer: its pass over the weights.
 PARTS = ("matrices", "attention", "elementwise", "tensor", "data", "optimizer")
 # Passes of AdamW over a weight: gradient, weight and two moments read, the last three written;
 # before them the gradient is read for the norm, and read and written to be clipped.
@@ -50,11 +50,11 @@ class StepTime:
 
 
 def step_time(setup: Setup, hardware: Hardware) -> StepTime:
-    """The time of a step; what offload adds is not in it."""
+    """The time of a step, without the time that offload adds."""
     forward, backward = forward_work(setup), backward_work(setup)
     tensor_forth, tensor_back = tensor_forward(setup, hardware), tensor_backward(setup, hardware)
     data = data_traffic(setup, hardware)
-    # What data-parallel ranks send goes on behind all else of a pass.
+    # Data-parallel communication overlaps with everything else in a pass.
     in_forward = _seconds(forward, hardware) + tensor_forth.seconds
     in_backward = _seconds(backward, hardware) + tensor_back.seconds
     data_forth = data.forward.behind(in_forward, data.pieces)

@@ -1,4 +1,4 @@
-"""What `megaphase plan` says about time, and about the layouts that a run could have."""
+"""The step time and the layouts that a run could have, as `megaphase plan` prints them."""
 
 from __future__ import annotations
 

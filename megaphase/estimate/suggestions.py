@@ -1,4 +1,4 @@
-"""Which layouts fit a card, and what would make one fit that does not."""
+"""Layouts that fit a card, and changes that would make a run fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GB = 1 << 30
 RESERVE = 0.06
 TENSOR_SIZES = (1, 2, 4, 8)
 ZERO_STAGES = (0, 1, 2, 3)
-# What is computed again in the backward pass: more and more.
+# Recomputation in the backward pass: more and more.
 CHECKPOINTING: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 # Changes of a run file that are looked at together to make a layout fit, and how many are named.
 CHANGES_AT_ONCE = 3
@@ -60,7 +60,7 @@ def _shares_out(setup: Setup, tensor: int, processes: int) -> bool:
 
 
 def _offloads(setup: Setup) -> bool:
-    """Whether the stage can offload what the run file asks to."""
+    """Whether the stage supports the offload that the run file requests."""
     least = {"none": 0, "cpu": 1, "nvme": 3}[setup.offload]
     return setup.zero >= (3 if setup.offload_parameters != "none" else least)
 
@@ -87,7 +87,7 @@ class _Change:
 
 
 def remedies(setup: Setup, card_gb: float) -> list[str]:
-    """What would make the layout fit, in the run file's words: the fewest changes that do.
+    """The fewest changes of the run file that would make the layout fit.
 
     Empty if it fits already, or if nothing that is looked at is enough.
     """

@@ -82,7 +82,7 @@ class Attention(CostedLayer):
         return Work(0, flops, self._rotary_traffic(rank))
 
     def _attention_flops(self, rank: Rank) -> float:
-        """Of the scores and of their product with the values."""
+        """FLOPs of the scores and of their product with the values."""
         whole = 4 * rank.tokens * self.shape.seq_len * self.shape.hidden / rank.tensor
         return whole if rank.masked and not rank.variable_length else whole * _CAUSAL_SHARE
 

@@ -22,7 +22,7 @@ class AttentionFn(Protocol):
 
 
 def attend_within(documents: Tensor, dtype: torch.dtype) -> AttentionFn:
-    """Every token sees itself and what its document has before it.
+    """Attention of every token to itself and to the earlier tokens of its document.
 
     dtype: of queries, keys and values.
     """
@@ -76,8 +76,8 @@ class _VariableLength:
 
 
 def own_document_mask(documents: Tensor) -> Tensor:
-    """What every token attends to, itself and what its document has before: bool [batch, 1, seq,
-    seq], the last dimension being what is attended to."""
+    """The mask by which a token attends to itself and to the earlier tokens of its document:
+    bool [batch, 1, query, key]."""
     same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
     return same.tril_().unsqueeze(1)
 

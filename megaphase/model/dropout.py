@@ -1,6 +1,6 @@
 """Dropout (Srivastava et al. 2014) whose masks are a function of the run, not of its layout.
 
-What a row loses is a hash of the row's seed, the place in the model and the element's number. So it
+The mask of a row is a hash of its seed, the layer and the number of the element. So it
 does not matter which rank or device holds the row, in which micro-batch, or how often the pass is
 computed; no generator has a state to be saved, and all rows are drawn at once.
 """
@@ -28,7 +28,7 @@ _FACTOR = 0xD6E8FEB86659FD93 - 2**64
 
 
 def row_seeds(seed: int, step: int, rows: range) -> Tensor:
-    """What some rows of a step's global batch draw their masks from; int64 [rows], CPU.
+    """Seeds of the dropout masks of some rows of a step's global batch; int64 [rows], CPU.
 
     Args:
         seed: the run's.
@@ -63,7 +63,7 @@ class Dropout:
         return _ZeroOrScale.apply(x, self._kept(x, seeds), self._scale)
 
     def saved_bytes(self, rank: Rank, hidden: int) -> int:
-        """What autograd saves: the mask, one byte for each element of the residual stream."""
+        """Bytes that autograd saves: the mask, one for each element of the residual stream."""
         return rank.outer_tokens * hidden if self._share else 0
 
     def _kept(self, x: Tensor, seeds: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the layers of a block need to know about the rows that they compute."""
+"""Everything beside the activations that the layers of a block need to know about their rows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Norms over the hidden dimension.
 
-Each returns the sum of the residual stream and what is added to it, and that sum normalized: both
-come from one kernel where there is one.
+Each adds a layer's output to the residual stream and normalizes the sum, in one kernel where there
+is one, and returns both.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class _CostedNorm(CostedLayer):
         return (BackwardStage(transient, released=sum(self.saved(rank).values())),)
 
     def uncompiled_bytes(self, rank: Rank) -> int:
-        """What the backward pass needs beyond that where each operation is a kernel of its own."""
+        """Bytes that the backward pass needs in addition where each operation is a kernel of its
+        own."""
         return 0
 
     def replicated_gradients(self, rank: Rank) -> int:

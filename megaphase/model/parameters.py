@@ -1,7 +1,8 @@
-"""What a model declares, without building it: its layers on the meta device, and their parameters.
+"""The parameters and costs that a model declares, without memory for its parameters.
 
-Everything is read off the layers themselves, each of which specifies its parameters where it builds
-them.
+Everything is read from the layers themselves, each of which specifies its parameters where it
+builds
+them: the model is built on the meta device.
 """
 
 from __future__ import annotations
@@ -62,14 +63,14 @@ def parameter_count(shape: GPTShape) -> int:
 
 
 def embedding_name(shape: GPTShape) -> str:
-    """Of the token embedding's weight."""
+    """The name of the token embedding's weight."""
     model = declared_model(shape)
     named = model.named_parameters()
     return next(name for name, parameter in named if parameter is model.embedding.weight)
 
 
 def elements_of(module: nn.Module, tensor: int) -> int:
-    """Of all parameters of a declared module on one tensor-parallel rank."""
+    """Elements of all parameters of a declared module on one tensor-parallel rank."""
     layouts = (spec_of(parameter).layout(tensor) for parameter in module.parameters())
     return sum(layout.shard_numel(tensor) for layout in layouts)
 

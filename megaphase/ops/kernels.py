@@ -1,4 +1,4 @@
-"""Which kernels compute the parts of a block."""
+"""The choice of kernels for the operations of a block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Kernels:
-    """How a model computes what is no matrix product.
+    """The kernels for all operations that are not matrix products.
 
     compiled: every formula is one kernel that torch.compile makes, rather than a few operations.
     apex_norm: norms by NVIDIA apex.
@@ -28,7 +28,7 @@ class Kernels:
     apex_norm: bool = False
 
     def of(self, formula: Callable[P, R]) -> Callable[P, R]:
-        """What computes a formula: a function of tensors without any state or autograd."""
+        """The function that computes a formula: of tensors, without state or autograd."""
         return _compiled(formula) if self.compiled else formula
 
 
@@ -53,5 +53,5 @@ def _separate_caches() -> None:
 def _compiled(formula: Callable[P, R]) -> Callable[P, R]:
     _separate_caches()
     # Every shape has a kernel of its own. One for all shapes would be made once a second shape is
-    # seen, and a run that goes on, which sees them in another order, would differ in the last bit.
+    # seen, and a resumed run, which sees them in another order, would differ in the last bit.
     return torch.compile(formula, dynamic=False, fullgraph=True)

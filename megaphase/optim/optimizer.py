@@ -28,7 +28,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, name: str) -> tor
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """One with weight decay and one without, as the parameters' specifications say."""
+    """Two groups, with weight decay and without, according to the parameters' specifications."""
     parameters = list(model.parameters())
     return [
         {
