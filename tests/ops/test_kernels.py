@@ -231,6 +231,8 @@ def test_apex_s_optimizer_steps_and_forgets_as_torch_s(apex: dict[str, ModuleTyp
     settings = run_config().optimizer
     build = LayerBuilder(Initializer(1, torch.float32), TensorRegion(ALONE, sequence=False))
     models = [ColumnParallelLinear(3, (2,), bias=True, std=0.5, build=build) for _ in range(2)]
+    for parameter in models[0].parameters():
+        torch.nn.init.uniform_(parameter, 0.1, 0.5)
     models[1].load_state_dict(models[0].state_dict())
     ours, theirs = (
         build_optimizer(model, settings, name)
