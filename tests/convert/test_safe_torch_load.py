@@ -91,7 +91,7 @@ def test_a_payload_does_not_run_unless_trusted(tmp_path, zipped) -> None:
 def test_unknown_classes_are_named(tmp_path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"colour": Colour.RED, "n": 3}, path)
-    with pytest.raises(InputError, match=r"test_pickles\.Colour"):
+    with pytest.raises(InputError, match=r"test_safe_torch_load\.Colour"):
         load_pickle(path, trust=False)
     assert load_pickle(path, trust=True)["colour"] is Colour.RED
 
