@@ -46,9 +46,6 @@ BELOW_CONFIG_CLASSES = ("megaphase.utils", "megaphase.config.fields")
 # Imported for annotations alone, by modules that hold config classes.
 ANNOTATED = "megaphase.config.run"
 
-# Importing module, imported room: to be mended.
-KNOWN_EXCEPTIONS: set[tuple[str, str]] = set()
-
 # Commands import within functions what they need, so that the others start without it: torch,
 # DeepSpeed, matplotlib and whatever imports those.
 COMMANDS = ("commands", "cli", "__main__")
@@ -139,8 +136,7 @@ def test_imports_between_rooms_point_one_way():
             continue
         if ORDER.index(there) >= ORDER.index(here):
             wrong.add((module, there))
-    assert wrong - KNOWN_EXCEPTIONS == set()
-    assert KNOWN_EXCEPTIONS - wrong == set(), "mended: take these from the list"
+    assert wrong == set()
 
 
 def test_config_classes_need_nothing_but_fields_and_their_own_room():
