@@ -71,7 +71,8 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tracked")
     corpora = make_corpora(folder / "corpora")
     logging = {"every_steps": 5, "tensorboard": False, "toy": {"file": "toy.jsonl"}}
-    settings = run_settings(corpora, logging=logging, checkpoint={"every_steps": 4})
+    checkpoint = {"every_steps": 4, "asynchronous": False}
+    settings = run_settings(corpora, logging=logging, checkpoint=checkpoint)
     path = write_run_file(folder, settings)
     run_killed(path, before_step=7, prepare=add_toy)
     run_well("train", path, prepare=add_toy)
