@@ -115,7 +115,7 @@ def _ours(source: Source, how: Inspector) -> Contents:
         "optimizer steps": state.get("optimizer_steps"),
         "kinds": ", ".join(weights.kinds),
         "precision": state.get("precision"),
-        "model": source.shape.facts(),
+        "model": source.shape.architecture(),
         "samples used": state.get("used") or None,
         "origin": state.get("origin") or None,
     }

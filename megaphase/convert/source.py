@@ -61,7 +61,7 @@ def open_source(text: str) -> Source:
     try:
         state = read_state(folder)
         check_format(folder, state)
-        shape = GPTShape.from_facts(state["model"])
+        shape = GPTShape.from_architecture(state["model"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
             folder / STATE_FILE, "is damaged, or of another version", "use another checkpoint"

@@ -50,7 +50,7 @@ def write_foreign(
 
 def write_model_section(folder: Path, shape: GPTShape) -> str:
     """Write what the run file of a training of it says about the model as model.yaml; its text."""
-    section = yaml.safe_dump({"model": shape.facts()}, sort_keys=False)
+    section = yaml.safe_dump({"model": shape.architecture()}, sort_keys=False)
     atomic_write_text(folder / _MODEL_FILE, section)
     return section
 
@@ -60,7 +60,7 @@ def foreign_state(shape: GPTShape, origin: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": CHECKPOINT_FORMAT,
         "origin": origin,
-        "model": shape.facts(),
+        "model": shape.architecture(),
         "position": asdict(TrainState(0, 0, 0, 0, (), 0)),
         "step": 0,
         "phase_name": None,

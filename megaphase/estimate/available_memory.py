@@ -45,7 +45,7 @@ def check_memory(config: RunConfig, shape: GPTShape) -> None:
 
 def lasting_bytes(setup: Setup) -> tuple[int, int]:
     """Bytes of one rank from step to step: on its GPU, and in the node's memory."""
-    kept = states_of(setup).kept
+    kept = states_of(setup).resident
     state = kept.masters + kept.moments + kept.gradients
     if setup.device == "cpu":
         return 0, kept.weights + state

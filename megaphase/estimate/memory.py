@@ -54,21 +54,21 @@ class MemoryEstimate:
         return sum(self.parts.values())
 
 
-@lru_cache(maxsize=4096)  # layouts and remedies ask for the same setups again and again
+@lru_cache(maxsize=4096)  # layouts and suggestions ask for the same setups again and again
 def estimate(setup: Setup) -> MemoryEstimate:
     """The memory of one rank of a run."""
     states = states_of(setup)
     host = _offloaded(setup, states)
     moments = [
         MemoryEstimate(_moved_off(setup, parts, states), host, moment)
-        for moment, parts in _moments(setup, states)
+        for moment, parts in _peak_points(setup, states)
     ]
     return max(moments, key=lambda at: at.total)
 
 
-def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]]]:
+def _peak_points(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]]]:
     """The moments of a step in which memory can be at its highest."""
-    kept, passing = states.kept, states.passing
+    resident, transient = states.resident, states.transient
     layers, each = setup.shape.layers, block_kept(setup)
     head, before = loss_memory(setup), saved_before_blocks(setup)
     parameters = sum(parameter_sizes(setup.shape, setup.tensor).values())
@@ -76,50 +76,50 @@ def _moments(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]
 
     def at(activations: int, gradients: int, gathered: int, buffers: int) -> dict[str, int]:
         return {
-            "weights": kept.weights,
-            "masters": kept.masters,
-            "moments": kept.moments,
-            "gradients": kept.gradients + gradients,
+            "weights": resident.weights,
+            "masters": resident.masters,
+            "moments": resident.moments,
+            "gradients": resident.gradients + gradients,
             "activations": activations,
             "gathered": gathered,
             "buffers": buffers,
         }
 
-    carried, backward = passing.carried, block_backward(setup)
-    held, gathered = passing.held, passing.gathered
+    carried, backward = transient.carried, block_backward(setup)
+    held, gathered = transient.held, transient.gathered
     forward = layers * each + block_forward(setup) + before
-    yield "forward pass", at(forward, carried, gathered, passing.arriving)
+    yield "forward pass", at(forward, carried, gathered, transient.arriving)
     before_head = layers * each + saved_by_final_norm(setup) + before
     yield "loss", at(before_head + head.loss, carried, gathered, 0)
     yield (
         "backward pass of the head",
-        at(before_head + head.backward, carried, gathered, passing.bucket),
+        at(before_head + head.backward, carried, gathered, transient.bucket),
     )
     above = parameters - layers * block
     if not setup.shape.tied_embeddings:
         above -= elements_of(declared_model(setup.shape).embedding, setup.tensor)
     turns = [
-        (passing.limit, passing.growing),
-        (gathered - passing.returned, gathered - held),
+        (transient.limit, transient.growing),
+        (gathered - transient.returned, gathered - held),
     ]
     # Between these blocks all that follows is linear in the number that is left.
     for left in _turning_points(layers, block, above, parameters, turns):
         share = (above + (layers - left) * block) / parameters
-        waiting = min(int(passing.growing * share), passing.limit)
-        there = max(held + int((gathered - held) * (1 - share)), passing.returned)
+        waiting = min(int(transient.growing * share), transient.limit)
+        there = max(held + int((gathered - held) * (1 - share)), transient.returned)
         activations = left * each + before
         name = f"backward pass of block {left}"
         yield (
             name,
-            at(activations + backward, carried + waiting, there, passing.bucket),
+            at(activations + backward, carried + waiting, there, transient.bucket),
         )
-        if passing.limit <= waiting and passing.limit < passing.growing:
-            handing_on = passing.bucket + passing.reduction
+        if transient.limit <= waiting and transient.limit < transient.growing:
+            handing_on = transient.bucket + transient.reduction
             yield name, at(activations, carried + waiting, there, handing_on)
-    waiting = min(passing.growing, passing.limit)
-    end = passing.bucket + passing.reduction
-    yield "reduction of gradients", at(residual(setup), carried + waiting, passing.returned, end)
-    step = 0 if setup.offload != "none" else passing.step
+    waiting = min(transient.growing, transient.limit)
+    end = transient.bucket + transient.reduction
+    yield "reduction of gradients", at(residual(setup), carried + waiting, transient.returned, end)
+    step = 0 if setup.offload != "none" else transient.step
     yield "optimizer step", at(0, step, 0, 0)
 
 
@@ -143,14 +143,18 @@ def _offloaded(setup: Setup, states: States) -> dict[str, int]:
     """Bytes of the node's memory, by part; of what lies on NVMe, the buffers on the way to it."""
     if setup.device == "cpu":
         return {}
-    kept, host = states.kept, {}
+    resident, host = states.resident, {}
     if setup.offload == "cpu":
-        host = {"masters": kept.masters, "moments": kept.moments, "gradients": kept.masters}
+        host = {
+            "masters": resident.masters,
+            "moments": resident.moments,
+            "gradients": resident.masters,
+        }
     elif setup.offload == "nvme":
         # Weights, both moments and gradients of a sub-group at a time.
-        host = {"buffers": (2 + MOMENTS) * min(kept.masters, SUB_GROUP * FP32_BYTES)}
+        host = {"buffers": (2 + MOMENTS) * min(resident.masters, SUB_GROUP * FP32_BYTES)}
     if setup.offload_parameters == "cpu":
-        host["weights"] = kept.weights
+        host["weights"] = resident.weights
     elif setup.offload_parameters == "nvme":
         largest = largest_partition(setup.shape, setup.tensor, setup.data)
         swapped = SWAP_BUFFERS * largest * setup.parameter_bytes
@@ -165,7 +169,7 @@ def _moved_off(setup: Setup, parts: dict[str, int], states: States) -> dict[str,
     left = dict(parts)
     if setup.offload != "none":
         left |= {"masters": 0, "moments": 0}
-        left["gradients"] -= states.kept.gradients
+        left["gradients"] -= states.resident.gradients
     if setup.offload_parameters != "none":
         left["weights"] = 0
     return left

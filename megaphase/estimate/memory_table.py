@@ -6,7 +6,7 @@ from typing import Any
 
 from megaphase.estimate.memory import estimate
 from megaphase.estimate.setup import Setup
-from megaphase.estimate.suggestions import GB, RESERVE, all_kept, fits, layouts, remedies
+from megaphase.estimate.suggestions import GB, RESERVE, all_kept, fits, layouts, suggestions
 
 
 def memory_summary(setup: Setup, card_gb: float) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def memory_summary(setup: Setup, card_gb: float) -> dict[str, Any]:
         "reserve": RESERVE,
         "layouts": [_figures(layout, card_gb) for layout in layouts(setup)],
         "all_kept": kept and _figures(kept, card_gb),
-        "remedies": remedies(setup, card_gb),
+        "remedies": suggestions(setup, card_gb),
     }
 
 

@@ -66,8 +66,8 @@ class Transient:
 
 @dataclass(frozen=True)
 class States:
-    kept: Resident
-    passing: Transient = field(default_factory=Transient)
+    resident: Resident
+    transient: Transient = field(default_factory=Transient)
 
 
 def states_of(setup: Setup) -> States:

@@ -86,7 +86,7 @@ class _Change:
     setup: Setup
 
 
-def remedies(setup: Setup, card_gb: float) -> list[str]:
+def suggestions(setup: Setup, card_gb: float) -> list[str]:
     """The fewest changes of the run file that would make the layout fit.
 
     Empty if it fits already, or if nothing that is looked at is enough.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
-NO_FACTS = {"init_std", "dropout", "activation_checkpointing"}
+NOT_ARCHITECTURE = {"init_std", "dropout", "activation_checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -32,22 +32,22 @@ class GPTShape:
     dropout: float = 0.0
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
 
-    def facts(self) -> dict[str, Any]:
-        """What the weights and what is computed with them depend on: not how the weights come
-        about, nor how activations are kept."""
-        return {key: value for key, value in asdict(self).items() if key not in NO_FACTS}
+    def architecture(self) -> dict[str, Any]:
+        """All fields that determine the weights' shapes and the function that they compute: without
+        those of initialization and training."""
+        return {key: value for key, value in asdict(self).items() if key not in NOT_ARCHITECTURE}
 
     @classmethod
-    def from_facts(cls, facts: Mapping[str, Any]) -> Self:
-        """From what `facts` gave.
+    def from_architecture(cls, architecture: Mapping[str, Any]) -> Self:
+        """The shape that `architecture` describes.
 
         Raises:
-            TypeError: a fact is missing, or unknown.
+            TypeError: a field is missing or unknown.
         """
-        wanted = {field.name for field in fields(cls)} - NO_FACTS
-        if wanted != set(facts):
-            raise TypeError(f"other facts than {sorted(wanted)}")
-        return cls(**facts)
+        wanted = {field.name for field in fields(cls)} - NOT_ARCHITECTURE
+        if wanted != set(architecture):
+            raise TypeError(f"other fields than {sorted(wanted)}")
+        return cls(**architecture)
 
     @property
     def head_dim(self) -> int:

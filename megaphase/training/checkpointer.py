@@ -117,7 +117,7 @@ def checkpoint_facts(
         "format": CHECKPOINT_FORMAT,
         "plan": plan.spec.fingerprint,
         "streams": plan.spec.stream_fingerprints,
-        "model": shape.facts(),
+        "model": shape.architecture(),
         "processes": world_size,
         "tensor": config.parallel.tensor,
         "zero": config.parallel.zero,

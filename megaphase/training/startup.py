@@ -77,7 +77,7 @@ def _check_inputs(config: RunConfig, branch: Branch | None) -> tuple[Tokenizer, 
     if branch is not None:
         if branch.state:
             check_format(branch.checkpoint, branch.state)
-        branch.check(config, spec, shape.facts())
+        branch.check(config, spec, shape.architecture())
     choose_backends(config)
     prepare_offload(config)
     return tokenizer, shape, spec

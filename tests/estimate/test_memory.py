@@ -31,7 +31,7 @@ from megaphase.estimate.state_memory import (
     Resident,
     states_of,
 )
-from megaphase.estimate.suggestions import GB, RESERVE, all_kept, fits, layouts, remedies
+from megaphase.estimate.suggestions import GB, RESERVE, all_kept, fits, layouts, suggestions
 from megaphase.model.gpt import GPT
 from megaphase.model.parameters import parameter_count, parameter_layouts, parameter_sizes
 from megaphase.model.presets import build_shape
@@ -139,7 +139,7 @@ def built(tensor: int) -> dict[tuple[int, str], Built]:
 def test_what_is_kept_is_what_an_engine_holds(zero, precision, tensor):
     config = run_config(zero=zero, precision=precision, tensor=tensor)
     setup = setup_of(config, build_shape(config, 96), 2, "cpu")
-    assert states_of(setup).kept == built(tensor)[zero, precision].kept
+    assert states_of(setup).resident == built(tensor)[zero, precision].kept
 
 
 def test_buckets_have_the_sizes_that_the_engine_gives_them():
@@ -222,10 +222,10 @@ def test_what_is_kept_gathered_costs_memory_up_to_all_of_the_weights():
     run = replace(BIG, shape=replace(GPT_13B, layers=16))
     found = [total(replace(run, keep_gathered=share)) for share in (0.0, 0.5, 1.0)]
     assert found == sorted(set(found))
-    weights = states_of(run).kept.weights * run.data
-    kept = states_of(replace(run, keep_gathered=1.0)).passing
+    weights = states_of(run).resident.weights * run.data
+    kept = states_of(replace(run, keep_gathered=1.0)).transient
     assert (kept.held, kept.gathered, kept.returned, kept.arriving) == (*[weights] * 3, 0)
-    some = states_of(replace(run, keep_gathered=0.5)).passing
+    some = states_of(replace(run, keep_gathered=0.5)).transient
     assert weights / 4 < some.held < weights / 2
     alone = replace(run, data=1)
     assert total(replace(alone, keep_gathered=1.0)) == total(alone)
@@ -258,33 +258,33 @@ def test_layouts_begin_with_the_run_s_own_and_share_everything_out():
 
 def test_remedies_are_enough():
     own = total(BIG) / GB
-    assert remedies(BIG, own / (1 - RESERVE) + 1) == []
-    found = remedies(BIG, 50)
+    assert suggestions(BIG, own / (1 - RESERVE) + 1) == []
+    found = suggestions(BIG, 50)
     assert "activation_checkpointing: full" in found
     assert fits(replace(BIG, shape=replace(GPT_13B, activation_checkpointing="full")), 50)
     [micro] = [words for words in found if words.startswith("micro")]
     assert fits(BIG.with_micro(int(micro.split()[1])), 50)
     assert not fits(BIG, 50)
-    assert "activation_checkpointing: selective" in remedies(BIG, 57)  # the mildest that is enough
+    assert "activation_checkpointing: selective" in suggestions(BIG, 57)  # the mildest
 
 
 def test_less_is_kept_gathered_where_that_is_enough():
     kept = replace(BIG, keep_gathered=1.0)
     card = (total(BIG) / GB + 1) / (1 - RESERVE)
-    assert remedies(kept, card)[0] == "keep_gathered: 0.0"
-    assert remedies(kept, 30)  # parameters are not offered to the CPU while they are kept
-    assert not any("offload_parameters" in words for words in remedies(kept, 30))
+    assert suggestions(kept, card)[0] == "keep_gathered: 0.0"
+    assert suggestions(kept, 30)  # parameters are not offered to the CPU while they are kept
+    assert not any("offload_parameters" in words for words in suggestions(kept, 30))
 
 
 def test_two_changes_are_named_where_one_is_not_enough():
-    found = remedies(BIG, 30)
+    found = suggestions(BIG, 30)
     assert found
     assert all(words.count(" and ") == 1 for words in found)
     assert any("16 GPUs" in words for words in found)
 
 
 def test_nothing_is_promised_where_nothing_is_enough():
-    assert remedies(BIG, 1) == []
+    assert suggestions(BIG, 1) == []
 
 
 @pytest.fixture

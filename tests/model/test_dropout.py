@@ -218,8 +218,8 @@ def test_a_place_keeps_one_byte_an_element_as_the_estimate_says() -> None:
 
 def test_dropout_is_no_fact_of_the_weights() -> None:
     shape = GPTShape(32, SEQ_LEN, 1, 32, 4, 4, 48, dropout=SHARE)
-    assert "dropout" not in shape.facts()
-    assert GPTShape.from_facts(shape.facts()).dropout == 0.0
+    assert "dropout" not in shape.architecture()
+    assert GPTShape.from_architecture(shape.architecture()).dropout == 0.0
 
 
 @pytest.fixture(scope="module")
