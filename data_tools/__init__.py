@@ -1,1 +1,1 @@
-"""Offline programs: from raw text to a tokenizer and to tokenized corpora."""
+"""Offline tools that train tokenizers on raw text and build tokenized corpora."""

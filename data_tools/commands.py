@@ -1,4 +1,4 @@
-"""`megaphase data ...`: parse, call, print."""
+"""The `megaphase data ...` commands: they parse options, call the tools and print results."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ if TYPE_CHECKING:
     from megaphase.data_tools.tokenization.slurm import ArrayOfShards
 
 data_app = typer.Typer(
-    help="Turn text into tokenized corpora; look at, check, join and split them.",
+    help="Turn text into tokenized corpora; inspect, verify, merge and split them.",
     no_args_is_help=True,
 )
 
 _PAIRS = "Translation pairs"
 _MACHINES = "Several machines"
 _SLURM_OPTIONS = {"inputs", "slurm", "tasks", "sbatch", "dry_run", "shard"}
-# What shards cannot do, since they know nothing of each other.
-_MERGE_ALONE = {"dedup", "shuffle"}
-_MERGE_OPTIONS = {*_MERGE_ALONE, "out", "overwrite"}
+# Options that need the whole corpus: a shard does not see the other shards' documents.
+_MERGE_ONLY_OPTIONS = {"dedup", "shuffle"}
+_MERGE_OPTIONS = {*_MERGE_ONLY_OPTIONS, "out", "overwrite"}
 
 
 class OnError(StrEnum):
-    """What to do at a document that cannot be read."""
+    """What to do with a document that cannot be read."""
 
     stop = "stop"
     skip = "skip"
 
 
 class StdinKind(StrEnum):
-    """What standard input can hold."""
+    """The formats accepted on standard input."""
 
     jsonl = "jsonl"
     txt = "txt"
@@ -128,10 +128,11 @@ def tokenize_command(
 ) -> None:
     """Tokenize text into a corpus in Megatron-LM's format.
 
-    A document is a line of a .jsonl file, a row of a .parquet file, or what stands between blank
-    lines of a .txt file; .jsonl and .txt may be compressed (.gz, .zst). With --source-key,
-    --target-key and --tag, documents are translation pairs. What --on-error skip leaves out stands
-    in PREFIX.skipped.jsonl. Killed and run again, it goes on where it was.
+    A document is a line of a .jsonl file, a row of a .parquet file, or a block of lines between
+    blank lines in a .txt file; .jsonl and .txt files may be compressed (.gz, .zst). With
+    --source-key, --target-key and --tag, documents are translation pairs. Documents left out by
+    --on-error skip are listed in PREFIX.skipped.jsonl. If the command is killed, run it again to
+    resume.
 
     Example: megaphase data tokenize "en/*.jsonl.gz" --tokenizer tok/ --out data/en
     """
@@ -186,20 +187,21 @@ def _array_of_shards(options: dict[str, Any]) -> ArrayOfShards:
 
     places = {"tokenizer": options["tokenizer"].absolute(), "out": options["out"].absolute()}
     files = [os.path.abspath(name) for name in options["inputs"]]
-    of_merge = _as_arguments(options | places, _MERGE_OPTIONS)
-    of_shards = _as_arguments(options | places, options.keys() - _MERGE_ALONE - _SLURM_OPTIONS)
+    merge_arguments = _as_arguments(options | places, _MERGE_OPTIONS)
+    names = options.keys() - _MERGE_ONLY_OPTIONS - _SLURM_OPTIONS
+    shard_arguments = _as_arguments(options | places, names)
     return ArrayOfShards(
         out=options["out"],
         tasks=options["tasks"],
-        tokenize=[*files, *of_shards],
-        merge=of_merge,
+        tokenize=[*files, *shard_arguments],
+        merge=merge_arguments,
         cores=options["workers"],
         options=shlex.split(options["sbatch"]),
     )
 
 
 def _as_arguments(options: dict[str, Any], names: Collection[str]) -> list[str]:
-    """Options as they stand on a command line; those without a value are left out."""
+    """Return the named options as command-line arguments, without those that are not set."""
     arguments = []
     for name, value in options.items():
         if name in names and value is not None and value is not False:

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Command-line options that several data commands share."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ Template = Annotated[
 ]
 Separator = Annotated[
     str | None,
-    typer.Option(help="The line that ends a document of a .txt file; else a blank line does."),
+    typer.Option(help="The line that ends a document in a .txt file; a blank line by default."),
 ]
-Dedup = Annotated[
-    bool, typer.Option("--dedup", help="Leave out documents that stand there already.")
-]
+Dedup = Annotated[bool, typer.Option("--dedup", help="Leave out repeated documents.")]
 Shuffle = Annotated[
     int | None,
     typer.Option(
@@ -36,14 +34,14 @@ Shuffle = Annotated[
 Workers = Annotated[
     int | None,
     typer.Option(
-        min=1, max=MOST_PROCESSES, help="Processes that work; as many as cores if not given."
+        min=1, max=MOST_PROCESSES, help="Number of worker processes; one per core by default."
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out names.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")]
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

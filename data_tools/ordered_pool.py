@@ -1,7 +1,7 @@
 """Worker processes whose results come back in the order of their inputs.
 
-The standard library's pools take the whole input at once, leave their workers behind when the main
-process is killed, or hang when a worker is; this one does none of it.
+Unlike the standard library's pools, this one reads the input as workers become free, ends its
+workers when the main process is killed, and raises an error when a worker is killed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from megaphase.utils.errors import RunError
 from megaphase.utils.signals import (
     ALL_SIGNALS,
     handlers,
-    heeded_signals,
     signals_blocked,
+    unignored_signals,
 )
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Results that wait for their turn, a worker: enough to ride out one slow item.
+# Finished results that may wait for an earlier item, per worker: enough to absorb one slow item.
 _IN_FLIGHT_PER_WORKER = 4
-# The one that a worker has in hand, and the next.
+# The item that a worker is processing, and the next one.
 _ITEMS_PER_WORKER = 2
 
 
@@ -40,57 +40,59 @@ def ordered_map(
     """Yield `task(item)` for every item, in the order of the items, computed in other processes.
 
     Args:
-        task: pickled once for each process.
-        items: taken as workers become free; at most four a worker are in flight.
-        workers: most processes to start. One is only started when it has something to do.
+        Args:
+            task: called in the worker processes; pickled once per process.
+            items: consumed as workers become free; at most four per worker are in flight.
+            workers: the maximum number of processes. One starts only when there is an item for it.
 
-    Raises what a task raises, at its item's turn, and RunError where a process is killed. Whatever
-    ends the iteration also ends the processes; they end by themselves when this one is killed.
+        Raises an exception raised by `task` when its item's turn comes, and RunError if a worker is
+        killed. The worker processes end when the iteration ends for any reason, or when the main
+        process is killed.
     """
     if workers < 1:
         raise ValueError(f"workers: {workers}")
     pool = _Pool(task, workers)
     numbered = enumerate(items)
     results: dict[int, tuple[bool, Any]] = {}
-    sent = given = 0
+    sent = returned = 0
     try:
         while True:
-            while sent - given < workers * _IN_FLIGHT_PER_WORKER and pool.has_room():
+            while sent - returned < workers * _IN_FLIGHT_PER_WORKER and pool.has_room():
                 entry = next(numbered, None)
                 if entry is None:
                     break
                 pool.send(entry)
                 sent += 1
-            if given == sent:
+            if returned == sent:
                 return
             for number, succeeded, value in pool.receive():
                 results[number] = (succeeded, value)
-            while given in results:
-                succeeded, value = results.pop(given)
+            while returned in results:
+                succeeded, value = results.pop(returned)
                 if not succeeded:
                     raise value
-                given += 1
+                returned += 1
                 yield value
     finally:
         pool.stop()
 
 
 class _Worker:
-    """One process and the pipe to it.
+    """A worker process and the pipe to it.
 
-    A thread of the process takes items from the pipe as they come, so that the next one is there
-    when one is done, and so that neither side is ever blocked in a full pipe for good.
+    A thread in the process reads items from the pipe as they arrive, so that the next item is
+    already there when one is finished, and so that neither side blocks forever on a full pipe.
     """
 
     def __init__(self, task: Callable[[Any], Any]) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, task), daemon=True)
+        self.pipe, worker_end = context.Pipe()
+        self.process = context.Process(target=_work, args=(worker_end, task), daemon=True)
         self.items = 0
         with _interrupt_deferred():
             self.process.start()
-        # So that the pipe ends when the process does.
-        theirs.close()
+        # Close this copy, so that reading from the pipe ends when the process does.
+        worker_end.close()
 
     def died(self) -> RunError:
         self.process.join()
@@ -125,7 +127,7 @@ class _Pool:
             raise worker.died() from None
 
     def receive(self) -> list[tuple[int, bool, Any]]:
-        """Wait until at least one worker has a result."""
+        """Wait for at least one worker; return the number, success and value of each result."""
         replies = []
         busy = [worker for worker in self._workers if worker.items]
         ready = connection.wait([worker.pipe for worker in busy])
@@ -146,14 +148,14 @@ class _Pool:
 
 
 def _work(pipe: connection.Connection, task: Callable[[Any], Any]) -> None:
-    # What reaches every process of a terminal or a job: the main one stops the others.
+    # A terminal or a job sends these signals to every process; the main process stops the others.
     for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL_SIGNALS)
     threading.Thread(target=_end_with_main_process, daemon=True).start()
     items: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
     threading.Thread(target=_take_items, args=(pipe, items), daemon=True).start()
-    # The pipe ends when the main process has gone.
+    # The pipe ends when the main process has ended.
     with suppress(BrokenPipeError, ConnectionResetError):
         while entry := items.get():
             number, item = entry
@@ -183,16 +185,16 @@ def _end_with_main_process() -> None:
 
 @contextmanager
 def _interrupt_deferred() -> Iterator[None]:
-    """Hold signals back while a process starts: half started, either side would print a traceback.
+    """Defer signals while a process starts: in a half-started one, they print a traceback.
 
-    They are blocked for the new process, which inherits that, and noted in this one, where another
-    thread may receive them all the same.
+    They are blocked in the new process, which inherits the mask, and recorded in this one, where
+    another thread may still receive them.
     """
     # The tracker unblocks Ctrl-C and SIGTERM when it starts, so it must run before.
     resource_tracker.ensure_running()
     noted: list[signal.Signals] = []
     with (
-        handlers(heeded_signals(), lambda number, _: noted.append(signal.Signals(number))),
+        handlers(unignored_signals(), lambda number, _: noted.append(signal.Signals(number))),
         signals_blocked(),
     ):
         yield

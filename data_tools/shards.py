@@ -1,4 +1,4 @@
-"""Parts of one tokenization, for machines that share the work."""
+"""Shards of one tokenization job, for machines that share the work."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ MOST_SHARDS = 99_999
 
 @dataclass(frozen=True)
 class ShardChoice:
-    """The part `number`, from 0, of `of` parts of the input, equal in bytes on the disk."""
+    """Shard `number` (from 0) of `of` shards; each covers an equal share of the bytes on disk."""
 
     number: int
     of: int
 
     @classmethod
     def parse(cls, text: str) -> ShardChoice:
-        """From `3/64`; InputError where it is no such thing."""
+        """Parse text such as `3/64`; raise InputError if it is not valid."""
         found = re.fullmatch(r"(\d+)/(\d+)", text)
         if not found or not 0 <= int(found[1]) < int(found[2]) <= MOST_SHARDS:
             remedy = "give I/N with I from 0 to N - 1, such as 3/64"
-            raise InputError("--shard", f"{text!r} is no part of a whole", remedy)
+            raise InputError("--shard", f"{text!r} is not a valid shard", remedy)
         return cls(int(found[1]), int(found[2]))
 
     def prefix(self, out: Path) -> Path:
-        """Where this shard of the corpus `out` lies; the whole is the corpus itself."""
+        """Return the prefix of this shard of the corpus `out`, or `out` for the whole corpus."""
         if self.of == 1:
             return out
         return out.with_name(f"{out.name}.shard-{self.number:05d}-of-{self.of:05d}")
@@ -43,7 +43,7 @@ WHOLE = ShardChoice(0, 1)
 
 @dataclass(frozen=True)
 class FilePart:
-    """Bytes [begin, end) of a file as it lies on the disk; no end is the file's."""
+    """Bytes [begin, end) of a file on disk; `end` None means the end of the file."""
 
     file: int
     begin: int
@@ -51,7 +51,7 @@ class FilePart:
 
 
 def parts_of(paths: Sequence[Path], shard: ShardChoice) -> Iterator[FilePart]:
-    """The parts of the files that belong to a shard, in order."""
+    """Yield the parts of the files that belong to a shard, in order."""
     sizes = [size_on_disk(path) for path in paths]
     total = sum(sizes)
     low, high = (total * number // shard.of for number in (shard.number, shard.number + 1))
@@ -64,18 +64,18 @@ def parts_of(paths: Sequence[Path], shard: ShardChoice) -> Iterator[FilePart]:
 
 
 def existing_shards(out: Path) -> list[Path]:
-    """The prefixes of the shards of the corpus `out` that are there, in order.
+    """Return the prefixes of the existing shards of the corpus `out`, in order.
 
-    Raises InputError where there is none, or where shards of several divisions lie there.
+    Raises InputError if there is none, or if they belong to divisions into different numbers.
     """
     pattern = re.compile(rf"{re.escape(out.name)}\.shard-(\d+)-of-(\d+){MANIFEST_SUFFIX}")
     names = sorted(path.name for path in out.parent.glob("*.json"))
     found = [match for match in map(pattern.fullmatch, names) if match]
     if not found:
-        problem = f"there is no {out.name}.shard-… beside it"
+        problem = f"no {out.name}.shard-… was found next to it"
         raise InputError(out, problem, "make them with `megaphase data tokenize --shard I/N`")
     if len({match[2] for match in found}) > 1:
         counts = " and ".join(sorted({str(int(match[2])) for match in found}))
-        problem = f"shards of a division by {counts} lie beside it"
+        problem = f"there are shards of a division by {counts} next to it"
         raise InputError(out, problem, "remove those that are not wanted")
     return [out.with_name(match[0].removesuffix(MANIFEST_SUFFIX)) for match in found]

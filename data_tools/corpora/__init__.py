@@ -1,1 +1,1 @@
-"""Corpora looked at, checked, joined, split and put in another order."""
+"""Commands that inspect, verify, merge, split and shuffle corpora."""

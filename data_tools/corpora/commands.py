@@ -1,4 +1,4 @@
-"""`megaphase data` commands that work on corpora: parse, call, print."""
+"""The `megaphase data` commands on corpora: they parse options, call the tools, print results."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from megaphase.utils.standard_streams import new_console
 if TYPE_CHECKING:
     from megaphase.corpus import Manifest
 
-Prefixes = Annotated[list[Path], typer.Argument(metavar="PREFIX", help="The corpora.")]
+Prefixes = Annotated[list[Path], typer.Argument(metavar="PREFIX", help="Prefixes of the corpora.")]
 
 
 def corpus_from_megatron_command(
-    source: Annotated[Path, typer.Argument(metavar="PREFIX", help="Of its .bin and .idx.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="PREFIX", help="Prefix of the .bin and .idx files.")
+    ],
     tokenizer: Annotated[Path, typer.Option(help="The tokenizer that made the tokens.")],
     out: Annotated[
         Path, typer.Option(callback=named, help="Prefix of the corpus: PREFIX.bin, PREFIX.idx ...")
@@ -29,9 +31,10 @@ def corpus_from_megatron_command(
     workers: Workers = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Copy a corpus that Megatron-LM's preprocess_data wrote into one of ours.
+    """Convert a corpus written by Megatron-LM's preprocess_data.
 
-    Megatron-LM reads ours as they are, by the same prefix.
+    The conversion is only needed in this direction: Megatron-LM reads Megaphase's corpora as they
+    are, by the same prefix.
 
     Example: megaphase data from-megatron old/en_text_document --tokenizer tok/ --out data/en
     """
@@ -56,12 +59,12 @@ def inspect_corpus_command(
     document: Annotated[
         int | None,
         typer.Option(
-            help="Print this document's text, counted from 0, and on standard error its own id "
-            "and its file."
+            help="Print the text of this document (from 0), and its id and source file on standard "
+            "error."
         ),
     ] = None,
 ) -> None:
-    """Show a corpus's figures, or one of its documents as text.
+    """Show the statistics of a corpus, or the text of one of its documents.
 
     Example: megaphase data inspect data/en --tokenizer tok/ --document 7
     """
@@ -80,10 +83,10 @@ def inspect_corpus_command(
 def stats_command(
     prefixes: Prefixes,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="The tokenizer that made them: names the common tokens.")
+        Path | None, typer.Option(help="The corpora's tokenizer, to list the most common tokens.")
     ] = None,
 ) -> None:
-    """Read all of each corpus: sizes side by side, duplicates, use of the vocabulary.
+    """Read each corpus completely and compare sizes, duplicates and use of the vocabulary.
 
     Example: megaphase data stats data/en data/hi --tokenizer tok/
     """
@@ -94,9 +97,9 @@ def stats_command(
 
 
 def verify_command(prefixes: Prefixes) -> None:
-    """Read all of each corpus and check its hashes, lengths, offsets and tokens.
+    """Read each corpus completely and check its hashes, lengths, offsets and tokens.
 
-    What is wrong is named with the document where it is.
+    An error names the document in which it was found.
 
     Example: megaphase data verify data/en data/hi
     """
@@ -104,25 +107,27 @@ def verify_command(prefixes: Prefixes) -> None:
 
     for prefix in prefixes:
         manifest = verify_corpus(prefix, new_console(stderr=True))
-        typer.echo(f"{prefix}: whole, {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+        typer.echo(f"{prefix}: OK, {manifest.documents:,} documents, {manifest.tokens:,} tokens")
 
 
 def merge_command(
     out: Annotated[Path, typer.Option(callback=named, help="Prefix of the new corpus.")],
     prefixes: Annotated[
-        list[Path] | None, typer.Argument(metavar="PREFIX", help="The corpora, in order.")
+        list[Path] | None,
+        typer.Argument(metavar="PREFIX", help="Prefixes of the corpora, in order."),
     ] = None,
     shards: Annotated[
-        bool, typer.Option("--shards", help="Merge all shards of --out, which lie beside it.")
+        bool, typer.Option("--shards", help="Merge all shards of --out, which are next to it.")
     ] = False,
     remove: Annotated[
-        bool, typer.Option("--remove", help="Remove what was merged, once the whole is there.")
+        bool,
+        typer.Option("--remove", help="Remove the inputs when the result is complete."),
     ] = False,
     dedup: Dedup = False,
     shuffle: Shuffle = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Join corpora that were made with the same tokenizer; each is verified on the way.
+    """Merge corpora that were made with the same tokenizer; each is verified while it is read.
 
     Example: megaphase data merge data/en-1 data/en-2 --out data/en --dedup
     """
@@ -130,7 +135,7 @@ def merge_command(
     from megaphase.data_tools.shards import existing_shards
 
     if shards == bool(prefixes):
-        raise InputError("--shards", "it takes the place of the prefixes", "give one of them")
+        raise InputError("--shards", "cannot be combined with prefixes", "give one of them")
     chosen = existing_shards(out) if shards else prefixes or []
     manifest = merge(
         chosen,
@@ -150,17 +155,15 @@ def merge_command(
 def split_command(
     prefix: Annotated[Path, typer.Argument(help="The corpus's prefix.")],
     train: Annotated[Path, typer.Option(callback=named, help="Prefix of the larger part.")],
-    held_out: Annotated[
-        Path, typer.Option(callback=named, help="Prefix of the part that is held out.")
-    ],
+    held_out: Annotated[Path, typer.Option(callback=named, help="Prefix of the held-out part.")],
     fraction: Annotated[
-        float, typer.Option(callback=finite, help="Of the documents that is held out.")
+        float, typer.Option(callback=finite, help="Fraction of the documents to hold out.")
     ] = 0.01,
     overwrite: Overwrite = False,
 ) -> None:
-    """Divide a corpus by the documents' hashes, as training does with validation.fraction.
+    """Split a corpus by the documents' hashes, as training does with validation.fraction.
 
-    The same text, of translation pairs the same source, is always on the same side.
+    Documents with the same text (translation pairs: the same source) end up in the same part.
 
     Example: megaphase data split data/en --train data/en-train --held-out data/en-test
     """
@@ -173,7 +176,7 @@ def split_command(
 
 
 def print_corpora(manifests: dict[Path, Manifest]) -> None:
-    """Print the sizes of new corpora, and what was left out of them."""
+    """Print the sizes of new corpora and the number of documents that were left out."""
     from megaphase.corpus.manifest import SKIPPED_SUFFIX
 
     table = Table()
@@ -191,6 +194,7 @@ def print_corpora(manifests: dict[Path, Manifest]) -> None:
     new_console().print(table)
     for prefix, manifest in manifests.items():
         if manifest.skipped_duplicates:
-            typer.echo(f"Left out, duplicates: {manifest.skipped_duplicates:,}")
+            typer.echo(f"Duplicates left out: {manifest.skipped_duplicates:,}")
         if manifest.skipped_wrong:
-            typer.echo(f"Skipped, wrong: {manifest.skipped_wrong:,}, see {prefix}{SKIPPED_SUFFIX}")
+            skipped = f"{manifest.skipped_wrong:,}, see {prefix}{SKIPPED_SUFFIX}"
+            typer.echo(f"Invalid documents skipped: {skipped}")

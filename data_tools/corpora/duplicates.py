@@ -1,4 +1,4 @@
-"""Which documents stand in corpora more than once, found on the disk and not in memory."""
+"""Find documents that occur more than once in corpora, with a sort on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from megaphase.corpus import Corpus
 from megaphase.corpus.format import SUM_DTYPE
 
-# Documents whose keys are read at a time, and those of a bucket, which are sorted in memory.
+# Documents whose keys are read at a time, and documents per bucket, which is sorted in memory.
 _READ_DOCUMENTS = 1 << 20
 _BUCKET_DOCUMENTS = 1 << 20
 _MOST_BUCKETS = 512  # each is an open file
@@ -22,14 +22,14 @@ _ENTRY = np.dtype([("text", "<u8"), ("rest", "<u8"), ("document", "<u8")])
 
 
 def find_duplicates(corpora: Sequence[Corpus], folder: Path) -> np.ndarray:
-    """For every document of the corpora, in order, whether the same one stands before it.
+    """Return, for every document of the corpora in order, whether it repeats an earlier one.
 
-    Two documents are the same if the hashes and sizes of their texts and the checksums of their
-    tokens are: 128 bits. The keys are scattered over nameless files in `folder`, 24 bytes a
-    document, and sorted one file after the other, so memory does not grow with the corpora (up to
-    5e8 documents; beyond, it takes a fifth of a byte for each).
+    Two documents are equal if the hashes and sizes of their texts and the checksums of their
+    tokens are: 128 bits. The keys are scattered over anonymous files in `folder`, 24 bytes per
+    document, and each file is sorted in memory, so memory does not grow with the corpora (up to
+    5e8 documents; beyond that, it takes a fifth of a byte per document).
 
-    Returns bool [documents], mapped from a nameless file in `folder`.
+    Returns bool [documents], memory-mapped from an anonymous file in `folder`.
     """
     total = sum(len(corpus.hashes) for corpus in corpora)
     if total == 0:
@@ -49,7 +49,7 @@ def find_duplicates(corpora: Sequence[Corpus], folder: Path) -> np.ndarray:
         for file in files:
             file.seek(0)
             entries = np.frombuffer(file.read(), dtype=_ENTRY)
-            is_duplicate[_later_ones(entries)] = True
+            is_duplicate[_repeated(entries)] = True
     return is_duplicate
 
 
@@ -63,7 +63,7 @@ def _entries(corpus: Corpus, part: slice, first: int) -> np.ndarray:
 
 
 def _scatter(entries: np.ndarray, files: Sequence[IO[bytes]]) -> None:
-    """Append each entry to the file that its text's hash chooses."""
+    """Append each entry to the file chosen by the hash of its text."""
     chosen = entries["text"] % np.uint64(len(files))
     order = np.argsort(chosen, kind="stable")
     ends = np.cumsum(np.bincount(chosen.astype(np.int64), minlength=len(files)))
@@ -71,8 +71,8 @@ def _scatter(entries: np.ndarray, files: Sequence[IO[bytes]]) -> None:
         file.write(part.tobytes())
 
 
-def _later_ones(entries: np.ndarray) -> np.ndarray:
-    """The documents of a bucket, in which they stand in order, that repeat an earlier one."""
+def _repeated(entries: np.ndarray) -> np.ndarray:
+    """Return the documents of a bucket, whose entries are in order, that repeat an earlier one."""
     ordered = entries[np.lexsort((entries["rest"], entries["text"]))]  # stable
     before, after = ordered[:-1], ordered[1:]
     same = (before["text"] == after["text"]) & (before["rest"] == after["rest"])

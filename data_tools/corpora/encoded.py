@@ -1,4 +1,4 @@
-"""Tokenized documents as a corpus holds them."""
+"""Tokenized documents in the form in which a corpus stores them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megaphase.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """Documents as a corpus holds them, and how many have no token and are not among them."""
+    """Documents to be stored in a corpus, and the number of documents dropped as empty."""
 
     batch: DocumentBatch
     empty: int
@@ -30,14 +30,14 @@ def join_documents(
     ids: Sequence[bytes] | None = None,
     source: int = UNKNOWN_SOURCE,
 ) -> EncodedDocuments:
-    """The documents that have tokens, each ended by EOD.
+    """Join the documents that have tokens, each followed by EOD.
 
     Args:
-        tokens: [n] of each document, without EOD.
-        hashed: what of each document's text gives its hash.
-        text_bytes: of each document's UTF-8 text.
-        ids: of each document, if its origin is to be told; empty where it has none.
-        source: the number of the file that the documents stood in.
+        tokens: [tokens of the document] for each document, without EOD.
+        hashed: for each document, the part of its text from which its hash is computed.
+        text_bytes: for each document, the size of its text in bytes of UTF-8.
+        ids: for each document, its own id, empty if it has none; None: do not store origins.
+        source: the number of the file that contained the documents.
     """
     counts = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
     kept = np.flatnonzero(counts)

@@ -1,4 +1,4 @@
-"""Corpora that Megatron-LM's own builder wrote, read into corpora of ours."""
+"""Convert corpora written by Megatron-LM's own builder to Megaphase's corpora."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _COPY_AGAIN = "copy both files again"
 
 @dataclass(frozen=True)
 class MegatronDocuments:
-    """Some documents as they lie in the `.bin`.
+    """Some documents as they are stored in the `.bin`.
 
     Attributes:
-        first: number of the first one in the corpus.
+        first: index of the first document in the corpus.
         lengths: int64 [documents], in tokens.
-        tokens: [sum of lengths]
+        tokens: [sum of lengths], one document after the other.
     """
 
     first: int
@@ -42,13 +42,13 @@ class MegatronDocuments:
 
 @dataclass(frozen=True)
 class DocumentImporter:
-    """What one worker does: check the tokens, find the text, end every document with EOD."""
+    """The work of one worker: check the tokens, decode the text, end every document with EOD."""
 
     tokenizer: Tokenizer
     path: Path
 
     def __call__(self, documents: MegatronDocuments) -> tuple[int, EncodedDocuments]:
-        """How many bytes the documents took, and what they are here."""
+        """Return the size of the documents in the `.bin`, in bytes, and the converted documents."""
         self._check_range(documents)
         tokenizer = self.tokenizer
         parts = np.split(documents.tokens, np.cumsum(documents.lengths)[:-1])
@@ -65,8 +65,9 @@ class DocumentImporter:
             at = int(np.argmax(wrong))
             ends = np.cumsum(documents.lengths)
             number = documents.first + int(np.searchsorted(ends, at, side="right"))
-            problem = f"document {number} has the token {tokens[at]}, the vocabulary ends at "
-            raise InputError(self.path, f"{problem}{self.tokenizer.vocab_size - 1}", _REMEDY)
+            largest = self.tokenizer.vocab_size - 1
+            problem = f"has the token {tokens[at]}, the vocabulary ends at {largest}"
+            raise InputError(self.path, f"document {number} {problem}", _REMEDY)
 
 
 def corpus_from_megatron(
@@ -80,18 +81,18 @@ def corpus_from_megatron(
 ) -> Manifest:
     """Copy the documents of Megatron-LM's `.bin` and `.idx` into the corpus with the prefix `out`.
 
-    With the tokenizer that made the tokens the result is what tokenizing the text would give.
-    Documents of several sequences become one; those without EOD get it. Memory does not grow with
-    the tokens, only with the sequences (eight bytes each).
+    If the tokenizer is the one that made the tokens, the result equals that of tokenizing the
+    text. Documents of several sequences become one; EOD is appended where it is missing. Memory
+    grows with the number of sequences (eight bytes each), not with the tokens.
 
     Args:
         source: prefix of the two files.
         tokenizer_dir: the tokenizer that made the tokens.
         out: prefix of the corpus.
-        workers: most processes that work; this one reads and writes.
+        workers: the maximum number of worker processes; this one reads and writes.
 
-    Raises InputError where a file is missing or damaged, a token is not in the vocabulary, or the
-    corpus exists. Nothing is left behind then.
+    Raises InputError, and leaves nothing behind, if a file is missing or damaged, a token is not
+    in the vocabulary, or the corpus exists.
     """
     tokenizer = Tokenizer.load(tokenizer_dir)
     bin_path = corpus_file(source, ".bin")
@@ -120,7 +121,7 @@ def corpus_from_megatron(
 
 
 def _read(documents: np.ndarray, bin_path: Path, index: Index) -> Iterator[MegatronDocuments]:
-    """All documents, some at a time; `documents` are their lengths."""
+    """Yield all documents in batches; `documents` holds their lengths in tokens."""
     if bin_path.stat().st_size == 0:
         return
     tokens = np.memmap(bin_path, dtype=index.dtype, mode="r")
@@ -133,10 +134,10 @@ def _read(documents: np.ndarray, bin_path: Path, index: Index) -> Iterator[Megat
 
 
 def _document_lengths(source: Path, index: Index) -> np.ndarray:
-    """Tokens of each document, int64 [documents].
+    """Return the length of each document in tokens, int64 [documents].
 
-    Raises InputError where the index is not as Megatron-LM writes one, a sequence after the other
-    from the beginning to the end of the `.bin`.
+    Raises InputError unless the index is as Megatron-LM writes it: sequences that follow each
+    other without a gap from the beginning to the end of the `.bin`.
     """
     path, bin_path = corpus_file(source, ".idx"), corpus_file(source, ".bin")
     starts = np.zeros(len(index.lengths) + 1, np.int64)
@@ -153,7 +154,7 @@ def _document_lengths(source: Path, index: Index) -> np.ndarray:
             raise InputError(path, f"its {fault.format(int(np.argmax(wrong)))}", _COPY_AGAIN)
     size, expected = bin_path.stat().st_size, int(starts[-1]) * index.dtype.itemsize
     if size != expected:
-        fault = "cut off" if size < expected else "too long"
+        fault = "truncated" if size < expected else "too long"
         problem = f"is {fault}: {size:,} bytes, {path.name} says {expected:,}"
         raise InputError(bin_path, problem, _COPY_AGAIN)
     return np.diff(starts[index.document_indices])

@@ -1,4 +1,4 @@
-"""What is in a corpus, for people to read."""
+"""Describe a corpus for people to read."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 from megaphase.utils.names import printable
 
-# The lengths of so many documents, evenly spread, give the distribution.
+# At most this many documents, evenly spaced, are read for the distribution of lengths.
 _LENGTHS_READ = 1 << 20
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 _BAR_WIDTH = 40
 
 
 def describe(prefix: Path) -> RenderableType:
-    """The corpus's figures and the distribution of its documents' lengths.
+    """Return tables of the corpus's statistics and of the distribution of document lengths.
 
-    Raises InputError where the corpus cannot be opened or has been altered; the tokens of a large
-    one are not read.
+    Raises InputError if the corpus cannot be opened or has been altered. The tokens of a large
+    corpus are not read.
     """
     corpus = Corpus.open(prefix)
     check_files([corpus])
     lengths = corpus.lengths[:: -(-len(corpus.lengths) // _LENGTHS_READ)]
     return Group(
         _figures(corpus),
-        Text("\ntokens in a document"),
+        Text("\ntokens per document"),
         _percentiles(lengths),
         Text(""),
         _histogram(lengths),
@@ -41,9 +41,9 @@ def describe(prefix: Path) -> RenderableType:
 
 
 def document_text(prefix: Path, tokenizer_dir: Path, index: int) -> tuple[str, str]:
-    """The text of one document, counted from 0, and in words where it comes from.
+    """Return the text of document `index` (from 0) and a description of its origin.
 
-    Raises InputError where there is no such document, it was altered, or the corpus was made with
+    Raises InputError if there is no such document, it was altered, or the corpus was made with
     another tokenizer.
     """
     corpus = Corpus.open(prefix)
@@ -60,7 +60,7 @@ def document_text(prefix: Path, tokenizer_dir: Path, index: int) -> tuple[str, s
         raise InputError(
             "--document", f"{prefix} has no document {index}", f"choose 0 to {documents - 1}"
         )
-    origin = "nothing is known of its origin"
+    origin = "its origin is not recorded"
     if corpus.origins is not None:
         own_id, source = corpus.origins[index]
         known = [f"id {printable(own_id)}"] if own_id is not None else []
@@ -72,11 +72,11 @@ def document_text(prefix: Path, tokenizer_dir: Path, index: int) -> tuple[str, s
 
 def _figures(corpus: Corpus) -> Table:
     manifest = corpus.manifest
-    # EODs hold no text.
+    # EOD tokens represent no text.
     text_tokens = manifest.tokens - manifest.documents
     disk_bytes = sum(file.bytes for file in manifest.files.values())
     left_out = [
-        f"{number:,} {kind} ones left out"
+        f"{number:,} {kind} left out"
         for number, kind in ((manifest.skipped_empty, "empty"), (manifest.skipped_wrong, "wrong"))
         if number
     ]
@@ -101,8 +101,8 @@ def _figures(corpus: Corpus) -> Table:
 
 def _origins(manifest: Manifest) -> str:
     if SOURCES_SUFFIX not in manifest.files:
-        return "not told: neither the documents' ids nor their files"
-    return f"each document's file, and {manifest.files[IDS_SUFFIX].bytes:,} bytes of own ids"
+        return "not recorded"
+    return f"the file of each document, and {manifest.files[IDS_SUFFIX].bytes:,} bytes of ids"
 
 
 def _percentiles(lengths: np.ndarray) -> Table:
@@ -117,7 +117,7 @@ def _percentiles(lengths: np.ndarray) -> Table:
 
 
 def _histogram(lengths: np.ndarray) -> Table:
-    """Share of the documents in each power of two of lengths."""
+    """Return the share of the documents whose length is in each power of two."""
     exponents = np.frexp(lengths.astype(np.float64))[1] - 1
     counts = np.bincount(exponents)
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)

@@ -1,4 +1,4 @@
-"""Several corpora of one tokenizer to one."""
+"""Merge several corpora that were made with one tokenizer."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def merge(
 ) -> Manifest:
     """Write the documents of all corpora, in order, into the corpus with the prefix `out`.
 
-    The result is what tokenizing all the sources at once would have given. Each corpus is
-    checked on the way. Memory does not grow with the corpora.
+    The result equals that of tokenizing all the sources at once. Each corpus is verified while it
+    is read. Memory does not grow with the corpora.
 
     Args:
-        drop_duplicates: whether a document that stands there already is left out.
-        shuffle_seed: puts the documents into a random order that depends on it alone.
+        drop_duplicates: whether to leave out a document that repeats an earlier one.
+        shuffle_seed: put the documents into a random order that depends only on this seed.
 
-    Raises InputError where a corpus is damaged, stands twice, was made with another tokenizer or
-    holds another kind of documents than the first, shards are not all of those of one corpus, or
-    `out` exists. Nothing is left behind then.
+    Raises InputError, and leaves nothing behind, if a corpus is damaged, is named twice, was made
+    with another tokenizer or holds another kind of documents than the first; if shards of a
+    corpus are missing; or if `out` exists.
     """
     if not prefixes:
         raise InputError("", "no corpus was given", "name at least one prefix")
@@ -55,7 +55,7 @@ def merge(
     manifests = [Manifest.read(prefix) for prefix in prefixes]
     _check_alike(prefixes, manifests)
     _check_shards(prefixes, manifests)
-    # A shard may have no documents, and an empty corpus cannot be opened.
+    # A shard may contain no documents, and an empty corpus cannot be opened.
     corpora = [
         Corpus.open(prefix)
         for prefix, manifest in zip(prefixes, manifests, strict=True)
@@ -92,7 +92,7 @@ def merge(
 
 
 def remove_corpus(prefix: Path) -> None:
-    """Remove a corpus's files, the manifest first: without it the others are no corpus."""
+    """Remove a corpus's files, the manifest first: files without a manifest are not a corpus."""
     files = Manifest.read(prefix).files
     for suffix in (".json", *files):
         corpus_file(prefix, suffix).unlink(missing_ok=True)
@@ -101,8 +101,8 @@ def remove_corpus(prefix: Path) -> None:
 def _checked(
     corpora: Sequence[Corpus], names: Sequence[str], advance: Advance
 ) -> Iterator[DocumentBatch]:
-    """All documents, with the numbers that their files have among `names`; all of them have
-    origins, or none has."""
+    """Yield all documents with their source files renumbered to indices into `names`; either all
+    of them have origins or none has."""
     numbers = {name: number for number, name in enumerate(names)}
     with_origins = any(corpus.origins is not None for corpus in corpora)
     for corpus in corpora:
@@ -117,7 +117,7 @@ def _checked(
 
 
 def _without(drop: np.ndarray, batches: Iterator[DocumentBatch]) -> Iterator[DocumentBatch]:
-    """The documents for which `drop`, bool [documents of all batches], does not hold."""
+    """Drop the documents that are marked in `drop`, bool [documents of all batches]."""
     first = 0
     for batch in batches:
         dropped = np.asarray(drop[first : first + len(batch.lengths)])
@@ -126,7 +126,7 @@ def _without(drop: np.ndarray, batches: Iterator[DocumentBatch]) -> Iterator[Doc
 
 
 def _take_over_skipped(prefix: Path, manifest: Manifest, writer: CorpusWriter) -> None:
-    """Count what a corpus says of documents that were left out, and list those that were wrong."""
+    """Copy a corpus's record of skipped documents: their number, and the list of invalid ones."""
     writer.count_skipped(empty=manifest.skipped_empty, duplicates=manifest.skipped_duplicates)
     if SKIPPED_SUFFIX in manifest.files:
         with open(corpus_file(prefix, SKIPPED_SUFFIX), "rb") as lines:
@@ -138,7 +138,7 @@ def _check_distinct(prefixes: Sequence[Path]) -> None:
     seen = set()
     for prefix in prefixes:
         if real_path(prefix) in seen:
-            raise InputError(prefix, "the corpus stands twice", "name it once")
+            raise InputError(prefix, "the corpus is named twice", "name it once")
         seen.add(real_path(prefix))
 
 
@@ -161,12 +161,12 @@ def _kind(manifest: Manifest) -> str:
 
 
 def _check_shards(prefixes: Sequence[Path], manifests: Sequence[Manifest]) -> None:
-    """Shards are merged with all others of their corpus, in order, or not at all."""
+    """Raise InputError unless all shards of a corpus are merged together, in order."""
     expected = None
     for prefix, manifest in zip(prefixes, manifests, strict=True):
         shard = manifest.shard
         if expected and shard != expected:
-            problem = f"shard {expected.number} of {expected.of} should stand here"
+            problem = f"shard {expected.number} of {expected.of} is expected here"
             raise InputError(prefix, problem, "name all shards of one tokenization in their order")
         if shard and not expected and shard.number != 0:
             problem = f"is shard {shard.number} of {shard.of}, and the ones before it are missing"

@@ -1,4 +1,4 @@
-"""Documents in a random order, however many, sorted on the disk by a random key."""
+"""Put any number of documents into a random order: an external sort by random keys."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from megaphase.corpus.batch import join
 from megaphase.corpus.origins import Origins
 from megaphase.utils.seeds import derive_key
 
-# Tokens and all that a document needs beside them; a bucket of this size is sorted in memory.
+# Size of a document: its tokens and metadata. A bucket of at most this size is sorted in memory.
 _BUCKET_BYTES = 32 << 20
 _MOST_BUCKETS = 256  # each is an open file
 _KEY_BITS = 64
 _PARTS = ("tokens", "lengths", "hashes", "sums")
 _ORIGINS = ("sources", "id_lengths", "ids")
 
-# An order's documents: each batch with a key for every document, u64 [documents].
+# A batch with a sort key for every document, u64 [documents].
 KeyedBatch = tuple[np.ndarray, DocumentBatch]
 
 
 def shuffled(
     batches: Iterable[DocumentBatch], total_bytes: int, seed: int, folder: Path
 ) -> Iterator[DocumentBatch]:
-    """The documents of all batches, ordered by a key that the seed and their number give.
+    """Yield the documents of all batches, sorted by a random key made from the seed and the index.
 
-    The order does not depend on how the documents are batched. What does not fit into memory lies
-    in nameless files in `folder`, once or, beyond 8 GB, twice.
+    The order does not depend on how the documents are batched. Documents that do not fit into
+    memory are written to anonymous files in `folder`, once or, beyond 8 GB, twice.
 
     Args:
-        total_bytes: of the tokens of all batches, about.
+        total_bytes: the approximate size of the tokens of all batches.
     """
     return _sorted(_keyed(batches, derive_key(seed, "shuffle")), total_bytes, 0, folder)
 
 
 def random_keys(first: int, count: int, key: int) -> np.ndarray:
-    """u64 [count] for the numbers from `first` on: SplitMix64 (Steele et al. 2014)."""
+    """Return u64 [count] for the indices from `first` on: SplitMix64 (Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         x = np.arange(first + 1, first + 1 + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         x += np.uint64(key)
@@ -60,10 +60,10 @@ def _keyed(batches: Iterable[DocumentBatch], key: int) -> Iterator[KeyedBatch]:
 def _sorted(
     batches: Iterable[KeyedBatch], total_bytes: int, used_bits: int, folder: Path
 ) -> Iterator[DocumentBatch]:
-    """Sort by the keys, of which all have their first `used_bits` in common."""
+    """Sort by the keys, whose first `used_bits` bits are all equal."""
     if total_bytes <= _BUCKET_BYTES or used_bits == _KEY_BITS:
         if keyed := list(batches):
-            # The documents' order is that of their numbers where keys are equal.
+            # A stable sort: documents with equal keys keep their order.
             order = np.argsort(np.concatenate([keys for keys, _ in keyed]), kind="stable")
             yield join([batch for _, batch in keyed]).reorder(order)
         return
@@ -82,14 +82,14 @@ def _sorted(
 
 
 class _Bucket:
-    """Documents in a nameless file."""
+    """Documents stored in an anonymous file."""
 
     def __init__(self, folder: Path, opened: ExitStack) -> None:
         self.bytes, self._with_origins = 0, False
         self._file: IO[bytes] = opened.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
 
     def add(self, keys: np.ndarray, batch: DocumentBatch, chosen: np.ndarray) -> None:
-        """Append the documents for which `chosen`, bool [documents], holds."""
+        """Append the documents that are marked in `chosen`, bool [documents]."""
         part = batch.select(chosen)
         arrays = [keys[chosen], *(getattr(part, name) for name in _PARTS)]
         if part.origins is not None:
@@ -100,7 +100,7 @@ class _Bucket:
             self.bytes += array.nbytes
 
     def read(self) -> Iterator[KeyedBatch]:
-        """What was added, once."""
+        """Yield the stored documents; may be called once."""
         end = self._file.tell()
         self._file.seek(0)
         while self._file.tell() < end:

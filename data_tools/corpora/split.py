@@ -1,4 +1,4 @@
-"""One corpus to two: what is trained on, and what is held out."""
+"""Split a corpus into a part for training and a held-out part."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def split(
 ) -> tuple[Manifest, Manifest]:
     """Write the documents whose hash is below the `fraction` of all hashes into `held_out`.
 
-    They are those that training with this `validation.fraction` or `held_out` holds out; the order
-    stays. The corpus is checked on the way.
+    These are the documents that training with this `validation.fraction` or `held_out` holds out.
+    The order of the documents is kept, and the corpus is verified while it is read.
 
-    Returns the manifests of `train` and `held_out`. Raises InputError where the corpus is damaged,
-    a part would be empty, or one exists; neither is left behind then.
+    Returns the manifests of `train` and `held_out`. Raises InputError, and leaves neither behind,
+    if the corpus is damaged, a part would be empty, or one of them exists.
     """
     if not 0 < fraction < 1:
         raise InputError("--fraction", f"{fraction:g} is not between 0 and 1", "give, say, 0.01")
     places = [real_path(path) for path in (prefix, train, held_out)]
     if len(set(places)) < len(places):
-        problem = "--train, --held-out and the corpus are not three places"
+        problem = "--train, --held-out and the corpus must be three different prefixes"
         raise InputError(prefix, problem, "choose other prefixes")
     corpus = Corpus.open(prefix)
     writers = [_writer(corpus, path, overwrite) for path in (train, held_out)]
@@ -58,7 +58,7 @@ def split(
 
 
 def _check_parts(writers: list[CorpusWriter], prefix: Path, fraction: float) -> None:
-    """Refuse an empty part before either is published."""
+    """Raise InputError if a part is empty, before either is published."""
     documents = [writer.documents for writer in writers]
     if 0 in documents:
         part = "holds out none" if documents[1] == 0 else "holds out all"

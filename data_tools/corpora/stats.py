@@ -1,4 +1,4 @@
-"""What corpora hold, side by side, for those who mix them."""
+"""Compare the statistics of several corpora, for choosing a mixture."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _MOST_COMMON = 12
 
 @dataclass(frozen=True)
 class CorpusStats:
-    """What a full reading of a corpus shows.
+    """Statistics from a full reading of a corpus.
 
     Attributes:
-        duplicates: documents that stand in it before.
-        median_length: of the documents, in tokens.
+        duplicates: number of documents that repeat an earlier one.
+        median_length: median document length in tokens.
         token_counts: int64 [vocabulary], how often each token occurs.
     """
 
@@ -40,15 +40,15 @@ class CorpusStats:
 
     @property
     def vocabulary_used(self) -> float:
-        """Share of the vocabulary's tokens that occur."""
+        """The fraction of the vocabulary's tokens that occur."""
         return float(np.mean(self.token_counts > 0))
 
 
 def corpus_stats(prefix: Path, console: Console | None = None) -> CorpusStats:
-    """Read all of a corpus, checking it on the way.
+    """Read a corpus completely and verify it on the way.
 
     Memory grows with the longest document and the vocabulary, not with the corpus. Raises
-    InputError where the corpus is damaged.
+    InputError if the corpus is damaged.
     """
     corpus = Corpus.open(prefix)
     tokens = np.zeros(corpus.manifest.vocab_size, dtype=np.int64)
@@ -67,9 +67,9 @@ def corpus_stats(prefix: Path, console: Console | None = None) -> CorpusStats:
 
 
 def stats_tables(stats: Mapping[Path, CorpusStats], tokenizer_dir: Path | None) -> RenderableType:
-    """Tables of the figures; of the common tokens as well where a tokenizer is given.
+    """Return tables of the statistics, and of the most common tokens if a tokenizer is given.
 
-    Raises InputError where the tokenizer is not the one that made a corpus.
+    Raises InputError if a corpus was made with another tokenizer.
     """
     parts: list[RenderableType] = [_sizes(stats), _language(stats)]
     if tokenizer_dir is not None:
@@ -85,7 +85,14 @@ def stats_tables(stats: Mapping[Path, CorpusStats], tokenizer_dir: Path | None) 
 
 
 def _sizes(stats: Mapping[Path, CorpusStats]) -> Table:
-    columns = ("documents", "duplicates", "tokens", "share", f"at T = {_TEMPERATURE}", "a document")
+    columns = (
+        "documents",
+        "duplicates",
+        "tokens",
+        "share",
+        f"at T = {_TEMPERATURE}",
+        "per document",
+    )
     table = _table("sizes, in tokens, and shares in a mixture", columns)
     tokens = np.array([figures.manifest.tokens for figures in stats.values()], dtype=np.float64)
     smoothed = tokens ** (1 / _TEMPERATURE)
@@ -105,7 +112,7 @@ def _sizes(stats: Mapping[Path, CorpusStats]) -> Table:
 
 
 def _language(stats: Mapping[Path, CorpusStats]) -> Table:
-    table = _table("how the vocabulary serves the text", ("bytes per token", "vocabulary used"))
+    table = _table("how well the vocabulary fits the text", ("bytes per token", "vocabulary used"))
     for prefix, figures in stats.items():
         manifest = figures.manifest
         text_tokens = manifest.tokens - manifest.documents

@@ -1,4 +1,4 @@
-"""Read all of a corpus and check every fact about it."""
+"""Read a corpus completely and verify it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _REMEDY = "tokenize again"
 
 
 def verify_corpus(prefix: Path, console: Console | None = None) -> Manifest:
-    """Check a corpus: the hash of every file, and that lengths, offsets and tokens fit together.
+    """Verify the hash of every file, and that lengths, offsets and tokens are consistent.
 
-    Memory does not grow with the corpus. Raises InputError that names the file, the first fault in
-    it and the document where it is.
+    Memory does not grow with the corpus. Raises InputError with the file, the first fault in it
+    and the document that contains it.
     """
     corpus = Corpus.open(prefix)
     with reading_progress(console, f"verifying {prefix.name}", size_of(corpus)) as advance:
@@ -37,17 +37,17 @@ def verify_corpus(prefix: Path, console: Console | None = None) -> Manifest:
 
 
 def size_of(corpus: Corpus) -> int:
-    """Bytes that `checked_batches` reads."""
+    """Return the number of bytes that `checked_batches` reads."""
     return sum(file.bytes for file in corpus.manifest.files.values())
 
 
 def checked_batches(
     corpus: Corpus, advance: Advance = lambda size: None
 ) -> Iterator[DocumentBatch]:
-    """All documents of a corpus, some at a time, checked on the way: read once, for two ends.
+    """Yield all documents in batches and verify them in the same reading.
 
-    What is wrong in a batch is found before the batch is given; that a file's hash is not the
-    manifest's, only at the end. Raises InputError as `verify_corpus` does.
+    A fault in a batch is raised before the batch is yielded; a wrong file hash only at the end.
+    Raises InputError as `verify` does.
     """
     manifest, prefix = corpus.manifest, corpus.prefix
     for suffix, record in manifest.files.items():
@@ -89,7 +89,7 @@ def checked_batches(
 
 
 class _BlockComparison:
-    """Compares the blocks of a .bin, as it is read, with their checksums in .blocks, if any."""
+    """Compares the blocks of a .bin, while it is read, with the checksums in .blocks, if any."""
 
     def __init__(self, corpus: Corpus) -> None:
         self._corpus, self._computed = corpus, BlockSums()
@@ -97,12 +97,12 @@ class _BlockComparison:
         self._wrong: int | None = None
 
     def add(self, tokens: np.ndarray) -> None:
-        """The tokens that follow in the .bin."""
+        """Add the next tokens of the .bin."""
         if self._corpus.blocks is not None:
             self._compare(self._computed.add(np.ascontiguousarray(tokens).view(np.uint8)))
 
     def finish(self) -> None:
-        """InputError where a block was another one."""
+        """Raise InputError if the checksum of a block was wrong."""
         self._compare(self._computed.end())
         if self._wrong is not None:
             path = corpus_file(self._corpus.prefix, BLOCKS_SUFFIX)
@@ -120,12 +120,12 @@ class _BlockComparison:
 
 
 def _altered(prefix: Path, suffix: str, where: str = "") -> InputError:
-    problem = f"was altered{where}: its hash is not the manifest's"
+    problem = f"was altered{where}: its hash differs from the manifest's"
     return InputError(corpus_file(prefix, suffix), problem, _REMEDY)
 
 
 def _altered_document(corpus: Corpus, suffix: str) -> InputError:
-    """The error that names the first document whose checksum is not that of its tokens and text."""
+    """Return the error with the first document whose checksum does not match."""
     first = 0
     for batch in batches_of(corpus):
         found = _first_altered(batch)
@@ -150,7 +150,7 @@ def _first_altered(batch: DocumentBatch) -> int | None:
 
 
 def _index_fault(corpus: Corpus) -> str | None:
-    """Where documents do not follow each other without gap, or None."""
+    """Return a description of the first document that does not directly follow another, or None."""
     boundaries = read_index(corpus_file(corpus.prefix, ".idx")).document_indices
     itemsize = corpus.tokens.itemsize
     end = 0
@@ -178,10 +178,10 @@ def _index_fault(corpus: Corpus) -> str | None:
 
 
 def _check_tokens(corpus: Corpus, batch: DocumentBatch, first: int) -> None:
-    """All tokens are in the vocabulary and every document ends with EOD.
+    """Raise InputError unless all tokens are in the vocabulary and every document ends with EOD.
 
     Args:
-        first: number of the batch's first document.
+        first: index of the batch's first document.
     """
     tokens, manifest = batch.tokens, corpus.manifest
     ends = np.cumsum(batch.lengths, dtype=np.int64)
@@ -197,6 +197,6 @@ def _check_tokens(corpus: Corpus, batch: DocumentBatch, first: int) -> None:
     altered = _first_altered(batch)
     if altered is not None:
         raise _altered(corpus.prefix, ".bin", _place(corpus, ".bin", first + altered))
-    # The checksum is that of the tokens: whoever wrote them was wrong.
+    # The checksum matches the tokens, so the corpus was written with the fault.
     path = corpus_file(corpus.prefix, ".bin")
     raise InputError(path, f"document {first + document} {problem}", _REMEDY)

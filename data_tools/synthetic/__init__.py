@@ -1,1 +1,1 @@
-"""Artificial languages, for demo and tests: text that takes learning, without a download."""
+"""Synthetic languages for the demo and tests: learnable text that needs no download."""

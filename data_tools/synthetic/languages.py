@@ -1,12 +1,12 @@
-"""Artificial languages that share structure but not words, for `megaphase demo`.
+"""Synthetic languages that share structure but not words, for `megaphase demo`.
 
-One hidden grammar speaks about one hidden world (`artificial_world`): concepts with Zipfian
-frequencies, topics that last for a document, characters that come back in it, subjects that
-prefer certain verbs. Adjectives, determiners, verbs, pronouns and relative pronouns agree with a
-noun, also across a relative clause; "if" calls for "then" a clause later. Each language has its
-own words for the concepts (`artificial_lexicon`), in letters of its own, and one of a few word
-orders. So what a model has learnt about the structure from languages with much text serves it in
-a language with little.
+One hidden grammar describes one hidden world (`synthetic.world`): concepts with Zipfian
+frequencies, topics that last for a document, characters that recur in it, subjects that prefer
+certain verbs. Adjectives, determiners, verbs, pronouns and relative pronouns agree with a noun,
+also across a relative clause; "if" requires "then" one clause later. Each language has its own
+words for the concepts (`synthetic.lexicon`), its own letters and one of a few word orders. Thus a
+model can apply the structure that it learned from languages with much text to a language with
+little.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megaphase.data_tools.synthetic.world import (
 from megaphase.utils.files import atomic_write_text, make_directory
 
 DEFAULT_LANGUAGES = {"alda": 1_500_000, "boreth": 1_500_000, "cimri": 60_000, "dovan": 60_000}
-"""Bytes of text of each language: two with much, two with little."""
+"""Bytes of text in each language: two with much text, two with little."""
 
 _CHARACTERS = 3
 _SENTENCES = (3, 10)
@@ -44,15 +44,15 @@ def write_languages(
 ) -> dict[str, Path]:
     """Write `out/NAME.jsonl` for each language and return the paths by name.
 
-    Each line is an object with `id` and `text`. The files depend on the arguments only, and a
-    language's only on its own and on its place in `languages`.
+    Each line is an object with `id` and `text`. The files depend only on the arguments, and a
+    language's file only on its own size and its position in `languages`.
 
     Args:
-        out: a directory, made where it is missing; existing files are replaced.
-        seed: another seed gives other worlds, words and texts.
-        languages: UTF-8 bytes of text of each language; the last document may go beyond.
+        out: a directory, created if it is missing; existing files are replaced.
+        seed: determines the world, the words and the texts.
+        languages: bytes of UTF-8 text for each language; the last document may exceed it.
 
-    Raises InputError where the directory cannot be made.
+    Raises InputError if the directory cannot be created.
     """
     make_directory(out)
     world = World.build(seed)
@@ -70,7 +70,7 @@ def write_languages(
 
 @dataclass(frozen=True)
 class _Noun:
-    """A noun as one document uses it; `adjective` is the one it is known by."""
+    """A noun as used in one document; `adjective` is the one that always describes it."""
 
     concept: int
     plural: bool
@@ -79,7 +79,7 @@ class _Noun:
 
 @dataclass
 class _Scene:
-    """What lasts for a document; `subject` is the last one, for which a pronoun can stand."""
+    """The state of one document; `subject` is the last subject, to which a pronoun may refer."""
 
     topic: int
     tense: int
@@ -103,7 +103,7 @@ class Author:
         self._determiners = Zipf(DETERMINERS)
 
     def documents(self, text_bytes: int) -> Iterator[str]:
-        """Documents until their UTF-8 text has `text_bytes` bytes."""
+        """Yield documents until their UTF-8 text reaches `text_bytes` bytes."""
         written = 0
         while written < text_bytes:
             document = self.document()
@@ -111,7 +111,7 @@ class Author:
             yield document
 
     def document(self) -> str:
-        """A title, which names the first character, and a line of sentences."""
+        """Return a title that names the first character, and a line of sentences."""
         topic = self._topics.draw(self._dice)
         characters = [self._noun(topic) for _ in range(_CHARACTERS)]
         tense = self._dice.below(TENSES)
@@ -146,7 +146,7 @@ class Author:
         return " ".join(words).replace(" ,", ",").rstrip(",")
 
     def _subject(self, scene: _Scene) -> list[str]:
-        """A pronoun for the last subject, or a noun phrase, which becomes the last subject."""
+        """Return a pronoun for the last subject, or a noun phrase that becomes the last subject."""
         if self._dice.chance(0.25):
             return [self._words.pronouns[self._agreement(scene.subject)]]
         scene.subject = self._any_noun(scene)
@@ -160,7 +160,7 @@ class Author:
         return self._noun(self._topics.draw(self._dice) if elsewhere else scene.topic)
 
     def _verb(self, scene: _Scene) -> tuple[str, bool]:
-        """A verb for the last subject, and whether it takes an object."""
+        """Return a verb for the last subject, and whether it takes an object."""
         if self._dice.chance(0.6):
             concept = self._dice.choose(self._world.noun_verbs[scene.subject.concept])
         else:
@@ -169,7 +169,7 @@ class Author:
         return self._words.verbs[concept] + "".join(endings), self._world.transitive[concept]
 
     def _relative_clause(self, scene: _Scene) -> list[str]:
-        """Stands between the subject and what agrees with it."""
+        """Return a clause between the subject and the words that agree with it."""
         relative = self._words.relatives[self._agreement(scene.subject)]
         verb, transitive = self._verb(scene)
         rest = self._phrase(self._dice.choose(scene.characters), scene) if transitive else []

@@ -1,4 +1,4 @@
-"""The invented words of one artificial language."""
+"""The invented words of one synthetic language."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from megaphase.data_tools.synthetic.world import (
     Dice,
 )
 
-# Consonants and vowels; no letter stands in two alphabets, so no two of the first four languages
-# share a word.
+# Consonants and vowels. No letter is in two alphabets, so no two of the first four languages share
+# a word.
 _ALPHABETS = (
     ("bdfghjklmnprstvwz", "aeiou"),
     ("βγδζθκλμνξπρστφχψ", "αεηιουω"),
@@ -36,12 +36,12 @@ class Lexicon:
     """Stems and endings; a word is a stem and its endings.
 
     Attributes:
-        verb_last: whether the verb stands after its object, and a preposition after its noun.
-        adjective_first: whether adjectives stand before their noun.
-        nouns, verbs, adjectives, adverbs, prepositions, determiners: a stem each.
+        verb_last: whether a verb follows its object, and a preposition its noun.
+        adjective_first: whether an adjective precedes its noun.
+        nouns, verbs, adjectives, adverbs, prepositions, determiners: one stem per concept.
         plural, tense, agreement: endings.
         pronouns, relatives: [AGREEMENTS], whole words.
-        pairs: words that frame two clauses, as "if" and "then"; the first calls for the second.
+        pairs: words that frame two clauses, such as "if" and "then"; the first requires the second.
     """
 
     verb_last: bool
@@ -61,7 +61,7 @@ class Lexicon:
 
     @classmethod
     def invent(cls, seed: int, name: str, number: int) -> Lexicon:
-        """The words of the language `name`, which is the `number`-th of its set, from 0."""
+        """Invent the words of the language `name`, which has index `number` in its set."""
         inventor = _Inventor(Dice(seed, "lexicon", name), number)
         endings = inventor.words(1 + TENSES + AGREEMENTS, 1, _ENDINGS)
         opening, closing = inventor.words(3, 1), inventor.words(3, 1)
@@ -84,7 +84,7 @@ class Lexicon:
 
 
 class _Inventor:
-    """Makes up words of one phonology, never the same twice."""
+    """Invents words of one phonology without repetition."""
 
     def __init__(self, dice: Dice, number: int) -> None:
         consonants, vowels = _ALPHABETS[number % len(_ALPHABETS)]

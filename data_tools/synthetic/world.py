@@ -1,4 +1,4 @@
-"""The hidden structure that all artificial languages share: concepts, topics, preferences."""
+"""The hidden structure that all synthetic languages share: concepts, topics, preferences."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 NOUN_CLASSES = 3
-# What agrees with a noun has one form for each class and number: class * 2 + plural.
+# Words that agree with a noun have one form for each class and number: class * 2 + plural.
 AGREEMENTS = 2 * NOUN_CLASSES
 TOPICS = 24
 NOUNS_PER_TOPIC = 12
 VERBS_PER_TOPIC = 6
 ADJECTIVES_PER_TOPIC = 5
-# Words of every topic.
+# Words used in every topic.
 ADVERBS = 24
 PREPOSITIONS = 8
 DETERMINERS = 4
@@ -32,16 +32,16 @@ _VERBS_OF_A_NOUN = 3
 
 
 class Dice:
-    """Random choices that are the same on every platform and for every version of Python.
+    """Random choices that are the same on every platform and in every version of Python.
 
-    Only `random.random` is promised to stay as it is, so everything else is made from it.
+    Python guarantees only `random.random` to be stable, so everything else is derived from it.
     """
 
     def __init__(self, seed: int, *purpose: str) -> None:
         self.random = random.Random("/".join((str(seed), *purpose))).random
 
     def below(self, number: int) -> int:
-        """A whole number from 0 to `number` - 1."""
+        """Return a whole number from 0 to `number` - 1."""
         return int(self.random() * number)
 
     def chance(self, probability: float) -> bool:
@@ -52,7 +52,7 @@ class Dice:
 
 
 class Zipf:
-    """Numbers from 0 to `size` - 1, of which the k-th is drawn with a share ∝ 1 / (k + 1)."""
+    """Draws numbers from 0 to `size` - 1 with a probability of k proportional to 1 / (k + 1)."""
 
     def __init__(self, size: int) -> None:
         sums = list(accumulate(1 / (rank + 1) for rank in range(size)))
@@ -64,12 +64,12 @@ class Zipf:
 
 @dataclass(frozen=True)
 class World:
-    """What is true of the concepts, whatever the language.
+    """The facts about the concepts, which are independent of the language.
 
-    Nouns, verbs and adjectives are numbered topic by topic, each topic's most frequent first.
+    Nouns, verbs and adjectives are numbered topic by topic, the most frequent of a topic first.
 
     Attributes:
-        noun_class: [NOUNS], with what adjectives, determiners, verbs and pronouns agree.
+        noun_class: [NOUNS], the class with which adjectives, determiners, verbs and pronouns agree.
         noun_verbs: [NOUNS], the verbs that a noun as subject prefers.
         transitive: [VERBS], whether a verb takes an object.
     """

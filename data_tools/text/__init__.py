@@ -1,6 +1,6 @@
-"""Documents from text files, streamed: what a document is, and how a file is read in parts.
+"""Stream documents from text files, in chunks that can be read independently.
 
-What a document is depends on the file's ending, before an optional .gz or .zst:
+The file's extension, before an optional .gz or .zst, defines what a document is:
 
 | ending                | a document is |
 | --------------------- | --- |
@@ -8,8 +8,8 @@ What a document is depends on the file's ending, before an optional .gz or .zst:
 | .parquet              | a row, likewise (never .gz or .zst) |
 | .txt                  | the lines up to the next blank line, as in CC-100, or separator line |
 
-`-` is standard input. Text is taken as it stands, apart from the newlines around a document of a
-.txt file. Blank lines of a JSONL file are passed over, and so is a byte order mark.
+`-` is standard input. Text is not changed, except that the newlines around a document of a .txt
+file are removed. Blank lines and a byte order mark in a JSONL file are skipped.
 """
 
 from megaphase.data_tools.text.chunk import TextChunk, TextPosition

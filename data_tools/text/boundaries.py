@@ -1,4 +1,4 @@
-"""Where a document of a text file ends: one definition for cutting files and for reading chunks."""
+"""Document boundaries in text files, used both to cut files and to read chunks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import BinaryIO
 from megaphase.data_tools.text.file_types import Kind
 from megaphase.data_tools.text.reading import Reading
 
-# A longer line is not taken for a blank one; no chunk has room for it.
+# A longer line does not count as a blank line, since no chunk has room for it.
 LONGEST_LINE_BYTES = 1 << 24
 
 _PIECE_BYTES = 1 << 18
@@ -19,10 +19,10 @@ _BLANK_LINE = r"[ \t\r]*"
 
 @dataclass(frozen=True)
 class Boundaries:
-    """Where the documents of a text file end, and where it may be cut.
+    """Finds the document boundaries of a text file, at which it may be cut.
 
     Attributes:
-        line: regular expression of a line that stands between two documents, without its newline;
+        line: regular expression of a line that separates two documents, without its newline;
             None: every newline ends a document.
     """
 
@@ -30,20 +30,21 @@ class Boundaries:
 
     @classmethod
     def of(cls, kind: Kind, reading: Reading) -> Boundaries:
-        """Those of a JSONL or plain text file."""
+        """Return the boundaries of a JSONL or plain text file."""
         if kind == "jsonl":
             return cls(None)
         return cls(_BLANK_LINE if reading.separator is None else separator_line(reading.separator))
 
     @cached_property
     def between(self) -> str:
-        """Regular expression of what stands between two documents, the newline before included."""
+        """Regular expression of the separator of two documents, with the newline before it."""
         return r"\n" if self.line is None else rf"\n(?:{self.line}(?:\n|\Z))+"
 
     def end(self, data: bytes | bytearray, least: int) -> int:
-        """The first place at `least` or later where a document ends; 0 where there is none.
+        """Return the first document end at position `least` or later in `data`, or 0 if there is
+        none.
 
-        The beginning of `data` is not taken for the beginning of a line.
+        The start of `data` does not count as the start of a line.
         """
         if self.line is None:
             return data.find(b"\n", max(least - 1, 0)) + 1
@@ -53,7 +54,7 @@ class Boundaries:
         return found.end() if found else 0
 
     def end_in_file(self, file: BinaryIO, offset: int) -> int:
-        """The same in a file; 0 and the end of the file count as the end of a document."""
+        """Like `end`, in a file; position 0 and the end of the file count as document ends."""
         if offset == 0:
             return 0
         begin = self._line_before(file, offset - 1)
@@ -71,7 +72,8 @@ class Boundaries:
         return re.compile(rf"\n{self.line}\n".encode())
 
     def _line_before(self, file: BinaryIO, offset: int) -> int:
-        """Where the last newline before `offset` is; `offset` itself where it does not matter."""
+        """Return the position of the last newline before `offset`, or `offset` if it is not
+        needed."""
         least = max(offset - LONGEST_LINE_BYTES, 0)
         end = offset
         while self.line is not None and end > least:
@@ -84,7 +86,7 @@ class Boundaries:
         return offset
 
     def _unfinished(self, begin: int, window: bytes) -> tuple[int, bytes]:
-        """What of a window without an end may be the beginning of one."""
+        """Return the part of a window without a document end in which one may have begun."""
         newline = window.rfind(b"\n")
         if self.line is None or newline < 0 or len(window) - newline > LONGEST_LINE_BYTES:
             newline = len(window)
@@ -92,5 +94,5 @@ class Boundaries:
 
 
 def separator_line(separator: str) -> str:
-    """Regular expression of a line that is exactly the separator."""
+    """Return the regular expression of a line that consists of the separator."""
     return rf"{re.escape(separator)}\r?"

@@ -1,4 +1,4 @@
-"""A piece of a file that holds whole documents."""
+"""Chunks: pieces of a file that consist of whole documents."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class TextPosition:
-    """Where in a file a document begins.
+    """The position of a document in a file.
 
     Attributes:
-        offset: decompressed bytes before it; of Parquet, rows.
-        line: its number, from 1; of Parquet, the row's. 0: not known.
+        offset: decompressed bytes before the document; in Parquet, rows.
+        line: its line number, from 1; in Parquet, its row number; 0 if it is not known.
     """
 
     offset: int = 0
@@ -28,13 +28,13 @@ class TextChunk:
 
     Attributes:
         path: the file.
-        start, end: where the chunk begins and ends; reading can go on at `end`.
-        data: the lines, decompressed; of Parquet, the rows as an Arrow IPC stream.
-        file_begin: bytes of the file, as it lies on the disk, before the chunk; the same however
-            reading was begun. Of Parquet, interpolated by row within a row group.
-        file_bytes: how much of the file, as it lies on the disk, was read for this chunk.
-        counted_from, lines_since: where reading began, and the lines since then; needed where the
-            line of the start is not known.
+        start, end: where the chunk begins and ends; reading can resume at `end`.
+        data: the lines, decompressed; in Parquet, the rows as an Arrow IPC stream.
+        file_begin: bytes on disk before the chunk, wherever reading began. In Parquet,
+            interpolated by row within a row group.
+        file_bytes: bytes on disk that were read for this chunk.
+        counted_from, lines_since: the offset at which reading began and the number of lines since
+            then; used if the line number of `start` is not known.
     """
 
     path: Path
@@ -48,8 +48,8 @@ class TextChunk:
 
     @property
     def first_line(self) -> int:
-        """Number of the chunk's first line; where it is not known, the file is read up to where
-        reading began, once in a process."""
+        """Number of the chunk's first line. If it is not known, the lines before the place where
+        reading began are counted, once per process."""
         if self.start.line:
             return self.start.line
         return count_lines(self.path, self.counted_from) + self.lines_since + 1
@@ -57,7 +57,7 @@ class TextChunk:
 
 @lru_cache(maxsize=1)
 def count_lines(path: Path, size: int) -> int:
-    """How many lines end within the first `size` bytes of a file."""
+    """Return the number of lines that end within the first `size` bytes of a file."""
     lines = 0
     with open(path, "rb") as file:
         while size and (piece := file.read(min(size, _PIECE_BYTES))):
@@ -67,5 +67,5 @@ def count_lines(path: Path, size: int) -> int:
 
 
 def advance(position: TextPosition, size: int, lines: int) -> TextPosition:
-    """The position after `size` bytes from `position` on, in which so many lines end."""
+    """Return the position after `size` more bytes in which `lines` lines end."""
     return TextPosition(position.offset + size, position.line and position.line + lines)

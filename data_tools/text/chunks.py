@@ -25,7 +25,7 @@ from megaphase.data_tools.text.reading import Reading
 from megaphase.utils.errors import InputError
 
 CHUNK_BYTES = 1 << 20
-# A worker needs nine bytes of memory for each of a document; what is longer is a mistake.
+# A worker needs nine bytes of memory per byte of a document; a longer one is probably a mistake.
 LARGEST_DOCUMENT_BYTES = 1 << 24
 
 _PIECE_BYTES = 1 << 18
@@ -40,21 +40,21 @@ def read_chunks(
     end: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Iterator[TextChunk]:
-    """Cut a file into pieces of about `chunk_bytes` that hold whole documents.
+    """Cut a file into chunks of about `chunk_bytes` that consist of whole documents.
 
     Args:
         path: a text file, or `-` for standard input.
-        reading: says where documents end.
-        start: go on here, at the end of an earlier chunk. Plain files are read from there on,
-            Parquet from that row on; compressed files are decompressed from the beginning.
-        begin, end: read one part of the file, in bytes as it lies on the disk: the parts of
-            consecutive [begin, end) give every document once and in order, wherever they are cut.
-            Of plain and Parquet files nothing else is read; a compressed file's part ends as
-            soon as it can, but begins with decompressing what is before it.
-        chunk_bytes: of text; must be the same in all parts of a file.
+        reading: defines where documents end.
+        start: resume here, at the end of an earlier chunk. Plain and Parquet files are read from
+            this position; compressed files are decompressed from the beginning.
+        begin, end: read only this part of the file, in bytes on disk. Consecutive parts
+            [begin, end) give every document once and in order, wherever the file is cut. Of plain
+            and Parquet files nothing else is read; a compressed file is decompressed from its
+            beginning to the end of the part.
+        chunk_bytes: of text; must be the same for all parts of a file.
 
-    Raises InputError where the file cannot be read, is compressed and broken or cut off, or holds
-    a document of more than 16 MB.
+    Raises InputError if the file cannot be read, is compressed and damaged or truncated, or
+    contains a document of more than 16 MB.
     """
     check_text_file(path)
     _check_reading(path, reading, whole=begin == 0 and end is None)
@@ -141,8 +141,8 @@ def _whole_documents(
     position: TextPosition,
     chunk_bytes: int,
 ) -> Iterator[tuple[bytes, int]]:
-    """The pieces put together and cut where a document ends, each with how many lines end in it;
-    `position` is where they begin."""
+    """Join the pieces and cut them at document ends; yield each chunk with its number of lines.
+    `position` is where the pieces begin."""
     buffer, searched = bytearray(), chunk_bytes
     for piece in pieces:
         buffer += piece

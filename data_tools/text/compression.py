@@ -1,4 +1,4 @@
-"""Compressed files, read so that one that is cut off or broken is noticed and named."""
+"""Read compressed files, and report those that are truncated or damaged."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from megaphase.data_tools.text.file_types import display_name
 from megaphase.utils.errors import InputError
 
 _PIECE_BYTES = 1 << 18
-# All that a piece expands to comes at once, and text of much repetition expands a lot.
+# A piece is expanded at once, and repetitive text expands to many times its compressed size.
 _ZSTD_PIECE_BYTES = 1 << 12
-# zstd --long=31; without it larger windows than 128 MB are refused.
+# As zstd --long=31; by default, windows larger than 128 MB are refused.
 _LARGEST_ZSTD_WINDOW = 1 << 31
 
 
 def decompressed(file: BinaryIO, suffix: str) -> Iterator[bytes]:
-    """The content of a compressed file, by its ending: .gz or .zst.
+    """Yield the decompressed content of a file with the extension `suffix`, .gz or .zst.
 
-    Raises EOFError where the file is cut off: also where it is empty, since compressing nothing
-    gives a header.
+    Raises EOFError if the file is truncated. An empty file counts as truncated, since compressing
+    nothing writes a header.
     """
     if os.fstat(file.fileno()).st_size == 0:
         raise EOFError
@@ -39,7 +39,7 @@ def decompressed(file: BinaryIO, suffix: str) -> Iterator[bytes]:
 
 
 def _zstd_pieces(file: BinaryIO) -> Iterator[bytes]:
-    """Decompress frame after frame; unlike zstandard's own reader, notice one that is cut off."""
+    """Decompress frame after frame; unlike zstandard's reader, raise EOFError on truncation."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_ZSTD_WINDOW)
     frame = None
     while compressed := file.read(_ZSTD_PIECE_BYTES):
@@ -55,14 +55,14 @@ def _zstd_pieces(file: BinaryIO) -> Iterator[bytes]:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Turn what can go wrong in reading into InputErrors that name the file."""
+    """Turn errors of reading into InputErrors that name the file."""
     try:
         yield
     except EOFError:
-        raise InputError(path, "is cut off", "copy or compress it again") from None
+        raise InputError(path, "is truncated", "copy or compress it again") from None
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         kind = {".gz": "gzip", ".zst": "zstd"}[path.suffix.lower()]
-        problem = f"is not whole {kind} data ({' '.join(str(error).split())})"
+        problem = f"is damaged {kind} data ({' '.join(str(error).split())})"
         raise InputError(path, problem, "copy or compress it again") from None
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"

@@ -1,4 +1,4 @@
-"""Which files hold text, and of which kind."""
+"""Recognize text files and their formats by name."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ _KINDS: dict[str, Kind] = {
 
 
 def file_type_of(path: Path, stdin_kind: Kind) -> Kind:
-    """What the file holds, by its name; `check_text_file` must have accepted it."""
+    """Return the format of a file by its name, which `check_text_file` must have accepted."""
     if path == STDIN:
         return stdin_kind
     return "parquet" if is_parquet(path) else _KINDS[_ending(path)]
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether the name is that of a Parquet file."""
+    """Return whether the name is that of a Parquet file."""
     return path.suffix.lower() == PARQUET_ENDING
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the file's bytes must be decompressed, from the first on."""
+    """Return whether the file must be decompressed from its first byte."""
     return path.suffix.lower() in COMPRESSED_ENDINGS
 
 
 def check_text_file(path: Path) -> None:
-    """Raise InputError where `path` is no file, not of a kind that can be read here, or compressed
-    or Parquet and empty."""
+    """Raise InputError if `path` is not a file of a supported format, or is compressed or Parquet
+    and empty."""
     if path == STDIN:
         return
     if os.path.isdir(path):
@@ -57,22 +57,22 @@ def check_text_file(path: Path) -> None:
         known = f"{', '.join(_KINDS)} [.gz|.zst], or {PARQUET_ENDING}"
         raise InputError(path, "unknown kind of file", f"its name must end in {known}")
     if (is_parquet(path) or is_compressed(path)) and os.path.getsize(path) == 0:
-        # No part of such a file would be read, so that nobody would notice.
-        raise InputError(path, "is cut off: it has no bytes", "copy or write it again")
+        # No part of an empty file is ever read, so nothing later would report it.
+        raise InputError(path, "is truncated: it has no bytes", "copy or write it again")
 
 
 def size_on_disk(path: Path) -> int:
-    """Bytes of the file, which `begin` and `end` of `read_chunks` divide; 0 of standard input."""
+    """Return the size of the file, which `begin` and `end` of `read_chunks` divide; 0 for stdin."""
     return 0 if path == STDIN else path.stat().st_size
 
 
 def display_name(path: Path) -> str:
-    """What messages call the file."""
+    """Return the name of the file for messages."""
     return "standard input" if path == STDIN else str(path)
 
 
 def _ending(path: Path) -> str:
-    """The file's ending in small letters, without that of a compression."""
+    """Return the file's extension in lower case, without that of a compression."""
     name = Path(path.name.lower())
     return Path(name.stem).suffix if name.suffix in COMPRESSED_ENDINGS else name.suffix
 

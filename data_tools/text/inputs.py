@@ -1,4 +1,4 @@
-"""The files that a user names."""
+"""Expand file names and patterns given by the user."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from megaphase.utils.locale_settings import escaped, is_utf8
 
 
 def expand_inputs(arguments: Sequence[str]) -> list[Path]:
-    """The text files that file names and patterns (*, ?, [...], ** for any folders) stand for.
+    """Return the text files named by file names and patterns (*, ?, [...], ** for any folders).
 
-    Names keep their order; what a pattern matches is sorted, as a shell would, and directories
-    are left out. `-` is standard input.
+    The order of the arguments is kept; matches of a pattern are sorted as in a shell, without
+    directories. `-` is standard input.
 
-    Raises InputError where a pattern matches nothing, a file is missing, not of a kind that can be
-    read, or stands twice.
+    Raises InputError if a pattern matches nothing, or a file is missing, has no supported format
+    or is given twice.
     """
     paths: list[Path] = []
     seen: set[str] = set()
@@ -34,7 +34,7 @@ def expand_inputs(arguments: Sequence[str]) -> list[Path]:
 
 
 def _files_of(argument: str) -> list[Path]:
-    # A name that exists is no pattern, even where it holds a bracket.
+    # A name that exists is not a pattern, even if it contains a bracket.
     if Path(argument) == STDIN or not glob.has_magic(argument) or os.path.exists(argument):
         return [Path(argument)]
     found = sorted(name for name in glob.glob(argument, recursive=True) if not os.path.isdir(name))

@@ -1,4 +1,4 @@
-"""Rows of Parquet files, a few at a time whatever the size of the row groups."""
+"""Read Parquet files a few rows at a time, whatever the size of their row groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megaphase.data_tools.text.chunk import TextChunk, TextPosition
 from megaphase.data_tools.text.reading import ID_KEY
 from megaphase.utils.errors import InputError
 
-# Rows are read few at a time: repeated texts look smaller in the file than they are.
+# Only a few rows at a time: repeated texts take less space in the file than in memory.
 _ROWS_AT_ONCE = 64
 _MOST_ROWS_OF_CHUNK = 4096
 _READ_BUFFER_BYTES = 1 << 18
@@ -30,12 +30,12 @@ def parquet_chunks(
     end: int | None,
     chunk_bytes: int,
 ) -> Iterator[TextChunk]:
-    """The chunks of a Parquet file, see `read_chunks`; only the row groups needed are read.
+    """Yield the chunks of a Parquet file, see `read_chunks`; read only the row groups needed.
 
-    Raises InputError also where one of the columns stands twice.
+    Also raises InputError if two columns of the file have the same requested name.
     """
     try:
-        # Without a buffer, or with pre_buffer, a whole row group is held in memory.
+        # Without a buffer, or with pre_buffer, pyarrow keeps a whole row group in memory.
         with pq.ParquetFile(
             path,
             buffer_size=_READ_BUFFER_BYTES,
@@ -58,11 +58,11 @@ def parquet_chunks(
                     if chunk.file_begin >= begin and chunk.end.offset > start.offset:
                         yield chunk
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        # An error of the system has a number; pyarrow also raises its own as OSErrors. Names of
-        # columns are decoded, too.
+        # Errors of the operating system have an errno; pyarrow also raises its own errors as
+        # OSError. UnicodeDecodeError occurs for column names.
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        problem = f"is cut off or not whole Parquet data ({' '.join(str(error).split())})"
+        problem = f"is truncated or damaged Parquet data ({' '.join(str(error).split())})"
         raise InputError(path, problem, "copy or write it again") from None
 
 
@@ -75,7 +75,7 @@ def _check_columns(path: Path, file: pq.ParquetFile, columns: Sequence[str]) -> 
 
 
 def _id_column(file: pq.ParquetFile, columns: Sequence[str]) -> list[str]:
-    """The column with the rows' own ids, where there is one that is not among `columns`."""
+    """Return the column with the rows' own ids, if there is one that is not among `columns`."""
     schema = file.schema_arrow
     if ID_KEY in columns or schema.names.count(ID_KEY) != 1:
         return []
@@ -84,10 +84,10 @@ def _id_column(file: pq.ParquetFile, columns: Sequence[str]) -> list[str]:
 
 
 def rows_of(chunk: TextChunk) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a chunk, of the columns asked for, and the names of all the file's columns.
+    """Return the rows of a chunk with the requested columns, and all column names of the file.
 
-    A string that is not UTF-8 is given as bytes, and what is neither a string nor a plain number
-    as OtherValue.
+    A string that is not UTF-8 is returned as bytes, and a value that is neither a string nor a
+    plain number as OtherValue.
     """
     with pa.ipc.open_stream(chunk.data) as stream:
         names = json.loads(stream.schema.metadata[_COLUMNS_KEY])
@@ -101,7 +101,7 @@ def rows_of(chunk: TextChunk) -> tuple[list[dict[str, Any]], list[str]]:
 
 @dataclass(frozen=True)
 class OtherValue:
-    """A value that is no text, of an Arrow type that need not have a Python value."""
+    """A value that is not text, of an Arrow type that need not have a Python equivalent."""
 
     type: str
 
@@ -110,7 +110,7 @@ class OtherValue:
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
-    """The Python values; what is no text is converted only where that cannot fail."""
+    """Convert a column to Python values; values that are not text only if that cannot fail."""
     if isinstance(column.type, pa.BaseExtensionType) and _is_text(column.type.storage_type):
         column = column.cast(column.type.storage_type)
     if not _has_python_values(column.type):
@@ -151,7 +151,7 @@ def _value(scalar: pa.Scalar) -> Any:
 
 
 class _RowGroup:
-    """One row group: which rows it has, and where its bytes lie."""
+    """A row group: its rows and the position of its bytes in the file."""
 
     def __init__(self, file: pq.ParquetFile, number: int, row: int, begin: int) -> None:
         self._file, self._number = file, number
@@ -178,22 +178,22 @@ class _RowGroup:
             row = after
 
     def _batches(self, columns: Sequence[str], chunk_bytes: int) -> Iterator[list[pa.RecordBatch]]:
-        """The rows' columns, about `chunk_bytes` at a time."""
-        together: list[pa.RecordBatch] = []
+        """Yield record batches of the columns, about `chunk_bytes` at a time."""
+        pending: list[pa.RecordBatch] = []
         for batch in self._file.iter_batches(
             self._rows_at_once(columns, chunk_bytes),
             row_groups=[self._number],
             columns=columns,
             use_threads=False,
         ):
-            together.append(batch)
-            rows = sum(batch.num_rows for batch in together)
-            size = sum(batch.nbytes for batch in together)
+            pending.append(batch)
+            rows = sum(batch.num_rows for batch in pending)
+            size = sum(batch.nbytes for batch in pending)
             if size >= chunk_bytes or rows >= _MOST_ROWS_OF_CHUNK:
-                yield together
-                together = []
-        if together:
-            yield together
+                yield pending
+                pending = []
+        if pending:
+            yield pending
 
     def _rows_at_once(self, columns: Sequence[str], chunk_bytes: int) -> int:
         size: int = sum(

@@ -1,4 +1,4 @@
-"""How a record of a file becomes a document."""
+"""Conversion of a record of a file to a document."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from string import Formatter
 from megaphase.data_tools.text.file_types import Kind
 from megaphase.utils.errors import InputError
 
-ID_KEY = "id"  # under which a record has its own name, if any
+ID_KEY = "id"  # the key of a record's own id, if it has one
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 _ESCAPE = re.compile(r"\\([ntr\\])")
@@ -30,18 +30,18 @@ Document = str | SourceTarget
 
 @dataclass(frozen=True)
 class Reading:
-    """How a record of a file becomes a document.
+    """Defines how a record of a file becomes a document.
 
     Attributes:
-        key: which string of a JSON object, or column of a Parquet row, is the text.
-        template: several keys joined, as in "{title}\\n\\n{text}"; takes the place of `key`.
-            {{ and }} are braces.
-        pair: keys of the source and the target; documents are then Pairs.
-        separator: of .txt: a line that is exactly this ends a document; None: a blank line does.
-        stdin_kind: what standard input holds: jsonl or txt.
+        key: the key of the JSON object, or column of the Parquet row, that holds the text.
+        template: joins several keys, as in "{title}\\n\\n{text}", and replaces `key`; {{ and }}
+            stand for braces.
+        pair: keys of the source and the target; documents are then SourceTargets.
+        separator: a line of a .txt file that ends a document; None: a blank line does.
+        stdin_kind: the format of standard input: jsonl or txt.
 
-    Raises InputError, naming the option, where these contradict each other or the template cannot
-    be parsed.
+    Raises InputError, naming the option, if these contradict each other or the template cannot be
+    parsed.
     """
 
     key: str = "text"
@@ -55,7 +55,7 @@ class Reading:
             problem = "cannot be combined with --source-key and --target-key"
             raise InputError("--template", problem, "leave one out")
         if self.separator == "" or set("\r\n") & set(self.separator or ""):
-            problem = "is no line" if self.separator else "is empty"
+            problem = "is not a single line" if self.separator else "is empty"
             remedy = "give one line, or leave it out: then a blank line ends a document"
             raise InputError("--separator", problem, remedy)
         if self.template is not None and not self.keys:
@@ -64,12 +64,12 @@ class Reading:
 
     @cached_property
     def template_parts(self) -> list[tuple[str, str | None]]:
-        """Of the template, each literal text and the key after it; None: no key follows."""
+        """The template's literal texts, each with the key that follows it, or None at the end."""
         return _parse_template(self.template or "")
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """The keys that a record needs, each once."""
+        """The keys that a record must have, each once."""
         if self.pair is not None:
             names = list(self.pair)
         elif self.template is not None:
@@ -80,13 +80,13 @@ class Reading:
 
     @property
     def key_option(self) -> str:
-        """The option by which a user chooses other keys."""
+        """The option with which a user chooses other keys."""
         if self.pair is not None:
             return "--source-key and --target-key"
         return "--json-key" if self.template is None else "--template"
 
     def document(self, strings: Mapping[str, str]) -> Document:
-        """The document of a record that has strings under all of its `keys`."""
+        """Return the document of a record, given the strings under all of its `keys`."""
         if self.pair is not None:
             return SourceTarget(strings[self.pair[0]], strings[self.pair[1]])
         if self.template is None:
@@ -98,7 +98,7 @@ class Reading:
 
 
 def unescape(text: str) -> str:
-    """An option's text as meant: \\n, \\t, \\r and \\\\ are newline, tab, return and backslash."""
+    """Replace the escapes \\n, \\t, \\r and \\\\ in an option's text."""
     return _ESCAPE.sub(lambda found: _ESCAPES[found[1]], text)
 
 

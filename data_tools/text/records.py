@@ -1,4 +1,4 @@
-"""The documents of a chunk of a file."""
+"""Parse the documents of a chunk."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _JSON_TYPES = {
 
 @dataclass(frozen=True)
 class InvalidDocument:
-    """A document that cannot be read, as an error would describe it.
+    """A document that cannot be read, with the parts of the error message.
 
     Attributes:
-        where: file and line; of Parquet, file and row.
-        text: what stands there; bytes that are not UTF-8 are written as \\x and two digits.
+        where: file and line; in Parquet, file and row.
+        text: the content; bytes that are not UTF-8 are written as \\x and two digits.
     """
 
     where: str
@@ -44,7 +44,7 @@ class InvalidDocument:
 
 
 def read_documents(chunk: TextChunk, reading: Reading) -> Iterator[Document]:
-    """The documents of a chunk: Pairs where `reading.pair` is given, texts otherwise.
+    """Yield the documents of a chunk: SourceTargets if `reading.pair` is set, texts otherwise.
 
     Raises InputError as `identified_documents` does.
     """
@@ -52,11 +52,11 @@ def read_documents(chunk: TextChunk, reading: Reading) -> Iterator[Document]:
 
 
 def identified_documents(chunk: TextChunk, reading: Reading) -> Iterator[tuple[Document, bytes]]:
-    """The documents of a chunk, each with its own id in UTF-8: a string or whole number under the
-    key `id` of its JSON object or row; empty where it has none.
+    """Yield the documents of a chunk, each with its own id in UTF-8: the string or whole number
+    under the key `id` of its JSON object or row, or b"" if it has none.
 
-    Raises InputError, naming file and line (Parquet: row), where a line is not UTF-8 or not a JSON
-    object, or a key is missing from it or holds something else than a string.
+    Raises InputError, naming file and line (in Parquet: row), if a line is not UTF-8 or not a JSON
+    object, or a key is missing or does not hold a string.
     """
     kind = file_type_of(chunk.path, reading.stdin_kind)
     if kind == "parquet":
@@ -78,7 +78,7 @@ def identified_documents(chunk: TextChunk, reading: Reading) -> Iterator[tuple[D
 def documents_and_wrong_ones(
     chunk: TextChunk, reading: Reading
 ) -> Iterator[Document | InvalidDocument]:
-    """The documents of a chunk; in the place of a wrong one, what is wrong with it."""
+    """Yield the documents of a chunk, with an InvalidDocument for each one that cannot be read."""
     for found in identified_and_wrong_ones(chunk, reading):
         yield found if isinstance(found, InvalidDocument) else found[0]
 
@@ -86,7 +86,7 @@ def documents_and_wrong_ones(
 def identified_and_wrong_ones(
     chunk: TextChunk, reading: Reading
 ) -> Iterator[tuple[Document, bytes] | InvalidDocument]:
-    """`identified_documents`; in the place of a wrong one, what is wrong with it."""
+    """Like `identified_documents`, with an InvalidDocument for each one that cannot be read."""
     try:
         documents = list(identified_documents(chunk, reading))
     except InputError:
@@ -106,8 +106,8 @@ def identified_and_wrong_ones(
 
 
 def _rows(chunk: TextChunk) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
-    """Where each row of a Parquet file stands, the row, and the names of all columns."""
-    # pyarrow is an extra.
+    """Yield the place of each row of a Parquet file, the row, and the names of all columns."""
+    # pyarrow is an optional dependency.
     from megaphase.data_tools.text.parquet import rows_of
 
     rows, names = rows_of(chunk)
@@ -127,9 +127,9 @@ def _rows_and_wrong_ones(
 
 
 def _single_documents(chunk: TextChunk, reading: Reading) -> Iterator[TextChunk]:
-    """A chunk of text for every document."""
+    """Yield each document of a chunk of text as a chunk of its own."""
     ends = Boundaries.of(file_type_of(chunk.path, reading.stdin_kind), reading)
-    # A line begins where the chunk does.
+    # A line begins where the chunk begins.
     found = re.finditer(ends.between.encode(), b"\n" + chunk.data)
     position, begin = replace(chunk.start, line=chunk.first_line), 0
     for end in [*(match.end() - 1 for match in found), len(chunk.data)]:
@@ -145,7 +145,7 @@ def _without_mark(chunk: TextChunk) -> bytes:
 
 
 def _decode(data: bytes, chunk: TextChunk, number: int = 0) -> str:
-    """The text of a chunk, or of what begins with its line of this number, from 0."""
+    """Decode a chunk, or the part of it that begins with line `number` (from 0)."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -159,14 +159,14 @@ def _id(record: Mapping[str, Any]) -> bytes:
     value = record.get(ID_KEY)
     if type(value) is int:
         return str(value).encode()
-    # Half a character, which UTF-8 does not have, is written as its escape.
+    # A lone surrogate, which UTF-8 cannot represent, is written as its escape.
     return value.encode(errors="backslashreplace") if isinstance(value, str) else b""
 
 
 def _quick_json_document(
     line: bytes, reading: Reading, keys: Sequence[str]
 ) -> tuple[Document, bytes] | None:
-    """The document of a line with its id, or None where something about it is not as usual."""
+    """Return the document of a line and its id, or None if anything about the line is unusual."""
     try:
         record = from_json(line, cache_strings="none")
         if all(type(record[key]) is str for key in keys):
@@ -179,7 +179,7 @@ def _quick_json_document(
 def _json_document(
     line: bytes, reading: Reading, chunk: TextChunk, number: int
 ) -> tuple[Document, bytes]:
-    """The document of a chunk's line, counted from 0, by a parser that says what is wrong."""
+    """Parse line `number` (from 0) of a chunk with a slower parser that explains errors."""
     try:
         value = json.loads(_decode(line, chunk, number))
         if isinstance(value, dict):
@@ -193,18 +193,18 @@ def _json_document(
     except (ValueError, RecursionError) as error:
         problem = f"is not valid JSON ({getattr(error, 'msg', 'it cannot be parsed')})"
         remedy = "each line must be one JSON object"
-    # Counting lines may take long.
+    # `first_line` may take long to compute.
     raise InputError(f"{display_name(chunk.path)}:{chunk.first_line + number}", problem, remedy)
 
 
 def _document(
     record: dict[str, Any], reading: Reading, where: str, names: Iterable[str]
 ) -> Document:
-    """The document of a record; `names` are all of its keys, even those that were not read."""
+    """Return the document of a record; `names` are all of its keys, including those not read."""
     for key in reading.keys:
         if key not in record:
             there = ", ".join(map(repr, names)) or "none"
-            problem = f"the key {key!r} is missing; the keys there are {there}"
+            problem = f"the key {key!r} is missing; the keys are {there}"
             raise InputError(where, problem, f"choose with {reading.key_option}")
         if fault := _string_fault(record[key]):
             strings = ", ".join(repr(name) for name, it in record.items() if isinstance(it, str))
@@ -214,11 +214,11 @@ def _document(
 
 
 def _string_fault(value: Any) -> str | None:
-    """Why a value is no text, or None."""
+    """Return why a value is not valid text, or None."""
     if not isinstance(value, str):
         return f"{_JSON_TYPES.get(type(value), str(value))}, not a string"
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        return f"half a character, \\u{ord(value[error.start]):04x}"
+        return f"a lone surrogate, \\u{ord(value[error.start]):04x}"
     return None

@@ -1,1 +1,1 @@
-"""Text to corpora, on one machine or many."""
+"""Tokenize text to corpora, on one machine or many."""

@@ -1,4 +1,4 @@
-"""What one worker of `megaphase data tokenize` does."""
+"""The work of one worker of `megaphase data tokenize`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from megaphase.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """What became of a chunk of a file.
+    """The result of encoding a chunk of a file.
 
     Attributes:
-        file: number of the file.
-        end: where in it the chunk ends.
-        file_bytes: how much of the file, as it lies on the disk, it took.
-        wrong: for each document that could not be read, its line of `.skipped.jsonl`.
+        file: index of the file.
+        end: the position in the file at which the chunk ends.
+        file_bytes: bytes on disk that the chunk took.
+        wrong: a line of `.skipped.jsonl` for each document that could not be read.
     """
 
     file: int
@@ -41,10 +41,10 @@ class EncodedChunk:
 
 @dataclass(frozen=True)
 class ChunkEncoder:
-    """Tokenizes the documents of a chunk of a text file; pickles as the tokenizer's path.
+    """Tokenizes the documents of a chunk of a text file; pickled as the tokenizer's path.
 
-    A document that is wrong raises InputError, or with `skip_wrong` is set aside. `tag` is the
-    token between the source and the target of a pair.
+    A document that cannot be read raises InputError or, with `skip_wrong`, is recorded in the
+    result. `tag` is the token between the source and the target of a pair.
     """
 
     tokenizer: Tokenizer
@@ -53,7 +53,7 @@ class ChunkEncoder:
     skip_wrong: bool = False
 
     def __call__(self, numbered: tuple[int, TextChunk]) -> EncodedChunk:
-        """Encode a chunk of the file with this number."""
+        """Encode a chunk, given with the index of its file."""
         file, chunk = numbered
         read = identified_and_wrong_ones if self.skip_wrong else identified_documents
         texts: list[str] = []
@@ -78,7 +78,7 @@ class ChunkEncoder:
         return EncodedChunk(file, chunk.end, chunk.file_bytes, documents, wrong)
 
     def encode(self, texts: Sequence[str], ids: Sequence[bytes], file: int) -> EncodedDocuments:
-        """Tokenize texts that have these ids and stood in the file with this number."""
+        """Tokenize texts with these ids from the file with index `file`."""
         utf8 = [text.encode() for text in texts]
         tokens = self.tokenizer.encode_arrays(texts)
         return join_documents(tokens, utf8, list(map(len, utf8)), self.tokenizer, ids, file)
@@ -86,7 +86,7 @@ class ChunkEncoder:
     def encode_pairs(
         self, pairs: Sequence[SourceTarget], ids: Sequence[bytes], file: int
     ) -> EncodedDocuments:
-        """Tokenize pairs: source, tag, target; the hash is that of the source."""
+        """Tokenize pairs as source, tag, target; the document hash is that of the source."""
         assert self.tag is not None
         tag = np.array([self.tag], dtype=np.int32)
         sides = [*(pair.source for pair in pairs), *(pair.target for pair in pairs)]

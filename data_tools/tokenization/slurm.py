@@ -1,4 +1,4 @@
-"""One tokenization as a SLURM job array over shards, and the merge that waits for it."""
+"""Tokenize with a SLURM job array over shards, and a merge job that depends on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COMMAND = (sys.executable, "-m", "megaphase", "data")
 
 @dataclass(frozen=True)
 class Submission:
-    """What was submitted: the ids of both jobs and where their output goes."""
+    """The ids of both submitted jobs and the folder of their output."""
 
     array: str
     merge: str
@@ -25,15 +25,15 @@ class Submission:
 
 @dataclass(frozen=True)
 class ArrayOfShards:
-    """The two batch scripts.
+    """Writes and submits the two batch scripts.
 
     Attributes:
         out: prefix of the corpus.
-        tasks: how many shards, each a task of the array.
-        tokenize: arguments of `megaphase data tokenize` but --shard.
-        merge: arguments of `megaphase data merge` but --shards.
-        cores: of each task; as many as SLURM gives where it is None.
-        options: of sbatch, for both jobs, such as --partition=cpu.
+        tasks: number of shards; each is a task of the array.
+        tokenize: arguments of `megaphase data tokenize` without --shard.
+        merge: arguments of `megaphase data merge` without --shards.
+        cores: CPU cores of each task; None: SLURM's default.
+        options: options of sbatch for both jobs, such as --partition=cpu.
     """
 
     out: Path
@@ -45,12 +45,12 @@ class ArrayOfShards:
 
     @property
     def logs(self) -> Path:
-        """The folder of the jobs' output."""
+        """The folder for the jobs' output."""
         return self.out.absolute().with_name(f"{self.out.name}.slurm")
 
     @property
     def array_script(self) -> str:
-        """Tokenizes shard `$SLURM_ARRAY_TASK_ID`; started again, it goes on where it was."""
+        """The script that tokenizes shard `$SLURM_ARRAY_TASK_ID`; when restarted, it resumes."""
         command = shlex.join([*_COMMAND, "tokenize", *self.tokenize])
         cores = [] if self.cores is None else [f"--cpus-per-task={self.cores}"]
         lines = self._header("tokenize", "%A_%a", [f"--array=0-{self.tasks - 1}", *cores])
@@ -58,15 +58,15 @@ class ArrayOfShards:
 
     @property
     def merge_script(self) -> str:
-        """Joins the shards, checks them on the way, and removes them."""
+        """The script that merges the shards, verifies them on the way, and removes them."""
         command = shlex.join([*_COMMAND, "merge", "--shards", "--remove", *self.merge])
         return f"{self._header('merge', '%j', [])}exec {command}\n"
 
     def submit(self) -> Submission:
-        """Hand both to sbatch.
+        """Submit both jobs.
 
-        Raises InputError where there is no sbatch; RunError where it refuses, and then nothing is
-        left in the queue.
+        Raises InputError if there is no sbatch, and RunError if sbatch refuses a job; no job is
+        left in the queue then.
         """
         require_sbatch("--slurm", "run it on a login node, or use --workers")
         make_directory(self.logs)

@@ -1,4 +1,4 @@
-"""Text files to one corpus, with several processes; a killed one goes on where it was."""
+"""Tokenize text files to one corpus with several processes; a killed run can be resumed."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.files import hash_json, real_path
 from megaphase.utils.progress import Advance, reading_progress
 
-# After so much text a worker, what was done is forced to the disk and noted.
+# After this much text per worker, the output is flushed to disk and the progress is recorded.
 SAVE_BYTES_PER_WORKER = 8 << 20
 
 
 @dataclass(frozen=True)
 class Tokenization:
-    """What is to be tokenized, and how; the same always gives the same corpus.
+    """The input and the options that determine a corpus.
 
     Attributes:
-        tokenizer: made by `megaphase tokenizer train`, or another's.
+        tokenizer: made by `megaphase tokenizer train`, or an existing one.
         reading: how the files' records become documents.
-        tag: of translation pairs, the token between source and target.
-        shard: the part of the files.
+        tag: for translation pairs, the id of the token between source and target.
+        shard: the part of the files to tokenize.
     """
 
     inputs: Sequence[Path]
@@ -53,7 +53,8 @@ class Tokenization:
 
     @property
     def job(self) -> str:
-        """A digest of all this but the shard: the files by place, size and time of change."""
+        """A digest of everything but the shard, including the files' paths, sizes and change
+        times."""
         status = [(str(real_path(path)), path.stat()) for path in self.inputs if path != STDIN]
         return hash_json(
             {
@@ -66,12 +67,12 @@ class Tokenization:
 
     @property
     def shard_record(self) -> ShardOf:
-        """What the manifest of this part says."""
+        """The record of this shard for the manifest."""
         return ShardOf(job=self.job, number=self.shard.number, of=self.shard.of)
 
     @property
     def can_be_resumed(self) -> bool:
-        """Whether the same text can be read again."""
+        """Whether the input can be read again."""
         return STDIN not in self.inputs
 
 
@@ -92,47 +93,47 @@ def tokenize(
 ) -> Manifest:
     """Tokenize the documents of `inputs`, in order, into the corpus with the prefix `out`.
 
-    The files are the same for every number of workers, and for a run that was killed and started
-    again: it goes on where it was, having lost 12 MB of text a worker at most. Memory does not grow
-    with the input.
+    The result is the same for any number of workers, and for a run that was killed and started
+    again: it resumes, and repeats at most 12 MB of text per worker. Memory does not grow with the
+    input.
 
     Args:
         inputs: text files, see `megaphase.data_tools.text`.
         tokenizer_dir: made by `megaphase tokenizer train`, or a sentencepiece model.
-        out: prefix of the corpus's files; a shard's is `shard.prefix(out)`.
+        out: prefix of the corpus's files; that of a shard is `shard.prefix(out)`.
         reading: how the files' records become documents.
         tag: name of the token between the source and the target of translation pairs.
-        workers: most processes that encode; this one reads and writes.
+        workers: the maximum number of worker processes; this one reads and writes.
         shard: the part of the input to tokenize.
         drop_duplicates, shuffle_seed: see `merge`; the tokens are then written twice.
-        skip_wrong: whether a document that cannot be read is left out, and written to
-            `PREFIX.skipped.jsonl`, instead of ending it all.
+        skip_wrong: leave out documents that cannot be read, and list them in
+            `PREFIX.skipped.jsonl`, instead of stopping at the first one.
         overwrite: whether an existing corpus may be replaced.
-        console: where to show progress; nothing is shown without one.
+        console: where to show progress; None: do not show it.
 
-    Raises InputError where an input or the tokenizer is wrong, no input holds text, or the corpus
-    exists; RunError where a worker is killed or the disk is full. Nothing is left behind then but
-    the hidden folder from which the same tokenization goes on.
+    Raises InputError if an input or the tokenizer is invalid, no input contains text, or the
+    corpus exists; RunError if a worker is killed or the disk is full. Only a hidden folder is left
+    behind then, from which the same call resumes.
     """
     if workers < 1:
-        raise InputError("--workers", f"{workers} is no number of processes", "give 1 or more")
-    what = check_tokenization(inputs, tokenizer_dir, reading, tag, shard)
+        raise InputError("--workers", f"{workers} is not a number of processes", "give 1 or more")
+    tokenization = check_tokenization(inputs, tokenizer_dir, reading, tag, shard)
     in_order = not drop_duplicates and shuffle_seed is None
     if shard != WHOLE:
         if not in_order:
-            problem = "a shard knows nothing of the others: it takes no --dedup and no --shuffle"
-            raise InputError("--shard", problem, "give these to `megaphase data merge`")
+            problem = "--dedup and --shuffle need all shards"
+            raise InputError("--shard", problem, "pass them to `megaphase data merge`")
         prefix = shard.prefix(out)
-        if _is_whole(prefix, what) and not overwrite:
+        if _is_whole(prefix, tokenization) and not overwrite:
             return Manifest.read(prefix)
-        return _encode(what, prefix, True, workers, skip_wrong, overwrite, console)
+        return _encode(tokenization, prefix, True, workers, skip_wrong, overwrite, console)
     if in_order:
-        return _encode(what, out, False, workers, skip_wrong, overwrite, console)
+        return _encode(tokenization, out, False, workers, skip_wrong, overwrite, console)
     if not overwrite:
         refuse_existing(out)
     unordered = out.with_name(f".{out.name}.unordered")
-    if not _is_whole(unordered, what):
-        _encode(what, unordered, True, workers, skip_wrong, True, console)
+    if not _is_whole(unordered, tokenization):
+        _encode(tokenization, unordered, True, workers, skip_wrong, True, console)
     manifest = merge(
         [unordered],
         out,
@@ -152,7 +153,8 @@ def check_tokenization(
     tag: str | None,
     shard: ShardChoice,
 ) -> Tokenization:
-    """Check all that can be checked without reading text; see `tokenize`."""
+    """Check everything that can be checked without reading text; raises InputError as
+    `tokenize`."""
     if not inputs:
         raise InputError("", "no text file was given", "name at least one")
     for path in inputs:
@@ -167,14 +169,14 @@ def _tag_id(tokenizer: Tokenizer, reading: Reading, tag: str | None) -> int | No
     if reading.pair is None:
         if tag is not None:
             remedy = "leave it out, or give --source-key and --target-key"
-            raise InputError("--tag", "only translation pairs have one", remedy)
+            raise InputError("--tag", "only translation pairs have a tag", remedy)
         return None
-    there = ", ".join(tokenizer.tags) or "none"
-    remedy = f"the tokenizer's tags are {there}; `megaphase tokenizer train --tag` makes them"
+    known = ", ".join(tokenizer.tags) or "none"
+    remedy = f"the tokenizer's tags are {known}; `megaphase tokenizer train --tag` makes them"
     if tokenizer.reserved_tags:
         remedy += f", and reserved_0 to reserved_{len(tokenizer.reserved_tags) - 1} are free"
     if tag is None:
-        raise InputError("--tag", "translation pairs need the target's tag", remedy)
+        raise InputError("--tag", "translation pairs need a tag for the target", remedy)
     reserved = {f"reserved_{i}": token for i, token in enumerate(tokenizer.reserved_tags)}
     ids = tokenizer.tags | reserved
     if tag not in ids:
@@ -182,17 +184,17 @@ def _tag_id(tokenizer: Tokenizer, reading: Reading, tag: str | None) -> int | No
     return ids[tag]
 
 
-def _is_whole(prefix: Path, what: Tokenization) -> bool:
-    """Whether this part was tokenized already."""
+def _is_whole(prefix: Path, tokenization: Tokenization) -> bool:
+    """Return whether this part has already been tokenized."""
     try:
         shard = Manifest.read(prefix).shard
     except InputError:
         return False
-    return what.can_be_resumed and shard == what.shard_record
+    return tokenization.can_be_resumed and shard == tokenization.shard_record
 
 
 def _encode(
-    what: Tokenization,
+    tokenization: Tokenization,
     prefix: Path,
     is_part: bool,
     workers: int,
@@ -200,31 +202,35 @@ def _encode(
     overwrite: bool,
     console: Console | None,
 ) -> Manifest:
-    """Write the corpus with this prefix, from where a killed run of the same was.
+    """Write the corpus with this prefix, and resume if an earlier run of the same job was killed.
 
     Args:
-        is_part: whether the manifest says of what it is a part.
+        is_part: whether the manifest records which shard the corpus is.
     """
-    shard = what.shard
+    shard = tokenization.shard
     writer = CorpusWriter(
         prefix,
-        tokenizer_hash=what.tokenizer.fingerprint,
-        vocab_size=what.tokenizer.vocab_size,
-        eod=what.tokenizer.eod,
-        sources=["standard input" if path == STDIN else path.name for path in what.inputs],
-        tag=what.tag,
-        job=hash_json(what.shard_record.model_dump()) if what.can_be_resumed else "",
-        shard=what.shard_record if is_part else None,
+        tokenizer_hash=tokenization.tokenizer.fingerprint,
+        vocab_size=tokenization.tokenizer.vocab_size,
+        eod=tokenization.tokenizer.eod,
+        sources=["standard input" if path == STDIN else path.name for path in tokenization.inputs],
+        tag=tokenization.tag,
+        job=hash_json(tokenization.shard_record.model_dump())
+        if tokenization.can_be_resumed
+        else "",
+        shard=tokenization.shard_record if is_part else None,
         with_origins=True,
         may_be_empty=shard != WHOLE,
         overwrite=overwrite,
     )
-    encoder = ChunkEncoder(what.tokenizer, what.reading, what.tag, skip_wrong)
-    total_bytes = sum(map(size_on_disk, what.inputs)) // shard.of
+    encoder = ChunkEncoder(
+        tokenization.tokenizer, tokenization.reading, tokenization.tag, skip_wrong
+    )
+    total_bytes = sum(map(size_on_disk, tokenization.inputs)) // shard.of
     try:
         with writer, reading_progress(console, "tokenizing", total_bytes) as advance:
             if writer.manifest is None:
-                _write(writer, what, encoder, workers, advance)
+                _write(writer, tokenization, encoder, workers, advance)
     except (InputError, RunError, KeyboardInterrupt) as error:
         if writer.saved_documents:
             _raise_with_resume_hint(error, writer.saved_documents, console)
@@ -236,25 +242,29 @@ def _encode(
 def _raise_with_resume_hint(
     error: InputError | RunError | KeyboardInterrupt, documents: int, console: Console | None
 ) -> None:
-    """Raise the error again with what is saved; say it where Ctrl-C was pressed."""
+    """Raise the error again with the number of saved documents; after Ctrl-C, print it."""
     saved = f"{documents:,} documents are tokenized and saved"
     if isinstance(error, InputError):
-        go_on = "if a document is at fault, the same command with --on-error skip goes on there"
+        go_on = "if a document is the cause, the same command with --on-error skip resumes there"
         raise InputError(error.where, error.problem, f"{error.remedy}; {saved}: {go_on}") from None
     if isinstance(error, RunError):
-        raise RunError(f"{error}; {saved}: the same command goes on there") from None
+        raise RunError(f"{error}; {saved}: the same command resumes there") from None
     if console:
-        console.print(f"{saved}: the same command goes on there", soft_wrap=True, highlight=False)
+        console.print(f"{saved}: the same command resumes there", soft_wrap=True, highlight=False)
 
 
 def _write(
-    writer: CorpusWriter, what: Tokenization, encoder: ChunkEncoder, workers: int, advance: Advance
+    writer: CorpusWriter,
+    tokenization: Tokenization,
+    encoder: ChunkEncoder,
+    workers: int,
+    advance: Advance,
 ) -> None:
     note = writer.resumed or {"file": 0, "offset": 0, "line": 1, "file_bytes": 0}
     done_bytes = note["file_bytes"]
     advance(done_bytes, 0)
     unsaved = 0
-    with closing(ordered_map(encoder, _chunks(what, note), workers)) as encoded:
+    with closing(ordered_map(encoder, _chunks(tokenization, note), workers)) as encoded:
         for chunk in encoded:
             writer.add_batch(chunk.documents.batch)
             writer.count_skipped(empty=chunk.documents.empty)
@@ -264,19 +274,23 @@ def _write(
             advance(chunk.file_bytes, text_bytes)
             done_bytes += chunk.file_bytes
             unsaved += text_bytes
-            if unsaved >= SAVE_BYTES_PER_WORKER * workers and what.can_be_resumed:
+            if unsaved >= SAVE_BYTES_PER_WORKER * workers and tokenization.can_be_resumed:
                 place = {"file": chunk.file, **asdict(chunk.end), "file_bytes": done_bytes}
                 writer.save(place)
                 unsaved = 0
 
 
-def _chunks(what: Tokenization, begin: dict[str, int]) -> Iterator[tuple[int, TextChunk]]:
-    """The chunks of all files' parts, each with its file's number, from a saved place on."""
-    for part in parts_of(what.inputs, what.shard):
-        if part.file < begin["file"]:
+def _chunks(
+    tokenization: Tokenization, resume_at: dict[str, int]
+) -> Iterator[tuple[int, TextChunk]]:
+    """Yield the chunks of all files' parts, each with the file's index, from `resume_at` on."""
+    for part in parts_of(tokenization.inputs, tokenization.shard):
+        if part.file < resume_at["file"]:
             continue
-        here = part.file == begin["file"]
-        start = TextPosition(begin["offset"], begin["line"]) if here else TextPosition()
-        path = what.inputs[part.file]
-        for chunk in read_chunks(path, what.reading, start=start, begin=part.begin, end=part.end):
+        here = part.file == resume_at["file"]
+        start = TextPosition(resume_at["offset"], resume_at["line"]) if here else TextPosition()
+        path = tokenization.inputs[part.file]
+        for chunk in read_chunks(
+            path, tokenization.reading, start=start, begin=part.begin, end=part.end
+        ):
             yield part.file, chunk

@@ -1,1 +1,1 @@
-"""Tokenizers trained, looked at and measured."""
+"""Train, inspect and measure tokenizers."""

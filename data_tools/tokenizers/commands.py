@@ -1,4 +1,4 @@
-"""`megaphase tokenizer ...`: parse, call, print."""
+"""The `megaphase tokenizer ...` commands: they parse options, call the tools, print results."""
 
 from __future__ import annotations
 
@@ -24,13 +24,11 @@ if TYPE_CHECKING:
 DEFAULT_TEMPERATURE = 3.3
 TAGS_SHOWN = 12
 
-tokenizer_app = typer.Typer(
-    help="Train a tokenizer; look at one and measure it.", no_args_is_help=True
-)
+tokenizer_app = typer.Typer(help="Train, inspect and measure tokenizers.", no_args_is_help=True)
 
 
 class Algorithm(StrEnum):
-    """sentencepiece's algorithms that this project offers."""
+    """The training algorithms of sentencepiece that can be chosen."""
 
     unigram = "unigram"
     bpe = "bpe"
@@ -55,26 +53,26 @@ def train_tokenizer_command(
     template: Template = None,
     separator: Separator = None,
     tag: Annotated[
-        list[str], typer.Option(help="A task tag, for example a target language; repeatable.")
+        list[str], typer.Option(help="A task tag, such as a target language; repeatable.")
     ] = [],  # noqa: B006
     reserved_tags: Annotated[
-        int, typer.Option(min=0, max=1_000_000, help="Tags to keep room for.")
+        int, typer.Option(min=0, max=1_000_000, help="Number of spare tags.")
     ] = 16,
     user_symbol: Annotated[
         list[str],
-        typer.Option(help="Text that gets a token of its own and is never cut; repeatable."),
+        typer.Option(help="Text that gets its own token and is never split; repeatable."),
     ] = [],  # noqa: B006
     split_digits: Annotated[
         bool, typer.Option("--split-digits/--no-split-digits", help="Make every digit a token.")
     ] = True,
     max_sentences: Annotated[
-        int, typer.Option(min=1, max=MOST, help="Most lines to train on.")
+        int, typer.Option(min=1, max=MOST, help="Maximum number of training lines.")
     ] = 2_000_000,
     alpha: Annotated[
         float | None,
         typer.Option(
             callback=finite,
-            help="Share of a language with n characters: p ∝ n^alpha; 1 / temperature.",
+            help="Share of a language with n characters: p ∝ n^alpha (1 / temperature).",
         ),
     ] = None,
     temperature: Annotated[
@@ -82,19 +80,19 @@ def train_tokenizer_command(
         typer.Option(
             min=1.0,
             callback=finite,
-            help="Smooths the languages' shares of the text; 1 does not.",
+            help="Smooths the languages' shares of the text; 1 leaves them unchanged.",
             show_default=str(DEFAULT_TEMPERATURE),
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=MOST_SEED, help="Chooses the lines to train on.")
+        int, typer.Option(min=0, max=MOST_SEED, help="Seed for the choice of training lines.")
     ] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Train a sentencepiece tokenizer on several languages.
 
-    Files may be .jsonl or .txt, also .gz or .zst, or .parquet; a language may have several. Of
-    translation pairs both sides are trained on with --template "{src}\\n{tgt}".
+    Files may be .jsonl or .txt, also .gz or .zst, or .parquet; a language may have several. To
+    train on both sides of translation pairs, use --template "{src}\\n{tgt}".
 
     Example: megaphase tokenizer train --input en=en.jsonl.gz --input hi=hi.jsonl.gz
     --vocab-size 16000 --out tok/
@@ -126,7 +124,7 @@ def train_tokenizer_command(
 @tokenizer_app.command("inspect")
 def inspect_tokenizer_command(
     path: Annotated[
-        Path, typer.Argument(help="A tokenizer of ours, a .model file, a Hugging Face directory.")
+        Path, typer.Argument(help="A tokenizer directory, .model file or Hugging Face directory.")
     ],
     inputs: Annotated[
         list[str],
@@ -140,7 +138,7 @@ def inspect_tokenizer_command(
     template: Template = None,
     separator: Separator = None,
 ) -> None:
-    """Show what a tokenizer is, and how well it serves each language.
+    """Show a tokenizer's properties, and how well it serves each language.
 
     Example: megaphase tokenizer inspect tok/ --input en=en.jsonl.gz --input hi=hi.jsonl.gz
     """
@@ -163,7 +161,7 @@ def inspect_tokenizer_command(
 
 
 def _by_language(inputs: list[str]) -> dict[str, list[Path]]:
-    """The files of each language, from `LANGUAGE=FILE` arguments."""
+    """Group the files of `LANGUAGE=FILE` arguments by language."""
     from megaphase.data_tools.text import expand_inputs
 
     files: dict[str, list[str]] = {}
@@ -179,9 +177,11 @@ def _temperature(alpha: float | None, temperature: float | None) -> float:
     if alpha is None:
         return DEFAULT_TEMPERATURE if temperature is None else temperature
     if temperature is not None:
-        raise InputError("--alpha", "says the same as --temperature", "give one of them")
+        raise InputError("--alpha", "cannot be combined with --temperature", "give one of them")
     if not 0 <= alpha <= 1:
-        raise InputError("--alpha", f"{alpha} is not between 0 and 1", "1 takes the text as it is")
+        raise InputError(
+            "--alpha", f"{alpha} is not between 0 and 1", "1 leaves the shares unchanged"
+        )
     return 1 / alpha if alpha else math.inf
 
 

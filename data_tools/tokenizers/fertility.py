@@ -1,4 +1,4 @@
-"""How well a vocabulary serves each language."""
+"""Measure how well a vocabulary serves each language."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from rich.table import Table
 
 from megaphase.tokenizer import Fertility, Tokenizer
 
-# Bytes a token say little across scripts: a letter of Hindi has three, one of English has one. A
-# word is about as much in one language as in another, unless there is no space between words.
+# Bytes per token are not comparable across scripts: a letter of Hindi has three bytes, one of
+# English has one. Words are comparable, unless a language puts no spaces between them.
 _MOST_BYTES_OF_WORD = 40
-# What is worse than this learns, and is generated, at a multiple of the cost.
+# With a fertility this many times the best one's, training and generation cost a multiple.
 _BAD_TIMES_BEST = 2.0
 _BAD_SHARE_SPELLED = 0.05
 
 
 def measure_fertility(tokenizer: Tokenizer, texts: Sequence[str], *, held_out: bool) -> Fertility:
-    """How finely `texts` are cut."""
+    """Measure into how many tokens `texts` are split."""
     tokens = spelled = 0
     is_spelled = tokenizer.is_spelled()
     for ids in tokenizer.encode_arrays(texts):
@@ -35,8 +35,8 @@ def measure_fertility(tokenizer: Tokenizer, texts: Sequence[str], *, held_out: b
 
 
 def badly_served(languages: Mapping[str, Fertility]) -> list[str]:
-    """Languages with more than twice the tokens a word of the best one, or with more than 5 % of
-    the tokens spelling characters that the vocabulary lacks; the worst first."""
+    """Return the languages with more than twice the tokens per word of the best one, or with more
+    than 5 % of the tokens spelling characters that the vocabulary lacks; the worst first."""
     with_words = [it.tokens_per_word for it in languages.values() if _has_words(it)]
     most = _BAD_TIMES_BEST * min(with_words, default=0.0)
     bad = [
@@ -49,7 +49,7 @@ def badly_served(languages: Mapping[str, Fertility]) -> list[str]:
 
 
 def fertility_table(languages: Mapping[str, Fertility], *, given_text: bool = False) -> Table:
-    """One row a language, the worst served first; `given_text` is neither of the training."""
+    """Return a table with a row per language, the worst first; `given_text`: the user's text."""
     table = Table(title="How the vocabulary serves each language", title_justify="left")
     table.add_column("language")
     for column in ("bytes per token", "tokens per word", "spelled in bytes", "measured on"):
@@ -70,10 +70,10 @@ def fertility_table(languages: Mapping[str, Fertility], *, given_text: bool = Fa
 
 
 def _tokens_per_word(fertility: Fertility) -> float:
-    """0 where words are not known."""
+    """Return the mean number of tokens per word; 0 if the language does not separate words."""
     return fertility.tokens_per_word if _has_words(fertility) else 0.0
 
 
 def _has_words(fertility: Fertility) -> bool:
-    """Whether the language puts spaces between its words."""
+    """Return whether the language puts spaces between its words."""
     return fertility.bytes_per_token * fertility.tokens_per_word <= _MOST_BYTES_OF_WORD

@@ -1,4 +1,4 @@
-"""Which lines of which language a tokenizer is trained on."""
+"""Sample the lines of each language on which a tokenizer is trained."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from megaphase.data_tools.text import Reading, display_name, read_chunks, read_d
 from megaphase.utils.errors import InputError
 from megaphase.utils.progress import Advance
 
-# sentencepiece drops longer sentences (4,192 bytes; a character has at most 4).
+# sentencepiece drops longer sentences (4,192 bytes; a character has at most 4 bytes).
 LONGEST_SENTENCE = 1024
 
-# One sentence in so many is kept out, to measure how well the vocabulary serves the language.
+# One sentence in this many is held out to measure how well the vocabulary serves the language.
 _HELD_OUT_ONE_IN = 64
 _EVALUATION_SENTENCES = 10_000
 
 
 @dataclass
 class Survey:
-    """The text of one language, counted.
+    """Counts over the text of one language.
 
     Attributes:
-        characters: of the sentences for training.
-        sentences: how many there are.
-        held_out: sentences kept out of training, at most 10,000.
+        characters: number of characters in the sentences for training.
+        sentences: number of sentences for training.
+        held_out: sentences held out from training, at most 10,000.
         first: the first sentences for training, at most 10,000.
     """
 
@@ -39,14 +39,14 @@ class Survey:
 
     @property
     def evaluation_text(self) -> list[str]:
-        """The held-out sentences, or, where there is none, some that were trained on."""
+        """The held-out sentences or, if there are none, some that were trained on."""
         return self.held_out or self.first
 
 
 def survey_language(
     language: str, files: Sequence[Path], reading: Reading, advance: Advance = lambda *_: None
 ) -> Survey:
-    """Read all of a language's text once; InputError where it has none."""
+    """Read all of a language's text once; raise InputError if it has none."""
     survey = Survey()
     for sentence, held_out in _sentences(files, reading, advance):
         if not held_out:
@@ -63,10 +63,10 @@ def survey_language(
 def uses_per_sentence(
     surveys: Mapping[str, Survey], temperature: float, max_sentences: int
 ) -> dict[str, float]:
-    """How often each language's sentences are used, on average.
+    """Return how often each language's sentences are used, on average.
 
-    The languages' shares of the characters are smoothed: p ∝ n^(1/temperature). The whole sample
-    has as many characters as the text, unless that is more than `max_sentences` sentences.
+    The languages' shares of the characters are smoothed: p ∝ n^(1/temperature). The sample has as
+    many characters as the text, unless that would be more than `max_sentences` sentences.
     """
     total = sum(survey.characters for survey in surveys.values())
     smoothed = {name: survey.characters ** (1 / temperature) for name, survey in surveys.items()}
@@ -79,8 +79,8 @@ def uses_per_sentence(
 def sample_sentences(
     language: str, files: Sequence[Path], reading: Reading, uses: float, seed: int
 ) -> Iterator[str]:
-    """The sentences for training, in order, each floor(uses) times or, by chance, once more."""
-    # Seeded by text, which Python hashes alike on every platform.
+    """Yield the training sentences in order, each floor(uses) times or, at random, once more."""
+    # Python hashes a string seed in the same way on every platform.
     generator = random.Random(f"{seed} {language}")
     whole, rest = divmod(uses, 1.0)
     for sentence, held_out in _sentences(files, reading):
@@ -90,7 +90,7 @@ def sample_sentences(
 
 
 def first_sentences(language: str, files: Sequence[Path], reading: Reading) -> list[str]:
-    """The first 10,000 sentences, to measure a tokenizer on; InputError where there is none."""
+    """Return the first 10,000 sentences, for measuring; raise InputError if there are none."""
     sentences = (sentence for sentence, _ in _sentences(files, reading))
     first = list(islice(sentences, _EVALUATION_SENTENCES))
     if not first:
@@ -99,7 +99,7 @@ def first_sentences(language: str, files: Sequence[Path], reading: Reading) -> l
 
 
 def sentences_of(text: str) -> Iterator[str]:
-    """The lines of a text that are not blank, long ones cut."""
+    """Yield the lines of a text that are not blank, with long ones split."""
     for line in text.split("\n"):
         if line and not line.isspace():
             for start in range(0, len(line), LONGEST_SENTENCE):
@@ -114,7 +114,7 @@ def _no_text(language: str, files: Sequence[Path]) -> InputError:
 def _sentences(
     files: Sequence[Path], reading: Reading, advance: Advance = lambda *_: None
 ) -> Iterator[tuple[str, bool]]:
-    """Each sentence, and whether it is kept out of training; the first never is."""
+    """Yield each sentence, and whether it is held out; the first one never is."""
     is_first = True
     for chunk in chain.from_iterable(read_chunks(path, reading) for path in files):
         for document in read_documents(chunk, reading):

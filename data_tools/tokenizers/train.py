@@ -40,22 +40,22 @@ ModelType = Literal["unigram", "bpe"]
 EOD_PIECE = "<eod>"
 UNKNOWN_PIECE = "<unk>"
 
-# Each has its own token, which nothing merges with.
+# Each has its own token and is never merged with other characters.
 _WHITESPACE_PIECES = ("\n", "\t")
 _TAG_NAME = re.compile(r"[^\s<>]+")
-# What text can be taken for: a space is no character of a piece.
+# A symbol must not contain a space: in pieces, a space is written as U+2581.
 _NO_SYMBOL = re.compile(rf"[ {SPACE_SYMBOL}]")
 _TAKEN_TAG_NAME = re.compile(r"eod|unk|reserved_\d+|0x[0-9A-F]{2}")
 
-# sentencepiece adds up each thread's sums, so another number would give another vocabulary.
+# The number of threads changes the order of sentencepiece's sums, and thus the vocabulary.
 _TRAINING_THREADS = 16
-# Above, sentencepiece's suffix array needs 64-bit numbers.
+# From this size on, sentencepiece's suffix array needs 64-bit indices.
 _LARGE_CHARACTERS = 1 << 30
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """All that the training process needs."""
+    """The arguments of the training process."""
 
     inputs: Mapping[str, Sequence[Path]]
     uses: Mapping[str, float]
@@ -89,10 +89,10 @@ def train_tokenizer(
     """Train a tokenizer on the text of several languages and write its directory.
 
     So that low-resource languages get their part of the vocabulary, a language with n characters
-    of text makes up a share p ∝ n^(1/temperature) of the training text: sentences of the larger
-    languages are left out by chance, those of the smaller ones are repeated. Text is not
-    normalized, and what is not in the vocabulary is spelled in bytes, so nothing is lost. The
-    result depends on the arguments and the text only.
+    of text makes up a share p ∝ n^(1/temperature) of the training text: random sentences of the
+    larger languages are left out, and sentences of the smaller ones are repeated. Text is not
+    normalized, and characters outside the vocabulary are spelled in bytes, so encoding is
+    lossless. The result depends only on the arguments and the text.
 
     Args:
         inputs: text files of each language, see `megaphase.data_tools.text`.
@@ -100,19 +100,19 @@ def train_tokenizer(
         vocab_size: number of ids, of which EOD, unknown, newline, tab, tags and bytes take
             260 + len(tags) + reserved_tags + len(user_symbols).
         model_type: "unigram" or "bpe".
-        reading: how the text is read; not as pairs.
+        reading: how the files' records become documents; not as pairs.
         tags: names of task tags; each gets a control token that no text encodes to.
-        reserved_tags: how many control tokens to keep for tags that are needed later.
-        user_symbols: texts that get a token each, are never cut and never merged with others.
-        split_digits: whether every digit is a token.
-        max_sentences: most lines to train on, all languages together; bounds the memory.
-        temperature: 1 takes the text as it is, more makes the languages' shares more equal.
-        seed: chooses the sentences.
+        reserved_tags: number of control tokens to reserve for later tags.
+        user_symbols: texts that get one token each, are never split and never merged with others.
+        split_digits: whether every digit is its own token.
+        max_sentences: maximum number of training lines, all languages together; bounds the memory.
+        temperature: 1 keeps the languages' shares of the text; a higher one makes them more equal.
+        seed: determines the choice of sentences.
         overwrite: whether an existing tokenizer may be replaced.
-        console: where to show progress; nothing is shown without one.
+        console: where to show progress; None: do not show it.
 
-    Raises InputError where an input or argument is wrong, or the text is too small or too varied
-    for the vocabulary; RunError where the training process is killed.
+    Raises InputError if an input or argument is invalid, or the text is too small or too varied
+    for the vocabulary; RunError if the training process is killed.
     """
     _check_inputs(inputs)
     for option, value, least in (
@@ -179,7 +179,7 @@ def _check_user_symbols(symbols: Sequence[str], tags: Sequence[str]) -> None:
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
-    """A tokenizer is replaced only where asked for, anything else never."""
+    """Replace a tokenizer only with `overwrite`, and anything else never."""
     if not out.is_dir():
         if out.exists():
             raise InputError(out, "exists and is not a directory", "choose another --out")
@@ -187,7 +187,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
     names = {path.name for path in out.iterdir()}
     if names - {MODEL_NAME, RECORD_NAME}:
         other = min(names - {MODEL_NAME, RECORD_NAME})
-        raise InputError(out, f"holds other files, as {other}", "choose another --out")
+        raise InputError(out, f"contains other files, such as {other}", "choose another --out")
     if names and not overwrite:
         raise InputError(out, "exists already", "pass --overwrite or choose another --out")
 
@@ -204,8 +204,8 @@ def _survey(
 
 
 def _train_in_process(job: TrainingJob) -> bytes:
-    """Train in a process of its own: sentencepiece cannot be interrupted, and when memory runs
-    out the system kills it."""
+    """Train in a separate process: sentencepiece cannot be interrupted, and the system may kill it
+    when memory runs out."""
     try:
         (model,) = ordered_map(train_model, [job], workers=1)
     except RuntimeError as error:
@@ -214,20 +214,20 @@ def _train_in_process(job: TrainingJob) -> bytes:
 
 
 def train_model(job: TrainingJob) -> bytes:
-    """The bytes of a sentencepiece model."""
+    """Train and return the bytes of a sentencepiece model."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=_sentences(job),
         model_writer=model,
         model_type=job.model_type,
         vocab_size=job.vocab_size,
-        # Lossless: every character comes back as it was.
+        # Lossless: decoding restores every character.
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         byte_fallback=True,
         allow_whitespace_only_pieces=True,
-        # Where it is no piece, byte fallback spells it, and a space comes back as U+2581.
+        # If it were not a piece, byte fallback would spell it, and decode a space as U+2581.
         required_chars=SPACE_SYMBOL,
         split_digits=job.split_digits,
         eos_id=0,
@@ -253,7 +253,7 @@ def _sentences(job: TrainingJob) -> Iterator[str]:
 
 
 def _explained(error: RuntimeError, job: TrainingJob) -> InputError | RunError:
-    """sentencepiece's error in the user's words."""
+    """Translate sentencepiece's error to an error about the command's options."""
     message = " ".join(str(error).split())
     where, asked = "--vocab-size", f"{job.vocab_size:,}"
     if found := re.search(r"too high .* value <= (\d+)", message):
@@ -265,7 +265,7 @@ def _explained(error: RuntimeError, job: TrainingJob) -> InputError | RunError:
         problem = f"{asked} has no room for the bytes, tags and characters of this text"
         return InputError(where, problem, f"choose {least} or more")
     if re.search(r"all_chars_count|!(seed_)?sentence(s_|pieces)\.empty", message):
-        problem = "the text has nothing that pieces can be made of"
+        problem = "the text is too small to make pieces from"
         return InputError("--input", problem, "give more text")
     return RunError(f"sentencepiece failed: {message}")
 

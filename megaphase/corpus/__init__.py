@@ -1,20 +1,20 @@
 """Tokenized documents of one task, in Megatron-LM's MMIDIDX format.
 
-A corpus with the prefix P is six files:
+A corpus with the prefix P consists of six files:
 
 | file   | holds |
 | ------ | --- |
 | P.bin  | the tokens of all documents, one after the other, each ended by EOD |
 | P.idx  | Megatron-LM's index: lengths, byte offsets, document boundaries |
-| P.hash | u64 a document: the digest of its text, by which documents are held out |
-| P.sum  | two u32 a document: bytes of its UTF-8 text, checksum of its tokens and hash |
-| P.blocks | u32 a block of 1,024 bytes of P.bin: its checksum |
-| P.json | the manifest; it is written last, so a corpus with a manifest is whole |
+| P.hash | u64 per document: the digest of its text, used to hold out documents |
+| P.sum  | two u32 per document: bytes of its UTF-8 text, checksum of its tokens and hash |
+| P.blocks | u32 per block of 1,024 bytes of P.bin: its checksum |
+| P.json | the manifest; it is written last, so a corpus with a manifest is complete |
 
-Megatron-LM reads the first two, and needs no other. Corpora of an earlier version have no P.blocks;
-what is read of them is checked by whole documents. P.sources and P.ids say where the documents
-come from, see `megaphase.corpus.origins`. Where documents could not be read and were left out,
-P.skipped.jsonl lists them.
+Megatron-LM needs only the first two. Corpora of an earlier version have no P.blocks; their tokens
+are verified by whole documents when they are read. P.sources and P.ids record where the documents
+come from, see `megaphase.corpus.origins`. If documents were left out because they could not be
+read, P.skipped.jsonl lists them.
 """
 
 from megaphase.corpus.batch import DocumentBatch

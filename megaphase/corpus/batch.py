@@ -1,4 +1,4 @@
-"""Tokenized documents on their way from one place to another."""
+"""Batches of tokenized documents."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DocumentBatch:
         lengths: integers [documents], in tokens, EOD included.
         hashes: u64 [documents], `document_hash` of each text.
         sums: SUM_DTYPE [documents], see `megaphase.corpus`.
-        origins: where the documents come from; None where nothing tells.
+            origins: where the documents come from; None if it is not known.
     """
 
     tokens: np.ndarray
@@ -44,11 +44,11 @@ class DocumentBatch:
         text_bytes: Sequence[int] | np.ndarray,
         origins: Origins | None = None,
     ) -> DocumentBatch:
-        """A batch with the checksums of its documents.
+        """Make a batch and compute the checksums of its documents.
 
         Args:
-            tokens: in the type in which they are stored.
-            text_bytes: of each document's UTF-8 text.
+            tokens: in the dtype in which they are stored.
+            text_bytes: size of each document's UTF-8 text.
         """
         sums = np.empty(len(lengths), SUM_DTYPE)
         sums["text_bytes"] = text_bytes
@@ -57,11 +57,11 @@ class DocumentBatch:
 
     @property
     def text_bytes(self) -> int:
-        """Bytes of the documents' UTF-8 text."""
+        """Size of the documents' UTF-8 text in bytes."""
         return int(self.sums["text_bytes"].sum(dtype=np.int64))
 
     def select(self, keep: np.ndarray) -> DocumentBatch:
-        """The documents for which `keep`, bool [documents], holds."""
+        """Return the documents that are marked in `keep`, bool [documents]."""
         return DocumentBatch(
             self.tokens[np.repeat(keep, self.lengths)],
             self.lengths[keep],
@@ -71,7 +71,7 @@ class DocumentBatch:
         )
 
     def reorder(self, order: np.ndarray) -> DocumentBatch:
-        """The documents in another order, integers [documents]."""
+        """Return the documents in another order, integers [documents]."""
         parts = np.split(self.tokens, np.cumsum(self.lengths)[:-1])
         tokens = np.concatenate([self.tokens[:0], *(parts[i] for i in order)])
         origins = None if self.origins is None else self.origins.reorder(order)
@@ -83,7 +83,7 @@ class DocumentBatch:
 def checksums(
     tokens: np.ndarray, lengths: np.ndarray, hashes: np.ndarray, text_bytes: np.ndarray
 ) -> np.ndarray:
-    """`document_checksum` of every document of a batch, u32 [documents]."""
+    """Return `document_checksum` of every document of a batch, u32 [documents]."""
     view = memoryview(np.ascontiguousarray(tokens).view(np.uint8))  # type: ignore[arg-type]
     ends = (np.cumsum(lengths, dtype=np.int64) * tokens.itemsize).tolist()
     figures = zip([0, *ends], ends, hashes.tolist(), text_bytes.tolist(), strict=False)
@@ -92,7 +92,7 @@ def checksums(
 
 
 def join(batches: Sequence[DocumentBatch]) -> DocumentBatch:
-    """The documents of several batches as one; all of them have origins, or none has."""
+    """Concatenate several batches; either all of them have origins or none has."""
     origins = [batch.origins for batch in batches if batch.origins is not None]
     tokens, lengths, hashes, sums = (
         np.concatenate([getattr(batch, name) for batch in batches])
@@ -103,7 +103,7 @@ def join(batches: Sequence[DocumentBatch]) -> DocumentBatch:
 
 
 def batches_of(corpus: Corpus, tokens: int = BATCH_TOKENS) -> Iterator[DocumentBatch]:
-    """All documents of a corpus in order, about so many tokens at a time, as views."""
+    """Yield all documents of a corpus in order, about `tokens` tokens at a time, as views."""
     for first, count in runs_of_tokens(corpus.lengths, tokens):
         chosen = slice(first, first + count)
         lengths = corpus.lengths[chosen]
@@ -119,7 +119,7 @@ def batches_of(corpus: Corpus, tokens: int = BATCH_TOKENS) -> Iterator[DocumentB
 
 
 def runs_of_tokens(lengths: np.ndarray, tokens: int) -> Iterator[tuple[int, int]]:
-    """Cut documents into runs, (first, count), of at most so many tokens or one document."""
+    """Split documents into runs (first, count) of at most `tokens` tokens, or of one document."""
     first, ahead = 0, 1024
     while first < len(lengths):
         ends = np.cumsum(lengths[first : first + ahead], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Checksums of the blocks of a .bin that is being written."""
+"""Checksums of the blocks of a .bin while it is written."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from megaphase.corpus._checksums import BLOCK_BYTES, block_checksums
 
 
 class BlockSums:
-    """Takes the bytes of a file as they are appended to it; gives the checksums of its blocks."""
+    """Computes the checksums of a file's blocks from the bytes appended to it."""
 
     def __init__(self) -> None:
         self._begun = np.empty(0, np.uint8)
 
     @classmethod
     def at_end_of(cls, path: Path) -> BlockSums:
-        """For a file whose whole blocks have been given already."""
+        """Resume at the end of a file whose complete blocks have already been summed."""
         sums = cls()
         with open(path, "rb") as file:
             size = file.seek(0, 2)
@@ -26,7 +26,7 @@ class BlockSums:
         return sums
 
     def add(self, data: np.ndarray) -> np.ndarray:
-        """u8 [bytes] to u32 [blocks that are whole by now]."""
+        """Add bytes, u8 [bytes], and return the checksums of the completed blocks, u32 [blocks]."""
         missing = -len(self._begun) % BLOCK_BYTES
         first = np.concatenate([self._begun, data[:missing]])
         rest = data[missing:]
@@ -38,5 +38,5 @@ class BlockSums:
         return np.concatenate([block_checksums(first), block_checksums(rest[:whole])])
 
     def end(self) -> np.ndarray:
-        """u32 [0 or 1], of the last block, which is shorter."""
+        """Return the checksum of the last, shorter block, u32 [0 or 1]."""
         return block_checksums(self._begun)

@@ -1,9 +1,9 @@
-"""The bytes of Megatron-LM's MMIDIDX index, and the digest of a document.
+"""The binary format of Megatron-LM's MMIDIDX index, and the digests of a document.
 
 Little-endian and without padding: 9 bytes of magic, u64 version, u8 code of the tokens' dtype,
 u64 number of sequences S, u64 length of document_indices (documents + 1); then i32[S] lengths in
-tokens, i64[S] byte offsets into the .bin, i64[documents + 1] document_indices, which say with
-which sequence each document begins. Corpora written here have one sequence a document.
+tokens, i64[S] byte offsets into the .bin, i64[documents + 1] document_indices: the index of each
+document's first sequence. Corpora written by Megaphase have one sequence per document.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {
 }
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 
-# Megatron-LM's own limit for two-byte tokens.
+# Megatron-LM's limit for two-byte tokens.
 LARGEST_U16_VOCAB = 65_500
 
 _CHUNK_ITEMS = 1 << 18
@@ -51,12 +51,12 @@ _REMEDY = "tokenize again"
 
 @dataclass(frozen=True)
 class Index:
-    """An .idx file; the arrays are memory-mapped and, 34 bytes into the file, not aligned.
+    """An .idx file; the arrays are memory-mapped and, since they begin at byte 34, not aligned.
 
     Attributes:
-        dtype: of the tokens in the .bin.
+        dtype: dtype of the tokens in the .bin.
         lengths: i32 [sequences], in tokens.
-        byte_offsets: i64 [sequences], of each sequence in the .bin.
+        byte_offsets: i64 [sequences], position of each sequence in the .bin.
         document_indices: i64 [documents + 1], from 0 to the number of sequences.
     """
 
@@ -67,32 +67,33 @@ class Index:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The dtype in which Megatron-LM stores the tokens of a vocabulary."""
+    """Return the dtype in which Megatron-LM stores the tokens of a vocabulary of this size."""
     return np.dtype("<u2") if vocab_size < LARGEST_U16_VOCAB else np.dtype("<i4")
 
 
 def document_hash(utf8: bytes) -> bytes:
-    """BLAKE2b-64 of a document's UTF-8 text, as the 8 bytes that .hash stores."""
+    """Return the BLAKE2b-64 digest of a document's UTF-8 text, the 8 bytes stored in .hash."""
     return hashlib.blake2b(utf8, digest_size=HASH_DTYPE.itemsize).digest()
 
 
 def document_checksum(tokens: Any, text_hash: int, text_bytes: int) -> int:
-    """32 bits that change with any byte of a document's tokens, as they are stored, or with the
-    hash or the size of its text."""
+    """Return a 32-bit checksum of a document's tokens, as they are stored, and of the hash and the
+    size in bytes of its text."""
     seed = (text_hash + text_bytes) & 0xFFFFFFFFFFFFFFFF
     return xxhash.xxh3_64_intdigest(tokens, seed) & 0xFFFFFFFF
 
 
 def blocks_of(size: int) -> int:
-    """Blocks of a .bin of so many bytes; the last may be shorter than the others."""
+    """Return the number of blocks of a .bin of `size` bytes; the last block may be shorter."""
     return -(-size // BLOCK_BYTES)
 
 
 def read_index(path: Path) -> Index:
     """Map an .idx file into memory.
 
-    The checks read the header and the ends of the arrays, not all of the file. Raises InputError
-    where the file is missing, cut off or too long, of another format, version or token dtype.
+    Only the header and the ends of the arrays are checked, so not all of the file is read. Raises
+    InputError if the file is missing, truncated or too long, or of an unknown format, version or
+    token dtype.
     """
     size = path.stat().st_size if path.is_file() else None
     if size is None:
@@ -131,11 +132,11 @@ def read_index(path: Path) -> Index:
 
 
 def write_index(write: Callable[[Any], object], dtype: np.dtype, lengths: np.ndarray) -> None:
-    """Write an index of one sequence a document, in chunks.
+    """Write an index with one sequence per document, in chunks.
 
     Args:
-        write: takes one piece of the file after the other.
-        dtype: of the tokens in the .bin.
+        write: is called with consecutive pieces of the file.
+        dtype: dtype of the tokens in the .bin.
         lengths: i32 [documents], in tokens, EOD included; may be memory-mapped.
     """
     documents = len(lengths)

@@ -1,4 +1,4 @@
-"""A file that is hashed on the way to the disk."""
+"""A file whose digest is computed while it is written."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _CHUNK_BYTES = 1 << 20
 
 
 class HashedFile:
-    """Appends to a file; `record` forces it to the disk and says what is there."""
+    """Appends to a file; `record` flushes it to disk and returns its size and digest."""
 
     def __init__(self, path: Path, size: int = 0) -> None:
-        """Go on with the first `size` bytes that are there, which are read for the digest."""
+        """Keep the first `size` bytes of an existing file, read them for the digest, and append."""
         self.path = path
         self._digest = new_hash()
         self._bytes = size
@@ -32,7 +32,7 @@ class HashedFile:
         """Append the bytes of any contiguous buffer."""
         view = memoryview(data)
         view = view.cast("B") if view.nbytes else view[:0]
-        # In chunks, so that what is hashed is still in the cache when it is copied.
+        # In chunks, so that the hashed bytes are still in the cache when they are copied.
         for start in range(0, view.nbytes, _CHUNK_BYTES):
             chunk = view[start : start + _CHUNK_BYTES]
             self._digest.update(chunk)
@@ -41,22 +41,22 @@ class HashedFile:
 
     @property
     def size(self) -> int:
-        """Bytes written so far."""
+        """Number of bytes written so far."""
         return self._bytes
 
     @property
     def digest(self) -> str:
-        """Of everything written so far."""
+        """Digest of all bytes written so far."""
         return str(self._digest.hexdigest())
 
     def record(self) -> FileRecord:
-        """Force everything to the disk; size and digest of what was written so far."""
+        """Flush everything to disk and return the size and digest of the file so far."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return FileRecord(bytes=self._bytes, hash=self.digest)
 
     def close(self) -> None:
-        """Write no more."""
-        # Closing writes what is left, which a full disk refuses.
+        """Close the file."""
+        # Closing flushes the buffer, which fails on a full disk.
         with suppress(OSError):
             self._file.close()

@@ -1,8 +1,9 @@
-"""Whether the files of corpora are those that were written.
+"""Verify that the files of corpora have not been altered.
 
-What is small beside the tokens is compared with the manifest at every start: .idx, .hash, .sum and
-.blocks, and a .bin of at most SMALL_BIN_BYTES or, in a corpus of an earlier version, without
-.blocks. Any other .bin is checked where it is read, block by block, see csrc/token_check.hpp.
+Files that are small compared to the tokens are compared with the manifest at every start: .idx,
+.hash, .sum and .blocks, and also a .bin of at most SMALL_BIN_BYTES or without .blocks (in a corpus
+of an earlier version). Any other .bin is verified block by block when it is read, see
+csrc/token_check.hpp.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ _REMEDY = "put back the file that was there, or tokenize again"
 
 
 def check_files(corpora: Sequence[Corpus], number: int = 0, of: int = 1) -> None:
-    """Compare small files of corpora with their manifests, and a .bin that is not checked later.
+    """Compare small files of corpora, and each .bin that is not verified later, with the manifests.
 
     Args:
-        number: of this process among `of` that share the work.
+        number: index of this process among the `of` processes that share the work.
 
     Raises:
         InputError: a file has been altered.
@@ -51,14 +52,14 @@ def check_files(corpora: Sequence[Corpus], number: int = 0, of: int = 1) -> None
 
 
 def check_document(corpus: Corpus, document: int) -> None:
-    """InputError where a document is not the one that was written, or not of the vocabulary."""
+    """Raise InputError if a document was altered, or has a token outside the vocabulary."""
     error = _error_of_document(corpus, document)
     if error is not None:
         raise error
 
 
 def wrong_tokens(corpus: Corpus, first: int, last: int) -> InputError:
-    """What is wrong where the tokens [first, last) of the .bin were found to be so."""
+    """Return the error for the tokens [first, last) of the .bin, which failed verification."""
     itemsize = corpus.tokens.itemsize
     document = bisect_right(corpus.byte_offsets, first * itemsize) - 1
     while document < len(corpus.lengths) and corpus.byte_offsets[document] < last * itemsize:
@@ -68,11 +69,11 @@ def wrong_tokens(corpus: Corpus, first: int, last: int) -> InputError:
         document += 1
     problem = f"bytes {first * itemsize:,} to {last * itemsize - 1:,} have another checksum than "
     path = corpus_file(corpus.prefix, ".bin")
-    return InputError(path, f"{problem}{corpus.prefix}{BLOCKS_SUFFIX} says", _REMEDY)
+    return InputError(path, f"{problem}{corpus.prefix}{BLOCKS_SUFFIX} records", _REMEDY)
 
 
 def altered_document(corpus: Corpus, document: int, why: str) -> InputError:
-    """The error that says where in the .bin an altered document is; `why`: how that was found."""
+    """Return the error with the position of an altered document; `why`: how that was found."""
     begin = int(corpus.byte_offsets[document])
     end = begin + int(corpus.lengths[document]) * corpus.tokens.itemsize
     problem = f"was altered in document {document} (bytes {begin:,} to {end - 1:,}): {why}"
@@ -86,10 +87,10 @@ def _error_of_file(corpus: Corpus, suffix: str) -> InputError | None:
             return None
     except OSError as error:
         return InputError(path, f"cannot be read ({error.strerror})", _REMEDY)
-    # Where the index is altered, too, it cannot say which document it is.
+    # If the index is altered too, it cannot be used to find the document.
     if suffix == ".bin" and _error_of_file(corpus, ".idx") is None:
         return wrong_tokens(corpus, 0, len(corpus.tokens))
-    return InputError(path, "was altered: its hash is not the manifest's", _REMEDY)
+    return InputError(path, "was altered: its hash differs from the manifest's", _REMEDY)
 
 
 def _error_of_document(corpus: Corpus, document: int) -> InputError | None:

@@ -1,4 +1,4 @@
-"""`PREFIX.json`: what a corpus is, and the digests by which an altered file is found."""
+"""`PREFIX.json`: the properties of a corpus, and digests with which altered files are found."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MANIFEST_SUFFIX = ".json"
 CorpusKind = Literal["lm", "translation"]
 Count = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
-# Of which file names are made.
+# The suffixes are used in file names.
 Suffix = Annotated[str, Field(pattern=r"\A(\.[a-z]+)+\z")]
 
 
 def corpus_file(prefix: Path | str, suffix: str) -> Path:
-    """`PREFIX` + suffix; the prefix may itself contain dots."""
+    """Return `PREFIX` + suffix; the prefix may contain dots."""
     return Path(f"{prefix}{suffix}")
 
 
@@ -39,12 +39,12 @@ class FileRecord(BaseModel):
 
 
 class ShardOf(BaseModel):
-    """Which part of a corpus another one is.
+    """Identifies a corpus as one shard of another one.
 
     Attributes:
         job: digest of the text files and options; the same for all shards of one corpus.
-        number: from 0.
-        of: how many there are.
+        number: index of the shard, from 0.
+        of: number of shards.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,26 +55,26 @@ class ShardOf(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The figures of a corpus.
+    """The properties of a corpus.
 
     Attributes:
         tokenizer_hash: digest of the `tokenizer.model` that made the tokens.
         vocab_size: number of token ids; all tokens are below it.
         eod: the id that ends each document.
-        dtype: of the tokens in the .bin, in numpy's words: uint16 or int32.
-        documents: how many; texts without a token are not counted, and not stored.
-        skipped_empty: how many such texts there were.
-        skipped_wrong: how many documents could not be read and were left out.
-        skipped_duplicates: how many were left out because the same one stands before them.
-        tokens: EODs included.
-        text_bytes: bytes of the documents' UTF-8 text.
+        dtype: numpy's name for the dtype of the tokens in the .bin: uint16 or int32.
+        documents: number of documents; texts without a token are not stored.
+        skipped_empty: number of texts without a token.
+        skipped_wrong: number of documents that were left out because they could not be read.
+        skipped_duplicates: number of documents left out because they repeat an earlier one.
+        tokens: number of tokens, EODs included.
+        text_bytes: size of the documents' UTF-8 text in bytes.
         files: size and digest of each data file, and of `.blocks`, `.sources`, `.ids` and
-            `.skipped.jsonl` if any, by its ending.
-        sources: names of the files that the text came from.
-        kind: `lm`, where a document is a text, or `translation`, where it is a source, the tag and
-            a target, and `.hash` holds the digest of the source alone.
-        tag: the token between source and target; none where the kind is `lm`.
-        shard: of a corpus that is part of one, which part.
+            `.skipped.jsonl` if they exist, by suffix.
+        sources: names of the files that contained the text.
+        kind: `lm` if a document is a text; `translation` if it is a source, the tag and a target,
+            and `.hash` stores the digest of the source alone.
+        tag: the token between source and target; None if the kind is `lm`.
+        shard: identifies the shard, if the corpus is a shard of another one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -98,12 +98,12 @@ class Manifest(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """A digest that changes when any byte of the corpus does."""
+        """A digest that changes with any byte of the corpus."""
         return hash_json({suffix: self.files[suffix].hash for suffix in DATA_SUFFIXES})
 
     @classmethod
     def read(cls, prefix: Path | str) -> Manifest:
-        """Read `PREFIX.json`; InputError where it is missing, broken or altered."""
+        """Read `PREFIX.json`; raise InputError if it is missing, damaged or altered."""
         path = corpus_file(prefix, MANIFEST_SUFFIX)
         if not path.is_file():
             raise InputError(path, "no such file", _remedy_for_missing(Path(prefix)))
@@ -114,7 +114,7 @@ class Manifest(BaseModel):
         return manifest
 
     def write(self, prefix: Path | str) -> None:
-        """Write `PREFIX.json`, whole or not at all."""
+        """Write `PREFIX.json` atomically."""
         write_record(corpus_file(prefix, MANIFEST_SUFFIX), self)
 
 
@@ -122,5 +122,5 @@ def _remedy_for_missing(prefix: Path) -> str:
     if prefix.suffix in (*DATA_SUFFIXES, MANIFEST_SUFFIX):
         return f"give the corpus's prefix, {prefix.with_suffix('')}"
     if corpus_file(prefix, ".bin").exists():
-        return "without it the corpus is not whole: tokenize again"
+        return "without it the corpus is incomplete: tokenize again"
     return "make the corpus with `megaphase data tokenize`"

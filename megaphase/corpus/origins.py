@@ -1,11 +1,11 @@
-"""Where a corpus's documents come from: each one's own id, and the file that it stood in.
+"""The origins of a corpus's documents: each document's own id, and the file that contained it.
 
-Two files beside the others hold it; corpora of earlier versions, and those whose documents are of
-unknown origin, have neither. Training reads none of it.
+They are stored in two more files; corpora of earlier versions, and those whose documents have no
+known origin, have neither. Training does not read them.
 
 | file      | holds |
 | --------- | --- |
-| P.sources | SOURCE_DTYPE a document: where its id ends in P.ids, its file's place in `sources` |
+| P.sources | SOURCE_DTYPE per document: end of its id in P.ids, index of its file in `sources` |
 | P.ids     | the ids of all documents as UTF-8, one after the other; one may be empty |
 """
 
@@ -28,11 +28,11 @@ _REMEDY = "tokenize again"
 
 @dataclass(frozen=True)
 class Origins:
-    """Where some documents come from.
+    """The origins of some documents.
 
     Attributes:
-        sources: u32 [documents], the number of each one's file; UNKNOWN_SOURCE where nothing tells.
-        id_lengths: i64 [documents], bytes of each one's id.
+        sources: u32 [documents], the index of each document's file; UNKNOWN_SOURCE if not known.
+        id_lengths: i64 [documents], size of each document's id in bytes.
         ids: u8 [sum of id_lengths], UTF-8.
     """
 
@@ -42,7 +42,7 @@ class Origins:
 
     @classmethod
     def of(cls, ids: Sequence[bytes], source: int) -> Origins:
-        """Of documents of one file with these ids."""
+        """Return the origins of documents of one file with these ids."""
         return cls(
             np.full(len(ids), source, np.uint32),
             np.fromiter(map(len, ids), np.int64, len(ids)),
@@ -51,29 +51,30 @@ class Origins:
 
     @classmethod
     def unknown(cls, documents: int) -> Origins:
-        """Of so many documents of which nothing is known."""
+        """Return the origins of `documents` documents about which nothing is known."""
         return cls.of([b""] * documents, UNKNOWN_SOURCE)
 
     def select(self, keep: np.ndarray) -> Origins:
-        """Of the documents for which `keep`, bool [documents], holds."""
+        """Return the origins of the documents marked in `keep`, bool [documents]."""
         ids = self.ids[np.repeat(keep, self.id_lengths)]
         return Origins(self.sources[keep], self.id_lengths[keep], ids)
 
     def reorder(self, order: np.ndarray) -> Origins:
-        """Of the documents in another order, integers [documents]."""
+        """Return the origins of the documents in another order, integers [documents]."""
         parts = np.split(self.ids, np.cumsum(self.id_lengths)[:-1])
         ids = np.concatenate([self.ids[:0], *(parts[i] for i in order)])
         return Origins(self.sources[order], self.id_lengths[order], ids)
 
     def renumbered(self, numbers: np.ndarray) -> Origins:
-        """With the files' numbers in another list: `numbers`, u32 [files of this one]."""
+        """Replace each file index i by `numbers`[i], u32 [files]."""
         known = self.sources != UNKNOWN_SOURCE
         sources = np.full(len(self.sources), UNKNOWN_SOURCE, np.uint32)
         sources[known] = numbers[self.sources[known]]
         return Origins(sources, self.id_lengths, self.ids)
 
     def stored(self, first_byte: int) -> np.ndarray:
-        """SOURCE_DTYPE [documents], as P.sources holds them; first_byte: of P.ids, before them."""
+        """Return SOURCE_DTYPE [documents] as stored in P.sources; `first_byte`: size of P.ids
+        before."""
         stored = np.empty(len(self.sources), SOURCE_DTYPE)
         stored["source"] = self.sources
         stored["id_end"] = first_byte + np.cumsum(self.id_lengths)
@@ -81,7 +82,7 @@ class Origins:
 
 
 def join_origins(parts: Sequence[Origins]) -> Origins:
-    """Of the documents of several batches as one."""
+    """Concatenate the origins of several batches."""
     return Origins(
         np.concatenate([part.sources for part in parts]),
         np.concatenate([part.id_lengths for part in parts]),
@@ -90,7 +91,7 @@ def join_origins(parts: Sequence[Origins]) -> Origins:
 
 
 class Origin(NamedTuple):
-    """Of one document; None where it has no id, or nothing tells its file."""
+    """The origin of one document: its id and its file, each None if it is not known."""
 
     id: str | None
     source: str | None
@@ -120,18 +121,18 @@ class StoredOrigins:
             raise InputError(self._path, f"does not fit its {IDS_SUFFIX} or the manifest", _REMEDY)
 
     def __getitem__(self, document: int) -> Origin:
-        """Of one document. Raises InputError where the files were altered."""
+        """Return the origin of one document; raise InputError if the files were altered."""
         part = self.part(document, 1)
         source = int(part.sources[0])
         try:
             name = None if source == UNKNOWN_SOURCE else self._names[source]
             return Origin(part.ids.tobytes().decode() or None, name)
         except (IndexError, UnicodeDecodeError):
-            problem = f"was altered: it tells no origin of document {document}"
+            problem = f"was altered: it has no valid origin for document {document}"
             raise InputError(self._path, problem, _REMEDY) from None
 
     def part(self, first: int, count: int) -> Origins:
-        """Of `count` documents from one on, as views."""
+        """Return the origins of `count` documents from `first` on, as views."""
         rows = self._rows[first : first + count]
         begin = int(self._rows["id_end"][first - 1]) if first else 0
         ends = rows["id_end"].astype(np.int64)

@@ -36,13 +36,13 @@ class Corpus:
     """The documents of one task; all arrays are memory-mapped and read-only.
 
     Attributes:
-        prefix: path of the files, without their endings.
-        manifest: the corpus's figures.
+        prefix: path of the files, without their suffixes.
+        manifest: the corpus's properties.
         tokens: [tokens], in the .bin's dtype.
         lengths: integers [documents], in tokens, EOD included.
-        byte_offsets: i64 [documents], where each document begins in the .bin.
+        byte_offsets: i64 [documents], position of each document in the .bin.
         hashes: u64 [documents], the digest of each document's text.
-        sums: SUM_DTYPE [documents], bytes of each document's text and checksum of its tokens.
+        sums: SUM_DTYPE [documents], size of each document's text and checksum of its tokens.
         blocks: u32 [blocks], checksum of each block of the .bin; None in corpora of an earlier
             version.
     """
@@ -60,8 +60,9 @@ class Corpus:
     def open(cls, prefix: Path | str) -> Corpus:
         """Open the corpus with this prefix.
 
-        Raises InputError where a file is missing, empty, cut off, of another version, or does not
-        fit the others. What only reading all of it finds, `megaphase.corpus.integrity` finds.
+        Raises InputError if a file is missing, empty, truncated, of another version, or
+        inconsistent with the others. Faults that only show when everything is read are found by
+        `megaphase.corpus.integrity`.
         """
         prefix = Path(prefix)
         manifest = Manifest.read(prefix)
@@ -90,9 +91,9 @@ class Corpus:
 
     @cached_property
     def origins(self) -> StoredOrigins | None:
-        """Where the documents come from; None in corpora that do not tell.
+        """The origins of the documents, or None if the corpus does not record them.
 
-        Raises InputError where its files are missing or do not fit the others.
+        Raises InputError if their files are missing or inconsistent with the others.
         """
         if SOURCES_SUFFIX not in self.manifest.files:
             return None
@@ -100,22 +101,22 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """A digest that changes when any byte of the corpus does."""
+        """A digest that changes with any byte of the corpus."""
         return self.manifest.fingerprint
 
     def expect_random_reads(self) -> None:
-        """Tell the system to read no more of the tokens than is asked for.
+        """Advise the operating system to read no more of the tokens than is requested.
 
-        Otherwise it reads 128 kB around every page that is touched, which is right for reading
-        from front to back, and sixty times too much for a sample of a thousand tokens.
+        By default it reads 128 kB around every page that is accessed, which is right for sequential
+        reading, and sixty times too much for a sample of a thousand tokens.
         """
         if isinstance(self.tokens, np.memmap):
             self.tokens._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
 
     def document(self, index: int) -> np.ndarray:
-        """Tokens [length] of one document, EOD included; a view, which nobody has checked.
+        """Return the tokens [length] of one document, EOD included, as a view without verification.
 
-        IndexError where there is none.
+        Raises IndexError if there is no such document.
         """
         if not 0 <= index < len(self.lengths):
             raise IndexError(f"document {index} of {len(self.lengths)}")
@@ -144,30 +145,32 @@ def _check_sizes(prefix: Path, manifest: Manifest) -> None:
 
 
 def _check_manifest_fits(prefix: Path, manifest: Manifest, index: Index) -> None:
-    """The manifest's figures agree with the index's header and with the sizes of the files."""
+    """Raise InputError unless the manifest matches the index's header and the sizes of the
+    files."""
     path = corpus_file(prefix, MANIFEST_SUFFIX)
     sizes = {suffix: manifest.files[suffix].bytes for suffix in DATA_SUFFIXES}
     documents = len(index.document_indices) - 1
-    for field, said, found, source in (
+    for field, stated, found, source in (
         ("dtype", manifest.dtype, index.dtype.name, ".idx"),
         ("documents", manifest.documents, documents, ".idx"),
         ("tokens", manifest.tokens, sizes[".bin"] / index.dtype.itemsize, ".bin"),
         ("documents", manifest.documents, sizes[".hash"] / HASH_DTYPE.itemsize, ".hash"),
         ("documents", manifest.documents, sizes[".sum"] / SUM_DTYPE.itemsize, ".sum"),
     ):
-        if said != found:
+        if stated != found:
             found = f"{found:g}" if isinstance(found, float) else found
-            problem = f"{field}: {said}, but its {source} has {found}"
+            problem = f"{field}: {stated}, but its {source} has {found}"
             raise InputError(path, problem, _REMEDY)
     if BLOCKS_SUFFIX in manifest.files:
-        said, found = manifest.files[BLOCKS_SUFFIX].bytes, blocks_of(sizes[".bin"])
-        if said != found * BLOCK_DTYPE.itemsize:
-            problem = f"{BLOCKS_SUFFIX}: {said} bytes, but its .bin has {found} blocks"
+        stated, found = manifest.files[BLOCKS_SUFFIX].bytes, blocks_of(sizes[".bin"])
+        if stated != found * BLOCK_DTYPE.itemsize:
+            problem = f"{BLOCKS_SUFFIX}: {stated} bytes, but its .bin has {found} blocks"
             raise InputError(path, problem, _REMEDY)
 
 
 def documents_of(prefix: Path, index: Index) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths and byte offsets [documents]: the index's own where a document is one sequence."""
+    """Return lengths and byte offsets [documents]; these are the index's if each is one
+    sequence."""
     documents = len(index.document_indices) - 1
     if documents == len(index.lengths):
         return index.lengths, index.byte_offsets
@@ -175,7 +178,7 @@ def documents_of(prefix: Path, index: Index) -> tuple[np.ndarray, np.ndarray]:
     starts = np.zeros(len(index.lengths) + 1, dtype=np.int64)
     np.cumsum(index.lengths, out=starts[1:])
     if not np.array_equal(index.byte_offsets, starts[:-1] * index.dtype.itemsize):
-        raise InputError(path, "its sequences do not stand one after the other", _REMEDY)
+        raise InputError(path, "its sequences are not consecutive", _REMEDY)
     if np.any(np.diff(index.document_indices) < 0):
         raise InputError(path, "its document_indices do not ascend", _REMEDY)
     boundaries = starts[index.document_indices]

@@ -1,4 +1,4 @@
-"""Where a corpus is written before it appears: a folder from which a killed writer can go on."""
+"""Write a corpus in a staging folder, from which a killed writer can resume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LOCK_NAME = "lock"
 
 
 class Figures(BaseModel):
-    """What a writer has counted; see Manifest."""
+    """The writer's counters; see Manifest."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -35,13 +35,13 @@ class Figures(BaseModel):
 
 
 class StagingState(BaseModel):
-    """`state.json`: what of the draft's files is known to be on the disk.
+    """`state.json`: the part of the staged files that is known to be on disk.
 
     Attributes:
-        job: what is being written; a draft of another job is of no use.
-        files: size and digest of the part of each file that counts.
-        note: the writer's own, handed back when it goes on.
-        manifest: of the corpus, once all is written and only the files' names are missing.
+        job: identifies what is written; staged files of another job cannot be used.
+        files: size and digest of the saved part of each file.
+        note: the writer's own data, returned to it when it resumes.
+        manifest: the corpus's manifest, once only the renaming of the files is missing.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -55,14 +55,14 @@ class StagingState(BaseModel):
 
 
 class StagedCorpus:
-    """Context manager for the folder `.NAME.draft` beside a corpus, which one process may have.
+    """Context manager for the folder `.NAME.draft` next to a corpus; one process may use it.
 
-    Where the block raises, the folder stays only if its state was saved for a job.
+    If the block raises, the folder is kept only if its state was saved for a job.
 
     Attributes:
-        state: what an earlier writer of the same job has saved, or None.
-        files: the open files by their ending.
-        job: identifies what is written; what was saved for an empty one is never taken up.
+        state: the state that an earlier writer of the same job saved, or None.
+        files: the open files by suffix.
+        job: identifies what is written; an empty one is never resumed.
     """
 
     def __init__(self, prefix: Path, job: str) -> None:
@@ -73,12 +73,12 @@ class StagedCorpus:
         self._prefix = prefix
 
     def finished_manifest(self) -> Manifest | None:
-        """The manifest, where the same job was killed while the files got their names."""
+        """The manifest, if the same job was killed while it renamed the files; otherwise None."""
         state = self._read_state()
         return state.manifest if state else None
 
     def __enter__(self) -> Self:
-        make_way_for_directory(self.folder, "the draft of a corpus")
+        make_way_for_directory(self.folder, "the staging folder of a corpus")
         with ExitStack() as opened:
             opened.enter_context(exclusive_lock(self.folder / _LOCK_NAME, self._refuse))
             opened.callback(self._leave)
@@ -97,9 +97,9 @@ class StagedCorpus:
         self._opened.__exit__(kind, error, traceback)
 
     def open(self, suffix: str) -> HashedFile:
-        """Open a file at the end of what was saved of it, which is read again.
+        """Open a file and append after its saved part, which is read again to verify it.
 
-        Raises InputError where that is not what was saved; the draft is of no use then.
+        Raises InputError if that part was altered; the folder is removed then.
         """
         saved = self.state.files.get(suffix) if self.state else None
         path = self.folder / suffix
@@ -111,7 +111,7 @@ class StagedCorpus:
         return file
 
     def save(self, figures: Figures, note: Any, manifest: Manifest | None = None) -> None:
-        """Force all files to the disk and note that a later writer can go on from here."""
+        """Flush all files to disk and record that a later writer can resume from here."""
         self.state = StagingState(
             job=self.job,
             files={suffix: file.record() for suffix, file in self.files.items()},
@@ -122,7 +122,7 @@ class StagedCorpus:
         atomic_write_json(self.folder / _STATE_NAME, self.state.model_dump())
 
     def discard(self) -> None:
-        """Forget what was saved: the folder goes when the block ends."""
+        """Forget the saved state: the folder is removed when the block ends."""
         self.state = None
 
     def _refuse(self) -> None:
@@ -135,7 +135,7 @@ class StagedCorpus:
         try:
             state = read_record(self.folder / _STATE_NAME, StagingState, "")
         except InputError:
-            return None  # of another version
+            return None  # written by another version
         return state if state.job == self.job else None
 
     def _damaged(self, path: Path, problem: str) -> InputError:

@@ -1,4 +1,4 @@
-"""Write a corpus so that it appears whole or not at all."""
+"""Write a corpus atomically."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ _NOT_IN_EVERY_CORPUS = (SKIPPED_SUFFIX, SOURCES_SUFFIX, IDS_SUFFIX)
 
 
 class CorpusWriter:
-    """Context manager that writes a corpus's files and, as commit point, `PREFIX.json`.
+    """Context manager that writes a corpus's files and, as the commit point, `PREFIX.json`.
 
-    Everything is written in a folder aside, hashed on the way, and renamed when the block ends;
-    where the block raises, nothing is left, or the folder if a `job` has saved something. Memory
-    does not grow with the number of documents.
+    The files are written in a staging folder, hashed while they are written, and renamed when the
+    block ends. If the block raises, nothing is left behind, except for the folder if a `job` has
+    saved its state. Memory does not grow with the number of documents.
 
-    Raises InputError where files of the prefix exist and `overwrite` is not set, where they cannot
-    be created, where another process writes them, and, at the end, where no document was added;
-    RunError where the disk is full.
+    Raises InputError if files with the prefix exist and `overwrite` is not set, if they cannot be
+    created, if another process writes them, or, at the end, if no document was added; RunError if
+    the disk is full.
 
     Attributes:
-        dtype: in which tokens are stored: u16 for a vocabulary below 65,500, else i32.
+        dtype: dtype of the stored tokens: u16 for a vocabulary below 65,500, else i32.
         resumed: the note of the last `save` of a killed writer of the same job, or None.
-        saved_documents: how many documents a killed writer of the same job would not lose.
-        manifest: what was written; known once the block has ended, or, where only the files' names
-            were missing, at its begin. Nothing may be added then.
+        saved_documents: number of documents that a killed writer of the same job would keep.
+        manifest: the result, set when the block has ended or, if only the renaming of the files
+            was missing, at its start; no documents may be added then.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class CorpusWriter:
     ) -> None:
         """
         Args:
-            tag: of translation pairs, the token between source and target.
-            job: identifies what is written, so that a killed writer's work is taken up.
-            shard: of a corpus that is part of one, which part.
-            with_origins: whether it tells where the documents come from, as far as batches say it.
-            may_be_empty: whether a corpus without a document is written all the same.
+                tag: for translation pairs, the token between source and target.
+                job: identifies what is written, so that the work of a killed writer can be resumed.
+                shard: identifies the shard, if the corpus is a shard of another one.
+                with_origins: whether to store the documents' origins, as far as batches have them.
+                may_be_empty: whether to write a corpus without documents, instead of raising.
         """
         self.prefix = Path(prefix)
         self.dtype = token_dtype(vocab_size)
@@ -115,7 +115,7 @@ class CorpusWriter:
 
     @property
     def documents(self) -> int:
-        """How many were added."""
+        """Number of documents added so far."""
         return self._figures.documents
 
     def __enter__(self) -> CorpusWriter:
@@ -150,7 +150,7 @@ class CorpusWriter:
         self.add_batch(DocumentBatch.of(stored, np.array([len(stored)]), hashes, [len(utf8)]))
 
     def add_batch(self, batch: DocumentBatch) -> None:
-        """Add documents whose tokens are joined already, EODs included."""
+        """Add documents whose tokens are already joined, EODs included."""
         if not len(batch.lengths) == len(batch.hashes) == len(batch.sums):
             found = f"{len(batch.lengths)} lengths, {len(batch.hashes)} hashes"
             raise ValueError(f"{found}, {len(batch.sums)} sums")
@@ -178,19 +178,19 @@ class CorpusWriter:
         figures.text_bytes += batch.text_bytes
 
     def count_skipped(self, *, empty: int = 0, duplicates: int = 0) -> None:
-        """Count documents that are left out; see Manifest."""
+        """Count documents that were left out; see Manifest."""
         self._figures.skipped_empty += empty
         self._figures.skipped_duplicates += duplicates
 
     def add_skipped(self, line: bytes) -> None:
-        """Count a document that could not be read, with its line for `.skipped.jsonl`."""
+        """Count a document that could not be read, and add its line to `.skipped.jsonl`."""
         with write_errors(self.prefix):
             self._staged.files[SKIPPED_SUFFIX].write(line)
         self._figures.skipped_wrong += 1
 
     def save(self, note: Any) -> None:
-        """Force what was added to the disk: killed from now on, a writer of the same job goes on
-        from here, with `note` as `resumed`."""
+        """Flush the added documents to disk; if killed later, a writer of the same job resumes from
+        here, with `note` as `resumed`."""
         with write_errors(self.prefix):
             self._staged.save(self._figures, note)
         self.saved_documents = self._figures.documents
@@ -224,8 +224,8 @@ class CorpusWriter:
         self._publish(manifest)
 
     def _publish(self, manifest: Manifest) -> None:
-        """Give the files their names, also where a killed writer has done so with some of them."""
-        # An old manifest must not stand beside new data, not even for a moment.
+        """Rename the files to their final names, even if a killed writer renamed some of them."""
+        # An old manifest must never exist next to new data.
         file_of(self.prefix, MANIFEST_SUFFIX).unlink(missing_ok=True)
         fsync_path(self.prefix.parent)
         for suffix in _NOT_IN_EVERY_CORPUS:
@@ -233,7 +233,7 @@ class CorpusWriter:
                 file_of(self.prefix, suffix).unlink(missing_ok=True)
         try:
             for suffix in manifest.files:
-                # What is not there any more has its name already.
+                # A file that is missing here was already renamed.
                 with suppress(FileNotFoundError):
                     os.replace(self._staged.folder / suffix, file_of(self.prefix, suffix))
             fsync_path(self.prefix.parent)
@@ -249,7 +249,7 @@ class CorpusWriter:
 
 @contextmanager
 def write_errors(prefix: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a RunError that names the corpus."""
+    """Turn OSErrors into a RunError that names the corpus."""
     try:
         yield
     except OSError as error:
@@ -263,7 +263,7 @@ def _mapped_lengths(path: Path) -> np.ndarray:
 
 
 def refuse_existing(prefix: Path) -> None:
-    """Raise InputError where a file of the corpus exists, even one that is not whole."""
+    """Raise InputError if a file of the corpus exists, even an incomplete one."""
     for suffix in (MANIFEST_SUFFIX, *DATA_SUFFIXES, BLOCKS_SUFFIX):
         path = file_of(prefix, suffix)
         if os.path.lexists(path):

@@ -1,4 +1,4 @@
-"""Tokenizers: loading, encoding with exact byte counts, and the record beside the model."""
+"""Tokenizers: loading, encoding with exact byte counts, and the record stored with the model."""
 
 from megaphase.tokenizer.files import (
     MODEL_NAME,

@@ -1,12 +1,12 @@
-"""The files of a tokenizer: a directory of ours, a sentencepiece model, a Hugging Face directory.
+"""Read the files of a tokenizer: Megaphase's directory, a sentencepiece model, or Hugging Face's.
 
 | path                                | EOD                               | tags |
 | ----------------------------------- | --------------------------------- | --- |
-| a directory that this project made  | by its record                     | by its record |
+| a directory made by Megaphase       | in its record                     | in its record |
 | a sentencepiece model, as `a.model` | the model's EOS                   | other control symbols |
-| a Hugging Face directory with one   | its `eos_token`, else the model's | these and added tokens |
+| a Hugging Face directory with one   | its `eos_token`, or the model's   | these and added tokens |
 
-The ids are the model's own, whatever the path. A tag's name is its text without < and >.
+The ids are always the model's own. A tag's name is its text without < and >.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megaphase.utils.json_models import read_record
 MODEL_NAME = "tokenizer.model"
 RECORD_NAME = "megaphase_tokenizer.json"
 
-# sentencepiece writes a space as this character, and so reads the character itself as a space.
+# sentencepiece writes a space as this character, and therefore reads the character as a space.
 SPACE_SYMBOL = "\N{LOWER ONE EIGHTH BLOCK}"
 
 HUGGING_FACE_MODEL_NAMES = (
@@ -35,8 +35,8 @@ HUGGING_FACE_MODEL_NAMES = (
     "sentencepiece.model",
     "spm.model",
 )
-# Classes of transformers that number the pieces of their model anew, in fairseq's order, with an
-# offset, or after a vocabulary file; in small letters, "Tokenizer" left out.
+# Classes of transformers that renumber the pieces of their model: in fairseq's order, with an
+# offset, or by a vocabulary file; in lower case, without "Tokenizer".
 _OWN_NUMBERS = frozenset(
     (
         *("bartpho", "bertjapanese", "bigbirdpegasus", "camembert", "erniem", "layoutxlm"),
@@ -45,38 +45,39 @@ _OWN_NUMBERS = frozenset(
         *("xglm", "xlmprophetnet", "xlmroberta", "xlmrobertaxl", "xmod"),
     )
 )
-# Classes that change the text before their model sees it: case, quotes, spaces, accents.
+# Classes that change the text (case, quotes, spaces, accents) before the model encodes it.
 _OWN_TEXT = frozenset(("albert", "cpm", "gptsw3", "siglip", "xlnet"))
 
 _REMEDY = "make the tokenizer with `megaphase tokenizer train`"
 
 
 class Fertility(BaseModel):
-    """How finely the vocabulary cuts one language; a badly served one has few bytes a token."""
+    """Into how many tokens a tokenizer splits one language's text; few bytes per token are bad."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bytes_per_token: float
     tokens_per_word: float
     spelled: float | None = None
-    """Share of the tokens that spell, in bytes, or lose a character that the vocabulary lacks."""
+    """Fraction of the tokens that encode characters missing from the vocabulary, as bytes or
+    <unk>."""
     sample_bytes: int
     held_out: bool
-    """Whether the sample was kept out of the training text."""
+    """Whether the sample was held out from the training text."""
 
 
 class TokenizerRecord(BaseModel):
-    """`megaphase_tokenizer.json`, or what it would say of a tokenizer from elsewhere.
+    """`megaphase_tokenizer.json`, or the equivalent for a tokenizer from elsewhere.
 
     Attributes:
-        algorithm: of sentencepiece: unigram, bpe, word or char.
+        algorithm: sentencepiece's algorithm: unigram, bpe, word or char.
         vocab_size: number of ids, added tokens included.
         eod: the id that ends a document.
-        tags: id of each control token that has a name.
-        reserved_tags: ids without a name, for tags that a later task needs.
-        tokenizer_hash: digest of the model file; where EOD or added tokens come from other files,
+        tags: the id of each named control token.
+        reserved_tags: ids of unnamed control tokens, for tags that a later task needs.
+        tokenizer_hash: digest of the model file and, if EOD or added tokens come from other files,
             of these too.
-        languages: how well each is served, where this project trained the tokenizer.
+        languages: how well each language is served, if Megaphase trained the tokenizer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -92,11 +93,11 @@ class TokenizerRecord(BaseModel):
 
 
 def read_tokenizer(path: Path) -> tuple[SentencePieceProcessor, TokenizerRecord]:
-    """Load the model that `path` stands for, and what must be known about it.
+    """Load the model at `path` and its record.
 
-    Raises InputError where a file is missing or broken, `tokenizer.model` is not the one that the
-    record was written for, the record names other tokens than the model has, there is no EOD, the
-    model spells a space in bytes, or a Hugging Face tokenizer gives other ids than its model.
+    Raises InputError if a file is missing or damaged, `tokenizer.model` is not the one that the
+    record describes, the record names tokens that the model does not have, there is no EOD, the
+    model spells a space in bytes, or a Hugging Face tokenizer assigns other ids than its model.
     """
     if path.is_file():
         return _read_model_alone(path)
@@ -105,7 +106,7 @@ def read_tokenizer(path: Path) -> tuple[SentencePieceProcessor, TokenizerRecord]
             if (path / name).is_file():
                 return _read_hugging_face(path, path / name)
         if (path / "tokenizer.json").exists():
-            problem = "holds a tokenizer.json only, no sentencepiece model"
+            problem = "contains only a tokenizer.json and no sentencepiece model"
             raise InputError(path, problem, "give a tokenizer that has a tokenizer.model")
     return _read_own(path)
 
@@ -128,13 +129,13 @@ def _read_own(directory: Path) -> tuple[SentencePieceProcessor, TokenizerRecord]
 def _check_control_tokens(
     path: Path, processor: SentencePieceProcessor, record: TokenizerRecord
 ) -> None:
-    """EOD and the tags are control tokens of the model, to which no text encodes, each its own."""
+    """Raise InputError unless EOD and the tags are distinct control tokens of the model."""
     tags = {f"tags.{name}": token for name, token in record.tags.items()}
     reserved = {f"reserved_tags.{i}": token for i, token in enumerate(record.reserved_tags)}
     seen: set[int] = set()
     for key, token in ({"eod": record.eod} | tags | reserved).items():
         if not 0 <= token < record.vocab_size or not processor.is_control(token) or token in seen:
-            problem = f"{key}: {token} is no control token of the model, or stands twice"
+            problem = f"{key}: {token} is not a control token of the model, or is given twice"
             raise InputError(path, problem, _REMEDY)
         seen.add(token)
 
@@ -155,7 +156,7 @@ def _read_hugging_face(
     processor = _load_model(model)
     files = _HuggingFaceFiles(directory)
     if difference := _difference(files, processor):
-        remedy = f"give {model} itself, to take the model without the class around it"
+        remedy = f"give {model} to use the model without its class"
         raise InputError(directory, difference, remedy)
     eod = _id_of(files.special_token("eos_token"), files.added_tokens, processor)
     if eod is None:
@@ -170,11 +171,11 @@ def _read_hugging_face(
 
 
 class _HuggingFaceFiles:
-    """What a Hugging Face directory says about its tokenizer, apart from the model.
+    """The information about the tokenizer in a Hugging Face directory, apart from the model.
 
     Attributes:
-        added_tokens: id of each token that was added to the model's, or named among its own.
-        pieces: the ids by which tokenizer.json numbers the pieces; empty where there is none.
+        added_tokens: the id of each token added to the model's, or named among them.
+        pieces: the ids that tokenizer.json assigns to the pieces; empty if there is no such file.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -186,7 +187,7 @@ class _HuggingFaceFiles:
         try:
             self._read_tokens()
         except (AttributeError, KeyError, TypeError, ValueError):
-            problem = "its tokens are not written as transformers does"
+            problem = "its tokens are not in the format of transformers"
             raise InputError(directory, problem, "copy the tokenizer again") from None
 
     def _read_tokens(self) -> None:
@@ -204,23 +205,23 @@ class _HuggingFaceFiles:
             self.pieces = {piece: number for number, (piece, _) in enumerate(vocabulary)}
 
     def special_token(self, name: str) -> str | None:
-        """The text of, for example, `eos_token`."""
+        """Return the text of a special token such as `eos_token`."""
         return _text_of(self.config.get(name) or self._special_tokens.get(name))
 
     @property
     def class_name(self) -> str:
-        """The tokenizer's class, or, where it is not named, the model's kind."""
+        """Return the tokenizer's class or, if it is not named, the model type."""
         named = self.config.get("tokenizer_class")
         return named or _read_object(self.directory / "config.json").get("model_type") or ""
 
 
 def _difference(files: _HuggingFaceFiles, processor: SentencePieceProcessor) -> str | None:
-    """Why the ids of a text would not be those of the model alone, or None."""
+    """Return why the tokenizer's ids would differ from those of the model alone, or None."""
     name = files.class_name
     short = "".join(filter(str.isalnum, name.lower())).removesuffix("fast")
     short = short.removesuffix("tokenizer")
     if short in _OWN_TEXT or files.config.get("do_lower_case"):
-        return f"{name} changes the text before its sentencepiece model sees it"
+        return f"{name} changes the text before its sentencepiece model encodes it"
     if files.config.get("add_prefix_space") is False and adds_prefix_space(processor):
         return "its add_prefix_space is false, but its sentencepiece model adds a space"
     pieces = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
@@ -229,12 +230,12 @@ def _difference(files: _HuggingFaceFiles, processor: SentencePieceProcessor) -> 
         for text, number in (*files.added_tokens.items(), *files.pieces.items())
     )
     if short in _OWN_NUMBERS or any(moved):
-        return f"{name or 'its class'} numbers the tokens otherwise than its sentencepiece model"
+        return f"{name or 'its class'} numbers the tokens differently from its sentencepiece model"
     return None
 
 
 def adds_prefix_space(processor: SentencePieceProcessor) -> bool:
-    """Whether the model puts a space before every text."""
+    """Return whether the model adds a space before every text."""
     return str(processor.encode("a", out_type=str)[0]).startswith(SPACE_SYMBOL)
 
 
@@ -269,7 +270,7 @@ def _tag_name(text: str) -> str:
 
 
 def _algorithm(processor: SentencePieceProcessor) -> str:
-    # Not needed for a tokenizer of ours.
+    # Imported here because Megaphase's own tokenizers do not need it.
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
     model = ModelProto.FromString(processor.serialized_model_proto())
@@ -282,16 +283,16 @@ def _load_model(path: Path) -> SentencePieceProcessor:
         processor = SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError):
         problem = "is not a sentencepiece model"
-        raise InputError(path, problem, "give one, or a directory that holds one") from None
+        raise InputError(path, problem, "give one, or a directory that contains one") from None
     if _spells_spaces(processor):
-        problem = "has no piece for the space, so a space would come back as U+2581"
+        problem = "has no piece for the space, so a space would be decoded as U+2581"
         raise InputError(path, problem, _REMEDY)
     return processor
 
 
 def _spells_spaces(processor: SentencePieceProcessor) -> bool:
-    """Whether byte fallback spells a space, as the three bytes of U+2581: the ids of a space and
-    of that character are then the same."""
+    """Return whether byte fallback spells a space as the three bytes of U+2581, so that the ids of
+    a space and of that character are the same."""
     space = processor.piece_to_id(SPACE_SYMBOL)
     is_piece = processor.id_to_piece(space) == SPACE_SYMBOL and not processor.is_unused(space)
     return not is_piece and processor.is_byte(processor.piece_to_id("<0x20>"))
@@ -300,7 +301,7 @@ def _spells_spaces(processor: SentencePieceProcessor) -> bool:
 def _id_of(
     text: str | None, added: dict[str, int], processor: SentencePieceProcessor
 ) -> int | None:
-    """The id of a token by its text; None where neither the model nor `added` has it."""
+    """Return the id of a token given its text, or None if neither the model nor `added` has it."""
     if text is None or text in added:
         return None if text is None else added[text]
     token = processor.piece_to_id(text)
@@ -308,12 +309,12 @@ def _id_of(
 
 
 def _text_of(token: Any) -> str | None:
-    """The text of a token, which these files write as a string or an object."""
+    """Return the text of a token, which these files store as a string or an object."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
+    """Read a JSON object; return an empty one if the file does not exist."""
     if not path.exists():
         return {}
     try:

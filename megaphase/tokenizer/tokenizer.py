@@ -1,7 +1,7 @@
-"""sentencepiece behind one small interface.
+"""A small interface to sentencepiece.
 
-The tokenizers that `megaphase tokenizer train` makes are lossless: `decode(encode(text)) == text`
-for every text. Those from elsewhere are taken as they are, see `megaphase.tokenizer.files`.
+Tokenizers made by `megaphase tokenizer train` are lossless: `decode(encode(text)) == text` for
+every text. Existing tokenizers are used as they are, see `megaphase.tokenizer.files`.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from megaphase.tokenizer.files import (
     read_tokenizer,
 )
 
-# Characters. sentencepiece takes thirty bytes of memory for each, so a longer text is encoded in
-# parts that begin with a space, with which its pieces begin too.
+# In characters. sentencepiece takes thirty bytes of memory per character, so a longer text is
+# encoded in parts that begin with a space, where a piece begins in any case.
 _LONG_TEXT = 1 << 19
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
     Text never encodes to a control token (EOD, tags), whatever it contains, and decoding skips
-    them. An instance pickles as its path, so handing one to another process is cheap.
+    them. An instance is pickled as its path, so passing one to another process is cheap.
 
     Attributes:
-        path: where it was loaded from: a directory or a model file.
+        path: the directory or model file from which it was loaded.
         vocab_size: number of ids, control and added tokens included; not padded.
         eod: the id that ends a document.
-        tags: id of each named task tag.
+        tags: the id of each named task tag.
         reserved_tags: ids of the tags that have no name yet.
-        fingerprint: the same for all tokenizers that give the same ids, and for no others.
-        record: what `megaphase_tokenizer.json` says, or would say.
-        byte_fallback: whether what is not in the vocabulary is spelled in bytes.
+        fingerprint: equal for two tokenizers if and only if they assign the same ids.
+        record: the content of `megaphase_tokenizer.json`, or its equivalent.
+        byte_fallback: whether characters outside the vocabulary are spelled in bytes.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """Load a tokenizer of ours, a sentencepiece model, or a Hugging Face directory with one.
+        """Load a tokenizer made by Megaphase, a sentencepiece model, or a Hugging Face directory.
 
         Raises InputError, see `read_tokenizer`.
         """
@@ -74,16 +74,16 @@ class Tokenizer:
         return Tokenizer.load, (self.path,)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of one text, without EOD."""
+        """Return the token ids of one text, without EOD."""
         ids: list[int] = self.encode_arrays([text])[0].tolist()
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without EOD."""
+        """Return the token ids of each text, without EOD."""
         return [ids.tolist() for ids in self.encode_arrays(texts)]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode_batch` as int32 arrays, one a text; on one core, whatever the machine has."""
+        """Return `encode_batch` as int32 arrays, one per text; uses one core."""
         if not self._space_symbol_ids:
             return self._encode_all(texts)
         long = [len(text) > _LONG_TEXT for text in texts]
@@ -103,7 +103,7 @@ class Tokenizer:
         return list(ids)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of token ids; EOD, tags and added tokens leave no trace.
+        """Return the text of token ids; EOD, tags and added tokens are skipped.
 
         Bytes that are not UTF-8 (ids cut in the middle of a character) become U+FFFD.
         """
@@ -111,19 +111,19 @@ class Tokenizer:
         return str(self._processor.decode(known))
 
     def token_bytes(self) -> np.ndarray:
-        """How many bytes of UTF-8 text each token stands for, int64 [vocab_size]; control: 0."""
+        """Return each token's size in bytes of UTF-8, int64 [vocab_size]; 0 for control tokens."""
         return np.array([self._bytes_of(token) for token in range(self.vocab_size)], np.int64)
 
     def is_spelled(self) -> np.ndarray:
-        """Whether each token stands for what is not in the vocabulary, bool [vocab_size]: a byte,
-        or the unknown."""
+        """Return whether each token encodes characters missing from the vocabulary, bool
+        [vocab_size]: byte tokens and the unknown token."""
         model = self._processor
         spelled = [model.is_byte(token) or model.is_unknown(token) for token in range(self._pieces)]
         return np.pad(np.array(spelled), (0, self.vocab_size - self._pieces))
 
     def piece(self, token: int) -> str:
-        """The name of a token in the vocabulary, in which a space is U+2581; of an added token,
-        the tag's in angle brackets."""
+        """Return a token's text in the vocabulary, in which a space is U+2581; for an added token,
+        the name of its tag in angle brackets."""
         if token < self._pieces:
             return self._processor.id_to_piece(token)
         names = {added: name for name, added in self.tags.items()}
@@ -139,8 +139,8 @@ class Tokenizer:
         return len(self._processor.id_to_piece(token).replace(SPACE_SYMBOL, " ").encode())
 
     def _spelled_space_symbol(self) -> list[int]:
-        """The space symbol in bytes, by which a lossless model tells it from a space; otherwise
-        nothing, and it stays a space."""
+        """Return the space symbol's ids in bytes, with which a lossless model distinguishes it
+        from a space; for other models, nothing: they treat it as a space."""
         keeps_spaces = self._processor.encode(" a") != self._processor.encode("a")
         if not (self.byte_fallback and keeps_spaces) or adds_prefix_space(self._processor):
             return []
@@ -148,7 +148,7 @@ class Tokenizer:
         return [self._processor.piece_to_id(name) for name in names]
 
     def _encode_around_space_symbol(self, text: str) -> list[int]:
-        """Encode text that holds sentencepiece's own space symbol: that character as bytes."""
+        """Encode text that contains sentencepiece's space symbol: that character as bytes."""
         parts = text.split(SPACE_SYMBOL)
         encoded = [self._processor.encode(parts[0])]
         for part in parts[1:]:
@@ -157,7 +157,7 @@ class Tokenizer:
 
 
 def _parts_of(text: str) -> Iterator[str]:
-    """A long text in parts, cut before a space wherever there is one."""
+    """Split a long text into parts, before a space if there is one."""
     begin = 0
     while len(text) - begin > _LONG_TEXT:
         end = text.rfind(" ", begin + 1, begin + _LONG_TEXT)

@@ -1,1 +1,1 @@
-"""Small helpers without a subject of their own: files, locks, JSON records, progress, errors."""
+"""General-purpose helpers: files, locks, JSON records, progress, errors."""

@@ -1,4 +1,4 @@
-"""Command-line arguments that several commands take."""
+"""Command-line arguments shared by several commands."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Annotated
 
 import typer
 
-# The largest values of numbers on the command line: of what is counted, of processes and threads
-# on a machine, and of seeds.
+# Upper limits of numbers on the command line: of counts, of processes and threads on a machine,
+# and of seeds.
 MOST = 2**31 - 1
 MOST_PROCESSES = 4096
 MOST_SEED = 2**63 - 1
 
 
 def finite(value: float | None) -> float | None:
-    """The callback of every option that is a float: NaN passes all bounds, and infinity many.
+    """Callback for every float option: reject NaN, which passes all bounds, and infinity.
 
     Raises typer.BadParameter, which ends the command with exit code 2.
     """
@@ -26,7 +26,7 @@ def finite(value: float | None) -> float | None:
 
 
 def named(path: Path | None) -> Path | None:
-    """The callback of every option that says where an output goes: "", . and / name nothing new.
+    """Callback for every option with an output path: reject "", . and /, which name nothing new.
 
     Raises typer.BadParameter, which ends the command with exit code 2.
     """
@@ -46,8 +46,8 @@ Source = Annotated[
     typer.Option(
         "--from",
         metavar="RUN@NAME",
-        help="Begin with another run's checkpoint: runs/base@pretrain (the end of that phase), "
-        "@best-hi, @latest, @step-00001000, or a path; the run file holds what follows.",
+        help="Start from another run's checkpoint: runs/base@pretrain (the end of that phase), "
+        "@best-hi, @latest, @step-00001000, or a path; the run file then describes what follows.",
     ),
 ]
 
@@ -55,8 +55,8 @@ Profile = Annotated[
     bool,
     typer.Option(
         "--profile",
-        help="Trace a few steps with torch's profiler, print where their time went, and train on; "
-        "see docs/profiling.md.",
+        help="Trace a few steps with torch's profiler, print where the time went, and continue "
+        "training; see docs/profiling.md.",
     ),
 ]
 ProfileSteps = Annotated[
@@ -65,13 +65,13 @@ ProfileSteps = Annotated[
         min=1,
         max=MOST,
         metavar="N",
-        help="How many, after two that warm up; implies --profile. [default: 3]",
+        help="Number of traced steps, after two warm-up steps; implies --profile. [default: 3]",
     ),
 ]
 
 
 def train_options(source: str | None, profile: bool, profile_steps: int | None) -> list[str]:
-    """The options above as a command line has them, for a `megaphase train` that is started."""
+    """Return these options as arguments for starting a `megaphase train` command."""
     options = [] if source is None else ["--from", source]
     options += ["--profile"] if profile else []
     options += [] if profile_steps is None else ["--profile-steps", str(profile_steps)]

@@ -1,4 +1,4 @@
-"""What the command line turns into one line on standard error and an exit code."""
+"""Exceptions that the command line turns into one line on standard error and an exit code."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _LONGEST_LINE = 2000
 
 
 class InputError(Exception):
-    """Something the user gave is wrong.
+    """The user's input is invalid.
 
-    The message is one line that names the file, the key or place in it, and the remedy.
-    Nothing has been written, or what was written aside has been removed, when it is raised.
+    The message is one line with the file, the key or position in it, and the remedy. When it is
+    raised, nothing has been written, or temporary output has been removed.
     """
 
     def __init__(self, where: object, problem: str, remedy: str = "") -> None:
@@ -29,12 +29,12 @@ class InputError(Exception):
         super().__init__(one_line(f"{text}; {remedy}" if remedy else text))
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Otherwise an error that comes from another process could not be unpickled.
+        # Without this, an error raised in another process could not be unpickled.
         return InputError, (self.where, self.problem, self.remedy)
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks and control characters, cut in its middle where it is long."""
+    """Return the text on one line, without control characters, shortened in the middle if long."""
     if len(text) > _LONGEST_LINE:
         half = _LONGEST_LINE // 2
         text = f"{text[:half]} … {text[-half:]}"
@@ -42,36 +42,36 @@ def one_line(text: str) -> str:
 
 
 class RunError(Exception):
-    """What was asked for is right, but could not be done: a process was killed, a disk is full.
+    """A valid request failed while running: a process was killed, or a disk is full.
 
     The message is one line; the command line prints it and ends with exit code 1.
     """
 
 
 class LostProcessError(RunError):
-    """A collective broke off, outside of the watchdog's sight: another process must have ended."""
+    """A collective failed without the watchdog noticing: another process must have ended."""
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and it did so after a checkpoint; all ranks raise it.
+    """A signal stopped the run after it had saved a checkpoint; all ranks raise this.
 
-    The message is one line: which signal came to which rank, and what was saved. The command line
-    prints it and ends with exit code 75, on which a batch system may queue the job again.
+    The message is one line with the signal, the rank that received it and what was saved. The
+    command line prints it and exits with code 75, upon which a batch system may requeue the job.
     """
 
 
 class EndedAtOnce(Exception):
-    """Ctrl-C came again while what the first one had asked for was under way: all was killed.
+    """A second Ctrl-C arrived while the first one was being handled; everything was killed.
 
-    The message is one line: what is lost, and what the same command does. The command line prints
-    it and ends with exit code 130.
+    The message is one line: what is lost, and what running the command again does. The command line
+    prints it and exits with code 130.
     """
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended a command that had nothing to save: Ctrl-C, SIGTERM or SIGUSR1.
+    """A signal (Ctrl-C, SIGTERM or SIGUSR1) ended a command that had nothing to save.
 
-    name: of the signal, as it is told to people. exit_code: what the command line ends with.
+    name: the signal's name for messages. exit_code: the exit code of the command.
     """
 
     def __init__(self, name: str, exit_code: int) -> None:
@@ -80,7 +80,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def exit_code(error: InputError | RunError | Stopped | EndedAtOnce) -> int:
-    """What the command line ends with on an error that it foresees."""
+    """Return the command's exit code for one of these errors."""
     if isinstance(error, EndedAtOnce):
         return EXIT_INTERRUPTED
     if isinstance(error, InputError):
@@ -88,19 +88,19 @@ def exit_code(error: InputError | RunError | Stopped | EndedAtOnce) -> int:
     return EXIT_REQUEUE if isinstance(error, Stopped) else EXIT_FAILED
 
 
-# With which a write fails that would have been right on a larger disk.
+# Errors of writes that would succeed on a larger disk.
 NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-# Of which no path that the user gives can be the cause.
+# Errors that no path given by the user can cause.
 _FAULTS_OF_THE_MACHINE = NO_SPACE | {
     *(errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 }
 
 
 def os_fault(error: OSError) -> InputError | RunError | None:
-    """What an error of the operating system means where nothing nearer to it has said so.
+    """Interpret an OSError that no more specific code has handled.
 
-    RunError for what a disk or the machine refuses, InputError for a path that cannot be used;
-    None for an error that names no file, which is one of the program.
+    Returns RunError if the disk or the machine refused something, InputError if a path cannot be
+    used, and None if the error names no file, which is a bug.
     """
     reason = error.strerror or str(error)
     if error.errno in _FAULTS_OF_THE_MACHINE:

@@ -1,4 +1,4 @@
-"""Outputs appear whole or not at all: write aside, fsync, rename."""
+"""Write outputs atomically: write to a temporary path, fsync, rename."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from megaphase.utils.set_aside import remove_leftover
 
 HASH_CHUNK_BYTES = 1 << 22
 
-# After so long without a change, what another machine wrote aside is taken for abandoned.
+# Temporary output of another machine without changes for this long is considered abandoned.
 _ABANDONED_SECONDS = 600.0
 
 REMOVAL_SECONDS = 0.4
 
 
 def new_hash() -> Any:
-    """XXH3 with 128 bits: the digest of files. It finds damage, at the speed of the memory."""
+    """Return an XXH3-128 hash, the digest of files: it finds damage, at memory speed."""
     return xxhash.xxh3_128()
 
 
@@ -41,9 +41,9 @@ def hash_file(
     size: int | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> str:
-    """Hexadecimal digest of a file's bytes, or of `size` of them from `offset` on, in chunks.
+    """Return the hex digest of a file, or of `size` bytes from `offset` on, read in chunks.
 
-    advance: is called with the number of bytes of every chunk.
+    advance: called with the number of bytes of every chunk.
     """
     digest = new_hash()
     left = path.stat().st_size - offset if size is None else size
@@ -57,12 +57,12 @@ def hash_file(
 
 
 def read_file(path: Path, *, pipes: bool = False) -> bytes:
-    """All bytes of a regular file; a FIFO or a device that lies there never makes this wait.
+    """Return all bytes of a regular file; never block on a FIFO or device at that path.
 
-    pipes: whether a pipe is read, too, as `<(command)` of a shell is one. A FIFO into which nobody
-        writes is empty.
+    pipes: whether to read pipes too, such as a shell's `<(command)`. A FIFO without a writer is
+        empty.
 
-    Raises OSError, with the file's name, also where it is no such file.
+    Raises OSError with the file's name, also if it is not a file of these kinds.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -75,14 +75,15 @@ def read_file(path: Path, *, pipes: bool = False) -> bytes:
         with open(descriptor, "rb", closefd=False) as file:
             return file.read()
     except OSError as error:
-        error.filename = str(path)  # the number of the descriptor, or nothing
+        error.filename = str(path)  # otherwise it is the descriptor's number, or missing
         raise
     finally:
         os.close(descriptor)
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file; OSError as of `read_file`, ValueError where it is no JSON."""
+    """Return the value in a JSON file; raise OSError as `read_file`, ValueError if it is not
+    JSON."""
     try:
         return json.loads(read_file(path))
     except RecursionError:
@@ -90,12 +91,12 @@ def read_json(path: Path) -> Any:
 
 
 def real_path(path: Path) -> Path:
-    """The absolute path without links; unlike Path.resolve it takes a loop of links as it is."""
+    """Return the absolute path without links; unlike Path.resolve, keep a loop of links."""
     return Path(os.path.realpath(path))
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file: its `bytes` and its `hash`."""
+    """Return the description of a file for a manifest: its `bytes` and its `hash`."""
     return {"bytes": path.stat().st_size, "hash": hash_file(path)}
 
 
@@ -104,9 +105,9 @@ def file_damage(
     described: dict[str, Any],
     advance: Callable[[int], object] = lambda count: None,
 ) -> str | None:
-    """How a file differs from what `describe_file` said of it, or None; the size is compared first.
+    """Return how a file differs from its `describe_file`, or None; compares the size first.
 
-    advance: see `hash_file`. Raises KeyError or TypeError where `described` is no such description.
+    advance: see `hash_file`. Raises KeyError or TypeError if `described` is not a description.
     """
     if damage := size_damage(path, described["bytes"]):
         return damage
@@ -114,12 +115,12 @@ def file_damage(
 
 
 def folder_bytes(folder: Path) -> int:
-    """Of all files in a folder and those below it."""
+    """Return the size of all files in a folder and its subfolders."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def size_damage(path: Path, expected: int) -> str | None:
-    """Why a file cannot be the one that had so many bytes, or None."""
+    """Return why a file cannot be the one that had `expected` bytes, or None."""
     if not path.is_file():
         return "is not a regular file" if os.path.lexists(path) else "is missing"
     size = path.stat().st_size
@@ -127,22 +128,22 @@ def size_damage(path: Path, expected: int) -> str | None:
 
 
 def hash_json(value: Any) -> str:
-    """Hexadecimal BLAKE2b digest of a JSON value, independent of the order of its keys."""
+    """Return the hex BLAKE2b digest of a JSON value, independent of the order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 class AlteredError(ValueError):
-    """A JSON object is not the one that was written."""
+    """A JSON object differs from the one that was written."""
 
 
 def with_hash(value: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object with the digest of all else in it as `hash`."""
+    """Return a JSON object with the digest of its content added as `hash`."""
     return value | {"hash": hash_json(value)}
 
 
 def without_hash(value: dict[str, Any]) -> dict[str, Any]:
-    """What was given to `with_hash`; AlteredError where it is another one, or has no hash."""
+    """Return the argument of `with_hash`; raise AlteredError if it was altered or has no hash."""
     rest = {key: each for key, each in value.items() if key != "hash"}
     if value.get("hash") != hash_json(rest):
         raise AlteredError("the hash is that of another object")
@@ -150,16 +151,16 @@ def without_hash(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_hashed_json(path: Path) -> Any:
-    """What was given to `with_hash` and written; files of an earlier version have no hash.
+    """Return an object that was written with `with_hash`; files of an earlier version have no hash.
 
-    Raises OSError as `read_file` does, ValueError where it is no JSON or has been altered.
+    Raises OSError as `read_file`, and ValueError if it is not JSON or has been altered.
     """
     value = read_json(path)
     return without_hash(value) if isinstance(value, dict) and "hash" in value else value
 
 
 def fsync_path(path: Path) -> None:
-    """Force a file's bytes, or a directory's entries, to the disk."""
+    """Flush a file's bytes, or a directory's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -168,19 +169,19 @@ def fsync_path(path: Path) -> None:
 
 
 def write_all(descriptor: int, content: bytes | memoryview) -> None:
-    """Write all of it, where a single `os.write` may write less."""
+    """Write all of the content; a single `os.write` may write less."""
     rest = memoryview(content)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
 
 
 def temporary_path(final: Path) -> Path:
-    """Where this process writes what is to appear as `final`."""
+    """Return the path at which this process writes the content of `final`, before renaming it."""
     return final.with_name(f".{final.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
 def remove_abandoned(final: Path) -> None:
-    """Remove the directories in which processes that were killed wrote what was to be `final`."""
+    """Remove the temporary directories of `final` that killed processes left behind."""
     for aside in final.parent.glob(f".{glob.escape(final.name)}.*.partial"):
         if _is_abandoned(aside):
             remove_directory(aside)
@@ -213,12 +214,12 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
-    """`atomic_write_text` of an indented JSON value."""
+    """Write an indented JSON value with `atomic_write_text`."""
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def publish_directory(aside: Path, final: Path) -> None:
-    """Make a directory written aside appear under its final name, in one rename."""
+    """Rename a temporary directory to its final name."""
     for path in sorted(aside.rglob("*")):
         fsync_path(path)
     fsync_path(aside)
@@ -227,7 +228,7 @@ def publish_directory(aside: Path, final: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory and those above it; InputError where that is not possible."""
+    """Create a directory and its parents; raise InputError if that is not possible."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -236,18 +237,18 @@ def make_directory(path: Path) -> None:
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove a directory with all that is in it; errors are ignored."""
+    """Remove a directory with all of its content; errors are ignored."""
     shutil.rmtree(directory, ignore_errors=True)
 
 
 def removal_path(directory: Path) -> Path:
-    """Where a directory is while it is removed."""
+    """Return the path to which a directory is renamed before it is removed."""
     return directory.with_name(f".{directory.name}.removed")
 
 
 def remove_directory_at_once(directory: Path) -> None:
-    """Remove a directory, so that no part of it is ever taken for all; what a killed call of this
-    has left behind goes, too.
+    """Rename a directory before removing it, so that no part of it is ever taken for the whole;
+    also remove what a killed call of this function left behind.
     """
     doomed = removal_path(directory)
     remove_leftover(doomed)
@@ -257,10 +258,10 @@ def remove_directory_at_once(directory: Path) -> None:
 
 
 def remove_soon(directory: Path, then_if_empty: Sequence[Path] = ()) -> None:
-    """Remove a directory, then those of the others that are empty, without waiting for long.
+    """Remove a directory, then those of `then_if_empty` that are empty, without a long wait.
 
-    A disk that discards blocks takes over a second for a gigabyte; what is not done after
-    REMOVAL_SECONDS is left to a process that goes on when this one has ended.
+    A disk that discards blocks takes over a second per gigabyte. What is not removed after
+    REMOVAL_SECONDS is left to a process that continues when this one has ended.
     """
     script = 'rm -rf -- "$1"; shift; [ $# = 0 ] || rmdir -- "$@"'
     process = subprocess.Popen(
@@ -278,7 +279,7 @@ def remove_soon(directory: Path, then_if_empty: Sequence[Path] = ()) -> None:
 def directory_written_aside(
     final: Path, discard: Callable[[Path], object] = remove_directory
 ) -> Iterator[Path]:
-    """Yield a scratch directory beside `final`; publish it when the block ends without error.
+    """Yield a temporary directory next to `final`; rename it when the block ends without an error.
 
     Otherwise `discard` removes it.
     """
@@ -296,12 +297,12 @@ def directory_written_aside(
 
 @contextmanager
 def _named(aside: Path, final: Path) -> Iterator[None]:
-    """Let errors of the system name what was to be written, not where it is written aside."""
+    """Make system errors name the final path instead of the temporary one."""
     try:
         yield
     except OSError as error:
         name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
-        if name is None and error.errno in NO_SPACE:  # a write does not know the file's name
+        if name is None and error.errno in NO_SPACE:  # a failed write does not name the file
             error.filename = str(final)
         elif name is not None and name.startswith(str(aside)):
             error.filename = f"{final}{name.removeprefix(str(aside))}"

@@ -1,4 +1,4 @@
-"""Small JSON files that stand beside large ones, read into pydantic models."""
+"""Read and write small JSON files as pydantic models."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Record = TypeVar("Record", bound=BaseModel)
 def read_record(path: Path, model: type[Record], remedy: str) -> Record:
     """Read a JSON file into `model`.
 
-    Raises InputError, ending with `remedy`, where the file is missing, unreadable, not JSON, has
-    been altered, or does not fit the model; the message names the first field that does not.
+    Raises InputError, ending with `remedy`, if the file is missing, unreadable or not JSON, has
+    been altered, or does not fit the model; the message names the first wrong field.
     """
     try:
         text = read_file(path)
@@ -39,9 +39,9 @@ def read_record(path: Path, model: type[Record], remedy: str) -> Record:
     except RecursionError:
         raise InputError(path, "is nested too deeply", remedy) from None
     except AlteredError:
-        raise InputError(path, "has been altered: its hash is another one", remedy) from None
+        raise InputError(path, "has been altered: its hash does not match", remedy) from None
     except ValueError:
-        pass  # no JSON: the model says where
+        pass  # not JSON: the model's error has the position
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
@@ -52,5 +52,5 @@ def read_record(path: Path, model: type[Record], remedy: str) -> Record:
 
 
 def write_record(path: Path, record: BaseModel) -> None:
-    """Write a record, whole or not at all, with a hash by which an altered one is found."""
+    """Write a record atomically, with a hash by which an alteration is found."""
     atomic_write_json(path, with_hash(record.model_dump(mode="json")))

@@ -1,4 +1,4 @@
-"""File names, arguments and files are UTF-8, whatever the locale says."""
+"""Use UTF-8 for file names, arguments and files in every locale."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from megaphase.utils.signals import ALL_SIGNALS
 
 
 def work_in_utf8() -> None:
-    """Start this process again in Python's UTF-8 mode where its locale has another encoding.
+    """Restart this process in Python's UTF-8 mode if its locale has another encoding.
 
-    The terminal's encoding stays. Processes that are started later get the mode, too.
+    The terminal's encoding is kept. Child processes inherit the mode.
     """
     arguments = sys.argv[1:]
     if sys.getfilesystemencoding() == "utf-8" or sys.flags.utf8_mode:
         return
     if sys.orig_argv[len(sys.orig_argv) - len(arguments) :] != arguments:
-        return  # this is not the process of the command alone
+        return  # the process does not belong to the command alone
     if sys.stdout is not None:
         os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding)
     os.environ["PYTHONUTF8"] = "1"
-    signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)  # until it can take them again
+    signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)  # until it has handlers again
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def require_utf8(arguments: Sequence[str]) -> None:
-    """Refuse arguments, and a current directory, whose names are not UTF-8.
+    """Reject arguments, and a current directory, whose names are not UTF-8.
 
-    JSON and YAML files, in which paths are stored, cannot hold such names, nor can several
-    libraries open them.
+    JSON and YAML files, in which paths are stored, cannot contain such names, and several libraries
+    cannot open them.
 
     Raises:
-        InputError: naming the first, its bytes as escapes.
+        InputError: names the first one, with its bytes escaped.
     """
     for argument in arguments:
         if not is_utf8(argument):
@@ -51,7 +51,7 @@ def require_utf8(arguments: Sequence[str]) -> None:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a name was UTF-8 when Python read it from the system; half a character is not."""
+    """Return whether a name, as Python read it from the system, is UTF-8 without surrogates."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
@@ -60,8 +60,8 @@ def is_utf8(name: str) -> bool:
 
 
 def escaped(name: str) -> str:
-    """A name that is not UTF-8 for a message: `caf\\xe9.jsonl`."""
+    """Return a name that is not UTF-8 with escapes, such as `caf\\xe9.jsonl`, for a message."""
     try:
         return repr(name.encode("utf-8", "surrogateescape"))[2:-1]
     except UnicodeEncodeError:
-        return ascii(name)[1:-1]  # half of a surrogate pair, from a file that spells it
+        return ascii(name)[1:-1]  # a lone surrogate, from a file that spells it

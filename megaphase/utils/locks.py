@@ -1,15 +1,4 @@
-"""One process at a time, also among the nodes of a cluster that share a file system.
-
-The lock is flock(2), which Linux turns into a byte-range lock on NFS, so that other nodes see it;
-Lustre does so when it is mounted with `flock`. The kernel releases it when its process ends.
-
-The package filelock makes the same call, so it is no better on network file systems, and for a run
-directory it is worse in three ways. Where a file system has no flock it raises an error or falls
-back to a marker file, which a killed process leaves behind and which then blocks every later start;
-here the block runs without a lock. It does not remove the lock file, so that every run directory
-and plan would keep one. And it cannot tell whether another process holds a lock without taking it,
-which `is_locked` does for `launch status`.
-"""
+"""File locks between processes, also on nodes of a cluster that share a file system."""
 
 from __future__ import annotations
 
@@ -29,25 +18,26 @@ _POLL_SECONDS = 0.2
 
 @contextmanager
 def exclusive_lock(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
-    """Hold the lock file while the block runs; `waiting` is called once if another holds it.
+    """Hold the lock file while the block runs; `waiting` is called once if another process holds
+    it.
 
-    The lock ends with the process that holds it, however that ends. A file system that knows no
-    locks gives none: what the block does must be harmless when two processes do it.
+    The lock is released when its process ends in any way. On a file system without locks, none is
+    taken: the block must be harmless when two processes run it.
     """
     file = _acquire(path, waiting)
     try:
         yield
     finally:
-        # Removed while it is still held, so whoever waits for it finds that it is gone.
+        # Removed while still locked, so that a waiting process notices that the file is gone.
         with suppress(OSError):
             path.unlink()
         file.close()
 
 
 def is_locked(path: Path) -> bool | None:
-    """Whether a process holds the lock file now; None where that cannot be told.
+    """Return whether a process holds the lock file now, or None if that cannot be determined.
 
-    A file system that only the nodes of a cluster share may show no lock of another node.
+    On a file system shared by the nodes of a cluster, locks of other nodes may not be visible.
     """
     try:
         with open(path, "rb") as file:
@@ -60,9 +50,9 @@ def is_locked(path: Path) -> bool | None:
 
 
 def _acquire(path: Path, waiting: Callable[[], object]) -> IO[bytes]:
-    told = False
+    waiting_reported = False
     while True:
-        # A process that failed may have taken away the directory that it had made.
+        # A process that failed may have removed the directory that it had created.
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = _open(path)
@@ -72,9 +62,10 @@ def _acquire(path: Path, waiting: Callable[[], object]) -> IO[bytes]:
             tries = 0
             while not _try_lock(file):
                 tries += 1
-                if tries > 1 and not told:  # the first time it may have been a look at the lock
+                # The first failure may be another process that only tests the lock.
+                if tries > 1 and not waiting_reported:
                     waiting()
-                    told = True
+                    waiting_reported = True
                 time.sleep(_POLL_SECONDS)
             if _is_still_there(file, path):
                 return file
@@ -85,14 +76,14 @@ def _acquire(path: Path, waiting: Callable[[], object]) -> IO[bytes]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    """Open the lock file; a directory or a link that lies there is set aside."""
+    """Open the lock file; a directory or a link at its path is moved aside."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         return open(os.open(path, flags, 0o666), "r+b", buffering=0)
     except OSError as error:
         if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
             raise
-    # Of several processes that find it there, one renames it.
+    # If several processes find it, only one can rename it.
     with suppress(FileNotFoundError):
         set_aside(path, "a lock file")
     raise FileNotFoundError(path)
@@ -107,7 +98,7 @@ def _try_lock(file: IO[bytes]) -> bool:
 
 
 def _is_still_there(file: IO[bytes], path: Path) -> bool:
-    """Whether the file that is locked is the one that others would find, or a removed one."""
+    """Return whether the locked file still exists at `path`, so that others would find it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except OSError:

@@ -1,4 +1,4 @@
-"""Reads `metrics.jsonl`, also where a part of it was cut off, lost or altered."""
+"""Read `metrics.jsonl`, even if a part of it is missing or was altered."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-Steps = tuple[int, int]  # the first and the last of a run of steps, both included
+Steps = tuple[int, int]  # the first and the last step of a range, both included
 
 _TAIL_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
 class MetricsLine:
-    """A line of the file that ends with a newline.
+    """A complete line of the file, which ends with a newline.
 
     Attributes:
-        number: from 1.
-        end: bytes of the file up to its end.
-        row: what it says; None where it is no row of metrics.
+        number: line number, from 1.
+        end: position in the file at which the line ends, in bytes.
+        row: the parsed row; None if it is not a row of metrics.
     """
 
     number: int
@@ -30,11 +30,11 @@ class MetricsLine:
 
 
 def read_lines(path: Path, containing: Sequence[bytes] = ()) -> Iterator[MetricsLine]:
-    """The whole lines of the file, of which the last, half-written one is none.
+    """Yield the complete lines of the file, without a half-written last one.
 
-    containing: lines that hold none of these bytes are left out, which saves parsing them.
+    containing: skip lines that contain none of these byte strings, to save parsing them.
 
-    Raises OSError where the file cannot be read.
+    Raises OSError if the file cannot be read.
     """
     end = 0
     with open(path, "rb") as file:
@@ -47,7 +47,7 @@ def read_lines(path: Path, containing: Sequence[bytes] = ()) -> Iterator[Metrics
 
 
 def last_rows(path: Path) -> list[Row]:
-    """The last rows of a file that may be long, and may end with half of one."""
+    """Return the last rows of a file that may be long, and may end with an incomplete line."""
     return list(rows_from_end(path))[::-1]
 
 
@@ -65,7 +65,7 @@ def rows_from_end(path: Path) -> Iterator[Row]:
 
 
 def parse_row(line: bytes) -> Row | None:
-    """A row of training, of validation, or an event; None where the line is none of them."""
+    """Return a row of training, of validation or an event; None if the line is not one of them."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -76,12 +76,12 @@ def parse_row(line: bytes) -> Row | None:
 
 
 def is_training(row: Row) -> bool:
-    """Whether this is the row of an optimizer step."""
+    """Return whether this is the row of an optimizer step."""
     return "event" not in row and "validation" not in row
 
 
 def missing_steps(found: Iterable[int], first: int, last: int) -> list[Steps]:
-    """The runs of steps from `first` to `last` that are not among those that were found."""
+    """Return the ranges of steps from `first` to `last` that are not in `found`."""
     holes, expected = [], first
     for step in sorted({step for step in found if first <= step <= last} | {last + 1}):
         if step > expected:
@@ -91,7 +91,7 @@ def missing_steps(found: Iterable[int], first: int, last: int) -> list[Steps]:
 
 
 def steps_in_words(holes: Sequence[Steps], at_most: int = 5) -> str:
-    """For example `steps 3 to 7 and 9`; `no steps` where there are none."""
+    """Format ranges such as `steps 3 to 7 and 9`, or `no steps` if there are none."""
     if not holes:
         return "no steps"
     parts = [f"{a:,}" if a == b else f"{a:,} to {b:,}" for a, b in holes[:at_most]]

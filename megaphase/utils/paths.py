@@ -1,4 +1,4 @@
-"""Paths that users write: one place that expands, resolves and checks them."""
+"""Expand, resolve and check paths written by users."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 from megaphase.utils.locale_settings import escaped, is_utf8
 from megaphase.utils.names import shown
 
-# Room is left for what is put behind a path: file names, suffixes.
+# Leaves room for file names and suffixes that are appended to a path.
 MOST_BYTES_OF_PART = 240
 MOST_BYTES = 3500
 
 
 def resolved_path(path: str | Path, folder: Path) -> Path:
-    """The path with `~` and `~name` expanded, taken from `folder` where it is relative.
+    """Return the path with `~` and `~name` expanded, relative to `folder` if it is not absolute.
 
     Raises:
         ValueError: there is no such user, or no file can have such a path.
     """
     whole = folder / expanded_path(path)
-    if not is_utf8(str(whole)):  # the folder's name may be at fault, or that of a home folder
+    if not is_utf8(str(whole)):  # the cause may be the name of the folder or of a home folder
         raise ValueError(f"the path {escaped(str(whole))} is not UTF-8; rename the folder or file")
     return whole
 
@@ -46,11 +46,13 @@ def expanded_path(path: str | Path) -> Path:
 def _check(path: str | Path) -> None:
     text = str(path)
     if any(unicodedata.category(each) == "Cc" for each in text):
-        raise ValueError(f"the path {shown(text)} holds a control character; rename the file")
+        raise ValueError(f"the path {shown(text)} contains a control character; rename the file")
     try:
         size = len(os.fsencode(text))
     except UnicodeEncodeError:
-        raise ValueError(f"the path {shown(text)} cannot be one of a file; write another") from None
+        raise ValueError(
+            f"the path {shown(text)} is not a valid file path; write another"
+        ) from None
     longest = max(map(len, os.fsencode(text).split(b"/")))
     if size > MOST_BYTES or longest > MOST_BYTES_OF_PART:
         raise ValueError(

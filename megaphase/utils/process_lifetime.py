@@ -1,4 +1,4 @@
-"""A process that ends when the one that started it does, however that ends."""
+"""Make a process end when its parent ends, for any reason."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ _PR_SET_PDEATHSIG = 1
 
 
 def ends_with_this_process() -> dict[str, str]:
-    """For the environment of a `megaphase` command that is not to outlive this process."""
+    """Return environment variables for a `megaphase` command that must not outlive this process."""
     return {_VARIABLE: str(os.getpid())}
 
 
 def end_with_parent() -> None:
-    """Be killed when the parent ends, where it has asked for that; on Linux alone."""
-    # Not for processes that this one starts in its turn.
+    """Make the kernel kill this process when its parent ends, if the parent requested it
+    (Linux)."""
+    # Not inherited by processes that this one starts.
     parent = os.environ.pop(_VARIABLE, None)
     if parent is None or not sys.platform.startswith("linux"):
         return
-    # The kernel does it at once, also where the parent was killed by SIGKILL.
+    # The kernel does this immediately, even if the parent was killed by SIGKILL.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it ended before
+    if os.getppid() != int(parent):  # the parent has already ended
         sys.exit(EXIT_FAILED)

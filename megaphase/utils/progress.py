@@ -1,4 +1,4 @@
-"""How far work has come: a bar on a terminal, a plain line now and then in a log."""
+"""Show the progress of reading: a bar in a terminal, an occasional plain line elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rich.progress import (
 SECONDS_BETWEEN_LINES = 10.0
 
 Advance = Callable[[int, int], None]
-"""Called with the bytes of the files, and of what they hold, that were done since the last call."""
+"""Called with the bytes on disk, and their decompressed bytes, processed since the last call."""
 
 
 class ProgressDisplay:
@@ -103,7 +103,7 @@ class ProgressBar:
 
 @contextmanager
 def reading_progress(console: Console | None, what: str, total_bytes: int) -> Iterator[Advance]:
-    """Show MB/s, decompressed, and the remaining time, by how much of the files' bytes is done."""
+    """Show decompressed MB/s and the remaining time, estimated from the bytes on disk."""
     if console is None:
         yield lambda file_bytes, data_bytes: None
         return
@@ -140,8 +140,8 @@ def reading_progress(console: Console | None, what: str, total_bytes: int) -> It
 def bytes_progress(
     console: Console | None, what: str, total_bytes: int
 ) -> Iterator[Callable[[int], None]]:
-    """Likewise for bytes that are what they are; the yielded function gets those done since, from
-    any thread."""
+    """Like `reading_progress` for uncompressed bytes; the yielded function takes the bytes
+    processed since its last call, from any thread."""
     lock = threading.Lock()
     with reading_progress(console, what, total_bytes) as advance:
 

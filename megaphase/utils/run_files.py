@@ -1,7 +1,7 @@
-"""What the files in a run directory are called."""
+"""Names of the files in a run directory."""
 
-RUN_FILE = "run.json"  # the run file as it was understood
+RUN_FILE = "run.json"  # the parsed run file
 PLAN_FILE = "plan.json"  # tokens, rates and epochs of every phase and task
-METRICS_FILE = "metrics.jsonl"  # training, validation and events, an object a line
-LOCK_FILE = ".lock"  # held by the process that trains
-ORIGIN_FILE = "origin.json"  # of a branch: where it began
+METRICS_FILE = "metrics.jsonl"  # training, validation and events, one object per line
+LOCK_FILE = ".lock"  # held by the training process
+ORIGIN_FILE = "origin.json"  # in a branch: the checkpoint from which it started

@@ -1,4 +1,4 @@
-"""What lies where something of a run is to be written, and is none of it: renamed, and said."""
+"""Rename unexpected files at paths that a run needs, and report it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Say = Callable[[str], object]
 
 
 def say_on_standard_error(text: str) -> None:
-    """Print a line, whatever the terminal can show."""
+    """Print a line to standard error, escaping what the terminal cannot show."""
     encoding = sys.stderr.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
 
 
 def shown_path(path: Path | str) -> str:
-    """A path for a message; bytes of its name that are not UTF-8 are escaped."""
+    """Return a path for a message; bytes of its name that are not UTF-8 are escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def kind_of(path: Path) -> str:
-    """What lies at a path, in words; links are not followed."""
+    """Return what kind of file exists at a path, in words; links are not followed."""
     mode = path.lstat().st_mode
     kinds = (
         (stat.S_ISLNK, "a symbolic link"),
@@ -40,10 +40,10 @@ def kind_of(path: Path) -> str:
 
 
 def set_aside(path: Path, wanted: str, say: Say = say_on_standard_error) -> Path:
-    """Rename what lies at `path` to `NAME.set-aside` (`NAME.set-aside-2` and so on where that
-    exists), and say so in one line; returns the new path.
+    """Rename the file at `path` to `NAME.set-aside` (or `NAME.set-aside-2` and so on if that
+    exists), and report it in one line; returns the new path.
 
-    wanted: what belongs there, with its article, for the message.
+    wanted: what belongs at the path, with its article, for the message.
 
     Raises:
         OSError: it cannot be renamed.
@@ -57,21 +57,21 @@ def set_aside(path: Path, wanted: str, say: Say = say_on_standard_error) -> Path
 
 
 def make_way_for_directory(path: Path, wanted: str, say: Say = say_on_standard_error) -> None:
-    """Set aside what lies at `path`, unless it is a directory or a link to one."""
+    """Set aside the file at `path`, unless it is a directory or a link to one."""
     if os.path.lexists(path) and not path.is_dir():
         set_aside(path, wanted, say)
 
 
 def make_way_for_file(path: Path, wanted: str, say: Say = say_on_standard_error) -> None:
-    """Set aside what lies at `path`, unless it is a regular file or a link to one."""
+    """Set aside the file at `path`, unless it is a regular file or a link to one."""
     if os.path.lexists(path) and not path.is_file():
         set_aside(path, wanted, say)
 
 
 def remove_leftover(path: Path, say: Say = say_on_standard_error) -> None:
-    """Remove a directory or a link that a killed process of this program has left at `path`.
+    """Remove a directory or a link that a killed process of this program left at `path`.
 
-    What else lies there, or cannot be removed, is set aside.
+    Anything else, or what cannot be removed, is set aside.
     """
     if not os.path.lexists(path):
         return
@@ -81,4 +81,4 @@ def remove_leftover(path: Path, say: Say = say_on_standard_error) -> None:
     elif kind == "a directory":
         shutil.rmtree(path, ignore_errors=True)
     if os.path.lexists(path):
-        set_aside(path, "what this program has left there", say)
+        set_aside(path, "a leftover of this program", say)

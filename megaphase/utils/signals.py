@@ -1,8 +1,8 @@
-"""What a command does with the signals that ask it to end, once the program has been imported.
+"""How commands handle the signals that ask them to end, once the program has been imported.
 
-Ctrl-C ends a command with exit code 130, SIGTERM and SIGUSR1 end it with 75: what was stopped from
-outside may be started again. A command that has something to save, or processes to look after,
-notes the signals and acts on them by itself.
+Ctrl-C ends a command with exit code 130; SIGTERM and SIGUSR1 end it with 75, since a command that
+was stopped from outside may be started again. A command that has something to save, or processes
+to supervise, records the signals and handles them itself.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ from typing import Any
 
 from megaphase.utils.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, Interrupted
 
-# A press of Ctrl-C may reach a process twice: from the terminal, and from a launcher between.
+# One press of Ctrl-C may reach a process twice: from the terminal and from a launcher.
 SAME_PRESS_SECONDS = 0.25
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ALL_SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
 
 
-def told_name(number: int) -> str:
-    """What a signal is called in messages: Ctrl-C, SIGTERM."""
+def signal_name(number: int) -> str:
+    """Return a signal's name for messages: Ctrl-C, SIGTERM."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
-def code_after(number: int) -> int:
-    """The exit code of a command that a signal has ended, with nothing to save."""
+def exit_code_after(number: int) -> int:
+    """Return the exit code of a command that a signal has ended with nothing to save."""
     return EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_REQUEUE
 
 
-def heeded_signals() -> list[signal.Signals]:
-    """The signals that this process was not started to ignore (as by a shell's `&` or `trap`)."""
+def unignored_signals() -> list[signal.Signals]:
+    """Return the signals that this process was not started to ignore (by a shell's `&` or
+    `trap`)."""
     return [number for number in ALL_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """While a process is started: it, and this one, get what comes as soon as they can take it."""
+    """Block signals while a process is started; both processes receive them afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)
     try:
         yield
@@ -50,9 +51,10 @@ def signals_blocked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def handlers(numbers: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
-    """Handle signals while the block runs; the earlier handlers come back at its end.
+    """Handle signals while the block runs, and restore the earlier handlers at its end.
 
-    In another thread than the main one nothing is changed: Python lets none install handlers.
+    In a thread other than the main one this does nothing, since Python cannot install handlers
+    there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -62,27 +64,27 @@ def handlers(numbers: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
         yield
     finally:
         for number, earlier in before.items():
-            # None stands for a handler that was not installed from Python and cannot be put back.
+            # None means that the handler was not installed from Python and cannot be restored.
             signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
 
 
 @contextlib.contextmanager
-def noted_signals() -> Iterator[list[signal.Signals]]:
-    """The signals to hand down to processes, in the order in which they come."""
+def recorded_signals() -> Iterator[list[signal.Signals]]:
+    """Record signals to be forwarded to child processes, in their order of arrival."""
     received: list[signal.Signals] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
-    with handlers(heeded_signals(), note):
+    with handlers(unignored_signals(), note):
         yield received
 
 
 @contextlib.contextmanager
 def interrupting_signals() -> Iterator[list[Interrupted]]:
-    """Signals raise Interrupted in the main thread; yields those that were raised.
+    """Make signals raise Interrupted in the main thread; yields the list of those raised.
 
-    Only another press of Ctrl-C disturbs what the first signal has set going.
+    After the first signal, only another press of Ctrl-C interrupts its handling.
     """
     raised: list[Interrupted] = []
     last = -SAME_PRESS_SECONDS
@@ -92,10 +94,10 @@ def interrupting_signals() -> Iterator[list[Interrupted]]:
         before, last = last, time.monotonic()
         if raised and (number != signal.SIGINT or last - before < SAME_PRESS_SECONDS):
             return
-        raised.append(Interrupted(told_name(number), code_after(number)))
+        raised.append(Interrupted(signal_name(number), exit_code_after(number)))
         raise raised[-1]
 
-    with handlers(heeded_signals(), interrupt):
-        # A process that another one starts, or that starts itself again, has had them blocked.
+    with handlers(unignored_signals(), interrupt):
+        # In a process started by another one, or by itself again, the signals were blocked.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL_SIGNALS)
         yield raised

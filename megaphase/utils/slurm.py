@@ -1,4 +1,4 @@
-"""Slurm's commands: jobs are submitted, looked at, and queued again."""
+"""Slurm commands: submit, query, cancel and requeue jobs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megaphase.utils.errors import InputError, RunError
 
 
 def require_sbatch(where: str, remedy: str) -> None:
-    """Refuse a machine that cannot submit jobs.
+    """Raise an error on a machine that cannot submit jobs.
 
     Raises:
         InputError: there is no sbatch.
@@ -23,13 +23,13 @@ def require_sbatch(where: str, remedy: str) -> None:
 
 
 def submit(script: str, options: Sequence[str] = ()) -> str:
-    """Hand a batch script to sbatch; the id of the job.
+    """Submit a batch script with sbatch and return the job's id.
 
     Raises:
         RunError: sbatch refuses it.
     """
     command = ["sbatch", "--parsable", *options]
-    # A job inherits the environment: what this one was given, should it be a job, is not for it.
+    # A job inherits the environment; if this process is a job itself, its variables do not apply.
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -44,17 +44,17 @@ def submit(script: str, options: Sequence[str] = ()) -> str:
 
 
 def cancel(*jobs: str) -> None:
-    """Take jobs from the queue."""
+    """Cancel jobs."""
     subprocess.run(["scancel", *jobs], check=False)
 
 
 @dataclass(frozen=True)
 class JobRecord:
-    """What Slurm says of a job.
+    """Slurm's information about a job.
 
     Attributes:
-        fields: of `scontrol show job`, by name; empty where it says nothing.
-        unknown: why it says nothing, else None.
+        fields: the fields of `scontrol show job` by name; empty if there are none.
+        unknown: why there are none, else None.
     """
 
     fields: dict[str, str] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class JobRecord:
 
 
 def look_up(job: str) -> JobRecord:
-    """Ask Slurm for a job; of an array, for its first task."""
+    """Query a job; for an array, its first task."""
     try:
         found = subprocess.run(
             ["scontrol", "show", "job", "--oneliner", job],
@@ -79,19 +79,19 @@ def look_up(job: str) -> JobRecord:
             unknown="no longer known to Slurm" if gone else f"Slurm does not answer ({reason})"
         )
     line = found.stdout.partition("\n")[0]
-    # Values may have spaces; names have none and begin with a capital. What users write themselves,
-    # such as a comment, stands at the end: the first of two fields of a name is Slurm's.
+    # Values may contain spaces; names do not, and begin with a capital. Text written by users, such
+    # as a comment, comes last: of two fields with the same name, the first is Slurm's.
     pairs = [pair.partition("=") for pair in re.split(r" (?=[A-Z][A-Za-z_:/]*=)", line)]
     return JobRecord({key: value for key, _, value in reversed(pairs)})
 
 
 def job_fields(job: str) -> dict[str, str]:
-    """What `scontrol show job` says, by field; empty where Slurm does not know the job."""
+    """Return the fields of `scontrol show job`; empty if Slurm does not know the job."""
     return look_up(job).fields
 
 
 def queued_jobs(jobs: Collection[str]) -> set[str]:
-    """Those of these jobs, or tasks of arrays, that wait, run or are just ending.
+    """Return those of these jobs, or tasks of arrays, that are pending, running or ending.
 
     Raises:
         RunError: Slurm does not answer.
@@ -104,7 +104,7 @@ def queued_jobs(jobs: Collection[str]) -> set[str]:
             "squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(numbers)}"
         )
     except RunError as error:
-        # Said of a single job that has been forgotten; of several, those are left out.
+        # Slurm reports this for a single forgotten job; in a list, it leaves forgotten jobs out.
         if "Invalid job id" not in str(error):
             raise
         return set()
@@ -112,25 +112,25 @@ def queued_jobs(jobs: Collection[str]) -> set[str]:
 
 
 def control(*arguments: str) -> str | None:
-    """Call scontrol; why it refused, or None."""
+    """Call scontrol; return why it refused, or None."""
     result = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=False)
     return " ".join((result.stderr or result.stdout).split()) if result.returncode else None
 
 
 def host_names(expression: str) -> list[str]:
-    """The nodes that Slurm writes as n[1-3],n7; none for (null)."""
+    """Expand Slurm's list of nodes, such as n[1-3],n7; return none for (null)."""
     if expression in ("", "(null)"):
         return []
     return _lines("scontrol", "show", "hostnames", expression)
 
 
 def partition_nodes(partition: str) -> list[str]:
-    """The nodes of a partition, whatever their state."""
+    """Return the nodes of a partition in any state."""
     return _lines("sinfo", "--noheader", "--Node", "--format=%N", f"--partition={partition}")
 
 
 def _lines(*command: str) -> list[str]:
-    """What a command prints.
+    """Run a command and return the lines it prints.
 
     Raises:
         RunError: it failed.

@@ -1,4 +1,4 @@
-"""Standard output and error: no character, full disk or departed reader of theirs ends a run."""
+"""Make standard output and error robust against any character, a full disk and a closed pipe."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from megaphase.utils.errors import RunError
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Handlers with which every character can be written, one way or another.
+# Error handlers that can write every character.
 _ERRORS_THAT_WRITE_ALL = ("replace", "backslashreplace", "xmlcharrefreplace", "namereplace")
 
 
 class _StandardStream(io.FileIO):
-    """A file descriptor that the process was started with.
+    """A file descriptor that the process inherited at its start.
 
-    What cannot be written is dropped where the stream is only a log (`is_log`). Where it carries a
-    command's result the first failure is raised: BrokenPipeError if its reader has left, else
-    RunError.
+    If the stream is only a log (`is_log`), output that cannot be written is dropped. If it carries
+    a command's result, the first failure raises BrokenPipeError if the reader has closed the pipe,
+    else RunError.
     """
 
     def __init__(self, descriptor: int, what: str, *, is_log: bool) -> None:
@@ -32,13 +32,13 @@ class _StandardStream(io.FileIO):
         self._failed = False
 
     def write(self, content: Any) -> int:
-        """How many bytes were taken: all, where they are dropped."""
+        """Return the number of bytes taken: all of them if they are dropped."""
         try:
-            while (count := super().write(content)) is None:  # it is full, and set not to block
+            while (count := super().write(content)) is None:  # it is full, and non-blocking
                 select.select([], [self], [])
             return count
         except OSError as error:
-            # Once the failure has been said, what is left in the buffers must not raise again.
+            # Once a failure has been reported, flushing the buffers must not raise again.
             if not self.is_log and not self._failed:
                 self._failed = True
                 if isinstance(error, BrokenPipeError):
@@ -48,19 +48,19 @@ class _StandardStream(io.FileIO):
 
 
 def prepare_streams() -> None:
-    """Let standard output and error take every character, and standard error any failure.
+    """Let standard output and error accept every character, and let standard error never fail.
 
-    A character that their encoding lacks is written as an escape such as `\\xd7`. Streams that the
-    process was started without lead to /dev/null.
+    A character that the encoding lacks is written as an escape such as `\\xd7`. Streams that are
+    closed when the process starts are opened on /dev/null.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    # Others, as those of a test that captures them, are left alone.
+    # Replaced streams, such as those of a capturing test, are left alone.
     if sys.stdout is sys.__stdout__:
         sys.stdout = sys.__stdout__ = _text_stream(  # type: ignore[misc]
             sys.stdout, _StandardStream(1, "standard output", is_log=False)
@@ -72,9 +72,9 @@ def prepare_streams() -> None:
 
 
 def standard_output_is_a_log() -> None:
-    """What standard output does not take is dropped from now on.
+    """Drop output that standard output does not accept, from now on.
 
-    For commands whose result are files, and which print only how far they have come.
+    For commands that write their results to files and print only progress.
     """
     stream = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     if isinstance(stream, _StandardStream):
@@ -82,14 +82,14 @@ def standard_output_is_a_log() -> None:
 
 
 def new_console(*, stderr: bool = False, highlight: bool = True) -> Console:
-    """A console that prints text as it is: brackets and colons of a user's names mean nothing."""
+    """Return a console that prints text literally, without interpreting brackets and colons."""
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=highlight, markup=False, emoji=False)
 
 
 def _text_stream(former: Any, stream: _StandardStream) -> io.TextIOWrapper:
-    if former is None:  # the process was started without it
+    if former is None:  # the stream was closed when the process started
         return io.TextIOWrapper(io.BufferedWriter(stream), "utf-8", line_buffering=True)
     errors = former.errors if former.errors in _ERRORS_THAT_WRITE_ALL else "backslashreplace"
     return io.TextIOWrapper(

@@ -1,4 +1,4 @@
-"""What stands in a row of targets besides token ids."""
+"""Special values in rows of targets."""
 
 IGNORED_TARGET = -100
-"""No loss is taken where this is the target; torch's own default for `ignore_index`."""
+"""Positions with this target have no loss; torch's default for `ignore_index`."""

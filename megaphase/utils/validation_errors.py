@@ -1,4 +1,4 @@
-"""pydantic's complaints about a YAML file, as one line in words that its author knows."""
+"""Turn pydantic's errors about a YAML file into one line in its author's terms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from megaphase.utils.errors import InputError
 from megaphase.utils.names import printable, shown
 
-_LONGEST = 200  # of a value, or of a part of a key, in a message
+_LONGEST = 200  # characters of a value, or of a part of a key, in a message
 _MESSAGES = {
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
@@ -39,14 +39,14 @@ _MESSAGES = {
 
 
 def hint(name: object, known: Iterable[str], what: str) -> str:
-    """`did you mean 'seed'?` where one of the known names is near, else all that there are."""
+    """Return `did you mean 'seed'?` if a known name is similar, else the list of known names."""
     by_folded = {each.casefold(): each for each in known}
     near = difflib.get_close_matches(str(name).casefold()[:_LONGEST], by_folded, n=1)
     return f"did you mean {by_folded[near[0]]!r}?" if near else f"{what} {', '.join(known)}"
 
 
 def as_input_error(path: Path, error: ValidationError) -> InputError:
-    """The first thing that is wrong in the file, with the path of its key."""
+    """Return the first error in the file as an InputError with the path of the key."""
     first = error.errors(include_url=False)[0]
     location, kind = first["loc"], first["type"]
     if location and location[-1] == "[key]":
@@ -70,7 +70,7 @@ def as_input_error(path: Path, error: ValidationError) -> InputError:
 
 
 def _bound(value: Any) -> str:
-    """A limit as it is shown."""
+    """Format a limit for a message."""
     if isinstance(value, bool | str):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"

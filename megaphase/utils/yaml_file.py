@@ -1,7 +1,7 @@
-"""YAML as its version 1.2 means it.
+"""Read YAML according to version 1.2.
 
 PyYAML follows version 1.1, in which `no` is false (so the task `no: {...}` would not be
-Norwegian), `3e-4` is a string and a key that stands twice silently wins.
+Norwegian), `3e-4` is a string and a key that occurs twice silently wins.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MERGE_TAG = "tag:yaml.org,2002:merge"
 REPLACED_TAGS = (BOOL_TAG, INT_TAG, FLOAT_TAG, "tag:yaml.org,2002:timestamp")
 
 BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
-# Far more than any run file has.
+# Far more than any run file needs.
 MOST_BYTES = 1 << 20
 MOST_VALUES = 1_000_000
 MOST_MERGED = 10_000
@@ -49,10 +49,10 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                continue  # refused below, with its line
+                continue  # an error is raised below, with the line
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {shown(key)} stands twice", key_node.start_mark
+                    None, None, f"the key {shown(key)} occurs twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -68,16 +68,16 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(BOOL_TAG, BOOL, list("tTfF"))
 _Loader.add_implicit_resolver(INT_TAG, INT, list("-+0123456789"))
 _Loader.add_implicit_resolver(FLOAT_TAG, FLOAT, list("-+.0123456789"))
-# YAML 1.1 takes 010 for 8, and stumbles over 09.
+# YAML 1.1 reads 010 as 8, and fails on 09.
 _Loader.add_constructor(INT_TAG, lambda _, node: int(node.value))
 _Loader.add_constructor(FLOAT_TAG, lambda _, node: float(node.value))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Parse a YAML file whose top is a mapping.
+    """Parse a YAML file that contains a mapping.
 
     Raises:
-        InputError: the file is missing, is no YAML (with the line), or holds something else.
+        InputError: the file is missing, is not YAML (with the line), or contains something else.
     """
     try:
         text = read_file(path, pipes=True).decode("utf-8")
@@ -102,12 +102,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         remedy = "look for tags such as !!map, and for numbers of very many digits"
         raise InputError(path, f"a value cannot be read ({why})", remedy) from None
     if not isinstance(data, dict):
-        raise InputError(path, "the file must hold a mapping of keys to values")
+        raise InputError(path, "the file must contain a mapping of keys to values")
     return data
 
 
 def parse_scalar(text: str) -> Any:
-    """The value of a `key=value` override, read as YAML."""
+    """Parse the value of a `key=value` override as YAML."""
     try:
         return _parsed(text)
     except (yaml.YAMLError, ValueError):
@@ -115,7 +115,7 @@ def parse_scalar(text: str) -> Any:
 
 
 def _parsed(text: str) -> Any:
-    """The values of a YAML text, none of which is another one's.
+    """Parse a YAML text into values that share no object.
 
     Raises:
         ValueError: a tag does not fit its value, or there is too much of it.
@@ -125,15 +125,15 @@ def _parsed(text: str) -> Any:
     except RecursionError:
         raise ValueError(f"it is nested more than {DEEPEST} levels deep") from None
     except (KeyError, AttributeError, TypeError, OverflowError):
-        # What PyYAML's constructors stumble over: `!!bool maybe`, `!!timestamp soon`.
+        # PyYAML's constructors fail on values such as `!!bool maybe` and `!!timestamp soon`.
         raise ValueError("a value does not fit its tag") from None
 
 
 class _Copy:
-    """Copies in which an anchor's value stands once for every alias.
+    """Copies values so that every alias gets its own copy of the anchor's value.
 
-    Otherwise, what is set at one place would be set at all of them. The number of values is
-    limited, since aliases of aliases can stand for any number of them.
+    Otherwise, a change of one would change all of them. The number of values is limited, since
+    aliases of aliases can expand to any number of them.
     """
 
     def __init__(self) -> None:

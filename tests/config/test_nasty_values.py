@@ -1,4 +1,4 @@
-"""Any value anywhere in a run, sweep or pipeline file: it works, or one line says what is wrong."""
+"""Any value anywhere in a run, sweep or pipeline file works, or one line says what is wrong."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ PIPELINE: dict[str, Any] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
-    """Two corpora and a run file; where relative paths begin."""
+    """Make two corpora and a run file; relative paths start here."""
     made = tmp_path_factory.mktemp("nasty")
     for name in ("en", "hi"):
         write_corpus(made / name, [30] * 80)
@@ -101,7 +101,7 @@ def no_tokenizer():
 
 
 def works_or_is_refused(action, *arguments: Any) -> bool:
-    """Whether it works; an InputError must be one line, and nothing else may be raised."""
+    """Return whether it works; an InputError must be one line, and nothing else may be raised."""
     try:
         action(*arguments)
     except InputError as error:
@@ -113,7 +113,7 @@ def works_or_is_refused(action, *arguments: Any) -> bool:
 
 
 def plan_and_estimate(content: dict[str, Any]) -> None:
-    """All that `megaphase plan` computes of a run file, but for the index."""
+    """Compute everything that `megaphase plan` does for a run file, except the index."""
     check_run(run_config(Path("run.yaml"), content))
 
 

@@ -43,7 +43,7 @@ def load(folder: Path, text: str = GOOD, *overrides: str) -> RunConfig:
 
 
 def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
-    """What the InputError says, without the folder."""
+    """Return the InputError's message without the folder."""
     with pytest.raises(InputError) as error:
         load(folder, text, *overrides)
     said = str(error.value)
@@ -179,9 +179,9 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
         ("seq_len: 64", "seq_len: 64, dropout: 1.0",
          "run.yaml: model.dropout: must be less than 1; found 1.0"),
         ("name: joint", "name: pretrain",
-         "run.yaml: phases[1].name: 'pretrain' stands twice; give every phase its own name"),
+         "run.yaml: phases[1].name: 'pretrain' occurs twice; give every phase its own name"),
         ("name: joint", "name: a/b",
-         "run.yaml: phases[1].name: the name 'a/b' holds '/'; use letters, digits, '_', '.' and "
+         "run.yaml: phases[1].name: the name 'a/b' contains '/'; use letters, digits, '_', '.' and "
          "'-', at most 100 bytes"),
         ("micro: 2", "micro: 3", "run.yaml: batch: micro (3) does not divide samples (8)"),
         ("{tensor: 1}", "{sequence: true}",
@@ -227,9 +227,9 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
          "run.yaml: monitor.tasks: 'mean' is also what the best weighted mean is kept as; rename "
          "the task"),
         # not YAML, or not quite
-        ("seed: 1", "seed: 1\nseed: 2", "run.yaml:2: the key 'seed' stands twice"),
-        ("hi: {", "en: {", "run.yaml:6: the key 'en' stands twice"),
-        ("{en: 1.0}", "{en: 0.5, en: 0.5}", "run.yaml:15: the key 'en' stands twice"),
+        ("seed: 1", "seed: 1\nseed: 2", "run.yaml:2: the key 'seed' occurs twice"),
+        ("hi: {", "en: {", "run.yaml:6: the key 'en' occurs twice"),
+        ("{en: 1.0}", "{en: 0.5, en: 0.5}", "run.yaml:15: the key 'en' occurs twice"),
         ("seed: 1", "seed: [1",
          "run.yaml:2: while parsing a flow sequence, expected ',' or ']', but got ':'"),
         ("seed: 1", "\tseed: 1",
@@ -241,8 +241,8 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
         ("seed: 1", "seed: !!int many",
          "run.yaml: a value cannot be read (invalid literal for int() with base 10: 'many'); look "
          "for tags such as !!map, and for numbers of very many digits"),
-        (GOOD, "", "run.yaml: the file must hold a mapping of keys to values"),
-        (GOOD, "- a", "run.yaml: the file must hold a mapping of keys to values"),
+        (GOOD, "", "run.yaml: the file must contain a mapping of keys to values"),
+        (GOOD, "- a", "run.yaml: the file must contain a mapping of keys to values"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(tmp_path, old, new, said):

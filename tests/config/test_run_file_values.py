@@ -1,4 +1,4 @@
-"""What values of a run file mean, and which are refused: decimals, types, bounds, names, paths."""
+"""The meaning of values in a run file, and which are rejected: decimals, bounds, names, paths."""
 
 from __future__ import annotations
 
@@ -123,10 +123,10 @@ def test_no_value_is_taken_for_one_of_another_type(tmp_path, place):
         ("model.hidden", 10**400, "model.hidden: must be at most 1,000,000,000,000,000; found 100"),
         ("phases.0.learning_rate.peak", float("inf"), 'peak: must be a number; found ".inf"'),
         ("faults.silent_seconds", float("nan"), 'silent_seconds: must be a number; found ".nan"'),
-        # tasks that stand twice
-        ("phases.1.mixture.over", ["hi", "en", "hi"], "mixture.over: 'hi' stands twice"),
-        ("monitor.tasks", ["hi", "hi"], "monitor.tasks: 'hi' stands twice"),
-        ("phases.0.stop.overfit.tasks", ["en", "en"], "overfit.tasks: 'en' stands twice"),
+        # tasks that occur twice
+        ("phases.1.mixture.over", ["hi", "en", "hi"], "mixture.over: 'hi' occurs twice"),
+        ("monitor.tasks", ["hi", "hi"], "monitor.tasks: 'hi' occurs twice"),
+        ("phases.0.stop.overfit.tasks", ["en", "en"], "overfit.tasks: 'en' occurs twice"),
         # schedules
         ("phases.1.learning_rate", {"peak": 1e-3, "warmup_steps": 5, "steps": 4},
          "learning_rate: warmup_steps (5) do not fit the schedule of 4 steps"),
@@ -197,14 +197,14 @@ def test_names_that_no_file_should_have(tmp_path, name, said):
 @pytest.mark.parametrize("name", ["latest", "best-hi", "best-mean", "step-00000004", "step-x"])
 def test_no_phase_is_called_as_a_checkpoint(tmp_path, name):
     said = refusal(tmp_path, with_value("phases.0.name", name))
-    assert said.startswith(f"run.yaml: phases[0].name: {name!r} is what a checkpoint is called")
+    assert said.startswith(f"run.yaml: phases[0].name: {name!r} is a checkpoint's name")
 
 
 @given(st.sampled_from(["step", "best"]), st.integers(0, 10**12))
 def test_every_name_of_a_checkpoint_is_kept_from_phases(kind, step):
     name = f"{kind}-{step:08d}"
     assert NAME.fullmatch(name)
-    with pytest.raises(ValueError, match="is what a checkpoint is called"):
+    with pytest.raises(ValueError, match="is a checkpoint's name"):
         check_phase_name(name)
 
 
@@ -242,11 +242,11 @@ def test_every_path_is_taken_from_the_run_files_folder(tmp_path, monkeypatch, pl
     [
         ("~nosuchuser/x", "no home folder of '~nosuchuser' is known; write ~/ for your own"),
         ("", "must be a path"),
-        ("a\0b", "holds a control character"),
-        ("a\nb", "holds a control character"),
+        ("a\0b", "contains a control character"),
+        ("a\nb", "contains a control character"),
         ("x" * 300, "is too long"),
         ("a/" * 2000, "is too long"),
-        ("\ud800", "cannot be one of a file"),
+        ("\ud800", "is not a valid file path"),
     ],
 )
 def test_a_path_that_no_file_has(tmp_path, place, path, said):
@@ -321,7 +321,7 @@ MERGES = "a: &a {x: 1, y: 2}\n" + "".join(
         ("a: \x01", "special characters are not allowed"),
         ("a: <<\n<<: 5", "expected a mapping"),
         ("x" * (5 << 20), "is larger than"),
-        ("", "must hold a mapping"),
+        ("", "must contain a mapping"),
     ],
 )  # fmt: skip
 def test_yaml_that_is_none_or_too_much(tmp_path, text, said):
@@ -345,7 +345,7 @@ def test_a_message_is_one_line():
 
 
 def test_a_run_directory_with_a_name_that_is_refused_today(tmp_path):
-    """It is told apart from the run of today's file, in a line."""
+    """One line distinguishes it from the run of today's file."""
     config = load(tmp_path, all_keys())
     directory = RunDirectory(config.output)
     directory.path.mkdir()

@@ -1,4 +1,4 @@
-"""What wrong input gets: one line that names file, key and remedy, exit code 2, nothing written."""
+"""Wrong input: one line that names file, key and remedy, exit code 2, nothing written."""
 
 import json
 import re
@@ -93,7 +93,7 @@ def test_damaged_indexes(command, own_corpora, tmp_path, refuse):
     for content, named in (
         (whole[:-8], "truncated"),
         (whole[:9] + b"\x02" + whole[10:], "version 2"),
-        (whole[:34] + b"\x01" + whole[35:], "was altered: its hash is not the manifest's"),
+        (whole[:34] + b"\x01" + whole[35:], "was altered: its hash differs from the manifest's"),
     ):
         index.write_bytes(content)
         line = refuse(command, run_file)
@@ -150,7 +150,7 @@ def test_a_run_file_changed_under_its_run(corpora, tmp_path, refuse):
 
 @pytest.fixture
 def begun(corpora, tmp_path):
-    """A run file whose run has begun, as far as its directory shows, and that directory."""
+    """Return a run file whose run has apparently started, and its directory."""
     run_file = write_run_file(tmp_path, run_settings(corpora, monitor={"tasks": ["cimri"]}))
     directory = RunDirectory(tmp_path / "run")
     directory.claim(load_run_file(run_file), {"fingerprint": "of the plan"})
@@ -168,7 +168,7 @@ LATER_CHANGES = {
     "checkpoint.every_steps=7": None,
     "faults.silent_seconds=9": None,
     "hardware.card=l4": None,
-    "tasks.alda.corpus=elsewhere": None,  # what it holds may not, and the plan tells
+    "tasks.alda.corpus=elsewhere": None,  # its content may not change, as the plan detects
     "precision=bf16": "precision",
     "batch.samples=16": "batch.samples",
     "seed=3": "seed",
@@ -201,7 +201,7 @@ FREE = re.compile(
 
 
 def leaves(value, path=""):
-    """All values of a JSON value that are neither object nor list, by where they lie."""
+    """Return all values of a JSON value that are neither object nor list, by their paths."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from leaves(inner, f"{path}.{key}" if path else key)
@@ -271,7 +271,7 @@ def test_one_rank_reports_and_all_stop(processes, changes, named, corpora, tmp_p
 
 
 def _joined_after(*arguments):
-    """The command's exit code, and whether the rank is still in the process group."""
+    """Return the command's exit code, and whether the rank is still in the process group."""
     import torch.distributed
 
     sys.argv = ["megaphase", *arguments]

@@ -1,4 +1,4 @@
-"""Corpora: Megatron-LM's bytes, whole or not at all, and every damage is found and named."""
+"""Corpora: Megatron-LM's bytes, written atomically, with every kind of damage found and named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random damage to the files of a corpus, a plan or a run: it is found, or it changes nothing."""
+"""Random damage to the files of a corpus, a plan or a run is found, or changes nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ USED = {"en": 7, "en-fr": 2}
 
 
 def files_to_damage(folder: Path) -> list[Path]:
-    """All that a run reads but the run file, which is the user's own text, in a fixed order."""
+    """Return, in a fixed order, all files that a run reads, except the run file."""
     left_out = ("run.yaml", "metrics.jsonl", ".lock")
     return sorted(
         path.relative_to(folder)
@@ -58,7 +58,7 @@ def _zero(data: bytes, draw: random.Random) -> bytes:
 
 
 def _swap_digits(data: bytes, draw: random.Random) -> bytes:
-    """Of a text, one digit by another: it stays well-formed."""
+    """Replace one digit of a text by another, so that it stays well-formed."""
     digits = [i for i, byte in enumerate(data) if chr(byte).isdigit()]
     if not digits:
         return _flip(data, draw)
@@ -75,7 +75,7 @@ def _extend(data: bytes, draw: random.Random) -> bytes:
 
 
 def _move(data: bytes, draw: random.Random) -> bytes:
-    """A piece of the file written over another place in it."""
+    """Write a piece of the file over another place in it."""
     size = draw.randint(1, min(2048, len(data)))
     source, target = (draw.randrange(len(data) - size + 1) for _ in range(2))
     return data[:target] + data[source : source + size] + data[target + size :]
@@ -85,7 +85,7 @@ DAMAGE = [_flip, _replace, _zero, _swap_digits, _truncate, _extend, _move]
 
 
 def damage(path: Path, seed: int) -> str:
-    """Alter a file; returns how."""
+    """Alter a file; return how."""
     draw = random.Random(seed)
     change = draw.choice(DAMAGE)
     data = path.read_bytes()
@@ -97,7 +97,7 @@ def damage(path: Path, seed: int) -> str:
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory) -> Path:
-    """Two corpora and the directory of a run over them that has begun as a branch."""
+    """Make two corpora and the directory of a run over them that has started as a branch."""
     folder = tmp_path_factory.mktemp("damage") / "whole"
     folder.mkdir()
     write_corpus(folder / "en", random_lengths(60, 60, 1), seed=1)
@@ -118,7 +118,7 @@ def planned(tmp_path_factory) -> Path:
 
 
 def read_run(folder: Path) -> list[list[tuple]]:
-    """Start a run as training does, and read all that it would train on and validate on."""
+    """Start a run as training does, and read everything for its training and validation."""
     config = load_run_file(folder / "run.yaml")
     check_corpora(config)
     used = read_origin(config.output).used
@@ -133,7 +133,7 @@ def read_run(folder: Path) -> list[list[tuple]]:
 def is_found_or_harmless(
     whole: Path, folder: Path, seed: int, use: Callable[[Path], object], expected: object
 ) -> str:
-    """Damage one file of a copy and use it; returns how it went."""
+    """Damage one file of a copy and use it; return the result."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder, symlinks=True)
     files = files_to_damage(folder)
@@ -158,7 +158,8 @@ SETTINGS = {
 @settings(max_examples=150, **SETTINGS)
 @given(seed=st.integers(0, 2**40), small=st.booleans())
 def test_damage_to_a_corpus_or_a_plan_is_found_or_changes_nothing(planned, seed, small):
-    """With each .bin compared whole at the start, and with its blocks checked as they are read."""
+    """Both with each .bin compared as a whole at the start, and with its blocks verified on
+    reading."""
     with pytest.MonkeyPatch.context() as patch:
         if not small:
             patch.setattr(integrity, "SMALL_BIN_BYTES", 0)

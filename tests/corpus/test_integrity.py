@@ -40,7 +40,7 @@ def flip(path: Path, position: int) -> None:
 
 
 def forget_blocks(prefix: Path) -> None:
-    """Make a corpus one of an earlier version, which has no .blocks and no hash in its manifest."""
+    """Make a corpus like one of an earlier version, without .blocks and hash in its manifest."""
     path = Path(f"{prefix}.json")
     manifest = json.loads(path.read_text())
     del manifest["files"][".blocks"], manifest["hash"]
@@ -50,7 +50,7 @@ def forget_blocks(prefix: Path) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunConfig:
-    """Texts and pairs that are read more than once within the run's steps, of several blocks."""
+    """Make texts and pairs of several blocks, read more than once within the run's steps."""
     write_corpus(tmp_path / "en", random_lengths(60, 60, 1), seed=1)
     write_pairs(tmp_path / "en-fr", 70)
     return write_run(
@@ -109,7 +109,7 @@ def test_a_small_file_is_compared_at_every_start(run, suffix):
     check_corpora(run)
     path = run.tasks["en"].corpus.with_name(f"en{suffix}")
     flip(path, path.stat().st_size // 2)
-    with pytest.raises(InputError, match=rf"en\{suffix}: was altered: its hash is not"):
+    with pytest.raises(InputError, match=rf"en\{suffix}: was altered: its hash differs from"):
         check_corpora(run)
 
 
@@ -156,7 +156,7 @@ def test_altered_tokens_are_found_when_they_are_read(run, task, monkeypatch):
 
 
 def test_a_bin_without_blocks_is_compared_whole_at_every_start(run, monkeypatch):
-    """As corpora of an earlier version are."""
+    """Such as corpora of an earlier version."""
     monkeypatch.setattr(integrity, "SMALL_BIN_BYTES", 0)
     prefix = run.tasks["en"].corpus
     expected = read_everything(build_plan(run))
@@ -183,7 +183,9 @@ def test_a_block_that_agrees_with_its_documents_alone_is_named_by_its_bytes(run,
     prefix = run.tasks["en"].corpus
     flip(Path(f"{prefix}.blocks"), 5)
     rehash(prefix, ".blocks")
-    named = r"en\.bin: bytes 1,024 to 2,047 have another checksum than .*en\.blocks says; put back"
+    named = (
+        r"en\.bin: bytes 1,024 to 2,047 have another checksum than .*en\.blocks records; put back"
+    )
     with pytest.raises(InputError, match=named):
         read_everything(build_plan(run))
 
@@ -191,7 +193,7 @@ def test_a_block_that_agrees_with_its_documents_alone_is_named_by_its_bytes(run,
 @pytest.mark.parametrize("blocks", [True, False])
 @pytest.mark.parametrize("side", ["training", "held out"])
 def test_ids_beyond_the_vocabulary_are_found_when_they_are_read(run, side, blocks, monkeypatch):
-    """Checksums that fit, as a faulty writer would make them: no comparison of files finds it."""
+    """With matching checksums, as from a faulty writer: no comparison of files finds it."""
     monkeypatch.setattr(integrity, "SMALL_BIN_BYTES", 0)
     prefix = run.tasks["en"].corpus
     before = Corpus.open(prefix)
@@ -232,7 +234,7 @@ def test_an_altered_manifest_is_found(run, key, value):
     path = Path(f"{prefix}.json")
     whole = path.read_text()
     path.write_text(json.dumps({**json.loads(whole), key: value}))
-    with pytest.raises(InputError, match=r"en-fr\.json: has been altered: its hash is another one"):
+    with pytest.raises(InputError, match=r"en-fr\.json: has been altered: its hash does not match"):
         Corpus.open(prefix)
     path.write_text(whole)
     rewrite_manifest(prefix, sources=["elsewhere"])

@@ -1,4 +1,4 @@
-"""Every document's own id and file, through all that makes corpora of text and of corpora."""
+"""Every document's own id and file, through all tools that make corpora from text or corpora."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], dict[str, Origin]]:
-    """Files of every kind, and by each document's text what its origin is."""
+    """Make files of every kind; return them and each document's origin, by its text."""
     folder, chance = tmp_path_factory.mktemp("text"), random.Random(4)
     expected: dict[str, Origin] = {}
 
@@ -125,7 +125,7 @@ def test_a_large_shuffle_keeps_them(texts, tok, tmp_path, monkeypatch):
 
 
 def write_without(prefix: Path, tok: Path, documents: int) -> None:
-    """A corpus as an earlier version wrote it."""
+    """Write a corpus as an earlier version did."""
     tokenizer = Tokenizer.load(tok)
     with CorpusWriter(
         prefix,
@@ -153,7 +153,7 @@ def test_corpora_that_do_not_tell(texts, tok, tmp_path):
         assert found.count(Origin(None, None)) == 4
         told = [origin for text, origin in expected.items() if origin.source == "a.jsonl.gz"]
         assert sorted(map(str, found)) == sorted(map(str, [*told, *[Origin(None, None)] * 4]))
-    # Where one takes the place of another, nothing of that one stays.
+    # When one replaces another, nothing of the other remains.
     merge([tmp_path / "old"], tmp_path / "both", overwrite=True)
     assert not (tmp_path / "both.sources").exists()
     assert not (tmp_path / "both.ids").exists()
@@ -166,7 +166,7 @@ def test_damage_is_found(texts, tok, tmp_path, suffix):
     edit_bytes(path, 12 if suffix == ".ids" else 30, b"\xff\xff\xff")
     with pytest.raises(InputError, match="was altered"):
         verify_corpus(tmp_path / "all")
-    with pytest.raises(InputError, match=r"tells no origin of document|do not ascend"):
+    with pytest.raises(InputError, match=r"has no valid origin for document|do not ascend"):
         [Corpus.open(tmp_path / "all").origins[number] for number in range(4)]  # type: ignore[index]
     path.unlink()
     with pytest.raises(InputError, match="no such file"):
@@ -176,15 +176,15 @@ def test_damage_is_found(texts, tok, tmp_path, suffix):
 def test_inspect_shows_them(texts, tok, tmp_path):
     from typer import Typer
 
-    from megaphase.data_tools.corpora.commands import inspect_command
+    from megaphase.data_tools.corpora.commands import inspect_corpus_command
 
     app = Typer()
-    app.command()(inspect_command)
+    app.command()(inspect_corpus_command)
     tokenize(texts[0], tok, tmp_path / "all", workers=1)
     prefix = str(tmp_path / "all")
     size = Path(f"{prefix}.ids").stat().st_size
     shown = CliRunner().invoke(app, [prefix], terminal_width=200)
-    assert f"each document's file, and {size:,} bytes of own ids" in shown.stdout
+    assert f"the file of each document, and {size:,} bytes of ids" in shown.stdout
     for number, said in ((0, "id wiki-3, from a.jsonl.gz"), (3, "from a.jsonl.gz")):
         arguments = [prefix, "--tokenizer", str(tok), "--document", str(number)]
         shown = CliRunner().invoke(app, arguments)
@@ -194,4 +194,4 @@ def test_inspect_shows_them(texts, tok, tmp_path):
     shown = CliRunner().invoke(
         app, [str(tmp_path / "old"), "--tokenizer", str(tok), "--document", "0"]
     )
-    assert shown.stderr == "document 0: nothing is known of its origin\n"
+    assert shown.stderr == "document 0: its origin is not recorded\n"

@@ -50,7 +50,7 @@ def prefix(made: Path, tmp_path: Path) -> Path:
 
 
 def rewrite_sums(prefix: Path) -> None:
-    """Make checksums and manifest agree with altered files, as a faulty writer would."""
+    """Make checksums and manifest match altered files, as a faulty writer would."""
     corpus = Corpus.open(prefix)
     if int(corpus.lengths.sum()) == len(corpus.tokens):
         sums = np.array(corpus.sums)
@@ -71,7 +71,7 @@ def shown(prefix: Path) -> str:
 def test_the_summary_has_the_figures(prefix: Path) -> None:
     corpus = Corpus.open(prefix)
     manifest, text = corpus.manifest, " ".join(shown(prefix).split())
-    assert "documents 4 (1 empty ones left out)" in text
+    assert "documents 4 (1 empty left out)" in text
     assert f"tokens {manifest.tokens:,} as uint16" in text
     assert f"text {manifest.text_bytes:,} bytes of UTF-8" in text
     assert f"bytes per token {manifest.text_bytes / (manifest.tokens - 4):.3f}" in text
@@ -142,7 +142,7 @@ def test_a_list_of_what_was_skipped_that_is_gone_is_named(tok: Path, tmp_path: P
         file.write("oops\n")
     tokenize([source], tok, tmp_path / "en", workers=1, skip_wrong=True)
     (tmp_path / "en.skipped.jsonl").unlink()
-    # What is trained on is whole.
+    # The training part is complete.
     assert Corpus.open(tmp_path / "en").manifest.skipped_wrong == 1
     with pytest.raises(InputError, match=r"en\.skipped\.jsonl: no such file; tokenize again"):
         verify_corpus(tmp_path / "en")
@@ -168,7 +168,7 @@ def test_a_document_that_was_altered_is_not_shown(tok: Path, prefix: Path, suffi
 
 def test_an_index_with_negative_lengths_is_named(prefix: Path) -> None:
     edit_bytes(Path(f"{prefix}.idx"), 34 + 4, b"\xff" * 4)
-    with pytest.raises(InputError, match=r"en\.idx: was altered: its hash is not"):
+    with pytest.raises(InputError, match=r"en\.idx: was altered: its hash differs from"):
         describe(prefix)
 
 
@@ -300,7 +300,7 @@ def test_merging_refuses_what_does_not_fit(tok: Path, prefix: Path, tmp_path: Pa
     for prefixes, message in (
         ([prefix, tmp_path / "xx"], r"xx: was made with another tokenizer than .*en; tokenize it"),
         ([prefix, tmp_path / "none"], r"none\.json: no such file"),
-        ([prefix, tmp_path / "." / "en"], "en: the corpus stands twice; name it once"),
+        ([prefix, tmp_path / "." / "en"], "en: the corpus is named twice; name it once"),
         ([prefix, tmp_path / "de"], r"de\.bin: was altered"),
         ([], "no corpus was given; name at least one prefix"),
     ):

@@ -1,4 +1,4 @@
-"""`data tokenize` and the commands: the same bytes whatever the workers, whole or not at all."""
+"""`data tokenize` and the commands: the same bytes with any number of workers, atomically."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 4 MB: several chunks, documents of very different lengths, some empty."""
+    """Make about 4 MB: several chunks, documents of very different lengths, some empty."""
     dice = random.Random(1)
     path = tmp_path_factory.mktemp("large") / "large.jsonl"
     lengths = (int(dice.paretovariate(0.8)) * 100 % 60_000 - 100 for _ in range(8_000))
@@ -119,7 +119,7 @@ def test_several_inputs_are_joined_in_order(tok: Path, tmp_path: Path) -> None:
     ("lines", "message"),
     [
         ('{"text": "a"}\n{', r"a\.jsonl:2: is not valid JSON"),
-        ('{"tgt": "a"}', r"a\.jsonl:1: the key 'text' is missing; the keys there are 'tgt'"),
+        ('{"tgt": "a"}', r"a\.jsonl:1: the key 'text' is missing; the keys are 'tgt'"),
         ("", r"en: the corpus would be empty; give files that hold text"),
         ('{"text": ""}\n', r"en: the corpus would be empty"),
     ],
@@ -151,7 +151,7 @@ def test_wrong_arguments_are_named(tok: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     with pytest.raises(InputError, match="no text file was given"):
         tokenize([], tok, tmp_path / "en", workers=1)
-    with pytest.raises(InputError, match="--workers: 0 is no number of processes"):
+    with pytest.raises(InputError, match="--workers: 0 is not a number of processes"):
         tokenize([path], tok, tmp_path / "en", workers=0)
     with pytest.raises(InputError, match=r"none\.jsonl: no such file"):
         tokenize([path, tmp_path / "none.jsonl"], tok, tmp_path / "en", workers=1)
@@ -215,7 +215,7 @@ def test_stopped_in_the_middle(
     assert (errors.splitlines() or [""])[-1].rpartition("errors.")[2].startswith(last_line)
     assert errors.count("Traceback") == (whom != "main")
 
-    # What was there is still there and whole; the draft stays only after a SIGKILL.
+    # The earlier corpus is still complete; the staging folder stays only after a SIGKILL.
     assert corpus_bytes(data / "en") == before
     assert (".en.draft" in files_of(data)) == (whom == "main")
     tokenize([old], tok, data / "en", workers=1, overwrite=True)
@@ -266,7 +266,7 @@ def test_the_commands_from_text_to_a_verified_corpus(tmp_path: Path) -> None:
     arguments = ["merge", str(folder / "a"), str(folder / "b"), "--out", joined]
     assert run.invoke(data_app, arguments, catch_exceptions=False).exit_code == 0
     result = run.invoke(data_app, ["verify", joined], catch_exceptions=False)
-    assert result.stdout.startswith(f"{joined}: whole, 200 documents, ")
+    assert result.stdout.startswith(f"{joined}: OK, 200 documents, ")
     result = run.invoke(data_app, ["inspect", joined], catch_exceptions=False)
     assert "bytes per token" in result.stdout
     arguments = ["inspect", joined, "--tokenizer", tok, "--document", "150"]

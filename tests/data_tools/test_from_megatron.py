@@ -1,4 +1,4 @@
-"""Corpora to and from Megatron-LM: its own builder writes what we read, its reader reads ours."""
+"""Corpora to and from Megatron-LM: each program reads the corpora that the other one writes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ours(tok: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ours")
+def native(tok: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("native")
     tokenize([write_jsonl(folder / "en.jsonl", TEXTS)], tok, folder / "en", workers=1)
     return folder / "en"
 
@@ -42,7 +42,7 @@ def megatron():
 def written_by_megatron(
     megatron, prefix: Path, documents: list[list[list[int]]], dtype: type = np.int32
 ) -> Path:
-    """Every document a list of sequences of tokens."""
+    """Write each document as a list of sequences of tokens."""
     builder = megatron.IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for sequences in documents:
         for tokens in sequences:
@@ -57,22 +57,24 @@ def encoded(tok: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_megatron_wrote_becomes_what_tokenizing_gives(megatron, tok, ours, tmp_path, workers):
+def test_what_megatron_wrote_becomes_what_tokenizing_gives(
+    megatron, tok, native, tmp_path, workers
+):
     eod = Tokenizer.load(tok).eod
     documents = [[[*tokens, eod]] for tokens in encoded(tok)]
     source = written_by_megatron(megatron, tmp_path / "old", documents)
     manifest = corpus_from_megatron(source, tok, tmp_path / "en", workers=workers)
-    found, expected = corpus_bytes(tmp_path / "en"), corpus_bytes(ours)
+    found, expected = corpus_bytes(tmp_path / "en"), corpus_bytes(native)
     for suffix in (".bin", ".idx", ".hash"):
         assert found[suffix] == expected[suffix], suffix
-    made = Corpus.open(ours).manifest
+    made = Corpus.open(native).manifest
     assert (manifest.text_bytes, manifest.documents) == (made.text_bytes, made.documents)
     assert manifest.fingerprint == made.fingerprint
     verify_corpus(tmp_path / "en")
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int64])
-def test_sequences_are_joined_and_eod_is_added(megatron, tok, ours, tmp_path, dtype):
+def test_sequences_are_joined_and_eod_is_added(megatron, tok, native, tmp_path, dtype):
     eod = Tokenizer.load(tok).eod
     documents = [
         [tokens[:2], tokens[2:]] if len(tokens) > 2 else [tokens] for tokens in encoded(tok)
@@ -80,13 +82,13 @@ def test_sequences_are_joined_and_eod_is_added(megatron, tok, ours, tmp_path, dt
     documents.insert(3, [[eod]])
     source = written_by_megatron(megatron, tmp_path / "old", documents, dtype)
     manifest = corpus_from_megatron(source, tok, tmp_path / "en", workers=1)
-    assert corpus_bytes(tmp_path / "en")[".bin"] == corpus_bytes(ours)[".bin"]
+    assert corpus_bytes(tmp_path / "en")[".bin"] == corpus_bytes(native)[".bin"]
     assert manifest.skipped_empty == 1
 
 
-def test_megatron_reads_ours(megatron, tok, ours):
+def test_megatron_reads_ours(megatron, tok, native):
     eod = Tokenizer.load(tok).eod
-    dataset = megatron.IndexedDataset(str(ours))
+    dataset = megatron.IndexedDataset(str(native))
     assert len(dataset) == len(TEXTS)
     assert [dataset[i].tolist() for i in range(len(dataset))] == [
         [*tokens, eod] for tokens in encoded(tok)
@@ -105,7 +107,7 @@ def index_of_one(prefix: Path, tokens: list[int], says: int) -> Path:
     [
         ([5, 6, 70_000], 3, "old.bin: document 0 has the token 70000, the vocabulary ends at"),
         ([5, -1, 7], 3, "old.bin: document 0 has the token -1, the vocabulary ends at"),
-        ([5, 6], 3, "old.bin: is cut off: 8 bytes, old.idx says 12; copy both files again"),
+        ([5, 6], 3, "old.bin: is truncated: 8 bytes, old.idx says 12; copy both files again"),
         ([5, 6, 7, 8], 3, "old.bin: is too long: 16 bytes, old.idx says 12; copy both files again"),
     ],
 )
@@ -126,7 +128,7 @@ def test_a_missing_file_is_named(tok, tmp_path):
         corpus_from_megatron(tmp_path / "old", tok, tmp_path / "en", workers=1)
 
 
-@pytest.mark.parametrize(("bytes_more", "fault"), [(1, "too long"), (-1, "cut off")])
+@pytest.mark.parametrize(("bytes_more", "fault"), [(1, "too long"), (-1, "truncated")])
 def test_a_file_of_odd_length_is_named(tok, tmp_path, bytes_more, fault):
     source = index_of_one(tmp_path / "old", [5, 6, 7], 3)
     tokens = (tmp_path / "old.bin").read_bytes()
@@ -137,7 +139,7 @@ def test_a_file_of_odd_length_is_named(tok, tmp_path, bytes_more, fault):
 
 def test_an_index_of_another_dtype_is_found_by_the_size(tok, tmp_path):
     source = index_of_one(tmp_path / "old", [5, 6, 7], 3)
-    for code, itemsize, fault in ((8, 2, "too long"), (5, 8, "cut off")):
+    for code, itemsize, fault in ((8, 2, "too long"), (5, 8, "truncated")):
         (tmp_path / "old.idx").write_bytes(megatron_index(code, [3], itemsize, [0, 1]))
         with pytest.raises(InputError, match=rf"old\.bin: is {fault}: 12 bytes, old\.idx says"):
             corpus_from_megatron(source, tok, tmp_path / "en", workers=1)
@@ -171,7 +173,7 @@ def test_an_index_that_megatron_would_not_write_is_named(
 
 
 def test_document_indices_say_where_documents_begin(tok, tmp_path):
-    """As many documents as sequences, but not one each: two of them, then none, then one."""
+    """As many documents as sequences, but not one each: two, then none, then one."""
     (tmp_path / "old.idx").write_bytes(megatron_index(4, [1, 2, 1], 4, [0, 2, 2, 3]))
     np.array([5, 6, 7, 8], np.int32).tofile(tmp_path / "old.bin")
     manifest = corpus_from_megatron(tmp_path / "old", tok, tmp_path / "en", workers=1)

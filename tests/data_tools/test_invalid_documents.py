@@ -1,4 +1,4 @@
-"""`data tokenize --on-error skip`: what is wrong is left out, counted and written down."""
+"""`data tokenize --on-error skip`: invalid documents are left out, counted and listed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GOOD = [f"text number {n} · नमस्ते" for n in range(300)]
 WRONG = {
     1: (b"{not json", "is not valid JSON (Expecting property name enclosed in double quotes)"),
     7: (b'{"text": "caf\xe9"}', "is not UTF-8 text (byte 0xe9)"),
-    8: (b'{"body": "x"}', "the key 'text' is missing; the keys there are 'body'"),
+    8: (b'{"body": "x"}', "the key 'text' is missing; the keys are 'body'"),
     250: (b"[]", "is a list, not a JSON object"),
 }
 
@@ -36,7 +36,7 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """The good documents, and the wrong ones at their lines."""
+    """Make the valid documents, with the invalid ones at their lines."""
     lines = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in GOOD]
     for number, (line, _) in WRONG.items():
         lines.insert(number - 1, line)
@@ -117,9 +117,12 @@ def test_the_command_says_how_many_and_where(tok, mixed, tmp_path):
     ]  # fmt: skip
     result = CliRunner().invoke(data_app, arguments)
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines()[-1] == f"Skipped, wrong: 4, see {prefix}.skipped.jsonl"
+    assert (
+        result.stdout.splitlines()[-1]
+        == f"Invalid documents skipped: 4, see {prefix}.skipped.jsonl"
+    )
     merge([prefix], tmp_path / "merged")
     assert Corpus.open(tmp_path / "merged").manifest.skipped_wrong == 4
     shown = io.StringIO()
     Console(file=shown, width=120).print(describe(tmp_path / "merged"))
-    assert "300 (4 wrong ones left out)" in shown.getvalue()
+    assert "300 (4 wrong left out)" in shown.getvalue()

@@ -1,4 +1,4 @@
-"""`--dedup` and `--shuffle`, against slow references; the same whatever is sorted on the disk."""
+"""`--dedup` and `--shuffle` compared with slow references, for any amount sorted on disk."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(prefix: Path, texts: list[list[int]], **options) -> Path:
-    """A corpus whose documents' texts are their tokens in words."""
+    """Write a corpus whose documents' texts are their tokens in words."""
     with CorpusWriter(prefix, tokenizer_hash="t", vocab_size=99, eod=EOD, **options) as writer:
         for tokens in texts:
             writer.add_document(tokens, " ".join(map(str, tokens)))
@@ -128,7 +128,7 @@ def test_random_keys_are_splitmix64() -> None:
 
 
 def test_tokenizing_and_merging_shards_agree(tok: Path, tmp_path: Path) -> None:
-    """All at once, and in shards that are merged: the same documents in the same order."""
+    """At once, and in shards that are merged: the same documents in the same order."""
     lines = [f"number {i % 70} · text" for i in range(200)]
     path = write_jsonl(tmp_path / "a.jsonl", lines)
     options = {"drop_duplicates": True, "shuffle_seed": 11}
@@ -142,7 +142,7 @@ def test_tokenizing_and_merging_shards_agree(tok: Path, tmp_path: Path) -> None:
 
 
 def test_only_the_merge_is_done_again(tok: Path, tmp_path: Path, monkeypatch) -> None:
-    """Where the tokens of `--dedup` are written and only what follows was stopped."""
+    """If the tokens for `--dedup` are written, and only the following step was stopped."""
     from megaphase.data_tools.tokenization import tokenize as module
 
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "two", "one"])
@@ -166,7 +166,7 @@ def test_the_commands_say_what_was_left_out(tok: Path, tmp_path: Path) -> None:
         arguments = [*arguments, "--out", str(tmp_path / name), "--dedup"]
         result = CliRunner().invoke(data_app, arguments)
         assert result.exit_code == 0, result.output
-        assert result.stdout.splitlines()[-1] == "Left out, duplicates: 1"
+        assert result.stdout.splitlines()[-1] == "Duplicates left out: 1"
     assert len(Corpus.open(tmp_path / "b").lengths) == 2
 
 

@@ -1,4 +1,4 @@
-"""Worker processes: order, bounds, errors, and no process is left whatever happens."""
+"""Worker processes: order, bounds, errors, and no process is left behind in any case."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_worker_killed_while_idle_is_noticed() -> None:
     pids: list[int] = []
 
     def items() -> Iterator[int]:
-        # A worker gets its second item while it has the first in hand.
+        # A worker gets its second item while it processes the first.
         yield from range(2)
         os.kill(pids[0], signal.SIGKILL)
         wait_until(lambda: not is_running(pids[0]))
@@ -177,7 +177,7 @@ def test_no_worker_outlives_the_main_process(tmp_path: Path, how: signal.Signals
     wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
     pids = [int(path.name) for path in tmp_path.iterdir()]
     if how == signal.SIGINT:
-        # As a terminal does: to every process of the group.
+        # Like a terminal: to every process of the group.
         os.killpg(main.pid, how)
     else:
         main.send_signal(how)

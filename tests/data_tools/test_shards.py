@@ -1,4 +1,4 @@
-"""`data tokenize --shard I/N` and `data merge --shards`: together the whole, byte for byte."""
+"""`data tokenize --shard I/N` and `data merge --shards` give the whole corpus, byte for byte."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_process(task, items, workers):
-    """The results of an ordered pool, without its processes."""
+    """Return the results of an ordered pool without its processes."""
     yield from map(task, items)
 
 
@@ -65,7 +65,7 @@ def test_shards_give_the_whole(tok, tmp_path, monkeypatch, sizes, compressed, sh
 
 @pytest.fixture
 def three(tok: Path, tmp_path: Path) -> Path:
-    """The prefix of a corpus of which three shards are there."""
+    """Make three shards of a corpus and return its prefix."""
     path = write_jsonl(tmp_path / "text" / "a.jsonl", [f"number {i}" for i in range(50)])
     for number in range(3):
         tokenize([path], tok, tmp_path / "out" / "en", workers=1, shard=ShardChoice(number, 3))
@@ -86,7 +86,7 @@ def test_shards_are_merged_all_and_in_order(three: Path) -> None:
     for prefixes, message in (
         ([first, second], r"00001-of-00003\.json: shard 2 of 3 is missing after it"),
         ([second, third], r"00001-of-00003: is shard 1 of 3, and the ones before it are missing"),
-        ([first, third, second], r"00002-of-00003: shard 1 of 3 should stand here"),
+        ([first, third, second], r"00002-of-00003: shard 1 of 3 is expected here"),
     ):
         with pytest.raises(InputError, match=message):
             merge(prefixes, three)
@@ -97,7 +97,7 @@ def test_shards_are_merged_all_and_in_order(three: Path) -> None:
 def test_shards_of_other_text_do_not_belong(three: Path, tok: Path, tmp_path: Path) -> None:
     other = write_jsonl(tmp_path / "b.jsonl", [f"other {i}" for i in range(50)])
     tokenize([other], tok, three, workers=1, shard=ShardChoice(1, 3), overwrite=True)
-    with pytest.raises(InputError, match=r"00001-of-00003: shard 1 of 3 should stand here"):
+    with pytest.raises(InputError, match=r"00001-of-00003: shard 1 of 3 is expected here"):
         merge(existing_shards(three), three)
 
 
@@ -115,16 +115,16 @@ def test_a_shard_that_is_there_is_not_made_again(three: Path, tok: Path, tmp_pat
 
 def test_what_a_shard_cannot_do_is_said(tok: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "text" / "a.jsonl", ["one"])
-    with pytest.raises(InputError, match=r"--shard: a shard knows nothing of the others"):
+    with pytest.raises(InputError, match=r"--shard: --dedup and --shuffle need all shards"):
         tokenize(
             [path], tok, tmp_path / "en", workers=1, shard=ShardChoice(0, 2), drop_duplicates=True
         )
     with pytest.raises(InputError, match="standard input cannot be divided"):
         tokenize([Path("-")], tok, tmp_path / "en", workers=1, shard=ShardChoice(0, 2))
     for text in ("3/3", "x", "1", "-1/3", "0/0"):
-        with pytest.raises(InputError, match=f"--shard: '{text}' is no part of a whole; give I/N"):
+        with pytest.raises(InputError, match=f"--shard: '{text}' is not a valid shard; give I/N"):
             ShardChoice.parse(text)
-    with pytest.raises(InputError, match=r"there is no en\.shard-… beside it; make them with"):
+    with pytest.raises(InputError, match=r"no en\.shard-… was found next to it; make them with"):
         existing_shards(tmp_path / "en")
 
 
@@ -134,7 +134,7 @@ def test_the_commands(three: Path) -> None:
         shutil.copy(f"{first}{suffix}", f"{three}.shard-00000-of-00002{suffix}")
     arguments = ["merge", "--shards", "--out", str(three), "--remove"]
     result = CliRunner().invoke(data_app, arguments)
-    assert "shards of a division by 2 and 3 lie beside it" in str(result.exception)
+    assert "there are shards of a division by 2 and 3 next to it" in str(result.exception)
     for path in three.parent.glob("*-of-00002.*"):
         path.unlink()
     result = CliRunner().invoke(data_app, arguments)

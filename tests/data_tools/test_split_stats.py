@@ -82,8 +82,8 @@ def test_a_part_that_would_be_empty_or_exists_is_refused(corpus: Path, tmp_path:
     for places, fraction, message in (
         ((train, test), 1e-9, r"1e-09 holds out none of the 300 documents of .*en; raise it"),
         ((train, test), 1.5, "1.5 is not between 0 and 1"),
-        ((train, train), 0.1, "are not three places"),
-        ((corpus, test), 0.1, "are not three places"),
+        ((train, train), 0.1, "must be three different prefixes"),
+        ((corpus, test), 0.1, "must be three different prefixes"),
     ):
         with pytest.raises(InputError, match=message):
             split(corpus, *places, fraction)
@@ -102,7 +102,7 @@ def test_a_damaged_corpus_is_not_split(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_pairs_are_split_by_their_source(tmp_path: Path) -> None:
-    """The same source in two languages, and several times in one, is on one side."""
+    """The same source in two languages, and several times in one, is in one part."""
     sources = [f"source {i % 40}" for i in range(120)]
     sides: dict[str, set[bool]] = {source: set() for source in sources}
     for language, tag in (("fr", 5), ("hi", 6)):

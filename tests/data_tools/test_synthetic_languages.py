@@ -1,4 +1,4 @@
-"""The demo's languages: deterministic, of the asked sizes, alike in structure but not in words."""
+"""The demo's languages: deterministic, of the requested sizes, alike in structure, not in words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LANGUAGES = {"aa": 60_000, "bb": 60_000, "cc": 20_000, "dd": 20_000, "ee": 20_00
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    # Not splitlines, which knows more line ends than JSONL.
+    # Not splitlines, which splits at more characters than JSONL.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
@@ -41,7 +41,7 @@ def test_the_same_seed_gives_the_same_files(paths: dict[str, Path], tmp_path: Pa
 
 
 def test_the_text_is_the_same_everywhere(paths: dict[str, Path]) -> None:
-    """Golden: a change of the generator, or of what it stands on, changes every demo."""
+    """Golden: a change of the generator, or of its dependencies, changes every demo."""
     digest = hashlib.blake2b(paths["aa"].read_bytes(), digest_size=16).hexdigest()
     assert digest == "03d41d944f7c397abfa7adb85ef36f88"
 

@@ -1,4 +1,4 @@
-"""Documents from text files: what a document is, whatever the chunks, and every wrong input."""
+"""Documents from text files for any chunks, and every kind of invalid input."""
 
 from __future__ import annotations
 
@@ -125,11 +125,11 @@ def test_chunks_are_little_larger_than_asked(tmp_path: Path) -> None:
         ('{"text": "a"} x', "is not valid JSON (Extra data)"),
         ("[" * 100_000, "is not valid JSON (it cannot be parsed)"),
         ('["a"]', 'is a list, not a JSON object; write {"text": "..."}'),
-        ('{"id": 1, "tgt": "a"}', "the key 'text' is missing; the keys there are 'id', 'tgt'"),
-        ("{}", "the key 'text' is missing; the keys there are none"),
+        ('{"id": 1, "tgt": "a"}', "the key 'text' is missing; the keys are 'id', 'tgt'"),
+        ("{}", "the key 'text' is missing; the keys are none"),
         ('{"text": null}', "the key 'text' holds null, not a string; no key holds a string"),
         ('{"text": 1, "b": "c"}', "holds a number, not a string; the keys with a string are 'b'"),
-        ('{"text": "\\ud83d"}', "holds half a character, \\ud83d"),
+        ('{"text": "\\ud83d"}', "holds a lone surrogate, \\ud83d"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -166,26 +166,26 @@ NOISE = Random(1).randbytes(9000)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl.gz", gzip.compress(NOISE)[:5000], "is cut off; copy or compress"),
-        ("a.jsonl.gz", b'{"text": "a"}', "is not whole gzip data (Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(NOISE)[:5000], "is truncated; copy or compress"),
+        ("a.jsonl.gz", b'{"text": "a"}', "is damaged gzip data (Not a gzipped file"),
         (
             "a.jsonl.gz",
             gzip.compress(b"a" * 99, mtime=0)[:-8] + b"12345678",
-            "is not whole gzip data",
+            "is damaged gzip data",
         ),
-        ("a.jsonl.zst", zstandard.compress(NOISE)[:5000], "is cut off; copy"),
-        ("a.jsonl.zst", b'{"text": "a"}', "is not whole zstd data"),
-        ("a.jsonl.gz", b"", "is cut off: it has no bytes; copy or write it again"),
-        ("a.jsonl.ZST", b"", "is cut off: it has no bytes; copy or write it again"),
-        ("a.parquet", b"", "is cut off: it has no bytes; copy or write it again"),
-        ("a.jsonl.gz", gzip.compress(b"")[:9], "is cut off; copy"),
+        ("a.jsonl.zst", zstandard.compress(NOISE)[:5000], "is truncated; copy"),
+        ("a.jsonl.zst", b'{"text": "a"}', "is damaged zstd data"),
+        ("a.jsonl.gz", b"", "is truncated: it has no bytes; copy or write it again"),
+        ("a.jsonl.ZST", b"", "is truncated: it has no bytes; copy or write it again"),
+        ("a.parquet", b"", "is truncated: it has no bytes; copy or write it again"),
+        ("a.jsonl.gz", gzip.compress(b"")[:9], "is truncated; copy"),
         (
             "a.jsonl.gz",
             gzip.compress(b"{}", mtime=0) + b"x",
-            "is not whole gzip data (Not a gzipped file",
+            "is damaged gzip data (Not a gzipped file",
         ),
-        ("a.jsonl.zst", zstandard.compress(b"")[:5], "is cut off; copy"),
-        ("a.jsonl.zst", zstandard.compress(b"\n") + b"\0\0\0\0", "is not whole zstd data"),
+        ("a.jsonl.zst", zstandard.compress(b"")[:5], "is truncated; copy"),
+        ("a.jsonl.zst", zstandard.compress(b"\n") + b"\0\0\0\0", "is damaged zstd data"),
     ],
 )
 def test_broken_compression_is_named(

@@ -1,4 +1,4 @@
-"""A file read in parts or gone on with: every document once and in order, wherever it is cut."""
+"""A file read in parts or resumed: every document once and in order, wherever it is cut."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LINES = st.lists(
             *("", " ", "\t", " \t ", "\r", " \r", "\r\r", " " * 9),
             *("a", "bb b", "ö", "c\r", "d\re", " f", "\tg"),
             *("%", "%\r", " %", "%%", "% "),
-            # Blank to the eye, but no blank lines.
+            # These look blank but are not blank lines.
             *("\f", "\v", "\x1c", "\x85", "\u2028", "\u3000", "\u200b", "\ufeff", "\0"),
         ]
     ),
@@ -64,7 +64,7 @@ def compressed(path: Path, ending: str, compress: Callable[[bytes], bytes]) -> P
 
 
 def plain_documents(lines: Sequence[str], ends: Callable[[str], bool]) -> list[str]:
-    """What a .txt file holds, line by line."""
+    """Return the documents of a .txt file, line by line."""
     documents: list[list[str]] = [[]]
     for line in "\n".join(lines).removeprefix("\ufeff").split("\n"):
         if ends(line):
@@ -76,7 +76,7 @@ def plain_documents(lines: Sequence[str], ends: Callable[[str], bool]) -> list[s
 
 
 def written(folder: Path, kind: str, lines: list[str]) -> tuple[Path, Reading, list[str]]:
-    """A file of this kind, how to read it, and its documents."""
+    """Write a file of this kind; return it, how to read it, and its documents."""
     if kind == "parquet":
         return write_parquet(folder / "a.parquet", lines), Reading(), lines
     if kind.startswith("jsonl"):
@@ -135,7 +135,7 @@ def test_parts_and_resumed_parts_give_every_document_once(
         found += [text for chunk in part for text in read_documents(chunk, reading)]
     assert found == expected
     assert [text for chunk in whole for text in read_documents(chunk, reading)] == expected
-    # What resuming gives is what would have come, places included.
+    # Resuming yields the remaining chunks, including their positions.
     for number, chunk in enumerate(whole):
         rest = read_chunks(path, reading, start=chunk.end, chunk_bytes=chunk_bytes)
         assert [plain(later) for later in rest] == [plain(later) for later in whole[number + 1 :]]
@@ -217,7 +217,7 @@ def test_a_broken_end_is_noticed_by_the_last_part(tmp_path: Path) -> None:
     size = path.stat().st_size
     first = list(read_chunks(path, Reading(), begin=0, end=size // 2))
     assert [chunk.file_begin < size // 2 for chunk in first] == [True] * len(first)
-    with pytest.raises(InputError, match=r"a\.jsonl\.gz: is cut off"):
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz: is truncated"):
         list(read_chunks(path, Reading(), begin=size // 2, end=size))
 
 

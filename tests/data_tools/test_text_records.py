@@ -79,7 +79,7 @@ def test_a_wrong_row_of_parquet_is_named(tmp_path: Path) -> None:
     assert wrong_ones(path, Reading()) == ["a", wrong, "c"]
     with pytest.raises(InputError, match=r"row 1: the key 'n' holds a number, not a string"):
         documents(path, Reading("n"))
-    message = r"row 1: the key 'body' is missing; the keys there are 'text', 'n'; choose with --js"
+    message = r"row 1: the key 'body' is missing; the keys are 'text', 'n'; choose with --js"
     with pytest.raises(InputError, match=message):
         documents(path, Reading("body"))
     assert [it.problem for it in wrong_ones(path, Reading("n"))] == [  # type: ignore[union-attr]
@@ -106,7 +106,7 @@ def test_broken_parquet_is_named(tmp_path: Path, damage: str) -> None:
     if damage == "pages":
         data[4:2_000] = b"\xff" * 1_996
     path.write_bytes({"cut": data[:-100], "pages": data, "text": b"some text"}[damage])
-    with pytest.raises(InputError, match=r"a\.parquet: is cut off or not whole Parquet data \("):
+    with pytest.raises(InputError, match=r"a\.parquet: is truncated or damaged Parquet data \("):
         documents(path, Reading())
 
 
@@ -174,7 +174,7 @@ def test_a_damaged_page_is_found_by_its_checksum(tmp_path: Path) -> None:
     column = pa.table({"text": ["some text"] * 3})
     pq.write_table(column, path, compression="none", write_page_checksum=True)
     path.write_bytes(path.read_bytes().replace(b"some text", b"same text", 1))
-    with pytest.raises(InputError, match=r"is cut off or not whole Parquet data \(.*CRC"):
+    with pytest.raises(InputError, match=r"is truncated or damaged Parquet data \(.*CRC"):
         documents(path, Reading())
 
 
@@ -182,7 +182,7 @@ def test_a_column_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["one"]}), path, store_schema=False)
     path.write_bytes(path.read_bytes().replace(b"text", b"te\xfft"))
-    with pytest.raises(InputError, match=r"a\.parquet: is cut off or not whole Parquet data \("):
+    with pytest.raises(InputError, match=r"a\.parquet: is truncated or damaged Parquet data \("):
         documents(path, Reading())
 
 
@@ -293,7 +293,7 @@ def test_readings_that_contradict_themselves_are_refused() -> None:
         Reading(template="{a}", pair=("a", "b"))
     with pytest.raises(InputError, match="--separator: is empty; give one line"):
         Reading(separator="")
-    with pytest.raises(InputError, match="--separator: is no line; give one line"):
+    with pytest.raises(InputError, match="--separator: is not a single line; give one line"):
         Reading(separator="a\nb")
 
 
@@ -355,7 +355,7 @@ def test_standard_input_is_read() -> None:
     assert from_stdin(b"a\n\nb\n%\nc", "txt", "%")[0] == "['a\\n\\nb', 'c']"
     whole = from_stdin(data, "jsonl")
     assert eval(whole[1])[1] == eval(whole[1])[0]
-    # Going on needs the same input again.
+    # Resuming needs the same input again.
     resumed, last = from_stdin(data, "jsonl", start=size // 2)
     assert last == whole[1]
     assert expected[-1] in resumed

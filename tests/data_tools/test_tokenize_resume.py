@@ -1,4 +1,4 @@
-"""`data tokenize` killed at any moment goes on where it was, and the bytes are the same."""
+"""`data tokenize` killed at any moment resumes, and the bytes are the same."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megaphase.utils.errors import InputError, RunError
 CHUNK_BYTES = 4_000
 SAVE_BYTES = 8_000
 
-# Killed a moment after some batches more than its first save: without one it would never end.
+# Killed some batches after its first save, without which it would never finish.
 RUN = f"""if True:
     import os, signal, sys, threading
     from functools import partial
@@ -58,7 +58,7 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> list[Path]:
-    """Three files of 0.6 MB in all, one of which must be decompressed to go on in it."""
+    """Make three files of 0.6 MB in all, one of which must be decompressed to resume in it."""
     chance = random.Random(5)
     folder = tmp_path / "text"
     folder.mkdir()
@@ -122,16 +122,16 @@ def test_killed_at_any_moment_it_loses_little_and_ends_the_same(tok, inputs, tmp
         if state is None:
             break
         assert kills
-        # What the killed one had written is saved but for the last of it.
+        # Everything that the killed one had written is saved, except the last part.
         assert state["figures"]["documents"] >= saved_documents
         saved_documents = state["figures"]["documents"]
         draft = prefix.parent / ".en.draft" / ".bin"
-        # The last kill may have come while the files got their names.
+        # The last kill may have happened while the files were renamed.
         written = (draft if draft.exists() else Path(f"{prefix}.bin")).stat().st_size
         assert written - state["files"][".bin"]["bytes"] <= 2 * (SAVE_BYTES * 3 + CHUNK_BYTES)
     assert kills > 3
     assert corpus_bytes(prefix) == corpus_bytes(tmp_path / "whole")
-    # Where the last kill came after the corpus had appeared, its draft was not yet removed.
+    # If the last kill was after publication, the staging folder was not removed yet.
     left = [name for name in files_of(prefix.parent) if name != ".en.draft"]
     assert left == CORPUS_FILES
 
@@ -197,7 +197,7 @@ def test_after_a_wrong_line_skipping_goes_on_there(tok, inputs, tmp_path) -> Non
 
 @pytest.fixture
 def stopped(tok, inputs, tmp_path, small_steps, monkeypatch) -> Path:
-    """The prefix of a tokenization that a full disk has stopped, after something was saved."""
+    """Return the prefix of a tokenization stopped by a full disk after it had saved."""
     prefix, saves = tmp_path / "out" / "en", []
     real = module.CorpusWriter.save
 

@@ -1,5 +1,5 @@
-"""Training a tokenizer: it serves every language, depends on its input only, and says what is
-wrong with that."""
+"""Training a tokenizer: it serves every language, depends only on its input, and explains invalid
+input."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_a_language_without_text_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["\0", "\u2585", "<eod>", "<fr><fr>"])
 def test_text_of_nothing_that_sentencepiece_trains_on_is_refused(tmp_path: Path, text: str) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [text] * 20)
-    with pytest.raises(InputError, match="--input: the text has nothing that pieces can be made o"):
+    with pytest.raises(InputError, match="--input: the text is too small to make pieces from"):
         train_tokenizer({"a": [path]}, tmp_path / "tok", vocab_size=300, tags=("fr",))
 
 
@@ -203,7 +203,7 @@ def test_only_a_tokenizer_is_replaced_and_only_when_asked(tmp_path: Path) -> Non
     assert Tokenizer.load(out).vocab_size == 291
 
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"tok: holds other files, as notes\.txt"):
+    with pytest.raises(InputError, match=r"tok: contains other files, such as notes\.txt"):
         train_tokenizer({"a": [path]}, out, vocab_size=300, overwrite=True)
     with pytest.raises(InputError, match=r"a\.jsonl: exists and is not a directory"):
         train_tokenizer({"a": [path]}, path, vocab_size=300, overwrite=True)
@@ -319,7 +319,9 @@ def test_alpha_is_one_over_the_temperature(text: dict[str, list[Path]], tmp_path
     run_tokenizer(*same, tmp_path / "c", "--alpha", 0)
     prints = [Tokenizer.load(tmp_path / name).fingerprint for name in "abc"]
     assert prints[0] == prints[1] != prints[2]
-    with pytest.raises(InputError, match="--alpha: says the same as --temperature; give one of"):
+    with pytest.raises(
+        InputError, match="--alpha: cannot be combined with --temperature; give one of"
+    ):
         run_tokenizer(*same, tmp_path / "d", "--alpha", 0.5, "--temperature", 2)
     with pytest.raises(InputError, match=r"--alpha: 2\.0 is not between 0 and 1"):
         run_tokenizer(*same, tmp_path / "d", "--alpha", 2)
@@ -341,7 +343,7 @@ def test_inspect_measures_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
     lines = shown.splitlines()
     for what in ("unigram", "<eod> (0)", "fr (", "reserved_0 (", tokenizer.fingerprint):
         assert what in shown, what
-    # The worst served language comes first; it stands in bytes alone.
+    # The worst served language comes first; it consists of bytes only.
     assert [line.split()[1] for line in lines if " kB of text" in line] == ["ja", "en"]
     row = next(line for line in lines if line.split()[1:2] == ["ja"]).replace("│", " ").split()
     assert (row[1], row[3]) == ("1.00", "100.0%")
@@ -370,7 +372,7 @@ def fertility(
 
 
 def test_a_well_served_language_is_no_warning() -> None:
-    # Three bytes a letter make no language well served, nor one byte a letter badly.
+    # Three bytes per letter do not make a language well served, nor one byte badly.
     languages = {
         "en": fertility(1.5),
         "hi": fertility(1.6, bytes_per_token=9),
@@ -379,7 +381,7 @@ def test_a_well_served_language_is_no_warning() -> None:
     assert badly_served(languages) == []
     languages |= {"fr": fertility(3.1), "ka": fertility(4.0, spelled=0.3)}
     assert badly_served(languages) == ["ka", "fr"]
-    # Without spaces a word is a sentence.
+    # Without spaces, a sentence is a word.
     chinese = {"zh": fertility(30), "ja": fertility(50, spelled=0.06)}
     assert badly_served({**languages, **chinese}) == ["ja", "ka", "fr"]
     assert badly_served({"a": fertility(9)}) == badly_served({}) == []

@@ -32,7 +32,7 @@ def run(*arguments: object) -> str:
 
 @pytest.fixture(scope="module", params=list(KINDS))
 def corpora(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `tok` and the corpora `data/alda`, `boreth` and `cimri`."""
+    """Make a folder with `tok` and the corpora `data/alda`, `boreth` and `cimri`."""
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "tok").symlink_to(KINDS[request.param](folder / "made"))
     text = write_jsonl(folder / "a.jsonl", DOCUMENTS)

@@ -1,5 +1,5 @@
-"""Tokenizers from elsewhere are taken as they are: their ids are transformers' and sentencepiece's
-own, and every command works with them."""
+"""Existing tokenizers are used as they are: their ids are those of transformers and sentencepiece,
+and every command works with them."""
 
 from __future__ import annotations
 
@@ -46,30 +46,30 @@ def test_the_ids_are_those_of_transformers(name: str, request: pytest.FixtureReq
     import transformers
 
     folder = request.getfixturevalue(name)
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    ours = Tokenizer.load(folder)
-    assert (ours.vocab_size, ours.eod) == (len(theirs), theirs.eos_token_id)
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    native = Tokenizer.load(folder)
+    assert (native.vocab_size, native.eod) == (len(reference), reference.eos_token_id)
     for text in TEXTS:
-        expected = theirs.encode(text, add_special_tokens=False)
-        assert ours.encode(text) == expected
-        assert ours.decode(expected) == theirs.decode(expected)
-    for added, token in theirs.get_added_vocab().items():
-        if added not in theirs.all_special_tokens[:3]:
-            assert ours.tags.get(added.strip("<>"), token) == token
+        expected = reference.encode(text, add_special_tokens=False)
+        assert native.encode(text) == expected
+        assert native.decode(expected) == reference.decode(expected)
+    for added, token in reference.get_added_vocab().items():
+        if added not in reference.all_special_tokens[:3]:
+            assert native.tags.get(added.strip("<>"), token) == token
 
 
 def test_what_transformers_saves_is_read_again(t5: Path, tmp_path: Path) -> None:
     import transformers
 
-    theirs = transformers.AutoTokenizer.from_pretrained(t5)
-    theirs.add_special_tokens({"additional_special_tokens": ["<fr>", "<eu>"]})
-    theirs.save_pretrained(tmp_path / "saved")
+    reference = transformers.AutoTokenizer.from_pretrained(t5)
+    reference.add_special_tokens({"additional_special_tokens": ["<fr>", "<eu>"]})
+    reference.save_pretrained(tmp_path / "saved")
     (tmp_path / "saved" / "spiece.model").write_bytes((t5 / "spiece.model").read_bytes())
-    ours = Tokenizer.load(tmp_path / "saved")
-    assert ours.vocab_size == len(theirs)
-    assert ours.tags["fr"] == theirs.convert_tokens_to_ids("<fr>")
-    assert ours.tags["eu"] == theirs.convert_tokens_to_ids("<eu>")
-    assert ours.encode(TEXTS[3]) == theirs.encode(TEXTS[3], add_special_tokens=False)
+    native = Tokenizer.load(tmp_path / "saved")
+    assert native.vocab_size == len(reference)
+    assert native.tags["fr"] == reference.convert_tokens_to_ids("<fr>")
+    assert native.tags["eu"] == reference.convert_tokens_to_ids("<eu>")
+    assert native.encode(TEXTS[3]) == reference.encode(TEXTS[3], add_special_tokens=False)
 
 
 def test_a_slow_tokenizer_of_transformers_agrees(tmp_path: Path) -> None:
@@ -78,31 +78,31 @@ def test_a_slow_tokenizer_of_transformers_agrees(tmp_path: Path) -> None:
     model = train_model(
         tmp_path / "slow" / "spiece.model", vocab_size=300, bos_id=2, eos_id=1, pad_id=0, unk_id=3
     )
-    theirs = transformers.BertGenerationTokenizer(str(model))
-    theirs.save_pretrained(tmp_path / "slow")
-    ours = Tokenizer.load(tmp_path / "slow")
-    assert ours.eod == theirs.eos_token_id == 1
+    reference = transformers.BertGenerationTokenizer(str(model))
+    reference.save_pretrained(tmp_path / "slow")
+    native = Tokenizer.load(tmp_path / "slow")
+    assert native.eod == reference.eos_token_id == 1
     for text in (*TEXTS, *STRANGE):
         if "<" not in text:
-            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+            assert native.encode(text) == reference.encode(text, add_special_tokens=False)
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_added_and_control_tokens_become_tags(name: str, request: pytest.FixtureRequest) -> None:
-    ours = Tokenizer.load(request.getfixturevalue(name))
+    native = Tokenizer.load(request.getfixturevalue(name))
     if name == "t5":
-        size = ours.vocab_size - 5
-        assert ours.tags == {f"extra_id_{4 - i}": size + i for i in range(5)}
+        size = native.vocab_size - 5
+        assert native.tags == {f"extra_id_{4 - i}": size + i for i in range(5)}
     else:
-        assert list(ours.tags) == ["tag"]
-    assert ours.byte_fallback == (name == "llama")
-    assert ours.record.algorithm == {"t5": "unigram", "llama": "bpe"}[name]
-    # They leave no trace, and have no bytes.
-    ids = ours.encode(TEXTS[0])
-    assert ours.decode([*ours.tags.values(), *ids, ours.eod]) == TEXTS[0]
-    sizes = ours.token_bytes()
-    assert sizes.shape == (ours.vocab_size,)
-    assert not sizes[[ours.eod, *ours.tags.values()]].any()
+        assert list(native.tags) == ["tag"]
+    assert native.byte_fallback == (name == "llama")
+    assert native.record.algorithm == {"t5": "unigram", "llama": "bpe"}[name]
+    # They are skipped, and have no bytes.
+    ids = native.encode(TEXTS[0])
+    assert native.decode([*native.tags.values(), *ids, native.eod]) == TEXTS[0]
+    sizes = native.token_bytes()
+    assert sizes.shape == (native.vocab_size,)
+    assert not sizes[[native.eod, *native.tags.values()]].any()
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
@@ -111,11 +111,11 @@ def test_any_text_encodes_without_control_tokens(
     name: str, text: str, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(name)
-    ours = LOADED.setdefault(name, Tokenizer.load(folder))
-    ids = ours.encode(text)
-    assert not {ours.eod, *ours.tags.values()} & set(ids)
-    assert ours.encode_arrays([text, "x"])[0].tolist() == ids
-    assert isinstance(ours.decode(np.array(ids)), str)
+    native = LOADED.setdefault(name, Tokenizer.load(folder))
+    ids = native.encode(text)
+    assert not {native.eod, *native.tags.values()} & set(ids)
+    assert native.encode_arrays([text, "x"])[0].tolist() == ids
+    assert isinstance(native.decode(np.array(ids)), str)
 
 
 LOADED: dict[str, Tokenizer] = {}
@@ -135,10 +135,10 @@ def test_a_model_alone_is_a_tokenizer(llama: Path, tmp_path: Path) -> None:
 
 def test_the_model_of_one_of_ours_gives_the_same(tmp_path: Path) -> None:
     folder = make_tokenizer(tmp_path)
-    ours, alone = Tokenizer.load(folder), Tokenizer.load(folder / "tokenizer.model")
-    assert (alone.eod, alone.fingerprint) == (ours.eod, ours.fingerprint)
-    assert alone.encode("  ▁<eod> 😀") == ours.encode("  ▁<eod> 😀")
-    assert alone.tags["fr"] == ours.tags["fr"]
+    native, alone = Tokenizer.load(folder), Tokenizer.load(folder / "tokenizer.model")
+    assert (alone.eod, alone.fingerprint) == (native.eod, native.fingerprint)
+    assert alone.encode("  ▁<eod> 😀") == native.encode("  ▁<eod> 😀")
+    assert alone.tags["fr"] == native.tags["fr"]
 
 
 def test_fingerprints_differ_where_the_ids_do(t5: Path, llama: Path, tmp_path: Path) -> None:
@@ -157,10 +157,10 @@ def test_older_files_name_the_tokens_too(llama: Path, tmp_path: Path) -> None:
     size = Tokenizer.load(llama).vocab_size
     write_json(tmp_path / "added_tokens.json", {"<|im_end|>": size + 1, "<|im_start|>": size})
     write_json(tmp_path / "special_tokens_map.json", {"eos_token": {"content": "<|im_end|>"}})
-    ours = Tokenizer.load(tmp_path)
-    assert (ours.vocab_size, ours.eod) == (size + 2, size + 1)
-    assert ours.tags["|im_start|"] == size
-    assert ours.token_bytes()[size:].tolist() == [0, 0]
+    native = Tokenizer.load(tmp_path)
+    assert (native.vocab_size, native.eod) == (size + 2, size + 1)
+    assert native.tags["|im_start|"] == size
+    assert native.token_bytes()[size:].tolist() == [0, 0]
 
 
 def copied(source: Path, folder: Path, config: dict[str, object]) -> Path:
@@ -182,7 +182,7 @@ XLM_R_TOKENS = {"0": {"content": "<s>"}, "1": {"content": "<pad>"}, "2": {"conte
         ({"tokenizer_class": "AlbertTokenizer"}, "AlbertTokenizer changes the text before its"),
         ({"tokenizer_class": "T5Tokenizer", "do_lower_case": True}, "T5Tokenizer changes the text"),
         ({"add_prefix_space": False}, "its add_prefix_space is false, but its sentencepiece model"),
-        ({"added_tokens_decoder": {"x": 1}}, "its tokens are not written as transformers"),
+        ({"added_tokens_decoder": {"x": 1}}, "its tokens are not in the format of transformers"),
     ],
 )
 def test_other_ids_than_the_models_are_refused(
@@ -199,7 +199,7 @@ def test_other_ids_than_the_models_are_refused(
 def test_a_class_named_in_the_models_configuration_is_refused(llama: Path, tmp_path: Path) -> None:
     folder = copied(llama, tmp_path, {})
     write_json(folder / "config.json", {"model_type": "xlm-roberta"})
-    with pytest.raises(InputError, match="xlm-roberta numbers the tokens otherwise"):
+    with pytest.raises(InputError, match="xlm-roberta numbers the tokens differently"):
         Tokenizer.load(folder)
 
 
@@ -221,13 +221,13 @@ def test_a_tokenizer_json_with_other_numbers_is_refused(
     assert Tokenizer.load(folder).vocab_size == len(pieces)
     shifted = vocabulary(lambda ordered: ["<pad>", *ordered])
     write_json(folder / "tokenizer.json", {"model": {"vocab": shifted}})
-    with pytest.raises(InputError, match="PreTrainedTokenizerFast numbers the tokens otherwise"):
+    with pytest.raises(InputError, match="PreTrainedTokenizerFast numbers the tokens differently"):
         Tokenizer.load(folder)
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "tokenizer.json", {})
-    with pytest.raises(InputError, match=r"holds a tokenizer\.json only, no sentencepiece model"):
+    with pytest.raises(InputError, match=r"contains only a tokenizer\.json and no sentencepiece"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     with pytest.raises(InputError, match=r"tokenizer\.model: is not a sentencepiece model; give"):

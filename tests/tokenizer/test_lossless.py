@@ -1,4 +1,4 @@
-"""Tokenizers trained on text without spaces, on code, on odd spaces: nothing of a text is lost."""
+"""Tokenizers trained on text without spaces, on code, on odd spaces lose nothing of a text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megaphase.utils.errors import InputError
 
 
 def sentences(first: int, last: int, between: str = "") -> list[str]:
-    """Sentences of random words of these characters."""
+    """Return sentences of random words of these characters."""
     dice = random.Random(first)
     characters = [chr(number) for number in range(first, last)]
     words = ["".join(dice.choices(characters, k=dice.randint(1, 4))) for _ in range(200)]
@@ -33,7 +33,7 @@ def sentences(first: int, last: int, between: str = "") -> list[str]:
 
 CHINESE = sentences(0x4E00, 0x4E40)
 SAMPLES = {
-    # One space in 6,000 characters: sentencepiece leaves out what is so rare.
+    # One space in 6,000 characters: sentencepiece ignores such rare characters.
     "chinese": [*CHINESE, "\u4e00 \u4e01"],
     "thai": sentences(0x0E01, 0x0E3A),
     "code": [f"def {name}:\n    if x:\n\t\treturn\r\n" for name in sentences(0x61, 0x70, "_")],
@@ -85,29 +85,29 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
 
 @given(text=TEXTS)
 def test_every_text_comes_back_and_its_bytes_are_counted(pair: Pair, text: str) -> None:
-    ours = pair.ours
-    ids = ours.encode(text)
-    assert ours.decode(ids) == text
-    assert token_bytes(ours)[ids].sum() == len(text.encode())
-    assert pair.theirs.decode(ids) == text
+    native = pair.native
+    ids = native.encode(text)
+    assert native.decode(ids) == text
+    assert token_bytes(native)[ids].sum() == len(text.encode())
+    assert pair.reference.decode(ids) == text
 
 
 @given(text=TEXTS)
 def test_what_is_written_for_transformers_gives_the_same_ids(pair: Pair, text: str) -> None:
-    # Ways to cut a text that have the same score are no matter of spaces, see tokenizer_json.py.
-    if pair.ours.record.algorithm == "bpe":
+    # Segmentations with the same score do not matter here, see tokenizer_json.py.
+    if pair.native.record.algorithm == "bpe":
         assert_same(pair, text)
     else:
-        theirs = pair.theirs(text).input_ids
-        assert pair.ours.decode(theirs) == text
-        assert len(theirs) == len(pair.ours.encode(text))
+        reference = pair.reference(text).input_ids
+        assert pair.native.decode(reference) == text
+        assert len(reference) == len(pair.native.encode(text))
 
 
 def test_the_space_the_newline_and_the_tab_are_always_pieces(pair: Pair) -> None:
     for character in " \n\t":
-        (token,) = pair.ours.encode(character)
-        assert pair.ours.token_bytes()[token] == 1
-        assert not pair.ours.is_spelled()[token]
+        (token,) = pair.native.encode(character)
+        assert pair.native.token_bytes()[token] == 1
+        assert not pair.native.is_spelled()[token]
 
 
 def test_a_corpus_of_such_text_is_shown_as_it_was(tmp_path: Path) -> None:
@@ -137,13 +137,13 @@ def test_a_model_that_spells_spaces_in_bytes_is_refused(tmp_path: Path, model_ty
     path = train_model(
         tmp_path / "a.model", texts=texts, vocab_size=350, model_type=model_type, **LOSSLESS
     )
-    # Otherwise the ids of both were the same.
+    # Otherwise the ids of both would be the same.
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     assert model.encode(" ") == model.encode("▁")
     with pytest.raises(InputError) as error:
         Tokenizer.load(path)
     assert str(error.value) == (
-        f"{path}: has no piece for the space, so a space would come back as U+2581; "
+        f"{path}: has no piece for the space, so a space would be decoded as U+2581; "
         "make the tokenizer with `megaphase tokenizer train`"
     )
 

@@ -1,4 +1,4 @@
-"""Text to tokens and back: nothing is lost, nothing in a text is taken for a control token."""
+"""Text to tokens and back: nothing is lost, and no text encodes to a control token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 
-# Text, with what tokenizers are apt to lose or mistake made likely.
+# Text in which characters that tokenizers tend to lose or confuse are likely.
 DIFFICULT = (
     "", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\0", "\u00a0", "\u2028", "\ufeff", "\u200b",
     "▁", "<eod>", "<unk>", "<fr>", "<s>", "<0x0A>", "👩‍👩‍👧", "e\u0301", "é", "ﬁ", "Ⅷ", "հայ",
@@ -128,15 +128,15 @@ def test_an_altered_model_is_found(copy: Path, change: bytes) -> None:
         ("eod", "x", "eod: Input should be a valid integer"),
         ("version", 2, "version: Input should be 1"),
         ("surprise", 1, "surprise: Extra inputs"),
-        ("eod", 100, "eod: 100 is no control token of the model, or stands twice"),
-        ("eod", -1, "eod: -1 is no control token of the model"),
+        ("eod", 100, "eod: 100 is not a control token of the model, or is given twice"),
+        ("eod", -1, "eod: -1 is not a control token of the model"),
         (
             "tags",
             {"fr": 1 << 63},
-            r"tags\.fr: 9223372036854775808 is no control token of the model",
+            r"tags\.fr: 9223372036854775808 is not a control token of the model",
         ),
-        ("tags", {"fr": 0}, r"tags\.fr: 0 is no control token of the model, or stands twice"),
-        ("reserved_tags", [700], r"reserved_tags\.0: 700 is no control token of the model"),
+        ("tags", {"fr": 0}, r"tags\.fr: 0 is not a control token of the model, or is given twice"),
+        ("reserved_tags", [700], r"reserved_tags\.0: 700 is not a control token of the model"),
     ],
 )
 def test_a_wrong_record_names_the_field(copy: Path, key: str, value: object, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Paths that no file can have, that the system refuses, and files of another kind than wanted."""
+"""Paths that no file can have, that the system rejects, and files of an unexpected kind."""
 
 import errno
 import os
@@ -26,7 +26,8 @@ def corpora(tmp_path_factory):
 
 @pytest.fixture
 def refuse(monkeypatch, capfd):
-    """Runs a command that must be refused; returns its one line on standard error."""
+    """Return a function that runs a command that must fail, and returns its line on standard
+    error."""
 
     def run(*arguments, code=2):
         monkeypatch.setattr(sys, "argv", ["megaphase", *map(str, arguments)])
@@ -86,7 +87,7 @@ def test_what_errors_of_the_system_mean():
         assert exit_code(fault) == (2 if kind is InputError else 1)
     full = os_fault(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     assert str(full) == "a file: cannot be written (No space left on device)"
-    assert os_fault(OSError(errno.EBADF, os.strerror(errno.EBADF))) is None  # an error of ours
+    assert os_fault(OSError(errno.EBADF, os.strerror(errno.EBADF))) is None  # a bug
 
 
 def test_errors_in_writing_name_what_was_to_be_written(tmp_path):
@@ -143,7 +144,7 @@ def test_files_of_another_kind_are_refused_without_waiting(tmp_path):
 
 
 def limit_files():
-    """Let no file grow beyond a kibibyte, as on a disk that is nearly full."""
+    """Limit files to a kibibyte, as on a disk that is nearly full."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
 
 

@@ -1,4 +1,4 @@
-"""Standard output and error: characters that they lack, full disks, readers that have left."""
+"""Standard output and error: characters that they lack, full disks, closed pipes."""
 
 import os
 import subprocess
@@ -74,7 +74,7 @@ def test_closed_streams_lead_nowhere():
 
 @pytest.fixture
 def broken_pipe():
-    """The writing end of a pipe that nobody reads any more."""
+    """Return the writing end of a pipe that nobody reads any more."""
     reading, writing = os.pipe()
     os.close(reading)
     yield writing
@@ -127,7 +127,7 @@ def corpora(tmp_path_factory):
 
 
 def to_ascii():
-    """What a process with an ASCII locale begins with."""
+    """Return the code with which a process with an ASCII locale starts."""
     sys.stdout.reconfigure(encoding="ascii", errors="strict")
     sys.stderr.reconfigure(encoding="ascii", errors="strict")
 
@@ -163,7 +163,7 @@ def test_a_run_whose_log_cannot_be_written_trains_all_the_same(corpora, tmp_path
 
 
 def test_paths_in_another_locale(tmp_path):
-    """Names are taken as UTF-8 and printed in the terminal's encoding, whatever the locale."""
+    """Names are read as UTF-8 and printed in the terminal's encoding, in every locale."""
     done = subprocess.run(
         megaphase("data", "inspect", "nirgends-×"),
         env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
