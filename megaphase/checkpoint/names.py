@@ -1,4 +1,4 @@
-"""The names by which a user points at a checkpoint."""
+"""The names with which a user refers to a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHECKPOINTS = "checkpoints"  # in a run directory
 
 
 def find_checkpoint(text: str) -> Path:
-    """The directory of `RUN@NAME`, or of a checkpoint's own path.
+    """Return the directory of `RUN@NAME`, or of a path of a checkpoint.
 
     NAME: a phase, for the checkpoint at its end; a directory in RUN/checkpoints, such as
     `step-00001000`; or a link there, such as `latest`, `best-hi` or `best-mean`.
@@ -33,7 +33,7 @@ def find_checkpoint(text: str) -> Path:
 
 
 def _given(text: str) -> Path:
-    """A path on the command line, of which a shell has expanded `~` only at a word's beginning."""
+    """Expand `~` in a path from the command line; shells do so only at the start of a word."""
     try:
         return expanded_path(text)
     except ValueError as error:
@@ -41,12 +41,12 @@ def _given(text: str) -> Path:
 
 
 def find_for_run(run: Path, text: str) -> Path:
-    """The directory of a checkpoint: a NAME in this run, RUN@NAME of any run, or a path."""
+    """Return the directory of a NAME in this run, RUN@NAME of any run, or a path."""
     return find_checkpoint(text) if "@" in text or "/" in text else find_in_run(run, text)
 
 
 def find_in_run(run: Path, name: str) -> Path:
-    """The directory of the checkpoint that has this name in a run; see `find_checkpoint`."""
+    """Return the directory of the checkpoint with this name in a run; see `find_checkpoint`."""
     folder = run / CHECKPOINTS
     if not folder.is_dir():
         raise InputError(run, f"has no folder {CHECKPOINTS}", "give a run directory")
@@ -61,7 +61,7 @@ def find_in_run(run: Path, name: str) -> Path:
 
 
 def newest_state(run: Path) -> dict[str, Any] | None:
-    """What the newest checkpoint of a run says that can be read; None where there is none."""
+    """Return the state of the newest readable checkpoint of a run, or None if there is none."""
     for folder in reversed(checkpoint_folders(run / CHECKPOINTS)):
         state = state_or_nothing(folder)
         if type(state.get("step")) is int:
@@ -70,7 +70,7 @@ def newest_state(run: Path) -> dict[str, Any] | None:
 
 
 def permanent_ends(run: Path) -> dict[str, int]:
-    """The last steps of phases by the phase's name, as the checkpoints at their ends tell."""
+    """Return the last step of each phase that has a checkpoint at its end, by the phase's name."""
     states = {name: state_or_nothing(path) for name, path in _phase_ends(run / CHECKPOINTS).items()}
     return {name: state["step"] for name, state in states.items() if type(state["step"]) is int}
 
@@ -78,12 +78,12 @@ def permanent_ends(run: Path) -> dict[str, int]:
 def _is_checkpoint(path: Path) -> bool:
     try:
         return (path / STATE_FILE).is_file()
-    except (OSError, ValueError):  # a name that is too long, a folder that may not be read
+    except (OSError, ValueError):  # the name is too long, or the folder is not readable
         return False
 
 
 def _phase_ends(folder: Path) -> dict[str, Path]:
-    """The checkpoints at the ends of phases by the phase's name, the newest of each."""
+    """Return the newest checkpoint at the end of each phase, by the phase's name."""
     states = {path: state_or_nothing(path) for path in checkpoint_folders(folder)}
     return {
         state["phase_name"]: path

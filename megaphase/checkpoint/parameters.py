@@ -1,15 +1,15 @@
-"""Weights and optimizer state in a checkpoint, readable on any layout.
+"""Store weights and optimizer state in a checkpoint so that any layout can read them.
 
-Every rank writes the pieces that it holds into a file `shard-RRRRR.safetensors`: of each parameter
-(cut by tensor parallelism, flattened, and shared out among the data-parallel ranks by ZeRO) a run
-of elements, for each kind one tensor `KIND/NAME`. `parameters.json` tells where they belong:
+Every rank writes its pieces into a file `shard-RRRRR.safetensors`. A piece is a range of elements
+of a parameter (split by tensor parallelism, flattened, and divided among the data-parallel ranks
+by ZeRO), stored for each kind as a tensor `KIND/NAME`. `parameters.json` records their positions:
 
     tensor       the tensor-parallel size
-    kinds        `weight` (fp32 master), and `exp_avg` and `exp_avg_sq` where there is such a state
-    parameters   by name: `shape` of the whole; `dim` along which it is cut and `segments` that are
-                 cut one by one (see ParameterLayout)
+    kinds        `weight` (fp32 master), and `exp_avg` and `exp_avg_sq` if the optimizer has them
+    parameters   by name: `shape` of the whole; `dim` along which it is split and `segments` that
+                 are split separately (see ParameterLayout)
     shards       by file: its `tensor_rank`, and its `pieces`: by name, the first element and the
-                 one after the last in the flattened cut
+                 one after the last in the flattened tensor-parallel shard
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from megaphase.utils.files import read_json
 INDEX_FILE = "parameters.json"
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-RANDOM = "random/"  # what tensors beside the parameters begin with: states of random generators
+RANDOM = "random/"  # prefix of tensors that are no parameters: states of random generators
 
 
 def shard_file(rank: int) -> str:
-    """The name of a rank's file."""
+    """Return the name of a rank's file."""
     return f"shard-{rank:05d}.safetensors"
 
 
 def tensor_name(kind: str, parameter: str) -> str:
-    """Of a piece in a shard file."""
+    """Return the name of a piece's tensor in a shard file."""
     return f"{kind}/{parameter}"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, stop) of a parameter's flattened tensor-parallel cut."""
+    """Elements [start, stop) of a parameter's flattened tensor-parallel shard."""
 
     start: int
     stop: int
@@ -55,7 +55,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shard:
-    """What a rank's file holds."""
+    """The content of one rank's file."""
 
     tensor_rank: int
     pieces: Mapping[str, Piece]
@@ -67,7 +67,7 @@ def index_json(
     layouts: Mapping[str, ParameterLayout],
     shards: Mapping[str, Shard],
 ) -> dict[str, Any]:
-    """The content of `parameters.json`."""
+    """Return the content of `parameters.json`."""
     return {
         "tensor": tensor_size,
         "kinds": list(kinds),
@@ -83,14 +83,14 @@ def index_json(
 
 
 class StoredParameters:
-    """Reads any run of elements of any parameter, as any layout cuts it.
+    """Reads any range of elements of any parameter, as any layout splits it.
 
     At most one whole parameter is in memory at a time. `whole` may be called by several threads.
 
     Attributes:
-        tensor_size: of the layout that it was written with.
-        kinds: what there is of every parameter.
-        layouts: of all parameters, in the order in which the model has them.
+        tensor_size: tensor-parallel size of the layout with which it was written.
+        kinds: the tensors stored of every parameter.
+        layouts: the layout of every parameter, in the model's order.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -126,10 +126,10 @@ class StoredParameters:
         self._last_cut: tuple[tuple[object, ...], Tensor] | None = None
 
     def check(self, layouts: Mapping[str, ParameterLayout]) -> None:
-        """Refuse a model whose parameters are not those that are stored.
+        """Reject a model whose parameters differ from the stored ones.
 
         Raises:
-            InputError: naming the first parameter that is missing, unknown or of another shape.
+            InputError: names the first parameter that is missing, unknown or of another shape.
         """
         for name, layout in layouts.items():
             if name not in self.layouts:
@@ -138,17 +138,17 @@ class StoredParameters:
             if found != wanted:
                 raise InputError(
                     self._folder,
-                    f"{name} has the shape {list(found)}, this model wants {list(wanted)}",
+                    f"{name} has the shape {list(found)}, this model needs {list(wanted)}",
                     "check model and tokenizer",
                 )
         for name in self.layouts.keys() - layouts.keys():
             raise InputError(self._folder, f"this model has no parameter {name}", "check model")
 
     def check_pieces(self) -> None:
-        """Refuse shards that are not, together, exactly what `parameters.json` says.
+        """Reject shards that do not contain exactly the tensors that `parameters.json` records.
 
         Raises:
-            InputError: naming the first tensor that is missing, unknown, duplicate or of another
+            InputError: names the first tensor that is missing, unknown, duplicate or of another
                 size.
         """
         for file in self.shards:
@@ -160,9 +160,9 @@ class StoredParameters:
     def read(
         self, name: str, kind: str, layout: ParameterLayout, rank: int, size: int, piece: Piece
     ) -> Tensor:
-        """Elements of a parameter's cut for tensor-parallel rank `rank` of `size`; fp32 [elements].
+        """Read elements of a parameter's shard for tensor-parallel rank `rank` of `size`.
 
-        layout: the cut of whoever reads; of the stored one's shape.
+        layout: the layout of the reader, with the shape of the stored one. Returns fp32 [elements].
         """
         stored = self.layouts[name]
         if stored.dim is None:
@@ -172,7 +172,7 @@ class StoredParameters:
         return self._cut(name, kind, layout, rank, size)[piece.start : piece.stop]
 
     def whole(self, name: str, kind: str) -> Tensor:
-        """A whole parameter without padding, in its own shape; every byte is read once."""
+        """Return a whole parameter without padding, in its own shape; every byte is read once."""
         layout, size = self.layouts[name], self.tensor_size
         if layout.is_whole(size):
             return self._stored(name, kind, 0, Piece(0, layout.numel)).view(layout.shape)
@@ -183,7 +183,7 @@ class StoredParameters:
         return layout.unshard(parts, size)
 
     def _whole_of_rows(self, name: str, kind: str) -> Tensor:
-        """A parameter that is cut between rows: each run of them is read to where it belongs."""
+        """Return a parameter that is split between rows; read each range into its place."""
         layout = self.layouts[name]
         whole = torch.empty(layout.shape)
         for rank in range(self.tensor_size):
@@ -194,7 +194,7 @@ class StoredParameters:
         return whole
 
     def _cut(self, name: str, kind: str, layout: ParameterLayout, rank: int, size: int) -> Tensor:
-        """A parameter as another layout cuts it, flattened; remembered until the next one."""
+        """Return a parameter as another layout splits it, flattened; cached until the next one."""
         key = (name, kind, layout, rank, size)
         if self._last_cut is None or self._last_cut[0] != key:
             self._last_cut = None
@@ -208,7 +208,8 @@ class StoredParameters:
         return found
 
     def _read_into(self, name: str, kind: str, tensor_rank: int, first: int, out: Tensor) -> None:
-        """Elements from `first` on of a rank's flattened cut, as many as `out` [elements] has."""
+        """Read elements from `first` on of a rank's flattened shard, as many as `out` [elements]
+        has."""
         missing = out.numel()
         for piece, file in self._pieces[name, tensor_rank]:
             start, stop = max(piece.start, first), min(piece.stop, first + out.numel())
@@ -243,7 +244,7 @@ class StoredParameters:
             if piece.start < end:
                 raise InputError(
                     self._folder / file,
-                    f"elements {piece.start:,} and on of {name} are in another shard, too",
+                    f"elements of {name} from {piece.start:,} on are also in another shard",
                     "use another checkpoint",
                 )
             if piece.start > end:

@@ -1,7 +1,7 @@
-"""Saves the state of a run while it goes on: a step is held up for a copy in memory alone.
+"""Saves a run's state asynchronously: a step waits only for a copy in memory.
 
-A save has two parts, each in a thread of its own: every rank writes its shard; when all have,
-rank 0 makes the checkpoint appear and removes old ones. In between, all ranks agree, at a step.
+A save has two parts, each in its own thread: every rank writes its shard; when all have, rank 0
+publishes the checkpoint and removes old ones. In between, all ranks agree, between two steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megaphase.utils.errors import RunError
 
 
 class SaveStatus(IntEnum):
-    """Of this rank's part of a save; of several ranks, the largest counts."""
+    """The status of this rank's part of a save; of several ranks' statuses, the largest counts."""
 
     DONE = 0
     AT_WORK = 1
@@ -34,10 +34,10 @@ class SaveStatus(IntEnum):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank has to write.
+    """The data that one rank has to write.
 
     Attributes:
-        tensors: this rank's pieces, by name; views that the next step may change.
+        tensors: this rank's pieces by name; views that the next step may change.
         kinds, layouts, tensor_size: see megaphase.checkpoint.parameters.
     """
 
@@ -58,7 +58,7 @@ class _Save:
 
 
 class Saver:
-    """One save at a time; every method but `status` is called by all ranks."""
+    """Runs one save at a time; every method but `status` is called by all ranks."""
 
     def __init__(
         self,
@@ -72,10 +72,10 @@ class Saver:
     ) -> None:
         """
         Args:
-            keep: how many of the newest checkpoints stay.
-            asynchronous: whether `save` returns before the checkpoint is written.
-            say: gets a sentence, on rank 0, about every checkpoint that has appeared.
-            note: gets the name of every checkpoint that has appeared, on all ranks.
+                keep: how many of the newest checkpoints are kept.
+                asynchronous: whether `save` returns before the checkpoint is written.
+                say: called on rank 0 with a sentence about every published checkpoint.
+                note: called on all ranks with the name of every published checkpoint.
         """
         self._store, self._control_group, self._keep = store, control_group, keep
         self._asynchronous, self._say, self._note = asynchronous, say, note
@@ -93,13 +93,14 @@ class Saver:
         best: Mapping[str, str],
         sound_step: int | None = None,
     ) -> None:
-        """Begin a save, after the one before has ended.
+        """Start a save, after the previous one has finished.
 
-        state: the content of state.json; rank 0's counts. best: link names of the best weights,
-        each with the name of its checkpoint. sound_step: see CheckpointStore.prune.
+        state: the content of state.json; rank 0's is written. best: link names of the best
+            weights, each
+        with the name of its checkpoint. sound_step: see CheckpointStore.prune.
 
         Raises:
-            RunError: on all ranks; the checkpoint, or the one before, could not be written.
+            RunError: on all ranks; this checkpoint or the previous one could not be written.
         """
         self.finish()
         copies = host_copies(snapshot.tensors, self._buffers)
@@ -109,7 +110,7 @@ class Saver:
             needed = sum(self._control_group.gather(file_bytes(copies)))
             aside = self._store.begin(name, needed)
         except RunError as error:
-            raise self._with_what_is_left(error) from None
+            raise self._with_last_checkpoint(error) from None
         self._save, self._written = _Save(name, snapshot, state, best, sound_step), False
         path = aside / shard_file(self._control_group.rank)
         self._work = self._thread.submit(write_tensors, path, copies)
@@ -118,7 +119,7 @@ class Saver:
 
     @property
     def status(self) -> SaveStatus:
-        """Of this rank, now."""
+        """The current status of this rank."""
         if self._work is None:
             return SaveStatus.DONE
         if not self._work.done():
@@ -126,7 +127,7 @@ class Saver:
         return SaveStatus.FAILED if self._work.exception() else SaveStatus.DONE
 
     def advance(self, agreed: int) -> None:
-        """Go on to the next part when all ranks are done with one; `agreed`: the largest status.
+        """Start the next part when all ranks have finished one; `agreed`: the largest status.
 
         Raises:
             RunError: on all ranks; one of them could not write its part.
@@ -134,7 +135,7 @@ class Saver:
         if self._save is None or agreed == SaveStatus.AT_WORK:
             return
         if agreed == SaveStatus.FAILED:
-            self._give_up()
+            self._abort()
         elif not self._written:
             self._written = True
             self._begin_to_publish()
@@ -145,7 +146,7 @@ class Saver:
             self._save = self._work = None
 
     def finish(self) -> None:
-        """Wait until the checkpoint that is being saved has appeared; see `advance`."""
+        """Wait until the current save has been published; see `advance`."""
         while self._save is not None:
             if self._work is not None:
                 self._work.exception()  # waits
@@ -172,19 +173,21 @@ class Saver:
                 self._store.link(alias, name)
         self._store.prune(self._keep, save.best, save.name, save.sound_step)
 
-    def _give_up(self) -> None:
+    def _abort(self) -> None:
         save, work = self._save, self._work
         assert save is not None
-        # Only a thread that has ended writes no more into the directory that is removed now.
+        # Wait for the thread, so that it no longer writes into the directory that is removed now.
         fault = work.exception() if work is not None else None
         faults = self._control_group.gather(None if fault is None else _describe(fault))
         self._save = self._work = None
         self._control_group.on_first_rank(partial(self._store.discard, save.name))
         rank, first = next((r, f) for r, f in enumerate(faults) if f is not None)
         folder = self._store.folder / save.name
-        raise self._with_what_is_left(RunError(f"{folder}: rank {rank} could not write: {first}"))
+        raise self._with_last_checkpoint(
+            RunError(f"{folder}: rank {rank} could not write: {first}")
+        )
 
-    def _with_what_is_left(self, error: RunError) -> RunError:
+    def _with_last_checkpoint(self, error: RunError) -> RunError:
         newest = self._store.newest_name()
         left = "there is no earlier checkpoint"
         if newest is not None:
@@ -195,9 +198,9 @@ class Saver:
 def host_copies(
     tensors: Iterator[tuple[str, Tensor]], buffers: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Copies of tensors in the memory of the CPU, in `buffers` where one fits.
+    """Copy tensors to CPU memory, into `buffers` where one fits.
 
-    A GPU's copies are pinned, so that they run at the speed of the bus.
+    Copies from a GPU are pinned, so that they run at the speed of the bus.
     """
     copies = {}
     for name, tensor in tensors:

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, and what checkpoints are called; without torch."""
+"""A checkpoint's state file, and the names of checkpoints; without torch."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ NAME = re.compile(r"(step|best)-([0-9]{8,})")
 
 
 def full_name(step: int) -> str:
-    """Of a checkpoint that a run can go on from."""
+    """Return the name of a checkpoint from which a run can resume."""
     return f"{STEP_PREFIX}{step:08d}"
 
 
 def best_name(step: int) -> str:
-    """Of a checkpoint of weights alone."""
+    """Return the name of a checkpoint with only the weights."""
     return f"{BEST_PREFIX}{step:08d}"
 
 
 def step_of(name: str, kind: str = "step") -> int | None:
-    """The step in the name of a checkpoint of this kind, None where it is the name of none."""
+    """Return the step in the name of a checkpoint of this kind, or None if it is not one."""
     match = NAME.fullmatch(name)
     if match is None or match[1] != kind or (match[2][0] == "0" and len(match[2]) > 8):
         return None
@@ -36,9 +36,9 @@ def step_of(name: str, kind: str = "step") -> int | None:
 
 
 def checkpoint_folders(folder: Path, kind: str = "step") -> list[Path]:
-    """The directories in a run's folder of checkpoints that have the name of one, by their step.
+    """Return the directories in a run's checkpoint folder that have a checkpoint's name, by step.
 
-    Links and files with such a name are none of them.
+    Links and files with such a name are ignored.
     """
     if not folder.is_dir():
         return []
@@ -48,9 +48,9 @@ def checkpoint_folders(folder: Path, kind: str = "step") -> list[Path]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What the writer of a checkpoint said about it.
+    """Return the state that the writer of a checkpoint stored in it.
 
-    Raises OSError or ValueError where it cannot be read.
+    Raises OSError or ValueError if it cannot be read.
     """
     state = read_json(folder / STATE_FILE)
     if not isinstance(state, dict):
@@ -59,14 +59,14 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def state_or_nothing(folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint that may be damaged."""
+    """Return the state of a checkpoint, or an empty one if it is damaged."""
     with suppress(OSError, ValueError):
         return read_state(folder)
     return {}
 
 
 def check_format(folder: Path, state: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another version of this program."""
+    """Reject a checkpoint of another version of this program."""
     if state.get("format") != CHECKPOINT_FORMAT:
         raise InputError(
             folder,

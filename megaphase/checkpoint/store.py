@@ -1,14 +1,14 @@
-"""The checkpoints of a run: each appears whole or not at all, and is verified before it is used.
+"""The checkpoints of a run: each is published atomically, and verified before it is used.
 
-A checkpoint is a directory `step-XXXXXXXX`, or `best-XXXXXXXX` for weights alone, of
+A checkpoint is a directory `step-XXXXXXXX`, or `best-XXXXXXXX` for weights alone, with
 
-    shard-RRRRR.safetensors   what each rank held, and
-    parameters.json           where it belongs: see megaphase.checkpoint.parameters
-    state.json                where the run stood; its writer's own words
+    shard-RRRRR.safetensors   the pieces of one rank
+    parameters.json           their positions: see megaphase.checkpoint.parameters
+    state.json                the training state
     manifest.json             size and hash of every other file
 
-All ranks write into a directory aside; when everything is on the disk, rank 0 renames it. Links
-lead to some: `latest`, and `best-TASK` and `best-mean`.
+All ranks write into a temporary directory; when everything is on disk, rank 0 renames it. Links
+point to some checkpoints: `latest`, and `best-TASK` and `best-mean`.
 """
 
 from __future__ import annotations
@@ -55,36 +55,37 @@ from megaphase.utils.set_aside import (
 )
 
 MANIFEST_FILE = "manifest.json"
-# What this program calls what it has not finished to write, or to remove.
+# The names of files that this program has not finished writing or removing.
 _LEFTOVER = re.compile(r"\.(.+\.(partial|link)|(step|best)-[0-9]{8,}\.removed)")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint and what its writer said about it."""
+    """A valid checkpoint and its state."""
 
     folder: Path
     state: dict[str, Any]
 
 
 class CheckpointStore:
-    """The directory in which a run's checkpoints lie."""
+    """The directory with a run's checkpoints."""
 
     def __init__(
         self, folder: Path, control_group: ControlGroup, say: Say = say_on_standard_error
     ) -> None:
-        """say: gets a sentence, on rank 0, about whatever lay in the way of a checkpoint."""
+        """say: called on rank 0 with a sentence about any unexpected file at a checkpoint's
+        path."""
         self.folder = folder
         self._control_group = control_group
         self._say = say
 
     def begin(self, name: str, needed_bytes: int) -> Path:
-        """Make the directory aside for a checkpoint; called by all ranks.
+        """Create the temporary directory for a checkpoint; called by all ranks.
 
         needed_bytes: of all ranks together.
 
         Raises:
-            RunError: on all ranks; the folder cannot be written, or has not so much space.
+            RunError: on all ranks; the folder cannot be written, or the disk has too little space.
         """
         aside = self._aside(name)
         self._control_group.on_first_rank(lambda: self._make(aside, needed_bytes))
@@ -93,9 +94,9 @@ class CheckpointStore:
     def publish(
         self, name: str, index: Mapping[str, Any], state: Mapping[str, Any], files: dict[str, Any]
     ) -> Path:
-        """Make the checkpoint appear, with `latest` leading to it; on rank 0 alone.
+        """Publish the checkpoint and let `latest` point to it; called on rank 0 alone.
 
-        files: what a manifest says of the shards that lie in the directory aside.
+        files: the manifest's descriptions of the shards in the temporary directory.
         """
         aside, final = self._aside(name), self.folder / name
         complete(aside, index, state, files)
@@ -107,16 +108,16 @@ class CheckpointStore:
         return final
 
     def discard(self, name: str) -> None:
-        """Remove what was written aside for a checkpoint."""
+        """Remove the temporary directory of a checkpoint."""
         remove_directory(self._aside(name))
 
     def link(self, alias: str, name: str) -> None:
-        """Let a link lead to a checkpoint, in one step."""
+        """Make a link point to a checkpoint, atomically."""
         aside, final = self.folder / f".{alias}.link", self.folder / alias
         remove_leftover(aside, self._say)
         aside.symlink_to(name)
         if os.path.lexists(final) and not final.is_symlink():
-            self._clear(final)  # perhaps the run was copied by a program that follows links
+            self._clear(final)  # the run may have been copied by a program that follows links
         os.replace(aside, final)
         fsync_path(self.folder)
 
@@ -125,11 +126,12 @@ class CheckpointStore:
     ) -> None:
         """Remove all but the newest `keep` checkpoints, the permanent ones, and the best weights.
 
-        best: the names of those that are the best now; those that a run would count as best after
-        it has gone on from one of the newest stay, too. saved: the one that has just appeared;
-        those of later steps are damaged, or the run would have gone on from them. They do not
-        count, and stay until it comes by. sound_step: given while training seems to diverge; the
-        newest checkpoint that is not of a later step stays, too.
+        best: the names of the currently best ones; those that a run would count as best after it
+            has
+        resumed from one of the newest are kept too. saved: the checkpoint that was just published;
+        those of later steps are damaged, or the run would have resumed from them. They do not
+        count, and are kept until training reaches them. sound_step: given while training seems to
+        diverge; the newest checkpoint of this step or an earlier one is kept too.
         """
         last = step_of(saved, saved.partition("-")[0])
         assert last is not None
@@ -145,11 +147,11 @@ class CheckpointStore:
                 remove_directory_at_once(folder)
 
     def prepare(self, best: Mapping[str, str]) -> None:
-        """Before a run trains: remove what a killed process left aside, rename what else has the
-        name of something that the run will write, and set `best-…` links.
+        """Before a run trains: remove a killed process's temporary files, move aside other files
+        with names that the run will use, and set the `best-…` links.
 
         Raises:
-            RunError: the folder cannot be made or written; better now than at the first save.
+            RunError: the folder cannot be created or written; better now than at the first save.
         """
         with os_errors_named(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -163,15 +165,15 @@ class CheckpointStore:
                 self.link(alias, name)
 
     def newest_whole(self, say: Callable[[str], object]) -> Checkpoint | None:
-        """The newest checkpoint whose every byte is as it was written, None where none has been
-        saved; called by all ranks.
+        """Return the newest checkpoint with no altered byte, or None if none has been saved;
+        called by all ranks.
 
-        `say` gets a sentence, on rank 0, about every newer one that is damaged, and about whatever
-        else has the name of a checkpoint.
+        `say` is called on rank 0 with a sentence about every newer one that is damaged, and about
+        every other file with the name of a checkpoint.
 
         Raises:
-            InputError: all that there are are damaged. No kill leaves that behind: to begin anew,
-                and write over the run's record, is for the user to decide.
+            InputError: all existing checkpoints are damaged. No kill can cause that, so it is for
+                the user to decide whether to start again and overwrite the run's record.
         """
         mine = self._candidates() if self._control_group.rank == 0 else ([], [])
         names, others = self._control_group.gather(mine)[0]
@@ -182,7 +184,7 @@ class CheckpointStore:
             if problem is None:
                 if self._control_group.rank == 0:
                     for other in others:
-                        say(f"{other}; it is passed over")
+                        say(f"{other}; it is ignored")
                 return Checkpoint(folder, read_state(folder))
             if self._control_group.rank == 0 and name != names[0]:
                 say(f"{problem}; going back to the checkpoint before")
@@ -190,16 +192,16 @@ class CheckpointStore:
         if problem is not None:
             raise InputError(
                 "",
-                f"{problem}, and no other checkpoint there is whole",
-                f"put one back, or remove {self.folder} to begin anew",
+                f"{problem}, and no other checkpoint there is intact",
+                f"put one back, or remove {self.folder} to start again",
             )
         return None
 
     def open(self, folder: Path) -> Checkpoint:
-        """One checkpoint, wherever it lies, after it has been verified; called by all ranks.
+        """Verify and return one checkpoint, in any folder; called by all ranks.
 
         Raises:
-            InputError: it is not a checkpoint, or a file of it is missing or has been altered.
+            InputError: it is not a checkpoint, or one of its files is missing or has been altered.
         """
         if not (folder / MANIFEST_FILE).is_file():
             raise InputError(folder, "this is not a checkpoint", "give a step-… directory")
@@ -209,10 +211,10 @@ class CheckpointStore:
         return Checkpoint(folder, read_state(folder))
 
     def newest_name(self, until: int | None = None) -> str | None:
-        """The newest checkpoint that a run could resume from, or that is not of a later step, for
-        messages.
+        """Return the newest checkpoint from which a run could resume, of step `until` or earlier if
+        given, for messages.
 
-        Its manifest can be read; its other files are not looked at.
+        Its manifest can be read; its other files are not checked.
         """
         names = [
             folder.name
@@ -237,23 +239,24 @@ class CheckpointStore:
             aside.mkdir()
 
     def _clear(self, final: Path) -> None:
-        """Remove an older or damaged checkpoint; set aside what is none."""
+        """Remove an older or damaged checkpoint; set aside anything else."""
         if final.is_dir() and not final.is_symlink() and (final / MANIFEST_FILE).is_file():
             remove_directory_at_once(final)
         else:
             set_aside(final, "a checkpoint", self._say)
 
     def _names(self, kind: str) -> list[str]:
-        """Of the checkpoints that this program has written, in the order of their steps."""
+        """Return the names of the checkpoints written by this program, in the order of their
+        steps."""
         folders = checkpoint_folders(self.folder, kind)
         return [folder.name for folder in folders if (folder / MANIFEST_FILE).is_file()]
 
     def _candidates(self) -> tuple[list[str], list[str]]:
-        """The names of the directories that may be whole, by their steps; and in words what else
-        has the name of a checkpoint."""
+        """Return the names of the directories that may be valid checkpoints, by step, and
+        descriptions of other files with the name of a checkpoint."""
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             kind = kind_of(self.folder)
-            problem = "leads nowhere" if kind == "a symbolic link" else f"is {kind}"
+            problem = "points nowhere" if kind == "a symbolic link" else f"is {kind}"
             return [], [f"{shown_path(self.folder)}: {problem}, where a run has its checkpoints"]
         names = [folder.name for folder in checkpoint_folders(self.folder)]
         others = []
@@ -264,7 +267,7 @@ class CheckpointStore:
         return names, others
 
     def _damage(self, folder: Path) -> str | None:
-        """The first fault that any rank finds, or None; the ranks share the reading."""
+        """Return the first fault that any rank finds, or None; the ranks share the reading."""
         files = _manifest_of(folder)
         if files is None:
             found: str | None = f"{folder / MANIFEST_FILE}: is missing or damaged"
@@ -280,9 +283,9 @@ class CheckpointStore:
 def complete(
     folder: Path, index: Mapping[str, Any], state: Mapping[str, Any], files: dict[str, Any]
 ) -> None:
-    """Write what a checkpoint has beside its shards.
+    """Write the files of a checkpoint other than its shards.
 
-    files: what a manifest says of the shards, which lie in the folder already.
+    files: the manifest's descriptions of the shards, which are already in the folder.
     """
     for file, content in ((INDEX_FILE, index), (STATE_FILE, state)):
         atomic_write_json(folder / file, content)
@@ -295,7 +298,7 @@ def _until(names: list[str], step: int) -> list[str]:
 
 
 def _manifest_of(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """What the manifest says of every file, None where it is missing or damaged."""
+    """Return the manifest's description of every file; None if it is missing or damaged."""
     try:
         files = read_json(folder / MANIFEST_FILE)["files"]
     except (OSError, ValueError, KeyError, TypeError):

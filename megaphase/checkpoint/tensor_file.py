@@ -1,8 +1,8 @@
-"""safetensors files, written in one pass that also hashes them, and read a run of elements at once.
+"""safetensors files, hashed while they are written in one pass, and read in ranges of elements.
 
 The format: https://github.com/huggingface/safetensors#format. The package's own writer takes all
-tensors at once, copies them, and would have to read the file again for the hash; its reader maps
-files into memory, where every page that was read counts as the process's own.
+tensors at once, copies them, and the file would have to be read again for the hash; its reader maps
+files into memory, where every page read counts as the process's memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _DTYPES = {name: dtype for dtype, name in _TYPES.items()}
 
 @dataclass(frozen=True)
 class TensorKind:
-    """The type and shape of a tensor in a file."""
+    """The dtype and shape of a tensor in a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -56,16 +56,16 @@ class TensorKind:
 
 
 class WriteBehind:
-    """Has Linux begin to write a file's pages to the disk while the file grows.
+    """Makes Linux start writing a file's pages to disk while the file grows.
 
-    Otherwise most of it would still be in memory when it is forced to the disk at the end.
+    Otherwise most of it would still be in memory when it is flushed at the end.
     """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor, self._begun = descriptor, 0
 
     def reached(self, size: int) -> None:
-        """The file has so many bytes now; does not wait."""
+        """Tell it the current size of the file in bytes; does not wait."""
         length = size - self._begun
         if length >= _FLUSH_BYTES:
             os.posix_fadvise(self._descriptor, self._begun, length, os.POSIX_FADV_DONTNEED)
@@ -73,7 +73,7 @@ class WriteBehind:
 
 
 class TensorWriter:
-    """Writes the tensors of a file in the order in which they were announced, a part at a time."""
+    """Writes the tensors of a file in the announced order, in parts of any size."""
 
     def __init__(
         self, path: Path, kinds: Mapping[str, TensorKind], metadata: Mapping[str, str] | None = None
@@ -85,20 +85,20 @@ class TensorWriter:
         self._write(memoryview(header_bytes(kinds, metadata)))
 
     def write(self, part: Tensor) -> None:
-        """The next elements: contiguous, on the CPU, of the announced type."""
+        """Write the next elements: contiguous, on the CPU, of the announced dtype."""
         self._left -= part.nbytes
         for chunk in memory_chunks(part):
             self._write(chunk)
 
     def close(self) -> dict[str, Any]:
-        """Force the file to the disk; what a manifest says of it, its `bytes` and `hash`."""
-        assert self._left == 0, "other tensors were announced than written"
+        """Flush the file to disk and return its manifest entry, `bytes` and `hash`."""
+        assert self._left == 0, "not all announced tensors were written"
         os.fsync(self._file.fileno())
         self._file.close()
         return {"bytes": self._size, "hash": self._digest.hexdigest()}
 
     def abandon(self) -> None:
-        """Close the file as it is."""
+        """Close the file without completing it."""
         self._file.close()
 
     def _write(self, chunk: memoryview) -> None:
@@ -111,9 +111,9 @@ class TensorWriter:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Write contiguous tensors on the CPU and force them to the disk.
+    """Write contiguous CPU tensors to a file and flush it to disk.
 
-    Returns what a manifest says of the file, its `bytes` and `hash`.
+    Returns the file's manifest entry, `bytes` and `hash`.
     """
     writer = TensorWriter(path, _kinds(tensors), metadata)
     try:
@@ -126,16 +126,16 @@ def write_tensors(
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """About how many bytes `write_tensors` needs on the disk."""
+    """Return the approximate size in bytes of the file that `write_tensors` writes."""
     return len(header_bytes(_kinds(tensors))) + sum(each.nbytes for each in tensors.values())
 
 
 class TensorFile:
-    """A safetensors file that is read element by element, by any number of threads.
+    """A safetensors file from which any number of threads may read ranges of elements.
 
     Attributes:
-        kinds: type and shape of every tensor in it.
-        metadata: what its writer has put beside them.
+        kinds: dtype and shape of every tensor in it.
+        metadata: the strings that its writer stored with them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -158,7 +158,7 @@ class TensorFile:
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             self._file.close()
             raise InputError(
-                path, "is truncated, or no safetensors file", "use another checkpoint"
+                path, "is truncated, or not a safetensors file", "use another checkpoint"
             ) from None
 
     def __enter__(self) -> Self:
@@ -168,7 +168,8 @@ class TensorFile:
         self._file.close()
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Elements from `start` on of a flattened tensor, as many as `out` has; of its type."""
+        """Read elements from `start` on of a flattened tensor, as many as `out` has, of the same
+        dtype."""
         kind = self.kinds[name]
         assert kind.dtype == out.dtype, f"{name} is {kind.dtype}"
         assert start + out.numel() <= kind.numel, f"{name} has {kind.numel} elements"
@@ -181,7 +182,7 @@ class TensorFile:
                 offset, chunk = offset + got, chunk[got:]
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """Return a whole tensor."""
         kind = self.kinds[name]
         out = torch.empty(kind.shape, dtype=kind.dtype)
         self.read_into(name, 0, out)
@@ -196,14 +197,14 @@ class TensorFile:
         tensors = [each for name, each in described.items() if name != _METADATA]
         end = max((each["data_offsets"][1] for each in tensors), default=0)
         if 8 + length + end != size:
-            raise ValueError("the file has another size than its header says")
+            raise ValueError("the file's size does not match its header")
         return described, 8 + length
 
 
 def header_bytes(
     kinds: Mapping[str, TensorKind], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """What a file begins with whose tensors follow each other in this order."""
+    """Return the header of a file whose tensors follow each other in this order."""
     described: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     offset = 0
     for name, kind in kinds.items():
@@ -226,12 +227,12 @@ def _kind_of(described: Mapping[str, Any]) -> TensorKind:
     kind = TensorKind(_DTYPES[described["dtype"]], tuple(described["shape"]))
     first, end = described["data_offsets"]
     if end - first != kind.nbytes:
-        raise ValueError("a tensor's shape is not that of its bytes")
+        raise ValueError("a tensor's shape does not match its size")
     return kind
 
 
 def memory_chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """The memory of a contiguous tensor on the CPU, in parts."""
+    """Yield the memory of a contiguous CPU tensor in chunks."""
     assert tensor.is_contiguous()
     as_bytes = tensor.detach().reshape(-1).view(torch.uint8)
     flat = memoryview(as_bytes.numpy())  # type: ignore[arg-type]

@@ -1,7 +1,6 @@
-"""Steps that all processes take together: if one of them fails, all of them stop.
+"""Run actions on all processes, and stop all of them if one fails.
 
-A single process needs no torch for them, which takes seconds to import: torch, and what imports it,
-is imported where several processes need it.
+Importing torch takes seconds, so it is imported only if there are several processes.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ Fault = InputError | RunError
 def run_on_all_ranks(action: Callable[[], Result]) -> Result:
     """Run `action` on every process.
 
-    Raises the InputError or RunError of the lowest rank that raised one on all of them. torch is
-    imported only if there are several processes.
+    If any process raises an InputError or RunError, the lowest rank's error is raised on all of
+    them. torch is imported only if there are several processes.
     """
     outcome = result_or_fault(action)
     faults = [outcome] if world_size() == 1 else _gather_faults(outcome)
@@ -35,7 +34,7 @@ def run_on_all_ranks(action: Callable[[], Result]) -> Result:
 
 
 def on_first_rank(action: Callable[[], Result]) -> Result:
-    """Run `action` on rank 0 while the others wait; all get its result, or raise its fault."""
+    """Run `action` on rank 0 while the others wait; its result or error is that of all ranks."""
     import torch.distributed as dist
 
     from megaphase.distributed.process_grid import device, join_processes
@@ -51,7 +50,7 @@ def on_first_rank(action: Callable[[], Result]) -> Result:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the process group, and leave it at the end, whatever happens."""
+    """Join the process group, and leave it at the end in any case."""
     from megaphase.distributed.process_grid import join_processes
 
     with leaving_processes():
@@ -61,13 +60,13 @@ def process_group() -> Iterator[None]:
 
 @contextmanager
 def leaving_processes() -> Iterator[None]:
-    """Leave the process group at the end, whatever happens, if this process has joined it.
+    """Leave the process group at the end in any case, if this process has joined it.
 
-    A process that ended as a member would still have the threads of its collectives; one of them
-    that then lets go of a tensor ends the process with SIGABRT instead of its exit code.
+    A process that ends as a member still has the threads of its collectives; if one of them then
+    frees a tensor, the process ends with SIGABRT instead of its exit code.
 
     Raises:
-        LostProcessError: a collective failed before or after a watchdog could say why.
+        LostProcessError: a collective failed while no watchdog could report why.
     """
     try:
         yield
@@ -85,7 +84,8 @@ def leaving_processes() -> Iterator[None]:
 
 
 def result_or_fault(action: Callable[[], Result]) -> Result | Fault:
-    """What `action` returns, or the fault that it raises, which an OSError with a path is, too."""
+    """Return the result of `action`, or the error that it raises, including an OSError with a
+    path."""
     try:
         return action()
     except (InputError, RunError) as fault:

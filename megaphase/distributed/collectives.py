@@ -1,6 +1,6 @@
 """Collectives over the tensor-parallel group that autograd can differentiate.
 
-Each is the transpose of another, as in Megatron-LM (Shoeybi et al. 2019, section 3; Korthikanti
+Each is the transpose of another one, as in Megatron-LM (Shoeybi et al. 2019, section 3; Korthikanti
 et al. 2022 for the sequence-parallel pair). Activations are [batch, seq, hidden].
 """
 
@@ -20,41 +20,41 @@ SEQUENCE_DIM = 1
 
 
 @dataclass(frozen=True)
-class Started:
-    """A collective under way.
+class RunningCollective:
+    """A running collective.
 
-    parts: its result along the sequence, not to be read before it has been finished.
+    parts: its result along the sequence, not to be read before `finish`.
     """
 
     work: dist.Work
     parts: list[Tensor]
 
     def finish(self) -> Tensor:
-        """Wait for it; its result."""
+        """Wait for the collective and return its result."""
         self.work.wait()
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=SEQUENCE_DIM)
 
 
-def start_all_reduce(x: Tensor, grid: ProcessGrid) -> Started:
-    """Sum over the group, in place where x is contiguous; x is used up."""
+def start_all_reduce(x: Tensor, grid: ProcessGrid) -> RunningCollective:
+    """Sum over the group, in place if x is contiguous; x must not be used afterwards."""
     x = x.contiguous()
     work = dist.all_reduce(x, group=grid.tensor_group, async_op=True)
-    return Started(work, [x])
+    return RunningCollective(work, [x])
 
 
-def start_gather_sequence(x: Tensor, grid: ProcessGrid) -> Started:
+def start_gather_sequence(x: Tensor, grid: ProcessGrid) -> RunningCollective:
     """[batch, seq / tensor, hidden] -> [batch, seq, hidden]."""
     parts = [torch.empty_like(x) for _ in range(grid.tensor_size)]
     work = dist.all_gather(parts, x.contiguous(), group=grid.tensor_group, async_op=True)
-    return Started(work, parts)
+    return RunningCollective(work, parts)
 
 
-def start_reduce_scatter_sequence(x: Tensor, grid: ProcessGrid) -> Started:
-    """Sum [batch, seq, hidden] and keep one's own [batch, seq / tensor, hidden]."""
+def start_reduce_scatter_sequence(x: Tensor, grid: ProcessGrid) -> RunningCollective:
+    """Sum [batch, seq, hidden] over the group; return this rank's [batch, seq / tensor, hidden]."""
     parts = [part.contiguous() for part in x.chunk(grid.tensor_size, dim=SEQUENCE_DIM)]
     own = torch.empty_like(parts[0])
     work = dist.reduce_scatter(own, parts, group=grid.tensor_group, async_op=True)
-    return Started(work, [own])
+    return RunningCollective(work, [own])
 
 
 class _CopyToTensorParallel(torch.autograd.Function):
@@ -82,53 +82,53 @@ class _GatherSequence(torch.autograd.Function):
 
 
 @dataclass
-class _Crossing:
-    """What is under way out of the region, and its gradient on the way back."""
+class _Reduction:
+    """A reduction that leaves the tensor-parallel region, and its gradient's gather in backward."""
 
     grid: ProcessGrid
     sequence: bool
-    out: Started | None = None
-    back: Started | None = None
+    out: RunningCollective | None = None
+    back: RunningCollective | None = None
 
 
-class _StartLeaving(torch.autograd.Function):
+class _StartReduction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, crossing: _Crossing) -> Tensor:
-        ctx.crossing = crossing
-        if crossing.sequence:
-            crossing.out = start_reduce_scatter_sequence(x, crossing.grid)
-            return crossing.out.parts[0]
+    def forward(ctx: Any, x: Tensor, reduction: _Reduction) -> Tensor:
+        ctx.reduction = reduction
+        if reduction.sequence:
+            reduction.out = start_reduce_scatter_sequence(x, reduction.grid)
+            return reduction.out.parts[0]
         ctx.mark_dirty(x)
-        crossing.out = start_all_reduce(x, crossing.grid)
+        reduction.out = start_all_reduce(x, reduction.grid)
         return x
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        back = ctx.crossing.back
+        back = ctx.reduction.back
         return grads[0] if back is None else back.finish(), None
 
 
-class _FinishLeaving(torch.autograd.Function):
+class _FinishReduction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, crossing: _Crossing) -> Tensor:
-        ctx.crossing = crossing
-        assert crossing.out is not None
-        crossing.out.finish()
-        crossing.out = None
+    def forward(ctx: Any, x: Tensor, reduction: _Reduction) -> Tensor:
+        ctx.reduction = reduction
+        assert reduction.out is not None
+        reduction.out.finish()
+        reduction.out = None
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        crossing = ctx.crossing
-        if crossing.sequence:
-            crossing.back = start_gather_sequence(grads[0], crossing.grid)
+        reduction = ctx.reduction
+        if reduction.sequence:
+            reduction.back = start_gather_sequence(grads[0], reduction.grid)
         return grads[0], None
 
 
 def copy_to_tensor_parallel(xs: Sequence[Tensor], grid: ProcessGrid) -> Sequence[Tensor]:
-    """Identity forward; backward one sum over the tensor-parallel group, of all gradients.
+    """Identity in forward; in backward, one sum of all gradients over the tensor-parallel group.
 
-    xs: of one type.
+    xs: of one dtype.
     """
     if grid.tensor_size == 1 or not xs:
         return xs
@@ -137,22 +137,22 @@ def copy_to_tensor_parallel(xs: Sequence[Tensor], grid: ProcessGrid) -> Sequence
 
 
 def gather_sequence(x: Tensor, grid: ProcessGrid) -> Tensor:
-    """[batch, seq / tensor, hidden] -> [batch, seq, hidden]; backward sums and scatters."""
+    """[batch, seq / tensor, hidden] -> [batch, seq, hidden]; backward reduces and scatters."""
     gathered: Tensor = _GatherSequence.apply(x, grid)
     return gathered
 
 
 def reduce_async(x: Tensor, grid: ProcessGrid, sequence: bool) -> Callable[[], Tensor]:
-    """Start to sum x over the tensor-parallel group; what is returned waits for the sum.
+    """Start to sum x over the tensor-parallel group; the returned function waits for the sum.
 
-    What is computed in between, forward and backward, is computed while the collective goes on.
+    Work between the two calls, in forward and in backward, overlaps with the collective.
 
-    x: [batch, seq, hidden], contiguous; it is used up.
-    sequence: whether every rank keeps its positions alone, [batch, seq / tensor, hidden]; backward
-        they are gathered.
+    x: [batch, seq, hidden], contiguous; must not be used afterwards.
+    sequence: whether every rank keeps only its positions, [batch, seq / tensor, hidden]; in
+        backward they are gathered.
     """
     if grid.tensor_size == 1:
         return lambda: x
-    crossing = _Crossing(grid, sequence)
-    sum_ = _StartLeaving.apply(x, crossing)
-    return lambda: _FinishLeaving.apply(sum_, crossing)
+    reduction = _Reduction(grid, sequence)
+    sum_ = _StartReduction.apply(x, reduction)
+    return lambda: _FinishReduction.apply(sum_, reduction)

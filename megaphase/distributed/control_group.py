@@ -1,4 +1,4 @@
-"""Small facts on which all processes agree between two steps."""
+"""Exchange small values between all processes, between two steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Fact = TypeVar("Fact")
 
 
 class ControlGroup:
-    """Collectives over gloo, whatever the device: none of them waits for a GPU.
+    """Collectives over gloo on any device, so none of them waits for a GPU.
 
     Every method is called by all ranks.
     """
@@ -24,19 +24,19 @@ class ControlGroup:
         self._group = dist.new_group(backend="gloo")
 
     def largest(self, *values: int) -> list[int]:
-        """Of each value, the largest that any rank has."""
+        """Return, for each value, the largest of all ranks."""
         found = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
         return found.tolist()
 
     def gather(self, fact: Fact) -> list[Fact]:
-        """The facts of all ranks, in their order."""
+        """Return the values of all ranks, in their order."""
         facts: list[Fact] = [fact] * self.world_size
         dist.all_gather_object(facts, fact, group=self._group)
         return facts
 
     def on_first_rank(self, action: Callable[[], object]) -> None:
-        """Run `action` on rank 0 while the others wait; its fault is raised on all of them."""
+        """Run `action` on rank 0 while the others wait; its error is raised on all ranks."""
         outcome = [result_or_fault(action) if self.rank == 0 else None]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         if isinstance(outcome[0], Fault):

@@ -1,8 +1,8 @@
-"""Output projection and cross entropy in one, over a vocabulary that is spread over ranks.
+"""Output projection fused with the cross entropy, for a vocabulary split over ranks.
 
-The logits of a whole micro-batch are never there: those of some tokens become their losses and
-their gradients at once (as in Liger Kernel, Hsu et al. 2024), so that the backward pass has no
-logits to keep or to compute again.
+The logits of a whole micro-batch are never in memory: chunk by chunk, they are turned into losses
+and gradients at once (as in Liger Kernel, Hsu et al. 2024), so that the backward pass neither
+stores nor recomputes logits.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.ops.kernels import Kernels
 from megaphase.ops.matmul import add_weight_gradient, matmul
 
-# Logits at a time. For a CPU, what stays in its cache; for a GPU, products that fill it, of which
-# there are few, because each adds to the whole gradient of the weight.
+# Logits per chunk. On a CPU, as many as fit its cache; on a GPU, as many as make few but large
+# matrix products, because each adds to the whole gradient of the weight.
 CPU_LOGITS = 1 << 22
 GPU_LOGITS = 1 << 27
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the ranks that share a vocabulary know of it.
+    """How the vocabulary is split over ranks.
 
     first: token id of this rank's first logit. ignored: the target of tokens without a loss.
-    tokens: how many have their logits at a time, the same on all ranks.
+    tokens: number of tokens per chunk, the same on all ranks.
     """
 
     first: int
@@ -75,22 +75,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def tokens_at_a_time(rows: int, device: torch.device) -> int:
-    """How many tokens' logits a device computes at a time.
+    """Return the number of tokens per chunk on a device.
 
-    rows: of the vocabulary on each rank, padding included.
+    rows: rows of the vocabulary on each rank, padding included.
     """
     return max(1, (CPU_LOGITS if device.type == "cpu" else GPU_LOGITS) // rows)
 
 
 def _chunks(tokens: int, most: int) -> list[slice]:
-    size = -(-tokens // -(-tokens // most))  # alike, so that a compiled kernel serves them all
+    size = -(-tokens // -(-tokens // most))  # equal sizes, so that one compiled kernel serves all
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
 def _losses(
     logits: Tensor, targets: Tensor, vocabulary: Vocabulary, backward_follows: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Of some tokens: losses, and gradients of their sum with respect to the logits."""
+    """Return the losses of some tokens, and the gradients of their sum w.r.t. the logits."""
     of, grid = vocabulary.kernels.of, vocabulary.grid
     columns = targets - vocabulary.first
     elsewhere = (columns < 0) | (columns >= logits.shape[-1])
@@ -108,7 +108,7 @@ def _losses(
     return losses, of(_gradient)(logits, top, share, columns, hit)
 
 
-# A rank whose part of the vocabulary is only padding has no logits at all.
+# A rank whose part of the vocabulary is only padding has no logits.
 
 
 def _top(logits: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def _exponentials(logits: Tensor, top: Tensor) -> Tensor:
 
 
 def _sums(logits: Tensor, top: Tensor, columns: Tensor, elsewhere: Tensor) -> Tensor:
-    """The sum of exponentials, and the target's logit, both from the largest logit on."""
+    """Return the sum of exponentials and the target's logit, both relative to the largest logit."""
     chosen = torch.zeros_like(top)
     if logits.shape[-1]:
         chosen = logits.gather(-1, columns).squeeze(-1).float() - top
@@ -131,7 +131,7 @@ def _sums(logits: Tensor, top: Tensor, columns: Tensor, elsewhere: Tensor) -> Te
 
 
 def _gradient(logits: Tensor, top: Tensor, share: Tensor, columns: Tensor, hit: Tensor) -> Tensor:
-    """Softmax less one at the target, by what the targets count and one over the sums."""
+    """Return the softmax minus one at the target, scaled by the targets' weights."""
     if not logits.shape[-1]:
         return logits
     gradient = _exponentials(logits, top).mul_(share)
@@ -146,14 +146,14 @@ def _all_reduce(x: Tensor, operation: Any, grid: ProcessGrid) -> None:
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor]:
-    """Sum of all losses, and the loss of every token, in nats, fp32 [] and [batch, seq].
+    """Return the sum of all losses and the loss of every token, in nats, fp32 [] and [batch, seq].
 
     x:       [batch, seq, hidden], whole on every rank
-    weight:  [vocabulary of this rank, hidden]; cast to x's type where it is used
-    targets: int64 [batch, seq], token ids of the whole vocabulary; the loss of `ignored` ones is 0
+    weight:  [rows of this rank's vocabulary, hidden]; cast to x's dtype when it is used
+    targets: int64 [batch, seq], token ids of the whole vocabulary; `ignored` ones have loss 0
 
-    Gradients flow through the sum alone. Only the largest logit, the sum of exponentials and the
-    target's logit of each token travel between ranks (Shoeybi et al. 2019, section 3).
+    Gradients flow only through the sum. Only the largest logit, the sum of exponentials and the
+    target's logit of each token are exchanged between ranks (Shoeybi et al. 2019, section 3).
     """
     backward_follows = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     total, losses = _LinearCrossEntropy.apply(

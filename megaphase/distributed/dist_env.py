@@ -1,8 +1,8 @@
-"""What the launcher (torchrun, srun, `megaphase launch`) says about the processes it started, and
-what they tell `megaphase launch local`.
+"""The launcher's (torchrun, srun, `megaphase launch`) information about the processes it started,
+and the processes' reports to `megaphase launch local`.
 
-The one place that reads its environment variables, without torch, so that a command can ask before
-it imports anything heavy.
+Only this module reads the launcher's environment variables. It does not import torch, so that a
+command can use it before it imports anything heavy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from megaphase.utils.errors import InputError
 
-# The descriptor of a pipe to `megaphase launch local`, which sees how a process has ended.
+# File descriptor of a pipe to `megaphase launch local`, which observes how a process ends.
 REPORTS_VARIABLE = "MEGAPHASE_REPORTS"
 MOST_PROCESSES = 10_000_000
 _HIGHEST_PORT = 65_535
@@ -22,42 +22,42 @@ _REMEDY = "start it with torchrun, srun or megaphase launch, or unset the variab
 
 
 def world_size() -> int:
-    """Number of processes that the launcher started; 1 without a launcher."""
+    """Return the number of processes that the launcher started; 1 without a launcher."""
     return _number("WORLD_SIZE", 1, least=1)
 
 
 def given_world_size() -> int | None:
-    """The same; None without a launcher."""
+    """Like `world_size`, but None without a launcher."""
     return world_size() if _is_set("WORLD_SIZE") else None
 
 
 def global_rank() -> int:
-    """This process's number among all that the launcher started."""
+    """Return this process's rank among all processes."""
     return _number("RANK", 0)
 
 
 def local_rank() -> int:
-    """This process's number among those of its node."""
+    """Return this process's rank among those of its node."""
     return _number("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
-    """Number of processes on this node; 1 without a launcher that says it."""
+    """Return the number of processes on this node; 1 if the launcher does not provide it."""
     return _number("LOCAL_WORLD_SIZE", 1, least=1)
 
 
 def share_of_node() -> tuple[int, int]:
-    """This process's number among those of its node, and how many they are; (0, 1) where the
-    launcher does not say it."""
+    """Return this process's rank among those of its node, and their number; (0, 1) if the launcher
+    does not provide them."""
     processes = local_world_size()
     return (local_rank(), processes) if processes > 1 else (0, 1)
 
 
 def check_launch() -> None:
-    """Refuse what cannot be true of any launch.
+    """Reject inconsistent variables.
 
     Raises:
-        InputError: naming the variable.
+        InputError: names the variable.
     """
     _check_rank("RANK", global_rank(), "WORLD_SIZE", world_size())
     if _is_set("LOCAL_WORLD_SIZE"):
@@ -66,11 +66,11 @@ def check_launch() -> None:
     _number("MASTER_PORT", 1, least=1, most=_HIGHEST_PORT)
 
 
-def check_meeting() -> None:
-    """Refuse several processes that are not told where to find each other.
+def check_rendezvous() -> None:
+    """Reject several processes that do not know where to find each other.
 
     Raises:
-        InputError: naming the variable that is missing.
+        InputError: names the missing variable.
     """
     check_launch()
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -81,7 +81,7 @@ def check_meeting() -> None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for all; so does one whose launch cannot be true."""
+    """Return whether this process reports for all; true if the variables are inconsistent."""
     try:
         check_launch()
     except InputError:
@@ -90,14 +90,14 @@ def is_first_rank() -> bool:
 
 
 def is_launched_locally() -> bool:
-    """Whether `megaphase launch local` has started this process and looks after it."""
+    """Return whether `megaphase launch local` has started and supervises this process."""
     return REPORTS_VARIABLE in os.environ
 
 
 def report_end(rank: int | None, lines: Sequence[str]) -> bool:
-    """Let `megaphase launch local` say why the job ends; False where it has not started this one.
+    """Let `megaphase launch local` report why the job ends; return False if it is not the launcher.
 
-    rank: the one at fault, where there is one.
+    rank: the rank that caused the end, if there is one.
     """
     descriptor = os.environ.get(REPORTS_VARIABLE)
     if descriptor is None:

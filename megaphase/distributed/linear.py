@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from megaphase.distributed.collectives import (
-    Started,
+    RunningCollective,
     start_all_reduce,
     start_gather_sequence,
     start_reduce_scatter_sequence,
@@ -177,7 +177,7 @@ class RowParallelLinear(_CostedLinear):
 class _ColumnParallelLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, grid: ProcessGrid, arriving: Started | None
+        ctx: Any, x: Tensor, weight: Tensor, grid: ProcessGrid, arriving: RunningCollective | None
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.grid, ctx.sequence = grid, arriving is not None

@@ -1,4 +1,4 @@
-"""Which process does what: tensor-parallel neighbours times data-parallel replicas."""
+"""The grid of processes: tensor-parallel neighbours times data-parallel replicas."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megaphase.distributed.dist_env import check_meeting, global_rank, local_rank, world_size
+from megaphase.distributed.dist_env import check_rendezvous, global_rank, local_rank, world_size
 from megaphase.utils.errors import InputError, RunError
 
-# Long enough for the first rank to build a plan or to verify a checkpoint while the others wait.
+# Long enough for rank 0 to build a plan or verify a checkpoint while the others wait.
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)
 # Processes of one job start within minutes of each other, or not at all.
 JOIN_TIMEOUT = timedelta(minutes=10)
@@ -45,10 +45,10 @@ class ProcessGrid:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes the metrics and speaks for all."""
+        """Whether this process writes the metrics and reports for all."""
         return self.rank == 0
 
-    # The names under which DeepSpeed looks for the same facts.
+    # The names of the same values in DeepSpeed's interface.
     def get_model_parallel_rank(self) -> int:
         return self.tensor_rank
 
@@ -69,22 +69,22 @@ class ProcessGrid:
 
 
 def device() -> torch.device:
-    """This process's GPU, or the CPU where there is none."""
+    """Return this process's GPU, or the CPU if there is none."""
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank())
     return torch.device("cpu")
 
 
 def join_processes() -> None:
-    """Join the process group that the environment describes; a single process forms its own.
+    """Join the process group described by the environment; a single process forms its own.
 
     Raises:
         InputError: the environment describes none.
-        RunError: some of the processes have not come.
+        RunError: some of the processes have not joined.
     """
     if dist.is_initialized():
         return
-    check_meeting()
+    check_rendezvous()
     backend = "gloo"
     if device().type == "cuda":
         backend = "nccl"
@@ -98,7 +98,7 @@ def join_processes() -> None:
     if world_size() == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        store = _meeting_place()
+        store = _rendezvous()
         dist.init_process_group(
             backend,
             timeout=COLLECTIVE_TIMEOUT,
@@ -108,8 +108,8 @@ def join_processes() -> None:
         )
 
 
-def _meeting_place() -> dist.Store:
-    """The store at which all processes have found each other."""
+def _rendezvous() -> dist.Store:
+    """Return the store through which all processes have found each other."""
     try:
         store: dist.Store
         store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))

@@ -1,1 +1,1 @@
-"""Heartbeats, fault detection, stack dumps and stop signals of the ranks of a job."""
+"""Fault tolerance: heartbeats, fault detection, stack dumps and stop signals of a job's ranks."""

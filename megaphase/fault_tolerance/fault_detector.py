@@ -1,4 +1,4 @@
-"""Which rank is at fault, from the beats of all: no clock, no network, no process."""
+"""Find the rank that caused a fault from the heartbeats of all ranks, without any I/O or clock."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from megaphase.utils.errors import EXIT_FAILED
 GONE = "has ended without a word (killed, or out of memory)"
 SILENT = "gave no sign of life for {seconds:.0f} s"
 
-# So many checks in a row must find a process gone, because its farewell may be on its way.
+# A process must be seen as gone in this many checks, since its last heartbeat may be delayed.
 CHECKS_UNTIL_GONE = 3
-# So long, in shares of silent_seconds, the others may take to leave with a fault that they share.
+# Fraction of silent_seconds within which the other ranks must report a fault that they share.
 FAULT_SHARE = 1 / 3
 LINES_AT_MOST = 10
 
-NO_BEAT = Heartbeat(counter=0, progress=0, where="at the start")
+NO_HEARTBEAT = Heartbeat(counter=0, progress=0, where="at the start")
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """How it ends. With `ends` every process does at once; without, all have left by themselves.
+    """How the run ends. With `ends`, every process exits at once; otherwise all left by themselves.
 
-    message: one line that one rank says, after `details`; none where there is nothing to say.
-    rank: the one at fault, where there is one. unfinished: whether the run is to be started again
-    after this, so that the speaker adds from where.
+    message: one line that one rank reports, after `details`; empty if there is nothing to report.
+    rank: the rank that caused the fault, if there is one. unfinished: whether the run should be
+    started again, so that the report says from where it resumes.
     """
 
     ends: bool
@@ -46,7 +46,8 @@ class Diagnosis:
 
 
 class FaultDetector:
-    """Looks at the beats of all ranks again and again, and says when one is at fault."""
+    """Compares the heartbeats of all ranks and diagnoses the rank that is dead, frozen or
+    hanging."""
 
     def __init__(
         self, places: Sequence[RankInfo], silent_seconds: float, stalled_seconds: float
@@ -54,23 +55,23 @@ class FaultDetector:
         ranks = len(places)
         self._places, self._next_on_node = list(places), next_on_node(places)
         self._silent_seconds, self._stalled_seconds = silent_seconds, stalled_seconds
-        self._beats: list[Heartbeat] = [NO_BEAT] * ranks
+        self._beats: list[Heartbeat] = [NO_HEARTBEAT] * ranks
         self._silent = [0.0] * ranks
         self._checks_gone = [0] * ranks
         self._still = 0.0
         self._faulted = 0.0
 
     def check(self, beats: Sequence[Heartbeat | None], seconds: float) -> Diagnosis | None:
-        """Take in every rank's newest beat, None where there has been none yet.
+        """Process the newest heartbeat of every rank, None if there has been none yet.
 
-        `seconds` have passed since the last check; those in which the detector itself did not
-        run (a job that was suspended as a whole) must not be among them.
+        `seconds` is the time since the last call, without time in which the detector itself did not
+        run (because the whole job was suspended).
         """
         now = [new or old for new, old in zip(beats, self._beats, strict=True)]
-        self._note_silence(now, seconds)
-        self._note_progress(now, seconds)
+        self._update_silence(now, seconds)
+        self._update_progress(now, seconds)
         self._beats = now
-        # The order matters: a collective fails because a rank has died, not the reverse.
+        # In this order: a collective fails because a rank has died, not the reverse.
         return (
             self._interrupted()
             or self._failed()
@@ -79,7 +80,7 @@ class FaultDetector:
             or self._stalled()
         )
 
-    def _note_silence(self, now: Sequence[Heartbeat], seconds: float) -> None:
+    def _update_silence(self, now: Sequence[Heartbeat], seconds: float) -> None:
         for rank, (old, new) in enumerate(zip(self._beats, now, strict=True)):
             if new.counter != old.counter:
                 self._silent[rank] = 0.0
@@ -90,10 +91,10 @@ class FaultDetector:
             if new.neighbour == -1 and self._is_here(now[rank]):
                 self._checks_gone[rank] += 1
             elif None not in (old.neighbour, new.neighbour) and new.neighbour != old.neighbour:
-                # It works, but in something that lets no other thread of its process run.
+                # It works, but in code that lets no other thread of its process run.
                 self._silent[rank] = 0.0
 
-    def _note_progress(self, now: Sequence[Heartbeat], seconds: float) -> None:
+    def _update_progress(self, now: Sequence[Heartbeat], seconds: float) -> None:
         moved = any(
             (new.progress, new.state) != (old.progress, old.state)
             for old, new in zip(self._beats, now, strict=True)
@@ -115,7 +116,7 @@ class FaultDetector:
         return f"rank {rank} on {place.host} (process {place.pid})"
 
     def _interrupted(self) -> Diagnosis | None:
-        """A signal that came to one rank before there was anything to save ends all."""
+        """A rank received a signal before there was anything to save: all ranks end."""
         ranks = self._ranks(lambda beat: beat.state == "interrupted")
         if not ranks:
             return None
@@ -133,7 +134,8 @@ class FaultDetector:
         )
 
     def _dead(self) -> Diagnosis | None:
-        """A rank that is gone or silent; with it, first, those that have been so for longer."""
+        """Diagnose a rank that is gone or silent; if several are, the one that has been for
+        longest."""
         here = self._ranks(self._is_here)
         gone = [rank for rank in here if self._checks_gone[rank] >= CHECKS_UNTIL_GONE]
         if not gone and all(self._silent[rank] < self._silent_seconds for rank in here):
@@ -143,13 +145,13 @@ class FaultDetector:
             for rank in here
             if self._silent[rank] >= self._silent_seconds / 2 and rank not in gone
         ]
-        # A rank that falls silent takes others with it, after a while: they were not the first.
+        # A silent rank makes others silent after a while, so it was the first.
         silent.sort(key=lambda rank: -self._silent[rank])
         if silent:
             first = silent[0]
             how = SILENT.format(seconds=self._silent[first])
         else:
-            # One that is killed takes others with it, whose libraries abort: it was the first.
+            # A killed rank makes the libraries of others abort, so it was the first.
             first, how = max(gone, key=lambda rank: self._checks_gone[rank]), GONE
         others = sorted({*silent, *gone} - {first})
         too = f" (nor did {_ranges(others)})" if silent and others else ""
@@ -159,7 +161,8 @@ class FaultDetector:
         )
 
     def _left(self, seconds: float) -> Diagnosis | None:
-        """Faults that all share are theirs to tell; one that others know nothing of ends them."""
+        """End the run on a fault of some ranks only; a fault shared by all is raised by each of
+        them."""
         faults = self._ranks(lambda beat: beat.state == "fault")
         if all(beat.state in ("fault", "left") for beat in self._beats):
             return Diagnosis(ends=False)
@@ -187,14 +190,14 @@ class FaultDetector:
         )
 
     def _hanging(self) -> list[int] | None:
-        """Ranks for which the others wait; None where all or none could be meant."""
+        """Return the ranks for which the others wait; None if that cannot be determined."""
         here = self._ranks(self._is_here)
         if len(here) == 1:
             return here
         busy = self._ranks(lambda beat: self._is_here(beat) and not beat.waits)
         if 0 < len(busy) < len(here):
             return busy
-        # On a GPU all wait for their device, and nothing tells which of them for a collective.
+        # On a GPU all ranks wait for their device, and it is not known which wait for a collective.
         least = min(self._beats[rank].progress for rank in here)
         behind = [rank for rank in here if self._beats[rank].progress == least]
         places = sorted(self._ranks_by_place().values(), key=len)
@@ -210,7 +213,8 @@ class FaultDetector:
         return places
 
     def _where_all_are(self) -> tuple[str, ...]:
-        """Ranks by where they are, the fewest together first: who hangs is seldom in company."""
+        """List the positions of all ranks, those with the fewest ranks first, which are
+        suspicious."""
         places = sorted(self._ranks_by_place().items(), key=lambda place: len(place[1]))
         lines = [f"{_ranges(ranks)}: {doing}" for doing, ranks in places]
         if len(lines) > LINES_AT_MOST:
@@ -223,9 +227,9 @@ class FaultDetector:
         return Diagnosis(True, f"{message}; all processes end", details, rank=rank, unfinished=True)
 
 
-def host_is_gone(place: RankInfo, beat: Heartbeat | None, how: str) -> Diagnosis:
-    """What the others know when rank 0, which has the fault detector, is the one."""
-    seen = (beat or NO_BEAT).where
+def host_lost(place: RankInfo, beat: Heartbeat | None, how: str) -> Diagnosis:
+    """Return the other ranks' diagnosis if rank 0, which runs the detector, is lost."""
+    seen = (beat or NO_HEARTBEAT).where
     return Diagnosis(
         True,
         f"rank 0 on {place.host} (process {place.pid}) {how}, last seen {seen}; all processes end",
@@ -235,7 +239,7 @@ def host_is_gone(place: RankInfo, beat: Heartbeat | None, how: str) -> Diagnosis
 
 
 def _ranges(ranks: Sequence[int]) -> str:
-    """`rank 3` or `ranks 1, 4-7`."""
+    """Format rank numbers as `rank 3` or `ranks 1, 4-7`."""
     parts: list[list[int]] = []
     for rank in ranks:
         if parts and rank == parts[-1][-1] + 1:

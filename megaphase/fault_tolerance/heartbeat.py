@@ -1,4 +1,4 @@
-"""Signs of life: what a rank tells of itself, and what a neighbour on its node sees of it."""
+"""Heartbeats: what a rank reports about itself and about a neighbouring process on its node."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megaphase.fault_tolerance.stack_dump import Frame, all_stacks
 
 State = Literal["running", "patient", "broken", "fault", "failed", "interrupted", "left"]
 
-# A message names the last place outside of libraries. This package may be installed among them.
+# A message names the innermost frame outside of libraries. This package may be among them.
 _OWN = str(Path(megaphase.__file__).parent) + os.sep
 _LIBRARIES = (
     "<",
@@ -29,7 +29,7 @@ _BACKWARD = f"torch{os.sep}autograd{os.sep}"
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Where a rank runs. `born` is when its process began, in the clock ticks of its machine."""
+    """Where a rank runs. `born` is the start time of its process in clock ticks of its machine."""
 
     host: str
     pid: int
@@ -37,23 +37,24 @@ class RankInfo:
 
     @classmethod
     def here(cls) -> RankInfo:
-        seen = look_at_process(os.getpid())
+        seen = find_process(os.getpid())
         return cls(socket.gethostname(), os.getpid(), seen.born if seen else None)
 
 
 class Heartbeat(NamedTuple):
-    """What a rank tells about once a second. A tuple, since rank 0 reads one of every rank.
+    """A rank's report, about once a second. A tuple, since rank 0 parses one of every rank.
 
-    counter: grows with every beat. progress: how often its main thread has said where it is.
-    where: what it said last, such as `in step 12`. code: where in the program its main thread is.
-    waits: whether that is in a collective, so that other ranks are what it waits for.
-    neighbour: CPU ticks that the next rank on the same node has used; -1 where its process is
-    gone, None where it cannot be seen.
+    counter: incremented by every heartbeat. progress: number of times the main thread has reported
+    its position. where: the last reported position, such as `in step 12`. code: the position of the
+    main thread in the program. waits: whether it is in a collective, so that it waits for other
+    ranks. neighbour: CPU ticks used by the next rank on the same node; -1 if its process is gone,
+    None if it cannot be seen.
 
-    state: `patient` announces that the main thread is busy for long and makes no progress; `broken`
-    has seen a collective fail; `fault` and `failed` leave with an error, the one foreseen and the
-    other not; `interrupted` leaves on a signal before there is anything to save; `left` is done.
-    reason: the error, or which signal it was.
+    state: `patient`: the main thread is busy for long without making progress; `broken`: a
+    collective has failed; `fault` and `failed`: the rank leaves with an expected and an unexpected
+    error; `interrupted`: it leaves on a signal before there is anything to save; `left`: it is
+    done.
+    reason: the error, or the name of the signal.
     """
 
     counter: int
@@ -76,16 +77,16 @@ class Heartbeat(NamedTuple):
 
 @dataclass(frozen=True)
 class SeenProcess:
-    """A process as its machine sees it: when it began, and the CPU time it has used, in ticks."""
+    """A process as seen by its machine: its start time and the CPU time it has used, in ticks."""
 
     born: int
     cpu_ticks: int
 
 
-def look_at_process(pid: int) -> SeenProcess | None:
-    """A process of this machine; None where it has ended or this machine does not show it."""
+def find_process(pid: int) -> SeenProcess | None:
+    """Return a process of this machine, or None if it has ended or is not visible."""
     try:
-        # The name in the second field may hold spaces and parentheses.
+        # The name in the second field may contain spaces and parentheses.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         if fields[0] in "ZXx":
             return None
@@ -95,10 +96,10 @@ def look_at_process(pid: int) -> SeenProcess | None:
 
 
 class Neighbour:
-    """The next rank on the same node. It is seen even if it holds Python's lock for long.
+    """The next rank on the same node, observed even if it holds Python's global lock for long.
 
-    Where the machine hides its process (a container of its own, another system), or where there
-    is none, nothing is ever said of it.
+    Nothing is reported about it if the machine hides its process (another container or system), or
+    if there is none.
     """
 
     def __init__(self, rank: int, places: Sequence[RankInfo]) -> None:
@@ -107,20 +108,20 @@ class Neighbour:
         self._visible = following != rank and self._see() is not None
 
     def ticks(self) -> int | None:
-        """CPU ticks that it has used, -1 if it is gone, None if it cannot be seen."""
+        """Return the CPU ticks that it has used, -1 if it is gone, None if it cannot be seen."""
         if not self._visible:
             return None
         seen = self._see()
         return -1 if seen is None else seen.cpu_ticks
 
     def _see(self) -> SeenProcess | None:
-        # The same number with another start is another process, as in another container.
-        seen = look_at_process(self._place.pid)
+        # The same id with another start time is another process, e.g. in another container.
+        seen = find_process(self._place.pid)
         return seen if seen is not None and seen.born == self._place.born else None
 
 
 def next_on_node(places: Sequence[RankInfo]) -> list[int]:
-    """For every rank the one after it on the same host, in a circle; itself where it is alone."""
+    """Return, for every rank, the next one on the same host, cyclically; itself if it is alone."""
     by_host: dict[str, list[int]] = {}
     for rank, place in enumerate(places):
         by_host.setdefault(place.host, []).append(rank)
@@ -132,12 +133,12 @@ def next_on_node(places: Sequence[RankInfo]) -> list[int]:
 
 
 def thread_position(thread: int) -> tuple[str, bool]:
-    """Where a thread is in the program (`loop.py:12 in run`), and whether it is in a collective."""
+    """Return a thread's position (`loop.py:12 in run`), and whether it is in a collective."""
     stacks = all_stacks()
     stack = stacks.get(thread, [])
     waits = _in_collective(stack)
     if not waits and stack and _BACKWARD in stack[0].filename:
-        # On a GPU the backward pass, with its collectives, runs in threads of its own.
+        # On a GPU the backward pass, with its collectives, runs in its own threads.
         apart = (thread, threading.get_ident())
         waits = any(_in_collective(each) for ident, each in stacks.items() if ident not in apart)
     own = next((frame for frame in stack if not _is_library(frame)), None)

@@ -1,4 +1,4 @@
-"""What all threads of this process are doing, seen by one of them while the others go on."""
+"""Dump the stacks of all threads of this process while they keep running."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FRAME = re.compile(r'  File "(.*)", line (\d+|\?+) in (.*)')
 
 
 class Frame(NamedTuple):
-    """A call: line 0 where it is not known."""
+    """A call on a stack; line 0 if it is not known."""
 
     filename: str
     line: int
@@ -21,11 +21,11 @@ class Frame(NamedTuple):
 
 
 def all_stacks() -> dict[int, list[Frame]]:
-    """The stacks of all threads that run Python by their idents, innermost call first.
+    """Return the stacks of all threads that run Python by thread id, innermost call first.
 
-    faulthandler writes them down in one go, without frame objects. To walk the frames that
-    sys._current_frames gives, while their threads run on, corrupts memory (CPython 3.11): f_back
-    was seen to give a freed object, and a run died of it.
+    faulthandler writes them at once, without frame objects. Walking the frames returned by
+    sys._current_frames while their threads run corrupts memory (CPython 3.11): f_back has returned
+    a freed object, which crashed a run.
     """
     with _scratch_file() as file:
         faulthandler.dump_traceback(file, all_threads=True)
@@ -43,12 +43,12 @@ def all_stacks() -> dict[int, list[Frame]]:
 
 
 def _scratch_file() -> IO[bytes]:
-    """In memory, where the system can: not a pipe, which would be full one day."""
+    """Open a file in memory if the system can: a pipe could fill up."""
     if hasattr(os, "memfd_create"):
         return open(os.memfd_create("stacks"), "w+b")
     return tempfile.TemporaryFile()
 
 
 def _unescaped(name: str) -> str:
-    """faulthandler writes what is not ASCII as \\xe9 or \\u4e2d."""
+    """Decode faulthandler's escapes of non-ASCII characters, \\xe9 or \\u4e2d."""
     return name.encode().decode("unicode_escape") if "\\" in name else name

@@ -1,8 +1,9 @@
 """Signals that ask a run to save and stop: before a time limit, at a preemption, by hand.
 
-While a run starts it has nothing to save: they end it at once. Once it trains they only leave a
-note here. The training loop asks for it between two steps, where all ranks can agree to stop, so
-that no signal ever interrupts a step, a collective or a save. A second Ctrl-C ends it at once.
+While a run starts, it has nothing to save and a signal ends it at once. During training, a signal
+is only recorded. The training loop checks for it between two steps, where all ranks can agree to
+stop, so a signal never interrupts a step, a collective or a save. A second Ctrl-C ends the run at
+once.
 """
 
 from __future__ import annotations
@@ -26,49 +27,49 @@ from megaphase.utils.errors import EXIT_INTERRUPTED
 from megaphase.utils.signals import (
     SAME_PRESS_SECONDS,
     STOP_SIGNALS,
-    code_after,
+    exit_code_after,
     handlers,
-    heeded_signals,
-    told_name,
+    signal_name,
+    unignored_signals,
 )
 
-# Of a launcher that hands Ctrl-C down: how much later than from the terminal it may come.
+# How much later than the terminal's a Ctrl-C forwarded by a launcher may arrive.
 HANDED_DOWN_SECONDS = 1.5
 
 BEFORE_TRAINING = (
-    "{name} came to rank {rank} before the first step: nothing is lost, the same command begins "
+    "{name} came to rank {rank} before the first step: nothing is lost, the same command starts "
     "again"
 )
 MEASURING = "stopped by {name}"
 
 End = Callable[[str, int], None]
-"""Ends all processes of a run, with a line and an exit code."""
+"""Ends all processes of a run, with a message and an exit code."""
 
 
 def _say(text: str) -> None:
-    """Write a line at once, whatever the main thread holds; over a bar that a terminal shows."""
+    """Write a line immediately, whatever locks the main thread holds, and over a progress bar."""
     clear = "\r\x1b[2K" if os.isatty(2) else ""
     os.write(2, f"{clear}megaphase: {text}\n".encode(errors="replace"))
 
 
 def _end_alone(reason: str, code: int) -> NoReturn:
-    # A launcher that ends a rank because another has died has said so, and says no more.
+    # If a launcher ends a rank because another has died, the launcher has already reported it.
     if global_rank() == 0 and not report_end(None, [f"megaphase: {reason}"]):
         _say(reason)
     os._exit(code)
 
 
 class StopSignals:
-    """Takes the stop signals that this process gets while the block runs.
+    """Handles the stop signals of this process while the block runs.
 
-    A thread sees them at once, even where the main one waits in a library: at first it ends the
-    run, from `begin_training` on the first is noted and those that follow change nothing, but for
-    Ctrl-C. The earlier handlers come back at the end. Only the main thread may enter the block
-    (Python allows no other to install handlers).
+    A thread receives them immediately, even if the main thread is inside a library. Until
+    `begin_training`, a signal ends the run; afterwards the first one is recorded, and later ones
+    have no effect except Ctrl-C. The earlier handlers are restored at the end. Only the main thread
+    may enter the block, since Python cannot install handlers in others.
     """
 
     def __init__(self, reason: str = BEFORE_TRAINING) -> None:
-        """reason: why a run ends that has nothing to save; `name` and `rank` are filled in."""
+        """reason: the message for a run with nothing to save; `name` and `rank` are filled in."""
         self._reason = reason
         self._received: str | None = None
         self._pressed: float | None = None
@@ -79,25 +80,25 @@ class StopSignals:
 
     @property
     def received(self) -> str | None:
-        """The name of the signal that came first, such as `SIGTERM`; None where none came."""
+        """The name of the first signal received, such as `SIGTERM`; None if there was none."""
         return self._received
 
     def ends_with(self, end: End) -> None:
-        """While the run starts, let a signal end it in this way: on all ranks together."""
+        """Use `end` for a signal while the run starts, so that all ranks end together."""
         self._end = end
 
     def begin_training(self, loss: Callable[[], str]) -> None:
-        """From now on signals are noted; `loss` says what is lost if the run ends at once."""
+        """From now on record signals; `loss` describes what is lost if the run ends at once."""
         with self._lock:
             self._loss = loss
 
     def __enter__(self) -> Self:
-        numbers = dict.fromkeys((*STOP_SIGNALS, *heeded_signals()))
+        numbers = dict.fromkeys((*STOP_SIGNALS, *unignored_signals()))
         read, write = os.pipe()
         os.set_blocking(write, False)
         self._stack.enter_context(handlers(numbers, self._note))
         before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        self._stack.callback(os.close, write)  # which ends the thread
+        self._stack.callback(os.close, write)  # this ends the thread
         self._stack.callback(signal.set_wakeup_fd, before)
         threading.Thread(target=self._watch, args=(read,), name="signals", daemon=True).start()
         return self
@@ -111,9 +112,9 @@ class StopSignals:
         self._stack.close()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        # Nothing else is safe here: the main thread may hold any lock.
+        # Nothing else is safe in a handler: the main thread may hold any lock.
         if self._received is None:
-            self._received = told_name(number)
+            self._received = signal_name(number)
 
     def _watch(self, descriptor: int) -> None:
         with open(descriptor, "rb", buffering=0) as pipe:
@@ -125,13 +126,13 @@ class StopSignals:
         self._note(number, None)
         with self._lock:
             if self._loss is None:
-                reason = self._reason.format(name=told_name(number), rank=global_rank())
-                self._end(reason, code_after(number))
+                reason = self._reason.format(name=signal_name(number), rank=global_rank())
+                self._end(reason, exit_code_after(number))
             elif number == signal.SIGINT:
                 self._press(self._loss)
 
     def _press(self, loss: Callable[[], str]) -> None:
-        """Ctrl-C: the first saves, and the second ends the run, unless its launcher does that."""
+        """Handle Ctrl-C: the first one saves, the second ends the run, unless its launcher does."""
         now, before = time.monotonic(), self._pressed
         if before is None:
             self._pressed = now

@@ -1,9 +1,9 @@
-"""A rank that dies, freezes or hangs is noticed, named, and ends the whole run.
+"""Detects a rank that dies, freezes or hangs, reports it, and ends the whole run.
 
-Collectives tell nothing of this: NCCL waits for a dead rank until its time-out, gloo says that a
-connection was closed. Here every rank has a thread that sends heartbeats to rank 0, which compares
-them (`FaultDetector`) and tells the other ranks how the run ends. It has a store of its own, so
-that it shares no lock with the collectives, and never touches the device.
+Collectives do not report this: NCCL waits for a dead rank until its timeout, and gloo reports a
+closed connection. Here a thread of every rank sends heartbeats to rank 0, which compares them
+(`FaultDetector`) and tells the other ranks how the run ends. The watchdog has its own store, so
+that it shares no lock with the collectives, and never uses the device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megaphase.fault_tolerance.fault_detector import (
     GONE,
     SILENT,
     Diagnosis,
-    host_is_gone,
+    host_lost,
 )
 from megaphase.fault_tolerance.heartbeat import (
     Heartbeat,
@@ -53,22 +53,22 @@ REASON_CHARACTERS = 400
 
 
 def say_on_stderr(text: str) -> None:
-    """Write a line past Python's buffers, whose locks a stuck main thread may hold."""
+    """Write a line without Python's buffers, whose locks a blocked main thread may hold."""
     os.write(2, f"{text}\n".encode(errors="replace"))
 
 
 class Watchdog:
-    """Guards the block that it surrounds; all ranks enter it together, with the processes joined.
+    """Guards the block that it surrounds; all ranks enter it together, in a joined process group.
 
-    Within `silent_seconds` it is noticed that a rank is dead or frozen (at once where another rank
-    on its node sees that the process is gone), within `stalled_seconds` that no rank goes on. One
-    rank then says which one it was, and every process ends with exit code 1. An exception that
-    leaves the block on one rank ends the others likewise. One that all share (InputError, RunError,
-    Stopped) leaves the block on all of them.
+    Detects within `silent_seconds` that a rank is dead or frozen (at once if another rank on its
+    node sees that the process is gone), and within `stalled_seconds` that no rank makes progress.
+    One rank then reports which one it was, and every process ends with exit code 1. An exception
+    that leaves the block on one rank ends the others too. One that all ranks share (InputError,
+    RunError, Stopped) leaves the block on all of them.
 
     Attributes:
-        resume_point: a sentence that follows what is said of a fault: from where the same command
-            resumes. Whoever knows sets it.
+        resume_point: a sentence appended to the report of a fault: from where the same command
+            resumes. Set by the training loop.
     """
 
     def __init__(self, silent_seconds: float, stalled_seconds: float) -> None:
@@ -84,16 +84,16 @@ class Watchdog:
         self._ending = threading.Lock()
 
     def at(self, where: str) -> None:
-        """Say what this rank does now, such as `in step 12` or `saving step 12`; next to no cost.
+        """Report what this rank does now, such as `in step 12` or `saving step 12`; almost free.
 
-        All ranks call it at the same points: one that has come less far than the others is named.
+        All ranks call it at the same points; a rank that is behind the others is reported.
         """
         self._where = where
         self._progress += 1
 
     @contextlib.contextmanager
     def patient(self, where: str) -> Iterator[None]:
-        """For work that may take longer than `stalled_seconds`; only hanging is not noticed."""
+        """Allow the block to take longer than `stalled_seconds`; a dead rank is still detected."""
         self.at(where)
         self._state = "patient"
         try:
@@ -103,9 +103,9 @@ class Watchdog:
             self.at(f"after {where}")
 
     def stop(self, reason: str, code: int) -> None:
-        """End all processes at once with an exit code; called in any thread of any rank.
+        """End all processes at once with an exit code; may be called in any thread of any rank.
 
-        For a run that has nothing to save. reason: the line that is said.
+        For a run that has nothing to save. reason: the reported line.
         """
         if self._over.is_set():
             _exit(code)
@@ -117,7 +117,7 @@ class Watchdog:
         self._rank = global_rank()
         self._transport, self._places = open_transport(self._silent_seconds, self._stalled_seconds)
         self._neighbour = Neighbour(self._rank, self._places)
-        self._thread = threading.Thread(target=self._keep_beating, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._send_heartbeats, name="watchdog", daemon=True)
         self._thread.start()
         if isinstance(self._transport, MemberTransport):
             guard = threading.Thread(
@@ -137,7 +137,7 @@ class Watchdog:
     ) -> None:
         exited = error if isinstance(error, SystemExit) else None
         if exited is not None:
-            # Nothing in a run ends its process in this way, unless a library does.
+            # Nothing in a run ends its process in this way, except a library.
             traceback.print_exception(exited)
             error = RunError(f"a library ended the process {self._where} (SystemExit: {exited})")
         if isinstance(self._transport, LocalTransport):
@@ -154,17 +154,19 @@ class Watchdog:
             raise error from None
 
     def _leave(self, state: State, reason: str = "", code: int = EXIT_FAILED) -> None:
-        """Say so and wait until this rank may go: rank 0 is the last, for it keeps the store."""
+        """Send the state and wait until this rank may leave: rank 0, which has the store, is
+        last."""
         self._reason, self._exit_code = reason, code
         self._state = state
         self._wake.set()
         self._over.wait()
-        self._thread.join(self._silent_seconds)  # should rank 0 be frozen it never returns
+        self._thread.join(self._silent_seconds)  # with a frozen rank 0 it never ends
 
     def _fail(self, error: Exception) -> None:
-        """An error that was not foreseen: all processes end, after its trace has been shown.
+        """End all processes on an unexpected error, after printing its traceback.
 
-        If it may say only that another rank has died, that rank is found first.
+        If the error may only be a consequence of another rank's death, wait for that diagnosis
+        first.
         """
         if isinstance(error, RuntimeError):
             self._state = "broken"
@@ -177,19 +179,19 @@ class Watchdog:
         traceback.print_exception(error)
         self._leave("failed", _one_line(error))
 
-    def _keep_beating(self) -> None:
+    def _send_heartbeats(self) -> None:
         try:
-            self._beat()
+            self._heartbeat_loop()
         except Exception:
-            # Without this thread the rank would count as dead, and its main thread wait for ever.
+            # Without this thread the rank would count as dead, and its main thread wait forever.
             traceback.print_exc()
             _exit(EXIT_FAILED)
 
-    def _beat(self) -> None:
+    def _heartbeat_loop(self) -> None:
         before = time.monotonic()
         while True:
             now = time.monotonic()
-            # While the whole job is suspended nobody is silent: that time does not count.
+            # Time in which the whole job is suspended does not count as silence.
             seconds, before = min(now - before, 2 * self._interval), now
             state = "interrupted" if self._stopped else self._state
             try:
@@ -221,7 +223,7 @@ class Watchdog:
         )
 
     def _guard_host(self, transport: MemberTransport) -> None:
-        """Notice that rank 0 is frozen: its store takes the beats then, but never answers."""
+        """Detect a frozen rank 0: its store then accepts heartbeats but never answers."""
         answers, unanswered, before = transport.answers, 0.0, time.monotonic()
         while not self._over.wait(self._interval):
             now = time.monotonic()
@@ -236,30 +238,31 @@ class Watchdog:
     def _end_with_all(self, diagnosis: Diagnosis) -> NoReturn:
         """End this process as rank 0 has decided, whatever its main thread is doing."""
         if self._rank == 0:
-            self._speak(diagnosis)
-        # Rank 0 has spoken before the first process ends: launchers then kill the others.
+            self._report(diagnosis)
+        # Rank 0 reports before the first process ends, because launchers then kill the others.
         with contextlib.suppress(RuntimeError):
             self._transport.end(diagnosis, 3 * self._interval)
         _exit(diagnosis.exit_code)
 
     def _end_without_host(self, state: State, how: str) -> Diagnosis:
-        """End this process because rank 0 does not answer, unless both have left already."""
+        """End this process because rank 0 does not answer, unless both have already left."""
         if state in ("left", "fault"):
             return Diagnosis(ends=False)
         assert isinstance(self._transport, MemberTransport)
-        with self._ending:  # two threads may find it out
-            diagnosis = host_is_gone(self._places[0], self._transport.host_beat, how)
-            if self._speaks_for_host():
-                self._speak(diagnosis)
+        with self._ending:  # two threads may detect it
+            diagnosis = host_lost(self._places[0], self._transport.host_heartbeat, how)
+            if self._reports_for_host():
+                self._report(diagnosis)
             _exit(diagnosis.exit_code)
 
-    def _speaks_for_host(self) -> bool:
-        """Rank 1, and a rank on another node, should rank 0 have been lost with its whole node."""
+    def _reports_for_host(self) -> bool:
+        """Return whether this rank reports for rank 0: rank 1, or one on a node that is not
+        lost."""
         lost = self._places[0].host
         elsewhere = (rank for rank, place in enumerate(self._places) if place.host != lost)
         return self._rank in (1, next(elsewhere, 1))
 
-    def _speak(self, diagnosis: Diagnosis) -> None:
+    def _report(self, diagnosis: Diagnosis) -> None:
         if not diagnosis.message:
             return
         message = diagnosis.message
@@ -277,7 +280,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _exit(code: int) -> NoReturn:
-    """End the process at once, with what it has printed, if its main thread lets go of that."""
+    """End the process at once, after flushing its output if no lock prevents that."""
     flushing = threading.Thread(target=_flush, daemon=True)
     flushing.start()
     flushing.join(FLUSH_SECONDS)

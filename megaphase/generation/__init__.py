@@ -1,1 +1,1 @@
-"""Text from a trained model: sampling, beam search, and scores of translations."""
+"""Generate text with a trained model: sampling, beam search, and scores of translations."""

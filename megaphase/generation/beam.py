@@ -1,8 +1,8 @@
-"""Beam search: of all hypotheses of a length, the likeliest few are followed.
+"""Beam search: of all hypotheses of one length, the most likely few are extended.
 
-Hypotheses that end are kept and compared by length-normalized score (Wu et al. 2016, section 7,
-with n to a power as in most toolkits). Where scores are equal, the hypothesis that was better
-before, then the smaller token, comes first; so the result is the same on every run.
+Finished hypotheses are kept and compared by length-normalized score (Wu et al. 2016, section 7,
+with n to a power as in most toolkits). Ties are broken by the rank of the extended hypothesis, then
+by the smaller token id, so the result is the same on every run.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Candidate = tuple[float, int, int]  # gain in log-probability; the beam it exten
 
 
 class BeamSearch:
-    """The search for one prompt's continuation; knows nothing of models.
+    """The search for the continuations of one prompt, independent of the model.
 
     Attributes:
-        live: hypotheses that go on, at most `beam`, the likeliest first.
-        kept: those that have ended, at most `beam`, the best first.
+        live: unfinished hypotheses, at most `beam`, the most likely first.
+        kept: finished hypotheses, at most `beam`, the best first.
     """
 
     def __init__(self, limit: int, how: Decoding, eod: int) -> None:
@@ -35,15 +35,15 @@ class BeamSearch:
         self._length = 0
 
     def score(self, hypothesis: Continuation) -> float:
-        """By which hypotheses of different lengths are compared."""
+        """Return the score by which hypotheses of different lengths are compared."""
         length = len(hypothesis.tokens) + hypothesis.ended
         return float(hypothesis.log_probability / length**self._how.length_penalty)
 
     def extend(self, candidates: Iterable[Candidate]) -> list[tuple[int, int]]:
-        """Take the likeliest extensions of the live hypotheses, likeliest first.
+        """Replace the live hypotheses by their most likely extensions, the most likely first.
 
-        Returns, for every hypothesis that is live now, the number of the one it extends and its
-        token; nothing when the search is over.
+        Returns, for every hypothesis that is live now, the index of the hypothesis that it
+        extends, and its token; nothing if the search is finished.
         """
         before, beam = self.live, self._how.beam
         self.live, origins = [], []
@@ -55,7 +55,7 @@ class BeamSearch:
             if not hypothesis.ended:
                 self.live.append(hypothesis)
                 origins.append((number, token))
-            elif rank < beam:  # what is not among the likeliest has no place in the beam
+            elif rank < beam:  # a less likely extension has no place in the beam
                 self.kept.append(hypothesis)
         if self._length == self._limit:
             self.kept += self.live
@@ -64,7 +64,7 @@ class BeamSearch:
         return origins if self.live and not self._is_decided() else []
 
     def _is_decided(self) -> bool:
-        """Whether as many as may be kept have ended, and are no worse than what is live."""
+        """Return whether `beam` hypotheses are finished and no live one can have a better score."""
         if len(self.kept) < self._how.beam:
             return False
         return self.score(self.live[0]) <= self.score(self.kept[-1])
@@ -73,39 +73,40 @@ class BeamSearch:
 def beam_search(
     model: GPT, prompts: Sequence[Prompt], how: Decoding, eod: int
 ) -> list[list[Continuation]]:
-    """The best continuations of every prompt, at most `how.beam` of each, the best first.
+    """Return the best continuations of every prompt, at most `how.beam` of each, the best first.
 
-    Every prompt has `how.beam` rows in the batch, until its search is over.
+    Every prompt takes `how.beam` rows of the batch until its search is finished.
     """
     beam = how.beam
     limits = [prompt.limit for prompt in prompts]
     decoder = Decoder(model, [p.tokens for p in prompts], max(limits), copies=beam)
     searches = [BeamSearch(limit, how, eod) for limit in limits]
-    going = list(searches)
+    active = list(searches)
     decoder.select([i for i in range(len(prompts)) for _ in range(beam)])
     while True:
-        everything = _candidates(decoder.logits.log_softmax(-1), going, beam)
-        rows, tokens, still = [], [], []
-        for place, (search, candidates) in enumerate(zip(going, everything, strict=True)):
+        everything = _candidates(decoder.logits.log_softmax(-1), active, beam)
+        rows, tokens, unfinished = [], [], []
+        for place, (search, candidates) in enumerate(zip(active, everything, strict=True)):
             if origins := search.extend(candidates):
-                # Rows that no hypothesis needs follow the best one; nobody looks at them.
+                # Rows that no hypothesis needs are copies of the best one; their results are not
+                # used.
                 origins += origins[:1] * (beam - len(origins))
                 rows += [place * beam + number for number, _ in origins]
                 tokens += [token for _, token in origins]
-                still.append(search)
-        if not still:
+                unfinished.append(search)
+        if not unfinished:
             return [search.kept for search in searches]
-        if len(still) == len(going):
+        if len(unfinished) == len(active):
             decoder.reorder(rows)
         else:
             decoder.select(rows)
-        going = still
+        active = unfinished
         decoder.step(torch.tensor(tokens, device=decoder.logits.device))
 
 
 def _candidates(gains: Tensor, searches: Sequence[BeamSearch], beam: int) -> list[list[Candidate]]:
-    """The likeliest extensions of every search's hypotheses, twice as many as may be live: at most
-    half of them end.
+    """Return the most likely extensions of every search's hypotheses, twice as many as may be live:
+    at most half of them end.
 
     gains: [searches * beam, vocab], the log-probabilities of the next token.
     """
@@ -129,8 +130,8 @@ def _candidates(gains: Tensor, searches: Sequence[BeamSearch], beam: int) -> lis
 
 
 def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row and their places, in order; of equal ones the first come
-    first, which `torch.topk` does not promise."""
+    """Return the `count` largest values of each row and their indices, in order. Of equal values,
+    those with the smallest index come first, which `torch.topk` does not guarantee."""
     values, places = scores.topk(count)
     edge = values[:, -1:]
     if ((scores == edge).sum(1) > (values == edge).sum(1)).any():

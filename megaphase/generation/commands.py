@@ -1,4 +1,4 @@
-"""`megaphase generate` and `translate`; they import what they need, so `--help` stays fast."""
+"""`megaphase generate` and `translate`; imports are inside the functions to keep `--help` fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from megaphase.utils.arguments import MOST, MOST_SEED, Checkpoint, Overrides, RunFile, finite, named
 from megaphase.utils.standard_streams import new_console
 
-# Logits that are divided by less overflow.
+# Logits divided by a smaller number overflow.
 _LEAST_TEMPERATURE = 1e-4
 
 Beam = Annotated[
@@ -23,19 +23,17 @@ LengthPenalty = Annotated[
         max=100.0,
         callback=finite,
         metavar="A",
-        help="Beam search ranks by log-probability / tokens^A: 0 favours short texts, more long.",
+        help="Score of beam search: log-probability / tokens^A; a larger A favours long texts.",
     ),
 ]
 Batch = Annotated[
-    int, typer.Option(min=1, max=MOST, help="Prompts at a time; changes speed and memory only.")
+    int, typer.Option(min=1, max=MOST, help="Prompts per batch; affects only speed and memory.")
 ]
 Dtype = Annotated[
     Literal["fp32", "bf16"] | None,
-    typer.Option(help="Of weights and arithmetic; by default the run's precision."),
+    typer.Option(help="Precision of weights and arithmetic; the run's by default."),
 ]
-Verify = Annotated[
-    bool, typer.Option(help="Compare the checkpoint's files with their hashes first.")
-]
+Verify = Annotated[bool, typer.Option(help="Verify the hashes of the checkpoint's files first.")]
 
 
 def _temperature(value: float) -> float:
@@ -48,21 +46,21 @@ def _temperature(value: float) -> float:
 def generate_command(
     checkpoint: Checkpoint,
     prompt: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="May be given several times.")
+        list[str] | None, typer.Option(metavar="TEXT", help="A prompt; repeatable.")
     ] = None,
     input: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="JSON lines with a prompt each; - is standard input."),
+        typer.Option(metavar="FILE", help="JSON lines with one prompt each; - is standard input."),
     ] = None,
     json_key: Annotated[
-        str, typer.Option(help="Where a line of --input holds its prompt.")
+        str, typer.Option(help="The key of the prompt in a line of --input.")
     ] = "prompt",
     tokenizer: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="By default that of the run, or of the model taken."),
+        typer.Option(metavar="DIR", help="The run's or the imported model's by default."),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(min=1, max=MOST, help="Most new tokens; seq_len is a limit, too.")
+        int, typer.Option(min=1, max=MOST, help="Maximum number of new tokens, within seq_len.")
     ] = 64,
     beam: Beam = 1,
     length_penalty: LengthPenalty = 1.0,
@@ -72,11 +70,11 @@ def generate_command(
             min=0.0,
             max=1e4,
             callback=_temperature,
-            help="Draw tokens by probability; 0 takes the likeliest.",
+            help="Sampling temperature; 0 takes the most likely token.",
         ),
     ] = 0.0,
     top_k: Annotated[
-        int, typer.Option(min=0, max=MOST, help="Draw among so many likeliest tokens; 0: all.")
+        int, typer.Option(min=0, max=MOST, help="Sample among the K most likely tokens; 0: all.")
     ] = 0,
     top_p: Annotated[
         float,
@@ -84,19 +82,19 @@ def generate_command(
             min=0.0,
             max=1.0,
             callback=finite,
-            help="Draw among the likeliest that have this probability.",
+            help="Sample among the most likely tokens with this total probability.",
         ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the drawing.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the sampling.")] = 0,
     batch: Batch = 16,
     dtype: Dtype = None,
     verify: Verify = True,
-    json: Annotated[bool, typer.Option("--json", help="Print a JSON object a prompt.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
 ) -> None:
-    """Go on with texts, on one GPU or the CPU, until the document ends or --max-tokens have come.
+    """Continue texts, on one GPU or the CPU, until the document ends or --max-tokens are generated.
 
-    Greedy by default; --beam for the likeliest text, --temperature for a random one. A text is the
-    same whatever stands beside it. A prompt "" begins a document.
+    Greedy by default; use --beam for the most likely text, --temperature for a random one. The
+    result does not depend on the other prompts. A prompt "" starts a new document.
 
     Example: megaphase generate runs/a@joint --prompt "The sea" --prompt "Das Meer"
 
@@ -114,9 +112,9 @@ def generate_command(
         problem = "neither is given" if prompt is None else "both are given"
         raise InputError("--prompt and --input", problem, "give one of them")
     if beam > 1 and temperature:
-        raise InputError("--beam", "excludes --temperature", "give one of them")
+        raise InputError("--beam", "cannot be combined with --temperature", "give one of them")
     if not temperature and (top_k or top_p < 1.0):
-        raise InputError("--top-k and --top-p", "are for drawing", "give --temperature, too")
+        raise InputError("--top-k and --top-p", "apply only to sampling", "give --temperature, too")
     texts = prompt or read_prompts(input or Path(), json_key)
     source = open_source(checkpoint)
     words = load_tokenizer(source, tokenizer)
@@ -146,13 +144,11 @@ def translate_command(
     overrides: Overrides = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="A translation task; may be given several times. All if left out."),
+        typer.Option(help="A translation task; repeatable. All by default."),
     ] = None,
     checkpoint: Annotated[
         str,
-        typer.Option(
-            metavar="NAME", help="A phase (its end), best-TASK, step-…, RUN@NAME or a path."
-        ),
+        typer.Option(metavar="NAME", help="A phase's end, best-TASK, step-…, RUN@NAME or a path."),
     ] = "latest",
     samples: Annotated[
         int,
@@ -161,14 +157,14 @@ def translate_command(
     max_tokens: Annotated[
         int,
         typer.Option(
-            min=1, max=MOST, help="Most tokens of a translation; seq_len is a limit, too."
+            min=1, max=MOST, help="Maximum number of tokens per translation, within seq_len."
         ),
     ] = 256,
     beam: Beam = 4,
     length_penalty: LengthPenalty = 1.0,
     bleu_tokenizer: Annotated[
         Literal["13a", "intl", "zh", "char", "none"],
-        typer.Option(help="How sacrebleu finds the words that BLEU counts; zh for Chinese."),
+        typer.Option(help="sacrebleu's tokenizer for BLEU; zh for Chinese."),
     ] = "13a",
     batch: Batch = 16,
     dtype: Dtype = None,
@@ -182,13 +178,13 @@ def translate_command(
         ),
     ] = None,
     scores: Annotated[
-        Path | None, typer.Option(callback=named, metavar="FILE", help="Write the figures as JSON.")
+        Path | None, typer.Option(callback=named, metavar="FILE", help="Write the scores as JSON.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
-    """Translate held-out sources of a run's translation tasks; measure BLEU and chrF.
+    """Translate held-out sources of a run's translation tasks, and measure BLEU and chrF.
 
-    On one GPU or the CPU. The scores are sacrebleu's, printed with its signatures.
+    Uses one GPU or the CPU. The scores are sacrebleu's, printed with its signatures.
 
     Example: megaphase translate run.yaml --checkpoint joint --task en-eu --out en-eu.jsonl
     """

@@ -1,4 +1,4 @@
-"""Feeds a batch of prompts to a GPT, and then one token of each after another."""
+"""Incremental decoding of a batch of prompts with a GPT."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from megaphase.utils.errors import RunError
 
 
 class Decoder:
-    """A batch of prompts, and what the model thinks comes next in each.
+    """A batch of token sequences and the model's predictions of their next tokens.
 
-    Every token goes through the model once; what attention needs of it is kept. A row of the batch
-    is computed as if it were alone.
+    Every token is fed to the model once; its keys and values are cached. The result of a row does
+    not depend on the other rows.
 
     Attributes:
-        logits: fp32 [rows, vocab], for the token after the newest of every row.
+        logits: fp32 [rows, vocab], for the token after the last one of every row.
     """
 
     def __init__(
@@ -27,12 +27,12 @@ class Decoder:
     ) -> None:
         """
         Args:
-            prompts: token ids, at least one each.
-            new_tokens: how many tokens a row will get at most, the last of which is not fed.
-            copies: rows of a prompt that `select` may ask for.
+                prompts: token ids, at least one per prompt.
+                new_tokens: maximum number of new tokens per row, the last of which is not fed.
+                copies: number of rows per prompt for which `select` may ask.
 
-        Raises:
-            RunError: the model gives no numbers.
+            Raises:
+                RunError: the model's logits are not finite.
         """
         longest = max(map(len, prompts))
         device = model.embedding.weight.device
@@ -52,15 +52,15 @@ class Decoder:
             raise RunError("the model's logits are not finite; its training has diverged")
 
     def step(self, tokens: Tensor) -> None:
-        """Append a token to every row; int64 [rows]."""
+        """Append one token to every row, int64 [rows]."""
         self.logits = self._feed(tokens.unsqueeze(1))
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone, in this order; one may be there several times."""
+        """Keep only these rows, in this order; a row may be repeated."""
         self._select(rows, 0)
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """`select`, where every row takes the place of one that had the same prompt."""
+        """Like `select`, if every row is replaced by one with the same prompt."""
         self._select(rows, self._prompt_slots)
 
     def _select(self, rows: Sequence[int], first_slot: int) -> None:
@@ -72,7 +72,7 @@ class Decoder:
 
     @torch.inference_mode()
     def _feed(self, tokens: Tensor) -> Tensor:
-        """Logits after the last of `tokens`, int64 [rows, seq]."""
+        """Return the logits after the last of `tokens`, int64 [rows, seq]."""
         logits = self._model(tokens, cache=self._cache)
         assert isinstance(logits, Tensor)  # there are no targets
         return logits.float()

@@ -1,4 +1,4 @@
-"""How a continuation is chosen, and what comes of it."""
+"""The options of decoding, and its results."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Decoding:
-    """Greedy by default; beam search where beam > 1, sampling where temperature > 0.
+    """Options of decoding: beam search if beam > 1, sampling if temperature > 0, otherwise greedy.
 
     Attributes:
-        max_tokens: after so many a continuation ends without EOD.
-        beam: hypotheses that are followed at a time.
-        length_penalty: a hypothesis of n tokens, EOD included, scores its log-probability / n to
-            this power: 0 favours short ones, larger values long ones.
-        temperature: logits are divided by it.
-        top_k: tokens to sample among, the likeliest; 0 for all.
-        top_p: the likeliest tokens whose probabilities reach this together.
-        seed: of the sampling.
+        max_tokens: maximum number of new tokens; a longer continuation ends without EOD.
+        beam: number of hypotheses that are extended at a time.
+        length_penalty: the score of a hypothesis of n tokens, EOD included, is its log-probability
+            divided by n to this power: 0 favours short ones, larger values long ones.
+        temperature: the logits are divided by it.
+        top_k: sample among this many most likely tokens; 0: all.
+        top_p: sample among the most likely tokens whose probabilities sum to this.
+        seed: seed of the sampling.
     """
 
     max_tokens: int = 64
@@ -31,11 +31,11 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens to go on from.
+    """Tokens to be continued.
 
     Attributes:
-        number: its place in the input, on which its random numbers depend.
-        limit: the most tokens that it may get, EOD included.
+        number: index in the input, on which the random numbers depend.
+        limit: maximum number of new tokens, EOD included.
     """
 
     tokens: list[int]
@@ -45,12 +45,12 @@ class Prompt:
 
 @dataclass
 class Continuation:
-    """What the model made of a prompt.
+    """A generated continuation of a prompt.
 
     Attributes:
-        tokens: without EOD.
-        log_probability: of the tokens, and of EOD where it came, under the model; nats.
-        ended: whether EOD came.
+        tokens: the new tokens without EOD.
+        log_probability: of the tokens, and of EOD if it was generated, in nats.
+        ended: whether EOD was generated.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Continuation:
     ended: bool = False
 
     def then(self, token: int, gain: float, eod: int) -> Continuation:
-        """The continuation with one more token, of that log-probability."""
+        """Return the continuation extended by one token with this log-probability."""
         total = self.log_probability + gain
         if token == eod:
             return Continuation(self.tokens, total, ended=True)

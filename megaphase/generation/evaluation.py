@@ -1,4 +1,4 @@
-"""`megaphase translate`: the translation tasks of a run file at a checkpoint."""
+"""`megaphase translate`: evaluate a checkpoint on the translation tasks of a run file."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from megaphase.utils.files import atomic_write_text, make_directory
 
 @dataclass(frozen=True)
 class TranslationTest:
-    """What is translated, and how.
+    """The options of an evaluation.
 
     Attributes:
-        samples: held-out pairs of each task.
-        batch: sources that are translated at a time.
-        precision: of weights and arithmetic; that of the run if None.
-        verify: whether the checkpoint's files are compared with their hashes.
+        samples: number of held-out pairs of each task.
+        batch: number of sources that are translated at a time.
+        precision: precision of weights and arithmetic; None: the run's.
+        verify: whether to verify the hashes of the checkpoint's files.
     """
 
     samples: int
@@ -45,7 +45,7 @@ class TranslationTest:
 
 @dataclass(frozen=True)
 class TranslationResults:
-    """Of a checkpoint after `step` steps, by task."""
+    """The results of a checkpoint after `step` steps, by task."""
 
     step: int
     translations: dict[str, list[Translation]]
@@ -59,12 +59,12 @@ def evaluate_translation(
     test: TranslationTest,
     console: Console,
 ) -> TranslationResults:
-    """Translate held-out sources of tasks, of all translation tasks if none is named; score that.
+    """Translate held-out sources of tasks, by default of all translation tasks, and score them.
 
     checkpoint: a NAME in the run, RUN@NAME of another one, or a path.
 
     Raises:
-        InputError: something that the user gave is wrong; before anything is translated.
+        InputError: the user's input is invalid; raised before anything is translated.
     """
     source = open_source(str(find_for_run(config.output, checkpoint)))
     tokenizer = load_tokenizer(source, config.tokenizer)
@@ -84,16 +84,16 @@ def evaluate_translation(
 
 
 def check_place(path: Path) -> None:
-    """Refuse a file that cannot be written, before hours are spent on what it is to hold."""
+    """Reject a file that cannot be written, before hours are spent on its content."""
     if path.is_dir():
         raise InputError(path, "is a folder", "name a file")
-    if path.exists() and not path.is_file():  # it would be replaced, /dev/null as well
+    if path.exists() and not path.is_file():  # it would be replaced, even /dev/null
         raise InputError(path, "is not a regular file", "name a file")
     make_directory(path.absolute().parent)
 
 
 def write_translations(path: Path, translations: Mapping[str, Sequence[Translation]]) -> None:
-    """A JSON object a line: task, source, reference, hypothesis, and what it ended with."""
+    """Write one JSON object per line: task, source, reference, hypothesis, ending."""
     rows = [
         {
             "task": task,
@@ -110,13 +110,13 @@ def write_translations(path: Path, translations: Mapping[str, Sequence[Translati
 
 
 def scores_as_json(results: TranslationResults) -> dict[str, Any]:
-    """The step, and the scores by task."""
+    """Return the step and the scores by task."""
     scores = {name: asdict(each) for name, each in results.scores.items()}
     return {"step": results.step, "translation": scores}
 
 
 def scores_table(results: TranslationResults) -> Table:
-    """The scores, a row a task."""
+    """Return a table of the scores with one row per task."""
     title = f"Translations of held-out sources at step {results.step:,}"
     table = Table(title=title, title_justify="left")
     table.add_column("task")
@@ -129,6 +129,6 @@ def scores_table(results: TranslationResults) -> Table:
 
 
 def signature_lines(results: TranslationResults) -> list[str]:
-    """What sacrebleu calls the two scores, which are of one kind for all tasks."""
+    """Return sacrebleu's signatures of the two scores, which are the same for all tasks."""
     first = next(iter(results.scores.values()))
     return [f"BLEU: {first.bleu_signature}", f"chrF: {first.chrf_signature}"]

@@ -1,4 +1,4 @@
-"""Continuations of any number of prompts, in batches of prompts that are about equally long."""
+"""Generate continuations of any number of prompts, in batches of prompts of similar length."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def generate(
     batch: int = 16,
     advance: Callable[[int], object] = lambda count: None,
 ) -> list[Continuation]:
-    """The best continuation of every prompt, up to EOD; each is the same in any batch.
+    """Return the best continuation of every prompt, up to EOD; it does not depend on the batch.
 
-    A continuation also ends where the model's seq_len does. An empty prompt begins as a document
-    does, after EOD.
+    A continuation also ends at the model's seq_len. An empty prompt starts a document, as after
+    EOD.
 
     Args:
-        prompts: token ids.
-        batch: prompts that are computed at a time.
-        advance: gets the number of prompts that are done since the last call.
+        prompts: token ids of each prompt.
+        batch: number of prompts that are computed at a time.
+        advance: called with the number of prompts finished since the last call.
 
     Raises:
         InputError: a prompt is longer than the model's seq_len.
-        RunError: the model gives no numbers.
+        RunError: the model's logits are not finite.
     """
     seq_len = model.shape.seq_len
     check_lengths(prompts, seq_len)
     waiting = [
-        # The last token that is generated needs no position.
+        # The last generated token is not fed, so it needs no position.
         Prompt(list(tokens), number, min(how.max_tokens, seq_len - len(tokens) + 1))
         for number, tokens in enumerate(tokens or [eod] for tokens in prompts)
     ]
@@ -56,20 +56,20 @@ def generate(
 
 
 def text_after(prompt: Sequence[int], tokens: Sequence[int], tokenizer: Tokenizer) -> str:
-    """What the tokens add to the prompt's text.
+    """Return the text that the tokens add to the prompt's.
 
-    Many a tokenizer drops a text's first space, and a character may have begun in the prompt; so
-    both are decoded together.
+    Both are decoded together, since many tokenizers drop a text's first space, and a character may
+    have begun in the prompt.
     """
     before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *tokens])
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(tokens)
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], seq_len: int) -> None:
-    """Refuse prompts, token ids each, that the model has no positions for.
+    """Reject prompts, given as token ids, that are longer than the model's seq_len.
 
     Raises:
-        InputError: naming the first one.
+        InputError: names the first such prompt.
     """
     for number, tokens in enumerate(prompts, 1):
         if len(tokens) > seq_len:

@@ -1,4 +1,4 @@
-"""A checkpoint's GPT in one process, ready to generate."""
+"""Load the GPT of a checkpoint in one process for generation."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _READERS = 4
 
 
 def load_model(source: Source, precision: Precision | None, *, verify: bool = True) -> GPT:
-    """The model on this process's GPU, or the CPU where there is none.
+    """Load the model onto this process's GPU, or the CPU if there is none.
 
     Args:
-        precision: of weights and activations; that of the run if not given.
-        verify: compare all files with their hashes meanwhile.
+        precision: precision of weights and activations; None: the run's.
+        verify: also verify the hashes of all files.
 
     Raises:
         InputError: a file is missing, truncated or altered.

@@ -20,7 +20,7 @@ _DOCUMENTS_AT_A_TIME = 1 << 20
 
 @dataclass(frozen=True)
 class TranslationPair:
-    """prompt: the source's tokens and the tag, after which the model translates."""
+    """prompt: the tokens of the source and the tag, after which the model generates."""
 
     prompt: list[int]
     source: str
@@ -30,16 +30,17 @@ class TranslationPair:
 def held_out_pairs(
     config: RunConfig, task: str, tokenizer: Tokenizer, samples: int | None
 ) -> list[TranslationPair]:
-    """Pairs of a task that training never sees, those with the smallest hashes first.
+    """Return pairs of a task that training never sees, those with the smallest hashes first.
 
-    Hashes are of the sources, so the choice depends neither on the seed nor on the corpus's order.
+    The hashes are those of the sources, so the choice depends neither on the seed nor on the order
+    of the corpus.
 
     Args:
-        samples: how many; all that are held out if None, or if there are not so many.
+        samples: number of pairs; None: all held-out pairs. May be more than there are.
 
     Raises:
         InputError: there is no such task, it is not a translation task, its corpus is missing,
-            damaged or of another tokenizer, or nothing is held out.
+            damaged or made with another tokenizer, or nothing is held out.
     """
     if task not in config.tasks:
         raise InputError(
@@ -62,17 +63,17 @@ def held_out_pairs(
             "raise it",
         )
     tag = corpus.manifest.tag
-    assert tag is not None, "open_task_corpus has seen to it"
+    assert tag is not None, "open_task_corpus has checked it"
     return [_pair(corpus, int(document), tag, tokenizer) for document in documents]
 
 
 def translation_tasks(config: RunConfig) -> list[str]:
-    """The run file's translation tasks, in its order."""
+    """Return the run file's translation tasks in its order."""
     return [name for name, task in config.tasks.items() if task.kind == "translation"]
 
 
 def _lowest_documents(corpus: Corpus, wanted: HashRange, samples: int | None) -> np.ndarray:
-    """Numbers of the documents with the smallest hashes that are wanted, in that order."""
+    """Return the indices of the wanted documents with the smallest hashes, in that order."""
     found = np.empty(0, np.int64)
     for first in range(0, len(corpus.hashes), _DOCUMENTS_AT_A_TIME):
         hashes = corpus.hashes[first : first + _DOCUMENTS_AT_A_TIME]
@@ -85,7 +86,7 @@ def _pair(corpus: Corpus, number: int, tag: int, tokenizer: Tokenizer) -> Transl
     check_document(corpus, number)
     document = corpus.document(number).tolist()
     if tag not in document:
-        problem = f"document {number:,} holds no tag between source and target"
+        problem = f"document {number:,} has no tag between source and target"
         raise InputError(corpus.prefix, problem, "tokenize again")
     target = document.index(tag) + 1
     return TranslationPair(

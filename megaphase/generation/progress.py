@@ -1,4 +1,4 @@
-"""How many prompts are done, shown where somebody watches."""
+"""Show the number of finished prompts in a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megaphase.utils.progress import ProgressDisplay
 
 @contextmanager
 def counting_progress(console: Console, what: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A bar in a terminal, nothing elsewhere; yields what is told how many more are done."""
+    """Show a bar in a terminal, nothing elsewhere; yield a function that adds to the count."""
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True)
     with ProgressDisplay(console, *columns) as display:
         bar = display.add_bar(what, total)

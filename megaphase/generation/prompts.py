@@ -1,4 +1,4 @@
-"""Prompts from a file of JSON lines."""
+"""Read prompts from a file of JSON lines."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ STANDARD_INPUT = Path("-")
 
 
 def read_prompts(path: Path, key: str) -> list[str]:
-    """The string under `key` of every line, a JSON object; `-` is standard input.
+    """Return the string under `key` of every line, a JSON object; `-` is standard input.
 
     Raises:
-        InputError: naming the file and the line that is no such object.
+        InputError: names the file and the first invalid line.
     """
     try:
         content = sys.stdin.buffer.read() if path == STANDARD_INPUT else read_file(path, pipes=True)
@@ -29,7 +29,7 @@ def read_prompts(path: Path, key: str) -> list[str]:
         if line.strip()
     ]
     if not prompts:
-        raise InputError(path, "holds no prompts", f'give lines like {{"{key}": "text"}}')
+        raise InputError(path, "contains no prompts", f'give lines like {{"{key}": "text"}}')
     return prompts
 
 
@@ -39,9 +39,9 @@ def _prompt(line: bytes, key: str, where: str) -> str:
     except (ValueError, KeyError, TypeError, RecursionError):
         prompt = None
     if not isinstance(prompt, str):
-        problem = f"is no JSON object with a string under {key!r}"
-        raise InputError(where, problem, "mend the line, or give --json-key")
+        problem = f"is not a JSON object with a string under {key!r}"
+        raise InputError(where, problem, "correct the line, or give --json-key")
     if not is_utf8(prompt):
-        problem = "holds half of a surrogate pair, which is no character"
-        raise InputError(where, problem, "mend the line")
+        problem = "contains a lone surrogate, which is not a character"
+        raise InputError(where, problem, "correct the line")
     return prompt

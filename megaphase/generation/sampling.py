@@ -14,7 +14,7 @@ from megaphase.model.gpt import GPT
 
 
 def sample(model: GPT, prompts: Sequence[Prompt], how: Decoding, eod: int) -> list[Continuation]:
-    """A continuation of every prompt, all at once; rows that have ended leave the batch."""
+    """Return a continuation of every prompt, computed as one batch; finished rows leave it."""
     decoder = Decoder(model, [p.tokens for p in prompts], max(p.limit for p in prompts))
     found = [Continuation() for _ in prompts]
     draws = [_uniform(how.seed, p.number, p.limit) for p in prompts]
@@ -28,27 +28,27 @@ def sample(model: GPT, prompts: Sequence[Prompt], how: Decoding, eod: int) -> li
         for i, token, gain in zip(rows, tokens.tolist(), gains.tolist(), strict=True):
             found[i] = found[i].then(token, gain, eod)
         step += 1
-        going = [
+        active = [
             row
             for row, i in enumerate(rows)
             if not found[i].ended and len(found[i].tokens) < prompts[i].limit
         ]
-        if not going:
+        if not active:
             return found
-        decoder.select(going)
-        rows = [rows[row] for row in going]
-        decoder.step(tokens[going])
+        decoder.select(active)
+        rows = [rows[row] for row in active]
+        decoder.step(tokens[active])
 
 
 def _uniform(seed: int, number: int, count: int) -> np.ndarray:
-    """A prompt's own random numbers, so that they depend neither on its batch nor on the device."""
+    """Return a prompt's own random numbers, which depend neither on its batch nor on the device."""
     return np.random.default_rng([seed, number]).random(count)
 
 
 def _drawn(logits: Tensor, how: Decoding, draws: Sequence[float]) -> Tensor:
-    """A token of each row, int64 [rows], where a uniform number falls among what is likely.
+    """Sample a token of each row, int64 [rows], restricted by top-k and top-p.
 
-    Top-k and top-p (Holtzman et al. 2020) leave out all but the likeliest tokens.
+    Top-k and top-p (Holtzman et al. 2020) exclude all but the most likely tokens.
     """
     likeliest, tokens = (logits / how.temperature).sort(stable=True, dim=-1, descending=True)
     probabilities = likeliest.double().softmax(-1)

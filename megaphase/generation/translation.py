@@ -1,4 +1,4 @@
-"""How well a model translates: BLEU and chrF of its translations of held-out sources."""
+"""Measure BLEU and chrF of a model's translations of held-out sources."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ BleuTokenizer = Literal["13a", "intl", "zh", "char", "none"]
 
 @dataclass(frozen=True)
 class Translation:
-    """hypothesis: what the model made of the pair's source.
+    """hypothesis: the model's translation of the pair's source.
 
-    ending: what it ended with: EOD; a limit of length; or, of a source that left no room for a
-    translation, nothing.
+    ending: why it ended: EOD, a limit of length, or "no room" if the source was too long to be
+    translated.
     """
 
     pair: TranslationPair
@@ -30,14 +30,15 @@ class Translation:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of a corpus of translations, 0 to 100 (Papineni et al. 2002; Popović 2015).
+    """The scores of a set of translations, 0 to 100 (Papineni et al. 2002; Popović 2015).
 
-    The signatures are sacrebleu's (Post 2018): all that the numbers depend on beside the texts.
+    The signatures are sacrebleu's (Post 2018): everything on which the scores depend, apart from
+    the texts.
 
     Attributes:
-        pairs: how many there are.
-        cut_off: translations that a limit of length has ended.
-        no_room: sources too long to be translated, which count as translated by nothing.
+        pairs: number of pairs.
+        cut_off: number of translations that ended at a limit of length.
+        no_room: number of sources too long to be translated; their translations count as empty.
     """
 
     bleu: float
@@ -58,10 +59,10 @@ def translate(
     batch: int = 16,
     advance: Callable[[int], object] = lambda count: None,
 ) -> list[Translation]:
-    """The model's translation of every pair's source; see `generate`.
+    """Return the model's translation of every pair's source; see `generate`.
 
-    A source that is too long for the model gets an empty one, so that all models are measured on
-    the same pairs.
+    A source that is too long for the model gets an empty translation, so that all models are
+    measured on the same pairs.
     """
     translations = [Translation(pair, "", "no room") for pair in pairs]
     fitting = [i for i, pair in enumerate(pairs) if len(pair.prompt) <= model.shape.seq_len]
@@ -74,7 +75,7 @@ def translate(
 
 
 def score(translations: Sequence[Translation], bleu_tokenizer: BleuTokenizer = "13a") -> Scores:
-    """BLEU and chrF of the translations of a task, with one reference each."""
+    """Return BLEU and chrF of the translations of a task, with one reference each."""
     from sacrebleu.metrics import BLEU, CHRF
 
     hypotheses = [each.hypothesis for each in translations]

@@ -80,7 +80,7 @@ def test_where_none_is_whole_nothing_begins_anew(tmp_path: Path) -> None:
         make_store(tmp_path).newest_whole(said.append)
     assert len(said) == 1
     assert str(tmp_path / full_name(4) / "state.json") in str(refused.value)
-    assert f"remove {tmp_path} to begin anew" in str(refused.value)
+    assert f"remove {tmp_path} to start again" in str(refused.value)
 
 
 def test_latest_leads_to_the_newest_and_the_last_and_permanent_ones_stay(tmp_path: Path) -> None:
@@ -117,11 +117,11 @@ def test_damaged_checkpoints_of_later_steps_do_not_crowd_out_new_ones(tmp_path: 
         save(tmp_path, step, keep=3)
     for step in (8, 12):
         damage(tmp_path / full_name(step) / "state.json", "altered")
-    save(tmp_path, 6, keep=1)  # of the run that went on from step 4
+    save(tmp_path, 6, keep=1)  # of the run that resumed from step 4
     found = make_store(tmp_path).newest_whole(lambda text: None)
     assert found is not None
     assert found.state["step"] == 6
-    save(tmp_path, 8, keep=1)  # it comes by the step of a damaged one
+    save(tmp_path, 8, keep=1)  # at the step of a damaged one
     found = make_store(tmp_path).newest_whole(lambda text: None)
     assert found is not None
     assert found.state["step"] == 8
@@ -172,7 +172,7 @@ def test_a_small_disk_that_fills_up_keeps_its_whole_checkpoints(small_disk: Path
     with pytest.raises(RunError, match=r"the disk has .* left.*resumes from step-00000001"):
         saver.save(full_name(2), snapshot(torch.zeros(20_000)), {}, {})
     shown = store_module.shutil.disk_usage(small_disk).free
-    with pytest.MonkeyPatch.context() as patch:  # another process is faster in taking the space
+    with pytest.MonkeyPatch.context() as patch:  # another process takes the space first
         patch.setattr(store_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e9))
         saver.save(full_name(2), snapshot(torch.zeros(20_000)), {}, {})
         with pytest.raises(RunError, match=r"rank 0 could not write: No space left on device"):
@@ -192,7 +192,7 @@ def test_a_folder_that_cannot_be_made_is_found_at_the_start(what: str, tmp_path:
     with pytest.raises(RunError, match=rf"{place}: cannot be written \("):
         make_store(place).prepare({})
     if blocked == place:
-        # Before the run's record is begun anew.
+        # Before the run's record is started again.
         with pytest.raises(InputError, match=rf"{place}: is a file, where a run has"):
             make_store(place).newest_whole(pytest.fail)
     else:
@@ -200,7 +200,7 @@ def test_a_folder_that_cannot_be_made_is_found_at_the_start(what: str, tmp_path:
 
 
 def prepare_read_only(folder: str) -> str:
-    """What is said of a folder that this process may not write to."""
+    """Return the error for a folder that this process may not write to."""
     before = os.geteuid()
     if before == 0:
         os.seteuid(65534)
@@ -224,7 +224,7 @@ def test_a_folder_that_is_read_only_is_found_at_the_start(tmp_path: Path) -> Non
 
 
 class SlowDisk:
-    """Stands in for write_tensors: begins when it is let, and says that it has been called."""
+    """Replaces write_tensors: starts when it is allowed to, and records that it was called."""
 
     def __init__(self) -> None:
         self.called, self.may_write = threading.Event(), threading.Event()
@@ -314,7 +314,7 @@ def test_after_a_failed_save_the_next_one_is_whole(
 
 
 def agreed_failure(folder: str) -> tuple[str, list[str]]:
-    """Rank 1 cannot write its shard; what every rank is told, and what is left."""
+    """Let rank 1 fail to write its shard; return each rank's error, and the remaining files."""
     from megaphase.distributed.all_ranks import process_group
     from megaphase.distributed.process_grid import start_process_grid
 

@@ -1,7 +1,7 @@
-"""What an optimizer step sends: every collective, counted where torch hands it to the network.
+"""The collectives of an optimizer step, counted where torch passes them to the network.
 
-What goes once a step goes once, however many micro-batches there are; ZeRO-3 gathers weights as
-often as `memory.gathered` says, and beside them a micro-batch sends nothing but its gradients.
+Collectives of a step happen once for any number of micro-batches; ZeRO-3 gathers weights as often
+as `memory.gathered` says, and otherwise a micro-batch only sends its gradients.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODEL = {"hidden": HIDDEN, "ffn": FFN, "layers": LAYERS}
 # DeepSpeed learns the order of the modules from the first passes.
 LEARNING_STEPS = 3
 RATE = 1e-3
-FEW = 8  # elements of what is no weight and no gradient
+FEW = 8  # elements of tensors that are neither weights nor gradients
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "allreduce_", "_allgather_base_", "_reduce_scatter_base_"
 H100 = Hardware("H100", False, 1000e12, 0.5, 3000e9, 8, 450e9, 50e9)
 
@@ -70,7 +70,7 @@ Collectives = Counter[tuple[str, int]]
 
 
 class Recorder(TorchDispatchMode):
-    """Notes all that is handed to a process group."""
+    """Records everything that is passed to a process group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _elements(arguments: tuple[Any, ...]) -> int:
-    """Of the whole tensor, which one of the first two arguments is, or holds."""
+    """Return the elements of the whole tensor, found in the first two arguments."""
     tensors = [each for each in arguments[:2] if isinstance(each, torch.Tensor)]
     if isinstance(arguments[0], list):
         tensors = arguments[0]
@@ -94,7 +94,8 @@ def _elements(arguments: tuple[Any, ...]) -> int:
 
 
 def record(cases: list[Case]) -> list[dict[int, list[Collectives]]]:
-    """What a rank does: by micro-batches, what a step sends, and one after a validation."""
+    """Run on a rank: by micro-batches, record the collectives of a step, and of one after
+    validation."""
     with process_group():
         return [{count: _record(case, micro) for count, micro in MICRO.items()} for case in cases]
 
@@ -129,7 +130,7 @@ def _far(settings_of: Any) -> Any:
 
     def settings(*given: Any) -> dict[str, Any]:
         found: dict[str, Any] = settings_of(*given)
-        # What is asked for ahead, beyond the turn at the loss, stays as well.
+        # Weights prefetched beyond the end of forward stay gathered as well.
         for key in ("stage3_max_reuse_distance", "stage3_prefetch_bucket_size"):
             found["zero_optimization"][key] = 0
         return found
@@ -145,18 +146,18 @@ def recorded() -> dict[Case, dict[int, list[Collectives]]]:
 
 
 def sent(case: Case, count: int) -> Collectives:
-    """By one optimizer step of `count` micro-batches."""
+    """Return the collectives of one optimizer step of `count` micro-batches."""
     return recorded()[case][count][0]
 
 
 def of_kind(found: Collectives, kind: str) -> tuple[int, int]:
-    """How many collectives, and the elements of all of them."""
+    """Return the number of collectives, and the elements of all of them."""
     mine = {size: times for (name, size), times in found.items() if name == kind}
     return sum(mine.values()), sum(size * times for size, times in mine.items())
 
 
 def figures(found: Collectives) -> Collectives:
-    """Losses, token counts and norms: neither weights nor gradients."""
+    """Return those of losses, token counts and norms: neither weights nor gradients."""
     return Counter({key: times for key, times in found.items() if key[1] <= FEW})
 
 

@@ -1,4 +1,4 @@
-"""What a launcher's variables say that cannot be: one line, exit code 2, for every command."""
+"""Inconsistent variables of a launcher: one line, exit code 2, for every command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def given(monkeypatch, **variables: str) -> None:
 
 def test_without_a_launcher():
     dist_env.check_launch()
-    dist_env.check_meeting()
+    dist_env.check_rendezvous()
     assert dist_env.given_world_size() is None
     assert [dist_env.world_size(), dist_env.global_rank(), dist_env.local_rank()] == [1, 0, 0]
 
@@ -34,7 +34,7 @@ def test_without_a_launcher():
 def test_with_a_launcher(monkeypatch):
     given(monkeypatch, RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4")
     given(monkeypatch, MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
-    dist_env.check_meeting()
+    dist_env.check_rendezvous()
     assert dist_env.given_world_size() == dist_env.world_size() == 8
     assert [dist_env.global_rank(), dist_env.local_rank()] == [5, 1]
     assert dist_env.local_world_size() == 4
@@ -76,4 +76,4 @@ def test_processes_that_are_not_told_where_to_meet(monkeypatch, missing):
     monkeypatch.delenv(missing)
     dist_env.check_launch()  # enough for `megaphase plan`
     with pytest.raises(InputError, match=f"{missing}: is not set, but WORLD_SIZE is 2"):
-        dist_env.check_meeting()
+        dist_env.check_rendezvous()

@@ -1,4 +1,4 @@
-"""Tensor-parallel parts on four real processes against the same thing computed in one."""
+"""Tensor-parallel parts on four real processes compared with a single process."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ PROCESSES = 4
 TENSOR_SIZES = (1, 2, 4)
 BATCH, SEQ, HIDDEN = 2, 8, 3
 
-# Everything whose shards could be cut wrongly: grouped queries, a gate, biases, a vocabulary that
-# neither 2 nor 4 divides.
+# Everything that could be sharded wrongly: grouped queries, a gate, biases, a vocabulary not
+# divisible by 2 or 4.
 MODEL = {
     "layers": 2,
     "hidden": 32,
@@ -61,7 +61,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class RankResults:
-    """What one rank has computed, by tensor-parallel size and by what distinguishes the runs."""
+    """The results of one rank, by tensor-parallel size and by variant."""
 
     weights: dict[tuple[int, int], dict[str, Shard]]
     logits: dict[int, Tensor]
@@ -70,7 +70,7 @@ class RankResults:
 
 
 def examine() -> RankResults:
-    """What a rank does."""
+    """Run on a rank."""
     results = RankResults({}, {}, {}, {})
     with process_group():
         for size in TENSOR_SIZES:
@@ -93,7 +93,7 @@ def by_rank() -> list[RankResults]:
 
 
 def tensor_ranks(size: int) -> list[RankResults]:
-    """The ranks of the first tensor-parallel group."""
+    """Return the ranks of the first tensor-parallel group."""
     return by_rank()[:size]
 
 
@@ -118,7 +118,7 @@ def _shards(engine: Engine) -> dict[str, Shard]:
 
 
 def reassembled(shards: list[Shard]) -> Tensor:
-    """The whole parameter from the shards of all tensor-parallel ranks."""
+    """Return the whole parameter from the shards of all tensor-parallel ranks."""
     if shards[0].dim is None:
         assert all(torch.equal(each.values, shards[0].values) for each in shards)
         return shards[0].values
@@ -194,9 +194,9 @@ def test_logits_cover_the_vocabulary_and_no_padding(size: int) -> None:
 
 @dataclass(frozen=True)
 class Collective:
-    """whole(inputs of all ranks) are the outputs that the ranks should see.
+    """whole(inputs of all ranks) returns the outputs expected on the ranks.
 
-    replicated: the input, or the output, is one tensor that every rank holds.
+    replicated: the input, or the output, is one tensor that every rank has.
     """
 
     run: Callable[[Tensor, ProcessGrid], Tensor]
@@ -231,7 +231,7 @@ def _input(collective: Collective, rank: int) -> Tensor:
 
 
 def _score(output: Tensor, collective: Collective, rank: int) -> Tensor:
-    """A scalar of one rank's output; ranks that hold one tensor together compute the same."""
+    """Return a scalar of one rank's output; ranks with a common tensor compute the same."""
     seed = 100 if collective.replicated_output else 100 + rank
     return (output**2 * normal(*output.shape, seed=seed)).sum()
 
@@ -271,7 +271,8 @@ TOKENS_AT_A_TIME = 5  # of BATCH * SEQ = 16: the last ones are fewer
 
 
 def _hidden(dtype: torch.dtype) -> Tensor:
-    """Large enough that exponentials of logits overflow unless the largest one is taken off."""
+    """Return values so large that exponentials of logits overflow without subtracting the
+    largest."""
     return (60 * normal(BATCH, SEQ, HIDDEN, seed=1)).to(dtype)
 
 
@@ -338,7 +339,7 @@ def test_cross_entropy_is_torchs(size: int, vocab: int, dtype: torch.dtype) -> N
         assert each.x_gradient.dtype == each.weight_gradient.dtype == dtype
         assert (each.losses.double() - expected.detach()).abs().max() <= 2 * tolerance
     if bf16:
-        return  # where the largest logits are near each other, a rounded one changes all
+        return  # if the largest logits are close, rounding one changes all
     for_x = torch.stack([each.x_gradient for each in found]).sum(0).double()
     for_weight = torch.cat([each.weight_gradient for each in found]).double()
     # An error in a logit is one of its probability, relative.

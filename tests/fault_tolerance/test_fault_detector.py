@@ -1,4 +1,4 @@
-"""Which rank is at fault, from beats alone: nodes that are lost, hangs, and what is no fault."""
+"""Diagnosing the faulty rank from heartbeats alone: lost nodes, hangs, and harmless cases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ BEAT_SECONDS = 1.0
 
 
 class Run:
-    """Ranks that beat once a second, as long as they are let; `nodes` has the ranks of each."""
+    """Ranks that send a heartbeat every second while they are not silent; `nodes` lists each
+    rank's."""
 
     def __init__(self, *nodes: int) -> None:
         places = [
@@ -30,7 +31,7 @@ class Run:
             self.beats[rank] = self.beats[rank]._replace(**changes)
 
     def go(self, seconds: float, *, progress: bool = True) -> Diagnosis | None:
-        """Let time pass, until there is a diagnosis."""
+        """Let time pass until there is a diagnosis."""
         end = self.seconds + seconds
         while self.seconds < end:
             self.seconds += BEAT_SECONDS

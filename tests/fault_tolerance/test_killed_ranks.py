@@ -1,4 +1,4 @@
-"""One rank of a job is killed: one line names it, whoever it is and whatever it was doing."""
+"""One rank of a job is killed: one line names it, whichever it is and whatever it was doing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ sys.exit(run_as_ranks(argv, int(processes), exit_messages, patience_seconds=floa
 def kill(
     folder: Path, command: list[str], ranks: int, victim: int, moment: str, number: int, wait: float
 ) -> tuple[int, int, str]:
-    """Start ranks, kill one `wait` seconds after a moment; its pid, the exit code, what is said."""
+    """Start ranks, kill one `wait` seconds after a moment; return its pid, exit code and output."""
     with open(folder / "stderr", "wb") as stderr:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
     try:
@@ -95,7 +95,7 @@ def test_rank_killed_below_torchrun_is_named_in_one_line(victim, tmp_path):
     command += [str(RANK), str(tmp_path)]
     pid, code, said = kill(tmp_path, command, 2, victim, "training", signal.SIGKILL, 0.1)
     assert code == 1
-    # The launcher's own report, a traceback of its own among it, is not ours to change.
+    # The launcher's own report, including a traceback, cannot be changed by Megaphase.
     [line] = [line for line in said.splitlines() if line.startswith("megaphase: ")]
     assert f"rank {victim} on " in line
     assert f"(process {pid}) has ended without a word (killed, or out of memory)" in line
@@ -145,7 +145,7 @@ def has_trained(metrics: Path) -> bool:
 
 
 def rank_of(launcher: int, rank: int) -> int:
-    """The process of a rank, among those that a launcher has started."""
+    """Return the process of a rank, among those that a launcher has started."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     found = [
         int(child)

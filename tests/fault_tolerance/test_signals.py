@@ -1,5 +1,5 @@
-"""What the program and a training do with signals: from the first instant, while it starts, while
-it trains. Exit code 75 is for what a signal has stopped, 130 for what Ctrl-C has ended at once."""
+"""Signals to the program and to a training: from the first instant, while it starts, while it
+trains. Exit code 75: stopped by a signal; 130: ended at once by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ with StopSignals() as signals:
 
 
 def run(code: str, *arguments: str, **variables: str) -> tuple[int, str]:
-    """Exit code and standard error of a new Python."""
+    """Return exit code and standard error of a new Python."""
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env=os.environ | variables,
@@ -108,7 +108,7 @@ with StopSignals() as signals:
 def test_signal_ends_a_run_that_has_not_begun_to_train(name, told, code):
     line = (
         f"megaphase: {told} came to rank 0 before the first step: nothing is lost, the same "
-        "command begins again\n"
+        "command starts again\n"
     )
     assert run(STARTING, name) == (code, line)
     assert run(STARTING, name, RANK="1") == (code, "")
@@ -140,7 +140,7 @@ ENDED = "megaphase: ended at once: 7 steps are lost\n"
         ("SIGINT", 0.3, {}, (75, SAVING)),
         ("SIGINT SIGINT", 0.6, {}, (130, SAVING + ENDED)),
         ("SIGINT SIGTERM SIGUSR1", 0.6, {}, (75, SAVING)),
-        # One press, from the terminal and from torchrun.
+        # One press of Ctrl-C, from the terminal and from torchrun.
         ("SIGINT SIGINT", 0.02, {"WORLD_SIZE": "2"}, (75, SAVING)),
         ("SIGINT SIGINT", 1.8, {"WORLD_SIZE": "2", "RANK": "1"}, (130, "")),
         # `launch local` ends its ranks by itself.
@@ -157,7 +157,7 @@ def test_ctrl_c_stays_ignored_where_it_was_before():
 
 
 STARTED = (
-    "SIGTERM came to rank 0 before the first step: nothing is lost, the same command begins again"
+    "SIGTERM came to rank 0 before the first step: nothing is lost, the same command starts again"
 )
 PROGRAM = """
 import os, signal, sys, threading
@@ -183,7 +183,7 @@ def test_signal_while_the_program_imports_ends_it_in_a_line(name, told, code):
 
 
 def reported(code: str, *arguments: str) -> tuple[int, str, list[dict[str, object]]]:
-    """Exit code, standard error, and what `launch local` is told."""
+    """Return exit code, standard error, and the reports to `launch local`."""
     read, write = os.pipe()
     os.set_inheritable(write, True)
     try:

@@ -1,4 +1,4 @@
-"""The stacks of all threads, taken by one of them while the others go on."""
+"""The stacks of all threads, taken by one of them while the others keep running."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On real ranks: who dies, freezes, hangs or fails is named, once, and all processes end."""
+"""On real ranks: a rank that dies, freezes, hangs or fails is named once, and all processes end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def name(rank: int, ended: list[Ended]) -> str:
 
 
 def said(ended: list[Ended]) -> str:
-    """The one line that all ranks together have said."""
+    """Return the one line that all ranks together have printed."""
     lines = [line for rank in ended for line in rank.stderr.splitlines()]
     assert len(lines) == 1, lines
     return lines[0]

@@ -16,7 +16,7 @@ from hf_support import (
     SHAPES,
     THEIR_CONFIGS,
     VOCAB,
-    make_theirs,
+    make_transformers_model,
     random_tokens,
     take,
 )
@@ -63,12 +63,12 @@ def tiny(tmp_path_factory) -> GPT:
 
 @torch.no_grad()
 def plain_logits(model: GPT, tokens: list[int]) -> Tensor:
-    """After every token, of the whole sequence computed anew: [seq, vocab]."""
+    """Return the logits after every token, recomputing the whole sequence: [seq, vocab]."""
     return model(torch.tensor([tokens]))[0]
 
 
 def plain_greedy(model: GPT, prompt: list[int], max_tokens: int, eod: int) -> Continuation:
-    """Without a cache, one prompt and one token at a time."""
+    """Generate without a cache, one prompt and one token at a time."""
     found = Continuation()
     for _ in range(min(max_tokens, model.shape.seq_len - len(prompt) + 1)):
         gains = plain_logits(model, prompt + found.tokens)[-1].log_softmax(-1)
@@ -127,12 +127,12 @@ def test_a_prompt_does_not_see_its_batch(model, how):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("beam", [1, 3])
 def test_transformers_generates_the_same(name, beam, tmp_path):
-    theirs = make_theirs(THEIR_CONFIGS[name]()).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
-    model = load_model(open_source(str(take(tmp_path / "theirs", tmp_path / "ours"))), "fp32")
+    reference = make_transformers_model(THEIR_CONFIGS[name]()).eval()
+    reference.save_pretrained(tmp_path / "reference")
+    model = load_model(open_source(str(take(tmp_path / "reference", tmp_path / "native"))), "fp32")
     how = Decoding(max_tokens=12, beam=beam)
     for prompt, found in zip(PROMPTS[:4], generate(model, PROMPTS[:4], how, EOD), strict=True):
-        tokens = theirs.generate(
+        tokens = reference.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
             max_new_tokens=12,
@@ -150,7 +150,7 @@ def test_transformers_generates_the_same(name, beam, tmp_path):
 
 
 def test_it_ends_with_eod(model):
-    """The token that comes tenth is taken for EOD."""
+    """The tenth token is treated as EOD."""
     whole = generate(model, PROMPTS[:3], GREEDY, EOD)
     eod = whole[1].tokens[9]
     first = whole[1].tokens.index(eod)
@@ -184,7 +184,7 @@ def test_a_diverged_model_is_named(tmp_path):
 
 
 def all_hypotheses(model: GPT, prompt: list[int], limit: int) -> list[Continuation]:
-    """Every sequence that ends with EOD, or has as many tokens as are allowed."""
+    """Return every sequence that ends with EOD, or has the maximum number of tokens."""
     ended, going = [], [Continuation()]
     for _ in range(limit):
         longer = []
@@ -215,7 +215,7 @@ def test_a_wide_beam_finds_what_an_exhaustive_search_does(tiny, penalty):
 
 
 def plain_beam(model: GPT, prompt: list[int], how: Decoding) -> list[Continuation]:
-    """As docs/generation.md says it, one hypothesis at a time."""
+    """Search as described in docs/generation.md, one hypothesis at a time."""
     live, kept = [Continuation()], []
     for length in range(1, how.max_tokens + 1):
         longer = [
@@ -258,7 +258,7 @@ def test_the_first_of_equal_scores_comes_first(rows):
 
 
 def test_ties_go_to_the_smaller_token(tmp_path):
-    """Of a model to which all tokens are the same."""
+    """With a model for which all tokens are equally likely."""
     model = random_model(tmp_path, TINY)
     model.head.weight.zero_()
     how = Decoding(max_tokens=3, beam=3, length_penalty=0.0)
@@ -271,7 +271,7 @@ def test_ties_go_to_the_smaller_token(tmp_path):
 
 
 def test_sampling_draws_by_probability(model):
-    """4,000 first tokens against probabilities worked out one by one."""
+    """Compare 4,000 first tokens with probabilities computed one by one."""
     prompt, draws = PROMPTS[1], 4000
     how = Decoding(max_tokens=1, temperature=0.5, top_k=9, top_p=0.7, seed=1)
     gains = plain_logits(model, prompt)[-1].double() / how.temperature
@@ -349,10 +349,10 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        (rb'{"prompt": "x \ud83d y"}', "half of a surrogate pair"),
-        (b'{"prompt": "caf\xe9"}', "no JSON object with a string under 'prompt'"),
-        (b'{"prompt": 1}', "no JSON object with a string under 'prompt'"),
-        (b"[" * 100_000, "no JSON object with a string under 'prompt'"),
+        (rb'{"prompt": "x \ud83d y"}', "a lone surrogate"),
+        (b'{"prompt": "caf\xe9"}', "not a JSON object with a string under 'prompt'"),
+        (b'{"prompt": 1}', "not a JSON object with a string under 'prompt'"),
+        (b"[" * 100_000, "not a JSON object with a string under 'prompt'"),
     ],
 )
 def test_prompts_that_are_no_text(line, named, tmp_path):

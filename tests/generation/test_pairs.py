@@ -64,10 +64,10 @@ def test_the_command(tok: Path, tmp_path: Path) -> None:
     for extra, message in (
         (
             [*keys],
-            "--tag: translation pairs need the target's tag; the tokenizer's tags are fr, hi",
+            "--tag: translation pairs need a tag for the target; the tokenizer's tags are fr, hi",
         ),
         ([*keys, "--tag", "de"], "--tag: the tokenizer has no tag 'de'; the tokenizer's tags are"),
-        (["--tag", "fr"], "--tag: only translation pairs have one; leave it out"),
+        (["--tag", "fr"], "--tag: only translation pairs have a tag; leave it out"),
         (keys[:2], "--target-key: a pair has two keys; give both or none"),
     ):
         result = CliRunner().invoke(data_app, [*arguments, *extra])

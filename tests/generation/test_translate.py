@@ -78,7 +78,7 @@ def place(tmp_path_factory) -> Place:
 
 @pytest.fixture
 def call(monkeypatch, capfd):
-    """Runs a command; its exit code, standard output, standard error."""
+    """Return a function that runs a command and returns its exit code and both outputs."""
 
     def run(*arguments: object, text: str = "") -> tuple[Any, str, str]:
         monkeypatch.setattr(sys, "argv", ["megaphase", *map(str, arguments)])
@@ -138,9 +138,15 @@ def test_mistakes_get_one_line(place, call, tmp_path):
         ([run], "neither is given"),
         ([run, "--prompt", "a", "--input", wrong], "both are given"),
         ([run, "--prompt", "ka " * 50], "seq_len is 32; shorten it"),
-        ([run, "--input", wrong], "wrong.jsonl:2: is no JSON object with a string under 'prompt'"),
+        (
+            [run, "--input", wrong],
+            "wrong.jsonl:2: is not a JSON object with a string under 'prompt'",
+        ),
         ([run, "--input", tmp_path / "none"], "No such file"),
-        ([run, "--prompt", "a", "--beam", 2, "--temperature", 1], "excludes --temperature"),
+        (
+            [run, "--prompt", "a", "--beam", 2, "--temperature", 1],
+            "cannot be combined with --temperature",
+        ),
         ([run, "--prompt", "a", "--top-k", 3], "give --temperature"),
         ([f"{place.run}@lates", "--prompt", "a"], "latest"),
     ):

@@ -1,4 +1,4 @@
-"""Runs that go on from another run's checkpoint, against the run that had both phases itself."""
+"""Branches from another run's checkpoint, compared with the run that had both phases itself."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from megaphase.training.branch import choose_branch
 from megaphase.utils.errors import InputError
 
 RATES = {"alda": 0.25, "boreth": 0.25, "cimri": 0.5}
-# What a run says of its own beginning and of its checkpoints.
+# A run's messages about its own start and its checkpoints.
 OWN_EVENTS = ("branch", "checkpoint", "best")
 PRETRAIN_STEPS = STEPS[0]
 
@@ -44,9 +44,9 @@ def branch_settings(corpora, *, state="reset", **changes):
 
 @pytest.fixture(scope="module")
 def base(corpora, folder):
-    """The run directory of the high-resource phase alone, without the task that is to come.
+    """Return the run directory of the high-resource phase, without the task that is added later.
 
-    With so large a gain asked for, the best weights are those of step 5, saved alone.
+    With such a large required gain, the best weights are those of step 5, saved separately.
     """
     settings = run_settings(corpora, monitor={"tasks": ["alda"], "min_gain": 0.9})
     settings["phases"] = settings["phases"][:1]
@@ -57,14 +57,14 @@ def base(corpora, folder):
 
 @pytest.fixture(scope="module")
 def whole(corpora, folder):
-    """The undisturbed run of both phases."""
+    """Return the uninterrupted run of both phases."""
     run_well("train", write_run_file(folder / "whole", settings_of(corpora)))
     return folder / "whole" / "run"
 
 
 @pytest.fixture(scope="module")
 def branch(corpora, folder, base):
-    """A finished branch of the end of the first phase."""
+    """Return a finished branch from the end of the first phase."""
     run_file = write_run_file(folder / "branch", branch_settings(corpora))
     run_well("train", run_file, "--from", f"{base}@pretrain")
     return folder / "branch" / "run"
@@ -149,7 +149,7 @@ def test_a_branch_that_is_killed_before_its_first_checkpoint_begins_again(
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert f"{checkpoint}: this is not a checkpoint" in result.stderr
 
-    # Another checkpoint's name, which an altered byte makes of it, is not followed.
+    # The name of another checkpoint, caused by an altered byte, is not followed.
     origin = folder / "orphan" / "run" / "origin.json"
     origin.write_text(origin.read_text().replace("step-00000012", "step-00000011"))
     result = run("train", folder / "orphan" / "run.yaml")
@@ -158,7 +158,7 @@ def test_a_branch_that_is_killed_before_its_first_checkpoint_begins_again(
 
 
 def kill_before_claim() -> None:
-    """In the process of a run: it ends before it says that it has begun."""
+    """In a run's process: end it before it reports that it has started."""
     from megaphase.training.run_directory import RunDirectory
 
     RunDirectory.claim = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
@@ -248,7 +248,7 @@ def test_names_in_a_path_with_an_at_sign(base, tmp_path):
 
 
 def refused(run_file: Path, source: object, *overrides: str) -> str:
-    """What the command says; it has to end with exit code 2, and to have written nothing."""
+    """Return the error; the command must exit with code 2 and write nothing."""
     before = tree(run_file.parent)
     result = run("train", run_file, *overrides, "--from", source)
     assert result.returncode == 2, result.stderr
@@ -258,7 +258,7 @@ def refused(run_file: Path, source: object, *overrides: str) -> str:
 
 
 def tree(folder: Path):
-    """All files but the lock; what lies in them."""
+    """Return all files but the lock, with their content."""
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints of a real run appear whole or not at all, whatever goes wrong while it saves.
+"""Checkpoints of a real run are published atomically, whatever goes wrong while it saves.
 
-A run of two processes is led through a full disk, a full metrics file and a killed rank, and must
-end like its undisturbed twin. For the store by itself see test_store.py.
+A run of two processes meets a full disk, a full metrics file and a killed rank, and must end like
+its uninterrupted twin. For the store alone see test_store.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHARD_LIMIT, METRICS_LIMIT = 150, 8  # KiB: less than a shard; less than the row
 
 @dataclass(frozen=True)
 class Start:
-    """A start of the run that has ended: what its ranks said, and what it left behind."""
+    """A start of the run that has ended: its ranks' output, and the files it left."""
 
     results: list[subprocess.CompletedProcess[str]]
     checkpoints: list[str]
@@ -67,7 +67,7 @@ class Ordeal:
 
 
 def limited(kilobytes: int, command: list[str]) -> list[str]:
-    """The command with a limit on the size of files: beyond it a write fails (EFBIG)."""
+    """Return the command with a limit on the size of files: beyond it a write fails (EFBIG)."""
     return ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "bash", *command]
 
 
@@ -78,7 +78,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run that writes its checkpoints while it waits for them."""
+    """Return the folder of a finished run with synchronous saves."""
     folder = tmp_path_factory.mktemp("undisturbed") / "a"
     checkpoint = {"every_steps": 4, "keep": 2, "asynchronous": False}
     changes = {"parallel": {"tensor": 1, "zero": 1}, "checkpoint": checkpoint}
@@ -89,7 +89,7 @@ def undisturbed(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def ordeal(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Ordeal:
-    """The same run from the end of its first phase on, with asynchronous saves and faults."""
+    """Run the same from the end of its first phase on, with asynchronous saves and faults."""
     run_file = copy_run(undisturbed, tmp_path_factory.mktemp("ordeal") / "a")
     run = run_file.parent / "run"
     checkpoints = run / "checkpoints"

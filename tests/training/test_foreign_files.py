@@ -1,4 +1,4 @@
-"""What lies in a run's folders and is none of the run's: passed over or set aside, and said."""
+"""Files in a run's folders that are not the run's: ignored or set aside, and reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WAIT_SECONDS = 60
 
 @pytest.fixture(autouse=True)
 def no_hang() -> Iterator[None]:
-    """What would wait for ever for the other end of a FIFO ends the test."""
+    """End the test if something waits forever for the other end of a FIFO."""
 
     def fail(*_: object) -> None:
         raise AssertionError("hangs")
@@ -93,7 +93,7 @@ def test_with_the_name_of_a_checkpoint(put: Put, tmp_path: Path) -> None:
     assert found.folder == tmp_path / full_name(4)
     [sentence] = said
     assert sentence.startswith(f"{tmp_path / full_name(8)}")
-    assert ("passed over" if put in NO_FOLDERS else "going back") in sentence
+    assert ("ignored" if put in NO_FOLDERS else "going back") in sentence
     assert store.newest_name() == full_name(4)
     state = newest_state_of(tmp_path)
     assert state is not None
@@ -109,7 +109,7 @@ def test_with_the_name_of_a_checkpoint(put: Put, tmp_path: Path) -> None:
 
 
 def newest_state_of(folder: Path) -> dict[str, object] | None:
-    """Of the run whose folder of checkpoints this is."""
+    """Return the newest state of the run with this folder of checkpoints."""
     run = folder.parent / f"{folder.name}-run"
     run.mkdir()
     (run / "checkpoints").symlink_to(folder)
@@ -133,7 +133,7 @@ def test_where_a_save_is_written_aside(
     left = names(tmp_path)
     assert {full_name(6), "latest", ".snapshot"} <= set(left)
     assert (tmp_path / ".snapshot" / "file").exists()
-    # Directories and links are what this program leaves there; the others are somebody's.
+    # This program leaves directories and links there; the others belong to somebody else.
     kept = [name for name in left if name.endswith(".set-aside")]
     assert len(kept) == (3 if put in (a_file, a_fifo) else 0)
     assert capfd.readouterr().err.count("it is renamed to") == len(kept)
@@ -186,7 +186,7 @@ def test_other_directories_do_not_take_the_place_of_checkpoints_that_are_kept(
 def test_where_nothing_but_that_is_there_no_run_begins_anew(put: Put, tmp_path: Path) -> None:
     put(tmp_path / full_name(4))
     with pytest.raises(
-        InputError, match=r"not a checkpoint, and no other checkpoint there is whole"
+        InputError, match=r"not a checkpoint, and no other checkpoint there is intact"
     ):
         make_store(tmp_path).newest_whole(pytest.fail)
     assert names(tmp_path) == [full_name(4)]
@@ -253,7 +253,7 @@ def test_a_run_goes_on_whatever_lies_in_its_way(tmp_path: Path) -> None:
 
     run_dir = tmp_path / "a" / "run"
     checkpoints = run_dir / "checkpoints"
-    # The newest of two is gone.
+    # The newest of two is missing.
     os.rename(checkpoints / full_name(8), tmp_path / "moved")
     a_file(checkpoints / full_name(8))
     a_loop(checkpoints / full_name(12))

@@ -1,4 +1,4 @@
-"""Tokens that are found wrong as they are read: all ranks end, one speaks, none trains on them."""
+"""Tokens found wrong while reading: all ranks end, one reports it, none trains on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VOCABULARY = 500
 
 
 def write_token(prefix: Path, position: int, token: int) -> None:
-    """Put a token into a corpus with the checksums that a writer would make of it."""
+    """Write a token into a corpus with the matching checksums of a writer."""
     tokens = np.fromfile(f"{prefix}.bin", "<u2")
     tokens[position] = token
     tokens.tofile(f"{prefix}.bin")
@@ -40,7 +40,7 @@ def write_token(prefix: Path, position: int, token: int) -> None:
 
 
 def blocks_of(plan: Plan, samples: list[TracedSample]) -> dict[tuple[str, int], int]:
-    """The blocks that samples are read from, as (task, number), and a token in each."""
+    """Return the blocks from which samples are read, as (task, number), and a token in each."""
     found = {}
     for sample in samples:
         offsets = plan.spec.streams[sample.task].corpus.byte_offsets
@@ -63,8 +63,8 @@ def held_out_blocks(plan: Plan, samples: int) -> set[tuple[str, int]]:
 
 
 def first_step_that_only_one_half_reads(plan: Plan, samples: int) -> tuple[int, str, int]:
-    """A step, a task and a token of a block of which only the second half of that step's batch
-    reads, and nothing before."""
+    """Return a step, a task and a token of a block that only the second half of that step's batch
+    reads, and that nothing reads before."""
     size = plan.spec.samples_per_step
     before = held_out_blocks(plan, samples)
     for step in range(1, plan.phases[0].steps + 1):
@@ -83,7 +83,7 @@ def first_step_that_only_one_half_reads(plan: Plan, samples: int) -> tuple[int, 
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_one_rank_speaks_and_all_end_before_the_step(tensor, tmp_path):
-    """With tensor 1 a single rank finds it, which the others must learn; with tensor 2 both do."""
+    """With tensor 1 a single rank finds it, and the others must be told; with tensor 2 both do."""
     corpora = make_corpora(tmp_path / "corpora")
     settings = run_settings(
         corpora,

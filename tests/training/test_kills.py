@@ -1,4 +1,4 @@
-"""Promise 4: killed at any moment, a run goes on bit for bit. Tensor 2 × data 2, ZeRO-3.
+"""Promise 4: killed at any moment, a run resumes bit for bit. Tensor 2 × data 2, ZeRO-3.
 
 Part of the slow tests: `make test-slow`.
 """

@@ -159,7 +159,7 @@ BF16_CASES = [
 
 @dataclass(frozen=True)
 class Step:
-    """Losses a token, in nats, and the norm of the gradients before clipping."""
+    """Losses per token, in nats, and the norm of the gradients before clipping."""
 
     loss: float
     by_task: dict[str, float]
@@ -175,7 +175,7 @@ class Curve:
 
 
 def train_curves(cases: list[Case]) -> list[Curve]:
-    """What a rank does: train one engine after the other."""
+    """Run on a rank: train one engine after the other."""
     with process_group():
         return [_train(case) for case in cases]
 
@@ -206,7 +206,7 @@ def _train(case: Case) -> Curve:
 
 
 def _padding(engine: Any, case: Case, vocab: int) -> list[Tensor]:
-    """The rows of embedding and head on this rank that stand for no token."""
+    """Return the padding rows of embedding and head on this rank."""
     rows = padded_vocab(vocab, case.tensor) // case.tensor
     real = min(rows, vocab - rows * engine.grid.tensor_rank)
     weights = model_weights(engine)
@@ -215,17 +215,17 @@ def _padding(engine: Any, case: Case, vocab: int) -> list[Tensor]:
 
 @once
 def curves(processes: int) -> dict[Case, Curve]:
-    """All cases of one number of processes, as rank 0 saw them."""
+    """Return all cases of one number of processes, from rank 0."""
     cases = [each for each in CASES + BF16_CASES if each.tensor * each.data == processes]
     results = run_ranks(train_curves, processes, cases)
     for others in results[1:]:
-        for ours, theirs in zip(results[0], others, strict=True):
-            assert ours.steps == theirs.steps  # every rank knows the global figures
-            assert ours.validation == theirs.validation
+        for native, reference in zip(results[0], others, strict=True):
+            assert native.steps == reference.steps  # every rank knows the global figures
+            assert native.validation == reference.validation
     last = results[-1]
     padded = [
-        Curve(ours.steps, ours.validation, ours.weights_before, theirs.padding_after)
-        for ours, theirs in zip(results[0], last, strict=True)
+        Curve(native.steps, native.validation, native.weights_before, reference.padding_after)
+        for native, reference in zip(results[0], last, strict=True)
     ]
     return dict(zip(cases, padded, strict=True))
 
@@ -236,7 +236,7 @@ def curve(case: Case) -> Curve:
 
 @cache
 def plain_curve(name: str) -> Curve:
-    """The same training by `plain_gpt`, from the first weights of the variant's 1 × 1 engine."""
+    """Train `plain_gpt` in the same way, from the first weights of the variant's 1 × 1 engine."""
     variant = VARIANTS[name]
     cases = [each for each in CASES if each.variant == name]
     assert (cases[0].tensor, cases[0].data) == (1, 1)
@@ -263,7 +263,7 @@ def plain_curve(name: str) -> Curve:
 
 
 def _plain_losses(model: PlainGPT, variant: Variant, step: int) -> tuple[Tensor, dict[str, float]]:
-    """Mean over all tokens of the batch that have a target, and over those of each task."""
+    """Return the mean over all tokens of the batch with a target, and over those of each task."""
     batch = variant.batch(step)
     losses = model.losses(batch.inputs, batch.targets, batch.documents)
     real = batch.targets != IGNORED
@@ -276,7 +276,7 @@ def _plain_losses(model: PlainGPT, variant: Variant, step: int) -> tuple[Tensor,
 
 
 def figures(curve: Curve, steps: int) -> dict[str, Tensor]:
-    """Every number of a curve's first steps, by kind, in float64."""
+    """Return every number of a curve's first steps, by kind, in float64."""
     first = curve.steps[:steps]
     return {
         "loss": _float64(each.loss for each in first),
@@ -293,10 +293,12 @@ def _float64(values: Iterable[float]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.float64)
 
 
-def deviations(ours: Curve, reference: Curve) -> dict[str, float]:
-    """The largest relative difference of each kind of figure."""
-    mine, theirs = (figures(each, len(ours.steps)) for each in (ours, reference))
-    return {kind: float(((mine[kind] - theirs[kind]) / theirs[kind]).abs().max()) for kind in mine}
+def deviations(native: Curve, reference: Curve) -> dict[str, float]:
+    """Return the largest relative difference of each kind of figure."""
+    mine, expected = (figures(each, len(native.steps)) for each in (native, reference))
+    return {
+        kind: float(((mine[kind] - expected[kind]) / expected[kind]).abs().max()) for kind in mine
+    }
 
 
 @pytest.mark.distributed

@@ -1,8 +1,8 @@
-"""ZeRO-3 with optimizer and parameters on an NVMe disk: saved, gone on with, and reset.
+"""ZeRO-3 with optimizer and parameters on an NVMe disk: saved, resumed, and reset.
 
-DeepSpeed reads and writes the disk with an operator of its own, which needs libaio and is compiled
-at its first use. That takes minutes, so tests with it are slow ones; the others put a stand-in in
-its place that does the same with Python's files. Any disk will do here.
+DeepSpeed reads and writes the disk with its own operator, which needs libaio and is compiled at its
+first use. That takes minutes, so tests with it are slow ones; the others replace it by a class that
+does the same with Python's files. Any disk will do here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from megaphase.utils.errors import InputError
 PROCESSES = 2
 BEFORE, AFTER = 3, 3
 RATE = 1e-2
-# DeepSpeed leaves tensors below 1 MiB a rank in memory: the embeddings are above it, also in bf16.
+# DeepSpeed leaves tensors below 1 MiB per rank in memory: the embeddings are larger, even in bf16.
 VOCAB = 8192
 MODEL = {"hidden": 128, "ffn": 256}
 PLACES = {
@@ -54,7 +54,7 @@ Curve = list[tuple[float, float]]
 
 @cache
 def missing() -> str | None:
-    """Why DeepSpeed's operator cannot be used here, or None."""
+    """Return why DeepSpeed's operator cannot be used here, or None."""
     includes = ("/usr/include", "/usr/local/include")
     if not any(Path(folder, "libaio.h").exists() for folder in includes):
         return "libaio-dev is not installed"
@@ -62,7 +62,7 @@ def missing() -> str | None:
 
 
 class PythonHandle:
-    """What DeepSpeed's swappers use of its `aio_handle`; here a request is done at once."""
+    """The part of `aio_handle` that DeepSpeed's swappers use; requests finish at once here."""
 
     locked: ClassVar[list[Tensor]] = []  # by any handle: the operator shares them, too
 
@@ -102,7 +102,7 @@ class PythonHandle:
 
 
 class PythonOperator:
-    """Stands in for AsyncIOBuilder."""
+    """Replaces AsyncIOBuilder."""
 
     aio_handle = PythonHandle
 
@@ -120,7 +120,7 @@ def put_stand_in_place() -> None:
 
 @dataclass
 class Examined:
-    """Of one case; curves are losses and gradient norms."""
+    """The results of one case; curves are losses and gradient norms."""
 
     on_the_cpu: Curve
     undisturbed: Curve

@@ -24,11 +24,11 @@ PATIENCE, MIN_GAIN = 2, 0.01
 WEIGHTS = {"cimri": 2.0, "alda": 1.0}
 EPOCHS = 0.25
 EVERY = 3
-LONG = 150  # steps that no phase of these runs comes to
+LONG = 150  # steps that no phase of these runs reaches
 
 
 def settings_of(corpora: Path, **lengths: dict):
-    """Three phases; `lengths` replace what ends them."""
+    """Return three phases; `lengths` replace their ends."""
 
     def phase(name, mixture, peak, **length):
         rate = {"schedule": "constant", "peak": peak, "warmup_steps": 2}
@@ -55,7 +55,7 @@ def corpora(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_dir(corpora, tmp_path_factory):
-    """The directory of the undisturbed run."""
+    """Return the directory of the uninterrupted run."""
     folder = tmp_path_factory.mktemp("ending") / "a"
     run_well("train", write_run_file(folder, settings_of(corpora)))
     return folder / "run"
@@ -68,7 +68,7 @@ def rows(run_dir):
 
 @pytest.fixture(scope="module")
 def ends(rows):
-    """The last step of every phase, and why it was the last."""
+    """Return the last step of every phase, and why it was the last."""
     return {
         row["phase"]: (row["step"], row["reason"])
         for row in rows
@@ -78,7 +78,7 @@ def ends(rows):
 
 @pytest.fixture(scope="module")
 def traced(run_dir):
-    """What every step of the run saw, as `plan trace` says, by step."""
+    """Return the samples of every step of the run from `plan trace`, by step."""
     config = load_run_file(run_dir.parent / "run.yaml")
     spec = plan_spec(config, Tokenizer.load(config.tokenizer))
     plan = Plan(spec, ensure_built(spec, run_dir))
@@ -96,7 +96,7 @@ def trace_all(run_dir, plan):
 
 
 def held_out(rows, phase=None):
-    """(step, losses by task) of every validation."""
+    """Return (step, losses by task) of every validation."""
     return [
         (row["step"], {task: figures["loss"] for task, figures in row["validation"].items()})
         for row in rows
@@ -171,7 +171,7 @@ def test_where_phases_ended_does_not_depend_on_the_log(run_dir, ends, traced, tm
     assert history.doubt is None
     assert {phase.name: (phase.ended_after, phase.reason) for phase in history.phases} == ends
     assert trace_all(copy, plan) == traced
-    # Without the ends and the starts: what an earlier version wrote, and its log.
+    # Without the ends and the starts: as written by an earlier version, with its metrics.
     shutil.copy(run_dir / "metrics.jsonl", copy)
     without_history(copy)
     assert trace_all(copy, plan) == traced
@@ -181,7 +181,7 @@ def test_where_phases_ended_does_not_depend_on_the_log(run_dir, ends, traced, tm
     said = run("plan", "trace", copy, "--step", ends["goal"][0] + 1, "--json")
     assert said.returncode == 0, said.stderr
     assert doubt in said.stderr
-    # The checkpoints at the ends of phases tell their steps, too.
+    # The checkpoints at the ends of phases also record their steps.
     (copy / "metrics.jsonl").unlink()
     assert trace_all(copy, plan) == traced
 
@@ -194,7 +194,7 @@ def without_history(run_dir):
 
 
 def test_it_is_the_run_that_was_told_these_lengths(corpora, rows, ends, tmp_path):
-    """The batches, too: of a run whose plan has the phases as long as they came out."""
+    """The batches too: of a run whose plan has the phases with their actual lengths."""
     first, second, third = (step for step, _ in ends.values())
     settings = settings_of(
         corpora,
@@ -222,7 +222,7 @@ def test_the_checkpoint_at_the_end_of_a_phase_stays(run_dir, ends):
 
 
 def bests(rows):
-    """Step and losses of the best validation of each of the monitor's tasks, and of the mean."""
+    """Return step and losses of the best validation of each monitored task, and of the mean."""
     measured = held_out(rows)
 
     def mean(losses):
@@ -246,7 +246,7 @@ def test_the_best_weights_have_the_loss_that_was_recorded(run_dir, rows, name):
 
 
 def test_the_gap_is_that_of_the_validation_and_the_training_rows(rows, traced):
-    """Of the rows since the validation before; a sample's first token is no target."""
+    """Of the rows since the validation before; a sample's first token is not a target."""
     tokens: Counter[str] = Counter()
     nats: Counter[str] = Counter()
     checked = 0
@@ -274,7 +274,7 @@ def test_the_gap_is_that_of_the_validation_and_the_training_rows(rows, traced):
 def test_killed_before_its_early_end_and_after_it_the_run_is_the_same(
     run_dir, rows, ends, tmp_path
 ):
-    """The first kill is after one validation without gain, the second within the switch."""
+    """The first kill is after one validation without a gain, the second during the switch."""
     folder = tmp_path / "killed"
     folder.mkdir()
     run_file = folder / "run.yaml"

@@ -37,7 +37,7 @@ class Movement:
 
 
 def move(runs: list[tuple[int, str]]) -> list[Movement]:
-    """What a rank does: a run for each ZeRO stage and precision."""
+    """Run on a rank: a run for each ZeRO stage and precision."""
     with process_group():
         return [_move(zero, precision) for zero, precision in runs]
 

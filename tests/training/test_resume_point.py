@@ -1,4 +1,4 @@
-"""From where a run resumes, and what it loses if it ends at once."""
+"""Where a run resumes, and what it loses if it ends at once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """SIGTERM, SIGUSR1 and Ctrl-C: all ranks finish the step, save and end with exit code 75.
 
-One run of two processes is stopped at moment after moment and started again each time; in the end
-its rows must equal, bit for bit, those of its undisturbed twin.
+One run of two processes is stopped at many moments and restarted each time; in the end its rows
+must equal, bit for bit, those of its uninterrupted twin.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Signals = Sequence[tuple[int, signal.Signals]]  # to which rank
 
 @dataclass(frozen=True)
 class Stop:
-    """A start of the run that was stopped, and what it left behind."""
+    """A start of the run that was stopped, and the files it left."""
 
     results: list[subprocess.CompletedProcess[str]]
     checkpoints: list[str]
@@ -56,7 +56,8 @@ class Stop:
         return [result.returncode for result in self.results]
 
     def said(self) -> tuple[str, int, int]:
-        """Signal, rank and step, from the only line on standard error; two after Ctrl-C."""
+        """Return signal, rank and step, from the only line on standard error; two lines after
+        Ctrl-C."""
         assert [result.stderr for result in self.results[1:]] == [""] * (len(self.results) - 1)
         match = LINE.fullmatch(self.results[0].stderr.removeprefix(SAVING))
         assert match is not None, self.results[0].stderr
@@ -91,7 +92,7 @@ class Stopper:
             return self._what_came_of_it(ranks)
 
     def stop_itself(self, method: str, rank: int, number: signal.Signals, calls: int = 1) -> Stop:
-        """A rank gets the signal at a certain call of a method of its training loop."""
+        """Send a rank the signal at a certain call of a method of its training loop."""
         prepare = partial(signal_at_call, method, calls, rank, number)
         with RunningRanks(self.command, PROCESSES, prepare=prepare) as ranks:
             return self._what_came_of_it(ranks)
@@ -104,7 +105,7 @@ class Stopper:
         return Stop(results, names, latest, len(self._rows()))
 
     def after_steps(self, steps: int) -> Callable[[RunningRanks], bool]:
-        """So many more than there are now."""
+        """Return a condition: this many more steps than there are now."""
         wanted = len(self._rows()) + steps
         return lambda ranks: len(self._rows()) >= wanted
 
@@ -123,7 +124,7 @@ def signal_at_call(method: str, calls: int, rank: int, number: signal.Signals) -
 
 
 def starting_up(ranks: RunningRanks) -> bool:
-    """All ranks have installed their handlers, long before the first step."""
+    """Return whether all ranks have installed their handlers, long before the first step."""
     return all(_catches(each.pid, TERM) for each in ranks.processes)
 
 

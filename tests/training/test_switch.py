@@ -1,6 +1,6 @@
 """Promise 5: after a reset the engine is a fresh optimizer on the same fp32 weights, bit for bit.
 
-The reset engine is held against a new engine, built with other initial weights and set to the
+The reset engine is compared with a new engine, built with other initial weights and set to the
 weights at the switch. Both then take the same steps.
 """
 
@@ -56,7 +56,7 @@ CASES = [
 
 @dataclass(frozen=True)
 class Step:
-    """What a step showed, and the fp32 weights and the model's weights after it."""
+    """The results of a step, and the fp32 weights and the model's weights after it."""
 
     loss: float
     grad_norm: float
@@ -77,7 +77,7 @@ class Comparison:
 
 
 def compare(cases: list[Case]) -> list[Comparison]:
-    """What a rank does."""
+    """Run on a rank."""
     with process_group():
         return [_compare(case) for case in cases]
 
@@ -123,14 +123,14 @@ def _steps(engine: Engine, steps: int) -> list[Step]:
 
 @once
 def comparisons(processes: int) -> dict[Case, list[Comparison]]:
-    """By case, what each rank saw."""
+    """Return the results of each rank, by case."""
     cases = [each for each in CASES if each.tensor * each.data == processes]
     by_rank = run_ranks(compare, processes, cases)
     return {case: [each[i] for each in by_rank] for i, case in enumerate(cases)}
 
 
 def same(one: Weights, other: Weights) -> bool:
-    """Bit for bit."""
+    """Return whether they are equal bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
@@ -139,11 +139,11 @@ def same(one: Weights, other: Weights) -> bool:
 def test_reset_is_a_fresh_optimizer_on_the_same_weights(case: Case) -> None:
     for rank in comparisons(case.tensor * case.data)[case]:
         assert same(rank.fresh_start, rank.at_switch)
-        for ours, fresh in zip(rank.reset, rank.fresh, strict=True):
-            assert all(each.dtype == torch.float32 for each in ours.weights.values())
-            assert same(ours.weights, fresh.weights)
-            assert same(ours.model, fresh.model)
-            assert (ours.loss, ours.grad_norm) == (fresh.loss, fresh.grad_norm)
+        for native, fresh in zip(rank.reset, rank.fresh, strict=True):
+            assert all(each.dtype == torch.float32 for each in native.weights.values())
+            assert same(native.weights, fresh.weights)
+            assert same(native.model, fresh.model)
+            assert (native.loss, native.grad_norm) == (fresh.loss, fresh.grad_norm)
         assert not same(rank.reset[0].weights, rank.at_switch)
 
 

@@ -41,7 +41,7 @@ def train(run_file: Path, processes: int = 1):
 
 @pytest.fixture(scope="module")
 def single(corpora, tmp_path_factory):
-    """The folder of a finished run of one process, ZeRO 0."""
+    """Return the folder of a finished run of one process, ZeRO 0."""
     folder = tmp_path_factory.mktemp("single") / "a"
     train(write_run_file(folder, run_settings(corpora)))
     return folder
@@ -49,7 +49,7 @@ def single(corpora, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def several(corpora, tmp_path_factory):
-    """The folder of a finished run of tensor 2 × data 2 with ZeRO 3."""
+    """Return the folder of a finished run of tensor 2 × data 2 with ZeRO 3."""
     folder = tmp_path_factory.mktemp("several") / "a"
     settings = run_settings(
         corpora, parallel={"tensor": 2, "zero": 3}, hardware={"peak_tflops": PEAK_TFLOPS}
@@ -116,7 +116,7 @@ def test_training_learns_and_low_resource_text_waits_for_its_phase(single):
 
 
 def test_bits_per_byte_are_nats_over_the_bytes_of_the_scored_text(single, corpora):
-    """Against a count by decoding each scored token by itself."""
+    """Compared with a count that decodes each scored token separately."""
     from megaphase.config.load import load_run_file
     from megaphase.plan.dataset import read_held_out
     from megaphase.plan.spec import plan_spec
@@ -181,7 +181,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(layout, request, tmp_path):
     checkpoints = folder / "run" / "checkpoints"
 
     def saving_again():
-        return any(checkpoints.glob("*step-00000008*"))  # under way, or already whole
+        return any(checkpoints.glob("*step-00000008*"))  # in progress, or already complete
 
     def second_phase_begun():
         return any(
@@ -221,7 +221,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_keeps_its_record(single, tmp_pa
     refused = launch(megaphase("train", run_file), 2)
     assert [each.returncode for each in refused] == [2, 2]
     assert refused[0].stderr.count("\n") == 1
-    assert f"remove {run_dir / 'checkpoints'} to begin anew" in refused[0].stderr
+    assert f"remove {run_dir / 'checkpoints'} to start again" in refused[0].stderr
     assert read_rows(run_dir) == read_rows(single / "run")
 
 

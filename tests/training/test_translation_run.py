@@ -1,4 +1,4 @@
-"""Whole runs on a text task and a translation task: losses, layouts, resume, and what they show."""
+"""Whole runs on a text task and a translation task: losses, layouts, resume, and their output."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PAIRS = 400
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory) -> Path:
-    """The corpora of three languages, and pairs of sentences from two of them."""
+    """Make the corpora of three languages, and pairs of sentences from two of them."""
     folder = make_corpora(tmp_path_factory.mktemp("corpora"))
     tokenizer = Tokenizer.load(folder / "tok")
     sources, targets = (sentences(folder / "text" / f"{name}.jsonl") for name in ("alda", "boreth"))
@@ -59,7 +59,7 @@ def corpora(tmp_path_factory) -> Path:
 
 
 def sentences(path: Path) -> list[str]:
-    """Short ones, so that several pairs fit into a sample."""
+    """Return short sentences, so that several pairs fit into a sample."""
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     words = " ".join(texts).split()
     return [" ".join(words[i : i + 1 + i % 3]) for i in range(0, 2 * PAIRS, 2)]
@@ -84,7 +84,7 @@ def train(run_file: Path, processes: int = 1) -> str:
 
 @pytest.fixture(scope="module")
 def single(corpora, tmp_path_factory) -> Path:
-    """The folder of a finished run of one process."""
+    """Return the folder of a finished run of one process."""
     folder = tmp_path_factory.mktemp("single") / "a"
     train(write_run_file(folder, settings_of(corpora)))
     return folder
@@ -102,7 +102,7 @@ def test_pairs_are_learned_beside_texts(single):
 
 
 def test_bits_per_byte_are_those_of_the_targets(single):
-    """Against a count by decoding the targets of the pairs that are scored."""
+    """Compared with a count that decodes the targets of the pairs that are scored."""
     config = load_run_file(single / "run.yaml")
     tokenizer = Tokenizer.load(config.tokenizer)
     stream = plan_spec(config, tokenizer).held_out[PAIR_TASK]
@@ -122,7 +122,7 @@ def test_bits_per_byte_are_those_of_the_targets(single):
 
 
 def test_losses_do_not_depend_on_the_layout(single, corpora, tmp_path):
-    """Two data-parallel ranks: one evaluates a batch that is filled up with empty rows."""
+    """Two data-parallel ranks: one evaluates a batch that is padded with empty rows."""
     train(write_run_file(tmp_path, settings_of(corpora, parallel={"zero": 3})), 2)
     one, two = timeless(read_rows(single / "run")), timeless(read_rows(tmp_path / "run"))
     for a, b in zip(one, two, strict=True):
@@ -166,8 +166,8 @@ def test_every_command_knows_pairs(single, tmp_path):
 def train_with_a_step_without_targets(
     zero: int,
 ) -> tuple[list[tuple[float, float]], float, bool]:
-    """Losses and gradient norms of three steps, the second without any target; the held-out loss
-    of a batch without any; whether all weights are numbers."""
+    """Return losses and gradient norms of three steps, the second without any target; the held-out
+    loss of a batch without any; whether all weights are numbers."""
     engine = build_engine(engine_config(zero=zero))
     steps = []
     for step in range(3):
@@ -184,7 +184,7 @@ def train_with_a_step_without_targets(
 
 
 def train_with_every_zero() -> list[tuple[list[tuple[float, float]], float, bool]]:
-    """What a rank does."""
+    """Run on a rank."""
     with process_group():
         return [train_with_a_step_without_targets(zero) for zero in (0, 1, 3)]
 
