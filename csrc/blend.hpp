@@ -1,4 +1,4 @@
-// The order in which tasks take their turns: by deadline, or by independent draws.
+// The order in which tasks take their turns: earliest deadline first, or independent draws.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace megaphase {
 
 constexpr uint64_t kLargestTotalWeight = uint64_t{1} << 62;
 
-// The sum of the weights. A task's rate is its weight's part of it.
+// The sum of the weights. A task's rate is its fraction of this sum.
 inline uint64_t total_weight(const std::vector<uint64_t>& weights) {
     uint64_t total = 0;
     for (const uint64_t weight : weights) {
@@ -27,17 +27,18 @@ inline uint64_t total_weight(const std::vector<uint64_t>& weights) {
 
 // Earliest deadline first.
 //
-// Turn k of a task with rate w/W must fall in the slots [floor(k W/w), ceil((k+1) W/w)): from its
-// release to before its deadline. A sequence in which every turn does has |count(n) - rate n| < 1
-// at every prefix n; with rates that sum to 1, always taking the released turn with the earliest
-// deadline finds one (Baruah, Cohen, Plaxton and Varvel, "Proportionate progress", Algorithmica
-// 1996). Ties go to the lower task number. All arithmetic is on integers.
+// Turn k of a task with rate w/W must be in the slots [floor(k W/w), ceil((k+1) W/w)): from its
+// release to before its deadline. If every turn is, then |count(n) - rate n| < 1 at every prefix n.
+// If the rates sum to 1, always taking the released turn with the earliest deadline finds such a
+// sequence (Baruah, Cohen, Plaxton and Varvel, "Proportionate progress", Algorithmica 1996). Ties
+// are broken by the lower task number. All arithmetic is on integers.
 //
 // Taking the turns in the order of their deadlines, and giving each the earliest slot that is free
-// from its release on, makes the same sequence: a turn is only ever kept out of a slot by turns with
-// earlier deadlines. So no queue is kept: the turns with deadlines in a block are sorted by counting,
-// and what slots they leave go to the turns that are released in the block and due after it. A slot
-// costs the same for few tasks and for many. The sequence does not depend on the blocks.
+// from its release on, yields the same sequence: a turn is only ever kept out of a slot by turns
+// with earlier deadlines. So no queue is needed: the turns with deadlines in a block are sorted by
+// counting, and the slots that they leave free go to the turns that are released in the block and
+// due after it. The cost per slot does not depend on the number of tasks, and the sequence not on
+// the blocks.
 class DeadlineBlend {
 public:
     explicit DeadlineBlend(const std::vector<uint64_t>& weights) : counts_(weights.size(), 0) {
@@ -51,7 +52,7 @@ public:
     int64_t position() const { return static_cast<int64_t>(position_); }
     const std::vector<int64_t>& counts() const { return counts_; }
 
-    // The tasks of the next `slots` slots.
+    // Write the tasks of the next `slots` slots.
     template <typename Task>
     void fill(Task* tasks, uint32_t slots) {
         const uint32_t due = collect(slots);
@@ -73,7 +74,7 @@ public:
     }
 
 private:
-    // The next turn of a task. Turn k starts at k W/w = start + fraction/w, exactly.
+    // The next turn of a task. Turn k is released at k W/w = start + fraction/w, exactly.
     struct Turn {
         uint64_t weight, period, period_fraction, start, fraction;
         uint32_t task;
@@ -91,7 +92,7 @@ private:
             return after.start + (after.fraction > 0);
         }
     };
-    // Releases and deadlines in slots of the block.
+    // Releases and deadlines as slots of the block.
     struct Due {
         uint32_t release, deadline, task;
     };
@@ -100,14 +101,14 @@ private:
     };
     struct Later {
         uint64_t deadline;
-        uint32_t index, release;  // index: in turns_, so in the order of the tasks
+        uint32_t index, release;  // index: in turns_, in the order of the tasks
         bool operator<(const Later& other) const {
             return std::tie(deadline, index) < std::tie(other.deadline, other.index);
         }
     };
 
     // Sort the turns that are due in the next `slots` slots by deadline, advance their tasks past
-    // them, and note the turns that are due later; returns how many are due.
+    // them, and record the turns that are due later; returns the number of turns due.
     uint32_t collect(uint32_t slots) {
         const uint64_t begin = position_, end = position_ + slots;
         due_.resize(slots);
@@ -142,18 +143,18 @@ private:
 
     uint64_t position_ = 0;
     std::vector<int64_t> counts_;
-    std::vector<Turn> turns_;  // of the tasks with a weight
-    // Of the block that is being filled, kept to be used again:
+    std::vector<Turn> turns_;  // of the tasks whose weight is not 0
+    // Buffers for the current block, reused for the next one:
     FreeSlots free_;
     std::vector<Due> due_;
-    std::vector<uint32_t> first_;  // place in by_deadline_ of the next turn that is due in a slot
+    std::vector<uint32_t> first_;  // index in by_deadline_ of the next turn due in a slot
     std::vector<Released> by_deadline_;
     std::vector<Later> later_;
 };
 
-// Independent draws, as most training loops make them: task t with probability w/W in every slot.
-// The draw of a slot is a function of the key and the slot; alias method (Vose, "A linear algorithm
-// for generating random numbers with a given distribution", IEEE TSE 1991), exact to 2^-64.
+// Independent draws, as in most training loops: task t with probability w/W in every slot. The draw
+// of a slot is a function of the key and the slot; alias method (Vose, "A linear algorithm for
+// generating random numbers with a given distribution", IEEE TSE 1991), exact to 2^-64.
 class RandomBlend {
 public:
     RandomBlend(const std::vector<uint64_t>& weights, uint64_t key)
@@ -161,7 +162,7 @@ public:
         using Wide = unsigned __int128;
         const uint64_t total = total_weight(weights);
         const Wide tasks = weights.size();
-        std::vector<Wide> mass;  // of a column: weight times tasks, so `total` fills it
+        std::vector<Wide> mass;  // of a column: weight times tasks; `total` fills a column
         std::vector<uint32_t> below, above;
         for (uint32_t task = 0; task < weights.size(); ++task) {
             mass.push_back(weights[task] * tasks);
@@ -183,7 +184,7 @@ public:
     int64_t position() const { return static_cast<int64_t>(position_); }
     const std::vector<int64_t>& counts() const { return counts_; }
 
-    // The tasks of the next `slots` slots.
+    // Write the tasks of the next `slots` slots.
     template <typename Task>
     void fill(Task* tasks, uint32_t slots) {
         for (uint32_t i = 0; i < slots; ++i) {
@@ -195,7 +196,7 @@ public:
 
 private:
     struct Column {
-        uint64_t below;  // a draw below this takes the column's own task
+        uint64_t below;  // a draw below this chooses the column's own task
         uint32_t other;
     };
 

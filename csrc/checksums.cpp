@@ -1,4 +1,4 @@
-// Python bindings of the checksums of blocks, for programs that write and verify corpora.
+// Python bindings of the block checksums, for programs that write and verify corpora.
 
 #include "checksums.hpp"
 
@@ -15,7 +15,7 @@ using Array = py::array_t<T, py::array::c_style>;
 
 namespace {
 
-// The checksum of every block of kBlockBytes bytes, of which the last may be shorter.
+// The checksum of every block of kBlockBytes bytes; the last block may be shorter.
 Array<uint32_t> block_checksums(const Array<uint8_t>& bytes, bool instruction) {
     const int64_t size = bytes.size(), blocks = (size + kBlockBytes - 1) / kBlockBytes;
     Array<uint32_t> sums(blocks);

@@ -8,15 +8,15 @@
 
 namespace megaphase {
 
-// The last block of the .bin may be shorter. Small, so that a sample of a few kilobytes has little
-// checked around it, and no larger than a page, so that nothing is read from the disk for it.
+// The last block of the .bin may be shorter. A block is small, so that little is verified around a
+// sample of a few kilobytes, and at most a page, so that verifying reads nothing more from disk.
 constexpr int64_t kBlockBytes = 1024;
 
 namespace crc32c {
 
 constexpr uint32_t kReversedPolynomial = 0x82f63b78;
 
-// Eight tables, with which eight bytes are taken in at a time ("slicing by 8").
+// Eight tables, with which eight bytes are processed at a time ("slicing by 8").
 using Tables = std::array<std::array<uint32_t, 256>, 8>;
 
 constexpr Tables make_tables() {
@@ -41,7 +41,7 @@ inline uint32_t add_byte(uint32_t state, uint8_t byte) {
     return state >> 8 ^ kTables[0][(state ^ byte) & 0xff];
 }
 
-// Without special instructions; for little-endian machines, as the corpus's format is.
+// Without special instructions, for little-endian machines (the byte order of the corpus format).
 inline uint32_t add_portable(uint32_t state, const uint8_t* bytes, int64_t size) {
     for (; size >= 8; bytes += 8, size -= 8) {
         uint64_t word;
@@ -81,7 +81,7 @@ inline bool has_instruction() {
 
 }  // namespace crc32c
 
-// instruction: whether the processor's own may be used, where it has one.
+// instruction: whether to use the processor's CRC instruction if it has one.
 inline uint32_t checksum(const void* bytes, int64_t size, bool instruction = true) {
     const auto* first = static_cast<const uint8_t*>(bytes);
 #if defined(__x86_64__)

@@ -1,4 +1,4 @@
-// The documents of an epoch in their order: how long each is.
+// Iterates over the documents of an epoch in their order, and yields their lengths.
 #pragma once
 
 #include <algorithm>
@@ -10,9 +10,9 @@
 
 namespace megaphase {
 
-// Documents are looked up in random order, and what that costs is misses of caches and of address
-// translation. So whether a document is read is noted first, in one sequential pass, in a bit a
-// document, which leaves one random access to memory a document, asked for well ahead.
+// Documents are accessed in random order, and the cost is that of cache and TLB misses. Therefore
+// one sequential pass first stores in a bitmap which documents are read; afterwards each document
+// needs one random access to memory, which is prefetched well ahead.
 template <typename Length>
 class DocumentWalk {
 public:
@@ -21,7 +21,7 @@ public:
 
     bool choice_noted() const { return noted_ == documents_.count; }
 
-    // Note which of `documents` more are read; none is left before the walk may begin.
+    // Mark which of the next `documents` documents are read; must finish before the walk begins.
     void note_choice(int64_t documents) {
         if (is_read_.empty()) is_read_.resize((documents_.count + kBits - 1) / kBits);
         const int64_t last = std::min(documents_.count - noted_, documents) + noted_;
@@ -29,12 +29,12 @@ public:
             is_read_[noted_ / kBits] |= uint64_t{documents_.is_read(noted_)} << (noted_ % kBits);
     }
 
-    // Of the next document, in the epoch's order.
+    // The position of the next document in the epoch's order.
     int64_t slot() const { return slot_; }
     int64_t left() const { return documents_.count - slot_; }
     bool at_end() const { return choice_noted() && slot_ == documents_.count; }
 
-    // The length of the next document; one that is not read has no tokens.
+    // Return the length of the next document; 0 if it is not read.
     int64_t next() {
         if (slot_ % kAhead == 0) look_ahead();
         const int64_t document = ahead_[slot_ % kAhead];
@@ -47,8 +47,8 @@ private:
     static constexpr int64_t kAhead = 64;
     static constexpr int64_t kBits = 64;
 
-    // Out of line, so that next() stays small enough for compilers to put it into the walks' loops,
-    // which are a tenth slower otherwise.
+    // Not inlined, so that next() stays small enough to be inlined into the walks' loops, which are
+    // a tenth slower otherwise.
     [[gnu::noinline]] void look_ahead() {
         const int64_t count = std::min(kAhead, documents_.count - slot_);
         for (int64_t i = 0; i < count; ++i) {
@@ -60,10 +60,10 @@ private:
 
     Documents<Length> documents_;
     KeyedPermutation order_;
-    std::vector<uint64_t> is_read_;  // a bit a document
-    int64_t noted_ = 0;              // documents for which it is noted
+    std::vector<uint64_t> is_read_;  // one bit per document
+    int64_t noted_ = 0;              // documents already marked
     int64_t slot_ = 0;
-    int64_t ahead_[kAhead] = {};  // the documents of the slots from the last multiple of kAhead on
+    int64_t ahead_[kAhead] = {};  // documents of the slots since the last multiple of kAhead
 };
 
 }  // namespace megaphase

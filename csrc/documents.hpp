@@ -1,4 +1,4 @@
-// The documents of a corpus that a stream reads: which they are and how long each is.
+// The documents of a corpus that a stream reads, and their lengths.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace megaphase {
 
-// Arrays inside an .idx file follow a header of 34 bytes, so they are not aligned.
+// Arrays in an .idx file follow a header of 34 bytes, so they are not aligned.
 template <typename T>
 T load(const T* base, int64_t i) {
     T value;
@@ -16,18 +16,18 @@ T load(const T* base, int64_t i) {
 }
 
 struct Totals {
-    int64_t documents = 0;  // with at least one token
+    int64_t documents = 0;  // that have at least one token
     int64_t tokens = 0;
 };
 
-// The hashes [first, last]; none where last is below first.
+// The hashes [first, last]; empty if last < first.
 struct HashRange {
     uint64_t first, last;
 
     bool holds(uint64_t hash) const { return hash >= first && hash <= last; }
 };
 
-// Those whose hash is in the range; what is held out of training is another range.
+// The documents whose hash is in the range; held-out documents are those of another range.
 template <typename Length>
 struct Documents {
     const Length* lengths;   // [count], tokens
@@ -37,7 +37,7 @@ struct Documents {
 
     bool is_read(int64_t document) const { return range.holds(hashes[document]); }
 
-    // A document that is not read has no tokens here.
+    // Documents that are not read have length 0.
     int64_t length(int64_t document) const {
         return is_read(document) ? load(lengths, document) : 0;
     }

@@ -10,14 +10,14 @@ class FreeSlots {
 public:
     static constexpr uint32_t kNone = ~uint32_t{0};
 
-    // All slots in [0, slots) become free.
+    // Mark all slots in [0, slots) as free.
     void reset(uint32_t slots) {
         set_first(words_, slots);
         set_first(summary_, static_cast<uint32_t>(words_.size()));
     }
 
-    // Take the earliest free slot that is not before `from`, which must lie in the block; kNone
-    // where there is none.
+    // Take the earliest free slot at or after `from`, which must be in the block; return kNone if
+    // there is none.
     uint32_t take(uint32_t from) {
         uint32_t word = from / kBits;
         uint64_t bits = words_[word] & at_or_above(from % kBits);
@@ -43,7 +43,7 @@ private:
         if (bits % kBits != 0) words.back() = (uint64_t{1} << (bits % kBits)) - 1;
     }
 
-    // The first word at or after `word` that has a free slot.
+    // Return the first word at or after `word` that has a free slot.
     uint32_t first_word(uint32_t word) const {
         uint32_t group = word / kBits;
         if (group >= summary_.size()) return kNone;
@@ -55,8 +55,8 @@ private:
         return group * kBits + lowest_bit(words);
     }
 
-    std::vector<uint64_t> words_;    // a bit a slot
-    std::vector<uint64_t> summary_;  // a bit for every word that has a free slot
+    std::vector<uint64_t> words_;    // one bit per slot
+    std::vector<uint64_t> summary_;  // one bit per word: whether it has a free slot
 };
 
 }  // namespace megaphase

@@ -1,9 +1,10 @@
 // A permutation of [0, size) that is computed, not stored: position -> image in O(1).
 //
-// Hash-style mixing restricted to the smallest power of two that holds `size`, walked until the
-// image falls inside (Kensler, "Correlated Multi-Jittered Sampling", Pixar 2013, section 3).
-// Each mixing step (xor with a key, multiply by an odd number, xor with the own high bits) is a
-// bijection of k-bit words, so the whole is one; walking keeps it one on [0, size).
+// Hash-style mixing restricted to the smallest power of two that contains `size`, repeated until
+// the image is inside (cycle walking; Kensler, "Correlated Multi-Jittered Sampling", Pixar 2013,
+// section 3). Each mixing step (xor with a key, multiplication by an odd number, xor with the own
+// high bits) is a bijection of k-bit words, so their composition is one, and cycle walking
+// restricts it to [0, size).
 #pragma once
 
 #include <cstdint>
@@ -41,12 +42,12 @@ public:
 
     uint64_t size() const { return size_; }
 
-    // position must lie in [0, size).
+    // position must be in [0, size).
     uint64_t operator()(uint64_t position) const {
         uint64_t image = position;
         do image = mix(image);
         while (image >= size_);
-        // Xor-shift maps 0 to 0, which shows for tiny sizes; a keyed rotation evens that out.
+        // Xor-shift maps 0 to 0, which is visible for tiny sizes; a keyed rotation prevents that.
         image += rotation_;
         return image >= size_ || image < rotation_ ? image - size_ : image;
     }

@@ -1,4 +1,4 @@
-// Python bindings of the plan builder: functions over arrays, the GIL released while they run.
+// Python bindings of the plan builder: functions on arrays that release the GIL while they run.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -33,8 +33,8 @@ void require_starts(const py::array& starts) {
     require(starts.ndim() == 2 && starts.shape(1) == 2, "starts is [samples, 2]");
 }
 
-// Blend the slots [position, position + tasks.size()); counts[b] are the turns that every task had
-// before slot b * block of the phase, for the blocks that start in this range.
+// Blend the slots [position, position + tasks.size()); counts[b] receives the number of turns that
+// every task had before slot b * block of the phase, for the blocks that start in this range.
 template <typename Task, typename Blend>
 void fill_blend(Blend& blend, Array<Task>& tasks, Array<int64_t>& counts, int64_t block) {
     const auto number_of_tasks = static_cast<int64_t>(blend.counts().size());
@@ -110,7 +110,7 @@ std::unique_ptr<Stream> make_stream(const Array<Token>& tokens, const Array<int6
                                 make_check(tokens, blocks, vocab_size)};
     const CorpusStream<Length, Token> stream(documents, file, key, seq_len);
     if (!tag) return std::make_unique<CorpusStream<Length, Token>>(stream);
-    require(*tag >= 0 && *tag <= int64_t{std::numeric_limits<Token>::max()}, "the tag is no token");
+    require(*tag >= 0 && *tag <= int64_t{std::numeric_limits<Token>::max()}, "the tag is not a token");
     return std::make_unique<TranslationStream<Length, Token>>(stream, static_cast<Token>(*tag));
 }
 
@@ -124,7 +124,7 @@ int64_t fill_starts(StreamWalk& walk, Array<Unit>& starts, int64_t documents) {
     return walk.fill(start, samples, documents);
 }
 
-// Read each numbered sample (in token order, counted on from epoch to epoch) into its row.
+// Read each sample, given by its number in token order over all epochs, into its row.
 template <typename Unit>
 void read_samples(const Stream& stream, const Array<Unit>& starts, int64_t samples_per_epoch,
                   const Array<int64_t>& numbers, const Array<int64_t>& rows, Array<int64_t>& inputs,
@@ -145,8 +145,8 @@ void read_samples(const Stream& stream, const Array<Unit>& starts, int64_t sampl
     int64_t *input = inputs.mutable_data(), *target = targets.mutable_data();
     int64_t* document = documents ? documents->mutable_data() : nullptr;
     py::gil_scoped_release released;
-    // All samples are prepared before the first is read, so that what is not in memory is fetched
-    // for all of them at the same time.
+    // All samples are prepared before the first one is read, so that their pages are read from disk
+    // concurrently.
     std::vector<Piece> pieces;
     std::vector<size_t> ends;
     for (int64_t i = 0; i < samples; ++i) {
@@ -179,7 +179,7 @@ std::vector<std::tuple<int64_t, int64_t, int64_t>> pieces(const Stream& stream, 
     return found;
 }
 
-// A stream's ordinals as numbers in token order.
+// Convert a stream's ordinals to sample numbers in token order.
 Array<int64_t> shuffle_samples(const Array<int64_t>& ordinals, int64_t samples_per_epoch,
                                int64_t window, uint64_t key) {
     require(samples_per_epoch > 0 && window > 0, "samples_per_epoch and window are positive");
@@ -216,7 +216,7 @@ void bind_for_starts(py::class_<Stream>& stream, py::class_<StreamWalk>& walk) {
                py::arg("documents").noconvert() = py::none());
 }
 
-// Python's WrongTokensError carries the first token of the part that is wrong, and the one after it.
+// Python's WrongTokensError has the first token of the wrong part, and the one after its last.
 void bind_wrong_tokens(py::module_& module) {
     static py::object error;
     error = py::exception<WrongTokens>(module, "WrongTokensError", PyExc_ValueError);
@@ -250,7 +250,7 @@ void bind_phase_ordinals(py::module_& module) {
 }  // namespace
 
 PYBIND11_MODULE(_builder, module) {
-    module.doc() = "The plan builder's inner loops; see megaphase.plan.index for what they mean.";
+    module.doc() = "The plan builder's inner loops; see megaphase.plan.index for their meaning.";
     module.attr("LARGEST_TOTAL_WEIGHT") = kLargestTotalWeight;
     module.def("shuffle_samples", &shuffle_samples, py::arg("ordinals").noconvert(),
                py::arg("samples_per_epoch"), py::arg("window"), py::arg("key"));

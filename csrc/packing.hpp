@@ -1,10 +1,10 @@
-// Samples that hold whole documents: packed next-fit, in the order of the epoch's documents.
+// Samples that consist of whole documents: packed next-fit, in the order of the epoch's documents.
 //
-// A sample has room for seq_len + 1 tokens. A document that fits into what is left of the open
-// sample joins it; one that does not begins the next sample, and what was left stays empty. A
-// document longer than a sample begins one, is cut into pieces that share one token with their
-// neighbours, as in sample_index.hpp, and leaves the sample of its last piece open. So a sample can
-// be read from where it begins alone.
+// A sample has room for seq_len + 1 tokens. A document that fits into the rest of the open sample
+// is added to it; one that does not fit begins the next sample, and the rest stays empty. A
+// document longer than a sample begins a new one, is split into pieces that share one token with
+// their neighbours, as in sample_index.hpp, and the sample of its last piece stays open. Thus a
+// sample can be read given only the position where it begins.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +17,8 @@
 
 namespace megaphase {
 
-// A sample begins with a document that does not fit into the open sample, and in a document that is
-// longer than a sample.
+// A sample begins at a document that does not fit into the open sample, and within a document that
+// is longer than a sample.
 class PackedCut {
 public:
     explicit PackedCut(int64_t seq_len) : seq_len_(seq_len) {}
@@ -47,11 +47,11 @@ private:
     int64_t seq_len_;
     int64_t length_ = 0;    // of the current document
     int64_t next_ = kNone;  // the token of the current document with which the next sample begins
-    int64_t room_ = 0;      // tokens that the open sample still holds
+    int64_t room_ = 0;      // tokens for which the open sample has room
 };
 
 // Call visit(document, offset, tokens) for each piece of the sample that begins at (slot, offset)
-// and has room for so many tokens.
+// and has room for `room` tokens.
 template <typename Length, typename Visit>
 void for_each_packed_piece(const Documents<Length>& documents, const KeyedPermutation& order,
                            int64_t slot, int64_t offset, int64_t room, Visit visit) {

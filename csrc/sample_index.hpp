@@ -1,9 +1,10 @@
-// Where every sample of a task's epoch begins, and in which order samples come.
+// Where every sample of a task's epoch begins, and the order of the samples.
 //
 // In an epoch the training documents, in the order of a keyed permutation, form one sequence of
-// tokens. Sample p holds its tokens [p seq_len, (p + 1) seq_len], so neighbours share one token and
-// every token but the first is a target exactly once. The index stores for each p the slot (position
-// in the document order) and the offset in that document; the order itself is computed.
+// tokens. Sample p consists of its tokens [p seq_len, (p + 1) seq_len], so neighbours share one
+// token and every token but the first is a target exactly once. The index stores for each p the
+// slot (position in the document order) and the offset in that document; the order itself is
+// computed.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +18,7 @@
 
 namespace megaphase {
 
-// Where a sample begins, as it lies in the index.
+// The start of a sample, as stored in the index.
 template <typename Unit>
 struct Start {
     Unit slot, offset;
@@ -29,19 +30,19 @@ struct Start {
     }
 };
 
-// Walks once through the samples of an epoch in order; `fill` writes the starts of the next ones.
+// Walks once through the samples of an epoch in order; `fill` writes the next starts.
 //
-// A Cut says where in the documents samples begin: begins_here() whether one begins in what is left
-// of the current document, take() at which of its tokens, and enter(length) goes to the next
-// document.
+// A Cut determines where in the documents samples begin: begins_here() returns whether one begins
+// in the rest of the current document, take() at which of its tokens, and enter(length) proceeds to
+// the next document.
 template <typename Length, typename Cut>
 class SampleWalk {
 public:
     SampleWalk(const Documents<Length>& documents, const KeyedPermutation& order, const Cut& cut)
         : documents_(documents, order), cut_(cut) {}
 
-    // Writes at most `samples` starts, looking at about `documents` documents at most, so that a
-    // call ends soon; returns how many it wrote, which may be none before the end.
+    // Write at most `samples` starts and visit at most about `documents` documents, so that a call
+    // ends soon; returns the number of starts, which may be 0 before the end.
     template <typename Unit>
     int64_t fill(Start<Unit>* starts, int64_t samples, int64_t documents) {
         if (!documents_.choice_noted()) {
@@ -92,8 +93,9 @@ private:
     int64_t until_next_ = 0;  // tokens from the current document's start to the next sample's start
 };
 
-// Call visit(document, offset, tokens) for each piece of at most `wanted` tokens from (slot, offset);
-// returns the number of tokens found, fewer than `wanted` only at the end of the epoch.
+// Call visit(document, offset, tokens) for each piece of at most `wanted` tokens from (slot,
+// offset). Returns the number of tokens found, which is less than `wanted` only at the end of the
+// epoch.
 template <typename Length, typename Visit>
 int64_t for_each_piece(const Documents<Length>& documents, const KeyedPermutation& order,
                        int64_t slot, int64_t offset, int64_t wanted, Visit visit) {
@@ -108,7 +110,7 @@ int64_t for_each_piece(const Documents<Length>& documents, const KeyedPermutatio
     return found;
 }
 
-// The samples of an epoch are permuted within windows. Maps ordinals of a stream to numbers in
+// Permutes the samples of an epoch within windows. Maps a stream's ordinals to sample numbers in
 // token order: epoch * samples_per_epoch + position in the epoch.
 class SampleShuffle {
 public:
@@ -130,7 +132,7 @@ public:
 private:
     int64_t samples_per_epoch_, window_;
     uint64_t key_;
-    int64_t start_ = -1;  // of the window that order_ permutes
+    int64_t start_ = -1;  // start of the window that order_ permutes
     KeyedPermutation order_;
 };
 

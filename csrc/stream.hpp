@@ -1,4 +1,4 @@
-// A task's stream over documents of its corpus, behind one interface for all types of its arrays.
+// A task's stream over the documents of its corpus; one interface for all types of the arrays.
 #pragma once
 
 #include <sys/mman.h>
@@ -22,18 +22,18 @@ struct Piece {
     int64_t document, offset, tokens;
 };
 
-// Where a sample is written to, [seq_len] each. `documents`, where it is not null, gets the number
-// of every input's document within the sample, and no token is then the target of another document.
+// The destination of a sample, [seq_len] each. If `documents` is not null, it receives the index of
+// every input's document within the sample, and no token predicts a token of another document.
 struct Row {
     int64_t *inputs, *targets, *documents;
 };
 
-// The input where there is none, and the target of what has none.
+// The input at empty positions, and the target of positions without a loss.
 struct Blanks {
     int64_t filler, ignored;
 };
 
-// A walk through an epoch that remembers where it is; see SampleWalk.
+// A walk through an epoch that keeps its position; see SampleWalk.
 class StreamWalk {
 public:
     virtual ~StreamWalk() = default;
@@ -48,12 +48,12 @@ public:
     virtual int64_t seq_len() const = 0;
     virtual Totals totals() const = 0;
     virtual std::unique_ptr<StreamWalk> walk(int64_t epoch) const = 0;
-    // Add the pieces of the sample that begins at (slot, offset) of an epoch to `pieces`, and ask
-    // the system for their tokens.
+    // Append the pieces of the sample that begins at (slot, offset) of an epoch to `pieces`, and
+    // ask the operating system to read their tokens ahead.
     virtual void prepare(int64_t epoch, int64_t slot, int64_t offset,
                          std::vector<Piece>& pieces) const = 0;
-    // Write a sample, whose tokens are checked where that has not been done before. What it leaves
-    // empty gets the blanks, and counts to its last document.
+    // Write a sample; its tokens are verified if they have not been before. Empty positions get the
+    // blanks, and belong to the last document.
     virtual void read(const Piece* first, const Piece* last, const Row& row,
                       const Blanks& blanks) const = 0;
 };
@@ -84,19 +84,19 @@ struct TokenFile {
     const int64_t* byte_offsets;  // [documents]
     std::shared_ptr<const TokenCheck<Token>> check;
 
-    // To be read, after it was checked.
+    // Return the tokens of a piece after verifying them.
     const Token* at(const Piece& piece) const {
         const int64_t begin = position(piece);
         if (piece.tokens > 0) check->check(begin, begin + piece.tokens);
         return tokens + begin;
     }
 
-    // Have a mapped file's pages read, without waiting: many requests are then under way at once.
+    // Read a mapped file's pages ahead, without waiting, so that many requests are in flight.
     void will_need(const Piece& piece) const {
         static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
         const auto begin = reinterpret_cast<uintptr_t>(tokens + position(piece));
         const uintptr_t aligned = begin / page * page;
-        // A hint: where it is not understood, the pages are read when they are touched.
+        // Only a hint: without it, the pages are read when they are accessed.
         madvise(reinterpret_cast<void*>(aligned),
                 begin - aligned + static_cast<uintptr_t>(piece.tokens) * sizeof(Token),
                 MADV_WILLNEED);
@@ -112,7 +112,7 @@ private:
     }
 };
 
-// The documents one after the other, as one sequence of tokens that is cut into samples.
+// The documents concatenated to one sequence of tokens, which is split into samples.
 template <typename Length, typename Token>
 class CorpusStream : public Stream {
 public:
@@ -141,7 +141,8 @@ public:
             const int64_t inputs = std::min(piece->tokens, seq_len_ - found);
             std::copy(begin, begin + inputs, row.inputs + found);
             if (row.documents) std::fill_n(row.documents + found, inputs, piece - first);
-            // A sample's first token has no input before it, a document's has none of its own.
+            // The first token of a sample has no input that precedes it; nor, if documents are
+            // separated, has the first token of a document.
             const int64_t skipped = found == 0 ? 1 : 0;
             const int64_t alone = row.documents ? 1 : 0;
             const int64_t scored = std::max({skipped, alone, unscored(*piece)});
@@ -159,14 +160,14 @@ public:
     }
 
 protected:
-    // How many of a piece's first tokens no loss is taken on, whatever stands before them.
+    // The number of a piece's first tokens without a loss, whatever precedes them.
     virtual int64_t unscored(const Piece&) const { return 0; }
 
     KeyedPermutation order(int64_t epoch) const {
         return KeyedPermutation(documents_.count, member_key(key_, epoch));
     }
 
-    // Visits pieces: adds them, and asks the system for their tokens.
+    // Return a visitor that appends pieces and has the operating system read their tokens ahead.
     auto adder(std::vector<Piece>& pieces) const {
         return [&](int64_t document, int64_t offset, int64_t tokens) {
             pieces.push_back({document, offset, tokens});

@@ -1,7 +1,7 @@
-// Whether the tokens that are read are those that were written, and all of the vocabulary.
+// Verifies that the tokens that are read are those that were written, and are in the vocabulary.
 //
-// A block of the file is compared with its checksum when this process reads of it for the first time;
-// a bit each notes that it was found right.
+// A block of the file is compared with its checksum when this process first reads from it; one bit
+// per block stores that it was found valid.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +17,8 @@
 
 namespace megaphase {
 
-// The tokens [first, last) of the file are not those that were written, or one of them is not in the
-// vocabulary.
+// The tokens [first, last) of the file are not those that were written, or one of them is outside
+// the vocabulary.
 struct WrongTokens : std::exception {
     int64_t first, last;
 
@@ -26,7 +26,7 @@ struct WrongTokens : std::exception {
     const char* what() const noexcept override { return "a part of the token file is wrong"; }
 };
 
-// One bit for each of many blocks; several threads may set them. Memory is taken where bits are set.
+// One bit per block, which several threads may set. Memory is only used where bits are set.
 class Marks {
 public:
     explicit Marks(int64_t blocks)
@@ -52,25 +52,25 @@ private:
 
 template <typename Token>
 bool all_below(const Token* tokens, int64_t count, int64_t vocab_size) {
-    using Unsigned = std::make_unsigned_t<Token>;  // in which a negative number is a large one
+    using Unsigned = std::make_unsigned_t<Token>;  // turns negative numbers into large ones
     Unsigned largest = 0;
     for (int64_t i = 0; i < count; ++i) largest = std::max(largest, static_cast<Unsigned>(tokens[i]));
     return static_cast<int64_t>(largest) < vocab_size;
 }
 
-// Of the tokens of a .bin, by blocks of kBlockBytes bytes.
+// Verifies the tokens of a .bin, in blocks of kBlockBytes bytes.
 template <typename Token>
 class TokenCheck {
 public:
-    // sums: the checksum of every block; null where only the vocabulary is to be checked.
+    // sums: the checksum of every block; null to check only the vocabulary.
     TokenCheck(const Token* tokens, int64_t count, const uint32_t* sums, int64_t vocab_size)
         : tokens_(tokens), count_(count), sums_(sums), vocab_size_(vocab_size),
-          right_(count / kTokens + 1) {}
+          valid_(count / kTokens + 1) {}
 
-    // Tokens [begin, end) of the file are about to be read.
+    // Verify the tokens [begin, end) of the file, which are about to be read.
     void check(int64_t begin, int64_t end) const {
         for (int64_t block = begin / kTokens; block * kTokens < end; ++block)
-            if (!right_.has(block)) check_block(block);
+            if (!valid_.has(block)) check_block(block);
     }
 
 private:
@@ -79,18 +79,18 @@ private:
     [[gnu::noinline]] void check_block(int64_t block) const {
         const int64_t begin = block * kTokens, count = std::min(kTokens, count_ - begin);
         const Token* tokens = tokens_ + begin;
-        const bool is_right =
+        const bool is_valid =
             !sums_ || checksum(tokens, count * int64_t{sizeof(Token)}) == sums_[block];
-        if (!is_right || !all_below(tokens, count, vocab_size_))
+        if (!is_valid || !all_below(tokens, count, vocab_size_))
             throw WrongTokens(begin, begin + count);
-        right_.set(block);
+        valid_.set(block);
     }
 
     const Token* tokens_;
     int64_t count_;
     const uint32_t* sums_;  // [blocks]
     int64_t vocab_size_;
-    mutable Marks right_;
+    mutable Marks valid_;
 };
 
 }  // namespace megaphase

@@ -1,4 +1,4 @@
-// The stream of a translation task: whole pairs packed into samples, loss on their targets alone.
+// The stream of a translation task: whole pairs packed into samples, with loss on the targets only.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +32,7 @@ public:
     }
 
 private:
-    // All up to the tag, which stands in an earlier piece where the document is cut.
+    // The tokens up to the tag; if the document is split, the tag may be in an earlier piece.
     int64_t unscored(const Piece& piece) const override {
         const int64_t end = piece.offset + piece.tokens;
         const Token* document = this->file_.at({piece.document, 0, end});

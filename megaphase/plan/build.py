@@ -1,4 +1,4 @@
-"""Builds the index of a plan: in parallel, in bounded memory, and by one process at a time."""
+"""Build the index of a plan: in parallel, in bounded memory, and by one process at a time."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from megaphase.utils.set_aside import make_way_for_directory, set_aside
 
 _OF_AN_INDEX = re.compile(rf"{INDEX_FILE}|{STARTS_FILE}|blend-[0-9]+\.(tasks|counts)")
 
-# Samples made between two looks at whether to go on; a block of a blend may be larger.
+# Samples per call, between which an interruption is noticed; a blend's block may be larger.
 SAMPLES_PER_CALL = 1 << 19
 
 Say = Callable[[str], object]
@@ -54,21 +54,21 @@ Blend = _builder.DeadlineBlend | _builder.RandomBlend
 
 
 def plan_folder(run_dir: Path, spec: PlanSpec) -> Path:
-    """Where the index of this spec lies in a run directory."""
+    """Return the folder of this spec's index in a run directory."""
     return run_dir / "plan" / spec.fingerprint[:16]
 
 
 def ensure_built(
     spec: PlanSpec, run_dir: Path, *, say: Say = print, progress: ReportProgress = lambda *_: None
 ) -> Path:
-    """Build the index unless a whole one is there; a damaged one is named and built again.
+    """Build the index unless a valid one exists; a damaged one is reported and built again.
 
-    Of several processes that start at once, on whatever nodes, one builds and the others wait.
-    Returns the index's folder. `say` gets the sentences that a user should see.
+    If several processes start at once, on any nodes, one builds and the others wait. Returns the
+    index's folder. `say` is called with sentences for the user.
 
     Raises:
-        InputError: a phase wants more than max_epochs leaves, or a corpus changed meanwhile.
-        RunError: the disk is too small or cannot be written to.
+        InputError: a phase needs more than max_epochs allows, or a corpus changed meanwhile.
+        RunError: the disk is too small or cannot be written.
     """
     folder = plan_folder(run_dir, spec)
     if folder.is_dir() and damage(folder, spec) is None:
@@ -100,7 +100,7 @@ def _remove_damaged(folder: Path, problem: str, say: Say) -> None:
 
 @contextmanager
 def _new_directories(*directories: Path) -> Iterator[list[Path]]:
-    """Make the directories; take those away again that were not there and stay empty."""
+    """Create the directories; at the end, remove those that were created and are empty."""
     new = [each for each in directories if not each.exists()]
     make_directory(directories[0])
     try:
@@ -120,7 +120,7 @@ def _os_errors_named(folder: Path) -> Iterator[None]:
 
 
 def _check_space(spec: PlanSpec, folder: Path) -> None:
-    """Refuse to begin what the disk has no room for."""
+    """Raise RunError if the disk has too little space, before anything is built."""
     samples = sum(phase.steps for phase in spec.phases) * spec.samples_per_step
     widest = max(np.dtype(stream.start_dtype).itemsize for stream in spec.streams.values())
     needed = samples * (np.dtype(task_dtype(len(spec.streams))).itemsize + 2 * widest)
@@ -139,9 +139,9 @@ def build_index(
     threads: int | None = None,
     discard: Callable[[Path], object] = remove_directory,
 ) -> None:
-    """Build the whole index and make it appear as `folder`; the threads do not change a byte.
+    """Build the whole index and publish it as `folder`; the result does not depend on `threads`.
 
-    `discard` removes what was written when the build is interrupted or fails.
+    `discard` removes the partial output if the build is interrupted or fails.
     """
     with (
         directory_written_aside(folder, discard) as aside,
@@ -195,7 +195,7 @@ def _build_blend(
 
 
 def make_blend(phase: PhaseSpec, rates: list[Any], samples: int) -> Blend:
-    """The order of a phase's samples, at its beginning."""
+    """Return the order of a phase's samples, at its beginning."""
     weights = integer_weights(rates, samples, _builder.LARGEST_TOTAL_WEIGHT)
     if phase.order == "random":
         return _builder.RandomBlend(weights, phase.order_key)
@@ -232,9 +232,9 @@ def _write_blend(
 def _build_starts(
     folder: Path, spec: PlanSpec, used: list[int], pool: BuildPool, files: dict[str, Any]
 ) -> list[list[int]]:
-    """Write where the samples of all tasks begin; [first byte, samples] of every task.
+    """Write where the samples of all tasks begin; return [first byte, samples] of every task.
 
-    The epochs that a run before has used up stay holes in the file.
+    The epochs that an earlier run has used up are holes in the file.
     """
     streams, before = list(spec.streams.values()), list(spec.used.values())
     sizes = [
@@ -260,7 +260,7 @@ def _build_starts(
             )
             for task, stream in enumerate(streams)
         }
-        # The longest first, so that no thread is left with one when the others are done.
+        # The longest first, so that no thread is left with a long one at the end.
         longest_first = sorted(jobs, key=lambda task: -to_write[task])
         written = pool.run("sample index", sum(to_write), [jobs[task] for task in longest_first])
     pieces = sorted(piece for each in written for piece in each)

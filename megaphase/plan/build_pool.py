@@ -1,4 +1,4 @@
-"""Threads that make parts of one output while the main thread shows how far they are."""
+"""Threads that make parts of one output while the main thread shows the progress."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Self, TypeVar
 
 POLL_SECONDS = 0.1
 
-# what is being made, how much of it is done, how much there is
+# what is being made, the amount that is done, the total amount
 ReportProgress = Callable[[str, int, int], None]
 Result = TypeVar("Result")
 
 
 class _StoppedError(Exception):
-    """Raised in a thread whose work is no longer wanted."""
+    """Raised in a thread whose work is no longer needed."""
 
 
 class BuildPool:
-    """A pool of threads whose jobs report with `advance`, and one that forces files to the disk.
+    """A thread pool whose jobs report with `advance`, and a thread that flushes files to disk.
 
     When the main thread is interrupted or a job fails, the others stop at their next `advance`.
     """
@@ -49,14 +49,15 @@ class BuildPool:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def advance(self, amount: int) -> None:
-        """Called by jobs, several times a second: `amount` more is done."""
+        """Report that `amount` more is done; called by jobs several times a second."""
         if self._stop.is_set():
             raise _StoppedError
         with self._lock:
             self._done += amount
 
     def run(self, what: str, total: int, jobs: Sequence[Callable[[], Result]]) -> list[Result]:
-        """The jobs' results; calls progress(what, done, total) while they run and at their end."""
+        """Run jobs; calls progress(what, done, total) meanwhile and at the end. Returns the
+        results."""
         self._done = 0
         finished: SimpleQueue[Future[Result]] = SimpleQueue()
         futures = [self._pool.submit(job) for job in jobs]
@@ -74,7 +75,7 @@ class BuildPool:
 def _arrivals(
     finished: SimpleQueue[Future[Result]], most: int, seconds: float
 ) -> Iterator[Future[Result]]:
-    """What is finished within so many seconds, and at most so many."""
+    """Yield at most `most` jobs that finish within `seconds` seconds."""
     end = time.monotonic() + seconds
     for _ in range(most):
         try:

@@ -1,4 +1,4 @@
-"""The commands of this room; they import what they need, so that `--help` stays fast."""
+"""The `megaphase plan` commands; imports are inside the functions to keep `--help` fast."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megaphase.utils.standard_streams import new_console
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Columns of a table in a file or a pipe, where nothing needs to be folded.
+# Width of tables in files and pipes, where no line needs to be folded.
 PLAIN_WIDTH = 160
 
 
 class _ShowByDefault(TyperGroup):
-    """`plan RUN_FILE` is `plan show RUN_FILE`."""
+    """Makes `plan RUN_FILE` an abbreviation of `plan show RUN_FILE`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, *ctx.help_option_names):
@@ -44,12 +44,12 @@ def show_command(
         typer.Option(
             min=1,
             max=MOST,
-            help="GPUs of the run; if left out, WORLD_SIZE or else parallel.tensor.",
+            help="Number of GPUs; by default WORLD_SIZE, else parallel.tensor.",
         ),
     ] = None,
     card: Annotated[
         str | None,
-        typer.Option(help="The GPU, for example a100-80gb; if left out, hardware.card."),
+        typer.Option(help="The GPU, such as a100-80gb; hardware.card by default."),
     ] = None,
     memory: Annotated[
         float | None,
@@ -57,16 +57,16 @@ def show_command(
             min=1,
             max=1e9,
             callback=finite,
-            help="GB of memory of one GPU, as it is sold; else the card's.",
+            help="Nominal memory of one GPU in GB; the card's by default.",
         ),
     ] = None,
     layouts: Annotated[
-        bool, typer.Option("--layouts", help="Show memory and time of other layouts, too.")
+        bool, typer.Option("--layouts", help="Also show memory and time of other layouts.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Show tokens, sampling rates and epochs per phase and task, and build the plan's index; show
-    what memory the run needs on each GPU, and how long it takes.
+    the memory that the run needs on each GPU, and how long it takes.
 
     Example: megaphase plan run.yaml --processes 64 --card h100-sxm --layouts
     """
@@ -113,7 +113,7 @@ def show_command(
 @plan_app.command("trace")
 def trace_command(
     step: Annotated[
-        int, typer.Option(min=1, help="As in metrics.jsonl: from 1, counted over the whole run.")
+        int, typer.Option(min=1, help="Step as in metrics.jsonl: from 1, over the whole run.")
     ],
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run directory, or the run file (YAML).")
@@ -122,9 +122,9 @@ def trace_command(
     task: Annotated[str | None, typer.Option(help="Only samples of this task.")] = None,
     row: Annotated[int | None, typer.Option(help="Only this row of the global batch.")] = None,
     text: Annotated[bool, typer.Option("--text", help="Print the text of the samples.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a sample.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per sample.")] = False,
 ) -> None:
-    """Show what a training step saw: each sample's task, epoch, documents and offsets.
+    """Show the samples of a training step: task, epoch, documents and offsets of each.
 
     Example: megaphase plan trace runs/multilingual --step 1234 --task hi --text
     """

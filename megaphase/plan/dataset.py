@@ -1,4 +1,4 @@
-"""From the plan to tensors: the rows of a step that one data-parallel rank trains on."""
+"""Read the batches of a plan's steps for one data-parallel rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from megaphase.plan.plan import Plan
 from megaphase.plan.stream import Stream
 
-# Steps that are read, each by a thread, while one trains.
+# Number of later steps that are read, each by a thread, while one trains.
 STEPS_AHEAD = 4
 
 
@@ -24,10 +24,10 @@ class Batch:
     """Samples ready for the model.
 
     inputs:    int64 [samples, seq_len]
-    targets:   int64 [samples, seq_len]; IGNORED_TARGET where no loss is taken
-    tasks:     int64 [samples], the task's number
-    documents: int64 [samples, seq_len], the number of every input's document within its row, 0 all
-               along a row whose documents see each other; None where that is so for all rows
+    targets:   int64 [samples, seq_len]; IGNORED_TARGET at positions without a loss
+    tasks:     int64 [samples], the index of each sample's task
+    documents: int64 [samples, seq_len], the index of every input's document within its row, 0 in a
+               row whose documents attend to each other; None if that holds for all rows
     """
 
     inputs: torch.Tensor
@@ -39,17 +39,17 @@ class Batch:
         return self.inputs.shape[0]
 
     def pinned(self) -> Batch:
-        """In memory that a GPU copies from while the CPU goes on."""
+        """Return a copy in pinned memory, from which a GPU copies asynchronously."""
         documents = None if self.documents is None else self.documents.pin_memory()
         return Batch(self.inputs.pin_memory(), self.targets.pin_memory(), self.tasks, documents)
 
     def split(self, samples: int) -> Iterator[Batch]:
-        """The batch in pieces of `samples` samples."""
+        """Yield the batch in parts of `samples` samples."""
         for first in range(0, len(self), samples):
             yield self[first : first + samples]
 
     def __getitem__(self, rows: slice) -> Batch:
-        """Some of the samples."""
+        """Return some of the samples."""
         documents = None if self.documents is None else self.documents[rows]
         return Batch(
             self.inputs[rows], self.targets[rows], self.tasks[rows], _where_needed(documents)
@@ -57,12 +57,12 @@ class Batch:
 
 
 def _where_needed(documents: torch.Tensor | None) -> torch.Tensor | None:
-    """None where every row is one document, or may be taken for one."""
+    """Return None if every row is one document or is treated as one."""
     return documents if documents is not None and documents.any() else None
 
 
 def _empty_rows(samples: int, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs and targets to be written to, and documents as they are where all see each other."""
+    """Return uninitialized inputs and targets, and documents that are all 0."""
     shape = samples, seq_len
     return np.empty(shape, np.int64), np.empty(shape, np.int64), np.zeros(shape, np.int64)
 
@@ -89,8 +89,8 @@ def read_step(
 ) -> Batch:
     """The rows of one optimizer step (0-based in its phase) for one of `ranks` data-parallel ranks.
 
-    The global batch of a step is the same whatever `ranks` is; a rank takes a contiguous part.
-    `pad_token_id` is the input where a sample has ended early; for `starts` see Plan.samples.
+    The global batch of a step does not depend on `ranks`; a rank gets a contiguous part of it.
+    `pad_token_id` is the input after the end of a sample; for `starts` see Plan.samples.
     """
     samples = plan.spec.samples_per_step
     if samples % ranks:
@@ -103,7 +103,7 @@ def read_step(
 
 
 def read_held_out(stream: Stream, task: int, samples: int, pad_token_id: int) -> Batch:
-    """The first `samples` samples (fewer where there are not so many) of a held-out stream."""
+    """Return the first `samples` samples of a held-out stream, or all if there are fewer."""
     samples = min(samples, stream.samples_per_epoch)
     starts = stream.first_starts(samples)
     inputs, targets, documents = _empty_rows(samples, stream.seq_len)
@@ -115,11 +115,11 @@ def read_held_out(stream: Stream, task: int, samples: int, pad_token_id: int) ->
 class StepReader:
     """Iterates over a phase's steps; threads read the next ones while this one trains.
 
-    The threads read different steps at the same time, so that a disk or a network file system
-    has several requests to work on; the steps come in order.
+    The threads read different steps at the same time, so that a disk or a network file system can
+    process several requests; the steps are yielded in order.
 
     Attributes:
-        wait_seconds: how long the step that was yielded last was waited for.
+        wait_seconds: how long the last yielded step was waited for.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class StepReader:
         pad_token_id: int,
         starts: np.ndarray | None = None,
     ) -> None:
-        """See read_step; starts: int64 [tasks], where a phase before has ended early."""
+        """See read_step; starts: int64 [tasks], if an earlier phase has ended early."""
         self.wait_seconds = 0.0
         self._plan, self._phase = plan, phase
         self._rank, self._ranks, self._pad_token_id, self._starts = (
@@ -143,7 +143,7 @@ class StepReader:
         )
 
     def steps(self, first: int, last: int) -> Iterator[Batch]:
-        """Batches of the steps [first, last) of the phase."""
+        """Yield the batches of the steps [first, last) of the phase."""
         with ThreadPoolExecutor(STEPS_AHEAD, thread_name_prefix="step-reader") as pool:
             steps = iter(range(first, last))
             ahead = deque(pool.submit(self._read, step) for step in islice(steps, STEPS_AHEAD))

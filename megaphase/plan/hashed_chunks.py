@@ -1,8 +1,9 @@
-"""Large files written in pieces by several threads, each piece with its own hash.
+"""Write large files in pieces by several threads, with a hash for each piece.
 
-A piece is at most PIECE_BYTES long, so the whole can be checked by as many threads as there are.
-What is written is forced to the disk as it grows: the page cache does not fill up with it, and a
-build that is stopped has little left to write.
+A piece has at most PIECE_BYTES bytes, so that any number of threads can verify the whole. The
+output
+is flushed to disk while it is written: the page cache does not fill up with it, and a build that is
+stopped has little left to write.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _FLUSH_BYTES = 16 << 20
 
 
 class HashedChunkWriter:
-    """Writes one range of an open file front to back."""
+    """Writes one range of an open file sequentially."""
 
     def __init__(self, descriptor: int, offset: int, flusher: Executor) -> None:
         self._descriptor = descriptor
@@ -49,7 +50,7 @@ class HashedChunkWriter:
             self._unflushed = 0
 
     def finish(self) -> list[list[Any]]:
-        """[offset, bytes, hash] of every piece, once all that was handed over is written."""
+        """Wait until everything is written, and return [offset, bytes, hash] of every piece."""
         if self._end > self._begin:
             self._finish_piece()
         self._wait()
@@ -72,7 +73,7 @@ class HashedChunkWriter:
 
 
 def pieces_damage(path: Path, size: int, pieces: list[list[Any]], threads: int) -> str | None:
-    """How a file differs from what was written, or None; the size is compared first."""
+    """Return how a file differs from what was written, or None; compares the size first."""
     if damage := size_damage(path, size):
         return damage
     altered = threading.Event()

@@ -1,13 +1,14 @@
-"""The stored index of a plan: which sample of which task every training step sees.
+"""The stored index of a plan: the task and the position of every sample of every training step.
 
-An index is a directory, written aside and renamed, whose name carries the fingerprint of all that
-determines it. It holds, besides `index.json` (counts, and the hashes of all pieces of the others):
+An index is a directory, published by renaming, whose name contains the fingerprint of everything
+that determines it. It contains `index.json` (counts, and the hashes of all pieces of the others)
+and
 
     blend-P.tasks   the task of every sample of phase P                   u16 or u32 [samples]
     blend-P.counts  turns of every task before each block of that blend   i64 [blocks, tasks]
     starts          for every task, from a multiple of START_ALIGNMENT    u32 or u64 [samples, 2]
                     bytes on: where its samples begin, epoch after epoch
-                    (of translation pairs one epoch) in token order:
+                    (for translation pairs one epoch), in token order:
                     document slot and offset in the document
 """
 
@@ -31,10 +32,10 @@ START_ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class PhaseIndex:
-    """One phase of a stored plan; lists run over the tasks in the run file's order.
+    """One phase of a stored plan; lists are over the tasks in the run file's order.
 
-    `starts` are the ordinals at which the tasks' streams go on, `counts` how many samples of each
-    task the phase takes.
+    `starts` are the ordinals at which the tasks' streams continue, `counts` the numbers of samples
+    of each task in the phase.
     """
 
     name: str
@@ -47,12 +48,12 @@ class PhaseIndex:
 
 
 def task_dtype(tasks: int) -> type[np.generic]:
-    """The smallest unsigned integer that can number the tasks."""
+    """Return the smallest unsigned integer type that can number the tasks."""
     return np.uint16 if tasks <= 1 << 16 else np.uint32
 
 
 def block_size(tasks: int) -> int:
-    """Samples between two rows of turn counts: at most half a byte a sample is spent on them."""
+    """Return the samples between two rows of turn counts, which cost at most half a byte each."""
     block = 1024
     while block < 16 * tasks:
         block *= 2
@@ -60,23 +61,24 @@ def block_size(tasks: int) -> int:
 
 
 def builder_threads() -> int:
-    """Threads for building and checking an index: one a core, more than 8 wait for the disk."""
+    """Return the threads for building and verifying: one per core; over 8 would wait for the
+    disk."""
     return min(len(os.sched_getaffinity(0)), 8)
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """What `index.json` says.
+    """Return the content of `index.json`.
 
-    Raises ValueError where it is not as it was written, FileNotFoundError where it is not there.
+    Raises ValueError if it was altered, FileNotFoundError if it does not exist.
     """
     header = read_json(folder / INDEX_FILE)
     if not isinstance(header, dict):
-        raise ValueError(f"{INDEX_FILE} is no JSON object")
+        raise ValueError(f"{INDEX_FILE} is not a JSON object")
     return without_hash(header)
 
 
 def damage(folder: Path, spec: PlanSpec) -> str | None:
-    """Why the stored index cannot be used, or None when every byte of it is as it was written."""
+    """Return why the stored index cannot be used, or None if no byte of it was altered."""
     try:
         header = read_header(folder)
     except FileNotFoundError:
@@ -95,7 +97,7 @@ class StoredIndex:
     """The arrays of a stored index, memory-mapped.
 
     Attributes:
-        phases: the figures of every phase.
+            phases: the counts of every phase.
         blends: for every phase, the task of every sample [samples] and the turns of every task
             before each block [blocks, tasks].
         starts: for every task, the slot and offset where its samples begin [samples, 2].

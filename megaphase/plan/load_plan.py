@@ -1,4 +1,4 @@
-"""From a run file to its plan, for commands that look at a run without training it."""
+"""Open the plan of a run file, for commands that inspect a run without training it."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from megaphase.utils.standard_streams import new_console
 
 
 def open_run(run_file: Path, overrides: Sequence[str] | None) -> tuple[RunConfig, Tokenizer]:
-    """A run file, with values that replace its own, and the tokenizer that it names.
+    """Load a run file, with overrides, and the tokenizer that it names.
 
     Raises:
-        InputError: something in it is wrong.
+        InputError: the run file is invalid.
     """
     config = load_run_file(run_file, tuple(overrides or ()))
     return config, Tokenizer.load(config.tokenizer)
 
 
 def memory_setup(config: RunConfig, tokenizer: Tokenizer, processes: int) -> Setup:
-    """What the memory of a run on so many GPUs depends on.
+    """Return what determines the memory of a run on this many GPUs.
 
     Raises:
-        InputError: its sizes, layout or batch do not divide.
+        InputError: its sizes, layout or batch are not divisible as required.
     """
     return setup_of(config, build_shape(config, tokenizer.vocab_size), processes, "cuda")
 
@@ -45,13 +45,13 @@ def memory_setup(config: RunConfig, tokenizer: Tokenizer, processes: int) -> Set
 def preview_plan(
     config: RunConfig, tokenizer: Tokenizer, used: Mapping[str, int] | None = None
 ) -> Plan:
-    """Open the run's plan; where there is none yet, build it and show the progress.
+    """Open the run's plan; if it is not built yet, build it and show the progress.
 
-    Where a run with another plan lies in the output, nothing is written into it: the index is built
-    in a temporary folder, and this is said.
+    If the output contains a run with another plan, nothing is written there: the index is built in
+    a temporary folder, which is removed before the return, and a message says so.
 
-    used: samples of each task before the run, where it is to begin with another one's checkpoint;
-    otherwise what its directory says.
+    used: samples of each task used before the run, if it starts from another run's checkpoint; by
+    default as recorded in its directory.
 
     Raises:
         InputError: the corpora are missing or damaged, or the plan cannot be written.
@@ -65,16 +65,16 @@ def preview_plan(
     if plan_of_run(config.output) in (None, spec.fingerprint):
         return build_plan(spec, config.output, console, say)
     say(
-        f"{config.output} holds a run with another plan, which stays as it is; to train with this "
+        f"{config.output} holds a run with another plan, which is not changed; to train with this "
         "one, choose another output"
     )
     return build_temporary_plan(spec, console, say)
 
 
 def build_plan(spec: PlanSpec, run_dir: Path, console: Console, say: Say) -> Plan:
-    """Open the plan in a run directory, after it was built where no whole one is there.
+    """Open the plan in a run directory; build it first if there is no valid one.
 
-    console: shows the progress. say: gets the sentences that a user should see.
+    console: shows the progress. say: called with sentences for the user.
 
     Raises as `ensure_built` does.
     """
@@ -83,7 +83,7 @@ def build_plan(spec: PlanSpec, run_dir: Path, console: Console, say: Say) -> Pla
 
 
 def build_temporary_plan(spec: PlanSpec, console: Console, say: Say) -> Plan:
-    """Likewise in a temporary folder, which is removed before the return."""
+    """Build the plan in a temporary folder, which is removed before the return, and open it."""
     with TemporaryDirectory(prefix="megaphase-plan-") as folder:
-        # Its files are mapped: the plan can be read when they have no name any more.
+        # The files are mapped, so the plan can be read after they have been deleted.
         return build_plan(spec, Path(folder), console, say)

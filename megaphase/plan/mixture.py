@@ -1,4 +1,4 @@
-"""From a phase's mixture to the sampling rates that it really gets."""
+"""Compute a phase's effective sampling rates from its mixture."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class MixtureConfig(Section):
 
 @dataclass(frozen=True)
 class TaskSupply:
-    """A task's training tokens and samples in one epoch, and the samples that are used already."""
+    """A task's training tokens and samples in one epoch, and the samples that are already used."""
 
     tokens: int
     samples_per_epoch: int
@@ -71,10 +71,10 @@ Rates = dict[str, Fraction]
 
 
 def requested_rates(mixture: MixtureConfig, supply: Mapping[str, TaskSupply]) -> Rates:
-    """The rates that the mixture asks for, before any cap; they sum to exactly 1.
+    """Return the rates that the mixture requests, before any cap; they sum to exactly 1.
 
-    temperature: p ∝ n^(1/T) with n the tokens of an epoch (Arivazhagan et al. 2019);
-    proportional is T = 1; unimax starts uniform (Chung et al. 2023). Tasks outside get 0.
+    temperature: p ∝ n^(1/T) with n the tokens of an epoch (Arivazhagan et al. 2019); proportional
+    is T = 1; unimax starts uniform (Chung et al. 2023). Tasks outside the mixture have rate 0.
     """
     if mixture.rates is not None:
         weights = {task: as_written(rate) for task, rate in mixture.rates.items()}
@@ -90,13 +90,13 @@ def requested_rates(mixture: MixtureConfig, supply: Mapping[str, TaskSupply]) ->
 def effective_rates(
     mixture: MixtureConfig, supply: Mapping[str, TaskSupply], samples: int, where: str
 ) -> Rates:
-    """The rates over `samples` samples once `max_epochs` has capped repetition over the whole run.
+    """Return the rates over `samples` samples when `max_epochs` caps repetition over the whole run.
 
-    What a capped task loses goes to the uncapped tasks in proportion to their requested rates,
-    until nobody is above its cap.
+    The samples that capped tasks lose go to the others in proportion to their requested rates,
+    until no task exceeds its cap.
 
     Raises:
-        InputError: every task is capped and together they fall short of the phase.
+        InputError: every task is capped, and together they have too few samples for the phase.
     """
     requested = requested_rates(mixture, supply)
     if mixture.max_epochs is None:
@@ -127,12 +127,12 @@ def effective_rates(
 
 
 def integer_weights(rates: list[Fraction], samples: int, largest_total: int) -> list[int]:
-    """Integers in proportion to rates that sum to 1, for a phase of so many samples.
+    """Return integers in proportion to rates that sum to 1, for a phase of `samples` samples.
 
-    Exactly so where the rates' common denominator is at most `largest_total`. Otherwise the
-    integers sum to a multiple of `samples` near it, so that a rate that stands for a whole number
-    of samples, as that of a capped task does, stays exact; largest remainders, ties to the lower
-    index: a rate's error is below 1 / sum.
+    The proportion is exact if the rates' common denominator is at most `largest_total`. Otherwise
+    the integers sum to a multiple of `samples` near it, so that a rate that represents a whole
+    number of samples, such as that of a capped task, stays exact; largest remainders, ties to the
+    lower index: the error of a rate is below 1 / sum.
     """
     denominator = _common_denominator(rates, largest_total)
     if denominator is not None:

@@ -1,9 +1,9 @@
-"""A translation task's stream: whole pairs packed into samples, loss on their targets alone.
+"""A translation task's stream: whole pairs packed into samples, with loss on the targets only.
 
-A document is a source, the tag, a target and EOD; what stands after the tag is scored. Documents
-are packed next-fit in the order of epoch 0's keyed permutation, at most seq_len + 1 tokens a
-sample, and none is cut that fits into one; what stays empty has no target. Every epoch has the same
-samples, so an epoch's number of samples is one number, and permutes all of them anew.
+A document is a source, the tag, a target and EOD; the loss covers the tokens after the tag.
+Documents are packed next-fit in the order of epoch 0's keyed permutation, at most seq_len + 1
+tokens per sample, and none is split that fits into one; the rest of a sample has no targets. All
+epochs have the same samples in different permutations.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import numpy as np
 from megaphase.plan import _builder
 from megaphase.plan.stream import DOCUMENTS_PER_CALL, Stream
 
-# Starts that are counted at a time, to be thrown away.
+# Number of starts that are counted at a time, without storing them.
 COUNTED_STARTS = 1 << 16
 
 
 class PackedStream(Stream):
-    """A stream of translation pairs; its index holds one epoch, however many a run has.
+    """A stream of translation pairs; its index stores one epoch for any number of epochs.
 
     Attributes:
-        samples_per_epoch: of at most seq_len + 1 tokens, the same in every epoch.
+        samples_per_epoch: number of samples of at most seq_len + 1 tokens, the same in all epochs.
     """
 
     def _samples_in_an_epoch(self) -> int:
@@ -32,25 +32,25 @@ class PackedStream(Stream):
         return samples
 
     def index_sizes(self, ordinals: int) -> list[int]:
-        """The one epoch that an index for the ordinals [0, ordinals) holds, if any."""
+        """Return the size of the one epoch that an index for the ordinals [0, ordinals) stores."""
         return [self.samples_per_epoch] if ordinals else []
 
     def first_indexed_epoch(self, first_ordinal: int) -> int:
-        """0: all epochs need the one that the index holds."""
+        """Return 0: all epochs need the one that the index stores."""
         return 0
 
     def walk(self, epoch: int) -> _builder.StreamWalk:
-        """A walk through an epoch's samples in token order, the same for all epochs."""
+        """Return a walk through an epoch's samples in token order, the same for all epochs."""
         return super().walk(0)
 
     def in_token_order(self, ordinals: np.ndarray) -> np.ndarray:
-        """The numbers in token order of the samples with these ordinals, int64 [n]."""
+        """Convert ordinals to sample numbers in token order, int64 [n]."""
         return self._shuffled(ordinals, max(1, self.samples_per_epoch))
 
     def index_rows(self, numbers: np.ndarray) -> np.ndarray:
-        """The rows of the index that say where the samples with these numbers begin, int64 [n]."""
+        """Return the rows of the index that store where these samples begin, int64 [n]."""
         return numbers % self.samples_per_epoch
 
     def pieces(self, epoch: int, slot: int, offset: int) -> list[tuple[int, int, int]]:
-        """(document, offset, tokens) of the pieces that make up the sample that begins there."""
+        """Return (document, offset, tokens) of the pieces of the sample that begins there."""
         return super().pieces(0, slot, offset)

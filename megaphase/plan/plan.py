@@ -1,4 +1,4 @@
-"""The plan of a run: every sample of every phase, and the figures that a user wants to see."""
+"""The plan of a run: every sample of every phase, and its summary."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from megaphase.plan import _builder
 from megaphase.plan.index import PhaseIndex, StoredIndex, block_size
 from megaphase.plan.spec import PlanSpec
 
-# Epochs; repeating a corpus more often has little value (Muennighoff et al. 2023).
+# In epochs; repeating a corpus more often has little value (Muennighoff et al. 2023).
 REPEATED_TOO_OFTEN = 4.0
 
 
 @dataclass(frozen=True)
 class PlannedSamples:
-    """Rows of a batch.
+    """The samples of a batch's rows.
 
-    tasks:    int64 [samples], the task's number
-    ordinals: int64 [samples], in the task's stream
+    tasks:    int64 [samples], the index of each sample's task
+    ordinals: int64 [samples], the sample's number in the task's stream
     """
 
     tasks: np.ndarray
     ordinals: np.ndarray
 
     def by_task(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Every task that is there, with the rows that are its, in order."""
+        """Yield every task in the batch, in order, with the rows of its samples."""
         in_groups = np.argsort(self.tasks, kind="stable")
         tasks, firsts = np.unique(self.tasks[in_groups], return_index=True)
         yield from zip(tasks.tolist(), np.split(in_groups, firsts[1:]), strict=True)
@@ -42,7 +42,7 @@ class SampleLocations:
     epochs:    int64 [samples]
     positions: int64 [samples], of the sample in its epoch's token order
     slots:     int64 [samples], of its first document in the epoch's order of documents
-    offsets:   int64 [samples], token of that document
+    offsets:   int64 [samples], token offset in that document
     """
 
     epochs: np.ndarray
@@ -66,7 +66,7 @@ class Plan:
         self._first_ordinals = [np.array(phase.starts, np.int64) for phase in self.phases]
 
     def counts(self, phase: int, steps: int) -> np.ndarray:
-        """Samples of every task in the first `steps` steps of a phase, int64 [tasks]."""
+        """Return the samples of every task in the first `steps` steps of a phase, int64 [tasks]."""
         samples = steps * self.spec.samples_per_step
         order, counts = self._index.blends[phase]
         if not 0 <= samples <= len(order):
@@ -77,16 +77,17 @@ class Plan:
         return found
 
     def first_ordinals(self, phase_steps: Sequence[int]) -> np.ndarray:
-        """The ordinals at which streams go on after phases of so many steps, int64 [tasks]."""
+        """Return the ordinals at which streams continue after phases of these lengths, int64
+        [tasks]."""
         return self._used + sum(self.counts(i, steps) for i, steps in enumerate(phase_steps))
 
     def samples(
         self, phase: int, first: int, count: int, starts: np.ndarray | None = None
     ) -> PlannedSamples:
-        """The samples [first, first + count) of a phase, in order.
+        """Return the samples [first, first + count) of a phase, in order.
 
-        starts: int64 [tasks], the ordinals at which the streams go on where a phase before has
-                ended early; those of the plan if left out
+        starts: int64 [tasks], the ordinals at which the streams continue, if an earlier phase has
+                ended early; by default those of the plan
         """
         planned = self._first_ordinals[phase]
         if starts is None:
@@ -100,7 +101,7 @@ class Plan:
         return PlannedSamples(tasks, ordinals + starts[tasks])
 
     def locate(self, task: int, ordinals: np.ndarray) -> SampleLocations:
-        """Where samples of one task begin in its corpus."""
+        """Return where samples of one task begin in its corpus."""
         stream = self._streams[task]
         numbers = stream.in_token_order(ordinals)
         starts = self._index.starts[task][stream.index_rows(numbers)].astype(np.int64)
@@ -118,8 +119,9 @@ class Plan:
     ) -> None:
         """Read samples into inputs and targets, int64 [samples, seq_len]; see Stream.read.
 
-        documents: int64 [samples, seq_len], needed where a task's documents do not see each other;
-                   the rows of other tasks stay as they are
+        documents: int64 [samples, seq_len], needed if a task's documents do not attend to each
+            other;
+                   the rows of other tasks are not changed
         """
         for task, rows in samples.by_task():
             stream = self._streams[task]
@@ -128,7 +130,7 @@ class Plan:
             stream.read(starts, numbers, rows, inputs, targets, pad_token_id, documents)
 
     def summary(self) -> dict[str, Any]:
-        """Tokens, rates and epochs per phase and task, as `plan.json` in the run directory."""
+        """Return tokens, rates and epochs per phase and task, as in the run's `plan.json`."""
         spec = self.spec
         phases, first_step = [], 0
         for number, phase in enumerate(self.phases):

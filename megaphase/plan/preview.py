@@ -14,10 +14,10 @@ from megaphase.plan.plan import REPEATED_TOO_OFTEN
 
 
 def plan_table(summary: dict[str, Any]) -> Table:
-    """Tokens, sampling rate and epochs per phase and task, from `Plan.summary()`.
+    """Return tokens, sampling rate and epochs per phase and task, from `Plan.summary()`.
 
-    requested: the mixture's rate; effective: what max_epochs makes of it; so far: epochs since the
-    run's start, marked where the task is repeated too often.
+    requested: the mixture's rate; effective: the rate with max_epochs; so far: epochs since the
+    run's start, marked if the task is repeated too often.
     """
     table = Table(
         title="Plan", title_justify="left", box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0)
@@ -49,7 +49,7 @@ def plan_table(summary: dict[str, Any]) -> Table:
 
 
 def plan_warnings(summary: dict[str, Any]) -> list[str]:
-    """One sentence for every task that the run repeats too often."""
+    """Return one sentence for every task that the run repeats too often."""
     last = summary["phases"][-1]["tasks"]
     return [
         f"{task} is repeated {facts['epochs_so_far']:.1f} times over the run (more than "
@@ -60,7 +60,7 @@ def plan_warnings(summary: dict[str, Any]) -> list[str]:
 
 
 def subsample_sentences(config: RunConfig, summary: dict[str, Any]) -> list[str]:
-    """One sentence for every task of which only a subsample is trained on."""
+    """Return one sentence for every task of which only a subsample is trained on."""
     return [
         f"{name} is trained on {facts['documents']:,} documents of {facts['tokens']:,} tokens, a "
         f"subsample of {config.tasks[name].subsample:g} of what is not held out"
@@ -70,7 +70,7 @@ def subsample_sentences(config: RunConfig, summary: dict[str, Any]) -> list[str]
 
 
 def stop_sentences(config: RunConfig) -> list[str]:
-    """One sentence for every phase that may end before its length is reached."""
+    """Return one sentence for every phase that may end early."""
     sentences = []
     for phase in config.phases:
         reasons = []

@@ -1,4 +1,4 @@
-"""How far the building of an index is: a bar on a terminal, now and then a line in a log."""
+"""Show the progress of building an index: a bar in a terminal, an occasional line in a log."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from megaphase.utils.progress import ProgressDisplay
 
 @contextmanager
 def building_progress(console: Console) -> Iterator[ReportProgress]:
-    """Yield what shows progress(what, done, of) on the console while the block runs.
+    """Yield a function progress(what, done, of) that updates the console while the block runs.
 
-    A log gets nothing of a build that takes a moment.
+    A short build prints nothing in a log.
     """
     columns = BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with ProgressDisplay(console, *columns, transient=True) as display:

@@ -1,8 +1,8 @@
-"""What became of a run beside its plan: its origin, the ends of its phases, the skipped steps.
+"""A run's history beyond its plan: its origin, the ends of its phases, and the skipped steps.
 
-Every checkpoint holds all of this, so that a `metrics.jsonl` that was cut off or lost takes none of
-it away. The log is read for what has happened since the newest checkpoint, and for runs whose
-checkpoints were written by an earlier version, which hold none of it.
+Every checkpoint stores it, so that it does not depend on a `metrics.jsonl` that may be truncated or
+lost. The metrics are only read for events since the newest checkpoint, and for runs whose
+checkpoints were written by an earlier version, without the history.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _EVENTS = (b'"phase_end"', b'"phase_start"', b'"step_skipped"')
 
 @dataclass
 class PhaseHistory:
-    """What became of a phase; steps count over the whole run, and the runs that it goes on from.
+    """The history of a phase; steps count over the whole run and the runs from which it branched.
 
     Attributes:
         begun_after: steps done before the phase.
-        starts: samples of each task that were used before the phase; None where only the log tells.
-        ended_after: steps done at its end; None where it has not ended, or nothing tells.
+        starts: samples of each task used before the phase; None if only the metrics record it.
+        ended_after: steps done at its end; None if it has not ended, or that is not known.
         reason: why it ended.
     """
 
@@ -51,13 +51,13 @@ class PhaseHistory:
 
 @dataclass
 class RunHistory:
-    """What became of a run.
+    """The history of a run.
 
     Attributes:
-        origin: where a branch began; None for other runs.
-        phases: those that have begun, in order.
-        skipped: the runs of steps that were left out because their gradient was not finite.
-        doubt: a sentence about what is not known for certain, or None.
+        origin: where a branch began, as in its `origin.json`; None for other runs.
+        phases: the phases that have begun, in order.
+        skipped: ranges of steps that were skipped because their gradient was not finite.
+        doubt: a sentence about what is uncertain, or None.
     """
 
     origin: RunOrigin | None = None
@@ -66,7 +66,7 @@ class RunHistory:
     doubt: str | None = None
 
     def phase(self, name: str) -> PhaseHistory:
-        """That phase; added where it was not there."""
+        """Return the history of this phase, adding it if there is none."""
         found = next((phase for phase in self.phases if phase.name == name), None)
         if found is None:
             found = PhaseHistory(name)
@@ -78,28 +78,29 @@ class RunHistory:
         return {p.name: p.ended_after for p in self.phases if p.ended_after is not None}
 
     def begin_phase(self, name: str, step: int, starts: Mapping[str, int]) -> None:
-        """A phase begins after `step` steps; `starts`: samples of each task used by then."""
+        """Record that a phase begins after `step` steps; `starts`: samples of each task used by
+        then."""
         phase = self.phase(name)
         phase.begun_after, phase.starts = step, dict(starts)
 
     def end_phase(self, name: str, step: int, reason: str | None) -> None:
-        """A phase ends after `step` steps."""
+        """Record that a phase ends after `step` steps."""
         phase = self.phase(name)
         phase.ended_after, phase.reason = step, reason
 
     def skip(self, step: int) -> None:
-        """A step was left out."""
+        """Record that a step was skipped."""
         if self.skipped and self.skipped[-1][1] + 1 == step:
             self.skipped[-1] = (self.skipped[-1][0], step)
         else:
             self.skipped.append((step, step))
 
     def has_skipped(self, step: int) -> bool:
-        """Whether a step was left out."""
+        """Return whether a step was skipped."""
         return any(first <= step <= last for first, last in self.skipped)
 
     def to_json(self) -> dict[str, Any]:
-        """For a checkpoint's state."""
+        """Return the history for a checkpoint's state."""
         return {
             "origin": None if self.origin is None else self.origin.to_json(),
             "phases": [asdict(phase) for phase in self.phases],
@@ -108,9 +109,9 @@ class RunHistory:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """From what `to_json` gave.
+        """Return the history from the result of `to_json`.
 
-        Raises KeyError, TypeError, ValueError or AttributeError where it is something else.
+        Raises KeyError, TypeError or ValueError if it is not one.
         """
         phases = [PhaseHistory(**phase) for phase in value["phases"]]
         skipped = [(int(first), int(last)) for first, last in value["skipped_steps"]]
@@ -119,14 +120,14 @@ class RunHistory:
 
 
 def history_of_state(run_dir: Path, state: Mapping[str, Any]) -> RunHistory:
-    """What a checkpoint of this run tells, and for one of an earlier version also the log and the
-    checkpoints at the ends of phases; `doubt` then says so."""
+    """Return the history in a checkpoint of this run; for one of an earlier version, derive it from
+    the metrics and the checkpoints at the ends of phases, and set `doubt`."""
     try:
         return RunHistory.from_json(state["history"])
     except (KeyError, TypeError, ValueError, AttributeError):
         pass
     history, step = RunHistory(), state["step"]
-    _take_events(history, _events(run_dir, up_to=step))
+    _apply_events(history, _events(run_dir, up_to=step))
     for name, end in permanent_ends(run_dir).items():
         if end <= step:
             history.end_phase(name, end, history.phase(name).reason)
@@ -141,19 +142,19 @@ def history_of_state(run_dir: Path, state: Mapping[str, Any]) -> RunHistory:
 
 
 def read_history(run_dir: Path) -> RunHistory:
-    """What became of the run in a directory so far."""
+    """Return the history of the run in a directory up to now."""
     state = newest_state(run_dir)
     if state is None:
         history = RunHistory()
-        _take_events(history, _events(run_dir))
+        _apply_events(history, _events(run_dir))
         return history
     history = history_of_state(run_dir, state)
-    _take_events(history, _events(run_dir, after=state["step"]))
+    _apply_events(history, _events(run_dir, after=state["step"]))
     return history
 
 
 def steps_done(run_dir: Path) -> int:
-    """Steps that the run has trained, as far as its newest checkpoint and its log tell."""
+    """Return the steps that the run has trained, from its newest checkpoint and its metrics."""
     saved = (newest_state(run_dir) or {}).get("step", 0)
     rows = last_rows(run_dir / METRICS_FILE)
     before = read_origin(run_dir).step
@@ -161,9 +162,9 @@ def steps_done(run_dir: Path) -> int:
 
 
 def metrics_problem(run_dir: Path) -> str | None:
-    """What is missing in the run's metrics, by what its log and its newest checkpoint say.
+    """Return what is missing in the run's metrics, compared with its newest checkpoint.
 
-    In words, None where nothing is known to be missing.
+    In words; None if nothing is known to be missing.
     """
     path, state = run_dir / METRICS_FILE, newest_state(run_dir)
     if not path.is_file():
@@ -185,9 +186,9 @@ def metrics_problem(run_dir: Path) -> str | None:
 
 
 class PhaseSpan(NamedTuple):
-    """The steps of a phase: after `before` of the run's steps come `steps`.
+    """The steps of a phase: after `before` steps of the run it has `steps` steps.
 
-    starts: int64 [tasks], the ordinals at which the tasks' streams go on.
+    starts: int64 [tasks], the ordinals at which the tasks' streams continue.
     """
 
     before: int
@@ -196,13 +197,13 @@ class PhaseSpan(NamedTuple):
 
 
 def phase_spans(run_dir: Path, history: RunHistory, plan: Plan, first: int) -> list[PhaseSpan]:
-    """The steps of every phase: those that it had where it has ended, else the planned ones.
+    """Return the steps of every phase: the actual ones if it has ended, else the planned ones.
 
     first: steps before the run's own.
 
     Raises:
-        InputError: the run that is recorded there is not one of this plan, or nothing tells where
-            a phase has ended.
+        InputError: the recorded run does not belong to this plan, or it is not known where a phase
+            has ended.
     """
     known = {phase.name: phase for phase in history.phases}
     spans: list[PhaseSpan] = []
@@ -214,9 +215,7 @@ def phase_spans(run_dir: Path, history: RunHistory, plan: Plan, first: int) -> l
         if end is None and following:
             end = following[0].begun_after
             if end is None or plan.phases[number + 1].name != following[0].name:
-                raise InputError(
-                    run_dir, f"nothing there tells with which step {phase.name} ended", ""
-                )
+                raise InputError(run_dir, f"it is not known at which step {phase.name} ended", "")
         steps = phase.steps if end is None else end - before
         if not 0 <= steps <= phase.steps:
             raise InputError(
@@ -234,7 +233,7 @@ def phase_spans(run_dir: Path, history: RunHistory, plan: Plan, first: int) -> l
 
 
 def _events(run_dir: Path, *, after: int = -1, up_to: int | None = None) -> Iterable[Row]:
-    """The events of the log in a range of steps; a run that is killed may leave half a line."""
+    """Yield the events of the metrics in a range of steps; a killed run may leave half a line."""
     path = run_dir / METRICS_FILE
     if not path.is_file():
         return
@@ -244,7 +243,7 @@ def _events(run_dir: Path, *, after: int = -1, up_to: int | None = None) -> Iter
             yield row
 
 
-def _take_events(history: RunHistory, events: Iterable[Row]) -> None:
+def _apply_events(history: RunHistory, events: Iterable[Row]) -> None:
     for row in events:
         event, step, phase = row.get("event"), row["step"], row.get("phase")
         if event == "step_skipped":

@@ -1,4 +1,4 @@
-"""Whether a run directory belongs to a run file, by what the run wrote into it as it began."""
+"""Check whether a run directory belongs to a run file, by the records from the run's start."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megaphase.utils.errors import InputError
 from megaphase.utils.files import read_hashed_json
 from megaphase.utils.run_files import PLAN_FILE, RUN_FILE
 
-# What may change between two starts of one run: nothing that its numbers depend on, but by their
-# rounding. Where corpora and tokenizer lie may, what they hold may not: the plan's fingerprint
-# tells.
+# Sections that may change between two starts of one run: its results do not depend on them, apart
+# from rounding. The paths of corpora and tokenizer may change, but not their content, which the
+# plan's fingerprint verifies.
 FREE_SECTIONS = (
     "output",
     "checkpoint",
@@ -33,7 +33,7 @@ FREE_TASK_KEYS = ("corpus",)
 
 
 def refuse_other_run(run_dir: Path, config: RunConfig) -> None:
-    """Raise InputError, naming the first key, where another run file began this directory."""
+    """Raise InputError, naming the first key, if another run file started this directory."""
     path = run_dir / RUN_FILE
     if not path.exists():
         return
@@ -50,8 +50,8 @@ def refuse_other_run(run_dir: Path, config: RunConfig) -> None:
 
 
 def refuse_other_plan(run_dir: Path, config: RunConfig, fingerprint: str) -> None:
-    """Raise InputError where the run in this directory has another plan: of other corpora, since
-    its run file is the same."""
+    """Raise InputError if the run in this directory has another plan, which means other corpora,
+    since its run file is the same."""
     known = plan_of_run(run_dir)
     if known not in (None, fingerprint):
         raise InputError(
@@ -62,10 +62,10 @@ def refuse_other_plan(run_dir: Path, config: RunConfig, fingerprint: str) -> Non
 
 
 def refuse_other_counts(run_dir: Path, plan: Mapping[str, Any]) -> None:
-    """Raise InputError where the run's plan had other counts of samples than `plan`, its summary.
+    """Raise InputError if the run's plan had other counts of samples than `plan`, its summary.
 
-    An earlier version read max_epochs as a binary number, which may be a sample less: where the
-    index is gone, such a plan cannot be built again.
+    An earlier version read max_epochs as a binary number, which may be one sample less; without its
+    index, such a plan cannot be built again.
     """
     path = run_dir / PLAN_FILE
     if path.exists() and _counts(_read(path)) != _counts(plan):
@@ -77,7 +77,7 @@ def refuse_other_counts(run_dir: Path, plan: Mapping[str, Any]) -> None:
 
 
 def _counts(plan: Mapping[str, Any]) -> list[dict[str, int]]:
-    """Samples of every phase by task, from `Plan.summary()`."""
+    """Return the samples of every phase by task, from `Plan.summary()`."""
     try:
         return [
             {task: figures["samples"] for task, figures in phase["tasks"].items()}
@@ -88,7 +88,7 @@ def _counts(plan: Mapping[str, Any]) -> list[dict[str, int]]:
 
 
 def plan_of_run(run_dir: Path) -> str | None:
-    """The fingerprint of the plan of the run in this directory, None where none has begun."""
+    """Return the fingerprint of the plan of the run in this directory; None if none has begun."""
     path = run_dir / PLAN_FILE
     if path.exists():
         return str(_read(path).get("fingerprint"))
@@ -108,12 +108,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """What `run.json` says of a run file."""
+    """Return the content of `run.json` for a run file."""
     return config.model_dump(mode="json", exclude_none=True)
 
 
 def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """With what an earlier version did not write, since it had no such key."""
+    """Add the defaults of keys that an earlier version did not have."""
     try:
         return settings_of(RunConfig.model_validate(settings))
     except ValidationError:
@@ -121,7 +121,7 @@ def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _identity(settings: dict[str, Any]) -> dict[str, Any]:
-    """The part of a resolved run file on which the run's numbers depend."""
+    """Return the part of a resolved run file that determines the run's results."""
     kept = {key: value for key, value in settings.items() if key not in FREE_SECTIONS}
     for section, free in FREE_KEYS.items():
         kept[section] = _without(free, settings.get(section, {}))
@@ -134,7 +134,7 @@ def _without(keys: Iterable[str], section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first_difference(key: str, old: Any, new: Any) -> tuple[str, Any, Any] | None:
-    """The path of the first value that differs between two JSON values, with both values."""
+    """Return the path of the first difference between two JSON values, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         pairs = [
             (f"{key}.{k}" if key else k, old.get(k), new.get(k))

@@ -1,4 +1,4 @@
-"""What a plan is made of: the streams of all tasks and the length and mixture of every phase."""
+"""What determines a plan: the streams of all tasks and the length and mixture of every phase."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from megaphase.utils.seeds import derive_key
 FORMAT_VERSION = 3
 HELD_OUT_SEED = 0
 
-# Of a phase; together with 64-bit arithmetic on weights and ordinals it can never overflow.
+# Per phase; with 64-bit arithmetic on weights and ordinals it can never overflow.
 MOST_SAMPLES = 1 << 48
 
 
 @dataclass(frozen=True)
 class PhaseSpec:
-    """What a plan needs to know of a phase.
+    """The part of a phase that determines its plan.
 
     Attributes:
         steps: optimizer steps.
@@ -50,10 +50,10 @@ class PhaseSpec:
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """Everything that determines a plan, and nothing else: same spec, same plan.
+    """Everything that determines a plan, and nothing else: equal specs have equal plans.
 
     Attributes:
-        used: samples of each task that the run this one goes on from has used; the first phase's
+        used: samples of each task used by the run from which this one starts; the first phase's
             ordinals begin there.
     """
 
@@ -67,9 +67,9 @@ class PlanSpec:
 
     @property
     def stream_fingerprints(self) -> dict[str, str]:
-        """For every task a hash of what its sequence of training samples depends on.
+        """Return, for every task, a hash of everything that determines its training samples.
 
-        Runs in which a task's is equal read the same sample under the same ordinal.
+        If a task's hash is equal in two runs, they read the same sample for the same ordinal.
         """
         return {
             task: hash_json([FORMAT_VERSION, stream.fingerprint])
@@ -78,7 +78,7 @@ class PlanSpec:
 
 
 def task_supply(streams: Mapping[str, Stream], used: Mapping[str, int]) -> dict[str, TaskSupply]:
-    """What there is of every task, for mixtures; `used`: the samples of it that are used."""
+    """Return the supply of every task for mixtures; `used`: its samples that are already used."""
     return {
         task: TaskSupply(stream.tokens, stream.samples_per_epoch, used[task])
         for task, stream in streams.items()
@@ -88,7 +88,7 @@ def task_supply(streams: Mapping[str, Stream], used: Mapping[str, int]) -> dict[
 def _phase_steps(
     config: RunConfig, number: int, mixture: MixtureConfig, supply: Mapping[str, TaskSupply]
 ) -> int:
-    """Optimizer steps of a phase; a budget in tokens or epochs is rounded up to whole steps."""
+    """Return the optimizer steps of a phase; a budget in tokens or epochs is rounded up."""
     phase, samples_per_step = config.phases[number], config.batch.samples
     if phase.steps is not None:
         return phase.steps
@@ -110,15 +110,15 @@ def _phase_steps(
 
 
 def _samples(epochs: float, supply: TaskSupply) -> int:
-    """Of a task in so many epochs."""
+    """Return the samples of a task in `epochs` epochs."""
     return ceil(as_written(epochs) * supply.samples_per_epoch)
 
 
 def open_task_corpus(config: RunConfig, task: str, tokenizer: Tokenizer) -> Corpus:
-    """A task's corpus.
+    """Open a task's corpus.
 
     Raises:
-        InputError: it is missing, damaged, or of another kind or tokenizer than the run file says.
+        InputError: it is missing, damaged, or of another kind or tokenizer than in the run file.
     """
     corpus = Corpus.open(config.tasks[task].corpus)
     if corpus.manifest.tokenizer_hash != tokenizer.fingerprint:
@@ -132,7 +132,7 @@ def open_task_corpus(config: RunConfig, task: str, tokenizer: Tokenizer) -> Corp
 
 
 def _check_kind(config: RunConfig, task: str, corpus: Corpus) -> None:
-    """Refuse a corpus of texts as translation pairs, and pairs as texts."""
+    """Reject a corpus of texts for a task of translation pairs, and the reverse."""
     asked, found = config.tasks[task].kind, corpus.manifest.kind
     if asked != found:
         holds = {"lm": "texts", "translation": "translation pairs"}[found]
@@ -155,7 +155,7 @@ def _streams(config: RunConfig, corpora: dict[str, Corpus], held_out: bool) -> d
         task: stream_classes[config.tasks[task].kind](
             task,
             corpus,
-            # Runs that differ in the seed are validated on the same samples, and can be compared.
+            # Runs with different seeds are validated on the same samples, so they can be compared.
             seed=HELD_OUT_SEED if held_out else config.seed,
             seq_len=config.model.seq_len,
             fraction=config.held_out_fraction(task),
@@ -169,20 +169,20 @@ def _streams(config: RunConfig, corpora: dict[str, Corpus], held_out: bool) -> d
 
 
 def _check_task(config: RunConfig, task: str, training: Stream, held_out: Stream) -> None:
-    """Refuse a corpus whose index is damaged, and one that is too small to train or validate on."""
+    """Reject a corpus with a damaged index, or too small to train or validate on."""
     corpus = training.corpus
-    found, said = int(np.sum(corpus.lengths, dtype=np.int64)), corpus.manifest.tokens
-    if found != said:
+    found, stated = int(np.sum(corpus.lengths, dtype=np.int64)), corpus.manifest.tokens
+    if found != stated:
         raise InputError(
             f"{corpus.prefix}.idx",
-            f"its lengths sum to {found:,} tokens, the manifest says {said:,}",
+            f"its lengths sum to {found:,} tokens, the manifest says {stated:,}",
             "tokenize again",
         )
-    # Of what is packed, a single document makes a sample.
-    if not isinstance(training, PackedStream) and said <= training.seq_len:
+    # With packing, a single document makes a sample.
+    if not isinstance(training, PackedStream) and stated <= training.seq_len:
         raise InputError(
             config.where(f"tasks.{task}.corpus"),
-            f"{corpus.prefix} has {said:,} tokens, fewer than one sample of seq_len + 1 = "
+            f"{corpus.prefix} has {stated:,} tokens, fewer than one sample of seq_len + 1 = "
             f"{training.seq_len + 1:,}",
             "add text or lower model.seq_len",
         )
@@ -195,7 +195,7 @@ def _documents(stream: Stream) -> str:
 
 
 def _check_held_out(config: RunConfig, task: str, held_out: Stream) -> None:
-    """Refuse a held-out fraction that leaves nothing to validate on."""
+    """Reject a held-out fraction that leaves nothing to validate on."""
     where = config.where(config.held_out_key(task))
     fraction, of_documents = config.held_out_fraction(task), _documents(held_out)
     if held_out.tokens < 2:
@@ -203,14 +203,14 @@ def _check_held_out(config: RunConfig, task: str, held_out: Stream) -> None:
     if not held_out.has_target(config.validation.samples):
         raise InputError(
             where,
-            f"{fraction:g} holds out {held_out.documents:,} {of_documents}, and no loss is taken "
-            "on any token of what is scored of them",
+            f"{fraction:g} holds out {held_out.documents:,} {of_documents}, and none of "
+            "the validation samples has a target",
             "raise it, or tokenize again",
         )
 
 
 def _check_training(config: RunConfig, task: str, training: Stream, held_out: Stream) -> None:
-    """Refuse a held-out fraction or a subsample that leaves too little to train on."""
+    """Reject a held-out fraction or a subsample that leaves too little to train on."""
     packed = isinstance(training, PackedStream)
     if training.tokens > (0 if packed else training.seq_len):
         return
@@ -234,7 +234,7 @@ def _check_training(config: RunConfig, task: str, training: Stream, held_out: St
 
 
 def _splits_of_tasks(config: RunConfig) -> dict[str, Any]:
-    """What a plan depends on where tasks are not split as the run says; nothing where all are."""
+    """Return the splits that differ from the default; nothing if none does."""
     held_out = {task: config.held_out_fraction(task) for task in config.tasks}
     subsample = {task: settings.trained_on for task, settings in config.tasks.items()}
     facts = {
@@ -272,7 +272,7 @@ def _phase_spec(config: RunConfig, number: int, supply: Mapping[str, TaskSupply]
 
 
 def _check_schedule(config: RunConfig, number: int, steps: int) -> None:
-    """Refuse a warm-up or decay that is longer than the phase has come out."""
+    """Reject a warm-up or decay that is longer than the phase."""
     rate = config.phases[number].learning_rate
     problem = rate.too_long_for(steps) if rate.steps is None else None
     if problem is not None:
@@ -283,10 +283,10 @@ def check_corpora(config: RunConfig, number: int = 0, of: int = 1) -> None:
     """Compare the corpora's files with their manifests, see `megaphase.corpus.integrity`.
 
     Args:
-        number: of this process among `of` that share the work.
+        number: index of this process among the `of` processes that share the work.
 
     Raises:
-        InputError: a corpus is missing, or a file of one has been altered.
+        InputError: a corpus is missing, or one of its files was altered.
     """
     prefixes = dict.fromkeys(task.corpus for task in config.tasks.values())
     check_files([Corpus.open(prefix) for prefix in prefixes], number, of)
@@ -295,14 +295,14 @@ def check_corpora(config: RunConfig, number: int = 0, of: int = 1) -> None:
 def plan_spec(
     config: RunConfig, tokenizer: Tokenizer, used: Mapping[str, int] | None = None
 ) -> PlanSpec:
-    """Open the corpora, see `check_corpora`, and put together what the plan is made of.
+    """Open the corpora, see `check_corpora`, and return what determines the plan.
 
     Args:
-        used: samples by task that a run has used from which this one goes on; none if left out.
+        used: samples of each task used by the run from which this one starts; none by default.
 
     Raises:
-        InputError: a corpus is missing, damaged, too short, of another kind or tokenizer, no
-            document of a task is held out, or a phase never comes to the epochs that end it.
+        InputError: a corpus is missing, damaged, too short, of another kind or tokenizer; no
+            document of a task is held out; or a phase never reaches the epochs that end it.
     """
     used = {task: (used or {}).get(task, 0) for task in config.tasks}
     seq_len = config.model.seq_len

@@ -1,7 +1,7 @@
-"""Which documents of a corpus are held out and which are trained on: ranges of their hashes.
+"""Split a corpus's documents into held-out and training documents, by ranges of their hashes.
 
-A document's hash is that of its text, so the choice depends neither on the seed nor on the corpus's
-order, and the same text is on the same side in every corpus that is split alike.
+A document's hash is that of its text, so the split depends neither on the seed nor on the order of
+the corpus, and the same text is in the same part in every corpus with the same fractions.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ _HASHES = 1 << 64
 
 @dataclass(frozen=True)
 class HashRange:
-    """The 64-bit hashes [first, last]; none where last is below first."""
+    """The 64-bit hashes [first, last]; empty if last < first."""
 
     first: int
     last: int
 
     @classmethod
     def of(cls, start: int, stop: int) -> HashRange:
-        """The hashes [start, stop)."""
+        """Return the range of the hashes [start, stop)."""
         return cls(start, stop - 1) if start < stop else cls(1, 0)
 
     def holds(self, hashes: np.ndarray) -> np.ndarray:
-        """Whether each of these is one of them: u64 [n] to bool [n]."""
+        """Return whether each hash is in the range: u64 [n] to bool [n]."""
         return (hashes >= np.uint64(self.first)) & (hashes <= np.uint64(self.last))
 
 
 def held_out_hashes(fraction: float) -> HashRange:
-    """Hashes of the documents that are held out: the lowest, this fraction of all hashes."""
+    """Return the hashes of the held-out documents: the lowest `fraction` of all hashes."""
     return HashRange.of(0, _threshold(fraction))
 
 
 def training_hashes(fraction: float, subsample: float = 1.0) -> HashRange:
-    """Hashes of the documents that are trained on where this fraction is held out.
+    """Return the hashes of the training documents if `fraction` is held out.
 
     Args:
-        subsample: the part of the hashes that are not held out, in (0, 1]; the lowest are taken, so
-            a smaller one takes a subset of what a larger one takes.
+        subsample: the fraction of the remaining hashes to train on, in (0, 1]; the lowest are
+            taken, so a smaller subsample is part of a larger one.
     """
     threshold = _threshold(fraction)
     return HashRange.of(threshold, threshold + int(as_written(subsample) * (_HASHES - threshold)))

@@ -1,9 +1,9 @@
 """A task's stream: the endless sequence of its samples, addressed by ordinal.
 
-Every epoch shuffles the documents anew (a keyed permutation, nothing stored), reads them as one
-sequence of tokens and cuts it into samples of seq_len + 1 tokens that share one token with their
-neighbours. Within an epoch the samples are permuted again in windows, so that one long document
-does not fill neighbouring batches. Epochs never mix: an epoch's last sample may be shorter.
+Every epoch shuffles the documents (by a keyed permutation, without storing it), concatenates them
+and splits the tokens into samples of seq_len + 1 tokens that share one token with their neighbours.
+Within an epoch the samples are permuted again in windows, so that one long document does not fill
+neighbouring batches. Epochs do not mix: an epoch's last sample may be shorter.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from megaphase.utils.seeds import derive_key
 from megaphase.utils.targets import IGNORED_TARGET
 
 # Samples are permuted within windows of this size, so that a run that needs a hundredth of a huge
-# epoch needs an index of that hundredth (and at most one window) only.
+# epoch needs only an index of that hundredth (and at most one more window).
 SAMPLE_WINDOW = 1 << 16
 
-# Documents looked at in one call, so that a call takes well under a second.
+# Documents visited in one call, so that a call takes well under a second.
 DOCUMENTS_PER_CALL = 1 << 21
 
 
 class Stream:
-    """What one task trains on, or what it holds out, as a sequence of samples.
+    """The training or held-out documents of one task as a sequence of samples.
 
-    Samples have two numbers: the ordinal, by which training asks for them, and the number in token
-    order, by which the index holds them; both count on from epoch to epoch.
+    A sample has two numbers: the ordinal, by which training requests it, and the number in token
+    order, by which the index stores it; both continue from epoch to epoch.
 
     Attributes:
-        documents: how many documents of the corpus it reads.
-        tokens: how many tokens they have, EODs included.
-        samples_per_epoch: of seq_len + 1 tokens; the last one may be shorter.
-        attend_across_documents: whether a sample's documents see each other.
+        documents: number of documents that it reads.
+        tokens: number of their tokens, EODs included.
+        samples_per_epoch: number of samples of seq_len + 1 tokens; the last may be shorter.
+        attend_across_documents: whether a sample's documents attend to each other.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class Stream:
     ) -> None:
         """
         Args:
-            fraction: of the documents that is held out.
-            held_out: whether it reads those, or those that are trained on.
-            subsample: of the documents that are not held out, the fraction that is trained on.
-            tag: of a PackedStream, and of no other, the token between source and target.
+                fraction: the fraction of the documents that is held out.
+                held_out: whether to read the held-out documents instead of the training ones.
+                subsample: the fraction of the other documents that is trained on.
+                tag: for a PackedStream only: the token between source and target.
         """
         self.task = task
         self.corpus = corpus
@@ -74,14 +74,14 @@ class Stream:
             self._hashes = held_out_hashes(fraction)
         else:
             self._hashes = training_hashes(fraction, subsample)
-            # Streams that are whole keep the fingerprints that they had before there were others.
+            # Streams without a subsample keep the fingerprints that they had before it existed.
             self._origin |= {"subsample": subsample} if subsample != 1 else {}
         self.seq_len = seq_len
         self.attend_across_documents = attend_across_documents
         self._every_sample_has_a_target = attend_across_documents and tag is None
         side = "held out" if held_out else "training"
         corpus.expect_random_reads()
-        # Plain views: numpy's memmap class costs microseconds at every use.
+        # Plain arrays: numpy's memmap class costs microseconds at every use.
         self._samples = _builder.Stream(
             np.asarray(corpus.tokens),
             np.asarray(corpus.byte_offsets),
@@ -104,11 +104,12 @@ class Stream:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that the sequence of samples depends on."""
+        """A hash of everything that determines the sequence of samples."""
         return hash_json(self._origin | {"corpus": self.corpus.fingerprint})
 
     def text_bytes(self) -> int:
-        """Bytes of the UTF-8 text of its documents; looks at every document of the corpus."""
+        """Return the size of its documents' UTF-8 text in bytes; visits all documents of the
+        corpus."""
         total, corpus = 0, self.corpus
         for first in range(0, len(corpus.hashes), DOCUMENTS_PER_CALL):
             here = slice(first, first + DOCUMENTS_PER_CALL)
@@ -118,30 +119,31 @@ class Stream:
 
     @property
     def start_dtype(self) -> type[np.generic]:
-        """The type of an index's slots and offsets: it must number the corpus's documents."""
+        """The type of an index's slots and offsets, large enough for the corpus's documents."""
         return np.uint32 if len(self.corpus.lengths) <= 1 << 32 else np.uint64
 
     def epochs(self, samples: int) -> float:
-        """How many epochs so many samples are."""
+        """Return the number of epochs in `samples` samples."""
         return samples / self.samples_per_epoch
 
     def index_sizes(self, ordinals: int) -> list[int]:
-        """For every epoch, the samples that an index for the ordinals [0, ordinals) must hold."""
+        """Return, for every epoch, the samples that an index for the ordinals [0, ordinals)
+        stores."""
         full, used = divmod(ordinals, self.samples_per_epoch)
         windows = -(-used // SAMPLE_WINDOW)
         last = min(windows * SAMPLE_WINDOW, self.samples_per_epoch)
         return [self.samples_per_epoch] * full + ([last] if last else [])
 
     def first_indexed_epoch(self, first_ordinal: int) -> int:
-        """The first epoch that an index for ordinals from this one on needs."""
+        """Return the first epoch that an index for ordinals from this one on needs."""
         return first_ordinal // self.samples_per_epoch
 
     def walk(self, epoch: int) -> _builder.StreamWalk:
-        """A walk through an epoch's samples in token order; its `fill` writes where they begin."""
+        """Return a walk through an epoch's samples in token order; `fill` writes their starts."""
         return self._samples.walk(epoch)
 
     def first_starts(self, samples: int) -> np.ndarray:
-        """Slot and offset where epoch 0's first samples begin, in token order: [samples, 2]."""
+        """Return slot and offset of epoch 0's first samples, in token order: [samples, 2]."""
         starts = np.empty((samples, 2), self.start_dtype)
         walk, done = self.walk(0), 0
         while done < samples:
@@ -151,18 +153,18 @@ class Stream:
         return starts
 
     def in_token_order(self, ordinals: np.ndarray) -> np.ndarray:
-        """The numbers in token order of the samples with these ordinals, int64 [n]."""
+        """Convert ordinals to sample numbers in token order, int64 [n]."""
         return self._shuffled(ordinals, SAMPLE_WINDOW)
 
     def _shuffled(self, ordinals: np.ndarray, window: int) -> np.ndarray:
         return _builder.shuffle_samples(ordinals, self.samples_per_epoch, window, self._shuffle_key)
 
     def index_rows(self, numbers: np.ndarray) -> np.ndarray:
-        """The rows of the index that say where the samples with these numbers begin, int64 [n]."""
+        """Return the rows of the index that store where these samples begin, int64 [n]."""
         return numbers
 
     def pieces(self, epoch: int, slot: int, offset: int) -> list[tuple[int, int, int]]:
-        """(document, offset, tokens) of the pieces that make up the sample that begins there."""
+        """Return (document, offset, tokens) of the pieces of the sample that begins there."""
         return self._samples.pieces(epoch, slot, offset)
 
     def read(
@@ -177,17 +179,17 @@ class Stream:
     ) -> None:
         """Read the samples with these numbers in token order into the given rows.
 
-        starts:          start_dtype [indexed samples, 2], slot and offset where each begins
+        starts:          start_dtype [indexed samples, 2], slot and offset of each start
         numbers, rows:   int64 [samples]
         inputs, targets: int64 [batch, seq_len]; positions past a sample's end get
                          `pad_token_id` as input and IGNORED_TARGET as target
-        documents:       int64 [batch, seq_len], needed where the sample's documents do not see each
-                         other: gets the number of every input's document within its row
+        documents:       int64 [batch, seq_len], needed if the sample's documents do not attend to
+                         each other: gets the index of every input's document within its row
 
-        Tokens are checked where this process reads them for the first time.
+        Tokens are verified when this process reads them for the first time.
 
         Raises:
-            InputError: they are not those that were written, or not of the vocabulary.
+            InputError: they were altered, or are outside the vocabulary.
         """
         if self.attend_across_documents:
             documents = None
@@ -209,7 +211,7 @@ class Stream:
             raise wrong_tokens(self.corpus, *error.args) from None
 
     def has_target(self, samples: int) -> bool:
-        """Whether any of the first `samples` samples in token order has a target."""
+        """Return whether any of the first `samples` samples in token order has a target."""
         if self._every_sample_has_a_target:
             return self.samples_per_epoch > 0
         starts = self.first_starts(min(samples, self.samples_per_epoch))

@@ -1,4 +1,4 @@
-"""What a training step saw: for every sample of it the task, the epoch and the documents."""
+"""Show the samples of a training step: the task, the epoch and the documents of each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megaphase.utils.names import printable
 
 @dataclass(frozen=True)
 class TracedPiece:
-    """Tokens [first, last) of a document; the document's number is that in its corpus."""
+    """Tokens [first, last) of a document; `document` is its index in its corpus."""
 
     document: int
     first: int
@@ -34,9 +34,9 @@ class TracedSample:
 
     Attributes:
         ordinal: the sample's number in its task's stream, from the start of the run.
-        epoch: of that stream, from 0.
-        number: of the sample among the `of` samples of its epoch, in token order, from 0.
-        pieces: what its seq_len + 1 tokens are (fewer at an epoch's end, and where translation
+        epoch: epoch of the stream, from 0.
+        number: index of the sample among the `of` samples of its epoch, in token order, from 0.
+        pieces: the pieces of its seq_len + 1 tokens (fewer at an epoch's end, and if translation
             pairs leave room).
     """
 
@@ -50,9 +50,9 @@ class TracedSample:
 
 
 def find_step(phase_steps: Sequence[int], step: int) -> tuple[int, int]:
-    """The phase of a step and the step's number in it, of phases of so many steps.
+    """Return the phase of a step and its number in that phase, given the phases' lengths.
 
-    Steps count from 1 over all phases. Raises IndexError where there is no such step.
+    Steps count from 1 over all phases. Raises IndexError if there is no such step.
     """
     if step < 1:
         raise IndexError(step)
@@ -67,7 +67,7 @@ def find_step(phase_steps: Sequence[int], step: int) -> tuple[int, int]:
 def trace_step(
     plan: Plan, phase: int, phase_step: int, starts: np.ndarray | None = None
 ) -> list[TracedSample]:
-    """The samples of a step of a phase (from 1), in the order of the global batch.
+    """Return the samples of a step (from 1) of a phase, in the order of the global batch.
 
     For `starts` see Plan.samples.
     """
@@ -92,10 +92,9 @@ def trace_step(
 
 
 def sample_texts(plan: Plan, sample: TracedSample, tokenizer: Tokenizer) -> list[str]:
-    """The text of every piece; a character that is cut at a piece's edge shows as U+FFFD.
+    """Return the text of every piece; a character that is cut at a piece's edge becomes U+FFFD.
 
-    Between a source and its target stands an arrow. Raises InputError where a document has been
-    altered.
+    Source and target are separated by an arrow. Raises InputError if a document was altered.
     """
     corpus = plan.spec.streams[sample.task].corpus
     texts = []
@@ -108,7 +107,7 @@ def sample_texts(plan: Plan, sample: TracedSample, tokenizer: Tokenizer) -> list
 
 
 def _source_and_target(tokens: np.ndarray, tag: int | None) -> list[np.ndarray]:
-    """What stands before and after the tag; all of the tokens where it is not among them."""
+    """Split tokens at the tag; return all of them if there is no tag."""
     if tag is None or tag not in tokens:
         return [tokens]
     boundary = int(np.argmax(tokens == tag))
@@ -116,7 +115,7 @@ def _source_and_target(tokens: np.ndarray, tag: int | None) -> list[np.ndarray]:
 
 
 def sample_origins(plan: Plan, sample: TracedSample) -> list[Origin]:
-    """Where the document of every piece comes from, as far as its corpus tells."""
+    """Return the origin of the document of every piece, as far as its corpus records it."""
     origins = plan.spec.streams[sample.task].corpus.origins
     unknown = Origin(None, None)
     return [unknown if origins is None else origins[piece.document] for piece in sample.pieces]
@@ -127,8 +126,8 @@ def _origin_in_words(origin: Origin) -> str:
 
 
 def trace_table(plan: Plan, samples: list[TracedSample]) -> Table:
-    """One line a sample; documents as `number[first token:last token]`, and where the corpora tell
-    it, the own id of each and its file."""
+    """Return a table with one line per sample; documents as `number[first token:last token]`, with
+    their ids and files if the corpora record them."""
     table = Table(box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("row", justify="right")
     table.add_column("task", overflow="fold")
@@ -136,8 +135,8 @@ def trace_table(plan: Plan, samples: list[TracedSample]) -> Table:
     table.add_column("sample", justify="right")
     table.add_column("documents [tokens]", overflow="fold")
     origins = [[_origin_in_words(o) for o in sample_origins(plan, sample)] for sample in samples]
-    told = any(map(any, origins))
-    if told:
+    any_origin = any(map(any, origins))
+    if any_origin:
         table.add_column("their ids in their files", overflow="fold")
     for sample, words in zip(samples, origins, strict=True):
         cells: list[str | Text] = [
@@ -147,14 +146,14 @@ def trace_table(plan: Plan, samples: list[TracedSample]) -> Table:
             f"{sample.number:,} of {sample.of:,}",
             Text(" ".join(f"{p.document}[{p.first}:{p.last}]" for p in sample.pieces)),
         ]
-        table.add_row(*cells, *([Text(", ".join(filter(None, words)))] if told else []))
+        table.add_row(*cells, *([Text(", ".join(filter(None, words)))] if any_origin else []))
     return table
 
 
 def print_texts(
     console: Console, plan: Plan, samples: list[TracedSample], tokenizer: Tokenizer
 ) -> None:
-    """Print what the samples say, document by document."""
+    """Print the text of the samples, document by document."""
     for sample in samples:
         console.print(
             f"\nrow {sample.row}: {sample.task}, epoch {sample.epoch}, "
@@ -174,7 +173,7 @@ def print_texts(
 def sample_as_json(
     sample: TracedSample, texts: list[str] | None, origins: list[Origin] | None = None
 ) -> dict[str, Any]:
-    """A sample for machines; `texts` and `origins`, where given, are those of its pieces."""
+    """Return a sample as JSON; `texts` and `origins`, if given, are those of its pieces."""
     documents: list[dict[str, Any]] = [
         {"document": piece.document, "first_token": piece.first, "last_token": piece.last}
         for piece in sample.pieces

@@ -1,4 +1,4 @@
-"""A run that was trained, opened to see what its steps saw; nothing is written into it."""
+"""Open a trained run to show the samples of its steps; writes nothing into it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class TracedRun:
 
     Attributes:
         spans: the steps of its phases.
-        done: steps that were trained so far; None where no run has begun there.
-        say: gets the sentences that a user should see.
+        done: steps trained so far; None if no run has begun.
+        say: called with sentences for the user.
     """
 
     config: RunConfig
@@ -53,9 +53,10 @@ class TracedRun:
     say: Say
 
     def find_step(self, step: int) -> tuple[int, int, np.ndarray]:
-        """A step's phase, its number there, and the ordinals at which the phase's streams went on.
+        """Return a step's phase, its number there, and the ordinals at which the phase's streams
+        began.
 
-        Says what is to be known of the step beside it.
+        Also reports whether the step was skipped or not trained yet.
 
         Raises:
             InputError: there is no such step.
@@ -76,11 +77,10 @@ class TracedRun:
 
 
 def open_traced_run(run: Path, overrides: Sequence[str] | None) -> TracedRun:
-    """Open a run by its directory, or by its run file with values that replace its own.
+    """Open a run by its directory, or by its run file with overrides.
 
     Raises:
-        InputError: something in the run file is wrong, or the run that was trained there is
-            another one.
+        InputError: the run file is invalid, or the run that was trained there is another one.
     """
     console = new_console(stderr=True, highlight=False)
     say = partial(console.print, markup=False, soft_wrap=True)
@@ -112,7 +112,7 @@ def _config(run: Path, overrides: tuple[str, ...]) -> RunConfig:
 
 
 def _open_plan(spec: PlanSpec, config: RunConfig, console: Console, say: Say) -> Plan:
-    """The plan, from the index that the run was trained with where it is whole."""
+    """Open the plan, from the index with which the run was trained if it is intact."""
     output = config.output
     refuse_other_plan(output, config, spec.fingerprint)
     folder = plan_folder(output, spec)

@@ -19,7 +19,7 @@ from megaphase.plan.mixture import (
 
 
 def largest_deviation(rates: list[Fraction], tasks: np.ndarray) -> Fraction:
-    """max |count_t(n) - rate_t n| over every prefix and task, in rational arithmetic.
+    """Return max |count_t(n) - rate_t n| over every prefix and task, in rational arithmetic.
 
     A task's deviation is extreme just before and just after one of its turns, and at the end.
     """
@@ -128,7 +128,7 @@ def test_ordinals_of_any_range_are_those_of_the_whole():
 
 
 def slow_deadline_blend(rates: list[Fraction], samples: int) -> list[int]:
-    """Earliest deadline first as it is defined: slot after slot, in rational arithmetic."""
+    """Compute earliest deadline first by definition: slot after slot, in rational arithmetic."""
     turns = [0] * len(rates)
     tasks = []
     for slot in range(samples):
@@ -192,7 +192,7 @@ def test_random_draws_follow_the_rates_and_each_other_not_at_all(weights):
     assert (counts[expected == 0] == 0).all()
     spread = np.sqrt(np.maximum(expected * (1 - expected / samples), 0))
     assert (np.abs(counts - expected) <= 5 * spread + 1e-9).all()
-    # Independent: a task follows itself as often as chance says (5 sigma), at several distances.
+    # Independent: a task follows itself as often as by chance (5 sigma), at several distances.
     together = float((expected / samples) @ (expected / samples))
     for distance in (1, 2, 1024):
         same = (tasks[distance:] == tasks[:-distance]).mean()

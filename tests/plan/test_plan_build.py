@@ -1,4 +1,4 @@
-"""Building the index: by one process at a time, whole or not at all, whatever happens."""
+"""Building the index: by one process at a time, and atomically, whatever happens."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_damaged_index_is_named_and_built_again(run, name, harm, said):
     assert ensure_built(spec, config.output, say=pytest.fail) == folder
 
 
-# Without plan_support, which imports torch: seconds for every process.
+# Without plan_support, which imports torch: that takes seconds in every process.
 BUILD = """
 import time
 from pathlib import Path
@@ -121,7 +121,7 @@ print("done", flush=True)
 
 
 def in_another_process(config: RunConfig, stop_at: str = "") -> subprocess.Popen:
-    """Build the plan there; with `stop_at` it prints so and rests at that point until `release`."""
+    """Build the plan there; with `stop_at`, print that point and wait there until `release`."""
     script = BUILD.format(
         tokenizer=TOKENIZER_HASH,
         stop_at=stop_at,
@@ -276,7 +276,7 @@ def test_ctrl_c_ends_the_command_and_leaves_nothing(tmp_path):
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=LIMIT_SECONDS)
     assert "KeyboardInterrupt" in error
-    # A slow disk may still be busy with removing what was written.
+    # A slow disk may still be removing the output.
     wait_until(lambda: not config.output.exists())
 
 

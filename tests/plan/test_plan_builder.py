@@ -1,4 +1,4 @@
-"""The compiled builder on made-up arrays, right and wrong ones; also run under sanitizers."""
+"""The compiled builder on invented arrays, valid and invalid; also run under sanitizers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_builder_under_test_is_the_one_that_was_asked_for():
 
 @dataclass(frozen=True)
 class Arrays:
-    """A corpus that exists in memory alone: token i of all is i."""
+    """A corpus that exists only in memory: token i of all is i."""
 
     lengths: np.ndarray
     hashes: np.ndarray
@@ -61,7 +61,7 @@ def arrays(draw) -> Arrays:
 
 
 def joined(corpus: Arrays, hashes: tuple[int, int], key: int, epoch: int) -> list[int]:
-    """An epoch's tokens, one document after the other."""
+    """Return an epoch's tokens, one document after the other."""
     ends = np.cumsum(corpus.lengths)
     order = permutation(len(corpus.lengths), member_key(key, epoch))
     return [
@@ -200,7 +200,7 @@ def test_the_arrays_live_as_long_as_what_reads_them():
     del lengths, hashes, tokens, offsets
     trash = [np.full(100, 77, np.int64) for _ in range(50)]
     starts = np.zeros((113, 2), np.uint32)
-    assert walk.fill(starts, 1000) == 0  # it notes first which are read
+    assert walk.fill(starts, 1000) == 0  # it first marks which are read
     assert walk.fill(starts, 1000) == 113
     assert (starts[:, 1] < 9).all()
     assert len(trash) == 50

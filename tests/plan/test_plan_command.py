@@ -1,4 +1,4 @@
-"""What `megaphase plan` shows, and what it refuses."""
+"""The output of `megaphase plan`, and rejected inputs."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_the_command_writes_nothing_into_a_run_with_another_plan(folder, command
     assert "another plan" not in same.stderr
     other = command(folder / "run.yaml", "seed=8")
     assert other.exit_code == 0, other.output
-    assert f"{config.output} holds a run with another plan, which stays as it is" in other.stderr
+    assert f"{config.output} holds a run with another plan, which is not changed" in other.stderr
     assert "Index:" in same.stdout
     assert "Index:" not in other.stdout
     shown = json.loads(command(folder / "run.yaml", "seed=8", "--json").stdout)

@@ -1,4 +1,4 @@
-"""The stored index: same spec, same bytes; whole or not there; one order for every layout."""
+"""The stored index: equal specs give equal bytes; published atomically; one order on any layout."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def test_a_replaced_corpus_is_not_read_through_the_old_index(run, tmp_path):
 
 
 def expected_samples(config: RunConfig, written: dict[str, Documents], plan: Plan, number: int):
-    """(task, tokens) of every sample of a phase: blend turns over the reference's streams."""
+    """Return (task, tokens) of every sample of a phase: blend turns over the reference's
+    streams."""
     streams = []
     for i, (name, documents) in enumerate(written.items()):
         used = plan.phases[number].starts[i] + plan.phases[number].counts[i]

@@ -1,4 +1,4 @@
-"""Phases as long as epochs of a task, phases that end early, and runs that go on from a run."""
+"""Phases measured in epochs of a task, phases that end early, and branches of a run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TWO = phase("two", 45, {"rates": {"en": 0.2, "hi": 0.5, "pair": 0.3}})
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Epochs of a few dozen samples, so that the phases above are several."""
+    """Epochs of a few dozen samples, so that the phases above have several."""
     for seed, (name, documents) in enumerate([("en", 14), ("hi", 9)]):
         write_corpus(tmp_path / name, random_lengths(documents, 30, seed), seed=seed)
     write_pairs(tmp_path / "pair", random_pairs(30, 5, 1), seed=1, first_token=20_000)
@@ -80,7 +80,7 @@ def test_a_phase_is_as_long_as_the_epochs_of_its_first_task(folder, epochs, mixt
         return any(counts[task] >= wanted[task] + slack for task in wanted)
 
     assert reached(plan.phases[1].steps)
-    # One step less: short of it, or there by the one sample that the blend may be ahead.
+    # With one step less it is short, except for the one sample that the blend may be ahead.
     assert not reached(plan.phases[1].steps - 1, slack=1)
 
 

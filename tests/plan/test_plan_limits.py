@@ -1,4 +1,4 @@
-"""Corpora, plans and counts beyond 32 bits: sparse files as large as the real ones would be."""
+"""Corpora, plans and counts beyond 32 bits: sparse files of the real size."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def sparse(path: Path, size: int) -> None:
 
 @pytest.fixture(scope="module")
 def huge(tmp_path_factory) -> tuple[Corpus, list[int]]:
-    """A corpus of over 2^31 documents and, by slot of epoch 0, those that have tokens."""
+    """Make a corpus of over 2^31 documents; return it and the documents with tokens, by slot."""
     folder = tmp_path_factory.mktemp("huge")
     key = member_key(derived_key(7, "documents", "training", "en"), 0)
     # In the first slots of epoch 0 and at the last document.
@@ -88,7 +88,8 @@ def huge(tmp_path_factory) -> tuple[Corpus, list[int]]:
 
 
 def zeros(size: int) -> np.ndarray:
-    """u64 [size / 8] that takes no memory: reading 17 GB of holes through a file takes a minute."""
+    """Return u64 [size / 8] that takes no memory: reading 17 GB of holes in a file takes a
+    minute."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = mmap.mmap(-1, size, flags=flags, prot=mmap.PROT_READ)
     memory.madvise(mmap.MADV_HUGEPAGE)
@@ -120,7 +121,7 @@ def test_a_corpus_of_over_2_to_the_31_documents_is_cut_into_samples(huge):
 
 
 def test_a_phase_of_2_to_the_40_samples_is_found_its_way_in(tmp_path):
-    """The last block of a blend of 2^40 samples, in files that are holes but for that block."""
+    """The last block of a blend of 2^40 samples, in files that are holes except for that block."""
     samples, tasks = 2**40, 3
     block = block_size(tasks)
     order_path, counts_path = tmp_path / "tasks", tmp_path / "counts"

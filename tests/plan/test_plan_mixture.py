@@ -1,4 +1,4 @@
-"""Mixtures give the promised rates: requested, capped over the whole run, as whole numbers."""
+"""Mixtures give the promised rates: requested, capped over the whole run, as integers."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_tasks_outside_a_mixture_get_nothing():
 
 
 def water_level(requested: list[Fraction], room: list[int], samples: int) -> list[Fraction]:
-    """Shares min(level p, room) that sum to samples, found by going through the tasks' caps."""
+    """Return shares min(level p, room) that sum to samples, found by iterating over the caps."""
     order = sorted((i for i, p in enumerate(requested) if p), key=lambda i: room[i] / requested[i])
     full, weight = 0, sum(requested)
     for i in order:

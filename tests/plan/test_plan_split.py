@@ -1,4 +1,4 @@
-"""Which documents are held out and which are trained on, in streams, plans and translations."""
+"""The split into held-out and training documents, in streams, plans and translations."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ SUBSAMPLES = st.floats(0, 1, exclude_min=True)
 
 @st.composite
 def hashes_near(draw, limits: list[int]) -> np.ndarray:
-    """Any hashes, and those on both sides of the limits."""
+    """Return arbitrary hashes, and hashes on both sides of the limits."""
     near = [limit + step for limit in limits for step in (-1, 0, 1) if 0 <= limit + step < 2**64]
     drawn = draw(st.lists(st.integers(0, LAST_HASH), max_size=20))
     return np.array([0, LAST_HASH, *near, *drawn], np.uint64)
 
 
 def exact(number: float) -> Fraction:
-    """The decimal number that Python, and YAML, write for it."""
+    """Return the decimal number that Python, and YAML, write for it."""
     return Fraction(Decimal(str(number)))
 
 
@@ -101,7 +101,7 @@ def run(folder: Path, texts: dict | None = None, pairs: dict | None = None) -> R
 
 
 def read_inputs(plan: Plan) -> dict[int, list[list[int]]]:
-    """The inputs of all samples of the first phase, by task."""
+    """Return the inputs of all samples of the first phase, by task."""
     samples = plan.samples(0, 0, 2 * SAMPLES)
     inputs, targets, documents = (np.zeros((2 * SAMPLES, 8), np.int64) for _ in range(3))
     plan.read(samples, inputs, targets, FILLER, documents)
@@ -172,7 +172,7 @@ def test_tasks_hold_out_what_they_say(tmp_path, written):
 
 
 def test_runs_that_say_nothing_keep_their_fingerprints(tmp_path):
-    """What checkpoints and plans from before there were these keys say."""
+    """As in checkpoints and plans from before these keys existed."""
     config, _ = write_three_tasks(tmp_path)
     spec = spec_of(config)
     assert spec.fingerprint == "426b27267d6189daf8a873e6dba7a10a"

@@ -1,4 +1,4 @@
-"""Streams against a slow reference: every token once an epoch, shuffled anew, nothing held out."""
+"""Streams compared with a slow reference: every token once per epoch, reshuffled, none held out."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FILLER = 59_999
 
 
 def permute(size: int, key: int) -> list[int]:
-    """The keyed permutation of range(size), through the only door that it has in Python."""
+    """Return the keyed permutation of range(size), through its only interface in Python."""
     return _builder.shuffle_samples(np.arange(size), size, size, key).tolist()
 
 
@@ -56,7 +56,7 @@ def test_a_keyed_permutation_is_that_of_the_reference(size):
 def test_large_permutations_are_bijections_without_pattern(size):
     images = np.array(permute(size, 99))
     assert np.array_equal(np.sort(images), np.arange(size))
-    # Neighbours land far apart, and nothing of the order is left (4 sigma).
+    # Neighbours are far apart, and nothing of the order is left (4 sigma).
     assert abs(np.corrcoef(np.arange(size), images)[0, 1]) < 4 / size**0.5
     assert abs(np.corrcoef(images[:-1], images[1:])[0, 1]) < 4 / size**0.5
     assert (np.abs(np.diff(images)) < 3).mean() < 20 / size
@@ -112,7 +112,7 @@ def starts_of(stream: Stream, epoch: int, samples: int) -> np.ndarray:
 
 
 def read_epoch(stream: Stream, epoch: int) -> list[list[int]]:
-    """All samples of an epoch in token order, as inputs and the one target beyond them."""
+    """Return all samples of an epoch in token order, as inputs and the one target beyond them."""
     samples = stream.samples_per_epoch
     index = np.zeros(((epoch + 1) * samples, 2), stream.start_dtype)
     index[epoch * samples :] = starts_of(stream, epoch, samples)
@@ -123,7 +123,7 @@ def read_epoch(stream: Stream, epoch: int) -> list[list[int]]:
 
 
 def as_samples(inputs: np.ndarray, targets: np.ndarray) -> list[list[int]]:
-    """Rows of a batch as samples of tokens, after a check that targets are inputs, shifted."""
+    """Return rows of a batch as samples of tokens; check that targets are shifted inputs."""
     samples = []
     for row, shifted in zip(inputs.tolist(), targets.tolist(), strict=True):
         length = len(row) - shifted.count(IGNORED_TARGET)

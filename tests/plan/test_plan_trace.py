@@ -1,4 +1,4 @@
-"""`plan trace` says what a step saw: its documents and offsets give the batch's very tokens."""
+"""`plan trace`: the documents and offsets that it shows give exactly the batch's tokens."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def metrics_rows(*rows: dict) -> str:
 
 
 def test_a_phase_that_ended_early_is_where_it_ended(command, plan, tmp_path):
-    """And what follows in the plan comes at the steps, and with the samples, that it had."""
+    """What follows it in the plan has the steps, and the samples, that it actually had."""
     metrics = tmp_path / "run" / "metrics.jsonl"
     ended = metrics_rows(
         {"step": 1, "phase": "phase_end", "loss": 2.5},
@@ -230,7 +230,7 @@ def test_wrong_arguments_are_named(command, tmp_path, arguments, said):
 
 @pytest.fixture
 def trained(written, tmp_path, monkeypatch):
-    """A run that has begun, and the files that it has then; its directory."""
+    """Make a run that has started, with its files; return its directory."""
     monkeypatch.setattr("megaphase.tokenizer.Tokenizer.load", lambda directory: NumberTokenizer())
     config = write_run(tmp_path, NAMES, phases=PHASES)
     RunDirectory(config.output).claim(config, build_plan(config).summary())
@@ -257,7 +257,7 @@ def test_a_run_directory_is_traced_as_its_run_file_is(trained, plan, tmp_path):
         assert by_file.exit_code == moved.exit_code == 0
         assert by_file.output == moved.output
     assert files_below(trained) == before
-    # Where it lies now, not where it was begun.
+    # Its current location, not the one where it started.
     elsewhere = tmp_path / "moved"
     trained.rename(elsewhere)
     assert trace(elsewhere, "--step", 3, "--json").stdout == "".join(
@@ -358,7 +358,7 @@ def test_ids_and_files_of_documents_are_shown(command, plan, tmp_path):
 
 
 def give_origins(prefix, source, number):
-    """Write a corpus again as one that tells where its documents come from."""
+    """Write a corpus again with the origins of its documents."""
     corpus = Corpus.open(prefix)
     manifest = corpus.manifest
     ids = [f"{prefix.name}/{i}".encode() if i % 3 else b"" for i in range(manifest.documents)]

@@ -1,4 +1,4 @@
-"""Pairs packed into samples, and what of them is scored, against slow references in Python."""
+"""Pairs packed into samples, and their targets, compared with slow references in Python."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ SEQ_LEN = 8
 FRACTION = 0.2
 HASHES = st.integers(0, 2**64 - 1)
 ALL = (0, 2**64 - 1)
-# Tags are frequent, so that documents have none, one or several of them, at any place.
+# Tags are frequent, so that documents have none, one or several of them at any place.
 WORDS = st.just(TAG) | st.integers(4, 60_000)
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """Documents without a corpus around them."""
+    """Documents without a corpus."""
 
     documents: list[list[int]]
     hashes: list[int]
@@ -208,7 +208,7 @@ def make_stream(folder, *, held_out=False, pairs=60, longest=6, **settings):
 
 
 def read_ordinals(stream: Stream, ordinals: range) -> list[ExpectedRow]:
-    """As a plan reads them: from an index of what `index_sizes` says."""
+    """Read samples as a plan does: from an index of the size given by `index_sizes`."""
     sizes = stream.index_sizes(ordinals.stop)
     walks = [stream.walk(epoch) for epoch in range(len(sizes))]
     starts = np.concatenate([_filled(walk, n) for walk, n in zip(walks, sizes, strict=True)])

@@ -1,4 +1,4 @@
-"""Translation tasks in a plan: beside texts, over epochs and phases, refused where wrong."""
+"""Translation tasks in a plan: next to texts, over epochs and phases, rejected if invalid."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def documents_of(stream: Stream) -> set[int]:
 
 
 def test_the_split_goes_by_source(tmp_path):
-    """The hash is that of the source: all its targets, in all corpora, are on one side."""
+    """The hash is that of the source: all its targets, in all corpora, are in one part."""
     hashes = random_hashes(60, 4)
     corpora = {
         "en-fr": Pairs(random_pairs(120, 4, 4), hashes * 2),
@@ -246,7 +246,7 @@ def test_held_out_pairs_without_a_target_are_refused(tmp_path, texts):
     config = run(tmp_path)
     assert refused(config) == (
         f"{config.path}: validation.fraction: 0.2 holds out 1 of the 2 documents of "
-        f"{tmp_path}/en-fr, and no loss is taken on any token of what is scored of them; "
+        f"{tmp_path}/en-fr, and none of the validation samples has a target; "
         "raise it, or tokenize again"
     )
 
@@ -271,8 +271,8 @@ def test_a_plan_belongs_to_the_tag_and_to_what_pairs_see(tmp_path, pairs, texts)
     assert fingerprint(attend_across_documents=True) != first
     rewrite_manifest(tmp_path / "en-fr", tag=TAG + 1)
     assert Corpus.open(tmp_path / "en-fr").manifest.tag == TAG + 1
-    # Held out are pairs whose tag is another one now: nothing of them would be scored.
-    with pytest.raises(InputError, match="no loss is taken"):
+    # The held-out pairs have another tag now, so none of their tokens is a target.
+    with pytest.raises(InputError, match="none of the validation samples has a target"):
         fingerprint()
 
 
