@@ -1,8 +1,8 @@
-"""A large checkpoint reshaped and exported, beside `cp` of the same bytes, in one run.
+"""Reshape and export a large checkpoint, compared with `cp` of the same bytes, in one run.
 
-Random weights and moments, as tensor 2 × data 4 with ZeRO-3 writes them. Every side begins without
-the files in the page cache and ends when all is on the disk. The floor: a conversion reads what it
-converts twice, once to verify it, and writes the result once.
+Random weights and moments, as tensor 2 × data 4 with ZeRO-3 writes them. Every side starts without
+the files in the page cache and ends when everything is on disk. Lower bound: a conversion reads its
+input twice, once to verify it, and writes the result once.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ POLL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Measured:
-    """One side: seconds until all is on the disk, and the process's largest resident memory."""
+    """One side: seconds until everything is on disk, and the process's largest resident memory."""
 
     seconds: float
     peak_bytes: int
 
 
 class RandomWeights:
-    """Weights and moments that nobody has trained."""
+    """Weights and moments of an untrained model."""
 
     kinds = (WEIGHT, *MOMENTS)
 
@@ -110,13 +110,13 @@ def _measure(shape: GPTShape, arguments: argparse.Namespace, folder: Path) -> No
 
 def _show(name: str, source: Path, rounds: Sequence[tuple[Measured, Measured]]) -> None:
     size = _bytes(source)
-    cp = min(theirs.seconds for theirs, _ in rounds)
-    ours = min(mine.seconds for _, mine in rounds)
-    ratios = [theirs.seconds / mine.seconds for theirs, mine in rounds]
-    peak = max(mine.peak_bytes for _, mine in rounds)
+    cp = min(copied.seconds for copied, _ in rounds)
+    megaphase = min(converted.seconds for _, converted in rounds)
+    ratios = [copied.seconds / converted.seconds for copied, converted in rounds]
+    peak = max(converted.peak_bytes for _, converted in rounds)
     print(
         f"{name:20} {size / 1e9:6.2f} GB  cp {size / cp / 1e9:5.2f} GB/s  megaphase "
-        f"{size / ours / 1e9:5.2f} GB/s  ratio {cp / ours:.2f} ({min(ratios):.2f} to "
+        f"{size / megaphase / 1e9:5.2f} GB/s  ratio {cp / megaphase:.2f} ({min(ratios):.2f} to "
         f"{max(ratios):.2f})  peak memory {peak / 1e6:,.0f} MB",
         flush=True,
     )
@@ -131,7 +131,7 @@ def _write(shape: GPTShape, folder: Path) -> None:
 
 
 def _run(command: Sequence[object], source: Path, out: Path | None) -> Measured:
-    """Run a command on files that are not in memory, and remove what it has made."""
+    """Run a command on files that are not in memory, and remove its output."""
     for path in source.rglob("*"):
         if path.is_file():
             _forget(path)
@@ -151,9 +151,9 @@ def _run(command: Sequence[object], source: Path, out: Path | None) -> Measured:
 
 
 def _peak_bytes(process: int) -> int:
-    """What a process had in memory at most by now; 0 when it has ended.
+    """Return the largest memory of a process so far, in bytes; 0 if it has ended.
 
-    Not `ru_maxrss`, which begins with the memory of this process, from which that one was forked.
+    Not `ru_maxrss`, which starts from the memory of this process, from which that one was forked.
     """
     try:
         status = Path("/proc", str(process), "status").read_text()
@@ -164,7 +164,7 @@ def _peak_bytes(process: int) -> int:
 
 
 def _forget(path: Path) -> None:
-    """Let the page cache drop a file."""
+    """Remove a file from the page cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

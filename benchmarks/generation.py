@@ -1,8 +1,8 @@
-"""Tokens a second of greedy generation, with the cache and without it, in one run.
+"""Tokens per second of greedy generation, with and without the key-value cache, in one run.
 
-The floor: a step reads every weight that multiplies a token once, whatever the batch; the keys and
-values that it reads as well are few beside them here. Without the cache, every token of the prefix
-goes through the model again. Weights are random, and no token is taken for EOD.
+Lower bound: a step reads every weight that multiplies a token once, for any batch; the keys and
+values are few in comparison here. Without the cache, every token of the prefix goes through the
+model again. Weights are random, and no token is treated as EOD.
 
     python benchmarks/generation.py --preset gpt-14m --batch 1 --batch 16
 """
@@ -101,7 +101,7 @@ def _uncached(model: GPT, prompts: list[list[int]], new_tokens: int) -> list[lis
 
 
 def _quickest(way: Way, *arguments: Any) -> tuple[float, list[list[int]]]:
-    """The seconds that the quickest of some turns took, and what came of it."""
+    """Return the time of the fastest of several runs in seconds, and its result."""
     seconds = []
     for _ in range(TURNS):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Hugging Face's Llama of the same shape as one of our GPTs, and our weights under its names."""
+"""Hugging Face's Llama with the shape of one of Megaphase's GPTs, and weights under its names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megaphase.model.shape import GPTShape
 
 
 def hugging_face_llama(shape: GPTShape) -> nn.Module:
-    """A Llama of the same shape, fp32, attention by scaled_dot_product_attention."""
+    """Return a Llama of the same shape, in fp32, with attention by scaled_dot_product_attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -33,26 +33,26 @@ def hugging_face_llama(shape: GPTShape) -> nn.Module:
 
 
 def llama_weights(model: GPT, shape: GPTShape) -> dict[str, Tensor]:
-    """Our weights under Llama's names, fused projections taken apart."""
-    ours = model.state_dict()
+    """Return the model's weights under Llama's names, with fused projections split."""
+    state = model.state_dict()
     weights = {
-        "model.embed_tokens.weight": ours["embedding.weight"],
-        "model.norm.weight": ours["norm.weight"],
-        "lm_head.weight": ours["head.weight"],
+        "model.embed_tokens.weight": state["embedding.weight"],
+        "model.norm.weight": state["norm.weight"],
+        "lm_head.weight": state["head.weight"],
     }
     for i in range(shape.layers):
         block, layer = f"blocks.{i}.", f"model.layers.{i}."
-        q, k, v = ours[block + "attention.qkv.weight"].split(shape.qkv_segments)
-        gate, up = ours[block + "feed_forward.up.weight"].split(shape.ffn_segments)
+        q, k, v = state[block + "attention.qkv.weight"].split(shape.qkv_segments)
+        gate, up = state[block + "feed_forward.up.weight"].split(shape.ffn_segments)
         weights |= {
-            layer + "input_layernorm.weight": ours[block + "attention_norm.weight"],
+            layer + "input_layernorm.weight": state[block + "attention_norm.weight"],
             layer + "self_attn.q_proj.weight": q,
             layer + "self_attn.k_proj.weight": k,
             layer + "self_attn.v_proj.weight": v,
-            layer + "self_attn.o_proj.weight": ours[block + "attention.out.weight"],
-            layer + "post_attention_layernorm.weight": ours[block + "feed_forward_norm.weight"],
+            layer + "self_attn.o_proj.weight": state[block + "attention.out.weight"],
+            layer + "post_attention_layernorm.weight": state[block + "feed_forward_norm.weight"],
             layer + "mlp.gate_proj.weight": gate,
             layer + "mlp.up_proj.weight": up,
-            layer + "mlp.down_proj.weight": ours[block + "feed_forward.down.weight"],
+            layer + "mlp.down_proj.weight": state[block + "feed_forward.down.weight"],
         }
     return weights

@@ -1,4 +1,4 @@
-"""What a machine can do at best: arithmetic of matrix products, and traffic to memory."""
+"""Measure a machine's best matrix products (FLOP/s) and memory traffic (bytes/s)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ REPEATS = 8
 
 @dataclass(frozen=True)
 class Machine:
-    """The best that was seen."""
+    """The best figures measured."""
 
     matmul_flops: float
     memory_bytes_per_second: float
 
     def best(self, other: Machine) -> Machine:
-        """The better of two measurements of one machine, figure by figure."""
+        """Return the better of two measurements of one machine for each figure."""
         return Machine(
             max(self.matmul_flops, other.matmul_flops),
             max(self.memory_bytes_per_second, other.memory_bytes_per_second),
@@ -27,7 +27,7 @@ class Machine:
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Multiply square matrices of `dtype`; add vectors that no cache holds."""
+    """Multiply square matrices of `dtype`; add vectors that are larger than any cache."""
     n = 8192 if device.type == "cuda" else 2048
     a, b, out = (torch.rand((n, n), device=device).to(dtype) for _ in range(3))
     flops = 2 * n**3 / _quickest_seconds(lambda: torch.mm(a, b, out=out), device)

@@ -1,10 +1,10 @@
-"""How far the memory that `megaphase plan` estimates is from what training really takes.
+"""Compare the memory that `megaphase plan` estimates with the memory that training really takes.
 
 Each case trains a small model in real processes (over gloo, on the CPU) with the run's own engine.
-Measured is the most resident memory of a process over whole optimizer steps, beyond what it has
+The measure is the largest resident memory of a process over whole optimizer steps, minus its memory
 before the engine is built: the kernel counts pages that were written to, and glibc is told to
-give freed memory back at once, so that is what tensors and buffers take. A tiny engine has been
-trained before, so libraries, threads and process groups do not count.
+return freed memory at once, so this is the memory of tensors and buffers. A tiny engine is trained
+first, so libraries, threads and process groups do not count.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megaphase.model.shape import GPTShape
 from megaphase.plan.dataset import Batch
 from megaphase.training.engine import Engine
 
-# glibc: every tensor is mapped by itself, and unmapped when it is freed.
+# glibc: map every tensor separately, and unmap it when it is freed.
 MALLOC = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -64,9 +64,9 @@ GPT2 = {"norm": "layernorm", "activation": "gelu", "position": "learned", "bias"
 
 @dataclass(frozen=True)
 class Case:
-    """One layout of one of the MODELS; `accumulation` micro-batches make a step.
+    """One layout of one of the MODELS; a step has `accumulation` micro-batches.
 
-    masked: rows hold documents that do not see each other.
+    masked: rows contain documents that are masked from each other.
     """
 
     model: str
@@ -88,7 +88,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Everything about it, in a line."""
+        """All settings of the case, in one line."""
         words = [f"{self.model}, {self.precision}, tensor {self.tensor} × data {self.data}"]
         words += [f"ZeRO {self.zero}"]
         words += ["sequence"] * self.sequence
@@ -101,7 +101,7 @@ class Case:
         return ", ".join(words)
 
     def config(self, model: str) -> RunConfig:
-        """The run file; `model` is the case's own, or the tiny one."""
+        """Return the run configuration; `model` is the case's own, or the tiny one."""
         micro = MICRO[model]
         changes = self.changes if model == self.model else {}
         mixture = {"rates": {"all": 1.0}}
@@ -186,7 +186,7 @@ CASES = [
 
 
 def resident_bytes(field_name: str) -> int:
-    """A figure of this process from the kernel: VmRSS, now, or VmHWM, the most since a reset."""
+    """Return a figure of this process in bytes: VmRSS (current) or VmHWM (largest since reset)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field_name:
@@ -195,12 +195,12 @@ def resident_bytes(field_name: str) -> int:
 
 
 def reset_most_resident() -> None:
-    """Let VmHWM start again from what there is now."""
+    """Reset VmHWM to the current resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def random_batch(case: Case, config: RunConfig, shape: GPTShape) -> Batch:
-    """Random tokens; memory does not depend on them."""
+    """Return a batch of random tokens, on which the memory does not depend."""
     rows = config.batch.samples // case.data
     tokens = torch.randint(shape.vocab, (rows, shape.seq_len + 1))
     tasks = torch.zeros(rows, dtype=torch.int64)
@@ -212,7 +212,7 @@ def random_batch(case: Case, config: RunConfig, shape: GPTShape) -> Batch:
 
 
 def train(case: Case, model: str) -> int:
-    """Bytes that training took on this rank at most, over the steps after the first."""
+    """Return the largest memory that training took on this rank after the first step, in bytes."""
     config = case.config(model)
     shape = build_shape(config, MODELS[model]["vocab"])
     grid = start_process_grid(case.tensor)
@@ -227,7 +227,7 @@ def train(case: Case, model: str) -> int:
 
 
 def serve(number: int) -> None:
-    """One rank of a case: print the bytes of the rank that needed most."""
+    """Run one rank of a case: print the bytes of the rank that needed most."""
     torch.set_num_threads(1)
     with process_group():
         train(CASES[number], "tiny")
@@ -239,7 +239,7 @@ def serve(number: int) -> None:
 
 
 def measure(number: int) -> int:
-    """Bytes that a case takes on the rank that needs most, measured in new processes."""
+    """Return the bytes that a case takes on the rank that needs most, using new processes."""
     port, processes = free_port(), CASES[number].processes
     argv = [sys.executable, __file__, "--serve", str(number)]
     ranks = []
@@ -260,7 +260,7 @@ def measure(number: int) -> int:
 
 
 def estimated(case: Case) -> MemoryEstimate:
-    """What `megaphase plan` says, of the CPU."""
+    """Return the estimate of `megaphase plan` for the CPU."""
     config = case.config(case.model)
     shape = build_shape(config, MODELS[case.model]["vocab"])
     return estimate(setup_of(config, shape, case.processes, "cpu"))
@@ -270,8 +270,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="only a few cases")
-    parser.add_argument("--only", default="", help="only cases whose name holds this")
-    parser.add_argument("--json", action="store_true", help="one JSON object a case")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--json", action="store_true", help="one JSON object per case")
     asked = parser.parse_args()
     if asked.serve is not None:
         serve(asked.serve)
@@ -295,7 +295,7 @@ def main() -> int:
             sizes = f"{found.total / 1e6:>9,.1f} MB{measured / 1e6:>9,.1f} MB{ratio:>8.3f}"
             print(f"{case.name:82}{sizes}  {found.moment}", flush=True)
     if not asked.json:
-        print(f"{len(chosen)} cases, the farthest off by {worst:.1%}")
+        print(f"{len(chosen)} cases, the largest error is {worst:.1%}")
     return 0 if worst <= TOLERANCE else 1
 
 

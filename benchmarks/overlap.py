@@ -1,11 +1,11 @@
-"""What `parallel.overlap` gains: optimizer steps with it and without it, in turn, in one run.
+"""Measure the gain of `parallel.overlap`: steps with and without it, alternating, in one run.
 
     python benchmarks/overlap.py --tensor 2
     python benchmarks/overlap.py --tensor 2 --sequence
 
 One engine takes all steps, so that both sides have the same weights, memory and processes. Prints
-the median time of a step of each side, and the median of the ratios of neighbouring steps with its
-quartiles. On a machine with GPUs every process has one.
+the median time per step of each side, and the median and quartiles of the ratios of neighbouring
+steps. On a machine with GPUs every process has one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def serve(
     environment: dict[str, str],
     answer: Connection,
 ) -> None:
-    """One of the processes: its seconds with and without overlap, pair by pair."""
+    """Run one of the processes: its seconds with and without overlap, pair by pair."""
     begin(environment)
     prepare(settings, tensor)
     config = settings.run_config(tensor=tensor, sequence=sequence)
@@ -59,17 +59,17 @@ def serve(
 def measure(
     settings: Settings, tensor: int, sequence: bool, pairs: int
 ) -> list[tuple[float, float]]:
-    """Seconds of a step with and without overlap, of the slowest process, pair by pair."""
+    """Return the slowest process's seconds per step with and without overlap, pair by pair."""
     context = multiprocessing.get_context("spawn")
     port = free_port()
     ends = []
     for rank in range(tensor):
-        mine, theirs = context.Pipe(duplex=False)
+        own_end, worker_end = context.Pipe(duplex=False)
         environment = rank_environment(rank, tensor, port) | ends_with_this_process()
-        arguments = (settings, tensor, sequence, pairs, environment, theirs)
+        arguments = (settings, tensor, sequence, pairs, environment, worker_end)
         context.Process(target=serve, args=arguments, daemon=True).start()
-        theirs.close()
-        ends.append(mine)
+        worker_end.close()
+        ends.append(own_end)
     ranks = [end.recv() for end in ends]
     return [(max(a for a, _ in pair), max(b for _, b in pair)) for pair in zip(*ranks, strict=True)]
 
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--tensor", type=int, default=2)
     parser.add_argument("--sequence", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--pairs", type=int, default=8, help="of compared steps; at least 2")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs of compared steps; at least 2")
     options = parser.parse_args()
     if options.pairs < 2:
         parser.error("--pairs: at least 2, for quartiles")
@@ -104,9 +104,9 @@ def main() -> None:
     )
     found = measure(settings, options.tensor, options.sequence, options.pairs)
     for name, times in zip(("overlap", "no overlap"), zip(*found, strict=True), strict=True):
-        print(f"{name:10}  {1000 * statistics.median(times):8.1f} ms a step")
+        print(f"{name:10}  {1000 * statistics.median(times):8.1f} ms per step")
     low, ratio, high = statistics.quantiles([without / with_ for with_, without in found], n=4)
-    print(f"{ratio:.3f} times as quick with overlap (quartiles {low:.3f} to {high:.3f})")
+    print(f"{ratio:.3f} times as fast with overlap (quartiles {low:.3f} to {high:.3f})")
 
 
 if __name__ == "__main__":

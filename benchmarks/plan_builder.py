@@ -1,12 +1,12 @@
-"""The plan's builder beside the compiled helpers of megatron-core, in one run.
+"""Compare the plan builder with the compiled helpers of megatron-core, in one run.
 
     pip install -c constraints.txt -e '.[benchmark]'
     python benchmarks/plan_builder.py --whole 1e9
 
-Prints, for both sides and in turns on one thread: ns a sample of the blend for 16 to 4,096 tasks
-and of the sample index of one corpus; then, for a whole plan of so many samples and 100 tasks built
-with all cores, seconds, bytes a sample, peak memory, and how long Ctrl-C takes; and draws a plot.
-Exit code 2 where megatron-core is missing.
+Prints, for both sides alternately on one thread: ns per sample of the blend for 16 to 4,096 tasks
+and of the sample index of one corpus. Then, for a whole plan of the given number of samples and 100
+tasks, built with all cores: seconds, bytes per sample, peak memory, and the time that Ctrl-C takes.
+Draws a plot. Exit code 2 if megatron-core is missing.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ TURNS = 5
 
 @dataclass(frozen=True)
 class Pair:
-    """Seconds of each turn of both sides."""
+    """The seconds of each turn of both sides."""
 
-    ours: list[float]
-    theirs: list[float]
+    megaphase: list[float]
+    megatron: list[float]
 
     @property
     def ratio(self) -> float:
-        """How many times quicker this builder is: the median over the turns."""
-        return statistics.median(b / a for a, b in zip(self.ours, self.theirs, strict=True))
+        """How many times faster this builder is: the median over the turns."""
+        return statistics.median(b / a for a, b in zip(self.megaphase, self.megatron, strict=True))
 
 
-def take_turns(ours: Callable[[], object], theirs: Callable[[], object], turns: int) -> Pair:
-    """Run both sides alternately, once unmeasured so that memory has been touched."""
+def take_turns(megaphase: Callable[[], object], megatron: Callable[[], object], turns: int) -> Pair:
+    """Run both sides alternately, after an unmeasured run that touches the memory."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(turns + 1):
-        for side, work in enumerate((ours, theirs)):
+        for side, work in enumerate((megaphase, megatron)):
             began = time.perf_counter()
             work()
             if turn > 0:
@@ -75,7 +75,7 @@ def take_turns(ours: Callable[[], object], theirs: Callable[[], object], turns: 
 
 
 def blend_pair(tasks: int) -> Pair:
-    """Both builders' blend of the same log-normal rates."""
+    """Measure both builders' blends of the same log-normal rates."""
     from megatron.core.datasets import helpers_cpp
 
     shares = np.random.default_rng(tasks).lognormal(0, 1, tasks)
@@ -84,21 +84,21 @@ def blend_pair(tasks: int) -> Pair:
     block = block_size(tasks)
     order = np.zeros(BLENDED_SAMPLES, np.uint16)
     counts = np.zeros((-(-BLENDED_SAMPLES // block), tasks), np.int64)
-    their_order = np.zeros(BLENDED_SAMPLES, np.int16)
-    their_numbers = np.zeros(BLENDED_SAMPLES, np.int64)
+    megatron_order = np.zeros(BLENDED_SAMPLES, np.int16)
+    megatron_numbers = np.zeros(BLENDED_SAMPLES, np.int64)
     return take_turns(
         lambda: _builder.DeadlineBlend(weights).fill(order, counts, block),
         lambda: helpers_cpp.build_blending_indices(
-            their_order, their_numbers, shares, tasks, BLENDED_SAMPLES, False
+            megatron_order, megatron_numbers, shares, tasks, BLENDED_SAMPLES, False
         ),
         TURNS,
     )
 
 
 def sample_index_pair(folder: Path, documents: int) -> tuple[Pair, Pair, int]:
-    """(index alone, with the shuffles that Megatron's needs, samples) for one epoch of one corpus.
+    """Measure one epoch of one corpus: (index alone, index with Megatron's shuffles, samples).
 
-    This builder's index needs no other arrays: its shuffles are computed when a sample is read.
+    This builder's index needs no shuffle arrays: shuffles are computed when a sample is read.
     """
     from megatron.core.datasets import helpers
 
@@ -112,29 +112,29 @@ def sample_index_pair(folder: Path, documents: int) -> tuple[Pair, Pair, int]:
     shuffled = np.arange(documents, dtype=np.int32)
     random.shuffle(shuffled)
 
-    def ours() -> None:
+    def megaphase() -> None:
         walk, done = stream.walk(0), 0
         while done < len(starts):
             done += walk.fill(starts[done:], DOCUMENTS_PER_CALL)
 
-    def theirs() -> np.ndarray:
+    def megatron() -> np.ndarray:
         return helpers.build_sample_idx(lengths, shuffled, SEQ_LEN, 1, tokens)
 
-    def theirs_with_shuffles() -> None:
+    def megatron_with_shuffles() -> None:
         order = np.arange(documents, dtype=np.int32)
         random.shuffle(order)
         samples = helpers.build_sample_idx(lengths, order, SEQ_LEN, 1, tokens)
         random.shuffle(np.arange(len(samples) - 1, dtype=np.uint32))
 
     return (
-        take_turns(ours, theirs, 3),
-        take_turns(ours, theirs_with_shuffles, 1),
+        take_turns(megaphase, megatron, 3),
+        take_turns(megaphase, megatron_with_shuffles, 1),
         stream.samples_per_epoch,
     )
 
 
 def prepare_whole(folder: Path, samples: int) -> Path:
-    """A run file of two phases over 100 corpora with Zipf sizes; the files have no tokens."""
+    """Write a run file of two phases over 100 corpora with Zipf sizes, without tokens."""
     sizes = 1 / np.arange(1, WHOLE_TASKS + 1)
     sizes = np.maximum(sizes / sizes.sum() * min(WHOLE_DOCUMENTS, samples // 4), 100)
     names = [f"task{number:03}" for number in range(WHOLE_TASKS)]
@@ -150,7 +150,7 @@ def prepare_whole(folder: Path, samples: int) -> Path:
 
 
 def build_whole(run_file: Path, interrupt_at: float) -> None:
-    """The process that builds; it interrupts itself as Ctrl-C would once that part is done."""
+    """Build in this process, and send it Ctrl-C when that part is done."""
     config, spec = open_spec(run_file)
     samples = sum(phase.steps for phase in spec.phases) * spec.samples_per_step
     done = {"blend of pretrain": 0, "blend of joint": 0, "sample index": 0}
@@ -161,7 +161,7 @@ def build_whole(run_file: Path, interrupt_at: float) -> None:
             (config.output / "interrupted").write_text(str(time.time()))
             signal.raise_signal(signal.SIGINT)
 
-    # A shell that starts a script in the background makes it deaf to Ctrl-C.
+    # A shell that starts a script in the background makes it ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         ensure_built(spec, config.output, progress=progress)
@@ -169,7 +169,7 @@ def build_whole(run_file: Path, interrupt_at: float) -> None:
 
 @dataclass(frozen=True)
 class Watched:
-    """What a process took: wall-clock seconds, and the most memory that it had at a time."""
+    """A process's wall-clock seconds and the largest memory that it had at a time."""
 
     seconds: float
     anonymous_bytes: int
@@ -177,7 +177,7 @@ class Watched:
 
 
 def watch(run_file: Path, interrupt_at: float = 2.0) -> Watched:
-    """Build in a process of its own and look at its memory every 20 ms."""
+    """Build in a separate process and sample its memory every 20 ms."""
     process = multiprocessing.get_context("spawn").Process(
         target=build_whole, args=(run_file, interrupt_at)
     )
@@ -202,7 +202,7 @@ def _kilobytes(field: str) -> int:
 
 
 def report_whole(folder: Path, samples: int) -> None:
-    """Build a whole plan, check it again, and interrupt two builds of it."""
+    """Build a whole plan, verify it again, and interrupt two builds of it."""
     print(f"\npreparing {WHOLE_TASKS} corpora ...", flush=True)
     run_file = prepare_whole(folder, samples)
     config, spec = open_spec(run_file)
@@ -211,14 +211,14 @@ def report_whole(folder: Path, samples: int) -> None:
     size = sum(path.stat().st_size for path in index.iterdir())
     samples = sum(phase.steps for phase in spec.phases) * spec.samples_per_step
     print(f"\nwhole plan: {samples:,} samples, {WHOLE_TASKS} tasks, {builder_threads()} threads")
-    print(f"  built in {built.seconds:.1f} s, {built.seconds / samples * 1e9:.0f} ns a sample")
-    print(f"  {size / samples:.2f} bytes a sample on disk ({size / 1e9:.2f} GB)")
+    print(f"  built in {built.seconds:.1f} s, {built.seconds / samples * 1e9:.0f} ns per sample")
+    print(f"  {size / samples:.2f} bytes per sample on disk ({size / 1e9:.2f} GB)")
     print(f"  peak memory {built.anonymous_bytes / 1e6:,.0f} MB anonymous, and pages of the")
-    print(f"  mapped corpora {built.mapped_bytes / 1e6:,.0f} MB; of the output nothing is mapped")
-    print(f"  floor: the disk writes these bytes in {size / disk_speed(folder):.1f} s")
+    print(f"  mapped corpora {built.mapped_bytes / 1e6:,.0f} MB; the output is not mapped")
+    print(f"  lower bound: the disk writes these bytes in {size / disk_speed(folder):.1f} s")
     began = time.perf_counter()
     ensure_built(spec, config.output)
-    print(f"  found whole again in {time.perf_counter() - began:.1f} s")
+    print(f"  verified again in {time.perf_counter() - began:.1f} s")
     for part in (0.25, 0.75):
         shutil.rmtree(index, ignore_errors=True)
         watch(run_file, interrupt_at=part)
@@ -228,13 +228,13 @@ def report_whole(folder: Path, samples: int) -> None:
             time.sleep(0.02)
         removed = stopped + time.perf_counter() - began
         print(
-            f"  Ctrl-C at {part:.0%}: the process was gone after {stopped:.2f} s, what it had "
-            f"written after {removed:.2f} s"
+            f"  Ctrl-C at {part:.0%}: the process ended after {stopped:.2f} s, its output "
+            f"was removed after {removed:.2f} s"
         )
 
 
 def disk_speed(folder: Path) -> float:
-    """Bytes a second that the disk takes when it has to keep them."""
+    """Return the bytes per second that the disk writes durably."""
     block = os.urandom(1 << 24)
     began = time.perf_counter()
     with open(folder / "speed", "wb") as file:
@@ -248,11 +248,11 @@ def disk_speed(folder: Path) -> float:
 
 
 def draw(pairs: dict[int, Pair], path: Path) -> None:
-    """ns a sample of both blends over the number of tasks."""
+    """Plot ns per sample of both blends over the number of tasks."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
-    for side, label in (("theirs", "megatron-core"), ("ours", "megaphase")):
+    for side, label in (("megatron", "megatron-core"), ("megaphase", "megaphase")):
         times = [_ns(getattr(pair, side)) for pair in pairs.values()]
         axes.plot(list(pairs), times, marker="o", label=label)
         for tasks, ns in zip(pairs, times, strict=True):
@@ -262,7 +262,7 @@ def draw(pairs: dict[int, Pair], path: Path) -> None:
     axes.set_xticks(list(pairs), [f"{tasks:,}" for tasks in pairs])
     axes.margins(y=0.15)
     axes.set_xlabel("tasks")
-    axes.set_ylabel("ns a sample, one thread")
+    axes.set_ylabel("ns per sample, one thread")
     axes.set_title("Building the blend")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -276,9 +276,9 @@ def _ns(seconds: list[float]) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--whole", type=float, default=2e7, help="samples of the whole plan")
-    parser.add_argument("--documents", type=int, default=10_000_000, help="of the one corpus")
+    parser.add_argument("--documents", type=int, default=10_000_000, help="documents of one corpus")
     parser.add_argument("--plot", type=Path, default=Path("plan-builder.png"))
-    parser.add_argument("--folder", type=Path, help="where corpora and plan go, for a while")
+    parser.add_argument("--folder", type=Path, help="temporary folder for corpora and plan")
     options = parser.parse_args()
     if importlib.util.find_spec("megatron") is None:
         print("megatron-core is missing: pip install -c constraints.txt -e '.[benchmark]'")
@@ -288,17 +288,18 @@ def main() -> int:
         warnings.simplefilter("ignore")
         import megatron.core.datasets.helpers  # noqa: F401
 
-    print(f"blend, one thread, {BLENDED_SAMPLES:,} samples, ns a sample (median of {TURNS})")
+    print(f"blend, one thread, {BLENDED_SAMPLES:,} samples, ns per sample (median of {TURNS})")
     print(f"{'tasks':>8} {'megaphase':>10} {'megatron':>10} {'ratio':>7}")
     pairs = {}
     for tasks in BLENDED_TASKS:
         pair = pairs[tasks] = blend_pair(tasks)
-        print(f"{tasks:>8,} {_ns(pair.ours):>10.1f} {_ns(pair.theirs):>10.1f} {pair.ratio:>7.1f}")
-    growth = _ns(pairs[BLENDED_TASKS[-1]].ours) / _ns(pairs[BLENDED_TASKS[0]].ours)
+        figures = f"{_ns(pair.megaphase):>10.1f} {_ns(pair.megatron):>10.1f} {pair.ratio:>7.1f}"
+        print(f"{tasks:>8,} {figures}")
+    growth = _ns(pairs[BLENDED_TASKS[-1]].megaphase) / _ns(pairs[BLENDED_TASKS[0]].megaphase)
     print(
         f"from {BLENDED_TASKS[0]} to {BLENDED_TASKS[-1]:,} tasks megaphase grows {growth:.1f}-fold"
     )
-    print("bytes a sample of the blend: megaphase 2 and at most 0.5, megatron 10")
+    print("bytes per sample of the blend: megaphase 2 and at most 0.5, megatron 10")
     draw(pairs, options.plot)
 
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -306,14 +307,15 @@ def main() -> int:
         alone, with_shuffles, samples = sample_index_pair(folder, options.documents)
         print(f"\nsample index, one thread, {options.documents:,} documents, {samples:,} samples")
         for what, pair in (("index", alone), ("index and shuffles", with_shuffles)):
-            ours, theirs = (
+            megaphase_ns, megatron_ns = (
                 statistics.median(side) / options.documents * 1e9
-                for side in (pair.ours, pair.theirs)
+                for side in (pair.megaphase, pair.megatron)
             )
-            print(f"  {what:18} ns a document: megaphase {ours:.1f}, megatron {theirs:.1f}, "
+            print(f"  {what:18} ns per document: megaphase {megaphase_ns:.1f}, "
+                  f"megatron {megatron_ns:.1f}, "
                   f"ratio {pair.ratio:.1f}")  # fmt: skip
-        print("  bytes a sample: megaphase 8; megatron 8 or 16, 4 or 8 for the shuffle, and 4 or 8")
-        print("  for every document and epoch")
+        print("  bytes per sample: megaphase 8; megatron 8 or 16, 4 or 8 for the shuffle, and")
+        print("  4 or 8 for every document and epoch")
         report_whole(folder, int(options.whole))
     return 0
 

@@ -1,16 +1,15 @@
-"""Reading planned samples beside megatron-core's GPTDataset, over the same corpora, in one run;
-and what it costs that the tokens are checked where they are read for the first time.
+"""Compare reading planned samples with megatron-core's GPTDataset, over the same corpora, in one
+run; and measure the cost of verifying tokens when they are first read.
 
     pip install -c constraints.txt -e '.[benchmark]'
     python benchmarks/plan_reading.py
-    python benchmarks/plan_reading.py --ours        without GPTDataset
+    python benchmarks/plan_reading.py --megaphase-only   without GPTDataset
 
-All sides deliver batches of int64 tensors; they take turns, each time in a process of its own:
-cold, with every file dropped from the page cache, and warm, with all of it read before. GPTDataset
-runs as Megatron-LM runs it with no loader processes (a blended data set behind torch's DataLoader,
-no attention mask), and also with two, as many as this machine has cores.
-Every round opens the plan anew, so that all tokens are read for the first time, and checked.
-Exit code 2 where megatron-core is missing.
+All sides deliver batches of int64 tensors; they take turns, each in a new process: cold, with every
+file dropped from the page cache, and warm, with all files read before. GPTDataset runs as in
+Megatron-LM without loader processes (a blended data set behind torch's DataLoader, no attention
+mask), and also with two, as many as this machine has cores. Every round opens the plan again, so
+that all tokens are read for the first time, and verified. Exit code 2 if megatron-core is missing.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ STREAM = _builder.Stream
 
 
 def prepare(folder: Path, tokens: int, seq_len: int, steps: int) -> Path:
-    """Corpora with Zipf sizes, the run file over them, and the index of both sides."""
+    """Write corpora with Zipf sizes, a run file that uses them, and the index of both sides."""
     sizes = 1 / np.arange(1, TASKS + 1)
     sizes = (sizes / sizes.sum() * tokens / MEAN_DOCUMENT).astype(int)
     names = [f"task{number}" for number in range(TASKS)]
@@ -56,8 +55,8 @@ def prepare(folder: Path, tokens: int, seq_len: int, steps: int) -> Path:
     return write_run_file(folder, names, seq_len=seq_len, batch=BATCH, phases=[phase])
 
 
-def our_batches(run_file: Path, workers: int) -> Iterator[Any]:
-    """The steps of the plan, as the training loop gets them."""
+def megaphase_batches(run_file: Path, workers: int) -> Iterator[Any]:
+    """Yield the steps of the plan as the training loop reads them."""
     from megaphase.plan.build import ensure_built
     from megaphase.plan.dataset import StepReader
     from megaphase.plan.plan import Plan
@@ -69,18 +68,18 @@ def our_batches(run_file: Path, workers: int) -> Iterator[Any]:
 
 
 def unchecked_batches(run_file: Path, workers: int) -> Iterator[Any]:
-    """As ours, with the checks left out."""
+    """Like `megaphase_batches`, without verification."""
 
     class Unchecked(STREAM):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments[:-2])
 
     _builder.Stream = Unchecked  # type: ignore[misc]
-    return our_batches(run_file, workers)
+    return megaphase_batches(run_file, workers)
 
 
-def their_batches(run_file: Path, workers: int) -> Iterator[Any]:
-    """The same rates and number of samples from Megatron's blended data set."""
+def megatron_batches(run_file: Path, workers: int) -> Iterator[Any]:
+    """Yield the same number of samples at the same rates from Megatron's blended data set."""
     warnings.simplefilter("ignore")
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
@@ -92,7 +91,7 @@ def their_batches(run_file: Path, workers: int) -> Iterator[Any]:
     from megaphase.plan.build import ensure_built
     from megaphase.plan.plan import Plan
 
-    if not distributed.is_initialized():  # it asks for its rank
+    if not distributed.is_initialized():  # the data set asks for its rank
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     config, spec = open_spec(run_file)
     [phase] = Plan(spec, ensure_built(spec, config.output)).phases
@@ -120,15 +119,15 @@ def their_batches(run_file: Path, workers: int) -> Iterator[Any]:
 
 
 SIDES: dict[str, tuple[Callable[[Path, int], Iterator[Any]], int]] = {
-    "megaphase": (our_batches, 0),
+    "megaphase": (megaphase_batches, 0),
     "megaphase, unchecked": (unchecked_batches, 0),
-    "GPTDataset": (their_batches, 0),
-    "GPTDataset, 2 loader processes": (their_batches, 2),
+    "GPTDataset": (megatron_batches, 0),
+    "GPTDataset, 2 loader processes": (megatron_batches, 2),
 }
 
 
 def read_all(side: str, run_file: Path, rounds: int) -> tuple[float, float, int]:
-    """Seconds and processor seconds of the last round, opening not counted; samples of a round."""
+    """Return seconds and CPU seconds of the last round, without opening; samples per round."""
     make, workers = SIDES[side]
     seconds = processor = 0.0
     samples = 0
@@ -144,13 +143,13 @@ def read_all(side: str, run_file: Path, rounds: int) -> tuple[float, float, int]
 
 
 def measure(side: str, run_file: Path, rounds: int) -> tuple[float, float, int]:
-    """`read_all` in a process of its own."""
+    """Run `read_all` in a separate process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(read_all, side, run_file, rounds).result()
 
 
 def drop_from_page_cache(folder: Path) -> None:
-    """Write back every file and let its pages go, so that the next reader meets the disk."""
+    """Flush every file and drop its pages, so that the next reader reads from disk."""
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -159,15 +158,15 @@ def drop_from_page_cache(folder: Path) -> None:
 
 
 def compare(run_file: Path, sides: list[str], turns: int, *, cold: bool) -> None:
-    """Samples a second of the sides, in turns, the ratio of ours to each, and processor time.
+    """Print samples per second of each side, the ratio of Megaphase to it, and CPU time.
 
-    That of loader processes does not count. It is steadier than the seconds on a machine that does
-    other work.
+    CPU time does not include loader processes. It varies less than the wall-clock time on a machine
+    with other work.
     """
     rates: dict[str, list[float]] = {side: [] for side in sides}
     processor: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(turns):
-        # The first becomes the last, so that none always follows the same one.
+        # The order rotates, so that no side always follows the same one.
         for side in sides[turn % len(sides) :] + sides[: turn % len(sides)]:
             if cold:
                 drop_from_page_cache(run_file.parent)
@@ -175,27 +174,27 @@ def compare(run_file: Path, sides: list[str], turns: int, *, cold: bool) -> None
             seconds, used, samples = measure(side, run_file, 1 if cold else 2)
             rates[side].append(samples / seconds)
             processor[side].append(used / samples)
-    ours = rates["megaphase"]
-    for side, theirs in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    megaphase_rates = rates["megaphase"]
+    for side, side_rates in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(megaphase_rates, side_rates, strict=True))
         print(
-            f"  {side:32} {statistics.median(theirs):>12,.0f} samples/s  ratio {ratio:.2f}  "
-            f"{statistics.median(processor[side]) * 1e6:.2f} µs of processor time a sample"
+            f"  {side:32} {statistics.median(side_rates):>12,.0f} samples/s  ratio {ratio:.2f}  "
+            f"{statistics.median(processor[side]) * 1e6:.2f} µs of CPU time per sample"
         )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=float, default=1e9, help="of all corpora; 2 bytes each")
+    parser.add_argument("--tokens", type=float, default=1e9, help="tokens of all corpora")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--warm-steps", type=int, default=200)
     parser.add_argument("--cold-steps", type=int, default=40)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the corpora go, for a while")
-    parser.add_argument("--ours", action="store_true", help="leave GPTDataset out")
+    parser.add_argument("--folder", type=Path, help="temporary folder for the corpora")
+    parser.add_argument("--megaphase-only", action="store_true", help="leave out GPTDataset")
     options = parser.parse_args()
-    sides = [side for side in SIDES if not (options.ours and side.startswith("GPTDataset"))]
-    if not options.ours and importlib.util.find_spec("megatron") is None:
+    sides = [name for name in SIDES if not (options.megaphase_only and "GPTDataset" in name)]
+    if not options.megaphase_only and importlib.util.find_spec("megatron") is None:
         print("megatron-core is missing: pip install -c constraints.txt -e '.[benchmark]'")
         return EXIT_WRONG_INPUT
     for cold, steps in ((False, options.warm_steps), (True, options.cold_steps)):

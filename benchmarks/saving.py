@@ -1,7 +1,7 @@
-"""How long a save holds training up, beside DeepSpeed's own `save_checkpoint`, in one run.
+"""Measure how long a save blocks training, compared with DeepSpeed's `save_checkpoint`, in one run.
 
-One process, ZeRO-3. The floor of what holds a step up is a copy of the state in memory; that of
-the write is the speed at which the disk takes the same bytes from a plain writer.
+One process, ZeRO-3. The lower bound of the blocking time is a copy of the state in memory; that of
+the write is the time in which a plain writer writes the same bytes to disk.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CHUNK = 1 << 24
 
 
 def main() -> None:
-    """Take turns, round after round, and print medians."""
+    """Alternate the sides in rounds and print medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="gpt-30m")
     parser.add_argument("--vocab", type=int, default=16000)
@@ -55,31 +55,33 @@ def _measure(preset: str, vocab: int, rounds: int, folder: Path) -> None:
     engine.train_step(Batch(zeros, zeros, torch.zeros(1, dtype=torch.int64)), 1e-4)
     size = sum(tensor.nbytes for _, tensor in engine.state.tensors(engine.state.kinds()))
     control_group = ControlGroup()
-    store = CheckpointStore(folder / "ours", control_group)
+    store = CheckpointStore(folder / "megaphase", control_group)
     saver = Saver(store, control_group, keep=1, asynchronous=True, say=lambda text: None)
-    held, whole, theirs, copies, writes = [], [], [], [], []
+    held, whole, deepspeed, copies, writes = [], [], [], [], []
     source, target = torch.ones(size // 4), torch.empty(size // 4)
     for number in range(rounds + 1):  # the first one warms up
         copies.append(_seconds(lambda: target.copy_(source)))
         writes.append(_seconds(lambda: _write_plainly(folder / "plain", source)))
         held.append(_seconds(lambda n=number: _save(saver, engine, n)))  # type: ignore[misc]
         whole.append(held[-1] + _seconds(saver.finish))
-        theirs.append(_seconds(lambda: engine._engine.save_checkpoint(str(folder / "theirs"))))
+        deepspeed.append(
+            _seconds(lambda: engine._engine.save_checkpoint(str(folder / "deepspeed")))
+        )
     print(f"{preset}, {size / 1e9:.2f} GB of weights and optimizer state, {rounds} rounds, medians")
     sides = {
-        "floor of the copy: the same bytes in memory": copies,
-        "megaphase: training held up": held,
-        "floor of the write: plain write and fsync": writes,
-        "megaphase: until the checkpoint has appeared": whole,
-        "DeepSpeed save_checkpoint: training held up": theirs,
+        "lower bound of the copy: same bytes in memory": copies,
+        "megaphase: training blocked": held,
+        "lower bound of the write: plain write + fsync": writes,
+        "megaphase: until the checkpoint is published": whole,
+        "DeepSpeed save_checkpoint: training blocked": deepspeed,
     }
     for name, seconds in sides.items():
         median = statistics.median(seconds[1:])
         print(f"{name:50} {median:8.3f} s  {size / median / 1e9:7.2f} GB/s")
-    ratios = [b / a for a, b in zip(held[1:], theirs[1:], strict=True)]
+    ratios = [b / a for a, b in zip(held[1:], deepspeed[1:], strict=True)]
     low, high = min(ratios), max(ratios)
     middle = statistics.median(ratios)
-    print(f"held up less than by DeepSpeed: {middle:.1f} times ({low:.1f} to {high:.1f})")
+    print(f"blocked less than by DeepSpeed: {middle:.1f} times ({low:.1f} to {high:.1f})")
 
 
 def _config(preset: str) -> RunConfig:

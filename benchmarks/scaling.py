@@ -1,9 +1,9 @@
-"""The tables of docs/scaling.md: layouts of two large runs, and the estimate beside published runs.
+"""Make the tables of docs/scaling.md: layouts of two large runs, and estimates of published runs.
 
     python benchmarks/scaling.py                          prints them
-    python benchmarks/scaling.py --write docs/scaling.md  puts them where they stand in the page
+    python benchmarks/scaling.py --write docs/scaling.md  updates them in the page
 
-Needs no GPU and no corpora: it reads the run files in examples/scaling and computes.
+Needs neither a GPU nor corpora: it reads the run files in examples/scaling and computes.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ CHECKPOINTING = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class Published:
-    """A run that somebody else has measured on H100 SXM with fully sharded data parallelism.
+    """A published measurement on H100 SXM with fully sharded data parallelism.
 
-    tokens_per_second: on each GPU.
+    tokens_per_second: per GPU.
     """
 
     source: str
@@ -48,7 +48,7 @@ class Published:
 def _mpt(
     layers: int, hidden: int, heads: int, seq_len: int, *, checkpointing: str = "none"
 ) -> GPTShape:
-    """MPT (ALiBi, whose positions have no weights, is taken for rotary)."""
+    """MPT (its ALiBi, which has no weights, is modelled as rotary)."""
     return GPTShape(
         vocab=50_368,
         seq_len=seq_len,
@@ -69,8 +69,8 @@ LLAMA_8B = GPTShape(
 )
 # llm-foundry: scripts/train/benchmarking/README.md, "H100 80GB BF16", whose sizes are in
 # scripts/train/yamls. torchtitan: benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3, with
-# torch.compile; there the cards were limited to 500 W and a part of the activations was computed
-# again, which this model cannot do.
+# torch.compile; there the GPUs were limited to 500 W and some of the activations were recomputed,
+# which this model cannot represent.
 PUBLISHED = [
     Published("llm-foundry 1B", _mpt(24, 2048, 16, 2048), 8, 14, 1, 45_455),
     Published("llm-foundry 3B", _mpt(32, 2560, 32, 2048), 64, 6, 3, 22_525),
@@ -86,7 +86,7 @@ PUBLISHED = [
 
 
 def run_setup(name: str) -> tuple[Setup, Hardware]:
-    """Of a run file in examples/scaling, on its GPUs."""
+    """Return the setup of a run file in examples/scaling, and its GPUs."""
     config = load_run_file(EXAMPLES / f"{name}.yaml")
     hardware = hardware_of(config)
     assert config.model.vocab is not None
@@ -96,9 +96,9 @@ def run_setup(name: str) -> tuple[Setup, Hardware]:
 
 
 def best_variant(layout: Setup, hardware: Hardware) -> Setup:
-    """The quickest of a layout's micro-batches and ways to keep activations that fits the card.
+    """Return the fastest of a layout's micro-batches and recomputation modes that fits the GPU.
 
-    Where none fits, the one that needs least memory.
+    If none fits, return the one that needs the least memory.
     """
     variants = sorted(_variants(layout), key=lambda each: step_time(each, hardware).seconds)
     fitting = (variant for variant in variants if fits(variant, CARD.memory_gb))
@@ -115,7 +115,7 @@ def _variants(layout: Setup) -> Iterator[Setup]:
 
 
 def layouts_page(name: str) -> str:
-    """The layouts of a run with their best variants, as a table of the page."""
+    """Return the table of a run's layouts with their best variants."""
     own, hardware = run_setup(name)
     rows = [
         "| layout, ZeRO | micro | again | GB | step | compute | tensor | data | sent | MFU |",
@@ -143,7 +143,7 @@ def _layout_row(setup: Setup, time: StepTime) -> str:
 
 
 def step_page(name: str) -> str:
-    """A run file's own layout: where the time of its step goes."""
+    """Return the table of the step time of a run file's own layout."""
     setup, hardware = run_setup(name)
     time = step_time(setup, hardware)
     config = load_run_file(EXAMPLES / f"{name}.yaml")
@@ -162,7 +162,7 @@ def step_page(name: str) -> str:
 
 
 def published_page() -> str:
-    """The estimate beside what others have measured."""
+    """Return the table of the estimates and the published measurements."""
     rows = [
         "| run | GPUs | seq_len | micro | again | measured, tokens/s/GPU | estimated | ratio |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -180,7 +180,7 @@ def published_page() -> str:
 
 
 def tables() -> dict[str, str]:
-    """All tables, by the names that stand around them in the page."""
+    """Return all tables by the names that surround them in the page."""
     found = {"published": published_page()}
     for name in RUNS:
         found[f"{name} step"] = step_page(name)
@@ -189,7 +189,7 @@ def tables() -> dict[str, str]:
 
 
 def with_tables(page: str) -> str:
-    """The page with every table as it is computed now."""
+    """Return the page with newly computed tables."""
     for name, table in tables().items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         assert begin in page, f"the page has no place for {name}"
@@ -200,7 +200,7 @@ def with_tables(page: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, help="the page to put the tables into")
+    parser.add_argument("--write", type=Path, help="the page to update")
     page = parser.parse_args().write
     if page is not None:
         page.write_text(with_tables(page.read_text()))

@@ -1,4 +1,4 @@
-"""Corpora of any size without text: random document lengths, and tokens that are there or not."""
+"""Corpora of any size without text: random document lengths, and random tokens or none."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ CHUNK_TOKENS = 1 << 24
 
 
 def document_lengths(documents: int, mean: float, seed: int) -> np.ndarray:
-    """Log-normal with many short and a few very long ones, as web text is; int32 [documents]."""
+    """Return log-normal lengths, many short and a few very long as in web text; int32
+    [documents]."""
     lengths = np.random.default_rng(seed).lognormal(0, 1, documents)
     return np.maximum(lengths * (mean / np.exp(0.5)), 1).astype(np.int32)
 
@@ -32,8 +33,8 @@ def document_lengths(documents: int, mean: float, seed: int) -> np.ndarray:
 def write_corpus(prefix: Path, lengths: np.ndarray, seed: int, *, with_tokens: bool) -> None:
     """Write the files of a corpus.
 
-    Without tokens the .bin is a hole as large as they would be, there are no checksums, and nothing
-    of it can be read.
+    Without tokens the .bin is a sparse file of the right size, there are no checksums, and it
+    cannot be read.
     """
     random = np.random.default_rng(seed)
     suffixes = (*DATA_SUFFIXES, BLOCKS_SUFFIX) if with_tokens else DATA_SUFFIXES
@@ -52,7 +53,7 @@ def write_corpus(prefix: Path, lengths: np.ndarray, seed: int, *, with_tokens: b
         file.truncate(tokens * TOKEN_DTYPE.itemsize)
     if with_tokens:
         _write_checksums(paths, lengths, hashes)
-    # That of a large .bin is read by `data verify` alone.
+    # The hash of a large .bin is only used by `data verify`.
     files = {suffix: describe_file(path) for suffix, path in paths.items() if suffix != ".bin"}
     files[".bin"] = {"bytes": tokens * TOKEN_DTYPE.itemsize, "hash": f"synthetic {seed}"}
     manifest = Manifest(
@@ -83,7 +84,7 @@ def _write_checksums(paths: dict[str, Path], lengths: np.ndarray, hashes: np.nda
 def write_run_file(
     folder: Path, tasks: list[str], *, seq_len: int, batch: int, phases: list[dict]
 ) -> Path:
-    """A run file over corpora that lie in `folder`; phases need a name, steps and a mixture."""
+    """Write a run file over corpora in `folder`; each phase has a name, steps and a mixture."""
     run = {
         "output": "run",
         "tokenizer": "none",
@@ -98,6 +99,6 @@ def write_run_file(
 
 
 def open_spec(run_file: Path) -> tuple[RunConfig, PlanSpec]:
-    """The run and its plan's spec."""
+    """Return the run configuration and its plan specification."""
     config = load_run_file(run_file)
     return config, plan_spec(config, TOKENIZER)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The sides of train_throughput.py: each takes optimizer steps in processes of its own."""
+"""The sides of train_throughput.py: each runs optimizer steps in separate processes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from megaphase.training.engine import Engine
 from megaphase.utils.process_lifetime import end_with_parent, ends_with_this_process
 
 LEARNING_RATE = 1e-4
-BATCHES = 4  # different ones, used in turn
+BATCHES = 4  # different batches, used in turn
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all sides are told."""
+    """The settings of all sides."""
 
     preset: str
     vocab: int
@@ -45,7 +45,7 @@ class Settings:
     checkpointing: str
 
     def run_config(self, kernels: str = "eager", **parallel: Any) -> RunConfig:
-        """The run file of this benchmark; parallel: keys of that section, ZeRO 0 if unsaid."""
+        """Return the run configuration; parallel: keys of that section, with ZeRO 0 by default."""
         model = {"preset": self.preset, "vocab": self.vocab, "seq_len": self.seq_len}
         model["activation_checkpointing"] = self.checkpointing
         if self.kv_heads:
@@ -74,7 +74,7 @@ class Settings:
         return build_shape(self.run_config(), self.vocab)
 
     def batches(self) -> list[Batch]:
-        """Random tokens, the same on all sides."""
+        """Return random tokens, the same on all sides."""
         generator = torch.Generator().manual_seed(0)
         size = (self.batch, self.seq_len + 1)
         rows = [torch.randint(0, self.vocab, size, generator=generator) for _ in range(BATCHES)]
@@ -94,8 +94,8 @@ Step = Callable[[Batch], float]
 
 
 @dataclass(frozen=True)
-class Ours:
-    """Our engine, in tensor × data processes, which share the threads."""
+class MegaphaseEngine:
+    """Megaphase's engine, in tensor × data processes, which share the threads."""
 
     zero: int
     kernels: str
@@ -117,7 +117,8 @@ class Ours:
         return self.tensor * self.data
 
     def step(self, settings: Settings) -> Step:
-        """One optimizer step as `megaphase train` takes it; returns the loss."""
+        """Return a function that runs one optimizer step as `megaphase train` and returns the
+        loss."""
         config = settings.run_config(
             self.kernels, zero=self.zero, tensor=self.tensor, keep_gathered=self.keep_gathered
         )
@@ -132,7 +133,7 @@ class Ours:
 
 
 @dataclass(frozen=True)
-class Peer:
+class LlamaLoop:
     """Hugging Face's Llama in a plain torch loop."""
 
     compiled: bool
@@ -146,9 +147,9 @@ class Peer:
         return 1
 
     def step(self, settings: Settings) -> Step:
-        """The same step as a plain loop writes it: accumulation, clipping, fused AdamW.
+        """Return the same step as in a plain loop: accumulation, clipping, fused AdamW.
 
-        With bf16 everything is bf16, weights and optimizer state too, which is the quickest.
+        With bf16 everything is bf16, including weights and optimizer state, which is fastest.
         """
         device = torch.device(settings.device)
         defaults = settings.run_config().optimizer
@@ -183,28 +184,32 @@ class Peer:
 
 
 def prepare(settings: Settings, processes: int = 1) -> None:
-    """The threads and the device that the settings ask for."""
+    """Set the threads and the device of the settings."""
     torch.set_num_threads(max(1, settings.threads // processes))
     torch.set_float32_matmul_precision("highest")
 
 
 def peak_bytes(device: str) -> int:
-    """The most memory that this process has had: of the GPU, or where there is none, resident."""
+    """Return the peak memory of this process in bytes: of the GPU or, without one, resident."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def begin(environment: dict[str, str]) -> None:
-    """In a process of the benchmark, before all else; it may be told to end with the benchmark."""
+    """Prepare a process of the benchmark before anything else; it may end with the benchmark."""
     os.environ.update(environment)
     end_with_parent()
 
 
 def serve_steps(
-    kind: Ours | Peer, settings: Settings, environment: dict[str, str], orders: Connection
+    kind: MegaphaseEngine | LlamaLoop,
+    settings: Settings,
+    environment: dict[str, str],
+    orders: Connection,
 ) -> None:
-    """One of a side's processes: for every number of steps, their seconds and the peak memory."""
+    """Run one of a side's processes: for each requested number of steps, send seconds and
+    memory."""
     begin(environment)
     prepare(settings, kind.processes)
     step, batches, taken = kind.step(settings), settings.batches(), 0
@@ -219,7 +224,7 @@ def serve_steps(
 
 
 def receive(connection: Connection) -> Any:
-    """The next message; None once the other end is closed or gone."""
+    """Return the next message; None once the other end is closed."""
     try:
         return connection.recv()
     except EOFError:
@@ -227,26 +232,26 @@ def receive(connection: Connection) -> Any:
 
 
 class Side:
-    """One side of the comparison, running."""
+    """A running side of the comparison."""
 
-    def __init__(self, kind: Ours | Peer, settings: Settings) -> None:
+    def __init__(self, kind: MegaphaseEngine | LlamaLoop, settings: Settings) -> None:
         context = multiprocessing.get_context("spawn")
         self.name, self.peak_bytes = kind.name, 0
         self._orders, self._processes = [], []
         port = free_port()
         for rank in range(kind.processes):
-            mine, theirs = context.Pipe()
+            own_end, worker_end = context.Pipe()
             environment = rank_environment(rank, kind.processes, port) | ends_with_this_process()
             process = context.Process(
-                target=serve_steps, args=(kind, settings, environment, theirs), daemon=True
+                target=serve_steps, args=(kind, settings, environment, worker_end), daemon=True
             )
             process.start()
-            theirs.close()
-            self._orders.append(mine)
+            worker_end.close()
+            self._orders.append(own_end)
             self._processes.append(process)
 
     def take_steps(self, steps: int) -> list[float]:
-        """Seconds of each of `steps` optimizer steps."""
+        """Return the seconds of each of `steps` optimizer steps."""
         for orders in self._orders:
             orders.send(steps)
         answers = [receive(orders) for orders in self._orders]
@@ -262,6 +267,6 @@ class Side:
             process.join()
 
     def kill(self) -> None:
-        """End it at once, also in the midst of a step."""
+        """Kill its processes at once, even during a step."""
         for process in self._processes:
             process.kill()

@@ -1,22 +1,22 @@
-"""Tokenizing beside sentencepiece itself and a preprocessor of Megatron-LM's kind, in one run.
+"""Compare tokenizing with bare sentencepiece and a preprocessor like Megatron-LM's, in one run.
 
     pip install -c constraints.txt -e '.[benchmark]'
     python benchmarks/tokenizing.py --corpora ../shared/corpora
 
-The text, of whatever languages FOLDER/*.jsonl.gz are, is repeated to --megabytes. Three sides take
-turns, each time in processes of their own:
+The texts of FOLDER/*.jsonl.gz, in any languages, are repeated up to --megabytes. Three sides take
+turns, each in new processes:
 
-- the floor: `SentencePieceProcessor.encode` in a bare loop over texts that are in memory, in as
-  many processes at once as there are workers, before and after the others;
+- the lower bound: `SentencePieceProcessor.encode` in a bare loop over texts in memory, in as many
+  processes at once as there are workers, before and after the others;
 - a `multiprocessing.Pool` that encodes a document at a time and whose main process writes with
   megatron-core's IndexedDatasetBuilder, as Megatron-LM's tools/preprocess_data.py does;
-- `megaphase data tokenize`, from file to corpus.
+- `megaphase data tokenize`, from text file to corpus.
 
-MB are 10^6 bytes of the documents' UTF-8 text; starting processes counts for both tools. A worker's
-speed is also given by the seconds of a core that the workers took, which other work on the machine
-changes less, without those of their start (about half a second each). It also prints the most
-memory of a worker, and the speed of verifying beside `cat` of the same files.
-Exit code 2 where megatron-core or the corpora are missing.
+MB are 10^6 bytes of the documents' UTF-8 text; the start of processes is included for both tools. A
+worker's speed is also given per CPU second of the workers, which other work on the machine changes
+less, without the start of each (about half a second). It also prints the largest memory of a
+worker, and the speed of verifying compared with `cat` of the same files. Exit code 2 if
+megatron-core or the corpora are missing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ FLOOR_BYTES = 40e6
 
 
 class Speed(NamedTuple):
-    """Bytes a second of all workers together and of one core; the most bytes of a worker."""
+    """Bytes per second of all workers together and per CPU second; largest memory of a worker."""
 
     wall: float
     core: float
@@ -59,7 +59,7 @@ class Speed(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a side took: seconds, seconds of a core in all workers, most bytes of one of them."""
+    """A side's seconds, CPU seconds of all workers, and largest memory of one of them in bytes."""
 
     seconds: float
     core_seconds: float
@@ -67,7 +67,7 @@ class Usage(NamedTuple):
 
 
 def prepare(corpora: list[Path], folder: Path, megabytes: int) -> tuple[Path, Path, int]:
-    """A tokenizer, the text repeated in one file, and how many bytes of text that is."""
+    """Make a tokenizer and a file with the repeated text; return both and the size of the text."""
     from megaphase.data_tools.tokenizers.train import train_tokenizer
 
     inputs = {path.name.split(".")[0]: [path] for path in corpora}
@@ -85,7 +85,7 @@ def prepare(corpora: list[Path], folder: Path, megabytes: int) -> tuple[Path, Pa
 
 
 def floor_speed(model: Path, text: Path, start: Barrier) -> float:
-    """Bytes a second of a core in a bare loop over the texts."""
+    """Return bytes per CPU second of a bare loop over the texts."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     texts, size = [], 0
     with open(text, "rb") as file:
@@ -102,7 +102,7 @@ def floor_speed(model: Path, text: Path, start: Barrier) -> float:
 
 
 def floor(model: Path, text: Path, processes: int) -> float:
-    """The mean of `processes` bare loops at once."""
+    """Return the mean speed of `processes` concurrent bare loops."""
     with multiprocessing.Manager() as manager:
         start = manager.Barrier(processes)
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
@@ -111,7 +111,7 @@ def floor(model: Path, text: Path, processes: int) -> float:
 
 
 class MegatronEncoder:
-    """What a worker of Megatron-LM's preprocess_data does with a line."""
+    """A worker's handling of a line in Megatron-LM's preprocess_data."""
 
     processor: Any
 
@@ -123,7 +123,7 @@ class MegatronEncoder:
         MegatronEncoder.processor = sentencepiece.SentencePieceProcessor(model_file=self.model)
 
     def encode(self, line: str) -> tuple[dict[str, list[int]], dict[str, list[int]], int]:
-        """Token ids and lengths by key, and the line's length."""
+        """Return token ids and lengths by key, and the line's length."""
         tokens = MegatronEncoder.processor.encode_as_ids(json.loads(line)["text"])
         tokens.append(self.eod)
         return {"text": tokens}, {"text": [len(tokens)]}, len(line)
@@ -144,7 +144,7 @@ def run_megatron(tok: Path, text: Path, out: Path, workers: int) -> None:
     builder.finalize(f"{out}.idx")
 
 
-def run_ours(tok: Path, text: Path, out: Path, workers: int) -> None:
+def run_megaphase(tok: Path, text: Path, out: Path, workers: int) -> None:
     """`megaphase data tokenize`."""
     from megaphase.data_tools.tokenization.tokenize import tokenize
 
@@ -152,13 +152,13 @@ def run_ours(tok: Path, text: Path, out: Path, workers: int) -> None:
 
 
 def speed_of(size: int, start: Usage, whole: Usage, workers: int) -> Speed:
-    """How fast a side did `size` bytes; `start` is what one worker's start takes."""
+    """Return a side's speed on `size` bytes; `start` is the usage of starting one worker."""
     core_seconds = whole.core_seconds - workers * start.core_seconds
     return Speed(size / whole.seconds, size / core_seconds, whole.memory)
 
 
 def run_alone(side: Callable[..., None], *arguments: Any) -> Usage:
-    """Run a side in a process of its own."""
+    """Run a side in a separate process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(os.getpid).result()
         began = time.perf_counter()
@@ -167,21 +167,21 @@ def run_alone(side: Callable[..., None], *arguments: Any) -> Usage:
 
 
 def run_and_measure(side: Callable[..., None], *arguments: Any) -> tuple[float, float]:
-    """Run a side; seconds of a core that its children took, and the most bytes of one of them."""
+    """Run a side; return its children's CPU seconds and the largest memory of one in bytes."""
     side(*arguments)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
 
 
 def command_seconds(command: list[str]) -> float:
-    """Seconds of a command."""
+    """Return the seconds that a command takes."""
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
 def measure(folder: Path, corpora: list[Path], megabytes: int, workers: int) -> None:
-    """Print a line a round, and the medians."""
+    """Print one line per round, and the medians."""
     tok, text, size = prepare(corpora, folder, megabytes)
     print(f"{size / 1e6:.0f} MB of text, {len(corpora)} languages, {workers} workers; MB/s:")
     print(f"{'together':>33}   {'a core-second of the workers':>42}")
@@ -193,15 +193,18 @@ def measure(folder: Path, corpora: list[Path], megabytes: int, workers: int) -> 
     for _ in range(ROUNDS):
         before = floor(tok / "tokenizer.model", text, workers)
         sides = []
-        for side, out in ((run_megatron, folder / "theirs"), (run_ours, folder / "ours")):
+        for side, out in (
+            (run_megatron, folder / "megatron"),
+            (run_megaphase, folder / "megaphase"),
+        ):
             start = run_alone(side, tok, line, out, 1)
             sides.append(speed_of(size, start, run_alone(side, tok, text, out, workers), workers))
-        theirs, ours = sides
+        megatron, megaphase = sides
         bare = (before + floor(tok / "tokenizer.model", text, workers)) / 2
-        memory = max(memory, ours.memory)
-        speeds = (theirs.wall, ours.wall, bare, theirs.core, ours.core)
+        memory = max(memory, megaphase.memory)
+        speeds = (megatron.wall, megaphase.wall, bare, megatron.core, megaphase.core)
         rows.append(speeds)
-        print_row(*speeds, ours.wall / theirs.wall, ours.core / bare)
+        print_row(*speeds, megaphase.wall / megatron.wall, megaphase.core / bare)
     together = statistics.median(row[1] / row[0] for row in rows)
     a_core = statistics.median(row[4] / row[2] for row in rows)
     medians = [statistics.median(column) for column in zip(*rows, strict=True)]
@@ -212,28 +215,28 @@ def measure(folder: Path, corpora: list[Path], megabytes: int, workers: int) -> 
 
 
 def print_row(*row: float) -> None:
-    """One line of the table: five speeds and the two ratios."""
+    """Print one line of the table: five speeds and the two ratios."""
     speeds = [f"{value / 1e6:10.1f}" for value in row[:5]]
     ratios = [f"{value:10.2f}" for value in row[5:]]
     print(" ".join([*speeds[:2], ratios[0], *speeds[2:], ratios[1]]), flush=True)
 
 
 def compare_bytes(folder: Path) -> None:
-    """Both sides must have written the same tokens."""
-    same = (folder / "ours.bin").read_bytes() == (folder / "theirs.bin").read_bytes()
+    """Check that both sides have written the same tokens."""
+    same = (folder / "megaphase.bin").read_bytes() == (folder / "megatron.bin").read_bytes()
     print(f"tokens of both sides: {'the same' if same else 'DIFFERENT'}")
 
 
 def compare_verify(folder: Path) -> None:
-    """`data verify`, without its start, beside `cat` of the same files."""
+    """Measure `data verify`, without its start, compared with `cat` of the same files."""
     from megaphase.data_tools.corpora.verify import verify_corpus
 
-    files = [str(folder / f"ours{suffix}") for suffix in (".bin", ".idx", ".hash", ".sum")]
+    files = [str(folder / f"megaphase{suffix}") for suffix in (".bin", ".idx", ".hash", ".sum")]
     size = sum(os.path.getsize(file) for file in files)
     for _ in range(ROUNDS):
         cat = command_seconds(["sh", "-c", 'cat "$@" | cat > /dev/null', "sh", *files])
         began = time.perf_counter()
-        verify_corpus(folder / "ours")
+        verify_corpus(folder / "megaphase")
         seconds = time.perf_counter() - began
         print(
             f"verify {size / 1e6 / seconds:,.0f} MB/s, cat {size / 1e6 / cat:,.0f} MB/s, "

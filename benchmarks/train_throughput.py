@@ -1,16 +1,16 @@
-"""Training throughput of megaphase's engine beside Hugging Face's Llama in a plain torch loop.
+"""Compare the training throughput of Megaphase's engine with Hugging Face's Llama in a plain loop.
 
-Same shape, same batch, same threads, in one run. Every side lives in processes of its own; the
-sides take turns, a few steps each, so that a change of the machine's speed meets all of them.
-Before that, one process checks that both models have as many parameters and give the same loss for
+Same shape, same batch, same threads, in one run. Every side has its own processes; the sides
+alternate, a few steps each, so that changes of the machine's speed affect all of them. Before that,
+one process checks that both models have the same number of parameters and give the same loss for
 the same weights.
 
     python benchmarks/train_throughput.py --precision fp32
     python benchmarks/train_throughput.py --preset gpt-1.3b --seq-len 4096 --batch 8 --micro 2
 
-Prints tokens/s of each side, its share of what matrix products reach on this machine and of the
-card's data sheet (MFU), its peak memory, and the ratios to the plain loop. Exit code 2 where
-transformers is missing. The allocator is left as it is for all sides; to see what page faults cost,
+Prints each side's tokens/s, its fraction of the best matrix products on this machine and of the
+GPU's data sheet (MFU), its peak memory, and the ratios to the plain loop. Exit code 2 if
+transformers is missing. The allocator is the same for all sides; to see the cost of page faults,
 run it with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ set to 1073741824 (glibc then keeps
 freed memory).
 """
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from llama import hugging_face_llama, llama_weights
 from machine import Machine, measure_machine
-from throughput_sides import Ours, Peer, Settings, Side, begin, prepare
+from throughput_sides import LlamaLoop, MegaphaseEngine, Settings, Side, begin, prepare
 
 from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.process_grid import start_process_grid
@@ -46,59 +46,59 @@ from megaphase.utils.process_lifetime import ends_with_this_process
 
 LARGEST_LOSS_DIFFERENCE = 1e-4  # nats, fp32
 WARM_UP_STEPS = 2
-# Bytes of an fp32 AdamW step a parameter: the norm reads the gradient; the update reads parameter,
-# gradient and two moments, and writes parameter and moments.
+# Bytes per parameter of an fp32 AdamW step: the norm reads the gradient; the update reads
+# parameter, gradient and two moments, and writes parameter and moments.
 OPTIMIZER_BYTES = 4 + 16 + 12
 
 
 def check_same_model(settings: Settings) -> tuple[int, float]:
-    """Parameters of the model, and the largest difference of a token's loss between the two.
+    """Return the model's parameters, and the largest difference of a token's loss between the two.
 
     Raises:
-        SystemExit: they are not the same model, so that the comparison would mean nothing.
+        SystemExit: the models differ, so the comparison would be meaningless.
     """
     prepare(settings)
-    # Larger weights than those that training starts from: with them every loss is near log(vocab).
+    # Larger weights than at the start of training, with which every loss would be near log(vocab).
     shape = dataclasses.replace(settings.shape(), init_std=0.05)
     device = torch.device(settings.device)
-    ours = GPT(shape, Initializer(1, torch.float32), start_process_grid(1)).to(device)
+    megaphase = GPT(shape, Initializer(1, torch.float32), start_process_grid(1)).to(device)
     peer = hugging_face_llama(shape).to(device)
-    counts = [sum(p.numel() for p in model.parameters()) for model in (ours, peer)]
+    counts = [sum(p.numel() for p in model.parameters()) for model in (megaphase, peer)]
     if counts[0] != counts[1]:
         raise SystemExit(f"not the same model: {counts[0]:,} and {counts[1]:,} parameters")
-    peer.load_state_dict(llama_weights(ours, shape))
+    peer.load_state_dict(llama_weights(megaphase, shape))
     batch = settings.batches()[0]
     inputs, targets = batch.inputs[:1].to(device), batch.targets[:1].to(device)
     with torch.no_grad():
-        _, our_losses = ours(inputs, targets)
+        _, megaphase_losses = megaphase(inputs, targets)
         peer_logits = peer(inputs).logits
     peer_losses = F.cross_entropy(peer_logits.flatten(0, 1), targets.flatten(), reduction="none")
-    difference = float((our_losses.flatten() - peer_losses).abs().max())
+    difference = float((megaphase_losses.flatten() - peer_losses).abs().max())
     if not difference <= LARGEST_LOSS_DIFFERENCE:
         raise SystemExit(f"not the same model: losses of the same token differ by {difference:.2g}")
     return counts[0], difference
 
 
 def machine_of(settings: Settings) -> Machine:
-    """What this machine can do with the settings' threads."""
+    """Measure the machine with the settings' threads."""
     prepare(settings)
     return measure_machine(torch.device(settings.device), settings.dtype)
 
 
 def in_own_process(work: Callable[[Settings], Any], settings: Settings) -> Any:
-    """What `work` returns; it leaves nothing behind in this process."""
+    """Run `work` in a separate process and return its result."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1, begin, (ends_with_this_process(),)) as pool:
         return pool.apply(work, (settings,))
 
 
 def measure_sides(
-    kinds: list[Ours | Peer], settings: Settings, steps: int, rounds: int
+    kinds: list[MegaphaseEngine | LlamaLoop], settings: Settings, steps: int, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of an optimizer step (median of a round) for each side, round by round; peak memory.
+    """Return the seconds per step of each side (median of a round), by round; and peak memory.
 
-    In every round each side has one turn; its first step, which finds cold caches and sleeping
-    threads, is not counted.
+    In every round each side has one turn; its first step, with cold caches and sleeping threads, is
+    not counted.
     """
     sides = [Side(kind, settings) for kind in kinds]
     try:
@@ -123,11 +123,11 @@ def report(
     machine: Machine,
     seconds: dict[str, list[float]],
     peaks: dict[str, int],
-    kinds: list[Ours | Peer],
+    kinds: list[MegaphaseEngine | LlamaLoop],
 ) -> dict[str, Any]:
-    """Everything that was measured, with the floor and the ratios."""
+    """Return all measurements with the lower bound and the ratios."""
     shape = settings.shape()
-    peer = next(kind.name for kind in kinds if isinstance(kind, Peer))
+    peer = next(kind.name for kind in kinds if isinstance(kind, LlamaLoop))
     gpus = {kind.name: kind.processes for kind in kinds}
     step_flops = train_flops_per_token(shape) * settings.tokens_per_step
     step_bytes = OPTIMIZER_BYTES * parameter_count(shape)
@@ -162,16 +162,16 @@ def report(
 
 
 def _card_flops(settings: Settings) -> float | None:
-    """bf16 FLOP/s of the GPU by its data sheet; None for fp32, the CPU and unknown ones."""
+    """Return the GPU's bf16 FLOP/s by its data sheet; None for fp32, the CPU and unknown GPUs."""
     if settings.device != "cuda" or settings.precision != "bf16":
         return None
     card = card_of_device(torch.cuda.get_device_name())
     return None if card is None else card.peak_tflops * 1e12
 
 
-def _ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
-    """How many times as fast `ours` is, round by round: median and range."""
-    ratios = [t / o for t, o in zip(theirs, ours, strict=True)]
+def _ratio(peer_seconds: list[float], megaphase: list[float]) -> dict[str, float]:
+    """Return how many times as fast Megaphase is, by round: median and range."""
+    ratios = [t / o for t, o in zip(peer_seconds, megaphase, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
@@ -182,13 +182,13 @@ def print_report(result: dict[str, Any]) -> None:
         f"memory {machine['memory_bytes_per_second'] / 1e9:.1f} GB/s"
     )
     print(
-        f"floor:   {floor['flops'] / 1e9:,.0f} GFLOP and "
-        f"{floor['optimizer_bytes'] / 1e6:,.0f} MB of optimizer state a step = "
+        f"bound:   {floor['flops'] / 1e9:,.0f} GFLOP and "
+        f"{floor['optimizer_bytes'] / 1e6:,.0f} MB of optimizer state per step = "
         f"{floor['step_seconds'] * 1e3:,.1f} ms = {floor['tokens_per_second']:,.0f} tokens/s"
     )
     print(f"\nratio: tokens/s as a multiple of {result['peer']}, median (range) of the rounds")
     width = max(map(len, result["sides"]))
-    heads = ("ms a step", "tokens/s", "of matmul ceiling", "MFU", "peak GB")
+    heads = ("ms per step", "tokens/s", "of matmul ceiling", "MFU", "peak GB")
     print(f"\n{'':{width}}" + "".join(f"{head:>19}" for head in heads) + "  ratio")
     for name, side in result["sides"].items():
         ratio, mfu = side["ratio"], "-" if side["mfu"] is None else f"{side['mfu']:.3f}"
@@ -202,7 +202,7 @@ def print_report(result: dict[str, Any]) -> None:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Bars of tokens/s, beside the floor."""
+    """Plot bars of tokens/s, with the lower bound."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -233,33 +233,33 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="gpt-14m")
     parser.add_argument("--vocab", type=int, default=16_000)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=8, help="samples of an optimizer step")
-    parser.add_argument("--micro", type=int, default=8, help="samples of a forward pass")
+    parser.add_argument("--batch", type=int, default=8, help="samples per optimizer step")
+    parser.add_argument("--micro", type=int, default=8, help="samples per forward pass")
     parser.add_argument("--kv-heads", type=int, help="fewer than heads: grouped-query attention")
     parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--steps", type=int, default=4, help="counted steps of a turn")
+    parser.add_argument("--steps", type=int, default=4, help="counted steps per turn")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--zero", type=int, nargs="*", default=[0, 3], help="stages of ours")
+    parser.add_argument("--zero", type=int, nargs="*", default=[0, 3], help="ZeRO stages")
     parser.add_argument("--kernels", nargs="*", choices=("compile", "eager"), default=["compile"])
     parser.add_argument(
-        "--layouts", nargs="*", default=["1x1"], help="tensor x data of ours, such as 2x1"
+        "--layouts", nargs="*", default=["1x1"], help="Megaphase's tensor x data, such as 2x1"
     )
     parser.add_argument(
-        "--keep-gathered", type=float, nargs="*", default=[0.0], help="of ours with ZeRO 3"
+        "--keep-gathered", type=float, nargs="*", default=[0.0], help="keep_gathered with ZeRO 3"
     )
     parser.add_argument(
         "--peers", nargs="*", choices=("eager", "compile"), default=["eager", "compile"]
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--plot", type=Path, help="write a bar chart there")
+    parser.add_argument("--plot", type=Path, help="write a bar chart to this file")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     return parser.parse_args()
 
 
 def choose_device(asked: str) -> str:
-    """The device for all sides, which take a GPU wherever they see one."""
+    """Return the device for all sides, which use a GPU if they see one."""
     if asked == "cuda" and not torch.cuda.is_available():
         raise InputError("--device", "torch sees no GPU", "use --device cpu")
     if asked == "cpu":
@@ -268,23 +268,23 @@ def choose_device(asked: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def choose_sides(asked: argparse.Namespace) -> list[Ours | Peer]:
-    """Ours in the order of the options, then the peers."""
-    ours = []
+def choose_sides(asked: argparse.Namespace) -> list[MegaphaseEngine | LlamaLoop]:
+    """Return Megaphase's sides in the order of the options, then the peers."""
+    megaphase = []
     for layout in asked.layouts:
         tensor, _, data = layout.partition("x")
         if not (tensor.isdecimal() and data.isdecimal()):
             raise InputError("--layouts", f"{layout} is not tensor x data", "such as 2x1")
-        ours += [
-            Ours(zero, kernels, int(tensor), int(data), kept)
+        megaphase += [
+            MegaphaseEngine(zero, kernels, int(tensor), int(data), kept)
             for kernels in asked.kernels
             for zero in asked.zero
             for kept in (asked.keep_gathered if zero == 3 else [0.0])
         ]
-    peers = [Peer(compiled=peer == "compile") for peer in asked.peers]
+    peers = [LlamaLoop(compiled=peer == "compile") for peer in asked.peers]
     if not peers:
         raise InputError("--peers", "there is nothing to compare with", "name at least one")
-    return [*ours, *peers]
+    return [*megaphase, *peers]
 
 
 def main() -> int:
@@ -292,7 +292,7 @@ def main() -> int:
     if importlib.util.find_spec("transformers") is None:
         raise InputError("", "transformers is not installed", "pip install 'megaphase[benchmark]'")
     kinds = choose_sides(asked)
-    for data in {kind.data for kind in kinds if isinstance(kind, Ours)} or {1}:
+    for data in {kind.data for kind in kinds if isinstance(kind, MegaphaseEngine)} or {1}:
         if asked.batch % (asked.micro * data):
             problem = f"{asked.micro} on {data} data-parallel ranks do not divide {asked.batch}"
             raise InputError("--micro", problem, "change --micro or --batch")
