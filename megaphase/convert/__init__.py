@@ -1,1 +1,1 @@
-"""From one form of a checkpoint to another: other layouts, Hugging Face, Megatron-LM."""
+"""Convert checkpoints: to other layouts, to and from Hugging Face and Megatron-LM."""

@@ -1,6 +1,6 @@
-"""Writes weights from anywhere as a checkpoint of ours: for any layout, or portable.
+"""Write weights from any source as a Megaphase checkpoint: for a layout, or in portable form.
 
-The portable form is that of a single process, but has a file for every parameter, in which its
+The portable form is that of a single process, but with a file for every parameter, in which the
 tensors keep their shape.
 """
 
@@ -30,14 +30,14 @@ PORTABLE_FOLDER = "parameters"
 
 @dataclass(frozen=True)
 class Form:
-    """The files of a checkpoint and what lies in them.
+    """The files of a checkpoint and their tensors.
 
     Attributes:
         tensor: the tensor-parallel size.
         layouts: how parameters are sharded for it.
         shards: by file.
         flat: whether tensors are one-dimensional; otherwise they have their parameter's shape.
-        facts: what the checkpoint's state says of the layout.
+        facts: the layout's entries in the checkpoint's state.
     """
 
     tensor: int
@@ -47,7 +47,7 @@ class Form:
     facts: Mapping[str, Any]
 
     def contents(self, file: str, kinds: Sequence[str]) -> dict[str, TensorKind]:
-        """Every tensor of a file, in the order in which parameters are read."""
+        """Return every tensor of a file, in the order in which parameters are read."""
         pieces = self.shards[file].pieces
         return {
             tensor_name(kind, name): TensorKind(torch.float32, self._shape(name, pieces[name]))
@@ -61,7 +61,7 @@ class Form:
 
 
 def form_for(shape: GPTShape, layout: Layout) -> Form:
-    """A file for every rank."""
+    """Return the form with a file for every rank."""
     shards = shards_of(parameter_specs(shape), layout)
     by_file = {shard_file(i): shard for i, shard in enumerate(shards)}
     facts = {"processes": layout.processes, "tensor": layout.tensor, "zero": layout.zero}
@@ -69,7 +69,7 @@ def form_for(shape: GPTShape, layout: Layout) -> Form:
 
 
 def portable_form(shape: GPTShape) -> Form:
-    """A file for every parameter."""
+    """Return the form with a file for every parameter."""
     layouts = parameter_layouts(shape, 1)
     shards = {
         f"{PORTABLE_FOLDER}/{name}.safetensors": Shard(0, {name: Piece(0, layout.numel)})
@@ -91,9 +91,9 @@ def write_checkpoint(
     """Write a whole checkpoint into an empty folder.
 
     Args:
-        kinds: which of those that there are.
-        state: the content of state.json, but for the layout.
-        advance: gets the number of bytes of everything that was written.
+        kinds: the kinds of tensors to write, of those that exist.
+        state: the content of state.json without the layout.
+        advance: called with the number of bytes written since the last call.
     """
     contents = {file: form.contents(file, kinds) for file in form.shards}
     files = TensorFiles(folder, contents)
@@ -123,7 +123,7 @@ def write_checkpoint(
 
 
 def _elements(parts: Sequence[Tensor], piece: Piece) -> Iterator[Tensor]:
-    """A piece of flat tensors that follow each other."""
+    """Yield a piece of consecutive flat tensors."""
     first = 0
     for part in parts:
         start, stop = max(piece.start - first, 0), min(piece.stop - first, part.numel())

@@ -1,4 +1,4 @@
-"""`megaphase convert ...`; the commands import what they need, so that `--help` stays fast."""
+"""The `megaphase convert` commands; imports are inside the functions to keep `--help` fast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megaphase.utils.arguments import MOST, Checkpoint, finite, named
 from megaphase.utils.standard_streams import new_console
 
 convert_app = typer.Typer(
-    help="Write checkpoints for other layouts and other programs, and read theirs.",
+    help="Convert checkpoints to other layouts, and to and from other programs.",
     no_args_is_help=True,
 )
 
@@ -26,11 +26,11 @@ def _convert() -> None:
 Out = Annotated[
     Path, typer.Option(callback=named, help="The new folder; it must not exist.", metavar="DIR")
 ]
-Workers = Annotated[int, typer.Option(min=1, max=1024, help="Threads that read, and that write.")]
+Workers = Annotated[int, typer.Option(min=1, max=1024, help="Reading and writing threads.")]
 TrustPickle = Annotated[
     bool,
     typer.Option(
-        "--trust-pickle", help="Load pickles that may run code; only of people whom you trust."
+        "--trust-pickle", help="Load pickles that may run code; only from trusted sources."
     ),
 ]
 DEFAULT_WORKERS = 4
@@ -45,20 +45,21 @@ def reshape_command(
     ] = None,
     data: Annotated[int | None, typer.Option(min=1, max=MOST, help="Data-parallel size.")] = None,
     zero: Annotated[
-        int | None, typer.Option(min=0, max=3, help="ZeRO stage; 3 if left out.")
+        int | None, typer.Option(min=0, max=3, help="ZeRO stage; 3 by default.")
     ] = None,
     portable: Annotated[
-        bool, typer.Option("--portable", help="A file for every parameter, of any layout.")
+        bool,
+        typer.Option("--portable", help="Write a file for every parameter."),
     ] = False,
     weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="fp32 weights without optimizer state.")
+        bool, typer.Option("--weights-only", help="Write fp32 weights without optimizer state.")
     ] = False,
     workers: Workers = DEFAULT_WORKERS,
 ) -> None:
     """Write a checkpoint for another layout.
 
-    Training goes on from any checkpoint on any layout without this; it spares every rank the
-    reading of other ranks' files, and `--portable` makes them readable by other programs.
+    Training resumes from any checkpoint on any layout without this; it saves every rank from
+    reading other ranks' files, and `--portable` makes them readable by other programs.
 
     Example: megaphase convert reshape runs/a@pretrain --tensor 4 --data 8 --out reshaped/
     """
@@ -89,10 +90,10 @@ def to_hf_command(
     out: Out,
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None,
-        typer.Option(help="Of the weights; by default the run's precision."),
+        typer.Option(help="Precision of the weights; the run's by default."),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="By default that of the run.", metavar="DIR")
+        Path | None, typer.Option(help="The run's by default.", metavar="DIR")
     ] = None,
     max_shard_gb: Annotated[
         float,
@@ -100,7 +101,7 @@ def to_hf_command(
             min=1e-6,
             max=1e9,
             callback=finite,
-            help="No file is larger, unless a single tensor is.",
+            help="Largest size of a file, except for larger tensors.",
         ),
     ] = 5.0,
     workers: Workers = DEFAULT_WORKERS,
@@ -131,16 +132,16 @@ def to_hf_command(
 def from_hf_command(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model that has been downloaded."),
+        typer.Argument(metavar="MODEL_DIR", help="A downloaded Hugging Face model."),
     ],
     out: Out,
     trust_pickle: TrustPickle = False,
     workers: Workers = DEFAULT_WORKERS,
 ) -> None:
-    """Make a Hugging Face Llama, Mistral or GPT-2 a checkpoint that `train --from` begins with.
+    """Convert a Hugging Face Llama, Mistral or GPT-2 to a checkpoint for `train --from`.
 
-    What the run file must say about the model is printed, and written beside the weights as
-    model.yaml; a sentencepiece tokenizer is put into the folder tokenizer.
+    The required section `model` of the run file is printed, and written next to the weights as
+    model.yaml; a sentencepiece tokenizer is copied into the folder tokenizer.
 
     Example: megaphase convert from-hf Llama-2-7b-hf/ --out base/
 
@@ -172,11 +173,11 @@ def to_megatron_command(
     tensor: Annotated[int, typer.Option(min=1, max=MOST, help="Tensor-parallel size.")] = 1,
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None,
-        typer.Option(help="Of the weights; by default the run's precision."),
+        typer.Option(help="Precision of the weights; the run's by default."),
     ] = None,
     implementation: Annotated[
         Literal["transformer_engine", "local"],
-        typer.Option(help="Megatron-LM's --transformer-impl, which decides the tensors' names."),
+        typer.Option(help="Megatron-LM's --transformer-impl, which determines the tensors' names."),
     ] = "transformer_engine",
     vocab_divisible_by: Annotated[
         int, typer.Option(min=1, max=MOST, help="Megatron-LM's --make-vocab-size-divisible-by.")
@@ -185,9 +186,9 @@ def to_megatron_command(
 ) -> None:
     """Write a checkpoint of Megatron-LM (--ckpt-format torch): weights, no optimizer state.
 
-    Megatron-LM begins at iteration 0 with it; the arguments to load it with are printed. A model
-    with activation gelu and without bias gets biases of zero, without which Megatron-LM's gelu is
-    another function.
+    Megatron-LM starts from it at iteration 0; the arguments for loading it are printed. A model
+    with activation gelu and without bias gets biases of zero, because Megatron-LM's gelu without
+    bias is another function.
 
     Example: megaphase convert to-megatron runs/a@pretrain --tensor 2 --out megatron/
     """
@@ -210,25 +211,24 @@ def from_megatron_command(
     directory: Annotated[
         Path,
         typer.Argument(
-            metavar="MEGATRON_DIR", help="What --save was, or a folder iter_… or release in it."
+            metavar="MEGATRON_DIR",
+            help="The --save folder, or an iter_… or release folder in it.",
         ),
     ],
     out: Out,
     vocab: Annotated[
         int | None,
-        typer.Option(
-            min=1, max=MOST, help="The tokenizer's size, where the checkpoint does not tell it."
-        ),
+        typer.Option(min=1, max=MOST, help="The tokenizer's size, if the checkpoint has none."),
     ] = None,
     trust_pickle: TrustPickle = False,
     workers: Workers = DEFAULT_WORKERS,
 ) -> None:
-    """Make a checkpoint of Megatron-LM one that `train --from` begins with.
+    """Convert a checkpoint of Megatron-LM to one for `train --from`.
 
-    Of GPT and Llama-type models saved with --ckpt-format torch, of any tensor-parallel size,
-    without pipeline parallelism; their weights as the model has them, without optimizer state.
-    Rows of the embedding that only pad are left out. What the run file must say about the model is
-    printed, and written beside the weights as model.yaml.
+    Supports GPT and Llama-type models saved with --ckpt-format torch, of any tensor-parallel size,
+    without pipeline parallelism; converts the model's weights, without optimizer state. Padding
+    rows of the embedding are removed. The required section `model` of the run file is printed, and
+    written next to the weights as model.yaml.
 
     Example: megaphase convert from-megatron megatron/ --out base/
 
@@ -254,18 +254,18 @@ def inspect_command(
         str,
         typer.Argument(
             metavar="PATH",
-            help="A checkpoint of megaphase (RUN@NAME, too), Hugging Face, Megatron-LM or "
+            help="A checkpoint of megaphase (or RUN@NAME), Hugging Face, Megatron-LM or "
             "DeepSpeed, or a safetensors file.",
         ),
     ],
     verify: Annotated[
-        bool, typer.Option(help="Compare files with their hashes, which reads all of them.")
+        bool, typer.Option(help="Verify the files' hashes, which reads all of them.")
     ] = True,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     trust_pickle: TrustPickle = False,
     workers: Workers = DEFAULT_WORKERS,
 ) -> None:
-    """Show what a checkpoint holds, and whether it is whole.
+    """Show the content of a checkpoint, and whether it is intact.
 
     Example: megaphase convert inspect runs/a@pretrain
     """

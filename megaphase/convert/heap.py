@@ -1,4 +1,4 @@
-"""How large tensors get their memory, and give it back."""
+"""Tune memory allocation for large tensors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ _THRESHOLD_BYTES = 1 << 22
 
 
 def prepare_for_large_tensors() -> None:
-    """Take memory in huge pages, and return it as soon as a tensor is freed; before torch comes.
+    """Allocate memory in huge pages and return it when a tensor is freed; call before torch starts.
 
-    A conversion touches every byte of fresh memory once: half of its time would go into pages of
-    4 kB. And glibc raises the size from which it returns blocks at once, as blocks are freed, up to
-    32 MB, and keeps smaller ones in a heap of every thread: as much again as a conversion needs.
-    Does nothing where the C library is another one.
+    A conversion touches every byte of new memory once: with pages of 4 kB, half of its time would
+    be page faults. Moreover, glibc raises the size from which it returns freed blocks at once, up
+    to
+    32 MB, and keeps smaller ones in a heap per thread: as much again as a conversion needs. Does
+    nothing with another C library.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
     with suppress(AttributeError, OSError):

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, whoever has written it."""
+"""Inspect a checkpoint of any supported program."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _DEEPSPEED_STAGE_3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt"
 
 @dataclass(frozen=True)
 class Contents:
-    """What was found.
+    """The result of an inspection.
 
     Attributes:
-        format: whose.
-        facts: what it says of itself, by what people call it.
-        tensors: type and shape of every parameter, whole where that is known.
-        nbytes: of its files on the disk.
-        verified: what was compared; None where nothing was.
+        format: the program that wrote it.
+        facts: the checkpoint's own information, with readable names.
+        tensors: dtype and shape of every parameter, whole if known.
+        nbytes: size of its files on disk.
+        verified: what was verified, in words; None if nothing was.
     """
 
     format: str
@@ -52,13 +52,13 @@ class Contents:
 
     @property
     def parameters(self) -> int:
-        """Elements of all tensors."""
+        """Number of elements of all tensors."""
         return sum(kind.numel for kind in self.tensors.values())
 
 
 @dataclass(frozen=True)
 class Inspector:
-    """How to look: see `inspect`."""
+    """The options of an inspection: see `inspect`."""
 
     verify: bool
     trust_pickle: bool
@@ -67,18 +67,18 @@ class Inspector:
 
 
 def inspect(text: str, how: Inspector) -> Contents:
-    """Recognise a checkpoint and read all that can be known without its values.
+    """Recognize a checkpoint's format and read everything except its values.
 
-    Hashes and checksums are compared where there are any and `how.verify` asks for it.
+    Hashes and checksums are verified if there are any and `how.verify` is set.
 
     Raises:
         InputError: the format is not known, or a file is damaged.
     """
     path = Path(text)
     if (path / CHECKPOINTS).is_dir():
-        return _ours(open_source(f"{text}@{LATEST}"), how)
+        return _megaphase(open_source(f"{text}@{LATEST}"), how)
     if "@" in text or (path / STATE_FILE).is_file():
-        return _ours(open_source(text), how)
+        return _megaphase(open_source(text), how)
     if (path / CONFIG_FILE).is_file():
         return _hugging_face(path, how)
     if path.is_file() and path.suffix == ".safetensors":
@@ -97,7 +97,7 @@ def inspect(text: str, how: Inspector) -> Contents:
     )
 
 
-def _ours(source: Source, how: Inspector) -> Contents:
+def _megaphase(source: Source, how: Inspector) -> Contents:
     state, weights = source.state, source.weights
     verified = None
     if how.verify:
@@ -170,7 +170,7 @@ def _safetensors(path: Path) -> Contents:
 
 
 def _deepspeed_folder(path: Path) -> Path | None:
-    """Where the files of ranks lie: here, or in the folder that `latest` names."""
+    """Return the folder of the ranks' files: this one, or the one named in `latest`."""
     folder = path
     if (path / "latest").is_file():
         folder = path / read_file(path / "latest").decode(errors="replace").strip()

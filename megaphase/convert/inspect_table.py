@@ -1,4 +1,4 @@
-"""The contents of a checkpoint for people, and for programs."""
+"""Format the content of a checkpoint as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a block, in a tensor's name
 
 
 def inspection_as_json(contents: Contents) -> dict[str, Any]:
-    """Everything; tensors by name with `dtype` and `shape`."""
+    """Return everything as JSON; tensors by name with `dtype` and `shape`."""
     return {
         "format": contents.format,
         **contents.facts,
@@ -33,7 +33,7 @@ def inspection_as_json(contents: Contents) -> dict[str, Any]:
 
 
 def inspection_table(contents: Contents) -> RenderableType:
-    """Facts, then tensors; those that all blocks have alike are one line."""
+    """Return a table of facts and tensors; tensors that are alike in all blocks share a line."""
     facts = Table.grid(padding=(0, 2))
     facts.add_row("format", contents.format)
     for name, value in contents.facts.items():
@@ -48,7 +48,7 @@ def inspection_table(contents: Contents) -> RenderableType:
 
 
 def type_name(kind: TensorKind) -> str:
-    """As in a run file: bf16, fp16, fp32; torch's own for others."""
+    """Return a dtype's name as in a run file, bf16, fp16 or fp32; torch's name for others."""
     name = str(kind.dtype).removeprefix("torch.")
     return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(name, name)
 

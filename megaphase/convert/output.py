@@ -1,4 +1,4 @@
-"""Where a conversion goes: a new folder that appears whole or not at all."""
+"""The output of a conversion: a new folder that is published atomically."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megaphase.utils.files import directory_written_aside, os_errors_named, remo
 
 @contextmanager
 def new_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
-    """Yield a scratch folder that becomes `out` when the block ends without error.
+    """Yield a temporary folder that is renamed to `out` when the block ends without an error.
 
     Raises:
-        InputError: `out` is there already, or cannot be made.
-        RunError: it cannot be written, or the disk has not so much space.
+        InputError: `out` exists already, or cannot be created.
+        RunError: it cannot be written, or the disk has too little space.
     """
     if out.exists() or out.is_symlink():
         raise InputError(out, "exists already", "choose another --out, or remove it")

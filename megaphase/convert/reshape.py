@@ -1,4 +1,4 @@
-"""A checkpoint of ours written for another layout, or in the portable form."""
+"""Write a Megaphase checkpoint for another layout, or in the portable form."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def reshape(
     workers: int,
     console: Console | None = None,
 ) -> None:
-    """Write the checkpoint RUN@NAME, or at a path, as `out`; portable where no layout is given.
+    """Write the checkpoint RUN@NAME, or at a path, as `out`; portable if no layout is given.
 
     Raises:
-        InputError: the checkpoint is damaged, or its model cannot be cut so.
+        InputError: the checkpoint is damaged, or its model cannot be split like this.
     """
     source = open_source(text)
     form = _form(source.shape, layout)

@@ -1,4 +1,4 @@
-"""Files that other programs have written with torch.save, read without running what is in them."""
+"""Read files of other programs that were written with torch.save, without running their code."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rich.console import Console
 from megaphase.utils.errors import InputError
 from megaphase.utils.progress import bytes_progress
 
-# What these packages define is read as `UnreadStorage`: enums, settings, states of random
-# generators. No conversion needs them, and none of their code is imported or called.
+# Objects of these packages are read as `UnreadStorage`: enums, settings, states of random
+# generators. No conversion needs them, and none of the packages' code is imported or called.
 _UNREAD = re.compile(r"(megatron|numpy|transformer_engine|apex|signal|pathlib|_io)\.")
 _ZIP_MAGIC = b"PK\x03\x04"
 _CHUNK_BYTES = 1 << 24
@@ -26,7 +26,7 @@ _NAMED_AT_MOST = 5
 
 
 class UnreadStorage:
-    """Stands for an object that is not needed: takes whatever it is made from, and forgets it."""
+    """Replaces an object that is not needed: accepts and discards its data."""
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         return super().__new__(cls)
@@ -39,14 +39,14 @@ class UnreadStorage:
 
 
 def load_pickle(path: Path, *, trust: bool) -> Any:
-    """What `torch.save` has written, on the CPU; tensors stay in the file until they are read.
+    """Return the content of a `torch.save` file on the CPU; tensors stay in the file until read.
 
-    Only tensors, plain containers and `argparse.Namespace` are made, and `UnreadStorage` for
-    objects that are known to be harmless. trust: whether any object may be made, which may run
-    code that the file brings along.
+    Only tensors, plain containers and `argparse.Namespace` are created, and `UnreadStorage` for
+    objects that are known to be harmless. trust: whether to create any object, which may run code
+    from the file.
 
     Raises:
-        InputError: the file cannot be read, or it holds other objects and is not trusted.
+        InputError: the file cannot be read, or contains other objects and is not trusted.
     """
     mapped = _is_zip(path)  # what torch before 1.6 has written is not one, and cannot be mapped
     if trust:
@@ -71,10 +71,10 @@ def load_pickle(path: Path, *, trust: bool) -> Any:
 
 
 def check_archive(path: Path, advance: Callable[[int], object] = lambda count: None) -> None:
-    """Compare what `torch.save` has written with the checksums that the file keeps of it.
+    """Verify a `torch.save` file with the checksums that it contains.
 
-    Files of torch before 1.6, and those written with checksums switched off, have none.
-    advance: gets the number of bytes of every chunk.
+    Files of torch before 1.6, and those written with checksums switched off, have none. advance:
+    called with the number of bytes of every chunk.
 
     Raises:
         InputError: the file is damaged.
@@ -93,7 +93,7 @@ def check_archive(path: Path, advance: Callable[[int], object] = lambda count: N
 
 
 def check_archives(paths: Sequence[Path], console: Console | None) -> None:
-    """`check_archive` of several files, and show how far that is."""
+    """Run `check_archive` on several files and show the progress."""
     total = sum(path.stat().st_size for path in paths)
     with bytes_progress(console, "verifying", total) as advance:
         for path in paths:
@@ -111,7 +111,7 @@ def _is_zip(path: Path) -> bool:
 
 class _TrustingUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """`UnreadStorage` for what is not installed here."""
+        """Return `UnreadStorage` for a class that is not installed here."""
         try:
             return super().find_class(module, name)
         except (ImportError, AttributeError):

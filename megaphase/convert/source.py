@@ -1,4 +1,4 @@
-"""A checkpoint of ours as the beginning of a conversion: found, verified, open."""
+"""Open and verify a Megaphase checkpoint as the source of a conversion."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Advance = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Source:
-    """A whole checkpoint.
+    """An opened checkpoint.
 
     Attributes:
-        state: what its writer said about it.
-        shape: of its model; what the weights do not depend on has its default.
+        state: its state.json.
+        shape: of its model; options that do not affect the weights have their defaults.
         weights: its parameters and moments.
     """
 
@@ -42,20 +42,20 @@ class Source:
 
     @property
     def nbytes(self) -> int:
-        """Of its files."""
+        """Size of its files in bytes."""
         return folder_bytes(self.folder)
 
     def dtype(self, asked: Precision | None) -> torch.dtype:
-        """Of weights that are taken from it: what is asked for, or that of the run."""
+        """Return the dtype for its weights: the requested one, or the run's."""
         own: Precision = "bf16" if self.state.get("precision") == "bf16" else "fp32"
         return _DTYPES[asked or own]
 
 
 def open_source(text: str) -> Source:
-    """The checkpoint that a user names by RUN@NAME or a path.
+    """Open the checkpoint that a user names by RUN@NAME or a path.
 
     Raises:
-        InputError: there is none, or it is of another version, or its shards do not fit together.
+        InputError: there is none, it is of another version, or its shards are inconsistent.
     """
     folder = find_checkpoint(text)
     try:
@@ -73,7 +73,7 @@ def open_source(text: str) -> Source:
 
 
 def files_in_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file of a checkpoint, as its writer has noted them.
+    """Return size and hash of every file of a checkpoint from its manifest.
 
     Raises:
         InputError: the manifest is missing or damaged.
@@ -87,12 +87,12 @@ def files_in_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def verify_checkpoint(folder: Path, *, workers: int, advance: Advance = lambda count: None) -> int:
-    """Compare every file of a checkpoint with its manifest; how many there are.
+    """Compare every file of a checkpoint with its manifest; return their number.
 
-    advance: gets the number of bytes of every chunk that was read, from several threads.
+    advance: called with the number of bytes of every chunk read, from several threads.
 
     Raises:
-        InputError: naming the first file that is missing, truncated or altered.
+        InputError: names the first file that is missing, truncated or altered.
     """
     files = files_in_manifest(folder)
 

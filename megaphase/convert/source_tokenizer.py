@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to a checkpoint."""
+"""Load the tokenizer of a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megaphase.utils.files import read_json
 
 
 def load_tokenizer(source: Source, given: Path | None) -> Tokenizer:
-    """The tokenizer that was given, or else that of the run or of the model that it is from.
+    """Load the given tokenizer, or by default that of the run or of the imported model.
 
     Raises:
-        InputError: none is known, or it has tokens that the model knows nothing of.
+        InputError: none is known, or it has tokens that the model does not know.
     """
     path = given or _own_tokenizer(source.folder)
     tokenizer = Tokenizer.load(path)
@@ -31,7 +31,7 @@ def load_tokenizer(source: Source, given: Path | None) -> Tokenizer:
 
 
 def _own_tokenizer(checkpoint: Path) -> Path:
-    """The tokenizer of the run that wrote a checkpoint, or of the model it was converted from."""
+    """Return the tokenizer of the run that wrote a checkpoint, or of the model it came from."""
     if (checkpoint / TOKENIZER_FOLDER).is_dir():
         return checkpoint / TOKENIZER_FOLDER
     run_file = RunDirectory(checkpoint.parent.parent).run_file

@@ -1,4 +1,4 @@
-"""Several files of tensors, written as their tensors come."""
+"""Write several files of tensors, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TensorFiles:
     """safetensors files in a folder; each is open from its first tensor to its last.
 
     Attributes:
-        described: what a manifest says of every file that is finished, its `bytes` and `hash`.
+        described: the manifest entries, `bytes` and `hash`, of the finished files.
     """
 
     def __init__(
@@ -26,8 +26,8 @@ class TensorFiles:
     ) -> None:
         """
         Args:
-            contents: by file, its tensors in the order in which they will come.
-            metadata: what every file says beside them.
+                contents: for each file, its tensors in the order in which they will be written.
+                metadata: strings to store in every file.
         """
         self._folder, self._contents, self._metadata = folder, contents, metadata
         self._left = {file: len(tensors) for file, tensors in contents.items()}
@@ -39,7 +39,7 @@ class TensorFiles:
                 self.described[file] = self._open(file).close()
 
     def write(self, file: str, *parts: Tensor) -> None:
-        """The next tensor of a file, in one part or several, see TensorWriter.
+        """Write the next tensor of a file, in one part or several; see TensorWriter.
 
         May be called by several threads, for different files.
         """
@@ -52,7 +52,7 @@ class TensorFiles:
             self.described[file] = self._writers.pop(file).close()
 
     def close(self) -> None:
-        """Those that an error has left unfinished."""
+        """Abandon files that an error has left unfinished."""
         for writer in self._writers.values():
             writer.abandon()
 

@@ -1,4 +1,4 @@
-"""A checkpoint is compared with its hashes while it is converted, so that it is read once."""
+"""Verify a checkpoint while it is converted, so that its files are read from disk once."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def verified_meanwhile(
 ) -> Iterator[Advance]:
     """Let a block convert a checkpoint while other threads compare its files with the manifest.
 
-    What one of the two has read from the disk the other finds in the page cache. The block ends
-    well only if the comparison does; so what it writes must appear after that.
+    Data that one of the two has read from disk is in the page cache for the other. The block only
+    ends normally if the files are intact, so its output must be published afterwards.
 
-    nbytes: how many the block will write. Yields what it tells of those that it has written.
+    nbytes: number of bytes that the block will write. Yields a function that counts them.
 
     Raises:
-        InputError: naming the first file that is missing, truncated or altered.
+        InputError: names the first file that is missing, truncated or altered.
     """
     given_up = threading.Event()
     total = source.nbytes + nbytes
@@ -43,14 +43,14 @@ def verified_meanwhile(
 
         def count_written(count: int) -> None:
             if work.done():
-                work.result()  # there is no use in going on with a damaged file
+                work.result()  # stop early if a file is damaged
             advance(count)
 
         try:
             yield count_written
             work.result()
         except InputError:
-            work.result()  # damage is what made the block stumble
+            work.result()  # the damage is the cause of the block's error
             raise
         finally:
             given_up.set()

@@ -1,4 +1,4 @@
-"""Weights that another program has trained, as the checkpoint at which a run of ours begins."""
+"""Write weights trained by another program as a checkpoint from which a run can start."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def write_foreign(
 ) -> None:
     """Write a portable checkpoint of weights alone, at step 0, into an empty folder.
 
-    weights: their layouts are those of `parameter_layouts(shape, 1)`. origin: what is known about
-    where they come from, such as `{"format": "Hugging Face", "path": ...}`.
+    weights: their layouts are those of `parameter_layouts(shape, 1)`. origin: information about
+    their source, such as `{"format": "Hugging Face", "path": ...}`.
     """
     form = portable_form(shape)
     with bytes_progress(console, "writing", fp32_bytes(shape)) as advance:
@@ -49,14 +49,14 @@ def write_foreign(
 
 
 def write_model_section(folder: Path, shape: GPTShape) -> str:
-    """Write what the run file of a training of it says about the model as model.yaml; its text."""
+    """Write the run file's section for the model as model.yaml; return its text."""
     section = yaml.safe_dump({"model": shape.architecture()}, sort_keys=False)
     atomic_write_text(folder / _MODEL_FILE, section)
     return section
 
 
 def foreign_state(shape: GPTShape, origin: dict[str, Any]) -> dict[str, Any]:
-    """state.json of a model that no run of ours has trained yet."""
+    """Return state.json of a model that no run has trained yet."""
     return {
         "format": CHECKPOINT_FORMAT,
         "origin": origin,

@@ -1,4 +1,4 @@
-"""What all conversions have in common: whole parameters are read, one after another."""
+"""Common code of all conversions: whole parameters are read one after another."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from megaphase.distributed.sharding import ParameterLayout
 from megaphase.model.parameters import parameter_count, parameter_layouts
 from megaphase.model.shape import GPTShape
 
-# So many bytes may wait in memory even where every parameter is smaller.
+# This many bytes may wait in memory even if every parameter is smaller.
 _ALWAYS_ALLOWED = 1 << 26
 FP32_BYTES = 4
 
 
 def fp32_bytes(shape: GPTShape) -> int:
-    """Of all weights of a model."""
+    """Return the size of all weights of a model in fp32, in bytes."""
     return FP32_BYTES * parameter_count(shape)
 
 
 class Weights(Protocol):
-    """Parameters of a GPT by the names that the model gives them, from whatever files.
+    """Parameters of a GPT by the model's names, from any files.
 
     Attributes:
-        layouts: of all parameters, in the order in which the model has them.
-        kinds: what there is of each: `weight`, and the moments where they are stored.
+        layouts: of all parameters, in the model's order.
+        kinds: the tensors of each parameter: `weight`, and the moments if they are stored.
     """
 
     @property
@@ -40,12 +40,13 @@ class Weights(Protocol):
     def kinds(self) -> Sequence[str]: ...
 
     def whole(self, name: str, kind: str) -> Tensor:
-        """A parameter, fp32, contiguous, of its layout's shape; called by several threads."""
+        """Return a parameter, fp32, contiguous, in its layout's shape; called by several
+        threads."""
         ...
 
 
 class WithZeroBiases:
-    """Weights of a shape that has biases, from those of one that may have none."""
+    """Weights for a shape with biases, from weights that may have none."""
 
     kinds: Sequence[str] = (WEIGHT,)
 
@@ -54,7 +55,7 @@ class WithZeroBiases:
         self._weights = weights
 
     def whole(self, name: str, kind: str) -> Tensor:
-        """A parameter, fp32, contiguous."""
+        """Return a parameter, fp32, contiguous."""
         if name in self._weights.layouts:
             return self._weights.whole(name, kind)
         return torch.zeros(self.layouts[name].shape)
@@ -69,8 +70,8 @@ def read_each(
 ) -> None:
     """Call take(name, kind, whole parameter) for every parameter and kind, in the model's order.
 
-    Several are read at a time. What has been read, and has not been taken to the end, is together
-    no larger than the largest parameter (or a few megabytes).
+    Several are read at a time. The parameters that are read but not yet processed take together no
+    more memory than the largest parameter (or a few megabytes).
     """
     wanted = [(name, kind) for name in weights.layouts for kind in kinds]
     sizes = {name: FP32_BYTES * layout.numel for name, layout in weights.layouts.items()}

@@ -1,4 +1,4 @@
-"""`megaphase convert reshape` as a user meets it: what it writes, and what it refuses."""
+"""`megaphase convert reshape` from a user's view: its output, and rejected inputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHAPE = GPTShape(vocab=50, seq_len=8, layers=2, hidden=16, heads=4, kv_heads=2, 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Random weights and moments, in two shards."""
+    """Make a checkpoint of random weights and moments in two shards."""
     whole = write_random_checkpoint(tmp_path / "random", SHAPE, KINDS)
     convert("reshape", whole, "--data", 2, "--out", tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
@@ -47,7 +47,7 @@ def convert(*arguments: object) -> None:
 
 
 def rewrite(checkpoint: Path, file: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Replace a shard, and what the manifest says of it."""
+    """Replace a shard and its entry in the manifest."""
     save_file(tensors, checkpoint / file)
     renew_manifest(checkpoint, file)
 
@@ -60,7 +60,7 @@ def renew_manifest(checkpoint: Path, file: str) -> None:
 
 
 def refused(checkpoint: Path, *problem: str) -> None:
-    """Reshaping it is refused in these words, and leaves nothing."""
+    """Check that reshaping it is rejected with these words and leaves nothing behind."""
     before = sorted(checkpoint.parent.iterdir())
     with pytest.raises(InputError) as error:
         convert("reshape", checkpoint, "--portable", "--out", checkpoint.parent / "out")
@@ -162,7 +162,7 @@ def test_elements_in_two_shards_or_none_are_named(checkpoint: Path) -> None:
 
     pieces[name] = [127, 255]
     path.write_text(json.dumps(index))
-    refused(checkpoint, file, f"elements 127 and on of {name} are in another shard, too")
+    refused(checkpoint, file, f"elements of {name} from 127 on are also in another shard")
 
     pieces[name] = [129, 257]
     path.write_text(json.dumps(index))

@@ -25,14 +25,14 @@ LAYOUT = Layout(tensor=2, data=3, zero=1)
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Random weights and moments for six processes."""
+    """Make a checkpoint of random weights and moments for six processes."""
     whole = write_random_checkpoint(tmp_path / "portable", SHAPE, (WEIGHT, *MOMENTS))
     reshape(str(whole), tmp_path / "six", LAYOUT, weights_only=False, workers=1)
     return tmp_path / "six"
 
 
 def inspected(*arguments: object) -> str:
-    """What the command prints; its errors are raised."""
+    """Return the command's output; its errors are raised."""
     found = CliRunner().invoke(
         app, ["convert", "inspect", *map(str, arguments)], env={"COLUMNS": "200"}
     )

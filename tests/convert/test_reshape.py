@@ -1,7 +1,7 @@
-"""A checkpoint reshaped for another layout is what the trainer itself writes there.
+"""A checkpoint reshaped for another layout equals what the trainer itself writes there.
 
 Tensor × data layouts of one, two and four processes, ZeRO 0, 1 and 3: bit for bit there and back,
-and the loss curve goes on to 1e-5. `make test` has one stage for every layout, the slow tests all.
+and the loss curve continues to 1e-5. `make test` has one stage per layout, the slow tests all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
 LAYOUTS = [Layout(tensor, data, zero) for (tensor, data), zero in product(GRIDS, (0, 1, 3))]
 QUICK = [Layout(1, 1, 0), Layout(2, 1, 1), Layout(1, 2, 3), Layout(2, 2, 3), Layout(4, 1, 1)]
 EACH = [it if it in QUICK else pytest.param(it, marks=pytest.mark.slow) for it in LAYOUTS]
-VOCAB = 99  # every tensor-parallel size pads its rows otherwise
+VOCAB = 99  # every tensor-parallel size pads its rows differently
 BEFORE, AFTER = 3, 10
 RATE = 1e-2
 
@@ -51,7 +51,7 @@ def train(engine: Engine, first: int, steps: int) -> list[float]:
 
 
 def begin(folder: str) -> list[float]:
-    """Train on one process and save at `begin`; the curve of the steps after it."""
+    """Train on one process and save at `begin`; return the curve of the steps after it."""
     with process_group():
         start_process_grid(1)
         config = config_of(Layout(1, 1, 0))
@@ -62,7 +62,7 @@ def begin(folder: str) -> list[float]:
 
 
 def go_on(layouts: list[Layout], folder: str) -> dict[Layout, list[float]]:
-    """From `reshaped` checkpoints: save them again as `native` ones, and train."""
+    """Resume from `reshaped` checkpoints: save them again as `native` ones, and train."""
     with process_group():
         start_process_grid(1)
         control_group = ControlGroup()
@@ -79,8 +79,8 @@ def go_on(layouts: list[Layout], folder: str) -> dict[Layout, list[float]]:
 
 @once
 def trained(quick: bool) -> tuple[Path, list[float], dict[Layout, list[float]]]:
-    """The folder, the undisturbed curve, and the curve of every layout, or of those that are quick
-    together."""
+    """Return the folder, the uninterrupted curve, and the curve of every layout, or of the quick
+    ones."""
     chosen = QUICK if quick else LAYOUTS
     folder = tempfile.mkdtemp(prefix="megaphase-reshape-")
     undisturbed = run_ranks(begin, 1, folder)[0]
@@ -105,13 +105,13 @@ made: set[bool] = set()
 
 
 def folder_of(layout: Layout) -> Path:
-    """Where its checkpoints lie."""
+    """Return the folder of its checkpoints."""
     made.add(layout in QUICK)
     return trained(layout in QUICK)[0]
 
 
 def native(folder: Path, layout: Layout) -> Path:
-    """What the trainer has written on a layout."""
+    """Return the checkpoint that the trainer has written on a layout."""
     return folder / "native" / name_of(layout) / "step-00000001"
 
 

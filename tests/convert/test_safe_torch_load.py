@@ -1,4 +1,4 @@
-"""Pickles of other programs: what is harmless is read, nothing else without --trust-pickle."""
+"""Pickles of other programs: harmless ones are read, nothing else without --trust-pickle."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_tensors_and_arguments(tmp_path, zipped) -> None:
 
 @pytest.fixture
 def nothing_allowed():
-    """As in a process that has not imported Megatron-LM, which allows classes of its own."""
+    """As in a process that has not imported Megatron-LM, which allows its own classes."""
     allowed = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     yield

@@ -1,4 +1,4 @@
-"""Checkpoints that engines of small models have written, and what reads them by other code."""
+"""Checkpoints written by engines of small models, and independent code that reads them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from megaphase.training.engine import Engine
 def save(
     engine: Engine, config: RunConfig, vocab: int, folder: Path, control_group: ControlGroup
 ) -> Path:
-    """Save an engine's state as a run does; the checkpoint's folder. Called by all ranks."""
+    """Save an engine's state as a run does; return the folder. Called by all ranks."""
     grid = engine.grid
     state = foreign_state(build_shape(config, vocab), {}) | {
         "optimizer_steps": engine.state.steps,
@@ -45,7 +45,7 @@ def save(
 
 
 class RandomWeights:
-    """Random values for every parameter of a shape; each a function of its name and kind."""
+    """Random values for every parameter of a shape, determined by its name and kind."""
 
     def __init__(
         self, shape: GPTShape, kinds: tuple[str, ...] = ("weight",), std: float = 0.2
@@ -70,7 +70,7 @@ def write_random_checkpoint(
     precision: str = "fp32",
     std: float = 0.2,
 ) -> Path:
-    """A portable checkpoint of random values."""
+    """Write a portable checkpoint with random values."""
     folder.mkdir(parents=True)
     weights = RandomWeights(shape, kinds, std)
     state = foreign_state(shape, {}) | {"precision": precision}
@@ -79,7 +79,7 @@ def write_random_checkpoint(
 
 
 def stored_tensors(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
-    """Every tensor of every file but the random generators', as the safetensors package reads."""
+    """Return every tensor but the random generators', as the safetensors package reads them."""
     files = json.loads((checkpoint / INDEX_FILE).read_text())["shards"]
     return {
         file: {
@@ -92,7 +92,7 @@ def stored_tensors(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def assert_same_shards(one: Path, other: Path) -> None:
-    """The same files, with the same pieces, to the last bit."""
+    """Check that both have the same files with the same pieces, bit for bit."""
     indices = [json.loads((path / INDEX_FILE).read_text()) for path in (one, other)]
     for index in indices:
         for shard in index["shards"].values():
@@ -107,7 +107,7 @@ def assert_same_shards(one: Path, other: Path) -> None:
 
 
 def whole_parameters(checkpoint: Path, kind: str = "weight") -> dict[str, Tensor]:
-    """Whole parameters, put together from docs/checkpoints.md alone; no element is there twice."""
+    """Return whole parameters, assembled according to docs/checkpoints.md; checks for overlaps."""
     index: dict[str, Any] = json.loads((checkpoint / INDEX_FILE).read_text())
     files = {file: load_file(checkpoint / file) for file in index["shards"]}
     return {

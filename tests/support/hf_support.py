@@ -1,4 +1,4 @@
-"""Models of ours and of transformers, small, and the logits of both."""
+"""Small models of Megaphase and of transformers, and the logits of both."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def random_tokens(vocab: int, *, batch: int = 3, seq: int = SEQ_LEN) -> Tensor:
 
 
 @torch.no_grad()
-def our_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
-    """Of the GPT in this process, with the weights as other code reads them."""
+def megaphase_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
+    """Return the logits of the GPT in this process, with weights read by other code."""
     model = GPT(open_source(str(checkpoint)).shape, Initializer(1, torch.float32), ALONE)
     weights = whole_parameters(checkpoint)
     parameters = dict(model.named_parameters())
@@ -69,7 +69,7 @@ def our_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def plain_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
-    """In float64, one head and one formula at a time."""
+    """Return the logits in float64, one head and one formula at a time."""
     shape = open_source(str(checkpoint)).shape
     plain = PlainShape(
         shape.layers,
@@ -84,8 +84,9 @@ def plain_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def their_logits(directory: Path, tokens: Tensor) -> Tensor:
-    """Of what `AutoModelForCausalLM` makes of a directory, all of whose weights it must use."""
+def transformers_logits(directory: Path, tokens: Tensor) -> Tensor:
+    """Return the logits of `AutoModelForCausalLM` for a directory, all weights of which it must
+    use."""
     import transformers
 
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -109,7 +110,7 @@ def take(directory: Path, out: Path, *, trust_pickle: bool = False) -> Path:
     return out
 
 
-# --- what transformers has made ---
+# --- files written by transformers ---
 
 
 LLAMA_SIZES: dict[str, Any] = {
@@ -159,8 +160,8 @@ THEIR_CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
-def make_theirs(config: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """A model with random weights, biases and norms, too."""
+def make_transformers_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Make a model with random weights, biases and norms."""
     import transformers
 
     torch.manual_seed(3)

@@ -1,4 +1,4 @@
-"""A tokenizer in megaphase and, of what was written of it, in transformers."""
+"""A tokenizer in Megaphase and, after an export, in transformers."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ HARD = [
 
 @dataclass(frozen=True)
 class Pair:
-    """One tokenizer, in megaphase and as transformers loads what was written of it."""
+    """One tokenizer, in Megaphase and as transformers loads its export."""
 
-    ours: Tokenizer
-    theirs: Any
+    native: Tokenizer
+    reference: Any
     folder: Path
 
 
@@ -57,15 +57,15 @@ def pair_of(path: Path, folder: Path, max_length: int = 1 << 30) -> Pair:
     import transformers
 
     folder.mkdir(parents=True)
-    ours = Tokenizer.load(path)
-    write_hf_tokenizer(ours, folder, max_length=max_length)
-    return Pair(ours, transformers.AutoTokenizer.from_pretrained(folder), folder)
+    native = Tokenizer.load(path)
+    write_hf_tokenizer(native, folder, max_length=max_length)
+    return Pair(native, transformers.AutoTokenizer.from_pretrained(folder), folder)
 
 
 def model_of(
     path: Path, pieces: dict[str, float], model_type: str = "UNIGRAM", symbols: Sequence[str] = ()
 ) -> Path:
-    """A model, of these pieces and their scores and of a user's symbols, that changes no text."""
+    """Make a model of these pieces, their scores and user symbols, that does not change text."""
     model = ModelProto()
     model.trainer_spec.model_type = model.trainer_spec.ModelType.Value(model_type)
     model.normalizer_spec.add_dummy_prefix = False
@@ -82,10 +82,10 @@ def model_of(
 
 
 def assert_same_ids(pair: Pair, text: str) -> None:
-    assert pair.theirs(text).input_ids == pair.ours.encode(text)
+    assert pair.reference(text).input_ids == pair.native.encode(text)
 
 
 def assert_same(pair: Pair, text: str) -> None:
     assert_same_ids(pair, text)
-    ids = pair.ours.encode(text)
-    assert pair.theirs.decode(ids, skip_special_tokens=True) == pair.ours.decode(ids)
+    ids = pair.native.encode(text)
+    assert pair.reference.decode(ids, skip_special_tokens=True) == pair.native.decode(ids)

@@ -1,4 +1,4 @@
-"""Checkpoints of Megatron-LM that ours were converted to, changed by hand."""
+"""Megatron-LM checkpoints that were converted from Megaphase's, modified by hand."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ SHAPES = {"llama": replace(LLAMA, rotary_base=12345.5), "gpt": GPT2}
 
 
 def write_shapes(folder: Path) -> dict[str, Path]:
-    """A checkpoint of ours of every shape."""
+    """Write a Megaphase checkpoint of every shape."""
     return {name: write_random_checkpoint(folder / name, shape) for name, shape in SHAPES.items()}
 
 
-def save_two_ranks(ours: dict[str, Path], folder: Path) -> Path:
-    """The Llama as a checkpoint of Megatron-LM, of two ranks."""
-    to_megatron(str(ours["llama"]), folder / "megatron", Target(2, "fp32", Implementation.LOCAL))
+def save_two_ranks(native: dict[str, Path], folder: Path) -> Path:
+    """Convert the Llama to a Megatron-LM checkpoint of two ranks."""
+    to_megatron(str(native["llama"]), folder / "megatron", Target(2, "fp32", Implementation.LOCAL))
     return folder / "megatron"
 
 
@@ -54,7 +54,7 @@ def change(path: Path, how: Callable[[Any], object]) -> None:
 
 
 def legacy_model(state: Any) -> None:
-    """The names from before Megatron Core."""
+    """Rename parameters as before Megatron Core."""
     model = state["model"]
     embedding = {"word_embeddings": {"weight": model["embedding.word_embeddings.weight"]}}
     if "embedding.position_embeddings.weight" in model:

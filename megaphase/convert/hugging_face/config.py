@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face model as a shape of ours."""
+"""Convert config.json of a Hugging Face model to a GPTShape."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ _SILU = ("silu", "swish")
 
 
 def read_config(directory: Path) -> tuple[Family, GPTShape]:
-    """The family and the shape of the model in a directory.
+    """Return the family and the shape of the model in a directory.
 
     Raises:
-        InputError: there is no config.json, or it says something that megaphase has not; naming
-            the key.
+        InputError: there is no config.json, or it has an unsupported value; names the key.
     """
     config = _Config(directory / CONFIG_FILE)
     config.refuse_if("quantization_config", config.get("quantization_config") is not None)
     if config.get("auto_map") is not None:
-        raise config.refusal("auto_map", "names code of its own")
+        raise config.refusal("auto_map", "names custom code")
     model_type = config.get("model_type")
     if model_type == "gpt2":
         return GPT2, _checked(config, _gpt2_shape(config))
     if model_type == "mistral":
-        # Where the key is missing, transformers takes a window of 4,096 tokens.
+        # If the key is missing, transformers uses a window of 4,096 tokens.
         config.refuse_if("sliding_window", config.get("sliding_window", 4096) is not None)
     elif model_type != "llama":
         known = ", ".join([*(family.model_type for family in FAMILIES), "mistral"])
@@ -41,7 +40,7 @@ def read_config(directory: Path) -> tuple[Family, GPTShape]:
 
 
 class _Config:
-    """The keys of a config.json; a key that is null is missing, as transformers reads it."""
+    """The keys of a config.json; a null value counts as missing, as in transformers."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -62,7 +61,7 @@ class _Config:
         return self._values.get(key, default)
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A positive whole number."""
+        """Return a positive whole number."""
         value = self.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -71,7 +70,7 @@ class _Config:
         return value
 
     def number(self, key: str, default: float) -> float:
-        """A positive number."""
+        """Return a positive number."""
         value = self.get(key)
         value = default if value is None else value
         if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
@@ -80,7 +79,7 @@ class _Config:
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """Return a boolean."""
         value = self.get(key)
         value = default if value is None else value
         if not isinstance(value, bool):
@@ -88,7 +87,7 @@ class _Config:
         return value
 
     def refuse_if(self, key: str, refused: bool) -> None:
-        """Refuse the value that a key has."""
+        """Reject the value of a key."""
         if refused:
             raise self.refusal(key, f"is {json.dumps(self.get(key))}")
 
@@ -132,7 +131,7 @@ def _rotary_base(config: _Config) -> float:
 
 
 def _is_plain(rope: dict[str, Any]) -> bool:
-    """Whether all there is to rotary positions is their base."""
+    """Return whether rotary positions have no parameters besides their base."""
     if rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
         return False
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -171,7 +170,7 @@ def _gpt2_shape(config: _Config) -> GPTShape:
 
 
 def _checked(config: _Config, shape: GPTShape) -> GPTShape:
-    """Refuse sizes that do not fit together."""
+    """Reject inconsistent sizes."""
     if shape.hidden % shape.heads:
         problem = f"{shape.heads} heads do not divide the hidden size, {shape.hidden}"
     elif shape.heads % shape.kv_heads:

@@ -1,4 +1,4 @@
-"""A Hugging Face model as a checkpoint at which a run of ours begins."""
+"""Convert a Hugging Face model to a checkpoint from which a run can start."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ TOKENIZER_FOLDER = "tokenizer"
 
 @dataclass(frozen=True)
 class Taken:
-    """What came of a Hugging Face model.
+    """The result of importing a Hugging Face model.
 
     Attributes:
-        model_section: what the run file of a training of it says, YAML.
-        tokenizer: its absolute path; None where there is none that megaphase can use.
+        model_section: the run file's section for the model, YAML.
+        tokenizer: its absolute path; None if there is none that Megaphase can use.
         why_no_tokenizer: a sentence.
     """
 
@@ -45,10 +45,10 @@ def from_hf(
     workers: int,
     console: Console | None = None,
 ) -> Taken:
-    """Write the model in a directory as the checkpoint `out`, its tokenizer and model.yaml in it.
+    """Write the model in a directory as the checkpoint `out`, with its tokenizer and model.yaml.
 
     Raises:
-        InputError: the model cannot be expressed, or its files are not whole.
+        InputError: the model is not supported, or its files are incomplete.
     """
     family, shape = read_config(directory)
     with ExitStack() as open_files:
@@ -68,7 +68,7 @@ def from_hf(
 
 
 def _take_tokenizer(directory: Path, folder: Path) -> str:
-    """Why the tokenizer cannot be used; empty where it lies in the folder."""
+    """Return why the tokenizer cannot be used; empty if it was copied into the folder."""
     folder.mkdir()
     try:
         if take_tokenizer(directory, folder):

@@ -1,4 +1,4 @@
-"""A checkpoint of ours as a Hugging Face model directory."""
+"""Convert a Megaphase checkpoint to a Hugging Face model directory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_json, read_json
 
-_METADATA = {"format": "pt"}  # without which transformers refuses a file
+_METADATA = {"format": "pt"}  # required by transformers
 
 
 def to_hf(
@@ -44,13 +44,14 @@ def to_hf(
     """Write the checkpoint RUN@NAME, or at a path, as the model directory `out`.
 
     Args:
-        precision: of the weights; that of the run's model if not given.
-        tokenizer: that of the run, or of the model that the checkpoint is from, if not given.
+        precision: of the weights; the run's by default.
+        tokenizer: by default that of the run, or of the imported model.
 
-    Returns its family.
+    Returns the model's family.
 
     Raises:
-        InputError: the checkpoint is damaged, its model is of no family, or there is no tokenizer.
+        InputError: the checkpoint is damaged, no family supports its model, or there is no
+            tokenizer.
     """
     source = open_source(text)
     family = family_for(source.shape, source.folder)
@@ -110,7 +111,7 @@ def _write_weights(
 
 
 def _shards(kinds: Mapping[str, TensorKind], max_bytes: int) -> dict[str, dict[str, TensorKind]]:
-    """The tensors of every file, in their order; one larger than max_bytes has its own."""
+    """Return the tensors of every file, in order; one larger than max_bytes has its own file."""
     shards: list[dict[str, TensorKind]] = [{}]
     size = 0
     for name, kind in kinds.items():
@@ -147,7 +148,7 @@ def _write_configs(
 
 
 def _bos(folder: Path, tokenizer: Tokenizer) -> int | None:
-    """The id of the token that the tokenizer in a folder calls its bos_token."""
+    """Return the id of the token that is the bos_token of the tokenizer in a folder."""
     text = read_json(folder / "tokenizer_config.json").get("bos_token")
     if isinstance(text, dict):
         text = text["content"]

@@ -1,8 +1,8 @@
-"""The tokenizer of a Hugging Face model directory, written and taken.
+"""Write and read the tokenizer of a Hugging Face model directory.
 
-What is written gives the same ids in transformers as in megaphase: no BOS or EOD is added, and
-control tokens come from ids only, never from text (`split_special_tokens`), so that a document
-that holds "</s>" does not end there.
+The written files give the same ids in transformers as in Megaphase: no BOS or EOD is added, and
+control tokens come from ids only, never from text (`split_special_tokens`), so that a document that
+contains "</s>" does not end there.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _FILE_NAMES = (
 def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
     """Write the files with which `transformers.AutoTokenizer` and `Tokenizer.load` read `folder`.
 
-    A tokenizer that came in a Hugging Face directory is copied as it is. Of any other, a
-    `tokenizer.json` is made from the sentencepiece model (transformers 4.45 or later) and stands
-    beside the model itself and, for a tokenizer of ours, its record.
+    A tokenizer from a Hugging Face directory is copied. For any other, a `tokenizer.json` is made
+    from the sentencepiece model (transformers 4.45 or later) and stored with the model itself and,
+    for a tokenizer made by Megaphase, its record.
 
     Args:
         tokenizer: loaded from a path that still exists.
         folder: an existing directory.
         max_length: the longest text of the model, in tokens; transformers warns beyond it.
 
-    Raises InputError where the sentencepiece model has something that `tokenizers` cannot express.
+    Raises InputError if the sentencepiece model has features that `tokenizers` cannot express.
     """
     path = tokenizer.path
     if path.is_dir() and not (path / RECORD_NAME).exists() and _class_name(path):
@@ -73,10 +73,10 @@ def take_tokenizer(source: Path, folder: Path) -> bool:
         source: the model's directory.
         folder: an existing directory.
 
-    Returns whether `source` has a sentencepiece model; where it has none (a `tokenizer.json` only,
-    as GPT-2 and Llama 3, or no tokenizer), nothing is copied.
+    Returns whether `source` has a sentencepiece model; if not (only a `tokenizer.json`, as for
+    GPT-2 and Llama 3, or no tokenizer), nothing is copied.
 
-    Raises InputError where megaphase cannot use it, see `megaphase.tokenizer.files.read_tokenizer`.
+    Raises InputError if Megaphase cannot use it, see `megaphase.tokenizer.files.read_tokenizer`.
     """
     if not any((source / name).is_file() for name in HUGGING_FACE_MODEL_NAMES):
         return False
@@ -98,7 +98,7 @@ def _model_file(path: Path) -> Path:
 
 
 def _class_name(directory: Path) -> str | None:
-    """The class that transformers is told to load a directory with, or None."""
+    """Return the class with which transformers loads a directory, or None."""
     path = directory / _CONFIG_NAME
     return read_json(path).get("tokenizer_class") if path.exists() else None
 

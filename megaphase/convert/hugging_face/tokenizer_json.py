@@ -1,34 +1,34 @@
 """A sentencepiece model in the `tokenizers` library's format, `tokenizer.json`.
 
-The pieces are written with spaces in the place of U+2581, by which sentencepiece means a space:
-so the character itself, which a lossless tokenizer spells in bytes, is no part of any piece.
+The pieces are written with spaces instead of U+2581, which represents a space in sentencepiece: so
+the character itself, which a lossless tokenizer spells in bytes, is in no piece.
 
-Two things of sentencepiece have no name in the format and are built from what it has:
+Two features of sentencepiece are not part of the format and are built from others:
 
 - The names of control tokens and bytes are pieces of the model, and `tokenizers` finds every piece
-  in a text. In unigram models such a name therefore scores less than its characters one by one;
-  where a character of it is not in the vocabulary, the text is cut there instead, as sentencepiece
-  cuts it before and after every unknown character.
-- In unigram models a user's symbol has no score of its own, but the one that sentencepiece
-  computes: 0.1 for every byte after the first (in 0.2.3).
+  in a text. In unigram models such a name therefore scores less than its single characters; if one
+  of its characters is not in the vocabulary, the text is cut there instead, as sentencepiece cuts
+  it before and after every unknown character.
+- In unigram models a user symbol does not have its own score, but one that sentencepiece computes:
+  0.1 for every byte after the first (in 0.2.3).
 
-What remains different:
+Remaining differences:
 
-- sentencepiece adds up a unigram text's scores in float32, `tokenizers` in float64. Where two ways
-  to cut a place have the same score to the seventh digit of the whole text's, they may choose
-  differently: with vocabularies of 8,000 and 6,000 in 5 of 8,385 documents and 1 of 188,234 lines
-  of real text, and in 4 of 196 files and 341 of 155,240 lines of Python, there most often the same
-  pieces of a run of spaces in another order. BPE models have no such case: 0 of all these.
-- In a model that normalizes (none of ours does), `tokenizers` loses a combining mark behind a
-  character that is itself replaced, as U+FB01 U+0301, and composes one with the end of a user's
+- sentencepiece sums a unigram text's scores in float32, `tokenizers` in float64. If two ways to cut
+  a place have the same score to the seventh digit of the whole text's, they may choose differently:
+  with vocabularies of 8,000 and 6,000 in 5 of 8,385 documents and 1 of 188,234 lines of real text,
+  and in 4 of 196 files and 341 of 155,240 lines of Python, there mostly the same pieces of a run of
+  spaces in another order. BPE models have no such case: 0 of all these.
+- In a model that normalizes (Megaphase's do not), `tokenizers` loses a combining mark after a
+  character that is itself replaced, such as U+FB01 U+0301, and composes one with the end of a user
   symbol.
-- In a unigram model without bytes, a text like a control token of which no character is in the
-  vocabulary is two of the unknown, not one.
-- `Tokenizer` encodes a text of more than half a million characters in parts, so where such a text
-  has no space to cut at, the pieces at the cuts may differ.
-- Decoding: ids of bytes that are no whole character become U+FFFD in either, but not always in the
-  same number; the unknown, which models with bytes never give, is decoded to its own name, or
-  skipped as a special token, and not to U+2047.
+- In a unigram model without bytes, text that looks like a control token and has no character in the
+  vocabulary becomes two unknown tokens, not one.
+- `Tokenizer` encodes a text of more than half a million characters in parts, so if it has no space
+  to cut at, the pieces at the cuts may differ.
+- Decoding: ids of bytes that are not a whole character become U+FFFD in both, but not always in the
+  same number; the unknown token, which models with bytes never produce, is decoded to its own name,
+  or skipped as a special token, and not to U+2047.
 """
 
 from __future__ import annotations
@@ -54,14 +54,15 @@ _Kind = ModelProto.SentencePiece
 
 
 def tokenizer_json(model: ModelProto, where: Path, *, spells_space_symbol: bool) -> Json:
-    """The value of `tokenizer.json`; no token is added to a text's own.
+    """Return the value of `tokenizer.json`, which adds no token to a text's own.
 
     Args:
         model: the parsed sentencepiece model; unigram or BPE.
-        where: the path that an error names.
-        spells_space_symbol: whether U+2581 in a text is spelled in bytes, and not read as a space.
+        where: the path for error messages.
+        spells_space_symbol: whether U+2581 in a text is spelled in bytes, instead of read as a
+            space.
 
-    Raises InputError where the model has something that the format cannot say.
+    Raises InputError if the model has features that the format cannot express.
     """
     vocabulary = _PieceVocabulary(model)
     if problem := _inexpressible(model, vocabulary):
@@ -81,17 +82,17 @@ def tokenizer_json(model: ModelProto, where: Path, *, spells_space_symbol: bool)
 
 
 class _PieceVocabulary:
-    """The pieces of a model by what they do; a space is a space.
+    """The pieces of a model by function, with spaces as spaces.
 
     Attributes:
         texts: of every piece, by id.
-        scores: of every piece, by id, as the model has them.
-        normal: the pieces that text is made of; id by text.
-        user_symbols: the pieces that are kept whole in every text; id by text.
-        special: control tokens and the unknown; id by text.
-        unknown: the id of what is not in the vocabulary.
-        hidden: texts that never stand for their piece: control tokens, the unknown, bytes.
-        unused: the pieces that are in the model and take no part; id by text.
+        scores: of every piece, by id, as in the model.
+        normal: the pieces of ordinary text; id by text.
+        user_symbols: the pieces that are never split; id by text.
+        special: control tokens and the unknown token; id by text.
+        unknown: the id for characters outside the vocabulary.
+        hidden: texts that never encode to their piece: control tokens, the unknown token, bytes.
+        unused: pieces that are in the model but not used; id by text.
     """
 
     def __init__(self, model: ModelProto) -> None:
@@ -111,7 +112,7 @@ class _PieceVocabulary:
         self.unused = of(_Kind.UNUSED)
 
     def unigram_scores(self) -> dict[str, float]:
-        """The score of every piece that unigram text is made of."""
+        """Return the score of every piece of unigram text."""
         normal = {text: self.scores[i] for text, i in self.normal.items()}
         # As in sentencepiece's unigram model, so that the symbol wins, and the longer of two.
         return normal | {text: 0.1 * (len(text.encode()) - 1) for text in self.user_symbols}
@@ -120,10 +121,11 @@ class _PieceVocabulary:
         return character in self.normal or character in self.user_symbols
 
     def cut(self, text: str) -> int | None:
-        """Where sentencepiece would cut a text for a character that is not in the vocabulary; None
-        where it has them all.
+        """Return where sentencepiece would cut a text because a character is not in the vocabulary;
+        None if all are.
 
-        If possible that is between an unknown and a known one: a run of the former is one token.
+        If possible, the cut is between an unknown and a known one: a run of unknown ones is one
+            token.
         """
         known = [self.has(character) for character in text]
         if all(known):
@@ -133,7 +135,7 @@ class _PieceVocabulary:
 
 
 def _inexpressible(model: ModelProto, vocabulary: _PieceVocabulary) -> str | None:
-    """What the format cannot say of a model, or None."""
+    """Return which feature of a model the format cannot express, or None."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type not in (trainer.UNIGRAM, trainer.BPE):
         return f"its algorithm is {trainer.ModelType.Name(trainer.model_type).lower()}"
@@ -166,7 +168,8 @@ def _long_symbols(vocabulary: _PieceVocabulary) -> dict[str, int]:
 
 
 def _added_tokens(vocabulary: _PieceVocabulary, is_unigram: bool) -> Iterator[Json]:
-    """The special tokens; in a BPE model, where no merge makes them, also the user's symbols."""
+    """Yield the special tokens; in a BPE model, where no merge makes them, also the user
+    symbols."""
     symbols = {} if is_unigram else _long_symbols(vocabulary)
     for text, token in sorted((vocabulary.special | symbols).items(), key=lambda item: item[1]):
         yield {
@@ -181,7 +184,7 @@ def _added_tokens(vocabulary: _PieceVocabulary, is_unigram: bool) -> Iterator[Js
 
 
 def _normalizer(normalizer: Any, spells_space_symbol: bool) -> Json | None:
-    """What happens to a text before it is cut into pieces, in sentencepiece's order."""
+    """Return the changes of a text before it is cut into pieces, in sentencepiece's order."""
     steps: list[Json] = []
     if normalizer.precompiled_charsmap:
         charsmap = base64.b64encode(normalizer.precompiled_charsmap).decode()
@@ -202,7 +205,7 @@ def _replace(pattern: Json, content: str) -> Json:
 
 
 def _pre_tokenizer(vocabulary: _PieceVocabulary) -> Json | None:
-    """Cut what reads as the name of a hidden piece and has a character that is not in the
+    """Cut text that reads like a hidden piece's name and has a character outside the
     vocabulary."""
     patterns = []
     for text in vocabulary.hidden:
@@ -254,11 +257,11 @@ def _bpe(model: ModelProto, vocabulary: _PieceVocabulary) -> Json:
 
 
 def _merges(vocabulary: _PieceVocabulary) -> Iterator[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, by the score of what it makes.
+    """Yield every pair of pieces that merges to a piece, by the score of the result.
 
-    sentencepiece takes the leftmost of the pairs that make the same piece, `tokenizers` the first
-    in this order. That matters only where two different ones overlap, which 80,000 texts of 400
-    random vocabularies did not show.
+    sentencepiece merges the leftmost of the pairs with the same result, `tokenizers` the first in
+    this order. That only matters if two different ones overlap, which never happened in 80,000
+    texts of 400 random vocabularies.
     """
     by_score = sorted(vocabulary.normal.items(), key=lambda item: -vocabulary.scores[item[1]])
     return chain.from_iterable(_splits(text, vocabulary) for text, _ in by_score)

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face model directory, as parameters of ours."""
+"""Read the tensors of a Hugging Face model directory as the model's parameters."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class FoundTensor:
     """A tensor in a file.
 
     Attributes:
-        name: as the file has it.
-        read: the tensor, as it is stored.
+        name: its name in the file.
+        read: reads the tensor in its stored form.
     """
 
     path: Path
@@ -47,12 +47,12 @@ class FoundTensor:
 def find_tensors(
     directory: Path, open_files: ExitStack, *, trust_pickle: bool
 ) -> list[FoundTensor]:
-    """Every tensor of a model, from safetensors files or, where there are none, from pickles.
+    """Return every tensor of a model, from safetensors files or, if there are none, from pickles.
 
     open_files: closes them.
 
     Raises:
-        InputError: there is no model, a shard is missing or damaged, or not what the index says.
+        InputError: there is no model, a shard is missing or damaged, or differs from the index.
     """
     for file in (SAFETENSORS_FILE, PICKLE_FILE):
         index = directory / f"{file}{INDEX_SUFFIX}"
@@ -79,10 +79,10 @@ def find_tensors(
 
 
 class HuggingFaceWeights:
-    """Parameters of ours, from the tensors of a model of this family and shape.
+    """The model's parameters, from the tensors of a model of this family and shape.
 
     Attributes:
-        layouts: of all parameters, in the order in which the model has them.
+        layouts: of all parameters, in the model's order.
     """
 
     kinds: Sequence[str] = (WEIGHT,)
@@ -92,8 +92,8 @@ class HuggingFaceWeights:
     ) -> None:
         """
         Raises:
-            InputError: naming the first tensor that is missing, unknown, there twice, or of
-                another shape or type than the config wants.
+                    InputError: names the first tensor that is missing, unknown, duplicate, or of
+                        another shape or dtype than required by the config.
         """
         self.layouts = parameter_layouts(shape, 1)
         self._renamings = family.renamings(shape)
@@ -111,15 +111,15 @@ class HuggingFaceWeights:
             _check_tied(tied_head, self._tensors[embedding])
 
     def whole(self, name: str, kind: str) -> Tensor:
-        """A parameter, fp32, contiguous."""
+        """Return a parameter, fp32, contiguous."""
         return self._renamings[name].join(lambda theirs: self._tensors[theirs].read().float())
 
 
 def _places(index: Path) -> dict[str, str]:
-    """The file of every tensor."""
+    """Return the file of every tensor."""
     try:
         places: dict[str, str] = read_json(index)["weight_map"]
-        # A name with a folder in it could lead out of the directory.
+        # A name with a folder could point outside the directory.
         if not places or any(Path(file).name != file for file in places.values()):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -145,7 +145,7 @@ def _of_pickle(path: Path, *, trust: bool) -> Iterator[FoundTensor]:
 
 
 def _check_index(index: Path, places: Mapping[str, str], found: Sequence[FoundTensor]) -> None:
-    """Refuse shards whose tensors are not where the index says."""
+    """Reject shards whose tensors are not in the files named by the index."""
     files: dict[str, Path] = {}
     for tensor in found:
         if tensor.name in files:
@@ -187,9 +187,9 @@ def _check_kind(tensor: FoundTensor, shape: tuple[int, ...]) -> None:
 
 
 def _check_tied(head: FoundTensor, embedding: FoundTensor) -> None:
-    """Refuse an output projection of its own where config.json says that there is none.
+    """Reject a separate output projection if config.json says that it is tied.
 
-    Versions of transformers differ in which of the two they believe.
+    Versions of transformers differ in which of the two they use.
     """
     if head.kind != embedding.kind or not torch.equal(head.read(), embedding.read()):
         raise InputError(

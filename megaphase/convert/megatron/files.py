@@ -1,4 +1,4 @@
-"""The files of a checkpoint of Megatron-LM: found, opened, and their tensors by today's names."""
+"""Find and open the files of a Megatron-LM checkpoint; read their tensors by current names."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _OLDEST_VERSION = 2.0
 
 
 def rank_files(source: Path) -> list[Path]:
-    """The files of all tensor-parallel ranks, in order.
+    """Return the files of all tensor-parallel ranks, in order.
 
-    source: what --save was, or a folder iter_… or release in it.
+    source: the folder of --save, or a folder iter_… or release in it.
 
     Raises:
-        InputError: one is missing, or it is a checkpoint of another format.
+        InputError: one is missing, or the checkpoint has another format.
     """
     folder = _iteration_folder(source)
     names = {path.name for path in folder.iterdir()}
@@ -60,12 +60,12 @@ def rank_files(source: Path) -> list[Path]:
 
 
 class RankFile:
-    """What a tensor-parallel rank has written.
+    """The file of one tensor-parallel rank.
 
     Attributes:
         args: of the run.
         iteration: after which it was written.
-        tensors: by the names that Megatron Core gives them; they stay in the file until read.
+        tensors: by the names in Megatron Core; they stay in the file until read.
     """
 
     def __init__(self, path: Path, *, trust_pickle: bool) -> None:
@@ -95,7 +95,7 @@ class RankFile:
 
 
 def pipelined(where: Path) -> InputError:
-    """The error of a model that lies in several pipeline stages, or experts in several ranks."""
+    """Return the error for a model that is split into pipeline stages, or experts over ranks."""
     return InputError(
         where,
         "is cut by pipeline or expert parallelism",

@@ -1,7 +1,7 @@
-"""Files that torch.load reads, written tensor by tensor: torch.save wants all of them in memory.
+"""Write files for torch.load tensor by tensor; torch.save needs all tensors in memory.
 
 The format (torch/serialization.py): a zip archive without compression, in which `data.pkl` is a
-pickle whose tensors refer to the records `data/0`, `data/1` and so on, each the bytes of one.
+pickle whose tensors refer to the records `data/0`, `data/1` and so on, with the bytes of one each.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _STORAGES = {
 
 
 class TorchFileWriter:
-    """Writes a file whose tensors come one after another, a part at a time."""
+    """Writes a file whose tensors follow one after another, in parts of any size."""
 
     def __init__(self, path: Path, content: Any) -> None:
         """
         Args:
-            content: of containers and values that pickle knows, with a TensorKind of its own
-                wherever there is to be a tensor; the tensors come in the same order.
+                content: containers and values that pickle supports, with a distinct TensorKind in
+                    place of every tensor; the tensors are written in the same order.
         """
         self._file = open(path, "wb")  # noqa: SIM115
         self._to_disk = WriteBehind(self._file.fileno())
@@ -60,7 +60,8 @@ class TorchFileWriter:
             raise
 
     def write(self, part: Tensor) -> None:
-        """The next elements of the next tensor: contiguous, on the CPU, of the announced type."""
+        """Write the next elements of the next tensor: contiguous, on the CPU, of the announced
+        dtype."""
         if self._record is None:
             self._record, self._left = self._begin_record(), self._sizes[self._written]
         for chunk in memory_chunks(part):
@@ -73,7 +74,7 @@ class TorchFileWriter:
             self._record, self._written = None, self._written + 1
 
     def close(self) -> None:
-        """Force the file to the disk."""
+        """Flush the file to disk and close it."""
         assert self._written == len(self._sizes), "fewer tensors were written than announced"
         self._archive.writestr(f"{_FOLDER}/version", b"3\n")
         self._archive.close()
@@ -82,7 +83,7 @@ class TorchFileWriter:
         self._file.close()
 
     def abandon(self) -> None:
-        """Close the file as it is, also where it cannot be written any more."""
+        """Close the file as it is, even if it cannot be written any more."""
         if self._archive.fp is None:
             return  # it is closed
         # What the archive still writes, here or when it is collected, goes nowhere.
@@ -103,7 +104,7 @@ class TorchFileWriter:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles a TensorKind as the tensor of its type and shape; `kinds` are those met so far."""
+    """Pickles a TensorKind as a tensor of its dtype and shape; `kinds` are those met so far."""
 
     def __init__(self, file: io.BytesIO, protocol: int) -> None:
         super().__init__(file, protocol)
@@ -126,7 +127,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Storage:
-    """The bytes of a tensor, which lie in the record `key`."""
+    """The bytes of a tensor, which are in the record `key`."""
 
     def __init__(self, key: str, kind: TensorKind) -> None:
         self.key, self.kind = key, kind

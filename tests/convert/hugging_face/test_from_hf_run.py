@@ -1,7 +1,7 @@
 """A published model is the first phase: the joint phase is trained on it, and published again.
 
-With the commands that a user would type, on a small Llama that transformers has made, with a
-sentencepiece tokenizer as Llama's.
+Uses the commands that a user would type, on a small Llama made by transformers with a
+sentencepiece tokenizer like Llama's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from existing_tokenizers import llama_directory
-from hf_support import our_logits, their_logits
+from hf_support import megaphase_logits, transformers_logits
 from rounding import FP32, deviation
 from run_support import TEXT_BYTES, read_rows, run_settings, write_run_file
 from torch.nn.functional import cross_entropy
@@ -34,7 +34,7 @@ SPARE_ROWS = 5  # of the embedding, beyond the tokenizer's
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face model with its tokenizer, as it would be downloaded."""
+    """Make a Hugging Face model with its tokenizer, as it would be downloaded."""
     import transformers
 
     folder = llama_directory(tmp_path_factory.mktemp("published") / "tiny-llama")
@@ -55,7 +55,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(published: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that comes of it, and what the run file must say, as it is printed."""
+    """Return its checkpoint, and the required run file content as printed."""
     out = tmp_path_factory.mktemp("base") / "base"
     printed = run_well("convert", "from-hf", published, "--out", out)
     sections = yaml.safe_load(printed.partition("says:\n")[2].partition("\nIts positions")[0])
@@ -65,7 +65,7 @@ def base(published: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 @pytest.fixture(scope="module")
 def joint(base: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run file of the joint phase alone, at another sequence length."""
+    """Return the run file of the joint phase alone, at another sequence length."""
     folder = tmp_path_factory.mktemp("joint")
     sections = base[1]
     texts = write_languages(folder / "text", seed=5, languages=TEXT_BYTES)
@@ -81,7 +81,7 @@ def joint(base: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def trained(base: tuple[Path, dict[str, Any]], joint: Path) -> Path:
-    """The run directory after the joint phase, which was killed once."""
+    """Return the run directory after the joint phase, which was killed once."""
     run_killed(joint, "--from", base[0], before_step=2)
     run_well("train", joint)
     return joint.parent / "run"
@@ -122,14 +122,14 @@ def test_what_was_trained_is_a_model_of_transformers_again(
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert model.config.max_position_embeddings == SEQ_LEN
     tokens = torch.arange(2 * SEQ_LEN).view(2, SEQ_LEN)
-    found = their_logits(tmp_path / "hf", tokens)
+    found = transformers_logits(tmp_path / "hf", tokens)
     checkpoint = trained / "checkpoints" / f"step-{STEPS:08d}"
-    assert deviation(found, our_logits(checkpoint, tokens)) < FP32
-    assert deviation(found, their_logits(published, tokens)) > 1e-2
+    assert deviation(found, megaphase_logits(checkpoint, tokens)) < FP32
+    assert deviation(found, transformers_logits(published, tokens)) > 1e-2
 
 
 def changed(joint: Path, folder: Path, **changes: Any) -> Path:
-    """The run file with other keys, by section, and an output of its own."""
+    """Return the run file with changed keys, by section, and its own output."""
     settings = yaml.safe_load(joint.read_text())
     for section, keys in changes.items():
         settings[section] |= keys

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face directory: transformers gives the ids that megaphase gives."""
+"""The tokenizer of a Hugging Face directory: transformers gives the same ids as Megaphase."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_every_text_has_the_same_ids(pair: Pair) -> None:
     for text in HARD:
         assert_same(pair, text)
-        assert pair.theirs.decode(pair.ours.encode(text)) == text
-    assert pair.theirs(HARD).input_ids == pair.ours.encode_batch(HARD)
+        assert pair.reference.decode(pair.native.encode(text)) == text
+    assert pair.reference(HARD).input_ids == pair.native.encode_batch(HARD)
 
 
 @given(text=ANY_TEXT)
@@ -79,38 +79,38 @@ def test_any_text_has_the_same_ids(pair: Pair, text: str) -> None:
 
 
 def test_a_text_that_is_encoded_in_parts_has_the_same_ids(pair: Pair) -> None:
-    if pair.ours.record.algorithm == "bpe":
+    if pair.native.record.algorithm == "bpe":
         assert_same(pair, " ".join(TEXTS) * 1500)
 
 
 def test_the_roles_of_tokens(pair: Pair) -> None:
-    ours, theirs = pair.ours, pair.theirs
-    assert len(theirs) == ours.vocab_size
-    assert (theirs.eos_token_id, theirs.eos_token) == (ours.eod, "<eod>")
-    assert (theirs.unk_token, theirs.bos_token, theirs.pad_token) == ("<unk>", None, None)
-    for name, token in ours.tags.items():
-        assert theirs.convert_tokens_to_ids(f"<{name}>") == token
-    special = [*ours.tags.values(), *ours.reserved_tags, ours.eod]
-    ids = ours.encode("x y")
-    assert theirs.decode([*special, *ids, *special], skip_special_tokens=True) == "x y"
-    # As text the same are ordinary, unless asked for otherwise.
-    names = theirs.decode(special)
-    assert not set(special) & set(theirs(names).input_ids)
-    assert theirs(names, split_special_tokens=False).input_ids == special
+    native, reference = pair.native, pair.reference
+    assert len(reference) == native.vocab_size
+    assert (reference.eos_token_id, reference.eos_token) == (native.eod, "<eod>")
+    assert (reference.unk_token, reference.bos_token, reference.pad_token) == ("<unk>", None, None)
+    for name, token in native.tags.items():
+        assert reference.convert_tokens_to_ids(f"<{name}>") == token
+    special = [*native.tags.values(), *native.reserved_tags, native.eod]
+    ids = native.encode("x y")
+    assert reference.decode([*special, *ids, *special], skip_special_tokens=True) == "x y"
+    # As text they are ordinary by default.
+    names = reference.decode(special)
+    assert not set(special) & set(reference(names).input_ids)
+    assert reference(names, split_special_tokens=False).input_ids == special
 
 
 def test_megaphase_reads_what_it_wrote(pair: Pair, tmp_path: Path) -> None:
-    ours, again = pair.ours, Tokenizer.load(pair.folder)
-    assert again.record == ours.record
+    native, again = pair.native, Tokenizer.load(pair.folder)
+    assert again.record == native.record
     for name in files_of(pair.folder):
         if name != RECORD_NAME:
             (tmp_path / name).write_bytes((pair.folder / name).read_bytes())
-    # As any Hugging Face directory, where the record is lost.
+    # Like any Hugging Face directory, if the record is lost.
     without = Tokenizer.load(tmp_path)
-    assert (without.eod, without.vocab_size) == (ours.eod, ours.vocab_size)
-    assert without.fingerprint == ours.fingerprint
-    assert without.tags.items() >= ours.tags.items()
-    assert without.encode_batch(HARD) == ours.encode_batch(HARD)
+    assert (without.eod, without.vocab_size) == (native.eod, native.vocab_size)
+    assert without.fingerprint == native.fingerprint
+    assert without.tags.items() >= native.tags.items()
+    assert without.encode_batch(HARD) == native.encode_batch(HARD)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
@@ -123,10 +123,10 @@ def test_the_same_beside_a_model_and_after_saving(
         (tmp_path / name).write_bytes((pair.folder / name).read_bytes())
     write_json(tmp_path / "config.json", {"model_type": model_type})
     beside = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert beside(HARD).input_ids == pair.ours.encode_batch(HARD)
+    assert beside(HARD).input_ids == pair.native.encode_batch(HARD)
     beside.save_pretrained(tmp_path / "saved")
     saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
-    assert saved(HARD).input_ids == pair.ours.encode_batch(HARD)
+    assert saved(HARD).input_ids == pair.native.encode_batch(HARD)
 
 
 def test_neither_transformers_nor_tokenizers_is_needed(
@@ -134,13 +134,13 @@ def test_neither_transformers_nor_tokenizers_is_needed(
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    write_hf_tokenizer(pair.ours, tmp_path, max_length=77)
+    write_hf_tokenizer(pair.native, tmp_path, max_length=77)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == 77
     assert files_of(tmp_path) == files_of(pair.folder)
 
 
 def float32_cannot_tell(model: SentencePieceProcessor, a: list[int], b: list[int]) -> bool:
-    """Whether two ways to cut a text have the same score to the seventh digit."""
+    """Return whether two segmentations of a text have the same score to the seventh digit."""
     score_a, score_b = (sum(map(model.get_score, ids)) for ids in (a, b))
     return abs(score_b - score_a) < 1e-6 * abs(score_a)
 
@@ -164,14 +164,14 @@ def test_real_text_in_five_languages(kind: str, tmp_path: Path) -> None:
         lines = [line for text in whole for line in text.split("\n")][:1500]
         assert len(lines) > 400
         texts = [*whole, *lines]
-        for text, ours, theirs in zip(
-            texts, pair.ours.encode_batch(texts), pair.theirs(texts).input_ids, strict=True
+        for text, native, reference in zip(
+            texts, pair.native.encode_batch(texts), pair.reference(texts).input_ids, strict=True
         ):
-            assert pair.theirs.decode(ours) == text
-            if theirs != ours:
+            assert pair.reference.decode(native) == text
+            if reference != native:
                 differing += 1
                 assert kind == "unigram"
-                assert float32_cannot_tell(model, ours, theirs)
+                assert float32_cannot_tell(model, native, reference)
     # In 5,000 texts and more.
     assert differing <= 5
 
@@ -187,18 +187,18 @@ def test_models_with_random_pieces(model_type: str, tmp_path: Path) -> None:
             piece = random.choice(pieces) + random.choice(pieces)
             if piece not in pieces and len(piece) < 9:
                 pieces.append(piece)
-        # Not by their length: as no training would give them.
+        # Scores that do not depend on length: no training would produce them.
         scores = {piece: -random.uniform(1, 9) for piece in pieces}
         path = model_of(tmp_path / f"{number}.model", scores, model_type, ("<b>", "aba"))
         pair = pair_of(path, tmp_path / str(number))
         parts = [*pieces, "c", "d", "<", ">", "<s>", "</s>", "<unk>", "<b>", "aba", " "]
         texts = ["".join(random.choices(parts, k=random.randrange(1, 12))) for _ in range(60)]
-        for ours, theirs in zip(
-            pair.ours.encode_batch(texts), pair.theirs(texts).input_ids, strict=True
+        for native, reference in zip(
+            pair.native.encode_batch(texts), pair.reference(texts).input_ids, strict=True
         ):
-            differing += ours != theirs
+            differing += native != reference
             # The same pieces in another order have the same score.
-            assert sorted(ours) == sorted(theirs)
+            assert sorted(native) == sorted(reference)
     # In 900 texts.
     assert differing <= (5 if model_type == "UNIGRAM" else 0)
 
@@ -207,15 +207,15 @@ def test_a_name_of_unknown_characters_only(tmp_path: Path) -> None:
     pair = pair_of(model_of(tmp_path / "a.model", {"a": -1.0}), tmp_path / "hf")
     assert_same_ids(pair, "a<?>a")
     # Still not the control token.
-    assert pair.ours.encode("a<s>a") == [3, 0, 3]
-    assert pair.theirs("a<s>a").input_ids == [3, 0, 0, 3]
+    assert pair.native.encode("a<s>a") == [3, 0, 3]
+    assert pair.reference("a<s>a").input_ids == [3, 0, 0, 3]
 
 
 def test_runs_of_a_character_may_be_cut_in_another_order(tmp_path: Path) -> None:
     scores = {"▁": -3.1, "▁▁": -4.7, "▁▁▁": -5.3, "a": -7.9}
     pair = pair_of(model_of(tmp_path / "runs.model", scores), tmp_path / "hf")
     for text in ("a" * before + " " * n + "a" for before in range(9) for n in range(2, 30)):
-        assert sorted(pair.theirs(text).input_ids) == sorted(pair.ours.encode(text))
+        assert sorted(pair.reference(text).input_ids) == sorted(pair.native.encode(text))
 
 
 def test_where_scores_tie_in_float32_the_cut_may_differ(tmp_path: Path) -> None:
@@ -225,10 +225,10 @@ def test_where_scores_tie_in_float32_the_cut_may_differ(tmp_path: Path) -> None:
     assert_same(pair, "x" * 20 + "abc")
     # The sum is -10,000 before the place, of which float32 has no fifth decimal.
     text = "x" * 1000 + "abc"
-    assert [pair.ours.piece(token) for token in pair.ours.encode(text)[-2:]] == ["a", "bc"]
-    assert pair.theirs.tokenize(text)[-2:] == ["ab", "c"]
+    assert [pair.native.piece(token) for token in pair.native.encode(text)[-2:]] == ["a", "bc"]
+    assert pair.reference.tokenize(text)[-2:] == ["ab", "c"]
     model = SentencePieceProcessor(model_file=str(tmp_path / "tie.model"))
-    assert float32_cannot_tell(model, pair.ours.encode(text), pair.theirs(text).input_ids)
+    assert float32_cannot_tell(model, pair.native.encode(text), pair.reference(text).input_ids)
 
 
 FOREIGN: dict[str, dict[str, Any]] = {
@@ -248,23 +248,23 @@ def test_a_model_alone(name: str, tmp_path: Path) -> None:
     else:
         path = train_model(tmp_path / "a" / "a.model", **FOREIGN[name])
     pair = pair_of(path, tmp_path / "hf")
-    unknown = pair.theirs.unk_token_id
+    unknown = pair.reference.unk_token_id
     for text in HARD:
         if "\u0301" in text and name in ("t5", "normalized", "normalized-bpe", "bytes"):
             continue
-        ids = pair.ours.encode(text)
-        assert pair.theirs(text).input_ids == ids
+        ids = pair.native.encode(text)
+        assert pair.reference(text).input_ids == ids
         if unknown not in ids:
-            assert pair.theirs.decode(ids, skip_special_tokens=True) == pair.ours.decode(ids)
+            assert pair.reference.decode(ids, skip_special_tokens=True) == pair.native.decode(ids)
     model = SentencePieceProcessor(model_file=str(path))
-    theirs = pair.theirs
+    reference = pair.reference
     for token, number in (
-        (theirs.bos_token_id, model.bos_id()),
-        (theirs.pad_token_id, model.pad_id()),
+        (reference.bos_token_id, model.bos_id()),
+        (reference.pad_token_id, model.pad_id()),
     ):
         assert token == (None if number < 0 else number)
     again = Tokenizer.load(pair.folder)
-    assert again.record == pair.ours.record
+    assert again.record == pair.native.record
     assert files_of(pair.folder) == ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
 
 
@@ -273,7 +273,11 @@ def test_where_normalizing_differs(tmp_path: Path) -> None:
     pair = pair_of(path, tmp_path / "hf")
     assert_same(pair, "ﬁ e\u0301")
     # `tokenizers` loses the combining mark.
-    assert pair.theirs("ﬁ\u0301").input_ids == pair.ours.encode("ﬁ") != pair.ours.encode("ﬁ\u0301")
+    assert (
+        pair.reference("ﬁ\u0301").input_ids
+        == pair.native.encode("ﬁ")
+        != pair.native.encode("ﬁ\u0301")
+    )
 
 
 @pytest.mark.parametrize("make", [llama_directory, t5_directory])
@@ -285,19 +289,19 @@ def test_a_hugging_face_directory_is_copied(make: Callable[[Path], Path], tmp_pa
     for name in files_of(pair.folder):
         assert (pair.folder / name).read_bytes() == (source / name).read_bytes()
     for text in TEXTS:
-        assert pair.theirs.encode(text, add_special_tokens=False) == pair.ours.encode(text)
-    assert Tokenizer.load(pair.folder).record == pair.ours.record
+        assert pair.reference.encode(text, add_special_tokens=False) == pair.native.encode(text)
+    assert Tokenizer.load(pair.folder).record == pair.native.record
 
 
 def test_a_directory_that_names_no_class_is_written_anew(tmp_path: Path) -> None:
     source = llama_directory(tmp_path / "source")
     write_json(source / "tokenizer_config.json", {"eos_token": "<tag>"})
     pair = pair_of(source, tmp_path / "hf")
-    assert pair.theirs.eos_token == "<tag>"
-    assert pair.theirs(HARD).input_ids == pair.ours.encode_batch(HARD)
-    assert Tokenizer.load(pair.folder).record == pair.ours.record
+    assert pair.reference.eos_token == "<tag>"
+    assert pair.reference(HARD).input_ids == pair.native.encode_batch(HARD)
+    assert Tokenizer.load(pair.folder).record == pair.native.record
 
-    added = {str(pair.ours.vocab_size): {"content": "<new>", "special": True}}
+    added = {str(pair.native.vocab_size): {"content": "<new>", "special": True}}
     write_json(source / "tokenizer_config.json", {"added_tokens_decoder": added})
     message = r"has tokens beyond its sentencepiece model's .*; name it in tokenizer_config\.json"
     assert_refused(source, message, tmp_path / "empty")
@@ -374,7 +378,7 @@ def test_a_tokenizer_is_taken(make: Callable[[Path], Path], tmp_path: Path) -> N
 
 def test_what_was_written_is_taken_back(pair: Pair, tmp_path: Path) -> None:
     assert take_tokenizer(pair.folder, tmp_path)
-    assert Tokenizer.load(tmp_path).record == pair.ours.record
+    assert Tokenizer.load(tmp_path).record == pair.native.record
 
 
 def test_without_a_sentencepiece_model_nothing_is_taken(tmp_path: Path) -> None:
@@ -393,6 +397,6 @@ def test_a_tokenizer_that_megaphase_cannot_use_is_not_taken(tmp_path: Path) -> N
     folder.mkdir()
     write_json(source / "tokenizer_config.json", {})
     write_json(source / "config.json", {"model_type": "xlm-roberta"})
-    with pytest.raises(InputError, match=re.escape("xlm-roberta numbers the tokens otherwise")):
+    with pytest.raises(InputError, match=re.escape("xlm-roberta numbers the tokens differently")):
         take_tokenizer(source, folder)
     assert not files_of(folder)

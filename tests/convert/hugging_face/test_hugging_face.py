@@ -1,4 +1,4 @@
-"""Models of Hugging Face and ours compute the same logits, both ways, on every kind of file."""
+"""Models of Hugging Face and Megaphase compute the same logits, both ways, for all file types."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from hf_support import (
     change_config,
     export,
     llama,
-    make_theirs,
-    our_logits,
+    make_transformers_model,
+    megaphase_logits,
     plain_logits,
     random_tokens,
     take,
-    their_logits,
+    transformers_logits,
 )
 from rounding import FP32, deviation
 from safetensors.torch import load_file, save_file
@@ -43,7 +43,7 @@ from megaphase.tokenizer import Tokenizer
 
 LANGUAGES = ("en", "fr", "de", "hi", "eu")
 TEXTS_EACH = 3
-# As older versions of transformers have stored them.
+# As stored by older versions of transformers.
 LLAMA_BUFFERS = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
 GPT2_BUFFERS = {
     "transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool),
@@ -58,24 +58,26 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_transformers_computes_our_logits(name: str, tok: Path, tmp_path: Path) -> None:
-    checkpoint = write_random_checkpoint(tmp_path / "ours", SHAPES[name], std=0.1)
-    theirs = their_logits(export(checkpoint, tmp_path / "hf", tok), tokens := random_tokens(VOCAB))
-    assert deviation(theirs, our_logits(checkpoint, tokens)) < FP32
-    assert deviation(theirs, plain_logits(checkpoint, tokens)) < FP32
+    checkpoint = write_random_checkpoint(tmp_path / "native", SHAPES[name], std=0.1)
+    reference = transformers_logits(
+        export(checkpoint, tmp_path / "hf", tok), tokens := random_tokens(VOCAB)
+    )
+    assert deviation(reference, megaphase_logits(checkpoint, tokens)) < FP32
+    assert deviation(reference, plain_logits(checkpoint, tokens)) < FP32
 
 
 def test_long_contexts(tok: Path, tmp_path: Path) -> None:
-    """The rounding of rotary angles is theirs, too: it grows with the position."""
+    """Rounding of rotary angles grows with the position, in transformers as well."""
     shape = replace(SHAPES["llama"], seq_len=2048, hidden=256, layers=4, ffn=512)
-    checkpoint = write_random_checkpoint(tmp_path / "ours", shape, std=0.05)
+    checkpoint = write_random_checkpoint(tmp_path / "native", shape, std=0.05)
     tokens = random_tokens(VOCAB, batch=1, seq=shape.seq_len)
-    theirs = their_logits(export(checkpoint, tmp_path / "hf", tok), tokens)
-    assert deviation(theirs, our_logits(checkpoint, tokens)) < FP32
+    reference = transformers_logits(export(checkpoint, tmp_path / "hf", tok), tokens)
+    assert deviation(reference, megaphase_logits(checkpoint, tokens)) < FP32
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_there_and_back_is_the_same_to_the_last_bit(name: str, tok: Path, tmp_path: Path) -> None:
-    before = write_random_checkpoint(tmp_path / "ours", SHAPES[name])
+    before = write_random_checkpoint(tmp_path / "native", SHAPES[name])
     after = take(export(before, tmp_path / "hf", tok, max_shard_bytes=30_000), tmp_path / "back")
     family, shape = read_config(tmp_path / "hf")
     assert shape == family.expressed(SHAPES[name])
@@ -87,7 +89,7 @@ def test_there_and_back_is_the_same_to_the_last_bit(name: str, tok: Path, tmp_pa
 
 @pytest.fixture(scope="module")
 def five_languages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A tokenizer of real texts, and some of them."""
+    """Make a tokenizer of real texts, and return some of them."""
     if not CORPORA.exists():
         pytest.skip("../shared/corpora is not there")
     folder = tmp_path_factory.mktemp("real")
@@ -110,20 +112,20 @@ def test_real_text_of_five_languages(
     tok, texts = five_languages
     tokenizer = Tokenizer.load(tok)
     shape = replace(SHAPES[name], vocab=tokenizer.vocab_size + 3, seq_len=256)
-    checkpoint = write_random_checkpoint(tmp_path / "ours", shape, std=0.1)
+    checkpoint = write_random_checkpoint(tmp_path / "native", shape, std=0.1)
     directory = export(checkpoint, tmp_path / "hf", tok)
-    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    reference = transformers.AutoTokenizer.from_pretrained(directory)
     assert len(texts) == TEXTS_EACH * len(LANGUAGES)
-    ids = [theirs(text)["input_ids"] for text in texts]
+    ids = [reference(text)["input_ids"] for text in texts]
     assert ids == tokenizer.encode_batch(texts)
     for each in ids:
         tokens = torch.tensor([each[: shape.seq_len]])
-        found = their_logits(directory, tokens)
-        assert deviation(found, our_logits(checkpoint, tokens)) < FP32
+        found = transformers_logits(directory, tokens)
+        assert deviation(found, megaphase_logits(checkpoint, tokens)) < FP32
 
 
 def train_and_save(folder: str) -> None:
-    """Two steps of tensor 2 × data 2, ZeRO-3."""
+    """Train two steps of tensor 2 × data 2, ZeRO-3."""
     with process_group():
         model = {"kv_heads": 2, "bias": True}
         config = run_config(model=model, tensor=2, zero=3)
@@ -147,14 +149,14 @@ def test_what_four_ranks_have_trained(tok: Path, tmp_path: Path) -> None:
     directory = export(checkpoint, tmp_path / "hf", tok)
     shape = read_config(directory)[1]
     tokens = random_tokens(VOCAB, seq=shape.seq_len)
-    found = their_logits(directory, tokens)
+    found = transformers_logits(directory, tokens)
     assert found.shape[-1] == VOCAB
-    assert deviation(found, our_logits(checkpoint, tokens)) < FP32
+    assert deviation(found, megaphase_logits(checkpoint, tokens)) < FP32
     shutil.rmtree(checkpoint.parent)
 
 
 def test_shards_are_no_larger_than_asked(tok: Path, tmp_path: Path) -> None:
-    checkpoint = write_random_checkpoint(tmp_path / "ours", SHAPES["llama grouped"])
+    checkpoint = write_random_checkpoint(tmp_path / "native", SHAPES["llama grouped"])
     limit = 30_000
     directory = export(checkpoint, tmp_path / "hf", tok, max_shard_bytes=limit)
     files = sorted(directory.glob("model-*.safetensors"))
@@ -186,7 +188,7 @@ def test_types_of_weights(
     import transformers
 
     shape = SHAPES["gpt2 tied"]
-    checkpoint = write_random_checkpoint(tmp_path / "ours", shape, precision=trained_in)
+    checkpoint = write_random_checkpoint(tmp_path / "native", shape, precision=trained_in)
     directory = export(checkpoint, tmp_path / "hf", tok, precision=asked)
     config = json.loads((directory / "config.json").read_bytes())
     assert config["dtype"] == config["torch_dtype"] == str(expected).removeprefix("torch.")
@@ -200,7 +202,7 @@ def test_types_of_weights(
 def test_configs_for_every_version_of_transformers(tok: Path, tmp_path: Path) -> None:
     import transformers
 
-    checkpoint = write_random_checkpoint(tmp_path / "ours", SHAPES["llama grouped"])
+    checkpoint = write_random_checkpoint(tmp_path / "native", SHAPES["llama grouped"])
     directory = export(checkpoint, tmp_path / "hf", tok)
     config = json.loads((directory / "config.json").read_bytes())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500_000.0
@@ -217,18 +219,18 @@ def test_configs_for_every_version_of_transformers(tok: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("name", THEIR_CONFIGS)
 @pytest.mark.parametrize("form", ["safetensors", "shards", "pickle", "base model", "with buffers"])
 def test_we_compute_the_logits_of_transformers(name: str, form: str, tmp_path: Path) -> None:
-    model = make_theirs(THEIR_CONFIGS[name]())
-    directory = tmp_path / "theirs"
+    model = make_transformers_model(THEIR_CONFIGS[name]())
+    directory = tmp_path / "reference"
     write_form(model, directory, form)
     tokens = random_tokens(VOCAB)
     with torch.no_grad():
         expected = model.eval()(tokens).logits
-    found = our_logits(take(directory, tmp_path / "ours"), tokens)
+    found = megaphase_logits(take(directory, tmp_path / "native"), tokens)
     assert deviation(found, expected) < FP32
 
 
 def write_form(model: Any, directory: Path, form: str) -> None:
-    """Save a model as one of the kinds of files that are found."""
+    """Save a model as one of the types of files that exist."""
     model.save_pretrained(directory, max_shard_size="30KB" if form == "shards" else "1GB")
     if form == "shards":
         assert len(list(directory.glob("*.safetensors"))) > 2
@@ -248,16 +250,18 @@ def write_form(model: Any, directory: Path, form: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_types_are_widened(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = make_theirs(llama(), dtype)
-    model.save_pretrained(tmp_path / "theirs")
-    weights = whole_parameters(take(tmp_path / "theirs", tmp_path / "ours"))
+    model = make_transformers_model(llama(), dtype)
+    model.save_pretrained(tmp_path / "reference")
+    weights = whole_parameters(take(tmp_path / "reference", tmp_path / "native"))
     layer = model.model.layers[1]
     expected = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]).float()
     assert torch.equal(weights["blocks.1.feed_forward.up.weight"], expected)
 
 
 def test_the_configs_of_version_4(tmp_path: Path) -> None:
-    model = make_theirs(llama(rope_parameters={"rope_type": "default", "rope_theta": 12_345.0}))
+    model = make_transformers_model(
+        llama(rope_parameters={"rope_type": "default", "rope_theta": 12_345.0})
+    )
     model.save_pretrained(tmp_path)
     change_config(tmp_path, rope_parameters=None, rope_theta=12_345.0, rope_scaling=None)
     assert read_config(tmp_path)[1].rotary_base == 12_345.0
@@ -266,7 +270,7 @@ def test_the_configs_of_version_4(tmp_path: Path) -> None:
 def test_what_old_configs_leave_out(tmp_path: Path) -> None:
     """The first Llama's config.json had none of these keys."""
     keys = ("num_key_value_heads", "rope_parameters", "attention_bias", "mlp_bias", "head_dim")
-    make_theirs(llama(num_key_value_heads=4)).save_pretrained(tmp_path)
+    make_transformers_model(llama(num_key_value_heads=4)).save_pretrained(tmp_path)
     change_config(tmp_path, **dict.fromkeys((*keys, "tie_word_embeddings")))
     shape = read_config(tmp_path)[1]
     assert (shape.kv_heads, shape.rotary_base, shape.bias) == (4, 10_000.0, False)

@@ -1,4 +1,4 @@
-"""What is refused, which tokenizer is taken, and what is left of conversions that fail."""
+"""Rejected inputs, the choice of the tokenizer, and the leftovers of failed conversions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hf_support import (
     change_config,
     export,
     llama,
-    make_theirs,
+    make_transformers_model,
     names_in,
     take,
 )
@@ -59,18 +59,18 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_shapes_of_no_family(
     options: dict[str, Any], faults: str, tok: Path, tmp_path: Path
 ) -> None:
-    checkpoint = write_random_checkpoint(tmp_path / "ours", GPTShape(**options))
+    checkpoint = write_random_checkpoint(tmp_path / "native", GPTShape(**options))
     with pytest.raises(InputError, match=faults):
         export(checkpoint, tmp_path / "hf", tok)
-    assert names_in(tmp_path) == {"ours"}
+    assert names_in(tmp_path) == {"native"}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directories by family."""
+    """Return directories by family."""
     folder = tmp_path_factory.mktemp("saved")
     for name in ("llama", "llama tied, biases", "mistral", "gpt2"):
-        make_theirs(THEIR_CONFIGS[name]()).save_pretrained(folder / name)
+        make_transformers_model(THEIR_CONFIGS[name]()).save_pretrained(folder / name)
     return folder
 
 
@@ -105,16 +105,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_configs_that_cannot_be_taken(
     family: str, changes: dict[str, Any], key: str, saved: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(saved / family, tmp_path / "theirs")
-    change_config(tmp_path / "theirs", **changes)
+    shutil.copytree(saved / family, tmp_path / "reference")
+    change_config(tmp_path / "reference", **changes)
     refuse(tmp_path, rf"config\.json: {key}")
 
 
 def refuse(folder: Path, message: str) -> None:
-    """`theirs` is refused in one line, and nothing is left."""
+    """Check that `reference` is rejected in one line, and nothing is left behind."""
     before = names_in(folder)
     with pytest.raises(InputError, match=message) as refused:
-        take(folder / "theirs", folder / "ours")
+        take(folder / "reference", folder / "native")
     assert "\n" not in str(refused.value)
     assert names_in(folder) == before
 
@@ -172,8 +172,8 @@ def without(name: str) -> Callable[[Tensors], object]:
 def test_weights_that_do_not_fit(
     family: str, change: Callable[[Tensors], object], message: str, saved: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(saved / family, tmp_path / "theirs")
-    path = tmp_path / "theirs" / "model.safetensors"
+    shutil.copytree(saved / family, tmp_path / "reference")
+    path = tmp_path / "reference" / "model.safetensors"
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
@@ -181,18 +181,18 @@ def test_weights_that_do_not_fit(
 
 
 def test_a_tied_head_may_be_stored_too(saved: Path, tmp_path: Path) -> None:
-    shutil.copytree(saved / "gpt2", tmp_path / "theirs")
-    path = tmp_path / "theirs" / "model.safetensors"
+    shutil.copytree(saved / "gpt2", tmp_path / "reference")
+    path = tmp_path / "reference" / "model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}, path)
-    assert "head.weight" not in whole_parameters(take(tmp_path / "theirs", tmp_path / "ours"))
+    assert "head.weight" not in whole_parameters(take(tmp_path / "reference", tmp_path / "native"))
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    model = make_theirs(llama())
-    model.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
-    return tmp_path / "theirs"
+    model = make_transformers_model(llama())
+    model.save_pretrained(tmp_path / "reference", max_shard_size="30KB")
+    return tmp_path / "reference"
 
 
 def test_shards_that_are_not_what_the_index_says(shards: Path, tmp_path: Path) -> None:
@@ -220,19 +220,19 @@ def test_shards_that_are_not_what_the_index_says(shards: Path, tmp_path: Path) -
 
 
 class Thing:
-    """What a pickle of tensors alone has not."""
+    """An object that a pickle of tensors alone does not contain."""
 
 
 def test_pickles_that_may_run_code(saved: Path, tmp_path: Path) -> None:
-    shutil.copytree(saved / "llama", tmp_path / "theirs")
-    whole = tmp_path / "theirs" / "model.safetensors"
+    shutil.copytree(saved / "llama", tmp_path / "reference")
+    whole = tmp_path / "reference" / "model.safetensors"
     tensors = load_file(whole)
     whole.unlink()
-    path = tmp_path / "theirs" / "pytorch_model.bin"
+    path = tmp_path / "reference" / "pytorch_model.bin"
     torch.save(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": Thing()}, path)
     refuse(tmp_path, "Thing.*--trust-pickle")
     with pytest.raises(InputError, match="inv_freq is no tensor"):
-        take(tmp_path / "theirs", tmp_path / "ours", trust_pickle=True)
+        take(tmp_path / "reference", tmp_path / "native", trust_pickle=True)
     torch.save([1], path)
     refuse(tmp_path, "holds no tensors by name")
     path.write_bytes(b"PK")
@@ -241,16 +241,16 @@ def test_pickles_that_may_run_code(saved: Path, tmp_path: Path) -> None:
 
 def test_no_config(tmp_path: Path) -> None:
     refuse(tmp_path, r"config\.json: cannot be read \(No such file")
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "config.json").write_text("[]")
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference" / "config.json").write_text("[]")
     refuse(tmp_path, "is not a JSON object")
 
 
 def test_numbers_that_fp16_cannot_hold(tok: Path, tmp_path: Path) -> None:
-    checkpoint = write_random_checkpoint(tmp_path / "ours", SHAPES["llama"], std=1e5)
+    checkpoint = write_random_checkpoint(tmp_path / "native", SHAPES["llama"], std=1e5)
     with pytest.raises(InputError, match=r"model.embed_tokens.weight: has values that fp16"):
         export(checkpoint, tmp_path / "hf", tok, precision="fp16")
-    assert names_in(tmp_path) == {"ours"}
+    assert names_in(tmp_path) == {"native"}
 
 
 def test_the_tokenizer_of_the_run(tok: Path, tmp_path: Path) -> None:
@@ -269,45 +269,45 @@ def test_the_tokenizer_of_the_run(tok: Path, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_larger_than_the_model(tok: Path, tmp_path: Path) -> None:
-    checkpoint = write_random_checkpoint(tmp_path / "ours", replace(SHAPES["llama"], vocab=100))
+    checkpoint = write_random_checkpoint(tmp_path / "native", replace(SHAPES["llama"], vocab=100))
     with pytest.raises(InputError, match="has 700 tokens, the model's vocabulary 100"):
         export(checkpoint, tmp_path / "hf", tok)
 
 
 def test_the_tokenizer_comes_along_where_it_can(saved: Path, tmp_path: Path) -> None:
-    shutil.copytree(saved / "llama", tmp_path / "theirs")
-    taken = from_hf(tmp_path / "theirs", tmp_path / "a", trust_pickle=False, workers=1)
+    shutil.copytree(saved / "llama", tmp_path / "reference")
+    taken = from_hf(tmp_path / "reference", tmp_path / "a", trust_pickle=False, workers=1)
     assert taken.tokenizer is None
     assert "has no sentencepiece model" in taken.why_no_tokenizer
     assert not (tmp_path / "a" / "tokenizer").exists()
 
-    train_model(tmp_path / "theirs" / "tokenizer.model", vocab_size=300)
-    taken = from_hf(tmp_path / "theirs", tmp_path / "b", trust_pickle=False, workers=1)
+    train_model(tmp_path / "reference" / "tokenizer.model", vocab_size=300)
+    taken = from_hf(tmp_path / "reference", tmp_path / "b", trust_pickle=False, workers=1)
     assert taken.tokenizer == tmp_path / "b" / "tokenizer"
-    export(tmp_path / "b", tmp_path / "hf", None)  # which knows it again
+    export(tmp_path / "b", tmp_path / "hf", None)  # which recognizes it
     config = json.loads((tmp_path / "hf" / "config.json").read_bytes())
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
 
-    tokenizer_config = tmp_path / "theirs" / "tokenizer_config.json"
+    tokenizer_config = tmp_path / "reference" / "tokenizer_config.json"
     tokenizer_config.write_text(json.dumps({"tokenizer_class": "XLMRobertaTokenizer"}))
-    taken = from_hf(tmp_path / "theirs", tmp_path / "c", trust_pickle=False, workers=1)
+    taken = from_hf(tmp_path / "reference", tmp_path / "c", trust_pickle=False, workers=1)
     assert taken.tokenizer is None
-    assert "XLMRobertaTokenizer numbers the tokens otherwise" in taken.why_no_tokenizer
+    assert "XLMRobertaTokenizer numbers the tokens differently" in taken.why_no_tokenizer
 
 
 def test_a_damaged_checkpoint_is_not_exported(tok: Path, tmp_path: Path) -> None:
-    checkpoint = write_random_checkpoint(tmp_path / "ours", SHAPES["llama"])
+    checkpoint = write_random_checkpoint(tmp_path / "native", SHAPES["llama"])
     file = checkpoint / "parameters" / "norm.weight.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"norm.weight.safetensors: has been altered"):
         export(checkpoint, tmp_path / "hf", tok)
-    assert names_in(tmp_path) == {"ours"}
+    assert names_in(tmp_path) == {"native"}
 
 
 def signal_while_writing(number: signal.Signals) -> None:
-    """In the process of a conversion: it gets a signal when it has begun to write weights."""
+    """In a conversion's process: send it a signal when it has started to write weights."""
     from megaphase.checkpoint.tensor_file import TensorWriter
 
     write = TensorWriter.write
@@ -321,12 +321,12 @@ def signal_while_writing(number: signal.Signals) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_export_leaves_no_model(number: signal.Signals, tok: Path, tmp_path: Path) -> None:
-    checkpoint = write_random_checkpoint(tmp_path / "ours", SHAPES["llama"])
+    checkpoint = write_random_checkpoint(tmp_path / "native", SHAPES["llama"])
     ended = run(
         *("convert", "to-hf", checkpoint, "--out", tmp_path / "hf", "--tokenizer", tok),
         prepare=partial(signal_while_writing, number),
     )
-    left = names_in(tmp_path) - {"ours"}
+    left = names_in(tmp_path) - {"native"}
     assert "hf" not in left
     if number == signal.SIGKILL:
         assert ended.returncode == -number
@@ -335,4 +335,4 @@ def test_a_killed_export_leaves_no_model(number: signal.Signals, tok: Path, tmp_
         assert ended.returncode
         assert not left
     export(checkpoint, tmp_path / "hf", tok)
-    assert names_in(tmp_path) == {"ours", "hf"}
+    assert names_in(tmp_path) == {"native", "hf"}

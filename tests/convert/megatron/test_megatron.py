@@ -1,8 +1,8 @@
-"""Checkpoints to and from Megatron-LM, held against models of megatron-core's own layers.
+"""Checkpoints to and from Megatron-LM, compared with models of megatron-core's own layers.
 
-Its local layers run on the CPU (see megatron_support), so logits are compared with theirs. Layers
-of Transformer Engine do not: their names are compared with those that megatron-core maps its local
-ones to, and the tensors with those of the local form.
+Its local layers run on the CPU (see megatron_support), so their logits are compared. Layers of
+Transformer Engine do not: their names are compared with those to which megatron-core maps its local
+ones, and the tensors with those of the local form.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ TOKENS = torch.randint(LLAMA.vocab, (BATCH, LLAMA.seq_len), generator=torch.Gene
 
 
 def in_megatron(folder: Path) -> tuple[dict[tuple[str, str], Tensor], dict[str, str]]:
-    """This rank's logits of our weights, `exported`, and of random ones that it saves, `native`;
-    and the names that local layers have in shared checkpoints, by their own."""
+    """Return this rank's logits of Megaphase's weights, `exported`, and of random ones that
+    Megatron-LM saves, `native`; and the names that local layers have in shared checkpoints, by
+    their own."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     with process_group():
@@ -73,7 +74,7 @@ def in_megatron(folder: Path) -> tuple[dict[tuple[str, str], Tensor], dict[str, 
                 model = build_model(unfused)
                 model.load_state_dict(state["model"], strict=True)
                 found["without bias_gelu_fusion", name] = logits_of(model, TOKENS)
-                torch.manual_seed(1)  # every rank draws the whole, and keeps its part
+                torch.manual_seed(1)  # every rank draws the whole and keeps its part
                 model = build_model(state["args"])
                 _make_each_part_count(model)
                 found["native", name] = logits_of(model, TOKENS)
@@ -82,7 +83,7 @@ def in_megatron(folder: Path) -> tuple[dict[tuple[str, str], Tensor], dict[str, 
 
 
 def _make_each_part_count(model: torch.nn.Module) -> None:
-    """A new model's biases are zero, its norms one, its matrices small."""
+    """Change a new model's zero biases and unit norms, so that every part affects the result."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.arange(len(parameter)).cos() * (1 + len(name) % 3)
@@ -92,27 +93,27 @@ def _make_each_part_count(model: torch.nn.Module) -> None:
 
 @once
 def shared_folder() -> Path:
-    """With the checkpoint of every shape in `ours`."""
+    """Make a folder with the checkpoint of every shape in `native`."""
     folder = Path(tempfile.mkdtemp(prefix="megaphase-megatron-"))
     for name, shape in SHAPES.items():
-        write_random_checkpoint(folder / "ours" / name, shape)
+        write_random_checkpoint(folder / "native" / name, shape)
     return folder
 
 
 @once
 def answers(size: int) -> tuple[dict[tuple[str, str], Tensor], dict[str, str]]:
-    """What `in_megatron` gives, of the whole vocabulary."""
+    """Return the result of `in_megatron` for the whole vocabulary."""
     folder = shared_folder()
     for name in SHAPES:
         target = Target(size, "fp32", LOCAL, vocab_multiple=16)
-        to_megatron(str(folder / "ours" / name), folder / f"exported-{size}" / name, target)
+        to_megatron(str(folder / "native" / name), folder / f"exported-{size}" / name, target)
     ranks = run_ranks(in_megatron, size, folder)
     logits = {key: torch.cat([each[key] for each, _ in ranks], -1) for key in ranks[0][0]}
     return logits, ranks[0][1]
 
 
 @torch.no_grad()
-def our_logits(checkpoint: Path, shape: GPTShape) -> Tensor:
+def megaphase_logits(checkpoint: Path, shape: GPTShape) -> Tensor:
     with process_group():
         model = GPT(shape, Initializer(0, torch.float32), start_process_grid(1))
         weights = whole_parameters(checkpoint)
@@ -130,9 +131,9 @@ def folder():
     shutil.rmtree(path)
 
 
-def assert_same_logits(theirs: Tensor, ours: Tensor) -> None:
-    assert ours.abs().max() > 0.5
-    assert_close(theirs[..., : ours.shape[-1]], ours)
+def assert_same_logits(reference: Tensor, native: Tensor) -> None:
+    assert native.abs().max() > 0.5
+    assert_close(reference[..., : native.shape[-1]], native)
 
 
 @pytest.mark.distributed
@@ -140,7 +141,7 @@ def assert_same_logits(theirs: Tensor, ours: Tensor) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_megatron_computes_our_logits(name: str, size: int, folder: Path) -> None:
     logits = answers(size)[0]["exported", name]
-    assert_same_logits(logits, our_logits(folder / "ours" / name, SHAPES[name]))
+    assert_same_logits(logits, megaphase_logits(folder / "native" / name, SHAPES[name]))
     padding = logits[..., LLAMA.vocab :]
     assert padding.shape[-1] == {1: 112, 2: 128, 4: 128}[size] - LLAMA.vocab
     assert torch.equal(padding, logits[..., LLAMA.vocab - 1 : LLAMA.vocab].expand_as(padding))
@@ -153,12 +154,12 @@ def test_we_compute_megatrons_logits(name: str, size: int, folder: Path, tmp_pat
     logits = answers(size)[0]["native", name]
     out = tmp_path / "taken"
     from_megatron(folder / f"native-{size}" / name, out)
-    assert_same_logits(logits, our_logits(out, SHAPES[name]))
+    assert_same_logits(logits, megaphase_logits(out, SHAPES[name]))
 
 
 @pytest.mark.distributed
 def test_gelu_is_by_tanh_only_where_it_is_fused_with_the_bias(folder: Path) -> None:
-    """Which is why a model that was trained without is refused."""
+    """This is why a model trained without it is rejected."""
     logits = answers(1)[0]
     for name, shape in SHAPES.items():
         fused, unfused = logits["exported", name], logits["without bias_gelu_fusion", name]
@@ -172,7 +173,9 @@ def test_gelu_is_by_tanh_only_where_it_is_fused_with_the_bias(folder: Path) -> N
 @pytest.mark.parametrize("name", SHAPES)
 def test_names_of_transformer_engine(name: str, folder: Path, tmp_path: Path) -> None:
     """They are those to which megatron-core's local layers map their own in shared checkpoints."""
-    to_megatron(str(folder / "ours" / name), tmp_path / "out", Target(1, "fp32", vocab_multiple=16))
+    to_megatron(
+        str(folder / "native" / name), tmp_path / "out", Target(1, "fp32", vocab_multiple=16)
+    )
     fused, local = (
         torch.load(saved / "release" / "mp_rank_00" / "model_optim_rng.pt", weights_only=False)
         for saved in (tmp_path / "out", folder / "exported-1" / name)

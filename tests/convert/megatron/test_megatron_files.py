@@ -36,40 +36,40 @@ NAMES = list(Implementation)
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory) -> dict[str, Path]:
-    return write_shapes(tmp_path_factory.mktemp("ours"))
+def native(tmp_path_factory) -> dict[str, Path]:
+    return write_shapes(tmp_path_factory.mktemp("native"))
 
 
 @pytest.fixture
-def saved(ours, tmp_path) -> Path:
-    return save_two_ranks(ours, tmp_path)
+def saved(native, tmp_path) -> Path:
+    return save_two_ranks(native, tmp_path)
 
 
 @pytest.mark.parametrize("implementation", NAMES)
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("name", SHAPES)
-def test_there_and_back_is_bit_equal(name, size, implementation, ours, tmp_path) -> None:
+def test_there_and_back_is_bit_equal(name, size, implementation, native, tmp_path) -> None:
     to_megatron(
-        str(ours[name]), tmp_path / "there", Target(size, "fp32", implementation), workers=2
+        str(native[name]), tmp_path / "there", Target(size, "fp32", implementation), workers=2
     )
     section = from_megatron(tmp_path / "there", tmp_path / "back", workers=2)
-    assert_same_shards(ours[name], tmp_path / "back")
+    assert_same_shards(native[name], tmp_path / "back")
     assert open_source(str(tmp_path / "back")).shape == SHAPES[name]
     assert (tmp_path / "back" / "model.yaml").read_text() == section
     assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_precision(dtype, ours, tmp_path) -> None:
-    to_megatron(str(ours["llama"]), tmp_path / "there", Target(2, dtype))
+def test_precision(dtype, native, tmp_path) -> None:
+    to_megatron(str(native["llama"]), tmp_path / "there", Target(2, dtype))
     state = load(rank_file(tmp_path / "there", 1))
     kept = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     assert {tensor.dtype for tensor in state["model"].values()} == {kept}
     assert (state["args"].bf16, state["args"].fp16) == (dtype == "bf16", dtype == "fp16")
     from_megatron(tmp_path / "there", tmp_path / "back")
     whole = open_source(str(tmp_path / "back")).weights.whole
-    before = open_source(str(ours["llama"])).weights.whole
-    for name in open_source(str(ours["llama"])).weights.layouts:
+    before = open_source(str(native["llama"])).weights.whole
+    for name in open_source(str(native["llama"])).weights.layouts:
         assert torch.equal(whole(name, "weight"), before(name, "weight").to(kept).float())
 
 
@@ -111,8 +111,8 @@ def test_arguments_that_megatron_reads(saved) -> None:
 
 
 def test_gelu_without_bias(tmp_path) -> None:
-    """Megatron-LM's is ours only where it adds a bias."""
-    checkpoint = write_random_checkpoint(tmp_path / "ours", replace(GPT2, bias=False))
+    """Megatron-LM's GELU is Megaphase's only if it adds a bias."""
+    checkpoint = write_random_checkpoint(tmp_path / "native", replace(GPT2, bias=False))
     to_megatron(str(checkpoint), tmp_path / "there", Target(2, "fp32"))
     from_megatron(tmp_path / "there", tmp_path / "back")
     source = open_source(str(tmp_path / "back"))
@@ -123,14 +123,14 @@ def test_gelu_without_bias(tmp_path) -> None:
         assert not source.weights.whole(name, "weight").any()
 
 
-def test_a_tensor_parallel_size_that_does_not_fit(ours, tmp_path) -> None:
+def test_a_tensor_parallel_size_that_does_not_fit(native, tmp_path) -> None:
     with pytest.raises(InputError, match="--tensor 8: does not divide the model's kv_heads, 4"):
-        to_megatron(str(ours["llama"]), tmp_path / "out", Target(8))
+        to_megatron(str(native["llama"]), tmp_path / "out", Target(8))
     assert not list(tmp_path.iterdir())
 
 
 def test_an_iteration_of_a_run(saved, tmp_path) -> None:
-    """With what else a rank saves, half of it of no use here."""
+    """With everything else that a rank saves, half of which is not needed here."""
     shutil.move(saved / "release", saved / "iter_0000012")
     for rank in range(2):
         path = saved / "iter_0000012" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt"
@@ -148,12 +148,12 @@ def test_an_iteration_of_a_run(saved, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_models_from_before_megatron_core(name, ours, tmp_path) -> None:
-    to_megatron(str(ours[name]), tmp_path / "there", Target(2, "fp32", Implementation.LOCAL))
+def test_models_from_before_megatron_core(name, native, tmp_path) -> None:
+    to_megatron(str(native[name]), tmp_path / "there", Target(2, "fp32", Implementation.LOCAL))
     for rank in range(2):
         change(rank_file(tmp_path / "there", rank), legacy_model)
     from_megatron(tmp_path / "there", tmp_path / "back")
-    assert_same_shards(ours[name], tmp_path / "back")
+    assert_same_shards(native[name], tmp_path / "back")
 
 
 @pytest.mark.parametrize(
@@ -165,27 +165,36 @@ def test_models_from_before_megatron_core(name, ours, tmp_path) -> None:
         ({"vocab_size": 50}, 99),
     ],
 )
-def test_the_vocabulary(saved, ours, tmp_path, options, vocab) -> None:
+def test_the_vocabulary(saved, native, tmp_path, options, vocab) -> None:
     for rank in range(2):
         change(rank_file(saved, rank), lambda state: vars(state["args"]).update(options))
     from_megatron(saved, tmp_path / "out", vocab=vocab)
-    assert_same_shards(ours["llama"], tmp_path / "out")
+    assert_same_shards(native["llama"], tmp_path / "out")
 
 
-def test_trusted_pickles(saved, ours, tmp_path) -> None:
+def test_trusted_pickles(saved, native, tmp_path) -> None:
     victim = tmp_path / "victim"
     change(rank_file(saved, 1), lambda state: state.update(x=Payload(victim)))
     from_megatron(saved, tmp_path / "out", trust_pickle=True)
     assert victim.exists()
-    assert_same_shards(ours["llama"], tmp_path / "out")
+    assert_same_shards(native["llama"], tmp_path / "out")
 
 
-def test_commands(ours, tmp_path) -> None:
+def test_commands(native, tmp_path) -> None:
     there, back = tmp_path / "there", tmp_path / "back"
     run = CliRunner()
     result = run.invoke(
         convert_app,
-        ["to-megatron", str(ours["gpt"]), "--tensor", "2", "--dtype", "bf16", "--out", str(there)],
+        [
+            "to-megatron",
+            str(native["gpt"]),
+            "--tensor",
+            "2",
+            "--dtype",
+            "bf16",
+            "--out",
+            str(there),
+        ],
     )
     assert result.exit_code == 0, result.output
     assert f"--load {there} --ckpt-format torch --use-checkpoint-args" in result.stdout

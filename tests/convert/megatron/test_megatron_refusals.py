@@ -1,4 +1,4 @@
-"""What of Megatron-LM's checkpoints is refused: by name, and nothing is left."""
+"""Megatron-LM checkpoints that are rejected: by name, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ QKV = "decoder.layers.1.self_attention.linear_qkv.weight"
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory) -> dict[str, Path]:
-    return write_shapes(tmp_path_factory.mktemp("ours"))
+def native(tmp_path_factory) -> dict[str, Path]:
+    return write_shapes(tmp_path_factory.mktemp("native"))
 
 
 @pytest.fixture
-def saved(ours, tmp_path) -> Path:
-    return save_two_ranks(ours, tmp_path)
+def saved(native, tmp_path) -> Path:
+    return save_two_ranks(native, tmp_path)
 
 
 def test_a_vocabulary_that_is_not_known(saved, tmp_path) -> None:
@@ -79,8 +79,8 @@ def test_options_that_ours_has_not(saved, tmp_path, name, value) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
 
 
-def test_exact_gelu_is_refused(ours, tmp_path) -> None:
-    to_megatron(str(ours["gpt"]), tmp_path / "there", Target())
+def test_exact_gelu_is_refused(native, tmp_path) -> None:
+    to_megatron(str(native["gpt"]), tmp_path / "there", Target())
     change(
         rank_file(tmp_path / "there", 0),
         lambda state: setattr(state["args"], "bias_gelu_fusion", False),

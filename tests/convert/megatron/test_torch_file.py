@@ -1,4 +1,4 @@
-"""Files written tensor by tensor are what torch.load, and any unzip, reads."""
+"""Files written tensor by tensor can be read by torch.load, and any unzip."""
 
 from __future__ import annotations
 
