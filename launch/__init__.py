@@ -1,1 +1,1 @@
-"""Start runs: several processes on this machine, and the demo."""
+"""Start runs as several processes on this machine or as SLURM jobs, and the demo."""

@@ -1,4 +1,5 @@
-"""`megaphase launch ...` and `megaphase demo`: parse, call."""
+"""The commands `megaphase launch ...` and `megaphase demo`: they parse options and call the
+rest."""
 
 from __future__ import annotations
 
@@ -39,17 +40,19 @@ def local_command(
             "-n",
             min=1,
             max=MOST_PROCESSES,
-            help="One a GPU, or a few on the CPU.",
+            help="Number of processes: one per GPU, or a few on CPUs.",
         ),
     ] = 1,
-    command: Annotated[Literal["train", "evaluate"], typer.Option(help="What they run.")] = "train",
+    command: Annotated[
+        Literal["train", "evaluate"], typer.Option(help="The command that they run.")
+    ] = "train",
     source: Source = None,
     profile: Profile = False,
     profile_steps: ProfileSteps = None,
 ) -> None:
     """Train with several processes on this machine.
 
-    SIGTERM, SIGUSR1 or Ctrl-C lets all of them save and end with exit code 75; a second Ctrl-C ends
+    SIGTERM, SIGUSR1 or Ctrl-C makes all of them save and exit with code 75; a second Ctrl-C ends
     them at once.
 
     Example: megaphase launch local run.yaml --processes 8
@@ -76,38 +79,34 @@ def slurm_command(
         Path | None,
         typer.Option(metavar="FILE", help="Submit a chain of jobs instead; see docs/slurm.md."),
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, max=MOST, help="How many.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, max=MOST, help="Number of nodes.")] = 1,
     gpus_per_node: Annotated[
         int,
-        typer.Option(min=0, max=MOST, help="As many processes run on a node; 0 trains on CPUs."),
+        typer.Option(min=0, max=MOST, help="GPUs, and processes, per node; 0 trains on CPUs."),
     ] = 8,
     tasks_per_node: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Processes of a node without GPUs.")
+        int | None, typer.Option(min=1, max=MOST, help="Processes per node without GPUs.")
     ] = None,
     cores: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="CPU cores of each process.")
+        int | None, typer.Option(min=1, max=MOST, help="CPU cores per process.")
     ] = None,
-    time: Annotated[str | None, typer.Option(help="Limit of one start, as 24:00:00.")] = None,
-    partition: Annotated[str | None, typer.Option(help="As for sbatch.")] = None,
-    account: Annotated[str | None, typer.Option(help="As for sbatch.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit of a start: 24:00:00.")] = None,
+    partition: Annotated[str | None, typer.Option(help="SLURM partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="SLURM account.")] = None,
     sbatch: Annotated[
-        str, typer.Option(help="More options of sbatch: '--qos=high --constraint=ib'.")
+        str, typer.Option(help="More options for sbatch: '--qos=high --constraint=ib'.")
     ] = "",
     memory: Annotated[
         float,
-        typer.Option(
-            min=1, max=1e9, callback=finite, help="GB of memory of one GPU, as it is sold."
-        ),
+        typer.Option(min=1, max=1e9, callback=finite, help="Nominal memory of one GPU in GB."),
     ] = 80.0,
     restarts: Annotated[
         int,
-        typer.Option(min=0, max=MOST, help="How often in a row it starts again without progress."),
+        typer.Option(min=0, max=MOST, help="Most restarts in a row without progress."),
     ] = 3,
     exclude_bad_nodes: Annotated[
         bool,
-        typer.Option(
-            "--exclude-bad-nodes", help="Start again without nodes that fail their check."
-        ),
+        typer.Option("--exclude-bad-nodes", help="Restart without nodes that fail their check."),
     ] = False,
     source: Source = None,
     profile: Profile = False,
@@ -118,7 +117,7 @@ def slurm_command(
 ) -> None:
     """Check a run, build its plan, and submit it as a SLURM job.
 
-    The job saves before its time limit and when it is preempted, and queues itself again until all
+    The job saves before its time limit and when it is preempted, and requeues itself until all
     phases are done.
 
     Example: megaphase launch slurm run.yaml --nodes 4 --time 24:00:00 --partition gpu
@@ -161,7 +160,7 @@ def slurm_command(
     print(f"Log: {job.log}")
     logs = shlex.quote(job.log.removesuffix(".log"))
     print(f"Follow it: tail -F {logs}*.log")
-    print(f"Look at it: megaphase launch status {shlex.quote(str(config.output))}")
+    print(f"Show its status: megaphase launch status {shlex.quote(str(config.output))}")
 
 
 def _submit_pipeline(path: Path, context: typer.Context, *, dry_run: bool) -> None:
@@ -175,7 +174,7 @@ def _submit_pipeline(path: Path, context: typer.Context, *, dry_run: bool) -> No
             and source is not None
             and source.name == "COMMANDLINE"
         ):
-            raise InputError(f"--pipeline {path}", f"{name} is given, too", "put it into the file")
+            raise InputError(f"--pipeline {path}", f"{name} is also given", "put it into the file")
     pipeline = load_pipeline(path, context.find_root().command)
     if dry_run:
         for name, script in scripts(pipeline).items():
@@ -192,9 +191,9 @@ def _submit_pipeline(path: Path, context: typer.Context, *, dry_run: bool) -> No
 @launch_app.command("status")
 def status_command(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="Directories of runs.")],
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, an object a run.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per run.")] = False,
 ) -> None:
-    """Show where runs stand: job, phase, step, loss, speed, remaining time, restarts.
+    """Show the status of runs: job, phase, step, loss, speed, remaining time, restarts.
 
     Example: megaphase launch status runs/multilingual
     """
@@ -219,7 +218,7 @@ def check_node_command(
     profile_steps: ProfileSteps = None,
     gpus: Annotated[
         int,
-        typer.Option(min=0, max=MOST, envvar="SLURM_GPUS_ON_NODE", help="How many it must have."),
+        typer.Option(min=0, max=MOST, envvar="SLURM_GPUS_ON_NODE", help="Required number of GPUs."),
     ] = 0,
     shared_memory: Annotated[
         float | None,
@@ -227,24 +226,26 @@ def check_node_command(
             min=0,
             max=1e9,
             callback=finite,
-            help="GB that /dev/shm must have free; 1 with GPUs, else 0.",
+            help="Free GB required in /dev/shm; 1 with GPUs, else 0.",
         ),
     ] = None,
     clock: Annotated[
         float | None,
         typer.Option(
-            callback=finite, envvar="MEGAPHASE_CLOCK", help="Seconds since 1970 on the first node."
+            callback=finite,
+            envvar="MEGAPHASE_CLOCK",
+            help="The first node's time (seconds since 1970).",
         ),
     ] = None,
     clock_seconds: Annotated[
         float,
-        typer.Option(min=0, callback=finite, help="How far from that its clock may be."),
+        typer.Option(min=0, callback=finite, help="Largest difference of the clocks in seconds."),
     ] = 300.0,
 ) -> None:
-    """Look whether this node can take part in a run; prints its name if so.
+    """Check whether this node can take part in a run; prints its name if so.
 
-    Batch scripts run it on every node before they train, with the arguments of the training; the
-    options --from and --profile change nothing here.
+    Batch scripts run it on every node before they train, with the arguments of the training;
+    --from and --profile have no effect here.
     """
     import os
     import socket
@@ -277,18 +278,16 @@ def next_command(
     source: Source = None,
     profile: Profile = False,
     profile_steps: ProfileSteps = None,
-    code: Annotated[
-        int, typer.Option(min=0, max=255, help="With which the processes have ended.")
-    ] = 0,
+    code: Annotated[int, typer.Option(min=0, max=255, help="Exit code of the processes.")] = 0,
     restarts: Annotated[int, typer.Option(min=0, max=MOST, help="See `launch slurm`.")] = 3,
-    bad_nodes: Annotated[str, typer.Option(help="That have failed their check.")] = "",
+    bad_nodes: Annotated[str, typer.Option(help="Nodes that failed their check.")] = "",
     exclude: Annotated[
-        bool, typer.Option("--exclude", help="Start again without the bad nodes.")
+        bool, typer.Option("--exclude", help="Restart without the bad nodes.")
     ] = False,
 ) -> None:
-    """Decide what follows after a start of a job; batch scripts end with it.
+    """Decide what happens after a job's start has ended; called at the end of batch scripts.
 
-    They give it the arguments of the training, as they do `check-node`.
+    They pass the arguments of the training, as they do to `check-node`.
     """
     import os
 
@@ -309,10 +308,10 @@ def next_command(
     write_restart_history(output, history)
     bad = ",".join(bad_nodes.split())
     if bad and not exclude:
-        _end_job(job, f"not started: {bad} did not pass the check of nodes, see above", code)
+        _end_job(job, f"not started: {bad} did not pass the node check, see above", code)
     following = decide(history, code, restarts, diverged=ended_diverged(output))
     if bad and following.again and (reason := too_few_nodes(job, bad)):
-        _end_job(job, f"not started, and not queued again: {reason}", code)
+        _end_job(job, f"not started, and not requeued: {reason}", code)
     without = f", without {bad}" if bad and following.again else ""
     print(f"megaphase: job {job}: {following.sentence}{without}", flush=True)
     if following.again:
@@ -328,15 +327,13 @@ def _end_job(job: str, sentence: str, code: int) -> NoReturn:
 def demo_command(
     folder: Annotated[
         Path,
-        typer.Argument(
-            callback=named, metavar="DIR", help="Where everything goes; must not exist."
-        ),
+        typer.Argument(callback=named, metavar="DIR", help="Output folder; must not exist."),
     ] = Path("demo"),
 ) -> None:
-    """From raw text to a two-phase-trained model and its report, in under five minutes.
+    """Run the whole pipeline from raw text to a two-phase model and its report, in five minutes.
 
-    Makes four artificial languages that share structure but not words, two with little text, and
-    runs the whole pipeline on them: every command is shown as it is run.
+    Generates four synthetic languages that share structure but not words, two with little text,
+    and runs the pipeline on them; every command is shown as it is run.
     """
     from megaphase.launch.demo import run_demo
 

@@ -1,4 +1,4 @@
-"""`megaphase demo`: the whole pipeline on artificial languages, through the commands themselves."""
+"""`megaphase demo`: the whole pipeline on synthetic languages, using the commands themselves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megaphase.data_tools.synthetic.languages import DEFAULT_LANGUAGES, write_la
 from megaphase.utils.errors import InputError, RunError, Stopped
 from megaphase.utils.files import atomic_write_text
 from megaphase.utils.process_lifetime import ends_with_this_process
-from megaphase.utils.signals import noted_signals, signals_blocked, told_name
+from megaphase.utils.signals import recorded_signals, signal_name, signals_blocked
 from megaphase.utils.standard_streams import new_console
 
 SEED = 1234
@@ -24,7 +24,7 @@ PROCESSES = 2
 POLL_SECONDS = 0.1
 
 RUN_FILE = """\
-# Two languages with much text, two with little: first the former, then all of them.
+# Two languages with much text, two with little: pretraining on the former, then on all.
 seed: 1234
 output: run
 tokenizer: tok
@@ -51,11 +51,11 @@ logging: {{every_steps: 20}}
 
 
 def run_demo(folder: Path) -> None:
-    """Make the languages in `folder`/text and run every command of the pipeline on them.
+    """Generate the languages in `folder`/text and run every command of the pipeline on them.
 
     Raises:
         InputError: the folder exists already.
-        RunError: a command failed; it has said why.
+        RunError: a command failed; it has reported why.
     """
     console = new_console(highlight=False)
     began = time.monotonic()
@@ -64,12 +64,12 @@ def run_demo(folder: Path) -> None:
     except FileExistsError:
         raise InputError(folder, "exists already", "remove it or name another folder") from None
     except OSError as error:
-        raise InputError(folder, f"cannot be made ({error.strerror})") from None
+        raise InputError(folder, f"cannot be created ({error.strerror})") from None
     texts = write_languages(folder / "text", seed=SEED)
     high = [name for name, size in DEFAULT_LANGUAGES.items() if size > 1_000_000]
     low = [name for name in texts if name not in high]
     console.print(
-        f"Artificial languages in {folder / 'text'}: much text in {' and '.join(high)}, "
+        f"Synthetic languages in {folder / 'text'}: much text in {' and '.join(high)}, "
         f"little in {' and '.join(low)}."
     )
     tasks = "\n".join(f"  {name}: {{corpus: data/{name}}}" for name in texts)
@@ -81,7 +81,7 @@ def run_demo(folder: Path) -> None:
         if stopped_by is not None:
             raise Stopped(
                 f"{stopped_by} came: the demo ends with this command; run it and those that follow "
-                f"by hand, or remove {folder} and begin again"
+                f"by hand, or remove {folder} and start again"
             )
         if code:
             raise RunError(f"the demo stopped: megaphase {command[0]} failed (see above)")
@@ -89,12 +89,12 @@ def run_demo(folder: Path) -> None:
 
 
 def _run(command: Sequence[str]) -> tuple[int, str | None]:
-    """Run a command, and hand signals down to it; its exit code, and which signal came first.
+    """Run a command and forward signals to it; return its exit code and the first signal's name.
 
-    A terminal sends Ctrl-C to both, and the command knows what to do on it.
+    A terminal sends Ctrl-C to both processes, and the command handles it itself.
     """
     first: str | None = None
-    with noted_signals() as received:
+    with recorded_signals() as received:
         with signals_blocked():
             process = subprocess.Popen(
                 [sys.executable, "-m", "megaphase", *command],
@@ -103,7 +103,7 @@ def _run(command: Sequence[str]) -> tuple[int, str | None]:
         while process.poll() is None:
             while received:
                 number = received.pop(0)
-                first = first or told_name(number)
+                first = first or signal_name(number)
                 if number != signal.SIGINT or not sys.stdin.isatty():
                     process.send_signal(number)
             time.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""What is said of a run that cannot say it any more, from what its directory holds."""
+"""Messages about a run whose processes have died, derived from its run directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megaphase.utils.run_files import METRICS_FILE
 
 
 def training_exit_messages(run_file: Path, overrides: Sequence[str]) -> ExitMessages:
-    """Of a training; nothing is read before it is to be said."""
+    """Return the exit messages of a training; files are read only when a message is needed."""
 
     def output() -> Path:
         return load_run_file(run_file, tuple(overrides)).output
@@ -41,7 +41,7 @@ def _loss(run_dir: Path) -> str:
 
 
 def _or_nothing(sentence: Callable[[], str]) -> str:
-    """What a sentence cannot be found for is not said: the run file, say, is not there any more."""
+    """Return the sentence, or "" if it cannot be derived, e.g. because the run file is gone."""
     with suppress(InputError, OSError):
         return sentence()
     return ""

@@ -1,7 +1,7 @@
-"""Start one command as several processes on this machine, as torchrun would.
+"""Start one command as several processes on this machine, like torchrun.
 
-Unlike torchrun it passes the processes' exit code on (2 is wrong input, 75 wants to be requeued),
-hands stop signals down to them, and says in one line why a job has ended of which a rank died.
+Unlike torchrun it returns the processes' exit code (2: invalid input, 75: to be requeued), forwards
+stop signals to them, and reports in one line why a job with a dead rank has ended.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from megaphase.utils.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, 
 from megaphase.utils.process_lifetime import ends_with_this_process
 from megaphase.utils.signals import (
     SAME_PRESS_SECONDS,
-    code_after,
-    noted_signals,
+    exit_code_after,
+    recorded_signals,
     signals_blocked,
 )
 from megaphase.utils.standard_streams import new_console
 
 POLL_SECONDS = 0.05
-# When a rank has failed the others learn of it from their watchdog, and tell more than this
-# launcher could. Those that know nothing by then get SIGTERM, and SIGKILL after a grace period:
-# to a rank that is stuck in a collective SIGTERM means to save, which it cannot.
+# When a rank fails, the others learn it from their watchdog, which reports more than this launcher
+# could. Those that do not learn it get SIGTERM, and SIGKILL after a grace period: a rank that is
+# blocked in a collective handles SIGTERM by saving, which it cannot.
 PATIENCE_SECONDS = 15.0
 GRACE_SECONDS = 10.0
-# With which a rank of a job ends that has said itself why, or had no reason to.
+# Exit codes of a rank that has reported the reason itself, or had none to report.
 _OWN_CODES = (0, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_REQUEUE, EXIT_INTERRUPTED)
 
 
 @dataclass(frozen=True)
 class ExitMessages:
-    """What is said of a job whose ranks cannot say it: sentences, found when they are needed.
+    """Messages about a job whose ranks cannot report: functions, called when they are needed.
 
-    resume_point: what the same command does after a fault. loss: what is lost if it ends at once.
+    resume_point: what the same command does after a fault. loss: what is lost by ending at once.
     """
 
     resume_point: Callable[[], str] = lambda: ""
@@ -52,7 +52,7 @@ class ExitMessages:
 
 
 def launch_local(command: Sequence[str], processes: int, exit_messages: ExitMessages) -> int:
-    """Run `python -m megaphase COMMAND...` as `processes` ranks; returns the exit code for all."""
+    """Run `python -m megaphase COMMAND...` as `processes` ranks; returns the common exit code."""
     return run_as_ranks([sys.executable, "-m", "megaphase", *command], processes, exit_messages)
 
 
@@ -64,18 +64,18 @@ def run_as_ranks(
     patience_seconds: float = PATIENCE_SECONDS,
     grace_seconds: float = GRACE_SECONDS,
 ) -> int:
-    """Run a command as the ranks of one job until all have ended; none is left behind.
+    """Run a command as the ranks of one job until all have ended; no process is left behind.
 
-    SIGTERM and SIGUSR1 go to every rank, however often they come, and so does Ctrl-C; a second
-    Ctrl-C kills all. Ranks that go on when another has ended get SIGTERM after `patience_seconds`,
-    and SIGKILL `grace_seconds` later.
+    SIGTERM, SIGUSR1 and Ctrl-C are forwarded to every rank; a second Ctrl-C kills all. Ranks that
+    keep running after another one has ended get SIGTERM after `patience_seconds`, and SIGKILL
+    `grace_seconds` later.
 
-    Returns 0 if all ranks do, else the most telling of the codes with which they ended by
-    themselves: 2, 1, any other, 130, 75. 1 if a rank was killed; 75 if a stop signal that was
-    handed down has ended a rank. 130 after the second Ctrl-C.
+    Returns 0 if all ranks do. Otherwise 1 if a rank was killed, 75 if a forwarded stop signal has
+    ended a rank, 130 after the second Ctrl-C; else the first of 2, 1, any other code, 130 and 75
+    with which a rank has ended by itself.
     """
     exit_messages = exit_messages or ExitMessages()
-    with noted_signals() as received, _Reports() as reports:
+    with recorded_signals() as received, _Reports() as reports:
         job = _RankProcesses(_start(argv, processes, reports.descriptor), reports, exit_messages)
         pressed: float | None = None
         try:
@@ -92,15 +92,15 @@ def run_as_ranks(
                 if job.seconds_since_end() > patience_seconds:
                     job.stop(grace_seconds)
                 time.sleep(POLL_SECONDS)
-            job.say_why()
+            job.report_cause()
             return job.exit_code()
         finally:
             job.kill()
-            new_console().show_cursor()  # a rank that is killed cannot put it back
+            new_console().show_cursor()  # a rank that is killed cannot restore it
 
 
 def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank on a single node."""
+    """Return the environment variables that torchrun sets for a rank on a single node."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -112,7 +112,7 @@ def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port on this machine that nobody listens on."""
+    """Return a TCP port of this machine on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -123,7 +123,7 @@ def _say(*parts: str, separator: str = ". ") -> None:
 
 
 class _Reports:
-    """A pipe in which ranks say why the job ends; see `report_end`."""
+    """A pipe through which ranks report why the job ends; see `report_end`."""
 
     def __enter__(self) -> _Reports:
         self._read, self.descriptor = os.pipe()
@@ -136,7 +136,7 @@ class _Reports:
         os.close(self.descriptor)
 
     def first(self) -> dict[str, Any] | None:
-        """What was reported first, None as long as nothing was."""
+        """Return the first report, or None as long as there is none."""
         with contextlib.suppress(BlockingIOError):
             self._bytes += os.read(self._read, 1 << 20)
         line, end, _ = self._bytes.partition(b"\n")
@@ -166,7 +166,7 @@ def _start(argv: Sequence[str], processes: int, reports: int) -> list[subprocess
 
 
 class _RankProcesses:
-    """The ranks that were started, and what became of them."""
+    """The started ranks and their exit codes."""
 
     def __init__(
         self,
@@ -175,24 +175,24 @@ class _RankProcesses:
         exit_messages: ExitMessages,
     ) -> None:
         self._ranks, self._reports, self._exit_messages = ranks, reports, exit_messages
-        self._codes: dict[int, int] = {}  # of those that have ended by themselves, in their order
+        self._codes: dict[int, int] = {}  # of ranks that ended by themselves, in their order
         self._stopped: set[int] = set()
         self._forwarded: list[signal.Signals] = []
         self._ended_at: float | None = None
-        self._said = False
+        self._reported = False
 
     def is_over(self) -> bool:
-        """Look after all ranks; whether all have ended."""
+        """Poll all ranks; return whether all have ended."""
         self._poll_ranks()
         if self._reports.first() is not None:
             self._poll_ranks()  # a rank that died before the report has ended by now
-            self.say_why()
+            self.report_cause()
         return not self._left()
 
     def _poll_ranks(self) -> None:
         polled = [(number, rank.poll()) for number, rank in self._left()]
         ended = [(number, code) for number, code in polled if code is not None]
-        # Of those that end together, one that was killed was the first, one that aborts the last.
+        # Of ranks that end together, a killed one was the first, and one that aborts the last.
         for number, code in sorted(ended, key=lambda each: _order(each[1])):
             self._codes[number] = code
             if code != 0 and self._ended_at is None:
@@ -206,20 +206,22 @@ class _RankProcesses:
         ]
 
     def _died(self) -> Iterator[tuple[int, str]]:
-        """The ranks that could not say why they ended, in their order, and how."""
+        """Yield the ranks that could not report why they ended, in their order, and how they
+        ended."""
         for number, code in self._codes.items():
             if code < 0 and -code not in self._forwarded:
                 yield number, f"was killed by {_signal_name(-code)}"
             elif code > 0 and code not in _OWN_CODES:
                 yield number, f"ended with exit code {code}"
 
-    def say_why(self) -> None:
-        """Say in one line which rank died, once; or what a rank has reported, if none has died."""
+    def report_cause(self) -> None:
+        """Report once, in one line, which rank died or, if none has died, what a rank has
+        reported."""
         report = self._reports.first()
         died = dict(self._died())
-        if self._said or not (report or died):
+        if self._reported or not (report or died):
             return
-        self._said = True
+        self._reported = True
         first = next(iter(died), None)
         if first is not None and (report is None or report["rank"] != first):
             process = self._ranks[first].pid
@@ -227,24 +229,24 @@ class _RankProcesses:
             _say(rank, self._exit_messages.resume_point())
         elif report is not None:
             for line in report["lines"]:
-                told = line if first is None else line.replace(GONE, died[first])
-                print(told, file=sys.stderr, flush=True)
+                message = line if first is None else line.replace(GONE, died[first])
+                print(message, file=sys.stderr, flush=True)
 
     def seconds_since_end(self) -> float:
-        """How long ago the first rank ended, other than with 0; 0 if none has."""
+        """Return the seconds since the first rank ended with a code other than 0; 0 if none has."""
         return 0.0 if self._ended_at is None else time.monotonic() - self._ended_at
 
     def forward(self, number: signal.Signals) -> None:
-        """Send a signal to all ranks that are left."""
+        """Send a signal to all ranks that still run."""
         self._forwarded.append(number)
         for _, rank in self._left():
             rank.send_signal(number)
 
     def stop(self, grace_seconds: float) -> None:
-        """End the ranks that are left; their exit codes tell nothing."""
+        """End the ranks that still run; their exit codes are ignored."""
         deadline = time.monotonic() + grace_seconds
         left = self._left()
-        self.say_why()
+        self.report_cause()
         for number, rank in left:
             self._stopped.add(number)
             rank.terminate()
@@ -254,27 +256,29 @@ class _RankProcesses:
         self.kill()
 
     def kill(self) -> None:
-        """Leave no rank behind."""
+        """Kill all ranks."""
         for rank in self._ranks:
             rank.kill()
         for rank in self._ranks:
             rank.wait()
 
     def exit_code(self) -> int:
-        """What the ranks that ended by themselves say together; see `run_as_ranks`."""
+        """Return the common exit code of the ranks that ended by themselves; see `run_as_ranks`."""
         codes = [
             code if code >= 0 else self._code_of_killed(-code) for code in self._codes.values()
         ]
-        telling = [EXIT_WRONG_INPUT, EXIT_FAILED]
+        by_priority = [EXIT_WRONG_INPUT, EXIT_FAILED]
         if self._forwarded:
-            # A rank that is stopped while the job starts may take others with it.
-            telling = [EXIT_WRONG_INPUT, EXIT_REQUEUE, EXIT_INTERRUPTED, EXIT_FAILED]
+            # A rank that is stopped while the job starts may make others fail.
+            by_priority = [EXIT_WRONG_INPUT, EXIT_REQUEUE, EXIT_INTERRUPTED, EXIT_FAILED]
         stopped = (0, EXIT_REQUEUE, EXIT_INTERRUPTED)
         others = [code for code in codes if code not in stopped]
-        return next((code for code in (*telling, *others) if code in codes), max(codes, default=0))
+        return next(
+            (code for code in (*by_priority, *others) if code in codes), max(codes, default=0)
+        )
 
     def _code_of_killed(self, number: int) -> int:
-        return code_after(number) if number in self._forwarded else EXIT_FAILED
+        return exit_code_after(number) if number in self._forwarded else EXIT_FAILED
 
 
 def _order(code: int) -> int:

@@ -36,8 +36,8 @@ from megaphase.utils.locale_settings import require_utf8, work_in_utf8
 from megaphase.utils.process_lifetime import end_with_parent
 from megaphase.utils.signals import (
     handlers,
-    heeded_signals,
     interrupting_signals,
+    unignored_signals,
 )
 from megaphase.utils.standard_streams import prepare_streams
 
@@ -124,7 +124,7 @@ def _is_interrupt(error: BaseException) -> bool:
 def _stop(error: BaseException, code: int) -> NoReturn:
     text = f"stopped by {error.name}" if isinstance(error, Interrupted) else str(error)
     line = f"megaphase: {text}"
-    with handlers(heeded_signals(), signal.SIG_IGN):  # how it ends is settled
+    with handlers(unignored_signals(), signal.SIG_IGN):  # how it ends is settled
         if isinstance(error, LostProcessError) and report_end(None, [line]):
             pass
         elif is_first_rank():

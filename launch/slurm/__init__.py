@@ -1,1 +1,1 @@
-"""Runs as SLURM jobs: checked, submitted, queued again, watched."""
+"""Run trainings as SLURM jobs: check, submit, requeue, and show their status."""

@@ -1,4 +1,4 @@
-"""Whether a run is being trained now, as its lock, its metrics and its job tell."""
+"""Determine from a run's lock, metrics and job whether it is being trained now."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megaphase.utils.files import real_path
 from megaphase.utils.locks import is_locked
 from megaphase.utils.run_files import LOCK_FILE
 
-# Of a run whose lock may be that of another node, which this one cannot see.
+# For a run whose lock may be held by another node, where this one cannot see it.
 QUIET_SECONDS = 900.0
 QUIET_STEPS = 20
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SUSPENDED"}
@@ -19,12 +19,12 @@ _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs
 def is_trained(
     run_dir: Path, job_state: str | None, idle_seconds: float | None, step_seconds: float | None
 ) -> bool:
-    """Whether some process trains the run.
+    """Return whether some process trains the run.
 
     Args:
-        job_state: in Slurm's words; None where no job is known.
-        idle_seconds: since the last row of its metrics; None without any.
-        step_seconds: how long a step takes; None without any.
+        job_state: Slurm's name of the state; None if no job is known.
+        idle_seconds: time since the last row of its metrics; None if there are none.
+        step_seconds: time of a step; None if there are no metrics.
     """
     if job_state is not None and job_state not in OVER:
         return job_state not in _WAITING
@@ -38,12 +38,12 @@ def is_trained(
 
 
 def _locks_of_plan(run_dir: Path) -> list[Path]:
-    """Held while the plan is built, which comes before the training."""
+    """Return the locks held while the plan is built, which precedes the training."""
     return list((run_dir / "plan").glob(".*.lock"))
 
 
 def _is_local(path: Path) -> bool:
-    """Whether the file system is one of this machine alone, whose locks are all seen here."""
+    """Return whether the file system is local, so that all of its locks are visible here."""
     place, kind = "", ""
     try:
         absolute = str(real_path(path))

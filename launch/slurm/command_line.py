@@ -1,4 +1,4 @@
-"""A command of a pipeline's step: its words, its task's number, whether there is such a one."""
+"""Check the command of a pipeline's step and insert the number of its task."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _QUOTED_OR_NOT = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^'"\\]+""", re.DO
 
 
 def filled(line: str, task: str, tasks: int | None) -> str:
-    """Put the number of a task, or a shell's variable that holds it, in the place of %task."""
+    """Replace %task by the number of a task, or by a shell variable that holds it."""
     values = {"%task": task, "%tasks": str(tasks or 1)}
 
     def fill(found: re.Match[str]) -> str:
-        # A shell does not look for variables between single quotes.
+        # A shell does not expand variables between single quotes.
         before, after = ("'", "'") if found[0].startswith("'") else ("", "")
         return PLACEHOLDER.sub(lambda name: f"{before}{values[name[0]]}{after}", found[0])
 
@@ -29,33 +29,33 @@ def filled(line: str, task: str, tasks: int | None) -> str:
 
 
 def parsed(where: str, line: str, program: Any) -> dict[str, Any]:
-    """The arguments of a command line by their names, if there is such a command.
+    """Return the arguments of a command line by name, if there is such a command.
 
-    where: the key, for messages. program: `megaphase` itself, of which nothing is run.
+    where: the key, for messages. program: the `megaphase` app, of which nothing is run.
 
     Raises:
-        InputError: there is no such command, or not with such options.
+        InputError: there is no such command, or it does not have such options.
     """
     try:
         words = shlex.split(line)
     except ValueError as error:
-        raise InputError(where, f"cannot be taken apart ({error})", "check its quotes") from None
+        raise InputError(where, f"cannot be parsed ({error})", "check its quotes") from None
     if "\n" in line.strip():
         raise InputError(where, "has more than one line", "write `>-` before it, not `|`")
     if words[:1] == ["megaphase"]:
         raise InputError(where, "begins with megaphase", "leave that word out")
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # a group without a command shows its help
+        with contextlib.redirect_stdout(io.StringIO()):  # a group without a command prints its help
             return _parse(program, "megaphase", words)
     except typer.Exit:
         raise InputError(where, "only shows help", "leave --help or --version out") from None
     except Exception as error:
-        # typer's errors have no public base class; this is how all of them say what is wrong.
+        # typer's errors have no public base class; all of them have this method.
         message = getattr(error, "format_message", None)
         if message is None:
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "megaphase")
-        problem = " ".join((message() or "something is missing behind it").split()).rstrip(".")
+        problem = " ".join((message() or "something is missing after it").split()).rstrip(".")
         raise InputError(where, problem, f"see `{command} --help`") from None
 
 

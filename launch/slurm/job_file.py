@@ -1,4 +1,4 @@
-"""Which jobs are a run's: written down in the run directory when they are submitted."""
+"""The record of a run's job, written into the run directory when the job is submitted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megaphase.utils.slurm import job_fields
 
 FOLDER = "slurm"  # in a run directory
 JOB_FILE = "job.json"
-TRANSLATION_FILE = "translation.json"  # likewise, of the job that translates with the run
+TRANSLATION_FILE = "translation.json"  # the same for the job that translates with the run
 OVER = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL"),
     *("OUT_OF_MEMORY", "DEADLINE"),
@@ -21,14 +21,14 @@ OVER = {
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """What was submitted for a run: the id of the job and the path of its log."""
+    """The submitted job of a run: its id and the path of its log."""
 
     job: str
     log: str
 
 
 def remember_job(run_dir: Path, number: str, log: Path, file: str = JOB_FILE) -> SubmittedJob:
-    """Write down which job trains a run."""
+    """Record which job trains a run."""
     folder, job = run_dir / FOLDER, SubmittedJob(number, str(log))
     make_directory(folder)
     atomic_write_json(folder / file, asdict(job))
@@ -36,7 +36,7 @@ def remember_job(run_dir: Path, number: str, log: Path, file: str = JOB_FILE) ->
 
 
 def read_job(run_dir: Path, file: str = JOB_FILE) -> SubmittedJob | None:
-    """The last job that was submitted for a run."""
+    """Return the last job that was submitted for a run."""
     try:
         return SubmittedJob(**read_json(run_dir / FOLDER / file))
     except (OSError, ValueError, TypeError):
@@ -44,7 +44,7 @@ def read_job(run_dir: Path, file: str = JOB_FILE) -> SubmittedJob | None:
 
 
 def forget_jobs(run_dir: Path) -> None:
-    """As if none had been submitted; folders that are empty then are removed."""
+    """Remove the records of jobs, and folders that are empty then."""
     for file in (JOB_FILE, TRANSLATION_FILE):
         (run_dir / FOLDER / file).unlink(missing_ok=True)
     for folder in (run_dir / FOLDER, run_dir):
@@ -53,10 +53,10 @@ def forget_jobs(run_dir: Path) -> None:
 
 
 def refuse_second_job(run_dir: Path) -> None:
-    """Refuse a run that is in the queue, or at work, already.
+    """Reject a run whose job is already queued or running.
 
     Raises:
-        InputError: naming the job.
+        InputError: names the job.
     """
     job = read_job(run_dir)
     state = job_fields(job.job).get("JobState") if job else None

@@ -1,4 +1,4 @@
-"""Whether a node can take part in a run: looked at before training starts on it."""
+"""Check whether a node can take part in a run, before training starts on it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Demands:
-    """What a node must have.
+    """The requirements on a node.
 
     Attributes:
         output: a folder that must be writable.
-        gpus: how many; 0 for none.
-        shared_memory_gb: free in /dev/shm, for NCCL.
-        clock: seconds since 1970 on the first node, a moment ago; None where it is not known.
-        clock_seconds: how far from that this node's clock may be.
+        gpus: number of GPUs; 0 for none.
+        shared_memory_gb: free GB in /dev/shm, for NCCL.
+        clock: current time on the first node, in seconds since 1970; None if it is not known.
+        clock_seconds: largest allowed difference of this node's clock.
     """
 
     output: Path
@@ -35,7 +35,7 @@ class Demands:
 
 
 def faults(demands: Demands) -> Iterator[str]:
-    """What is wrong with this node, in words."""
+    """Yield descriptions of what is wrong with this node."""
     if demands.gpus:
         yield from _gpu_faults(demands.gpus)
     yield from _memory_faults(demands.shared_memory_gb)
@@ -50,18 +50,18 @@ def faults(demands: Demands) -> Iterator[str]:
 def _gpu_faults(wanted: int) -> Iterator[str]:
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: a library that it loads is not there
+    except (ImportError, OSError) as error:  # OSError: a library that it loads is missing
         yield f"torch cannot be imported ({_line(error)})"
         return
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()
     if not usable:
-        # Of a driver that is too old, or a GPU in a bad state, torch itself warns.
-        reasons = [_line(each.message) for each in said]
+        # torch itself warns of a driver that is too old, or of a GPU in a bad state.
+        reasons = [_line(each.message) for each in warned]
         if torch.version.cuda is None and torch.version.hip is None:
             reasons.append("it was built without CUDA")
-        why = "; ".join(reasons) or "look at nvidia-smi and at CUDA_VISIBLE_DEVICES"
+        why = "; ".join(reasons) or "check nvidia-smi and CUDA_VISIBLE_DEVICES"
         yield f"torch finds no GPU of {wanted} ({why})"
         return
     found = torch.cuda.device_count()
@@ -71,7 +71,7 @@ def _gpu_faults(wanted: int) -> Iterator[str]:
         try:
             ones = torch.ones(256, 256, device=f"cuda:{number}")
             right = bool((ones @ ones == 256).all())
-        except (RuntimeError, AssertionError) as error:  # AssertionError: torch's own
+        except (RuntimeError, AssertionError) as error:  # torch raises AssertionErrors, too
             yield f"GPU {number} does not compute ({_line(error)})"
         else:
             if not right:
@@ -84,10 +84,10 @@ def _memory_faults(wanted_gb: float) -> Iterator[str]:
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free / GB
     except OSError as error:
-        yield f"{SHARED_MEMORY} cannot be looked at ({error.strerror})"
+        yield f"{SHARED_MEMORY} cannot be read ({error.strerror})"
         return
     if free < wanted_gb:
-        yield f"{SHARED_MEMORY} has {free:.2f} GB free, of {wanted_gb:g} that are needed"
+        yield f"{SHARED_MEMORY} has {free:.2f} GB free, but needs {wanted_gb:g}"
 
 
 def _output_faults(folder: Path) -> Iterator[str]:
@@ -102,5 +102,5 @@ def _output_faults(folder: Path) -> Iterator[str]:
 
 
 def _line(message: object) -> str:
-    """The beginning of what somebody else says, as one line."""
+    """Return the beginning of another program's message as one line."""
     return " ".join(str(message).split())[:300]

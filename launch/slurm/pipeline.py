@@ -1,4 +1,4 @@
-"""A chain of commands as SLURM jobs, each of which waits for those that it needs."""
+"""Run a chain of commands as SLURM jobs, each of which waits for the jobs that it needs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from megaphase.utils.validation_errors import as_input_error, hint
 from megaphase.utils.yaml_file import read_yaml
 
 _TASK = "${SLURM_ARRAY_TASK_ID}"
-# Options of sbatch that are keys of a step here; the second, of a training alone.
+# Options of sbatch that are keys of a step; those of the second table, only for a training.
 _KEYS = {"array": "use the key array", "dependency": "use the key after"}
 _TRAINING_KEYS = _KEYS | {
     "nodes": "use the key nodes",
@@ -55,7 +55,7 @@ def _as_list(value: object) -> object:
 
 
 def _options(value: object) -> object:
-    """Options of sbatch, as a list or as one text: `--partition=cpu --time=1:00:00`."""
+    """Parse options of sbatch, given as a list or one string: `--partition=cpu --time=1:00:00`."""
     if isinstance(value, list):
         value = shlex.join(map(str, value))
     return _without(value, _KEYS) if isinstance(value, str) else value
@@ -73,16 +73,17 @@ Options = Annotated[tuple[str, ...], BeforeValidator(_options), Field(strict=Fal
 
 
 class Step(Section):
-    """A job. Either `command`, what stands behind `megaphase` on a command line, or `train`.
+    """A job: either `command`, a command line after `megaphase`, or `train`.
 
     train: the arguments of `megaphase train`.
-    after: steps that must have ended well before.
-    after_failures: that they have ended is enough, however they did.
-    array: so many tasks do the same; %task is the number of one, from 0, and %tasks how many.
-    at_a_time: of these tasks; as many as the cluster has room for if left out.
-    cores: of each process.
-    sbatch: options of this job; they win over the pipeline's.
-    nodes, gpus_per_node, tasks_per_node, restarts, exclude_bad_nodes: of a training; see
+    after: steps that must have succeeded before this one starts.
+    after_failures: it suffices that they have ended, even with an error.
+    array: number of tasks that run the same command; %task is the index of a task, from 0, and
+        %tasks their number.
+    at_a_time: maximum number of these tasks that run at a time; not limited by default.
+    cores: CPU cores per process.
+    sbatch: options for this job; they override the pipeline's.
+    nodes, gpus_per_node, tasks_per_node, restarts, exclude_bad_nodes: for a training; see
         `megaphase launch slurm`.
     """
 
@@ -106,29 +107,29 @@ class Step(Section):
             raise ValueError("give either command or train")
         strange = [key for key in _OF_TRAINING if key in self.model_fields_set]
         if self.command is not None and strange:
-            raise ValueError(f"{strange[0]} is for train; leave it out, or use sbatch")
+            raise ValueError(f"{strange[0]} applies to train only; leave it out, or use sbatch")
         if self.after_failures and not self.after:
-            raise ValueError("after_failures says how to wait; add after")
+            raise ValueError("after_failures has no effect without after; add after")
         if self.at_a_time is not None and self.array is None:
-            raise ValueError("at_a_time is for the tasks of an array; add array: N")
+            raise ValueError("at_a_time applies to an array only; add array: N")
         if self.tasks_per_node is not None and self.gpus_per_node:
-            raise ValueError("tasks_per_node is for nodes without GPUs; add gpus_per_node: 0")
+            raise ValueError("tasks_per_node applies to nodes without GPUs; add gpus_per_node: 0")
         if self.train is not None:
             _without(shlex.join(self.sbatch), _TRAINING_KEYS)
         return self
 
     @property
     def line(self) -> str:
-        """What follows `megaphase`."""
+        """The command line after `megaphase`."""
         return self.command if self.command is not None else f"train {self.train}"
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a step trains.
+    """The training of a step.
 
     Attributes:
-        arguments: of `megaphase train`; with %task where the step is an array.
+        arguments: of `megaphase train`; with %task if the step is an array.
         outputs: the run directory of each task.
         silent_seconds: see FaultsConfig.
     """
@@ -139,7 +140,7 @@ class Training:
 
 
 class Pipeline(Section):
-    """The file: steps by name, and the folder of their output."""
+    """A pipeline file: steps by name, and the folder of their output."""
 
     steps: dict[RunName, Step] = Field(min_length=1)
     logs: FilePath = Path("logs")
@@ -155,26 +156,26 @@ class Pipeline(Section):
 
     @property
     def folder(self) -> Path:
-        """In which the commands run, and from which relative paths are taken: the file's."""
+        """The file's folder, in which the commands run, and to which paths are relative."""
         return real_path(self._path).parent
 
     @property
     def logs_folder(self) -> Path:
-        """Of all jobs' output."""
+        """The folder of all jobs' output."""
         return self.folder / self.logs
 
     def where(self, key: str) -> str:
-        """`FILE: KEY`, for messages."""
+        """Return `FILE: KEY`, for messages."""
         return f"{self._path}: {key}"
 
 
 def load_pipeline(path: Path, program: Any) -> Pipeline:
-    """A checked pipeline.
+    """Load and check a pipeline.
 
-    program: `megaphase` itself, which knows what commands and options there are.
+    program: the `megaphase` app, which defines the commands and options.
 
     Raises:
-        InputError: naming the first key that is wrong.
+        InputError: names the first invalid key.
     """
     try:
         pipeline = Pipeline.model_validate(read_yaml(path), context=real_path(path.parent))
@@ -189,7 +190,7 @@ def load_pipeline(path: Path, program: Any) -> Pipeline:
         key = "command" if step.command is not None else "train"
         where = pipeline.where(f"steps.{name}.{key}")
         if step.array is None and (found := PLACEHOLDER.search(step.line)):
-            raise InputError(where, f"{found[0]} stands for nothing", "add array: N to the step")
+            raise InputError(where, f"{found[0]} has no value", "add array: N to the step")
         parsed(where, filled(step.line, "0", step.array), program)
         if step.train is not None:
             pipeline._trainings[name] = _training(pipeline, name, step, program)
@@ -197,17 +198,17 @@ def load_pipeline(path: Path, program: Any) -> Pipeline:
 
 
 def scripts(pipeline: Pipeline) -> dict[str, str]:
-    """The batch script of every step, in an order in which they can be submitted."""
+    """Return the batch script of every step, in an order in which they can be submitted."""
     return {name: _script(pipeline, name, pipeline.steps[name]) for name in _order(pipeline)}
 
 
 def submit_pipeline(pipeline: Pipeline, behind: Sequence[str] = ()) -> dict[str, str]:
-    """Queue every step; the ids of the jobs by step.
+    """Submit every step; return the ids of the jobs by step.
 
-    behind: other jobs, for whose end every step waits, however they end.
+    behind: other jobs for whose end every step waits, even if they fail.
 
     Raises:
-        RunError: Slurm refuses one; the others have been taken from the queue.
+        RunError: Slurm refuses a job; the others have been cancelled.
     """
     make_directory(pipeline.logs_folder)
     outputs = [each for training in pipeline._trainings.values() for each in training.outputs]
@@ -216,7 +217,7 @@ def submit_pipeline(pipeline: Pipeline, behind: Sequence[str] = ()) -> dict[str,
     try:
         for name, script in scripts(pipeline).items():
             jobs[name] = submit(script, _dependencies(pipeline.steps[name], jobs, behind))
-            # At once: should this process be killed, its jobs are not submitted a second time.
+            # Recorded at once: if this process is killed, its jobs are not submitted a second time.
             if name in pipeline._trainings:
                 for task, output in enumerate(pipeline._trainings[name].outputs):
                     remember_job(output, *job_and_log(pipeline, name, jobs[name], task))
@@ -232,13 +233,13 @@ def submit_pipeline(pipeline: Pipeline, behind: Sequence[str] = ()) -> dict[str,
 
 
 def job_and_log(pipeline: Pipeline, name: str, job: str, task: int = 0) -> tuple[str, Path]:
-    """The id and the log of a step's job, or of one of its tasks where it is an array."""
+    """Return the id and the log of a step's job, or of one of its tasks if it is an array."""
     number = job if pipeline.steps[name].array is None else f"{job}_{task}"
     return number, pipeline.logs_folder / f"{name}-{number}.log"
 
 
 def _dependencies(step: Step, jobs: Mapping[str, str], behind: Sequence[str]) -> list[str]:
-    """Of a step, as options of sbatch; jobs: the ids of the steps before it."""
+    """Return a step's dependencies as options of sbatch; jobs: ids of the earlier steps' jobs."""
     conditions = []
     if step.after:
         kind = "afterany" if step.after_failures else "afterok"
@@ -247,12 +248,12 @@ def _dependencies(step: Step, jobs: Mapping[str, str], behind: Sequence[str]) ->
         conditions.append(":".join(["afterany", *behind]))
     if not conditions:
         return []
-    # A job that can never start leaves the queue.
+    # A job whose dependencies can never be satisfied leaves the queue.
     return [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"]
 
 
 def _check_names(pipeline: Pipeline, name: str, step: Step) -> None:
-    """Those of the steps before it."""
+    """Raise InputError if the step waits for a step that does not exist."""
     for other in step.after:
         if other not in pipeline.steps:
             raise InputError(
@@ -263,7 +264,7 @@ def _check_names(pipeline: Pipeline, name: str, step: Step) -> None:
 
 
 def _order(pipeline: Pipeline) -> list[str]:
-    """The steps, each behind those that it waits for; otherwise as they stand in the file."""
+    """Return the steps, each after those for which it waits, and otherwise in the file's order."""
     ordered: list[str] = []
     while len(ordered) < len(pipeline.steps):
         ready = [
@@ -283,7 +284,7 @@ def _order(pipeline: Pipeline) -> list[str]:
 
 
 def _circle(pipeline: Pipeline, ordered: set[str]) -> list[str]:
-    """Steps each of which waits for the next, and the last for the first."""
+    """Return steps of which each waits for the next, and the last for the first."""
     passed = [next(name for name in pipeline.steps if name not in ordered)]
     while True:
         name = next(name for name in pipeline.steps[passed[-1]].after if name not in ordered)
@@ -293,7 +294,7 @@ def _circle(pipeline: Pipeline, ordered: set[str]) -> list[str]:
 
 
 def _training(pipeline: Pipeline, name: str, step: Step, program: Any) -> Training:
-    """Check what can be known of a run before its corpora are there."""
+    """Check everything about a training that can be checked before its corpora exist."""
     where = pipeline.where(f"steps.{name}.train")
     outputs: list[Path] = []
     for task in range(step.array or 1):
@@ -349,7 +350,7 @@ def _resources(pipeline: Pipeline, name: str, step: Step) -> Resources:
 
 
 def _own_options(pipeline: Pipeline, name: str, step: Step) -> Iterator[str]:
-    """Of sbatch, beside those that every script has."""
+    """Yield the options of sbatch in addition to those of every script."""
     yield f"--chdir={pipeline.folder}"
     yield f"--output={pipeline.logs_folder}/{name}-{'%j' if step.array is None else '%A_%a'}.log"
     if step.array is not None:

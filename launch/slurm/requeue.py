@@ -1,4 +1,4 @@
-"""What becomes of a job after a start: it is done, or queues itself again, or gives up."""
+"""Decide what happens after a start of a job: it is done, requeues itself, or gives up."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class RestartHistory:
 
     Attributes:
         job: its id.
-        step: of the newest checkpoint after the last one.
-        without_progress: how many starts in a row have not brought a newer one.
+        step: step of the newest checkpoint after the last start.
+        without_progress: number of starts in a row that have not produced a newer one.
     """
 
     job: str
@@ -34,14 +34,14 @@ class RestartHistory:
     without_progress: int = 0
 
     def after_start(self, step: int) -> RestartHistory:
-        """With one more start; step: of the newest checkpoint now."""
+        """Return the history with one more start; step: of the newest checkpoint now."""
         stuck = 0 if step > self.step else self.without_progress + 1
         return RestartHistory(self.job, max(step, self.step), stuck)
 
 
 @dataclass(frozen=True)
 class RequeueDecision:
-    """What follows: whether the job is queued again, why, and the exit code if it is not."""
+    """The decision: whether the job is requeued, why, and the exit code if it is not."""
 
     again: bool
     sentence: str
@@ -51,30 +51,28 @@ class RequeueDecision:
 def decide(
     history: RestartHistory, code: int, restarts: int, *, diverged: bool = False
 ) -> RequeueDecision:
-    """After a start that ended with an exit code.
+    """Decide after a start that ended with an exit code.
 
-    history: that start included. restarts: how many in a row may bring nothing. diverged: whether
-    the run has ended because it diverged.
+    history: includes that start. restarts: number of starts in a row that may make no progress.
+    diverged: whether the run has ended because it diverged.
     """
     if code == 0:
         return RequeueDecision(False, "all phases are done", 0)
     if code == EXIT_WRONG_INPUT:
-        return RequeueDecision(False, "the input is wrong, see above; not queued again", code)
+        return RequeueDecision(False, "the input is wrong, see above; not requeued", code)
     if diverged and code == EXIT_FAILED:
-        return RequeueDecision(False, "the run has diverged, see above; not queued again", code)
+        return RequeueDecision(False, "the run has diverged, see above; not requeued", code)
     what = "stopped by a signal" if code == EXIT_REQUEUE else f"failed with exit code {code}"
-    reached = f"the newest checkpoint is of step {history.step:,}"
+    reached = f"the newest checkpoint is that of step {history.step:,}"
     if history.without_progress > restarts:
         plural = "s" if history.without_progress > 1 else ""
-        starts = f"{history.without_progress} start{plural} in a row brought no newer one"
-        return RequeueDecision(
-            False, f"{what}; {reached}, and {starts}; not queued again", EXIT_FAILED
-        )
-    return RequeueDecision(True, f"{what}; {reached}; queued again", EXIT_REQUEUE)
+        starts = f"{history.without_progress} start{plural} in a row produced no newer one"
+        return RequeueDecision(False, f"{what}; {reached}, and {starts}; not requeued", EXIT_FAILED)
+    return RequeueDecision(True, f"{what}; {reached}; requeued", EXIT_REQUEUE)
 
 
 def read_restart_history(run_dir: Path, job: str) -> RestartHistory:
-    """The starts of this job; of another one before it, how far it has come."""
+    """Return the history of this job; if another one was before it, only its last step."""
     try:
         history = RestartHistory(**read_json(run_dir / FOLDER / CHAIN_FILE))
     except (OSError, ValueError, TypeError):
@@ -83,7 +81,7 @@ def read_restart_history(run_dir: Path, job: str) -> RestartHistory:
 
 
 def write_restart_history(run_dir: Path, history: RestartHistory) -> None:
-    """Remember the starts of a job."""
+    """Store the history of a job."""
     path = run_dir / FOLDER / CHAIN_FILE
     with os_errors_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,13 +89,13 @@ def write_restart_history(run_dir: Path, history: RestartHistory) -> None:
 
 
 def newest_step(run_dir: Path) -> int:
-    """Of a run's newest checkpoint, by its name; 0 where there is none."""
+    """Return the step of a run's newest checkpoint, by its name; 0 if there is none."""
     folders = checkpoint_folders(run_dir / CHECKPOINTS)
     return max((step_of(folder.name) or 0 for folder in folders), default=0)
 
 
 def too_few_nodes(job: str, leave_out: str) -> str | None:
-    """Why a job could never start again without these nodes, besides those it does without now."""
+    """Return why a job could not start without these nodes and its excluded ones, or None."""
     fields = job_fields(job)
     partition = fields.get("Partition", "")
     there = set(partition_nodes(partition))
@@ -109,19 +107,20 @@ def too_few_nodes(job: str, leave_out: str) -> str | None:
 
 
 def queue_again(job: str, leave_out: str) -> None:
-    """Let the job in which this process runs begin anew, which ends this process.
+    """Requeue the job in which this process runs, which ends this process.
 
-    leave_out: names of nodes, with commas, on which it must not run again.
+    leave_out: comma-separated names of nodes to exclude from then on.
 
     Raises:
         RunError: Slurm refuses.
     """
     excluded = job_fields(job).get("ExcNodeList", _NONE)
-    # Slurm ends all that the job has started, with SIGTERM first: there is time for what can be
-    # changed only now that the job waits again. Not earlier: whoever cancels the job means it.
+    # Slurm ends everything that the job has started, with SIGTERM first, so there is time for
+    # changes that are only possible when the job is pending. Not before, so that cancelling the
+    # job works.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if refused := control("requeue", job):
-        raise RunError(f"job {job}: cannot be queued again ({refused})")
+        raise RunError(f"job {job}: cannot be requeued ({refused})")
     if leave_out:
         nodes = leave_out if excluded == _NONE else f"{excluded},{leave_out}"
         if refused := control("update", f"JobId={job}", f"ExcNodeList={nodes}"):

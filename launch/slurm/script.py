@@ -1,4 +1,4 @@
-"""`train.sbatch` with its header and settings filled in for one run."""
+"""Fill in the header and settings of `train.sbatch` for one run."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pathlib import Path
 
 from megaphase.utils.errors import InputError
 
-# So long the processes may take to end after one was found to be dead.
+# Time in which the processes should end after one was found dead.
 _LEAVING_SECONDS = 15.0
 
 _OPTION = re.compile(r"--([a-z-]+)(?:=.*)?", re.DOTALL)
-# What is to be said instead: layout and memory are checked against it.
+# Options to use instead, since layout and memory are checked against them.
 _OWN = {
-    "nodes": "say --nodes",
-    "gpus-per-node": "say --gpus-per-node",
-    "ntasks-per-node": "say --gpus-per-node, or --tasks-per-node",
-    "cpus-per-task": "say --cores",
-    **dict.fromkeys(("gpus", "gpus-per-task", "gres"), "say --nodes and --gpus-per-node"),
+    "nodes": "use --nodes",
+    "gpus-per-node": "use --gpus-per-node",
+    "ntasks-per-node": "use --gpus-per-node, or --tasks-per-node",
+    "cpus-per-task": "use --cores",
+    **dict.fromkeys(("gpus", "gpus-per-task", "gres"), "use --nodes and --gpus-per-node"),
     **dict.fromkeys(("ntasks", "array"), "one task runs on each GPU"),
 }
 _HEADER = re.compile(r"#SBATCH --([a-z-]+)(?:=(.*))?")
@@ -31,15 +31,15 @@ _HEADER = re.compile(r"#SBATCH --([a-z-]+)(?:=(.*))?")
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run asks the cluster for.
+    """The resources that a run requests from the cluster.
 
     Attributes:
-        tasks_per_node: processes of a node, one on each GPU.
-        gpus: whether there are any; without, the run is on CPUs.
-        cores: of each task; the script's own number if None.
-        options: of sbatch, such as --partition=gpu; they win over the header's.
-        exclude_bad_nodes: whether a node that fails its check is left out of the next start.
-        restarts: in a row, without having come further.
+        tasks_per_node: processes per node, one per GPU.
+        gpus: whether to use GPUs; otherwise the run is on CPUs.
+        cores: CPU cores per task; None: the script's own number.
+        options: options of sbatch, such as --partition=gpu; they override the header's.
+        exclude_bad_nodes: whether a node that fails its check is excluded from the next start.
+        restarts: maximum number of restarts in a row without progress.
     """
 
     nodes: int
@@ -56,31 +56,31 @@ class Resources:
 
 
 def sbatch_options(text: str, refused: Mapping[str, str] = _OWN) -> list[str]:
-    """More options of sbatch, taken apart as a shell does.
+    """Parse additional options of sbatch as a shell would.
 
-    refused: the remedy by the name of an option that must not be there; if nothing is given, what
-        Resources say.
+    refused: maps the name of each option that is not allowed to the remedy; by default, those
+        determined by Resources.
 
     Raises:
-        InputError: one is not of the form --NAME=VALUE, or is refused.
+        InputError: one is not of the form --NAME=VALUE, or is not allowed.
     """
     try:
         options = shlex.split(text)
     except ValueError as error:
-        raise InputError("--sbatch", f"cannot be taken apart ({error})", "check quotes") from None
+        raise InputError("--sbatch", f"cannot be parsed ({error})", "check quotes") from None
     for option in options:
         match = _OPTION.fullmatch(option)
         if match is None:
             raise InputError(
-                "--sbatch", f"{option!r} is no option", "write --NAME=VALUE, or --NAME"
+                "--sbatch", f"{option!r} is not an option", "write --NAME=VALUE, or --NAME"
             )
         if match[1] in refused:
-            raise InputError("--sbatch", f"--{match[1]} has no place there", refused[match[1]])
+            raise InputError("--sbatch", f"--{match[1]} is not allowed there", refused[match[1]])
     return options
 
 
 def template() -> str:
-    """The script as it is installed."""
+    """Return the installed script."""
     return importlib.resources.files("megaphase.launch").joinpath("train.sbatch").read_text()
 
 
@@ -93,13 +93,13 @@ def batch_script(
     prefix: str = "",
     silent_seconds: float | None = None,
 ) -> str:
-    """The script of a run, which needs no arguments.
+    """Return the script of a run, which takes no arguments.
 
     Args:
         name: of the job.
         logs: the folder of its output, in files that begin with `prefix` and the job's id.
         arguments: of `megaphase train`: run file, overrides, options.
-        silent_seconds: see FaultsConfig; what the script expects if None.
+        silent_seconds: see FaultsConfig; None: the script's default.
     """
     header = {
         "job-name": name,
@@ -131,7 +131,7 @@ def batch_script(
 
 
 def refuse_pattern(where: str, logs: Path) -> None:
-    """Refuse a folder for logs of which Slurm would read a part as a pattern, such as %j.
+    """Reject a folder for logs in which Slurm would interpret a part as a pattern, such as %j.
 
     where: file and key that name it.
     """
@@ -140,9 +140,9 @@ def refuse_pattern(where: str, logs: Path) -> None:
 
 
 def command_script(resources: Resources, name: str, line: str) -> str:
-    """The script of a job of one process, which runs a command of `megaphase`.
+    """Return the script of a single-process job that runs a `megaphase` command.
 
-    line: what follows that word, for a shell.
+    line: the command line after `megaphase`, for a shell.
     """
     options = [f"--job-name={name}", "--ntasks=1", "--requeue", "--open-mode=append"]
     if resources.cores is not None:
@@ -153,7 +153,7 @@ def command_script(resources: Resources, name: str, line: str) -> str:
 
 
 def _with_header(text: str, header: dict[str, str | None]) -> str:
-    """Replace options of the header, leave out those that are None, add those it has not."""
+    """Replace options of the header, remove those that are None, and add missing ones."""
     lines: list[str | None] = []
     left = dict(header)
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""Where a run stands: what its metrics say, and what Slurm says of its job."""
+"""The status of a run, from its metrics and from Slurm's information about its job."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ _RECENT_STEPS = 50
 
 @dataclass(frozen=True)
 class Status:
-    """What is known of a run; None where something is not.
+    """The status of a run; None for values that are not known.
 
     Attributes:
         run: its directory.
-        job: the id of the last one that was submitted.
-        state: of the job, in Slurm's words; in ours where Slurm has none.
+        job: the id of the last submitted job.
+        state: Slurm's name of the job's state, or Megaphase's if Slurm has none.
         reason: why the job waits, or has failed.
-        nodes, excluded: on which it is, and must not run, as Slurm writes lists of nodes.
-        restarts: of the job.
-        phase: that is trained now, or was last.
-        step, steps: trained and planned, counted over the whole run; a phase that has ended counts
-            with the steps that it had.
+        nodes, excluded: nodes on which it runs, and must not run, as Slurm's lists of nodes.
+        restarts: number of restarts of the job.
+        phase: the phase that is trained now, or was last.
+        step, steps: trained and planned steps of the whole run; a phase that has ended counts with
+            the steps that it had.
         done: whether the last phase has ended.
         loss: of the last step.
         divergence: whether training diverges now, or the run has ended because it did.
         tokens_per_second: the median of the last steps.
-        remaining_seconds: of training, at that speed, should no phase end early; None where
-            nobody trains the run.
-        idle_seconds: since the last row of metrics.
-        log: of the job.
-        metrics_problem: what is missing in the run's metrics, for people.
+        remaining_seconds: of training, at that speed, if no phase ends early; None if nobody trains
+            the run.
+        idle_seconds: time since the last row of metrics.
+        log: the job's log.
+        metrics_problem: what is missing in the run's metrics, in words.
         training: whether a process trains the run now.
-        stopped: where and why it is not trained any more, for people.
+        stopped: where and why training has stopped, in words.
     """
 
     run: str
@@ -75,10 +75,10 @@ class Status:
 
 
 def read_status(run_dir: Path) -> Status:
-    """What is known of the run in a directory.
+    """Return the status of the run in a directory.
 
     Raises:
-        InputError: there is no run, or what it left is damaged.
+        InputError: there is no run, or its files are damaged.
     """
     job = read_job(run_dir)
     planned = _planned_steps(run_dir)
@@ -100,9 +100,9 @@ def read_status(run_dir: Path) -> Status:
         run=str(run_dir),
         job=job.job if job else None,
         state=fields.get("JobState", record.unknown),
-        reason=_said(fields.get("Reason")),
-        nodes=_said(fields.get("NodeList")),
-        excluded=_said(fields.get("ExcNodeList")),
+        reason=_known_value(fields.get("Reason")),
+        nodes=_known_value(fields.get("NodeList")),
+        excluded=_known_value(fields.get("ExcNodeList")),
         restarts=int(fields["Restarts"]) if "Restarts" in fields else None,
         phase=progress.phase,
         step=progress.step,
@@ -121,13 +121,13 @@ def read_status(run_dir: Path) -> Status:
 
 
 def _why_stopped(progress: _RunProgress) -> str:
-    """Of a run that nobody trains, though it is not done: where it stands, and why."""
+    """Return where and why a run that is not done has stopped."""
     if not progress.training and progress.saved_step is None:
         return "not trained yet"
     if progress.ended_diverged:
         return f"at step {progress.step:,} (it diverged)"
     if progress.stopped is not None and progress.stopped["step"] >= progress.step:
-        why = progress.stopped.get("signal", "a signal")  # earlier versions have not noted it
+        why = progress.stopped.get("signal", "a signal")  # earlier versions have not recorded it
     else:
         why = "killed, or failed"
     saved = progress.saved_step
@@ -137,9 +137,9 @@ def _why_stopped(progress: _RunProgress) -> str:
 
 
 def ended_diverged(run_dir: Path) -> bool:
-    """Whether a run has ended because it diverged: started again, it would do so again.
+    """Return whether a run has ended because it diverged: if restarted, it would diverge again.
 
-    Steps that are not finite do not count, since a faulty GPU makes them, too.
+    Steps that are not finite do not count, since a faulty GPU can cause them too.
     """
     progress = _progress(run_dir, {})
     last = progress.last_divergence
@@ -148,11 +148,11 @@ def ended_diverged(run_dir: Path) -> bool:
 
 @dataclass(frozen=True)
 class _RunProgress:
-    """What the metrics say; see Status.
+    """The progress according to the metrics; see Status.
 
-    training: the rows of the last steps. last_divergence: the last event of one. stopped: that of
-    a signal on which it saved. before: steps of the runs before it. saved_step: that of its newest
-    checkpoint.
+    training: the rows of the last steps. last_divergence: the last event of a divergence. stopped:
+    the event of a signal upon which the run saved. before: steps of the runs before it. saved_step:
+    step of its newest checkpoint.
     """
 
     phase: str | None
@@ -189,7 +189,7 @@ class _RunProgress:
 
 
 def _progress(run_dir: Path, planned: Mapping[str, int]) -> _RunProgress:
-    """From the steps that the plan gives every phase, and what became of them."""
+    """Derive it from the planned steps of every phase and the history of the run."""
     metrics, before = run_dir / METRICS_FILE, read_origin(run_dir).step
     rows, saved = last_rows(metrics), newest_state(run_dir) or {}
     ends = read_history(run_dir).ends()
@@ -198,7 +198,7 @@ def _progress(run_dir: Path, planned: Mapping[str, int]) -> _RunProgress:
         steps = ends.get(name, steps + length)
     step = max((row["step"] for row in rows), default=before)
     phase: str | None = next((row["phase"] for row in reversed(rows) if "phase" in row), None)
-    if saved.get("step", 0) > step or phase is None:  # the log was cut off, or lost
+    if saved.get("step", 0) > step or phase is None:  # the metrics were truncated or lost
         step, phase = max(step, saved.get("step", before)), saved.get("phase_name", phase)
     return _RunProgress(
         phase=phase,
@@ -214,12 +214,12 @@ def _progress(run_dir: Path, planned: Mapping[str, int]) -> _RunProgress:
 
 
 def status_as_json(status: Status) -> dict[str, Any]:
-    """All of it, as plain data."""
+    """Return the status as plain data."""
     return asdict(status)
 
 
 def as_text(status: Status) -> str:
-    """All of it, for people; a line for each thing that is known."""
+    """Return the status as text, with one line for each known value."""
     return "".join(f"{name:<10} {value}\n" for name, value in _lines(status))
 
 
@@ -259,7 +259,7 @@ def _job_sentence(status: Status) -> str:
 
 
 def _planned_steps(run_dir: Path) -> dict[str, int] | None:
-    """Of every phase; None before the run has begun."""
+    """Return the planned steps of every phase; None before the run has started."""
     path = run_dir / PLAN_FILE
     try:
         return {phase["name"]: phase["steps"] for phase in read_hashed_json(path)["phases"]}
@@ -272,7 +272,7 @@ def _planned_steps(run_dir: Path) -> dict[str, int] | None:
 
 
 def _is_of_divergence(row: Mapping[str, Any]) -> bool:
-    """Whether a row says that training diverges, has ended by that, or does not any more."""
+    """Return whether a row reports that training diverges, ended by that, or no longer does."""
     return str(row.get("event", "")).startswith("divergence")
 
 
@@ -287,7 +287,7 @@ def _seconds_since_change(path: Path) -> float | None:
     return max(0.0, datetime.now().timestamp() - path.stat().st_mtime)
 
 
-def _said(value: str | None) -> str | None:
+def _known_value(value: str | None) -> str | None:
     return None if value in (None, "", "None", "(null)") else value
 
 

@@ -1,4 +1,4 @@
-"""A run is checked before it is queued: what would fail after hours of waiting fails now."""
+"""Check a run before it is queued, so that it does not fail after hours of waiting."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def check(
     overrides: Sequence[str],
     source: str | None,
     resources: Resources,
-    card_gb: float,
+    gpu_memory_gb: float,
     console: Console,
 ) -> RunConfig:
-    """Check run file, tokenizer, corpora, layout and memory, build the plan, and say what there is.
+    """Check run file, tokenizer, corpora, layout and memory, build the plan, and print a summary.
 
     Raises:
-        InputError: the run cannot begin, or does not fit.
+        InputError: the run cannot start, or does not fit.
     """
     config, tokenizer = open_run(run_file, overrides)
     _refuse_unwritable(config)
@@ -40,13 +40,13 @@ def check(
     RunDirectory(config.output).refuse_other_run(config)
     branch = choose_branch(config, source)
     setup = memory_setup(config, tokenizer, resources.processes)
-    needed = memory_summary(setup, card_gb)
+    needed = memory_summary(setup, gpu_memory_gb)
     sentences = memory_sentences(needed)
     if resources.gpus and not needed["layouts"][0]["fits"]:
-        raise InputError(config.where("parallel"), sentences[-1], "or say --memory, of your cards")
+        raise InputError(config.where("parallel"), sentences[-1], "or set --memory")
     refuse_second_job(config.output)
     plan = preview_plan(config, tokenizer, branch.used if branch else None)
-    # Slurm does not make it; without it a job fails and has nowhere to say so.
+    # Slurm does not create it, and without it a job fails without an error message.
     make_directory(logs_folder(config.output))
     for sentence in plan_warnings(plan.summary()):
         console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
@@ -57,7 +57,7 @@ def check(
 
 
 def _refuse_unwritable(config: RunConfig) -> None:
-    """Before anything is looked for in an output that cannot be."""
+    """Raise InputError if the output folder cannot be written, before anything else is checked."""
     there = config.output
     while not there.exists() and there != there.parent:
         there = there.parent
@@ -70,7 +70,7 @@ def _refuse_unwritable(config: RunConfig) -> None:
 def script_for(
     config: RunConfig, overrides: Sequence[str], options: Sequence[str], resources: Resources
 ) -> str:
-    """The batch script of a run; options: of `megaphase train`."""
+    """Return the batch script of a run; options: of `megaphase train`."""
     arguments = [str(real_path(config.path)), *overrides, *options]
     return batch_script(
         resources,
@@ -82,7 +82,7 @@ def script_for(
 
 
 def submit_run(config: RunConfig, script: str) -> SubmittedJob:
-    """Queue a run and remember its job in the run directory.
+    """Submit a run and record its job in the run directory.
 
     Raises:
         RunError: Slurm refuses.
@@ -92,5 +92,5 @@ def submit_run(config: RunConfig, script: str) -> SubmittedJob:
 
 
 def logs_folder(run_dir: Path) -> Path:
-    """Where the jobs of a run leave their output."""
+    """Return the folder for the output of a run's jobs."""
     return real_path(run_dir) / FOLDER

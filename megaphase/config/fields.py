@@ -109,7 +109,7 @@ def _role_or_task_names(value: Any) -> Any:
         raise PydanticCustomError("selection_type", "neither a role nor a list of tasks")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{shown(twice)} stands twice; leave it out once")
+        raise ValueError(f"{shown(twice)} occurs twice; leave it out once")
     return value
 
 

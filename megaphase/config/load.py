@@ -27,7 +27,7 @@ def _check_references(config: RunConfig) -> None:
         if names.index(phase.name) != i:
             raise InputError(
                 config.where(f"phases[{i}].name"),
-                f"{phase.name!r} stands twice",
+                f"{phase.name!r} occurs twice",
                 "give every phase its own name",
             )
     for key, mentioned in _mentioned_tasks(config):

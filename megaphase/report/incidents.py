@@ -1,4 +1,4 @@
-"""What went wrong in a run, by its events: divergence, skipped steps, loss spikes."""
+"""Incidents in a run, from its events: divergence, skipped steps, loss spikes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ _ABOVE_UNIFORM = ", above that of uniform guessing"
 
 
 def divergences(run: RunRecord) -> list[Event]:
-    """In the order of their steps."""
+    """Return the divergence events in the order of their steps."""
     return _events(run, "divergence")
 
 
 def skipped_steps(run: RunRecord) -> list[int]:
-    """Steps whose loss or gradient was not finite."""
+    """Return the steps whose loss or gradient was not finite."""
     return [event.step for event in _events(run, "step_skipped")]
 
 
 def loss_spikes(run: RunRecord) -> list[int]:
-    """Steps whose loss was far above its running mean."""
+    """Return the steps whose loss was far above its running mean."""
     return [event.step for event in _events(run, "loss_spike")]
 
 
 def incident_sentences(run: RunRecord) -> list[str]:
-    """One for every divergence and its end, one for all skipped steps, one for all loss spikes."""
+    """Return one sentence per divergence and its end, one on skipped steps, one on loss spikes."""
     sentences = []
     for event in run.events:
         where = f"{event.phase} step {event.step:,}: "

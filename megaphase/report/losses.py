@@ -1,4 +1,4 @@
-"""The numbers a report is about: losses at each phase's ends, and what the switch has changed."""
+"""The numbers of a report: losses at the ends of each phase, and the change since the switch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Literal
 from megaphase.report.incidents import divergences
 from megaphase.report.runs import PhasePlan, RunRecord
 
-SAME_LOSS_NATS = 0.005  # a difference that two decimals do not show is none
-RISING_NATS = 0.03  # above its best by more than this, a loss has risen again
-# A training loss so far above where the comparison begins, for so many steps, has diverged.
+SAME_LOSS_NATS = 0.005  # a difference that two decimals do not show
+RISING_NATS = 0.03  # a loss this far above its best has risen again
+# A training loss this far above that at the start of the comparison, for this many steps, diverged.
 DIVERGED_NATS, DIVERGED_STEPS = 1.0, 10
 
 
@@ -19,9 +19,9 @@ DIVERGED_NATS, DIVERGED_STEPS = 1.0, 10
 class PhaseLoss:
     """One task's validation losses (nats per token) within one phase.
 
-    `end` is the newest measurement while the phase still goes on (`complete` is False); its step
-    is `end_step`. Bits per byte are of the measurements at `start` and `end`; `end_gap` is how far
-    that at `end` is above the training loss, None where the task was not trained on before it.
+    `end` is the newest measurement, at step `end_step`, if the phase is not over (`complete` is
+    False). Bits per byte are those at `start` and `end`; `end_gap` is the difference of `end` to
+    the training loss, None if the task was not trained on before it.
     """
 
     phase: str
@@ -40,10 +40,10 @@ class PhaseLoss:
 
 @dataclass(frozen=True)
 class LossChange:
-    """What has become of one task since the first switch, or since the start without a switch.
+    """The change of one task since the first switch, or since the start without a switch.
 
-    `change` is in nats, below 0 when better; None while the first switch is still to come. `rose`:
-    whether its training loss has been far above in between.
+    `change` is in nats, below 0 if better; None before the first switch. `rose`: whether its
+    training loss was far higher in between.
     """
 
     task: str
@@ -54,14 +54,14 @@ class LossChange:
 
     @property
     def outcome(self) -> Literal["better", "worse", "same"]:
-        """The change in one word; worse where the loss is no number, or only rose and fell back."""
+        """The change in one word; worse if the loss is not a number, or only rose and fell back."""
         if self.change is None or abs(self.change) < SAME_LOSS_NATS:
             return "worse" if self.rose else "same"
         return "better" if self.change < 0 else "worse"
 
 
 def final_losses(run: RunRecord) -> list[PhaseLoss]:
-    """Losses of every validated task at the start, the end and the best point of each phase.
+    """Return every validated task's losses at the start, the end and the best point of each phase.
 
     Ordered by phase, then as `run.tasks`.
     """
@@ -82,7 +82,7 @@ def _phase_loss(run: RunRecord, phase: PhasePlan, task: str) -> PhaseLoss | None
     if not rows:
         return None
     (_, start), (end_step, end) = rows[0], rows[-1]
-    # NaN compares false with everything, so it must be kept from being the lowest.
+    # NaN is never smaller or greater, so it must be excluded from the minimum.
     best_step, best = min(rows, key=lambda row: (math.isnan(row[1].loss), row[1].loss))
     return PhaseLoss(
         phase=phase.name,
@@ -101,17 +101,17 @@ def _phase_loss(run: RunRecord, phase: PhasePlan, task: str) -> PhaseLoss | None
 
 
 def newest_losses(run: RunRecord) -> dict[str, PhaseLoss]:
-    """The losses of every validated task in the last phase in which it was measured."""
+    """Return the losses of every validated task in the last phase in which it was measured."""
     return {loss.task: loss for loss in final_losses(run)}
 
 
 def verdicts(run: RunRecord) -> list[str]:
-    """One sentence for every validated task, the low-resource ones first."""
+    """Return one sentence for every validated task, the low-resource ones first."""
     return [f"{verdict.task}: {verdict.sentence}" for verdict in task_verdicts(run)]
 
 
 def task_verdicts(run: RunRecord) -> list[LossChange]:
-    """One verdict for every validated task, the low-resource ones first."""
+    """Return one verdict for every validated task, the low-resource ones first."""
     by_task: dict[str, list[PhaseLoss]] = {}
     for loss in final_losses(run):
         by_task.setdefault(loss.task, []).append(loss)
@@ -120,13 +120,13 @@ def task_verdicts(run: RunRecord) -> list[LossChange]:
 
 
 def _verdict(run: RunRecord, losses: list[PhaseLoss]) -> LossChange:
-    """`losses` are those of one task, phase by phase."""
+    """Return the verdict on one task; `losses`: its losses in each phase."""
     last = losses[-1]
     task, low = last.task, last.low_resource
     now = f"at the end of {last.phase}"
     if not last.complete:
         now = f"at step {last.end_step:,}, before the end of {last.phase}"
-    # The switch to the first phase of a branch has come.
+    # A branch starts after the switch to its first phase.
     first_phase = None if run.origin.step else run.plan.phases[0].name
     if last.phase == first_phase and len(run.plan.phases) > 1:
         rise = _rise(run, losses[0])
@@ -148,9 +148,9 @@ def _verdict(run: RunRecord, losses: list[PhaseLoss]) -> LossChange:
 
 
 def _rise(run: RunRecord, since: PhaseLoss) -> tuple[float, int] | None:
-    """The highest training loss of a task since a phase's start and its step, if it has diverged.
+    """Return a task's highest training loss since a phase's start and its step, if it diverged.
 
-    Where an event says that the run has, fewer steps tell.
+    If an event reports a divergence, fewer steps suffice.
     """
     begin = run.phase_start(since.phase) or 0
     rows = [(row.loss_by_task.get(since.task), row.step) for row in run.training]
@@ -172,7 +172,7 @@ def _rise_sentence(rise: tuple[float, int] | None) -> str:
 
 
 def describe_change(change: float) -> str:
-    """A difference of losses in words: `better by 0.51 nats`, `worse by …`, `unchanged`."""
+    """Describe a difference of losses: `better by 0.51 nats`, `worse by …`, `unchanged`."""
     if not math.isfinite(change):
         return "the loss is not finite, the run has diverged"
     if abs(change) < SAME_LOSS_NATS:

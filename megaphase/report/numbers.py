@@ -1,4 +1,4 @@
-"""Every number of a report as CSV tables, one row per measurement, for any other program."""
+"""Write every number of a report as CSV tables, one row per measurement, for other programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A self-contained HTML page from templates: document, tables, figures. Knows nothing of runs."""
+"""Self-contained HTML pages from templates: document, tables, figures. Independent of runs."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ class DrawnPlot:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a table's cell shows; a plain string where that is all.
+    """The content of a table's cell; a plain string can be used instead if it has only text.
 
     Attributes:
-        colour: of a swatch before the text, in CSS; see `css_colour`.
+        colour: colour of a swatch before the text, in CSS; see `css_colour`.
         small: text in small print after it.
     """
 
@@ -78,7 +78,7 @@ class PageTable:
     """A table and the note below it; the first cell of a row is its head.
 
     Attributes:
-        columns: their titles; with `groups` that of the first alone.
+        columns: the column titles; with `groups`, only the title of the first column.
         groups: titles over several columns, each with the titles of these.
     """
 
@@ -94,7 +94,7 @@ def render(template: str, **values: object) -> Markup:
 
 
 def document(title: str, articles: Sequence[Markup], tables: Sequence[str], folder: str) -> str:
-    """The whole page, with its style sheet inside.
+    """Return the whole page, including its style sheet.
 
     tables: names of the files in `folder` to which the page links.
     """
@@ -123,9 +123,9 @@ def _environment() -> Environment:
 
 
 def draw_plot(plot: Plot, out: Path, folder: str) -> DrawnPlot:
-    """Write the plot as PNG and SVG into `out/folder`; return what the page shows of it.
+    """Write the plot as PNG and SVG into `out/folder`; return the drawings for the page.
 
-    The page holds it twice, for a wide and for a narrow window; the style sheet shows one.
+    The page contains two, for a wide and for a narrow window; the style sheet shows one of them.
     """
     wide = plot.draw(WIDE)
     svg = _svg(wide)
@@ -146,14 +146,14 @@ def draw_plot(plot: Plot, out: Path, folder: str) -> DrawnPlot:
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    # A fixed salt makes the same figure the same text.
+    # With a fixed salt, the same figure always gives the same text.
     with plot_style(), mpl.rc_context({"svg.hashsalt": "megaphase"}):
         figure.savefig(buffer, format="svg", metadata=NO_METADATA)
     return buffer.getvalue()
 
 
 def _inline(svg: str, name: str, title: str) -> Markup:
-    """The bare element: identifiers made unique in the page, colours left to the style sheet."""
+    """Return the SVG element with identifiers unique in the page and colours as CSS variables."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", svg, count=1)
     svg = re.sub(r'(\sid="|href="#|url\(#)', lambda found: f"{found[1]}{quote(name)}-", svg)
@@ -163,5 +163,5 @@ def _inline(svg: str, name: str, title: str) -> Markup:
 
 
 def css_colour(colour: str) -> str:
-    """The colour as the style sheet may change it."""
+    """Return the colour as a CSS variable that the style sheet may change."""
     return f"var({CSS_VARIABLES[colour]})"

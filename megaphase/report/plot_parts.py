@@ -1,4 +1,4 @@
-"""Pieces that several figures share: keys, axes of steps, panels, labels beside points."""
+"""Parts that several figures share: legends, axes of steps, panels, labels next to points."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from megaphase.report.plot_style import (
     short_number,
 )
 
-BEGINNING = 0.1  # of the steps so far; a loss falls so far in it that all else would look flat
+BEGINNING = 0.1  # of the steps so far; a loss falls so far there that the rest would look flat
 LEGEND_LINE_INCHES = 0.24
 LEGEND_KEY_INCHES = 0.5  # handle and spacing
 LEGEND_CHARACTER_INCHES = 0.08
 BOTTOM_INCHES = 0.52  # tick labels and the axis title
 LEFT_INCHES = 0.62
 TITLE_INCHES = 0.3
-LABEL_POINTS = 8.5  # the font of labels beside points
+LABEL_POINTS = 8.5  # font size of labels next to points
 Curve = tuple[np.ndarray, np.ndarray]  # steps [n], losses [n]
 
 
 def line_key(label: str, color: str = MUTED, **look: Any) -> Line2D:
-    """A key of a legend."""
+    """Return a line as a legend's key."""
     return Line2D([], [], label=label, color=color, **look)
 
 
 def legend_on_top(figure: Figure, keys: Sequence[Line2D | Patch], columns: int) -> None:
-    """At the upper right edge, for which the figure must have left room."""
+    """Put a legend at the upper right edge, for which the figure must have space."""
     figure.legend(
         handles=list(keys),
         loc="upper right",
@@ -53,21 +53,21 @@ def legend_on_top(figure: Figure, keys: Sequence[Line2D | Patch], columns: int) 
 
 
 def legend_columns(labels: Sequence[str], size: Size) -> int:
-    """As many columns as the figure's width has room for."""
+    """Return the number of columns that fit into the figure's width."""
     longest = max((len(label) for label in labels), default=0)
     wide = LEGEND_KEY_INCHES + LEGEND_CHARACTER_INCHES * longest
     return max(1, min(len(labels), int((size.width - 0.1) / wide)))
 
 
 def legend_inches(labels: Sequence[str], columns: int) -> float:
-    """The height of a legend."""
+    """Return the height of a legend in inches."""
     return 0.1 + LEGEND_LINE_INCHES * -(-len(labels) // columns)
 
 
 def panel_grid(
     size: Size, titles: Sequence[str], panel_height: float, top: float
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with one panel per title: two side by side in a wide figure, below `top` inches."""
+    """Return a figure with a panel per title, two per row if it is wide, below `top` inches."""
     columns = 1 if size.narrow or len(titles) == 1 else 2
     title_inches = TITLE_INCHES if any(titles) else 0.1
     panel_width = (size.width - 0.25) / columns
@@ -92,9 +92,9 @@ def panel_grid(
 def loss_limits(
     curves: Iterable[Curve], span: tuple[int, int], otherwise: Iterable[Curve] = ()
 ) -> tuple[float, float]:
-    """Limits that show where the curves differ: their steep beginning may run out of the top.
+    """Return limits that show where the curves differ; their steep beginning may be cut off.
 
-    otherwise: curves that count where the others have no point after the beginning.
+    otherwise: curves to use if the others have no point after the beginning.
     """
     first, last = span
     begin = first + BEGINNING * (last - first)
@@ -112,7 +112,7 @@ def loss_limits(
 
 
 def step_axes(axes: Axes, span: tuple[int, int], size: Size, ticks: int = 9) -> None:
-    """Make the x axis one of steps from the first to the last."""
+    """Make the x axis show steps, from the first to the last."""
     first, last = span
     axes.set_xlim(first, first + 1.01 * max(last - first, 1))  # with room for half a marker
     axes.set_xlabel("step")
@@ -122,7 +122,7 @@ def step_axes(axes: Axes, span: tuple[int, int], size: Size, ticks: int = 9) -> 
 
 
 class PointLabel(NamedTuple):
-    """A text that belongs beside a point, in data coordinates."""
+    """A text next to a point, in data coordinates."""
 
     x: float
     y: float
@@ -130,7 +130,7 @@ class PointLabel(NamedTuple):
     colour: str
 
 
-# Where a label may stand, the best place first: direction and distance in points.
+# Possible places of a label, the best first: direction and distance in points.
 PLACES = [
     (dx, dy, distance)
     for distance in (6.0, 13.0, 22.0)
@@ -141,22 +141,24 @@ PLACES = [
 def label_points(
     axes: Axes, labels: Sequence[PointLabel], lines: Sequence[np.ndarray] = ()
 ) -> list[PointLabel]:
-    """Write labels beside their points so that none covers another or a point; return those left.
+    """Write labels next to their points so that none covers another or a point.
 
-    lines: paths [n, 2] in data coordinates that a label had better not cover. The size of
-    the axes must be final. A label for which there is no room is left out.
+    lines: paths [n, 2] in data coordinates that labels should not cover. The size of the axes must
+    be final. Labels without a free place are left out and returned.
     """
-    axes.autoscale_view()  # limits that nobody has set are otherwise found when it is drawn
+    axes.autoscale_view()  # otherwise limits are only computed when it is drawn
     dpi = axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]  # pixels per point
     to_pixels = axes.transData.transform
     dots = [to_pixels((label.x, label.y)) for label in labels]
     paths = [_along(to_pixels(line)) for line in lines if len(line)]
-    trodden = np.concatenate(paths) if paths else np.empty((0, 2))
+    line_points = np.concatenate(paths) if paths else np.empty((0, 2))
     frame = axes.get_window_extent()
     taken = [Bbox.from_bounds(x - 4 * dpi, y - 4 * dpi, 8 * dpi, 8 * dpi) for x, y in dots]
     left_out = []
     for i, label in enumerate(labels):
-        place = _free_place(dots[i], label.text, dpi, [*taken[:i], *taken[i + 1 :]], frame, trodden)
+        place = _free_place(
+            dots[i], label.text, dpi, [*taken[:i], *taken[i + 1 :]], frame, line_points
+        )
         if place is None:
             left_out.append(label)
             continue
@@ -173,9 +175,9 @@ Place = tuple[tuple[float, float], str, str, Bbox]
 
 
 def _free_place(
-    dot: np.ndarray, text: str, dpi: float, taken: list[Bbox], frame: Bbox, trodden: np.ndarray
+    dot: np.ndarray, text: str, dpi: float, taken: list[Bbox], frame: Bbox, line_points: np.ndarray
 ) -> Place | None:
-    """Offset in points, alignments and box in pixels of the place that covers the least line."""
+    """Return offset in points, alignments and box in pixels of the place that covers least line."""
     width, height = 0.68 * LABEL_POINTS * len(text) * dpi, 1.15 * LABEL_POINTS * dpi
     best: Place | None = None
     least = np.inf
@@ -189,7 +191,7 @@ def _free_place(
             continue
         if any(box.overlaps(other) for other in taken):
             continue
-        cost = rank + 3 * int(box.count_contains(trodden)) if len(trodden) else rank
+        cost = rank + 3 * int(box.count_contains(line_points)) if len(line_points) else rank
         if cost < least:
             ha, va = ("right", "center", "left")[dx + 1], ("top", "center", "bottom")[dy + 1]
             best, least = (offset, ha, va, box), cost
@@ -197,7 +199,7 @@ def _free_place(
 
 
 def _along(path: np.ndarray) -> np.ndarray:
-    """Points every few pixels along a path."""
+    """Return points every few pixels along a path."""
     pieces = []
     for start, end in pairwise(path):
         count = int(np.hypot(*(end - start)) // 4) + 2

@@ -1,4 +1,4 @@
-"""One style for all figures: sizes, colours, axes, labels at line ends."""
+"""The common style of all figures: sizes, colours, axes, labels at line ends."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colour-blind-safe hues, the pale ones darkened until a label in them is readable
-# on white. The page replaces each by a CSS variable, so that a dark theme can brighten them.
+# Okabe and Ito's colour-blind-safe hues; the pale ones are darkened until labels in them are
+# readable on white. The page replaces each by a CSS variable, so that a dark theme can brighten
+# them.
 LINE_COLOURS = (
     "#0072b2",
     "#d55e00",
@@ -61,7 +62,7 @@ NAME_LIMIT = 18
 
 @dataclass(frozen=True)
 class Size:
-    """A figure's size in inches; the narrow one is for a phone's width."""
+    """A figure's size in inches; the narrow one fits a phone."""
 
     width: float
     height: float
@@ -74,18 +75,18 @@ NARROW = Size(4.0, 3.7, narrow=True)
 
 @contextmanager
 def plot_style() -> Iterator[None]:
-    """Apply the style within the block only (also needed while a figure is saved)."""
+    """Apply the style only within the block (it is also needed while a figure is saved)."""
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]
         yield
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of this size in inches, outside pyplot's global state."""
+    """Return a figure of this size in inches, outside pyplot's global state."""
     return Figure(figsize=(width, height), facecolor=PAPER)
 
 
 def inch_axes(figure: Figure, left: float, bottom: float, right: float, top: float) -> Axes:
-    """Axes between these distances in inches from the figure's left and lower edge."""
+    """Return axes at these distances in inches from the figure's left and lower edge."""
     width, height = figure.get_size_inches()
     box = (left / width, bottom / height, (right - left) / width, (top - bottom) / height)
     axes = figure.add_axes(box)
@@ -94,23 +95,23 @@ def inch_axes(figure: Figure, left: float, bottom: float, right: float, top: flo
 
 
 def plot_label(name: str) -> str:
-    """A task's or run's name as a figure shows it: shortened, and never taken for mathematics."""
+    """Return a task's or run's name for a figure: shortened, and never parsed as mathematics."""
     short = name if len(name) <= NAME_LIMIT else name[: NAME_LIMIT - 1] + "…"
     return short.replace("$", r"\$")
 
 
 def label_width(names: Iterable[str]) -> float:
-    """Inches that the longest of these names needs beside the axes, with some air."""
+    """Return the inches that the longest of these names needs next to the axes."""
     return 0.15 + CHARACTER_INCHES * max((len(plot_label(name)) for name in names), default=0)
 
 
 def line_colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each name; make it once per report, so that all figures share it."""
+    """Return a colour for each name; call it once per report, so that all figures share it."""
     return {n: LINE_COLOURS[i % len(LINE_COLOURS)] for i, n in enumerate(dict.fromkeys(names))}
 
 
 def label_line_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
-    """Write (name, y, colour) at the right edge, moved apart just as far as they would overlap.
+    """Write (name, y, colour) at the right edge, moved apart only as far as they would overlap.
 
     The limits of the y axis must be final.
     """
@@ -134,9 +135,9 @@ def label_line_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
 
 
 def spread(wanted: Sequence[float], height: float) -> list[float]:
-    """Positions at least a label's height apart, in the same order, within 0..height.
+    """Return positions at least a label's height apart, in the same order, within 0..height.
 
-    `wanted` is ascending. One pass pushes up from the bottom, another down from the top.
+    `wanted` is ascending. One pass moves positions up from the bottom, another down from the top.
     """
     gap = min(LABEL_GAP_POINTS, height / max(1, len(wanted) - 1))
     placed: list[float] = []
@@ -150,7 +151,7 @@ def spread(wanted: Sequence[float], height: float) -> list[float]:
 
 
 def short_number(value: float) -> str:
-    """For an axis: 0, 2.5, 40k, 3e-4."""
+    """Format a number for an axis: 0, 2.5, 40k, 3e-4."""
     if value and abs(value) < 0.01:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"

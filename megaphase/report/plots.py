@@ -1,8 +1,8 @@
 """The figures of a report, one function each.
 
 Every function returns a matplotlib `Figure`. `colours` maps tasks to colours and is shared by all
-figures of a report; low-resource tasks are drawn heavier, with markers. Losses are in nats per
-token.
+figures of a report; low-resource tasks are drawn with thicker lines and markers. Losses are in nats
+per token.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from megaphase.report.plot_style import (
 from megaphase.report.runs import RunRecord, TaskShare
 
 LEGEND_COLUMNS = 3
-TRAINING_POINTS = 300  # more would only be noise, and weight in the page
+TRAINING_POINTS = 300  # more would only add noise and make the page larger
 Colours = Mapping[str, str]
 
 
 def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
-    """Validation loss per task over steps, training loss per task as a faint line behind it."""
+    """Plot validation loss per task over steps, with training loss per task as a faint line."""
     curves = {task: _validation_curve(run, task) for task in validated_tasks([run])}
     training = {task: _training_curve(run, task) for task in curves}
     keys = [line_key("training loss", lw=1.0, alpha=0.5), *_incident_keys(run)]
@@ -75,7 +75,7 @@ def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
             axes.plot(*training[task], color=colours[task], alpha=0.3, linewidth=1.0)
         axes.set_ylim(loss_limits(curves.values(), _steps_of([run]), training.values()))
         label_line_ends(axes, _line_ends(curves, colours))
-        _mark_holes(axes, run)
+        _mark_gaps(axes, run)
         _mark_steps(axes, run)
         _mark_incidents(axes, run)
         legend_on_top(figure, keys, columns=LEGEND_COLUMNS)
@@ -83,7 +83,7 @@ def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
 
 
 def learning_rate_plot(run: RunRecord, size: Size) -> Figure:
-    """Learning rate over steps."""
+    """Plot the learning rate over steps."""
     height = 0.72 * size.height
     with plot_style():
         figure = new_figure(size.width, height)
@@ -91,19 +91,19 @@ def learning_rate_plot(run: RunRecord, size: Size) -> Figure:
         axes = inch_axes(figure, 0.75, BOTTOM_INCHES, size.width - 0.25, top)
         step_axes(axes, _steps_of([run]), size)
         axes.set_ylabel("learning rate")
-        # One line per phase: at the switch the schedule starts anew and must not be joined up.
+        # One line per phase: the schedule restarts at a switch, so the lines must not be connected.
         for phase in run.plan.phases:
             rows = [row for row in run.training if row.phase == phase.name]
             axes.plot([r.step for r in rows], [r.learning_rate for r in rows], color=INK, lw=1.5)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-        _mark_holes(axes, run)
+        _mark_gaps(axes, run)
         _mark_steps(axes, run)
     return figure
 
 
 def data_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
-    """Planned training tokens and epochs per task, as bars with a segment per phase."""
+    """Plot planned training tokens and epochs per task, as bars with a segment per phase."""
     left, gap, right, top = 0.1 + label_width(run.tasks), 0.75, 0.6, 0.4
     bars = 0.28 * len(run.tasks)
     panel = bars + BOTTOM_INCHES
@@ -129,7 +129,7 @@ def data_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
 
 
 def comparison_plot(runs: Sequence[RunRecord], size: Size) -> Figure:
-    """Validation loss over steps: one panel per task, in it one line per run."""
+    """Plot validation loss over steps, with a panel per task and a line per run."""
     tasks = validated_tasks(runs)
     colours = line_colours(run.name for run in runs)
     keys = [line_key(plot_label(run.name), color=colours[run.name], lw=1.8) for run in runs]
@@ -150,7 +150,7 @@ def comparison_plot(runs: Sequence[RunRecord], size: Size) -> Figure:
 
 
 def validated_tasks(runs: Sequence[RunRecord]) -> list[str]:
-    """Tasks of these runs of which a validation loss has been measured."""
+    """Return the tasks of these runs for which a validation loss has been measured."""
     measured = {task for run in runs for row in run.validation for task in row.validation}
     return list(dict.fromkeys(task for run in runs for task in run.tasks if task in measured))
 
@@ -162,13 +162,13 @@ def _validation_curve(run: RunRecord, task: str) -> Curve:
 
 
 def _line_ends(curves: Mapping[str, Curve], colours: Colours) -> list[tuple[str, float, str]]:
-    """(task, newest loss that is a number, colour) of every curve that has one."""
+    """Return (task, newest finite loss, colour) of every curve that has one."""
     finite = {task: losses[np.isfinite(losses)] for task, (_, losses) in curves.items()}
     return [(task, float(v[-1]), colours[task]) for task, v in finite.items() if len(v)]
 
 
 def _training_curve(run: RunRecord, task: str) -> Curve:
-    """The task's training loss, averaged over equal stretches of steps; none where it is absent."""
+    """Return the task's training loss, averaged over equal ranges of steps without gaps."""
     rows = [row for row in run.training if task in row.loss_by_task]
     steps = np.array([row.step for row in rows], dtype=np.int64)
     losses = np.array([row.loss_by_task[task] for row in rows], dtype=np.float64)
@@ -181,7 +181,7 @@ def _training_curve(run: RunRecord, task: str) -> Curve:
 
 
 def _steps_of(runs: Sequence[RunRecord]) -> tuple[int, int]:
-    """Steps done before the first step of these runs and with their last; branches begin late."""
+    """Return the steps before the first and at the last step of these runs; branches start late."""
     return min(run.origin.step for run in runs), max(run.last_step for run in runs)
 
 
@@ -192,14 +192,14 @@ def _line_style(low_resource: bool) -> dict[str, Any]:
 
 
 def _step_marks(run: RunRecord) -> list[tuple[int, str, Any]]:
-    """(step, label, line style) of every switch and divergence, in the order of their steps."""
+    """Return (step, label, line style) of every switch and divergence, in the order of steps."""
     marks: list[tuple[int, str, Any]] = [(step, name, DASHED) for step, name in run.switches]
     marks += [(event.step, "diverges", "solid") for event in divergences(run)[:1]]
     return sorted(marks, key=lambda mark: mark[0])
 
 
-def _mark_holes(axes: Axes, run: RunRecord) -> None:
-    """Hatched where the metrics have no rows; a line across joins what was measured around it."""
+def _mark_gaps(axes: Axes, run: RunRecord) -> None:
+    """Hatch ranges without metrics; a line across them connects the measurements around them."""
     for first, last in run.missing_steps:
         axes.axvspan(
             first - 1, last, facecolor="none", edgecolor=INK, alpha=0.25, hatch="///", lw=0
@@ -211,7 +211,7 @@ def _step_label_inches(run: RunRecord) -> float:
 
 
 def _mark_steps(axes: Axes, run: RunRecord) -> None:
-    """A line at every switch and at the first divergence, with its name above it."""
+    """Draw a line at every switch and at the first divergence, with its name above it."""
     for above, (step, label, style) in enumerate(reversed(_step_marks(run))):
         left, right = axes.get_xlim()
         late = step > left + 0.75 * (right - left)
@@ -220,7 +220,7 @@ def _mark_steps(axes: Axes, run: RunRecord) -> None:
             f"{plot_label(label)} →" if late else f"→ {plot_label(label)}",
             (step, 1.0),
             xycoords=("data", "axes fraction"),
-            # Every label has a line of its own, because the steps may be near each other.
+            # Every label has its own line, because the steps may be close to each other.
             xytext=(0, 3 + above * LABEL_GAP_POINTS),
             textcoords="offset points",
             ha="right" if late else "left",
@@ -228,7 +228,7 @@ def _mark_steps(axes: Axes, run: RunRecord) -> None:
 
 
 def _incident_marks(run: RunRecord) -> list[tuple[str, list[int], str]]:
-    """(name, steps, marker) of what went wrong in single steps."""
+    """Return (name, steps, marker) of incidents in single steps."""
     marks = [("loss spike", loss_spikes(run), "^"), ("skipped step", skipped_steps(run), "x")]
     return [(name, steps, marker) for name, steps, marker in marks if steps]
 
@@ -241,7 +241,7 @@ def _incident_keys(run: RunRecord) -> list[Line2D]:
 
 
 def _mark_incidents(axes: Axes, run: RunRecord) -> None:
-    """Marks at the bottom."""
+    """Draw the marks at the bottom."""
     for _, steps, marker in _incident_marks(run):
         axes.plot(
             steps,
@@ -262,7 +262,7 @@ def _phase_bars(
     title: str,
     measure: Callable[[TaskShare], float],
 ) -> list[Patch]:
-    """Draw a bar per task, the total written at its end; return the legend's keys of the phases."""
+    """Draw a bar per task with its total at the end; return the legend's keys of the phases."""
     phases, tasks = run.plan.phases, run.tasks
     strengths = np.linspace(1.0, 0.4, len(phases))[::-1]  # the last phase is the strongest
     ends = np.zeros(len(tasks))

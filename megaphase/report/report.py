@@ -1,4 +1,4 @@
-"""`megaphase report`: one page, its plots and its numbers, on what one or several runs learnt."""
+"""`megaphase report`: one page, its plots and its numbers, on the results of one or more runs."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ __all__ = ["final_losses", "load_run", "summary_table", "verdicts", "write_repor
 def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     """Write the report of these runs into the directory `out`; return the path of its page.
 
-    `out` gets `index.html` (self-contained), `plots/` (PNG and SVG) and `numbers/` (CSV), whole
-    or not at all. A former report there is replaced.
+    `out` gets `index.html` (self-contained), `plots/` (PNG and SVG) and `numbers/` (CSV),
+    atomically. An earlier report there is replaced.
 
     Raises:
-        InputError: a run directory is incomplete or broken, a run has no validation yet, or `out`
-            holds anything that is not a former report.
+        InputError: a run directory is incomplete or damaged, a run has no validation yet, or `out`
+            contains anything other than an earlier report.
     """
     runs = _named_apart([load_run(path) for path in _each_once(run_dirs)])
     for run in runs:
@@ -57,7 +57,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def summary_table(run: RunRecord) -> Table:
-    """Validation losses for the terminal: per task at the start and after each phase begun."""
+    """Return a table of validation losses per task, at the start and after each begun phase."""
     losses = {(loss.phase, loss.task): loss for loss in final_losses(run)}
     newest = newest_losses(run)
     found = {verdict.task: verdict for verdict in task_verdicts(run)}
@@ -104,7 +104,7 @@ def _each_once(paths: Sequence[Path]) -> list[Path]:
 
 
 def _named_apart(runs: list[RunRecord]) -> list[RunRecord]:
-    """Runs that share a directory name get as much of their path as tells them apart."""
+    """Give runs with the same directory name as much of their path as distinguishes them."""
     if len({run.name for run in runs}) == len(runs):
         return runs
     paths = [real_path(run.directory) for run in runs]

@@ -1,4 +1,4 @@
-"""The directory of a report: page, plots and numbers appear in it whole or not at all."""
+"""The directory of a report, in which page, plots and numbers are published atomically."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class PageContent:
 
 
 def write_page(out: Path, title: str, content_of: Callable[[Path], PageContent]) -> Path:
-    """Write a report into the directory `out`, a former one there is replaced; return its page.
+    """Write a report into the directory `out`, replacing an earlier one; return its page.
 
     content_of: writes plots and numbers into the folder that it is given, and returns the rest.
 
     Raises:
-        InputError: `out` holds anything that is not a former report.
+        InputError: `out` contains anything other than an earlier report.
     """
     with _replacing_report(out) as folder:
         content = content_of(folder)
@@ -45,7 +45,7 @@ def write_page(out: Path, title: str, content_of: Callable[[Path], PageContent])
 
 @contextmanager
 def _replacing_report(out: Path) -> Iterator[Path]:
-    """Yield a scratch directory that takes the place of `out` when the block ends without error."""
+    """Yield a temporary directory that replaces `out` when the block ends without an error."""
     _refuse_all_but_report(out)
     former = out.with_name(f".{out.name}.{os.getpid()}.former")
     try:
@@ -61,7 +61,7 @@ def _replacing_report(out: Path) -> Iterator[Path]:
 
 
 def _refuse_all_but_report(out: Path) -> None:
-    """Replacing removes what is there, so it must be a former report and nothing else."""
+    """Raise InputError unless `out` is an earlier report and nothing else, since it is removed."""
     if not out.exists():
         return
     remedy = "give --out a new directory"
@@ -72,6 +72,6 @@ def _refuse_all_but_report(out: Path) -> None:
         return
     index = out / PAGE_FILE
     if not index.is_file() or page.GENERATOR not in index.read_text(errors="replace"):
-        raise InputError(out, "exists and is not a former report", remedy)
+        raise InputError(out, "exists and is not an earlier report", remedy)
     if other := sorted(names - {PAGE_FILE, PLOTS_FOLDER, NUMBERS_FOLDER}):
-        raise InputError(out, f"holds {other[0]}, which is no part of a report", remedy)
+        raise InputError(out, f"contains {other[0]}, which is not part of a report", remedy)

@@ -1,4 +1,4 @@
-"""What a report page says of runs: state, verdicts, plots and tables of one, comparison of many."""
+"""The articles of a report page: state, verdicts, plots and tables of a run; comparisons."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from megaphase.report.plots import (
 from megaphase.report.runs import RunRecord
 
 NOTHING = "–"
-AS_PLANNED = "As planned, or as it came out where a phase ended early."
+AS_PLANNED = "As planned, or the actual values if a phase ended early."
 
 
 def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -> Markup:
-    """All of one run; its plots are written into `out/plot_folder`."""
+    """Return the article on one run; its plots are written into `out/plot_folder`."""
     losses = Plot(
         "loss",
         "Loss per task",
         "On held-out text; faint: the training loss. Dashed: the switch to the next phase; solid: "
         "where training diverges. "
-        "The steep beginning may run out of the top.",
+        "The steep beginning may be cut off at the top.",
         lambda size: loss_plot(run, colours, size),
     )
     rates = Plot(
         "learning_rate",
         "Learning rate",
-        "A phase begins a schedule of its own unless its run file says otherwise.",
+        "Each phase begins its own schedule unless the run file says otherwise.",
         lambda size: learning_rate_plot(run, size),
     )
     data = Plot(
         "data",
         "Training tokens and epochs per task",
         f"{AS_PLANNED} An epoch is one pass over the task's training text; "
-        f"dashed: {REPEATED_TOO_OFTEN:g} epochs, beyond which repetition pays little.",
+        f"dashed: {REPEATED_TOO_OFTEN:g} epochs, beyond which repetition has little benefit.",
         lambda size: data_plot(run, colours, size),
     )
     return render(
@@ -70,11 +70,11 @@ def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -
 
 
 def comparison_article(runs: Sequence[RunRecord], colours: Colours, out: Path) -> Markup:
-    """Several runs side by side: newest losses and curves."""
+    """Return the article that compares several runs: newest losses and curves."""
     plot = Plot(
         "comparison",
         "Loss on held-out text, task by task",
-        "Every panel has its own scale; the steep beginning may run out of the top.",
+        "Every panel has its own scale; the steep beginning may be cut off at the top.",
         lambda size: comparison_plot(runs, size),
     )
     table, figure = _comparison_table(runs, colours), draw_plot(plot, out, "plots")
@@ -82,7 +82,7 @@ def comparison_article(runs: Sequence[RunRecord], colours: Colours, out: Path) -
 
 
 def _state(run: RunRecord) -> str:
-    """How far the run has come, when it switched and how fast it is."""
+    """Return the progress of the run, when it switched and how fast it is."""
     last = run.plan.phases[-1]
     begun = f" (the first {run.origin.step:,} of another run)" if run.origin.step else ""
     if run.ended_diverged is not None:
@@ -106,7 +106,7 @@ def _state(run: RunRecord) -> str:
 
 
 def _task_cell(task: str, colours: Colours) -> Cell:
-    """The task's name with its colour in the plots."""
+    """Return the task's name with its colour in the plots."""
     return Cell(task, colour=css_colour(colours[task]))
 
 

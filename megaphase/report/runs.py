@@ -1,7 +1,7 @@
-"""Read what a run left in its directory: `run.json`, `plan.json`, `metrics.jsonl`, `origin.json`.
+"""Read a run's directory: `run.json`, `plan.json`, `metrics.jsonl`, `origin.json`.
 
-A run that is still going reads like a finished one; it only has fewer rows. Phases that ended early
-have the length that they came to, and a branch counts its steps on from the run before it.
+A run in progress is read like a finished one; it only has fewer rows. Phases that ended early have
+their actual length, and a branch continues the step count of the run before it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megaphase.utils.run_files import METRICS_FILE, PLAN_FILE, RUN_FILE
 
 REMEDY = "give the directory of a run of megaphase train"
 
-# JSON has no NaN, so a writer may put null where a loss has overflowed.
+# JSON has no NaN, so a writer may write null for a loss that has overflowed.
 Measured = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
@@ -35,7 +35,7 @@ class _Record(BaseModel):
 
 
 class CorpusSize(_Record):
-    """How much text a task has."""
+    """The size of a task's text."""
 
     documents: int
     tokens: int
@@ -44,7 +44,7 @@ class CorpusSize(_Record):
 
 
 class TaskShare(_Record):
-    """What one phase plans for one task; `rate` is its sampling rate, 0 to 1."""
+    """The part of one task in a phase; `rate` is its sampling rate, 0 to 1."""
 
     rate: float
     samples: int
@@ -54,7 +54,7 @@ class TaskShare(_Record):
 
 
 class PhasePlan(_Record):
-    """One phase as it was planned or, where it ended early, as it came out, and why it did."""
+    """One phase as planned or, if it ended early, as it was, and why it ended."""
 
     name: str
     steps: int
@@ -64,7 +64,7 @@ class PhasePlan(_Record):
 
 
 class PlanRecord(_Record):
-    """The figures per phase and task."""
+    """The plan's figures per phase and task."""
 
     tasks: dict[str, CorpusSize]
     phases: list[PhasePlan]
@@ -93,8 +93,8 @@ class TrainingRow(_Row):
 class HeldOutRow(_Record):
     """A task's validation loss, in nats per token and in bits per byte of text.
 
-    gap: how far it is above the training loss since the validation before; None where the task was
-    not trained on.
+    gap: its difference to the training loss since the previous validation; None if the task was not
+    trained on.
     """
 
     loss: Measured
@@ -109,7 +109,7 @@ class ValidationRow(_Row):
 
 
 class Event(_Record):
-    """Something that happened after `step` steps."""
+    """An event after `step` steps."""
 
     step: int
     event: str
@@ -123,10 +123,10 @@ class Event(_Record):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that a run directory tells. Rows are in the order of their steps.
+    """The records in a run directory. Rows are in the order of their steps.
 
-    missing_steps: those whose training rows are not in the metrics, though the run has done them.
-    unreadable_lines: of the metrics.
+    missing_steps: steps whose training rows are missing in the metrics, though they were done.
+    unreadable_lines: number of unreadable lines of the metrics.
     """
 
     directory: Path
@@ -142,7 +142,7 @@ class RunRecord:
 
     @property
     def hole(self) -> str | None:
-        """What is missing in the metrics, in words."""
+        """What is missing in the metrics, in words, or None."""
         parts = []
         if self.missing_steps:
             parts.append(f"the rows of {steps_in_words(self.missing_steps)} are missing")
@@ -155,7 +155,7 @@ class RunRecord:
     def low_resource_tasks(self) -> frozenset[str]:
         """The tasks that the first of several phases does not train on.
 
-        The first phases of a branch are those of the run that it goes on from.
+        The first phases of a branch are those of the run from which it started.
         """
         if self.origin.step:
             return frozenset(t for t in self.plan.tasks if not self.origin.used.get(t))
@@ -166,18 +166,18 @@ class RunRecord:
 
     @property
     def tasks(self) -> list[str]:
-        """All tasks in the plan's order, but the low-resource ones last."""
+        """All tasks in the plan's order, with the low-resource ones last."""
         low = self.low_resource_tasks
         return sorted(self.plan.tasks, key=lambda task: task in low)
 
     @property
     def rows(self) -> list[TrainingRow | ValidationRow]:
-        """All measurements."""
+        """All measurements, sorted by step."""
         return [*self.training, *self.validation]
 
     @property
     def last_step(self) -> int:
-        """Steps done so far, as far as the metrics tell."""
+        """Steps done so far, according to the metrics."""
         return max((row.step for row in self.rows), default=self.origin.step)
 
     @property
@@ -187,48 +187,48 @@ class RunRecord:
 
     @property
     def ended_diverged(self) -> Event | None:
-        """What ended the run, where that was a divergence after which no step was trained."""
+        """The event that ended the run, if it was a divergence after which no step was trained."""
         ends = [e for e in self.events if e.event == "divergence_stop" and e.step >= self.last_step]
         return ends[-1] if ends else None
 
     def planned_epochs(self, task: str) -> float:
-        """Passes over the task's training text in the whole run."""
+        """Return the passes over the task's training text in the whole run."""
         shares = [phase.tasks[task] for phase in self.plan.phases if task in phase.tasks]
         return max((share.epochs_so_far for share in shares), default=0.0)
 
     def validation_in(self, phase: str) -> list[ValidationRow]:
-        """The validation rows of one phase, from its start to its end."""
+        """Return the validation rows of one phase, from its start to its end."""
         return [row for row in self.validation if row.phase == phase]
 
     def phase_start(self, phase: str) -> int | None:
-        """Steps done when the phase really began, whatever the plan says; None if it has not."""
+        """Return the steps done when the phase actually began; None if it has not begun."""
         steps = [row.step for row in self.validation_in(phase)]
         steps += [row.step - 1 for row in self.training if row.phase == phase]
         return min(steps, default=None)
 
     def phase_is_over(self, phase: PhasePlan) -> bool:
-        """Whether the phase has ended, as planned or early."""
+        """Return whether the phase has ended, as planned or early."""
         return any(e.event == "phase_end" and e.phase == phase.name for e in self.events)
 
     @property
     def phases_begun(self) -> list[PhasePlan]:
-        """The phases of which anything has been measured."""
+        """The phases in which anything has been measured."""
         return [p for p in self.plan.phases if self.phase_start(p.name) is not None]
 
     @property
     def switches(self) -> list[tuple[int, str]]:
-        """(steps done, name of the phase that begins) of every switch that has happened."""
+        """(steps done, name of the phase that begins) of every switch so far."""
         phases = self.plan.phases if self.origin.step else self.plan.phases[1:]
         starts = [(self.phase_start(p.name), p.name) for p in phases]
         return [(step, name) for step, name in starts if step is not None]
 
 
 def load_run(run_dir: Path) -> RunRecord:
-    """Read a run directory, also while the run is going on.
+    """Read a run directory, even while the run is in progress.
 
     Raises:
-        InputError: a file is missing or not what it should be; names the file. Lines of
-            `metrics.jsonl` that are no rows are passed over and counted.
+        InputError: a file is missing or invalid; names the file. Lines of `metrics.jsonl` that are
+            not rows are ignored and counted.
     """
     if not run_dir.is_dir():
         raise InputError(run_dir, "is not a directory", REMEDY)
@@ -238,7 +238,7 @@ def load_run(run_dir: Path) -> RunRecord:
     known = {phase.name for phase in plan.phases}
     origin, history = read_origin(run_dir), read_history(run_dir)
     events = [*metrics.events, *_lost_ends(history, metrics.events)]
-    plan = _as_it_came_out(plan, origin.step, events)
+    plan = _with_actual_lengths(plan, origin.step, events)
     name = real_path(run_dir).name
     training, validation = metrics.training, metrics.validation
     run = RunRecord(run_dir, name, settings, plan, training, validation, events, origin)
@@ -256,7 +256,7 @@ def load_run(run_dir: Path) -> RunRecord:
 
 
 def _lost_ends(history: RunHistory, events: Sequence[Event]) -> list[Event]:
-    """The ends of phases that the checkpoints tell and the log does not."""
+    """Return the ends of phases that are recorded in checkpoints but not in the metrics."""
     told = {event.phase for event in events if event.event == "phase_end"}
     return [
         Event(step=phase.ended_after, event="phase_end", phase=phase.name, reason=phase.reason)
@@ -265,8 +265,8 @@ def _lost_ends(history: RunHistory, events: Sequence[Event]) -> list[Event]:
     ]
 
 
-def _as_it_came_out(plan: PlanRecord, step: int, events: Sequence[Event]) -> PlanRecord:
-    """The plan with the real lengths of the phases that have ended.
+def _with_actual_lengths(plan: PlanRecord, step: int, events: Sequence[Event]) -> PlanRecord:
+    """Return the plan with the actual lengths of the phases that have ended.
 
     step: steps done before the first phase.
     """
@@ -285,9 +285,9 @@ def _as_it_came_out(plan: PlanRecord, step: int, events: Sequence[Event]) -> Pla
 def _shortened(
     phase: PhasePlan, steps: int, reason: str | None, left_out: dict[str, float]
 ) -> PhasePlan:
-    """A phase of so many steps, of which every task has had its part, give or take a sample.
+    """Return a phase of `steps` steps, with each task's share of it, within one sample.
 
-    left_out: epochs by task that the phases before were short of; this one's are added.
+    left_out: missing epochs by task of the phases before; those of this one are added.
     """
     part = steps / max(phase.steps, 1)
     tasks = {}
@@ -313,14 +313,14 @@ class _Metrics:
 
 
 def _read_metrics(path: Path) -> _Metrics:
-    # Keyed, so that a row written again after a resume takes the place of the first.
+    # By step, so that a row written again after a resume replaces the earlier one.
     training: dict[int, TrainingRow] = {}
     validation: dict[tuple[int, str], ValidationRow] = {}
     events: list[Event] = []
     unreadable = 0
     if not path.is_file():
         raise InputError(path, "no such file", "wait until the run has begun")
-    for line in read_lines(path):  # but for one that the run is writing at this moment
+    for line in read_lines(path):  # without a line that is being written now
         row = None if line.row is None else _read_row(line.row)
         if row is None:
             unreadable += 1

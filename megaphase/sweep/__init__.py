@@ -1,1 +1,1 @@
-"""Sweeps: trials of several recipes over one budget, and the report that compares them."""
+"""Sweeps: compare several training recipes with one budget by trial runs, and report on them."""

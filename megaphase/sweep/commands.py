@@ -1,4 +1,4 @@
-"""The commands of this room; each imports what it needs, so that `--help` stays fast."""
+"""The commands `megaphase sweep` and `report`; imports are inside functions to keep --help fast."""
 
 from __future__ import annotations
 
@@ -22,32 +22,35 @@ def sweep_command(
         Path, typer.Argument(metavar="SWEEP_FILE", help="The sweep file (YAML).")
     ],
     jobs: Annotated[
-        int, typer.Option("--jobs", "-j", min=1, max=MOST_PROCESSES, help="Runs at a time.")
+        int,
+        typer.Option("--jobs", "-j", min=1, max=MOST_PROCESSES, help="Number of concurrent runs."),
     ] = 1,
     processes: Annotated[
         int,
-        typer.Option("--processes", "--gpus", "-n", min=1, max=MOST_PROCESSES, help="Of each run."),
+        typer.Option(
+            "--processes", "--gpus", "-n", min=1, max=MOST_PROCESSES, help="Processes of each run."
+        ),
     ] = 1,
     retry: Annotated[
-        bool, typer.Option("--retry", help="Start the runs again that have failed.")
+        bool, typer.Option("--retry", help="Restart the runs that have failed.")
     ] = False,
     slurm: Annotated[
         bool,
         typer.Option(
-            "--slurm", help="Submit the runs as SLURM arrays; the file's section slurm says how."
+            "--slurm", help="Submit the runs as SLURM arrays, as set in the file's section slurm."
         ),
     ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
-            help="Check, show which runs there are, start none; with --slurm, show the scripts.",
+            help="Check and list the runs without starting any; with --slurm, print the scripts.",
         ),
     ] = False,
 ) -> None:
-    """Train all arms of an experiment: static mixtures, two phases, and what lies between.
+    """Train all arms of an experiment, such as static mixtures and two phases.
 
-    Started again, it goes on where it was; a run that has ended is never repeated.
+    If started again, it resumes; a run that has ended is never repeated.
 
     Example: megaphase sweep sweep.yaml --jobs 2
     """
@@ -63,7 +66,7 @@ def sweep_command(
         return
     standard_output_is_a_log()
     output = sweep(sweep_file, jobs=jobs, processes=processes, retry=retry, console=console)
-    _say_that_all_have_ended(console, output)
+    _report_all_ended(console, output)
 
 
 def _sweep_on_slurm(context: typer.Context, sweep_file: Path, console: Console) -> None:
@@ -74,7 +77,7 @@ def _sweep_on_slurm(context: typer.Context, sweep_file: Path, console: Console) 
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise InputError(
-                f"--{name}", "--slurm is given, too", "say it in the sweep file's section slurm"
+                f"--{name}", "--slurm is also given", "set it in the sweep file's section slurm"
             )
     program = context.find_root().command
     if context.params["dry_run"]:
@@ -86,11 +89,11 @@ def _sweep_on_slurm(context: typer.Context, sweep_file: Path, console: Console) 
     standard_output_is_a_log()
     output = sweep_on_slurm(sweep_file, program, retry=retry, console=console)
     if output is not None:
-        _say_that_all_have_ended(console, output)
+        _report_all_ended(console, output)
 
 
-def _say_that_all_have_ended(console: Console, output: Path) -> None:
-    console.print(f"All runs have ended. Look: megaphase report {output}", soft_wrap=True)
+def _report_all_ended(console: Console, output: Path) -> None:
+    console.print(f"All runs have ended. Show results: megaphase report {output}", soft_wrap=True)
 
 
 def report_command(
@@ -101,11 +104,11 @@ def report_command(
     out: Annotated[
         Path,
         typer.Option(
-            callback=named, help="Directory of the report; a former report there is replaced."
+            callback=named, help="Directory of the report; an earlier report there is replaced."
         ),
     ] = Path("report"),
 ) -> None:
-    """Show what runs have learnt, or a sweep: tables, verdicts, and a page with plots."""
+    """Report on runs or on a sweep: tables, conclusions, and a page with plots."""
 
     from megaphase.sweep.directory import is_sweep
 

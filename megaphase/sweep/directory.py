@@ -1,4 +1,4 @@
-"""A sweep's directory: what lies where, and the check that it belongs to this sweep file."""
+"""A sweep's directory: the paths in it, and the check that it belongs to this sweep file."""
 
 from __future__ import annotations
 
@@ -38,35 +38,36 @@ class SweepDirectory:
 
     @property
     def sweep_file(self) -> Path:
-        """The sweep as it was understood."""
+        """The parsed sweep file."""
         return self.path / SWEEP_FILE
 
     def run_file(self, name: str) -> Path:
         return self.path / "run-files" / f"{name}.yaml"
 
     def run(self, name: str) -> Path:
-        """A run directory, as that of any other run."""
+        """Return a run directory, with the same content as that of any other run."""
         return self.path / "runs" / name
 
     def log(self, name: str) -> Path:
-        """What a run has printed, over all of its starts."""
+        """Return the log with a run's output over all of its starts."""
         return self.path / "logs" / f"{name}.log"
 
     @property
     def slurm(self) -> Path:
-        """What was submitted to a cluster, a folder for each round."""
+        """The folder of what was submitted to a cluster, with a folder for each round."""
         return self.path / "slurm"
 
     def scores_file(self, name: str) -> Path:
-        """What `megaphase translate` has said of a run."""
+        """Return the file with the results of `megaphase translate` for a run."""
         return self.path / "scores" / f"{name}.json"
 
     def outcome_file(self, name: str) -> Path:
-        """There as soon as the run has ended."""
+        """Return the file that exists as soon as the run has ended."""
         return self.path / "outcomes" / f"{name}.json"
 
     def prepare(self, sweep: Sweep) -> None:
-        """Write down the sweep, in a directory that is new or of an earlier start of it."""
+        """Write the sweep into its directory, which is new or from an earlier start of the
+        sweep."""
         for folder in ("run-files", "runs", "logs", "scores", "outcomes"):
             with os_errors_named(self.path):
                 make_way_for_directory(self.path / folder, "a directory of the sweep")
@@ -75,20 +76,20 @@ class SweepDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from starting runs of this sweep.
+        """Prevent other processes from starting runs of this sweep.
 
         Raises:
-            RunError: one is at it.
+            RunError: another process is already doing so.
         """
 
         def refuse() -> NoReturn:
-            raise RunError(f"{self.path}: another process is at this sweep; wait until it ends")
+            raise RunError(f"{self.path}: another process runs this sweep; wait until it ends")
 
         with exclusive_lock(self.path / ".lock", refuse):
             yield
 
     def write_run_file(self, sweep: Sweep, trial: Trial) -> Path:
-        """Write a run's file, or find that it is there and the same; see `check_run_file`."""
+        """Write a run's file, or check that the existing one is the same; see `check_run_file`."""
         self.check_run_file(sweep, trial)
         path = self.run_file(trial.name)
         if not path.exists():
@@ -96,51 +97,51 @@ class SweepDirectory:
         return path
 
     def check_run_file(self, sweep: Sweep, trial: Trial) -> None:
-        """Refuse a run of which there is a file with other settings.
+        """Reject a run for which a file with other settings exists.
 
         Raises:
-            InputError: naming that file.
+            InputError: names that file.
         """
         path = self.run_file(trial.name)
         if path.exists() and path.read_text(encoding="utf-8") != run_file_text(trial):
             raise InputError(
                 sweep.file,
                 f"{path} was written for other settings",
-                "put them back, or choose another output; arms, rates, peaks and seeds may be "
-                "added and left out",
+                "put them back, or choose another output; only arms, rates, peaks and seeds may "
+                "be added or removed",
             )
 
     def write_outcome(self, name: str, outcome: Outcome) -> None:
-        """Say that a run has ended."""
+        """Record that a run has ended."""
         text = outcome.model_dump_json(indent=2, exclude_defaults=True) + "\n"
         atomic_write_text(self.outcome_file(name), text)
 
     def remove_checkpoints(self, name: str) -> None:
-        """Remove those of a run, if there are any."""
+        """Remove the checkpoints of a run, if there are any."""
         remove_directory_at_once(self.run(name) / CHECKPOINTS)
 
     def forget_failures(self) -> None:
-        """Let the runs that failed be started again."""
+        """Allow the failed runs to be restarted."""
         for name, outcome in self.outcomes().items():
             if outcome.failed is not None:
-                # What they have left behind must not be taken for the end of the next start.
+                # What they left behind must not be mistaken for the end of the next start.
                 forget_jobs(self.run(name))
                 self.scores_file(name).unlink(missing_ok=True)
                 self.outcome_file(name).unlink()
 
     def outcomes(self) -> dict[str, Outcome]:
-        """Of all runs that have ended, by name."""
+        """Return the outcomes of all runs that have ended, by name."""
         files = sorted((self.path / "outcomes").glob("*.json"))
         return {file.stem: read_record(file, Outcome, "remove it") for file in files}
 
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """A sweep as its directory tells it, finished or not.
+    """A sweep as recorded in its directory, complete or not.
 
     Attributes:
-        trials: all runs that are known by now.
-        outcomes: of those that have ended, by name.
+        trials: all runs known so far.
+        outcomes: of the runs that have ended, by name.
     """
 
     directory: SweepDirectory
@@ -150,15 +151,15 @@ class SweepRecord:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether this is the directory of a sweep."""
+    """Return whether this is the directory of a sweep."""
     return (folder / SWEEP_FILE).is_file()
 
 
 def load_sweep_record(folder: Path) -> SweepRecord:
-    """Read a sweep's directory; corpora and tokenizer need not be there any more.
+    """Read a sweep's directory; corpora and tokenizer need not exist any more.
 
     Raises:
-        InputError: a file is missing or not what it should be.
+        InputError: a file is missing or invalid.
     """
     directory = SweepDirectory(folder)
     sweep = read_record(directory.sweep_file, Sweep, REMEDY)
@@ -171,7 +172,7 @@ def load_sweep_record(folder: Path) -> SweepRecord:
 
 
 def run_file_text(trial: Trial) -> str:
-    """The run file, and on top how it is started by hand."""
+    """Return the run file, with a comment that shows how to start it by hand."""
     source = ""
     if trial.source is not None:
         runs = Path(trial.run["output"]).parent

@@ -1,4 +1,4 @@
-"""How far a sweep has come: bars in a terminal, a line for every run that ends everywhere."""
+"""Show the progress of a sweep: bars in a terminal, and a line for every run that ends."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from megaphase.utils.run_files import METRICS_FILE
 
 
 class SweepDisplay:
-    """Shows the runs that go on and what others came to.
+    """Shows the runs in progress and the outcomes of others.
 
     Args:
-        total: how many runs there will be.
-        ended: how many of them had ended before.
+        total: the expected number of runs.
+        ended: the number of runs that had ended before.
     """
 
     def __init__(self, console: Console, sweep: Sweep, total: int, ended: int) -> None:
@@ -47,23 +47,23 @@ class SweepDisplay:
         self._progress.__exit__(kind, error, trace)
 
     def say(self, sentence: str) -> None:
-        """A line of its own."""
+        """Print a separate line."""
         self._console.print(f"megaphase: {sentence}", markup=False, soft_wrap=True)
 
     def begin(self, trial: Trial, run_dir: Path) -> None:
-        """A run has been started, perhaps not for the first time."""
+        """A run has been started or restarted."""
         steps = trial.run["phases"][0]["steps"]
         self._bars[trial.name] = self._progress.add_bar(trial.name, steps)
         self.show(trial, run_dir)
 
     def show(self, trial: Trial, run_dir: Path) -> None:
-        """A run goes on."""
+        """Update the display of a running run."""
         if self._progress.has_bars:
             done = phase_steps_done(run_dir / METRICS_FILE)
             self._bars[trial.name].update(completed=done)
 
     def drop(self, trial: Trial) -> None:
-        """A run is not looked after any more."""
+        """Stop displaying a run."""
         if trial.name in self._bars:
             self._bars.pop(trial.name).remove()
 
@@ -83,7 +83,7 @@ class SweepDisplay:
 
 
 def phase_steps_done(metrics: Path) -> int:
-    """Of a run's newest phase, by the end of its metrics; 0 where there are none yet."""
+    """Return the steps of a run's newest phase from its metrics; 0 if there are none yet."""
     with contextlib.suppress(OSError):
         return next((r["phase_step"] for r in rows_from_end(metrics) if "phase_step" in r), 0)
     return 0

@@ -1,4 +1,4 @@
-"""The sweep file as pydantic models; every error names the key's path."""
+"""The sweep file as pydantic models; every error names the path of its key."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from megaphase.utils.validation_errors import as_input_error
 
 Kind = Literal["static", "two-phase", "restart", "keep", "low-only", "regularized"]
 KINDS: tuple[Kind, ...] = ("static", "two-phase", "restart", "keep", "low-only", "regularized")
-# Kinds of two stages, the first of which takes a share of the budget.
+# Kinds with two stages, of which the first gets a share of the budget.
 STAGED = ("two-phase", "restart", "keep", "low-only")
 
 
 class LearningRateGrid(Section):
-    """One schedule for all arms, and the peaks that every arm tries.
+    """One schedule for all arms, and the peak learning rates that every arm tries.
 
-    final: of the peak. warmup: of the schedule's steps.
+    final: as a fraction of the peak. warmup: as a fraction of the schedule's steps.
     """
 
     schedule: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
@@ -51,22 +51,22 @@ class LearningRateGrid(Section):
 
 
 class Within(Section):
-    """Temperatures by which the tasks of a group share its rate; 1: in proportion to tokens."""
+    """Temperatures that divide a group's rate among its tasks; 1: in proportion to tokens."""
 
     high: Temperature = 1.0
     low: Temperature = 1.0
 
 
 class Arm(Section):
-    """One way to spend the budget, with all the settings of it that are tried.
+    """One way to spend the budget, with all of its settings to be tried.
 
-    kind: the arm's name if left out.
-    rates: of the low-resource tasks together in the last phase; temperatures: of the mixture of all
-        tasks there, instead or as well.
-    pretrain: shares of the budget that the first stage has.
+    kind: the arm's name by default.
+    rates: total rates of the low-resource tasks in the last phase; temperatures: of the mixture of
+        all tasks there, instead or in addition.
+    pretrain: shares of the budget for the first stage.
     settings: values of the run file by key path, such as `model.dropout: 0.1`.
-    early_stopping: end the last phase after so many validations without a gain of any low-resource
-        task, and take the weights of the lowest mean low-resource loss.
+    early_stopping: end the last phase after this many validations without an improvement of any
+        low-resource task, and use the weights with the lowest mean low-resource loss.
     """
 
     kind: Kind | None = None
@@ -83,7 +83,7 @@ class Arm(Section):
 
 
 class TranslationScores(Section):
-    """How held-out sources are translated when a run has ended; see `megaphase translate`."""
+    """How held-out sources are translated after a run has ended; see `megaphase translate`."""
 
     samples: Annotated[Count, Field(le=10**9)] = 200
     max_tokens: Few = 256
@@ -92,11 +92,11 @@ class TranslationScores(Section):
 
 
 class ClusterJobs(Section):
-    """What the job of a run asks a cluster for; the keys of a step of a pipeline, of which
-    docs/slurm.md tells.
+    """The resources of a run's job on a cluster; the keys of a pipeline's step, described in
+    docs/slurm.md.
 
-    next_sbatch: options of the small jobs that begin the rounds after the first.
-    at_a_time: runs of one array.
+    next_sbatch: options of the small jobs that start the rounds after the first.
+    at_a_time: maximum number of concurrent runs of one array.
     """
 
     nodes: Few = 1
@@ -117,17 +117,17 @@ class ClusterJobs(Section):
 
     @property
     def options(self) -> Sequence[str]:
-        """Of sbatch, one by one."""
+        """The options of sbatch as a list."""
         return self._train_step().sbatch
 
     @property
     def next_options(self) -> Sequence[str]:
-        """Likewise, of the jobs that begin rounds."""
+        """Likewise, for the jobs that start rounds."""
         return self._next_step().sbatch
 
     @property
     def training(self) -> dict[str, Any]:
-        """Keys of a step that trains."""
+        """The keys of a training step."""
         own = {"next_sbatch", "at_a_time"}
         return self.model_dump(include=self.model_fields_set - own)
 
@@ -140,7 +140,7 @@ class ClusterJobs(Section):
 
 
 def _checked_step(options: str, keys: dict[str, Any]) -> Step:
-    """A pipeline's step, which finds what is wrong; options: what its `sbatch` is called here."""
+    """Make a pipeline's step, which validates the keys; options: the name of its `sbatch` here."""
     try:
         return Step.model_validate(keys)
     except ValidationError as error:
@@ -154,10 +154,10 @@ class SweepConfig(Section):
 
     run: a run file, or its content; its seed, output and phases are not used.
     settings: values that replace the run file's, by key path, such as `tasks.hi.subsample: 0.1`.
-    high, low: the two groups of tasks, as a role or a list; what is in neither is left out.
+    high, low: the two groups of tasks, as a role or a list; tasks in neither are left out.
     steps, tokens: the budget of every run, over all of its phases.
-    models: changes of the section `model` by name; one model as the run file has it if left out.
-    keep_checkpoints: of all runs that have ended, or of those alone that others may go on from.
+    models: changes of the section `model` by name; by default one model as in the run file.
+    keep_checkpoints: of all runs that have ended, or only of those from which others may start.
     """
 
     run: FilePathOrContent
@@ -191,5 +191,5 @@ class SweepConfig(Section):
 def _unique(what: str, values: list[Any]) -> list[Any]:
     if len(set(values)) < len(values):
         twice = next(value for value in values if values.count(value) > 1)
-        raise ValueError(f"{twice!r} stands twice in {what}; leave it out once")
+        raise ValueError(f"{twice!r} occurs twice in {what}; leave it out once")
     return values

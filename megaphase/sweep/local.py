@@ -1,4 +1,4 @@
-"""Start the runs of a sweep on this machine, some at a time, until none is left."""
+"""Run the trials of a sweep on this machine, several at a time, until all have ended."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ from megaphase.utils.errors import (
 from megaphase.utils.files import os_errors_named
 from megaphase.utils.process_lifetime import ends_with_this_process
 from megaphase.utils.set_aside import make_way_for_file
-from megaphase.utils.signals import SAME_PRESS_SECONDS, noted_signals, told_name
+from megaphase.utils.signals import SAME_PRESS_SECONDS, recorded_signals, signal_name
 
 POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Machine:
-    """jobs: runs at a time. processes: of each run. gpus: that there are; 0 trains on CPUs."""
+    """jobs: concurrent runs. processes: of each run. gpus: number of GPUs; 0 trains on CPUs."""
 
     jobs: int
     processes: int
     gpus: int
 
     def environment(self, slot: int) -> dict[str, str]:
-        """Of the run that has this place among those at a time: its GPUs, its CPU cores."""
+        """Return the environment of the run in this slot: its GPUs, its CPU cores."""
         cores = len(os.sched_getaffinity(0)) // (self.jobs * self.processes)
         environment = {"OMP_NUM_THREADS": str(max(1, cores)), **os.environ}
         if self.gpus and self.jobs > 1:
@@ -66,7 +66,7 @@ class Machine:
 
 
 class Process(Protocol):
-    """What is used of subprocess.Popen."""
+    """The part of subprocess.Popen that is used."""
 
     @property
     def pid(self) -> int: ...
@@ -79,11 +79,11 @@ class Process(Protocol):
 
 
 Start = Callable[[Sequence[str], Path, Mapping[str, str]], Process]
-"""Starts a `megaphase` command, by its arguments, its log and its environment."""
+"""Starts a `megaphase` command, given its arguments, its log and its environment."""
 
 
 def start_command(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
-    """As a process of this Python, whose output is appended to the log."""
+    """Start it as a process of this Python, with its output appended to the log."""
     with os_errors_named(log):
         make_way_for_file(log, "a log")
     with open(log, "ab") as file:
@@ -93,13 +93,13 @@ def start_command(command: Sequence[str], log: Path, environment: Mapping[str, s
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # Ctrl-C is for this process to handle
+            start_new_session=True,  # only this process handles Ctrl-C
         )
 
 
 @dataclass
 class _RunningTrial:
-    """A run that goes on: the command that it is at, and those that follow."""
+    """A run in progress: its current command, and the following ones."""
 
     trial: Trial
     slot: int
@@ -114,17 +114,17 @@ def run_locally(
     display: SweepDisplay,
     start: Start = start_command,
 ) -> dict[str, Outcome]:
-    """Train all runs that have not ended yet; returns what all came to.
+    """Train all runs that have not ended yet; returns the outcomes of all.
 
-    A run that fails is noted and left out, as is one that diverges; the others go on.
+    A run that fails or diverges is recorded and left out; the others continue.
 
     Raises:
-        InputError: a run finds its input wrong; those beside it are killed.
-        RunError: another process starts the runs of this sweep.
-        Stopped: a signal came, and the runs have saved.
-        EndedAtOnce: a second Ctrl-C came, and the runs were killed.
+        InputError: a run's input is invalid; concurrent runs are killed.
+        RunError: another process runs this sweep.
+        Stopped: a signal arrived, and the runs have saved.
+        EndedAtOnce: a second Ctrl-C arrived, and the runs were killed.
     """
-    with directory.locked(), noted_signals() as received:
+    with directory.locked(), recorded_signals() as received:
         return _Runner(sweep, directory, machine, display, start, received).run()
 
 
@@ -143,8 +143,8 @@ class _Runner:
         self._start, self._received = start, received
         self._outcomes = directory.outcomes()
         self._jobs: dict[str, _RunningTrial] = {}
-        self._told = 0  # signals
-        self._told_at: float | None = None
+        self._forwarded_count = 0  # signals already forwarded
+        self._first_forwarded_at: float | None = None
 
     def run(self) -> dict[str, Outcome]:
         ended = partial(outcome_if_ended, self._sweep, self._directory)
@@ -159,13 +159,13 @@ class _Runner:
             self._kill_all()
         if self._received:
             raise Stopped(
-                f"{told_name(self._received[0])} came: the runs have saved; the same command "
-                "resumes from there"
+                f"{signal_name(self._received[0])} was received: the runs have saved; the same "
+                "command resumes from there"
             )
         return self._outcomes
 
     def _start_ready_trials(self) -> None:
-        """At the beginning and whenever a run has ended: which ones there are is known by that."""
+        """Start runs, at the start and whenever one has ended, which determines further ones."""
         if self._received:
             return
         for trial in ready_trials(self._sweep, self._outcomes):
@@ -194,15 +194,18 @@ class _Runner:
     def _forward_signals(self) -> None:
         """The first one lets the runs save; Ctrl-C after it ends them at once."""
         received = self._received
-        if received and self._told_at is None:
-            self._told_at, self._told = time.monotonic(), len(received)
+        if received and self._first_forwarded_at is None:
+            self._first_forwarded_at, self._forwarded_count = time.monotonic(), len(received)
             for job in self._jobs.values():
                 job.process.send_signal(received[0])
             if received[0] == signal.SIGINT:
                 self._display.say("the runs save and end; press Ctrl-C again to end them at once")
-        elif self._told_at is not None and signal.SIGINT in received[self._told :]:
-            self._told = len(received)
-            if time.monotonic() - self._told_at > SAME_PRESS_SECONDS:
+        elif (
+            self._first_forwarded_at is not None
+            and signal.SIGINT in received[self._forwarded_count :]
+        ):
+            self._forwarded_count = len(received)
+            if time.monotonic() - self._first_forwarded_at > SAME_PRESS_SECONDS:
                 raise EndedAtOnce(
                     "ended at once: what the runs had done since their newest checkpoints is lost; "
                     "the same command resumes from those"
@@ -247,7 +250,7 @@ class _Runner:
 
 
 def _reason(code: int, log: Path) -> str:
-    """Why a command ended so; where it was killed, its last line is none of that."""
+    """Return why a command ended; if it was killed, its last line is not the reason."""
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return last_line(log) or f"ended with exit code {code}"

@@ -1,4 +1,4 @@
-"""What a run of a sweep came to: the figures by which runs are compared, or why there are none."""
+"""The outcome of a run in a sweep: the losses by which runs are compared, or why there are none."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Translated(BaseModel):
 class Outcome(BaseModel):
     """Held-out losses by task at the step whose weights count, or the reason of a failure.
 
-    diverged: how a run ended that its divergence has ended; its losses are no numbers then.
-    losses: nats a token. seconds: of all optimizer steps. translation: scores by task.
+    diverged: how a run ended because it diverged; its losses are then NaN.
+    losses: nats per token. seconds: of all optimizer steps. translation: scores by task.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,22 +40,22 @@ class Outcome(BaseModel):
 
     @property
     def can_be_branched(self) -> bool:
-        """Whether the run has come to its end, from which others go on."""
+        """Whether the run has reached its end, from which others can start."""
         return self.failed is None and self.diverged is None
 
     def group_loss(self, tasks: Sequence[str]) -> float:
-        """The mean loss of these tasks; infinite where one is no number."""
+        """Return the mean loss of these tasks; infinite if one is not a number."""
         loss = fmean(self.losses[task] for task in tasks)
         return loss if math.isfinite(loss) else math.inf
 
 
 def outcome_of(run: RunRecord, best_of: Sequence[str] | None) -> Outcome:
-    """What an ended run came to.
+    """Return the outcome of an ended run.
 
-    best_of: the tasks whose lowest mean loss says which weights count; the last ones if None.
+    best_of: the tasks whose lowest mean loss determines the weights that count; None: the last.
 
     Raises:
-        RunError: the run has never measured.
+        RunError: the run has never been validated.
     """
     if run.ended_diverged is not None:
         return _of_diverged(run, run.ended_diverged)

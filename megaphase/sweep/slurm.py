@@ -1,7 +1,7 @@
-"""Runs of a sweep as SLURM arrays, in rounds: which runs there are follows from those that ended.
+"""Run the trials of a sweep as SLURM arrays, in rounds: ended runs determine the next ones.
 
-A round is a pipeline: arrays that train all runs that can begin, arrays that score translations,
-and a small job behind all of them that begins the next round.
+A round is a pipeline: arrays that train all runs that are ready, arrays that score translations,
+and a small job after all of them that starts the next round.
 """
 
 from __future__ import annotations
@@ -55,27 +55,27 @@ NEXT, TRANSLATE = "next", "-translate"
 PIPELINE_FILE = "pipeline.yaml"
 _DRY_RUN = "dry-run"
 _ROUND = re.compile(r"round-(\d+)")
-# Lines of a job's log: its script's own last words, those of a rank above it, and Slurm's where it
-# has ended the job.
+# Lines of a job's log: the last line of its script, the line of a rank before it, and Slurm's line
+# if it has ended the job.
 _GIVEN_UP = re.compile(r"megaphase: job \S+: ")
 _RANK = re.compile(r"\S+: megaphase: ")
 _CUT_OFF = re.compile(r"slurmstepd\S*: .*?\*\*\* (.* CANCELLED AT .*) \*\*\*")
 _LAST_LINES = 5
 
 Groups = Mapping[str, Sequence[Trial]]
-"""Runs that one array trains, with the same command but for the run file; by the array's name."""
+"""The runs that one array trains, with the same command except for the run file, by array name."""
 
 
 def sweep_on_slurm(path: Path, program: Any, *, retry: bool, console: Console) -> Path | None:
-    """Submit a round of a sweep's runs, unless one is under way.
+    """Submit a round of a sweep's runs, unless one is in progress.
 
-    program: `megaphase` itself. retry: whether runs that failed are started again.
+    program: the `megaphase` app. retry: whether failed runs are restarted.
 
-    Returns the sweep's directory when all runs have ended, before that None.
+    Returns the sweep's directory when all runs have ended, and None before.
 
     Raises:
-        InputError: something in the sweep file or a run file is wrong.
-        RunError: Slurm refuses a job or does not answer, another process is at this sweep, or all
+        InputError: the sweep file or a run file is invalid.
+        RunError: Slurm refuses a job or does not answer, another process runs this sweep, or all
             runs have ended and some of them have failed.
     """
     found, directory = open_sweep(path)
@@ -87,10 +87,10 @@ def sweep_on_slurm(path: Path, program: Any, *, retry: bool, console: Console) -
 
 
 def next_scripts(path: Path, program: Any) -> Iterator[tuple[str, Sequence[str], str]]:
-    """(name, the steps before it, batch script) of all jobs that would be submitted next.
+    """Yield (name, earlier steps, batch script) of all jobs that would be submitted next.
 
     Raises:
-        InputError: something in the sweep file or a run file is wrong, or a run is in the queue.
+        InputError: the sweep file or a run file is invalid, or a run is in the queue.
     """
     found, directory = open_sweep(path)
     jobs, outcomes = _cluster_jobs(found), directory.outcomes()
@@ -106,14 +106,14 @@ def _cluster_jobs(sweep: Sweep) -> ClusterJobs:
         raise InputError(
             sweep.where("slurm"),
             "--slurm needs this section",
-            "say what the job of a run asks for, such as slurm: {gpus_per_node: 8}",
+            "give the resources of a run's job, such as slurm: {gpus_per_node: 8}",
         )
     return sweep.config.slurm
 
 
 @dataclass
 class SlurmSweep:
-    """Holds the sweep's lock while it looks what has become of the jobs, and submits others."""
+    """Holds the sweep's lock while it collects the outcomes of jobs and submits others."""
 
     sweep: Sweep
     directory: SweepDirectory
@@ -124,7 +124,7 @@ class SlurmSweep:
     def __post_init__(self) -> None:
         self.outcomes = self.directory.outcomes()
         self.next = read_job(self.directory.path)
-        # Asked once: while this process holds the lock jobs leave the queue, and none is added.
+        # Queried once: while this process holds the lock, jobs leave the queue, and none is added.
         runs = [path.name for path in self.directory.run("").iterdir()]
         jobs = {job.job for name in runs for job in self._jobs_of(name)}
         self.queue = queued_jobs(jobs if self.next is None else jobs | {self.next.job})
@@ -136,7 +136,8 @@ class SlurmSweep:
         if waiting and self._next_is_queued():
             self._say_round_is_queued(waiting)
             return None
-        # Only where nothing is under way: what else can begin is best known in the next round.
+        # Only if nothing is in progress, since the next round knows best which other runs are
+        # ready.
         trials = [] if waiting else open_trials
         if not waiting and not trials:
             refuse_failures(self.sweep, self.directory, self.outcomes)
@@ -145,14 +146,14 @@ class SlurmSweep:
         return None
 
     def _collect_results(self) -> None:
-        """Write down what runs came to whose jobs have left the queue."""
+        """Record the outcomes of runs whose jobs have left the queue."""
         known = {trial.name for trial in known_trials(self.sweep, self.outcomes)}
         ended = sum(name in known for name in self.outcomes)
         display = SweepDisplay(self.console, self.sweep, len(all_trials(self.sweep)), ended)
         collect_results(self.sweep, self.directory, display, self.outcomes, self._outcome_of)
 
     def _outcome_of(self, trial: Trial) -> Outcome | None:
-        """None of a run that is under way, or still to be begun."""
+        """Return a run's outcome; None if it is in progress or has not been started."""
         if self._queued([trial]):
             return None
         return outcome_if_ended(self.sweep, self.directory, trial) or self._failure(trial)
@@ -163,8 +164,9 @@ class SlurmSweep:
         if job is None:
             return None
         log = Path(job.log)
-        # Who cancels jobs and gives the command again wants them to go on. The job that begins the
-        # next round does not: so no job that ends without a word is submitted for ever.
+        # If a user cancels jobs and runs the command again, they should resume. The job that
+        # starts the next round does not resume them, so a job that always ends without output is
+        # not resubmitted forever.
         cut_off = _cut_off(log)
         if cut_off is not None and not self._is_the_next_job():
             return None
@@ -179,21 +181,21 @@ class SlurmSweep:
                 yield job
 
     def _queued(self, trials: Sequence[Trial]) -> set[str]:
-        """The jobs of these runs that have not ended."""
+        """Return the jobs of these runs that have not ended."""
         return self.queue & {job.job for trial in trials for job in self._jobs_of(trial.name)}
 
     def _is_the_next_job(self) -> bool:
         return self.next is not None and self.next.job == os.environ.get("SLURM_JOB_ID")
 
     def _next_is_queued(self) -> bool:
-        """Whether another job than this one begins the next round."""
+        """Return whether another job than this one starts the next round."""
         return self.next is not None and self.next.job in self.queue and not self._is_the_next_job()
 
     def _say_round_is_queued(self, waiting: set[str]) -> None:
         assert self.next is not None
         self._say(
             f"{self.directory.path}: {len(waiting)} jobs of runs are in the queue, and job "
-            f"{self.next.job} behind them begins the next round"
+            f"{self.next.job} after them starts the next round"
         )
 
     def _submit(self, trials: Sequence[Trial], behind: set[str]) -> None:
@@ -217,17 +219,18 @@ class SlurmSweep:
             self._say(f"Submitted: {name}, job {job}")
         self._say(f"Output: {pipeline.logs_folder}")
         self._say(f"Follow: squeue --jobs {','.join(jobs.values())}")
-        self._say(f"Look: megaphase report {shlex.quote(str(self.directory.path))}")
+        self._say(f"Show results: megaphase report {shlex.quote(str(self.directory.path))}")
 
     def _link_scores(self, groups: Groups, folder: Path) -> None:
-        """A task of an array knows its number, and not the name of its run."""
+        """Link a run's scores by task number, since a task of an array does not know its run's
+        name."""
         for name, trials in groups.items():
             for task, trial in enumerate(trials):
                 if is_translated(self.sweep, trial):
                     _link(self.directory.scores_file(trial.name), folder / name / f"{task}.json")
 
     def _remember(self, pipeline: Pipeline, jobs: Mapping[str, str], groups: Groups) -> None:
-        """Which job begins the next round, and which ones translate."""
+        """Record which job starts the next round, and which ones translate."""
         remember_job(self.directory.path, *job_and_log(pipeline, NEXT, jobs[NEXT]))
         for group, trials in groups.items():
             name = f"{group}{TRANSLATE}"
@@ -240,13 +243,13 @@ class SlurmSweep:
 
 
 def _rounds(directory: SweepDirectory) -> list[int]:
-    """The numbers of those that were submitted."""
+    """Return the numbers of the submitted rounds."""
     folders = directory.slurm.glob("round-*")
     return [int(match[1]) for path in folders if (match := _ROUND.fullmatch(path.name))]
 
 
 def _groups(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
-    """Runs that begin alike and are translated alike."""
+    """Group runs that are started and translated in the same way."""
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         name = trial.source or ("single-stage" if trial.is_final else "first-stage")
@@ -262,7 +265,7 @@ def _write_round(
     folder: Path,
     program: Any,
 ) -> Pipeline:
-    """Write the pipeline that trains runs, with all that it names, into its folder."""
+    """Write the pipeline that trains runs, and the files that it names, into its folder."""
     groups = _groups(trials)
     for name, members in groups.items():
         make_directory(folder / name)
@@ -276,7 +279,7 @@ def _write_round(
 
 
 def _link(link: Path, target: Path) -> None:
-    """Let a relative link lead to a file that may not be there yet."""
+    """Make a relative link to a file that may not exist yet."""
     link.unlink(missing_ok=True)
     link.symlink_to(os.path.relpath(target, link.parent))
 
@@ -284,7 +287,7 @@ def _link(link: Path, target: Path) -> None:
 def _steps(
     sweep: Sweep, directory: SweepDirectory, jobs: ClusterJobs, groups: Groups, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """Of a round; the last one calls `megaphase sweep` again."""
+    """Return the steps of a round; the last one calls `megaphase sweep` again."""
     steps: dict[str, dict[str, Any]] = {}
     for name, members in groups.items():
         trial, run_file = members[0], Path(name, "%task.yaml")
@@ -311,14 +314,14 @@ def _steps(
 
 
 def _of_one_process(jobs: ClusterJobs) -> dict[str, Any]:
-    """What a translation asks for: a part of what the run has."""
+    """Return the resources of a translation: those of one process of the run."""
     gpu = ["--gpus-per-node=1"] if jobs.gpus_per_node else []
     cores = {} if jobs.cores is None else {"cores": jobs.cores}
     return {"sbatch": [*jobs.options, *gpu], **cores}
 
 
 def _cut_off(log: Path) -> str | None:
-    """Why a job did not end by itself, in Slurm's words where it has any; None where it did."""
+    """Return why a job was ended from outside, in Slurm's words if there are any; else None."""
     lines = _last_lines(log)
     if not lines:
         return "its job has ended without a word"
@@ -329,7 +332,7 @@ def _cut_off(log: Path) -> str | None:
 
 
 def _reason(log: Path) -> str:
-    """Why a job has failed: what a rank has said last, else the last line."""
+    """Return why a job has failed: a rank's last message, or the last line."""
     lines = _last_lines(log)
     if len(lines) > 1 and _GIVEN_UP.match(lines[-1]) and (found := _RANK.match(lines[-2])):
         return lines[-2][found.end() :]

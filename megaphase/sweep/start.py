@@ -1,4 +1,4 @@
-"""From a sweep file to the start of its runs, or to a table of them."""
+"""Start the runs of a sweep file, or list them in a table."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NAMED_AT_MOST = 3
 def sweep(path: Path, *, jobs: int, processes: int, retry: bool, console: Console) -> Path:
     """Train all runs of a sweep file on this machine; returns the sweep's directory.
 
-    jobs: runs at a time. processes: of each. retry: whether runs that failed are started again.
+    jobs: concurrent runs. processes: of each. retry: whether failed runs are restarted.
 
     Raises:
-        InputError: something in the sweep file or a run file is wrong.
+        InputError: the sweep file or a run file is invalid.
         RunError: some runs have failed; all others have ended.
-        Stopped: a signal came, and the runs have saved.
+        Stopped: a signal arrived, and the runs have saved.
     """
     found, directory = open_sweep(path)
     _refuse_jobs(found, directory)
@@ -52,10 +52,10 @@ def sweep(path: Path, *, jobs: int, processes: int, retry: bool, console: Consol
 
 
 def open_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
-    """Check a sweep file and everything that its runs will be made of; prepare its directory.
+    """Check a sweep file and the inputs of its runs; prepare its directory.
 
     Raises:
-        InputError: something in it is wrong, or runs of other settings lie there.
+        InputError: the file is invalid, or the directory has runs with other settings.
     """
     found = load_sweep(path)
     _checked_trials(found)
@@ -67,7 +67,7 @@ def open_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
 
 
 def _checked_trials(found: Sweep) -> list[Trial]:
-    """All runs; raises InputError where the run file of one is wrong."""
+    """Return all runs; raise InputError if the run file of one is invalid."""
     trials = all_trials(found)
     for trial in trials:
         run_config(Path(f"{found.file}: run {trial.name}"), dict(trial.run))
@@ -75,7 +75,7 @@ def _checked_trials(found: Sweep) -> list[Trial]:
 
 
 def _refuse_jobs(found: Sweep, directory: SweepDirectory) -> None:
-    """Raise InputError where runs, or the job that begins the next of them, are in a queue."""
+    """Raise InputError if runs, or the job that starts further ones, are in a queue."""
     refuse_second_job(directory.path)
     outcomes = directory.outcomes()
     for trial in known_trials(found, outcomes):
@@ -84,13 +84,13 @@ def _refuse_jobs(found: Sweep, directory: SweepDirectory) -> None:
 
 
 def refuse_failures(found: Sweep, directory: SweepDirectory, outcomes: dict[str, Outcome]) -> None:
-    """Raise RunError where runs have failed, or could not be begun because others have no end."""
+    """Raise RunError if runs have failed, or could not start because others have no end."""
     known = known_trials(found, outcomes)
     failed = [trial.name for trial in known if _has_failed(outcomes.get(trial.name))]
     if not failed:
         if missing := count_trials(found) - len(known):
             raise RunError(
-                f"{missing} runs could not begin: the first stages that they go on from have "
+                f"{missing} runs could not start: the first stages before them have "
                 f"diverged with every peak; add lower peaks to {found.file}"
             )
         return
@@ -98,7 +98,7 @@ def refuse_failures(found: Sweep, directory: SweepDirectory, outcomes: dict[str,
     reason = outcomes[failed[0]].failed
     raise RunError(
         f"{len(failed)} of {len(known)} runs have failed: {shown}; the first: {reason} (see "
-        f"{directory.log(failed[0])}); the others have ended; --retry starts the failed ones again"
+        f"{directory.log(failed[0])}); the others have ended; --retry restarts the failed ones"
     )
 
 
@@ -107,7 +107,7 @@ def _has_failed(outcome: Outcome | None) -> bool:
 
 
 def dry_run_table(path: Path) -> Table:
-    """The runs of a sweep by arm, and the optimizer steps that they take."""
+    """Return a table of a sweep's runs by arm, and their optimizer steps."""
     found = load_sweep(path)
     trials = _checked_trials(found)
     runs = Counter(trial.arm for trial in trials)

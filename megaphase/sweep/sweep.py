@@ -1,7 +1,7 @@
-"""A sweep that has been checked: its file, the run file that it is over, the size of its corpora.
+"""A validated sweep: its file, the run file on which it is based, the size of its corpora.
 
-All of it is one JSON file in the sweep's directory, from which a report reads it again without
-corpora or tokenizer.
+It is stored in one JSON file in the sweep's directory, from which a report reads it without corpora
+or tokenizer.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from megaphase.utils.names import shown
 from megaphase.utils.validation_errors import as_input_error, hint
 from megaphase.utils.yaml_file import read_yaml
 
-# Keys of the run file that every run of the sweep has of its own.
+# Keys of the run file that differ between the runs of the sweep.
 OWN_KEYS = ("seed", "output", "phases")
 
 
 class Sweep(BaseModel):
-    """What the runs follow from.
+    """What determines the runs.
 
     Attributes:
         file: the sweep file.
         config: its content.
-        base: the run file's content, without what every run has of its own; its paths absolute.
+        base: the run file's content, without the keys that differ between runs; paths are absolute.
         output: the sweep's directory.
         high, low: the tasks of the two groups.
         tokens: training tokens of an epoch by task.
@@ -53,11 +53,11 @@ class Sweep(BaseModel):
     steps: int
 
     def where(self, key: str) -> str:
-        """`FILE: KEY`, for messages."""
+        """Return `FILE: KEY`, for messages."""
         return f"{self.file}: {key}"
 
     def kind(self, arm: str) -> Kind:
-        """What an arm does."""
+        """Return the kind of an arm."""
         return _kind(self.file, arm, self.config.arms[arm])
 
 
@@ -65,7 +65,7 @@ def load_sweep(path: Path) -> Sweep:
     """Read a sweep file and check it against its run file, tokenizer and corpora.
 
     Raises:
-        InputError: naming the file, the key's path and the remedy.
+        InputError: names the file, the key's path and the remedy.
     """
     try:
         config = SweepConfig.model_validate(read_yaml(path), context=real_path(path.parent))
@@ -78,7 +78,7 @@ def load_sweep(path: Path) -> Sweep:
     high = _group(f"{path}: high", probe, config.high)
     low = _group(f"{path}: low", probe, config.low)
     if both := [task for task in high if task in low]:
-        raise InputError(f"{path}: low", f"{both[0]} is one of high, too", "decide for one")
+        raise InputError(f"{path}: low", f"{both[0]} is also in high", "remove it from one")
     # Paths become absolute; tasks of neither group are left out.
     tasks = {
         name: base["tasks"][name] | {"corpus": str(probe.tasks[name].corpus)}
@@ -108,7 +108,7 @@ def load_sweep(path: Path) -> Sweep:
 
 
 def _base(path: Path, config: SweepConfig) -> tuple[Path, dict[str, Any]]:
-    """The run file and its content, without what every run has of its own."""
+    """Return the run file and its content, without the keys that differ between runs."""
     if isinstance(config.run, dict):
         run_file, data = path, config.run
     else:
@@ -122,7 +122,7 @@ def _base(path: Path, config: SweepConfig) -> tuple[Path, dict[str, Any]]:
 def set_all(
     path: Path, key: str, run_file: Path, run: dict[str, Any], settings: Mapping[str, Any]
 ) -> None:
-    """Set values in the content of a run file; `key` is where in the sweep file they stand."""
+    """Set values in the content of a run file; `key` is their key in the sweep file."""
     for name, value in settings.items():
         where = f"{path}: {key}.{name}"
         if name.split(".")[0].split("[")[0] in OWN_KEYS:
@@ -131,7 +131,7 @@ def set_all(
 
 
 def _probe(config: SweepConfig) -> dict[str, Any]:
-    """A phase, so that the rest of the run file can be checked and its corpora opened."""
+    """Make a phase, so that the rest of the run file can be checked and its corpora opened."""
     phase = {
         "name": "any",
         "steps": 1,
@@ -145,13 +145,15 @@ def _kind(path: Path, name: str, arm: Arm) -> Kind:
     kind = arm.kind or name
     if kind not in KINDS:
         raise InputError(
-            f"{path}: arms.{name}", f"{name!r} is no kind of arm", f"add kind: {', '.join(KINDS)}"
+            f"{path}: arms.{name}",
+            f"{name!r} is not a kind of arm",
+            f"add kind: {', '.join(KINDS)}",
         )
     return kind
 
 
 def _check_arm(path: Path, name: str, arm: Arm) -> None:
-    """Refuse what does not go with the arm's kind, and what it lacks."""
+    """Reject keys that do not apply to the arm's kind, and require those that it needs."""
     where, kind = f"{path}: arms.{name}", _kind(path, name, arm)
     if kind == "low-only" and (arm.rates or arm.temperatures):
         raise InputError(where, "low-only has no rates nor temperatures", "leave them out")
@@ -171,7 +173,7 @@ def _check_arm(path: Path, name: str, arm: Arm) -> None:
 
 
 def _group(where: str, probe: RunConfig, selection: str | list[str]) -> list[str]:
-    """The tasks that a role, or a list of names, stands for."""
+    """Return the tasks of a role or of a list of names."""
     tasks = probe.selected_tasks(selection)
     if not tasks:
         raise InputError(where, f"no task has the role {shown(selection)}", "list the tasks")

@@ -1,4 +1,4 @@
-"""One run of a sweep: the commands that make it, whether it has ended, and what it came to."""
+"""One run of a sweep: its commands, whether it has ended, and its outcome."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megaphase.utils.files import read_json
 def train_arguments(
     directory: SweepDirectory, trial: Trial, run_file: Path, processes: int
 ) -> list[str]:
-    """What follows `megaphase` to train a run."""
+    """Return the arguments of `megaphase` that train a run."""
     source = []
     if trial.source is not None:
         source = ["--from", f"{directory.run(trial.source)}@{trial.source_phase}"]
@@ -29,10 +29,10 @@ def train_arguments(
 
 
 def translate_arguments(sweep: Sweep, trial: Trial, run_file: Path, scores: Path) -> list[str]:
-    """What follows `megaphase` to score the translations of a run; scores: where they go."""
+    """Return the arguments of `megaphase` that score a run's translations into `scores`."""
     assert sweep.config.translation is not None
     options = sweep.config.translation.model_dump()
-    # By the name of its last phase: that of a run which has not ended is refused.
+    # By the name of its last phase, which fails for a run that has not ended.
     checkpoint = "best-mean" if trial.takes_best else _last_phase(trial)
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
     where = ["--checkpoint", checkpoint, "--scores", str(scores)]
@@ -40,7 +40,7 @@ def translate_arguments(sweep: Sweep, trial: Trial, run_file: Path, scores: Path
 
 
 def read_outcome(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outcome:
-    """What a run came to that has ended, well or because it has diverged."""
+    """Return the outcome of a run that has ended, normally or because it diverged."""
     run = load_run(directory.run(trial.name))
     outcome = outcome_of(run, sweep.low if trial.takes_best else None)
     scores = directory.scores_file(trial.name)
@@ -54,20 +54,20 @@ def read_outcome(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outco
 
 
 def is_translated(sweep: Sweep, trial: Trial) -> bool:
-    """Whether translations of a run are scored."""
+    """Return whether translations of a run are scored."""
     return sweep.config.translation is not None and trial.is_final
 
 
 def has_diverged(directory: SweepDirectory, trial: Trial) -> bool:
-    """Whether a run was ended by its divergence."""
+    """Return whether a run has ended because it diverged."""
     try:
         return load_run(directory.run(trial.name)).ended_diverged is not None
-    except (InputError, OSError):  # it has not begun, or failed before its first step
+    except (InputError, OSError):  # it has not started, or failed before its first step
         return False
 
 
 def has_ended(directory: SweepDirectory, trial: Trial) -> bool:
-    """Whether a run has left the checkpoint at the end of its last phase."""
+    """Return whether a run has saved the checkpoint at the end of its last phase."""
     try:
         find_in_run(directory.run(trial.name), _last_phase(trial))
     except InputError:
@@ -76,7 +76,7 @@ def has_ended(directory: SweepDirectory, trial: Trial) -> bool:
 
 
 def outcome_if_ended(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outcome | None:
-    """What a run came to; None where it has not ended, or is still to be translated."""
+    """Return a run's outcome; None if it has not ended, or is still to be translated."""
     if has_diverged(directory, trial):
         return read_outcome(sweep, directory, trial)
     if not has_ended(directory, trial):
@@ -89,8 +89,8 @@ def outcome_if_ended(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> O
 def release_checkpoints(
     sweep: Sweep, directory: SweepDirectory, outcomes: Mapping[str, Outcome]
 ) -> None:
-    """Remove the checkpoints that the sweep file does not want to be kept; a run that has failed
-    goes on from its own.
+    """Remove the checkpoints that the sweep file does not keep; a failed run needs its own to
+    resume.
     """
     if sweep.config.keep_checkpoints == "all":
         return
@@ -106,13 +106,14 @@ def collect_results(
     outcomes: dict[str, Outcome],
     find_outcome: Callable[[Trial], Outcome | None],
 ) -> None:
-    """Write down the outcomes that are missing, of runs that have ended while nobody looked, and
-    remove what is not to be kept.
+    """Record the missing outcomes of runs that have ended unobserved, and remove checkpoints that
+    are not kept.
 
-    outcomes: of all runs that are known to have ended; added to. find_outcome: an outcome, or None.
+    outcomes: of all runs known to have ended; added to. find_outcome: returns a trial's outcome, or
+        None.
     """
     collected = True
-    while collected:  # other runs become known by that
+    while collected:  # each outcome may determine further runs
         collected = False
         for trial in known_trials(sweep, outcomes):
             if trial.name not in outcomes and (outcome := find_outcome(trial)) is not None:
@@ -128,6 +129,6 @@ def _last_phase(trial: Trial) -> str:
 
 
 def last_line(log: Path) -> str:
-    """The last thing that a run has said, without the program's name."""
+    """Return the last message of a run, without the program's name."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     return next((line.removeprefix("megaphase: ") for line in reversed(lines) if line.strip()), "")

@@ -1,8 +1,8 @@
-"""The runs of a sweep: which there are, what each one trains, and from which other it goes on.
+"""The runs of a sweep: what each one trains, and from which other run it starts.
 
-The first stage of an arm is trained with every peak of the grid; the one with the lowest loss, in
-the mean over the seeds, is what all branches of that arm go on from, again with every peak. So
-which runs there are becomes known as runs end: `known_trials` is a pure function of what has ended.
+The first stage of an arm is trained with every peak of the grid. All branches of the arm start from
+the one with the lowest loss, averaged over the seeds, again with every peak. So the runs are
+determined step by step as runs end: `known_trials` is a pure function of the outcomes.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Phase = dict[str, Any]
 
 @dataclass(frozen=True)
 class Mixture:
-    """Of a last phase. rate: of the low-resource tasks together; temperature: where it is by that.
+    """The mixture of a last phase. rate: of the low-resource tasks together; temperature: instead.
 
-    Both are None in a first stage that sees the high-resource tasks alone.
+    Both are None in a first stage with only the high-resource tasks.
     """
 
     rate: float | None = None
@@ -39,14 +39,14 @@ class Mixture:
 
     @property
     def label(self) -> str:
-        """As tables and plots show it."""
+        """The label in tables and plots."""
         if self.temperature is not None:
             return f"T = {self.temperature:g}"
         return "high only" if self.rate is None else f"{100 * self.rate:.3g}%"
 
     @property
     def suffix(self) -> str:
-        """In the names of runs."""
+        """The suffix in the names of runs."""
         if self.temperature is not None:
             return f"-t{_in_name(self.temperature)}"
         return "" if self.rate in (None, 1.0) else f"-r{_in_name(self.rate)}"
@@ -58,14 +58,14 @@ class Trial:
 
     Attributes:
         arm: of the sweep file; "pretrain" for a first stage that several arms share.
-        model: a name of the sweep file's models; None where there is one model alone.
-        share: of the budget that the first stage has; None where there is one stage alone.
+        model: a name of the sweep file's models; None if there is only one model.
+        share: of the budget for the first stage; None if there is only one stage.
         mixture: of the run's own phase.
         run: the content of its run file.
-        source: the name of the run that it goes on from.
-        source_phase: whose end that is.
-        is_final: whether the budget is spent with it; the others are first stages.
-        takes_best: whether its weights are those of the lowest mean low-resource loss.
+        source: the name of the run from which it starts.
+        source_phase: the phase at whose end it starts.
+        is_final: whether it completes the budget; the others are first stages.
+        takes_best: whether its weights are those with the lowest mean low-resource loss.
     """
 
     name: str
@@ -83,16 +83,16 @@ class Trial:
 
 
 Choice = Callable[[Sequence[Trial]], float | None]
-"""The peak of a first stage that its branches go on from; None where it is not known (yet)."""
+"""Chooses the peak of a first stage for its branches; None if it is not known (yet)."""
 
 
 def known_trials(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Trial]:
-    """All runs of which is known that they belong to the sweep, in the order of their start."""
+    """Return all runs that are known to belong to the sweep, in the order of their start."""
     return _trials(sweep, lambda candidates: best_peak(sweep, candidates, outcomes))
 
 
 def ready_trials(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Trial]:
-    """The known runs that have not ended and wait for no other."""
+    """Return the known runs that have not ended and do not wait for another one."""
 
     def is_there(source: str | None) -> bool:
         return source is None or (source in outcomes and outcomes[source].can_be_branched)
@@ -102,22 +102,22 @@ def ready_trials(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Trial]:
 
 
 def all_trials(sweep: Sweep) -> list[Trial]:
-    """As many runs as there will be in the end, as if the first peak were always the best one."""
+    """Return as many runs as there will be in the end, as if the first peak were always best."""
     return _trials(sweep, lambda candidates: candidates[0].peak)
 
 
 def count_trials(sweep: Sweep) -> int:
-    """How many runs there will be in the end, if none fails."""
+    """Return the number of runs in the end if none fails."""
     return len(all_trials(sweep))
 
 
 def best_peak(
     sweep: Sweep, candidates: Sequence[Trial], outcomes: Mapping[str, Outcome]
 ) -> float | None:
-    """The peak whose loss is lowest in the mean over the seeds, of those that never failed.
+    """Return the peak with the lowest loss, averaged over the seeds, if none of its runs failed.
 
     The loss is the mean over the tasks that the candidates train on. None while some have not
-    ended, and where all have failed or diverged.
+    ended, and if all have failed or diverged.
     """
     if any(trial.name not in outcomes for trial in candidates):
         return None
@@ -134,16 +134,16 @@ def best_peak(
 
 
 def own_loss(sweep: Sweep, trial: Trial, outcome: Outcome) -> float:
-    """By which a run is compared with others of its stage: the mean over what it trains on."""
+    """Return the loss by which runs of a stage are compared: the mean over its training tasks."""
     groups = [sweep.high] if trial.mixture == Mixture() else [sweep.high, sweep.low]
     return fmean(outcome.group_loss(group) for group in groups)
 
 
 def _trials(sweep: Sweep, choose: Choice) -> list[Trial]:
-    """Each once, first stages first.
+    """Return each run once, first stages first.
 
     Raises:
-        InputError: two different runs have one name, or a name is too long.
+        InputError: two different runs have the same name, or a name is too long.
     """
     found: dict[str, Trial] = {}
     for trial in _all_trials(sweep, choose):
@@ -163,7 +163,7 @@ def _trials(sweep: Sweep, choose: Choice) -> list[Trial]:
 
 
 def _in_name(value: float) -> str:
-    """A number in a run's name: as `{:g}` has it, with more digits only where it needs them."""
+    """Format a number in a run's name: as `{:g}`, with more digits only if necessary."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
@@ -216,7 +216,7 @@ class _Expansion:
         return rates + [Mixture(temperature=each) for each in self.arm.temperatures]
 
     def branches(self, share: float, first: Mixture, mixtures: list[Mixture]) -> Iterator[Trial]:
-        """First stages with every peak, and what goes on from the best of them."""
+        """Yield first stages with every peak, and the branches of the best of them."""
         steps = self.first_steps(share)
         name, phase_name = self.first_name(first), PRETRAIN if first == Mixture() else STATIC
         candidates = [
@@ -237,7 +237,7 @@ class _Expansion:
             yield self.trial(self.name, share, mixture, peak, seed, phase, source)
 
     def kept(self, share: float) -> Iterator[Trial]:
-        """One schedule, and one optimizer state, over both phases: so they share their peak."""
+        """Yield runs with one schedule and optimizer state over both phases, so with one peak."""
         first, whole = self.first_steps(share), self.sweep.steps
         for peak, seed in product(*self.grid()):
             schedule = {"steps": whole}
@@ -256,7 +256,7 @@ class _Expansion:
         return min(max(1, round(as_written(share) * self.sweep.steps)), self.sweep.steps - 1)
 
     def first_name(self, mixture: Mixture) -> str:
-        """Arms without settings of their own share what they begin with."""
+        """Return a name that arms without their own settings share, as they share first stages."""
         if mixture == Mixture() and not self.arm.settings:
             return PRETRAIN
         return f"{self.name}-first"
@@ -297,7 +297,7 @@ class _Expansion:
         is_final = source is not None or self.kind not in STAGED
         model = [] if self.model is None else [self.model]
         shares = [] if share is None else [_in_name(share)]
-        # Should another first stage be the best one later, its branches are other runs.
+        # If another first stage becomes the best one later, its branches are different runs.
         first = "" if source is None or source.peak == peak else f"-f{_in_name(source.peak)}"
         suffix = f"{mixture.suffix}{first}-p{_in_name(peak)}-s{seed}"
         name = "-".join([*model, arm, *shares]) + suffix
@@ -318,7 +318,7 @@ class _Expansion:
         )
 
     def run(self, name: str, seed: int, phase: Phase, *, stops_early: bool) -> dict[str, Any]:
-        """The content of the run file."""
+        """Return the content of the run file."""
         sweep, arm = self.sweep, self.arm
         run: dict[str, Any] = {"seed": seed, "output": str(sweep.output / "runs" / name)}
         run |= copy.deepcopy(sweep.base)
@@ -333,7 +333,7 @@ class _Expansion:
 
 
 def mixture_section(sweep: Sweep, mixture: Mixture) -> dict[str, Any]:
-    """The section `mixture` of a phase."""
+    """Return the section `mixture` of a phase."""
     if mixture.temperature is not None:
         return {"temperature": mixture.temperature}
     rate = mixture.rate or 0.0
@@ -355,7 +355,7 @@ def mixture_section(sweep: Sweep, mixture: Mixture) -> dict[str, Any]:
 
 
 def _shares(sweep: Sweep, tasks: list[str], temperature: float, rate: float) -> dict[str, float]:
-    """The parts of a group's rate that its tasks have."""
+    """Divide a group's rate among its tasks."""
     most = max(sweep.tokens[task] for task in tasks)
     weights = {task: (sweep.tokens[task] / most) ** (1 / temperature) for task in tasks}
     total = sum(weights.values())

@@ -1,4 +1,4 @@
-"""`megaphase demo` hands signals down to the command that it runs, and waits for what that does."""
+"""`megaphase demo` forwards signals to its command and waits for the command to handle them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from data_support import LIMIT_SECONDS, wait_until
 
-# The command that it runs saves, as a training does, and says so.
+# Its command saves, like a training, and reports it.
 DEMO = """
 import sys
 from pathlib import Path
@@ -72,5 +72,5 @@ def test_signal_goes_down_to_the_command(number, name, of_command, tmp_path: Pat
     assert (tmp_path / "saved").read_text() == number.name
     assert stderr == (
         f"megaphase: {name} came: the demo ends with this command; run it and those that follow by "
-        f"hand, or remove {tmp_path / 'demo'} and begin again\n"
+        f"hand, or remove {tmp_path / 'demo'} and start again\n"
     )

@@ -1,4 +1,5 @@
-"""`megaphase launch local`: signals go down to all ranks, exit codes come up, nobody is left."""
+"""`megaphase launch local` forwards signals to all ranks, returns exit codes, and leaves no
+rank."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ import pytest
 from data_support import LIMIT_SECONDS, is_running, wait_until
 
 PATIENCE_SECONDS = 1.0
-# A survivor has this long to note that it is told to end.
+# A surviving rank has this long to record that it is told to end.
 GRACE_SECONDS = 5.0
 
-# `code` runs with the rank's number; it is said in a file that the rank is there.
+# `code` runs with the rank's number; a file records that the rank has started.
 PRELUDE = """
 import os, signal, sys, time
 from pathlib import Path
@@ -77,22 +78,22 @@ class Launched:
         )
 
     def pids(self) -> list[int]:
-        """The ranks' processes, as soon as all of them wait."""
+        """The ranks' processes, once all of them wait."""
         found = [self.folder / f"ready-{rank}" for rank in range(self._processes)]
         wait_until(lambda: all(path.exists() and path.read_text() for path in found))
         return [int(path.read_text()) for path in found]
 
     def signals(self) -> list[str]:
-        """What each rank has received."""
+        """The signals that each rank has received."""
         found = [self.folder / f"signals-{rank}" for rank in range(self._processes)]
         return [path.read_text() if path.exists() else "" for path in found]
 
     def has_signals(self, count: int) -> bool:
-        """Whether every rank has received so many."""
+        """Return whether every rank has received `count` signals."""
         return all(len(each.split()) == count for each in self.signals())
 
     def result(self) -> tuple[int, str]:
-        """Exit code and standard error, at the end."""
+        """Wait for the end; return exit code and standard error."""
         _, stderr = self.process.communicate(timeout=LIMIT_SECONDS)
         return self.process.returncode, stderr
 
@@ -296,7 +297,7 @@ def test_ctrl_c_reaches_all_ranks(tmp_path):
 def test_second_ctrl_c_ends_all_at_once_and_says_what_is_lost(tmp_path):
     with launched(tmp_path, NOTE_UNTIL_TOLD, patience=600) as job:
         pids = job.pids()
-        # As a terminal does; the ranks get it from the launcher, too.
+        # Like a terminal; the ranks also get it from the launcher.
         os.killpg(job.process.pid, signal.SIGINT)
         wait_until(lambda: all("SIGINT" in each for each in job.signals()))
         time.sleep(1)  # far longer than the two ways of one press are apart

@@ -1,4 +1,4 @@
-"""`launch check-node`: what is wrong with a node is named, with its name."""
+"""`launch check-node`: faults of a node are reported with its name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megaphase.launch.slurm.node import Demands, faults
 
 
 def demands(tmp_path: Path, **changes: object) -> Demands:
-    """What every node has; `changes` are more."""
+    """Return demands that every node fulfils; `changes` are additional ones."""
     found = {"output": tmp_path, "gpus": 0, "shared_memory_gb": 0.0, "clock": time.time()}
     return Demands(**{**found, "clock_seconds": 60.0, **changes})  # type: ignore[arg-type]
 
@@ -38,7 +38,7 @@ def test_a_sound_node(tmp_path: Path) -> None:
 def test_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    look = "look at nvidia-smi and at CUDA_VISIBLE_DEVICES"
+    look = "check nvidia-smi and CUDA_VISIBLE_DEVICES"
     assert found(demands(tmp_path, gpus=8)) == f"torch finds no GPU of 8 ({look})"
 
 
@@ -92,12 +92,12 @@ def test_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = SimpleNamespace(free=64_000_000)
     monkeypatch.setattr(node.shutil, "disk_usage", lambda path: usage)
     assert found(demands(tmp_path, shared_memory_gb=1.0)) == (
-        "/dev/shm has 0.06 GB free, of 1 that are needed"
+        "/dev/shm has 0.06 GB free, but needs 1"
     )
     monkeypatch.undo()
     monkeypatch.setattr(node, "SHARED_MEMORY", tmp_path / "none")
     assert found(demands(tmp_path, shared_memory_gb=1.0)) == (
-        f"{tmp_path}/none cannot be looked at (No such file or directory)"
+        f"{tmp_path}/none cannot be read (No such file or directory)"
     )
 
 

@@ -1,4 +1,4 @@
-"""`launch status`: what it shows is what the run wrote down and what Slurm said."""
+"""`launch status` shows what the run recorded and what Slurm reported."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def event(step: int, name: str, **facts: Any) -> dict[str, Any]:
 
 
 def rows_until(step: int) -> list[dict[str, Any]]:
-    """Of a run whose first phase stopped at step 50 of 60."""
+    """Return the rows of a run whose first phase stopped at step 50 of 60."""
     rows = [event(0, "phase_start", phase="pretrain")]
     for at in range(1, step + 1):
         rows.append(training(at, "pretrain" if at <= 50 else "joint"))
@@ -87,7 +87,7 @@ def save(run_dir: Path, step: int) -> None:
 
 
 def path_with(folder: Path, answer: tuple[str, int] | None) -> str:
-    """A PATH on which scontrol, if there is one, says this and ends with this code."""
+    """Return a PATH whose scontrol, if there is one, prints this and exits with this code."""
     programs = folder / "bin"
     programs.mkdir()
     if answer is None:
@@ -100,7 +100,7 @@ def path_with(folder: Path, answer: tuple[str, int] | None) -> str:
 
 
 def call(*arguments: object, path: str | None = None) -> CompletedProcess[str]:
-    """The command, in this process; `path` is PATH."""
+    """Run the command in this process; `path` is PATH."""
     out, error = StringIO(), StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(error):
         patch.setattr(sys, "argv", ["megaphase", "launch", "status", *map(str, arguments)])
@@ -112,7 +112,7 @@ def call(*arguments: object, path: str | None = None) -> CompletedProcess[str]:
 
 
 def shown(*arguments: object, path: str | None = None) -> dict[str, str]:
-    """The lines by their first word."""
+    """Return the lines by their first word."""
     done = call(*arguments, path=path)
     assert done.returncode == 0, done.stderr
     return {line[:10].strip(): line[11:] for line in done.stdout.splitlines()}
@@ -194,7 +194,7 @@ def test_a_run_that_nobody_trains(
     run_dir = write_run(tmp_path / "run", rows_until(70) + ([last] if last else []))
     if saved is not None:
         save(run_dir, saved)
-    (run_dir / ".lock").touch()  # a process that was killed has left it
+    (run_dir / ".lock").touch()  # left by a killed process
     found, lines = as_json(run_dir), shown(run_dir)
     assert (found["training"], found["remaining_seconds"]) == (False, None)
     assert found["stopped"] == lines["stopped"] == stopped
@@ -242,7 +242,7 @@ def test_a_run_that_diverges_or_has_ended_by_it(run_dir: Path) -> None:
     assert add(event(71, "divergence_stop", **rise)) == "the run has ended at step 71 (rise)"
     assert "remaining" not in shown(run_dir)
     assert ended_diverged(run_dir)
-    # It was trained on all the same.
+    # Training continued afterwards.
     assert add(training(72, "joint")) == "since step 71 (rise)"
     assert not ended_diverged(run_dir)
     broken = event(72, "divergence_stop", phase="joint", kind="not_finite")
@@ -383,7 +383,7 @@ def test_metrics_that_are_shorter_than_at_the_newest_checkpoint(run_dir: Path) -
     assert "metrics    metrics.jsonl is missing\n" in call(run_dir).stdout
 
 
-# The end of the first phase, as the run's checkpoints tell it.
+# The end of the first phase, as recorded in the run's checkpoints.
 HISTORY = {
     "origin": None,
     "phases": [

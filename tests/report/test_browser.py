@@ -1,4 +1,4 @@
-"""The reports in a headless Chromium, at the width of a desk and of a phone, without a network.
+"""The reports in a headless Chromium, at desktop and phone width, without a network.
 
 `make browser` installs one; without it these tests are skipped.
 """
@@ -29,8 +29,8 @@ SWEEP_PLOTS = {
     "Validation loss per task, the best setting of each arm",
     "Data efficiency",
 }
-# A window can be no narrower than 500 pixels, a frame in it can. The frame's page is read through
-# its `srcdoc`, as two pages from files may not look into each other.
+# A window cannot be narrower than 500 pixels, but a frame in it can. The frame's page is read
+# through its `srcdoc`, since a page from a file may not read another one.
 FRAME = """<!doctype html><title>frame</title><iframe width="{width}" height="900"></iframe>
 <pre id="found"></pre><script>
 const frame = document.querySelector("iframe");
@@ -51,7 +51,7 @@ frame.srcdoc = {source};
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """The page of a run and that of a sweep."""
+    """Make the page of a run and that of a sweep."""
     folder = tmp_path_factory.mktemp("pages")
     sweep = write_sweep(folder / "sweep", {"static": STATIC, "two-phase": TWO_PHASE})
     return {
@@ -61,7 +61,7 @@ def pages(tmp_path_factory):
 
 
 def chromium(folder: Path, *arguments: str) -> tuple[str, str]:
-    """What it has written: the page's document, and the messages of its console."""
+    """Return its output: the page's document, and the messages of its console."""
     done = subprocess.run(
         [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
          "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder}/profile", *arguments],

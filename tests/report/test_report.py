@@ -1,4 +1,4 @@
-"""The report on real files: run directories as training writes them, with synthetic losses."""
+"""The report on real files: run directories as written by training, with synthetic losses."""
 
 import csv
 import itertools
@@ -87,7 +87,7 @@ def test_verdict_on_a_loss_that_rose_again_or_diverged(tmp_path):
         "hi": {"loss": 7.5, "bits_per_byte": 3.0}, "eu": {"loss": None, "bits_per_byte": None},
     }}  # fmt: skip
     with open(run_dir / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")  # takes the place of the former row of that step
+        file.write(json.dumps(row) + "\n")  # replaces the earlier row of that step
     hi, eu, *_ = verdicts(load_run(run_dir))
     assert "worse by" in hi
     assert hi.endswith(f"it had been at {held_out_loss('hi', 80):.2f} at step 80 and rose again")
@@ -196,9 +196,9 @@ def test_report_replaces_a_report_and_nothing_else(run_dir, tmp_path):
     write_report([run_dir], out)
     assert not (out / "plots" / "left-over.png").exists()
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"holds notes\.txt"):
+    with pytest.raises(InputError, match=r"contains notes\.txt"):
         write_report([run_dir], out)
-    with pytest.raises(InputError, match="not a former report"):
+    with pytest.raises(InputError, match="not an earlier report"):
         write_report([run_dir], run_dir)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report"]
 
@@ -213,7 +213,7 @@ def write_rows(run_dir: Path, rows) -> None:
 
 @pytest.fixture
 def early(tmp_path):
-    """A run whose first phase ended after 40 of 60 steps, and which is in its second."""
+    """Return a run whose first phase ended after 40 of 60 steps, and which is in its second."""
     run_dir = write_run(tmp_path / "early")
     rows = list(rows_of(EARLY, 0.0, 50))
     for row in rows:
@@ -263,7 +263,7 @@ BASE_STEPS = 1000
 
 @pytest.fixture
 def branched(tmp_path):
-    """A run of the second phase alone that goes on from step 1000 of another one."""
+    """Return a run of the second phase alone that started from step 1000 of another one."""
     run_dir = write_run(tmp_path / "branched", PHASES[1:])
     origin = {"step": BASE_STEPS, "used": {"en": 500, "fr": 300, "hi": 0}}
     (run_dir / "origin.json").write_text(json.dumps(origin))

@@ -1,4 +1,4 @@
-"""What a report says of runs that diverged, left steps out or had loss spikes."""
+"""Reports of runs that diverged, skipped steps or had loss spikes."""
 
 import json
 
@@ -21,7 +21,7 @@ def add_rows(run_dir, *rows):
 
 
 def raise_losses(run_dir, steps, loss):
-    """The training losses of these steps come out otherwise."""
+    """Change the training losses of these steps."""
     path = run_dir / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
@@ -96,7 +96,7 @@ def test_incidents_are_drawn(size, tmp_path):
     assert set(keys) - set(of(plain)[1]) == {"loss spike", "skipped step"}
     assert any("diverges" in label for label in labels)
     assert not any("diverges" in label for label in of(plain)[2])
-    # Nothing runs out of the figure at its top.
+    # Nothing is cut off at the top of the figure.
     canvas = FigureCanvasAgg(marked).get_renderer()
     top = max(text.get_window_extent(canvas).y1 for text in marked.axes[0].texts)
     assert top < marked.legends[0].get_window_extent(canvas).y0 + 1
@@ -115,7 +115,7 @@ def test_training_losses_set_the_scale_where_nothing_else_was_measured(tmp_path)
 
 
 def flat_run(folder):
-    """At the end of the second phase every loss is what it was at the switch."""
+    """Make every loss at the end of the second phase equal to that at the switch."""
     run_dir = write_run(folder / "run")
     start = {"loss": 8.3, "bits_per_byte": 4.0}
     for step in (SWITCH, END):
@@ -127,7 +127,7 @@ def flat_run(folder):
 def test_a_loss_that_rose_is_never_unchanged(tmp_path):
     run_dir = flat_run(tmp_path)
     assert all("unchanged" in each.sentence for each in task_verdicts(load_run(run_dir)))
-    raise_losses(run_dir, range(65, 74), 949_489.0)  # fewer steps than tell by themselves
+    raise_losses(run_dir, range(65, 74), 949_489.0)  # fewer steps than suffice without an event
     assert all("unchanged" in each.sentence for each in task_verdicts(load_run(run_dir)))
     raise_losses(run_dir, range(65, 75), 949_489.0)
     for verdict in task_verdicts(load_run(run_dir)):

@@ -5,13 +5,13 @@
         cluster.wait_for(job, "COMPLETED")
         print(cluster.log_of(job))
 
-Every node has a host name and processes of its own, and shares files and network with this machine;
-on the nodes, and only there, all their names resolve to 127.0.0.1. A node claims more CPUs than the
+Every node has its own host name and processes, and shares files and network with this machine; on
+the nodes, and only there, all their names resolve to 127.0.0.1. A node claims more CPUs than the
 machine may have, and GPUs that do not exist. Any number of clusters can run at once.
 
-What differs from a real one: everything runs as root; a lost node's connections are closed, where
+Differences from a real one: everything runs as root; a lost node's connections are closed, while
 those of a node without power stay silent; without cgroups, ending a job misses its processes that
-made a session of their own (`kill_node` and the end of the cluster miss none).
+created their own session (`kill_node` and the end of the cluster miss none).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ needs_slurm = pytest.mark.skipif(_WHY_NOT is not None, reason=_WHY_NOT or "")
 
 
 class Cluster:
-    """Slurm's commands on a running cluster, and what can happen to its nodes."""
+    """Slurm's commands on a running cluster, and faults of its nodes."""
 
     def __init__(self, folder: Path, configuration: Path) -> None:
         self.folder = folder
@@ -49,19 +49,19 @@ class Cluster:
         self._daemons: dict[str, Daemon] = {}
 
     def run(self, *command: object, folder: Path | None = None) -> str:
-        """What one of Slurm's commands prints, called in a folder; AssertionError if it fails."""
+        """Return the output of a Slurm command run in a folder; AssertionError if it fails."""
         done = self._call(*command, folder=folder)
         assert done.returncode == 0, f"{done.args}: {done.stderr}{done.stdout}"
         return done.stdout
 
     def submit(self, script: str, *options: object, folder: Path | None = None) -> str:
-        """Hand lines of bash to sbatch; the job's id.
+        """Submit lines of bash with sbatch; return the job's id.
 
         For a script file use `run("sbatch", "--parsable", file, ...)`.
 
         Args:
             options: of sbatch.
-            folder: where the job runs and leaves its log; the cluster's own where it is None.
+            folder: where the job runs and writes its log; by default the cluster's own.
         """
         command = ("sbatch", "--parsable", *options)
         done = self._call(*command, folder=folder, given=f"#!/bin/bash\n{script}\n")
@@ -69,19 +69,19 @@ class Cluster:
         return done.stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """The fields of `scontrol show job`; of the first task where the job is an array."""
+        """Return the fields of `scontrol show job`; of the first task if the job is an array."""
         shown = self.run("scontrol", "show", "job", "--oneliner", job).splitlines()[0]
-        # Values have spaces, names do not.
+        # Values may contain spaces, names do not.
         return dict(field.split("=", 1) for field in re.split(r" (?=[A-Z][A-Za-z_:/]*=)", shown))
 
     def state(self, job: str) -> str:
-        """Such as PENDING, RUNNING, COMPLETED."""
+        """Return a job's state, such as PENDING, RUNNING, COMPLETED."""
         return self.job(job)["JobState"]
 
     def wait_for(self, job: str, *states: str, seconds: float = LIMIT_SECONDS) -> dict[str, str]:
-        """Wait until a job is in one of these states; its fields.
+        """Wait until a job is in one of these states; return its fields.
 
-        Fails, with the logs of the job and of the controller, when it ends in another state.
+        Fails, with the logs of the job and of the controller, if it ends in another state.
         """
         end = time.monotonic() + seconds
         while (fields := self.job(job))["JobState"] not in states:
@@ -91,11 +91,11 @@ class Cluster:
         return fields
 
     def wait_for_log(self, job: str, text: str, seconds: float = LIMIT_SECONDS) -> None:
-        """Wait until a job's log holds a text; fails as `wait_for` does."""
+        """Wait until a job's log contains a text; fails as `wait_for` does."""
         end = time.monotonic() + seconds
         while text not in self.log_of(job):
             fields = self.job(job)
-            # A last look: the text may have come with the end.
+            # Check once more: the text may have been written at the end.
             ended = fields["JobState"] in ENDED and text not in self.log_of(job)
             if ended or time.monotonic() > end:
                 pytest.fail(f"job {job} did not print {text!r}\n{self._report(job, fields)}")
@@ -106,47 +106,48 @@ class Cluster:
         wait_until(lambda: not self.run("squeue", "--noheader"), seconds)
 
     def log_of(self, job: str) -> str:
-        """What a job has printed; nothing before it first ran."""
+        """Return a job's output; nothing before it first ran."""
         path = Path(self.job(job)["StdOut"])
         return path.read_text(errors="replace") if path.exists() else ""
 
     def hurry(self, job: str, seconds: float = LIMIT_SECONDS) -> None:
-        """Let a job that was requeued start after two seconds; by itself it would after six."""
+        """Let a requeued job start after two seconds; by itself it would after six."""
         self.wait_for(job, "PENDING", seconds=seconds)
         update = ("scontrol", "update", f"JobId={job}", "StartTime=now+2")
-        # Refused while the job's earlier run is being cleared away.
+        # Refused while the job's earlier run is being cleaned up.
         wait_until(lambda: self._call(*update).returncode == 0, seconds)
 
     def node_state(self, node: str) -> str:
-        """Such as idle, mixed, allocated, down, down* (the star: it does not answer)."""
+        """Return a node's state: idle, mixed, allocated, down, down* (the star: it does not
+        answer)."""
         return self.run("sinfo", "--noheader", "--format=%T", f"--nodes={node}").strip()
 
     def wait_for_node(self, node: str, *states: str, seconds: float = LIMIT_SECONDS) -> None:
         wait_until(lambda: self.node_state(node) in states, seconds)
 
     def start_node(self, node: str) -> None:
-        """Start a node's slurmd, at first or after `kill_node`, and wait until it takes jobs."""
+        """Start a node's slurmd, at first or after `kill_node`, and wait until it accepts jobs."""
         assert node not in self._daemons, f"{node} runs"
         self._start(node, node, "slurmd", "-D", "-N", node)
         if self.node_state(node).startswith("down"):
-            # Refused where it has already come back by itself.
+            # Refused if it has already come back by itself.
             self._call("scontrol", "update", f"NodeName={node}", "State=RESUME")
         self.wait_for_node(node, "idle", "mixed", "allocated")
 
     def kill_node(self, node: str) -> None:
-        """Kill a node's slurmd and all that it runs, at once and without a word, as a crash does.
+        """Kill a node's slurmd and everything that it runs, at once, as a crash does.
 
-        The controller notices by itself after 10 to 25 seconds (node_state is then down*) and
-        requeues the node's jobs; `down` makes it notice at once.
+        The controller notices it after 10 to 25 seconds (node_state is then down*) and requeues the
+        node's jobs; `down` makes it notice at once.
         """
         self._daemons.pop(node).kill()
 
     def down(self, node: str) -> None:
-        """Tell the controller that a node is lost; what runs there is killed and requeued."""
+        """Tell the controller that a node is lost; its jobs are killed and requeued."""
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
     def up(self, node: str) -> None:
-        """Take a node back that was set `down` or drained, and is running."""
+        """Return a running node that was set `down` or drained to service."""
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
         self.wait_for_node(node, "idle", "mixed", "allocated")
 
@@ -156,7 +157,7 @@ class Cluster:
         wait_until(lambda: self._call("scontrol", "ping").returncode == 0)
 
     def kill_all(self) -> None:
-        """Nothing of the cluster runs afterwards."""
+        """Kill all processes of the cluster."""
         while self._daemons:
             self._daemons.popitem()[1].kill()
 
@@ -186,7 +187,7 @@ class Cluster:
 
 @contextmanager
 def start_cluster(folder: Path, nodes: Sequence[str] = NODES) -> Iterator[Cluster]:
-    """Start a cluster, whose files go to `folder`; takes less than a second.
+    """Start a cluster with its files in `folder`; takes less than a second.
 
     Call it from the main thread: the daemons die with the thread that started them.
     """

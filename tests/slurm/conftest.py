@@ -1,4 +1,4 @@
-"""The cluster of the tests in this folder; where none can be started, they are skipped."""
+"""The cluster of the tests in this folder; if none can be started, they are skipped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cluster import Cluster, needs_slurm, start_cluster
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip before other fixtures do their work in vain."""
+    """Skip tests before other fixtures are set up in vain."""
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(needs_slurm)

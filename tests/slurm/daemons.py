@@ -1,4 +1,4 @@
-"""Slurm's daemons on this machine: what they are told, and how they live and die with the tests."""
+"""Slurm's daemons on this machine: their configuration, and their lifetime in the tests."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ NODE_GPUS = 2
 NODE_MEGABYTES = 64_000
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue")
-# A process here, and what it starts, sees processes, mounts and a host name of its own. All of it
-# dies with the first process, also what made a session of its own; that one dies with `unshare`,
-# and `unshare` with the tests, even when they are killed.
+# The process and its children have their own processes, mounts and host name. All of them die with
+# the first process, even in a new session; that one dies with `unshare`, and `unshare` with the
+# tests, even when they are killed.
 _NAMESPACES = [
     *("setpriv", "--pdeathsig", "KILL"),
     *("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"),
 ]
-# The shell stays as the first process and collects orphans, which a daemon does not.
+# The shell stays as the first process and reaps orphans, which a daemon does not.
 _AS_HOST = 'mount --bind "$0" /etc/hosts && hostname "$1" && shift && { "$@" & wait; }'
 
 
 def why_no_slurm() -> str | None:
-    """Why no cluster can be started on this machine; None where one can."""
+    """Return why no cluster can be started on this machine, or None."""
     if not all(map(shutil.which, _PROGRAMS)) or os.geteuid() != 0:
         return "Slurm is not there (Debian: slurm-wlm and munge), or cannot be started without root"
     probe = [*_NAMESPACES, "sh", "-c", _AS_HOST, "/etc/hosts", "probe", "true"]
@@ -43,10 +43,10 @@ def why_no_slurm() -> str | None:
 
 
 class Daemon:
-    """A daemon on a host of its own: own host name, own processes, and `hosts` as its /etc/hosts.
+    """A daemon on its own host: own host name, own processes, and `hosts` as its /etc/hosts.
 
-    What it prints goes to `log`. It leaves its start's process group, so that Ctrl-C ends the
-    tests, and they end it.
+    Its output goes to `log`. It leaves its parent's process group, so that Ctrl-C ends the tests,
+    and they end it.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Daemon:
         return self._unshare.poll() is None
 
     def kill(self) -> None:
-        """As power loss does: nothing that ran on the host runs when this returns."""
+        """End it like a power loss: nothing on the host runs when this returns."""
         if self.is_running():
             # Its first process ends only after all others have.
             for first in children_of(self._unshare.pid):
@@ -79,7 +79,7 @@ class Daemon:
 
 
 def start_munge(folder: Path, socket_path: Path, hosts: Path) -> Daemon:
-    """Start a munged with a key of its own; it takes requests when this returns."""
+    """Start a munged with its own key; it accepts requests when this returns."""
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
@@ -93,13 +93,13 @@ def start_munge(folder: Path, socket_path: Path, hosts: Path) -> Daemon:
 def write_configuration(folder: Path, munge_socket: Path, nodes: Sequence[str]) -> Path:
     """Write slurm.conf, gres.conf and a hosts file in which every host is this machine.
 
-    What makes this cluster react fast:
+    Settings that make this cluster react fast:
       SchedulerParameters: a job starts within about a second once it may.
       cred_expire: how long a requeued job waits; Slurm's default is two minutes.
       SlurmdTimeout: how long a node may be silent before it is down and its jobs are requeued;
         two pings must fail for it, each after MessageTimeout.
       KillWait: from SIGTERM to SIGKILL when a job is cancelled or out of time.
-    Nothing makes the time limit finer: it is looked at every 30 seconds.
+    The time limit cannot be made finer: it is checked every 30 seconds.
     """
     names = [CONTROLLER, *nodes]
     own_names = "".join(f"127.0.0.1 {name}\n" for name in names)
@@ -134,12 +134,12 @@ def write_configuration(folder: Path, munge_socket: Path, nodes: Sequence[str]) 
         "GresTypes": "gpu",
         # The nodes may have more CPUs than the machine.
         "SlurmdParameters": "config_overrides",
-        # Ports made of job ids must not meet those of a cluster beside this one.
+        # Ports derived from job ids must not collide with those of another cluster.
         "FirstJobId": random.randrange(1_000, 50_000, 100),
-        # Finished jobs can still be asked about; there is no accounting.
+        # Finished jobs can still be queried; there is no accounting.
         "MinJobAge": 3600,
         "JobRequeue": 1,
-        # A node that was lost comes back by itself, one that was set down does not.
+        # A lost node comes back by itself, one that was set down does not.
         "ReturnToService": 1,
         "SlurmdTimeout": 5,
         "MessageTimeout": 5,
@@ -160,7 +160,7 @@ def write_configuration(folder: Path, munge_socket: Path, nodes: Sequence[str]) 
 
 
 def _free_ports(number: int) -> list[int]:
-    """Below the ports that the system hands out, so that nobody is given them meanwhile."""
+    """Return ports below those that the system assigns, so that nobody gets them meanwhile."""
     ports: list[int] = []
     while len(ports) < number:
         port = random.randrange(10_000, 30_000)

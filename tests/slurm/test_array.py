@@ -21,7 +21,7 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """Three files, in a folder with a space; some documents stand twice."""
+    """Make three files in a folder with a space; some documents occur twice."""
     folder = tmp_path / "my text"
     folder.mkdir()
     for i, name in enumerate("abc"):
@@ -72,7 +72,7 @@ def test_the_scripts_do_what_the_command_was_asked_for(text, tok, whole, tmp_pat
     [
         (["--shard", "0/3"], "--shard: --slurm chooses the shards itself; leave one out"),
         (["--json-key", "x", "--template", "{"], "--template: '{' has unbalanced braces"),
-        (["--tag", "fr"], "--tag: only translation pairs have one"),
+        (["--tag", "fr"], "--tag: only translation pairs have a tag"),
         (["--tasks", "0"], "--tasks: 0 is no number of shards; give 1 to 99,999"),
     ],
 )
@@ -120,7 +120,7 @@ def test_a_shard_that_fails_ends_the_chain_and_can_be_mended(
     assert not Path(f"{out}.json").exists()
     logs = "".join(path.read_text() for path in (out.parent / "en.slurm").iterdir())
     assert "b.jsonl:101: is not valid JSON" in logs
-    # The shards that are whole stay as they are, and the same command goes on.
+    # Complete shards are kept, and the same command resumes.
     result = run(
         command(text, tok, out, "--workers", "1", "--on-error", "skip"), env=cluster.environment
     )

@@ -1,4 +1,4 @@
-"""Nodes that fail their check are named, and left out of the next start when that is asked for."""
+"""Nodes that fail their check are named, and excluded from the next start if requested."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = needs_slurm
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """With a node to spare."""
+    """A cluster with a spare node."""
     with start_cluster(tmp_path_factory.mktemp("slurm"), nodes=("n1", "n2", "n3")) as running:
         yield running
 
@@ -30,14 +30,14 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_file(corpora: Path, tmp_path: Path) -> Path:
-    """Two steps."""
+    """Write a run file of two steps."""
     settings = run_settings(corpora)
     settings["phases"] = [{**settings["phases"][0], "steps": 2}]
     return write_run_file(tmp_path / "a run", settings)
 
 
 def submit(cluster: Cluster, run_file: Path, *options: object) -> str:
-    """The id of a job on two nodes."""
+    """Submit a job on two nodes; return its id."""
     command = megaphase("launch", "slurm", run_file, "--nodes", 2, "--cores", 1, *options)
     done = subprocess.run(
         command, env=cluster.environment, capture_output=True, text=True, check=False
@@ -47,9 +47,9 @@ def submit(cluster: Cluster, run_file: Path, *options: object) -> str:
 
 
 def cover(cluster: Cluster, node: str, folder: Path) -> None:
-    """Let a node, and no other, see an empty read-only folder in the place of this one.
+    """Let only this node see an empty read-only folder instead of this one.
 
-    A job is as good as its node's root, and is in the namespace of the node's mounts.
+    A job has the node's root rights and its mount namespace.
     """
     folder.mkdir(parents=True, exist_ok=True)
     script = f"mount -t tmpfs -o ro none '{folder}'"
@@ -58,7 +58,7 @@ def cover(cluster: Cluster, node: str, folder: Path) -> None:
 
 @pytest.fixture
 def covered(cluster: Cluster) -> Iterator[list[tuple[str, Path]]]:
-    """Nodes and folders that are uncovered afterwards."""
+    """Yield a list of nodes and folders that are uncovered afterwards."""
     found: list[tuple[str, Path]] = []
     yield found
     for node, folder in found:
@@ -72,7 +72,7 @@ def test_gpus_that_slurm_gave_and_torch_does_not_find(cluster: Cluster, run_file
     log = cluster.log_of(job)
     for node in ("n1", "n2"):
         assert f"megaphase: node {node}: torch finds no GPU of 2 (" in log
-    last = f"megaphase: job {job}: not started: n1,n2 did not pass the check of nodes, see above"
+    last = f"megaphase: job {job}: not started: n1,n2 did not pass the node check, see above"
     assert log.splitlines()[-1] == last
     assert not (run_file.parent / "run" / "metrics.jsonl").exists()
 
@@ -84,11 +84,11 @@ def test_without_the_bad_node_it_starts_again(
     covered.append(("n2", run_file.parent / "run"))
     cover(cluster, *covered[0])
     job = submit(cluster, run_file, "--gpus-per-node", 0, "--exclude-bad-nodes")
-    cluster.wait_for_log(job, "queued again")
+    cluster.wait_for_log(job, "requeued")
     cluster.hurry(job)
     fields = cluster.wait_for(job, "COMPLETED")
     assert (fields["Restarts"], fields["ExcNodeList"]) == ("1", "n2")
-    first, second = cluster.log_of(job).split("queued again, without n2\n")
+    first, second = cluster.log_of(job).split("requeued, without n2\n")
     assert "on n[1-2]" in first
     output = run_file.parent / "run"
     assert f"megaphase: node n2: {output} cannot be written (Read-only file system)" in first
@@ -112,13 +112,14 @@ def test_without_the_bad_node_it_starts_again(
 def test_nodes_where_the_check_cannot_even_start(
     cluster: Cluster, run_file: Path, covered: list[tuple[str, Path]]
 ) -> None:
-    """Two such nodes of three: the job says that too few are left, rather than wait for ever."""
+    """Two such nodes of three: the job reports that too few are left, instead of waiting
+    forever."""
     for node in ("n2", "n3"):
         covered.append((node, Path(package.__file__).parent))
         cover(cluster, *covered[-1])
     job = submit(cluster, run_file, "--gpus-per-node", 0, "--exclude-bad-nodes")
-    cluster.wait_for_log(job, "queued again, without n2")
+    cluster.wait_for_log(job, "requeued, without n2")
     cluster.hurry(job)
     assert cluster.wait_for(job, "FAILED")["Restarts"] == "1"
-    last = "not queued again: without n3 partition all has 1 of 2 nodes"
+    last = "not requeued: without n3 partition all has 1 of 2 nodes"
     assert cluster.log_of(job).splitlines()[-1] == f"megaphase: job {job}: not started, and {last}"

@@ -1,4 +1,4 @@
-"""The cluster of these tests is what they take it for: small jobs show what real ones rely on."""
+"""The cluster of these tests behaves as expected: small jobs show what real ones rely on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WAIT = "while :; do sleep 0.05; done"
 
 @pytest.fixture(scope="module", autouse=True)
 def out_of_time(cluster: Cluster) -> str:
-    """A job with a limit of a minute. Submitted first: Slurm looks at limits every 30 seconds."""
+    """A job with a limit of a minute. Submitted first: Slurm checks limits every 30 seconds."""
     task = f"trap 'echo task $SLURM_PROCID is told; exit 3' USR1; {WAIT}"
     script = f"trap 'echo the script is told' USR1; srun bash -c {quote(task)}; echo rc $?"
     options = ("--time=1", "--signal=USR1@60", "--ntasks=2", "--nodelist=n1")
@@ -27,7 +27,7 @@ def out_of_time(cluster: Cluster) -> str:
 
 
 def processes_with(word: str) -> list[str]:
-    """The command lines of this machine's processes that hold a word."""
+    """Return the command lines of this machine's processes that contain a word."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,6 +1,6 @@
-"""What becomes of a job after each of its starts: the decision, and the loop on a real Slurm.
+"""What happens to a job after each of its starts: the decision, and the loop on a real Slurm.
 
-The programs of these jobs are a few lines of bash in place of `megaphase train`.
+The programs of these jobs are a few lines of bash instead of `megaphase train`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPTIONS = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-
 
 
 def after(steps: list[int], restarts: int = 2, code: int = 1) -> list[bool]:
-    """Whether the job is queued again after each of its starts, by their newest checkpoints."""
+    """Return whether the job is requeued after each start, given the newest checkpoints."""
     chain, again = RestartHistory("7"), []
     for step in steps:
         chain = chain.after_start(step)
@@ -54,15 +54,15 @@ def test_what_is_done_or_wrong_is_not_queued_again() -> None:
     done, wrong = decide(chain, 0, 3), decide(chain, 2, 3)
     assert (done.again, done.exit_code) == (False, 0)
     assert (wrong.again, wrong.exit_code) == (False, 2)
-    assert wrong.sentence == "the input is wrong, see above; not queued again"
+    assert wrong.sentence == "the input is wrong, see above; not requeued"
 
 
 def test_a_run_that_has_diverged_is_not_queued_again() -> None:
     chain = RestartHistory("7", step=4)
     diverged = decide(chain, 1, 3, diverged=True)
     assert (diverged.again, diverged.exit_code) == (False, 1)
-    assert diverged.sentence == "the run has diverged, see above; not queued again"
-    # It was stopped, or killed, before it could say so again.
+    assert diverged.sentence == "the run has diverged, see above; not requeued"
+    # It was stopped, or killed, before it could report it again.
     assert decide(chain, 75, 3, diverged=True).again
     assert decide(chain, 137, 3, diverged=True).again
 
@@ -70,12 +70,12 @@ def test_a_run_that_has_diverged_is_not_queued_again() -> None:
 def test_what_is_said() -> None:
     stopped = decide(RestartHistory("7", step=12_000), 75, 3)
     assert stopped.sentence == (
-        "stopped by a signal; the newest checkpoint is of step 12,000; queued again"
+        "stopped by a signal; the newest checkpoint is that of step 12,000; requeued"
     )
     stuck = decide(RestartHistory("7", step=12_000, without_progress=4), 137, 3)
     assert stuck.sentence == (
-        "failed with exit code 137; the newest checkpoint is of step 12,000, and 4 starts in a row "
-        "brought no newer one; not queued again"
+        "failed with exit code 137; the newest checkpoint is that of step 12,000, and 4 starts in "
+        "a row produced no newer one; not requeued"
     )
     assert (stuck.again, stuck.exit_code) == (False, 1)
 
@@ -95,7 +95,7 @@ def test_the_newest_checkpoint_is_a_whole_one(tmp_path: Path) -> None:
 
 
 class StubJob:
-    """The batch script as it is, with bash in place of the training and of the check of nodes."""
+    """The real batch script, with bash instead of the training and the node check."""
 
     def __init__(self, cluster: Cluster, folder: Path, train: str, **settings: str) -> None:
         self.cluster = cluster
@@ -122,7 +122,7 @@ class StubJob:
         self.job = cluster.run(*command, folder=folder).strip()
 
     def words(self) -> list[str]:
-        """What was said about its starts."""
+        """Return the messages about its starts."""
         log = self.cluster.log_of(self.job)
         start = f"megaphase: job {self.job}: "
         return [line.removeprefix(start) for line in log.splitlines() if line.startswith(start)]
@@ -130,17 +130,17 @@ class StubJob:
 
 def test_a_job_that_does_not_come_further_gives_up(cluster: Cluster, tmp_path: Path) -> None:
     train = 'echo "attempt $SLURM_RESTART_COUNT of $RANK on $SLURMD_NODENAME"; exit 9'
-    # The first to end must not end the other before that one has spoken.
+    # The first one to end must not end the other before that one has reported.
     stub = StubJob(cluster, tmp_path / "a run", train, restarts="1", patience="60")
     cluster.hurry(stub.job)
     fields = cluster.wait_for(stub.job, "FAILED")
     assert (fields["Restarts"], fields["ExitCode"]) == ("1", "1:0")
-    nothing = "failed with exit code 9; the newest checkpoint is of step 0"
+    nothing = "failed with exit code 9; the newest checkpoint is that of step 0"
     assert stub.words() == [
-        f"{nothing}; queued again",
-        f"{nothing}, and 2 starts in a row brought no newer one; not queued again",
+        f"{nothing}; requeued",
+        f"{nothing}, and 2 starts in a row produced no newer one; not requeued",
     ]
-    # Of the second start's processes what the second start has said, and nothing of the first.
+    # Only messages of the second start's processes, and none of the first.
     log = cluster.log_of(stub.job)
     assert log.count("attempt 0") == log.count("attempt 1") == 2
     second = log.partition("start 2 of job")[2]
@@ -154,7 +154,7 @@ def test_wrong_input_ends_a_job_at_once(cluster: Cluster, tmp_path: Path) -> Non
     stub = StubJob(cluster, tmp_path, train)
     fields = cluster.wait_for(stub.job, "FAILED")
     assert (fields["Restarts"], fields["ExitCode"]) == ("0", "2:0")
-    assert stub.words() == ["the input is wrong, see above; not queued again"]
+    assert stub.words() == ["the input is wrong, see above; not requeued"]
     assert cluster.log_of(stub.job).splitlines()[-2] == (
         "n1: megaphase: run.yaml: model.layers: is wrong"
     )
@@ -178,4 +178,4 @@ def test_a_process_that_never_ends_is_ended(cluster: Cluster, tmp_path: Path) ->
     cluster.wait_for(stub.job, "FAILED")
     last = cluster.log_of(stub.job).splitlines()[-2:]
     assert last[0] == "n1: megaphase: rank 1 on n1 is frozen"
-    assert last[1].endswith("1 start in a row brought no newer one; not queued again")
+    assert last[1].endswith("1 start in a row produced no newer one; not requeued")

@@ -1,4 +1,4 @@
-"""What `megaphase launch slurm` refuses: in one line, with the reason, and nothing is submitted."""
+"""Submissions rejected by `megaphase launch slurm`: one line with the reason, nothing submitted."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def full(cluster: Cluster) -> str:
-    """A job that takes all nodes, so that those of the tests wait."""
+    """Submit a job that takes all nodes, so that those of the tests wait."""
     return cluster.submit("srun sleep 600", "--nodes=2", "--exclusive")
 
 
 def refused(
     cluster: Cluster, run_file: Path, *options: object, layout: list[object] = LAYOUT, code: int = 2
 ) -> str:
-    """The one line with which a submission is refused; nothing is in the queue afterwards."""
+    """Return the one line of a rejected submission; check that nothing is in the queue."""
     queue = cluster.run("squeue", "--noheader", "--format=%i")
     done = launch_slurm(run_file.parent, cluster.environment, run_file, *layout, *options)
     assert (done.returncode, done.stdout) == (code, "")
@@ -159,10 +159,10 @@ def test_what_sbatch_refuses(cluster: Cluster, corpora: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("-p gpu", "'-p' is no option; write --NAME=VALUE, or --NAME"),
-        ("--qos high", "'high' is no option; write --NAME=VALUE, or --NAME"),
-        ("--comment='oh", "cannot be taken apart (No closing quotation); check quotes"),
-        ("--nodes=3", "--nodes has no place there; say --nodes"),
+        ("-p gpu", "'-p' is not an option; write --NAME=VALUE, or --NAME"),
+        ("--qos high", "'high' is not an option; write --NAME=VALUE, or --NAME"),
+        ("--comment='oh", "cannot be parsed (No closing quotation); check quotes"),
+        ("--nodes=3", "--nodes is not allowed there; use --nodes"),
     ],
 )
 def test_options_of_sbatch_that_make_no_sense(

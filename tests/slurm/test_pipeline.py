@@ -1,4 +1,4 @@
-"""`launch slurm --pipeline`: what the file may say, its scripts, and the chain on a real Slurm."""
+"""`launch slurm --pipeline`: valid and invalid files, the scripts, and a chain on a real Slurm."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def call(
 
 
 def jobs_of(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    """The ids by step, of what was printed."""
+    """Return the printed job ids by step."""
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("Submitted: ")]
     return {words[1].rstrip(","): words[3] for words in map(str.split, lines)}
 
 
 def small_run(folder: Path, corpora: Path, **changes: Any) -> Path:
-    """A run file of three steps on one language."""
+    """Write a run file of three steps on one language."""
     settings = run_settings(corpora, **changes)
     phase = {**settings["phases"][0], "steps": 3, "mixture": {"rates": {"alda": 1.0}}}
     return write_run_file(folder, {**settings, "phases": [phase]})
 
 
-# What the file may say
+# Valid and invalid files
 
 
 @pytest.fixture
@@ -79,12 +79,15 @@ TRAIN = {"train": "run.yaml", **CPU}
         ({"a": {**VERIFY, **TRAIN}}, ": steps.a: give either command or train"),
         ({"a": {"comand": "x"}}, ": steps.a: unknown key 'comand'; did you mean 'command'?"),
         ({"a": {"command": 3}}, ": steps.a.command: must be text"),
-        ({"a": {**VERIFY, "nodes": 2}}, ": steps.a: nodes is for train; leave it out"),
+        ({"a": {**VERIFY, "nodes": 2}}, ": steps.a: nodes applies to train only; leave it out"),
         ({"a": {**VERIFY, "array": 0}}, ": steps.a.array: must be greater than 0; found 0"),
-        ({"a": {**VERIFY, "at_a_time": 2}}, ": steps.a: at_a_time is for the tasks of an array;"),
-        ({"a": {**VERIFY, "after_failures": True}}, ": steps.a: after_failures says how to wait;"),
+        ({"a": {**VERIFY, "at_a_time": 2}}, ": steps.a: at_a_time applies to an array only;"),
+        (
+            {"a": {**VERIFY, "after_failures": True}},
+            ": steps.a: after_failures has no effect",
+        ),
         ({"a": {**VERIFY, "cores": "4"}}, ': steps.a.cores: must be a whole number; found "4"'),
-        ({"a b": VERIFY}, ": steps: the name 'a b' holds ' '; use letters, digits"),
+        ({"a b": VERIFY}, ": steps: the name 'a b' contains ' '; use letters, digits"),
         (
             {"verify": VERIFY, "b": {**VERIFY, "after": "verfy"}},
             ": steps.b.after: no step 'verfy'; did you mean 'verify'?",
@@ -101,19 +104,19 @@ TRAIN = {"train": "run.yaml", **CPU}
         ({"a": {**VERIFY, "after": "a"}}, ": steps.a.after: the steps wait for each other"),
         (
             {"a": {**VERIFY, "sbatch": "-p cpu"}},
-            ": steps.a.sbatch: '-p' is no option; write --NAME=VALUE, or --NAME",
+            ": steps.a.sbatch: '-p' is not an option; write --NAME=VALUE, or --NAME",
         ),
         (
             {"a": {**VERIFY, "sbatch": ["--array=0-3"]}},
-            ": steps.a.sbatch: --array has no place there; use the key array",
+            ": steps.a.sbatch: --array is not allowed there; use the key array",
         ),
         (
             {"a": {**VERIFY, "sbatch": "--comment='x"}},
-            ": steps.a.sbatch: cannot be taken apart (No closing quotation); check quotes",
+            ": steps.a.sbatch: cannot be parsed (No closing quotation); check quotes",
         ),
         (
             {"a": {**TRAIN, "sbatch": "--gpus=8"}},
-            ": steps.a: --gpus has no place there; use the keys nodes and gpus_per_node",
+            ": steps.a: --gpus is not allowed there; use the keys nodes and gpus_per_node",
         ),
         (
             {"a": {"command": "data verfy en"}},
@@ -128,15 +131,15 @@ TRAIN = {"train": "run.yaml", **CPU}
             {"a": {"command": "data verify en --fast"}},
             ": steps.a.command: No such option: --fast; see `megaphase data verify --help`",
         ),
-        ({"a": {"command": "data"}}, ": steps.a.command: something is missing behind it; see"),
-        ({"a": {"command": ""}}, ": steps.a.command: something is missing behind it; see"),
-        ({"a": {"command": "data verify 'en"}}, ": steps.a.command: cannot be taken apart (No"),
+        ({"a": {"command": "data"}}, ": steps.a.command: something is missing after it; see"),
+        ({"a": {"command": ""}}, ": steps.a.command: something is missing after it; see"),
+        ({"a": {"command": "data verify 'en"}}, ": steps.a.command: cannot be parsed (No"),
         ({"a": {"command": "megaphase plan run.yaml"}}, ": steps.a.command: begins with megaphase"),
         ({"a": {"command": "data verify en\nplan x"}}, ": steps.a.command: has more than one line"),
         ({"a": {"command": "plan --help"}}, ": steps.a.command: only shows help; leave"),
         (
             {"a": {"command": "data verify en-%task"}},
-            ": steps.a.command: %task stands for nothing; add array: N to the step",
+            ": steps.a.command: %task has no value; add array: N to the step",
         ),
         ({"a": {"train": ""}}, ": steps.a.train: Missing argument 'RUN_FILE'; see"),
         ({"a": {"train": "run.yaml 'x"}}, ": steps.a.train: "),
@@ -148,7 +151,7 @@ TRAIN = {"train": "run.yaml", **CPU}
         ),
         (
             {"a": {"train": "run.yaml", "tasks_per_node": 2}},
-            ": steps.a: tasks_per_node is for nodes without GPUs; add gpus_per_node: 0",
+            ": steps.a: tasks_per_node applies to nodes without GPUs; add gpus_per_node: 0",
         ),
         (
             {"a": TRAIN, "b": TRAIN},
@@ -178,8 +181,8 @@ def test_a_mistake_is_one_line(folder: Path, steps: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--nodes", 2], "nodes is given, too; put it into the file"),
-        (["run.yaml"], "run_file is given, too; put it into the file"),
+        (["--nodes", 2], "nodes is also given; put it into the file"),
+        (["run.yaml"], "run_file is also given; put it into the file"),
     ],
 )
 def test_the_command_line_adds_nothing(folder: Path, given: list[object], message: str) -> None:
@@ -282,7 +285,7 @@ def test_the_example(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made by a single process."""
+    """Make corpora in a single process."""
     return make_corpora(tmp_path_factory.mktemp("corpora"))
 
 

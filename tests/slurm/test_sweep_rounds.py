@@ -1,4 +1,4 @@
-"""`megaphase sweep --slurm`: its scripts and refusals, and whole sweeps on a real Slurm."""
+"""`megaphase sweep --slurm`: its scripts and rejected inputs, and whole sweeps on a real Slurm."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(path: Path, *options: object, cluster: Cluster | None = None) -> Result:
-    """`megaphase sweep` in this process."""
+    """Run `megaphase sweep` in this process."""
     env = {} if cluster is None else {"SLURM_CONF": cluster.environment["SLURM_CONF"]}
     return CliRunner().invoke(app, ["sweep", str(path), *map(str, options)], env=env)
 
 
 def submit(cluster: Cluster, path: Path, *options: object) -> dict[str, str]:
-    """Call it with --slurm; the ids of the jobs that were submitted, by step."""
+    """Call it with --slurm; return the ids of the submitted jobs, by step."""
     done = call(path, "--slurm", *options, cluster=cluster)
     assert done.exit_code == 0, done.exception
     lines = [line for line in done.stdout.splitlines() if line.startswith("Submitted: ")]
@@ -59,11 +59,14 @@ def submit(cluster: Cluster, path: Path, *options: object) -> dict[str, str]:
         (3, ": slurm: must be a mapping"),
         ({"node": 2}, ": slurm: unknown key 'node'; did you mean 'nodes'?"),
         ({"nodes": 0}, ": slurm.nodes: must be greater than 0; found 0"),
-        ({"tasks_per_node": 2}, ": slurm: tasks_per_node is for nodes without GPUs; add gpus_per"),
-        ({"sbatch": "-p cpu"}, ": slurm: sbatch: '-p' is no option; write --NAME=VALUE"),
+        (
+            {"tasks_per_node": 2},
+            ": slurm: tasks_per_node applies to nodes without GPUs; add",
+        ),
+        ({"sbatch": "-p cpu"}, ": slurm: sbatch: '-p' is not an option; write --NAME=VALUE"),
         ({"sbatch": 3}, ": slurm: sbatch: must be a list; found 3"),
-        ({"sbatch": "--gpus=8"}, ": slurm: --gpus has no place there; use the keys nodes and"),
-        ({"next_sbatch": "--array=1"}, ": slurm: next_sbatch: --array has no place there"),
+        ({"sbatch": "--gpus=8"}, ": slurm: --gpus is not allowed there; use the keys nodes and"),
+        ({"next_sbatch": "--array=1"}, ": slurm: next_sbatch: --array is not allowed there"),
     ],
 )
 def test_a_mistake_is_one_line(slurm: Any, message: str, corpora: Path, tmp_path: Path) -> None:
@@ -78,9 +81,9 @@ def test_a_mistake_is_one_line(slurm: Any, message: str, corpora: Path, tmp_path
     ("changes", "options", "message"),
     [
         ({}, [], "sweep --slurm: there is no sbatch on this machine; run it on a login node, or"),
-        ({}, ["--jobs", 2], "--jobs: --slurm is given, too; say it in the sweep file's section"),
-        ({}, ["--gpus", 8], "--processes: --slurm is given, too; say it in the sweep file's"),
-        ({"slurm": None}, ["--dry-run"], "{path}: slurm: --slurm needs this section; say what"),
+        ({}, ["--jobs", 2], "--jobs: --slurm is also given; set it in the sweep file's section"),
+        ({}, ["--gpus", 8], "--processes: --slurm is also given; set it in the sweep file's"),
+        ({"slurm": None}, ["--dry-run"], "{path}: slurm: --slurm needs this section; give the"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -126,7 +129,7 @@ def test_dry_run_prints_the_scripts_of_the_first_round(corpora: Path, tmp_path: 
             assert f"#SBATCH {option}\n" in script
     assert "#SBATCH --partition=cpu\n" in scripts[3]
     assert scripts[3].rstrip().endswith(f" -m megaphase sweep {tmp_path}/sweep.yaml --slurm")
-    # What is printed can be looked at, and submitted by hand.
+    # The printed scripts can be inspected, and submitted by hand.
     folder = tmp_path / "out" / "slurm" / "dry-run"
     assert list(yaml.safe_load((folder / "pipeline.yaml").read_text())["steps"])[-1] == "next"
     trained = [(folder / "first-stage" / f"{task}.yaml").resolve().name for task in range(2)]
@@ -139,7 +142,7 @@ def test_dry_run_prints_the_scripts_of_the_first_round(corpora: Path, tmp_path: 
 
 @pytest.fixture
 def break_run() -> Iterator[Callable[[Path], None]]:
-    """Lets runs fail until the test ends: this process holds their directories."""
+    """Let runs fail until the test ends: this process locks their directories."""
     with ExitStack() as held:
 
         def hold(run: Path) -> None:
@@ -150,7 +153,7 @@ def break_run() -> Iterator[Callable[[Path], None]]:
 
 
 def wait_for_the_end(cluster: Cluster, path: Path) -> str:
-    """Wait until no job is left; the state of the last one that was to begin a round."""
+    """Wait until no job is left; return the state of the last job that was to start a round."""
     wait_until(lambda: not cluster.run("squeue", "--noheader"))
     return cluster.state(next_job(path))
 
@@ -162,13 +165,13 @@ def next_job(path: Path) -> str:
 
 
 def logs(path: Path) -> str:
-    """All that jobs have said, for messages."""
+    """Return the logs of all jobs, for messages."""
     found = sorted((path.parent / "out" / "slurm").rglob("*.log"))
     return "\n".join(f"--- {log}\n{log.read_text()}" for log in found)
 
 
 def untimed(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
-    """As plain data, without seconds, and without the folder in reasons."""
+    """Return outcomes as plain data, without seconds, and without the folder in reasons."""
     plain = {name: outcome.model_dump(exclude={"seconds"}) for name, outcome in outcomes.items()}
     for outcome in plain.values():
         if outcome["failed"] is not None:
@@ -179,7 +182,7 @@ def untimed(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
 def test_a_sweep_ends_as_on_one_machine(
     cluster: Cluster, corpora: Path, tmp_path: Path, break_run: Callable[[Path], None]
 ) -> None:
-    """Without the job that was to begin the second round, and with a run that fails."""
+    """Without the job that was to start the second round, and with a run that fails."""
     failing = "static-r0.2-p0.01-s11"
     here, there = tmp_path / "here", tmp_path / "a cluster"
     for folder in (here, there):
@@ -190,7 +193,7 @@ def test_a_sweep_ends_as_on_one_machine(
     jobs = submit(cluster, path)
     assert list(jobs) == ["first-stage", "single-stage", "next"]
     again = call(path, "--slurm", cluster=cluster)
-    assert f"and job {jobs['next']} behind them begins the next round" in again.stdout
+    assert f"and job {jobs['next']} after them starts the next round" in again.stdout
     cluster.run("scancel", jobs["next"])
     _, _, expected = run_warm(here / "sweep.yaml")
     wait_until(lambda: not cluster.run("squeue", "--noheader"))
@@ -207,7 +210,7 @@ def test_a_sweep_ends_as_on_one_machine(
 
 
 def write_pairs(prefix: Path, corpora: Path) -> None:
-    """A corpus of pairs of short sentences."""
+    """Write a corpus of pairs of short sentences."""
     tokenizer = Tokenizer.load(corpora / "tok")
     tag, words = tokenizer.reserved_tags[0], (corpora / "text" / "alda.jsonl").read_text().split()
     pairs = [(" ".join(words[n : n + 2]), words[n + 2]) for n in range(9, 900, 3)]
@@ -283,7 +286,7 @@ def test_stopped_cancelled_and_failed_runs_go_on(
         goal = more + newest_step(first)
         wait_until(lambda: newest_step(first) >= goal)
 
-    # A job that queues itself again has not ended for those that wait for it.
+    # A job that requeues itself has not ended for those that wait for it.
     jobs = submit(cluster, path)
     wait_for_steps(6)
     cluster.run("scancel", "--signal=USR1", f"{jobs['first-stage']}_0")
@@ -291,7 +294,7 @@ def test_stopped_cancelled_and_failed_runs_go_on(
     assert cluster.state(jobs["next"]) == "PENDING"
     wait_for_steps(6)
 
-    # All are cancelled: the same command lets them go on.
+    # All are cancelled: the same command resumes them.
     cluster.run("scancel", jobs["next"], jobs["first-stage"])
     wait_until(lambda: not cluster.run("squeue", "--noheader"))
     jobs = submit(cluster, path)
@@ -299,7 +302,7 @@ def test_stopped_cancelled_and_failed_runs_go_on(
     assert not directory.outcomes()
     wait_for_steps(6)
 
-    # One is cancelled: for the next round it has failed, until it is tried again.
+    # One is cancelled: it counts as failed in the next round, until it is retried.
     cluster.run("scancel", jobs["first-stage"])
     assert wait_for_the_end(cluster, path) == "FAILED"
     (outcome,) = directory.outcomes().values()
@@ -321,7 +324,7 @@ def test_on_one_machine_no_run_is_begun_that_is_in_the_queue(
     local = call(path, cluster=cluster)
     assert isinstance(local.exception, InputError)
     assert f"job {jobs['first-stage']}_0 of this run is pending; wait" in str(local.exception)
-    # Only the job that begins the next round is missing.
+    # Only the job that starts the next round is missing.
     assert list(submit(cluster, path)) == ["next"]
     cluster.run("scancel", *jobs.values(), next_job(path))
 

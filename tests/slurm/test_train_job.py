@@ -1,6 +1,6 @@
-"""`megaphase launch slurm` on two nodes: the run is that of one machine, whatever happens to it.
+"""`megaphase launch slurm` on two nodes: the run equals that of one machine, whatever happens.
 
-What takes minutes is in test_train_job_slow.py.
+Tests that take minutes are in test_train_job_slow.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What happens to jobs in months, in minutes: time limits, lost nodes, frozen processes."""
+"""Faults that jobs meet in months, in minutes: time limits, lost nodes, frozen processes."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def expected(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> list[di
 
 
 def time_limit(job: TrainJob) -> str:
-    """Five minutes before it the script asks for a signal."""
-    with job.paused():  # Slurm looks at limits every 30 seconds; the run would be done by then
+    """Five minutes before it the script requests a signal."""
+    with job.paused():  # Slurm checks limits every 30 seconds, too late for this run
         job.cluster.run("scontrol", "update", f"JobId={job.job}", "TimeLimit=4")
         wait_until(lambda: _is_to_get(job.process(0), signal.SIGUSR1))
     job.cluster.wait_for(job.job, "PENDING")
@@ -50,7 +50,7 @@ def time_limit(job: TrainJob) -> str:
 
 
 def _is_to_get(process: int, number: signal.Signals) -> bool:
-    """Whether a signal waits until a process goes on."""
+    """Return whether a signal is pending for a stopped process."""
     status = Path(f"/proc/{process}/status").read_text()
     waiting = re.search(r"^ShdPnd:\t([0-9a-f]+)$", status, re.MULTILINE)
     return waiting is not None and bool(int(waiting[1], 16) & 1 << (number - 1))
@@ -88,14 +88,14 @@ def kill(job: TrainJob) -> str:
 
 
 def _harm(job: TrainJob, number: signal.Signals) -> None:
-    """Harm a rank on the second node: the last words of the job name it."""
+    """Signal a rank on the second node: the last message of the job names it."""
     os.kill(job.process(2), number)
     job.cluster.wait_for(job.job, "PENDING")
     log = job.cluster.log_of(job.job).splitlines()
     said = [line for line in log if "megaphase: " in line][-2:]
     assert said[0].startswith("n1: megaphase: rank 2 on n2 (process ")
     assert said[1].startswith(f"megaphase: job {job.job}: failed with exit code 137; ")
-    assert said[1].endswith("; queued again")
+    assert said[1].endswith("; requeued")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_the_script_of_the_repository(
     write_run_file(tmp_path, settings(corpora, checkpoint={"every_steps": 9}))
     (tmp_path / "train.sbatch").write_text(template())
     layout = (f"--nodes={NODES}", f"--ntasks-per-node={TASKS}", "--cpus-per-task=1")
-    # As in an environment that is activated.
+    # As in an activated environment.
     path = f"--export=ALL,PATH={Path(sys.executable).parent}:{os.environ['PATH']}"
     options = ("--parsable", *layout, "--gpus-per-node=0", path)
     arguments = ("train.sbatch", "run.yaml", "checkpoint.every_steps=4")
@@ -151,7 +151,7 @@ def test_a_printed_script_can_be_submitted(
     assert sorted(path.name for path in (run.run_dir / "slurm").glob("*.log")) == [
         f"{job}{node}.log" for node in ("-n1", "-n2", "")
     ]
-    # Once more: there is nothing left to do, and that is well.
+    # Once more: nothing is left to do, and it succeeds.
     job = cluster.run("sbatch", "--parsable", "saved", folder=tmp_path).strip()
     assert TrainJob(cluster, job, run.run_dir).rows_at_the_end() == expected
     assert "all 50 steps are done; nothing to do" in cluster.log_of(job)

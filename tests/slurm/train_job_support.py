@@ -102,7 +102,7 @@ class TrainJob:
             os.kill(process, signal.SIGCONT)
 
     def start_again(self) -> str:
-        """Wait until it is queued again, and let it start; its log up to then."""
+        """Wait until it is requeued, and let it start; its log up to then."""
         self.cluster.hurry(self.job)
         return self.cluster.log_of(self.job)
 

@@ -1,4 +1,4 @@
-"""`megaphase sweep` on this machine: every run is trained once, whatever happens to some."""
+"""`megaphase sweep`: the runs that a file defines, and that each is trained once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepDirectory:
-    """A sweep with all kinds of arms that has ended."""
+    """Return a finished sweep with all kinds of arms."""
     arms = {
         "static": {"rates": [0.2], "temperatures": [4]},
         "two-phase": {"pretrain": [0.6], "rates": [0.4]},
@@ -87,7 +87,7 @@ def test_kept_schedule_is_that_of_a_single_phase(undisturbed: SweepDirectory) ->
 
 
 def test_ended_runs_are_never_repeated(undisturbed: SweepDirectory) -> None:
-    """Even where the sweep was killed before it noted that they had ended."""
+    """Even if the sweep was killed before it recorded that they had ended."""
     before = {path: path.stat().st_mtime_ns for path in undisturbed.path.rglob("metrics.jsonl")}
     outcomes = undisturbed.outcomes()
     for name in ("pretrain-0.6-p0.01-s11", "two-phase-0.6-r0.4-p0.01-s11"):
@@ -153,7 +153,7 @@ def test_a_run_that_fails_does_not_hold_up_the_others(corpora: Path, tmp_path: P
 
 
 def full_disk_start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Any:
-    """One of the runs fails at once."""
+    """Let one of the runs fail at once."""
     if not any("static-r0.2" in each for each in command):
         return warm_start(command, log, environment)
     with open(log, "a") as output:
@@ -163,7 +163,7 @@ def full_disk_start(command: Sequence[str], log: Path, environment: Mapping[str,
 
 
 def test_a_run_that_diverges_has_ended_and_is_no_failure(corpora: Path, tmp_path: Path) -> None:
-    """Of the first stages one diverges, another one has gradients that are not finite."""
+    """One first stage diverges, another one has gradients that are not finite."""
     arms = {"two-phase": {"pretrain": [0.6], "rates": [0.4]}}
     grid = {"peaks": [1e-2, 3.0, 1e30], "warmup": 0.0}
     path = write(tmp_path, settings(corpora, arms=arms, learning_rate=grid, steps=16))
@@ -180,7 +180,7 @@ def test_a_run_that_diverges_has_ended_and_is_no_failure(corpora: Path, tmp_path
     assert all(directory.run_file(name).read_text().count(f"{good}@pretrain") for name in branches)
     (healthy,) = (name for name in branches if name.endswith("-p0.01-s11"))
     assert outcomes[healthy].diverged is None
-    # Neither is started again.
+    # Neither is restarted.
     before = [(directory.run(name) / "metrics.jsonl").read_bytes() for name in outcomes]
     directory.forget_failures()
     run_warm(path)
@@ -205,7 +205,7 @@ def killed_start(command: Sequence[str], log: Path, environment: Mapping[str, st
 
 
 def test_killed_at_once_with_its_runs_it_goes_on(corpora: Path, tmp_path: Path) -> None:
-    """SIGKILL of the sweep ends its runs, too; started again, it ends with the same figures."""
+    """SIGKILL of the sweep also ends its runs; restarted, it ends with the same losses."""
     arms = {"two-phase": {"pretrain": [0.6], "rates": [0.4]}}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
@@ -230,7 +230,7 @@ def test_killed_at_once_with_its_runs_it_goes_on(corpora: Path, tmp_path: Path) 
 
 
 def running(run: Path) -> bool:
-    """Whether a process has this run's file among its arguments."""
+    """Return whether a process has this run's file among its arguments."""
     for each in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if f"{run.name}.yaml".encode() in each.read_bytes():
@@ -242,7 +242,7 @@ def running(run: Path) -> bool:
 
 @pytest.mark.slow
 def test_killed_at_random_it_gives_the_same_report(corpora: Path, tmp_path: Path) -> None:
-    """SIGKILL after 5 to 25 s, over and over, until the sweep has ended; all files are equal."""
+    """SIGKILL after 5 to 25 s, repeatedly, until the sweep has ended; all files are equal."""
     arms = {
         "static": {"rates": [0.1, 0.3]},
         "two-phase": {"pretrain": [0.5, 0.75], "rates": [0.4]},
@@ -269,7 +269,7 @@ def test_killed_at_random_it_gives_the_same_report(corpora: Path, tmp_path: Path
 
 
 def kill_until_done(path: Path, chance: random.Random) -> int:
-    """Start a sweep again and again, two runs at a time; how often it was killed."""
+    """Restart a sweep repeatedly, two runs at a time; return how often it was killed."""
     kills = 0
     while True:
         process = subprocess.Popen(megaphase("sweep", path, "-j", "2"), stdout=subprocess.DEVNULL)
@@ -294,14 +294,14 @@ def test_a_signal_lets_the_runs_save(corpora: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 75, stderr
-    assert "SIGTERM came: the runs have saved; the same command resumes" in stderr
+    assert "SIGTERM was received: the runs have saved; the same command resumes" in stderr
     log = SweepDirectory(tmp_path / "out").log(first.name).read_text()
     assert "SIGTERM came to rank 0: saved after step" in log
     assert not SweepDirectory(tmp_path / "out").outcomes()
 
 
 class Sleeper(subprocess.Popen):
-    """A run that saves on a signal, or one that does not get so far; presses Ctrl-C by itself."""
+    """A run that saves on a signal, or ends before; sends Ctrl-C to the sweep by itself."""
 
     def __init__(self, presses: int) -> None:
         super().__init__(["sleep", "600"], start_new_session=True)
@@ -332,7 +332,7 @@ def test_ctrl_c_lets_the_runs_save_and_a_second_one_kills_them(
         return runs[-1]
 
     with pytest.raises(
-        Stopped, match=r"^Ctrl-C came: the runs have saved; the same command resumes"
+        Stopped, match=r"^Ctrl-C was received: the runs have saved; the same command resumes"
     ):
         run_warm(path, start=partial(start, 1))
     with pytest.raises(EndedAtOnce, match=r"^ended at once: .* resumes from those$"):

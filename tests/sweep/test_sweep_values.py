@@ -1,5 +1,5 @@
-"""What the numbers and names of a sweep file come to in the runs: nothing rounded away, nothing
-taken for another."""
+"""Numbers and names of a sweep file in its runs: nothing is rounded away, and nothing is confused
+with something else."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_name_that_is_too_long_for_a_file(tmp_path):
     [
         ("~nosuchuser/run@end", "no home folder of '~nosuchuser' is known"),
         ("x" * 300 + "@end", "is too long"),
-        ("a\nb@end", "holds a control character"),
+        ("a\nb@end", "contains a control character"),
     ],
 )
 def test_a_checkpoint_at_a_path_that_no_file_has(text, said):

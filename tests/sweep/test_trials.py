@@ -98,7 +98,7 @@ def test_peaks_that_diverged_are_not_chosen(corpora: Path, tmp_path: Path) -> No
     assert sources == {"pretrain-0.5-p0.001-s1", "pretrain-0.5-p0.001-s2"}
     outcomes |= {trial.name: diverged for trial in first}
     assert known_trials(sweep, outcomes) == first
-    with pytest.raises(RunError, match=r"4 runs could not begin: .* diverged with every peak"):
+    with pytest.raises(RunError, match=r"4 runs could not start: .* diverged with every peak"):
         refuse_failures(sweep, directory, outcomes)
 
 
@@ -158,15 +158,15 @@ def test_settings_models_and_early_stopping_reach_the_run_files(
     [
         ({"steps": None}, ": give the budget of a run, either steps or tokens"),
         ({"low": ["nobody"]}, ": low: no task 'nobody'; the tasks are alda, boreth, cimri"),
-        ({"low": [HIGH[0], *LOW]}, f": low: {HIGH[0]} is one of high, too; decide for one"),
+        ({"low": [HIGH[0], *LOW]}, f": low: {HIGH[0]} is also in high; remove it from one"),
         ({"settings": {"phases.0.steps": 3}}, ": settings.phases.0.steps: the sweep sets this"),
-        ({"arms": {"best": {"rates": [0.1]}}}, ": arms.best: 'best' is no kind of arm; add kind:"),
+        ({"arms": {"best": {"rates": [0.1]}}}, ": arms.best: 'best' is not a kind of arm; add"),
         ({"arms": {"static": {}}}, ": arms.static: static needs rates or temperatures"),
         ({"arms": {"static": {"rates": [1.5]}}}, ": arms.static.rates[0]: must be less than 1"),
         ({"arms": {"keep": {"rates": [0.1]}}}, ": arms.keep.pretrain: keep needs shares"),
         ({"arms": {"regularized": {"rates": [0.1]}}}, "regularized is like static without"),
         ({"learning_rate": {"peaks": []}}, ": learning_rate.peaks: must hold at least one entry"),
-        ({"seeds": [3, 3]}, ": seeds: 3 stands twice in this list"),
+        ({"seeds": [3, 3]}, ": seeds: 3 occurs twice in this list"),
         ({"translation": {}}, ": translation: there is no translation task"),
         ({"models": {"odd": {"hiden": 3}}}, ": run odd-pretrain-0.6-p0.01-s11: model: unknown key"),
         (

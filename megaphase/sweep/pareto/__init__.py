@@ -1,1 +1,1 @@
-"""What a sweep has found: points and fronts, their measures, the verdict, and the report of it."""
+"""The results of a sweep: points and fronts, their measures, the conclusions, and the report."""

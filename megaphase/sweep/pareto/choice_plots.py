@@ -1,4 +1,4 @@
-"""Figures of final losses and scores over a choice: pre-training length, model size, task."""
+"""Figures of final losses and scores over pre-training length, model size or task."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GROUPS = ("high-resource loss", "low-resource loss")
 
 
 class Line(NamedTuple):
-    """Final losses along a choice. label: at its end, beside the arm's colour."""
+    """Final losses along a choice. label: shown at its end, in the arm's colour."""
 
     arm: str
     label: str
@@ -45,7 +45,7 @@ class Line(NamedTuple):
 def choice_plot(
     lines: Sequence[Line], title: str, ticks: Mapping[float, str], styles: ArmStyles, size: Size
 ) -> Figure:
-    """High and low loss over a choice, whose values have names on the x axis."""
+    """Return a figure of high and low loss over a choice, whose values are named on the x axis."""
     arms = list(dict.fromkeys(line.arm for line in lines))
     columns = legend_columns(arms, size)
     keys = [line_key(plot_label(arm), styles[arm][0], marker=styles[arm][1], ms=5) for arm in arms]
@@ -77,7 +77,7 @@ def _draw_lines(axes: Axes, lines: Sequence[Line], group: str, styles: ArmStyles
 
 
 class Score(NamedTuple):
-    """BLEU or chrF of a task by an arm."""
+    """BLEU or chrF of a task with an arm."""
 
     task: str
     arm: str
@@ -85,7 +85,7 @@ class Score(NamedTuple):
 
 
 def score_plot(scores: Mapping[str, Sequence[Score]], styles: ArmStyles, size: Size) -> Figure:
-    """A panel per measure, a bar per task and arm."""
+    """Return a figure with a panel per measure and a bar per task and arm."""
     arms = list(dict.fromkeys(each.arm for values in scores.values() for each in values))
     tasks = list(dict.fromkeys(each.task for values in scores.values() for each in values))
     columns = legend_columns(arms, size)

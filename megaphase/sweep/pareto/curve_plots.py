@@ -1,4 +1,4 @@
-"""The figures of a sweep whose lines are curves of runs: over steps, and over tokens."""
+"""Figures of a sweep with curves of runs, over steps and over tokens."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PANEL_HEIGHT = 0.62  # of a figure's
 def task_curves_plot(
     best: Sequence[Point], curves: Curves, tasks: Sequence[str], styles: ArmStyles, size: Size
 ) -> Figure:
-    """Validation loss over steps, a panel per task, in it the best setting of every arm."""
+    """Return a figure of validation loss over steps, with a panel per task and a line per arm."""
     arms = [point.setting.arm for point in best]
     keys = [line_key(plot_label(arm), styles[arm][0], lw=1.8) for arm in arms]
     columns = legend_columns(arms, size)
@@ -74,9 +74,9 @@ def task_curves_plot(
 def overfitting_plot(
     points: Sequence[Point], curves: Curves, low: Sequence[str], styles: ArmStyles, size: Size
 ) -> Figure:
-    """Training and validation loss of the low-resource tasks, a panel per mixture.
+    """Return a figure of training and validation loss of low-resource tasks, a panel per mixture.
 
-    The lowest validation loss is marked, and by how much it has risen since.
+    The lowest validation loss and its increase since then are marked.
     """
     several = len({point.setting.arm for point in points}) > 1
     titles = [
@@ -121,7 +121,7 @@ def overfitting_plot(
 def data_efficiency_plot(
     points: Sequence[Point], curves: Curves, low: Sequence[str], styles: ArmStyles, size: Size
 ) -> Figure:
-    """Low-resource validation loss over the low-resource tokens seen, one line per point."""
+    """Return a figure of low-resource loss over low-resource tokens seen, with a line per point."""
     arms = list(dict.fromkeys(point.setting.arm for point in points))
     keys = [line_key(plot_label(arm), styles[arm][0], lw=1.8) for arm in arms]
     columns = legend_columns(arms, size)
@@ -150,12 +150,12 @@ def data_efficiency_plot(
 
 
 def _switch(point: Point, curves: Curves) -> int:
-    """Steps of the first stage; 0 without one."""
+    """Return the steps of the first stage; 0 without one."""
     return curves[point.runs[0][0].name].switch or 0
 
 
 def _settled_limits(lines: Sequence[Curve]) -> tuple[float, float]:
-    """Limits that show the later part of every line."""
+    """Return limits that show the later part of every line."""
     return loss_limits(
         ((np.arange(len(losses)), losses) for _, losses in lines),
         (0, max((len(losses) for _, losses in lines), default=0)),
@@ -163,7 +163,7 @@ def _settled_limits(lines: Sequence[Curve]) -> tuple[float, float]:
 
 
 def _over_tokens(curves: Curves, point: Point, low: Sequence[str]) -> Curve:
-    """Tokens of the low-resource tasks together, where there were any, and their mean loss."""
+    """Return the tokens of the low-resource tasks together, where there are any, and their loss."""
     _, tokens = mean_curve(curves, point, low, lambda run: run.tokens)
     _, losses = _validation(curves, point, low)
     seen = tokens > 0

@@ -1,7 +1,7 @@
-"""What the runs of a sweep went through: losses, tokens and epochs at every validation.
+"""The curves of a sweep's runs: losses, tokens and epochs at every validation.
 
-A branch begins with the curve of the run that it goes on from. Only what is shown is kept of a run,
-so that a sweep of hundreds of long ones fits into memory.
+A branch begins with the curve of the run from which it started. Only the displayed values of a run
+are kept, so that a sweep of hundreds of long runs fits into memory.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ ByTask = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True)
 class RunCurves:
-    """Values at the validations of a run and of what it goes on from.
+    """Values at the validations of a run and of the run from which it started.
 
     Attributes:
-        steps: of the validations, ascending, over both runs.
+        steps: steps of the validations, ascending, over both runs.
         switch: steps done before the run's own first one; None without a first stage.
         validation: loss by task.
-        training: mean loss since the validation before, by task; NaN where it was not trained on.
+        training: mean loss since the previous validation, by task; NaN if it was not trained on.
         tokens, epochs: of training text so far, by task.
     """
 
@@ -42,19 +42,19 @@ class RunCurves:
     epochs: ByTask
 
     def at(self, step: int) -> int:
-        """The index of a validation.
+        """Return the index of the validation after `step` steps.
 
         Raises:
-            ValueError: there was none after so many steps.
+            ValueError: there was none.
         """
         return self.steps.index(step)
 
 
 def curves_of(record: SweepRecord) -> dict[str, RunCurves]:
-    """The curves of all final runs that have ended well, by name.
+    """Return the curves of all final runs that have ended normally, by name.
 
     Raises:
-        InputError: the directory of one of them is not as training left it.
+        InputError: the directory of one of them is damaged.
     """
     tasks = [*record.sweep.high, *record.sweep.low]
     sources: dict[str, RunCurves] = {}
@@ -92,7 +92,7 @@ def _loss(measured: HeldOutRow | None) -> float:
 
 
 def _training_means(run: RunRecord, steps: Sequence[int], tasks: Sequence[str]) -> ByTask:
-    """The mean training loss of every task between each validation and the one before it."""
+    """Return the mean training loss of every task between each validation and the previous one."""
     means: dict[str, list[float]] = {task: [math.nan] for task in tasks}
     rows = iter(run.training)
     row = next(rows, None)
@@ -109,7 +109,7 @@ def _training_means(run: RunRecord, steps: Sequence[int], tasks: Sequence[str]) 
 
 
 def _seen(run: RunRecord, task: str, step: int) -> tuple[float, float]:
-    """Tokens of this run alone, and epochs over it and those before it, after so many steps."""
+    """Return this run's tokens, and the epochs over it and earlier runs, after `step` steps."""
     begin, tokens, epochs = run.origin.step, 0.0, 0.0
     for phase in run.plan.phases:
         share = phase.tasks.get(task)
@@ -117,14 +117,14 @@ def _seen(run: RunRecord, task: str, step: int) -> tuple[float, float]:
         begin += phase.steps
         if share is None:
             continue
-        # At every step a task has had its rate, give or take one sample: the plan's promise.
+        # At every step the task has had its rate within one sample, as the plan guarantees.
         tokens += part * share.tokens
         epochs = max(epochs, share.epochs_so_far - (1 - part) * share.epochs)
     return tokens, epochs
 
 
 def _joined(source: RunCurves, run: RunCurves) -> RunCurves:
-    """The source's curve up to the switch, then the run's own."""
+    """Return the source's curve up to the switch, followed by the run's own."""
     switch = run.switch or 0
     kept = [i for i, step in enumerate(source.steps) if step < switch]
 
@@ -134,7 +134,7 @@ def _joined(source: RunCurves, run: RunCurves) -> RunCurves:
     before = {task: source.tokens[task][-1] for task in source.tokens}
     training = {task: list(values) for task, values in run.training.items()}
     for task, values in source.training.items():
-        training[task][0] = values[-1]  # what led to the switch
+        training[task][0] = values[-1]  # the loss before the switch
     return RunCurves(
         steps=[*(source.steps[i] for i in kept), *run.steps],
         switch=switch,
@@ -154,7 +154,7 @@ Values = Callable[[RunCurves], ByTask]
 def mean_curve(
     curves: Mapping[str, RunCurves], point: Point, tasks: Sequence[str], values: Values
 ) -> Curve:
-    """The mean over the seeds of a setting and over tasks, at the steps that all seeds have."""
+    """Return the mean over a setting's seeds and over tasks, at the steps that all seeds have."""
     runs = [curves[trial.name] for trial, _ in point.runs]
     steps = sorted(set.intersection(*(set(run.steps) for run in runs)))
     means = [

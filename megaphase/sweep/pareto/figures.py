@@ -1,4 +1,4 @@
-"""The plots of a sweep's page: what each one shows of the sweep, and what to look at in it."""
+"""The plots of a sweep's page, with captions that explain what to look for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megaphase.sweep.pareto.view import SweepView
 LOSS_AXES = ("high-resource loss (nats per token)", "low-resource loss (nats per token)")
 BLEU_AXES = ("BLEU, high-resource", "BLEU, low-resource")
 COMPARED: tuple[Kind, ...] = ("static", "two-phase")
-STEEP = "The steep beginning may run out of the top."
+STEEP = "The steep beginning may be cut off at the top."
 
 
 def front_plot(view: SweepView) -> Plot:
@@ -31,8 +31,8 @@ def front_plot(view: SweepView) -> Plot:
     errors = "Bars: one standard error over the seeds. " if _has_errors(view) else ""
     caption = (
         "Lower left is better. Solid: the settings that no other of the same arm dominates, with "
-        "a line around what they dominate; faint: its other settings. A point outside the grey "
-        f"area is beyond every static mixture. {errors}{_said_outside(panels)}"
+        "a line around the area that they dominate; faint: its other settings. A point outside the "
+        f"grey area is beyond every static mixture. {errors}{_outside_sentence(panels)}"
     )
     return Plot(
         "front",
@@ -43,22 +43,22 @@ def front_plot(view: SweepView) -> Plot:
 
 
 def overfitting_figure(view: SweepView, fronts: ModelFronts) -> Plot | None:
-    """Training against validation loss of the arms of one phase."""
+    """Plot training against validation loss of the single-phase arms."""
     points = single_stage_points(fronts)
     if not points:
         return None
     return Plot(
         _named("overfitting", fronts),
         "Low-resource training and validation loss",
-        "Where the two part, the model learns its few texts by heart: look at how far the solid "
-        "line rises from its lowest point (circle) while the dashed one goes on falling. One panel "
+        "Where the two separate, the model memorizes its few texts: see how far the solid "
+        "line rises from its lowest point (circle) while the dashed one keeps falling. One panel "
         f"per mixture, at its best peak. {STEEP}",
         partial(overfitting_plot, points, view.curves, view.record.sweep.low, view.styles),
     )
 
 
 def other_figures(view: SweepView, fronts: ModelFronts) -> Iterator[Plot]:
-    """Of one model: curves, data efficiency, pre-training length, scores; what there is of them."""
+    """Yield a model's plots of curves, data efficiency, pre-training length and scores, if any."""
     best = view.best_points(fronts)
     if not best:
         return
@@ -66,7 +66,7 @@ def other_figures(view: SweepView, fronts: ModelFronts) -> Iterator[Plot]:
         _named("losses", fronts),
         "Validation loss per task, the best setting of each arm",
         "Best: the lowest mean of high- and low-resource loss. Dashed: where a second phase "
-        f"begins; look at what it wins on the low-resource tasks and costs on the others. {STEEP}",
+        f"begins; compare its gain on the low-resource tasks with its cost on the others. {STEEP}",
         partial(task_curves_plot, best, view.curves, view.tasks, view.styles),
     )
     compared = [
@@ -76,8 +76,8 @@ def other_figures(view: SweepView, fronts: ModelFronts) -> Iterator[Plot]:
         yield Plot(
             _named("data_efficiency", fronts),
             "Data efficiency",
-            "Low-resource loss against the low-resource tokens seen so far, a line per mixture: "
-            "at the same number of tokens, the lower line has learnt more from them; a line that "
+            "Low-resource loss against the low-resource tokens seen so far, one line per mixture: "
+            "at the same number of tokens, the lower line has learned more from them; a line that "
             "turns up has seen them too often.",
             partial(
                 data_efficiency_plot, compared, view.curves, view.record.sweep.low, view.styles
@@ -89,7 +89,7 @@ def other_figures(view: SweepView, fronts: ModelFronts) -> Iterator[Plot]:
         yield Plot(
             _named("pretraining", fronts),
             "Pre-training length and final losses",
-            "A line per mixture of the second phase, each point at its best peak: look for the "
+            "One line per mixture of the second phase, each point at its best peak: look for the "
             "length beyond which the low-resource loss rises faster than the high-resource falls.",
             partial(
                 choice_plot,
@@ -110,20 +110,20 @@ def other_figures(view: SweepView, fronts: ModelFronts) -> Iterator[Plot]:
 
 
 def bleu_front_plot(view: SweepView) -> Plot | None:
-    """The fronts in BLEU, where all outcomes of a point have scores for both groups."""
+    """Plot the fronts in BLEU, of points whose outcomes all have scores for both groups."""
     panels = [_bleu_panel(view, fronts) for fronts in view.fronts]
     if not any(panel.marks for panel in panels):
         return None
     return Plot(
         "bleu_front",
         "Trade-off fronts in BLEU",
-        "Upper right is better; otherwise as the fronts of losses. " + _said_outside(panels),
+        "Upper right is better; otherwise like the fronts of losses. " + _outside_sentence(panels),
         partial(trade_off_plot, panels, view.styles, BLEU_AXES),
     )
 
 
 def models_plot(view: SweepView) -> Plot | None:
-    """Final losses over the models, in the order of the sweep file."""
+    """Plot final losses over the models, in the order of the sweep file."""
     if len(view.fronts) < 2:
         return None
     places = {float(i): str(fronts.model) for i, fronts in enumerate(view.fronts)}
@@ -138,8 +138,8 @@ def models_plot(view: SweepView) -> Plot | None:
     return Plot(
         "models",
         "Models and final losses",
-        "The best setting of each arm with each model: look at whether the arms come closer "
-        "together or part.",
+        "The best setting of each arm with each model: see whether the arms come closer "
+        "together or move apart.",
         partial(choice_plot, lines, "model", places, view.styles),
     )
 
@@ -168,7 +168,7 @@ def _static_arms(fronts: ModelFronts) -> frozenset[str]:
 
 
 def _label(point: Point, arm: ArmFront) -> str:
-    """The mixture; where the arm has several pre-training lengths, that too."""
+    """Return the mixture, and the pre-training length if the arm has several."""
     shares = {each.setting.share for each in arm.points}
     return point.setting.label if len(shares) > 1 else point.setting.mixture.label
 
@@ -185,7 +185,7 @@ def _bleu_panel(view: SweepView, fronts: ModelFronts) -> Panel:
 
 
 def _bleu(point: Point, group: Sequence[str]) -> SeedMean | None:
-    """The mean over those tasks of a group that are translated."""
+    """Return the mean over the translated tasks of a group."""
     by_seed = [
         [outcome.translation[task].bleu for task in group if task in outcome.translation]
         for _, outcome in point.runs
@@ -213,14 +213,14 @@ def _scores(view: SweepView, best: Sequence[Point]) -> dict[str, list[Score]]:
 
 
 def _of_best_share(arm: ArmFront) -> list[Point]:
-    """For every mixture the best peak, with the pre-training length of the arm's best point."""
+    """Return, for every mixture, the best peak with the pre-training length of the best point."""
     points = best_by_mixture(arm.points)
     share = min(points, key=lambda point: point.mean_loss).setting.share if points else None
     return [point for point in points if point.setting.share == share]
 
 
 def _share_lines(fronts: ModelFronts) -> Iterator[Line]:
-    """Of the arms with several pre-training lengths, a line per mixture."""
+    """Yield a line per mixture for each arm with several pre-training lengths."""
     for arm in fronts.arms:
         by_mixture: dict[str, list[tuple[float, Point]]] = {}
         for point in best_by_mixture(arm.points):
@@ -237,9 +237,9 @@ def _has_errors(view: SweepView) -> bool:
     return any(point.high.error is not None for fronts in view.fronts for point in fronts.points)
 
 
-def _said_outside(panels: Sequence[Panel]) -> str:
-    """What the limits leave out, so that nobody looks for it."""
-    told = []
+def _outside_sentence(panels: Sequence[Panel]) -> str:
+    """Return a sentence that lists the points outside the limits."""
+    sentences = []
     for panel in panels:
         if not panel.marks:
             continue
@@ -252,5 +252,5 @@ def _said_outside(panels: Sequence[Panel]) -> str:
             settings = "setting" if others == 1 else "settings"
             named.append(f"{others} {settings} off the fronts")
         if named:
-            told.append(where + ", ".join(named))
-    return f"Outside the picture: {'; '.join(told)}." if told else ""
+            sentences.append(where + ", ".join(named))
+    return f"Outside the picture: {'; '.join(sentences)}." if sentences else ""

@@ -1,4 +1,4 @@
-"""Which peak the first stages of a sweep go on with, and why."""
+"""The peaks chosen for the first stages of a sweep, and the reasons."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class FirstStage:
 
     Attributes:
         setting: with the lowest peak.
-        losses: of the groups that it trains on, by peak; None where a run failed or has not ended.
-        taken: the peaks that branches go on from.
+        losses: mean over the trained groups, by peak; None if a run failed or has not ended.
+        taken: the peaks from which branches start.
     """
 
     setting: TriedSetting
@@ -32,16 +32,16 @@ class FirstStage:
 
     @property
     def reason(self) -> str:
-        """Why these peaks."""
+        """The reason for these peaks."""
         if not self.taken:
-            return "none goes on yet"
+            return "not chosen yet"
         if len(self.taken) > 1 or len(self.losses) == 1:
-            return "the only one" if len(self.losses) == 1 else "each goes on with its own peak"
+            return "the only one" if len(self.losses) == 1 else "each continues with its own peak"
         return "the lowest loss"
 
 
 def first_stages(record: SweepRecord) -> list[FirstStage]:
-    """In the sweep's order."""
+    """Return the first stages in the sweep's order."""
     used = {trial.source for trial in record.trials}
     groups: dict[tuple[object, ...], list[Trial]] = {}
     for trial in record.trials:

@@ -1,4 +1,4 @@
-"""The fronts of a sweep's arms, model by model, each measured against the static one."""
+"""The fronts of a sweep's arms with each model, each compared with the static one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megaphase.sweep.pareto.measures import (
 )
 from megaphase.sweep.pareto.points import Point, front_of, mean_over_seeds, points_of
 
-STANDARD_ERRORS = 2.0  # a difference beyond so many of its own is taken for more than noise
+STANDARD_ERRORS = 2.0  # a larger difference is considered more than noise
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Margin:
     """How much lower another front's low loss is than a point's, at no higher high loss.
 
     Attributes:
-        point: of the front that is compared with.
-        other: the lowest of the other front at no higher high loss; None where it has none there.
+        point: the point of the front that is compared with.
+        other: the other front's lowest point at no higher high loss; None if it has none there.
     """
 
     point: Point
@@ -32,15 +32,15 @@ class Margin:
 
     @property
     def nats(self) -> float | None:
-        """Above 0 where the other is better; None where there is no other."""
+        """The difference in nats, above 0 if the other is better; None if there is no other."""
         return None if self.other is None else self.point.low.mean - self.other.low.mean
 
     @property
     def error(self) -> float | None:
-        """The standard error of the difference, from one for every seed that both sides have.
+        """The standard error of the difference, over the seeds that both sides have.
 
-        A seed chooses the first weights and the order of samples: what it adds to the losses of
-        both is no noise of their difference. None without several such seeds.
+        The seed determines the initial weights and the order of samples; its effect on both losses
+        cancels in their difference. None without several such seeds.
         """
         if self.other is None:
             return None
@@ -58,11 +58,11 @@ class Margin:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm's front against the static one.
+    """An arm's front compared with the static one.
 
     Attributes:
-        dominated: how many points of the static front the arm's dominates.
-        dominated_by: how many points of the arm's front the static one dominates.
+        dominated: number of points of the static front that the arm's dominates.
+        dominated_by: number of points of the arm's front that the static one dominates.
         margins: of the arm, at every point of the static front.
         margins_of_static: of the static front, at every point of the arm's.
     """
@@ -74,7 +74,7 @@ class Comparison:
 
     @property
     def share(self) -> float:
-        """The part of the static front that is dominated."""
+        """The fraction of the static front that is dominated."""
         return self.dominated / len(self.margins)
 
 
@@ -84,7 +84,7 @@ class ArmFront:
 
     Attributes:
         points: of all of its settings.
-        hypervolume: of the front, in nats squared; None without a point in the whole model.
+        hypervolume: of the front, in nats squared; None if the whole model has no point.
         against_static: None for static arms, and while either side has no point.
     """
 
@@ -101,9 +101,9 @@ class ModelFronts:
     """The arms with one model.
 
     Attributes:
-        reference: of the hypervolume, the worst high and the worst low loss over all settings of
-            the static arms, or of all arms where none of those has a point.
-        static: the front of all static arms together, the envelope of theirs.
+        reference: reference point of the hypervolume, the worst high and the worst low loss over
+            all settings of the static arms, or of all arms if those have no point.
+        static: the front of all static arms together, the envelope of their fronts.
     """
 
     model: str | None
@@ -113,12 +113,12 @@ class ModelFronts:
 
     @property
     def points(self) -> list[Point]:
-        """Of all arms."""
+        """The points of all arms."""
         return [point for arm in self.arms for point in arm.points]
 
 
 def fronts_of(record: SweepRecord) -> list[ModelFronts]:
-    """The fronts of every model, in the sweep's order."""
+    """Return the fronts of every model, in the sweep's order."""
     models: list[str | None] = [*record.sweep.config.models] or [None]
     points = points_of(record)
     return [
@@ -143,14 +143,14 @@ def _model_fronts(record: SweepRecord, model: str | None, points: Sequence[Point
 
 
 def worst(points: Sequence[Point]) -> Pair | None:
-    """The highest high loss and the highest low loss."""
+    """Return the highest high loss and the highest low loss."""
     if not points:
         return None
     return max(point.high.mean for point in points), max(point.low.mean for point in points)
 
 
 def compare(front: Sequence[Point], static: Sequence[Point]) -> Comparison:
-    """Measure a front against the static one."""
+    """Compare a front with the static one."""
     return Comparison(
         dominated=count_dominated(_pairs(static), _pairs(front)),
         dominated_by=count_dominated(_pairs(front), _pairs(static)),

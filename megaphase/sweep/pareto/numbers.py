@@ -1,4 +1,4 @@
-"""Every number of a sweep's report as CSV tables. Losses in nats per token; no timings."""
+"""Write every number of a sweep's report as CSV tables. Losses in nats per token; no timings."""
 
 from __future__ import annotations
 

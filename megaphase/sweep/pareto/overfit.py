@@ -1,4 +1,4 @@
-"""Overfitting: how far the loss of a low-resource task has risen above its lowest."""
+"""Overfitting: the increase of a low-resource task's loss since its minimum."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ SINGLE_STAGE = ("static", "regularized")
 
 @dataclass(frozen=True)
 class Overfit:
-    """Of one task, the mean over the seeds; losses in nats per token.
+    """The overfitting of one task, averaged over the seeds; losses in nats per token.
 
-    best: the lowest loss; risen: from there to the end. epochs: of the task's text, to the end.
+    best: the lowest loss; risen: increase from there to the end. epochs: of the task's text, in
+        all.
     """
 
     point: Point
@@ -34,7 +35,8 @@ class Overfit:
 
 
 def best_by_mixture(points: Sequence[Point]) -> list[Point]:
-    """Of every arm, share and mixture the peak with the lowest mean loss of both groups."""
+    """Return, for every arm, share and mixture, the peak with the lowest mean loss of both
+    groups."""
     groups: dict[object, list[Point]] = {}
     for point in points:
         setting = point.setting
@@ -44,7 +46,7 @@ def best_by_mixture(points: Sequence[Point]) -> list[Point]:
 
 
 def single_stage_points(fronts: ModelFronts) -> list[Point]:
-    """Of the arms of one phase: for every mixture the best peak."""
+    """Return the best peak for every mixture of the single-phase arms."""
     return best_by_mixture(
         [point for arm in fronts.arms if arm.kind in SINGLE_STAGE for point in arm.points]
     )
@@ -53,7 +55,7 @@ def single_stage_points(fronts: ModelFronts) -> list[Point]:
 def overfits(
     fronts: ModelFronts, curves: Mapping[str, RunCurves], low: Sequence[str]
 ) -> list[Overfit]:
-    """Of every mixture of the arms of one phase, task by task."""
+    """Return the overfitting of every mixture of the single-phase arms, task by task."""
     return [_overfit(point, curves, task) for point in single_stage_points(fronts) for task in low]
 
 

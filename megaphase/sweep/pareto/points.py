@@ -1,4 +1,4 @@
-"""The points of a sweep: one per setting of an arm, the mean over the seeds.
+"""The points of a sweep: one per setting of an arm, averaged over the seeds.
 
 Losses are in nats per token; the high and the low loss are the means over the tasks of a group.
 """
@@ -18,7 +18,7 @@ from megaphase.sweep.trials import Mixture, Trial
 
 
 class SeedMean(NamedTuple):
-    """A mean over seeds and its standard error, None where there is one seed alone."""
+    """A mean over seeds and its standard error, None with a single seed."""
 
     mean: float
     error: float | None
@@ -26,7 +26,7 @@ class SeedMean(NamedTuple):
 
 @dataclass(frozen=True)
 class TriedSetting:
-    """All that an arm has tried at once; runs that differ in nothing but the seed share it."""
+    """One combination of an arm's settings; runs that differ only in the seed share it."""
 
     arm: str
     model: str | None
@@ -36,14 +36,14 @@ class TriedSetting:
 
     @property
     def label(self) -> str:
-        """The mixture, and after what share of the budget it begins."""
+        """The mixture, and the share of the budget after which it begins."""
         after = "" if self.share is None else f" after {100 * self.share:g}%"
         return f"{self.mixture.label}{after}"
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a setting came to.
+    """The result of a setting.
 
     Attributes:
         runs: (run, outcome) by seed.
@@ -60,38 +60,38 @@ class Point:
 
     @property
     def pair(self) -> Pair:
-        """High loss, low loss."""
+        """(high loss, low loss)."""
         return self.high.mean, self.low.mean
 
     @property
     def mean_loss(self) -> float:
-        """Of both groups; what is lowest in it is called an arm's best."""
+        """The mean of both groups' losses; an arm's best point is the lowest in it."""
         return (self.high.mean + self.low.mean) / 2
 
 
 class Failure(NamedTuple):
-    """A run without figures, and why."""
+    """A run without results, and the reason."""
 
     name: str
     reason: str
 
 
 def setting_of(trial: Trial) -> TriedSetting:
-    """A run without its seed."""
+    """Return the setting of a run, which excludes its seed."""
     return TriedSetting(trial.arm, trial.model, trial.share, trial.mixture, trial.peak)
 
 
 def mean_over_seeds(values: Sequence[float]) -> SeedMean:
-    """The mean, and the standard error of it."""
+    """Return the mean and its standard error."""
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return SeedMean(fmean(values), error)
 
 
 def points_of(record: SweepRecord) -> list[Point]:
-    """A point for every setting of which a run has ended, in the sweep's order.
+    """Return a point for every setting of which a run has ended, in the sweep's order.
 
-    A setting of which one run failed or diverged has none: the mean over the others would flatter
-    it. Seeds that have not ended yet are missing in the mean.
+    A setting with a failed or diverged run has no point, since the mean over the others would be
+    too good. Seeds that have not ended yet are missing in the mean.
     """
     runs: dict[TriedSetting, list[tuple[Trial, Outcome]]] = {}
     for trial in record.trials:
@@ -121,7 +121,7 @@ def _point(record: SweepRecord, setting: TriedSetting, runs: list[tuple[Trial, O
 
 
 def reason_of_failure(outcome: Outcome) -> str | None:
-    """Why an ended run has no figures to compare; None where it has."""
+    """Return why an ended run has no results to compare; None if it has."""
     if outcome.failed is not None:
         return outcome.failed
     if outcome.diverged is not None:
@@ -131,7 +131,7 @@ def reason_of_failure(outcome: Outcome) -> str | None:
 
 
 def failures(record: SweepRecord) -> list[Failure]:
-    """The runs that ended without figures, first stages among them."""
+    """Return the runs that ended without results, including first stages."""
     found = (
         (trial.name, reason_of_failure(record.outcomes[trial.name]))
         for trial in record.trials
@@ -141,10 +141,10 @@ def failures(record: SweepRecord) -> list[Failure]:
 
 
 def front_of(points: Sequence[Point]) -> list[Point]:
-    """The points that no other one dominates, ascending in the high loss."""
+    """Return the points that no other one dominates, ascending in the high loss."""
     return [points[i] for i in nondominated([point.pair for point in points])]
 
 
 def best_of(points: Iterable[Point]) -> Point | None:
-    """The point whose mean loss of both groups is lowest."""
+    """Return the point with the lowest mean loss of both groups."""
     return min(points, key=lambda point: point.mean_loss, default=None)

@@ -1,4 +1,4 @@
-"""The report of a sweep: its page, plots and numbers, and what the terminal shows of it."""
+"""The report of a sweep: its page, plots and numbers, and the terminal's summary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megaphase.sweep.pareto.view import SweepView
 
 @dataclass(frozen=True)
 class SweepReport:
-    """What a sweep has found, finished or not."""
+    """The results of a sweep, complete or not."""
 
     view: SweepView
 
@@ -28,22 +28,22 @@ class SweepReport:
         """Read the directory of a sweep.
 
         Raises:
-            InputError: a file in it is missing or not what it should be.
+            InputError: a file in it is missing or invalid.
         """
         return cls(SweepView.of(folder))
 
     def write(self, out: Path) -> Path:
         """Write page, plots and numbers as `write_report` does; return the page's path.
 
-        The files depend on the sweep alone: not on when, where or how fast its runs were done.
+        The files depend only on the sweep, not on when, where or how fast its runs were done.
 
         Raises:
-            InputError: `out` holds anything that is not a former report.
+            InputError: `out` contains anything other than an earlier report.
         """
         return write_page(out, self.view.name, self._content)
 
     def summary_table(self) -> Table:
-        """The fronts, for the terminal."""
+        """Return a table of the fronts for the terminal."""
         title = f"{self.view.name}: trade-off fronts. {self.view.progress.sentence}"
         table = Table(title=Text(title), title_justify="left")
         several = len(self.view.fronts) > 1
@@ -61,7 +61,7 @@ class SweepReport:
         return table
 
     def sentences(self) -> list[str]:
-        """The verdicts, and which runs have failed or diverged."""
+        """Return the verdicts, and the runs that have failed or diverged."""
         failed = [
             f"{name} {reason if reason.startswith('diverged') else f'failed: {reason}'}"
             for name, reason in self.view.failures

@@ -1,4 +1,4 @@
-"""The page of a sweep: the verdict on top, then what it rests on."""
+"""The page of a sweep: the verdict first, then the evidence."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class _ModelEvidence:
 
 @dataclass(frozen=True)
 class _Evidence:
-    """What the verdict rests on."""
+    """The evidence for the verdict."""
 
     trade_off: DrawnPlot
     models: list[_ModelEvidence]
@@ -59,7 +59,7 @@ class _Evidence:
 
 
 def sweep_article(view: SweepView, out: Path) -> Markup:
-    """All of a sweep; its plots are written into the report's folder `out`."""
+    """Return the article on a sweep; its plots are written into the report's folder `out`."""
     content = sweep_file_of(view.record.sweep)
     has_points = any(fronts.points for fronts in view.fronts)
     return render(
@@ -76,7 +76,7 @@ def sweep_article(view: SweepView, out: Path) -> Markup:
 
 
 def _evidence(view: SweepView, out: Path) -> _Evidence:
-    """Plots and tables."""
+    """Return plots and tables."""
     across = (models_plot(view), bleu_front_plot(view))
     return _Evidence(
         _draw(front_plot(view), out),
@@ -105,7 +105,7 @@ def _draw(plot: Plot, out: Path) -> DrawnPlot:
 
 
 def _lead(view: SweepView) -> str:
-    """How far the sweep is, and what it is over."""
+    """Return the progress of the sweep and its setting."""
     sweep = view.record.sweep
     seeds = len(sweep.config.seeds)
     failed = f" {len(view.failures)} of them failed or diverged." if view.failures else ""
@@ -117,9 +117,9 @@ def _lead(view: SweepView) -> str:
 
 
 def sweep_file_of(sweep: Sweep) -> dict[str, Any]:
-    """The sweep file with the run file inside; of paths only what they end in.
+    """Return the sweep file including the run file; paths are reduced to their last part.
 
-    Where things lie on a machine is no part of an experiment.
+    The location of files on a machine is not part of an experiment.
     """
     run = sweep.base | {"tokenizer": Path(sweep.base["tokenizer"]).name}
     run["tasks"] = {

@@ -15,7 +15,7 @@ from megaphase.sweep.pareto.view import SweepView
 
 
 def fronts_table(view: SweepView, fronts: ModelFronts) -> PageTable:
-    """The measures of every arm's front."""
+    """Return the measures of every arm's front."""
     rows: list[list[str | Cell]] = []
     for arm in fronts.arms:
         volume = NOTHING if arm.hypervolume is None else f"{arm.hypervolume:.4f}"
@@ -42,7 +42,7 @@ def fronts_table(view: SweepView, fronts: ModelFronts) -> PageTable:
 
 
 def comparison_cells(arm: ArmFront) -> list[str]:
-    """Share of the static front, part of the own front, and the least and the greatest margin."""
+    """Return fraction of the static front, part of the own front, least and greatest margin."""
     against = arm.against_static
     if against is None:
         return [NOTHING] * 3
@@ -63,7 +63,7 @@ def _margin_range(arm: ArmFront) -> str:
 
 
 def settings_tables(view: SweepView, fronts: ModelFronts) -> tuple[PageTable, PageTable | None]:
-    """The points of the fronts, and all the others, if there are any."""
+    """Return the points of the fronts, and all the others, if there are any."""
     on = [(arm, point) for arm in fronts.arms for point in arm.front]
     off = [
         (arm, point)
@@ -109,7 +109,7 @@ def _settings(view: SweepView, rows: Sequence[tuple[ArmFront, Point]], note: str
 
 
 def _epochs(view: SweepView, point: Point, task: str) -> float:
-    """The mean over the seeds."""
+    """Return the mean over the seeds."""
     values = []
     for trial, outcome in point.runs:
         run = view.curves[trial.name]
@@ -118,7 +118,7 @@ def _epochs(view: SweepView, point: Point, task: str) -> float:
 
 
 def overfitting_table(view: SweepView, fronts: ModelFronts) -> PageTable:
-    """How far the loss of each low-resource task has risen above its lowest."""
+    """Return how far the loss of each low-resource task has risen above its lowest."""
     rows = [_overfit_row(view, row) for row in overfits(fronts, view.curves, view.record.sweep.low)]
     columns = (
         *("arm", "mixture", "peak", "task"),
@@ -142,7 +142,7 @@ def _overfit_row(view: SweepView, row: Overfit) -> list[str | Cell]:
 
 
 def first_stage_table(view: SweepView) -> PageTable | None:
-    """Which peak every first stage goes on with; None where there is no first stage."""
+    """Return the peak chosen for every first stage; None if there is no first stage."""
     stages = first_stages(view.record)
     if not stages:
         return None
@@ -157,11 +157,11 @@ def first_stage_table(view: SweepView) -> PageTable | None:
         rows.append([setting.arm, *model, length, setting.mixture.label, *losses, stage.reason])
     columns = [
         "first stage", *(["model"] if several else []), "length", "mixture",
-        *(f"peak {peak:g}" for peak in peaks), "goes on with",
+        *(f"peak {peak:g}" for peak in peaks), "chosen peak",
     ]  # fmt: skip
     note = (
         "Loss at the end of the first stage, nats per token, by peak: the mean over the groups of "
-        "tasks that it trains on. Bold: what the second phases go on from."
+        "tasks that it trains on. Bold: the second phases start from these."
     )
     return PageTable(columns, rows, note)
 

@@ -1,4 +1,4 @@
-"""The figure of trade-off fronts: what is drawn, in which limits, and what lies outside of them."""
+"""The figure of trade-off fronts: its marks, its limits, and the points outside of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megaphase.sweep.pareto.measures import nondominated
 from megaphase.sweep.pareto.points import SeedMean
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
-ARM_COLOURS = (0, 1, 2, 3, 4, 7, 6, 5)  # the two blues as far apart as they can be
+ARM_COLOURS = (0, 1, 2, 3, 4, 7, 6, 5)  # keeps the two blues as far apart as possible
 WINDOW = 0.7  # how far beyond the core, in its widths, a point is still shown
 LEAST_WIDTH = 0.1  # of the core, in the unit of the axis
 PADDING = 0.09
@@ -33,7 +33,8 @@ ArmStyles = Mapping[str, tuple[str, str]]  # colour and marker by arm
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of a panel. is_core: whether the limits must show it, if it is on its arm's front."""
+    """A point of a panel. is_core: whether the limits must include it, if it is on its arm's
+    front."""
 
     arm: str
     label: str
@@ -47,7 +48,7 @@ class Panel:
     """Marks that are compared with each other.
 
     shaded: the arms whose dominated region is shaded.
-    higher_is_better: of both axes.
+    higher_is_better: for both axes.
     """
 
     title: str
@@ -56,7 +57,7 @@ class Panel:
     higher_is_better: bool = False
 
     def front(self, arms: frozenset[str]) -> list[Mark]:
-        """What no other mark of these arms dominates, ascending in x."""
+        """Return the marks that no other mark of these arms dominates, ascending in x."""
         sign = -1 if self.higher_is_better else 1
         marks = [mark for mark in self.marks if mark.arm in arms]
         chosen = nondominated([(sign * mark.x.mean, sign * mark.y.mean) for mark in marks])
@@ -67,12 +68,12 @@ class Panel:
         return list(dict.fromkeys(mark.arm for mark in self.marks))
 
     def fronts(self) -> dict[str, list[Mark]]:
-        """By arm."""
+        """Return the front of each arm."""
         return {arm: self.front(frozenset({arm})) for arm in self.arms}
 
 
 def style_of_arms(arms: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for every arm."""
+    """Return a colour and a marker for every arm."""
     return {
         arm: (LINE_COLOURS[ARM_COLOURS[i % len(ARM_COLOURS)]], MARKERS[i % len(MARKERS)])
         for i, arm in enumerate(arms)
@@ -80,7 +81,7 @@ def style_of_arms(arms: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def limits_of(panel: Panel) -> tuple[Limits, Limits]:
-    """Of x and y: all front points but those far from the core, which would squash the others."""
+    """Return limits of x and y that include all front points except those far from the core."""
     fronts = [mark for front in panel.fronts().values() for mark in front]
     core = [mark for mark in fronts if mark.is_core] or fronts
     near = [mark for mark in fronts if _is_near(mark, core)]
@@ -110,7 +111,7 @@ def _padded(low: float, high: float) -> Limits:
 
 
 def outside(panel: Panel) -> tuple[list[Mark], int]:
-    """The front points that are out of the picture, and how many of the other points are."""
+    """Return the front points outside the limits, and the number of other points outside."""
     (left, right), (bottom, top) = limits_of(panel)
     out = [
         mark
@@ -125,7 +126,7 @@ def outside(panel: Panel) -> tuple[list[Mark], int]:
 def trade_off_plot(
     panels: Sequence[Panel], styles: ArmStyles, axis_titles: tuple[str, str], size: Size
 ) -> Figure:
-    """One panel per model: a point per setting, the front of each arm as a step line."""
+    """Return a figure with a panel per model: a point per setting, a step line per arm's front."""
     arms = [arm for arm in styles if any(arm in panel.arms for panel in panels)]
     names = [
         plot_label(arm) if _is_visible(arm, panels) else f"{plot_label(arm)} (outside)"
@@ -151,7 +152,7 @@ def trade_off_plot(
 
 
 def _is_visible(arm: str, panels: Sequence[Panel]) -> bool:
-    """Whether some point of the arm's front is in the picture."""
+    """Return whether some point of the arm's front is inside the limits."""
     return any(
         mark not in outside(panel)[0]
         for panel in panels
@@ -187,7 +188,7 @@ def _draw(panel: Panel, axes: Axes, styles: ArmStyles) -> None:
 
 
 def _steps(front: Sequence[Mark], axes: Axes, higher_is_better: bool) -> np.ndarray:
-    """The border [n, 2] of what a front dominates, to the edges of the axes."""
+    """Return the border [n, 2] of the area that a front dominates, to the edges of the axes."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     xs = [mark.x.mean for mark in front]
     ys = [mark.y.mean for mark in front]

@@ -1,4 +1,4 @@
-"""One plain sentence on each arm against the static front; it can be negative, or undecided."""
+"""A plain sentence that compares each arm with the static front; may be negative or undecided."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Outcome = Literal["wins", "loses", "undecided"]
 
 @dataclass(frozen=True)
 class SweepProgress:
-    """How far a sweep is.
+    """The progress of a sweep.
 
     Attributes:
-        ended: runs, those that failed among them.
-        planned: runs there are if none fails.
-        waiting: whether runs that are known have not ended.
+        ended: number of ended runs, including failed ones.
+        planned: number of runs if none fails.
+        waiting: whether known runs have not ended.
     """
 
     ended: int
@@ -29,17 +29,17 @@ class SweepProgress:
 
     @property
     def sentence(self) -> str:
-        """For the top of the page."""
+        """The sentence at the top of the page."""
         if self.waiting:
             return f"Not finished: {self.ended:,} of {self.planned:,} runs have ended."
         missing = self.planned - self.ended
-        never = f" {missing:,} more could not begin: what they go on from has failed or diverged."
+        never = f" {missing:,} more could not start: the runs before them have failed or diverged."
         return f"Finished: {self.ended:,} runs.{never if missing > 0 else ''}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """An arm against the static front, with one model."""
+    """The comparison of an arm with the static front, with one model."""
 
     arm: str
     model: str | None
@@ -49,18 +49,18 @@ class Verdict:
 
     @property
     def sentence(self) -> str:
-        """All of it."""
+        """The whole sentence."""
         return f"{self.headline}: {self.detail}."
 
 
 def progress_of(record: SweepRecord) -> SweepProgress:
-    """How many runs have ended, of how many."""
+    """Return the number of ended runs and the total."""
     waiting = any(trial.name not in record.outcomes for trial in record.trials)
     return SweepProgress(len(record.outcomes), count_trials(record.sweep), waiting)
 
 
 def verdicts_of(record: SweepRecord, fronts: Sequence[ModelFronts]) -> list[Verdict]:
-    """Of every arm that is not static, the two-phase ones first, model by model."""
+    """Return the verdict on every arm that is not static, two-phase arms first, model by model."""
     progress = progress_of(record)
     return [
         _verdict(arm, model, progress)
@@ -71,7 +71,7 @@ def verdicts_of(record: SweepRecord, fronts: Sequence[ModelFronts]) -> list[Verd
 
 
 def _verdict(arm: ArmFront, model: ModelFronts, progress: SweepProgress) -> Verdict:
-    outcome, headline, detail = _judge(arm, model)
+    outcome, headline, detail = _compare(arm, model)
     if progress.waiting:
         headline = f"So far, with {progress.ended:,} of {progress.planned:,} runs, {headline}"
     if model.model is not None:
@@ -79,24 +79,24 @@ def _verdict(arm: ArmFront, model: ModelFronts, progress: SweepProgress) -> Verd
     return Verdict(arm.arm, model.model, outcome, headline, detail)
 
 
-def _judge(arm: ArmFront, model: ModelFronts) -> tuple[Outcome, str, str]:
-    """Outcome, headline and detail."""
+def _compare(arm: ArmFront, model: ModelFronts) -> tuple[Outcome, str, str]:
+    """Return outcome, headline and detail."""
     against = arm.against_static
     if against is None:
         return "undecided", *_nothing_to_compare(arm, model)
     if against.dominated == len(against.margins):
-        told = f"it dominates {_all_of(against.margins)} of the static front"
+        parts = f"it dominates {_all_of(against.margins)} of the static front"
         return (
             "wins",
             f"{arm.arm} wins against static",
-            f"{told}; {_how_much(against.margins)}",
+            f"{parts}; {_how_much(against.margins)}",
         )
     if against.dominated_by == len(against.margins_of_static):
-        told = f"static dominates {_all_of(against.margins_of_static)} of its front"
+        parts = f"static dominates {_all_of(against.margins_of_static)} of its front"
         return (
             "loses",
             f"{arm.arm} loses against static",
-            f"{told}; {_how_much(against.margins_of_static, 'static’s')}",
+            f"{parts}; {_how_much(against.margins_of_static, 'static’s')}",
         )
     return "undecided", f"{arm.arm} against static is undecided", _mixed(against)
 
@@ -105,7 +105,7 @@ def _nothing_to_compare(arm: ArmFront, model: ModelFronts) -> tuple[str, str]:
     if not any(each.kind == "static" for each in model.arms):
         return f"there is no verdict on {arm.arm}", "the sweep has no static arm"
     who = "static" if arm.front else arm.arm
-    return f"there is no verdict on {arm.arm} yet", f"no run of {who} has ended well"
+    return f"there is no verdict on {arm.arm} yet", f"no run of {who} has ended normally"
 
 
 def _all_of(margins: Sequence[Margin]) -> str:
@@ -127,21 +127,21 @@ def _mixed(against: Comparison) -> str:
 
 
 def _worse(nats: Sequence[float | None]) -> str:
-    """What speaks against the arm at other points of the static front."""
+    """Return in which points of the static front the arm is worse."""
     higher = [each for each in nats if each is not None and each < 0]
     missing = sum(each is None for each in nats)
-    told = []
+    parts = []
     if higher:
         where = "one point" if len(higher) == 1 else f"{len(higher)} points"
-        told.append(f"at {where} it is higher, by up to {-min(higher):.3f} nats")
+        parts.append(f"at {where} it is higher, by up to {-min(higher):.3f} nats")
     if missing:
         where = "one point" if missing == 1 else f"{missing} points"
-        told.append(f"at {where} it reaches no high-resource loss as low as static’s")
-    return ", and ".join(told)
+        parts.append(f"at {where} it reaches no high-resource loss as low as static’s")
+    return ", and ".join(parts)
 
 
 def _how_much(margins: Sequence[Margin], whose: str = "its") -> str:
-    """By how many nats, at which high loss, and whether that is more than noise."""
+    """Return the margin in nats, at which high loss, and whether it exceeds the noise."""
     gains = [m for m in margins if m.nats is not None and m.nats >= 0]
     least = min(gains, key=lambda margin: margin.nats or 0.0)
     most = max(gains, key=lambda margin: margin.nats or 0.0)

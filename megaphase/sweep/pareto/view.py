@@ -1,4 +1,4 @@
-"""All that a sweep's report shows, computed once."""
+"""Everything that a sweep's report shows, computed once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SweepView:
         """Read the directory of a sweep.
 
         Raises:
-            InputError: a file in it is missing or not what it should be.
+            InputError: a file in it is missing or invalid.
         """
         record = load_sweep_record(folder)
         fronts = fronts_of(record)
@@ -52,18 +52,18 @@ class SweepView:
 
     @property
     def name(self) -> str:
-        """Of the sweep file: the same wherever the directory lies."""
+        """The name of the sweep file, independent of the directory's location."""
         return self.record.sweep.file.stem
 
     @property
     def tasks(self) -> list[str]:
-        """The high-resource ones first."""
+        """All tasks, the high-resource ones first."""
         return [*self.record.sweep.high, *self.record.sweep.low]
 
     def best(self, arm: ArmFront) -> Point | None:
-        """Of an arm with a model: the lowest mean loss of both groups."""
+        """Return the point of an arm with the lowest mean loss of both groups."""
         return best_of(arm.points)
 
     def best_points(self, fronts: ModelFronts) -> list[Point]:
-        """Of every arm that has any."""
+        """Return the best point of every arm that has one."""
         return [point for arm in fronts.arms if (point := self.best(arm)) is not None]

@@ -1,4 +1,4 @@
-"""Fronts, their measures and verdicts, by hand and against slow computations of another kind."""
+"""Fronts, their measures and verdicts, computed by hand and by slow independent algorithms."""
 
 import math
 
@@ -25,7 +25,7 @@ pair_lists = st.lists(st.tuples(coordinate, coordinate), max_size=9)
 
 
 def cells_dominated(pairs, side):
-    """Unit squares below the reference point (side, side) that some pair dominates."""
+    """Return the unit squares below the reference point (side, side) dominated by some pair."""
     return sum(any(x <= i and y <= j for x, y in pairs) for i in range(side) for j in range(side))
 
 
@@ -75,7 +75,7 @@ STATIC = {0.1: (4.0, 6.0), 0.5: (4.4, 5.5)}
 
 
 def told(two_phase, *, static=STATIC, arms=ARMS, **more):
-    """The verdicts where a run of a two-phase arm comes to `two_phase`."""
+    """Return the verdicts if a run of a two-phase arm has the losses `two_phase`."""
     by_arm = {"static": lambda trial: static[trial.mixture.rate]}
     record = record_of(arms, lambda t: by_arm.get(t.arm, lambda _: two_phase)(t), **more)
     return verdicts_of(record, fronts_of(record))
@@ -130,7 +130,7 @@ def test_verdict_is_undecided_unless_all_points_are_dominated(two_phase, ending)
 )
 def test_verdict_says_whether_it_is_more_than_noise(spread, ending):
     def losses(trial):
-        # What a seed adds to both arms is no noise of their difference.
+        # A seed's effect on both arms is not noise in their difference.
         (high, low), own = (3.9, 5.4), -spread
         if trial.arm == "static":
             (high, low), own = STATIC[trial.mixture.rate], spread
@@ -160,7 +160,7 @@ def test_verdict_without_what_it_compares():
     assert verdict.outcome == "undecided"
     assert verdict.sentence == (
         "So far, with 3 of 4 runs, there is no verdict on two-phase yet: no run of two-phase has "
-        "ended well."
+        "ended normally."
     )
 
 
@@ -217,7 +217,7 @@ def test_seeds_that_have_not_ended_are_left_out_of_the_mean():
     (point, _) = fronts_of(record)[0].arms[0].points
     assert (len(point.runs), point.low) == (1, (6.0, None))
     progress = progress_of(record)
-    # With one seed of its first stage, which branches there are is not known.
+    # With one seed of its first stage, its branches are not known.
     assert progress.sentence == "Not finished: 3 of 8 runs have ended."
 
 
@@ -230,7 +230,7 @@ def test_a_sweep_whose_first_stages_failed_says_what_could_not_begin():
     trials = [trial for trial in record.trials if trial.arm != "two-phase"]
     broken = type(record)(record.directory, sweep, trials, outcomes | {name: failed})
     assert progress_of(broken).sentence == (
-        "Finished: 3 runs. 1 more could not begin: what they go on from has failed or diverged."
+        "Finished: 3 runs. 1 more could not start: the runs before them have failed or diverged."
     )
     (stage,) = first_stages(broken)
-    assert (stage.losses, stage.reason) == ({0.004: None}, "none goes on yet")
+    assert (stage.losses, stage.reason) == ({0.004: None}, "not chosen yet")

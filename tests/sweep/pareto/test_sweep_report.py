@@ -63,7 +63,7 @@ def test_page_is_self_contained_and_holds_every_plot(index):
         assert {f"plots/{name}.png", f"plots/{name}.svg"} <= set(page.links)
     for link in page.links:
         assert (index.parent / link).stat().st_size > 0
-    assert "/somewhere" not in text  # where corpora lie is no part of an experiment
+    assert "/somewhere" not in text  # the location of corpora is not part of an experiment
     assert text.count("<figure>") == len(PLOTS)
 
 
@@ -100,7 +100,8 @@ def test_table_of_settings_is_that_of_the_points(index, report):
 
 def test_first_stages_are_shown_with_the_peak_that_goes_on(index, report):
     rows = [row for row in Page(index).rows if row[0] in ("pretrain", "keep-pretrain")]
-    assert [row[-1] for row in rows] == ["the lowest loss"] * 2 + ["each goes on with its own peak"]
+    reasons = ["the lowest loss"] * 2 + ["each continues with its own peak"]
+    assert [row[-1] for row in rows] == reasons
     chosen = {row["peak"]: row["goes_on"] for row in numbers(index, "first_stages")[:2]}
     assert chosen == {"0.001": "False", "0.004": "True"}
 
@@ -226,7 +227,7 @@ def test_wrong_input(sweep_dir, tmp_path):
         SweepReport.of(whole)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
-    with pytest.raises(InputError, match="not a former report"):
+    with pytest.raises(InputError, match="not an earlier report"):
         SweepReport.of(sweep_dir).write(tmp_path / "mine")
     assert not (tmp_path / "report").exists()
 
