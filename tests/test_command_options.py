@@ -25,7 +25,7 @@ def inputs(tmp_path_factory):
 
 
 def wrong(outcomes):
-    """What did not end as it should, readable."""
+    """Return the outcomes that were not as they should be, in readable form."""
     return [
         f"{case}: exit code {outcome.code}, {outcome.said[-2000:]}"
         for case, outcome in outcomes.items()
@@ -63,7 +63,7 @@ def test_the_calls_are_right_but_for_the_value(inputs):
 
 
 def limit_files():
-    """Let no file grow beyond half a kilobyte, as on a disk that is nearly full."""
+    """Limit files to half a kilobyte, as on a disk that is nearly full."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
 
 

@@ -1,4 +1,4 @@
-"""The documentation says what is true: every key and default, every command, every link."""
+"""The documentation is correct: every key and default, every command, every link."""
 
 import importlib.util
 import re

@@ -1,7 +1,7 @@
-"""Run directories and checkpoints that version 0.1.0 wrote; see fixtures/version_0_1_0/generate.py.
+"""Run directories and checkpoints of version 0.1.0; see fixtures/version_0_1_0/generate.py.
 
-What a resumed run must print is what that version's own run printed, so it is compared with
-tolerances of fp32 sums in another order, not bit by bit.
+A resumed run must print the same values as that version's own run, within the tolerances of fp32
+sums in another order.
 """
 
 import json
@@ -23,7 +23,7 @@ RESUMED_FROM = 8
 
 @pytest.fixture
 def runs(tmp_path):
-    """A copy of the fixture, since commands write into run directories."""
+    """Return a copy of the fixture, since commands write into run directories."""
     return shutil.copytree(FIXTURE, tmp_path / "runs", symlinks=True)
 
 

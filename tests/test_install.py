@@ -22,10 +22,10 @@ def run(*command, cwd):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The bin folder of an environment into which a copy of the repository was installed.
+    """Return the bin folder of an environment into which a copy of the repository was installed.
 
-    What the project depends on is borrowed from the environment of the tests, by a path file, in
-    which the project itself stands as an editable install only and so is not found.
+    The project's dependencies are taken from the environment of the tests through a path file; the
+    project itself is only an editable install there, and so is not found.
     """
     folder = tmp_path_factory.mktemp("install")
     (folder / "copy").mkdir()

@@ -1,4 +1,4 @@
-"""The lines that a run prints where there is no terminal, and its bar where there is one."""
+"""The lines that a run prints without a terminal, and its bar in a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megaphase.callbacks.display import TrainingDisplay
 
 
 def shown(*, terminal: bool) -> str:
-    """What a run of 12 steps prints, of which 3 were done before."""
+    """Return the output of a run of 12 steps, of which 3 were done before."""
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=120)
     display = TrainingDisplay(console, steps=12, done=3, every_steps=5)

@@ -1,4 +1,4 @@
-"""The detector of divergence on loss curves: synthetic ones, and those of runs."""
+"""The detector of divergence on loss curves, both synthetic and recorded."""
 
 import json
 import math
@@ -19,14 +19,14 @@ RECORDED = json.loads(
 
 
 def detector_at(**held_out: float) -> DivergenceDetector:
-    """At the start of a phase with these held-out losses."""
+    """Return a detector at the start of a phase with these held-out losses."""
     detector = DivergenceDetector(VOCABULARY)
     detector.begin_phase(held_out)
     return detector
 
 
 def feed(detector, losses, *, first=1, rate=1e-3, norms=None):
-    """Steps on the task `a` alone; (step, finding) of all that is new."""
+    """Feed steps on the task `a` alone; return (step, finding) of all new findings."""
     found = []
     for number, loss in enumerate(losses):
         norm = 1.0 if norms is None else norms[number]
@@ -76,7 +76,7 @@ def test_the_first_steps_are_compared_with_the_held_out_loss():
 
 
 def test_a_first_step_above_the_held_out_loss_is_no_rise():
-    """It is trained with dropout, say, by the weights that were measured without."""
+    """The step may be trained with dropout, by weights that were measured without it."""
     detector = detector_at(a=3.0)
     assert feed(detector, noisy(4.8, 200)) == []
     ((step, found),) = feed(detector, [20.0] * 4, first=201)
@@ -91,7 +91,7 @@ def test_what_was_reached_counts_from_twenty_steps_on():
     falling = [6.2 - 0.1 * step for step in range(40)]
     ((_, found),) = feed(detector_at(a=6.2), falling + [6.0] * 30)
     assert found.kind == "rise"
-    # The mean of the newest 20 steps, give or take: the loss of 20 steps ago is 4.2.
+    # Approximately the mean of the newest 20 steps: the loss of 20 steps ago is 4.2.
     assert falling[-1] < found.expected < falling[-20]
 
 
@@ -143,7 +143,7 @@ def test_a_phase_that_begins_diverged_is_compared_with_the_time_before():
 
 
 def test_a_task_of_which_nothing_is_known_is_compared_with_uniform_guessing():
-    """As after going on from a checkpoint of an earlier version."""
+    """As after resuming from a checkpoint of an earlier version."""
     detector = DivergenceDetector(VOCABULARY)
     assert feed(detector, noisy(4.0, 10)) == []
     ((step, found),) = feed(detector, [20.0] * 4, first=11)
@@ -187,7 +187,7 @@ def test_while_the_rate_rises_nothing_is_stuck():
 @pytest.mark.parametrize(
     "curve",
     [
-        [0.01] * 500,  # all is learnt by heart
+        [0.01] * 500,  # everything is memorized
         noisy(2.5, 500, deviation=0.02),  # converged
         [UNIFORM - 0.0004 * step for step in range(500)],  # slow
         [math.exp(-step / 100) * UNIFORM for step in range(900)],
@@ -217,7 +217,7 @@ def test_somewhat_larger_gradients_and_single_large_ones_are_none(norms):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_noise_of_small_batches_with_rare_tasks_is_none(seed):
-    """A sample a step of tasks at 2, 4 and 7 nats, the last with one step in fifty."""
+    """One sample per step of tasks at 2, 4 and 7 nats, the last in one step of fifty."""
     random = np.random.default_rng(seed)
     levels, rates = {"a": 2.0, "b": 4.0, "c": 7.0}, [0.68, 0.30, 0.02]
     detector = DivergenceDetector(VOCABULARY)
@@ -231,7 +231,7 @@ def test_noise_of_small_batches_with_rare_tasks_is_none(seed):
 
 
 def curve_of(name: str):
-    """A recorded run, step by step; see loss_curves.json."""
+    """Return a recorded run, step by step; see loss_curves.json."""
     run = RECORDED["runs"][name]
     detector, found = DivergenceDetector(run["vocabulary"]), []
     for phase in run["phases"]:

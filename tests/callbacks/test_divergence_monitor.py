@@ -1,4 +1,4 @@
-"""Runs that diverge are found, told and ended; runs that learn are left alone."""
+"""Diverging runs are detected, reported and ended; learning runs are not affected."""
 
 from pathlib import Path
 from statistics import fmean
@@ -53,7 +53,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def base(corpora, tmp_path_factory):
-    """A healthy run of one phase on the tasks with much text."""
+    """Return a healthy run of one phase on the high-resource tasks."""
     first = phase("pretrain", BASE_STEPS, 1e-2, mixture={"proportional": True, "over": list(HIGH)})
     run_file = write_run_file(tmp_path_factory.mktemp("base"), settings_of(corpora, first))
     run_well("train", run_file)
@@ -64,7 +64,7 @@ def base(corpora, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def branch(corpora, base, tmp_path_factory):
-    """A branch with a peak a thousand times too high, and how it ended."""
+    """Return a branch with a peak a thousand times too high, and how it ended."""
     settings = settings_of(corpora, phase("joint", 60, 3.0))
     run_file = write_run_file(tmp_path_factory.mktemp("branch"), settings)
     return run_file, run("train", run_file, "--from", f"{base}@pretrain")
@@ -104,7 +104,7 @@ def test_started_again_it_says_so_at_once_and_trains_on_where_it_is_told_to(bran
     run_well("train", run_file, "faults.stop_on_divergence=false")
     assert max(losses(run_dir)) == BASE_STEPS + 60
     assert [row["event"] for row in events(run_dir)] == ["divergence"]
-    # That all steps are done does not make it a good end.
+    # Although all steps are done, it counts as diverged.
     assert run("train", run_file).returncode == 1
 
 
@@ -120,7 +120,7 @@ def test_from_the_first_steps_and_without_clipping(corpora, tmp_path):
 
 
 def test_the_last_checkpoint_from_before_stays_and_can_be_gone_on_from(corpora, tmp_path):
-    """The rate rises until it is too high; of later checkpoints only the newest one stays."""
+    """The rate rises until it is too high; of later checkpoints only the newest is kept."""
     rising = phase("only", 200, 300.0, warmup=10_000)
     rising["learning_rate"]["steps"] = 10_001
     settings = settings_of(corpora, rising)
@@ -171,7 +171,7 @@ def test_a_run_that_learns_nothing_is_ended(corpora, tmp_path):
 
 
 def test_killed_while_the_loss_rises_it_finds_the_same(corpora, base, tmp_path):
-    """Between the first step that is suspicious and the one at which that is told."""
+    """Killed between the first suspicious step and the one at which it is reported."""
     settings = settings_of(
         corpora, phase("joint", 60, 3.0), checkpoint={"every_steps": 1, "keep": 1}
     )

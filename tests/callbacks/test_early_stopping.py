@@ -1,4 +1,4 @@
-"""The overfit monitor against a slow reference, and cut anywhere by a restart."""
+"""Early stopping compared with a slow reference, and interrupted anywhere by a restart."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ LOSS = st.floats(0, 4) | st.sampled_from([1.0, 1.5, 2.0, math.nan, math.inf])
 
 @dataclass(frozen=True)
 class Seen:
-    """A validation, with the training losses before it; `phase` begins with the first of it."""
+    """A validation, with the training losses before it; `phase` starts with its first one."""
 
     phase: int
     step: int
@@ -258,7 +258,7 @@ def test_training_losses_since_the_last_validation_survive_a_restart(folder):
 
 
 def running_best(series: list[tuple[int, float]], min_gain: float) -> list[tuple[int, float]]:
-    """All losses of the series that were a new best when they came."""
+    """Return all losses of the series that were a new best at their time."""
     bests: list[tuple[int, float]] = []
     for step, loss in series:
         if math.isfinite(loss) and (not bests or loss < bests[-1][1] - min_gain):
@@ -267,7 +267,7 @@ def running_best(series: list[tuple[int, float]], min_gain: float) -> list[tuple
 
 
 def has_overfit(series: list[tuple[int, float]], patience: int, min_gain: float) -> bool:
-    """Whether the last `patience` entries hold no new best."""
+    """Return whether the last `patience` entries contain no new best."""
     best_steps = [step for step, _ in running_best(series, min_gain)]
     last = [step for step, _ in series[-patience:]]
     return len(last) == patience and not set(best_steps) & set(last)

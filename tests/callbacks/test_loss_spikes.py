@@ -1,4 +1,4 @@
-"""Steps that are not finite are skipped, too many in a row end a run; spikes are told."""
+"""Steps that are not finite are skipped, too many in a row end a run; spikes are reported."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def corpora(tmp_path_factory):
 
 
 def settings_of(corpora, steps, peak, **changes):
-    """One phase with a constant learning rate, measured at its ends alone."""
+    """Return one phase with a constant learning rate, validated only at its ends."""
     rate = {"schedule": "constant", "peak": peak}
     mixture = {"temperature": 3.0}
     phase = {"name": "only", "steps": steps, "mixture": mixture, "learning_rate": rate}
@@ -49,7 +49,7 @@ def settings_of(corpora, steps, peak, **changes):
 
 
 def scale_losses(steps: list[int], factor: float) -> None:
-    """In the process of a run: losses of these steps, and their gradients, come out otherwise."""
+    """In a run's process: scale the losses of these steps, and thus their gradients."""
     from megaphase.training.engine import Engine
     from megaphase.training.trainer import Trainer
 
@@ -82,7 +82,7 @@ def trace_of(run_file: Path, step: int) -> str:
 
 @pytest.fixture(scope="module")
 def broken(corpora, tmp_path_factory):
-    """A run whose losses are NaN from its second step on, and how it ended."""
+    """Return a run whose losses are NaN from its second step on, and how it ended."""
     settings = settings_of(
         corpora, 12, 1e-3, faults={"skip_batches": ALLOWED}, checkpoint={"every_steps": 2}
     )
@@ -131,7 +131,7 @@ def test_started_again_it_counts_the_skipped_steps_before_its_checkpoint(broken)
 
 
 def test_a_learning_rate_beyond_all_bounds_ends_the_run(corpora, tmp_path):
-    """No step is made to fail: the losses are finite, since norms divide; the gradients are not."""
+    """No step is made to fail: losses stay finite, since norms divide, but gradients do not."""
     settings = settings_of(corpora, 12, 1e30, faults={"skip_batches": 0})
     result = run("train", write_run_file(tmp_path, settings))
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
@@ -200,7 +200,7 @@ def without_paths(run_dir: Path):
 
 
 def slow_spikes(losses: list[float | None], deviations: float) -> list[float | None]:
-    """The mean before every spike, by the words of the documentation; None: a skipped step."""
+    """Return the mean before every spike, according to the documentation; None: a skipped step."""
     taken: list[float] = []
     found: list[float | None] = []
     for loss in losses:

@@ -1,4 +1,4 @@
-"""A run's record: what was lost of metrics.jsonl is said, and TensorBoard shows every step once."""
+"""A run's record: lost metrics are reported, and TensorBoard shows every step once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def corpora(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(corpora, tmp_path_factory):
-    """The folder of a run that was killed in its second phase."""
+    """Return the folder of a run that was killed in its second phase."""
     folder = tmp_path_factory.mktemp("stopped") / "a"
     checkpoint = {"every_steps": 4, "keep": 2, "asynchronous": False}
     path = write_run_file(folder, run_settings(corpora, checkpoint=checkpoint))
@@ -52,7 +52,7 @@ def stopped(corpora, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(stopped, tmp_path_factory):
-    """All rows of that run, resumed with its metrics as they were."""
+    """Return all rows of that run, resumed with intact metrics."""
     path = copy_run(stopped, tmp_path_factory.mktemp("whole") / "a")
     said = run_well("train", path)
     assert "Warning" not in said
@@ -68,7 +68,7 @@ def cut_in_a_row(lines: list[bytes]) -> bytes:
 
 
 def zeros_for_rows(lines: list[bytes]) -> bytes:
-    """Three rows in a row, their ends among them, have become NUL bytes."""
+    """Three consecutive rows, including their ends, have become NUL bytes."""
     first = next(i for i, line in enumerate(lines) if line.startswith(b'{"step": 6, "phase"'))
     zeros = b"\0" * len(b"".join(lines[first : first + 3]))
     return b"".join([*lines[:first], zeros, *lines[first + 3 :]])
@@ -119,7 +119,7 @@ def test_lost_rows_are_said_and_stay_lost(
     assert event["missing_steps"] == missing
     assert event["unreadable_lines"] == unreadable
     assert event["step"] == SAVED
-    # What is there is what an unharmed run has, in the same order.
+    # The existing rows are those of an undamaged run, in the same order.
     left = [row for row in timeless(rows) if row.get("event") != "metrics_damaged"]
     rest = iter(whole)
     assert all(row in rest for row in left)
@@ -159,7 +159,8 @@ def test_a_checkpoint_without_a_hash_is_of_an_earlier_version(stopped, tmp_path)
 
 
 def written(steps: int, saved: int) -> tuple[list[bytes], int]:
-    """The lines of a log, and how many of them belong to the checkpoint after step `saved`."""
+    """Return the lines of a log, and how many of them belong to the checkpoint after step
+    `saved`."""
     lines, kept = [], 0
     for step in range(1, steps + 1):
         lines.append(json.dumps({"step": step, "phase": "a", "loss": step / 7}).encode() + b"\n")
@@ -197,7 +198,7 @@ def test_any_damage_is_found_and_whole_lines_before_the_checkpoint_are_kept(
         if line in lines[:kept]
     ]
     assert found.bytes == 0 or content[found.bytes - 1 : found.bytes] == b"\n"
-    # Everything of the part that is whole is kept, but for what is glued to a broken line.
+    # Everything of the intact part is kept, except rows on the same line as a broken one.
     there = [line for line in bytes(content).splitlines(keepends=True) if line in lines[:kept]]
     assert unharmed == there
     steps_left = {json.loads(line)["step"] for line in there if b"loss" in line}
@@ -216,7 +217,7 @@ def test_missing_steps_and_their_words():
 
 
 def scalars(folder: Path) -> dict[str, list[int]]:
-    """The steps that TensorBoard shows, by the name of the curve."""
+    """Return the steps that TensorBoard shows, by the name of the curve."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
@@ -253,7 +254,7 @@ def test_tensorboard_shows_every_step_once(corpora, tmp_path):
 
 
 def test_events_with_a_loss_are_no_curves(tmp_path):
-    """As those of a loss spike or of divergence are."""
+    """Such as those of a loss spike or of divergence."""
     log = TensorBoard(tmp_path / "tensorboard", resumed_step=None)
     log.write({"step": 5, "event": "loss_spike", "loss": 9.0, "mean_before": 3.0})
     log.write({"step": 6, "phase": "joint", "validation": {"hi": {"loss": 2.5}}})

@@ -1,4 +1,4 @@
-"""A tracker is one class and its config class: it gets all rows and events of a run."""
+"""A tracker is a class and its config class: it gets all rows and events of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megaphase.config.run import RunConfig
 
 
 class ToyTracker(Tracker):
-    """Appends rows to a text file; after a checkpoint, and at the end, a line that says so."""
+    """Appends rows to a text file; after a checkpoint and at the end, a line that says so."""
 
     def __init__(self, path: Path, resumed_step: int | None) -> None:
         self._file = path.open("a")
@@ -59,7 +59,7 @@ class ToyLogging(LoggingConfig):
 
 
 def add_toy() -> None:
-    """In the process of a run: its run file knows the toy."""
+    """In a run's process: register the toy tracker in its run file."""
     RunConfig.model_fields["logging"].annotation = ToyLogging
     RunConfig.model_fields["logging"].default = ToyLogging()
     RunConfig.model_rebuild(force=True)
@@ -67,7 +67,7 @@ def add_toy() -> None:
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run that was killed in its first phase, and then run to its end."""
+    """Return the run file of a run that was killed in its first phase, and then run to its end."""
     folder = tmp_path_factory.mktemp("tracked")
     corpora = make_corpora(folder / "corpora")
     logging = {"every_steps": 5, "tensorboard": False, "toy": {"file": "toy.jsonl"}}
@@ -118,7 +118,7 @@ def test_a_run_file_without_the_tracker_is_not_tracked(run_file: Path) -> None:
 
 
 class Counting(Callback):
-    """Notes what it is told, and has a state."""
+    """Records its calls, and has a state."""
 
     state_key = "counting"
 

@@ -1,4 +1,4 @@
-"""A model that memory does not hold is refused at once; the estimate of a deep one is quick."""
+"""A model that does not fit into memory is rejected at once; estimating a deep one is fast."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_all_processes_of_a_machine_count(tmp_path, monkeypatch):
 def test_what_lies_on_the_gpu_and_what_in_the_nodes_memory():
     setup = Setup(SHAPE, tensor=1, data=2, zero=3, sequence=False, bf16=True, micro=1,
                   accumulation=1)  # fmt: skip
-    parts = -(-parameter_count(SHAPE) // 2)  # of each rank, up to what the cuts are padded by
+    parts = -(-parameter_count(SHAPE) // 2)  # of each rank, without padding
     gpu, host = lasting_bytes(setup)
     assert host == 0
     assert gpu == pytest.approx(parts * (2 + 4 + 8 + 4), rel=1e-3)  # weight, master, moments, grad

@@ -1,4 +1,4 @@
-"""Cards, the hardware of a run file, MFU, and what `megaphase plan` says about time."""
+"""GPUs, the hardware of a run file, MFU, and the times that `megaphase plan` shows."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from megaphase.utils.errors import InputError
         ("NVIDIA L4", "l4"),
         ("NVIDIA A10", "a10"),
         ("AMD Instinct MI300X", "mi300x"),
-        # Others, whose names hold the name of one in the table.
+        # Other GPUs whose names contain the name of one in the table.
         ("NVIDIA A10G", None),
         ("NVIDIA GH200 480GB", None),
         ("NVIDIA GB200", None),
@@ -117,7 +117,7 @@ def test_an_unknown_card_is_refused():
 def test_what_mfu_is_measured_against():
     assert peak_flops(config_with(), "NVIDIA H100 80GB HBM3") == 989.5e12
     assert peak_flops(config_with(peak_tflops=800), "NVIDIA H100 80GB HBM3") == 800e12
-    # What is there, not what was planned for; but where that is not known, the latter.
+    # The actual GPU rather than the planned one, unless it is not known.
     assert peak_flops(config_with(card="l4"), "NVIDIA H100 80GB HBM3") == 989.5e12
     assert peak_flops(config_with(card="l4"), "NVIDIA X1") == 121e12
     assert peak_flops(config_with(), "NVIDIA X1") is None
@@ -219,7 +219,7 @@ def test_what_is_gathered_too_often_is_named_where_it_would_fit():
         assert not last(other).startswith("keep_gathered")
     assert not last(run, 12.0).startswith("keep_gathered")  # not enough for all of them
     quick = speed_sentences(memory_summary(run, 80.0), speed_summary(run, H100, PHASES))
-    assert not quick[-1].startswith("keep_gathered")  # what is sent goes on behind the products
+    assert not quick[-1].startswith("keep_gathered")  # communication overlaps with the products
 
 
 @pytest.mark.parametrize("width", [80, WIDE])
@@ -238,7 +238,7 @@ def test_the_table_loses_nothing_in_its_width(width):
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
-    """`megaphase plan` of a small run of two phases; returns the command's result."""
+    """Run `megaphase plan` for a small run of two phases; return the result."""
     monkeypatch.setattr("megaphase.tokenizer.Tokenizer.load", lambda directory: FakeTokenizer())
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     write_corpus(tmp_path / "en", random_lengths(60, 30, 0), seed=0)

@@ -1,4 +1,4 @@
-"""The memory of a layout: beside engines that are really built, and as the command says it."""
+"""The memory of a layout, compared with real engines, and as shown by the command."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_parameters_sum_to_the_shape_s_own_count():
 
 @dataclass(frozen=True)
 class Built:
-    """What lies in an engine's tensors after a step, and the sizes of its buckets."""
+    """The bytes in an engine's tensors after a step, and the sizes of its buckets."""
 
     kept: Resident
     buckets: tuple[int, ...]
@@ -88,7 +88,7 @@ RUNS = [(zero, precision) for zero in range(4) for precision in ("fp32", "bf16")
 
 
 def build(tensor: int) -> list[Built]:
-    """What a rank does: build an engine for each stage and precision, and count its bytes."""
+    """Run on a rank: build an engine for each stage and precision, and count its bytes."""
     with process_group():
         return [_build(zero, precision, tensor) for zero, precision in RUNS]
 
@@ -289,7 +289,7 @@ def test_nothing_is_promised_where_nothing_is_enough():
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
-    """`megaphase plan` of a small run, changed by keywords; returns the command's result."""
+    """Run `megaphase plan` for a small run, changed by keywords; return the result."""
     monkeypatch.setattr("megaphase.tokenizer.Tokenizer.load", lambda directory: FakeTokenizer())
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     write_corpus(tmp_path / "en", random_lengths(60, 30, 0), seed=0)

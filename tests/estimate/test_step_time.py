@@ -1,4 +1,4 @@
-"""The estimate of a step's time: against sums made by hand, and what must hold of any."""
+"""The estimate of a step's time, compared with manual calculations and general properties."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from megaphase.model.shape import GPTShape
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 H100 = Hardware("H100", False, 1000e12, 0.5, 3000e9, 8, 450e9, 50e9)
-SLOW = replace(H100, peak_flops=1.0)  # everything hides that may
-FAST = replace(H100, peak_flops=1e30)  # nothing does
+SLOW = replace(H100, peak_flops=1.0)  # everything that can be hidden is
+FAST = replace(H100, peak_flops=1e30)  # nothing is hidden
 SMALL = GPTShape(vocab=97, seq_len=16, layers=2, hidden=32, heads=4, kv_heads=2, ffn=48)
 # Two ranks share the model; 2 samples of 16 tokens at a time.
 PAIR = Setup(SMALL, 2, 4, 1, False, True, micro=2, accumulation=3, overlap=False)
@@ -189,7 +189,7 @@ def test_zero_s_volume(accumulation):
 
 
 def sent_by(setup: Setup) -> float:
-    """What data-parallel ranks send in a step."""
+    """Return the bytes that data-parallel ranks send in a step."""
     traffic = data_traffic(setup, H100)
     return ((traffic.forward + traffic.backward) * setup.accumulation + traffic.end).sent
 

@@ -1,4 +1,4 @@
-"""Dropout against a plain model whose masks are drawn word by word, and through real runs."""
+"""Dropout compared with a plain model whose masks are computed word by word, and in real runs."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Curve:
 
 
 def train_curves(cases: list[Case]) -> list[Curve]:
-    """What a rank does: train one engine after the other."""
+    """Run on a rank: train one engine after the other."""
     with process_group():
         return [_train(case) for case in cases]
 
@@ -98,13 +98,13 @@ def _train(case: Case) -> Curve:
 
 @once
 def curves(processes: int) -> dict[Case, Curve]:
-    """All cases of one number of processes, as rank 0 saw them."""
+    """Return all cases of one number of processes, from rank 0."""
     cases = [each for each in CASES if each.tensor * each.data == processes]
     return dict(zip(cases, run_ranks(train_curves, processes, cases)[0], strict=True))
 
 
 class DroppingGPT(PlainGPT):
-    """Drops what the masks of a step say; nothing where there is no step."""
+    """Drops the elements masked in a step; nothing if there is no step."""
 
     step: int | None = None
 
@@ -117,7 +117,8 @@ class DroppingGPT(PlainGPT):
 
 
 def plain_mask(step: int, row: int, place: str, elements: int) -> list[int]:
-    """1 where an element stays, as megaphase/model/dropout.py defines it, in Python's integers."""
+    """Return 1 for kept elements, as defined in megaphase/model/dropout.py, in Python's
+    integers."""
     first = key(SEED, "dropout", "row", step, row) // 2 + key(0, "dropout", "place", place) // 2
     kept = []
     for number in range(elements // 4):
@@ -162,12 +163,12 @@ def plain_curve() -> Curve:
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_layout_has_the_curve_of_the_plain_model_and_validates_without(case: Case) -> None:
-    ours, plain = curves(case.tensor * case.data)[case], plain_curve()
-    assert ours.steps == [
+    native, plain = curves(case.tensor * case.data)[case], plain_curve()
+    assert native.steps == [
         (pytest.approx(loss, rel=FP32), pytest.approx(norm, rel=CANCELLATION * FP32))
         for loss, norm in plain.steps
     ]
-    assert ours.validation == pytest.approx(plain.validation, rel=FP32)
+    assert native.validation == pytest.approx(plain.validation, rel=FP32)
 
 
 def test_masks_have_the_share_and_are_those_of_row_step_and_place_alone() -> None:
@@ -224,7 +225,7 @@ def test_dropout_is_no_fact_of_the_weights() -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with the undisturbed run of both phases, and the settings that it has."""
+    """Return a folder with the uninterrupted run of both phases, and its settings."""
     folder = tmp_path_factory.mktemp("runs")
     settings = run_settings(make_corpora(folder / "corpora"))
     settings["model"]["dropout"] = SHARE
@@ -233,13 +234,13 @@ def runs(tmp_path_factory):
 
 
 def figures(folder, name):
-    """Losses and validations of the second phase."""
+    """Return losses and validations of the second phase."""
     rows = timeless(read_rows(folder / name / "run"))
     return [row for row in rows if row.get("phase") == "joint" and "event" not in row]
 
 
 def branch(runs, name, dropout):
-    """A run file of the second phase alone, and what makes it a branch."""
+    """Return a run file of the second phase alone, and the options that make it a branch."""
     folder, settings = runs
     settings = settings | {"phases": settings["phases"][1:]}
     settings["model"] = settings["model"] | {"dropout": dropout}
@@ -258,7 +259,7 @@ def test_a_branch_and_its_resumption_have_the_masks_of_the_whole_run(runs):
 def test_a_branch_may_have_another_dropout(runs):
     folder, _ = runs
     run_well("train", *branch(runs, "other", 0.0))
-    ours, whole = figures(folder, "other"), figures(folder, "whole")
-    assert ours[0] == whole[0]  # the validation at its beginning
-    assert ours[1]["step"] == whole[1]["step"]
-    assert ours[1]["loss"] != whole[1]["loss"]
+    native, whole = figures(folder, "other"), figures(folder, "whole")
+    assert native[0] == whole[0]  # the validation at its beginning
+    assert native[1]["step"] == whole[1]["step"]
+    assert native[1]["loss"] != whole[1]["loss"]

@@ -53,7 +53,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "swiglu with biases": LLAMA | {"bias": True, "kv_heads": 2, "norm": "layernorm"},
 }
-# Without embeddings up to 30m, where they are most of a model; then as the paper of GPT-3 counts.
+# Without embeddings up to 30m, where they are most of a model; larger ones as in the GPT-3 paper.
 NAMED_PARAMETERS = {
     "gpt-1m": 1e6,
     "gpt-3m": 3e6,
@@ -106,7 +106,7 @@ def test_flops_are_those_of_the_matrix_products(name: str) -> None:
     """torch counts two operations for each multiplication in a matrix product."""
     shape = GPTShape(**SHAPES[name])
     model, tokens = build(shape), torch.zeros((3, shape.seq_len), dtype=torch.int64)
-    # This backend computes the masked half of the scores, too, as the formula counts it.
+    # This backend also computes the masked half of the scores, as the formula does.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(tokens, tokens)[0].backward()
     assert counter.get_total_flops() == train_flops_per_token(shape) * tokens.numel()
@@ -192,7 +192,7 @@ def test_a_vocabulary_that_tensor_does_not_divide_is_no_error() -> None:
 
 
 def attention_by_loops(x: Tensor, attention: Attention, shape: GPTShape) -> Tensor:
-    """Every head, position and earlier position on its own."""
+    """Compute every head, position and earlier position separately."""
     batch, seq, hidden = x.shape
     size = shape.head_dim
     q, k, v = (x @ attention.qkv.weight.T).split(shape.qkv_segments, -1)

@@ -1,4 +1,4 @@
-"""Packed rows in the model: what a document's tokens see and lose is what they would alone."""
+"""Packed rows in the model: every document gets the attention and loss that it would get alone."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_masks_and_positions_are_those_of_loops(lengths):
 
 
 def packed_batch(lengths: list[list[int]]) -> Batch:
-    """Rows of seq_len + 1 tokens at most; of every document, the second half are targets."""
+    """Return rows of at most seq_len + 1 tokens; the second half of every document are targets."""
     random = torch.Generator().manual_seed(3)
     shape = len(lengths), SEQ_LEN + 1
     tokens = torch.randint(VOCAB, shape, generator=random)
@@ -82,7 +82,7 @@ def losses_of(model: GPT, *batch: torch.Tensor) -> torch.Tensor:
 def documents_alone(
     batch: Batch, lengths: list[list[int]]
 ) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-    """Row, place, inputs and targets of every document, in a row of its own without filler."""
+    """Return row, place, inputs and targets of every document, in its own row without padding."""
     for row, of_row in enumerate(lengths):
         start = 0
         for length in of_row:
@@ -94,7 +94,7 @@ def documents_alone(
 
 
 def losses_alone(model: GPT | PlainGPT, batch: Batch, lengths: list[list[int]]) -> Tensor:
-    """The losses of every document in a row of its own, where it stands in `batch`."""
+    """Return the losses of every document in its own row, at its place in `batch`."""
     found = torch.zeros(batch.inputs.shape, dtype=torch.float64)
     for row, place, inputs, targets in documents_alone(batch, lengths):
         if isinstance(model, PlainGPT):
@@ -132,8 +132,8 @@ def test_gradients_are_those_of_the_documents_alone(name: str) -> None:
     each = documents_alone(batch, LENGTHS)
     totals = [model(inputs, targets)[0] for _, _, inputs, targets in each]
     alone = torch.autograd.grad(torch.stack(totals).sum(), parameters)
-    for ours, theirs in zip(packed, alone, strict=True):
-        assert_close(ours, theirs)
+    for native, reference in zip(packed, alone, strict=True):
+        assert_close(native, reference)
 
 
 def test_rows_whose_documents_see_each_other_are_the_same_beside_others() -> None:

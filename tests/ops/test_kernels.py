@@ -1,4 +1,4 @@
-"""What is between the matrix products: compiled as eager, kept or computed again, by apex."""
+"""Operations between the matrix products: compiled as eager, saved or recomputed, or by apex."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def build(shape: GPTShape, kernels: Kernels = EAGER) -> GPT:
 
 
 def gradients(model: GPT) -> dict[str, Tensor]:
-    """Of the summed losses of a batch, by parameter."""
+    """Return the gradients of the summed losses of a batch, by parameter."""
     batch = global_batch(0)
     model.train().zero_grad()
     total, _ = model(batch.inputs, batch.targets)
@@ -73,11 +73,11 @@ def test_compiled_kernels_compute_what_plain_torch_does() -> None:
     assert_all_close(found, plain_gradients(shape))
 
 
-# What is kept for the backward pass.
+# Memory saved for the backward pass.
 
 
 def kept_bytes(shape: GPTShape, monkeypatch: Any) -> int:
-    """Of all that autograd keeps beside weights, every memory once."""
+    """Return the bytes that autograd saves in addition to weights, every storage once."""
     model, memories = build(shape), {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -125,14 +125,14 @@ def test_products_of_bf16_are_rounded_once() -> None:
     assert ((matmul(a, b).double() - exact).abs() <= exact.abs() * 2**-8 + summing).all()
 
 
-# Documents one by one.
+# Attention computed document by document.
 
 
 def attend_by_loops(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, _: Tensor, longest: int, __: int,
     *, window_size: tuple[int, int],
 ) -> Tensor:  # fmt: skip
-    """What torch's varlen_attn, which needs a GPU, is documented to compute."""
+    """Compute what torch's varlen_attn, which needs a GPU, is documented to compute."""
     assert window_size == (-1, 0)  # itself and all before
     assert bounds.dtype == torch.int32
     out = torch.empty_like(q)
@@ -158,7 +158,7 @@ def test_documents_one_by_one_attend_as_masked_ones(monkeypatch: Any, kv_heads: 
     assert_close(_VariableLength.of(documents)(q, k, v), expected)
 
 
-# The choice, and apex, for which stand-ins do what its documentation says.
+# The choice of the optimizer, and apex, replaced by classes that follow its documentation.
 
 
 def apex_modules() -> dict[str, ModuleType]:
@@ -176,7 +176,7 @@ def apex_modules() -> dict[str, ModuleType]:
         return F.layer_norm(x, normalized_shape, weight, bias, eps)
 
     class FusedAdam(torch.optim.Optimizer):
-        """Counts steps in the group; takes a state with anything in it for a whole one."""
+        """Counts steps in the group; treats a state with any entry as complete."""
 
         def __init__(
             self, params: Any, lr: float, betas: Any, eps: float, adam_w_mode: bool
@@ -234,15 +234,15 @@ def test_apex_s_optimizer_steps_and_forgets_as_torch_s(apex: dict[str, ModuleTyp
     for parameter in models[0].parameters():
         torch.nn.init.uniform_(parameter, 0.1, 0.5)
     models[1].load_state_dict(models[0].state_dict())
-    ours, theirs = (
+    native, reference = (
         build_optimizer(model, settings, name)
         for model, name in zip(models, ("apex", "torch"), strict=True)
     )
     for step in range(6):
         if step == 3:  # a phase begins
-            ours.state.clear()
-            theirs.state.clear()
-        for model, optimizer in zip(models, (ours, theirs), strict=True):
+            native.state.clear()
+            reference.state.clear()
+        for model, optimizer in zip(models, (native, reference), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = 1e-2
             optimizer.zero_grad()
@@ -250,8 +250,8 @@ def test_apex_s_optimizer_steps_and_forgets_as_torch_s(apex: dict[str, ModuleTyp
             optimizer.step()
         for mine, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
             assert_close(mine, other)
-            assert ours.state[mine].keys() == theirs.state[other].keys()
-            assert ours.state[mine]["step"] == theirs.state[other]["step"] == step % 3 + 1
+            assert native.state[mine].keys() == reference.state[other].keys()
+            assert native.state[mine]["step"] == reference.state[other]["step"] == step % 3 + 1
 
 
 def test_what_is_there_is_chosen(monkeypatch: Any) -> None:

@@ -1,8 +1,8 @@
 """Weights, moments and step counts under every ZeRO stage, precision and offload.
 
-Saved and read again on the same layout they are the same to the last bit; on another layout the
-loss curve goes on to 1e-5; after a reset nothing is left of them; a gradient that is not finite
-changes none of them.
+Saved and read again on the same layout they are equal bit for bit; on another layout the loss curve
+continues to 1e-5; after a reset nothing of them is left; a gradient that is not finite changes none
+of them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ ALSO_QUICK = [
 QUICK = [case for case in CASES if case[2] == "none" or case in ALSO_QUICK]
 SLOW = [case for case in CASES if case not in QUICK]
 PARAMETERS = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
-# Every hop changes the tensor-parallel size, the stage, or both.
+# Every change of layout changes the tensor-parallel size, the stage, or both.
 HOPS = [
     (1, 0),
     (2, 3),
@@ -89,7 +89,7 @@ HOP_STEPS = 2
 
 @dataclass
 class Examined:
-    """Of one case; curves are losses and gradient norms."""
+    """The results of one case; curves are losses and gradient norms."""
 
     undisturbed: list[tuple[float, float]]
     resumed: list[tuple[float, float]]
@@ -113,7 +113,7 @@ def curve(results: list[StepResult]) -> list[tuple[float, float]]:
 
 
 def save(engine: Engine, folder: Path, control_group: ControlGroup) -> Path:
-    """Save as a run does; the checkpoint's folder."""
+    """Save as a run does; return the checkpoint's folder."""
     store = CheckpointStore(folder, control_group)
     saver = Saver(store, control_group, keep=1, asynchronous=True, say=lambda text: None)
     saver.save("step-00000001", engine.state.snapshot(), {}, {})
@@ -231,8 +231,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(case: tuple[int, str, str
 
 
 def hop(folder: str) -> tuple[list[float], list[float]]:
-    """A curve on one layout throughout, and one that changes it every two steps."""
-    model = {"kv_heads": 4, "vocab": 99}  # 99: every size pads its rows otherwise
+    """Return a curve on one layout throughout, and one that changes it every two steps."""
+    model = {"kv_heads": 4, "vocab": 99}  # 99: every size pads its rows differently
     with process_group():
         start_process_grid(1)
         control_group = ControlGroup()
@@ -283,7 +283,7 @@ def test_a_run_goes_on_on_any_layout() -> None:
 
 
 def _check_files(checkpoint: Path) -> None:
-    """Every element is stored once, by the page that describes the files; read by other code."""
+    """Check, with other code, that every element is stored once, as documented."""
     index = json.loads((checkpoint / INDEX_FILE).read_text())
     assert index["kinds"] == ["weight", "exp_avg", "exp_avg_sq"]
     stored = StoredParameters(checkpoint)

@@ -1,4 +1,4 @@
-"""Steps as callbacks are told of them."""
+"""Step records for the tests of callbacks."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ _STEP = StepRecord(
 
 
 def step_record(step: int, **changes: Any) -> StepRecord:
-    """The first phase's step of that number."""
+    """Return the record of this step of the first phase."""
     return replace(_STEP, step=step, phase_step=step, tokens=64 * step, **changes)

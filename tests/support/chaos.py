@@ -1,6 +1,6 @@
-"""Kills a real run at chosen and random moments, damages its checkpoints, and starts it again.
+"""Kill a real run at chosen and random moments, damage its checkpoints, and restart it.
 
-Used by test_kills.py; as a program it is the soak test: `make soak`.
+Used by test_kills.py; run as a program, it is the soak test: `make soak`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LAYOUTS: list[Layout] = [
 
 
 def chaos_settings(corpora: Path, layout: Layout, **changes: Any) -> dict[str, Any]:
-    """A run of two phases that saves all the time."""
+    """Return the settings of a run of two phases that saves all the time."""
     settings = run_settings(corpora, **changes)
     for phase, steps in zip(settings["phases"], STEPS, strict=True):
         phase["steps"] = steps
@@ -48,14 +48,14 @@ def chaos_settings(corpora: Path, layout: Layout, **changes: Any) -> dict[str, A
 
 
 class Victim:
-    """A run that is killed and goes on; counts what has happened to it."""
+    """A run that is killed and restarted; counts the kills."""
 
     def __init__(self, run_file: Path, random: Random) -> None:
         self.run_file, self.folder, self._random = run_file, run_file.parent / "run", random
         self.counts: Counter[str] = Counter()
 
     def live(self, layout: Layout, moment: str) -> bool:
-        """Start the run and kill it at a moment; False if it came to its end before."""
+        """Start the run and kill it at a moment; return False if it ended before."""
         command = megaphase("train", self.run_file, *overrides(layout))
         with RunningRanks(command, layout[0]) as ranks:
             came = self._wait(ranks, self._moment(moment))
@@ -70,7 +70,7 @@ class Victim:
         return came
 
     def damage(self) -> None:
-        """Spoil the newest checkpoint, if there is one before it to go back to."""
+        """Damage the newest checkpoint, if there is an earlier one to fall back to."""
         whole = sorted((self.folder / "checkpoints").glob("step-*"))
         if len(whole) < 2:
             return
@@ -89,11 +89,11 @@ class Victim:
 
     @property
     def kills(self) -> int:
-        """How often it was killed so far."""
+        """The number of kills so far."""
         return sum(n for what, n in self.counts.items() if what.startswith("killed"))
 
     def _kill(self, ranks: RunningRanks) -> None:
-        """All ranks, or a single one, after which the others have to end by themselves."""
+        """Kill all ranks, or a single one, after which the others must end by themselves."""
         if len(ranks.processes) == 1 or self._random.random() < 0.7:
             ranks.signal(signal.SIGKILL)
             return
@@ -105,7 +105,8 @@ class Victim:
             time.sleep(POLL_SECONDS)
 
     def _wait(self, ranks: RunningRanks, moments: Iterator[Moment]) -> bool:
-        """Until all moments have come, one after the other; False if the run ended before."""
+        """Wait until all moments have come, one after the other; return False if the run ended
+        before."""
         deadline = time.monotonic() + START_SECONDS
         for moment in moments:
             while not moment():
@@ -117,7 +118,7 @@ class Victim:
 
     def _moment(self, name: str) -> Iterator[Moment]:
         rows = self._rows_written()
-        yield lambda: self._rows_written() > rows  # it has begun to train
+        yield lambda: self._rows_written() > rows  # training has started
         if name == "in a save":
             yield lambda: any((self.folder / "checkpoints").glob(".*.partial"))
         elif name == "after a save":
@@ -142,19 +143,19 @@ class Victim:
 
 
 def overrides(layout: Layout) -> list[str]:
-    """What makes a run file's run that of a layout."""
+    """Return the overrides that give a run file's run this layout."""
     return [f"parallel.tensor={layout[1]}", f"parallel.zero={layout[2]}"]
 
 
 def reference(folder: Path, settings: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
-    """The rows of the same run undisturbed."""
+    """Return the rows of the same run without interruptions."""
     run_file = write_run_file(folder, settings)
     check(launch(megaphase("train", run_file), layout[0], timeout=START_SECONDS))
     return timeless(read_rows(folder / "run"))
 
 
 def largest_difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
-    """Of the losses of two runs, relative; infinite where they have other rows."""
+    """Return the largest relative difference of two runs' losses; infinite if rows are missing."""
     if [(r["step"], r.get("event")) for r in one] != [(r["step"], r.get("event")) for r in other]:
         return float("inf")
     pairs = zip(one, other, strict=True)
@@ -162,7 +163,8 @@ def largest_difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -
 
 
 def soak(folder: Path, minutes: float, seed: int) -> int:
-    """Run after run until the time is over; prints what happened. Exit code 1 if any went wrong."""
+    """Run repeatedly until the time is over; prints what happened. Returns 1 if a run went
+    wrong."""
     random = Random(seed)
     corpora = make_corpora(folder / "corpora")
     layout = (2, 2, 3)

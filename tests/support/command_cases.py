@@ -1,4 +1,4 @@
-"""Every option and argument of every command with odd values, and what comes of it."""
+"""Calls of every command with odd values for every option and argument, and their outcomes."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ NUMBERS = [
 ]
 WORDS = [
     *("", " ", "a\tb\x01\nc", "x" * 300, "x/" * 3000, "caf\udce9", "\u202e×", "~nosuchuser/x"),
-    # What lies in the folder where the command is run.
+    # Files in the folder in which the command is run.
     *("folder", "file", "file/x", "fifo", "dangling", "loop", "full", "null", "memory", "nowhere"),
     *("-", "@", "run@", "=", "a=", "a=fifo", "a=folder", "output=fifo", "seed=nan", "tasks=[", "*"),
     *("{", "[/x]", "[bold", "%n", "nan", "-1", "0/0", "1/99999999999999999999"),
 ]
 CHOICES = ["", "x", "\udce9"]
 
-# A call of every command that succeeds, or is refused late; arguments by the parameter's name.
+# A call of every command that succeeds, or fails late; arguments by parameter name.
 TOKENIZE = {"--tokenizer": "tok", "--out": "new", "--workers": "1"}
 RUN = {"run_file": ["run.yaml"]}
 CHECKPOINT = {"checkpoint": ["run@joint"]}
@@ -82,7 +82,7 @@ CALLS: dict[str, tuple[dict[str, list[str]], dict[str, str]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a command in which one parameter has another value."""
+    """A call of a command in which one parameter has an odd value."""
 
     command: str
     parameter: str
@@ -95,7 +95,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The exit code of a command, None where it has not ended, and what it said."""
+    """The exit code of a command, None if it has not ended, and its output."""
 
     code: int | None
     said: str
@@ -107,7 +107,7 @@ class Outcome:
 
 @cache
 def commands() -> dict[str, Any]:
-    """All commands of the program by their names."""
+    """Return all commands of the program by name."""
     found: dict[str, Any] = {}
 
     def walk(command: Any, name: str) -> None:
@@ -121,7 +121,7 @@ def commands() -> dict[str, Any]:
 
 
 def cases() -> Iterator[Case]:
-    """Every parameter of every command with every value of its kind."""
+    """Yield every parameter of every command with every value of its kind."""
     for name, command in commands().items():
         arguments, options = CALLS[name]
         for parameter in command.params:
@@ -133,14 +133,14 @@ def cases() -> Iterator[Case]:
                     given = {**options, parameter.opts[0]: value}
                     argv = _argv(command, arguments, given)
                 elif name == "demo" and not _is_no_new_folder(value):
-                    continue  # it would make all that a demo is made of
+                    continue  # it would run the whole demo
                 else:
                     argv = _argv(command, {**arguments, parameter.name: [value]}, options)
                 yield Case(name, parameter.opts[0], value, [*name.split(), *argv])
 
 
 def is_number(parameter: Any) -> bool:
-    """Whether a parameter takes a number."""
+    """Return whether a parameter is a number."""
     return parameter.type_descriptor.annotation in (int, float)
 
 
@@ -178,7 +178,7 @@ def _argv(command: Any, arguments: dict[str, list[str]], options: dict[str, str]
 
 
 def make_inputs(folder: Path) -> Path:
-    """All that the calls name: texts, a tokenizer, corpora, a finished run, models of others."""
+    """Make all files that the calls use: texts, a tokenizer, corpora, a finished run, models."""
     made = make_corpora(folder)
     shutil.copy(made / "text" / "cimri.jsonl", folder / "text.jsonl")
     settings = run_settings(Path(), validation={"every_steps": 2, "samples": 4, "fraction": 0.1})
@@ -203,7 +203,7 @@ def _add_odd_files(folder: Path) -> None:
     for name, target in {
         "dangling": "nothing",
         "loop": "loop",
-        # By links, since a command of root may replace what it is told to write.
+        # As links, since a command run by root can replace its input.
         "full": "/dev/full",
         "null": "/dev/null",
         "memory": "/proc/self/mem",
@@ -212,7 +212,7 @@ def _add_odd_files(folder: Path) -> None:
 
 
 def is_refused_at_once(case: Case) -> bool:
-    """Whether the command line itself is wrong, so that no command is run."""
+    """Return whether the command line itself is invalid, so that no command is run."""
     try:
         require_utf8(case.argv)
         words = case.command.split()
@@ -227,7 +227,7 @@ def is_refused_at_once(case: Case) -> bool:
 
 
 def run_case(case: Case, inputs: Path, prepare: Callable[[], object] | None = None) -> Outcome:
-    """Run a command in a folder of its own, which begins as a copy of the inputs.
+    """Run a command in its own folder, a copy of the inputs.
 
     prepare: called in the process before the command.
     """
@@ -258,6 +258,6 @@ def run_case(case: Case, inputs: Path, prepare: Callable[[], object] | None = No
 
 
 def run_cases(chosen: Sequence[Case], inputs: Path) -> dict[Case, Outcome]:
-    """What came of all of them, two at a time."""
+    """Run all cases, two at a time, and return their outcomes."""
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(chosen, pool.map(lambda case: run_case(case, inputs), chosen), strict=True))

@@ -1,4 +1,4 @@
-"""Corpora of translation pairs, and all that a plan reads of its corpora."""
+"""Corpora of translation pairs, and everything that a plan reads from its corpora."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TAG = 59_999
 
 
 def write_pairs(prefix: Path, pairs: int) -> None:
-    """Translation pairs of one length, of tokens that count up."""
+    """Write translation pairs of one length, with tokens that count up."""
     documents = np.arange(1, 1 + 20 * pairs).reshape(pairs, 20).astype(np.uint16)
     documents[:, 8] = TAG
     hashes = np.random.default_rng(3).integers(0, 2**64, pairs, dtype=np.uint64)
@@ -27,7 +27,7 @@ def write_pairs(prefix: Path, pairs: int) -> None:
 
 
 def read_everything(plan: Plan) -> list[list[tuple]]:
-    """The rows of all steps, then the held-out ones of every task."""
+    """Return the rows of all steps, then the held-out rows of every task."""
     reader = StepReader(plan, 0, rank=0, ranks=1, pad_token_id=0)
     rows = [as_rows(batch) for batch in reader.steps(0, plan.phases[0].steps)]
     for number, stream in enumerate(plan.spec.held_out.values()):

@@ -1,4 +1,4 @@
-"""What the tests of text, tokenizers and corpora share."""
+"""Helpers for the tests of text, tokenizers and corpora."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ CORPUS_FILES = [
     "en.sources",
     "en.sum",
 ]
-LIMIT_SECONDS = 300.0  # for what takes a few; a machine may have much else to do
+LIMIT_SECONDS = 300.0  # far more than needed, for a loaded machine
 
 
 def make_tokenizer(directory: Path, *, seed: int = 3, vocab_size: int = VOCAB_SIZE) -> Path:
-    """Train a small tokenizer on two artificial languages; two of its tags have names."""
+    """Train a small tokenizer on two synthetic languages; two of its tags are named."""
     text = write_languages(directory / "text", seed=seed, languages={"aa": 40_000, "bb": 20_000})
     out = directory / "tok"
     inputs = {name: [path] for name, path in text.items()}
@@ -52,7 +52,7 @@ def write_jsonl(path: Path, texts: Iterable[str], key: str = "text") -> Path:
 def megatron_index(
     code: int, sequence_lengths: list[int], itemsize: int, document_indices: list[int]
 ) -> bytes:
-    """An .idx file as Megatron-LM lays it out, written one number after the other."""
+    """Return an .idx file in Megatron-LM's format, written one number after the other."""
     data = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", code)
     data += struct.pack("<Q", len(sequence_lengths)) + struct.pack("<Q", len(document_indices))
     for length in sequence_lengths:
@@ -67,7 +67,7 @@ def megatron_index(
 
 
 def megatron_documents(prefix: Path) -> list[list[int]]:
-    """Read .bin and .idx as Megatron-LM lays them out, one number after the other."""
+    """Read .bin and .idx in Megatron-LM's format, one number after the other."""
     data = Path(f"{prefix}.idx").read_bytes()
     tokens = Path(f"{prefix}.bin").read_bytes()
     assert data[:9] == b"MMIDIDX\x00\x00"
@@ -99,7 +99,7 @@ def corpus_bytes(prefix: Path) -> dict[str, bytes]:
 
 
 def rewrite_manifest(prefix: Path, **changes: object) -> None:
-    """Replace fields of a manifest, as one who means it would: its hash fits."""
+    """Replace fields of a manifest and update its hash."""
     path = Path(f"{prefix}.json")
     manifest = {**json.loads(path.read_text()), **changes}
     del manifest["hash"]
@@ -109,7 +109,7 @@ def rewrite_manifest(prefix: Path, **changes: object) -> None:
 
 
 def rehash(prefix: Path, *suffixes: str) -> None:
-    """Make a manifest agree with the files of these endings, or all, as they are now."""
+    """Update a manifest to the current files with these suffixes, or all files."""
     files = json.loads(Path(f"{prefix}.json").read_text())["files"]
     for suffix in suffixes or files:
         data = Path(f"{prefix}{suffix}").read_bytes()
@@ -128,26 +128,27 @@ def tokens_of(prefix: Path, dtype: str = "<u2") -> np.ndarray:
 
 
 def start_python(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """Run `code` in a process group of its own, which Ctrl-C stops even if it does not stop us."""
+    """Run `code` in its own process group, to which Ctrl-C can be sent without stopping the
+    tests."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A shell lets its background jobs ignore the signal, and they hand that on.
+        # A shell makes its background jobs ignore the signal, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
 
 
 def children_of(pid: int) -> list[int]:
-    """Processes that the main thread of a process has started."""
+    """Return the processes started by the main thread of a process."""
     return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process exists and is not only waiting to be reaped."""
+    """Return whether a process exists and is not a zombie."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

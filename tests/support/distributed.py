@@ -1,6 +1,6 @@
-"""Starts real processes over gloo as torchrun does, and collects what every rank prints or returns.
+"""Start real processes over gloo like torchrun, and collect what each rank prints or returns.
 
-`launch` runs a command; `run_ranks` runs a function of a test module in fresh interpreters.
+`launch` runs a command; `run_ranks` runs a function of a test module in new interpreters.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from megaphase.launch.local import free_port, rank_environment
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Against a job that hangs; a machine may have much else to do.
+# For a job that hangs, even on a loaded machine.
 LAUNCH_TIMEOUT_SECONDS = 600.0
-# A rank whose neighbour has failed may wait for it in a collective for ever.
+# A rank whose neighbour has failed may wait for it in a collective forever.
 GRACE_SECONDS = 30.0
 POLL_SECONDS = 0.05
 MOMENT_POLL_SECONDS = 0.001
 SHOWN_CHARACTERS = 6000
 
-# Commands that warm processes serve.
+# Commands that warm processes can run.
 FIRST_ARGUMENT = 3
 WARM = {
     (sys.executable, "-m", "megaphase"): "megaphase.cli:main",
@@ -46,13 +46,13 @@ WARM = {
 
 
 class LaunchError(AssertionError):
-    """A rank failed or the time limit passed; the message holds what the ranks had to say."""
+    """A rank failed or the time limit passed; the message contains the output of the ranks."""
 
 
 class RunningRanks:
-    """Processes of one job, each with a process group of its own; leaving the block kills them.
+    """The processes of one job, each in its own process group; leaving the block kills them.
 
-    Their output goes to files, so that a rank which prints much never waits for its reader.
+    Their output goes to files, so that a rank that prints much never blocks.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RunningRanks:
         cwd: Path | None = None,
         prepare: Callable[[], object] | None = None,
     ) -> None:
-        """prepare: called in every rank before a command of megaphase; it can be pickled."""
+        """prepare: called in every rank before a megaphase command; must be picklable."""
         self._argv = [str(each) for each in argv]
         self._prepare = prepare
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
@@ -122,7 +122,7 @@ class RunningRanks:
         self._folder.cleanup()
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to every rank that is still there, and to what it has started."""
+        """Send a signal to every running rank and its children."""
         for process in self.processes:
             if process.poll() is None:
                 with suppress(ProcessLookupError):
@@ -131,14 +131,14 @@ class RunningRanks:
     def wait_for(
         self, happened: Callable[[], bool], timeout: float = LAUNCH_TIMEOUT_SECONDS
     ) -> None:
-        """Wait until something has happened that the ranks bring about.
+        """Wait until the ranks have fulfilled a condition.
 
         Raises:
-            LaunchError: a rank has ended, and it has not happened; or the time limit has passed.
+            LaunchError: a rank has ended before, or the time limit has passed.
         """
         deadline = time.monotonic() + timeout
         while True:
-            # Looked at first: a rank may bring it about just before its end.
+            # Polled first, since a rank may fulfil the condition just before its end.
             ended = any(process.poll() is not None for process in self.processes)
             if happened():
                 return
@@ -174,7 +174,7 @@ class RunningRanks:
             process.wait()
 
     def result(self, rank: int) -> CompletedProcess[str]:
-        """What the rank has printed so far, and its exit code (negative: the signal)."""
+        """Return a rank's output so far, and its exit code (negative: a signal)."""
         stdout, stderr = (
             self._output(rank, name).read_text(errors="replace") for name in ("stdout", "stderr")
         )
@@ -192,7 +192,7 @@ class RunningRanks:
 def _signal_group(pid: int, number: signal.Signals) -> None:
     try:
         os.killpg(pid, number)
-    except ProcessLookupError:  # it has begun, but has no group of its own yet
+    except ProcessLookupError:  # it has started, but has no process group yet
         os.kill(pid, number)
 
 
@@ -208,7 +208,7 @@ def launch(
     cwd: Path | None = None,
     timeout: float = LAUNCH_TIMEOUT_SECONDS,
 ) -> list[CompletedProcess[str]]:
-    """Run a command as the ranks of one job; one result a rank, whatever its exit code."""
+    """Run a command as the ranks of one job; return one result per rank, whatever its exit code."""
     with RunningRanks(argv, processes, env=env, cwd=cwd) as ranks:
         return ranks.wait(timeout)
 
@@ -216,7 +216,7 @@ def launch(
 def check(results: Sequence[CompletedProcess[str]]) -> None:
     """Fail with the standard error of the ranks that failed by themselves."""
     failed = [rank for rank, result in enumerate(results) if result.returncode]
-    # Survivors are killed, so a rank with an exit code of its own is the better witness.
+    # Surviving ranks are killed, so a rank with its own exit code is the better witness.
     failed = [rank for rank in failed if results[rank].returncode != -signal.SIGKILL] or failed
     if failed:
         raise LaunchError(
@@ -234,9 +234,9 @@ def run_ranks(
     env: Mapping[str, str] | None = None,
     timeout: float = LAUNCH_TIMEOUT_SECONDS,
 ) -> list[Any]:
-    """Call a module-level function of a test module in new interpreters, one a rank.
+    """Call a module-level function of a test module in new interpreters, one per rank.
 
-    Returns what it returned on every rank; arguments and results are pickled.
+    Returns its result on every rank; arguments and results are pickled.
     """
     module = function.__module__
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -251,7 +251,7 @@ def run_ranks(
 
 
 def once(function: Callable[P, T]) -> Callable[P, T]:
-    """functools.cache that remembers a LaunchError, too: no job is tried again by every test."""
+    """Like functools.cache, but also remembers a LaunchError, so that no job is run again."""
 
     @cache
     def outcome(*args: P.args, **kwargs: P.kwargs) -> T | LaunchError:
@@ -271,7 +271,7 @@ def once(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def serve() -> None:
-    """The far end of `run_ranks`."""
+    """Run in the processes started by `run_ranks`."""
     module, function, call, folder = sys.argv[1:]
     arguments = pickle.loads(Path(call).read_bytes())
     with leaving_processes():

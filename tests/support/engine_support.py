@@ -1,4 +1,4 @@
-"""Engines of small models, batches that can be learned, and the fp32 weights behind an engine."""
+"""Engines of small models, learnable batches, and the fp32 weights of an engine."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TASKS = ["big", "small"]
 SAMPLES = 8
 SEQ_LEN = 16
 VOCAB = 96
-CLIP = 0.85  # some steps of a small model are clipped, some are not
-# How far the gradients of a batch's tokens cancel: the mean of their norms is so many times the
-# norm of their mean, whose error is in proportion to the former.
+CLIP = 0.85  # clips some steps of a small model, but not all
+# Cancellation of the gradients of a batch's tokens: the ratio of the mean of their norms, to which
+# the rounding error is proportional, and the norm of their mean.
 CANCELLATION = 10
 MODEL = {"seq_len": SEQ_LEN, "layers": 2, "hidden": 32, "heads": 4, "ffn": 48}
-# Its feed-forward layers are too large for ZeRO-3 to keep them gathered unasked; of their weights
-# SOME keep those of block 0.
+# Its feed-forward layers are too large for ZeRO-3 to keep gathered by default; SOME keeps the
+# weights of block 0 gathered.
 WIDE = {"hidden": 128, "ffn": 2048}
 SOME = 0.6
 
@@ -37,7 +37,7 @@ def run_config(
     seed: int = 1,
     **parallel: Any,
 ) -> RunConfig:
-    """A run of the small model; `parallel` holds tensor, zero and sequence."""
+    """Return a run of the small model; `parallel` has tensor, zero and sequence."""
     return RunConfig.model_validate(
         {
             "seed": seed,
@@ -69,12 +69,12 @@ def build_engine(config: RunConfig, vocab: int = VOCAB) -> Engine:
 def global_batch(
     step: int, *, vocab: int = VOCAB, short: bool = False, packed: bool = False
 ) -> Batch:
-    """The whole batch of a step: counting sequences, by ones in the first task, by threes in the
-    other, with a tenth of the tokens random.
+    """Return the whole batch of a step: sequences that count by ones in the first task, by threes
+    in the other, with a tenth of the tokens random.
 
     short: rows end early, at different lengths; one has no target at all.
-    packed: the second half of the rows, and in even steps the first, too, hold several documents
-    that do not see each other, and of each only the last tokens are targets.
+    packed: the second half of the rows, and in even steps also the first, contain several documents
+    that do not attend to each other, and only the last tokens of each are targets.
     """
     random = torch.Generator().manual_seed(1000 + step)
     tasks = (torch.rand(SAMPLES, generator=random) < 0.3).long()
@@ -93,7 +93,7 @@ def global_batch(
 
 
 def _documents(targets: Tensor, half: bool, random: torch.Generator) -> Tensor:
-    """Cut rows into documents at random, and ignore what a document's first tokens predict."""
+    """Split rows into documents at random, and ignore the targets of a document's first tokens."""
     begins = torch.rand(targets.shape, generator=random) < 0.2
     begins[: SAMPLES // 2 if half else 0] = False
     begins[:, 0] = False
@@ -102,13 +102,13 @@ def _documents(targets: Tensor, half: bool, random: torch.Generator) -> Tensor:
 
 
 def share(batch: Batch, grid: ProcessGrid) -> Batch:
-    """The rows of this data-parallel rank."""
+    """Return the rows of this data-parallel rank."""
     rows = len(batch) // grid.data_size
     return list(batch.split(rows))[grid.data_rank]
 
 
 def fp32_weights(engine: Engine) -> dict[str, Tensor]:
-    """This tensor-parallel rank's weights as the optimizer holds them, whole, by name."""
+    """Return this tensor-parallel rank's weights of the optimizer, whole, by name."""
     deepspeed = import_deepspeed()
     weights = {}
     for name, parameter in engine.module.named_parameters():
@@ -118,7 +118,7 @@ def fp32_weights(engine: Engine) -> dict[str, Tensor]:
 
 
 def model_weights(engine: Engine) -> dict[str, Tensor]:
-    """This tensor-parallel rank's weights as the model computes with them, whole, by name."""
+    """Return this tensor-parallel rank's weights of the model, whole, by name."""
     deepspeed = import_deepspeed()
     weights = {}
     for name, parameter in engine.module.named_parameters():
@@ -128,7 +128,7 @@ def model_weights(engine: Engine) -> dict[str, Tensor]:
 
 
 def load_fp32_weights(engine: Engine, weights: dict[str, Tensor]) -> None:
-    """Set the optimizer's weights and the model's, which are those rounded to its type."""
+    """Set the optimizer's weights and the model's, which are rounded to its dtype."""
     deepspeed = import_deepspeed()
     for name, parameter in engine.module.named_parameters():
         partitioned = hasattr(parameter, "ds_id")

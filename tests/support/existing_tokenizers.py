@@ -1,4 +1,4 @@
-"""Tokenizers as other projects make them, small."""
+"""Small tokenizers like those of other projects."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_json(path: Path, value: object) -> Path:
 
 
 def t5_directory(folder: Path) -> Path:
-    """As T5's: unigram, normalized, no bytes, sentinels added behind the model."""
+    """Make one like T5's: unigram, normalized, no bytes, sentinels added after the model."""
     model = train_model(
         folder / "spiece.model",
         vocab_size=260, model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
@@ -57,7 +57,7 @@ def t5_directory(folder: Path) -> Path:
 
 
 def llama_directory(folder: Path) -> Path:
-    """As Llama's: BPE, not normalized, bytes, a space before every text."""
+    """Make one like Llama's: BPE, not normalized, bytes, a space before every text."""
     train_model(
         folder / "tokenizer.model",
         vocab_size=520, model_type="bpe", unk_id=0, bos_id=1, eos_id=2, byte_fallback=True,

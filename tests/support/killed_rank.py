@@ -1,4 +1,4 @@
-"""A rank of a small "training" that never ends, started as a program by a launcher."""
+"""A rank of a small "training" that never ends, started by a launcher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OUTLOOK = "The same command resumes from step-00000002"
 
 
 def main(folder: Path, rank: str) -> None:
-    # As in the program: the signals that its launcher has blocked come from here on.
+    # As in the program: the signals blocked by its launcher are received from here on.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     (folder / f"starting-{rank}").write_text(str(os.getpid()))
@@ -35,7 +35,7 @@ def main(folder: Path, rank: str) -> None:
         signals.begin_training(lambda: "")
         for step in itertools.count():
             watchdog.at(f"in step {step}")
-            # Half of the errors that a broken connection brings come from torch's own files.
+            # Half of the errors of a broken connection are raised by torch's own files.
             if step % 2:
                 dist.all_reduce(torch.ones(4))
             else:

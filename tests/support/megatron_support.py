@@ -1,8 +1,8 @@
 """Models built from megatron-core's own modules, on the CPU.
 
-megatron-core asks for CUDA in three places where this needs none of it: the device of buffers and
-angles, the generators of dropout (which is 0 here), and `torch.compile` of fused activations.
-These are replaced; layers, names, cuts and the order of computation are its own.
+megatron-core uses CUDA in three places where it is not needed here: the device of buffers and
+angles, the generators of dropout (which is 0 here), and `torch.compile` of fused activations. These
+are replaced; layers, names, sharding and the order of computation are its own.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def megatron_on_cpu(tensor: int) -> Iterator[None]:
 
 
 def build_model(args: Namespace) -> torch.nn.Module:
-    """The GPTModel that Megatron-LM builds from these arguments (core_transformer_config_from_args
-    and model_provider), of megatron-core's local layers.
+    """Build the GPTModel that Megatron-LM builds from these arguments
+    (core_transformer_config_from_args and model_provider), from megatron-core's local layers.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -82,7 +82,7 @@ def build_model(args: Namespace) -> torch.nn.Module:
 
 @torch.no_grad()
 def logits_of(model: torch.nn.Module, tokens: Tensor) -> Tensor:
-    """Those of this rank's part of the vocabulary: [batch, seq, padded vocabulary / tensor]."""
+    """Return logits of this rank's vocabulary: [batch, seq, padded vocabulary / tensor]."""
     seq = tokens.shape[1]
     mask = torch.triu(torch.ones(1, 1, seq, seq, dtype=torch.bool), 1)
     positions = torch.arange(seq).expand_as(tokens)
@@ -90,7 +90,7 @@ def logits_of(model: torch.nn.Module, tokens: Tensor) -> Tensor:
 
 
 def save_model(model: torch.nn.Module, args: Namespace, folder: Path, rank: int) -> None:
-    """As save_checkpoint and generate_state_dict do, for --ckpt-format torch."""
+    """Save like save_checkpoint and generate_state_dict with --ckpt-format torch."""
     path = folder / f"iter_{ITERATION:07d}" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {

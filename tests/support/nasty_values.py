@@ -1,4 +1,4 @@
-"""Run files with every key, and values that nobody should write into them."""
+"""Run files with every key, and with values that nobody should write."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ COLLECTIONS: list[Any] = [
 
 
 def all_keys() -> dict[str, Any]:
-    """A valid run file over the corpora en and hi in which every kind of key stands."""
+    """Return a valid run file over the corpora en and hi with every kind of key."""
     tasks = {
         name: {
             "corpus": name, "kind": "lm", "attend_across_documents": True, "held_out": 0.2,
@@ -107,7 +107,7 @@ def all_keys() -> dict[str, Any]:
 
 
 def bounds(model: type[BaseModel]) -> set[float]:
-    """The limits of all numbers in a section and those below it, and their neighbours."""
+    """Return the limits of all numbers in a section and its subsections, and their neighbours."""
     found: set[float] = set()
     for field in model.model_fields.values():
         for constraint in _constraints((*field.metadata, field.annotation)):
@@ -138,7 +138,7 @@ def nasty_values(model: type[BaseModel]) -> list[Any]:
 
 
 def places(value: Any, place: Place = ()) -> Iterator[Place]:
-    """Of every value below this one."""
+    """Yield the places of every value below this one."""
     children = value.items() if isinstance(value, dict) else enumerate(value)
     for key, child in children:
         yield (*place, key)
@@ -147,7 +147,7 @@ def places(value: Any, place: Place = ()) -> Iterator[Place]:
 
 
 def replaced(content: dict[str, Any], place: Place, value: Any) -> dict[str, Any]:
-    """A copy with another value there."""
+    """Return a copy with another value at this place."""
     content = copy.deepcopy(content)
     node: Any = content
     for key in place[:-1]:

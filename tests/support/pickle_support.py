@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 class Payload:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, victim: Path) -> None:
         self.victim = victim

@@ -1,7 +1,7 @@
-"""A GPT and its training in plain torch, in float64: what the engine's curves are held against.
+"""A GPT and its training in plain torch, in float64, as a reference for the engine.
 
-Written from the papers, one head and one formula at a time. It shares the names and shapes of the
-parameters with the package, and nothing else.
+Written from the papers, one head and one formula at a time. It shares only the names and shapes of
+the parameters with the package.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class PlainGPT:
         self.shape = shape
 
     def losses(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Nats a token, [batch, seq]; 0 where the target is IGNORED.
+        """Return nats per token, [batch, seq]; 0 where the target is IGNORED.
 
-        documents, where given, are computed one by one, each as a row of its own.
+        documents: if given, they are computed separately, each as its own row.
         """
         if documents is not None:
             return self._losses_apart(tokens, targets, documents)
@@ -68,7 +68,7 @@ class PlainGPT:
         return self._norm(x, "norm") @ self.weights.get("head.weight", embedding).T
 
     def dropped(self, x: Tensor, place: str) -> Tensor:
-        """All of [batch, seq, hidden]; for models with dropout to override."""
+        """Return x, [batch, seq, hidden]; overridden by models with dropout."""
         return x
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
@@ -96,7 +96,7 @@ class PlainGPT:
         return self._linear(torch.cat(results, -1), f"{name}.out")
 
     def _rotate(self, x: Tensor) -> Tensor:
-        """[batch, seq, size]: entries i and i + size / 2 are a complex number to be turned."""
+        """Rotate [batch, seq, size]: entries i and i + size / 2 are a complex number."""
         if "positions" in self.weights:
             return x
         half = x.shape[-1] // 2
@@ -136,7 +136,7 @@ class PlainAdamW:
 
     @torch.no_grad()
     def step(self, gradients: dict[str, Tensor], rate: float) -> float:
-        """Update the weights in place; the norm of all gradients before clipping."""
+        """Update the weights in place; return the norm of all gradients before clipping."""
         norm = math.sqrt(sum(float(each.pow(2).sum()) for each in gradients.values()))
         scale = min(1.0, self.clip / (norm + 1e-6))
         self.steps += 1

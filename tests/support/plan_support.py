@@ -1,4 +1,4 @@
-"""Small corpora and run files for the plan's tests, and a slow reference of what a plan holds.
+"""Small corpora and run files for the plan's tests, and a slow reference for a plan's content.
 
 The reference shares no code with the package: it is written from the headers in csrc/.
 """
@@ -34,7 +34,7 @@ LARGEST = _builder.LARGEST_TOTAL_WEIGHT
 
 @dataclass(frozen=True)
 class FakeTokenizer:
-    """All that a plan asks of a tokenizer."""
+    """Everything that a plan needs from a tokenizer."""
 
     fingerprint: str = TOKENIZER_HASH
     vocab_size: int = 96
@@ -42,7 +42,7 @@ class FakeTokenizer:
 
 @dataclass(frozen=True)
 class Documents:
-    """What was written into a corpus: every token occurs once."""
+    """The content of a corpus, in which every token occurs once."""
 
     lengths: list[int]
     hashes: list[int]
@@ -86,12 +86,12 @@ def write_corpus(
 
 
 def random_lengths(documents: int, longest: int, seed: int) -> list[int]:
-    """Lengths in [1, longest], so documents both shorter and longer than a sample."""
+    """Return lengths in [1, longest], both shorter and longer than a sample."""
     return np.random.default_rng(seed).integers(1, longest + 1, documents).tolist()
 
 
 def write_run(folder: Path, corpora: list[str], **changes: Any) -> RunConfig:
-    """A run file over corpora that lie in `folder`; `changes` replace top-level keys."""
+    """Write a run file over corpora in `folder`; `changes` replace top-level keys."""
     data: dict[str, Any] = {
         "seed": 7,
         "output": "run",
@@ -118,7 +118,7 @@ PLAN_PHASES = [
 
 
 def write_three_tasks(folder: Path) -> tuple[RunConfig, dict[str, Documents]]:
-    """A run with PLAN_PHASES over three small corpora."""
+    """Write a run with PLAN_PHASES over three small corpora."""
     written = {
         name: write_corpus(
             folder / name, random_lengths(40 - 10 * i, 30, i), seed=i, first_token=i * 9000
@@ -142,7 +142,7 @@ def build_plan(config: RunConfig, used: Mapping[str, int] | None = None) -> Plan
 
 
 def as_rows(batch: Batch) -> list[tuple]:
-    """(task, tokens...) of every row."""
+    """Return (task, tokens...) of every row."""
     return [
         (task, *inputs, *targets)
         for task, inputs, targets in zip(
@@ -171,12 +171,12 @@ def member_key(family: int, member: int) -> int:
 
 
 def permutation(size: int, key: int) -> list[int]:
-    """The keyed permutation of range(size), written out."""
+    """Return the keyed permutation of range(size)."""
     return images(size, key, list(range(size)))
 
 
 def images(size: int, key: int, positions: list[int]) -> list[int]:
-    """The images of some positions under the keyed permutation of range(size)."""
+    """Return the images of some positions under the keyed permutation of range(size)."""
     bits = max(1, (size - 1).bit_length())
     mask, shift = 2**bits - 1, max(1, bits // 2)
     rounds = []
@@ -211,7 +211,7 @@ class ReferenceStream:
     subsample: float = 1.0
 
     def in_token_order(self, epoch: int) -> list[list[int]]:
-        """All samples of an epoch, each of seq_len + 1 tokens or, at the end, fewer."""
+        """Return all samples of an epoch, each of seq_len + 1 tokens or, at the end, fewer."""
         family = derived_key(self.seed, "documents", self.side, self.task)
         order = permutation(len(self.documents.lengths), member_key(family, epoch))
         here = self.documents.on_side(self.side, self.fraction, self.subsample)
@@ -225,7 +225,7 @@ class ReferenceStream:
         return [joined[start : start + self.seq_len + 1] for start in starts]
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """All samples of an epoch by ordinal."""
+        """Return all samples of an epoch by ordinal."""
         samples = self.in_token_order(epoch)
         family = member_key(derived_key(self.seed, "samples", self.side, self.task), epoch)
         shuffled = []
@@ -236,7 +236,7 @@ class ReferenceStream:
         return shuffled
 
     def first(self, ordinals: int) -> list[list[int]]:
-        """The samples with the ordinals [0, ordinals)."""
+        """Return the samples with the ordinals [0, ordinals)."""
         samples: list[list[int]] = []
         epoch = 0
         while len(samples) < ordinals:
@@ -246,7 +246,7 @@ class ReferenceStream:
 
 
 def blend(weights: list[int], samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """(task of every slot, counts before every block)"""
+    """Return (task of every slot, counts before every block)."""
     block = block_size(len(weights))
     tasks = np.zeros(samples, task_dtype(len(weights)))
     counts = np.zeros((-(-samples // block), len(weights)), np.int64)

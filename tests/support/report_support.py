@@ -1,4 +1,4 @@
-"""Run directories as training writes them, with synthetic losses; a report's page, parsed."""
+"""Run directories as written by training, with synthetic losses; a parser of report pages."""
 
 import json
 import math
@@ -18,7 +18,7 @@ SAMPLES, SEQ_LEN = 8, 64
 
 
 def held_out_loss(task: str, step: int) -> float:
-    """Falls at first; after the switch high-resource tasks rise a little, the others fall again."""
+    """A loss that falls; after the switch it rises a little for high-resource tasks, else falls."""
     loss = FLOORS[task] + 4 * math.exp(-step / 15)
     if step <= SWITCH:
         return loss
@@ -65,7 +65,7 @@ def plan_of(phases) -> dict:
 
 
 def rows_of(phases, shift: float, until: int):
-    """The rows of metrics.jsonl up to the step `until`."""
+    """Return the rows of metrics.jsonl up to the step `until`."""
     start = 0
     for name, steps, rates in phases:
         if start > until:
@@ -111,7 +111,7 @@ def write_run(run_dir: Path, phases=PHASES, *, shift: float = 0.0, until: int = 
 
 
 class Page(HTMLParser):
-    """The text of every table row, and all that a browser would fetch."""
+    """The text of every table row, and everything that a browser would load."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

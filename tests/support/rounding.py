@@ -1,10 +1,10 @@
-"""How far rounding may move a result: tolerances that follow from the arithmetic.
+"""Tolerances for rounding that follow from the arithmetic.
 
 Other layouts, numbers of threads and instruction sets add the same terms in another order. The
-error of a sum is in proportion to the sizes of its terms, not to the sum: where they cancel, as in
-a difference of two losses, a gradient or a logit, it is compared on the scale of the terms. What
-does not cancel, as a mean of losses or a norm, is compared by itself (`pytest.approx(…, rel=…)`),
-and what is promised bit for bit with ==.
+error of a sum is in proportion to the sizes of its terms, not to the sum: if they cancel, as in a
+difference of two losses, a gradient or a logit, it is compared on the scale of the terms. Values
+without cancellation, such as a mean of losses or a norm, are compared by themselves
+(`pytest.approx(…, rel=…)`), and values that are promised bit for bit with ==.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-# fp32 after many operations that add up: training steps, or the layers of a model.
+# fp32 after many additions: training steps, or the layers of a model.
 FP32 = 1e-5
 FP32_ROUNDOFF = 2.0**-24  # of one operation, relative
 
 
 def approx_sum(expected: float, *terms: float, rel: float) -> Any:
-    """Equal to `expected`, a sum of `terms`, but for `rel` of their sizes."""
+    """Return a value equal to `expected`, a sum of `terms`, within `rel` of their sizes."""
     return pytest.approx(expected, rel=0, abs=rel * sum(map(abs, terms)))
 
 
 def approx_validation(figures: Mapping[str, float], rel: float) -> dict[str, Any]:
-    """Equal to a task's figures of a validation; its gap is a difference of two losses."""
+    """Return values equal to a task's validation figures; its gap is a difference of two losses."""
     expected = {name: pytest.approx(each, rel=rel) for name, each in figures.items()}
     if "gap" in figures:
         loss, gap = figures["loss"], figures["gap"]
@@ -35,7 +35,7 @@ def approx_validation(figures: Mapping[str, float], rel: float) -> dict[str, Any
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two entries, relative to the largest expected entry."""
+    """Return the largest difference of two entries, relative to the largest expected entry."""
     assert found.shape == expected.shape
     assert expected.any()
     difference = (found.double() - expected.double()).abs().max()
@@ -43,5 +43,5 @@ def deviation(found: Tensor, expected: Tensor) -> float:
 
 
 def assert_close(found: Tensor, expected: Tensor, rel: float = FP32, what: str = "") -> None:
-    """Entries that are sums of about as many terms, compared on the scale of the largest."""
+    """Compare entries that are sums of similarly many terms on the scale of the largest one."""
     assert deviation(found, expected) <= rel, (what, deviation(found, expected))

@@ -1,4 +1,4 @@
-"""A small run on artificial languages, for the tests that start the real command."""
+"""A small run on synthetic languages, for the tests that start the real command."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ TIMES = ("step_seconds", "data_wait_seconds", "save_seconds", "tokens_per_second
 
 
 def megaphase(*arguments: object) -> list[str]:
-    """The command line of a megaphase command in this Python."""
+    """Return the command line of a megaphase command in this Python."""
     return [sys.executable, "-m", "megaphase", *(str(each) for each in arguments)]
 
 
 def make_corpora(folder: Path) -> Path:
-    """A tokenizer and three tokenized languages: `tok` and `data/NAME` in `folder`."""
+    """Make a tokenizer and three tokenized languages: `tok` and `data/NAME` in `folder`."""
     shutil.copytree(_made_once().name, folder, dirs_exist_ok=True)
     return folder
 
 
 @cache
 def _made_once() -> TemporaryDirectory[str]:
-    """What every test module of this process gets a copy of."""
+    """Make the folder of which every test module of this process gets a copy."""
     made = TemporaryDirectory(prefix="megaphase-corpora-")
     folder = Path(made.name)
     texts = write_languages(folder / "text", seed=5, languages=TEXT_BYTES)
@@ -47,7 +47,7 @@ def _made_once() -> TemporaryDirectory[str]:
 
 
 def run_settings(corpora: Path, **changes: Any) -> dict[str, Any]:
-    """A run file of two short phases; `changes` replace top-level keys."""
+    """Return a run file of two short phases; `changes` replace top-level keys."""
 
     def phase(name: str, steps: int, mixture: dict[str, Any], peak: float) -> dict[str, Any]:
         rate = {"schedule": "cosine", "peak": peak, "final": peak / 10, "warmup_steps": 2}
@@ -76,7 +76,7 @@ def run_settings(corpora: Path, **changes: Any) -> dict[str, Any]:
 
 
 def write_run_file(folder: Path, settings: dict[str, Any]) -> Path:
-    """Write a run file; its output lies in the same folder."""
+    """Write a run file with its output in the same folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -84,21 +84,21 @@ def write_run_file(folder: Path, settings: dict[str, Any]) -> Path:
 
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """All rows of metrics.jsonl."""
+    """Return all rows of metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def rows_so_far(run_dir: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl that is being written, if there is one yet."""
+    """Return the rows of a metrics.jsonl that is being written, if it exists."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def save_begins(checkpoints: Path) -> Callable[[], bool]:
-    """Whether a checkpoint has been begun since this call.
+    """Return a function that tells whether a save has started since this call.
 
-    A save may be over before anybody looks: one that is whole counts, too.
+    A save may finish between two calls, so a complete new checkpoint counts too.
     """
 
     def begun() -> set[str]:
@@ -109,7 +109,7 @@ def save_begins(checkpoints: Path) -> Callable[[], bool]:
 
 
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without how long things took and without resumptions: what must be reproducible."""
+    """Return the rows without times and resumptions: the reproducible part."""
     return [
         {key: value for key, value in row.items() if key not in TIMES}
         for row in rows
@@ -118,11 +118,11 @@ def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def without_gap(figures: dict[str, float]) -> dict[str, float]:
-    """A task's figures of a validation, without how far they are from the training loss."""
+    """Return a task's validation figures without the gap to the training loss."""
     return {key: value for key, value in figures.items() if key != "gap"}
 
 
 def copy_run(source: Path, target: Path) -> Path:
-    """Copy a folder made by write_run_file and its run; returns the run file."""
+    """Copy a folder made by write_run_file with its run; return the run file."""
     shutil.copytree(source, target)
     return target / "run.yaml"

@@ -1,6 +1,6 @@
 """A pytest plugin for `make test-sanitize`: tests use the builder that MEGAPHASE_BUILDER names.
 
-It takes the place of the installed extension before anything imports that.
+It replaces the installed extension before anything imports it.
 """
 
 import importlib.util

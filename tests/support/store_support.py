@@ -1,4 +1,4 @@
-"""A checkpoint store and a saver of one process, without an engine."""
+"""A checkpoint store and a saver in one process, without an engine."""
 
 from __future__ import annotations
 

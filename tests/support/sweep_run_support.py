@@ -1,4 +1,4 @@
-"""A small sweep on artificial languages, and its runs on this machine."""
+"""A small sweep on synthetic languages, and its runs on this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 10
 
 
 def settings(corpora: Path, **changes: Any) -> dict[str, Any]:
-    """A sweep of two arms; `changes` replace top-level keys."""
+    """Return a sweep of two arms; `changes` replace top-level keys."""
     run = run_settings(corpora, checkpoint={"every_steps": 3, "keep": 1})
     run |= {"validation": {"every_steps": 2, "samples": 6, "fraction": 0.1}}
     return {
@@ -45,9 +45,9 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
 
 
 def warm_start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> WarmProcess:
-    """A command in a fork that has imported torch and DeepSpeed already."""
+    """Start a command in a fork that has already imported torch and DeepSpeed."""
     env = {**environment, **rank_environment(0, 1, free_port())}
-    del env["MEGAPHASE_PARENT"]  # the server of the forks is its parent
+    del env["MEGAPHASE_PARENT"]  # its parent is the server of the forks
     return WarmProcess("megaphase.cli:main", list(command), stdout=log, stderr=log, env=env)
 
 

@@ -1,8 +1,8 @@
-"""Directories of sweeps as `megaphase sweep` leaves them, with invented losses: nothing is trained.
+"""Directories of sweeps as `megaphase sweep` leaves them, with invented losses, without training.
 
-Losses are plain functions of what a run has done, so that a test can work out what a report must
-say. Low-resource losses fall with the tokens seen and rise with their repetition; high-resource
-losses fall with the steps; starting anew, from better weights, helps.
+Losses are simple functions of a run's steps and tokens, so that a test can compute what a report
+must say. Low-resource losses fall with the tokens seen and rise with their repetition;
+high-resource losses fall with the steps; a restart from better weights helps.
 """
 
 import json
@@ -20,14 +20,14 @@ TOKENS = {"en": 40_000, "fr": 30_000, "hi": 900, "eu": 1_200}
 FLOORS = {"en": 3.6, "fr": 3.9, "hi": 4.6, "eu": 5.0}
 STEPS, EVERY = 60, 5
 SAMPLES, SEQ_LEN = 8, 64
-PEAKS = {0.001: 0.12, 0.004: 0.0}  # nats that a peak costs
+PEAKS = {0.001: 0.12, 0.004: 0.0}  # nats that each peak adds
 
 STATIC = {"rates": [0.05, 0.1, 0.25, 0.5]}
 TWO_PHASE = {"rates": [0.1, 0.25, 0.5], "pretrain": [0.8]}
 
 
 def sweep_of(folder: Path, arms: dict, **more) -> Sweep:
-    """A sweep of these arms whose directory is `folder`."""
+    """Return a sweep of these arms with the directory `folder`."""
     config = {
         "run": {"model": {}},
         "output": folder.name,
@@ -59,7 +59,7 @@ def write_sweep(
 ) -> Path:
     """Write the directory of a sweep; return it.
 
-    until: so many runs have ended. failed, diverged: runs by name. seconds: what each has taken.
+    until: number of ended runs. failed, diverged: runs by name. seconds: time of each run.
     """
     sweep, directory = sweep_of(folder, arms, **more), SweepDirectory(folder)
     folder.mkdir(parents=True)
@@ -82,9 +82,9 @@ def write_sweep(
 
 
 def record_of(arms: dict, losses, *, ended=lambda trial: True, **more) -> SweepRecord:
-    """A sweep of which there are no files but the outcomes are known.
+    """Return a sweep without files, with known outcomes.
 
-    losses: of a run: (high, low), or None where it has failed. ended: whether a run has.
+    losses: maps a run to (high, low), or None if it failed. ended: whether a run has ended.
     """
     more = {"learning_rate": {"peaks": [0.004]}} | more
     sweep, outcomes = sweep_of(Path("somewhere/sweep"), arms, **more), {}
@@ -187,7 +187,7 @@ def _rates(trial: Trial) -> dict[str, float]:
 
 
 def _loss(trial: Trial, task: str, step: int, seen: float, fresh: float, begin: int) -> float:
-    """Of a task after `step` steps, `seen` tokens of it; `fresh`: what the new start has won."""
+    """Return a task's loss after `step` steps and `seen` tokens; `fresh`: gain of the restart."""
     noise = 0.01 * math.sin(1 + 7 * trial.seed + len(task + trial.name))
     size = {"large": -0.3}.get(trial.model or "", 0.0)
     base = FLOORS[task] + size + PEAKS[trial.peak] + noise - fresh

@@ -1,4 +1,4 @@
-"""The launcher of the distributed tests says which rank failed, and leaves nothing behind."""
+"""The launcher of the distributed tests names the failed rank and leaves no process behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corpora of translation pairs, and a slow reference of how pairs are packed and scored.
+"""Corpora of translation pairs, and a slow reference for packing and scoring them.
 
 The reference shares no code with the package: it is written from docs/plan.md.
 """
@@ -23,7 +23,7 @@ Lengths = tuple[int, int]  # tokens of a source and of its target
 
 @dataclass(frozen=True)
 class Pairs:
-    """Documents of source, tag, target and EOD, in which no token but the last two is twice."""
+    """Documents of source, tag, target and EOD; only the last two tokens occur more than once."""
 
     lengths: list[Lengths]
     hashes: list[int]
@@ -43,7 +43,7 @@ class Pairs:
 
 
 def random_pairs(count: int, longest: int, seed: int) -> list[Lengths]:
-    """Sources and targets of 0 to `longest` tokens."""
+    """Return sources and targets of 0 to `longest` tokens."""
     lengths = np.random.default_rng(seed).integers(0, longest + 1, (count, 2))
     return [(source, target) for source, target in lengths.tolist()]
 
@@ -61,7 +61,7 @@ def write_documents(
     tokenizer_hash: str = TOKENIZER_HASH,
     vocab_size: int = 60_000,
 ) -> None:
-    """Write a corpus of pairs whose documents are these tokens."""
+    """Write a corpus of pairs with these tokens as documents."""
     tokens = np.array([token for each in documents for token in each], np.uint16)
     lengths = np.array([len(each) for each in documents])
     batch = DocumentBatch.of(tokens, lengths, np.array(hashes, np.uint64), 3 * lengths)
@@ -80,7 +80,7 @@ def write_pairs(
 
 
 def packed(lengths: list[int], order: list[int], seq_len: int) -> list[list[Piece]]:
-    """Next-fit: the samples of documents that come in this order, those without tokens left out."""
+    """Return the samples of documents in this order, packed next-fit, without empty documents."""
     samples: list[list[Piece]] = []
     room = 0
     for document in order:
@@ -101,13 +101,13 @@ def packed(lengths: list[int], order: list[int], seq_len: int) -> list[list[Piec
 
 
 def scored_from(document: list[int]) -> int:
-    """The first token of a pair that is a target: the one after the first tag."""
+    """Return the index of the first target of a pair: the token after the first tag."""
     return document.index(TAG) + 1 if TAG in document else len(document)
 
 
 @dataclass(frozen=True)
 class ExpectedRow:
-    """What a sample is read as, [seq_len] each."""
+    """The expected content of a sample, [seq_len] each."""
 
     inputs: list[int]
     targets: list[int]
@@ -121,7 +121,7 @@ def expected_row(
     pad_token_id: int,
     scored: list[int],
 ) -> ExpectedRow:
-    """A sample's row; of document d, the tokens from scored[d] on are targets."""
+    """Return a sample's row; the targets of document d are the tokens from scored[d] on."""
     tokens, targets, numbers = [], [], []
     for number, (document, first, last) in enumerate(sample):
         for place in range(first, last):
@@ -148,7 +148,7 @@ class ReferencePackedStream:
     subsample: float = 1.0
 
     def in_token_order(self) -> list[list[Piece]]:
-        """The samples of every epoch, in the order in which they are packed."""
+        """Return the samples of every epoch, in the order in which they are packed."""
         here = self.pairs.on_side(self.side, self.fraction, self.subsample)
         lengths = [
             len(document) if on_side else 0
@@ -158,7 +158,7 @@ class ReferencePackedStream:
         return packed(lengths, permutation(len(lengths), member_key(family, 0)), self.seq_len)
 
     def epoch(self, epoch: int) -> list[list[Piece]]:
-        """All samples of an epoch by ordinal."""
+        """Return all samples of an epoch by ordinal."""
         samples = self.in_token_order()
         family = member_key(derived_key(self.seed, "samples", self.side, self.task), epoch)
         return [samples[i] for i in permutation(len(samples), member_key(family, 0))]

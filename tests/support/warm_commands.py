@@ -1,6 +1,6 @@
-"""Megaphase commands of one process, each in a fork that has imported torch and DeepSpeed already.
+"""Run single-process megaphase commands in forks that have already imported torch and DeepSpeed.
 
-Beside `distributed.launch` they can be told to do something of their own before the command.
+Unlike `distributed.launch`, they can run a function before the command.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DEADLINE_SECONDS = 300.0
 def run(*arguments: object, prepare: Callable[[], object] | None = None) -> CompletedProcess[str]:
     """Run a command to its end, whatever its exit code (negative: the signal).
 
-    prepare: called in the process before the command; it can be pickled.
+    prepare: called in the process before the command; must be picklable.
     """
     argv = [str(each) for each in arguments]
     with tempfile.TemporaryDirectory(prefix="command-") as folder:
@@ -49,7 +49,7 @@ def run(*arguments: object, prepare: Callable[[], object] | None = None) -> Comp
 
 
 def run_well(*arguments: object, prepare: Callable[[], object] | None = None) -> str:
-    """Run a command that must succeed; its standard output."""
+    """Run a command that must succeed; return its standard output."""
     result = run(*arguments, prepare=prepare)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -58,7 +58,7 @@ def run_well(*arguments: object, prepare: Callable[[], object] | None = None) ->
 def run_killed(
     *arguments: object, before_step: int, prepare: Callable[[], object] | None = None
 ) -> None:
-    """Run `megaphase train`, which is ended by SIGKILL when it is about to train a step."""
+    """Run `megaphase train` and kill it with SIGKILL just before it trains a step."""
     result = run("train", *arguments, prepare=partial(_prepare_to_kill, before_step, prepare))
     assert result.returncode == -signal.SIGKILL, result.stderr
 
@@ -70,7 +70,7 @@ def _prepare_to_kill(step: int, prepare: Callable[[], object] | None) -> None:
 
 
 def kill_before(step: int, rank: int = 0) -> None:
-    """In the processes of a run: one of them is ended when it is about to train a step."""
+    """Prepare a run's processes: kill one of them just before it trains a step."""
     signal_before("train_step", rank, signal.SIGKILL, lambda run: run.state.step + 1 == step)
 
 
@@ -80,8 +80,8 @@ def signal_before(
     number: signal.Signals,
     when: Callable[..., bool] = lambda run: True,
 ) -> None:
-    """In the processes of a run: one of them gets a signal before each such call of a method of
-    its trainer, which `when` is given."""
+    """Prepare a run's processes: send one of them a signal before each call of a method of its
+    trainer for which `when` is true."""
     from megaphase.training.trainer import Trainer
 
     if int(os.environ["RANK"]) != rank:

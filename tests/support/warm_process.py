@@ -1,7 +1,7 @@
-"""Processes that need not import torch and DeepSpeed again: forks of a server that has.
+"""Processes that do not import torch and DeepSpeed again: forks of a server that has.
 
-Each is a process of its own, with its own output, environment and process group, and can be killed
-like any other; only its imports are done already, which is most of what a short job costs.
+Each is a separate process, with its own output, environment and process group, and can be killed
+like any other; only its imports are already done, which take most of a short job's time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 _SERVER = multiprocessing.get_context("forkserver")
-# The last two bring torch's compiler: seconds that the first optimizer and the first ZeRO engine of
-# every process would spend on importing what they never use.
+# The last two import torch's compiler, which would take the first optimizer and the first ZeRO
+# engine of every process seconds, though they never use it.
 _SERVER.set_forkserver_preload(
     [
         "megaphase.cli",
@@ -33,7 +33,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 class WarmProcess:
-    """What tests use of subprocess.Popen."""
+    """The part of subprocess.Popen that tests use."""
 
     def __init__(
         self,
@@ -68,23 +68,23 @@ class WarmProcess:
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        """The exit code (negative: the signal), None while it runs."""
+        """Return the exit code (negative: the signal), or None while it runs."""
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end; subprocess.TimeoutExpired if that takes too long."""
+        """Wait for the end; raise subprocess.TimeoutExpired if it takes too long."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired("warm process", timeout or 0.0)
         return self._process.exitcode
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Nothing where it has ended."""
+        """Send a signal; do nothing if the process has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Kill the process with SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
 

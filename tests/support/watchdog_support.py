@@ -1,4 +1,4 @@
-"""A small "training" whose ranks meet in an all-reduce each step; one of them comes to harm."""
+"""A small "training" with an all-reduce in each step, in which one rank can fail in many ways."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-# A rank's end makes torch's own threads talk; the command line quiets them in the same way.
+# The end of a rank makes torch's own threads log; the command line silences them in the same way.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
@@ -27,7 +27,7 @@ SILENT_SECONDS = 2.0
 FAULTY_STEP, STEPS = 3, 6
 FOR_EVER = 600
 _watchdog: Watchdog
-# Generous: a loaded machine must not fail a test.
+# Generous, so that a loaded machine does not fail a test.
 LIMIT_SECONDS = 90.0
 
 
@@ -44,7 +44,7 @@ def hang() -> None:
 
 
 def work_in_c() -> None:
-    """One call into C that keeps Python's lock for more than SILENT_SECONDS."""
+    """Make one call into C that keeps Python's lock for more than SILENT_SECONDS."""
     began = time.monotonic()
     sum(range(trial := 10_000_000))
     trial_seconds = time.monotonic() - began
@@ -56,7 +56,7 @@ def fail() -> None:
 
 
 def fail_in_a_collective() -> None:
-    """It looks as if another rank had died, but none has."""
+    """Raise an error that looks as if another rank had died."""
     dist.all_reduce(torch.ones(4).to_sparse(), op=dist.ReduceOp.MAX)
 
 
@@ -65,17 +65,17 @@ def interrupt() -> None:
 
 
 def die_under_others() -> None:
-    """The others see it in an error that no frame of a collective is part of."""
+    """Die so that the others see it in an error without a frame of a collective."""
     die()
 
 
 def exit() -> None:
-    """As a library might."""
+    """Exit as a library might."""
     sys.exit(0)
 
 
 def stop() -> None:
-    """Another thread ends the run; the main one never knows."""
+    """End the run in another thread, without the main one."""
     threading.Thread(target=_watchdog.stop, args=("nothing is lost", 75)).start()
     time.sleep(FOR_EVER)
 
@@ -93,11 +93,12 @@ def sleep() -> None:
 
 
 def leave_late() -> None:
-    """Nothing happens in the step; see `train`."""
+    """Do nothing in the step; see `train`."""
 
 
 def train(harm: str, faulty_ranks: set[int]) -> None:
-    """Steps with a collective each; at FAULTY_STEP the faulty ranks call the function `harm`."""
+    """Run steps with a collective each; at FAULTY_STEP the faulty ranks call the function
+    `harm`."""
     stalled_seconds = 2 * SILENT_SECONDS if harm == "hang" else LIMIT_SECONDS
     global _watchdog
     with process_group(), Watchdog(SILENT_SECONDS, stalled_seconds) as watchdog:
@@ -119,7 +120,7 @@ def train(harm: str, faulty_ranks: set[int]) -> None:
 
 @dataclass(frozen=True)
 class Ended:
-    """What became of a rank; the exit code is negative where a signal ended it."""
+    """How a rank ended; the exit code is negative if a signal ended it."""
 
     code: int
     pid: int
@@ -128,8 +129,8 @@ class Ended:
 
 
 def run_job(folder: Path, processes: int, harm: str, faulty_ranks: Iterable[int]) -> list[Ended]:
-    """Train on so many ranks, until all have ended that are not frozen; those are killed then."""
-    # The server imports once, for all jobs, what takes long.
+    """Train with these ranks until all have ended but the frozen ones, which are then killed."""
+    # The server does the slow imports once for all jobs.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed"])
     port, faulty = free_port(), set(faulty_ranks)

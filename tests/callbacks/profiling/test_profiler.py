@@ -49,7 +49,7 @@ MILLION = 1e6
 
 
 def ticks(pairs):
-    """Which of the ticks the spans cover: the slow way."""
+    """Return the ticks that the spans cover, computed slowly."""
     covered = np.zeros(TICKS, bool)
     for start, end in pairs:
         covered[int(start) : int(end)] = True
@@ -84,7 +84,7 @@ def event(category, name, start, duration, tid=1, **args):
 
 
 def launched(number, at, name, start, duration, *, stream=7, category="kernel"):
-    """A kernel and the call that launched it."""
+    """Return a kernel and the call that launched it."""
     return [
         event("cuda_runtime", "cudaLaunchKernel", at, 2, correlation=number),
         event(category, name, start, duration, tid=stream, correlation=number, stream=stream),
@@ -92,7 +92,7 @@ def launched(number, at, name, start, duration, *, stream=7, category="kernel"):
 
 
 def gpu_events():
-    """A step of 1,000 µs, as torch writes it for CUDA; with kernels before and after it."""
+    """Return a step of 1,000 µs, as torch writes it for CUDA, with kernels before and after it."""
     return [
         {"ph": "M", "name": "process_name", "pid": 7, "tid": 0, "args": {"name": "python"}},
         event("user_annotation", "ProfilerStep#2", 0, 1100),
@@ -158,7 +158,7 @@ def test_two_steps_give_a_mean_step():
 
 
 def cpu_events():
-    """A step of 100 µs on the CPU: nested operators, and collectives in gloo's threads."""
+    """Return a step of 100 µs on the CPU: nested operators, and collectives in gloo's threads."""
     return [
         event("user_annotation", "training step 9", 0, 100),
         event("cpu_op", "aten::linear", 0, 30),
@@ -167,8 +167,8 @@ def cpu_events():
         event("cpu_op", "aten::copy_", 10, 5),  # a part of the product
         event("cpu_op", "c10d::allreduce_", 40, 20),  # waits for the one below
         event("user_annotation", "gloo:all_reduce", 42, 13, tid=3),
-        event("cpu_op", "aten::copy_", 45, 5, tid=3),  # no kernel of ours
-        event("cpu_op", "c10d::_allgather_base_", 60, 2),  # goes on while others compute
+        event("cpu_op", "aten::copy_", 45, 5, tid=3),  # not one of the step's kernels
+        event("cpu_op", "c10d::_allgather_base_", 60, 2),  # overlaps with computation
         event("user_annotation", "gloo:all_gather", 61, 29, tid=3),
         event("user_annotation", "gloo:all_gather", 62, 33, tid=3),
         event("cpu_op", "autograd::engine::evaluate_function: MulBackward0", 65, 15),
@@ -342,9 +342,9 @@ def train(folder, corpora, *options, **env):
 
 @pytest.fixture(scope="module")
 def profiled(corpora, tmp_path_factory):
-    """A folder with a profiled run of tensor 2 with ZeRO 3, and what its ranks said.
+    """Make a folder with a profiled run of tensor 2 with ZeRO 3, and its ranks' output.
 
-    Both ranks take themselves for the first of a node, and so write a trace.
+    Both ranks consider themselves the first of a node, and so write a trace.
     """
     folder = tmp_path_factory.mktemp("profiled")
     return folder, train(folder, corpora, "--profile-steps", 2, LOCAL_RANK="0")
