@@ -43,8 +43,6 @@ ORDER = (
 COMPOSITION = ("megaphase.config.run", "megaphase.config.phases", "megaphase.config.load")
 # What they import may in turn import only this and modules of its own room.
 BELOW_CONFIG_CLASSES = ("megaphase.utils", "megaphase.config.fields")
-# Imported for annotations alone, by modules that hold config classes.
-ANNOTATED = "megaphase.config.run"
 
 # Commands import within functions what they need, so that the others start without it: torch,
 # DeepSpeed, matplotlib and whatever imports those.
@@ -67,7 +65,6 @@ class Import(NamedTuple):
     module: str
     imported: str
     in_function: bool
-    annotation: bool  # below `if TYPE_CHECKING:`
 
 
 def module_names():
@@ -82,28 +79,19 @@ def module_names():
 MODULES = module_names()
 
 
-def is_type_checking(test):
-    return ast.unparse(test) == "TYPE_CHECKING"
-
-
-def imports_below(node, module, in_function=False, annotation=False):
+def imports_below(node, module, in_function=False):
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ImportFrom):
             assert child.level == 0, f"{module}: a relative import"
             for alias in child.names:
                 name = f"{child.module}.{alias.name}"
                 name = name if name in MODULES else child.module
-                yield Import(module, name, in_function, annotation)
+                yield Import(module, name, in_function)
         elif isinstance(child, ast.Import):
             for alias in child.names:
-                yield Import(module, alias.name, in_function, annotation)
-        yield from imports_below(
-            child,
-            module,
-            in_function or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef),
-            annotation
-            or (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"),
-        )
+                yield Import(module, alias.name, in_function)
+        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+        yield from imports_below(child, module, in_function or is_function)
 
 
 def all_imports():
@@ -128,11 +116,9 @@ def test_the_order_names_every_room():
 
 def test_imports_between_rooms_point_one_way():
     wrong = set()
-    for module, imported, _, annotation in IMPORTS:
+    for module, imported, _ in IMPORTS:
         here, there = room(module), room(imported)
         if here == there or not here or not there or module in COMPOSITION:
-            continue
-        if annotation and imported == ANNOTATED:
             continue
         if ORDER.index(there) >= ORDER.index(here):
             wrong.add((module, there))
@@ -146,7 +132,7 @@ def test_config_classes_need_nothing_but_fields_and_their_own_room():
         module = waiting.pop()
         reached.add(module)
         for found in IMPORTS:
-            if found.module != module or found.annotation:
+            if found.module != module:
                 continue
             assert found.imported.startswith(BELOW_CONFIG_CLASSES) or room(found.imported) == room(
                 module
@@ -158,8 +144,8 @@ def test_config_classes_need_nothing_but_fields_and_their_own_room():
 
 def test_there_is_no_circle_of_modules():
     graph = {module: set() for module in MODULES}
-    for module, imported, _, annotation in IMPORTS:
-        if not annotation and imported != module:
+    for module, imported, _ in IMPORTS:
+        if imported != module:
             graph[module].add(imported)
     assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)
 

@@ -7,17 +7,14 @@ so a run that resumes from a checkpoint decides as the run that was never stoppe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from megaphase.callbacks.callback import Callback, StepRecord
 from megaphase.config.fields import Few, Nats, NatsOrZero, Positive, RoleOrTaskNames, Section
-
-if TYPE_CHECKING:
-    from megaphase.config.run import RunConfig
 
 # What the monitor calls the weighted mean of its tasks' losses, beside the tasks' own names.
 MONITORED_MEAN = "mean"
@@ -130,12 +127,18 @@ class EarlyStopping(Callback):
 
     state_key: ClassVar[str] = "monitor"
 
-    def __init__(self, config: RunConfig) -> None:
-        monitored = config.selected_tasks(config.monitor.tasks or [])
+    def __init__(
+        self, monitor: MonitorConfig, monitored: list[str], stops: Sequence[StopConfig]
+    ) -> None:
+        """
+        Args:
+            monitored: the names of the tasks that `monitor.tasks` selects.
+            stops: the conditions of every phase, with tasks by name.
+        """
         self._monitored = monitored
-        self._weights = config.monitor.weights or dict.fromkeys(monitored, 1.0)
-        self._min_gain = config.monitor.min_gain
-        self._stops = [_with_task_names(phase.stop, config) for phase in config.phases]
+        self._weights = monitor.weights or dict.fromkeys(monitored, 1.0)
+        self._min_gain = monitor.min_gain
+        self._stops = list(stops)
         self._bests: dict[str, Best] = {}
         self._training: dict[str, _TrainingLoss] = {}
         self._last_step: int | None = None
@@ -257,15 +260,6 @@ def _all_reached(losses: Mapping[str, float], goals: Mapping[str, float]) -> boo
 
 def _is_gain(loss: float, best: Best | None, min_gain: float) -> bool:
     return math.isfinite(loss) and (best is None or loss < best.loss - min_gain)
-
-
-def _with_task_names(stop: StopConfig, config: RunConfig) -> StopConfig:
-    """With the tasks that `overfit.tasks` stands for, where it is a role."""
-    if stop.overfit is None:
-        return stop
-    tasks = config.selected_tasks(stop.overfit.tasks)
-    overfit = stop.overfit.model_copy(update={"tasks": tasks})
-    return stop.model_copy(update={"overfit": overfit})
 
 
 def _overfit_sentence(task: str, watch: _Watch) -> str:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megaphase.callbacks.callback import Callback, StepRecord, ValidationRecord
 from megaphase.config.fields import Section
 from megaphase.utils.metrics_rows import Row
-
-if TYPE_CHECKING:
-    from megaphase.config.run import RunConfig
 
 
 class Tracker(Callback, ABC):
@@ -43,10 +40,11 @@ class Tracker(Callback, ABC):
 class TrackerConfig(Section):
     """The section of a tracker in `logging`; a run whose run file has none is not tracked by it."""
 
-    def build(self, config: RunConfig, resumed_step: int | None) -> Tracker:
+    def build(self, settings: Mapping[str, Any], resumed_step: int | None) -> Tracker:
         """Open the tracker, on rank 0.
 
         Args:
+            settings: of the run, as in its run.json.
             resumed_step: of the checkpoint from which the run resumes, after which everything is
                 recorded again; None where the run starts.
         """

@@ -8,12 +8,12 @@ from typing import Literal
 from pydantic import Field, PrivateAttr
 
 from megaphase.callbacks.config import LoggingConfig
-from megaphase.callbacks.early_stopping import MonitorConfig
+from megaphase.callbacks.early_stopping import MonitorConfig, StopConfig
 from megaphase.checkpoint.config import CheckpointConfig
 from megaphase.config.fields import FilePath, Name, Section, Seed
 from megaphase.config.phases import PhaseConfig
 from megaphase.distributed.config import ParallelConfig
-from megaphase.estimate.hardware import HardwareConfig
+from megaphase.estimate.config import HardwareConfig
 from megaphase.fault_tolerance.config import FaultsConfig
 from megaphase.model.config import ModelConfig
 from megaphase.optim.config import OptimizerConfig
@@ -80,6 +80,21 @@ class RunConfig(Section):
     def selected_tasks(self, selection: str | list[str]) -> list[str]:
         """The tasks that a role, or a list of names, stands for."""
         return self.tasks_with_role(selection) if isinstance(selection, str) else selection
+
+    def monitored_tasks(self) -> list[str]:
+        """The tasks whose best weights are kept."""
+        return self.selected_tasks(self.monitor.tasks or [])
+
+    def stop_conditions(self) -> list[StopConfig]:
+        """Of every phase, with the names of the tasks that a role in `overfit.tasks` selects."""
+        return [self._with_task_names(phase.stop) for phase in self.phases]
+
+    def _with_task_names(self, stop: StopConfig) -> StopConfig:
+        if stop.overfit is None:
+            return stop
+        tasks = self.selected_tasks(stop.overfit.tasks)
+        overfit = stop.overfit.model_copy(update={"tasks": tasks})
+        return stop.model_copy(update={"overfit": overfit})
 
     def held_out_fraction(self, task: str) -> float:
         """The fraction of a task's documents that is held out of training."""

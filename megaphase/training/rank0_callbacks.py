@@ -12,6 +12,7 @@ from megaphase.callbacks.tensorboard import TensorBoard
 from megaphase.checkpoint.store import Checkpoint
 from megaphase.config.run import RunConfig
 from megaphase.plan.plan import Plan
+from megaphase.plan.same_run import settings_of
 from megaphase.training.branch import Branch
 from megaphase.training.run_directory import RunDirectory
 from megaphase.training.startup import say_on_first_rank
@@ -46,7 +47,8 @@ def first_rank_callbacks(
     ]
     if config.logging.tensorboard:
         callbacks.append(TensorBoard(directory.tensorboard, resumed_step))
-    callbacks += [tracker.build(config, resumed_step) for tracker in config.logging.trackers()]
+    settings = settings_of(config)
+    callbacks += [tracker.build(settings, resumed_step) for tracker in config.logging.trackers()]
     display = TrainingDisplay(
         console,
         steps=steps_before + sum(phase.steps for phase in plan.phases),

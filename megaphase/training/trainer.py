@@ -129,7 +129,9 @@ class Trainer:
             config, train_flops_per_token(self.shape), self.grid.world_size
         )
 
-        self.early_stopping = EarlyStopping(config)
+        self.early_stopping = EarlyStopping(
+            config.monitor, config.monitored_tasks(), config.stop_conditions()
+        )
         self.loss_spikes = LossSpikeDetector(config.faults, self.directory.trace)
         # In the order in which they are called: events that the last ones report follow the row of
         # their step.

@@ -25,6 +25,10 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("monitor")
 
 
+def early_stopping(config: RunConfig) -> EarlyStopping:
+    return EarlyStopping(config.monitor, config.monitored_tasks(), config.stop_conditions())
+
+
 def make_config(folder: Path, stops: list[dict[str, Any]], monitor: dict[str, Any]) -> RunConfig:
     phases = [
         {
@@ -64,14 +68,14 @@ def stops_of(monitor: EarlyStopping, of_hi: list[float], first_step: int = 0) ->
 
 def test_a_task_has_overfit_after_its_patience(folder):
     config = make_config(folder, [overfit(tasks=["hi"], patience=3)], {})
-    found = stops_of(EarlyStopping(config), [3.0, 2.5, 2.6, 2.4, 2.4, 2.5, 2.41, 2.3])
+    found = stops_of(early_stopping(config), [3.0, 2.5, 2.6, 2.4, 2.4, 2.5, 2.41, 2.3])
     said = "hi has overfit: no gain for 3 validations (best 2.4000 at step 30)"
     assert found == [None] * 6 + [said, None]
 
 
 def test_small_gains_add_up(folder):
     config = make_config(folder, [overfit(tasks=["hi"], patience=2, min_gain=0.25)], {})
-    found = stops_of(EarlyStopping(config), [3.0, 2.875, 2.625, 2.5, 2.375])
+    found = stops_of(early_stopping(config), [3.0, 2.875, 2.625, 2.5, 2.375])
     assert found[:4] == [None] * 4
     assert found[4] == "hi has overfit: no gain for 2 validations (best 2.6250 at step 20)"
 
@@ -85,14 +89,14 @@ def test_all_tasks_of_a_role_or_any(folder):
     }
     for when, expected in said.items():
         config = make_config(folder, [overfit(tasks="low", patience=1, when=when)], {})
-        monitor = EarlyStopping(config)
+        monitor = early_stopping(config)
         seen = [losses(3.0, 3.0), losses(3.0, 2.0), losses(3.0, 2.0)]
         assert [monitor.observe(10 * i, each).stop for i, each in enumerate(seen)] == expected
 
 
 def test_losses_that_are_reached_end_a_phase(folder):
     config = make_config(folder, [{"loss": {"hi": 2.5, "eu": 3}}, {}], {})
-    monitor = EarlyStopping(config)
+    monitor = early_stopping(config)
     said = "the loss of hi reached 2.5, the loss of eu reached 3"
     found = [
         monitor.observe(step, losses(hi, eu)).stop
@@ -105,7 +109,7 @@ def test_losses_that_are_reached_end_a_phase(folder):
 
 def test_patience_begins_anew_with_a_phase_and_bests_do_not(folder):
     stop = overfit(tasks=["hi"], patience=2)
-    monitor = EarlyStopping(make_config(folder, [stop, stop], {"tasks": ["hi"]}))
+    monitor = early_stopping(make_config(folder, [stop, stop], {"tasks": ["hi"]}))
     assert [v is None for v in stops_of(monitor, [2.0, 2.1, 2.2])] == [True, True, False]
     monitor.begin_phase(1)
     verdicts = [monitor.observe(20 + 10 * i, losses(x)) for i, x in enumerate([2.2, 2.1, 1.9])]
@@ -119,7 +123,7 @@ def test_patience_begins_anew_with_a_phase_and_bests_do_not(folder):
 
 def test_a_step_that_is_observed_again_counts_once(folder):
     stop = overfit(tasks=["hi"], patience=2)
-    monitor = EarlyStopping(make_config(folder, [stop, stop], {"tasks": ["hi"]}))
+    monitor = early_stopping(make_config(folder, [stop, stop], {"tasks": ["hi"]}))
     monitor.observe(0, losses(2.0))
     for _ in range(5):
         assert monitor.observe(10, losses(2.0)).stop is None
@@ -132,7 +136,7 @@ def test_a_step_that_is_observed_again_counts_once(folder):
 
 def test_a_loss_that_is_not_finite_is_no_gain(folder):
     config = make_config(folder, [overfit(tasks=["hi"], patience=2)], {"tasks": ["hi", "eu"]})
-    monitor = EarlyStopping(config)
+    monitor = early_stopping(config)
     verdict = monitor.observe(0, losses(math.nan))
     assert [verdict.improved, verdict.stop] == [["eu"], None]
     verdict = monitor.observe(10, losses(-math.inf, math.nan))
@@ -145,7 +149,7 @@ def test_a_loss_that_is_not_finite_is_no_gain(folder):
 
 
 def test_the_mean_is_weighted(folder):
-    monitor = EarlyStopping(
+    monitor = early_stopping(
         make_config(folder, [{}], {"tasks": "low", "weights": {"hi": 3, "eu": 1}, "min_gain": 0.5})
     )
     assert monitor.observe(0, losses(2.0, 4.0)).improved == ["hi", "eu", "mean"]
@@ -157,13 +161,13 @@ def test_the_mean_is_weighted(folder):
 
 
 def test_without_tasks_there_are_no_bests(folder):
-    monitor = EarlyStopping(make_config(folder, [{}], {}))
+    monitor = early_stopping(make_config(folder, [{}], {}))
     assert monitor.observe(0, losses(2.0)) == PhaseEnd([], None, dict.fromkeys(TASKS))
     assert monitor.best() == {}
 
 
 def test_the_gap_is_that_to_the_training_loss_since_the_last_validation(folder):
-    monitor = EarlyStopping(make_config(folder, [{}], {}))
+    monitor = early_stopping(make_config(folder, [{}], {}))
     monitor.observe(0, losses(9.0))
     monitor.add_training_losses({"hi": 30.0, "en": 0.0}, {"hi": 10, "en": 0})
     monitor.add_training_losses({"hi": 20.0}, {"hi": 30})
@@ -233,10 +237,10 @@ def through_json(state: dict[str, Any]) -> dict[str, Any]:
 def test_a_run_that_was_stopped_anywhere_decides_the_same(folder, seen, chosen, data):
     stop, keep = chosen
     config = make_config(folder, [stop, stop], keep)
-    uninterrupted = EarlyStopping(config)
+    uninterrupted = early_stopping(config)
     expected = play(uninterrupted, seen)
     cut = data.draw(st.integers(0, len(seen)))
-    first, second = EarlyStopping(config), EarlyStopping(config)
+    first, second = early_stopping(config), early_stopping(config)
     found = play(first, seen[:cut])
     second.load_state_dict(through_json(first.state_dict()))
     found += play(second, seen[cut:])
@@ -248,7 +252,7 @@ def test_a_run_that_was_stopped_anywhere_decides_the_same(folder, seen, chosen, 
 
 def test_training_losses_since_the_last_validation_survive_a_restart(folder):
     config = make_config(folder, [{}], {})
-    first, second = EarlyStopping(config), EarlyStopping(config)
+    first, second = early_stopping(config), early_stopping(config)
     first.add_training_losses({"hi": 0.1}, {"hi": 1})
     first.add_training_losses({"hi": 0.2}, {"hi": 2})
     second.load_state_dict(through_json(first.state_dict()))
@@ -277,7 +281,7 @@ def has_overfit(series: list[tuple[int, float]], patience: int, min_gain: float)
 @given(histories(), SETTINGS)
 def test_patience_and_bests_are_those_of_the_reference(folder, seen, chosen):
     stop, keep = chosen
-    monitor = EarlyStopping(make_config(folder, [stop, stop], keep))
+    monitor = early_stopping(make_config(folder, [stop, stop], keep))
     verdicts = play(monitor, seen)
     rule = stop["overfit"]
     weights = keep.get("weights", {"hi": 1, "eu": 1})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class ToyConfig(TrackerConfig):
 
     file: FilePath
 
-    def build(self, config: RunConfig, resumed_step: int | None) -> ToyTracker:
+    def build(self, settings: Mapping[str, Any], resumed_step: int | None) -> ToyTracker:
         return ToyTracker(self.file, resumed_step)
 
 

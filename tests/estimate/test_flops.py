@@ -13,8 +13,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from megaphase.callbacks.throughput import device_peak_flops, missing_peak
+from megaphase.estimate.config import HardwareConfig
 from megaphase.estimate.gpu_specs import CARDS, card_of_device
-from megaphase.estimate.hardware import Hardware, HardwareConfig, hardware_of, peak_flops
+from megaphase.estimate.hardware import Hardware, hardware_of, peak_flops
 from megaphase.estimate.memory import estimate
 from megaphase.estimate.memory_table import memory_summary
 from megaphase.estimate.setup import Setup
