@@ -1,4 +1,4 @@
-"""How another program names and cuts the parameters of ours that are whole."""
+"""How another program names and splits the model's whole parameters."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megaphase.utils.errors import InputError
 
 @dataclass(frozen=True)
 class ParameterMapping:
-    """A parameter of ours, and the tensors as which another program stores it.
+    """A parameter of the model, and the tensors in which another program stores it.
 
     Attributes:
-        ours: its name in the model.
-        theirs: their names, in the order in which our rows are cut into them.
-        rows: of each, along our first dimension.
-        transposed: whether they are stored as [inputs, outputs].
+        ours: the parameter's name in the model.
+        theirs: the tensors' names, in the order in which the parameter's rows are split.
+        rows: number of rows of each tensor, along the parameter's first dimension.
+        transposed: whether the tensors are stored as [inputs, outputs].
     """
 
     ours: str
@@ -27,18 +27,19 @@ class ParameterMapping:
     transposed: bool = False
 
     def split(self, whole: Tensor) -> dict[str, Tensor]:
-        """Their tensors, views of ours."""
+        """Return the other program's tensors, as views of the parameter."""
         parts = whole.split(list(self.rows))
         return {n: p.t() if self.transposed else p for n, p in zip(self.theirs, parts, strict=True)}
 
     def join(self, read: Callable[[str], Tensor]) -> Tensor:
-        """Ours, contiguous, from theirs, of which one at a time is in memory."""
+        """Return the parameter, contiguous; only one of the other tensors is in memory at a
+        time."""
         if len(self.theirs) == 1:
-            return self._ours_from(read(self.theirs[0])).contiguous()
+            return self._from_foreign(read(self.theirs[0])).contiguous()
         joined = None
         end = 0
         for name, rows in zip(self.theirs, self.rows, strict=True):
-            part = self._ours_from(read(name))
+            part = self._from_foreign(read(name))
             if joined is None:
                 joined = part.new_empty((sum(self.rows), *part.shape[1:]))
             joined[end : end + rows] = part
@@ -46,11 +47,11 @@ class ParameterMapping:
         assert joined is not None
         return joined
 
-    def _ours_from(self, theirs: Tensor) -> Tensor:
+    def _from_foreign(self, theirs: Tensor) -> Tensor:
         return theirs.t() if self.transposed else theirs
 
-    def their_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """By name; shape: of ours."""
+    def foreign_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the other tensors' shapes by name; shape: of the parameter."""
         shapes = [(rows, *shape[1:]) for rows in self.rows]
         if self.transposed:
             shapes = [tuple(reversed(each)) for each in shapes]
@@ -60,10 +61,10 @@ class ParameterMapping:
 def check_names(
     where: object, wanted: Iterable[str], found: Iterable[str], ignored: Iterable[str] = ()
 ) -> None:
-    """Refuse files that lack a tensor, or have one that the model has no place for.
+    """Reject files that lack a tensor, or have one that does not belong to the model.
 
     Raises:
-        InputError: naming the first one.
+        InputError: names the first one.
     """
     wanted, found = set(wanted), set(found) - set(ignored)
     for name in sorted(wanted - found):

@@ -1,6 +1,6 @@
-"""Which elements of every parameter each rank of a layout holds, as DeepSpeed's ZeRO shares them.
+"""The elements of every parameter on each rank of a layout, as DeepSpeed's ZeRO partitions them.
 
-Tested against what the trainer itself writes on every layout.
+Tested against the trainer's own checkpoints on every layout.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megaphase.distributed.parameter_spec import ParameterSpec
 from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError
 
-# ZeRO 1 and 2 pad the flat tensor of a group to a multiple of so many elements a rank.
+# ZeRO 1 and 2 pad the flat tensor of a group to a multiple of this many elements per rank.
 _FLAT_ALIGNMENT = 2
 
 
@@ -31,10 +31,10 @@ class Layout:
 
 
 def check_tensor_size(shape: GPTShape, tensor: int) -> None:
-    """Refuse a tensor-parallel size by which a model cannot be cut.
+    """Reject a tensor-parallel size by which a model cannot be split.
 
     Raises:
-        InputError: naming what it does not divide.
+        InputError: names the size that it does not divide.
     """
     sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "ffn": shape.ffn}
     for key, size in sizes.items():
@@ -47,10 +47,11 @@ def check_tensor_size(shape: GPTShape, tensor: int) -> None:
 
 
 def shards_of(specs: Mapping[str, ParameterSpec], layout: Layout) -> list[Shard]:
-    """What every rank writes, in the order of ranks. specs: in the model's order."""
+    """Return the shard that every rank writes, in the order of ranks. specs: in the model's
+    order."""
     by_data_rank = [_pieces(specs, data_rank, layout) for data_rank in range(layout.data)]
-    # Ranks that are neighbours form a tensor-parallel group. Of what is not cut, the first of
-    # them writes its piece.
+    # Neighbouring ranks form a tensor-parallel group. Pieces of parameters that are not split are
+    # written by the first of them.
     return [
         Shard(rank, {n: p for n, p in pieces.items() if rank == 0 or specs[n].dim is not None})
         for pieces in by_data_rank
@@ -70,7 +71,7 @@ def _pieces(specs: Mapping[str, ParameterSpec], rank: int, layout: Layout) -> di
 
 
 def _of_each(sizes: Mapping[str, int], rank: int, ranks: int) -> Iterator[tuple[str, Piece]]:
-    """ZeRO-3: every parameter is cut into equal runs, the last of which may be shorter."""
+    """ZeRO-3: split every parameter into equal ranges, of which the last may be shorter."""
     for name, size in sizes.items():
         share = -(-size // ranks)
         yield name, Piece(min(rank * share, size), min((rank + 1) * share, size))
@@ -79,7 +80,7 @@ def _of_each(sizes: Mapping[str, int], rank: int, ranks: int) -> Iterator[tuple[
 def _of_flat_groups(
     specs: Mapping[str, ParameterSpec], sizes: Mapping[str, int], rank: int, ranks: int
 ) -> Iterator[tuple[str, Piece]]:
-    """ZeRO 1 and 2: the parameters of an optimizer group are concatenated, then partitioned."""
+    """ZeRO 1 and 2: concatenate the parameters of an optimizer group, then partition them."""
     for decays in (True, False):
         group = {n: size for n, size in sizes.items() if specs[n].weight_decay == decays}
         unit = _FLAT_ALIGNMENT * ranks

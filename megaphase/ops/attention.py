@@ -9,10 +9,10 @@ from megaphase.ops.matmul import is_widened
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Of queries [batch, heads, seq, head_dim] to keys and values [batch, kv_heads, seq, head_dim].
+    """Attention of queries [batch, heads, seq, head_dim] to keys and values with kv_heads heads.
 
-    mask: of the tokens that a token attends to, as `scaled_dot_product_attention` takes it, where
-    heads and kv_heads are as many; without it, itself and all before. Returns the queries' shape.
+    mask: which tokens a token attends to, as for `scaled_dot_product_attention`, if heads equals
+    kv_heads; by default itself and all before. Returns the queries' shape.
     """
     dtype, grouped = q.dtype, q.shape[1] > k.shape[1]
     if is_widened(q):

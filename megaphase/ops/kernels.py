@@ -28,7 +28,7 @@ class Kernels:
     apex_norm: bool = False
 
     def of(self, formula: Callable[P, R]) -> Callable[P, R]:
-        """The function that computes a formula: of tensors, without state or autograd."""
+        """Return the function that computes a formula of tensors, without state or autograd."""
         return _compiled(formula) if self.compiled else formula
 
 
@@ -36,10 +36,10 @@ EAGER = Kernels()
 
 
 def _separate_caches() -> None:
-    """Give every width of vector instructions a cache of compiled code of its own.
+    """Give every width of vector instructions its own cache of compiled code.
 
-    torch's cache does not tell them apart: code generated for AVX-512 would be built again for AVX2
-    where the environment asks for that (ATEN_CPU_CAPABILITY), and skip half of the values.
+    torch's cache does not distinguish them: code generated for AVX-512 would be reused for AVX2 if
+    the environment requests that (ATEN_CPU_CAPABILITY), and skip half of the values.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -52,6 +52,7 @@ def _separate_caches() -> None:
 @functools.cache
 def _compiled(formula: Callable[P, R]) -> Callable[P, R]:
     _separate_caches()
-    # Every shape has a kernel of its own. One for all shapes would be made once a second shape is
-    # seen, and a resumed run, which sees them in another order, would differ in the last bit.
+    # Every shape has its own kernel. A kernel for all shapes would only be compiled when a second
+    # shape is seen, and a resumed run, which sees them in another order, would differ in the last
+    # bit.
     return torch.compile(formula, dynamic=False, fullgraph=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @functools.cache
 def widens_bf16(device: torch.device) -> bool:
-    """Whether a device computes products of bf16 in fp32 and rounds them once.
+    """Return whether a device computes products of bf16 in fp32 and rounds them once.
 
     A CPU without instructions for bf16 emulates them, which takes several times as long.
     """
@@ -23,7 +23,7 @@ def widens_bf16(device: torch.device) -> bool:
 
 
 def is_widened(x: Tensor) -> bool:
-    """Whether products of this tensor are computed so."""
+    """Return whether products of this tensor are computed in fp32."""
     return x.dtype == torch.bfloat16 and widens_bf16(x.device)
 
 
@@ -45,7 +45,8 @@ class _Linear(torch.autograd.Function):
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """Of y = x Wᵀ, [outputs, inputs]; grad [..., outputs], x [..., inputs]."""
+    """Return the weight's gradient in y = x Wᵀ, [outputs, inputs]; grad [..., outputs], x [...,
+    inputs]."""
     return matmul(grad.flatten(0, -2).t(), x.flatten(0, -2))
 
 

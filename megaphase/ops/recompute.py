@@ -13,10 +13,10 @@ _ATTRIBUTE = "recomputed_by"
 
 
 def recomputable(tensor: Tensor, recompute: Callable[[], Tensor]) -> Tensor:
-    """The same tensor, marked so that operations within `saves_recompute_of` do not save it.
+    """Return the tensor, marked so that operations within `saves_recompute_of` do not save it.
 
-    recompute: computes the tensor again; called in the backward pass, without autograd, once for
-        each operation that needs it.
+    recompute: recomputes the tensor; called in the backward pass, without autograd, once for each
+        operation that needs it.
     """
     setattr(tensor, _ATTRIBUTE, recompute)
     return tensor

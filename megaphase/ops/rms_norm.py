@@ -88,9 +88,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: Kernels) -> Tensor:
 def add_and_rms_norm(
     x: Tensor, added: Tensor | None, weight: Tensor, eps: float, kernels: Kernels
 ) -> tuple[Tensor, Tensor]:
-    """x + added (x where there is nothing to add), and that normed; both in x's type.
+    """Return x + added (x if there is nothing to add) and its norm, both in x's dtype.
 
-    Both come from one function so that the gradient of the sum takes one pass over memory.
+    One function computes both, so that the gradient of the sum takes one pass over memory.
     """
     if not kernels.apex_norm and (kernels.compiled or not x.is_cuda):
         sum_and_normed: tuple[Tensor, Tensor] = _RMSNorm.apply(x, added, weight, eps, kernels)
@@ -100,7 +100,7 @@ def add_and_rms_norm(
 
 
 def _fused(x: Tensor, weight: Tensor, eps: float, kernels: Kernels) -> Tensor:
-    """By a kernel that knows nothing of the sum."""
+    """Use a kernel that does not compute the sum."""
     if kernels.apex_norm:
         from apex.normalization.fused_layer_norm import fused_rms_norm_affine
 

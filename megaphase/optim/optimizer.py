@@ -1,4 +1,4 @@
-"""AdamW over the model's parameters, by whichever implementation the run has chosen."""
+"""AdamW over the model's parameters, in the implementation chosen by the run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from megaphase.optim.config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, name: str) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), fused.
+    """Return a fused AdamW (Loshchilov and Hutter 2019).
 
-    name: of the implementation, torch or apex.
+    name: the implementation, torch or apex.
     """
     build: Any = _apex_adamw if name == "apex" else torch.optim.AdamW
     optimizer: torch.optim.Optimizer = build(
@@ -43,9 +43,9 @@ def _apex_adamw(groups: list[dict[str, object]], **options: Any) -> torch.optim.
     from apex.optimizers import FusedAdam
 
     class ApexAdamW(FusedAdam):  # type: ignore[misc]  # apex has no types
-        """With its step count in every parameter's state, as torch has it.
+        """Stores the step count in every parameter's state, as torch does.
 
-        apex counts in the group, where neither a reset nor a checkpoint finds it.
+        apex stores it in the group, where neither a reset nor a checkpoint finds it.
         """
 
         def step(self, *arguments: Any, **settings: Any) -> Any:

@@ -1,8 +1,8 @@
-"""fp32 weights and optimizer state as they lie in DeepSpeed's ZeRO optimizers: read, set, forget.
+"""Read, set and reset the fp32 weights and optimizer state in DeepSpeed's ZeRO optimizers.
 
-DeepSpeed joins the parameters of a group into flat tensors and gives each data-parallel rank a
-part of them. Here a flat tensor is a MasterGroup, and says which piece of which parameter lies
-where in it. Written against DeepSpeed 0.19; tested for every stage, precision and offload.
+DeepSpeed joins the parameters of a group into flat tensors and gives each data-parallel rank a part
+of them. Here a flat tensor is a MasterGroup, which records the position of each parameter's piece
+in it. Written for DeepSpeed 0.19; tested for every stage, precision and offload.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ class Fragment:
 
 @dataclass(frozen=True)
 class MasterGroup:
-    """A flat fp32 tensor that the optimizer updates, and what lies in it."""
+    """A flat fp32 tensor that the optimizer updates, and the pieces in it."""
 
     flat: nn.Parameter
     fragments: list[Fragment]
 
 
 class OptimizerState:
-    """What a checkpoint holds of this rank, under whichever ZeRO stage."""
+    """This rank's part of a checkpoint, under any ZeRO stage."""
 
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, grid: ProcessGrid) -> None:
         """
         Args:
-            engine: DeepSpeed's.
-            optimizer: torch's, which DeepSpeed's works with.
+                engine: DeepSpeed's engine.
+                optimizer: torch's optimizer, wrapped by DeepSpeed's.
         """
         self._zero = engine.optimizer
         self._optimizer, self._grid = optimizer, grid
@@ -69,7 +69,7 @@ class OptimizerState:
         }
 
     def reset(self) -> None:
-        """Forget moments and step counts; the fp32 weights stay as they are."""
+        """Reset moments and step counts; the fp32 weights are kept."""
         self._optimizer.state.clear()
         if self._swapper is not None:
             self._swapper.purge_state()  # or it would bring the old moments back from the disk
@@ -82,11 +82,11 @@ class OptimizerState:
         return counts.pop() if counts else 0
 
     def kinds(self) -> tuple[str, ...]:
-        """What there is of each parameter now: its weight, and moments once a step was taken."""
+        """The tensors of each parameter now: its weight, and moments after the first step."""
         return (WEIGHT, *MOMENTS) if self.steps else (WEIGHT,)
 
     def shard(self) -> Shard:
-        """What this rank writes: of what several ranks hold, the first of them writes it."""
+        """The pieces that this rank writes; pieces on several ranks are written by the first."""
         pieces = {f.name: f.piece for group in self._groups() for f in self._own(group)}
         return Shard(self._grid.tensor_rank, pieces)
 
@@ -96,14 +96,14 @@ class OptimizerState:
         *,
         kinds: tuple[str, ...] | None = None,
     ) -> Snapshot:
-        """What this rank saves: all that there is, or some kinds of it; with tensors `beside`."""
+        """Return the tensors to save: all kinds or some of them; with the tensors `beside`."""
         kinds = kinds or self.kinds()
         tensors = chain(self.tensors(kinds), beside)
         size = self._grid.tensor_size
         return Snapshot(tensors, self.shard(), kinds, self.layouts, size)
 
     def tensors(self, kinds: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-        """This rank's pieces by name, as views that the next step changes."""
+        """Yield this rank's pieces by name, as views that the next step changes."""
         for index, group in enumerate(self._groups()):
             with self._resident(index, changed=False):
                 for kind in kinds:
@@ -115,10 +115,10 @@ class OptimizerState:
     def load(self, stored: StoredParameters, steps: int) -> None:
         """Set weights, moments and step count from a checkpoint of any layout.
 
-        steps: optimizer steps behind the moments that are stored; 0 where there are none.
+        steps: number of optimizer steps of the stored moments; 0 if there are none.
 
         Raises:
-            InputError: its parameters are not those of the model.
+            InputError: its parameters differ from the model's.
         """
         stored.check(self.layouts)
         self._zero_prologue()
@@ -196,9 +196,9 @@ class OptimizerState:
 
     @contextmanager
     def _resident(self, index: int, *, changed: bool) -> Iterator[None]:
-        """Have a group's tensors in memory; they may lie on an NVMe disk otherwise.
+        """Keep a group's tensors in memory during the block; otherwise they may be on an NVMe disk.
 
-        changed: whether they go back to the disk afterwards.
+        changed: whether to write them back to disk afterwards.
         """
         if self._swapper is None or not self._zero._swappable_optimizer_subgroup(index):
             yield
@@ -217,7 +217,7 @@ class OptimizerState:
                 self._zero.persistent_parameters[0].partition(self._zero.persistent_parameters)
 
     def _write_back(self, index: int) -> None:
-        """Under ZeRO-3, round this group's weights to those that the model computes with."""
+        """Under ZeRO-3, copy this group's weights to the model's, rounding them to its dtype."""
         if self._stage == 3:
             self._zero._reassign_or_swap_out_partitioned_parameters(index)
 

@@ -74,7 +74,8 @@ class LearningRateConfig(Section):
         return self
 
     def too_long_for(self, steps: int) -> str | None:
-        """What of the schedule does not fit into its length, if anything; with the remedy."""
+        """Return which part of the schedule does not fit into its length, with the remedy, or
+        None."""
         decay = self.decay_steps or 0
         if self.warmup_steps + decay <= steps:
             return None
@@ -85,12 +86,11 @@ class LearningRateConfig(Section):
 
 
 def learning_rate(config: LearningRateConfig, step: int, steps: int) -> float:
-    """The rate of optimizer step `step` (0-based) of a phase of `steps` steps.
+    """Return the rate of optimizer step `step` (0-based) of a phase of `steps` steps.
 
-    Where the schedule has a length of its own, the phase is the part of it that begins at
-    `first_step`. Warm-up rises linearly and reaches `peak` at the schedule's step `warmup_steps`;
-    all but `constant` and `inverse_sqrt` arrive at `final` with the schedule's last step, and a
-    phase that goes on beyond it stays there.
+    If the schedule has its own length, the phase is its part that begins at `first_step`. Warm-up
+    rises linearly and reaches `peak` at the schedule's step `warmup_steps`; all but `constant` and
+    `inverse_sqrt` reach `final` at the schedule's last step, and a longer phase stays there.
 
     cosine: Loshchilov and Hutter 2017. inverse_sqrt: Vaswani et al. 2017, from the peak, not below
     `final`. wsd: Hu et al. 2024, stable at the peak, then linear over the last `decay_steps`.

@@ -1,4 +1,4 @@
-"""The families of Hugging Face models that a GPT of ours can be, and their names for its parts.
+"""The families of Hugging Face models that correspond to a GPT, and their names for its parts.
 
 - Llama: RMSNorm, rotary positions, SwiGLU, queries in groups or not, biases everywhere or nowhere.
 - GPT-2: LayerNorm, learned positions, GELU, biases everywhere; weights stored as [inputs, outputs].
@@ -20,7 +20,7 @@ from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError
 
 HEAD = "lm_head.weight"
-# Tensors that some versions of transformers store and none needs: angles and causal masks.
+# Tensors that some versions of transformers store but none needs: angles and causal masks.
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 _OURS = re.compile(
     r"(?:blocks\.(?P<block>\d+)\.)?(?P<module>[a-z_.]+?)(?:\.(?P<kind>weight|bias))?"
@@ -33,15 +33,15 @@ class Family:
 
     Attributes:
         title: its name.
-        model_type: by which config.json tells it.
-        options: that every model of it has, by the name that ours have.
+        model_type: its model_type in config.json.
+        options: options that all of its models have, by their name in GPTShape.
         grouped: whether there may be fewer heads of keys and values than of queries.
         always_biased: whether all linear layers have biases.
-        prefix: of all tensors but the output projection's.
-        blocks: what the list of its blocks is called.
-        modules: their modules by ours; one of ours may be cut into several.
-        transposed: those of ours in a block whose weights are stored as [inputs, outputs].
-        config: of a shape; what config.json says of the architecture.
+        prefix: prefix of all tensors except the output projection's.
+        blocks: the name of the list of blocks.
+        modules: the family's modules by Megaphase's; one module may be split into several.
+        transposed: modules in a block whose weights are stored as [inputs, outputs].
+        config: returns the architecture's keys of config.json for a shape.
     """
 
     title: str
@@ -56,23 +56,24 @@ class Family:
     config: Callable[[GPTShape], dict[str, Any]]
 
     def faults(self, shape: GPTShape) -> list[str]:
-        """Options of a shape that no model of this family has, as `model.KEY: VALUE`."""
+        """Return a shape's options that no model of this family has, as `model.KEY: VALUE`."""
         wrong = [key for key, value in self.options.items() if getattr(shape, key) != value]
         if not self.grouped and shape.kv_heads != shape.heads:
             wrong.append("kv_heads")
         return [f"model.{key}: {getattr(shape, key)}" for key in wrong]
 
     def expressed(self, shape: GPTShape) -> GPTShape:
-        """The same model with the biases that this family has; those that were not there are 0."""
+        """Return the same model with the biases that this family has; added ones are 0."""
         return replace(shape, bias=True) if self.always_biased else shape
 
     def renamings(self, shape: GPTShape) -> dict[str, ParameterMapping]:
-        """By our name, of every parameter of an expressed shape, in the model's order."""
+        """Return the mapping of every parameter of an expressed shape, by name, in the model's
+        order."""
         layouts = parameter_layouts(shape, 1)
         return {name: self._renaming(name, layout) for name, layout in layouts.items()}
 
     def canonical(self, name: str) -> str:
-        """The name of a tensor as the whole model stores it; that of a base model lacks a part."""
+        """Return a tensor's name in the whole model; in a base model, a part of it is missing."""
         return name if name == HEAD or name.startswith(self.prefix) else self.prefix + name
 
     def _renaming(self, ours: str, layout: ParameterLayout) -> ParameterMapping:
@@ -88,15 +89,15 @@ class Family:
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor is no parameter, but what transformers has computed from the config."""
+    """Return whether a tensor is not a parameter, but computed from the config by transformers."""
     return _BUFFERS.search(name) is not None
 
 
 def family_for(shape: GPTShape, where: object) -> Family:
-    """The family that a shape belongs to.
+    """Return the family of a shape.
 
     Raises:
-        InputError: to none; naming the options at fault. where: what the message begins with.
+        InputError: there is none; names the options that prevent it. where: starts the message.
     """
     nearest = min(FAMILIES, key=lambda family: len(family.faults(shape)))
     if faults := nearest.faults(shape):

@@ -89,7 +89,7 @@ def _write_weights(
     kinds = {
         theirs: TensorKind(dtype, shape)
         for name, renaming in renamings.items()
-        for theirs, shape in renaming.their_shapes(weights.layouts[name].shape).items()
+        for theirs, shape in renaming.foreign_shapes(weights.layouts[name].shape).items()
     }
     contents = _shards(kinds, max_shard_bytes)
     places = {name: file for file, tensors in contents.items() for name in tensors}

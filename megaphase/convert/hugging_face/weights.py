@@ -100,7 +100,7 @@ class HuggingFaceWeights:
         self._tensors = _by_canonical_name(family, found)
         wanted: dict[str, tuple[int, ...]] = {}
         for name, renaming in self._renamings.items():
-            wanted |= renaming.their_shapes(self.layouts[name].shape)
+            wanted |= renaming.foreign_shapes(self.layouts[name].shape)
         tied_head = self._tensors.pop(HEAD, None) if shape.tied_embeddings else None
         names = {n if n in wanted else found.name for n, found in self._tensors.items()}
         check_names(directory, wanted, names)

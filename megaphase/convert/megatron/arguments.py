@@ -1,7 +1,7 @@
-"""A model's shape as the arguments of Megatron-LM that lie in its checkpoints, and back.
+"""Convert a model's shape to the arguments stored in Megatron-LM's checkpoints, and back.
 
 Names and defaults are those of megatron/training/arguments.py; a checkpoint may have been written
-by an older version, which had not all of them.
+by an older version that did not have all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ Position = Literal["rotary", "learned"]
 _NORMALIZATIONS: dict[str, Norm] = {"RMSNorm": "rmsnorm", "LayerNorm": "layernorm"}
 _POSITIONS: dict[str, Position] = {"rope": "rotary", "learned_absolute": "learned"}
 
-# What an argument may be where our GPT is the same model; None, and leaving it out, always may.
+# Values with which Megatron-LM's model is Megaphase's GPT; None and a missing value are also
+# allowed.
 _WANTED: dict[str, tuple[Any, ...]] = {
     "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
@@ -65,9 +66,9 @@ _WANTED: dict[str, tuple[Any, ...]] = {
 
 
 def expressed(shape: GPTShape) -> GPTShape:
-    """The shape of the same model that Megatron-LM can have.
+    """Return the shape of the same model that Megatron-LM supports.
 
-    It computes gelu by tanh, as ours do, only together with the addition of a bias.
+    Megatron-LM computes gelu by tanh, as Megaphase does, only fused with the addition of a bias.
     """
     return replace(shape, bias=True) if shape.activation == "gelu" else shape
 
@@ -80,7 +81,7 @@ def megatron_args(
     dtype: torch.dtype,
     implementation: Implementation,
 ) -> Namespace:
-    """What --use-checkpoint-args reads, and what is compared with a run's own arguments.
+    """Return the arguments read by --use-checkpoint-args or compared with a run's own arguments.
 
     vocab_multiple: --make-vocab-size-divisible-by.
     """
@@ -148,7 +149,8 @@ def megatron_args(
 
 
 def load_options(args: Namespace) -> str:
-    """What Megatron-LM's command line must say beside --load: all that it does not read there."""
+    """Return the options that Megatron-LM needs besides --load, since it does not read them
+    there."""
     options = {
         "ckpt-format": args.ckpt_format,
         "use-checkpoint-args": None,
@@ -164,12 +166,12 @@ def load_options(args: Namespace) -> str:
 
 
 def shape_of(args: Namespace, vocab: int, where: Path) -> GPTShape:
-    """The shape of the model that Megatron-LM builds from these arguments.
+    """Return the shape of the model that Megatron-LM builds from these arguments.
 
-    vocab: the tokenizer's size. where: the file that the arguments come from.
+    vocab: the tokenizer's size. where: the file with the arguments.
 
     Raises:
-        InputError: naming the argument that is missing, or that our GPT has no match for.
+        InputError: names the argument that is missing or has no equivalent in Megaphase's GPT.
     """
     given = _Given(args, where)
     given.check(_WANTED)
@@ -201,12 +203,12 @@ def shape_of(args: Namespace, vocab: int, where: Path) -> GPTShape:
 
 
 def stored_vocab(args: Namespace, padded: int, where: Path) -> int:
-    """The tokenizer's size.
+    """Return the tokenizer's size.
 
-    padded: rows of the embedding. where: the file that the arguments come from.
+    padded: rows of the embedding. where: the file with the arguments.
 
     Raises:
-        InputError: the arguments do not tell it.
+        InputError: the arguments do not determine it.
     """
     size = getattr(args, "vocab_size", None)
     if type(size) is not int:
@@ -216,41 +218,41 @@ def stored_vocab(args: Namespace, padded: int, where: Path) -> int:
             "only pad",
             f"pass --vocab SIZE (--vocab {padded} to keep all rows)",
         )
-    # This tokenizer's end-of-document token comes on top.
+    # This tokenizer's end-of-document token is not included.
     return size + 1 if getattr(args, "tokenizer_type", None) == "NullTokenizer" else size
 
 
 class _Given:
-    """The arguments of a checkpoint; one that is None is one that was not given."""
+    """The arguments of a checkpoint; None counts as not given."""
 
     def __init__(self, args: Namespace, where: Path) -> None:
         self._args, self._where = args, where
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Any argument."""
+        """Return an argument."""
         value = getattr(self._args, name, None)
         return default if value is None else value
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """One that is on or off."""
+        """Return a boolean argument."""
         return bool(self.get(name, default))
 
     def number(self, name: str, default: float) -> float:
-        """A positive number."""
+        """Return a positive number."""
         value = self.get(name, default)
         if not isinstance(value, int | float) or not value > 0:
             raise self.refusal(name, "a positive number is wanted")
         return float(value)
 
     def size(self, name: str) -> int:
-        """A positive whole number without which there is no model."""
+        """Return a required positive whole number."""
         value = self.get(name)
         if type(value) is not int or value < 1:
             raise self.refusal(name, "a positive whole number is wanted")
         return value
 
     def heads(self) -> tuple[int, int, int]:
-        """The hidden size, and how many heads queries have, and keys and values."""
+        """Return the hidden size, the number of query heads, and that of key and value heads."""
         hidden, heads = self.size("hidden_size"), self.size("num_attention_heads")
         if hidden % heads:
             raise self.refusal("num_attention_heads", f"it does not divide hidden_size={hidden}")
@@ -264,7 +266,7 @@ class _Given:
         return hidden, heads, kv_heads
 
     def position(self) -> Position:
-        """How the model tells positions apart."""
+        """Return the model's position encoding."""
         rotary = self.flag("use_rotary_position_embeddings")
         name = self.get("position_embedding_type", "rope" if rotary else "learned_absolute")
         if name == "learned_absolute" and not self.flag("add_position_embedding", True):
@@ -272,7 +274,7 @@ class _Given:
         return _POSITIONS[name]
 
     def check(self, wanted: Mapping[str, tuple[Any, ...]]) -> None:
-        """Refuse the first argument that is none of what it may be."""
+        """Reject the first argument that does not have one of its allowed values."""
         for name, allowed in wanted.items():
             value = self.get(name)
             if value is not None and value not in allowed:
@@ -280,7 +282,7 @@ class _Given:
                 raise self.refusal(name, f"only {only} can be converted")
 
     def refusal(self, name: str, problem: str) -> InputError:
-        """Of an argument that our GPT has no match for."""
+        """Return the error for an argument without an equivalent in Megaphase's GPT."""
         return InputError(
             self._where, f"{name}={self.get(name)!r} in its args: {problem}", "use another model"
         )

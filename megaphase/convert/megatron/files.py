@@ -15,8 +15,8 @@ from megaphase.convert.megatron.names import (
     RANK_FILE,
     RELEASE,
     TRACKER_FILE,
+    current_name,
     rank_folder,
-    todays_name,
 )
 from megaphase.convert.safe_torch_load import load_pickle
 from megaphase.utils.errors import InputError
@@ -133,7 +133,7 @@ def _weights(model: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     for stored_name, value in _flattened(model):
         if stored_name.rpartition(".")[2].startswith(_EXTRA_STATE):
             continue
-        name = todays_name(stored_name) if _LEGACY_MODEL in model else stored_name
+        name = current_name(stored_name) if _LEGACY_MODEL in model else stored_name
         if not isinstance(value, Tensor) or value.dtype not in _DTYPES:
             what = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise InputError(path, f"{name} is {what}, not a weight", OTHER_CHECKPOINT)

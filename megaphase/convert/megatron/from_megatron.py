@@ -1,4 +1,4 @@
-"""A checkpoint of Megatron-LM (--ckpt-format torch) as one of ours, at which a run may begin."""
+"""Convert a Megatron-LM checkpoint (--ckpt-format torch) to one from which a run can start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megaphase.convert.megatron.files import OTHER_CHECKPOINT, RankFile, rank_fi
 from megaphase.convert.megatron.names import (
     WORD_EMBEDDINGS,
     Implementation,
-    apart,
+    deinterleaved,
     megatron_parameters,
     rank_folder,
 )
@@ -39,17 +39,17 @@ def from_megatron(
     workers: int = 1,
     console: Console | None = None,
 ) -> str:
-    """Write the weights of a checkpoint of Megatron-LM as the folder `out`, with model.yaml in it.
+    """Write the weights of a Megatron-LM checkpoint into the folder `out`, with model.yaml.
 
     Args:
-        source: what --save was, or a folder iter_… or release in it.
-        vocab: the tokenizer's size, where the checkpoint does not tell it.
+        source: the folder of --save, or a folder iter_… or release in it.
+        vocab: the tokenizer's size, if it is not in the checkpoint.
         trust_pickle: see `load_pickle`.
 
-    Returns what the run file of a training of it says of the model, YAML.
+    Returns the run file's section for the model, YAML.
 
     Raises:
-        InputError: naming what is missing, damaged, unknown, or not to be had in our GPT.
+        InputError: names what is missing, damaged, unknown, or not supported.
     """
     files = rank_files(source)
     ranks = [RankFile(path, trust_pickle=trust_pickle) for path in files]
@@ -66,7 +66,7 @@ def from_megatron(
 
 
 class MegatronWeights:
-    """The weights of all tensor-parallel ranks, put together, in our order.
+    """The weights of all tensor-parallel ranks, joined, in Megaphase's order.
 
     Attributes:
         shape: of the model.
@@ -79,10 +79,10 @@ class MegatronWeights:
         """
         Args:
             ranks: in order.
-            vocab: the tokenizer's size, where their args do not tell it.
+                vocab: the tokenizer's size, if it is not in their args.
 
-        Raises:
-            InputError: they do not belong together, or our GPT cannot be this model.
+            Raises:
+                InputError: they do not belong together, or the model is not supported.
         """
         self._ranks = ranks
         first, size = ranks[0], len(ranks)
@@ -106,13 +106,13 @@ class MegatronWeights:
             self._check_tensors(rank)
 
     def whole(self, name: str, kind: str) -> Tensor:
-        """A parameter, fp32, contiguous, of its layout's shape."""
+        """Return a parameter, fp32, contiguous, in its layout's shape."""
         parameter = self._parameters[name]
         parts = [rank.tensors[parameter.name] for rank in self._ranks]
         if parameter.layout.dim is None:
             self._check_same(parameter.name)
         joined = parameter.layout.unshard((part.float() for part in parts), len(parts))
-        return apart(joined, self.shape) if parameter.interleaved else joined.contiguous()
+        return deinterleaved(joined, self.shape) if parameter.interleaved else joined.contiguous()
 
     def _check_tensors(self, rank: RankFile) -> None:
         size = len(self._ranks)
@@ -128,7 +128,7 @@ class MegatronWeights:
                 )
 
     def _check_same(self, name: str) -> None:
-        """Refuse ranks that differ in what all of them have whole."""
+        """Reject ranks with different copies of tensors that are not split."""
         first, *others = self._ranks
         for rank in others:
             if not torch.equal(rank.tensors[name], first.tensors[name]):

@@ -1,4 +1,4 @@
-"""How Megatron-LM names, orders and cuts the parameters of a GPT, and where it keeps them.
+"""Megatron-LM's names, order and split of a GPT's parameters, and its files.
 
 DIR/latest_checkpointed_iteration.txt      123, or `release` for weights alone
 DIR/iter_0000123/mp_rank_00/model_optim_rng.pt      one for every tensor-parallel rank
@@ -25,7 +25,7 @@ WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 
 
 class Implementation(StrEnum):
-    """Whose layers Megatron-LM builds the model from (--transformer-impl); it decides the names."""
+    """The layers of Megatron-LM's model (--transformer-impl), which determine the names."""
 
     LOCAL = "local"
     TRANSFORMER_ENGINE = "transformer_engine"
@@ -46,7 +46,7 @@ _NORMS = {
         "attention_norm.": "input_layernorm.",
         "feed_forward_norm.": "pre_mlp_layernorm.",
     },
-    # A norm is one layer with the linear layer that follows it.
+    # A norm is fused into the linear layer that follows it.
     Implementation.TRANSFORMER_ENGINE: {
         "attention_norm.": "self_attention.linear_qkv.layer_norm_",
         "feed_forward_norm.": "mlp.linear_fc1.layer_norm_",
@@ -72,11 +72,11 @@ _LEGACY_NAMES = {
 
 @dataclass(frozen=True)
 class MegatronParameter:
-    """A parameter of ours, as Megatron-LM has it.
+    """A parameter in Megatron-LM.
 
     Attributes:
-        name: theirs.
-        layout: how it is cut, with the rows in their order.
+        name: its name there.
+        layout: how it is split, with the rows in Megatron-LM's order.
         interleaved: whether rows of queries, keys and values follow each other group by group.
     """
 
@@ -88,7 +88,7 @@ class MegatronParameter:
 def megatron_parameters(
     shape: GPTShape, tensor: int, padded_vocab: int, implementation: Implementation
 ) -> dict[str, MegatronParameter]:
-    """By our names, in the order in which our model has them.
+    """Return the parameters by Megaphase's names, in the model's order.
 
     tensor: the tensor-parallel size. padded_vocab: rows of the embedding on all ranks together.
     """
@@ -101,17 +101,17 @@ def megatron_parameters(
             layout = replace(layout, segments=(sum(layout.segments),))
         elif spec.padded:
             layout = replace(layout, segments=(padded_vocab,))
-        parameters[ours] = MegatronParameter(_their_name(ours, names), layout, interleaved)
+        parameters[ours] = MegatronParameter(_foreign_name(ours, names), layout, interleaved)
     return parameters
 
 
 def rank_folder(rank: int) -> str:
-    """Of a tensor-parallel rank, where pipelines have one stage."""
+    """Return the folder of a tensor-parallel rank, with a single pipeline stage."""
     return f"mp_rank_{rank:02d}"
 
 
-def todays_name(legacy: str) -> str:
-    """What Megatron Core's own layers call a parameter of a model from before it."""
+def current_name(legacy: str) -> str:
+    """Return Megatron Core's name of a parameter of a model from before Megatron Core."""
     name = f".{legacy}"
     for old, new in _LEGACY_NAMES.items():
         name = name.replace(old, new)
@@ -119,39 +119,39 @@ def todays_name(legacy: str) -> str:
 
 
 def interleaved(qkv: Tensor, shape: GPTShape) -> Tensor:
-    """All queries, keys and values, as they follow each other group by group.
+    """Interleave queries, keys and values so that they follow each other group by group.
 
-    [heads + 2 kv_heads, head_dim] along the first dimension, either way.
+    qkv: [heads + 2 kv_heads, head_dim] along the first dimension, before and after.
     """
     out = torch.empty_like(qkv)
-    for target, source in zip(_in_groups(out, shape), _apart(qkv, shape), strict=True):
+    for target, source in zip(_in_groups(out, shape), _one_after_another(qkv, shape), strict=True):
         target.copy_(source)
     return out
 
 
-def apart(qkv: Tensor, shape: GPTShape) -> Tensor:
-    """What `interleaved` was made from."""
+def deinterleaved(qkv: Tensor, shape: GPTShape) -> Tensor:
+    """Undo `interleaved`: all queries, then all keys, then all values."""
     out = torch.empty_like(qkv)
-    for target, source in zip(_apart(out, shape), _in_groups(qkv, shape), strict=True):
+    for target, source in zip(_one_after_another(out, shape), _in_groups(qkv, shape), strict=True):
         target.copy_(source)
     return out
 
 
-def _apart(qkv: Tensor, shape: GPTShape) -> Iterator[Tensor]:
-    """Views of queries, keys and values where each follow each other: [groups, rows, …]."""
+def _one_after_another(qkv: Tensor, shape: GPTShape) -> Iterator[Tensor]:
+    """Return views of queries, keys and values stored one after the other: [groups, rows, …]."""
     for part in qkv.split(shape.qkv_segments):
         yield part.view(shape.kv_heads, -1, *qkv.shape[1:])
 
 
 def _in_groups(qkv: Tensor, shape: GPTShape) -> Iterator[Tensor]:
-    """Views of queries, keys and values where each group has its own: [groups, rows, …]."""
+    """Return views of queries, keys and values stored group by group: [groups, rows, …]."""
     rows = [segment // shape.kv_heads for segment in shape.qkv_segments]
     yield from qkv.view(shape.kv_heads, sum(rows), *qkv.shape[1:]).split(rows, 1)
 
 
-def _their_name(ours: str, names: dict[str, str]) -> str:
+def _foreign_name(ours: str, names: dict[str, str]) -> str:
     block, dot, inside = ours.removeprefix("blocks.").partition(".")
     if ours.startswith("blocks."):
-        return f"decoder.layers.{block}{dot}{_their_name(inside, names)}"
+        return f"decoder.layers.{block}{dot}{_foreign_name(inside, names)}"
     part = next(part for part in names if ours.startswith(part))
     return names[part] + ours.removeprefix(part)

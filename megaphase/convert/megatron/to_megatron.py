@@ -1,4 +1,4 @@
-"""A checkpoint of ours as one of Megatron-LM (--ckpt-format torch), cut for tensor parallelism."""
+"""Convert a checkpoint to Megatron-LM's format (--ckpt-format torch), split over tensor ranks."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ _CHECKPOINT_VERSION = 3.0
 
 @dataclass(frozen=True)
 class Target:
-    """What Megatron-LM is to find.
+    """The options of the Megatron-LM checkpoint.
 
     Attributes:
         tensor: its tensor-parallel size.
-        dtype: of all weights; bf16 or fp32, as the run computed, if not given.
-        implementation: whose layers it builds the model from.
+        dtype: of all weights; by default the run's, bf16 or fp32.
+        implementation: the layers from which Megatron-LM builds the model.
         vocab_multiple: its --make-vocab-size-divisible-by.
     """
 
@@ -63,12 +63,12 @@ def to_megatron(
     workers: int = 1,
     console: Console | None = None,
 ) -> Namespace:
-    """Write the weights of the checkpoint RUN@NAME, or at a path, as the folder `out`.
+    """Write the weights of the checkpoint RUN@NAME, or at a path, into the folder `out`.
 
-    Returns the arguments of Megatron-LM that lie in it.
+    Returns the stored Megatron-LM arguments.
 
     Raises:
-        InputError: the checkpoint is damaged, or its model cannot be cut so.
+        InputError: the checkpoint is damaged, or its model cannot be split like this.
     """
     source = open_source(text)
     shape = expressed(source.shape)
@@ -103,7 +103,7 @@ def to_megatron(
 def _rank_writers(
     folder: Path, parameters: Mapping[str, MegatronParameter], args: Namespace
 ) -> Iterator[list[TorchFileWriter]]:
-    """Of the files of all tensor-parallel ranks; those not closed at the end are abandoned."""
+    """Yield the writers of all tensor-parallel ranks' files; those not closed are abandoned."""
     size = args.tensor_model_parallel_size
     with ExitStack() as abandoned:
         writers = []
@@ -153,9 +153,9 @@ def _write(
 
 
 def _fill_padding(part: Tensor, whole: Tensor, rank: int) -> None:
-    """Rows behind the vocabulary become copies of its last, as Megatron-LM's own tools make them.
+    """Fill the rows after the vocabulary with copies of its last row, as Megatron-LM's tools do.
 
-    Zeros would give logits of 0, to which a trained model may give more weight than to any token.
+    Zeros would give logits of 0, which may be larger than those of any token in a trained model.
     """
     first = len(whole) - rank * len(part)
     part[max(first, 0) :] = whole[-1]
