@@ -1,4 +1,4 @@
-"""Builds the C++ extensions; everything declarative stands in pyproject.toml."""
+"""Builds the C++ extensions; everything declarative is in pyproject.toml."""
 
 import os
 from glob import glob

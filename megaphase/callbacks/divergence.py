@@ -1,4 +1,4 @@
-"""Whether training diverges: judged from the losses and gradient norms that every step has anyway.
+"""Detect diverging training from the losses and gradient norms that every step computes anyway.
 
 A step is compared with what the tasks in its batch had come to before, so that neither another
 mixture nor a task that is seen for the first time counts as a rise.
@@ -121,7 +121,7 @@ class DivergenceDetector:
         norm: float,
         rate: float,
     ) -> Divergence | None:
-        """Take in a step that was applied.
+        """Process a step that was applied.
 
         loss_sums, tokens: nats and scored tokens by task. norm: of the gradient, before clipping.
         rate: the learning rate.
@@ -145,7 +145,7 @@ class DivergenceDetector:
         return self.found if self.found is not None and self.found != before else None
 
     def is_diverged(self, *, phase_ends: bool) -> bool:
-        """Whether what was found is certain to stay, as far as can be told.
+        """Return whether the divergence found is certain to last, as far as is known.
 
         Large gradients alone never are. At the end of a phase a loss counts that is still up.
         """
@@ -270,6 +270,6 @@ class DivergenceDetector:
         return new > NORM_FACTOR * old
 
     def _medians(self) -> tuple[float, float]:
-        """Of the newest norms, and of those before."""
+        """Return the median of the newest norms, and of those before."""
         norms = list(self._norms)
         return statistics.median(norms[-NEW_NORMS:]), statistics.median(norms[:-NEW_NORMS])

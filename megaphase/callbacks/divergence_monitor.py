@@ -47,7 +47,7 @@ class DivergenceMonitor(Callback):
             self.run.say(f"{phase} step {step:,}  that is over: {_describe(before)}")
 
     def is_over(self, *, phase_ends: bool) -> bool:
-        """Whether the run has to end here; see DivergenceDetector.is_diverged."""
+        """Return whether the run has to end here; see DivergenceDetector.is_diverged."""
         stops = self._config.faults.stop_on_divergence
         return stops and self._detector.is_diverged(phase_ends=phase_ends)
 

@@ -71,7 +71,7 @@ class Best:
 
 @dataclass(frozen=True)
 class PhaseEnd:
-    """What follows from one validation.
+    """The consequences of one validation.
 
     Attributes:
         improved: those of the monitor's tasks, and "mean", whose loss is the best of the whole run.
@@ -98,7 +98,7 @@ class _Watch:
     without_gain: int = 0
 
     def after(self, step: int, loss: float, min_gain: float) -> _Watch:
-        """What one more validation makes of it."""
+        """Update with one more validation."""
         if _is_gain(loss, self.best, min_gain):
             return _Watch(Best(step, loss))
         return _Watch(self.best, self.without_gain + 1)

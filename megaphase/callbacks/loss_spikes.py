@@ -41,7 +41,7 @@ class LossSpikeDetector(Callback):
             self._report_spike(record, mean)
 
     def has_skipped_too_many(self) -> bool:
-        """Whether more steps in a row were skipped than `faults.skip_batches` allows."""
+        """Return whether more steps in a row were skipped than `faults.skip_batches` allows."""
         return self.skipped_in_a_row > self._faults.skip_batches
 
     def stop(self, record: StepRecord) -> RunError:

@@ -47,7 +47,7 @@ def device_peak_flops(config: RunConfig) -> float | None:
 
 
 def missing_peak(config: RunConfig) -> str | None:
-    """Why there is no MFU, and the key that would give it; None where there is, or on a CPU."""
+    """Why there is no MFU, and the key that would enable it; None if there is one, or on a CPU."""
     name = _device_name()
     if name is None or peak_flops(config, name) is not None:
         return None

@@ -139,7 +139,7 @@ def set_value(path: Path, data: dict[str, Any], key: str, value: Any, where: str
 
 
 def _known_key(node: dict[str, Any], parts: list[str]) -> tuple[str, int]:
-    """The key that a path goes on with, and of how many parts: a task's name may hold points."""
+    """Return a path's next key and its number of parts: a task's name may contain dots."""
     for taken in range(len(parts), 1, -1):
         if (key := ".".join(parts[:taken])) in node:
             return key, taken
@@ -164,7 +164,7 @@ def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 
 
 def run_config(path: Path, data: dict[str, Any]) -> RunConfig:
-    """Check the content of a run file; `path` is where it stands, or is to stand.
+    """Check the content of a run file; `path`: its file, which may not exist yet.
 
     Raises:
         InputError: naming the file, the key's path and the remedy.

@@ -78,7 +78,7 @@ class RunConfig(Section):
         return [name for name, task in self.tasks.items() if task.role == role]
 
     def selected_tasks(self, selection: str | list[str]) -> list[str]:
-        """The tasks that a role, or a list of names, stands for."""
+        """Return the tasks of a role or of a list of names."""
         return self.tasks_with_role(selection) if isinstance(selection, str) else selection
 
     def monitored_tasks(self) -> list[str]:

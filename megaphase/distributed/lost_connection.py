@@ -1,11 +1,11 @@
-"""Errors of collectives, by which a rank notices that another one has ended."""
+"""Recognize errors of collectives, which show that another rank has ended."""
 
 from __future__ import annotations
 
 import os
 import traceback
 
-# Words of the errors with which a collective or its store breaks off, on any backend.
+# Words in the errors that backends raise when a collective or its store fails.
 _BROKEN_CONNECTION = (
     *("gloo", "nccl", "tcpstore", "processgroup", "process group", "socket"),
     *("connection closed", "connection reset", "connection refused", "broken pipe"),
@@ -14,7 +14,7 @@ _COLLECTIVES = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os.
 
 
 def is_collective_error(error: BaseException) -> bool:
-    """Whether an error came out of a collective, as it does on all ranks that outlive another."""
+    """Return whether a collective raised the error, as on all ranks that outlive another one."""
     import torch.distributed as dist
 
     if not isinstance(error, RuntimeError):
@@ -27,5 +27,5 @@ def is_collective_error(error: BaseException) -> bool:
 
 
 def is_collective(filename: str) -> bool:
-    """Whether code of this file only runs on behalf of a collective."""
+    """Return whether code of this file runs only for a collective."""
     return any(part in filename for part in _COLLECTIVES)

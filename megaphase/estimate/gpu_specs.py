@@ -1,4 +1,4 @@
-"""What GPUs can do, from their makers' data sheets."""
+"""The specifications of GPUs from their makers' data sheets."""
 
 from __future__ import annotations
 

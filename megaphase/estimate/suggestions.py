@@ -26,7 +26,7 @@ REMEDIES = 3
 
 
 def fits(setup: Setup, card_gb: float) -> bool:
-    """Whether a layout's memory leaves the reserve of the card."""
+    """Return whether a layout's memory leaves the reserve of the card."""
     return estimate(setup).total <= card_gb * GB * (1 - RESERVE)
 
 
@@ -49,7 +49,7 @@ def _on_grid(setup: Setup, tensor: int, processes: int) -> Setup:
 
 
 def _shares_out(setup: Setup, tensor: int, processes: int) -> bool:
-    """Whether tensor-parallel ranks share the model, and data-parallel ranks the batch, evenly."""
+    """Return whether tensor ranks share the model, and data-parallel ranks the batch, evenly."""
     shape = setup.shape
     sizes = [processes, shape.heads, shape.kv_heads, shape.ffn]
     if setup.sequence:
@@ -60,7 +60,7 @@ def _shares_out(setup: Setup, tensor: int, processes: int) -> bool:
 
 
 def _offloads(setup: Setup) -> bool:
-    """Whether the stage supports the offload that the run file requests."""
+    """Return whether the stage supports the offload that the run file requests."""
     least = {"none": 0, "cpu": 1, "nvme": 3}[setup.offload]
     return setup.zero >= (3 if setup.offload_parameters != "none" else least)
 

@@ -1,4 +1,4 @@
-"""`origin.json`: the checkpoint that a run continues from; read and written here alone."""
+"""`origin.json`: the checkpoint from which a run started; only this module reads and writes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megaphase.utils.run_files import ORIGIN_FILE
 
 @dataclass(frozen=True)
 class RunOrigin:
-    """Where a branch begins; of a run that is no branch, no steps and no samples.
+    """The start of a branch; for a run that is not a branch, no steps and no samples.
 
     Attributes:
         step: steps of the runs before this one.
@@ -32,7 +32,7 @@ class RunOrigin:
     checkpoint: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """For `origin.json` and for the state of every checkpoint of the run."""
+        """Return it for `origin.json` and for the state of every checkpoint of the run."""
         return {
             "source": self.source,
             "checkpoint": str(self.checkpoint),
@@ -43,9 +43,9 @@ class RunOrigin:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """From what `to_json` gave.
+        """Return the origin from the result of `to_json`.
 
-        Raises KeyError, TypeError or AttributeError where it is something else.
+        Raises KeyError, TypeError or AttributeError if it is not one.
         """
         step, used, checkpoint = value["step"], value["used"], value.get("checkpoint")
         if not all(type(number) is int for number in (step, *used.values())):
@@ -55,7 +55,7 @@ class RunOrigin:
 
 
 def read_origin(run_dir: Path) -> RunOrigin:
-    """Where the run in a directory begins, be it a branch or not, or not begun yet.
+    """Return where the run in a directory starts, whether or not it is a branch or has begun.
 
     Raises:
         InputError: the file is damaged.
@@ -64,7 +64,7 @@ def read_origin(run_dir: Path) -> RunOrigin:
 
 
 def recorded_origin(run_dir: Path) -> RunOrigin | None:
-    """What `origin.json` says or, where it was lost, the run's newest checkpoint; else None.
+    """Return the origin from `origin.json` or, if lost, from the newest checkpoint; else None.
 
     Raises:
         InputError: the file is damaged.
@@ -84,7 +84,7 @@ def recorded_origin(run_dir: Path) -> RunOrigin | None:
 
 
 def write_origin(run_dir: Path, origin: RunOrigin) -> None:
-    """Write down where a run begins, so that it can be resumed without being told again."""
+    """Record where a run starts, so that it can resume without `--from`."""
     with os_errors_named(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         atomic_write_json(run_dir / ORIGIN_FILE, with_hash(origin.to_json()))

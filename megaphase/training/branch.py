@@ -43,7 +43,7 @@ class Branch:
 
     @property
     def origin(self) -> RunOrigin:
-        """What is recorded of it in the run directory and in every checkpoint of the run."""
+        """Return its record for the run directory and every checkpoint of the run."""
         return RunOrigin(self.step, self.used, self.tokens, self.source, self.checkpoint)
 
     def check(self, config: RunConfig, spec: PlanSpec, model: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ def choose_branch(config: RunConfig, source: str | None) -> Branch | None:
 
 
 def recorded_branch(directory: RunDirectory) -> Branch | None:
-    """Where the run in this directory began, if it is a branch.
+    """Return where the run in this directory started, if it is a branch.
 
     Its checkpoint is needed until the run has one of its own; it may no longer exist.
     """
@@ -142,7 +142,7 @@ def begin_branch(config: RunConfig, source: str) -> Branch:
 
 
 def _is_that(recorded: Branch, source: str) -> bool:
-    """Whether `source` names the checkpoint: also where a link has moved on, or it is gone."""
+    """Return whether `source` names the checkpoint, even if a link has moved or it is gone."""
     return recorded.source == source or recorded.checkpoint == find_checkpoint(source)
 
 

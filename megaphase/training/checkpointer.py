@@ -75,7 +75,7 @@ class Checkpointer:
         self._begin(best_name(at.step), snapshot, state, sound_step)
 
     def is_saved(self, at: TrainState) -> bool:
-        """Whether the newest save was at this position."""
+        """Return whether the newest save was at this position."""
         return self._saved == at
 
     @property

@@ -30,12 +30,12 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 
 def largest_norm(config: RunConfig) -> float:
-    """The norm to clip to; beyond reach where there is no clipping, so that it is measured."""
+    """Return the norm to clip to; unreachably high without clipping, so that it is measured."""
     return config.optimizer.clip or 1e30
 
 
 def swap_folder(config: RunConfig) -> Path | None:
-    """Where this run's files on an NVMe disk lie, None for a run that has none.
+    """Return the folder of this run's files on an NVMe disk, or None if it has none.
 
     Every run directory has its own, because DeepSpeed gives the files of all runs the same names.
     """

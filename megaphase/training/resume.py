@@ -69,7 +69,7 @@ def starting_state(
 def starting_history(
     config: RunConfig, checkpoint: Checkpoint | None, branch: Branch | None
 ) -> RunHistory:
-    """What became of the run so far; called by all ranks."""
+    """Return the run's history so far; called by all ranks."""
 
     def read() -> RunHistory:
         if checkpoint is not None:

@@ -33,7 +33,7 @@ class ResumePoint:
             self._tell(self.sentence())
 
     def sentence(self) -> str:
-        """What the same command will do, as a sentence."""
+        """Return what the same command will do, as a sentence."""
         return resume_sentence(self._checkpoint)
 
     def loss(self) -> str:

@@ -57,7 +57,7 @@ class RunDirectory:
 
     @property
     def profile(self) -> Path:
-        """Where the time of a few steps went: torch's traces and what they say."""
+        """The profile of a few steps: torch's traces and their summary."""
         return self.path / "profile"
 
     @property

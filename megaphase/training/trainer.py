@@ -113,7 +113,7 @@ class Trainer:
             refuse_diverged(self.divergence, self.checkpoint)
 
     def build(self, profile_steps: int) -> None:
-        """Build the model with the weights that the run starts with, and all that needs it."""
+        """Build the model with the run's initial weights, and the objects that need it."""
         config = self.config
         self.engine = Engine(config, self.shape, self.grid, len(self.plan.tasks))
         for sentence in run_description(config, self.shape, self.grid, self.engine.backends):

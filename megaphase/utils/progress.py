@@ -1,4 +1,4 @@
-"""Show the progress of reading: a bar in a terminal, an occasional plain line elsewhere."""
+"""Show the progress of work: a bar in a terminal, an occasional plain line elsewhere."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Advance = Callable[[int, int], None]
 
 
 class ProgressDisplay:
-    """Context manager that shows bars where the console is a terminal, and lines elsewhere.
+    """Context manager that shows bars if the console is a terminal, and lines otherwise.
 
     Args:
-        columns: of every bar, behind its description.
+        columns: the columns of every bar, after its description.
         transient: whether the bars disappear at the end.
     """
 
@@ -64,14 +64,14 @@ class ProgressDisplay:
     def add_bar(
         self, description: str, total: int | None, *, done: int = 0, **fields: Any
     ) -> ProgressBar:
-        """Another bar; `fields` are those that the columns name."""
+        """Add a bar; `fields` are the fields named in the columns."""
         if self._progress is None:
             return ProgressBar(None, TaskID(0))
         task = self._progress.add_task(description, total=total, completed=done, **fields)
         return ProgressBar(self._progress, task)
 
     def line_when_due(self, text: Callable[[], str]) -> None:
-        """Print a line where there are no bars, and none was printed for some seconds."""
+        """Print a line if there are no bars and no line was printed for some seconds."""
         now = time.monotonic()
         if self._progress is not None or now - self._last_line < SECONDS_BETWEEN_LINES:
             return
@@ -80,7 +80,7 @@ class ProgressDisplay:
 
 
 class ProgressBar:
-    """One bar of a ProgressDisplay; does nothing where there are none."""
+    """One bar of a ProgressDisplay; does nothing if the display has no bars."""
 
     def __init__(self, progress: Progress | None, task: TaskID) -> None:
         self._progress, self._task = progress, task
@@ -91,12 +91,12 @@ class ProgressBar:
             self._progress.update(self._task, **values)
 
     def restart(self, description: str) -> None:
-        """Begin again, with another description."""
+        """Start again with another description."""
         if self._progress is not None:
             self._progress.reset(self._task, description=description)
 
     def remove(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._progress is not None:
             self._progress.remove_task(self._task)
 

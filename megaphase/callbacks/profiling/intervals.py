@@ -26,7 +26,7 @@ def merged(covered: Spans) -> Spans:
 
 
 def clipped(covered: Spans, windows: Spans) -> Spans:
-    """What of the spans lies in the windows, which are disjoint and few."""
+    """Return the parts of the spans inside the windows, which are disjoint and few."""
     parts = [np.clip(covered, *window) for window in windows]
     inside = np.concatenate([spans([]), *parts])
     return inside[inside[:, 0] < inside[:, 1]]
@@ -39,7 +39,7 @@ def length(covered: Spans) -> float:
 
 
 def exclusive_lengths(layers: Sequence[Spans]) -> list[float]:
-    """Of each layer, the time that it covers and no layer before it does."""
+    """Return, for each layer, the time that it covers and no earlier layer does."""
     lengths = [length(np.concatenate(layers[:count])) for count in range(1, len(layers) + 1)]
     exclusive: list[float] = np.maximum(np.diff(lengths, prepend=0.0), 0.0).tolist()
     return exclusive

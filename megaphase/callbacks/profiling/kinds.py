@@ -1,4 +1,4 @@
-"""What kernels and operators do, told by their names."""
+"""Classify kernels and operators by their names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """What a device is busy with."""
+    """The kinds of work of a device."""
 
     MATMUL = "matmul"
     ATTENTION = "attention"
@@ -63,7 +63,7 @@ def kind_of_operator(name: str) -> Kind | None:
 
 
 def kind_of_kernel(name: str) -> Kind:
-    """Of a GPU kernel or copy."""
+    """Return the kind of a GPU kernel or copy."""
     if _NCCL_KERNEL.search(name):
         return Kind.COMMUNICATION
     if _POINTWISE_KERNEL.match(name):
@@ -76,9 +76,9 @@ def kind_of_kernel(name: str) -> Kind:
 
 
 def matmul_flops(name: str, dims: Sequence[Sequence[int]]) -> int:
-    """Floating-point operations of a matrix product; 0 for other operators, or without shapes.
+    """Return the FLOPs of a matrix product; 0 for other operators, or without shapes.
 
-    dims: shapes of its arguments; [] for one that is no tensor.
+    dims: shapes of its arguments; [] for one that is not a tensor.
     """
     left = _LEFT_MATRIX.get(name)
     if left is None or len(dims) < left + 2:

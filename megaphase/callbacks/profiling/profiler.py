@@ -161,7 +161,7 @@ class Profiler(Callback):
         return content
 
     def _remove_old(self) -> None:
-        """What an earlier start has left, perhaps of more ranks than there are now."""
+        """Remove the files of an earlier start, which may have had more ranks."""
         with os_errors_named(self._folder):
             for path in (*self._folder.glob("rank-*.json.gz"), self._folder / SUMMARY_FILE):
                 make_way_for_file(path, "a profile", self._say)
@@ -180,7 +180,7 @@ class Profiler(Callback):
 
 
 def enough_steps(steps: int, left: int, say: Callable[[str], None]) -> bool:
-    """Whether enough steps are left to profile so many; prints a warning if not."""
+    """Return whether enough steps are left for the profile; print a warning if not."""
     needed = WARM_UP_STEPS + steps
     if left < needed:
         say(

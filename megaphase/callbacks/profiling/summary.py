@@ -1,4 +1,4 @@
-"""Where the time of the profiled steps went."""
+"""Summarize the time of the profiled steps."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ class Floor:
 
 @dataclass(frozen=True)
 class RankProfile:
-    """What a rank's trace says.
+    """The summary of a rank's trace.
 
-    trace: the file's name. on_gpu: whether it holds what ran on a GPU.
+    trace: the file's name. on_gpu: whether it contains a GPU's work.
     """
 
     rank: int

@@ -49,7 +49,7 @@ class DeviceWork:
 
 @dataclass(frozen=True)
 class DeviceTrace:
-    """What the device did.
+    """The device's work in a trace.
 
     Attributes:
         on_gpu: whether the device is a GPU.
@@ -136,7 +136,7 @@ def _host_calls(events: Iterable[Event]) -> list[Call]:
 
 
 def _thread_calls(events: list[Event]) -> list[Call]:
-    """Calls of one thread: they lie within each other or apart."""
+    """Calls of one thread: they are nested or disjoint."""
     calls: list[Call] = []
     stack: list[Call] = []
     for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
@@ -166,7 +166,7 @@ def _note_own(call: Call, until: float) -> None:
 
 
 def _kind(event: Event, parent: Call | None) -> Kind | None:
-    """What is called by the optimizer, by attention or the like is part of that."""
+    """Operators called by the optimizer, by attention or the like are counted as part of it."""
     if parent is not None and parent.kind in _ENCLOSING:
         return parent.kind
     return None if event["cat"] in _LAUNCHES else kind_of_operator(event["name"])

@@ -80,7 +80,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("llama", {"model_type": "bert"}, "model_type: is 'bert'"),
         ("llama", {"model_type": None}, "model_type: is None"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: is"),
-        ("llama", {"auto_map": {"AutoModel": "a.B"}}, "auto_map: names code"),
+        ("llama", {"auto_map": {"AutoModel": "a.B"}}, "auto_map: names custom code"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: is"),
         ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: is"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters: is"),
