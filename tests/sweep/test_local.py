@@ -145,7 +145,7 @@ def test_a_run_that_fails_does_not_hold_up_the_others(corpora: Path, tmp_path: P
     failed = outcomes["static-r0.2-p0.01-s11"].failed
     assert failed is not None
     assert "the disk is full" in failed
-    with pytest.raises(RunError, match=r"1 of 2 runs have failed: static-r0\.2.*--retry starts"):
+    with pytest.raises(RunError, match=r"1 of 2 runs have failed: static-r0\.2.*--retry restarts"):
         refuse_failures(sweep, directory, outcomes)
     directory.forget_failures()
     _, _, outcomes = run_warm(path)
