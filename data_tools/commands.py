@@ -156,7 +156,7 @@ def tokenize_command(
             raise InputError("--tasks", "--slurm needs to know how many shards", "add --tasks 16")
         if not 1 <= tasks <= MOST_SHARDS:
             remedy = f"give 1 to {MOST_SHARDS:,}"
-            raise InputError("--tasks", f"{tasks} is no number of shards", remedy)
+            raise InputError("--tasks", f"{tasks} is not a number of shards", remedy)
         check_tokenization(files, tokenizer, reading, tag, ShardChoice(tasks - 1, tasks))
         _submit(_array_of_shards(context.params), dry_run)
         return

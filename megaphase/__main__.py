@@ -1,7 +1,7 @@
-"""The program: what `megaphase` and `python -m megaphase` run.
+"""The entry point of `megaphase` and `python -m megaphase`.
 
-It is ready for signals before it imports anything that takes time. As long as nothing has begun, a
-signal ends it at once.
+Signals are handled before any slow import. Until the command has started, a signal ends the program
+at once.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ def main() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end_at_once)
-    # A launcher starts its processes with these blocked, so that none comes before this.
+    # A launcher starts its processes with these signals blocked, so that none arrives earlier.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         from megaphase.cli import main as run
 
         run()
     finally:
-        # How it ends is settled, and Python's own end takes a while.
+        # The exit code is decided, and Python's own shutdown takes a while.
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""The one command: it puts the rooms' commands together and turns errors into exit codes."""
+"""The `megaphase` command: combines all subcommands and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def main() -> None:
     """Run the command; a user's mistake is one line on standard error, from one process."""
     work_in_utf8()
     prepare_streams()
-    # When a rank dies torch's own threads fill pages about it; the watchdog says it in a line.
+    # When a rank dies, torch's own threads print pages about it; the watchdog reports it in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     end_with_parent()
     with interrupting_signals() as interrupts:
@@ -96,22 +96,20 @@ def main() -> None:
             try:
                 app()
             finally:
-                sys.stdout.flush()  # here, where a failure can still be said
+                sys.stdout.flush()  # here, where a failure can still be reported
         except (InputError, RunError, Stopped, EndedAtOnce) as error:
             _stop(error, exit_code(error))
         except BrokenPipeError:
-            sys.exit(
-                EXIT_FAILED
-            )  # the reader of our output (head, less) has left; nothing is wrong
+            sys.exit(EXIT_FAILED)  # the reader of the output (head, less) has ended; not an error
         except OSError as error:
             fault = os_fault(error)
             if fault is None:
                 raise
-            # The other ranks do not know of it, so this one says it whatever its number.
+            # The other ranks do not know of it, so this one reports it, whatever its rank.
             print(f"megaphase: {fault}", file=sys.stderr, flush=True)
             sys.exit(exit_code(fault))
         except (KeyboardInterrupt, SystemExit) as error:
-            # Typer makes an exit code of what has interrupted a command.
+            # Typer turns an interruption into an exit code.
             if interrupts and _is_interrupt(error):
                 _stop(interrupts[0], interrupts[0].exit_code)
             raise
@@ -124,12 +122,12 @@ def _is_interrupt(error: BaseException) -> bool:
 def _stop(error: BaseException, code: int) -> NoReturn:
     text = f"stopped by {error.name}" if isinstance(error, Interrupted) else str(error)
     line = f"megaphase: {text}"
-    with handlers(unignored_signals(), signal.SIG_IGN):  # how it ends is settled
+    with handlers(unignored_signals(), signal.SIG_IGN):  # the exit code is decided
         if isinstance(error, LostProcessError) and report_end(None, [line]):
             pass
         elif is_first_rank():
             print(line, file=sys.stderr, flush=True)
         else:
-            # Launchers end all processes as soon as one has failed: let rank 0 speak first.
+            # Launchers end all processes as soon as one has failed, so let rank 0 report first.
             time.sleep(SECONDS_FOR_RANK_0)
     sys.exit(code)

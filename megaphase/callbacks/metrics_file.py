@@ -65,7 +65,7 @@ class MetricsFile(Tracker):
 
     def on_run_end(self, error: BaseException | None) -> None:
         """Force all rows to the disk, as far as it takes them, and close the file."""
-        with suppress(RunError):  # said already, or of rows that a resumed run writes again
+        with suppress(RunError):  # already reported, or about rows that a resumed run rewrites
             self.on_save()
         self._file.close()
 

@@ -52,7 +52,7 @@ def import_deepspeed() -> Any:  # its classes are not typed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # Its collectives over shared memory are compiled at the first use, behind a lock file on which
-    # every later run hangs for ever if that one is killed. gloo serves the CPU.
+    # every later run hangs forever if that one is killed. gloo serves the CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 

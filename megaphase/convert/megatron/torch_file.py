@@ -98,7 +98,7 @@ class TorchFileWriter:
         info = zipfile.ZipInfo(f"{_FOLDER}/data/{self._written}")
         fixed = _LOCAL_HEADER_BYTES + len(info.filename) + _ZIP64_BYTES + _EXTRA_HEADER_BYTES
         padding = -(self._file.tell() + fixed) % _ALIGNMENT
-        # An extra field of torch's own kind, `FB`, whose content nobody reads.
+        # An extra field of torch's own kind, `FB`, whose content is ignored.
         info.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
         return self._archive.open(info, "w", force_zip64=True)
 
