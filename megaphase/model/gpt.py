@@ -28,7 +28,7 @@ from megaphase.model.document_mask import (
 )
 from megaphase.model.dropout import Dropout
 from megaphase.model.forward_context import ForwardContext
-from megaphase.model.interleave import Branch, branch_steps, interleave
+from megaphase.model.interleave import ResidualBranch, branch_steps, interleave
 from megaphase.model.kv_cache import CachedBatch, KVCache
 from megaphase.model.mlp import FeedForward
 from megaphase.model.norms import NORMS, LayerNorm, RMSNorm
@@ -60,10 +60,10 @@ class Block(CostedLayer):
         self.feed_forward_dropout = _dropout(shape, build.at("feed_forward"))
 
     @property
-    def branches(self) -> tuple[Branch, ...]:
+    def branches(self) -> tuple[ResidualBranch, ...]:
         return (
-            Branch(self.attention_norm, self.attention, self.attention_dropout),
-            Branch(self.feed_forward_norm, self.feed_forward, self.feed_forward_dropout),
+            ResidualBranch(self.attention_norm, self.attention, self.attention_dropout),
+            ResidualBranch(self.feed_forward_norm, self.feed_forward, self.feed_forward_dropout),
         )
 
     def forward(self, contexts: Sequence[ForwardContext], *parts: Tensor) -> tuple[Tensor, ...]:

@@ -41,7 +41,7 @@ class ParallelLayer(Protocol):
     def backward_stages(self, rank: Rank) -> Sequence[BackwardStage]: ...
 
 
-class Branch(NamedTuple):
+class ResidualBranch(NamedTuple):
     """A residual branch of a block: x + dropout(layer(norm(x)))."""
 
     norm: RMSNorm | LayerNorm
@@ -49,7 +49,7 @@ class Branch(NamedTuple):
     dropout: Dropout
 
 
-def branch_steps(branches: Sequence[Branch], x: Tensor, context: ForwardContext) -> Steps:
+def branch_steps(branches: Sequence[ResidualBranch], x: Tensor, context: ForwardContext) -> Steps:
     """`Block.add_branches` in steps."""
     added = None
     for branch in branches:
