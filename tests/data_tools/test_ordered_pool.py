@@ -155,25 +155,21 @@ def test_an_error_in_the_items_ends_the_processes() -> None:
     assert not any(map(is_running, pids))
 
 
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
 # A main process whose workers write their pids to a folder and are then busy for long.
 BUSY_MAIN = """if True:
     import sys
     sys.path.insert(0, sys.argv[1])
-    from test_ordered_pool import be_busy
+    from busy_worker import be_busy
     from megaphase.data_tools.ordered_pool import ordered_map
     if __name__ == "__main__":
         list(ordered_map(be_busy, [sys.argv[2]] * 2, 2))
 """
 
 
-def be_busy(folder: str) -> None:
-    Path(folder, str(os.getpid())).touch()
-    time.sleep(1000)
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_worker_outlives_the_main_process(tmp_path: Path, how: signal.Signals) -> None:
-    main = start_python(BUSY_MAIN, Path(__file__).parent, tmp_path)
+    main = start_python(BUSY_MAIN, SUPPORT, tmp_path)
     wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
     pids = [int(path.name) for path in tmp_path.iterdir()]
     if how == signal.SIGINT:
