@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from megaphase.config.fields import Epsilon, FractionBelow1, PositiveOrZero, Section
+from megaphase.utils.names import shown
 
 
 class OptimizerConfig(Section):
@@ -27,6 +28,9 @@ class OptimizerConfig(Section):
         """Earlier versions had the key `name`, whose only value was adamw."""
         if isinstance(data, dict) and "name" in data:
             if data["name"] != "adamw":
-                raise ValueError("the optimizer is always adamw; leave out name")
+                name = shown(data["name"])
+                raise ValueError(
+                    f"name is {name}, but the optimizer is always adamw; leave out name"
+                )
             data = {key: value for key, value in data.items() if key != "name"}
         return data

@@ -67,7 +67,7 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
          "run.yaml: optimizer: unknown key 'xyz'; the keys here are betas, eps, "
          "weight_decay, clip"),
         ("betas: [0.9, 0.95]", "name: sgd",
-         "run.yaml: optimizer: the optimizer is always adamw; leave out name"),
+         "run.yaml: optimizer: name is 'sgd', but the optimizer is always adamw; leave out name"),
         # missing keys
         ("output: runs/x\n", "", "run.yaml: output: this key is missing; add it"),
         ("batch: {samples: 8, micro: 2}\n", "", "run.yaml: batch: this key is missing; add it"),
