@@ -65,7 +65,7 @@ class WriteBehind:
         self._descriptor, self._begun = descriptor, 0
 
     def reached(self, size: int) -> None:
-        """Tell it the current size of the file in bytes; does not wait."""
+        """Start writing the pages of a file that now has `size` bytes; does not wait."""
         length = size - self._begun
         if length >= _FLUSH_BYTES:
             os.posix_fadvise(self._descriptor, self._begun, length, os.POSIX_FADV_DONTNEED)

@@ -62,7 +62,7 @@ FractionAbove0 = Annotated[float, Field(gt=0, le=1)]
 ProperFraction = Annotated[float, Field(gt=0, lt=1)]
 # Of a device or a link: what is computed from it stays finite.
 Figure = Annotated[float, Field(ge=1e-6, le=1e9)]
-# Added to what is divided by, in fp32.
+# Added to a divisor, in fp32.
 Epsilon = Annotated[float, Field(ge=1e-30, le=1)]
 
 Name = Annotated[str, AfterValidator(check_name)]

@@ -15,30 +15,31 @@ class ParameterMapping:
     """A parameter of the model, and the tensors in which another program stores it.
 
     Attributes:
-        ours: the parameter's name in the model.
-        theirs: the tensors' names, in the order in which the parameter's rows are split.
+        name: the parameter's name in the model.
+        foreign_names: the tensors' names, in the order in which the parameter's rows are split.
         rows: number of rows of each tensor, along the parameter's first dimension.
         transposed: whether the tensors are stored as [inputs, outputs].
     """
 
-    ours: str
-    theirs: tuple[str, ...]
+    name: str
+    foreign_names: tuple[str, ...]
     rows: tuple[int, ...]
     transposed: bool = False
 
     def split(self, whole: Tensor) -> dict[str, Tensor]:
         """Return the other program's tensors, as views of the parameter."""
         parts = whole.split(list(self.rows))
-        return {n: p.t() if self.transposed else p for n, p in zip(self.theirs, parts, strict=True)}
+        named = zip(self.foreign_names, parts, strict=True)
+        return {name: part.t() if self.transposed else part for name, part in named}
 
     def join(self, read: Callable[[str], Tensor]) -> Tensor:
         """Return the parameter, contiguous; only one of the other tensors is in memory at a
         time."""
-        if len(self.theirs) == 1:
-            return self._from_foreign(read(self.theirs[0])).contiguous()
+        if len(self.foreign_names) == 1:
+            return self._from_foreign(read(self.foreign_names[0])).contiguous()
         joined = None
         end = 0
-        for name, rows in zip(self.theirs, self.rows, strict=True):
+        for name, rows in zip(self.foreign_names, self.rows, strict=True):
             part = self._from_foreign(read(name))
             if joined is None:
                 joined = part.new_empty((sum(self.rows), *part.shape[1:]))
@@ -47,15 +48,15 @@ class ParameterMapping:
         assert joined is not None
         return joined
 
-    def _from_foreign(self, theirs: Tensor) -> Tensor:
-        return theirs.t() if self.transposed else theirs
+    def _from_foreign(self, tensor: Tensor) -> Tensor:
+        return tensor.t() if self.transposed else tensor
 
     def foreign_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return the other tensors' shapes by name; shape: of the parameter."""
         shapes = [(rows, *shape[1:]) for rows in self.rows]
         if self.transposed:
             shapes = [tuple(reversed(each)) for each in shapes]
-        return dict(zip(self.theirs, shapes, strict=True))
+        return dict(zip(self.foreign_names, shapes, strict=True))
 
 
 def check_names(

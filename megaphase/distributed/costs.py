@@ -176,6 +176,15 @@ def region_bytes(rank: Rank, hidden: int) -> int:
     return rank.tokens * hidden * rank.compute_bytes
 
 
+def output_gradient_bytes(rank: Rank, hidden: int) -> int:
+    """Bytes of the gradient of a tensor-parallel layer's output in its backward pass.
+
+    With sequence parallelism it is gathered, and otherwise it is that of the residual stream.
+    """
+    gathered = region_bytes(rank, hidden) if rank.sequence else 0
+    return residual_bytes(rank, hidden) + gathered
+
+
 def enter_collectives(rank: Rank, hidden: int) -> tuple[Collective, ...]:
     """Collectives with which a forward pass enters a tensor-parallel region, and a backward pass
     leaves it."""

@@ -12,6 +12,7 @@ from megaphase.distributed.costs import (
     CostedLayer,
     Rank,
     Work,
+    output_gradient_bytes,
     region_bytes,
     residual_bytes,
 )
@@ -116,8 +117,7 @@ class Attention(CostedLayer):
     def backward_stages(self, rank: Rank) -> Sequence[BackwardStage]:
         """`out`, attention, rotary positions, `qkv`."""
         whole, residual = (f(rank, self.shape.hidden) for f in (region_bytes, residual_bytes))
-        # Without sequence parallelism the gradient of the output is that of the residual stream.
-        gradient = residual + (whole if rank.sequence else 0)
+        gradient = output_gradient_bytes(rank, self.shape.hidden)
         queries, qkv = self._query_bytes(rank), self._qkv_bytes(rank)
         input_ = whole + (residual if self.recomputed_input else 0)
         return (

@@ -13,6 +13,7 @@ from megaphase.distributed.costs import (
     CostedLayer,
     Rank,
     Work,
+    output_gradient_bytes,
     region_bytes,
     residual_bytes,
 )
@@ -92,8 +93,7 @@ class FeedForward(CostedLayer):
     def backward_stages(self, rank: Rank) -> Sequence[BackwardStage]:
         """`down`, activation, `up`."""
         whole, residual = (f(rank, self.shape.hidden) for f in (region_bytes, residual_bytes))
-        # Without sequence parallelism the gradient of the output is that of the residual stream.
-        gradient = residual + (whole if rank.sequence else 0)
+        gradient = output_gradient_bytes(rank, self.shape.hidden)
         up, inner, saved = self._up_bytes(rank), self._inner_bytes(rank), self.saved(rank)
         # SwiGLU has two more tensors where each operation is a kernel of its own.
         swiglu_bytes = 2 * inner if self.shape.activation == "swiglu" and not rank.compiled else 0

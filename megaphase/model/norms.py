@@ -31,12 +31,20 @@ from megaphase.ops.rms_norm import add_and_rms_norm, rms_norm
 _FORWARD_PASSES, _BACKWARD_PASSES, _RECOMPUTE_PASSES = 4, 4, 2
 
 
-class _CostedNorm(CostedLayer):
-    """The costs of a norm. statistics: fp32 values saved for each token."""
+class _Norm(CostedLayer):
+    """The scale and the costs that norms share. statistics: fp32 values saved for each token."""
 
-    hidden: int
-    recomputed: bool
     statistics: int
+
+    def __init__(
+        self, hidden: int, eps: float, build: LayerBuilder, *, recomputed: bool = False
+    ) -> None:
+        """recomputed: whether the linear layer that follows saves no copy of the output."""
+        super().__init__()
+        self.region, self.eps, self.kernels = build.region, eps, build.kernels
+        self.hidden, self.recomputed = hidden, recomputed
+        weight = ParameterSpec((hidden,), Constant(1.0), weight_decay=False)
+        self.weight = build.parameter("weight", weight)
 
     def forward_work(self, rank: Rank) -> Work:
         return Work(0, 0, _FORWARD_PASSES * residual_bytes(rank, self.hidden))
@@ -66,20 +74,10 @@ class _CostedNorm(CostedLayer):
         return self.hidden * rank.parameter_bytes  # a bias adds nothing that matters
 
 
-class RMSNorm(_CostedNorm):
+class RMSNorm(_Norm):
     """Root-mean-square norm (Zhang and Sennrich 2019)."""
 
     statistics = 1  # the scale
-
-    def __init__(
-        self, hidden: int, eps: float, build: LayerBuilder, *, recomputed: bool = False
-    ) -> None:
-        """recomputed: whether the linear layer that follows saves no copy of the output."""
-        super().__init__()
-        self.region, self.eps, self.kernels = build.region, eps, build.kernels
-        self.hidden, self.recomputed = hidden, recomputed
-        weight = ParameterSpec((hidden,), Constant(1.0), weight_decay=False)
-        self.weight = build.parameter("weight", weight)
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x + added, and that normalized."""
@@ -94,7 +92,7 @@ class RMSNorm(_CostedNorm):
         return 0 if rank.compiled else 4 * rank.outer_tokens * self.hidden * FP32_BYTES
 
 
-class LayerNorm(_CostedNorm):
+class LayerNorm(_Norm):
     """Layer norm (Ba, Kiros and Hinton 2016)."""
 
     statistics = 2  # mean and deviation
@@ -102,13 +100,8 @@ class LayerNorm(_CostedNorm):
     def __init__(
         self, hidden: int, eps: float, build: LayerBuilder, *, recomputed: bool = False
     ) -> None:
-        """recomputed: whether the linear layer that follows saves no copy of the output."""
-        super().__init__()
-        self.region, self.eps, self.kernels = build.region, eps, build.kernels
-        self.hidden, self.recomputed = hidden, recomputed
-        weight = ParameterSpec((hidden,), Constant(1.0), weight_decay=False)
+        super().__init__(hidden, eps, build, recomputed=recomputed)
         bias = ParameterSpec((hidden,), Constant(0.0), weight_decay=False)
-        self.weight = build.parameter("weight", weight)
         self.bias = build.parameter("bias", bias)
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:

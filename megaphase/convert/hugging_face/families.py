@@ -22,7 +22,7 @@ from megaphase.utils.errors import InputError
 HEAD = "lm_head.weight"
 # Tensors that some versions of transformers store but none needs: angles and causal masks.
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
-_OURS = re.compile(
+_NAME = re.compile(
     r"(?:blocks\.(?P<block>\d+)\.)?(?P<module>[a-z_.]+?)(?:\.(?P<kind>weight|bias))?"
 )
 
@@ -66,26 +66,26 @@ class Family:
         """Return the same model with the biases that this family has; added ones are 0."""
         return replace(shape, bias=True) if self.always_biased else shape
 
-    def renamings(self, shape: GPTShape) -> dict[str, ParameterMapping]:
+    def mappings(self, shape: GPTShape) -> dict[str, ParameterMapping]:
         """Return the mapping of every parameter of an expressed shape, by name, in the model's
         order."""
         layouts = parameter_layouts(shape, 1)
-        return {name: self._renaming(name, layout) for name, layout in layouts.items()}
+        return {name: self._mapping(name, layout) for name, layout in layouts.items()}
 
     def canonical(self, name: str) -> str:
         """Return a tensor's name in the whole model; in a base model, a part of it is missing."""
         return name if name == HEAD or name.startswith(self.prefix) else self.prefix + name
 
-    def _renaming(self, ours: str, layout: ParameterLayout) -> ParameterMapping:
-        found = _OURS.fullmatch(ours)
+    def _mapping(self, name: str, layout: ParameterLayout) -> ParameterMapping:
+        found = _NAME.fullmatch(name)
         assert found is not None
         block, module, kind = found.group("block", "module", "kind")
         if module == "head":
-            return ParameterMapping(ours, (HEAD,), layout.shape[:1])
+            return ParameterMapping(name, (HEAD,), layout.shape[:1])
         place = self.prefix if block is None else f"{self.prefix}{self.blocks}.{block}."
-        theirs = tuple(f"{place}{each}.{kind or 'weight'}" for each in self.modules[module])
-        rows = layout.segments if len(theirs) > 1 else layout.shape[:1]
-        return ParameterMapping(ours, theirs, rows, kind == "weight" and module in self.transposed)
+        foreign = tuple(f"{place}{each}.{kind or 'weight'}" for each in self.modules[module])
+        rows = layout.segments if len(foreign) > 1 else layout.shape[:1]
+        return ParameterMapping(name, foreign, rows, kind == "weight" and module in self.transposed)
 
 
 def is_buffer(name: str) -> bool:

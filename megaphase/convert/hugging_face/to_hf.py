@@ -65,7 +65,7 @@ def to_hf(
             _write_weights(
                 folder,
                 weights,
-                family.renamings(shape),
+                family.mappings(shape),
                 dtype,
                 max_shard_bytes,
                 workers=workers,
@@ -79,7 +79,7 @@ def to_hf(
 def _write_weights(
     folder: Path,
     weights: Weights,
-    renamings: Mapping[str, ParameterMapping],
+    mappings: Mapping[str, ParameterMapping],
     dtype: torch.dtype,
     max_shard_bytes: int,
     *,
@@ -87,18 +87,18 @@ def _write_weights(
     advance: Callable[[int], object],
 ) -> None:
     kinds = {
-        theirs: TensorKind(dtype, shape)
-        for name, renaming in renamings.items()
-        for theirs, shape in renaming.foreign_shapes(weights.layouts[name].shape).items()
+        foreign_name: TensorKind(dtype, shape)
+        for name, mapping in mappings.items()
+        for foreign_name, shape in mapping.foreign_shapes(weights.layouts[name].shape).items()
     }
     contents = _shards(kinds, max_shard_bytes)
     places = {name: file for file, tensors in contents.items() for name in tensors}
     files = TensorFiles(folder, contents, _METADATA)
 
     def write(name: str, kind: str, whole: Tensor) -> None:
-        for theirs, part in renamings[name].split(whole).items():
-            files.write(places[theirs], _stored(theirs, part, dtype))
-            advance(kinds[theirs].nbytes)
+        for foreign_name, part in mappings[name].split(whole).items():
+            files.write(places[foreign_name], _stored(foreign_name, part, dtype))
+            advance(kinds[foreign_name].nbytes)
 
     try:
         read_each(weights, (WEIGHT,), write, workers=workers)

@@ -96,23 +96,23 @@ class HuggingFaceWeights:
                         another shape or dtype than required by the config.
         """
         self.layouts = parameter_layouts(shape, 1)
-        self._renamings = family.renamings(shape)
+        self._mappings = family.mappings(shape)
         self._tensors = _by_canonical_name(family, found)
         wanted: dict[str, tuple[int, ...]] = {}
-        for name, renaming in self._renamings.items():
-            wanted |= renaming.foreign_shapes(self.layouts[name].shape)
+        for name, mapping in self._mappings.items():
+            wanted |= mapping.foreign_shapes(self.layouts[name].shape)
         tied_head = self._tensors.pop(HEAD, None) if shape.tied_embeddings else None
         names = {n if n in wanted else found.name for n, found in self._tensors.items()}
         check_names(directory, wanted, names)
         for name, their_shape in wanted.items():
             _check_kind(self._tensors[name], their_shape)
         if tied_head is not None:
-            [embedding] = self._renamings["embedding.weight"].theirs
+            [embedding] = self._mappings["embedding.weight"].foreign_names
             _check_tied(tied_head, self._tensors[embedding])
 
     def whole(self, name: str, kind: str) -> Tensor:
         """Return a parameter, fp32, contiguous."""
-        return self._renamings[name].join(lambda theirs: self._tensors[theirs].read().float())
+        return self._mappings[name].join(lambda foreign: self._tensors[foreign].read().float())
 
 
 def _places(index: Path) -> dict[str, str]:

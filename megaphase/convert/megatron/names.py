@@ -94,14 +94,14 @@ def megatron_parameters(
     """
     names = {**_NAMES, **_NORMS[implementation]}
     parameters = {}
-    for ours, spec in parameter_specs(shape).items():
+    for name, spec in parameter_specs(shape).items():
         layout = spec.layout(tensor)
-        interleaved = ".attention.qkv." in ours
+        interleaved = ".attention.qkv." in name
         if interleaved:  # every rank gets whole groups
             layout = replace(layout, segments=(sum(layout.segments),))
         elif spec.padded:
             layout = replace(layout, segments=(padded_vocab,))
-        parameters[ours] = MegatronParameter(_foreign_name(ours, names), layout, interleaved)
+        parameters[name] = MegatronParameter(_foreign_name(name, names), layout, interleaved)
     return parameters
 
 
@@ -149,9 +149,9 @@ def _in_groups(qkv: Tensor, shape: GPTShape) -> Iterator[Tensor]:
     yield from qkv.view(shape.kv_heads, sum(rows), *qkv.shape[1:]).split(rows, 1)
 
 
-def _foreign_name(ours: str, names: dict[str, str]) -> str:
-    block, dot, inside = ours.removeprefix("blocks.").partition(".")
-    if ours.startswith("blocks."):
+def _foreign_name(name: str, names: dict[str, str]) -> str:
+    block, dot, inside = name.removeprefix("blocks.").partition(".")
+    if name.startswith("blocks."):
         return f"decoder.layers.{block}{dot}{_foreign_name(inside, names)}"
-    part = next(part for part in names if ours.startswith(part))
-    return names[part] + ours.removeprefix(part)
+    part = next(part for part in names if name.startswith(part))
+    return names[part] + name.removeprefix(part)

@@ -135,14 +135,14 @@ def _write(
     advance: Callable[[int], object],
 ) -> None:
     def write(name: str, kind: str, whole: Tensor) -> None:
-        layout, theirs = parameters[name].layout, whole.to(dtype)
+        layout, foreign = parameters[name].layout, whole.to(dtype)
         if parameters[name].interleaved:
-            theirs = interleaved(theirs, shape)
+            foreign = interleaved(foreign, shape)
 
         def write_part(rank: int) -> None:
-            part = layout.shard(theirs, rank, len(writers))
+            part = layout.shard(foreign, rank, len(writers))
             if layout.padded_shape() != layout.shape:
-                _fill_padding(part, theirs, rank)
+                _fill_padding(part, foreign, rank)
             writers[rank].write(part)
 
         list(pool.map(write_part, range(len(writers))))

@@ -44,8 +44,8 @@ class Margin:
         """
         if self.other is None:
             return None
-        ours, theirs = self.point.low_by_seed, self.other.low_by_seed
-        differences = [loss - theirs[seed] for seed, loss in ours.items() if seed in theirs]
+        own, other = self.point.low_by_seed, self.other.low_by_seed
+        differences = [loss - other[seed] for seed, loss in own.items() if seed in other]
         return mean_over_seeds(differences).error if differences else None
 
     @property
