@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,13 +22,70 @@ class AttentionFn(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
-def attend_within(documents: Tensor, dtype: torch.dtype) -> AttentionFn:
-    """Attention of every token to itself and to the earlier tokens of its document.
+@dataclass(frozen=True)
+class DocumentBounds:
+    """Where each document of some rows begins and ends, counted in the tokens of all rows.
+
+    The numbers of documents are those of the CPU, so that rows are chosen without waiting for the
+    device.
+
+    starts: int32 [documents + 1], the first token of each, and the end of the last; counted from
+        the first row or from an earlier one.
+    rows: for each row, the index of its first document in `starts`; and that of the end.
+    """
+
+    starts: Tensor
+    rows: tuple[int, ...]
+
+    @classmethod
+    def of(cls, documents: Tensor) -> DocumentBounds:
+        """documents: int64 [batch, seq]; on the CPU, or the host waits for the device."""
+        begins = document_begins(documents)
+        starts = begins.flatten().nonzero().squeeze(-1)
+        end = starts.new_tensor([documents.numel()])
+        counts = begins.sum(1).cumsum(0).tolist()
+        return cls(torch.cat([starts, end]).int(), (0, *counts))
+
+    def __len__(self) -> int:
+        return len(self.rows) - 1
+
+    def __getitem__(self, rows: slice) -> DocumentBounds:
+        first, last, _ = rows.indices(len(self))
+        chosen = self.rows[first : last + 1]
+        starts = self.starts[chosen[0] : chosen[-1] + 1]
+        return DocumentBounds(starts, tuple(each - chosen[0] for each in chosen))
+
+    def chunk(self, parts: int) -> list[DocumentBounds]:
+        """As `Tensor.chunk` divides the rows."""
+        size = -(-len(self) // parts)
+        return [self[first : first + size] for first in range(0, len(self), size)]
+
+    def apply(self, copy: Callable[[Tensor], Tensor]) -> DocumentBounds:
+        """`starts` copied to other memory."""
+        return DocumentBounds(copy(self.starts), self.rows)
+
+
+def takes_bounds(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether documents are kept apart by their bounds there, rather than by a mask.
 
     dtype: of queries, keys and values.
     """
-    if documents.is_cuda and dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] >= 8:
-        return _VariableLength.of(documents)
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability()[0] >= 8
+
+
+def attend_within(
+    documents: Tensor, dtype: torch.dtype, bounds: DocumentBounds | None = None
+) -> AttentionFn:
+    """Attention of every token to itself and to the earlier tokens of its document.
+
+    dtype: of queries, keys and values. bounds: of these documents, on their device; without them,
+    the host waits for the device where it takes them.
+    """
+    if takes_bounds(documents.device, dtype):
+        found = DocumentBounds.of(documents) if bounds is None else bounds
+        return _VariableLength(found.starts - found.starts[:1], documents.shape[1])
     return _Masked(own_document_mask(documents))
 
 
@@ -56,12 +114,6 @@ class _VariableLength:
 
     bounds: Tensor
     longest: int
-
-    @classmethod
-    def of(cls, documents: Tensor) -> _VariableLength:
-        begins = document_begins(documents).flatten().nonzero().squeeze(-1)
-        end = begins.new_tensor([documents.numel()])
-        return cls(torch.cat([begins, end]).int(), documents.shape[1])
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn

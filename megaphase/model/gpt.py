@@ -23,6 +23,7 @@ from megaphase.distributed.vocab_parallel import VocabParallelEmbedding, VocabPa
 from megaphase.model.attention import Attention
 from megaphase.model.document_mask import (
     AttentionFn,
+    DocumentBounds,
     attend_within,
     positions_in_document,
 )
@@ -160,15 +161,16 @@ class GPT(CostedLayer):
         documents: Tensor | None = None,
         dropout_seeds: Tensor | None = None,
         cache: KVCache | None = None,
+        bounds: DocumentBounds | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The sum of all losses and the loss of every token, or logits when there are no targets.
 
         tokens, targets: int64 [batch, seq], seq up to shape.seq_len; targets may hold
         IGNORED_TARGET. documents: int64 [batch, seq], ascending along a row; where they are given,
-        a token sees those of its own document alone. dropout_seeds: int64 [batch], see
-        `dropout.row_seeds`; nothing is dropped where they are missing. Returns nats, fp32 [] and
-        [batch, seq] with 0 at ignored targets, of which the sum alone has a gradient; or logits
-        [batch, seq, vocabulary of this rank].
+        a token sees those of its own document alone; bounds: of these documents, see
+        `attend_within`. dropout_seeds: int64 [batch], see `dropout.row_seeds`; nothing is dropped
+        where they are missing. Returns nats, fp32 [] and [batch, seq] with 0 at ignored targets, of
+        which the sum alone has a gradient; or logits [batch, seq, vocabulary of this rank].
 
         cache: the tokens follow those that it holds, and are added to it; without tensor
         parallelism. Returns the logits of the last token alone, [batch, vocabulary].
@@ -176,7 +178,7 @@ class GPT(CostedLayer):
         cached = None if cache is None else cache.append(tokens.shape[1])
         x = self.embedding_dropout(self._embed(tokens, documents, cached), dropout_seeds)
         halves = 2 if self.overlap and len(tokens) > 1 else 1
-        contexts = self._contexts(documents, dropout_seeds, halves, cached)
+        contexts = self._contexts(documents, bounds, dropout_seeds, halves, cached)
         parts = x.chunk(halves)
         for block, of_block in zip(self.blocks, contexts, strict=True):
             if self.shape.activation_checkpointing == "full" and self.training:
@@ -205,6 +207,7 @@ class GPT(CostedLayer):
     def _contexts(
         self,
         documents: Tensor | None,
+        bounds: DocumentBounds | None,
         dropout_seeds: Tensor | None,
         parts: int,
         cached: CachedBatch | None,
@@ -215,7 +218,11 @@ class GPT(CostedLayer):
             return [[ForwardContext(layer.attend, rotary)] for layer in cached.layers]
         attends: list[AttentionFn] = [attention] * parts
         if documents is not None:
-            attends = [attend_within(part, self.compute_dtype) for part in documents.chunk(parts)]
+            of_parts = [None] * parts if bounds is None else bounds.chunk(parts)
+            attends = [
+                attend_within(part, self.compute_dtype, of_part)
+                for part, of_part in zip(documents.chunk(parts), of_parts, strict=True)
+            ]
         seeds = [None] * parts if dropout_seeds is None else dropout_seeds.chunk(parts)
         each = zip(attends, seeds, strict=True)
         return [[ForwardContext(attend, self.rotary, seed) for attend, seed in each]] * len(

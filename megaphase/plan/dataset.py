@@ -12,8 +12,10 @@ from itertools import islice
 import numpy as np
 import torch
 
+from megaphase.model.document_mask import DocumentBounds
 from megaphase.plan.plan import Plan
 from megaphase.plan.stream import Stream
+from megaphase.utils.targets import IGNORED_TARGET
 
 # Number of later steps that are read, each by a thread, while one trains.
 STEPS_AHEAD = 4
@@ -28,20 +30,42 @@ class Batch:
     tasks:     int64 [samples], the index of each sample's task
     documents: int64 [samples, seq_len], the index of every input's document within its row, 0 in a
                row whose documents attend to each other; None if that holds for all rows
+    bounds:    of the documents; None if nothing needs them, or they are still to be computed
+    scored:    int64 [samples], the number of targets of each row; None if still to be counted
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
     tasks: torch.Tensor
     documents: torch.Tensor | None = None
+    bounds: DocumentBounds | None = None
+    scored: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
 
+    @property
+    def scored_tokens(self) -> torch.Tensor:
+        """The number of targets of each row; int64 [samples]."""
+        if self.scored is not None:
+            return self.scored
+        return (self.targets != IGNORED_TARGET).sum(1)
+
     def pinned(self) -> Batch:
-        """Return a copy in pinned memory, from which a GPU copies asynchronously."""
-        documents = None if self.documents is None else self.documents.pin_memory()
-        return Batch(self.inputs.pin_memory(), self.targets.pin_memory(), self.tasks, documents)
+        """Return a copy in pinned memory, from which a GPU copies asynchronously, and with all that
+        training needs to know of it on the CPU."""
+        documents, bounds = self.documents, None
+        if documents is not None:
+            bounds = (self.bounds or DocumentBounds.of(documents)).apply(torch.Tensor.pin_memory)
+            documents = documents.pin_memory()
+        return Batch(
+            self.inputs.pin_memory(),
+            self.targets.pin_memory(),
+            self.tasks,
+            documents,
+            bounds,
+            self.scored_tokens,
+        )
 
     def split(self, samples: int) -> Iterator[Batch]:
         """Yield the batch in parts of `samples` samples."""
@@ -50,9 +74,15 @@ class Batch:
 
     def __getitem__(self, rows: slice) -> Batch:
         """Return some of the samples."""
-        documents = None if self.documents is None else self.documents[rows]
+        documents = _where_needed(None if self.documents is None else self.documents[rows])
+        bounds = None if documents is None or self.bounds is None else self.bounds[rows]
         return Batch(
-            self.inputs[rows], self.targets[rows], self.tasks[rows], _where_needed(documents)
+            self.inputs[rows],
+            self.targets[rows],
+            self.tasks[rows],
+            documents,
+            bounds,
+            None if self.scored is None else self.scored[rows],
         )
 
 

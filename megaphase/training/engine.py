@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import os
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from megaphase.config.run import RunConfig
 from megaphase.distributed.dist_env import local_world_size
 from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.process_grid import ProcessGrid, device
+from megaphase.model.document_mask import DocumentBounds, takes_bounds
 from megaphase.model.dropout import row_seeds
 from megaphase.model.gpt import GPT, Block
 from megaphase.model.shape import GPTShape
@@ -33,9 +32,10 @@ from megaphase.training.deepspeed_config import (
     largest_norm,
     parameter_dtype,
 )
+from megaphase.training.device_copies import Readout, to_device
 from megaphase.training.gradients import clip_gradients
 from megaphase.training.parameter_persistence import keep_gathered
-from megaphase.utils.targets import IGNORED_TARGET
+from megaphase.training.step_result import StepResult, TaskLosses
 
 
 def import_deepspeed() -> Any:  # its classes are not typed
@@ -64,40 +64,6 @@ def _deepspeed_silenced() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class TaskLosses:
-    """Sums over the tokens of each task, over all data-parallel ranks; float64 [tasks]."""
-
-    loss_sums: Tensor
-    tokens: Tensor
-
-    @property
-    def mean(self) -> float:
-        """Loss a token in nats over all tasks; 0 where no token has a target."""
-        return float(self.loss_sums.sum() / self.tokens.sum().clamp(min=1))
-
-    def by_task(self, names: list[str]) -> dict[str, float]:
-        """Mean loss a token in nats for each task that had any."""
-        return {
-            name: float(self.loss_sums[i] / self.tokens[i])
-            for i, name in enumerate(names)
-            if self.tokens[i] > 0
-        }
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The figures of one optimizer step.
-
-    losses: before the step. grad_norm: before clipping.
-    applied: False where the gradient was not finite; nothing has changed then.
-    """
-
-    losses: TaskLosses
-    grad_norm: float
-    applied: bool
-
-
 class Engine:
     """The model, its optimizer and its ZeRO state on this rank."""
 
@@ -108,6 +74,7 @@ class Engine:
         self.grid = grid
         self._tasks = tasks
         self._seed, self._dropout = config.seed, shape.dropout
+        self._dtype = compute_dtype(config)
         self.micro = config.batch.micro
         settings = deepspeed_config(config, shape, grid.data_size)
         # Without ZeRO, DeepSpeed clips but does not return the norm.
@@ -122,14 +89,14 @@ class Engine:
                 tensor_overrides=[],  # parameters come in their type; nothing else is to change
             )
         # Weights are rounded to the precision's type for every ZeRO stage, so that all start equal.
-        init = Initializer(config.seed, compute_dtype(config))
+        init = Initializer(config.seed, self._dtype)
         with partitioned:
             model = GPT(
                 shape,
                 init,
                 grid,
                 sequence_parallel=config.parallel.sequence,
-                compute_dtype=compute_dtype(config),
+                compute_dtype=self._dtype,
                 kernels=backends.kernels,
                 overlap=config.parallel.overlap,
             )
@@ -163,24 +130,27 @@ class Engine:
 
         The loss is the mean over all tokens of the global batch that have a target, whatever the
         layout; the gradient is zero where none has. A gradient that is not finite changes nothing.
+        The host waits for the device only where DeepSpeed does (docs/performance.md lists where).
 
         step: its number over the whole run, which dropout needs and nothing else.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.train()
-        tokens = self._count_tokens(batch)
+        tokens = self._over_ranks(self._scored_tokens(batch))
         # DeepSpeed takes the mean over micro-batches and data-parallel ranks; this makes it a sum.
-        scale = self._accumulation * self.grid.data_size / max(1.0, float(tokens.sum()))
+        factor = self._accumulation * self.grid.data_size
+        scale = (factor / tokens.sum().clamp(min=1.0)).float()
         row_losses = []
         seeds = self._dropout_seeds(len(batch), step)
+        norm: Tensor | float = 0.0
         for micro, micro_seeds in zip(batch.split(self.micro), seeds, strict=True):
             total, losses = self._forward(micro, micro_seeds)
             self._engine.backward(total * scale)
             norm = self._step()
-            row_losses.append(losses.double().sum(1))  # not read yet: nothing waits
-        losses_by_task = self.sum_by_task(torch.cat(row_losses), batch)
-        return StepResult(TaskLosses(losses_by_task, tokens), norm, math.isfinite(norm))
+            row_losses.append(losses.double().sum(1))
+        losses_by_task = self._over_ranks(self._by_task(torch.cat(row_losses), batch.tasks))
+        return StepResult(losses_by_task, tokens, norm)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> TaskLosses:
@@ -189,34 +159,59 @@ class Engine:
         Every rank must hold as many rows; rows without any target may fill up the last ones.
         """
         self._engine.eval()
-        tokens = self._count_tokens(batch)
+        tokens = self._over_ranks(self._scored_tokens(batch))
         micros = batch.split(self.micro)
-        losses = [self._forward(micro, None)[1].double().sum(1) for micro in micros]
-        return TaskLosses(self.sum_by_task(torch.cat(losses), batch), tokens)
+        rows = torch.cat([self._forward(micro, None)[1].double().sum(1) for micro in micros])
+        losses = self._over_ranks(self._by_task(rows, batch.tasks))
+        return TaskLosses(*Readout(torch.cat([losses, tokens])).read().chunk(2))
 
     def sum_by_task(self, rows: Tensor, batch: Batch) -> Tensor:
-        """Sum one figure a row by task, over all data-parallel ranks; float64 [tasks], CPU."""
-        sums = torch.zeros(self._tasks, dtype=torch.float64)
-        sums.index_add_(0, batch.tasks, rows.double().cpu())
-        dist.all_reduce(on_device := sums.to(device()), group=self.grid.data_group)
-        return on_device.cpu()
+        """Sum one figure a row by task, over all data-parallel ranks; float64 [tasks], CPU.
 
-    def _step(self) -> float:
+        rows: [samples], CPU.
+        """
+        return Readout(self._over_ranks(self._by_task(rows, batch.tasks))).read()
+
+    def _scored_tokens(self, batch: Batch) -> Tensor:
+        """Tokens with a target in this rank's rows, by task; float64 [tasks], CPU."""
+        return self._by_task(batch.scored_tokens, batch.tasks)
+
+    def _by_task(self, rows: Tensor, tasks: Tensor) -> Tensor:
+        """The sums of one figure a row over the rows of each task; float64 [tasks].
+
+        rows: [samples] on any device. tasks: int64 [samples], CPU.
+        """
+        if rows.device.type == "cpu":
+            sums = torch.zeros(self._tasks, dtype=torch.float64)
+            return sums.index_add_(0, tasks, rows.double())
+        # index_add_ adds in any order on a GPU, and would not give the same sums twice.
+        numbers = torch.arange(self._tasks, device=rows.device).unsqueeze(1)
+        return rows.double().where(to_device(tasks) == numbers, 0.0).sum(1)
+
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        """The sums over all data-parallel ranks, on the device; the host does not wait for them."""
+        dist.all_reduce(on_device := to_device(sums), group=self.grid.data_group)
+        return on_device
+
+    def _step(self) -> Tensor | float:
         """Step if this was the last micro-batch; then the gradients' norm before clipping.
 
-        Where that is not finite, DeepSpeed's ZeRO optimizers skip the step themselves.
+        Where that is not finite, nothing changes: DeepSpeed's ZeRO optimizers skip the step, for
+        which they read the norm; without ZeRO, torch's AdamW does so without the host.
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return 0.0
         if self._clip_here is None:
             self._engine.step()
-            norm = float(self._engine.get_global_grad_norm())
-            if not math.isfinite(norm):
+            if not self._engine.was_step_applied():
                 self._forget_gradients()
+            norm: Tensor | float = self._engine.get_global_grad_norm()
             return norm
         norm = clip_gradients(self.module.parameters(), self._clip_here, self.grid)
-        if not math.isfinite(norm):
+        if self.backends.optimizer == "torch":
+            self._optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
+        elif not norm.isfinite():
             self.module.zero_grad(set_to_none=True)
         self._engine.step()
         return norm
@@ -227,26 +222,24 @@ class Engine:
         if getattr(zero, "cpu_offload", False):
             zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
 
-    def _dropout_seeds(self, rows: int, step: int | None) -> Iterator[Tensor | None]:
+    def _dropout_seeds(self, rows: int, step: int | None) -> Sequence[Tensor | None]:
         """Of each micro-batch of this rank's rows of the global batch; None without dropout."""
+        if self._dropout == 0:
+            return [None] * -(-rows // self.micro)
+        assert step is not None, "the masks of a step depend on its number"
         first = self.grid.data_rank * rows
-        for start in range(first, first + rows, self.micro):
-            if self._dropout == 0:
-                yield None
-                continue
-            assert step is not None, "the masks of a step depend on its number"
-            numbers = range(start, min(start + self.micro, first + rows))
-            yield row_seeds(self._seed, step, numbers).to(device())
+        seeds = to_device(row_seeds(self._seed, step, range(first, first + rows)))
+        return [seeds[start : start + self.micro] for start in range(0, rows, self.micro)]
 
     def _forward(self, micro: Batch, dropout_seeds: Tensor | None) -> tuple[Tensor, Tensor]:
         """The sum of all losses of a micro-batch and each of them, see GPT.forward."""
-        inputs, targets, documents = (
-            None if rows is None else rows.to(device(), non_blocking=True)
-            for rows in (micro.inputs, micro.targets, micro.documents)
+        documents, bounds = micro.documents, None
+        if documents is not None:
+            if takes_bounds(device(), self._dtype):
+                bounds = (micro.bounds or DocumentBounds.of(documents)).apply(to_device)
+            documents = to_device(documents)
+        inputs, targets = to_device(micro.inputs), to_device(micro.targets)
+        losses: tuple[Tensor, Tensor] = self._engine(
+            inputs, targets, documents, dropout_seeds, bounds=bounds
         )
-        losses: tuple[Tensor, Tensor] = self._engine(inputs, targets, documents, dropout_seeds)
         return losses
-
-    def _count_tokens(self, batch: Batch) -> Tensor:
-        """Tokens with a target in the global batch, by task; float64 [tasks]."""
-        return self.sum_by_task((batch.targets != IGNORED_TARGET).sum(1), batch)

@@ -33,6 +33,8 @@ class HeldOutEvaluator:
         for number, (task, stream) in enumerate(self._spec.held_out.items()):
             next_task()
             rows = self._own_rows(read_held_out(stream, number, self._samples, self._pad_token_id))
+            if torch.cuda.is_available():
+                rows = rows.pinned()
             losses = self._engine.evaluate(rows)
             nats = float(losses.loss_sums[number])
             scored_bytes = self._engine.sum_by_task(self._bytes_of_rows(rows), rows)[number]

@@ -13,9 +13,10 @@ from megaphase.distributed.process_grid import ProcessGrid
 SMALLEST_NORM = 1e-6  # as in torch and DeepSpeed
 
 
-def clip_gradients(parameters: Iterable[Tensor], limit: float, grid: ProcessGrid) -> float:
-    """Scale gradients in place so that their norm is at most `limit`; returns the norm before.
+def clip_gradients(parameters: Iterable[Tensor], limit: float, grid: ProcessGrid) -> Tensor:
+    """Scale gradients in place so that their norm is at most `limit`.
 
+    Returns the norm before, fp32 [], on the device of the gradients.
     Shards are summed over the tensor-parallel group, replicated parameters count once.
     """
     found = [(p, p.grad) for p in parameters if p.grad is not None]
@@ -30,4 +31,4 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float, grid: ProcessGrid
     norm = squares.sqrt()
     scale = (limit / (norm + SMALLEST_NORM)).clamp(max=1.0)
     torch._foreach_mul_(grads, scale)
-    return float(norm)
+    return norm

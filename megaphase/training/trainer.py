@@ -16,7 +16,6 @@ from megaphase.callbacks.callback import (
     CallbackList,
     HeldOutLoss,
     StepRecord,
-    StepSeconds,
     ValidationRecord,
 )
 from megaphase.callbacks.divergence_monitor import DivergenceMonitor
@@ -31,7 +30,7 @@ from megaphase.config.phases import PhaseConfig
 from megaphase.config.run import RunConfig
 from megaphase.distributed.all_ranks import on_first_rank, run_on_all_ranks
 from megaphase.distributed.control_group import ControlGroup
-from megaphase.distributed.process_grid import start_process_grid
+from megaphase.distributed.process_grid import device, start_process_grid
 from megaphase.fault_tolerance.stop_signals import StopSignals
 from megaphase.fault_tolerance.watchdog import Watchdog
 from megaphase.model.parameters import train_flops_per_token
@@ -39,7 +38,7 @@ from megaphase.optim.schedules import learning_rate
 from megaphase.plan.dataset import Batch, StepReader
 from megaphase.training.branch import choose_branch
 from megaphase.training.checkpointer import Checkpointer, checkpoint_facts
-from megaphase.training.engine import Engine, StepResult
+from megaphase.training.engine import Engine
 from megaphase.training.evaluator import HeldOutEvaluator
 from megaphase.training.rank0_callbacks import first_rank_callbacks
 from megaphase.training.resume import (
@@ -60,6 +59,7 @@ from megaphase.training.startup import (
     run_description,
     say_on_first_rank,
 )
+from megaphase.training.step_recorder import StepRecorder
 from megaphase.utils.errors import Stopped
 
 
@@ -128,6 +128,10 @@ class Trainer:
         self.throughput = throughput_reference(
             config, train_flops_per_token(self.shape), self.grid.world_size
         )
+
+        # A profile's steps must not overlap.
+        one_later = device().type == "cuda" and profile_steps == 0
+        self.recorder = StepRecorder(self.plan.tasks, self.throughput, one_later=one_later)
 
         self.early_stopping = EarlyStopping(
             config.monitor, config.monitored_tasks(), config.stop_conditions()
@@ -227,22 +231,31 @@ class Trainer:
         raise AssertionError("the last step of a phase ends it")
 
     def train_step(self, batch: Batch, data_wait_seconds: float) -> None:
-        """Train one step, and tell the callbacks."""
+        """Train one step, and report it, or on a GPU the one before; see StepRecorder."""
         self.state = self.state.after_step()
         step = self.state.step
         rate = learning_rate(self.phase.learning_rate, self.state.phase_step - 1, self.phase_steps)
         self.watchdog.at(f"in step {step:,}")
         self.callbacks.on_step_begin(step)
-        started = time.perf_counter()
+        began = time.perf_counter()
         result = self.engine.train_step(batch, rate, step)
-        train_seconds = time.perf_counter() - started
-        seconds = StepSeconds(data_wait_seconds, train_seconds, self._save_seconds)
+        times = {"began": began, "data_wait": data_wait_seconds, "save": self._save_seconds}
+        record = self.recorder.add(result, self.state, self.phase.name, rate, **times)
         self._save_seconds = 0.0
         self.resume_point.note_step(step)
-        record = self._step_record(result, rate, seconds)
+        self._report(record)
+
+    def finish_step(self) -> None:
+        """Report the newest step, where that has not been done."""
+        self._report(self.recorder.finish())
+
+    def _report(self, record: StepRecord | None) -> None:
+        """Tell the callbacks of a step; end the run if too many in a row were skipped."""
+        if record is None:
+            return
         self.callbacks.on_step_end(record)
         if not record.applied:
-            self.history.skip(step)
+            self.history.skip(record.step)
             if self.loss_spikes.has_skipped_too_many():
                 with self._saving():
                     self.checkpointer.finish()
@@ -266,6 +279,7 @@ class Trainer:
 
         Returns why early stopping ends the phase, or None.
         """
+        self.finish_step()
         phase, step = self.phase.name, self.state.step
         if self._last_validation is None or self._last_validation[0] != step:
             measuring = partial(self.watchdog.at, f"measuring after step {step:,}")
@@ -299,6 +313,7 @@ class Trainer:
 
         phase: whose steps were trained last. permanent: at the end of a phase.
         """
+        self.finish_step()
         with self._saving():
             # The event comes first, so that it lies within the bytes that the checkpoint keeps.
             self.callbacks.event(self.state.step, event, phase=phase, **facts)
@@ -326,6 +341,9 @@ class Trainer:
         """
         received = self.signals.received
         is_over = self.divergence.is_over(phase_ends=False)
+        if is_over:
+            self.finish_step()  # which may be the one with which it has recovered
+            is_over = self.divergence.is_over(phase_ends=False)
         started = time.perf_counter()
         save_status, signalled, diverged = self.control_group.largest(
             self.checkpointer.status, int(received is not None), int(is_over)
@@ -361,28 +379,6 @@ class Trainer:
         with self.watchdog.patient(f"saving after step {self.state.step:,}"):
             yield
         self._save_seconds += time.perf_counter() - started
-
-    def _step_record(self, result: StepResult, rate: float, seconds: StepSeconds) -> StepRecord:
-        tasks, losses, state = self.plan.tasks, result.losses, self.state
-        speed = self.throughput.tokens_per_step / seconds.total
-        return StepRecord(
-            step=state.step,
-            phase=self.phase.name,
-            phase_number=state.phase,
-            phase_step=state.phase_step,
-            starts=state.starts,
-            tokens=state.tokens,
-            loss=losses.mean,
-            loss_by_task=losses.by_task(tasks),
-            loss_sums=dict(zip(tasks, losses.loss_sums.tolist(), strict=True)),
-            scored_tokens=dict(zip(tasks, losses.tokens.int().tolist(), strict=True)),
-            learning_rate=rate,
-            grad_norm=result.grad_norm,
-            applied=result.applied,
-            seconds=seconds,
-            tokens_per_second=speed,
-            mfu=self.throughput.mfu(speed),
-        )
 
     def _end_diverged(self, phase: str) -> NoReturn:
         """Save, so that the run can be resumed with faults.stop_on_divergence: false; end it."""

@@ -15,7 +15,11 @@ from torch import Tensor
 
 from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.process_grid import ProcessGrid
-from megaphase.model.document_mask import own_document_mask, positions_in_document
+from megaphase.model.document_mask import (
+    DocumentBounds,
+    own_document_mask,
+    positions_in_document,
+)
 from megaphase.model.gpt import GPT
 from megaphase.model.shape import GPTShape
 from megaphase.plan.dataset import Batch
@@ -179,6 +183,19 @@ def test_a_split_batch_masks_only_where_a_row_needs_it() -> None:
     assert [len(piece) for piece in batch.split(3)] == [3, 1]
     without = Batch(batch.inputs, batch.targets, batch.tasks)
     assert all(piece.documents is None for piece in without.split(1))
+
+
+def test_a_pinned_batch_knows_what_training_needs_on_the_cpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    batch = packed_batch([[25], [10, 8], [7, 5], [25], [3, 3, 3]])
+    pinned = batch.pinned()
+    for piece, plain in zip(pinned.split(2), batch.split(2), strict=True):
+        assert torch.equal(piece.scored, (plain.targets != IGNORED_TARGET).sum(1))
+        assert piece.bounds is not None
+        expected = DocumentBounds.of(plain.documents)
+        assert torch.equal(piece.bounds.starts - piece.bounds.starts[0], expected.starts)
+        assert piece.bounds.rows == expected.rows
+    assert pinned[:1].bounds is None  # one document
 
 
 def test_the_causal_kernel_is_kept_where_no_row_needs_a_mask(monkeypatch) -> None:

@@ -22,7 +22,12 @@ from megaphase.distributed.layer_builder import LayerBuilder
 from megaphase.distributed.linear import ColumnParallelLinear
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.distributed.tensor_region import TensorRegion
-from megaphase.model.document_mask import _Masked, _VariableLength, own_document_mask
+from megaphase.model.document_mask import (
+    DocumentBounds,
+    _Masked,
+    attend_within,
+    own_document_mask,
+)
 from megaphase.model.gpt import GPT
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
@@ -148,6 +153,7 @@ def attend_by_loops(
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_documents_one_by_one_attend_as_masked_ones(monkeypatch: Any, kv_heads: int) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend_by_loops)
+    monkeypatch.setattr("megaphase.model.document_mask.takes_bounds", lambda *_: True)
     documents = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0]])
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
@@ -155,7 +161,15 @@ def test_documents_one_by_one_attend_as_masked_ones(monkeypatch: Any, kv_heads: 
         for heads in (4, kv_heads, kv_heads)
     )
     expected = _Masked(own_document_mask(documents))(q, k, v)
-    assert_close(_VariableLength.of(documents)(q, k, v), expected)
+    assert_close(attend_within(documents, q.dtype)(q, k, v), expected)
+    bounds = DocumentBounds.of(documents)
+    first = 0
+    for some in bounds.chunk(2):
+        rows = slice(first, first + len(some))
+        attend = attend_within(documents[rows], q.dtype, some)
+        assert_close(attend(q[rows], k[rows], v[rows]), expected[rows])
+        first = rows.stop
+    assert first == len(documents)
 
 
 # The choice of the optimizer, and apex, replaced by classes that follow its documentation.

@@ -39,7 +39,8 @@ from megaphase.checkpoint.store import CheckpointStore
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.control_group import ControlGroup
 from megaphase.distributed.process_grid import start_process_grid
-from megaphase.training.engine import Engine, StepResult
+from megaphase.training.engine import Engine
+from megaphase.training.step_result import StepResult
 
 PROCESSES = 4
 BEFORE, AFTER = 3, 3

@@ -1,0 +1,72 @@
+"""The figures of optimizer steps and evaluations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from megaphase.training.device_copies import Readout
+
+
+@dataclass(frozen=True)
+class TaskLosses:
+    """Sums over the tokens of each task, over all data-parallel ranks; float64 [tasks]."""
+
+    loss_sums: Tensor
+    tokens: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Loss a token in nats over all tasks; 0 where no token has a target."""
+        return float(self.loss_sums.sum() / self.tokens.sum().clamp(min=1))
+
+    def by_task(self, names: list[str]) -> dict[str, float]:
+        """Mean loss a token in nats for each task that had any."""
+        return {
+            name: float(self.loss_sums[i] / self.tokens[i])
+            for i, name in enumerate(names)
+            if self.tokens[i] > 0
+        }
+
+
+class StepResult:
+    """The figures of one optimizer step.
+
+    They are copied to the CPU while the device computes what follows; the first access waits until
+    they are there.
+    """
+
+    def __init__(self, loss_sums: Tensor, tokens: Tensor, grad_norm: Tensor | float) -> None:
+        """
+        Args:
+            loss_sums, tokens: see TaskLosses; on the device.
+            grad_norm: of the whole gradient before clipping, [] on any device.
+        """
+        if isinstance(grad_norm, float) or not grad_norm.is_cuda:
+            norm = torch.full_like(loss_sums[:1], float(grad_norm))
+        else:
+            norm = grad_norm.to(loss_sums).view(1)
+        self._figures = Readout(torch.cat([loss_sums, tokens, norm]))
+
+    def wait(self) -> None:
+        """Wait until the figures are there."""
+        self._figures.read()
+
+    @cached_property
+    def losses(self) -> TaskLosses:
+        """Before the step."""
+        return TaskLosses(*self._figures.read()[:-1].chunk(2))
+
+    @cached_property
+    def grad_norm(self) -> float:
+        """Before clipping."""
+        return float(self._figures.read()[-1])
+
+    @property
+    def applied(self) -> bool:
+        """False where the gradient was not finite; nothing has changed then."""
+        return math.isfinite(self.grad_norm)
