@@ -26,8 +26,9 @@ class RunConfig(Section):
     """The keys of the run file and its sections.
 
     When a run is started again in its run directory, only these may have changed: `output`,
-    `tokenizer`, `tasks.*.corpus` (as paths; the content is checked), `parallel`, `batch.micro`,
-    `model.activation_checkpointing`, `parts`, `checkpoint`, `faults`, `logging` and `hardware`.
+    `tokenizer`, `tasks.*.corpus` (as paths; the content is checked), `parallel`, `deterministic`,
+    `batch.micro`, `model.activation_checkpointing`, `parts`, `checkpoint`, `faults`, `logging` and
+    `hardware`.
     """
 
     seed: Seed = 1234
@@ -45,6 +46,11 @@ class RunConfig(Section):
     """How processes share the work."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of the computation; with `bf16` the master weights are fp32."""
+    deterministic: bool = False
+    """Whether a GPU computes the same bits whenever a step is repeated, so that a resumed run's
+    metrics are bit for bit those of the run that was never interrupted. The CPU does in any case.
+    It costs speed: attention's gradient is summed in a fixed order, without cuDNN, and NCCL does
+    not sum in the NVLink switch."""
     batch: BatchConfig
     """Batch sizes."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -27,6 +27,7 @@ FREE_SECTIONS = (
     "faults",
     "hardware",
     "parts",
+    "deterministic",
 )
 FREE_KEYS = {"batch": ("micro",), "model": ("activation_checkpointing",)}
 FREE_TASK_KEYS = ("corpus",)

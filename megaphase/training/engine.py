@@ -32,6 +32,7 @@ from megaphase.training.deepspeed_config import (
     largest_norm,
     parameter_dtype,
 )
+from megaphase.training.determinism import choose_algorithms
 from megaphase.training.device_copies import Readout, to_device
 from megaphase.training.gradients import clip_gradients
 from megaphase.training.parameter_persistence import keep_gathered
@@ -68,6 +69,7 @@ class Engine:
     """The model, its optimizer and its ZeRO state on this rank."""
 
     def __init__(self, config: RunConfig, shape: GPTShape, grid: ProcessGrid, tasks: int) -> None:
+        choose_algorithms(config)
         deepspeed = import_deepspeed()
         deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self.backends = backends = choose_backends(config)

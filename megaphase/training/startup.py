@@ -28,6 +28,7 @@ from megaphase.plan.spec import PlanSpec, check_corpora, plan_spec
 from megaphase.tokenizer import Tokenizer
 from megaphase.training.backends import Backends, choose_backends
 from megaphase.training.branch import Branch
+from megaphase.training.determinism import check_environment, set_environment
 from megaphase.training.nvme import prepare_offload
 from megaphase.training.run_directory import RunDirectory
 
@@ -35,6 +36,7 @@ from megaphase.training.run_directory import RunDirectory
 @contextmanager
 def watched_processes(config: RunConfig, signals: StopSignals) -> Iterator[Watchdog]:
     """Join the process group under a watchdog, which a stop signal ends while the run starts."""
+    set_environment(config)
     faults = config.faults
     with (
         process_group(),
@@ -79,6 +81,7 @@ def _check_inputs(config: RunConfig, branch: Branch | None) -> tuple[Tokenizer, 
             check_format(branch.checkpoint, branch.state)
         branch.check(config, spec, shape.architecture())
     choose_backends(config)
+    check_environment(config)
     prepare_offload(config)
     return tokenizer, shape, spec
 
@@ -122,7 +125,7 @@ def run_description(
     description = (
         f"{name}{parameter_count(shape) / 1e6:,.1f} million parameters, {config.precision}, "
         f"tensor {grid.tensor_size} × data {grid.data_size}, ZeRO {config.parallel.zero}; "
-        f"{backends.describe()}"
+        f"{backends.describe()}{', deterministic' if config.deterministic else ''}"
     )
     reason = missing_peak(config)
     return [description] if reason is None else [description, reason]
