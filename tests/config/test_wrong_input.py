@@ -164,6 +164,7 @@ LATER_CHANGES = {
     "parallel.zero=1 parallel.offload=cpu": None,
     "parallel.zero=3 parallel.keep_gathered=0.5": None,
     "batch.micro=1": None,
+    "deterministic=true": None,
     "model.activation_checkpointing=full": None,
     "checkpoint.every_steps=7": None,
     "faults.silent_seconds=9": None,
@@ -195,7 +196,7 @@ def test_what_may_change_between_two_starts(changes, begun):
 
 
 FREE = re.compile(
-    r"(output|tokenizer|(checkpoint|logging|parallel|parts|faults|hardware)\..*|batch\.micro|"
+    r"(output|tokenizer|deterministic|(checkpoint|logging|parallel|parts|faults|hardware)\..*|batch\.micro|"
     r"model\.activation_checkpointing|tasks\.\w+\.corpus)"
 )
 
