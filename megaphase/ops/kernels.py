@@ -12,6 +12,16 @@ import torch
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
+# Of torch's compiler, for GPUs; code for CPUs does not depend on them.
+OPTIONS = {
+    # Sums are not timed in several orders, of which every rank could choose another one: weights
+    # that are replicated over ranks would drift apart by their rounding.
+    "deterministic": True,
+    # Sums over the rows and over the columns of one tensor take one pass whatever its size; whether
+    # they should is decided where such sums are (ops/rms_norm.py).
+    "triton.mix_order_reduction_non_strict_mode": True,
+}
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -20,7 +30,8 @@ R = TypeVar("R")
 class Kernels:
     """The kernels for all operations that are not matrix products.
 
-    compiled: every formula is one kernel that torch.compile makes, rather than a few operations.
+    compiled: every formula is compiled by torch.compile, most to a single kernel, rather than
+        computed operation by operation.
     apex_norm: norms by NVIDIA apex.
     """
 
@@ -55,4 +66,4 @@ def _compiled(formula: Callable[P, R]) -> Callable[P, R]:
     # Every shape has its own kernel. A kernel for all shapes would only be compiled when a second
     # shape is seen, and a resumed run, which sees them in another order, would differ in the last
     # bit.
-    return torch.compile(formula, dynamic=False, fullgraph=True)
+    return torch.compile(formula, dynamic=False, fullgraph=True, options=dict(OPTIONS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from torch import Tensor
 from megaphase.ops.kernels import Kernels
 
 ROWS_IN_GROUP = 64
+
+# Both gradients in one pass: torch gives every program of a GPU 16 rows, so that fewer rows leave
+# processors of a large GPU idle; of longer rows, not all values fit the registers.
+ENOUGH_ROWS, LONGEST_ROW = 2048, 8192
 
 
 def _scale(wide: Tensor, eps: float) -> Tensor:
@@ -36,20 +41,70 @@ def _add_and_norm(
 def _gradients(
     grad_total: Tensor | None, grad: Tensor, total: Tensor, scale: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
+    found, terms = _gradient_and_terms(grad_total, grad, total, scale, weight)
+    # By groups of rows that a cache holds, which several threads can take; otherwise a kernel
+    # compiled for a CPU goes down the columns one after the other.
+    groups = terms.view(-1, math.gcd(_rows(terms), ROWS_IN_GROUP), terms.shape[-1])
+    return found, groups.sum(1).sum(0).to(weight.dtype)
+
+
+def _gradient_and_terms(
+    grad_total: Tensor | None, grad: Tensor, total: Tensor, scale: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the sum, and that of the weight before it is summed over the rows."""
     normed, wide = total.float() * scale, grad.float()
     weighted = wide * weight
     along = (weighted * normed).mean(-1, keepdim=True)
     inner = torch.addcmul(weighted, normed, along, value=-1) * scale
     if grad_total is not None:
         inner = inner + grad_total
-    return inner.to(total.dtype), _sum_of_rows(wide * normed).to(weight.dtype)
+    return inner.to(total.dtype), wide * normed
 
 
-def _sum_of_rows(x: Tensor) -> Tensor:
-    # By groups of rows that a cache holds, which several threads can take; otherwise a compiled
-    # kernel goes down the columns one after the other.
-    groups = x.view(-1, math.gcd(x.numel() // x.shape[-1], ROWS_IN_GROUP), x.shape[-1])
-    return groups.sum(1).sum(0)
+def _gradients_in_one_pass(
+    grad_total: Tensor | None, grad: Tensor, total: Tensor, scale: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`_gradients`, in the form in which torch compiles sums over rows and over columns into one
+    kernel."""
+    found, terms = _gradient_and_terms(grad_total, grad, total, scale, weight)
+    return found, terms.flatten(0, -2).sum(0).to(weight.dtype)
+
+
+def _gradients_by_halves(
+    grad_total: Tensor | None, grad: Tensor, total: Tensor, scale: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for a square, of which torch cannot distinguish rows from columns."""
+    middle = _rows(total) // 2
+    found, sums = [], []
+    for rows in (slice(None, middle), slice(middle, None)):
+        above = None if grad_total is None else grad_total.flatten(0, -2)[rows]
+        one, two, three = (x.flatten(0, -2)[rows] for x in (grad, total, scale))
+        gradient, terms = _gradient_and_terms(above, one, two, three, weight)
+        found.append(gradient)
+        sums.append(terms.sum(0))
+    return torch.cat(found).view_as(total), (sums[0] + sums[1]).to(weight.dtype)
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def gradients_formula(
+    grad_total: Tensor | None, total: Tensor, weight: Tensor, shared_memory: int
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The formula of both gradients that reads and writes the fewest bytes once compiled for a GPU.
+
+    shared_memory: bytes that a program of the GPU may use at most.
+    """
+    rows, hidden = _rows(total), total.shape[-1]
+    passes = 2 if rows == hidden else 1
+    # A program keeps two rows of every input, padded to a power of two, and a few values more.
+    row = (2 if grad_total is None else 3) * total.element_size() + weight.element_size()
+    padded = 1 << (hidden - 1).bit_length()
+    fits = padded <= LONGEST_ROW and 2 * row * padded + 1024 <= shared_memory
+    if rows // passes < ENOUGH_ROWS or not fits:
+        return _gradients
+    return _gradients_in_one_pass if passes == 1 else _gradients_by_halves
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -74,7 +129,13 @@ class _RMSNorm(torch.autograd.Function):
         grad_total, grad = grads
         if grad is None:
             return grad_total, grad_total if ctx.adds else None, None, None, None
-        found, for_weight = ctx.kernels.of(_gradients)(grad_total, grad, *ctx.saved_tensors)
+        total, scale, weight = ctx.saved_tensors
+        formula = _gradients
+        if grad.is_cuda and ctx.kernels.compiled:
+            card = torch.cuda.get_device_properties(grad.device)
+            shared = getattr(card, "shared_memory_per_block_optin", 0)  # AMD's do not say
+            formula = gradients_formula(grad_total, total, weight, shared)
+        found, for_weight = ctx.kernels.of(formula)(grad_total, grad, total, scale, weight)
         return found, found if ctx.adds else None, for_weight, None, None
 
 

@@ -44,11 +44,13 @@ def choose_backends(config: RunConfig) -> Backends:
     """
     offloaded = config.parallel.offload != "none"
     for_optimizer = "the optimizer state on the GPU, and parallel.offload moves it"
-    norm = _takes_apex(config, "norm", _missing_for_apex(APEX_NORM))
+    compiled = _compiles(config)
+    # Compiled norms compute the residual sum in the same pass, which apex's do not.
+    norm = _takes_apex(config, "norm", _missing_for_apex(APEX_NORM), preferred=not compiled)
     optimizer = _takes_apex(
         config, "optimizer", for_optimizer if offloaded else _missing_for_apex(APEX_OPTIMIZER)
     )
-    kernels = Kernels(compiled=_compiles(config), apex_norm=norm)
+    kernels = Kernels(compiled=compiled, apex_norm=norm)
     return Backends(kernels, "apex" if optimizer else "torch")
 
 
@@ -73,12 +75,19 @@ def _missing_to_compile() -> str | None:
     return f"a compiler ({', '.join(compilers)}; the variable {variable} can name another)"
 
 
-def _takes_apex(config: RunConfig, part: Literal["norm", "optimizer"], missing: str | None) -> bool:
-    """missing: a requirement of apex for that part that is not met; None if all are."""
+def _takes_apex(
+    config: RunConfig,
+    part: Literal["norm", "optimizer"],
+    missing: str | None,
+    *,
+    preferred: bool = True,
+) -> bool:
+    """missing: a requirement of apex for that part that is not met; None if all are. preferred:
+    whether `auto` takes it then."""
     asked = getattr(config.parts, part)
     if asked == "apex" and missing:
         raise InputError(config.where(f"parts.{part}"), f"apex needs {missing}", _APEX_REMEDY)
-    return asked == "apex" or (asked == "auto" and not missing)
+    return asked == "apex" or (asked == "auto" and preferred and not missing)
 
 
 def _missing_for_apex(modules: tuple[str, str]) -> str | None:

@@ -16,15 +16,16 @@ class BackendsConfig(Section):
 
     kernels: Literal["auto", "compile", "eager"] = "auto"
     """The operations between the matrix products (norms with the residual stream, rotary embedding,
-    SwiGLU, cross entropy): `compile` makes one kernel of each with torch.compile, in the first step
-    (on a GPU it needs Triton and a C compiler, on a CPU g++); `eager` computes operation by
-    operation; `auto` compiles on GPUs where it can."""
+    SwiGLU, cross entropy): `compile` compiles each with torch.compile, most to a single kernel, in
+    the first step (on a GPU it needs Triton and a C compiler, on a CPU g++); `eager` computes
+    operation by operation; `auto` compiles on GPUs where it can."""
     norm: Literal["auto", "torch", "apex"] = "auto"
-    """`torch`, or the fused norms of NVIDIA `apex`; `auto` takes apex where there is a GPU and apex
-    was built with its CUDA extensions."""
+    """`torch`, or the fused norms of NVIDIA `apex`; `auto` takes apex where there is a GPU, apex
+    was built with its CUDA extensions, and `kernels` are not compiled: compiled norms compute the
+    sum with the residual stream in the same pass, which apex's do not."""
     optimizer: Literal["auto", "torch", "apex"] = "auto"
-    """`torch` (fused AdamW) or `apex` (FusedAdam); `auto` as for `norm`. With `parallel.offload`
-    only `torch`."""
+    """`torch` (fused AdamW) or `apex` (FusedAdam); `auto` takes apex where there is a GPU and
+    apex was built with its CUDA extensions. With `parallel.offload` only `torch`."""
 
 
 class ValidationConfig(Section):

@@ -17,6 +17,7 @@ from rounding import FP32_ROUNDOFF, assert_close
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from megaphase.distributed import cross_entropy
 from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.layer_builder import LayerBuilder
 from megaphase.distributed.linear import ColumnParallelLinear
@@ -31,6 +32,7 @@ from megaphase.model.document_mask import (
 from megaphase.model.gpt import GPT
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
+from megaphase.ops import rms_norm
 from megaphase.ops.kernels import EAGER, Kernels
 from megaphase.ops.matmul import matmul
 from megaphase.optim.optimizer import build_optimizer
@@ -38,6 +40,7 @@ from megaphase.training.backends import Backends, choose_backends
 from megaphase.utils.errors import InputError
 
 ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
+H100_SHARED_MEMORY = 232_448  # bytes for one program
 GPT2 = {"norm": "layernorm", "position": "learned", "activation": "gelu", "bias": True}
 
 
@@ -76,6 +79,57 @@ def test_compiled_kernels_compute_what_plain_torch_does() -> None:
     shape = shape_of()
     found = gradients(build(shape, Kernels(compiled=True)))
     assert_all_close(found, plain_gradients(shape))
+
+
+# Formulas for a GPU alone: the same sums in another form.
+
+
+@pytest.mark.parametrize(
+    "formula", [rms_norm._gradients_in_one_pass, rms_norm._gradients_by_halves]
+)
+@pytest.mark.parametrize("has_residual_gradient", [True, False])
+def test_gradients_of_the_norm_in_one_pass_are_the_same(
+    formula: Callable[..., tuple[Tensor, Tensor]], has_residual_gradient: bool
+) -> None:
+    torch.manual_seed(1)
+    grad_total, grad, total = (torch.randn(2, 24, 48) for _ in range(3))
+    inputs = (grad_total if has_residual_gradient else None, grad, total, torch.rand(2, 24, 1))
+    weight = torch.randn(48)
+    for_total, for_weight = formula(*inputs, weight)
+    expected_total, expected_weight = rms_norm._gradients(*inputs, weight)
+    assert torch.equal(for_total, expected_total)
+    assert_close(for_weight, expected_weight, what="gradient of the weight")
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden", "dtype", "formula"),
+    [
+        (8192, 2048, torch.bfloat16, rms_norm._gradients_in_one_pass),
+        (4096, 5120, torch.bfloat16, rms_norm._gradients_in_one_pass),
+        (4096, 4096, torch.bfloat16, rms_norm._gradients_by_halves),  # as many rows as columns
+        (2048, 2048, torch.bfloat16, rms_norm._gradients),  # each half would have too few rows
+        (512, 5120, torch.bfloat16, rms_norm._gradients),  # too few rows
+        (8192, 5120, torch.float32, rms_norm._gradients),  # more than the shared memory
+        (8192, 4096, torch.float32, rms_norm._gradients_in_one_pass),
+        (8192, 12288, torch.bfloat16, rms_norm._gradients),  # more than the registers
+    ],
+)
+def test_the_form_of_the_norms_gradients_follows_their_size(
+    rows: int, hidden: int, dtype: torch.dtype, formula: Callable[..., Any]
+) -> None:
+    total, weight = (
+        torch.empty(size, dtype=dtype, device="meta") for size in [(rows, hidden), hidden]
+    )
+    assert rms_norm.gradients_formula(total, total, weight, H100_SHARED_MEMORY) is formula
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_the_loss_by_comparison_is_the_same_bit_for_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    logits, columns = (3 * torch.randn(64, 100)).to(dtype), torch.randint(100, (64, 1))
+    inputs = logits, logits.amax(-1).float(), torch.rand(64, 1), columns, torch.rand(64, 1) > 0.3
+    expected = cross_entropy._gradient(*inputs)
+    assert torch.equal(cross_entropy._gradient_by_comparison(*inputs), expected)
 
 
 # Memory saved for the backward pass.
@@ -277,9 +331,10 @@ def test_what_is_there_is_chosen(monkeypatch: Any) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name in there or None)
     assert choose_backends(run_config()) == eager
     there |= {"triton", "apex.normalization", "fused_layer_norm_cuda"}
-    assert choose_backends(run_config()) == Backends(
-        Kernels(compiled=True, apex_norm=True), "torch"
-    )
+    # Of both, the norms are compiled: apex's do not compute the residual sum.
+    assert choose_backends(run_config()) == compiled
+    assert choose_backends(parts(norm="apex")).kernels == Kernels(compiled=True, apex_norm=True)
+    assert choose_backends(parts(kernels="eager")).kernels == Kernels(apex_norm=True)
     there |= {"apex.optimizers", "amp_C"}
     assert choose_backends(parts(kernels="eager", norm="torch")) == Backends(EAGER, "apex")
 
