@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from llama import hugging_face_llama
+from moved_away import MovedAway
 from torch import nn
 
 from megaphase.config.run import RunConfig
@@ -27,6 +28,7 @@ from megaphase.utils.process_lifetime import end_with_parent, ends_with_this_pro
 
 LEARNING_RATE = 1e-4
 BATCHES = 4  # different batches, used in turn
+LEAVE, COME_BACK, ENDED = "leave", "come back", "ended"
 
 
 @dataclass(frozen=True)
@@ -209,11 +211,15 @@ def serve_steps(
     orders: Connection,
 ) -> None:
     """Run one of a side's processes: for each requested number of steps, send seconds and
-    memory."""
+    memory; for LEAVE and COME_BACK, move its tensors out of the GPU's memory and back."""
     begin(environment)
     prepare(settings, kind.processes)
     step, batches, taken = kind.step(settings), settings.batches(), 0
-    while (steps := receive(orders)) is not None:
+    moved = MovedAway()
+    while (steps := receive(orders)) != ENDED:
+        if steps in (LEAVE, COME_BACK):
+            orders.send(moved.leave() if steps == LEAVE else moved.come_back())
+            continue
         seconds = []
         for _ in range(steps):
             began = time.perf_counter()
@@ -224,11 +230,11 @@ def serve_steps(
 
 
 def receive(connection: Connection) -> Any:
-    """Return the next message; None once the other end is closed."""
+    """Return the next message; ENDED once the other end is closed."""
     try:
         return connection.recv()
     except EOFError:
-        return None
+        return ENDED
 
 
 class Side:
@@ -252,13 +258,25 @@ class Side:
 
     def take_steps(self, steps: int) -> list[float]:
         """Return the seconds of each of `steps` optimizer steps."""
-        for orders in self._orders:
-            orders.send(steps)
-        answers = [receive(orders) for orders in self._orders]
-        if None in answers:
-            raise SystemExit(f"{self.name}: its process failed; see above")
+        answers = self._answers(steps)
         self.peak_bytes = max(peak for _, peak in answers)
         return [max(times) for times in zip(*(seconds for seconds, _ in answers), strict=True)]
+
+    def leave(self) -> None:
+        """Move its tensors out of the GPU's memory; no steps until it has come back."""
+        self._answers(LEAVE)
+
+    def come_back(self) -> None:
+        self._answers(COME_BACK)
+
+    def _answers(self, order: int | str) -> list[Any]:
+        """What its processes answer."""
+        for orders in self._orders:
+            orders.send(order)
+        answers = [receive(orders) for orders in self._orders]
+        if ENDED in answers:
+            raise SystemExit(f"{self.name}: its process failed; see above")
+        return answers
 
     def stop(self) -> None:
         for orders in self._orders:

@@ -1,9 +1,10 @@
 """Compare the training throughput of Megaphase's engine with Hugging Face's Llama in a plain loop.
 
-Same shape, same batch, same threads, in one run. Every side has its own processes; the sides
-alternate, a few steps each, so that changes of the machine's speed affect all of them. Before that,
-one process checks that both models have the same number of parameters and give the same loss for
-the same weights.
+Same shape, same batch, same threads, in one run. Every side has its own processes and is measured
+together with the plain loop: the two alternate, a few steps each, so that changes of the machine's
+speed affect both. A GPU holds one of them at a time; the other's tensors are in the machine's
+memory meanwhile. Before that, one process checks that both models have the same number of
+parameters and give the same loss for the same weights.
 
     python benchmarks/train_throughput.py --precision fp32
     python benchmarks/train_throughput.py --preset gpt-1.3b --seq-len 4096 --batch 8 --micro 2
@@ -26,6 +27,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,37 +94,97 @@ def in_own_process(work: Callable[[Settings], Any], settings: Settings) -> Any:
         return pool.apply(work, (settings,))
 
 
+class Turns:
+    """Sides that take turns, of which one at a time has its tensors on the GPU."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._sides: list[Side] = []
+        self._present: Side | None = None
+
+    def start(self, kind: MegaphaseEngine | LlamaLoop) -> Side:
+        """Start a side's processes and let it warm up."""
+        self._make_room()
+        self._present = side = Side(kind, self._settings)
+        self._sides.append(side)
+        side.take_steps(WARM_UP_STEPS)
+        return side
+
+    def take(self, side: Side, steps: int) -> float:
+        """Return a side's seconds per step: the median of a turn.
+
+        The first step, with cold caches and sleeping threads, is not counted.
+        """
+        if self._present is not side:
+            self._make_room()
+            self._present = side
+            if self._settings.device == "cuda":
+                side.come_back()
+        return statistics.median(side.take_steps(steps + 1)[1:])
+
+    def stop(self, side: Side) -> None:
+        self._sides.remove(side)
+        side.stop()
+        if self._present is side:
+            self._present = None
+
+    def kill(self) -> None:
+        for side in self._sides:
+            side.kill()
+
+    def _make_room(self) -> None:
+        if self._present is not None and self._settings.device == "cuda":
+            self._present.leave()
+        self._present = None
+
+
+@dataclass
+class Pair:
+    """Seconds per step of a side and of the peer in its rounds; the side's peak memory."""
+
+    seconds: list[float]
+    peer_seconds: list[float]
+    peak_bytes: int
+
+
 def measure_sides(
     kinds: list[MegaphaseEngine | LlamaLoop], settings: Settings, steps: int, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Return the seconds per step of each side (median of a round), by round; and peak memory.
+) -> dict[str, Pair]:
+    """Measure each side together with the peer, which is the first plain loop.
 
-    In every round each side has one turn; its first step, with cold caches and sleeping threads, is
-    not counted.
+    In every round of a side both have one turn. Not more than two sides are in memory at a time,
+    and not more than one in a GPU's.
     """
-    sides = [Side(kind, settings) for kind in kinds]
+    turns, found = Turns(settings), {}
+    first = next(kind for kind in kinds if isinstance(kind, LlamaLoop))
     try:
-        for side in sides:
-            side.take_steps(WARM_UP_STEPS)
-        seconds: dict[str, list[float]] = {side.name: [] for side in sides}
-        for i in range(rounds):
-            first = i % len(sides)
-            for side in sides[first:] + sides[:first]:
-                seconds[side.name].append(statistics.median(side.take_steps(steps + 1)[1:]))
+        peer = turns.start(first)
+        for kind in kinds:
+            if kind is first:
+                continue
+            side = turns.start(kind)
+            pair = Pair([], [], 0)
+            for i in range(rounds):
+                for each in (side, peer) if i % 2 == 0 else (peer, side):
+                    seconds = pair.seconds if each is side else pair.peer_seconds
+                    seconds.append(turns.take(each, steps))
+            pair.peak_bytes = side.peak_bytes
+            found[side.name] = pair
+            turns.stop(side)
+        alone = [turns.take(peer, steps) for _ in range(0 if found else rounds)]
+        of_peer = alone + [each for pair in found.values() for each in pair.peer_seconds]
+        found[peer.name] = Pair(of_peer, of_peer, peer.peak_bytes)
+        turns.stop(peer)
     except BaseException:
-        for side in sides:
-            side.kill()
+        turns.kill()
         raise
-    for side in sides:
-        side.stop()
-    return seconds, {side.name: side.peak_bytes for side in sides}
+    return found
 
 
 def report(
     settings: Settings,
     machine: Machine,
-    seconds: dict[str, list[float]],
-    peaks: dict[str, int],
+    pairs: dict[str, Pair],
     kinds: list[MegaphaseEngine | LlamaLoop],
 ) -> dict[str, Any]:
     """Return all measurements with the lower bound and the ratios."""
@@ -135,16 +197,16 @@ def report(
     floor = step_flops / machine.matmul_flops + step_bytes / machine.memory_bytes_per_second
     sides = {
         name: {
-            "step_seconds": statistics.median(times),
-            "step_seconds_min": min(times),
-            "step_seconds_max": max(times),
-            "tokens_per_second": settings.tokens_per_step / statistics.median(times),
-            "of_matmul_ceiling": step_flops / statistics.median(times) / machine.matmul_flops,
-            "mfu": peak and step_flops / statistics.median(times) / (peak * gpus[name]),
-            "peak_bytes": peaks[name],
-            "ratio": _ratio(seconds[peer], times),
+            "step_seconds": (median := statistics.median(pair.seconds)),
+            "step_seconds_min": min(pair.seconds),
+            "step_seconds_max": max(pair.seconds),
+            "tokens_per_second": settings.tokens_per_step / median,
+            "of_matmul_ceiling": step_flops / median / machine.matmul_flops,
+            "mfu": peak and step_flops / median / (peak * gpus[name]),
+            "peak_bytes": pair.peak_bytes,
+            "ratio": _ratio(pair.peer_seconds, pair.seconds),
         }
-        for name, times in seconds.items()
+        for name, pair in pairs.items()
     }
     return {
         "settings": dataclasses.asdict(settings),
@@ -301,9 +363,9 @@ def main() -> int:
     settings = Settings(**{name: getattr(asked, name) for name in names}, device=device)
     parameters, difference = in_own_process(check_same_model, settings)
     before = in_own_process(machine_of, settings)
-    seconds, peaks = measure_sides(kinds, settings, asked.steps, asked.rounds)
+    pairs = measure_sides(kinds, settings, asked.steps, asked.rounds)
     machine = before.best(in_own_process(machine_of, settings))
-    result = report(settings, machine, seconds, peaks, kinds)
+    result = report(settings, machine, pairs, kinds)
     result["same_model"] = {"parameters": parameters, "loss_difference": difference}
     if asked.plot is not None:
         draw(result, asked.plot)
