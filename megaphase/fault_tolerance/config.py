@@ -24,6 +24,10 @@ class FaultsConfig(Section):
     """Whether a run whose loss has risen far and stays there, or does not move, ends with exit code
     1 after a checkpoint; `false` continues to train. It is reported in both cases: see
     [reliability.md](reliability.md#divergence)."""
+    compare_copies_steps: FewOrZero = 100
+    """Steps between comparisons of the parameters of which several ranks hold a copy (replicated
+    over tensor-parallel ranks, or over all without ZeRO): the run ends if copies are unequal; 0
+    never compares."""
     silent_seconds: Seconds = 30.0
     """Seconds without a heartbeat after which a process counts as dead: all others end and name
     it."""

@@ -41,6 +41,7 @@ from megaphase.training.checkpointer import Checkpointer, checkpoint_facts
 from megaphase.training.engine import Engine
 from megaphase.training.evaluator import HeldOutEvaluator
 from megaphase.training.rank0_callbacks import first_rank_callbacks
+from megaphase.training.replica_check import ReplicaCheck
 from megaphase.training.resume import (
     load_checkpoint,
     newest_checkpoint,
@@ -121,6 +122,7 @@ class Trainer:
         weights = starting_weights(self.store, self.checkpoint, self.branch)
         if weights is not None:
             load_checkpoint(self.engine, weights)
+        self.replicas = ReplicaCheck(config, self.engine.module, self.grid, self.control_group)
         self.evaluator = HeldOutEvaluator(
             self.plan.spec, self.engine, self.tokenizer, config.validation.samples
         )
@@ -178,8 +180,8 @@ class Trainer:
         """Train from where the run starts to the end of its last phase.
 
         Raises:
-            RunError: too many steps in a row are not finite, the loss has diverged, or a
-                checkpoint cannot be written.
+            RunError: too many steps in a row are not finite, the loss has diverged, copies of a
+                parameter are unequal, or a checkpoint cannot be written.
             Stopped: a signal came to some rank; the state is saved.
         """
         self.signals.begin_training(self.resume_point.loss)
@@ -239,6 +241,7 @@ class Trainer:
         self.callbacks.on_step_begin(step)
         began = time.perf_counter()
         result = self.engine.train_step(batch, rate, step)
+        self.replicas.begin(step)
         times = {"began": began, "data_wait": data_wait_seconds, "save": self._save_seconds}
         record = self.recorder.add(result, self.state, self.phase.name, rate, **times)
         self._save_seconds = 0.0
@@ -330,12 +333,19 @@ class Trainer:
             self.say(f"{phase} step {step:,}  the phase ends: {reason}")
         self.state = self.state.next_phase(self.state.used(self.plan))
         self.save(phase, permanent=True)
-        is_over = self.divergence.is_over(phase_ends=True)
-        if self.control_group.largest(int(is_over))[0]:
+        is_over, is_unequal = (
+            self.divergence.is_over(phase_ends=True),
+            self.replicas.has_found(step),
+        )
+        diverged, unequal = self.control_group.largest(int(is_over), int(is_unequal))
+        if unequal:
+            self._end_unequal(phase)
+        if diverged:
             self._end_diverged(phase)
 
     def stop_if_due(self) -> None:
-        """Advance a save that is under way; end the run if it has diverged or a signal came.
+        """Advance a save that is under way; end the run if it has diverged, copies of a
+        parameter are unequal, or a signal came.
 
         All ranks agree on this between two steps.
         """
@@ -344,12 +354,15 @@ class Trainer:
         if is_over:
             self.finish_step()  # which may be the one with which it has recovered
             is_over = self.divergence.is_over(phase_ends=False)
+        is_unequal = self.replicas.has_found(self.state.step - 1)
         started = time.perf_counter()
-        save_status, signalled, diverged = self.control_group.largest(
-            self.checkpointer.status, int(received is not None), int(is_over)
+        save_status, signalled, diverged, unequal = self.control_group.largest(
+            self.checkpointer.status, int(received is not None), int(is_over), int(is_unequal)
         )
         self.checkpointer.advance(save_status)
         self._save_seconds += time.perf_counter() - started
+        if unequal:
+            self._end_unequal(self.phase.name)
         if diverged:
             self._end_diverged(self.phase.name)
         if signalled:
@@ -387,6 +400,12 @@ class Trainer:
         with self._saving():
             self.checkpointer.finish()
         raise self.divergence.stop(self.state.step, phase)
+
+    def _end_unequal(self, phase: str) -> NoReturn:
+        """End the run; nothing is saved, since no rank knows which copy is right."""
+        with self._saving():
+            self.checkpointer.finish()
+        raise self.replicas.error(phase)
 
     def _stop(self, received: str | None) -> NoReturn:
         """Save and end the run; received: the signal that came to this rank."""
