@@ -1,6 +1,7 @@
 # make demo   set everything up and run the main job on artificial languages
 # make test   set everything up, lint and run the tests
 # make test-slow   the tests that take minutes: kills by the dozen
+# make rehearse   many layouts on a GPU that does not exist: minutes, no GPU needed
 # make docs   write docs/run-file.md again, from the config classes
 # make soak   20 minutes of kills, changed layouts and damaged checkpoints; says what was survived
 # make slurm  as root on Debian or Ubuntu: what the tests of SLURM need; without it they skip
@@ -12,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-slow docs soak slurm browser test-sanitize lint help-corpora clean
+.PHONY: demo test test-slow rehearse docs soak slurm browser test-sanitize lint help-corpora clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -23,6 +24,9 @@ test: lint
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+rehearse: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 -m rehearse
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate_run_file.py

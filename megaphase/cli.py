@@ -18,6 +18,7 @@ from megaphase.distributed.dist_env import check_launch, is_first_rank, report_e
 from megaphase.generation.commands import generate_command, translate_command
 from megaphase.launch.commands import demo_command, launch_app
 from megaphase.plan.commands import plan_app
+from megaphase.rehearsal.commands import rehearse_command
 from megaphase.sweep.commands import report_command, sweep_command
 from megaphase.training.commands import evaluate_command, train_command
 from megaphase.utils.errors import (
@@ -57,6 +58,7 @@ app = typer.Typer(
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(plan_app, name="plan")
+app.command("rehearse")(rehearse_command)
 app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
 app.command("generate")(generate_command)

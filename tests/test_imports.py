@@ -34,6 +34,7 @@ ORDER = (
     "report",
     "data_tools",
     "launch",
+    "rehearsal",
     "sweep",
     "cli",
     "__main__",
@@ -52,6 +53,9 @@ COMMANDS = ("commands", "cli", "__main__")
 SLOW = {
     # torch
     ("megaphase.distributed.all_ranks", "megaphase.distributed.process_grid"),
+    # torch, which must find the fake device when it is imported
+    ("megaphase.rehearsal.process", "megaphase.config.run"),
+    ("megaphase.rehearsal.process", "megaphase.rehearsal.rank"),
     # pyarrow, which is an extra, too
     ("megaphase.data_tools.text.chunks", "megaphase.data_tools.text.parquet"),
     ("megaphase.data_tools.text.records", "megaphase.data_tools.text.parquet"),

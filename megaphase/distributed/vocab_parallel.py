@@ -28,7 +28,6 @@ from megaphase.distributed.layer_builder import LayerBuilder
 from megaphase.distributed.parameter_spec import Normal, ParameterSpec
 from megaphase.distributed.sharding import vocab_rows
 from megaphase.ops.matmul import linear
-from megaphase.ops.row_order import stored_order
 
 
 def _weight(vocab: int, hidden: int, std: float) -> ParameterSpec:
@@ -46,16 +45,17 @@ class VocabParallelEmbedding(CostedLayer):
         self.rows = vocab_rows(vocab, build.region.grid.tensor_size)
         self.first_row = self.rows * build.region.grid.tensor_rank
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens int64 [batch, seq] -> [batch, seq (/ tensor), hidden]."""
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """tokens int64 [batch, seq] -> [batch, seq (/ tensor), hidden] of dtype.
+
+        Rounded before they are summed: all ranks but one add zeros.
+        """
         if self.region.grid.tensor_size == 1:
-            return F.embedding(tokens, self.weight)
-        sequence = self.region.sequence
-        local = (tokens.t() if sequence else tokens) - self.first_row
+            return F.embedding(tokens, self.weight).to(dtype)
+        local = tokens - self.first_row
         elsewhere = (local < 0) | (local >= self.rows)
-        vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        own = vectors.masked_fill(elsewhere.unsqueeze(-1), 0)
-        return self.region.reduce_async(own.transpose(0, 1) if sequence else own)()
+        vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight).to(dtype)
+        return self.region.reduce_async(vectors.masked_fill(elsewhere.unsqueeze(-1), 0))()
 
     def forward_collectives(self, rank: Rank) -> Sequence[Collective]:
         return leave_collectives(rank, self.hidden)
@@ -119,9 +119,7 @@ class VocabParallelHead(CostedLayer):
         weight = self.weight[: self.real_rows] if self.padded else self.weight
         if targets is None:
             return linear(x, weight.to(x.dtype))
-        order = stored_order(x)
-        total, losses = linear_cross_entropy(order(x), weight, order(targets), self.vocabulary)
-        return total, order(losses)
+        return linear_cross_entropy(x, weight, targets, self.vocabulary)
 
     def flops_per_token(self, seq_len: int) -> int:
         return 2 * self.vocab * self.hidden
@@ -155,8 +153,11 @@ class VocabParallelHead(CostedLayer):
         whole = region_bytes(rank, self.hidden)
         cast = weight * BF16_BYTES if rank.compute_bytes != rank.parameter_bytes else 0
         gradients = whole + weight * FP32_BYTES
-        # The logits and their gradient, and exponentials in fp32, with another cast in bf16.
-        loss = logits * (2 * rank.compute_bytes + FP32_BYTES * (2 if rank.bf16 else 1))
+        # The logits, their gradient and, unless a GPU's compiler fuses them, exponentials in fp32,
+        # with another cast in bf16.
+        compiled = rank.compiled and rank.device == "cuda"
+        eager = 0 if compiled else FP32_BYTES * (2 if rank.bf16 else 1)
+        loss = logits * (2 * rank.compute_bytes + eager)
         products = 0 if rank.parameter_bytes == FP32_BYTES else weight * rank.compute_bytes
         if rank.widened:
             products = FP32_BYTES * (logits + weight + part * self.hidden)

@@ -1,0 +1,176 @@
+"""A rehearsal as `megaphase rehearse` shows it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megaphase.config.run import RunConfig
+from megaphase.distributed.dist_env import given_world_size
+from megaphase.estimate.hardware import planned_card
+from megaphase.estimate.suggestions import GB, RESERVE
+from megaphase.plan.load_plan import memory_setup, open_run
+from megaphase.plan.same_run import settings_of
+from megaphase.rehearsal.fake_device import CARD, missing_for_rehearsal
+from megaphase.utils.errors import InputError, RunError
+
+# In this order; each is shown in a column.
+COLUMNS = {
+    "train": "training step",
+    "evaluate": "validation",
+    "save": "save",
+    "load": "load",
+    "reset": "reset",
+}
+WAITS_SHOWN = 12
+ENDS_SILENTLY = "the process that rehearses has ended without an answer"
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """figures: as JSON; see `rank.Rank.report` and `estimates`."""
+
+    figures: dict[str, Any]
+    config: RunConfig
+
+    def show(self, console: Console) -> None:
+        if "error" in self.figures:
+            return
+        console.print(self._table())
+        for sentence in self._sentences():
+            console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        console.print(self._waits())
+
+    def raise_fault(self) -> None:
+        """
+        Raises:
+            RunError: the run would have failed on the cluster.
+        """
+        for fault in self._faults():
+            raise RunError(fault)
+
+    def _faults(self) -> list[str]:
+        figures = self.figures
+        if "error" in figures:
+            print(figures["traceback"], file=sys.stderr, end="")
+            return [f"the rehearsed rank has failed: {figures['error']}"]
+        faults = []
+        if not figures["applied"]:
+            faults.append("the optimizer did not step in the rehearsal")
+        for report in figures["reports"].values():
+            for operator, collective, place in report["conflicts"]:
+                faults.append(f"{operator} touches a tensor of an unfinished {collective}, {place}")
+        card = planned_card(self.config)
+        if self._peak() > card.memory_gb * GB:
+            faults.append(
+                f"the run needs {self._peak() / GB:.1f} GB, and {card.title} has "
+                f"{card.memory_gb:g} GB; `megaphase plan` names layouts that fit"
+            )
+        return faults
+
+    def _peak(self) -> int:
+        return max(int(report["peak_bytes"]) for report in self.figures["reports"].values())
+
+    def _table(self) -> Table:
+        reports: Mapping[str, Any] = self.figures["reports"]
+        table = Table(
+            title=f"Rank {self.figures['rank']:,} of {self.figures['processes']:,} on "
+            f"{CARD.name} (fake)",
+            title_justify="left",
+        )
+        table.add_column("")
+        for action in COLUMNS:
+            table.add_column(COLUMNS[action], justify="right")
+        rows: dict[str, Callable[[Any], str]] = {
+            "kernels": lambda r: f"{sum(r['kernels'].values()):,}",
+            "bytes read and written, GB": lambda r: f"{r['bytes_moved'] / GB:,.1f}",
+            "products, TFLOP": lambda r: f"{r['product_flops'] / 1e12:,.1f}",
+            "waits of the host": lambda r: f"{sum(w['count'] for w in r['waits']):,}",
+            "collectives, tensor": lambda r: _collectives(r, "tensor"),
+            "collectives, data": lambda r: _collectives(r, "data"),
+            "peak memory, GB": lambda r: f"{r['peak_bytes'] / GB:,.2f}",
+        }
+        for name, cell in rows.items():
+            table.add_row(name, *(cell(reports[action]) for action in COLUMNS))
+        return table
+
+    def _sentences(self) -> Sequence[str]:
+        estimates, train = self.figures["estimates"], self.figures["reports"]["train"]
+        peak = train["peak_bytes"]
+        sentences = [
+            f"Peak of a training step: {peak / GB:.2f} GB of tensors; `megaphase plan` estimates "
+            f"{estimates['peak_bytes'] / GB:.2f} GB, and {RESERVE:.0%} of the card in reserve for "
+            "what is no tensor"
+        ]
+        gathered = train["gathered_ahead"] + train["gathered_when_needed"]
+        if gathered:
+            share = train["gathered_ahead"] / gathered
+            sentences.append(
+                f"ZeRO 3 gathers {gathered / 1e6:,.0f} million elements a step, {share:.0%} of "
+                "them ahead of their use"
+            )
+        return sentences
+
+    def _waits(self) -> Table:
+        waits = self.figures["reports"]["train"]["waits"]
+        table = Table(title="The host waits in a training step", title_justify="left")
+        for heading in ("times", "why", "where"):
+            table.add_column(heading, overflow="fold")
+        for wait in waits[:WAITS_SHOWN]:
+            table.add_row(f"{wait['count']:,}", wait["kind"], wait["place"])
+        return table
+
+
+def _collectives(report: Mapping[str, Any], group: str) -> str:
+    found = [each for each in report["collectives"] if each["group"] == group]
+    sent = sum(each["count"] * each["sent"] for each in found)
+    return f"{sum(each['count'] for each in found):,} ({sent / GB:,.2f} GB)"
+
+
+def rehearse_run(
+    run_file: Path,
+    overrides: Sequence[str] | None,
+    processes: int | None,
+    rank: int,
+    console: Console,
+) -> Rehearsed:
+    """Rehearse one rank of a run.
+
+    Raises:
+        InputError: the run file is invalid, its layout does not divide, or g++ is missing.
+        RunError: the rehearsal itself could not be carried out.
+    """
+    config, tokenizer = open_run(run_file, overrides)
+    processes = processes or given_world_size() or config.parallel.tensor
+    memory_setup(config, tokenizer, processes)  # refuses what does not divide
+    if rank >= processes:
+        raise InputError("--rank", f"is {rank:,}", f"give one below {processes:,}")
+    if missing := missing_for_rehearsal():
+        raise InputError(missing, "is not installed, and a rehearsal needs it", "install it")
+    case = {
+        "run": settings_of(config),
+        "vocab": tokenizer.vocab_size,
+        "processes": processes,
+        "rank": rank,
+        "actions": [*COLUMNS],
+    }
+    with console.status(f"Rehearsing rank {rank:,} of {processes:,}"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "megaphase.rehearsal.process"],
+            input=json.dumps(case),
+            capture_output=True,
+            text=True,
+        )
+    if not done.stdout.strip():
+        lines = done.stderr.strip().splitlines()
+        raise RunError(f"{ENDS_SILENTLY}: {lines[-1] if lines else f'exit code {done.returncode}'}")
+    figures = json.loads(done.stdout)
+    return Rehearsed(figures | {"rank": rank, "processes": processes}, config)
