@@ -1,7 +1,9 @@
 """Collectives over the tensor-parallel group that autograd can differentiate.
 
 Each is the transpose of another one, as in Megatron-LM (Shoeybi et al. 2019, section 3; Korthikanti
-et al. 2022 for the sequence-parallel pair). Activations are [batch, seq, hidden].
+et al. 2022 for the sequence-parallel pair). Activations are [batch, seq, hidden]; what is gathered
+or scattered along the sequence is stored sequence first (`ops.row_order`), where the ranks' parts
+lie one after the other, and is copied only where its storage is another one.
 """
 
 from __future__ import annotations
@@ -23,38 +25,40 @@ SEQUENCE_DIM = 1
 class RunningCollective:
     """A running collective.
 
-    parts: its result along the sequence, not to be read before `finish`.
+    result: not to be read before `finish`.
     """
 
     work: dist.Work
-    parts: list[Tensor]
+    result: Tensor
 
     def finish(self) -> Tensor:
         """Wait for the collective and return its result."""
         self.work.wait()
-        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=SEQUENCE_DIM)
+        return self.result
 
 
 def start_all_reduce(x: Tensor, grid: ProcessGrid) -> RunningCollective:
     """Sum over the group, in place if x is contiguous; x must not be used afterwards."""
     x = x.contiguous()
     work = dist.all_reduce(x, group=grid.tensor_group, async_op=True)
-    return RunningCollective(work, [x])
+    return RunningCollective(work, x)
 
 
 def start_gather_sequence(x: Tensor, grid: ProcessGrid) -> RunningCollective:
-    """[batch, seq / tensor, hidden] -> [batch, seq, hidden]."""
-    parts = [torch.empty_like(x) for _ in range(grid.tensor_size)]
-    work = dist.all_gather(parts, x.contiguous(), group=grid.tensor_group, async_op=True)
-    return RunningCollective(work, parts)
+    """[batch, seq / tensor, hidden] -> [batch, seq, hidden], stored sequence first."""
+    own = x.transpose(0, SEQUENCE_DIM).contiguous()
+    whole = own.new_empty(len(own) * grid.tensor_size, *own.shape[1:])
+    work = dist.all_gather_into_tensor(whole, own, group=grid.tensor_group, async_op=True)
+    return RunningCollective(work, whole.transpose(0, SEQUENCE_DIM))
 
 
 def start_reduce_scatter_sequence(x: Tensor, grid: ProcessGrid) -> RunningCollective:
-    """Sum [batch, seq, hidden] over the group; return this rank's [batch, seq / tensor, hidden]."""
-    parts = [part.contiguous() for part in x.chunk(grid.tensor_size, dim=SEQUENCE_DIM)]
-    own = torch.empty_like(parts[0])
-    work = dist.reduce_scatter(own, parts, group=grid.tensor_group, async_op=True)
-    return RunningCollective(work, [own])
+    """Sum [batch, seq, hidden] over the group; return this rank's [batch, seq / tensor, hidden],
+    stored sequence first."""
+    whole = x.transpose(0, SEQUENCE_DIM).contiguous()
+    own = whole.new_empty(len(whole) // grid.tensor_size, *whole.shape[1:])
+    work = dist.reduce_scatter_tensor(own, whole, group=grid.tensor_group, async_op=True)
+    return RunningCollective(work, own.transpose(0, SEQUENCE_DIM))
 
 
 class _CopyToTensorParallel(torch.autograd.Function):
@@ -97,7 +101,7 @@ class _StartReduction(torch.autograd.Function):
         ctx.reduction = reduction
         if reduction.sequence:
             reduction.out = start_reduce_scatter_sequence(x, reduction.grid)
-            return reduction.out.parts[0]
+            return reduction.out.result
         ctx.mark_dirty(x)
         reduction.out = start_all_reduce(x, reduction.grid)
         return x
@@ -147,7 +151,8 @@ def reduce_async(x: Tensor, grid: ProcessGrid, sequence: bool) -> Callable[[], T
 
     Work between the two calls, in forward and in backward, overlaps with the collective.
 
-    x: [batch, seq, hidden], contiguous; must not be used afterwards.
+    x: [batch, seq, hidden], contiguous or, with `sequence`, stored sequence first; must not be used
+        afterwards.
     sequence: whether every rank keeps only its positions, [batch, seq / tensor, hidden]; in
         backward they are gathered.
     """

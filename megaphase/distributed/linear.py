@@ -40,6 +40,7 @@ from megaphase.distributed.parameter_spec import Constant, Normal, ParameterSpec
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.ops.matmul import linear, matmul, weight_gradient
 from megaphase.ops.recompute import saves_recompute_of
+from megaphase.ops.row_order import sequence_first
 
 # Gradients of a weight by two halves of a micro-batch: both are read, their sum is written.
 _SUM_PASSES = 3
@@ -159,6 +160,8 @@ class RowParallelLinear(_CostedLinear):
     def start(self, x: Tensor) -> Callable[[], Tensor]:
         """Compute this rank's partial y and start to sum it; the function returned waits for y."""
         with saves_recompute_of(x):
+            # Attention may have stored it otherwise, and the product would be larger to copy.
+            x = sequence_first(x) if self.region.sequence else x
             product = linear(x, self.region.cast(self.weight, x.dtype))
         sum_ = self.region.reduce_async(product)
         return lambda: sum_() if self.bias is None else sum_() + self._whole_bias().to(x.dtype)
@@ -191,10 +194,11 @@ class _ColumnParallelLinear(torch.autograd.Function):
             for_weight = weight_gradient(grads[0], x)
             return sum_.finish(), for_weight, None, None
         whole = start_gather_sequence(x, ctx.grid)
-        for_whole = matmul(grads[0], weight)
+        grad = sequence_first(grads[0])
+        for_whole = matmul(grad, weight)
         gathered = whole.finish()
         own = start_reduce_scatter_sequence(for_whole, ctx.grid)
-        for_weight = weight_gradient(grads[0], gathered)
+        for_weight = weight_gradient(grad, gathered)
         return own.finish(), for_weight, None, None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -130,7 +131,8 @@ def start_process_grid(tensor_size: int) -> ProcessGrid:
     world, rank = dist.get_world_size(), dist.get_rank()
     assert world % tensor_size == 0, "RunConfig.micro_batches comes first"
     tensor_groups = [
-        dist.new_group(range(first, first + tensor_size)) for first in range(0, world, tensor_size)
+        dist.new_group(range(first, first + tensor_size), pg_options=_high_priority())
+        for first in range(0, world, tensor_size)
     ]
     data_groups = [dist.new_group(range(t, world, tensor_size)) for t in range(tensor_size)]
     return ProcessGrid(
@@ -140,3 +142,15 @@ def start_process_grid(tensor_size: int) -> ProcessGrid:
         tensor_groups[rank // tensor_size],
         data_groups[rank % tensor_size],
     )
+
+
+def _high_priority() -> Any:
+    """Options of a group whose collectives the GPU starts before other work that waits.
+
+    Tensor-parallel collectives are short, and every product after them needs their results.
+    """
+    if dist.get_backend() != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = True
+    return options

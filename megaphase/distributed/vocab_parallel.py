@@ -28,6 +28,7 @@ from megaphase.distributed.layer_builder import LayerBuilder
 from megaphase.distributed.parameter_spec import Normal, ParameterSpec
 from megaphase.distributed.sharding import vocab_rows
 from megaphase.ops.matmul import linear
+from megaphase.ops.row_order import stored_order
 
 
 def _weight(vocab: int, hidden: int, std: float) -> ParameterSpec:
@@ -52,10 +53,12 @@ class VocabParallelEmbedding(CostedLayer):
         """
         if self.region.grid.tensor_size == 1:
             return F.embedding(tokens, self.weight).to(dtype)
-        local = tokens - self.first_row
+        sequence = self.region.sequence
+        local = (tokens.t() if sequence else tokens) - self.first_row
         elsewhere = (local < 0) | (local >= self.rows)
         vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight).to(dtype)
-        return self.region.reduce_async(vectors.masked_fill(elsewhere.unsqueeze(-1), 0))()
+        own = vectors.masked_fill(elsewhere.unsqueeze(-1), 0)
+        return self.region.reduce_async(own.transpose(0, 1) if sequence else own)()
 
     def forward_collectives(self, rank: Rank) -> Sequence[Collective]:
         return leave_collectives(rank, self.hidden)
@@ -119,7 +122,9 @@ class VocabParallelHead(CostedLayer):
         weight = self.weight[: self.real_rows] if self.padded else self.weight
         if targets is None:
             return linear(x, weight.to(x.dtype))
-        return linear_cross_entropy(x, weight, targets, self.vocabulary)
+        order = stored_order(x)
+        total, losses = linear_cross_entropy(order(x), weight, order(targets), self.vocabulary)
+        return total, order(losses)
 
     def flops_per_token(self, seq_len: int) -> int:
         return 2 * self.vocab * self.hidden

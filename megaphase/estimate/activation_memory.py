@@ -45,7 +45,7 @@ def block_backward(setup: Setup) -> int:
     saved = block_saved(setup)
     peaks, left = [], saved
     if setup.sequence:  # the gradient of the block's output is gathered
-        peaks.append(saved + residual(setup) + 2 * region_bytes(setup, setup.shape.hidden))
+        peaks.append(saved + residual(setup) + region_bytes(setup, setup.shape.hidden))
     for branch in reversed(declared_block(setup.shape).branches):
         for layer in (branch.layer, branch.norm):
             for stage in layer.backward_stages(setup):

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from megaphase.distributed.device_copies import to_device
 from megaphase.generation.decoder import Decoder
 from megaphase.generation.decoding import Continuation, Decoding, Prompt
 from megaphase.model.gpt import GPT
@@ -101,7 +102,7 @@ def beam_search(
         else:
             decoder.select(rows)
         active = unfinished
-        decoder.step(torch.tensor(tokens, device=decoder.logits.device))
+        decoder.step(to_device(torch.tensor(tokens), decoder.logits.device))
 
 
 def _candidates(gains: Tensor, searches: Sequence[BeamSearch], beam: int) -> list[list[Candidate]]:
@@ -115,28 +116,50 @@ def _candidates(gains: Tensor, searches: Sequence[BeamSearch], beam: int) -> lis
         [each.log_probability for each in search.live] + [-math.inf] * (beam - len(search.live))
         for search in searches
     ]
-    before = torch.tensor(totals, dtype=torch.float64, device=gains.device).view(-1, 1)
+    before = to_device(torch.tensor(totals, dtype=torch.float64), gains.device).view(-1, 1)
     scores = (gains + before).view(len(searches), beam * vocab)
-    values, places = largest(scores, min(2 * beam, beam * vocab))
-    gained = gains.view(len(searches), beam * vocab).gather(1, places)
+    count = min(2 * beam, beam * vocab)
+    values, places, tied = _largest_unless_tied(scores, count)
+    figures = _figures(gains, values, places, tied)
+    if figures[3].any():
+        values, places = _first_of_sorted(scores, count)
+        figures = _figures(gains, values, places, tied)
     return [
         [
-            (gain, *divmod(place, vocab))
+            (gain, *divmod(int(place), vocab))
             for value, gain, place in zip(*columns, strict=True)
             if value > -math.inf
         ]
-        for columns in zip(values.tolist(), gained.tolist(), places.tolist(), strict=True)
+        for columns in zip(*figures[:3].tolist(), strict=True)
     ]
+
+
+def _figures(gains: Tensor, values: Tensor, places: Tensor, tied: Tensor) -> Tensor:
+    """Scores, gains, places, and whether these are among equal ones, read at once; float64
+    [4, searches, count], CPU. float64 holds them all exactly."""
+    gained = gains.view(len(values), -1).gather(1, places)
+    columns = values, gained, places, tied.expand_as(values)
+    return torch.stack([each.double() for each in columns]).cpu()
 
 
 def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` largest values of each row and their indices, in order. Of equal values,
     those with the smallest index come first, which `torch.topk` does not guarantee."""
+    values, places, tied = _largest_unless_tied(scores, count)
+    return _first_of_sorted(scores, count) if tied.any() else (values, places)
+
+
+def _largest_unless_tied(scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`largest` for the rows that are not tied: bool [rows, 1], whether the smallest of these
+    values also stands elsewhere in the row."""
     values, places = scores.topk(count)
     edge = values[:, -1:]
-    if ((scores == edge).sum(1) > (values == edge).sum(1)).any():
-        values, places = scores.sort(stable=True, dim=1, descending=True)
-        return values[:, :count], places[:, :count]
+    tied = (scores == edge).sum(1, keepdim=True) > (values == edge).sum(1, keepdim=True)
     places, order = places.sort(1)
     values, order = values.gather(1, order).sort(stable=True, dim=1, descending=True)
-    return values, places.gather(1, order)
+    return values, places.gather(1, order), tied
+
+
+def _first_of_sorted(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    values, places = scores.sort(stable=True, dim=1, descending=True)
+    return values[:, :count], places[:, :count]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megaphase.distributed.device_copies import to_device
 from megaphase.model.gpt import GPT
 from megaphase.model.kv_cache import KVCache
 from megaphase.utils.errors import RunError
@@ -42,12 +43,12 @@ class Decoder:
         self._prompt_slots = longest
         self._cache = KVCache(
             model.shape,
-            torch.tensor(padding, device=device),
+            to_device(torch.tensor(padding), device),
             rows=len(prompts) * copies,
             slots=longest + new_tokens - 1,
             dtype=model.compute_dtype,
         )
-        self.logits = self._feed(torch.tensor(rows, device=device))
+        self.logits = self._feed(to_device(torch.tensor(rows), device))
         if not self.logits.isfinite().all():
             raise RunError("the model's logits are not finite; its training has diverged")
 
@@ -66,7 +67,7 @@ class Decoder:
     def _select(self, rows: Sequence[int], first_slot: int) -> None:
         if list(rows) == list(range(len(self.logits))):
             return
-        chosen = torch.tensor(rows, device=self.logits.device)
+        chosen = to_device(torch.tensor(rows), self.logits.device)
         self.logits = self.logits[chosen]
         self._cache.select(chosen, first_slot)
 

@@ -8,6 +8,7 @@ from megaphase.generation.beam import beam_search
 from megaphase.generation.decoding import Continuation, Decoding, Prompt
 from megaphase.generation.sampling import sample
 from megaphase.model.gpt import GPT
+from megaphase.ops.attention import without_plans
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 
@@ -46,10 +47,11 @@ def generate(
     found: dict[int, Continuation] = {}
     for first in range(0, len(waiting), batch):
         together = waiting[first : first + batch]
-        if how.beam > 1:
-            best = [kept[0] for kept in beam_search(model, together, how, eod)]
-        else:
-            best = sample(model, together, how, eod)
+        with without_plans():
+            if how.beam > 1:
+                best = [kept[0] for kept in beam_search(model, together, how, eod)]
+            else:
+                best = sample(model, together, how, eod)
         found |= {prompt.number: each for prompt, each in zip(together, best, strict=True)}
         advance(len(together))
     return [found[number] for number in range(len(found))]

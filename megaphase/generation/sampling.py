@@ -8,47 +8,78 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megaphase.distributed.device_copies import to_device
 from megaphase.generation.decoder import Decoder
 from megaphase.generation.decoding import Continuation, Decoding, Prompt
 from megaphase.model.gpt import GPT
 
+# Tokens of each row that a GPU computes before the host looks for rows that are finished; these
+# compute along until then, and what they have after EOD is dropped.
+GPU_TOKENS_PER_READ = 8
+
 
 def sample(model: GPT, prompts: Sequence[Prompt], how: Decoding, eod: int) -> list[Continuation]:
     """Return a continuation of every prompt, computed as one batch; finished rows leave it."""
-    decoder = Decoder(model, [p.tokens for p in prompts], max(p.limit for p in prompts))
+    limits = [prompt.limit for prompt in prompts]
+    decoder = Decoder(model, [p.tokens for p in prompts], max(limits))
+    device = decoder.logits.device
+    most = tokens_per_read(device)
     found = [Continuation() for _ in prompts]
-    draws = [_uniform(how.seed, p.number, p.limit) for p in prompts]
-    rows, step = list(range(len(prompts))), 0
+    draws = to_device(_uniform(prompts, how), device)
+    rows, done = list(range(len(prompts))), 0
+    tokens: Tensor | None = None
     while True:
-        if how.temperature:
-            tokens = _drawn(decoder.logits, how, [float(draws[i][step]) for i in rows])
-        else:
-            tokens = decoder.logits.argmax(-1)
-        gains = decoder.logits.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
-        for i, token, gain in zip(rows, tokens.tolist(), gains.tolist(), strict=True):
-            found[i] = found[i].then(token, gain, eod)
-        step += 1
-        active = [
-            row
-            for row, i in enumerate(rows)
-            if not found[i].ended and len(found[i].tokens) < prompts[i].limit
-        ]
+        figures: list[Tensor] = []
+        for step in range(done, min(done + most, min(limits[i] for i in rows))):
+            if tokens is not None:
+                decoder.step(tokens)
+            tokens = _next_tokens(decoder.logits, how, draws[:, step])
+            gains = decoder.logits.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+            figures.append(torch.stack([tokens.double(), gains.double()]))  # exact in float64
+        done += len(figures)
+        for step_tokens, step_gains in torch.stack(figures).cpu().tolist():
+            for i, token, gain in zip(rows, step_tokens, step_gains, strict=True):
+                if not found[i].ended:
+                    found[i] = found[i].then(int(token), gain, eod)
+        active = [row for row, i in enumerate(rows) if not found[i].ended and done < limits[i]]
         if not active:
             return found
-        decoder.select(active)
-        rows = [rows[row] for row in active]
-        decoder.step(tokens[active])
+        assert tokens is not None
+        if len(active) < len(rows):
+            decoder.select(active)
+            chosen = to_device(torch.tensor(active), device)
+            tokens, draws = tokens[chosen], draws[chosen]
+            rows = [rows[row] for row in active]
 
 
-def _uniform(seed: int, number: int, count: int) -> np.ndarray:
-    """Return a prompt's own random numbers, which depend neither on its batch nor on the device."""
-    return np.random.default_rng([seed, number]).random(count)
+def tokens_per_read(device: torch.device) -> int:
+    """A CPU does one thing at a time, so there rows are finished with their last token."""
+    return 1 if device.type == "cpu" else GPU_TOKENS_PER_READ
 
 
-def _drawn(logits: Tensor, how: Decoding, draws: Sequence[float]) -> Tensor:
+def _next_tokens(logits: Tensor, how: Decoding, draws: Tensor) -> Tensor:
+    """The next token of each row, int64 [rows]; draws: see _drawn, unused where greedy."""
+    return _drawn(logits, how, draws) if how.temperature else logits.argmax(-1)
+
+
+def _uniform(prompts: Sequence[Prompt], how: Decoding) -> Tensor:
+    """Return each prompt's own random numbers, which depend neither on its batch nor on the device;
+    float64 [prompts, most tokens], 0 where none is needed."""
+    draws = np.zeros((len(prompts), max(prompt.limit for prompt in prompts)))
+    if how.temperature:
+        for row, prompt in zip(draws, prompts, strict=True):
+            row[: prompt.limit] = np.random.default_rng([how.seed, prompt.number]).random(
+                prompt.limit
+            )
+    return torch.from_numpy(draws)
+
+
+def _drawn(logits: Tensor, how: Decoding, draws: Tensor) -> Tensor:
     """Sample a token of each row, int64 [rows], restricted by top-k and top-p.
 
     Top-k and top-p (Holtzman et al. 2020) exclude all but the most likely tokens.
+
+    draws: float64 [rows], uniform between 0 and 1.
     """
     likeliest, tokens = (logits / how.temperature).sort(stable=True, dim=-1, descending=True)
     probabilities = likeliest.double().softmax(-1)
@@ -58,7 +89,7 @@ def _drawn(logits: Tensor, how: Decoding, draws: Sequence[float]) -> Tensor:
     before = probabilities.cumsum(-1) - probabilities
     probabilities[:, 1:][before[:, 1:] >= how.top_p] = 0.0
     reached = probabilities.cumsum(-1)
-    wanted = torch.tensor(draws, dtype=torch.float64, device=logits.device) * reached[:, -1]
+    wanted = draws * reached[:, -1]
     places = torch.searchsorted(reached, wanted.unsqueeze(1), right=True)
     last = (probabilities > 0).sum(-1, keepdim=True) - 1
     return tokens.gather(1, places.minimum(last)).squeeze(1)

@@ -37,6 +37,7 @@ from megaphase.model.rotary import Rotary
 from megaphase.model.shape import GPTShape
 from megaphase.ops.attention import attention
 from megaphase.ops.kernels import EAGER, Kernels
+from megaphase.ops.row_order import sequence_first
 from megaphase.utils.targets import IGNORED_TARGET
 
 
@@ -179,13 +180,13 @@ class GPT(CostedLayer):
         x = self.embedding_dropout(self._embed(tokens, documents, cached), dropout_seeds)
         halves = 2 if self.overlap and len(tokens) > 1 else 1
         contexts = self._contexts(documents, bounds, dropout_seeds, halves, cached)
-        parts = x.chunk(halves)
+        parts = self._halves(x, halves)
         for block, of_block in zip(self.blocks, contexts, strict=True):
             if self.shape.activation_checkpointing == "full" and self.training:
                 parts = checkpoint(block, of_block, *parts, use_reentrant=False)
             else:
                 parts = block(of_block, *parts)
-        x = parts[0] if halves == 1 else torch.cat(parts)
+        x = self._whole(parts)
         _, normed = self.norm(x if cached is None else x[:, -1])
         return self.head(normed, targets)
 
@@ -203,6 +204,18 @@ class GPT(CostedLayer):
                 positions = positions[: tokens.shape[1]]
             x = x + self.region.own_positions(positions).to(self.compute_dtype)
         return x
+
+    def _halves(self, x: Tensor, halves: int) -> tuple[Tensor, ...]:
+        """The rows in equal parts, each stored as a layer stores its output."""
+        parts = x.chunk(halves)
+        return tuple(map(sequence_first, parts)) if self.region.sequence else parts
+
+    def _whole(self, parts: Sequence[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            return parts[0]
+        if not self.region.sequence:
+            return torch.cat(tuple(parts))
+        return torch.cat([part.transpose(0, 1) for part in parts], 1).transpose(0, 1)
 
     def _contexts(
         self,

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from megaphase.model.shape import GPTShape
 
+MASK_ALIGNMENT = 16
+
 
 class CachedTokens(NamedTuple):
     """One layer's keys and values, and the mask of the new tokens.
@@ -21,7 +23,8 @@ class CachedTokens(NamedTuple):
     Attributes:
         keys, values: [rows, kv_heads, slots, head_dim] up to the slot of the newest token; the
             last slots are for the new tokens.
-        mask: bool [rows, 1, seq, slots], the slots that each of those tokens attends to.
+        mask: [rows, 1, seq, slots], added to the scores: 0 for the slots that each of those tokens
+            attends to, otherwise -inf.
     """
 
     keys: Tensor
@@ -87,13 +90,18 @@ class KVCache:
         """Give every row `seq` more slots, for new tokens."""
         rows, padding = len(self._padding), self._padding[:, None]
         first, self.filled = self.filled, self.filled + seq
-        slots = torch.arange(self.filled, device=padding.device)
-        new = slots[first:]
-        mask = (slots >= padding).unsqueeze(1) & (slots <= new[:, None])
+        # Rows of an aligned length, or the memory-efficient kernel copies the mask in every layer.
+        aligned = -(-self.filled // MASK_ALIGNMENT) * MASK_ALIGNMENT
+        slots = torch.arange(aligned, device=padding.device)
+        new = slots[first : self.filled]
+        seen = (slots >= padding).unsqueeze(1) & (slots <= new[:, None])
         # Padding attends to itself: a softmax over nothing would be NaN.
-        mask |= slots == new[:, None]
+        seen |= slots == new[:, None]
+        mask = torch.zeros(seen.shape, dtype=self._keys.dtype, device=padding.device)
+        mask.masked_fill_(seen.logical_not_(), -torch.inf)
+        mask = mask[:, None, :, : self.filled]
         layers = [
-            CachedTokens(keys, values, mask.unsqueeze(1))
+            CachedTokens(keys, values, mask)
             for keys, values in zip(
                 self._keys[:, :rows, :, : self.filled],
                 self._values[:, :rows, :, : self.filled],

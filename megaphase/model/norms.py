@@ -24,6 +24,7 @@ from megaphase.distributed.parameter_spec import Constant, ParameterSpec
 from megaphase.ops.layer_norm import layer_norm
 from megaphase.ops.recompute import recomputable
 from megaphase.ops.rms_norm import add_and_rms_norm, rms_norm
+from megaphase.ops.row_order import stored_order
 
 # Passes over the residual stream: it and what is added are read, the sum and the normalized sum
 # written; backward, both gradients and the sum are read and one gradient written. To recompute the
@@ -81,12 +82,12 @@ class RMSNorm(_Norm):
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x + added, and that normalized."""
-        weight = self.region.replicated(self.weight)
-        total, normed = add_and_rms_norm(x, added, weight, self.eps, self.kernels)
-        if self.recomputed:
-            again = partial(rms_norm, total.detach(), self.weight, self.eps, self.kernels)
-            normed = recomputable(normed, again)
-        return total, normed
+        weight, order = self.region.replicated(self.weight), stored_order(x)
+        added = added if added is None else order(added).contiguous()
+        total, normed = add_and_rms_norm(order(x), added, weight, self.eps, self.kernels)
+        again = partial(rms_norm, total.detach(), self.weight, self.eps, self.kernels)
+        total, normed = order(total), order(normed)
+        return total, recomputable(normed, again) if self.recomputed else normed
 
     def uncompiled_bytes(self, rank: Rank) -> int:
         return 0 if rank.compiled else 4 * rank.outer_tokens * self.hidden * FP32_BYTES
@@ -107,14 +108,12 @@ class LayerNorm(_Norm):
     def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x + added, and that normalized."""
         weight, bias = (self.region.replicated(each) for each in (self.weight, self.bias))
-        total = x if added is None else x + added
+        order = stored_order(x)
+        total = order(x) if added is None else order(x) + order(added).contiguous()
         normed = layer_norm(total, weight, bias, self.eps, self.kernels)
-        if self.recomputed:
-            again = partial(
-                layer_norm, total.detach(), self.weight, self.bias, self.eps, self.kernels
-            )
-            normed = recomputable(normed, again)
-        return total, normed
+        again = partial(layer_norm, total.detach(), self.weight, self.bias, self.eps, self.kernels)
+        total, normed = order(total), order(normed)
+        return total, recomputable(normed, again) if self.recomputed else normed
 
 
 NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}

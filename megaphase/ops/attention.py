@@ -1,9 +1,26 @@
-"""Attention by torch's fused kernels."""
+"""Attention by torch's fused kernels.
+
+On a GPU torch chooses among them by its own rules; which one computes is decided by what it is
+called with:
+
+- Training in bf16, without a mask: cuDNN's where torch prefers it (Hopper and Blackwell data-center
+  cards, with a recent cuDNN), otherwise flash attention; both know grouped queries. cuDNN makes a
+  plan for each shape, and a run has one or two. With `deterministic: true`: flash attention, as
+  cuDNN's gradient is not deterministic.
+- Rows of several documents in bf16: flash attention over their bounds (`varlen_attn`).
+- In fp32, or with a mask on cards before compute capability 8.0: the memory-efficient kernel.
+- Generation, where every token has one key more: see `without_plans`.
+
+On the CPU it is torch's flash attention for the CPU, in all cases.
+"""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megaphase.ops.matmul import is_widened
 
@@ -21,3 +38,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         q, k, v, mask, is_causal=mask is None, enable_gqa=grouped and mask is None
     )
     return y.to(dtype)
+
+
+def without_plans() -> AbstractContextManager[None]:
+    """Within it, attention by kernels that need no preparation for another number of keys: flash
+    attention, and with a mask the memory-efficient kernel.
+
+    cuDNN builds a plan for each, which takes tens of milliseconds of the host.
+    """
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    context: AbstractContextManager[None] = sdpa_kernel(kernels)
+    return context

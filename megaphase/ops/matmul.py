@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megaphase.ops.row_order import is_sequence_first
+
 
 @functools.cache
 def widens_bf16(device: torch.device) -> bool:
@@ -28,7 +30,12 @@ def is_widened(x: Tensor) -> bool:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, summed in fp32 and rounded to a's type."""
+    """a @ b, summed in fp32 and rounded to a's type; rows are stored in the order of a's.
+
+    a: [rows, inputs] or [batch, seq, inputs]. b: a matrix.
+    """
+    if is_sequence_first(a):
+        return matmul(a.transpose(0, 1), b).transpose(0, 1)
     return (a.float() @ b.float()).to(a.dtype) if is_widened(a) else a @ b
 
 
@@ -47,11 +54,15 @@ class _Linear(torch.autograd.Function):
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """Return the weight's gradient in y = x Wᵀ, [outputs, inputs]; grad [..., outputs], x [...,
     inputs]."""
+    if is_sequence_first(grad):
+        grad, x = grad.transpose(0, 1), x.transpose(0, 1)
     return matmul(grad.flatten(0, -2).t(), x.flatten(0, -2))
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ for x [..., inputs] and W [outputs, inputs]."""
+    """x Wᵀ for x [..., inputs] and W [outputs, inputs]; rows are stored in the order of x's."""
+    if is_sequence_first(x):
+        return linear(x.transpose(0, 1), weight).transpose(0, 1)
     return _Linear.apply(x, weight) if is_widened(x) else F.linear(x, weight)
 
 

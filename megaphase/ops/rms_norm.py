@@ -130,6 +130,7 @@ class _RMSNorm(torch.autograd.Function):
         if grad is None:
             return grad_total, grad_total if ctx.adds else None, None, None, None
         total, scale, weight = ctx.saved_tensors
+        grad = grad.contiguous()
         formula = _gradients
         if grad.is_cuda and ctx.kernels.compiled:
             card = torch.cuda.get_device_properties(grad.device)

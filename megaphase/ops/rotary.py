@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megaphase.ops.kernels import Kernels
+from megaphase.ops.row_order import is_sequence_first, stored_order
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
@@ -61,5 +62,8 @@ def apply_rope(
 
     cos, sin: of each position's angles, [seq, 1, head_dim / 2] or with batch before.
     """
-    rotated: tuple[Tensor, Tensor, Tensor] = _ApplyRope.apply(heads, counts, cos, sin, kernels)
-    return rotated
+    order = stored_order(heads)
+    if is_sequence_first(heads):  # the same angles in all rows
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    q, k, v = _ApplyRope.apply(order(heads), counts, cos, sin, kernels)
+    return order(q), order(k), order(v)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megaphase.ops.kernels import Kernels
+from megaphase.ops.row_order import stored_order
 
 
 def _gated(gate_and_up: Tensor) -> Tensor:
@@ -40,5 +41,6 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_and_up: Tensor, kernels: Kernels) -> Tensor:
     """silu(gate) · up of [..., 2 · ffn], the gate's half first."""
-    activated: Tensor = _SwiGLU.apply(gate_and_up, kernels)
-    return activated
+    order = stored_order(gate_and_up)
+    activated: Tensor = _SwiGLU.apply(order(gate_and_up), kernels)
+    return order(activated)

@@ -72,7 +72,11 @@ def deepspeed_config(config: RunConfig, shape: GPTShape, data_size: int) -> dict
         "train_micro_batch_size_per_gpu": config.batch.micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0 if config.parallel.zero == 0 else largest_norm(config),
-        "bf16": {"enabled": parameter_dtype(config) == torch.bfloat16},
+        "bf16": {
+            "enabled": parameter_dtype(config) == torch.bfloat16,
+            # Stage 1 adds each gradient to its fp32 sum when it is computed, and frees it.
+            "immediate_grad_update": config.parallel.zero == 1,
+        },
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": config.parallel.zero,
@@ -85,4 +89,6 @@ def deepspeed_config(config: RunConfig, shape: GPTShape, data_size: int) -> dict
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 60,
+        # It would wait for the device at both ends of every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaphase.config.run import RunConfig
+from megaphase.distributed.device_copies import to_device
 from megaphase.distributed.dist_env import local_world_size
 from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.process_grid import ProcessGrid, device
@@ -33,7 +34,6 @@ from megaphase.training.deepspeed_config import (
     parameter_dtype,
 )
 from megaphase.training.determinism import choose_algorithms
-from megaphase.training.device_copies import Readout, to_device
 from megaphase.training.gradients import clip_gradients
 from megaphase.training.parameter_persistence import keep_gathered
 from megaphase.training.step_result import StepResult, TaskLosses
@@ -165,14 +165,14 @@ class Engine:
         micros = batch.split(self.micro)
         rows = torch.cat([self._forward(micro, None)[1].double().sum(1) for micro in micros])
         losses = self._over_ranks(self._by_task(rows, batch.tasks))
-        return TaskLosses(*Readout(torch.cat([losses, tokens])).read().chunk(2))
+        return TaskLosses(*torch.cat([losses, tokens]).cpu().chunk(2))
 
     def sum_by_task(self, rows: Tensor, batch: Batch) -> Tensor:
         """Sum one figure a row by task, over all data-parallel ranks; float64 [tasks], CPU.
 
         rows: [samples], CPU.
         """
-        return Readout(self._over_ranks(self._by_task(rows, batch.tasks))).read()
+        return self._over_ranks(self._by_task(rows, batch.tasks)).cpu()
 
     def _scored_tokens(self, batch: Batch) -> Tensor:
         """Tokens with a target in this rank's rows, by task; float64 [tasks], CPU."""

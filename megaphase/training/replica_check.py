@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from megaphase.config.run import RunConfig
 from megaphase.distributed.control_group import ControlGroup
+from megaphase.distributed.device_copies import Readout
 from megaphase.distributed.parameter_spec import spec_of
 from megaphase.distributed.process_grid import ProcessGrid, device
-from megaphase.training.device_copies import Readout
 from megaphase.utils.errors import RunError
 
 # Sums of so many parts of a parameter have a weight each.

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megaphase.training.device_copies import Readout
+from megaphase.distributed.device_copies import Readout
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,23 @@ def test_it_ends_with_eod(model):
     assert_same(found, [plain_greedy(model, prompt, 20, eod) for prompt in PROMPTS[:3]])
 
 
+@pytest.mark.parametrize("how", [GREEDY, SAMPLED])
+def test_tokens_that_are_read_several_at_a_time_are_the_same(model, how, monkeypatch):
+    """As on a GPU, where a finished row stays until the next read."""
+    found = [generate(model, PROMPTS, how, EOD)]
+    (first, *_) = (token for each in found[0] for token in each.tokens[3:])
+    found.append(generate(model, PROMPTS, how, first))  # some rows end early
+    monkeypatch.setattr("megaphase.generation.sampling.tokens_per_read", lambda device: 8)
+    again = [generate(model, PROMPTS, how, eod) for eod in (EOD, first)]
+    assert any(each.ended for each in found[1])
+    for expected, these in zip(found, again, strict=True):
+        assert [(each.tokens, each.ended) for each in these] == [
+            (each.tokens, each.ended) for each in expected
+        ]
+        for one, other in zip(these, expected, strict=True):
+            assert one.log_probability == pytest.approx(other.log_probability, rel=1e-5)
+
+
 def test_it_ends_where_positions_do(model):
     found = generate(model, PROMPTS, GREEDY, EOD)
     for prompt, each in zip(PROMPTS, found, strict=True):

@@ -8,11 +8,12 @@ from torch import Tensor
 from megaphase.distributed.process_grid import device
 
 
-def to_device(values: Tensor) -> Tensor:
-    """Values on this process's device; those of the CPU are pinned first where they are not."""
-    if device().type == "cuda" and values.device.type == "cpu" and not values.is_pinned():
+def to_device(values: Tensor, target: torch.device | None = None) -> Tensor:
+    """Values of the CPU on a device, by default this process's; pinned first where they are not."""
+    target = device() if target is None else target
+    if target.type == "cuda" and not values.is_cuda and not values.is_pinned():
         values = values.pin_memory()
-    return values.to(device(), non_blocking=True)
+    return values.to(target, non_blocking=True)
 
 
 class Readout:
