@@ -43,7 +43,9 @@ class ParallelConfig(Section):
     """Stage of DeepSpeed's ZeRO."""
     offload: Literal["none", "cpu", "nvme"] = "none"
     """Memory for fp32 weights and optimizer state: `none` (beside the model), `cpu` (with `zero` 1
-    to 3) or `nvme` (with `zero` 3)."""
+    to 3) or `nvme` (with `zero` 3). torch rounds pinned buffers of the node's memory up to powers
+    of two, which `megaphase plan` counts; from torch 2.13 on, the environment variable
+    `PYTORCH_ALLOC_CONF=pinned_max_cached_size_mb:256` makes it allocate larger ones as they are."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     """Memory for the weights that the model computes with, between their uses; needs `zero` 3 and
     `offload`."""

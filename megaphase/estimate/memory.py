@@ -144,22 +144,36 @@ def _offloaded(setup: Setup, states: States) -> dict[str, int]:
     if setup.device == "cpu":
         return {}
     resident, host = states.resident, {}
+    pinned = []
     if setup.offload == "cpu":
         host = {
             "masters": resident.masters,
             "moments": resident.moments,
             "gradients": resident.masters,
         }
+        pinned = [host["gradients"]]
+        if setup.zero < 3:
+            # The new weights in the model's type, on their way to the GPU.
+            host["copies"] = resident.masters * setup.parameter_bytes // FP32_BYTES
+            pinned += [host["masters"], host["copies"]]
     elif setup.offload == "nvme":
         # Weights, both moments and gradients of a sub-group at a time.
         host = {"buffers": (2 + MOMENTS) * min(resident.masters, SUB_GROUP * FP32_BYTES)}
     if setup.offload_parameters == "cpu":
         host["weights"] = resident.weights
+        pinned.append(host["weights"])
     elif setup.offload_parameters == "nvme":
         largest = largest_partition(setup.shape, setup.tensor, setup.data)
         swapped = SWAP_BUFFERS * largest * setup.parameter_bytes
         host["buffers"] = host.get("buffers", 0) + swapped
+    if pinned:
+        host["rounding"] = sum(_power_of_two(size) - size for size in pinned)
     return host
+
+
+def _power_of_two(size: int) -> int:
+    """The bytes that torch allocates for so many pinned ones."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def _moved_off(setup: Setup, parts: dict[str, int], states: States) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -213,6 +214,9 @@ def test_offloading_moves_what_it_says_to_the_node():
     assert (far.parts["masters"], far.parts["moments"], far.parts["weights"]) == (0, 0, 0)
     assert far.host["moments"] == near.parts["moments"]
     assert far.host["weights"] == near.parts["weights"]
+    # Gradients and weights are pinned, each in one buffer of a power of two.
+    pinned = [far.host["gradients"], far.host["weights"]]
+    assert far.host["rounding"] == sum(2 ** math.ceil(math.log2(x)) - x for x in pinned)
     assert near.host == {}
     on_cpu = replace(BIG, device="cpu", offload="cpu")
     assert estimate(on_cpu).host == {}
