@@ -108,7 +108,9 @@ class _StartReduction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        back = ctx.reduction.back
+        # The graph is released only when the next micro-batch has its own: the gathered gradients
+        # of all layers would stay in memory during its forward pass.
+        back, ctx.reduction.back = ctx.reduction.back, None
         return grads[0] if back is None else back.finish(), None
 
 

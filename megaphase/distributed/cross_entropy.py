@@ -63,6 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 ctx.for_x[rows] = matmul(gradient, used)
                 add_weight_gradient(ctx.for_weight, gradient, part)
+            del logits, gradient  # before the next ones take memory
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,15 @@ from rich.table import Table
 
 from megaphase.config.run import RunConfig
 from megaphase.distributed.dist_env import given_world_size
-from megaphase.estimate.hardware import planned_card
+from megaphase.estimate.hardware import TERA, planned_card
 from megaphase.estimate.suggestions import GB, RESERVE
 from megaphase.plan.load_plan import memory_setup, open_run
 from megaphase.plan.same_run import settings_of
 from megaphase.rehearsal.fake_device import CARD, missing_for_rehearsal
 from megaphase.utils.errors import InputError, RunError
 
-# In this order; each is shown in a column.
-COLUMNS = {
+# What is rehearsed, in this order, and the names that are shown.
+ACTIONS = {
     "train": "training step",
     "evaluate": "validation",
     "save": "save",
@@ -87,19 +87,21 @@ class Rehearsed:
             title_justify="left",
         )
         table.add_column("")
-        for action in COLUMNS:
-            table.add_column(COLUMNS[action], justify="right")
-        rows: dict[str, Callable[[Any], str]] = {
-            "kernels": lambda r: f"{sum(r['kernels'].values()):,}",
-            "bytes read and written, GB": lambda r: f"{r['bytes_moved'] / GB:,.1f}",
-            "products, TFLOP": lambda r: f"{r['product_flops'] / 1e12:,.1f}",
-            "waits of the host": lambda r: f"{sum(w['count'] for w in r['waits']):,}",
-            "collectives, tensor": lambda r: _collectives(r, "tensor"),
-            "collectives, data": lambda r: _collectives(r, "data"),
-            "peak memory, GB": lambda r: f"{r['peak_bytes'] / GB:,.2f}",
-        }
-        for name, cell in rows.items():
-            table.add_row(name, *(cell(reports[action]) for action in COLUMNS))
+        for heading in ("kernels", "GB moved", "TFLOP", "waits", "sent to tensor group",
+                        "sent to data group", "peak GB"):  # fmt: skip
+            table.add_column(heading, justify="right")
+        for action, title in ACTIONS.items():
+            report = reports[action]
+            table.add_row(
+                title,
+                f"{sum(report['kernels'].values()):,}",
+                f"{report['bytes_moved'] / GB:,.1f}",
+                f"{report['product_flops'] / TERA:,.1f}",
+                f"{sum(wait['count'] for wait in report['waits']):,}",
+                _sent(report, "tensor"),
+                _sent(report, "data"),
+                f"{report['peak_bytes'] / GB:,.2f}",
+            )
         return table
 
     def _sentences(self) -> Sequence[str]:
@@ -129,10 +131,10 @@ class Rehearsed:
         return table
 
 
-def _collectives(report: Mapping[str, Any], group: str) -> str:
+def _sent(report: Mapping[str, Any], group: str) -> str:
     found = [each for each in report["collectives"] if each["group"] == group]
     sent = sum(each["count"] * each["sent"] for each in found)
-    return f"{sum(each['count'] for each in found):,} ({sent / GB:,.2f} GB)"
+    return f"{sent / GB:,.2f} GB in {sum(each['count'] for each in found):,}" if found else "—"
 
 
 def rehearse_run(
@@ -160,7 +162,7 @@ def rehearse_run(
         "vocab": tokenizer.vocab_size,
         "processes": processes,
         "rank": rank,
-        "actions": [*COLUMNS],
+        "actions": [*ACTIONS],
     }
     with console.status(f"Rehearsing rank {rank:,} of {processes:,}"):
         done = subprocess.run(

@@ -1,0 +1,152 @@
+"""The GPU path, rehearsed: the run's engine as one rank of many on a fake GPU.
+
+No device mismatch (an error), no touch of a tensor under an unfinished collective, an optimizer
+that really steps, a fixed list of host waits, and collectives and memory as the estimates say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+from typing import Any
+
+import pytest
+from rehearsal_support import ALL_ACTIONS, needs_compiler, rehearse, run_file, sent, waits
+
+pytestmark = needs_compiler
+
+GPT2 = {"norm": "layernorm", "position": "learned", "activation": "gelu", "bias": True}
+# What is sent beside weights, gradients and activations: losses, counts of tokens, norms.
+SCALAR_BYTES = 2_000
+# Peak of live bytes over the estimate. What `megaphase plan` keeps in reserve is 6 % of the card.
+MEMORY = (0.80, 1.05)
+UTILS, SYNC = "deepspeed/runtime/utils.py", "deepspeed/accelerator/cuda_accelerator.py"
+ZERO_2, ZERO_3 = "deepspeed/runtime/zero/stage_1_and_2.py", "deepspeed/runtime/zero/stage3.py"
+# Waits of the host in a training step and in each of its micro-batches, by ZeRO stage. All are
+# DeepSpeed's: it reads the norm of the gradients to see whether it is finite and whether to clip
+# (utils.py), and stages 2 and 3 wait for their streams in every backward pass.
+WAITS = {
+    0: ({}, {}),
+    1: ({f"scalar read, {UTILS}": 2}, {}),
+    2: (
+        {f"scalar read, {UTILS}": 3, f"scalar read, {ZERO_2}": 1},
+        {f"cuda.synchronize, {SYNC}": 1},
+    ),
+    3: (
+        {f"scalar read, {UTILS}": 1, f"cuda.synchronize, {SYNC}": 1},
+        {f"Stream.synchronize, {ZERO_3}": 1},
+    ),
+}
+
+LAYOUTS = [
+    {"zero": zero, **layout}
+    for zero, layout in product(
+        range(4),
+        [{}, {"tensor": 2}, {"tensor": 2, "overlap": False}, {"tensor": 8, "sequence": True}],
+    )
+]
+OPTIONS: list[dict[str, Any]] = [
+    {"model": {"activation_checkpointing": "selective"}},
+    {"model": {"activation_checkpointing": "full"}},
+    {"documents": True},
+    {"documents": True, "tensor": 2, "sequence": True},
+    {"documents": True, "model": {"activation_checkpointing": "full"}, "tensor": 2},
+    {"model": {"dropout": 0.1}},
+    {"model": {"dropout": 0.1}, "tensor": 2, "sequence": True},
+    {"model": GPT2},
+    {"model": GPT2 | {"activation_checkpointing": "selective"}, "tensor": 2, "sequence": True},
+    {"model": {"kv_heads": 4}},
+    {"model": {"kv_heads": 4}, "documents": True},
+    {"model": {"tied_embeddings": True}},
+    {"model": {"tied_embeddings": True}, "tensor": 2},
+    {"kernels": "eager"},
+    {"precision": "fp32"},
+    {"precision": "fp32", "documents": True},
+    {"optimizer": {"clip": 0}},
+    {"micro_batches": 1},
+    {"micro": 1, "micro_batches": 4},
+]
+OFFLOADED = [
+    {"zero": 1, "offload": "cpu"},
+    {"zero": 2, "offload": "cpu"},
+    {"zero": 3, "offload": "cpu"},
+    {"zero": 3, "offload": "cpu", "offload_parameters": "cpu"},
+]
+KEPT = [{"zero": 3, "keep_gathered": 1.0}, {"zero": 3, "keep_gathered": 0.5, "tensor": 2}]
+QUICK = [
+    {"zero": 0, "tensor": 2, "sequence": True},
+    {"zero": 1},
+    {"zero": 2, "tensor": 2},
+    {"zero": 3, "tensor": 2, "sequence": True, "documents": True},
+]
+MATRIX = [
+    *LAYOUTS,
+    *({"zero": zero} | options for zero in (0, 1, 3) for options in OPTIONS),
+    *OFFLOADED,
+    *KEPT,
+]
+
+
+def check(case: dict[str, Any]) -> dict[str, Any]:
+    """Rehearse all actions of a case, and check what holds for every case."""
+    answer = rehearse(run_file(**case), actions=ALL_ACTIONS)
+    train = answer["reports"]["train"]
+    assert answer["applied"]
+    if case.get("offload", "none") == "none":
+        # One call for each group of parameters: with weight decay, and without.
+        assert train["kernels"]["_fused_adamw_"] == 2
+    else:
+        assert answer["optimizer_steps"] == 0  # the reset comes last
+    for report in answer["reports"].values():
+        assert report["conflicts"] == []
+        assert report["unfinished"] == 0
+    return answer
+
+
+def check_traffic(case: dict[str, Any], answer: dict[str, Any]) -> None:
+    """A rank sends what `megaphase plan` says, to the byte but for scalars."""
+    train, estimated = answer["reports"]["train"], answer["estimates"]["sent"]
+    for group in ("tensor", "data"):
+        beyond = sent(train, group) - estimated[group]
+        assert -1 <= beyond <= SCALAR_BYTES, (group, beyond, estimated[group])
+
+
+def check_waits(case: dict[str, Any], answer: dict[str, Any]) -> None:
+    step, micro_batch = WAITS[case["zero"]]
+    expected = Counter(step)
+    for _ in range(case.get("micro_batches", 2)):
+        expected.update(micro_batch)
+    assert waits(answer["reports"]["train"]) == expected
+
+
+def check_memory(answer: dict[str, Any]) -> None:
+    low, high = MEMORY
+    estimated = answer["estimates"]["peak_bytes"]
+    assert low < answer["reports"]["train"]["peak_bytes"] / estimated < high
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_main_layouts(case: dict[str, Any]) -> None:
+    answer = check(case)
+    check_traffic(case, answer)
+    check_waits(case, answer)
+    check_memory(answer)
+
+
+@pytest.mark.rehearse
+@pytest.mark.parametrize("case", MATRIX, ids=str)
+def test_every_layout_and_option(case: dict[str, Any]) -> None:
+    answer = check(case)
+    check_memory(answer)
+    if case.get("precision") != "fp32":  # no card states how fast fp32 is
+        check_traffic(case, answer)
+    check_waits(case, answer)
+
+
+@pytest.mark.rehearse
+@pytest.mark.parametrize("rank", [5, 15])
+def test_other_ranks_do_the_same(rank: int) -> None:
+    run = run_file(zero=1, tensor=2, sequence=True)
+    reports = [rehearse(run, rank=each)["reports"]["train"] for each in (0, rank)]
+    assert reports[0]["kernels"] == reports[1]["kernels"]
+    assert reports[0]["collectives"] == reports[1]["collectives"]
