@@ -19,15 +19,17 @@ class ParallelConfig(Section):
     for an operator that is built at the first use, and leaves tensors below 1 MiB in memory.
 
     With ZeRO 3 every micro-batch gathers the weights from the data-parallel processes block by
-    block for its forward pass, and gathers those that are more than 500 million elements before the
-    loss again for the backward pass. The weights that `keep_gathered` selects (whole blocks in the
-    model's order, from the embedding on, up to that fraction of all weights) are gathered once per
-    step instead, after the optimizer has changed them, and stay on every GPU in between; gradients
-    are still scattered, and optimizer state stays sharded. It pays with several micro-batches per
-    step and memory left: `1.0` sends A · 2 P + 2 P bytes where `0.0` sends up to A · 6 P for A
-    micro-batches and P weights in bf16 ([scaling.md](scaling.md)). `megaphase plan` says in a line
-    when that fits and what it saves. Parameters of up to 100,000 elements are always kept.
-    `keep_gathered` changes nothing of a run's numbers.
+    block for its forward pass, each while the one before is computed. For the backward pass it
+    gathers them again, but for those of the embedding, of the output projection and of the last
+    blocks, up to about a billion elements before the loss, which stay. The weights that
+    `keep_gathered` selects (whole blocks in the model's order, from the embedding on, up to that
+    fraction of all weights) are gathered once per step instead, after the optimizer has changed
+    them, and stay on every GPU in between; gradients are still scattered, and optimizer state stays
+    sharded. It pays with several micro-batches per step and memory left: `1.0` sends A · 2 P + 2 P
+    bytes where `0.0` sends up to A · 6 P for A micro-batches and P weights in bf16
+    ([scaling.md](scaling.md)). `megaphase plan` says in a line when that fits and what it saves.
+    Parameters of up to 100,000 elements are always kept. `keep_gathered` changes nothing of a run's
+    numbers.
     """
 
     tensor: Annotated[Count, Field(le=1 << 16)] = 1

@@ -10,7 +10,7 @@ from torch import nn
 
 from megaphase.distributed.costs import Collective, CollectiveKind, layers_of
 from megaphase.distributed.linear import ColumnParallelLinear, RowParallelLinear
-from megaphase.estimate.gathered_parameters import gathering
+from megaphase.estimate.gathered_parameters import gathering, reduce_bucket
 from megaphase.estimate.hardware import Hardware
 from megaphase.estimate.setup import Setup
 from megaphase.estimate.state_memory import REDUCE_BUCKET
@@ -229,7 +229,7 @@ def data_traffic(setup: Setup, hardware: Hardware) -> DataTraffic:
     size = parameters * setup.parameter_bytes
     if setup.zero == 3:
         return _partitioned_weights(setup, ring, sizes)
-    buckets = math.ceil(parameters / REDUCE_BUCKET)
+    buckets = math.ceil(parameters / (reduce_bucket(sizes) if setup.zero == 2 else REDUCE_BUCKET))
     reduced = ring.split_collective(ALL_REDUCE, size, buckets)
     if setup.zero == 0:
         return DataTraffic(end=reduced)
@@ -242,6 +242,7 @@ def data_traffic(setup: Setup, hardware: Hardware) -> DataTraffic:
 def _partitioned_weights(setup: Setup, ring: Ring, sizes: Mapping[str, int]) -> DataTraffic:
     """Stage 3."""
     found = gathering(sizes, setup.keep_gathered)
+    passes = found.passes
     parameters, each = sum(sizes.values()), setup.parameter_bytes
     pieces = setup.shape.layers + 2  # embedding and head
 
@@ -251,8 +252,8 @@ def _partitioned_weights(setup: Setup, ring: Ring, sizes: Mapping[str, int]) -> 
         return ring.split_collective(rounds, elements * each, count) if count else Traffic()
 
     return DataTraffic(
-        forward=in_pieces(ALL_GATHER, found.reused + found.twice),
-        backward=in_pieces(ALL_GATHER, found.twice) + in_pieces(REDUCE_SCATTER, parameters),
+        forward=in_pieces(ALL_GATHER, passes.forward),
+        backward=in_pieces(ALL_GATHER, passes.backward) + in_pieces(REDUCE_SCATTER, parameters),
         end=in_pieces(ALL_GATHER, found.kept),
         pieces=pieces,
     )

@@ -98,15 +98,16 @@ def _peak_points(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, 
     above = parameters - layers * block
     if not setup.shape.tied_embeddings:
         above -= elements_of(declared_model(setup.shape).embedding, setup.tensor)
+    least = transient.returned + transient.passing
     turns = [
         (transient.limit, transient.growing),
-        (gathered - transient.returned, gathered - held),
+        (gathered - least, gathered - held),
     ]
     # Between these blocks all that follows is linear in the number that is left.
     for left in _turning_points(layers, block, above, parameters, turns):
         share = (above + (layers - left) * block) / parameters
         waiting = min(int(transient.growing * share), transient.limit)
-        there = max(held + int((gathered - held) * (1 - share)), transient.returned)
+        there = max(held + int((gathered - held) * (1 - share)), least)
         activations = left * each + before
         name = f"backward pass of block {left}"
         yield (

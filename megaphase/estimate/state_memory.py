@@ -10,13 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megaphase.distributed.costs import FP32_BYTES
-from megaphase.estimate.gathered_parameters import gathering, kept_gathered
+from megaphase.estimate.gathered_parameters import (
+    block_bucket,
+    gathering,
+    kept_gathered,
+    reduce_bucket,
+)
 from megaphase.estimate.setup import Setup
 from megaphase.model.parameters import embedding_name, parameter_sizes, parameter_specs
 
-# Elements.
+# Elements. The first is that of gradients without ZeRO, and in bf16 with stage 1; for those of the
+# other stages see `gathered_parameters.reduce_bucket`.
 REDUCE_BUCKET = 500_000_000
-PREFETCH_BUCKET = 50_000_000
 SUB_GROUP = 1_000_000_000
 # For parameters on an NVMe disk: the four matrices of a block and of the one that is read ahead,
 # embeddings and output projection, and some that are on their way.
@@ -48,7 +53,8 @@ class Transient:
     step:      in the optimizer step
     held:      whole weights that ZeRO-3 keeps gathered from one micro-batch to the next
     gathered:  whole weights that it has gathered, at the loss; with those that it keeps
-    arriving:  whole weights on their way, in the forward pass
+    arriving:  whole weights beyond these, in the forward pass
+    passing:   whole weights of the block in work and of the next, in the backward pass
     returned:  whole weights still there at the end of the backward pass
     """
 
@@ -61,6 +67,7 @@ class Transient:
     held: int = 0
     gathered: int = 0
     arriving: int = 0
+    passing: int = 0
     returned: int = 0
 
 
@@ -117,15 +124,11 @@ def _bf16_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
     whole = elements * FP32_BYTES
     # Joined before they travel, where they fit a bucket, and they travel in bf16.
     joined = (whole if elements <= REDUCE_BUCKET else 0) + low
+    # Every gradient is added to its sum, and freed, when it is computed; first it is cast.
+    cast = max(sizes.values()) * FP32_BYTES
     return States(
         Resident(weights=low, masters=own, gradients=whole, moments=MOMENTS * own),
-        Transient(
-            carried=low if setup.accumulation > 1 else 0,
-            growing=0 if setup.accumulation > 1 else low,
-            limit=low,
-            reduction=max(joined, max(sizes.values()) * FP32_BYTES),
-            step=low,
-        ),
+        Transient(bucket=cast, reduction=joined),
     )
 
 
@@ -140,14 +143,15 @@ def _partitioned_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
     weights = elements * setup.parameter_bytes
     apart = setup.bf16  # gradients are summed in another type than they are computed in
     staged = setup.parameter_bytes if setup.zero == 2 else FP32_BYTES
-    waiting = min(elements, REDUCE_BUCKET) * staged
+    bucket = reduce_bucket(sizes)
+    waiting = min(elements, bucket) * staged
     joined = waiting if setup.data > 1 or apart else 0
     cast = max(sizes.values()) * FP32_BYTES if apart else 0
     buffers = 0
     if setup.device == "cuda":
         # Two whole buckets are used alternately. On the CPU, pages that are not written to take no
         # memory.
-        buffers = 2 * REDUCE_BUCKET * staged
+        buffers = 2 * bucket * staged
         waiting = 0
     accumulated = setup.accumulation > 1
     whole = elements * (FP32_BYTES if setup.zero == 1 else staged)
@@ -179,18 +183,20 @@ def _partitioned_weights(setup: Setup, sizes: Mapping[str, int]) -> States:
     own = part * FP32_BYTES
     every = sum(sizes.values())
     low = setup.parameter_bytes
-    waiting = min(every, REDUCE_BUCKET)
+    waiting = min(every, reduce_bucket(sizes))
     reduced_bytes = waiting // setup.data * FP32_BYTES if setup.bf16 else 0
     if setup.device == "cpu":
         reduced_bytes = max(reduced_bytes, waiting * low)  # gloo scatters a copy
-    held = gathered = arriving = returned = 0
+    held = gathered = arriving = passing = returned = 0
     if setup.data > 1 or setup.offload_parameters != "none":
         found = gathering(sizes, setup.keep_gathered)
         held = returned = found.kept
-        gathered = held + found.reused
-        arriving = min(every - held, PREFETCH_BUCKET)
+        gathered = held + found.passes.at_loss
+        arriving = found.passes.most_forward - found.passes.at_loss
+        kept = kept_gathered(sizes, setup.keep_gathered)
+        passing = min(2 * block_bucket(sizes, kept), every - held)
         embedding = embedding_name(setup.shape)
-        if embedding not in kept_gathered(sizes, setup.keep_gathered):
+        if embedding not in kept:
             returned += sizes[embedding]
     return States(
         Resident(weights=part * low, masters=own, gradients=own, moments=MOMENTS * own),
@@ -202,6 +208,7 @@ def _partitioned_weights(setup: Setup, sizes: Mapping[str, int]) -> States:
             held=held * low,
             gathered=gathered * low,
             arriving=arriving * low,
+            passing=passing * low,
             returned=returned * low,
         ),
     )

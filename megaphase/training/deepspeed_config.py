@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from megaphase.config.run import RunConfig
+from megaphase.estimate.gathered_parameters import gather_limits, reduce_bucket
 from megaphase.estimate.state_memory import SWAP_BUFFERS
-from megaphase.model.parameters import largest_partition
+from megaphase.model.parameters import largest_partition, parameter_sizes
 from megaphase.model.shape import GPTShape
 from megaphase.utils.files import hash_json, real_path
 
@@ -67,6 +68,8 @@ def _offload(config: RunConfig, largest: int) -> dict[str, Any]:
 def deepspeed_config(config: RunConfig, shape: GPTShape, data_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`."""
     accumulation = config.micro_batches(config.parallel.tensor * data_size)
+    sizes = parameter_sizes(shape, config.parallel.tensor)
+    limits = gather_limits(sizes, config.parallel.keep_gathered)
     return {
         "train_batch_size": config.batch.samples,
         "train_micro_batch_size_per_gpu": config.batch.micro,
@@ -83,6 +86,10 @@ def deepspeed_config(config: RunConfig, shape: GPTShape, data_size: int) -> dict
             # Stage 3 joins gradients on the way to the network in any case; with this twice.
             "contiguous_gradients": config.parallel.zero < 3,
             "overlap_comm": torch.cuda.is_available(),
+            "reduce_bucket_size": reduce_bucket(sizes),
+            "stage3_prefetch_bucket_size": limits.prefetch,
+            "stage3_max_reuse_distance": limits.reuse,
+            "stage3_max_live_parameters": limits.live,
             **_offload(config, largest_partition(shape, config.parallel.tensor, data_size)),
         },
         # The optimizer is torch's own fused AdamW, which DeepSpeed has not on its list.

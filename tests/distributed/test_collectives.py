@@ -1,7 +1,7 @@
 """The collectives of an optimizer step, counted where torch passes them to the network.
 
 Collectives of a step happen once for any number of micro-batches; ZeRO-3 gathers weights as often
-as `memory.gathered` says, and otherwise a micro-batch only sends its gradients.
+as `estimate.gathered_parameters` says, and otherwise a micro-batch only sends its gradients.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.costs import FP32_BYTES
 from megaphase.estimate.communication import data_traffic
-from megaphase.estimate.gathered_parameters import Gathering, gathering, kept_gathered
+from megaphase.estimate.gathered_parameters import gathering, kept_gathered
 from megaphase.estimate.hardware import Hardware
 from megaphase.estimate.setup import setup_of
 from megaphase.model.parameters import parameter_sizes
@@ -166,7 +166,9 @@ def test_the_sizes_of_this_file_are_those_of_the_model():
     sizes = parameter_sizes(build_shape(config, VOCAB), 1)
     assert sum(sizes.values()) == EVERY
     for kept, elements in KEPT.items():
-        assert gathering(sizes, kept) == Gathering(elements, EVERY - elements, 0)
+        found = gathering(sizes, kept)
+        assert (found.kept, found.passes.forward) == (elements, EVERY - elements)
+        assert found.passes.backward == 0
     half = kept_gathered(sizes, 0.5) - kept_gathered(sizes, 0.0)
     assert {name.split(".weight")[0] for name in half} == {
         "embedding",

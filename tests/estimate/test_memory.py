@@ -23,11 +23,10 @@ from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.distributed.sharding import layout_of
+from megaphase.estimate.gathered_parameters import gather_limits, reduce_bucket
 from megaphase.estimate.memory import PARTS, estimate
 from megaphase.estimate.setup import Setup, setup_of
 from megaphase.estimate.state_memory import (
-    PREFETCH_BUCKET,
-    REDUCE_BUCKET,
     SUB_GROUP,
     Resident,
     states_of,
@@ -144,7 +143,9 @@ def test_what_is_kept_is_what_an_engine_holds(zero, precision, tensor):
 
 
 def test_buckets_have_the_sizes_that_the_engine_gives_them():
-    assert built(1)[3, "bf16"].buckets == (REDUCE_BUCKET, PREFETCH_BUCKET, SUB_GROUP)
+    sizes = parameter_sizes(build_shape(run_config(), 96), 1)
+    expected = (reduce_bucket(sizes), gather_limits(sizes, 0.0).prefetch, SUB_GROUP)
+    assert built(1)[3, "bf16"].buckets == expected
 
 
 @pytest.mark.slow

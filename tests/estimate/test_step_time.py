@@ -197,15 +197,17 @@ def sent_by(setup: Setup) -> float:
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_zero_3_gathers_once_what_it_keeps_and_what_is_near_the_loss(accumulation):
     setup = Setup(GPT_13B, 1, 8, 3, False, True, micro=1, accumulation=accumulation)
-    every, norms, near = parameter_count(GPT_13B), 81 * 5120, 500_000_000
+    every, norms = parameter_count(GPT_13B), 81 * 5120
+    # The embedding of 64,000 rows and blocks of 4 * 5120 ** 2 + 3 * 5120 * 13696 elements.
+    rows, block = 64_000 * 5120, 4 * 5120**2 + 3 * 5120 * 13696
+    # Embedding, head and three blocks, because two blocks and the head are below a billion.
+    near = 2 * rows + 3 * block
     gathered = norms + accumulation * (2 * (every - norms) - near)
     assert sent_by(setup) == pytest.approx(7 / 8 * 2 * (gathered + accumulation * every))
     kept = every + accumulation * every
     assert sent_by(replace(setup, keep_gathered=1.0)) == pytest.approx(7 / 8 * 2 * kept)
-    # The embedding of 64,000 rows and blocks of 4 * 5120 ** 2 + 3 * 5120 * 13696 elements.
-    block = 4 * 5120**2 + 3 * 5120 * 13696
-    half = norms + 64_000 * 5120 + (every // 2 - norms - 64_000 * 5120) // block * block
-    gathered = half + accumulation * (2 * (every - half) - near)
+    half = norms + rows + (every // 2 - norms - rows) // block * block
+    gathered = half + accumulation * (2 * (every - half) - (near - rows))
     assert sent_by(replace(setup, keep_gathered=0.5)) == pytest.approx(
         7 / 8 * 2 * (gathered + accumulation * every)
     )
