@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ import pytest
 import torch
 from distributed import RunningRanks, once, run_ranks
 from engine_support import build_engine, global_batch, run_config, share
+from rehearsal_support import PROCESSES, VOCAB, needs_compiler, run_file
 from run_support import make_corpora, megaphase, read_rows, run_settings, timeless, write_run_file
 from torch import Tensor
 
@@ -114,6 +119,36 @@ def test_an_altered_copy_is_found_and_named_on_every_rank(number: int) -> None:
     (error,) = {error for _, _, error in ranks}
     assert error.startswith(f"only step 4: copies of one parameter have become unequal: {name} on ")
     assert "rank 3" in error or "ranks 2 and 3" in error
+
+
+@pytest.mark.rehearse
+@needs_compiler
+@pytest.mark.parametrize(
+    ("group", "layout"),
+    [
+        ("tensor", {"zero": 1, "tensor": 8}),
+        ("tensor", {"zero": 3, "tensor": 8, "sequence": True}),
+        ("data", {"zero": 0, "tensor": 1}),
+    ],
+    ids=str,
+)
+def test_a_comparison_is_one_small_collective_and_the_host_waits_for_nothing(
+    group: str, layout: dict[str, Any]
+) -> None:
+    case = {"run": run_file(**layout), "vocab": VOCAB, "processes": PROCESSES}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "rehearsed_comparison"],
+        input=json.dumps(case),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["waits"] == []
+    (collective,) = report["collectives"]
+    assert (collective["group"], collective["count"]) == (group, 1)
+    assert collective["elements"] < 100
 
 
 # In a run.
