@@ -73,4 +73,4 @@ $(VENV)/installed: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info megaphase/plan/_builder*.so demo
+	rm -rf $(VENV) build *.egg-info megaphase/*/_*.so demo

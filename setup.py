@@ -33,6 +33,7 @@ setup(
     ext_modules=[
         extension("megaphase.plan._builder", "csrc/module.cpp"),
         extension("megaphase.corpus._checksums", "csrc/checksums.cpp"),
+        extension("megaphase.fault_tolerance._thread_stacks", "csrc/thread_stacks.cpp"),
     ],
     cmdclass={"build_ext": build_ext},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -47,6 +48,40 @@ def test_every_thread_is_seen_innermost_call_first() -> None:
 
 def line_of(function: object) -> int:
     return function.__code__.co_firstlineno + 1  # type: ignore[attr-defined]
+
+
+# Threads of C enter and leave Python all the time, as gloo's do where they release a tensor.
+NATIVE_THREADS = """
+import ctypes, threading
+from megaphase.fault_tolerance.stack_dump import all_stacks
+libc, entered, stop = ctypes.CDLL(None), 0, False
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def enter(argument):
+    global entered
+    entered += 1
+def start():
+    while not stop:
+        thread = ctypes.c_ulong()
+        if libc.pthread_create(ctypes.byref(thread), None, enter, None) == 0:
+            libc.pthread_join(thread, None)
+starters = [threading.Thread(target=start) for _ in range(4)]
+for starter in starters:
+    starter.start()
+for _ in range(20_000):
+    all_stacks()
+stop = True
+for starter in starters:
+    starter.join()
+print(entered > 100)
+"""
+
+
+def test_threads_of_c_may_enter_python_meanwhile() -> None:
+    """faulthandler.dump_traceback, which reads their list without its lock, crashed at this."""
+    done = subprocess.run(
+        [sys.executable, "-c", NATIVE_THREADS], capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 @pytest.mark.slow

@@ -1,0 +1,3 @@
+"""csrc/thread_stacks.cpp."""
+
+def thread_stacks() -> dict[int, list[tuple[str, int, str]]]: ...
