@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from engine_support import (
 from torch import Tensor
 
 from megaphase.distributed.all_ranks import process_group
+from megaphase.training import engine as engine_module
 
 STEPS = 10
 # A norm's weights start at 1, where bf16 has steps of 2^-8 and 2^-7: a thousand updates and more.
@@ -76,3 +78,30 @@ def test_the_model_computes_with_bf16_weights(zero: int) -> None:
     moved = movements()[zero, "bf16"]
     assert moved.model_dtype == torch.bfloat16
     assert bool((moved.model == 1).all())
+
+
+def train_immediately_or_later() -> list[list[float]]:
+    """Run on a rank: losses with gradients added to the fp32 sums at once, and after the pass."""
+    settings_of = engine_module.deepspeed_config
+    found = []
+    with process_group():
+        for immediately in (True, False):
+
+            def settings(*given: Any, immediately: bool = immediately) -> dict[str, Any]:
+                of_run: dict[str, Any] = settings_of(*given)
+                assert of_run["bf16"]["immediate_grad_update"]
+                of_run["bf16"]["immediate_grad_update"] = immediately
+                return of_run
+
+            engine_module.deepspeed_config = settings
+            engine = build_engine(run_config(zero=1, precision="bf16", micro=2))
+            assert not engine._engine.tput_timer.config.enabled
+            batches = map(global_batch, range(STEPS))
+            found.append([engine.train_step(batch, 1e-2).losses.mean for batch in batches])
+    return found
+
+
+@pytest.mark.distributed
+def test_adding_gradients_at_once_changes_no_loss() -> None:
+    [(immediately, later)] = run_ranks(train_immediately_or_later, 1)
+    assert immediately == later
