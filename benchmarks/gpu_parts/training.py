@@ -37,7 +37,7 @@ BACKENDS = {
 }
 DEEPSPEED_PREFETCH_BUCKET = 50_000_000
 OF_CARD = 0.9  # of the card's memory, for what the estimate may allow itself
-OF_HOST = 0.75  # of the machine's memory: pinned buffers may be rounded up to powers of two
+OF_HOST = 0.85  # of the machine's memory
 
 
 def step(results: Results) -> None:
