@@ -19,7 +19,7 @@ from megaphase.estimate.hardware import TERA, planned_card
 from megaphase.estimate.suggestions import GB, RESERVE
 from megaphase.plan.load_plan import memory_setup, open_run
 from megaphase.plan.same_run import settings_of
-from megaphase.rehearsal.fake_device import CARD, missing_for_rehearsal
+from megaphase.rehearsal.fake_device import missing_for_rehearsal
 from megaphase.utils.errors import InputError, RunError
 
 # What is rehearsed, in this order, and the names that are shown.
@@ -30,7 +30,9 @@ ACTIONS = {
     "load": "load",
     "reset": "reset",
 }
-WAITS_SHOWN = 12
+WAITS_SHOWN, PLACES_SHOWN = 12, 8
+# Of a step, at most; a step with more does the same again.
+MICRO_BATCHES = 2
 ENDS_SILENTLY = "the process that rehearses has ended without an answer"
 
 
@@ -47,6 +49,7 @@ class Rehearsed:
         console.print(self._table())
         for sentence in self._sentences():
             console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        console.print(self._memory())
         console.print(self._waits())
 
     def raise_fault(self) -> None:
@@ -82,8 +85,7 @@ class Rehearsed:
     def _table(self) -> Table:
         reports: Mapping[str, Any] = self.figures["reports"]
         table = Table(
-            title=f"Rank {self.figures['rank']:,} of {self.figures['processes']:,} on "
-            f"{CARD.name} (fake)",
+            title=f"Rank {self.figures['rank']:,} of {self.figures['processes']:,} on a fake GPU",
             title_justify="left",
         )
         table.add_column("")
@@ -107,11 +109,17 @@ class Rehearsed:
     def _sentences(self) -> Sequence[str]:
         estimates, train = self.figures["estimates"], self.figures["reports"]["train"]
         peak = train["peak_bytes"]
-        sentences = [
+        sentences = []
+        if self.figures["micro_batches"] > MICRO_BATCHES:
+            sentences.append(
+                f"A step of the run has {self.figures['micro_batches']:,} micro-batches, and "
+                f"{MICRO_BATCHES} of them are rehearsed"
+            )
+        sentences.append(
             f"Peak of a training step: {peak / GB:.2f} GB of tensors; `megaphase plan` estimates "
             f"{estimates['peak_bytes'] / GB:.2f} GB, and {RESERVE:.0%} of the card in reserve for "
             "what is no tensor"
-        ]
+        )
         gathered = train["gathered_ahead"] + train["gathered_when_needed"]
         if gathered:
             share = train["gathered_ahead"] / gathered
@@ -120,6 +128,15 @@ class Rehearsed:
                 "them ahead of their use"
             )
         return sentences
+
+    def _memory(self) -> Table:
+        by_place: Mapping[str, int] = self.figures["reports"]["train"]["peak_by_place"]
+        table = Table(title="Memory at that peak", title_justify="left")
+        table.add_column("GB", justify="right")
+        table.add_column("allocated at", overflow="fold")
+        for place, size in list(by_place.items())[:PLACES_SHOWN]:
+            table.add_row(f"{size / GB:,.2f}", place or "torch's backward pass")
+        return table
 
     def _waits(self) -> Table:
         waits = self.figures["reports"]["train"]["waits"]
@@ -157,8 +174,12 @@ def rehearse_run(
         raise InputError("--rank", f"is {rank:,}", f"give one below {processes:,}")
     if missing := missing_for_rehearsal():
         raise InputError(missing, "is not installed, and a rehearsal needs it", "install it")
+    micro_batches = config.micro_batches(processes)
+    data = processes // config.parallel.tensor
+    samples = config.batch.micro * min(micro_batches, MICRO_BATCHES) * data
+    settings = settings_of(config)
     case = {
-        "run": settings_of(config),
+        "run": settings | {"batch": {**settings["batch"], "samples": samples}},
         "vocab": tokenizer.vocab_size,
         "processes": processes,
         "rank": rank,
@@ -175,4 +196,5 @@ def rehearse_run(
         lines = done.stderr.strip().splitlines()
         raise RunError(f"{ENDS_SILENTLY}: {lines[-1] if lines else f'exit code {done.returncode}'}")
     figures = json.loads(done.stdout)
-    return Rehearsed(figures | {"rank": rank, "processes": processes}, config)
+    about = {"rank": rank, "processes": processes, "micro_batches": micro_batches}
+    return Rehearsed(figures | about, config)

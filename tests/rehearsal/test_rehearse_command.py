@@ -1,0 +1,80 @@
+"""`megaphase rehearse` as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rehearsal_support import needs_compiler
+from run_support import make_corpora, megaphase, run_settings, write_run_file
+
+LIMIT_SECONDS = 300
+GPU_MODEL = {"layers": 2, "hidden": 1024, "heads": 8, "seq_len": 512}
+
+
+def run_file(folder: Path, **changes: Any) -> Path:
+    settings = run_settings(make_corpora(folder)) | {
+        "precision": "bf16",
+        "model": GPU_MODEL,
+        "batch": {"samples": 64, "micro": 2},
+    }
+    return write_run_file(folder, settings | changes)
+
+
+def rehearse(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        megaphase("rehearse", *arguments), capture_output=True, text=True, timeout=LIMIT_SECONDS
+    )
+
+
+@needs_compiler
+def test_a_rank_of_many_is_shown(tmp_path: Path) -> None:
+    run = run_file(tmp_path, parallel={"tensor": 2, "zero": 3, "sequence": True})
+    before = sorted(tmp_path.rglob("*"))
+    done = rehearse(run, "--processes", 8, "--rank", 3)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Rank 3 of 8 on a fake GPU" in done.stdout
+    assert "A step of the run has 8 micro-batches, and 2 of them are rehearsed" in done.stdout
+    assert "100% of them ahead of their use" in done.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+    figures = json.loads(rehearse(run, "--processes", 8, "--rank", 3, "--json").stdout)
+    assert figures["reports"]["train"]["kernels"]["_fused_adamw_"] == 2
+
+
+@needs_compiler
+def test_memory_beyond_the_card_is_a_fault(tmp_path: Path) -> None:
+    huge = GPU_MODEL | {"hidden": 16_384, "heads": 128}
+    run = run_file(tmp_path, model=huge, parallel={"zero": 0}, hardware={"card": "a100-40gb"})
+    done = rehearse(run, "--processes", 2)
+    assert done.returncode == 1
+    assert "megaphase: the run needs " in done.stderr
+    assert "`megaphase plan` names layouts that fit" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--processes", "3"], "processes"),
+        (["--processes", "8", "--rank", "8"], "megaphase: --rank: is 8; give one below 8"),
+    ],
+)
+def test_wrong_options_are_refused(options: list[str], message: str, tmp_path: Path) -> None:
+    done = rehearse(run_file(tmp_path, parallel={"tensor": 2}), *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
+    done = subprocess.run(
+        megaphase("rehearse", run_file(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        env={"PATH": str(tmp_path)},
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("megaphase: g++: is not installed")
