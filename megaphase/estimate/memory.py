@@ -88,9 +88,9 @@ def _peak_points(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, 
     carried, backward = transient.carried, block_backward(setup)
     held, gathered = transient.held, transient.gathered
     forward = layers * each + block_forward(setup) + before
-    yield "forward pass", at(forward, carried, gathered, transient.arriving)
+    yield "forward pass", at(forward, carried, gathered, transient.arriving + transient.between)
     before_head = layers * each + saved_by_final_norm(setup) + before
-    yield "loss", at(before_head + head.loss, carried, gathered, 0)
+    yield "loss", at(before_head + head.loss, carried, gathered, transient.between)
     yield (
         "backward pass of the head",
         at(before_head + head.backward, carried, gathered, transient.bucket),

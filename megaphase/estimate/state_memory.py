@@ -49,6 +49,7 @@ class Transient:
                been reduced
     limit:     the most of `growing` that waits before it is reduced
     bucket:    buffers for communication during the backward pass
+    between:   of those, what stays from one micro-batch to the next
     reduction: while gradients are reduced, beside those that wait
     step:      in the optimizer step
     held:      whole weights that ZeRO-3 keeps gathered from one micro-batch to the next
@@ -62,6 +63,7 @@ class Transient:
     growing: int = 0
     limit: int = 0
     bucket: int = 0
+    between: int = 0
     reduction: int = 0
     step: int = 0
     held: int = 0
@@ -142,6 +144,7 @@ def _partitioned_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
     own = elements // setup.data * FP32_BYTES
     weights = elements * setup.parameter_bytes
     apart = setup.bf16  # gradients are summed in another type than they are computed in
+    offloaded = setup.device == "cuda" and setup.offload != "none"
     staged = setup.parameter_bytes if setup.zero == 2 else FP32_BYTES
     bucket = reduce_bucket(sizes)
     waiting = min(elements, bucket) * staged
@@ -153,7 +156,11 @@ def _partitioned_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
         # memory.
         buffers = 2 * bucket * staged
         waiting = 0
+    # On its way to the host, through a buffer for one parameter.
+    leaving = max(sizes.values()) * setup.parameter_bytes if offloaded else 0
     accumulated = setup.accumulation > 1
+    # Stage 1 returns its buckets when it has reduced the gradients, with the last micro-batch.
+    between = buffers if setup.zero == 1 and accumulated else 0
     whole = elements * (FP32_BYTES if setup.zero == 1 else staged)
     if setup.zero == 1:
         carried, growing = (whole, 0) if accumulated else (0, whole)
@@ -170,7 +177,8 @@ def _partitioned_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
             carried=carried,
             growing=growing,
             limit=limit,
-            bucket=buffers,
+            bucket=buffers + leaving,
+            between=between + leaving,
             reduction=reduction,
             step=2 * own,
         ),

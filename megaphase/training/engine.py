@@ -34,6 +34,7 @@ from megaphase.training.deepspeed_config import (
     parameter_dtype,
 )
 from megaphase.training.determinism import choose_algorithms
+from megaphase.training.gradient_sums import sum_without_copies
 from megaphase.training.gradients import clip_gradients
 from megaphase.training.parameter_persistence import keep_gathered
 from megaphase.training.step_result import StepResult, TaskLosses
@@ -117,6 +118,7 @@ class Engine:
             )
         if config.parallel.zero == 3:
             keep_gathered(self._engine.optimizer, model, config.parallel.keep_gathered)
+        sum_without_copies(self._engine.optimizer)
         self._optimizer = optimizer
         self.state = OptimizerState(self._engine, optimizer, grid)
         self.state.reset()

@@ -18,8 +18,8 @@ pytestmark = needs_compiler
 GPT2 = {"norm": "layernorm", "position": "learned", "activation": "gelu", "bias": True}
 # What is sent beside weights, gradients and activations: losses, counts of tokens, norms.
 SCALAR_BYTES = 2_000
-# Peak of live bytes over the estimate. What `megaphase plan` keeps in reserve is 6 % of the card.
-MEMORY = (0.80, 1.05)
+# Peak of live bytes over the estimate: above 1 by less than what `megaphase plan` keeps in reserve.
+MEMORY = (0.9, 1.05)
 UTILS, SYNC = "deepspeed/runtime/utils.py", "deepspeed/accelerator/cuda_accelerator.py"
 ZERO_2, ZERO_3 = "deepspeed/runtime/zero/stage_1_and_2.py", "deepspeed/runtime/zero/stage3.py"
 # Waits of the host in a training step and in each of its micro-batches, by ZeRO stage. All are
@@ -36,6 +36,12 @@ WAITS = {
         {f"scalar read, {UTILS}": 1, f"cuda.synchronize, {SYNC}": 1},
         {f"Stream.synchronize, {ZERO_3}": 1},
     ),
+}
+
+# DeepSpeed's other optimizer for stages 1 and 2.
+WAITS_FP32 = WAITS | {
+    1: ({f"scalar read, {UTILS}": 3, f"cuda.synchronize, {SYNC}": 1}, {}),
+    2: ({f"scalar read, {UTILS}": 3}, {f"cuda.synchronize, {SYNC}": 1}),
 }
 
 LAYOUTS = [
@@ -112,11 +118,16 @@ def check_traffic(case: dict[str, Any], answer: dict[str, Any]) -> None:
 
 
 def check_waits(case: dict[str, Any], answer: dict[str, Any]) -> None:
-    step, micro_batch = WAITS[case["zero"]]
+    found = waits(answer["reports"]["train"])
+    if case.get("offload", "none") != "none":
+        assert all("deepspeed" in each for each in found)
+        return
+    by_stage = WAITS_FP32 if case.get("precision") == "fp32" else WAITS
+    step, micro_batch = by_stage[case["zero"]]
     expected = Counter(step)
     for _ in range(case.get("micro_batches", 2)):
         expected.update(micro_batch)
-    assert waits(answer["reports"]["train"]) == expected
+    assert found == expected
 
 
 def check_memory(answer: dict[str, Any]) -> None:

@@ -81,11 +81,12 @@ def test_the_model_computes_with_bf16_weights(zero: int) -> None:
 
 
 def train_immediately_or_later() -> list[list[float]]:
-    """Run on a rank: losses with gradients added to the fp32 sums at once, and after the pass."""
+    """Run on a rank: losses with gradients added to the fp32 sums at once; after the pass; and at
+    once by DeepSpeed's own code, which casts them first."""
     settings_of = engine_module.deepspeed_config
     found = []
     with process_group():
-        for immediately in (True, False):
+        for immediately, cast in ((True, False), (False, False), (True, True)):
 
             def settings(*given: Any, immediately: bool = immediately) -> dict[str, Any]:
                 of_run: dict[str, Any] = settings_of(*given)
@@ -94,6 +95,8 @@ def train_immediately_or_later() -> list[list[float]]:
                 return of_run
 
             engine_module.deepspeed_config = settings
+            if cast:
+                engine_module.sum_without_copies = lambda _: None
             engine = build_engine(run_config(zero=1, precision="bf16", micro=2))
             assert not engine._engine.tput_timer.config.enabled
             batches = map(global_batch, range(STEPS))
@@ -103,5 +106,5 @@ def train_immediately_or_later() -> list[list[float]]:
 
 @pytest.mark.distributed
 def test_adding_gradients_at_once_changes_no_loss() -> None:
-    [(immediately, later)] = run_ranks(train_immediately_or_later, 1)
-    assert immediately == later
+    [(immediately, later, cast)] = run_ranks(train_immediately_or_later, 1)
+    assert immediately == later == cast
