@@ -136,10 +136,6 @@ class CostedLayer(nn.Module):
         """Without those that gather an input again."""
         return ()
 
-    def replicated_gradients(self, rank: Rank) -> int:
-        """Bytes of the gradients that sequence parallelism sums over the ranks."""
-        return 0
-
 
 def layers_of(module: nn.Module) -> Iterator[CostedLayer]:
     """A module's layers with those inside of them."""

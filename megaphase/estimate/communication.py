@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from megaphase.distributed.costs import Collective, CollectiveKind, layers_of
+from megaphase.distributed.costs import Collective, CollectiveKind
 from megaphase.distributed.linear import ColumnParallelLinear, RowParallelLinear
+from megaphase.distributed.parameter_spec import spec_of
 from megaphase.estimate.gathered_parameters import gathering, reduce_bucket
 from megaphase.estimate.hardware import Hardware
 from megaphase.estimate.setup import Setup
@@ -134,23 +135,33 @@ def tensor_backward(setup: Setup, hardware: Hardware) -> Traffic:
         outside += _traffic(ring, outer.backward_collectives(setup))
     traffic = block * setup.shape.layers + outside
     if setup.sequence:
-        # Gradients of the norms' weights, of which each rank has seen its own positions.
-        traffic += _replicated(ring, declared_block(setup.shape), setup) * setup.shape.layers
-        traffic += _replicated(ring, model.norm, setup)
+        # Gradients of replicated parameters, of which each rank has seen its own positions.
+        in_block = list(declared_block(setup.shape).parameters())
+        traffic += _replicated(ring, in_block, setup) * setup.shape.layers
+        traffic += _replicated(ring, list(model.norm.parameters()), setup)
+        if model.positions is not None:
+            traffic += _replicated(ring, [model.positions], setup)
     if setup.shape.activation_checkpointing == "full":
-        traffic += _blocks_forward(setup, hardware)
+        # torch recomputes a block up to the last tensor that its backward pass needs: without
+        # dropout that comes before the last sum of the last half.
+        last = 1.0 if setup.shape.dropout else 1 - 1 / setup.halves
+        traffic += _blocks_forward(setup, hardware, last)
     return traffic
 
 
-def _blocks_forward(setup: Setup, hardware: Hardware) -> Traffic:
+def _blocks_forward(setup: Setup, hardware: Hardware, last: float = 1.0) -> Traffic:
     """The collectives of one half run behind the next product of the other, see
-    `model.interleave`."""
+    `model.interleave`.
+
+    last: the share of a block's last sum that is sent.
+    """
     ring = tensor_ring(setup, hardware)
     columns, rows = _linear_layers(setup)
     gathered, summed = (
         [_traffic(ring, layer.forward_collectives(setup), setup.halves) for layer in layers]
         for layers in (columns, rows)
     )
+    summed[-1] *= last
     block = _interleaved(setup, hardware, gathered, rows)
     block += _interleaved(setup, hardware, summed, columns)
     return block * setup.shape.layers
@@ -194,9 +205,11 @@ def _traffic(ring: Ring, collectives: Sequence[Collective], pieces: int = 1) -> 
     return sum(each, Traffic())
 
 
-def _replicated(ring: Ring, module: nn.Module, setup: Setup) -> Traffic:
-    size = sum(layer.replicated_gradients(setup) for layer in layers_of(module))
-    return ring.collective(ALL_REDUCE, size)
+def _replicated(ring: Ring, parameters: Sequence[nn.Parameter], setup: Setup) -> Traffic:
+    """The sum of the gradients of those that are replicated, in one collective."""
+    specs = map(spec_of, parameters)
+    elements = sum(spec.numel for spec in specs if spec.dim is None)
+    return ring.collective(ALL_REDUCE, elements * setup.parameter_bytes)
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,6 @@ class _Norm(CostedLayer):
         own."""
         return 0
 
-    def replicated_gradients(self, rank: Rank) -> int:
-        return self.hidden * rank.parameter_bytes  # a bias adds nothing that matters
-
 
 class RMSNorm(_Norm):
     """Root-mean-square norm (Zhang and Sennrich 2019)."""
