@@ -167,7 +167,7 @@ def main() -> None:
     recording, tokens, shape = rehearsed(asked)
     from megaphase.model.parameters import train_flops_per_token
 
-    attention = 4 * asked.micro * shape.seq_len**2 * shape.hidden * 0.5
+    attention = 4 * asked.micro * shape.seq_len**2 * shape.attention_width * 0.5
     found = simulate(recording, card, host, attention)
     mfu = train_flops_per_token(shape) * tokens / found.seconds / DATA_SHEET_FLOPS
     waits = [f"{wait.kind} at {wait.place}" for wait in recording.waits]

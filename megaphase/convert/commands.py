@@ -33,6 +33,7 @@ TrustPickle = Annotated[
         "--trust-pickle", help="Load pickles that may run code; only from trusted sources."
     ),
 ]
+NoTokenizer = Annotated[bool, typer.Option("--no-tokenizer", help="Convert the model alone.")]
 DEFAULT_WORKERS = 4
 
 
@@ -95,6 +96,7 @@ def to_hf_command(
     tokenizer: Annotated[
         Path | None, typer.Option(help="The run's by default.", metavar="DIR")
     ] = None,
+    no_tokenizer: NoTokenizer = False,
     max_shard_gb: Annotated[
         float,
         typer.Option(
@@ -106,11 +108,11 @@ def to_hf_command(
     ] = 5.0,
     workers: Workers = DEFAULT_WORKERS,
 ) -> None:
-    """Write a Hugging Face model: a Llama or a GPT-2, with its tokenizer.
+    """Write a Hugging Face model with its tokenizer.
 
     `AutoModelForCausalLM.from_pretrained(DIR)` computes the same logits, `AutoTokenizer` gives the
-    same ids. Llama: norm rmsnorm, position rotary, activation swiglu. GPT-2: norm layernorm,
-    position learned, activation gelu, kv_heads equal to heads.
+    same ids. The model becomes one of the first family that has its options: see
+    docs/conversion.md.
 
     Example: megaphase convert to-hf runs/a@joint --out hf/
     """
@@ -121,6 +123,7 @@ def to_hf_command(
         out,
         precision=dtype,
         tokenizer=tokenizer,
+        no_tokenizer=no_tokenizer,
         max_shard_bytes=int(max_shard_gb * 1e9),
         workers=workers,
         console=new_console(stderr=True, highlight=False),
@@ -135,10 +138,13 @@ def from_hf_command(
         typer.Argument(metavar="MODEL_DIR", help="A downloaded Hugging Face model."),
     ],
     out: Out,
+    no_tokenizer: NoTokenizer = False,
     trust_pickle: TrustPickle = False,
     workers: Workers = DEFAULT_WORKERS,
 ) -> None:
-    """Convert a Hugging Face Llama, Mistral or GPT-2 to a checkpoint for `train --from`.
+    """Convert a Hugging Face model to a checkpoint for `train --from`.
+
+    docs/conversion.md lists the families; a key of config.json that is not known is refused.
 
     The required section `model` of the run file is printed, and written next to the weights as
     model.yaml; a sentencepiece tokenizer is copied into the folder tokenizer.
@@ -152,6 +158,7 @@ def from_hf_command(
     taken = from_hf(
         directory,
         out,
+        no_tokenizer=no_tokenizer,
         trust_pickle=trust_pickle,
         workers=workers,
         console=new_console(stderr=True, highlight=False),

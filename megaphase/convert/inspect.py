@@ -16,7 +16,7 @@ from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.checkpoint.state import STATE_FILE
 from megaphase.checkpoint.tensor_file import TensorFile, TensorKind
 from megaphase.convert.checkpoint_writer import PORTABLE_FOLDER
-from megaphase.convert.hugging_face.config import CONFIG_FILE
+from megaphase.convert.hugging_face.config_file import CONFIG_FILE
 from megaphase.convert.hugging_face.weights import find_tensors
 from megaphase.convert.megatron.files import RankFile, rank_files
 from megaphase.convert.megatron.names import TRACKER_FILE

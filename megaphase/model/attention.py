@@ -33,7 +33,7 @@ class Attention(CostedLayer):
 
     def __init__(self, shape: GPTShape, build: LayerBuilder) -> None:
         super().__init__()
-        self.shape, self.head_dim = shape, shape.head_dim
+        self.shape, self.head_dim = shape, shape.head_size
         self.recomputed_input = shape.activation_checkpointing == "selective"
         tensor_size = build.region.grid.tensor_size
         heads, kv_heads = (n // tensor_size for n in (shape.heads, shape.kv_heads))
@@ -41,12 +41,12 @@ class Attention(CostedLayer):
         self.qkv = ColumnParallelLinear(
             shape.hidden,
             shape.qkv_segments,
-            bias=shape.bias,
+            bias=shape.has_qkv_bias,
             std=shape.init_std,
             build=build.at("qkv"),
         )
         self.out = RowParallelLinear(
-            shape.hidden,
+            shape.attention_width,
             shape.hidden,
             bias=shape.bias,
             std=shape.residual_init_std,
@@ -63,7 +63,8 @@ class Attention(CostedLayer):
         return Stages(self.qkv, self.attend, self.out)
 
     def attend(self, qkv: Tensor, context: ForwardContext) -> Tensor:
-        """softmax(q kᵀ / √head_dim) v of this rank's heads, [batch, seq, hidden / tensor]."""
+        """softmax(q kᵀ / √head_dim) v of this rank's heads,
+        [batch, seq, attention_width / tensor]."""
         heads = qkv.unflatten(-1, (-1, self.head_dim))
         if context.rotary is None:
             q, k, v = heads.split(self.local_heads, dim=2)
@@ -73,7 +74,7 @@ class Attention(CostedLayer):
         return y.transpose(1, 2).flatten(2)
 
     def flops_per_token(self, seq_len: int) -> int:
-        return 4 * self.shape.hidden * seq_len
+        return 4 * self.shape.attention_width * seq_len
 
     def forward_work(self, rank: Rank) -> Work:
         return Work(0, self._attention_flops(rank), self._rotary_traffic(rank))
@@ -84,7 +85,7 @@ class Attention(CostedLayer):
 
     def _attention_flops(self, rank: Rank) -> float:
         """FLOPs of the scores and of their product with the values."""
-        whole = 4 * rank.tokens * self.shape.seq_len * self.shape.hidden / rank.tensor
+        whole = 4 * rank.tokens * self.shape.seq_len * self.shape.attention_width / rank.tensor
         return whole if rank.masked and not rank.variable_length else whole * _CAUSAL_SHARE
 
     def _rotary_traffic(self, rank: Rank) -> int:
@@ -95,7 +96,7 @@ class Attention(CostedLayer):
         return rank.tokens * rank.compute_bytes * (sum(self.shape.qkv_segments) // rank.tensor)
 
     def _query_bytes(self, rank: Rank) -> int:
-        return rank.tokens * rank.compute_bytes * (self.shape.hidden // rank.tensor)
+        return rank.tokens * rank.compute_bytes * (self.shape.attention_width // rank.tensor)
 
     def saved(self, rank: Rank) -> Mapping[str, int]:
         """From the input of `qkv` to that of `out`."""

@@ -2,16 +2,93 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from megaphase.config.fields import Count, Epsilon, FractionBelow1, Section, Word
+from megaphase.config.fields import Count, Epsilon, FractionBelow1, Positive, Section, Word
 
 # Of a model: beyond what has ever been built, and within what an estimate computes at once.
 Layers = Annotated[Count, Field(le=2_000)]
 Width = Annotated[Count, Field(le=1 << 24)]
 Heads = Annotated[Count, Field(le=1 << 16)]
+
+SequenceLength = Annotated[Count, Field(le=1 << 27)]
+
+# Keys of each type of scaling beside `type` and `factor`, and their defaults; None: required.
+_SCALING_KEYS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "llama3": {"original_seq_len": None, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {
+        "original_seq_len": None,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "attention_factor": None,
+        "truncate": True,
+    },
+}
+
+
+class RotaryScalingConfig(Section):
+    """Rotary frequencies changed for longer sequences than the model was pre-trained on, as
+    published models have them. `linear` divides all of them by `factor`; `llama3` (Llama 3.1)
+    divides those whose wavelength is long against `original_seq_len`; `yarn` (Peng et al. 2023)
+    interpolates between both by the number of rotations, and scales queries and keys.
+    """
+
+    type: Literal["linear", "llama3", "yarn"]
+    """Formula of the frequencies."""
+    factor: Annotated[float, Field(ge=1, le=1e6)]
+    """How many times longer sequences become."""
+    original_seq_len: SequenceLength | None = None
+    """Sequence length of the pre-training; required by `llama3` and `yarn`."""
+    low_freq_factor: Positive | None = None
+    """`llama3`: frequencies with at most this many rotations in `original_seq_len` are divided; 1
+    if left out."""
+    high_freq_factor: Positive | None = None
+    """`llama3`: frequencies with at least this many rotations are kept; 4 if left out."""
+    beta_fast: Positive | None = None
+    """`yarn`: frequencies with more rotations than this are kept; 32 if left out."""
+    beta_slow: Positive | None = None
+    """`yarn`: frequencies with fewer rotations than this are divided; 1 if left out."""
+    attention_factor: Positive | None = None
+    """`yarn`: queries and keys are multiplied by it; 0.1 ln(`factor`) + 1 if left out."""
+    truncate: bool | None = None
+    """`yarn`: whether the bounds between kept and divided frequencies are rounded to whole
+    dimensions; `true` if left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        """Write out the defaults, so that equal scalings are equal sections."""
+        if not isinstance(data, dict):
+            return data
+        given = {key: value for key, value in data.items() if value is not None}
+        filled = {
+            k: v for k, v in _SCALING_KEYS.get(given.get("type", ""), {}).items() if v
+        } | given
+        factor = given.get("factor")
+        if given.get("type") == "yarn" and isinstance(factor, int | float) and factor >= 1:
+            filled.setdefault("attention_factor", 0.1 * math.log(factor) + 1.0)
+        return filled
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        known = _SCALING_KEYS[self.type]
+        for key in type(self).model_fields:
+            if key in ("type", "factor"):
+                continue
+            if getattr(self, key) is None and key in known:
+                raise ValueError(f"{self.type} needs {key}; give it")
+            if getattr(self, key) is not None and key not in known:
+                raise ValueError(f"{self.type} has no {key}; leave it out")
+        if self.type == "llama3":
+            assert self.low_freq_factor is not None
+            assert self.high_freq_factor is not None
+            if self.high_freq_factor <= self.low_freq_factor:
+                raise ValueError("high_freq_factor is not above low_freq_factor; raise it")
+        return self
 
 
 class ModelConfig(Section):
@@ -31,7 +108,7 @@ class ModelConfig(Section):
     fourth of the step's matrix products and saves nearly all.
     """
 
-    seq_len: Annotated[Count, Field(le=1 << 27)]
+    seq_len: SequenceLength
     """Sequence length: the tokens of a sample that the model sees."""
     preset: Word | None = None
     """A named shape, see above."""
@@ -40,7 +117,9 @@ class ModelConfig(Section):
     hidden: Width | None = None
     """Width of the residual stream."""
     heads: Heads | None = None
-    """Attention heads; must divide `hidden`."""
+    """Attention heads; must divide `hidden` unless `head_dim` is given."""
+    head_dim: Width | None = None
+    """Width of a head's queries, keys and values; `hidden` / `heads` if left out."""
     kv_heads: Heads | None = None
     """Key-value heads of grouped-query attention; must divide `heads`, and equals it if left
     out."""
@@ -60,8 +139,12 @@ class ModelConfig(Section):
     """Whether embedding and output projection share one matrix; `false` if left out."""
     bias: bool | None = None
     """Whether the linear layers have biases; `false` if left out."""
+    qkv_bias: bool | None = None
+    """Whether the projection to queries, keys and values has a bias; as `bias` if left out."""
     rotary_base: Annotated[float, Field(ge=1, le=1e15)] | None = None
     """Base of the rotary frequencies; 10000 if left out."""
+    rotary_scaling: RotaryScalingConfig | None = None
+    """Rotary frequencies for longer sequences; unchanged if left out."""
     norm_eps: Epsilon | None = None
     """Added to the variance in the norms; 1e-5 if left out."""
     init_std: Annotated[float, Field(gt=0, le=100)] | None = None

@@ -135,9 +135,10 @@ class GPT(CostedLayer):
             self.positions = build.at("positions").parameter("weight", positions)
         else:
             self.rotary = Rotary(
-                shape.head_dim,
+                shape.head_size,
                 shape.seq_len,
                 shape.rotary_base,
+                shape.rotary_scaling,
                 dtype=compute_dtype,
                 device=build.device,
                 kernels=kernels,

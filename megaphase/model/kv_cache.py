@@ -79,7 +79,7 @@ class KVCache:
             rows: the most that `select` will ask for.
             slots: most tokens of a row, padding included.
         """
-        size = (shape.layers, rows, shape.kv_heads, slots, shape.head_dim)
+        size = (shape.layers, rows, shape.kv_heads, slots, shape.head_size)
         self._keys, self._values = (
             torch.empty(size, dtype=dtype, device=padding.device) for _ in range(2)
         )

@@ -61,7 +61,7 @@ def build_shape(config: RunConfig, tokenizer_vocab: int) -> GPTShape:
                 config, "preset", f"no preset {asked.preset!r}", f"{hint}the presets are {names}"
             )
         sizes |= PRESETS[asked.preset]
-    sizes |= asked.model_dump(exclude_none=True, exclude={"preset", "vocab"})
+    sizes |= {k: v for k, v in asked if v is not None and k not in ("preset", "vocab")}
     for key in REQUIRED:
         if key not in sizes:
             raise _refuse(config, key, "this size is missing", "give it, or name a preset")
@@ -82,20 +82,23 @@ def build_shape(config: RunConfig, tokenizer_vocab: int) -> GPTShape:
 
 def _check_divisions(config: RunConfig, shape: GPTShape) -> None:
     tensor = config.parallel.tensor
-    if shape.hidden % shape.heads:
+    if shape.head_dim is None and shape.hidden % shape.heads:
         raise _refuse(
             config,
             "heads",
             f"{shape.heads} heads do not divide hidden {shape.hidden}",
-            "change one",
+            "change one, or give head_dim",
         )
-    if shape.position == "rotary" and shape.head_dim % 2:
+    if shape.position == "rotary" and shape.head_size % 2:
+        given = shape.head_dim is not None
         raise _refuse(
             config,
-            "heads",
-            f"rotary positions need an even head size, not {shape.head_dim}",
-            "change hidden or heads",
+            "head_dim" if given else "heads",
+            f"rotary positions need an even head size, not {shape.head_size}",
+            "change it" if given else "change hidden or heads",
         )
+    if shape.rotary_scaling is not None and shape.position != "rotary":
+        raise _refuse(config, "rotary_scaling", f"positions are {shape.position}", "leave it out")
     if shape.heads % shape.kv_heads:
         raise _refuse(
             config,

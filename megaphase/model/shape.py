@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
+
+from megaphase.model.config import RotaryScalingConfig
 
 NOT_ARCHITECTURE = {"init_std", "dropout", "activation_checkpointing"}
 
 
 @dataclass(frozen=True)
 class GPTShape:
-    """Sizes and choices of a decoder-only transformer (Llama- or GPT-2-like, or between)."""
+    """Sizes and choices of a decoder-only transformer (Llama- or GPT-2-like, or between).
+
+    Options that are None are not there, or follow from others; a value that says no more than that
+    becomes None, so that equal models have equal shapes.
+    """
 
     vocab: int
     seq_len: int
@@ -31,11 +37,27 @@ class GPTShape:
     init_std: float = 0.02
     dropout: float = 0.0
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    head_dim: int | None = None
+    qkv_bias: bool | None = None
+    rotary_scaling: RotaryScalingConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.head_dim is not None and self.head_dim * self.heads == self.hidden:
+            object.__setattr__(self, "head_dim", None)
+        if self.qkv_bias == self.bias:
+            object.__setattr__(self, "qkv_bias", None)
 
     def architecture(self) -> dict[str, Any]:
         """All fields that determine the weights' shapes and the function that they compute: without
-        those of initialization and training."""
-        return {key: value for key, value in asdict(self).items() if key not in NOT_ARCHITECTURE}
+        those of initialization and training, and without options that are None."""
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.rotary_scaling is not None:
+            known["rotary_scaling"] = self.rotary_scaling.model_dump(exclude_none=True)
+        return {
+            key: value
+            for key, value in known.items()
+            if key not in NOT_ARCHITECTURE and value is not None
+        }
 
     @classmethod
     def from_architecture(cls, architecture: Mapping[str, Any]) -> Self:
@@ -43,15 +65,32 @@ class GPTShape:
 
         Raises:
             TypeError: a field is missing or unknown.
+            ValueError: the scaling of rotary positions is none.
         """
-        wanted = {field.name for field in fields(cls)} - NOT_ARCHITECTURE
-        if wanted != set(architecture):
+        wanted = {f.name: f.default for f in fields(cls) if f.name not in NOT_ARCHITECTURE}
+        needed = {name for name, default in wanted.items() if default is not None}
+        if not needed <= set(architecture) <= set(wanted):
             raise TypeError(f"other fields than {sorted(wanted)}")
-        return cls(**architecture)
+        options = dict(architecture)
+        if options.get("rotary_scaling") is not None:
+            scaling = RotaryScalingConfig.model_validate(options["rotary_scaling"])
+            options["rotary_scaling"] = scaling
+        return cls(**options)
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
+    def head_size(self) -> int:
+        """Width of a head."""
+        return self.hidden // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def attention_width(self) -> int:
+        """Width of the queries of all heads together."""
+        return self.heads * self.head_size
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the projection to queries, keys and values has a bias."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def residual_init_std(self) -> float:
@@ -62,8 +101,8 @@ class GPTShape:
     @property
     def qkv_segments(self) -> tuple[int, int, int]:
         """Rows of the query, key and value parts of the fused projection."""
-        kv = self.kv_heads * self.head_dim
-        return self.hidden, kv, kv
+        kv = self.kv_heads * self.head_size
+        return self.attention_width, kv, kv
 
     @property
     def ffn_segments(self) -> tuple[int, ...]:

@@ -57,11 +57,13 @@ class Branch:
         """
         known = self.state.get("streams", {})
         may_differ = {"seq_len"} if not known and model.get("position") == "rotary" else set()
-        for key, found in self.state.get("model", {}).items():
-            if model.get(key) != found and key not in may_differ:
+        trained = self.state.get("model", model)
+        for key in {**trained, **model}:  # an option that is None is in neither
+            wanted, found = model.get(key), trained.get(key)
+            if wanted != found and key not in may_differ:
                 raise InputError(
                     config.where(f"model.{key}"),
-                    f"is {model.get(key)}, but {self.checkpoint} has {found}",
+                    f"is {_shown(wanted)}, but {self.checkpoint} has {_shown(found)}",
                     "write the same model",
                 )
         for task, stream in spec.stream_fingerprints.items():
@@ -71,6 +73,10 @@ class Branch:
                     f"its samples are not those that {self.checkpoint} was trained on",
                     "give the same corpus, held-out fraction, subsample, seed and model.seq_len",
                 )
+
+
+def _shown(option: Any) -> str:
+    return "none" if option is None else str(option)
 
 
 def choose_branch(config: RunConfig, source: str | None) -> Branch | None:

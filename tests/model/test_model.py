@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -41,6 +42,7 @@ LLAMA: dict[str, Any] = {
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "grouped": LLAMA | {"kv_heads": 1},
+    "wide heads": LLAMA | {"head_dim": 12, "kv_heads": 2, "qkv_bias": True},
     "tied": LLAMA | {"tied_embeddings": True},
     "gpt2": LLAMA
     | {
@@ -150,6 +152,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "vocabulary below the tokenizer's": (SIZES | {"vocab": 99}, {}, ["model.vocab", "99", "100"]),
     "heads do not divide hidden": (SIZES | {"heads": 5}, {}, ["model.heads", "5", "32"]),
     "odd head size": (SIZES | {"hidden": 36}, {}, ["model.heads", "even", "9"]),
+    "odd head_dim": (SIZES | {"head_dim": 9}, {}, ["model.head_dim", "even", "9"]),
+    "scaled learned positions": (
+        SIZES | {"position": "learned", "rotary_scaling": {"type": "linear", "factor": 2.0}},
+        {},
+        ["model.rotary_scaling", "learned"],
+    ),
     "kv_heads do not divide heads": (SIZES | {"kv_heads": 3}, {}, ["model.kv_heads", "3", "4"]),
     "tensor does not divide heads": (
         SIZES | {"hidden": 36, "heads": 3, "ffn": 64},
@@ -187,6 +195,47 @@ def test_sizes_that_do_not_fit_are_refused(case: str) -> None:
         assert word in message
 
 
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        ({"type": "ntk", "factor": 2.0}, "type"),
+        ({"type": "linear"}, "factor"),
+        ({"type": "linear", "factor": 0.5}, "factor"),
+        ({"type": "linear", "factor": 2.0, "beta_fast": 3.0}, "linear has no beta_fast"),
+        ({"type": "llama3", "factor": 2.0}, "llama3 needs original_seq_len"),
+        (
+            {"type": "llama3", "factor": 2.0, "original_seq_len": 64, "low_freq_factor": 4.0},
+            "high_freq_factor is not above low_freq_factor",
+        ),
+        ({"type": "yarn", "factor": 2.0}, "yarn needs original_seq_len"),
+    ],
+)
+def test_scalings_of_rotary_positions_that_are_none(scaling: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        run_config(SIZES | {"rotary_scaling": scaling})
+
+
+def test_options_that_say_nothing_are_not_recorded() -> None:
+    """A checkpoint of an earlier version has no such keys, and its model is the same."""
+    plain = build_shape(run_config(SIZES), 100)
+    explicit = build_shape(run_config(SIZES | {"head_dim": 8, "qkv_bias": False}), 100)
+    assert explicit == plain
+    assert {"head_dim", "qkv_bias", "rotary_scaling"}.isdisjoint(plain.architecture())
+    assert GPTShape.from_architecture(plain.architecture()) == plain
+
+
+def test_options_come_back_from_a_record() -> None:
+    scaling = {"type": "yarn", "factor": 4, "original_seq_len": 64}
+    options = {"head_dim": 12, "qkv_bias": True, "rotary_scaling": scaling}
+    shape = build_shape(run_config(SIZES | options), 100)
+    recorded = json.loads(json.dumps(shape.architecture()))
+    assert recorded["rotary_scaling"]["attention_factor"] == pytest.approx(1 + 0.1 * math.log(4))
+    assert GPTShape.from_architecture(recorded) == shape
+    for damaged in ({**recorded, "other": 1}, {k: v for k, v in recorded.items() if k != "ffn"}):
+        with pytest.raises(TypeError, match="other fields"):
+            GPTShape.from_architecture(damaged)
+
+
 def test_a_vocabulary_that_tensor_does_not_divide_is_no_error() -> None:
     assert build_shape(run_config(SIZES, tensor=2), 101).vocab == 101
 
@@ -194,7 +243,7 @@ def test_a_vocabulary_that_tensor_does_not_divide_is_no_error() -> None:
 def attention_by_loops(x: Tensor, attention: Attention, shape: GPTShape) -> Tensor:
     """Compute every head, position and earlier position separately."""
     batch, seq, hidden = x.shape
-    size = shape.head_dim
+    size = shape.head_size
     q, k, v = (x @ attention.qkv.weight.T).split(shape.qkv_segments, -1)
     heads = torch.zeros(batch, seq, hidden)
     for row in range(batch):

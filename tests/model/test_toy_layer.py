@@ -57,7 +57,7 @@ ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one proces
 class MixingAttention(Attention):
     def __init__(self, shape: GPTShape, build: LayerBuilder) -> None:
         super().__init__(shape, build)
-        size = (shape.heads, shape.head_dim, shape.head_dim)
+        size = (shape.heads, shape.head_size, shape.head_size)
         self.mix = build.parameter("mix", ParameterSpec(size, Normal(0.5), dim=0))
 
     def attend(self, qkv: Tensor, context: ForwardContext) -> Tensor:

@@ -56,15 +56,22 @@ def random_tokens(vocab: int, *, batch: int = 3, seq: int = SEQ_LEN) -> Tensor:
 
 
 @torch.no_grad()
-def megaphase_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
-    """Return the logits of the GPT in this process, with weights read by other code."""
+def loaded_model(checkpoint: Path) -> GPT:
+    """Return the GPT in this process, with weights read by other code."""
     model = GPT(open_source(str(checkpoint)).shape, Initializer(1, torch.float32), ALONE)
     weights = whole_parameters(checkpoint)
     parameters = dict(model.named_parameters())
     assert parameters.keys() == weights.keys()
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
-    return model(tokens)
+    return model.eval()
+
+
+@torch.no_grad()
+def megaphase_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
+    """Return the logits of that model."""
+    logits: Tensor = loaded_model(checkpoint)(tokens)
+    return logits
 
 
 @torch.no_grad()
@@ -136,6 +143,12 @@ def mistral() -> Any:
     return transformers.MistralConfig(**LLAMA_SIZES, sliding_window=None)
 
 
+def qwen2() -> Any:
+    import transformers
+
+    return transformers.Qwen2Config(**LLAMA_SIZES)
+
+
 def gpt2(**changes: Any) -> Any:
     import transformers
 
@@ -155,6 +168,7 @@ THEIR_CONFIGS: dict[str, Callable[[], Any]] = {
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}
     ),
     "mistral": mistral,
+    "qwen2": qwen2,
     "gpt2": gpt2,
     "gpt2 untied": lambda: gpt2(tie_word_embeddings=False, n_inner=72, layer_norm_epsilon=1e-6),
 }

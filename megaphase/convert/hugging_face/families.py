@@ -1,22 +1,21 @@
-"""The families of Hugging Face models that correspond to a GPT, and their names for its parts.
-
-- Llama: RMSNorm, rotary positions, SwiGLU, queries in groups or not, biases everywhere or nowhere.
-- GPT-2: LayerNorm, learned positions, GELU, biases everywhere; weights stored as [inputs, outputs].
-
-Embeddings are tied or not in both.
+"""The families of Hugging Face models that correspond to a GPT: one table each, of the keys of
+config.json and of the names of the model's parts.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
+from megaphase.convert.hugging_face.config_file import ConfigFile
+from megaphase.convert.hugging_face.config_keys import Fixed, Key, OnEveryLayer, Option
+from megaphase.convert.hugging_face.rope import Rope
 from megaphase.convert.parameter_mapping import ParameterMapping
 from megaphase.distributed.sharding import ParameterLayout
 from megaphase.model.parameters import parameter_layouts
-from megaphase.model.shape import GPTShape
+from megaphase.model.shape import NOT_ARCHITECTURE, GPTShape
 from megaphase.utils.errors import InputError
 
 HEAD = "lm_head.weight"
@@ -34,33 +33,61 @@ class Family:
     Attributes:
         title: its name.
         model_type: its model_type in config.json.
+        architecture: its class in transformers.
         options: options that all of its models have, by their name in GPTShape.
-        grouped: whether there may be fewer heads of keys and values than of queries.
+        keys: how each key of config.json is read and written.
+        harmless: further keys that change no logits, and why.
+        written: further keys that are written.
         always_biased: whether all linear layers have biases.
+        heads_divide: whether transformers wants hidden to be a multiple of the heads in any case.
         prefix: prefix of all tensors except the output projection's.
         blocks: the name of the list of blocks.
         modules: the family's modules by Megaphase's; one module may be split into several.
         transposed: modules in a block whose weights are stored as [inputs, outputs].
-        config: returns the architecture's keys of config.json for a shape.
     """
 
     title: str
     model_type: str
-    options: Mapping[str, str]
-    grouped: bool
-    always_biased: bool
+    architecture: str
+    options: Mapping[str, Any]
+    keys: Mapping[str, Key]
     prefix: str
     blocks: str
     modules: Mapping[str, tuple[str, ...]]
-    transposed: frozenset[str]
-    config: Callable[[GPTShape], dict[str, Any]]
+    harmless: Mapping[str, str] = field(default_factory=dict)
+    written: Mapping[str, Any] = field(default_factory=dict)
+    always_biased: bool = False
+    heads_divide: bool = False
+    transposed: frozenset[str] = frozenset()
 
     def faults(self, shape: GPTShape) -> list[str]:
         """Return a shape's options that no model of this family has, as `model.KEY: VALUE`."""
-        wrong = [key for key, value in self.options.items() if getattr(shape, key) != value]
-        if not self.grouped and shape.kv_heads != shape.heads:
-            wrong.append("kv_heads")
+        free = {each for key in self.keys.values() for each in key.fields} | NOT_ARCHITECTURE
+        if self.always_biased:
+            free |= {"bias"}
+        if shape.position == "learned":
+            free |= {"rotary_base"}  # which then means nothing
+        wrong = []
+        for each in fields(GPTShape):
+            wanted = self.options.get(each.name, each.default)
+            if wanted is MISSING:  # of the sizes, the only one that a family may not have
+                wanted = shape.heads
+            if each.name not in free and getattr(shape, each.name) != wanted:
+                wrong.append(each.name)
+        if self.heads_divide and shape.hidden % shape.heads:
+            wrong.append("heads")
         return [f"model.{key}: {getattr(shape, key)}" for key in wrong]
+
+    def config(self, shape: GPTShape) -> dict[str, Any]:
+        """Return the architecture's keys of config.json."""
+        written: dict[str, Any] = {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+        }
+        for name, key in self.keys.items():
+            written |= key.write(name, shape)
+        written |= {"initializer_range": shape.init_std, "use_cache": True}
+        return {**written, **self.written}
 
     def expressed(self, shape: GPTShape) -> GPTShape:
         """Return the same model with the biases that this family has; added ones are 0."""
@@ -93,6 +120,11 @@ def is_buffer(name: str) -> bool:
     return _BUFFERS.search(name) is not None
 
 
+def _grouped(family: Family) -> bool:
+    """Whether there may be fewer heads of keys and values than of queries."""
+    return any("kv_heads" in key.fields for key in family.keys.values())
+
+
 def family_for(shape: GPTShape, where: object) -> Family:
     """Return the family of a shape.
 
@@ -101,8 +133,8 @@ def family_for(shape: GPTShape, where: object) -> Family:
     """
     nearest = min(FAMILIES, key=lambda family: len(family.faults(shape)))
     if faults := nearest.faults(shape):
-        expected = ", ".join(nearest.options.values())
-        heads = "" if nearest.grouped else " and kv_heads equal to heads"
+        expected = ", ".join(f"{key} {value}" for key, value in nearest.options.items())
+        heads = "" if _grouped(nearest) else ", kv_heads equal to heads"
         raise InputError(
             where,
             f"{', '.join(faults)} cannot be expressed; {nearest.title} models have {expected}"
@@ -112,82 +144,135 @@ def family_for(shape: GPTShape, where: object) -> Family:
     return nearest
 
 
-def _llama_config(shape: GPTShape) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": shape.vocab,
-        "max_position_embeddings": shape.seq_len,
-        "num_hidden_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "intermediate_size": shape.ffn,
-        "hidden_act": "silu",
-        "rms_norm_eps": shape.norm_eps,
-        # Version 4 of transformers reads the first two, version 5 the third.
-        "rope_theta": shape.rotary_base,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rotary_base},
-        "attention_bias": shape.bias,
-        "mlp_bias": shape.bias,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": shape.tied_embeddings,
-        "initializer_range": shape.init_std,
-        "use_cache": True,
-    }
+def _kv_heads(absent: int | None) -> Callable[[ConfigFile], int]:
+    """As many as of queries where the key is null, `absent` where there is no key."""
+
+    def default(config: ConfigFile) -> int:
+        missing = config.get("num_key_value_heads", absent)
+        return missing or config.size("num_attention_heads")
+
+    return default
 
 
-def _gpt2_config(shape: GPTShape) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": shape.vocab,
-        "n_positions": shape.seq_len,
-        "n_layer": shape.layers,
-        "n_embd": shape.hidden,
-        "n_head": shape.heads,
-        "n_inner": shape.ffn,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": shape.norm_eps,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "tie_word_embeddings": shape.tied_embeddings,
-        "initializer_range": shape.init_std,
-        "use_cache": True,
-    }
-
+_LLAMA_OPTIONS = {"norm": "rmsnorm", "position": "rotary", "activation": "swiglu"}
+_SILU = Fixed(("silu", "swish"), "silu")
+_LLAMA_KEYS: dict[str, Key] = {
+    "vocab_size": Option("vocab"),
+    "max_position_embeddings": Option("seq_len", default=2048),
+    "num_hidden_layers": Option("layers"),
+    "hidden_size": Option("hidden"),
+    "num_attention_heads": Option("heads"),
+    "num_key_value_heads": Option("kv_heads", default=_kv_heads(None)),
+    "head_dim": Option("head_dim", optional=True),
+    "intermediate_size": Option("ffn"),
+    "hidden_act": _SILU,
+    "rms_norm_eps": Option("norm_eps", "number", 1e-6),
+    "tie_word_embeddings": Option("tied_embeddings", "flag", False),
+    "rope_parameters": Rope(),
+}
+_LLAMA_MODULES = {
+    "embedding": ("embed_tokens",),
+    "attention_norm": ("input_layernorm",),
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.out": ("self_attn.o_proj",),
+    "feed_forward_norm": ("post_attention_layernorm",),
+    "feed_forward.up": ("mlp.gate_proj", "mlp.up_proj"),
+    "feed_forward.down": ("mlp.down_proj",),
+    "norm": ("norm",),
+}
+_NO_DROPOUT = {"attention_dropout": 0.0}
+_NO_WINDOW_USED = "of sliding windows, which are refused"
 
 LLAMA = Family(
     title="Llama",
     model_type="llama",
-    options={"norm": "rmsnorm", "position": "rotary", "activation": "swiglu"},
-    grouped=True,
-    always_biased=False,
+    architecture="LlamaForCausalLM",
+    options=_LLAMA_OPTIONS,
+    keys={
+        **_LLAMA_KEYS,
+        "attention_bias": Option("bias", "flag", False),
+        "mlp_bias": Option("bias", "flag", False),
+    },
+    written=_NO_DROPOUT,
+    heads_divide=True,
     prefix="model.",
     blocks="layers",
-    modules={
-        "embedding": ("embed_tokens",),
-        "attention_norm": ("input_layernorm",),
-        "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "attention.out": ("self_attn.o_proj",),
-        "feed_forward_norm": ("post_attention_layernorm",),
-        "feed_forward.up": ("mlp.gate_proj", "mlp.up_proj"),
-        "feed_forward.down": ("mlp.down_proj",),
-        "norm": ("norm",),
+    modules=_LLAMA_MODULES,
+)
+MISTRAL = Family(
+    title="Mistral",
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    options=_LLAMA_OPTIONS,
+    keys={
+        **_LLAMA_KEYS,
+        "max_position_embeddings": Option("seq_len", default=131_072),
+        "num_key_value_heads": Option("kv_heads", default=_kv_heads(8)),
+        # If the key is missing, transformers uses a window of 4,096 tokens.
+        "sliding_window": Fixed((None,), 4096),
     },
-    transposed=frozenset(),
-    config=_llama_config,
+    written=_NO_DROPOUT,
+    prefix="model.",
+    blocks="layers",
+    modules=_LLAMA_MODULES,
+)
+_QWEN_KEYS: dict[str, Key] = {
+    **_LLAMA_KEYS,
+    "max_position_embeddings": Option("seq_len", default=32_768),
+    "num_key_value_heads": Option("kv_heads", default=_kv_heads(32)),
+    "use_sliding_window": Fixed((False,), False),
+    "layer_types": OnEveryLayer("full_attention"),
+}
+_QWEN_HARMLESS = dict.fromkeys(("sliding_window", "max_window_layers"), _NO_WINDOW_USED)
+QWEN2 = Family(
+    title="Qwen 2",
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    options={**_LLAMA_OPTIONS, "bias": False, "qkv_bias": True},
+    keys=_QWEN_KEYS,
+    harmless=_QWEN_HARMLESS,
+    written=_NO_DROPOUT,
+    prefix="model.",
+    blocks="layers",
+    modules=_LLAMA_MODULES,
 )
 GPT2 = Family(
     title="GPT-2",
     model_type="gpt2",
+    architecture="GPT2LMHeadModel",
     options={"norm": "layernorm", "position": "learned", "activation": "gelu"},
-    grouped=False,
+    keys={
+        "vocab_size": Option("vocab"),
+        "n_positions": Option("seq_len", default=1024),
+        "n_layer": Option("layers"),
+        "n_embd": Option("hidden"),
+        "n_head": Option("heads"),
+        "n_inner": Option("ffn", default=lambda c: 4 * c.size("n_embd")),
+        "activation_function": Fixed(("gelu_new", "gelu_pytorch_tanh"), "gelu_new"),
+        "layer_norm_epsilon": Option("norm_eps", "number", 1e-5),
+        "scale_attn_weights": Fixed((True,), True),
+        "scale_attn_by_inverse_layer_idx": Fixed((False,), False),
+        "tie_word_embeddings": Option("tied_embeddings", "flag", True),
+    },
+    harmless={
+        **dict.fromkeys(
+            ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+            "dropout of training; the run file has its own",
+        ),
+        **dict.fromkeys(
+            (
+                "summary_type",
+                "summary_use_proj",
+                "summary_activation",
+                "summary_proj_to_labels",
+                "summary_first_dropout",
+            ),
+            "of models that classify",
+        ),
+        "n_ctx": "n_positions in older files",
+        "reorder_and_upcast_attn": "in which precision attention is computed",
+    },
+    written={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     always_biased=True,
     prefix="transformer.",
     blocks="h",
@@ -205,6 +290,6 @@ GPT2 = Family(
     transposed=frozenset(
         ("attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down")
     ),
-    config=_gpt2_config,
 )
-FAMILIES = (LLAMA, GPT2)
+# The first of those that fit a shape is written.
+FAMILIES = (LLAMA, MISTRAL, QWEN2, GPT2)

@@ -44,8 +44,11 @@ def from_hf(
     trust_pickle: bool,
     workers: int,
     console: Console | None = None,
+    no_tokenizer: bool = False,
 ) -> Taken:
     """Write the model in a directory as the checkpoint `out`, with its tokenizer and model.yaml.
+
+    no_tokenizer: leave out the tokenizer.
 
     Raises:
         InputError: the model is not supported, or its files are incomplete.
@@ -61,7 +64,9 @@ def from_hf(
                 "path": str(real_path(directory)),
             }
             write_foreign(folder, weights, shape, origin, workers=workers, console=console)
-            problem = _take_tokenizer(directory, folder / TOKENIZER_FOLDER)
+            problem = "none was asked for"
+            if not no_tokenizer:
+                problem = _take_tokenizer(directory, folder / TOKENIZER_FOLDER)
             section = write_model_section(folder, shape)
     tokenizer = None if problem else real_path(out) / TOKENIZER_FOLDER
     return Taken(shape, section, tokenizer, problem)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.checkpoint.tensor_file import TensorKind
-from megaphase.convert.hugging_face.config import CONFIG_FILE
+from megaphase.convert.hugging_face.config_file import CONFIG_FILE
 from megaphase.convert.hugging_face.families import Family, family_for
 from megaphase.convert.hugging_face.tokenizer import write_hf_tokenizer
 from megaphase.convert.hugging_face.weights import INDEX_SUFFIX, SAFETENSORS_FILE
@@ -40,12 +40,14 @@ def to_hf(
     max_shard_bytes: int,
     workers: int,
     console: Console | None = None,
+    no_tokenizer: bool = False,
 ) -> Family:
     """Write the checkpoint RUN@NAME, or at a path, as the model directory `out`.
 
     Args:
         precision: of the weights; the run's by default.
         tokenizer: by default that of the run, or of the imported model.
+        no_tokenizer: write none.
 
     Returns the model's family.
 
@@ -57,7 +59,7 @@ def to_hf(
     family = family_for(source.shape, source.folder)
     shape = family.expressed(source.shape)
     dtype = source.dtype(precision)
-    words = load_tokenizer(source, tokenizer)
+    words = None if no_tokenizer else load_tokenizer(source, tokenizer)
     weights = WithZeroBiases(source.weights, shape)
     nbytes = dtype.itemsize * parameter_count(shape)
     with new_folder(out, nbytes) as folder:
@@ -71,8 +73,11 @@ def to_hf(
                 workers=workers,
                 advance=advance,
             )
-        write_hf_tokenizer(words, folder, max_length=shape.seq_len)
-        _write_configs(folder, family.config(shape), dtype, words)
+        tokens = {}
+        if words is not None:
+            write_hf_tokenizer(words, folder, max_length=shape.seq_len)
+            tokens = {"bos_token_id": _bos(folder, words), "eos_token_id": words.eod}
+        _write_configs(folder, family.config(shape), dtype, tokens)
     return family
 
 
@@ -138,9 +143,8 @@ def _stored(name: str, part: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _write_configs(
-    folder: Path, config: dict[str, Any], dtype: torch.dtype, tokenizer: Tokenizer
+    folder: Path, config: dict[str, Any], dtype: torch.dtype, tokens: dict[str, int | None]
 ) -> None:
-    tokens = {"bos_token_id": _bos(folder, tokenizer), "eos_token_id": tokenizer.eod}
     name = str(dtype).removeprefix("torch.")
     # The first of these names is that of version 5 of transformers, the second that of version 4.
     atomic_write_json(folder / CONFIG_FILE, config | tokens | {"dtype": name, "torch_dtype": name})

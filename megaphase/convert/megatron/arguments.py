@@ -16,6 +16,7 @@ import torch
 
 from megaphase.convert.megatron.names import Implementation
 from megaphase.distributed.sharding import padded_vocab
+from megaphase.model.config import RotaryScalingConfig
 from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError
 
@@ -30,8 +31,7 @@ _POSITIONS: dict[str, Position] = {"rope": "rotary", "learned_absolute": "learne
 _WANTED: dict[str, tuple[Any, ...]] = {
     "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
-    "rotary_seq_len_interpolation_factor": (1, 1.0),
-    "use_rope_scaling": (False,),
+    "yarn_rotary_scaling_factor": (),
     "no_rope_freq": (),
     "position_embedding_type": tuple(_POSITIONS),
     "normalization": tuple(_NORMALIZATIONS),
@@ -65,12 +65,56 @@ _WANTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def expressed(shape: GPTShape) -> GPTShape:
+# Of Llama 3.1, as Megatron-LM's --use-rope-scaling has them.
+_LLAMA3: dict[str, Any] = {
+    "original_seq_len": 8192,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+
+
+def expressed(shape: GPTShape, where: object) -> GPTShape:
     """Return the shape of the same model that Megatron-LM supports.
 
     Megatron-LM computes gelu by tanh, as Megaphase does, only fused with the addition of a bias.
+
+    Raises:
+        InputError: there is none; names the option at fault. where: starts the message.
     """
+    if fault := _fault(shape):
+        raise InputError(
+            where,
+            f"model.{fault}",
+            "for other readers write `megaphase convert reshape --portable`",
+        )
     return replace(shape, bias=True) if shape.activation == "gelu" else shape
+
+
+def _fault(shape: GPTShape) -> str | None:
+    """The first option that Megatron-LM does not have."""
+    if shape.bias and not shape.has_qkv_bias:
+        return "qkv_bias: false, and Megatron-LM has biases there where all other layers have them"
+    scaling = shape.rotary_scaling
+    if scaling is None:
+        return None
+    if scaling.type == "yarn":
+        return "rotary_scaling.type: yarn, which Megatron-LM has only for latent attention"
+    if scaling.type == "linear" and not scaling.factor.is_integer():
+        return f"rotary_scaling.factor: {scaling.factor}, and Megatron-LM takes whole numbers"
+    for key, value in _LLAMA3.items():
+        if scaling.type == "llama3" and getattr(scaling, key) != value:
+            return f"rotary_scaling.{key}: {getattr(scaling, key)}, in Megatron-LM always {value}"
+    return None
+
+
+def _scaling_args(shape: GPTShape) -> dict[str, Any]:
+    scaling = shape.rotary_scaling
+    if scaling is None:
+        return {"use_rope_scaling": False}
+    if scaling.type == "linear":
+        factor = int(scaling.factor)
+        return {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": factor}
+    return {"use_rope_scaling": True, "rope_scaling_factor": scaling.factor}
 
 
 def megatron_args(
@@ -96,7 +140,7 @@ def megatron_args(
         num_attention_heads=shape.heads,
         group_query_attention=shape.kv_heads != shape.heads,
         num_query_groups=shape.kv_heads,
-        kv_channels=shape.head_dim,
+        kv_channels=shape.head_size,
         seq_length=shape.seq_len,
         encoder_seq_length=shape.seq_len,
         max_position_embeddings=shape.seq_len,
@@ -106,7 +150,7 @@ def megatron_args(
         rotary_base=int(base) if base.is_integer() else base,
         rotary_percent=1.0,
         rotary_interleaved=False,
-        use_rope_scaling=False,
+        **_scaling_args(shape),
         swiglu=gated,
         openai_gelu=False,
         squared_relu=False,
@@ -120,7 +164,7 @@ def megatron_args(
         qk_layernorm=False,
         multi_latent_attention=False,
         add_bias_linear=shape.bias,
-        add_qkv_bias=shape.bias,
+        add_qkv_bias=shape.has_qkv_bias,
         untie_embeddings_and_output_weights=not shape.tied_embeddings,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -158,11 +202,19 @@ def load_options(args: Namespace) -> str:
         "transformer-impl": args.transformer_impl,
         "make-vocab-size-divisible-by": args.make_vocab_size_divisible_by,
         "norm-epsilon": args.norm_epsilon,
+        **_scaling_options(args),
         **({"bf16": None} if args.bf16 else {"fp16": None} if args.fp16 else {}),
     }
     return " ".join(
         f"--{name}" if value is None else f"--{name} {value}" for name, value in options.items()
     )
+
+
+def _scaling_options(args: Namespace) -> dict[str, Any]:
+    if args.use_rope_scaling:
+        return {"use-rope-scaling": None, "rope-scaling-factor": args.rope_scaling_factor}
+    factor = getattr(args, "rotary_seq_len_interpolation_factor", None)
+    return {} if factor is None else {"rotary-seq-len-interpolation-factor": factor}
 
 
 def shape_of(args: Namespace, vocab: int, where: Path) -> GPTShape:
@@ -177,13 +229,11 @@ def shape_of(args: Namespace, vocab: int, where: Path) -> GPTShape:
     given.check(_WANTED)
     position = given.position()
     bias = given.flag("add_bias_linear", not given.flag("disable_bias_linear"))
-    if given.flag("add_qkv_bias") and not bias:
-        raise given.refusal("add_qkv_bias", "our linear layers have all a bias, or none")
     gated = given.flag("swiglu")
     if not gated and not (bias and given.flag("bias_gelu_fusion", True)):
         at_fault = "bias_gelu_fusion" if bias else "add_bias_linear"
         raise given.refusal(at_fault, "GELU is then computed by erf, and by tanh in our GPT")
-    hidden, heads, kv_heads = given.heads()
+    hidden, heads, kv_heads, head_dim = given.heads()
     return GPTShape(
         vocab=vocab,
         seq_len=given.size("max_position_embeddings" if position == "learned" else "seq_length"),
@@ -191,13 +241,16 @@ def shape_of(args: Namespace, vocab: int, where: Path) -> GPTShape:
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
+        head_dim=head_dim,
         ffn=given.size("ffn_hidden_size"),
         norm=_NORMALIZATIONS[given.get("normalization", "LayerNorm")],
         position=position,
         activation="swiglu" if gated else "gelu",
         tied_embeddings=not given.flag("untie_embeddings_and_output_weights"),
         bias=bias,
+        qkv_bias=bias or given.flag("add_qkv_bias"),
         rotary_base=given.number("rotary_base", 10_000.0),
+        rotary_scaling=given.scaling() if position == "rotary" else None,
         norm_eps=given.number("norm_epsilon", given.number("layernorm_epsilon", 1e-5)),
     )
 
@@ -251,19 +304,31 @@ class _Given:
             raise self.refusal(name, "a positive whole number is wanted")
         return value
 
-    def heads(self) -> tuple[int, int, int]:
-        """Return the hidden size, the number of query heads, and that of key and value heads."""
+    def heads(self) -> tuple[int, int, int, int]:
+        """Return the hidden size, the numbers of query heads and of key and value heads, and the
+        width of a head."""
         hidden, heads = self.size("hidden_size"), self.size("num_attention_heads")
-        if hidden % heads:
+        if self.get("kv_channels") is None and hidden % heads:
             raise self.refusal("num_attention_heads", f"it does not divide hidden_size={hidden}")
-        self.check({"kv_channels": (hidden // heads,)})
+        width = hidden // heads if self.get("kv_channels") is None else self.size("kv_channels")
         if not self.flag("group_query_attention"):
-            return hidden, heads, heads
+            return hidden, heads, heads, width
         kv_heads = self.size("num_query_groups")
         if heads % kv_heads:
             problem = f"it does not divide num_attention_heads={heads}"
             raise self.refusal("num_query_groups", problem)
-        return hidden, heads, kv_heads
+        return hidden, heads, kv_heads, width
+
+    def scaling(self) -> RotaryScalingConfig | None:
+        """Return the scaling of rotary positions: Llama 3's, or linear."""
+        factor = self.number("rotary_seq_len_interpolation_factor", 1.0)
+        if self.flag("use_rope_scaling"):
+            self.check({"rotary_seq_len_interpolation_factor": (1, 1.0)})
+            factor = self.number("rope_scaling_factor", 8.0)
+            return RotaryScalingConfig(type="llama3", factor=factor, **_LLAMA3)
+        if factor == 1:
+            return None
+        return RotaryScalingConfig(type="linear", factor=factor)
 
     def position(self) -> Position:
         """Return the model's position encoding."""

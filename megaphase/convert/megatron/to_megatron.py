@@ -71,7 +71,7 @@ def to_megatron(
         InputError: the checkpoint is damaged, or its model cannot be split like this.
     """
     source = open_source(text)
-    shape = expressed(source.shape)
+    shape = expressed(source.shape, source.folder)
     weights = WithZeroBiases(source.weights, shape)
     check_tensor_size(shape, target.tensor)
     args = megatron_args(

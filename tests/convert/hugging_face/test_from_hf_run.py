@@ -144,6 +144,11 @@ def test_another_model_is_refused(
     assert result.returncode == 2
     assert "model.rotary_base: is 500000.0, but" in result.stderr
     assert not (tmp_path / "run").exists()
+    run_file = changed(joint, tmp_path, model={"qkv_bias": True})
+    result = run("train", run_file, "--from", base[0])
+    assert result.returncode == 2
+    assert "model.qkv_bias: is True, but" in result.stderr
+    assert "has none" in result.stderr
 
 
 def test_there_is_no_optimizer_state_to_keep(

@@ -69,7 +69,7 @@ def test_shapes_of_no_family(
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return directories by family."""
     folder = tmp_path_factory.mktemp("saved")
-    for name in ("llama", "llama tied, biases", "mistral", "gpt2"):
+    for name in ("llama", "llama tied, biases", "mistral", "qwen2", "gpt2"):
         make_transformers_model(THEIR_CONFIGS[name]()).save_pretrained(folder / name)
     return folder
 
@@ -81,11 +81,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("llama", {"model_type": None}, "model_type: is None"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: is"),
         ("llama", {"auto_map": {"AutoModel": "a.B"}}, "auto_map: names custom code"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: is"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling: is"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling: is"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: is"),
         ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: is"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "offset": 1}},
+            "rope_parameters: is .*, and linear has no offset",
+        ),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters: is"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: is 0.5"),
-        ("llama", {"head_dim": 16}, "head_dim: is 16"),
+        ("llama", {"head_dim": 0}, "head_dim: is 0, not a positive"),
+        ("llama", {"some_multiplier": 2.0}, "some_multiplier: is not a key that megaphase knows"),
         ("llama", {"hidden_act": "gelu"}, 'hidden_act: is "gelu"'),
         ("llama", {"attention_bias": True}, "attention_bias: is true, and mlp_bias is not"),
         ("llama", {"mlp_bias": True}, "attention_bias: is false, and mlp_bias is not"),
@@ -96,6 +104,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("llama", {"num_attention_heads": 5, "head_dim": None}, "num_attention_heads: 5 heads do"),
         ("llama", {"num_key_value_heads": 3}, "num_attention_heads: 3 heads of keys"),
         ("mistral", {"sliding_window": 4096}, "sliding_window: is 4096"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window: is true"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: is"),
         ("gpt2", {"activation_function": "relu"}, 'activation_function: is "relu"'),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: is false"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: is"),

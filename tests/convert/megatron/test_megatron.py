@@ -28,6 +28,7 @@ from megaphase.convert.megatron.to_megatron import Target, to_megatron
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.process_grid import start_process_grid
+from megaphase.model.config import RotaryScalingConfig
 from megaphase.model.gpt import GPT
 from megaphase.model.shape import GPTShape
 
@@ -38,6 +39,14 @@ SHAPES = {
     "llama": LLAMA,
     "llama-tied": replace(LLAMA, tied_embeddings=True, kv_heads=8, norm_eps=1e-6),
     "llama-bias": replace(LLAMA, bias=True),
+    "llama-3.1": replace(
+        LLAMA,
+        rotary_scaling=RotaryScalingConfig(type="llama3", factor=8.0, original_seq_len=8192),
+        rotary_base=500_000.0,
+        head_dim=12,
+    ),
+    "llama-linear": replace(LLAMA, rotary_scaling=RotaryScalingConfig(type="linear", factor=3.0)),
+    "qwen2": replace(LLAMA, qkv_bias=True),
     "gpt": replace(
         LLAMA,
         norm="layernorm",

@@ -1,0 +1,131 @@
+"""Rotary positions in config.json.
+
+Version 4 of transformers has rope_theta and rope_scaling, version 5 rope_parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from megaphase.convert.hugging_face.config_file import ConfigFile
+from megaphase.model.config import RotaryScalingConfig
+from megaphase.model.shape import GPTShape
+
+_LENGTH = "original_max_position_embeddings"
+# Of each type of scaling: our keys by theirs.
+_KEYS: Mapping[str, Mapping[str, str]] = {
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        _LENGTH: "original_seq_len",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+    },
+    "yarn": {
+        "factor": "factor",
+        _LENGTH: "original_seq_len",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "attention_factor": "attention_factor",
+        "truncate": "truncate",
+    },
+}
+_EVERYWHERE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_REMEDY = "copy the model again, or use another one"
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The keys of rotary positions, under the name rope_parameters.
+
+    Attributes:
+        default_base: the base in transformers without a key.
+    """
+
+    default_base: float = 10_000.0
+    fields: tuple[str, ...] = ("rotary_base", "rotary_scaling")
+
+    def read(self, name: str, config: ConfigFile) -> dict[str, Any]:
+        base = config.number("rope_theta", self.default_base)
+        part = config.get("partial_rotary_factor")
+        config.refuse_if("partial_rotary_factor", part not in (None, 1))
+        length = config.get(_LENGTH)
+        found: RotaryScalingConfig | None = None
+        # As in transformers, the older key counts where both are there.
+        for key in (name, "rope_scaling"):
+            rope = config.get(key)
+            if not rope:
+                continue
+            config.refuse_if(key, not isinstance(rope, dict))
+            if rope.get("rope_theta") is not None:
+                theta = rope["rope_theta"]
+                config.refuse_if(key, not isinstance(theta, int | float) or not theta > 0)
+                base = float(theta)
+            config.refuse_if(key, rope.get("partial_rotary_factor") not in (None, 1))
+            found = _scaling(key, rope, config, length)
+        return {"rotary_base": base, "rotary_scaling": found}
+
+    def write(self, name: str, shape: GPTShape) -> dict[str, Any]:
+        scaling: dict[str, Any] = {"rope_type": "default"}
+        if shape.rotary_scaling is not None:
+            kind = shape.rotary_scaling.type
+            ours = {t: getattr(shape.rotary_scaling, o) for t, o in _KEYS[kind].items()}
+            scaling = {"rope_type": kind} | ours
+        return {
+            "rope_theta": shape.rotary_base,
+            "rope_scaling": None if shape.rotary_scaling is None else scaling,
+            name: scaling | {"rope_theta": shape.rotary_base},
+        }
+
+
+def _scaling(
+    key: str, rope: dict[str, Any], config: ConfigFile, length: Any
+) -> RotaryScalingConfig | None:
+    """The scaling in a dictionary of config.json; None for the type `default`.
+
+    length: original_max_position_embeddings beside the dictionary, which transformers prefers.
+    """
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    given = {k: v for k, v in rope.items() if v is not None and k not in _EVERYWHERE}
+    if kind == "default":
+        config.refuse_if(key, bool(given))
+        return None
+    config.refuse_if(key, kind not in _KEYS)
+    if kind == "yarn":
+        given = _with_attention_factor(key, given, config)
+    if _LENGTH in _KEYS[kind]:
+        given[_LENGTH] = length or given.get(_LENGTH) or config.size("max_position_embeddings")
+    else:
+        given.pop(_LENGTH, None)  # transformers reads it for no such type
+    for their_key in given:
+        if their_key not in _KEYS[kind]:
+            problem = f"is {json.dumps(rope)}, and {kind} has no {their_key} that megaphase knows"
+            raise config.refusal(key, problem)
+    ours = {_KEYS[kind][theirs]: value for theirs, value in given.items()}
+    numbers = {
+        k: float(v) if type(v) is int and k != "original_seq_len" else v for k, v in ours.items()
+    }
+    try:
+        return RotaryScalingConfig.model_validate({"type": kind} | numbers)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise config.refusal(key, f"is {json.dumps(rope)}: {reason}", _REMEDY) from None
+
+
+def _with_attention_factor(key: str, given: dict[str, Any], config: ConfigFile) -> dict[str, Any]:
+    """YaRN's keys with the attention factor that transformers infers from others."""
+    given = dict(given)
+    scale, all_dim = given.pop("mscale", 0), given.pop("mscale_all_dim", 0)
+    factor: Any = given.get("factor")
+    numbers = all(isinstance(each, int | float) for each in (scale, all_dim, factor))
+    config.refuse_if(key, not numbers or factor < 1)
+    if scale and all_dim and "attention_factor" not in given:
+        logarithm = 0.1 * math.log(factor)
+        given["attention_factor"] = (scale * logarithm + 1.0) / (all_dim * logarithm + 1.0)
+    return given

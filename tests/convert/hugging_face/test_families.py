@@ -1,0 +1,164 @@
+"""Every family of Hugging Face models, both ways: logits, training and weights are the same.
+
+A random model of transformers is imported; its logits, and the losses of ten steps in which both
+are trained, agree; it is exported again, and transformers computes the first model's logits.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from convert_support import whole_parameters
+from distributed import once, run_ranks
+from engine_support import CLIP, build_engine, global_batch, load_fp32_weights, run_config, share
+from hf_families import FAMILY_CONFIGS, SEQ_LEN, VOCAB
+from hf_support import (
+    export,
+    loaded_model,
+    make_transformers_model,
+    megaphase_logits,
+    random_tokens,
+    take,
+    transformers_logits,
+)
+from rounding import FP32, deviation
+from safetensors.torch import load_file
+
+from megaphase.convert.source import open_source
+from megaphase.distributed.all_ranks import process_group
+from megaphase.distributed.initialization import Initializer
+from megaphase.distributed.process_grid import start_process_grid
+from megaphase.distributed.sharding import layout_of
+from megaphase.model.gpt import GPT
+from megaphase.model.kv_cache import KVCache
+
+STEPS = 10
+LEARNING_RATE = 3e-3
+TOKENS = random_tokens(VOCAB, seq=SEQ_LEN)
+RECOMPUTATION = ("none", "selective", "full")
+
+
+@once
+def imported() -> Path:
+    """Return a folder with every family's model of transformers, and the same imported."""
+    folder = Path(tempfile.mkdtemp(prefix="families-"))
+    for name, config in FAMILY_CONFIGS.items():
+        make_transformers_model(config()).save_pretrained(folder / name / "theirs")
+        take(folder / name / "theirs", folder / name / "ours")
+    return folder
+
+
+def in_four_ranks(folder: str) -> dict[tuple[str, str], Any]:
+    """Return this rank's logits of every family at tensor 2, and the losses of its training at
+    tensor 2 × data 2, ZeRO-3, every second time with sequence parallelism."""
+    found: dict[tuple[str, str], Any] = {}
+    with process_group():
+        grid = start_process_grid(2)
+        for number, name in enumerate(FAMILY_CONFIGS):
+            ours = Path(folder) / name / "ours"
+            weights = whole_parameters(ours)
+            model = GPT(open_source(str(ours)).shape, Initializer(1, torch.float32), grid)
+            shards = {
+                each: layout_of(parameter).shard(weights[each], grid.tensor_rank, 2)
+                for each, parameter in model.named_parameters()
+            }
+            model.load_state_dict(shards, strict=False)  # a tied head is no parameter of its own
+            with torch.no_grad():
+                found[name, "logits"] = model(TOKENS)
+            section = yaml.safe_load((ours / "model.yaml").read_text())["model"]
+            settings = section | {"activation_checkpointing": RECOMPUTATION[number % 3]}
+            config = run_config(model=settings, tensor=2, zero=3, sequence=number % 2 == 1)
+            engine = build_engine(config, VOCAB)
+            load_fp32_weights(engine, shards)
+            losses = []
+            for step in range(STEPS):
+                batch = share(global_batch(step, vocab=VOCAB), engine.grid)
+                losses.append(engine.train_step(batch, LEARNING_RATE).losses.mean)
+            found[name, "losses"] = losses
+    return found
+
+
+@once
+def on_four_ranks() -> list[dict[tuple[str, str], Any]]:
+    return run_ranks(in_four_ranks, 4, str(imported()))
+
+
+def plain_losses(theirs: Path) -> list[float]:
+    """The losses of the same steps by plain torch on the model of transformers."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32)
+    matrices = [each for each in model.parameters() if each.dim() > 1]
+    others = [each for each in model.parameters() if each.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=LEARNING_RATE,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    losses = []
+    for step in range(STEPS):
+        batch = global_batch(step, vocab=VOCAB)
+        logits = model(batch.inputs).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_logits(name: str) -> None:
+    expected = transformers_logits(imported() / name / "theirs", TOKENS)
+    found = megaphase_logits(imported() / name / "ours", TOKENS)
+    assert deviation(found, expected) < FP32
+
+
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_logits_of_cached_tokens(name: str) -> None:
+    """Rows of different lengths: 20 tokens at once, then one after the other."""
+    expected = transformers_logits(imported() / name / "theirs", TOKENS)
+    model = loaded_model(imported() / name / "ours")
+    padding, prompt = torch.tensor([0, 3, 7]), 20
+    cache = KVCache(model.shape, padding, rows=3, slots=SEQ_LEN, dtype=torch.float32)
+    rows = [torch.cat([TOKENS[i, :n], TOKENS[i, : SEQ_LEN - n]]) for i, n in enumerate(padding)]
+    fed = torch.stack(rows)
+    with torch.no_grad():
+        found = {prompt: model(fed[:, :prompt], cache=cache)}
+        for slot in range(prompt, SEQ_LEN):
+            found[slot + 1] = model(fed[:, slot : slot + 1], cache=cache)
+    for filled, logits in found.items():
+        last = torch.stack([expected[i, filled - n - 1] for i, n in enumerate(padding)])
+        assert deviation(logits, last) < FP32, filled
+
+
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_weights_and_logits_of_the_export(name: str, tmp_path: Path) -> None:
+    theirs = imported() / name / "theirs"
+    again = export(imported() / name / "ours", tmp_path / "again", None, no_tokenizer=True)
+    before, after = (load_file(each / "model.safetensors") for each in (theirs, again))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[each], after[each]) for each in before)
+    assert torch.equal(transformers_logits(again, TOKENS), transformers_logits(theirs, TOKENS))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_logits_at_tensor_2(name: str) -> None:
+    expected = transformers_logits(imported() / name / "theirs", TOKENS)
+    parts = [rank[name, "logits"] for rank in on_four_ranks()[:2]]
+    assert deviation(torch.cat(parts, -1)[..., :VOCAB], expected) < FP32
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_training_is_that_of_plain_torch(name: str) -> None:
+    losses = on_four_ranks()[0][name, "losses"]
+    assert losses == pytest.approx(plain_losses(imported() / name / "theirs"), rel=FP32)

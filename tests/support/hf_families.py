@@ -1,0 +1,63 @@
+"""Small configs of Hugging Face families with all of their options on, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+VOCAB, SEQ_LEN = 101, 64  # an odd vocabulary, which tensor parallelism pads
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": SEQ_LEN,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 8.0,
+}
+
+
+def _of(name: str, **changes: Any) -> Callable[[], Any]:
+    def config() -> Any:
+        import transformers
+
+        return getattr(transformers, f"{name}Config")(**SIZES | changes)
+
+    return config
+
+
+FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
+    "Llama 2": _of("Llama", num_key_value_heads=4),
+    "Llama 3": _of("Llama", rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}),
+    "Llama 3.1": _of("Llama", rope_parameters=LLAMA3_ROPE),
+    "Llama 3.2": _of("Llama", rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, head_dim=16),
+    "Llama, linear, biases": _of(
+        "Llama", rope_parameters=LINEAR_ROPE, attention_bias=True, mlp_bias=True
+    ),
+    "Llama, YaRN": _of("Llama", rope_parameters=YARN_ROPE),
+    "Llama, YaRN of DeepSeek": _of(
+        "Llama",
+        rope_parameters=YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False},
+    ),
+    "Mistral": _of("Mistral", sliding_window=None, head_dim=12),
+    "Qwen 2": _of("Qwen2", tie_word_embeddings=True),
+    "Qwen 2.5, YaRN": _of("Qwen2", rope_parameters=YARN_ROPE),
+}
