@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megaphase.distributed.initialization import Initializer
+from megaphase.distributed.initialization import Initializer, Uninitialized
 from megaphase.distributed.parameter_spec import ParameterSpec
 from megaphase.ops import kernels
 from megaphase.rehearsal.fake_device import note_wait
@@ -42,6 +42,7 @@ def patch_for(gpu: FakeGPU) -> None:
     kernels._compiled = functools.cache(functools.partial(_recorded_formula, gpu))
     F.scaled_dot_product_attention = _attention  # type: ignore[assignment]
     Initializer.draw = _undrawn  # type: ignore[method-assign]
+    Uninitialized.draw = _undrawn  # type: ignore[method-assign]
     nn.Module._apply = _apply_in_place  # type: ignore[method-assign]
 
 
@@ -94,7 +95,9 @@ def _attention(
             return out
     bias = None
     if attn_mask is not None:
-        bias = torch.empty(attn_mask.shape, dtype=q.dtype, device=attn_mask.device)
+        bias = attn_mask
+        if bias.dtype == torch.bool:
+            bias = torch.empty(bias.shape, dtype=q.dtype, device=bias.device)
         bias = bias.expand(*q.shape[:3], k.shape[2])
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))

@@ -12,12 +12,16 @@ from torch import Tensor
 
 from megaphase.checkpoint.parameters import Piece, StoredParameters
 from megaphase.config.run import RunConfig
+from megaphase.distributed.initialization import Uninitialized
 from megaphase.distributed.process_grid import ProcessGrid, start_process_grid
 from megaphase.distributed.sharding import ParameterLayout
 from megaphase.estimate.hardware import Hardware, hardware_of
 from megaphase.estimate.memory import estimate
 from megaphase.estimate.setup import setup_of
 from megaphase.estimate.step_time import step_time
+from megaphase.generation.decoding import Decoding
+from megaphase.generation.generate import generate
+from megaphase.model.gpt import GPT
 from megaphase.model.presets import build_shape
 from megaphase.plan.dataset import Batch
 from megaphase.rehearsal.fake_gpu import FakeGPU
@@ -25,9 +29,11 @@ from megaphase.rehearsal.gathers import Gathers
 from megaphase.rehearsal.patches import join_fake_group, patch_deepspeed, patch_for
 from megaphase.training.engine import Engine, import_deepspeed
 
+_ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
 # ZeRO-3 traces its first steps before it gathers ahead.
 STEPS = 3
 LEARNING_RATE = 1e-3
+PROMPTS, GENERATED = (3, 9, 30), 24
 PLACES = 12  # of the peak's memory that are reported
 DOCUMENTS_PER_ROW = 5
 
@@ -99,6 +105,15 @@ class Rank:
     def reset(self) -> None:
         """Reset the optimizer state, as between phases."""
         self._recorded(self.engine.state.reset)
+
+    def generate(self) -> None:
+        """Continue prompts of several lengths, in one process, by so many tokens each."""
+        with self.gpu:
+            model = GPT(self.shape, Uninitialized(0, torch.bfloat16), _ALONE,
+                        compute_dtype=torch.bfloat16).eval()  # fmt: skip
+        how = Decoding(max_tokens=GENERATED)
+        # The id that is "read" of the device is 1; no row ends before its limit.
+        self._recorded(lambda: generate(model, [[5] * length for length in PROMPTS], how, eod=0))
 
     def optimizer_steps(self) -> int:
         """Steps of the optimizer since its last reset; where its state is on the GPU, 1 if any."""

@@ -157,6 +157,16 @@ def test_every_layout_and_option(case: dict[str, Any]) -> None:
     check_waits(case, answer)
 
 
+def test_generation_waits_once_for_eight_tokens() -> None:
+    answer = rehearse(run_file(processes=1), processes=1, actions=("generate",))
+    report = answer["reports"]["generate"]
+    assert waits(report) == {
+        "copy to the host, generation/sampling.py": 3,  # of 24 tokens
+        "scalar read, generation/decoder.py": 1,  # whether the first logits are finite
+    }
+    assert not any("cudnn" in name for name in report["kernels"])
+
+
 @pytest.mark.rehearse
 @pytest.mark.parametrize("rank", [5, 15])
 def test_other_ranks_do_the_same(rank: int) -> None:
