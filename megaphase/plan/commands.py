@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from megaphase.utils.arguments import MOST, Overrides, RunFile, finite
+from megaphase.utils.arguments import Overrides, Processes, RunFile, finite
 from megaphase.utils.standard_streams import new_console
 
 if TYPE_CHECKING:
@@ -39,14 +39,7 @@ plan_app = typer.Typer(
 def show_command(
     run_file: RunFile,
     overrides: Overrides = None,
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=MOST,
-            help="Number of GPUs; by default WORLD_SIZE, else parallel.tensor.",
-        ),
-    ] = None,
+    processes: Processes = None,
     card: Annotated[
         str | None,
         typer.Option(help="The GPU, such as a100-80gb; hardware.card by default."),

@@ -6,21 +6,14 @@ from typing import Annotated
 
 import typer
 
-from megaphase.utils.arguments import MOST, Overrides, RunFile
+from megaphase.utils.arguments import MOST, Overrides, Processes, RunFile
 from megaphase.utils.standard_streams import new_console
 
 
 def rehearse_command(
     run_file: RunFile,
     overrides: Overrides = None,
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=MOST,
-            help="Number of GPUs; by default WORLD_SIZE, else parallel.tensor.",
-        ),
-    ] = None,
+    processes: Processes = None,
     rank: Annotated[int, typer.Option(min=0, max=MOST, help="The rank that is rehearsed.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:

@@ -41,6 +41,15 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace the run file's."),
 ]
 
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MOST,
+        help="Number of GPUs; by default WORLD_SIZE, else parallel.tensor.",
+    ),
+]
+
 Source = Annotated[
     str | None,
     typer.Option(
