@@ -28,6 +28,7 @@ from megaphase.tokenizer import (
     MODEL_NAME,
     RECORD_NAME,
     SPACE_SYMBOL,
+    SentencePieceBackend,
     Tokenizer,
     TokenizerRecord,
 )
@@ -282,6 +283,7 @@ def _write_tokenizer(
     path.write_bytes(model)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     record = TokenizerRecord(
+        library_version=sentencepiece.__version__,
         algorithm=model_type,
         vocab_size=processor.get_piece_size(),
         eod=processor.piece_to_id(EOD_PIECE),
@@ -290,7 +292,7 @@ def _write_tokenizer(
         tokenizer_hash=hash_file(path),
         languages={},
     )
-    tokenizer = Tokenizer(processor, record, directory)
+    tokenizer = Tokenizer(SentencePieceBackend(processor, record), record, directory)
     languages = {
         name: measure_fertility(tokenizer, survey.evaluation_text, held_out=bool(survey.held_out))
         for name, survey in surveys.items()

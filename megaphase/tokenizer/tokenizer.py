@@ -1,28 +1,40 @@
-"""A small interface to sentencepiece.
+"""One interface to the tokenizer libraries.
 
 Tokenizers made by `megaphase tokenizer train` are lossless: `decode(encode(text)) == text` for
-every text. Existing tokenizers are used as they are, see `megaphase.tokenizer.files`.
+every text. Existing tokenizers are used as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
+from sentencepiece import SentencePieceProcessor
 
-from megaphase.tokenizer.files import (
-    SPACE_SYMBOL,
+from megaphase.tokenizer.backend import Backend
+from megaphase.tokenizer.record import (
+    RECORD_NAME,
+    REMEDY,
+    TOKENIZER_JSON_NAME,
     TokenizerRecord,
-    adds_prefix_space,
-    read_tokenizer,
 )
-
-# In characters. sentencepiece takes thirty bytes of memory per character, so a longer text is
-# encoded in parts that begin with a space, where a piece begins in any case.
-_LONG_TEXT = 1 << 19
+from megaphase.tokenizer.sentencepiece_backend import SentencePieceBackend
+from megaphase.tokenizer.sentencepiece_files import (
+    HUGGING_FACE_MODEL_NAMES,
+    read_hugging_face,
+    read_model_alone,
+    read_own,
+)
+from megaphase.tokenizer.tokenizers_backend import TokenizersBackend
+from megaphase.tokenizer.tokenizers_files import (
+    EncodingModel,
+    is_for_tiktoken,
+    read_own_json,
+    read_tokenizer_json,
+)
+from megaphase.utils.errors import InputError
+from megaphase.utils.json_models import read_record
 
 
 class Tokenizer:
@@ -40,14 +52,10 @@ class Tokenizer:
         fingerprint: equal for two tokenizers if and only if they assign the same ids.
         record: the content of `megaphase_tokenizer.json`, or its equivalent.
         byte_fallback: whether characters outside the vocabulary are spelled in bytes.
+        exact_bytes: whether `token_bytes` adds up to the size of every text.
     """
 
-    def __init__(
-        self,
-        processor: sentencepiece.SentencePieceProcessor,
-        record: TokenizerRecord,
-        path: Path,
-    ) -> None:
+    def __init__(self, backend: Backend, record: TokenizerRecord, path: Path) -> None:
         self.path = path
         self.record = record
         self.vocab_size = record.vocab_size
@@ -55,20 +63,23 @@ class Tokenizer:
         self.tags = dict(record.tags)
         self.reserved_tags = tuple(record.reserved_tags)
         self.fingerprint = record.tokenizer_hash
-        self.byte_fallback = processor.is_byte(processor.piece_to_id("<0x00>"))
-        self._processor = processor
-        self._pieces = processor.get_piece_size()
-        self._space_symbol_ids = self._spelled_space_symbol()
+        self.byte_fallback = backend.byte_fallback
+        self.exact_bytes = backend.exact_bytes
+        self._backend = backend
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
         """Load a tokenizer made by Megaphase, a sentencepiece model, or a Hugging Face directory.
 
-        Raises InputError, see `read_tokenizer`.
+        A directory with a sentencepiece model is encoded with sentencepiece, any other with the
+        `tokenizers` library.
+
+        Raises InputError if a file is missing or damaged, is not the one that the record
+        describes, the record names tokens that the model does not have, there is no EOD, texts
+        would not come back, or a Hugging Face tokenizer assigns other ids than its model.
         """
         path = Path(path)
-        processor, record = read_tokenizer(path)
-        return cls(processor, record, path)
+        return cls(*_read(path), path)
 
     def __reduce__(self) -> tuple[object, ...]:
         return Tokenizer.load, (self.path,)
@@ -84,86 +95,56 @@ class Tokenizer:
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return `encode_batch` as int32 arrays, one per text; uses one core."""
-        if not self._space_symbol_ids:
-            return self._encode_all(texts)
-        long = [len(text) > _LONG_TEXT for text in texts]
-        arrays = self._encode_all(
-            ["" if it else text for it, text in zip(long, texts, strict=True)]
-        )
-        for i, text in enumerate(texts):
-            if long[i]:
-                parts = [self.encode_arrays([part])[0] for part in _parts_of(text)]
-                arrays[i] = np.concatenate(parts)
-            elif SPACE_SYMBOL in text:
-                arrays[i] = np.array(self._encode_around_space_symbol(text), dtype=np.int32)
-        return arrays
+        return self._backend.encode_arrays(texts)
 
-    def _encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        ids = self._processor.encode(list(texts), out_type="numpy", num_threads=1)
-        return list(ids)
+    def decode(self, ids: Sequence[int] | np.ndarray, *, whole: bool = False) -> str:
+        """Return the text of token ids; EOD, tags and special added tokens are skipped.
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Return the text of token ids; EOD, tags and added tokens are skipped.
-
-        Bytes that are not UTF-8 (ids cut in the middle of a character) become U+FFFD.
+        Bytes that are not UTF-8 (ids cut in the middle of a character) become U+FFFD; with `whole`,
+        a character that is cut off at the end is left out.
         """
-        known = [int(token) for token in ids if token < self._pieces]
-        return str(self._processor.decode(known))
+        return self._backend.decode([int(token) for token in ids], whole=whole)
 
     def token_bytes(self) -> np.ndarray:
         """Return each token's size in bytes of UTF-8, int64 [vocab_size]; 0 for control tokens."""
-        return np.array([self._bytes_of(token) for token in range(self.vocab_size)], np.int64)
+        return self._backend.token_bytes()
 
     def is_spelled(self) -> np.ndarray:
-        """Return whether each token encodes characters missing from the vocabulary, bool
-        [vocab_size]: byte tokens and the unknown token."""
-        model = self._processor
-        spelled = [model.is_byte(token) or model.is_unknown(token) for token in range(self._pieces)]
-        return np.pad(np.array(spelled), (0, self.vocab_size - self._pieces))
+        """Return whether each token encodes only a part of a character, or an unknown one, bool
+        [vocab_size]."""
+        return self._backend.is_spelled()
 
     def piece(self, token: int) -> str:
-        """Return a token's text in the vocabulary, in which a space is U+2581; for an added token,
-        the name of its tag in angle brackets."""
-        if token < self._pieces:
-            return self._processor.id_to_piece(token)
-        names = {added: name for name, added in self.tags.items()}
-        return f"<{names.get(token, token)}>"
-
-    def _bytes_of(self, token: int) -> int:
-        if token >= self._pieces or token in (self.eod, self._processor.unk_id()):
-            return 0
-        if self._processor.is_control(token):
-            return 0
-        if self._processor.is_byte(token):
-            return 1
-        return len(self._processor.id_to_piece(token).replace(SPACE_SYMBOL, " ").encode())
-
-    def _spelled_space_symbol(self) -> list[int]:
-        """Return the space symbol's ids in bytes, with which a lossless model distinguishes it
-        from a space; for other models, nothing: they treat it as a space."""
-        keeps_spaces = self._processor.encode(" a") != self._processor.encode("a")
-        if not (self.byte_fallback and keeps_spaces) or adds_prefix_space(self._processor):
-            return []
-        names = (f"<0x{byte:02X}>" for byte in SPACE_SYMBOL.encode())
-        return [self._processor.piece_to_id(name) for name in names]
-
-    def _encode_around_space_symbol(self, text: str) -> list[int]:
-        """Encode text that contains sentencepiece's space symbol: that character as bytes."""
-        parts = text.split(SPACE_SYMBOL)
-        encoded = [self._processor.encode(parts[0])]
-        for part in parts[1:]:
-            encoded += [self._space_symbol_ids, self._processor.encode(part)]
-        return list(chain.from_iterable(encoded))
+        """Return a token's text in the vocabulary, in which a space is U+2581; for an added token
+        of a sentencepiece model, the name of its tag in angle brackets."""
+        return self._backend.piece(token)
 
 
-def _parts_of(text: str) -> Iterator[str]:
-    """Split a long text into parts, before a space if there is one."""
-    begin = 0
-    while len(text) - begin > _LONG_TEXT:
-        end = text.rfind(" ", begin + 1, begin + _LONG_TEXT)
-        while end > begin and text[end - 1] == " ":
-            end -= 1
-        end = end if end > begin else begin + _LONG_TEXT
-        yield text[begin:end]
-        begin = end
-    yield text[begin:]
+def _read(path: Path) -> tuple[Backend, TokenizerRecord]:
+    if path.is_file():
+        if path.suffix == ".json":
+            remedy = "give the directory that contains it"
+            raise InputError(path, "does not say which token ends a document", remedy)
+        return _with_sentencepiece(read_model_alone(path))
+    if path.is_dir() and not (path / RECORD_NAME).exists():
+        model = next((n for n in HUGGING_FACE_MODEL_NAMES if (path / n).is_file()), None)
+        if model is not None and not is_for_tiktoken(path / model):
+            return _with_sentencepiece(read_hugging_face(path, path / model))
+        if (path / TOKENIZER_JSON_NAME).exists():
+            return _with_tokenizers(read_tokenizer_json(path))
+    record = read_record(path / RECORD_NAME, TokenizerRecord, REMEDY)
+    if record.library == "tokenizers":
+        return _with_tokenizers(read_own_json(path, record))
+    return _with_sentencepiece(read_own(path, record))
+
+
+def _with_sentencepiece(
+    found: tuple[SentencePieceProcessor, TokenizerRecord],
+) -> tuple[Backend, TokenizerRecord]:
+    return SentencePieceBackend(*found), found[1]
+
+
+def _with_tokenizers(
+    found: tuple[EncodingModel, TokenizerRecord],
+) -> tuple[Backend, TokenizerRecord]:
+    return TokenizersBackend(*found), found[1]

@@ -227,7 +227,7 @@ def test_a_tokenizer_json_with_other_numbers_is_refused(
 
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "tokenizer.json", {})
-    with pytest.raises(InputError, match=r"contains only a tokenizer\.json and no sentencepiece"):
+    with pytest.raises(InputError, match=r"tokenizer\.json: is not a tokenizer; copy"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     with pytest.raises(InputError, match=r"tokenizer\.model: is not a sentencepiece model; give"):

@@ -17,7 +17,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 
 from megaphase.convert.hugging_face.tokenizer_json import tokenizer_json
 from megaphase.tokenizer import MODEL_NAME, RECORD_NAME, SPACE_SYMBOL, Tokenizer
-from megaphase.tokenizer.files import HUGGING_FACE_MODEL_NAMES
+from megaphase.tokenizer.sentencepiece_files import HUGGING_FACE_MODEL_NAMES
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_json, atomic_write_text, read_json
 

@@ -42,7 +42,7 @@ from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-from megaphase.tokenizer.files import SPACE_SYMBOL
+from megaphase.tokenizer import SPACE_SYMBOL
 from megaphase.utils.errors import InputError
 
 Json = dict[str, Any]

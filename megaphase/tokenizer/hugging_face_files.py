@@ -1,0 +1,105 @@
+"""Read what the files of a Hugging Face directory say about its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megaphase.tokenizer.record import TOKENIZER_JSON_NAME
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import read_json
+
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+class HuggingFaceFiles:
+    """The information about the tokenizer in a Hugging Face directory, apart from the model.
+
+    Attributes:
+        config: the content of tokenizer_config.json.
+        whole: the content of tokenizer.json; empty if there is no such file.
+        added_tokens: the id of each token added to the model's, or named among them.
+        special: those of them that are marked as special in one of the files.
+        pieces: the ids that tokenizer.json assigns to the pieces; empty if there is no such file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = read_object(directory / "tokenizer_config.json")
+        self.whole = read_object(directory / TOKENIZER_JSON_NAME)
+        self._special_tokens = read_object(directory / "special_tokens_map.json")
+        self.added_tokens: dict[str, int] = {}
+        self.special: set[str] = set()
+        self.pieces: dict[str, int] = {}
+        try:
+            self._read_tokens()
+        except (AttributeError, KeyError, TypeError, ValueError):
+            problem = "its tokens are not in the format of transformers"
+            raise InputError(directory, problem, "copy the tokenizer again") from None
+
+    def _read_tokens(self) -> None:
+        for text, token in read_object(self.directory / "added_tokens.json").items():
+            self.added_tokens[text] = int(token)
+        for token, described in (self.config.get("added_tokens_decoder") or {}).items():
+            self._add(described, int(token))
+        for described in self.whole.get("added_tokens") or []:
+            self._add(described, int(described["id"]))
+        vocabulary = (self.whole.get("model") or {}).get("vocab") or {}
+        if isinstance(vocabulary, dict):
+            self.pieces = vocabulary
+        else:
+            self.pieces = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+
+    def _add(self, described: dict[str, Any], token: int) -> None:
+        text = described["content"]
+        self.added_tokens[text] = token
+        if described.get("special"):
+            self.special.add(text)
+
+    def special_token(self, name: str) -> str | None:
+        """Return the text of a special token such as `eos_token`."""
+        return _text_of(self.config.get(name) or self._special_tokens.get(name))
+
+    def roles(self) -> dict[str, str]:
+        """Return the text of every special token that has a role, by its role, such as `bos`."""
+        named = {role: self.special_token(f"{role}_token") for role in ROLES}
+        return {role: text for role, text in named.items() if text is not None}
+
+    def id_in_config(self, key: str) -> int | None:
+        """Return a token's id from generation_config.json or config.json, the first if several."""
+        for name in ("generation_config.json", "config.json"):
+            value = read_object(self.directory / name).get(key)
+            if isinstance(value, list) and value:
+                value = value[0]
+            if isinstance(value, int):
+                return value
+        return None
+
+    @property
+    def class_name(self) -> str:
+        """Return the tokenizer's class or, if it is not named, the model type."""
+        named = self.config.get("tokenizer_class")
+        return named or read_object(self.directory / "config.json").get("model_type") or ""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; return an empty one if the file does not exist."""
+    if not path.exists():
+        return {}
+    try:
+        value = read_json(path)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise InputError(path, "is not a JSON object", "copy the tokenizer again")
+    return value
+
+
+def tag_name(text: str) -> str:
+    """Return the name of the tag that is a token with this text."""
+    return text.removeprefix("<").removesuffix(">")
+
+
+def _text_of(token: Any) -> str | None:
+    """Return the text of a token, which these files store as a string or an object."""
+    return token.get("content") if isinstance(token, dict) else token

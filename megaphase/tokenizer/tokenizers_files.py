@@ -1,0 +1,390 @@
+"""Read a tokenizer.json, the format of the Hugging Face `tokenizers` library.
+
+The library's own way of handling control tokens is not used: it would find them in texts. They are
+taken out of what the library is given, so that no text can encode to one; apart from that, a text's
+ids are those of the file. Truncation, padding, dropout and the post-processor (which adds BOS or
+EOS) are not used either.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles, tag_name
+from megaphase.tokenizer.record import (
+    RECORD_NAME,
+    REMEDY,
+    SPACE_SYMBOL,
+    TOKENIZER_JSON_NAME,
+    TokenizerRecord,
+)
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import hash_json
+
+# Tokens that models are published with for users to give a meaning, marked as special or not.
+_RESERVED = re.compile(
+    r"<unused_?\d+>|<\|?reserved_[a-z_]*\d+\|?>|<\|extra_\d+\|>|<SPECIAL_\d+>|<\|unused_?\d+\|>"
+)
+# Tokens that end a turn of a dialogue: chat models name them as eos_token.
+_TURN_ENDS = frozenset(
+    ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|assistant_end|>", "<|end|>")
+)
+_DOCUMENT_ENDS = ("<|end_of_text|>", "<|endoftext|>", "<eos>", "</s>")
+# Pre-tokenizers that drop white space, so that texts would not come back.
+_LOSSY = frozenset(("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "CharDelimiterSplit"))
+# Bytes that UTF-8 never has.
+_NEVER_IN_UTF8 = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
+
+_REMEDY = "give a byte-level BPE or BPE with byte fallback, or a directory with a tokenizer.model"
+
+
+@dataclass(frozen=True)
+class EncodingModel:
+    """What encodes.
+
+    Attributes:
+        encoder: the library's tokenizer, without control tokens.
+        vocabulary: the text of each token in the vocabulary, by its id, control tokens included.
+        bytes_of: the bytes that each token stands for; not of control tokens.
+        byte_level: whether the pieces are spelled in bytes.
+        byte_fallback: whether characters outside the vocabulary are.
+        exact_bytes: whether a text's bytes are those of its tokens.
+    """
+
+    encoder: tokenizers.Tokenizer
+    vocabulary: dict[int, str]
+    bytes_of: dict[int, bytes]
+    byte_fallback: bool
+    exact_bytes: bool
+
+
+def is_for_tiktoken(path: Path) -> bool:
+    """Return whether a `tokenizer.model` is a list of ranks for tiktoken beside a tokenizer.json,
+    and not a model of sentencepiece."""
+    if not path.with_name(TOKENIZER_JSON_NAME).exists():
+        return False
+    with open(path, "rb") as file:
+        first = file.readline(1000)
+    if not re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\n?", first):
+        return False
+    return bool(HuggingFaceFiles(path.parent).whole.get("model"))
+
+
+def read_tokenizer_json(directory: Path) -> tuple[EncodingModel, TokenizerRecord]:
+    """Load the tokenizer.json of a Hugging Face directory.
+
+    Raises InputError if it is damaged, is of a kind with which texts would not come back or whose
+    encoding cannot be followed, or there is no EOD.
+    """
+    return _TokenizerJson(directory, HuggingFaceFiles(directory)).load()
+
+
+def read_own_json(
+    directory: Path, record: TokenizerRecord
+) -> tuple[EncodingModel, TokenizerRecord]:
+    """Load the tokenizer.json of a directory made by Megaphase.
+
+    Raises InputError as `read_tokenizer_json`, or if the file is not the one that the record
+    describes or the record names tokens that it does not have.
+    """
+    if not (directory / TOKENIZER_JSON_NAME).is_file():
+        raise InputError(directory / TOKENIZER_JSON_NAME, "no such file", REMEDY)
+    model, found = read_tokenizer_json(directory)
+    path = directory / RECORD_NAME
+    if found.tokenizer_hash != record.tokenizer_hash:
+        problem = f"is not the tokenizer that {RECORD_NAME} describes"
+        raise InputError(directory / TOKENIZER_JSON_NAME, problem, REMEDY)
+    controls = {found.eod, *found.tags.values(), *found.reserved_tags}
+    named = [record.eod, *record.tags.values(), *record.reserved_tags]
+    if record.vocab_size != found.vocab_size or not controls.issuperset(named):
+        raise InputError(path, "names tokens that the tokenizer does not have", REMEDY)
+    if len(set(named)) < len(named):
+        raise InputError(path, "gives a token two roles", REMEDY)
+    return model, record
+
+
+class _TokenizerJson:
+    """A tokenizer.json with what the other files of its directory say about its tokens."""
+
+    def __init__(self, directory: Path, files: HuggingFaceFiles) -> None:
+        self.path = directory / TOKENIZER_JSON_NAME
+        self.directory = directory
+        self.files = files
+        self.whole = files.whole
+        self.model: dict[str, Any] = self.whole.get("model") or {}
+        self._check_model()
+        self.roles = files.roles()
+        self.unknown: str | None = self.model.get("unk_token")
+        special = {*files.special, *self.roles.values()}
+        self.control = {
+            text: token
+            for text, token in files.added_tokens.items()
+            if text != self.unknown and (text in special or _RESERVED.fullmatch(text))
+        }
+        # Some files name a token of the vocabulary as EOS or BOS without adding it.
+        for text in self.roles.values():
+            if text != self.unknown and text in files.pieces:
+                self.control.setdefault(text, files.pieces[text])
+
+    def load(self) -> tuple[EncodingModel, TokenizerRecord]:
+        """Return the encoding model and the record."""
+        eod = self._eod()
+        parts = self._encoding_parts()
+        try:
+            encoder = tokenizers.Tokenizer.from_str(_json_text(parts))
+        except Exception as error:  # the library raises plain Exceptions
+            problem = f"the tokenizers library cannot read it: {error}"
+            raise InputError(self.path, problem, "copy the tokenizer again") from None
+        vocabulary = {token: text for text, token in self.files.pieces.items()}
+        vocabulary |= {token: text for text, token in self.files.added_tokens.items()}
+        bytes_of = self._bytes_of(vocabulary)
+        normalization = _normalization(parts["normalizer"])
+        adds_space = _adds_space(encoder, bytes_of)
+        if adds_space:
+            normalization = [*normalization, "a space before the text"]
+        self._check_lossless(bytes_of, vocabulary)
+        model = EncodingModel(
+            encoder,
+            vocabulary,
+            bytes_of,
+            byte_fallback=self._byte_level or bool(self.model.get("byte_fallback")),
+            exact_bytes=self._byte_level and not normalization,
+        )
+        return model, self._record(parts, eod, normalization, max(vocabulary) + 1)
+
+    def _check_model(self) -> None:
+        """Raise InputError unless a text's ids depend on it alone and it comes back from them."""
+        kind = self.model.get("type") or ("BPE" if "merges" in self.model else None)
+        if not isinstance(self.model.get("vocab"), (dict, list)) or kind is None:
+            raise InputError(self.path, "is not a tokenizer", "copy the tokenizer again")
+        if kind != "BPE":
+            raise InputError(self.path, f"is of the kind {kind}, which is not supported", _REMEDY)
+        for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+            if self.model.get(key):
+                problem = f"its {key} {self.model[key]!r} hides where texts have spaces"
+                raise InputError(self.path, problem, _REMEDY)
+        for step in _steps(self.whole.get("pre_tokenizer")):
+            if step["type"] in _LOSSY or step.get("behavior") == "Removed":
+                problem = f"its pre-tokenizer {step['type']} drops white space"
+                raise InputError(self.path, problem, _REMEDY)
+
+    @property
+    def _byte_level(self) -> bool:
+        steps = (*_steps(self.whole.get("normalizer")), *_steps(self.whole.get("pre_tokenizer")))
+        return any(step["type"] == "ByteLevel" for step in steps)
+
+    def _eod(self) -> int:
+        """Return the id of the model's own end-of-document token."""
+        text = self.roles.get("eos")
+        if text in _TURN_ENDS:
+            text = next((each for each in _DOCUMENT_ENDS if each in self.control), text)
+        if text is not None and text in self.control:
+            return self.control[text]
+        token = None if text is not None else self.files.id_in_config("eos_token_id")
+        known = {*self.files.pieces.values(), *self.files.added_tokens.values()}
+        if token is None or token not in known:
+            remedy = "name an eos_token in tokenizer_config.json"
+            raise InputError(self.directory, "has no token that can end a document", remedy)
+        texts = {**self.files.pieces, **self.files.added_tokens}
+        self.control.setdefault(next(t for t, i in texts.items() if i == token), token)
+        return token
+
+    def _bos(self) -> int | None:
+        text = self.roles.get("bos")
+        return None if text is None else self.control.get(text)
+
+    def _adds_bos(self) -> bool:
+        """Return whether the files say that BOS begins every text."""
+        if (said := self.files.config.get("add_bos_token")) is not None:
+            return bool(said)
+        bos = self.roles.get("bos")
+        return any(
+            first == bos for step in _processors(self.whole) for first in _first_tokens(step)
+        )
+
+    def _encoding_parts(self) -> dict[str, Any]:
+        """Return the JSON of the tokenizer without control tokens and non-local parts."""
+        gone = {*self.control, self.unknown}
+        vocabulary = {t: i for t, i in self.model["vocab"].items() if t not in self.control}
+        added = [
+            token for token in self.whole.get("added_tokens") or [] if token["content"] not in gone
+        ]
+        # The library takes an added token's id from the vocabulary, and else counts on.
+        vocabulary |= {token["content"]: token["id"] for token in added}
+        model = self.model | {"type": "BPE", "dropout": None, "vocab": vocabulary}
+        merges = [_pair(merge) for merge in self.model.get("merges") or []]
+        model["merges"] = [pair for pair in merges if not gone & {*pair, "".join(pair)}]
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": added,
+            "normalizer": self.whole.get("normalizer"),
+            "pre_tokenizer": self._pre_tokenizer(),
+            "post_processor": None,
+            "decoder": None,
+            "model": model,
+        }
+
+    def _pre_tokenizer(self) -> Any:
+        """Return the pre-tokenizer, with `add_prefix_space` of tokenizer_config.json."""
+        whole, said = self.whole.get("pre_tokenizer"), self.files.config.get("add_prefix_space")
+        if said is None or not whole:
+            return whole
+        steps = [
+            step | {"add_prefix_space": said} if step["type"] == "ByteLevel" else step
+            for step in _steps(whole)
+        ]
+        return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
+
+    def _bytes_of(self, vocabulary: dict[int, str]) -> dict[int, bytes]:
+        no_text = {*self.control.values(), self.model["vocab"].get(self.unknown)}
+        added = set(self.files.added_tokens)
+        return {
+            token: self._bytes_of_piece(text, added=text in added)
+            for token, text in vocabulary.items()
+            if token not in no_text
+        }
+
+    def _bytes_of_piece(self, piece: str, *, added: bool) -> bytes:
+        if self._byte_level:
+            if added:
+                return piece.encode()
+            try:
+                return bytes(map(_BYTE_OF.__getitem__, piece))
+            except KeyError:
+                return piece.encode()
+        if self.model.get("byte_fallback") and _BYTE_PIECE.fullmatch(piece):
+            return bytes([int(piece[1:-1], 16)])
+        return piece.replace(SPACE_SYMBOL, " ").encode()
+
+    def _check_lossless(self, bytes_of: dict[int, bytes], vocabulary: dict[int, str]) -> None:
+        """Raise InputError if the library would drop characters, or spell a space as U+2581."""
+        if not self._byte_level and SPACE_SYMBOL not in self.model["vocab"]:
+            problem = "has no piece for the space, so a space would be decoded as U+2581"
+            raise InputError(self.path, problem, REMEDY)
+        if self.unknown is not None and not self.model.get("byte_fallback"):
+            return
+        spelled = {
+            bytes_of[token]
+            for token, text in vocabulary.items()
+            if token in bytes_of and (self._byte_level or _BYTE_PIECE.fullmatch(text))
+        }
+        missing = [
+            byte
+            for byte in range(256)
+            if byte not in _NEVER_IN_UTF8 and bytes([byte]) not in spelled
+        ]
+        if missing:
+            problem = f"has no token for the byte 0x{missing[0]:02X}, so texts would lose it"
+            raise InputError(self.path, problem, _REMEDY)
+
+    def _record(
+        self, parts: dict[str, Any], eod: int, normalization: list[str], vocab_size: int
+    ) -> TokenizerRecord:
+        roles = {eod, *(self.control.get(text) for text in self.roles.values())}
+        free = sorted((i, text) for text, i in self.control.items() if i not in roles)
+        reserved = [i for i, text in free if _RESERVED.fullmatch(text)]
+        determines = {key: parts[key] for key in ("added_tokens", "normalizer", "pre_tokenizer")}
+        hashed = {
+            "library": "tokenizers", "eod": eod, "control": self.control, "model": parts["model"],
+            **determines,
+        }  # fmt: skip
+        return TokenizerRecord(
+            library="tokenizers",
+            library_version=tokenizers.__version__,
+            algorithm="byte-level bpe" if self._byte_level else "bpe",
+            vocab_size=vocab_size,
+            eod=eod,
+            bos=self._bos(),
+            adds_bos=self._bos() is not None and self._adds_bos(),
+            normalization=normalization,
+            left_out=self._left_out(),
+            tags={tag_name(text): i for i, text in free if i not in reserved},
+            reserved_tags=reserved,
+            tokenizer_hash=hash_json(hashed),
+            languages={},
+        )
+
+    def _left_out(self) -> list[str]:
+        """Return the parts of the file that are not used."""
+        names = [name for name in ("truncation", "padding") if self.whole.get(name)]
+        if self.model.get("dropout"):
+            names.append("dropout")
+        kinds = {step["type"] for step in _processors(self.whole)} - {"ByteLevel"}
+        return names + sorted(kinds)
+
+
+def _json_text(value: Any) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _steps(part: Any) -> list[dict[str, Any]]:
+    """Return the steps of a normalizer or pre-tokenizer, sequences resolved."""
+    if not part:
+        return []
+    for key in ("normalizers", "pretokenizers", "processors"):
+        if part.get("type") == "Sequence" and key in part:
+            return [step for each in part[key] for step in _steps(each)]
+    return [part]
+
+
+def _processors(whole: dict[str, Any]) -> list[dict[str, Any]]:
+    return _steps(whole.get("post_processor"))
+
+
+def _first_tokens(processor: dict[str, Any]) -> Iterator[str]:
+    """Yield the special token that a post-processor puts before a text."""
+    template = processor.get("single") or []
+    if template and "SpecialToken" in template[0]:
+        yield template[0]["SpecialToken"]["id"]
+    if "cls" in processor:
+        yield processor["cls"][0]
+
+
+def _normalization(part: Any) -> list[str]:
+    """Return the names of the steps that change a text; writing a space as U+2581 does not."""
+    names = []
+    for step in _steps(part):
+        if step["type"] == "ByteLevel" or (step["type"], step.get("content")) == (
+            "Replace",
+            SPACE_SYMBOL,
+        ):
+            continue
+        if step["type"] == "Prepend":
+            continue  # a space before the text, see _adds_space
+        names.append(step["type"])
+    return names
+
+
+def _adds_space(encoder: tokenizers.Tokenizer, bytes_of: dict[int, bytes]) -> bool:
+    ids = encoder.encode("a").ids
+    return bool(ids) and bytes_of.get(ids[0], b"").startswith(b" ")
+
+
+def _pair(merge: Any) -> list[str]:
+    """Return the two pieces of a merge, which older files write with a space between them."""
+    if isinstance(merge, str):
+        first, _, second = merge.partition(" ")
+        return [first, second]
+    return list(merge)
+
+
+def _byte_characters() -> Iterator[tuple[str, int]]:
+    """Yield the character with which byte-level vocabularies write each byte (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    yield from ((chr(byte), byte) for byte in printable)
+    others = (byte for byte in range(256) if byte not in printable)
+    yield from ((chr(256 + number), byte) for number, byte in enumerate(others))
+
+
+_BYTE_OF = dict(_byte_characters())
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
