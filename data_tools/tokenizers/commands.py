@@ -202,15 +202,21 @@ def _print_fertility(
 
 def _tokenizer_table(tokenizer: Tokenizer) -> Table:
     table = Table(show_header=False)
+    record = tokenizer.record
+    bos = "none" if record.bos is None else f"{tokenizer.piece(record.bos)} ({record.bos})"
     table.add_column("what")
     table.add_column("value", overflow="fold")
     tags = [f"{name} ({token})" for name, token in tokenizer.tags.items()]
     more = [f"and {len(tags) - TAGS_SHOWN:,} more"] if len(tags) > TAGS_SHOWN else []
     for what, value in (
         ("tokenizer", str(tokenizer.path)),
-        ("algorithm", tokenizer.record.algorithm),
+        ("library", " ".join(filter(None, (record.library, record.library_version)))),
+        ("algorithm", record.algorithm),
         ("vocabulary", f"{tokenizer.vocab_size:,}"),
         ("end of document", f"{tokenizer.piece(tokenizer.eod)} ({tokenizer.eod})"),
+        ("begin of document", f"{bos}{', of every document' if record.adds_bos else ''}"),
+        ("changes of the text", ", ".join(record.normalization) or "none"),
+        ("not used of its files", ", ".join(record.left_out) or "nothing"),
         ("tags", ", ".join([*tags[:TAGS_SHOWN], *more]) or "none"),
         ("reserved tags", f"{len(tokenizer.reserved_tags)}"),
         ("byte fallback", "yes" if tokenizer.byte_fallback else "no"),

@@ -36,8 +36,8 @@ class RunConfig(Section):
     output: FilePath
     """The run directory; made where it is missing."""
     tokenizer: FilePath
-    """A tokenizer that `megaphase tokenizer train` made, a sentencepiece model, or a Hugging Face
-    directory with a tokenizer."""
+    """A tokenizer that `megaphase tokenizer train` made, a sentencepiece model, or the directory of
+    a Hugging Face model, with a sentencepiece model or a `tokenizer.json`."""
     tasks: dict[Name, TaskConfig] = Field(min_length=1)
     """The tasks by name: their corpora."""
     model: ModelConfig

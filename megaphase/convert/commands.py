@@ -147,7 +147,7 @@ def from_hf_command(
     docs/conversion.md lists the families; a key of config.json that is not known is refused.
 
     The required section `model` of the run file is printed, and written next to the weights as
-    model.yaml; a sentencepiece tokenizer is copied into the folder tokenizer.
+    model.yaml; the tokenizer is copied into the folder tokenizer.
 
     Example: megaphase convert from-hf Llama-2-7b-hf/ --out base/
 

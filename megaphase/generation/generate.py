@@ -58,13 +58,14 @@ def generate(
 
 
 def text_after(prompt: Sequence[int], tokens: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Return the text that the tokens add to the prompt's.
+    """Return the text that the tokens add to the prompt's, without a character that is cut off.
 
     Both are decoded together, since many tokenizers drop a text's first space, and a character may
     have begun in the prompt.
     """
-    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *tokens])
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(tokens)
+    before = tokenizer.decode(prompt)
+    both = tokenizer.decode([*prompt, *tokens], whole=True)
+    return both[len(before) :] if both.startswith(before) else tokenizer.decode(tokens, whole=True)
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], seq_len: int) -> None:

@@ -70,7 +70,7 @@ def translate(
     found = generate(model, prompts, how, tokenizer.eod, batch=batch, advance=advance)
     for i, each in zip(fitting, found, strict=True):
         ending: Literal["eod", "length"] = "eod" if each.ended else "length"
-        translations[i] = Translation(pairs[i], tokenizer.decode(each.tokens), ending)
+        translations[i] = Translation(pairs[i], tokenizer.decode(each.tokens, whole=True), ending)
     return translations
 
 

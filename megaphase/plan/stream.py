@@ -117,6 +117,32 @@ class Stream:
             total += int(corpus.sums["text_bytes"][here][read].sum(dtype=np.int64))
         return total
 
+    def bytes_of_targets(self, samples: int, token_bytes: np.ndarray) -> np.ndarray:
+        """Return the bytes of text behind the targets of the first samples, float64
+        [samples, seq_len].
+
+        A document's bytes are those of its text before normalization; they are shared among its
+        tokens in proportion to the bytes of each. Positions past a sample's end get 0.
+
+        token_bytes: int64 [vocabulary], the bytes of each token.
+        """
+        found = np.zeros((samples, self.seq_len))
+        for row, (slot, offset) in enumerate(self.first_starts(samples).tolist()):
+            parts = [
+                self._bytes_of_document(document, token_bytes)[first : first + tokens]
+                for document, first, tokens in self.pieces(0, slot, offset)
+            ]
+            targets = np.concatenate(parts)[1:]
+            found[row, : len(targets)] = targets
+        return found
+
+    def _bytes_of_document(self, document: int, token_bytes: np.ndarray) -> np.ndarray:
+        """Return the bytes of a document's text behind each of its tokens, float64 [tokens]."""
+        sizes: np.ndarray = token_bytes[self.corpus.document(document)]
+        whole = float(self.corpus.sums["text_bytes"][document])
+        shared: np.ndarray = sizes * (whole / max(1, int(sizes.sum())))
+        return shared
+
     @property
     def start_dtype(self) -> type[np.generic]:
         """The type of an index's slots and offsets, large enough for the corpus's documents."""

@@ -156,12 +156,14 @@ def _record(
     control = {processor.id_to_piece(i): i for i in range(pieces) if processor.is_control(i)}
     roles = {eod, processor.bos_id(), processor.eos_id(), processor.unk_id(), *special}
     roles.add(processor.pad_id())
+    algorithm, normalization = _properties(processor)
     tokenizer_hash = hash_file(model)
     if beyond or eod != processor.eos_id():
         tokenizer_hash = hash_json({"model": tokenizer_hash, "eod": eod, "added": beyond})
     return TokenizerRecord(
         library_version=sentencepiece.__version__,
-        algorithm=_algorithm(processor),
+        algorithm=algorithm,
+        normalization=normalization,
         vocab_size=max([pieces - 1, *beyond.values()]) + 1,
         eod=eod,
         bos=processor.bos_id() if bos is None and processor.bos_id() >= 0 else bos,
@@ -172,13 +174,21 @@ def _record(
     )
 
 
-def _algorithm(processor: SentencePieceProcessor) -> str:
+def _properties(processor: SentencePieceProcessor) -> tuple[str, list[str]]:
+    """Return the model's algorithm and what it does to a text before it encodes it."""
     # Imported here because Megaphase's own tokenizers do not need it.
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
     model = ModelProto.FromString(processor.serialized_model_proto())
-    spec = model.trainer_spec
-    return str(spec.ModelType.Name(spec.model_type)).lower()
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    steps = []
+    if normalizer.precompiled_charsmap:
+        steps.append(str(normalizer.name) or "own rules")
+    if normalizer.add_dummy_prefix:
+        steps.append("a space before the text")
+    if normalizer.remove_extra_whitespaces:
+        steps.append("without extra spaces")
+    return str(trainer.ModelType.Name(trainer.model_type)).lower(), steps
 
 
 def _load_model(path: Path) -> SentencePieceProcessor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from megaphase.callbacks.callback import HeldOutLoss
@@ -23,6 +24,8 @@ class HeldOutEvaluator:
         self._spec, self._engine = spec, engine
         self._samples, self._pad_token_id = samples, tokenizer.eod
         self._token_bytes = torch.from_numpy(tokenizer.token_bytes())  # int64 [vocab]
+        self._exact_bytes = tokenizer.exact_bytes
+        self._weights: dict[str, torch.Tensor] = {}
 
     def evaluate(self, next_task: Callable[[], object] = lambda: None) -> dict[str, HeldOutLoss]:
         """Losses of the current weights by task; called by all ranks, same result on each.
@@ -37,7 +40,12 @@ class HeldOutEvaluator:
                 rows = rows.pinned()
             losses = self._engine.evaluate(rows)
             nats = float(losses.loss_sums[number])
-            scored_bytes = self._engine.sum_by_task(self._bytes_of_rows(rows), rows)[number]
+            row_bytes = (
+                self._bytes_of_rows(rows)
+                if self._exact_bytes
+                else self._text_bytes_of_rows(task, rows)
+            )
+            scored_bytes = self._engine.sum_by_task(row_bytes, rows)[number]
             found[task] = HeldOutLoss(
                 nats / max(1.0, float(losses.tokens[number])),
                 nats / math.log(2) / max(1.0, float(scored_bytes)),
@@ -46,10 +54,7 @@ class HeldOutEvaluator:
 
     def _own_rows(self, batch: Batch) -> Batch:
         """This data-parallel rank's rows; rows without targets fill up to equally many."""
-        grid, micro = self._engine.grid, self._engine.micro
-        share = -(-len(batch) // (grid.data_size * micro)) * micro
-        missing = share * grid.data_size - len(batch)
-        rows = slice(grid.data_rank * share, (grid.data_rank + 1) * share)
+        rows, missing = self._own_part(len(batch))
         pad = torch.nn.functional.pad
         documents = batch.documents
         return Batch(
@@ -58,6 +63,23 @@ class HeldOutEvaluator:
             pad(batch.tasks, (0, missing), value=int(batch.tasks[0])),
             None if documents is None else pad(documents, (0, 0, 0, missing)),
         )[rows]
+
+    def _own_part(self, samples: int) -> tuple[slice, int]:
+        """This data-parallel rank's part of the samples, and the rows that are missing to it."""
+        grid, micro = self._engine.grid, self._engine.micro
+        share = -(-samples // (grid.data_size * micro)) * micro
+        rows = slice(grid.data_rank * share, (grid.data_rank + 1) * share)
+        return rows, share * grid.data_size - samples
+
+    def _text_bytes_of_rows(self, task: str, batch: Batch) -> torch.Tensor:
+        """Bytes of the text behind each row's targets before normalization; float64 [samples]."""
+        if task not in self._weights:
+            stream = self._spec.held_out[task]
+            samples = min(self._samples, stream.samples_per_epoch)
+            found = stream.bytes_of_targets(samples, self._token_bytes.numpy())
+            rows, missing = self._own_part(samples)
+            self._weights[task] = torch.from_numpy(np.pad(found, ((0, missing), (0, 0)))[rows])
+        return (self._weights[task] * (batch.targets != IGNORED_TARGET)).sum(1)
 
     def _bytes_of_rows(self, batch: Batch) -> torch.Tensor:
         """Bytes of the text behind each row's targets; int64 [samples]."""

@@ -95,7 +95,7 @@ def expected_completions(place: Place, texts: list[str], how: Decoding) -> list[
     model = load_model(open_source(str(place.checkpoint)), None)
     prompts = place.tokenizer.encode_batch(texts)
     found = generate(model, prompts, how, place.tokenizer.eod)
-    return [place.tokenizer.decode(each.tokens) for each in found]
+    return [place.tokenizer.decode(each.tokens, whole=True) for each in found]
 
 
 # --- generate ---
@@ -190,7 +190,7 @@ def test_translations_are_scored(place, call, tmp_path):
     prompts = [pair.prompt for pair in pairs[1:]]
     found = generate(model, prompts, Decoding(6, beam=2), place.tokenizer.eod)
     assert [row["hypothesis"] for row in rows[1:]] == [
-        place.tokenizer.decode(each.tokens) for each in found
+        place.tokenizer.decode(each.tokens, whole=True) for each in found
     ]
     scores = json.loads(printed)["translation"][TASK]
     hypotheses = [row["hypothesis"] for row in rows]

@@ -78,7 +78,7 @@ def _take_tokenizer(directory: Path, folder: Path) -> str:
     try:
         if take_tokenizer(directory, folder):
             return ""
-        problem = f"{directory} has no sentencepiece model, which megaphase needs"
+        problem = f"{directory} has neither a sentencepiece model nor a tokenizer.json"
     except InputError as error:
         problem = str(error)
     folder.rmdir()

@@ -153,6 +153,8 @@ def _write_configs(
 
 def _bos(folder: Path, tokenizer: Tokenizer) -> int | None:
     """Return the id of the token that is the bos_token of the tokenizer in a folder."""
+    if tokenizer.record.library == "tokenizers":
+        return tokenizer.record.bos
     text = read_json(folder / "tokenizer_config.json").get("bos_token")
     if isinstance(text, dict):
         text = text["content"]

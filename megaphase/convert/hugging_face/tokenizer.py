@@ -16,7 +16,14 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from megaphase.convert.hugging_face.tokenizer_json import tokenizer_json
-from megaphase.tokenizer import MODEL_NAME, RECORD_NAME, SPACE_SYMBOL, Tokenizer
+from megaphase.tokenizer import (
+    MODEL_NAME,
+    RECORD_NAME,
+    SPACE_SYMBOL,
+    TOKENIZER_JSON_NAME,
+    Tokenizer,
+)
+from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles
 from megaphase.tokenizer.sentencepiece_files import HUGGING_FACE_MODEL_NAMES
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_json, atomic_write_text, read_json
@@ -29,6 +36,9 @@ _FILE_NAMES = (
     "tokenizer.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
     "chat_template.jinja",
 )
 
@@ -36,9 +46,9 @@ _FILE_NAMES = (
 def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
     """Write the files with which `transformers.AutoTokenizer` and `Tokenizer.load` read `folder`.
 
-    A tokenizer from a Hugging Face directory is copied. For any other, a `tokenizer.json` is made
-    from the sentencepiece model (transformers 4.45 or later) and stored with the model itself and,
-    for a tokenizer made by Megaphase, its record.
+    A tokenizer from a Hugging Face directory, and one of the `tokenizers` library, is copied. For
+    any other, a `tokenizer.json` is made from the sentencepiece model (transformers 4.45 or later)
+    and stored with the model itself and, for a tokenizer made by Megaphase, its record.
 
     Args:
         tokenizer: loaded from a path that still exists.
@@ -48,6 +58,9 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -
     Raises InputError if the sentencepiece model has features that `tokenizers` cannot express.
     """
     path = tokenizer.path
+    if tokenizer.record.library == "tokenizers":
+        _copy_files(path, folder)
+        return
     if path.is_dir() and not (path / RECORD_NAME).exists() and _class_name(path):
         _copy_files(path, folder)
         return
@@ -73,15 +86,19 @@ def take_tokenizer(source: Path, folder: Path) -> bool:
         source: the model's directory.
         folder: an existing directory.
 
-    Returns whether `source` has a sentencepiece model; if not (only a `tokenizer.json`, as for
-    GPT-2 and Llama 3, or no tokenizer), nothing is copied.
+    Returns whether `source` has a sentencepiece model or a `tokenizer.json`; if not, nothing is
+    copied.
 
-    Raises InputError if Megaphase cannot use it, see `megaphase.tokenizer.files.read_tokenizer`.
+    Raises InputError if Megaphase cannot use it, see `Tokenizer.load`.
     """
-    if not any((source / name).is_file() for name in HUGGING_FACE_MODEL_NAMES):
+    names = (*HUGGING_FACE_MODEL_NAMES, TOKENIZER_JSON_NAME)
+    if not any((source / name).is_file() for name in names):
         return False
-    Tokenizer.load(source)
+    tokenizer = Tokenizer.load(source)
     _copy_files(source, folder)
+    if "eos" not in HuggingFaceFiles(folder).roles():
+        # The model's configuration names it, which is not copied.
+        atomic_write_json(folder / "generation_config.json", {"eos_token_id": tokenizer.eod})
     return True
 
 

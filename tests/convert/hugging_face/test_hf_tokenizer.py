@@ -381,14 +381,15 @@ def test_what_was_written_is_taken_back(pair: Pair, tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path).record == pair.native.record
 
 
-def test_without_a_sentencepiece_model_nothing_is_taken(tmp_path: Path) -> None:
+def test_where_there_is_no_tokenizer_nothing_is_taken(tmp_path: Path) -> None:
     source, folder = tmp_path / "source", tmp_path / "taken"
     source.mkdir()
     folder.mkdir()
     assert not take_tokenizer(source, folder)
     write_json(source / "tokenizer.json", {})
     write_json(source / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})
-    assert not take_tokenizer(source, folder)
+    with pytest.raises(InputError, match=r"tokenizer\.json: is not a tokenizer; copy"):
+        take_tokenizer(source, folder)
     assert not files_of(folder)
 
 

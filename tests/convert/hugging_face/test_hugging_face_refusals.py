@@ -288,7 +288,7 @@ def test_the_tokenizer_comes_along_where_it_can(saved: Path, tmp_path: Path) -> 
     shutil.copytree(saved / "llama", tmp_path / "reference")
     taken = from_hf(tmp_path / "reference", tmp_path / "a", trust_pickle=False, workers=1)
     assert taken.tokenizer is None
-    assert "has no sentencepiece model" in taken.why_no_tokenizer
+    assert "has neither a sentencepiece model nor a tokenizer.json" in taken.why_no_tokenizer
     assert not (tmp_path / "a" / "tokenizer").exists()
 
     train_model(tmp_path / "reference" / "tokenizer.model", vocab_size=300)
