@@ -36,6 +36,7 @@ from megaphase.training.deepspeed_config import (
 from megaphase.training.determinism import choose_algorithms
 from megaphase.training.gradient_sums import sum_without_copies
 from megaphase.training.gradients import clip_gradients
+from megaphase.training.gather_order import order_of_training_kept
 from megaphase.training.parameter_persistence import keep_gathered
 from megaphase.training.step_result import StepResult, TaskLosses
 
@@ -164,10 +165,17 @@ class Engine:
         """
         self._engine.eval()
         tokens = self._over_ranks(self._scored_tokens(batch))
-        micros = batch.split(self.micro)
-        rows = torch.cat([self._forward(micro, None)[1].double().sum(1) for micro in micros])
+        rows = torch.cat([self._evaluate(micro) for micro in batch.split(self.micro)])
         losses = self._over_ranks(self._by_task(rows, batch.tasks))
         return TaskLosses(*torch.cat([losses, tokens]).cpu().chunk(2))
+
+    def _evaluate(self, micro: Batch) -> Tensor:
+        """The sum of the losses of each row; float64 [samples]."""
+        order: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self._engine.zero_optimization_stage() == 3:
+            order = order_of_training_kept(self._engine.optimizer)
+        with order:
+            return self._forward(micro, None)[1].double().sum(1)
 
     def sum_by_task(self, rows: Tensor, batch: Batch) -> Tensor:
         """Sum one figure a row by task, over all data-parallel ranks; float64 [tasks], CPU.

@@ -109,6 +109,7 @@ def _record(case: Case, micro: int) -> list[Collectives]:
     finally:
         engine_module.deepspeed_config = settings_of
     batch = share(global_batch(0, vocab=VOCAB), engine.grid)
+    engine.evaluate(batch)  # as a run does before its first step
     for _ in range(LEARNING_STEPS):
         engine.train_step(batch, RATE)
     found = []
