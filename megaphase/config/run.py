@@ -117,7 +117,7 @@ class RunConfig(Section):
 
         Raises:
             InputError: tensor parallelism does not divide the processes, or the data-parallel ranks
-                not the global batch.
+                not the global batch, or `secondary_partition` not the data-parallel ranks.
         """
         tensor, micro = self.parallel.tensor, self.batch.micro
         if processes % tensor:
@@ -127,6 +127,13 @@ class RunConfig(Section):
                 f"start a multiple of {tensor} processes, or change it",
             )
         data = processes // tensor
+        secondary = self.parallel.secondary_partition
+        if secondary is not None and data % secondary:
+            raise InputError(
+                self.where("parallel.secondary_partition"),
+                f"{secondary} does not divide the {data} data-parallel ranks of this run",
+                f"start a multiple of {secondary} processes, change it, or leave it out",
+            )
         if self.batch.samples % (data * micro):
             raise InputError(
                 self.where("batch.samples"),

@@ -30,6 +30,17 @@ class ParallelConfig(Section):
     ([scaling.md](scaling.md)). `megaphase plan` says in a line when that fits and what it saves.
     Parameters of up to 100,000 elements are always kept. `keep_gathered` changes nothing of a run's
     numbers.
+
+    With `secondary_partition: 8` the weights are partitioned a second time, among every 8
+    consecutive processes, which should be those of one node (ZeRO++'s hpZ; Wang et al. 2023,
+    arXiv 2306.10209). A weight is gathered from all processes once per optimizer step, at its first
+    use; all later gathers of the step, of the first backward pass and of all further micro-batches,
+    stay within the 8. It costs each GPU an eighth of the weights in bf16, and on a GPU the host
+    waits once a step for every parameter, when that is first given back
+    ([performance.md](performance.md#where-the-host-waits-for-a-gpu)). It pays where the network
+    between the nodes bounds the step; `megaphase plan` says in a line when it fits and what it
+    saves. It changes nothing of a run's numbers. It must divide the data-parallel size, and may be
+    combined with `keep_gathered` and with `offload`.
     """
 
     tensor: Annotated[Count, Field(le=1 << 16)] = 1
@@ -57,6 +68,14 @@ class ParallelConfig(Section):
     keep_gathered: FractionOf1 = 0.0
     """Fraction of the weights that ZeRO 3 keeps gathered from one micro-batch to the next, see
     below; `zero` 3 only, and not with `offload_parameters`."""
+    secondary_partition: Annotated[Count, Field(ge=2, le=1 << 16)] | None = None
+    """Consecutive processes, such as those of a node, among which ZeRO 3 partitions a second copy
+    of the weights, see below; `zero` 3 and `tensor` 1 only, and not with `offload_parameters`."""
+
+    @property
+    def fewest_processes(self) -> int:
+        """Of a run with this layout."""
+        return self.tensor * (self.secondary_partition or 1)
 
     @model_validator(mode="after")
     def _sequence_needs_tensor(self) -> Self:
@@ -76,6 +95,12 @@ class ParallelConfig(Section):
             )
         if self.keep_gathered > 0 and (self.zero != 3 or self.offload_parameters != "none"):
             raise ValueError("keep_gathered needs zero 3 and offload_parameters: none")
+        if self.secondary_partition is not None and (
+            self.zero != 3 or self.tensor > 1 or self.offload_parameters != "none"
+        ):
+            raise ValueError(
+                "secondary_partition needs zero 3, tensor 1 and offload_parameters: none"
+            )
         to_disk = "nvme" in (self.offload, self.offload_parameters)
         if to_disk != (self.offload_folder is not None):
             raise ValueError("offload_folder is needed by nvme and by nothing else")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -38,16 +38,24 @@ class Traffic:
     """Bytes that a rank sends, and seconds that it waits for them.
 
     `behind` accounts for communication that overlaps with computation.
+
+    secondary: of the bytes, those to the ranks with which it shares a second partition of the
+    weights
     """
 
     sent: float = 0.0
     seconds: float = 0.0
+    secondary: float = 0.0
 
     def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.sent + other.sent, self.seconds + other.seconds)
+        return Traffic(
+            self.sent + other.sent,
+            self.seconds + other.seconds,
+            self.secondary + other.secondary,
+        )
 
     def __mul__(self, times: float) -> Traffic:
-        return Traffic(self.sent * times, self.seconds * times)
+        return Traffic(self.sent * times, self.seconds * times, self.secondary * times)
 
     def behind(self, computing: float, pieces: int | None = None) -> Traffic:
         """The same while a rank computes for some seconds.
@@ -55,7 +63,7 @@ class Traffic:
         pieces: of which the first or the last one is waited for in any case.
         """
         least = self.seconds / pieces if pieces else 0.0
-        return Traffic(self.sent, max(self.seconds - computing, least))
+        return replace(self, seconds=max(self.seconds - computing, least))
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,12 @@ def data_ring(setup: Setup, hardware: Hardware) -> Ring:
     """Data-parallel neighbours are `tensor` ranks apart."""
     in_node = max(1, hardware.gpus_per_node // setup.tensor)
     return Ring(setup.data, min(setup.data, in_node), hardware)
+
+
+def secondary_ring(setup: Setup, hardware: Hardware) -> Ring:
+    """Consecutive ranks share a second partition of the weights."""
+    assert setup.secondary is not None
+    return Ring(setup.secondary, min(setup.secondary, hardware.gpus_per_node), hardware)
 
 
 def tensor_forward(setup: Setup, hardware: Hardware) -> Traffic:
@@ -217,14 +231,23 @@ class DataTraffic:
     """Data-parallel communication by the time at which it happens: see `training.deepspeed_config`.
 
     forward, backward: in that pass of every micro-batch, while it computes
+    first_forward: in that of the first micro-batch, where it is another
     end: once a step, when nothing is computed
     pieces: number of messages into which the communication during a pass is divided
     """
 
     forward: Traffic = Traffic()
     backward: Traffic = Traffic()
+    first_forward: Traffic | None = None
     end: Traffic = Traffic()
     pieces: int = 1
+
+    def step(self, accumulation: int, in_forward: float = 0.0, in_backward: float = 0.0) -> Traffic:
+        """Of a whole step, while each pass of a micro-batch computes for some seconds."""
+        first = (self.first_forward or self.forward).behind(in_forward, self.pieces)
+        forward = self.forward.behind(in_forward, self.pieces)
+        backward = self.backward.behind(in_backward, self.pieces)
+        return first + forward * (accumulation - 1) + backward * accumulation + self.end
 
 
 def data_traffic(setup: Setup, hardware: Hardware) -> DataTraffic:
@@ -235,13 +258,15 @@ def data_traffic(setup: Setup, hardware: Hardware) -> DataTraffic:
     stage_1_and_2.py), but in every micro-batch. 3: weights gathered block by block, in both passes
     or, near the loss, in the forward pass alone, and gradients scattered; those weights that are
     kept are gathered once, when the optimizer has changed them (`estimate.gathered_parameters`).
+    With a second partition, every weight that is not kept is gathered from all ranks in the first
+    forward pass, and otherwise from those of the second partition.
     """
     ring = data_ring(setup, hardware)
     sizes = parameter_sizes(setup.shape, setup.tensor)
     parameters = sum(sizes.values())
     size = parameters * setup.parameter_bytes
     if setup.zero == 3:
-        return _partitioned_weights(setup, ring, sizes)
+        return _partitioned_weights(setup, hardware, sizes)
     buckets = math.ceil(parameters / (reduce_bucket(sizes) if setup.zero == 2 else REDUCE_BUCKET))
     reduced = ring.split_collective(ALL_REDUCE, size, buckets)
     if setup.zero == 0:
@@ -252,21 +277,34 @@ def data_traffic(setup: Setup, hardware: Hardware) -> DataTraffic:
     return DataTraffic(backward=reduced, end=weights, pieces=buckets)
 
 
-def _partitioned_weights(setup: Setup, ring: Ring, sizes: Mapping[str, int]) -> DataTraffic:
+def _partitioned_weights(setup: Setup, hardware: Hardware, sizes: Mapping[str, int]) -> DataTraffic:
     """Stage 3."""
+    ring = data_ring(setup, hardware)
     found = gathering(sizes, setup.keep_gathered)
     passes = found.passes
     parameters, each = sum(sizes.values()), setup.parameter_bytes
     pieces = setup.shape.layers + 2  # embedding and head
 
-    def in_pieces(rounds: int, elements: int) -> Traffic:
+    def in_pieces(rounds: int, elements: int, ring: Ring = ring) -> Traffic:
         """As many pieces as their share of the weights has."""
         count = math.ceil(pieces * elements / parameters)
         return ring.split_collective(rounds, elements * each, count) if count else Traffic()
 
+    def gathered_again(elements: int) -> Traffic:
+        if setup.secondary is None:
+            return in_pieces(ALL_GATHER, elements)
+        traffic = in_pieces(ALL_GATHER, elements, secondary_ring(setup, hardware))
+        return replace(traffic, secondary=traffic.sent)
+
+    first = None
+    if setup.secondary is not None:
+        used = parameters - found.kept
+        first = in_pieces(ALL_GATHER, used) + gathered_again(passes.forward - used)
+    scattered = in_pieces(REDUCE_SCATTER, parameters)
     return DataTraffic(
-        forward=in_pieces(ALL_GATHER, passes.forward),
-        backward=in_pieces(ALL_GATHER, passes.backward) + in_pieces(REDUCE_SCATTER, parameters),
+        forward=gathered_again(passes.forward),
+        backward=gathered_again(passes.backward) + scattered,
+        first_forward=first,
         end=in_pieces(ALL_GATHER, found.kept),
         pieces=pieces,
     )

@@ -76,7 +76,7 @@ def _peak_points(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, 
 
     def at(activations: int, gradients: int, gathered: int, buffers: int) -> dict[str, int]:
         return {
-            "weights": resident.weights,
+            "weights": resident.weights + transient.secondary,
             "masters": resident.masters,
             "moments": resident.moments,
             "gradients": resident.gradients + gradients,

@@ -21,8 +21,9 @@ class Setup:
 
     accumulation: micro-batches of an optimizer step; masked: whether samples hold documents that do
     not see each other. overlap: of tensor-parallel collectives, see `model.interleave`.
-    keep_gathered: see `estimate.gathered_parameters`. compiled: the formulas between the matrix
-    products, see `ops`. widened: whether the device computes products of bf16 in fp32, see
+    keep_gathered: see `estimate.gathered_parameters`. secondary: consecutive ranks among which
+    ZeRO-3 partitions a second copy of the weights, or None. compiled: the formulas between the
+    matrix products, see `ops`. widened: whether the device computes products of bf16 in fp32, see
     `ops.matmul`.
     """
 
@@ -39,6 +40,7 @@ class Setup:
     offload_parameters: str = "none"
     overlap: bool = True
     keep_gathered: float = 0.0
+    secondary: int | None = None
     device: Device = "cuda"
     compiled: bool = True
     widened: bool = False
@@ -83,13 +85,18 @@ class Setup:
         return replace(self, micro=micro, accumulation=self.samples // (micro * self.data))
 
     def with_processes(self, tensor: int, data: int) -> Setup:
-        """The same global batch on another grid of processes."""
+        """The same global batch on another grid of processes; with a second partition of the
+        weights only if it can have it."""
+        secondary = self.secondary
+        if secondary is not None and (tensor > 1 or data % secondary):
+            secondary = None
         return replace(
             self,
             tensor=tensor,
             data=data,
             sequence=self.sequence and tensor > 1,
             accumulation=self.samples // (self.micro * data),
+            secondary=secondary,
         )
 
 
@@ -114,6 +121,7 @@ def setup_of(config: RunConfig, shape: GPTShape, processes: int, device: Device)
         offload_parameters=config.parallel.offload_parameters,
         overlap=config.parallel.overlap,
         keep_gathered=config.parallel.keep_gathered,
+        secondary=config.parallel.secondary_partition,
         device=device,
         compiled=kernels == "compile" or (kernels == "auto" and device == "cuda"),
         widened=config.precision == "bf16" and widens_bf16(torch.device(device)),

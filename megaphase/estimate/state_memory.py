@@ -57,6 +57,8 @@ class Transient:
     arriving:  whole weights beyond these, in the forward pass
     passing:   whole weights of the block in work and of the next, in the backward pass
     returned:  whole weights still there at the end of the backward pass
+    secondary: second partition of the weights, from the first forward pass of a step (of the run,
+               from its start) to the end of the optimizer step
     """
 
     carried: int = 0
@@ -71,6 +73,7 @@ class Transient:
     arriving: int = 0
     passing: int = 0
     returned: int = 0
+    secondary: int = 0
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,9 @@ def _partitioned_weights(setup: Setup, sizes: Mapping[str, int]) -> States:
     reduced_bytes = waiting // setup.data * FP32_BYTES if setup.bf16 else 0
     if setup.device == "cpu":
         reduced_bytes = max(reduced_bytes, waiting * low)  # gloo scatters a copy
-    held = gathered = arriving = passing = returned = 0
+    held = gathered = arriving = passing = returned = secondary = 0
+    if setup.secondary is not None:
+        secondary = part * (setup.data // setup.secondary)
     if setup.data > 1 or setup.offload_parameters != "none":
         found = gathering(sizes, setup.keep_gathered)
         held = returned = found.kept
@@ -218,5 +223,6 @@ def _partitioned_weights(setup: Setup, sizes: Mapping[str, int]) -> States:
             arriving=arriving * low,
             passing=passing * low,
             returned=returned * low,
+            secondary=secondary * low,
         ),
     )

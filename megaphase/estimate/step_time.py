@@ -24,7 +24,8 @@ class StepTime:
     """An optimizer step of all ranks together.
 
     seconds_by: PARTS
-    sent_by: bytes that each rank sends, by `tensor` and `data`
+    sent_by: bytes that each rank sends, by `tensor` and `data`; those of a second partition of
+    the weights by `secondary`
     tokens: of the global batch
     model_flops, peak_flops: of all ranks together; the first as `train_flops_per_token` counts them
     """
@@ -57,21 +58,21 @@ def step_time(setup: Setup, hardware: Hardware) -> StepTime:
     # Data-parallel communication overlaps with everything else in a pass.
     in_forward = _seconds(forward, hardware) + tensor_forth.seconds
     in_backward = _seconds(backward, hardware) + tensor_back.seconds
-    data_forth = data.forward.behind(in_forward, data.pieces)
-    data_back = data.backward.behind(in_backward, data.pieces)
-
     count = setup.accumulation
     tensor_all = (tensor_forth + tensor_back) * count
-    data_all = (data_forth + data_back) * count + data.end
+    data_all = data.step(count, in_forward, in_backward)
     seconds = _seconds_by_kind((forward + backward) * count, hardware) | {
         "tensor": tensor_all.seconds,
         "data": data_all.seconds,
         "optimizer": hardware.memory_seconds(_optimizer_bytes(setup)),
     }
     tokens = setup.samples * setup.shape.seq_len
+    sent_by = {"tensor": tensor_all.sent, "data": data_all.sent - data_all.secondary}
+    if setup.secondary is not None:
+        sent_by["secondary"] = data_all.secondary
     return StepTime(
         seconds,
-        {"tensor": tensor_all.sent, "data": data_all.sent},
+        sent_by,
         tokens,
         tokens * train_flops_per_token(setup.shape),
         setup.tensor * setup.data * hardware.peak_flops,

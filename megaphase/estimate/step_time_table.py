@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich import box
@@ -10,10 +10,11 @@ from rich.table import Table
 
 from megaphase.estimate.hardware import Hardware
 from megaphase.estimate.memory import PARTS as MEMORY_PARTS
+from megaphase.estimate.memory import estimate
 from megaphase.estimate.memory_table import gb, layout_name
 from megaphase.estimate.setup import Setup
 from megaphase.estimate.step_time import PARTS, step_time
-from megaphase.estimate.suggestions import all_kept, layouts
+from megaphase.estimate.suggestions import GB, all_kept, layouts, partitioned_in_nodes
 
 # Columns of a console in which the layouts' memory is shown by part.
 WIDE = 120
@@ -26,6 +27,9 @@ def speed_summary(
     setup: Setup, hardware: Hardware, phases: Sequence[tuple[str, int]]
 ) -> dict[str, Any]:
     """All figures as plain data; layouts in the order of `memory_summary`, and `all_kept` as there.
+
+    second_partition: those of the run's own layout with `secondary_partition: ranks`, the GPUs of a
+    node, and its memory; None where that is no choice.
 
     phases: names and steps.
     """
@@ -40,6 +44,7 @@ def speed_summary(
         "offload_counted": setup.offload == "none",
         "layouts": found,
         "all_kept": kept and _figures(kept, hardware),
+        "second_partition": _second_partition(setup, hardware),
         "phases": [{"name": name, "seconds": steps * each} for name, steps in phases],
         "seconds": each * sum(steps for _, steps in phases),
     }
@@ -57,6 +62,14 @@ def _figures(layout: Setup, hardware: Hardware) -> dict[str, Any]:
         "tokens_per_second": found.tokens_per_second,
         "mfu": found.mfu,
     }
+
+
+def _second_partition(setup: Setup, hardware: Hardware) -> dict[str, Any] | None:
+    other = partitioned_in_nodes(setup, hardware.gpus_per_node)
+    if other is None:
+        return None
+    more = {"ranks": other.secondary, "bytes": estimate(other).total}
+    return _figures(other, hardware) | more
 
 
 def speed_sentences(memory: dict[str, Any], speed: dict[str, Any] | None) -> list[str]:
@@ -89,21 +102,26 @@ def speed_sentences(memory: dict[str, Any], speed: dict[str, Any] | None) -> lis
                 f"Quickest layout that fits: {layout_name(figures)}, {_seconds(seconds)} s a step, "
                 f"MFU {figures['mfu']:.0%}"
             )
-    sentences.extend(_keeping(memory, speed))
+    sentences.extend(_gathering_less(memory, speed))
     return sentences
 
 
-def _keeping(memory: dict[str, Any], speed: dict[str, Any]) -> list[str]:
-    """What ZeRO-3 would gain if it gathered all weights once a step, where that is worth naming."""
-    needed, time = memory["all_kept"], speed["all_kept"]
-    if time is None or not needed["fits"]:
-        return []
+def _gathering_less(memory: dict[str, Any], speed: dict[str, Any]) -> Iterator[str]:
+    """What ZeRO-3 would gain with a second partition of the weights, or if it gathered all of them
+    once a step, where that fits and is worth naming."""
+    second, kept = speed["second_partition"], speed["all_kept"]
+    card_bytes = memory["card_gb"] * GB * (1 - memory["reserve"])
+    choices = []
+    if second is not None and second["bytes"] <= card_bytes:
+        choices.append((f"secondary_partition: {second['ranks']}", second, second["bytes"]))
+    if kept is not None and memory["all_kept"]["fits"]:
+        choices.append(("keep_gathered: 1.0", kept, memory["all_kept"]["bytes"]))
     whole = speed["layouts"][0]["step_seconds"]
-    saved = whole - time["step_seconds"]
-    if saved < NAMED_GAIN * whole:
-        return []
-    more = gb(needed["bytes"] - memory["layouts"][0]["bytes"])
-    return [f"keep_gathered: 1.0 would save {_seconds(saved, whole)} s a step for {more} GB"]
+    for setting, time, needed in choices:
+        saved = whole - time["step_seconds"]
+        if saved >= NAMED_GAIN * whole:
+            more = gb(needed - memory["layouts"][0]["bytes"])
+            yield f"{setting} would save {_seconds(saved, whole)} s a step for {more} GB"
 
 
 def quickest(memory: dict[str, Any], speed: dict[str, Any]) -> int | None:

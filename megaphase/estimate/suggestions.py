@@ -72,6 +72,17 @@ def all_kept(setup: Setup) -> Setup | None:
     return replace(setup, keep_gathered=1.0) if setup.keep_gathered < 1 else None
 
 
+def partitioned_in_nodes(setup: Setup, gpus_per_node: int) -> Setup | None:
+    """The same layout with a second partition of the weights in every node; None where it has one,
+    or cannot have it, or is of one node."""
+    possible = setup.zero == 3 and setup.tensor == 1 and setup.offload_parameters == "none"
+    if not possible or setup.secondary is not None or gpus_per_node == 1:
+        return None
+    if setup.data == gpus_per_node or setup.data % gpus_per_node:
+        return None
+    return replace(setup, secondary=gpus_per_node)
+
+
 @lru_cache(maxsize=64)
 def _divisors(number: int) -> list[int]:
     """From the largest to 1."""
@@ -122,6 +133,9 @@ def _changes(setup: Setup) -> Iterator[_Change]:
     processes = setup.tensor * setup.data
     if setup.keep_gathered > 0:
         yield _Change("keep_gathered: 0.0", "keep_gathered", replace(setup, keep_gathered=0.0))
+    if setup.secondary is not None:
+        unset = replace(setup, secondary=None)
+        yield _Change("no secondary_partition", "secondary_partition", unset)
     for zero in range(setup.zero + 1, max(ZERO_STAGES) + 1):
         yield _Change(f"zero {zero}", "zero", replace(setup, zero=zero))
     now = CHECKPOINTING.index(setup.shape.activation_checkpointing)
@@ -134,7 +148,8 @@ def _changes(setup: Setup) -> Iterator[_Change]:
             yield _Change(f"micro {micro}", "micro", setup.with_micro(micro))
     if setup.tensor > 1 and not setup.sequence and setup.shape.seq_len % setup.tensor == 0:
         yield _Change("sequence: true", "sequence", replace(setup, sequence=True))
-    for tensor in TENSOR_SIZES:
+    larger = TENSOR_SIZES if setup.secondary is None else ()
+    for tensor in larger:
         if tensor > setup.tensor and _shares_out(setup, tensor, processes):
             yield _Change(f"tensor {tensor}", "tensor", _on_grid(setup, tensor, processes))
     if setup.accumulation % 2 == 0:
@@ -142,7 +157,7 @@ def _changes(setup: Setup) -> Iterator[_Change]:
         yield _Change(f"{2 * processes} GPUs", "processes", changed)
     if setup.offload == "none" and setup.zero > 0:
         yield _Change("offload: cpu", "offload", replace(setup, offload="cpu"))
-    unkept = setup.zero == 3 and setup.keep_gathered == 0
+    unkept = setup.zero == 3 and setup.keep_gathered == 0 and setup.secondary is None
     if setup.offload == "cpu" and setup.offload_parameters == "none" and unkept:
         changed = replace(setup, offload_parameters="cpu")
         yield _Change("offload_parameters: cpu", "offload_parameters", changed)

@@ -223,6 +223,7 @@ class OptimizerState:
 
     def _zero_epilogue(self) -> None:
         if self._stage == 3:
+            # Drops a second partition of the old weights, too, and gathers those that are kept.
             self._zero.checkpoint_event_epilogue()
         elif self._stage > 0:
             self._zero.update_lp_params()

@@ -79,7 +79,7 @@ def show_command(
 
     config, tokenizer = open_run(run_file, overrides)
     if processes is None:
-        processes = given_world_size() or config.parallel.tensor
+        processes = given_world_size() or config.parallel.fewest_processes
     setup, hardware = memory_setup(config, tokenizer, processes), hardware_of(config, card)
     needed = memory_summary(setup, memory or planned_card(config, card).memory_gb)
     plan = preview_plan(config, tokenizer)

@@ -28,6 +28,7 @@ from megaphase.rehearsal.fake_gpu import FakeGPU
 from megaphase.rehearsal.gathers import Gathers
 from megaphase.rehearsal.patches import join_fake_group, patch_deepspeed, patch_for
 from megaphase.training.engine import Engine, import_deepspeed
+from megaphase.training.secondary_partition import secondary_group
 
 _ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
 # ZeRO-3 traces its first steps before it gathers ahead.
@@ -158,6 +159,8 @@ class Rank:
             self.grid.data_group.group_name: "data",
             self.grid.tensor_group.group_name: "tensor",
         }
+        if (secondary := secondary_group()) is not None:
+            groups[secondary.group_name] = "secondary"
         counted: Counter[tuple[str, str, int, int, float, str]] = Counter(
             (groups.get(c.group, "all"), c.kind, c.ranks, c.elements, c.sent, c.place)
             for c in self.gpu.recording.collectives

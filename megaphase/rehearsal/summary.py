@@ -33,6 +33,7 @@ ACTIONS = {
 WAITS_SHOWN, PLACES_SHOWN = 12, 8
 # Of a step, at most; a step with more does the same again.
 MICRO_BATCHES = 2
+NOTHING = "—"
 ENDS_SILENTLY = "the process that rehearses has ended without an answer"
 
 
@@ -89,8 +90,11 @@ class Rehearsed:
             title_justify="left",
         )
         table.add_column("")
-        for heading in ("kernels", "GB moved", "TFLOP", "waits", "sent to tensor group",
-                        "sent to data group", "peak GB"):  # fmt: skip
+        groups = ["tensor", "data"]
+        if any(_sent(report, "secondary") != NOTHING for report in reports.values()):
+            groups.append("secondary")
+        sent = [f"sent to {group} group" for group in groups]
+        for heading in ("kernels", "GB moved", "TFLOP", "waits", *sent, "peak GB"):
             table.add_column(heading, justify="right")
         for action, title in ACTIONS.items():
             report = reports[action]
@@ -100,8 +104,7 @@ class Rehearsed:
                 f"{report['bytes_moved'] / GB:,.1f}",
                 f"{report['product_flops'] / TERA:,.1f}",
                 f"{sum(wait['count'] for wait in report['waits']):,}",
-                _sent(report, "tensor"),
-                _sent(report, "data"),
+                *(_sent(report, group) for group in groups),
                 f"{report['peak_bytes'] / GB:,.2f}",
             )
         return table
@@ -151,7 +154,7 @@ class Rehearsed:
 def _sent(report: Mapping[str, Any], group: str) -> str:
     found = [each for each in report["collectives"] if each["group"] == group]
     sent = sum(each["count"] * each["sent"] for each in found)
-    return f"{sent / GB:,.2f} GB in {sum(each['count'] for each in found):,}" if found else "—"
+    return f"{sent / GB:,.2f} GB in {sum(each['count'] for each in found):,}" if found else NOTHING
 
 
 def rehearse_run(
@@ -168,7 +171,7 @@ def rehearse_run(
         RunError: the rehearsal itself could not be carried out.
     """
     config, tokenizer = open_run(run_file, overrides)
-    processes = processes or given_world_size() or config.parallel.tensor
+    processes = processes or given_world_size() or config.parallel.fewest_processes
     memory_setup(config, tokenizer, processes)  # refuses what does not divide
     if rank >= processes:
         raise InputError("--rank", f"is {rank:,}", f"give one below {processes:,}")

@@ -90,6 +90,7 @@ def deepspeed_config(config: RunConfig, shape: GPTShape, data_size: int) -> dict
             "stage3_prefetch_bucket_size": limits.prefetch,
             "stage3_max_reuse_distance": limits.reuse,
             "stage3_max_live_parameters": limits.live,
+            "zero_hpz_partition_size": config.parallel.secondary_partition or 1,
             **_offload(config, largest_partition(shape, config.parallel.tensor, data_size)),
         },
         # The optimizer is torch's own fused AdamW, which DeepSpeed has not on its list.

@@ -34,10 +34,11 @@ from megaphase.training.deepspeed_config import (
     parameter_dtype,
 )
 from megaphase.training.determinism import choose_algorithms
+from megaphase.training.gather_order import order_of_training_kept
 from megaphase.training.gradient_sums import sum_without_copies
 from megaphase.training.gradients import clip_gradients
-from megaphase.training.gather_order import order_of_training_kept
 from megaphase.training.parameter_persistence import keep_gathered
+from megaphase.training.secondary_partition import forget_secondary_group
 from megaphase.training.step_result import StepResult, TaskLosses
 
 
@@ -85,6 +86,7 @@ class Engine:
         self._clip_here = largest_norm(config) if config.parallel.zero == 0 else None
         self._accumulation: int = settings["gradient_accumulation_steps"]
         partitioned: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        forget_secondary_group()
         if config.parallel.zero == 3:
             partitioned = deepspeed.zero.Init(
                 config_dict_or_path=settings,

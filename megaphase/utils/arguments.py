@@ -46,7 +46,7 @@ Processes = Annotated[
     typer.Option(
         min=1,
         max=MOST,
-        help="Number of GPUs; by default WORLD_SIZE, else parallel.tensor.",
+        help="Number of GPUs; by default WORLD_SIZE, else the fewest of the layout.",
     ),
 ]
 

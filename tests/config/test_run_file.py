@@ -192,6 +192,12 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
          "run.yaml: parallel: keep_gathered needs zero 3 and offload_parameters: none"),
         ("{tensor: 1}", "{keep_gathered: 1.5}",
          "run.yaml: parallel.keep_gathered: must be at most 1; found 1.5"),
+        *(("{tensor: 1}", f"{{secondary_partition: 2, {other}}}",
+           "run.yaml: parallel: secondary_partition needs zero 3, tensor 1 and "
+           "offload_parameters: none")
+          for other in ("zero: 2", "tensor: 2", "offload: cpu, offload_parameters: cpu")),
+        ("{tensor: 1}", "{secondary_partition: 1}",
+         "run.yaml: parallel.secondary_partition: must be at least 2; found 1"),
         ("{tensor: 1}", "{zero: 4}", "run.yaml: parallel.zero: must be 0, 1, 2 or 3; found 4"),
         # lengths, ends and the monitor
         ("steps: 10", "epochs: {}",

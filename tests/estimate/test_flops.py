@@ -28,6 +28,7 @@ from megaphase.estimate.step_time_table import (
     speed_summary,
 )
 from megaphase.estimate.suggestions import GB
+from megaphase.model.parameters import parameter_count
 from megaphase.model.shape import GPTShape
 from megaphase.plan.commands import plan_app
 from megaphase.utils.errors import InputError
@@ -221,6 +222,28 @@ def test_what_is_gathered_too_often_is_named_where_it_would_fit():
     assert not last(run, 12.0).startswith("keep_gathered")  # not enough for all of them
     quick = speed_sentences(memory_summary(run, 80.0), speed_summary(run, H100, PHASES))
     assert not quick[-1].startswith("keep_gathered")  # communication overlaps with the products
+
+
+def test_a_second_partition_is_named_where_it_would_fit():
+    run = Setup(replace(SHAPE, layers=8), 1, 64, 3, False, True, micro=1, accumulation=16)
+    slow = replace(H100, network=5e9)
+
+    def named(setup: Setup, card_gb: float = 80.0, hardware: Hardware = slow) -> list[str]:
+        speed = speed_summary(setup, hardware, PHASES)
+        sentences = speed_sentences(memory_summary(setup, card_gb), speed)
+        return [each for each in sentences if each.startswith("secondary_partition")]
+
+    second = replace(run, secondary=8)
+    saved = step_time(run, slow).seconds - step_time(second, slow).seconds
+    more = (estimate(second).total - estimate(run).total) / GB
+    line = f"secondary_partition: 8 would save {saved:.2f} s a step for {more:.1f} GB"
+    assert named(run) == [line]
+    assert saved > 1
+    assert more == pytest.approx(parameter_count(run.shape) / 8 * 2 / GB, rel=1e-3)
+    for other in (second, replace(run, zero=2), run.with_processes(2, 32), replace(run, data=8)):
+        assert named(other) == []
+    assert named(run, estimate(second).total / GB) == []  # nothing is left in reserve
+    assert named(run, hardware=H100) == []
 
 
 @pytest.mark.parametrize("width", [80, WIDE])

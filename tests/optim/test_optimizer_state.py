@@ -54,7 +54,7 @@ OFFLOADS: dict[str, dict[str, Any]] = {
 KEPT: dict[str, dict[str, Any]] = {
     f"{words} weights kept": {"model": WIDE, "keep_gathered": kept}
     for words, kept in (("some", SOME), ("all", 1.0))
-}
+} | {"second partition": {"model": WIDE, "tensor": 1, "secondary_partition": 2}}
 CASES = [
     (zero, precision, offload)
     for zero in range(4)
@@ -66,6 +66,7 @@ ALSO_QUICK = [
     (3, "bf16", "optimizer and parameters"),
     (3, "bf16", "some weights kept"),
     (3, "fp32", "all weights kept"),
+    (3, "bf16", "second partition"),
 ]
 QUICK = [case for case in CASES if case[2] == "none" or case in ALSO_QUICK]
 SLOW = [case for case in CASES if case not in QUICK]
@@ -163,8 +164,9 @@ def examine(
 
     other.state.load(stored, steps)
     other.state.reset()
-    # Nor does it matter to the numbers which weights stay gathered.
-    fresh = build_engine(run_config(seed=3, **settings | {"keep_gathered": 0.0}))
+    # Nor does it matter to the numbers which weights stay gathered, or are partitioned twice.
+    plain = settings | {"keep_gathered": 0.0, "secondary_partition": None}
+    fresh = build_engine(run_config(seed=3, **plain))
     fresh.state.load(stored, 0)
     return Examined(
         undisturbed,

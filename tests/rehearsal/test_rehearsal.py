@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from rehearsal_support import ALL_ACTIONS, needs_compiler, rehearse, run_file, sent, waits
+from rehearsal_support import ALL_ACTIONS, LAYERS, needs_compiler, rehearse, run_file, sent, waits
 
 pytestmark = needs_compiler
 
@@ -21,6 +21,7 @@ SCALAR_BYTES = 2_000
 # Peak of live bytes over the estimate: above 1 by less than what `megaphase plan` keeps in reserve.
 MEMORY = (0.9, 1.05)
 UTILS, SYNC = "deepspeed/runtime/utils.py", "deepspeed/accelerator/cuda_accelerator.py"
+PARTITIONS = "deepspeed/runtime/zero/partition_parameters.py"
 ZERO_2, ZERO_3 = "deepspeed/runtime/zero/stage_1_and_2.py", "deepspeed/runtime/zero/stage3.py"
 # Waits of the host in a training step and in each of its micro-batches, by ZeRO stage. All are
 # DeepSpeed's: it reads the norm of the gradients to see whether it is finite and whether to clip
@@ -82,6 +83,7 @@ OFFLOADED = [
     {"zero": 3, "offload": "cpu", "offload_parameters": "cpu"},
 ]
 KEPT = [{"zero": 3, "keep_gathered": 1.0}, {"zero": 3, "keep_gathered": 0.5, "tensor": 2}]
+SECONDARY = [{"zero": 3, "secondary_partition": 8}]
 QUICK = [
     {"zero": 0, "tensor": 2, "sequence": True},
     {"zero": 1},
@@ -93,6 +95,7 @@ MATRIX = [
     *({"zero": zero} | options for zero in (0, 1, 3) for options in OPTIONS),
     *OFFLOADED,
     *KEPT,
+    *SECONDARY,
 ]
 
 
@@ -115,7 +118,7 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
 def check_traffic(case: dict[str, Any], answer: dict[str, Any]) -> None:
     """A rank sends what `megaphase plan` says, to the byte but for scalars."""
     train, estimated = answer["reports"]["train"], answer["estimates"]["sent"]
-    for group in ("tensor", "data"):
+    for group in estimated:
         beyond = sent(train, group) - estimated[group]
         assert -1 <= beyond <= SCALAR_BYTES, (group, beyond, estimated[group])
 
@@ -130,6 +133,9 @@ def check_waits(case: dict[str, Any], answer: dict[str, Any]) -> None:
     expected = Counter(step)
     for _ in range(case.get("micro_batches", 2)):
         expected.update(micro_batch)
+    if "secondary_partition" in case:
+        # Each parameter's, when the copy of it is made.
+        expected[f"Stream.synchronize, {PARTITIONS}"] = 6 * LAYERS + 3
     assert found == expected
 
 

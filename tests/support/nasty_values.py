@@ -64,6 +64,7 @@ def all_keys() -> dict[str, Any]:
         "parallel": {
             "tensor": 1, "sequence": False, "overlap": True, "zero": 3, "offload": "nvme",
             "offload_parameters": "none", "offload_folder": "nvme", "keep_gathered": 0.5,
+            "secondary_partition": None,
         },
         "precision": "bf16",
         "batch": {"samples": 4, "micro": 1},
