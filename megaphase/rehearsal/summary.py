@@ -20,6 +20,7 @@ from megaphase.estimate.suggestions import GB, RESERVE
 from megaphase.plan.load_plan import memory_setup, open_run
 from megaphase.plan.same_run import settings_of
 from megaphase.rehearsal.fake_device import missing_for_rehearsal
+from megaphase.utils.arguments import MOST_PROCESSES
 from megaphase.utils.errors import InputError, RunError
 
 # What is rehearsed, in this order, and the names that are shown.
@@ -172,6 +173,8 @@ def rehearse_run(
     """
     config, tokenizer = open_run(run_file, overrides)
     processes = processes or given_world_size() or config.parallel.fewest_processes
+    if processes > MOST_PROCESSES:
+        raise InputError("--processes", f"is {processes:,}", f"give at most {MOST_PROCESSES:,}")
     memory_setup(config, tokenizer, processes)  # refuses what does not divide
     if rank >= processes:
         raise InputError("--rank", f"is {rank:,}", f"give one below {processes:,}")

@@ -58,6 +58,7 @@ def test_memory_beyond_the_card_is_a_fault(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--processes", "3"], "processes"),
+        (["--processes", "8192"], "megaphase: --processes: is 8,192; give at most 4,096"),
         (["--processes", "8", "--rank", "8"], "megaphase: --rank: is 8; give one below 8"),
     ],
 )

@@ -59,6 +59,7 @@ CALLS: dict[str, tuple[dict[str, list[str]], dict[str, str]]] = {
     ),
     "plan show": (RUN, {}),
     "plan trace": (RUN, {"--step": "1"}),
+    "rehearse": (RUN, {}),
     "train": (RUN, {}),
     "evaluate": (RUN, {}),
     "generate": (CHECKPOINT, {"--prompt": "a", "--max-tokens": "2"}),
