@@ -34,6 +34,13 @@ class Algorithm(StrEnum):
     bpe = "bpe"
 
 
+class Library(StrEnum):
+    """The libraries that train."""
+
+    sentencepiece = "sentencepiece"
+    tokenizers = "tokenizers"
+
+
 @tokenizer_app.command("train")
 def train_tokenizer_command(
     inputs: Annotated[
@@ -48,7 +55,14 @@ def train_tokenizer_command(
         int, typer.Option(min=1, max=MOST, help="Number of token ids, all kinds together.")
     ],
     out: Annotated[Path, typer.Option(callback=named, help="The tokenizer's directory.")],
-    model_type: Annotated[Algorithm, typer.Option(help="The algorithm.")] = Algorithm.unigram,
+    library: Annotated[
+        Library,
+        typer.Option(help="sentencepiece, or tokenizers for a byte-level BPE (tokenizer.json)."),
+    ] = Library.sentencepiece,
+    model_type: Annotated[
+        Algorithm | None,
+        typer.Option(help="The algorithm.", show_default="unigram, bpe with tokenizers"),
+    ] = None,
     json_key: JsonKey = "text",
     template: Template = None,
     separator: Separator = None,
@@ -89,7 +103,7 @@ def train_tokenizer_command(
     ] = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a sentencepiece tokenizer on several languages.
+    """Train a tokenizer on several languages.
 
     Files may be .jsonl or .txt, also .gz or .zst, or .parquet; a language may have several. To
     train on both sides of translation pairs, use --template "{src}\\n{tgt}".
@@ -104,7 +118,8 @@ def train_tokenizer_command(
         _by_language(inputs),
         out,
         vocab_size=vocab_size,
-        model_type=model_type.value,
+        library=library.value,
+        model_type=None if model_type is None else model_type.value,
         reading=reading_of(json_key, template, separator),
         tags=tag,
         reserved_tags=reserved_tags,

@@ -1,4 +1,4 @@
-"""Train a sentencepiece tokenizer that serves several languages."""
+"""Train a tokenizer that serves several languages."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ from rich.console import Console
 
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.text import STDIN, Reading, check_text_file, display_name
+from megaphase.data_tools.tokenizers.byte_level import (
+    CONFIG_NAME,
+    train_byte_level,
+    write_byte_level,
+)
 from megaphase.data_tools.tokenizers.fertility import measure_fertility
 from megaphase.data_tools.tokenizers.sample import (
     Survey,
@@ -28,6 +33,7 @@ from megaphase.tokenizer import (
     MODEL_NAME,
     RECORD_NAME,
     SPACE_SYMBOL,
+    TOKENIZER_JSON_NAME,
     SentencePieceBackend,
     Tokenizer,
     TokenizerRecord,
@@ -37,6 +43,7 @@ from megaphase.utils.files import atomic_write_json, directory_written_aside, ha
 from megaphase.utils.progress import reading_progress
 
 ModelType = Literal["unigram", "bpe"]
+Library = Literal["sentencepiece", "tokenizers"]
 
 EOD_PIECE = "<eod>"
 UNKNOWN_PIECE = "<unk>"
@@ -64,6 +71,7 @@ class TrainingJob:
     seed: int
     characters: int
     vocab_size: int
+    library: Library
     model_type: ModelType
     tag_pieces: Sequence[str]
     user_symbols: Sequence[str]
@@ -75,7 +83,8 @@ def train_tokenizer(
     out: Path,
     *,
     vocab_size: int,
-    model_type: ModelType = "unigram",
+    library: Library = "sentencepiece",
+    model_type: ModelType | None = None,
     reading: Reading = Reading(),  # noqa: B008
     tags: Sequence[str] = (),
     reserved_tags: int = 16,
@@ -99,8 +108,10 @@ def train_tokenizer(
         inputs: text files of each language, see `megaphase.data_tools.text`.
         out: the directory to write.
         vocab_size: number of ids, of which EOD, unknown, newline, tab, tags and bytes take
-            260 + len(tags) + reserved_tags + len(user_symbols).
-        model_type: "unigram" or "bpe".
+            260 + len(tags) + reserved_tags + len(user_symbols), 3 less in a byte-level BPE.
+        library: "sentencepiece", or "tokenizers" for a byte-level BPE, whose directory
+            `transformers` reads as it is.
+        model_type: "unigram" or "bpe"; by default unigram with sentencepiece.
         reading: how the files' records become documents; not as pairs.
         tags: names of task tags; each gets a control token that no text encodes to.
         reserved_tags: number of control tokens to reserve for later tags.
@@ -116,6 +127,9 @@ def train_tokenizer(
     for the vocabulary; RunError if the training process is killed.
     """
     _check_inputs(inputs)
+    if library == "tokenizers" and model_type == "unigram":
+        remedy = "leave it out, or use --library sentencepiece"
+        raise InputError("--model-type", "the tokenizers library trains bpe here", remedy)
     for option, value, least in (
         ("--reserved-tags", reserved_tags, 0),
         ("--max-sentences", max_sentences, 1),
@@ -134,7 +148,8 @@ def train_tokenizer(
         seed=seed,
         characters=sum(survey.characters for survey in surveys.values()),
         vocab_size=vocab_size,
-        model_type=model_type,
+        library=library,
+        model_type=model_type or "unigram",
         tag_pieces=[_tag_piece(tag) for tag in (*tags, *_reserved(reserved_tags))],
         user_symbols=user_symbols,
         split_digits=split_digits,
@@ -142,7 +157,12 @@ def train_tokenizer(
     with console.status("training the tokenizer") if console else nullcontext():
         model = _train_in_process(job)
     with directory_written_aside(out) as aside:
-        record = _write_tokenizer(aside, model, model_type, tags, reserved_tags, surveys)
+        if library == "tokenizers":
+            write_byte_level(aside, model.decode(), EOD_PIECE)
+            tokenizer = Tokenizer.load(aside)
+        else:
+            tokenizer = _write_model(aside, model, job.model_type, tags, reserved_tags)
+        record = _write_record(aside, tokenizer, surveys)
         if out.exists():
             shutil.rmtree(out)
     return record
@@ -186,8 +206,9 @@ def _check_out(out: Path, overwrite: bool) -> None:
             raise InputError(out, "exists and is not a directory", "choose another --out")
         return
     names = {path.name for path in out.iterdir()}
-    if names - {MODEL_NAME, RECORD_NAME}:
-        other = min(names - {MODEL_NAME, RECORD_NAME})
+    known = {MODEL_NAME, RECORD_NAME, TOKENIZER_JSON_NAME, CONFIG_NAME}
+    if names - known:
+        other = min(names - known)
         raise InputError(out, f"contains other files, such as {other}", "choose another --out")
     if names and not overwrite:
         raise InputError(out, "exists already", "pass --overwrite or choose another --out")
@@ -215,7 +236,13 @@ def _train_in_process(job: TrainingJob) -> bytes:
 
 
 def train_model(job: TrainingJob) -> bytes:
-    """Train and return the bytes of a sentencepiece model."""
+    """Train and return the bytes of a sentencepiece model or a tokenizer.json."""
+    if job.library == "tokenizers":
+        control = [EOD_PIECE, *job.tag_pieces]
+        whole = train_byte_level(
+            _sentences(job), job.vocab_size, control, job.user_symbols, job.split_digits
+        )
+        return whole.encode()
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=_sentences(job),
@@ -271,14 +298,14 @@ def _explained(error: RuntimeError, job: TrainingJob) -> InputError | RunError:
     return RunError(f"sentencepiece failed: {message}")
 
 
-def _write_tokenizer(
+def _write_model(
     directory: Path,
     model: bytes,
     model_type: ModelType,
     tags: Sequence[str],
     reserved_tags: int,
-    surveys: Mapping[str, Survey],
-) -> TokenizerRecord:
+) -> Tokenizer:
+    """Write a sentencepiece model and return the tokenizer."""
     path = directory / MODEL_NAME
     path.write_bytes(model)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -292,12 +319,18 @@ def _write_tokenizer(
         tokenizer_hash=hash_file(path),
         languages={},
     )
-    tokenizer = Tokenizer(SentencePieceBackend(processor, record), record, directory)
+    return Tokenizer(SentencePieceBackend(processor, record), record, directory)
+
+
+def _write_record(
+    directory: Path, tokenizer: Tokenizer, surveys: Mapping[str, Survey]
+) -> TokenizerRecord:
+    """Measure how well the tokenizer serves each language, and write its record."""
     languages = {
         name: measure_fertility(tokenizer, survey.evaluation_text, held_out=bool(survey.held_out))
         for name, survey in surveys.items()
     }
-    record = record.model_copy(update={"languages": languages})
+    record = tokenizer.record.model_copy(update={"languages": languages})
     atomic_write_json(directory / RECORD_NAME, record.model_dump())
     return record
 
