@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +59,15 @@ class TensorRegion:
         if parameter in self._copies:
             return self._copies[parameter]
         return copy_to_tensor_parallel([parameter], self.grid)[0]
+
+    def replicated_inside(self, *parameters: Tensor) -> Sequence[Tensor]:
+        """Replicated parameters used inside the region.
+
+        Each rank uses them for its own heads only, so their gradients are summed over the group.
+        """
+        if all(each in self._copies for each in parameters):
+            return [self._copies[each] for each in parameters]
+        return copy_to_tensor_parallel(parameters, self.grid)
 
     def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """A weight in the activations' type; within `shared`, every call returns the same copy."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from megaphase.distributed.costs import Collective, CollectiveKind
+from megaphase.distributed.costs import Collective, CollectiveKind, CostedLayer, layers_of
 from megaphase.distributed.linear import ColumnParallelLinear, RowParallelLinear
 from megaphase.distributed.parameter_spec import spec_of
 from megaphase.estimate.gathered_parameters import gathering, reduce_bucket
@@ -147,6 +147,8 @@ def tensor_backward(setup: Setup, hardware: Hardware) -> Traffic:
     outside = Traffic()
     for outer in (model.embedding, model.head):
         outside += _traffic(ring, outer.backward_collectives(setup))
+    for other in _other_layers(setup):
+        block += _traffic(ring, other.backward_collectives(setup), setup.halves)
     traffic = block * setup.shape.layers + outside
     if setup.sequence:
         # Gradients of replicated parameters, of which each rank has seen its own positions.
@@ -178,6 +180,8 @@ def _blocks_forward(setup: Setup, hardware: Hardware, last: float = 1.0) -> Traf
     summed[-1] *= last
     block = _interleaved(setup, hardware, gathered, rows)
     block += _interleaved(setup, hardware, summed, columns)
+    for other in _other_layers(setup):
+        block += _traffic(ring, other.forward_collectives(setup), setup.halves)
     return block * setup.shape.layers
 
 
@@ -185,6 +189,12 @@ def _linear_layers(setup: Setup) -> tuple[list[ColumnParallelLinear], list[RowPa
     """The linear layers of a block that enter a tensor-parallel region, and those that leave it."""
     layers = [branch.layer.stages for branch in declared_block(setup.shape).branches]
     return [each.column for each in layers], [each.row for each in layers]
+
+
+def _other_layers(setup: Setup) -> list[CostedLayer]:
+    """The layers of a block whose collectives nothing hides."""
+    linear = (ColumnParallelLinear, RowParallelLinear)
+    return [e for e in layers_of(declared_block(setup.shape)) if not isinstance(e, linear)]
 
 
 def _interleaved(

@@ -20,6 +20,7 @@ from megaphase.distributed.layer_builder import LayerBuilder
 from megaphase.distributed.linear import ColumnParallelLinear, RowParallelLinear
 from megaphase.model.forward_context import ForwardContext
 from megaphase.model.interleave import Stages
+from megaphase.model.qk_norm import QKNorm
 from megaphase.model.shape import GPTShape
 
 # FlashAttention recomputes the scores: five products for two (Dao 2023, section 3.1).
@@ -45,6 +46,9 @@ class Attention(CostedLayer):
             std=shape.init_std,
             build=build.at("qkv"),
         )
+        self.qk_norm = None
+        if shape.qk_norm is not None:
+            self.qk_norm = QKNorm(shape, build.at("qk_norm"))
         self.out = RowParallelLinear(
             shape.attention_width,
             shape.hidden,
@@ -66,6 +70,8 @@ class Attention(CostedLayer):
         """softmax(q kᵀ / √head_dim) v of this rank's heads,
         [batch, seq, attention_width / tensor]."""
         heads = qkv.unflatten(-1, (-1, self.head_dim))
+        if self.qk_norm is not None:
+            heads = self.qk_norm(heads, self.local_heads)
         if context.rotary is None:
             q, k, v = heads.split(self.local_heads, dim=2)
         else:
@@ -116,14 +122,19 @@ class Attention(CostedLayer):
         return saved
 
     def backward_stages(self, rank: Rank) -> Sequence[BackwardStage]:
-        """`out`, attention, rotary positions, `qkv`."""
+        """`out`, attention, rotary positions, norm of queries and keys, `qkv`."""
         whole, residual = (f(rank, self.shape.hidden) for f in (region_bytes, residual_bytes))
         gradient = output_gradient_bytes(rank, self.shape.hidden)
         queries, qkv = self._query_bytes(rank), self._qkv_bytes(rank)
         input_ = whole + (residual if self.recomputed_input else 0)
+        norm: tuple[BackwardStage, ...] = ()
+        if self.qk_norm is not None:
+            transient = gradient + 2 * qkv + self.qk_norm.uncompiled_bytes(rank)
+            norm = (BackwardStage(transient, sum(self.qk_norm.saved(rank).values())),)
         return (
             BackwardStage(gradient + queries + self.out.product_bytes(rank)),
             BackwardStage(gradient + queries + qkv, released=self.saved(rank)["output"]),
             BackwardStage(gradient + 2 * qkv),
+            *norm,
             BackwardStage(gradient + qkv + input_ + self.qkv.product_bytes(rank)),
         )

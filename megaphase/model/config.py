@@ -141,6 +141,9 @@ class ModelConfig(Section):
     """Whether the linear layers have biases; `false` if left out."""
     qkv_bias: bool | None = None
     """Whether the projection to queries, keys and values has a bias; as `bias` if left out."""
+    qk_norm: Literal["head", "projection"] | None = None
+    """RMS norm of queries and keys before their rotation: of each head (`head`, as in Qwen 3), or
+    of all heads together (`projection`, as in OLMo 2); none if left out."""
     rotary_base: Annotated[float, Field(ge=1, le=1e15)] | None = None
     """Base of the rotary frequencies; 10000 if left out."""
     rotary_scaling: RotaryScalingConfig | None = None

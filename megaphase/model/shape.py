@@ -40,6 +40,7 @@ class GPTShape:
     head_dim: int | None = None
     qkv_bias: bool | None = None
     rotary_scaling: RotaryScalingConfig | None = None
+    qk_norm: Literal["head", "projection"] | None = None
 
     def __post_init__(self) -> None:
         if self.head_dim is not None and self.head_dim * self.heads == self.hidden:

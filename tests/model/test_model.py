@@ -43,6 +43,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "grouped": LLAMA | {"kv_heads": 1},
     "wide heads": LLAMA | {"head_dim": 12, "kv_heads": 2, "qkv_bias": True},
+    "normed heads": LLAMA | {"qk_norm": "head", "kv_heads": 2},
+    "normed queries": LLAMA | {"qk_norm": "projection", "kv_heads": 2},
     "tied": LLAMA | {"tied_embeddings": True},
     "gpt2": LLAMA
     | {

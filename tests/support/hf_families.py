@@ -60,4 +60,6 @@ FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
     "Mistral": _of("Mistral", sliding_window=None, head_dim=12),
     "Qwen 2": _of("Qwen2", tie_word_embeddings=True),
     "Qwen 2.5, YaRN": _of("Qwen2", rope_parameters=YARN_ROPE),
+    "Qwen 3": _of("Qwen3", head_dim=16),
+    "Qwen 3, YaRN": _of("Qwen3", rope_parameters=YARN_ROPE, head_dim=8, tie_word_embeddings=True),
 }

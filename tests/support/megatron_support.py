@@ -61,6 +61,7 @@ def build_model(args: Namespace) -> torch.nn.Module:
         bias_activation_fusion=args.bias_swiglu_fusion if args.swiglu else args.bias_gelu_fusion,
         add_bias_linear=args.add_bias_linear,
         add_qkv_bias=args.add_qkv_bias,
+        qk_layernorm=args.qk_layernorm,
         attention_dropout=args.attention_dropout,
         hidden_dropout=args.hidden_dropout,
         params_dtype=args.params_dtype,
@@ -70,7 +71,7 @@ def build_model(args: Namespace) -> torch.nn.Module:
     )
     return GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization=args.normalization),
+        get_gpt_layer_local_spec(normalization=args.normalization, qk_layernorm=args.qk_layernorm),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,

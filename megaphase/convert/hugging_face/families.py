@@ -236,6 +236,26 @@ QWEN2 = Family(
     blocks="layers",
     modules=_LLAMA_MODULES,
 )
+QWEN3 = Family(
+    title="Qwen 3",
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    options={**_LLAMA_OPTIONS, "qk_norm": "head"},
+    keys={
+        **_QWEN_KEYS,
+        "head_dim": Option("head_dim", default=128),
+        "attention_bias": Fixed((False,), False),
+    },
+    harmless=_QWEN_HARMLESS,
+    written=_NO_DROPOUT,
+    prefix="model.",
+    blocks="layers",
+    modules=_LLAMA_MODULES
+    | {
+        "attention.qk_norm.query": ("self_attn.q_norm",),
+        "attention.qk_norm.key": ("self_attn.k_norm",),
+    },
+)
 GPT2 = Family(
     title="GPT-2",
     model_type="gpt2",
@@ -292,4 +312,4 @@ GPT2 = Family(
     ),
 )
 # The first of those that fit a shape is written.
-FAMILIES = (LLAMA, MISTRAL, QWEN2, GPT2)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2)

@@ -38,7 +38,6 @@ _WANTED: dict[str, tuple[Any, ...]] = {
     "apply_layernorm_1p": (False,),
     "layernorm_zero_centered_gamma": (False,),
     "apply_residual_connection_post_layernorm": (False,),
-    "qk_layernorm": (False,),
     "qk_l2_norm": (False,),
     "multi_latent_attention": (False,),
     "attention_output_gate": (False,),
@@ -94,6 +93,10 @@ def _fault(shape: GPTShape) -> str | None:
     """The first option that Megatron-LM does not have."""
     if shape.bias and not shape.has_qkv_bias:
         return "qkv_bias: false, and Megatron-LM has biases there where all other layers have them"
+    if shape.qk_norm == "projection":
+        return "qk_norm: projection, and Megatron-LM normalizes each head"
+    if shape.qk_norm is not None and shape.norm != "rmsnorm":
+        return f"qk_norm: {shape.qk_norm} is an RMS norm, and Megatron-LM's is a {shape.norm}"
     scaling = shape.rotary_scaling
     if scaling is None:
         return None
@@ -161,7 +164,7 @@ def megatron_args(
         apply_layernorm_1p=False,
         apply_residual_connection_post_layernorm=False,
         apply_query_key_layer_scaling=False,
-        qk_layernorm=False,
+        qk_layernorm=shape.qk_norm is not None,
         multi_latent_attention=False,
         add_bias_linear=shape.bias,
         add_qkv_bias=shape.has_qkv_bias,
@@ -202,6 +205,7 @@ def load_options(args: Namespace) -> str:
         "transformer-impl": args.transformer_impl,
         "make-vocab-size-divisible-by": args.make_vocab_size_divisible_by,
         "norm-epsilon": args.norm_epsilon,
+        **({"qk-layernorm": None} if args.qk_layernorm else {}),
         **_scaling_options(args),
         **({"bf16": None} if args.bf16 else {"fp16": None} if args.fp16 else {}),
     }
@@ -250,6 +254,7 @@ def shape_of(args: Namespace, vocab: int, where: Path) -> GPTShape:
         bias=bias,
         qkv_bias=bias or given.flag("add_qkv_bias"),
         rotary_base=given.number("rotary_base", 10_000.0),
+        qk_norm="head" if given.qk_norm() else None,
         rotary_scaling=given.scaling() if position == "rotary" else None,
         norm_eps=given.number("norm_epsilon", given.number("layernorm_epsilon", 1e-5)),
     )
@@ -318,6 +323,17 @@ class _Given:
             problem = f"it does not divide num_attention_heads={heads}"
             raise self.refusal("num_query_groups", problem)
         return hidden, heads, kv_heads, width
+
+    def qk_norm(self) -> bool:
+        """Return whether queries and keys are normalized."""
+        if self.flag("qk_layernorm"):
+            normalization = self.get("normalization", "LayerNorm")
+            if _NORMALIZATIONS[normalization] != "rmsnorm":
+                problem = (
+                    f"queries and keys have an RMS norm in our GPT, and here a {normalization}"
+                )
+                raise self.refusal("qk_layernorm", problem)
+        return self.flag("qk_layernorm")
 
     def scaling(self) -> RotaryScalingConfig | None:
         """Return the scaling of rotary positions: Llama 3's, or linear."""

@@ -37,6 +37,8 @@ _NAMES = {
     "head.weight": "output_layer.weight",
     "norm.": "decoder.final_layernorm.",
     "attention.qkv.": "self_attention.linear_qkv.",
+    "attention.qk_norm.query.": "self_attention.q_layernorm.",
+    "attention.qk_norm.key.": "self_attention.k_layernorm.",
     "attention.out.": "self_attention.linear_proj.",
     "feed_forward.up.": "mlp.linear_fc1.",
     "feed_forward.down.": "mlp.linear_fc2.",

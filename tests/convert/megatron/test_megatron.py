@@ -46,6 +46,7 @@ SHAPES = {
         head_dim=12,
     ),
     "llama-linear": replace(LLAMA, rotary_scaling=RotaryScalingConfig(type="linear", factor=3.0)),
+    "qwen3": replace(LLAMA, qk_norm="head", head_dim=8),
     "qwen2": replace(LLAMA, qkv_bias=True),
     "gpt": replace(
         LLAMA,

@@ -53,7 +53,7 @@ def test_a_vocabulary_that_is_not_known(saved, tmp_path) -> None:
         ("position_embedding_type", "yarn"),
         ("normalization", "L2Norm"),
         ("apply_layernorm_1p", True),
-        ("qk_layernorm", True),
+        ("qk_l2_norm", True),
         ("multi_latent_attention", True),
         ("squared_relu", True),
         ("num_experts", 8),
