@@ -47,7 +47,8 @@ def block_backward(setup: Setup) -> int:
     if setup.sequence:  # the gradient of the block's output is gathered
         peaks.append(saved + residual(setup) + region_bytes(setup, setup.shape.hidden))
     for branch in reversed(declared_block(setup.shape).branches):
-        for layer in (branch.layer, branch.norm):
+        layers = (branch.post_norm, branch.layer, branch.norm)
+        for layer in (each for each in layers if each is not None):
             for stage in layer.backward_stages(setup):
                 peaks.append(left + stage.transient)
                 left -= stage.released

@@ -35,7 +35,8 @@ class Attention(CostedLayer):
     def __init__(self, shape: GPTShape, build: LayerBuilder) -> None:
         super().__init__()
         self.shape, self.head_dim = shape, shape.head_size
-        self.recomputed_input = shape.activation_checkpointing == "selective"
+        selective = shape.activation_checkpointing == "selective"
+        self.recomputed_input = selective and shape.norm_before
         tensor_size = build.region.grid.tensor_size
         heads, kv_heads = (n // tensor_size for n in (shape.heads, shape.kv_heads))
         self.local_heads = (heads, kv_heads, kv_heads)

@@ -131,6 +131,9 @@ class ModelConfig(Section):
     it."""
     norm: Literal["rmsnorm", "layernorm"] | None = None
     """Normalization; `rmsnorm` if left out."""
+    norm_position: Literal["after", "both"] | None = None
+    """Where an attention or feed-forward layer has its norm: `after` it, before its output is added
+    to the residual stream (OLMo 2), or `both` before and after (Gemma 2); before it if left out."""
     position: Literal["rotary", "learned"] | None = None
     """Position embedding; `rotary` if left out."""
     activation: Literal["swiglu", "gelu"] | None = None

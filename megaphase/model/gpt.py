@@ -42,7 +42,8 @@ from megaphase.utils.targets import IGNORED_TARGET
 
 
 class Block(CostedLayer):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)); dropout of what is added.
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), or with norms of the layers' outputs
+    (`shape.norm_position`); dropout of what is added.
 
     Attributes:
         attention_layer, feed_forward_layer: the classes of its layers.
@@ -54,18 +55,32 @@ class Block(CostedLayer):
     def __init__(self, shape: GPTShape, build: LayerBuilder) -> None:
         super().__init__()
         self.region, self.shape = build.region, shape
-        self.attention_norm = _block_norm(shape, build.at("attention_norm"))
+        before = _block_norm if shape.norm_before else _no_norm
+        after = _post_norm if shape.norm_after else _no_norm
+        self.attention_norm = before(shape, build.at("attention_norm"))
         self.attention = self.attention_layer(shape, build.at("attention"))
+        self.attention_post_norm = after(shape, build.at("attention_post_norm"))
         self.attention_dropout = _dropout(shape, build.at("attention"))
-        self.feed_forward_norm = _block_norm(shape, build.at("feed_forward_norm"))
+        self.feed_forward_norm = before(shape, build.at("feed_forward_norm"))
         self.feed_forward = self.feed_forward_layer(shape, build.at("feed_forward"))
+        self.feed_forward_post_norm = after(shape, build.at("feed_forward_post_norm"))
         self.feed_forward_dropout = _dropout(shape, build.at("feed_forward"))
 
     @property
     def branches(self) -> tuple[ResidualBranch, ...]:
         return (
-            ResidualBranch(self.attention_norm, self.attention, self.attention_dropout),
-            ResidualBranch(self.feed_forward_norm, self.feed_forward, self.feed_forward_dropout),
+            ResidualBranch(
+                self.attention_norm,
+                self.attention,
+                self.attention_post_norm,
+                self.attention_dropout,
+            ),
+            ResidualBranch(
+                self.feed_forward_norm,
+                self.feed_forward,
+                self.feed_forward_post_norm,
+                self.feed_forward_dropout,
+            ),
         )
 
     def forward(self, contexts: Sequence[ForwardContext], *parts: Tensor) -> tuple[Tensor, ...]:
@@ -80,11 +95,11 @@ class Block(CostedLayer):
             return interleave([branch_steps(self.branches, *each) for each in computations])
 
     def add_branches(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """x + dropout(layer(norm(x))) for one branch after the other."""
+        """x + dropout(post_norm(layer(norm(x)))) for one branch after the other."""
         added = None
-        for norm, layer, dropout in self.branches:
-            x, normed = norm(x, added)
-            added = dropout(layer(normed, context), context.dropout_seeds)
+        for branch in self.branches:
+            x, entering = branch.enter(x, added)
+            added = branch.leave(branch.layer(entering, context), context)
         return x if added is None else x + added
 
     def saved(self, rank: Rank) -> Mapping[str, int]:
@@ -255,6 +270,14 @@ class GPT(CostedLayer):
 def _block_norm(shape: GPTShape, build: LayerBuilder) -> RMSNorm | LayerNorm:
     recomputed = shape.activation_checkpointing == "selective"
     return NORMS[shape.norm](shape.hidden, shape.norm_eps, build, recomputed=recomputed)
+
+
+def _post_norm(shape: GPTShape, build: LayerBuilder) -> RMSNorm | LayerNorm:
+    return NORMS[shape.norm](shape.hidden, shape.norm_eps, build, adds=False)
+
+
+def _no_norm(shape: GPTShape, build: LayerBuilder) -> None:
+    return None
 
 
 def _dropout(shape: GPTShape, build: LayerBuilder) -> Dropout:

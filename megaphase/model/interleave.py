@@ -42,26 +42,42 @@ class ParallelLayer(Protocol):
 
 
 class ResidualBranch(NamedTuple):
-    """A residual branch of a block: x + dropout(layer(norm(x)))."""
+    """A residual branch of a block: x + dropout(post_norm(layer(norm(x)))), without the norms that
+    are None."""
 
-    norm: RMSNorm | LayerNorm
+    norm: RMSNorm | LayerNorm | None
     layer: ParallelLayer
+    post_norm: RMSNorm | LayerNorm | None
     dropout: Dropout
+
+    def enter(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + added, and the layer's input."""
+        if self.norm is not None:
+            normed: tuple[Tensor, Tensor] = self.norm(x, added)
+            return normed
+        total = x if added is None else x + added
+        return total, total
+
+    def leave(self, output: Tensor, context: ForwardContext) -> Tensor:
+        """The summand of the residual stream, from the layer's output."""
+        if self.post_norm is not None:
+            _, output = self.post_norm(output)
+        return self.dropout(output, context.dropout_seeds)
 
 
 def branch_steps(branches: Sequence[ResidualBranch], x: Tensor, context: ForwardContext) -> Steps:
     """`Block.add_branches` in steps."""
     added = None
     for branch in branches:
-        x, normed = branch.norm(x, added)
+        x, entering = branch.enter(x, added)
         column, inner, row = branch.layer.stages
-        gathered = column.start(normed)
+        gathered = column.start(entering)
         yield
         activations = inner(gathered(), context)
         yield
         summed = row.start(activations)
         yield
-        added = branch.dropout(summed(), context.dropout_seeds)
+        added = branch.leave(summed(), context)
     assert added is not None
     return x + added
 

@@ -36,6 +36,7 @@ class FeedForward(CostedLayer):
         if shape.activation == "swiglu":
             self.activation = partial(swiglu, kernels=build.kernels)
         self.recomputed = shape.activation_checkpointing == "selective"
+        self.recomputed_input = self.recomputed and shape.norm_before
         self.up = ColumnParallelLinear(
             shape.hidden,
             shape.ffn_segments,
@@ -85,8 +86,9 @@ class FeedForward(CostedLayer):
     def saved(self, rank: Rank) -> Mapping[str, int]:
         """From the input of `up` to that of `down`."""
         saved = {"up": self._up_bytes(rank)}
-        if not self.recomputed:
+        if not self.recomputed_input:
             saved["input"] = residual_bytes(rank, self.shape.hidden)
+        if not self.recomputed:
             saved["inner"] = self._inner_bytes(rank)
         return saved
 
@@ -98,7 +100,7 @@ class FeedForward(CostedLayer):
         # SwiGLU has two more tensors where each operation is a kernel of its own.
         swiglu_bytes = 2 * inner if self.shape.activation == "swiglu" and not rank.compiled else 0
         again = inner if self.recomputed else 0
-        input_ = whole + (residual if self.recomputed else 0)
+        input_ = whole + (residual if self.recomputed_input else 0)
         return (
             BackwardStage(
                 again + gradient + inner + self.down.product_bytes(rank),

@@ -28,8 +28,9 @@ from megaphase.ops.row_order import stored_order
 
 # Passes over the residual stream: it and what is added are read, the sum and the normalized sum
 # written; backward, both gradients and the sum are read and one gradient written. To recompute the
-# normalized sum, the sum is read and it is written.
+# normalized sum, the sum is read and it is written. Where nothing is added, there is no sum.
 _FORWARD_PASSES, _BACKWARD_PASSES, _RECOMPUTE_PASSES = 4, 4, 2
+_ALONE_FORWARD, _ALONE_BACKWARD = 2, 3
 
 
 class _Norm(CostedLayer):
@@ -38,20 +39,30 @@ class _Norm(CostedLayer):
     statistics: int
 
     def __init__(
-        self, hidden: int, eps: float, build: LayerBuilder, *, recomputed: bool = False
+        self,
+        hidden: int,
+        eps: float,
+        build: LayerBuilder,
+        *,
+        recomputed: bool = False,
+        adds: bool = True,
     ) -> None:
-        """recomputed: whether the linear layer that follows saves no copy of the output."""
+        """recomputed: whether the linear layer that follows saves no copy of the output. adds:
+        whether something is added before.
+        """
         super().__init__()
         self.region, self.eps, self.kernels = build.region, eps, build.kernels
-        self.hidden, self.recomputed = hidden, recomputed
+        self.hidden, self.recomputed, self.adds = hidden, recomputed, adds
         weight = ParameterSpec((hidden,), Constant(1.0), weight_decay=False)
         self.weight = build.parameter("weight", weight)
 
     def forward_work(self, rank: Rank) -> Work:
-        return Work(0, 0, _FORWARD_PASSES * residual_bytes(rank, self.hidden))
+        passes = _FORWARD_PASSES if self.adds else _ALONE_FORWARD
+        return Work(0, 0, passes * residual_bytes(rank, self.hidden))
 
     def backward_work(self, rank: Rank) -> Work:
-        return Work(0, 0, _BACKWARD_PASSES * residual_bytes(rank, self.hidden))
+        passes = _BACKWARD_PASSES if self.adds else _ALONE_BACKWARD
+        return Work(0, 0, passes * residual_bytes(rank, self.hidden))
 
     def recomputed_work(self, rank: Rank) -> Work:
         passes = _RECOMPUTE_PASSES if self.recomputed else 0
@@ -96,9 +107,15 @@ class LayerNorm(_Norm):
     statistics = 2  # mean and deviation
 
     def __init__(
-        self, hidden: int, eps: float, build: LayerBuilder, *, recomputed: bool = False
+        self,
+        hidden: int,
+        eps: float,
+        build: LayerBuilder,
+        *,
+        recomputed: bool = False,
+        adds: bool = True,
     ) -> None:
-        super().__init__(hidden, eps, build, recomputed=recomputed)
+        super().__init__(hidden, eps, build, recomputed=recomputed, adds=adds)
         bias = ParameterSpec((hidden,), Constant(0.0), weight_decay=False)
         self.bias = build.parameter("bias", bias)
 

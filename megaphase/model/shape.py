@@ -41,6 +41,7 @@ class GPTShape:
     qkv_bias: bool | None = None
     rotary_scaling: RotaryScalingConfig | None = None
     qk_norm: Literal["head", "projection"] | None = None
+    norm_position: Literal["after", "both"] | None = None
 
     def __post_init__(self) -> None:
         if self.head_dim is not None and self.head_dim * self.heads == self.hidden:
@@ -98,6 +99,16 @@ class GPTShape:
         """Layers that write to the residual stream start smaller (Radford et al. 2019, section
         2.3)."""
         return self.init_std / math.sqrt(2 * self.layers)
+
+    @property
+    def norm_before(self) -> bool:
+        """Whether an attention or feed-forward layer has a norm before it."""
+        return self.norm_position != "after"
+
+    @property
+    def norm_after(self) -> bool:
+        """Whether it has one after it."""
+        return self.norm_position is not None
 
     @property
     def qkv_segments(self) -> tuple[int, int, int]:

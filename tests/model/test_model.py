@@ -45,6 +45,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "wide heads": LLAMA | {"head_dim": 12, "kv_heads": 2, "qkv_bias": True},
     "normed heads": LLAMA | {"qk_norm": "head", "kv_heads": 2},
     "normed queries": LLAMA | {"qk_norm": "projection", "kv_heads": 2},
+    "norms after": LLAMA | {"norm_position": "after"},
+    "norms before and after": LLAMA | {"norm_position": "both"},
     "tied": LLAMA | {"tied_embeddings": True},
     "gpt2": LLAMA
     | {

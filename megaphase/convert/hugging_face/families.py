@@ -256,6 +256,32 @@ QWEN3 = Family(
         "attention.qk_norm.key": ("self_attn.k_norm",),
     },
 )
+OLMO2 = Family(
+    title="OLMo 2",
+    model_type="olmo2",
+    architecture="Olmo2ForCausalLM",
+    options={**_LLAMA_OPTIONS, "qk_norm": "projection", "norm_position": "after"},
+    keys={
+        **_LLAMA_KEYS,
+        "rms_norm_eps": Option("norm_eps", "number", 1e-5),
+        "attention_bias": Fixed((False,), False),
+    },
+    written=_NO_DROPOUT,
+    prefix="model.",
+    blocks="layers",
+    modules={
+        "embedding": ("embed_tokens",),
+        "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attention.qk_norm.query": ("self_attn.q_norm",),
+        "attention.qk_norm.key": ("self_attn.k_norm",),
+        "attention.out": ("self_attn.o_proj",),
+        "attention_post_norm": ("post_attention_layernorm",),
+        "feed_forward.up": ("mlp.gate_proj", "mlp.up_proj"),
+        "feed_forward.down": ("mlp.down_proj",),
+        "feed_forward_post_norm": ("post_feedforward_layernorm",),
+        "norm": ("norm",),
+    },
+)
 GPT2 = Family(
     title="GPT-2",
     model_type="gpt2",
@@ -312,4 +338,4 @@ GPT2 = Family(
     ),
 )
 # The first of those that fit a shape is written.
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GPT2)
