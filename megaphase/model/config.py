@@ -151,6 +151,9 @@ class ModelConfig(Section):
     """Base of the rotary frequencies; 10000 if left out."""
     rotary_scaling: RotaryScalingConfig | None = None
     """Rotary frequencies for longer sequences; unchanged if left out."""
+    no_rotary_interval: Layers | None = None
+    """Every block whose number is a multiple of it, counted from 1, has no rotary positions, nor
+    any others (SmolLM 3); all blocks have them if left out."""
     norm_eps: Epsilon | None = None
     """Added to the variance in the norms; 1e-5 if left out."""
     init_std: Annotated[float, Field(gt=0, le=100)] | None = None

@@ -244,7 +244,10 @@ class GPT(CostedLayer):
         """For every block, one context for each part of the rows."""
         if cached is not None:
             rotary = None if self.rotary is None else self.rotary.at(cached.positions)
-            return [[ForwardContext(layer.attend, rotary)] for layer in cached.layers]
+            return [
+                [ForwardContext(layer.attend, rotary if self.shape.has_rotary(block) else None)]
+                for block, layer in enumerate(cached.layers)
+            ]
         attends: list[AttentionFn] = [attention] * parts
         if documents is not None:
             of_parts = [None] * parts if bounds is None else bounds.chunk(parts)
@@ -253,10 +256,12 @@ class GPT(CostedLayer):
                 for part, of_part in zip(documents.chunk(parts), of_parts, strict=True)
             ]
         seeds = [None] * parts if dropout_seeds is None else dropout_seeds.chunk(parts)
-        each = zip(attends, seeds, strict=True)
-        return [[ForwardContext(attend, self.rotary, seed) for attend, seed in each]] * len(
-            self.blocks
+        rotated, plain = (
+            [ForwardContext(*each) for each in zip(attends, [rotary] * parts, seeds, strict=True)]
+            for rotary in (self.rotary, None)
         )
+        blocks = range(len(self.blocks))
+        return [rotated if self.shape.has_rotary(block) else plain for block in blocks]
 
     def saved(self, rank: Rank) -> Mapping[str, int]:
         """Before the blocks; all of them share the mask, one byte for each pair of tokens."""

@@ -99,6 +99,9 @@ def _check_divisions(config: RunConfig, shape: GPTShape) -> None:
         )
     if shape.rotary_scaling is not None and shape.position != "rotary":
         raise _refuse(config, "rotary_scaling", f"positions are {shape.position}", "leave it out")
+    if shape.no_rotary_interval is not None and shape.position != "rotary":
+        problem = f"positions are {shape.position}"
+        raise _refuse(config, "no_rotary_interval", problem, "leave it out")
     if shape.heads % shape.kv_heads:
         raise _refuse(
             config,

@@ -42,12 +42,15 @@ class GPTShape:
     rotary_scaling: RotaryScalingConfig | None = None
     qk_norm: Literal["head", "projection"] | None = None
     norm_position: Literal["after", "both"] | None = None
+    no_rotary_interval: int | None = None
 
     def __post_init__(self) -> None:
         if self.head_dim is not None and self.head_dim * self.heads == self.hidden:
             object.__setattr__(self, "head_dim", None)
         if self.qkv_bias == self.bias:
             object.__setattr__(self, "qkv_bias", None)
+        if self.no_rotary_interval is not None and self.no_rotary_interval > self.layers:
+            object.__setattr__(self, "no_rotary_interval", None)
 
     def architecture(self) -> dict[str, Any]:
         """All fields that determine the weights' shapes and the function that they compute: without
@@ -99,6 +102,11 @@ class GPTShape:
         """Layers that write to the residual stream start smaller (Radford et al. 2019, section
         2.3)."""
         return self.init_std / math.sqrt(2 * self.layers)
+
+    def has_rotary(self, block: int) -> bool:
+        """Whether a block, counted from 0, has rotary positions."""
+        interval = self.no_rotary_interval
+        return self.position == "rotary" and (interval is None or (block + 1) % interval != 0)
 
     @property
     def norm_before(self) -> bool:

@@ -16,6 +16,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": SEQ_LEN,
     "bos_token_id": 0,
     "eos_token_id": 0,
+    "pad_token_id": None,  # transformers gives its embedding no gradient
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -64,5 +65,15 @@ FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
     "OLMo 2": _of("Olmo2"),
     "OLMo 2, all heads": _of("Olmo2", num_key_value_heads=4, rope_parameters=LLAMA3_ROPE),
     "OLMo 2, tied": _of("Olmo2", tie_word_embeddings=True),
+    "SmolLM 3": _of("SmolLM3", num_hidden_layers=3, no_rope_layer_interval=2),
+    "SmolLM 3, untied, biases": _of(
+        "SmolLM3",
+        num_hidden_layers=3,
+        no_rope_layers=[0, 0, 0],
+        tie_word_embeddings=False,
+        attention_bias=True,
+        mlp_bias=True,
+        head_dim=12,
+    ),
     "Qwen 3, YaRN": _of("Qwen3", rope_parameters=YARN_ROPE, head_dim=8, tie_word_embeddings=True),
 }

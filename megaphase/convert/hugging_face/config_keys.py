@@ -93,6 +93,28 @@ class Fixed:
 
 
 @dataclass(frozen=True)
+class NoRopeLayers:
+    """A list with 0 for the layers without rotary positions, or without a list their interval."""
+
+    fields: tuple[str, ...] = ("no_rotary_interval",)
+
+    def read(self, name: str, config: ConfigFile) -> dict[str, Any]:
+        layers, found = config.size("num_hidden_layers"), config.get(name)
+        interval = config.size("no_rope_layer_interval", 4)
+        if found is not None:
+            config.refuse_if(name, type(found) is not list or len(found) < layers)
+            interval = found.index(0) + 1 if 0 in found else layers + 1
+            wanted = [int((layer + 1) % interval != 0) for layer in range(layers)]
+            config.refuse_if(name, found[:layers] != wanted)
+        return {"no_rotary_interval": interval}
+
+    def write(self, name: str, shape: GPTShape) -> dict[str, Any]:
+        interval = shape.no_rotary_interval or shape.layers + 1
+        layers = [int(shape.has_rotary(block)) for block in range(shape.layers)]
+        return {name: layers, "no_rope_layer_interval": interval}
+
+
+@dataclass(frozen=True)
 class OnEveryLayer:
     """A list with the same value for all layers, or no list."""
 

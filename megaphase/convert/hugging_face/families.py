@@ -10,7 +10,13 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from megaphase.convert.hugging_face.config_file import ConfigFile
-from megaphase.convert.hugging_face.config_keys import Fixed, Key, OnEveryLayer, Option
+from megaphase.convert.hugging_face.config_keys import (
+    Fixed,
+    Key,
+    NoRopeLayers,
+    OnEveryLayer,
+    Option,
+)
 from megaphase.convert.hugging_face.rope import Rope
 from megaphase.convert.parameter_mapping import ParameterMapping
 from megaphase.distributed.sharding import ParameterLayout
@@ -282,6 +288,26 @@ OLMO2 = Family(
         "norm": ("norm",),
     },
 )
+SMOLLM3 = Family(
+    title="SmolLM 3",
+    model_type="smollm3",
+    architecture="SmolLM3ForCausalLM",
+    options=_LLAMA_OPTIONS,
+    keys={
+        **_QWEN_KEYS,
+        "num_key_value_heads": Option("kv_heads", default=_kv_heads(4)),
+        "tie_word_embeddings": Option("tied_embeddings", "flag", True),
+        "rope_parameters": Rope(2_000_000.0),
+        "no_rope_layers": NoRopeLayers(),
+        "attention_bias": Option("bias", "flag", False),
+        "mlp_bias": Option("bias", "flag", False),
+    },
+    harmless=_QWEN_HARMLESS,
+    written=_NO_DROPOUT,
+    prefix="model.",
+    blocks="layers",
+    modules=_LLAMA_MODULES,
+)
 GPT2 = Family(
     title="GPT-2",
     model_type="gpt2",
@@ -338,4 +364,4 @@ GPT2 = Family(
     ),
 )
 # The first of those that fit a shape is written.
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GPT2)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, SMOLLM3, GPT2)

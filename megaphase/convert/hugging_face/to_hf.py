@@ -73,7 +73,7 @@ def to_hf(
                 workers=workers,
                 advance=advance,
             )
-        tokens = {}
+        tokens: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
         if words is not None:
             write_hf_tokenizer(words, folder, max_length=shape.seq_len)
             tokens = {"bos_token_id": _bos(folder, words), "eos_token_id": words.eod}
@@ -147,7 +147,9 @@ def _write_configs(
 ) -> None:
     name = str(dtype).removeprefix("torch.")
     # The first of these names is that of version 5 of transformers, the second that of version 4.
-    atomic_write_json(folder / CONFIG_FILE, config | tokens | {"dtype": name, "torch_dtype": name})
+    # Without the key, some classes have a token for padding, whose embedding would not be trained.
+    kinds = {"pad_token_id": None, "dtype": name, "torch_dtype": name}
+    atomic_write_json(folder / CONFIG_FILE, config | tokens | kinds)
     atomic_write_json(folder / "generation_config.json", tokens)
 
 

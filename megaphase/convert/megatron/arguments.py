@@ -93,6 +93,8 @@ def _fault(shape: GPTShape) -> str | None:
     """The first option that Megatron-LM does not have."""
     if shape.bias and not shape.has_qkv_bias:
         return "qkv_bias: false, and Megatron-LM has biases there where all other layers have them"
+    if shape.no_rotary_interval is not None:
+        return f"no_rotary_interval: {shape.no_rotary_interval} cannot be converted"
     if shape.norm_after:
         return f"norm_position: {shape.norm_position}, and Megatron-LM has norms before layers only"
     if shape.qk_norm == "projection":
