@@ -62,6 +62,7 @@ FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
     "Qwen 2": _of("Qwen2", tie_word_embeddings=True),
     "Qwen 2.5, YaRN": _of("Qwen2", rope_parameters=YARN_ROPE),
     "Qwen 3": _of("Qwen3", head_dim=16),
+    "Qwen 3, YaRN": _of("Qwen3", rope_parameters=YARN_ROPE, head_dim=8, tie_word_embeddings=True),
     "OLMo 2": _of("Olmo2"),
     "OLMo 2, all heads": _of("Olmo2", num_key_value_heads=4, rope_parameters=LLAMA3_ROPE),
     "OLMo 2, tied": _of("Olmo2", tie_word_embeddings=True),
@@ -75,5 +76,4 @@ FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
         mlp_bias=True,
         head_dim=12,
     ),
-    "Qwen 3, YaRN": _of("Qwen3", rope_parameters=YARN_ROPE, head_dim=8, tie_word_embeddings=True),
 }

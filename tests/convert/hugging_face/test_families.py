@@ -28,11 +28,12 @@ from hf_support import (
 )
 from rounding import FP32, deviation
 from safetensors.torch import load_file
+from torch import Tensor
 
 from megaphase.convert.source import open_source
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.initialization import Initializer
-from megaphase.distributed.process_grid import start_process_grid
+from megaphase.distributed.process_grid import ProcessGrid, start_process_grid
 from megaphase.distributed.sharding import layout_of
 from megaphase.model.gpt import GPT
 from megaphase.model.kv_cache import KVCache
@@ -53,23 +54,33 @@ def imported() -> Path:
     return folder
 
 
-def in_four_ranks(folder: str) -> dict[tuple[str, str], Any]:
-    """Return this rank's logits of every family at tensor 2, and the losses of its training at
-    tensor 2 × data 2, ZeRO-3, every second time with sequence parallelism."""
-    found: dict[tuple[str, str], Any] = {}
+def shards_of(model: GPT, weights: dict[str, Tensor], grid: ProcessGrid) -> dict[str, Tensor]:
+    """Return this rank's shards of whole parameters."""
+    return {
+        name: layout_of(parameter).shard(weights[name], grid.tensor_rank, grid.tensor_size)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def in_four_ranks(folder: str) -> dict[tuple[str, Any], Any]:
+    """Return this rank's logits of every family at tensor 2 and, where its heads allow that, 4; and
+    the losses of its training at tensor 2 × data 2, ZeRO-3, every second time with sequence
+    parallelism."""
+    found: dict[tuple[str, Any], Any] = {}
     with process_group():
-        grid = start_process_grid(2)
+        grids = {tensor: start_process_grid(tensor) for tensor in (4, 2)}
         for number, name in enumerate(FAMILY_CONFIGS):
             ours = Path(folder) / name / "ours"
-            weights = whole_parameters(ours)
-            model = GPT(open_source(str(ours)).shape, Initializer(1, torch.float32), grid)
-            shards = {
-                each: layout_of(parameter).shard(weights[each], grid.tensor_rank, 2)
-                for each, parameter in model.named_parameters()
-            }
-            model.load_state_dict(shards, strict=False)  # a tied head is no parameter of its own
-            with torch.no_grad():
-                found[name, "logits"] = model(TOKENS)
+            shape, weights = open_source(str(ours)).shape, whole_parameters(ours)
+            shards: dict[str, Tensor] = {}
+            for tensor, grid in grids.items():
+                if shape.kv_heads % tensor:
+                    continue
+                model = GPT(shape, Initializer(1, torch.float32), grid)
+                shards = shards_of(model, weights, grid)
+                model.load_state_dict(shards, strict=False)  # a tied head is no parameter
+                with torch.no_grad():
+                    found[name, tensor] = model(TOKENS)
             section = yaml.safe_load((ours / "model.yaml").read_text())["model"]
             settings = section | {"activation_checkpointing": RECOMPUTATION[number % 3]}
             config = run_config(model=settings, tensor=2, zero=3, sequence=number % 2 == 1)
@@ -84,7 +95,7 @@ def in_four_ranks(folder: str) -> dict[tuple[str, str], Any]:
 
 
 @once
-def on_four_ranks() -> list[dict[tuple[str, str], Any]]:
+def on_four_ranks() -> list[dict[tuple[str, Any], Any]]:
     return run_ranks(in_four_ranks, 4, str(imported()))
 
 
@@ -151,10 +162,12 @@ def test_weights_and_logits_of_the_export(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
-def test_logits_at_tensor_2(name: str) -> None:
+def test_logits_of_tensor_parallel_ranks(name: str) -> None:
     expected = transformers_logits(imported() / name / "theirs", TOKENS)
-    parts = [rank[name, "logits"] for rank in on_four_ranks()[:2]]
-    assert deviation(torch.cat(parts, -1)[..., :VOCAB], expected) < FP32
+    for tensor in (2, 4):
+        if (name, tensor) in on_four_ranks()[0]:
+            parts = [rank[name, tensor] for rank in on_four_ranks()[:tensor]]
+            assert deviation(torch.cat(parts, -1)[..., :VOCAB], expected) < FP32, tensor
 
 
 @pytest.mark.distributed
