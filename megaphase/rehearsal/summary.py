@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from megaphase.plan.same_run import settings_of
 from megaphase.rehearsal.fake_device import missing_for_rehearsal
 from megaphase.utils.arguments import MOST_PROCESSES
 from megaphase.utils.errors import InputError, RunError
+from megaphase.utils.process_lifetime import ends_with_this_process
 
 # What is rehearsed, in this order, and the names that are shown.
 ACTIONS = {
@@ -90,7 +92,7 @@ class Rehearsed:
             title=f"Rank {self.figures['rank']:,} of {self.figures['processes']:,} on a fake GPU",
             title_justify="left",
         )
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         groups = ["tensor", "data"]
         if any(_sent(report, "secondary") != NOTHING for report in reports.values()):
             groups.append("secondary")
@@ -168,7 +170,8 @@ def rehearse_run(
     """Rehearse one rank of a run.
 
     Raises:
-        InputError: the run file is invalid, its layout does not divide, or g++ is missing.
+        InputError: the run file is invalid or asks for what is not installed, its layout does not
+            divide, or g++ is missing.
         RunError: the rehearsal itself could not be carried out.
     """
     config, tokenizer = open_run(run_file, overrides)
@@ -176,6 +179,7 @@ def rehearse_run(
     if processes > MOST_PROCESSES:
         raise InputError("--processes", f"is {processes:,}", f"give at most {MOST_PROCESSES:,}")
     memory_setup(config, tokenizer, processes)  # refuses what does not divide
+    planned_card(config)  # refuses what no table has
     if rank >= processes:
         raise InputError("--rank", f"is {rank:,}", f"give one below {processes:,}")
     if missing := missing_for_rehearsal():
@@ -185,6 +189,7 @@ def rehearse_run(
     samples = config.batch.micro * min(micro_batches, MICRO_BATCHES) * data
     settings = settings_of(config)
     case = {
+        "path": str(run_file),
         "run": settings | {"batch": {**settings["batch"], "samples": samples}},
         "vocab": tokenizer.vocab_size,
         "processes": processes,
@@ -197,10 +202,13 @@ def rehearse_run(
             input=json.dumps(case),
             capture_output=True,
             text=True,
+            env=os.environ | ends_with_this_process(),
         )
     if not done.stdout.strip():
         lines = done.stderr.strip().splitlines()
         raise RunError(f"{ENDS_SILENTLY}: {lines[-1] if lines else f'exit code {done.returncode}'}")
     figures = json.loads(done.stdout)
+    if "wrong_input" in figures:
+        raise InputError(*figures["wrong_input"])
     about = {"rank": rank, "processes": processes, "micro_batches": micro_batches}
     return Rehearsed(figures | about, config)

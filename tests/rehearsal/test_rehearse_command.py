@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,11 @@ def run_file(folder: Path, **changes: Any) -> Path:
 
 def rehearse(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        megaphase("rehearse", *arguments), capture_output=True, text=True, timeout=LIMIT_SECONDS
+        megaphase("rehearse", *arguments),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        env=os.environ | {"COLUMNS": "80"},
     )
 
 
@@ -38,6 +43,8 @@ def test_a_rank_of_many_is_shown(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "Rank 3 of 8 on a fake GPU" in done.stdout
     assert "A step of the run has 8 micro-batches, and 2 of them are rehearsed" in done.stdout
+    for action in ("training step", "validation", "save", "load", "reset"):
+        assert f"│ {action} " in done.stdout
     assert "100% of them ahead of their use" in done.stdout
     assert sorted(tmp_path.rglob("*")) == before
     figures = json.loads(rehearse(run, "--processes", 8, "--rank", 3, "--json").stdout)
@@ -52,6 +59,24 @@ def test_memory_beyond_the_card_is_a_fault(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "megaphase: the run needs " in done.stderr
     assert "`megaphase plan` names layouts that fit" in done.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("hardware.card=unknown", "hardware.card: no card 'unknown'"),
+        ("parts.optimizer=apex", "parts.optimizer: apex needs "),
+    ],
+)
+def test_wrong_input_of_the_rehearsed_rank_is_said_as_the_run_would(
+    change: str, key: str, tmp_path: Path
+) -> None:
+    run = run_file(tmp_path)
+    done = rehearse(run, change)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"megaphase: {run}: {key}")
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
