@@ -38,6 +38,22 @@ class Copies:
     group_of: list[Sequence[int]]
 
 
+@dataclass(frozen=True)
+class _Comparison:
+    """A comparison after a step; a tensor for each group.
+
+    checksums: this rank's, int64 [parameters]. largest: over the group, of x and of ~x.
+    """
+
+    step: int
+    checksums: list[Tensor]
+    largest: list[Readout]
+
+    def is_unequal(self) -> bool:
+        largest = (each.read() for each in self.largest)
+        return any(not torch.equal(high, ~low) for high, low in (x.chunk(2) for x in largest))
+
+
 class ReplicaCheck:
     """Compares the copies every `faults.compare_copies_steps` steps, one collective a group.
 
@@ -50,43 +66,39 @@ class ReplicaCheck:
         self._every, self._grid = config.faults.compare_copies_steps, grid
         self._control_group = control_group
         self._copies = all_copies(config, model, grid) if self._every else []
-        self._checksums: list[Tensor] = []
-        self._largest: list[Readout] = []
-        self._step = 0
+        # With a comparison after every step, one has begun when the one before is read.
+        self._begun: list[_Comparison] = []
+        self._read: list[_Comparison] = []
 
     def begin(self, step: int) -> None:
         """Start the comparison that is due after a step; called by all ranks."""
         if not self._copies or step % self._every:
             return
-        self._step = step
-        self._checksums = [self._of(copies) for copies in self._copies]
-        self._largest = []
-        for copies, checksums in zip(self._copies, self._checksums, strict=True):
+        comparison = _Comparison(step, [self._of(copies) for copies in self._copies], [])
+        for copies, checksums in zip(self._copies, comparison.checksums, strict=True):
             # The largest of x and of ~x, which is the complement of the smallest x.
             largest = torch.cat([checksums, ~checksums])
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=copies.group)
-            self._largest.append(Readout(largest))
+            comparison.largest.append(Readout(largest))
+        self._begun.append(comparison)
 
     def has_found(self, until: int) -> bool:
         """Return whether copies differed on some rank of this rank's groups; said once.
 
         until: a comparison after a later step is not read yet.
         """
-        if self._step > until:
-            return False
-        largest, self._largest = [each.read() for each in self._largest], []
-        return any(not torch.equal(high, ~low) for high, low in (x.chunk(2) for x in largest))
+        due = [each for each in self._begun if each.step <= until]
+        if due:
+            self._begun = self._begun[len(due) :]
+            self._read = due  # by all ranks, so that all know what `error` asks for
+        return any(each.is_unequal() for each in due)
 
     def error(self, phase: str) -> RunError:
         """The error that ends the run on all ranks, which all call this."""
-        gathered = self._control_group.gather([each.tolist() for each in self._checksums])
-        found = []
-        for index, copies in enumerate(self._copies):
-            for group in sorted({tuple(each) for each in copies.group_of}):
-                for position, name in enumerate(copies.parameters):
-                    values = {rank: gathered[rank][index][position] for rank in group}
-                    if len(set(values.values())) > 1:
-                        found.append((name, values))
+        for comparison in self._read:
+            found = self._unequal(comparison)
+            if found:
+                break
         name, values = found[0]
         usual = Counter(values.values()).most_common(1)[0][0]
         same = [rank for rank in values if values[rank] == usual]
@@ -94,11 +106,23 @@ class ReplicaCheck:
         names = len({name for name, _ in found})
         more = f", and so have those of {names - 1:,} more parameters" if names > 1 else ""
         return RunError(
-            f"{phase} step {self._step:,}: copies of one parameter have become unequal: {name} on "
-            f"{_ranks(other)} differs from {_ranks(same)}{more}; a GPU or its memory may be "
-            "faulty; the same command resumes from the newest checkpoint, which has one copy of "
+            f"{phase} step {comparison.step:,}: copies of one parameter have become unequal: "
+            f"{name} on {_ranks(other)} differs from {_ranks(same)}{more}; a GPU or its memory may "
+            "be faulty; the same command resumes from the newest checkpoint, which has one copy of "
             "each (faults.compare_copies_steps)"
         )
+
+    def _unequal(self, comparison: _Comparison) -> list[tuple[str, dict[int, int]]]:
+        """Parameters with unequal copies: name, and the checksums by rank, of each such group."""
+        gathered = self._control_group.gather([each.tolist() for each in comparison.checksums])
+        found = []
+        for index, copies in enumerate(self._copies):
+            for group in sorted({tuple(each) for each in copies.group_of}):
+                for position, name in enumerate(copies.parameters):
+                    values = {rank: gathered[rank][index][position] for rank in group}
+                    if len(set(values.values())) > 1:
+                        found.append((name, values))
+        return found
 
     def _of(self, copies: Copies) -> Tensor:
         values = (_held(each, self._grid) for each in copies.parameters.values())
