@@ -27,7 +27,7 @@ from megaphase.utils.process_lifetime import ends_with_this_process
 
 # What is rehearsed, in this order, and the names that are shown.
 ACTIONS = {
-    "train": "training step",
+    "train": "training",
     "evaluate": "validation",
     "save": "save",
     "load": "load",
@@ -157,7 +157,7 @@ class Rehearsed:
 def _sent(report: Mapping[str, Any], group: str) -> str:
     found = [each for each in report["collectives"] if each["group"] == group]
     sent = sum(each["count"] * each["sent"] for each in found)
-    return f"{sent / GB:,.2f} GB in {sum(each['count'] for each in found):,}" if found else NOTHING
+    return f"{sent / GB:,.2f} GB\nin {sum(each['count'] for each in found):,}" if found else NOTHING
 
 
 def rehearse_run(

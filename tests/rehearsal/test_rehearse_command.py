@@ -43,7 +43,7 @@ def test_a_rank_of_many_is_shown(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "Rank 3 of 8 on a fake GPU" in done.stdout
     assert "A step of the run has 8 micro-batches, and 2 of them are rehearsed" in done.stdout
-    for action in ("training step", "validation", "save", "load", "reset"):
+    for action in ("training", "validation", "save", "load", "reset"):
         assert f"│ {action} " in done.stdout
     assert "100% of them ahead of their use" in done.stdout
     assert sorted(tmp_path.rglob("*")) == before
