@@ -158,6 +158,12 @@ def names(text: str) -> set[str]:
     return given
 
 
+def there_is_a_gpu() -> bool:
+    """Asked in another process: this one has no use for torch, and must not hold a GPU."""
+    asking = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", asking]).returncode == 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -166,7 +172,7 @@ def main() -> int:
     parser.add_argument("--skip", type=names, default=set(), help="parts to leave out")
     parser.add_argument("--minutes", type=float, default=10, help="for everything (default 10)")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU")
-    parser.add_argument("--output", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--output", type=Path, default=Path("gpu.json"), help="the result")
     parser.add_argument("--list", action="store_true", help="print the parts")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -179,6 +185,8 @@ def main() -> int:
         from gpu_parts.serving import serve
 
         return serve(asked.serve, asked.folder, asked.rehearse)
+    if not asked.rehearse and not there_is_a_gpu():
+        parser.error("there is no GPU here; --rehearse runs every part at tiny size on the CPU")
     # So that `finally` is reached, and no part is left running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     chosen = [part for part in PARTS if asked.only is None or part.name in asked.only]

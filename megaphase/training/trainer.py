@@ -351,9 +351,6 @@ class Trainer:
         """
         received = self.signals.received
         is_over = self.divergence.is_over(phase_ends=False)
-        if is_over:
-            self.finish_step()  # which may be the one with which it has recovered
-            is_over = self.divergence.is_over(phase_ends=False)
         is_unequal = self.replicas.has_found(self.state.step - 1)
         started = time.perf_counter()
         save_status, signalled, diverged, unequal = self.control_group.largest(
@@ -364,7 +361,10 @@ class Trainer:
         if unequal:
             self._end_unequal(self.phase.name)
         if diverged:
-            self._end_diverged(self.phase.name)
+            self.finish_step()  # which may be the one with which it has recovered
+            is_over = self.divergence.is_over(phase_ends=False)
+            if self.control_group.largest(int(is_over))[0]:
+                self._end_diverged(self.phase.name)
         if signalled:
             self._stop(received)
 
