@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def on_gpu(tensor: Tensor) -> bool:
@@ -29,7 +30,10 @@ class MovedAway:
         gc.collect()
         found = {}
         for each in gc.get_objects():
-            if issubclass(type(each), Tensor) and self._chosen(each):
+            # torch.compile leaves tensors behind that only describe others.
+            if issubclass(type(each), FakeTensor) or not issubclass(type(each), Tensor):
+                continue
+            if self._chosen(each):
                 gradient = each.grad if each.is_leaf else None
                 for tensor in (each, gradient):
                     if tensor is not None and tensor.layout == torch.strided:
