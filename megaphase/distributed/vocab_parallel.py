@@ -166,7 +166,7 @@ class VocabParallelHead(CostedLayer):
         products = 0 if rank.parameter_bytes == FP32_BYTES else weight * rank.compute_bytes
         if rank.widened:
             products = FP32_BYTES * (logits + weight + part * self.hidden)
-        products += logits * rank.compute_bytes
+        products += 2 * logits * rank.compute_bytes  # both are still there
         per_token = tokens * (_INDEX_BYTES + 8 * FP32_BYTES)
         outside = per_token + residual_bytes(rank, self.hidden)
         gradient_copy = weight * (BF16_BYTES if rank.parameter_bytes == BF16_BYTES else 0)

@@ -18,9 +18,8 @@ pytestmark = needs_compiler
 GPT2 = {"norm": "layernorm", "position": "learned", "activation": "gelu", "bias": True}
 # What is sent beside weights, gradients and activations: losses, counts of tokens, norms.
 SCALAR_BYTES = 2_000
-# Peak of live bytes over the estimate. It is the highest with small micro-batches of a small model,
-# where a product of the output projection's size, which the estimate leaves out, weighs most.
-MEMORY = (0.9, 1.09)
+# Peak of live bytes over the estimate: above 1 by less than what `megaphase plan` keeps in reserve.
+MEMORY = (0.9, 1.05)
 UTILS, SYNC = "deepspeed/runtime/utils.py", "deepspeed/accelerator/cuda_accelerator.py"
 PARTITIONS = "deepspeed/runtime/zero/partition_parameters.py"
 ZERO_2, ZERO_3 = "deepspeed/runtime/zero/stage_1_and_2.py", "deepspeed/runtime/zero/stage3.py"

@@ -18,7 +18,7 @@ from megaphase.model.config import RotaryScalingConfig
 from megaphase.model.shape import GPTShape
 
 _LENGTH = "original_max_position_embeddings"
-# Of each type of scaling: our keys by theirs.
+# The keys of each type of scaling in config.json, with the names of the options that they set.
 _KEYS: Mapping[str, Mapping[str, str]] = {
     "linear": {"factor": "factor"},
     "llama3": {
