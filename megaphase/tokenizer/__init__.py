@@ -1,10 +1,12 @@
 """Tokenizers: loading, encoding with exact byte counts, and the record stored with the model."""
 
+from megaphase.tokenizer.extension import pieces_replaced
 from megaphase.tokenizer.record import (
     MODEL_NAME,
     RECORD_NAME,
     SPACE_SYMBOL,
     TOKENIZER_JSON_NAME,
+    Extends,
     Fertility,
     TokenizerRecord,
 )
@@ -16,8 +18,10 @@ __all__ = [
     "RECORD_NAME",
     "SPACE_SYMBOL",
     "TOKENIZER_JSON_NAME",
+    "Extends",
     "Fertility",
     "SentencePieceBackend",
     "Tokenizer",
     "TokenizerRecord",
+    "pieces_replaced",
 ]

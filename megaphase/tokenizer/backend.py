@@ -41,6 +41,13 @@ class Backend(Protocol):
     def piece(self, token: int) -> str:
         """Return a token's text in the vocabulary, in which a space is U+2581."""
 
+    def spelling(self, token: int) -> bytes:
+        """Return the text that a token encodes, in UTF-8; nothing for control tokens."""
+
+    def encode_spelling(self, spelling: bytes) -> list[int]:
+        """Return the ids that encode these bytes inside a text, without normalization and without a
+        space before them; of a byte-level model, they may begin or end within a character."""
+
 
 def unfinished_bytes(text: bytes) -> int:
     """Return how many bytes at the end are only the beginning of a character of UTF-8."""

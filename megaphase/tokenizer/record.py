@@ -30,6 +30,20 @@ class Fertility(BaseModel):
     """Whether the sample was held out from the training text."""
 
 
+class Extends(BaseModel):
+    """The tokenizer that another one extends: their ids are the same below `vocab_size`.
+
+    Attributes:
+        tokenizer_hash: the fingerprint of the extended tokenizer, the base.
+        vocab_size: the base's; the first new id.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokenizer_hash: str
+    vocab_size: int
+
+
 class TokenizerRecord(BaseModel):
     """`megaphase_tokenizer.json`, or the equivalent for a tokenizer from elsewhere.
 
@@ -52,7 +66,8 @@ class TokenizerRecord(BaseModel):
         tokenizer_hash: digest of what determines the ids: of a sentencepiece model's file and, if
             EOD or added tokens come from other files, of these too; of a `tokenizer.json`, its
             parts that are used.
-        languages: how well each language is served, if Megaphase trained the tokenizer.
+        languages: how well each language is served, if Megaphase trained or extended the tokenizer.
+        extends: the tokenizer that this one extends, if it does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,3 +86,4 @@ class TokenizerRecord(BaseModel):
     reserved_tags: list[int]
     tokenizer_hash: str
     languages: dict[str, Fertility]
+    extends: Extends | None = None

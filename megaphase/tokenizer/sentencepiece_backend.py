@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -68,7 +69,7 @@ class SentencePieceBackend:
         return unfinished_bytes(bytes(reversed(last)))
 
     def token_bytes(self) -> np.ndarray:
-        return np.array([self._bytes_of(token) for token in range(self._vocab_size)], np.int64)
+        return np.array([len(self.spelling(token)) for token in range(self._vocab_size)], np.int64)
 
     def is_spelled(self) -> np.ndarray:
         model = self._processor
@@ -80,14 +81,31 @@ class SentencePieceBackend:
             return self._processor.id_to_piece(token)
         return f"<{self._added.get(token, token)}>"
 
-    def _bytes_of(self, token: int) -> int:
+    def spelling(self, token: int) -> bytes:
         if token >= self._pieces or token in (self._eod, self._processor.unk_id()):
-            return 0
+            return b""
         if self._processor.is_control(token):
-            return 0
+            return b""
+        piece = self._processor.id_to_piece(token)
         if self._processor.is_byte(token):
-            return 1
-        return len(self._processor.id_to_piece(token).replace(SPACE_SYMBOL, " ").encode())
+            return bytes([int(piece[1:-1], 16)])
+        return piece.replace(SPACE_SYMBOL, " ").encode()
+
+    def encode_spelling(self, spelling: bytes) -> list[int]:
+        ids: list[int] = self._plain_processor.encode(spelling.decode())
+        return ids
+
+    @cached_property
+    def _plain_processor(self) -> sentencepiece.SentencePieceProcessor:
+        """The same model without changes of the text."""
+        # Imported here because only extended tokenizers need it.
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+        model = ModelProto.FromString(self._processor.serialized_model_proto())
+        model.normalizer_spec.precompiled_charsmap = b""
+        model.normalizer_spec.add_dummy_prefix = False
+        model.normalizer_spec.remove_extra_whitespaces = False
+        return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
     def _spelled_space_symbol(self) -> list[int]:
         """Return the space symbol's ids in bytes, with which a lossless model distinguishes it

@@ -119,6 +119,15 @@ class Tokenizer:
         of a sentencepiece model, the name of its tag in angle brackets."""
         return self._backend.piece(token)
 
+    def spelling(self, token: int) -> bytes:
+        """Return the text that a token encodes, in UTF-8; nothing for control tokens."""
+        return self._backend.spelling(token)
+
+    def encode_spelling(self, spelling: bytes) -> list[int]:
+        """Return the ids that encode a token's `spelling` inside a text: without normalization,
+        without a space before it, and also where it begins or ends within a character."""
+        return self._backend.encode_spelling(spelling)
+
 
 def _read(path: Path) -> tuple[Backend, TokenizerRecord]:
     if path.is_file():

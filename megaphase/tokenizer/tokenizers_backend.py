@@ -9,7 +9,8 @@ import numpy as np
 
 from megaphase.tokenizer.backend import unfinished_bytes
 from megaphase.tokenizer.record import SPACE_SYMBOL, TokenizerRecord
-from megaphase.tokenizer.tokenizers_files import EncodingModel
+from megaphase.tokenizer.spelling import spelled_piece
+from megaphase.tokenizer.tokenizers_files import BYTE_LEVEL, EncodingModel
 
 # In characters. A longer text is encoded in parts, which begin with a space between two letters,
 # to bound the memory; see _can_be_cut.
@@ -28,6 +29,7 @@ class TokenizersBackend:
         self._encoder = model.encoder
         self._vocabulary, self._bytes_of = model.vocabulary, model.bytes_of
         self._vocab_size = record.vocab_size
+        self._byte_level = record.algorithm == BYTE_LEVEL
         self._adds_space = any("space" in step for step in record.normalization)
         self._can_be_cut = self._is_local()
 
@@ -74,6 +76,13 @@ class TokenizersBackend:
         if text is None:
             return "".join(f"<0x{byte:02X}>" for byte in spelled)
         return text.replace(" ", SPACE_SYMBOL)
+
+    def spelling(self, token: int) -> bytes:
+        return self._bytes_of.get(token, b"")
+
+    def encode_spelling(self, spelling: bytes) -> list[int]:
+        pieces = self._encoder.model.tokenize(spelled_piece(spelling, byte_level=self._byte_level))
+        return [piece.id for piece in pieces]
 
     def _is_local(self) -> bool:
         """Return whether a text may be cut before a space between two letters."""

@@ -24,6 +24,7 @@ from megaphase.tokenizer.record import (
     TOKENIZER_JSON_NAME,
     TokenizerRecord,
 )
+from megaphase.tokenizer.spelling import BYTE_OF
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import hash_json
 
@@ -41,6 +42,8 @@ _LOSSY = frozenset(("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "CharDe
 # Bytes that UTF-8 never has.
 _NEVER_IN_UTF8 = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
 
+BYTE_LEVEL = "byte-level bpe"
+
 _REMEDY = "give a byte-level BPE or BPE with byte fallback, or a directory with a tokenizer.model"
 
 
@@ -52,8 +55,7 @@ class EncodingModel:
         encoder: the library's tokenizer, without control tokens.
         vocabulary: the text of each token in the vocabulary, by its id, control tokens included.
         bytes_of: the bytes that each token stands for; not of control tokens.
-        byte_level: whether the pieces are spelled in bytes.
-        byte_fallback: whether characters outside the vocabulary are.
+        byte_fallback: whether characters outside the vocabulary are spelled in bytes.
         exact_bytes: whether a text's bytes are those of its tokens.
     """
 
@@ -257,7 +259,7 @@ class _TokenizerJson:
             if added:
                 return piece.encode()
             try:
-                return bytes(map(_BYTE_OF.__getitem__, piece))
+                return bytes(map(BYTE_OF.__getitem__, piece))
             except KeyError:
                 return piece.encode()
         if self.model.get("byte_fallback") and _BYTE_PIECE.fullmatch(piece):
@@ -299,7 +301,7 @@ class _TokenizerJson:
         return TokenizerRecord(
             library="tokenizers",
             library_version=tokenizers.__version__,
-            algorithm="byte-level bpe" if self._byte_level else "bpe",
+            algorithm=BYTE_LEVEL if self._byte_level else "bpe",
             vocab_size=vocab_size,
             eod=eod,
             bos=self._bos(),
@@ -378,13 +380,4 @@ def _pair(merge: Any) -> list[str]:
     return list(merge)
 
 
-def _byte_characters() -> Iterator[tuple[str, int]]:
-    """Yield the character with which byte-level vocabularies write each byte (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    yield from ((chr(byte), byte) for byte in printable)
-    others = (byte for byte in range(256) if byte not in printable)
-    yield from ((chr(256 + number), byte) for number, byte in enumerate(others))
-
-
-_BYTE_OF = dict(_byte_characters())
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
