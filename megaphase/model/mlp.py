@@ -22,8 +22,8 @@ from megaphase.distributed.linear import ColumnParallelLinear, RowParallelLinear
 from megaphase.model.forward_context import ForwardContext
 from megaphase.model.interleave import Stages
 from megaphase.model.shape import GPTShape
+from megaphase.ops.gated import swiglu
 from megaphase.ops.recompute import recomputable
-from megaphase.ops.swiglu import swiglu
 
 
 class FeedForward(CostedLayer):

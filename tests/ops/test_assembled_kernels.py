@@ -27,8 +27,8 @@ LAUNCHES = {
     "rms_norm._gradients": BY_GROUPS,
     "rotary._rotate_heads": (1, 0),
     "rotary._rotate_back": (1, 0),
-    "swiglu._gated": (1, 0),
-    "swiglu._gradient": (1, 0),
+    "gated._gated": (1, 0),
+    "gated._gradient": (1, 0),
     "cross_entropy._top": (1, 0),
     "cross_entropy._sums": (1, 0),
     "cross_entropy._gradient_by_comparison": (1, 0),
@@ -42,7 +42,7 @@ MOST_BYTES = {
 }
 ONE_PASS, ROUNDED = "rms_norm._gradients_in_one_pass", 1.002
 LOSS = {name for name in LAUNCHES if name.startswith("cross_entropy.")}
-BLOCK = {name for name in LAUNCHES if name.startswith(("rotary.", "swiglu."))}
+BLOCK = {name for name in LAUNCHES if name.startswith(("rotary.", "gated."))}
 NORM = {"rms_norm._norm", "rms_norm._add_and_norm"}
 
 

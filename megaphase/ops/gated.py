@@ -1,4 +1,4 @@
-"""SwiGLU (Shazeer 2020) on the output of one fused projection."""
+"""Gated activations (Shazeer 2020) on the output of one fused projection."""
 
 from __future__ import annotations
 
