@@ -30,7 +30,8 @@ class Vocabulary:
     """How the vocabulary is split over ranks.
 
     first: token id of this rank's first logit. ignored: the target of tokens without a loss.
-    tokens: number of tokens per chunk, the same on all ranks.
+    tokens: number of tokens per chunk, the same on all ranks. softcap: logits x become
+    softcap · tanh(x / softcap).
     """
 
     first: int
@@ -38,6 +39,7 @@ class Vocabulary:
     grid: ProcessGrid
     kernels: Kernels
     tokens: int
+    softcap: float | None = None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -92,13 +94,13 @@ def _losses(
     logits: Tensor, targets: Tensor, vocabulary: Vocabulary, backward_follows: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the losses of some tokens, and the gradients of their sum w.r.t. the logits."""
-    of, grid = vocabulary.kernels.of, vocabulary.grid
+    of, grid, cap = vocabulary.kernels.of, vocabulary.grid, vocabulary.softcap
     columns = targets - vocabulary.first
     elsewhere = (columns < 0) | (columns >= logits.shape[-1])
     columns = columns.masked_fill_(elsewhere, 0).unsqueeze(-1)
-    top = of(_top)(logits)
+    top = of(_top)(logits, cap)
     _all_reduce(top, dist.ReduceOp.MAX, grid)
-    sums = of(_sums)(logits, top, columns, elsewhere)
+    sums = of(_sums)(logits, top, columns, elsewhere, cap)
     _all_reduce(sums, dist.ReduceOp.SUM, grid)
     total, chosen = sums
     skip = targets == vocabulary.ignored
@@ -108,49 +110,84 @@ def _losses(
     share, hit = (~skip / total).unsqueeze(-1), (skip | elsewhere).logical_not_().unsqueeze(-1)
     compared = vocabulary.kernels.compiled and logits.is_cuda
     gradient = of(_gradient_by_comparison if compared else _gradient)
-    return losses, gradient(logits, top, share, columns, hit)
+    return losses, gradient(logits, top, share, columns, hit, cap)
 
 
 # A rank whose part of the vocabulary is only padding has no logits.
 
 
-def _top(logits: Tensor) -> Tensor:
+def softcapped(logits: Tensor, cap: float) -> Tensor:
+    """cap · tanh(logits / cap), in the logits' type."""
+    return (logits / cap).tanh() * cap
+
+
+def _wide(logits: Tensor, cap: float | None) -> Tensor:
+    """In fp32, capped; the logits themselves if nothing changes."""
+    return logits.float() if cap is None else softcapped(logits.float(), cap)
+
+
+def _top(logits: Tensor, cap: float | None = None) -> Tensor:
     if not logits.shape[-1]:
         return torch.full(logits.shape[:-1], -torch.inf, device=logits.device)
-    return logits.amax(-1).float()
+    return _wide(logits.amax(-1), cap)
 
 
-def _exponentials(logits: Tensor, top: Tensor) -> Tensor:
-    return torch.sub(logits.float(), top.unsqueeze(-1)).exp_()
+def _exponentials(logits: Tensor, top: Tensor, cap: float | None) -> Tensor:
+    if cap is None:
+        return torch.sub(logits.float(), top.unsqueeze(-1)).exp_()
+    # As `softcapped`, in a single tensor.
+    return torch.div(logits.float(), cap).tanh_().mul_(cap).sub_(top.unsqueeze(-1)).exp_()
 
 
-def _sums(logits: Tensor, top: Tensor, columns: Tensor, elsewhere: Tensor) -> Tensor:
+def _sums(
+    logits: Tensor, top: Tensor, columns: Tensor, elsewhere: Tensor, cap: float | None = None
+) -> Tensor:
     """Return the sum of exponentials and the target's logit, both relative to the largest logit."""
     chosen = torch.zeros_like(top)
     if logits.shape[-1]:
-        chosen = logits.gather(-1, columns).squeeze(-1).float() - top
-    total = _exponentials(logits, top).sum(-1)
+        chosen = _wide(logits.gather(-1, columns).squeeze(-1), cap) - top
+    total = _exponentials(logits, top, cap).sum(-1)
     return torch.stack([total, chosen.masked_fill(elsewhere, 0)])
 
 
-def _gradient(logits: Tensor, top: Tensor, share: Tensor, columns: Tensor, hit: Tensor) -> Tensor:
+def _through_cap(gradient: Tensor, logits: Tensor, cap: float | None) -> Tensor:
+    """The gradient of the logits from that of the capped ones, in place, in the logits' type."""
+    if cap is not None:
+        # 1 - tanh²
+        gradient.mul_(torch.div(logits.float(), cap).tanh_().square_().neg_().add_(1))
+    return gradient.to(logits.dtype)
+
+
+def _gradient(
+    logits: Tensor,
+    top: Tensor,
+    share: Tensor,
+    columns: Tensor,
+    hit: Tensor,
+    cap: float | None = None,
+) -> Tensor:
     """Return the softmax minus one at the target, scaled by the targets' weights."""
     if not logits.shape[-1]:
         return logits
-    gradient = _exponentials(logits, top).mul_(share)
-    return gradient.scatter_add_(-1, columns, -hit.float()).to(logits.dtype)
+    gradient = _exponentials(logits, top, cap).mul_(share)
+    return _through_cap(gradient.scatter_add_(-1, columns, -hit.float()), logits, cap)
 
 
 def _gradient_by_comparison(
-    logits: Tensor, top: Tensor, share: Tensor, columns: Tensor, hit: Tensor
+    logits: Tensor,
+    top: Tensor,
+    share: Tensor,
+    columns: Tensor,
+    hit: Tensor,
+    cap: float | None = None,
 ) -> Tensor:
     """`_gradient`, bit for bit, of which a GPU's compiler makes one kernel: it fuses no scatter."""
     if not logits.shape[-1]:
         return logits
-    gradient = _exponentials(logits, top).mul_(share)
+    gradient = _exponentials(logits, top, cap).mul_(share)
     every = torch.arange(logits.shape[-1], device=logits.device)
     is_target = every == columns.masked_fill(~hit, -1)
-    return torch.where(is_target, gradient - 1, gradient).to(logits.dtype)
+    return _through_cap(torch.where(is_target, gradient - 1, gradient), logits, cap)
 
 
 def _all_reduce(x: Tensor, operation: Any, grid: ProcessGrid) -> None:

@@ -23,7 +23,12 @@ from megaphase.distributed.costs import (
     region_bytes,
     residual_bytes,
 )
-from megaphase.distributed.cross_entropy import Vocabulary, linear_cross_entropy, tokens_at_a_time
+from megaphase.distributed.cross_entropy import (
+    Vocabulary,
+    linear_cross_entropy,
+    softcapped,
+    tokens_at_a_time,
+)
 from megaphase.distributed.layer_builder import LayerBuilder
 from megaphase.distributed.parameter_spec import Normal, ParameterSpec
 from megaphase.distributed.sharding import vocab_rows
@@ -99,9 +104,10 @@ class VocabParallelHead(CostedLayer):
         ignored: int,
         tied_to: nn.Parameter | None,
         build: LayerBuilder,
+        softcap: float | None = None,
     ) -> None:
         """ignored: the target of tokens without a loss. tied_to: the embedding's weight, where the
-        projection has none of its own."""
+        projection has none of its own. softcap: see `cross_entropy.Vocabulary`."""
         super().__init__()
         self.region, grid = build.region, build.region.grid
         self.vocab, self.hidden = vocab, hidden
@@ -113,7 +119,7 @@ class VocabParallelHead(CostedLayer):
         self.real_rows = max(0, min(rows, vocab - first))
         self.padded = self.real_rows < rows
         self.vocabulary = Vocabulary(
-            first, ignored, grid, build.kernels, tokens_at_a_time(rows, build.device)
+            first, ignored, grid, build.kernels, tokens_at_a_time(rows, build.device), softcap
         )
 
     def forward(self, x: Tensor, targets: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
@@ -121,7 +127,9 @@ class VocabParallelHead(CostedLayer):
         x = self.region.enter(x)
         weight = self.weight[: self.real_rows] if self.padded else self.weight
         if targets is None:
-            return linear(x, weight.to(x.dtype))
+            logits = linear(x, weight.to(x.dtype))
+            cap = self.vocabulary.softcap
+            return logits if cap is None else softcapped(logits, cap)
         order = stored_order(x)
         total, losses = linear_cross_entropy(order(x), weight, order(targets), self.vocabulary)
         return total, order(losses)
@@ -162,6 +170,8 @@ class VocabParallelHead(CostedLayer):
         # with another cast in bf16.
         compiled = rank.compiled and rank.device == "cuda"
         eager = 0 if compiled else FP32_BYTES * (2 if rank.bf16 else 1)
+        if self.vocabulary.softcap is not None and not compiled:
+            eager += FP32_BYTES  # the slopes of the cap
         loss = logits * (2 * rank.compute_bytes + eager)
         products = 0 if rank.parameter_bytes == FP32_BYTES else weight * rank.compute_bytes
         if rank.widened:

@@ -103,9 +103,9 @@ class ModelConfig(Section):
     rounded to a multiple of 1/65,536. Validation, generation and converted models have no dropout,
     and a branch may have another rate than its first phase.
 
-    `activation_checkpointing: selective` recomputes norms, SwiGLU and GELU, which takes next to no
-    time and saves about a third of the activations; `full` recomputes whole blocks, which takes a
-    fourth of the step's matrix products and saves nearly all.
+    `activation_checkpointing: selective` recomputes norms and activation functions, which takes
+    next to no time and saves about a third of the activations; `full` recomputes whole blocks,
+    which takes a fourth of the step's matrix products and saves nearly all.
     """
 
     seq_len: SequenceLength
@@ -125,7 +125,7 @@ class ModelConfig(Section):
     out."""
     ffn: Width | None = None
     """Inner width of the feed-forward layers; if left out, 8/3 of `hidden`, rounded up to a
-    multiple of 128, for `swiglu`, and 4 times `hidden` for `gelu`."""
+    multiple of 128, with a gate (`swiglu`, `geglu`), and 4 times `hidden` without."""
     vocab: Width | None = None
     """Rows of the embedding; the size of the tokenizer's vocabulary if left out, and never below
     it."""
@@ -136,10 +136,20 @@ class ModelConfig(Section):
     to the residual stream (OLMo 2), or `both` before and after (Gemma 2); before it if left out."""
     position: Literal["rotary", "learned"] | None = None
     """Position embedding; `rotary` if left out."""
-    activation: Literal["swiglu", "gelu"] | None = None
-    """Activation of the feed-forward layers; `swiglu` if left out."""
+    zero_centered_norms: bool | None = None
+    """Whether RMS norms, those of queries and keys included, multiply by 1 + weight, with weights
+    that start at 0 (Gemma); `false` if left out. NVIDIA apex does not compute them."""
+    activation: Literal["swiglu", "geglu", "gelu"] | None = None
+    """Activation of the feed-forward layers: gates by SiLU (`swiglu`) or GELU (`geglu`, Gemma), or
+    `gelu` without a gate, all GELU by tanh; `swiglu` if left out."""
     tied_embeddings: bool | None = None
     """Whether embedding and output projection share one matrix; `false` if left out."""
+    embedding_multiplier: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Token embeddings are multiplied by it, rounded to the type of the activations; in Gemma it is
+    the square root of `hidden`; 1 if left out."""
+    logit_softcap: Annotated[float, Field(ge=1e-3, le=1e6)] | None = None
+    """Logits x become c tanh(x / c) with this c, in the loss and in generation (Gemma 2); unchanged
+    if left out."""
     bias: bool | None = None
     """Whether the linear layers have biases; `false` if left out."""
     qkv_bias: bool | None = None

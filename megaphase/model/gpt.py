@@ -143,6 +143,10 @@ class GPT(CostedLayer):
             shape.vocab, shape.hidden, std=shape.init_std, build=build.at("embedding")
         )
         self.embedding_dropout = _dropout(shape, build.at("embedding"))
+        self.multiplier = None
+        if shape.embedding_multiplier is not None:
+            # In Gemma it is a tensor of the weights' type.
+            self.multiplier = torch.tensor(shape.embedding_multiplier, dtype=compute_dtype).item()
         self.positions = None
         self.rotary = None
         if shape.position == "learned":
@@ -161,7 +165,7 @@ class GPT(CostedLayer):
         self.blocks = nn.ModuleList(
             Block(shape, build.at(f"blocks.{i}")) for i in range(shape.layers)
         )
-        self.norm = NORMS[shape.norm](shape.hidden, shape.norm_eps, build.at("norm"))
+        self.norm = _norm(shape, build.at("norm"))
         self.head = VocabParallelHead(
             shape.vocab,
             shape.hidden,
@@ -169,6 +173,7 @@ class GPT(CostedLayer):
             ignored=IGNORED_TARGET,
             tied_to=self.embedding.weight if shape.tied_embeddings else None,
             build=build.at("head"),
+            softcap=shape.logit_softcap,
         )
 
     def forward(
@@ -210,6 +215,8 @@ class GPT(CostedLayer):
         self, tokens: Tensor, documents: Tensor | None, cached: CachedBatch | None
     ) -> Tensor:
         x = self.embedding(tokens, self.compute_dtype)
+        if self.multiplier is not None:
+            x = x * self.multiplier
         if self.positions is not None:
             positions = self.region.replicated(self.positions)
             if cached is not None:
@@ -272,13 +279,17 @@ class GPT(CostedLayer):
         }
 
 
+def _norm(shape: GPTShape, build: LayerBuilder, **options: bool) -> RMSNorm | LayerNorm:
+    options["zero_centered"] = bool(shape.zero_centered_norms)
+    return NORMS[shape.norm](shape.hidden, shape.norm_eps, build, **options)
+
+
 def _block_norm(shape: GPTShape, build: LayerBuilder) -> RMSNorm | LayerNorm:
-    recomputed = shape.activation_checkpointing == "selective"
-    return NORMS[shape.norm](shape.hidden, shape.norm_eps, build, recomputed=recomputed)
+    return _norm(shape, build, recomputed=shape.activation_checkpointing == "selective")
 
 
 def _post_norm(shape: GPTShape, build: LayerBuilder) -> RMSNorm | LayerNorm:
-    return NORMS[shape.norm](shape.hidden, shape.norm_eps, build, adds=False)
+    return _norm(shape, build, adds=False)
 
 
 def _no_norm(shape: GPTShape, build: LayerBuilder) -> None:

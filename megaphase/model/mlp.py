@@ -22,19 +22,20 @@ from megaphase.distributed.linear import ColumnParallelLinear, RowParallelLinear
 from megaphase.model.forward_context import ForwardContext
 from megaphase.model.interleave import Stages
 from megaphase.model.shape import GPTShape
-from megaphase.ops.gated import swiglu
+from megaphase.ops.gated import gated
 from megaphase.ops.recompute import recomputable
 
 
 class FeedForward(CostedLayer):
-    """SwiGLU (Shazeer 2020) or GELU feed-forward layer; its inner dimension is sharded."""
+    """Feed-forward layer with SwiGLU, GEGLU (Shazeer 2020) or GELU; its inner dimension is
+    sharded."""
 
     def __init__(self, shape: GPTShape, build: LayerBuilder) -> None:
         super().__init__()
         self.shape = shape
         self.activation: Callable[[Tensor], Tensor] = partial(F.gelu, approximate="tanh")
-        if shape.activation == "swiglu":
-            self.activation = partial(swiglu, kernels=build.kernels)
+        if shape.gated:
+            self.activation = partial(gated, name=shape.activation, kernels=build.kernels)
         self.recomputed = shape.activation_checkpointing == "selective"
         self.recomputed_input = self.recomputed and shape.norm_before
         self.up = ColumnParallelLinear(
@@ -97,8 +98,8 @@ class FeedForward(CostedLayer):
         whole, residual = (f(rank, self.shape.hidden) for f in (region_bytes, residual_bytes))
         gradient = output_gradient_bytes(rank, self.shape.hidden)
         up, inner, saved = self._up_bytes(rank), self._inner_bytes(rank), self.saved(rank)
-        # SwiGLU has two more tensors where each operation is a kernel of its own.
-        swiglu_bytes = 2 * inner if self.shape.activation == "swiglu" and not rank.compiled else 0
+        # A gate has two more tensors where each operation is a kernel of its own.
+        gate_bytes = 2 * inner if self.shape.gated and not rank.compiled else 0
         again = inner if self.recomputed else 0
         input_ = whole + (residual if self.recomputed_input else 0)
         return (
@@ -106,7 +107,7 @@ class FeedForward(CostedLayer):
                 again + gradient + inner + self.down.product_bytes(rank),
                 released=saved.get("inner", 0),
             ),
-            BackwardStage(gradient + inner + up + swiglu_bytes),
+            BackwardStage(gradient + inner + up + gate_bytes),
             BackwardStage(
                 gradient + up + input_ + self.up.product_bytes(rank),
                 released=saved["up"] + saved.get("input", 0),

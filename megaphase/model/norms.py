@@ -46,14 +46,17 @@ class _Norm(CostedLayer):
         *,
         recomputed: bool = False,
         adds: bool = True,
+        zero_centered: bool = False,
     ) -> None:
         """recomputed: whether the linear layer that follows saves no copy of the output. adds:
-        whether something is added before.
+        whether something is added before. zero_centered: multiply by 1 + weight.
         """
         super().__init__()
         self.region, self.eps, self.kernels = build.region, eps, build.kernels
         self.hidden, self.recomputed, self.adds = hidden, recomputed, adds
-        weight = ParameterSpec((hidden,), Constant(1.0), weight_decay=False)
+        self.zero_centered = zero_centered
+        start = Constant(0.0 if zero_centered else 1.0)
+        weight = ParameterSpec((hidden,), start, weight_decay=False)
         self.weight = build.parameter("weight", weight)
 
     def forward_work(self, rank: Rank) -> Work:
@@ -92,8 +95,9 @@ class RMSNorm(_Norm):
         """x + added, and that normalized."""
         weight, order = self.region.replicated(self.weight), stored_order(x)
         added = added if added is None else order(added).contiguous()
-        total, normed = add_and_rms_norm(order(x), added, weight, self.eps, self.kernels)
-        again = partial(rms_norm, total.detach(), self.weight, self.eps, self.kernels)
+        settings = (self.eps, self.kernels, self.zero_centered)
+        total, normed = add_and_rms_norm(order(x), added, weight, *settings)
+        again = partial(rms_norm, total.detach(), self.weight, *settings)
         total, normed = order(total), order(normed)
         return total, recomputable(normed, again) if self.recomputed else normed
 
@@ -114,8 +118,10 @@ class LayerNorm(_Norm):
         *,
         recomputed: bool = False,
         adds: bool = True,
+        zero_centered: bool = False,
     ) -> None:
         super().__init__(hidden, eps, build, recomputed=recomputed, adds=adds)
+        assert not zero_centered  # see model.presets
         bias = ParameterSpec((hidden,), Constant(0.0), weight_decay=False)
         self.bias = build.parameter("bias", bias)
 

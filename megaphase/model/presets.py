@@ -6,7 +6,7 @@ import difflib
 from typing import Any
 
 from megaphase.config.run import RunConfig
-from megaphase.model.shape import GPTShape
+from megaphase.model.shape import GATED, GPTShape
 from megaphase.utils.errors import InputError
 
 
@@ -37,7 +37,7 @@ REQUIRED = ("layers", "hidden", "heads")
 
 def default_ffn(hidden: int, activation: str) -> int:
     """4 times the hidden size, or 8/3 rounded up to a multiple of 128 where a gate is added."""
-    return -(-hidden * 8 // 3 // 128) * 128 if activation == "swiglu" else 4 * hidden
+    return -(-hidden * 8 // 3 // 128) * 128 if activation in GATED else 4 * hidden
 
 
 def _refuse(config: RunConfig, key: str, problem: str, remedy: str) -> InputError:
@@ -102,6 +102,9 @@ def _check_divisions(config: RunConfig, shape: GPTShape) -> None:
     if shape.no_rotary_interval is not None and shape.position != "rotary":
         problem = f"positions are {shape.position}"
         raise _refuse(config, "no_rotary_interval", problem, "leave it out")
+    if shape.zero_centered_norms and shape.norm != "rmsnorm":
+        problem = f"norms are {shape.norm}"
+        raise _refuse(config, "zero_centered_norms", problem, "leave it out, or use rmsnorm")
     if shape.heads % shape.kv_heads:
         raise _refuse(
             config,

@@ -49,9 +49,10 @@ class QKNorm(CostedLayer):
         )
 
     def _spec(self, width: int) -> ParameterSpec:
+        start = Constant(0.0 if self.shape.zero_centered_norms else 1.0)
         if self.of_heads:
-            return ParameterSpec((self.shape.head_size,), Constant(1.0), weight_decay=False)
-        return ParameterSpec((width,), Constant(1.0), weight_decay=False, dim=0)
+            return ParameterSpec((self.shape.head_size,), start, weight_decay=False)
+        return ParameterSpec((width,), start, weight_decay=False, dim=0)
 
     def _sum_over_ranks(self, x: Tensor) -> Tensor:
         grid = self.region.grid
@@ -64,8 +65,9 @@ class QKNorm(CostedLayer):
         key: Tensor = self.key.weight
         if self.of_heads:
             query, key = self.region.replicated_inside(query, key)
-        eps = self.shape.norm_eps
-        return qk_norm(heads, (query, key), counts, eps, self.together, self.kernels)
+        settings = (self.shape.norm_eps, self.together, self.kernels)
+        zero_centered = bool(self.shape.zero_centered_norms)
+        return qk_norm(heads, (query, key), counts, *settings, zero_centered)
 
     def _heads_bytes(self, rank: Rank) -> int:
         width = sum(self.shape.qkv_segments) // rank.tensor

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from megaphase.model.config import RotaryScalingConfig
 
+GATED = {"swiglu", "geglu"}
 NOT_ARCHITECTURE = {"init_std", "dropout", "activation_checkpointing"}
 
 
@@ -29,7 +30,7 @@ class GPTShape:
     ffn: int
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     position: Literal["rotary", "learned"] = "rotary"
-    activation: Literal["swiglu", "gelu"] = "swiglu"
+    activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
     tied_embeddings: bool = False
     bias: bool = False
     rotary_base: float = 10_000.0
@@ -43,6 +44,9 @@ class GPTShape:
     qk_norm: Literal["head", "projection"] | None = None
     norm_position: Literal["after", "both"] | None = None
     no_rotary_interval: int | None = None
+    zero_centered_norms: bool | None = None
+    embedding_multiplier: float | None = None
+    logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
         if self.head_dim is not None and self.head_dim * self.heads == self.hidden:
@@ -51,6 +55,10 @@ class GPTShape:
             object.__setattr__(self, "qkv_bias", None)
         if self.no_rotary_interval is not None and self.no_rotary_interval > self.layers:
             object.__setattr__(self, "no_rotary_interval", None)
+        if not self.zero_centered_norms:
+            object.__setattr__(self, "zero_centered_norms", None)
+        if self.embedding_multiplier == 1:
+            object.__setattr__(self, "embedding_multiplier", None)
 
     def architecture(self) -> dict[str, Any]:
         """All fields that determine the weights' shapes and the function that they compute: without
@@ -125,6 +133,11 @@ class GPTShape:
         return self.attention_width, kv, kv
 
     @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layers have a gate."""
+        return self.activation in GATED
+
+    @property
     def ffn_segments(self) -> tuple[int, ...]:
-        """Rows of the first feed-forward projection: gate and up for SwiGLU."""
-        return (self.ffn, self.ffn) if self.activation == "swiglu" else (self.ffn,)
+        """Rows of the first feed-forward projection: gate and up, or without a gate up alone."""
+        return (self.ffn, self.ffn) if self.gated else (self.ffn,)

@@ -26,10 +26,13 @@ class AllHeads(NamedTuple):
     sum_over_ranks: Callable[[Tensor], Tensor]
 
 
-def _weights(query: Tensor, key: Tensor, counts: Counts, head_dim: int) -> Tensor:
+def _factors(
+    query: Tensor, key: Tensor, counts: Counts, head_dim: int, zero_centered: bool
+) -> Tensor:
     """[queries + keys, head_dim] from one weight for each head, or one for all heads."""
     parts = zip((query, key), counts, strict=True)
-    return torch.cat([w.view(-1, head_dim).expand(count, head_dim) for w, count in parts]).float()
+    weights = torch.cat([w.view(-1, head_dim).expand(count, head_dim) for w, count in parts])
+    return weights.float() + 1 if zero_centered else weights.float()
 
 
 def _head_scales(heads: Tensor, counts: Counts, eps: float) -> Tensor:
@@ -58,33 +61,49 @@ def _group_scales(sums: Tensor, counts: Counts, sizes: tuple[int, int], eps: flo
     return (_means(sums, counts, sizes) + eps).rsqrt()
 
 
-def _normalize(heads: Tensor, scale: Tensor, query: Tensor, key: Tensor, counts: Counts) -> Tensor:
+def _normalize(
+    heads: Tensor, scale: Tensor, query: Tensor, key: Tensor, counts: Counts, zero_centered: bool
+) -> Tensor:
     count = sum(counts)
-    weight = _weights(query, key, counts, heads.shape[-1])
-    normed = (heads[:, :, :count].float() * scale * weight).to(heads.dtype)
+    factor = _factors(query, key, counts, heads.shape[-1], zero_centered)
+    normed = (heads[:, :, :count].float() * scale * factor).to(heads.dtype)
     return torch.cat([normed, heads[:, :, count:]], dim=2)
 
 
 def _normalize_heads(
-    heads: Tensor, query: Tensor, key: Tensor, counts: Counts, eps: float
+    heads: Tensor, query: Tensor, key: Tensor, counts: Counts, eps: float, zero_centered: bool
 ) -> tuple[Tensor, Tensor]:
     scale = _head_scales(heads, counts, eps)
-    return _normalize(heads, scale, query, key, counts), scale
+    return _normalize(heads, scale, query, key, counts, zero_centered), scale
 
 
 def _products(
-    grad: Tensor, heads: Tensor, scale: Tensor, query: Tensor, key: Tensor, counts: Counts
+    grad: Tensor,
+    heads: Tensor,
+    scale: Tensor,
+    query: Tensor,
+    key: Tensor,
+    counts: Counts,
+    zero_centered: bool,
 ) -> Tensor:
     """Of every head's normed vector and its gradient, [..., queries + keys]."""
     count = sum(counts)
-    weighted = grad[:, :, :count].float() * _weights(query, key, counts, heads.shape[-1])
+    factor = _factors(query, key, counts, heads.shape[-1], zero_centered)
+    weighted = grad[:, :, :count].float() * factor
     return (weighted * heads[:, :, :count].float() * scale).sum(-1)
 
 
 def _product_sums(
-    grad: Tensor, heads: Tensor, scale: Tensor, query: Tensor, key: Tensor, counts: Counts
+    grad: Tensor,
+    heads: Tensor,
+    scale: Tensor,
+    query: Tensor,
+    key: Tensor,
+    counts: Counts,
+    zero_centered: bool,
 ) -> Tensor:
-    return _group_sums(_products(grad, heads, scale, query, key, counts), counts)
+    products = _products(grad, heads, scale, query, key, counts, zero_centered)
+    return _group_sums(products, counts)
 
 
 def _gradients(
@@ -95,6 +114,7 @@ def _gradients(
     key: Tensor,
     along: Tensor | None,
     counts: Counts,
+    zero_centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of the heads and of both weights.
 
@@ -103,11 +123,11 @@ def _gradients(
     """
     count = sum(counts)
     if along is None:
-        products = _products(grad, heads, scale, query, key, counts)
+        products = _products(grad, heads, scale, query, key, counts, zero_centered)
         along = products.unsqueeze(-1) / heads.shape[-1]
     wide, normed = grad[:, :, :count].float(), heads[:, :, :count].float() * scale
-    weight = _weights(query, key, counts, heads.shape[-1])
-    inner = ((wide * weight - normed * along) * scale).to(heads.dtype)
+    factor = _factors(query, key, counts, heads.shape[-1], zero_centered)
+    inner = ((wide * factor - normed * along) * scale).to(heads.dtype)
     terms = (wide * normed).flatten(0, 1).sum(0).split(counts)
     for_weights = [
         term.view(-1, *w.view(-1, heads.shape[-1]).shape).sum(0).view_as(w).to(w.dtype)
@@ -127,16 +147,19 @@ class _QKNorm(torch.autograd.Function):
         eps: float,
         together: AllHeads | None,
         kernels: Kernels,
+        zero_centered: bool,
     ) -> Tensor:
         normed: Tensor
+        weights = (query, key, counts)
         if together is None:
-            normed, scale = kernels.of(_normalize_heads)(heads, query, key, counts, eps)
+            normed, scale = kernels.of(_normalize_heads)(heads, *weights, eps, zero_centered)
         else:
             sums = together.sum_over_ranks(kernels.of(_square_sums)(heads, counts))
             scale = kernels.of(_group_scales)(sums, counts, together.sizes, eps)
-            normed = kernels.of(_normalize)(heads, scale, query, key, counts)
+            normed = kernels.of(_normalize)(heads, scale, *weights, zero_centered)
         ctx.save_for_backward(heads, scale, query, key)
         ctx.counts, ctx.together, ctx.kernels = counts, together, kernels
+        ctx.zero_centered = zero_centered
         return normed
 
     @staticmethod
@@ -145,10 +168,11 @@ class _QKNorm(torch.autograd.Function):
         together: AllHeads | None = ctx.together
         along = None
         if together is not None:
-            sums = together.sum_over_ranks(ctx.kernels.of(_product_sums)(grad, *saved, ctx.counts))
-            along = ctx.kernels.of(_means)(sums, ctx.counts, together.sizes)
-        found = ctx.kernels.of(_gradients)(grad, *saved, along, ctx.counts)
-        return *found, None, None, None, None
+            of = ctx.kernels.of
+            sums = of(_product_sums)(grad, *saved, ctx.counts, ctx.zero_centered)
+            along = of(_means)(together.sum_over_ranks(sums), ctx.counts, together.sizes)
+        found = ctx.kernels.of(_gradients)(grad, *saved, along, ctx.counts, ctx.zero_centered)
+        return *found, None, None, None, None, None
 
 
 def qk_norm(
@@ -158,13 +182,16 @@ def qk_norm(
     eps: float,
     together: AllHeads | None,
     kernels: Kernels,
+    zero_centered: bool = False,
 ) -> Tensor:
     """Normalize the queries and keys in [batch, seq, queries + keys + values, head_dim].
 
     weights: of queries and keys: [head_dim], or with `together` [count · head_dim].
     counts: heads of queries, keys and values.
     together: whether all heads of a token are normalized together, and how to sum over ranks.
+    zero_centered: multiply by 1 + weight.
     """
     order = stored_order(heads)
-    normed = _QKNorm.apply(order(heads), *weights, counts[:2], eps, together, kernels)
+    settings = (counts[:2], eps, together, kernels, zero_centered)
+    normed = _QKNorm.apply(order(heads), *weights, *settings)
     return order(normed)

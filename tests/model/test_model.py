@@ -47,6 +47,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "normed queries": LLAMA | {"qk_norm": "projection", "kv_heads": 2},
     "norms after": LLAMA | {"norm_position": "after"},
     "norms before and after": LLAMA | {"norm_position": "both"},
+    "zero-centered norms": LLAMA | {"zero_centered_norms": True, "qk_norm": "head"},
+    "geglu": LLAMA | {"activation": "geglu"},
+    "scaled embedding, capped logits": LLAMA
+    | {"embedding_multiplier": 32**0.5, "logit_softcap": 30.0},
     "tied": LLAMA | {"tied_embeddings": True},
     "gpt2": LLAMA
     | {
@@ -142,7 +146,7 @@ def test_preset_sizes_can_be_changed() -> None:
     assert (shape.kv_heads, shape.norm, shape.vocab, shape.seq_len) == (2, "layernorm", 128, 16)
 
 
-@pytest.mark.parametrize(("activation", "ffn"), [("swiglu", 384), ("gelu", 512)])
+@pytest.mark.parametrize(("activation", "ffn"), [("swiglu", 384), ("geglu", 384), ("gelu", 512)])
 def test_feed_forward_size_has_a_default(activation: str, ffn: int) -> None:
     sizes = {"layers": 1, "hidden": 128, "heads": 4, "activation": activation}
     assert build_shape(run_config(sizes), 100).ffn == ffn
@@ -161,6 +165,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         SIZES | {"position": "learned", "rotary_scaling": {"type": "linear", "factor": 2.0}},
         {},
         ["model.rotary_scaling", "learned"],
+    ),
+    "zero-centered layer norms": (
+        SIZES | {"norm": "layernorm", "zero_centered_norms": True},
+        {},
+        ["model.zero_centered_norms", "layernorm"],
     ),
     "kv_heads do not divide heads": (SIZES | {"kv_heads": 3}, {}, ["model.kv_heads", "3", "4"]),
     "tensor does not divide heads": (
@@ -219,12 +228,20 @@ def test_scalings_of_rotary_positions_that_are_none(scaling: dict[str, Any], wor
         run_config(SIZES | {"rotary_scaling": scaling})
 
 
+SAYING_NOTHING = {
+    "head_dim": 8,
+    "qkv_bias": False,
+    "zero_centered_norms": False,
+    "embedding_multiplier": 1.0,
+}
+
+
 def test_options_that_say_nothing_are_not_recorded() -> None:
     """A checkpoint of an earlier version has no such keys, and its model is the same."""
     plain = build_shape(run_config(SIZES), 100)
-    explicit = build_shape(run_config(SIZES | {"head_dim": 8, "qkv_bias": False}), 100)
+    explicit = build_shape(run_config(SIZES | SAYING_NOTHING), 100)
     assert explicit == plain
-    assert {"head_dim", "qkv_bias", "rotary_scaling"}.isdisjoint(plain.architecture())
+    assert {"rotary_scaling", *SAYING_NOTHING}.isdisjoint(plain.architecture())
     assert GPTShape.from_architecture(plain.architecture()) == plain
 
 

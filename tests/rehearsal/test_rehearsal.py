@@ -75,6 +75,16 @@ OPTIONS: list[dict[str, Any]] = [
     {"model": {"norm_position": "both"}, "tensor": 2, "sequence": True},
     {"model": {"norm_position": "after", "activation_checkpointing": "selective"}, "tensor": 2},
     {"model": {"rotary_scaling": {"type": "linear", "factor": 4}}},
+    {
+        "model": {
+            "activation": "geglu",
+            "zero_centered_norms": True,
+            "qk_norm": "head",
+            "embedding_multiplier": 32.0,
+            "logit_softcap": 30.0,
+        }
+    },
+    {"model": {"activation": "geglu", "logit_softcap": 30.0}, "kernels": "eager", "tensor": 2},
     {"kernels": "eager"},
     {"precision": "fp32"},
     {"precision": "fp32", "documents": True},

@@ -24,6 +24,10 @@ class PlainShape:
     gelu: bool = False
     eps: float = 1e-5
     rotary_base: float = 10_000.0
+    geglu: bool = False
+    zero_centered: bool = False
+    multiplier: float = 1.0
+    softcap: float | None = None
 
 
 class PlainGPT:
@@ -56,7 +60,7 @@ class PlainGPT:
     def logits(self, tokens: Tensor) -> Tensor:
         """[batch, seq, vocab]"""
         embedding = self.weights["embedding.weight"]
-        x = embedding[tokens]
+        x = embedding[tokens] * self.shape.multiplier
         if "positions" in self.weights:
             x = x + self.weights["positions"][: tokens.shape[1]]
         x = self.dropped(x, "embedding")
@@ -65,7 +69,9 @@ class PlainGPT:
             added = self._attention(self._norm(x, f"{attention}_norm"), attention)
             x = x + self.dropped(added, attention)
             x = x + self.dropped(self._mlp(self._norm(x, f"{mlp}_norm"), mlp), mlp)
-        return self._norm(x, "norm") @ self.weights.get("head.weight", embedding).T
+        logits = self._norm(x, "norm") @ self.weights.get("head.weight", embedding).T
+        cap = self.shape.softcap
+        return logits if cap is None else cap * (logits / cap).tanh()
 
     def dropped(self, x: Tensor, place: str) -> Tensor:
         """Return x, [batch, seq, hidden]; overridden by models with dropout."""
@@ -75,7 +81,8 @@ class PlainGPT:
         if self.shape.layernorm:
             x = x - x.mean(-1, keepdim=True)
         x = x / (x.pow(2).mean(-1, keepdim=True) + self.shape.eps).sqrt()
-        return x * self.weights[f"{name}.weight"] + self.weights.get(f"{name}.bias", 0.0)
+        weight = self.weights[f"{name}.weight"] + (1 if self.shape.zero_centered else 0)
+        return x * weight + self.weights.get(f"{name}.bias", 0.0)
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return x @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0.0)
@@ -110,10 +117,15 @@ class PlainGPT:
     def _mlp(self, x: Tensor, name: str) -> Tensor:
         up = self._linear(x, f"{name}.up")
         if self.shape.gelu:
-            inner = math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)
-            return self._linear(0.5 * up * (1 + inner.tanh()), f"{name}.down")
+            return self._linear(_gelu(up), f"{name}.down")
         gate, up = up[..., : up.shape[-1] // 2], up[..., up.shape[-1] // 2 :]
-        return self._linear(gate / (1 + (-gate).exp()) * up, f"{name}.down")
+        opened = _gelu(gate) if self.shape.geglu else gate / (1 + (-gate).exp())
+        return self._linear(opened * up, f"{name}.down")
+
+
+def _gelu(x: Tensor) -> Tensor:
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    return 0.5 * x * (1 + inner.tanh())
 
 
 class PlainAdamW:

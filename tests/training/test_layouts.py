@@ -81,6 +81,19 @@ VARIANTS = {
         {"position": "learned", "bias": True, "activation_checkpointing": "full"}, packed=True
     ),
     "packed grouped": Variant({"kv_heads": 2}, short=True, packed=True),
+    # Options of Gemma's that concern neither attention nor the place of norms. Logits reach about
+    # twice the cap.
+    "gemma": Variant(
+        {
+            "activation": "geglu",
+            "zero_centered_norms": True,
+            "embedding_multiplier": 32**0.5,
+            "logit_softcap": 0.5,
+            "tied_embeddings": True,
+            "activation_checkpointing": "selective",
+        },
+        vocab=VOCAB + 1,
+    ),
 }
 
 
@@ -148,6 +161,9 @@ CASES = [
     Case("packed gpt2", 2, 2, 3, sequence=True),
     Case("packed grouped", 1, 1, 0),
     Case("packed grouped", 2, 2, 3, sequence=True),
+    Case("gemma", 1, 1, 0),
+    Case("gemma", 2, 1, 0),
+    Case("gemma", 2, 2, 3, sequence=True),
 ]
 BF16_CASES = [
     Case("base", 1, 1, 0, precision="bf16", steps=STEPS),
@@ -247,6 +263,10 @@ def plain_curve(name: str) -> Curve:
         kv_heads=variant.model.get("kv_heads", MODEL["heads"]),
         layernorm=variant.model.get("norm") == "layernorm",
         gelu=variant.model.get("activation") == "gelu",
+        geglu=variant.model.get("activation") == "geglu",
+        zero_centered=variant.model.get("zero_centered_norms", False),
+        multiplier=variant.model.get("embedding_multiplier", 1.0),
+        softcap=variant.model.get("logit_softcap"),
     )
     model = PlainGPT(weights, shape)
     optimizer = PlainAdamW(model.weights, clip=CLIP)

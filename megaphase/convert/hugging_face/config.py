@@ -26,7 +26,7 @@ def read_config(directory: Path) -> tuple[Family, GPTShape]:
     if family is None:
         known = ", ".join(each.model_type for each in FAMILIES)
         raise config.refusal("model_type", f"is {model_type!r}; known are {known}")
-    shape = GPTShape(**_options(config, family))
+    shape = family.completed(GPTShape(**_options(config, family)))
     config.refuse_others(family.harmless)
     return family, _checked(config, shape)
 

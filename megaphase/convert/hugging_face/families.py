@@ -41,6 +41,7 @@ class Family:
         model_type: its model_type in config.json.
         architecture: its class in transformers.
         options: options that all of its models have, by their name in GPTShape.
+        derived: further ones that follow from the rest of a shape.
         keys: how each key of config.json is read and written.
         harmless: further keys that change no logits, and why.
         written: further keys that are written.
@@ -60,6 +61,7 @@ class Family:
     prefix: str
     blocks: str
     modules: Mapping[str, tuple[str, ...]]
+    derived: Mapping[str, Callable[[GPTShape], Any]] = field(default_factory=dict)
     harmless: Mapping[str, str] = field(default_factory=dict)
     written: Mapping[str, Any] = field(default_factory=dict)
     always_biased: bool = False
@@ -73,16 +75,22 @@ class Family:
             free |= {"bias"}
         if shape.position == "learned":
             free |= {"rotary_base"}  # which then means nothing
-        wrong = []
-        for each in fields(GPTShape):
-            wanted = self.options.get(each.name, each.default)
-            if wanted is MISSING:  # of the sizes, the only one that a family may not have
-                wanted = shape.heads
-            if each.name not in free and getattr(shape, each.name) != wanted:
-                wrong.append(each.name)
+        wanted = {
+            each.name: self.options.get(each.name, each.default)
+            for each in fields(GPTShape)
+            if each.name not in free
+        }
+        if wanted.get("kv_heads") is MISSING:  # of the sizes, the only one it may not have
+            wanted["kv_heads"] = shape.heads
+        nearest = self.completed(replace(shape, **wanted))
+        wrong = [key for key in wanted if getattr(shape, key) != getattr(nearest, key)]
         if self.heads_divide and shape.hidden % shape.heads:
             wrong.append("heads")
         return [f"model.{key}: {getattr(shape, key)}" for key in wrong]
+
+    def completed(self, shape: GPTShape) -> GPTShape:
+        """Return a shape with the options that follow from the others."""
+        return replace(shape, **{name: of(shape) for name, of in self.derived.items()})
 
     def config(self, shape: GPTShape) -> dict[str, Any]:
         """Return the architecture's keys of config.json."""

@@ -64,6 +64,14 @@ _WANTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Options of Megaphase's GPT that Megatron-LM does not have, or not with these layers.
+_OWN_OPTIONS = (
+    "no_rotary_interval",
+    "zero_centered_norms",
+    "embedding_multiplier",
+    "logit_softcap",
+)
+
 # Of Llama 3.1, as Megatron-LM's --use-rope-scaling has them.
 _LLAMA3: dict[str, Any] = {
     "original_seq_len": 8192,
@@ -93,8 +101,11 @@ def _fault(shape: GPTShape) -> str | None:
     """The first option that Megatron-LM does not have."""
     if shape.bias and not shape.has_qkv_bias:
         return "qkv_bias: false, and Megatron-LM has biases there where all other layers have them"
-    if shape.no_rotary_interval is not None:
-        return f"no_rotary_interval: {shape.no_rotary_interval} cannot be converted"
+    if shape.activation not in ("swiglu", "gelu"):
+        return f"activation: {shape.activation} cannot be converted"
+    for key in _OWN_OPTIONS:
+        if getattr(shape, key) is not None:
+            return f"{key}: {getattr(shape, key)} cannot be converted"
     if shape.norm_after:
         return f"norm_position: {shape.norm_position}, and Megatron-LM has norms before layers only"
     if shape.qk_norm == "projection":
