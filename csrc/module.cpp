@@ -95,7 +95,7 @@ std::unique_ptr<Stream> make_stream(const Array<Token>& tokens, const Array<int6
                                     uint64_t first_hash, uint64_t last_hash, uint64_t key,
                                     int64_t seq_len, std::optional<int64_t> tag,
                                     const std::optional<Array<uint32_t>>& blocks,
-                                    int64_t vocab_size) {
+                                    int64_t vocab_size, std::optional<int64_t> bos) {
     require(tokens.ndim() == 1 && byte_offsets.ndim() == 1 && lengths.ndim() == 1 &&
                 hashes.ndim() == 1,
             "a corpus's arrays have one dimension");
@@ -108,7 +108,7 @@ std::unique_ptr<Stream> make_stream(const Array<Token>& tokens, const Array<int6
     const TokenFile<Token> file{tokens.data(), static_cast<int64_t>(tokens.size()),
                                 byte_offsets.data(),
                                 make_check(tokens, blocks, vocab_size)};
-    const CorpusStream<Length, Token> stream(documents, file, key, seq_len);
+    const CorpusStream<Length, Token> stream(documents, file, key, seq_len, bos);
     if (!tag) return std::make_unique<CorpusStream<Length, Token>>(stream);
     require(*tag >= 0 && *tag <= int64_t{std::numeric_limits<Token>::max()}, "the tag is not a token");
     return std::make_unique<TranslationStream<Length, Token>>(stream, static_cast<Token>(*tag));
@@ -201,9 +201,9 @@ void bind_stream(py::class_<Stream>& stream) {
                py::arg("hashes").noconvert(), py::arg("first_hash"), py::arg("last_hash"),
                py::arg("key"), py::arg("seq_len"), py::arg("tag") = py::none(),
                py::arg("blocks").noconvert() = py::none(),
-               py::arg("vocab_size") = std::numeric_limits<int64_t>::max(), py::keep_alive<1, 2>(),
-               py::keep_alive<1, 3>(), py::keep_alive<1, 4>(), py::keep_alive<1, 5>(),
-               py::keep_alive<1, 11>());
+               py::arg("vocab_size") = std::numeric_limits<int64_t>::max(),
+               py::arg("bos") = py::none(), py::keep_alive<1, 2>(), py::keep_alive<1, 3>(),
+               py::keep_alive<1, 4>(), py::keep_alive<1, 5>(), py::keep_alive<1, 11>());
 }
 
 template <typename Unit>

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -116,9 +117,11 @@ private:
 template <typename Length, typename Token>
 class CorpusStream : public Stream {
 public:
+    // `bos`, if given, is the input from which a document's first token is predicted, instead of the
+    // last token of the document before it.
     CorpusStream(const Documents<Length>& documents, const TokenFile<Token>& file, uint64_t key,
-                 int64_t seq_len)
-        : documents_(documents), file_(file), key_(key), seq_len_(seq_len) {}
+                 int64_t seq_len, std::optional<int64_t> bos)
+        : documents_(documents), file_(file), key_(key), seq_len_(seq_len), bos_(bos) {}
 
     int64_t seq_len() const override { return seq_len_; }
 
@@ -141,10 +144,15 @@ public:
             const int64_t inputs = std::min(piece->tokens, seq_len_ - found);
             std::copy(begin, begin + inputs, row.inputs + found);
             if (row.documents) std::fill_n(row.documents + found, inputs, piece - first);
+            const bool after_bos = bos_ && piece->offset == 0 && found > 0;
+            if (after_bos) {
+                row.inputs[found - 1] = *bos_;
+                if (row.documents) row.documents[found - 1] = piece - first;
+            }
             // The first token of a sample has no input that precedes it; nor, if documents are
-            // separated, has the first token of a document.
+            // separated, has the first token of a document without BOS.
             const int64_t skipped = found == 0 ? 1 : 0;
-            const int64_t alone = row.documents ? 1 : 0;
+            const int64_t alone = row.documents && !after_bos ? 1 : 0;
             const int64_t scored = std::max({skipped, alone, unscored(*piece)});
             std::fill(row.targets + (found - 1 + skipped), row.targets + (found - 1 + scored),
                       blanks.ignored);
@@ -179,6 +187,7 @@ protected:
     TokenFile<Token> file_;
     uint64_t key_;
     int64_t seq_len_;
+    std::optional<int64_t> bos_;
 };
 
 }  // namespace megaphase

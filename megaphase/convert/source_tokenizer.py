@@ -30,6 +30,15 @@ def load_tokenizer(source: Source, given: Path | None) -> Tokenizer:
     return tokenizer
 
 
+def prompt_start(source: Source, tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens before a prompt that begins a document: BOS, if the model was trained with
+    it, as its run recorded or, before its first run, as the files of its tokenizer say."""
+    is_of_run = "plan" in source.state
+    own = tokenizer.bos if tokenizer.adds_bos else None
+    bos = source.state.get("bos") if is_of_run else own
+    return [] if bos is None else [bos]
+
+
 def _own_tokenizer(checkpoint: Path) -> Path:
     """Return the tokenizer of the run that wrote a checkpoint, or of the model it came from."""
     if (checkpoint / TOKENIZER_FOLDER).is_dir():

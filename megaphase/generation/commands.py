@@ -103,7 +103,7 @@ def generate_command(
     from json import dumps
 
     from megaphase.convert.source import open_source
-    from megaphase.convert.source_tokenizer import load_tokenizer
+    from megaphase.convert.source_tokenizer import load_tokenizer, prompt_start
     from megaphase.generation.decoding import Decoding
     from megaphase.generation.prompts import read_prompts
     from megaphase.utils.errors import InputError
@@ -118,7 +118,8 @@ def generate_command(
     texts = prompt or read_prompts(input or Path(), json_key)
     source = open_source(checkpoint)
     words = load_tokenizer(source, tokenizer)
-    prompts = words.encode_batch(texts)
+    start = prompt_start(source, words)
+    prompts = [start + tokens for tokens in words.encode_batch(texts)]
 
     from megaphase.generation.generate import check_lengths, generate, text_after
     from megaphase.generation.model import load_model

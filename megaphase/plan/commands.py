@@ -71,6 +71,7 @@ def show_command(
     from megaphase.estimate.step_time_table import layouts_table, speed_sentences, speed_summary
     from megaphase.plan.load_plan import memory_setup, open_run, preview_plan
     from megaphase.plan.preview import (
+        bos_sentences,
         plan_table,
         plan_warnings,
         stop_sentences,
@@ -91,7 +92,11 @@ def show_command(
         return
     console = _console()
     console.print(plan_table(summary))
-    for sentence in [*subsample_sentences(config, summary), *stop_sentences(config)]:
+    for sentence in [
+        *bos_sentences(plan.spec.bos, tokenizer),
+        *subsample_sentences(config, summary),
+        *stop_sentences(config),
+    ]:
         console.print(sentence, markup=False, soft_wrap=True)
     for sentence in plan_warnings(summary):
         console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)

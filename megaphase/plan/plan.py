@@ -152,6 +152,7 @@ class Plan:
             "fingerprint": spec.fingerprint,
             "seq_len": spec.seq_len,
             "samples_per_step": spec.samples_per_step,
+            **({} if spec.bos is None else {"bos": spec.bos}),
             "tasks": {
                 task: {
                     "documents": stream.documents,

@@ -11,6 +11,7 @@ from rich.text import Text
 from megaphase.config.phases import PhaseConfig
 from megaphase.config.run import RunConfig
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
+from megaphase.tokenizer import Tokenizer
 
 
 def plan_table(summary: dict[str, Any]) -> Table:
@@ -57,6 +58,13 @@ def plan_warnings(summary: dict[str, Any]) -> list[str]:
         for task, facts in last.items()
         if facts["epochs_so_far"] > REPEATED_TOO_OFTEN
     ]
+
+
+def bos_sentences(bos: int | None, tokenizer: Tokenizer) -> list[str]:
+    """Return what precedes the documents, if that is BOS."""
+    if bos is None:
+        return []
+    return [f"Documents begin with the BOS token {tokenizer.piece(bos)}."]
 
 
 def subsample_sentences(config: RunConfig, summary: dict[str, Any]) -> list[str]:

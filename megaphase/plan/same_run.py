@@ -17,12 +17,13 @@ from megaphase.utils.run_files import PLAN_FILE, RUN_FILE
 
 # Sections that may change between two starts of one run: its results do not depend on them, apart
 # from rounding. The paths of corpora and tokenizer may change, but not their content, which the
-# plan's fingerprint verifies.
+# plan's fingerprint verifies, as it does the token that `bos` means.
 FREE_SECTIONS = (
     "output",
     "checkpoint",
     "logging",
     "tokenizer",
+    "bos",
     "parallel",
     "faults",
     "hardware",
@@ -50,16 +51,30 @@ def refuse_other_run(run_dir: Path, config: RunConfig) -> None:
         )
 
 
-def refuse_other_plan(run_dir: Path, config: RunConfig, fingerprint: str) -> None:
-    """Raise InputError if the run in this directory has another plan, which means other corpora,
-    since its run file is the same."""
+def refuse_other_plan(run_dir: Path, config: RunConfig, fingerprint: str, bos: int | None) -> None:
+    """Raise InputError if the run in this directory has another plan, which means another BOS or
+    other corpora, since its run file is the same."""
     known = plan_of_run(run_dir)
     if known not in (None, fingerprint):
+        path = run_dir / PLAN_FILE
+        began = _read(path).get("bos") if path.exists() else bos
+        if began != bos:
+            # An earlier version had no BOS, whatever the tokenizer's files say.
+            raise InputError(
+                config.where("bos"),
+                f"documents begin with {_token(bos)}, but in the run in {run_dir} with "
+                f"{_token(began)}",
+                f"write bos: {'false' if began is None else 'true'}",
+            )
         raise InputError(
             config.where("tasks"),
             f"the corpora are not those with which the run in {run_dir} began",
             "put the old ones back or choose another output",
         )
+
+
+def _token(bos: int | None) -> str:
+    return "no BOS" if bos is None else f"BOS {bos}"
 
 
 def refuse_other_counts(run_dir: Path, plan: Mapping[str, Any]) -> None:

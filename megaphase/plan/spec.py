@@ -55,6 +55,8 @@ class PlanSpec:
     Attributes:
         used: samples of each task used by the run from which this one starts; the first phase's
             ordinals begin there.
+        bos: the input from which the first token of a document is predicted; None: the EOD of the
+            document before it.
     """
 
     streams: dict[str, Stream]
@@ -64,6 +66,7 @@ class PlanSpec:
     seq_len: int
     fingerprint: str
     used: dict[str, int]
+    bos: int | None = None
 
     @property
     def stream_fingerprints(self) -> dict[str, str]:
@@ -149,7 +152,26 @@ def _check_kind(config: RunConfig, task: str, corpus: Corpus) -> None:
         )
 
 
-def _streams(config: RunConfig, corpora: dict[str, Corpus], held_out: bool) -> dict[str, Stream]:
+def _bos(config: RunConfig, tokenizer: Tokenizer) -> int | None:
+    """Return the token that `bos` puts at the start of documents; None if it puts none there.
+
+    Raises:
+        InputError: the tokenizer has no such token.
+    """
+    if not (tokenizer.adds_bos if config.bos is None else config.bos):
+        return None
+    if tokenizer.bos is None:
+        raise InputError(
+            config.where("bos"),
+            f"is true, but {config.tokenizer} has no token that begins a document",
+            "leave it out",
+        )
+    return tokenizer.bos
+
+
+def _streams(
+    config: RunConfig, corpora: dict[str, Corpus], bos: int | None, held_out: bool
+) -> dict[str, Stream]:
     stream_classes = {"lm": Stream, "translation": PackedStream}
     return {
         task: stream_classes[config.tasks[task].kind](
@@ -163,6 +185,8 @@ def _streams(config: RunConfig, corpora: dict[str, Corpus], held_out: bool) -> d
             subsample=config.tasks[task].trained_on,
             tag=corpus.manifest.tag,
             attend_across_documents=config.tasks[task].attends_across_documents,
+            # A sample of translation pairs begins with a source, for which it has no place.
+            bos=bos if config.tasks[task].kind == "lm" else None,
         )
         for task, corpus in corpora.items()
     }
@@ -302,19 +326,22 @@ def plan_spec(
 
     Raises:
         InputError: a corpus is missing, damaged, too short, of another kind or tokenizer; no
-            document of a task is held out; or a phase never reaches the epochs that end it.
+            document of a task is held out; the tokenizer lacks the token that `bos` asks for; or a
+            phase never reaches the epochs that end it.
     """
     used = {task: (used or {}).get(task, 0) for task in config.tasks}
     seq_len = config.model.seq_len
     corpora = {task: open_task_corpus(config, task, tokenizer) for task in config.tasks}
-    training = _streams(config, corpora, held_out=False)
-    held_out = _streams(config, corpora, held_out=True)
+    bos = _bos(config, tokenizer)
+    training = _streams(config, corpora, bos, held_out=False)
+    held_out = _streams(config, corpora, bos, held_out=True)
     for task in config.tasks:
         _check_task(config, task, training[task], held_out[task])
     supply = task_supply(training, used)
     phases = [_phase_spec(config, i, supply) for i in range(len(config.phases))]
     fingerprint = hash_json(
         ({"used": used} if any(used.values()) else {})
+        | ({} if bos is None else {"bos": bos})
         | _splits_of_tasks(config)
         | {
             "format": FORMAT_VERSION,
@@ -334,4 +361,6 @@ def plan_spec(
             "order_of_tasks": list(config.tasks),
         }
     )
-    return PlanSpec(training, held_out, phases, config.batch.samples, seq_len, fingerprint, used)
+    return PlanSpec(
+        training, held_out, phases, config.batch.samples, seq_len, fingerprint, used, bos
+    )

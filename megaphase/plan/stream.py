@@ -51,6 +51,7 @@ class Stream:
         subsample: float = 1.0,
         tag: int | None = None,
         attend_across_documents: bool = True,
+        bos: int | None = None,
     ) -> None:
         """
         Args:
@@ -58,6 +59,8 @@ class Stream:
                 held_out: whether to read the held-out documents instead of the training ones.
                 subsample: the fraction of the other documents that is trained on.
                 tag: for a PackedStream only: the token between source and target.
+                bos: the input from which a document's first token is predicted, instead of the EOD
+                    of the document before it; the first document of an epoch has none.
         """
         self.task = task
         self.corpus = corpus
@@ -94,6 +97,7 @@ class Stream:
             tag,
             None if corpus.blocks is None else np.asarray(corpus.blocks),
             corpus.manifest.vocab_size,
+            bos,
         )
         self.documents, self.tokens = self._samples.totals()
         self.samples_per_epoch = self._samples_in_an_epoch()

@@ -114,7 +114,7 @@ def _config(run: Path, overrides: tuple[str, ...]) -> RunConfig:
 def _open_plan(spec: PlanSpec, config: RunConfig, console: Console, say: Say) -> Plan:
     """Open the plan, from the index with which the run was trained if it is intact."""
     output = config.output
-    refuse_other_plan(output, config, spec.fingerprint)
+    refuse_other_plan(output, config, spec.fingerprint, spec.bos)
     folder = plan_folder(output, spec)
     problem = damage(folder, spec) if folder.is_dir() else "is missing"
     if problem is None:

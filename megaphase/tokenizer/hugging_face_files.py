@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from megaphase.tokenizer.record import TOKENIZER_JSON_NAME
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import read_json
 
+# Classes of transformers that begin every text with BOS unless `add_bos_token` is false.
+_CLASSES_WITH_BOS = {"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"}
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -65,6 +68,21 @@ class HuggingFaceFiles:
         named = {role: self.special_token(f"{role}_token") for role in ROLES}
         return {role: text for role, text in named.items() if text is not None}
 
+    def adds_bos(self) -> bool:
+        """Return whether the files say that the tokenizer begins every text with BOS.
+
+        tokenizer_config.json says it before the post-processor of tokenizer.json does, and that
+        before the default of the tokenizer's class.
+        """
+        if (said := self.config.get("add_bos_token")) is not None:
+            return bool(said)
+        if self.whole:
+            bos = self.special_token("bos_token")
+            return any(
+                first == bos for step in processors(self.whole) for first in _first_tokens(step)
+            )
+        return self.config.get("tokenizer_class", "").removesuffix("Fast") in _CLASSES_WITH_BOS
+
     def id_in_config(self, key: str) -> int | None:
         """Return a token's id from generation_config.json or config.json, the first if several."""
         for name in ("generation_config.json", "config.json"):
@@ -93,6 +111,29 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(path, "is not a JSON object", "copy the tokenizer again")
     return value
+
+
+def steps_of(part: Any) -> list[dict[str, Any]]:
+    """Return the steps of a normalizer or pre-tokenizer, sequences resolved."""
+    if not part:
+        return []
+    for key in ("normalizers", "pretokenizers", "processors"):
+        if part.get("type") == "Sequence" and key in part:
+            return [step for each in part[key] for step in steps_of(each)]
+    return [part]
+
+
+def processors(whole: dict[str, Any]) -> list[dict[str, Any]]:
+    return steps_of(whole.get("post_processor"))
+
+
+def _first_tokens(processor: dict[str, Any]) -> Iterator[str]:
+    """Yield the special token that a post-processor puts before a text."""
+    template = processor.get("single") or []
+    if template and "SpecialToken" in template[0]:
+        yield template[0]["SpecialToken"]["id"]
+    if "cls" in processor:
+        yield processor["cls"][0]
 
 
 def tag_name(text: str) -> str:

@@ -116,7 +116,9 @@ def read_hugging_face(
         for kind in ("bos", "unk", "pad")
     )
     known = [token for token in (bos, *others) if token is not None]
-    return processor, _record(model, processor, eod, bos, files.added_tokens, known)
+    return processor, _record(
+        model, processor, eod, bos, files.added_tokens, known, files.adds_bos()
+    )
 
 
 def _difference(files: HuggingFaceFiles, processor: SentencePieceProcessor) -> str | None:
@@ -150,8 +152,11 @@ def _record(
     bos: int | None,
     added_tokens: dict[str, int],
     special: Sequence[int],
+    adds_bos: bool = False,
 ) -> TokenizerRecord:
     pieces = processor.get_piece_size()
+    if bos is None and processor.bos_id() >= 0:
+        bos = processor.bos_id()
     beyond = {text: i for text, i in added_tokens.items() if i >= pieces}
     control = {processor.id_to_piece(i): i for i in range(pieces) if processor.is_control(i)}
     roles = {eod, processor.bos_id(), processor.eos_id(), processor.unk_id(), *special}
@@ -166,7 +171,8 @@ def _record(
         normalization=normalization,
         vocab_size=max([pieces - 1, *beyond.values()]) + 1,
         eod=eod,
-        bos=processor.bos_id() if bos is None and processor.bos_id() >= 0 else bos,
+        bos=bos,
+        adds_bos=adds_bos and bos is not None,
         tags={tag_name(text): i for text, i in (control | beyond).items() if i not in roles},
         reserved_tags=[],
         tokenizer_hash=tokenizer_hash,

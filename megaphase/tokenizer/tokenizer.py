@@ -47,6 +47,9 @@ class Tokenizer:
         path: the directory or model file from which it was loaded.
         vocab_size: number of ids, control and added tokens included; not padded.
         eod: the id that ends a document.
+        bos: the id that begins a document for models that were trained with one; None if there is
+            none.
+        adds_bos: whether the tokenizer's files say that the model was trained with `bos`.
         tags: the id of each named task tag.
         reserved_tags: ids of the tags that have no name yet.
         fingerprint: equal for two tokenizers if and only if they assign the same ids.
@@ -60,6 +63,7 @@ class Tokenizer:
         self.record = record
         self.vocab_size = record.vocab_size
         self.eod = record.eod
+        self.bos, self.adds_bos = record.bos, record.adds_bos
         self.tags = dict(record.tags)
         self.reserved_tags = tuple(record.reserved_tags)
         self.fingerprint = record.tokenizer_hash

@@ -9,14 +9,18 @@ EOS) are not used either.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles, tag_name
+from megaphase.tokenizer.hugging_face_files import (
+    HuggingFaceFiles,
+    processors,
+    steps_of,
+    tag_name,
+)
 from megaphase.tokenizer.record import (
     RECORD_NAME,
     REMEDY,
@@ -171,14 +175,17 @@ class _TokenizerJson:
             if self.model.get(key):
                 problem = f"its {key} {self.model[key]!r} hides where texts have spaces"
                 raise InputError(self.path, problem, _REMEDY)
-        for step in _steps(self.whole.get("pre_tokenizer")):
+        for step in steps_of(self.whole.get("pre_tokenizer")):
             if step["type"] in _LOSSY or step.get("behavior") == "Removed":
                 problem = f"its pre-tokenizer {step['type']} drops white space"
                 raise InputError(self.path, problem, _REMEDY)
 
     @property
     def _byte_level(self) -> bool:
-        steps = (*_steps(self.whole.get("normalizer")), *_steps(self.whole.get("pre_tokenizer")))
+        steps = (
+            *steps_of(self.whole.get("normalizer")),
+            *steps_of(self.whole.get("pre_tokenizer")),
+        )
         return any(step["type"] == "ByteLevel" for step in steps)
 
     def _eod(self) -> int:
@@ -200,15 +207,6 @@ class _TokenizerJson:
     def _bos(self) -> int | None:
         text = self.roles.get("bos")
         return None if text is None else self.control.get(text)
-
-    def _adds_bos(self) -> bool:
-        """Return whether the files say that BOS begins every text."""
-        if (said := self.files.config.get("add_bos_token")) is not None:
-            return bool(said)
-        bos = self.roles.get("bos")
-        return any(
-            first == bos for step in _processors(self.whole) for first in _first_tokens(step)
-        )
 
     def _encoding_parts(self) -> dict[str, Any]:
         """Return the JSON of the tokenizer without control tokens and non-local parts."""
@@ -241,7 +239,7 @@ class _TokenizerJson:
             return whole
         steps = [
             step | {"add_prefix_space": said} if step["type"] == "ByteLevel" else step
-            for step in _steps(whole)
+            for step in steps_of(whole)
         ]
         return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
 
@@ -305,7 +303,7 @@ class _TokenizerJson:
             vocab_size=vocab_size,
             eod=eod,
             bos=self._bos(),
-            adds_bos=self._bos() is not None and self._adds_bos(),
+            adds_bos=self._bos() is not None and self.files.adds_bos(),
             normalization=normalization,
             left_out=self._left_out(),
             tags={tag_name(text): i for i, text in free if i not in reserved},
@@ -319,7 +317,7 @@ class _TokenizerJson:
         names = [name for name in ("truncation", "padding") if self.whole.get(name)]
         if self.model.get("dropout"):
             names.append("dropout")
-        kinds = {step["type"] for step in _processors(self.whole)} - {"ByteLevel"}
+        kinds = {step["type"] for step in processors(self.whole)} - {"ByteLevel"}
         return names + sorted(kinds)
 
 
@@ -329,33 +327,10 @@ def _json_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _steps(part: Any) -> list[dict[str, Any]]:
-    """Return the steps of a normalizer or pre-tokenizer, sequences resolved."""
-    if not part:
-        return []
-    for key in ("normalizers", "pretokenizers", "processors"):
-        if part.get("type") == "Sequence" and key in part:
-            return [step for each in part[key] for step in _steps(each)]
-    return [part]
-
-
-def _processors(whole: dict[str, Any]) -> list[dict[str, Any]]:
-    return _steps(whole.get("post_processor"))
-
-
-def _first_tokens(processor: dict[str, Any]) -> Iterator[str]:
-    """Yield the special token that a post-processor puts before a text."""
-    template = processor.get("single") or []
-    if template and "SpecialToken" in template[0]:
-        yield template[0]["SpecialToken"]["id"]
-    if "cls" in processor:
-        yield processor["cls"][0]
-
-
 def _normalization(part: Any) -> list[str]:
     """Return the names of the steps that change a text; writing a space as U+2581 does not."""
     names = []
-    for step in _steps(part):
+    for step in steps_of(part):
         if step["type"] == "ByteLevel" or (step["type"], step.get("content")) == (
             "Replace",
             SPACE_SYMBOL,

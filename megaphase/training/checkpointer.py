@@ -117,6 +117,7 @@ def checkpoint_facts(
         "format": CHECKPOINT_FORMAT,
         "plan": plan.spec.fingerprint,
         "streams": plan.spec.stream_fingerprints,
+        "bos": plan.spec.bos,
         "model": shape.architecture(),
         "processes": world_size,
         "tensor": config.parallel.tensor,

@@ -103,7 +103,7 @@ class RunDirectory:
                 "is no folder, which TensorBoard's files need",
                 "move it away, or set logging.tensorboard: false",
             )
-        refuse_other_plan(self.path, config, plan["fingerprint"])
+        refuse_other_plan(self.path, config, plan["fingerprint"], plan.get("bos"))
         refuse_other_counts(self.path, plan)
         try:
             self.path.mkdir(parents=True, exist_ok=True)

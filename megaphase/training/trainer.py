@@ -36,6 +36,7 @@ from megaphase.fault_tolerance.watchdog import Watchdog
 from megaphase.model.parameters import train_flops_per_token
 from megaphase.optim.schedules import learning_rate
 from megaphase.plan.dataset import Batch, StepReader
+from megaphase.plan.preview import bos_sentences
 from megaphase.training.branch import choose_branch
 from megaphase.training.checkpointer import Checkpointer, checkpoint_facts
 from megaphase.training.engine import Engine
@@ -117,7 +118,10 @@ class Trainer:
         """Build the model with the run's initial weights, and the objects that need it."""
         config = self.config
         self.engine = Engine(config, self.shape, self.grid, len(self.plan.tasks))
-        for sentence in run_description(config, self.shape, self.grid, self.engine.backends):
+        for sentence in [
+            *run_description(config, self.shape, self.grid, self.engine.backends),
+            *bos_sentences(self.plan.spec.bos, self.tokenizer),
+        ]:
             self.say(sentence)
         weights = starting_weights(self.store, self.checkpoint, self.branch)
         if weights is not None:

@@ -38,6 +38,8 @@ class FakeTokenizer:
 
     fingerprint: str = TOKENIZER_HASH
     vocab_size: int = 96
+    bos: int | None = None
+    adds_bos: bool = False
 
 
 @dataclass(frozen=True)

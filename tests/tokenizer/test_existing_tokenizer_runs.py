@@ -15,7 +15,11 @@ from tokenizer_json_kinds import DECOMPOSED, gemma3, llama3, qwen3
 from typer.testing import CliRunner
 
 from megaphase.cli import app
+from megaphase.convert.source import open_source
 from megaphase.corpus import Corpus
+from megaphase.generation.decoding import Decoding
+from megaphase.generation.generate import generate, text_after
+from megaphase.generation.model import load_model
 from megaphase.plan.stream import Stream
 from megaphase.tokenizer import Tokenizer
 
@@ -152,7 +156,17 @@ def test_a_run_trains_on_it(corpora: Path) -> None:
     validations = [row["validation"] for row in rows if "validation" in row]
     assert all(it["bits_per_byte"] > 0 for tasks in validations for it in tasks.values())
     assert validations
+    tokenizer, source = (
+        Tokenizer.load(corpora / "tok"),
+        open_source(f"{corpora / 'run/run'}@latest"),
+    )
+    bos = tokenizer.bos if corpora.name.startswith(("llama3", "large")) else None
+    assert source.state["bos"] == bos
     said = run("generate", f"{corpora / 'run' / 'run'}@latest", "--prompt", "日", "--max-tokens", 3)
+    model, how = load_model(source, None), Decoding(max_tokens=3)
+    prompt = [*([] if bos is None else [bos]), *tokenizer.encode("日")]
+    [found] = generate(model, [prompt], how, tokenizer.eod)
+    assert said == "日" + text_after(prompt, found.tokens, tokenizer) + "\n"
     assert said.startswith("日")
     assert not said.rstrip("\n").endswith("\ufffd")
     run("convert", "to-hf", f"{corpora / 'run' / 'run'}@latest", "--out", corpora / "hf")
