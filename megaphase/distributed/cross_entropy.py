@@ -31,7 +31,8 @@ class Vocabulary:
 
     first: token id of this rank's first logit. ignored: the target of tokens without a loss.
     tokens: number of tokens per chunk, the same on all ranks. softcap: logits x become
-    softcap · tanh(x / softcap).
+    softcap · tanh(x / softcap). z_loss: the gradient is that of the loss plus z_loss times the
+    squared logarithm of the sum of exponentials.
     """
 
     first: int
@@ -40,6 +41,7 @@ class Vocabulary:
     kernels: Kernels
     tokens: int
     softcap: float | None = None
+    z_loss: float | None = None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -53,6 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         backward_follows: bool,
     ) -> tuple[Tensor, Tensor]:
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        penalties: list[Tensor] = []
         used = weight.to(x.dtype)
         if backward_follows:
             ctx.for_x = torch.empty_like(x)
@@ -61,13 +64,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows in _chunks(len(x), vocabulary.tokens):
             part = x[rows]
             logits = matmul(part, used.t())
-            losses[rows], gradient = _losses(logits, targets[rows], vocabulary, backward_follows)
+            losses[rows], penalty, gradient = _losses(
+                logits, targets[rows], vocabulary, backward_follows
+            )
+            if penalty is not None:
+                penalties.append(penalty)
             if gradient is not None:
                 ctx.for_x[rows] = matmul(gradient, used)
                 add_weight_gradient(ctx.for_weight, gradient, part)
             del logits, gradient  # before the next ones take memory
         ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        total = losses.sum()
+        return (total + torch.cat(penalties).sum() if penalties else total), losses
 
     @staticmethod
     @once_differentiable
@@ -92,8 +100,9 @@ def _chunks(tokens: int, most: int) -> list[slice]:
 
 def _losses(
     logits: Tensor, targets: Tensor, vocabulary: Vocabulary, backward_follows: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return the losses of some tokens, and the gradients of their sum w.r.t. the logits."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the losses of some tokens, what the z-loss adds to each, and the gradients of the sum
+    of both w.r.t. the logits."""
     of, grid, cap = vocabulary.kernels.of, vocabulary.grid, vocabulary.softcap
     columns = targets - vocabulary.first
     elsewhere = (columns < 0) | (columns >= logits.shape[-1])
@@ -104,13 +113,19 @@ def _losses(
     _all_reduce(sums, dist.ReduceOp.SUM, grid)
     total, chosen = sums
     skip = targets == vocabulary.ignored
-    losses = (total.log() - chosen).masked_fill_(skip, 0)
+    logarithm = total.log()
+    losses = (logarithm - chosen).masked_fill_(skip, 0)
     if not backward_follows:
-        return losses, None
-    share, hit = (~skip / total).unsqueeze(-1), (skip | elsewhere).logical_not_().unsqueeze(-1)
+        return losses, None, None
+    share, penalty = ~skip / total, None
+    if vocabulary.z_loss is not None:
+        whole = logarithm.add_(top)
+        penalty = (vocabulary.z_loss * whole.square()).masked_fill_(skip, 0)
+        share = share * (1 + 2 * vocabulary.z_loss * whole)
+    share, hit = share.unsqueeze(-1), (skip | elsewhere).logical_not_().unsqueeze(-1)
     compared = vocabulary.kernels.compiled and logits.is_cuda
     gradient = of(_gradient_by_comparison if compared else _gradient)
-    return losses, gradient(logits, top, share, columns, hit, cap)
+    return losses, penalty, gradient(logits, top, share, columns, hit, cap)
 
 
 # A rank whose part of the vocabulary is only padding has no logits.
@@ -204,7 +219,8 @@ def linear_cross_entropy(
     weight:  [rows of this rank's vocabulary, hidden]; cast to x's dtype when it is used
     targets: int64 [batch, seq], token ids of the whole vocabulary; `ignored` ones have loss 0
 
-    Gradients flow only through the sum. Only the largest logit, the sum of exponentials and the
+    Gradients flow only through the sum, which has the z-loss in it where a backward pass follows;
+    the losses of tokens never have it. Only the largest logit, the sum of exponentials and the
     target's logit of each token are exchanged between ranks (Shoeybi et al. 2019, section 3).
     """
     backward_follows = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

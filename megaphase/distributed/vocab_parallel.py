@@ -105,9 +105,10 @@ class VocabParallelHead(CostedLayer):
         tied_to: nn.Parameter | None,
         build: LayerBuilder,
         softcap: float | None = None,
+        z_loss: float | None = None,
     ) -> None:
         """ignored: the target of tokens without a loss. tied_to: the embedding's weight, where the
-        projection has none of its own. softcap: see `cross_entropy.Vocabulary`."""
+        projection has none of its own. softcap, z_loss: see `cross_entropy.Vocabulary`."""
         super().__init__()
         self.region, grid = build.region, build.region.grid
         self.vocab, self.hidden = vocab, hidden
@@ -118,9 +119,8 @@ class VocabParallelHead(CostedLayer):
         first = rows * grid.tensor_rank
         self.real_rows = max(0, min(rows, vocab - first))
         self.padded = self.real_rows < rows
-        self.vocabulary = Vocabulary(
-            first, ignored, grid, build.kernels, tokens_at_a_time(rows, build.device), softcap
-        )
+        part = tokens_at_a_time(rows, build.device)
+        self.vocabulary = Vocabulary(first, ignored, grid, build.kernels, part, softcap, z_loss)
 
     def forward(self, x: Tensor, targets: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [batch, seq, real rows of this rank]; with targets, see `linear_cross_entropy`."""

@@ -103,6 +103,11 @@ class ModelConfig(Section):
     rounded to a multiple of 1/65,536. Validation, generation and converted models have no dropout,
     and a branch may have another rate than its first phase.
 
+    `z_loss` keeps the scale of the logits from drifting. Only gradients and their norm have it in
+    them: the losses that are reported, by task and of the whole batch, and those of validation are
+    the cross entropy alone, so that runs with and without it can be compared. A branch may have
+    another one, or none.
+
     `activation_checkpointing: selective` recomputes norms and activation functions, which takes
     next to no time and saves about a third of the activations; `full` recomputes whole blocks,
     which takes a fourth of the step's matrix products and saves nearly all.
@@ -172,5 +177,8 @@ class ModelConfig(Section):
     """Fraction of the elements that training drops, of the embedding's output and of the output
     that every attention and feed-forward layer adds to the residual stream; attention probabilities
     are never dropped."""
+    z_loss: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Training also minimizes it times log²Z of every token with a target, with Z the sum of the
+    exponentials of its logits (PaLM: 1e-4); none if left out."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass recomputes instead of keeping them, see below."""

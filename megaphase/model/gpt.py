@@ -174,6 +174,7 @@ class GPT(CostedLayer):
             tied_to=self.embedding.weight if shape.tied_embeddings else None,
             build=build.at("head"),
             softcap=shape.logit_softcap,
+            z_loss=shape.z_loss,
         )
 
     def forward(
@@ -192,7 +193,8 @@ class GPT(CostedLayer):
         a token sees those of its own document alone; bounds: of these documents, see
         `attend_within`. dropout_seeds: int64 [batch], see `dropout.row_seeds`; nothing is dropped
         where they are missing. Returns nats, fp32 [] and [batch, seq] with 0 at ignored targets, of
-        which the sum alone has a gradient; or logits [batch, seq, vocabulary of this rank].
+        which the sum alone has a gradient, and where one is wanted also the z-loss; or logits
+        [batch, seq, vocabulary of this rank].
 
         cache: the tokens follow those that it holds, and are added to it; without tensor
         parallelism. Returns the logits of the last token alone, [batch, vocabulary].

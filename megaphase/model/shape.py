@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from megaphase.model.config import RotaryScalingConfig
 
 GATED = {"swiglu", "geglu"}
-NOT_ARCHITECTURE = {"init_std", "dropout", "activation_checkpointing"}
+NOT_ARCHITECTURE = {"init_std", "dropout", "activation_checkpointing", "z_loss"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class GPTShape:
     zero_centered_norms: bool | None = None
     embedding_multiplier: float | None = None
     logit_softcap: float | None = None
+    z_loss: float | None = None
 
     def __post_init__(self) -> None:
         if self.head_dim is not None and self.head_dim * self.heads == self.hidden:

@@ -82,6 +82,7 @@ OPTIONS: list[dict[str, Any]] = [
             "qk_norm": "head",
             "embedding_multiplier": 32.0,
             "logit_softcap": 30.0,
+            "z_loss": 1e-4,
         }
     },
     {"model": {"activation": "geglu", "logit_softcap": 30.0}, "kernels": "eager", "tensor": 2},

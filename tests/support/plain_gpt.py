@@ -47,7 +47,11 @@ class PlainGPT:
         logits = self.logits(tokens)
         real = targets != IGNORED
         chosen = logits.gather(-1, targets.where(real, 0).unsqueeze(-1)).squeeze(-1)
-        return torch.where(real, logits.exp().sum(-1).log() - chosen, 0.0)
+        return torch.where(real, self.log_sums(logits) - chosen, 0.0)
+
+    def log_sums(self, logits: Tensor) -> Tensor:
+        """The logarithms of the sums of exponentials, [batch, seq]."""
+        return logits.exp().sum(-1).log()
 
     def _losses_apart(self, tokens: Tensor, targets: Tensor, documents: Tensor) -> Tensor:
         rows = []

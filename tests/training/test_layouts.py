@@ -91,9 +91,11 @@ VARIANTS = {
             "logit_softcap": 0.5,
             "tied_embeddings": True,
             "activation_checkpointing": "selective",
+            "z_loss": 1e-2,
         },
         vocab=VOCAB + 1,
     ),
+    "z_loss": Variant({"z_loss": 1e-2}, short=True),
 }
 
 
@@ -164,6 +166,8 @@ CASES = [
     Case("gemma", 1, 1, 0),
     Case("gemma", 2, 1, 0),
     Case("gemma", 2, 2, 3, sequence=True),
+    Case("z_loss", 1, 1, 0),
+    Case("z_loss", 2, 2, 3),
 ]
 BF16_CASES = [
     Case("base", 1, 1, 0, precision="bf16", steps=STEPS),
@@ -276,7 +280,8 @@ def plain_curve(name: str) -> Curve:
         if step == VALIDATED_STEP:
             validation = _plain_losses(model, variant, VALIDATION_BATCH)[1]
         loss, by_task = _plain_losses(model, variant, step)
-        gradients = torch.autograd.grad(loss, list(model.weights.values()))
+        minimized = loss + _plain_z_loss(model, variant, step)
+        gradients = torch.autograd.grad(minimized, list(model.weights.values()))
         norm = optimizer.step(dict(zip(model.weights, gradients, strict=True)), LEARNING_RATE)
         steps.append(Step(float(loss.detach()), by_task, norm))
     return Curve(steps, validation, weights, [])
@@ -293,6 +298,17 @@ def _plain_losses(model: PlainGPT, variant: Variant, step: int) -> tuple[Tensor,
         if mine.any():
             by_task[task] = float(losses[mine].detach().mean())
     return losses[real].mean(), by_task
+
+
+def _plain_z_loss(model: PlainGPT, variant: Variant, step: int) -> Tensor | float:
+    """Return the mean over all tokens of the batch with a target; no loss that is reported has it
+    in it."""
+    if "z_loss" not in variant.model:
+        return 0.0
+    batch = variant.batch(step)
+    squares = model.log_sums(model.logits(batch.inputs)).square()
+    coefficient: float = variant.model["z_loss"]
+    return coefficient * squares[batch.targets != IGNORED].mean()
 
 
 def figures(curve: Curve, steps: int) -> dict[str, Tensor]:
