@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megaphase.convert.hugging_face.config_file import CONFIG_FILE, ConfigFile
-from megaphase.convert.hugging_face.families import FAMILIES, Family
+from megaphase.convert.hugging_face.families import FAMILIES
+from megaphase.convert.hugging_face.family import Family
 from megaphase.model.shape import GPTShape
 
 

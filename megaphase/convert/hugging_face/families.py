@@ -4,10 +4,7 @@ config.json and of the names of the model's parts.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Callable
 
 from megaphase.convert.hugging_face.config_file import ConfigFile
 from megaphase.convert.hugging_face.config_keys import (
@@ -17,126 +14,10 @@ from megaphase.convert.hugging_face.config_keys import (
     OnEveryLayer,
     Option,
 )
+from megaphase.convert.hugging_face.family import Family
 from megaphase.convert.hugging_face.rope import Rope
-from megaphase.convert.parameter_mapping import ParameterMapping
-from megaphase.distributed.sharding import ParameterLayout
-from megaphase.model.parameters import parameter_layouts
-from megaphase.model.shape import NOT_ARCHITECTURE, GPTShape
+from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError
-
-HEAD = "lm_head.weight"
-# Tensors that some versions of transformers store but none needs: angles and causal masks.
-_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
-_NAME = re.compile(
-    r"(?:blocks\.(?P<block>\d+)\.)?(?P<module>[a-z_.]+?)(?:\.(?P<kind>weight|bias))?"
-)
-
-
-@dataclass(frozen=True)
-class Family:
-    """Models of one architecture.
-
-    Attributes:
-        title: its name.
-        model_type: its model_type in config.json.
-        architecture: its class in transformers.
-        options: options that all of its models have, by their name in GPTShape.
-        derived: further ones that follow from the rest of a shape.
-        keys: how each key of config.json is read and written.
-        harmless: further keys that change no logits, and why.
-        written: further keys that are written.
-        always_biased: whether all linear layers have biases.
-        heads_divide: whether transformers wants hidden to be a multiple of the heads in any case.
-        prefix: prefix of all tensors except the output projection's.
-        blocks: the name of the list of blocks.
-        modules: the family's modules by Megaphase's; one module may be split into several.
-        transposed: modules in a block whose weights are stored as [inputs, outputs].
-    """
-
-    title: str
-    model_type: str
-    architecture: str
-    options: Mapping[str, Any]
-    keys: Mapping[str, Key]
-    prefix: str
-    blocks: str
-    modules: Mapping[str, tuple[str, ...]]
-    derived: Mapping[str, Callable[[GPTShape], Any]] = field(default_factory=dict)
-    harmless: Mapping[str, str] = field(default_factory=dict)
-    written: Mapping[str, Any] = field(default_factory=dict)
-    always_biased: bool = False
-    heads_divide: bool = False
-    transposed: frozenset[str] = frozenset()
-
-    def faults(self, shape: GPTShape) -> list[str]:
-        """Return a shape's options that no model of this family has, as `model.KEY: VALUE`."""
-        free = {each for key in self.keys.values() for each in key.fields} | NOT_ARCHITECTURE
-        if self.always_biased:
-            free |= {"bias"}
-        if shape.position == "learned":
-            free |= {"rotary_base"}  # which then means nothing
-        wanted = {
-            each.name: self.options.get(each.name, each.default)
-            for each in fields(GPTShape)
-            if each.name not in free
-        }
-        if wanted.get("kv_heads") is MISSING:  # of the sizes, the only one it may not have
-            wanted["kv_heads"] = shape.heads
-        nearest = self.completed(replace(shape, **wanted))
-        wrong = [key for key in wanted if getattr(shape, key) != getattr(nearest, key)]
-        if self.heads_divide and shape.hidden % shape.heads:
-            wrong.append("heads")
-        return [f"model.{key}: {getattr(shape, key)}" for key in wrong]
-
-    def completed(self, shape: GPTShape) -> GPTShape:
-        """Return a shape with the options that follow from the others."""
-        return replace(shape, **{name: of(shape) for name, of in self.derived.items()})
-
-    def config(self, shape: GPTShape) -> dict[str, Any]:
-        """Return the architecture's keys of config.json."""
-        written: dict[str, Any] = {
-            "architectures": [self.architecture],
-            "model_type": self.model_type,
-        }
-        for name, key in self.keys.items():
-            written |= key.write(name, shape)
-        written |= {"initializer_range": shape.init_std, "use_cache": True}
-        return {**written, **self.written}
-
-    def expressed(self, shape: GPTShape) -> GPTShape:
-        """Return the same model with the biases that this family has; added ones are 0."""
-        return replace(shape, bias=True) if self.always_biased else shape
-
-    def mappings(self, shape: GPTShape) -> dict[str, ParameterMapping]:
-        """Return the mapping of every parameter of an expressed shape, by name, in the model's
-        order."""
-        layouts = parameter_layouts(shape, 1)
-        return {name: self._mapping(name, layout) for name, layout in layouts.items()}
-
-    def canonical(self, name: str) -> str:
-        """Return a tensor's name in the whole model; in a base model, a part of it is missing."""
-        return name if name == HEAD or name.startswith(self.prefix) else self.prefix + name
-
-    def _mapping(self, name: str, layout: ParameterLayout) -> ParameterMapping:
-        found = _NAME.fullmatch(name)
-        assert found is not None
-        block, module, kind = found.group("block", "module", "kind")
-        if module == "head":
-            return ParameterMapping(name, (HEAD,), layout.shape[:1])
-        place = self.prefix if block is None else f"{self.prefix}{self.blocks}.{block}."
-        foreign = tuple(f"{place}{each}.{kind or 'weight'}" for each in self.modules[module])
-        rows = layout.segments if len(foreign) > 1 else layout.shape[:1]
-        return ParameterMapping(name, foreign, rows, kind == "weight" and module in self.transposed)
-
-
-def is_buffer(name: str) -> bool:
-    """Return whether a tensor is not a parameter, but computed from the config by transformers."""
-    return _BUFFERS.search(name) is not None
-
-
-def _grouped(family: Family) -> bool:
-    """Whether there may be fewer heads of keys and values than of queries."""
-    return any("kv_heads" in key.fields for key in family.keys.values())
 
 
 def family_for(shape: GPTShape, where: object) -> Family:
@@ -148,7 +29,7 @@ def family_for(shape: GPTShape, where: object) -> Family:
     nearest = min(FAMILIES, key=lambda family: len(family.faults(shape)))
     if faults := nearest.faults(shape):
         expected = ", ".join(f"{key} {value}" for key, value in nearest.options.items())
-        heads = "" if _grouped(nearest) else ", kv_heads equal to heads"
+        heads = "" if nearest.grouped else ", kv_heads equal to heads"
         raise InputError(
             where,
             f"{', '.join(faults)} cannot be expressed; {nearest.title} models have {expected}"

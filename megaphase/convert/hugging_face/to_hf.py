@@ -13,7 +13,8 @@ from torch import Tensor
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.checkpoint.tensor_file import TensorKind
 from megaphase.convert.hugging_face.config_file import CONFIG_FILE
-from megaphase.convert.hugging_face.families import Family, family_for
+from megaphase.convert.hugging_face.families import family_for
+from megaphase.convert.hugging_face.family import Family
 from megaphase.convert.hugging_face.tokenizer import write_hf_tokenizer
 from megaphase.convert.hugging_face.weights import INDEX_SUFFIX, SAFETENSORS_FILE
 from megaphase.convert.output import new_folder

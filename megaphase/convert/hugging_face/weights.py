@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.checkpoint.tensor_file import TensorFile, TensorKind
-from megaphase.convert.hugging_face.families import HEAD, Family, is_buffer
+from megaphase.convert.hugging_face.family import HEAD, Family, is_buffer
 from megaphase.convert.parameter_mapping import check_names
 from megaphase.convert.safe_torch_load import check_archive, load_pickle
 from megaphase.model.parameters import parameter_layouts
