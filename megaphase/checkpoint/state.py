@@ -14,6 +14,11 @@ from megaphase.utils.names import BEST_PREFIX, STEP_PREFIX
 
 CHECKPOINT_FORMAT = 2
 STATE_FILE = "state.json"
+
+# Keys of the state that not every checkpoint has: the hash of the tokenizer with which the model
+# was trained, and the ids [first, stop) by which its vocabulary was extended.
+TOKENIZER_HASH = "tokenizer_hash"
+NEW_TOKENS = "new_tokens"
 NAME = re.compile(r"(step|best)-([0-9]{8,})")
 
 

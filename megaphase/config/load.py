@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def _check_references(config: RunConfig) -> None:
                 f"{phase.name!r} occurs twice",
                 "give every phase its own name",
             )
+    _check_unfreezing(config)
     for key, mentioned in _mentioned_tasks(config):
         if isinstance(mentioned, str):
             _check_role(config, config.where(key), mentioned)
@@ -41,6 +43,17 @@ def _check_references(config: RunConfig) -> None:
                     f"no task {shown(task)} with a corpus under tasks",
                     hint(task, config.tasks, "the tasks are"),
                 )
+
+
+def _check_unfreezing(config: RunConfig) -> None:
+    """A phase after one that trained some rows alone begins with fresh optimizer state."""
+    for i, (before, phase) in enumerate(pairwise(config.phases), 1):
+        if before.trained == "new_embeddings" and phase.optimizer_state == "keep":
+            raise InputError(
+                config.where(f"phases[{i}].optimizer_state"),
+                f"is keep, but {before.name} has trained new_embeddings alone",
+                "write reset",
+            )
 
 
 def _mentioned_tasks(config: RunConfig) -> Iterator[tuple[str, str | list[str]]]:

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from megaphase.callbacks.early_stopping import StopConfig
-from megaphase.config.fields import Count, Epochs, PhaseName, Section, Steps
+from megaphase.config.fields import Count, CountOrZero, Epochs, PhaseName, Section, Steps
 from megaphase.optim.schedules import LearningRateConfig
 from megaphase.plan.mixture import MixtureConfig
 
@@ -37,6 +37,13 @@ class PhaseConfig(Section):
     average."""
     optimizer_state: Literal["reset", "keep"] = "reset"
     """Whether the optimizer's moments and step count are reset at the phase's start, or kept."""
+    trained: Literal["all", "new_embeddings"] = "all"
+    """`new_embeddings` trains only the rows of embedding and output projection that belong to the
+    tokens by which the vocabulary was extended; all other weights stay as they are, bit for bit.
+    This phase and the next one need `optimizer_state: reset`."""
+    first_new_token: CountOrZero | None = None
+    """Id of the first of these tokens; if left out, the checkpoint with which the run starts
+    records it, as those of `convert extend-vocab` do."""
     learning_rate: LearningRateConfig
     """Learning-rate schedule."""
     stop: StopConfig = StopConfig()
@@ -60,6 +67,19 @@ class PhaseConfig(Section):
             raise ValueError(
                 "epochs does not go with mixture.max_epochs, whose rates depend on the length; "
                 "give tokens or steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trains_new_rows_from_a_reset(self) -> Self:
+        if self.trained == "all" and self.first_new_token is not None:
+            raise ValueError(
+                "first_new_token is only for trained: new_embeddings; leave it out, or write that"
+            )
+        if self.trained == "new_embeddings" and self.optimizer_state == "keep":
+            raise ValueError(
+                "trained: new_embeddings needs optimizer_state: reset, because the moments of "
+                "the other weights would change them; write reset"
             )
         return self
 

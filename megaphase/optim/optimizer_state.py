@@ -7,7 +7,7 @@ in it. Written for DeepSpeed 0.19; tested for every stage, precision and offload
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -89,6 +89,27 @@ class OptimizerState:
         """The pieces that this rank writes; pieces on several ranks are written by the first."""
         pieces = {f.name: f.piece for group in self._groups() for f in self._own(group)}
         return Shard(self._grid.tensor_rank, pieces)
+
+    def elements(
+        self, wanted: Mapping[str, tuple[int, int]]
+    ) -> dict[int, list[tuple[str, int, int]]]:
+        """Return where elements of parameters are in this rank's flat tensors.
+
+        wanted: first element and the one after the last, of the flattened tensor-parallel shard.
+
+        Returns for the `id` of each flat tensor the parameter's name and the elements of the
+        flat tensor.
+        """
+        found: dict[int, list[tuple[str, int, int]]] = {}
+        for group in self._groups():
+            for f in group.fragments:
+                first, stop = wanted.get(f.name, (0, 0))
+                first, stop = max(first, f.piece.start), min(stop, f.piece.stop)
+                if first < stop:
+                    moved = f.offset - f.piece.start
+                    parts = found.setdefault(id(group.flat), [])
+                    parts.append((f.name, first + moved, stop + moved))
+        return found
 
     def snapshot(
         self,

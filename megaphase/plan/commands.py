@@ -76,6 +76,7 @@ def show_command(
         plan_warnings,
         stop_sentences,
         subsample_sentences,
+        trained_sentences,
     )
 
     config, tokenizer = open_run(run_file, overrides)
@@ -96,6 +97,7 @@ def show_command(
         *bos_sentences(plan.spec.bos, tokenizer),
         *subsample_sentences(config, summary),
         *stop_sentences(config),
+        *trained_sentences(config),
     ]:
         console.print(sentence, markup=False, soft_wrap=True)
     for sentence in plan_warnings(summary):

@@ -92,6 +92,16 @@ def stop_sentences(config: RunConfig) -> list[str]:
     return sentences
 
 
+def trained_sentences(config: RunConfig) -> list[str]:
+    """Return one sentence for every phase that trains the rows of new tokens alone."""
+    return [
+        f"{phase.name} trains the rows of new tokens alone; memory and time are estimated as if it "
+        "trained all weights, which is what they are at most"
+        for phase in config.phases
+        if phase.trained == "new_embeddings"
+    ]
+
+
 def _overfit(phase: PhaseConfig, config: RunConfig) -> str:
     stop = phase.stop.overfit
     assert stop is not None

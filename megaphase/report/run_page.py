@@ -97,6 +97,10 @@ def _state(run: RunRecord) -> str:
         for phase in run.plan.phases
         if phase.ended_early is not None
     )
+    text += "".join(
+        f"; {name} trains only the rows of tokens {first:,} to {stop - 1:,}"
+        for name, (first, stop) in run.trained_tokens.items()
+    )
     if run.training:
         speed = statistics.median(row.tokens_per_second for row in run.training)
         text += f"; {run.training[-1].tokens:,} tokens, {speed:,.0f} a second (median)"

@@ -117,6 +117,7 @@ class Event(_Record):
     reason: str | None = None
     kind: str | None = None
     since: int | None = None
+    trained_tokens: tuple[int, int] | None = None
     loss: Measured | None = None
     loss_before: Measured | None = None
 
@@ -214,6 +215,16 @@ class RunRecord:
     def phases_begun(self) -> list[PhasePlan]:
         """The phases in which anything has been measured."""
         return [p for p in self.plan.phases if self.phase_start(p.name) is not None]
+
+    @property
+    def trained_tokens(self) -> dict[str, tuple[int, int]]:
+        """For each phase that trains the rows of some tokens alone, the first id and the one after
+        the last."""
+        return {
+            event.phase: event.trained_tokens
+            for event in self.events
+            if event.phase is not None and event.trained_tokens is not None
+        }
 
     @property
     def switches(self) -> list[tuple[int, str]]:

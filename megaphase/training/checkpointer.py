@@ -11,7 +11,12 @@ import torch
 from megaphase.callbacks.callback import CallbackList
 from megaphase.checkpoint.parameters import RANDOM, WEIGHT
 from megaphase.checkpoint.saver import Saver, SaveStatus, Snapshot
-from megaphase.checkpoint.state import CHECKPOINT_FORMAT, best_name, full_name
+from megaphase.checkpoint.state import (
+    CHECKPOINT_FORMAT,
+    TOKENIZER_HASH,
+    best_name,
+    full_name,
+)
 from megaphase.config.run import RunConfig
 from megaphase.model.shape import GPTShape
 from megaphase.plan.plan import Plan
@@ -110,7 +115,7 @@ class Checkpointer:
 
 
 def checkpoint_facts(
-    config: RunConfig, shape: GPTShape, plan: Plan, world_size: int
+    config: RunConfig, shape: GPTShape, plan: Plan, tokenizer_hash: str, world_size: int
 ) -> dict[str, Any]:
     """The facts of a run that are the same in the state of every checkpoint."""
     return {
@@ -119,6 +124,7 @@ def checkpoint_facts(
         "streams": plan.spec.stream_fingerprints,
         "bos": plan.spec.bos,
         "model": shape.architecture(),
+        TOKENIZER_HASH: tokenizer_hash,
         "processes": world_size,
         "tensor": config.parallel.tensor,
         "zero": config.parallel.zero,

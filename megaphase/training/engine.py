@@ -25,6 +25,7 @@ from megaphase.model.gpt import GPT, Block
 from megaphase.model.shape import GPTShape
 from megaphase.optim.optimizer import build_optimizer
 from megaphase.optim.optimizer_state import OptimizerState
+from megaphase.optim.trained_rows import TrainedRows
 from megaphase.plan.dataset import Batch
 from megaphase.training.backends import choose_backends
 from megaphase.training.deepspeed_config import (
@@ -125,12 +126,24 @@ class Engine:
         self._optimizer = optimizer
         self.state = OptimizerState(self._engine, optimizer, grid)
         self.state.reset()
+        self._rows = TrainedRows(
+            self.module,
+            optimizer,
+            self.state,
+            tensor_rank=grid.tensor_rank,
+            tensor_size=grid.tensor_size,
+        )
 
     @property
     def module(self) -> nn.Module:
         """The GPT; under ZeRO-3 its parameters are partitioned between steps."""
         module: nn.Module = self._engine.module
         return module
+
+    def train_only(self, tokens: range | None) -> None:
+        """Train the rows of these tokens alone, in embedding and output projection; None: all
+        weights. The optimizer state must be reset before the next step."""
+        self._rows.choose(tokens)
 
     def train_step(self, batch: Batch, learning_rate: float, step: int | None = None) -> StepResult:
         """Accumulate gradients over this rank's rows of the global batch, then step.

@@ -29,6 +29,7 @@ from megaphase.tokenizer import Tokenizer
 from megaphase.training.backends import Backends, choose_backends
 from megaphase.training.branch import Branch
 from megaphase.training.determinism import check_environment, set_environment
+from megaphase.training.new_tokens import TrainedTokens
 from megaphase.training.nvme import prepare_offload
 from megaphase.training.run_directory import RunDirectory
 
@@ -80,6 +81,7 @@ def _check_inputs(config: RunConfig, branch: Branch | None) -> tuple[Tokenizer, 
         if branch.state:
             check_format(branch.checkpoint, branch.state)
         branch.check(config, spec, shape.architecture())
+    TrainedTokens.of(config, tokenizer.vocab_size, branch)
     choose_backends(config)
     check_environment(config)
     prepare_offload(config)

@@ -41,6 +41,7 @@ from megaphase.training.branch import choose_branch
 from megaphase.training.checkpointer import Checkpointer, checkpoint_facts
 from megaphase.training.engine import Engine
 from megaphase.training.evaluator import HeldOutEvaluator
+from megaphase.training.new_tokens import TrainedTokens
 from megaphase.training.rank0_callbacks import first_rank_callbacks
 from megaphase.training.replica_check import ReplicaCheck
 from megaphase.training.resume import (
@@ -93,6 +94,9 @@ class Trainer:
 
         self.branch = branch = run_on_all_ranks(lambda: choose_branch(config, source))
         self.tokenizer, self.shape, spec = check_inputs(config, branch)
+        self.trained_tokens = run_on_all_ranks(
+            lambda: TrainedTokens.of(config, self.tokenizer.vocab_size, branch)
+        )
         self.grid = start_process_grid(config.parallel.tensor)
         self.control_group = ControlGroup()
         self.directory = RunDirectory(config.output)
@@ -168,9 +172,17 @@ class Trainer:
             say=self.say,
             note=self.resume_point.note_saved,
         )
-        facts = checkpoint_facts(config, self.shape, self.plan, self.grid.world_size)
+        facts = checkpoint_facts(
+            config, self.shape, self.plan, self.tokenizer.fingerprint, self.grid.world_size
+        )
         self.checkpointer = Checkpointer(
-            saver, self.engine, self.plan, self.callbacks, self.history, facts, best
+            saver,
+            self.engine,
+            self.plan,
+            self.callbacks,
+            self.history,
+            facts | self.trained_tokens.state(),
+            best,
         )
         self._last_validation: tuple[int, dict[str, HeldOutLoss]] | None = None
         self._save_seconds = 0.0
@@ -202,7 +214,10 @@ class Trainer:
         phase, step = self.phase.name, self.state.step
         starts = dict(zip(self.plan.tasks, self.state.starts, strict=True))
         self.history.begin_phase(phase, step, starts)
-        self.callbacks.event(step, "phase_start", phase=phase)
+        trained = self.trained_tokens.event(self.state.phase)
+        self.callbacks.event(step, "phase_start", phase=phase, **trained)
+        for sentence in self.trained_tokens.sentences(self.state.phase):
+            self.say(f"{phase} step {step:,}  {sentence}")
         if self.branch is not None or self.state.phase > 0:
             self.switch_phase()
         self.callbacks.on_phase_begin(self.state.phase, phase)
@@ -218,6 +233,7 @@ class Trainer:
 
     def train_phase(self) -> str:
         """Train the phase from the current position to its end; returns the reason of the end."""
+        self.engine.train_only(self.trained_tokens.of_phases[self.state.phase])
         reader = StepReader(
             self.plan,
             self.state.phase,
