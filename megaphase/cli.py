@@ -14,6 +14,7 @@ from megaphase import __version__
 from megaphase.convert.commands import convert_app
 from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.tokenizers.commands import tokenizer_app
+from megaphase.data_tools.vocabulary.commands import extend_vocab_command
 from megaphase.distributed.dist_env import check_launch, is_first_rank, report_end
 from megaphase.generation.commands import generate_command, translate_command
 from megaphase.launch.commands import demo_command, launch_app
@@ -63,6 +64,7 @@ app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
 app.command("generate")(generate_command)
 app.command("translate")(translate_command)
+convert_app.command("extend-vocab")(extend_vocab_command)
 app.add_typer(convert_app, name="convert")
 app.command("sweep")(sweep_command)
 app.command("report")(report_command)

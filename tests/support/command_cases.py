@@ -65,6 +65,7 @@ CALLS: dict[str, tuple[dict[str, list[str]], dict[str, str]]] = {
     "generate": (CHECKPOINT, {"--prompt": "a", "--max-tokens": "2"}),
     "translate": (RUN, {"--max-tokens": "2", "--samples": "1"}),
     "convert reshape": (CHECKPOINT, {"--data": "1", "--out": "new"}),
+    "convert extend-vocab": (CHECKPOINT, {"--tokenizer": "tok", "--out": "new"}),
     "convert to-hf": (CHECKPOINT, {"--out": "new"}),
     "convert from-hf": ({"directory": ["hf"]}, {"--out": "new"}),
     "convert to-megatron": (CHECKPOINT, {"--out": "new"}),

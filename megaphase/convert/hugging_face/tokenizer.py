@@ -59,10 +59,10 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -
     """
     path = tokenizer.path
     if tokenizer.record.library == "tokenizers":
-        _copy_files(path, folder)
+        copy_tokenizer(path, folder)
         return
     if path.is_dir() and not (path / RECORD_NAME).exists() and _class_name(path):
-        _copy_files(path, folder)
+        copy_tokenizer(path, folder)
         return
     source = _model_file(path)
     model = SentencePieceProcessor(model_file=str(source))
@@ -95,14 +95,15 @@ def take_tokenizer(source: Path, folder: Path) -> bool:
     if not any((source / name).is_file() for name in names):
         return False
     tokenizer = Tokenizer.load(source)
-    _copy_files(source, folder)
+    copy_tokenizer(source, folder)
     if "eos" not in HuggingFaceFiles(folder).roles():
         # The model's configuration names it, which is not copied.
         atomic_write_json(folder / "generation_config.json", {"eos_token_id": tokenizer.eod})
     return True
 
 
-def _copy_files(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files from which a tokenizer is loaded; both are directories."""
     for name in _FILE_NAMES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

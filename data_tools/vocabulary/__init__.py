@@ -1,0 +1,1 @@
+"""Extend the vocabulary of a model."""
