@@ -156,6 +156,8 @@ def _words(schema: dict[str, Any]) -> str:
 
 
 def _plural(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return _words(schema)
     noun, _, rest = _words(schema).partition(" ")
     return f"{noun}s {rest}".rstrip()
 

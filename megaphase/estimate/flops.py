@@ -9,7 +9,13 @@ from __future__ import annotations
 from megaphase.distributed import costs
 from megaphase.distributed.costs import FP32_BYTES, Work
 from megaphase.estimate.setup import Setup
-from megaphase.model.parameters import declared_block, declared_model, parameter_sizes
+from megaphase.model.gpt import Block
+from megaphase.model.parameters import (
+    block_kinds,
+    declared_block,
+    declared_model,
+    parameter_sizes,
+)
 
 # A gradient is read, and added to the fp32 sum or to a bucket, which is read and written.
 GRADIENT_TRAFFIC = 2 * FP32_BYTES
@@ -20,22 +26,28 @@ CAST_TRAFFIC = 12
 def forward_work(setup: Setup) -> Work:
     """The work of a forward pass."""
     model = declared_model(setup.shape)
-    blocks = costs.forward_work(declared_block(setup.shape), setup) * setup.shape.layers
+    blocks = (costs.forward_work(b, setup) * n for b, n in block_kinds(setup.shape))
     head = costs.forward_work(model.norm, setup) + costs.forward_work(model.head, setup)
-    return blocks + head
+    return sum(blocks, head)
 
 
 def backward_work(setup: Setup) -> Work:
     """The work of a backward pass, with recomputation."""
     model = declared_model(setup.shape)
-    block = costs.backward_work(declared_block(setup.shape), setup) + recomputed_work(setup)
+    blocks = (
+        (costs.backward_work(block, setup) + _recomputed(block, setup)) * count
+        for block, count in block_kinds(setup.shape)
+    )
     head = costs.backward_work(model.norm, setup) + costs.backward_work(model.head, setup)
-    return block * setup.shape.layers + head + _gradients(setup)
+    return sum(blocks, head + _gradients(setup))
 
 
 def recomputed_work(setup: Setup) -> Work:
-    """The part of a block's forward pass that its backward pass repeats."""
-    block = declared_block(setup.shape)
+    """The part of the first block's forward pass that its backward pass repeats."""
+    return _recomputed(declared_block(setup.shape), setup)
+
+
+def _recomputed(block: Block, setup: Setup) -> Work:
     if setup.shape.activation_checkpointing == "full":
         return costs.forward_work(block, setup)
     return costs.recomputed_work(block, setup)

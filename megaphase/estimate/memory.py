@@ -10,7 +10,7 @@ from megaphase.distributed.costs import FP32_BYTES
 from megaphase.estimate.activation_memory import (
     block_backward,
     block_forward,
-    block_kept,
+    blocks_kept,
     loss_memory,
     residual,
     saved_before_blocks,
@@ -69,7 +69,8 @@ def estimate(setup: Setup) -> MemoryEstimate:
 def _peak_points(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, int]]]:
     """The moments of a step in which memory can be at its highest."""
     resident, transient = states.resident, states.transient
-    layers, each = setup.shape.layers, block_kept(setup)
+    layers = setup.shape.layers
+    kept = blocks_kept(setup)
     head, before = loss_memory(setup), saved_before_blocks(setup)
     parameters = sum(parameter_sizes(setup.shape, setup.tensor).values())
     block = elements_of(declared_block(setup.shape), setup.tensor)
@@ -87,9 +88,9 @@ def _peak_points(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, 
 
     carried, backward = transient.carried, block_backward(setup)
     held, gathered = transient.held, transient.gathered
-    forward = layers * each + block_forward(setup) + before
+    forward = kept[layers] + block_forward(setup) + before
     yield "forward pass", at(forward, carried, gathered, transient.arriving + transient.between)
-    before_head = layers * each + saved_by_final_norm(setup) + before
+    before_head = kept[layers] + saved_by_final_norm(setup) + before
     yield "loss", at(before_head + head.loss, carried, gathered, transient.between)
     yield (
         "backward pass of the head",
@@ -108,7 +109,7 @@ def _peak_points(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, 
         share = (above + (layers - left) * block) / parameters
         waiting = min(int(transient.growing * share), transient.limit)
         there = max(held + int((gathered - held) * (1 - share)), least)
-        activations = left * each + before
+        activations = kept[left] + before
         name = f"backward pass of block {left}"
         yield (
             name,

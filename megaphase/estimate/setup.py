@@ -66,9 +66,9 @@ class Setup:
         return self.tokens // self.tensor if self.sequence else self.tokens
 
     @property
-    def variable_length(self) -> bool:
-        """Whether attention takes documents one by one, so that none of them is masked."""
-        return self.masked and self.bf16 and self.device == "cuda"
+    def seq_len(self) -> int:
+        """Tokens of a sample."""
+        return self.shape.seq_len
 
     @property
     def halves(self) -> int:

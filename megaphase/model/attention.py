@@ -18,15 +18,26 @@ from megaphase.distributed.costs import (
 )
 from megaphase.distributed.layer_builder import LayerBuilder
 from megaphase.distributed.linear import ColumnParallelLinear, RowParallelLinear
+from megaphase.model.attention_rule import AttentionRule
 from megaphase.model.forward_context import ForwardContext
 from megaphase.model.interleave import Stages
 from megaphase.model.qk_norm import QKNorm
 from megaphase.model.shape import GPTShape
+from megaphase.ops.capped_attention import SCORES_AT_ONCE
 
 # FlashAttention recomputes the scores: five products for two (Dao 2023, section 3.1).
 _BACKWARD_ATTENTION = 2.5
 # Causal attention skips the blocks above the diagonal; with a mask nothing is skipped.
 _CAUSAL_SHARE = 0.5
+
+
+def attention_mask_rows(rank: Rank, rule: AttentionRule) -> int:
+    """Rows of the mask of a micro-batch's attention, one for each query; 0 where none is needed."""
+    if rank.device == "cuda" and (rank.bf16 or rule.softcap is not None):
+        return 0  # bounds of documents and windows, or blocks
+    if rank.masked:
+        return rank.tokens
+    return 0 if rule.window is None and rule.softcap is None else rank.halves * rank.seq_len
 
 
 class Attention(CostedLayer):
@@ -35,6 +46,7 @@ class Attention(CostedLayer):
     def __init__(self, shape: GPTShape, build: LayerBuilder) -> None:
         super().__init__()
         self.shape, self.head_dim = shape, shape.head_size
+        self.rule = AttentionRule.of(shape)
         selective = shape.activation_checkpointing == "selective"
         self.recomputed_input = selective and shape.norm_before
         tensor_size = build.region.grid.tensor_size
@@ -68,7 +80,7 @@ class Attention(CostedLayer):
         return Stages(self.qkv, self.attend, self.out)
 
     def attend(self, qkv: Tensor, context: ForwardContext) -> Tensor:
-        """softmax(q kᵀ / √head_dim) v of this rank's heads,
+        """softmax(q kᵀ / √head_dim) v of this rank's heads, or as `rule` has it,
         [batch, seq, attention_width / tensor]."""
         heads = qkv.unflatten(-1, (-1, self.head_dim))
         if self.qk_norm is not None:
@@ -81,7 +93,7 @@ class Attention(CostedLayer):
         return y.transpose(1, 2).flatten(2)
 
     def flops_per_token(self, seq_len: int) -> int:
-        return 4 * self.shape.attention_width * seq_len
+        return 4 * self.shape.attention_width * min(seq_len, self.rule.window or seq_len)
 
     def forward_work(self, rank: Rank) -> Work:
         return Work(0, self._attention_flops(rank), self._rotary_traffic(rank))
@@ -92,8 +104,13 @@ class Attention(CostedLayer):
 
     def _attention_flops(self, rank: Rank) -> float:
         """FLOPs of the scores and of their product with the values."""
-        whole = 4 * rank.tokens * self.shape.seq_len * self.shape.attention_width / rank.tensor
-        return whole if rank.masked and not rank.variable_length else whole * _CAUSAL_SHARE
+        seq, window = self.shape.seq_len, self.rule.window
+        keys = (
+            seq * _CAUSAL_SHARE if window is None else window * (1 - _CAUSAL_SHARE * window / seq)
+        )
+        if attention_mask_rows(rank, self.rule):
+            keys = seq
+        return 4 * rank.tokens * keys * self.shape.attention_width / rank.tensor
 
     def _rotary_traffic(self, rank: Rank) -> int:
         """Queries, keys and values are read, and written side by side."""
@@ -115,12 +132,23 @@ class Attention(CostedLayer):
         if not self.recomputed_input:
             saved["input"] = residual_bytes(rank, shape.hidden)
         saved["logsumexp"] = rank.tokens * (shape.heads // rank.tensor) * FP32_BYTES
-        if rank.masked and not rank.variable_length:
+        if self.rule.softcap is not None:
+            return saved
+        if rows := attention_mask_rows(rank, self.rule):
             # Added to the scores of all heads.
-            saved["mask"] = rank.tokens * rank.compute_bytes * shape.seq_len
-        if rank.masked and shape.kv_heads < shape.heads:
+            saved["mask"] = rows * rank.compute_bytes * shape.seq_len
+        if (rank.masked or self.rule.window is not None) and shape.kv_heads < shape.heads:
             saved["repeated"] = 2 * queries
         return saved
+
+    def _score_bytes(self, rank: Rank) -> int:
+        """Scores, their gradients and what these are computed from, where no kernel is fused."""
+        if self.rule.softcap is None or rank.device == "cuda":
+            return 0
+        scores = self.shape.heads // rank.tensor * rank.seq_len**2
+        return (
+            4 * FP32_BYTES * max(scores, min(SCORES_AT_ONCE, scores * rank.tokens // rank.seq_len))
+        )
 
     def backward_stages(self, rank: Rank) -> Sequence[BackwardStage]:
         """`out`, attention, rotary positions, norm of queries and keys, `qkv`."""
@@ -134,7 +162,10 @@ class Attention(CostedLayer):
             norm = (BackwardStage(transient, sum(self.qk_norm.saved(rank).values())),)
         return (
             BackwardStage(gradient + queries + self.out.product_bytes(rank)),
-            BackwardStage(gradient + queries + qkv, released=self.saved(rank)["output"]),
+            BackwardStage(
+                gradient + queries + qkv + self._score_bytes(rank),
+                released=self.saved(rank)["output"],
+            ),
             BackwardStage(gradient + 2 * qkv),
             *norm,
             BackwardStage(gradient + qkv + input_ + self.qkv.product_bytes(rank)),

@@ -16,6 +16,9 @@ Heads = Annotated[Count, Field(le=1 << 16)]
 
 SequenceLength = Annotated[Count, Field(le=1 << 27)]
 
+# Of a block: to a sliding window of tokens, or to all.
+AttentionKind = Literal["sliding", "full"]
+
 # Keys of each type of scaling beside `type` and `factor`, and their defaults; None: required.
 _SCALING_KEYS: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -91,6 +94,19 @@ class RotaryScalingConfig(Section):
         return self
 
 
+RotaryBase = Annotated[float, Field(ge=1, le=1e15)]
+
+
+class RotaryConfig(Section):
+    """Rotary positions of the blocks with the sliding window, where they have others than the
+    other blocks (Gemma 3, OLMo 3)."""
+
+    base: RotaryBase = 10_000.0
+    """Base of the rotary frequencies."""
+    scaling: RotaryScalingConfig | None = None
+    """Rotary frequencies for longer sequences; unchanged if left out."""
+
+
 class ModelConfig(Section):
     """The shape of the GPT. Give a preset, or `layers`, `hidden` and `heads`; sizes given beside a
     preset replace the preset's. The presets are `gpt-1m`, `gpt-3m`, `gpt-6m`, `gpt-14m`, `gpt-30m`,
@@ -162,13 +178,27 @@ class ModelConfig(Section):
     qk_norm: Literal["head", "projection"] | None = None
     """RMS norm of queries and keys before their rotation: of each head (`head`, as in Qwen 3), or
     of all heads together (`projection`, as in OLMo 2); none if left out."""
-    rotary_base: Annotated[float, Field(ge=1, le=1e15)] | None = None
+    rotary_base: RotaryBase | None = None
     """Base of the rotary frequencies; 10000 if left out."""
     rotary_scaling: RotaryScalingConfig | None = None
     """Rotary frequencies for longer sequences; unchanged if left out."""
     no_rotary_interval: Layers | None = None
     """Every block whose number is a multiple of it, counted from 1, has no rotary positions, nor
     any others (SmolLM 3); all blocks have them if left out."""
+    sliding_window: SequenceLength | None = None
+    """In `sliding` blocks, a token attends to this many tokens: itself and those before it (Mistral
+    0.1); to all before it if left out."""
+    attention_pattern: Annotated[list[AttentionKind], Field(min_length=1)] | None = None
+    """Which blocks have the sliding window, as a period that repeats over them: `[sliding, full]`
+    for every second one from the first on (Gemma 2); all blocks if left out."""
+    sliding_rotary: RotaryConfig | None = None
+    """Rotary positions of the `sliding` blocks; as `rotary_base` and `rotary_scaling` say if left
+    out."""
+    attention_scale: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Queries times keys are multiplied by it; 1 / √`head_dim` if left out."""
+    attention_softcap: Annotated[float, Field(ge=1e-3, le=1e9)] | None = None
+    """Scores s of attention become c · tanh(s / c), with c this number (Gemma 2); unchanged if left
+    out."""
     norm_eps: Epsilon | None = None
     """Added to the variance in the norms; 1e-5 if left out."""
     init_std: Annotated[float, Field(gt=0, le=100)] | None = None
@@ -182,3 +212,10 @@ class ModelConfig(Section):
     exponentials of its logits (PaLM: 1e-4); none if left out."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass recomputes instead of keeping them, see below."""
+
+    @model_validator(mode="after")
+    def _check_window(self) -> Self:
+        for key in ("attention_pattern", "sliding_rotary"):
+            if getattr(self, key) is not None and self.sliding_window is None:
+                raise ValueError(f"{key} needs sliding_window; give it")
+        return self

@@ -1,4 +1,4 @@
-"""Rows that hold several documents which do not see each other.
+"""Which earlier tokens a token attends to: all of its row, those of its document, or the nearest.
 
 `documents` is int64 [batch, seq]: the number of every token's document, ascending along a row.
 """
@@ -7,12 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
+from megaphase.model.attention_rule import PLAIN, AttentionRule
 from megaphase.ops.attention import attention
+from megaphase.ops.capped_attention import (
+    block_mask,
+    capped_attention,
+    causal_block_mask,
+    flex_capped_attention,
+)
 
 
 class AttentionFn(Protocol):
@@ -76,17 +85,42 @@ def takes_bounds(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def attend_within(
-    documents: Tensor, dtype: torch.dtype, bounds: DocumentBounds | None = None
+    documents: Tensor,
+    dtype: torch.dtype,
+    bounds: DocumentBounds | None = None,
+    rule: AttentionRule = PLAIN,
 ) -> AttentionFn:
     """Attention of every token to itself and to the earlier tokens of its document.
 
     dtype: of queries, keys and values. bounds: of these documents, on their device; without them,
     the host waits for the device where it takes them.
     """
+    if rule.softcap is not None:
+        if documents.device.type == "cuda":
+            return _Flex(block_mask(documents, rule.window), rule)
+        return _Capped(own_document_mask(documents, rule.window), rule)
     if takes_bounds(documents.device, dtype):
         found = DocumentBounds.of(documents) if bounds is None else bounds
-        return _VariableLength(found.starts - found.starts[:1], documents.shape[1])
-    return _Masked(own_document_mask(documents))
+        return _VariableLength(found.starts - found.starts[:1], documents.shape[1], rule)
+    return _Masked(own_document_mask(documents, rule.window), rule)
+
+
+def attend_before(tokens: Tensor, dtype: torch.dtype, rule: AttentionRule = PLAIN) -> AttentionFn:
+    """Attention of every token to itself and to the earlier tokens of its row.
+
+    tokens: int64 [batch, seq]. dtype: of queries, keys and values.
+    """
+    (rows, seq), device = tokens.shape, tokens.device
+    window = None if rule.window is None or rule.window >= seq else rule.window
+    if rule.softcap is not None and device.type == "cuda":
+        return _Flex(causal_block_mask(seq, window, device), rule)
+    if rule.softcap is None and window is None:
+        return attention if rule.scale is None else partial(attention, scale=rule.scale)
+    if rule.softcap is None and takes_bounds(device, dtype):
+        starts = torch.arange(0, (rows + 1) * seq, seq, dtype=torch.int32, device=device)
+        return _VariableLength(starts, seq, rule)
+    mask = _causal(torch.ones((1, 1, seq, seq), dtype=torch.bool, device=device), window)
+    return _Masked(mask, rule) if rule.softcap is None else _Capped(mask, rule)
 
 
 def _each_head(x: Tensor, heads: int) -> Tensor:
@@ -97,12 +131,33 @@ def _each_head(x: Tensor, heads: int) -> Tensor:
 @dataclass(frozen=True)
 class _Masked:
     mask: Tensor
+    rule: AttentionRule = PLAIN
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # The fused GPU kernel that takes a mask knows no groups; without it, the scores of all
         # heads would be stored.
         k, v = (_each_head(x, q.shape[1]) for x in (k, v))
-        return attention(q, k, v, self.mask)
+        return attention(q, k, v, self.mask, self.rule.scale)
+
+
+@dataclass(frozen=True)
+class _Capped:
+    mask: Tensor
+    rule: AttentionRule
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert self.rule.softcap is not None
+        return capped_attention(q, k, v, self.mask, self.rule.scale, self.rule.softcap)
+
+
+@dataclass(frozen=True)
+class _Flex:
+    mask: BlockMask
+    rule: AttentionRule
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert self.rule.softcap is not None
+        return flex_capped_attention(q, k, v, self.mask, self.rule.scale, self.rule.softcap)
 
 
 @dataclass(frozen=True)
@@ -114,6 +169,7 @@ class _VariableLength:
 
     bounds: Tensor
     longest: int
+    rule: AttentionRule = PLAIN
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
@@ -121,17 +177,31 @@ class _VariableLength:
         rows, heads, seq, _ = q.shape
         q, k, v = (_each_head(x, heads).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         y = varlen_attn(
-            q, k, v, self.bounds, self.bounds, self.longest, self.longest, window_size=(-1, 0)
+            q,
+            k,
+            v,
+            self.bounds,
+            self.bounds,
+            self.longest,
+            self.longest,
+            scale=self.rule.scale,
+            window_size=(-1 if self.rule.window is None else self.rule.window - 1, 0),
         )
         assert isinstance(y, Tensor)  # nothing beside it was asked for
         return y.unflatten(0, (rows, seq)).transpose(1, 2)
 
 
-def own_document_mask(documents: Tensor) -> Tensor:
-    """The mask by which a token attends to itself and to the earlier tokens of its document:
-    bool [batch, 1, query, key]."""
+def own_document_mask(documents: Tensor, window: int | None = None) -> Tensor:
+    """The mask by which a token attends to itself and to the earlier tokens of its document, but to
+    `window` in all: bool [batch, 1, query, key]."""
     same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
-    return same.tril_().unsqueeze(1)
+    return _causal(same, window).unsqueeze(1)
+
+
+def _causal(mask: Tensor, window: int | None) -> Tensor:
+    """A mask [..., query, key] without later tokens and those before the window, in place."""
+    mask.tril_()
+    return mask if window is None else mask.triu_(1 - window)
 
 
 def document_begins(documents: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ and feed-forward layers is [batch, seq / tensor, hidden].
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,12 @@ from megaphase.distributed.parameter_spec import Normal, ParameterSpec, spec_of
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.distributed.tensor_region import TensorRegion
 from megaphase.distributed.vocab_parallel import VocabParallelEmbedding, VocabParallelHead
-from megaphase.model.attention import Attention
+from megaphase.model.attention import Attention, attention_mask_rows
+from megaphase.model.attention_rule import AttentionRule
 from megaphase.model.document_mask import (
     AttentionFn,
     DocumentBounds,
+    attend_before,
     attend_within,
     positions_in_document,
 )
@@ -35,7 +38,6 @@ from megaphase.model.mlp import FeedForward
 from megaphase.model.norms import NORMS, LayerNorm, RMSNorm
 from megaphase.model.rotary import Rotary
 from megaphase.model.shape import GPTShape
-from megaphase.ops.attention import attention
 from megaphase.ops.kernels import EAGER, Kernels
 from megaphase.ops.row_order import sequence_first
 from megaphase.utils.targets import IGNORED_TARGET
@@ -149,23 +151,34 @@ class GPT(CostedLayer):
             self.multiplier = torch.tensor(shape.embedding_multiplier, dtype=compute_dtype).item()
         self.positions = None
         self.rotary = None
+        self.rotaries: list[Rotary | None] = [None] * shape.layers
         if shape.position == "learned":
             positions = ParameterSpec((shape.seq_len, shape.hidden), Normal(shape.init_std))
             self.positions = build.at("positions").parameter("weight", positions)
         else:
-            self.rotary = Rotary(
-                shape.head_size,
-                shape.seq_len,
-                shape.rotary_base,
-                shape.rotary_scaling,
-                dtype=compute_dtype,
-                device=build.device,
-                kernels=kernels,
-            )
+            tables = {
+                each: Rotary(
+                    shape.head_size,
+                    shape.seq_len,
+                    each.base,
+                    each.scaling,
+                    dtype=compute_dtype,
+                    device=build.device,
+                    kernels=kernels,
+                )
+                for each in (shape.rotary, shape.sliding_rotary)
+                if each is not None
+            }
+            self.rotary = tables[shape.rotary]
+            self.rotaries = [
+                tables[shape.of_block(block).rotary] if shape.has_rotary(block) else None
+                for block in range(shape.layers)
+            ]
         self.blocks = nn.ModuleList(
-            Block(shape, build.at(f"blocks.{i}")) for i in range(shape.layers)
+            Block(shape.of_block(i), build.at(f"blocks.{i}")) for i in range(shape.layers)
         )
         self.norm = _norm(shape, build.at("norm"))
+        self.rules = [AttentionRule.of(shape.of_block(i)) for i in range(shape.layers)]
         self.head = VocabParallelHead(
             shape.vocab,
             shape.hidden,
@@ -202,7 +215,7 @@ class GPT(CostedLayer):
         cached = None if cache is None else cache.append(tokens.shape[1])
         x = self.embedding_dropout(self._embed(tokens, documents, cached), dropout_seeds)
         halves = 2 if self.overlap and len(tokens) > 1 else 1
-        contexts = self._contexts(documents, bounds, dropout_seeds, halves, cached)
+        contexts = self._contexts(tokens, documents, bounds, dropout_seeds, halves, cached)
         parts = self._halves(x, halves)
         for block, of_block in zip(self.blocks, contexts, strict=True):
             if self.shape.activation_checkpointing == "full" and self.training:
@@ -244,6 +257,7 @@ class GPT(CostedLayer):
 
     def _contexts(
         self,
+        tokens: Tensor,
         documents: Tensor | None,
         bounds: DocumentBounds | None,
         dropout_seeds: Tensor | None,
@@ -252,32 +266,44 @@ class GPT(CostedLayer):
     ) -> list[list[ForwardContext]]:
         """For every block, one context for each part of the rows."""
         if cached is not None:
-            rotary = None if self.rotary is None else self.rotary.at(cached.positions)
-            return [
-                [ForwardContext(layer.attend, rotary if self.shape.has_rotary(block) else None)]
-                for block, layer in enumerate(cached.layers)
-            ]
-        attends: list[AttentionFn] = [attention] * parts
-        if documents is not None:
-            of_parts = [None] * parts if bounds is None else bounds.chunk(parts)
-            attends = [
-                attend_within(part, self.compute_dtype, of_part)
-                for part, of_part in zip(documents.chunk(parts), of_parts, strict=True)
-            ]
+            at = cache(lambda rotary: None if rotary is None else rotary.at(cached.positions))
+            layers = zip(cached.layers, self.rotaries, strict=True)
+            return [[ForwardContext(layer.attend, at(rotary))] for layer, rotary in layers]
         seeds = [None] * parts if dropout_seeds is None else dropout_seeds.chunk(parts)
-        rotated, plain = (
-            [ForwardContext(*each) for each in zip(attends, [rotary] * parts, seeds, strict=True)]
-            for rotary in (self.rotary, None)
-        )
-        blocks = range(len(self.blocks))
-        return [rotated if self.shape.has_rotary(block) else plain for block in blocks]
+        attends = {
+            rule: self._attends(rule, tokens.chunk(parts), documents, bounds)
+            for rule in dict.fromkeys(self.rules)
+        }
+
+        @cache
+        def of_kind(rule: AttentionRule, rotary: Rotary | None) -> list[ForwardContext]:
+            return [ForwardContext(f, rotary, s) for f, s in zip(attends[rule], seeds, strict=True)]
+
+        return [of_kind(*kind) for kind in zip(self.rules, self.rotaries, strict=True)]
+
+    def _attends(
+        self,
+        rule: AttentionRule,
+        parts: Sequence[Tensor],
+        documents: Tensor | None,
+        bounds: DocumentBounds | None,
+    ) -> list[AttentionFn]:
+        """The attention of each part of the rows, in blocks with this rule."""
+        if documents is None:
+            return [attend_before(part, self.compute_dtype, rule) for part in parts]
+        of_parts = [None] * len(parts) if bounds is None else bounds.chunk(len(parts))
+        return [
+            attend_within(part, self.compute_dtype, of_part, rule)
+            for part, of_part in zip(documents.chunk(len(parts)), of_parts, strict=True)
+        ]
 
     def saved(self, rank: Rank) -> Mapping[str, int]:
-        """Before the blocks; all of them share the mask, one byte for each pair of tokens."""
-        masked = rank.masked and not rank.variable_length
+        """Before the blocks; blocks with the same rule share a mask, one byte for each pair of
+        tokens."""
+        masks = [attention_mask_rows(rank, rule) for rule in dict.fromkeys(self.rules)]
         return {
             "dropout": self.embedding_dropout.saved_bytes(rank, self.shape.hidden),
-            "document_mask": rank.tokens * self.shape.seq_len if masked else 0,
+            "masks": sum(masks) * self.shape.seq_len,
         }
 
 

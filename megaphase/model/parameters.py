@@ -7,9 +7,11 @@ them: the model is built on the meta device.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import nn
@@ -32,10 +34,23 @@ def declared_model(shape: GPTShape) -> GPT:
 
 
 def declared_block(shape: GPTShape) -> Block:
-    """One of the blocks of `declared_model`, which are alike."""
+    """One of the blocks of `declared_model`, which have the same parameters and collectives."""
     block = declared_model(shape).blocks[0]
     assert isinstance(block, Block)
     return block
+
+
+def block_kinds(shape: GPTShape) -> list[tuple[Block, int]]:
+    """A block of `declared_model` of each kind, whose costs differ, and how many there are."""
+    kinds, blocks = kinds_of_blocks(shape), declared_model(shape).blocks
+    return [(cast(Block, blocks[kinds.index(k)]), n) for k, n in sorted(Counter(kinds).items())]
+
+
+@lru_cache(maxsize=64)
+def kinds_of_blocks(shape: GPTShape) -> list[int]:
+    """The number of every block's kind, counted from 0 in the order of the first blocks."""
+    known: dict[GPTShape, int] = {}
+    return [known.setdefault(shape.of_block(i), len(known)) for i in range(shape.layers)]
 
 
 @lru_cache(maxsize=64)

@@ -97,11 +97,9 @@ def _check_divisions(config: RunConfig, shape: GPTShape) -> None:
             f"rotary positions need an even head size, not {shape.head_size}",
             "change it" if given else "change hidden or heads",
         )
-    if shape.rotary_scaling is not None and shape.position != "rotary":
-        raise _refuse(config, "rotary_scaling", f"positions are {shape.position}", "leave it out")
-    if shape.no_rotary_interval is not None and shape.position != "rotary":
-        problem = f"positions are {shape.position}"
-        raise _refuse(config, "no_rotary_interval", problem, "leave it out")
+    for key in ("rotary_scaling", "no_rotary_interval", "sliding_rotary"):
+        if getattr(shape, key) is not None and shape.position != "rotary":
+            raise _refuse(config, key, f"positions are {shape.position}", "leave it out")
     if shape.zero_centered_norms and shape.norm != "rmsnorm":
         problem = f"norms are {shape.norm}"
         raise _refuse(config, "zero_centered_norms", problem, "leave it out, or use rmsnorm")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
-from megaphase.model.config import RotaryScalingConfig
+from megaphase.model.config import AttentionKind, RotaryConfig, RotaryScalingConfig
 
 GATED = {"swiglu", "geglu"}
 NOT_ARCHITECTURE = {"init_std", "dropout", "activation_checkpointing", "z_loss"}
@@ -48,6 +48,11 @@ class GPTShape:
     embedding_multiplier: float | None = None
     logit_softcap: float | None = None
     z_loss: float | None = None
+    sliding_window: int | None = None
+    attention_pattern: tuple[AttentionKind, ...] | None = None
+    sliding_rotary: RotaryConfig | None = None
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
 
     def __post_init__(self) -> None:
         if self.head_dim is not None and self.head_dim * self.heads == self.hidden:
@@ -60,13 +65,33 @@ class GPTShape:
             object.__setattr__(self, "zero_centered_norms", None)
         if self.embedding_multiplier == 1:
             object.__setattr__(self, "embedding_multiplier", None)
+        if self.attention_scale and self.attention_scale == max(self.head_size, 1) ** -0.5:
+            object.__setattr__(self, "attention_scale", None)
+        self._simplify_pattern()
+
+    def _simplify_pattern(self) -> None:
+        """Make the pattern the shortest one, None where all blocks have the window; and forget what
+        no block has."""
+        pattern = None
+        if self.sliding_window is not None and self.attention_pattern is not None:
+            pattern = shortest_pattern(self.attention_pattern, self.layers)
+            if "sliding" not in pattern:
+                object.__setattr__(self, "sliding_window", None)
+            if len(pattern) == 1:
+                pattern = None
+        object.__setattr__(self, "attention_pattern", pattern)
+        if self.sliding_window is None or self.sliding_rotary == self.rotary:
+            object.__setattr__(self, "sliding_rotary", None)
 
     def architecture(self) -> dict[str, Any]:
         """All fields that determine the weights' shapes and the function that they compute: without
         those of initialization and training, and without options that are None."""
         known = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.rotary_scaling is not None:
-            known["rotary_scaling"] = self.rotary_scaling.model_dump(exclude_none=True)
+        for key in ("rotary_scaling", "sliding_rotary"):
+            if known[key] is not None:
+                known[key] = known[key].model_dump(exclude_none=True)
+        if self.attention_pattern is not None:
+            known["attention_pattern"] = list(self.attention_pattern)
         return {
             key: value
             for key, value in known.items()
@@ -86,9 +111,12 @@ class GPTShape:
         if not needed <= set(architecture) <= set(wanted):
             raise TypeError(f"other fields than {sorted(wanted)}")
         options = dict(architecture)
-        if options.get("rotary_scaling") is not None:
-            scaling = RotaryScalingConfig.model_validate(options["rotary_scaling"])
-            options["rotary_scaling"] = scaling
+        for key, section in (
+            ("rotary_scaling", RotaryScalingConfig),
+            ("sliding_rotary", RotaryConfig),
+        ):
+            if options.get(key) is not None:
+                options[key] = section.model_validate(options[key])
         return cls(**options)
 
     @property
@@ -117,6 +145,39 @@ class GPTShape:
         interval = self.no_rotary_interval
         return self.position == "rotary" and (interval is None or (block + 1) % interval != 0)
 
+    def slides(self, block: int) -> bool:
+        """Whether a block, counted from 0, has the sliding window."""
+        pattern = self.attention_pattern or ("sliding",)
+        return self.sliding_window is not None and pattern[block % len(pattern)] == "sliding"
+
+    def of_block(self, block: int) -> Self:
+        """The shape of a model whose blocks are all like this one in their attention."""
+        if self.attention_pattern is None and self.sliding_rotary is None:
+            return self
+        slides = self.slides(block)
+        rotary = self.sliding_rotary if slides else None
+        return replace(
+            self,
+            sliding_window=self.sliding_window if slides else None,
+            attention_pattern=None,
+            sliding_rotary=None,
+            rotary_base=self.rotary_base if rotary is None else rotary.base,
+            rotary_scaling=self.rotary_scaling if rotary is None else rotary.scaling,
+        )
+
+    @property
+    def rotary(self) -> RotaryConfig:
+        """Rotary positions of the blocks without sliding window, and of all if `sliding_rotary` is
+        None."""
+        return RotaryConfig(base=self.rotary_base, scaling=self.rotary_scaling)
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens a token attends to in a block with the sliding window; None: to all
+        before it, since there are no more."""
+        window = self.sliding_window
+        return None if window is None or window >= self.seq_len else window
+
     @property
     def norm_before(self) -> bool:
         """Whether an attention or feed-forward layer has a norm before it."""
@@ -142,3 +203,10 @@ class GPTShape:
     def ffn_segments(self) -> tuple[int, ...]:
         """Rows of the first feed-forward projection: gate and up, or without a gate up alone."""
         return (self.ffn, self.ffn) if self.gated else (self.ffn,)
+
+
+def shortest_pattern(kinds: Sequence[AttentionKind], layers: int) -> tuple[AttentionKind, ...]:
+    """The shortest period that gives the same kinds to `layers` blocks as `kinds`, repeated."""
+    every = tuple(kinds[block % len(kinds)] for block in range(layers))
+    period = next(n for n in range(1, layers + 1) if every[n:] == every[: layers - n])
+    return every[:period]

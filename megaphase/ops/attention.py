@@ -9,9 +9,11 @@ called with:
   cuDNN's gradient is not deterministic.
 - Rows of several documents in bf16: flash attention over their bounds (`varlen_attn`).
 - In fp32, or with a mask on cards before compute capability 8.0: the memory-efficient kernel.
+- Rows of which a token attends only to the nearest tokens: likewise.
+- Capped scores: FlexAttention, see `ops.capped_attention`.
 - Generation, where every token has one key more: see `without_plans`.
 
-On the CPU it is torch's flash attention for the CPU, in all cases.
+On the CPU it is torch's flash attention for the CPU, in all cases but that of capped scores.
 """
 
 from __future__ import annotations
@@ -25,17 +27,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megaphase.ops.matmul import is_widened
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """Attention of queries [batch, heads, seq, head_dim] to keys and values with kv_heads heads.
 
     mask: which tokens a token attends to, as for `scaled_dot_product_attention`, if heads equals
-    kv_heads; by default itself and all before. Returns the queries' shape.
+    kv_heads; by default itself and all before. scale: of the scores, 1 / √head_dim by default.
+    Returns the queries' shape.
     """
     dtype, grouped = q.dtype, q.shape[1] > k.shape[1]
     if is_widened(q):
         q, k, v = q.float(), k.float(), v.float()
     y = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, enable_gqa=grouped and mask is None
+        q,
+        k,
+        v,
+        mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=grouped and mask is None,
     )
     return y.to(dtype)
 

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megaphase.distributed.initialization import Initializer, Uninitialized
 from megaphase.distributed.parameter_spec import ParameterSpec
-from megaphase.ops import kernels
+from megaphase.ops import capped_attention, kernels
 from megaphase.rehearsal.fake_device import note_wait
 from megaphase.rehearsal.fake_gpu import FakeGPU, tensors_of
 
@@ -41,6 +41,8 @@ def patch_for(gpu: FakeGPU) -> None:
     """Replace in the package, in torch and in DeepSpeed what computes with values."""
     kernels._compiled = functools.cache(functools.partial(_recorded_formula, gpu))
     F.scaled_dot_product_attention = _attention  # type: ignore[assignment]
+    capped_attention.compiled_flex = lambda: _flex_attention  # type: ignore[assignment]
+    capped_attention.compiled_block_mask = lambda: _block_mask  # type: ignore[assignment]
     Initializer.draw = _undrawn  # type: ignore[method-assign]
     Uninitialized.draw = _undrawn  # type: ignore[method-assign]
     nn.Module._apply = _apply_in_place  # type: ignore[method-assign]
@@ -82,16 +84,17 @@ def _attention(
     whose mask is a bias in the type of the queries.
     """
     assert dropout_p == _NO_DROPOUT
-    assert scale is None
     half = q.dtype in (torch.bfloat16, torch.float16)
     if half and attn_mask is None:
         if torch.backends.cuda.cudnn_sdp_enabled():
             cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
-            out: Tensor = cudnn(q, k, v, None, torch.is_grad_enabled(), _NO_DROPOUT, is_causal)[0]
+            out: Tensor = cudnn(
+                q, k, v, None, torch.is_grad_enabled(), _NO_DROPOUT, is_causal, scale=scale
+            )[0]
             return out
         if torch.backends.cuda.flash_sdp_enabled():
             flash = torch.ops.aten._scaled_dot_product_flash_attention
-            out = flash(q, k, v, _NO_DROPOUT, is_causal)[0]
+            out = flash(q, k, v, _NO_DROPOUT, is_causal, scale=scale)[0]
             return out
     bias = None
     if attn_mask is not None:
@@ -102,8 +105,23 @@ def _attention(
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    out = efficient(q, k, v, bias, torch.is_grad_enabled(), _NO_DROPOUT, is_causal)[0]
+    out = efficient(q, k, v, bias, torch.is_grad_enabled(), _NO_DROPOUT, is_causal, scale=scale)[0]
     return out
+
+
+def _flex_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+    """FlexAttention saves what flash attention does, and computes as much."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    out: Tensor = flash(q, k, v, _NO_DROPOUT, True)[0]
+    return out
+
+
+def _block_mask(
+    _: object, rows: int | None, __: object, seq: int, ___: int, *, device: torch.device
+) -> Tensor:
+    """The blocks of a mask, without those of its transpose."""
+    blocks = -(-seq // 128)
+    return torch.zeros((rows or 1, blocks, blocks), dtype=torch.int32, device=device)
 
 
 def _undrawn(self: Initializer, name: str, spec: ParameterSpec) -> Tensor:

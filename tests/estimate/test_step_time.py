@@ -53,6 +53,20 @@ def test_products_are_those_of_the_layers():
     assert backward.matrices == 2 * forward.matrices
 
 
+def test_windows_leave_out_the_keys_before_them():
+    """Token i of 16 attends to min(i + 1, 4) keys; counted with half a diagonal, as without one."""
+    sliding = replace(PAIR, shape=replace(SMALL, sliding_window=4))
+    share = (4 * 16 - 4 * 4 / 2) / (16 * 16 / 2)
+    assert forward_work(sliding).attention == forward_work(PAIR).attention * share
+    assert backward_work(sliding).attention == backward_work(PAIR).attention * share
+    every_second = replace(sliding.shape, attention_pattern=("sliding", "full"))
+    half = replace(PAIR, shape=every_second)
+    assert forward_work(half).attention == forward_work(PAIR).attention * (1 + share) / 2
+    assert train_flops_per_token(SMALL) - train_flops_per_token(every_second) == 3 * 4 * 32 * 12
+    # A mask leaves nothing out.
+    assert forward_work(replace(sliding, bf16=False)).attention == 2 * forward_work(PAIR).attention
+
+
 def test_attention_computes_half_of_the_square_forward_and_five_products_backward():
     # 2 samples, 2 heads of this rank, 8 wide: scores, and their product with the values.
     square = 2 * 2 * (2 * 16 * 16 * 8) * 2

@@ -20,6 +20,7 @@ from megaphase.distributed.layer_builder import LayerBuilder
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.distributed.tensor_region import TensorRegion
 from megaphase.model.attention import Attention
+from megaphase.model.config import RotaryConfig
 from megaphase.model.forward_context import ForwardContext
 from megaphase.model.gpt import GPT, Block
 from megaphase.model.parameters import parameter_count, train_flops_per_token
@@ -51,6 +52,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "geglu": LLAMA | {"activation": "geglu"},
     "scaled embedding, capped logits": LLAMA
     | {"embedding_multiplier": 32**0.5, "logit_softcap": 30.0},
+    "windows": LLAMA
+    | {"sliding_window": 5, "attention_pattern": ["sliding", "full"], "kv_heads": 2},
+    "capped": LLAMA | {"attention_softcap": 0.5, "attention_scale": 0.1},
+    "windows with other positions": LLAMA
+    | {
+        "sliding_window": 5,
+        "attention_pattern": ("sliding", "full"),
+        "sliding_rotary": RotaryConfig(base=100.0),
+    },
     "tied": LLAMA | {"tied_embeddings": True},
     "gpt2": LLAMA
     | {
@@ -116,10 +126,16 @@ def test_flops_are_those_of_the_matrix_products(name: str) -> None:
     """torch counts two operations for each multiplication in a matrix product."""
     shape = GPTShape(**SHAPES[name])
     model, tokens = build(shape), torch.zeros((3, shape.seq_len), dtype=torch.int64)
-    # This backend also computes the masked half of the scores, as the formula does.
+    # This backend also computes the scores that are masked, as the formula does but for those
+    # before a window.
+    windows = (shape.of_block(block).window for block in range(shape.layers))
+    before = sum(shape.seq_len - window for window in windows if window is not None)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(tokens, tokens)[0].backward()
-    assert counter.get_total_flops() == train_flops_per_token(shape) * tokens.numel()
+    expected = train_flops_per_token(shape) + 3 * 4 * shape.attention_width * before
+    if shape.attention_softcap is not None:  # scores are computed again
+        expected += 2 * shape.attention_width * shape.seq_len * shape.layers
+    assert counter.get_total_flops() == expected * tokens.numel()
 
 
 def test_every_preset_is_named() -> None:
@@ -170,6 +186,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         SIZES | {"norm": "layernorm", "zero_centered_norms": True},
         {},
         ["model.zero_centered_norms", "layernorm"],
+    ),
+    "learned positions of windows": (
+        SIZES | {"position": "learned", "sliding_window": 4, "sliding_rotary": {"base": 100.0}},
+        {},
+        ["model.sliding_rotary", "learned"],
     ),
     "kv_heads do not divide heads": (SIZES | {"kv_heads": 3}, {}, ["model.kv_heads", "3", "4"]),
     "tensor does not divide heads": (
@@ -245,9 +266,59 @@ def test_options_that_say_nothing_are_not_recorded() -> None:
     assert GPTShape.from_architecture(plain.architecture()) == plain
 
 
+@pytest.mark.parametrize(
+    ("pattern", "layers", "found"),
+    [
+        (["sliding", "full"], 4, ("sliding", "full")),
+        (["sliding", "full"] * 3, 4, ("sliding", "full")),
+        (["sliding", "sliding", "full"], 2, None),
+        (["sliding", "sliding", "full"], 4, ("sliding", "sliding", "full")),
+        (["sliding"], 4, None),
+        (["full", "full", "sliding", "sliding"], 4, ("full", "full", "sliding", "sliding")),
+    ],
+)
+def test_patterns_are_recorded_in_the_shortest_form(
+    pattern: list[str], layers: int, found: tuple[str, ...] | None
+) -> None:
+    sizes = SIZES | {"layers": layers, "sliding_window": 5}
+    shape = build_shape(run_config(sizes | {"attention_pattern": pattern}), 100)
+    assert shape.attention_pattern == found
+    assert [shape.slides(i) for i in range(layers)] == [
+        pattern[i % len(pattern)] == "sliding" for i in range(layers)
+    ]
+    recorded = json.loads(json.dumps(shape.architecture()))
+    assert GPTShape.from_architecture(recorded) == shape
+
+
+def test_a_window_that_no_block_has_is_none() -> None:
+    options = {"sliding_window": 5, "attention_pattern": ["full"]}
+    assert build_shape(run_config(SIZES | options), 100) == build_shape(run_config(SIZES), 100)
+    same = {"sliding_window": 5, "sliding_rotary": {"base": 10_000.0}}
+    assert build_shape(run_config(SIZES | same), 100).sliding_rotary is None
+    with pytest.raises(ValueError, match="attention_pattern needs sliding_window"):
+        run_config(SIZES | {"attention_pattern": ["full"]})
+
+
+def test_a_window_as_long_as_the_sequence_changes_no_bit() -> None:
+    tokens = torch.arange(32).reshape(2, 16)
+    logits = build(GPTShape(**LLAMA))(tokens)
+    assert torch.equal(build(GPTShape(**LLAMA | {"sliding_window": 16}))(tokens), logits)
+    assert not torch.equal(build(GPTShape(**LLAMA | {"sliding_window": 15}))(tokens), logits)
+
+
 def test_options_come_back_from_a_record() -> None:
     scaling = {"type": "yarn", "factor": 4, "original_seq_len": 64}
-    options = {"head_dim": 12, "qkv_bias": True, "rotary_scaling": scaling}
+    options = {
+        "head_dim": 12,
+        "qkv_bias": True,
+        "rotary_scaling": scaling,
+        "layers": 2,
+        "sliding_window": 5,
+        "attention_pattern": ["full", "sliding"],
+        "sliding_rotary": {"base": 100.0, "scaling": {"type": "linear", "factor": 2.0}},
+        "attention_scale": 0.3,
+        "attention_softcap": 30.0,
+    }
     shape = build_shape(run_config(SIZES | options), 100)
     recorded = json.loads(json.dumps(shape.architecture()))
     assert recorded["rotary_scaling"]["attention_factor"] == pytest.approx(1 + 0.1 * math.log(4))

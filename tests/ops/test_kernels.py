@@ -23,9 +23,11 @@ from megaphase.distributed.layer_builder import LayerBuilder
 from megaphase.distributed.linear import ColumnParallelLinear
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.distributed.tensor_region import TensorRegion
+from megaphase.model.attention_rule import AttentionRule
 from megaphase.model.document_mask import (
     DocumentBounds,
     _Masked,
+    attend_before,
     attend_within,
     own_document_mask,
 )
@@ -189,23 +191,28 @@ def test_products_of_bf16_are_rounded_once() -> None:
 
 def attend_by_loops(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, _: Tensor, longest: int, __: int,
-    *, window_size: tuple[int, int],
+    *, scale: float | None, window_size: tuple[int, int],
 ) -> Tensor:  # fmt: skip
     """Compute what torch's varlen_attn, which needs a GPU, is documented to compute."""
-    assert window_size == (-1, 0)  # itself and all before
+    assert window_size[1] == 0  # none after
     assert bounds.dtype == torch.int32
     out = torch.empty_like(q)
     for first, end in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
         assert end - first <= longest
         for here in range(first, end):
-            seen = slice(first, here + 1)
-            scores = torch.einsum("hd,thd->ht", q[here], k[seen]) / q.shape[-1] ** 0.5
+            seen = slice(
+                first if window_size[0] < 0 else max(first, here - window_size[0]), here + 1
+            )
+            scores = torch.einsum("hd,thd->ht", q[here], k[seen]) * (scale or q.shape[-1] ** -0.5)
             out[here] = torch.einsum("ht,thd->hd", scores.softmax(-1), v[seen])
     return out
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_documents_one_by_one_attend_as_masked_ones(monkeypatch: Any, kv_heads: int) -> None:
+@pytest.mark.parametrize(("window", "scale"), [(None, None), (1, None), (3, None), (3, 0.7)])
+def test_documents_one_by_one_attend_as_masked_ones(
+    monkeypatch: Any, kv_heads: int, window: int | None, scale: float | None
+) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend_by_loops)
     monkeypatch.setattr("megaphase.model.document_mask.takes_bounds", lambda *_: True)
     documents = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0]])
@@ -214,13 +221,16 @@ def test_documents_one_by_one_attend_as_masked_ones(monkeypatch: Any, kv_heads: 
         torch.randn((3, 6, heads, 8), generator=generator).transpose(1, 2)
         for heads in (4, kv_heads, kv_heads)
     )
-    expected = _Masked(own_document_mask(documents))(q, k, v)
-    assert_close(attend_within(documents, q.dtype)(q, k, v), expected)
+    rule = AttentionRule(window, scale)
+    expected = _Masked(own_document_mask(documents, window), rule)(q, k, v)
+    assert_close(attend_within(documents, q.dtype, None, rule)(q, k, v), expected)
+    whole = _Masked(own_document_mask(torch.zeros_like(documents), window), rule)(q, k, v)
+    assert_close(attend_before(documents, q.dtype, rule)(q, k, v), whole)
     bounds = DocumentBounds.of(documents)
     first = 0
     for some in bounds.chunk(2):
         rows = slice(first, first + len(some))
-        attend = attend_within(documents[rows], q.dtype, some)
+        attend = attend_within(documents[rows], q.dtype, some, rule)
         assert_close(attend(q[rows], k[rows], v[rows]), expected[rows])
         first = rows.stop
     assert first == len(documents)

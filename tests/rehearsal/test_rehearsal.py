@@ -86,6 +86,13 @@ OPTIONS: list[dict[str, Any]] = [
         }
     },
     {"model": {"activation": "geglu", "logit_softcap": 30.0}, "kernels": "eager", "tensor": 2},
+    {"model": {"sliding_window": 512}},
+    {"model": {"sliding_window": 512, "attention_pattern": ["sliding", "full"], "kv_heads": 4}},
+    {"model": {"sliding_window": 512}, "documents": True, "tensor": 2, "sequence": True},
+    {"model": {"sliding_window": 512, "activation_checkpointing": "full"}, "tensor": 2},
+    {"model": {"sliding_window": 512}, "precision": "fp32"},
+    {"model": {"attention_softcap": 50, "attention_scale": 0.05, "kv_heads": 4}},
+    {"model": {"attention_softcap": 50, "sliding_window": 512}, "documents": True, "tensor": 2},
     {"kernels": "eager"},
     {"precision": "fp32"},
     {"precision": "fp32", "documents": True},

@@ -59,14 +59,25 @@ FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
         rope_parameters=YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False},
     ),
     "Mistral": _of("Mistral", sliding_window=None, head_dim=12),
+    "Mistral 0.1": _of("Mistral", sliding_window=9),
     "Qwen 2": _of("Qwen2", tie_word_embeddings=True),
     "Qwen 2.5, YaRN": _of("Qwen2", rope_parameters=YARN_ROPE),
+    "Qwen 2, windows in upper layers": _of(
+        "Qwen2", use_sliding_window=True, sliding_window=20, max_window_layers=1
+    ),
     "Qwen 3": _of("Qwen3", head_dim=16),
     "Qwen 3, YaRN": _of("Qwen3", rope_parameters=YARN_ROPE, head_dim=8, tie_word_embeddings=True),
     "OLMo 2": _of("Olmo2"),
     "OLMo 2, all heads": _of("Olmo2", num_key_value_heads=4, rope_parameters=LLAMA3_ROPE),
     "OLMo 2, tied": _of("Olmo2", tie_word_embeddings=True),
     "SmolLM 3": _of("SmolLM3", num_hidden_layers=3, no_rope_layer_interval=2),
+    "SmolLM 3, windows": _of(
+        "SmolLM3",
+        num_hidden_layers=3,
+        no_rope_layer_interval=2,
+        use_sliding_window=True,
+        sliding_window=7,
+    ),
     "SmolLM 3, untied, biases": _of(
         "SmolLM3",
         num_hidden_layers=3,

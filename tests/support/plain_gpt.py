@@ -28,6 +28,10 @@ class PlainShape:
     zero_centered: bool = False
     multiplier: float = 1.0
     softcap: float | None = None
+    windows: tuple[int | None, ...] = (None,)  # of the blocks, repeated
+    window_base: float | None = None  # of the positions where there is a window, if another one
+    score_scale: float | None = None  # None: 1 / √size
+    score_cap: float | None = None
 
 
 class PlainGPT:
@@ -70,7 +74,8 @@ class PlainGPT:
         x = self.dropped(x, "embedding")
         for layer in range(self.shape.layers):
             attention, mlp = f"blocks.{layer}.attention", f"blocks.{layer}.feed_forward"
-            added = self._attention(self._norm(x, f"{attention}_norm"), attention)
+            window = self.shape.windows[layer % len(self.shape.windows)]
+            added = self._attention(self._norm(x, f"{attention}_norm"), attention, window)
             x = x + self.dropped(added, attention)
             x = x + self.dropped(self._mlp(self._norm(x, f"{mlp}_norm"), mlp), mlp)
         logits = self._norm(x, "norm") @ self.weights.get("head.weight", embedding).T
@@ -91,27 +96,35 @@ class PlainGPT:
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return x @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0.0)
 
-    def _attention(self, x: Tensor, name: str) -> Tensor:
+    def _attention(self, x: Tensor, name: str, window: int | None) -> Tensor:
         heads, kv_heads = self.shape.heads, self.shape.kv_heads
         size = x.shape[-1] // heads
         parts = self._linear(x, f"{name}.qkv").split(size, dim=-1)
         queries = parts[:heads]
         keys, values = parts[heads : heads + kv_heads], parts[heads + kv_heads :]
-        future = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+        places = torch.arange(x.shape[1])
+        distance = places.unsqueeze(1) - places
+        unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)
+        base = self.shape.rotary_base
+        if window is not None and self.shape.window_base is not None:
+            base = self.shape.window_base
         results = []
         for head, query in enumerate(queries):
             group = head // (heads // kv_heads)
-            scores = self._rotate(query) @ self._rotate(keys[group]).transpose(1, 2)
-            scores = (scores / math.sqrt(size)).masked_fill(future, -math.inf)
+            scores = self._rotate(query, base) @ self._rotate(keys[group], base).transpose(1, 2)
+            scores = scores * (self.shape.score_scale or 1 / math.sqrt(size))
+            if (cap := self.shape.score_cap) is not None:
+                scores = cap * (scores / cap).tanh()
+            scores = scores.masked_fill(unseen, -math.inf)
             results.append(scores.softmax(-1) @ values[group])
         return self._linear(torch.cat(results, -1), f"{name}.out")
 
-    def _rotate(self, x: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, base: float) -> Tensor:
         """Rotate [batch, seq, size]: entries i and i + size / 2 are a complex number."""
         if "positions" in self.weights:
             return x
         half = x.shape[-1] // 2
-        speeds = self.shape.rotary_base ** (-torch.arange(half).double() / half)
+        speeds = base ** (-torch.arange(half).double() / half)
         angles = torch.arange(x.shape[1]).double().unsqueeze(1) * speeds
         turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(
             torch.ones_like(angles), angles

@@ -96,6 +96,36 @@ VARIANTS = {
         vocab=VOCAB + 1,
     ),
     "z_loss": Variant({"z_loss": 1e-2}, short=True),
+    "windows": Variant({"sliding_window": 5, "attention_pattern": ["sliding", "full"]}),
+    "packed windows": Variant(
+        {
+            "sliding_window": 3,
+            "attention_pattern": ["full", "sliding"],
+            "kv_heads": 2,
+            "activation_checkpointing": "selective",
+        },
+        packed=True,
+    ),
+    "capped": Variant(
+        {
+            "sliding_window": 5,
+            "attention_pattern": ["sliding", "full"],
+            "attention_scale": 0.7,
+            "attention_softcap": 0.1,
+            "sliding_rotary": {"base": 100.0},
+            "kv_heads": 2,
+        }
+    ),
+    "packed capped": Variant(
+        {"attention_softcap": 0.1, "activation_checkpointing": "full"}, packed=True
+    ),
+}
+# What the plain model has of the variants' attention.
+ATTENTION: dict[str, dict[str, Any]] = {
+    "windows": {"windows": (5, None)},
+    "packed windows": {"windows": (None, 3)},
+    "capped": {"windows": (5, None), "window_base": 100.0, "score_scale": 0.7, "score_cap": 0.1},
+    "packed capped": {"score_cap": 0.1},
 }
 
 
@@ -168,6 +198,16 @@ CASES = [
     Case("gemma", 2, 2, 3, sequence=True),
     Case("z_loss", 1, 1, 0),
     Case("z_loss", 2, 2, 3),
+    Case("windows", 1, 1, 0),
+    Case("windows", 2, 2, 3, sequence=True),
+    Case("packed windows", 1, 1, 0),
+    Case("packed windows", 2, 1, 0),
+    Case("packed windows", 1, 2, 3),
+    Case("packed windows", 2, 2, 3, sequence=True, micro=2),
+    Case("capped", 1, 1, 0),
+    Case("capped", 2, 2, 3, sequence=True),
+    Case("packed capped", 1, 1, 0),
+    Case("packed capped", 2, 2, 3),
 ]
 BF16_CASES = [
     Case("base", 1, 1, 0, precision="bf16", steps=STEPS),
@@ -271,6 +311,7 @@ def plain_curve(name: str) -> Curve:
         zero_centered=variant.model.get("zero_centered_norms", False),
         multiplier=variant.model.get("embedding_multiplier", 1.0),
         softcap=variant.model.get("logit_softcap"),
+        **ATTENTION.get(name, {}),
     )
     model = PlainGPT(weights, shape)
     optimizer = PlainAdamW(model.weights, clip=CLIP)

@@ -114,19 +114,53 @@ class NoRopeLayers:
         return {name: layers, "no_rope_layer_interval": interval}
 
 
-@dataclass(frozen=True)
-class OnEveryLayer:
-    """A list with the same value for all layers, or no list."""
+SLIDING, FULL = "sliding_attention", "full_attention"
 
-    value: str
-    fields: tuple[str, ...] = ()
+
+@dataclass(frozen=True)
+class Window:
+    """The size of a sliding window in tokens, and which layers have it.
+
+    Attributes:
+        slides: whether a layer, counted from 0, has it in a file without layer_types; None: all
+            have it, and there is no such key.
+        switched: whether use_sliding_window must be true.
+        default: the size in transformers without the key.
+    """
+
+    slides: Callable[[ConfigFile, int], bool] | None = None
+    switched: bool = False
+    default: int | None = 4096
+    fields: tuple[str, ...] = ("sliding_window", "attention_pattern")
 
     def read(self, name: str, config: ConfigFile) -> dict[str, Any]:
-        found = config.get(name)
-        config.refuse_if(
-            name, found is not None and (type(found) is not list or set(found) != {self.value})
-        )
-        return {}
+        window = config.get(name, self.default)
+        config.refuse_if(name, window is not None and (type(window) is not int or window < 1))
+        if self.slides is None:
+            return {"sliding_window": window}
+        layers, types = config.size("num_hidden_layers"), config.get("layer_types")
+        used = window is not None
+        if self.switched:
+            used = config.flag("use_sliding_window", False) and used
+        sliding = [self.slides(config, layer) for layer in range(layers)]
+        if types is not None:
+            known = type(types) is list and len(types) == layers and {*types} <= {SLIDING, FULL}
+            config.refuse_if("layer_types", not known)
+            sliding = [each == SLIDING for each in types]
+            config.refuse_if("layer_types" if self.switched else name, any(sliding) and not used)
+        elif self.switched:
+            sliding = [each and used for each in sliding]
+        config.refuse_if(name, any(sliding) and not used)
+        if not any(sliding):
+            return {}
+        pattern = ["sliding" if each else "full" for each in sliding]
+        return {"sliding_window": window, "attention_pattern": pattern}
 
     def write(self, name: str, shape: GPTShape) -> dict[str, Any]:
-        return {name: [self.value] * shape.layers}
+        written: dict[str, Any] = {name: shape.sliding_window}
+        if self.slides is not None:
+            layers = range(shape.layers)
+            written["layer_types"] = [SLIDING if shape.slides(i) else FULL for i in layers]
+        if self.switched:
+            written["use_sliding_window"] = shape.sliding_window is not None
+        return written

@@ -11,8 +11,8 @@ from megaphase.convert.hugging_face.config_keys import (
     Fixed,
     Key,
     NoRopeLayers,
-    OnEveryLayer,
     Option,
+    Window,
 )
 from megaphase.convert.hugging_face.family import Family
 from megaphase.convert.hugging_face.rope import Rope
@@ -76,7 +76,6 @@ _LLAMA_MODULES = {
     "norm": ("norm",),
 }
 _NO_DROPOUT = {"attention_dropout": 0.0}
-_NO_WINDOW_USED = "of sliding windows, which are refused"
 
 LLAMA = Family(
     title="Llama",
@@ -103,29 +102,33 @@ MISTRAL = Family(
         **_LLAMA_KEYS,
         "max_position_embeddings": Option("seq_len", default=131_072),
         "num_key_value_heads": Option("kv_heads", default=_kv_heads(8)),
-        # If the key is missing, transformers uses a window of 4,096 tokens.
-        "sliding_window": Fixed((None,), 4096),
+        "sliding_window": Window(),
     },
     written=_NO_DROPOUT,
     prefix="model.",
     blocks="layers",
     modules=_LLAMA_MODULES,
 )
+
+
+def _above_max_window_layers(config: ConfigFile, layer: int) -> bool:
+    first = config.get("max_window_layers", 28)
+    config.refuse_if("max_window_layers", type(first) is not int)
+    return layer >= int(first)
+
+
 _QWEN_KEYS: dict[str, Key] = {
     **_LLAMA_KEYS,
     "max_position_embeddings": Option("seq_len", default=32_768),
     "num_key_value_heads": Option("kv_heads", default=_kv_heads(32)),
-    "use_sliding_window": Fixed((False,), False),
-    "layer_types": OnEveryLayer("full_attention"),
+    "sliding_window": Window(_above_max_window_layers, switched=True),
 }
-_QWEN_HARMLESS = dict.fromkeys(("sliding_window", "max_window_layers"), _NO_WINDOW_USED)
 QWEN2 = Family(
     title="Qwen 2",
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     options={**_LLAMA_OPTIONS, "bias": False, "qkv_bias": True},
     keys=_QWEN_KEYS,
-    harmless=_QWEN_HARMLESS,
     written=_NO_DROPOUT,
     prefix="model.",
     blocks="layers",
@@ -141,7 +144,6 @@ QWEN3 = Family(
         "head_dim": Option("head_dim", default=128),
         "attention_bias": Fixed((False,), False),
     },
-    harmless=_QWEN_HARMLESS,
     written=_NO_DROPOUT,
     prefix="model.",
     blocks="layers",
@@ -177,6 +179,13 @@ OLMO2 = Family(
         "norm": ("norm",),
     },
 )
+
+
+def _has_no_rope(config: ConfigFile, layer: int) -> bool:
+    interval = NoRopeLayers().read("no_rope_layers", config)["no_rotary_interval"]
+    return (layer + 1) % int(interval) == 0
+
+
 SMOLLM3 = Family(
     title="SmolLM 3",
     model_type="smollm3",
@@ -188,10 +197,11 @@ SMOLLM3 = Family(
         "tie_word_embeddings": Option("tied_embeddings", "flag", True),
         "rope_parameters": Rope(2_000_000.0),
         "no_rope_layers": NoRopeLayers(),
+        "sliding_window": Window(_has_no_rope, switched=True, default=None),
         "attention_bias": Option("bias", "flag", False),
         "mlp_bias": Option("bias", "flag", False),
     },
-    harmless=_QWEN_HARMLESS,
+    harmless={"max_window_layers": "not read by transformers in such models"},
     written=_NO_DROPOUT,
     prefix="model.",
     blocks="layers",

@@ -70,6 +70,9 @@ _OWN_OPTIONS = (
     "zero_centered_norms",
     "embedding_multiplier",
     "logit_softcap",
+    "sliding_window",
+    "attention_scale",
+    "attention_softcap",
 )
 
 # Of Llama 3.1, as Megatron-LM's --use-rope-scaling has them.

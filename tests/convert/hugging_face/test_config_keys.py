@@ -23,7 +23,8 @@ from megaphase.utils.errors import InputError
 CONFIGS = {
     "llama": FAMILY_CONFIGS["Llama, YaRN"],
     "mistral": FAMILY_CONFIGS["Mistral"],
-    "qwen2": FAMILY_CONFIGS["Qwen 2"],
+    "mistral with windows": FAMILY_CONFIGS["Mistral 0.1"],
+    "qwen2": FAMILY_CONFIGS["Qwen 2, windows in upper layers"],
     "qwen3": FAMILY_CONFIGS["Qwen 3"],
     "olmo2": FAMILY_CONFIGS["OLMo 2"],
     "smollm3": FAMILY_CONFIGS["SmolLM 3"],
@@ -43,8 +44,14 @@ NOT_CHANGED = {
 OTHERS: dict[str, list[Any]] = {
     "hidden_act": ["gelu", "swish"],
     "activation_function": ["relu", "gelu_pytorch_tanh"],
-    "sliding_window": [8],
-    "layer_types": [["sliding_attention"] * 2, ["sliding_attention"] * 3],
+    "sliding_window": [8, 80],
+    "layer_types": [
+        ["sliding_attention"] * 2,
+        ["sliding_attention", "full_attention"],
+        ["full_attention"] * 2,
+        ["sliding_attention"] * 3,
+        ["chunked_attention"] * 2,
+    ],
     "hidden_size": [48],
     "n_embd": [48],
     "vocab_size": [120],
@@ -89,7 +96,7 @@ def changed(key: str, value: Any) -> Iterator[Any]:
 
 def all_changes(family: str) -> Iterator[tuple[str, Any]]:
     config = CONFIGS[family]()
-    for key, value in {**config.to_dict(), "sliding_window": None}.items():
+    for key, value in {"sliding_window": None, **config.to_dict()}.items():
         if key not in NOT_CHANGED and (hasattr(config, key)):
             yield from ((key, other) for other in changed(key, value))
             if key == "rope_parameters" and value.get("rope_type") == "yarn":

@@ -6,6 +6,7 @@ are trained, agree; it is exported again, and transformers computes the first mo
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from rounding import FP32, deviation
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megaphase.convert.hugging_face.config import read_config
 from megaphase.convert.source import open_source
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.initialization import Initializer
@@ -158,6 +160,21 @@ def test_weights_and_logits_of_the_export(name: str, tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[each], after[each]) for each in before)
     assert torch.equal(transformers_logits(again, TOKENS), transformers_logits(theirs, TOKENS))
+
+
+def test_layers_with_windows_are_those_of_transformers_without_layer_types(tmp_path: Path) -> None:
+    """Files of earlier versions of transformers have other keys, from which they follow."""
+    found = 0
+    for name in FAMILY_CONFIGS:
+        config = json.loads((imported() / name / "theirs" / "config.json").read_text())
+        if "layer_types" not in config:
+            continue
+        _, shape = read_config(imported() / name / "theirs")
+        del config["layer_types"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert read_config(tmp_path) == (read_config(imported() / name / "theirs")[0], shape)
+        found += shape.sliding_window is not None
+    assert found >= 2
 
 
 @pytest.mark.distributed
