@@ -39,14 +39,24 @@ def flex_capped_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float | None, cap: float
 ) -> Tensor:
     """The same by FlexAttention, with the mask of `block_mask`."""
+    out: Tensor = compiled_flex()(
+        q,
+        k,
+        v,
+        score_mod=_capped_scores(cap),
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=q.shape[1] > k.shape[1],
+    )
+    return out
 
+
+@functools.cache
+def _capped_scores(cap: float) -> Callable[..., Tensor]:
     def capped(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
 
-    out: Tensor = compiled_flex()(
-        q, k, v, score_mod=capped, block_mask=mask, scale=scale, enable_gqa=q.shape[1] > k.shape[1]
-    )
-    return out
+    return capped
 
 
 def block_mask(documents: Tensor, window: int | None) -> BlockMask:

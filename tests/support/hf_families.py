@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-VOCAB, SEQ_LEN = 101, 64  # an odd vocabulary, which tensor parallelism pads
+VOCAB, SEQ_LEN = 301, 64  # an odd vocabulary, which tensor parallelism pads
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -34,6 +34,17 @@ YARN_ROPE = {
     "original_max_position_embeddings": 16,
     "beta_fast": 8.0,
 }
+# Reached by the small models' scores and logits.
+GEMMA_CAPS: dict[str, Any] = {
+    "sliding_window": 9,
+    "query_pre_attn_scalar": 24,
+    "attn_logit_softcapping": 1.0,
+    "final_logit_softcapping": 3.0,
+}
+
+
+def _of_kinds(full: dict[str, Any], sliding: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {"full_attention": full, "sliding_attention": sliding}
 
 
 def _of(name: str, **changes: Any) -> Callable[[], Any]:
@@ -70,6 +81,43 @@ FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
     "OLMo 2": _of("Olmo2"),
     "OLMo 2, all heads": _of("Olmo2", num_key_value_heads=4, rope_parameters=LLAMA3_ROPE),
     "OLMo 2, tied": _of("Olmo2", tie_word_embeddings=True),
+    "OLMo 3": _of(
+        "Olmo3",
+        num_hidden_layers=5,
+        sliding_window=9,
+        rope_parameters=_of_kinds(YARN_ROPE, {"rope_type": "default", "rope_theta": 1_000.0}),
+    ),
+    "OLMo 3, windows in all layers": _of(
+        "Olmo3",
+        layer_types=["sliding_attention"] * 2,
+        sliding_window=5,
+        rope_parameters=_of_kinds(LINEAR_ROPE, LLAMA3_ROPE),
+    ),
+    "Gemma 2": _of("Gemma2", num_hidden_layers=3, head_dim=12, **GEMMA_CAPS),
+    "Gemma 2, untied, no caps": _of(
+        "Gemma2",
+        layer_types=["full_attention", "sliding_attention"],
+        head_dim=8,
+        sliding_window=5,
+        query_pre_attn_scalar=8,
+        tie_word_embeddings=False,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+    ),
+    "Gemma 3": _of(
+        "Gemma3Text",
+        num_hidden_layers=4,
+        sliding_window_pattern=3,
+        head_dim=16,
+        sliding_window=9,
+        query_pre_attn_scalar=24,
+        rope_parameters=_of_kinds(
+            LINEAR_ROPE | {"rope_theta": 1_000_000.0},
+            {"rope_type": "default", "rope_theta": 10_000.0},
+        ),
+        final_logit_softcapping=2.0,
+    ),
+    "Gemma 3, by default": _of("Gemma3Text", num_hidden_layers=6, head_dim=8, sliding_window=9),
     "SmolLM 3": _of("SmolLM3", num_hidden_layers=3, no_rope_layer_interval=2),
     "SmolLM 3, windows": _of(
         "SmolLM3",

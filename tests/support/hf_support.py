@@ -181,8 +181,9 @@ def make_transformers_model(config: Any, dtype: torch.dtype = torch.float32) -> 
     torch.manual_seed(3)
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            around = 1.0 if name.endswith("weight") and parameter.dim() == 1 else 0.0
+        for parameter in model.parameters():
+            # Norms multiply by about 1: by their weight, or by 1 + weight.
+            around = float(parameter.mean()) if parameter.dim() == 1 else 0.0
             parameter.normal_(around, 0.1)
     return model
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from megaphase.convert.hugging_face.config_file import CONFIG_FILE, ConfigFile
 from megaphase.convert.hugging_face.families import FAMILIES
@@ -27,28 +25,9 @@ def read_config(directory: Path) -> tuple[Family, GPTShape]:
     if family is None:
         known = ", ".join(each.model_type for each in FAMILIES)
         raise config.refusal("model_type", f"is {model_type!r}; known are {known}")
-    shape = family.completed(GPTShape(**_options(config, family)))
+    shape = family.shape(config)
     config.refuse_others(family.harmless)
     return family, _checked(config, shape)
-
-
-def _options(config: ConfigFile, family: Family) -> dict[str, Any]:
-    """Options of GPTShape by name.
-
-    Raises:
-        InputError: a value is not supported, or two keys contradict each other.
-    """
-    options: dict[str, Any] = dict(family.options)
-    keys: dict[str, str] = {}
-    for name, key in family.keys.items():
-        for field, value in key.read(name, config).items():
-            if field in keys and options[field] != value:
-                problem = f"is {json.dumps(options[field])}, and {name} is not"
-                raise config.refusal(keys[field], problem)
-            options[field] = value
-            keys[field] = name
-    options.setdefault("kv_heads", options["heads"])
-    return options | ({"bias": True} if family.always_biased else {})
 
 
 def _checked(config: ConfigFile, shape: GPTShape) -> GPTShape:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import read_json
@@ -57,6 +57,7 @@ HARMLESS: Mapping[str, str] = {
     **dict.fromkeys(
         (
             "use_cache",
+            "cache_implementation",
             "max_length",
             "min_length",
             "max_new_tokens",
@@ -119,7 +120,7 @@ class ConfigFile:
         self._path = path
         self._understood: set[str] = set()
         try:
-            self._values = read_json(path)
+            self._values: Any = read_json(path)
         except OSError as error:
             raise InputError(
                 path,
@@ -130,6 +131,13 @@ class ConfigFile:
             self._values = None
         if not isinstance(self._values, dict):
             raise InputError(path, "is not a JSON object", "copy the model again")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """A file with these values, before it is written."""
+        config = cls.__new__(cls)
+        config._path, config._understood, config._values = Path(CONFIG_FILE), set(), dict(values)
+        return config
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value as it is in the file, `default` without the key."""

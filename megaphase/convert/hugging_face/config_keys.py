@@ -66,6 +66,44 @@ class Option:
 
 
 @dataclass(frozen=True)
+class NumberOrNone:
+    """A key that holds a number, or null where the model has no such option.
+
+    Attributes:
+        default: the value in transformers without the key.
+    """
+
+    field: str
+    default: float | None = None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return (self.field,)
+
+    def read(self, name: str, config: ConfigFile) -> dict[str, Any]:
+        found = config.get(name, self.default)
+        return {self.field: None if found is None else config.number(name, found)}
+
+    def write(self, name: str, shape: GPTShape) -> dict[str, Any]:
+        return {name: getattr(shape, self.field)}
+
+
+@dataclass(frozen=True)
+class QueryScalar:
+    """A whole number; scores are divided by its square root."""
+
+    default: int = 256
+    fields: tuple[str, ...] = ("attention_scale",)
+
+    def read(self, name: str, config: ConfigFile) -> dict[str, Any]:
+        return {"attention_scale": config.size(name, self.default) ** -0.5}
+
+    def write(self, name: str, shape: GPTShape) -> dict[str, Any]:
+        scale = shape.attention_scale
+        return {name: shape.head_size if scale is None else max(round(scale**-2), 1)}
+
+
+@dataclass(frozen=True)
 class Fixed:
     """A key that must have one of a few values, of which the first is written.
 

@@ -4,18 +4,22 @@ config.json and of the names of the model's parts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from megaphase.convert.hugging_face.config_file import ConfigFile
 from megaphase.convert.hugging_face.config_keys import (
     Fixed,
     Key,
     NoRopeLayers,
+    NumberOrNone,
     Option,
+    QueryScalar,
     Window,
 )
 from megaphase.convert.hugging_face.family import Family
-from megaphase.convert.hugging_face.rope import Rope
+from megaphase.convert.hugging_face.rope import Rope, RopeOfKinds
 from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError
 
@@ -180,6 +184,18 @@ OLMO2 = Family(
     },
 )
 
+OLMO3 = replace(
+    OLMO2,
+    title="OLMo 3",
+    model_type="olmo3",
+    architecture="Olmo3ForCausalLM",
+    keys={
+        **OLMO2.keys,
+        "rope_parameters": RopeOfKinds(500_000.0, 500_000.0),
+        "sliding_window": Window(lambda _, layer: (layer + 1) % 4 != 0),
+    },
+)
+
 
 def _has_no_rope(config: ConfigFile, layer: int) -> bool:
     interval = NoRopeLayers().read("no_rope_layers", config)["no_rotary_interval"]
@@ -262,5 +278,74 @@ GPT2 = Family(
         ("attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down")
     ),
 )
+_GEMMA_KEYS: dict[str, Key] = {
+    **{name: key for name, key in _LLAMA_KEYS.items() if name != "hidden_act"},
+    "num_key_value_heads": Option("kv_heads", default=_kv_heads(4)),
+    "head_dim": Option("head_dim", default=256),
+    "hidden_activation": Fixed(("gelu_pytorch_tanh",), "gelu_pytorch_tanh"),
+    "tie_word_embeddings": Option("tied_embeddings", "flag", True),
+    "query_pre_attn_scalar": QueryScalar(),
+    "attention_bias": Fixed((False,), False),
+    "use_bidirectional_attention": Fixed((False, None), None),
+}
+GEMMA2 = Family(
+    title="Gemma 2",
+    model_type="gemma2",
+    architecture="Gemma2ForCausalLM",
+    options={
+        "norm": "rmsnorm",
+        "position": "rotary",
+        "activation": "geglu",
+        "norm_position": "both",
+        "zero_centered_norms": True,
+    },
+    derived={"embedding_multiplier": lambda shape: math.sqrt(shape.hidden)},
+    keys={
+        **_GEMMA_KEYS,
+        "max_position_embeddings": Option("seq_len", default=8192),
+        "attn_logit_softcapping": NumberOrNone("attention_softcap", 50.0),
+        "final_logit_softcapping": NumberOrNone("logit_softcap", 30.0),
+        "sliding_window": Window(lambda _, layer: layer % 2 == 0),
+    },
+    harmless={"hidden_act": "not read by transformers in such models"},
+    written=_NO_DROPOUT,
+    heads_divide=True,
+    prefix="model.",
+    blocks="layers",
+    modules=_LLAMA_MODULES
+    | {
+        "attention_post_norm": ("post_attention_layernorm",),
+        "feed_forward_norm": ("pre_feedforward_layernorm",),
+        "feed_forward_post_norm": ("post_feedforward_layernorm",),
+    },
+)
+
+
+def _not_at_the_interval(config: ConfigFile, layer: int) -> bool:
+    return (layer + 1) % config.size("sliding_window_pattern", 6) != 0
+
+
+GEMMA3 = replace(
+    GEMMA2,
+    title="Gemma 3",
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    options={**GEMMA2.options, "qk_norm": "head"},
+    keys={
+        **_GEMMA_KEYS,
+        "max_position_embeddings": Option("seq_len", default=131_072),
+        # Not read by transformers in its attention.
+        "attn_logit_softcapping": Fixed((None,), None),
+        "final_logit_softcapping": NumberOrNone("logit_softcap"),
+        "sliding_window": Window(_not_at_the_interval),
+        "rope_parameters": RopeOfKinds(1_000_000.0, 10_000.0, "rope_local_base_freq"),
+    },
+    harmless={**GEMMA2.harmless, "_sliding_window_pattern": "what layer_types says"},
+    modules={
+        **GEMMA2.modules,
+        "attention.qk_norm.query": ("self_attn.q_norm",),
+        "attention.qk_norm.key": ("self_attn.k_norm",),
+    },
+)
 # The first of those that fit a shape is written.
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, SMOLLM3, GPT2)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, OLMO3, SMOLLM3, GEMMA2, GEMMA3, GPT2)

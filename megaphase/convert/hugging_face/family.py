@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
+from megaphase.convert.hugging_face.config_file import ConfigFile
 from megaphase.convert.hugging_face.config_keys import Key
 from megaphase.convert.parameter_mapping import ParameterMapping
 from megaphase.distributed.sharding import ParameterLayout
@@ -80,7 +82,33 @@ class Family:
         wrong = [key for key in wanted if getattr(shape, key) != getattr(nearest, key)]
         if self.heads_divide and shape.hidden % shape.heads:
             wrong.append("heads")
+        if not wrong:  # of the values that its options can have
+            again = self.shape(ConfigFile.of(self.config(shape))).architecture()
+            known = self.expressed(shape).architecture()
+            if shape.position == "learned":
+                again["rotary_base"] = known["rotary_base"]
+            wrong = [key for key in {**known, **again} if known.get(key) != again.get(key)]
         return [f"model.{key}: {getattr(shape, key)}" for key in wrong]
+
+    def shape(self, config: ConfigFile) -> GPTShape:
+        """Return the shape of a model.
+
+        Raises:
+            InputError: a value is not supported, or two keys contradict each other.
+        """
+        options: dict[str, Any] = dict(self.options)
+        names: dict[str, str] = {}
+        for name, key in self.keys.items():
+            for option, value in key.read(name, config).items():
+                if option in names and options[option] != value:
+                    problem = f"is {json.dumps(options[option])}, and {name} is not"
+                    raise config.refusal(names[option], problem)
+                options[option] = value
+                names[option] = name
+        options.setdefault("kv_heads", options["heads"])
+        if self.always_biased:
+            options["bias"] = True
+        return self.completed(GPTShape(**options))
 
     def completed(self, shape: GPTShape) -> GPTShape:
         """Return a shape with the options that follow from the others."""

@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from megaphase.convert.hugging_face.config_file import ConfigFile
-from megaphase.model.config import RotaryScalingConfig
+from megaphase.convert.hugging_face.config_keys import FULL, SLIDING
+from megaphase.model.config import RotaryConfig, RotaryScalingConfig
 from megaphase.model.shape import GPTShape
 
 _LENGTH = "original_max_position_embeddings"
@@ -63,25 +64,93 @@ class Rope:
             if not rope:
                 continue
             config.refuse_if(key, not isinstance(rope, dict))
-            if rope.get("rope_theta") is not None:
-                theta = rope["rope_theta"]
-                config.refuse_if(key, not isinstance(theta, int | float) or not theta > 0)
-                base = float(theta)
-            config.refuse_if(key, rope.get("partial_rotary_factor") not in (None, 1))
+            base = _base(key, rope, config, base)
             found = _scaling(key, rope, config, length)
         return {"rotary_base": base, "rotary_scaling": found}
 
     def write(self, name: str, shape: GPTShape) -> dict[str, Any]:
-        scaling: dict[str, Any] = {"rope_type": "default"}
-        if shape.rotary_scaling is not None:
-            kind = shape.rotary_scaling.type
-            ours = {t: getattr(shape.rotary_scaling, o) for t, o in _KEYS[kind].items()}
-            scaling = {"rope_type": kind} | ours
+        written = _dictionary(shape.rotary)
         return {
             "rope_theta": shape.rotary_base,
-            "rope_scaling": None if shape.rotary_scaling is None else scaling,
-            name: scaling | {"rope_theta": shape.rotary_base},
+            "rope_scaling": _older(written),
+            name: written,
         }
+
+
+@dataclass(frozen=True)
+class RopeOfKinds:
+    """The keys of rotary positions of layers with and without a sliding window, under the name
+    rope_parameters.
+
+    Attributes:
+        full_base, sliding_base: the bases in transformers without a key.
+        older_base: the key of the sliding layers' base in version 4 of transformers; None: there it
+            was that of all layers.
+    """
+
+    full_base: float
+    sliding_base: float
+    older_base: str | None = None
+    fields: tuple[str, ...] = ("rotary_base", "rotary_scaling", "sliding_rotary")
+
+    def read(self, name: str, config: ConfigFile) -> dict[str, Any]:
+        given, older = config.get(name) or {}, config.get("rope_scaling") or {}
+        config.refuse_if("rope_scaling", not isinstance(older, dict))
+        kinds = (FULL, SLIDING)
+        config.refuse_if(name, not isinstance(given, dict) or not {*given} <= {*kinds})
+        dictionaries = [given.get(kind) or {} for kind in kinds]
+        config.refuse_if(name, not all(isinstance(each, dict) for each in dictionaries))
+        part = config.get("partial_rotary_factor")
+        config.refuse_if("partial_rotary_factor", part not in (None, 1))
+        full, sliding = dictionaries[0] | older, dictionaries[1]
+        base = config.number("rope_theta", self.full_base)
+        sliding_base = self.sliding_base
+        if self.older_base is not None:
+            sliding_base = config.number(self.older_base, self.sliding_base)
+        elif sliding.get("rope_theta") is None:
+            # Version 4 has this base in all layers, version 5 its default in the sliding ones.
+            config.refuse_if("rope_theta", base != sliding_base)
+        return {
+            "rotary_base": _base(name, full, config, base),
+            "rotary_scaling": _scaling(name, full, config, None),
+            "sliding_rotary": RotaryConfig(
+                base=_base(name, sliding, config, sliding_base),
+                scaling=_scaling(name, sliding, config, None),
+            ),
+        }
+
+    def write(self, name: str, shape: GPTShape) -> dict[str, Any]:
+        full, sliding = _dictionary(shape.rotary), _dictionary(shape.sliding_rotary or shape.rotary)
+        written = {"rope_theta": shape.rotary_base, "rope_scaling": _older(full)}
+        if self.older_base is not None:
+            written[self.older_base] = sliding["rope_theta"]
+        return written | {name: {FULL: full, SLIDING: sliding}}
+
+
+def _dictionary(rotary: RotaryConfig) -> dict[str, Any]:
+    written: dict[str, Any] = {"rope_type": "default"}
+    if rotary.scaling is not None:
+        kind = rotary.scaling.type
+        ours = {t: getattr(rotary.scaling, o) for t, o in _KEYS[kind].items()}
+        written = {"rope_type": kind} | ours
+    return written | {"rope_theta": rotary.base}
+
+
+def _older(written: dict[str, Any]) -> dict[str, Any] | None:
+    """The same as version 4 of transformers has it."""
+    if written["rope_type"] == "default":
+        return None
+    return {key: value for key, value in written.items() if key != "rope_theta"}
+
+
+def _base(key: str, rope: dict[str, Any], config: ConfigFile, default: float) -> float:
+    """The base in a dictionary of config.json."""
+    config.refuse_if(key, rope.get("partial_rotary_factor") not in (None, 1))
+    theta = rope.get("rope_theta")
+    if theta is None:
+        return default
+    config.refuse_if(key, not isinstance(theta, int | float) or not theta > 0)
+    return float(theta)
 
 
 def _scaling(

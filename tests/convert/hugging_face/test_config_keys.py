@@ -27,6 +27,9 @@ CONFIGS = {
     "qwen2": FAMILY_CONFIGS["Qwen 2, windows in upper layers"],
     "qwen3": FAMILY_CONFIGS["Qwen 3"],
     "olmo2": FAMILY_CONFIGS["OLMo 2"],
+    "olmo3": FAMILY_CONFIGS["OLMo 3"],
+    "gemma2": FAMILY_CONFIGS["Gemma 2"],
+    "gemma3": FAMILY_CONFIGS["Gemma 3"],
     "smollm3": FAMILY_CONFIGS["SmolLM 3"],
     "gpt2": lambda: gpt2(vocab_size=VOCAB, n_positions=SEQ_LEN),
 }
@@ -43,6 +46,7 @@ NOT_CHANGED = {
 }
 OTHERS: dict[str, list[Any]] = {
     "hidden_act": ["gelu", "swish"],
+    "hidden_activation": ["gelu", "silu"],
     "activation_function": ["relu", "gelu_pytorch_tanh"],
     "sliding_window": [8, 80],
     "layer_types": [
@@ -54,7 +58,7 @@ OTHERS: dict[str, list[Any]] = {
     ],
     "hidden_size": [48],
     "n_embd": [48],
-    "vocab_size": [120],
+    "vocab_size": [320],
     "num_key_value_heads": [1, 4],
     "num_attention_heads": [2, 8],
     "n_head": [2, 8],
@@ -94,14 +98,22 @@ def changed(key: str, value: Any) -> Iterator[Any]:
         yield "other"
 
 
+def changed_rope(rope: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same with one number changed, in one of its dictionaries."""
+    for key, value in rope.items():
+        if isinstance(value, dict):
+            yield from (rope | {key: new} for new in changed_rope(value))
+        elif rope.get("rope_type") != "default" or key == "rope_theta":
+            yield from (rope | {key: new} for new in changed(key, value))
+
+
 def all_changes(family: str) -> Iterator[tuple[str, Any]]:
     config = CONFIGS[family]()
     for key, value in {"sliding_window": None, **config.to_dict()}.items():
         if key not in NOT_CHANGED and (hasattr(config, key)):
             yield from ((key, other) for other in changed(key, value))
-            if key == "rope_parameters" and value.get("rope_type") == "yarn":
-                for inner, number in value.items():
-                    yield from ((key, value | {inner: new}) for new in changed(inner, number))
+            if key == "rope_parameters":
+                yield from ((key, new) for new in changed_rope(value))
 
 
 @pytest.mark.parametrize("family", CONFIGS)

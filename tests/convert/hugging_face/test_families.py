@@ -1,13 +1,15 @@
 """Every family of Hugging Face models, both ways: logits, training and weights are the same.
 
-A random model of transformers is imported; its logits, and the losses of ten steps in which both
-are trained, agree; it is exported again, and transformers computes the first model's logits.
+A random model of transformers is imported; its logits of random tokens and of text in five scripts,
+and the losses of ten steps in which both are trained, agree; it is exported again, and transformers
+computes the first model's logits.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import yaml
 from convert_support import whole_parameters
 from distributed import once, run_ranks
 from engine_support import CLIP, build_engine, global_batch, load_fp32_weights, run_config, share
-from hf_families import FAMILY_CONFIGS, SEQ_LEN, VOCAB
+from five_scripts import text_tokens
+from hf_families import FAMILY_CONFIGS, SEQ_LEN, SIZES, VOCAB
 from hf_support import (
     export,
     loaded_model,
@@ -32,17 +35,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megaphase.convert.hugging_face.config import read_config
+from megaphase.convert.hugging_face.families import family_for
 from megaphase.convert.source import open_source
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.process_grid import ProcessGrid, start_process_grid
 from megaphase.distributed.sharding import layout_of
+from megaphase.model.config import RotaryConfig, RotaryScalingConfig
 from megaphase.model.gpt import GPT
 from megaphase.model.kv_cache import KVCache
+from megaphase.model.shape import GPTShape
+from megaphase.utils.errors import InputError
 
 STEPS = 10
 LEARNING_RATE = 3e-3
-TOKENS = random_tokens(VOCAB, seq=SEQ_LEN)
+TOKENS = torch.cat([random_tokens(VOCAB, seq=SEQ_LEN), text_tokens(VOCAB, SEQ_LEN)])
 RECOMPUTATION = ("none", "selective", "full")
 
 
@@ -136,7 +143,7 @@ def test_logits(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_logits_of_cached_tokens(name: str) -> None:
-    """Rows of different lengths: 20 tokens at once, then one after the other."""
+    """Three rows of different lengths: 20 tokens at once, then one after the other."""
     expected = transformers_logits(imported() / name / "theirs", TOKENS)
     model = loaded_model(imported() / name / "ours")
     padding, prompt = torch.tensor([0, 3, 7]), 20
@@ -162,19 +169,112 @@ def test_weights_and_logits_of_the_export(name: str, tmp_path: Path) -> None:
     assert torch.equal(transformers_logits(again, TOKENS), transformers_logits(theirs, TOKENS))
 
 
-def test_layers_with_windows_are_those_of_transformers_without_layer_types(tmp_path: Path) -> None:
+def test_windows_without_layer_types_are_those_of_transformers(tmp_path: Path) -> None:
     """Files of earlier versions of transformers have other keys, from which they follow."""
     found = 0
-    for name in FAMILY_CONFIGS:
-        config = json.loads((imported() / name / "theirs" / "config.json").read_text())
-        if "layer_types" not in config:
+    for name, config in FAMILY_CONFIGS.items():
+        keys = config().to_dict()
+        if "layer_types" not in keys:
             continue
-        _, shape = read_config(imported() / name / "theirs")
-        del config["layer_types"]
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        assert read_config(tmp_path) == (read_config(imported() / name / "theirs")[0], shape)
+        del keys["layer_types"]
+        (tmp_path / "config.json").write_text(json.dumps(keys))
+        _, shape = read_config(tmp_path)
+        slides = ["full_attention", "sliding_attention"]
+        layer_types = [slides[shape.slides(layer)] for layer in range(shape.layers)]
+        assert layer_types == type(config())(**keys).layer_types, name
         found += shape.sliding_window is not None
-    assert found >= 2
+    assert found >= 6
+
+
+OLDER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "Mistral 0.1": (
+        {"model_type": "mistral", "sliding_window": 4096, "rope_theta": 10_000.0},
+        {"sliding_window": 4096},
+    ),
+    "OLMo 3": (
+        {
+            "model_type": "olmo3",
+            "rope_theta": 500_000,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "attention_factor": 1.2,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "original_max_position_embeddings": 16,
+            },
+            "sliding_window": 4096,
+        },
+        {
+            "rotary_base": 500_000.0,
+            "rotary_scaling": RotaryScalingConfig(
+                type="yarn", factor=8.0, attention_factor=1.2, original_seq_len=16
+            ),
+            "sliding_rotary": RotaryConfig(base=500_000.0),
+            "sliding_window": 4096,
+            "attention_pattern": ("sliding", "sliding", "sliding", "full"),
+            "qk_norm": "projection",
+            "norm_position": "after",
+        },
+    ),
+    "Gemma 3": (
+        {
+            "model_type": "gemma3_text",
+            "rope_theta": 1_000_000,
+            "rope_local_base_freq": 10_000,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "sliding_window": 512,
+            "sliding_window_pattern": 3,
+            "cache_implementation": "hybrid",
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+        },
+        {
+            "rotary_base": 1_000_000.0,
+            "rotary_scaling": RotaryScalingConfig(type="linear", factor=8.0),
+            "sliding_rotary": RotaryConfig(base=10_000.0),
+            "sliding_window": 512,
+            "attention_pattern": ("sliding", "sliding", "full"),
+            "qk_norm": "head",
+            "norm_position": "both",
+            "zero_centered_norms": True,
+            "activation": "geglu",
+            "embedding_multiplier": 32**0.5,
+            "tied_embeddings": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_config_files_of_version_4_of_transformers(name: str, tmp_path: Path) -> None:
+    given, options = OLDER[name]
+    sizes = SIZES | {"num_hidden_layers": 8, "rms_norm_eps": 1e-6}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | given))
+    assert read_config(tmp_path)[1] == GPTShape(
+        vocab=VOCAB, seq_len=SEQ_LEN, layers=8, hidden=32, heads=4, kv_heads=2, ffn=48,
+        norm_eps=1e-6, **options
+    )  # fmt: skip
+
+
+def test_another_base_of_all_layers_of_olmo_3_is_refused(tmp_path: Path) -> None:
+    """Version 4 of transformers has it in all layers, version 5 in those without a window."""
+    config = SIZES | {"model_type": "olmo3", "rope_theta": 10_000.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="rope_theta: is 10000"):
+        read_config(tmp_path)
+
+
+def test_options_that_no_family_has_are_refused() -> None:
+    """Among those that a family has with other values: 1 / √query_pre_attn_scalar is a whole n."""
+    _, shape = read_config(imported() / "Gemma 2" / "theirs")
+    for options, words in (
+        ({"attention_scale": 0.3}, "attention_scale: 0.3"),
+        ({"embedding_multiplier": 2.0}, "embedding_multiplier: 2.0"),
+        ({"sliding_rotary": RotaryConfig(base=100.0)}, "sliding_rotary"),
+    ):
+        with pytest.raises(InputError, match=words):
+            family_for(replace(shape, **options), "here")
 
 
 @pytest.mark.distributed
