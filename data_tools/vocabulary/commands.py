@@ -62,7 +62,7 @@ def extend_vocab_command(
     from megaphase.convert.extend_vocab import new_tokens, write_extended
     from megaphase.convert.hugging_face.from_hf import TOKENIZER_FOLDER
     from megaphase.convert.source import open_source
-    from megaphase.convert.source_tokenizer import load_tokenizer
+    from megaphase.convert.source_tokenizer import load_tokenizer, prompt_start
     from megaphase.data_tools.vocabulary.check import check_table, check_texts
     from megaphase.generation.model import load_model
     from megaphase.generation.text_loss import text_loss
@@ -70,7 +70,8 @@ def extend_vocab_command(
     from megaphase.utils.files import real_path
 
     source = open_source(checkpoint)
-    base, extended = load_tokenizer(source, base_tokenizer), Tokenizer.load(tokenizer)
+    base = load_tokenizer(source, base_tokenizer, "--base-tokenizer")
+    extended, start = Tokenizer.load(tokenizer), prompt_start(source, base)
     tokens = new_tokens(source, base, extended)
     texts = check_texts(check, base, reading_of(json_key, template, separator))
     section = write_extended(
@@ -85,11 +86,11 @@ def extend_vocab_command(
     )
     if texts:
         model = load_model(source, None)
-        before = {name: text_loss(model, base, each) for name, each in texts.items()}
+        before = {name: text_loss(model, base, each, start) for name, each in texts.items()}
         del model
         model = load_model(open_source(str(out)), None, verify=False)
         after, new = (
-            {name: text_loss(model, words, each) for name, each in texts.items()}
+            {name: text_loss(model, words, each, start) for name, each in texts.items()}
             for words in (base, extended)
         )
         new_console(highlight=False).print(check_table(before, after, new))

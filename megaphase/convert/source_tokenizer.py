@@ -13,13 +13,15 @@ from megaphase.utils.errors import InputError
 from megaphase.utils.files import read_json
 
 
-def load_tokenizer(source: Source, given: Path | None) -> Tokenizer:
+def load_tokenizer(source: Source, given: Path | None, option: str = "--tokenizer") -> Tokenizer:
     """Load the given tokenizer, or by default that of the run or of the imported model.
+
+    option: with which a user gives it.
 
     Raises:
         InputError: none is known, or it has tokens that the model does not know.
     """
-    path = given or _own_tokenizer(source.folder)
+    path = given or _own_tokenizer(source.folder, option)
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > source.shape.vocab:
         raise InputError(
@@ -39,18 +41,18 @@ def prompt_start(source: Source, tokenizer: Tokenizer) -> list[int]:
     return [] if bos is None else [bos]
 
 
-def _own_tokenizer(checkpoint: Path) -> Path:
+def _own_tokenizer(checkpoint: Path, option: str) -> Path:
     """Return the tokenizer of the run that wrote a checkpoint, or of the model it came from."""
     if (checkpoint / TOKENIZER_FOLDER).is_dir():
         return checkpoint / TOKENIZER_FOLDER
     run_file = RunDirectory(checkpoint.parent.parent).run_file
     if checkpoint.parent.name != CHECKPOINTS or not run_file.is_file():
         problem = "is in no run directory, so its tokenizer is not known"
-        raise InputError(checkpoint, problem, "give --tokenizer")
+        raise InputError(checkpoint, problem, f"give {option}")
     try:
         tokenizer = Path(read_json(run_file)["tokenizer"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(run_file, "is damaged", "give --tokenizer") from None
+        raise InputError(run_file, "is damaged", f"give {option}") from None
     if not tokenizer.exists():
-        raise InputError(f"{run_file}: tokenizer", f"{tokenizer} is gone", "give --tokenizer")
+        raise InputError(f"{run_file}: tokenizer", f"{tokenizer} is gone", f"give {option}")
     return tokenizer

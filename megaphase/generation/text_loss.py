@@ -25,20 +25,22 @@ class TextLoss:
 
 
 @torch.no_grad()
-def text_loss(model: GPT, tokenizer: Tokenizer, texts: Sequence[str]) -> TextLoss:
+def text_loss(
+    model: GPT, tokenizer: Tokenizer, texts: Sequence[str], start: Sequence[int]
+) -> TextLoss:
     """Measure the loss of documents, none of which sees another one.
 
-    A document begins after BOS if the tokenizer says that the model was trained with it, else after
-    EOD. One that is longer than the model's seq_len, or 2,048 tokens, is cut into parts.
+    A document that is longer than the model's seq_len, or 2,048 tokens, is cut into parts.
+
+    start: the tokens before a document if the model was trained with any; else it begins after EOD.
     """
-    record = tokenizer.record
-    begin = record.bos if record.adds_bos and record.bos is not None else tokenizer.eod
+    begin = list(start) or [tokenizer.eod]
     longest = min(model.shape.seq_len, _LONGEST_CONTEXT)
     nats, tokens = 0.0, 0
     for ids in tokenizer.encode_batch(texts):
-        document = torch.tensor([begin, *ids, tokenizer.eod], device=device())
-        for start in range(0, len(document) - 1, longest):
-            part = document[start : start + longest + 1].unsqueeze(0)
+        document = torch.tensor([*begin, *ids, tokenizer.eod], device=device())
+        for first in range(0, len(document) - 1, longest):
+            part = document[first : first + longest + 1].unsqueeze(0)
             nats += float(model(part[:, :-1], part[:, 1:])[1].double().sum())
         tokens += len(document) - 1
     text_bytes = sum(len(text.encode()) for text in texts)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from convert_support import whole_parameters
-from extended_tokenizers import extend_by_hand
+from hand_extended_tokenizers import extend_by_hand
 from hf_support import megaphase_logits, transformers_logits
 from rounding import FP32, deviation
 from run_support import read_rows, run_settings, timeless, write_run_file
