@@ -24,6 +24,29 @@ if TYPE_CHECKING:
 DEFAULT_TEMPERATURE = 3.3
 TAGS_SHOWN = 12
 
+MaxSentences = Annotated[
+    int, typer.Option(min=1, max=MOST, help="Maximum number of training lines.")
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option(
+        callback=finite,
+        help="Share of a language with n characters: p ∝ n^alpha (1 / temperature).",
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        min=1.0,
+        callback=finite,
+        help="Smooths the languages' shares of the text; 1 leaves them unchanged.",
+        show_default=str(DEFAULT_TEMPERATURE),
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(min=0, max=MOST_SEED, help="Seed for the choice of training lines.")
+]
+
 tokenizer_app = typer.Typer(help="Train, inspect and measure tokenizers.", no_args_is_help=True)
 
 
@@ -79,28 +102,10 @@ def train_tokenizer_command(
     split_digits: Annotated[
         bool, typer.Option("--split-digits/--no-split-digits", help="Make every digit a token.")
     ] = True,
-    max_sentences: Annotated[
-        int, typer.Option(min=1, max=MOST, help="Maximum number of training lines.")
-    ] = 2_000_000,
-    alpha: Annotated[
-        float | None,
-        typer.Option(
-            callback=finite,
-            help="Share of a language with n characters: p ∝ n^alpha (1 / temperature).",
-        ),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            min=1.0,
-            callback=finite,
-            help="Smooths the languages' shares of the text; 1 leaves them unchanged.",
-            show_default=str(DEFAULT_TEMPERATURE),
-        ),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=MOST_SEED, help="Seed for the choice of training lines.")
-    ] = 0,
+    max_sentences: MaxSentences = 2_000_000,
+    alpha: Alpha = None,
+    temperature: Temperature = None,
+    seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Train a tokenizer on several languages.
@@ -134,6 +139,74 @@ def train_tokenizer_command(
     console = new_console()
     _print_fertility(console, record.languages)
     console.print(f"{record.vocab_size:,} tokens in {out}", soft_wrap=True, highlight=False)
+
+
+@tokenizer_app.command("extend")
+def extend_tokenizer_command(
+    base: Annotated[
+        Path,
+        typer.Argument(help="A tokenizer directory, .model file or Hugging Face directory."),
+    ],
+    inputs: Annotated[
+        list[str],
+        typer.Option(
+            "--input",
+            metavar="LANGUAGE=FILE",
+            help="Text of a new language, a file or a quoted pattern; repeatable.",
+        ),
+    ],
+    add: Annotated[int, typer.Option(min=1, max=MOST, help="Number of new tokens.")],
+    out: Annotated[Path, typer.Option(callback=named, help="The new tokenizer's directory.")],
+    check: Annotated[
+        list[str],
+        typer.Option(
+            metavar="LANGUAGE=FILE",
+            help="Text of another language, to compare its encoding only; repeatable.",
+        ),
+    ] = [],  # noqa: B006
+    json_key: JsonKey = "text",
+    template: Template = None,
+    separator: Separator = None,
+    max_sentences: MaxSentences = 2_000_000,
+    alpha: Alpha = None,
+    temperature: Temperature = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Extend a tokenizer by tokens of new languages; all its ids stay what they are.
+
+    Text in whose encoding no new token occurs is encoded as before; the table says how much of each
+    language's is. `megaphase convert extend-vocab` gives a model the new tokens.
+
+    Example: megaphase tokenizer extend Llama-3.1-8B/ --input gl=gl.jsonl.gz --check en=en.jsonl.gz
+    --add 4000 --out tok/
+    """
+    from megaphase.data_tools.tokenizers.compare import comparison_table
+    from megaphase.data_tools.tokenizers.extend import extend_tokenizer
+
+    record, languages = extend_tokenizer(
+        base,
+        _by_language(inputs),
+        out,
+        add=add,
+        checks=_by_language(check, "--check"),
+        reading=reading_of(json_key, template, separator),
+        max_sentences=max_sentences,
+        temperature=_temperature(alpha, temperature),
+        seed=seed,
+        overwrite=overwrite,
+        console=new_console(stderr=True),
+    )
+    console = new_console()
+    console.print(comparison_table(languages))
+    texts = sum(it.texts for it in languages.values())
+    unexplained = sum(it.unexplained for it in languages.values())
+    first = record.vocab_size - add
+    for line in (
+        f"Encoded differently without a new token: {unexplained:,} of {texts:,} texts",
+        f"{record.vocab_size:,} tokens in {out}, new from id {first:,} on",
+    ):
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 @tokenizer_app.command("inspect")
@@ -175,15 +248,15 @@ def inspect_tokenizer_command(
         _print_fertility(console, measured or tokenizer.record.languages, given=bool(measured))
 
 
-def _by_language(inputs: list[str]) -> dict[str, list[Path]]:
-    """Group the files of `LANGUAGE=FILE` arguments by language."""
+def _by_language(inputs: list[str], option: str = "--input") -> dict[str, list[Path]]:
+    """Group the files of an option's `LANGUAGE=FILE` arguments by language."""
     from megaphase.data_tools.text import expand_inputs
 
     files: dict[str, list[str]] = {}
     for text in inputs:
         language, equals, file = text.partition("=")
         if not (language and equals and file):
-            raise InputError("--input", f"{text!r} is not LANGUAGE=FILE", "write en=en.jsonl.gz")
+            raise InputError(option, f"{text!r} is not LANGUAGE=FILE", "write en=en.jsonl.gz")
         files.setdefault(language, []).append(file)
     return {language: expand_inputs(names) for language, names in files.items()}
 

@@ -22,6 +22,7 @@ from megaphase.data_tools.tokenizers.byte_level import (
     train_byte_level,
     write_byte_level,
 )
+from megaphase.data_tools.tokenizers.extended_files import COPIED_NAMES
 from megaphase.data_tools.tokenizers.fertility import measure_fertility
 from megaphase.data_tools.tokenizers.sample import (
     Survey,
@@ -126,7 +127,7 @@ def train_tokenizer(
     Raises InputError if an input or argument is invalid, or the text is too small or too varied
     for the vocabulary; RunError if the training process is killed.
     """
-    _check_inputs(inputs)
+    check_inputs(inputs)
     if library == "tokenizers" and model_type == "unigram":
         remedy = "leave it out, or use --library sentencepiece"
         raise InputError("--model-type", "the tokenizers library trains bpe here", remedy)
@@ -139,8 +140,8 @@ def train_tokenizer(
             raise InputError(option, f"{value} is too small", f"give {least} or more")
     _check_tags(tags)
     _check_user_symbols(user_symbols, tags)
-    _check_out(out, overwrite)
-    surveys = _survey(inputs, reading, console)
+    check_out(out, overwrite)
+    surveys = survey_languages(inputs, reading, console)
     job = TrainingJob(
         inputs=inputs,
         uses=uses_per_sentence(surveys, temperature, max_sentences),
@@ -168,7 +169,8 @@ def train_tokenizer(
     return record
 
 
-def _check_inputs(inputs: Mapping[str, Sequence[Path]]) -> None:
+def check_inputs(inputs: Mapping[str, Sequence[Path]]) -> None:
+    """Raise InputError unless there is text, in files that can be read twice."""
     if not inputs:
         raise InputError("--input", "no text was given", "pass --input LANGUAGE=FILE")
     for path in chain.from_iterable(inputs.values()):
@@ -199,7 +201,7 @@ def _check_user_symbols(symbols: Sequence[str], tags: Sequence[str]) -> None:
             raise InputError("--user-symbol", f"{symbol!r} is a token already", "leave it out")
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
+def check_out(out: Path, overwrite: bool) -> None:
     """Replace a tokenizer only with `overwrite`, and anything else never."""
     if not out.is_dir():
         if out.exists():
@@ -207,6 +209,8 @@ def _check_out(out: Path, overwrite: bool) -> None:
         return
     names = {path.name for path in out.iterdir()}
     known = {MODEL_NAME, RECORD_NAME, TOKENIZER_JSON_NAME, CONFIG_NAME}
+    if RECORD_NAME in names:
+        known.update(COPIED_NAMES)  # it extends a tokenizer of a Hugging Face directory
     if names - known:
         other = min(names - known)
         raise InputError(out, f"contains other files, such as {other}", "choose another --out")
@@ -214,9 +218,10 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise InputError(out, "exists already", "pass --overwrite or choose another --out")
 
 
-def _survey(
+def survey_languages(
     inputs: Mapping[str, Sequence[Path]], reading: Reading, console: Console | None
 ) -> dict[str, Survey]:
+    """Read the text of every language once."""
     total_bytes = sum(path.stat().st_size for path in chain.from_iterable(inputs.values()))
     with reading_progress(console, "reading", total_bytes) as advance:
         return {
@@ -231,7 +236,7 @@ def _train_in_process(job: TrainingJob) -> bytes:
     try:
         (model,) = ordered_map(train_model, [job], workers=1)
     except RuntimeError as error:
-        raise _explained(error, job) from None
+        raise explained(error, job.vocab_size) from None
     return model
 
 
@@ -280,10 +285,10 @@ def _sentences(job: TrainingJob) -> Iterator[str]:
     )
 
 
-def _explained(error: RuntimeError, job: TrainingJob) -> InputError | RunError:
+def explained(error: RuntimeError, vocab_size: int) -> InputError | RunError:
     """Translate sentencepiece's error to an error about the command's options."""
     message = " ".join(str(error).split())
-    where, asked = "--vocab-size", f"{job.vocab_size:,}"
+    where, asked = "--vocab-size", f"{vocab_size:,}"
     if found := re.search(r"too high .* value <= (\d+)", message):
         most = int(found[1])
         problem = f"{asked} is more than this text supports"

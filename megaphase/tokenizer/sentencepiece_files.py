@@ -217,6 +217,13 @@ def _spells_spaces(processor: SentencePieceProcessor) -> bool:
     return not is_piece and processor.is_byte(processor.piece_to_id("<0x20>"))
 
 
+def model_file(path: Path) -> Path:
+    """Return the sentencepiece model that `Tokenizer.load` reads from a path."""
+    if path.is_file():
+        return path
+    return next(path / name for name in HUGGING_FACE_MODEL_NAMES if (path / name).is_file())
+
+
 def _id_of(
     text: str | None, added: dict[str, int], processor: SentencePieceProcessor
 ) -> int | None:

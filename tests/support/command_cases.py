@@ -46,6 +46,10 @@ RUN = {"run_file": ["run.yaml"]}
 CHECKPOINT = {"checkpoint": ["run@joint"]}
 CALLS: dict[str, tuple[dict[str, list[str]], dict[str, str]]] = {
     "tokenizer train": ({}, {"--input": "a=text.jsonl", "--vocab-size": "400", "--out": "new"}),
+    "tokenizer extend": (
+        {"base": ["tok"]},
+        {"--input": "a=text.jsonl", "--add": "20", "--out": "new"},
+    ),
     "tokenizer inspect": ({"path": ["tok"]}, {}),
     "data tokenize": ({"inputs": ["text.jsonl"]}, TOKENIZE),
     "data from-megatron": ({"source": ["data/cimri"]}, TOKENIZE),

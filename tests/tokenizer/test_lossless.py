@@ -11,6 +11,7 @@ import pytest
 import sentencepiece
 from data_support import write_jsonl
 from existing_tokenizers import train_model
+from extended_tokenizers import extend
 from hf_tokenizer_support import Pair, assert_same, pair_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,14 +58,15 @@ def algorithm(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module", params=list(SAMPLES))
+@pytest.fixture(scope="module", params=[*SAMPLES, "thai extended", "code extended"])
 def pair(
     request: pytest.FixtureRequest, algorithm: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Pair:
     key = request.param, algorithm
     if key not in PAIRS:
-        folder = tmp_path_factory.mktemp("-".join(key))
-        source = {"xx": [write_jsonl(folder / "xx.jsonl", SAMPLES[request.param])]}
+        folder = tmp_path_factory.mktemp("-".join(key).replace(" ", "-"))
+        sample, *extended = request.param.split()
+        source = {"xx": [write_jsonl(folder / "xx.jsonl", SAMPLES[sample])]}
         train_tokenizer(
             source,
             folder / "tok",
@@ -74,7 +76,8 @@ def pair(
             reserved_tags=0,
             user_symbols=("<b>",),
         )
-        PAIRS[key] = pair_of(folder / "tok", folder / "hf")
+        made = extend(folder / "tok", folder / "new") if extended else folder / "tok"
+        PAIRS[key] = pair_of(made, folder / "hf")
     return PAIRS[key]
 
 

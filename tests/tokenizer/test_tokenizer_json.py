@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from existing_tokenizers import STRANGE, TEXTS, write_json
+from extended_tokenizers import extend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_json_kinds import DECOMPOSED, KINDS, llama3, qwen3
@@ -50,13 +51,16 @@ class Loaded(NamedTuple):
     reference: Any
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=[*KINDS, *(f"{name} extended" for name in KINDS)])
 def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     import transformers
 
-    folder = KINDS[request.param](tmp_path_factory.mktemp(request.param))
+    name, *extended = request.param.split()
+    folder = KINDS[name](tmp_path_factory.mktemp(name))
+    if extended:
+        folder = extend(folder, tmp_path_factory.mktemp("extended"))
     reference = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    return Loaded(request.param, folder, Tokenizer.load(folder), reference)
+    return Loaded(name, folder, Tokenizer.load(folder), reference)
 
 
 def reference_ids(kind: Loaded, text: str) -> list[int]:

@@ -24,7 +24,7 @@ from megaphase.tokenizer import (
     Tokenizer,
 )
 from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles
-from megaphase.tokenizer.sentencepiece_files import HUGGING_FACE_MODEL_NAMES
+from megaphase.tokenizer.sentencepiece_files import HUGGING_FACE_MODEL_NAMES, model_file
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_json, atomic_write_text, read_json
 
@@ -46,9 +46,10 @@ _FILE_NAMES = (
 def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
     """Write the files with which `transformers.AutoTokenizer` and `Tokenizer.load` read `folder`.
 
-    A tokenizer from a Hugging Face directory, and one of the `tokenizers` library, is copied. For
-    any other, a `tokenizer.json` is made from the sentencepiece model (transformers 4.45 or later)
-    and stored with the model itself and, for a tokenizer made by Megaphase, its record.
+    A tokenizer from a Hugging Face directory, also an extended one, and one of the `tokenizers`
+    library is copied. For any other, a `tokenizer.json` is made from the sentencepiece model
+    (transformers 4.45 or later) and stored with the model itself and, for a tokenizer made by
+    Megaphase, its record.
 
     Args:
         tokenizer: loaded from a path that still exists.
@@ -61,10 +62,11 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -
     if tokenizer.record.library == "tokenizers":
         copy_tokenizer(path, folder)
         return
-    if path.is_dir() and not (path / RECORD_NAME).exists() and _class_name(path):
+    is_own = path.is_dir() and (path / RECORD_NAME).exists() and not tokenizer.record.extends
+    if path.is_dir() and not is_own and _class_name(path):
         copy_tokenizer(path, folder)
         return
-    source = _model_file(path)
+    source = model_file(path)
     model = SentencePieceProcessor(model_file=str(source))
     if tokenizer.vocab_size > model.get_piece_size():
         problem = "has tokens beyond its sentencepiece model's and names no tokenizer_class"
@@ -107,12 +109,6 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in _FILE_NAMES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-
-
-def _model_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    return next(path / name for name in HUGGING_FACE_MODEL_NAMES if (path / name).is_file())
 
 
 def _class_name(directory: Path) -> str | None:
