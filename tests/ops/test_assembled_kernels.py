@@ -137,3 +137,26 @@ def test_on_tensor_parallel_ranks(sequence: bool) -> None:
 def test_a_model_of_other_layers_compiles_its_loss_alone() -> None:
     other = {"norm": "layernorm", "position": "learned", "activation": "gelu", "bias": True}
     check(assembled(run_file(processes=1, model={"layers": 1} | other)), LOSS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_capped_attention_is_one_kernel_without_a_mask_of_all_pairs(head_dim: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "assembled_attention", str(head_dim)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    steps = json.loads(done.stdout)
+    names = {step: [each["name"] for each in found] for step, found in steps.items()}
+    assert [name.startswith("triton_tem_fused_flex") for name in names["forward"]] == [True]
+    # The sums over the keys of output times gradient, and the gradients.
+    assert len(names["backward"]) == 2
+    assert names["backward"][1].startswith("triton_tem_fused_flex_attention_backward")
+    for launch in steps["forward"] + steps["backward"]:
+        for way in launch["assemblies"]:
+            assert way["shared_memory"] <= CARD.shared_memory_per_block_optin
+    # Blocks of 128 by 128 tokens: documents are read, and a number for each block is written.
+    assert sum(each["written"] for each in steps["mask"]) < 2048 * 2048 / 16
