@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,12 @@ def all_changes(family: str) -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_every_key(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_key(
+    family: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    record_property: Callable[[str, object], None],
+) -> None:
     caplog.set_level(logging.ERROR)
     counts = {"refused": 0, "the same logits": 0, "transformers refuses": 0}
     tokens = random_tokens(VOCAB, seq=SEQ_LEN)
@@ -145,5 +150,7 @@ def test_every_key(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
         found = megaphase_logits(ours, tokens)
         assert deviation(found, expected) < FP32, (key, value)
         counts["the same logits"] += 1
+    for outcome, count in counts.items():
+        record_property(outcome, count)  # for benchmarks/families.py
     assert counts["the same logits"] > 12
     assert counts["transformers refuses"] < 12

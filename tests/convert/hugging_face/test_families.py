@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,15 +135,19 @@ def plain_losses(theirs: Path) -> list[float]:
     return losses
 
 
+Record = Callable[[str, object], None]  # pytest's, of what benchmarks/families.py prints
+
+
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
-def test_logits(name: str) -> None:
+def test_logits(name: str, record_property: Record) -> None:
     expected = transformers_logits(imported() / name / "theirs", TOKENS)
     found = megaphase_logits(imported() / name / "ours", TOKENS)
+    record_property("tensor 1", deviation(found, expected))
     assert deviation(found, expected) < FP32
 
 
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
-def test_logits_of_cached_tokens(name: str) -> None:
+def test_logits_of_cached_tokens(name: str, record_property: Record) -> None:
     """Three rows of different lengths: 20 tokens at once, then one after the other."""
     expected = transformers_logits(imported() / name / "theirs", TOKENS)
     model = loaded_model(imported() / name / "ours")
@@ -154,19 +159,25 @@ def test_logits_of_cached_tokens(name: str) -> None:
         found = {prompt: model(fed[:, :prompt], cache=cache)}
         for slot in range(prompt, SEQ_LEN):
             found[slot + 1] = model(fed[:, slot : slot + 1], cache=cache)
+    deviations = {}
     for filled, logits in found.items():
         last = torch.stack([expected[i, filled - n - 1] for i, n in enumerate(padding)])
-        assert deviation(logits, last) < FP32, filled
+        deviations[filled] = deviation(logits, last)
+    record_property("generation", max(deviations.values()))
+    assert max(deviations.values()) < FP32, deviations
 
 
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
-def test_weights_and_logits_of_the_export(name: str, tmp_path: Path) -> None:
+def test_weights_and_logits_of_the_export(
+    name: str, tmp_path: Path, record_property: Record
+) -> None:
     theirs = imported() / name / "theirs"
     again = export(imported() / name / "ours", tmp_path / "again", None, no_tokenizer=True)
     before, after = (load_file(each / "model.safetensors") for each in (theirs, again))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[each], after[each]) for each in before)
     assert torch.equal(transformers_logits(again, TOKENS), transformers_logits(theirs, TOKENS))
+    record_property("export", "equal")
 
 
 def test_windows_without_layer_types_are_those_of_transformers(tmp_path: Path) -> None:
@@ -279,16 +290,21 @@ def test_options_that_no_family_has_are_refused() -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
-def test_logits_of_tensor_parallel_ranks(name: str) -> None:
+def test_logits_of_tensor_parallel_ranks(name: str, record_property: Record) -> None:
     expected = transformers_logits(imported() / name / "theirs", TOKENS)
     for tensor in (2, 4):
         if (name, tensor) in on_four_ranks()[0]:
             parts = [rank[name, tensor] for rank in on_four_ranks()[:tensor]]
-            assert deviation(torch.cat(parts, -1)[..., :VOCAB], expected) < FP32, tensor
+            found = deviation(torch.cat(parts, -1)[..., :VOCAB], expected)
+            record_property(f"tensor {tensor}", found)
+            assert found < FP32, tensor
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
-def test_training_is_that_of_plain_torch(name: str) -> None:
+def test_training_is_that_of_plain_torch(name: str, record_property: Record) -> None:
     losses = on_four_ranks()[0][name, "losses"]
-    assert losses == pytest.approx(plain_losses(imported() / name / "theirs"), rel=FP32)
+    expected = plain_losses(imported() / name / "theirs")
+    pairs = zip(losses, expected, strict=True)
+    record_property("training", max(abs(found - loss) / loss for found, loss in pairs))
+    assert losses == pytest.approx(expected, rel=FP32)
