@@ -232,10 +232,10 @@ def from_megatron_command(
 ) -> None:
     """Convert a checkpoint of Megatron-LM to one for `train --from`.
 
-    Supports GPT and Llama-type models saved with --ckpt-format torch, of any tensor-parallel size,
-    without pipeline parallelism; converts the model's weights, without optimizer state. Padding
-    rows of the embedding are removed. The required section `model` of the run file is printed, and
-    written next to the weights as model.yaml.
+    Supports GPT and Llama-type models saved with --ckpt-format torch_dist or torch, of any
+    tensor- and pipeline-parallel size; converts the model's weights, without optimizer state.
+    Padding rows of the embedding are removed. The required section `model` of the run file is
+    printed, and written next to the weights as model.yaml.
 
     Example: megaphase convert from-megatron megatron/ --out base/
 

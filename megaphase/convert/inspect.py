@@ -18,7 +18,8 @@ from megaphase.checkpoint.tensor_file import TensorFile, TensorKind
 from megaphase.convert.checkpoint_writer import PORTABLE_FOLDER
 from megaphase.convert.hugging_face.config_file import CONFIG_FILE
 from megaphase.convert.hugging_face.weights import find_tensors
-from megaphase.convert.megatron.files import RankFile, rank_files
+from megaphase.convert.megatron.distributed import is_distributed
+from megaphase.convert.megatron.from_megatron import open_saved
 from megaphase.convert.megatron.names import TRACKER_FILE
 from megaphase.convert.safe_torch_load import check_archives
 from megaphase.convert.source import Source, open_source, verify_checkpoint
@@ -85,7 +86,11 @@ def inspect(text: str, how: Inspector) -> Contents:
         return _safetensors(path)
     if path.is_dir():
         names = {each.name for each in path.iterdir()}
-        if TRACKER_FILE in names or any(map(_MEGATRON_FOLDER.fullmatch, names)):
+        if (
+            TRACKER_FILE in names
+            or any(map(_MEGATRON_FOLDER.fullmatch, names))
+            or is_distributed(path)
+        ):
             return _megatron(path, how)
         folder = _deepspeed_folder(path)
         if folder is not None:
@@ -147,20 +152,21 @@ def _hugging_face(directory: Path, how: Inspector) -> Contents:
 
 
 def _megatron(source: Path, how: Inspector) -> Contents:
-    files = rank_files(source)
-    checked = _check_pickles(files, how)
-    ranks = [RankFile(path, trust_pickle=how.trust_pickle) for path in files]
-    args = vars(ranks[0].args)
+    saved = open_saved(source, trust_pickle=how.trust_pickle)
+    checked = None
+    if how.verify:
+        files = saved.verify(how.console)
+        checked = f"the checksums in {files} files of tensors are right"
+    args = vars(saved.args)
     facts = {
-        "folder": str(files[0].parents[1]),
-        "layout": f"tensor {len(ranks)}; the tensors below are those of the first rank",
-        "step": ranks[0].iteration,
+        "folder": str(saved.folder),
+        "layout": saved.layout,
+        "step": saved.iteration,
         "samples used": args.get("consumed_train_samples"),
         "model": {k: v for k, v in args.items() if isinstance(v, int | float | str | bool)},
     }
-    tensors = {n: TensorKind(t.dtype, tuple(t.shape)) for n, t in ranks[0].tensors.items()}
-    size = folder_bytes(files[0].parents[1])
-    return Contents("Megatron-LM", _known(facts), tensors, size, checked)
+    size = folder_bytes(saved.folder)
+    return Contents("Megatron-LM", _known(facts), saved.kinds, size, checked)
 
 
 def _safetensors(path: Path) -> Contents:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
 import re
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import torch
 from rich.console import Console
@@ -65,9 +67,36 @@ def load_pickle(path: Path, *, trust: bool) -> Any:
     except pickle.UnpicklingError as error:
         if refused := set(re.findall(r"GLOBAL (\S+)", str(error))):
             raise _untrusted(path, refused) from None
-        raise _damaged(path) from None
+        raise damaged(path) from None
     except Exception:  # whatever a damaged file makes of the unpickler
-        raise _damaged(path) from None
+        raise damaged(path) from None
+
+
+def load_bare_pickle(path: Path, allowed: Iterable[Callable[..., Any]], *, trust: bool) -> Any:
+    """Return the content of a pickle that torch.save has not written.
+
+    Only plain values and those of `allowed` (classes, and functions without effects) are created,
+    and `UnreadStorage` for objects of torch.distributed, and others known to be harmless. trust:
+    see `load_pickle`.
+
+    Raises:
+        InputError: as `load_pickle`.
+    """
+    kind = _TrustingUnpickler if trust else _RestrictedUnpickler
+    try:
+        with open(path, "rb") as file:
+            unpickler = kind(file)
+            if isinstance(unpickler, _RestrictedUnpickler):
+                unpickler.allowed = {_name_of(each): each for each in allowed}
+            return unpickler.load()
+    except _RefusedError as error:
+        raise _untrusted(path, [str(error)]) from None
+    except OSError as error:
+        raise InputError(
+            path, f"cannot be read ({error.strerror})", "use another checkpoint"
+        ) from None
+    except Exception:  # whatever a damaged file makes of the unpickler
+        raise damaged(path) from None
 
 
 def check_archive(path: Path, advance: Callable[[int], object] = lambda count: None) -> None:
@@ -79,17 +108,51 @@ def check_archive(path: Path, advance: Callable[[int], object] = lambda count: N
     Raises:
         InputError: the file is damaged.
     """
-    if not _is_zip(path):
-        return
+    if _is_zip(path):
+        check_archive_in(path, 0, path.stat().st_size, advance)
+
+
+def check_archive_in(
+    path: Path, offset: int, length: int, advance: Callable[[int], object] = lambda count: None
+) -> None:
+    """Run `check_archive` on an archive that is a part of a file; offset, length: in bytes."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb") as file, zipfile.ZipFile(_FilePart(file, offset, length)) as archive:
             for record in archive.infolist():
                 if record.CRC:  # 0 is what torch writes where they are switched off
                     with archive.open(record) as stream:
                         while chunk := stream.read(_CHUNK_BYTES):
                             advance(len(chunk))
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError):
-        raise _damaged(path) from None
+        raise damaged(path) from None
+
+
+class _FilePart(io.BufferedIOBase):
+    """A part of a file, for reading; offset, length: in bytes."""
+
+    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+        self._file, self._offset, self._length = file, offset, length
+        self._position = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        if start + offset < 0:
+            raise ValueError("before the beginning")
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._length - self._position)
+        self._file.seek(self._offset + self._position)
+        content = self._file.read(left if size is None or size < 0 else min(size, left))
+        self._position += len(content)
+        return content
 
 
 def check_archives(paths: Sequence[Path], console: Console | None) -> None:
@@ -118,6 +181,29 @@ class _TrustingUnpickler(pickle.Unpickler):
             return UnreadStorage
 
 
+class _RefusedError(Exception):
+    pass
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    allowed: Mapping[str, Callable[..., Any]]
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what is allowed, dtypes, and `UnreadStorage` for what is known to be harmless."""
+        whole = f"{module}.{name}"
+        if whole in self.allowed:
+            return self.allowed[whole]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module.startswith("torch.distributed.") or _UNREAD.match(whole):
+            return UnreadStorage
+        raise _RefusedError(whole)
+
+
+def _name_of(what: Callable[..., Any]) -> str:
+    return f"{what.__module__}.{what.__qualname__}"
+
+
 def _load_anything(path: Path, mapped: bool) -> Any:
     trusting = SimpleNamespace(
         __name__=__name__,
@@ -143,5 +229,6 @@ def _untrusted(path: Path, names: Iterable[str]) -> InputError:
     )
 
 
-def _damaged(path: Path) -> InputError:
+def damaged(path: Path) -> InputError:
+    """Return the error for a file that cannot be read as what it should be."""
     return InputError(path, "is damaged, or torch.save has not written it", "use another file")

@@ -18,8 +18,12 @@ from megaphase.checkpoint.store import CheckpointStore
 from megaphase.config.run import RunConfig
 from megaphase.convert.checkpoint_writer import portable_form, write_checkpoint
 from megaphase.convert.weight_import import foreign_state
+from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.control_group import ControlGroup
+from megaphase.distributed.initialization import Initializer
+from megaphase.distributed.process_grid import start_process_grid
 from megaphase.distributed.sharding import ParameterLayout
+from megaphase.model.gpt import GPT
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
@@ -114,6 +118,19 @@ def whole_parameters(checkpoint: Path, kind: str = "weight") -> dict[str, Tensor
         name: _whole(index, files, f"{kind}/{name}", name, facts)
         for name, facts in index["parameters"].items()
     }
+
+
+@torch.no_grad()
+def megaphase_logits(checkpoint: Path, shape: GPTShape, tokens: Tensor) -> Tensor:
+    """Return the logits of a checkpoint's weights: [batch, seq, vocab]."""
+    with process_group():
+        model = GPT(shape, Initializer(0, torch.float32), start_process_grid(1))
+        weights = whole_parameters(checkpoint)
+        parameters = dict(model.named_parameters())
+        assert parameters.keys() == weights.keys()
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+        return model(tokens)
 
 
 def _whole(

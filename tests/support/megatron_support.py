@@ -2,16 +2,18 @@
 
 megatron-core uses CUDA in three places where it is not needed here: the device of buffers and
 angles, the generators of dropout (which is 0 here), and `torch.compile` of fused activations. These
-are replaced; layers, names, sharding and the order of computation are its own.
+are replaced, and so are moves of tensors to the GPU; layers, names, sharding and the order of
+computation are its own.
 """
 
 from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -22,8 +24,10 @@ ITERATION = 5
 
 
 @contextmanager
-def megatron_on_cpu(tensor: int) -> Iterator[None]:
-    """Form megatron-core's groups over gloo; all processes are one tensor-parallel group."""
+def megatron_on_cpu(
+    tensor: int, pipeline: int = 1, virtual_pipeline: int | None = None
+) -> Iterator[None]:
+    """Form megatron-core's groups over gloo; what these sizes leave over is data parallelism."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     from megatron.core import parallel_state
     from megatron.core.transformer import dot_product_attention
@@ -32,17 +36,22 @@ def megatron_on_cpu(tensor: int) -> Iterator[None]:
     tensor_parallel = dot_product_attention.tensor_parallel
     with (
         patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
+        patch.object(torch.cuda, "synchronize", lambda: None),
+        patch.object(torch.Tensor, "cuda", lambda tensor: tensor),
         patch.object(tensor_parallel, "get_cuda_rng_tracker", lambda: tracker),
     ):
-        parallel_state.initialize_model_parallel(tensor)
+        parallel_state.initialize_model_parallel(tensor, pipeline, virtual_pipeline)
         yield
         parallel_state.destroy_model_parallel()
 
 
-def build_model(args: Namespace) -> torch.nn.Module:
+def build_model(args: Namespace, chunk: int | None = None) -> torch.nn.Module:
     """Build the GPTModel that Megatron-LM builds from these arguments
     (core_transformer_config_from_args and model_provider), from megatron-core's local layers.
+
+    chunk: of this rank's stage, where stages are virtual.
     """
+    from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
@@ -66,6 +75,11 @@ def build_model(args: Namespace) -> torch.nn.Module:
         hidden_dropout=args.hidden_dropout,
         params_dtype=args.params_dtype,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=getattr(
+            args, "virtual_pipeline_model_parallel_size", None
+        ),
+        pipeline_dtype=args.params_dtype,
         use_cpu_initialization=True,
         masked_softmax_fusion=False,
     )
@@ -74,6 +88,9 @@ def build_model(args: Namespace) -> torch.nn.Module:
         get_gpt_layer_local_spec(normalization=args.normalization, qk_layernorm=args.qk_layernorm),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+        vp_stage=chunk,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type=args.position_embedding_type,
         rotary_percent=args.rotary_percent,
@@ -82,6 +99,15 @@ def build_model(args: Namespace) -> torch.nn.Module:
         rope_scaling_factor=getattr(args, "rope_scaling_factor", 8.0),
         seq_len_interpolation_factor=getattr(args, "rotary_seq_len_interpolation_factor", None),
     ).eval()
+
+
+def make_each_part_count(model: torch.nn.Module) -> None:
+    """Change a new model's zero biases and unit norms, so that every part affects the result."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.arange(len(parameter)).cos() * (1 + len(name) % 3)
+        else:
+            parameter.data *= 8
 
 
 @torch.no_grad()
@@ -93,15 +119,69 @@ def logits_of(model: torch.nn.Module, tokens: Tensor) -> Tensor:
     return model(tokens, positions, mask).clone()
 
 
-def save_model(model: torch.nn.Module, args: Namespace, folder: Path, rank: int) -> None:
-    """Save like save_checkpoint and generate_state_dict with --ckpt-format torch."""
-    path = folder / f"iter_{ITERATION:07d}" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt"
+@torch.no_grad()
+def pipelined_logits(chunks: Sequence[torch.nn.Module], tokens: Tensor) -> Tensor | None:
+    """Return logits as `logits_of`, on the last stage; None on the others.
+
+    chunks: of this rank's stage.
+    """
+    from megatron.core import parallel_state
+
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    ranks = torch.distributed.get_process_group_ranks(
+        parallel_state.get_pipeline_model_parallel_group()
+    )
+    hidden = torch.empty(tokens.shape[1], tokens.shape[0], chunks[0].config.hidden_size)
+    for number, chunk in enumerate(chunks):
+        if number or stage:
+            torch.distributed.recv(hidden, ranks[(stage - 1) % stages])
+            chunk.set_input_tensor(hidden)
+        result = logits_of(chunk, tokens)
+        if stage == stages - 1 and number == len(chunks) - 1:
+            return result
+        torch.distributed.send(result, ranks[(stage + 1) % stages])
+    return None
+
+
+def save_model(chunks: Sequence[torch.nn.Module], args: Namespace, folder: Path, rank: str) -> None:
+    """Save like save_checkpoint and generate_state_dict with --ckpt-format torch.
+
+    rank: the name of its folder.
+    """
+    path = folder / f"iter_{ITERATION:07d}" / rank / "model_optim_rng.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {
+    models = [chunk.state_dict_for_save_checkpoint() for chunk in chunks]
+    torch.save(_state(args, models), path)
+    (folder / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
+
+
+def save_distributed(
+    chunks: Sequence[torch.nn.Module], args: Namespace, folder: Path, **metadata: bool
+) -> None:
+    """Save like them with --ckpt-format torch_dist; called by all ranks.
+
+    metadata: what megatron-core's sharded_state_dict takes.
+    """
+    from megatron.core import dist_checkpointing, parallel_state
+
+    path = folder / f"iter_{ITERATION:07d}"
+    if torch.distributed.get_rank() == 0:
+        path.mkdir(parents=True)
+        (folder / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
+    torch.distributed.barrier()
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    models = [
+        chunk.sharded_state_dict(metadata={"dp_cp_group": group, **metadata}) for chunk in chunks
+    ]
+    dist_checkpointing.save(_state(args, models), str(path))
+
+
+def _state(args: Namespace, models: Sequence[Any]) -> dict[str, Any]:
+    named = {f"model{number}": model for number, model in enumerate(models)}
+    return {
         "args": args,
         "checkpoint_version": 3.0,
         "iteration": ITERATION,
-        "model": model.state_dict_for_save_checkpoint(),
+        **(named if len(models) > 1 else {"model": models[0]}),
     }
-    torch.save(state, path)
-    (folder / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))

@@ -1,1 +1,1 @@
-"""Checkpoints of Megatron-LM, in its `torch` format."""
+"""Checkpoints of Megatron-LM."""

@@ -59,7 +59,6 @@ _WANTED: dict[str, tuple[Any, ...]] = {
     "hybrid_layer_pattern": (),
     "is_hybrid_model": (False,),
     "spec": (),
-    "pipeline_model_parallel_size": (1,),
     "expert_model_parallel_size": (1,),
 }
 

@@ -23,87 +23,21 @@ from megaphase.utils.errors import InputError
 from megaphase.utils.files import read_file
 
 OTHER_CHECKPOINT = "use another checkpoint"
-_RANK_FOLDER = re.compile(r"mp_rank_\d{2,}")
-_STAGE_FOLDER = re.compile(r"mp_rank_\d{2,}(_\d{3})+")
+_RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?((?:_\d{3,})*)")
 _EARLIER_RANK_FILE = "model_rng.pt"  # what it once was beside a distributed optimizer
-_DISTRIBUTED = ("metadata.json", ".metadata", "common.pt")
+_CHUNK = re.compile(r"model(\d+)")
 _LEGACY_MODEL = "language_model"
 _EXTRA_STATE = "_extra_state"  # of layers of Transformer Engine that compute in fp8
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST_VERSION = 2.0
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def rank_files(source: Path) -> list[Path]:
-    """Return the files of all tensor-parallel ranks, in order.
-
-    source: the folder of --save, or a folder iter_… or release in it.
+def iteration_folder(source: Path) -> Path:
+    """Return the folder of one iteration: `source`, or the newest in the folder of --save.
 
     Raises:
-        InputError: one is missing, or the checkpoint has another format.
+        InputError: there is none.
     """
-    folder = _iteration_folder(source)
-    names = {path.name for path in folder.iterdir()}
-    if any(map(_STAGE_FOLDER.fullmatch, names)):
-        raise pipelined(folder)
-    ranks = sorted(filter(_RANK_FOLDER.fullmatch, names))
-    if not ranks:
-        if names.intersection(_DISTRIBUTED):
-            raise InputError(
-                folder,
-                "is a distributed checkpoint (--ckpt-format torch_dist or the like)",
-                "let Megatron-LM save it again with --ckpt-convert-format torch",
-            )
-        raise InputError(
-            folder, f"has no {rank_folder(0)}", "give the folder that Megatron-LM saved to"
-        )
-    return [_rank_file(folder / rank_folder(rank)) for rank in range(len(ranks))]
-
-
-class RankFile:
-    """The file of one tensor-parallel rank.
-
-    Attributes:
-        args: of the run.
-        iteration: after which it was written.
-        tensors: by the names in Megatron Core; they stay in the file until read.
-    """
-
-    def __init__(self, path: Path, *, trust_pickle: bool) -> None:
-        """
-        Raises:
-            InputError: the file is damaged, or is not that of a rank.
-        """
-        self.path = path
-        state = load_pickle(path, trust=trust_pickle)
-        if not isinstance(state, dict) or not isinstance(state.get("args"), Namespace):
-            raise InputError(path, "has no args, which tell what model it is", OTHER_CHECKPOINT)
-        if "model0" in state:
-            raise pipelined(path)
-        if not isinstance(state.get("model"), dict):
-            raise InputError(path, "has no model", OTHER_CHECKPOINT)
-        version = state.get("checkpoint_version", 0)
-        if not isinstance(version, int | float) or version < _OLDEST_VERSION:
-            raise InputError(
-                path,
-                f"has the checkpoint_version {version}, where queries, keys and values lie "
-                "otherwise",
-                "load and save it with a later Megatron-LM",
-            )
-        self.args: Namespace = state["args"]
-        self.iteration = state.get("iteration", 0)
-        self.tensors = _weights(state["model"], path)
-
-
-def pipelined(where: Path) -> InputError:
-    """Return the error for a model that is split into pipeline stages, or experts over ranks."""
-    return InputError(
-        where,
-        "is cut by pipeline or expert parallelism",
-        "let Megatron-LM save it with --pipeline-model-parallel-size 1",
-    )
-
-
-def _iteration_folder(source: Path) -> Path:
     if not source.is_dir():
         raise InputError(source, "is no folder", "give the folder that Megatron-LM saved to")
     tracker = source / TRACKER_FILE
@@ -121,6 +55,84 @@ def _iteration_folder(source: Path) -> Path:
     return folder
 
 
+def rank_files(folder: Path) -> list[list[Path]]:
+    """Return the files of all ranks: those of a tensor-parallel rank by pipeline stage.
+
+    folder: of one iteration.
+
+    Raises:
+        InputError: one is missing, or the checkpoint has another format.
+    """
+    found = list(filter(None, (_RANK_FOLDER.fullmatch(path.name) for path in folder.iterdir())))
+    if not found:
+        raise InputError(
+            folder, f"has no {rank_folder(0)}", "give the folder that Megatron-LM saved to"
+        )
+    staged = {match[2] is not None for match in found}
+    if len(staged) > 1:
+        raise InputError(
+            folder, "has ranks with and without pipeline stages", "use another checkpoint"
+        )
+    if any(match[3] for match in found):
+        raise InputError(
+            folder, "is cut by expert parallelism", "only models without experts are converted"
+        )
+    ranks, stages = ({match[place] for match in found} for place in (1, 2))
+    return [
+        [_rank_file(folder / rank_folder(rank, stage)) for stage in _numbers(stages)]
+        for rank in range(len(ranks))
+    ]
+
+
+def _numbers(stages: set[str | None]) -> list[int | None]:
+    return [None] if stages == {None} else list(range(len(stages)))
+
+
+class RankFile:
+    """The file of one rank: a tensor-parallel rank's part of a pipeline stage.
+
+    Attributes:
+        args: of the run.
+        iteration: after which it was written.
+        chunks: of consecutive layers, more than one with virtual pipeline stages: tensors by the
+            names in Megatron Core, where every chunk counts its layers from 0; they stay in the
+            file until read.
+    """
+
+    def __init__(self, path: Path, *, trust_pickle: bool) -> None:
+        """
+        Raises:
+            InputError: the file is damaged, or is not that of a rank.
+        """
+        self.path = path
+        state = load_pickle(path, trust=trust_pickle)
+        if not isinstance(state, dict) or not isinstance(state.get("args"), Namespace):
+            raise InputError(path, "has no args, which tell what model it is", OTHER_CHECKPOINT)
+        models = _chunks(state)
+        if not models or not all(isinstance(each, Mapping) for each in models):
+            raise InputError(path, "has no model", OTHER_CHECKPOINT)
+        version = state.get("checkpoint_version", 0)
+        if not isinstance(version, int | float) or version < _OLDEST_VERSION:
+            raise InputError(
+                path,
+                f"has the checkpoint_version {version}, where queries, keys and values lie "
+                "otherwise",
+                "load and save it with a later Megatron-LM",
+            )
+        self.args: Namespace = state["args"]
+        self.iteration = state.get("iteration", 0)
+        self.chunks = [_weights(model, path) for model in models]
+
+
+def _chunks(state: Mapping[str, Any]) -> list[Any]:
+    """The values of `model`, or of `model0`, `model1` and so on."""
+    if "model" in state:
+        return [state["model"]]
+    matches = (_CHUNK.fullmatch(name) for name in state if isinstance(name, str))
+    numbers = sorted(int(match[1]) for match in matches if match)
+    return [state.get(f"model{number}") for number in range(len(numbers))]
+
+
 def _rank_file(folder: Path) -> Path:
     for name in (RANK_FILE, _EARLIER_RANK_FILE):
         if (folder / name).is_file():
@@ -134,7 +146,7 @@ def _weights(model: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         if stored_name.rpartition(".")[2].startswith(_EXTRA_STATE):
             continue
         name = current_name(stored_name) if _LEGACY_MODEL in model else stored_name
-        if not isinstance(value, Tensor) or value.dtype not in _DTYPES:
+        if not isinstance(value, Tensor) or value.dtype not in DTYPES:
             what = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise InputError(path, f"{name} is {what}, not a weight", OTHER_CHECKPOINT)
         if name in found:

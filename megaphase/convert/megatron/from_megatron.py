@@ -1,28 +1,27 @@
-"""Convert a Megatron-LM checkpoint (--ckpt-format torch) to one from which a run can start."""
+"""Convert a Megatron-LM checkpoint (--ckpt-format torch or torch_dist) to one from which a run can
+start."""
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.convert.megatron.arguments import shape_of, stored_vocab
-from megaphase.convert.megatron.files import OTHER_CHECKPOINT, RankFile, rank_files
+from megaphase.convert.megatron.distributed import DistributedModel, is_distributed
+from megaphase.convert.megatron.files import OTHER_CHECKPOINT, iteration_folder
 from megaphase.convert.megatron.names import (
     WORD_EMBEDDINGS,
     Implementation,
     deinterleaved,
     megatron_parameters,
-    rank_folder,
 )
+from megaphase.convert.megatron.ranks import TensorRanks
+from megaphase.convert.megatron.saved import SavedModel
 from megaphase.convert.output import new_folder
-from megaphase.convert.parameter_mapping import check_names
-from megaphase.convert.safe_torch_load import check_archives
 from megaphase.convert.weight_import import write_foreign, write_model_section
 from megaphase.convert.weights import fp32_bytes
 from megaphase.model.parameters import parameter_layouts
@@ -51,22 +50,33 @@ def from_megatron(
     Raises:
         InputError: names what is missing, damaged, unknown, or not supported.
     """
-    files = rank_files(source)
-    ranks = [RankFile(path, trust_pickle=trust_pickle) for path in files]
-    weights = MegatronWeights(ranks, vocab)
+    saved = open_saved(source, trust_pickle=trust_pickle)
+    weights = MegatronWeights(saved, vocab)
     origin = {
         "format": "Megatron-LM",
         "path": str(real_path(source)),
-        "iteration": ranks[0].iteration,
+        "iteration": saved.iteration,
     }
     with new_folder(out, fp32_bytes(weights.shape)) as folder:
-        check_archives(files, console)
+        saved.verify(console)
         write_foreign(folder, weights, weights.shape, origin, workers=workers, console=console)
         return write_model_section(folder, weights.shape)
 
 
+def open_saved(source: Path, *, trust_pickle: bool) -> SavedModel:
+    """Open a Megatron-LM checkpoint of either format.
+
+    Raises:
+        InputError: a file is missing or damaged, or the checkpoint has another format.
+    """
+    folder = iteration_folder(source)
+    if is_distributed(folder):
+        return DistributedModel(folder, trust_pickle=trust_pickle)
+    return TensorRanks(folder, trust_pickle=trust_pickle)
+
+
 class MegatronWeights:
-    """The weights of all tensor-parallel ranks, joined, in Megaphase's order.
+    """The weights of a Megatron-LM checkpoint, in Megaphase's order.
 
     Attributes:
         shape: of the model.
@@ -75,91 +85,38 @@ class MegatronWeights:
 
     kinds = (WEIGHT,)
 
-    def __init__(self, ranks: Sequence[RankFile], vocab: int | None) -> None:
+    def __init__(self, saved: SavedModel, vocab: int | None) -> None:
         """
         Args:
-            ranks: in order.
-                vocab: the tokenizer's size, if it is not in their args.
+            saved: the checkpoint.
+            vocab: the tokenizer's size, if it is not in the arguments.
 
-            Raises:
-                InputError: they do not belong together, or the model is not supported.
+        Raises:
+            InputError: the model is not supported, or the tensors are not those of its arguments.
         """
-        self._ranks = ranks
-        first, size = ranks[0], len(ranks)
-        _check_together(ranks)
-        if WORD_EMBEDDINGS not in first.tensors:
-            raise InputError(first.path, f"has no tensor {WORD_EMBEDDINGS}", OTHER_CHECKPOINT)
-        padded = len(first.tensors[WORD_EMBEDDINGS]) * size
-        vocab = stored_vocab(first.args, padded, first.path) if vocab is None else vocab
+        self._saved = saved
+        if WORD_EMBEDDINGS not in saved.kinds:
+            raise InputError(saved.path, f"has no tensor {WORD_EMBEDDINGS}", OTHER_CHECKPOINT)
+        padded = saved.kinds[WORD_EMBEDDINGS].shape[0] * saved.tensor
+        vocab = stored_vocab(saved.args, padded, saved.path) if vocab is None else vocab
         if not 0 < vocab <= padded:
             raise InputError(
                 f"--vocab {vocab}",
-                f"the embedding in {first.path} has {padded} rows",
+                f"the embedding in {saved.path} has {padded} rows",
                 "give the tokenizer's size",
             )
-        self.shape = shape_of(first.args, vocab, first.path)
+        self.shape = shape_of(saved.args, vocab, saved.path)
         self.layouts = parameter_layouts(self.shape, 1)
         self._parameters = megatron_parameters(
-            self.shape, size, padded, _implementation(first.tensors)
+            self.shape, saved.tensor, padded, _implementation(saved.kinds)
         )
-        for rank in ranks:
-            self._check_tensors(rank)
+        saved.check(self._parameters.values())
 
     def whole(self, name: str, kind: str) -> Tensor:
         """Return a parameter, fp32, contiguous, in its layout's shape."""
         parameter = self._parameters[name]
-        parts = [rank.tensors[parameter.name] for rank in self._ranks]
-        if parameter.layout.dim is None:
-            self._check_same(parameter.name)
-        joined = parameter.layout.unshard((part.float() for part in parts), len(parts))
+        joined = self._saved.read(parameter)
         return deinterleaved(joined, self.shape) if parameter.interleaved else joined.contiguous()
-
-    def _check_tensors(self, rank: RankFile) -> None:
-        size = len(self._ranks)
-        wanted = {each.name: each.layout.shard_shape(size) for each in self._parameters.values()}
-        check_names(rank.path, wanted, rank.tensors)
-        for name, shape in wanted.items():
-            found = tuple(rank.tensors[name].shape)
-            if found != shape:
-                raise InputError(
-                    rank.path,
-                    f"{name} has the shape {list(found)}, its args want {list(shape)}",
-                    OTHER_CHECKPOINT,
-                )
-
-    def _check_same(self, name: str) -> None:
-        """Reject ranks with different copies of tensors that are not split."""
-        first, *others = self._ranks
-        for rank in others:
-            if not torch.equal(rank.tensors[name], first.tensors[name]):
-                raise InputError(
-                    rank.path, f"{name} is not that of {rank_folder(0)}", OTHER_CHECKPOINT
-                )
-
-
-def _check_together(ranks: Sequence[RankFile]) -> None:
-    first = ranks[0]
-    size = _tensor_parallel_size(first.args)
-    if size is not None and size != len(ranks):
-        folder = first.path.parents[1]
-        missing = size > len(ranks)
-        raise InputError(
-            folder / rank_folder(min(size, len(ranks))),
-            "is missing" if missing else "is one too many",
-            f"{first.path} wants {size} tensor-parallel ranks",
-        )
-    for rank in ranks:
-        if rank.iteration != first.iteration:
-            raise InputError(
-                rank.path,
-                f"is of iteration {rank.iteration}, {rank_folder(0)} of {first.iteration}",
-                OTHER_CHECKPOINT,
-            )
-
-
-def _tensor_parallel_size(args: Namespace) -> int | None:
-    earlier = getattr(args, "model_parallel_size", None)
-    return getattr(args, "tensor_model_parallel_size", earlier)
 
 
 def _implementation(names: Iterable[str]) -> Implementation:

@@ -2,6 +2,7 @@
 
 DIR/latest_checkpointed_iteration.txt      123, or `release` for weights alone
 DIR/iter_0000123/mp_rank_00/model_optim_rng.pt      one for every tensor-parallel rank
+DIR/iter_0000123/mp_rank_00_001/model_optim_rng.pt  the same with pipeline stages, here the second
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ RELEASE = "release"
 RANK_FILE = "model_optim_rng.pt"
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+OUTPUT_LAYER = "output_layer.weight"
 
 
 class Implementation(StrEnum):
@@ -34,7 +36,7 @@ class Implementation(StrEnum):
 _NAMES = {
     "positions": "embedding.position_embeddings.weight",
     "embedding.weight": WORD_EMBEDDINGS,
-    "head.weight": "output_layer.weight",
+    "head.weight": OUTPUT_LAYER,
     "norm.": "decoder.final_layernorm.",
     "attention.qkv.": "self_attention.linear_qkv.",
     "attention.qk_norm.query.": "self_attention.q_layernorm.",
@@ -69,6 +71,7 @@ _LEGACY_NAMES = {
     ".post_attention_layernorm.": ".pre_mlp_layernorm.",
     ".post_attention_norm.": ".pre_mlp_layernorm.",
     ".final_norm.": ".final_layernorm.",
+    ".word_embeddings_for_head.": ".output_layer.",
 }
 
 
@@ -107,9 +110,9 @@ def megatron_parameters(
     return parameters
 
 
-def rank_folder(rank: int) -> str:
-    """Return the folder of a tensor-parallel rank, with a single pipeline stage."""
-    return f"mp_rank_{rank:02d}"
+def rank_folder(rank: int, stage: int | None = None) -> str:
+    """Return the folder of a tensor-parallel rank; stage: of the pipeline, None if there is one."""
+    return f"mp_rank_{rank:02d}" if stage is None else f"mp_rank_{rank:02d}_{stage:03d}"
 
 
 def current_name(legacy: str) -> str:

@@ -16,9 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert_support import whole_parameters, write_random_checkpoint
+from convert_support import megaphase_logits, write_random_checkpoint
 from distributed import once, run_ranks
-from megatron_support import build_model, logits_of, megatron_on_cpu, save_model
+from megatron_support import (
+    build_model,
+    logits_of,
+    make_each_part_count,
+    megatron_on_cpu,
+    save_model,
+)
 from rounding import FP32, assert_close, deviation
 from torch import Tensor
 
@@ -26,10 +32,7 @@ from megaphase.convert.megatron.from_megatron import from_megatron
 from megaphase.convert.megatron.names import Implementation
 from megaphase.convert.megatron.to_megatron import Target, to_megatron
 from megaphase.distributed.all_ranks import process_group
-from megaphase.distributed.initialization import Initializer
-from megaphase.distributed.process_grid import start_process_grid
 from megaphase.model.config import RotaryScalingConfig
-from megaphase.model.gpt import GPT
 from megaphase.model.shape import GPTShape
 
 LLAMA = GPTShape(
@@ -86,19 +89,11 @@ def in_megatron(folder: Path) -> tuple[dict[tuple[str, str], Tensor], dict[str, 
                 found["without bias_gelu_fusion", name] = logits_of(model, TOKENS)
                 torch.manual_seed(1)  # every rank draws the whole and keeps its part
                 model = build_model(state["args"])
-                _make_each_part_count(model)
+                make_each_part_count(model)
                 found["native", name] = logits_of(model, TOKENS)
-                save_model(model, state["args"], folder / f"native-{size}" / name, rank)
+                native = folder / f"native-{size}" / name
+                save_model([model], state["args"], native, f"mp_rank_{rank:02d}")
         return found, get_gpt_layer_local_spec().submodules.sharded_state_dict_keys_map
-
-
-def _make_each_part_count(model: torch.nn.Module) -> None:
-    """Change a new model's zero biases and unit norms, so that every part affects the result."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.data += 0.1 * torch.arange(len(parameter)).cos() * (1 + len(name) % 3)
-        else:
-            parameter.data *= 8
 
 
 @once
@@ -122,18 +117,6 @@ def answers(size: int) -> tuple[dict[tuple[str, str], Tensor], dict[str, str]]:
     return logits, ranks[0][1]
 
 
-@torch.no_grad()
-def megaphase_logits(checkpoint: Path, shape: GPTShape) -> Tensor:
-    with process_group():
-        model = GPT(shape, Initializer(0, torch.float32), start_process_grid(1))
-        weights = whole_parameters(checkpoint)
-        parameters = dict(model.named_parameters())
-        assert parameters.keys() == weights.keys()
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-        return model(TOKENS)
-
-
 @pytest.fixture(scope="module")
 def folder():
     path = shared_folder()
@@ -151,7 +134,7 @@ def assert_same_logits(reference: Tensor, native: Tensor) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_megatron_computes_our_logits(name: str, size: int, folder: Path) -> None:
     logits = answers(size)[0]["exported", name]
-    assert_same_logits(logits, megaphase_logits(folder / "native" / name, SHAPES[name]))
+    assert_same_logits(logits, megaphase_logits(folder / "native" / name, SHAPES[name], TOKENS))
     padding = logits[..., LLAMA.vocab :]
     assert padding.shape[-1] == {1: 112, 2: 128, 4: 128}[size] - LLAMA.vocab
     assert torch.equal(padding, logits[..., LLAMA.vocab - 1 : LLAMA.vocab].expand_as(padding))
@@ -164,7 +147,7 @@ def test_we_compute_megatrons_logits(name: str, size: int, folder: Path, tmp_pat
     logits = answers(size)[0]["native", name]
     out = tmp_path / "taken"
     from_megatron(folder / f"native-{size}" / name, out)
-    assert_same_logits(logits, megaphase_logits(out, SHAPES[name]))
+    assert_same_logits(logits, megaphase_logits(out, SHAPES[name], TOKENS))
 
 
 @pytest.mark.distributed

@@ -70,7 +70,6 @@ def test_a_vocabulary_that_is_not_known(saved, tmp_path) -> None:
         ("num_layers", None),
         ("ffn_hidden_size", "wide"),
         ("norm_epsilon", -1.0),
-        ("pipeline_model_parallel_size", 2),
         ("swiglu", False),
     ],
 )
@@ -136,9 +135,28 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
         "names no iteration",
         lambda saved: (saved / "latest_checkpointed_iteration.txt").write_text("last"),
     ),
-    "stages": (
-        "pipeline or expert",
+    "no stage 1": (
+        "mp_rank_00_001: is missing.*2 pipeline stages",
+        lambda saved: [
+            change(
+                rank_file(saved, rank),
+                lambda state: setattr(state["args"], "pipeline_model_parallel_size", 2),
+            )
+            for rank in range(2)
+        ],
+    ),
+    "one rank of a stage": (
+        "ranks with and without pipeline stages",
         lambda saved: shutil.move(rank_file(saved, 1).parent, saved / "release" / "mp_rank_00_001"),
+    ),
+    "experts": (
+        "cut by expert parallelism",
+        lambda saved: [
+            shutil.move(
+                rank_file(saved, rank).parent, saved / "release" / f"mp_rank_0{rank}_000_001"
+            )
+            for rank in range(2)
+        ],
     ),
     "missing tensor": (
         f"mp_rank_01.*has no tensor {QKV}",
@@ -235,11 +253,3 @@ def test_damage_is_named_and_nothing_is_left(kind, saved, tmp_path, monkeypatch)
     with pytest.raises(InputError, match=message):
         from_megatron(saved, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
-
-
-def test_distributed_checkpoints_are_refused_by_their_name(tmp_path) -> None:
-    folder = tmp_path / "iter_0000010"
-    folder.mkdir()
-    (folder / "metadata.json").write_text("{}")
-    with pytest.raises(InputError, match=r"torch_dist.*--ckpt-convert-format torch"):
-        from_megatron(folder, tmp_path / "out")
