@@ -30,6 +30,8 @@ def recorded(test_file: str) -> dict[str, dict[str, str]]:
             "-m",
             "pytest",
             str(TESTS / test_file),
+            "-m",
+            "slow or not slow",
             "-o",
             "junit_family=xunit1",
         ]

@@ -69,20 +69,21 @@ FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
         "Llama",
         rope_parameters=YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False},
     ),
-    "Mistral": _of("Mistral", sliding_window=None, head_dim=12),
+    "Mistral": _of("Mistral", sliding_window=None, num_key_value_heads=4, head_dim=12),
     "Mistral 0.1": _of("Mistral", sliding_window=9),
-    "Qwen 2": _of("Qwen2", tie_word_embeddings=True),
+    "Qwen 2": _of("Qwen2", num_key_value_heads=4, tie_word_embeddings=True),
     "Qwen 2.5, YaRN": _of("Qwen2", rope_parameters=YARN_ROPE),
     "Qwen 2, windows in upper layers": _of(
-        "Qwen2", use_sliding_window=True, sliding_window=20, max_window_layers=1
+        "Qwen2", use_sliding_window=True, sliding_window=10, max_window_layers=1
     ),
-    "Qwen 3": _of("Qwen3", head_dim=16),
+    "Qwen 3": _of("Qwen3", num_key_value_heads=4, head_dim=16),
     "Qwen 3, YaRN": _of("Qwen3", rope_parameters=YARN_ROPE, head_dim=8, tie_word_embeddings=True),
     "OLMo 2": _of("Olmo2"),
     "OLMo 2, all heads": _of("Olmo2", num_key_value_heads=4, rope_parameters=LLAMA3_ROPE),
     "OLMo 2, tied": _of("Olmo2", tie_word_embeddings=True),
     "OLMo 3": _of(
         "Olmo3",
+        num_key_value_heads=4,
         num_hidden_layers=5,
         sliding_window=9,
         rope_parameters=_of_kinds(YARN_ROPE, {"rope_type": "default", "rope_theta": 1_000.0}),
@@ -93,7 +94,7 @@ FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
         sliding_window=5,
         rope_parameters=_of_kinds(LINEAR_ROPE, LLAMA3_ROPE),
     ),
-    "Gemma 2": _of("Gemma2", num_hidden_layers=3, head_dim=12, **GEMMA_CAPS),
+    "Gemma 2": _of("Gemma2", num_hidden_layers=3, num_key_value_heads=4, head_dim=12, **GEMMA_CAPS),
     "Gemma 2, untied, no caps": _of(
         "Gemma2",
         layer_types=["full_attention", "sliding_attention"],
@@ -107,6 +108,7 @@ FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
     "Gemma 3": _of(
         "Gemma3Text",
         num_hidden_layers=4,
+        num_key_value_heads=4,
         sliding_window_pattern=3,
         head_dim=16,
         sliding_window=9,
@@ -118,7 +120,9 @@ FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
         final_logit_softcapping=2.0,
     ),
     "Gemma 3, by default": _of("Gemma3Text", num_hidden_layers=6, head_dim=8, sliding_window=9),
-    "SmolLM 3": _of("SmolLM3", num_hidden_layers=3, no_rope_layer_interval=2),
+    "SmolLM 3": _of(
+        "SmolLM3", num_hidden_layers=3, num_key_value_heads=4, no_rope_layer_interval=2
+    ),
     "SmolLM 3, windows": _of(
         "SmolLM3",
         num_hidden_layers=3,
@@ -135,4 +139,16 @@ FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
         mlp_bias=True,
         head_dim=12,
     ),
+}
+# Variants that `make test-slow` computes in several processes, and `make test` in one.
+SLOW = {
+    "Llama, YaRN of DeepSeek",
+    "Qwen 2, windows in upper layers",
+    "Qwen 3, YaRN",
+    "OLMo 2, tied",
+    "OLMo 3, windows in all layers",
+    "Gemma 2, untied, no caps",
+    "Gemma 3, by default",
+    "SmolLM 3, windows",
+    "SmolLM 3, untied, biases",
 }

@@ -59,7 +59,7 @@ OTHERS: dict[str, list[Any]] = {
     "hidden_size": [48],
     "n_embd": [48],
     "vocab_size": [320],
-    "num_key_value_heads": [1, 4],
+    "num_key_value_heads": [1, 2, 4],
     "num_attention_heads": [2, 8],
     "n_head": [2, 8],
     "head_dim": [6],

@@ -21,7 +21,7 @@ from convert_support import whole_parameters
 from distributed import once, run_ranks
 from engine_support import CLIP, build_engine, global_batch, load_fp32_weights, run_config, share
 from five_scripts import text_tokens
-from hf_families import FAMILY_CONFIGS, SEQ_LEN, SIZES, VOCAB
+from hf_families import FAMILY_CONFIGS, SEQ_LEN, SIZES, SLOW, VOCAB
 from hf_support import (
     export,
     loaded_model,
@@ -72,14 +72,14 @@ def shards_of(model: GPT, weights: dict[str, Tensor], grid: ProcessGrid) -> dict
     }
 
 
-def in_four_ranks(folder: str) -> dict[tuple[str, Any], Any]:
-    """Return this rank's logits of every family at tensor 2 and, where its heads allow that, 4; and
-    the losses of its training at tensor 2 × data 2, ZeRO-3, every second time with sequence
+def in_four_ranks(folder: str, names: list[str]) -> dict[tuple[str, Any], Any]:
+    """Return this rank's logits of families at tensor 2 and, where its heads allow that, 4; and the
+    losses of their training at tensor 2 × data 2, ZeRO-3, every second time with sequence
     parallelism."""
     found: dict[tuple[str, Any], Any] = {}
     with process_group():
         grids = {tensor: start_process_grid(tensor) for tensor in (4, 2)}
-        for number, name in enumerate(FAMILY_CONFIGS):
+        for number, name in enumerate(names):
             ours = Path(folder) / name / "ours"
             shape, weights = open_source(str(ours)).shape, whole_parameters(ours)
             shards: dict[str, Tensor] = {}
@@ -105,8 +105,14 @@ def in_four_ranks(folder: str) -> dict[tuple[str, Any], Any]:
 
 
 @once
-def on_four_ranks() -> list[dict[tuple[str, Any], Any]]:
-    return run_ranks(in_four_ranks, 4, str(imported()))
+def on_four_ranks(slow: bool) -> list[dict[tuple[str, Any], Any]]:
+    names = [name for name in FAMILY_CONFIGS if (name in SLOW) == slow]
+    return run_ranks(in_four_ranks, 4, str(imported()), names)
+
+
+IN_FOUR_RANKS = [
+    pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FAMILY_CONFIGS
+]
 
 
 def plain_losses(theirs: Path) -> list[float]:
@@ -289,21 +295,22 @@ def test_options_that_no_family_has_are_refused() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+@pytest.mark.parametrize("name", IN_FOUR_RANKS)
 def test_logits_of_tensor_parallel_ranks(name: str, record_property: Record) -> None:
     expected = transformers_logits(imported() / name / "theirs", TOKENS)
+    ranks = on_four_ranks(name in SLOW)
     for tensor in (2, 4):
-        if (name, tensor) in on_four_ranks()[0]:
-            parts = [rank[name, tensor] for rank in on_four_ranks()[:tensor]]
+        if (name, tensor) in ranks[0]:
+            parts = [rank[name, tensor] for rank in ranks[:tensor]]
             found = deviation(torch.cat(parts, -1)[..., :VOCAB], expected)
             record_property(f"tensor {tensor}", found)
             assert found < FP32, tensor
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+@pytest.mark.parametrize("name", IN_FOUR_RANKS)
 def test_training_is_that_of_plain_torch(name: str, record_property: Record) -> None:
-    losses = on_four_ranks()[0][name, "losses"]
+    losses = on_four_ranks(name in SLOW)[0][name, "losses"]
     expected = plain_losses(imported() / name / "theirs")
     pairs = zip(losses, expected, strict=True)
     record_property("training", max(abs(found - loss) / loss for found, loss in pairs))
