@@ -30,12 +30,13 @@ def results(found: dict[str, Any], part: str) -> dict[str, Any]:
 
 
 def test_parts_record_what_they_find(tmp_path: Path) -> None:
-    options = ("--only", "device,documents,step", "--skip", "device", "--minutes", "10")
+    options = ("--only", "device,documents,rules,step", "--skip", "device", "--minutes", "10")
     code, found = rehearse(tmp_path / "gpu.json", *options)
     assert code == 0
-    assert list(found["parts"]) == ["step", "documents"]
+    assert list(found["parts"]) == ["step", "documents", "rules"]
     assert results(found, "step")["speed"]["tokens_per_second"] > 0
     assert set(results(found, "documents")["differences"]) == {"output", "q", "k", "v"}
+    assert len(results(found, "rules")["differences"]) == 6
 
 
 def test_what_does_not_fit_the_time_is_skipped(tmp_path: Path) -> None:

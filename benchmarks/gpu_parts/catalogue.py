@@ -25,6 +25,7 @@ PARTS = (
     Part("step", "training", 50, 130, "1.3b, ZeRO 1, micro-batch 4: speed, memory, waits, kernels"),
     Part("fp32", "numerics", 25, 90, "fp32 losses and gradients beside the CPU's"),
     Part("documents", "numerics", 12, 60, "attention within documents: variable length and mask"),
+    Part("rules", "numerics", 40, 120, "attention with windows and capped scores"),
     Part("twice", "repetition", 20, 80, "20 steps twice: bit for bit the same?"),
     Part("deterministic", "repetition", 20, 80, "20 steps twice with deterministic: true"),
     Part("resume", "resume", 50, 150, "save, SIGKILL, resume with `megaphase train`"),

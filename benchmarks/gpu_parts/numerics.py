@@ -17,9 +17,12 @@ from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.process_grid import device
 from megaphase.generation.decoding import Decoding
 from megaphase.generation.generate import generate
-from megaphase.model.document_mask import attend_within
+from megaphase.model.attention_rule import PLAIN, AttentionRule
+from megaphase.model.document_mask import attend_before, attend_within, own_document_mask
 from megaphase.model.gpt import GPT
 from megaphase.model.shape import GPTShape
+from megaphase.ops.attention import attention
+from megaphase.ops.capped_attention import capped_attention
 from megaphase.ops.kernels import Kernels
 
 NO_EOD = -1
@@ -139,28 +142,61 @@ def same_beginning(one: Tensor, other: Tensor) -> int:
 
 def documents(results: Results) -> None:
     """Attention within documents in bf16, beside the masked one in fp32: results and gradients."""
+    apart = attention_apart(results, PLAIN)
+    results.record("differences", apart)
+    for name, by in apart.items():
+        results.expect(by <= LARGEST_BF16_DIFFERENCE, f"{name} differs by {by:.1e}")
+
+
+def rules(results: Results) -> None:
+    """The same with windows and with capped scores, in packed rows and in rows of one document."""
+    window = 8 if results.rehearse else 512
+    found = {
+        f"{name}, {'documents' if packed else 'rows'}": attention_apart(results, rule, packed)
+        for name, rule in (
+            ("window", AttentionRule(window=window)),
+            ("cap", AttentionRule(scale=0.2, softcap=2.0)),
+            ("window and cap", AttentionRule(window=window, scale=0.2, softcap=2.0)),
+        )
+        for packed in (True, False)
+    }
+    results.record("differences", found)
+    for case, apart in found.items():
+        for name, by in apart.items():
+            results.expect(by <= LARGEST_BF16_DIFFERENCE, f"{case}: {name} differs by {by:.1e}")
+
+
+def attention_apart(results: Results, rule: AttentionRule, packed: bool = True) -> dict[str, float]:
+    """Differences of attention in bf16, by kernels for that, from masked formulas in fp32."""
     rows, heads, kv_heads, seq, width = (
         (2, 2, 1, 32, 16) if results.rehearse else (4, 16, 8, 2048, 128)
     )
     generator = torch.Generator().manual_seed(4)
-    bounds = torch.rand(rows, seq, generator=generator) < 8 / seq
-    numbers = bounds.long().cumsum(1).to(device())
-    found: dict[torch.dtype, list[Tensor]] = {}
+    begins = torch.rand(rows, seq, generator=generator) < (8 / seq if packed else 0)
+    numbers = begins.long().cumsum(1).to(device())
     inputs = [
         torch.randn(rows, n, seq, width, generator=generator).bfloat16()
         for n in (heads, kv_heads, kv_heads, heads)
     ]
+    attend = attend_within if packed else attend_before
+    kernel: Any = attend(numbers, torch.bfloat16, rule=rule)
+    results.record(f"{rule}, {'documents' if packed else 'rows'}", type(kernel).__name__)
+    found: dict[torch.dtype, list[Tensor]] = {}
     for dtype in (torch.bfloat16, torch.float32):
         *qkv, gradient = (each.to(device(), dtype, copy=True) for each in inputs)
         leaves = [each.requires_grad_() for each in qkv]
-        attend: Any = attend_within(numbers, dtype)
-        y = attend(*leaves)
+        y = kernel(*leaves) if dtype == torch.bfloat16 else masked(*leaves, numbers, rule)
         y.backward(gradient)
         found[dtype] = [y.detach(), *(each.grad for each in leaves if each.grad is not None)]
-        results.record(f"{dtype}".removeprefix("torch."), type(attend).__name__)
         free_memory()
     pairs = zip(("output", "q", "k", "v"), *found.values(), strict=True)
-    apart = {name: difference(bf16.cpu(), wide.cpu()) for name, bf16, wide in pairs}
-    results.record("differences", apart)
-    for name, by in apart.items():
-        results.expect(by <= LARGEST_BF16_DIFFERENCE, f"{name} differs by {by:.1e}")
+    return {name: difference(bf16.cpu(), wide.cpu()) for name, bf16, wide in pairs}
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, rule: AttentionRule) -> Tensor:
+    """Attention by a mask of all pairs of tokens."""
+    mask = own_document_mask(numbers, rule.window)
+    if rule.softcap is not None:
+        return capped_attention(q, k, v, mask, rule.scale, rule.softcap)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return attention(q, k, v, mask, rule.scale)

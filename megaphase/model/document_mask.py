@@ -112,15 +112,16 @@ def attend_before(tokens: Tensor, dtype: torch.dtype, rule: AttentionRule = PLAI
     """
     (rows, seq), device = tokens.shape, tokens.device
     window = None if rule.window is None or rule.window >= seq else rule.window
-    if rule.softcap is not None and device.type == "cuda":
-        return _Flex(causal_block_mask(seq, window, device), rule)
-    if rule.softcap is None and window is None:
+    if rule.softcap is not None:
+        if device.type == "cuda":
+            return _Flex(causal_block_mask(seq, window, device), rule)
+        return _Capped(_row_mask(seq, window, device), rule)
+    if window is None:
         return attention if rule.scale is None else partial(attention, scale=rule.scale)
-    if rule.softcap is None and takes_bounds(device, dtype):
+    if takes_bounds(device, dtype):
         starts = torch.arange(0, (rows + 1) * seq, seq, dtype=torch.int32, device=device)
         return _VariableLength(starts, seq, rule)
-    mask = _causal(torch.ones((1, 1, seq, seq), dtype=torch.bool, device=device), window)
-    return _Masked(mask, rule) if rule.softcap is None else _Capped(mask, rule)
+    return _Masked(_row_mask(seq, window, device), rule)
 
 
 def _each_head(x: Tensor, heads: int) -> Tensor:
@@ -196,6 +197,11 @@ def own_document_mask(documents: Tensor, window: int | None = None) -> Tensor:
     `window` in all: bool [batch, 1, query, key]."""
     same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
     return _causal(same, window).unsqueeze(1)
+
+
+def _row_mask(seq: int, window: int | None, device: torch.device) -> Tensor:
+    """The same for rows of one document: bool [1, 1, query, key]."""
+    return _causal(torch.ones((1, 1, seq, seq), dtype=torch.bool, device=device), window)
 
 
 def _causal(mask: Tensor, window: int | None) -> Tensor:
