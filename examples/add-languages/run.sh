@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# From a published model to one with more languages; see README.md beside this file.
+# Usage: run.sh MODEL_DIR CORPORA OUT [KEY.PATH=VALUE ...]
+set -euo pipefail
+
+old=(en fr de)             # languages of the model, which it is to keep
+new=(hi eu)                # languages that it is to learn
+add=${ADD:-4000}           # tokens by which the vocabulary grows
+seq_len=${SEQ_LEN:-2048}   # sequence length of the training
+processes=${PROCESSES:-1}  # GPUs of this machine
+
+here=$(cd "$(dirname "$0")" && pwd)
+model=$(cd "${1:?give the folder of the published model}" && pwd)
+corpora=$(cd "${2:?give the folder that holds en.jsonl.gz, hi.jsonl.gz ...}" && pwd)
+mkdir -p "${3:?give a folder for the results}"
+cd "$3"
+changes=("${@:4}")         # of the run file
+
+# 1. A tokenizer with tokens of the new languages. All ids of the model's own tokenizer stay the same.
+learn=() check=()
+for language in "${new[@]}"; do learn+=(--input "$language=$corpora/$language.jsonl.gz"); done
+for language in "${old[@]}"; do check+=(--check "$language=$corpora/$language.jsonl.gz"); done
+[ -d tokenizer ] || megaphase tokenizer extend "$model" "${learn[@]}" "${check[@]}" \
+    --add "$add" --out tokenizer
+
+# 2. The model with rows for these tokens, and its loss on the old languages before and after.
+[ -d base ] || megaphase convert from-hf "$model" --out base
+[ -d extended ] || megaphase convert extend-vocab base --tokenizer tokenizer --out extended "${check[@]}"
+
+# 3. All languages, old and new, in the new tokenizer's tokens.
+for language in "${old[@]}" "${new[@]}"; do
+    [ -f "data/$language.json" ] || megaphase data tokenize "$corpora/$language.jsonl.gz" \
+        --tokenizer tokenizer --out "data/$language" --overwrite
+done
+
+# 4. The run file: the phases of joint.yaml, and the model as it was converted.
+{
+    cat "$here/joint.yaml"
+    echo "tokenizer: tokenizer"
+    sed "s/^  seq_len: .*/  seq_len: $seq_len/" extended/model.yaml
+} > run.yaml
+megaphase plan run.yaml --processes "$processes" "${changes[@]}"
+
+# 5. Training. Started again, it resumes from its newest checkpoint.
+megaphase launch local run.yaml --processes "$processes" --from extended "${changes[@]}"
+
+# 6. Losses on held-out text of all languages, a report, and the model for transformers.
+megaphase launch local run.yaml --processes "$processes" --command evaluate "${changes[@]}"
+megaphase report run --out report
+[ -d hf ] || megaphase convert to-hf run@joint --out hf
