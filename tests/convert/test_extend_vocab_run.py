@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from convert_support import whole_parameters
-from hand_extended_tokenizers import extend_by_hand
 from hf_support import megaphase_logits, transformers_logits
 from rounding import FP32, deviation
 from run_support import read_rows, run_settings, timeless, write_run_file
@@ -23,13 +22,14 @@ from warm_commands import run, run_killed, run_well
 from megaphase.checkpoint.state import STATE_FILE
 from megaphase.data_tools.synthetic.languages import write_languages
 from megaphase.data_tools.tokenization.tokenize import tokenize
+from megaphase.data_tools.tokenizers.extend import extend_tokenizer
 from megaphase.data_tools.tokenizers.train import train_tokenizer
 from megaphase.tokenizer import Tokenizer, pieces_replaced
 
 TEXT_BYTES = {"alda": 60_000, "boreth": 40_000, "cimri": 12_000}
 OLD, NEW = ("alda", "boreth"), "cimri"
 SEQ_LEN = 32
-WORDS = 40
+ADDED = 40
 PRETRAIN_STEPS, ROW_STEPS, JOINT_STEPS = 6, 4, 4
 VOCAB_MATRICES = ("embedding.weight", "head.weight")
 
@@ -92,8 +92,10 @@ def extension(
     settings["phases"] = settings["phases"][:1]
     settings["phases"][0]["steps"] = PRETRAIN_STEPS
     run_well("train", write_run_file(folder / "base", settings))
-    words = sorted(set(json.loads(texts[NEW].read_text().splitlines()[0])["text"].split()))
-    extend_by_hand(folder / "tok", folder / "new", words[:WORDS])
+    run_well(
+        "tokenizer", "extend", folder / "tok", "--input", f"{NEW}={texts[NEW]}", "--add", ADDED,
+        "--out", folder / "new",
+    )  # fmt: skip
     found = Extension(library, folder, texts, "")
     printed = run_well(
         "convert", "extend-vocab", found.source, "--tokenizer", folder / "new", "--out",
@@ -117,7 +119,7 @@ def trained(extension: Extension) -> Path:
 def test_the_rows_are_those_of_the_replaced_tokens(extension: Extension) -> None:
     base, new = extension.base, extension.tokenizer
     replaced = pieces_replaced(new, base)
-    assert len(replaced) >= WORDS
+    assert len(replaced) == ADDED
     before = whole_parameters(
         extension.folder / "base/run/checkpoints" / f"step-{PRETRAIN_STEPS:08d}"
     )
@@ -231,7 +233,7 @@ def test_another_tokenizer_is_refused(extension: Extension, tmp_path: Path) -> N
     out = ("--out", tmp_path / "out")
     texts = {name: [extension.texts[name]] for name in OLD}
     train_tokenizer(texts, tmp_path / "tok", vocab_size=380)
-    extend_by_hand(tmp_path / "tok", tmp_path / "new", ["abc"])
+    extend_tokenizer(tmp_path / "tok", {NEW: [extension.texts[NEW]]}, tmp_path / "new", add=ADDED)
     told = refused("convert", "extend-vocab", extension.source, "--tokenizer", tmp_path / "new",
                    *out)  # fmt: skip
     assert str(tmp_path / "new") in told
