@@ -91,6 +91,8 @@ def test_the_run_file_of_the_readme_is_valid(tmp_path):
         "examples/paper/README.md",
         "docs/checkpoints.md",
         "docs/conversion.md",
+        "docs/continued-pretraining.md",
+        "examples/add-languages/README.md",
         "docs/generation.md",
         "docs/profiling.md",
         "docs/reliability.md",
