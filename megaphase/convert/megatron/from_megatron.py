@@ -10,9 +10,9 @@ from rich.console import Console
 from torch import Tensor
 
 from megaphase.checkpoint.parameters import WEIGHT
-from megaphase.convert.megatron.arguments import shape_of, stored_vocab
 from megaphase.convert.megatron.distributed import DistributedModel, is_distributed
 from megaphase.convert.megatron.files import OTHER_CHECKPOINT, iteration_folder
+from megaphase.convert.megatron.given_arguments import shape_of, stored_vocab
 from megaphase.convert.megatron.names import (
     WORD_EMBEDDINGS,
     Implementation,
