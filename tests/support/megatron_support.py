@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +22,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megaphase.model.config import RotaryScalingConfig
+from megaphase.model.shape import GPTShape
+
 ITERATION = 5
+# Of models that Megatron-LM has, each with something that others have not.
+LLAMA = GPTShape(
+    vocab=99, seq_len=24, layers=2, hidden=32, heads=8, kv_heads=4, ffn=48, rotary_base=5000.0
+)
+SHAPES = {
+    "llama": LLAMA,
+    "llama-tied": replace(LLAMA, tied_embeddings=True, kv_heads=8, norm_eps=1e-6),
+    "llama-bias": replace(LLAMA, bias=True),
+    "llama-3.1": replace(
+        LLAMA,
+        rotary_scaling=RotaryScalingConfig(type="llama3", factor=8.0, original_seq_len=8192),
+        rotary_base=500_000.0,
+        head_dim=12,
+    ),
+    "llama-linear": replace(LLAMA, rotary_scaling=RotaryScalingConfig(type="linear", factor=3.0)),
+    "qwen3": replace(LLAMA, qk_norm="head", head_dim=8),
+    "qwen2": replace(LLAMA, qkv_bias=True),
+    "mistral": replace(LLAMA, sliding_window=7),
+    "sliding": replace(
+        LLAMA, layers=3, sliding_window=5, attention_pattern=("sliding", "full"), head_dim=8
+    ),
+    "smollm3": replace(LLAMA, layers=4, no_rotary_interval=2),
+    "rope-in-a-list": replace(
+        LLAMA,
+        layers=3,
+        no_rotary_interval=2,
+        sliding_window=5,
+        attention_pattern=("full", "sliding", "sliding"),
+    ),
+    "gpt": replace(
+        LLAMA,
+        norm="layernorm",
+        position="learned",
+        activation="gelu",
+        bias=True,
+        tied_embeddings=True,
+        kv_heads=8,
+    ),
+}
 
 
 @contextmanager
@@ -37,12 +81,17 @@ def megatron_on_cpu(
     with (
         patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
         patch.object(torch.cuda, "synchronize", lambda: None),
+        patch.object(torch, "ones", partial(_without_device, torch.ones)),
         patch.object(torch.Tensor, "cuda", lambda tensor: tensor),
         patch.object(tensor_parallel, "get_cuda_rng_tracker", lambda: tracker),
     ):
         parallel_state.initialize_model_parallel(tensor, pipeline, virtual_pipeline)
         yield
         parallel_state.destroy_model_parallel()
+
+
+def _without_device(function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+    return function(*args, **options | {"device": None})
 
 
 def build_model(args: Namespace, chunk: int | None = None) -> torch.nn.Module:
@@ -71,6 +120,9 @@ def build_model(args: Namespace, chunk: int | None = None) -> torch.nn.Module:
         add_bias_linear=args.add_bias_linear,
         add_qkv_bias=args.add_qkv_bias,
         qk_layernorm=args.qk_layernorm,
+        window_size=args.window_size,
+        window_attn_skip_freq=args.window_attn_skip_freq,
+        no_rope_freq=args.no_rope_freq,
         attention_dropout=args.attention_dropout,
         hidden_dropout=args.hidden_dropout,
         params_dtype=args.params_dtype,

@@ -7,54 +7,59 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from megaphase.convert.megatron.given_arguments import LLAMA3
+from megaphase.convert.megatron.given_arguments import LLAMA3, shape_of
 from megaphase.convert.megatron.names import Implementation
 from megaphase.distributed.sharding import padded_vocab
 from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError
 
-# Options of Megaphase's GPT that Megatron-LM does not have, or not with these layers.
-_OWN_OPTIONS = (
-    "no_rotary_interval",
-    "zero_centered_norms",
-    "embedding_multiplier",
-    "logit_softcap",
-    "sliding_window",
-    "attention_scale",
-    "attention_softcap",
-)
 
-
-def expressed(shape: GPTShape, where: object) -> GPTShape:
+def expressed(shape: GPTShape, where: Path) -> GPTShape:
     """Return the shape of the same model that Megatron-LM supports.
 
     Megatron-LM computes gelu by tanh, as Megaphase does, only fused with the addition of a bias.
+    An option is supported if the arguments give it back when they are read.
 
     Raises:
         InputError: there is none; names the option at fault. where: starts the message.
     """
-    if fault := _fault(shape):
+    wanted = replace(shape, bias=True) if shape.activation == "gelu" else shape
+    if fault := _fault(shape) or _lost(wanted, where):
         raise InputError(
             where,
             f"model.{fault}",
             "for other readers write `megaphase convert reshape --portable`",
         )
-    return replace(shape, bias=True) if shape.activation == "gelu" else shape
+    return wanted
+
+
+def _lost(shape: GPTShape, where: Path) -> str | None:
+    """The first option that the arguments do not give back."""
+    args = megatron_args(
+        shape,
+        tensor=1,
+        vocab_multiple=1,
+        dtype=torch.float32,
+        implementation=Implementation.LOCAL,
+    )
+    wanted, carried = shape.architecture(), shape_of(args, shape.vocab, where).architecture()
+    for key in {**wanted, **carried}:
+        if wanted.get(key) != carried.get(key):
+            return f"{key}: {wanted.get(key)} cannot be converted"
+    return None
 
 
 def _fault(shape: GPTShape) -> str | None:
-    """The first option that Megatron-LM does not have."""
+    """The first option that Megatron-LM does not have, with the reason; others: see `_lost`."""
     if shape.bias and not shape.has_qkv_bias:
         return "qkv_bias: false, and Megatron-LM has biases there where all other layers have them"
     if shape.activation not in ("swiglu", "gelu"):
         return f"activation: {shape.activation} cannot be converted"
-    for key in _OWN_OPTIONS:
-        if getattr(shape, key) is not None:
-            return f"{key}: {getattr(shape, key)} cannot be converted"
     if shape.norm_after:
         return f"norm_position: {shape.norm_position}, and Megatron-LM has norms before layers only"
     if shape.qk_norm == "projection":
@@ -82,6 +87,25 @@ def _scaling_args(shape: GPTShape) -> dict[str, Any]:
         factor = int(scaling.factor)
         return {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": factor}
     return {"use_rope_scaling": True, "rope_scaling_factor": scaling.factor}
+
+
+def _layer_args(shape: GPTShape) -> dict[str, Any]:
+    """In which layers there is a sliding window, or no rotary positions."""
+    slides = [int(shape.slides(block)) for block in range(shape.layers)]
+    pattern, window = shape.attention_pattern, shape.sliding_window
+    skipped: int | list[int] | None = None if pattern is None else slides
+    if pattern is not None and pattern == ("sliding",) * (len(pattern) - 1) + ("full",):
+        skipped = len(pattern)
+    interval = shape.no_rotary_interval
+    bare: int | list[int] | None = interval
+    if interval is not None and shape.layers % interval:  # Megatron-LM wants one that divides them
+        bare = [int(not shape.has_rotary(block)) for block in range(shape.layers)]
+    return {
+        # How many tokens before a token it attends to, and how many after it.
+        "window_size": None if window is None else (window - 1, 0),
+        "window_attn_skip_freq": skipped,
+        "no_rope_freq": bare,
+    }
 
 
 def megatron_args(
@@ -118,6 +142,7 @@ def megatron_args(
         rotary_percent=1.0,
         rotary_interleaved=False,
         **_scaling_args(shape),
+        **_layer_args(shape),
         swiglu=gated,
         openai_gelu=False,
         squared_relu=False,
@@ -171,6 +196,7 @@ def load_options(args: Namespace) -> str:
         "norm-epsilon": args.norm_epsilon,
         **({"qk-layernorm": None} if args.qk_layernorm else {}),
         **_scaling_options(args),
+        **_layer_options(args),
         **({"bf16": None} if args.bf16 else {"fp16": None} if args.fp16 else {}),
     }
     return " ".join(
@@ -183,3 +209,15 @@ def _scaling_options(args: Namespace) -> dict[str, Any]:
         return {"use-rope-scaling": None, "rope-scaling-factor": args.rope_scaling_factor}
     factor = getattr(args, "rotary_seq_len_interpolation_factor", None)
     return {} if factor is None else {"rotary-seq-len-interpolation-factor": factor}
+
+
+def _layer_options(args: Namespace) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if args.window_size is not None:
+        options["window-size"] = ",".join(map(str, args.window_size))
+    for name in ("window_attn_skip_freq", "no_rope_freq"):
+        value = getattr(args, name)
+        if value is not None:
+            listed = isinstance(value, list)
+            options[name.replace("_", "-")] = f'"{value}"'.replace(" ", "") if listed else value
+    return options

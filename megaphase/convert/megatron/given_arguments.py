@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from megaphase.model.config import RotaryScalingConfig
+from megaphase.model.config import AttentionKind, RotaryScalingConfig
 from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError
 
@@ -27,7 +27,6 @@ _WANTED: dict[str, tuple[Any, ...]] = {
     "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
     "yarn_rotary_scaling_factor": (),
-    "no_rope_freq": (),
     "position_embedding_type": tuple(_POSITIONS),
     "normalization": tuple(_NORMALIZATIONS),
     "apply_layernorm_1p": (False,),
@@ -36,7 +35,6 @@ _WANTED: dict[str, tuple[Any, ...]] = {
     "qk_l2_norm": (False,),
     "multi_latent_attention": (False,),
     "attention_output_gate": (False,),
-    "window_size": (),
     "softmax_type": ("vanilla",),
     "experimental_attention_variant": (),
     "squared_relu": (False,),
@@ -82,10 +80,12 @@ def shape_of(args: Namespace, vocab: int, where: Path) -> GPTShape:
         at_fault = "bias_gelu_fusion" if bias else "add_bias_linear"
         raise given.refusal(at_fault, "GELU is then computed by erf, and by tanh in our GPT")
     hidden, heads, kv_heads, head_dim = given.heads()
+    layers = given.size("num_layers")
+    window, pattern = given.window(layers)
     return GPTShape(
         vocab=vocab,
         seq_len=given.size("max_position_embeddings" if position == "learned" else "seq_length"),
-        layers=given.size("num_layers"),
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
@@ -100,6 +100,9 @@ def shape_of(args: Namespace, vocab: int, where: Path) -> GPTShape:
         rotary_base=given.number("rotary_base", 10_000.0),
         qk_norm="head" if given.qk_norm() else None,
         rotary_scaling=given.scaling() if position == "rotary" else None,
+        no_rotary_interval=given.bare_interval(layers) if position == "rotary" else None,
+        sliding_window=window,
+        attention_pattern=pattern,
         norm_eps=given.number("norm_epsilon", given.number("layernorm_epsilon", 1e-5)),
     )
 
@@ -189,6 +192,48 @@ class _Given:
         if factor == 1:
             return None
         return RotaryScalingConfig(type="linear", factor=factor)
+
+    def window(self, layers: int) -> tuple[int | None, tuple[AttentionKind, ...] | None]:
+        """Return how many tokens a token attends to, itself included, and the kinds of the layers,
+        None if all have the window."""
+        size = self.get("window_size")
+        if size is None:
+            return None, None
+        if (
+            not isinstance(size, tuple | list)
+            or [type(each) for each in size] != [int, int]
+            or size[0] < 0
+            or size[1] != 0
+        ):
+            raise self.refusal("window_size", "only (tokens before, 0) can be converted")
+        window, skipped = size[0] + 1, self.get("window_attn_skip_freq")
+        if skipped is None:
+            return window, None
+        if type(skipped) is int and skipped > 0:
+            slides = [number % skipped != 0 for number in range(1, layers + 1)]
+        else:
+            slides = self._layer_list("window_attn_skip_freq", layers)
+        kinds: list[AttentionKind] = ["sliding" if each else "full" for each in slides]
+        return window, tuple(kinds)
+
+    def bare_interval(self, layers: int) -> int | None:
+        """Return at which interval layers have no rotary positions."""
+        value = self.get("no_rope_freq")
+        if value is None or (type(value) is int and value > 0):
+            return value
+        bare = self._layer_list("no_rope_freq", layers)
+        if not any(bare):
+            return None
+        interval = bare.index(True) + 1
+        if bare != [number % interval == 0 for number in range(1, layers + 1)]:
+            raise self.refusal("no_rope_freq", "only layers at an interval can be converted")
+        return interval
+
+    def _layer_list(self, name: str, layers: int) -> list[bool]:
+        value = self.get(name)
+        if not isinstance(value, list | tuple) or len(value) != layers:
+            raise self.refusal(name, f"a whole number, or a list for {layers} layers, is wanted")
+        return [bool(each) for each in value]
 
     def position(self) -> Position:
         """Return the model's position encoding."""

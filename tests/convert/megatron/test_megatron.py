@@ -11,7 +11,6 @@ import re
 import shutil
 import tempfile
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,8 @@ import torch
 from convert_support import megaphase_logits, write_random_checkpoint
 from distributed import once, run_ranks
 from megatron_support import (
+    LLAMA,
+    SHAPES,
     build_model,
     logits_of,
     make_each_part_count,
@@ -32,35 +33,7 @@ from megaphase.convert.megatron.from_megatron import from_megatron
 from megaphase.convert.megatron.names import Implementation
 from megaphase.convert.megatron.to_megatron import Target, to_megatron
 from megaphase.distributed.all_ranks import process_group
-from megaphase.model.config import RotaryScalingConfig
-from megaphase.model.shape import GPTShape
 
-LLAMA = GPTShape(
-    vocab=99, seq_len=24, layers=2, hidden=32, heads=8, kv_heads=4, ffn=48, rotary_base=5000.0
-)
-SHAPES = {
-    "llama": LLAMA,
-    "llama-tied": replace(LLAMA, tied_embeddings=True, kv_heads=8, norm_eps=1e-6),
-    "llama-bias": replace(LLAMA, bias=True),
-    "llama-3.1": replace(
-        LLAMA,
-        rotary_scaling=RotaryScalingConfig(type="llama3", factor=8.0, original_seq_len=8192),
-        rotary_base=500_000.0,
-        head_dim=12,
-    ),
-    "llama-linear": replace(LLAMA, rotary_scaling=RotaryScalingConfig(type="linear", factor=3.0)),
-    "qwen3": replace(LLAMA, qk_norm="head", head_dim=8),
-    "qwen2": replace(LLAMA, qkv_bias=True),
-    "gpt": replace(
-        LLAMA,
-        norm="layernorm",
-        position="learned",
-        activation="gelu",
-        bias=True,
-        tied_embeddings=True,
-        kv_heads=8,
-    ),
-}
 LOCAL = Implementation.LOCAL
 SIZES = [1, 2, pytest.param(4, marks=pytest.mark.slow)]
 BATCH = 2
