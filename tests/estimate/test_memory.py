@@ -23,6 +23,7 @@ from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.distributed.sharding import layout_of
+from megaphase.estimate.activation_memory import blocks_kept
 from megaphase.estimate.gathered_parameters import gather_limits, reduce_bucket
 from megaphase.estimate.memory import PARTS, estimate
 from megaphase.estimate.setup import Setup, setup_of
@@ -54,6 +55,10 @@ GPT2 = replace(
 GPT_13B = GPTShape(
     vocab=50_000, seq_len=2048, layers=40, hidden=5120, heads=40, kv_heads=40, ffn=13696
 )
+WINDOWS = replace(
+    GPT_13B, kv_heads=8, sliding_window=512, attention_pattern=("sliding", "sliding", "full")
+)
+CAPPED = replace(WINDOWS, attention_softcap=50.0)
 BIG = Setup(
     shape=GPT_13B, tensor=2, data=4, zero=3, sequence=True, bf16=True, micro=4, accumulation=4
 )
@@ -160,9 +165,22 @@ def test_the_estimate_is_within_a_tenth_of_what_is_measured():
         assert row["estimated"] == pytest.approx(row["measured"], rel=TOLERANCE), row["case"]
 
 
+def test_the_blocks_of_a_pattern_are_counted_by_their_kind():
+    """In fp32 on a GPU, windows have a mask, and keys and values are repeated for all heads."""
+    setup = replace(BIG, bf16=False, sequence=False, tensor=1, device="cuda")
+    shapes = [replace(GPT_13B, kv_heads=8), replace(GPT_13B, kv_heads=8, sliding_window=512)]
+    full, sliding = (blocks_kept(replace(setup, shape=shape))[1] for shape in shapes)
+    rows, width = setup.tokens, GPT_13B.hidden
+    assert sliding - full == 4 * (2 * rows * width + GPT_13B.seq_len**2)
+    kept = blocks_kept(replace(setup, shape=WINDOWS))
+    assert kept[:5] == [0, sliding, 2 * sliding, 2 * sliding + full, 3 * sliding + full]
+    # FlexAttention needs neither.
+    assert blocks_kept(replace(setup, shape=CAPPED))[-1] == 40 * full
+
+
 setups = st.builds(
     Setup,
-    shape=st.sampled_from([LLAMA, GPT2, GPT_13B, replace(GPT_13B, kv_heads=8)]),
+    shape=st.sampled_from([LLAMA, GPT2, GPT_13B, replace(GPT_13B, kv_heads=8), WINDOWS, CAPPED]),
     tensor=st.sampled_from([2, 4]),
     data=st.sampled_from([1, 2, 8]),
     zero=st.sampled_from([0, 1, 2, 3]),
