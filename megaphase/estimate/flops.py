@@ -35,19 +35,17 @@ def backward_work(setup: Setup) -> Work:
     """The work of a backward pass, with recomputation."""
     model = declared_model(setup.shape)
     blocks = (
-        (costs.backward_work(block, setup) + _recomputed(block, setup)) * count
+        (costs.backward_work(block, setup) + recomputed_work(setup, block)) * count
         for block, count in block_kinds(setup.shape)
     )
     head = costs.backward_work(model.norm, setup) + costs.backward_work(model.head, setup)
     return sum(blocks, head + _gradients(setup))
 
 
-def recomputed_work(setup: Setup) -> Work:
-    """The part of the first block's forward pass that its backward pass repeats."""
-    return _recomputed(declared_block(setup.shape), setup)
-
-
-def _recomputed(block: Block, setup: Setup) -> Work:
+def recomputed_work(setup: Setup, block: Block | None = None) -> Work:
+    """The part of a block's forward pass that its backward pass repeats; of the first block's if
+    none is given."""
+    block = block or declared_block(setup.shape)
     if setup.shape.activation_checkpointing == "full":
         return costs.forward_work(block, setup)
     return costs.recomputed_work(block, setup)
