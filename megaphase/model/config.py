@@ -14,6 +14,8 @@ Layers = Annotated[Count, Field(le=2_000)]
 Width = Annotated[Count, Field(le=1 << 24)]
 Heads = Annotated[Count, Field(le=1 << 16)]
 
+Activation = Literal["swiglu", "geglu", "gelu", "gelu_erf", "xielu"]
+
 SequenceLength = Annotated[Count, Field(le=1 << 27)]
 
 # Of a block: to a sliding window of tokens, or to all.
@@ -155,14 +157,19 @@ class ModelConfig(Section):
     norm_position: Literal["after", "both"] | None = None
     """Where an attention or feed-forward layer has its norm: `after` it, before its output is added
     to the residual stream (OLMo 2), or `both` before and after (Gemma 2); before it if left out."""
+    parallel_residual: bool | None = None
+    """Whether the attention and the feed-forward layer of a block both have its input as theirs,
+    and their outputs are added to it together (GPT-NeoX), rather than the second following the
+    first; `false` if left out."""
     position: Literal["rotary", "learned"] | None = None
     """Position embedding; `rotary` if left out."""
     zero_centered_norms: bool | None = None
     """Whether RMS norms, those of queries and keys included, multiply by 1 + weight, with weights
     that start at 0 (Gemma); `false` if left out. NVIDIA apex does not compute them."""
-    activation: Literal["swiglu", "geglu", "gelu"] | None = None
+    activation: Activation | None = None
     """Activation of the feed-forward layers: gates by SiLU (`swiglu`) or GELU (`geglu`, Gemma), or
-    `gelu` without a gate, all GELU by tanh; `swiglu` if left out."""
+    without a gate `gelu`, `gelu_erf` (GPT-NeoX) or `xielu` (Apertus), which learns two scalars a
+    layer. GELU is computed by tanh except in `gelu_erf`. `swiglu` if left out."""
     tied_embeddings: bool | None = None
     """Whether embedding and output projection share one matrix; `false` if left out."""
     embedding_multiplier: Annotated[float, Field(gt=0, le=1e6)] | None = None
@@ -175,11 +182,16 @@ class ModelConfig(Section):
     """Whether the linear layers have biases; `false` if left out."""
     qkv_bias: bool | None = None
     """Whether the projection to queries, keys and values has a bias; as `bias` if left out."""
+    ffn_bias: bool | None = None
+    """Whether the feed-forward layers have biases; as `bias` if left out."""
     qk_norm: Literal["head", "projection"] | None = None
     """RMS norm of queries and keys before their rotation: of each head (`head`, as in Qwen 3), or
     of all heads together (`projection`, as in OLMo 2); none if left out."""
     rotary_base: RotaryBase | None = None
     """Base of the rotary frequencies; 10000 if left out."""
+    rotary_dim: Width | None = None
+    """Width of the part of each head that is rotated, its first dimensions (GPT-NeoX rotates a
+    quarter); all of them if left out."""
     rotary_scaling: RotaryScalingConfig | None = None
     """Rotary frequencies for longer sequences; unchanged if left out."""
     no_rotary_interval: Layers | None = None

@@ -45,7 +45,8 @@ from megaphase.utils.targets import IGNORED_TARGET
 
 class Block(CostedLayer):
     """x + attention(norm(x)), then x + feed_forward(norm(x)), or with norms of the layers' outputs
-    (`shape.norm_position`); dropout of what is added.
+    (`shape.norm_position`), or both layers of the same x (`shape.parallel_residual`); dropout of
+    what is added.
 
     Attributes:
         attention_layer, feed_forward_layer: the classes of its layers.
@@ -63,7 +64,10 @@ class Block(CostedLayer):
         self.attention = self.attention_layer(shape, build.at("attention"))
         self.attention_post_norm = after(shape, build.at("attention_post_norm"))
         self.attention_dropout = _dropout(shape, build.at("attention"))
-        self.feed_forward_norm = before(shape, build.at("feed_forward_norm"))
+        shares_input = bool(shape.parallel_residual)
+        self.feed_forward_norm = before(
+            shape, build.at("feed_forward_norm"), shares_input=shares_input
+        )
         self.feed_forward = self.feed_forward_layer(shape, build.at("feed_forward"))
         self.feed_forward_post_norm = after(shape, build.at("feed_forward_post_norm"))
         self.feed_forward_dropout = _dropout(shape, build.at("feed_forward"))
@@ -94,15 +98,18 @@ class Block(CostedLayer):
             if len(parts) == 1:
                 return (self.add_branches(*parts, *contexts),)
             computations = zip(parts, contexts, strict=True)
-            return interleave([branch_steps(self.branches, *each) for each in computations])
+            parallel = bool(self.shape.parallel_residual)
+            steps = [branch_steps(self.branches, *each, parallel) for each in computations]
+            return interleave(steps)
 
     def add_branches(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """x + dropout(post_norm(layer(norm(x)))) for one branch after the other."""
-        added = None
+        """x + dropout(post_norm(layer(norm(x)))) for one branch after the other, or both of x."""
+        outputs: list[Tensor] = []
         for branch in self.branches:
+            added = outputs.pop() if outputs and not self.shape.parallel_residual else None
             x, entering = branch.enter(x, added)
-            added = branch.leave(branch.layer(entering, context), context)
-        return x if added is None else x + added
+            outputs.append(branch.leave(branch.layer(entering, context), context))
+        return sum(outputs, x)
 
     def saved(self, rank: Rank) -> Mapping[str, int]:
         """Bytes that are saved beside those that its layers declare."""
@@ -158,7 +165,7 @@ class GPT(CostedLayer):
         else:
             tables = {
                 each: Rotary(
-                    shape.head_size,
+                    shape.rotary_size,
                     shape.seq_len,
                     each.base,
                     each.scaling,
@@ -312,15 +319,16 @@ def _norm(shape: GPTShape, build: LayerBuilder, **options: bool) -> RMSNorm | La
     return NORMS[shape.norm](shape.hidden, shape.norm_eps, build, **options)
 
 
-def _block_norm(shape: GPTShape, build: LayerBuilder) -> RMSNorm | LayerNorm:
-    return _norm(shape, build, recomputed=shape.activation_checkpointing == "selective")
+def _block_norm(shape: GPTShape, build: LayerBuilder, **options: bool) -> RMSNorm | LayerNorm:
+    recomputed = shape.activation_checkpointing == "selective"
+    return _norm(shape, build, recomputed=recomputed, **options)
 
 
 def _post_norm(shape: GPTShape, build: LayerBuilder) -> RMSNorm | LayerNorm:
     return _norm(shape, build, adds=False)
 
 
-def _no_norm(shape: GPTShape, build: LayerBuilder) -> None:
+def _no_norm(shape: GPTShape, build: LayerBuilder, **options: bool) -> None:
     return None
 
 

@@ -65,11 +65,13 @@ class ResidualBranch(NamedTuple):
         return self.dropout(output, context.dropout_seeds)
 
 
-def branch_steps(branches: Sequence[ResidualBranch], x: Tensor, context: ForwardContext) -> Steps:
+def branch_steps(
+    branches: Sequence[ResidualBranch], x: Tensor, context: ForwardContext, parallel: bool
+) -> Steps:
     """`Block.add_branches` in steps."""
-    added = None
+    outputs: list[Tensor] = []
     for branch in branches:
-        x, entering = branch.enter(x, added)
+        x, entering = branch.enter(x, outputs.pop() if outputs and not parallel else None)
         column, inner, row = branch.layer.stages
         gathered = column.start(entering)
         yield
@@ -77,9 +79,8 @@ def branch_steps(branches: Sequence[ResidualBranch], x: Tensor, context: Forward
         yield
         summed = row.start(activations)
         yield
-        added = branch.leave(summed(), context)
-    assert added is not None
-    return x + added
+        outputs.append(branch.leave(summed(), context))
+    return sum(outputs, x)
 
 
 def interleave(computations: Sequence[Steps]) -> tuple[Tensor, ...]:

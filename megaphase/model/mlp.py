@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaphase.distributed.costs import (
+    FP32_BYTES,
     BackwardStage,
+    Collective,
+    CollectiveKind,
     CostedLayer,
     Rank,
     Work,
@@ -19,36 +22,47 @@ from megaphase.distributed.costs import (
 )
 from megaphase.distributed.layer_builder import LayerBuilder
 from megaphase.distributed.linear import ColumnParallelLinear, RowParallelLinear
+from megaphase.distributed.parameter_spec import Constant, ParameterSpec
 from megaphase.model.forward_context import ForwardContext
 from megaphase.model.interleave import Stages
 from megaphase.model.shape import GPTShape
 from megaphase.ops.gated import gated
 from megaphase.ops.recompute import recomputable
+from megaphase.ops.xielu import INITIAL_NEGATIVE, INITIAL_POSITIVE, xielu
+
+
+class XIELU(nn.Module):
+    """The two scalars of xIELU; see `ops.xielu`."""
+
+    def __init__(self, build: LayerBuilder) -> None:
+        super().__init__()
+        self.alpha_p, self.alpha_n = (
+            build.parameter(name, ParameterSpec((1,), Constant(start), weight_decay=False))
+            for name, start in (("alpha_p", INITIAL_POSITIVE), ("alpha_n", INITIAL_NEGATIVE))
+        )
 
 
 class FeedForward(CostedLayer):
-    """Feed-forward layer with SwiGLU, GEGLU (Shazeer 2020) or GELU; its inner dimension is
+    """Feed-forward layer with SwiGLU, GEGLU (Shazeer 2020), GELU or xIELU; its inner dimension is
     sharded."""
 
     def __init__(self, shape: GPTShape, build: LayerBuilder) -> None:
         super().__init__()
-        self.shape = shape
-        self.activation: Callable[[Tensor], Tensor] = partial(F.gelu, approximate="tanh")
-        if shape.gated:
-            self.activation = partial(gated, name=shape.activation, kernels=build.kernels)
+        self.shape, self.region, self.kernels = shape, build.region, build.kernels
+        self.xielu = XIELU(build.at("xielu")) if shape.activation == "xielu" else None
         self.recomputed = shape.activation_checkpointing == "selective"
         self.recomputed_input = self.recomputed and shape.norm_before
         self.up = ColumnParallelLinear(
             shape.hidden,
             shape.ffn_segments,
-            bias=shape.bias,
+            bias=shape.has_ffn_bias,
             std=shape.init_std,
             build=build.at("up"),
         )
         self.down = RowParallelLinear(
             shape.ffn,
             shape.hidden,
-            bias=shape.bias,
+            bias=shape.has_ffn_bias,
             std=shape.residual_init_std,
             build=build.at("down"),
         )
@@ -64,10 +78,20 @@ class FeedForward(CostedLayer):
 
     def activate(self, up: Tensor, _: ForwardContext) -> Tensor:
         """[batch, seq, ffn_segments / tensor] -> [batch, seq, ffn / tensor]."""
-        inner = self.activation(up)
-        return (
-            recomputable(inner, partial(self.activation, up.detach())) if self.recomputed else inner
-        )
+        if self.xielu is None:
+            inner, again = self._activated(up), partial(self._activated, up.detach())
+        else:
+            scalars = self.xielu.alpha_p, self.xielu.alpha_n
+            positive, negative = self.region.replicated_inside(*scalars)
+            inner = xielu(up, positive, negative, self.kernels)
+            again = partial(xielu, up.detach(), *scalars, self.kernels)
+        return recomputable(inner, again) if self.recomputed else inner
+
+    def _activated(self, up: Tensor) -> Tensor:
+        """By an activation without parameters."""
+        if self.shape.gated:
+            return gated(up, self.shape.activation, self.kernels)
+        return F.gelu(up, approximate="none" if self.shape.activation == "gelu_erf" else "tanh")
 
     def _up_bytes(self, rank: Rank) -> int:
         return rank.tokens * rank.compute_bytes * (sum(self.shape.ffn_segments) // rank.tensor)
@@ -84,6 +108,12 @@ class FeedForward(CostedLayer):
     def recomputed_work(self, rank: Rank) -> Work:
         return self.forward_work(rank) if self.recomputed else Work()
 
+    def backward_collectives(self, rank: Rank) -> Sequence[Collective]:
+        if self.xielu is None or rank.sequence:
+            return ()
+        # Of both scalars, in one sum for each half.
+        return (Collective(CollectiveKind.ALL_REDUCE, rank.halves * 2 * rank.parameter_bytes),)
+
     def saved(self, rank: Rank) -> Mapping[str, int]:
         """From the input of `up` to that of `down`."""
         saved = {"up": self._up_bytes(rank)}
@@ -98,8 +128,12 @@ class FeedForward(CostedLayer):
         whole, residual = (f(rank, self.shape.hidden) for f in (region_bytes, residual_bytes))
         gradient = output_gradient_bytes(rank, self.shape.hidden)
         up, inner, saved = self._up_bytes(rank), self._inner_bytes(rank), self.saved(rank)
-        # A gate has two more tensors where each operation is a kernel of its own.
-        gate_bytes = 2 * inner if self.shape.gated and not rank.compiled else 0
+        # Further tensors where each operation is a kernel of its own.
+        uncompiled = 0
+        if self.shape.gated and not rank.compiled:
+            uncompiled = 2 * inner
+        elif self.xielu is not None and not rank.compiled:
+            uncompiled = 4 * inner * FP32_BYTES // rank.compute_bytes
         again = inner if self.recomputed else 0
         input_ = whole + (residual if self.recomputed_input else 0)
         return (
@@ -107,7 +141,7 @@ class FeedForward(CostedLayer):
                 again + gradient + inner + self.down.product_bytes(rank),
                 released=saved.get("inner", 0),
             ),
-            BackwardStage(gradient + inner + up + gate_bytes),
+            BackwardStage(gradient + inner + up + uncompiled),
             BackwardStage(
                 gradient + up + input_ + self.up.product_bytes(rank),
                 released=saved["up"] + saved.get("input", 0),

@@ -47,14 +47,16 @@ class _Norm(CostedLayer):
         recomputed: bool = False,
         adds: bool = True,
         zero_centered: bool = False,
+        shares_input: bool = False,
     ) -> None:
         """recomputed: whether the linear layer that follows saves no copy of the output. adds:
-        whether something is added before. zero_centered: multiply by 1 + weight.
+        whether something is added before. zero_centered: multiply by 1 + weight. shares_input:
+        whether another norm has the same input.
         """
         super().__init__()
         self.region, self.eps, self.kernels = build.region, eps, build.kernels
         self.hidden, self.recomputed, self.adds = hidden, recomputed, adds
-        self.zero_centered = zero_centered
+        self.zero_centered, self.shares_input = zero_centered, shares_input
         start = Constant(0.0 if zero_centered else 1.0)
         weight = ParameterSpec((hidden,), start, weight_decay=False)
         self.weight = build.parameter("weight", weight)
@@ -74,7 +76,8 @@ class _Norm(CostedLayer):
     def saved(self, rank: Rank) -> Mapping[str, int]:
         """Without the output, which the layer that follows saves."""
         statistics = rank.outer_tokens * self.statistics * FP32_BYTES
-        return {"input": residual_bytes(rank, self.hidden), "statistics": statistics}
+        input_ = 0 if self.shares_input else residual_bytes(rank, self.hidden)
+        return {"input": input_, "statistics": statistics}
 
     def backward_stages(self, rank: Rank) -> Sequence[BackwardStage]:
         transient = 3 * residual_bytes(rank, self.hidden) + self.uncompiled_bytes(rank)
@@ -110,18 +113,9 @@ class LayerNorm(_Norm):
 
     statistics = 2  # mean and deviation
 
-    def __init__(
-        self,
-        hidden: int,
-        eps: float,
-        build: LayerBuilder,
-        *,
-        recomputed: bool = False,
-        adds: bool = True,
-        zero_centered: bool = False,
-    ) -> None:
-        super().__init__(hidden, eps, build, recomputed=recomputed, adds=adds)
-        assert not zero_centered  # see model.presets
+    def __init__(self, hidden: int, eps: float, build: LayerBuilder, **options: bool) -> None:
+        super().__init__(hidden, eps, build, **options)
+        assert not self.zero_centered  # see model.presets
         bias = ParameterSpec((hidden,), Constant(0.0), weight_decay=False)
         self.bias = build.parameter("bias", bias)
 

@@ -89,7 +89,7 @@ def _check_divisions(config: RunConfig, shape: GPTShape) -> None:
             f"{shape.heads} heads do not divide hidden {shape.hidden}",
             "change one, or give head_dim",
         )
-    if shape.position == "rotary" and shape.head_size % 2:
+    if shape.position == "rotary" and shape.rotary_dim is None and shape.head_size % 2:
         given = shape.head_dim is not None
         raise _refuse(
             config,
@@ -97,9 +97,12 @@ def _check_divisions(config: RunConfig, shape: GPTShape) -> None:
             f"rotary positions need an even head size, not {shape.head_size}",
             "change it" if given else "change hidden or heads",
         )
-    for key in ("rotary_scaling", "no_rotary_interval", "sliding_rotary"):
+    for key in ("rotary_scaling", "no_rotary_interval", "sliding_rotary", "rotary_dim"):
         if getattr(shape, key) is not None and shape.position != "rotary":
             raise _refuse(config, key, f"positions are {shape.position}", "leave it out")
+    if shape.rotary_size % 2 or shape.rotary_size > shape.head_size:
+        problem = f"{shape.rotary_dim} is odd, or larger than a head of {shape.head_size}"
+        raise _refuse(config, "rotary_dim", problem, "change it")
     if shape.zero_centered_norms and shape.norm != "rmsnorm":
         problem = f"norms are {shape.norm}"
         raise _refuse(config, "zero_centered_norms", problem, "leave it out, or use rmsnorm")

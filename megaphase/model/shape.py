@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
-from megaphase.model.config import AttentionKind, RotaryConfig, RotaryScalingConfig
+from megaphase.model.config import (
+    Activation,
+    AttentionKind,
+    RotaryConfig,
+    RotaryScalingConfig,
+)
 
 GATED = {"swiglu", "geglu"}
 NOT_ARCHITECTURE = {"init_std", "dropout", "activation_checkpointing", "z_loss"}
@@ -30,7 +35,7 @@ class GPTShape:
     ffn: int
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     position: Literal["rotary", "learned"] = "rotary"
-    activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    activation: Activation = "swiglu"
     tied_embeddings: bool = False
     bias: bool = False
     rotary_base: float = 10_000.0
@@ -53,16 +58,23 @@ class GPTShape:
     sliding_rotary: RotaryConfig | None = None
     attention_scale: float | None = None
     attention_softcap: float | None = None
+    ffn_bias: bool | None = None
+    rotary_dim: int | None = None
+    parallel_residual: bool | None = None
 
     def __post_init__(self) -> None:
         if self.head_dim is not None and self.head_dim * self.heads == self.hidden:
             object.__setattr__(self, "head_dim", None)
-        if self.qkv_bias == self.bias:
-            object.__setattr__(self, "qkv_bias", None)
+        for key in ("qkv_bias", "ffn_bias"):
+            if getattr(self, key) == self.bias:
+                object.__setattr__(self, key, None)
         if self.no_rotary_interval is not None and self.no_rotary_interval > self.layers:
             object.__setattr__(self, "no_rotary_interval", None)
-        if not self.zero_centered_norms:
-            object.__setattr__(self, "zero_centered_norms", None)
+        for key in ("zero_centered_norms", "parallel_residual"):
+            if not getattr(self, key):
+                object.__setattr__(self, key, None)
+        if self.rotary_dim == self.head_size:
+            object.__setattr__(self, "rotary_dim", None)
         if self.embedding_multiplier == 1:
             object.__setattr__(self, "embedding_multiplier", None)
         if self.attention_scale and self.attention_scale == max(self.head_size, 1) ** -0.5:
@@ -133,6 +145,16 @@ class GPTShape:
     def has_qkv_bias(self) -> bool:
         """Whether the projection to queries, keys and values has a bias."""
         return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_ffn_bias(self) -> bool:
+        """Whether the feed-forward layers have biases."""
+        return self.bias if self.ffn_bias is None else self.ffn_bias
+
+    @property
+    def rotary_size(self) -> int:
+        """Width of the part of a head that is rotated."""
+        return self.head_size if self.rotary_dim is None else self.rotary_dim
 
     @property
     def residual_init_std(self) -> float:

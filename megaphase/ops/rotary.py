@@ -20,13 +20,20 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
     ]
 
 
+def _rotated_and_rest(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x with as many of its first dimensions rotated as there are angles for."""
+    width = 2 * cos.shape[-1]
+    rest = [x[..., width:]] if width < x.shape[-1] else []
+    return torch.cat([*_rotated(x[..., :width], cos, sin), *rest], dim=-1)
+
+
 def _rotate_heads(heads: Tensor, count: int, cos: Tensor, sin: Tensor) -> Tensor:
-    rotated = torch.cat(_rotated(heads[:, :, :count], cos, sin), dim=-1)
+    rotated = _rotated_and_rest(heads[:, :, :count], cos, sin)
     return torch.cat([rotated, heads[:, :, count:]], dim=2)
 
 
 def _rotate_back(queries: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    rotated = [torch.cat(_rotated(part, cos, -sin), dim=-1) for part in (queries, keys)]
+    rotated = [_rotated_and_rest(part, cos, -sin) for part in (queries, keys)]
     return torch.cat([*rotated, values], dim=2)
 
 
@@ -60,7 +67,8 @@ def apply_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys rotated, and values, of [batch, seq, sum(counts), head_dim].
 
-    cos, sin: of each position's angles, [seq, 1, head_dim / 2] or with batch before.
+    cos, sin: of each position's angles, [seq, 1, pairs] or with batch before; up to head_dim / 2
+        pairs, and the dimensions that follow them are not rotated.
     """
     order = stored_order(heads)
     if is_sequence_first(heads):  # the same angles in all rows

@@ -50,6 +50,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "norms before and after": LLAMA | {"norm_position": "both"},
     "zero-centered norms": LLAMA | {"zero_centered_norms": True, "qk_norm": "head"},
     "geglu": LLAMA | {"activation": "geglu"},
+    "xielu": LLAMA | {"activation": "xielu"},
+    "parallel": LLAMA
+    | {"parallel_residual": True, "rotary_dim": 2, "activation": "gelu_erf", "ffn_bias": True},
     "scaled embedding, capped logits": LLAMA
     | {"embedding_multiplier": 32**0.5, "logit_softcap": 30.0},
     "windows": LLAMA
@@ -162,7 +165,9 @@ def test_preset_sizes_can_be_changed() -> None:
     assert (shape.kv_heads, shape.norm, shape.vocab, shape.seq_len) == (2, "layernorm", 128, 16)
 
 
-@pytest.mark.parametrize(("activation", "ffn"), [("swiglu", 384), ("geglu", 384), ("gelu", 512)])
+@pytest.mark.parametrize(
+    ("activation", "ffn"), [("swiglu", 384), ("geglu", 384), ("gelu", 512), ("xielu", 512)]
+)
 def test_feed_forward_size_has_a_default(activation: str, ffn: int) -> None:
     sizes = {"layers": 1, "hidden": 128, "heads": 4, "activation": activation}
     assert build_shape(run_config(sizes), 100).ffn == ffn
@@ -181,6 +186,13 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         SIZES | {"position": "learned", "rotary_scaling": {"type": "linear", "factor": 2.0}},
         {},
         ["model.rotary_scaling", "learned"],
+    ),
+    "odd rotary_dim": (SIZES | {"rotary_dim": 3}, {}, ["model.rotary_dim", "3", "8"]),
+    "wide rotary_dim": (SIZES | {"rotary_dim": 10}, {}, ["model.rotary_dim", "10", "8"]),
+    "rotated learned positions": (
+        SIZES | {"position": "learned", "rotary_dim": 4},
+        {},
+        ["model.rotary_dim", "learned"],
     ),
     "zero-centered layer norms": (
         SIZES | {"norm": "layernorm", "zero_centered_norms": True},
@@ -252,6 +264,9 @@ def test_scalings_of_rotary_positions_that_are_none(scaling: dict[str, Any], wor
 SAYING_NOTHING = {
     "head_dim": 8,
     "qkv_bias": False,
+    "ffn_bias": False,
+    "rotary_dim": 8,
+    "parallel_residual": False,
     "zero_centered_norms": False,
     "embedding_multiplier": 1.0,
 }

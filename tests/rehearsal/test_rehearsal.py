@@ -16,6 +16,13 @@ from rehearsal_support import ALL_ACTIONS, LAYERS, needs_compiler, rehearse, run
 pytestmark = needs_compiler
 
 GPT2 = {"norm": "layernorm", "position": "learned", "activation": "gelu", "bias": True}
+GPT_NEOX = {
+    "norm": "layernorm",
+    "activation": "gelu_erf",
+    "bias": True,
+    "rotary_dim": 32,
+    "parallel_residual": True,
+}
 # What is sent beside weights, gradients and activations: losses, counts of tokens, norms.
 SCALAR_BYTES = 2_000
 # Peak of live bytes over the estimate: above 1 by less than what `megaphase plan` keeps in reserve.
@@ -93,6 +100,12 @@ OPTIONS: list[dict[str, Any]] = [
     {"model": {"sliding_window": 512}, "precision": "fp32"},
     {"model": {"attention_softcap": 50, "attention_scale": 0.05, "kv_heads": 4}},
     {"model": {"attention_softcap": 50, "sliding_window": 512}, "documents": True, "tensor": 2},
+    {"model": {"activation": "xielu"}},
+    {"model": {"activation": "xielu", "activation_checkpointing": "selective"}, "tensor": 2},
+    {"model": {"activation": "xielu"}, "tensor": 2, "sequence": True, "kernels": "eager"},
+    {"model": GPT_NEOX, "tensor": 2, "sequence": True},
+    {"model": GPT_NEOX | {"activation_checkpointing": "selective"}},
+    {"model": GPT_NEOX | {"activation_checkpointing": "full"}, "tensor": 2},
     {"kernels": "eager"},
     {"precision": "fp32"},
     {"precision": "fp32", "documents": True},

@@ -32,6 +32,10 @@ class PlainShape:
     window_base: float | None = None  # of the positions where there is a window, if another one
     score_scale: float | None = None  # None: 1 / √size
     score_cap: float | None = None
+    erf: bool = False
+    xielu: bool = False
+    rotary_dim: int | None = None
+    parallel: bool = False
 
 
 class PlainGPT:
@@ -76,8 +80,9 @@ class PlainGPT:
             attention, mlp = f"blocks.{layer}.attention", f"blocks.{layer}.feed_forward"
             window = self.shape.windows[layer % len(self.shape.windows)]
             added = self._attention(self._norm(x, f"{attention}_norm"), attention, window)
-            x = x + self.dropped(added, attention)
-            x = x + self.dropped(self._mlp(self._norm(x, f"{mlp}_norm"), mlp), mlp)
+            before, x = x, x + self.dropped(added, attention)
+            entering = before if self.shape.parallel else x
+            x = x + self.dropped(self._mlp(self._norm(entering, f"{mlp}_norm"), mlp), mlp)
         logits = self._norm(x, "norm") @ self.weights.get("head.weight", embedding).T
         cap = self.shape.softcap
         return logits if cap is None else cap * (logits / cap).tanh()
@@ -123,21 +128,35 @@ class PlainGPT:
         """Rotate [batch, seq, size]: entries i and i + size / 2 are a complex number."""
         if "positions" in self.weights:
             return x
-        half = x.shape[-1] // 2
+        width = self.shape.rotary_dim or x.shape[-1]
+        x, rest = x[..., :width], x[..., width:]
+        half = width // 2
         speeds = base ** (-torch.arange(half).double() / half)
         angles = torch.arange(x.shape[1]).double().unsqueeze(1) * speeds
         turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(
             torch.ones_like(angles), angles
         )
-        return torch.cat([turned.real, turned.imag], -1)
+        return torch.cat([turned.real, turned.imag, rest], -1)
 
     def _mlp(self, x: Tensor, name: str) -> Tensor:
         up = self._linear(x, f"{name}.up")
+        if self.shape.xielu:
+            return self._linear(self._xielu(up, name), f"{name}.down")
+        if self.shape.erf:
+            return self._linear(up * (1 + torch.erf(up / math.sqrt(2))) / 2, f"{name}.down")
         if self.shape.gelu:
             return self._linear(_gelu(up), f"{name}.down")
         gate, up = up[..., : up.shape[-1] // 2], up[..., up.shape[-1] // 2 :]
         opened = _gelu(gate) if self.shape.geglu else gate / (1 + (-gate).exp())
         return self._linear(opened * up, f"{name}.down")
+
+    def _xielu(self, x: Tensor, name: str) -> Tensor:
+        """Huang and Schlag 2024, section 3.2, with beta 0.5."""
+        above, below = (
+            (1 + self.weights[f"{name}.xielu.alpha_{sign}"].exp()).log() for sign in ("p", "n")
+        )
+        exponential = x.clamp(max=0).exp() - 1
+        return torch.where(x > 0, above * x**2, (0.5 + below) * (exponential - x)) + 0.5 * x
 
 
 def _gelu(x: Tensor) -> Tensor:

@@ -119,6 +119,18 @@ VARIANTS = {
     "packed capped": Variant(
         {"attention_softcap": 0.1, "activation_checkpointing": "full"}, packed=True
     ),
+    "neox": Variant(
+        {
+            "norm": "layernorm",
+            "activation": "gelu_erf",
+            "bias": True,
+            "ffn_bias": False,
+            "rotary_dim": 2,
+            "parallel_residual": True,
+            "activation_checkpointing": "selective",
+        },
+    ),
+    "xielu": Variant({"activation": "xielu", "activation_checkpointing": "selective"}),
 }
 # What the plain model has of the variants' attention.
 ATTENTION: dict[str, dict[str, Any]] = {
@@ -208,6 +220,12 @@ CASES = [
     Case("capped", 2, 2, 3, sequence=True),
     Case("packed capped", 1, 1, 0),
     Case("packed capped", 2, 2, 3),
+    Case("neox", 1, 1, 0),
+    Case("neox", 2, 1, 0),
+    Case("neox", 2, 2, 3, sequence=True),
+    Case("xielu", 1, 1, 0),
+    Case("xielu", 2, 1, 0),
+    Case("xielu", 2, 2, 3, sequence=True),
 ]
 BF16_CASES = [
     Case("base", 1, 1, 0, precision="bf16", steps=STEPS),
@@ -311,6 +329,10 @@ def plain_curve(name: str) -> Curve:
         zero_centered=variant.model.get("zero_centered_norms", False),
         multiplier=variant.model.get("embedding_multiplier", 1.0),
         softcap=variant.model.get("logit_softcap"),
+        erf=variant.model.get("activation") == "gelu_erf",
+        xielu=variant.model.get("activation") == "xielu",
+        rotary_dim=variant.model.get("rotary_dim"),
+        parallel=variant.model.get("parallel_residual", False),
         **ATTENTION.get(name, {}),
     )
     model = PlainGPT(weights, shape)
