@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megaphase.convert.qkv_order import deinterleaved, interleaved
+from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError
 
 
@@ -19,15 +21,21 @@ class ParameterMapping:
         foreign_names: the tensors' names, in the order in which the parameter's rows are split.
         rows: number of rows of each tensor, along the parameter's first dimension.
         transposed: whether the tensors are stored as [inputs, outputs].
+        interleaved: the model's shape where rows of queries, keys and values follow each other
+            group by group, see `convert.qkv_order`.
     """
 
     name: str
     foreign_names: tuple[str, ...]
     rows: tuple[int, ...]
     transposed: bool = False
+    interleaved: GPTShape | None = None
 
     def split(self, whole: Tensor) -> dict[str, Tensor]:
-        """Return the other program's tensors, as views of the parameter."""
+        """Return the other program's tensors, as views of the parameter or of its reordered
+        copy."""
+        if self.interleaved is not None:
+            whole = interleaved(whole, self.interleaved)
         parts = whole.split(list(self.rows))
         named = zip(self.foreign_names, parts, strict=True)
         return {name: part.t() if self.transposed else part for name, part in named}
@@ -36,7 +44,8 @@ class ParameterMapping:
         """Return the parameter, contiguous; only one of the other tensors is in memory at a
         time."""
         if len(self.foreign_names) == 1:
-            return self._from_foreign(read(self.foreign_names[0])).contiguous()
+            whole = self._from_foreign(read(self.foreign_names[0])).contiguous()
+            return whole if self.interleaved is None else deinterleaved(whole, self.interleaved)
         joined = None
         end = 0
         for name, rows in zip(self.foreign_names, self.rows, strict=True):

@@ -100,7 +100,9 @@ def _check_divisions(config: RunConfig, shape: GPTShape) -> None:
     for key in ("rotary_scaling", "no_rotary_interval", "sliding_rotary", "rotary_dim"):
         if getattr(shape, key) is not None and shape.position != "rotary":
             raise _refuse(config, key, f"positions are {shape.position}", "leave it out")
-    if shape.rotary_size % 2 or shape.rotary_size > shape.head_size:
+    if shape.rotary_dim is not None and (
+        shape.rotary_dim % 2 or shape.rotary_dim > shape.head_size
+    ):
         problem = f"{shape.rotary_dim} is odd, or larger than a head of {shape.head_size}"
         raise _refuse(config, "rotary_dim", problem, "change it")
     if shape.zero_centered_norms and shape.norm != "rmsnorm":

@@ -137,4 +137,17 @@ def load_fp32_weights(engine: Engine, weights: dict[str, Tensor]) -> None:
             deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned),
         ):
             parameter.copy_(weights[name])
-        deepspeed.utils.safe_set_full_fp32_param(parameter, weights[name])
+        if partitioned and weights[name].numel() % engine.grid.data_size:
+            _set_partition(parameter, weights[name])
+        else:
+            deepspeed.utils.safe_set_full_fp32_param(parameter, weights[name])
+
+
+def _set_partition(parameter: Any, weight: Tensor) -> None:
+    """Set the partition of the optimizer's weight where it has other elements than there are ranks
+    to share them, which DeepSpeed's function refuses."""
+    optimizer = parameter._z3_optimizer
+    partition, _ = optimizer._get_fp32_opt_state_partition(parameter, False)
+    first = partition.numel() * optimizer._get_param_partition_rank(parameter)
+    mine = weight.flatten()[first : first + partition.numel()]
+    partition.data[: len(mine)].copy_(mine)

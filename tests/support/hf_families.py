@@ -56,6 +56,16 @@ def _of(name: str, **changes: Any) -> Callable[[], Any]:
     return config
 
 
+def _of_gpt_neox(**changes: Any) -> Callable[[], Any]:
+    def config() -> Any:
+        import transformers
+
+        sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+        return transformers.GPTNeoXConfig(**sizes | changes)
+
+    return config
+
+
 FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
     "Llama 2": _of("Llama", num_key_value_heads=4),
     "Llama 3": _of("Llama", rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}),
@@ -69,6 +79,8 @@ FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
         "Llama",
         rope_parameters=YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False},
     ),
+    "Llama, biases of attention": _of("Llama", attention_bias=True),
+    "Llama, biases of feed-forward layers": _of("Llama", mlp_bias=True),
     "Mistral": _of("Mistral", sliding_window=None, num_key_value_heads=4, head_dim=12),
     "Mistral 0.1": _of("Mistral", sliding_window=9),
     "Qwen 2": _of("Qwen2", num_key_value_heads=4, tie_word_embeddings=True),
@@ -138,6 +150,17 @@ FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
         attention_bias=True,
         mlp_bias=True,
         head_dim=12,
+    ),
+    "Apertus": _of("Apertus", rope_parameters=LLAMA3_ROPE | {"rope_theta": 12_000_000.0}),
+    "Apertus, tied, biases": _of(
+        "Apertus", num_key_value_heads=4, attention_bias=True, tie_word_embeddings=True
+    ),
+    "GPT-NeoX": _of_gpt_neox(),
+    "GPT-NeoX, one after the other": _of_gpt_neox(
+        use_parallel_residual=False,
+        attention_bias=False,
+        tie_word_embeddings=True,
+        rope_parameters=LINEAR_ROPE | {"partial_rotary_factor": 0.5},
     ),
 }
 # Variants that `make test-slow` computes in several processes, and `make test` in one.

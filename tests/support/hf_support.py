@@ -149,6 +149,19 @@ def qwen2() -> Any:
     return transformers.Qwen2Config(**LLAMA_SIZES)
 
 
+def apertus() -> Any:
+    import transformers
+
+    return transformers.ApertusConfig(**LLAMA_SIZES)
+
+
+def gpt_neox() -> Any:
+    import transformers
+
+    sizes = {key: value for key, value in LLAMA_SIZES.items() if key != "num_key_value_heads"}
+    return transformers.GPTNeoXConfig(**sizes)
+
+
 def gpt2(**changes: Any) -> Any:
     import transformers
 
@@ -170,6 +183,8 @@ THEIR_CONFIGS: dict[str, Callable[[], Any]] = {
     "mistral": mistral,
     "qwen2": qwen2,
     "gpt2": gpt2,
+    "neox": gpt_neox,
+    "apertus": apertus,
     "gpt2 untied": lambda: gpt2(tie_word_embeddings=False, n_inner=72, layer_norm_epsilon=1e-6),
 }
 

@@ -9,6 +9,14 @@ from megaphase.convert.hugging_face.families import FAMILIES
 from megaphase.convert.hugging_face.family import Family
 from megaphase.model.shape import GPTShape
 
+# What models of unknown types with these keys are.
+_OTHER_KINDS = {
+    "kv_lora_rank": ", multi-head latent attention",
+    **dict.fromkeys(
+        ("num_local_experts", "num_experts", "n_routed_experts"), ", a mixture of experts"
+    ),
+}
+
 
 def read_config(directory: Path) -> tuple[Family, GPTShape]:
     """Return the family and the shape of the model in a directory.
@@ -24,7 +32,8 @@ def read_config(directory: Path) -> tuple[Family, GPTShape]:
     family = next((each for each in FAMILIES if each.model_type == model_type), None)
     if family is None:
         known = ", ".join(each.model_type for each in FAMILIES)
-        raise config.refusal("model_type", f"is {model_type!r}; known are {known}")
+        kind = next((what for key, what in _OTHER_KINDS.items() if config.get(key)), "")
+        raise config.refusal("model_type", f"is {model_type!r}{kind}; known are {known}")
     shape = family.shape(config)
     config.refuse_others(family.harmless)
     return family, _checked(config, shape)
@@ -36,7 +45,7 @@ def _checked(config: ConfigFile, shape: GPTShape) -> GPTShape:
         problem = f"{shape.heads} heads do not divide the hidden size, {shape.hidden}"
     elif shape.heads % shape.kv_heads:
         problem = f"{shape.kv_heads} heads of keys and values do not divide {shape.heads} heads"
-    elif shape.position == "rotary" and shape.head_size % 2:
+    elif shape.position == "rotary" and shape.rotary_size % 2:
         problem = f"a head of {shape.head_size} numbers cannot be rotated in pairs"
     else:
         return shape

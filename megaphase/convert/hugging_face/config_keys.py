@@ -34,6 +34,10 @@ class Key(Protocol):
         ...
 
 
+# Of options that are None where they follow from others: the property of GPTShape.
+_WRITTEN_OUT = {"head_dim": "head_size", "ffn_bias": "has_ffn_bias"}
+
+
 @dataclass(frozen=True)
 class Option:
     """A key that holds an option of GPTShape.
@@ -62,7 +66,8 @@ class Option:
         return {self.field: reader(name, default)}
 
     def write(self, name: str, shape: GPTShape) -> dict[str, Any]:
-        return {name: shape.head_size if self.field == "head_dim" else getattr(shape, self.field)}
+        value = getattr(shape, _WRITTEN_OUT.get(self.field, self.field))
+        return {name: bool(value) if self.kind == "flag" else value}
 
 
 @dataclass(frozen=True)

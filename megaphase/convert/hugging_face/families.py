@@ -21,6 +21,7 @@ from megaphase.convert.hugging_face.config_keys import (
 from megaphase.convert.hugging_face.family import Family
 from megaphase.convert.hugging_face.rope import Rope, RopeOfKinds
 from megaphase.model.shape import GPTShape
+from megaphase.ops.xielu import BETA, EPS
 from megaphase.utils.errors import InputError
 
 
@@ -89,7 +90,7 @@ LLAMA = Family(
     keys={
         **_LLAMA_KEYS,
         "attention_bias": Option("bias", "flag", False),
-        "mlp_bias": Option("bias", "flag", False),
+        "mlp_bias": Option("ffn_bias", "flag", False),
     },
     written=_NO_DROPOUT,
     heads_divide=True,
@@ -215,13 +216,101 @@ SMOLLM3 = Family(
         "no_rope_layers": NoRopeLayers(),
         "sliding_window": Window(_has_no_rope, switched=True, default=None),
         "attention_bias": Option("bias", "flag", False),
-        "mlp_bias": Option("bias", "flag", False),
+        "mlp_bias": Option("ffn_bias", "flag", False),
     },
     harmless={"max_window_layers": "not read by transformers in such models"},
     written=_NO_DROPOUT,
     prefix="model.",
     blocks="layers",
     modules=_LLAMA_MODULES,
+)
+APERTUS = Family(
+    title="Apertus",
+    model_type="apertus",
+    architecture="ApertusForCausalLM",
+    options={**_LLAMA_OPTIONS, "activation": "xielu", "qk_norm": "head", "ffn_bias": False},
+    keys={
+        **_LLAMA_KEYS,
+        "max_position_embeddings": Option("seq_len", default=65_536),
+        "hidden_act": Fixed(("xielu",), "xielu"),
+        "rms_norm_eps": Option("norm_eps", "number", 1e-5),
+        "rope_parameters": Rope(
+            12_000_000.0,
+            default={
+                "rope_type": "llama3",
+                "rope_theta": 12_000_000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8192,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+        ),
+        "attention_bias": Option("bias", "flag", False),
+    },
+    written=_NO_DROPOUT,
+    prefix="model.",
+    blocks="layers",
+    modules={
+        "embedding": ("embed_tokens",),
+        "attention_norm": ("attention_layernorm",),
+        "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attention.qk_norm.query": ("self_attn.q_norm",),
+        "attention.qk_norm.key": ("self_attn.k_norm",),
+        "attention.out": ("self_attn.o_proj",),
+        "feed_forward_norm": ("feedforward_layernorm",),
+        "feed_forward.up": ("mlp.up_proj",),
+        "feed_forward.xielu.alpha_p": ("mlp.act_fn.alpha_p",),
+        "feed_forward.xielu.alpha_n": ("mlp.act_fn.alpha_n",),
+        "feed_forward.down": ("mlp.down_proj",),
+        "norm": ("norm",),
+    },
+    constants={"mlp.act_fn.beta": BETA, "mlp.act_fn.eps": EPS},
+)
+GPT_NEOX = Family(
+    title="GPT-NeoX",
+    model_type="gpt_neox",
+    architecture="GPTNeoXForCausalLM",
+    options={
+        "norm": "layernorm",
+        "position": "rotary",
+        "activation": "gelu_erf",
+        "ffn_bias": True,
+    },
+    keys={
+        "vocab_size": Option("vocab"),
+        "max_position_embeddings": Option("seq_len", default=2048),
+        "num_hidden_layers": Option("layers"),
+        "hidden_size": Option("hidden"),
+        "num_attention_heads": Option("heads"),
+        "intermediate_size": Option("ffn"),
+        "hidden_act": Fixed(("gelu",), "gelu"),
+        "layer_norm_eps": Option("norm_eps", "number", 1e-5),
+        "tie_word_embeddings": Option("tied_embeddings", "flag", False),
+        "use_parallel_residual": Option("parallel_residual", "flag", True),
+        "attention_bias": Option("bias", "flag", True),
+        "rope_parameters": Rope(
+            base_key="rotary_emb_base", part_key="rotary_pct", default_part=0.25
+        ),
+    },
+    harmless={
+        "hidden_dropout": "dropout of training; the run file has its own",
+        "classifier_dropout": "of models that classify",
+    },
+    written={**_NO_DROPOUT, "hidden_dropout": 0.0},
+    prefix="gpt_neox.",
+    blocks="layers",
+    modules={
+        "embedding": ("embed_in",),
+        "attention_norm": ("input_layernorm",),
+        "attention.qkv": ("attention.query_key_value",),
+        "attention.out": ("attention.dense",),
+        "feed_forward_norm": ("post_attention_layernorm",),
+        "feed_forward.up": ("mlp.dense_h_to_4h",),
+        "feed_forward.down": ("mlp.dense_4h_to_h",),
+        "norm": ("final_layer_norm",),
+    },
+    interleaved=True,
+    head="embed_out.weight",
 )
 GPT2 = Family(
     title="GPT-2",
@@ -264,7 +353,7 @@ GPT2 = Family(
     prefix="transformer.",
     blocks="h",
     modules={
-        "positions": ("wpe",),
+        "positions": ("wpe.weight",),
         "embedding": ("wte",),
         "attention_norm": ("ln_1",),
         "attention.qkv": ("attn.c_attn",),
@@ -348,4 +437,17 @@ GEMMA3 = replace(
     },
 )
 # The first of those that fit a shape is written.
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, OLMO3, SMOLLM3, GEMMA2, GEMMA3, GPT2)
+FAMILIES = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    OLMO2,
+    OLMO3,
+    SMOLLM3,
+    GEMMA2,
+    GEMMA3,
+    APERTUS,
+    GPT_NEOX,
+    GPT2,
+)

@@ -17,7 +17,7 @@ from megaphase.model.shape import NOT_ARCHITECTURE, GPTShape
 
 HEAD = "lm_head.weight"
 # Tensors that some versions of transformers store but none needs: angles and causal masks.
-_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 _NAME = re.compile(
     r"(?:blocks\.(?P<block>\d+)\.)?(?P<module>[a-z_.]+?)(?:\.(?P<kind>weight|bias))?"
 )
@@ -40,8 +40,12 @@ class Family:
         heads_divide: whether transformers wants hidden to be a multiple of the heads in any case.
         prefix: prefix of all tensors except the output projection's.
         blocks: the name of the list of blocks.
-        modules: the family's modules by Megaphase's; one module may be split into several.
+        modules: the family's modules by Megaphase's; one module may be split into several. A
+            parameter that is neither weight nor bias is named whole.
         transposed: modules in a block whose weights are stored as [inputs, outputs].
+        interleaved: whether queries, keys and values are, see `convert.qkv_order`.
+        constants: scalars that are stored in every block beside the parameters.
+        head: the name of the output projection's weight.
     """
 
     title: str
@@ -58,6 +62,9 @@ class Family:
     always_biased: bool = False
     heads_divide: bool = False
     transposed: frozenset[str] = frozenset()
+    interleaved: bool = False
+    constants: Mapping[str, float] = field(default_factory=dict)
+    head: str = HEAD
 
     @property
     def grouped(self) -> bool:
@@ -133,22 +140,39 @@ class Family:
         """Return the mapping of every parameter of an expressed shape, by name, in the model's
         order."""
         layouts = parameter_layouts(shape, 1)
-        return {name: self._mapping(name, layout) for name, layout in layouts.items()}
+        return {name: self._mapping(name, layout, shape) for name, layout in layouts.items()}
+
+    def stored_constants(self, shape: GPTShape) -> dict[str, float]:
+        """Return the scalars that are stored beside the parameters, by name."""
+        return {
+            f"{self.prefix}{self.blocks}.{block}.{name}": value
+            for block in range(shape.layers)
+            for name, value in self.constants.items()
+        }
 
     def canonical(self, name: str) -> str:
         """Return a tensor's name in the whole model; in a base model, a part of it is missing."""
-        return name if name == HEAD or name.startswith(self.prefix) else self.prefix + name
+        if name in (HEAD, self.head):  # the first of these is its name while a model is in memory
+            return self.head
+        return name if name.startswith(self.prefix) else self.prefix + name
 
-    def _mapping(self, name: str, layout: ParameterLayout) -> ParameterMapping:
+    def _mapping(self, name: str, layout: ParameterLayout, shape: GPTShape) -> ParameterMapping:
         found = _NAME.fullmatch(name)
         assert found is not None
         block, module, kind = found.group("block", "module", "kind")
         if module == "head":
-            return ParameterMapping(name, (HEAD,), layout.shape[:1])
+            return ParameterMapping(name, (self.head,), layout.shape[:1])
         place = self.prefix if block is None else f"{self.prefix}{self.blocks}.{block}."
-        foreign = tuple(f"{place}{each}.{kind or 'weight'}" for each in self.modules[module])
+        suffix = "" if kind is None else f".{kind}"
+        foreign = tuple(f"{place}{each}{suffix}" for each in self.modules[module])
         rows = layout.segments if len(foreign) > 1 else layout.shape[:1]
-        return ParameterMapping(name, foreign, rows, kind == "weight" and module in self.transposed)
+        return ParameterMapping(
+            name,
+            foreign,
+            rows,
+            transposed=kind == "weight" and module in self.transposed,
+            interleaved=shape if self.interleaved and module == "attention.qkv" else None,
+        )
 
 
 def is_buffer(name: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
@@ -47,34 +47,90 @@ class Rope:
 
     Attributes:
         default_base: the base in transformers without a key.
+        default: the dictionary in transformers without any.
+        base_key: the key of the base in version 4.
+        part_key: there the key of the part of each head that is rotated; None: always all of it.
+        default_part: that part without a key.
     """
 
     default_base: float = 10_000.0
-    fields: tuple[str, ...] = ("rotary_base", "rotary_scaling")
+    default: Mapping[str, Any] = field(default_factory=dict)
+    base_key: str = "rope_theta"
+    part_key: str | None = None
+    default_part: float = 1.0
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return ("rotary_base", "rotary_scaling", *(("rotary_dim",) if self.part_key else ()))
 
     def read(self, name: str, config: ConfigFile) -> dict[str, Any]:
-        base = config.number("rope_theta", self.default_base)
-        part = config.get("partial_rotary_factor")
-        config.refuse_if("partial_rotary_factor", part not in (None, 1))
+        base, part = config.number(self.base_key, self.default_base), self.default_part
+        if self.part_key is not None:
+            part = config.number(self.part_key, part)
         length = config.get(_LENGTH)
         found: RotaryScalingConfig | None = None
         # As in transformers, the older key counts where both are there.
-        for key in (name, "rope_scaling"):
-            rope = config.get(key)
+        given = {key: config.get(key) for key in (name, "rope_scaling")}
+        if not any(given.values()):
+            given[name] = dict(self.default)
+        for key, rope in given.items():
             if not rope:
                 continue
             config.refuse_if(key, not isinstance(rope, dict))
-            base = _base(key, rope, config, base)
+            base, part = (
+                _number(key, rope, inner, config, before)
+                for inner, before in (("rope_theta", base), ("partial_rotary_factor", part))
+            )
+            config.refuse_if(key, part != self.default_part and self.part_key is None)
             found = _scaling(key, rope, config, length)
-        return {"rotary_base": base, "rotary_scaling": found}
+        # Beside the keys that count there may be others, which must say the same.
+        for key, value in (("rope_theta", base), ("partial_rotary_factor", part)):
+            if key != self.base_key:
+                config.refuse_if(key, config.get(key) not in (None, value))
+        options = {"rotary_base": base, "rotary_scaling": found}
+        return options | ({} if self.part_key is None else {"rotary_dim": _width(part, config)})
 
     def write(self, name: str, shape: GPTShape) -> dict[str, Any]:
-        written = _dictionary(shape.rotary)
-        return {
-            "rope_theta": shape.rotary_base,
-            "rope_scaling": _older(written),
-            name: written,
+        dictionary = _dictionary(shape.rotary)
+        written: dict[str, Any] = {
+            self.base_key: shape.rotary_base,
+            "rope_scaling": _older(dictionary),
+            name: dictionary,
         }
+        if self.part_key is not None:
+            written[self.part_key] = part = _part(shape)
+            written[name]["partial_rotary_factor"] = part
+        return written
+
+
+def _number(key: str, rope: dict[str, Any], inner: str, config: ConfigFile, before: float) -> float:
+    """A positive number of a dictionary; as before where it has none."""
+    value = rope.get(inner)
+    if value is None:
+        return before
+    config.refuse_if(key, not isinstance(value, int | float) or not value > 0)
+    return float(value)
+
+
+def _width(part: float, config: ConfigFile) -> int:
+    """How many dimensions of a head are rotated."""
+    head = config.size("hidden_size") // config.size("num_attention_heads")
+    width = int(head * part)
+    if part > 1 or width < 2 or width % 2:
+        problem = (
+            f"is {part}, and of a head's {head} dimensions (hidden_size / num_attention_heads) "
+            f"{width} cannot be rotated in pairs"
+        )
+        raise config.refusal("partial_rotary_factor", problem)
+    return width
+
+
+def _part(shape: GPTShape) -> float:
+    """The part of a head that is rotated, of which transformers rounds the width down."""
+    part = shape.rotary_size / shape.head_size
+    if int(shape.head_size * part) < shape.rotary_size:
+        part = math.nextafter(part, 1.0)
+    return part
 
 
 @dataclass(frozen=True)
@@ -146,11 +202,7 @@ def _older(written: dict[str, Any]) -> dict[str, Any] | None:
 def _base(key: str, rope: dict[str, Any], config: ConfigFile, default: float) -> float:
     """The base in a dictionary of config.json."""
     config.refuse_if(key, rope.get("partial_rotary_factor") not in (None, 1))
-    theta = rope.get("rope_theta")
-    if theta is None:
-        return default
-    config.refuse_if(key, not isinstance(theta, int | float) or not theta > 0)
-    return float(theta)
+    return _number(key, rope, "rope_theta", config, default)
 
 
 def _scaling(

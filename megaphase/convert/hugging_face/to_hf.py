@@ -69,6 +69,7 @@ def to_hf(
                 folder,
                 weights,
                 family.mappings(shape),
+                family.stored_constants(shape),
                 dtype,
                 max_shard_bytes,
                 workers=workers,
@@ -86,6 +87,7 @@ def _write_weights(
     folder: Path,
     weights: Weights,
     mappings: Mapping[str, ParameterMapping],
+    constants: Mapping[str, float],
     dtype: torch.dtype,
     max_shard_bytes: int,
     *,
@@ -97,6 +99,7 @@ def _write_weights(
         for name, mapping in mappings.items()
         for foreign_name, shape in mapping.foreign_shapes(weights.layouts[name].shape).items()
     }
+    kinds |= {name: TensorKind(dtype, ()) for name in constants}
     contents = _shards(kinds, max_shard_bytes)
     places = {name: file for file, tensors in contents.items() for name in tensors}
     files = TensorFiles(folder, contents, _METADATA)
@@ -108,6 +111,8 @@ def _write_weights(
 
     try:
         read_each(weights, (WEIGHT,), write, workers=workers)
+        for name, value in constants.items():
+            files.write(places[name], torch.tensor(value, dtype=dtype))
     finally:
         files.close()
     if len(contents) > 1:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.checkpoint.tensor_file import TensorFile, TensorKind
-from megaphase.convert.hugging_face.family import HEAD, Family, is_buffer
+from megaphase.convert.hugging_face.family import Family, is_buffer
 from megaphase.convert.parameter_mapping import check_names
 from megaphase.convert.safe_torch_load import check_archive, load_pickle
 from megaphase.model.parameters import parameter_layouts
@@ -101,7 +101,10 @@ class HuggingFaceWeights:
         wanted: dict[str, tuple[int, ...]] = {}
         for name, mapping in self._mappings.items():
             wanted |= mapping.foreign_shapes(self.layouts[name].shape)
-        tied_head = self._tensors.pop(HEAD, None) if shape.tied_embeddings else None
+        tied_head = self._tensors.pop(family.head, None) if shape.tied_embeddings else None
+        for name, value in family.stored_constants(shape).items():
+            if (constant := self._tensors.pop(name, None)) is not None:
+                _check_constant(constant, value)
         names = {n if n in wanted else found.name for n, found in self._tensors.items()}
         check_names(directory, wanted, names)
         for name, their_shape in wanted.items():
@@ -184,6 +187,15 @@ def _check_kind(tensor: FoundTensor, shape: tuple[int, ...]) -> None:
             f"{tensor.name} is {str(kind.dtype).removeprefix('torch.')}",
             "give a model of float32, bfloat16 or float16",
         )
+
+
+def _check_constant(tensor: FoundTensor, value: float) -> None:
+    """Reject a scalar that is not one of this family's, rounded to the type of the weights."""
+    _check_kind(tensor, ())
+    expected = torch.tensor(value, dtype=tensor.kind.dtype)
+    if not torch.equal(found := tensor.read(), expected):
+        problem = f"{tensor.name} is {found.item()}, and in other models {expected.item()}"
+        raise InputError(tensor.path, problem, "megaphase has no such model; use another one")
 
 
 def _check_tied(head: FoundTensor, embedding: FoundTensor) -> None:

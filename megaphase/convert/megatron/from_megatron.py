@@ -16,12 +16,12 @@ from megaphase.convert.megatron.given_arguments import shape_of, stored_vocab
 from megaphase.convert.megatron.names import (
     WORD_EMBEDDINGS,
     Implementation,
-    deinterleaved,
     megatron_parameters,
 )
 from megaphase.convert.megatron.ranks import TensorRanks
 from megaphase.convert.megatron.saved import SavedModel
 from megaphase.convert.output import new_folder
+from megaphase.convert.qkv_order import deinterleaved
 from megaphase.convert.weight_import import write_foreign, write_model_section
 from megaphase.convert.weights import fp32_bytes
 from megaphase.model.parameters import parameter_layouts

@@ -7,12 +7,8 @@ DIR/iter_0000123/mp_rank_00_001/model_optim_rng.pt  the same with pipeline stage
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
-
-import torch
-from torch import Tensor
 
 from megaphase.distributed.sharding import ParameterLayout
 from megaphase.model.parameters import parameter_specs
@@ -121,37 +117,6 @@ def current_name(legacy: str) -> str:
     for old, new in _LEGACY_NAMES.items():
         name = name.replace(old, new)
     return name[1:]
-
-
-def interleaved(qkv: Tensor, shape: GPTShape) -> Tensor:
-    """Interleave queries, keys and values so that they follow each other group by group.
-
-    qkv: [heads + 2 kv_heads, head_dim] along the first dimension, before and after.
-    """
-    out = torch.empty_like(qkv)
-    for target, source in zip(_in_groups(out, shape), _one_after_another(qkv, shape), strict=True):
-        target.copy_(source)
-    return out
-
-
-def deinterleaved(qkv: Tensor, shape: GPTShape) -> Tensor:
-    """Undo `interleaved`: all queries, then all keys, then all values."""
-    out = torch.empty_like(qkv)
-    for target, source in zip(_one_after_another(out, shape), _in_groups(qkv, shape), strict=True):
-        target.copy_(source)
-    return out
-
-
-def _one_after_another(qkv: Tensor, shape: GPTShape) -> Iterator[Tensor]:
-    """Return views of queries, keys and values stored one after the other: [groups, rows, …]."""
-    for part in qkv.split(shape.qkv_segments):
-        yield part.view(shape.kv_heads, -1, *qkv.shape[1:])
-
-
-def _in_groups(qkv: Tensor, shape: GPTShape) -> Iterator[Tensor]:
-    """Return views of queries, keys and values stored group by group: [groups, rows, …]."""
-    rows = [segment // shape.kv_heads for segment in shape.qkv_segments]
-    yield from qkv.view(shape.kv_heads, sum(rows), *qkv.shape[1:]).split(rows, 1)
 
 
 def _foreign_name(name: str, names: dict[str, str]) -> str:

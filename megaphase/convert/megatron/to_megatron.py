@@ -22,13 +22,13 @@ from megaphase.convert.megatron.names import (
     TRACKER_FILE,
     Implementation,
     MegatronParameter,
-    interleaved,
     megatron_parameters,
     rank_folder,
 )
 from megaphase.convert.megatron.torch_file import TorchFileWriter
 from megaphase.convert.output import new_folder
 from megaphase.convert.partition import check_tensor_size
+from megaphase.convert.qkv_order import interleaved
 from megaphase.convert.source import Precision, open_source
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import Weights, WithZeroBiases, fp32_bytes, read_each

@@ -31,6 +31,8 @@ CONFIGS = {
     "gemma2": FAMILY_CONFIGS["Gemma 2"],
     "gemma3": FAMILY_CONFIGS["Gemma 3"],
     "smollm3": FAMILY_CONFIGS["SmolLM 3"],
+    "apertus": FAMILY_CONFIGS["Apertus"],
+    "gpt_neox": FAMILY_CONFIGS["GPT-NeoX"],
     "gpt2": lambda: gpt2(vocab_size=VOCAB, n_positions=SEQ_LEN),
 }
 # Of PreTrainedConfig, and no part of a model: names, and what is returned beside the logits.
@@ -78,6 +80,7 @@ OTHERS: dict[str, list[Any]] = {
     "rope_parameters": [
         {"rope_type": "default", "rope_theta": 100.0},
         {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0},
+        {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
         {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0},
         {"rope_type": "yarn", "rope_theta": 100.0, "factor": 2.0, "beta_slow": 2.0},
     ],

@@ -69,7 +69,8 @@ def test_shapes_of_no_family(
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return directories by family."""
     folder = tmp_path_factory.mktemp("saved")
-    for name in ("llama", "llama tied, biases", "mistral", "qwen2", "gpt2"):
+    names = ("llama", "llama tied, biases", "mistral", "qwen2", "gpt2", "neox", "apertus")
+    for name in names:
         make_transformers_model(THEIR_CONFIGS[name]()).save_pretrained(folder / name)
     return folder
 
@@ -95,8 +96,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("llama", {"head_dim": 0}, "head_dim: is 0, not a positive"),
         ("llama", {"some_multiplier": 2.0}, "some_multiplier: is not a key that megaphase knows"),
         ("llama", {"hidden_act": "gelu"}, 'hidden_act: is "gelu"'),
-        ("llama", {"attention_bias": True}, "attention_bias: is true, and mlp_bias is not"),
-        ("llama", {"mlp_bias": True}, "attention_bias: is false, and mlp_bias is not"),
+        ("llama", {"attention_bias": 1}, "attention_bias: is 1, not true or false"),
+        ("llama", {"mlp_bias": "yes"}, "mlp_bias: is 'yes', not true or false"),
+        ("neox", {"hidden_act": "gelu_new"}, 'hidden_act: is "gelu_new"'),
+        ("neox", {"rope_parameters": {"partial_rotary_factor": 0.4}}, "partial_rotary_factor: is"),
+        ("neox", {"rope_parameters": {"partial_rotary_factor": -1}}, "rope_parameters: is"),
+        ("neox", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: is 0.5"),
+        ("neox", {"rope_theta": 500}, "rope_theta: is 500"),
+        ("neox", {"num_key_value_heads": 2}, "num_key_value_heads: is not a key"),
+        ("apertus", {"hidden_act": "silu"}, 'hidden_act: is "silu"'),
         ("llama", {"hidden_size": None}, "hidden_size: is missing"),
         ("llama", {"num_hidden_layers": "2"}, "num_hidden_layers: is '2', not a positive"),
         ("llama", {"rms_norm_eps": 0}, "rms_norm_eps: is 0, not a positive"),
@@ -121,6 +129,30 @@ def test_configs_that_cannot_be_taken(
     shutil.copytree(saved / family, tmp_path / "reference")
     change_config(tmp_path / "reference", **changes)
     refuse(tmp_path, rf"config\.json: {key}")
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ("Mixtral", "a mixture of experts"),
+        ("Qwen3Moe", "a mixture of experts"),
+        ("DeepseekV3", "multi-head latent attention"),
+    ],
+)
+def test_models_of_other_kinds_are_named(config: str, what: str, tmp_path: Path) -> None:
+    import transformers
+
+    getattr(transformers, f"{config}Config")().save_pretrained(tmp_path / "reference")
+    refuse(tmp_path, rf"config\.json: model_type: is '\w+', {what}; known are llama, mistral")
+
+
+def test_other_constants_of_xielu_are_refused(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / "apertus", tmp_path / "reference")
+    path = tmp_path / "reference" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.act_fn.beta"] = torch.tensor(0.25)
+    save_file(tensors, path, {"format": "pt"})
+    refuse(tmp_path, r"model\.safetensors: model\.layers\.1\.mlp\.act_fn\.beta is 0\.25, .* 0\.5")
 
 
 def refuse(folder: Path, message: str) -> None:

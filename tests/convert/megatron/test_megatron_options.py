@@ -58,6 +58,7 @@ VALUES: dict[str, list[Any]] = {
     "sliding_rotary": [PATTERN | {"sliding_rotary": RotaryConfig(base=123.0)}],
     "attention_scale": [0.2],
     "attention_softcap": [50.0],
+    "rotary_dim": [4],
 }
 OPTIONS = [field for field in fields(GPTShape) if field.name not in NOT_ARCHITECTURE]
 
