@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from megaphase.checkpoint.names import CHECKPOINTS
-from megaphase.checkpoint.state import STATE_FILE
+from megaphase.checkpoint.state import NEW_TOKENS, STATE_FILE
 from megaphase.checkpoint.tensor_file import TensorFile, TensorKind
 from megaphase.convert.checkpoint_writer import PORTABLE_FOLDER
 from megaphase.convert.hugging_face.config_file import CONFIG_FILE
@@ -122,6 +122,7 @@ def _megaphase(source: Source, how: Inspector) -> Contents:
         "precision": state.get("precision"),
         "model": source.shape.architecture(),
         "samples used": state.get("used") or None,
+        "new tokens": state.get(NEW_TOKENS),
         "origin": state.get("origin") or None,
     }
     tensors = {name: TensorKind(torch.float32, lay.shape) for name, lay in weights.layouts.items()}

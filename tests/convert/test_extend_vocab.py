@@ -5,6 +5,8 @@ The expected rows are computed here with numpy.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from convert_support import RandomWeights, write_random_checkpoint
+from tokenizer_json_kinds import llama3
 
 from megaphase.convert.extend_vocab import ExtendedWeights, NewTokens, extended_shape
 from megaphase.convert.partition import Layout
 from megaphase.convert.reshape import reshape
 from megaphase.convert.source import open_source
+from megaphase.model.parameters import parameter_count
 from megaphase.model.shape import GPTShape
 
 SHAPE = GPTShape(vocab=50, seq_len=8, layers=1, hidden=16, heads=4, kv_heads=2, ffn=24)
@@ -114,3 +118,40 @@ def test_random_rows_depend_on_the_seed_and_not_on_the_layout(
         ]
         assert torch.equal(rows[0], rows[1])
         assert not torch.equal(rows[0], rows[2])
+
+
+# In a process of its own; without the memory that it needs to be there at all.
+MEASURE = """
+import sys
+from pathlib import Path
+from megaphase.convert.extend_vocab import NewTokens, write_extended
+from megaphase.convert.heap import prepare_for_large_tensors
+from megaphase.convert.source import open_source
+from megaphase.tokenizer import Tokenizer
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+prepare_for_large_tensors()
+source, tokenizer = open_source(sys.argv[1]), Tokenizer.load(Path(sys.argv[2]))
+tokens = NewTokens(source.shape.vocab, [[i, i + 1] for i in range(2_000)])
+before = peak()
+write_extended(source, tokens, Path(sys.argv[3]), init=sys.argv[4], seed=1,
+               tokenizer=tokenizer, workers=4)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("init", ["mean", "random"])
+def test_memory_is_bounded_by_the_largest_parameter(init: str, tmp_path: Path) -> None:
+    shape = GPTShape(vocab=20_000, seq_len=8, layers=12, hidden=768, heads=4, kv_heads=4, ffn=3072)
+    largest, constant = 4 * (shape.vocab + 2_000) * shape.hidden, 48 << 20
+    write_random_checkpoint(tmp_path / "random", shape)
+    llama3(tmp_path / "tokenizer")
+    arguments = [tmp_path / "random", tmp_path / "tokenizer", tmp_path / "out", init]
+    found = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments], check=True, capture_output=True, text=True
+    )
+    used = int(found.stdout.split()[-1])
+    assert used < 2 * largest + constant < 4 * parameter_count(shape) / 2

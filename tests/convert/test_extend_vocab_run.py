@@ -75,7 +75,11 @@ class Extension:
         return write_run_file(self.folder / name, settings | {"phases": self.phases()} | changes)
 
 
-@pytest.fixture(scope="module", params=["sentencepiece", "tokenizers"])
+# A byte-level BPE is also in the test of examples/add-languages.
+@pytest.fixture(
+    scope="module",
+    params=["sentencepiece", pytest.param("tokenizers", marks=pytest.mark.slow)],
+)
 def extension(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Extension:
@@ -250,6 +254,18 @@ def test_another_tokenizer_is_refused(extension: Extension, tmp_path: Path) -> N
                    *out)  # fmt: skip
     assert "was tokenized with another tokenizer" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_the_base_of_a_reshaped_checkpoint_is_given(extension: Extension, tmp_path: Path) -> None:
+    shards, out = tmp_path / "shards", tmp_path / "out"
+    run_well("convert", "reshape", extension.source, "--tensor", 2, "--data", 2, "--out", shards)
+    arguments = ["convert", "extend-vocab", shards, "--tokenizer", extension.folder / "new"]
+    told = refused(*arguments, "--out", out)
+    assert "its tokenizer is not known; give --base-tokenizer" in told
+    run_well(*arguments, "--base-tokenizer", extension.folder / "tok", "--out", out)
+    expected = whole_parameters(extension.extended)
+    for name, found in whole_parameters(out).items():
+        assert torch.equal(found, expected[name]), name
 
 
 def test_new_tokens_must_be_known(extension: Extension, tmp_path: Path) -> None:
