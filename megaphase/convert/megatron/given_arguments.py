@@ -36,6 +36,8 @@ _WANTED: dict[str, tuple[Any, ...]] = {
     "multi_latent_attention": (False,),
     "attention_output_gate": (False,),
     "softmax_type": ("vanilla",),
+    "softmax_scale": (),
+    "linear_attention_freq": (),
     "experimental_attention_variant": (),
     "squared_relu": (False,),
     "quick_geglu": (False,),
