@@ -26,10 +26,10 @@ from megaphase.tokenizer.sentencepiece_files import (
     read_model_alone,
     read_own,
 )
+from megaphase.tokenizer.tiktoken_files import check_has_tokenizer_json, is_for_tiktoken
 from megaphase.tokenizer.tokenizers_backend import TokenizersBackend
 from megaphase.tokenizer.tokenizers_files import (
     EncodingModel,
-    is_for_tiktoken,
     read_own_json,
     read_tokenizer_json,
 )
@@ -138,9 +138,11 @@ def _read(path: Path) -> tuple[Backend, TokenizerRecord]:
         if path.suffix == ".json":
             remedy = "give the directory that contains it"
             raise InputError(path, "does not say which token ends a document", remedy)
+        check_has_tokenizer_json(path)
         return _with_sentencepiece(read_model_alone(path))
     if path.is_dir() and not (path / RECORD_NAME).exists():
         model = next((n for n in HUGGING_FACE_MODEL_NAMES if (path / n).is_file()), None)
+        check_has_tokenizer_json(path if model is None else path / model)
         if model is not None and not is_for_tiktoken(path / model):
             return _with_sentencepiece(read_hugging_face(path, path / model))
         if (path / TOKENIZER_JSON_NAME).exists():

@@ -70,18 +70,6 @@ class EncodingModel:
     exact_bytes: bool
 
 
-def is_for_tiktoken(path: Path) -> bool:
-    """Return whether a `tokenizer.model` is a list of ranks for tiktoken beside a tokenizer.json,
-    and not a model of sentencepiece."""
-    if not path.with_name(TOKENIZER_JSON_NAME).exists():
-        return False
-    with open(path, "rb") as file:
-        first = file.readline(1000)
-    if not re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\n?", first):
-        return False
-    return bool(HuggingFaceFiles(path.parent).whole.get("model"))
-
-
 def read_tokenizer_json(directory: Path) -> tuple[EncodingModel, TokenizerRecord]:
     """Load the tokenizer.json of a Hugging Face directory.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +20,10 @@ from existing_tokenizers import STRANGE, TEXTS, write_json
 from extended_tokenizers import extend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_json_kinds import DECOMPOSED, KINDS, llama3, qwen3
+from tokenizer_json_kinds import DECOMPOSED, KINDS, TEKKEN, byte_level_bpe, llama3, qwen3
 
 from megaphase.tokenizer import Tokenizer
+from megaphase.tokenizer.spelling import BYTE_OF
 from megaphase.utils.errors import InputError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -251,6 +255,54 @@ def test_a_list_of_ranks_for_tiktoken_is_left_aside(tmp_path: Path) -> None:
     folder = llama3(tmp_path)
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     assert Tokenizer.load(folder).record.library == "tokenizers"
+
+
+def tekken(folder: Path) -> Path:
+    """Make a directory like Mistral's, with a tekken.json alone."""
+    folder.mkdir()
+    vocabulary = byte_level_bpe(TEKKEN).get_vocab()
+    merged = [text for text in sorted(vocabulary, key=vocabulary.__getitem__) if len(text) > 1]
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += [bytes(map(BYTE_OF.__getitem__, text)) for text in merged]
+    names = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<pad>"]
+    config = {"pattern": TEKKEN, "num_vocab_tokens": len(tokens), "version": "v7",
+              "default_vocab_size": len(tokens) + 6, "default_num_special_tokens": 6}  # fmt: skip
+    write_json(
+        folder / "tekken.json",
+        {"config": config,
+         "vocab": [{"rank": rank, "token_bytes": base64.b64encode(token).decode()}
+                   for rank, token in enumerate(tokens)],
+         "special_tokens": [{"rank": rank, "token_str": name, "is_control": True}
+                            for rank, name in enumerate(names)]},
+    )  # fmt: skip
+    return folder
+
+
+def test_a_tekken_file_is_used_by_way_of_a_tokenizer_json(tmp_path: Path) -> None:
+    folder = tekken(tmp_path / "mistral")
+    import transformers
+
+    message = r"tekken\.json: is used by way of a tokenizer\.json; write it"
+    with pytest.raises(InputError, match=message) as error:
+        Tokenizer.load(folder)
+    remedy = str(error.value).partition("transformers 5: ")[2]
+    subprocess.run([sys.executable, "-c", remedy], check=True)
+    reference = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    native = Tokenizer.load(folder)
+    assert (native.eod, native.record.bos) == (2, 1)
+    for text in (*PLAIN, HOSTILE):
+        assert native.decode(native.encode(text)) == text
+        if "<" not in text and "[" not in text:
+            assert native.encode(text) == reference.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "qwen.tiktoken"])
+def test_ranks_for_tiktoken_without_a_tokenizer_json_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"IQ== 0\nIg== 1\n")
+    message = rf"{name}: is a list of ranks for tiktoken, used by way of a tokenizer.json; copy the"
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(InputError, match=message):
+            Tokenizer.load(path)
 
 
 @pytest.mark.parametrize(
