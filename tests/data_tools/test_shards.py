@@ -23,9 +23,9 @@ from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.utils.errors import InputError
 
 
-@pytest.fixture(scope="module")
-def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+@pytest.fixture(scope="module", params=["sentencepiece", "tokenizers"])
+def tok(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), library=request.param)
 
 
 def in_process(task, items, workers):

@@ -51,9 +51,9 @@ RUN = f"""if True:
 """
 
 
-@pytest.fixture(scope="module")
-def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+@pytest.fixture(scope="module", params=["sentencepiece", "tokenizers"])
+def tok(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), library=request.param)
 
 
 @pytest.fixture

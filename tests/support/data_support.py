@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import xxhash
@@ -35,12 +36,20 @@ CORPUS_FILES = [
 LIMIT_SECONDS = 300.0  # far more than needed, for a loaded machine
 
 
-def make_tokenizer(directory: Path, *, seed: int = 3, vocab_size: int = VOCAB_SIZE) -> Path:
+def make_tokenizer(
+    directory: Path,
+    *,
+    seed: int = 3,
+    vocab_size: int = VOCAB_SIZE,
+    library: Literal["sentencepiece", "tokenizers"] = "sentencepiece",
+) -> Path:
     """Train a small tokenizer on two synthetic languages; two of its tags are named."""
     text = write_languages(directory / "text", seed=seed, languages={"aa": 40_000, "bb": 20_000})
     out = directory / "tok"
     inputs = {name: [path] for name, path in text.items()}
-    train_tokenizer(inputs, out, vocab_size=vocab_size, tags=("fr", "hi"), reserved_tags=3)
+    train_tokenizer(
+        inputs, out, vocab_size=vocab_size, library=library, tags=("fr", "hi"), reserved_tags=3
+    )
     return out
 
 
