@@ -15,8 +15,14 @@ turns, each in new processes:
 MB are 10^6 bytes of the documents' UTF-8 text; the start of processes is included for both tools. A
 worker's speed is also given per CPU second of the workers, which other work on the machine changes
 less, without the start of each (about half a second). It also prints the largest memory of a
-worker, and the speed of verifying compared with `cat` of the same files. Exit code 2 if
-megatron-core or the corpora are missing.
+worker, and the speed of verifying compared with `cat` of the same files.
+
+Then both backends, sentencepiece and `tokenizers` (a byte-level BPE of the same size), each beside
+its library: a bare loop that parses the JSON lines and encodes a text at a time, on one core, and
+the library's batches on all cores, in turns with `megaphase data tokenize` with one and with all
+workers.
+`--backends` measures only these. Exit code 2 if megatron-core, without that option, or the corpora
+are missing.
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing.synchronize import Barrier
@@ -43,6 +49,7 @@ from typing import Any, NamedTuple
 
 import sentencepiece
 
+from megaphase.tokenizer import MODEL_NAME, TOKENIZER_JSON_NAME
 from megaphase.utils.errors import EXIT_WRONG_INPUT
 
 ROUNDS = 5
@@ -214,6 +221,94 @@ def measure(folder: Path, corpora: list[Path], megabytes: int, workers: int) -> 
     compare_verify(folder)
 
 
+class Bare(NamedTuple):
+    """A library's own encoding of the lines of a file, as it is called in a process."""
+
+    library: str
+    tok: Path
+    text: Path
+
+    def encoder(self) -> Any:
+        """Return the library's tokenizer."""
+        if self.library == "sentencepiece":
+            return sentencepiece.SentencePieceProcessor(model_file=str(self.tok / MODEL_NAME))
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_file(str(self.tok / TOKENIZER_JSON_NAME))
+
+    def loop(self) -> Usage:
+        """Parse and encode one line after the other, on one core."""
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        encoder = self.encoder()
+        lines = self.text.read_bytes().splitlines()
+        began, core_began = time.perf_counter(), time.process_time()
+        for line in lines:
+            ids = encoder.encode(json.loads(line)["text"])
+            ids = ids if self.library == "sentencepiece" else ids.ids
+        return Usage(time.perf_counter() - began, time.process_time() - core_began, 0.0)
+
+    def batches(self) -> Usage:
+        """Parse all lines, then encode batches of 1,000 with threads on all cores."""
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"
+        encoder = self.encoder()
+        lines = self.text.read_bytes().splitlines()
+        began, core_began = time.perf_counter(), time.process_time()
+        for first in range(0, len(lines), 1000):
+            texts = [json.loads(line)["text"] for line in lines[first : first + 1000]]
+            if self.library == "sentencepiece":
+                encoder.encode(texts, num_threads=len(os.sched_getaffinity(0)))
+            else:
+                [each.ids for each in encoder.encode_batch(texts)]
+        return Usage(time.perf_counter() - began, time.process_time() - core_began, 0.0)
+
+
+def in_new_process(call: Callable[[], Usage]) -> Usage:
+    """Call in a separate process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(call).result()
+
+
+def compare_backends(folder: Path, corpora: list[Path], megabytes: int, workers: int) -> None:
+    """Print one line per backend and round, and the medians of the ratios."""
+    from megaphase.data_tools.tokenizers.train import train_tokenizer
+
+    tok, text, size = prepare(corpora, folder, megabytes)
+    inputs = {path.name.split(".")[0]: [path] for path in corpora}
+    byte_level = folder / "byte-level"
+    train_tokenizer(inputs, byte_level, vocab_size=VOCAB_SIZE, library="tokenizers")
+    print(f"{size / 1e6:.0f} MB of text; MB/s, for a core-second, and for a second with all cores:")
+    both = ("batches", f"{workers} workers", "ratio")
+    names = ("backend", "bare loop", "1 worker", "ratio", *both, *both)
+    print(" ".join(f"{name:>13}" for name in names))
+    line = folder / "line.jsonl"
+    line.write_text('{"text": "one"}\n')
+    for library, path in (("sentencepiece", tok), ("tokenizers", byte_level)):
+        rows: list[tuple[float, ...]] = []
+        bare = Bare(library, path, text)
+        for _ in range(ROUNDS):
+            loop = size / in_new_process(bare.loop).core_seconds
+            start = run_alone(run_megaphase, path, line, folder / "line", 1)
+            one = run_alone(run_megaphase, path, text, folder / "one", 1)
+            worker = speed_of(size, start, one, 1).core
+            batches = in_new_process(bare.batches)
+            many = run_alone(run_megaphase, path, text, folder / "many", workers)
+            both = size / batches.core_seconds, speed_of(size, start, many, workers).core
+            together = size / batches.seconds, size / many.seconds
+            rows.append(
+                tuple(part for a, b in ((loop, worker), both, together) for part in (a, b, b / a))
+            )
+            print_backend(library, rows[-1])
+        print_backend("median", tuple(statistics.median(it) for it in zip(*rows, strict=True)))
+        same = (folder / "one.bin").read_bytes() == (folder / "many.bin").read_bytes()
+        print(f"tokens of 1 and {workers} workers: {'the same' if same else 'DIFFERENT'}")
+
+
+def print_backend(name: str, row: Sequence[float]) -> None:
+    """Print one line of the table: three times two speeds and their ratio."""
+    values = [f"{value:.2f}" if i % 3 == 2 else f"{value / 1e6:.2f}" for i, value in enumerate(row)]
+    print(" ".join(f"{value:>13}" for value in (name, *values)), flush=True)
+
+
 def print_row(*row: float) -> None:
     """Print one line of the table: five speeds and the two ratios."""
     speeds = [f"{value / 1e6:10.1f}" for value in row[:5]]
@@ -249,18 +344,22 @@ def main() -> int:
     parser.add_argument("--corpora", type=Path, required=True, help="a folder of *.jsonl.gz")
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--backends", action="store_true", help="without Megatron-LM's")
     arguments = parser.parse_args()
     corpora = sorted(arguments.corpora.glob("*.jsonl.gz"))
-    if not corpora or importlib.util.find_spec("megatron") is None:
+    with_megatron = importlib.util.find_spec("megatron") is not None
+    if not corpora or not (with_megatron or arguments.backends):
         missing = "megatron-core" if corpora else f"{arguments.corpora}/*.jsonl.gz"
         print(f"{missing} is missing: see the top of this file", file=sys.stderr)
         return EXIT_WRONG_INPUT
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, sentencepiece "
-        f"{version('sentencepiece')}, megatron-core {version('megatron-core')}"
-    )
+    names = ["sentencepiece", "tokenizers", *([] if arguments.backends else ["megatron-core"])]
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {versions}")
+    if not arguments.backends:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(Path(folder), corpora, arguments.megabytes, arguments.workers)
     with tempfile.TemporaryDirectory() as folder:
-        measure(Path(folder), corpora, arguments.megabytes, arguments.workers)
+        compare_backends(Path(folder), corpora, arguments.megabytes, arguments.workers)
     return 0
 
 
