@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from megaphase.checkpoint.names import newest_state
-from megaphase.checkpoint.state import NEW_TOKENS
+from megaphase.checkpoint.state import NEW_TOKENS, STATE_FILE
 from megaphase.config.run import RunConfig
 from megaphase.training.branch import Branch
 from megaphase.utils.errors import InputError
@@ -66,8 +66,14 @@ def _recorded(config: RunConfig, branch: Branch | None) -> range | None:
     states += [] if branch is None else [branch.state]
     for state in states:
         if state.get(NEW_TOKENS) is not None:
-            first, stop = state[NEW_TOKENS]
-            return range(first, stop)
+            try:
+                first, stop = state[NEW_TOKENS]
+                return range(first, stop)
+            except (TypeError, ValueError):
+                where = config.output if branch is None else branch.checkpoint
+                raise InputError(
+                    where, f"{NEW_TOKENS} in {STATE_FILE} is damaged", "use another checkpoint"
+                ) from None
     return None
 
 

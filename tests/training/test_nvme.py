@@ -42,6 +42,7 @@ BEFORE, AFTER = 3, 3
 RATE = 1e-2
 # DeepSpeed leaves tensors below 1 MiB per rank in memory: the embeddings are larger, even in bf16.
 VOCAB = 8192
+ROWS = range(3000, 7000)
 MODEL = {"hidden": 128, "ffn": 256}
 PLACES = {
     "optimizer": {"offload": "nvme"},
@@ -119,6 +120,15 @@ def put_stand_in_place() -> None:
 
 
 @dataclass
+class RowTraining:
+    """Steps that train the rows of some tokens alone; whether these changed, and others did."""
+
+    curve: Curve
+    changed: bool
+    others_changed: bool
+
+
+@dataclass
 class Examined:
     """The results of one case; curves are losses and gradient norms."""
 
@@ -130,6 +140,8 @@ class Examined:
     after_reset: Curve
     fresh: Curve
     swapped: list[str]  # kinds of files on the disk
+    rows_on_the_cpu: RowTraining
+    rows: RowTraining
 
 
 def nvme_config(folder: str, precision: str, place: str, **changes: Any) -> RunConfig:
@@ -144,6 +156,18 @@ def train(engine: Engine, first: int, steps: int) -> Curve:
         result = engine.train_step(batch, RATE)
         curve.append((result.losses.mean, result.grad_norm))
     return curve
+
+
+def train_rows(engine: Engine) -> RowTraining:
+    engine.state.reset()
+    engine.train_only(ROWS)
+    before = fp32_weights(engine)
+    curve = train(engine, 20, 2)
+    changed = {n: (each != before[n]).nonzero()[:, 0] for n, each in fp32_weights(engine).items()}
+    vocabulary = changed.pop("embedding.weight"), changed.pop("head.weight")
+    own = [((rows >= ROWS.start) & (rows < ROWS.stop)) for rows in vocabulary]
+    others = any(len(rows) for rows in changed.values()) or not all(bool(o.all()) for o in own)
+    return RowTraining(curve, all(len(rows) > 0 for rows in vocabulary), others)
 
 
 def save(engine: Engine, folder: Path, control_group: ControlGroup) -> Path:
@@ -162,7 +186,8 @@ def examine(folder: Path, precision: str, place: str, control_group: ControlGrou
 
     places = dict.fromkeys(PLACES[place], "cpu")
     on_the_cpu = run_config(model=MODEL, precision=precision, zero=3, **places)
-    expected = train(build_engine(on_the_cpu, VOCAB), 0, BEFORE + AFTER)
+    beside = build_engine(on_the_cpu, VOCAB)
+    expected = train(beside, 0, BEFORE + AFTER)
     engine = build("one", 1)
     first = train(engine, 0, BEFORE)
     checkpoint, steps = save(engine, folder / "saved", control_group), engine.state.steps
@@ -189,6 +214,8 @@ def examine(folder: Path, precision: str, place: str, control_group: ControlGrou
         after_reset,
         train(fresh, BEFORE, AFTER),
         sorted({path.parts[-3] for path in (folder / "one").rglob("*.swp")}),
+        train_rows(beside),
+        train_rows(engine),
     )
 
 
@@ -243,6 +270,13 @@ def test_the_numbers_are_those_of_an_offload_to_the_cpu(case, found) -> None:
 def test_what_was_saved_goes_on_bit_for_bit(case, found) -> None:
     assert found[0][case].resumed == found[0][case].undisturbed[BEFORE:]
     assert all(rank[case].same_weights for rank in found)
+
+
+@each_case
+def test_rows_are_trained_alone(case, found) -> None:
+    rows = found[0][case].rows
+    assert rows == found[0][case].rows_on_the_cpu
+    assert (rows.changed, rows.others_changed) == (True, False)
 
 
 @each_case

@@ -55,9 +55,14 @@ class Case:
     tied: bool = False
     precision: str = "fp32"
     offload: str = "none"
+    sequence: bool = False
 
     def config(self, seed: int = 1) -> RunConfig:
-        parallel: dict[str, Any] = {"tensor": self.tensor, "zero": self.zero}
+        parallel: dict[str, Any] = {
+            "tensor": self.tensor,
+            "zero": self.zero,
+            "sequence": self.sequence,
+        }
         if self.offload != "none":
             parallel["offload"] = self.offload
         config = run_config(
@@ -69,7 +74,8 @@ class Case:
 
 
 FP32_CASES = [
-    Case(tensor, zero, tied) for tensor, zero, tied in product((1, 2), range(4), (False, True))
+    *(Case(tensor, zero, tied) for tensor, zero, tied in product((1, 2), range(4), (False, True))),
+    Case(2, 3, sequence=True),
 ]
 CASES = [
     *FP32_CASES,
