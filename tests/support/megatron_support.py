@@ -55,6 +55,10 @@ SHAPES = {
         sliding_window=5,
         attention_pattern=("full", "sliding", "sliding"),
     ),
+    "gpt-neox": replace(
+        LLAMA, norm="layernorm", activation="gelu_erf", bias=True, head_dim=8, rotary_dim=2
+    ),
+    "gelu": replace(LLAMA, norm="layernorm", activation="gelu_erf", tied_embeddings=True),
     "gpt": replace(
         LLAMA,
         norm="layernorm",

@@ -5,6 +5,7 @@ Names are those of megatron/training/arguments.py.
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,8 @@ from megaphase.utils.errors import InputError
 def expressed(shape: GPTShape, where: Path) -> GPTShape:
     """Return the shape of the same model that Megatron-LM supports.
 
-    Megatron-LM computes gelu by tanh, as Megaphase does, only fused with the addition of a bias.
-    An option is supported if the arguments give it back when they are read.
+    Megatron-LM computes GELU by tanh only fused with the addition of a bias. An option is supported
+    if the arguments give it back when they are read.
 
     Raises:
         InputError: there is none; names the option at fault. where: starts the message.
@@ -58,7 +59,7 @@ def _fault(shape: GPTShape) -> str | None:
     """The first option that Megatron-LM does not have, with the reason; others: see `_lost`."""
     if shape.bias and not shape.has_qkv_bias:
         return "qkv_bias: false, and Megatron-LM has biases there where all other layers have them"
-    if shape.activation not in ("swiglu", "gelu"):
+    if shape.activation not in ("swiglu", "gelu", "gelu_erf"):
         return f"activation: {shape.activation} cannot be converted"
     if shape.norm_after:
         return f"norm_position: {shape.norm_position}, and Megatron-LM has norms before layers only"
@@ -87,6 +88,13 @@ def _scaling_args(shape: GPTShape) -> dict[str, Any]:
         factor = int(scaling.factor)
         return {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": factor}
     return {"use_rope_scaling": True, "rope_scaling_factor": scaling.factor}
+
+
+def _rotary_percent(shape: GPTShape) -> float:
+    """Megatron-LM rounds its product with the width of a head down."""
+    percent = shape.rotary_size / shape.head_size
+    exact = int(shape.head_size * percent) == shape.rotary_size
+    return percent if exact else math.nextafter(percent, 1)
 
 
 def _layer_args(shape: GPTShape) -> dict[str, Any]:
@@ -139,14 +147,14 @@ def megatron_args(
         add_position_embedding=True,
         use_rotary_position_embeddings=rotary,
         rotary_base=int(base) if base.is_integer() else base,
-        rotary_percent=1.0,
+        rotary_percent=_rotary_percent(shape),
         rotary_interleaved=False,
         **_scaling_args(shape),
         **_layer_args(shape),
         swiglu=gated,
         openai_gelu=False,
         squared_relu=False,
-        bias_gelu_fusion=not gated,
+        bias_gelu_fusion=shape.activation == "gelu",
         bias_swiglu_fusion=gated,
         normalization="RMSNorm" if shape.norm == "rmsnorm" else "LayerNorm",
         norm_epsilon=shape.norm_eps,
@@ -195,6 +203,7 @@ def load_options(args: Namespace) -> str:
         "make-vocab-size-divisible-by": args.make_vocab_size_divisible_by,
         "norm-epsilon": args.norm_epsilon,
         **({"qk-layernorm": None} if args.qk_layernorm else {}),
+        **({} if args.swiglu or args.bias_gelu_fusion else {"no-bias-gelu-fusion": None}),
         **_scaling_options(args),
         **_layer_options(args),
         **({"bf16": None} if args.bf16 else {"fp16": None} if args.fp16 else {}),

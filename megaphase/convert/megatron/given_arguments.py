@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from megaphase.model.config import AttentionKind, RotaryScalingConfig
+from megaphase.model.config import Activation, AttentionKind, RotaryScalingConfig
 from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError
 
@@ -24,7 +24,6 @@ _POSITIONS: dict[str, Position] = {"rope": "rotary", "learned_absolute": "learne
 # Values with which Megatron-LM's model is Megaphase's GPT; None and a missing value are also
 # allowed.
 _WANTED: dict[str, tuple[Any, ...]] = {
-    "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
     "yarn_rotary_scaling_factor": (),
     "position_embedding_type": tuple(_POSITIONS),
@@ -40,6 +39,7 @@ _WANTED: dict[str, tuple[Any, ...]] = {
     "linear_attention_freq": (),
     "experimental_attention_variant": (),
     "squared_relu": (False,),
+    "openai_gelu": (False,),
     "quick_geglu": (False,),
     "geglu": (False,),
     "reglu": (False,),
@@ -78,9 +78,8 @@ def shape_of(args: Namespace, vocab: int, where: Path) -> GPTShape:
     position = given.position()
     bias = given.flag("add_bias_linear", not given.flag("disable_bias_linear"))
     gated = given.flag("swiglu")
-    if not gated and not (bias and given.flag("bias_gelu_fusion", True)):
-        at_fault = "bias_gelu_fusion" if bias else "add_bias_linear"
-        raise given.refusal(at_fault, "GELU is then computed by erf, and by tanh in our GPT")
+    if not gated:
+        given.check({"use_te_activation_func": (False,)})  # by tanh, without a bias in between
     hidden, heads, kv_heads, head_dim = given.heads()
     layers = given.size("num_layers")
     window, pattern = given.window(layers)
@@ -95,12 +94,13 @@ def shape_of(args: Namespace, vocab: int, where: Path) -> GPTShape:
         ffn=given.size("ffn_hidden_size"),
         norm=_NORMALIZATIONS[given.get("normalization", "LayerNorm")],
         position=position,
-        activation="swiglu" if gated else "gelu",
+        activation="swiglu" if gated else given.gelu(bias),
         tied_embeddings=not given.flag("untie_embeddings_and_output_weights"),
         bias=bias,
         qkv_bias=bias or given.flag("add_qkv_bias"),
         rotary_base=given.number("rotary_base", 10_000.0),
         qk_norm="head" if given.qk_norm() else None,
+        rotary_dim=given.rotary_dim(head_dim) if position == "rotary" else None,
         rotary_scaling=given.scaling() if position == "rotary" else None,
         no_rotary_interval=given.bare_interval(layers) if position == "rotary" else None,
         sliding_window=window,
@@ -183,6 +183,19 @@ class _Given:
                 )
                 raise self.refusal("qk_layernorm", problem)
         return self.flag("qk_layernorm")
+
+    def gelu(self, bias: bool) -> Activation:
+        """Return the GELU: by tanh where it is fused with a bias, otherwise by erf."""
+        return "gelu" if bias and self.flag("bias_gelu_fusion", True) else "gelu_erf"
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """Return the width of the part of a head that is rotated."""
+        percent = self.number("rotary_percent", 1.0)
+        width = int(head_dim * percent)
+        if percent > 1 or width < 2 or width % 2:
+            problem = f"an even part of a head of {head_dim} is wanted"
+            raise self.refusal("rotary_percent", problem)
+        return width
 
     def scaling(self) -> RotaryScalingConfig | None:
         """Return the scaling of rotary positions: Llama 3's, or linear."""

@@ -159,3 +159,19 @@ def test_options_that_are_printed() -> None:
         arguments(window_size=(4, 0), window_attn_skip_freq=[1, 0, 1, 1], no_rope_freq=2)
     )
     assert '--window-size 4,0 --window-attn-skip-freq "[1,0,1,1]" --no-rope-freq 2' in options
+
+
+@pytest.mark.parametrize("head_dim", [6, 10, 44, 48, 80, 92, 96, 128])
+def test_any_part_of_a_head_is_rotated(head_dim: int) -> None:
+    for rotary_dim in range(2, head_dim + 1, 2):
+        assert carried(replace(BASE, head_dim=head_dim, rotary_dim=rotary_dim))
+
+
+def test_exact_gelu() -> None:
+    shape = replace(BASE, activation="gelu_erf", bias=True)
+    args = arguments(swiglu=False, bias_gelu_fusion=False, add_bias_linear=True)
+    assert shape_of(args, BASE.vocab, WHERE) == shape
+    assert "--no-bias-gelu-fusion" in load_options(args)
+    args.use_te_activation_func = True
+    with pytest.raises(InputError, match="use_te_activation_func=True"):
+        shape_of(args, BASE.vocab, WHERE)
