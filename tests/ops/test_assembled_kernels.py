@@ -17,7 +17,8 @@ from megaphase.rehearsal.fake_device import CARD
 pytestmark = [needs_compiler, needs_triton]
 
 # Launches of each formula: Triton kernels, and operators of torch. Where both gradients of a norm
-# take one pass, torch adds up the sums of its programs, and a last kernel rounds them.
+# take one pass, torch adds up the sums of its programs, and a last kernel rounds them. Those of
+# xIELU's two scalars are summed with the gradient of its input, and their parts by a kernel each.
 IN_ONE_PASS, BY_HALVES, BY_GROUPS = (2, 1), (3, 2), (3, 0)
 LAUNCHES = {
     "rms_norm._norm": (1, 0),
@@ -29,6 +30,10 @@ LAUNCHES = {
     "rotary._rotate_back": (1, 0),
     "gated._swiglu": (1, 0),
     "gated._swiglu_gradient": (1, 0),
+    "gated._geglu": (1, 0),
+    "gated._geglu_gradient": (1, 0),
+    "xielu._xielu": (1, 0),
+    "xielu._gradients": (3, 0),
     "cross_entropy._top": (1, 0),
     "cross_entropy._sums": (1, 0),
     "cross_entropy._gradient_by_comparison": (1, 0),
@@ -42,7 +47,8 @@ MOST_BYTES = {
 }
 ONE_PASS, ROUNDED = "rms_norm._gradients_in_one_pass", 1.002
 LOSS = {name for name in LAUNCHES if name.startswith("cross_entropy.")}
-BLOCK = {name for name in LAUNCHES if name.startswith(("rotary.", "gated."))}
+ROTARY = {"rotary._rotate_heads", "rotary._rotate_back"}
+BLOCK = ROTARY | {"gated._swiglu", "gated._swiglu_gradient"}
 NORM = {"rms_norm._norm", "rms_norm._add_and_norm"}
 
 
@@ -131,6 +137,25 @@ def test_on_tensor_parallel_ranks(sequence: bool) -> None:
     # Sequence-parallel ranks hold few rows of each half of a micro-batch.
     gradients = {ONE_PASS, "rms_norm._gradients"} if sequence else {ONE_PASS}
     check(assembled(run, 8), NORM | BLOCK | LOSS | gradients)
+
+
+@pytest.mark.rehearse
+@pytest.mark.parametrize(
+    ("model", "activation"),
+    [
+        (
+            {"activation": "geglu", "zero_centered_norms": True, "logit_softcap": 30.0},
+            {"gated._geglu", "gated._geglu_gradient"},
+        ),
+        ({"activation": "xielu"}, {"xielu._xielu", "xielu._gradients"}),
+    ],
+    ids=str,
+)
+def test_other_formulas_of_norms_activations_and_loss(
+    model: dict[str, Any], activation: set[str]
+) -> None:
+    found = assembled(run_file(processes=1, model={"layers": 1} | model))
+    check(found, NORM | ROTARY | LOSS | {ONE_PASS} | activation)
 
 
 @pytest.mark.rehearse

@@ -45,6 +45,14 @@ ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one proces
 H100_SHARED_MEMORY = 232_448  # bytes for one program
 GPT2 = {"norm": "layernorm", "position": "learned", "activation": "gelu", "bias": True}
 
+GEMMA = {
+    "activation": "geglu",
+    "zero_centered_norms": True,
+    "embedding_multiplier": 2.0,
+    "logit_softcap": 2.0,
+}
+XIELU = {"activation": "xielu", "rotary_dim": 4}
+
 
 def shape_of(**changes: Any) -> GPTShape:
     return replace(build_shape(run_config(), VOCAB), init_std=0.2, **changes)
@@ -71,14 +79,26 @@ def assert_all_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 def plain_gradients(shape: GPTShape) -> dict[str, Tensor]:
     weights = {name: p.detach() for name, p in build(shape).named_parameters()}
-    plain = PlainGPT(weights, PlainShape(shape.layers, shape.heads, shape.kv_heads))
+    kinds = PlainShape(
+        shape.layers,
+        shape.heads,
+        shape.kv_heads,
+        geglu=shape.activation == "geglu",
+        xielu=shape.activation == "xielu",
+        zero_centered=bool(shape.zero_centered_norms),
+        multiplier=shape.embedding_multiplier or 1.0,
+        softcap=shape.logit_softcap,
+        rotary_dim=shape.rotary_dim,
+    )
+    plain = PlainGPT(weights, kinds)
     batch = global_batch(0)
     plain.losses(batch.inputs, batch.targets).sum().backward()
     return {name: p.grad for name, p in plain.weights.items() if p.grad is not None}
 
 
-def test_compiled_kernels_compute_what_plain_torch_does() -> None:
-    shape = shape_of()
+@pytest.mark.parametrize("changes", [{}, GEMMA, XIELU], ids=["llama", "gemma", "xielu"])
+def test_compiled_kernels_compute_what_plain_torch_does(changes: dict[str, Any]) -> None:
+    shape = shape_of(**changes)
     found = gradients(build(shape, Kernels(compiled=True)))
     assert_all_close(found, plain_gradients(shape))
 
@@ -303,6 +323,14 @@ def test_norms_by_apex(apex: dict[str, ModuleType], changes: dict[str, Any], kin
     called = apex["apex.normalization.fused_layer_norm"].called
     assert called == [kind] * (2 * shape.layers + 1)
     assert_all_close(found, gradients(build(shape)))
+
+
+def test_apex_has_no_norm_that_multiplies_by_one_plus_weight(apex: dict[str, ModuleType]) -> None:
+    shape = shape_of(zero_centered_norms=True)
+    found = gradients(build(shape, Kernels(apex_norm=True)))
+    assert apex["apex.normalization.fused_layer_norm"].called == []
+    expected = gradients(build(shape))
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
 def test_apex_s_optimizer_steps_and_forgets_as_torch_s(apex: dict[str, ModuleType]) -> None:

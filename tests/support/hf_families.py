@@ -165,6 +165,8 @@ FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
 }
 # Variants that `make test-slow` computes in several processes, and `make test` in one.
 SLOW = {
+    "Llama, biases of attention",
+    "Apertus, tied, biases",
     "Llama, YaRN of DeepSeek",
     "Qwen 2, windows in upper layers",
     "Qwen 3, YaRN",
