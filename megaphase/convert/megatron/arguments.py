@@ -71,7 +71,7 @@ def _fault(shape: GPTShape) -> str | None:
     if scaling is None:
         return None
     if scaling.type == "yarn":
-        return "rotary_scaling.type: yarn, which Megatron-LM has only for latent attention"
+        return "rotary_scaling.type: yarn cannot be converted"
     if scaling.type == "linear" and not scaling.factor.is_integer():
         return f"rotary_scaling.factor: {scaling.factor}, and Megatron-LM takes whole numbers"
     for key, value in LLAMA3.items():

@@ -71,8 +71,7 @@ class _Part:
 
 def is_distributed(folder: Path) -> bool:
     """Whether the folder of an iteration contains a distributed checkpoint of some format."""
-    names = (_FORMAT_FILE, METADATA_FILE, _COMMON_FILE)
-    return any((folder / name).exists() for name in names)
+    return any((folder / name).exists() for name in (METADATA_FILE, _COMMON_FILE))
 
 
 class DistributedModel:
