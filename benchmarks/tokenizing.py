@@ -18,9 +18,9 @@ less, without the start of each (about half a second). It also prints the larges
 worker, and the speed of verifying compared with `cat` of the same files.
 
 Then both backends, sentencepiece and `tokenizers` (a byte-level BPE of the same size), each beside
-its library: a bare loop that parses the JSON lines and encodes a text at a time, on one core, and
-the library's batches on all cores, in turns with `megaphase data tokenize` with one and with all
-workers.
+its library. On one core, a bare loop that parses the JSON lines and encodes a text at a time takes
+turns with the work of one worker, a chunk of the file each, in CPU seconds. On all cores, the
+library's batches take turns with `megaphase data tokenize`, whose start is part of its seconds.
 `--backends` measures only these. Exit code 2 if megatron-core, without that option, or the corpora
 are missing.
 """
@@ -33,6 +33,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import pickle
 import platform
 import resource
 import statistics
@@ -45,7 +46,7 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import sentencepiece
 
@@ -55,6 +56,9 @@ from megaphase.utils.errors import EXIT_WRONG_INPUT
 ROUNDS = 5
 VOCAB_SIZE = 16_000
 FLOOR_BYTES = 40e6
+
+
+Result = TypeVar("Result")
 
 
 class Speed(NamedTuple):
@@ -236,16 +240,27 @@ class Bare(NamedTuple):
 
         return tokenizers.Tokenizer.from_file(str(self.tok / TOKENIZER_JSON_NAME))
 
-    def loop(self) -> Usage:
-        """Parse and encode one line after the other, on one core."""
+    def paired(self) -> tuple[float, float]:
+        """Encode each chunk of the file with a bare loop over its lines and as a worker of `data
+        tokenize` does, in turns; return the CPU seconds of both."""
+        from megaphase.data_tools.text import Reading, read_chunks
+        from megaphase.data_tools.tokenization.chunk_encoder import ChunkEncoder
+        from megaphase.tokenizer import Tokenizer
+
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         encoder = self.encoder()
-        lines = self.text.read_bytes().splitlines()
-        began, core_began = time.perf_counter(), time.process_time()
-        for line in lines:
-            ids = encoder.encode(json.loads(line)["text"])
-            ids = ids if self.library == "sentencepiece" else ids.ids
-        return Usage(time.perf_counter() - began, time.process_time() - core_began, 0.0)
+        worker = ChunkEncoder(Tokenizer.load(self.tok), Reading())
+        bare = own = 0.0
+        for chunk in read_chunks(self.text, Reading()):
+            began = time.process_time()
+            for line in chunk.data.splitlines():
+                ids = encoder.encode(json.loads(line)["text"])
+                ids = ids if self.library == "sentencepiece" else ids.ids
+            between = time.process_time()
+            pickle.dumps(worker((0, chunk)))  # sent to the process that writes
+            bare += between - began
+            own += time.process_time() - between
+        return bare, own
 
     def batches(self) -> Usage:
         """Parse all lines, then encode batches of 1,000 with threads on all cores."""
@@ -262,7 +277,7 @@ class Bare(NamedTuple):
         return Usage(time.perf_counter() - began, time.process_time() - core_began, 0.0)
 
 
-def in_new_process(call: Callable[[], Usage]) -> Usage:
+def in_new_process(call: Callable[[], Result]) -> Result:
     """Call in a separate process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(call).result()
@@ -278,7 +293,7 @@ def compare_backends(folder: Path, corpora: list[Path], megabytes: int, workers:
     train_tokenizer(inputs, byte_level, vocab_size=VOCAB_SIZE, library="tokenizers")
     print(f"{size / 1e6:.0f} MB of text; MB/s, for a core-second, and for a second with all cores:")
     both = ("batches", f"{workers} workers", "ratio")
-    names = ("backend", "bare loop", "1 worker", "ratio", *both, *both)
+    names = ("backend", "bare loop", "a worker", "ratio", *both, *both)
     print(" ".join(f"{name:>13}" for name in names))
     line = folder / "line.jsonl"
     line.write_text('{"text": "one"}\n')
@@ -286,10 +301,8 @@ def compare_backends(folder: Path, corpora: list[Path], megabytes: int, workers:
         rows: list[tuple[float, ...]] = []
         bare = Bare(library, path, text)
         for _ in range(ROUNDS):
-            loop = size / in_new_process(bare.loop).core_seconds
+            loop, worker = (size / seconds for seconds in in_new_process(bare.paired))
             start = run_alone(run_megaphase, path, line, folder / "line", 1)
-            one = run_alone(run_megaphase, path, text, folder / "one", 1)
-            worker = speed_of(size, start, one, 1).core
             batches = in_new_process(bare.batches)
             many = run_alone(run_megaphase, path, text, folder / "many", workers)
             both = size / batches.core_seconds, speed_of(size, start, many, workers).core
@@ -299,8 +312,6 @@ def compare_backends(folder: Path, corpora: list[Path], megabytes: int, workers:
             )
             print_backend(library, rows[-1])
         print_backend("median", tuple(statistics.median(it) for it in zip(*rows, strict=True)))
-        same = (folder / "one.bin").read_bytes() == (folder / "many.bin").read_bytes()
-        print(f"tokens of 1 and {workers} workers: {'the same' if same else 'DIFFERENT'}")
 
 
 def print_backend(name: str, row: Sequence[float]) -> None:
