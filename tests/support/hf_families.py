@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from hf_support import gpt2
+
 VOCAB, SEQ_LEN = 301, 64  # an odd vocabulary, which tensor parallelism pads
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -162,6 +164,7 @@ FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
         tie_word_embeddings=True,
         rope_parameters=LINEAR_ROPE | {"partial_rotary_factor": 0.5},
     ),
+    "GPT-2": lambda: gpt2(vocab_size=VOCAB, n_positions=SEQ_LEN),
 }
 # Variants that `make test-slow` computes in several processes, and `make test` in one.
 SLOW = {

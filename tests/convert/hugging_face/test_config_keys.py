@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from hf_families import FAMILY_CONFIGS, SEQ_LEN, VOCAB
-from hf_support import gpt2, make_transformers_model, megaphase_logits, random_tokens, take
+from hf_support import make_transformers_model, megaphase_logits, random_tokens, take
 from rounding import FP32, deviation
 
 from megaphase.utils.errors import InputError
@@ -33,7 +33,7 @@ CONFIGS = {
     "smollm3": FAMILY_CONFIGS["SmolLM 3"],
     "apertus": FAMILY_CONFIGS["Apertus"],
     "gpt_neox": FAMILY_CONFIGS["GPT-NeoX"],
-    "gpt2": lambda: gpt2(vocab_size=VOCAB, n_positions=SEQ_LEN),
+    "gpt2": FAMILY_CONFIGS["GPT-2"],
 }
 # Of PreTrainedConfig, and no part of a model: names, and what is returned beside the logits.
 NOT_CHANGED = {
