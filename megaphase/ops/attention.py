@@ -7,9 +7,9 @@ called with:
   cards, with a recent cuDNN), otherwise flash attention; both know grouped queries. cuDNN makes a
   plan for each shape, and a run has one or two. With `deterministic: true`: flash attention, as
   cuDNN's gradient is not deterministic.
-- Rows of several documents in bf16: flash attention over their bounds (`varlen_attn`).
+- Rows of several documents, or with a sliding window, in bf16: flash attention over their bounds
+  (`varlen_attn`).
 - In fp32, or with a mask on cards before compute capability 8.0: the memory-efficient kernel.
-- Rows of which a token attends only to the nearest tokens: likewise.
 - Capped scores: FlexAttention, see `ops.capped_attention`.
 - Generation, where every token has one key more: see `without_plans`.
 
