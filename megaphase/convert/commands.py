@@ -155,22 +155,27 @@ def from_hf_command(
     """
     from megaphase.convert.hugging_face.from_hf import from_hf
 
+    console = new_console(stderr=True, highlight=False)
     taken = from_hf(
         directory,
         out,
         no_tokenizer=no_tokenizer,
         trust_pickle=trust_pickle,
         workers=workers,
-        console=new_console(stderr=True, highlight=False),
+        console=console,
     )
     print(f"Checkpoint: {out}\n\nThe run file of a training that begins with it says:\n")
-    if taken.tokenizer is None:
-        print(f"# tokenizer: {taken.why_no_tokenizer}. Give one with the model's own ids.")
-    else:
+    if taken.tokenizer is not None:
         print(f"tokenizer: {taken.tokenizer}")
     print(taken.model_section, end="")
     if taken.shape.position == "rotary":
         print("\nIts positions are rotary, so seq_len may be another one.")
+    if taken.tokenizer is None:
+        line = (
+            f"Converted without a tokenizer: {taken.why_no_tokenizer}. Give the run file one with "
+            "the model's own ids, as `tokenizer: DIR`."
+        )
+        console.print(line, soft_wrap=True)
 
 
 @convert_app.command("to-megatron")

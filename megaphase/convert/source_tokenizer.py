@@ -21,7 +21,7 @@ def load_tokenizer(source: Source, given: Path | None, option: str = "--tokenize
     Raises:
         InputError: none is known, or it has tokens that the model does not know.
     """
-    path = given or _own_tokenizer(source.folder, option)
+    path = given or _own_tokenizer(source, option)
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > source.shape.vocab:
         raise InputError(
@@ -41,13 +41,16 @@ def prompt_start(source: Source, tokenizer: Tokenizer) -> list[int]:
     return [] if bos is None else [bos]
 
 
-def _own_tokenizer(checkpoint: Path, option: str) -> Path:
+def _own_tokenizer(source: Source, option: str) -> Path:
     """Return the tokenizer of the run that wrote a checkpoint, or of the model it came from."""
+    checkpoint = source.folder
     if (checkpoint / TOKENIZER_FOLDER).is_dir():
         return checkpoint / TOKENIZER_FOLDER
     run_file = RunDirectory(checkpoint.parent.parent).run_file
     if checkpoint.parent.name != CHECKPOINTS or not run_file.is_file():
         problem = "is in no run directory, so its tokenizer is not known"
+        if checkpoint.parent.name != CHECKPOINTS and "origin" in source.state:
+            problem = "was converted without a tokenizer"
         raise InputError(checkpoint, problem, f"give {option}")
     try:
         tokenizer = Path(read_json(run_file)["tokenizer"])

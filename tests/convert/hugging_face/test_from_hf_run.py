@@ -169,9 +169,14 @@ def test_learned_positions_keep_their_length(joint: Path, tmp_path: Path) -> Non
         vocab_size=tokens, n_embd=32, n_layer=1, n_head=2, n_positions=PUBLISHED_SEQ_LEN
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    printed = run_well("convert", "from-hf", tmp_path / "gpt2", "--out", tmp_path / "base")
-    assert "# tokenizer:" in printed
-    model = yaml.safe_load(printed.partition("says:\n")[2])["model"]
+    converted = run("convert", "from-hf", tmp_path / "gpt2", "--out", tmp_path / "base")
+    assert converted.returncode == 0
+    sections = yaml.safe_load(converted.stdout.partition("says:\n")[2])
+    assert list(sections) == ["model"]
+    notice = converted.stderr.splitlines()[-1]
+    assert notice.startswith("Converted without a tokenizer: ")
+    assert "has neither a sentencepiece model nor a tokenizer.json. Give" in notice
+    model = sections["model"]
     run_file = changed(joint, tmp_path / "short", model=model | {"seq_len": SEQ_LEN})
     result = run("train", run_file, "--from", tmp_path / "base")
     assert result.returncode == 2

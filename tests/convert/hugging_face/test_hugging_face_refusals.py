@@ -325,6 +325,8 @@ def test_the_tokenizer_comes_along_where_it_can(saved: Path, tmp_path: Path) -> 
     assert taken.tokenizer is None
     assert "has neither a sentencepiece model nor a tokenizer.json" in taken.why_no_tokenizer
     assert not (tmp_path / "a" / "tokenizer").exists()
+    with pytest.raises(InputError, match=r"a: was converted without a tokenizer; give --tokenizer"):
+        export(tmp_path / "a", tmp_path / "none", None)
 
     train_model(tmp_path / "reference" / "tokenizer.model", vocab_size=300)
     taken = from_hf(tmp_path / "reference", tmp_path / "b", trust_pickle=False, workers=1)
