@@ -26,6 +26,7 @@ from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import Weights, WithZeroBiases, read_each
 from megaphase.model.parameters import parameter_count
 from megaphase.tokenizer import Tokenizer
+from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_json, read_json
 
@@ -75,10 +76,10 @@ def to_hf(
                 workers=workers,
                 advance=advance,
             )
-        tokens: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
+        tokens: dict[str, int | list[int] | None] = {"bos_token_id": None, "eos_token_id": None}
         if words is not None:
             write_hf_tokenizer(words, folder, max_length=shape.seq_len)
-            tokens = {"bos_token_id": _bos(folder, words), "eos_token_id": words.eod}
+            tokens = {"bos_token_id": _bos(folder, words), "eos_token_id": _ends(folder, words)}
         _write_configs(folder, family.config(shape), dtype, tokens)
     return family
 
@@ -149,7 +150,10 @@ def _stored(name: str, part: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _write_configs(
-    folder: Path, config: dict[str, Any], dtype: torch.dtype, tokens: dict[str, int | None]
+    folder: Path,
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    tokens: dict[str, int | list[int] | None],
 ) -> None:
     name = str(dtype).removeprefix("torch.")
     # The first of these names is that of version 5 of transformers, the second that of version 4.
@@ -167,3 +171,12 @@ def _bos(folder: Path, tokenizer: Tokenizer) -> int | None:
     if isinstance(text, dict):
         text = text["content"]
     return next((i for i in range(tokenizer.vocab_size) if tokenizer.piece(i) == text), None)
+
+
+def _ends(folder: Path, tokenizer: Tokenizer) -> int | list[int]:
+    """Return the ids at which generation stops: EOD and, if it is another token, the eos_token of
+    the tokenizer in a folder, with which a chat model ends a turn."""
+    files = HuggingFaceFiles(folder)
+    text = files.special_token("eos_token")
+    token = (files.pieces | files.added_tokens).get(text) if text is not None else None
+    return tokenizer.eod if token in (None, tokenizer.eod) else [tokenizer.eod, token]

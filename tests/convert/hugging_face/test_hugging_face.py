@@ -34,8 +34,10 @@ from hf_support import (
 )
 from rounding import FP32, deviation
 from safetensors.torch import load_file, save_file
+from tokenizer_json_kinds import KINDS as TOKENIZERS
 
 from megaphase.convert.hugging_face.config import read_config
+from megaphase.convert.hugging_face.from_hf import from_hf
 from megaphase.data_tools.tokenizers.train import train_tokenizer
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.control_group import ControlGroup
@@ -214,6 +216,24 @@ def test_configs_for_every_version_of_transformers(tok: Path, tmp_path: Path) ->
     assert (read.eos_token_id, read.bos_token_id) == (eod, None)
     assert read.max_position_embeddings == SEQ_LEN
     assert read.rope_parameters["rope_theta"] == 500_000.0
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama3_instruct"])
+def test_generation_also_stops_where_a_turn_ends(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    words = Tokenizer.load(TOKENIZERS[name](tmp_path / "tok"))
+    shape = replace(SHAPES["llama grouped"], vocab=words.vocab_size)
+    checkpoint = write_random_checkpoint(tmp_path / "native", shape)
+    directory = export(checkpoint, tmp_path / "hf", words.path)
+    turn_end = transformers.AutoTokenizer.from_pretrained(directory).eos_token_id
+    ends = words.eod if turn_end == words.eod else [words.eod, turn_end]
+    assert isinstance(ends, list) == (name == "llama3_instruct")
+    assert transformers.AutoConfig.from_pretrained(directory).eos_token_id == ends
+    assert transformers.GenerationConfig.from_pretrained(directory).eos_token_id == ends
+    taken = from_hf(directory, tmp_path / "again", trust_pickle=False, workers=1)
+    assert taken.tokenizer is not None
+    assert Tokenizer.load(taken.tokenizer).eod == words.eod
 
 
 @pytest.mark.parametrize("name", THEIR_CONFIGS)
