@@ -1,8 +1,9 @@
 """Write and read the tokenizer of a Hugging Face model directory.
 
-The written files give the same ids in transformers as in Megaphase: no BOS or EOD is added, and
-control tokens come from ids only, never from text (`split_special_tokens`), so that a document that
-contains "</s>" does not end there.
+The written files give the same ids in transformers as in Megaphase, apart from BOS: transformers
+puts it before every text if the model was trained with it, Megaphase only where a document begins.
+EOD is not added. Control tokens come from ids only, never from text (`split_special_tokens`), so
+that a document that contains "</s>" does not end there.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -
         raise InputError(path, problem, f"name it in {_CONFIG_NAME}")
     proto = ModelProto.FromString(model.serialized_model_proto())
     whole = tokenizer_json(proto, path, spells_space_symbol=_spells_space_symbol(tokenizer))
-    config = _config(model, whole["added_tokens"], tokenizer.eod, max_length)
+    config = _config(model, whole["added_tokens"], tokenizer, max_length)
+    if tokenizer.adds_bos:
+        whole["post_processor"] = _puts_first(config["bos_token"], tokenizer.bos)
     atomic_write_text(folder / "tokenizer.json", json.dumps(whole, ensure_ascii=False))
     atomic_write_json(folder / _CONFIG_NAME, config)
     shutil.copyfile(source, folder / MODEL_NAME)
@@ -122,20 +125,37 @@ def _spells_space_symbol(tokenizer: Tokenizer) -> bool:
 
 
 def _config(
-    model: SentencePieceProcessor, added_tokens: list[dict[str, Any]], eod: int, max_length: int
+    model: SentencePieceProcessor,
+    added_tokens: list[dict[str, Any]],
+    tokenizer: Tokenizer,
+    max_length: int,
 ) -> dict[str, Any]:
     """The value of `tokenizer_config.json`."""
     described = {
         str(token["id"]): {key: value for key, value in token.items() if key != "id"}
         for token in added_tokens
     }
-    roles = {"eos": eod, "unk": model.unk_id(), "bos": model.bos_id(), "pad": model.pad_id()}
+    bos = model.bos_id() if tokenizer.bos is None else tokenizer.bos
+    roles = {"eos": tokenizer.eod, "unk": model.unk_id(), "bos": bos, "pad": model.pad_id()}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{role}_token": model.id_to_piece(i) for role, i in roles.items() if i >= 0},
+        **({"add_bos_token": True} if tokenizer.adds_bos else {}),
         "added_tokens_decoder": described,
         # Text that looks like a control token stays text.
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
+    }
+
+
+def _puts_first(text: str, token: int | None) -> dict[str, Any]:
+    """Return the post-processor of `tokenizer.json` that puts a token before every text."""
+    first = [{"SpecialToken": {"id": text, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    second = [{"SpecialToken": {"id": text, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": first,
+        "pair": [*first, *second],
+        "special_tokens": {text: {"id": text, "ids": [token], "tokens": [text]}},
     }
