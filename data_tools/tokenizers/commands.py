@@ -201,9 +201,14 @@ def extend_tokenizer_command(
     console.print(comparison_table(languages))
     texts = sum(it.texts for it in languages.values())
     unexplained = sum(it.unexplained for it in languages.values())
+    without = unexplained + sum(it.same_texts for it in languages.values())
+    if unexplained:
+        result = f"{unexplained:,} of the {without:,} texts without a new token are not"
+    else:
+        result = f"All {without:,} texts without a new token are"
     first = record.vocab_size - add
     for line in (
-        f"Encoded differently without a new token: {unexplained:,} of {texts:,} texts",
+        f"{result} encoded as before; {texts:,} texts compared",
         f"{record.vocab_size:,} tokens in {out}, new from id {first:,} on",
     ):
         console.print(line, soft_wrap=True, highlight=False)
@@ -245,7 +250,13 @@ def inspect_tokenizer_command(
     console = new_console()
     console.print(_tokenizer_table(tokenizer))
     if measured or tokenizer.record.languages:
-        _print_fertility(console, measured or tokenizer.record.languages, given=bool(measured))
+        record = tokenizer.record
+        _print_fertility(
+            console,
+            measured or record.languages,
+            given=bool(measured),
+            trained_here=bool(record.languages) and record.extends is None,
+        )
 
 
 def _by_language(inputs: list[str], option: str = "--input") -> dict[str, list[Path]]:
@@ -274,18 +285,23 @@ def _temperature(alpha: float | None, temperature: float | None) -> float:
 
 
 def _print_fertility(
-    console: Console, languages: Mapping[str, Fertility], *, given: bool = False
+    console: Console,
+    languages: Mapping[str, Fertility],
+    *,
+    given: bool = False,
+    trained_here: bool = True,
 ) -> None:
     from megaphase.data_tools.tokenizers.fertility import badly_served, fertility_table
 
     console.print(fertility_table(languages, given_text=given))
     if names := badly_served(languages):
-        console.print(
-            f"Badly served: {', '.join(names)}. More of its text, a smaller --alpha or a larger "
-            "--vocab-size helps.",
-            soft_wrap=True,
-            highlight=False,
+        remedy = (
+            "More of its text, a smaller --alpha or a larger --vocab-size helps."
+            if trained_here
+            else "`megaphase tokenizer extend` adds tokens for a language."
         )
+        line = f"Badly served: {', '.join(names)}. {remedy}"
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _tokenizer_table(tokenizer: Tokenizer) -> Table:

@@ -140,6 +140,9 @@ def _read(path: Path) -> tuple[Backend, TokenizerRecord]:
             raise InputError(path, "does not say which token ends a document", remedy)
         check_has_tokenizer_json(path)
         return _with_sentencepiece(read_model_alone(path))
+    if not path.exists():
+        remedy = "give another, or make one with `megaphase tokenizer train`"
+        raise InputError(path, "no such file or directory", remedy)
     if path.is_dir() and not (path / RECORD_NAME).exists():
         model = next((n for n in HUGGING_FACE_MODEL_NAMES if (path / n).is_file()), None)
         check_has_tokenizer_json(path if model is None else path / model)
@@ -147,6 +150,8 @@ def _read(path: Path) -> tuple[Backend, TokenizerRecord]:
             return _with_sentencepiece(read_hugging_face(path, path / model))
         if (path / TOKENIZER_JSON_NAME).exists():
             return _with_tokenizers(read_tokenizer_json(path))
+        names = ", ".join((RECORD_NAME, TOKENIZER_JSON_NAME, *HUGGING_FACE_MODEL_NAMES))
+        raise InputError(path, f"has none of {names}", "give the directory of a tokenizer")
     record = read_record(path / RECORD_NAME, TokenizerRecord, REMEDY)
     if record.library == "tokenizers":
         return _with_tokenizers(read_own_json(path, record))

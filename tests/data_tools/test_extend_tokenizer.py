@@ -204,6 +204,34 @@ def test_an_end_of_document_from_the_models_configuration_is_kept(tmp_path: Path
     assert Tokenizer.load(tmp_path).record == new.record
 
 
+def test_bos_of_a_sentencepiece_model_stays_in_transformers(tmp_path: Path) -> None:
+    import transformers
+
+    base = BASES["llama2"](tmp_path / "base")
+    path = base / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": True}))
+    new = Tokenizer.load(extend(base, tmp_path))
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    write_hf_tokenizer(new, exported, max_length=512)
+    assert json.loads((exported / "tokenizer_config.json").read_text())["add_bos_token"] is True
+    assert new.adds_bos
+    assert Tokenizer.load(exported).record == new.record
+    before = transformers.AutoTokenizer.from_pretrained(base)
+    compared = 0
+    for folder in (new.path, exported):
+        after = transformers.AutoTokenizer.from_pretrained(folder)
+        for text in (text for text in TEXTS if text and "<" not in text):
+            ids = new.encode(text)
+            assert after(text).input_ids == [new.bos, *ids]
+            assert after(text, add_special_tokens=False).input_ids == ids
+            if max(ids) < new.vocab_size - ADDED and not text.startswith(" "):
+                assert before(text).input_ids == after(text).input_ids
+                compared += 1
+        assert after("a", "b").input_ids == [*after("a").input_ids, *after("b").input_ids]
+    assert compared
+
+
 def test_tokens_that_older_files_add_keep_their_ids(tmp_path: Path) -> None:
     base = BASES["llama2"](tmp_path / "base")
     (base / "tokenizer_config.json").unlink()
@@ -309,7 +337,8 @@ def test_the_command_prints_before_and_after(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     size = Tokenizer.load(base).vocab_size
     assert f"{size + 40} tokens in {tmp_path / 'new'}, new from id {size} on" in result.stdout
-    assert re.search(r"Encoded differently without a new token: 0 of \d+ texts", result.stdout)
+    said = r"All [1-9]\d* texts without a new token are encoded as before; \d+ texts compared"
+    assert re.search(said, result.stdout)
     rows = [line for line in result.stdout.splitlines() if re.match("│ (el|pl|old) ", line)]
     assert len(rows) == 3
     assert rows[2].count("100.0%") == 2

@@ -348,6 +348,10 @@ def test_inspect_measures_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
     row = next(line for line in lines if line.split()[1:2] == ["ja"]).replace("│", " ").split()
     assert (row[1], row[3]) == ("1.00", "100.0%")
     assert lines[-1].startswith("Badly served: ja")
+    assert lines[-1].endswith(". `megaphase tokenizer extend` adds tokens for a language.")
+    own = run_tokenizer("inspect", tok, *inputs).splitlines()
+    assert own[-1].startswith("Badly served: ja")
+    assert own[-1].endswith(". More of its text, a smaller --alpha or a larger --vocab-size helps.")
     tokens = sum(map(len, map(tokenizer.encode, known)))
     row = next(line for line in lines if line.split()[1:2] == ["en"]).replace("│", " ").split()
     assert row[1] == f"{sum(map(len, known)) / tokens:.2f}"

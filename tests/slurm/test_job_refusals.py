@@ -73,7 +73,7 @@ def wrong_output(found: dict[str, Any]) -> None:
     [
         (wrong_key, "run.yaml: model: unknown key 'layer'; did you mean 'layers'?"),
         (wrong_corpus, "data/alda-x.json: no such file; make the corpus with `megaphase data "),
-        (wrong_tokenizer, "tok-x/megaphase_tokenizer.json: no such file; make the tokenizer with"),
+        (wrong_tokenizer, "tok-x: no such file or directory; give another, or make one"),
         (wrong_batch, "run.yaml: batch.samples: 9 is not a multiple of 2 data-parallel ranks × "),
         (wrong_heads, "run.yaml: model.kv_heads: parallel.tensor 4 does not divide kv_heads 2; "),
         (wrong_name, "a run/50%j/slurm as a pattern; choose a path without it"),

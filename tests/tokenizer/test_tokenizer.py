@@ -103,8 +103,15 @@ def test_the_record_says_what_the_tokenizer_is(directory: Path, tokenizer: Token
 
 
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere/megaphase_tokenizer.json: no such file; make"):
+    with pytest.raises(InputError, match=r"nowhere: no such file or directory; give another, or"):
         Tokenizer.load(tmp_path / "nowhere")
+
+
+def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "en.jsonl").write_text("{}\n")
+    names = r"megaphase_tokenizer\.json, tokenizer\.json, tokenizer\.model, spiece\.model, "
+    with pytest.raises(InputError, match=f"{tmp_path}: has none of {names}.*; give the directory"):
+        Tokenizer.load(tmp_path)
 
 
 def test_a_missing_model_is_named(copy: Path) -> None:
