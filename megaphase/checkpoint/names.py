@@ -28,8 +28,26 @@ def find_checkpoint(text: str) -> Path:
         return real_path(folder)
     run, separator, name = text.rpartition("@")
     if not separator:
-        raise InputError(text, "this is not a checkpoint", "give RUN@NAME or a step-… directory")
+        raise not_a_checkpoint(text, folder)
     return find_in_run(_given(run), name)
+
+
+def not_a_checkpoint(text: object, folder: Path) -> InputError:
+    """Return the error that the folder, which a user named by `text`, is not a checkpoint."""
+    if _is_hugging_face_model(folder):
+        remedy = "convert it with `megaphase convert from-hf`"
+        return InputError(text, "this is a Hugging Face model, not a checkpoint", remedy)
+    remedy = "give RUN@NAME, a step-… directory or a directory that `megaphase convert` wrote"
+    return InputError(text, "this is not a checkpoint", remedy)
+
+
+def _is_hugging_face_model(folder: Path) -> bool:
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except (OSError, ValueError):
+        return False
+    weights = any(name.endswith((".safetensors", ".bin")) for name in names)
+    return weights and "config.json" in names
 
 
 def _given(text: str) -> Path:

@@ -22,6 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from megaphase.checkpoint.names import not_a_checkpoint
 from megaphase.checkpoint.parameters import INDEX_FILE
 from megaphase.checkpoint.state import (
     NAME,
@@ -204,7 +205,7 @@ class CheckpointStore:
             InputError: it is not a checkpoint, or one of its files is missing or has been altered.
         """
         if not (folder / MANIFEST_FILE).is_file():
-            raise InputError(folder, "this is not a checkpoint", "give a step-… directory")
+            raise not_a_checkpoint(folder, folder)
         problem = self._damage(folder)
         if problem is not None:
             raise InputError("", problem, "use another checkpoint")

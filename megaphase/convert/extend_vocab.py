@@ -18,6 +18,7 @@ from megaphase.convert.hugging_face.from_hf import TOKENIZER_FOLDER
 from megaphase.convert.hugging_face.tokenizer import copy_tokenizer
 from megaphase.convert.output import new_folder
 from megaphase.convert.source import Source
+from megaphase.convert.source_tokenizer import other_tokenizer
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weight_import import foreign_state, write_model_section
 from megaphase.convert.weights import Weights, fp32_bytes
@@ -132,13 +133,11 @@ def new_tokens(source: Source, base: Tokenizer, extended: Tokenizer) -> NewToken
             with another one than `base`.
     """
     made_with = source.state.get(TOKENIZER_HASH)
+    copied = source.folder / TOKENIZER_FOLDER
+    if made_with is None and copied.is_dir():  # imports of earlier versions do not record it
+        made_with = Tokenizer.load(copied).fingerprint
     if made_with is not None and made_with != base.fingerprint:
-        raise InputError(
-            base.path,
-            f"has the fingerprint {base.fingerprint}, but {source.folder} was made with the "
-            f"tokenizer {made_with}",
-            "give --base-tokenizer",
-        )
+        raise other_tokenizer(source, base, made_with)
     replaced = pieces_replaced(extended, base)
     if not replaced:
         raise InputError(extended.path, f"has no more tokens than {base.path}", "add some")

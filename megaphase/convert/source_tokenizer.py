@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from megaphase.checkpoint.names import CHECKPOINTS
+from megaphase.checkpoint.state import TOKENIZER_HASH
 from megaphase.convert.hugging_face.from_hf import TOKENIZER_FOLDER
 from megaphase.convert.source import Source
 from megaphase.tokenizer import Tokenizer
 from megaphase.training.run_directory import RunDirectory
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import read_json
+
+_RIGHT_TOKENIZER = "give the tokenizer that the model was trained with"
 
 
 def load_tokenizer(source: Source, given: Path | None, option: str = "--tokenizer") -> Tokenizer:
@@ -19,7 +22,8 @@ def load_tokenizer(source: Source, given: Path | None, option: str = "--tokenize
     option: with which a user gives it.
 
     Raises:
-        InputError: none is known, or it has tokens that the model does not know.
+        InputError: none is known, it has tokens that the model does not know, or the checkpoint
+            records that it was made with another one.
     """
     path = given or _own_tokenizer(source, option)
     tokenizer = Tokenizer.load(path)
@@ -27,9 +31,27 @@ def load_tokenizer(source: Source, given: Path | None, option: str = "--tokenize
         raise InputError(
             path,
             f"has {tokenizer.vocab_size:,} tokens, the model's vocabulary {source.shape.vocab:,}",
-            "give the tokenizer that the model was trained with",
+            _RIGHT_TOKENIZER,
         )
+    made_with = source.state.get(TOKENIZER_HASH)
+    if made_with is not None and made_with != tokenizer.fingerprint:
+        raise other_tokenizer(source, tokenizer, made_with, "" if given else f"give {option}")
     return tokenizer
+
+
+def other_tokenizer(
+    source: Source, tokenizer: Tokenizer, made_with: str, remedy: str = ""
+) -> InputError:
+    """Return the error that a tokenizer is not the one with which a checkpoint was made.
+
+    made_with: the fingerprint of that one. remedy: by default to give that one.
+    """
+    return InputError(
+        tokenizer.path,
+        f"has the fingerprint {tokenizer.fingerprint}, but {source.folder} was made with the "
+        f"tokenizer {made_with}",
+        remedy or _RIGHT_TOKENIZER,
+    )
 
 
 def prompt_start(source: Source, tokenizer: Tokenizer) -> list[int]:

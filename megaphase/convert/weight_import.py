@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from megaphase.checkpoint.parameters import WEIGHT
-from megaphase.checkpoint.state import CHECKPOINT_FORMAT
+from megaphase.checkpoint.state import CHECKPOINT_FORMAT, TOKENIZER_HASH
 from megaphase.convert.checkpoint_writer import portable_form, write_checkpoint
 from megaphase.convert.weights import Weights, fp32_bytes
 from megaphase.model.shape import GPTShape
@@ -29,20 +29,25 @@ def write_foreign(
     *,
     workers: int,
     console: Console | None,
+    tokenizer_hash: str | None = None,
 ) -> None:
     """Write a portable checkpoint of weights alone, at step 0, into an empty folder.
 
     weights: their layouts are those of `parameter_layouts(shape, 1)`. origin: information about
-    their source, such as `{"format": "Hugging Face", "path": ...}`.
+    their source, such as `{"format": "Hugging Face", "path": ...}`. tokenizer_hash: the fingerprint
+    of their tokenizer, None if it is not known.
     """
     form = portable_form(shape)
+    state = foreign_state(shape, origin)
+    if tokenizer_hash is not None:
+        state[TOKENIZER_HASH] = tokenizer_hash
     with bytes_progress(console, "writing", fp32_bytes(shape)) as advance:
         write_checkpoint(
             folder,
             weights,
             (WEIGHT,),
             form,
-            foreign_state(shape, origin),
+            state,
             workers=workers,
             advance=advance,
         )

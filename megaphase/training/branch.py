@@ -64,7 +64,7 @@ class Branch:
                 raise InputError(
                     config.where(f"model.{key}"),
                     f"is {_shown(wanted)}, but {self.checkpoint} has {_shown(found)}",
-                    "write the same model",
+                    _remedy(key, wanted, found),
                 )
         for task, stream in spec.stream_fingerprints.items():
             if known.get(task, stream) != stream:
@@ -73,6 +73,14 @@ class Branch:
                     f"its samples are not those that {self.checkpoint} was trained on",
                     "give the same corpus, held-out fraction, subsample, seed and model.seq_len",
                 )
+
+
+def _remedy(key: str, wanted: Any, found: Any) -> str:
+    """Return what to do about an option of the model that is not that of the checkpoint."""
+    if key == "vocab" and isinstance(wanted, int) and isinstance(found, int) and wanted > found:
+        extend = "give the checkpoint rows for an extended tokenizer with"
+        return f"write the same model, or {extend} `megaphase convert extend-vocab`"
+    return "write the same model"
 
 
 def _shown(option: Any) -> str:

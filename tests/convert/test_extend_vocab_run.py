@@ -246,6 +246,7 @@ def test_another_tokenizer_is_refused(extension: Extension, tmp_path: Path) -> N
                    "--base-tokenizer", tmp_path / "tok", *out)  # fmt: skip
     assert str(tmp_path / "tok") in told
     assert extension.base.fingerprint in told
+    assert "give --base-tokenizer" not in told
     told = refused("convert", "extend-vocab", extension.source, "--tokenizer",
                    extension.folder / "tok", *out)  # fmt: skip
     assert "does not extend another tokenizer" in told

@@ -276,8 +276,15 @@ def test_unknown_names_are_refused_with_those_there_are(base, new_run):
     for name in ("pretrain", "best-alda", "best-mean", "latest", "step-00000008"):
         assert name in str(caught.value)
     for wrong in (base, base / "checkpoints", "nowhere/at/all"):
-        with pytest.raises(InputError, match="this is not a checkpoint"):
+        with pytest.raises(InputError, match=r"this is not a checkpoint; .*`megaphase convert`"):
             find_checkpoint(str(wrong))
+
+
+def test_a_hugging_face_model_is_named(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=r"Hugging Face model.*`megaphase convert from-hf`"):
+        find_checkpoint(str(tmp_path))
 
 
 def test_what_does_not_fit_the_base_is_named(base, branch, whole, new_run):
@@ -285,6 +292,9 @@ def test_what_does_not_fit_the_base_is_named(base, branch, whole, new_run):
     other_name = refused(new_run, end, "phases.0.name=pretrain")
     assert "phases[0].name: pretrain has been trained in" in other_name
     assert "model.hidden: is 64, but" in refused(new_run, end, "model.hidden=64")
+    more_rows = refused(new_run, end, "model.vocab=5000")
+    assert "model.vocab: is 5000, but" in more_rows
+    assert "`megaphase convert extend-vocab`" in more_rows
     assert "tasks.alda: its samples are not those" in refused(new_run, end, "seed=12")
     corpus = f"tasks.alda.corpus={load_run_file(new_run).tasks['cimri'].corpus}"
     assert "tasks.alda: its samples are not those" in refused(new_run, end, corpus)

@@ -16,6 +16,8 @@ _OTHER_KINDS = {
         ("num_local_experts", "num_experts", "n_routed_experts"), ", a mixture of experts"
     ),
 }
+# Types of models that take images too, and that of the family's models of text alone.
+_WITH_IMAGES = {"gemma3": "gemma3_text"}
 
 
 def read_config(directory: Path) -> tuple[Family, GPTShape]:
@@ -25,12 +27,19 @@ def read_config(directory: Path) -> tuple[Family, GPTShape]:
         InputError: there is no config.json, or it has an unsupported key or value; names the key.
     """
     config = ConfigFile(directory / CONFIG_FILE)
-    config.refuse_if("quantization_config", config.get("quantization_config") is not None)
+    if config.get("quantization_config") is not None:
+        remedy = "use the model's unquantized weights"
+        raise config.refusal("quantization_config", "the weights are quantized", remedy)
     if config.get("auto_map") is not None:
         raise config.refusal("auto_map", "names custom code")
     model_type = config.get("model_type")
     family = next((each for each in FAMILIES if each.model_type == model_type), None)
     if family is None:
+        if model_type in _WITH_IMAGES:
+            problem = f"is {model_type!r}, a model with images"
+            text = _WITH_IMAGES[model_type]
+            remedy = f"megaphase reads the models of text alone, whose model_type is {text}"
+            raise config.refusal("model_type", problem, remedy)
         known = ", ".join(each.model_type for each in FAMILIES)
         kind = next((what for key, what in _OTHER_KINDS.items() if config.get(key)), "")
         raise config.refusal("model_type", f"is {model_type!r}{kind}; known are {known}")

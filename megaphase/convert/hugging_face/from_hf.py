@@ -15,6 +15,7 @@ from megaphase.convert.output import new_folder
 from megaphase.convert.weight_import import write_foreign, write_model_section
 from megaphase.convert.weights import fp32_bytes
 from megaphase.model.shape import GPTShape
+from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import real_path
 
@@ -63,10 +64,20 @@ def from_hf(
                 "family": family.title,
                 "path": str(real_path(directory)),
             }
-            write_foreign(folder, weights, shape, origin, workers=workers, console=console)
-            problem = "none was asked for"
+            problem, fingerprint = "none was asked for", None
             if not no_tokenizer:
                 problem = _take_tokenizer(directory, folder / TOKENIZER_FOLDER)
+            if not problem:
+                fingerprint = Tokenizer.load(folder / TOKENIZER_FOLDER).fingerprint
+            write_foreign(
+                folder,
+                weights,
+                shape,
+                origin,
+                workers=workers,
+                console=console,
+                tokenizer_hash=fingerprint,
+            )
             section = write_model_section(folder, shape)
     tokenizer = None if problem else real_path(out) / TOKENIZER_FOLDER
     return Taken(shape, section, tokenizer, problem)

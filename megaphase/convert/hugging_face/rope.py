@@ -217,7 +217,9 @@ def _scaling(
     if kind == "default":
         config.refuse_if(key, bool(given))
         return None
-    config.refuse_if(key, kind not in _KEYS)
+    if kind not in _KEYS:
+        supported = f"megaphase has {', '.join(('default', *_KEYS))}"
+        raise config.refusal(key, f"is {json.dumps(rope)}", f"{supported}; use another model")
     if kind == "yarn":
         given = _with_attention_factor(key, given, config)
     if _LENGTH in _KEYS[kind]:

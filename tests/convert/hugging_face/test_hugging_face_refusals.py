@@ -33,7 +33,10 @@ from hf_support import (
 from safetensors.torch import load_file, save_file
 from warm_commands import run
 
+from megaphase.checkpoint.state import TOKENIZER_HASH
+from megaphase.convert.extend_vocab import new_tokens
 from megaphase.convert.hugging_face.from_hf import from_hf
+from megaphase.convert.source import open_source
 from megaphase.model.shape import GPTShape
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
@@ -80,9 +83,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("llama", {"model_type": "bert"}, "model_type: is 'bert'"),
         ("llama", {"model_type": None}, "model_type: is None"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: is"),
+        ("llama", {"model_type": "gemma3"}, "model_type: is 'gemma3', a model with.*gemma3_text$"),
+        (
+            "llama",
+            {"quantization_config": {"bits": 4}},
+            "quantization_config: the weights are quantized; use the model's unquantized weights",
+        ),
         ("llama", {"auto_map": {"AutoModel": "a.B"}}, "auto_map: names custom code"),
-        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling: is"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_scaling: is .*dynamic.*; megaphase has default, linear, llama3, yarn;",
+        ),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling: is"),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: is"),
         ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: is"),
@@ -334,6 +346,18 @@ def test_the_tokenizer_comes_along_where_it_can(saved: Path, tmp_path: Path) -> 
     export(tmp_path / "b", tmp_path / "hf", None)  # which recognizes it
     config = json.loads((tmp_path / "hf" / "config.json").read_bytes())
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+
+    other = train_model(
+        tmp_path / "other" / "tokenizer.model", ["Another text."], vocab_size=16
+    ).parent
+    own, given = (Tokenizer.load(each).fingerprint for each in (taken.tokenizer, other))
+    with pytest.raises(InputError, match=f"has the fingerprint {given}, but .* {own}; give the to"):
+        export(tmp_path / "b", tmp_path / "hf2", other)
+    for state in ({TOKENIZER_HASH: own}, {}):  # imports of earlier versions have no hash
+        source = replace(open_source(str(tmp_path / "b")), state=state)
+        with pytest.raises(InputError, match=f"{given}, but .* {own}; give the tokenizer"):
+            new_tokens(source, Tokenizer.load(other), Tokenizer.load(other))
+    assert json.loads((tmp_path / "b" / "state.json").read_bytes())[TOKENIZER_HASH] == own
 
     tokenizer_config = tmp_path / "reference" / "tokenizer_config.json"
     tokenizer_config.write_text(json.dumps({"tokenizer_class": "XLMRobertaTokenizer"}))
