@@ -16,6 +16,17 @@ from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 
 CHECKED_BYTES = 1 << 14
+_COLUMNS = (
+    "bits per byte before",
+    "after",
+    "after, new tokenizer",
+    "tokens, old tokenizer",
+    "tokens, new tokenizer",
+)
+_CAPTION = (
+    "Before and after: the same text in the old tokenizer's tokens; new tokenizer: the text in its "
+    "tokens. The tokens are those of the text, not of the vocabulary."
+)
 
 
 def check_texts(
@@ -86,9 +97,14 @@ def check_table(
         after: of the model with the new rows, on the same tokens.
         extended: of the model with the new rows, on the new tokenizer's tokens.
     """
-    table = Table(title="Bits per byte before and after the extension", title_justify="left")
+    table = Table(
+        title="Bits per byte before and after the extension",
+        title_justify="left",
+        caption=_CAPTION,
+        caption_justify="left",
+    )
     table.add_column("text")
-    for column in ("before", "after", "with new tokens", "tokens", "new tokens"):
+    for column in _COLUMNS:
         table.add_column(column, justify="right")
     for name, old in before.items():
         new = extended[name]

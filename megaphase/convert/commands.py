@@ -106,6 +106,15 @@ def to_hf_command(
             help="Largest size of a file, except for larger tensors.",
         ),
     ] = 5.0,
+    max_positions: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST,
+            help="max_position_embeddings of a model with rotary positions; the run's seq_len by "
+            "default.",
+        ),
+    ] = None,
     workers: Workers = DEFAULT_WORKERS,
 ) -> None:
     """Write a Hugging Face model with its tokenizer.
@@ -118,17 +127,22 @@ def to_hf_command(
     """
     from megaphase.convert.hugging_face.to_hf import to_hf
 
-    family = to_hf(
+    written = to_hf(
         checkpoint,
         out,
         precision=dtype,
         tokenizer=tokenizer,
         no_tokenizer=no_tokenizer,
         max_shard_bytes=int(max_shard_gb * 1e9),
+        max_positions=max_positions,
         workers=workers,
         console=new_console(stderr=True, highlight=False),
     )
-    print(f"{family.title} model: {out}")
+    print(f"{written.family.title} model: {out}")
+    if written.shape.position == "rotary":
+        source = "as asked for" if max_positions else "the checkpoint's seq_len"
+        length = written.shape.seq_len
+        print(f"max_position_embeddings is {length}, {source}; --max-positions sets it.")
 
 
 @convert_app.command("from-hf")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megaphase.report.incidents import divergences
@@ -43,7 +43,7 @@ class LossChange:
     """The change of one task since the first switch, or since the start without a switch.
 
     `change` is in nats, below 0 if better; None before the first switch. `rose`: whether its
-    training loss was far higher in between.
+    training loss was far higher in between. `role`: of the task in the run file, None without one.
     """
 
     task: str
@@ -51,6 +51,7 @@ class LossChange:
     change: float | None
     sentence: str
     rose: bool = False
+    role: str | None = None
 
     @property
     def outcome(self) -> Literal["better", "worse", "same"]:
@@ -115,7 +116,9 @@ def task_verdicts(run: RunRecord) -> list[LossChange]:
     by_task: dict[str, list[PhaseLoss]] = {}
     for loss in final_losses(run):
         by_task.setdefault(loss.task, []).append(loss)
-    found = [_verdict(run, losses) for losses in by_task.values()]
+    found = [
+        replace(_verdict(run, losses), role=run.roles.get(task)) for task, losses in by_task.items()
+    ]
     return sorted(found, key=lambda verdict: not verdict.low_resource)
 
 

@@ -58,8 +58,9 @@ def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
     training = {task: _training_curve(run, task) for task in curves}
     keys = [line_key("training loss", lw=1.0, alpha=0.5), *_incident_keys(run)]
     if run.low_resource_tasks:
-        keys.insert(0, line_key("low-resource", **_line_style(True)))
-        keys.insert(1, line_key("high-resource", **_line_style(False)))
+        low, high = run.groups
+        keys.insert(0, line_key(low, **_line_style(True)))
+        keys.insert(1, line_key(high, **_line_style(False)))
     height = max(size.height, 1.3 + len(curves) * LABEL_GAP_POINTS / 72)
     with plot_style():
         figure = new_figure(size.width, height)

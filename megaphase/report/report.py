@@ -75,8 +75,9 @@ def summary_table(run: RunRecord) -> Table:
         ends = [losses.get((phase.name, task)) for phase in phases]
         start = next(loss.start for loss in ends if loss is not None)
         verdict = found[task]
+        group = verdict.role or ("low" if verdict.low_resource else "")
         table.add_row(
-            Text(f"{task} (low)" if verdict.low_resource else task),
+            Text(f"{task} ({group})" if group else task),
             f"{start:.3f}",
             *(NOTHING if loss is None else f"{loss.end:.3f}" for loss in ends),
             NOTHING

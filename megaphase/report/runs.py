@@ -156,14 +156,43 @@ class RunRecord:
     def low_resource_tasks(self) -> frozenset[str]:
         """The tasks that the first of several phases does not train on.
 
-        The first phases of a branch are those of the run from which it started.
+        The first phases of a branch are those of the run from which it started. A first phase
+        that trains the rows of new tokens alone leaves out what the model knows already: where
+        the run file has roles, they are then the tasks on which it does train, of several.
         """
         if self.origin.step:
             return frozenset(t for t in self.plan.tasks if not self.origin.used.get(t))
         if len(self.plan.phases) == 1:
             return frozenset()
-        trained = self.plan.phases[0].tasks
-        return frozenset(t for t in self.plan.tasks if t not in trained or not trained[t].samples)
+        first = self.plan.phases[0]
+        trained = {task for task, share in first.tasks.items() if share.samples}
+        others = frozenset(task for task in self.plan.tasks if task not in trained)
+        if self.roles and first.name in self.trained_tokens:
+            return frozenset(self.plan.tasks) - others if others else frozenset()
+        return others
+
+    @property
+    def roles(self) -> Mapping[str, str]:
+        """The role in the run file of every task that has one."""
+        tasks = self.settings.get("tasks")
+        found = {
+            name: task.get("role")
+            for name, task in (tasks if isinstance(tasks, dict) else {}).items()
+            if name in self.plan.tasks and isinstance(task, dict)
+        }
+        return {name: role for name, role in found.items() if isinstance(role, str)}
+
+    @property
+    def groups(self) -> tuple[str, str]:
+        """The names of the low-resource tasks and of the others: their roles, if all have one."""
+        low = self.low_resource_tasks
+        if self.roles.keys() != self.plan.tasks.keys():
+            return "low-resource", "high-resource"
+        ours, others = (
+            dict.fromkeys(role for task, role in self.roles.items() if (task in low) is is_low)
+            for is_low in (True, False)
+        )
+        return ", ".join(ours), ", ".join(others)
 
     @property
     def tasks(self) -> list[str]:

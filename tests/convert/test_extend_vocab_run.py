@@ -150,6 +150,7 @@ def test_losses_before_and_after_are_printed(extension: Extension) -> None:
         assert after > before  # a token has more competitors
         assert with_new == pytest.approx(before, rel=0.1)
         assert 0 < new_tokens <= tokens
+    assert "The tokens are those of the text" in " ".join(extension.printed.split())
     new = extension.tokenizer.vocab_size - extension.base.vocab_size
     assert f"{new:,} new tokens" in extension.printed
     assert (extension.extended / "model.yaml").read_text() in extension.printed

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,36 @@ def test_low_resource_tasks_are_those_that_the_first_phase_leaves_out(run_dir, t
     static = load_run(write_run(tmp_path / "static", STATIC))
     assert static.low_resource_tasks == set()
     assert " at the start, " in verdicts(static)[0]
+
+
+def test_roles_name_the_tasks(tmp_path):
+    run_dir = write_run(tmp_path / "added", [PHASES[1], PHASES[0]])
+    roles = dict.fromkeys(TASKS, "new") | dict.fromkeys(("en", "fr"), "old")
+    settings = json.loads((run_dir / "run.json").read_text())
+    settings["tasks"] = {task: {"role": role} for task, role in roles.items()}
+    (run_dir / "run.json").write_text(json.dumps(settings))
+    run = load_run(run_dir)
+    text = console_text(summary_table(run))
+    page = write_report([run_dir], tmp_path / "report").read_text()
+    for task, role in roles.items():
+        assert f"{task} ({role})" in text
+        assert f'<b>{task}</b><span class="group">{role}</span>' in page
+    assert "low" not in text
+
+
+def test_the_languages_of_the_model_are_not_low_resource(tmp_path):
+    phases = [("rows", 30, {"hi": 0.5, "eu": 0.5}), ("joint", 60, dict.fromkeys(TASKS, 0.2))]
+    run_dir = write_run(tmp_path / "added", phases)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows[0]["trained_tokens"] = [100, 140]
+    write_rows(run_dir, rows)
+    run = load_run(run_dir)
+    assert run.low_resource_tasks == set(TASKS) - {"hi", "eu"}  # as ever without roles
+    assert run.groups == ("low-resource", "high-resource")
+    roles = {task: "new" if task in ("hi", "eu") else "old" for task in TASKS}
+    run = replace(run, settings={"tasks": {task: {"role": role} for task, role in roles.items()}})
+    assert run.low_resource_tasks == {"hi", "eu"}
+    assert run.groups == ("new", "old")
 
 
 def test_summary_table(run_dir):

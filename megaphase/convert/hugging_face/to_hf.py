@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,26 @@ from megaphase.convert.tensor_files import TensorFiles
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import Weights, WithZeroBiases, read_each
 from megaphase.model.parameters import parameter_count
+from megaphase.model.shape import GPTShape
 from megaphase.tokenizer import Tokenizer
 from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_json, read_json
 
 _METADATA = {"format": "pt"}  # required by transformers
+
+
+@dataclass(frozen=True)
+class Written:
+    """The result of an export.
+
+    Attributes:
+        family: of the model.
+        shape: as config.json describes it.
+    """
+
+    family: Family
+    shape: GPTShape
 
 
 def to_hf(
@@ -43,23 +58,30 @@ def to_hf(
     workers: int,
     console: Console | None = None,
     no_tokenizer: bool = False,
-) -> Family:
+    max_positions: int | None = None,
+) -> Written:
     """Write the checkpoint RUN@NAME, or at a path, as the model directory `out`.
 
     Args:
         precision: of the weights; the run's by default.
         tokenizer: by default that of the run, or of the imported model.
         no_tokenizer: write none.
-
-    Returns the model's family.
+        max_positions: how many tokens the model's configuration allows a text to have, with rotary
+            positions; by default the run's seq_len.
 
     Raises:
-        InputError: the checkpoint is damaged, no family supports its model, or there is no
-            tokenizer.
+        InputError: the checkpoint is damaged, no family supports its model, there is no tokenizer,
+            or the model's positions are learned and `max_positions` is given.
     """
     source = open_source(text)
     family = family_for(source.shape, source.folder)
     shape = family.expressed(source.shape)
+    described = shape
+    if max_positions is not None:
+        if shape.position != "rotary":
+            problem = f"the model has learned positions, {shape.seq_len:,} of them"
+            raise InputError("--max-positions", problem, "leave it out")
+        described = replace(shape, seq_len=max_positions)
     dtype = source.dtype(precision)
     words = None if no_tokenizer else load_tokenizer(source, tokenizer)
     weights = WithZeroBiases(source.weights, shape)
@@ -78,10 +100,10 @@ def to_hf(
             )
         tokens: dict[str, int | list[int] | None] = {"bos_token_id": None, "eos_token_id": None}
         if words is not None:
-            write_hf_tokenizer(words, folder, max_length=shape.seq_len)
+            write_hf_tokenizer(words, folder, max_length=described.seq_len)
             tokens = {"bos_token_id": _bos(folder, words), "eos_token_id": _ends(folder, words)}
-        _write_configs(folder, family.config(shape), dtype, tokens)
-    return family
+        _write_configs(folder, family.config(described), dtype, tokens)
+    return Written(family, described)
 
 
 def _write_weights(

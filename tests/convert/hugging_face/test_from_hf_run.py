@@ -6,6 +6,7 @@ sentencepiece tokenizer like Llama's.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,10 @@ def test_what_was_trained_is_a_model_of_transformers_again(
 ) -> None:
     import transformers
 
-    run_well("convert", "to-hf", f"{trained}@joint", "--out", tmp_path / "hf")
+    printed = run_well("convert", "to-hf", f"{trained}@joint", "--out", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_bytes())
+    assert f"max_position_embeddings is {config['max_position_embeddings']}, the che" in printed
+    assert "--max-positions" in printed
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = "The quick brown fox"
     assert tokenizer(text)["input_ids"] == Tokenizer.load(published).encode(text)

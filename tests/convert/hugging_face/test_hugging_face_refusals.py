@@ -366,6 +366,18 @@ def test_the_tokenizer_comes_along_where_it_can(saved: Path, tmp_path: Path) -> 
     assert "XLMRobertaTokenizer numbers the tokens differently" in taken.why_no_tokenizer
 
 
+def test_more_positions_than_the_training_had(tok: Path, tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "native", SHAPES["llama"])
+    export(checkpoint, tmp_path / "hf", tok, max_positions=4096)
+    config = json.loads((tmp_path / "hf" / "config.json").read_bytes())
+    assert config["max_position_embeddings"] == 4096
+    words = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_bytes())
+    assert words["model_max_length"] == 4096
+    learned = write_random_checkpoint(tmp_path / "learned", SHAPES["gpt2"])
+    with pytest.raises(InputError, match="--max-positions: the model has learned positions"):
+        export(learned, tmp_path / "gpt2", tok, max_positions=4096)
+
+
 def test_a_damaged_checkpoint_is_not_exported(tok: Path, tmp_path: Path) -> None:
     checkpoint = write_random_checkpoint(tmp_path / "native", SHAPES["llama"])
     file = checkpoint / "parameters" / "norm.weight.safetensors"
