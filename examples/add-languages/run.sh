@@ -16,7 +16,10 @@ mkdir -p "${3:?give a folder for the results}"
 cd "$3"
 changes=("${@:4}")         # of the run file
 
+heading() { printf '\n== %s\n' "$*"; }
+
 # 1. A tokenizer with tokens of the new languages. All ids of the model's own tokenizer stay the same.
+heading "1. tokenizer extend: $add tokens for ${new[*]}"
 learn=() check=()
 for language in "${new[@]}"; do learn+=(--input "$language=$corpora/$language.jsonl.gz"); done
 for language in "${old[@]}"; do check+=(--check "$language=$corpora/$language.jsonl.gz"); done
@@ -24,16 +27,19 @@ for language in "${old[@]}"; do check+=(--check "$language=$corpora/$language.js
     --add "$add" --out tokenizer
 
 # 2. The model with rows for these tokens, and its loss on the old languages before and after.
+heading "2. convert from-hf, convert extend-vocab: the model with rows for these tokens"
 [ -d base ] || megaphase convert from-hf "$model" --out base
 [ -d extended ] || megaphase convert extend-vocab base --tokenizer tokenizer --out extended "${check[@]}"
 
 # 3. All languages, old and new, in the new tokenizer's tokens.
+heading "3. data tokenize: ${old[*]} ${new[*]}"
 for language in "${old[@]}" "${new[@]}"; do
     [ -f "data/$language.json" ] || megaphase data tokenize "$corpora/$language.jsonl.gz" \
         --tokenizer tokenizer --out "data/$language" --overwrite
 done
 
 # 4. The run file: the phases of joint.yaml, and the model as it was converted.
+heading "4. plan: run.yaml"
 {
     cat "$here/joint.yaml"
     echo "tokenizer: tokenizer"
@@ -42,9 +48,11 @@ done
 megaphase plan run.yaml --processes "$processes" "${changes[@]}"
 
 # 5. Training. Started again, it resumes from its newest checkpoint.
+heading "5. launch local: training"
 megaphase launch local run.yaml --processes "$processes" --from extended "${changes[@]}"
 
 # 6. Losses on held-out text of all languages, a report, and the model for transformers.
+heading "6. evaluate, report, convert to-hf"
 megaphase launch local run.yaml --processes "$processes" --command evaluate "${changes[@]}"
 megaphase report run --out report
 [ -d hf ] || megaphase convert to-hf run@joint --out hf
