@@ -4,6 +4,7 @@ for."""
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +14,7 @@ from megaphase.utils.files import read_json
 
 CONFIG_FILE = "config.json"
 _REMEDY = "megaphase has no such model; use another one"
+_LONGEST = 100  # characters of a value in a message
 
 _TOKENS = "ids of tokens, which the tokenizer knows"
 _DROPOUT = "dropout of training; the run file has its own"
@@ -157,8 +159,8 @@ class ConfigFile:
         """Return a positive number."""
         value = self.get(key)
         value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            problem = f"is {value!r}, not a positive number"
+        if not is_positive(value):
+            problem = f"is {_short(value)}, not a positive number"
             raise self.refusal(key, problem, "copy the model again")
         return float(value)
 
@@ -173,7 +175,7 @@ class ConfigFile:
     def refuse_if(self, key: str, refused: bool) -> None:
         """Reject the value of a key."""
         if refused:
-            raise self.refusal(key, f"is {json.dumps(self.get(key))}")
+            raise self.refusal(key, f"is {_short(self.get(key))}")
 
     def refuse_others(self, harmless: Mapping[str, str]) -> None:
         """Reject keys that nothing has asked for, unless they change no logits.
@@ -196,3 +198,14 @@ class ConfigFile:
 
     def refusal(self, key: str, problem: str, remedy: str = _REMEDY) -> InputError:
         return InputError(f"{self._path}: {key}", problem, remedy)
+
+
+def is_positive(value: Any) -> bool:
+    """Return whether a value is a positive number that a float holds."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value <= sys.float_info.max
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

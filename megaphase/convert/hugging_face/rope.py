@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
 
-from megaphase.convert.hugging_face.config_file import ConfigFile
+from megaphase.convert.hugging_face.config_file import ConfigFile, is_positive
 from megaphase.convert.hugging_face.config_keys import FULL, SLIDING
 from megaphase.model.config import RotaryConfig, RotaryScalingConfig
 from megaphase.model.shape import GPTShape
@@ -108,7 +109,7 @@ def _number(key: str, rope: dict[str, Any], inner: str, config: ConfigFile, befo
     value = rope.get(inner)
     if value is None:
         return before
-    config.refuse_if(key, not isinstance(value, int | float) or not value > 0)
+    config.refuse_if(key, not is_positive(value))
     return float(value)
 
 
@@ -213,6 +214,9 @@ def _scaling(
     length: original_max_position_embeddings beside the dictionary, which transformers prefers.
     """
     kind = rope.get("rope_type", rope.get("type", "default"))
+    config.refuse_if(key, not isinstance(kind, str))
+    numbers = [each for each in rope.values() if isinstance(each, int | float)]
+    config.refuse_if(key, not all(abs(each) <= sys.float_info.max for each in numbers))
     given = {k: v for k, v in rope.items() if v is not None and k not in _EVERYWHERE}
     if kind == "default":
         config.refuse_if(key, bool(given))
@@ -231,11 +235,11 @@ def _scaling(
             problem = f"is {json.dumps(rope)}, and {kind} has no {their_key} that megaphase knows"
             raise config.refusal(key, problem)
     ours = {_KEYS[kind][theirs]: value for theirs, value in given.items()}
-    numbers = {
+    values = {
         k: float(v) if type(v) is int and k != "original_seq_len" else v for k, v in ours.items()
     }
     try:
-        return RotaryScalingConfig.model_validate({"type": kind} | numbers)
+        return RotaryScalingConfig.model_validate({"type": kind} | values)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise config.refusal(key, f"is {json.dumps(rope)}: {reason}", _REMEDY) from None
