@@ -168,6 +168,15 @@ FAMILY_CONFIGS: dict[str, Callable[[], Any]] = {
 }
 # Variants that `make test-slow` computes in several processes, and `make test` in one.
 SLOW = {
+    "Llama, linear, biases",
+    "Llama, YaRN",
+    "Mistral",
+    "Llama 3",
+    "Llama 3.1",
+    "Llama, biases of feed-forward layers",
+    "Qwen 2.5, YaRN",
+    "OLMo 2, all heads",
+    "GPT-NeoX, one after the other",
     "Llama, biases of attention",
     "Apertus, tied, biases",
     "Llama, YaRN of DeepSeek",
