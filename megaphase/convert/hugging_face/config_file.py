@@ -14,6 +14,8 @@ from megaphase.utils.files import read_json
 
 CONFIG_FILE = "config.json"
 _REMEDY = "megaphase has no such model; use another one"
+# Bounds of sizes, those of a run file's.
+_LAYERS, _MOST_LAYERS, _MOST = {"num_hidden_layers", "n_layer"}, 2_000, 1 << 27
 _LONGEST = 100  # characters of a value in a message
 
 _TOKENS = "ids of tokens, which the tokenizer knows"
@@ -152,6 +154,10 @@ class ConfigFile:
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             problem = "is missing" if value is None else f"is {value!r}, not a positive number"
+            raise self.refusal(key, problem, "copy the model again")
+        most = _MOST_LAYERS if key in _LAYERS else _MOST
+        if value > most:
+            problem = f"is {_short(value)}, more than {most:,}"
             raise self.refusal(key, problem, "copy the model again")
         return value
 
