@@ -25,17 +25,8 @@ def recorded(test_file: str) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = defaultdict(dict)
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            str(TESTS / test_file),
-            "-m",
-            "slow or not slow",
-            "-o",
-            "junit_family=xunit1",
-        ]
-        command.append(f"--junitxml={results}")
+        options = ["-m", "slow or not slow", "-o", "junit_family=xunit1", f"--junitxml={results}"]
+        command = [sys.executable, "-m", "pytest", str(TESTS / test_file), *options]
         subprocess.run(command, check=True, stdout=sys.stderr)
         for case in ElementTree.parse(results).iter("testcase"):
             parameter = case.attrib["name"].partition("[")[2].removesuffix("]")

@@ -15,6 +15,7 @@ import torch
 from convert_support import assert_same_shards, megaphase_logits
 from distributed import once, run_ranks
 from megatron_support import (
+    LLAMA,
     build_model,
     make_each_part_count,
     megatron_on_cpu,
@@ -22,6 +23,7 @@ from megatron_support import (
     save_distributed,
     save_model,
 )
+from megatron_support import SHAPES as SIZES
 from rounding import assert_close
 from torch import Tensor
 
@@ -33,21 +35,8 @@ from megaphase.convert.source import open_source
 from megaphase.distributed.all_ranks import process_group
 from megaphase.model.shape import GPTShape
 
-LLAMA = GPTShape(
-    vocab=99, seq_len=24, layers=4, hidden=32, heads=8, kv_heads=4, ffn=48, rotary_base=5000.0
-)
-SHAPES = {
-    "qwen3": replace(LLAMA, qk_norm="head", head_dim=8),
-    "gpt": replace(
-        LLAMA,
-        norm="layernorm",
-        position="learned",
-        activation="gelu",
-        bias=True,
-        tied_embeddings=True,
-        kv_heads=8,
-    ),
-}
+# With a layer for each of the pipeline's stages, virtual ones included.
+SHAPES = {name: replace(SIZES[name], layers=4) for name in ("qwen3", "gpt")}
 PROCESSES = 4
 # Tensor, pipeline and virtual pipeline size.
 LAYOUTS = [(2, 2, None), (1, 2, 2), (2, 1, None)]
