@@ -95,8 +95,8 @@ def extend_tokenizer(
     - unigram: the encoding is the most probable one. If that has no new piece, it was the most
       probable one before.
 
-    The output is what the base is: Megaphase's directory, or Hugging Face's with Megaphase's
-    record. It depends only on the arguments and the text.
+    The output is a directory of the base's kind: one of Megaphase, or one of Hugging Face with
+    Megaphase's record. It depends only on the arguments and the text.
 
     Args:
         base_path: any tokenizer that `Tokenizer.load` takes.

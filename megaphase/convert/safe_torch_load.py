@@ -230,5 +230,5 @@ def _untrusted(path: Path, names: Iterable[str]) -> InputError:
 
 
 def damaged(path: Path) -> InputError:
-    """Return the error for a file that cannot be read as what it should be."""
+    """Return the error for a file that torch cannot load."""
     return InputError(path, "is damaged, or torch.save has not written it", "use another file")

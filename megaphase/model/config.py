@@ -158,9 +158,9 @@ class ModelConfig(Section):
     """Where an attention or feed-forward layer has its norm: `after` it, before its output is added
     to the residual stream (OLMo 2), or `both` before and after (Gemma 2); before it if left out."""
     parallel_residual: bool | None = None
-    """Whether the attention and the feed-forward layer of a block both have its input as theirs,
-    and their outputs are added to it together (GPT-NeoX), rather than the second following the
-    first; `false` if left out."""
+    """Whether the attention and the feed-forward layer of a block both read the block's input, to
+    which their outputs are added together (GPT-NeoX), rather than the second following the first;
+    `false` if left out."""
     position: Literal["rotary", "learned"] | None = None
     """Position embedding; `rotary` if left out."""
     zero_centered_norms: bool | None = None

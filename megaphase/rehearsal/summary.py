@@ -170,8 +170,8 @@ def rehearse_run(
     """Rehearse one rank of a run.
 
     Raises:
-        InputError: the run file is invalid or asks for what is not installed, its layout does not
-            divide, or g++ is missing.
+        InputError: the run file is invalid or needs a package that is not installed, its layout
+            does not divide, or g++ is missing.
         RunError: the rehearsal itself could not be carried out.
     """
     config, tokenizer = open_run(run_file, overrides)
