@@ -1,4 +1,4 @@
-"""A training run: what it is made of, and its loop over phases and steps."""
+"""The loop of a training run over phases and steps."""
 
 from __future__ import annotations
 
@@ -9,188 +9,18 @@ from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
-from rich.console import Console
 
-from megaphase.callbacks.callback import (
-    Callback,
-    CallbackList,
-    HeldOutLoss,
-    StepRecord,
-    ValidationRecord,
-)
-from megaphase.callbacks.divergence_monitor import DivergenceMonitor
-from megaphase.callbacks.early_stopping import EarlyStopping
-from megaphase.callbacks.loss_spikes import LossSpikeDetector
-from megaphase.callbacks.profiling.profiler import Profiler, enough_steps
-from megaphase.callbacks.throughput import throughput_reference
-from megaphase.checkpoint.saver import Saver
+from megaphase.callbacks.callback import StepRecord, ValidationRecord
 from megaphase.checkpoint.state import best_name, full_name
-from megaphase.checkpoint.store import CheckpointStore
 from megaphase.config.phases import PhaseConfig
-from megaphase.config.run import RunConfig
-from megaphase.distributed.all_ranks import on_first_rank, run_on_all_ranks
-from megaphase.distributed.control_group import ControlGroup
-from megaphase.distributed.process_grid import device, start_process_grid
-from megaphase.fault_tolerance.stop_signals import StopSignals
-from megaphase.fault_tolerance.watchdog import Watchdog
-from megaphase.model.parameters import train_flops_per_token
 from megaphase.optim.schedules import learning_rate
 from megaphase.plan.dataset import Batch, StepReader
-from megaphase.plan.preview import bos_sentences
-from megaphase.training.branch import choose_branch
-from megaphase.training.checkpointer import Checkpointer, checkpoint_facts
-from megaphase.training.engine import Engine
-from megaphase.training.evaluator import HeldOutEvaluator
-from megaphase.training.new_tokens import TrainedTokens
-from megaphase.training.rank0_callbacks import first_rank_callbacks
-from megaphase.training.replica_check import ReplicaCheck
-from megaphase.training.resume import (
-    load_checkpoint,
-    newest_checkpoint,
-    newest_name_until,
-    refuse_diverged,
-    report_start,
-    starting_history,
-    starting_state,
-    starting_weights,
-)
-from megaphase.training.resume_point import ResumePoint
-from megaphase.training.run_directory import RunDirectory
-from megaphase.training.startup import (
-    check_inputs,
-    open_plan,
-    run_description,
-    say_on_first_rank,
-)
-from megaphase.training.step_recorder import StepRecorder
+from megaphase.training.run_parts import RunParts
 from megaphase.utils.errors import Stopped
 
 
-class Trainer:
-    """A run from where it starts to its end; every method is called by all ranks.
-
-    Attributes:
-        state: where the run is: between which two steps of which phase.
-    """
-
-    def __init__(
-        self,
-        config: RunConfig,
-        console: Console,
-        watchdog: Watchdog,
-        signals: StopSignals,
-        resources: contextlib.ExitStack,
-        source: str | None,
-    ) -> None:
-        """Check the inputs, build the plan, and find out where the run starts.
-
-        Args:
-            resources: closes at the end of the run what is opened here.
-            source: RUN@NAME or a checkpoint, from which a new run starts; None for others.
-        """
-        self.config, self.console = config, console
-        self.watchdog, self.signals, self._resources = watchdog, signals, resources
-        self.say = say_on_first_rank(console)
-
-        self.branch = branch = run_on_all_ranks(lambda: choose_branch(config, source))
-        self.tokenizer, self.shape, spec = check_inputs(config, branch)
-        self.trained_tokens = run_on_all_ranks(
-            lambda: TrainedTokens.of(config, self.tokenizer.vocab_size, branch)
-        )
-        self.grid = start_process_grid(config.parallel.tensor)
-        self.control_group = ControlGroup()
-        self.directory = RunDirectory(config.output)
-        self.store = CheckpointStore(self.directory.checkpoints, self.control_group, self.say)
-        if branch is not None and branch.is_new:
-            self.store.open(branch.checkpoint)  # verified before anything is written
-        self.plan = open_plan(config, spec, branch, self.say, console)
-        on_first_rank(lambda: resources.enter_context(self.directory.sole_run()))
-
-        self.checkpoint = newest_checkpoint(self.store, self.plan, self.say)
-        self.state = starting_state(config, self.plan, self.checkpoint, branch)
-        self.resume_point = ResumePoint(
-            None if self.checkpoint is None else self.checkpoint.folder.name,
-            self.state.step,
-            partial(setattr, watchdog, "resume_point"),
-        )
-        until = partial(newest_name_until, config, self.store, branch)
-        self.divergence = DivergenceMonitor(config, self.shape.vocab, until)
-        if self.checkpoint is not None:
-            refuse_diverged(self.divergence, self.checkpoint)
-
-    def build(self, profile_steps: int) -> None:
-        """Build the model with the run's initial weights, and the objects that need it."""
-        config = self.config
-        self.engine = Engine(config, self.shape, self.grid, len(self.plan.tasks))
-        for sentence in [
-            *run_description(config, self.shape, self.grid, self.engine.backends),
-            *bos_sentences(self.plan.spec.bos, self.tokenizer),
-        ]:
-            self.say(sentence)
-        weights = starting_weights(self.store, self.checkpoint, self.branch)
-        if weights is not None:
-            load_checkpoint(self.engine, weights)
-        self.replicas = ReplicaCheck(config, self.engine.module, self.grid, self.control_group)
-        self.evaluator = HeldOutEvaluator(
-            self.plan.spec, self.engine, self.tokenizer, config.validation.samples
-        )
-        self.history = starting_history(config, self.checkpoint, self.branch)
-        self.throughput = throughput_reference(
-            config, train_flops_per_token(self.shape), self.grid.world_size
-        )
-
-        # A profile's steps must not overlap.
-        one_later = device().type == "cuda" and profile_steps == 0
-        self.recorder = StepRecorder(self.plan.tasks, self.throughput, one_later=one_later)
-
-        self.early_stopping = EarlyStopping(
-            config.monitor, config.monitored_tasks(), config.stop_conditions()
-        )
-        self.loss_spikes = LossSpikeDetector(config.faults, self.directory.trace)
-        # In the order in which they are called: events that the last ones report follow the row of
-        # their step.
-        self.callbacks = CallbackList(self.say)
-        self.callbacks.extend(self._profilers(profile_steps))
-        if self.grid.is_first:
-            self.callbacks.extend(
-                first_rank_callbacks(
-                    config, self.plan, self.console, self.state, self.checkpoint, self.branch
-                )
-            )
-        self.callbacks.extend([self.early_stopping, self.divergence, self.loss_spikes])
-        best = {}
-        if self.checkpoint is not None:
-            self.callbacks.load_state_dict(self.checkpoint.state)
-            best = self.checkpoint.state["best"]
-
-        self.control_group.on_first_rank(partial(self.store.prepare, best))
-        saver = Saver(
-            self.store,
-            self.control_group,
-            keep=config.checkpoint.keep,
-            asynchronous=config.checkpoint.asynchronous,
-            say=self.say,
-            note=self.resume_point.note_saved,
-        )
-        facts = checkpoint_facts(
-            config, self.shape, self.plan, self.tokenizer.fingerprint, self.grid.world_size
-        )
-        self.checkpointer = Checkpointer(
-            saver,
-            self.engine,
-            self.plan,
-            self.callbacks,
-            self.history,
-            facts | self.trained_tokens.state(),
-            best,
-        )
-        self._last_validation: tuple[int, dict[str, HeldOutLoss]] | None = None
-        self._save_seconds = 0.0
-
-        self._resources.enter_context(self.callbacks)
-        report_start(self.callbacks, self.checkpoint, self.branch, self.state.step)
-        if self.history.doubt:
-            self.say(self.history.doubt)
+class Trainer(RunParts):
+    """A run from where it starts to its end; every method is called by all ranks."""
 
     def run(self) -> None:
         """Train from where the run starts to the end of its last phase.
@@ -442,11 +272,3 @@ class Trainer:
             f"{name} came to rank {rank}: saved after step {step:,}; the same command resumes "
             "from there"
         )
-
-    def _profilers(self, steps: int) -> list[Callback]:
-        """The profiler of the first steps, if that many are left."""
-        if steps == 0 or not enough_steps(steps, self.state.steps_left(self.plan), self.say):
-            return []
-        guards = self.control_group, self.watchdog, self.say
-        folder, throughput = self.directory.profile, self.throughput
-        return [run_on_all_ranks(lambda: Profiler(folder, steps, throughput, *guards))]
