@@ -32,6 +32,7 @@ def _check_references(config: RunConfig) -> None:
                 "give every phase its own name",
             )
     _check_unfreezing(config)
+    _check_phase_models(config)
     for key, mentioned in _mentioned_tasks(config):
         if isinstance(mentioned, str):
             _check_role(config, config.where(key), mentioned)
@@ -53,6 +54,33 @@ def _check_unfreezing(config: RunConfig) -> None:
                 config.where(f"phases[{i}].optimizer_state"),
                 f"is keep, but {before.name} has trained new_embeddings alone",
                 "write reset",
+            )
+
+
+def _check_phase_models(config: RunConfig) -> None:
+    """A phase's own keys of the model go with those of the model section."""
+    model = config.model
+    for i, phase in enumerate(config.phases):
+        if phase.model is None:
+            continue
+        if phase.model.sliding_rotary is not None and model.sliding_window is None:
+            raise InputError(
+                config.where(f"phases[{i}].model.sliding_rotary"),
+                "needs model.sliding_window",
+                "give that, or leave this out",
+            )
+        if model.position != "learned":
+            continue
+        for key in ("rotary_base", "rotary_scaling", "sliding_rotary"):
+            if getattr(phase.model, key) is not None:
+                where = config.where(f"phases[{i}].model.{key}")
+                raise InputError(where, "positions are learned", "leave it out")
+        if (phase.model.seq_len or 0) > model.seq_len:
+            raise InputError(
+                config.where(f"phases[{i}].model.seq_len"),
+                f"is {phase.model.seq_len:,}, but there are learned positions for model.seq_len "
+                f"{model.seq_len:,} alone",
+                "lower it, or use rotary positions",
             )
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from megaphase.callbacks.early_stopping import StopConfig
 from megaphase.config.fields import Count, CountOrZero, Epochs, PhaseName, Section, Steps
+from megaphase.model.config import PhaseModelConfig
 from megaphase.optim.schedules import LearningRateConfig
 from megaphase.plan.mixture import MixtureConfig
 
@@ -44,6 +45,8 @@ class PhaseConfig(Section):
     first_new_token: CountOrZero | None = None
     """Id of the first of these tokens; if left out, the checkpoint with which the run starts
     records it, as those of `convert extend-vocab` do."""
+    model: PhaseModelConfig | None = None
+    """Sequence length and rotary positions of the phase; as in the `model` section if left out."""
     learning_rate: LearningRateConfig
     """Learning-rate schedule."""
     stop: StopConfig = StopConfig()

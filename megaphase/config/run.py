@@ -106,6 +106,11 @@ class RunConfig(Section):
         overfit = stop.overfit.model_copy(update={"tasks": tasks})
         return stop.model_copy(update={"overfit": overfit})
 
+    def phase_model(self, number: int) -> ModelConfig:
+        """The `model` section of a phase, with the keys that the phase itself gives."""
+        own = self.phases[number].model
+        return self.model if own is None else own.over(self.model)
+
     def held_out_fraction(self, task: str) -> float:
         """The fraction of a task's documents that is held out of training."""
         own = self.tasks[task].held_out

@@ -231,3 +231,22 @@ class ModelConfig(Section):
             if getattr(self, key) is not None and self.sliding_window is None:
                 raise ValueError(f"{key} needs sliding_window; give it")
         return self
+
+
+class PhaseModelConfig(Section):
+    """Keys of the `model` section that hold for one phase, in place of their values there. What is
+    left out is as in the `model` section, not as in the phase before."""
+
+    seq_len: SequenceLength | None = None
+    """Sequence length of the phase; with learned positions at most that of the `model` section."""
+    rotary_base: RotaryBase | None = None
+    """Base of the rotary frequencies."""
+    rotary_scaling: RotaryScalingConfig | None = None
+    """Rotary frequencies for longer sequences."""
+    sliding_rotary: RotaryConfig | None = None
+    """Rotary positions of the `sliding` blocks."""
+
+    def over(self, model: ModelConfig) -> ModelConfig:
+        """The model section with the keys that are given here."""
+        given = {key: value for key, value in self if value is not None}
+        return model.model_copy(update=given)

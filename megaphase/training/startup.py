@@ -32,6 +32,7 @@ from megaphase.training.determinism import check_environment, set_environment
 from megaphase.training.new_tokens import TrainedTokens
 from megaphase.training.nvme import prepare_offload
 from megaphase.training.run_directory import RunDirectory
+from megaphase.utils.errors import InputError
 
 
 @contextmanager
@@ -71,6 +72,7 @@ def check_inputs(config: RunConfig, branch: Branch | None) -> tuple[Tokenizer, G
 
 
 def _check_inputs(config: RunConfig, branch: Branch | None) -> tuple[Tokenizer, GPTShape, PlanSpec]:
+    _refuse_phase_models(config)
     config.micro_batches(world_size())
     planned_card(config)
     tokenizer = Tokenizer.load(config.tokenizer)
@@ -86,6 +88,13 @@ def _check_inputs(config: RunConfig, branch: Branch | None) -> tuple[Tokenizer, 
     check_environment(config)
     prepare_offload(config)
     return tokenizer, shape, spec
+
+
+def _refuse_phase_models(config: RunConfig) -> None:
+    for number, phase in enumerate(config.phases):
+        if phase.model is not None:
+            where = config.where(f"phases[{number}].model")
+            raise InputError(where, "no run can be trained with it yet", "leave it out")
 
 
 def open_plan(

@@ -199,6 +199,13 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
         ("{tensor: 1}", "{secondary_partition: 1}",
          "run.yaml: parallel.secondary_partition: must be at least 2; found 1"),
         ("{tensor: 1}", "{zero: 4}", "run.yaml: parallel.zero: must be 0, 1, 2 or 3; found 4"),
+        # the model of a phase
+        ("name: joint", "name: joint\n    model: {seq_len: 128, layers: 2}",
+         "run.yaml: phases[1].model: unknown key 'layers'; the keys here are seq_len, rotary_base, "
+         "rotary_scaling, sliding_rotary"),
+        ("name: joint", "name: joint\n    model: {sliding_rotary: {base: 1e4}}",
+         "run.yaml: phases[1].model.sliding_rotary: needs model.sliding_window; give that, or "
+         "leave this out"),
         # lengths, ends and the monitor
         ("steps: 10", "epochs: {}",
          "run.yaml: phases[1].epochs: must hold at least one entry; found an empty mapping"),
@@ -254,6 +261,33 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
 def test_a_mistake_is_one_line(tmp_path, old, new, said):
     assert GOOD.count(old) >= 1
     assert message(tmp_path, GOOD.replace(old, new, 1)) == said
+
+
+@pytest.mark.parametrize(
+    ("phase", "said"),
+    [
+        (
+            "{seq_len: 65}",
+            "phases[1].model.seq_len: is 65, but there are learned positions for model.seq_len 64 "
+            "alone; lower it, or use rotary positions",
+        ),
+        (
+            "{rotary_base: 5e5}",
+            "phases[1].model.rotary_base: positions are learned; leave it out",
+        ),
+    ],
+)
+def test_learned_positions_end_at_the_seq_len_of_the_model_section(tmp_path, phase, said):
+    text = GOOD.replace("seq_len: 64", "seq_len: 64, position: learned")
+    assert message(tmp_path, text, f"phases.1.model={phase}") == f"run.yaml: {said}"
+
+
+def test_a_phase_has_the_keys_of_the_model_section_beside_its_own(tmp_path):
+    config = load(tmp_path, GOOD, "phases.1.model={seq_len: 256, rotary_base: 5e5}")
+    assert config.phase_model(0) == config.model
+    own = config.phase_model(1)
+    assert (own.seq_len, own.rotary_base) == (256, 5e5)
+    assert own.model_copy(update={"seq_len": 64, "rotary_base": None}) == config.model
 
 
 @pytest.mark.parametrize(
