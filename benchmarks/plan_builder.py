@@ -152,7 +152,7 @@ def prepare_whole(folder: Path, samples: int) -> Path:
 def build_whole(run_file: Path, interrupt_at: float) -> None:
     """Build in this process, and send it Ctrl-C when that part is done."""
     config, spec = open_spec(run_file)
-    samples = sum(phase.steps for phase in spec.phases) * spec.samples_per_step
+    samples = sum(phase.samples for phase in spec.phases)
     done = {"blend of pretrain": 0, "blend of joint": 0, "sample index": 0}
 
     def progress(what: str, now: int, of: int) -> None:
@@ -209,7 +209,7 @@ def report_whole(folder: Path, samples: int) -> None:
     built = watch(run_file)
     index = plan_folder(config.output, spec)
     size = sum(path.stat().st_size for path in index.iterdir())
-    samples = sum(phase.steps for phase in spec.phases) * spec.samples_per_step
+    samples = sum(phase.samples for phase in spec.phases)
     print(f"\nwhole plan: {samples:,} samples, {WHOLE_TASKS} tasks, {builder_threads()} threads")
     print(f"  built in {built.seconds:.1f} s, {built.seconds / samples * 1e9:.0f} ns per sample")
     print(f"  {size / samples:.2f} bytes per sample on disk ({size / 1e9:.2f} GB)")

@@ -45,6 +45,7 @@ class StepRecord:
         step: its number over the whole run. phase_step: within the phase.
         starts: samples of each task that were used before the phase.
         tokens: of the run so far.
+        samples, batch_tokens: of the step's global batch.
         loss: mean in nats a token, before the step; loss_by_task: of the tasks in the batch.
         loss_sums, scored_tokens: by task; nats, and tokens that have a target.
         grad_norm: before clipping.
@@ -58,6 +59,8 @@ class StepRecord:
     phase_step: int
     starts: tuple[int, ...]
     tokens: int
+    samples: int
+    batch_tokens: int
     loss: float
     loss_by_task: Mapping[str, float]
     loss_sums: Mapping[str, float]
@@ -76,6 +79,7 @@ class StepRecord:
             "phase": self.phase,
             "phase_step": self.phase_step,
             "tokens": self.tokens,
+            "samples": self.samples,
             "loss": self.loss,
             "loss_by_task": dict(self.loss_by_task),
             "learning_rate": self.learning_rate,

@@ -1,4 +1,4 @@
-"""The reference for throughput: FLOPs of a step, and the peak of the devices."""
+"""The reference for throughput: FLOPs of a token, and the peak of the devices."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ class ThroughputReference:
     """The constants of a run from which its throughput and MFU are computed.
 
     Attributes:
-        tokens_per_step: of the global batch.
         flops_per_token: of a forward and backward pass.
         peak_flops: of all devices together, None where it is not known.
     """
 
-    tokens_per_step: int
     flops_per_token: int
     peak_flops: float | None
 
@@ -38,7 +36,7 @@ def throughput_reference(
     """Of a run on so many processes."""
     one = device_peak_flops(config)
     peak = None if one is None else one * world_size
-    return ThroughputReference(config.batch.samples * config.model.seq_len, flops_per_token, peak)
+    return ThroughputReference(flops_per_token, peak)
 
 
 def device_peak_flops(config: RunConfig) -> float | None:

@@ -66,7 +66,7 @@ def foreign_state(shape: GPTShape, origin: dict[str, Any]) -> dict[str, Any]:
         "format": CHECKPOINT_FORMAT,
         "origin": origin,
         "model": shape.architecture(),
-        "position": asdict(TrainState(0, 0, 0, 0, (), 0)),
+        "position": asdict(TrainState(0, 0, 0, 0, ())),
         "step": 0,
         "phase_name": None,
         "used": {},

@@ -121,7 +121,7 @@ def _os_errors_named(folder: Path) -> Iterator[None]:
 
 def _check_space(spec: PlanSpec, folder: Path) -> None:
     """Raise RunError if the disk has too little space, before anything is built."""
-    samples = sum(phase.steps for phase in spec.phases) * spec.samples_per_step
+    samples = sum(phase.samples for phase in spec.phases)
     widest = max(np.dtype(stream.start_dtype).itemsize for stream in spec.streams.values())
     needed = samples * (np.dtype(task_dtype(len(spec.streams))).itemsize + 2 * widest)
     free = shutil.disk_usage(folder.parent).free
@@ -175,7 +175,7 @@ def _build_blend(
     files: dict[str, Any],
 ) -> PhaseIndex:
     names = list(spec.streams)
-    samples = phase.steps * spec.samples_per_step
+    samples = phase.samples
     supply = task_supply(spec.streams, dict(zip(names, used, strict=True)))
     requested = requested_rates(phase.mixture, supply)
     rates = effective_rates(phase.mixture, supply, samples, phase.where)

@@ -148,10 +148,10 @@ def trace_command(
         raise InputError(
             "--task", f"{run} has no task {task!r}", f"the tasks are {', '.join(tasks)}"
         )
-    size = plan.spec.samples_per_step
+    phase, phase_step, starts = traced.find_step(step)
+    size = plan.spec.phases[phase].batch.samples_at(phase_step - 1)
     if row is not None and not 0 <= row < size:
         raise InputError("--row", f"a step has no row {row}", f"give 0 to {size - 1:,}")
-    phase, phase_step, starts = traced.find_step(step)
     samples = [
         sample
         for sample in trace_step(plan, phase, phase_step, starts)

@@ -122,11 +122,12 @@ def read_step(
     The global batch of a step does not depend on `ranks`; a rank gets a contiguous part of it.
     `pad_token_id` is the input after the end of a sample; for `starts` see Plan.samples.
     """
-    samples = plan.spec.samples_per_step
+    batch = plan.spec.phases[phase].batch
+    samples = batch.samples_at(step)
     if samples % ranks:
         raise ValueError(f"{ranks} ranks do not divide a step's {samples} samples")
     share = samples // ranks
-    planned = plan.samples(phase, step * samples + rank * share, share, starts)
+    planned = plan.samples(phase, batch.samples_before(step) + rank * share, share, starts)
     inputs, targets, documents = _empty_rows(share, plan.spec.seq_len)
     plan.read(planned, inputs, targets, pad_token_id, documents)
     return _batch(inputs, targets, planned.tasks, documents)

@@ -67,7 +67,7 @@ class Plan:
 
     def counts(self, phase: int, steps: int) -> np.ndarray:
         """Return the samples of every task in the first `steps` steps of a phase, int64 [tasks]."""
-        samples = steps * self.spec.samples_per_step
+        samples = self.spec.phases[phase].batch.samples_before(steps)
         order, counts = self._index.blends[phase]
         if not 0 <= samples <= len(order):
             raise ValueError(f"{self.phases[phase].name} has no {steps} steps")
@@ -151,7 +151,7 @@ class Plan:
         return {
             "fingerprint": spec.fingerprint,
             "seq_len": spec.seq_len,
-            "samples_per_step": spec.samples_per_step,
+            **self._samples_per_step(),
             **({} if spec.bos is None else {"bos": spec.bos}),
             "tasks": {
                 task: {
@@ -164,6 +164,12 @@ class Plan:
             },
             "phases": phases,
         }
+
+    def _samples_per_step(self) -> dict[str, int]:
+        """The samples of a step, where all steps of the run have equally many."""
+        batches = [phase.batch for phase in self.spec.phases]
+        sizes = {stage.samples for batch in batches for stage in batch.stages}
+        return {"samples_per_step": sizes.pop()} if len(sizes) == 1 else {}
 
     def _task_figures(self, phase: PhaseIndex, task: int) -> dict[str, float]:
         stream, samples = self._streams[task], phase.counts[task]

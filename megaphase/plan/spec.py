@@ -13,6 +13,7 @@ from megaphase.config.run import RunConfig
 from megaphase.corpus import Corpus
 from megaphase.corpus.integrity import check_files
 from megaphase.corpus.manifest import MANIFEST_SUFFIX, corpus_file
+from megaphase.plan.batch_schedule import BatchSchedule
 from megaphase.plan.mixture import MixtureConfig, TaskSupply, requested_rates
 from megaphase.plan.packed_stream import PackedStream
 from megaphase.plan.stream import Stream
@@ -35,6 +36,7 @@ class PhaseSpec:
 
     Attributes:
         steps: optimizer steps.
+        batch: the samples of each of them.
         mixture: its `over` is a list of tasks, not a role.
         where: the mixture's place in the run file, for messages.
         order_key: for `order: random`.
@@ -42,10 +44,16 @@ class PhaseSpec:
 
     name: str
     steps: int
+    batch: BatchSchedule
     mixture: MixtureConfig
     where: str
     order: Literal["balanced", "random"]
     order_key: int
+
+    @property
+    def samples(self) -> int:
+        """The samples of all its steps."""
+        return self.batch.samples_before(self.steps)
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,14 @@ class PlanSpec:
     streams: dict[str, Stream]
     held_out: dict[str, Stream]
     phases: list[PhaseSpec]
-    samples_per_step: int
     seq_len: int
     fingerprint: str
     used: dict[str, int]
     bos: int | None = None
+
+    def tokens_at(self, phase: int, step: int) -> int:
+        """The tokens of a step's global batch; step: 0-based in the phase."""
+        return self.phases[phase].batch.samples_at(step) * self.seq_len
 
     @property
     def stream_fingerprints(self) -> dict[str, str]:
@@ -89,14 +100,18 @@ def task_supply(streams: Mapping[str, Stream], used: Mapping[str, int]) -> dict[
 
 
 def _phase_steps(
-    config: RunConfig, number: int, mixture: MixtureConfig, supply: Mapping[str, TaskSupply]
+    config: RunConfig,
+    number: int,
+    batch: BatchSchedule,
+    mixture: MixtureConfig,
+    supply: Mapping[str, TaskSupply],
 ) -> int:
     """Return the optimizer steps of a phase; a budget in tokens or epochs is rounded up."""
-    phase, samples_per_step = config.phases[number], config.batch.samples
+    phase = config.phases[number]
     if phase.steps is not None:
         return phase.steps
     if phase.tokens is not None:
-        return -(-phase.tokens // (samples_per_step * config.model.seq_len))
+        return batch.steps_for(-(-phase.tokens // config.model.seq_len))
     assert phase.epochs is not None
     rates = requested_rates(mixture, supply)
     for task in phase.epochs:
@@ -107,7 +122,7 @@ def _phase_steps(
                 "give it a rate in the mixture, or leave it out here",
             )
     return min(
-        ceil(_samples(epochs, supply[task]) / (rates[task] * samples_per_step))
+        batch.steps_for(ceil(_samples(epochs, supply[task]) / rates[task]))
         for task, epochs in phase.epochs.items()
     )
 
@@ -276,8 +291,9 @@ def _phase_spec(config: RunConfig, number: int, supply: Mapping[str, TaskSupply]
     phase, mixture = config.phases[number], config.phases[number].mixture
     if mixture.over is not None:
         mixture = mixture.model_copy(update={"over": config.selected_tasks(mixture.over)})
-    steps = _phase_steps(config, number, mixture, supply)
-    samples = steps * config.batch.samples
+    batch = BatchSchedule.constant(config.batch.samples)
+    steps = _phase_steps(config, number, batch, mixture, supply)
+    samples = batch.samples_before(steps)
     if samples > MOST_SAMPLES:
         raise InputError(
             config.where(f"phases[{number}].{phase.length_key}"),
@@ -288,6 +304,7 @@ def _phase_spec(config: RunConfig, number: int, supply: Mapping[str, TaskSupply]
     return PhaseSpec(
         phase.name,
         steps,
+        batch,
         mixture,
         config.where(f"phases[{number}].mixture"),
         phase.order,
@@ -361,6 +378,4 @@ def plan_spec(
             "order_of_tasks": list(config.tasks),
         }
     )
-    return PlanSpec(
-        training, held_out, phases, config.batch.samples, seq_len, fingerprint, used, bos
-    )
+    return PlanSpec(training, held_out, phases, seq_len, fingerprint, used, bos)

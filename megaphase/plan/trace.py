@@ -71,8 +71,8 @@ def trace_step(
 
     For `starts` see Plan.samples.
     """
-    size = plan.spec.samples_per_step
-    planned = plan.samples(phase, (phase_step - 1) * size, size, starts)
+    batch, step = plan.spec.phases[phase].batch, phase_step - 1
+    planned = plan.samples(phase, batch.samples_before(step), batch.samples_at(step), starts)
     traced = []
     for task, rows in planned.by_task():
         ordinals = planned.ordinals[rows]

@@ -49,9 +49,7 @@ def check_checkpoint(checkpoint: Checkpoint, plan: Plan) -> None:
     run_on_all_ranks(check)
 
 
-def starting_state(
-    config: RunConfig, plan: Plan, checkpoint: Checkpoint | None, branch: Branch | None
-) -> TrainState:
+def starting_state(plan: Plan, checkpoint: Checkpoint | None, branch: Branch | None) -> TrainState:
     """Where the run's next step is.
 
     Args:
@@ -60,10 +58,9 @@ def starting_state(
     """
     if checkpoint is not None:
         return TrainState.from_json(checkpoint.state["position"])
-    tokens_per_step = config.batch.samples * config.model.seq_len
     starts = tuple(plan.first_ordinals([]).tolist())
     step, tokens = (branch.step, branch.tokens) if branch is not None else (0, 0)
-    return TrainState(0, 0, step, tokens, starts, tokens_per_step)
+    return TrainState(0, 0, step, tokens, starts)
 
 
 def starting_history(

@@ -92,7 +92,7 @@ class RunParts:
         on_first_rank(lambda: resources.enter_context(self.directory.sole_run()))
 
         self.checkpoint = newest_checkpoint(self.store, self.plan, self.say)
-        self.state = starting_state(config, self.plan, self.checkpoint, branch)
+        self.state = starting_state(self.plan, self.checkpoint, branch)
         self.resume_point = ResumePoint(
             None if self.checkpoint is None else self.checkpoint.folder.name,
             self.state.step,

@@ -14,12 +14,14 @@ from megaphase.training.train_state import TrainState
 
 @dataclass(frozen=True)
 class _Step:
-    """A step that has been launched; state: after it."""
+    """A step that has been launched; state: after it. samples, tokens: of its global batch."""
 
     result: StepResult
     state: TrainState
     phase: str
     learning_rate: float
+    samples: int
+    tokens: int
     seconds: StepSeconds
 
 
@@ -45,6 +47,8 @@ class StepRecorder:
         phase: str,
         learning_rate: float,
         *,
+        samples: int,
+        tokens: int,
         began: float,
         data_wait: float,
         save: float,
@@ -53,6 +57,7 @@ class StepRecorder:
 
         Args:
             state: after the step.
+            samples, tokens: of its global batch.
             began: when its batch was there, in seconds of `time.perf_counter`.
             data_wait, save: see StepSeconds.
         """
@@ -60,7 +65,7 @@ class StepRecorder:
         # Two steps that overlap: from one launch to the next, so that no time counts twice.
         train = now - began if before is None else now - self._launched - data_wait - save
         seconds = StepSeconds(data_wait, train, save)
-        self._newest = _Step(result, state, phase, learning_rate, seconds)
+        self._newest = _Step(result, state, phase, learning_rate, samples, tokens, seconds)
         self._launched = now
         if not self._one_later:
             return self.finish()
@@ -80,7 +85,7 @@ class StepRecorder:
         """waited: seconds after its launch for its end."""
         losses, state, seconds = step.result.losses, step.state, step.seconds
         seconds = StepSeconds(seconds.data_wait, seconds.train + waited, seconds.save)
-        speed = self._throughput.tokens_per_step / seconds.total
+        speed = step.tokens / seconds.total
         return StepRecord(
             step=state.step,
             phase=step.phase,
@@ -88,6 +93,8 @@ class StepRecorder:
             phase_step=state.phase_step,
             starts=state.starts,
             tokens=state.tokens,
+            samples=step.samples,
+            batch_tokens=step.tokens,
             loss=losses.mean,
             loss_by_task=losses.by_task(self._tasks),
             loss_sums=dict(zip(self._tasks, losses.loss_sums.tolist(), strict=True)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from megaphase.plan.plan import Plan
@@ -19,7 +19,6 @@ class TrainState:
         step: steps done over the whole run, and the runs that it continues.
         tokens: likewise, of the global batches of these steps.
         starts: samples of each task that were used before the phase.
-        tokens_per_step: of the run's global batch.
     """
 
     phase: int
@@ -27,15 +26,14 @@ class TrainState:
     step: int
     tokens: int
     starts: tuple[int, ...]
-    tokens_per_step: int
 
-    def after_step(self) -> Self:
-        """The position one step of the phase later."""
+    def after_step(self, tokens: int) -> Self:
+        """The position one step of the phase later; tokens: of its global batch."""
         return replace(
             self,
             phase_step=self.phase_step + 1,
             step=self.step + 1,
-            tokens=self.tokens + self.tokens_per_step,
+            tokens=self.tokens + tokens,
         )
 
     def used(self, plan: Plan) -> tuple[int, ...]:
@@ -55,5 +53,6 @@ class TrainState:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Self:
-        """From the value of `dataclasses.asdict`."""
-        return cls(**{**state, "starts": tuple(state["starts"])})
+        """From the value of `dataclasses.asdict`; earlier versions stored `tokens_per_step` too."""
+        known = {each.name: state[each.name] for each in fields(cls)}
+        return cls(**{**known, "starts": tuple(state["starts"])})

@@ -84,7 +84,10 @@ class Trainer(RunParts):
 
     def train_step(self, batch: Batch, data_wait_seconds: float) -> None:
         """Train one step, and report it, or on a GPU the one before; see StepRecorder."""
-        self.state = self.state.after_step()
+        spec, before = self.plan.spec, self.state
+        samples = spec.phases[before.phase].batch.samples_at(before.phase_step)
+        tokens = spec.tokens_at(before.phase, before.phase_step)
+        self.state = before.after_step(tokens)
         step = self.state.step
         rate = learning_rate(self.phase.learning_rate, self.state.phase_step - 1, self.phase_steps)
         self.watchdog.at(f"in step {step:,}")
@@ -93,7 +96,9 @@ class Trainer(RunParts):
         result = self.engine.train_step(batch, rate, step)
         self.replicas.begin(step)
         times = {"began": began, "data_wait": data_wait_seconds, "save": self._save_seconds}
-        record = self.recorder.add(result, self.state, self.phase.name, rate, **times)
+        record = self.recorder.add(
+            result, self.state, self.phase.name, rate, samples=samples, tokens=tokens, **times
+        )
         self._save_seconds = 0.0
         self.resume_point.note_step(step)
         self._report(record)

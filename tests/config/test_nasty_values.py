@@ -129,7 +129,7 @@ def check_run(config: RunConfig) -> None:
     json.dumps([memory, speed], allow_nan=False)
     supply = task_supply(spec.streams, dict.fromkeys(spec.streams, 0))
     for phase, settings_of in zip(spec.phases, config.phases, strict=True):
-        samples = phase.steps * spec.samples_per_step
+        samples = phase.samples
         rates = effective_rates(phase.mixture, supply, samples, phase.where)
         assert sum(rates.values()) == 1
         for step in (0, phase.steps // 2, phase.steps - 1):

@@ -21,6 +21,7 @@ from plan_support import (
 from megaphase.corpus import Corpus
 from megaphase.corpus.format import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
 from megaphase.plan import _builder
+from megaphase.plan.batch_schedule import BatchSchedule
 from megaphase.plan.build import build_index
 from megaphase.plan.index import block_size
 from megaphase.plan.mixture import MixtureConfig
@@ -205,10 +206,26 @@ def test_a_plan_of_65535_tasks(tmp_path):
         for number, name in enumerate(names)
     }
     phases = [
-        PhaseSpec("one", 40_000, MixtureConfig(temperature=3.3), "", "balanced", 1),
-        PhaseSpec("two", 70_000, MixtureConfig(unimax=True, max_epochs=2), "", "random", 2),
+        PhaseSpec(
+            "one",
+            40_000,
+            BatchSchedule.constant(4),
+            MixtureConfig(temperature=3.3),
+            "",
+            "balanced",
+            1,
+        ),
+        PhaseSpec(
+            "two",
+            70_000,
+            BatchSchedule.constant(4),
+            MixtureConfig(unimax=True, max_epochs=2),
+            "",
+            "random",
+            2,
+        ),
     ]
-    spec = PlanSpec(streams, streams, phases, 4, 256, "f" * 32, dict.fromkeys(names, 0))
+    spec = PlanSpec(streams, streams, phases, 256, "f" * 32, dict.fromkeys(names, 0))
     build_index(spec, tmp_path / "index", lambda *_: None)
     plan = Plan(spec, tmp_path / "index")
     for number, phase in enumerate(plan.phases):

@@ -65,7 +65,7 @@ def held_out_blocks(plan: Plan, samples: int) -> set[tuple[str, int]]:
 def first_step_that_only_one_half_reads(plan: Plan, samples: int) -> tuple[int, str, int]:
     """Return a step, a task and a token of a block that only the second half of that step's batch
     reads, and that nothing reads before."""
-    size = plan.spec.samples_per_step
+    size = plan.spec.phases[0].batch.samples_at(0)
     before = held_out_blocks(plan, samples)
     for step in range(1, plan.phases[0].steps + 1):
         traced = trace_step(plan, 0, step)

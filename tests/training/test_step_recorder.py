@@ -113,17 +113,24 @@ def test_no_time_counts_twice_and_none_is_lost(one_later, monkeypatch):
     """Each step: 1 s for its batch, 2 s to launch it, 3 s until it is launched again."""
     now = [0.0]
     monkeypatch.setattr(step_recorder.time, "perf_counter", lambda: now[0])
-    recorder = StepRecorder(["a"], ThroughputReference(64, 1, None), one_later=one_later)
-    state = TrainState(0, 0, 0, 0, (0,), 64)
+    recorder = StepRecorder(["a"], ThroughputReference(1, None), one_later=one_later)
+    state = TrainState(0, 0, 0, 0, (0,))
     records = []
     for _ in range(3):
         now[0] += 1.0
-        state, began = state.after_step(), now[0]
+        state, began = state.after_step(64), now[0]
         now[0] += 2.0
         figures = torch.tensor([4.0 * state.step]).double(), torch.tensor([4.0]).double()
         result = StepResult(*figures, torch.tensor(2.0))
         records.append(
-            recorder.add(result, state, "only", 0.1, began=began, data_wait=1.0, save=0.0)
+            recorder.add(
+                *(result, state, "only", 0.1),
+                samples=4,
+                tokens=64,
+                began=began,
+                data_wait=1.0,
+                save=0.0,
+            )
         )
         now[0] += 3.0
     records.append(recorder.finish())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import statistics
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -64,6 +65,7 @@ class Profiler(Callback):
         self._control_group, self._watchdog, self._say = control_group, watchdog, say
         self._done = 0
         self._waits: list[float] = []
+        self._tokens: list[int] = []
         self._profile = _torch_profiler(steps) if _is_first_of_node() else None
         self._mark = ExitStack()
 
@@ -88,6 +90,7 @@ class Profiler(Callback):
         if self._profile is not None:
             self._profile.step()
         self._waits.append(record.seconds.data_wait)
+        self._tokens.append(record.batch_tokens)
         self._done += 1
         if self._is_over():
             with self._watchdog.patient(f"reading the profile after step {record.step:,}"):
@@ -141,7 +144,7 @@ class Profiler(Callback):
             rank=rank,
             file=file.name,
             model_flops=throughput_reference.flops_per_token
-            * throughput_reference.tokens_per_step
+            * statistics.fmean(self._tokens[WARM_UP_STEPS:])
             / world_size,
             peak_flops=None if peak is None else peak / world_size,
         )
