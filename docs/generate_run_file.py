@@ -52,13 +52,16 @@ def sections(
 ) -> Iterator[tuple[str, type[Section]]]:
     """Key path and class of every section of the run file, in the order of its keys."""
     yield path, model
-    for key, field in model.model_fields.items():
+    for name, field in model.model_fields.items():
+        key = field.alias or name
         for below in _section_classes(field.annotation):
             yield from sections(below, _path(path, key, model))
 
 
 def _path(path: str, key: str, model: type[Section]) -> str:
-    suffix = {"object": ".NAME", "array": "[N]"}.get(_schema(model)[key].get("type", ""), "")
+    schema = _schema(model)[key]
+    types = {each.get("type") for each in (schema, *schema.get("anyOf", ()))}
+    suffix = ".NAME" if "object" in types else "[N]" if "array" in types else ""
     return f"{path}.{key}{suffix}" if path else f"{key}{suffix}"
 
 
@@ -77,7 +80,7 @@ def _schema(model: type[Section]) -> dict[str, dict[str, Any]]:
 def _chapter(path: str, model: type[Section]) -> str:
     above, _, below = inspect.cleandoc(model.__doc__ or "").partition("\n\n")
     meanings = _docstrings(model)
-    rows = [_row(path, model, key, meanings[key]) for key in model.model_fields]
+    rows = [_row(path, model, name, meanings[name]) for name in model.model_fields]
     parts = [f"## {_title(path)}", above, TABLE_HEAD + "\n".join(rows), below]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -100,8 +103,9 @@ def _title(path: str) -> str:
     return f"`{path}`" if path else "Top level"
 
 
-def _row(path: str, model: type[Section], key: str, meaning: str) -> str:
-    field = model.model_fields[key]
+def _row(path: str, model: type[Section], name: str, meaning: str) -> str:
+    field = model.model_fields[name]
+    key = field.alias or name
     below = _section_classes(field.annotation)
     value = _words(_schema(model)[key])
     if below:
@@ -130,8 +134,9 @@ def _default(value: Any) -> str:
 
 def _words(schema: dict[str, Any]) -> str:
     """The values that a JSON schema allows."""
-    if "anyOf" in schema:
-        return " or ".join(_words(each) for each in schema["anyOf"] if each != {"type": "null"})
+    if "anyOf" in schema or "oneOf" in schema:
+        alternatives = schema.get("anyOf") or schema["oneOf"]
+        return " or ".join(_words(each) for each in alternatives if each != {"type": "null"})
     if "$ref" in schema:
         return "mapping"
     if "format" in schema:
@@ -158,6 +163,8 @@ def _words(schema: dict[str, Any]) -> str:
 def _plural(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return _words(schema)
+    if "oneOf" in schema:
+        return " or ".join(_plural(each) for each in schema["oneOf"])
     noun, _, rest = _words(schema).partition(" ")
     return f"{noun}s {rest}".rstrip()
 

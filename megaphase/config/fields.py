@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 from megaphase.utils.decimals import as_written
 from megaphase.utils.names import MOST_BYTES_OF_RUN, check_name, check_phase_name, shown
 from megaphase.utils.paths import expanded_path, resolved_path
-from megaphase.utils.validation_errors import hint
+from megaphase.utils.validation_errors import MAPPING, NUMBER, hint
 
 # Upper bounds of what is counted: far above all that anybody trains, far below what arithmetic in
 # 64 bits, or a loop over it, could not do.
@@ -127,7 +127,14 @@ class Section(BaseModel):
     paragraph of a class's docstring is printed above the table of its keys, the others below.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        strict=True,
+        # For keys that are words of Python: `from_: … = Field(alias="from")`.
+        serialize_by_alias=True,
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -148,11 +155,17 @@ class Section(BaseModel):
             return {}
         if not isinstance(data, dict):
             raise PydanticCustomError("dict_type", "not a mapping")
+        known = [field.alias or name for name, field in cls.model_fields.items()]
         for key in data:
-            if key not in cls.model_fields:
-                what = hint(key, cls.model_fields, "the keys here are")
+            if key not in known:
+                what = hint(key, known, "the keys here are")
                 raise ValueError(f"unknown key {shown(key)}; {what}")
         return data
+
+
+def number_or_mapping(value: Any) -> str:
+    """Tell the two apart, for the Discriminator of a key whose value may be either."""
+    return MAPPING if isinstance(value, dict | Section) else NUMBER
 
 
 def _literals(annotation: Any) -> list[Any]:

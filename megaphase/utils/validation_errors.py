@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from megaphase.utils.errors import InputError
 from megaphase.utils.names import printable, shown
 
+# Tags of the alternatives of a key that is a number or a mapping; they are no part of its path.
+NUMBER, MAPPING = "<number>", "<mapping>"
 _LONGEST = 200  # characters of a value, or of a part of a key, in a message
 _MESSAGES = {
     "int_type": "must be a whole number",
@@ -48,7 +50,8 @@ def hint(name: object, known: Iterable[str], what: str) -> str:
 def as_input_error(path: Path, error: ValidationError) -> InputError:
     """Return the first error in the file as an InputError with the path of the key."""
     first = error.errors(include_url=False)[0]
-    location, kind = first["loc"], first["type"]
+    kind = first["type"]
+    location = tuple(part for part in first["loc"] if part not in (NUMBER, MAPPING))
     if location and location[-1] == "[key]":
         key = _key_path(location[:-2])
         if kind == "value_error":
