@@ -124,6 +124,35 @@ int64_t fill_starts(StreamWalk& walk, Array<Unit>& starts, int64_t documents) {
     return walk.fill(start, samples, documents);
 }
 
+// The arrays into which samples are read, [batch, seq_len] each.
+struct Destination {
+    int64_t *inputs, *targets, *documents;
+    int64_t batch, seq_len;
+
+    Destination(Array<int64_t>& to_inputs, Array<int64_t>& to_targets,
+                std::optional<Array<int64_t>>& to_documents)
+        : inputs(to_inputs.mutable_data()),
+          targets(to_targets.mutable_data()),
+          documents(to_documents ? to_documents->mutable_data() : nullptr),
+          batch(to_inputs.ndim() == 2 ? to_inputs.shape(0) : 0),
+          seq_len(to_inputs.ndim() == 2 ? to_inputs.shape(1) : 0) {
+        require(has_shape(to_inputs) && has_shape(to_targets),
+                "inputs and targets are [batch, seq_len]");
+        require(!to_documents || has_shape(*to_documents), "documents is [batch, seq_len]");
+    }
+
+    Row row(int64_t number) const {
+        require(number >= 0 && number < batch, "a row is out of range");
+        const int64_t at = number * seq_len;
+        return {inputs + at, targets + at, documents ? documents + at : nullptr, seq_len, 0};
+    }
+
+private:
+    bool has_shape(const Array<int64_t>& array) const {
+        return array.ndim() == 2 && array.shape(0) == batch && array.shape(1) == seq_len;
+    }
+};
+
 // Read each sample, given by its number in token order over all epochs, into its row.
 template <typename Unit>
 void read_samples(const Stream& stream, const Array<Unit>& starts, int64_t samples_per_epoch,
@@ -131,26 +160,20 @@ void read_samples(const Stream& stream, const Array<Unit>& starts, int64_t sampl
                   Array<int64_t>& targets, int64_t filler, int64_t ignored,
                   std::optional<Array<int64_t>> documents) {
     require_starts(starts);
-    require(inputs.ndim() == 2 && targets.ndim() == 2 && inputs.shape(0) == targets.shape(0) &&
-                inputs.shape(1) == targets.shape(1) && inputs.shape(1) == stream.seq_len(),
-            "inputs and targets are [batch, seq_len]");
-    require(!documents || (documents->ndim() == 2 && documents->shape(0) == inputs.shape(0) &&
-                           documents->shape(1) == inputs.shape(1)),
-            "documents is [batch, seq_len]");
+    const Destination to(inputs, targets, documents);
+    require(to.seq_len == stream.seq_len(), "inputs and targets are [batch, seq_len]");
     require(numbers.size() == rows.size(), "numbers and rows differ in size");
     require(samples_per_epoch > 0, "samples_per_epoch is positive");
     const auto* start = reinterpret_cast<const Start<Unit>*>(starts.data());
-    const int64_t indexed = starts.shape(0), batch = inputs.shape(0), seq_len = inputs.shape(1);
+    const int64_t indexed = starts.shape(0);
     const int64_t *number = numbers.data(), *row = rows.data(), samples = numbers.size();
-    int64_t *input = inputs.mutable_data(), *target = targets.mutable_data();
-    int64_t* document = documents ? documents->mutable_data() : nullptr;
     py::gil_scoped_release released;
     // All samples are prepared before the first one is read, so that their pages are read from disk
     // concurrently.
     std::vector<Piece> pieces;
     std::vector<size_t> ends;
     for (int64_t i = 0; i < samples; ++i) {
-        require(row[i] >= 0 && row[i] < batch, "a row is out of range");
+        require(row[i] >= 0 && row[i] < to.batch, "a row is out of range");
         if (number[i] < 0 || number[i] >= indexed)
             throw std::out_of_range("a sample lies outside the index");
         const Start<Unit>& at = start[number[i]];
@@ -161,22 +184,82 @@ void read_samples(const Stream& stream, const Array<Unit>& starts, int64_t sampl
     const Piece* piece = pieces.data();
     for (int64_t i = 0; i < samples; ++i) {
         const Piece* end = pieces.data() + ends[i];
-        const int64_t at = row[i] * seq_len;
-        stream.read(piece, end, {input + at, target + at, document ? document + at : nullptr},
-                    {filler, ignored});
+        stream.read(piece, end, to.row(row[i]), {filler, ignored});
         piece = end;
     }
 }
 
-std::vector<std::tuple<int64_t, int64_t, int64_t>> pieces(const Stream& stream, int64_t epoch,
-                                                          int64_t slot, int64_t offset) {
+// A part of a sample: the positions [first, last) of an epoch, whose inputs follow those of the
+// fragment before if that is of the same row.
+struct Fragment {
+    int64_t row, epoch, first, last;
+};
+
+// Read samples that consist of fragments, those of a row in order and next to each other. The index
+// has a start every stream.seq_len() positions; inputs may have any length.
+template <typename Unit>
+void read_fragments(const Stream& stream, const Array<Unit>& starts, int64_t starts_per_epoch,
+                    const Array<int64_t>& fragments, Array<int64_t>& inputs,
+                    Array<int64_t>& targets, int64_t filler, int64_t ignored,
+                    std::optional<Array<int64_t>> documents) {
+    require_starts(starts);
+    const Destination to(inputs, targets, documents);
+    require(fragments.ndim() == 2 && fragments.shape(1) == 4, "fragments is [fragments, 4]");
+    require(starts_per_epoch > 0, "starts_per_epoch is positive");
+    const auto* start = reinterpret_cast<const Start<Unit>*>(starts.data());
+    const auto* fragment = reinterpret_cast<const Fragment*>(fragments.data());
+    const int64_t indexed = starts.shape(0), count = fragments.shape(0), grid = stream.seq_len();
+    py::gil_scoped_release released;
+    std::vector<Piece> pieces;
+    std::vector<size_t> ends;
+    for (int64_t i = 0; i < count; ++i) {
+        const auto [row, epoch, first, last] = fragment[i];
+        require(row >= 0 && row < to.batch, "a row is out of range");
+        require(0 <= first && first < last && last - first <= to.seq_len,
+                "a fragment has 1 to seq_len positions");
+        if (epoch < 0 || epoch > indexed / starts_per_epoch || first / grid >= starts_per_epoch ||
+            epoch * starts_per_epoch + first / grid >= indexed)
+            throw std::out_of_range("a sample lies outside the index");
+        const Start<Unit>& at = start[epoch * starts_per_epoch + first / grid];
+        stream.prepare_tokens(epoch, static_cast<int64_t>(at.slot),
+                              static_cast<int64_t>(at.offset) + first % grid, last - first + 1,
+                              pieces);
+        ends.push_back(pieces.size());
+    }
+    const Piece* piece = pieces.data();
+    int64_t filled = 0;
+    const Piece* first_piece = piece;  // of the row
+    for (int64_t i = 0; i < count; ++i) {
+        if (i == 0 || fragment[i].row != fragment[i - 1].row) {
+            filled = 0;
+            first_piece = piece;
+        }
+        const int64_t positions = fragment[i].last - fragment[i].first;
+        const bool is_last = i + 1 == count || fragment[i + 1].row != fragment[i].row;
+        Row row = to.row(fragment[i].row).from(filled, piece - first_piece);
+        require(positions <= row.length, "the fragments of a row exceed seq_len");
+        if (!is_last) row.length = positions;
+        const Piece* end = pieces.data() + ends[i];
+        stream.read(piece, end, row, {filler, ignored});
+        filled += positions;
+        piece = end;
+    }
+}
+
+using Tuples = std::vector<std::tuple<int64_t, int64_t, int64_t>>;
+
+// (document, offset, tokens) of every piece.
+Tuples as_tuples(const std::vector<Piece>& pieces) {
+    Tuples found;
+    for (const Piece& piece : pieces) found.emplace_back(piece.document, piece.offset, piece.tokens);
+    return found;
+}
+
+Tuples pieces(const Stream& stream, int64_t epoch, int64_t slot, int64_t offset) {
     require(slot >= 0 && offset >= 0, "slot and offset are not negative");
     std::vector<Piece> prepared;
     stream.prepare(epoch, slot, offset, prepared);
-    std::vector<std::tuple<int64_t, int64_t, int64_t>> found;
-    for (const Piece& piece : prepared)
-        found.emplace_back(piece.document, piece.offset, piece.tokens);
-    return found;
+    return as_tuples(prepared);
 }
 
 // Convert a stream's ordinals to sample numbers in token order.
@@ -192,6 +275,15 @@ Array<int64_t> shuffle_samples(const Array<int64_t>& ordinals, int64_t samples_p
         number[i] = shuffle(ordinal[i]);
     }
     return numbers;
+}
+
+// The pieces of a fragment of an epoch whose start is given by (slot, offset); see prepare_tokens.
+Tuples pieces_of_tokens(const Stream& stream, int64_t epoch, int64_t slot, int64_t offset,
+                        int64_t tokens) {
+    require(slot >= 0 && offset >= 0, "slot and offset are not negative");
+    std::vector<Piece> prepared;
+    stream.prepare_tokens(epoch, slot, offset, tokens, prepared);
+    return as_tuples(prepared);
 }
 
 template <typename Length, typename Token>
@@ -214,6 +306,10 @@ void bind_for_starts(py::class_<Stream>& stream, py::class_<StreamWalk>& walk) {
                py::arg("rows").noconvert(), py::arg("inputs").noconvert(),
                py::arg("targets").noconvert(), py::arg("filler"), py::arg("ignored"),
                py::arg("documents").noconvert() = py::none());
+    stream.def("read_fragments", &read_fragments<Unit>, py::arg("starts").noconvert(),
+               py::arg("starts_per_epoch"), py::arg("fragments").noconvert(),
+               py::arg("inputs").noconvert(), py::arg("targets").noconvert(), py::arg("filler"),
+               py::arg("ignored"), py::arg("documents").noconvert() = py::none());
 }
 
 // Python's WrongTokensError has the first token of the wrong part, and the one after its last.
@@ -272,6 +368,10 @@ PYBIND11_MODULE(_builder, module) {
     auto stream = py::class_<Stream>(module, "Stream")
                       .def("walk", &Stream::walk, py::arg("epoch"), py::keep_alive<0, 1>())
                       .def("pieces", &pieces, py::arg("epoch"), py::arg("slot"), py::arg("offset"))
+                      .def("pieces_of_tokens", &pieces_of_tokens, py::arg("epoch"),
+                           py::arg("slot"), py::arg("offset"), py::arg("tokens"))
+                      .def("with_seq_len", &Stream::with_seq_len, py::arg("seq_len"),
+                           py::keep_alive<0, 1>())
                       .def("totals", [](const Stream& self) {
                           py::gil_scoped_release released;
                           const Totals totals = self.totals();

@@ -110,6 +110,18 @@ int64_t for_each_piece(const Documents<Length>& documents, const KeyedPermutatio
     return found;
 }
 
+// Move (slot, offset), whose offset may lie beyond its document's end, to the document with this
+// token. Behind the epoch's last token, slot is the number of documents.
+template <typename Length>
+void find_token(const Documents<Length>& documents, const KeyedPermutation& order, int64_t& slot,
+                int64_t& offset) {
+    for (; slot < documents.count; ++slot) {
+        const int64_t length = documents.length(order(slot));
+        if (offset < length) return;
+        offset -= length;
+    }
+}
+
 // Permutes the samples of an epoch within windows. Maps a stream's ordinals to sample numbers in
 // token order: epoch * samples_per_epoch + position in the epoch.
 class SampleShuffle {

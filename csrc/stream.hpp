@@ -23,10 +23,18 @@ struct Piece {
     int64_t document, offset, tokens;
 };
 
-// The destination of a sample, [seq_len] each. If `documents` is not null, it receives the index of
-// every input's document within the sample, and no token predicts a token of another document.
+// The destination of a sample or a part of it, [length] each. If `documents` is not null, it receives
+// the index of every input's document, from `first_document` on, and no token predicts a token of
+// another document.
 struct Row {
     int64_t *inputs, *targets, *documents;
+    int64_t length, first_document;
+
+    // The part from this position on, whose documents count from this one.
+    Row from(int64_t position, int64_t document) const {
+        return {inputs + position, targets + position, documents ? documents + position : nullptr,
+                length - position, document};
+    }
 };
 
 // The input at empty positions, and the target of positions without a loss.
@@ -47,12 +55,18 @@ class Stream {
 public:
     virtual ~Stream() = default;
     virtual int64_t seq_len() const = 0;
+    // The same documents with samples of another length.
+    virtual std::unique_ptr<Stream> with_seq_len(int64_t seq_len) const = 0;
     virtual Totals totals() const = 0;
     virtual std::unique_ptr<StreamWalk> walk(int64_t epoch) const = 0;
     // Append the pieces of the sample that begins at (slot, offset) of an epoch to `pieces`, and
     // ask the operating system to read their tokens ahead.
     virtual void prepare(int64_t epoch, int64_t slot, int64_t offset,
                          std::vector<Piece>& pieces) const = 0;
+    // Likewise the pieces of `tokens` tokens from the token at `offset` on, counted from the slot's
+    // first one; it may be in a later document.
+    virtual void prepare_tokens(int64_t epoch, int64_t slot, int64_t offset, int64_t tokens,
+                                std::vector<Piece>& pieces) const = 0;
     // Write a sample; its tokens are verified if they have not been before. Empty positions get the
     // blanks, and belong to the last document.
     virtual void read(const Piece* first, const Piece* last, const Row& row,
@@ -125,6 +139,12 @@ public:
 
     int64_t seq_len() const override { return seq_len_; }
 
+    std::unique_ptr<Stream> with_seq_len(int64_t seq_len) const override {
+        auto other = std::make_unique<CorpusStream>(*this);
+        other->set_seq_len(seq_len);
+        return other;
+    }
+
     Totals totals() const override { return documents_.totals(); }
 
     std::unique_ptr<StreamWalk> walk(int64_t epoch) const override {
@@ -136,18 +156,25 @@ public:
         for_each_piece(documents_, order(epoch), slot, offset, seq_len_ + 1, adder(pieces));
     }
 
+    void prepare_tokens(int64_t epoch, int64_t slot, int64_t offset, int64_t tokens,
+                        std::vector<Piece>& pieces) const override {
+        const KeyedPermutation permutation = order(epoch);
+        find_token(documents_, permutation, slot, offset);
+        for_each_piece(documents_, permutation, slot, offset, tokens, adder(pieces));
+    }
+
     void read(const Piece* first, const Piece* last, const Row& row,
               const Blanks& blanks) const override {
         int64_t found = 0;  // token i of the sample is input i and target i - 1
         for (const Piece* piece = first; piece != last; ++piece) {
             const Token* begin = file_.at(*piece);
-            const int64_t inputs = std::min(piece->tokens, seq_len_ - found);
+            const int64_t inputs = std::min(piece->tokens, row.length - found);
             std::copy(begin, begin + inputs, row.inputs + found);
-            if (row.documents) std::fill_n(row.documents + found, inputs, piece - first);
+            if (row.documents) std::fill_n(row.documents + found, inputs, row.first_document + (piece - first));
             const bool after_bos = bos_ && piece->offset == 0 && found > 0;
             if (after_bos) {
                 row.inputs[found - 1] = *bos_;
-                if (row.documents) row.documents[found - 1] = piece - first;
+                if (row.documents) row.documents[found - 1] = row.first_document + (piece - first);
             }
             // The first token of a sample has no input that precedes it; nor, if documents are
             // separated, has the first token of a document without BOS.
@@ -160,16 +187,21 @@ public:
             found += piece->tokens;
         }
         if (found == 0) throw std::out_of_range("a sample lies outside its epoch");
-        const int64_t inputs = std::min(found, seq_len_);
-        std::fill(row.inputs + inputs, row.inputs + seq_len_, blanks.filler);
-        std::fill(row.targets + found - 1, row.targets + seq_len_, blanks.ignored);
+        const int64_t inputs = std::min(found, row.length);
+        std::fill(row.inputs + inputs, row.inputs + row.length, blanks.filler);
+        std::fill(row.targets + found - 1, row.targets + row.length, blanks.ignored);
         if (row.documents)
-            std::fill(row.documents + inputs, row.documents + seq_len_, row.documents[inputs - 1]);
+            std::fill(row.documents + inputs, row.documents + row.length, row.documents[inputs - 1]);
     }
 
 protected:
     // The number of a piece's first tokens without a loss, whatever precedes them.
     virtual int64_t unscored(const Piece&) const { return 0; }
+
+    void set_seq_len(int64_t seq_len) {
+        if (seq_len < 1) throw std::invalid_argument("seq_len is positive");
+        seq_len_ = seq_len;
+    }
 
     KeyedPermutation order(int64_t epoch) const {
         return KeyedPermutation(documents_.count, member_key(key_, epoch));

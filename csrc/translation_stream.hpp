@@ -20,6 +20,12 @@ class TranslationStream final : public CorpusStream<Length, Token> {
 public:
     TranslationStream(Base base, Token tag) : Base(std::move(base)), tag_(tag) {}
 
+    std::unique_ptr<Stream> with_seq_len(int64_t seq_len) const override {
+        auto other = std::make_unique<TranslationStream>(*this);
+        other->set_seq_len(seq_len);
+        return other;
+    }
+
     std::unique_ptr<StreamWalk> walk(int64_t epoch) const override {
         return walk_of(SampleWalk<Length, PackedCut>(this->documents_, this->order(epoch),
                                                      PackedCut(this->seq_len_)));

@@ -45,6 +45,7 @@ class Stream:
         vocab_size: int = ...,
         bos: int | None = None,
     ) -> None: ...
+    def with_seq_len(self, seq_len: int) -> Stream: ...
     def totals(self) -> tuple[int, int]: ...
     def walk(self, epoch: int) -> StreamWalk: ...
     def pieces(self, epoch: int, slot: int, offset: int) -> list[tuple[int, int, int]]: ...
@@ -54,6 +55,20 @@ class Stream:
         samples_per_epoch: int,
         numbers: np.ndarray,
         rows: np.ndarray,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        filler: int,
+        ignored: int,
+        documents: np.ndarray | None = None,
+    ) -> None: ...
+    def pieces_of_tokens(
+        self, epoch: int, slot: int, offset: int, tokens: int
+    ) -> list[tuple[int, int, int]]: ...
+    def read_fragments(
+        self,
+        starts: np.ndarray,
+        starts_per_epoch: int,
+        fragments: np.ndarray,
         inputs: np.ndarray,
         targets: np.ndarray,
         filler: int,
