@@ -35,7 +35,8 @@ from megaphase.corpus import Corpus
 from megaphase.plan import _builder
 from megaphase.plan.build import ensure_built, plan_folder
 from megaphase.plan.index import block_size, builder_threads
-from megaphase.plan.stream import DOCUMENTS_PER_CALL, Stream
+from megaphase.plan.stream import Stream
+from megaphase.plan.task_documents import DOCUMENTS_PER_CALL
 from megaphase.utils.errors import EXIT_WRONG_INPUT
 
 matplotlib.use("Agg")

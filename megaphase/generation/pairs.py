@@ -9,8 +9,8 @@ import numpy as np
 from megaphase.config.run import RunConfig
 from megaphase.corpus import Corpus
 from megaphase.corpus.integrity import check_document, check_files
-from megaphase.plan.spec import open_task_corpus
 from megaphase.plan.split import HashRange, held_out_hashes
+from megaphase.plan.task_corpora import open_task_corpus
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 from megaphase.utils.validation_errors import hint

@@ -29,8 +29,10 @@ from megaphase.plan.index import (
     task_dtype,
 )
 from megaphase.plan.mixture import effective_rates, integer_weights, requested_rates
-from megaphase.plan.spec import FORMAT_VERSION, PhaseSpec, PlanSpec, task_supply
-from megaphase.plan.stream import DOCUMENTS_PER_CALL, Stream
+from megaphase.plan.position import StreamPosition
+from megaphase.plan.spec import FORMAT_VERSION, PhaseSpec, PlanSpec
+from megaphase.plan.task_documents import DOCUMENTS_PER_CALL
+from megaphase.plan.task_stream import TaskStream
 from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.files import (
     atomic_write_json,
@@ -147,12 +149,13 @@ def build_index(
         directory_written_aside(folder, discard) as aside,
         BuildPool(threads or builder_threads(), progress) as pool,
     ):
-        used = list(spec.used.values())
+        used = list(spec.starts)
         phases: list[PhaseIndex] = []
         files: dict[str, Any] = {}
         for number, phase in enumerate(spec.phases):
             phases.append(_build_blend(aside, number, phase, spec, used, pool, files))
-            used = [a + b for a, b in zip(used, phases[-1].counts, strict=True)]
+            counts = phases[-1].counts
+            used = [at.after(phase.kind, n) for at, n in zip(used, counts, strict=True)]
         starts = _build_starts(aside, spec, used, pool, files)
         header = {
             "format": FORMAT_VERSION,
@@ -170,13 +173,13 @@ def _build_blend(
     number: int,
     phase: PhaseSpec,
     spec: PlanSpec,
-    used: list[int],
+    used: list[StreamPosition],
     pool: BuildPool,
     files: dict[str, Any],
 ) -> PhaseIndex:
     names = list(spec.streams)
     samples = phase.samples
-    supply = task_supply(spec.streams, dict(zip(names, used, strict=True)))
+    supply = spec.supply(number, used)
     requested = requested_rates(phase.mixture, supply)
     rates = effective_rates(phase.mixture, supply, samples, phase.where)
     blend = make_blend(phase, [rates[task] for task in names], samples)
@@ -189,7 +192,7 @@ def _build_blend(
         samples,
         [float(requested[task]) for task in names],
         [float(rates[task]) for task in names],
-        list(used),
+        [at.samples for at in used],
         list(blend.counts),
     )
 
@@ -230,19 +233,26 @@ def _write_blend(
 
 
 def _build_starts(
-    folder: Path, spec: PlanSpec, used: list[int], pool: BuildPool, files: dict[str, Any]
+    folder: Path,
+    spec: PlanSpec,
+    used: list[StreamPosition],
+    pool: BuildPool,
+    files: dict[str, Any],
 ) -> list[list[int]]:
     """Write where the samples of all tasks begin; return [first byte, samples] of every task.
 
     The epochs that an earlier run has used up are holes in the file.
     """
-    streams, before = list(spec.streams.values()), list(spec.used.values())
+    streams = list(spec.task_streams.values())
     sizes = [
-        stream.index_sizes(last) if last > first else []
-        for stream, first, last in zip(streams, before, used, strict=True)
+        stream.index_sizes(first, last)
+        for stream, first, last in zip(streams, spec.starts, used, strict=True)
     ]
     samples = [sum(each) for each in sizes]
-    epochs = [stream.first_indexed_epoch(n) for stream, n in zip(streams, before, strict=True)]
+    epochs = [
+        stream.first_indexed_epoch(first)
+        for stream, first in zip(streams, spec.starts, strict=True)
+    ]
     to_write = [sum(each[epoch:]) for each, epoch in zip(sizes, epochs, strict=True)]
     lengths = [_aligned(n * _row_bytes(stream)) for stream, n in zip(streams, samples, strict=True)]
     first_bytes = list(accumulate(lengths, initial=0))
@@ -269,7 +279,7 @@ def _build_starts(
 
 
 def _write_starts(
-    stream: Stream,
+    stream: TaskStream,
     sizes: list[int],
     first_epoch: int,
     descriptor: int,
@@ -287,13 +297,11 @@ def _write_starts(
             pool.advance(filled)
             size -= filled
             if size > 0 and walk.at_end:
-                raise InputError(
-                    stream.corpus.prefix, "changed while the plan was built", "start again"
-                )
+                raise InputError(stream.prefix, "changed while the plan was built", "start again")
     return writer.finish()
 
 
-def _row_bytes(stream: Stream) -> int:
+def _row_bytes(stream: TaskStream) -> int:
     return 2 * np.dtype(stream.start_dtype).itemsize
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megaphase.model.document_mask import DocumentBounds
-from megaphase.plan.plan import Plan
+from megaphase.plan.plan import Plan, Starts
 from megaphase.plan.stream import Stream
 from megaphase.utils.targets import IGNORED_TARGET
 
@@ -115,7 +115,7 @@ def read_step(
     rank: int,
     ranks: int,
     pad_token_id: int,
-    starts: np.ndarray | None = None,
+    starts: Starts | None = None,
 ) -> Batch:
     """The rows of one optimizer step (0-based in its phase) for one of `ranks` data-parallel ranks.
 
@@ -128,7 +128,7 @@ def read_step(
         raise ValueError(f"{ranks} ranks do not divide a step's {samples} samples")
     share = samples // ranks
     planned = plan.samples(phase, batch.samples_before(step) + rank * share, share, starts)
-    inputs, targets, documents = _empty_rows(share, plan.spec.seq_len)
+    inputs, targets, documents = _empty_rows(share, plan.spec.phases[phase].kind.seq_len)
     plan.read(planned, inputs, targets, pad_token_id, documents)
     return _batch(inputs, targets, planned.tasks, documents)
 
@@ -161,16 +161,16 @@ class StepReader:
         rank: int,
         ranks: int,
         pad_token_id: int,
-        starts: np.ndarray | None = None,
+        starts: Starts | None = None,
     ) -> None:
-        """See read_step; starts: int64 [tasks], if an earlier phase has ended early."""
+        """See read_step; starts: if an earlier phase has ended early."""
         self.wait_seconds = 0.0
         self._plan, self._phase = plan, phase
         self._rank, self._ranks, self._pad_token_id, self._starts = (
             rank,
             ranks,
             pad_token_id,
-            starts,
+            plan.phase_start(phase, starts),
         )
 
     def steps(self, first: int, last: int) -> Iterator[Batch]:

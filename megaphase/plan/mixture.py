@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, Self
@@ -60,11 +60,24 @@ class MixtureConfig(Section):
 
 @dataclass(frozen=True)
 class TaskSupply:
-    """A task's training tokens and samples in one epoch, and the samples that are already used."""
+    """A task's training tokens and samples in one epoch, and the samples that are already used.
+
+    Attributes:
+        samples_until: returns the samples between those that are used and so many epochs since the
+            start of the run; needed if the used ones have another length.
+    """
 
     tokens: int
     samples_per_epoch: int
     samples_used: int
+    samples_until: Callable[[Fraction], int] | None = None
+
+    def room(self, max_epochs: float) -> int:
+        """Return the samples that are left of `max_epochs` epochs."""
+        epochs = as_written(max_epochs)
+        if self.samples_until is not None:
+            return self.samples_until(epochs)
+        return max(0, int(epochs * self.samples_per_epoch) - self.samples_used)
 
 
 Rates = dict[str, Fraction]
@@ -101,10 +114,7 @@ def effective_rates(
     requested = requested_rates(mixture, supply)
     if mixture.max_epochs is None:
         return requested
-    room = {
-        task: max(0, int(as_written(mixture.max_epochs) * s.samples_per_epoch) - s.samples_used)
-        for task, s in supply.items()
-    }
+    room = {task: each.room(mixture.max_epochs) for task, each in supply.items()}
     shares = {task: rate * samples for task, rate in requested.items() if rate > 0}
     if sum(room[task] for task in shares) < samples:
         figures = ", ".join(f"{task} {room[task]:,}" for task in shares)

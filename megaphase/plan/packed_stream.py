@@ -11,7 +11,9 @@ from __future__ import annotations
 import numpy as np
 
 from megaphase.plan import _builder
-from megaphase.plan.stream import DOCUMENTS_PER_CALL, Stream
+from megaphase.plan.remainder import Remainder
+from megaphase.plan.stream import Piece, Stream
+from megaphase.plan.task_documents import DOCUMENTS_PER_CALL
 
 # Number of starts that are counted at a time, without storing them.
 COUNTED_STARTS = 1 << 16
@@ -35,10 +37,6 @@ class PackedStream(Stream):
         """Return the size of the one epoch that an index for the ordinals [0, ordinals) stores."""
         return [self.samples_per_epoch] if ordinals else []
 
-    def first_indexed_epoch(self, first_ordinal: int) -> int:
-        """Return 0: all epochs need the one that the index stores."""
-        return 0
-
     def walk(self, epoch: int) -> _builder.StreamWalk:
         """Return a walk through an epoch's samples in token order, the same for all epochs."""
         return super().walk(0)
@@ -50,6 +48,13 @@ class PackedStream(Stream):
     def index_rows(self, numbers: np.ndarray) -> np.ndarray:
         """Return the rows of the index that store where these samples begin, int64 [n]."""
         return numbers % self.samples_per_epoch
+
+    def sample_pieces(
+        self, starts: np.ndarray, number: int, rest: Remainder | None = None
+    ) -> list[list[Piece]]:
+        """Return the pieces of a sample, as one fragment; see Stream."""
+        slot, offset = starts[number % self.samples_per_epoch].tolist()
+        return [self.pieces(0, slot, offset)]
 
     def pieces(self, epoch: int, slot: int, offset: int) -> list[tuple[int, int, int]]:
         """Return (document, offset, tokens) of the pieces of the sample that begins there."""

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from megaphase.plan import _builder
-from megaphase.plan.index import PhaseIndex, StoredIndex, block_size
+from megaphase.plan.index import StoredIndex, block_size
+from megaphase.plan.position import SampleKind, StreamPosition
 from megaphase.plan.spec import PlanSpec
+from megaphase.plan.stream_part import StreamPart
+from megaphase.plan.task_stream import TaskStream
 
 # In epochs; repeating a corpus more often has little value (Muennighoff et al. 2023).
 REPEATED_TOO_OFTEN = 4.0
@@ -23,10 +27,12 @@ class PlannedSamples:
 
     tasks:    int64 [samples], the index of each sample's task
     ordinals: int64 [samples], the sample's number in the task's stream
+    start:    of their phase
     """
 
     tasks: np.ndarray
     ordinals: np.ndarray
+    start: PhaseStart
 
     def by_task(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield every task in the batch, in order, with the rows of its samples."""
@@ -35,20 +41,47 @@ class PlannedSamples:
         yield from zip(tasks.tolist(), np.split(in_groups, firsts[1:]), strict=True)
 
 
-@dataclass(frozen=True)
-class SampleLocations:
-    """Where samples of one task begin.
+class PhaseStart:
+    """The positions from which the tasks' streams continue in a phase.
 
-    epochs:    int64 [samples]
-    positions: int64 [samples], of the sample in its epoch's token order
-    slots:     int64 [samples], of its first document in the epoch's order of documents
-    offsets:   int64 [samples], token offset in that document
+    Attributes:
+        positions: of every task.
+        ordinals: int64 [tasks], of the first samples.
     """
 
-    epochs: np.ndarray
-    positions: np.ndarray
-    slots: np.ndarray
-    offsets: np.ndarray
+    def __init__(
+        self,
+        streams: Sequence[TaskStream],
+        positions: Sequence[StreamPosition],
+        kind: SampleKind,
+        starts: Sequence[np.ndarray],
+    ) -> None:
+        """
+        Args:
+            kind: of the phase's samples.
+            starts: of every task, see StoredIndex.
+        """
+        self.positions = list(positions)
+        self.ordinals = np.array([each.samples for each in positions], np.int64)
+        self._streams, self._kind, self._starts = streams, kind, starts
+        self._parts: dict[int, StreamPart] = {}
+        self._lock = Lock()
+
+    def part(self, task: int) -> StreamPart:
+        """Return the task's samples from its position on."""
+        part = self._parts.get(task)
+        if part is None:
+            with self._lock:
+                part = self._parts.get(task)
+                if part is None:
+                    start, stream = self.positions[task], self._streams[task]
+                    part = stream.part(start, self._kind, self._starts[task])
+                    self._parts[task] = part
+        return part
+
+
+# Where a phase begins: at these ordinals, if all samples of the run are of one kind, or positions.
+Starts = np.ndarray | Sequence[StreamPosition] | PhaseStart
 
 
 class Plan:
@@ -61,9 +94,10 @@ class Plan:
         self._index = StoredIndex(folder, spec)
         self.phases = self._index.phases
         self._block = block_size(len(self.tasks))
-        self._streams = list(spec.streams.values())
+        self._task_streams = list(spec.task_streams.values())
         self._used = np.array([spec.used[task] for task in self.tasks], np.int64)
         self._first_ordinals = [np.array(phase.starts, np.int64) for phase in self.phases]
+        self._planned: dict[int, PhaseStart] = {}
 
     def counts(self, phase: int, steps: int) -> np.ndarray:
         """Return the samples of every task in the first `steps` steps of a phase, int64 [tasks]."""
@@ -81,33 +115,64 @@ class Plan:
         [tasks]."""
         return self._used + sum(self.counts(i, steps) for i, steps in enumerate(phase_steps))
 
+    def positions(self, phase_steps: Sequence[int]) -> list[StreamPosition]:
+        """Return the positions from which streams continue after phases of these lengths."""
+        positions = self.spec.starts
+        for number, steps in enumerate(phase_steps):
+            positions = self.advanced(positions, number, self.counts(number, steps))
+        return positions
+
+    def advanced(
+        self, positions: Sequence[StreamPosition], phase: int, counts: np.ndarray
+    ) -> list[StreamPosition]:
+        """Return the positions after `counts` samples of every task, int64 [tasks], of a phase."""
+        kind = self.spec.phases[phase].kind
+        return [at.after(kind, n) for at, n in zip(positions, counts.tolist(), strict=True)]
+
+    def phase_start(self, phase: int, starts: Starts | None = None) -> PhaseStart:
+        """Return where the streams continue in a phase, by default as planned.
+
+        Raises:
+            ValueError: the phase cannot begin there.
+        """
+        if isinstance(starts, PhaseStart):
+            return starts
+        if starts is None:
+            if phase not in self._planned:
+                planned = self.spec.starts
+                for number in range(phase):
+                    counts = np.array(self.phases[number].counts, np.int64)
+                    planned = self.advanced(planned, number, counts)
+                self._planned[phase] = self._start(phase, planned)
+            return self._planned[phase]
+        if isinstance(starts, np.ndarray):
+            if not self.spec.has_one_kind:
+                raise ValueError("samples have several lengths: ordinals alone are no position")
+            kind = self.spec.phases[phase].kind
+            starts = [StreamPosition().after(kind, n) for n in starts.tolist()]
+        ordinals = np.array([each.samples for each in starts], np.int64)
+        if ((ordinals < self._used) | (ordinals > self._first_ordinals[phase])).any():
+            raise ValueError(f"{self.phases[phase].name} cannot begin at ordinals {ordinals}")
+        return self._start(phase, starts)
+
+    def _start(self, phase: int, positions: Sequence[StreamPosition]) -> PhaseStart:
+        kind = self.spec.phases[phase].kind
+        return PhaseStart(self._task_streams, positions, kind, self._index.starts)
+
     def samples(
-        self, phase: int, first: int, count: int, starts: np.ndarray | None = None
+        self, phase: int, first: int, count: int, starts: Starts | None = None
     ) -> PlannedSamples:
         """Return the samples [first, first + count) of a phase, in order.
 
-        starts: int64 [tasks], the ordinals at which the streams continue, if an earlier phase has
-                ended early; by default those of the plan
+        starts: from where the streams continue, if an earlier phase has ended early; by default
+                from where the plan has them continue
         """
-        planned = self._first_ordinals[phase]
-        if starts is None:
-            starts = planned
-        elif ((starts < self._used) | (starts > planned)).any():
-            raise ValueError(f"{self.phases[phase].name} cannot begin at ordinals {starts}")
+        start = self.phase_start(phase, starts)
         order, counts = self._index.blends[phase]
         ordinals = np.empty(count, np.int64)
         _builder.phase_ordinals(order, counts, self._block, first, ordinals)
         tasks = order[first : first + count].astype(np.int64)
-        return PlannedSamples(tasks, ordinals + starts[tasks])
-
-    def locate(self, task: int, ordinals: np.ndarray) -> SampleLocations:
-        """Return where samples of one task begin in its corpus."""
-        stream = self._streams[task]
-        numbers = stream.in_token_order(ordinals)
-        starts = self._index.starts[task][stream.index_rows(numbers)].astype(np.int64)
-        return SampleLocations(
-            *np.divmod(numbers, stream.samples_per_epoch), starts[:, 0], starts[:, 1]
-        )
+        return PlannedSamples(tasks, ordinals + start.ordinals[tasks], start)
 
     def read(
         self,
@@ -124,26 +189,29 @@ class Plan:
                    the rows of other tasks are not changed
         """
         for task, rows in samples.by_task():
-            stream = self._streams[task]
-            numbers = stream.in_token_order(samples.ordinals[rows])
-            starts = self._index.starts[task]
-            stream.read(starts, numbers, rows, inputs, targets, pad_token_id, documents)
+            part = samples.start.part(task)
+            part.read(samples.ordinals[rows], rows, inputs, targets, pad_token_id, documents)
 
     def summary(self) -> dict[str, Any]:
         """Return tokens, rates and epochs per phase and task, as in the run's `plan.json`."""
         spec = self.spec
-        phases, first_step = [], 0
+        phases, first_step, positions = [], 0, spec.starts
+        kinds = {phase.kind for phase in spec.phases}
         for number, phase in enumerate(self.phases):
+            kind, before = spec.phases[number].kind, positions
+            positions = self.advanced(before, number, np.array(phase.counts, np.int64))
             phases.append(
                 {
                     "name": phase.name,
                     "order": spec.phases[number].order,
+                    **({} if kinds == {spec.kind} else {"seq_len": kind.seq_len}),
                     "steps": phase.steps,
                     "first_step": first_step,
                     "samples": phase.samples,
-                    "tokens": phase.samples * spec.seq_len,
+                    "tokens": phase.samples * kind.seq_len,
                     "tasks": {
-                        task: self._task_figures(phase, i) for i, task in enumerate(self.tasks)
+                        task: self._task_figures(number, i, before[i], positions[i])
+                        for i, task in enumerate(self.tasks)
                     },
                 }
             )
@@ -171,13 +239,23 @@ class Plan:
         sizes = {stage.samples for batch in batches for stage in batch.stages}
         return {"samples_per_step": sizes.pop()} if len(sizes) == 1 else {}
 
-    def _task_figures(self, phase: PhaseIndex, task: int) -> dict[str, float]:
-        stream, samples = self._streams[task], phase.counts[task]
+    def _task_figures(
+        self, number: int, task: int, before: StreamPosition, after: StreamPosition
+    ) -> dict[str, float]:
+        """Return the figures of a task in a phase, which begins and ends at these positions."""
+        phase, kind = self.phases[number], self.spec.phases[number].kind
+        samples = phase.counts[task]
+        if self.spec.has_one_kind:
+            stream = self._task_streams[task].at(kind)
+            epochs, so_far = stream.epochs(samples), stream.epochs(after.samples)
+        else:
+            used = [self._task_streams[task].epochs(each) for each in (before, after)]
+            epochs, so_far = float(used[1] - used[0]), float(used[1])
         return {
             "requested_rate": phase.requested_rates[task],
             "rate": phase.rates[task],
             "samples": samples,
-            "tokens": samples * self.spec.seq_len,
-            "epochs": stream.epochs(samples),
-            "epochs_so_far": stream.epochs(phase.starts[task] + samples),
+            "tokens": samples * kind.seq_len,
+            "epochs": epochs,
+            "epochs_so_far": so_far,
         }

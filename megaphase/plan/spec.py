@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from math import ceil
 from typing import Any, Literal
-
-import numpy as np
 
 from megaphase.config.run import RunConfig
 from megaphase.corpus import Corpus
 from megaphase.corpus.integrity import check_files
-from megaphase.corpus.manifest import MANIFEST_SUFFIX, corpus_file
 from megaphase.plan.batch_schedule import BatchSchedule
 from megaphase.plan.mixture import MixtureConfig, TaskSupply, requested_rates
-from megaphase.plan.packed_stream import PackedStream
+from megaphase.plan.position import SampleKind, StreamPosition
 from megaphase.plan.stream import Stream
+from megaphase.plan.task_corpora import bos_token, check_task, open_streams, open_task_corpus
+from megaphase.plan.task_stream import TaskStream
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.decimals import as_written
 from megaphase.utils.errors import InputError
@@ -24,7 +24,6 @@ from megaphase.utils.files import hash_json
 from megaphase.utils.seeds import derive_key
 
 FORMAT_VERSION = 3
-HELD_OUT_SEED = 0
 
 # Per phase; with 64-bit arithmetic on weights and ordinals it can never overflow.
 MOST_SAMPLES = 1 << 48
@@ -40,6 +39,7 @@ class PhaseSpec:
         mixture: its `over` is a list of tasks, not a role.
         where: the mixture's place in the run file, for messages.
         order_key: for `order: random`.
+        kind: of its samples.
     """
 
     name: str
@@ -49,6 +49,7 @@ class PhaseSpec:
     where: str
     order: Literal["balanced", "random"]
     order_key: int
+    kind: SampleKind
 
     @property
     def samples(self) -> int:
@@ -63,6 +64,8 @@ class PlanSpec:
     Attributes:
         used: samples of each task used by the run from which this one starts; the first phase's
             ordinals begin there.
+        segments: of the tasks of which samples of another length than `seq_len` are used.
+        seq_len: of the `model` section of the run file; phases may have others.
         bos: the input from which the first token of a document is predicted; None: the EOD of the
             document before it.
     """
@@ -74,10 +77,46 @@ class PlanSpec:
     fingerprint: str
     used: dict[str, int]
     bos: int | None = None
+    segments: dict[str, StreamPosition] = field(default_factory=dict)
 
     def tokens_at(self, phase: int, step: int) -> int:
         """The tokens of a step's global batch; step: 0-based in the phase."""
-        return self.phases[phase].batch.samples_at(step) * self.seq_len
+        return self.phases[phase].batch.samples_at(step) * self.phases[phase].kind.seq_len
+
+    @property
+    def kind(self) -> SampleKind:
+        """The kind of samples that a plain number counts, in `used` and in stored positions."""
+        return SampleKind(self.seq_len)
+
+    @cached_property
+    def starts(self) -> list[StreamPosition]:
+        """The positions from which the tasks' streams continue in the first phase."""
+        return [
+            self.segments.get(task) or StreamPosition().after(self.kind, samples)
+            for task, samples in self.used.items()
+        ]
+
+    @cached_property
+    def has_one_kind(self) -> bool:
+        """Whether all samples are of one kind, also those of the runs that this one continues."""
+        first = self.phases[0].kind
+        return all(phase.kind == first for phase in self.phases) and all(
+            start.is_plain(first) for start in self.starts
+        )
+
+    @cached_property
+    def task_streams(self) -> dict[str, TaskStream]:
+        """The streams over changes of the samples' length."""
+        kinds = [phase.kind for phase in self.phases]
+        return {task: TaskStream.of(stream, kinds) for task, stream in self.streams.items()}
+
+    def held_out_at(self, seq_len: int) -> dict[str, Stream]:
+        """Return the held-out streams with samples of this length."""
+        return {task: stream.at(seq_len) for task, stream in self.held_out.items()}
+
+    def supply(self, phase: int, positions: Sequence[StreamPosition]) -> dict[str, TaskSupply]:
+        """Return every task's supply for the mixture of a phase; `positions`: at its start."""
+        return supply(self.task_streams, self.phases[phase].kind, positions)
 
     @property
     def stream_fingerprints(self) -> dict[str, str]:
@@ -91,11 +130,13 @@ class PlanSpec:
         }
 
 
-def task_supply(streams: Mapping[str, Stream], used: Mapping[str, int]) -> dict[str, TaskSupply]:
-    """Return the supply of every task for mixtures; `used`: its samples that are already used."""
+def supply(
+    streams: Mapping[str, TaskStream], kind: SampleKind, positions: Sequence[StreamPosition]
+) -> dict[str, TaskSupply]:
+    """Return every task's supply of samples of a kind for a mixture, after these positions."""
     return {
-        task: TaskSupply(stream.tokens, stream.samples_per_epoch, used[task])
-        for task, stream in streams.items()
+        task: stream.supply(kind, position)
+        for (task, stream), position in zip(streams.items(), positions, strict=True)
     }
 
 
@@ -111,7 +152,7 @@ def _phase_steps(
     if phase.steps is not None:
         return phase.steps
     if phase.tokens is not None:
-        return batch.steps_for(-(-phase.tokens // config.model.seq_len))
+        return batch.steps_for(-(-phase.tokens // config.phase_model(number).seq_len))
     assert phase.epochs is not None
     rates = requested_rates(mixture, supply)
     for task in phase.epochs:
@@ -130,146 +171,6 @@ def _phase_steps(
 def _samples(epochs: float, supply: TaskSupply) -> int:
     """Return the samples of a task in `epochs` epochs."""
     return ceil(as_written(epochs) * supply.samples_per_epoch)
-
-
-def open_task_corpus(config: RunConfig, task: str, tokenizer: Tokenizer) -> Corpus:
-    """Open a task's corpus.
-
-    Raises:
-        InputError: it is missing, damaged, or of another kind or tokenizer than in the run file.
-    """
-    corpus = Corpus.open(config.tasks[task].corpus)
-    if corpus.manifest.tokenizer_hash != tokenizer.fingerprint:
-        raise InputError(
-            config.where(f"tasks.{task}.corpus"),
-            f"{corpus.prefix} was tokenized with another tokenizer than {config.tokenizer}",
-            "tokenize it again with that one, or name the other one under tokenizer",
-        )
-    _check_kind(config, task, corpus)
-    return corpus
-
-
-def _check_kind(config: RunConfig, task: str, corpus: Corpus) -> None:
-    """Reject a corpus of texts for a task of translation pairs, and the reverse."""
-    asked, found = config.tasks[task].kind, corpus.manifest.kind
-    if asked != found:
-        holds = {"lm": "texts", "translation": "translation pairs"}[found]
-        raise InputError(
-            config.where(f"tasks.{task}.kind"),
-            f"is {asked}, but {corpus.prefix} holds {holds}",
-            f"write kind: {found}, or name another corpus",
-        )
-    if (found == "translation") != (corpus.manifest.tag is not None):
-        raise InputError(
-            corpus_file(corpus.prefix, MANIFEST_SUFFIX),
-            f"tag: {corpus.manifest.tag} does not go with kind: {found}",
-            "tokenize again",
-        )
-
-
-def _bos(config: RunConfig, tokenizer: Tokenizer) -> int | None:
-    """Return the token that `bos` puts at the start of documents; None if it puts none there.
-
-    Raises:
-        InputError: the tokenizer has no such token.
-    """
-    if not (tokenizer.adds_bos if config.bos is None else config.bos):
-        return None
-    if tokenizer.bos is None:
-        raise InputError(
-            config.where("bos"),
-            f"is true, but {config.tokenizer} has no token that begins a document",
-            "leave it out",
-        )
-    return tokenizer.bos
-
-
-def _streams(
-    config: RunConfig, corpora: dict[str, Corpus], bos: int | None, held_out: bool
-) -> dict[str, Stream]:
-    stream_classes = {"lm": Stream, "translation": PackedStream}
-    return {
-        task: stream_classes[config.tasks[task].kind](
-            task,
-            corpus,
-            # Runs with different seeds are validated on the same samples, so they can be compared.
-            seed=HELD_OUT_SEED if held_out else config.seed,
-            seq_len=config.model.seq_len,
-            fraction=config.held_out_fraction(task),
-            held_out=held_out,
-            subsample=config.tasks[task].trained_on,
-            tag=corpus.manifest.tag,
-            attend_across_documents=config.tasks[task].attends_across_documents,
-            # A sample of translation pairs begins with a source, for which it has no place.
-            bos=bos if config.tasks[task].kind == "lm" else None,
-        )
-        for task, corpus in corpora.items()
-    }
-
-
-def _check_task(config: RunConfig, task: str, training: Stream, held_out: Stream) -> None:
-    """Reject a corpus with a damaged index, or too small to train or validate on."""
-    corpus = training.corpus
-    found, stated = int(np.sum(corpus.lengths, dtype=np.int64)), corpus.manifest.tokens
-    if found != stated:
-        raise InputError(
-            f"{corpus.prefix}.idx",
-            f"its lengths sum to {found:,} tokens, the manifest says {stated:,}",
-            "tokenize again",
-        )
-    # With packing, a single document makes a sample.
-    if not isinstance(training, PackedStream) and stated <= training.seq_len:
-        raise InputError(
-            config.where(f"tasks.{task}.corpus"),
-            f"{corpus.prefix} has {stated:,} tokens, fewer than one sample of seq_len + 1 = "
-            f"{training.seq_len + 1:,}",
-            "add text or lower model.seq_len",
-        )
-    _check_held_out(config, task, held_out)
-    _check_training(config, task, training, held_out)
-
-
-def _documents(stream: Stream) -> str:
-    return f"of the {stream.corpus.manifest.documents:,} documents of {stream.corpus.prefix}"
-
-
-def _check_held_out(config: RunConfig, task: str, held_out: Stream) -> None:
-    """Reject a held-out fraction that leaves nothing to validate on."""
-    where = config.where(config.held_out_key(task))
-    fraction, of_documents = config.held_out_fraction(task), _documents(held_out)
-    if held_out.tokens < 2:
-        raise InputError(where, f"{fraction:g} holds out none {of_documents}", "raise it")
-    if not held_out.has_target(config.validation.samples):
-        raise InputError(
-            where,
-            f"{fraction:g} holds out {held_out.documents:,} {of_documents}, and none of "
-            "the validation samples has a target",
-            "raise it, or tokenize again",
-        )
-
-
-def _check_training(config: RunConfig, task: str, training: Stream, held_out: Stream) -> None:
-    """Reject a held-out fraction or a subsample that leaves too little to train on."""
-    packed = isinstance(training, PackedStream)
-    if training.tokens > (0 if packed else training.seq_len):
-        return
-    subsample, of_documents = config.tasks[task].subsample, _documents(training)
-    if subsample is None:
-        key, change = config.held_out_key(task), "lower it"
-        fraction = config.held_out_fraction(task)
-        taken = f"{fraction:g} holds out {held_out.documents:,} {of_documents}"
-    else:
-        key, change = f"tasks.{task}.subsample", "raise it"
-        taken = f"{subsample:g} takes {training.documents:,} {of_documents}"
-    if packed:
-        left, remedy = "none is left to train on", f"{change} or add text"
-    else:
-        left = (
-            f"the {training.tokens:,} tokens that are left are fewer than one sample of "
-            f"seq_len + 1 = {training.seq_len + 1:,}"
-        )
-        remedy = f"{change}, add text or lower model.seq_len"
-    raise InputError(config.where(key), f"{taken}, and {left}", remedy)
 
 
 def _splits_of_tasks(config: RunConfig) -> dict[str, Any]:
@@ -309,7 +210,12 @@ def _phase_spec(config: RunConfig, number: int, supply: Mapping[str, TaskSupply]
         config.where(f"phases[{number}].mixture"),
         phase.order,
         derive_key(config.seed, "order", phase.name),
+        _phase_kind(config, number),
     )
+
+
+def _phase_kind(config: RunConfig, number: int) -> SampleKind:
+    return SampleKind(config.phase_model(number).seq_len)
 
 
 def _check_schedule(config: RunConfig, number: int, steps: int) -> None:
@@ -334,30 +240,41 @@ def check_corpora(config: RunConfig, number: int = 0, of: int = 1) -> None:
 
 
 def plan_spec(
-    config: RunConfig, tokenizer: Tokenizer, used: Mapping[str, int] | None = None
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    used: Mapping[str, int | StreamPosition] | None = None,
 ) -> PlanSpec:
     """Open the corpora, see `check_corpora`, and return what determines the plan.
 
     Args:
-        used: samples of each task used by the run from which this one starts; none by default.
+        used: samples of each task used by the run from which this one starts, in number, if they
+            have the length of the `model` section; none by default.
 
     Raises:
         InputError: a corpus is missing, damaged, too short, of another kind or tokenizer; no
             document of a task is held out; the tokenizer lacks the token that `bos` asks for; or a
             phase never reaches the epochs that end it.
     """
-    used = {task: (used or {}).get(task, 0) for task in config.tasks}
     seq_len = config.model.seq_len
+    starts = _starts(config, used or {})
+    counts = {task: start.samples for task, start in starts.items()}
+    segments = {t: start for t, start in starts.items() if not start.is_plain(SampleKind(seq_len))}
     corpora = {task: open_task_corpus(config, task, tokenizer) for task in config.tasks}
-    bos = _bos(config, tokenizer)
-    training = _streams(config, corpora, bos, held_out=False)
-    held_out = _streams(config, corpora, bos, held_out=True)
+    bos = bos_token(config, tokenizer)
+    training = open_streams(config, corpora, bos, held_out=False)
+    held_out = open_streams(config, corpora, bos, held_out=True)
     for task in config.tasks:
-        _check_task(config, task, training[task], held_out[task])
-    supply = task_supply(training, used)
-    phases = [_phase_spec(config, i, supply) for i in range(len(config.phases))]
+        check_task(config, task, training[task], held_out[task])
+    kinds = [_phase_kind(config, number) for number in range(len(config.phases))]
+    streams = {task: TaskStream.of(stream, kinds) for task, stream in training.items()}
+    phases = [
+        _phase_spec(config, number, supply(streams, kind, list(starts.values())))
+        for number, kind in enumerate(kinds)
+    ]
     fingerprint = hash_json(
-        ({"used": used} if any(used.values()) else {})
+        ({"used": counts} if any(counts.values()) else {})
+        | ({"segments": _as_json(segments)} if segments else {})
+        | ({"kinds": kinds} if any(kind != (seq_len, "tokens") for kind in kinds) else {})
         | ({} if bos is None else {"bos": bos})
         | _splits_of_tasks(config)
         | {
@@ -378,4 +295,22 @@ def plan_spec(
             "order_of_tasks": list(config.tasks),
         }
     )
-    return PlanSpec(training, held_out, phases, seq_len, fingerprint, used, bos)
+    return PlanSpec(training, held_out, phases, seq_len, fingerprint, counts, bos, segments)
+
+
+def _starts(
+    config: RunConfig, used: Mapping[str, int | StreamPosition]
+) -> dict[str, StreamPosition]:
+    """Return the positions of all tasks; plain numbers count samples of the `model` section."""
+    kind, given = (
+        SampleKind(config.model.seq_len),
+        {task: used.get(task, 0) for task in config.tasks},
+    )
+    return {
+        task: StreamPosition().after(kind, start) if isinstance(start, int) else start
+        for task, start in given.items()
+    }
+
+
+def _as_json(segments: Mapping[str, StreamPosition]) -> dict[str, Any]:
+    return {task: position.to_json() for task, position in segments.items()}

@@ -3,18 +3,22 @@
 Every epoch shuffles the documents (by a keyed permutation, without storing it), concatenates them
 and splits the tokens into samples of seq_len + 1 tokens that share one token with their neighbours.
 Within an epoch the samples are permuted again in windows, so that one long document does not fill
-neighbouring batches. Epochs do not mix: an epoch's last sample may be shorter.
+neighbouring batches. Epochs do not mix: an epoch's last sample may be shorter. Where the length of
+samples changes within an epoch, those of the new length take what is left of it; see remainder.py.
 """
 
 from __future__ import annotations
 
+from fractions import Fraction
+from typing import Any
+
 import numpy as np
 
-from megaphase.corpus import Corpus
 from megaphase.corpus.integrity import wrong_tokens
 from megaphase.plan import _builder
-from megaphase.plan.split import held_out_hashes, training_hashes
-from megaphase.utils.files import hash_json
+from megaphase.plan.position import SampleKind
+from megaphase.plan.remainder import Remainder
+from megaphase.plan.task_documents import DOCUMENTS_PER_CALL, TaskDocuments
 from megaphase.utils.seeds import derive_key
 from megaphase.utils.targets import IGNORED_TARGET
 
@@ -22,104 +26,24 @@ from megaphase.utils.targets import IGNORED_TARGET
 # epoch needs only an index of that hundredth (and at most one more window).
 SAMPLE_WINDOW = 1 << 16
 
-# Documents visited in one call, so that a call takes well under a second.
-DOCUMENTS_PER_CALL = 1 << 21
+# A piece of a document: its number in the corpus, the first token and the number of tokens.
+Piece = tuple[int, int, int]
 
 
-class Stream:
+class Stream(TaskDocuments):
     """The training or held-out documents of one task as a sequence of samples.
 
     A sample has two numbers: the ordinal, by which training requests it, and the number in token
     order, by which the index stores it; both continue from epoch to epoch.
-
-    Attributes:
-        documents: number of documents that it reads.
-        tokens: number of their tokens, EODs included.
-        samples_per_epoch: number of samples of seq_len + 1 tokens; the last may be shorter.
-        attend_across_documents: whether a sample's documents attend to each other.
     """
 
-    def __init__(
-        self,
-        task: str,
-        corpus: Corpus,
-        *,
-        seed: int,
-        seq_len: int,
-        fraction: float,
-        held_out: bool,
-        subsample: float = 1.0,
-        tag: int | None = None,
-        attend_across_documents: bool = True,
-        bos: int | None = None,
-    ) -> None:
-        """
-        Args:
-                fraction: the fraction of the documents that is held out.
-                held_out: whether to read the held-out documents instead of the training ones.
-                subsample: the fraction of the other documents that is trained on.
-                tag: for a PackedStream only: the token between source and target.
-                bos: the input from which a document's first token is predicted, instead of the EOD
-                    of the document before it; the first document of an epoch has none.
-        """
-        self.task = task
-        self.corpus = corpus
-        self._origin = {
-            "task": task,
-            "seed": seed,
-            "seq_len": seq_len,
-            "held_out_fraction": fraction,
-            "held_out": held_out,
-            "tag": tag,
-            "attend_across_documents": attend_across_documents,
-        }
-        if held_out:
-            self._hashes = held_out_hashes(fraction)
-        else:
-            self._hashes = training_hashes(fraction, subsample)
-            # Streams without a subsample keep the fingerprints that they had before it existed.
-            self._origin |= {"subsample": subsample} if subsample != 1 else {}
-        self.seq_len = seq_len
-        self.attend_across_documents = attend_across_documents
-        self._every_sample_has_a_target = attend_across_documents and tag is None
-        side = "held out" if held_out else "training"
-        corpus.expect_random_reads()
-        # Plain arrays: numpy's memmap class costs microseconds at every use.
-        self._samples = _builder.Stream(
-            np.asarray(corpus.tokens),
-            np.asarray(corpus.byte_offsets),
-            np.asarray(corpus.lengths),
-            np.asarray(corpus.hashes),
-            self._hashes.first,
-            self._hashes.last,
-            derive_key(seed, "documents", side, task),
-            seq_len,
-            tag,
-            None if corpus.blocks is None else np.asarray(corpus.blocks),
-            corpus.manifest.vocab_size,
-            bos,
-        )
-        self.documents, self.tokens = self._samples.totals()
-        self.samples_per_epoch = self._samples_in_an_epoch()
-        self._shuffle_key = derive_key(seed, "samples", side, task)
+    @property
+    def kind(self) -> SampleKind:
+        """The kind of its samples."""
+        return SampleKind(self.seq_len)
 
     def _samples_in_an_epoch(self) -> int:
-        return max(0, -(-(self.tokens - 1) // self.seq_len))
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of everything that determines the sequence of samples."""
-        return hash_json(self._origin | {"corpus": self.corpus.fingerprint})
-
-    def text_bytes(self) -> int:
-        """Return the size of its documents' UTF-8 text in bytes; visits all documents of the
-        corpus."""
-        total, corpus = 0, self.corpus
-        for first in range(0, len(corpus.hashes), DOCUMENTS_PER_CALL):
-            here = slice(first, first + DOCUMENTS_PER_CALL)
-            read = self._hashes.holds(np.asarray(corpus.hashes[here]))
-            total += int(corpus.sums["text_bytes"][here][read].sum(dtype=np.int64))
-        return total
+        return -(-self.positions // self.seq_len)
 
     def bytes_of_targets(self, samples: int, token_bytes: np.ndarray) -> np.ndarray:
         """Return the bytes of text behind the targets of the first samples, float64
@@ -140,18 +64,6 @@ class Stream:
             found[row, : len(targets)] = targets
         return found
 
-    def _bytes_of_document(self, document: int, token_bytes: np.ndarray) -> np.ndarray:
-        """Return the bytes of a document's text behind each of its tokens, float64 [tokens]."""
-        sizes: np.ndarray = token_bytes[self.corpus.document(document)]
-        whole = float(self.corpus.sums["text_bytes"][document])
-        shared: np.ndarray = sizes * (whole / max(1, int(sizes.sum())))
-        return shared
-
-    @property
-    def start_dtype(self) -> type[np.generic]:
-        """The type of an index's slots and offsets, large enough for the corpus's documents."""
-        return np.uint32 if len(self.corpus.lengths) <= 1 << 32 else np.uint64
-
     def epochs(self, samples: int) -> float:
         """Return the number of epochs in `samples` samples."""
         return samples / self.samples_per_epoch
@@ -164,9 +76,18 @@ class Stream:
         last = min(windows * SAMPLE_WINDOW, self.samples_per_epoch)
         return [self.samples_per_epoch] * full + ([last] if last else [])
 
-    def first_indexed_epoch(self, first_ordinal: int) -> int:
-        """Return the first epoch that an index for ordinals from this one on needs."""
-        return first_ordinal // self.samples_per_epoch
+    def index_sizes_until(self, rest: Remainder, ahead: int) -> list[int]:
+        """Return likewise those of an index that ends `ahead` positions after as many positions as
+        were used of the epoch of which `rest` is left."""
+        whole = [self.samples_per_epoch] * (rest.epoch + 1)
+        if rest.positions:
+            reached = min(self.positions - rest.positions + ahead, self.positions)
+            whole[-1] = -(-reached // self.seq_len)
+        return whole
+
+    def samples_within(self, epochs: Fraction) -> int:
+        """Return the most samples of this length that do not exceed a fraction of an epoch."""
+        return int(epochs * self.positions / self.seq_len)
 
     def walk(self, epoch: int) -> _builder.StreamWalk:
         """Return a walk through an epoch's samples in token order; `fill` writes their starts."""
@@ -193,9 +114,90 @@ class Stream:
         """Return the rows of the index that store where these samples begin, int64 [n]."""
         return numbers
 
-    def pieces(self, epoch: int, slot: int, offset: int) -> list[tuple[int, int, int]]:
-        """Return (document, offset, tokens) of the pieces of the sample that begins there."""
+    def pieces(self, epoch: int, slot: int, offset: int) -> list[Piece]:
+        """Return the pieces of the sample that begins there."""
         return self._samples.pieces(epoch, slot, offset)
+
+    def samples_left(self, rest: Remainder) -> int:
+        """Return the number of samples of this length in what is left of an epoch."""
+        return -(-rest.positions // self.seq_len)
+
+    def part_left(self, rest: Remainder) -> Fraction:
+        """Return what is left of an epoch, in epochs."""
+        return Fraction(rest.positions, max(1, self.positions))
+
+    def nothing_left(self) -> Remainder:
+        """Return the remainder before the first epoch."""
+        return Remainder.nothing()
+
+    def rest_after(self, rest: Remainder, samples: int) -> Remainder:
+        """Return what is left of the epoch that is reached after `samples` samples of this length,
+        the first of which come from `rest`."""
+        left = self.samples_left(rest)
+        if samples < left:
+            return self._unused(rest, samples) if samples else rest
+        epochs, used = divmod(samples - left, self.samples_per_epoch)
+        if used == 0:
+            return Remainder.nothing(rest.epoch + epochs)
+        return self._unused(Remainder.whole(rest.epoch + epochs + 1, self.positions), used)
+
+    def _unused(self, rest: Remainder, used: int) -> Remainder:
+        """Return what is left after the first `used` samples of a remainder: those that are not yet
+        drawn of their window, and everything after it."""
+        end = min(-(-used // SAMPLE_WINDOW) * SAMPLE_WINDOW, self.samples_left(rest))
+        firsts = np.sort(self.numbers_in(rest, np.arange(used, end))) * self.seq_len
+        lasts = np.minimum(firsts + self.seq_len, rest.positions)
+        if end * self.seq_len < rest.positions:
+            firsts = np.append(firsts, end * self.seq_len)
+            lasts = np.append(lasts, rest.positions)
+        return rest.keep(firsts, lasts)
+
+    def numbers_in(self, rest: Remainder, ordinals: np.ndarray) -> np.ndarray:
+        """Convert ordinals within a remainder to sample numbers in token order there, int64 [n]."""
+        if rest.cuts == 0:
+            first = rest.epoch * self.samples_per_epoch
+            return self.in_token_order(first + ordinals) - first
+        return self._shuffled_in(rest, ordinals, SAMPLE_WINDOW)
+
+    def _shuffled_in(self, rest: Any, ordinals: np.ndarray, window: int) -> np.ndarray:
+        key = derive_key(*self._shuffle, "rest", rest.epoch, rest.cuts)
+        return _builder.shuffle_samples(ordinals, self.samples_left(rest), window, key)
+
+    def _fragments(self, rest: Remainder, numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return [row, epoch, first, last] of the fragments of some samples of a remainder, int64
+        [fragments, 4]."""
+        firsts = numbers * self.seq_len
+        lasts = np.minimum(firsts + self.seq_len, rest.positions)
+        of, first, last = rest.fragments(firsts, lasts)
+        return np.stack([rows[of], np.full(len(of), rest.epoch), first, last], axis=1)
+
+    def _whole_fragments(self, numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return likewise those of samples with these numbers over all epochs: one each."""
+        epochs, within = np.divmod(numbers, self.samples_per_epoch)
+        firsts = within * self.seq_len
+        lasts = np.minimum(firsts + self.seq_len, self.positions)
+        return np.stack([rows, epochs, firsts, lasts], axis=1)
+
+    def sample_pieces(
+        self, starts: np.ndarray, number: int, rest: Remainder | None = None
+    ) -> list[list[Piece]]:
+        """Return the pieces of every fragment of a sample.
+
+        starts: as in `read`. number: over all epochs, or in `rest`, if given.
+        """
+        numbers, rows = np.array([number]), np.zeros(1, np.int64)
+        if rest is None:
+            fragments = self._whole_fragments(numbers, rows)
+        else:
+            fragments = self._fragments(rest, numbers, rows)
+        return [self._pieces_of_fragment(starts, *fragment) for _, *fragment in fragments.tolist()]
+
+    def _pieces_of_fragment(
+        self, starts: np.ndarray, epoch: int, first: int, last: int
+    ) -> list[Piece]:
+        row, skipped = divmod(first, self._grid)
+        slot, offset = starts[epoch * -(-self.positions // self._grid) + row].tolist()
+        return self._samples.pieces_of_tokens(epoch, slot, offset + skipped, last - first + 1)
 
     def read(
         self,
@@ -221,10 +223,10 @@ class Stream:
         Raises:
             InputError: they were altered, or are outside the vocabulary.
         """
-        if self.attend_across_documents:
-            documents = None
-        elif documents is None:
-            raise ValueError(f"{self.task} needs to know which document a token belongs to")
+        if self._grid != self.seq_len:
+            fragments = self._whole_fragments(numbers, rows)
+            self._read_fragments(starts, fragments, inputs, targets, pad_token_id, documents)
+            return
         try:
             self._samples.read(
                 starts,
@@ -235,7 +237,45 @@ class Stream:
                 targets,
                 pad_token_id,
                 IGNORED_TARGET,
-                documents,
+                self._apart(documents),
+            )
+        except _builder.WrongTokensError as error:
+            raise wrong_tokens(self.corpus, *error.args) from None
+
+    def read_rest(
+        self,
+        starts: np.ndarray,
+        rest: Remainder,
+        numbers: np.ndarray,
+        rows: np.ndarray,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        pad_token_id: int,
+        documents: np.ndarray | None = None,
+    ) -> None:
+        """Read the samples with these numbers in a remainder; see `read`."""
+        fragments = self._fragments(rest, numbers, rows)
+        self._read_fragments(starts, fragments, inputs, targets, pad_token_id, documents)
+
+    def _read_fragments(
+        self,
+        starts: np.ndarray,
+        fragments: np.ndarray,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        pad_token_id: int,
+        documents: np.ndarray | None,
+    ) -> None:
+        try:
+            self._samples.read_fragments(
+                starts,
+                -(-self.positions // self._grid),
+                fragments,
+                inputs,
+                targets,
+                pad_token_id,
+                IGNORED_TARGET,
+                self._apart(documents),
             )
         except _builder.WrongTokensError as error:
             raise wrong_tokens(self.corpus, *error.args) from None

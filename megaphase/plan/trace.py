@@ -14,7 +14,7 @@ from rich.text import Text
 
 from megaphase.corpus.integrity import check_document
 from megaphase.corpus.origins import Origin
-from megaphase.plan.plan import Plan
+from megaphase.plan.plan import Plan, Starts
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.names import printable
 
@@ -65,7 +65,7 @@ def find_step(phase_steps: Sequence[int], step: int) -> tuple[int, int]:
 
 
 def trace_step(
-    plan: Plan, phase: int, phase_step: int, starts: np.ndarray | None = None
+    plan: Plan, phase: int, phase_step: int, starts: Starts | None = None
 ) -> list[TracedSample]:
     """Return the samples of a step (from 1) of a phase, in the order of the global batch.
 
@@ -75,19 +75,15 @@ def trace_step(
     planned = plan.samples(phase, batch.samples_before(step), batch.samples_at(step), starts)
     traced = []
     for task, rows in planned.by_task():
-        ordinals = planned.ordinals[rows]
-        at = plan.locate(task, ordinals)
-        name = plan.tasks[task]
-        stream = plan.spec.streams[name]
-        figures = zip(rows, ordinals, at.epochs, at.positions, at.slots, at.offsets, strict=True)
-        for figure in figures:
-            row, ordinal, epoch, position, slot, offset = map(int, figure)
+        part, name = planned.start.part(task), plan.tasks[task]
+        for row, ordinal in zip(rows.tolist(), planned.ordinals[rows].tolist(), strict=True):
+            at = part.locate(ordinal)
             pieces = [
                 TracedPiece(document, first, first + tokens)
-                for document, first, tokens in stream.pieces(epoch, slot, offset)
+                for fragment in at.fragments
+                for document, first, tokens in fragment
             ]
-            of = stream.samples_per_epoch
-            traced.append(TracedSample(row, name, ordinal, epoch, position, of, pieces))
+            traced.append(TracedSample(row, name, ordinal, at.epoch, at.number, at.of, pieces))
     return sorted(traced, key=lambda sample: sample.row)
 
 

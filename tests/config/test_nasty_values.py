@@ -26,7 +26,7 @@ from megaphase.launch.slurm.pipeline import Pipeline, load_pipeline, scripts
 from megaphase.optim.schedules import learning_rate
 from megaphase.plan.load_plan import memory_setup
 from megaphase.plan.mixture import effective_rates
-from megaphase.plan.spec import plan_spec, task_supply
+from megaphase.plan.spec import plan_spec
 from megaphase.sweep import sweep as sweep_module
 from megaphase.sweep.file import SweepConfig
 from megaphase.sweep.start import _checked_trials
@@ -127,7 +127,7 @@ def check_run(config: RunConfig) -> None:
     assert memory_sentences(memory)
     assert speed_sentences(memory, speed)
     json.dumps([memory, speed], allow_nan=False)
-    supply = task_supply(spec.streams, dict.fromkeys(spec.streams, 0))
+    supply = spec.supply(0, spec.starts)
     for phase, settings_of in zip(spec.phases, config.phases, strict=True):
         samples = phase.samples
         rates = effective_rates(phase.mixture, supply, samples, phase.where)

@@ -26,6 +26,7 @@ from megaphase.plan.build import build_index
 from megaphase.plan.index import block_size
 from megaphase.plan.mixture import MixtureConfig
 from megaphase.plan.plan import Plan
+from megaphase.plan.position import SampleKind
 from megaphase.plan.spec import PhaseSpec, PlanSpec
 from megaphase.plan.stream import Stream
 
@@ -214,6 +215,7 @@ def test_a_plan_of_65535_tasks(tmp_path):
             "",
             "balanced",
             1,
+            SampleKind(256),
         ),
         PhaseSpec(
             "two",
@@ -223,6 +225,7 @@ def test_a_plan_of_65535_tasks(tmp_path):
             "",
             "random",
             2,
+            SampleKind(256),
         ),
     ]
     spec = PlanSpec(streams, streams, phases, 256, "f" * 32, dict.fromkeys(names, 0))

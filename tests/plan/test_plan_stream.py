@@ -27,7 +27,8 @@ from plan_support import (
 from megaphase.corpus import Corpus, DocumentBatch
 from megaphase.plan import _builder
 from megaphase.plan.dataset import read_held_out
-from megaphase.plan.stream import DOCUMENTS_PER_CALL, Stream
+from megaphase.plan.stream import Stream
+from megaphase.plan.task_documents import DOCUMENTS_PER_CALL
 from megaphase.utils.targets import IGNORED_TARGET
 
 SEQ_LEN = 8

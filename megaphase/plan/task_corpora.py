@@ -1,0 +1,155 @@
+"""The corpora of a run's tasks, checked, and their streams."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megaphase.config.run import RunConfig
+from megaphase.corpus import Corpus
+from megaphase.corpus.manifest import MANIFEST_SUFFIX, corpus_file
+from megaphase.plan.packed_stream import PackedStream
+from megaphase.plan.stream import Stream
+from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
+
+HELD_OUT_SEED = 0
+
+
+def open_task_corpus(config: RunConfig, task: str, tokenizer: Tokenizer) -> Corpus:
+    """Open a task's corpus.
+
+    Raises:
+        InputError: it is missing, damaged, or of another kind or tokenizer than in the run file.
+    """
+    corpus = Corpus.open(config.tasks[task].corpus)
+    if corpus.manifest.tokenizer_hash != tokenizer.fingerprint:
+        raise InputError(
+            config.where(f"tasks.{task}.corpus"),
+            f"{corpus.prefix} was tokenized with another tokenizer than {config.tokenizer}",
+            "tokenize it again with that one, or name the other one under tokenizer",
+        )
+    _check_kind(config, task, corpus)
+    return corpus
+
+
+def _check_kind(config: RunConfig, task: str, corpus: Corpus) -> None:
+    """Reject a corpus of texts for a task of translation pairs, and the reverse."""
+    asked, found = config.tasks[task].kind, corpus.manifest.kind
+    if asked != found:
+        holds = {"lm": "texts", "translation": "translation pairs"}[found]
+        raise InputError(
+            config.where(f"tasks.{task}.kind"),
+            f"is {asked}, but {corpus.prefix} holds {holds}",
+            f"write kind: {found}, or name another corpus",
+        )
+    if (found == "translation") != (corpus.manifest.tag is not None):
+        raise InputError(
+            corpus_file(corpus.prefix, MANIFEST_SUFFIX),
+            f"tag: {corpus.manifest.tag} does not go with kind: {found}",
+            "tokenize again",
+        )
+
+
+def bos_token(config: RunConfig, tokenizer: Tokenizer) -> int | None:
+    """Return the token that `bos` puts at the start of documents; None if it puts none there.
+
+    Raises:
+        InputError: the tokenizer has no such token.
+    """
+    if not (tokenizer.adds_bos if config.bos is None else config.bos):
+        return None
+    if tokenizer.bos is None:
+        raise InputError(
+            config.where("bos"),
+            f"is true, but {config.tokenizer} has no token that begins a document",
+            "leave it out",
+        )
+    return tokenizer.bos
+
+
+def open_streams(
+    config: RunConfig, corpora: dict[str, Corpus], bos: int | None, held_out: bool
+) -> dict[str, Stream]:
+    stream_classes = {"lm": Stream, "translation": PackedStream}
+    return {
+        task: stream_classes[config.tasks[task].kind](
+            task,
+            corpus,
+            # Runs with different seeds are validated on the same samples, so they can be compared.
+            seed=HELD_OUT_SEED if held_out else config.seed,
+            seq_len=config.model.seq_len,
+            fraction=config.held_out_fraction(task),
+            held_out=held_out,
+            subsample=config.tasks[task].trained_on,
+            tag=corpus.manifest.tag,
+            attend_across_documents=config.tasks[task].attends_across_documents,
+            # A sample of translation pairs begins with a source, for which it has no place.
+            bos=bos if config.tasks[task].kind == "lm" else None,
+        )
+        for task, corpus in corpora.items()
+    }
+
+
+def check_task(config: RunConfig, task: str, training: Stream, held_out: Stream) -> None:
+    """Reject a corpus with a damaged index, or too small to train or validate on."""
+    corpus = training.corpus
+    found, stated = int(np.sum(corpus.lengths, dtype=np.int64)), corpus.manifest.tokens
+    if found != stated:
+        raise InputError(
+            f"{corpus.prefix}.idx",
+            f"its lengths sum to {found:,} tokens, the manifest says {stated:,}",
+            "tokenize again",
+        )
+    # With packing, a single document makes a sample.
+    if not isinstance(training, PackedStream) and stated <= training.seq_len:
+        raise InputError(
+            config.where(f"tasks.{task}.corpus"),
+            f"{corpus.prefix} has {stated:,} tokens, fewer than one sample of seq_len + 1 = "
+            f"{training.seq_len + 1:,}",
+            "add text or lower model.seq_len",
+        )
+    _check_held_out(config, task, held_out)
+    _check_training(config, task, training, held_out)
+
+
+def _documents(stream: Stream) -> str:
+    return f"of the {stream.corpus.manifest.documents:,} documents of {stream.corpus.prefix}"
+
+
+def _check_held_out(config: RunConfig, task: str, held_out: Stream) -> None:
+    """Reject a held-out fraction that leaves nothing to validate on."""
+    where = config.where(config.held_out_key(task))
+    fraction, of_documents = config.held_out_fraction(task), _documents(held_out)
+    if held_out.tokens < 2:
+        raise InputError(where, f"{fraction:g} holds out none {of_documents}", "raise it")
+    if not held_out.has_target(config.validation.samples):
+        raise InputError(
+            where,
+            f"{fraction:g} holds out {held_out.documents:,} {of_documents}, and none of "
+            "the validation samples has a target",
+            "raise it, or tokenize again",
+        )
+
+
+def _check_training(config: RunConfig, task: str, training: Stream, held_out: Stream) -> None:
+    """Reject a held-out fraction or a subsample that leaves too little to train on."""
+    packed = isinstance(training, PackedStream)
+    if training.tokens > (0 if packed else training.seq_len):
+        return
+    subsample, of_documents = config.tasks[task].subsample, _documents(training)
+    if subsample is None:
+        key, change = config.held_out_key(task), "lower it"
+        fraction = config.held_out_fraction(task)
+        taken = f"{fraction:g} holds out {held_out.documents:,} {of_documents}"
+    else:
+        key, change = f"tasks.{task}.subsample", "raise it"
+        taken = f"{subsample:g} takes {training.documents:,} {of_documents}"
+    if packed:
+        left, remedy = "none is left to train on", f"{change} or add text"
+    else:
+        left = (
+            f"the {training.tokens:,} tokens that are left are fewer than one sample of "
+            f"seq_len + 1 = {training.seq_len + 1:,}"
+        )
+        remedy = f"{change}, add text or lower model.seq_len"
+    raise InputError(config.where(key), f"{taken}, and {left}", remedy)

@@ -1,0 +1,154 @@
+"""The documents of one task that a stream reads: its training or held-out documents."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any, Self
+
+import numpy as np
+
+from megaphase.corpus import Corpus
+from megaphase.plan import _builder
+from megaphase.plan.split import held_out_hashes, training_hashes
+from megaphase.utils.files import hash_json
+from megaphase.utils.seeds import derive_key
+
+# Documents visited in one call, so that a call takes well under a second.
+DOCUMENTS_PER_CALL = 1 << 21
+
+
+class TaskDocuments:
+    """The training or held-out documents of one task, and what streams of them have in common.
+
+    Attributes:
+        documents: number of documents that it reads.
+        tokens: number of their tokens, EODs included.
+        samples_per_epoch: number of samples of seq_len + 1 tokens; the last may be shorter.
+        attend_across_documents: whether a sample's documents attend to each other.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        corpus: Corpus,
+        *,
+        seed: int,
+        seq_len: int,
+        fraction: float,
+        held_out: bool,
+        subsample: float = 1.0,
+        tag: int | None = None,
+        attend_across_documents: bool = True,
+        bos: int | None = None,
+    ) -> None:
+        """
+        Args:
+                fraction: the fraction of the documents that is held out.
+                held_out: whether to read the held-out documents instead of the training ones.
+                subsample: the fraction of the other documents that is trained on.
+                tag: for a PackedStream only: the token between source and target.
+                bos: the input from which a document's first token is predicted, instead of the EOD
+                    of the document before it; the first document of an epoch has none.
+        """
+        self.task = task
+        self.corpus = corpus
+        self._origin = {
+            "task": task,
+            "seed": seed,
+            "seq_len": seq_len,
+            "held_out_fraction": fraction,
+            "held_out": held_out,
+            "tag": tag,
+            "attend_across_documents": attend_across_documents,
+        }
+        if held_out:
+            self._hashes = held_out_hashes(fraction)
+        else:
+            self._hashes = training_hashes(fraction, subsample)
+            # Streams without a subsample keep the fingerprints that they had before it existed.
+            self._origin |= {"subsample": subsample} if subsample != 1 else {}
+        self.seq_len = self._grid = seq_len
+        self.attend_across_documents = attend_across_documents
+        self._every_sample_has_a_target = attend_across_documents and tag is None
+        side = "held out" if held_out else "training"
+        corpus.expect_random_reads()
+        # Plain arrays: numpy's memmap class costs microseconds at every use.
+        self._samples = _builder.Stream(
+            np.asarray(corpus.tokens),
+            np.asarray(corpus.byte_offsets),
+            np.asarray(corpus.lengths),
+            np.asarray(corpus.hashes),
+            self._hashes.first,
+            self._hashes.last,
+            derive_key(seed, "documents", side, task),
+            seq_len,
+            tag,
+            None if corpus.blocks is None else np.asarray(corpus.blocks),
+            corpus.manifest.vocab_size,
+            bos,
+        )
+        self.documents, self.tokens = self._samples.totals()
+        self.samples_per_epoch = self._samples_in_an_epoch()
+        self._shuffle = seed, "samples", side, task
+        self._shuffle_key = derive_key(*self._shuffle)
+        self._of_lengths: dict[tuple[int, int], Any] = {(seq_len, seq_len): self}
+
+    def at(self, seq_len: int, grid: int | None = None) -> Self:
+        """Return the stream of the same documents with samples of another length.
+
+        grid: positions between two starts of the index from which it reads; seq_len by default.
+        """
+        grid = grid or seq_len
+        known: Self | None = self._of_lengths.get((seq_len, grid))
+        if known is not None:
+            return known
+        other = copy(self)
+        other.seq_len, other._grid = seq_len, grid
+        other._origin = self._origin | {"seq_len": seq_len}
+        other._samples = self._samples.with_seq_len(grid)
+        other.samples_per_epoch = other._samples_in_an_epoch()
+        self._of_lengths[seq_len, grid] = other
+        return other
+
+    @property
+    def positions(self) -> int:
+        """The number of positions of an epoch: of tokens that are a target."""
+        return max(0, self.tokens - 1)
+
+    def _samples_in_an_epoch(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that determines the sequence of samples."""
+        return hash_json(self._origin | {"corpus": self.corpus.fingerprint})
+
+    def text_bytes(self) -> int:
+        """Return the size of its documents' UTF-8 text in bytes; visits all documents of the
+        corpus."""
+        total, corpus = 0, self.corpus
+        for first in range(0, len(corpus.hashes), DOCUMENTS_PER_CALL):
+            here = slice(first, first + DOCUMENTS_PER_CALL)
+            read = self._hashes.holds(np.asarray(corpus.hashes[here]))
+            total += int(corpus.sums["text_bytes"][here][read].sum(dtype=np.int64))
+        return total
+
+    def _bytes_of_document(self, document: int, token_bytes: np.ndarray) -> np.ndarray:
+        """Return the bytes of a document's text behind each of its tokens, float64 [tokens]."""
+        sizes: np.ndarray = token_bytes[self.corpus.document(document)]
+        whole = float(self.corpus.sums["text_bytes"][document])
+        shared: np.ndarray = sizes * (whole / max(1, int(sizes.sum())))
+        return shared
+
+    @property
+    def start_dtype(self) -> type[np.generic]:
+        """The type of an index's slots and offsets, large enough for the corpus's documents."""
+        return np.uint32 if len(self.corpus.lengths) <= 1 << 32 else np.uint64
+
+    def _apart(self, documents: np.ndarray | None) -> np.ndarray | None:
+        """Return where to write the documents of the inputs; None if they attend to each other."""
+        if self.attend_across_documents:
+            return None
+        if documents is None:
+            raise ValueError(f"{self.task} needs to know which document a token belongs to")
+        return documents

@@ -1,0 +1,127 @@
+"""A task's stream over changes of its samples' length, and the index that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megaphase.plan import _builder
+from megaphase.plan import stream as texts
+from megaphase.plan.mixture import TaskSupply
+from megaphase.plan.packed_stream import PackedStream
+from megaphase.plan.position import SampleKind, StreamPosition
+from megaphase.plan.stream import Stream
+from megaphase.plan.stream_part import StreamPart
+
+
+class TaskStream:
+    """A task's stream whose samples may have another length in every phase.
+
+    Its index has a start every `grid` tokens, the smallest length of a phase, for all lengths.
+    """
+
+    def __init__(self, stream: Stream, kinds: Sequence[SampleKind]) -> None:
+        """
+        Args:
+            stream: of samples of any length.
+            kinds: of the samples of each phase.
+        """
+        self._stream = stream
+        self._kinds = list(dict.fromkeys(kinds))
+        self._grid = min(kind.seq_len for kind in kinds)
+        self._rests = {StreamPosition(): stream.nothing_left()}
+
+    @property
+    def start_dtype(self) -> type[np.generic]:
+        """The type of the index's slots and offsets."""
+        return self._stream.start_dtype
+
+    @property
+    def prefix(self) -> Path:
+        """The prefix of its corpus."""
+        return self._stream.corpus.prefix
+
+    @staticmethod
+    def of(stream: Stream, kinds: Sequence[SampleKind]) -> TaskStream:
+        """Return the stream of a task of texts or of translation pairs."""
+        cls = PackedTaskStream if isinstance(stream, PackedStream) else TaskStream
+        return cls(stream, kinds)
+
+    def at(self, kind: SampleKind) -> Stream:
+        """Return the stream of samples of one kind, which reads from this task's index."""
+        return self._stream.at(kind.seq_len, self._grid)
+
+    def rest(self, position: StreamPosition) -> Any:
+        """Return what is left of the epoch that a position is in."""
+        if position not in self._rests:
+            *before, (kind, samples) = position.segments
+            rest = self.rest(StreamPosition(tuple(before)))
+            self._rests[position] = self.at(kind).rest_after(rest, samples)
+        return self._rests[position]
+
+    def part(self, position: StreamPosition, kind: SampleKind, starts: np.ndarray) -> StreamPart:
+        """Return the samples of a kind from a position on; `starts`: the task's index."""
+        start = position.start_of(kind)
+        return StreamPart(self.at(kind), self.rest(start), start.samples, starts)
+
+    def epochs(self, position: StreamPosition) -> Fraction:
+        """Return how many epochs have been used up to a position, by positions of the corpus."""
+        rest = self.rest(position)
+        used: Fraction = rest.epoch + 1 - self._stream.part_left(rest)
+        return used
+
+    def supply(self, kind: SampleKind, position: StreamPosition) -> TaskSupply:
+        """Return the supply of samples of a kind after a position."""
+        stream = self.at(kind)
+        until = None if position.is_plain(kind) else partial(self._samples_until, position, kind)
+        return TaskSupply(stream.tokens, stream.samples_per_epoch, position.samples, until)
+
+    def _samples_until(self, position: StreamPosition, kind: SampleKind, epochs: Fraction) -> int:
+        """Return the samples of a kind from a position until `epochs` epochs have been used."""
+        stream, rest = self.at(kind), self.rest(position)
+        if rest.epoch < int(epochs):
+            after_rest: Fraction = epochs - (rest.epoch + 1)
+            return stream.samples_left(rest) + int(after_rest * stream.samples_per_epoch)
+        left = epochs - self.epochs(position)
+        return stream.samples_within(left) if left > 0 else 0
+
+    def index_sizes(self, first: StreamPosition, last: StreamPosition) -> list[int]:
+        """Return, for every epoch, the starts that an index of the samples between two positions
+        has; also those before the first one, which are not written."""
+        if first == last:
+            return []
+        [kind, *others] = self._kinds
+        if not others and last.is_plain(kind):
+            return self.at(kind).index_sizes(last.samples)
+        # A phase that ends early leaves more of an epoch to the next one, and may thereby have it
+        # change the length in an earlier one: wherever that is, it reads at most one window beyond
+        # as many positions as the plan uses of the epoch.
+        window = texts.SAMPLE_WINDOW * max(kind.seq_len for kind in self._kinds)
+        return self._on_grid.index_sizes_until(self.rest(last), window)
+
+    def first_indexed_epoch(self, first: StreamPosition) -> int:
+        """Return the first epoch that an index for the samples after a position needs."""
+        rest, stream = self.rest(first), self._on_grid
+        epoch: int = rest.epoch
+        return epoch if stream.samples_left(rest) else epoch + 1
+
+    def walk(self, epoch: int) -> _builder.StreamWalk:
+        """Return a walk through the starts of an epoch in the index."""
+        return self._on_grid.walk(epoch)
+
+    @property
+    def _on_grid(self) -> Stream:
+        return self.at(SampleKind(self._grid))
+
+
+class PackedTaskStream(TaskStream):
+    """Likewise of translation pairs, of which the index stores one epoch for each length."""
+
+    def first_indexed_epoch(self, first: StreamPosition) -> int:
+        """Return 0: all epochs need those that the index stores."""
+        return 0
