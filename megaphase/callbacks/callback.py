@@ -101,6 +101,7 @@ class ValidationRecord:
         gaps: by how much each loss is above the training loss since the validation before, in nats
             a token; None for a task that was not trained on since.
         begins_phase: whether this is the phase's first validation, before its first step.
+        average: the losses of the average of the phase's weights; None where there is none.
     """
 
     step: int
@@ -108,6 +109,7 @@ class ValidationRecord:
     losses: Mapping[str, HeldOutLoss]
     gaps: Mapping[str, float | None]
     begins_phase: bool
+    average: Mapping[str, HeldOutLoss] | None = None
 
     def row(self) -> Row:
         """As in metrics.jsonl."""
@@ -115,7 +117,12 @@ class ValidationRecord:
             task: asdict(loss) | ({} if self.gaps[task] is None else {"gap": self.gaps[task]})
             for task, loss in self.losses.items()
         }
-        return {"step": self.step, "phase": self.phase, "validation": figures}
+        row: Row = {"step": self.step, "phase": self.phase, "validation": figures}
+        if self.average is not None:
+            row["validation_average"] = {
+                task: asdict(found) for task, found in self.average.items()
+            }
+        return row
 
 
 class Callback:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from megaphase.callbacks.callback import Callback, StepRecord, ValidationRecord
+from megaphase.callbacks.callback import Callback, HeldOutLoss, StepRecord, ValidationRecord
 from megaphase.utils.progress import ProgressDisplay
 
 SMOOTHING = 0.1  # weight of the newest step in the shown speed
@@ -63,11 +64,17 @@ class TrainingDisplay(Callback):
             )
 
     def on_validation_end(self, record: ValidationRecord) -> None:
-        shown = "  ".join(f"{task} {loss.loss:.4f}" for task, loss in record.losses.items())
-        self._print(f"{record.phase} step {record.step:,}  validation loss: {shown}")
+        at = f"{record.phase} step {record.step:,}"
+        self._print(f"{at}  validation loss: {_shown(record.losses)}")
+        if record.average is not None:
+            self._print(f"{at}  validation loss of the average: {_shown(record.average)}")
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _shown(losses: Mapping[str, HeldOutLoss]) -> str:
+    return "  ".join(f"{task} {found.loss:.4f}" for task, found in losses.items())
 
 
 def _duration(seconds: float) -> str:

@@ -71,6 +71,9 @@ def _scalars(row: Row) -> Iterator[tuple[str, float]]:
             for name, value in figures.items():
                 if value is not None:
                     yield f"validation_{name}/{task}", value
+        for task, figures in row.get("validation_average", {}).items():
+            for name, value in figures.items():
+                yield f"validation_average_{name}/{task}", value
     elif "loss_by_task" in row:  # an event may have a loss, too, which is no curve
         for task, loss in row["loss_by_task"].items():
             yield f"train_loss/{task}", loss

@@ -5,7 +5,8 @@ of a parameter (split by tensor parallelism, flattened, and divided among the da
 by ZeRO), stored for each kind as a tensor `KIND/NAME`. `parameters.json` records their positions:
 
     tensor       the tensor-parallel size
-    kinds        `weight` (fp32 master), and `exp_avg` and `exp_avg_sq` if the optimizer has them
+    kinds        `weight` (fp32 master), `exp_avg` and `exp_avg_sq` if the optimizer has them, and
+                 `average` if an average of the weights has begun
     parameters   by name: `shape` of the whole; `dim` along which it is split and `segments` that
                  are split separately (see ParameterLayout)
     shards       by file: its `tensor_rank`, and its `pieces`: by name, the first element and the
@@ -31,6 +32,7 @@ from megaphase.utils.files import read_json
 
 INDEX_FILE = "parameters.json"
 WEIGHT = "weight"
+AVERAGE = "average"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 RANDOM = "random/"  # prefix of tensors that are no parameters: states of random generators
 

@@ -33,6 +33,7 @@ def _check_references(config: RunConfig) -> None:
             )
     _check_unfreezing(config)
     _check_phase_models(config)
+    _check_averages(config)
     for key, mentioned in _mentioned_tasks(config):
         if isinstance(mentioned, str):
             _check_role(config, config.where(key), mentioned)
@@ -81,6 +82,27 @@ def _check_phase_models(config: RunConfig) -> None:
                 f"is {phase.model.seq_len:,}, but there are learned positions for model.seq_len "
                 f"{model.seq_len:,} alone",
                 "lower it, or use rotary positions",
+            )
+
+
+def _check_averages(config: RunConfig) -> None:
+    """A phase that begins from an average follows one that has it, which is not on a disk."""
+    for i, (before, phase) in enumerate(pairwise(config.phases), 1):
+        if phase.begin_from == "average" and before.average is None:
+            raise InputError(
+                config.where(f"phases[{i}].begin_from"),
+                f"is average, but {before.name} has none",
+                f"set phases[{i - 1}].average, or write weights",
+            )
+    for i, phase in enumerate(config.phases):
+        if phase.average is None:
+            continue
+        if config.parallel.offload == "nvme":
+            raise InputError(
+                config.where(f"phases[{i}].average"),
+                "does not go with parallel.offload: nvme, where it would read all weights from "
+                "the disk",
+                "offload to cpu, or average checkpoints with `megaphase convert average`",
             )
 
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from megaphase.callbacks.early_stopping import StopConfig
 from megaphase.config.fields import Count, CountOrZero, Epochs, PhaseName, Section, Steps
 from megaphase.model.config import PhaseModelConfig
+from megaphase.optim.average_config import AverageConfig
 from megaphase.optim.schedules import LearningRateConfig
 from megaphase.plan.mixture import MixtureConfig
 
@@ -38,6 +39,11 @@ class PhaseConfig(Section):
     average."""
     optimizer_state: Literal["reset", "keep"] = "reset"
     """Whether the optimizer's moments and step count are reset at the phase's start, or kept."""
+    begin_from: Literal["weights", "average"] = "weights"
+    """Whether the phase begins with the weights of the phase before, or with their `average`, which
+    that phase then needs; in the first phase, those of the checkpoint that `--from` names."""
+    average: AverageConfig | None = None
+    """An average of the phase's weights, beside them; none if left out."""
     trained: Literal["all", "new_embeddings"] = "all"
     """`new_embeddings` trains only the rows of embedding and output projection that belong to the
     tokens by which the vocabulary was extended; all other weights stay as they are, bit for bit.

@@ -7,7 +7,7 @@ in it. Written for DeepSpeed 0.19; tested for every stage, precision and offload
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -51,7 +51,13 @@ class MasterGroup:
 
 
 class OptimizerState:
-    """This rank's part of a checkpoint, under any ZeRO stage."""
+    """This rank's part of a checkpoint, under any ZeRO stage.
+
+    Attributes:
+        layouts: of the parameters, by name.
+        beside: returns by kind further flat tensors [elements] that are saved with the weights:
+            one for each group, addressed as its fp32 weights are.
+    """
 
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, grid: ProcessGrid) -> None:
         """
@@ -67,6 +73,7 @@ class OptimizerState:
         self.layouts: dict[str, ParameterLayout] = {
             name: layout_of(parameter) for name, parameter in self._parameters.items()
         }
+        self.beside: Callable[[], Mapping[str, Sequence[Tensor]]] = dict
 
     def reset(self) -> None:
         """Reset moments and step counts; the fp32 weights are kept."""
@@ -82,8 +89,10 @@ class OptimizerState:
         return counts.pop() if counts else 0
 
     def kinds(self) -> tuple[str, ...]:
-        """The tensors of each parameter now: its weight, and moments after the first step."""
-        return (WEIGHT, *MOMENTS) if self.steps else (WEIGHT,)
+        """The tensors of each parameter now: its weight, moments after the first step, and those
+        `beside`."""
+        moments = MOMENTS if self.steps else ()
+        return (WEIGHT, *moments, *self.beside())
 
     def shard(self) -> Shard:
         """The pieces that this rank writes; pieces on several ranks are written by the first."""
@@ -125,18 +134,47 @@ class OptimizerState:
 
     def tensors(self, kinds: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         """Yield this rank's pieces by name, as views that the next step changes."""
+        beside = self.beside()
         for index, group in enumerate(self._groups()):
             with self._resident(index, changed=False):
                 for kind in kinds:
-                    flat = self._flat(group, kind)
+                    flat = beside[kind][index] if kind in beside else self._flat(group, kind)
                     for fragment in self._own(group):
                         yield tensor_name(kind, fragment.name), fragment.of(flat)
 
+    def masters(self) -> list[Tensor]:
+        """Return the fp32 weights of this rank: the flat tensor [elements] of each group, a view.
+
+        Without NVMe offload they are views as long as the engine exists.
+        """
+        return [group.flat.data.view(-1) for group in self._groups()]
+
     @torch.no_grad()
-    def load(self, stored: StoredParameters, steps: int) -> None:
+    def change_weights(self, change: Callable[[int, Tensor], object]) -> None:
+        """Change the fp32 weights, and with them the model's; called by all ranks.
+
+        change: called with the number of each group and its flat tensor [elements], in place.
+        """
+        self._zero_prologue()
+        for index, group in enumerate(self._groups()):
+            with self._resident(index, changed=True):
+                change(index, group.flat.data.view(-1))
+                self._write_back(index)
+        self._zero_epilogue()
+
+    @torch.no_grad()
+    def read(self, stored: StoredParameters, kind: str, flats: Sequence[Tensor]) -> None:
+        """Read this rank's pieces of a stored kind into a flat tensor [elements] of each group."""
+        for group, flat in zip(self._groups(), flats, strict=True):
+            self._fill(flat, group, kind, stored)
+
+    @torch.no_grad()
+    def load(self, stored: StoredParameters, steps: int, *, weight: str = WEIGHT) -> None:
         """Set weights, moments and step count from a checkpoint of any layout.
 
-        steps: number of optimizer steps of the stored moments; 0 if there are none.
+        Args:
+            steps: number of optimizer steps of the stored moments; 0 if there are none.
+            weight: the stored kind that the weights are set to.
 
         Raises:
             InputError: its parameters differ from the model's.
@@ -146,7 +184,7 @@ class OptimizerState:
         self.reset()
         for index, group in enumerate(self._groups()):
             with self._resident(index, changed=True):
-                self._fill(group.flat.data, group, WEIGHT, stored)
+                self._fill(group.flat.data, group, weight, stored)
                 if steps:
                     self._optimizer.state[group.flat] = self._moments(group, steps, stored)
                 self._write_back(index)

@@ -32,6 +32,7 @@ FREE_SECTIONS = (
 )
 FREE_KEYS = {"batch": ("micro",), "model": ("activation_checkpointing",)}
 FREE_TASK_KEYS = ("corpus",)
+FREE_AVERAGE_KEYS = ("device",)  # of a phase
 
 
 def refuse_other_run(run_dir: Path, config: RunConfig) -> None:
@@ -142,7 +143,15 @@ def _identity(settings: dict[str, Any]) -> dict[str, Any]:
     for section, free in FREE_KEYS.items():
         kept[section] = _without(free, settings.get(section, {}))
     tasks = settings.get("tasks", {})
-    return kept | {"tasks": {name: _without(FREE_TASK_KEYS, task) for name, task in tasks.items()}}
+    kept["tasks"] = {name: _without(FREE_TASK_KEYS, task) for name, task in tasks.items()}
+    kept["phases"] = [_phase_identity(phase) for phase in settings.get("phases", [])]
+    return kept
+
+
+def _phase_identity(phase: dict[str, Any]) -> dict[str, Any]:
+    if "average" not in phase:
+        return phase
+    return phase | {"average": _without(FREE_AVERAGE_KEYS, phase["average"])}
 
 
 def _without(keys: Iterable[str], section: dict[str, Any]) -> dict[str, Any]:

@@ -219,11 +219,18 @@ def _phase_kind(config: RunConfig, number: int) -> SampleKind:
 
 
 def _check_schedule(config: RunConfig, number: int, steps: int) -> None:
-    """Reject a warm-up or decay that is longer than the phase."""
+    """Reject a warm-up or decay that is longer than the phase, and an average that never begins."""
     rate = config.phases[number].learning_rate
     problem = rate.too_long_for(steps) if rate.steps is None else None
     if problem is not None:
         raise InputError(config.where(f"phases[{number}].learning_rate"), problem)
+    average = config.phases[number].average
+    if average is not None and average.from_step > steps:
+        raise InputError(
+            config.where(f"phases[{number}].average.from_step"),
+            f"is {average.from_step:,}, but the phase has {steps:,} steps",
+            "begin the average earlier",
+        )
 
 
 def check_corpora(config: RunConfig, number: int = 0, of: int = 1) -> None:

@@ -66,6 +66,7 @@ class Checkpointer:
         state = self._state(at, phase) | {
             "permanent": permanent,
             "optimizer_steps": self._engine.state.steps,
+            **self._engine.average.record(),
             **self._callbacks.state_dict(),
             "best": dict(self._best),
         }

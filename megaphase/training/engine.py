@@ -26,6 +26,7 @@ from megaphase.model.shape import GPTShape
 from megaphase.optim.optimizer import build_optimizer
 from megaphase.optim.optimizer_state import OptimizerState
 from megaphase.optim.trained_rows import TrainedRows
+from megaphase.optim.weight_average import WeightAverage
 from megaphase.plan.dataset import Batch
 from megaphase.training.backends import choose_backends
 from megaphase.training.deepspeed_config import (
@@ -70,7 +71,11 @@ def _deepspeed_silenced() -> Iterator[None]:
 
 
 class Engine:
-    """The model, its optimizer and its ZeRO state on this rank."""
+    """The model, its optimizer and its ZeRO state on this rank.
+
+    Attributes:
+        state: weights and optimizer state. average: of the weights, where one has begun.
+    """
 
     def __init__(self, config: RunConfig, shape: GPTShape, grid: ProcessGrid, tasks: int) -> None:
         choose_algorithms(config)
@@ -126,6 +131,7 @@ class Engine:
         self._optimizer = optimizer
         self.state = OptimizerState(self._engine, optimizer, grid)
         self.state.reset()
+        self.average = WeightAverage(self.state)
         self._rows = TrainedRows(
             self.module,
             optimizer,

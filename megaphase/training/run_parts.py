@@ -28,6 +28,7 @@ from megaphase.training.checkpointer import Checkpointer, checkpoint_facts
 from megaphase.training.engine import Engine
 from megaphase.training.evaluator import HeldOutEvaluator
 from megaphase.training.new_tokens import TrainedTokens
+from megaphase.training.phase_averages import PhaseAverages, load_average
 from megaphase.training.rank0_callbacks import first_rank_callbacks
 from megaphase.training.replica_check import ReplicaCheck
 from megaphase.training.resume import (
@@ -115,6 +116,8 @@ class RunParts:
         weights = starting_weights(self.store, self.checkpoint, self.branch)
         if weights is not None:
             load_checkpoint(self.engine, weights)
+            is_own = self.checkpoint is not None
+            load_average(self.engine, config, self.state, weights, is_own=is_own)
         self.replicas = ReplicaCheck(config, self.engine.module, self.grid, self.control_group)
         self.evaluator = HeldOutEvaluator(
             self.plan.spec, self.engine, self.tokenizer, config.validation.samples
@@ -169,7 +172,13 @@ class RunParts:
             facts | self.trained_tokens.state(),
             best,
         )
-        self._last_validation: tuple[int, dict[str, HeldOutLoss]] | None = None
+        self.averages = PhaseAverages(
+            config, self.engine, self.evaluator, self.callbacks, self.checkpointer
+        )
+        # Its step, the losses of the weights, and those of their average, where there is one.
+        self._last_validation: (
+            tuple[int, dict[str, HeldOutLoss], dict[str, HeldOutLoss] | None] | None
+        ) = None
         self._save_seconds = 0.0
 
         self._resources.enter_context(self.callbacks)

@@ -38,6 +38,10 @@ class StepResult:
 
     They are copied to the CPU while the device computes what follows; the first access waits until
     they are there.
+
+    Attributes:
+        applied_on_device: the same as `applied`, bool [], on the device, for what the device does
+            without the host.
     """
 
     def __init__(self, loss_sums: Tensor, tokens: Tensor, grad_norm: Tensor | float) -> None:
@@ -50,6 +54,7 @@ class StepResult:
             norm = torch.full_like(loss_sums[:1], float(grad_norm))
         else:
             norm = grad_norm.to(loss_sums).view(1)
+        self.applied_on_device = norm.isfinite().view(())
         self._figures = Readout(torch.cat([loss_sums, tokens, norm]))
 
     def wait(self) -> None:

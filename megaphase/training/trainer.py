@@ -50,6 +50,9 @@ class Trainer(RunParts):
             self.say(f"{phase} step {step:,}  {sentence}")
         if self.branch is not None or self.state.phase > 0:
             self.switch_phase()
+        with self.watchdog.patient(f"beginning {phase}"):
+            if self.averages.begin_phase(self.state):
+                self._last_validation = None
         self.callbacks.on_phase_begin(self.state.phase, phase)
         self.validate(saved_anyway=False, begins_phase=True)
 
@@ -94,6 +97,7 @@ class Trainer(RunParts):
         self.callbacks.on_step_begin(step)
         began = time.perf_counter()
         result = self.engine.train_step(batch, rate, step)
+        self.averages.after_step(self.state, result)
         self.replicas.begin(step)
         times = {"began": began, "data_wait": data_wait_seconds, "save": self._save_seconds}
         record = self.recorder.add(
@@ -141,13 +145,16 @@ class Trainer(RunParts):
         phase, step = self.phase.name, self.state.step
         if self._last_validation is None or self._last_validation[0] != step:
             measuring = partial(self.watchdog.at, f"measuring after step {step:,}")
-            self._last_validation = step, self.evaluator.evaluate(measuring)
-        losses = self._last_validation[1]
+            losses = self.evaluator.evaluate(measuring)
+            self._last_validation = step, losses, self.averages.losses(measuring)
+        _, losses, average = self._last_validation
         outcome = self.early_stopping.observe(
             step, {task: found.loss for task, found in losses.items()}
         )
         self.callbacks.on_validation_end(
-            ValidationRecord(step, phase, losses, outcome.gaps, begins_phase)
+            ValidationRecord(
+                step, phase, losses, outcome.gaps, begins_phase, None if begins_phase else average
+            )
         )
         if outcome.improved:
             self.callbacks.event(step, "best", phase=phase, of=outcome.improved)
