@@ -17,14 +17,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from megaphase.checkpoint.state import AVERAGE
 from megaphase.checkpoint.tensor_file import TensorFile
 from megaphase.distributed.sharding import ParameterLayout
 from megaphase.utils.errors import InputError
@@ -32,7 +34,6 @@ from megaphase.utils.files import read_json
 
 INDEX_FILE = "parameters.json"
 WEIGHT = "weight"
-AVERAGE = "average"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 RANDOM = "random/"  # prefix of tensors that are no parameters: states of random generators
 
@@ -126,6 +127,21 @@ class StoredParameters:
                 self._pieces[name, shard.tensor_rank].append((piece, file))
         self._open = cache(lambda file: TensorFile(folder / file))
         self._last_cut: tuple[tuple[object, ...], Tensor] | None = None
+        self._weight = WEIGHT  # the stored kind that is read as the weight
+
+    def of_average(self) -> Self:
+        """Return the same parameters with the stored average as their weights, without moments.
+
+        Raises:
+            InputError: none is stored.
+        """
+        if AVERAGE not in self.kinds:
+            raise InputError(
+                self._folder, "holds no average of the weights", "take the weights, or another one"
+            )
+        other = copy(self)
+        other.kinds, other._weight, other._last_cut = (WEIGHT,), AVERAGE, None
+        return other
 
     def check(self, layouts: Mapping[str, ParameterLayout]) -> None:
         """Reject a model whose parameters differ from the stored ones.
@@ -217,7 +233,8 @@ class StoredParameters:
             start, stop = max(piece.start, first), min(piece.stop, first + out.numel())
             if start < stop:
                 part = out[start - first : stop - first]
-                self._open(file).read_into(tensor_name(kind, name), start - piece.start, part)
+                stored = tensor_name(self._weight if kind == WEIGHT else kind, name)
+                self._open(file).read_into(stored, start - piece.start, part)
                 missing -= stop - start
         if missing:
             raise self._missing(f"{missing:,} elements of {kind} of {name} are")

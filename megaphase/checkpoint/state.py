@@ -19,6 +19,8 @@ STATE_FILE = "state.json"
 # was trained, and the ids [first, stop) by which its vocabulary was extended.
 TOKENIZER_HASH = "tokenizer_hash"
 NEW_TOKENS = "new_tokens"
+# The kind of tensors that are an average of the weights; the key of its record in the state.
+AVERAGE = "average"
 NAME = re.compile(r"(step|best)-([0-9]{8,})")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megaphase.utils.arguments import MOST, Checkpoint, finite, named
+from megaphase.utils.arguments import MOST, Average, Checkpoint, finite, named
 from megaphase.utils.standard_streams import new_console
 
 convert_app = typer.Typer(
@@ -55,6 +55,7 @@ def reshape_command(
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Write fp32 weights without optimizer state.")
     ] = False,
+    average: Average = False,
     workers: Workers = DEFAULT_WORKERS,
 ) -> None:
     """Write a checkpoint for another layout.
@@ -79,10 +80,60 @@ def reshape_command(
         out,
         layout,
         weights_only=weights_only,
+        average=average,
         workers=workers,
         console=new_console(stderr=True, highlight=False),
     )
     print(f"Checkpoint: {out}")
+
+
+@convert_app.command("average")
+def average_command(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(metavar="CKPT…", help="Two or more: RUN@NAME, or a path, of any layouts."),
+    ],
+    out: Out,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W1,W2,…",
+            help="How much each checkpoint counts, relative to their sum; equally by default.",
+        ),
+    ] = None,
+    average: Average = False,
+    workers: Workers = DEFAULT_WORKERS,
+) -> None:
+    """Write the mean of the weights of several checkpoints, of one run or of several.
+
+    The result is a checkpoint without optimizer state, from which `train --from`, `evaluate` and
+    the other conversions start. Models and tokenizers must be equal. Its step, its samples used and
+    its history are those of the checkpoint of the largest step.
+
+    Example: megaphase convert average runs/a@step-00008000 runs/a@step-00009000 --out mean/
+
+    Example: megaphase convert average runs/a@joint runs/b@joint --weights 0.7,0.3 --out soup/
+    """
+    from megaphase.convert.average import average as write_average
+    from megaphase.utils.errors import InputError
+
+    shares = None
+    if weights is not None:
+        try:
+            shares = [float(each) for each in weights.split(",")]
+        except ValueError:
+            raise InputError(
+                "--weights", f"{weights!r} is no list of numbers", "write 1,2"
+            ) from None
+    newest = write_average(
+        checkpoints,
+        shares,
+        out,
+        of_averages=average,
+        workers=workers,
+        console=new_console(stderr=True, highlight=False),
+    )
+    print(f"Checkpoint: {out}\nStep, samples used and history are those of {newest.folder}")
 
 
 @convert_app.command("to-hf")
@@ -115,6 +166,7 @@ def to_hf_command(
             "default.",
         ),
     ] = None,
+    average: Average = False,
     workers: Workers = DEFAULT_WORKERS,
 ) -> None:
     """Write a Hugging Face model with its tokenizer.
@@ -135,6 +187,7 @@ def to_hf_command(
         no_tokenizer=no_tokenizer,
         max_shard_bytes=int(max_shard_gb * 1e9),
         max_positions=max_positions,
+        average=average,
         workers=workers,
         console=new_console(stderr=True, highlight=False),
     )
@@ -208,6 +261,7 @@ def to_megatron_command(
     vocab_divisible_by: Annotated[
         int, typer.Option(min=1, max=MOST, help="Megatron-LM's --make-vocab-size-divisible-by.")
     ] = 128,
+    average: Average = False,
     workers: Workers = DEFAULT_WORKERS,
 ) -> None:
     """Write a checkpoint of Megatron-LM (--ckpt-format torch): weights, no optimizer state.
@@ -226,6 +280,7 @@ def to_megatron_command(
         checkpoint,
         out,
         Target(tensor, dtype, Implementation(implementation), vocab_divisible_by),
+        average=average,
         workers=workers,
         console=new_console(stderr=True, highlight=False),
     )

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from megaphase.checkpoint.names import CHECKPOINTS
-from megaphase.checkpoint.state import NEW_TOKENS, STATE_FILE
+from megaphase.checkpoint.state import AVERAGE, NEW_TOKENS, STATE_FILE
 from megaphase.checkpoint.tensor_file import TensorFile, TensorKind
 from megaphase.convert.checkpoint_writer import PORTABLE_FOLDER
 from megaphase.convert.hugging_face.config_file import CONFIG_FILE
@@ -123,6 +123,8 @@ def _megaphase(source: Source, how: Inspector) -> Contents:
         "model": source.shape.architecture(),
         "samples used": state.get("used") or None,
         "new tokens": state.get(NEW_TOKENS),
+        "average": state.get(AVERAGE),
+        "average of": state.get("averaged"),
         "origin": state.get("origin") or None,
     }
     tensors = {name: TensorKind(torch.float32, lay.shape) for name, lay in weights.layouts.items()}

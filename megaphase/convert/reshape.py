@@ -10,7 +10,7 @@ from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.convert.checkpoint_writer import Form, form_for, portable_form, write_checkpoint
 from megaphase.convert.output import new_folder
 from megaphase.convert.partition import Layout, check_tensor_size
-from megaphase.convert.source import open_source
+from megaphase.convert.source import open_source, state_of_weights
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import fp32_bytes
 from megaphase.model.shape import GPTShape
@@ -22,19 +22,22 @@ def reshape(
     layout: Layout | None,
     *,
     weights_only: bool,
+    average: bool = False,
     workers: int,
     console: Console | None = None,
 ) -> None:
     """Write the checkpoint RUN@NAME, or at a path, as `out`; portable if no layout is given.
 
+    average: write the average that the checkpoint holds as the weights, without optimizer state.
+
     Raises:
         InputError: the checkpoint is damaged, or its model cannot be split like this.
     """
-    source = open_source(text)
+    source = open_source(text, average=average)
     form = _form(source.shape, layout)
     kinds = (WEIGHT,) if weights_only else source.weights.kinds
     needed = fp32_bytes(source.shape) * len(kinds)
-    state = source.state | ({"optimizer_steps": 0} if weights_only else {})
+    state = state_of_weights(source.state) if weights_only else source.state
     with (
         new_folder(out, needed) as folder,
         verified_meanwhile(source, needed, workers=workers, console=console) as advance,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 
 from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.parameters import StoredParameters
-from megaphase.checkpoint.state import STATE_FILE, check_format, read_state
+from megaphase.checkpoint.state import AVERAGE, STATE_FILE, check_format, read_state
 from megaphase.checkpoint.store import MANIFEST_FILE
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.shape import GPTShape
@@ -51,8 +51,10 @@ class Source:
         return _DTYPES[asked or own]
 
 
-def open_source(text: str) -> Source:
+def open_source(text: str, *, average: bool = False) -> Source:
     """Open the checkpoint that a user names by RUN@NAME or a path.
+
+    average: its weights are those of the average that it holds, and it has no moments.
 
     Raises:
         InputError: there is none, it is of another version, or its shards are inconsistent.
@@ -69,7 +71,15 @@ def open_source(text: str) -> Source:
     weights = StoredParameters(folder)
     weights.check(parameter_layouts(shape, weights.tensor_size))
     weights.check_pieces()
+    if average:
+        weights = weights.of_average()
+        state = state_of_weights(state)
     return Source(folder, state, shape, weights)
+
+
+def state_of_weights(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of a checkpoint as that of its weights alone."""
+    return {k: v for k, v in state.items() if k != AVERAGE} | {"optimizer_steps": 0}
 
 
 def files_in_manifest(folder: Path) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -16,20 +16,28 @@ from megaphase.utils.progress import bytes_progress
 
 @contextmanager
 def verified_meanwhile(
-    source: Source, nbytes: int, *, workers: int, console: Console | None
+    source: Source,
+    nbytes: int,
+    *,
+    others: Sequence[Source] = (),
+    workers: int,
+    console: Console | None,
 ) -> Iterator[Advance]:
     """Let a block convert a checkpoint while other threads compare its files with the manifest.
 
     Data that one of the two has read from disk is in the page cache for the other. The block only
     ends normally if the files are intact, so its output must be published afterwards.
 
-    nbytes: number of bytes that the block will write. Yields a function that counts them.
+    Args:
+        nbytes: number of bytes that the block will write. Yields a function that counts them.
+        others: further checkpoints that the block reads.
 
     Raises:
         InputError: names the first file that is missing, truncated or altered.
     """
     given_up = threading.Event()
-    total = source.nbytes + nbytes
+    sources = (source, *others)
+    total = sum(each.nbytes for each in sources) + nbytes
     with bytes_progress(console, "converting", total) as advance, ThreadPoolExecutor(1) as pool:
 
         def count_verified(count: int) -> None:
@@ -37,9 +45,11 @@ def verified_meanwhile(
                 raise CancelledError
             advance(count)
 
-        work = pool.submit(
-            verify_checkpoint, source.folder, workers=workers, advance=count_verified
-        )
+        def verify() -> None:
+            for each in sources:
+                verify_checkpoint(each.folder, workers=workers, advance=count_verified)
+
+        work = pool.submit(verify)
 
         def count_written(count: int) -> None:
             if work.done():

@@ -7,7 +7,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from megaphase.utils.arguments import MOST, MOST_SEED, Checkpoint, Overrides, RunFile, finite, named
+from megaphase.utils.arguments import (
+    MOST,
+    MOST_SEED,
+    Average,
+    Checkpoint,
+    Overrides,
+    RunFile,
+    finite,
+    named,
+)
 from megaphase.utils.standard_streams import new_console
 
 # Logits divided by a smaller number overflow.
@@ -88,6 +97,7 @@ def generate_command(
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the sampling.")] = 0,
     batch: Batch = 16,
     dtype: Dtype = None,
+    average: Average = False,
     verify: Verify = True,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
 ) -> None:
@@ -116,7 +126,7 @@ def generate_command(
     if not temperature and (top_k or top_p < 1.0):
         raise InputError("--top-k and --top-p", "apply only to sampling", "give --temperature, too")
     texts = prompt or read_prompts(input or Path(), json_key)
-    source = open_source(checkpoint)
+    source = open_source(checkpoint, average=average)
     words = load_tokenizer(source, tokenizer)
     start = prompt_start(source, words)
     prompts = [start + tokens for tokens in words.encode_batch(texts)]
@@ -169,6 +179,7 @@ def translate_command(
     ] = "13a",
     batch: Batch = 16,
     dtype: Dtype = None,
+    average: Average = False,
     verify: Verify = True,
     out: Annotated[
         Path | None,
@@ -210,7 +221,8 @@ def translate_command(
             check_place(file)
     how = Decoding(max_tokens, beam, length_penalty)
     test = TranslationTest(samples, how, batch, dtype, bleu_tokenizer, verify)
-    results = evaluate_translation(config, checkpoint, task or [], test, new_console(stderr=True))
+    console = new_console(stderr=True)
+    results = evaluate_translation(config, checkpoint, task or [], test, console, average=average)
     if out is not None:
         write_translations(out, results.translations)
     if scores is not None:

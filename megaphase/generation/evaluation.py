@@ -58,15 +58,19 @@ def evaluate_translation(
     tasks: Sequence[str],
     test: TranslationTest,
     console: Console,
+    *,
+    average: bool = False,
 ) -> TranslationResults:
     """Translate held-out sources of tasks, by default of all translation tasks, and score them.
 
-    checkpoint: a NAME in the run, RUN@NAME of another one, or a path.
+    Args:
+        checkpoint: a NAME in the run, RUN@NAME of another one, or a path.
+        average: translate with the average of the weights that it holds.
 
     Raises:
         InputError: the user's input is invalid; raised before anything is translated.
     """
-    source = open_source(str(find_for_run(config.output, checkpoint)))
+    source = open_source(str(find_for_run(config.output, checkpoint)), average=average)
     tokenizer = load_tokenizer(source, config.tokenizer)
     named = tasks or translation_tasks(config)
     if not named:

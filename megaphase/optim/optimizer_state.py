@@ -169,12 +169,10 @@ class OptimizerState:
             self._fill(flat, group, kind, stored)
 
     @torch.no_grad()
-    def load(self, stored: StoredParameters, steps: int, *, weight: str = WEIGHT) -> None:
+    def load(self, stored: StoredParameters, steps: int) -> None:
         """Set weights, moments and step count from a checkpoint of any layout.
 
-        Args:
-            steps: number of optimizer steps of the stored moments; 0 if there are none.
-            weight: the stored kind that the weights are set to.
+        steps: number of optimizer steps of the stored moments; 0 if there are none.
 
         Raises:
             InputError: its parameters differ from the model's.
@@ -184,7 +182,7 @@ class OptimizerState:
         self.reset()
         for index, group in enumerate(self._groups()):
             with self._resident(index, changed=True):
-                self._fill(group.flat.data, group, weight, stored)
+                self._fill(group.flat.data, group, WEIGHT, stored)
                 if steps:
                     self._optimizer.state[group.flat] = self._moments(group, steps, stored)
                 self._write_back(index)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaphase.checkpoint.parameters import AVERAGE, StoredParameters
+from megaphase.checkpoint.parameters import StoredParameters
+from megaphase.checkpoint.state import AVERAGE
 from megaphase.optim.average_config import AverageConfig
 from megaphase.optim.optimizer_state import OptimizerState
 

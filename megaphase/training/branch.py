@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megaphase.checkpoint.names import find_checkpoint
-from megaphase.checkpoint.state import STATE_FILE, read_state, state_or_nothing
+from megaphase.checkpoint.state import AVERAGE, STATE_FILE, read_state, state_or_nothing
 from megaphase.config.run import RunConfig
 from megaphase.plan.origin import RunOrigin, recorded_origin, write_origin
 from megaphase.plan.spec import PlanSpec
@@ -96,6 +96,12 @@ def choose_branch(config: RunConfig, source: str | None) -> Branch | None:
     directory = RunDirectory(config.output)
     recorded = recorded_branch(directory)
     if source is None or (recorded is not None and _is_that(recorded, source)):
+        if recorded is None and config.phases[0].begin_from == "average":
+            raise InputError(
+                config.where("phases[0].begin_from"),
+                "is average, but the run starts from no checkpoint",
+                "give one that holds an average with --from, or write weights",
+            )
         return recorded
     if recorded is not None or directory.run_file.exists():
         began = f"from {recorded.checkpoint}" if recorded else "by itself"
@@ -151,6 +157,12 @@ def begin_branch(config: RunConfig, source: str) -> Branch:
             config.where("phases[0].optimizer_state"),
             f"is keep, but {folder} has weights alone",
             "write reset, or give a step-… checkpoint",
+        )
+    if first.begin_from == "average" and AVERAGE not in branch.state:
+        raise InputError(
+            config.where("phases[0].begin_from"),
+            f"is average, but {folder} holds no average of the weights",
+            "write weights, or give a step-… checkpoint of a phase with average",
         )
     return branch
 

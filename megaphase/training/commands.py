@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from megaphase.utils.arguments import Overrides, Profile, ProfileSteps, RunFile, Source
+from megaphase.utils.arguments import Average, Overrides, Profile, ProfileSteps, RunFile, Source
 from megaphase.utils.standard_streams import new_console, standard_output_is_a_log
 
 PROFILE_STEPS = 3
@@ -65,6 +65,7 @@ def evaluate_command(
             "not given.",
         ),
     ] = None,
+    average: Average = False,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure the held-out loss of every task at a checkpoint.
@@ -86,14 +87,16 @@ def evaluate_command(
 
         from megaphase.training.evaluate import evaluate
 
-        step, losses = evaluate(config, checkpoint, new_console(stderr=True), signals)
+        console = new_console(stderr=True)
+        step, losses = evaluate(config, checkpoint, console, signals, average=average)
     if global_rank() != 0:
         return
     if json:
         figures = {task: asdict(loss) for task, loss in losses.items()}
         print(dumps({"step": step, "validation": figures}, indent=2))
         return
-    table = Table(title=f"Held-out losses at step {step:,}", title_justify="left")
+    measured = "of the average at step" if average else "at step"
+    table = Table(title=f"Held-out losses {measured} {step:,}", title_justify="left")
     table.add_column("task")
     table.add_column("nats a token", justify="right")
     table.add_column("bits a byte", justify="right")

@@ -29,11 +29,18 @@ from megaphase.utils.errors import InputError
 
 
 def evaluate(
-    config: RunConfig, checkpoint: str | None, console: Console, signals: StopSignals
+    config: RunConfig,
+    checkpoint: str | None,
+    console: Console,
+    signals: StopSignals,
+    *,
+    average: bool = False,
 ) -> tuple[int, dict[str, HeldOutLoss]]:
     """Held-out losses of a checkpoint, the run's newest if none is given; on every process.
 
-    checkpoint: RUN@NAME, a NAME in this run, or a path.
+    Args:
+        checkpoint: RUN@NAME, a NAME in this run, or a path.
+        average: measure the average of the weights that it holds.
 
     Returns the checkpoint's step and the losses by task.
     """
@@ -52,7 +59,7 @@ def evaluate(
                 raise InputError(folder, "there is no whole checkpoint", "train first")
             check_checkpoint(found, plan)
             engine = Engine(config, shape, grid, len(plan.tasks))
-            load_checkpoint(engine, found)
+            load_checkpoint(engine, found, average=average)
             evaluator = HeldOutEvaluator(spec, engine, tokenizer, config.validation.samples)
         losses = evaluator.evaluate(partial(watchdog.at, "measuring"))
         return found.state["step"], losses

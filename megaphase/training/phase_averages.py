@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from megaphase.callbacks.callback import CallbackList, HeldOutLoss
-from megaphase.checkpoint.parameters import AVERAGE, StoredParameters
+from megaphase.checkpoint.parameters import StoredParameters
+from megaphase.checkpoint.state import AVERAGE
 from megaphase.checkpoint.store import Checkpoint
 from megaphase.config.run import RunConfig
 from megaphase.distributed.all_ranks import run_on_all_ranks

@@ -96,18 +96,25 @@ def starting_weights(
     return store.open(branch.checkpoint)
 
 
-def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
+def load_checkpoint(engine: Engine, checkpoint: Checkpoint, *, average: bool = False) -> None:
     """Load weights and optimizer state, from whatever layout they were saved on.
 
-    Called by all ranks.
+    Called by all ranks. average: load the average of the weights instead, without optimizer state.
 
     Raises:
         InputError: it is of another model.
     """
-    stored, state = StoredParameters(checkpoint.folder), checkpoint.state
-    run_on_all_ranks(lambda: engine.state.load(stored, state["optimizer_steps"]))
+    state = checkpoint.state
+    stored = run_on_all_ranks(lambda: _stored(checkpoint, average=average))
+    steps = 0 if average else state["optimizer_steps"]
+    run_on_all_ranks(lambda: engine.state.load(stored, steps))
     if state["processes"] == engine.grid.world_size:
         set_random_state(stored_random_state(checkpoint.folder, engine.grid.rank))
+
+
+def _stored(checkpoint: Checkpoint, *, average: bool) -> StoredParameters:
+    stored = StoredParameters(checkpoint.folder)
+    return stored.of_average() if average else stored
 
 
 def newest_name_until(

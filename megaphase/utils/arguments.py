@@ -87,6 +87,13 @@ def train_options(source: str | None, profile: bool, profile_steps: int | None) 
     return options
 
 
+Average = Annotated[
+    bool,
+    typer.Option(
+        "--average", help="Take the average that the checkpoint holds instead of its weights."
+    ),
+]
+
 Checkpoint = Annotated[
     str,
     typer.Argument(

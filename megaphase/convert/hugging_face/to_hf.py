@@ -59,6 +59,7 @@ def to_hf(
     console: Console | None = None,
     no_tokenizer: bool = False,
     max_positions: int | None = None,
+    average: bool = False,
 ) -> Written:
     """Write the checkpoint RUN@NAME, or at a path, as the model directory `out`.
 
@@ -68,12 +69,13 @@ def to_hf(
         no_tokenizer: write none.
         max_positions: how many tokens the model's configuration allows a text to have, with rotary
             positions; by default the run's seq_len.
+        average: write the average of the weights that the checkpoint holds.
 
     Raises:
         InputError: the checkpoint is damaged, no family supports its model, there is no tokenizer,
             or the model's positions are learned and `max_positions` is given.
     """
-    source = open_source(text)
+    source = open_source(text, average=average)
     family = family_for(source.shape, source.folder)
     shape = family.expressed(source.shape)
     described = shape

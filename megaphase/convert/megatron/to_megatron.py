@@ -60,17 +60,20 @@ def to_megatron(
     out: Path,
     target: Target,
     *,
+    average: bool = False,
     workers: int = 1,
     console: Console | None = None,
 ) -> Namespace:
     """Write the weights of the checkpoint RUN@NAME, or at a path, into the folder `out`.
+
+    average: write the average of the weights that the checkpoint holds.
 
     Returns the stored Megatron-LM arguments.
 
     Raises:
         InputError: the checkpoint is damaged, or its model cannot be split like this.
     """
-    source = open_source(text)
+    source = open_source(text, average=average)
     shape = expressed(source.shape, source.folder)
     weights = WithZeroBiases(source.weights, shape)
     check_tensor_size(shape, target.tensor)
