@@ -28,6 +28,9 @@ def write_numbers(runs: Sequence[RunRecord], folder: Path) -> list[str]:
         "training_by_task": (["step", "phase", "task", "loss"], _training_by_task),
         "plan": (["phase", "task", *TaskShare.model_fields], _plan),
     }
+    if any(row.validation_average for run in runs for row in run.validation):
+        columns = ["step", "phase", "task", "loss", "bits_per_byte"]
+        tables["validation_average"] = columns, _validation_average
     folder.mkdir()
     return [
         write_table(
@@ -56,6 +59,12 @@ def _validation(run: RunRecord) -> Iterator[Row]:
     for row in run.validation:
         for task, measured in row.validation.items():
             yield row.step, row.phase, task, measured.loss, measured.bits_per_byte, measured.gap
+
+
+def _validation_average(run: RunRecord) -> Iterator[Row]:
+    for row in run.validation:
+        for task, measured in row.validation_average.items():
+            yield row.step, row.phase, task, measured.loss, measured.bits_per_byte
 
 
 def _training(run: RunRecord) -> Iterator[Row]:

@@ -55,6 +55,7 @@ STYLE = {
 }
 
 DASHED = (0, (3, 2))
+DOTTED = (0, (1, 1.5))
 LABEL_GAP_POINTS = 13.0
 CHARACTER_INCHES = 0.094  # of a bold label, at the widest
 NAME_LIMIT = 18

@@ -31,6 +31,7 @@ from megaphase.report.plot_parts import (
 )
 from megaphase.report.plot_style import (
     DASHED,
+    DOTTED,
     INK,
     LABEL_GAP_POINTS,
     MUTED,
@@ -56,11 +57,14 @@ def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
     """Plot validation loss per task over steps, with training loss per task as a faint line."""
     curves = {task: _validation_curve(run, task) for task in validated_tasks([run])}
     training = {task: _training_curve(run, task) for task in curves}
+    averages = {task: _average_curves(run, task) for task in curves}
     keys = [line_key("training loss", lw=1.0, alpha=0.5), *_incident_keys(run)]
     if run.low_resource_tasks:
         low, high = run.groups
         keys.insert(0, line_key(low, **_line_style(True)))
         keys.insert(1, line_key(high, **_line_style(False)))
+    if any(averages.values()):
+        keys.append(line_key("average of the weights", lw=1.4, ls=DOTTED))
     height = max(size.height, 1.3 + len(curves) * LABEL_GAP_POINTS / 72)
     with plot_style():
         figure = new_figure(size.width, height)
@@ -74,7 +78,10 @@ def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
             look = _line_style(task in run.low_resource_tasks)
             axes.plot(steps, losses, color=colours[task], zorder=3, **look)
             axes.plot(*training[task], color=colours[task], alpha=0.3, linewidth=1.0)
-        axes.set_ylim(loss_limits(curves.values(), _steps_of([run]), training.values()))
+            for curve in averages[task]:
+                axes.plot(*curve, color=colours[task], lw=1.4, ls=DOTTED, marker=".", zorder=3)
+        shown = [*curves.values(), *(curve for found in averages.values() for curve in found)]
+        axes.set_ylim(loss_limits(shown, _steps_of([run]), training.values()))
         label_line_ends(axes, _line_ends(curves, colours))
         _mark_gaps(axes, run)
         _mark_steps(axes, run)
@@ -160,6 +167,17 @@ def _validation_curve(run: RunRecord, task: str) -> Curve:
     rows = [row for row in run.validation if task in row.validation]
     steps = np.array([row.step for row in rows], dtype=np.int64)
     return steps, np.array([row.validation[task].loss for row in rows], dtype=np.float64)
+
+
+def _average_curves(run: RunRecord, task: str) -> list[Curve]:
+    """Return the validation losses of the average of the weights, a curve for each phase."""
+    found = []
+    for phase in run.plan.phases:
+        rows = [row for row in run.validation_in(phase.name) if task in row.validation_average]
+        steps = np.array([row.step for row in rows], dtype=np.int64)
+        losses = [row.validation_average[task].loss for row in rows]
+        found.append((steps, np.array(losses, dtype=np.float64)))
+    return [curve for curve in found if len(curve[0])]
 
 
 def _line_ends(curves: Mapping[str, Curve], colours: Colours) -> list[tuple[str, float, str]]:

@@ -36,7 +36,8 @@ def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -
     losses = Plot(
         "loss",
         "Loss per task",
-        "On held-out text; faint: the training loss. Dashed: the switch to the next phase; solid: "
+        "On held-out text; faint: the training loss; dotted: the average of the weights, where the "
+        "phase has one. Dashed: the switch to the next phase; solid: "
         "where training diverges. "
         "The steep beginning may be cut off at the top.",
         lambda size: loss_plot(run, colours, size),
@@ -119,8 +120,17 @@ def _loss_table(run: RunRecord, colours: Colours) -> PageTable:
     phases = run.phases_begun
     with_gap = any(loss.end_gap is not None for loss in losses.values())
     last_columns = ("best", "bits/byte", "gap") if with_gap else ("best", "bits/byte")
+    averages = {p.name: _newest_average(run, p.name) for p in phases}
     groups = [
-        (p.name, ("start", "end" if run.phase_is_over(p) else "so far", *last_columns))
+        (
+            p.name,
+            (
+                "start",
+                "end" if run.phase_is_over(p) else "so far",
+                *last_columns,
+                *(("average",) if averages[p.name] else ()),
+            ),
+        )
         for p in phases
     ]
     rows = []
@@ -137,11 +147,22 @@ def _loss_table(run: RunRecord, colours: Colours) -> PageTable:
             if with_gap:
                 gap = None if loss is None else loss.end_gap
                 cells.append(NOTHING if gap is None else f"{gap:+.3f}")
+            if averages[phase.name]:
+                found = averages[phase.name].get(task)
+                cells.append(NOTHING if found is None else f"{found:.3f}")
         rows.append(cells)
     note = "Nats per token; best: the lowest, and its step; bits per byte of text: at the end."
     if with_gap:
         note += " Gap: how far the loss is above that on the training text, at the end."
+    if any(averages.values()):
+        note += " Average: of the average of the phase's weights, at the end."
     return PageTable(["task"], rows, note, groups)
+
+
+def _newest_average(run: RunRecord, phase: str) -> dict[str, float]:
+    """Return the newest losses of the average of a phase's weights by task; empty without one."""
+    rows = [row.validation_average for row in run.validation_in(phase) if row.validation_average]
+    return {task: figures.loss for task, figures in rows[-1].items()} if rows else {}
 
 
 def _data_table(run: RunRecord, colours: Colours) -> PageTable:

@@ -103,9 +103,13 @@ class HeldOutRow(_Record):
 
 
 class ValidationRow(_Row):
-    """Held-out losses after `step` steps; a switch has one row for each of its two phases."""
+    """Held-out losses after `step` steps; a switch has one row for each of its two phases.
+
+    validation_average: those of the average of the phase's weights; empty if it has none yet.
+    """
 
     validation: dict[str, HeldOutRow]
+    validation_average: dict[str, HeldOutRow] = {}
 
 
 class Event(_Record):
