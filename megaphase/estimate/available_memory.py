@@ -11,7 +11,7 @@ from megaphase.config.run import RunConfig
 from megaphase.distributed.dist_env import local_world_size, world_size
 from megaphase.distributed.process_grid import device
 from megaphase.estimate.setup import Setup, setup_of
-from megaphase.estimate.state_memory import states_of
+from megaphase.estimate.state_memory import average_bytes, states_of
 from megaphase.estimate.suggestions import GB
 from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError
@@ -47,15 +47,16 @@ def lasting_bytes(setup: Setup) -> tuple[int, int]:
     """Bytes of one rank from step to step: on its GPU, and in the node's memory."""
     kept = states_of(setup).resident
     state = kept.masters + kept.moments + kept.gradients
+    average_here, average_host = average_bytes(setup, kept)
     if setup.device == "cpu":
-        return 0, kept.weights + state
+        return 0, kept.weights + state + average_here
     places = {"none": (1, 0), "cpu": (0, 1), "nvme": (0, 0)}
     (state_gpu, state_host), (weights_gpu, weights_host) = (
         places[each] for each in (setup.offload, setup.offload_parameters)
     )
     return (
-        state_gpu * state + weights_gpu * kept.weights,
-        state_host * state + weights_host * kept.weights,
+        state_gpu * state + weights_gpu * kept.weights + average_here,
+        state_host * state + weights_host * kept.weights + average_host,
     )
 
 

@@ -22,6 +22,7 @@ from megaphase.estimate.state_memory import (
     SUB_GROUP,
     SWAP_BUFFERS,
     States,
+    average_bytes,
     states_of,
 )
 from megaphase.model.parameters import (
@@ -75,6 +76,9 @@ def _peak_points(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, 
     parameters = sum(parameter_sizes(setup.shape, setup.tensor).values())
     block = elements_of(declared_block(setup.shape), setup.tensor)
 
+    # Named where there is one.
+    average = {"average": average_bytes(setup, resident)[0]} if setup.average != "none" else {}
+
     def at(activations: int, gradients: int, gathered: int, buffers: int) -> dict[str, int]:
         return {
             "weights": resident.weights + transient.secondary,
@@ -84,6 +88,7 @@ def _peak_points(setup: Setup, states: States) -> Iterator[tuple[str, dict[str, 
             "activations": activations,
             "gathered": gathered,
             "buffers": buffers,
+            **average,
         }
 
     carried, backward = transient.carried, block_backward(setup)
@@ -146,6 +151,7 @@ def _offloaded(setup: Setup, states: States) -> dict[str, int]:
     if setup.device == "cpu":
         return {}
     resident, host = states.resident, {}
+    average = average_bytes(setup, resident)[1]
     pinned = []
     if setup.offload == "cpu":
         host = {
@@ -168,6 +174,8 @@ def _offloaded(setup: Setup, states: States) -> dict[str, int]:
         largest = largest_partition(setup.shape, setup.tensor, setup.data)
         swapped = SWAP_BUFFERS * largest * setup.parameter_bytes
         host["buffers"] = host.get("buffers", 0) + swapped
+    if average:
+        host["average"] = average
     if pinned:
         host["rounding"] = sum(_power_of_two(size) - size for size in pinned)
     return host

@@ -13,6 +13,7 @@ from megaphase.model.shape import GPTShape
 from megaphase.ops.matmul import widens_bf16
 
 Device = Literal["cuda", "cpu"]
+AverageMemory = Literal["none", "weights", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Setup:
     keep_gathered: see `estimate.gathered_parameters`. secondary: consecutive ranks among which
     ZeRO-3 partitions a second copy of the weights, or None. compiled: the formulas between the
     matrix products, see `ops`. widened: whether the device computes products of bf16 in fp32, see
-    `ops.matmul`.
+    `ops.matmul`. average: where an average of the weights is, see `optim.average_config`; `none`
+    without one.
     """
 
     shape: GPTShape
@@ -44,6 +46,7 @@ class Setup:
     device: Device = "cuda"
     compiled: bool = True
     widened: bool = False
+    average: AverageMemory = "none"
 
     @property
     def compute_bytes(self) -> int:
@@ -125,4 +128,11 @@ def setup_of(config: RunConfig, shape: GPTShape, processes: int, device: Device)
         device=device,
         compiled=kernels == "compile" or (kernels == "auto" and device == "cuda"),
         widened=config.precision == "bf16" and widens_bf16(torch.device(device)),
+        average=_average_memory(config),
     )
+
+
+def _average_memory(config: RunConfig) -> AverageMemory:
+    """Where the average of the phase is that has it in the scarcer memory."""
+    places = {phase.average.device for phase in config.phases if phase.average is not None}
+    return "weights" if "weights" in places else "cpu" if places else "none"

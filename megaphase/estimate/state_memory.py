@@ -82,6 +82,18 @@ class States:
     transient: Transient = field(default_factory=Transient)
 
 
+def average_bytes(setup: Setup, resident: Resident) -> tuple[int, int]:
+    """Bytes of the average of the fp32 weights: on the GPU, and in the node's memory.
+
+    Where the device is the CPU, all memory is its own.
+    """
+    if setup.average == "none":
+        return 0, 0
+    needed = resident.masters if setup.zero > 0 else resident.weights
+    leaves = setup.device == "cuda" and (setup.average == "cpu" or setup.offload != "none")
+    return (0, needed) if leaves else (needed, 0)
+
+
 def states_of(setup: Setup) -> States:
     """The memory of this rank if nothing were offloaded."""
     sizes = parameter_sizes(setup.shape, setup.tensor)

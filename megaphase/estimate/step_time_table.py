@@ -9,7 +9,6 @@ from rich import box
 from rich.table import Table
 
 from megaphase.estimate.hardware import Hardware
-from megaphase.estimate.memory import PARTS as MEMORY_PARTS
 from megaphase.estimate.memory import estimate
 from megaphase.estimate.memory_table import gb, layout_name
 from megaphase.estimate.setup import Setup
@@ -146,7 +145,7 @@ def layouts_table(
         show_edge=False,
         padding=(0, 1, 0, 0),
     )
-    parts = MEMORY_PARTS if width >= WIDE else ()
+    parts = tuple(memory["layouts"][0]["parts"]) if width >= WIDE else ()
     times = ("step", "MFU") if speed else ()
     for column in ("tensor", "data", "ZeRO", *parts, "all", *times, "fits"):
         table.add_column(column, justify="right")

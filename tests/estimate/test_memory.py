@@ -24,6 +24,7 @@ from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.distributed.sharding import layout_of
 from megaphase.estimate.activation_memory import blocks_kept
+from megaphase.estimate.available_memory import lasting_bytes
 from megaphase.estimate.gathered_parameters import gather_limits, reduce_bucket
 from megaphase.estimate.memory import PARTS, estimate
 from megaphase.estimate.setup import Setup, setup_of
@@ -381,3 +382,26 @@ def test_wrong_layouts_are_refused_before_anything_is_built(plan, tmp_path, word
     assert isinstance(error, InputError)
     assert message in str(error)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_an_average_is_as_large_as_the_fp32_weights_and_where_it_is_said_to_be(zero):
+    plain = replace(BIG, zero=zero)
+    kept = states_of(plain).resident
+    needed = kept.masters if zero else kept.weights
+    for setup, here, away in (
+        (replace(plain, average="weights"), needed, 0),
+        (replace(plain, average="cpu"), 0, needed),
+        (replace(plain, average="cpu", device="cpu"), needed, 0),
+    ):
+        without = replace(setup, average="none")
+        assert estimate(setup).total == estimate(without).total + here
+        assert estimate(setup).parts["average"] == here
+        assert estimate(setup).host.get("average", 0) == away
+        assert "average" not in estimate(without).parts
+        host, there = lasting_bytes(setup), lasting_bytes(without)
+        lasting = (here, away) if setup.device == "cuda" else (0, here)
+        assert host == (there[0] + lasting[0], there[1] + lasting[1])
+    if zero:
+        offloaded = estimate(replace(plain, average="weights", offload="cpu"))
+        assert (offloaded.parts["average"], offloaded.host["average"]) == (0, needed)
