@@ -29,6 +29,7 @@ from megaphase.rehearsal.gathers import Gathers
 from megaphase.rehearsal.patches import join_fake_group, patch_deepspeed, patch_for
 from megaphase.training.engine import Engine, import_deepspeed
 from megaphase.training.secondary_partition import secondary_group
+from megaphase.training.step_result import StepResult
 
 _ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
 # ZeRO-3 traces its first steps before it gathers ahead.
@@ -59,6 +60,11 @@ class Rank:
             self.gathers = Gathers()
             self.shape = build_shape(config, vocab)
             self.engine = Engine(config, self.shape, self.grid, len(config.tasks))
+            averages = [phase.average for phase in config.phases if phase.average is not None]
+            self.averages = bool(averages)
+            if averages:
+                # The one in the scarcer memory, as in the estimate; taken after every step.
+                self.engine.average.begin(min(averages, key=lambda each: each.device == "cpu"))
         self.step = 0
 
     def batch(self) -> Batch:
@@ -79,16 +85,26 @@ class Rank:
             batch = self.batch()
             self.gathers.clear()
             self.step += 1
-            result = self._recorded(
-                partial(self.engine.train_step, batch, LEARNING_RATE, self.step)
-            )
+            result = self._recorded(partial(self._step, batch))
         assert result is not None
         return bool(result.applied)
 
+    def _step(self, batch: Batch) -> StepResult:
+        result = self.engine.train_step(batch, LEARNING_RATE, self.step)
+        if self.averages:
+            self.engine.average.take(result.applied_on_device)
+        return result
+
     def evaluate(self) -> None:
-        """Measure the losses of a batch."""
+        """Measure the losses of a batch, with the weights and with their average if it is kept."""
         batch = self.batch()
-        self._recorded(lambda: self.engine.evaluate(batch))
+        self._recorded(lambda: self._evaluate(batch))
+
+    def _evaluate(self, batch: Batch) -> None:
+        self.engine.evaluate(batch)
+        if self.averages:
+            with self.engine.average.exchanged():
+                self.engine.evaluate(batch)
 
     def save(self) -> None:
         """Copy to the host what this rank writes into a checkpoint."""

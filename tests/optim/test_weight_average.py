@@ -37,6 +37,7 @@ from megaphase.training.engine import Engine
 
 STEPS, RATE, SKIPPED = 7, 1e-2, 4
 VOCAB = 99  # tensor parallelism pads it
+TRAINED = range(45, 97)
 DECAY = 0.8
 EPS = 1e-3  # so large that no update depends on the rounding of a small gradient
 TOLERANCE = 1e-6
@@ -162,7 +163,28 @@ def examine(case: Case, folder: Path, control_group: ControlGroup) -> Examined:
         save(plain, config, VOCAB, folder / "over", control_group), "weight"
     )
     assert same(taken_over, resumed)
+    check_frozen(plain, config, folder, control_group)
     return Examined(of_steps, average, within, untouched, curve, curve_without, resumed, taken)
+
+
+def check_frozen(
+    engine: Engine, config: RunConfig, folder: Path, control_group: ControlGroup
+) -> None:
+    """Where the rows of some tokens alone are trained, the average has all others bit for bit."""
+    before = whole_parameters(save(engine, config, VOCAB, folder / "over", control_group))
+    engine.state.reset()
+    engine.train_only(TRAINED)
+    every = AverageConfig(kind="uniform")
+    engine.average.begin(every)
+    for number in (STEPS + 1, STEPS + 2, STEPS + 3):
+        step(engine, number, average=every)
+    frozen = save(engine, config, VOCAB, folder / "frozen", control_group)
+    for name, average in whole_parameters(frozen, "average").items():
+        rows = [range(TRAINED.start), range(TRAINED.stop, VOCAB)]
+        kept = [row for part in rows for row in part] if len(average) == VOCAB else slice(None)
+        assert torch.equal(average[kept], before[name][kept]), name
+    trained = whole_parameters(frozen, "average")["head.weight"][list(TRAINED)]
+    assert not torch.equal(trained, before["head.weight"][list(TRAINED)])
 
 
 def same(one: Weights, other: Weights) -> bool:

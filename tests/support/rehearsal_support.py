@@ -36,6 +36,7 @@ def run_file(
     kernels: str = "compile",
     optimizer: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
+    average: dict[str, Any] | None = None,
     **parallel: Any,
 ) -> dict[str, Any]:
     """A run of three blocks of the 1.3 billion parameters' shape."""
@@ -59,6 +60,7 @@ def run_file(
                 "steps": 1,
                 "mixture": {"rates": {"big": 1.0}},
                 "learning_rate": {"peak": 1e-3},
+                **({"average": average} if average else {}),
             }
         ],
     }
