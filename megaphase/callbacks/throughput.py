@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from megaphase.config.run import RunConfig
 from megaphase.distributed.process_grid import device
 from megaphase.estimate.hardware import peak_flops
+from megaphase.model.parameters import train_flops_per_token
+from megaphase.model.shape import GPTShape
 
 
 @dataclass(frozen=True)
@@ -16,27 +19,27 @@ class ThroughputReference:
     """The constants of a run from which its throughput and MFU are computed.
 
     Attributes:
-        flops_per_token: of a forward and backward pass.
+        flops_per_token: of a forward and backward pass in each phase.
         peak_flops: of all devices together, None where it is not known.
     """
 
-    flops_per_token: int
+    flops_per_token: tuple[int, ...]
     peak_flops: float | None
 
-    def mfu(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs utilization; None where the peak is not known."""
+    def mfu(self, tokens_per_second: float, phase: int) -> float | None:
+        """Model FLOPs utilization in a phase; None where the peak is not known."""
         if self.peak_flops is None:
             return None
-        return self.flops_per_token * tokens_per_second / self.peak_flops
+        return self.flops_per_token[phase] * tokens_per_second / self.peak_flops
 
 
 def throughput_reference(
-    config: RunConfig, flops_per_token: int, world_size: int
+    config: RunConfig, shapes: Sequence[GPTShape], world_size: int
 ) -> ThroughputReference:
-    """Of a run on so many processes."""
+    """Of a run on so many processes; shapes: of the model in every phase."""
     one = device_peak_flops(config)
     peak = None if one is None else one * world_size
-    return ThroughputReference(flops_per_token, peak)
+    return ThroughputReference(tuple(map(train_flops_per_token, shapes)), peak)
 
 
 def device_peak_flops(config: RunConfig) -> float | None:

@@ -106,6 +106,10 @@ class RunConfig(Section):
         overfit = stop.overfit.model_copy(update={"tasks": tasks})
         return stop.model_copy(update={"overfit": overfit})
 
+    def phase_number(self, name: str) -> int:
+        """The number of the phase with this name."""
+        return [phase.name for phase in self.phases].index(name)
+
     def phase_model(self, number: int) -> ModelConfig:
         """The `model` section of a phase, with the keys that the phase itself gives."""
         own = self.phases[number].model

@@ -246,7 +246,25 @@ class PhaseModelConfig(Section):
     sliding_rotary: RotaryConfig | None = None
     """Rotary positions of the `sliding` blocks."""
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keys that are not left out, with their values."""
+        return {key: value for key, value in self if value is not None}
+
     def over(self, model: ModelConfig) -> ModelConfig:
         """The model section with the keys that are given here."""
-        given = {key: value for key, value in self if value is not None}
-        return model.model_copy(update=given)
+        return model.model_copy(update=self.given)
+
+    def as_json(self) -> dict[str, Any]:
+        """The keys that are given, as in the run file."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key}: {_in_yaml(value)}" for key, value in self.as_json().items())
+
+
+def _in_yaml(value: Any) -> str:
+    """A value as a run file has it on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_in_yaml(each)}" for key, each in value.items()) + "}"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -23,6 +23,7 @@ from megaphase.distributed.tensor_region import TensorRegion
 from megaphase.distributed.vocab_parallel import VocabParallelEmbedding, VocabParallelHead
 from megaphase.model.attention import Attention, attention_mask_rows
 from megaphase.model.attention_rule import AttentionRule
+from megaphase.model.config import RotaryConfig
 from megaphase.model.document_mask import (
     AttentionFn,
     DocumentBounds,
@@ -157,35 +158,13 @@ class GPT(CostedLayer):
             # In Gemma it is a tensor of the weights' type.
             self.multiplier = torch.tensor(shape.embedding_multiplier, dtype=compute_dtype).item()
         self.positions = None
-        self.rotary = None
-        self.rotaries: list[Rotary | None] = [None] * shape.layers
         if shape.position == "learned":
-            positions = ParameterSpec((shape.seq_len, shape.hidden), Normal(shape.init_std))
+            positions = ParameterSpec((shape.position_rows, shape.hidden), Normal(shape.init_std))
             self.positions = build.at("positions").parameter("weight", positions)
-        else:
-            tables = {
-                each: Rotary(
-                    shape.rotary_size,
-                    shape.seq_len,
-                    each.base,
-                    each.scaling,
-                    dtype=compute_dtype,
-                    device=build.device,
-                    kernels=kernels,
-                )
-                for each in (shape.rotary, shape.sliding_rotary)
-                if each is not None
-            }
-            self.rotary = tables[shape.rotary]
-            self.rotaries = [
-                tables[shape.of_block(block).rotary] if shape.has_rotary(block) else None
-                for block in range(shape.layers)
-            ]
         self.blocks = nn.ModuleList(
             Block(shape.of_block(i), build.at(f"blocks.{i}")) for i in range(shape.layers)
         )
         self.norm = _norm(shape, build.at("norm"))
-        self.rules = [AttentionRule.of(shape.of_block(i)) for i in range(shape.layers)]
         self.head = VocabParallelHead(
             shape.vocab,
             shape.hidden,
@@ -195,6 +174,36 @@ class GPT(CostedLayer):
             build=build.at("head"),
             softcap=shape.logit_softcap,
             z_loss=shape.z_loss,
+        )
+        self._build = build
+        self.take_shape(shape)
+
+    def take_shape(self, shape: GPTShape) -> None:
+        """Have the sequence length and the rotary positions of another shape with the same
+        parameters, as a phase of a run may."""
+        self.shape = shape
+        blocks = [shape.of_block(block) for block in range(shape.layers)]
+        self.rules = [AttentionRule.of(block) for block in blocks]
+        self.rotary = None
+        self.rotaries: list[Rotary | None] = [None] * shape.layers
+        if shape.position == "rotary":
+            kinds = (shape.rotary, shape.sliding_rotary)
+            tables = {each: self._rotary(each) for each in kinds if each is not None}
+            self.rotary = tables[shape.rotary]
+            self.rotaries = [
+                tables[each.rotary] if shape.has_rotary(block) else None
+                for block, each in enumerate(blocks)
+            ]
+
+    def _rotary(self, positions: RotaryConfig) -> Rotary:
+        return Rotary(
+            self.shape.rotary_size,
+            self.shape.seq_len,
+            positions.base,
+            positions.scaling,
+            dtype=self.compute_dtype,
+            device=self._build.device,
+            kernels=self._build.kernels,
         )
 
     def forward(

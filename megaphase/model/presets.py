@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 from megaphase.config.run import RunConfig
+from megaphase.model.config import ModelConfig
 from megaphase.model.shape import GATED, GPTShape
 from megaphase.utils.errors import InputError
 
@@ -50,7 +51,32 @@ def build_shape(config: RunConfig, tokenizer_vocab: int) -> GPTShape:
     Raises:
         InputError: an unknown preset, a missing size, or sizes that do not divide.
     """
-    asked = config.model
+    shape = _shape(config, config.model, tokenizer_vocab)
+    _check_divisions(config, shape)
+    _check_sequence(config, shape, "model.seq_len")
+    return shape
+
+
+def phase_shapes(config: RunConfig, tokenizer_vocab: int) -> list[GPTShape]:
+    """The shape of every phase: all have the same parameters, and a sequence length and rotary
+    positions of their own.
+
+    Raises as `build_shape` does.
+    """
+    whole = build_shape(config, tokenizer_vocab)
+    return [_of_phase(config, number, whole) for number in range(len(config.phases))]
+
+
+def _of_phase(config: RunConfig, number: int, whole: GPTShape) -> GPTShape:
+    if config.phases[number].model is None:
+        return whole
+    asked = config.phase_model(number)
+    shape = _shape(config, asked, whole.vocab, learned_positions=whole.position_rows)
+    _check_sequence(config, shape, f"phases[{number}].model.seq_len")
+    return shape
+
+
+def _shape(config: RunConfig, asked: ModelConfig, tokenizer_vocab: int, **more: Any) -> GPTShape:
     sizes: dict[str, Any] = {}
     if asked.preset is not None:
         if asked.preset not in PRESETS:
@@ -75,9 +101,7 @@ def build_shape(config: RunConfig, tokenizer_vocab: int) -> GPTShape:
             f"{vocab:,} is smaller than the tokenizer's {tokenizer_vocab:,}",
             "leave it out or raise it",
         )
-    shape = GPTShape(vocab=vocab, **sizes)
-    _check_divisions(config, shape)
-    return shape
+    return GPTShape(vocab=vocab, **sizes | more)
 
 
 def _check_divisions(config: RunConfig, shape: GPTShape) -> None:
@@ -120,10 +144,13 @@ def _check_divisions(config: RunConfig, shape: GPTShape) -> None:
             raise _refuse(
                 config, key, f"parallel.tensor {tensor} does not divide {key} {size}", "change one"
             )
+
+
+def _check_sequence(config: RunConfig, shape: GPTShape, key: str) -> None:
+    tensor = config.parallel.tensor
     if config.parallel.sequence and shape.seq_len % tensor:
-        raise _refuse(
-            config,
-            "seq_len",
+        raise InputError(
+            config.where(key),
             f"with parallel.sequence, parallel.tensor {tensor} must divide seq_len {shape.seq_len}",
             "change one",
         )

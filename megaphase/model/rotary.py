@@ -31,7 +31,10 @@ class Rotary:
         if device.type == "meta":  # a model that is only declared rotates nothing
             return
         frequencies, length = rotary_frequencies(head_dim, base, scaling)
-        angles = torch.outer(torch.arange(seq_len).float(), frequencies).unsqueeze(1)
+        # On the CPU also where ZeRO-3 creates tensors on the device: tables that are made at a
+        # phase's start are those with which a model is built.
+        positions = torch.arange(seq_len, device="cpu").float()
+        angles = torch.outer(positions, frequencies).unsqueeze(1)
         self._cos = (angles.cos() * length).to(device, dtype)  # [seq, 1, head_dim / 2]
         self._sin = (angles.sin() * length).to(device, dtype)
 
@@ -60,7 +63,7 @@ def rotary_frequencies(
     the rounding of the angles is part of the model. With exact ones its logits would differ by 1e-4
     at 2,000 tokens.
     """
-    powers = base ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    powers = base ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     frequencies = 1.0 / powers
     if scaling is None:
         return frequencies, 1.0
@@ -106,5 +109,6 @@ def _yarn(powers: Tensor, base: float, scaling: RotaryScalingConfig) -> Tensor:
     first, last = max(first, 0), min(last, 2 * pairs - 1)
     if first == last:
         last += 0.001
-    kept = 1 - ((torch.arange(pairs, dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
+    pair = torch.arange(pairs, dtype=torch.float32, device="cpu")
+    kept = 1 - ((pair - first) / (last - first)).clamp(0, 1)
     return 1.0 / (scaling.factor * powers) * (1 - kept) + 1.0 / powers * kept

@@ -24,6 +24,8 @@ class GPTShape:
 
     Options that are None are not there, or follow from others; a value that says no more than that
     becomes None, so that equal models have equal shapes.
+
+    learned_positions: how many there are, where a phase's `seq_len` is below that.
     """
 
     vocab: int
@@ -61,6 +63,7 @@ class GPTShape:
     ffn_bias: bool | None = None
     rotary_dim: int | None = None
     parallel_residual: bool | None = None
+    learned_positions: int | None = None
 
     def __post_init__(self) -> None:
         if self.head_dim is not None and self.head_dim * self.heads == self.hidden:
@@ -73,6 +76,8 @@ class GPTShape:
         for key in ("zero_centered_norms", "parallel_residual"):
             if not getattr(self, key):
                 object.__setattr__(self, key, None)
+        if self.position != "learned" or self.learned_positions == self.seq_len:
+            object.__setattr__(self, "learned_positions", None)
         if self.rotary_dim == self.head_size:
             object.__setattr__(self, "rotary_dim", None)
         if self.embedding_multiplier == 1:
@@ -130,6 +135,15 @@ class GPTShape:
             if options.get(key) is not None:
                 options[key] = section.model_validate(options[key])
         return cls(**options)
+
+    @property
+    def position_rows(self) -> int:
+        """How many positions are learned, where they are."""
+        return self.seq_len if self.learned_positions is None else self.learned_positions
+
+    def with_all_positions(self) -> Self:
+        """The same model with a `seq_len` for which all of its learned positions are used."""
+        return replace(self, seq_len=self.position_rows, learned_positions=None)
 
     @property
     def head_size(self) -> int:

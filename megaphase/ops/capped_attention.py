@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from megaphase.ops.kernels import OPTIONS
+from megaphase.ops.kernels import OPTIONS, allow_graphs
 
-# Graphs of a function that torch may compile: for each rule and shape, with documents and without,
-# for training and for evaluation.
-_MOST_GRAPHS = 64
 # Most scores that are computed at once without FlexAttention, if those of a row are not more.
 SCORES_AT_ONCE = 1 << 24
 
@@ -91,20 +88,14 @@ def causal_block_mask(seq: int, window: int | None, device: torch.device) -> Blo
 
 @functools.cache
 def compiled_flex() -> Callable[..., Any]:
-    _allow_graphs()
+    allow_graphs()
     return torch.compile(flex_attention, dynamic=False, fullgraph=True, options=dict(OPTIONS))
 
 
 @functools.cache
 def compiled_block_mask() -> Callable[..., Any]:
-    _allow_graphs()
+    allow_graphs()
     return torch.compile(create_block_mask, dynamic=False)
-
-
-def _allow_graphs() -> None:
-    import torch._dynamo.config as limits
-
-    limits.recompile_limit = max(limits.recompile_limit, _MOST_GRAPHS)
 
 
 class _Capped(torch.autograd.Function):

@@ -22,6 +22,11 @@ OPTIONS = {
     "triton.mix_order_reduction_non_strict_mode": True,
 }
 
+# Graphs of a function that torch may compile, after which it raises an error: for each rule and
+# shape, which the phases of a run may have of their own, with documents and without, for training
+# and for evaluation.
+_MOST_GRAPHS = 256
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -63,7 +68,15 @@ def _separate_caches() -> None:
 @functools.cache
 def _compiled(formula: Callable[P, R]) -> Callable[P, R]:
     _separate_caches()
+    allow_graphs()
     # Every shape has its own kernel. A kernel for all shapes would only be compiled when a second
     # shape is seen, and a resumed run, which sees them in another order, would differ in the last
     # bit.
     return torch.compile(formula, dynamic=False, fullgraph=True, options=dict(OPTIONS))
+
+
+def allow_graphs() -> None:
+    """Let torch compile a function for more shapes than the eight that are its default."""
+    import torch._dynamo.config as limits
+
+    limits.recompile_limit = max(limits.recompile_limit, _MOST_GRAPHS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.state import AVERAGE, STATE_FILE, read_state, state_or_nothing
 from megaphase.config.run import RunConfig
+from megaphase.model.config import PhaseModelConfig
 from megaphase.plan.origin import RunOrigin, recorded_origin, write_origin
 from megaphase.plan.spec import PlanSpec
 from megaphase.training.run_directory import RunDirectory
@@ -49,15 +51,20 @@ class Branch:
     def check(self, config: RunConfig, spec: PlanSpec, model: dict[str, Any]) -> None:
         """Refuse a model or streams that are not those of the run that this one continues.
 
-        Imported weights, on which megaphase has trained no samples, may be trained with another
-        seq_len if none of them depends on it.
+        Sequence length and rotary positions may be others where the first phase gives them itself;
+        with imported weights, on which megaphase has trained no samples, also another `seq_len` if
+        no weights depend on it.
 
         Raises:
             InputError: naming the first key that differs.
         """
         known = self.state.get("streams", {})
-        may_differ = {"seq_len"} if not known and model.get("position") == "rotary" else set()
         trained = self.state.get("model", model)
+        may_differ = {"seq_len"} if not known and model.get("position") == "rotary" else set()
+        own = config.phases[0].model
+        may_differ |= set() if own is None else set(own.given)
+        if "seq_len" in may_differ and _positions(model) == _positions(trained):
+            may_differ.add("learned_positions")
         for key in {**trained, **model}:  # an option that is None is in neither
             wanted, found = model.get(key), trained.get(key)
             if wanted != found and key not in may_differ:
@@ -80,7 +87,14 @@ def _remedy(key: str, wanted: Any, found: Any) -> str:
     if key == "vocab" and isinstance(wanted, int) and isinstance(found, int) and wanted > found:
         extend = "give the checkpoint rows for an extended tokenizer with"
         return f"write the same model, or {extend} `megaphase convert extend-vocab`"
+    if key in PhaseModelConfig.model_fields and wanted is not None:
+        return f"write the same model, or phases[0].model.{key} where the first phase changes it"
     return "write the same model"
+
+
+def _positions(model: Mapping[str, Any]) -> Any:
+    """How many positions are learned, in a model that learns them."""
+    return model.get("learned_positions", model.get("seq_len"))
 
 
 def _shown(option: Any) -> str:

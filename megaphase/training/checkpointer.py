@@ -37,16 +37,19 @@ class Checkpointer:
         callbacks: CallbackList,
         history: RunHistory,
         facts: Mapping[str, Any],
+        models: Mapping[str, GPTShape],
         best: Mapping[str, str],
     ) -> None:
         """
         Args:
             history: of the run so far, to which the trainer adds.
             facts: of the run, the same in the state of every checkpoint.
+            models: of every phase, by its name.
             best: links to the best weights, each with the name of the checkpoint it leads to.
         """
         self._saver, self._engine, self._plan = saver, engine, plan
         self._callbacks, self._history, self._facts = callbacks, history, facts
+        self._models = {phase: shape.architecture() for phase, shape in models.items()}
         self._best = dict(best)
         self._saved: TrainState | None = None
 
@@ -106,6 +109,7 @@ class Checkpointer:
     def _state(self, at: TrainState, phase: str) -> dict[str, Any]:
         return {
             **self._facts,
+            "model": self._models[phase],
             "position": asdict(at),
             "step": at.step,
             "phase_name": phase,
@@ -116,7 +120,7 @@ class Checkpointer:
 
 
 def checkpoint_facts(
-    config: RunConfig, shape: GPTShape, plan: Plan, tokenizer_hash: str, world_size: int
+    config: RunConfig, plan: Plan, tokenizer_hash: str, world_size: int
 ) -> dict[str, Any]:
     """The facts of a run that are the same in the state of every checkpoint."""
     return {
@@ -124,7 +128,6 @@ def checkpoint_facts(
         "plan": plan.spec.fingerprint,
         "streams": plan.spec.stream_fingerprints,
         "bos": plan.spec.bos,
-        "model": shape.architecture(),
         TOKENIZER_HASH: tokenizer_hash,
         "processes": world_size,
         "tensor": config.parallel.tensor,

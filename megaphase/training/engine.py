@@ -146,6 +146,17 @@ class Engine:
         module: nn.Module = self._engine.module
         return module
 
+    def take_shape(self, shape: GPTShape) -> None:
+        """Have the sequence length and the rotary positions of a phase's shape from here on."""
+        module = self.module
+        assert isinstance(module, GPT)
+        if shape == module.shape:
+            return
+        module.take_shape(shape)
+        if torch.cuda.is_available():
+            # Blocks of memory that fit activations of the old length fit none of the new one.
+            torch.cuda.empty_cache()
+
     def train_only(self, tokens: range | None) -> None:
         """Train the rows of these tokens alone, in embedding and output projection; None: all
         weights. The optimizer state must be reset before the next step."""

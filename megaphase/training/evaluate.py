@@ -48,7 +48,7 @@ def evaluate(
         with watchdog.patient("setting up"):
             run_on_all_ranks(lambda: _require_checkpoints(config))
             branch = run_on_all_ranks(lambda: choose_branch(config, None))
-            tokenizer, shape, spec = check_inputs(config, branch)
+            tokenizer, shapes, spec = check_inputs(config, branch)
             grid = start_process_grid(config.parallel.tensor)
             say = say_on_first_rank(console)
             folder = RunDirectory(config.output).checkpoints
@@ -58,10 +58,11 @@ def evaluate(
             if found is None:
                 raise InputError(folder, "there is no whole checkpoint", "train first")
             check_checkpoint(found, plan)
-            engine = Engine(config, shape, grid, len(plan.tasks))
+            phase = config.phase_number(found.state["phase_name"])
+            engine = Engine(config, shapes[phase], grid, len(plan.tasks))
             load_checkpoint(engine, found, average=average)
             evaluator = HeldOutEvaluator(spec, engine, tokenizer, config.validation.samples)
-        losses = evaluator.evaluate(partial(watchdog.at, "measuring"))
+        losses = evaluator.evaluate(phase, partial(watchdog.at, "measuring"))
         return found.state["step"], losses
 
 

@@ -11,13 +11,18 @@ import torch
 from megaphase.callbacks.callback import HeldOutLoss
 from megaphase.plan.dataset import Batch, read_held_out
 from megaphase.plan.spec import PlanSpec
+from megaphase.plan.stream import Stream
 from megaphase.tokenizer import Tokenizer
 from megaphase.training.engine import Engine
 from megaphase.utils.targets import IGNORED_TARGET
 
+Losses = dict[str, HeldOutLoss]
+"""Held-out losses by task."""
+
 
 class HeldOutEvaluator:
-    """Scores the first `samples` held-out samples of every task, always the same ones."""
+    """Scores the first `samples` held-out samples of every task, always the same ones in phases of
+    the same sequence length."""
 
     def __init__(self, spec: PlanSpec, engine: Engine, tokenizer: Tokenizer, samples: int) -> None:
         """samples: how many of each task; fewer where a task has not so many."""
@@ -25,15 +30,18 @@ class HeldOutEvaluator:
         self._samples, self._pad_token_id = samples, tokenizer.eod
         self._token_bytes = torch.from_numpy(tokenizer.token_bytes())  # int64 [vocab]
         self._exact_bytes = tokenizer.exact_bytes
-        self._weights: dict[str, torch.Tensor] = {}
+        self._of_length: dict[int, dict[str, Stream]] = {}
+        self._weights: dict[tuple[str, int], torch.Tensor] = {}
 
-    def evaluate(self, next_task: Callable[[], object] = lambda: None) -> dict[str, HeldOutLoss]:
+    def evaluate(self, phase: int, next_task: Callable[[], object] = lambda: None) -> Losses:
         """Losses of the current weights by task; called by all ranks, same result on each.
 
-        `next_task` is called before each of them.
+        Args:
+            phase: its number; the samples have its sequence length, which must be the engine's.
+            next_task: called before each of them.
         """
         found = {}
-        for number, (task, stream) in enumerate(self._spec.held_out.items()):
+        for number, (task, stream) in enumerate(self._streams(phase).items()):
             next_task()
             rows = self._own_rows(read_held_out(stream, number, self._samples, self._pad_token_id))
             if torch.cuda.is_available():
@@ -43,7 +51,7 @@ class HeldOutEvaluator:
             row_bytes = (
                 self._bytes_of_rows(rows)
                 if self._exact_bytes
-                else self._text_bytes_of_rows(task, rows)
+                else self._text_bytes_of_rows(stream, rows)
             )
             scored_bytes = self._engine.sum_by_task(row_bytes, rows)[number]
             found[task] = HeldOutLoss(
@@ -51,6 +59,12 @@ class HeldOutEvaluator:
                 nats / math.log(2) / max(1.0, float(scored_bytes)),
             )
         return found
+
+    def _streams(self, phase: int) -> dict[str, Stream]:
+        seq_len = self._spec.phases[phase].kind.seq_len
+        if seq_len not in self._of_length:
+            self._of_length[seq_len] = self._spec.held_out_at(seq_len)
+        return self._of_length[seq_len]
 
     def _own_rows(self, batch: Batch) -> Batch:
         """This data-parallel rank's rows; rows without targets fill up to equally many."""
@@ -71,15 +85,15 @@ class HeldOutEvaluator:
         rows = slice(grid.data_rank * share, (grid.data_rank + 1) * share)
         return rows, share * grid.data_size - samples
 
-    def _text_bytes_of_rows(self, task: str, batch: Batch) -> torch.Tensor:
+    def _text_bytes_of_rows(self, stream: Stream, batch: Batch) -> torch.Tensor:
         """Bytes of the text behind each row's targets before normalization; float64 [samples]."""
-        if task not in self._weights:
-            stream = self._spec.held_out[task]
+        key = stream.task, stream.seq_len
+        if key not in self._weights:
             samples = min(self._samples, stream.samples_per_epoch)
             found = stream.bytes_of_targets(samples, self._token_bytes.numpy())
             rows, missing = self._own_part(samples)
-            self._weights[task] = torch.from_numpy(np.pad(found, ((0, missing), (0, 0)))[rows])
-        return (self._weights[task] * (batch.targets != IGNORED_TARGET)).sum(1)
+            self._weights[key] = torch.from_numpy(np.pad(found, ((0, missing), (0, 0)))[rows])
+        return (self._weights[key] * (batch.targets != IGNORED_TARGET)).sum(1)
 
     def _bytes_of_rows(self, batch: Batch) -> torch.Tensor:
         """Bytes of the text behind each row's targets; int64 [samples]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from megaphase.callbacks.callback import CallbackList, HeldOutLoss
+from megaphase.callbacks.callback import CallbackList
 from megaphase.checkpoint.parameters import StoredParameters
 from megaphase.checkpoint.state import AVERAGE
 from megaphase.checkpoint.store import Checkpoint
@@ -13,7 +13,7 @@ from megaphase.distributed.all_ranks import run_on_all_ranks
 from megaphase.optim.average_config import AverageConfig
 from megaphase.training.checkpointer import Checkpointer
 from megaphase.training.engine import Engine
-from megaphase.training.evaluator import HeldOutEvaluator
+from megaphase.training.evaluator import HeldOutEvaluator, Losses
 from megaphase.training.step_result import StepResult
 from megaphase.training.train_state import TrainState
 from megaphase.utils.errors import RunError
@@ -65,16 +65,16 @@ class PhaseAverages:
         if config is not None and config.is_due(at.phase_step):
             self._average.take(result.applied_on_device)
 
-    def losses(self, next_task: Callable[[], object]) -> dict[str, HeldOutLoss] | None:
+    def losses(self, phase: int, next_task: Callable[[], object]) -> Losses | None:
         """The held-out losses of the average by task; None if it has not begun.
 
-        `next_task` is called before each task.
+        phase, next_task: see HeldOutEvaluator.
         """
         if not self._average.taken:
             return None
         next_task()
         with self._average.exchanged():
-            return self._evaluator.evaluate(next_task)
+            return self._evaluator.evaluate(phase, next_task)
 
     def _nothing_taken(self, at: TrainState) -> RunError:
         before, phase = self._phases[at.phase - 1], self._phases[at.phase]

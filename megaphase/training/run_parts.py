@@ -7,7 +7,7 @@ from functools import partial
 
 from rich.console import Console
 
-from megaphase.callbacks.callback import Callback, CallbackList, HeldOutLoss
+from megaphase.callbacks.callback import Callback, CallbackList
 from megaphase.callbacks.divergence_monitor import DivergenceMonitor
 from megaphase.callbacks.early_stopping import EarlyStopping
 from megaphase.callbacks.loss_spikes import LossSpikeDetector
@@ -21,12 +21,12 @@ from megaphase.distributed.control_group import ControlGroup
 from megaphase.distributed.process_grid import device, start_process_grid
 from megaphase.fault_tolerance.stop_signals import StopSignals
 from megaphase.fault_tolerance.watchdog import Watchdog
-from megaphase.model.parameters import train_flops_per_token
+from megaphase.model.shape import GPTShape
 from megaphase.plan.preview import bos_sentences
 from megaphase.training.branch import choose_branch
 from megaphase.training.checkpointer import Checkpointer, checkpoint_facts
 from megaphase.training.engine import Engine
-from megaphase.training.evaluator import HeldOutEvaluator
+from megaphase.training.evaluator import HeldOutEvaluator, Losses
 from megaphase.training.new_tokens import TrainedTokens
 from megaphase.training.phase_averages import PhaseAverages, load_average
 from megaphase.training.rank0_callbacks import first_rank_callbacks
@@ -56,6 +56,7 @@ class RunParts:
     """The objects of a run, which is trained by Trainer; every method is called by all ranks.
 
     Attributes:
+        shapes: of the model in every phase.
         state: where the run is: between which two steps of which phase.
     """
 
@@ -79,7 +80,7 @@ class RunParts:
         self.say = say_on_first_rank(console)
 
         self.branch = branch = run_on_all_ranks(lambda: choose_branch(config, source))
-        self.tokenizer, self.shape, spec = check_inputs(config, branch)
+        self.tokenizer, self.shapes, spec = check_inputs(config, branch)
         self.trained_tokens = run_on_all_ranks(
             lambda: TrainedTokens.of(config, self.tokenizer.vocab_size, branch)
         )
@@ -100,16 +101,16 @@ class RunParts:
             partial(setattr, watchdog, "resume_point"),
         )
         until = partial(newest_name_until, config, self.store, branch)
-        self.divergence = DivergenceMonitor(config, self.shape.vocab, until)
+        self.divergence = DivergenceMonitor(config, self.shapes[0].vocab, until)
         if self.checkpoint is not None:
             refuse_diverged(self.divergence, self.checkpoint)
 
     def build(self, profile_steps: int) -> None:
         """Build the model with the run's initial weights, and the objects that need it."""
-        config = self.config
-        self.engine = Engine(config, self.shape, self.grid, len(self.plan.tasks))
+        config, shape = self.config, self.shapes[self.state.phase]
+        self.engine = Engine(config, shape, self.grid, len(self.plan.tasks))
         for sentence in [
-            *run_description(config, self.shape, self.grid, self.engine.backends),
+            *run_description(config, shape, self.grid, self.engine.backends),
             *bos_sentences(self.plan.spec.bos, self.tokenizer),
         ]:
             self.say(sentence)
@@ -123,9 +124,7 @@ class RunParts:
             self.plan.spec, self.engine, self.tokenizer, config.validation.samples
         )
         self.history = starting_history(config, self.checkpoint, self.branch)
-        self.throughput = throughput_reference(
-            config, train_flops_per_token(self.shape), self.grid.world_size
-        )
+        self.throughput = throughput_reference(config, self.shapes, self.grid.world_size)
 
         # A profile's steps must not overlap.
         one_later = device().type == "cuda" and profile_steps == 0
@@ -161,7 +160,7 @@ class RunParts:
             note=self.resume_point.note_saved,
         )
         facts = checkpoint_facts(
-            config, self.shape, self.plan, self.tokenizer.fingerprint, self.grid.world_size
+            config, self.plan, self.tokenizer.fingerprint, self.grid.world_size
         )
         self.checkpointer = Checkpointer(
             saver,
@@ -170,15 +169,14 @@ class RunParts:
             self.callbacks,
             self.history,
             facts | self.trained_tokens.state(),
+            {phase.name: shape for phase, shape in zip(config.phases, self.shapes, strict=True)},
             best,
         )
         self.averages = PhaseAverages(
             config, self.engine, self.evaluator, self.callbacks, self.checkpointer
         )
-        # Its step, the losses of the weights, and those of their average, where there is one.
-        self._last_validation: (
-            tuple[int, dict[str, HeldOutLoss], dict[str, HeldOutLoss] | None] | None
-        ) = None
+        # Step and model, the losses of the weights, and those of their average, if there is one.
+        self._last_validation: tuple[int, GPTShape, Losses, Losses | None] | None = None
         self._save_seconds = 0.0
 
         self._resources.enter_context(self.callbacks)

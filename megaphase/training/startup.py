@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -19,7 +20,7 @@ from megaphase.estimate.hardware import planned_card
 from megaphase.fault_tolerance.stop_signals import StopSignals
 from megaphase.fault_tolerance.watchdog import Watchdog
 from megaphase.model.parameters import parameter_count
-from megaphase.model.presets import build_shape
+from megaphase.model.presets import phase_shapes
 from megaphase.model.shape import GPTShape
 from megaphase.plan.load_plan import build_plan
 from megaphase.plan.plan import Plan
@@ -32,7 +33,6 @@ from megaphase.training.determinism import check_environment, set_environment
 from megaphase.training.new_tokens import TrainedTokens
 from megaphase.training.nvme import prepare_offload
 from megaphase.training.run_directory import RunDirectory
-from megaphase.utils.errors import InputError
 
 
 @contextmanager
@@ -58,10 +58,18 @@ def say_on_first_rank(console: Console) -> Callable[[str], None]:
     return say
 
 
-def check_inputs(config: RunConfig, branch: Branch | None) -> tuple[Tokenizer, GPTShape, PlanSpec]:
+class Inputs(NamedTuple):
+    """What a run file means; shapes: of the model in every phase."""
+
+    tokenizer: Tokenizer
+    shapes: list[GPTShape]
+    spec: PlanSpec
+
+
+def check_inputs(config: RunConfig, branch: Branch | None) -> Inputs:
     """Check the run file against processes, tokenizer, shape, corpora and the branch's checkpoint.
 
-    Called by all ranks; returns what the run file means, before anything is built.
+    Called by all ranks, before anything is built.
 
     Raises:
         InputError: on the first thing that does not fit; on every rank.
@@ -71,30 +79,22 @@ def check_inputs(config: RunConfig, branch: Branch | None) -> tuple[Tokenizer, G
     return run_on_all_ranks(lambda: _check_inputs(config, branch))
 
 
-def _check_inputs(config: RunConfig, branch: Branch | None) -> tuple[Tokenizer, GPTShape, PlanSpec]:
-    _refuse_phase_models(config)
+def _check_inputs(config: RunConfig, branch: Branch | None) -> Inputs:
     config.micro_batches(world_size())
     planned_card(config)
     tokenizer = Tokenizer.load(config.tokenizer)
-    shape = build_shape(config, tokenizer.vocab_size)
-    check_memory(config, shape)
+    shapes = phase_shapes(config, tokenizer.vocab_size)
+    check_memory(config, shapes[0])
     spec = plan_spec(config, tokenizer, branch.used if branch else {})
     if branch is not None:
         if branch.state:
             check_format(branch.checkpoint, branch.state)
-        branch.check(config, spec, shape.architecture())
+        branch.check(config, spec, shapes[0].architecture())
     TrainedTokens.of(config, tokenizer.vocab_size, branch)
     choose_backends(config)
     check_environment(config)
     prepare_offload(config)
-    return tokenizer, shape, spec
-
-
-def _refuse_phase_models(config: RunConfig) -> None:
-    for number, phase in enumerate(config.phases):
-        if phase.model is not None:
-            where = config.where(f"phases[{number}].model")
-            raise InputError(where, "no run can be trained with it yet", "leave it out")
+    return Inputs(tokenizer, shapes, spec)
 
 
 def open_plan(

@@ -104,5 +104,5 @@ class StepRecorder:
             applied=step.result.applied,
             seconds=seconds,
             tokens_per_second=speed,
-            mfu=self._throughput.mfu(speed),
+            mfu=self._throughput.mfu(speed, state.phase),
         )

@@ -15,6 +15,7 @@ from megaphase.checkpoint.state import best_name, full_name
 from megaphase.config.phases import PhaseConfig
 from megaphase.optim.schedules import learning_rate
 from megaphase.plan.dataset import Batch, StepReader
+from megaphase.training.evaluator import Losses
 from megaphase.training.run_parts import RunParts
 from megaphase.utils.errors import Stopped
 
@@ -45,9 +46,15 @@ class Trainer(RunParts):
         starts = dict(zip(self.plan.tasks, self.state.starts, strict=True))
         self.history.begin_phase(phase, step, starts)
         trained = self.trained_tokens.event(self.state.phase)
-        self.callbacks.event(step, "phase_start", phase=phase, **trained)
-        for sentence in self.trained_tokens.sentences(self.state.phase):
+        own = self.phase.model
+        model = {} if own is None else {"model": own.as_json()}
+        self.callbacks.event(step, "phase_start", phase=phase, **trained, **model)
+        sentences = self.trained_tokens.sentences(self.state.phase)
+        if own is not None:
+            sentences.append(f"model with {own}")
+        for sentence in sentences:
             self.say(f"{phase} step {step:,}  {sentence}")
+        self.engine.take_shape(self.shapes[self.state.phase])
         if self.branch is not None or self.state.phase > 0:
             self.switch_phase()
         with self.watchdog.patient(f"beginning {phase}"):
@@ -134,7 +141,8 @@ class Trainer(RunParts):
         return reason
 
     def validate(self, *, saved_anyway: bool, begins_phase: bool = False) -> str | None:
-        """Measure the held-out losses, once for both phases that meet at a switch.
+        """Measure the held-out losses, once for both phases that meet at a switch if the model has
+        the same sequence length and rotary positions in both.
 
         saved_anyway: whether a whole checkpoint of this step follows; the best weights are then
             in that one.
@@ -143,11 +151,7 @@ class Trainer(RunParts):
         """
         self.finish_step()
         phase, step = self.phase.name, self.state.step
-        if self._last_validation is None or self._last_validation[0] != step:
-            measuring = partial(self.watchdog.at, f"measuring after step {step:,}")
-            losses = self.evaluator.evaluate(measuring)
-            self._last_validation = step, losses, self.averages.losses(measuring)
-        _, losses, average = self._last_validation
+        losses, average = self._held_out_losses()
         outcome = self.early_stopping.observe(
             step, {task: found.loss for task, found in losses.items()}
         )
@@ -166,6 +170,18 @@ class Trainer(RunParts):
                         self.state, phase, self.divergence.last_sound_step
                     )
         return outcome.stop
+
+    def _held_out_losses(self) -> tuple[Losses, Losses | None]:
+        """Those of the current weights, and of their average, if there is one, with the phase's
+        sequence length and rotary positions."""
+        step, phase = self.state.step, self.state.phase
+        shape, last = self.shapes[phase], self._last_validation
+        if last is None or last[:2] != (step, shape):
+            measuring = partial(self.watchdog.at, f"measuring after step {step:,}")
+            losses = self.evaluator.evaluate(phase, measuring)
+            last = step, shape, losses, self.averages.losses(phase, measuring)
+            self._last_validation = last
+        return last[2:]
 
     def save_if_due(self) -> None:
         if self._save_is_due():

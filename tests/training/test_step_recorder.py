@@ -113,7 +113,7 @@ def test_no_time_counts_twice_and_none_is_lost(one_later, monkeypatch):
     """Each step: 1 s for its batch, 2 s to launch it, 3 s until it is launched again."""
     now = [0.0]
     monkeypatch.setattr(step_recorder.time, "perf_counter", lambda: now[0])
-    recorder = StepRecorder(["a"], ThroughputReference(1, None), one_later=one_later)
+    recorder = StepRecorder(["a"], ThroughputReference((1,), None), one_later=one_later)
     state = TrainState(0, 0, 0, 0, (0,))
     records = []
     for _ in range(3):

@@ -65,7 +65,7 @@ class Profiler(Callback):
         self._control_group, self._watchdog, self._say = control_group, watchdog, say
         self._done = 0
         self._waits: list[float] = []
-        self._tokens: list[int] = []
+        self._flops: list[int] = []
         self._profile = _torch_profiler(steps) if _is_first_of_node() else None
         self._mark = ExitStack()
 
@@ -90,7 +90,8 @@ class Profiler(Callback):
         if self._profile is not None:
             self._profile.step()
         self._waits.append(record.seconds.data_wait)
-        self._tokens.append(record.batch_tokens)
+        flops_per_token = self._throughput_reference.flops_per_token[record.phase_number]
+        self._flops.append(flops_per_token * record.batch_tokens)
         self._done += 1
         if self._is_over():
             with self._watchdog.patient(f"reading the profile after step {record.step:,}"):
@@ -134,18 +135,13 @@ class Profiler(Callback):
         except ValueError:
             raise RunError(f"{file}: could not be written whole; is the disk full?") from None
         trace = read_trace(events)
-        peak, throughput_reference = (
-            self._throughput_reference.peak_flops,
-            self._throughput_reference,
-        )
+        peak = self._throughput_reference.peak_flops
         return summarize(
             trace,
             self._waits[WARM_UP_STEPS:],
             rank=rank,
             file=file.name,
-            model_flops=throughput_reference.flops_per_token
-            * statistics.fmean(self._tokens[WARM_UP_STEPS:])
-            / world_size,
+            model_flops=statistics.fmean(self._flops[WARM_UP_STEPS:]) / world_size,
             peak_flops=None if peak is None else peak / world_size,
         )
 

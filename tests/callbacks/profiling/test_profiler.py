@@ -279,7 +279,9 @@ class Patience:
 
 
 def profiler(folder, steps, said):
-    return Profiler(folder, steps, ThroughputReference(1, None), Alone(), Patience(), said.append)
+    return Profiler(
+        folder, steps, ThroughputReference((1,), None), Alone(), Patience(), said.append
+    )
 
 
 def profile_step(guard, number):
