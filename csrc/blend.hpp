@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "free_slots.hpp"
@@ -25,6 +26,26 @@ inline uint64_t total_weight(const std::vector<uint64_t>& weights) {
     return total;
 }
 
+// The next turn of a task whose rate w/W is constant. Turn k is released at
+// k W/w = start + fraction/w, exactly.
+struct ConstantTurn {
+    uint64_t weight, period, period_fraction, start, fraction;
+    uint32_t task;
+
+    void advance() {
+        start += period;
+        fraction += period_fraction;
+        const bool carry = fraction >= weight;
+        start += carry;
+        fraction -= carry ? weight : 0;
+    }
+    uint64_t deadline() const {
+        ConstantTurn after = *this;
+        after.advance();
+        return after.start + (after.fraction > 0);
+    }
+};
+
 // Earliest deadline first.
 //
 // Turn k of a task with rate w/W must be in the slots [floor(k W/w), ceil((k+1) W/w)): from its
@@ -33,21 +54,27 @@ inline uint64_t total_weight(const std::vector<uint64_t>& weights) {
 // sequence (Baruah, Cohen, Plaxton and Varvel, "Proportionate progress", Algorithmica 1996). Ties
 // are broken by the lower task number. All arithmetic is on integers.
 //
+// The same holds for rates that change (Tijdeman, "The chairman assignment problem", Discrete
+// Mathematics 1980), with R(n), the sum of a task's rates over n slots, for rate n. Turn k is then
+// released in the slot s with R(s) <= k < R(s + 1) and due before the first slot n with
+// R(n) >= k + 1. The turns of a task that are released in slot a or later and due by slot b are
+// floor(R(b)) - ceil(R(a)) <= R(b) - R(a), or none; those of all tasks together are at most b - a,
+// because the rates of a slot sum to 1. So every set of slots has room for the turns that fit
+// nowhere else, and earliest deadline first, which is optimal for turns of one slot, meets all
+// deadlines. The turns released up to slot s are the sum of ceil(R(s + 1)) >= s + 1, so no slot
+// lacks a turn.
+//
 // Taking the turns in the order of their deadlines, and giving each the earliest slot that is free
 // from its release on, yields the same sequence: a turn is only ever kept out of a slot by turns
 // with earlier deadlines. So no queue is needed: the turns with deadlines in a block are sorted by
 // counting, and the slots that they leave free go to the turns that are released in the block and
 // due after it. The cost per slot does not depend on the number of tasks, and the sequence not on
 // the blocks.
-class DeadlineBlend {
+template <typename Turn>
+class DeadlineBlendOf {
 public:
-    explicit DeadlineBlend(const std::vector<uint64_t>& weights) : counts_(weights.size(), 0) {
-        const uint64_t total = total_weight(weights);
-        for (uint32_t task = 0; task < weights.size(); ++task) {
-            const uint64_t weight = weights[task];
-            if (weight > 0) turns_.push_back({weight, total / weight, total % weight, 0, 0, task});
-        }
-    }
+    // turns: the first ones of the tasks that have any, in the order of the tasks.
+    DeadlineBlendOf(size_t tasks, std::vector<Turn> turns) : counts_(tasks, 0), turns_(std::move(turns)) {}
 
     int64_t position() const { return static_cast<int64_t>(position_); }
     const std::vector<int64_t>& counts() const { return counts_; }
@@ -74,24 +101,6 @@ public:
     }
 
 private:
-    // The next turn of a task. Turn k is released at k W/w = start + fraction/w, exactly.
-    struct Turn {
-        uint64_t weight, period, period_fraction, start, fraction;
-        uint32_t task;
-
-        void advance() {
-            start += period;
-            fraction += period_fraction;
-            const bool carry = fraction >= weight;
-            start += carry;
-            fraction -= carry ? weight : 0;
-        }
-        uint64_t deadline() const {
-            Turn after = *this;
-            after.advance();
-            return after.start + (after.fraction > 0);
-        }
-    };
     // Releases and deadlines as slots of the block.
     struct Due {
         uint32_t release, deadline, task;
@@ -143,7 +152,7 @@ private:
 
     uint64_t position_ = 0;
     std::vector<int64_t> counts_;
-    std::vector<Turn> turns_;  // of the tasks whose weight is not 0
+    std::vector<Turn> turns_;  // of the tasks that have any
     // Buffers for the current block, reused for the next one:
     FreeSlots free_;
     std::vector<Due> due_;
@@ -152,13 +161,24 @@ private:
     std::vector<Later> later_;
 };
 
+using DeadlineBlend = DeadlineBlendOf<ConstantTurn>;
+
+inline DeadlineBlend deadline_blend(const std::vector<uint64_t>& weights) {
+    const uint64_t total = total_weight(weights);
+    std::vector<ConstantTurn> turns;
+    for (uint32_t task = 0; task < weights.size(); ++task) {
+        const uint64_t weight = weights[task];
+        if (weight > 0) turns.push_back({weight, total / weight, total % weight, 0, 0, task});
+    }
+    return {weights.size(), std::move(turns)};
+}
+
 // Independent draws, as in most training loops: task t with probability w/W in every slot. The draw
 // of a slot is a function of the key and the slot; alias method (Vose, "A linear algorithm for
 // generating random numbers with a given distribution", IEEE TSE 1991), exact to 2^-64.
-class RandomBlend {
+class AliasTable {
 public:
-    RandomBlend(const std::vector<uint64_t>& weights, uint64_t key)
-        : key_(key), counts_(weights.size(), 0), columns_(weights.size()) {
+    explicit AliasTable(const std::vector<uint64_t>& weights) : columns_(weights.size()) {
         using Wide = unsigned __int128;
         const uint64_t total = total_weight(weights);
         const Wide tasks = weights.size();
@@ -181,17 +201,11 @@ public:
         }
     }
 
-    int64_t position() const { return static_cast<int64_t>(position_); }
-    const std::vector<int64_t>& counts() const { return counts_; }
-
-    // Write the tasks of the next `slots` slots.
-    template <typename Task>
-    void fill(Task* tasks, uint32_t slots) {
-        for (uint32_t i = 0; i < slots; ++i) {
-            const uint32_t task = draw(position_++);
-            tasks[i] = static_cast<Task>(task);
-            ++counts_[task];
-        }
+    uint32_t draw(uint64_t word) const {
+        const unsigned __int128 point = (unsigned __int128){word} * columns_.size();
+        const auto column = static_cast<uint32_t>(point >> 64);
+        const Column& drawn = columns_[column];
+        return static_cast<uint64_t>(point) < drawn.below ? column : drawn.other;
     }
 
 private:
@@ -205,17 +219,35 @@ private:
         return static_cast<uint64_t>((part << 64) / whole);
     }
 
-    uint32_t draw(uint64_t slot) const {
-        const unsigned __int128 point = (unsigned __int128){member_key(key_, slot)} * columns_.size();
-        const auto column = static_cast<uint32_t>(point >> 64);
-        const Column& drawn = columns_[column];
-        return static_cast<uint64_t>(point) < drawn.below ? column : drawn.other;
+    std::vector<Column> columns_;  // by task
+};
+
+class RandomBlend {
+public:
+    RandomBlend(const std::vector<uint64_t>& weights, uint64_t key)
+        : key_(key), counts_(weights.size(), 0), table_(weights) {}
+
+    int64_t position() const { return static_cast<int64_t>(position_); }
+    const std::vector<int64_t>& counts() const { return counts_; }
+
+    // Write the tasks of the next `slots` slots.
+    template <typename Task>
+    void fill(Task* tasks, uint32_t slots) {
+        for (uint32_t i = 0; i < slots; ++i) {
+            const uint32_t task = table_.draw(member_key(key_, position_++));
+            tasks[i] = static_cast<Task>(task);
+            ++counts_[task];
+        }
     }
 
+protected:
+    void set_weights(const std::vector<uint64_t>& weights) { table_ = AliasTable(weights); }
+
+private:
     uint64_t key_;
     uint64_t position_ = 0;
     std::vector<int64_t> counts_;
-    std::vector<Column> columns_;  // by task
+    AliasTable table_;
 };
 
 }  // namespace megaphase

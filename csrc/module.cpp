@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "blend.hpp"
+#include "piecewise_blend.hpp"
 #include "sample_index.hpp"
 #include "stream.hpp"
 #include "token_check.hpp"
@@ -336,6 +337,16 @@ void bind_blend(py::class_<Blend>& blend) {
              py::arg("counts").noconvert(), py::arg("block"));
 }
 
+// bounds is [pieces + 1], weights [tasks, pieces]; see RatePieces.
+std::shared_ptr<const RatePieces> make_pieces(const Array<uint64_t>& bounds,
+                                              const Array<uint64_t>& weights) {
+    require(bounds.ndim() == 1 && weights.ndim() == 2 && weights.shape(1) + 1 == bounds.shape(0),
+            "bounds is [pieces + 1], weights [tasks, pieces]");
+    return std::make_shared<RatePieces>(
+        std::vector<uint64_t>(bounds.data(), bounds.data() + bounds.size()),
+        std::vector<uint64_t>(weights.data(), weights.data() + weights.size()));
+}
+
 template <typename Task>
 void bind_phase_ordinals(py::module_& module) {
     module.def("phase_ordinals", &phase_ordinals<Task>, py::arg("tasks").noconvert(),
@@ -355,13 +366,28 @@ PYBIND11_MODULE(_builder, module) {
     bind_phase_ordinals<uint32_t>(module);
 
     auto by_deadline = py::class_<DeadlineBlend>(module, "DeadlineBlend")
-                           .def(py::init<const std::vector<uint64_t>&>(), py::arg("weights"));
+                           .def(py::init(&deadline_blend), py::arg("weights"));
     bind_blend(by_deadline);
     auto at_random =
         py::class_<RandomBlend>(module, "RandomBlend")
             .def(py::init<const std::vector<uint64_t>&, uint64_t>(), py::arg("weights"),
                  py::arg("key"));
     bind_blend(at_random);
+    auto piecewise =
+        py::class_<PiecewiseDeadlineBlend>(module, "PiecewiseDeadlineBlend")
+            .def(py::init([](const Array<uint64_t>& bounds, const Array<uint64_t>& weights) {
+                     return PiecewiseDeadlineBlend(make_pieces(bounds, weights));
+                 }),
+                 py::arg("bounds").noconvert(), py::arg("weights").noconvert());
+    bind_blend(piecewise);
+    auto piecewise_at_random =
+        py::class_<PiecewiseRandomBlend>(module, "PiecewiseRandomBlend")
+            .def(py::init([](const Array<uint64_t>& bounds, const Array<uint64_t>& weights,
+                             uint64_t key) {
+                     return PiecewiseRandomBlend(make_pieces(bounds, weights), key);
+                 }),
+                 py::arg("bounds").noconvert(), py::arg("weights").noconvert(), py::arg("key"));
+    bind_blend(piecewise_at_random);
 
     auto walk = py::class_<StreamWalk>(module, "StreamWalk")
                     .def_property_readonly("at_end", &StreamWalk::at_end);

@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -28,8 +27,15 @@ from megaphase.plan.index import (
     damage,
     task_dtype,
 )
-from megaphase.plan.mixture import effective_rates, integer_weights, requested_rates
+from megaphase.plan.mixture import (
+    effective_rates,
+    integer_weights,
+    pieces_means,
+    rate_pieces,
+    requested_rates,
+)
 from megaphase.plan.position import StreamPosition
+from megaphase.plan.rate_curves import RatePieces
 from megaphase.plan.spec import FORMAT_VERSION, PhaseSpec, PlanSpec
 from megaphase.plan.task_documents import DOCUMENTS_PER_CALL
 from megaphase.plan.task_stream import TaskStream
@@ -52,7 +58,12 @@ _OF_AN_INDEX = re.compile(rf"{INDEX_FILE}|{STARTS_FILE}|blend-[0-9]+\.(tasks|cou
 SAMPLES_PER_CALL = 1 << 19
 
 Say = Callable[[str], object]
-Blend = _builder.DeadlineBlend | _builder.RandomBlend
+Blend = (
+    _builder.DeadlineBlend
+    | _builder.RandomBlend
+    | _builder.PiecewiseDeadlineBlend
+    | _builder.PiecewiseRandomBlend
+)
 
 
 def plan_folder(run_dir: Path, spec: PlanSpec) -> Path:
@@ -161,7 +172,7 @@ def build_index(
             "format": FORMAT_VERSION,
             "fingerprint": spec.fingerprint,
             "tasks": list(spec.streams),
-            "phases": [asdict(phase) for phase in phases],
+            "phases": [phase.to_json() for phase in phases],
             "starts": starts,
             "files": files,
         }
@@ -181,8 +192,14 @@ def _build_blend(
     samples = phase.samples
     supply = spec.supply(number, used)
     requested = requested_rates(phase.mixture, supply)
-    rates = effective_rates(phase.mixture, supply, samples, phase.where)
-    blend = make_blend(phase, [rates[task] for task in names], samples)
+    pieces = None
+    if phase.mixture.changes:
+        pieces = rate_pieces(phase.mixture, supply, samples, phase.where)
+        rates = pieces_means(pieces, names)
+        blend = make_piecewise_blend(phase, pieces)
+    else:
+        rates = effective_rates(phase.mixture, supply, samples, phase.where)
+        blend = make_blend(phase, [rates[task] for task in names], samples)
     write = partial(_write_blend, folder, number, blend, samples, len(names), pool)
     [written] = pool.run(f"blend of {phase.name}", samples, [write])
     files |= written
@@ -194,6 +211,8 @@ def _build_blend(
         [float(rates[task]) for task in names],
         [at.samples for at in used],
         list(blend.counts),
+        None if pieces is None else pieces.requested.tolist(),
+        None if pieces is None else pieces.ends.tolist(),
     )
 
 
@@ -203,6 +222,13 @@ def make_blend(phase: PhaseSpec, rates: list[Any], samples: int) -> Blend:
     if phase.order == "random":
         return _builder.RandomBlend(weights, phase.order_key)
     return _builder.DeadlineBlend(weights)
+
+
+def make_piecewise_blend(phase: PhaseSpec, pieces: RatePieces) -> Blend:
+    """Return the order of a phase's samples, at its beginning, where rates change within it."""
+    if phase.order == "random":
+        return _builder.PiecewiseRandomBlend(pieces.bounds, pieces.weights, phase.order_key)
+    return _builder.PiecewiseDeadlineBlend(pieces.bounds, pieces.weights)
 
 
 def _write_blend(

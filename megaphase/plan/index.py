@@ -15,7 +15,7 @@ and
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ class PhaseIndex:
     """One phase of a stored plan; lists are over the tasks in the run file's order.
 
     `starts` are the ordinals at which the tasks' streams continue, `counts` the numbers of samples
-    of each task in the phase.
+    of each task in the phase. `requested_from_to` and `rates_from_to` are the rates at the phase's
+    start and at its end, [2][tasks], where they change within the phase; `requested_rates` and
+    `rates` are then their means.
     """
 
     name: str
@@ -45,6 +47,12 @@ class PhaseIndex:
     rates: list[float]
     starts: list[int]
     counts: list[int]
+    requested_from_to: list[list[float]] | None = None
+    rates_from_to: list[list[float]] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the phase for the index's header."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def task_dtype(tasks: int) -> type[np.generic]:

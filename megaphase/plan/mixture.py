@@ -3,28 +3,72 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import field_validator, model_validator
+import numpy as np
+from pydantic import Discriminator, Tag, field_validator, model_validator
 
-from megaphase.config.fields import Epochs, FractionOf1, RoleOrTaskNames, Section, Temperature
+from megaphase.config.fields import (
+    Epochs,
+    FractionOf1,
+    RoleOrTaskNames,
+    Section,
+    Temperature,
+    number_or_mapping,
+)
+from megaphase.plan.rate_curves import (
+    OnlyCappedTasksError,
+    RateCurve,
+    RatePieces,
+    RatesAt,
+    TemperatureCurve,
+    along,
+    averages,
+    capped,
+    integer_pieces,
+    mean_rates,
+    normalised,
+    piece_bounds,
+    progress,
+    temperature_rates,
+)
 from megaphase.utils.decimals import as_written
 from megaphase.utils.errors import InputError
+from megaphase.utils.validation_errors import MAPPING, NUMBER
 
 RATE_SUM_TOLERANCE = 1e-6
+
+RateOrCurve = Annotated[
+    Annotated[FractionOf1, Tag(NUMBER)] | Annotated[RateCurve, Tag(MAPPING)],
+    Discriminator(number_or_mapping),
+]
+TemperatureOrCurve = Annotated[
+    Annotated[Temperature, Tag(NUMBER)] | Annotated[TemperatureCurve, Tag(MAPPING)],
+    Discriminator(number_or_mapping),
+]
 
 
 class MixtureConfig(Section):
     """The sampling rates of a phase. Give exactly one of `rates`, `temperature`, `proportional` and
-    `unimax`."""
+    `unimax`.
 
-    rates: dict[str, FractionOf1] | None = None
-    """Sampling rates by task, which sum to 1. A sum that differs from 1 by at most 1e-6 is taken
-    for rounding, and the rates are divided by it."""
-    temperature: Temperature | None = None
+    Rates may change within the phase, as functions of the fraction of its samples
+    ([plan.md](plan.md#rates-that-change)):
+
+    ```yaml
+    mixture: {temperature: {from: 5, to: 1}}
+    mixture: {rates: {en: {from: 0.88, to: 0.8}, hi: {from: 0.02, to: 0.1}, fr: 0.1}}
+    ```
+    """
+
+    rates: dict[str, RateOrCurve] | None = None
+    """Sampling rates by task, which sum to 1, both at the phase's start and at its end. A sum that
+    differs from 1 by at most 1e-6 is taken for rounding, and the rates are divided by it; so are
+    those at any point in between, if curves of several shapes sum to something else there."""
+    temperature: TemperatureOrCurve | None = None
     """Rates in proportion to tokens^(1/T), with the tokens of one epoch of each task."""
     proportional: Literal[True] | None = None
     """Rates in proportion to tokens, which is `temperature: 1`."""
@@ -37,12 +81,27 @@ class MixtureConfig(Section):
 
     @field_validator("rates")
     @classmethod
-    def _rates_sum_to_one(cls, rates: dict[str, float] | None) -> dict[str, float] | None:
-        if rates is not None:
-            total = math.fsum(rates.values())
-            if abs(total - 1) > RATE_SUM_TOLERANCE:
-                raise ValueError(f"the rates sum to {total:.9g}; make them sum to 1")
+    def _rates_sum_to_one(
+        cls, rates: dict[str, float | RateCurve] | None
+    ) -> dict[str, float | RateCurve] | None:
+        if rates is None:
+            return rates
+        start, end = (math.fsum(each) for each in _ends(rates.values()))
+        if max(abs(start - 1), abs(end - 1)) > RATE_SUM_TOLERANCE:
+            if not any(isinstance(rate, RateCurve) for rate in rates.values()):
+                raise ValueError(f"the rates sum to {start:.9g}; make them sum to 1")
+            raise ValueError(
+                f"the rates sum to {start:.9g} at the phase's start and to {end:.9g} at its end; "
+                "make both sums 1"
+            )
         return rates
+
+    @property
+    def changes(self) -> bool:
+        """Whether the rates change within the phase."""
+        return isinstance(self.temperature, TemperatureCurve) or any(
+            isinstance(rate, RateCurve) for rate in (self.rates or {}).values()
+        )
 
     @model_validator(mode="after")
     def _one_method(self) -> Self:
@@ -56,6 +115,12 @@ class MixtureConfig(Section):
         if self.unimax and self.max_epochs is None:
             raise ValueError("unimax needs max_epochs")
         return self
+
+
+def _ends(rates: Iterable[float | RateCurve]) -> tuple[list[float], list[float]]:
+    """Return the rates at the phase's start, and those at its end."""
+    pairs = [(r.from_, r.to) if isinstance(r, RateCurve) else (r, r) for r in rates]
+    return [start for start, _ in pairs], [end for _, end in pairs]
 
 
 @dataclass(frozen=True)
@@ -88,16 +153,110 @@ def requested_rates(mixture: MixtureConfig, supply: Mapping[str, TaskSupply]) ->
 
     temperature: p ∝ n^(1/T) with n the tokens of an epoch (Arivazhagan et al. 2019); proportional
     is T = 1; unimax starts uniform (Chung et al. 2023). Tasks outside the mixture have rate 0.
+    Of rates that change, the means over the phase are returned.
     """
-    if mixture.rates is not None:
-        weights = {task: as_written(rate) for task, rate in mixture.rates.items()}
+    if mixture.rates is not None and not mixture.changes:
+        weights = {task: as_written(rate) for task, rate in _constant(mixture.rates).items()}
+    elif mixture.rates is not None and (means := _exact_means(mixture.rates)) is not None:
+        weights = means
+    elif mixture.changes:
+        means_of_all = mean_rates(requested_at(mixture, supply), len(supply)).tolist()
+        weights = dict(zip(supply, map(Fraction, means_of_all), strict=True))
     else:
         over = mixture.over or list(supply)
+        assert not isinstance(mixture.temperature, TemperatureCurve)
         exponent = 0.0 if mixture.unimax else 1 / (mixture.temperature or 1.0)
         most = max(supply[task].tokens for task in over)
         weights = {task: Fraction((supply[task].tokens / most) ** exponent) for task in over}
     total = sum(weights.values())
     return {task: weights.get(task, Fraction(0)) / total for task in supply}
+
+
+def _constant(rates: Mapping[str, float | RateCurve]) -> dict[str, float]:
+    return {task: rate for task, rate in rates.items() if not isinstance(rate, RateCurve)}
+
+
+def _exact_means(rates: Mapping[str, float | RateCurve]) -> Rates | None:
+    """Return the means of the rates, if they sum to exactly 1 everywhere: of both shapes, the mean
+    is that of start and end."""
+    curves = [rate for rate in rates.values() if isinstance(rate, RateCurve)]
+    start, end = (list(map(as_written, each)) for each in _ends(rates.values()))
+    if len({curve.shape for curve in curves}) > 1 or not sum(start) == sum(end) == 1:
+        return None
+    return {task: (a + b) / 2 for task, a, b in zip(rates, start, end, strict=True)}
+
+
+def requested_at(mixture: MixtureConfig, supply: Mapping[str, TaskSupply]) -> RatesAt:
+    """Return the rates that a mixture with curves requests, as a function of the fractions of the
+    phase's samples: float64 [points] to float64 [points, tasks]."""
+    if isinstance(mixture.temperature, TemperatureCurve):
+        curve, over = mixture.temperature, set(mixture.over or supply)
+        tokens = [each.tokens if task in over else 0 for task, each in supply.items()]
+        return lambda fractions: temperature_rates(tokens, along(curve, fractions))
+    assert mixture.rates is not None
+    rates = [mixture.rates.get(task, 0.0) for task in supply]
+    start, end = (np.array(each) for each in _ends(rates))
+    is_cosine = np.array([isinstance(r, RateCurve) and r.shape == "cosine" for r in rates])
+
+    def rates_at(fractions: np.ndarray) -> np.ndarray:
+        linear = fractions[:, np.newaxis]
+        at = np.where(is_cosine, progress("cosine", fractions)[:, np.newaxis], linear)
+        return normalised(start + (end - start) * at)
+
+    return rates_at
+
+
+def rate_pieces(
+    mixture: MixtureConfig, supply: Mapping[str, TaskSupply], samples: int, where: str
+) -> RatePieces:
+    """Return the rates of a mixture with curves in a phase of `samples` samples, see `capped`.
+
+    Raises:
+        InputError: the tasks have too few samples for the phase under `max_epochs`.
+    """
+    rates_at = requested_at(mixture, supply)
+    bounds = piece_bounds(samples, len(supply))
+    rates = averages(rates_at, bounds, len(supply))
+    requested = rates_at(np.array([0.0, 1.0]))
+    room, limits, ends = np.zeros(len(supply), np.int64), list[int](), requested
+    try:
+        if mixture.max_epochs is not None:
+            left = {task: each.room(mixture.max_epochs) for task, each in supply.items()}
+            taking_part = np.flatnonzero(rates.any(axis=0)).tolist()
+            names = list(supply)
+            _check_demand(mixture, {names[i]: left[names[i]] for i in taking_part}, samples, where)
+            room = np.minimum(np.array([min(each, samples) for each in left.values()]), samples)
+            limits = capped(rates, np.diff(bounds)[:, np.newaxis], room)
+            ends = rates[[0, -1]] if limits else requested
+        weights, unit = integer_pieces(rates, bounds, room, limits)
+    except OnlyCappedTasksError as error:
+        names = list(supply)
+        raise InputError(
+            where,
+            f"after {error.fraction:.0%} of the phase only tasks that max_epochs "
+            f"{mixture.max_epochs:g} caps have a rate ("
+            + ", ".join(f"{names[i]} {room[i]:,} samples" for i in error.limits)
+            + ")",
+            "raise max_epochs, shorten the phase or give another task a rate there",
+        ) from None
+    return RatePieces(bounds.astype(np.uint64), weights, unit, requested, ends)
+
+
+def _check_demand(
+    mixture: MixtureConfig, room: Mapping[str, int], samples: int, where: str
+) -> None:
+    """Raise InputError if the tasks with a rate have too few samples for the phase.
+
+    room: the most samples of each of them
+    """
+    if sum(room.values()) < samples:
+        figures = ", ".join(f"{task} {most:,}" for task, most in room.items())
+        raise InputError(
+            where,
+            f"the phase wants {samples:,} samples, but max_epochs {mixture.max_epochs:g} leaves "
+            f"only {sum(room.values()):,} ({figures})",
+            "raise max_epochs, shorten the phase or add tasks",
+        )
 
 
 def effective_rates(
@@ -106,34 +265,37 @@ def effective_rates(
     """Return the rates over `samples` samples when `max_epochs` caps repetition over the whole run.
 
     The samples that capped tasks lose go to the others in proportion to their requested rates,
-    until no task exceeds its cap.
+    until no task exceeds its cap. Of rates that change, the means over the phase are returned.
 
     Raises:
         InputError: every task is capped, and together they have too few samples for the phase.
     """
+    if mixture.changes:
+        return pieces_means(rate_pieces(mixture, supply, samples, where), list(supply))
     requested = requested_rates(mixture, supply)
     if mixture.max_epochs is None:
         return requested
     room = {task: each.room(mixture.max_epochs) for task, each in supply.items()}
     shares = {task: rate * samples for task, rate in requested.items() if rate > 0}
-    if sum(room[task] for task in shares) < samples:
-        figures = ", ".join(f"{task} {room[task]:,}" for task in shares)
-        raise InputError(
-            where,
-            f"the phase wants {samples:,} samples, but max_epochs {mixture.max_epochs:g} leaves "
-            f"only {sum(room[task] for task in shares):,} ({figures})",
-            "raise max_epochs, shorten the phase or add tasks",
-        )
-    capped: dict[str, int] = {}
-    while over := [task for task in shares if task not in capped and shares[task] > room[task]]:
-        capped |= {task: room[task] for task in over}
-        free = [task for task in shares if task not in capped]
-        left = samples - sum(capped.values())
+    _check_demand(mixture, {task: room[task] for task in shares}, samples, where)
+    limited: dict[str, int] = {}
+    while over := [task for task in shares if task not in limited and shares[task] > room[task]]:
+        limited |= {task: room[task] for task in over}
+        free = [task for task in shares if task not in limited]
+        left = samples - sum(limited.values())
         weight = sum((requested[task] for task in free), Fraction(0))
         for task in free:
             shares[task] = left * requested[task] / weight
-    final = shares | {task: Fraction(n) for task, n in capped.items()}
+    final = shares | {task: Fraction(n) for task, n in limited.items()}
     return {task: final.get(task, Fraction(0)) / samples for task in supply}
+
+
+def pieces_means(pieces: RatePieces, tasks: list[str]) -> Rates:
+    """Return the means of the rates over the phase."""
+    whole = pieces.unit * pieces.samples
+    return {
+        task: Fraction(total, whole) for task, total in zip(tasks, pieces.totals(), strict=True)
+    }
 
 
 def integer_weights(rates: list[Fraction], samples: int, largest_total: int) -> list[int]:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from megaphase.plan import _builder
-from megaphase.plan.index import StoredIndex, block_size
+from megaphase.plan.index import PhaseIndex, StoredIndex, block_size
 from megaphase.plan.position import SampleKind, StreamPosition
 from megaphase.plan.spec import PlanSpec
+from megaphase.plan.step_rates import StepRates
 from megaphase.plan.stream_part import StreamPart
 from megaphase.plan.task_stream import TaskStream
 
@@ -109,6 +110,22 @@ class Plan:
         since = order[block * self._block : samples]
         found: np.ndarray = counts[block] + np.bincount(since, minlength=len(self.tasks))
         return found
+
+    def rates(self, phase: int, steps: np.ndarray) -> np.ndarray:
+        """Return the effective rate of every task in steps of a phase, float64 [points, tasks].
+
+        Where rates change, each is the mean over the samples of its step.
+
+        steps: int64 [points], 0-based in the phase
+        """
+        return self._step_rates(phase).in_steps(steps)
+
+    def _step_rates(self, phase: int) -> StepRates:
+        return StepRates(
+            self.spec.phases[phase],
+            self.phases[phase],
+            lambda: self.spec.supply(phase, self.phase_start(phase).positions),
+        )
 
     def first_ordinals(self, phase_steps: Sequence[int]) -> np.ndarray:
         """Return the ordinals at which streams continue after phases of these lengths, int64
@@ -213,6 +230,7 @@ class Plan:
                         task: self._task_figures(number, i, before[i], positions[i])
                         for i, task in enumerate(self.tasks)
                     },
+                    **self._step_rates(number).summary(self.tasks),
                 }
             )
             first_step += phase.steps
@@ -241,7 +259,7 @@ class Plan:
 
     def _task_figures(
         self, number: int, task: int, before: StreamPosition, after: StreamPosition
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Return the figures of a task in a phase, which begins and ends at these positions."""
         phase, kind = self.phases[number], self.spec.phases[number].kind
         samples = phase.counts[task]
@@ -254,8 +272,19 @@ class Plan:
         return {
             "requested_rate": phase.requested_rates[task],
             "rate": phase.rates[task],
+            **_from_to(phase, task),
             "samples": samples,
             "tokens": samples * kind.seq_len,
             "epochs": epochs,
             "epochs_so_far": so_far,
         }
+
+
+def _from_to(phase: PhaseIndex, task: int) -> dict[str, list[float]]:
+    """Return a task's rates at a phase's start and end, if rates change within the phase."""
+    if phase.requested_from_to is None or phase.rates_from_to is None:
+        return {}
+    return {
+        "requested_from_to": [rates[task] for rates in phase.requested_from_to],
+        "rate_from_to": [rates[task] for rates in phase.rates_from_to],
+    }

@@ -17,8 +17,9 @@ from megaphase.tokenizer import Tokenizer
 def plan_table(summary: dict[str, Any]) -> Table:
     """Return tokens, sampling rate and epochs per phase and task, from `Plan.summary()`.
 
-    requested: the mixture's rate; effective: the rate with max_epochs; so far: epochs since the
-    run's start, marked if the task is repeated too often.
+    requested: the mixture's rate; effective: the rate with max_epochs; both at the phase's start →
+    at its end where they change within it; so far: epochs since the run's start, marked if the task
+    is repeated too often.
     """
     table = Table(
         title="Plan", title_justify="left", box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0)
@@ -39,8 +40,8 @@ def plan_table(summary: dict[str, Any]) -> Table:
                 Text(task),
                 steps,
                 f"{facts['tokens']:,}",
-                _rate(facts["requested_rate"]),
-                _rate(facts["rate"]),
+                _rates(facts, "requested_rate", "requested_from_to"),
+                _rates(facts, "rate", "rate_from_to"),
                 f"{facts['epochs']:.2f}",
                 _epochs_so_far(facts["epochs_so_far"]),
             )
@@ -108,6 +109,12 @@ def _overfit(phase: PhaseConfig, config: RunConfig) -> str:
     tasks = config.selected_tasks(stop.tasks)
     any_of = "any of " if stop.when == "any" and len(tasks) > 1 else ""
     return f"overfit of {any_of}{', '.join(tasks)} (patience {stop.patience})"
+
+
+def _rates(facts: dict[str, Any], mean: str, from_to: str) -> str:
+    if from_to not in facts:
+        return _rate(facts[mean])
+    return " → ".join(map(_rate, facts[from_to]))
 
 
 def _rate(rate: float) -> str:
