@@ -46,7 +46,7 @@ from megaphase.report.plot_style import (
     plot_style,
     short_number,
 )
-from megaphase.report.runs import RunRecord, TaskShare
+from megaphase.report.runs import PhasePlan, RunRecord, TaskShare
 
 LEGEND_COLUMNS = 3
 TRAINING_POINTS = 300  # more would only add noise and make the page larger
@@ -108,6 +108,47 @@ def learning_rate_plot(run: RunRecord, size: Size) -> Figure:
         _mark_gaps(axes, run)
         _mark_steps(axes, run)
     return figure
+
+
+def rates_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
+    """Plot the planned sampling rate of every task over the steps of all phases."""
+    height = 0.85 * size.height
+    shown = [t for t in run.tasks if any(p.tasks[t].rate for p in run.plan.phases if t in p.tasks)]
+    with plot_style():
+        figure = new_figure(size.width, height)
+        right = size.width - label_width(shown)
+        top = height - _step_label_inches(run)
+        axes = inch_axes(figure, 0.62, BOTTOM_INCHES, right, top)
+        step_axes(axes, (run.origin.step, run.planned_steps), size)
+        axes.set_ylabel("sampling rate")
+        ends: dict[str, float] = {}
+        before = run.origin.step
+        for phase in run.plan.phases:
+            for task in shown:
+                edges, rates = _planned_rates(phase, task)
+                ends[task] = float(rates[-1])
+                if any(rates):
+                    look = _line_style(task in run.low_resource_tasks) | {"marker": None}
+                    axes.plot(before + edges, rates, color=colours[task], **look)
+            before += phase.steps
+        axes.set_ylim(bottom=0)
+        label_line_ends(axes, [(task, rate, colours[task]) for task, rate in ends.items()])
+        _mark_steps(axes, run)
+    return figure
+
+
+def _planned_rates(phase: PhasePlan, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps of a phase, from its first to its last one, and a task's rates there."""
+    curve = phase.rates_over_steps
+    if curve is None or task not in curve.rates or phase.steps == 0:
+        rate = phase.tasks[task].rate if task in phase.tasks else 0.0
+        return np.array([0, phase.steps]), np.array([rate, rate])
+    edges, rates = np.array(curve.steps), np.array(curve.rates[task])
+    middles = (edges[:-1] + edges[1:]) / 2
+    return (
+        np.array([edges[0], *middles, edges[-1]]),
+        np.array([rates[0], *rates, rates[-1]]),
+    )
 
 
 def data_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:

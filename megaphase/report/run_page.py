@@ -23,6 +23,7 @@ from megaphase.report.plots import (
     data_plot,
     learning_rate_plot,
     loss_plot,
+    rates_plot,
     validated_tasks,
 )
 from megaphase.report.runs import RunRecord
@@ -55,6 +56,13 @@ def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -
         f"dashed: {REPEATED_TOO_OFTEN:g} epochs, beyond which repetition has little benefit.",
         lambda size: data_plot(run, colours, size),
     )
+    mixture = Plot(
+        "rates",
+        "Sampling rates",
+        f"{AS_PLANNED} Where a rate changes within a phase, the tables have its mean.",
+        lambda size: rates_plot(run, colours, size),
+    )
+    changes = any(phase.rates_over_steps is not None for phase in run.plan.phases)
     return render(
         "run.html",
         name=run.name,
@@ -65,6 +73,7 @@ def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -
         loss_table=_loss_table(run, colours),
         data=draw_plot(data, out, plot_folder),
         data_table=_data_table(run, colours),
+        sampling_rates=draw_plot(mixture, out, plot_folder) if changes else None,
         learning_rate=draw_plot(rates, out, plot_folder),
         run_file=yaml.safe_dump(dict(run.settings), sort_keys=False, allow_unicode=True),
     )

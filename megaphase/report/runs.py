@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, RootModel, Validati
 from megaphase.checkpoint.names import newest_state
 from megaphase.plan.origin import RunOrigin, read_origin
 from megaphase.plan.run_history import RunHistory, read_history
+from megaphase.report.phase_rates import RatesOverSteps
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import real_path
 from megaphase.utils.json_models import read_record
@@ -60,6 +61,7 @@ class PhasePlan(_Record):
     steps: int
     tokens: int
     tasks: dict[str, TaskShare]
+    rates_over_steps: RatesOverSteps | None = None
     ended_early: str | None = None
 
 
@@ -333,19 +335,32 @@ def _shortened(
 
     left_out: missing epochs by task of the phases before; those of this one are added.
     """
-    part = steps / max(phase.steps, 1)
+    whole = phase.rates_over_steps
+    rates = None if whole is None else whole.until(steps)
     tasks = {}
     for task, share in phase.tasks.items():
+        part, rate = steps / max(phase.steps, 1), share.rate
+        if whole is not None and rates is not None and steps < phase.steps:
+            sums = rates.samples_of(task), whole.samples_of(task)
+            part = sums[0] / sums[1] if sums[1] else part
+            rate = sums[0] / max(rates.samples[-1], 1)
         left_out[task] = left_out.get(task, 0.0) + share.epochs * (1 - part)
         tasks[task] = TaskShare(
-            rate=share.rate,
+            rate=rate,
             samples=round(share.samples * part),
             tokens=round(share.tokens * part),
             epochs=share.epochs * part,
             epochs_so_far=share.epochs_so_far - left_out[task],
         )
-    tokens = round(phase.tokens * part)
-    return PhasePlan(name=phase.name, steps=steps, tokens=tokens, tasks=tasks, ended_early=reason)
+    tokens = round(phase.tokens * steps / max(phase.steps, 1))
+    return PhasePlan(
+        name=phase.name,
+        steps=steps,
+        tokens=tokens,
+        tasks=tasks,
+        rates_over_steps=rates,
+        ended_early=reason,
+    )
 
 
 @dataclass(frozen=True)
