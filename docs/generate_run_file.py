@@ -81,7 +81,7 @@ def _chapter(path: str, model: type[Section]) -> str:
     above, _, below = inspect.cleandoc(model.__doc__ or "").partition("\n\n")
     meanings = _docstrings(model)
     rows = [_row(path, model, name, meanings[name]) for name in model.model_fields]
-    parts = [f"## {_title(path)}", above, TABLE_HEAD + "\n".join(rows), below]
+    parts = [f"## {_title(path)}{_chosen_by(model)}", above, TABLE_HEAD + "\n".join(rows), below]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -101,6 +101,13 @@ def _docstrings(model: type[Section]) -> dict[str, str]:
 
 def _title(path: str) -> str:
     return f"`{path}`" if path else "Top level"
+
+
+def _chosen_by(model: type[Section]) -> str:
+    """For a title: the key whose value chooses this section, where it must be written."""
+    field = model.model_fields.get("name")
+    words = get_args(field.annotation) if field is not None and field.is_required() else ()
+    return f" with `name: {words[0]}`" if words else ""
 
 
 def _row(path: str, model: type[Section], name: str, meaning: str) -> str:
@@ -136,7 +143,8 @@ def _words(schema: dict[str, Any]) -> str:
     """The values that a JSON schema allows."""
     if "anyOf" in schema or "oneOf" in schema:
         alternatives = schema.get("anyOf") or schema["oneOf"]
-        return " or ".join(_words(each) for each in alternatives if each != {"type": "null"})
+        words = [_words(each) for each in alternatives if each != {"type": "null"}]
+        return " or ".join(dict.fromkeys(words))
     if "$ref" in schema:
         return "mapping"
     if "format" in schema:

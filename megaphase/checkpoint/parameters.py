@@ -5,10 +5,10 @@ of a parameter (split by tensor parallelism, flattened, and divided among the da
 by ZeRO), stored for each kind as a tensor `KIND/NAME`. `parameters.json` records their positions:
 
     tensor       the tensor-parallel size
-    kinds        `weight` (fp32 master), `exp_avg` and `exp_avg_sq` if the optimizer has them, and
+    kinds        `weight` (fp32 master), what the optimizer stores, such as `exp_avg`, and
                  `average` if an average of the weights has begun
     parameters   by name: `shape` of the whole; `dim` along which it is split and `segments` that
-                 are split separately (see ParameterLayout)
+                 are split separately (see ParameterLayout); `kinds` where it has not all of them
     shards       by file: its `tensor_rank`, and its `pieces`: by name, the first element and the
                  one after the last in the flattened tensor-parallel shard
 """
@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,8 +35,23 @@ from megaphase.utils.files import read_json
 
 INDEX_FILE = "parameters.json"
 WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 RANDOM = "random/"  # prefix of tensors that are no parameters: states of random generators
+
+
+# The kinds of tensors of each parameter: the same of all, or by name.
+Kinds = Sequence[str] | Mapping[str, Sequence[str]]
+
+
+def kinds_of(kinds: Kinds, name: str) -> Sequence[str]:
+    """Return those of one parameter."""
+    return kinds[name] if isinstance(kinds, Mapping) else kinds
+
+
+def all_kinds(kinds: Kinds) -> list[str]:
+    """Return the kinds that any parameter has, without repetition."""
+    by_name = kinds.values() if isinstance(kinds, Mapping) else [kinds]
+    return list(dict.fromkeys(chain.from_iterable(by_name)))
 
 
 def shard_file(rank: int) -> str:
@@ -66,15 +82,20 @@ class Shard:
 
 def index_json(
     tensor_size: int,
-    kinds: Sequence[str],
+    kinds: Kinds,
     layouts: Mapping[str, ParameterLayout],
     shards: Mapping[str, Shard],
 ) -> dict[str, Any]:
     """Return the content of `parameters.json`."""
+    every = all_kinds(kinds)
+    own = {name: list(kinds_of(kinds, name)) for name in layouts}
     return {
         "tensor": tensor_size,
-        "kinds": list(kinds),
-        "parameters": {name: asdict(layout) for name, layout in layouts.items()},
+        "kinds": every,
+        "parameters": {
+            name: asdict(layout) | ({} if own[name] == every else {"kinds": own[name]})
+            for name, layout in layouts.items()
+        },
         "shards": {
             file: {
                 "tensor_rank": shard.tensor_rank,
@@ -92,7 +113,8 @@ class StoredParameters:
 
     Attributes:
         tensor_size: tensor-parallel size of the layout with which it was written.
-        kinds: the tensors stored of every parameter.
+        kinds: the tensors stored of any parameter.
+        kinds_by_name: those of each parameter.
         layouts: the layout of every parameter, in the model's order.
     """
 
@@ -106,6 +128,9 @@ class StoredParameters:
             index = read_json(folder / INDEX_FILE)
             self.tensor_size: int = index["tensor"]
             self.kinds: tuple[str, ...] = tuple(index["kinds"])
+            self.kinds_by_name: dict[str, tuple[str, ...]] = {
+                name: tuple(f.get("kinds", self.kinds)) for name, f in index["parameters"].items()
+            }
             self.layouts = {
                 name: ParameterLayout(tuple(f["shape"]), f["dim"], tuple(f["segments"]))
                 for name, f in index["parameters"].items()
@@ -140,7 +165,9 @@ class StoredParameters:
                 self._folder, "holds no average of the weights", "take the weights, or another one"
             )
         other = copy(self)
-        other.kinds, other._weight, other._last_cut = (WEIGHT,), AVERAGE, None
+        other.kinds = (WEIGHT,)
+        other.kinds_by_name = dict.fromkeys(self.layouts, other.kinds)
+        other._weight, other._last_cut = AVERAGE, None
         return other
 
     def check(self, layouts: Mapping[str, ParameterLayout]) -> None:
@@ -241,7 +268,11 @@ class StoredParameters:
 
     def _check_file(self, file: str) -> None:
         shard, path = self.shards[file], self._folder / file
-        known = {tensor_name(k, name): p for name, p in shard.pieces.items() for k in self.kinds}
+        known = {
+            tensor_name(kind, name): piece
+            for name, piece in shard.pieces.items()
+            for kind in self.kinds_by_name[name]
+        }
         stored = self._open(file).kinds
         found = {name: kind for name, kind in stored.items() if not name.startswith(RANDOM)}
         for name, piece in known.items():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaphase.checkpoint.parameters import Shard, index_json, shard_file
+from megaphase.checkpoint.parameters import Kinds, Shard, index_json, shard_file
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.checkpoint.tensor_file import file_bytes, write_tensors
 from megaphase.distributed.control_group import ControlGroup
@@ -43,7 +43,7 @@ class Snapshot:
 
     tensors: Iterator[tuple[str, Tensor]]
     shard: Shard
-    kinds: tuple[str, ...]
+    kinds: Kinds
     layouts: Mapping[str, ParameterLayout]
     tensor_size: int
 

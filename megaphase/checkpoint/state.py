@@ -16,9 +16,11 @@ CHECKPOINT_FORMAT = 2
 STATE_FILE = "state.json"
 
 # Keys of the state that not every checkpoint has: the hash of the tokenizer with which the model
-# was trained, and the ids [first, stop) by which its vocabulary was extended.
+# was trained, the ids [first, stop) by which its vocabulary was extended, and the optimizer whose
+# state it holds.
 TOKENIZER_HASH = "tokenizer_hash"
 NEW_TOKENS = "new_tokens"
+OPTIMIZER, ADAMW = "optimizer", "adamw"  # which is AdamW where it is missing
 # The kind of tensors that are an average of the weights; the key of its record in the state.
 AVERAGE = "average"
 NAME = re.compile(r"(step|best)-([0-9]{8,})")

@@ -16,7 +16,7 @@ from megaphase.distributed.config import ParallelConfig
 from megaphase.estimate.config import HardwareConfig
 from megaphase.fault_tolerance.config import FaultsConfig
 from megaphase.model.config import ModelConfig
-from megaphase.optim.config import OptimizerConfig
+from megaphase.optim.config import DEFAULT_OPTIMIZER, OptimizerConfig
 from megaphase.plan.config import BatchConfig, TaskConfig
 from megaphase.training.config import BackendsConfig, ValidationConfig
 from megaphase.utils.errors import InputError
@@ -57,7 +57,7 @@ class RunConfig(Section):
     not sum in the NVLink switch."""
     batch: BatchConfig
     """Batch sizes."""
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = DEFAULT_OPTIMIZER
     """Settings of the optimizer."""
     parts: BackendsConfig = BackendsConfig()
     """The implementations that compute."""

@@ -15,7 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaphase.checkpoint.parameters import Piece, Shard, index_json, shard_file, tensor_name
+from megaphase.checkpoint.parameters import (
+    Kinds,
+    Piece,
+    Shard,
+    index_json,
+    kinds_of,
+    shard_file,
+    tensor_name,
+)
+from megaphase.checkpoint.state import ADAMW
 from megaphase.checkpoint.store import complete
 from megaphase.checkpoint.tensor_file import TensorKind
 from megaphase.convert.partition import Layout, shards_of
@@ -46,23 +55,23 @@ class Form:
     flat: bool
     facts: Mapping[str, Any]
 
-    def contents(self, file: str, kinds: Sequence[str]) -> dict[str, TensorKind]:
+    def contents(self, file: str, kinds: Kinds) -> dict[str, TensorKind]:
         """Return every tensor of a file, in the order in which parameters are read."""
         pieces = self.shards[file].pieces
         return {
             tensor_name(kind, name): TensorKind(torch.float32, self._shape(name, pieces[name]))
             for name in self.layouts
             if name in pieces
-            for kind in kinds
+            for kind in kinds_of(kinds, name)
         }
 
     def _shape(self, name: str, piece: Piece) -> tuple[int, ...]:
         return (piece.stop - piece.start,) if self.flat else self.layouts[name].shape
 
 
-def form_for(shape: GPTShape, layout: Layout) -> Form:
-    """Return the form with a file for every rank."""
-    shards = shards_of(parameter_specs(shape), layout)
+def form_for(shape: GPTShape, layout: Layout, optimizer: str = ADAMW) -> Form:
+    """Return the form with a file for every rank. optimizer: as in the checkpoint's state."""
+    shards = shards_of(parameter_specs(shape), layout, optimizer)
     by_file = {shard_file(i): shard for i, shard in enumerate(shards)}
     facts = {"processes": layout.processes, "tensor": layout.tensor, "zero": layout.zero}
     return Form(layout.tensor, parameter_layouts(shape, layout.tensor), by_file, True, facts)
@@ -81,7 +90,7 @@ def portable_form(shape: GPTShape) -> Form:
 def write_checkpoint(
     folder: Path,
     weights: Weights,
-    kinds: Sequence[str],
+    kinds: Kinds,
     form: Form,
     state: Mapping[str, Any],
     *,

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from megaphase.checkpoint.names import CHECKPOINTS
-from megaphase.checkpoint.state import AVERAGE, NEW_TOKENS, STATE_FILE
+from megaphase.checkpoint.state import ADAMW, AVERAGE, NEW_TOKENS, OPTIMIZER, STATE_FILE
 from megaphase.checkpoint.tensor_file import TensorFile, TensorKind
 from megaphase.convert.checkpoint_writer import PORTABLE_FOLDER
 from megaphase.convert.hugging_face.config_file import CONFIG_FILE
@@ -117,6 +117,7 @@ def _megaphase(source: Source, how: Inspector) -> Contents:
         "phase": state.get("phase_name"),
         "step": state.get("step"),
         "tokens": position.get("tokens"),
+        "optimizer": state.get(OPTIMIZER, ADAMW) if state.get("optimizer_steps") else None,
         "optimizer steps": state.get("optimizer_steps"),
         "kinds": ", ".join(weights.kinds),
         "precision": state.get("precision"),

@@ -5,12 +5,14 @@ Tested against the trainer's own checkpoints on every layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megaphase.checkpoint.parameters import Piece, Shard
+from megaphase.checkpoint.state import ADAMW
 from megaphase.distributed.parameter_spec import ParameterSpec
 from megaphase.model.shape import GPTShape
+from megaphase.optim.parameter_state import config_stored_by, groups_of
 from megaphase.utils.errors import InputError
 
 # ZeRO 1 and 2 pad the flat tensor of a group to a multiple of this many elements per rank.
@@ -46,10 +48,15 @@ def check_tensor_size(shape: GPTShape, tensor: int) -> None:
             )
 
 
-def shards_of(specs: Mapping[str, ParameterSpec], layout: Layout) -> list[Shard]:
-    """Return the shard that every rank writes, in the order of ranks. specs: in the model's
-    order."""
-    by_data_rank = [_pieces(specs, data_rank, layout) for data_rank in range(layout.data)]
+def shards_of(
+    specs: Mapping[str, ParameterSpec], layout: Layout, optimizer: str = ADAMW
+) -> list[Shard]:
+    """Return the shard that every rank writes, in the order of ranks.
+
+    specs: in the model's order. optimizer: as in a checkpoint's state.
+    """
+    groups = [group.names for group in groups_of(config_stored_by(optimizer), specs)]
+    by_data_rank = [_pieces(specs, groups, rank, layout) for rank in range(layout.data)]
     # Neighbouring ranks form a tensor-parallel group. Pieces of parameters that are not split are
     # written by the first of them.
     return [
@@ -59,14 +66,19 @@ def shards_of(specs: Mapping[str, ParameterSpec], layout: Layout) -> list[Shard]
     ]
 
 
-def _pieces(specs: Mapping[str, ParameterSpec], rank: int, layout: Layout) -> dict[str, Piece]:
+def _pieces(
+    specs: Mapping[str, ParameterSpec],
+    groups: Sequence[Sequence[str]],
+    rank: int,
+    layout: Layout,
+) -> dict[str, Piece]:
     sizes = {n: each.layout(layout.tensor).shard_numel(layout.tensor) for n, each in specs.items()}
     if layout.zero == 0:
         return {name: Piece(0, size) for name, size in sizes.items()} if rank == 0 else {}
     if layout.zero == 3:
         pieces = _of_each(sizes, rank, layout.data)
     else:
-        pieces = _of_flat_groups(specs, sizes, rank, layout.data)
+        pieces = _of_flat_groups(groups, sizes, rank, layout.data)
     return {name: piece for name, piece in pieces if piece.start < piece.stop}
 
 
@@ -78,11 +90,11 @@ def _of_each(sizes: Mapping[str, int], rank: int, ranks: int) -> Iterator[tuple[
 
 
 def _of_flat_groups(
-    specs: Mapping[str, ParameterSpec], sizes: Mapping[str, int], rank: int, ranks: int
+    groups: Sequence[Sequence[str]], sizes: Mapping[str, int], rank: int, ranks: int
 ) -> Iterator[tuple[str, Piece]]:
     """ZeRO 1 and 2: concatenate the parameters of an optimizer group, then partition them."""
-    for decays in (True, False):
-        group = {n: size for n, size in sizes.items() if specs[n].weight_decay == decays}
+    for names in groups:
+        group = {name: sizes[name] for name in names}
         unit = _FLAT_ALIGNMENT * ranks
         share = -(-sum(group.values()) // unit) * unit // ranks
         offset = 0

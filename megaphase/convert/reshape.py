@@ -6,14 +6,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megaphase.checkpoint.parameters import WEIGHT
+from megaphase.checkpoint.parameters import WEIGHT, Kinds, all_kinds
+from megaphase.checkpoint.state import ADAMW, OPTIMIZER
 from megaphase.convert.checkpoint_writer import Form, form_for, portable_form, write_checkpoint
 from megaphase.convert.output import new_folder
 from megaphase.convert.partition import Layout, check_tensor_size
-from megaphase.convert.source import open_source, state_of_weights
+from megaphase.convert.source import Source, open_source, state_of_weights
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import fp32_bytes
-from megaphase.model.shape import GPTShape
 
 
 def reshape(
@@ -34,9 +34,9 @@ def reshape(
         InputError: the checkpoint is damaged, or its model cannot be split like this.
     """
     source = open_source(text, average=average)
-    form = _form(source.shape, layout)
-    kinds = (WEIGHT,) if weights_only else source.weights.kinds
-    needed = fp32_bytes(source.shape) * len(kinds)
+    form = _form(source, layout)
+    kinds: Kinds = (WEIGHT,) if weights_only else source.weights.kinds_by_name
+    needed = fp32_bytes(source.shape) * len(all_kinds(kinds))
     state = state_of_weights(source.state) if weights_only else source.state
     with (
         new_folder(out, needed) as folder,
@@ -47,8 +47,8 @@ def reshape(
         )
 
 
-def _form(shape: GPTShape, layout: Layout | None) -> Form:
+def _form(source: Source, layout: Layout | None) -> Form:
     if layout is None:
-        return portable_form(shape)
-    check_tensor_size(shape, layout.tensor)
-    return form_for(shape, layout)
+        return portable_form(source.shape)
+    check_tensor_size(source.shape, layout.tensor)
+    return form_for(source.shape, layout, source.state.get(OPTIMIZER, ADAMW))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megaphase.checkpoint.parameters import WEIGHT
+from megaphase.checkpoint.parameters import Kinds, kinds_of
 from megaphase.distributed.sharding import ParameterLayout
 from megaphase.model.parameters import parameter_count, parameter_layouts
 from megaphase.model.shape import GPTShape
@@ -30,14 +30,10 @@ class Weights(Protocol):
 
     Attributes:
         layouts: of all parameters, in the model's order.
-        kinds: the tensors of each parameter: `weight`, and the moments if they are stored.
     """
 
     @property
     def layouts(self) -> Mapping[str, ParameterLayout]: ...
-
-    @property
-    def kinds(self) -> Sequence[str]: ...
 
     def whole(self, name: str, kind: str) -> Tensor:
         """Return a parameter, fp32, contiguous, in its layout's shape; called by several
@@ -47,8 +43,6 @@ class Weights(Protocol):
 
 class WithZeroBiases:
     """Weights for a shape with biases, from weights that may have none."""
-
-    kinds: Sequence[str] = (WEIGHT,)
 
     def __init__(self, weights: Weights, shape: GPTShape) -> None:
         self.layouts = parameter_layouts(shape, 1)
@@ -63,7 +57,7 @@ class WithZeroBiases:
 
 def read_each(
     weights: Weights,
-    kinds: Sequence[str],
+    kinds: Kinds,
     take: Callable[[str, str, Tensor], object],
     *,
     workers: int,
@@ -73,7 +67,7 @@ def read_each(
     Several are read at a time. The parameters that are read but not yet processed take together no
     more memory than the largest parameter (or a few megabytes).
     """
-    wanted = [(name, kind) for name in weights.layouts for kind in kinds]
+    wanted = [(name, kind) for name in weights.layouts for kind in kinds_of(kinds, name)]
     sizes = {name: FP32_BYTES * layout.numel for name, layout in weights.layouts.items()}
     allowed = max(*sizes.values(), _ALWAYS_ALLOWED)
     reading: deque[Future[Tensor]] = deque()

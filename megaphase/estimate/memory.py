@@ -18,11 +18,11 @@ from megaphase.estimate.activation_memory import (
 )
 from megaphase.estimate.setup import Setup
 from megaphase.estimate.state_memory import (
-    MOMENTS,
     SUB_GROUP,
     SWAP_BUFFERS,
     States,
     average_bytes,
+    most_moments,
     states_of,
 )
 from megaphase.model.parameters import (
@@ -165,8 +165,9 @@ def _offloaded(setup: Setup, states: States) -> dict[str, int]:
             host["copies"] = resident.masters * setup.parameter_bytes // FP32_BYTES
             pinned += [host["masters"], host["copies"]]
     elif setup.offload == "nvme":
-        # Weights, both moments and gradients of a sub-group at a time.
-        host = {"buffers": (2 + MOMENTS) * min(resident.masters, SUB_GROUP * FP32_BYTES)}
+        # Weights, moments and gradients of a sub-group at a time.
+        tensors = 2 + most_moments(setup)
+        host = {"buffers": tensors * min(resident.masters, SUB_GROUP * FP32_BYTES)}
     if setup.offload_parameters == "cpu":
         host["weights"] = resident.weights
         pinned.append(host["weights"])

@@ -11,6 +11,7 @@ from megaphase.config.run import RunConfig
 from megaphase.distributed.costs import BF16_BYTES, FP32_BYTES
 from megaphase.model.shape import GPTShape
 from megaphase.ops.matmul import widens_bf16
+from megaphase.optim.config import DEFAULT_OPTIMIZER, OptimizerConfig
 
 Device = Literal["cuda", "cpu"]
 AverageMemory = Literal["none", "weights", "cpu"]
@@ -47,6 +48,7 @@ class Setup:
     compiled: bool = True
     widened: bool = False
     average: AverageMemory = "none"
+    optimizer: OptimizerConfig = DEFAULT_OPTIMIZER
 
     @property
     def compute_bytes(self) -> int:
@@ -129,6 +131,7 @@ def setup_of(config: RunConfig, shape: GPTShape, processes: int, device: Device)
         compiled=kernels == "compile" or (kernels == "auto" and device == "cuda"),
         widened=config.precision == "bf16" and widens_bf16(torch.device(device)),
         average=_average_memory(config),
+        optimizer=config.optimizer,
     )
 
 

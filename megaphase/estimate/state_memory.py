@@ -18,6 +18,7 @@ from megaphase.estimate.gathered_parameters import (
 )
 from megaphase.estimate.setup import Setup
 from megaphase.model.parameters import embedding_name, parameter_sizes, parameter_specs
+from megaphase.optim.parameter_state import Group, groups_of, state_of
 
 # Elements. The first is that of gradients without ZeRO, and in bf16 with stage 1; for those of the
 # other stages see `gathered_parameters.reduce_bucket`.
@@ -26,7 +27,6 @@ SUB_GROUP = 1_000_000_000
 # For parameters on an NVMe disk: the four matrices of a block and of the one that is read ahead,
 # embeddings and output projection, and some that are on their way.
 SWAP_BUFFERS = 16
-MOMENTS = 2
 FLAT_ALIGNMENT = 2
 
 
@@ -98,7 +98,7 @@ def states_of(setup: Setup) -> States:
     """The memory of this rank if nothing were offloaded."""
     sizes = parameter_sizes(setup.shape, setup.tensor)
     if setup.zero == 0:
-        return _without_zero(setup, sum(sizes.values()))
+        return _without_zero(setup, sizes)
     if setup.zero == 3:
         return _partitioned_weights(setup, sizes)
     if setup.zero == 1 and setup.bf16 and setup.offload == "none":
@@ -106,36 +106,60 @@ def states_of(setup: Setup) -> States:
     return _partitioned_optimizer(setup, sizes)
 
 
-def _flat_size(setup: Setup, sizes: Mapping[str, int]) -> int:
-    """Elements of the flat buffers of both parameter groups, padded so that all ranks share."""
-    unit = FLAT_ALIGNMENT * setup.data
+def most_moments(setup: Setup) -> int:
+    """The most tensors of an element per weight that the optimizer stores for any weight."""
+    states = (state_of(setup.optimizer, spec) for spec in parameter_specs(setup.shape).values())
+    return max(len(state.moments) for state in states)
+
+
+def _moments_of_each(setup: Setup, sizes: Mapping[str, int]) -> int:
+    """Bytes of the optimizer's state of so many elements of each parameter."""
     specs = parameter_specs(setup.shape)
-    groups = [
-        [size for name, size in sizes.items() if specs[name].weight_decay == decays]
-        for decays in (True, False)
-    ]
-    return sum(-(-sum(group) // unit) * unit for group in groups)
+    elements = sum(
+        size * len(state_of(setup.optimizer, specs[name]).moments) for name, size in sizes.items()
+    )
+    return elements * FP32_BYTES
 
 
-def _without_zero(setup: Setup, elements: int) -> States:
+def _flat_sizes(setup: Setup, sizes: Mapping[str, int]) -> dict[Group, int]:
+    """Elements of the flat buffer of each parameter group, padded so that all ranks share."""
+    unit = FLAT_ALIGNMENT * setup.data
+    groups = groups_of(setup.optimizer, parameter_specs(setup.shape))
+    return {each: -(-sum(sizes[name] for name in each.names) // unit) * unit for each in groups}
+
+
+def _moments_of_groups(setup: Setup, groups: Mapping[Group, int]) -> int:
+    """Bytes of this rank's part of the optimizer's state."""
+    elements = sum(size // setup.data * len(group.state.moments) for group, size in groups.items())
+    return elements * FP32_BYTES
+
+
+def _update_buffer(setup: Setup, elements: int) -> int:
+    """Bytes that the optimizer allocates for the updates of so many elements."""
+    return elements * FP32_BYTES if setup.optimizer.name == "lion" else 0
+
+
+def _without_zero(setup: Setup, sizes: Mapping[str, int]) -> States:
     """fp32 weights in place; torch's optimizer."""
+    elements = sum(sizes.values())
     every = elements * FP32_BYTES
     bucket = min(elements, REDUCE_BUCKET) * FP32_BYTES
     return States(
-        Resident(weights=every, masters=0, gradients=0, moments=MOMENTS * every),
+        Resident(every, masters=0, gradients=0, moments=_moments_of_each(setup, sizes)),
         Transient(
             carried=every if setup.accumulation > 1 else 0,
             growing=0 if setup.accumulation > 1 else every,
             limit=every,
             reduction=bucket,  # joined before they travel
-            step=every,
+            step=every + _update_buffer(setup, elements),
         ),
     )
 
 
 def _bf16_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
     """DeepSpeed's BF16_Optimizer: whole fp32 gradients on every rank."""
-    elements = _flat_size(setup, sizes)
+    groups = _flat_sizes(setup, sizes)
+    elements = sum(groups.values())
     own = elements // setup.data * FP32_BYTES
     low = elements * setup.parameter_bytes
     whole = elements * FP32_BYTES
@@ -144,8 +168,12 @@ def _bf16_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
     # Every gradient is added to its sum, and freed, when it is computed; first it is cast.
     cast = max(sizes.values()) * FP32_BYTES
     return States(
-        Resident(weights=low, masters=own, gradients=whole, moments=MOMENTS * own),
-        Transient(bucket=cast, reduction=joined),
+        Resident(low, own, gradients=whole, moments=_moments_of_groups(setup, groups)),
+        Transient(
+            bucket=cast,
+            reduction=joined,
+            step=_update_buffer(setup, elements // setup.data),
+        ),
     )
 
 
@@ -155,7 +183,8 @@ def _partitioned_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
     Stage 1 keeps the gradients of all micro-batches whole and reduces them with the last one;
     stage 2 reduces those of each.
     """
-    elements = _flat_size(setup, sizes)
+    groups = _flat_sizes(setup, sizes)
+    elements = sum(groups.values())
     own = elements // setup.data * FP32_BYTES
     weights = elements * setup.parameter_bytes
     apart = setup.bf16  # gradients are summed in another type than they are computed in
@@ -187,7 +216,7 @@ def _partitioned_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
     if apart:
         reduction = joined + cast + (0 if accumulated and setup.zero == 2 else own)
     return States(
-        Resident(weights=weights, masters=own, gradients=0, moments=MOMENTS * own),
+        Resident(weights, own, gradients=0, moments=_moments_of_groups(setup, groups)),
         Transient(
             carried=carried,
             growing=growing,
@@ -195,14 +224,15 @@ def _partitioned_optimizer(setup: Setup, sizes: Mapping[str, int]) -> States:
             bucket=buffers + leaving,
             between=between + leaving,
             reduction=reduction,
-            step=2 * own,
+            step=2 * own + _update_buffer(setup, elements // setup.data),
         ),
     )
 
 
 def _partitioned_weights(setup: Setup, sizes: Mapping[str, int]) -> States:
     """Stage 3: every parameter is partitioned into `data` parts."""
-    part = sum(-(-size // setup.data) for size in sizes.values())
+    parts = {name: -(-size // setup.data) for name, size in sizes.items()}
+    part = sum(parts.values())
     own = part * FP32_BYTES
     every = sum(sizes.values())
     low = setup.parameter_bytes
@@ -224,12 +254,12 @@ def _partitioned_weights(setup: Setup, sizes: Mapping[str, int]) -> States:
         if embedding not in kept:
             returned += sizes[embedding]
     return States(
-        Resident(weights=part * low, masters=own, gradients=own, moments=MOMENTS * own),
+        Resident(part * low, own, gradients=own, moments=_moments_of_each(setup, parts)),
         Transient(
             growing=every * low,
             limit=waiting * low,
             reduction=waiting * low + reduced_bytes,
-            step=min(part, SUB_GROUP) * FP32_BYTES,
+            step=min(part, SUB_GROUP) * FP32_BYTES + _update_buffer(setup, min(part, SUB_GROUP)),
             held=held * low,
             gathered=gathered * low,
             arriving=arriving * low,

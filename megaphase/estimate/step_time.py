@@ -14,9 +14,11 @@ from megaphase.model.parameters import parameter_sizes, train_flops_per_token
 # matrices, attention, elementwise: computing, with recomputation. tensor, data: waiting for
 # tensor-parallel and data-parallel communication. optimizer: its pass over the weights.
 PARTS = ("matrices", "attention", "elementwise", "tensor", "data", "optimizer")
-# Passes of AdamW over a weight: gradient, weight and two moments read, the last three written;
-# before them the gradient is read for the norm, and read and written to be clipped.
-OPTIMIZER_PASSES = 7 + 3
+# Passes of the optimizer over a weight; before them the gradient is read for the norm, and read and
+# written to be clipped. AdamW, fused, reads gradient, weight and two moments, and writes the last
+# three; Lion's operations are five.
+OPTIMIZER_PASSES = {"adamw": 7, "lion": 3 + 2 + 2 + 3 + 3}
+CLIPPING_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -96,4 +98,5 @@ def _optimizer_bytes(setup: Setup) -> float:
     parameters = sum(parameter_sizes(setup.shape, setup.tensor).values())
     own = parameters if setup.zero == 0 else parameters / setup.data
     rounded = setup.parameter_bytes if setup.bf16 and setup.zero > 0 else 0
-    return own * (OPTIMIZER_PASSES * FP32_BYTES + rounded)
+    passes = OPTIMIZER_PASSES[setup.optimizer.name] + CLIPPING_PASSES
+    return own * (passes * FP32_BYTES + rounded)

@@ -1,36 +1,73 @@
-"""The `optimizer` section of a run file."""
+"""The `optimizer` section of a run file: one class for each optimizer."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from megaphase.config.fields import Epsilon, FractionBelow1, PositiveOrZero, Section
 from megaphase.utils.names import shown
+from megaphase.utils.validation_errors import hint, union_tag
+
+Betas = Annotated[tuple[FractionBelow1, FractionBelow1], Field(strict=False)]
+Decay = Annotated[float, Field(ge=0, le=100)]
 
 
-class OptimizerConfig(Section):
-    """The optimizer is AdamW (Loshchilov and Hutter 2019)."""
+class AdamWConfig(Section):
+    """The optimizer is AdamW (Loshchilov and Hutter 2019), or the one that `name` names:
+    [`lion`](#optimizer-with-name-lion). [optimizers.md](optimizers.md) compares them. Which keys
+    there are depends on `name`."""
 
-    betas: Annotated[tuple[FractionBelow1, FractionBelow1], Field(strict=False)] = (0.9, 0.95)
+    # Not in run.json, so that run directories of versions that had AdamW alone are the same.
+    name: Literal["adamw"] = Field(default="adamw", exclude=True)
+    """The optimizer: `adamw` or `lion`."""
+    betas: Betas = (0.9, 0.95)
     """Decay rates of the first and second moment."""
     eps: Epsilon = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.1
+    weight_decay: Decay = 0.1
     """Decoupled weight decay of the matrices; norms and biases have none."""
     clip: PositiveOrZero = 1.0
     """Largest global gradient norm, to which larger gradients are scaled down; 0 does not clip."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_name(cls, data: Any) -> Any:
-        """Earlier versions had the key `name`, whose only value was adamw."""
-        if isinstance(data, dict) and "name" in data:
-            if data["name"] != "adamw":
-                name = shown(data["name"])
-                raise ValueError(
-                    f"name is {name}, but the optimizer is always adamw; leave out name"
-                )
-            data = {key: value for key, value in data.items() if key != "name"}
-        return data
+
+class LionConfig(Section):
+    """Lion (Chen et al. 2023, arXiv 2302.06675): the sign of a momentum, of which one is stored
+    for each weight. Its updates are larger than AdamW's, so its peak learning rates are 3 to 10
+    times smaller, and its weight decay larger by the same factor."""
+
+    name: Literal["lion"]
+    """The optimizer."""
+    betas: Betas = (0.9, 0.99)
+    """Weights of the momentum in the update, and of the momentum in the next one."""
+    weight_decay: Decay = 1.0
+    """Decoupled weight decay of the matrices; norms and biases have none."""
+    clip: PositiveOrZero = 1.0
+    """Largest global gradient norm, to which larger gradients are scaled down; 0 does not clip."""
+
+
+NAMES = ("adamw", "lion")
+
+
+def _known_name(value: Any) -> Any:
+    """Reject another name; earlier versions had AdamW alone, and later ones leave its name out."""
+    name = value.get("name", "adamw") if isinstance(value, dict) else "adamw"
+    if name not in NAMES:
+        known = hint(name, NAMES, "the optimizers are") if isinstance(name, str) else None
+        raise ValueError(f"name is {shown(name)}; {known or 'it is ' + ' or '.join(NAMES)}")
+    return value
+
+
+def _tag(value: Any) -> str:
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return union_tag(str(name or "adamw"))
+
+
+OptimizerConfig = Annotated[
+    Annotated[AdamWConfig, Tag(union_tag("adamw"))] | Annotated[LionConfig, Tag(union_tag("lion"))],
+    Discriminator(_tag),
+    BeforeValidator(_known_name),
+]
+
+DEFAULT_OPTIMIZER = AdamWConfig()

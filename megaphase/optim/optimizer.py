@@ -1,4 +1,4 @@
-"""AdamW over the model's parameters, in the implementation chosen by the run."""
+"""The optimizer over the model's parameters, in the implementation chosen by the run."""
 
 from __future__ import annotations
 
@@ -8,18 +8,37 @@ import torch
 from torch import nn
 
 from megaphase.distributed.parameter_spec import spec_of
-from megaphase.optim.config import OptimizerConfig
+from megaphase.optim.config import AdamWConfig, LionConfig, OptimizerConfig
+from megaphase.optim.lion import Lion
+from megaphase.optim.parameter_state import groups_of
+
+# DeepSpeed takes a step on zero gradients at the start, which must do nothing.
+_AT_FIRST = 0.0
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, name: str) -> torch.optim.Optimizer:
-    """Return a fused AdamW (Loshchilov and Hutter 2019).
+    """Return the optimizer that the run file names.
 
-    name: the implementation, torch or apex.
+    name: the implementation, torch or apex; apex has AdamW alone.
     """
+    groups = _parameter_groups(model, config)
+    if isinstance(config, LionConfig):
+        return Lion(groups, lr=_AT_FIRST, betas=config.betas)
+    return _adamw(groups, config, name)
+
+
+def skips_by_itself(config: OptimizerConfig, name: str) -> bool:
+    """Whether the optimizer itself skips a step if its attribute `found_inf` says so, without the
+    host; arguments as above."""
+    return config.name == "adamw" and name == "torch"
+
+
+def _adamw(groups: list[dict[str, Any]], config: AdamWConfig, name: str) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019), fused."""
     build: Any = _apex_adamw if name == "apex" else torch.optim.AdamW
     optimizer: torch.optim.Optimizer = build(
-        _parameter_groups(model, config.weight_decay),
-        lr=0.0,  # DeepSpeed takes a step on zero gradients at the start, which must do nothing
+        groups,
+        lr=_AT_FIRST,
         betas=config.betas,
         eps=config.eps,
         **({} if name == "apex" else {"fused": True}),
@@ -27,15 +46,16 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, name: str) -> tor
     return optimizer
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups, with weight decay and without, according to the parameters' specifications."""
-    parameters = list(model.parameters())
+def _parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The groups of `parameter_state.groups_of`, as torch's optimizers take them."""
+    parameters = dict(model.named_parameters())
+    specs = {name: spec_of(parameter) for name, parameter in parameters.items()}
     return [
         {
-            "params": [each for each in parameters if spec_of(each).weight_decay == decays],
-            "weight_decay": weight_decay if decays else 0.0,
+            "params": [parameters[name] for name in group.names],
+            "weight_decay": config.weight_decay if group.weight_decay else 0.0,
         }
-        for decays in (True, False)
+        for group in groups_of(config, specs)
     ]
 
 

@@ -17,16 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from megaphase.checkpoint.parameters import (
-    MOMENTS,
     WEIGHT,
+    Kinds,
     Piece,
     Shard,
     StoredParameters,
+    all_kinds,
+    kinds_of,
     tensor_name,
 )
 from megaphase.checkpoint.saver import Snapshot
+from megaphase.distributed.parameter_spec import spec_of
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.distributed.sharding import ParameterLayout, layout_of
+from megaphase.optim.config import OptimizerConfig
+from megaphase.optim.parameter_state import state_of, stored_by
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,14 @@ class Fragment:
 
 @dataclass(frozen=True)
 class MasterGroup:
-    """A flat fp32 tensor that the optimizer updates, and the pieces in it."""
+    """A flat fp32 tensor that the optimizer updates, and this rank's pieces in it.
+
+    names: the parameters of which any data-parallel rank has a piece in it, in their order.
+    """
 
     flat: nn.Parameter
     fragments: list[Fragment]
+    names: list[str]
 
 
 class OptimizerState:
@@ -59,21 +68,34 @@ class OptimizerState:
             one for each group, addressed as its fp32 weights are.
     """
 
-    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, grid: ProcessGrid) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        optimizer: torch.optim.Optimizer,
+        grid: ProcessGrid,
+        config: OptimizerConfig,
+    ) -> None:
         """
         Args:
                 engine: DeepSpeed's engine.
-                optimizer: torch's optimizer, wrapped by DeepSpeed's.
+                optimizer: the one of `build_optimizer`, wrapped by DeepSpeed's.
+                config: of this optimizer.
         """
         self._zero = engine.optimizer
         self._optimizer, self._grid = optimizer, grid
         self._parameters = dict(engine.module.named_parameters())
+        self._by_identity = {id(each): name for name, each in self._parameters.items()}
         self._stage: int = engine.zero_optimization_stage()
         self._swapper = getattr(self._zero, "optimizer_swapper", None)  # to and from an NVMe disk
         self.layouts: dict[str, ParameterLayout] = {
             name: layout_of(parameter) for name, parameter in self._parameters.items()
         }
         self.beside: Callable[[], Mapping[str, Sequence[Tensor]]] = dict
+        self.stored_by = stored_by(config)
+        self._states = {
+            name: state_of(config, spec_of(parameter))
+            for name, parameter in self._parameters.items()
+        }
 
     def reset(self) -> None:
         """Reset moments and step counts; the fp32 weights are kept."""
@@ -88,11 +110,14 @@ class OptimizerState:
         assert len(counts) <= 1, "all parameters are stepped together"
         return counts.pop() if counts else 0
 
-    def kinds(self) -> tuple[str, ...]:
+    def kinds(self) -> dict[str, tuple[str, ...]]:
         """The tensors of each parameter now: its weight, moments after the first step, and those
         `beside`."""
-        moments = MOMENTS if self.steps else ()
-        return (WEIGHT, *moments, *self.beside())
+        stepped, beside = self.steps > 0, tuple(self.beside())
+        return {
+            name: (WEIGHT, *(state.moments if stepped else ()), *beside)
+            for name, state in self._states.items()
+        }
 
     def shard(self) -> Shard:
         """The pieces that this rank writes; pieces on several ranks are written by the first."""
@@ -124,7 +149,7 @@ class OptimizerState:
         self,
         beside: Iterable[tuple[str, Tensor]] = (),
         *,
-        kinds: tuple[str, ...] | None = None,
+        kinds: Kinds | None = None,
     ) -> Snapshot:
         """Return the tensors to save: all kinds or some of them; with the tensors `beside`."""
         kinds = kinds or self.kinds()
@@ -132,15 +157,17 @@ class OptimizerState:
         size = self._grid.tensor_size
         return Snapshot(tensors, self.shard(), kinds, self.layouts, size)
 
-    def tensors(self, kinds: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, kinds: Kinds) -> Iterator[tuple[str, Tensor]]:
         """Yield this rank's pieces by name, as views that the next step changes."""
         beside = self.beside()
         for index, group in enumerate(self._groups()):
             with self._resident(index, changed=False):
-                for kind in kinds:
-                    flat = beside[kind][index] if kind in beside else self._flat(group, kind)
+                for kind in all_kinds(kinds):
                     for fragment in self._own(group):
-                        yield tensor_name(kind, fragment.name), fragment.of(flat)
+                        if kind in kinds_of(kinds, fragment.name):
+                            own = beside[kind][index] if kind in beside else None
+                            flat = self._flat(group, kind) if own is None else own
+                            yield tensor_name(kind, fragment.name), fragment.of(flat)
 
     def masters(self) -> list[Tensor]:
         """Return the fp32 weights of this rank: the flat tensor [elements] of each group, a view.
@@ -192,7 +219,7 @@ class OptimizerState:
         self, group: MasterGroup, steps: int, stored: StoredParameters
     ) -> dict[str, Tensor]:
         state = {"step": torch.tensor(float(steps), device=group.flat.device)}
-        for kind in MOMENTS:
+        for kind in self._states[group.names[0]].moments:
             state[kind] = torch.zeros_like(group.flat, requires_grad=False)
             self._fill(state[kind], group, kind, stored)
         return state
@@ -223,7 +250,8 @@ class OptimizerState:
     def _groups_without_zero(self) -> Iterator[MasterGroup]:
         for name, parameter in self._parameters.items():
             assert isinstance(parameter, nn.Parameter)
-            yield MasterGroup(parameter, [Fragment(name, Piece(0, parameter.numel()), 0)])
+            fragment = Fragment(name, Piece(0, parameter.numel()), 0)
+            yield MasterGroup(parameter, [fragment], [name])
 
     def _groups_of_stages_1_and_2(self) -> Iterator[MasterGroup]:
         fragments: list[list[Fragment]] = [[] for _ in self._optimizer.param_groups]
@@ -234,22 +262,30 @@ class OptimizerState:
                 fragments[mapping.param_group_index].append(
                     Fragment(name, Piece(at.start, at.start + at.numel), there.start)
                 )
-        for group, found in zip(self._optimizer.param_groups, fragments, strict=True):
-            yield MasterGroup(group["params"][0], found)
+        of_groups = zip(self._optimizer.param_groups, fragments, self._joined(), strict=True)
+        for group, found, parameters in of_groups:
+            yield MasterGroup(group["params"][0], found, self._names(parameters))
 
     def _groups_of_stage_3(self) -> Iterator[MasterGroup]:
         rank = self._grid.data_rank
-        names = {id(parameter): name for name, parameter in self._parameters.items()}
         flats = self._zero.fp32_partitioned_groups_flat
         for flat, parameters in zip(flats, self._zero.fp16_groups, strict=True):
-            offset, fragments = 0, []
-            for parameter in parameters:
+            offset, fragments, names = 0, [], self._names(parameters)
+            for name, parameter in zip(names, parameters, strict=True):
                 size = parameter.partition_numel()
                 start, stop = rank * size, min((rank + 1) * size, parameter.ds_numel)
                 if start < stop:
-                    fragments.append(Fragment(names[id(parameter)], Piece(start, stop), offset))
+                    fragments.append(Fragment(name, Piece(start, stop), offset))
                 offset += size
-            yield MasterGroup(flat, fragments)
+            yield MasterGroup(flat, fragments, names)
+
+    def _joined(self) -> Any:
+        """The parameters that stages 1 and 2 join, for each group."""
+        zero = self._zero
+        return zero.bf16_groups if hasattr(zero, "bf16_groups") else zero.bit16_groups
+
+    def _names(self, parameters: Iterable[Tensor]) -> list[str]:
+        return [self._by_identity[id(parameter)] for parameter in parameters]
 
     @contextmanager
     def _resident(self, index: int, *, changed: bool) -> Iterator[None]:

@@ -42,14 +42,15 @@ def choose_backends(config: RunConfig) -> Backends:
     Raises:
         InputError: one that the run file asks for is not installed.
     """
-    offloaded = config.parallel.offload != "none"
-    for_optimizer = "the optimizer state on the GPU, and parallel.offload moves it"
+    missing = _missing_for_apex(APEX_OPTIMIZER)
+    if config.parallel.offload != "none":
+        missing = "the optimizer state on the GPU, and parallel.offload moves it"
+    if config.optimizer.name != "adamw":
+        missing = f"optimizer.name adamw, and it is {config.optimizer.name}"
     compiled = _compiles(config)
     # Compiled norms compute the residual sum in the same pass, which apex's do not.
     norm = _takes_apex(config, "norm", _missing_for_apex(APEX_NORM), preferred=not compiled)
-    optimizer = _takes_apex(
-        config, "optimizer", for_optimizer if offloaded else _missing_for_apex(APEX_OPTIMIZER)
-    )
+    optimizer = _takes_apex(config, "optimizer", missing)
     kernels = Kernels(compiled=compiled, apex_norm=norm)
     return Backends(kernels, "apex" if optimizer else "torch")
 

@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from megaphase.checkpoint.names import find_checkpoint
-from megaphase.checkpoint.state import AVERAGE, STATE_FILE, read_state, state_or_nothing
+from megaphase.checkpoint.state import (
+    ADAMW,
+    AVERAGE,
+    OPTIMIZER,
+    STATE_FILE,
+    read_state,
+    state_or_nothing,
+)
 from megaphase.config.run import RunConfig
 from megaphase.model.config import PhaseModelConfig
+from megaphase.optim.parameter_state import stored_by
 from megaphase.plan.origin import RunOrigin, recorded_origin, write_origin
 from megaphase.plan.spec import PlanSpec
 from megaphase.training.run_directory import RunDirectory
@@ -171,6 +179,13 @@ def begin_branch(config: RunConfig, source: str) -> Branch:
             config.where("phases[0].optimizer_state"),
             f"is keep, but {folder} has weights alone",
             "write reset, or give a step-… checkpoint",
+        )
+    of_branch, own = branch.state.get(OPTIMIZER, ADAMW), stored_by(config.optimizer)
+    if first.optimizer_state == "keep" and of_branch != own:
+        raise InputError(
+            config.where("phases[0].optimizer_state"),
+            f"is keep, but {folder} has the state of {of_branch}, and the optimizer is {own}",
+            "write reset, or take the same optimizer",
         )
     if first.begin_from == "average" and AVERAGE not in branch.state:
         raise InputError(

@@ -12,13 +12,16 @@ from megaphase.callbacks.callback import CallbackList
 from megaphase.checkpoint.parameters import RANDOM, WEIGHT
 from megaphase.checkpoint.saver import Saver, SaveStatus, Snapshot
 from megaphase.checkpoint.state import (
+    ADAMW,
     CHECKPOINT_FORMAT,
+    OPTIMIZER,
     TOKENIZER_HASH,
     best_name,
     full_name,
 )
 from megaphase.config.run import RunConfig
 from megaphase.model.shape import GPTShape
+from megaphase.optim.parameter_state import stored_by
 from megaphase.plan.plan import Plan
 from megaphase.plan.run_history import RunHistory
 from megaphase.training.engine import Engine
@@ -123,7 +126,8 @@ def checkpoint_facts(
     config: RunConfig, plan: Plan, tokenizer_hash: str, world_size: int
 ) -> dict[str, Any]:
     """The facts of a run that are the same in the state of every checkpoint."""
-    return {
+    optimizer = stored_by(config.optimizer)
+    return ({} if optimizer == ADAMW else {OPTIMIZER: optimizer}) | {
         "format": CHECKPOINT_FORMAT,
         "plan": plan.spec.fingerprint,
         "streams": plan.spec.stream_fingerprints,

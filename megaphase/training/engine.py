@@ -23,7 +23,7 @@ from megaphase.model.document_mask import DocumentBounds, takes_bounds
 from megaphase.model.dropout import row_seeds
 from megaphase.model.gpt import GPT, Block
 from megaphase.model.shape import GPTShape
-from megaphase.optim.optimizer import build_optimizer
+from megaphase.optim.optimizer import build_optimizer, skips_by_itself
 from megaphase.optim.optimizer_state import OptimizerState
 from megaphase.optim.trained_rows import TrainedRows
 from megaphase.optim.weight_average import WeightAverage
@@ -129,7 +129,8 @@ class Engine:
             keep_gathered(self._engine.optimizer, model, config.parallel.keep_gathered)
         sum_without_copies(self._engine.optimizer)
         self._optimizer = optimizer
-        self.state = OptimizerState(self._engine, optimizer, grid)
+        self._skips_by_itself = skips_by_itself(config.optimizer, backends.optimizer)
+        self.state = OptimizerState(self._engine, optimizer, grid, config.optimizer)
         self.state.reset()
         self.average = WeightAverage(self.state)
         self._rows = TrainedRows(
@@ -241,7 +242,8 @@ class Engine:
         """Step if this was the last micro-batch; then the gradients' norm before clipping.
 
         Where that is not finite, nothing changes: DeepSpeed's ZeRO optimizers skip the step, for
-        which they read the norm; without ZeRO, torch's AdamW does so without the host.
+        which they read the norm; without ZeRO, torch's AdamW does so without the host, which reads
+        it for the other optimizers.
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
@@ -253,7 +255,7 @@ class Engine:
             norm: Tensor | float = self._engine.get_global_grad_norm()
             return norm
         norm = clip_gradients(self.module.parameters(), self._clip_here, self.grid)
-        if self.backends.optimizer == "torch":
+        if self._skips_by_itself:
             self._optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
         elif not norm.isfinite():
             self.module.zero_grad(set_to_none=True)

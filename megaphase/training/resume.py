@@ -7,7 +7,7 @@ from collections.abc import Callable
 from megaphase.callbacks.callback import CallbackList
 from megaphase.callbacks.divergence_monitor import DivergenceMonitor
 from megaphase.checkpoint.parameters import StoredParameters
-from megaphase.checkpoint.state import check_format
+from megaphase.checkpoint.state import ADAMW, OPTIMIZER, check_format
 from megaphase.checkpoint.store import Checkpoint, CheckpointStore
 from megaphase.config.run import RunConfig
 from megaphase.distributed.all_ranks import run_on_all_ranks
@@ -99,14 +99,16 @@ def starting_weights(
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint, *, average: bool = False) -> None:
     """Load weights and optimizer state, from whatever layout they were saved on.
 
-    Called by all ranks. average: load the average of the weights instead, without optimizer state.
+    The state of another optimizer is left out: the phase resets it. Called by all ranks.
+    average: load the average of the weights instead, without optimizer state.
 
     Raises:
         InputError: it is of another model.
     """
     state = checkpoint.state
     stored = run_on_all_ranks(lambda: _stored(checkpoint, average=average))
-    steps = 0 if average else state["optimizer_steps"]
+    same = state.get(OPTIMIZER, ADAMW) == engine.state.stored_by
+    steps = state["optimizer_steps"] if same and not average else 0
     run_on_all_ranks(lambda: engine.state.load(stored, steps))
     if state["processes"] == engine.grid.world_size:
         set_random_state(stored_random_state(checkpoint.folder, engine.grid.rank))

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from megaphase.utils.errors import InputError
 from megaphase.utils.names import printable, shown
 
-# Tags of the alternatives of a key that is a number or a mapping; they are no part of its path.
-NUMBER, MAPPING = "<number>", "<mapping>"
+# Tags of the alternatives of a key that is a number or a mapping, and of a section that a name
+# chooses; they are no part of a key's path.
+NUMBER, MAPPING, _TAG = "<number>", "<mapping>", "<name: "
 _LONGEST = 200  # characters of a value, or of a part of a key, in a message
 _MESSAGES = {
     "int_type": "must be a whole number",
@@ -40,6 +41,11 @@ _MESSAGES = {
 }
 
 
+def union_tag(name: str) -> str:
+    """Return pydantic's tag of a section that a name chooses."""
+    return f"{_TAG}{name}>"
+
+
 def hint(name: object, known: Iterable[str], what: str) -> str:
     """Return `did you mean 'seed'?` if a known name is similar, else the list of known names."""
     by_folded = {each.casefold(): each for each in known}
@@ -51,7 +57,7 @@ def as_input_error(path: Path, error: ValidationError) -> InputError:
     """Return the first error in the file as an InputError with the path of the key."""
     first = error.errors(include_url=False)[0]
     kind = first["type"]
-    location = tuple(part for part in first["loc"] if part not in (NUMBER, MAPPING))
+    location = tuple(part for part in first["loc"] if not _is_tag(part))
     if location and location[-1] == "[key]":
         key = _key_path(location[:-2])
         if kind == "value_error":
@@ -70,6 +76,10 @@ def as_input_error(path: Path, error: ValidationError) -> InputError:
         message = _MESSAGES[kind].format(**bounds)
         return InputError(where, message.replace("True", "true"), found)
     return InputError(where, f"{first['msg'][0].lower()}{first['msg'][1:]}", found)
+
+
+def _is_tag(part: int | str) -> bool:
+    return part in (NUMBER, MAPPING) or (isinstance(part, str) and part.startswith(_TAG))
 
 
 def _bound(value: Any) -> str:

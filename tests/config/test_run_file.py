@@ -64,10 +64,16 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
         ("peak: 1e-4", "peak: 1e-4, warmup: 5",
          "run.yaml: phases[1].learning_rate: unknown key 'warmup'; did you mean 'warmup_steps'?"),
         ("betas: [0.9, 0.95]", "xyz: 1",
-         "run.yaml: optimizer: unknown key 'xyz'; the keys here are betas, eps, "
+         "run.yaml: optimizer: unknown key 'xyz'; the keys here are name, betas, eps, "
          "weight_decay, clip"),
+        ("betas: [0.9, 0.95]", "name: lion, eps: 1e-8",
+         "run.yaml: optimizer: unknown key 'eps'; the keys here are name, betas, weight_decay, "
+         "clip"),
         ("betas: [0.9, 0.95]", "name: sgd",
-         "run.yaml: optimizer: name is 'sgd', but the optimizer is always adamw; leave out name"),
+         "run.yaml: optimizer: name is 'sgd'; the optimizers are adamw, lion"),
+        ("betas: [0.9, 0.95]", "name: lyon",
+         "run.yaml: optimizer: name is 'lyon'; did you mean 'lion'?"),
+        ("betas: [0.9, 0.95]", "name: 3", "run.yaml: optimizer: name is 3; it is adamw or lion"),
         # missing keys
         ("output: runs/x\n", "", "run.yaml: output: this key is missing; add it"),
         ("batch: {samples: 8, micro: 2}\n", "", "run.yaml: batch: this key is missing; add it"),

@@ -90,17 +90,22 @@ class Built:
     buckets: tuple[int, ...]
 
 
-RUNS = [(zero, precision) for zero in range(4) for precision in ("fp32", "bf16")]
+RUNS = [(zero, precision, "adamw") for zero in range(4) for precision in ("fp32", "bf16")] + [
+    (zero, "bf16", name) for zero in range(4) for name in ["lion"]
+]
 
 
 def build(tensor: int) -> list[Built]:
     """Run on a rank: build an engine for each stage and precision, and count its bytes."""
     with process_group():
-        return [_build(zero, precision, tensor) for zero, precision in RUNS]
+        return [_build(*run, tensor) for run in RUNS]
 
 
-def _build(zero: int, precision: str, tensor: int) -> Built:
-    engine = build_engine(run_config(zero=zero, precision=precision, tensor=tensor))
+def _build(zero: int, precision: str, name: str, tensor: int) -> Built:
+    optimizer_of_run = {"name": name}
+    engine = build_engine(
+        run_config(zero=zero, precision=precision, tensor=tensor, optimizer=optimizer_of_run)
+    )
     engine.train_step(share(global_batch(0), engine.grid), 1e-3)
     deepspeed = engine._engine
     optimizer = deepspeed.optimizer
@@ -121,7 +126,7 @@ def _build(zero: int, precision: str, tensor: int) -> Built:
         _bytes(weights),
         _bytes(masters),
         _bytes(gradients),
-        _bytes([each[name] for each in state for name in ("exp_avg", "exp_avg_sq")]),
+        _bytes([tensor for each in state for key, tensor in each.items() if key != "step"]),
     )
     buckets = (
         deepspeed.zero_reduce_bucket_size(),
@@ -136,22 +141,22 @@ def _bytes(tensors: Any) -> int:
 
 
 @once
-def built(tensor: int) -> dict[tuple[int, str], Built]:
+def built(tensor: int) -> dict[tuple[int, str, str], Built]:
     return dict(zip(RUNS, run_ranks(build, 2, tensor)[0], strict=True))
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize(("zero", "precision"), RUNS)
-def test_what_is_kept_is_what_an_engine_holds(zero, precision, tensor):
-    config = run_config(zero=zero, precision=precision, tensor=tensor)
+@pytest.mark.parametrize(("zero", "precision", "name"), RUNS)
+def test_what_is_kept_is_what_an_engine_holds(zero, precision, name, tensor):
+    config = run_config(zero=zero, precision=precision, tensor=tensor, optimizer={"name": name})
     setup = setup_of(config, build_shape(config, 96), 2, "cpu")
-    assert states_of(setup).resident == built(tensor)[zero, precision].kept
+    assert states_of(setup).resident == built(tensor)[zero, precision, name].kept
 
 
 def test_buckets_have_the_sizes_that_the_engine_gives_them():
     sizes = parameter_sizes(build_shape(run_config(), 96), 1)
     expected = (reduce_bucket(sizes), gather_limits(sizes, 0.0).prefetch, SUB_GROUP)
-    assert built(1)[3, "bf16"].buckets == expected
+    assert built(1)[3, "bf16", "adamw"].buckets == expected
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from convert_support import save as save_whole
 from convert_support import whole_parameters
 from distributed import once, run_ranks
 from engine_support import (
@@ -36,6 +37,8 @@ from torch import Tensor
 from megaphase.checkpoint.parameters import INDEX_FILE, StoredParameters
 from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.store import CheckpointStore
+from megaphase.convert.partition import Layout
+from megaphase.convert.reshape import reshape
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.control_group import ControlGroup
 from megaphase.distributed.process_grid import start_process_grid
@@ -55,20 +58,29 @@ KEPT: dict[str, dict[str, Any]] = {
     f"{words} weights kept": {"model": WIDE, "keep_gathered": kept}
     for words, kept in (("some", SOME), ("all", 1.0))
 } | {"second partition": {"model": WIDE, "tensor": 1, "secondary_partition": 2}}
-CASES = [
-    (zero, precision, offload)
+ADAMW = [
+    (zero, precision, offload, "adamw")
     for zero in range(4)
     for precision in ("fp32", "bf16")
     for offload in OFFLOADS | KEPT
     if offload == "none" or (zero > 0 and (offload == "optimizer" or zero == 3))
 ]
-ALSO_QUICK = [
-    (3, "bf16", "optimizer and parameters"),
-    (3, "bf16", "some weights kept"),
-    (3, "fp32", "all weights kept"),
-    (3, "bf16", "second partition"),
+OTHERS = {"lion": 1e-3}  # with their learning rates
+CASES = ADAMW + [
+    (*case[:3], name)
+    for name in OTHERS
+    for case in ADAMW
+    if case[2] in ("none", "optimizer", "second partition")
 ]
-QUICK = [case for case in CASES if case[2] == "none" or case in ALSO_QUICK]
+ALSO_QUICK = [
+    (3, "bf16", "optimizer and parameters", "adamw"),
+    (3, "bf16", "some weights kept", "adamw"),
+    (3, "fp32", "all weights kept", "adamw"),
+    (3, "bf16", "second partition", "adamw"),
+    *((1, "bf16", "none", name) for name in OTHERS),
+    *((3, "fp32", "none", name) for name in OTHERS),
+]
+QUICK = [case for case in CASES if (case[2:] == ("none", "adamw")) or case in ALSO_QUICK]
 SLOW = [case for case in CASES if case not in QUICK]
 PARAMETERS = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 # Every change of layout changes the tensor-parallel size, the stage, or both.
@@ -86,7 +98,13 @@ HOPS = [
     (1, 1),
     (4, 2),
 ]
+FEW_HOPS = [(1, 0), (4, 3), (2, 1)]
 HOP_STEPS = 2
+FP32_OF_OTHERS = 1e-4  # a sign, or a root of a small sum, amplifies rounding
+KINDS = {"adamw": ["exp_avg", "exp_avg_sq"], "lion": ["exp_avg"]}
+
+
+Case = tuple[int, str, str, str]
 
 
 @dataclass
@@ -105,9 +123,9 @@ class Examined:
     after_skip: list[tuple[float, float]]
 
 
-def train(engine: Engine, first: int, steps: int) -> list[StepResult]:
+def train(engine: Engine, first: int, steps: int, rate: float) -> list[StepResult]:
     batches = (share(global_batch(first + i), engine.grid) for i in range(steps))
-    return [engine.train_step(batch, RATE) for batch in batches]
+    return [engine.train_step(batch, rate) for batch in batches]
 
 
 def curve(results: list[StepResult]) -> list[tuple[float, float]]:
@@ -140,14 +158,21 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def examine(
-    zero: int, precision: str, offload: str, folder: Path, control_group: ControlGroup
+    zero: int,
+    precision: str,
+    offload: str,
+    optimizer: str,
+    folder: Path,
+    control_group: ControlGroup,
 ) -> Examined:
     settings = {"tensor": 2, "zero": zero, "precision": precision, **(OFFLOADS | KEPT)[offload]}
+    settings["optimizer"] = {"name": optimizer}
+    rate = OTHERS.get(optimizer, RATE)
     engine = build_engine(run_config(**settings))
-    train(engine, 0, BEFORE)
+    train(engine, 0, BEFORE, rate)
     checkpoint = save(engine, folder, control_group)
     steps = engine.state.steps
-    undisturbed = curve(train(engine, BEFORE, AFTER))
+    undisturbed = curve(train(engine, BEFORE, AFTER, rate))
     last_weights = fp32_weights(engine)
     engine.state.reset()
     reset_steps = engine.state.steps
@@ -157,9 +182,9 @@ def examine(
     other.state.load(stored, steps)
     with not_finite(other):
         before = fp32_weights(other)
-        skipped = [not result.applied for result in train(other, 50, 2)]
+        skipped = [not result.applied for result in train(other, 50, 2, rate)]
         unchanged = equal(before, fp32_weights(other))
-    resumed = curve(train(other, BEFORE, AFTER))
+    resumed = curve(train(other, BEFORE, AFTER, rate))
     same = equal(last_weights, fp32_weights(other))
 
     other.state.load(stored, steps)
@@ -173,8 +198,8 @@ def examine(
         resumed,
         steps,
         same,
-        curve(train(other, BEFORE, AFTER)),
-        curve(train(fresh, BEFORE, AFTER)),
+        curve(train(other, BEFORE, AFTER, rate)),
+        curve(train(fresh, BEFORE, AFTER, rate)),
         reset_steps,
         skipped,
         unchanged,
@@ -182,9 +207,7 @@ def examine(
     )
 
 
-def examine_all(
-    cases: list[tuple[int, str, str]], folder: str
-) -> dict[tuple[int, str, str], Examined]:
+def examine_all(cases: list[Case], folder: str) -> dict[Case, Examined]:
     with process_group():
         start_process_grid(2)
         control_group = ControlGroup()
@@ -195,7 +218,7 @@ def examine_all(
 
 
 @once
-def examined(quick: bool) -> list[dict[tuple[int, str, str], Examined]]:
+def examined(quick: bool) -> list[dict[Case, Examined]]:
     folder = tempfile.mkdtemp(prefix="megaphase-states-")
     try:
         return run_ranks(examine_all, PROCESSES, QUICK if quick else SLOW, folder, timeout=600)
@@ -203,13 +226,13 @@ def examined(quick: bool) -> list[dict[tuple[int, str, str], Examined]]:
         shutil.rmtree(folder)
 
 
-def by_rank(case: tuple[int, str, str]) -> list[Examined]:
+def by_rank(case: Case) -> list[Examined]:
     return [results[case] for results in examined(case in QUICK)]
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", PARAMETERS, ids=str)
-def test_what_was_saved_goes_on_bit_for_bit(case: tuple[int, str, str]) -> None:
+def test_what_was_saved_goes_on_bit_for_bit(case: Case) -> None:
     found = by_rank(case)[0]
     assert found.steps == BEFORE
     assert found.resumed == found.undisturbed
@@ -218,7 +241,7 @@ def test_what_was_saved_goes_on_bit_for_bit(case: tuple[int, str, str]) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", PARAMETERS, ids=str)
-def test_a_reset_leaves_a_fresh_optimizer(case: tuple[int, str, str]) -> None:
+def test_a_reset_leaves_a_fresh_optimizer(case: Case) -> None:
     found = by_rank(case)[0]
     assert found.reset_steps == 0
     assert found.after_reset == found.fresh
@@ -227,46 +250,47 @@ def test_a_reset_leaves_a_fresh_optimizer(case: tuple[int, str, str]) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", PARAMETERS, ids=str)
-def test_a_gradient_that_is_not_finite_changes_nothing(case: tuple[int, str, str]) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing(case: Case) -> None:
     # The steps after it are those of an engine that never saw it, for which see above.
     assert by_rank(case)[0].skipped == [True, True]
     assert all(rank.skip_changed_nothing for rank in by_rank(case))
 
 
-def hop(folder: str) -> tuple[list[float], list[float]]:
+def hop(name: str, hops: list[tuple[int, int]], folder: str) -> tuple[list[float], list[float]]:
     """Return a curve on one layout throughout, and one that changes it every two steps."""
     model = {"kv_heads": 4, "vocab": 99}  # 99: every size pads its rows differently
+    optimizer, rate = {"name": name}, OTHERS.get(name, RATE)
     with process_group():
         start_process_grid(1)
         control_group = ControlGroup()
-        still = build_engine(run_config(model=model, tensor=1, zero=0), 99)
+        still = still_at_the_start(model, optimizer)
         still_curve = [
             result.losses.mean
-            for i in range(len(HOPS) * HOP_STEPS)
-            for result in [still.train_step(share(batch(i), still.grid), RATE)]
+            for i in range(len(hops) * HOP_STEPS)
+            for result in [still.train_step(share(batch(i), still.grid), rate)]
         ]
         curve: list[float] = []
         checkpoint, steps = None, 0
-        for number, (tensor, zero) in enumerate(HOPS):
-            engine = build_engine(
-                run_config(model=model, seed=number, tensor=tensor, zero=zero), 99
-            )
+        for number, (tensor, zero) in enumerate(hops):
+            layout = {"tensor": tensor, "zero": zero}
+            config = run_config(model=model, seed=number, optimizer=optimizer, **layout)
+            engine = build_engine(config, 99)
             if checkpoint is None:
-                engine = still_at_the_start(model)
+                engine = still_at_the_start(model, optimizer)
             else:
                 engine.state.load(StoredParameters(checkpoint), steps)
             for _ in range(HOP_STEPS):
-                result = engine.train_step(share(batch(len(curve)), engine.grid), RATE)
+                result = engine.train_step(share(batch(len(curve)), engine.grid), rate)
                 curve.append(result.losses.mean)
             checkpoint, steps = (
-                save(engine, Path(folder, str(number)), control_group),
+                save_whole(engine, config, 99, Path(folder, str(number)), control_group),
                 engine.state.steps,
             )
         return still_curve, curve
 
 
-def still_at_the_start(model: dict[str, Any]) -> Engine:
-    return build_engine(run_config(model=model, tensor=1, zero=0), 99)
+def still_at_the_start(model: dict[str, Any], optimizer: dict[str, Any]) -> Engine:
+    return build_engine(run_config(model=model, optimizer=optimizer, tensor=1, zero=0), 99)
 
 
 def batch(step: int):  # type: ignore[no-untyped-def]
@@ -274,23 +298,40 @@ def batch(step: int):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.distributed
-def test_a_run_goes_on_on_any_layout() -> None:
+@pytest.mark.parametrize(
+    ("name", "hops", "rel"),
+    [
+        ("adamw", HOPS, FP32),
+        *((name, FEW_HOPS, FP32_OF_OTHERS) for name in OTHERS),
+        *(pytest.param(name, HOPS, FP32_OF_OTHERS, marks=pytest.mark.slow) for name in OTHERS),
+    ],
+)
+def test_a_run_goes_on_on_any_layout(name: str, hops: list[tuple[int, int]], rel: float) -> None:
     folder = tempfile.mkdtemp(prefix="megaphase-hops-")
     try:
-        for still, hopping in run_ranks(hop, PROCESSES, folder, timeout=600):
-            assert len(still) == len(hopping) == len(HOPS) * HOP_STEPS
-            assert hopping == pytest.approx(still, rel=FP32)
-        _check_files(Path(folder, str(HOPS.index((4, 3))), "step-00000001"))
+        for still, hopping in run_ranks(hop, PROCESSES, name, hops, folder, timeout=600):
+            assert len(still) == len(hopping) == len(hops) * HOP_STEPS
+            assert hopping == pytest.approx(still, rel=rel)
+        _check_files(Path(folder, str(hops.index((4, 3))), "step-00000001"), KINDS[name])
     finally:
         shutil.rmtree(folder)
 
 
-def _check_files(checkpoint: Path) -> None:
-    """Check, with other code, that every element is stored once, as documented."""
+def _check_files(checkpoint: Path, kinds: list[str]) -> None:
+    """Check, with other code, that every element is stored once, as documented, and reshape it."""
     index = json.loads((checkpoint / INDEX_FILE).read_text())
-    assert index["kinds"] == ["weight", "exp_avg", "exp_avg_sq"]
+    assert index["kinds"] == ["weight", *kinds]
     stored = StoredParameters(checkpoint)
     found = whole_parameters(checkpoint)
     assert found.keys() == index["parameters"].keys()
     for name, whole in found.items():
         assert torch.equal(whole, stored.whole(name, "weight")), name
+    for number, layout in enumerate([Layout(2, 2, 1), Layout(2, 1, 3), None]):
+        out = checkpoint.parent / f"reshaped-{number}"
+        reshape(str(checkpoint), out, layout, weights_only=False, workers=1)
+        reshaped = StoredParameters(out)
+        reshaped.check_pieces()
+        assert reshaped.kinds_by_name == stored.kinds_by_name
+        for name, of_parameter in stored.kinds_by_name.items():
+            for kind in of_parameter:
+                assert torch.equal(reshaped.whole(name, kind), stored.whole(name, kind)), name

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megaphase.checkpoint.parameters import INDEX_FILE
 from megaphase.checkpoint.saver import Saver
+from megaphase.checkpoint.state import OPTIMIZER
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.config.run import RunConfig
 from megaphase.convert.checkpoint_writer import portable_form, write_checkpoint
@@ -37,6 +38,7 @@ def save(
     grid = engine.grid
     state = foreign_state(build_shape(config, vocab), {}) | {
         "optimizer_steps": engine.state.steps,
+        OPTIMIZER: engine.state.stored_by,
         "processes": grid.world_size,
         "tensor": grid.tensor_size,
         "zero": config.parallel.zero,

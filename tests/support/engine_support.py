@@ -35,6 +35,7 @@ def run_config(
     micro: int = 2,
     precision: str = "fp32",
     seed: int = 1,
+    optimizer: dict[str, Any] | None = None,
     **parallel: Any,
 ) -> RunConfig:
     """Return a run of the small model; `parallel` has tensor, zero and sequence."""
@@ -48,7 +49,7 @@ def run_config(
             "parallel": parallel,
             "precision": precision,
             "batch": {"samples": SAMPLES, "micro": micro},
-            "optimizer": {"clip": CLIP},
+            "optimizer": {"clip": CLIP} | (optimizer or {}),
             "phases": [
                 {
                     "name": "only",

@@ -301,6 +301,9 @@ def test_what_does_not_fit_the_base_is_named(base, branch, whole, new_run):
     best = base / "checkpoints" / "best-00000005"
     keep = refused(new_run, best, "phases.0.optimizer_state=keep")
     assert f"phases[0].optimizer_state: is keep, but {best} has weights alone" in keep
+    other = refused(new_run, end, "phases.0.optimizer_state=keep", "optimizer.name=lion")
+    assert "phases[0].optimizer_state: is keep, but" in other
+    assert "has the state of adamw, and the optimizer is lion; write reset" in other
     by_itself = refused(whole.parent / "run.yaml", f"{base}@pretrain")
     assert "output: the run in" in by_itself
     assert "began by itself, not from" in by_itself

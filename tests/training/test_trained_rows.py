@@ -29,6 +29,7 @@ from engine_support import (
     share,
 )
 from plain_gpt import PlainGPT, PlainShape
+from pydantic import TypeAdapter
 from rounding import FP32, assert_close
 from torch import Tensor
 
@@ -37,6 +38,7 @@ from megaphase.config.run import RunConfig
 from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.control_group import ControlGroup
 from megaphase.distributed.process_grid import start_process_grid
+from megaphase.optim.config import OptimizerConfig
 from megaphase.training.engine import Engine
 
 VOCAB = 99  # tensor parallelism pads it
@@ -56,6 +58,7 @@ class Case:
     precision: str = "fp32"
     offload: str = "none"
     sequence: bool = False
+    optimizer: str = "adamw"
 
     def config(self, seed: int = 1) -> RunConfig:
         parallel: dict[str, Any] = {
@@ -68,11 +71,16 @@ class Case:
         config = run_config(
             model={"tied_embeddings": self.tied}, precision=self.precision, seed=seed, **parallel
         )
-        settings = {"clip": CLIP, "weight_decay": DECAY, "betas": BETAS, "eps": EPS}
-        optimizer = type(config.optimizer).model_validate(settings)
+        settings: dict[str, Any] = {"clip": CLIP, "weight_decay": DECAY}
+        if self.optimizer == "adamw":
+            settings |= {"betas": BETAS, "eps": EPS}
+        else:
+            settings |= {"name": self.optimizer}
+        optimizer = TypeAdapter(OptimizerConfig).validate_python(settings)
         return config.model_copy(update={"optimizer": optimizer})
 
 
+OTHERS = ["lion"]
 FP32_CASES = [
     *(Case(tensor, zero, tied) for tensor, zero, tied in product((1, 2), range(4), (False, True))),
     Case(2, 3, sequence=True),
@@ -83,8 +91,14 @@ CASES = [
     Case(2, 3, precision="bf16"),
     Case(2, 2, offload="cpu"),
     Case(2, 3, offload="cpu"),
+    *(Case(2, zero, optimizer=name) for name in OTHERS for zero in range(4)),
 ]
-SLOW = [case for case in CASES if case.zero in (1, 2) and (case.tied or case.tensor == 1)]
+SLOW = [
+    case
+    for case in CASES
+    if (case.zero in (1, 2) and (case.tied or case.tensor == 1))
+    or (case.optimizer != "adamw" and case.zero < 3)
+]
 QUICK = [case for case in CASES if case not in SLOW]
 
 

@@ -1,0 +1,144 @@
+"""Each optimizer's updates are those of an independent computation, on every layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from distributed import once, run_ranks
+from engine_support import (
+    CLIP,
+    SAMPLES,
+    build_engine,
+    fp32_weights,
+    global_batch,
+    run_config,
+    share,
+)
+from plain_gpt import PlainGPT, PlainShape
+from rounding import assert_close
+from torch import Tensor
+
+from megaphase.distributed.all_ranks import process_group
+from megaphase.distributed.process_grid import start_process_grid
+from megaphase.training.engine import Engine
+
+STEPS = 4
+PROCESSES = 4
+LAYOUTS = [(tensor, zero) for tensor in (1, 2, 4) for zero in range(4)]
+MODEL = {"ffn": 64}
+# With their learning rates.
+OPTIMIZERS: dict[str, tuple[dict[str, Any], float]] = {
+    "lion": ({"name": "lion", "weight_decay": 0.5}, 1e-3),
+}
+# A sign, or a root of a small sum, amplifies rounding.
+SAME = 1e-4
+
+Curve = list[tuple[float, float]]
+
+
+def train(name: str, tensor: int, zero: int, precision: str = "fp32") -> tuple[Engine, Curve]:
+    optimizer, rate = OPTIMIZERS[name]
+    config = run_config(
+        model=MODEL, tensor=tensor, zero=zero, precision=precision, optimizer=optimizer
+    )
+    engine = build_engine(config)
+    curve = []
+    for step in range(STEPS):
+        result = engine.train_step(share(global_batch(step), engine.grid), rate)
+        curve.append((result.losses.mean, result.grad_norm))
+    return engine, curve
+
+
+def alone() -> dict[str, tuple[dict[str, Tensor], Curve, dict[str, Tensor]]]:
+    """Return of each optimizer the weights before training, the curve, and the weights after."""
+    found = {}
+    with process_group():
+        start_process_grid(1)
+        start = fp32_weights(build_engine(run_config(model=MODEL, tensor=1, zero=0)))
+        for name in OPTIMIZERS:
+            engine, curve = train(name, 1, 0)
+            found[name] = start, curve, fp32_weights(engine)
+    return found
+
+
+@once
+def trained_alone() -> dict[str, tuple[dict[str, Tensor], Curve, dict[str, Tensor]]]:
+    return run_ranks(alone, 1, timeout=600)[0]
+
+
+def on_layouts(layouts: list[tuple[str, int, int]]) -> list[Curve]:
+    with process_group():
+        start_process_grid(1)
+        return [train(*layout)[1] for layout in layouts]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        [(1, 1), (2, 0), (2, 3), (4, 2)],
+        pytest.param(LAYOUTS, marks=pytest.mark.slow),
+    ],
+    ids=["some", "all"],
+)
+def test_losses_are_those_of_one_process(layouts: list[tuple[int, int]]) -> None:
+    cases = [(name, *layout) for name in OPTIMIZERS for layout in layouts]
+    for curves in run_ranks(on_layouts, PROCESSES, cases, timeout=900):
+        for (name, *layout), curve in zip(cases, curves, strict=True):
+            expected = trained_alone()[name][1]
+            assert len(curve) == STEPS
+            for (loss, norm), (wanted, wanted_norm) in zip(curve, expected, strict=True):
+                assert loss == pytest.approx(wanted, rel=SAME), (name, layout)
+                assert norm == pytest.approx(wanted_norm, rel=SAME), (name, layout)
+
+
+# --- plain references, in fp64, one tensor at a time ---
+
+
+def no_decay(name: str) -> bool:
+    return "norm" in name or name.endswith("bias")
+
+
+class PlainLion:
+    """Algorithm 2 of Chen et al. 2023."""
+
+    def __init__(self) -> None:
+        self.momentum: dict[str, Tensor] = {}
+
+    def step(self, name: str, weight: Tensor, gradient: Tensor, rate: float) -> Tensor:
+        momentum = self.momentum.get(name, torch.zeros_like(weight))
+        update = torch.sign(0.9 * momentum + 0.1 * gradient)
+        self.momentum[name] = 0.99 * momentum + 0.01 * gradient
+        decay = 0.0 if no_decay(name) else 0.5
+        return weight - rate * (update + decay * weight)
+
+
+PLAIN: dict[str, Any] = {"lion": PlainLion}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weights_are_those_of_a_plain_loop(name: str) -> None:
+    start, curve, found = trained_alone()[name]
+    model = PlainGPT(start, PlainShape(layers=2, heads=4, kv_heads=4))
+    plain, rate = PLAIN[name](), OPTIMIZERS[name][1]
+    clipped = 0
+    for step in range(STEPS):
+        batch = global_batch(step)
+        assert len(batch) == SAMPLES
+        loss = model.losses(batch.inputs, batch.targets).mean()
+        loss.backward()
+        gradients = {each: weight.grad for each, weight in model.weights.items()}
+        norm = float(torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt())
+        assert (loss.item(), norm) == pytest.approx(curve[step], rel=SAME)
+        clipped += norm > CLIP
+        for each, weight in model.weights.items():
+            gradient = gradients[each] * min(1.0, CLIP / (norm + 1e-6))
+            weight.data = plain.step(each, weight.data, gradient, rate)
+            weight.grad = None
+    assert clipped > 0
+    for each, weight in model.weights.items():
+        # Elements whose gradient is all rounding may have another sign.
+        assert_close(found[each], weight.data, 1e-3, each)
