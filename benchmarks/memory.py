@@ -201,7 +201,7 @@ def reset_most_resident() -> None:
 
 def random_batch(case: Case, config: RunConfig, shape: GPTShape) -> Batch:
     """Return a batch of random tokens, on which the memory does not depend."""
-    rows = config.batch.samples // case.data
+    rows = config.phase_batch(0).samples // case.data
     tokens = torch.randint(shape.vocab, (rows, shape.seq_len + 1))
     tasks = torch.zeros(rows, dtype=torch.int64)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

@@ -27,6 +27,7 @@ from megaphase.launch.slurm.script import (
     refuse_pattern,
     sbatch_options,
 )
+from megaphase.plan.batch_layout import check_batches_beforehand
 from megaphase.utils.arguments import train_options
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import make_directory, real_path
@@ -303,7 +304,7 @@ def _training(pipeline: Pipeline, name: str, step: Step, program: Any) -> Traini
             config = load_run_file(
                 pipeline.folder / given["run_file"], tuple(given["overrides"] or ())
             )
-            config.micro_batches(_resources(pipeline, name, step).processes)
+            check_batches_beforehand(config, _resources(pipeline, name, step).processes)
             refuse_second_job(config.output)
         except InputError as error:
             raise InputError(where, str(error)) from None

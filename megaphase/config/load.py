@@ -34,6 +34,8 @@ def _check_references(config: RunConfig) -> None:
     _check_unfreezing(config)
     _check_phase_models(config)
     _check_averages(config)
+    for i in range(len(config.phases)):
+        config.phase_batch(i)
     for key, mentioned in _mentioned_tasks(config):
         if isinstance(mentioned, str):
             _check_role(config, config.where(key), mentioned)

@@ -11,6 +11,7 @@ from megaphase.config.fields import Count, CountOrZero, Epochs, PhaseName, Secti
 from megaphase.model.config import PhaseModelConfig
 from megaphase.optim.average_config import AverageConfig
 from megaphase.optim.schedules import LearningRateConfig
+from megaphase.plan.batch_config import PhaseBatchConfig
 from megaphase.plan.mixture import MixtureConfig
 
 PHASE_LENGTHS = ("tokens", "steps", "epochs")
@@ -53,6 +54,8 @@ class PhaseConfig(Section):
     records it, as those of `convert extend-vocab` do."""
     model: PhaseModelConfig | None = None
     """Sequence length and rotary positions of the phase; as in the `model` section if left out."""
+    batch: PhaseBatchConfig | None = None
+    """Batch of the phase; as in the `batch` section if left out."""
     learning_rate: LearningRateConfig
     """Learning-rate schedule."""
     stop: StopConfig = StopConfig()

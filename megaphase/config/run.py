@@ -17,7 +17,8 @@ from megaphase.estimate.config import HardwareConfig
 from megaphase.fault_tolerance.config import FaultsConfig
 from megaphase.model.config import ModelConfig
 from megaphase.optim.config import DEFAULT_OPTIMIZER, OptimizerConfig
-from megaphase.plan.config import BatchConfig, TaskConfig
+from megaphase.plan.batch_config import BatchConfig, BatchError, PhaseBatch, phase_batch
+from megaphase.plan.config import TaskConfig
 from megaphase.training.config import BackendsConfig, ValidationConfig
 from megaphase.utils.errors import InputError
 
@@ -27,8 +28,8 @@ class RunConfig(Section):
 
     When a run is started again in its run directory, only these may have changed: `output`,
     `tokenizer`, `tasks.*.corpus` (as paths; the content is checked), `parallel`, `deterministic`,
-    `batch.micro`, `model.activation_checkpointing`, `parts`, `checkpoint`, `faults`, `logging` and
-    `hardware`.
+    `batch.micro`, `phases.*.batch.micro`, `model.activation_checkpointing`, `parts`, `checkpoint`,
+    `faults`, `logging` and `hardware`.
     """
 
     seed: Seed = 1234
@@ -125,14 +126,30 @@ class RunConfig(Section):
         own = self.tasks[task].held_out
         return "validation.fraction" if own is None else f"tasks.{task}.held_out"
 
-    def micro_batches(self, processes: int) -> int:
-        """How many an optimizer step has on each data-parallel rank of a run on so many processes.
+    def phase_batch(self, number: int) -> PhaseBatch:
+        """The batch of a phase: the `batch` section, with the keys that the phase itself gives.
 
         Raises:
-            InputError: tensor parallelism does not divide the processes, or the data-parallel ranks
-                not the global batch, or `secondary_partition` not the data-parallel ranks.
+            InputError: it is no whole number of samples, or its ramp or micro-batch do not fit.
         """
-        tensor, micro = self.parallel.tensor, self.batch.micro
+        own, name = self.phases[number].batch, self.phases[number].name
+        seq_len = self.phase_model(number).seq_len
+        try:
+            return phase_batch(self.batch, own, seq_len, f"phases[{number}].batch")
+        except BatchError as error:
+            of_phase = "" if len(self.phases) == 1 else f" in {name}"
+            raise InputError(
+                self.where(error.key), f"{error.problem}{of_phase}", error.remedy
+            ) from None
+
+    def data_ranks(self, processes: int) -> int:
+        """The data-parallel ranks of a run on so many processes.
+
+        Raises:
+            InputError: tensor parallelism does not divide the processes, or `secondary_partition`
+                not the data-parallel ranks.
+        """
+        tensor = self.parallel.tensor
         if processes % tensor:
             raise InputError(
                 self.where("parallel.tensor"),
@@ -147,14 +164,18 @@ class RunConfig(Section):
                 f"{secondary} does not divide the {data} data-parallel ranks of this run",
                 f"start a multiple of {secondary} processes, change it, or leave it out",
             )
-        if self.batch.samples % (data * micro):
-            raise InputError(
-                self.where("batch.samples"),
-                f"{self.batch.samples} is not a multiple of {data} data-parallel ranks × micro "
-                f"{micro} = {data * micro}",
-                "change samples, micro or the number of processes",
-            )
-        return self.batch.samples // (data * micro)
+        return data
+
+    def micro_batches(self, processes: int, number: int = 0) -> int:
+        """How many an optimizer step of a phase with its full batch has on each data-parallel rank.
+
+        `plan.batch_layout` checks that the ranks share each batch evenly.
+
+        Raises:
+            InputError: see `data_ranks`.
+        """
+        batch = self.phase_batch(number)
+        return -(-batch.samples // (self.data_ranks(processes) * batch.micro))
 
     def where(self, key: str) -> str:
         """`FILE: KEY`, for messages about a value that turned out wrong later on."""

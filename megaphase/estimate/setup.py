@@ -105,11 +105,15 @@ class Setup:
         )
 
 
-def setup_of(config: RunConfig, shape: GPTShape, processes: int, device: Device) -> Setup:
-    """The setup that a run file describes, on a number of processes.
+def setup_of(
+    config: RunConfig, shape: GPTShape, processes: int, device: Device, number: int = 0
+) -> Setup:
+    """The setup that a run file describes for a phase, on a number of processes.
+
+    shape, number: of the phase; its batch is the full one.
 
     Raises:
-        InputError: tensor parallelism or the global batch does not divide.
+        InputError: tensor parallelism does not divide.
     """
     kernels = config.parts.kernels
     return Setup(
@@ -119,8 +123,8 @@ def setup_of(config: RunConfig, shape: GPTShape, processes: int, device: Device)
         zero=config.parallel.zero,
         sequence=config.parallel.sequence,
         bf16=config.precision == "bf16",
-        micro=config.batch.micro,
-        accumulation=config.micro_batches(processes),
+        micro=config.phase_batch(number).micro,
+        accumulation=config.micro_batches(processes, number),
         masked=any(not task.attends_across_documents for task in config.tasks.values()),
         offload=config.parallel.offload,
         offload_parameters=config.parallel.offload_parameters,

@@ -6,6 +6,9 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
+# Of a ramp; a plan and its fingerprint name each of them.
+MOST_STAGES = 10_000
+
 
 class BatchStage(NamedTuple):
     """Steps of a phase that take equally many samples.
@@ -32,6 +35,33 @@ class BatchSchedule:
     def constant(cls, samples: int) -> Self:
         """Every step takes so many samples."""
         return cls((BatchStage(0, 0, samples),))
+
+    @classmethod
+    def ramp(
+        cls, first: int, step: int, full: int, tokens: int, *, seq_len: int, tokens_before: int = 0
+    ) -> Self:
+        """The batch grows from `first` by `step` samples at a time to `full`, over `tokens` tokens.
+
+        With n batches below `full`, a step that begins after t tokens of the ramp takes
+        first + ⌊t · n / tokens⌋ · step samples, or `full` from t = tokens on. So a batch holds
+        until a step ends at or after its part of the tokens; what it takes beyond that, the next
+        one has less, and a part that is shorter than a step may be left out.
+
+        tokens_before: of the ramp, before the phase.
+        """
+        number = (full - first) // step
+        stages: list[BatchStage] = []
+        at, before = 0, 0  # step, and samples before it
+        while True:
+            stage = min((tokens_before + before * seq_len) * number // tokens, number)
+            samples = first + stage * step
+            stages.append(BatchStage(at, before, samples))
+            if stage == number:
+                return cls(tuple(stages))
+            # The first count of samples at which the next stage is reached.
+            end = -(-((stage + 1) * tokens - tokens_before * number) // (number * seq_len))
+            steps = -(-(end - before) // samples)
+            at, before = at + steps, before + steps * samples
 
     @property
     def is_constant(self) -> bool:

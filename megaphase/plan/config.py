@@ -1,12 +1,10 @@
-"""The `tasks` and `batch` sections of a run file."""
+"""The `tasks` section of a run file."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
-
-from megaphase.config.fields import Count, FilePath, FractionAbove0, ProperFraction, Section, Word
+from megaphase.config.fields import FilePath, FractionAbove0, ProperFraction, Section, Word
 
 
 class TaskConfig(Section):
@@ -45,23 +43,3 @@ class TaskConfig(Section):
     def trained_on(self) -> float:
         """The fraction of the documents that are not held out which is trained on."""
         return 1.0 if self.subsample is None else self.subsample
-
-
-class BatchConfig(Section):
-    """How many samples an optimizer step takes, in all and at a time.
-
-    The data-parallel size is the number of processes divided by `parallel.tensor`; it times `micro`
-    must divide `samples`.
-    """
-
-    samples: Annotated[Count, Field(le=1 << 24)]
-    """Global batch: samples of one optimizer step, over all processes."""
-    micro: Annotated[Count, Field(le=1 << 16)] = 1
-    """Micro-batch: samples of one forward and backward pass on one data-parallel rank; must divide
-    `samples`."""
-
-    @model_validator(mode="after")
-    def _micro_divides(self) -> Self:
-        if self.samples % self.micro:
-            raise ValueError(f"micro ({self.micro}) does not divide samples ({self.samples})")
-        return self

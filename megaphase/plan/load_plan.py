@@ -13,6 +13,7 @@ from megaphase.config.load import load_run_file
 from megaphase.config.run import RunConfig
 from megaphase.estimate.setup import Setup, setup_of
 from megaphase.model.presets import build_shape
+from megaphase.plan.batch_layout import check_batches_beforehand
 from megaphase.plan.build import Say, ensure_built
 from megaphase.plan.origin import read_origin
 from megaphase.plan.plan import Plan
@@ -39,6 +40,7 @@ def memory_setup(config: RunConfig, tokenizer: Tokenizer, processes: int) -> Set
     Raises:
         InputError: its sizes, layout or batch are not divisible as required.
     """
+    check_batches_beforehand(config, processes)
     return setup_of(config, build_shape(config, tokenizer.vocab_size), processes, "cuda")
 
 

@@ -33,6 +33,7 @@ FREE_SECTIONS = (
 FREE_KEYS = {"batch": ("micro",), "model": ("activation_checkpointing",)}
 FREE_TASK_KEYS = ("corpus",)
 FREE_AVERAGE_KEYS = ("device",)  # of a phase
+FREE_BATCH_KEYS = ("micro",)  # of a phase
 
 
 def refuse_other_run(run_dir: Path, config: RunConfig) -> None:
@@ -149,9 +150,11 @@ def _identity(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _phase_identity(phase: dict[str, Any]) -> dict[str, Any]:
-    if "average" not in phase:
-        return phase
-    return phase | {"average": _without(FREE_AVERAGE_KEYS, phase["average"])}
+    """A phase without its free keys; without its batch, if that has no others."""
+    if "average" in phase:
+        phase = phase | {"average": _without(FREE_AVERAGE_KEYS, phase["average"])}
+    batch = _without(FREE_BATCH_KEYS, phase.get("batch") or {})
+    return _without(("batch",), phase) | ({"batch": batch} if batch else {})
 
 
 def _without(keys: Iterable[str], section: dict[str, Any]) -> dict[str, Any]:

@@ -188,11 +188,25 @@ def _other_than(usual: float, of_tasks: dict[str, float]) -> dict[str, float]:
     return {task: value for task, value in of_tasks.items() if value != usual}
 
 
-def _phase_spec(config: RunConfig, number: int, supply: Mapping[str, TaskSupply]) -> PhaseSpec:
+def _phase_specs(
+    config: RunConfig, supplies: Sequence[Mapping[str, TaskSupply]]
+) -> list[PhaseSpec]:
+    """supplies: of every phase."""
+    phases: list[PhaseSpec] = []
+    tokens = 0
+    for number, supply in enumerate(supplies):
+        batch = config.phase_batch(number)
+        phases.append(_phase_spec(config, number, batch.schedule(tokens), supply))
+        tokens += phases[-1].samples * batch.seq_len
+    return phases
+
+
+def _phase_spec(
+    config: RunConfig, number: int, batch: BatchSchedule, supply: Mapping[str, TaskSupply]
+) -> PhaseSpec:
     phase, mixture = config.phases[number], config.phases[number].mixture
     if mixture.over is not None:
         mixture = mixture.model_copy(update={"over": config.selected_tasks(mixture.over)})
-    batch = BatchSchedule.constant(config.batch.samples)
     steps = _phase_steps(config, number, batch, mixture, supply)
     samples = batch.samples_before(steps)
     if samples > MOST_SAMPLES:
@@ -216,6 +230,14 @@ def _phase_spec(config: RunConfig, number: int, supply: Mapping[str, TaskSupply]
 
 def _phase_kind(config: RunConfig, number: int) -> SampleKind:
     return SampleKind(config.phase_model(number).seq_len)
+
+
+def _batches(phases: Sequence[PhaseSpec]) -> dict[str, Any]:
+    """Return the batches of all steps, in one number where there is one."""
+    sizes = {stage.samples for phase in phases for stage in phase.batch.stages}
+    if len(sizes) == 1:
+        return {"samples_per_step": sizes.pop()}
+    return {"batches": [phase.batch.within(phase.steps) for phase in phases]}
 
 
 def _check_schedule(config: RunConfig, number: int, steps: int) -> None:
@@ -274,10 +296,9 @@ def plan_spec(
         check_task(config, task, training[task], held_out[task])
     kinds = [_phase_kind(config, number) for number in range(len(config.phases))]
     streams = {task: TaskStream.of(stream, kinds) for task, stream in training.items()}
-    phases = [
-        _phase_spec(config, number, supply(streams, kind, list(starts.values())))
-        for number, kind in enumerate(kinds)
-    ]
+    phases = _phase_specs(
+        config, [supply(streams, kind, list(starts.values())) for kind in kinds]
+    )
     fingerprint = hash_json(
         ({"used": counts} if any(counts.values()) else {})
         | ({"segments": _as_json(segments)} if segments else {})
@@ -288,7 +309,7 @@ def plan_spec(
             "format": FORMAT_VERSION,
             "seed": config.seed,
             "seq_len": seq_len,
-            "samples_per_step": config.batch.samples,
+            **_batches(phases),
             "held_out_fraction": config.validation.fraction,
             "corpora": {task: corpus.fingerprint for task, corpus in corpora.items()},
             "tags": {task: corpus.manifest.tag for task, corpus in corpora.items()},

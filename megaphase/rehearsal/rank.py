@@ -69,7 +69,8 @@ class Rank:
 
     def batch(self) -> Batch:
         """This rank's rows of a step: random tokens, of several documents where tasks ask."""
-        rows, seq_len = self.config.batch.samples // self.grid.data_size, self.shape.seq_len
+        rows = self.config.phase_batch(0).samples // self.grid.data_size
+        seq_len = self.shape.seq_len
         tokens = torch.randint(self.vocab, (rows, seq_len))
         documents = None
         if any(not task.attends_across_documents for task in self.config.tasks.values()):

@@ -186,11 +186,13 @@ def rehearse_run(
         raise InputError(missing, "is not installed, and a rehearsal needs it", "install it")
     micro_batches = config.micro_batches(processes)
     data = processes // config.parallel.tensor
-    samples = config.batch.micro * min(micro_batches, MICRO_BATCHES) * data
+    micro = config.phase_batch(0).micro
+    batch = {"samples": micro * min(micro_batches, MICRO_BATCHES) * data, "micro": micro}
     settings = settings_of(config)
+    phases = [phase | {"batch": None} for phase in settings["phases"]]
     case = {
         "path": str(run_file),
-        "run": settings | {"batch": {**settings["batch"], "samples": samples}},
+        "run": settings | {"batch": batch, "phases": phases},
         "vocab": tokenizer.vocab_size,
         "processes": processes,
         "rank": rank,

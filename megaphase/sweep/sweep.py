@@ -93,8 +93,8 @@ def load_sweep(path: Path) -> Sweep:
         )
     check_corpora(probe)
     spec = plan_spec(probe, Tokenizer.load(probe.tokenizer))
-    tokens_per_step = probe.batch.samples * probe.model.seq_len
-    steps = config.steps or -(-(config.tokens or 0) // tokens_per_step)
+    batch, samples = probe.phase_batch(0), -(-(config.tokens or 0) // probe.model.seq_len)
+    steps = config.steps or batch.schedule(0).steps_for(samples)
     return Sweep(
         file=path,
         config=config,

@@ -66,13 +66,17 @@ def _offload(config: RunConfig, largest: int) -> dict[str, Any]:
 
 
 def deepspeed_config(config: RunConfig, shape: GPTShape, data_size: int) -> dict[str, Any]:
-    """The dictionary for `deepspeed.initialize`."""
+    """The dictionary for `deepspeed.initialize`.
+
+    The batch is the full one of the first phase; the engine sets that of every step.
+    """
+    micro = config.phase_batch(0).micro
     accumulation = config.micro_batches(config.parallel.tensor * data_size)
     sizes = parameter_sizes(shape, config.parallel.tensor)
     limits = gather_limits(sizes, config.parallel.keep_gathered)
     return {
-        "train_batch_size": config.batch.samples,
-        "train_micro_batch_size_per_gpu": config.batch.micro,
+        "train_batch_size": micro * accumulation * data_size,
+        "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0 if config.parallel.zero == 0 else largest_norm(config),
         "bf16": {

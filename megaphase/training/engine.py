@@ -86,11 +86,10 @@ class Engine:
         self._tasks = tasks
         self._seed, self._dropout = config.seed, shape.dropout
         self._dtype = compute_dtype(config)
-        self.micro = config.batch.micro
+        self.micro = config.phase_batch(0).micro
         settings = deepspeed_config(config, shape, grid.data_size)
         # Without ZeRO, DeepSpeed clips but does not return the norm.
         self._clip_here = largest_norm(config) if config.parallel.zero == 0 else None
-        self._accumulation: int = settings["gradient_accumulation_steps"]
         partitioned: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         forget_secondary_group()
         if config.parallel.zero == 3:
@@ -177,7 +176,7 @@ class Engine:
         self._engine.train()
         tokens = self._over_ranks(self._scored_tokens(batch))
         # DeepSpeed takes the mean over micro-batches and data-parallel ranks; this makes it a sum.
-        factor = self._accumulation * self.grid.data_size
+        factor = self._accumulate(len(batch)) * self.grid.data_size
         scale = (factor / tokens.sum().clamp(min=1.0)).float()
         row_losses = []
         seeds = self._dropout_seeds(len(batch), step)
@@ -189,6 +188,21 @@ class Engine:
             row_losses.append(losses.double().sum(1))
         losses_by_task = self._over_ranks(self._by_task(torch.cat(row_losses), batch.tasks))
         return StepResult(losses_by_task, tokens, norm)
+
+    def _accumulate(self, rows: int) -> int:
+        """Tell DeepSpeed of how many micro-batches the next step accumulates; returns that."""
+        if rows % self.micro:
+            raise ValueError(f"{rows} rows are no whole number of micro-batches of {self.micro}")
+        number = rows // self.micro
+        settings, zero = self._engine._config, self._engine.optimizer
+        settings.gradient_accumulation_steps = number
+        settings.train_micro_batch_size_per_gpu = self.micro
+        settings.train_batch_size = rows * self.grid.data_size
+        # It steps when a multiple of this number is reached since its start.
+        self._engine.micro_steps = 0
+        if hasattr(zero, "gradient_accumulation_steps"):
+            zero.gradient_accumulation_steps = number
+        return number
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> TaskLosses:

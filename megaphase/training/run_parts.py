@@ -22,6 +22,7 @@ from megaphase.distributed.process_grid import device, start_process_grid
 from megaphase.fault_tolerance.stop_signals import StopSignals
 from megaphase.fault_tolerance.watchdog import Watchdog
 from megaphase.model.shape import GPTShape
+from megaphase.plan.batch_layout import check_remaining_batches
 from megaphase.plan.preview import bos_sentences
 from megaphase.training.branch import choose_branch
 from megaphase.training.checkpointer import Checkpointer, checkpoint_facts
@@ -95,6 +96,7 @@ class RunParts:
 
         self.checkpoint = newest_checkpoint(self.store, self.plan, self.say)
         self.state = starting_state(self.plan, self.checkpoint, branch)
+        run_on_all_ranks(self._check_batches)
         self.resume_point = ResumePoint(
             None if self.checkpoint is None else self.checkpoint.folder.name,
             self.state.step,
@@ -104,6 +106,11 @@ class RunParts:
         self.divergence = DivergenceMonitor(config, self.shapes[0].vocab, until)
         if self.checkpoint is not None:
             refuse_diverged(self.divergence, self.checkpoint)
+
+    def _check_batches(self) -> None:
+        """Check the batches that are left, where the newest whole checkpoint is not the newest."""
+        phases, at = self.plan.spec.phases, self.state
+        check_remaining_batches(self.config, phases, self.grid.world_size, at.phase, at.phase_step)
 
     def build(self, profile_steps: int) -> None:
         """Build the model with the run's initial weights, and the objects that need it."""

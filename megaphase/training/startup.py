@@ -22,6 +22,7 @@ from megaphase.fault_tolerance.watchdog import Watchdog
 from megaphase.model.parameters import parameter_count
 from megaphase.model.presets import phase_shapes
 from megaphase.model.shape import GPTShape
+from megaphase.plan.batch_layout import check_batches, check_batches_beforehand
 from megaphase.plan.load_plan import build_plan
 from megaphase.plan.plan import Plan
 from megaphase.plan.preview import plan_warnings
@@ -80,12 +81,13 @@ def check_inputs(config: RunConfig, branch: Branch | None) -> Inputs:
 
 
 def _check_inputs(config: RunConfig, branch: Branch | None) -> Inputs:
-    config.micro_batches(world_size())
+    check_batches_beforehand(config, world_size())
     planned_card(config)
     tokenizer = Tokenizer.load(config.tokenizer)
     shapes = phase_shapes(config, tokenizer.vocab_size)
     check_memory(config, shapes[0])
     spec = plan_spec(config, tokenizer, branch.used if branch else {})
+    check_batches(config, spec, world_size())
     if branch is not None:
         if branch.state:
             check_format(branch.checkpoint, branch.state)

@@ -33,6 +33,7 @@ class Trainer(RunParts):
         """
         self.signals.begin_training(self.resume_point.loss)
         while not self.is_done():
+            self.engine.micro = self.config.phase_batch(self.state.phase).micro
             if self.state.phase_step == 0:
                 self.begin_phase()
             reason = self.train_phase()
