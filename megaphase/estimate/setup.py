@@ -85,6 +85,10 @@ class Setup:
         """Samples of the global batch."""
         return self.micro * self.accumulation * self.data
 
+    def with_batch(self, samples: int) -> Setup:
+        """Another global batch in the same micro-batches."""
+        return replace(self, accumulation=samples // (self.micro * self.data))
+
     def with_micro(self, micro: int) -> Setup:
         """The same global batch in micro-batches of another size."""
         return replace(self, micro=micro, accumulation=self.samples // (micro * self.data))

@@ -23,18 +23,21 @@ _DAY, _HOUR, _MINUTE = 86400, 3600, 60
 
 
 def speed_summary(
-    setup: Setup, hardware: Hardware, phases: Sequence[tuple[str, int]]
+    setup: Setup, hardware: Hardware, phases: Sequence[tuple[str, Sequence[tuple[Setup, int]]]]
 ) -> dict[str, Any]:
     """All figures as plain data; layouts in the order of `memory_summary`, and `all_kept` as there.
 
     second_partition: those of the run's own layout with `secondary_partition: ranks`, the GPUs of a
     node, and its memory; None where that is no choice.
 
-    phases: names and steps.
+    phases: their names, and the setups of their steps with the number of steps of each.
     """
     found = [_figures(layout, hardware) for layout in layouts(setup)]
     kept = all_kept(setup)
-    each = found[0]["step_seconds"]
+    seconds = [
+        sum(steps * step_time(each, hardware).seconds for each, steps in stages)
+        for _, stages in phases
+    ]
     return {
         "card": hardware.title,
         "card_assumed": hardware.assumed,
@@ -44,8 +47,10 @@ def speed_summary(
         "layouts": found,
         "all_kept": kept and _figures(kept, hardware),
         "second_partition": _second_partition(setup, hardware),
-        "phases": [{"name": name, "seconds": steps * each} for name, steps in phases],
-        "seconds": each * sum(steps for _, steps in phases),
+        "phases": [
+            {"name": name, "seconds": each} for (name, _), each in zip(phases, seconds, strict=True)
+        ],
+        "seconds": sum(seconds),
     }
 
 

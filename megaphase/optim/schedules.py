@@ -51,6 +51,9 @@ class LearningRateConfig(Section):
     """Length of the schedule in optimizer steps; the phase's own length if left out."""
     first_step: StepsOrZero = 0
     """Step of the schedule at which the phase begins; below `steps`, which it needs."""
+    scale_with_batch: Literal["none", "sqrt"] = "none"
+    """`sqrt`: a step whose batch is smaller than the full batch of its phase, in a ramp, has the
+    schedule's rate times √(batch / full batch). `none`: the batch changes nothing."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -113,6 +116,12 @@ def learning_rate(config: LearningRateConfig, step: int, steps: int) -> float:
     if config.schedule == "cosine":
         falling = 0.5 * (1 + math.cos(math.pi * progress))
     return config.final + (config.peak - config.final) * falling
+
+
+def batch_scale(config: LearningRateConfig, samples: int, full: int) -> float:
+    """Return the factor of the rate of a step of `samples` samples, of a phase whose full batch has
+    `full` samples; with a batch of B of them Adam's noise grows as 1/√B (Malladi et al. 2022)."""
+    return math.sqrt(samples / full) if config.scale_with_batch == "sqrt" else 1.0
 
 
 def _progress(step: int, start: int, last: int) -> float:

@@ -69,8 +69,9 @@ def show_command(
     from megaphase.estimate.hardware import hardware_of, planned_card
     from megaphase.estimate.memory_table import memory_sentences, memory_summary
     from megaphase.estimate.step_time_table import layouts_table, speed_sentences, speed_summary
-    from megaphase.plan.load_plan import memory_setup, open_run, preview_plan
+    from megaphase.plan.load_plan import memory_setup, open_run, preview_plan, stage_setups
     from megaphase.plan.preview import (
+        batch_sentences,
         bos_sentences,
         plan_table,
         plan_warnings,
@@ -85,7 +86,7 @@ def show_command(
     setup, hardware = memory_setup(config, tokenizer, processes), hardware_of(config, card)
     needed = memory_summary(setup, memory or planned_card(config, card).memory_gb)
     plan = preview_plan(config, tokenizer)
-    phases = [(phase.name, phase.steps) for phase in plan.phases]
+    phases = stage_setups(config, tokenizer, processes, plan)
     times = speed_summary(setup, hardware, phases) if hardware else None
     summary = plan.summary() | {"memory": needed, "speed": times}
     if json:
@@ -96,6 +97,7 @@ def show_command(
     for sentence in [
         *bos_sentences(plan.spec.bos, tokenizer),
         *subsample_sentences(config, summary),
+        *batch_sentences(config, summary),
         *stop_sentences(config),
         *trained_sentences(config),
     ]:

@@ -44,6 +44,21 @@ def memory_setup(config: RunConfig, tokenizer: Tokenizer, processes: int) -> Set
     return setup_of(config, build_shape(config, tokenizer.vocab_size), processes, "cuda")
 
 
+def stage_setups(
+    config: RunConfig, tokenizer: Tokenizer, processes: int, plan: Plan
+) -> list[tuple[str, list[tuple[Setup, int]]]]:
+    """Return what determines the time of the steps of every phase, by its name: the setups of the
+    stages of its batch, each with the number of its steps."""
+    shape = build_shape(config, tokenizer.vocab_size)
+    found = []
+    for number, phase in enumerate(plan.spec.phases):
+        setup = setup_of(config, shape, processes, "cuda", number)
+        stages = phase.batch.within(phase.steps)
+        setups = [(setup.with_batch(stage.samples), steps) for stage, steps in stages]
+        found.append((phase.name, setups))
+    return found
+
+
 def preview_plan(
     config: RunConfig, tokenizer: Tokenizer, used: Mapping[str, int] | None = None
 ) -> Plan:

@@ -225,6 +225,10 @@ class Plan:
                     "steps": phase.steps,
                     "first_step": first_step,
                     "samples": phase.samples,
+                    "batch": [
+                        {"first_step": stage.first_step, "steps": steps, "samples": stage.samples}
+                        for stage, steps in spec.phases[number].batch.within(phase.steps)
+                    ],
                     "tokens": phase.samples * kind.seq_len,
                     "tasks": {
                         task: self._task_figures(number, i, before[i], positions[i])

@@ -14,6 +14,10 @@ from megaphase.plan.plan import REPEATED_TOO_OFTEN
 from megaphase.tokenizer import Tokenizer
 
 
+# Of a ramp, in one sentence.
+MOST_STAGES_SHOWN = 12
+
+
 def plan_table(summary: dict[str, Any]) -> Table:
     """Return tokens, sampling rate and epochs per phase and task, from `Plan.summary()`.
 
@@ -76,6 +80,27 @@ def subsample_sentences(config: RunConfig, summary: dict[str, Any]) -> list[str]
         for name, facts in summary["tasks"].items()
         if config.tasks[name].trained_on != 1
     ]
+
+
+def batch_sentences(config: RunConfig, summary: dict[str, Any]) -> list[str]:
+    """Return one sentence on the batch of every phase, if it changes within the run."""
+    phases = summary["phases"]
+    if len({stage["samples"] for phase in phases for stage in phase["batch"]}) <= 1:
+        return []
+    sentences = []
+    for number, phase in enumerate(phases):
+        seq_len, name = config.phase_batch(number).seq_len, phase["name"]
+        parts = [
+            f"{stage['samples']:,} samples ({stage['samples'] * seq_len:,} tokens)"
+            + (f" from step {stage['first_step'] + 1:,} on" if stage["first_step"] else "")
+            for stage in phase["batch"]
+        ]
+        if len(parts) > MOST_STAGES_SHOWN:
+            half = MOST_STAGES_SHOWN // 2
+            left_out = f"… ({len(parts) - 2 * half:,} more stages, see --json)"
+            parts = [*parts[:half], left_out, *parts[-half:]]
+        sentences.append(f"Batch of {name}: {', '.join(parts)}")
+    return sentences
 
 
 def stop_sentences(config: RunConfig) -> list[str]:

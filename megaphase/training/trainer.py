@@ -13,7 +13,7 @@ import numpy as np
 from megaphase.callbacks.callback import StepRecord, ValidationRecord
 from megaphase.checkpoint.state import best_name, full_name
 from megaphase.config.phases import PhaseConfig
-from megaphase.optim.schedules import learning_rate
+from megaphase.optim.schedules import batch_scale, learning_rate
 from megaphase.plan.dataset import Batch, StepReader
 from megaphase.training.evaluator import Losses
 from megaphase.training.run_parts import RunParts
@@ -100,7 +100,9 @@ class Trainer(RunParts):
         tokens = spec.tokens_at(before.phase, before.phase_step)
         self.state = before.after_step(tokens)
         step = self.state.step
-        rate = learning_rate(self.phase.learning_rate, self.state.phase_step - 1, self.phase_steps)
+        schedule = self.phase.learning_rate
+        rate = learning_rate(schedule, before.phase_step, self.phase_steps)
+        rate *= batch_scale(schedule, samples, self.config.phase_batch(before.phase).samples)
         self.watchdog.at(f"in step {step:,}")
         self.callbacks.on_step_begin(step)
         began = time.perf_counter()

@@ -150,8 +150,12 @@ H100 = Hardware("H100 SXM", True, 989.5e12, 0.65, 3350e9, 8, 450e9, 50e9)
 PHASES = [("pretrain", 60_000), ("joint", 5000)]
 
 
+def phases(setup: Setup) -> list[tuple[str, list[tuple[Setup, int]]]]:
+    return [(name, [(setup, steps)]) for name, steps in PHASES]
+
+
 def test_the_summary_adds_up():
-    memory, speed = memory_summary(RUN, 80.0), speed_summary(RUN, H100, PHASES)
+    memory, speed = memory_summary(RUN, 80.0), speed_summary(RUN, H100, phases(RUN))
     keys = ("tensor", "data", "zero")
     for one, other in zip(memory["layouts"], speed["layouts"], strict=True):
         assert [one[key] for key in keys] == [other[key] for key in keys]
@@ -170,8 +174,17 @@ def test_the_summary_adds_up():
     assert best == min(fitting) < max(fitting)
 
 
+def test_the_steps_of_a_ramp_take_their_own_time():
+    stages = [(RUN.with_batch(samples), 100) for samples in (256, 512, 1024)]
+    speed = speed_summary(RUN, H100, [("ramp", stages)])
+    assert RUN.samples == 1024
+    expected = sum(100 * step_time(setup, H100).seconds for setup, _ in stages)
+    assert speed["seconds"] == pytest.approx(expected)
+    assert speed["seconds"] < 0.6 * 300 * speed["layouts"][0]["step_seconds"]
+
+
 def test_the_sentences():
-    memory, speed = memory_summary(RUN, 80.0), speed_summary(RUN, H100, PHASES)
+    memory, speed = memory_summary(RUN, 80.0), speed_summary(RUN, H100, phases(RUN))
     step, rate, best = speed_sentences(memory, speed)
     own = speed["layouts"][0]
     assert step.startswith(
@@ -187,7 +200,7 @@ def test_the_sentences():
 
 
 def test_no_other_layout_is_named_where_the_own_one_is_good():
-    memory, speed = memory_summary(RUN, 80.0), speed_summary(RUN, H100, PHASES[:1])
+    memory, speed = memory_summary(RUN, 80.0), speed_summary(RUN, H100, phases(RUN)[:1])
     at = quickest(memory, speed)
     for summary in (memory, speed):
         summary["layouts"].insert(0, summary["layouts"].pop(at))
@@ -196,7 +209,7 @@ def test_no_other_layout_is_named_where_the_own_one_is_good():
 
 
 def test_there_is_nothing_quickest_where_nothing_fits():
-    memory, speed = memory_summary(RUN, 1.0), speed_summary(RUN, H100, PHASES)
+    memory, speed = memory_summary(RUN, 1.0), speed_summary(RUN, H100, phases(RUN))
     assert quickest(memory, speed) is None
     assert len(speed_sentences(memory, speed)) == 2
 
@@ -207,9 +220,9 @@ def test_what_is_gathered_too_often_is_named_where_it_would_fit():
     slow = replace(H100, network=5e9)
 
     def last(setup: Setup, card_gb: float = 80.0) -> str:
-        return speed_sentences(memory_summary(setup, card_gb), speed_summary(setup, slow, PHASES))[
-            -1
-        ]
+        return speed_sentences(
+            memory_summary(setup, card_gb), speed_summary(setup, slow, phases(setup))
+        )[-1]
 
     kept = replace(run, keep_gathered=1.0)
     saved = step_time(run, slow).seconds - step_time(kept, slow).seconds
@@ -220,7 +233,7 @@ def test_what_is_gathered_too_often_is_named_where_it_would_fit():
     for other in (kept, replace(run, zero=2)):
         assert not last(other).startswith("keep_gathered")
     assert not last(run, 12.0).startswith("keep_gathered")  # not enough for all of them
-    quick = speed_sentences(memory_summary(run, 80.0), speed_summary(run, H100, PHASES))
+    quick = speed_sentences(memory_summary(run, 80.0), speed_summary(run, H100, phases(run)))
     assert not quick[-1].startswith("keep_gathered")  # communication overlaps with the products
 
 
@@ -229,7 +242,7 @@ def test_a_second_partition_is_named_where_it_would_fit():
     slow = replace(H100, network=5e9)
 
     def named(setup: Setup, card_gb: float = 80.0, hardware: Hardware = slow) -> list[str]:
-        speed = speed_summary(setup, hardware, PHASES)
+        speed = speed_summary(setup, hardware, phases(setup))
         sentences = speed_sentences(memory_summary(setup, card_gb), speed)
         return [each for each in sentences if each.startswith("secondary_partition")]
 
@@ -248,7 +261,7 @@ def test_a_second_partition_is_named_where_it_would_fit():
 
 @pytest.mark.parametrize("width", [80, WIDE])
 def test_the_table_loses_nothing_in_its_width(width):
-    memory, speed = memory_summary(RUN, 80.0), speed_summary(RUN, H100, PHASES)
+    memory, speed = memory_summary(RUN, 80.0), speed_summary(RUN, H100, phases(RUN))
     console = Console(width=width, record=True, file=None, quiet=False)
     with console.capture() as capture:
         console.print(layouts_table(memory, speed, width=width))
