@@ -13,7 +13,6 @@ from megaphase.config.run import RunConfig
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
 from megaphase.tokenizer import Tokenizer
 
-
 # Of a ramp, in one sentence.
 MOST_STAGES_SHOWN = 12
 
