@@ -257,8 +257,8 @@ class Plan:
 
     def _samples_per_step(self) -> dict[str, int]:
         """The samples of a step, where all steps of the run have equally many."""
-        batches = [phase.batch for phase in self.spec.phases]
-        sizes = {stage.samples for batch in batches for stage in batch.stages}
+        stages = [phase.batch.within(phase.steps) for phase in self.spec.phases]
+        sizes = {stage.samples for of_phase in stages for stage, _ in of_phase}
         return {"samples_per_step": sizes.pop()} if len(sizes) == 1 else {}
 
     def _task_figures(

@@ -234,10 +234,9 @@ def _phase_kind(config: RunConfig, number: int) -> SampleKind:
 
 def _batches(phases: Sequence[PhaseSpec]) -> dict[str, Any]:
     """Return the batches of all steps, in one number where there is one."""
-    sizes = {stage.samples for phase in phases for stage in phase.batch.stages}
-    if len(sizes) == 1:
-        return {"samples_per_step": sizes.pop()}
-    return {"batches": [phase.batch.within(phase.steps) for phase in phases]}
+    stages = [phase.batch.within(phase.steps) for phase in phases]
+    sizes = {stage.samples for of_phase in stages for stage, _ in of_phase}
+    return {"samples_per_step": sizes.pop()} if len(sizes) == 1 else {"batches": stages}
 
 
 def _check_schedule(config: RunConfig, number: int, steps: int) -> None:
@@ -296,9 +295,7 @@ def plan_spec(
         check_task(config, task, training[task], held_out[task])
     kinds = [_phase_kind(config, number) for number in range(len(config.phases))]
     streams = {task: TaskStream.of(stream, kinds) for task, stream in training.items()}
-    phases = _phase_specs(
-        config, [supply(streams, kind, list(starts.values())) for kind in kinds]
-    )
+    phases = _phase_specs(config, [supply(streams, kind, list(starts.values())) for kind in kinds])
     fingerprint = hash_json(
         ({"used": counts} if any(counts.values()) else {})
         | ({"segments": _as_json(segments)} if segments else {})
