@@ -45,7 +45,7 @@ def check(
     if resources.gpus and not needed["layouts"][0]["fits"]:
         raise InputError(config.where("parallel"), sentences[-1], "or set --memory")
     refuse_second_job(config.output)
-    plan = preview_plan(config, tokenizer, branch.used if branch else None)
+    plan = preview_plan(config, tokenizer, branch.origin.positions if branch else None)
     # Slurm does not create it, and without it a job fails without an error message.
     make_directory(logs_folder(config.output))
     for sentence in plan_warnings(plan.summary()):

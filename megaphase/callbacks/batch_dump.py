@@ -8,8 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megaphase.callbacks.callback import Callback, StepRecord
 from megaphase.plan.plan import Plan
 from megaphase.plan.trace import TracedSample, sample_as_json, sample_origins, trace_step
@@ -40,8 +38,7 @@ class BatchDump(Callback):
 
     def _write(self, step: StepRecord) -> None:
         path = self._path(step.step)
-        starts = np.array(step.starts, np.int64)
-        samples = trace_step(self._plan, step.phase_number, step.phase_step, starts)
+        samples = trace_step(self._plan, step.phase_number, step.phase_step, step.starts)
         lines = [self._line(sample) for sample in samples]
         with os_errors_named(path):
             make_way_for_directory(path.parent, "the directory of traces")

@@ -43,7 +43,7 @@ class StepRecord:
 
     Attributes:
         step: its number over the whole run. phase_step: within the phase.
-        starts: samples of each task that were used before the phase.
+        starts: the StreamPosition of each task before the phase.
         tokens: of the run so far.
         samples, batch_tokens: of the step's global batch.
         loss: mean in nats a token, before the step; loss_by_task: of the tasks in the batch.
@@ -57,7 +57,7 @@ class StepRecord:
     phase: str
     phase_number: int
     phase_step: int
-    starts: tuple[int, ...]
+    starts: tuple[Any, ...]
     tokens: int
     samples: int
     batch_tokens: int

@@ -17,6 +17,7 @@ from megaphase.plan.batch_layout import check_batches_beforehand
 from megaphase.plan.build import Say, ensure_built
 from megaphase.plan.origin import read_origin
 from megaphase.plan.plan import Plan
+from megaphase.plan.position import StreamPosition
 from megaphase.plan.progress import building_progress
 from megaphase.plan.same_run import plan_of_run
 from megaphase.plan.spec import PlanSpec, check_corpora, plan_spec
@@ -60,7 +61,7 @@ def stage_setups(
 
 
 def preview_plan(
-    config: RunConfig, tokenizer: Tokenizer, used: Mapping[str, int] | None = None
+    config: RunConfig, tokenizer: Tokenizer, used: Mapping[str, int | StreamPosition] | None = None
 ) -> Plan:
     """Open the run's plan; if it is not built yet, build it and show the progress.
 
@@ -74,7 +75,7 @@ def preview_plan(
         InputError: the corpora are missing or damaged, or the plan cannot be written.
     """
     if used is None:
-        used = read_origin(config.output).used
+        used = read_origin(config.output).positions
     check_corpora(config)
     spec = plan_spec(config, tokenizer, used)
     console = new_console(stderr=True, highlight=False)

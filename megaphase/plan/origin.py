@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from megaphase.checkpoint.names import newest_state
+from megaphase.plan.position import StreamPosition
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_json, os_errors_named, read_hashed_json, with_hash
 from megaphase.utils.run_files import ORIGIN_FILE
@@ -20,6 +21,8 @@ class RunOrigin:
     Attributes:
         step: steps of the runs before this one.
         used: samples of each task that they have used.
+        segments: of the tasks of which they have used samples of other lengths than that of the
+            `model` section of this run.
         tokens: training tokens of these steps.
         source: the checkpoint as the user named it.
         checkpoint: its folder.
@@ -30,28 +33,45 @@ class RunOrigin:
     tokens: int | None = None
     source: str | None = None
     checkpoint: Path | None = None
+    segments: Mapping[str, StreamPosition] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> Mapping[str, int | StreamPosition]:
+        """The positions of the streams, see `plan_spec`."""
+        return {**self.used, **self.segments}
 
     def to_json(self) -> dict[str, Any]:
         """Return it for `origin.json` and for the state of every checkpoint of the run."""
+        segments = {task: position.to_json() for task, position in self.segments.items()}
         return {
             "source": self.source,
             "checkpoint": str(self.checkpoint),
             "step": self.step,
             "tokens": self.tokens,
             "used": dict(self.used),
+            **({"segments": segments} if segments else {}),
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Return the origin from the result of `to_json`.
 
-        Raises KeyError, TypeError or AttributeError if it is not one.
+        Raises KeyError, TypeError, ValueError or AttributeError if it is not one.
         """
         step, used, checkpoint = value["step"], value["used"], value.get("checkpoint")
         if not all(type(number) is int for number in (step, *used.values())):
             raise TypeError("a count is no integer")
         folder = None if checkpoint is None else Path(checkpoint)
-        return cls(step, dict(used), value.get("tokens"), value.get("source"), folder)
+        segments = read_segments(value.get("segments", {}))
+        return cls(step, dict(used), value.get("tokens"), value.get("source"), folder, segments)
+
+
+def read_segments(value: Mapping[str, Any]) -> dict[str, StreamPosition]:
+    """Return positions from those that `origin.json` or a checkpoint's state holds.
+
+    Raises TypeError, ValueError or AttributeError if they are none.
+    """
+    return {task: StreamPosition.from_json(each) for task, each in value.items()}
 
 
 def read_origin(run_dir: Path) -> RunOrigin:

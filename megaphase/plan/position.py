@@ -70,17 +70,26 @@ class StreamPosition:
         """Return whether all samples are of this kind, so that their number says everything."""
         return all(segment.kind == kind for segment in self.segments)
 
-    def to_json(self) -> list[list[Any]]:
-        """Return it as [seq_len, cut, samples] of every segment."""
+    def to_json(self, kind: SampleKind | None = None) -> int | list[list[Any]]:
+        """Return it as [seq_len, cut, samples] of every segment, or as a number if all samples are
+        of this kind."""
+        if kind is not None and self.is_plain(kind):
+            return self.samples
         return [[*segment.kind, segment.samples] for segment in self.segments]
 
     @classmethod
-    def from_json(cls, value: Sequence[Sequence[Any]]) -> Self:
+    def from_json(
+        cls, value: int | Sequence[Sequence[Any]], kind: SampleKind | None = None
+    ) -> Self:
         """Return the position from the result of `to_json`.
 
         Raises TypeError or ValueError if it is not one.
         """
         position = cls()
+        if type(value) is int and kind is not None:
+            return position.after(kind, value)
+        if not isinstance(value, list):
+            raise TypeError("a position is a list of segments")
         for seq_len, cut, samples in value:
             if type(seq_len) is not int or type(samples) is not int:
                 raise TypeError("a count is no integer")

@@ -17,6 +17,7 @@ import numpy as np
 from megaphase.checkpoint.names import newest_state, permanent_ends
 from megaphase.plan.origin import RunOrigin, read_origin
 from megaphase.plan.plan import Plan
+from megaphase.plan.position import StreamPosition
 from megaphase.utils.errors import InputError
 from megaphase.utils.metrics_rows import (
     Row,
@@ -188,12 +189,12 @@ def metrics_problem(run_dir: Path) -> str | None:
 class PhaseSpan(NamedTuple):
     """The steps of a phase: after `before` steps of the run it has `steps` steps.
 
-    starts: int64 [tasks], the ordinals at which the tasks' streams continue.
+    starts: the positions from which the tasks' streams continue.
     """
 
     before: int
     steps: int
-    starts: np.ndarray
+    starts: list[StreamPosition]
 
 
 def phase_spans(run_dir: Path, history: RunHistory, plan: Plan, first: int) -> list[PhaseSpan]:
@@ -224,9 +225,13 @@ def phase_spans(run_dir: Path, history: RunHistory, plan: Plan, first: int) -> l
                 f"{steps_in_words([(before + 1, before + phase.steps)])}",
                 "use the run file with which the run began",
             )
-        starts = plan.first_ordinals([span.steps for span in spans])
-        if this.starts is not None:
-            starts = np.array([this.starts[task] for task in plan.tasks], np.int64)
+        starts = spans[-1].starts if spans else plan.spec.starts
+        if spans:
+            counts = plan.counts(number - 1, spans[-1].steps)
+            if this.starts is not None:
+                used = [this.starts[task] for task in plan.tasks]
+                counts = np.array(used, np.int64) - [start.samples for start in starts]
+            starts = plan.advanced(starts, number - 1, counts)
         spans.append(PhaseSpan(before, steps, starts))
         before += steps
     return spans

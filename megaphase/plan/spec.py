@@ -119,13 +119,22 @@ class PlanSpec:
         return supply(self.task_streams, self.phases[phase].kind, positions)
 
     @property
+    def has_plain_kind(self) -> bool:
+        """Whether all samples are of `kind`, so that numbers of samples say everything."""
+        return self.has_one_kind and self.phases[0].kind == self.kind
+
+    @property
     def stream_fingerprints(self) -> dict[str, str]:
+        """Return the streams' fingerprints with samples of `seq_len`, see the next method."""
+        return self.stream_fingerprints_at(self.seq_len)
+
+    def stream_fingerprints_at(self, seq_len: int) -> dict[str, str]:
         """Return, for every task, a hash of everything that determines its training samples.
 
-        If a task's hash is equal in two runs, they read the same sample for the same ordinal.
+        If a task's hash is equal in two runs, they read the same sample for the same position.
         """
         return {
-            task: hash_json([FORMAT_VERSION, stream.fingerprint])
+            task: hash_json([FORMAT_VERSION, stream.fingerprint_at(seq_len)])
             for task, stream in self.streams.items()
         }
 

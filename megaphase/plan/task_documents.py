@@ -55,7 +55,6 @@ class TaskDocuments:
         self._origin = {
             "task": task,
             "seed": seed,
-            "seq_len": seq_len,
             "held_out_fraction": fraction,
             "held_out": held_out,
             "tag": tag,
@@ -104,7 +103,6 @@ class TaskDocuments:
             return known
         other = copy(self)
         other.seq_len, other._grid = seq_len, grid
-        other._origin = self._origin | {"seq_len": seq_len}
         other._samples = self._samples.with_seq_len(grid)
         other.samples_per_epoch = other._samples_in_an_epoch()
         self._of_lengths[seq_len, grid] = other
@@ -118,10 +116,9 @@ class TaskDocuments:
     def _samples_in_an_epoch(self) -> int:
         raise NotImplementedError
 
-    @property
-    def fingerprint(self) -> str:
-        """A hash of everything that determines the sequence of samples."""
-        return hash_json(self._origin | {"corpus": self.corpus.fingerprint})
+    def fingerprint_at(self, seq_len: int) -> str:
+        """Return a hash of everything that determines the sequence of samples of a length."""
+        return hash_json(self._origin | {"seq_len": seq_len, "corpus": self.corpus.fingerprint})
 
     def text_bytes(self) -> int:
         """Return the size of its documents' UTF-8 text in bytes; visits all documents of the

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
 from megaphase.config.load import load_run_file
@@ -17,6 +16,7 @@ from megaphase.plan.index import damage
 from megaphase.plan.load_plan import build_plan, build_temporary_plan
 from megaphase.plan.origin import read_origin
 from megaphase.plan.plan import Plan
+from megaphase.plan.position import StreamPosition
 from megaphase.plan.run_history import (
     PhaseSpan,
     RunHistory,
@@ -52,8 +52,8 @@ class TracedRun:
     done: int | None
     say: Say
 
-    def find_step(self, step: int) -> tuple[int, int, np.ndarray]:
-        """Return a step's phase, its number there, and the ordinals at which the phase's streams
+    def find_step(self, step: int) -> tuple[int, int, list[StreamPosition]]:
+        """Return a step's phase, its number there, and the positions at which the phase's streams
         began.
 
         Also reports whether the step was skipped or not trained yet.
@@ -90,7 +90,7 @@ def open_traced_run(run: Path, overrides: Sequence[str] | None) -> TracedRun:
     refuse_other_run(output, config)
     origin = read_origin(output)
     check_corpora(config)
-    spec = plan_spec(config, tokenizer, origin.used)
+    spec = plan_spec(config, tokenizer, origin.positions)
     plan = _open_plan(spec, config, console, say)
     history = read_history(output)
     if history.doubt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from megaphase.checkpoint.state import (
 from megaphase.config.run import RunConfig
 from megaphase.model.config import PhaseModelConfig
 from megaphase.optim.parameter_state import stored_by
-from megaphase.plan.origin import RunOrigin, recorded_origin, write_origin
+from megaphase.plan.origin import RunOrigin, read_segments, recorded_origin, write_origin
+from megaphase.plan.position import SampleKind, StreamPosition
 from megaphase.plan.spec import PlanSpec
 from megaphase.training.run_directory import RunDirectory
 from megaphase.utils.errors import InputError
@@ -37,6 +38,7 @@ class Branch:
         used: samples of each task, likewise.
         state: the checkpoint's state; empty if the checkpoint no longer exists.
         is_new: whether the run has not begun yet.
+        segments: see RunOrigin.
     """
 
     source: str
@@ -46,6 +48,7 @@ class Branch:
     used: dict[str, int]
     state: dict[str, Any]
     is_new: bool
+    segments: dict[str, StreamPosition] = field(default_factory=dict)
 
     def record(self, run_dir: Path) -> None:
         """Record where the run starts, so that later starts of it need no --from."""
@@ -54,7 +57,9 @@ class Branch:
     @property
     def origin(self) -> RunOrigin:
         """Return its record for the run directory and every checkpoint of the run."""
-        return RunOrigin(self.step, self.used, self.tokens, self.source, self.checkpoint)
+        return RunOrigin(
+            self.step, self.used, self.tokens, self.source, self.checkpoint, self.segments
+        )
 
     def check(self, config: RunConfig, spec: PlanSpec, model: dict[str, Any]) -> None:
         """Refuse a model or streams that are not those of the run that this one continues.
@@ -81,12 +86,13 @@ class Branch:
                     f"is {_shown(wanted)}, but {self.checkpoint} has {_shown(found)}",
                     _remedy(key, wanted, found),
                 )
-        for task, stream in spec.stream_fingerprints.items():
+        seq_len = _seq_len(self.state) or spec.seq_len
+        for task, stream in spec.stream_fingerprints_at(seq_len).items():
             if known.get(task, stream) != stream:
                 raise InputError(
                     config.where(f"tasks.{task}"),
                     f"its samples are not those that {self.checkpoint} was trained on",
-                    "give the same corpus, held-out fraction, subsample, seed and model.seq_len",
+                    "give the same corpus, held-out fraction, subsample and seed",
                 )
 
 
@@ -154,6 +160,7 @@ def recorded_branch(directory: RunDirectory) -> Branch | None:
         dict(origin.used),
         state_or_nothing(origin.checkpoint),
         is_new=False,
+        segments=dict(origin.segments),
     )
 
 
@@ -165,7 +172,7 @@ def begin_branch(config: RunConfig, source: str) -> Branch:
             lacks the optimizer state that the first phase keeps.
     """
     folder = find_checkpoint(source)
-    branch = _new_branch(source, folder)
+    branch = _new_branch(source, folder, SampleKind(config.model.seq_len))
     done, first = branch.state["phase_name"], config.phases[0]
     for number, phase in enumerate(config.phases):
         if phase.name == done:
@@ -201,15 +208,27 @@ def _is_that(recorded: Branch, source: str) -> bool:
     return recorded.source == source or recorded.checkpoint == find_checkpoint(source)
 
 
-def _new_branch(source: str, folder: Path) -> Branch:
+def _new_branch(source: str, folder: Path, kind: SampleKind) -> Branch:
+    """kind: of the samples that numbers count in the branch."""
     try:
         state = read_state(folder)
-        position = state["position"]
-        facts = source, folder, position["step"], position["tokens"], state["used"]
+        position, used = state["position"], state["used"]
+        facts = source, folder, position["step"], position["tokens"], used
+        segments = read_segments(state.get("segments", {}))
+        seq_len = _seq_len(state)
+        if seq_len is not None:
+            at = {task: StreamPosition().after(SampleKind(seq_len), n) for task, n in used.items()}
+            segments = {t: p for t, p in (at | segments).items() if not p.is_plain(kind)}
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
             folder / STATE_FILE,
             "is damaged, or of another version of this program",
             "use another checkpoint",
         ) from None
-    return Branch(*facts, state, is_new=True)
+    return Branch(*facts, state, is_new=True, segments=segments)
+
+
+def _seq_len(state: Mapping[str, Any]) -> int | None:
+    """Return the length of the samples that `used` counts in a checkpoint's state."""
+    seq_len: int | None = state.get("seq_len", state.get("model", {}).get("seq_len"))
+    return seq_len

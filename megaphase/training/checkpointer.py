@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from megaphase.config.run import RunConfig
 from megaphase.model.shape import GPTShape
 from megaphase.optim.parameter_state import stored_by
 from megaphase.plan.plan import Plan
+from megaphase.plan.position import StreamPosition
 from megaphase.plan.run_history import RunHistory
 from megaphase.training.engine import Engine
 from megaphase.training.random_state import random_state
@@ -113,13 +113,22 @@ class Checkpointer:
         return {
             **self._facts,
             "model": self._models[phase],
-            "position": asdict(at),
+            "position": at.to_json(self._plan),
             "step": at.step,
             "phase_name": phase,
-            "used": dict(zip(self._plan.tasks, at.used(self._plan), strict=True)),
+            **used_by(self._plan, at.used(self._plan)),
             "history": self._history.to_json(),
             **self._callbacks.on_save(),
         }
+
+
+def used_by(plan: Plan, positions: Sequence[StreamPosition]) -> dict[str, Any]:
+    """The samples of each task that were used up to these positions of the streams, and the
+    segments of the positions for which a number is not enough, as a branch needs them."""
+    at, kind = dict(zip(plan.tasks, positions, strict=True)), plan.spec.kind
+    used = {task: position.samples for task, position in at.items()}
+    segments = {task: each.to_json() for task, each in at.items() if not each.is_plain(kind)}
+    return {"used": used, **({"segments": segments} if segments else {})}
 
 
 def checkpoint_facts(
@@ -131,6 +140,7 @@ def checkpoint_facts(
         "format": CHECKPOINT_FORMAT,
         "plan": plan.spec.fingerprint,
         "streams": plan.spec.stream_fingerprints,
+        **({} if plan.spec.has_plain_kind else {"seq_len": plan.spec.seq_len}),
         "bos": plan.spec.bos,
         TOKENIZER_HASH: tokenizer_hash,
         "processes": world_size,

@@ -57,10 +57,9 @@ def starting_state(plan: Plan, checkpoint: Checkpoint | None, branch: Branch | N
         branch: where a run that is a branch began; None for others.
     """
     if checkpoint is not None:
-        return TrainState.from_json(checkpoint.state["position"])
-    starts = tuple(plan.first_ordinals([]).tolist())
+        return TrainState.from_json(checkpoint.state["position"], plan)
     step, tokens = (branch.step, branch.tokens) if branch is not None else (0, 0)
-    return TrainState(0, 0, step, tokens, starts)
+    return TrainState(0, 0, step, tokens, tuple(plan.spec.starts))
 
 
 def starting_history(
@@ -139,9 +138,9 @@ def refuse_diverged(divergence: DivergenceMonitor, checkpoint: Checkpoint) -> No
     if "divergence" not in state:  # earlier versions have saved none
         return
     divergence.load_state_dict(state["divergence"])
-    at = TrainState.from_json(state["position"])
-    if divergence.is_over(phase_ends=at.phase_step == 0):
-        raise divergence.error(at.step, state["phase_name"])
+    at = state["position"]
+    if divergence.is_over(phase_ends=at["phase_step"] == 0):
+        raise divergence.error(at["step"], state["phase_name"])
 
 
 def report_start(

@@ -86,7 +86,7 @@ def _check_inputs(config: RunConfig, branch: Branch | None) -> Inputs:
     tokenizer = Tokenizer.load(config.tokenizer)
     shapes = phase_shapes(config, tokenizer.vocab_size)
     check_memory(config, shapes[0])
-    spec = plan_spec(config, tokenizer, branch.used if branch else {})
+    spec = plan_spec(config, tokenizer, branch.origin.positions if branch else {})
     check_batches(config, spec, world_size())
     if branch is not None:
         if branch.state:

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, NoReturn
 
-import numpy as np
-
 from megaphase.callbacks.callback import StepRecord, ValidationRecord
 from megaphase.checkpoint.state import best_name, full_name
 from megaphase.config.phases import PhaseConfig
@@ -44,7 +42,8 @@ class Trainer(RunParts):
     def begin_phase(self) -> None:
         """Switch to the phase, and validate before its first step."""
         phase, step = self.phase.name, self.state.step
-        starts = dict(zip(self.plan.tasks, self.state.starts, strict=True))
+        used = [start.samples for start in self.state.starts]
+        starts = dict(zip(self.plan.tasks, used, strict=True))
         self.history.begin_phase(phase, step, starts)
         trained = self.trained_tokens.event(self.state.phase)
         own = self.phase.model
@@ -81,7 +80,7 @@ class Trainer(RunParts):
             rank=self.grid.data_rank,
             ranks=self.grid.data_size,
             pad_token_id=self.tokenizer.eod,
-            starts=np.array(self.state.starts, np.int64),
+            starts=self.state.starts,
         )
         for batch in reader.steps(self.state.phase_step, self.phase_steps):
             self.train_step(batch, reader.wait_seconds)

@@ -9,6 +9,7 @@ from run_support import make_corpora, read_rows, run_settings, timeless, write_r
 from warm_commands import run, run_killed, run_well
 
 from megaphase.callbacks.throughput import ThroughputReference
+from megaphase.plan.position import StreamPosition
 from megaphase.training import step_recorder
 from megaphase.training.step_recorder import StepRecorder
 from megaphase.training.step_result import StepResult
@@ -114,7 +115,7 @@ def test_no_time_counts_twice_and_none_is_lost(one_later, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(step_recorder.time, "perf_counter", lambda: now[0])
     recorder = StepRecorder(["a"], ThroughputReference((1,), None), one_later=one_later)
-    state = TrainState(0, 0, 0, 0, (0,))
+    state = TrainState(0, 0, 0, 0, (StreamPosition(),))
     records = []
     for _ in range(3):
         now[0] += 1.0
