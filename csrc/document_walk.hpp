@@ -34,6 +34,9 @@ public:
     int64_t left() const { return documents_.count - slot_; }
     bool at_end() const { return choice_noted() && slot_ == documents_.count; }
 
+    // The document whose length next() has returned last.
+    int64_t document() const { return ahead_[(slot_ - 1) % kAhead]; }
+
     // Return the length of the next document; 0 if it is not read.
     int64_t next() {
         if (slot_ % kAhead == 0) look_ahead();

@@ -7,6 +7,7 @@
 #include <limits>
 #include <optional>
 
+#include "best_fit.hpp"
 #include "blend.hpp"
 #include "piecewise_blend.hpp"
 #include "sample_index.hpp"
@@ -263,6 +264,64 @@ Tuples pieces(const Stream& stream, int64_t epoch, int64_t slot, int64_t offset)
     return as_tuples(prepared);
 }
 
+static_assert(sizeof(Part) == 3 * sizeof(int64_t));
+
+void require_parts(const Array<int64_t>& parts) {
+    require(parts.ndim() == 2 && parts.shape(1) == 3, "parts is [parts, 3]");
+}
+
+int64_t fill_parts(StreamPartWalk& walk, Array<int64_t>& parts, int64_t documents) {
+    require_parts(parts);
+    require(documents > 0, "documents is positive");
+    auto* part = reinterpret_cast<Part*>(parts.mutable_data());
+    const int64_t count = parts.shape(0);
+    py::gil_scoped_release released;
+    return walk.fill(part, count, documents);
+}
+
+// Pack parts of documents; return the parts of all samples, and the number of parts of each.
+std::pair<Array<int64_t>, Array<int64_t>> pack_parts(const Array<int64_t>& parts, int64_t seq_len,
+                                                     bool bos) {
+    require_parts(parts);
+    require(seq_len > 0 && seq_len < int64_t{1} << 40, "seq_len is positive");
+    const auto* part = reinterpret_cast<const Part*>(parts.data());
+    const int64_t count = parts.shape(0);
+    PackedParts packed;
+    {
+        py::gil_scoped_release released;
+        packed = BestFit(seq_len, bos).pack(part, count);
+    }
+    const auto found = static_cast<py::ssize_t>(packed.parts.size());
+    Array<int64_t> members({found, py::ssize_t{3}});
+    std::copy(packed.parts.begin(), packed.parts.end(),
+              reinterpret_cast<Part*>(members.mutable_data()));
+    return {members, Array<int64_t>(static_cast<py::ssize_t>(packed.sizes.size()),
+                                    packed.sizes.data())};
+}
+
+// Read samples into the given rows; sample i consists of the next sizes[i] parts.
+void read_parts(const Stream& stream, const Array<int64_t>& parts, const Array<int64_t>& sizes,
+                const Array<int64_t>& rows, Array<int64_t>& inputs, Array<int64_t>& targets,
+                int64_t filler, int64_t ignored, std::optional<Array<int64_t>> documents) {
+    require_parts(parts);
+    const Destination to(inputs, targets, documents);
+    require(sizes.size() == rows.size(), "sizes and rows differ in size");
+    const auto* part = reinterpret_cast<const Part*>(parts.data());
+    const int64_t count = parts.shape(0), samples = sizes.size();
+    const int64_t *size = sizes.data(), *row = rows.data();
+    py::gil_scoped_release released;
+    int64_t in_all = 0;
+    for (int64_t i = 0; i < samples; ++i) {
+        require(row[i] >= 0 && row[i] < to.batch, "a row is out of range");
+        require(size[i] >= 0 && size[i] <= count - in_all, "sizes exceed the parts");
+        in_all += size[i];
+    }
+    // As in read_samples.
+    std::for_each(part, part + in_all, [&](const Part& each) { stream.prepare_part(each); });
+    for (int64_t i = 0; i < samples; part += size[i++])
+        stream.read_parts(part, part + size[i], to.row(row[i]), {filler, ignored});
+}
+
 // Convert a stream's ordinals to sample numbers in token order.
 Array<int64_t> shuffle_samples(const Array<int64_t>& ordinals, int64_t samples_per_epoch,
                                int64_t window, uint64_t key) {
@@ -361,6 +420,8 @@ PYBIND11_MODULE(_builder, module) {
     module.attr("LARGEST_TOTAL_WEIGHT") = kLargestTotalWeight;
     module.def("shuffle_samples", &shuffle_samples, py::arg("ordinals").noconvert(),
                py::arg("samples_per_epoch"), py::arg("window"), py::arg("key"));
+    module.def("pack_parts", &pack_parts, py::arg("parts").noconvert(), py::arg("seq_len"),
+               py::arg("bos"));
     bind_wrong_tokens(module);
     bind_phase_ordinals<uint16_t>(module);
     bind_phase_ordinals<uint32_t>(module);
@@ -391,7 +452,17 @@ PYBIND11_MODULE(_builder, module) {
 
     auto walk = py::class_<StreamWalk>(module, "StreamWalk")
                     .def_property_readonly("at_end", &StreamWalk::at_end);
+    py::class_<StreamPartWalk>(module, "StreamPartWalk")
+        .def("fill", &fill_parts, py::arg("parts").noconvert(), py::arg("documents"))
+        .def_property_readonly("at_end", &StreamPartWalk::at_end);
     auto stream = py::class_<Stream>(module, "Stream")
+                      .def("part_walk", &Stream::part_walk, py::arg("epoch"), py::arg("ranges"),
+                           py::keep_alive<0, 1>())
+                      .def("read_parts", &read_parts, py::arg("parts").noconvert(),
+                           py::arg("sizes").noconvert(), py::arg("rows").noconvert(),
+                           py::arg("inputs").noconvert(), py::arg("targets").noconvert(),
+                           py::arg("filler"), py::arg("ignored"),
+                           py::arg("documents").noconvert() = py::none())
                       .def("walk", &Stream::walk, py::arg("epoch"), py::keep_alive<0, 1>())
                       .def("pieces", &pieces, py::arg("epoch"), py::arg("slot"), py::arg("offset"))
                       .def("pieces_of_tokens", &pieces_of_tokens, py::arg("epoch"),

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "document_parts.hpp"
 #include "documents.hpp"
 #include "sample_index.hpp"
 #include "token_check.hpp"
@@ -51,6 +52,14 @@ public:
     virtual bool at_end() const = 0;
 };
 
+// A walk through the parts of documents that lie in some ranges of an epoch; see PartWalk.
+class StreamPartWalk {
+public:
+    virtual ~StreamPartWalk() = default;
+    virtual int64_t fill(Part* parts, int64_t count, int64_t documents) = 0;
+    virtual bool at_end() const = 0;
+};
+
 class Stream {
 public:
     virtual ~Stream() = default;
@@ -71,6 +80,13 @@ public:
     // blanks, and belong to the last document.
     virtual void read(const Piece* first, const Piece* last, const Row& row,
                       const Blanks& blanks) const = 0;
+    virtual std::unique_ptr<StreamPartWalk> part_walk(
+        int64_t epoch, const std::vector<std::pair<int64_t, int64_t>>& ranges) const = 0;
+    // Ask the operating system to read a part's tokens ahead.
+    virtual void prepare_part(const Part& part) const = 0;
+    // Write a sample that consists of these parts, as `read` does.
+    virtual void read_parts(const Part* first, const Part* last, const Row& row,
+                            const Blanks& blanks) const = 0;
 };
 
 template <typename Inner>
@@ -194,7 +210,72 @@ public:
             std::fill(row.documents + inputs, row.documents + row.length, row.documents[inputs - 1]);
     }
 
+    std::unique_ptr<StreamPartWalk> part_walk(
+        int64_t epoch, const std::vector<std::pair<int64_t, int64_t>>& ranges) const override {
+        class Walk final : public StreamPartWalk {
+        public:
+            explicit Walk(PartWalk<Length> walk) : walk_(std::move(walk)) {}
+            int64_t fill(Part* parts, int64_t count, int64_t documents) override {
+                return walk_.fill(parts, count, documents);
+            }
+            bool at_end() const override { return walk_.at_end(); }
+
+        private:
+            PartWalk<Length> walk_;
+        };
+        return std::make_unique<Walk>(PartWalk<Length>(documents_, order(epoch), ranges));
+    }
+
+    void prepare_part(const Part& part) const override { file_.will_need(piece_of(part)); }
+
+    void read_parts(const Part* first, const Part* last, const Row& row,
+                    const Blanks& blanks) const override {
+        int64_t at = 0;  // the next position to write
+        for (const Part* part = first; part != last; ++part) {
+            const Piece piece = piece_of(*part);
+            const Token* begin = file_.at(piece);  // input of the first target, if the part has one
+            const bool begins = part->first == 0;
+            // Without BOS, a document's first token is predicted from the last one of the document
+            // before it, and is no target where there is none.
+            const bool unpreceded = begins && !bos_ && part == first;
+            const int64_t written = part->targets - unpreceded;
+            if (written > row.length - at) throw std::out_of_range("a sample is longer than seq_len");
+            int64_t* input = row.inputs + at;
+            const Token* target = begin + (begins && !unpreceded ? 0 : 1);
+            std::copy(target, target + written, row.targets + at);
+            if (row.documents) std::fill_n(row.documents + at, written, part - first);
+            if (begins && !unpreceded) {
+                if (bos_) {
+                    *input++ = *bos_;
+                } else {
+                    const Part& before = part[-1];
+                    *input++ = *file_.at({before.document, before.first + before.targets - 1, 1});
+                    const bool ended = before.first + before.targets == length_of(before.document);
+                    if (row.documents) row.documents[at] = part - 1 - first;
+                    if (row.documents || !ended) row.targets[at] = blanks.ignored;
+                }
+            }
+            std::copy(begin, begin + (row.inputs + at + written - input), input);
+            at += written;
+        }
+        std::fill(row.inputs + at, row.inputs + row.length, blanks.filler);
+        std::fill(row.targets + at, row.targets + row.length, blanks.ignored);
+        if (row.documents)
+            std::fill(row.documents + at, row.documents + row.length, at ? row.documents[at - 1] : 0);
+    }
+
 protected:
+    int64_t length_of(int64_t document) const { return load(documents_.lengths, document); }
+
+    // The tokens of a part, and the one from which its first target is predicted.
+    Piece piece_of(const Part& part) const {
+        if (part.document < 0 || part.document >= documents_.count || part.first < 0 ||
+            part.targets < 1 || part.targets > length_of(part.document) - part.first)
+            throw std::out_of_range("a part lies outside its document");
+        const int64_t before = part.first > 0 ? 1 : 0;
+        return {part.document, part.first - before, part.targets + before};
+    }
+
     // The number of a piece's first tokens without a loss, whatever precedes them.
     virtual int64_t unscored(const Piece&) const { return 0; }
 
