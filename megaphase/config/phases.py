@@ -38,6 +38,11 @@ class PhaseConfig(Section):
     """`balanced`: after any n samples the count of every task differs from its rate times n by less
     than one. `random`: the task of every sample is drawn independently, and `max_epochs` holds on
     average."""
+    cut: Literal["tokens", "documents"] = "tokens"
+    """`tokens`: a text is cut every `seq_len` tokens, wherever documents begin. `documents`:
+    samples begin where documents begin; none is cut that fits into a sample, and short ones share a
+    sample, packed by best fit; what they leave empty is padding. Translation pairs are always
+    packed, and the key changes nothing for them."""
     optimizer_state: Literal["reset", "keep"] = "reset"
     """Whether the optimizer's moments and step count are reset at the phase's start, or kept."""
     begin_from: Literal["weights", "average"] = "weights"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 
 from megaphase.plan import _builder
 from megaphase.plan.build_pool import BuildPool, ReportProgress
+from megaphase.plan.built_folder import Discard, Say, ensure_folder
 from megaphase.plan.hashed_chunks import HashedChunkWriter
 from megaphase.plan.index import (
     INDEX_FILE,
@@ -43,21 +42,15 @@ from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.files import (
     atomic_write_json,
     directory_written_aside,
-    make_directory,
-    remove_abandoned,
     remove_directory,
-    remove_soon,
     with_hash,
 )
-from megaphase.utils.locks import exclusive_lock
-from megaphase.utils.set_aside import make_way_for_directory, set_aside
 
 _OF_AN_INDEX = re.compile(rf"{INDEX_FILE}|{STARTS_FILE}|blend-[0-9]+\.(tasks|counts)")
 
 # Samples per call, between which an interruption is noticed; a blend's block may be larger.
 SAMPLES_PER_CALL = 1 << 19
 
-Say = Callable[[str], object]
 Blend = (
     _builder.DeadlineBlend
     | _builder.RandomBlend
@@ -83,53 +76,15 @@ def ensure_built(
         InputError: a phase needs more than max_epochs allows, or a corpus changed meanwhile.
         RunError: the disk is too small or cannot be written.
     """
+
+    def build(folder: Path, discard: Discard) -> None:
+        _check_space(spec, folder)
+        build_index(spec, folder, progress, discard=discard)
+
     folder = plan_folder(run_dir, spec)
-    if folder.is_dir() and damage(folder, spec) is None:
-        return folder
-    with _os_errors_named(folder):
-        make_way_for_directory(folder.parent, "the directory of plans", say)
-    with _new_directories(folder.parent, run_dir) as new, _os_errors_named(folder):
-        waiting = partial(say, f"{folder}: another process is building this plan; waiting for it")
-        with exclusive_lock(folder.with_name(f".{folder.name}.lock"), waiting):
-            make_way_for_directory(folder, "the index of a plan", say)
-            if folder.exists():
-                problem = damage(folder, spec)
-                if problem is None:
-                    return folder
-                _remove_damaged(folder, problem, say)
-            remove_abandoned(folder)
-            _check_space(spec, folder)
-            build_index(spec, folder, progress, discard=partial(remove_soon, then_if_empty=new))
+    spec.store_tables(folder.parent, say, progress)
+    ensure_folder(folder, partial(damage, spec=spec), build, _OF_AN_INDEX, say)
     return folder
-
-
-def _remove_damaged(folder: Path, problem: str, say: Say) -> None:
-    if folder.is_symlink() or any(not _OF_AN_INDEX.fullmatch(p.name) for p in folder.iterdir()):
-        set_aside(folder, "the index of a plan", say)
-    else:
-        say(f"{folder}: {problem}; building the plan again")
-        shutil.rmtree(folder)
-
-
-@contextmanager
-def _new_directories(*directories: Path) -> Iterator[list[Path]]:
-    """Create the directories; at the end, remove those that were created and are empty."""
-    new = [each for each in directories if not each.exists()]
-    make_directory(directories[0])
-    try:
-        yield new
-    finally:
-        for each in new:
-            with suppress(OSError):
-                each.rmdir()
-
-
-@contextmanager
-def _os_errors_named(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{folder}: the plan could not be written ({error.strerror})") from error
 
 
 def _check_space(spec: PlanSpec, folder: Path) -> None:
@@ -150,7 +105,7 @@ def build_index(
     folder: Path,
     progress: ReportProgress,
     threads: int | None = None,
-    discard: Callable[[Path], object] = remove_directory,
+    discard: Discard = remove_directory,
 ) -> None:
     """Build the whole index and publish it as `folder`; the result does not depend on `threads`.
 
@@ -166,7 +121,10 @@ def build_index(
         for number, phase in enumerate(spec.phases):
             phases.append(_build_blend(aside, number, phase, spec, used, pool, files))
             counts = phases[-1].counts
-            used = [at.after(phase.kind, n) for at, n in zip(used, counts, strict=True)]
+            used = [
+                at.after(stream.kind_of(phase.kind), n)
+                for stream, at, n in zip(spec.task_streams.values(), used, counts, strict=True)
+            ]
         starts = _build_starts(aside, spec, used, pool, files)
         header = {
             "format": FORMAT_VERSION,

@@ -170,7 +170,7 @@ class StepReader:
             rank,
             ranks,
             pad_token_id,
-            plan.phase_start(phase, starts),
+            plan.open_phase(phase, starts),
         )
 
     def steps(self, first: int, last: int) -> Iterator[Batch]:

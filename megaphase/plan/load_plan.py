@@ -14,7 +14,8 @@ from megaphase.config.run import RunConfig
 from megaphase.estimate.setup import Setup, setup_of
 from megaphase.model.presets import build_shape
 from megaphase.plan.batch_layout import check_batches_beforehand
-from megaphase.plan.build import Say, ensure_built
+from megaphase.plan.build import ensure_built
+from megaphase.plan.built_folder import Say
 from megaphase.plan.origin import read_origin
 from megaphase.plan.plan import Plan
 from megaphase.plan.position import StreamPosition
@@ -97,11 +98,17 @@ def build_plan(spec: PlanSpec, run_dir: Path, console: Console, say: Say) -> Pla
     Raises as `ensure_built` does.
     """
     with building_progress(console) as progress:
-        return Plan(spec, ensure_built(spec, run_dir, say=say, progress=progress))
+        plan = Plan(spec, ensure_built(spec, run_dir, say=say, progress=progress))
+        for number in range(len(plan.phases)):
+            plan.open_phase(number)
+    spec.store_tables(run_dir / "plan", say)
+    return plan
 
 
 def build_temporary_plan(spec: PlanSpec, console: Console, say: Say) -> Plan:
     """Build the plan in a temporary folder, which is removed before the return, and open it."""
     with TemporaryDirectory(prefix="megaphase-plan-") as folder:
         # The files are mapped, so the plan can be read after they have been deleted.
-        return build_plan(spec, Path(folder), console, say)
+        plan = build_plan(spec, Path(folder), console, say)
+    spec.store_tables(None)
+    return plan

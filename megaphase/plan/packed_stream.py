@@ -11,8 +11,9 @@ from __future__ import annotations
 import numpy as np
 
 from megaphase.plan import _builder
+from megaphase.plan.document_table import Piece
 from megaphase.plan.remainder import Remainder
-from megaphase.plan.stream import Piece, Stream
+from megaphase.plan.stream import Stream
 from megaphase.plan.task_documents import DOCUMENTS_PER_CALL
 
 # Number of starts that are counted at a time, without storing them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from megaphase.plan import _builder
-from megaphase.plan.index import PhaseIndex, StoredIndex, block_size
+from megaphase.plan.document_stream import DocumentStream
+from megaphase.plan.index import PhaseIndex, StoredIndex, block_size, builder_threads
 from megaphase.plan.position import SampleKind, StreamPosition
 from megaphase.plan.spec import PlanSpec
 from megaphase.plan.step_rates import StepRates
@@ -66,19 +68,33 @@ class PhaseStart:
         self.ordinals = np.array([each.samples for each in positions], np.int64)
         self._streams, self._kind, self._starts = streams, kind, starts
         self._parts: dict[int, StreamPart] = {}
-        self._lock = Lock()
+        self._locks = [Lock() for _ in positions]
 
     def part(self, task: int) -> StreamPart:
         """Return the task's samples from its position on."""
         part = self._parts.get(task)
         if part is None:
-            with self._lock:
+            with self._locks[task]:
                 part = self._parts.get(task)
                 if part is None:
                     start, stream = self.positions[task], self._streams[task]
                     part = stream.part(start, self._kind, self._starts[task])
                     self._parts[task] = part
         return part
+
+    def open(self, counts: Sequence[int]) -> None:
+        """Open the next `counts` samples of every task; builds the tables of packed documents that
+        they need.
+
+        Raises as DocumentTables.table does.
+        """
+        with ThreadPoolExecutor(builder_threads(), thread_name_prefix="plan-builder") as pool:
+            jobs = [pool.submit(self._open, *each) for each in enumerate(counts) if each[1] > 0]
+            for opened in jobs:
+                opened.result()
+
+    def _open(self, task: int, samples: int) -> None:
+        self.part(task).open(samples)
 
 
 # Where a phase begins: at these ordinals, if all samples of the run are of one kind, or positions.
@@ -91,6 +107,8 @@ class Plan:
     def __init__(self, spec: PlanSpec, folder: Path) -> None:
         self.spec = spec
         self.folder = folder
+        if all(stream.tables.folder is None for stream in spec.streams.values()):
+            spec.store_tables(folder.parent)
         self.tasks = list(spec.streams)
         self._index = StoredIndex(folder, spec)
         self.phases = self._index.phases
@@ -144,7 +162,10 @@ class Plan:
     ) -> list[StreamPosition]:
         """Return the positions after `counts` samples of every task, int64 [tasks], of a phase."""
         kind = self.spec.phases[phase].kind
-        return [at.after(kind, n) for at, n in zip(positions, counts.tolist(), strict=True)]
+        return [
+            at.after(stream.kind_of(kind), n)
+            for stream, at, n in zip(self._task_streams, positions, counts.tolist(), strict=True)
+        ]
 
     def phase_start(self, phase: int, starts: Starts | None = None) -> PhaseStart:
         """Return where the streams continue in a phase, by default as planned.
@@ -171,6 +192,15 @@ class Plan:
         if ((ordinals < self._used) | (ordinals > self._first_ordinals[phase])).any():
             raise ValueError(f"{self.phases[phase].name} cannot begin at ordinals {ordinals}")
         return self._start(phase, starts)
+
+    def open_phase(self, phase: int, starts: Starts | None = None) -> PhaseStart:
+        """Return `phase_start`, and build the tables of packed documents that the phase needs.
+
+        Raises as PhaseStart.open does.
+        """
+        start = self.phase_start(phase, starts)
+        start.open(self.phases[phase].counts)
+        return start
 
     def _start(self, phase: int, positions: Sequence[StreamPosition]) -> PhaseStart:
         kind = self.spec.phases[phase].kind
@@ -222,6 +252,7 @@ class Plan:
                     "name": phase.name,
                     "order": spec.phases[number].order,
                     **({} if kinds == {spec.kind} else {"seq_len": kind.seq_len}),
+                    **({} if kind.cut == "tokens" else {"cut": kind.cut}),
                     "steps": phase.steps,
                     "first_step": first_step,
                     "samples": phase.samples,
@@ -273,7 +304,7 @@ class Plan:
         else:
             used = [self._task_streams[task].epochs(each) for each in (before, after)]
             epochs, so_far = float(used[1] - used[0]), float(used[1])
-        return {
+        figures = {
             "requested_rate": phase.requested_rates[task],
             "rate": phase.rates[task],
             **_from_to(phase, task),
@@ -282,6 +313,16 @@ class Plan:
             "epochs": epochs,
             "epochs_so_far": so_far,
         }
+        padding = self._padding(number, task) if samples else None
+        return figures if padding is None else figures | {"padding": padding}
+
+    def _padding(self, number: int, task: int) -> float | None:
+        """Return the share of positions without an input, where documents are packed by best
+        fit."""
+        part = self.phase_start(number).part(task)
+        if not isinstance(part.stream, DocumentStream):
+            return None
+        return part.stream.padding(part.rest, self.phases[number].counts[task])
 
 
 def _from_to(phase: PhaseIndex, task: int) -> dict[str, list[float]]:

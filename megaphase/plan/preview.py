@@ -22,14 +22,16 @@ def plan_table(summary: dict[str, Any]) -> Table:
 
     requested: the mixture's rate; effective: the rate with max_epochs; both at the phase's start →
     at its end where they change within it; so far: epochs since the run's start, marked if the task
-    is repeated too often.
+    is repeated too often; padding: the share of positions that packed documents leave empty.
     """
     table = Table(
         title="Plan", title_justify="left", box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0)
     )
     table.add_column("phase", overflow="fold")
     table.add_column("task", overflow="fold")
-    for column in ("steps", "tokens", "requested", "effective", "epochs", "so far"):
+    padded = any("padding" in facts for p in summary["phases"] for facts in p["tasks"].values())
+    columns = ["steps", "tokens", "requested", "effective", "epochs", "so far"]
+    for column in [*columns, *(["padding"] if padded else [])]:
         table.add_column(column, justify="right", overflow="fold")
     for phase in summary["phases"]:
         name, steps = phase["name"], f"{phase['steps']:,}"
@@ -47,6 +49,7 @@ def plan_table(summary: dict[str, Any]) -> Table:
                 _rates(facts, "rate", "rate_from_to"),
                 f"{facts['epochs']:.2f}",
                 _epochs_so_far(facts["epochs_so_far"]),
+                *([_share(facts.get("padding"))] if padded else []),
             )
             name = steps = ""
         table.add_section()
@@ -143,6 +146,10 @@ def _rates(facts: dict[str, Any], mean: str, from_to: str) -> str:
 
 def _rate(rate: float) -> str:
     return f"{rate:.4f}" if rate >= 0.001 or rate == 0 else f"{rate:.1e}"
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
 
 
 def _epochs_so_far(epochs: float) -> Text:

@@ -7,9 +7,13 @@ that across any number of changes every position is used exactly once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
+
+from megaphase.plan.document_table import DocumentTable
+from megaphase.utils.files import hash_json, new_hash
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,14 @@ class Remainder:
         cuts: how often the length or the cut has changed within this epoch.
         firsts, lasts: int64 [intervals]; an interval is [first, last), not empty, and does not
             touch its neighbours.
+        table: if given, positions are those of this table of packed documents, not of the epoch.
     """
 
     epoch: int
     cuts: int
     firsts: np.ndarray
     lasts: np.ndarray
+    table: DocumentTable | None = None
 
     @classmethod
     def nothing(cls, epoch: int = -1) -> Remainder:
@@ -37,6 +43,15 @@ class Remainder:
     def whole(cls, epoch: int, positions: int) -> Remainder:
         """Return all `positions` positions of an epoch."""
         return cls(epoch, 0, np.zeros(1, np.int64), np.full(1, positions, np.int64))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of which positions of which epoch or table they are."""
+        digest = new_hash()
+        for array in (self.firsts, self.lasts):
+            digest.update(np.ascontiguousarray(array))
+        of = self.epoch if self.table is None else self.table.fingerprint
+        return hash_json([of, digest.hexdigest()])
 
     @property
     def positions(self) -> int:
@@ -73,4 +88,8 @@ class Remainder:
             return Remainder.nothing(self.epoch)
         is_new = np.concatenate([[True], begin[1:] != end[:-1]])
         is_last = np.concatenate([is_new[1:], [True]])
-        return Remainder(self.epoch, self.cuts + 1, begin[is_new], end[is_last])
+        return replace(self, cuts=self.cuts + 1, firsts=begin[is_new], lasts=end[is_last])
+
+    def of_table(self, table: DocumentTable, cuts: int) -> Remainder:
+        """Return the same intervals as positions of a table."""
+        return replace(self, table=table, cuts=cuts)

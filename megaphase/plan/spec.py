@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
+from pathlib import Path
 from typing import Any, Literal
 
 from megaphase.config.run import RunConfig
 from megaphase.corpus import Corpus
 from megaphase.corpus.integrity import check_files
 from megaphase.plan.batch_schedule import BatchSchedule
+from megaphase.plan.build_pool import ReportProgress
+from megaphase.plan.built_folder import Say
 from megaphase.plan.mixture import MixtureConfig, TaskSupply, requested_rates
 from megaphase.plan.position import SampleKind, StreamPosition
 from megaphase.plan.stream import Stream
@@ -100,8 +103,10 @@ class PlanSpec:
     def has_one_kind(self) -> bool:
         """Whether all samples are of one kind, also those of the runs that this one continues."""
         first = self.phases[0].kind
-        return all(phase.kind == first for phase in self.phases) and all(
-            start.is_plain(first) for start in self.starts
+        return (
+            first.cut == "tokens"
+            and all(phase.kind == first for phase in self.phases)
+            and all(start.is_plain(first) for start in self.starts)
         )
 
     @cached_property
@@ -109,6 +114,18 @@ class PlanSpec:
         """The streams over changes of the samples' length."""
         kinds = [phase.kind for phase in self.phases]
         return {task: TaskStream.of(stream, kinds) for task, stream in self.streams.items()}
+
+    def store_tables(
+        self,
+        folder: Path | None,
+        say: Say = lambda _: None,
+        progress: ReportProgress = lambda *_: None,
+    ) -> None:
+        """Say where tables of packed documents are stored, and what to call while they are built;
+        see DocumentTables."""
+        for stream in self.streams.values():
+            stream.tables.folder = folder
+            stream.tables.say, stream.tables.progress = say, progress
 
     def held_out_at(self, seq_len: int) -> dict[str, Stream]:
         """Return the held-out streams with samples of this length."""
@@ -238,7 +255,7 @@ def _phase_spec(
 
 
 def _phase_kind(config: RunConfig, number: int) -> SampleKind:
-    return SampleKind(config.phase_model(number).seq_len)
+    return SampleKind(config.phase_model(number).seq_len, config.phases[number].cut)
 
 
 def _batches(phases: Sequence[PhaseSpec]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from megaphase.corpus.integrity import wrong_tokens
 from megaphase.plan import _builder
+from megaphase.plan.document_table import DocumentTable, Piece, pieces_of_parts
 from megaphase.plan.position import SampleKind
 from megaphase.plan.remainder import Remainder
 from megaphase.plan.task_documents import DOCUMENTS_PER_CALL, TaskDocuments
@@ -25,9 +26,6 @@ from megaphase.utils.targets import IGNORED_TARGET
 # Samples are permuted within windows of this size, so that a run that needs a hundredth of a huge
 # epoch needs only an index of that hundredth (and at most one more window).
 SAMPLE_WINDOW = 1 << 16
-
-# A piece of a document: its number in the corpus, the first token and the number of tokens.
-Piece = tuple[int, int, int]
 
 
 class Stream(TaskDocuments):
@@ -124,7 +122,8 @@ class Stream(TaskDocuments):
 
     def part_left(self, rest: Remainder) -> Fraction:
         """Return what is left of an epoch, in epochs."""
-        return Fraction(rest.positions, max(1, self.positions))
+        # A table also has positions of the first tokens of documents that begin a sample.
+        return Fraction(min(rest.positions, self.positions), max(1, self.positions))
 
     def nothing_left(self) -> Remainder:
         """Return the remainder before the first epoch."""
@@ -186,6 +185,8 @@ class Stream(TaskDocuments):
         starts: as in `read`. number: over all epochs, or in `rest`, if given.
         """
         numbers, rows = np.array([number]), np.zeros(1, np.int64)
+        if rest is not None and rest.table is not None:
+            return pieces_of_parts(self._parts_of(rest.table, rest, numbers)[0])
         if rest is None:
             fragments = self._whole_fragments(numbers, rows)
         else:
@@ -254,8 +255,40 @@ class Stream(TaskDocuments):
         documents: np.ndarray | None = None,
     ) -> None:
         """Read the samples with these numbers in a remainder; see `read`."""
+        if rest.table is not None:
+            parts, sizes = self._parts_of(rest.table, rest, numbers)
+            self._read_parts(parts, sizes, rows, inputs, targets, pad_token_id, documents)
+            return
         fragments = self._fragments(rest, numbers, rows)
         self._read_fragments(starts, fragments, inputs, targets, pad_token_id, documents)
+
+    def _parts_of(
+        self, table: DocumentTable, rest: Remainder, numbers: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the parts of some samples of a remainder, and how many each has."""
+        firsts = numbers * self.seq_len
+        lasts = np.minimum(firsts + self.seq_len, rest.positions)
+        return table.in_ranges(*rest.fragments(firsts, lasts), len(numbers))
+
+    def _read_parts(
+        self,
+        parts: np.ndarray,
+        sizes: np.ndarray,
+        rows: np.ndarray,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        pad_token_id: int,
+        documents: np.ndarray | None,
+    ) -> None:
+        """Read samples that consist of parts of documents.
+
+        parts: int64 [parts, 3], see document_table.py. sizes: int64 [samples], of their parts.
+        """
+        to = inputs, targets, pad_token_id, IGNORED_TARGET, self._apart(documents)
+        try:
+            self._samples.read_parts(parts, sizes, rows, *to)
+        except _builder.WrongTokensError as error:
+            raise wrong_tokens(self.corpus, *error.args) from None
 
     def _read_fragments(
         self,

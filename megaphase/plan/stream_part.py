@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from megaphase.plan.stream import Piece, Stream
+from megaphase.plan.document_stream import DocumentStream
+from megaphase.plan.document_table import Piece
+from megaphase.plan.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -42,22 +44,30 @@ class StreamPart:
             first_ordinal: of the first sample of this kind after the position.
             starts: start_dtype [indexed samples, 2], the part of the index that `stream` reads.
         """
-        self.stream, self._rest, self._starts = stream, rest, starts
+        self.stream, self.rest, self._starts = stream, rest, starts
         self._samples_in_rest = stream.samples_left(rest)
         self._first_ordinal = first_ordinal
         after_rest = first_ordinal + self._samples_in_rest
         self._shift = (rest.epoch + 1) * stream.samples_per_epoch - after_rest
 
+    def open(self, samples: int) -> None:
+        """Build the tables of packed documents that the first samples need, if they need any."""
+        if isinstance(self.stream, DocumentStream):
+            if self._samples_in_rest:
+                self.stream.table(self.rest)
+            if samples > self._samples_in_rest:
+                self.stream.table()
+
     def _number_in_rest(self, ordinal: int) -> int:
         in_rest = np.array([ordinal - self._first_ordinal])
-        return int(self.stream.numbers_in(self._rest, in_rest)[0])
+        return int(self.stream.numbers_in(self.rest, in_rest)[0])
 
     def locate(self, ordinal: int) -> LocatedSample:
         """Return where a sample is, and the documents that it consists of."""
         stream = self.stream
         if ordinal - self._first_ordinal < self._samples_in_rest:
-            number, epoch = self._number_in_rest(ordinal), self._rest.epoch
-            fragments = stream.sample_pieces(self._starts, number, self._rest)
+            number, epoch = self._number_in_rest(ordinal), self.rest.epoch
+            fragments = stream.sample_pieces(self._starts, number, self.rest)
             return LocatedSample(epoch, number, self._samples_in_rest, fragments)
         number = int(stream.in_token_order(np.array([ordinal + self._shift]))[0])
         fragments = stream.sample_pieces(self._starts, number)
@@ -83,8 +93,8 @@ class StreamPart:
             within = ordinals - self._first_ordinal
             in_rest = within < self._samples_in_rest
             if in_rest.any():
-                numbers = stream.numbers_in(self._rest, within[in_rest])
-                stream.read_rest(self._starts, self._rest, numbers, rows[in_rest], *to)
+                numbers = stream.numbers_in(self.rest, within[in_rest])
+                stream.read_rest(self._starts, self.rest, numbers, rows[in_rest], *to)
                 ordinals, rows = ordinals[~in_rest], rows[~in_rest]
         if len(ordinals):
             numbers = stream.in_token_order(ordinals + self._shift)

@@ -9,6 +9,7 @@ import numpy as np
 
 from megaphase.corpus import Corpus
 from megaphase.plan import _builder
+from megaphase.plan.document_tables import DocumentTables
 from megaphase.plan.split import held_out_hashes, training_hashes
 from megaphase.utils.files import hash_json
 from megaphase.utils.seeds import derive_key
@@ -25,6 +26,8 @@ class TaskDocuments:
         tokens: number of their tokens, EODs included.
         samples_per_epoch: number of samples of seq_len + 1 tokens; the last may be shorter.
         attend_across_documents: whether a sample's documents attend to each other.
+        bos: the input from which a document's first token is predicted; None: the token before it.
+        tables: of the documents packed into samples; used where samples begin with documents.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class TaskDocuments:
             self._origin |= {"subsample": subsample} if subsample != 1 else {}
         self.seq_len = self._grid = seq_len
         self.attend_across_documents = attend_across_documents
+        self.bos = bos
+        self.tables = DocumentTables()
         self._every_sample_has_a_target = attend_across_documents and tag is None
         side = "held out" if held_out else "training"
         corpus.expect_random_reads()

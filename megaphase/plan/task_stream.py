@@ -12,6 +12,7 @@ import numpy as np
 
 from megaphase.plan import _builder
 from megaphase.plan import stream as texts
+from megaphase.plan.document_stream import DocumentStream
 from megaphase.plan.mixture import TaskSupply
 from megaphase.plan.packed_stream import PackedStream
 from megaphase.plan.position import SampleKind, StreamPosition
@@ -32,8 +33,10 @@ class TaskStream:
             kinds: of the samples of each phase.
         """
         self._stream = stream
-        self._kinds = list(dict.fromkeys(kinds))
-        self._grid = min(kind.seq_len for kind in kinds)
+        self._kinds = list(dict.fromkeys(self.kind_of(kind) for kind in kinds))
+        even = [kind.seq_len for kind in self._kinds if kind.cut == "tokens"]
+        self._grid = min(even or [kind.seq_len for kind in kinds])
+        self._of_documents: dict[int, DocumentStream] = {}
         self._rests = {StreamPosition(): stream.nothing_left()}
 
     @property
@@ -52,8 +55,17 @@ class TaskStream:
         cls = PackedTaskStream if isinstance(stream, PackedStream) else TaskStream
         return cls(stream, kinds)
 
+    def kind_of(self, kind: SampleKind) -> SampleKind:
+        """Return the kind that this task's samples have in a phase with samples of a kind."""
+        return kind
+
     def at(self, kind: SampleKind) -> Stream:
         """Return the stream of samples of one kind, which reads from this task's index."""
+        kind = self.kind_of(kind)
+        if kind.cut == "documents":
+            if kind.seq_len not in self._of_documents:
+                self._of_documents[kind.seq_len] = DocumentStream.of(self._stream, kind.seq_len)
+            return self._of_documents[kind.seq_len]
         return self._stream.at(kind.seq_len, self._grid)
 
     def rest(self, position: StreamPosition) -> Any:
@@ -66,7 +78,7 @@ class TaskStream:
 
     def part(self, position: StreamPosition, kind: SampleKind, starts: np.ndarray) -> StreamPart:
         """Return the samples of a kind from a position on; `starts`: the task's index."""
-        start = position.start_of(kind)
+        start = position.start_of(self.kind_of(kind))
         return StreamPart(self.at(kind), self.rest(start), start.samples, starts)
 
     def epochs(self, position: StreamPosition) -> Fraction:
@@ -78,6 +90,7 @@ class TaskStream:
     def supply(self, kind: SampleKind, position: StreamPosition) -> TaskSupply:
         """Return the supply of samples of a kind after a position."""
         stream = self.at(kind)
+        kind = self.kind_of(kind)
         until = None if position.is_plain(kind) else partial(self._samples_until, position, kind)
         return TaskSupply(stream.tokens, stream.samples_per_epoch, position.samples, until)
 
@@ -98,6 +111,13 @@ class TaskStream:
         [kind, *others] = self._kinds
         if not others and last.is_plain(kind):
             return self.at(kind).index_sizes(last.samples)
+        last = self._last_on_grid(last)
+        if not last.segments:
+            return []
+        if any(kind.cut == "documents" for kind, _ in last.segments):
+            # Where samples are cut at documents, an epoch that they have begun needs no index, but
+            # which epochs those are changes with phases that end early.
+            return [self._on_grid.samples_per_epoch] * (self.rest(last).epoch + 1)
         # A phase that ends early leaves more of an epoch to the next one, and may thereby have it
         # change the length in an earlier one: wherever that is, it reads at most one window beyond
         # as many positions as the plan uses of the epoch.
@@ -114,13 +134,28 @@ class TaskStream:
         """Return a walk through the starts of an epoch in the index."""
         return self._on_grid.walk(epoch)
 
+    def _last_on_grid(self, position: StreamPosition) -> StreamPosition:
+        """Return the last position up to this one at which samples were cut every seq_len
+        tokens."""
+        segments = position.segments
+        while segments and segments[-1].kind.cut == "documents":
+            segments = segments[:-1]
+        return StreamPosition(segments)
+
     @property
     def _on_grid(self) -> Stream:
         return self.at(SampleKind(self._grid))
 
 
 class PackedTaskStream(TaskStream):
-    """Likewise of translation pairs, of which the index stores one epoch for each length."""
+    """Likewise of translation pairs, of which the index stores one epoch for each length.
+
+    They are packed whatever a phase's `cut` is.
+    """
+
+    def kind_of(self, kind: SampleKind) -> SampleKind:
+        """Return the kind of the same length that pairs have."""
+        return SampleKind(kind.seq_len)
 
     def first_indexed_epoch(self, first: StreamPosition) -> int:
         """Return 0: all epochs need those that the index stores."""

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from megaphase.config.load import load_run_file
 from megaphase.config.run import RunConfig
-from megaphase.plan.build import Say, plan_folder
+from megaphase.plan.build import plan_folder
+from megaphase.plan.built_folder import Say
 from megaphase.plan.index import damage
 from megaphase.plan.load_plan import build_plan, build_temporary_plan
 from megaphase.plan.origin import read_origin

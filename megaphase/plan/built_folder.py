@@ -1,0 +1,85 @@
+"""A folder that one process builds while the others wait, and that is built again if damaged."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from megaphase.utils.errors import RunError
+from megaphase.utils.files import make_directory, remove_abandoned, remove_soon
+from megaphase.utils.locks import exclusive_lock
+from megaphase.utils.set_aside import make_way_for_directory, set_aside
+
+Say = Callable[[str], object]
+# Removes the partial output if the build is interrupted or fails.
+Discard = Callable[[Path], object]
+
+
+def ensure_folder(
+    folder: Path,
+    damage: Callable[[Path], str | None],
+    build: Callable[[Path, Discard], object],
+    own_files: re.Pattern[str],
+    say: Say,
+) -> None:
+    """Build a folder in a run's directory of plans unless a valid one exists.
+
+    Args:
+        damage: returns why a folder cannot be used, or None.
+        build: publishes the folder.
+        own_files: the names of the files that `build` writes; a folder with others is set aside.
+        say: called with sentences for the user.
+
+    Raises:
+        RunError: the disk cannot be written.
+        Others that `build` raises.
+    """
+    if folder.is_dir() and damage(folder) is None:
+        return
+    with _os_errors_named(folder):
+        make_way_for_directory(folder.parent, "the directory of plans", say)
+    run_dir = folder.parent.parent
+    with _new_directories(folder.parent, run_dir) as new, _os_errors_named(folder):
+        waiting = partial(say, f"{folder}: another process is building this plan; waiting for it")
+        with exclusive_lock(folder.with_name(f".{folder.name}.lock"), waiting):
+            make_way_for_directory(folder, "the index of a plan", say)
+            if folder.exists():
+                problem = damage(folder)
+                if problem is None:
+                    return
+                _remove_damaged(folder, problem, own_files, say)
+            remove_abandoned(folder)
+            build(folder, partial(remove_soon, then_if_empty=new))
+
+
+def _remove_damaged(folder: Path, problem: str, own_files: re.Pattern[str], say: Say) -> None:
+    if folder.is_symlink() or any(not own_files.fullmatch(p.name) for p in folder.iterdir()):
+        set_aside(folder, "the index of a plan", say)
+    else:
+        say(f"{folder}: {problem}; building the plan again")
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _new_directories(*directories: Path) -> Iterator[list[Path]]:
+    """Create the directories; at the end, remove those that were created and are empty."""
+    new = [each for each in directories if not each.exists()]
+    make_directory(directories[0])
+    try:
+        yield new
+    finally:
+        for each in new:
+            with suppress(OSError):
+                each.rmdir()
+
+
+@contextmanager
+def _os_errors_named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{folder}: the plan could not be written ({error.strerror})") from error

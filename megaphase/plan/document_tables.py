@@ -1,0 +1,189 @@
+"""Where the tables of packed documents are stored: in a run's directory of plans.
+
+A table is a folder, `documents-FINGERPRINT`, published by renaming, of
+
+    parts        u32 or u64 [parts, 3], see document_table.py
+    first_parts  i64 [samples + 1]
+    positions    i64 [samples + 1]
+    index.json   their sizes and hashes
+
+Plans, also of branches, that pack the same documents in the same way share it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from threading import RLock
+from typing import Any
+
+import numpy as np
+
+from megaphase.plan.build_pool import ReportProgress
+from megaphase.plan.built_folder import Discard, Say, ensure_folder
+from megaphase.plan.document_table import DocumentTable, PackedSource, filled_positions
+from megaphase.plan.hashed_chunks import HashedChunkWriter, pieces_damage
+from megaphase.utils.errors import InputError
+from megaphase.utils.files import (
+    atomic_write_json,
+    directory_written_aside,
+    read_json,
+    with_hash,
+    without_hash,
+)
+
+FORMAT_VERSION = 1
+HEADER_FILE = "index.json"
+_ARRAYS = ("parts", "first_parts", "positions")
+_OF_A_TABLE = re.compile("|".join([re.escape(HEADER_FILE), *_ARRAYS]))
+
+
+class DocumentTables:
+    """The tables of one task's documents.
+
+    Attributes:
+        folder: where they are stored; None: they are kept in memory.
+        say: called with sentences for the user.
+        progress: called while a table is built.
+    """
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.say: Say = lambda _: None
+        self.progress: ReportProgress = lambda *_: None
+        self._tables: dict[str, DocumentTable] = {}
+        self._counts: dict[str, int] = {}
+        self._lock = RLock()
+
+    def samples(self, source: PackedSource) -> int:
+        """Return the number of samples of a table, which is only counted where it is not known in
+        which folder to store it."""
+        with self._lock:
+            if source.fingerprint not in self._counts:
+                if self.folder is not None:
+                    return self.table(source).samples
+                count = sum(len(sizes) for _, sizes in source.packed())
+                self._counts[source.fingerprint] = count
+            return self._counts[source.fingerprint]
+
+    def table(self, source: PackedSource) -> DocumentTable:
+        """Return a table; build it unless it is stored.
+
+        Raises:
+            InputError: the corpus changed meanwhile.
+            RunError: the disk cannot be written.
+        """
+        with self._lock:
+            table = self._tables.get(source.fingerprint)
+            if table is None:
+                table = self._stored(source) if self.folder else _in_memory(source)
+                self._tables[source.fingerprint] = table
+                known = self._counts.setdefault(source.fingerprint, table.samples)
+                if known != table.samples:
+                    raise InputError(source.what, "changed while it was read", "start again")
+            return table
+
+    def _stored(self, source: PackedSource) -> DocumentTable:
+        assert self.folder is not None
+        folder = self.folder / f"documents-{source.fingerprint[:16]}"
+        build = partial(_build, source, self.progress)
+        ensure_folder(folder, partial(_damage, source), build, _OF_A_TABLE, self.say)
+        header = _read_header(folder)
+        dtypes = [source.dtype, np.int64, np.int64]
+        parts, first_parts, positions = (
+            _map(folder / name, dtype) for name, dtype in zip(_ARRAYS, dtypes, strict=True)
+        )
+        shaped = parts.reshape(-1, 3)
+        return DocumentTable(source.fingerprint, shaped, first_parts, positions, header["filled"])
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    header = read_json(folder / HEADER_FILE)
+    if not isinstance(header, dict):
+        raise ValueError(f"{HEADER_FILE} is not a JSON object")
+    return without_hash(header)
+
+
+def _damage(source: PackedSource, folder: Path) -> str | None:
+    """Return why a stored table cannot be used, or None if no byte of it was altered."""
+    try:
+        header = _read_header(folder)
+    except FileNotFoundError:
+        return f"{HEADER_FILE} is missing"
+    except (OSError, ValueError):
+        return f"{HEADER_FILE} has been altered"
+    if (header.get("format"), header.get("fingerprint")) != (FORMAT_VERSION, source.fingerprint):
+        return f"{HEADER_FILE} belongs to another table"
+    for name, file in header["files"].items():
+        if fault := pieces_damage(folder / name, file["bytes"], file["pieces"], threads=2):
+            return f"{name} {fault}"
+    return None
+
+
+def _map(path: Path, dtype: type[np.generic]) -> np.ndarray:
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)
+    # A plain view: numpy's memmap class costs microseconds at every use.
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+
+def _write(
+    source: PackedSource,
+    write: Callable[[str, np.ndarray], object],
+    progress: ReportProgress,
+) -> int:
+    """Pack, and hand over the arrays in pieces; return the filled positions."""
+    largest = (1 << 8 * np.dtype(source.dtype).itemsize) - 1
+    parts_done = done = filled = 0
+    for name in _ARRAYS[1:]:
+        write(name, np.zeros(1, np.int64))
+    for parts, sizes in source.packed():
+        if parts.max(initial=0) > largest:
+            raise InputError(source.what, "has a document of 2^32 tokens or more", "split it")
+        ends = np.cumsum(sizes)
+        positions = np.cumsum(parts[:, 2])
+        write("parts", parts.astype(source.dtype))
+        write("first_parts", parts_done + ends)
+        write("positions", done + positions[ends - 1])
+        filled += filled_positions(parts, sizes, source.bos)
+        parts_done += len(parts)
+        done += int(positions[-1])
+        progress(source.what, min(done, source.targets), source.targets)
+    return filled
+
+
+def _in_memory(source: PackedSource) -> DocumentTable:
+    pieces: dict[str, list[np.ndarray]] = {"parts": [np.empty((0, 3), source.dtype)]}
+    filled = _write(
+        source, lambda name, piece: pieces.setdefault(name, []).append(piece), lambda *_: None
+    )
+    parts, first_parts, positions = (np.concatenate(pieces[name]) for name in _ARRAYS)
+    return DocumentTable(source.fingerprint, parts, first_parts, positions, filled)
+
+
+def _build(source: PackedSource, progress: ReportProgress, folder: Path, discard: Discard) -> None:
+    """Write a table and publish it as `folder`."""
+    with (
+        directory_written_aside(folder, discard) as aside,
+        ThreadPoolExecutor(1, thread_name_prefix="plan-flusher") as flusher,
+        open(aside / "parts", "wb", buffering=0) as parts,
+        open(aside / "first_parts", "wb", buffering=0) as first_parts,
+        open(aside / "positions", "wb", buffering=0) as positions,
+    ):
+        files = zip(_ARRAYS, (parts, first_parts, positions), strict=True)
+        writers = {name: HashedChunkWriter(file.fileno(), 0, flusher) for name, file in files}
+        filled = _write(source, lambda name, piece: writers[name].write(piece), progress)
+        pieces = {name: writer.finish() for name, writer in writers.items()}
+        header = {
+            "format": FORMAT_VERSION,
+            "fingerprint": source.fingerprint,
+            "filled": filled,
+            "files": {
+                name: {"bytes": sum(size for _, size, _ in each), "pieces": each}
+                for name, each in pieces.items()
+            },
+        }
+        atomic_write_json(aside / HEADER_FILE, with_hash(header))
