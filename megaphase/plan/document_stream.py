@@ -57,7 +57,7 @@ class DocumentStream(Stream):
         return self.tables.table(self._source(rest))
 
     def _source(self, rest: Remainder | None) -> PackedSource:
-        packed = [FORMAT_VERSION, PACKING_WINDOW, self.fingerprint, self.bos]
+        packed = [FORMAT_VERSION, PACKING_WINDOW, self.fingerprint_at(self.seq_len), self.bos]
         return PackedSource(
             hash_json(packed if rest is None else [*packed, rest.fingerprint]),
             f"documents of {self.task}",
