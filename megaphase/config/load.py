@@ -47,6 +47,24 @@ def _check_references(config: RunConfig) -> None:
                     f"no task {shown(task)} with a corpus under tasks",
                     hint(task, config.tasks, "the tasks are"),
                 )
+    _check_loss_weights(config)
+
+
+def _check_loss_weights(config: RunConfig) -> None:
+    """In every phase, some task that it samples has a weight above 0."""
+    for i, phase in enumerate(config.phases):
+        weights, mixture = config.loss_weights(i), phase.mixture
+        sampled = list(config.tasks)
+        if mixture.rates is not None:
+            sampled = [task for task, rate in mixture.rates.items() if rate != 0]
+        elif mixture.over is not None:
+            sampled = config.selected_tasks(mixture.over)
+        if not any(weights[task] for task in sampled):
+            raise InputError(
+                config.where(f"phases[{i}].loss_weights"),
+                f"the tasks that {phase.name} samples, {', '.join(sampled)}, all have the weight 0",
+                "give one of them a weight above 0, here or as tasks.NAME.loss_weight",
+            )
 
 
 def _check_unfreezing(config: RunConfig) -> None:
@@ -115,6 +133,7 @@ def _mentioned_tasks(config: RunConfig) -> Iterator[tuple[str, str | list[str]]]
         yield f"{place}.mixture.rates", list(phase.mixture.rates or {})
         yield f"{place}.mixture.over", phase.mixture.over or []
         yield f"{place}.epochs", list(phase.epochs or {})
+        yield f"{place}.loss_weights", list(phase.loss_weights or {})
         yield f"{place}.stop.loss", list(phase.stop.loss or {})
         if phase.stop.overfit is not None:
             yield f"{place}.stop.overfit.tasks", phase.stop.overfit.tasks

@@ -7,7 +7,15 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from megaphase.callbacks.early_stopping import StopConfig
-from megaphase.config.fields import Count, CountOrZero, Epochs, PhaseName, Section, Steps
+from megaphase.config.fields import (
+    Count,
+    CountOrZero,
+    Epochs,
+    PhaseName,
+    PositiveOrZero,
+    Section,
+    Steps,
+)
 from megaphase.model.config import PhaseModelConfig
 from megaphase.optim.average_config import AverageConfig
 from megaphase.optim.schedules import LearningRateConfig
@@ -34,6 +42,8 @@ class PhaseConfig(Section):
     several tasks, the one that gets there first ends the phase. Not with `mixture.max_epochs`."""
     mixture: MixtureConfig
     """Sampling rates of the tasks."""
+    loss_weights: dict[str, PositiveOrZero] | None = Field(default=None, min_length=1)
+    """Weights of tasks' losses in this phase, in place of `tasks.NAME.loss_weight`."""
     order: Literal["balanced", "random"] = "balanced"
     """`balanced`: after any n samples the count of every task differs from its rate times n by less
     than one. `random`: the task of every sample is drawn independently, and `max_epochs` holds on

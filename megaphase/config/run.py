@@ -116,6 +116,11 @@ class RunConfig(Section):
         own = self.phases[number].model
         return self.model if own is None else own.over(self.model)
 
+    def loss_weights(self, number: int) -> dict[str, float]:
+        """The weight of every task's losses in a phase."""
+        own = self.phases[number].loss_weights or {}
+        return {name: own.get(name, task.loss_weight) for name, task in self.tasks.items()}
+
     def held_out_fraction(self, task: str) -> float:
         """The fraction of a task's documents that is held out of training."""
         own = self.tasks[task].held_out

@@ -53,6 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         vocabulary: Vocabulary,
         backward_follows: bool,
+        loss_weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
         penalties: list[Tensor] = []
@@ -70,19 +71,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if penalty is not None:
                 penalties.append(penalty)
             if gradient is not None:
-                ctx.for_x[rows] = matmul(gradient, used)
-                add_weight_gradient(ctx.for_weight, gradient, part)
+                # Losses are weighed where their gradients are narrow, not over the vocabulary.
+                by = None if loss_weights is None else loss_weights[rows].unsqueeze(-1)
+                ctx.for_x[rows] = _weighed(matmul(gradient, used), by)
+                add_weight_gradient(ctx.for_weight, gradient, _weighed(part, by))
             del logits, gradient  # before the next ones take memory
         ctx.mark_non_differentiable(losses)
-        total = losses.sum()
-        return (total + torch.cat(penalties).sum() if penalties else total), losses
+        total = _weighed(losses, loss_weights).sum()
+        if penalties:
+            total = total + _weighed(torch.cat(penalties), loss_weights).sum()
+        return total, losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         for_x, for_weight = ctx.for_x.mul_(grads[0]), ctx.for_weight.mul_(grads[0])
         del ctx.for_x, ctx.for_weight
-        return for_x, for_weight.to(ctx.dtype), None, None, None
+        return for_x, for_weight.to(ctx.dtype), None, None, None, None
+
+
+def _weighed(x: Tensor, by: Tensor | None) -> Tensor:
+    """x · by, in x's type; by: fp32."""
+    return x if by is None else (x * by).to(x.dtype)
 
 
 def tokens_at_a_time(rows: int, device: torch.device) -> int:
@@ -211,20 +221,26 @@ def _all_reduce(x: Tensor, operation: Any, grid: ProcessGrid) -> None:
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocabulary: Vocabulary,
+    loss_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of all losses and the loss of every token, in nats, fp32 [] and [batch, seq].
 
     x:       [batch, seq, hidden], whole on every rank
     weight:  [rows of this rank's vocabulary, hidden]; cast to x's dtype when it is used
     targets: int64 [batch, seq], token ids of the whole vocabulary; `ignored` ones have loss 0
+    loss_weights: fp32 [batch, seq], by which each loss is multiplied in the sum; None: 1
 
     Gradients flow only through the sum, which has the z-loss in it where a backward pass follows;
     the losses of tokens never have it. Only the largest logit, the sum of exponentials and the
     target's logit of each token are exchanged between ranks (Shoeybi et al. 2019, section 3).
     """
     backward_follows = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    by = None if loss_weights is None else loss_weights.flatten()
     total, losses = _LinearCrossEntropy.apply(
-        x.flatten(0, -2), weight, targets.flatten(), vocabulary, backward_follows
+        x.flatten(0, -2), weight, targets.flatten(), vocabulary, backward_follows, by
     )
     return total, losses.view(targets.shape)

@@ -122,8 +122,13 @@ class VocabParallelHead(CostedLayer):
         part = tokens_at_a_time(rows, build.device)
         self.vocabulary = Vocabulary(first, ignored, grid, build.kernels, part, softcap, z_loss)
 
-    def forward(self, x: Tensor, targets: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [batch, seq, real rows of this rank]; with targets, see `linear_cross_entropy`."""
+    def forward(
+        self, x: Tensor, targets: Tensor | None, row_weights: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [batch, seq, real rows of this rank]; with targets, see `linear_cross_entropy`.
+
+        row_weights: fp32 [batch], those of the losses of each row.
+        """
         x = self.region.enter(x)
         weight = self.weight[: self.real_rows] if self.padded else self.weight
         if targets is None:
@@ -131,7 +136,11 @@ class VocabParallelHead(CostedLayer):
             cap = self.vocabulary.softcap
             return logits if cap is None else softcapped(logits, cap)
         order = stored_order(x)
-        total, losses = linear_cross_entropy(order(x), weight, order(targets), self.vocabulary)
+        if row_weights is not None:
+            row_weights = order(row_weights.unsqueeze(1).expand_as(targets))
+        total, losses = linear_cross_entropy(
+            order(x), weight, order(targets), self.vocabulary, row_weights
+        )
         return total, order(losses)
 
     def flops_per_token(self, seq_len: int) -> int:

@@ -214,6 +214,7 @@ class GPT(CostedLayer):
         dropout_seeds: Tensor | None = None,
         cache: KVCache | None = None,
         bounds: DocumentBounds | None = None,
+        row_weights: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The sum of all losses and the loss of every token, or logits when there are no targets.
 
@@ -221,7 +222,8 @@ class GPT(CostedLayer):
         IGNORED_TARGET. documents: int64 [batch, seq], ascending along a row; where they are given,
         a token sees those of its own document alone; bounds: of these documents, see
         `attend_within`. dropout_seeds: int64 [batch], see `dropout.row_seeds`; nothing is dropped
-        where they are missing. Returns nats, fp32 [] and [batch, seq] with 0 at ignored targets, of
+        where they are missing. row_weights: fp32 [batch], by which the losses of each row are
+        multiplied in the sum. Returns nats, fp32 [] and [batch, seq] with 0 at ignored targets, of
         which the sum alone has a gradient, and where one is wanted also the z-loss; or logits
         [batch, seq, vocabulary of this rank].
 
@@ -240,7 +242,7 @@ class GPT(CostedLayer):
                 parts = block(of_block, *parts)
         x = self._whole(parts)
         _, normed = self.norm(x if cached is None else x[:, -1])
-        return self.head(normed, targets)
+        return self.head(normed, targets, row_weights)
 
     def _embed(
         self, tokens: Tensor, documents: Tensor | None, cached: CachedBatch | None

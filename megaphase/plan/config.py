@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megaphase.config.fields import FilePath, FractionAbove0, ProperFraction, Section, Word
+from megaphase.config.fields import (
+    FilePath,
+    FractionAbove0,
+    PositiveOrZero,
+    ProperFraction,
+    Section,
+    Word,
+)
 
 
 class TaskConfig(Section):
@@ -31,6 +38,12 @@ class TaskConfig(Section):
     role: Word | None = None
     """Any word, such as `high` or `low`, by which `mixture.over`, `monitor.tasks` and
     `overfit.tasks` can name several tasks."""
+
+    loss_weight: PositiveOrZero = 1.0
+    """Weight of the task's losses in training, in place of or beside its sampling rate. The loss of
+    a step is the sum over its tokens of weight times loss, divided by the sum of their weights, so
+    only the ratios of the tasks' weights matter. A task with weight 0 is sampled and measured, and
+    trains nothing. Losses are reported and validated without weights."""
 
     @property
     def attends_across_documents(self) -> bool:

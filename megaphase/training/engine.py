@@ -84,6 +84,7 @@ class Engine:
         self.backends = backends = choose_backends(config)
         self.grid = grid
         self._tasks = tasks
+        self._loss_weights: Tensor | None = None
         self._seed, self._dropout = config.seed, shape.dropout
         self._dtype = compute_dtype(config)
         self.micro = config.phase_batch(0).micro
@@ -162,11 +163,24 @@ class Engine:
         weights. The optimizer state must be reset before the next step."""
         self._rows.choose(tokens)
 
+    def weigh_losses(self, weights: Sequence[float]) -> None:
+        """Multiply the losses of each task by its weight, from the next training step on.
+
+        weights: by the tasks' numbers, of which one is above 0; only their ratios matter.
+        """
+        equal = min(weights) == max(weights)
+        largest = max(weights)
+        self._loss_weights = (
+            None if equal else torch.tensor([each / largest for each in weights]).double()
+        )
+
     def train_step(self, batch: Batch, learning_rate: float, step: int | None = None) -> StepResult:
         """Accumulate gradients over this rank's rows of the global batch, then step.
 
         The loss is the mean over all tokens of the global batch that have a target, whatever the
-        layout; the gradient is zero where none has. A gradient that is not finite changes nothing.
+        layout, weighted by `weigh_losses`; the gradient is zero where none has a target or a
+        weight. A gradient that is not finite changes nothing. The losses of the result have no
+        weights.
         The host waits for the device only where DeepSpeed does (docs/performance.md lists where).
 
         step: its number over the whole run, which dropout needs and nothing else.
@@ -177,7 +191,7 @@ class Engine:
         tokens = self._over_ranks(self._scored_tokens(batch))
         # DeepSpeed takes the mean over micro-batches and data-parallel ranks; this makes it a sum.
         factor = self._accumulate(len(batch)) * self.grid.data_size
-        scale = (factor / tokens.sum().clamp(min=1.0)).float()
+        scale = (factor / self._weighed(tokens)).float()
         row_losses = []
         seeds = self._dropout_seeds(len(batch), step)
         norm: Tensor | float = 0.0
@@ -203,6 +217,13 @@ class Engine:
         if hasattr(zero, "gradient_accumulation_steps"):
             zero.gradient_accumulation_steps = number
         return number
+
+    def _weighed(self, tokens: Tensor) -> Tensor:
+        """The sum of the weights of all scored tokens, 1 if that is 0; tokens: [tasks]."""
+        if self._loss_weights is None:
+            return tokens.sum().clamp(min=1.0)
+        total = (tokens * to_device(self._loss_weights)).sum()
+        return total.where(total > 0, 1.0)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> TaskLosses:
@@ -299,7 +320,10 @@ class Engine:
                 bounds = (micro.bounds or DocumentBounds.of(documents)).apply(to_device)
             documents = to_device(documents)
         inputs, targets = to_device(micro.inputs), to_device(micro.targets)
+        row_weights = None
+        if self._loss_weights is not None and self._engine.training:
+            row_weights = to_device(self._loss_weights.float()[micro.tasks])
         losses: tuple[Tensor, Tensor] = self._engine(
-            inputs, targets, documents, dropout_seeds, bounds=bounds
+            inputs, targets, documents, dropout_seeds, bounds=bounds, row_weights=row_weights
         )
         return losses

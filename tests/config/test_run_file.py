@@ -205,6 +205,15 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
         ("{tensor: 1}", "{secondary_partition: 1}",
          "run.yaml: parallel.secondary_partition: must be at least 2; found 1"),
         ("{tensor: 1}", "{zero: 4}", "run.yaml: parallel.zero: must be 0, 1, 2 or 3; found 4"),
+        # weights of losses
+        ("hi: {corpus: data/hi}", "hi: {corpus: data/hi, loss_weight: -1}",
+         "run.yaml: tasks.hi.loss_weight: must be at least 0; found -1"),
+        ("name: joint", "name: joint\n    loss_weights: {fr: 1}",
+         "run.yaml: phases[1].loss_weights: no task 'fr' with a corpus under tasks; the tasks are "
+         "en, hi, no"),
+        ("name: joint", "name: joint\n    loss_weights: {en: 0, hi: 0}",
+         "run.yaml: phases[1].loss_weights: the tasks that joint samples, en, hi, all have the "
+         "weight 0; give one of them a weight above 0, here or as tasks.NAME.loss_weight"),
         # the model of a phase
         ("name: joint", "name: joint\n    model: {seq_len: 128, layers: 2}",
          "run.yaml: phases[1].model: unknown key 'layers'; the keys here are seq_len, rotary_base, "
