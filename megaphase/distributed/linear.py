@@ -97,7 +97,9 @@ class ColumnParallelLinear(_CostedLinear):
         super().__init__()
         self.region = build.region
         self.hidden, outputs = inputs, sum(segments)
-        weight = ParameterSpec((outputs, inputs), Normal(std), dim=0, segments=segments)
+        weight = ParameterSpec(
+            (outputs, inputs), Normal(std), dim=0, segments=segments, matrix=True
+        )
         self.weight = build.parameter("weight", weight)
         self.bias = None
         if bias:
@@ -147,7 +149,7 @@ class RowParallelLinear(_CostedLinear):
         super().__init__()
         self.region = build.region
         self.hidden = outputs
-        weight = ParameterSpec((outputs, inputs), Normal(std), dim=1)
+        weight = ParameterSpec((outputs, inputs), Normal(std), dim=1, matrix=True)
         self.weight = build.parameter("weight", weight)
         self.bias = None
         if bias:

@@ -43,6 +43,8 @@ class ParameterSpec:
             say); empty for the whole dimension.
         padded: whether `dim` is padded to a multiple of the tensor-parallel size, rather than
             required to be one.
+        matrix: whether it multiplies the activations of every token within a layer, so that an
+            optimizer of matrices may update it; each segment is a matrix of its own.
     """
 
     shape: tuple[int, ...]
@@ -51,6 +53,7 @@ class ParameterSpec:
     dim: int | None = None
     segments: tuple[int, ...] = ()
     padded: bool = False
+    matrix: bool = False
 
     @property
     def numel(self) -> int:

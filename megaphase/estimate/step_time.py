@@ -9,15 +9,17 @@ from megaphase.estimate.communication import data_traffic, tensor_backward, tens
 from megaphase.estimate.flops import backward_work, forward_work
 from megaphase.estimate.hardware import Hardware
 from megaphase.estimate.setup import Setup
-from megaphase.model.parameters import parameter_sizes, train_flops_per_token
+from megaphase.model.parameters import parameter_sizes, parameter_specs, train_flops_per_token
+from megaphase.optim.config import MuonConfig
+from megaphase.optim.muon import matrix_flops
 
 # matrices, attention, elementwise: computing, with recomputation. tensor, data: waiting for
 # tensor-parallel and data-parallel communication. optimizer: its pass over the weights.
 PARTS = ("matrices", "attention", "elementwise", "tensor", "data", "optimizer")
 # Passes of the optimizer over a weight; before them the gradient is read for the norm, and read and
 # written to be clipped. AdamW, fused, reads gradient, weight and two moments, and writes the last
-# three; Lion's operations are five.
-OPTIMIZER_PASSES = {"adamw": 7, "lion": 3 + 2 + 2 + 3 + 3}
+# three; Lion's operations are five. Muon's are four, and pieces are sent and received twice.
+OPTIMIZER_PASSES = {"adamw": 7, "lion": 3 + 2 + 2 + 3 + 3, "muon": 3 + 3 + 2 + 3 + 4}
 CLIPPING_PASSES = 3
 
 
@@ -66,7 +68,7 @@ def step_time(setup: Setup, hardware: Hardware) -> StepTime:
     seconds = _seconds_by_kind((forward + backward) * count, hardware) | {
         "tensor": tensor_all.seconds,
         "data": data_all.seconds,
-        "optimizer": hardware.memory_seconds(_optimizer_bytes(setup)),
+        "optimizer": _optimizer_seconds(setup, hardware),
     }
     tokens = setup.samples * setup.shape.seq_len
     sent_by = {"tensor": tensor_all.sent, "data": data_all.sent - data_all.secondary}
@@ -91,6 +93,17 @@ def _seconds_by_kind(work: Work, hardware: Hardware) -> dict[str, float]:
 
 def _seconds(work: Work, hardware: Hardware) -> float:
     return sum(_seconds_by_kind(work, hardware).values())
+
+
+def _optimizer_seconds(setup: Setup, hardware: Hardware) -> float:
+    """Of the optimizer's pass over the weights; Muon's products, without the time that its pieces
+    are on their way."""
+    seconds = hardware.memory_seconds(_optimizer_bytes(setup))
+    if isinstance(setup.optimizer, MuonConfig):
+        specs, iterations = parameter_specs(setup.shape), setup.optimizer.iterations
+        flops = sum(matrix_flops(spec, iterations) for spec in specs.values() if spec.matrix)
+        seconds += hardware.matrix_seconds(flops / (setup.tensor * setup.data))
+    return seconds
 
 
 def _optimizer_bytes(setup: Setup) -> float:

@@ -16,12 +16,12 @@ Decay = Annotated[float, Field(ge=0, le=100)]
 
 class AdamWConfig(Section):
     """The optimizer is AdamW (Loshchilov and Hutter 2019), or the one that `name` names:
-    [`lion`](#optimizer-with-name-lion). [optimizers.md](optimizers.md) compares them. Which keys
-    there are depends on `name`."""
+    [`lion`](#optimizer-with-name-lion) or [`muon`](#optimizer-with-name-muon).
+    [optimizers.md](optimizers.md) compares them. Which keys there are depends on `name`."""
 
     # Not in run.json, so that run directories of versions that had AdamW alone are the same.
     name: Literal["adamw"] = Field(default="adamw", exclude=True)
-    """The optimizer: `adamw` or `lion`."""
+    """The optimizer: `adamw`, `lion` or `muon`."""
     betas: Betas = (0.9, 0.95)
     """Decay rates of the first and second moment."""
     eps: Epsilon = 1e-8
@@ -47,7 +47,43 @@ class LionConfig(Section):
     """Largest global gradient norm, to which larger gradients are scaled down; 0 does not clip."""
 
 
-NAMES = ("adamw", "lion")
+class MuonAdamWConfig(Section):
+    """AdamW within Muon, for embeddings, output projection, norms and biases."""
+
+    learning_rate_factor: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """Their learning rate, as a multiple of the phase's."""
+    betas: Betas = (0.9, 0.95)
+    """Decay rates of the first and second moment."""
+    eps: Epsilon = 1e-8
+    """Added to the root of the second moment."""
+
+
+class MuonConfig(Section):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the momentum of each matrix of
+    the layers, made roughly orthogonal by Newton–Schulz iterations; queries, keys and values, and
+    the two halves of a gated feed-forward layer, are matrices of their own. Each is computed whole
+    on one process, whatever the layout, in the precision of the run. Everything else is trained by
+    AdamW."""
+
+    name: Literal["muon"]
+    """The optimizer."""
+    momentum: FractionBelow1 = 0.95
+    """Decay rate of the momentum, which is Nesterov's."""
+    iterations: Annotated[int, Field(ge=1, le=100)] = 5
+    """Newton–Schulz iterations."""
+    scale: Literal["match_adamw", "original"] = "match_adamw"
+    """Factor of the updates of a matrix of m × n: `match_adamw`, 0.2 √max(m, n), so that learning
+    rates and weight decay are those of AdamW (Liu et al. 2025, arXiv 2502.16982); `original`,
+    √max(1, m/n), with learning rates near 0.02."""
+    weight_decay: Decay = 0.1
+    """Decoupled weight decay of all matrices; norms and biases have none."""
+    clip: PositiveOrZero = 1.0
+    """Largest global gradient norm, to which larger gradients are scaled down; 0 does not clip."""
+    adamw: MuonAdamWConfig = MuonAdamWConfig()
+    """AdamW for everything but the matrices of the layers."""
+
+
+NAMES = ("adamw", "lion", "muon")
 
 
 def _known_name(value: Any) -> Any:
@@ -55,7 +91,7 @@ def _known_name(value: Any) -> Any:
     name = value.get("name", "adamw") if isinstance(value, dict) else "adamw"
     if name not in NAMES:
         known = hint(name, NAMES, "the optimizers are") if isinstance(name, str) else None
-        raise ValueError(f"name is {shown(name)}; {known or 'it is ' + ' or '.join(NAMES)}")
+        raise ValueError(f"name is {shown(name)}; {known or 'it is one of ' + ', '.join(NAMES)}")
     return value
 
 
@@ -65,7 +101,9 @@ def _tag(value: Any) -> str:
 
 
 OptimizerConfig = Annotated[
-    Annotated[AdamWConfig, Tag(union_tag("adamw"))] | Annotated[LionConfig, Tag(union_tag("lion"))],
+    Annotated[AdamWConfig, Tag(union_tag("adamw"))]
+    | Annotated[LionConfig, Tag(union_tag("lion"))]
+    | Annotated[MuonConfig, Tag(union_tag("muon"))],
     Discriminator(_tag),
     BeforeValidator(_known_name),
 ]

@@ -8,22 +8,28 @@ import torch
 from torch import nn
 
 from megaphase.distributed.parameter_spec import spec_of
-from megaphase.optim.config import AdamWConfig, LionConfig, OptimizerConfig
+from megaphase.optim.config import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig
 from megaphase.optim.lion import Lion
+from megaphase.optim.muon import Muon
 from megaphase.optim.parameter_state import groups_of
 
 # DeepSpeed takes a step on zero gradients at the start, which must do nothing.
 _AT_FIRST = 0.0
+LR_FACTOR = "lr_factor"
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, name: str) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, name: str, dtype: torch.dtype
+) -> torch.optim.Optimizer:
     """Return the optimizer that the run file names.
 
-    name: the implementation, torch or apex; apex has AdamW alone.
+    name: the implementation, torch or apex; apex has AdamW alone. dtype: that of the activations.
     """
     groups = _parameter_groups(model, config)
     if isinstance(config, LionConfig):
         return Lion(groups, lr=_AT_FIRST, betas=config.betas)
+    if isinstance(config, MuonConfig):
+        return Muon(groups, config, dtype, lr=_AT_FIRST)
     return _adamw(groups, config, name)
 
 
@@ -50,13 +56,26 @@ def _parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[st
     """The groups of `parameter_state.groups_of`, as torch's optimizers take them."""
     parameters = dict(model.named_parameters())
     specs = {name: spec_of(parameter) for name, parameter in parameters.items()}
-    return [
-        {
-            "params": [parameters[name] for name in group.names],
-            "weight_decay": config.weight_decay if group.weight_decay else 0.0,
-        }
-        for group in groups_of(config, specs)
-    ]
+    groups = []
+    for group in groups_of(config, specs):
+        factor = 1.0
+        if isinstance(config, MuonConfig) and group.state.update == "adamw":
+            factor = config.adamw.learning_rate_factor
+        groups.append(
+            {
+                "params": [parameters[name] for name in group.names],
+                "weight_decay": config.weight_decay if group.weight_decay else 0.0,
+                "update": group.state.update,
+                LR_FACTOR: factor,
+            }
+        )
+    return groups
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of every group, as a multiple of the phase's."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group[LR_FACTOR]
 
 
 def _apex_adamw(groups: list[dict[str, object]], **options: Any) -> torch.optim.Optimizer:

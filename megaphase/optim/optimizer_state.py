@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -30,33 +29,9 @@ from megaphase.checkpoint.saver import Snapshot
 from megaphase.distributed.parameter_spec import spec_of
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.distributed.sharding import ParameterLayout, layout_of
+from megaphase.optim.addresses import AddressedOptimizer, Addresses, Fragment, MasterGroup
 from megaphase.optim.config import OptimizerConfig
 from megaphase.optim.parameter_state import state_of, stored_by
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A piece of a parameter, and its first element in the flat tensor."""
-
-    name: str
-    piece: Piece
-    offset: int
-
-    def of(self, flat: Tensor) -> Tensor:
-        """The piece's elements, a view."""
-        return flat.narrow(0, self.offset, self.piece.stop - self.piece.start)
-
-
-@dataclass(frozen=True)
-class MasterGroup:
-    """A flat fp32 tensor that the optimizer updates, and this rank's pieces in it.
-
-    names: the parameters of which any data-parallel rank has a piece in it, in their order.
-    """
-
-    flat: nn.Parameter
-    fragments: list[Fragment]
-    names: list[str]
 
 
 class OptimizerState:
@@ -96,6 +71,10 @@ class OptimizerState:
             name: state_of(config, spec_of(parameter))
             for name, parameter in self._parameters.items()
         }
+        if isinstance(optimizer, AddressedOptimizer):
+            specs = {name: spec_of(parameter) for name, parameter in self._parameters.items()}
+            groups = {id(group.flat): group for group in self._groups()}
+            optimizer.addresses = Addresses(grid, self._stage, self.layouts, specs, groups)
 
     def reset(self) -> None:
         """Reset moments and step counts; the fp32 weights are kept."""

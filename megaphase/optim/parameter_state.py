@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megaphase.distributed.parameter_spec import ParameterSpec
-from megaphase.optim.config import AdamWConfig, LionConfig, OptimizerConfig
+from megaphase.optim.config import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig
 
 FIRST, SECOND = "exp_avg", "exp_avg_sq"
 
@@ -31,6 +31,8 @@ def state_of(config: OptimizerConfig, spec: ParameterSpec) -> ParameterState:
     """Return what the optimizer stores for a parameter."""
     if config.name == "lion":
         return ParameterState("lion", (FIRST,))
+    if config.name == "muon" and spec.matrix:
+        return ParameterState("muon", (FIRST,))
     return ParameterState("adamw", (FIRST, SECOND))
 
 
@@ -66,4 +68,6 @@ def config_stored_by(optimizer: str) -> OptimizerConfig:
     for one that is not known."""
     if optimizer == "lion":
         return LionConfig(name="lion")
+    if optimizer == "muon":
+        return MuonConfig(name="muon")
     return AdamWConfig()

@@ -17,6 +17,7 @@ from megaphase.utils.errors import InputError
 # package of that name on PyPI.
 APEX_NORM = ("apex.normalization", "fused_layer_norm_cuda")
 APEX_OPTIMIZER = ("apex.optimizers", "amp_C")
+_FROM_DISK = ("adamw",)  # optimizers that are tested with nvme
 _APEX_REMEDY = (
     "build NVIDIA apex with --cpp_ext --cuda_ext (github.com/NVIDIA/apex), or take torch or auto"
 )
@@ -40,13 +41,20 @@ def choose_backends(config: RunConfig) -> Backends:
     """The implementations for this process.
 
     Raises:
-        InputError: one that the run file asks for is not installed.
+        InputError: one that the run file asks for is not installed, or has no such offload.
     """
+    name = config.optimizer.name
+    if config.parallel.offload == "nvme" and name not in _FROM_DISK:
+        raise InputError(
+            config.where("optimizer.name"),
+            f"{name} does not step weights that parallel.offload: nvme stores on a disk",
+            "write offload: cpu, or name adamw",
+        )
     missing = _missing_for_apex(APEX_OPTIMIZER)
     if config.parallel.offload != "none":
         missing = "the optimizer state on the GPU, and parallel.offload moves it"
-    if config.optimizer.name != "adamw":
-        missing = f"optimizer.name adamw, and it is {config.optimizer.name}"
+    if name != "adamw":
+        missing = f"optimizer.name adamw, and it is {name}"
     compiled = _compiles(config)
     # Compiled norms compute the residual sum in the same pass, which apex's do not.
     norm = _takes_apex(config, "norm", _missing_for_apex(APEX_NORM), preferred=not compiled)

@@ -23,7 +23,11 @@ from megaphase.model.document_mask import DocumentBounds, takes_bounds
 from megaphase.model.dropout import row_seeds
 from megaphase.model.gpt import GPT, Block
 from megaphase.model.shape import GPTShape
-from megaphase.optim.optimizer import build_optimizer, skips_by_itself
+from megaphase.optim.optimizer import (
+    build_optimizer,
+    set_learning_rate,
+    skips_by_itself,
+)
 from megaphase.optim.optimizer_state import OptimizerState
 from megaphase.optim.trained_rows import TrainedRows
 from megaphase.optim.weight_average import WeightAverage
@@ -116,7 +120,7 @@ class Engine:
         if config.parallel.zero == 3:
             # A block's weights travel together, and its inner modules cost no bookkeeping.
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
-        optimizer = build_optimizer(model, config.optimizer, backends.optimizer)
+        optimizer = build_optimizer(model, config.optimizer, backends.optimizer, self._dtype)
         with _deepspeed_silenced():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
@@ -185,8 +189,7 @@ class Engine:
 
         step: its number over the whole run, which dropout needs and nothing else.
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._optimizer, learning_rate)
         self._engine.train()
         tokens = self._over_ranks(self._scored_tokens(batch))
         # DeepSpeed takes the mean over micro-batches and data-parallel ranks; this makes it a sum.

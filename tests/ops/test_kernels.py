@@ -341,7 +341,7 @@ def test_apex_s_optimizer_steps_and_forgets_as_torch_s(apex: dict[str, ModuleTyp
         torch.nn.init.uniform_(parameter, 0.1, 0.5)
     models[1].load_state_dict(models[0].state_dict())
     native, reference = (
-        build_optimizer(model, settings, name)
+        build_optimizer(model, settings, name, torch.float32)
         for model, name in zip(models, ("apex", "torch"), strict=True)
     )
     for step in range(6):

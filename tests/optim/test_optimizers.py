@@ -18,10 +18,15 @@ from engine_support import (
 )
 from plain_gpt import PlainGPT, PlainShape
 from rounding import assert_close
-from torch import Tensor
+from torch import Tensor, nn
 
+from megaphase.checkpoint.parameters import Piece
 from megaphase.distributed.all_ranks import process_group
-from megaphase.distributed.process_grid import start_process_grid
+from megaphase.distributed.parameter_spec import Normal, ParameterSpec
+from megaphase.distributed.process_grid import ProcessGrid, start_process_grid
+from megaphase.optim.addresses import Addresses, Fragment, MasterGroup
+from megaphase.optim.config import MuonConfig
+from megaphase.optim.muon import Muon
 from megaphase.training.engine import Engine
 
 STEPS = 4
@@ -31,9 +36,14 @@ MODEL = {"ffn": 64}
 # With their learning rates.
 OPTIMIZERS: dict[str, tuple[dict[str, Any], float]] = {
     "lion": ({"name": "lion", "weight_decay": 0.5}, 1e-3),
+    "muon": (
+        {"name": "muon", "weight_decay": 0.5, "adamw": {"learning_rate_factor": 0.5}},
+        1e-2,
+    ),
 }
 # A sign, or a root of a small sum, amplifies rounding.
 SAME = 1e-4
+BF16 = 2.0**-7
 
 Curve = list[tuple[float, float]]
 
@@ -115,7 +125,42 @@ class PlainLion:
         return weight - rate * (update + decay * weight)
 
 
-PLAIN: dict[str, Any] = {"lion": PlainLion}
+class PlainMuon:
+    """Nesterov momentum, five iterations in fp64 and the scale of Moonlight; AdamW by torch."""
+
+    def __init__(self) -> None:
+        self.momentum: dict[str, Tensor] = {}
+        self.adamw: dict[str, tuple[nn.Parameter, torch.optim.AdamW]] = {}
+
+    def step(self, name: str, weight: Tensor, gradient: Tensor, rate: float) -> Tensor:
+        decay = 0.0 if no_decay(name) else 0.5
+        if no_decay(name) or name in ("embedding.weight", "head.weight"):
+            if name not in self.adamw:
+                parameter = nn.Parameter(weight.clone())
+                adamw = torch.optim.AdamW([parameter], rate / 2, (0.9, 0.95), 1e-8, decay)
+                self.adamw[name] = parameter, adamw
+            parameter, adamw = self.adamw[name]
+            parameter.grad = gradient
+            adamw.step()
+            return parameter.detach().clone()
+        momentum = 0.95 * self.momentum.get(name, torch.zeros_like(weight)) + 0.05 * gradient
+        self.momentum[name] = momentum
+        nesterov = 0.05 * gradient + 0.95 * momentum
+        parts = 3 if name.endswith("qkv.weight") else 2 if name.endswith("up.weight") else 1
+        update = torch.cat([_orthogonal(part) for part in nesterov.chunk(parts)])
+        return weight - rate * (update + decay * weight)
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """The odd polynomial of the singular values, by their decomposition."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / matrix.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return 0.2 * max(matrix.shape) ** 0.5 * (left * values) @ right
+
+
+PLAIN: dict[str, Any] = {"lion": PlainLion, "muon": PlainMuon}
 
 
 @pytest.mark.distributed
@@ -142,3 +187,34 @@ def test_weights_are_those_of_a_plain_loop(name: str) -> None:
     for each, weight in model.weights.items():
         # Elements whose gradient is all rounding may have another sign.
         assert_close(found[each], weight.data, 1e-3, each)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_muon_is_torch_s_own(shape: tuple[int, int]) -> None:
+    """In bf16, in which torch's computes."""
+    torch.manual_seed(1)
+    weight = nn.Parameter(torch.randn(shape))
+    start = weight.detach().clone()
+    other = nn.Parameter(start.clone())
+    own = alone_in_one_process(other)
+    settings = {"momentum": 0.95, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    golden = torch.optim.Muon([weight], lr=0.02, **settings)
+    for _ in range(STEPS):
+        weight.grad = torch.randn(shape)
+        other.grad = weight.grad.clone()
+        golden.step()
+        own.step()
+    assert_close(other.detach() - start, weight.detach() - start, BF16)
+
+
+def alone_in_one_process(weight: nn.Parameter) -> Muon:
+    """Return Muon of one matrix."""
+    group = {"params": [weight], "lr": 0.02, "weight_decay": 0.1, "update": "muon"}
+    optimizer = Muon([group], MuonConfig(name="muon"), torch.bfloat16, lr=0.02)
+    grid = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # nothing travels
+    piece = Piece(0, weight.numel())
+    master = MasterGroup(weight, [Fragment("w", piece, 0)], ["w"])
+    spec = ParameterSpec(tuple(weight.shape), Normal(0.02), matrix=True)
+    groups = {id(weight): master}
+    optimizer.addresses = Addresses(grid, 0, {"w": spec.layout(1)}, {"w": spec}, groups)
+    return optimizer
