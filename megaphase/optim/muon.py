@@ -52,7 +52,7 @@ class Muon(AddressedOptimizer):
                 self._adamw.step()
 
     def _step(self, group: dict[str, Any], masters: list[MasterGroup]) -> None:
-        flats = [master.flat for master in masters]
+        flats: list[Tensor] = [master.flat for master in masters]
         updates = [flat.grad.contiguous() for flat in flats if flat.grad is not None]
         momentum = self._settings.momentum
         momenta = []
@@ -87,7 +87,7 @@ class Muon(AddressedOptimizer):
         return torch.cat(
             [
                 orthogonalized(each, self._settings.iterations)
-                * update_scale(*each.shape, self._settings.scale)
+                * update_scale(each.shape[0], each.shape[1], self._settings.scale)
                 for each in parts
             ],
             spec.dim or 0,

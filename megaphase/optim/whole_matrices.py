@@ -144,4 +144,5 @@ def _exchange(
         return tuple(parts)
     received = torch.empty(sum(sizes), dtype=dtype, device=device())
     dist.all_to_all_single(received, torch.cat(parts), list(sizes), [len(each) for each in parts])
-    return received.split(list(sizes))
+    returned: tuple[Tensor, ...] = received.split(list(sizes))
+    return returned
