@@ -54,6 +54,7 @@ test-sanitize: $(VENV)/installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=tests/support \
 	$(BIN)/python -m pytest -p sanitized_builder tests/plan/test_plan_builder.py tests/plan/test_plan_blend.py \
+		tests/plan/test_piecewise_blend.py \
 		tests/plan/test_plan_stream.py tests/plan/test_plan_index.py tests/plan/test_translation_packing.py
 
 lint: $(VENV)/installed

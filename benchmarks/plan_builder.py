@@ -3,9 +3,10 @@
     pip install -c constraints.txt -e '.[benchmark]'
     python benchmarks/plan_builder.py --whole 1e9
 
-Prints, for both sides alternately on one thread: ns per sample of the blend for 16 to 4,096 tasks
-and of the sample index of one corpus. Then, for a whole plan of the given number of samples and 100
-tasks, built with all cores: seconds, bytes per sample, peak memory, and the time that Ctrl-C takes.
+Prints, for both sides alternately on one thread: ns per sample of the blend for 2 to 4,096 tasks,
+for this builder also where rates change, and of the sample index of one corpus. Then, for a whole
+plan of the given number of samples and 100 tasks, built with all cores: seconds, bytes per sample,
+peak memory, and the time that Ctrl-C takes.
 Draws a plot. Exit code 2 if megatron-core is missing.
 """
 
@@ -35,13 +36,14 @@ from megaphase.corpus import Corpus
 from megaphase.plan import _builder
 from megaphase.plan.build import ensure_built, plan_folder
 from megaphase.plan.index import block_size, builder_threads
+from megaphase.plan.rate_curves import integer_pieces, piece_bounds
 from megaphase.plan.stream import Stream
 from megaphase.plan.task_documents import DOCUMENTS_PER_CALL
 from megaphase.utils.errors import EXIT_WRONG_INPUT
 
 matplotlib.use("Agg")
 
-BLENDED_TASKS = (16, 64, 256, 1024, 4096)
+BLENDED_TASKS = (2, 16, 64, 100, 256, 1024, 4096)
 BLENDED_SAMPLES = 1 << 21
 SEQ_LEN = 2048
 MEAN_DOCUMENT = 1000
@@ -94,6 +96,27 @@ def blend_pair(tasks: int) -> Pair:
         ),
         TURNS,
     )
+
+
+def changing_blend_seconds(tasks: int) -> list[float]:
+    """Measure this builder's blend of rates that change from `blend_pair`'s to their reverse."""
+    shares = np.random.default_rng(tasks).lognormal(0, 1, tasks)
+    shares /= shares.sum()
+    bounds = piece_bounds(BLENDED_SAMPLES, tasks)
+    middles = ((bounds[:-1] + bounds[1:]) / 2 / BLENDED_SAMPLES)[:, np.newaxis]
+    rates = shares + (shares[::-1] - shares) * middles
+    weights, _ = integer_pieces(rates, bounds, np.zeros(tasks, np.int64), [])
+    block = block_size(tasks)
+    order = np.zeros(BLENDED_SAMPLES, np.uint16)
+    counts = np.zeros((-(-BLENDED_SAMPLES // block), tasks), np.int64)
+    seconds = []
+    for _ in range(TURNS + 1):
+        began = time.perf_counter()
+        _builder.PiecewiseDeadlineBlend(bounds.astype(np.uint64), weights).fill(
+            order, counts, block
+        )
+        seconds.append(time.perf_counter() - began)
+    return seconds[1:]
 
 
 def sample_index_pair(folder: Path, documents: int) -> tuple[Pair, Pair, int]:
@@ -290,12 +313,13 @@ def main() -> int:
         import megatron.core.datasets.helpers  # noqa: F401
 
     print(f"blend, one thread, {BLENDED_SAMPLES:,} samples, ns per sample (median of {TURNS})")
-    print(f"{'tasks':>8} {'megaphase':>10} {'megatron':>10} {'ratio':>7}")
+    print(f"{'tasks':>8} {'megaphase':>10} {'megatron':>10} {'ratio':>7} {'changing':>10}")
     pairs = {}
     for tasks in BLENDED_TASKS:
         pair = pairs[tasks] = blend_pair(tasks)
         figures = f"{_ns(pair.megaphase):>10.1f} {_ns(pair.megatron):>10.1f} {pair.ratio:>7.1f}"
-        print(f"{tasks:>8,} {figures}")
+        changing = statistics.median(changing_blend_seconds(tasks)) / BLENDED_SAMPLES * 1e9
+        print(f"{tasks:>8,} {figures} {changing:>10.1f}")
     growth = _ns(pairs[BLENDED_TASKS[-1]].megaphase) / _ns(pairs[BLENDED_TASKS[0]].megaphase)
     print(
         f"from {BLENDED_TASKS[0]} to {BLENDED_TASKS[-1]:,} tasks megaphase grows {growth:.1f}-fold"

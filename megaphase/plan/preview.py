@@ -141,7 +141,8 @@ def _overfit(phase: PhaseConfig, config: RunConfig) -> str:
 def _rates(facts: dict[str, Any], mean: str, from_to: str) -> str:
     if from_to not in facts:
         return _rate(facts[mean])
-    return " → ".join(map(_rate, facts[from_to]))
+    start, end = map(_rate, facts[from_to])
+    return start if start == end else f"{start} → {end}"
 
 
 def _rate(rate: float) -> str:
