@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from megaphase.report.plot_style import (
+from megaphase.utils.plot_style import (
     GRID,
     INK,
     LINE_COLOURS,

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
-from megaphase.report.plot_style import (
+from megaphase.utils.plot_style import (
     MUTED,
     Size,
     inch_axes,

@@ -29,7 +29,8 @@ from megaphase.report.plot_parts import (
     panel_grid,
     step_axes,
 )
-from megaphase.report.plot_style import (
+from megaphase.report.runs import PhasePlan, RunRecord, TaskShare
+from megaphase.utils.plot_style import (
     DASHED,
     DOTTED,
     INK,
@@ -46,7 +47,6 @@ from megaphase.report.plot_style import (
     plot_style,
     short_number,
 )
-from megaphase.report.runs import PhasePlan, RunRecord, TaskShare
 
 LEGEND_COLUMNS = 3
 TRAINING_POINTS = 300  # more would only add noise and make the page larger

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from megaphase.report.losses import final_losses, newest_losses, task_verdicts, verdicts
 from megaphase.report.numbers import write_numbers
-from megaphase.report.plot_style import line_colours
 from megaphase.report.report_files import (
     NUMBERS_FOLDER,
     PLOTS_FOLDER,
@@ -23,6 +22,7 @@ from megaphase.report.run_page import NOTHING, comparison_article, run_article
 from megaphase.report.runs import RunRecord, load_run
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import real_path
+from megaphase.utils.plot_style import line_colours
 from megaphase.utils.run_files import METRICS_FILE
 
 __all__ = ["final_losses", "load_run", "summary_table", "verdicts", "write_report"]

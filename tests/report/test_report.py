@@ -27,7 +27,6 @@ from report_support import (
 from rich.console import Console
 from typer.testing import CliRunner
 
-from megaphase.report.plot_style import LABEL_GAP_POINTS, WIDE, line_colours, spread
 from megaphase.report.plots import comparison_plot, learning_rate_plot, loss_plot
 from megaphase.report.report import (
     final_losses,
@@ -38,6 +37,7 @@ from megaphase.report.report import (
 )
 from megaphase.sweep.commands import report_command
 from megaphase.utils.errors import InputError
+from megaphase.utils.plot_style import LABEL_GAP_POINTS, WIDE, line_colours, spread
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from report_support import END, SWITCH, Page, held_out_loss, write_run
 
 from megaphase.report.incidents import incident_sentences
 from megaphase.report.losses import task_verdicts
-from megaphase.report.plot_style import NARROW, WIDE
 from megaphase.report.plots import loss_plot
 from megaphase.report.report import load_run, write_report
+from megaphase.utils.plot_style import NARROW, WIDE
 
 SPIKES = [3, 4, 5, 6, 7, 8]
 

@@ -20,7 +20,9 @@ from megaphase.report.plot_parts import (
     line_key,
     panel_grid,
 )
-from megaphase.report.plot_style import (
+from megaphase.sweep.pareto.points import Point, SeedMean
+from megaphase.sweep.pareto.trade_off import ArmStyles
+from megaphase.utils.plot_style import (
     Size,
     inch_axes,
     label_width,
@@ -28,8 +30,6 @@ from megaphase.report.plot_style import (
     plot_label,
     plot_style,
 )
-from megaphase.sweep.pareto.points import Point, SeedMean
-from megaphase.sweep.pareto.trade_off import ArmStyles
 
 GROUPS = ("high-resource loss", "low-resource loss")
 

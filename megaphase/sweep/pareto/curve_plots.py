@@ -22,7 +22,10 @@ from megaphase.report.plot_parts import (
     panel_grid,
     step_axes,
 )
-from megaphase.report.plot_style import (
+from megaphase.sweep.pareto.curves import RunCurves, mean_curve
+from megaphase.sweep.pareto.points import Point
+from megaphase.sweep.pareto.trade_off import ArmStyles
+from megaphase.utils.plot_style import (
     DASHED,
     INK,
     MUTED,
@@ -33,9 +36,6 @@ from megaphase.report.plot_style import (
     plot_style,
     short_number,
 )
-from megaphase.sweep.pareto.curves import RunCurves, mean_curve
-from megaphase.sweep.pareto.points import Point
-from megaphase.sweep.pareto.trade_off import ArmStyles
 
 Curves = Mapping[str, RunCurves]
 PANEL_HEIGHT = 0.62  # of a figure's

@@ -18,9 +18,9 @@ from megaphase.report.plot_parts import (
     line_key,
     panel_grid,
 )
-from megaphase.report.plot_style import GRID, LINE_COLOURS, Size, plot_label, plot_style
 from megaphase.sweep.pareto.measures import nondominated
 from megaphase.sweep.pareto.points import SeedMean
+from megaphase.utils.plot_style import GRID, LINE_COLOURS, Size, plot_label, plot_style
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 ARM_COLOURS = (0, 1, 2, 3, 4, 7, 6, 5)  # keeps the two blues as far apart as possible

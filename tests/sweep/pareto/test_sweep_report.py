@@ -14,10 +14,10 @@ from sweep_support import HIGH, LOW, STATIC, STEPS, TOKENS, TWO_PHASE, write_swe
 from typer.testing import CliRunner
 
 from megaphase.report.plot_parts import PointLabel, label_points
-from megaphase.report.plot_style import inch_axes, new_figure
 from megaphase.sweep.commands import report_command
 from megaphase.sweep.pareto.report import SweepReport
 from megaphase.utils.errors import InputError
+from megaphase.utils.plot_style import inch_axes, new_figure
 
 ARMS = {
     "static": STATIC | {"temperatures": [3.3]},
