@@ -56,6 +56,10 @@ def show_command(
     layouts: Annotated[
         bool, typer.Option("--layouts", help="Also show memory and time of other layouts.")
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Also draw the run's steps to this file: .png, .svg or .pdf."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Show tokens, sampling rates and epochs per phase and task, and build the plan's index; show
@@ -81,6 +85,10 @@ def show_command(
     )
 
     config, tokenizer = open_run(run_file, overrides)
+    if plot is not None:
+        from megaphase.plan.run_plot import check_plot_path, save_run_plot
+
+        check_plot_path(plot)
     if processes is None:
         processes = given_world_size() or config.parallel.fewest_processes
     setup, hardware = memory_setup(config, tokenizer, processes), hardware_of(config, card)
@@ -88,6 +96,8 @@ def show_command(
     plan = preview_plan(config, tokenizer)
     phases = stage_setups(config, tokenizer, processes, plan)
     times = speed_summary(setup, hardware, phases) if hardware else None
+    if plot is not None:
+        save_run_plot(plot, config, plan)
     summary = plan.summary() | {"memory": needed, "speed": times}
     if json:
         print(dumps(summary, indent=2, ensure_ascii=False))
@@ -108,6 +118,8 @@ def show_command(
         console.print(sentence, markup=False, soft_wrap=True)
     if layouts:
         console.print(layouts_table(needed, times, width=console.width))
+    if plot is not None:
+        console.print(f"Plot: {plot}", markup=False, soft_wrap=True)
     if plan.folder.is_dir():
         console.print(f"Index: {plan.folder}", markup=False, soft_wrap=True)
 

@@ -1,0 +1,131 @@
+"""`megaphase plan --plot`: the picture of a whole run, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from plan_support import FakeTokenizer, build_plan, phase, random_lengths, write_corpus, write_run
+from typer.testing import CliRunner
+
+from megaphase.plan.commands import plan_app
+from megaphase.plan.run_plot import PANELS, RunCurves, run_curves, run_figure
+from megaphase.utils.errors import InputError
+
+PHASES = [
+    phase("pretrain", 50, {"rates": {"en": 0.75, "no": 0.25}}),
+    phase("joint", 30, {"rates": {"en": 0.5, "hi": 0.5}})
+    | {"model": {"seq_len": 16}, "learning_rate": {"peak": 1e-3, "warmup_steps": 10}},
+    phase("long", 20, {"rates": {"en": 0.5, "hi": 0.5}}) | {"cut": "documents"},
+]
+
+
+@pytest.fixture
+def config(tmp_path):
+    for seed, (name, documents) in enumerate([("en", 200), ("hi", 90), ("no", 90)]):
+        write_corpus(tmp_path / name, random_lengths(documents, 30, seed), seed=seed)
+    return write_run(tmp_path, ["en", "hi", "no"], phases=PHASES)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    monkeypatch.setattr("megaphase.tokenizer.Tokenizer.load", lambda directory: FakeTokenizer())
+    return lambda *arguments: CliRunner().invoke(plan_app, [str(a) for a in arguments])
+
+
+def test_the_curves_are_those_of_the_plan(config):
+    plan = build_plan(config)
+    curves = run_curves(config, plan, 1000)
+    summary = plan.summary()
+    assert curves.phases == ["pretrain", "joint", "long"]
+    ends = [end - 1 for end in curves.phase_ends]
+    assert curves.steps[ends].tolist() == [1050, 1080, 1100]
+    assert curves.steps[[0, ends[0] + 1, ends[1] + 1]].tolist() == [1000, 1050, 1080]
+    assert np.allclose(curves.rates.sum(1), 1)
+    tokens = np.zeros(3)
+    for end, figures in zip(ends, summary["phases"], strict=True):
+        of_tasks = [figures["tasks"][task] for task in ("en", "hi", "no")]
+        tokens += [facts["tokens"] for facts in of_tasks]
+        assert np.allclose(curves.tokens[end], tokens)
+        assert np.allclose(curves.epochs[end], [facts["epochs_so_far"] for facts in of_tasks])
+        assert curves.rates[end].tolist() == [facts["rate"] for facts in of_tasks]
+    assert (np.diff(curves.tokens, axis=0) >= 0).all()
+    assert (np.diff(curves.epochs, axis=0) > -1e-9).all()
+    assert curves.seq_len[ends].tolist() == [8, 16, 8]
+    assert set(curves.batch) == {4}
+    first = ends[0] + 1  # the warm-up begins again with the phase
+    assert np.allclose(curves.learning_rate[first : first + 3], [1e-3 / 11, 2e-3 / 11, 3e-3 / 11])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "begin"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")]
+)
+def test_the_command_writes_a_picture(config, command, tmp_path, suffix, begin):
+    path = tmp_path / f"run{suffix}"
+    result = command(config.path, "--plot", path)
+    assert result.exit_code == 0, result.output
+    assert path.read_bytes().startswith(begin)
+    assert f"Plot: {path}" in result.stdout
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+    if suffix == ".svg":
+        text = path.read_text()
+        for word in ["pretrain", "joint", "long", "hi", *(panel.title for panel in PANELS)]:
+            assert word in text
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("run.jpg", "run.jpg ends in none of .png, .svg, .pdf"),
+        ("run", "run ends in none of .png, .svg, .pdf"),
+        ("nowhere/run.png", "nowhere/run.png cannot be written"),
+        ("run.yaml/run.png", "run.yaml/run.png cannot be written"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_built(
+    config, command, tmp_path, name, problem
+):
+    result = command(config.path, "--plot", tmp_path / name)
+    assert isinstance(result.exception, InputError)
+    assert str(result.exception).startswith("--plot: ")
+    assert problem in str(result.exception)
+    assert "\n" not in str(result.exception)
+    assert not config.output.exists()
+
+
+def made_up(tasks: int, phases: int) -> RunCurves:
+    """Return curves of a run with long names."""
+    random = np.random.default_rng(tasks)
+    points = 3 * phases
+    rates = random.random((points, tasks)) + 0.01
+    rates /= rates.sum(1, keepdims=True)
+    tokens = np.cumsum(1e9 * rates, axis=0)
+    return RunCurves(
+        [f"task-{i}-{'x' * (i % 40)}$" for i in range(tasks)],
+        [f"phase-{i}-{'y' * 30}" for i in range(phases)],
+        np.repeat(np.arange(phases), 3) * 100.0 + np.tile([0.0, 50.0, 100.0], phases),
+        [3 * (i + 1) for i in range(phases)],
+        rates,
+        tokens / 1e9,
+        tokens,
+        np.full(points, 3e-4),
+        np.full(points, 1024.0),
+        np.full(points, 4096.0),
+    )
+
+
+@pytest.mark.parametrize(("tasks", "phases"), [(1, 1), (3, 4), (9, 2), (100, 30)])
+def test_nothing_is_cut_off_with_any_number_of_tasks_and_phases(tasks, phases):
+    figure = run_figure(made_up(tasks, phases))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    whole = figure.bbox
+    axes = figure.axes[0]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert len(legend.get_texts()) == min(tasks, 8) + (tasks > 8)
+    for part in [legend, *axes.texts, *(each.title for each in figure.axes)]:
+        box = part.get_window_extent(canvas.get_renderer())
+        assert whole.x0 <= box.x0 <= box.x1 <= whole.x1
+        assert whole.y0 <= box.y0 <= box.y1 <= whole.y1
+    assert len(axes.texts) <= 12
