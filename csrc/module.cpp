@@ -322,6 +322,76 @@ void read_parts(const Stream& stream, const Array<int64_t>& parts, const Array<i
         stream.read_parts(part, part + size[i], to.row(row[i]), {filler, ignored});
 }
 
+void require_spans(const Array<int64_t>& spans, const Array<int64_t>& starts) {
+    require(spans.ndim() == 2 && spans.shape(1) == 4, "spans is [spans, 4]");
+    require(starts.ndim() == 2 && starts.shape(1) == 3, "starts is [samples, 3]");
+    const int64_t count = spans.shape(0);
+    const auto* start = reinterpret_cast<const SpanStart*>(starts.data());
+    for (int64_t i = 0; i < starts.shape(0); ++i)
+        require(0 <= start[i].span && start[i].span < count && 0 <= start[i].slot &&
+                    0 <= start[i].offset,
+                "a start lies outside the spans");
+    const auto* span = reinterpret_cast<const Span*>(spans.data());
+    for (int64_t i = 0; i < count; ++i)
+        require(0 <= span[i].slot && 0 <= span[i].offset && 0 <= span[i].end_offset,
+                "slots and offsets are not negative");
+}
+
+// Pack spans [spans, 4] of epoch 0's documents; returns [span, slot, offset] of the start of each
+// sample, and the number of predictions.
+std::pair<Array<int64_t>, int64_t> pack(const Stream& stream, const Array<int64_t>& spans) {
+    require_spans(spans, Array<int64_t>(std::vector<py::ssize_t>{0, 3}));
+    const auto* span = reinterpret_cast<const Span*>(spans.data());
+    const int64_t count = spans.shape(0);
+    std::vector<SpanStart> starts;
+    int64_t predictions;
+    {
+        py::gil_scoped_release released;
+        predictions = stream.pack(span, count, starts);
+    }
+    Array<int64_t> found(std::vector<py::ssize_t>{static_cast<py::ssize_t>(starts.size()), 3});
+    std::copy(starts.begin(), starts.end(), reinterpret_cast<SpanStart*>(found.mutable_data()));
+    return {found, predictions};
+}
+
+// Read samples of packed spans, with these starts, into rows of inputs and targets.
+void read_packed(const Stream& stream, const Array<int64_t>& spans, const Array<int64_t>& starts,
+                 const Array<int64_t>& rows, Array<int64_t>& inputs, Array<int64_t>& targets,
+                 int64_t filler, int64_t ignored, std::optional<Array<int64_t>> documents) {
+    require_spans(spans, starts);
+    const Destination to(inputs, targets, documents);
+    require(to.seq_len == stream.seq_len(), "inputs and targets are [batch, seq_len]");
+    require(rows.size() == starts.shape(0), "starts and rows differ in size");
+    const auto* span = reinterpret_cast<const Span*>(spans.data());
+    const auto* start = reinterpret_cast<const SpanStart*>(starts.data());
+    const int64_t *row = rows.data(), count = spans.shape(0), samples = rows.size();
+    py::gil_scoped_release released;
+    std::vector<Piece> pieces;
+    std::vector<size_t> ends;
+    for (int64_t i = 0; i < samples; ++i) {
+        require(row[i] >= 0 && row[i] < to.batch, "a row is out of range");
+        stream.prepare_packed(span, count, start[i], pieces);
+        ends.push_back(pieces.size());
+    }
+    const Piece* piece = pieces.data();
+    for (int64_t i = 0; i < samples; ++i) {
+        const Piece* end = pieces.data() + ends[i];
+        stream.read(piece, end, to.row(row[i]), {filler, ignored});
+        piece = end;
+    }
+}
+
+// The pieces of the sample of packed spans that begins at [span, slot, offset].
+Tuples packed_pieces(const Stream& stream, const Array<int64_t>& spans,
+                     const Array<int64_t>& start) {
+    require_spans(spans, start);
+    require(start.shape(0) == 1, "start is [1, 3]");
+    std::vector<Piece> prepared;
+    stream.prepare_packed(reinterpret_cast<const Span*>(spans.data()), spans.shape(0),
+                          *reinterpret_cast<const SpanStart*>(start.data()), prepared);
+    return as_tuples(prepared);
+}
+
 // Convert a stream's ordinals to sample numbers in token order.
 Array<int64_t> shuffle_samples(const Array<int64_t>& ordinals, int64_t samples_per_epoch,
                                int64_t window, uint64_t key) {
@@ -467,6 +537,14 @@ PYBIND11_MODULE(_builder, module) {
                       .def("pieces", &pieces, py::arg("epoch"), py::arg("slot"), py::arg("offset"))
                       .def("pieces_of_tokens", &pieces_of_tokens, py::arg("epoch"),
                            py::arg("slot"), py::arg("offset"), py::arg("tokens"))
+                      .def("pack", &pack, py::arg("spans").noconvert())
+                      .def("packed_pieces", &packed_pieces, py::arg("spans").noconvert(),
+                           py::arg("start").noconvert())
+                      .def("read_packed", &read_packed, py::arg("spans").noconvert(),
+                           py::arg("starts").noconvert(), py::arg("rows").noconvert(),
+                           py::arg("inputs").noconvert(), py::arg("targets").noconvert(),
+                           py::arg("filler"), py::arg("ignored"),
+                           py::arg("documents").noconvert() = py::none())
                       .def("with_seq_len", &Stream::with_seq_len, py::arg("seq_len"),
                            py::keep_alive<0, 1>())
                       .def("totals", [](const Stream& self) {

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "document_walk.hpp"
 #include "documents.hpp"
@@ -66,6 +67,81 @@ void for_each_packed_piece(const Documents<Length>& documents, const KeyedPermut
         room -= taken;
         begun = true;
     }
+}
+
+// A part of an epoch's documents in their order: the predictions from that of the token after
+// (slot, offset) up to (end_slot, end_offset). The token at a cut belongs to both sides: it is the
+// last target before and the first input after it.
+struct Span {
+    int64_t slot, offset, end_slot, end_offset;
+};
+
+// Where a sample begins in a list of spans.
+struct SpanStart {
+    int64_t span, slot, offset;
+};
+
+// Call visit(span, slot, document, offset, tokens) for each piece of a document from `at` on until it
+// returns false.
+template <typename Length, typename Visit>
+void for_each_span_piece(const Documents<Length>& documents, const KeyedPermutation& order,
+                         const Span* spans, int64_t count, SpanStart at, Visit visit) {
+    for (int64_t i = at.span; i < count; ++i) {
+        const Span& span = spans[i];
+        int64_t slot = i == at.span ? at.slot : span.slot;
+        int64_t offset = i == at.span ? at.offset : span.offset;
+        const int64_t last = span.end_offset > 0 ? span.end_slot : span.end_slot - 1;
+        for (; slot <= last && slot < documents.count; ++slot, offset = 0) {
+            const int64_t document = order(slot);
+            const int64_t length = documents.length(document);
+            const int64_t end = slot == span.end_slot ? std::min(span.end_offset + 1, length) : length;
+            if (end > offset && !visit(i, slot, document, offset, end - offset)) return;
+        }
+    }
+}
+
+// Pack the pieces of spans next-fit into samples of seq_len + 1 tokens. Appends where each begins to
+// `starts`; returns the number of predictions.
+template <typename Length>
+int64_t pack_spans(const Documents<Length>& documents, const KeyedPermutation& order,
+                   const Span* spans, int64_t count, int64_t seq_len,
+                   std::vector<SpanStart>& starts) {
+    int64_t room = 0, predictions = 0;
+    if (count == 0) return 0;
+    for_each_span_piece(
+        documents, order, spans, count, {0, spans[0].slot, spans[0].offset},
+        [&](int64_t span, int64_t slot, int64_t, int64_t offset, int64_t tokens) {
+            predictions += tokens - 1;
+            if (tokens <= room) {
+                room -= tokens;
+                return true;
+            }
+            for (;; offset += seq_len, tokens -= seq_len) {
+                starts.push_back({span, slot, offset});
+                room = std::max(seq_len + 1 - tokens, int64_t{0});
+                if (tokens <= seq_len + 1) return true;
+            }
+        });
+    return predictions;
+}
+
+// Call visit(document, offset, tokens) for each piece of the sample that begins at `at` and has room
+// for `room` tokens.
+template <typename Length, typename Visit>
+void for_each_packed_span_piece(const Documents<Length>& documents, const KeyedPermutation& order,
+                                const Span* spans, int64_t count, SpanStart at, int64_t room,
+                                Visit visit) {
+    bool begun = false;
+    for_each_span_piece(
+        documents, order, spans, count, at,
+        [&](int64_t, int64_t, int64_t document, int64_t offset, int64_t tokens) {
+            if (begun && tokens > room) return false;
+            const int64_t taken = std::min(tokens, room);
+            visit(document, offset, taken);
+            room -= taken;
+            begun = true;
+            return room > 0;
+        });
 }
 
 }  // namespace megaphase

@@ -14,6 +14,7 @@
 
 #include "document_parts.hpp"
 #include "documents.hpp"
+#include "packing.hpp"
 #include "sample_index.hpp"
 #include "token_check.hpp"
 
@@ -76,6 +77,14 @@ public:
     // first one; it may be in a later document.
     virtual void prepare_tokens(int64_t epoch, int64_t slot, int64_t offset, int64_t tokens,
                                 std::vector<Piece>& pieces) const = 0;
+    // Pack spans of epoch 0's documents, see packing.hpp; only translation pairs are packed.
+    virtual int64_t pack(const Span*, int64_t, std::vector<SpanStart>&) const {
+        throw std::logic_error("texts are not packed");
+    }
+    // Likewise append the pieces of the sample of packed spans that begins there.
+    virtual void prepare_packed(const Span*, int64_t, const SpanStart&, std::vector<Piece>&) const {
+        throw std::logic_error("texts are not packed");
+    }
     // Write a sample; its tokens are verified if they have not been before. Empty positions get the
     // blanks, and belong to the last document.
     virtual void read(const Piece* first, const Piece* last, const Row& row,

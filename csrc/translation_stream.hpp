@@ -37,13 +37,25 @@ public:
                               this->seq_len_ + 1, this->adder(pieces));
     }
 
+    int64_t pack(const Span* spans, int64_t count, std::vector<SpanStart>& starts) const override {
+        return pack_spans(this->documents_, this->order(0), spans, count, this->seq_len_, starts);
+    }
+
+    void prepare_packed(const Span* spans, int64_t count, const SpanStart& at,
+                        std::vector<Piece>& pieces) const override {
+        for_each_packed_span_piece(this->documents_, this->order(0), spans, count, at,
+                                   this->seq_len_ + 1, this->adder(pieces));
+    }
+
 private:
     // The tokens up to the tag; if the document is split, the tag may be in an earlier piece.
     int64_t unscored(const Piece& piece) const override {
         const int64_t end = piece.offset + piece.tokens;
         const Token* document = this->file_.at({piece.document, 0, end});
         const int64_t tag = std::find(document, document + end, tag_) - document;
-        return std::clamp(tag + 1 - piece.offset, int64_t{0}, piece.tokens);
+        // The first token of a later part is the last target of the part before.
+        const int64_t least = piece.offset > 0 ? 1 : 0;
+        return std::clamp(tag + 1 - piece.offset, least, piece.tokens);
     }
 
     Token tag_;

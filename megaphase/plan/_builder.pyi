@@ -96,6 +96,19 @@ class Stream:
         ignored: int,
         documents: np.ndarray | None = None,
     ) -> None: ...
+    def pack(self, spans: np.ndarray) -> tuple[np.ndarray, int]: ...
+    def packed_pieces(self, spans: np.ndarray, start: np.ndarray) -> list[tuple[int, int, int]]: ...
+    def read_packed(
+        self,
+        spans: np.ndarray,
+        starts: np.ndarray,
+        rows: np.ndarray,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        filler: int,
+        ignored: int,
+        documents: np.ndarray | None = None,
+    ) -> None: ...
     def pieces_of_tokens(
         self, epoch: int, slot: int, offset: int, tokens: int
     ) -> list[tuple[int, int, int]]: ...

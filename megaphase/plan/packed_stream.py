@@ -8,13 +8,18 @@ epochs have the same samples in different permutations.
 
 from __future__ import annotations
 
+from fractions import Fraction
+from typing import Self
+
 import numpy as np
 
+from megaphase.corpus.integrity import wrong_tokens
 from megaphase.plan import _builder
 from megaphase.plan.document_table import Piece
-from megaphase.plan.remainder import Remainder
+from megaphase.plan.packed_remainder import PackedRemainder
 from megaphase.plan.stream import Stream
 from megaphase.plan.task_documents import DOCUMENTS_PER_CALL
+from megaphase.utils.targets import IGNORED_TARGET
 
 # Number of starts that are counted at a time, without storing them.
 COUNTED_STARTS = 1 << 16
@@ -51,11 +56,79 @@ class PackedStream(Stream):
         return numbers % self.samples_per_epoch
 
     def sample_pieces(
-        self, starts: np.ndarray, number: int, rest: Remainder | None = None
+        self, starts: np.ndarray, number: int, rest: PackedRemainder | None = None
     ) -> list[list[Piece]]:
         """Return the pieces of a sample, as one fragment; see Stream."""
-        slot, offset = starts[number % self.samples_per_epoch].tolist()
-        return [self.pieces(0, slot, offset)]
+        if rest is None:
+            slot, offset = starts[number % self.samples_per_epoch].tolist()
+            return [self.pieces(0, slot, offset)]
+        start = self._starts_in(rest)[number : number + 1]
+        return [self._samples.packed_pieces(rest.spans, start)]
+
+    def _starts_in(self, rest: PackedRemainder) -> np.ndarray:
+        return rest.packed(self._samples, self.seq_len)[0]
+
+    def samples_left(self, rest: PackedRemainder) -> int:
+        """Return the number of samples of this length in what is left of an epoch."""
+        return len(self._starts_in(rest))
+
+    def part_left(self, rest: PackedRemainder) -> Fraction:
+        """Return what is left of an epoch, in epochs."""
+        _, predictions = rest.packed(self._samples, self.seq_len)
+        return Fraction(predictions, max(1, self.positions))
+
+    def samples_within(self, epochs: Fraction) -> int:
+        """Return the most samples of this length that are no more than a fraction of an epoch."""
+        return int(epochs * self.samples_per_epoch)
+
+    @property
+    def positions(self) -> int:
+        """The number of an epoch's tokens that are predicted from one of the same pair."""
+        return self.tokens - self.documents
+
+    def nothing_left(self, epoch: int = -1) -> PackedRemainder:
+        """Return the remainder of an epoch that has been used up."""
+        return PackedRemainder.nothing(epoch)
+
+    def _whole(self, epoch: int) -> PackedRemainder:
+        return PackedRemainder.whole(epoch, len(self.corpus.lengths))
+
+    def _unused(self, rest: PackedRemainder, used: int) -> PackedRemainder:
+        numbers = self.numbers_in(rest, np.arange(used))
+        return rest.without(self._starts_in(rest), numbers)
+
+    def _shuffled_in(self, rest: PackedRemainder, ordinals: np.ndarray, window: int) -> np.ndarray:
+        return super()._shuffled_in(rest, ordinals, max(1, self.samples_left(rest)))
+
+    def read_rest(
+        self,
+        starts: np.ndarray,
+        rest: PackedRemainder,
+        numbers: np.ndarray,
+        rows: np.ndarray,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        pad_token_id: int,
+        documents: np.ndarray | None = None,
+    ) -> None:
+        """Read the samples with these numbers in a remainder; see Stream.read."""
+        try:
+            self._samples.read_packed(
+                rest.spans,
+                self._starts_in(rest)[numbers],
+                rows,
+                inputs,
+                targets,
+                pad_token_id,
+                IGNORED_TARGET,
+                self._apart(documents),
+            )
+        except _builder.WrongTokensError as error:
+            raise wrong_tokens(self.corpus, *error.args) from None
+
+    def at(self, seq_len: int, grid: int | None = None) -> Self:
+        """Return the stream of samples of another length; there is an index of its own for it."""
+        return super().at(seq_len)
 
     def pieces(self, epoch: int, slot: int, offset: int) -> list[tuple[int, int, int]]:
         """Return (document, offset, tokens) of the pieces of the sample that begins there."""

@@ -74,7 +74,7 @@ class Stream(TaskDocuments):
         last = min(windows * SAMPLE_WINDOW, self.samples_per_epoch)
         return [self.samples_per_epoch] * full + ([last] if last else [])
 
-    def index_sizes_until(self, rest: Remainder, ahead: int) -> list[int]:
+    def index_sizes_until(self, rest: Any, ahead: int) -> list[int]:
         """Return likewise those of an index that ends `ahead` positions after as many positions as
         were used of the epoch of which `rest` is left."""
         whole = [self.samples_per_epoch] * (rest.epoch + 1)
@@ -116,20 +116,24 @@ class Stream(TaskDocuments):
         """Return the pieces of the sample that begins there."""
         return self._samples.pieces(epoch, slot, offset)
 
-    def samples_left(self, rest: Remainder) -> int:
+    def samples_left(self, rest: Any) -> int:
         """Return the number of samples of this length in what is left of an epoch."""
-        return -(-rest.positions // self.seq_len)
+        positions: int = rest.positions
+        return -(-positions // self.seq_len)
 
-    def part_left(self, rest: Remainder) -> Fraction:
+    def part_left(self, rest: Any) -> Fraction:
         """Return what is left of an epoch, in epochs."""
         # A table also has positions of the first tokens of documents that begin a sample.
         return Fraction(min(rest.positions, self.positions), max(1, self.positions))
 
-    def nothing_left(self) -> Remainder:
-        """Return the remainder before the first epoch."""
-        return Remainder.nothing()
+    def nothing_left(self, epoch: int = -1) -> Any:
+        """Return the remainder of an epoch that has been used up, by default that before all."""
+        return Remainder.nothing(epoch)
 
-    def rest_after(self, rest: Remainder, samples: int) -> Remainder:
+    def _whole(self, epoch: int) -> Any:
+        return Remainder.whole(epoch, self.positions)
+
+    def rest_after(self, rest: Any, samples: int) -> Any:
         """Return what is left of the epoch that is reached after `samples` samples of this length,
         the first of which come from `rest`."""
         left = self.samples_left(rest)
@@ -137,10 +141,10 @@ class Stream(TaskDocuments):
             return self._unused(rest, samples) if samples else rest
         epochs, used = divmod(samples - left, self.samples_per_epoch)
         if used == 0:
-            return Remainder.nothing(rest.epoch + epochs)
-        return self._unused(Remainder.whole(rest.epoch + epochs + 1, self.positions), used)
+            return self.nothing_left(rest.epoch + epochs)
+        return self._unused(self._whole(rest.epoch + epochs + 1), used)
 
-    def _unused(self, rest: Remainder, used: int) -> Remainder:
+    def _unused(self, rest: Any, used: int) -> Any:
         """Return what is left after the first `used` samples of a remainder: those that are not yet
         drawn of their window, and everything after it."""
         end = min(-(-used // SAMPLE_WINDOW) * SAMPLE_WINDOW, self.samples_left(rest))
@@ -151,10 +155,10 @@ class Stream(TaskDocuments):
             lasts = np.append(lasts, rest.positions)
         return rest.keep(firsts, lasts)
 
-    def numbers_in(self, rest: Remainder, ordinals: np.ndarray) -> np.ndarray:
+    def numbers_in(self, rest: Any, ordinals: np.ndarray) -> np.ndarray:
         """Convert ordinals within a remainder to sample numbers in token order there, int64 [n]."""
         if rest.cuts == 0:
-            first = rest.epoch * self.samples_per_epoch
+            first: int = rest.epoch * self.samples_per_epoch
             return self.in_token_order(first + ordinals) - first
         return self._shuffled_in(rest, ordinals, SAMPLE_WINDOW)
 
@@ -162,7 +166,7 @@ class Stream(TaskDocuments):
         key = derive_key(*self._shuffle, "rest", rest.epoch, rest.cuts)
         return _builder.shuffle_samples(ordinals, self.samples_left(rest), window, key)
 
-    def _fragments(self, rest: Remainder, numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def _fragments(self, rest: Any, numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return [row, epoch, first, last] of the fragments of some samples of a remainder, int64
         [fragments, 4]."""
         firsts = numbers * self.seq_len
@@ -178,7 +182,7 @@ class Stream(TaskDocuments):
         return np.stack([rows, epochs, firsts, lasts], axis=1)
 
     def sample_pieces(
-        self, starts: np.ndarray, number: int, rest: Remainder | None = None
+        self, starts: np.ndarray, number: int, rest: Any | None = None
     ) -> list[list[Piece]]:
         """Return the pieces of every fragment of a sample.
 
@@ -246,7 +250,7 @@ class Stream(TaskDocuments):
     def read_rest(
         self,
         starts: np.ndarray,
-        rest: Remainder,
+        rest: Any,
         numbers: np.ndarray,
         rows: np.ndarray,
         inputs: np.ndarray,

@@ -157,6 +157,20 @@ class PackedTaskStream(TaskStream):
         """Return the kind of the same length that pairs have."""
         return SampleKind(kind.seq_len)
 
+    def index_sizes(self, first: StreamPosition, last: StreamPosition) -> list[int]:
+        """Return the samples of an epoch for each length; nothing if no sample is used."""
+        return [] if first == last else [self.at(k).samples_per_epoch for k in self._kinds]
+
+    def walk(self, epoch: int) -> _builder.StreamWalk:
+        """Return a walk through the starts of the samples of one of the lengths."""
+        return self.at(self._kinds[epoch]).walk(0)
+
+    def part(self, position: StreamPosition, kind: SampleKind, starts: np.ndarray) -> StreamPart:
+        """Return the samples of a kind from a position on; `starts`: the task's index."""
+        before = self._kinds[: self._kinds.index(self.kind_of(kind))]
+        first = sum(self.at(each).samples_per_epoch for each in before)
+        return super().part(position, kind, starts[first : first + self.at(kind).samples_per_epoch])
+
     def first_indexed_epoch(self, first: StreamPosition) -> int:
         """Return 0: all epochs need those that the index stores."""
         return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from plan_support import ReferenceStream, derived_key, member_key, permutation
+from translation_support import TAG, Pairs, Piece, ReferencePackedStream, packed
 
 from megaphase.utils.targets import IGNORED_TARGET
 
@@ -122,3 +123,90 @@ class ReferenceRows:
         targets += [IGNORED_TARGET] * empty
         pieces += [pieces[-1] + (begins_past_end and self.bos is None)] * empty
         return [inputs, targets, pieces]
+
+
+@dataclass
+class ReferencePackedDraws:
+    """Draws packed samples of changing lengths from translation pairs, one by one.
+
+    A sample is a list of pieces; what is left of an epoch is a list of single predictions.
+    """
+
+    stream: ReferencePackedStream
+    _epoch: int = -1
+    _cuts: int = 0
+    _ahead: list[list[Piece]] = field(default_factory=list)
+    _seq_len: int | None = None
+
+    def draw(self, seq_len: int, samples: int) -> list[tuple[int, list[Piece]]]:
+        """Return the epoch and the pieces of the next samples of this length."""
+        drawn: list[tuple[int, list[Piece]]] = []
+        if samples and self._seq_len not in (None, seq_len) and self._ahead:
+            left = {
+                (document, place)
+                for sample in self._ahead
+                for document, first, last in sample
+                for place in range(first, last - 1)
+            }
+            self._cuts += 1
+            self._ahead = self._pack(left, seq_len)
+        if samples:
+            self._seq_len = seq_len
+        for _ in range(samples):
+            if not self._ahead:
+                self._epoch, self._cuts = self._epoch + 1, 0
+                everything = {
+                    (document, place)
+                    for document in self._order()
+                    for place in range(len(self.stream.pairs.documents[document]) - 1)
+                }
+                self._ahead = self._pack(everything, seq_len)
+            drawn.append((self._epoch, self._ahead.pop(0)))
+        return drawn
+
+    def _order(self) -> list[int]:
+        reference = self.stream
+        here = reference.pairs.on_side(reference.side, reference.fraction)
+        family = derived_key(reference.seed, "documents", reference.side, reference.task)
+        return [i for i in permutation(len(here), member_key(family, 0)) if here[i]]
+
+    def _pack(self, left: set[tuple[int, int]], seq_len: int) -> list[list[Piece]]:
+        pieces: list[Piece] = []
+        for document in self._order():
+            places = sorted(place for each, place in left if each == document)
+            for place in places:
+                if pieces and pieces[-1][0] == document and pieces[-1][2] == place + 1:
+                    pieces[-1] = (document, pieces[-1][1], place + 2)
+                else:
+                    pieces.append((document, place, place + 2))
+        lengths = [last - first for _, first, last in pieces]
+        samples = [
+            [(pieces[i][0], pieces[i][1] + first, pieces[i][1] + last) for i, first, last in sample]
+            for sample in packed(lengths, list(range(len(pieces))), seq_len)
+        ]
+        origin = self.stream.seed, "samples", self.stream.side, self.stream.task
+        if self._cuts == 0:
+            key = member_key(derived_key(*origin), self._epoch)
+        else:
+            key = member_key(derived_key(*origin, "rest", self._epoch, self._cuts), 0)
+        return [samples[i] for i in permutation(len(samples), member_key(key, 0))]
+
+
+def packed_row(
+    sample: list[Piece], pairs: Pairs, seq_len: int, filler: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Return inputs, targets and documents of a sample of pieces of pairs, [seq_len] each."""
+    inputs, targets, numbers = [], [], []
+    for number, (document, first, last) in enumerate(sample):
+        tokens = pairs.documents[document]
+        for place in range(first, last):
+            inputs.append(tokens[place])
+            scored = place > first and place > tokens.index(TAG)
+            targets.append(tokens[place] if scored else IGNORED_TARGET)
+            numbers.append(number)
+    empty = seq_len + 1 - len(inputs)
+    return (
+        (inputs + [filler] * empty)[:seq_len],
+        (targets + [IGNORED_TARGET] * empty)[1:],
+        (numbers + [numbers[-1]] * empty)[:seq_len],
+    )
