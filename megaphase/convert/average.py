@@ -21,6 +21,7 @@ from megaphase.distributed.sharding import ParameterLayout
 from megaphase.utils.errors import InputError
 
 FEWEST = 2
+LEAST, MOST = 1e-6, 1e6  # of a checkpoint's weight
 
 
 class MeanOfWeights:
@@ -101,8 +102,9 @@ def _checked(shares: Sequence[float] | None, checkpoints: int) -> Sequence[float
         problem = f"has {len(shares):,} numbers for {checkpoints:,} checkpoints"
         raise InputError("--weights", problem, "give one for each")
     for share in shares:
-        if not math.isfinite(share) or share <= 0:
-            raise InputError("--weights", f"{share:g} is not above 0", "leave out that checkpoint")
+        if not LEAST <= share <= MOST:  # nor not a number
+            problem = f"{share:g} is not from {LEAST:g} to {MOST:g}"
+            raise InputError("--weights", problem, "they are relative to their sum")
     return shares
 
 

@@ -22,7 +22,9 @@ def shown(*, terminal: bool) -> str:
         display.on_step_end(step_record(step, seconds=seconds, tokens_per_second=2048.0))
         if step == 6:
             losses = {"en": HeldOutLoss(1.5, 0.5)}
-            display.on_validation_end(ValidationRecord(6, "[x]", losses, {"en": None}, False))
+            average = {"en": HeldOutLoss(1.25, 0.4)}
+            record = ValidationRecord(6, "[x]", losses, {"en": None}, False, average)
+            display.on_validation_end(record)
     display.on_run_end(None)
     return out.getvalue()
 
@@ -31,6 +33,7 @@ def test_plain_lines_come_every_few_steps_and_at_the_end() -> None:
     assert shown(terminal=False).splitlines() == [
         "only step 5/12  loss 2.0000  learning rate 1.00e-03  2,048 tokens/s  0:07 left",
         "[x] step 6  validation loss: en 1.5000",
+        "[x] step 6  validation loss of the average: en 1.2500",
         "only step 10/12  loss 2.0000  learning rate 1.00e-03  2,048 tokens/s  0:02 left",
         "only step 12/12  loss 2.0000  learning rate 1.00e-03  2,048 tokens/s  0:00 left",
     ]

@@ -258,8 +258,13 @@ def test_events_with_a_loss_are_no_curves(tmp_path):
     log = TensorBoard(tmp_path / "tensorboard", resumed_step=None)
     log.write({"step": 5, "event": "loss_spike", "loss": 9.0, "mean_before": 3.0})
     log.write({"step": 6, "phase": "joint", "validation": {"hi": {"loss": 2.5}}})
+    figures = {"hi": {"loss": 2.5}}
+    row = {"validation": figures, "validation_average": {"hi": {"loss": 2.25}}}
+    log.write({"step": 7, "phase": "joint"} | row)
     log.on_run_end(None)
-    assert scalars(tmp_path) == {"validation_loss/hi": [6]}
+    assert scalars(tmp_path) == {
+        "validation_loss/hi": [6, 7], "validation_average_loss/hi": [7],
+    }  # fmt: skip
 
 
 def test_other_files_in_the_folder_of_tensorboard_stay(corpora, tmp_path):

@@ -143,7 +143,7 @@ def test_other_models_tokenizers_and_options_are_refused(
         (words, None, "another tokenizer than"),
         ([first, checkpoints[1], first], None, "there twice"),
         ([first, checkpoints[1]], [1.0], "has 1 numbers for 2 checkpoints"),
-        ([first, checkpoints[1]], [1.0, 0.0], "0 is not above 0"),
+        ([first, checkpoints[1]], [1.0, 0.0], "0 is not from 1e-06"),
         ([first, str(damaged)], None, "norm.weight.safetensors"),
     ]
     out = tmp_path / "out"

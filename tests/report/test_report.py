@@ -289,6 +289,32 @@ def test_gaps_are_shown_where_there_are_any(early, tmp_path):
     assert (found["50", "hi"], found["50", "eu"], found["0", "hi"]) == ("0.25", "", "")
 
 
+def test_averages_are_shown_in_the_phases_that_have_one(tmp_path):
+    run_dir = write_run(tmp_path / "run")
+    rows = list(rows_of(PHASES, 0.0, END))
+    for row in rows:
+        if row.get("phase") == "joint" and "validation" in row and row["step"] > SWITCH:
+            row["validation_average"] = {
+                task: {"loss": figures["loss"] - 0.125, "bits_per_byte": 0.5}
+                for task, figures in row["validation"].items()
+            }
+    write_rows(run_dir, rows)
+    index = write_report([run_dir], tmp_path / "report")
+    losses = {row[0]: row for row in Page(index).rows if len(row) == 10}
+    assert losses["hi"][9] == f"{held_out_loss('hi', END) - 0.125:.3f}"
+    assert "Average: of the average of the phase's weights" in index.read_text()
+    with open(index.parent / "numbers" / "validation_average.csv", newline="") as file:
+        found = {(r["step"], r["task"]): float(r["loss"]) for r in csv.DictReader(file)}
+    steps = range(SWITCH + 10, END + 1, 10)
+    assert found.keys() == {(str(step), task) for step in steps for task in TASKS}
+    for (step, task), loss in found.items():
+        assert loss == pytest.approx(held_out_loss(task, int(step)) - 0.125)
+    plot = loss_plot(load_run(run_dir), line_colours(TASKS), WIDE)
+    lines = [line for axes in plot.axes for line in axes.get_lines()]
+    dotted = [line for line in lines if line.get_xdata().size == len(steps)]
+    assert len(dotted) == len(TASKS)
+
+
 BASE_STEPS = 1000
 
 

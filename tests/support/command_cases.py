@@ -68,6 +68,7 @@ CALLS: dict[str, tuple[dict[str, list[str]], dict[str, str]]] = {
     "evaluate": (RUN, {}),
     "generate": (CHECKPOINT, {"--prompt": "a", "--max-tokens": "2"}),
     "translate": (RUN, {"--max-tokens": "2", "--samples": "1"}),
+    "convert average": ({"checkpoints": ["run@joint", "run@pretrain"]}, {"--out": "new"}),
     "convert reshape": (CHECKPOINT, {"--data": "1", "--out": "new"}),
     "convert extend-vocab": (CHECKPOINT, {"--tokenizer": "tok", "--out": "new"}),
     "convert to-hf": (CHECKPOINT, {"--out": "new"}),
