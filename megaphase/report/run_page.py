@@ -164,7 +164,7 @@ def _loss_table(run: RunRecord, colours: Colours) -> PageTable:
     if with_gap:
         note += " Gap: how far the loss is above that on the training text, at the end."
     if any(averages.values()):
-        note += " Average: of the average of the phase's weights, at the end."
+        note += " Average: the loss of the average of the weights, at the end."
     return PageTable(["task"], rows, note, groups)
 
 

@@ -302,7 +302,7 @@ def test_averages_are_shown_in_the_phases_that_have_one(tmp_path):
     index = write_report([run_dir], tmp_path / "report")
     losses = {row[0]: row for row in Page(index).rows if len(row) == 10}
     assert losses["hi"][9] == f"{held_out_loss('hi', END) - 0.125:.3f}"
-    assert "Average: of the average of the phase's weights" in index.read_text()
+    assert "Average: the loss of the average of the weights" in index.read_text()
     with open(index.parent / "numbers" / "validation_average.csv", newline="") as file:
         found = {(r["step"], r["task"]): float(r["loss"]) for r in csv.DictReader(file)}
     steps = range(SWITCH + 10, END + 1, 10)
