@@ -12,7 +12,7 @@ from megaphase.config.run import RunConfig
 from megaphase.estimate.memory_table import memory_sentences, memory_summary
 from megaphase.launch.slurm.job_file import FOLDER, SubmittedJob, refuse_second_job, remember_job
 from megaphase.launch.slurm.script import Resources, batch_script, refuse_pattern
-from megaphase.plan.load_plan import memory_setup, open_run, preview_plan
+from megaphase.plan.load_plan import open_run, phase_setups, preview_plan
 from megaphase.plan.preview import plan_warnings
 from megaphase.training.branch import choose_branch
 from megaphase.training.run_directory import RunDirectory
@@ -39,8 +39,8 @@ def check(
     refuse_pattern(config.where("output"), logs_folder(config.output))
     RunDirectory(config.output).refuse_other_run(config)
     branch = choose_branch(config, source)
-    setup = memory_setup(config, tokenizer, resources.processes)
-    needed = memory_summary(setup, gpu_memory_gb)
+    setups = phase_setups(config, tokenizer, resources.processes)
+    needed = memory_summary(setups, gpu_memory_gb)
     sentences = memory_sentences(needed)
     if resources.gpus and not needed["layouts"][0]["fits"]:
         raise InputError(config.where("parallel"), sentences[-1], "or set --memory")

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megaphase.estimate.memory import estimate
-from megaphase.estimate.setup import Setup
+from megaphase.estimate.setup import PhaseSetup, Setup
 from megaphase.estimate.suggestions import GB, RESERVE, all_kept, fits, layouts, suggestions
 
 
-def memory_summary(setup: Setup, card_gb: float) -> dict[str, Any]:
-    """All figures as plain data: bytes by part, for the run's own layout and then all others.
+def largest_phase(phases: Sequence[PhaseSetup]) -> int:
+    """The number of the phase that needs the most memory, the first one if several do."""
+    return max(range(len(phases)), key=lambda number: estimate(phases[number].setup).total)
+
+
+def memory_summary(phases: Sequence[PhaseSetup], card_gb: float) -> dict[str, Any]:
+    """All figures of the phase that needs the most memory as plain data: bytes by part, for the
+    run's own layout and then all others; and the bytes of every phase.
 
     all_kept: those of its own layout with `keep_gathered: 1.0`, None where that is no choice.
     """
+    name, setup = phases[largest_phase(phases)]
     kept = all_kept(setup)
     return {
         "processes": setup.tensor * setup.data,
         "card_gb": card_gb,
         "reserve": RESERVE,
+        "phase": name,
+        "phases": [
+            {
+                "name": each.name,
+                "seq_len": each.setup.seq_len,
+                "micro": each.setup.micro,
+                "bytes": estimate(each.setup).total,
+                "fits": fits(each.setup, card_gb),
+            }
+            for each in phases
+        ],
         "layouts": [_figures(layout, card_gb) for layout in layouts(setup)],
         "all_kept": kept and _figures(kept, card_gb),
         "remedies": suggestions(setup, card_gb),
@@ -45,8 +64,13 @@ def memory_sentences(summary: dict[str, Any]) -> list[str]:
     parts = " + ".join(
         f"{part} {gb(size)}" for part, size in own["parts"].items() if size >= 0.05 * GB
     )
-    line = f"Memory per GPU ({layout_name(own)}): {gb(own['bytes'])} GB"
+    differ = memory_differs(summary)
+    of_phase = f", phase {summary['phase']}" if differ else ""
+    line = f"Memory per GPU ({layout_name(own)}{of_phase}): {gb(own['bytes'])} GB"
     sentences = [f"{line} = {parts}" if parts else line]
+    if differ:
+        of_phases = (f"{each['name']} {gb(each['bytes'])}" for each in summary["phases"])
+        sentences.append(f"Memory of the phases: {', '.join(of_phases)} GB")
     if own["host_bytes"]:
         host = " + ".join(f"{part} {gb(size)}" for part, size in own["host_bytes"].items())
         sentences.append(f"Memory of the node for each GPU, offloaded: {host} GB")
@@ -55,10 +79,16 @@ def memory_sentences(summary: dict[str, Any]) -> list[str]:
     return sentences
 
 
+def memory_differs(summary: dict[str, Any]) -> bool:
+    """Whether phases need different amounts of memory."""
+    return len({each["bytes"] for each in summary["phases"]}) > 1
+
+
 def _does_not_fit(summary: dict[str, Any]) -> str:
     own, card = summary["layouts"][0], f"{summary['card_gb']:g} GB"
     needed = own["bytes"] / (1 - summary["reserve"])
-    what = f"The run does not fit {card}: with {summary['reserve']:.0%} in reserve it needs "
+    subject = f"Phase {summary['phase']}" if memory_differs(summary) else "The run"
+    what = f"{subject} does not fit {card}: with {summary['reserve']:.0%} in reserve it needs "
     what += f"{gb(needed)} GB"
     if summary["remedies"]:
         return f"{what}; it fits with {', or '.join(summary['remedies'])}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -107,6 +107,13 @@ class Setup:
             accumulation=self.samples // (self.micro * data),
             secondary=secondary,
         )
+
+
+class PhaseSetup(NamedTuple):
+    """A phase's name and its setup, with its full batch."""
+
+    name: str
+    setup: Setup
 
 
 def setup_of(

@@ -30,14 +30,12 @@ def speed_summary(
     second_partition: those of the run's own layout with `secondary_partition: ranks`, the GPUs of a
     node, and its memory; None where that is no choice.
 
-    phases: their names, and the setups of their steps with the number of steps of each.
+    setup: of the phase of `memory_summary`. phases: their names, and the setups of their steps with
+    the number of steps of each.
     """
     found = [_figures(layout, hardware) for layout in layouts(setup)]
     kept = all_kept(setup)
-    seconds = [
-        sum(steps * step_time(each, hardware).seconds for each, steps in stages)
-        for _, stages in phases
-    ]
+    times = [_phase_figures(name, stages, hardware) for name, stages in phases]
     return {
         "card": hardware.title,
         "card_assumed": hardware.assumed,
@@ -47,10 +45,24 @@ def speed_summary(
         "layouts": found,
         "all_kept": kept and _figures(kept, hardware),
         "second_partition": _second_partition(setup, hardware),
-        "phases": [
-            {"name": name, "seconds": each} for (name, _), each in zip(phases, seconds, strict=True)
-        ],
-        "seconds": sum(seconds),
+        "phases": times,
+        "seconds": sum(each["seconds"] for each in times),
+    }
+
+
+def _phase_figures(
+    name: str, stages: Sequence[tuple[Setup, int]], hardware: Hardware
+) -> dict[str, Any]:
+    """The time of all steps of a phase, and the figures of its last step."""
+    times = [(step_time(setup, hardware), steps) for setup, steps in stages]
+    last = times[-1][0]
+    return {
+        "name": name,
+        "seq_len": stages[-1][0].seq_len,
+        "seconds": sum(steps * time.seconds for time, steps in times),
+        "step_seconds": last.seconds,
+        "tokens_per_second": last.tokens_per_second,
+        "mfu": last.mfu,
     }
 
 
@@ -92,11 +104,18 @@ def speed_sentences(memory: dict[str, Any], speed: dict[str, Any] | None) -> lis
     )
     card = speed["card"] + (", assumed" if speed["card_assumed"] else "")
     offload = "" if speed["offload_counted"] else ", without what offload adds"
+    of_phase = f", phase {memory['phase']}" if _steps_differ(speed) else ""
     sentences = [
-        f"Step, estimated ({card}{offload}): {_seconds(whole)} s = {parts}",
+        f"Step, estimated ({card}{offload}{of_phase}): {_seconds(whole)} s = {parts}",
         f"Speed: {own['tokens_per_second']:,.0f} tokens/s, MFU {own['mfu']:.0%}; without "
         f"validation and saving {_phases(speed)}",
     ]
+    if of_phase:
+        steps = (
+            f"{each['name']} {_seconds(each['step_seconds'])} s, MFU {each['mfu']:.0%}"
+            for each in speed["phases"]
+        )
+        sentences.append(f"Steps of the phases, with their full batch: {'; '.join(steps)}")
     best = quickest(memory, speed)
     if best is not None:
         figures = speed["layouts"][best]
@@ -108,6 +127,10 @@ def speed_sentences(memory: dict[str, Any], speed: dict[str, Any] | None) -> lis
             )
     sentences.extend(_gathering_less(memory, speed))
     return sentences
+
+
+def _steps_differ(speed: dict[str, Any]) -> bool:
+    return len({each["step_seconds"] for each in speed["phases"]}) > 1
 
 
 def _gathering_less(memory: dict[str, Any], speed: dict[str, Any]) -> Iterator[str]:

@@ -71,9 +71,13 @@ def show_command(
 
     from megaphase.distributed.dist_env import given_world_size
     from megaphase.estimate.hardware import hardware_of, planned_card
-    from megaphase.estimate.memory_table import memory_sentences, memory_summary
+    from megaphase.estimate.memory_table import (
+        largest_phase,
+        memory_sentences,
+        memory_summary,
+    )
     from megaphase.estimate.step_time_table import layouts_table, speed_sentences, speed_summary
-    from megaphase.plan.load_plan import memory_setup, open_run, preview_plan, stage_setups
+    from megaphase.plan.load_plan import open_run, phase_setups, preview_plan, stage_setups
     from megaphase.plan.preview import (
         batch_sentences,
         bos_sentences,
@@ -91,11 +95,11 @@ def show_command(
         check_plot_path(plot)
     if processes is None:
         processes = given_world_size() or config.parallel.fewest_processes
-    setup, hardware = memory_setup(config, tokenizer, processes), hardware_of(config, card)
-    needed = memory_summary(setup, memory or planned_card(config, card).memory_gb)
+    setups, hardware = phase_setups(config, tokenizer, processes), hardware_of(config, card)
+    needed = memory_summary(setups, memory or planned_card(config, card).memory_gb)
     plan = preview_plan(config, tokenizer)
-    phases = stage_setups(config, tokenizer, processes, plan)
-    times = speed_summary(setup, hardware, phases) if hardware else None
+    phases, largest = stage_setups(setups, plan), setups[largest_phase(setups)].setup
+    times = speed_summary(largest, hardware, phases) if hardware else None
     if plot is not None:
         save_run_plot(plot, config, plan)
     summary = plan.summary() | {"memory": needed, "speed": times}

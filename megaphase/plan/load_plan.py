@@ -11,8 +11,8 @@ from rich.console import Console
 
 from megaphase.config.load import load_run_file
 from megaphase.config.run import RunConfig
-from megaphase.estimate.setup import Setup, setup_of
-from megaphase.model.presets import build_shape
+from megaphase.estimate.setup import PhaseSetup, Setup, setup_of
+from megaphase.model.presets import phase_shapes
 from megaphase.plan.batch_layout import check_batches_beforehand
 from megaphase.plan.build import ensure_built
 from megaphase.plan.built_folder import Say
@@ -36,28 +36,29 @@ def open_run(run_file: Path, overrides: Sequence[str] | None) -> tuple[RunConfig
     return config, Tokenizer.load(config.tokenizer)
 
 
-def memory_setup(config: RunConfig, tokenizer: Tokenizer, processes: int) -> Setup:
-    """Return what determines the memory of a run on this many GPUs.
+def phase_setups(config: RunConfig, tokenizer: Tokenizer, processes: int) -> list[PhaseSetup]:
+    """Return what determines the memory of every phase of a run on this many GPUs, by its name.
 
     Raises:
         InputError: its sizes, layout or batch are not divisible as required.
     """
     check_batches_beforehand(config, processes)
-    return setup_of(config, build_shape(config, tokenizer.vocab_size), processes, "cuda")
+    shapes = phase_shapes(config, tokenizer.vocab_size)
+    return [
+        PhaseSetup(phase.name, setup_of(config, shape, processes, "cuda", number))
+        for number, (phase, shape) in enumerate(zip(config.phases, shapes, strict=True))
+    ]
 
 
 def stage_setups(
-    config: RunConfig, tokenizer: Tokenizer, processes: int, plan: Plan
+    setups: Sequence[PhaseSetup], plan: Plan
 ) -> list[tuple[str, list[tuple[Setup, int]]]]:
     """Return what determines the time of the steps of every phase, by its name: the setups of the
     stages of its batch, each with the number of its steps."""
-    shape = build_shape(config, tokenizer.vocab_size)
     found = []
-    for number, phase in enumerate(plan.spec.phases):
-        setup = setup_of(config, shape, processes, "cuda", number)
+    for (name, setup), phase in zip(setups, plan.spec.phases, strict=True):
         stages = phase.batch.within(phase.steps)
-        setups = [(setup.with_batch(stage.samples), steps) for stage, steps in stages]
-        found.append((phase.name, setups))
+        found.append((name, [(setup.with_batch(stage.samples), steps) for stage, steps in stages]))
     return found
 
 

@@ -17,8 +17,9 @@ from rich.table import Table
 from megaphase.config.run import RunConfig
 from megaphase.distributed.dist_env import given_world_size
 from megaphase.estimate.hardware import TERA, planned_card
+from megaphase.estimate.memory_table import largest_phase
 from megaphase.estimate.suggestions import GB, RESERVE
-from megaphase.plan.load_plan import memory_setup, open_run
+from megaphase.plan.load_plan import open_run, phase_setups
 from megaphase.plan.same_run import settings_of
 from megaphase.rehearsal.fake_device import missing_for_rehearsal
 from megaphase.utils.arguments import MOST_PROCESSES
@@ -116,6 +117,10 @@ class Rehearsed:
         estimates, train = self.figures["estimates"], self.figures["reports"]["train"]
         peak = train["peak_bytes"]
         sentences = []
+        if self.figures["phase"] is not None:
+            sentences.append(
+                f"Phase {self.figures['phase']} is rehearsed, which needs the most memory"
+            )
         if self.figures["micro_batches"] > MICRO_BATCHES:
             sentences.append(
                 f"A step of the run has {self.figures['micro_batches']:,} micro-batches, and "
@@ -178,21 +183,24 @@ def rehearse_run(
     processes = processes or given_world_size() or config.parallel.fewest_processes
     if processes > MOST_PROCESSES:
         raise InputError("--processes", f"is {processes:,}", f"give at most {MOST_PROCESSES:,}")
-    memory_setup(config, tokenizer, processes)  # refuses what does not divide
+    setups = phase_setups(config, tokenizer, processes)  # refuses what does not divide
     planned_card(config)  # refuses what no table has
     if rank >= processes:
         raise InputError("--rank", f"is {rank:,}", f"give one below {processes:,}")
     if missing := missing_for_rehearsal():
         raise InputError(missing, "is not installed, and a rehearsal needs it", "install it")
-    micro_batches = config.micro_batches(processes)
+    number = largest_phase(setups)
+    micro_batches = config.micro_batches(processes, number)
     data = processes // config.parallel.tensor
-    micro = config.phase_batch(0).micro
+    micro = config.phase_batch(number).micro
     batch = {"samples": micro * min(micro_batches, MICRO_BATCHES) * data, "micro": micro}
     settings = settings_of(config)
-    phases = [phase | {"batch": None} for phase in settings["phases"]]
+    # The phase's own keys as those of the run.
+    model = settings["model"] | settings["phases"][number].get("model", {})
+    phases = [phase | {"batch": None, "model": None} for phase in settings["phases"]]
     case = {
         "path": str(run_file),
-        "run": settings | {"batch": batch, "phases": phases},
+        "run": settings | {"batch": batch, "model": model, "phases": phases},
         "vocab": tokenizer.vocab_size,
         "processes": processes,
         "rank": rank,
@@ -212,5 +220,6 @@ def rehearse_run(
     figures = json.loads(done.stdout)
     if "wrong_input" in figures:
         raise InputError(*figures["wrong_input"])
-    about = {"rank": rank, "processes": processes, "micro_batches": micro_batches}
+    phase = setups[number].name if len({each.setup.shape for each in setups}) > 1 else None
+    about = {"rank": rank, "processes": processes, "micro_batches": micro_batches, "phase": phase}
     return Rehearsed(figures | about, config)

@@ -24,7 +24,7 @@ from megaphase.estimate.memory_table import memory_sentences, memory_summary
 from megaphase.estimate.step_time_table import speed_sentences, speed_summary
 from megaphase.launch.slurm.pipeline import Pipeline, load_pipeline, scripts
 from megaphase.optim.schedules import learning_rate
-from megaphase.plan.load_plan import memory_setup
+from megaphase.plan.load_plan import phase_setups
 from megaphase.plan.mixture import effective_rates
 from megaphase.plan.spec import plan_spec
 from megaphase.sweep import sweep as sweep_module
@@ -118,12 +118,15 @@ def plan_and_estimate(content: dict[str, Any]) -> None:
 
 
 def check_run(config: RunConfig) -> None:
-    setup = memory_setup(config, FakeTokenizer(), config.parallel.tensor)
-    memory = memory_summary(setup, planned_card(config, None).memory_gb)
+    setups = phase_setups(config, FakeTokenizer(), config.parallel.tensor)
+    memory = memory_summary(setups, planned_card(config, None).memory_gb)
     spec = plan_spec(config, FakeTokenizer(), {})
     hardware = hardware_of(config, None)
-    phases = [(phase.name, phase.steps) for phase in spec.phases]
-    speed = speed_summary(setup, hardware, phases) if hardware else None
+    phases = [
+        (name, [(setup, phase.steps)])
+        for (name, setup), phase in zip(setups, spec.phases, strict=True)
+    ]
+    speed = speed_summary(setups[0].setup, hardware, phases) if hardware else None
     assert memory_sentences(memory)
     assert speed_sentences(memory, speed)
     json.dumps([memory, speed], allow_nan=False)

@@ -17,8 +17,8 @@ from megaphase.estimate.config import HardwareConfig
 from megaphase.estimate.gpu_specs import CARDS, card_of_device
 from megaphase.estimate.hardware import Hardware, hardware_of, peak_flops
 from megaphase.estimate.memory import estimate
-from megaphase.estimate.memory_table import memory_summary
-from megaphase.estimate.setup import Setup
+from megaphase.estimate.memory_table import memory_sentences, memory_summary
+from megaphase.estimate.setup import PhaseSetup, Setup
 from megaphase.estimate.step_time import step_time
 from megaphase.estimate.step_time_table import (
     WIDE,
@@ -155,7 +155,10 @@ def phases(setup: Setup) -> list[tuple[str, list[tuple[Setup, int]]]]:
 
 
 def test_the_summary_adds_up():
-    memory, speed = memory_summary(RUN, 80.0), speed_summary(RUN, H100, phases(RUN))
+    memory, speed = (
+        memory_summary([PhaseSetup("only", RUN)], 80.0),
+        speed_summary(RUN, H100, phases(RUN)),
+    )
     keys = ("tensor", "data", "zero")
     for one, other in zip(memory["layouts"], speed["layouts"], strict=True):
         assert [one[key] for key in keys] == [other[key] for key in keys]
@@ -184,7 +187,10 @@ def test_the_steps_of_a_ramp_take_their_own_time():
 
 
 def test_the_sentences():
-    memory, speed = memory_summary(RUN, 80.0), speed_summary(RUN, H100, phases(RUN))
+    memory, speed = (
+        memory_summary([PhaseSetup("only", RUN)], 80.0),
+        speed_summary(RUN, H100, phases(RUN)),
+    )
     step, rate, best = speed_sentences(memory, speed)
     own = speed["layouts"][0]
     assert step.startswith(
@@ -200,7 +206,10 @@ def test_the_sentences():
 
 
 def test_no_other_layout_is_named_where_the_own_one_is_good():
-    memory, speed = memory_summary(RUN, 80.0), speed_summary(RUN, H100, phases(RUN)[:1])
+    memory, speed = (
+        memory_summary([PhaseSetup("only", RUN)], 80.0),
+        speed_summary(RUN, H100, phases(RUN)[:1]),
+    )
     at = quickest(memory, speed)
     for summary in (memory, speed):
         summary["layouts"].insert(0, summary["layouts"].pop(at))
@@ -209,7 +218,10 @@ def test_no_other_layout_is_named_where_the_own_one_is_good():
 
 
 def test_there_is_nothing_quickest_where_nothing_fits():
-    memory, speed = memory_summary(RUN, 1.0), speed_summary(RUN, H100, phases(RUN))
+    memory, speed = (
+        memory_summary([PhaseSetup("only", RUN)], 1.0),
+        speed_summary(RUN, H100, phases(RUN)),
+    )
     assert quickest(memory, speed) is None
     assert len(speed_sentences(memory, speed)) == 2
 
@@ -221,7 +233,8 @@ def test_what_is_gathered_too_often_is_named_where_it_would_fit():
 
     def last(setup: Setup, card_gb: float = 80.0) -> str:
         return speed_sentences(
-            memory_summary(setup, card_gb), speed_summary(setup, slow, phases(setup))
+            memory_summary([PhaseSetup("only", setup)], card_gb),
+            speed_summary(setup, slow, phases(setup)),
         )[-1]
 
     kept = replace(run, keep_gathered=1.0)
@@ -233,7 +246,9 @@ def test_what_is_gathered_too_often_is_named_where_it_would_fit():
     for other in (kept, replace(run, zero=2)):
         assert not last(other).startswith("keep_gathered")
     assert not last(run, 12.0).startswith("keep_gathered")  # not enough for all of them
-    quick = speed_sentences(memory_summary(run, 80.0), speed_summary(run, H100, phases(run)))
+    quick = speed_sentences(
+        memory_summary([PhaseSetup("only", run)], 80.0), speed_summary(run, H100, phases(run))
+    )
     assert not quick[-1].startswith("keep_gathered")  # communication overlaps with the products
 
 
@@ -243,7 +258,7 @@ def test_a_second_partition_is_named_where_it_would_fit():
 
     def named(setup: Setup, card_gb: float = 80.0, hardware: Hardware = slow) -> list[str]:
         speed = speed_summary(setup, hardware, phases(setup))
-        sentences = speed_sentences(memory_summary(setup, card_gb), speed)
+        sentences = speed_sentences(memory_summary([PhaseSetup("only", setup)], card_gb), speed)
         return [each for each in sentences if each.startswith("secondary_partition")]
 
     second = replace(run, secondary=8)
@@ -261,7 +276,10 @@ def test_a_second_partition_is_named_where_it_would_fit():
 
 @pytest.mark.parametrize("width", [80, WIDE])
 def test_the_table_loses_nothing_in_its_width(width):
-    memory, speed = memory_summary(RUN, 80.0), speed_summary(RUN, H100, phases(RUN))
+    memory, speed = (
+        memory_summary([PhaseSetup("only", RUN)], 80.0),
+        speed_summary(RUN, H100, phases(RUN)),
+    )
     console = Console(width=width, record=True, file=None, quiet=False)
     with console.capture() as capture:
         console.print(layouts_table(memory, speed, width=width))
@@ -318,3 +336,27 @@ def test_the_command_refuses_an_unknown_card(plan, tmp_path):
     assert isinstance(error, InputError)
     assert str(error).startswith("--card: no card 'h100-sx' in the table; did you mean 'h100-sxm'?")
     assert not (tmp_path / "run").exists()
+
+
+def test_phases_of_other_lengths_have_their_own_memory_and_time():
+    long = replace(RUN, shape=replace(SHAPE, seq_len=4 * SHAPE.seq_len))
+    setups = [PhaseSetup("pretrain", RUN), PhaseSetup("long", long), PhaseSetup("last", RUN)]
+    stages = [(name, [(setup, 100)]) for name, setup in setups]
+    memory, speed = memory_summary(setups, 80.0), speed_summary(long, H100, stages)
+    assert memory["layouts"][0]["bytes"] == estimate(long).total
+    found = [(each["name"], each["seq_len"], each["bytes"]) for each in memory["phases"]]
+    assert found == [(name, each.seq_len, estimate(each).total) for name, each in setups]
+    seconds = [100 * step_time(each, H100).seconds for _, each in setups]
+    assert [each["seconds"] for each in speed["phases"]] == seconds
+    assert speed["seconds"] == sum(seconds)
+    said = [*memory_sentences(memory), *speed_sentences(memory, speed)]
+    assert said[0].startswith("Memory per GPU (tensor 2 × data 32, ZeRO 1, phase long): ")
+    assert said[1].startswith("Memory of the phases: pretrain ")
+    [step] = [each for each in said if each.startswith("Step, estimated")]
+    assert ", phase long): " in step
+    [steps] = [each for each in said if each.startswith("Steps of the phases")]
+    assert [part.split()[0] for part in steps.split(": ", 1)[1].split("; ")] == [
+        "pretrain", "long", "last",
+    ]  # fmt: skip
+    too_small = memory_sentences(memory_summary(setups, 1.0))[-1]
+    assert too_small.startswith("Phase long does not fit 1 GB: ")

@@ -1,4 +1,5 @@
-"""A phase with rotary positions of its own: what it trains with, measures and records."""
+"""A phase with a sequence length and rotary positions of its own: what it trains with, measures and
+records."""
 
 import json
 
@@ -19,14 +20,13 @@ from run_support import (
 from warm_commands import run, run_killed, run_well
 
 from megaphase.checkpoint.parameters import WEIGHT
-from megaphase.config.load import load_run_file
 from megaphase.convert.source import open_source
 from megaphase.plan.dataset import read_held_out, read_step
 from megaphase.plan.load_plan import open_run, preview_plan
 
 SWITCH, END = STEPS[0], sum(STEPS)
 BASE = 500.0
-MODEL = {"rotary_base": BASE}
+MODEL = {"seq_len": 128, "rotary_base": BASE}
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +86,13 @@ def test_the_first_losses_of_a_phase_are_those_of_its_rotary_positions(single):
 
 def test_checkpoints_record_the_model_of_the_phase_that_ended_or_was_trained(single):
     for name, base in (("pretrain", 10_000.0), ("joint", BASE)):
-        assert open_source(f"{single / 'run'}@{name}").shape.rotary_base == base
+        shape = open_source(f"{single / 'run'}@{name}").shape
+        assert (shape.rotary_base, shape.seq_len) == (base, 32 if name == "pretrain" else 128)
     out = single / "hf"
     run_well("convert", "to-hf", f"{single / 'run'}@joint", "--out", out)
-    assert json.loads((out / "config.json").read_text())["rope_parameters"]["rope_theta"] == BASE
+    config = json.loads((out / "config.json").read_text())
+    assert config["rope_parameters"]["rope_theta"] == BASE
+    assert config["max_position_embeddings"] == 128
 
 
 @pytest.mark.parametrize("phase", ["pretrain", "joint"])
@@ -145,13 +148,32 @@ def test_a_branch_that_would_change_the_model_silently_is_refused(single, corpor
     refused = run("train", run_file, "--from", f"{single / 'run'}@joint")
     assert refused.returncode == 2
     assert refused.stderr == (
-        f"megaphase: {run_file}: model.rotary_base: is 10000.0, but "
-        f"{single / 'run' / 'checkpoints' / 'step-00000021'} has {BASE}; write the same model, or "
-        "phases[0].model.rotary_base where the first phase changes it\n"
+        f"megaphase: {run_file}: model.seq_len: is 32, but "
+        f"{single / 'run' / 'checkpoints' / 'step-00000021'} has 128; write the same model, or "
+        "phases[0].model.seq_len where the first phase changes it\n"
     )
 
 
-def test_a_phase_start_names_the_keys_that_the_phase_gives(single):
+def test_rows_name_the_keys_that_the_phase_gives_and_count_its_tokens(single):
     starts = [row for row in read_rows(single / "run") if row.get("event") == "phase_start"]
     assert [row.get("model") for row in starts] == [None, MODEL]
-    assert load_run_file(single / "run.yaml").phase_model(1).rotary_base == BASE
+    tokens = [row["tokens"] for row in read_rows(single / "run") if "loss" in row]
+    longer = [8 * 32 * SWITCH + 8 * 128 * step for step in range(1, STEPS[1] + 1)]
+    assert tokens == [8 * 32 * step for step in range(1, SWITCH + 1)] + longer
+
+
+def test_a_phase_may_use_fewer_of_the_learned_positions(corpora, tmp_path):
+    settings = run_settings(corpora)
+    settings["model"] |= {
+        "position": "learned", "norm": "layernorm", "activation": "gelu", "bias": True,
+        "kv_heads": 4,
+    }  # fmt: skip
+    settings["phases"][0] |= {"model": {"seq_len": 16}, "steps": 3}
+    settings["phases"][1]["steps"] = 3
+    run_well("train", write_run_file(tmp_path, settings))
+    shape = open_source(f"{tmp_path / 'run'}@pretrain").shape
+    assert (shape.seq_len, shape.position_rows) == (16, 32)
+    run_well("convert", "to-hf", f"{tmp_path / 'run'}@pretrain", "--out", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["n_positions"] == 32
+    args = ("--out", tmp_path / "megatron", "--tensor", 2)
+    run_well("convert", "to-megatron", f"{tmp_path / 'run'}@pretrain", *args)

@@ -68,7 +68,7 @@ def to_hf(
         tokenizer: by default that of the run, or of the imported model.
         no_tokenizer: write none.
         max_positions: how many tokens the model's configuration allows a text to have, with rotary
-            positions; by default the run's seq_len.
+            positions; by default the seq_len of the phase that wrote the checkpoint.
         average: write the average of the weights that the checkpoint holds.
 
     Raises:
@@ -76,8 +76,9 @@ def to_hf(
             or the model's positions are learned and `max_positions` is given.
     """
     source = open_source(text, average=average)
-    family = family_for(source.shape, source.folder)
-    shape = family.expressed(source.shape)
+    whole = source.shape.with_all_positions()
+    family = family_for(whole, source.folder)
+    shape = family.expressed(whole)
     described = shape
     if max_positions is not None:
         if shape.position != "rotary":

@@ -74,7 +74,7 @@ def to_megatron(
         InputError: the checkpoint is damaged, or its model cannot be split like this.
     """
     source = open_source(text, average=average)
-    shape = expressed(source.shape, source.folder)
+    shape = expressed(source.shape.with_all_positions(), source.folder)
     weights = WithZeroBiases(source.weights, shape)
     check_tensor_size(shape, target.tensor)
     args = megatron_args(
