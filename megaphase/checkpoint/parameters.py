@@ -9,6 +9,8 @@ by ZeRO), stored for each kind as a tensor `KIND/NAME`. `parameters.json` record
                  `average` if an average of the weights has begun
     parameters   by name: `shape` of the whole; `dim` along which it is split and `segments` that
                  are split separately (see ParameterLayout); `kinds` where it has not all of them
+                 `exp_avg_sq_row` and `exp_avg_sq_col` of a matrix, of as many elements as it has
+                 rows and columns, are whole in the file with its first element of tensor rank 0
     shards       by file: its `tensor_rank`, and its `pieces`: by name, the first element and the
                  one after the last in the flattened tensor-parallel shard
 """
@@ -27,7 +29,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from megaphase.checkpoint.state import AVERAGE
+from megaphase.checkpoint.state import AVERAGE, COLUMNS, ROWS
 from megaphase.checkpoint.tensor_file import TensorFile
 from megaphase.distributed.sharding import ParameterLayout
 from megaphase.utils.errors import InputError
@@ -52,6 +54,18 @@ def all_kinds(kinds: Kinds) -> list[str]:
     """Return the kinds that any parameter has, without repetition."""
     by_name = kinds.values() if isinstance(kinds, Mapping) else [kinds]
     return list(dict.fromkeys(chain.from_iterable(by_name)))
+
+
+def factor_layout(kind: str, layout: ParameterLayout) -> ParameterLayout | None:
+    """Return the layout of the means of a matrix's rows or columns; None for all other kinds."""
+    if kind not in (ROWS, COLUMNS):
+        return None
+    return ParameterLayout((layout.shape[0 if kind == ROWS else 1],))
+
+
+def has_factors(tensor_rank: int, piece: Piece) -> bool:
+    """Whether the file with this piece of a matrix holds the means of its rows and columns."""
+    return tensor_rank == 0 and piece.start == 0 and piece.stop > 0
 
 
 def shard_file(rank: int) -> str:
@@ -219,6 +233,9 @@ class StoredParameters:
     def whole(self, name: str, kind: str) -> Tensor:
         """Return a whole parameter without padding, in its own shape; every byte is read once."""
         layout, size = self.layouts[name], self.tensor_size
+        factor = factor_layout(kind, layout)
+        if factor is not None:
+            return self._factor(name, kind, factor.numel)
         if layout.is_whole(size):
             return self._stored(name, kind, 0, Piece(0, layout.numel)).view(layout.shape)
         if layout.dim == 0:
@@ -226,6 +243,14 @@ class StoredParameters:
         shape, numel = layout.shard_shape(size), layout.shard_numel(size)
         parts = (self._stored(name, kind, r, Piece(0, numel)).view(shape) for r in range(size))
         return layout.unshard(parts, size)
+
+    def _factor(self, name: str, kind: str, numel: int) -> Tensor:
+        found = torch.empty(numel)
+        for piece, file in self._pieces[name, 0]:
+            if has_factors(0, piece):
+                self._open(file).read_into(tensor_name(kind, name), 0, found)
+                return found
+        raise self._missing(f"{kind} of {name} is")
 
     def _whole_of_rows(self, name: str, kind: str) -> Tensor:
         """Return a parameter that is split between rows; read each range into its place."""
@@ -268,21 +293,24 @@ class StoredParameters:
 
     def _check_file(self, file: str) -> None:
         shard, path = self.shards[file], self._folder / file
-        known = {
-            tensor_name(kind, name): piece
-            for name, piece in shard.pieces.items()
-            for kind in self.kinds_by_name[name]
-        }
+        known = {}
+        for name, piece in shard.pieces.items():
+            for kind in self.kinds_by_name[name]:
+                factor = factor_layout(kind, self.layouts[name])
+                if factor is None:
+                    known[tensor_name(kind, name)] = piece.stop - piece.start
+                elif has_factors(shard.tensor_rank, piece):
+                    known[tensor_name(kind, name)] = factor.numel
         stored = self._open(file).kinds
         found = {name: kind for name, kind in stored.items() if not name.startswith(RANDOM)}
-        for name, piece in known.items():
+        for name, numel in known.items():
             if name not in found:
                 raise InputError(path, f"has no tensor {name}", "use another checkpoint")
-            if (found[name].dtype, found[name].numel) != (torch.float32, piece.stop - piece.start):
+            if (found[name].dtype, found[name].numel) != (torch.float32, numel):
                 raise InputError(
                     path,
                     f"{name} has {found[name].numel:,} elements of {found[name].dtype}, not "
-                    f"{piece.stop - piece.start:,} of fp32",
+                    f"{numel:,} of fp32",
                     "use another checkpoint",
                 )
         for name in found.keys() - known.keys():

@@ -20,6 +20,9 @@ STATE_FILE = "state.json"
 # state it holds.
 TOKENIZER_HASH = "tokenizer_hash"
 NEW_TOKENS = "new_tokens"
+# The kinds of tensors that are mean squares of the gradients of a matrix's rows and columns; they
+# are stored whole, beside the first piece of the matrix.
+ROWS, COLUMNS = "exp_avg_sq_row", "exp_avg_sq_col"
 OPTIMIZER, ADAMW = "optimizer", "adamw"  # which is AdamW where it is missing
 # The kind of tensors that are an average of the weights; the key of its record in the state.
 AVERAGE = "average"

@@ -19,6 +19,8 @@ from megaphase.checkpoint.parameters import (
     Kinds,
     Piece,
     Shard,
+    factor_layout,
+    has_factors,
     index_json,
     kinds_of,
     shard_file,
@@ -57,13 +59,19 @@ class Form:
 
     def contents(self, file: str, kinds: Kinds) -> dict[str, TensorKind]:
         """Return every tensor of a file, in the order in which parameters are read."""
-        pieces = self.shards[file].pieces
-        return {
-            tensor_name(kind, name): TensorKind(torch.float32, self._shape(name, pieces[name]))
-            for name in self.layouts
-            if name in pieces
-            for kind in kinds_of(kinds, name)
-        }
+        shard, found = self.shards[file], {}
+        for name in self.layouts:
+            for kind in kinds_of(kinds, name) if name in shard.pieces else ():
+                piece = shard.pieces[name]
+                factor = factor_layout(kind, self.layouts[name])
+                if factor is None:
+                    shape = self._shape(name, piece)
+                elif has_factors(shard.tensor_rank, piece):
+                    shape = factor.shape
+                else:
+                    continue
+                found[tensor_name(kind, name)] = TensorKind(torch.float32, shape)
+        return found
 
     def _shape(self, name: str, piece: Piece) -> tuple[int, ...]:
         return (piece.stop - piece.start,) if self.flat else self.layouts[name].shape
@@ -112,6 +120,12 @@ def write_checkpoint(
             places[name].append((file, shard.tensor_rank, piece))
 
     def write(name: str, kind: str, whole: Tensor) -> None:
+        if factor_layout(kind, form.layouts[name]) is not None:
+            for file, rank, piece in places[name]:
+                if has_factors(rank, piece):
+                    files.write(file, whole)
+            advance(whole.nbytes)
+            return
         for rank in sorted({rank for _, rank, _ in places[name]}):
             cut = form.layouts[name].flat_shard(whole, rank, form.tensor)
             parts = [

@@ -28,6 +28,8 @@ SUB_GROUP = 1_000_000_000
 # embeddings and output projection, and some that are on their way.
 SWAP_BUFFERS = 16
 FLAT_ALIGNMENT = 2
+# Of the largest matrix, in Muon: what is sent, received, joined, the result, and three products.
+COPIES_OF_MATRIX = 7
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,20 @@ def most_moments(setup: Setup) -> int:
     return max(len(state.moments) for state in states)
 
 
+def _factors(setup: Setup) -> int:
+    """Bytes of the means of rows and columns, which every rank has of all matrices."""
+    specs = parameter_specs(setup.shape).values()
+    shapes = [spec.shape for spec in specs if state_of(setup.optimizer, spec).factored]
+    return sum(map(sum, shapes)) * FP32_BYTES
+
+
 def _moments_of_each(setup: Setup, sizes: Mapping[str, int]) -> int:
     """Bytes of the optimizer's state of so many elements of each parameter."""
     specs = parameter_specs(setup.shape)
     elements = sum(
         size * len(state_of(setup.optimizer, specs[name]).moments) for name, size in sizes.items()
     )
-    return elements * FP32_BYTES
+    return elements * FP32_BYTES + _factors(setup)
 
 
 def _flat_sizes(setup: Setup, sizes: Mapping[str, int]) -> dict[Group, int]:
@@ -131,12 +140,20 @@ def _flat_sizes(setup: Setup, sizes: Mapping[str, int]) -> dict[Group, int]:
 def _moments_of_groups(setup: Setup, groups: Mapping[Group, int]) -> int:
     """Bytes of this rank's part of the optimizer's state."""
     elements = sum(size // setup.data * len(group.state.moments) for group, size in groups.items())
-    return elements * FP32_BYTES
+    return elements * FP32_BYTES + _factors(setup)
 
 
 def _update_buffer(setup: Setup, elements: int) -> int:
     """Bytes that the optimizer allocates for the updates of so many elements."""
-    return elements * FP32_BYTES if setup.optimizer.name == "lion" else 0
+    if setup.optimizer.name == "lion":
+        return elements * FP32_BYTES
+    if setup.optimizer.name == "adafactor":
+        return min(elements, max(parameter_sizes(setup.shape, setup.tensor).values())) * FP32_BYTES
+    if setup.optimizer.name == "muon":
+        specs = parameter_specs(setup.shape).values()
+        largest = max(spec.numel for spec in specs if spec.matrix)
+        return COPIES_OF_MATRIX * largest * setup.compute_bytes
+    return 0
 
 
 def _without_zero(setup: Setup, sizes: Mapping[str, int]) -> States:

@@ -19,7 +19,13 @@ PARTS = ("matrices", "attention", "elementwise", "tensor", "data", "optimizer")
 # Passes of the optimizer over a weight; before them the gradient is read for the norm, and read and
 # written to be clipped. AdamW, fused, reads gradient, weight and two moments, and writes the last
 # three; Lion's operations are five. Muon's are four, and pieces are sent and received twice.
-OPTIMIZER_PASSES = {"adamw": 7, "lion": 3 + 2 + 2 + 3 + 3, "muon": 3 + 3 + 2 + 3 + 4}
+# Adafactor's are ten: two norms, squares and their two sums, five that change what they read.
+OPTIMIZER_PASSES = {
+    "adamw": 7,
+    "adafactor": 2 + 4 + 4 * 2 + 3,
+    "lion": 3 + 2 + 2 + 3 + 3,
+    "muon": 3 + 3 + 2 + 3 + 4,
+}
 CLIPPING_PASSES = 3
 
 

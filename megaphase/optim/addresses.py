@@ -103,5 +103,5 @@ class AddressedOptimizer(torch.optim.Optimizer):
         """Return the state of flat tensors, in which the steps have been counted."""
         states = [self.state[flat] for flat in flats]
         for state in states:
-            state["step"] = state.get("step", torch.tensor(0.0)) + 1
+            state["step"] = state.get("step", torch.tensor(0.0)).cpu() + 1
         return states

@@ -16,17 +16,45 @@ Decay = Annotated[float, Field(ge=0, le=100)]
 
 class AdamWConfig(Section):
     """The optimizer is AdamW (Loshchilov and Hutter 2019), or the one that `name` names:
-    [`lion`](#optimizer-with-name-lion) or [`muon`](#optimizer-with-name-muon).
-    [optimizers.md](optimizers.md) compares them. Which keys there are depends on `name`."""
+    [`adafactor`](#optimizer-with-name-adafactor), [`lion`](#optimizer-with-name-lion) or
+    [`muon`](#optimizer-with-name-muon). [optimizers.md](optimizers.md) compares them. Which keys
+    there are depends on `name`."""
 
     # Not in run.json, so that run directories of versions that had AdamW alone are the same.
     name: Literal["adamw"] = Field(default="adamw", exclude=True)
-    """The optimizer: `adamw`, `lion` or `muon`."""
+    """The optimizer: `adamw`, `adafactor`, `lion` or `muon`."""
     betas: Betas = (0.9, 0.95)
     """Decay rates of the first and second moment."""
     eps: Epsilon = 1e-8
     """Added to the root of the second moment."""
     weight_decay: Decay = 0.1
+    """Decoupled weight decay of the matrices; norms and biases have none."""
+    clip: PositiveOrZero = 1.0
+    """Largest global gradient norm, to which larger gradients are scaled down; 0 does not clip."""
+
+
+class AdafactorConfig(Section):
+    """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235): of the second moment of a matrix it
+    stores the means of rows and of columns alone. The defaults are those of T5 but for `clip`: no
+    momentum, updates in proportion to the weights, no weight decay. PaLM had `beta1: 0.9` and did
+    not factor its matrices, which this program always does."""
+
+    name: Literal["adafactor"]
+    """The optimizer."""
+    beta1: FractionBelow1 | None = None
+    """Decay rate of a momentum of the updates; without it none is stored."""
+    decay_exponent: Annotated[float, Field(gt=0, le=10)] = 0.8
+    """The decay rate of the second moment in step t is 1 − t to the power of minus this."""
+    eps: Epsilon = 1e-30
+    """Added to squared gradients."""
+    update_clip: Annotated[float, Field(ge=1e-6, le=1e9)] = 1.0
+    """Largest root mean square of a parameter's update before it is multiplied by the learning
+    rate, to which larger ones are scaled down."""
+    scale_by_weights: bool = True
+    """Whether updates are multiplied by the root mean square of their parameter."""
+    smallest_scale: Annotated[float, Field(ge=1e-30, le=1e9)] = 1e-3
+    """Smallest factor of `scale_by_weights`."""
+    weight_decay: Decay = 0.0
     """Decoupled weight decay of the matrices; norms and biases have none."""
     clip: PositiveOrZero = 1.0
     """Largest global gradient norm, to which larger gradients are scaled down; 0 does not clip."""
@@ -83,7 +111,7 @@ class MuonConfig(Section):
     """AdamW for everything but the matrices of the layers."""
 
 
-NAMES = ("adamw", "lion", "muon")
+NAMES = ("adamw", "adafactor", "lion", "muon")
 
 
 def _known_name(value: Any) -> Any:
@@ -102,6 +130,7 @@ def _tag(value: Any) -> str:
 
 OptimizerConfig = Annotated[
     Annotated[AdamWConfig, Tag(union_tag("adamw"))]
+    | Annotated[AdafactorConfig, Tag(union_tag("adafactor"))]
     | Annotated[LionConfig, Tag(union_tag("lion"))]
     | Annotated[MuonConfig, Tag(union_tag("muon"))],
     Discriminator(_tag),

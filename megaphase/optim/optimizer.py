@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from megaphase.distributed.parameter_spec import spec_of
-from megaphase.optim.config import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig
+from megaphase.optim.adafactor import Adafactor
+from megaphase.optim.config import (
+    AdafactorConfig,
+    AdamWConfig,
+    LionConfig,
+    MuonConfig,
+    OptimizerConfig,
+)
 from megaphase.optim.lion import Lion
 from megaphase.optim.muon import Muon
 from megaphase.optim.parameter_state import groups_of
@@ -26,6 +33,8 @@ def build_optimizer(
     name: the implementation, torch or apex; apex has AdamW alone. dtype: that of the activations.
     """
     groups = _parameter_groups(model, config)
+    if isinstance(config, AdafactorConfig):
+        return Adafactor(groups, config, lr=_AT_FIRST)
     if isinstance(config, LionConfig):
         return Lion(groups, lr=_AT_FIRST, betas=config.betas)
     if isinstance(config, MuonConfig):
@@ -66,6 +75,7 @@ def _parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[st
                 "params": [parameters[name] for name in group.names],
                 "weight_decay": config.weight_decay if group.weight_decay else 0.0,
                 "update": group.state.update,
+                "factored": group.state.factored,
                 LR_FACTOR: factor,
             }
         )

@@ -22,10 +22,13 @@ from megaphase.checkpoint.parameters import (
     Shard,
     StoredParameters,
     all_kinds,
+    factor_layout,
+    has_factors,
     kinds_of,
     tensor_name,
 )
 from megaphase.checkpoint.saver import Snapshot
+from megaphase.checkpoint.state import COLUMNS, ROWS
 from megaphase.distributed.parameter_spec import spec_of
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.distributed.sharding import ParameterLayout, layout_of
@@ -94,7 +97,7 @@ class OptimizerState:
         `beside`."""
         stepped, beside = self.steps > 0, tuple(self.beside())
         return {
-            name: (WEIGHT, *(state.moments if stepped else ()), *beside)
+            name: (WEIGHT, *(state.kinds if stepped else ()), *beside)
             for name, state in self._states.items()
         }
 
@@ -142,11 +145,29 @@ class OptimizerState:
         for index, group in enumerate(self._groups()):
             with self._resident(index, changed=False):
                 for kind in all_kinds(kinds):
+                    if kind in (ROWS, COLUMNS):
+                        yield from self._own_factors(group, kind, kinds)
+                        continue
                     for fragment in self._own(group):
                         if kind in kinds_of(kinds, fragment.name):
                             own = beside[kind][index] if kind in beside else None
                             flat = self._flat(group, kind) if own is None else own
                             yield tensor_name(kind, fragment.name), fragment.of(flat)
+
+    def _own_factors(
+        self, group: MasterGroup, kind: str, kinds: Kinds
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the means of the rows or columns of the matrices whose first elements this rank
+        writes."""
+        own = {f.name for f in self._own(group) if has_factors(self._grid.tensor_rank, f.piece)}
+        if kind not in kinds_of(kinds, group.names[0]):
+            return
+        layouts = [factor_layout(kind, self.layouts[name]) for name in group.names]
+        sizes = [layout.numel for layout in layouts if layout is not None]
+        parts = self._optimizer.state[group.flat][kind].split(sizes)
+        for name, part in zip(group.names, parts, strict=True):
+            if name in own:
+                yield tensor_name(kind, name), part
 
     def masters(self) -> list[Tensor]:
         """Return the fp32 weights of this rank: the flat tensor [elements] of each group, a view.
@@ -201,6 +222,10 @@ class OptimizerState:
         for kind in self._states[group.names[0]].moments:
             state[kind] = torch.zeros_like(group.flat, requires_grad=False)
             self._fill(state[kind], group, kind, stored)
+        if self._states[group.names[0]].factored:
+            for kind in (ROWS, COLUMNS):
+                parts = [stored.whole(name, kind) for name in group.names]
+                state[kind] = torch.cat(parts).to(group.flat.device)
         return state
 
     def _fill(self, flat: Tensor, group: MasterGroup, kind: str, stored: StoredParameters) -> None:

@@ -8,10 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megaphase.checkpoint.state import COLUMNS, ROWS
 from megaphase.distributed.parameter_spec import ParameterSpec
-from megaphase.optim.config import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig
+from megaphase.optim.config import (
+    AdafactorConfig,
+    AdamWConfig,
+    LionConfig,
+    MuonConfig,
+    OptimizerConfig,
+)
 
 FIRST, SECOND = "exp_avg", "exp_avg_sq"
+_ADAFACTOR_WITH_MOMENTUM = "adafactor with beta1"
 
 
 @dataclass(frozen=True)
@@ -21,16 +29,28 @@ class ParameterState:
     Attributes:
         update: the formula that updates it.
         moments: tensors with an element for each of its elements.
+        factored: whether the means of its rows and columns are stored, on every rank.
     """
 
     update: str
     moments: tuple[str, ...]
+    factored: bool = False
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All tensors that are stored."""
+        return (*self.moments, *((ROWS, COLUMNS) if self.factored else ()))
 
 
 def state_of(config: OptimizerConfig, spec: ParameterSpec) -> ParameterState:
     """Return what the optimizer stores for a parameter."""
     if config.name == "lion":
         return ParameterState("lion", (FIRST,))
+    if config.name == "adafactor":
+        momentum = () if config.beta1 is None else (FIRST,)
+        factored = len(spec.shape) == 2
+        second = () if factored else (SECOND,)
+        return ParameterState("adafactor", (*momentum, *second), factored)
     if config.name == "muon" and spec.matrix:
         return ParameterState("muon", (FIRST,))
     return ParameterState("adamw", (FIRST, SECOND))
@@ -60,6 +80,8 @@ def groups_of(config: OptimizerConfig, specs: Mapping[str, ParameterSpec]) -> li
 
 def stored_by(config: OptimizerConfig) -> str:
     """Return the optimizer whose state in a checkpoint this one can keep; AdamW's is `adamw`."""
+    if config.name == "adafactor" and config.beta1 is not None:
+        return _ADAFACTOR_WITH_MOMENTUM
     return config.name
 
 
@@ -68,6 +90,10 @@ def config_stored_by(optimizer: str) -> OptimizerConfig:
     for one that is not known."""
     if optimizer == "lion":
         return LionConfig(name="lion")
+    if optimizer == "adafactor":
+        return AdafactorConfig(name="adafactor")
+    if optimizer == _ADAFACTOR_WITH_MOMENTUM:
+        return AdafactorConfig(name="adafactor", beta1=0.9)
     if optimizer == "muon":
         return MuonConfig(name="muon")
     return AdamWConfig()

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from megaphase.checkpoint.parameters import Piece, StoredParameters
+from megaphase.checkpoint.parameters import Piece, StoredParameters, factor_layout
 from megaphase.config.run import RunConfig
 from megaphase.distributed.initialization import Uninitialized
 from megaphase.distributed.process_grid import ProcessGrid, start_process_grid
@@ -208,7 +208,12 @@ class Rank:
 class _Zeros:
     """Stands for a checkpoint: has every parameter, all zeros."""
 
-    def check(self, layouts: Mapping[str, ParameterLayout]) -> None: ...
+    def check(self, layouts: Mapping[str, ParameterLayout]) -> None:
+        self._layouts = layouts
+
+    def whole(self, name: str, kind: str) -> Tensor:
+        layout = self._layouts[name]
+        return torch.zeros((factor_layout(kind, layout) or layout).shape)
 
     def read(
         self, name: str, kind: str, layout: ParameterLayout, rank: int, size: int, piece: Piece

@@ -70,11 +70,11 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
          "run.yaml: optimizer: unknown key 'eps'; the keys here are name, betas, weight_decay, "
          "clip"),
         ("betas: [0.9, 0.95]", "name: sgd",
-         "run.yaml: optimizer: name is 'sgd'; the optimizers are adamw, lion, muon"),
+         "run.yaml: optimizer: name is 'sgd'; the optimizers are adamw, adafactor, lion, muon"),
         ("betas: [0.9, 0.95]", "name: lyon",
          "run.yaml: optimizer: name is 'lyon'; did you mean 'lion'?"),
         ("betas: [0.9, 0.95]", "name: 3",
-         "run.yaml: optimizer: name is 3; it is one of adamw, lion, muon"),
+         "run.yaml: optimizer: name is 3; it is one of adamw, adafactor, lion, muon"),
         # missing keys
         ("output: runs/x\n", "", "run.yaml: output: this key is missing; add it"),
         ("batch: {samples: 8, micro: 2}\n", "", "run.yaml: batch: this key is missing; add it"),

@@ -91,7 +91,7 @@ class Built:
 
 
 RUNS = [(zero, precision, "adamw") for zero in range(4) for precision in ("fp32", "bf16")] + [
-    (zero, "bf16", name) for zero in range(4) for name in ["lion", "muon"]
+    (zero, "bf16", name) for zero in range(4) for name in ["adafactor", "lion", "muon"]
 ]
 
 

@@ -65,7 +65,7 @@ ADAMW = [
     for offload in OFFLOADS | KEPT
     if offload == "none" or (zero > 0 and (offload == "optimizer" or zero == 3))
 ]
-OTHERS = {"lion": 1e-3, "muon": 1e-2}  # with their learning rates
+OTHERS = {"adafactor": 1e-2, "lion": 1e-3, "muon": 1e-2}  # with their learning rates
 CASES = ADAMW + [
     (*case[:3], name)
     for name in OTHERS
@@ -101,7 +101,12 @@ HOPS = [
 FEW_HOPS = [(1, 0), (4, 3), (2, 1)]
 HOP_STEPS = 2
 FP32_OF_OTHERS = 1e-4  # a sign, or a root of a small sum, amplifies rounding
-KINDS = {"adamw": ["exp_avg", "exp_avg_sq"], "lion": ["exp_avg"], "muon": ["exp_avg", "exp_avg_sq"]}
+KINDS = {
+    "adamw": ["exp_avg", "exp_avg_sq"],
+    "adafactor": ["exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq"],
+    "lion": ["exp_avg"],
+    "muon": ["exp_avg", "exp_avg_sq"],
+}
 
 
 Case = tuple[int, str, str, str]

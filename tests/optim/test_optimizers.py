@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from engine_support import (
 from plain_gpt import PlainGPT, PlainShape
 from rounding import assert_close
 from torch import Tensor, nn
+from transformers.optimization import Adafactor
 
 from megaphase.checkpoint.parameters import Piece
 from megaphase.distributed.all_ranks import process_group
@@ -35,6 +37,8 @@ LAYOUTS = [(tensor, zero) for tensor in (1, 2, 4) for zero in range(4)]
 MODEL = {"ffn": 64}
 # With their learning rates.
 OPTIMIZERS: dict[str, tuple[dict[str, Any], float]] = {
+    "adafactor": ({"name": "adafactor", "weight_decay": 0.5}, 1e-2),
+    "adafactor with beta1": ({"name": "adafactor", "beta1": 0.9, "weight_decay": 0.5}, 1e-2),
     "lion": ({"name": "lion", "weight_decay": 0.5}, 1e-3),
     "muon": (
         {"name": "muon", "weight_decay": 0.5, "adamw": {"learning_rate_factor": 0.5}},
@@ -160,7 +164,32 @@ def _orthogonal(matrix: Tensor) -> Tensor:
     return 0.2 * max(matrix.shape) ** 0.5 * (left * values) @ right
 
 
-PLAIN: dict[str, Any] = {"lion": PlainLion, "muon": PlainMuon}
+class PlainAdafactor:
+    """That of transformers; weight decay is decoupled from the scale of the weights."""
+
+    def __init__(self, beta1: float | None = None) -> None:
+        self.beta1 = beta1
+        self.of: dict[str, tuple[nn.Parameter, Adafactor]] = {}
+
+    def step(self, name: str, weight: Tensor, gradient: Tensor, rate: float) -> Tensor:
+        if name not in self.of:
+            settings = {"relative_step": False, "warmup_init": False, "beta1": self.beta1}
+            parameter = nn.Parameter(weight.clone())
+            self.of[name] = parameter, Adafactor([parameter], lr=rate, **settings)
+        parameter, optimizer = self.of[name]
+        parameter.data.copy_(weight)
+        parameter.grad = gradient
+        optimizer.step()
+        decay = 0.0 if no_decay(name) else 0.5
+        return parameter.detach() - rate * decay * weight
+
+
+PLAIN: dict[str, Any] = {
+    "adafactor": PlainAdafactor,
+    "adafactor with beta1": partial(PlainAdafactor, 0.9),
+    "lion": PlainLion,
+    "muon": PlainMuon,
+}
 
 
 @pytest.mark.distributed

@@ -80,7 +80,7 @@ class Case:
         return config.model_copy(update={"optimizer": optimizer})
 
 
-OTHERS = ["lion", "muon"]
+OTHERS = ["adafactor", "lion", "muon"]
 FP32_CASES = [
     *(Case(tensor, zero, tied) for tensor, zero, tied in product((1, 2), range(4), (False, True))),
     Case(2, 3, sequence=True),
