@@ -90,8 +90,11 @@ def ensure_built(
 def _check_space(spec: PlanSpec, folder: Path) -> None:
     """Raise RunError if the disk has too little space, before anything is built."""
     samples = sum(phase.samples for phase in spec.phases)
+    shortest = min(phase.kind.seq_len for phase in spec.phases)
+    starts = sum(phase.samples * -(-phase.kind.seq_len // shortest) for phase in spec.phases)
     widest = max(np.dtype(stream.start_dtype).itemsize for stream in spec.streams.values())
-    needed = samples * (np.dtype(task_dtype(len(spec.streams))).itemsize + 2 * widest)
+    tasks = samples * np.dtype(task_dtype(len(spec.streams))).itemsize
+    needed = tasks + starts * 2 * widest
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
         raise RunError(

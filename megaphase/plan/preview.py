@@ -22,19 +22,31 @@ def plan_table(summary: dict[str, Any]) -> Table:
 
     requested: the mixture's rate; effective: the rate with max_epochs; both at the phase's start →
     at its end where they change within it; so far: epochs since the run's start, marked if the task
-    is repeated too often; padding: the share of positions that packed documents leave empty.
+    is repeated too often; seq_len: if phases have one of their own; padding: the share of positions
+    that packed documents leave empty.
     """
     table = Table(
         title="Plan", title_justify="left", box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0)
     )
     table.add_column("phase", overflow="fold")
     table.add_column("task", overflow="fold")
+    # plan.json states a phase's length where not all phases have that of the model section.
+    lengths = any("seq_len" in phase for phase in summary["phases"])
     padded = any("padding" in facts for p in summary["phases"] for facts in p["tasks"].values())
-    columns = ["steps", "tokens", "requested", "effective", "epochs", "so far"]
+    columns = [
+        "steps",
+        *(["seq_len"] if lengths else []),
+        "tokens",
+        "requested",
+        "effective",
+        "epochs",
+        "so far",
+    ]
     for column in [*columns, *(["padding"] if padded else [])]:
         table.add_column(column, justify="right", overflow="fold")
     for phase in summary["phases"]:
         name, steps = phase["name"], f"{phase['steps']:,}"
+        seq_len = f"{phase.get('seq_len', summary['seq_len']):,}"
         if phase["order"] == "random":
             name += " (random order)"
         for task, facts in phase["tasks"].items():
@@ -44,6 +56,7 @@ def plan_table(summary: dict[str, Any]) -> Table:
                 Text(name),
                 Text(task),
                 steps,
+                *([seq_len] if lengths else []),
                 f"{facts['tokens']:,}",
                 _rates(facts, "requested_rate", "requested_from_to"),
                 _rates(facts, "rate", "rate_from_to"),
@@ -51,7 +64,7 @@ def plan_table(summary: dict[str, Any]) -> Table:
                 _epochs_so_far(facts["epochs_so_far"]),
                 *([_share(facts.get("padding"))] if padded else []),
             )
-            name = steps = ""
+            name = steps = seq_len = ""
         table.add_section()
     return table
 
