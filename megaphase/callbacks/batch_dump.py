@@ -15,7 +15,7 @@ from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_text, os_errors_named
 from megaphase.utils.set_aside import make_way_for_directory, make_way_for_file
 
-EVENTS = ("step_skipped", "loss_spike")
+EVENTS = ("step_skipped", "loss_spike", "spike_skipped")
 
 
 class BatchDump(Callback):

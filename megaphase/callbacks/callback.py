@@ -49,7 +49,8 @@ class StepRecord:
         loss: mean in nats a token, before the step; loss_by_task: of the tasks in the batch.
         loss_sums, scored_tokens: by task; nats, and tokens that have a target.
         grad_norm: before clipping.
-        applied: False where the gradient was not finite, so that the step was skipped.
+        applied: False where the step was skipped, since the gradient was not finite or the step was
+            a loss spike that is left out; is_spike: the latter.
         mfu: model FLOPs of the step against the peak of all devices; None where that is not known.
     """
 
@@ -71,6 +72,7 @@ class StepRecord:
     seconds: StepSeconds
     tokens_per_second: float
     mfu: float | None
+    is_spike: bool = False
 
     def row(self) -> Row:
         """As in metrics.jsonl."""

@@ -1,4 +1,4 @@
-"""Steps whose loss is far above those before, and steps that were skipped as not finite."""
+"""Steps whose loss is far above those before, and steps that were skipped."""
 
 from __future__ import annotations
 
@@ -27,12 +27,17 @@ class LossSpikeDetector(Callback):
         self._faults, self._trace_path = faults, trace_path
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self.skipped_in_a_row = 0
+        self._left_out = 0  # in the phase
 
     def on_phase_begin(self, number: int, name: str) -> None:
         """Another mixture has other losses."""
         self._losses.clear()
+        self._left_out = 0
 
     def on_step_end(self, record: StepRecord) -> None:
+        if record.is_spike:
+            self._report_left_out(record)
+            return
         if not record.applied:
             self._report_skipped(record)
             return
@@ -41,12 +46,19 @@ class LossSpikeDetector(Callback):
             self._report_spike(record, mean)
 
     def has_skipped_too_many(self) -> bool:
-        """Return whether more steps in a row were skipped than `faults.skip_batches` allows."""
-        return self.skipped_in_a_row > self._faults.skip_batches
+        """Return whether more steps in a row were not finite than `faults.skip_batches` allows, or
+        more steps of the phase were left out than `faults.skip_spikes` allows."""
+        return self.skipped_in_a_row > self._faults.skip_batches or self._has_left_out_too_many()
+
+    def _has_left_out_too_many(self) -> bool:
+        spikes = self._faults.skip_spikes
+        return spikes is not None and self._left_out > spikes.most
 
     def stop(self, record: StepRecord) -> RunError:
         """Report that the run ends because of that; the error with which it ends."""
         step, phase = record.step, record.phase
+        if record.is_spike:
+            return self._stop_at_spike(record)
         self.run.event(step, "divergence_stop", phase=phase, kind="not_finite")
         number = self.skipped_in_a_row
         steps = "1 step" if number == 1 else f"{number} steps in a row"
@@ -68,6 +80,30 @@ class LossSpikeDetector(Callback):
                 f"({self.skipped_in_a_row} in a row, {self._faults.skip_batches} allowed); what "
                 f"the step saw: {trace}"
             )
+
+    def _report_left_out(self, record: StepRecord) -> None:
+        self._left_out += 1
+        step, phase, trace = record.step, record.phase, str(self._trace_path(record.step))
+        figures = {"loss": record.loss, "grad_norm": record.grad_norm}
+        self.run.event(step, "spike_skipped", phase=phase, **figures, trace=trace)
+        spikes = self._faults.skip_spikes
+        most = self._left_out if spikes is None else spikes.most
+        if not self._has_left_out_too_many():
+            self.run.say(
+                f"{phase} step {step:,}  left out: {_described(record)} is a spike "
+                f"({self._left_out:,} in this phase, {most:,} allowed); what the step saw: {trace}"
+            )
+
+    def _stop_at_spike(self, record: StepRecord) -> RunError:
+        """Report that the run ends since too many steps were left out; the error."""
+        step, phase = record.step, record.phase
+        self.run.event(step, "divergence_stop", phase=phase, kind="spikes")
+        return RunError(
+            f"{phase} step {step:,}: {self._left_out:,} steps of this phase were left out as "
+            "spikes, more than faults.skip_spikes.most allows; the last one: "
+            f"{_described(record)}; what it saw: {self._trace_path(step)}; raise "
+            "faults.skip_spikes.deviations or most, or lower the peak learning rate"
+        )
 
     def _report_spike(self, record: StepRecord, mean: float) -> None:
         step, phase, loss = record.step, record.phase, record.loss
@@ -95,11 +131,17 @@ class LossSpikeDetector(Callback):
         self.skipped_in_a_row += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": list(self._losses), "skipped_in_a_row": self.skipped_in_a_row}
+        state = {"losses": list(self._losses), "skipped_in_a_row": self.skipped_in_a_row}
+        return state | ({"left_out": self._left_out} if self._left_out else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._losses = deque(state["losses"], WINDOW)
         self.skipped_in_a_row = state["skipped_in_a_row"]
+        self._left_out = state.get("left_out", 0)
+
+
+def _described(record: StepRecord) -> str:
+    return f"loss {record.loss:.4f}, gradient norm {record.grad_norm:.4g}"
 
 
 def _not_finite_tasks(record: StepRecord) -> list[str]:

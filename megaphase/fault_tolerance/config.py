@@ -6,9 +6,36 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megaphase.config.fields import FewOrZero, PositiveOrZero, Section
+from megaphase.config.fields import (
+    Few,
+    FewOrZero,
+    FractionBelow1,
+    Positive,
+    PositiveOrZero,
+    Section,
+)
 
 Seconds = Annotated[float, Field(ge=0.1, le=1e8)]
+
+
+class SkipSpikesConfig(Section):
+    """Steps whose loss or gradient norm is far above its running mean are left out, as those that
+    are not finite are: [reliability.md](reliability.md#leaving-out-spikes) says how. The statistics
+    are of the steps of the phase that were applied."""
+
+    deviations: Positive
+    """By how many standard deviations the loss or the gradient norm is above its running mean in a
+    step that is left out."""
+    decay: FractionBelow1 = 0.99
+    """By how much a step's weight in the mean and the variance decays with every further one: they
+    are of about 1 / (1 - decay) steps."""
+    after_steps: Few = 100
+    """Steps of the phase that must have been applied before one is left out."""
+    most_in_a_row: Few = 3
+    """How many steps in a row are left out at most; the next one is applied, and becomes part of
+    the statistics."""
+    most: Few = 100
+    """How many steps of a phase are left out at most; one more ends the run."""
 
 
 class FaultsConfig(Section):
@@ -20,6 +47,8 @@ class FaultsConfig(Section):
     spike_deviations: PositiveOrZero = 6.0
     """A step whose loss is this many standard deviations above its running mean is reported with
     its samples; 0 never reports."""
+    skip_spikes: SkipSpikesConfig | None = None
+    """Which loss spikes are left out of training; none if left out."""
     stop_on_divergence: bool = True
     """Whether a run whose loss has risen far and stays there, or does not move, ends with exit code
     1 after a checkpoint; `false` continues to train. It is reported in both cases: see

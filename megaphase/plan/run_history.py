@@ -29,7 +29,7 @@ from megaphase.utils.metrics_rows import (
 )
 from megaphase.utils.run_files import METRICS_FILE
 
-_EVENTS = (b'"phase_end"', b'"phase_start"', b'"step_skipped"')
+_EVENTS = (b'"phase_end"', b'"phase_start"', b'"step_skipped"', b'"spike_skipped"')
 
 
 @dataclass
@@ -58,6 +58,7 @@ class RunHistory:
         origin: where a branch began, as in its `origin.json`; None for other runs.
         phases: the phases that have begun, in order.
         skipped: ranges of steps that were skipped because their gradient was not finite.
+        spikes: likewise, of steps that were left out as loss spikes.
         doubt: a sentence about what is uncertain, or None.
     """
 
@@ -65,6 +66,7 @@ class RunHistory:
     phases: list[PhaseHistory] = field(default_factory=list)
     skipped: list[Steps] = field(default_factory=list)
     doubt: str | None = None
+    spikes: list[Steps] = field(default_factory=list)
 
     def phase(self, name: str) -> PhaseHistory:
         """Return the history of this phase, adding it if there is none."""
@@ -89,16 +91,19 @@ class RunHistory:
         phase = self.phase(name)
         phase.ended_after, phase.reason = step, reason
 
-    def skip(self, step: int) -> None:
-        """Record that a step was skipped."""
-        if self.skipped and self.skipped[-1][1] + 1 == step:
-            self.skipped[-1] = (self.skipped[-1][0], step)
+    def skip(self, step: int, *, spike: bool = False) -> None:
+        """Record that a step was skipped; spike: as a loss spike."""
+        ranges = self.spikes if spike else self.skipped
+        if ranges and ranges[-1][1] + 1 == step:
+            ranges[-1] = (ranges[-1][0], step)
         else:
-            self.skipped.append((step, step))
+            ranges.append((step, step))
 
-    def has_skipped(self, step: int) -> bool:
-        """Return whether a step was skipped."""
-        return any(first <= step <= last for first, last in self.skipped)
+    def why_skipped(self, step: int) -> str | None:
+        """Return why a step was skipped, or None if it was not."""
+        if _is_in(self.skipped, step):
+            return "its gradient was not finite"
+        return "it was a loss spike" if _is_in(self.spikes, step) else None
 
     def to_json(self) -> dict[str, Any]:
         """Return the history for a checkpoint's state."""
@@ -106,6 +111,7 @@ class RunHistory:
             "origin": None if self.origin is None else self.origin.to_json(),
             "phases": [asdict(phase) for phase in self.phases],
             "skipped_steps": [list(steps) for steps in self.skipped],
+            **({"spikes": [list(steps) for steps in self.spikes]} if self.spikes else {}),
         }
 
     @classmethod
@@ -115,9 +121,17 @@ class RunHistory:
         Raises KeyError, TypeError or ValueError if it is not one.
         """
         phases = [PhaseHistory(**phase) for phase in value["phases"]]
-        skipped = [(int(first), int(last)) for first, last in value["skipped_steps"]]
+        skipped, spikes = (
+            [(int(first), int(last)) for first, last in ranges]
+            for ranges in (value["skipped_steps"], value.get("spikes", []))
+        )
         origin = value["origin"]
-        return cls(None if origin is None else RunOrigin.from_json(origin), phases, skipped)
+        began = None if origin is None else RunOrigin.from_json(origin)
+        return cls(began, phases, skipped, spikes=spikes)
+
+
+def _is_in(ranges: Iterable[Steps], step: int) -> bool:
+    return any(first <= step <= last for first, last in ranges)
 
 
 def history_of_state(run_dir: Path, state: Mapping[str, Any]) -> RunHistory:
@@ -251,8 +265,8 @@ def _events(run_dir: Path, *, after: int = -1, up_to: int | None = None) -> Iter
 def _apply_events(history: RunHistory, events: Iterable[Row]) -> None:
     for row in events:
         event, step, phase = row.get("event"), row["step"], row.get("phase")
-        if event == "step_skipped":
-            history.skip(step)
+        if event in ("step_skipped", "spike_skipped"):
+            history.skip(step, spike=event == "spike_skipped")
         elif isinstance(phase, str) and event == "phase_start":
             history.phase(phase).begun_after = step
         elif isinstance(phase, str) and event == "phase_end":

@@ -70,8 +70,9 @@ class TracedRun:
             raise InputError(
                 "--step", f"there is no step {step}", f"give {first + 1:,} to {last:,}"
             ) from None
-        if self.history.has_skipped(step):
-            self.say(f"step {step:,} was skipped: its gradient was not finite, it changed nothing")
+        why = self.history.why_skipped(step)
+        if why is not None:
+            self.say(f"step {step:,} was skipped: {why}, it changed nothing")
         elif self.done is not None and self.done < step:
             self.say(f"step {step:,} has not been trained yet: {self.done:,} steps are done")
         return phase, phase_step, self.spans[phase].starts

@@ -20,13 +20,19 @@ def skipped_steps(run: RunRecord) -> list[int]:
     return [event.step for event in _events(run, "step_skipped")]
 
 
+def skipped_spikes(run: RunRecord) -> list[int]:
+    """Return the steps that were left out as loss spikes."""
+    return [event.step for event in _events(run, "spike_skipped")]
+
+
 def loss_spikes(run: RunRecord) -> list[int]:
     """Return the steps whose loss was far above its running mean."""
     return [event.step for event in _events(run, "loss_spike")]
 
 
 def incident_sentences(run: RunRecord) -> list[str]:
-    """Return one sentence per divergence and its end, one on skipped steps, one on loss spikes."""
+    """Return one sentence per divergence and its end, one on steps that were not finite, one on
+    loss spikes that were left out, one on other loss spikes."""
     sentences = []
     for event in run.events:
         where = f"{event.phase} step {event.step:,}: "
@@ -35,11 +41,15 @@ def incident_sentences(run: RunRecord) -> list[str]:
         elif event.event == "divergence_over":
             sentences.append(where + "the divergence is over")
         elif event.event == "divergence_stop":
-            why = "steps were not finite" if event.kind == "not_finite" else "it had diverged"
+            reasons = {"not_finite": "steps were not finite", "spikes": "many steps were spikes"}
+            why = reasons.get(event.kind or "", "it had diverged")
             sentences.append(f"{where}the run ended, since {why}")
     if skipped := skipped_steps(run):
         was = "step was" if len(skipped) == 1 else "steps were"
         sentences.append(f"{len(skipped):,} {was} skipped as not finite: {_named(skipped)}")
+    if spikes := skipped_spikes(run):
+        was = "step was" if len(spikes) == 1 else "steps were"
+        sentences.append(f"{len(spikes):,} {was} left out as loss spikes: {_named(spikes)}")
     if spikes := loss_spikes(run):
         plural = "" if len(spikes) == 1 else "s"
         sentences.append(f"{len(spikes):,} loss spike{plural}: at step {_named(spikes)}")

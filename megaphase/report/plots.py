@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
-from megaphase.report.incidents import divergences, loss_spikes, skipped_steps
+from megaphase.report.incidents import divergences, loss_spikes, skipped_spikes, skipped_steps
 from megaphase.report.plot_parts import (
     BOTTOM_INCHES,
     LEGEND_LINE_INCHES,
@@ -289,7 +289,10 @@ def _mark_steps(axes: Axes, run: RunRecord) -> None:
 
 def _incident_marks(run: RunRecord) -> list[tuple[str, list[int], str]]:
     """Return (name, steps, marker) of incidents in single steps."""
-    marks = [("loss spike", loss_spikes(run), "^"), ("skipped step", skipped_steps(run), "x")]
+    marks = [
+        ("loss spike", loss_spikes(run), "^"),
+        ("skipped step", sorted(skipped_steps(run) + skipped_spikes(run)), "x"),
+    ]
     return [(name, steps, marker) for name, steps, marker in marks if steps]
 
 

@@ -73,6 +73,7 @@ class Checkpointer:
             "permanent": permanent,
             "optimizer_steps": self._engine.state.steps,
             **self._engine.average.record(),
+            **self._engine.spikes.record(),
             **self._callbacks.state_dict(),
             "best": dict(self._best),
         }

@@ -43,6 +43,7 @@ from megaphase.training.determinism import choose_algorithms
 from megaphase.training.gather_order import order_of_training_kept
 from megaphase.training.gradient_sums import sum_without_copies
 from megaphase.training.gradients import clip_gradients
+from megaphase.training.loss_spike_filter import LossSpikeFilter
 from megaphase.training.parameter_persistence import keep_gathered
 from megaphase.training.secondary_partition import forget_secondary_group
 from megaphase.training.step_result import StepResult, TaskLosses
@@ -79,6 +80,7 @@ class Engine:
 
     Attributes:
         state: weights and optimizer state. average: of the weights, where one has begun.
+        spikes: decides which steps are left out as loss spikes.
     """
 
     def __init__(self, config: RunConfig, shape: GPTShape, grid: ProcessGrid, tasks: int) -> None:
@@ -137,6 +139,7 @@ class Engine:
         self.state = OptimizerState(self._engine, optimizer, grid, config.optimizer)
         self.state.reset()
         self.average = WeightAverage(self.state)
+        self.spikes = LossSpikeFilter(config.faults.skip_spikes)
         self._rows = TrainedRows(
             self.module,
             optimizer,
@@ -193,18 +196,24 @@ class Engine:
         self._engine.train()
         tokens = self._over_ranks(self._scored_tokens(batch))
         # DeepSpeed takes the mean over micro-batches and data-parallel ranks; this makes it a sum.
-        factor = self._accumulate(len(batch)) * self.grid.data_size
+        number = self._accumulate(len(batch))
+        factor = number * self.grid.data_size
         scale = (factor / self._weighed(tokens)).float()
         row_losses = []
         seeds = self._dropout_seeds(len(batch), step)
         norm: Tensor | float = 0.0
+        losses_by_task = None
         for micro, micro_seeds in zip(batch.split(self.micro), seeds, strict=True):
             total, losses = self._forward(micro, micro_seeds)
             self._engine.backward(total * scale)
-            norm = self._step()
             row_losses.append(losses.double().sum(1))
-        losses_by_task = self._over_ranks(self._by_task(torch.cat(row_losses), batch.tasks))
-        return StepResult(losses_by_task, tokens, norm)
+            if self.spikes.is_on and len(row_losses) == number:
+                losses_by_task = self._over_ranks(self._by_task(torch.cat(row_losses), batch.tasks))
+                self.spikes.take_loss(losses_by_task.sum() / tokens.sum().clamp(min=1.0))
+            norm = self._step()
+        if losses_by_task is None:
+            losses_by_task = self._over_ranks(self._by_task(torch.cat(row_losses), batch.tasks))
+        return StepResult(losses_by_task, tokens, norm, self.spikes.left_out)
 
     def _accumulate(self, rows: int) -> int:
         """Tell DeepSpeed of how many micro-batches the next step accumulates; returns that."""
@@ -287,15 +296,17 @@ class Engine:
             self._engine.step()
             return 0.0
         if self._clip_here is None:
-            self._engine.step()
+            with self.spikes.judging(self._engine.optimizer):
+                self._engine.step()
             if not self._engine.was_step_applied():
                 self._forget_gradients()
             norm: Tensor | float = self._engine.get_global_grad_norm()
-            return norm
+            return norm if self.spikes.norm is None else self.spikes.norm
         norm = clip_gradients(self.module.parameters(), self._clip_here, self.grid)
+        judged = self.spikes.judge(norm) if self.spikes.is_on else norm
         if self._skips_by_itself:
-            self._optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
-        elif not norm.isfinite():
+            self._optimizer.found_inf = judged.isfinite().logical_not().float()  # type: ignore[attr-defined]
+        elif not judged.isfinite():
             self.module.zero_grad(set_to_none=True)
         self._engine.step()
         return norm

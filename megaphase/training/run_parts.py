@@ -126,6 +126,8 @@ class RunParts:
             load_checkpoint(self.engine, weights)
             is_own = self.checkpoint is not None
             load_average(self.engine, config, self.state, weights, is_own=is_own)
+        if self.checkpoint is not None:
+            self.engine.spikes.load(self.checkpoint.state)
         self.replicas = ReplicaCheck(config, self.engine.module, self.grid, self.control_group)
         self.evaluator = HeldOutEvaluator(
             self.plan.spec, self.engine, self.tokenizer, config.validation.samples

@@ -102,6 +102,7 @@ class StepRecorder:
             learning_rate=step.learning_rate,
             grad_norm=step.result.grad_norm,
             applied=step.result.applied,
+            is_spike=step.result.is_spike,
             seconds=seconds,
             tokens_per_second=speed,
             mfu=self._throughput.mfu(speed, state.phase),

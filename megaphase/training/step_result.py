@@ -44,18 +44,30 @@ class StepResult:
             without the host.
     """
 
-    def __init__(self, loss_sums: Tensor, tokens: Tensor, grad_norm: Tensor | float) -> None:
+    def __init__(
+        self,
+        loss_sums: Tensor,
+        tokens: Tensor,
+        grad_norm: Tensor | float,
+        left_out: Tensor | None = None,
+    ) -> None:
         """
         Args:
             loss_sums, tokens: see TaskLosses; on the device.
             grad_norm: of the whole gradient before clipping, [] on any device.
+            left_out: whether the step was left out as a loss spike, [], bool, on the device; None
+                if none is.
         """
         if isinstance(grad_norm, float) or not grad_norm.is_cuda:
             norm = torch.full_like(loss_sums[:1], float(grad_norm))
         else:
             norm = grad_norm.to(loss_sums).view(1)
         self.applied_on_device = norm.isfinite().view(())
-        self._figures = Readout(torch.cat([loss_sums, tokens, norm]))
+        kept = torch.ones_like(norm)
+        if left_out is not None:
+            self.applied_on_device &= ~left_out
+            kept = (~left_out).to(loss_sums).view(1)
+        self._figures = Readout(torch.cat([loss_sums, tokens, norm, kept]))
 
     def wait(self) -> None:
         """Wait until the figures are there."""
@@ -64,14 +76,20 @@ class StepResult:
     @cached_property
     def losses(self) -> TaskLosses:
         """Before the step."""
-        return TaskLosses(*self._figures.read()[:-1].chunk(2))
+        return TaskLosses(*self._figures.read()[:-2].chunk(2))
 
     @cached_property
     def grad_norm(self) -> float:
         """Before clipping."""
-        return float(self._figures.read()[-1])
+        return float(self._figures.read()[-2])
+
+    @property
+    def is_spike(self) -> bool:
+        """Whether the step was left out as a loss spike."""
+        return float(self._figures.read()[-1]) == 0
 
     @property
     def applied(self) -> bool:
-        """False where the gradient was not finite; nothing has changed then."""
-        return math.isfinite(self.grad_norm)
+        """False where the gradient was not finite, or the step was left out; nothing has changed
+        then."""
+        return math.isfinite(self.grad_norm) and not self.is_spike

@@ -60,6 +60,7 @@ class Trainer(RunParts):
         with self.watchdog.patient(f"beginning {phase}"):
             if self.averages.begin_phase(self.state):
                 self._last_validation = None
+        self.engine.spikes.begin_phase()
         self.callbacks.on_phase_begin(self.state.phase, phase)
         self.validate(saved_anyway=False, begins_phase=True)
 
@@ -127,7 +128,7 @@ class Trainer(RunParts):
             return
         self.callbacks.on_step_end(record)
         if not record.applied:
-            self.history.skip(record.step)
+            self.history.skip(record.step, spike=record.is_spike)
             if self.loss_spikes.has_skipped_too_many():
                 with self._saving():
                     self.checkpointer.finish()

@@ -98,6 +98,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"model": {"sliding_window": 512}, "documents": True, "tensor": 2, "sequence": True},
     {"model": {"sliding_window": 512, "activation_checkpointing": "full"}, "tensor": 2},
     {"model": {"sliding_window": 512}, "precision": "fp32"},
+    {"faults": {"skip_spikes": {"deviations": 6.0}}},
+    {"faults": {"skip_spikes": {"deviations": 6.0}}, "precision": "fp32", "tensor": 2},
     {"average": {"kind": "ema", "decay": 0.9}},
     {"average": {"kind": "uniform"}, "precision": "fp32", "tensor": 2},
     {"model": {"attention_softcap": 50, "attention_scale": 0.05, "kv_heads": 4}},

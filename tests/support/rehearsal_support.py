@@ -37,6 +37,7 @@ def run_file(
     optimizer: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
     average: dict[str, Any] | None = None,
+    faults: dict[str, Any] | None = None,
     **parallel: Any,
 ) -> dict[str, Any]:
     """A run of three blocks of the 1.3 billion parameters' shape."""
@@ -54,6 +55,7 @@ def run_file(
         "parts": {"kernels": kernels},
         "batch": {"samples": micro * micro_batches * data, "micro": micro},
         "optimizer": optimizer or {},
+        "faults": faults or {},
         "phases": [
             {
                 "name": "only",
