@@ -55,7 +55,8 @@ test-sanitize: $(VENV)/installed
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=tests/support \
 	$(BIN)/python -m pytest -p sanitized_builder tests/plan/test_plan_builder.py tests/plan/test_plan_blend.py \
 		tests/plan/test_piecewise_blend.py \
-		tests/plan/test_plan_stream.py tests/plan/test_plan_index.py tests/plan/test_translation_packing.py
+		tests/plan/test_plan_stream.py tests/plan/test_plan_index.py tests/plan/test_translation_packing.py \
+		tests/plan/test_document_packing.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
