@@ -95,7 +95,7 @@ def small_windows(monkeypatch):
     monkeypatch.setattr("megaphase.plan.document_stream.SAMPLE_WINDOW", 4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(1, 30), min_size=12, max_size=25),
     st.lists(st.tuples(KINDS, st.integers(1, 9)), min_size=1, max_size=6),
