@@ -162,8 +162,8 @@ def to_hf_command(
         typer.Option(
             min=1,
             max=MOST,
-            help="max_position_embeddings of a model with rotary positions; the run's seq_len by "
-            "default.",
+            help="max_position_embeddings of a model with rotary positions; the seq_len of the "
+            "checkpoint's phase by default.",
         ),
     ] = None,
     average: Average = False,

@@ -49,6 +49,8 @@ def plan_table(summary: dict[str, Any]) -> Table:
         seq_len = f"{phase.get('seq_len', summary['seq_len']):,}"
         if phase["order"] == "random":
             name += " (random order)"
+        if "seq_len" in phase:
+            name += f" (seq_len {phase['seq_len']:,})"
         for task, facts in phase["tasks"].items():
             if facts["samples"] == 0 and facts["requested_rate"] == 0:
                 continue

@@ -26,7 +26,7 @@ from megaphase.report.plots import (
     rates_plot,
     validated_tasks,
 )
-from megaphase.report.runs import RunRecord
+from megaphase.report.runs import PhasePlan, RunRecord
 
 NOTHING = "–"
 AS_PLANNED = "As planned, or the actual values if a phase ended early."
@@ -174,10 +174,15 @@ def _newest_average(run: RunRecord, phase: str) -> dict[str, float]:
     return {task: figures.loss for task, figures in rows[-1].items()} if rows else {}
 
 
+def _with_length(phase: PhasePlan) -> str:
+    """A phase's name, and its sequence length where phases may have several."""
+    return phase.name if phase.seq_len is None else f"{phase.name} (seq_len {phase.seq_len:,})"
+
+
 def _data_table(run: RunRecord, colours: Colours) -> PageTable:
     phases = run.plan.phases
     groups: list[tuple[str, Sequence[str]]] = [("corpus", ("tokens", "documents", "held out"))]
-    groups += [(phase.name, ("rate", "tokens", "epochs")) for phase in phases]
+    groups += [(_with_length(phase), ("rate", "tokens", "epochs")) for phase in phases]
     groups.append(("whole run", ("tokens", "epochs")))
     rows = []
     for task in run.tasks:

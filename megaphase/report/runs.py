@@ -55,10 +55,14 @@ class TaskShare(_Record):
 
 
 class PhasePlan(_Record):
-    """One phase as planned or, if it ended early, as it was, and why it ended."""
+    """One phase as planned or, if it ended early, as it was, and why it ended.
+
+    seq_len: None where all phases have that of the `model` section.
+    """
 
     name: str
     steps: int
+    seq_len: int | None = None
     tokens: int
     tasks: dict[str, TaskShare]
     rates_over_steps: RatesOverSteps | None = None
@@ -356,6 +360,7 @@ def _shortened(
     return PhasePlan(
         name=phase.name,
         steps=steps,
+        seq_len=phase.seq_len,
         tokens=tokens,
         tasks=tasks,
         rates_over_steps=rates,

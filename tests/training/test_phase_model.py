@@ -2,6 +2,7 @@
 records."""
 
 import json
+import re
 
 import pytest
 from distributed import check, launch
@@ -160,6 +161,14 @@ def test_rows_name_the_keys_that_the_phase_gives_and_count_its_tokens(single):
     tokens = [row["tokens"] for row in read_rows(single / "run") if "loss" in row]
     longer = [8 * 32 * SWITCH + 8 * 128 * step for step in range(1, STEPS[1] + 1)]
     assert tokens == [8 * 32 * step for step in range(1, SWITCH + 1)] + longer
+
+
+def test_plan_and_report_tell_each_phase_s_length(single):
+    said = run_well("plan", single / "run.yaml", "--memory", 40)
+    assert "joint (seq_len 128)" in said
+    assert re.search(r"^Memory per GPU \(tensor 1 × data 1, ZeRO 0, phase joint\): ", said, re.M)
+    run_well("report", single / "run", "--out", single / "report")
+    assert "joint (seq_len 128)" in (single / "report" / "index.html").read_text()
 
 
 def test_a_phase_may_use_fewer_of_the_learned_positions(corpora, tmp_path):
