@@ -431,6 +431,20 @@ def test_a_phase_before_a_curve_that_ends_early_changes_nothing_of_its_blend(fol
     assert (whole.ordinals - cut[whole.tasks] >= 0).all()
 
 
+def test_rates_of_a_phase_whose_batch_grows(folder):
+    """A curve follows the phase's samples, not its steps."""
+    ramp = {"samples": 8, "ramp": {"from": 4, "tokens": 6400, "step": 2}}
+    grows = phase("two", 300, RISING) | {"batch": ramp}
+    plan = build_plan(write_run(folder, NAMES, phases=[grows]))
+    batch, samples = plan.spec.phases[0].batch, plan.phases[0].samples
+    assert not batch.is_constant
+    steps = np.array([0, 100, 200, 299])
+    middles = [batch.samples_before(step) + batch.samples_at(step) / 2 for step in steps.tolist()]
+    expected = 0.02 + 0.08 * np.array(middles) / samples
+    assert plan.rates(0, steps)[:, 1] == pytest.approx(expected, abs=1e-5)
+    assert plan.phases[0].counts[1] == pytest.approx(0.06 * samples, abs=1)
+
+
 def test_a_branch_counts_what_was_used_towards_the_caps(folder):
     config = write_run(folder, NAMES, phases=[phase("two", 60, COOLDOWN | {"max_epochs": 4})])
     per_epoch = {task: s.samples_per_epoch for task, s in spec_of(config).streams.items()}
