@@ -2,8 +2,8 @@
 
 A phase with a curve is divided into equal ranges of samples, its pieces. The rate of a task in a
 piece is the average of its curve there, as an integer weight, so that the blend's arithmetic is
-exact. All floating-point arithmetic is elementary, in a fixed order, so that every machine finds
-the same weights.
+exact. Apart from the C library's logarithm and cosine, floating-point arithmetic is elementary and
+in a fixed order, so that processors of all kinds find the same weights.
 """
 
 from __future__ import annotations
