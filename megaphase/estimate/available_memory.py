@@ -10,7 +10,7 @@ import torch
 from megaphase.config.run import RunConfig
 from megaphase.distributed.dist_env import local_world_size, world_size
 from megaphase.distributed.process_grid import device
-from megaphase.estimate.setup import Setup, setup_of
+from megaphase.estimate.setup import Device, Setup, setup_of
 from megaphase.estimate.state_memory import average_bytes, states_of
 from megaphase.estimate.suggestions import GB
 from megaphase.model.shape import GPTShape
@@ -31,8 +31,12 @@ def check_memory(config: RunConfig, shape: GPTShape) -> None:
         InputError: saying how much is needed and how much there is.
     """
     on_gpu = device().type == "cuda"
-    setup = setup_of(config, shape, world_size(), "cuda" if on_gpu else "cpu")
-    gpu, host = lasting_bytes(setup)
+    device_type: Device = "cuda" if on_gpu else "cpu"
+    phases = [
+        lasting_bytes(setup_of(config, shape, world_size(), device_type, number))
+        for number in range(len(config.phases))
+    ]
+    gpu, host = (max(each) for each in zip(*phases, strict=True))
     if on_gpu:
         there = torch.cuda.get_device_properties(device()).total_memory
         _refuse(config, "GPU", gpu, there)

@@ -126,7 +126,7 @@ def setup_of(
     Raises:
         InputError: tensor parallelism does not divide.
     """
-    kernels = config.parts.kernels
+    kernels, average = config.parts.kernels, config.phases[number].average
     return Setup(
         shape=shape,
         tensor=config.parallel.tensor,
@@ -145,12 +145,6 @@ def setup_of(
         device=device,
         compiled=kernels == "compile" or (kernels == "auto" and device == "cuda"),
         widened=config.precision == "bf16" and widens_bf16(torch.device(device)),
-        average=_average_memory(config),
+        average="none" if average is None else average.device,
         optimizer=config.optimizer,
     )
-
-
-def _average_memory(config: RunConfig) -> AverageMemory:
-    """Where the average of the phase is that has it in the scarcer memory."""
-    places = {phase.average.device for phase in config.phases if phase.average is not None}
-    return "weights" if "weights" in places else "cpu" if places else "none"

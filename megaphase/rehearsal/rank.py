@@ -60,11 +60,9 @@ class Rank:
             self.gathers = Gathers()
             self.shape = build_shape(config, vocab)
             self.engine = Engine(config, self.shape, self.grid, len(config.tasks))
-            averages = [phase.average for phase in config.phases if phase.average is not None]
-            self.averages = bool(averages)
-            if averages:
-                # The one in the scarcer memory, as in the estimate; taken after every step.
-                self.engine.average.begin(min(averages, key=lambda each: each.device == "cpu"))
+            self.average = config.phases[0].average
+            if self.average is not None:
+                self.engine.average.begin(self.average)  # taken after every step
         self.step = 0
 
     def batch(self) -> Batch:
@@ -92,7 +90,7 @@ class Rank:
 
     def _step(self, batch: Batch) -> StepResult:
         result = self.engine.train_step(batch, LEARNING_RATE, self.step)
-        if self.averages:
+        if self.average is not None:
             self.engine.average.take(result.applied_on_device)
         return result
 
@@ -103,7 +101,7 @@ class Rank:
 
     def _evaluate(self, batch: Batch) -> None:
         self.engine.evaluate(batch)
-        if self.averages:
+        if self.average is not None:
             with self.engine.average.exchanged():
                 self.engine.evaluate(batch)
 

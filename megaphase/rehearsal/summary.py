@@ -197,7 +197,9 @@ def rehearse_run(
     settings = settings_of(config)
     # The phase's own keys as those of the run.
     model = settings["model"] | settings["phases"][number].get("model", {})
-    phases = [phase | {"batch": None, "model": None} for phase in settings["phases"]]
+    rehearsed = {"batch": None, "model": None}
+    rehearsed["average"] = settings["phases"][number].get("average")
+    phases = [phase | rehearsed for phase in settings["phases"]]
     case = {
         "path": str(run_file),
         "run": settings | {"batch": batch, "model": model, "phases": phases},
