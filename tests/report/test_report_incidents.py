@@ -41,6 +41,7 @@ def test_every_event_has_a_sentence(tmp_path):
         run_dir,
         *({"step": step, "event": "loss_spike", "phase": "pretrain"} for step in SPIKES),
         {"step": 9, "event": "step_skipped", "phase": "pretrain"},
+        *({"step": step, "event": "spike_skipped", "phase": "pretrain"} for step in (11, 12)),
         divergence(64),
         {"step": 70, "event": "divergence_over", "phase": "joint", "kind": "above_uniform"},
         divergence(80, "stuck", loss=8.29, loss_before=8.29),
@@ -56,6 +57,7 @@ def test_every_event_has_a_sentence(tmp_path):
         "joint step 84: gradients are far larger than before, since step 81",
         f"joint step {END}: the run ended, since it had diverged",
         "1 step was skipped as not finite: 9",
+        "2 steps were left out as loss spikes: 11, 12",
         "6 loss spikes: at step 3, 4, 5, 6, 7, …",
     ]
     text = write_report([run_dir], tmp_path / "report").read_text()
@@ -81,6 +83,7 @@ def test_incidents_are_drawn(size, tmp_path):
         run_dir,
         {"step": 9, "event": "step_skipped", "phase": "pretrain"},
         *({"step": step, "event": "loss_spike", "phase": "pretrain"} for step in SPIKES),
+        {"step": 11, "event": "spike_skipped", "phase": "pretrain"},
         divergence(64),
     )
     marked = loss_plot(load_run(run_dir), colours, size)
@@ -92,7 +95,7 @@ def test_incidents_are_drawn(size, tmp_path):
         return [list(steps) for steps in marks], keys, [text.get_text() for text in axes.texts]
 
     marks, keys, labels = of(marked)
-    assert sorted(marks) == [SPIKES, [9]]
+    assert sorted(marks) == [SPIKES, [9, 11]]
     assert set(keys) - set(of(plain)[1]) == {"loss spike", "skipped step"}
     assert any("diverges" in label for label in labels)
     assert not any("diverges" in label for label in of(plain)[2])
