@@ -86,8 +86,8 @@ class Setup:
         return self.micro * self.accumulation * self.data
 
     def with_batch(self, samples: int) -> Setup:
-        """Another global batch in the same micro-batches."""
-        return replace(self, accumulation=samples // (self.micro * self.data))
+        """Another global batch in the same micro-batches, rounded up to whole ones on each rank."""
+        return replace(self, accumulation=-(-samples // (self.micro * self.data)))
 
     def with_micro(self, micro: int) -> Setup:
         """The same global batch in micro-batches of another size."""
