@@ -222,6 +222,6 @@ def rehearse_run(
     figures = json.loads(done.stdout)
     if "wrong_input" in figures:
         raise InputError(*figures["wrong_input"])
-    phase = setups[number].name if len({each.setup.shape for each in setups}) > 1 else None
+    phase = setups[number].name if len({each.setup for each in setups}) > 1 else None
     about = {"rank": rank, "processes": processes, "micro_batches": micro_batches, "phase": phase}
     return Rehearsed(figures | about, config)
