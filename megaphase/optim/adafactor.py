@@ -61,7 +61,7 @@ class Adafactor(AddressedOptimizer):
     def _prepare(self, masters: list[MasterGroup], *, factored: bool) -> float:
         """Count the step, and make the state before the first one; returns the count."""
         assert self.addresses is not None
-        states = self.counted([master.flat for master in masters])
+        states = self.counted([master.flat for master in masters], on_host=True)
         for master, state in zip(masters, states, strict=True):
             if self._config.beta1 is not None and FIRST not in state:
                 state[FIRST] = torch.zeros_like(master.flat)
@@ -118,10 +118,12 @@ class Adafactor(AddressedOptimizer):
         for part in parts:
             if part.counts:
                 values = part.weight if of_weights else part.gradient
-                sums[names.index(part.name)] += torch.linalg.vector_norm(values) ** 2
+                mean = (
+                    torch.linalg.vector_norm(values) ** 2 / self.addresses.layouts[part.name].numel
+                )
+                sums[names.index(part.name)] += mean
         self._sum_over_ranks(sums)
-        numel = [self.addresses.layouts[name].numel for name in names]
-        return (sums / torch.tensor(numel, device=sums.device)).sqrt()
+        return sums.sqrt()
 
     def _sum_over_ranks(self, sums: Tensor) -> None:
         """Add over the ranks that have different elements of the same parameters."""

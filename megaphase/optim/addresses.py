@@ -99,9 +99,15 @@ class AddressedOptimizer(torch.optim.Optimizer):
             if found:
                 yield group, [self.addresses.groups[id(flat)] for flat in found]
 
-    def counted(self, flats: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Return the state of flat tensors, in which the steps have been counted."""
+    def counted(self, flats: Sequence[Tensor], *, on_host: bool) -> list[dict[str, Tensor]]:
+        """Return the state of flat tensors, in which the steps have been counted.
+
+        on_host: whether the counts are on the CPU, where reading them waits for no device.
+        """
         states = [self.state[flat] for flat in flats]
-        for state in states:
-            state["step"] = state.get("step", torch.tensor(0.0)).cpu() + 1
+        for flat, state in zip(flats, states, strict=True):
+            device = torch.device("cpu") if on_host else flat.device
+            if "step" not in state:
+                state["step"] = torch.zeros((), device=device)
+            state["step"] = state["step"].to(device) + 1
         return states

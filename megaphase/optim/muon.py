@@ -56,7 +56,7 @@ class Muon(AddressedOptimizer):
         updates = [flat.grad.contiguous() for flat in flats if flat.grad is not None]
         momentum = self._settings.momentum
         momenta = []
-        for flat, state in zip(flats, self.counted(flats), strict=True):
+        for flat, state in zip(flats, self.counted(flats, on_host=False), strict=True):
             if "exp_avg" not in state:
                 state["exp_avg"] = torch.zeros_like(flat)
             momenta.append(state["exp_avg"])

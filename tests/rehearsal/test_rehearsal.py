@@ -224,3 +224,28 @@ def test_other_ranks_do_the_same(rank: int) -> None:
         report["kernels"].pop("linalg_vector_norm")
     assert reports[0]["kernels"] == reports[1]["kernels"]
     assert reports[0]["collectives"] == reports[1]["collectives"]
+
+
+@pytest.mark.rehearse
+@pytest.mark.parametrize("name", ["adafactor", "lion", "muon"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"zero": 0, "tensor": 2},
+        {"zero": 1},
+        {"zero": 2, "offload": "cpu"},
+        {"zero": 3, "tensor": 2},
+    ],
+    ids=str,
+)
+def test_every_optimizer(name: str, layout: dict[str, Any]) -> None:
+    answer = rehearse(run_file(optimizer={"name": name}, **layout), actions=ALL_ACTIONS)
+    assert answer["applied"]
+    assert answer["optimizer_steps"] == 0  # the reset comes last
+    for report in answer["reports"].values():
+        assert report["conflicts"] == []
+        assert report["unfinished"] == 0
+    found = waits(answer["reports"]["train"])
+    if layout.get("offload", "none") == "none":
+        assert not any("optim/" in each for each in found), found
+    check_memory(answer)
