@@ -106,7 +106,10 @@ class ReferenceRows:
         inputs, targets, pieces = [], [], []
         document = -1
         for i, p in enumerate(positions):
-            if i == 0 or positions[i - 1] != p - 1 or slots[p] != slots[p - 1]:
+            if i and positions[i - 1] != p - 1:
+                # The fragment before may have ended with a number of its last target's document.
+                document = pieces[-1] + 1
+            elif i == 0 or slots[p] != slots[p - 1]:
                 document += 1
             # A fragment's last target may be in a document of which no input is left.
             begins = slots[p + 1] != slots[p]
