@@ -18,10 +18,10 @@ SANITIZE = [
 sanitize = bool(os.environ.get("MEGAPHASE_SANITIZE"))
 
 
-def extension(name: str, source: str) -> Pybind11Extension:
+def extension(name: str, *sources: str) -> Pybind11Extension:
     return Pybind11Extension(
         name,
-        [source],
+        list(sources),
         depends=sorted(glob("csrc/**/*.h*", recursive=True)),
         cxx_std=17,
         extra_compile_args=OPTIONS + (SANITIZE if sanitize else []),
@@ -31,7 +31,7 @@ def extension(name: str, source: str) -> Pybind11Extension:
 
 setup(
     ext_modules=[
-        extension("megaphase.plan._builder", "csrc/module.cpp"),
+        extension("megaphase.plan._builder", "csrc/module.cpp", "csrc/stream_bindings.cpp"),
         extension("megaphase.corpus._checksums", "csrc/checksums.cpp"),
         extension("megaphase.fault_tolerance._thread_stacks", "csrc/thread_stacks.cpp"),
     ],

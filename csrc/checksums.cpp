@@ -7,11 +7,9 @@
 
 #include <algorithm>
 
-namespace py = pybind11;
-using namespace megaphase;
+#include "arrays.hpp"
 
-template <typename T>
-using Array = py::array_t<T, py::array::c_style>;
+using namespace megaphase;
 
 namespace {
 
