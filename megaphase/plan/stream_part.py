@@ -97,5 +97,6 @@ class StreamPart:
                 stream.read_rest(self._starts, self.rest, numbers, rows[in_rest], *to)
                 ordinals, rows = ordinals[~in_rest], rows[~in_rest]
         if len(ordinals):
-            numbers = stream.in_token_order(ordinals + self._shift)
-            stream.read(self._starts, numbers, rows, *to)
+            if self._shift:
+                ordinals = ordinals + self._shift
+            stream.read(self._starts, stream.in_token_order(ordinals), rows, *to)
