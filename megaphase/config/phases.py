@@ -38,8 +38,10 @@ class PhaseConfig(Section):
     steps: Steps | None = None
     """Length of the phase in optimizer steps."""
     epochs: dict[str, Epochs] | None = Field(default=None, min_length=1)
-    """Length of the phase in passes over the training text of a task, for example `{hi: 4}`; of
-    several tasks, the one that gets there first ends the phase. Not with `mixture.max_epochs`."""
+    """Length of the phase in passes over the training text of a task, for example `{hi: 4}`, in
+    samples of the phase's own `seq_len` and `cut`, counted from the phase's start, also if that is
+    in the middle of a pass; of several tasks, the one that gets there first ends the phase. Not
+    with `mixture.max_epochs`."""
     mixture: MixtureConfig
     """Sampling rates of the tasks."""
     loss_weights: dict[str, PositiveOrZero] | None = Field(default=None, min_length=1)

@@ -92,6 +92,17 @@ def test_whole_epochs_of_a_lone_task_are_exact(folder):
     assert facts["epochs"] == 3
 
 
+@pytest.mark.parametrize("own", [{"model": {"seq_len": 5}}, {"cut": "documents"}])
+def test_epochs_count_whole_ones_of_the_phases_own_samples(folder, own):
+    """Also where the phase begins in the middle of an epoch."""
+    lone = {"rates": {"hi": 1.0}}
+    phases = [phase("before", 3, lone), epochs_phase({"hi": 2}, lone) | own]
+    spec = spec_of(run(folder, phases, batch={"samples": 1}))
+    before, joint = spec.phases
+    assert joint.kind != before.kind
+    assert joint.steps == 2 * spec.task_streams["hi"].at(joint.kind).samples_per_epoch
+
+
 def test_epochs_of_a_task_that_is_never_seen(folder):
     config = run(folder, [ONE, epochs_phase({"en": 1, "hi": 2}, {"rates": {"en": 1.0}})])
     with pytest.raises(InputError) as error:
