@@ -72,7 +72,8 @@ def unchecked_batches(run_file: Path, workers: int) -> Iterator[Any]:
 
     class Unchecked(STREAM):
         def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments[:-2])
+            *others, _blocks, _vocab_size, _bos = arguments
+            super().__init__(*others)
 
     _builder.Stream = Unchecked  # type: ignore[misc]
     return megaphase_batches(run_file, workers)
