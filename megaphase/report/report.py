@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from megaphase.report.load_run import load_run
 from megaphase.report.losses import final_losses, newest_losses, task_verdicts, verdicts
 from megaphase.report.numbers import write_numbers
 from megaphase.report.report_files import (
@@ -19,7 +20,7 @@ from megaphase.report.report_files import (
     write_page,
 )
 from megaphase.report.run_page import NOTHING, comparison_article, run_article
-from megaphase.report.runs import RunRecord, load_run
+from megaphase.report.runs import RunRecord
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import real_path
 from megaphase.utils.plot_style import line_colours

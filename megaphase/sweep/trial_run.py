@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megaphase.checkpoint.names import find_in_run
-from megaphase.report.runs import load_run
+from megaphase.report.load_run import load_run
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.outcome import Outcome, Translated, outcome_of

@@ -26,7 +26,7 @@ from warm_commands import run_killed, run_well
 from megaphase.callbacks.metrics_recovery import kept_metrics
 from megaphase.callbacks.tensorboard import TensorBoard
 from megaphase.launch.slurm.status import read_status
-from megaphase.report.runs import load_run
+from megaphase.report.load_run import load_run
 from megaphase.utils.files import hash_file
 from megaphase.utils.metrics_rows import missing_steps, steps_in_words
 

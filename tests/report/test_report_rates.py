@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from report_support import PHASES, SAMPLES, Page, write_run
 
+from megaphase.report.load_run import load_run
 from megaphase.report.plots import rates_plot
 from megaphase.report.report import write_report
-from megaphase.report.runs import load_run
 from megaphase.utils.plot_style import Size
 
 STEPS = 30

@@ -14,8 +14,9 @@ from statistics import fmean
 
 import numpy as np
 
+from megaphase.report.load_run import load_run
 from megaphase.report.plot_parts import Curve
-from megaphase.report.runs import HeldOutRow, RunRecord, load_run
+from megaphase.report.runs import HeldOutRow, RunRecord
 from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.pareto.points import Point, reason_of_failure
 
