@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from megaphase.utils.metrics_rows import Row
+from megaphase.utils.spike_words import Exceeded
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class StepRecord:
         loss_sums, scored_tokens: by task; nats, and tokens that have a target.
         grad_norm: before clipping.
         applied: False where the step was skipped, since the gradient was not finite or the step was
-            a loss spike that is left out; is_spike: the latter.
+            a loss spike that is left out; is_spike: the latter; exceeded: what was too large then.
         mfu: model FLOPs of the step against the peak of all devices; None where that is not known.
     """
 
@@ -73,6 +74,7 @@ class StepRecord:
     tokens_per_second: float
     mfu: float | None
     is_spike: bool = False
+    exceeded: Exceeded = field(default_factory=dict)
 
     def row(self) -> Row:
         """As in metrics.jsonl."""

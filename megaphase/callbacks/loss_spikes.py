@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from megaphase.callbacks.callback import Callback, StepRecord
 from megaphase.fault_tolerance.config import FaultsConfig
 from megaphase.utils.errors import RunError
+from megaphase.utils.spike_words import spike_in_words
 
 # Losses of the same phase that a new one is compared with, and how many it takes to compare.
 WINDOW = 100
@@ -84,13 +85,17 @@ class LossSpikeDetector(Callback):
     def _report_left_out(self, record: StepRecord) -> None:
         self._left_out += 1
         step, phase, trace = record.step, record.phase, str(self._trace_path(record.step))
-        figures = {"loss": record.loss, "grad_norm": record.grad_norm}
+        figures = {
+            "loss": record.loss,
+            "grad_norm": record.grad_norm,
+            "exceeded": record.exceeded,
+        }
         self.run.event(step, "spike_skipped", phase=phase, **figures, trace=trace)
         spikes = self._faults.skip_spikes
         most = self._left_out if spikes is None else spikes.most
         if not self._has_left_out_too_many():
             self.run.say(
-                f"{phase} step {step:,}  left out: {_described(record)} is a spike "
+                f"{phase} step {step:,}  left out as a spike: {_why_left_out(record)} "
                 f"({self._left_out:,} in this phase, {most:,} allowed); what the step saw: {trace}"
             )
 
@@ -101,7 +106,7 @@ class LossSpikeDetector(Callback):
         return RunError(
             f"{phase} step {step:,}: {self._left_out:,} steps of this phase were left out as "
             "spikes, more than faults.skip_spikes.most allows; the last one: "
-            f"{_described(record)}; what it saw: {self._trace_path(step)}; raise "
+            f"{_why_left_out(record)}; what it saw: {self._trace_path(step)}; raise "
             "faults.skip_spikes.deviations or most, or lower the peak learning rate"
         )
 
@@ -140,8 +145,10 @@ class LossSpikeDetector(Callback):
         self._left_out = state.get("left_out", 0)
 
 
-def _described(record: StepRecord) -> str:
-    return f"loss {record.loss:.4f}, gradient norm {record.grad_norm:.4g}"
+def _why_left_out(record: StepRecord) -> str:
+    # Nothing is too large where only the sums of another rank were, which differ in a last bit.
+    figures = f"loss {record.loss:.4f}, gradient norm {record.grad_norm:.4g}"
+    return spike_in_words(record.exceeded) or figures
 
 
 def _not_finite_tasks(record: StepRecord) -> list[str]:

@@ -28,6 +28,7 @@ from megaphase.utils.metrics_rows import (
     steps_in_words,
 )
 from megaphase.utils.run_files import METRICS_FILE
+from megaphase.utils.spike_words import spike_in_words
 
 _EVENTS = (b'"phase_end"', b'"phase_start"', b'"step_skipped"', b'"spike_skipped"')
 
@@ -260,6 +261,14 @@ def _events(run_dir: Path, *, after: int = -1, up_to: int | None = None) -> Iter
         row = line.row
         if row is not None and after < row["step"] and (up_to is None or row["step"] <= up_to):
             yield row
+
+
+def spike_reason(run_dir: Path, step: int) -> str:
+    """Return why a step was left out as a loss spike, from its event; empty if it does not say."""
+    for row in _events(run_dir, after=step - 1, up_to=step):
+        if row.get("event") == "spike_skipped" and isinstance(row.get("exceeded"), dict):
+            return spike_in_words(row["exceeded"])
+    return ""
 
 
 def _apply_events(history: RunHistory, events: Iterable[Row]) -> None:

@@ -23,6 +23,7 @@ from megaphase.plan.run_history import (
     RunHistory,
     phase_spans,
     read_history,
+    spike_reason,
     steps_done,
 )
 from megaphase.plan.same_run import plan_of_run, refuse_other_plan, refuse_other_run
@@ -72,6 +73,8 @@ class TracedRun:
             ) from None
         why = self.history.why_skipped(step)
         if why is not None:
+            if reason := spike_reason(self.config.output, step):
+                why += f" ({reason})"
             self.say(f"step {step:,} was skipped: {why}, it changed nothing")
         elif self.done is not None and self.done < step:
             self.say(f"step {step:,} has not been trained yet: {self.done:,} steps are done")

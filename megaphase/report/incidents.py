@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megaphase.report.runs import Event, RunRecord
+from megaphase.utils.spike_words import spike_in_words
 
 NAMED_AT_MOST = 5
 _ABOVE_UNIFORM = ", above that of uniform guessing"
@@ -32,7 +33,7 @@ def loss_spikes(run: RunRecord) -> list[int]:
 
 def incident_sentences(run: RunRecord) -> list[str]:
     """Return one sentence per divergence and its end, one on steps that were not finite, one on
-    loss spikes that were left out, one on other loss spikes."""
+    loss spikes that were left out and one on each of the first few, one on other loss spikes."""
     sentences = []
     for event in run.events:
         where = f"{event.phase} step {event.step:,}: "
@@ -50,6 +51,11 @@ def incident_sentences(run: RunRecord) -> list[str]:
     if spikes := skipped_spikes(run):
         was = "step was" if len(spikes) == 1 else "steps were"
         sentences.append(f"{len(spikes):,} {was} left out as loss spikes: {_named(spikes)}")
+        sentences += [
+            f"step {event.step:,} was left out: {why}"
+            for event in _events(run, "spike_skipped")[:NAMED_AT_MOST]
+            if (why := spike_in_words(event.exceeded))
+        ]
     if spikes := loss_spikes(run):
         plural = "" if len(spikes) == 1 else "s"
         sentences.append(f"{len(spikes):,} loss spike{plural}: at step {_named(spikes)}")

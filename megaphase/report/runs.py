@@ -118,6 +118,7 @@ class Event(_Record):
     trained_tokens: tuple[int, int] | None = None
     loss: Measured | None = None
     loss_before: Measured | None = None
+    exceeded: dict[str, dict[str, Measured]] = {}
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,7 @@ class Engine:
             norm = self._step()
         if losses_by_task is None:
             losses_by_task = self._over_ranks(self._by_task(torch.cat(row_losses), batch.tasks))
-        return StepResult(losses_by_task, tokens, norm, self.spikes.left_out)
+        return StepResult(losses_by_task, tokens, norm, self.spikes.left_out, self.spikes.judgement)
 
     def _accumulate(self, rows: int) -> int:
         """Tell DeepSpeed of how many micro-batches the next step accumulates; returns that."""

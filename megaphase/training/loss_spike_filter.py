@@ -50,6 +50,9 @@ class LossSpikeFilter:
         self._loss = loss
         self._norm: Tensor | None = None
         self.left_out: Tensor | None = None
+        # [3, 2] float64, of loss and gradient norm: whether it is above its limit, then mean and
+        # standard deviation before the step.
+        self.judgement: Tensor | None = None
 
     def take_loss(self, loss: Tensor) -> None:
         """Take in the loss of a step whose gradient is about to be judged; [], float64, the same on
@@ -74,13 +77,15 @@ class LossSpikeFilter:
         self._norm = norm = norm.to(loss.device, non_blocking=True)
         values = torch.stack([loss, norm.double().view(())])
         finite = values.isfinite().all() & (values[1] >= 0)
-        limits = self._means + config.deviations * self._variances.sqrt()
+        deviations = self._variances.sqrt()
+        above = values > self._means + config.deviations * deviations
         acts = (self._applied >= config.after_steps) & (self._in_a_row < config.most_in_a_row)
-        left_out = (finite & acts & (values > limits).any()).int()
+        left_out = (finite & acts & above.any()).int()
         if dist.is_initialized():
             # Equal on all ranks in any case, unless their sums differ in a last bit.
             dist.all_reduce(left_out, dist.ReduceOp.MAX)
         self.left_out = out = left_out.bool()
+        self.judgement = torch.stack([above.double(), self._means, deviations])
         self._update(values, finite & ~out)
         self._in_a_row = torch.where(out, self._in_a_row + 1, self._in_a_row)
         return torch.where(out, torch.full_like(norm, torch.inf), norm)

@@ -103,6 +103,7 @@ class StepRecorder:
             grad_norm=step.result.grad_norm,
             applied=step.result.applied,
             is_spike=step.result.is_spike,
+            exceeded=step.result.exceeded,
             seconds=seconds,
             tokens_per_second=speed,
             mfu=self._throughput.mfu(speed, state.phase),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megaphase.distributed.device_copies import Readout
+from megaphase.utils.spike_words import Exceeded
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class StepResult:
         tokens: Tensor,
         grad_norm: Tensor | float,
         left_out: Tensor | None = None,
+        judgement: Tensor | None = None,
     ) -> None:
         """
         Args:
@@ -57,6 +59,7 @@ class StepResult:
             grad_norm: of the whole gradient before clipping, [] on any device.
             left_out: whether the step was left out as a loss spike, [], bool, on the device; None
                 if none is.
+            judgement: of LossSpikeFilter, [3, 2] float64 on the device; None if nothing is judged.
         """
         if isinstance(grad_norm, float) or not grad_norm.is_cuda:
             norm = torch.full_like(loss_sums[:1], float(grad_norm))
@@ -67,7 +70,9 @@ class StepResult:
         if left_out is not None:
             self.applied_on_device &= ~left_out
             kept = (~left_out).to(loss_sums).view(1)
-        self._figures = Readout(torch.cat([loss_sums, tokens, norm, kept]))
+        self._judged = 0 if judgement is None else judgement.numel()
+        before = [] if judgement is None else [judgement.to(loss_sums).view(-1)]
+        self._figures = Readout(torch.cat([*before, loss_sums, tokens, norm, kept]))
 
     def wait(self) -> None:
         """Wait until the figures are there."""
@@ -76,7 +81,7 @@ class StepResult:
     @cached_property
     def losses(self) -> TaskLosses:
         """Before the step."""
-        return TaskLosses(*self._figures.read()[:-2].chunk(2))
+        return TaskLosses(*self._figures.read()[self._judged : -2].chunk(2))
 
     @cached_property
     def grad_norm(self) -> float:
@@ -87,6 +92,21 @@ class StepResult:
     def is_spike(self) -> bool:
         """Whether the step was left out as a loss spike."""
         return float(self._figures.read()[-1]) == 0
+
+    @property
+    def exceeded(self) -> Exceeded:
+        """What was too large in a step that was left out; empty for any other step."""
+        if not self._judged or not self.is_spike:
+            return {}
+        above, means, deviations = self._figures.read()[: self._judged].view(3, 2).tolist()
+        values = (self.losses.mean, self.grad_norm)
+        return {
+            name: {"value": value, "mean": mean, "standard_deviation": deviation}
+            for name, is_above, value, mean, deviation in zip(
+                ("loss", "grad_norm"), above, values, means, deviations, strict=True
+            )
+            if is_above
+        }
 
     @property
     def applied(self) -> bool:

@@ -35,13 +35,20 @@ def divergence(step, kind="above_uniform", **facts):
     return {"step": step, "event": "divergence", "phase": "joint", "kind": kind, **facts}
 
 
+EXCEEDED = {
+    "loss": {"value": 9.0, "mean": 4.0, "standard_deviation": 0.5},
+    "grad_norm": {"value": 1.5, "mean": 1.0, "standard_deviation": 0.0},
+}
+
+
 def test_every_event_has_a_sentence(tmp_path):
     run_dir = write_run(tmp_path / "run")
     add_rows(
         run_dir,
         *({"step": step, "event": "loss_spike", "phase": "pretrain"} for step in SPIKES),
         {"step": 9, "event": "step_skipped", "phase": "pretrain"},
-        *({"step": step, "event": "spike_skipped", "phase": "pretrain"} for step in (11, 12)),
+        {"step": 11, "event": "spike_skipped", "phase": "pretrain"},
+        {"step": 12, "event": "spike_skipped", "phase": "pretrain", "exceeded": EXCEEDED},
         divergence(64),
         {"step": 70, "event": "divergence_over", "phase": "joint", "kind": "above_uniform"},
         divergence(80, "stuck", loss=8.29, loss_before=8.29),
@@ -58,6 +65,8 @@ def test_every_event_has_a_sentence(tmp_path):
         f"joint step {END}: the run ended, since it had diverged",
         "1 step was skipped as not finite: 9",
         "2 steps were left out as loss spikes: 11, 12",
+        "step 12 was left out: loss 9 is 10.0 deviations above its mean 4 and gradient norm 1.5 is "
+        "above its mean 1, from which no step before deviated",
         "6 loss spikes: at step 3, 4, 5, 6, 7, …",
     ]
     text = write_report([run_dir], tmp_path / "report").read_text()

@@ -18,6 +18,7 @@ from warm_commands import run, run_killed, run_well
 
 from megaphase.fault_tolerance.config import SkipSpikesConfig
 from megaphase.training.loss_spike_filter import LossSpikeFilter
+from megaphase.utils.spike_words import spike_in_words
 
 # In the first phase, and in the second one, which begins after step 12.
 SPIKES = {9: 40.0, 19: 40.0}
@@ -76,6 +77,8 @@ def test_decisions_and_statistics_are_those_of_the_definition(steps, decay, most
         spikes.take_loss(torch.tensor(loss, dtype=torch.float64))
         judged = spikes.judge(torch.tensor(norm))
         out = bool(spikes.left_out)
+        assert spikes.judgement is not None
+        assert not out or spikes.judgement[0].any()
         assert plain.leaves_out((loss, norm)) == (out or not math.isfinite(loss + norm))
         assert torch.equal(judged, torch.tensor(math.inf if out else norm)) or math.isnan(norm)
     record = spikes.record()["skip_spikes"]
@@ -166,7 +169,15 @@ def test_a_spike_is_left_out_as_a_step_that_is_not_finite_is_also_after_a_kill(
     killed = write_run_file(tmp_path / "killed", filtered)
     run_well("train", not_finite, prepare=spoil_to_nan)
     said = run_well("train", spikes, prepare=spoil)
-    assert "pretrain step 9 left out: loss" in " ".join(said.split())
+    (first, *_) = events_of(spikes, "spike_skipped")
+    why = spike_in_words(first["exceeded"])
+    assert f"pretrain step 9 left out as a spike: {why} (1 in this phase" in " ".join(said.split())
+    assert " deviations above its mean " in why
+    for name, figures in first["exceeded"].items():
+        assert figures["value"] == first[name]
+        applied = [row[name] for row in rows_of(spikes) if row["step"] < 9]
+        assert figures["mean"] == pytest.approx(statistics.fmean(applied))
+        assert figures["standard_deviation"] == pytest.approx(statistics.pstdev(applied))
     assert [row["step"] for row in events_of(not_finite, "step_skipped")] == [*SPIKES]
     assert [row["step"] for row in events_of(spikes, "spike_skipped")] == [*SPIKES]
     assert not events_of(spikes, "step_skipped")
@@ -184,7 +195,9 @@ def test_a_spike_is_left_out_as_a_step_that_is_not_finite_is_also_after_a_kill(
     assert rows == resumed
     if precision == "fp32":
         traced = run("plan", "trace", spikes.parent / "run", "--step", 9)
-        assert "step 9 was skipped: it was a loss spike, it changed nothing" in traced.stderr
+        assert (
+            f"step 9 was skipped: it was a loss spike ({why}), it changed nothing" in traced.stderr
+        )
         assert (spikes.parent / "run" / events_of(spikes, "spike_skipped")[0]["trace"]).exists()
 
 
