@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from megaphase.utils.arguments import Overrides, Processes, RunFile, finite
-from megaphase.utils.standard_streams import new_console
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-# Width of tables in files and pipes, where no line needs to be folded.
-PLAIN_WIDTH = 160
+from megaphase.utils.standard_streams import new_table_console
 
 
 class _ShowByDefault(TyperGroup):
@@ -106,7 +100,7 @@ def show_command(
     if json:
         print(dumps(summary, indent=2, ensure_ascii=False))
         return
-    console = _console()
+    console = new_table_console()
     console.print(plan_table(summary))
     for sentence in [
         *bos_sentences(plan.spec.bos, tokenizer),
@@ -181,7 +175,7 @@ def trace_command(
             origins = sample_origins(plan, sample)
             print(dumps(sample_as_json(sample, texts, origins), ensure_ascii=False))
         return
-    console = _console()
+    console = new_table_console()
     console.print(
         f"step {step:,}: step {phase_step:,} of {plan.phases[phase].name}, "
         f"{len(samples):,} of {size:,} samples",
@@ -191,10 +185,3 @@ def trace_command(
         print_texts(console, plan, samples, tokenizer)
     else:
         console.print(trace_table(plan, samples))
-
-
-def _console() -> Console:
-    console = new_console(highlight=False)
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
-    return console

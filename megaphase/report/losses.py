@@ -1,8 +1,9 @@
-"""The numbers of a report: losses at the ends of each phase, and the change since the switch."""
+"""The numbers of a report: losses at the ends of each phase, and the change since a switch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -40,7 +41,8 @@ class PhaseLoss:
 
 @dataclass(frozen=True)
 class LossChange:
-    """The change of one task since the first switch, or since the start without a switch.
+    """The change of one task since the switch at which it entered the mixture, or since the first
+    switch if the first phase trains on it or none does; since the start without a switch.
 
     `change` is in nats, below 0 if better; None before the first switch. `rose`: whether its
     training loss was far higher in between. `role`: of the task in the run file, None without one.
@@ -135,7 +137,7 @@ def _verdict(run: RunRecord, losses: list[PhaseLoss]) -> LossChange:
         rise = _rise(run, losses[0])
         sentence = f"{last.end:.2f} {now}; the switch is still to come{_rise_sentence(rise)}"
         return LossChange(task, low, None, sentence, rise is not None)
-    since = next((loss for loss in losses if loss.phase != first_phase), last)
+    since = _baseline(run, losses, first_phase)
     before = "at the start" if since.phase == first_phase else f"at the switch to {since.phase}"
     change = last.end - since.start
     rise = _rise(run, since)
@@ -147,7 +149,74 @@ def _verdict(run: RunRecord, losses: list[PhaseLoss]) -> LossChange:
     )
     if min(last.start, last.end) - last.best > RISING_NATS:
         sentence += f"; it had been at {last.best:.2f} at step {last.best_step:,} and rose again"
+    sentence += _other_model_sentence(run, since, last)
     return LossChange(task, low, change, sentence + _rise_sentence(rise), rise is not None)
+
+
+def _baseline(run: RunRecord, losses: list[PhaseLoss], first_phase: str | None) -> PhaseLoss:
+    """Return the losses in the phase with whose start a task's newest loss is compared.
+
+    first_phase: the name of a phase with whose start nothing is compared after the first switch.
+    """
+    later = [loss for loss in losses if loss.phase != first_phase]
+    if not later:
+        return losses[-1]
+    task, phases = losses[0].task, {phase.name: phase for phase in run.plan.phases}
+
+    def is_trained_in(name: str) -> bool:
+        share = phases[name].tasks.get(task)
+        return share is not None and share.samples > 0
+
+    if run.origin.used.get(task) or (first_phase is not None and is_trained_in(first_phase)):
+        return later[0]
+    return next((loss for loss in later if is_trained_in(loss.phase)), later[0])
+
+
+def _other_model_sentence(run: RunRecord, since: PhaseLoss, last: PhaseLoss) -> str:
+    """Say that two losses are measured with other sequence lengths or positions, and give the loss
+    from which the newest one changed with the same model."""
+    phases = run.phases_begun
+    names = [phase.name for phase in phases]
+    models = [run.model_of(phase) for phase in phases]
+    newest, end = models[names.index(last.phase)], names.index(last.phase)
+    if models[names.index(since.phase)] == newest:
+        return ""
+    # The validation that begins a phase is measured with the phase's model.
+    first = end
+    while models[first - 1] == newest:
+        first -= 1
+    begun = next(
+        loss
+        for loss in final_losses(run)
+        if loss.task == last.task and loss.phase in names[first : end + 1]
+    )
+    before, now = models[names.index(since.phase)]["seq_len"], newest["seq_len"]
+    what = "other positions" if before == now else f"seq_len {before:,}, the second with {now:,}"
+    return (
+        f"; the first is measured with {what}: with the model of {last.phase} it was "
+        f"{begun.start:.2f} at the start of {begun.phase}, since then "
+        f"{describe_change(last.end - begun.start)}"
+    )
+
+
+def lengths_note(runs: Sequence[RunRecord]) -> str | None:
+    """Return a sentence if the newest losses of runs, or the losses of the phases of a single one,
+    are measured with several sequence lengths; else None."""
+    if len(runs) == 1:
+        by_name = [(phase.name, runs[0].model_of(phase)) for phase in runs[0].phases_begun]
+    else:
+        by_name = [(run.name, run.model_of(run.phases_begun[-1])) for run in runs]
+    lengths: dict[int | None, list[str]] = {}
+    for name, model in by_name:
+        lengths.setdefault(model["seq_len"], []).append(name)
+    if len(lengths) > 1:
+        listed = "; ".join(
+            f"{length or 0:,} in {', '.join(names)}" for length, names in lengths.items()
+        )
+        return f"The losses are measured with different sequence lengths: {listed}."
+    if len(runs) == 1 and any(model != by_name[0][1] for _, model in by_name):
+        return "The losses are measured with different rotary positions in different phases."
+    return None
 
 
 def _rise(run: RunRecord, since: PhaseLoss) -> tuple[float, int] | None:

@@ -11,7 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from megaphase.report.load_run import load_run
-from megaphase.report.losses import final_losses, newest_losses, task_verdicts, verdicts
+from megaphase.report.losses import (
+    final_losses,
+    lengths_note,
+    newest_losses,
+    task_verdicts,
+    verdicts,
+)
 from megaphase.report.numbers import write_numbers
 from megaphase.report.report_files import (
     NUMBERS_FOLDER,
@@ -67,6 +73,8 @@ def summary_table(run: RunRecord) -> Table:
     table = Table(title=Text(f"{run.name}: validation loss, nats per token"), title_justify="left")
     table.add_column("task", no_wrap=True)
     columns = [f"{'after' if run.phase_is_over(p) else 'now in'} {p.name}" for p in phases]
+    if note := lengths_note([run]):
+        table.caption, table.caption_justify = Text(note), "left"
     change = "since switch" if run.switches else "change"
     for column in ("at start", *columns, change, "bits/byte", "epochs"):
         table.add_column(Text(column), justify="right")

@@ -13,6 +13,7 @@ from megaphase.plan.plan import REPEATED_TOO_OFTEN
 from megaphase.report.incidents import incident_sentences
 from megaphase.report.losses import (
     final_losses,
+    lengths_note,
     newest_losses,
     task_verdicts,
 )
@@ -165,6 +166,8 @@ def _loss_table(run: RunRecord, colours: Colours) -> PageTable:
         note += " Gap: how far the loss is above that on the training text, at the end."
     if any(averages.values()):
         note += " Average: the loss of the average of the weights, at the end."
+    if lengths := lengths_note([run]):
+        note += f" {lengths}"
     return PageTable(["task"], rows, note, groups)
 
 
@@ -221,4 +224,6 @@ def _comparison_table(runs: Sequence[RunRecord], colours: Colours) -> PageTable:
         rows.append(cells)
     columns: list[str | Cell] = ["run", *(_task_cell(task, colours) for task in tasks), "steps"]
     note = "Newest validation loss, nats per token; the lowest of each task is bold."
+    if lengths := lengths_note(runs):
+        note += f" {lengths}"
     return PageTable(columns, rows, note)

@@ -58,8 +58,12 @@ class PhasePlan(_Record):
 
 
 class PlanRecord(_Record):
-    """The plan's figures per phase and task."""
+    """The plan's figures per phase and task.
 
+    seq_len: of the `model` section.
+    """
+
+    seq_len: int | None = None
     tasks: dict[str, CorpusSize]
     phases: list[PhasePlan]
 
@@ -219,6 +223,18 @@ class RunRecord:
         """The event that ended the run, if it was a divergence after which no step was trained."""
         ends = [e for e in self.events if e.event == "divergence_stop" and e.step >= self.last_step]
         return ends[-1] if ends else None
+
+    def model_of(self, phase: PhasePlan) -> dict[str, Any]:
+        """Return the phase's sequence length, and the keys of its rotary positions that it sets."""
+        phases = self.settings.get("phases")
+        sections = [
+            section.get("model")
+            for section in (phases if isinstance(phases, list) else [])
+            if isinstance(section, dict) and section.get("name") == phase.name
+        ]
+        keys = sections[0] if sections and isinstance(sections[0], dict) else {}
+        given = {key: value for key, value in keys.items() if value is not None}
+        return given | {"seq_len": phase.seq_len or self.plan.seq_len}
 
     def planned_epochs(self, task: str) -> float:
         """Return the passes over the task's training text in the whole run."""

@@ -10,7 +10,11 @@ import typer
 from megaphase.utils.arguments import MOST_PROCESSES, named
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import real_path
-from megaphase.utils.standard_streams import new_console, standard_output_is_a_log
+from megaphase.utils.standard_streams import (
+    new_console,
+    new_table_console,
+    standard_output_is_a_log,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,7 +116,7 @@ def report_command(
 
     from megaphase.sweep.directory import is_sweep
 
-    console = new_console(highlight=False)
+    console = new_table_console()
     sweeps = [folder for folder in run_dirs if is_sweep(folder)]
     if sweeps:
         index = _sweep_report(sweeps[0], run_dirs, out, console)

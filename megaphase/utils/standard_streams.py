@@ -13,6 +13,9 @@ from megaphase.utils.errors import RunError
 if TYPE_CHECKING:
     from rich.console import Console
 
+# Width of tables in files and pipes, where no line needs to be folded.
+PLAIN_WIDTH = 160
+
 # Error handlers that can write every character.
 _ERRORS_THAT_WRITE_ALL = ("replace", "backslashreplace", "xmlcharrefreplace", "namereplace")
 
@@ -86,6 +89,14 @@ def new_console(*, stderr: bool = False, highlight: bool = True) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=highlight, markup=False, emoji=False)
+
+
+def new_table_console() -> Console:
+    """Likewise, on standard output, and wide enough for tables where that is no terminal."""
+    console = new_console(highlight=False)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    return console
 
 
 def _text_stream(former: Any, stream: _StandardStream) -> io.TextIOWrapper:

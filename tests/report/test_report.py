@@ -110,6 +110,60 @@ def test_a_run_that_goes_on_loads_and_is_reported(tmp_path):
     assert "Not finished: 35 of 90 steps" in write_report([run_dir], tmp_path / "out").read_text()
 
 
+def write_phases(run_dir, phases, seq_lens=None):
+    """Write a run; seq_lens: of each phase."""
+    write_run(run_dir, phases)
+    plan = json.loads((run_dir / "plan.json").read_text())
+    for phase, seq_len in zip(plan["phases"], seq_lens or [], strict=False):
+        phase["seq_len"] = seq_len
+    (run_dir / "plan.json").write_text(json.dumps(plan))
+    return run_dir
+
+
+ENTERING = (
+    ("pretrain", 40, {"en": 0.6, "fr": 0.4}),
+    ("joint", 30, {"en": 0.5, "fr": 0.3, "hi": 0.2}),
+    ("last", 20, {"en": 0.5, "fr": 0.2, "hi": 0.2, "eu": 0.1}),
+)
+
+
+def test_a_verdict_begins_at_the_switch_at_which_a_task_enters_the_mixture(tmp_path):
+    found = {line[:2]: line for line in verdicts(load_run(write_phases(tmp_path / "r", ENTERING)))}
+    for task in ("en", "fr", "hi"):
+        assert f"{held_out_loss(task, 40):.2f} at the switch to joint, " in found[task]
+    assert f"{held_out_loss('eu', 70):.2f} at the switch to last, " in found["eu"]
+
+
+def test_losses_of_several_sequence_lengths_are_said_to_be(tmp_path):
+    run_dir = write_phases(tmp_path / "grows", ENTERING, (64, 64, 128))
+    run = load_run(run_dir)
+    found = {line[:2]: line for line in verdicts(run)}
+    start, end = held_out_loss("hi", 70), held_out_loss("hi", 90)
+    assert found["hi"].endswith(
+        "; the first is measured with seq_len 64, the second with 128: with the model of last it "
+        f"was {start:.2f} at the start of last, since then better by {start - end:.2f} nats"
+    )
+    assert "seq_len" not in found["eu"]
+    note = "different sequence lengths: 64 in pretrain, joint; 128 in last."
+    assert note in " ".join(console_text(summary_table(run)).split())
+    usual = write_run(tmp_path / "usual")
+    page = write_report([usual, run_dir], tmp_path / "report").read_text()
+    assert note in page
+    assert "different sequence lengths: 64 in usual; 128 in grows." in page
+    alone = write_report([usual], tmp_path / "alone").read_text()
+    assert "are measured with" not in alone
+
+
+def test_other_rotary_positions_are_said_to_be(tmp_path):
+    run_dir = write_run(tmp_path / "run")
+    settings = json.loads((run_dir / "run.json").read_text())
+    settings["phases"] = [{"name": "pretrain"}, {"name": "joint", "model": {"rotary_base": 5e5}}]
+    (run_dir / "run.json").write_text(json.dumps(settings))
+    run = load_run(run_dir)
+    assert "rotary positions" in console_text(summary_table(run))
+    assert "measured with" not in verdicts(run)[0]  # since the switch, with the new ones
+
+
 def test_low_resource_tasks_are_those_that_the_first_phase_leaves_out(run_dir, tmp_path):
     assert load_run(run_dir).low_resource_tasks == set(LOW)
     static = load_run(write_run(tmp_path / "static", STATIC))
@@ -413,6 +467,10 @@ def test_command_prints_table_verdicts_and_path(run_dir, tmp_path):
     result = CliRunner().invoke(app, [str(run_dir), "--out", str(tmp_path / "report")])
     assert result.exit_code == 0, result.output
     assert "hi (low)" in result.output
+    (title,) = [line for line in result.output.splitlines() if "after joint" in line]
+    for column in ("task", "at start", "after pretrain", "since switch", "bits/byte", "epochs"):
+        assert column in title
+    assert "…" not in result.output
     assert verdicts(load_run(run_dir))[0] in result.output
     assert f"Report: {tmp_path / 'report' / 'index.html'}" in result.output
 
