@@ -76,12 +76,17 @@ def test_the_readme_names_every_command():
         assert f"megaphase {group.name} " in README
 
 
-def test_the_run_file_of_the_readme_is_valid(tmp_path):
-    text = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1]
-    (tmp_path / "run.yaml").write_text(text)
-    assert [phase.name for phase in load_run_file(tmp_path / "run.yaml").phases] == [
-        "pretrain", "joint",
-    ]  # fmt: skip
+def test_the_run_files_of_the_readme_are_valid(tmp_path):
+    run_file, further_phases = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[:2]
+    in_place_of_joint = re.sub(
+        r"  - name: joint.*?(?=validation:)", further_phases, run_file, flags=re.DOTALL
+    )
+    for text, names in (
+        (run_file, ["pretrain", "joint"]),
+        (in_place_of_joint, ["pretrain", "joint", "long"]),
+    ):
+        (tmp_path / "run.yaml").write_text(text)
+        assert [phase.name for phase in load_run_file(tmp_path / "run.yaml").phases] == names
 
 
 @pytest.mark.parametrize(
