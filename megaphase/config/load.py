@@ -19,6 +19,7 @@ from megaphase.utils.yaml_file import parse_scalar, read_yaml
 
 MOST_DIGITS = 9  # of an entry's number
 MOST_PARTS = 100  # of a key's path
+SMALLEST_LOSS_WEIGHT = 1e-6  # above 0, as a fraction of the largest weight of the phase
 
 
 def _check_references(config: RunConfig) -> None:
@@ -51,20 +52,28 @@ def _check_references(config: RunConfig) -> None:
 
 
 def _check_loss_weights(config: RunConfig) -> None:
-    """In every phase, some task that it samples has a weight above 0."""
+    """In every phase, some task that it samples has a weight above 0, and no other weight above 0
+    is so much smaller that its losses would be lost in rounding."""
     for i, phase in enumerate(config.phases):
-        weights, mixture = config.loss_weights(i), phase.mixture
-        sampled = list(config.tasks)
-        if mixture.rates is not None:
-            sampled = [task for task, rate in mixture.rates.items() if rate != 0]
-        elif mixture.over is not None:
-            sampled = config.selected_tasks(mixture.over)
+        weights, sampled = config.loss_weights(i), config.sampled_tasks(i)
         if not any(weights[task] for task in sampled):
             raise InputError(
                 config.where(f"phases[{i}].loss_weights"),
                 f"the tasks that {phase.name} samples, {', '.join(sampled)}, all have the weight 0",
                 "give one of them a weight above 0, here or as tasks.NAME.loss_weight",
             )
+        heaviest = max(sampled, key=weights.__getitem__)
+        for task in sampled:
+            if 0 < weights[task] < SMALLEST_LOSS_WEIGHT * weights[heaviest]:
+                own = task in (phase.loss_weights or {})
+                raise InputError(
+                    config.where(
+                        f"phases[{i}].loss_weights.{task}" if own else f"tasks.{task}.loss_weight"
+                    ),
+                    f"{weights[task]:g} is less than {SMALLEST_LOSS_WEIGHT:g} times the largest "
+                    f"weight in {phase.name}, {weights[heaviest]:g} of {heaviest}",
+                    "write a larger one, or 0, with which the task trains nothing",
+                )
 
 
 def _check_unfreezing(config: RunConfig) -> None:

@@ -121,6 +121,20 @@ class RunConfig(Section):
         own = self.phases[number].loss_weights or {}
         return {name: own.get(name, task.loss_weight) for name, task in self.tasks.items()}
 
+    def sampled_tasks(self, number: int) -> list[str]:
+        """The tasks that a phase samples."""
+        mixture = self.phases[number].mixture
+        if mixture.rates is not None:
+            return [task for task, rate in mixture.rates.items() if rate != 0]
+        return list(self.tasks) if mixture.over is None else self.selected_tasks(mixture.over)
+
+    def relative_loss_weights(self, number: int) -> list[float]:
+        """The weight of every task's losses in a phase, as a fraction of the largest weight of a
+        task that the phase samples; 1 for the tasks that it does not sample."""
+        weights, sampled = self.loss_weights(number), self.sampled_tasks(number)
+        largest = max(weights[task] for task in sampled)
+        return [weights[task] / largest if task in sampled else 1.0 for task in weights]
+
     def held_out_fraction(self, task: str) -> float:
         """The fraction of a task's documents that is held out of training."""
         own = self.tasks[task].held_out

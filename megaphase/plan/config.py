@@ -43,7 +43,8 @@ class TaskConfig(Section):
     """Weight of the task's losses in training, in place of or beside its sampling rate. The loss of
     a step is the sum over its tokens of weight times loss, divided by the sum of their weights, so
     only the ratios of the tasks' weights matter. A task with weight 0 is sampled and measured, and
-    trains nothing. Losses are reported and validated without weights."""
+    trains nothing; a weight above 0 must be at least 10⁻⁶ of the largest of a task that the same
+    phase samples. Losses are reported and validated without weights."""
 
     @property
     def attends_across_documents(self) -> bool:

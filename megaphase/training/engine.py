@@ -186,8 +186,8 @@ class Engine:
 
         The loss is the mean over all tokens of the global batch that have a target, whatever the
         layout, weighted by `weigh_losses`; the gradient is zero where none has a target or a
-        weight. A gradient that is not finite changes nothing. The losses of the result have no
-        weights.
+        weight, and the optimizer takes its step with that. A gradient that is not finite changes
+        nothing. The losses of the result have no weights.
         The host waits for the device only where DeepSpeed does (docs/performance.md lists where).
 
         step: its number over the whole run, which dropout needs and nothing else.
@@ -198,7 +198,8 @@ class Engine:
         # DeepSpeed takes the mean over micro-batches and data-parallel ranks; this makes it a sum.
         number = self._accumulate(len(batch))
         factor = number * self.grid.data_size
-        scale = (factor / self._weighed(tokens)).float()
+        weights = self._weighed(tokens)
+        scale = (factor / weights.where(weights > 0, 1.0)).float()
         row_losses = []
         seeds = self._dropout_seeds(len(batch), step)
         norm: Tensor | float = 0.0
@@ -209,7 +210,8 @@ class Engine:
             row_losses.append(losses.double().sum(1))
             if self.spikes.is_on and len(row_losses) == number:
                 losses_by_task = self._over_ranks(self._by_task(torch.cat(row_losses), batch.tasks))
-                self.spikes.take_loss(losses_by_task.sum() / tokens.sum().clamp(min=1.0))
+                loss = losses_by_task.sum() / tokens.sum().clamp(min=1.0)
+                self.spikes.take_loss(loss, weights > 0)
             norm = self._step()
         if losses_by_task is None:
             losses_by_task = self._over_ranks(self._by_task(torch.cat(row_losses), batch.tasks))
@@ -231,11 +233,10 @@ class Engine:
         return number
 
     def _weighed(self, tokens: Tensor) -> Tensor:
-        """The sum of the weights of all scored tokens, 1 if that is 0; tokens: [tasks]."""
+        """The sum of the weights of all scored tokens; tokens: [tasks]."""
         if self._loss_weights is None:
-            return tokens.sum().clamp(min=1.0)
-        total = (tokens * to_device(self._loss_weights)).sum()
-        return total.where(total > 0, 1.0)
+            return tokens.sum()
+        return (tokens * to_device(self._loss_weights)).sum()
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> TaskLosses:

@@ -37,7 +37,7 @@ class LossSpikeFilter:
 
     def begin_phase(self) -> None:
         """Forget all steps: another mixture has other losses."""
-        self._begin_step(None)
+        self._begin_step(None, None)
         if self._config is None:
             return
         # Of loss and gradient norm; then the applied steps, and the steps left out since the last.
@@ -46,18 +46,21 @@ class LossSpikeFilter:
         self._applied = to_device(torch.zeros((), dtype=torch.float64))
         self._in_a_row = torch.zeros_like(self._applied)
 
-    def _begin_step(self, loss: Tensor | None) -> None:
-        self._loss = loss
+    def _begin_step(self, loss: Tensor | None, trains: Tensor | None) -> None:
+        self._loss, self._trains = loss, trains
         self._norm: Tensor | None = None
         self.left_out: Tensor | None = None
         # [3, 2] float64, of loss and gradient norm: whether it is above its limit, then mean and
         # standard deviation before the step.
         self.judgement: Tensor | None = None
 
-    def take_loss(self, loss: Tensor) -> None:
-        """Take in the loss of a step whose gradient is about to be judged; [], float64, the same on
-        all ranks."""
-        self._begin_step(loss)
+    def take_loss(self, loss: Tensor, trains: Tensor) -> None:
+        """Take in the loss of a step whose gradient is about to be judged; the same on all ranks.
+
+        loss: [], float64. trains: [], bool, whether any token of the step has a target and a loss
+        weight above 0; otherwise its gradient is zero whatever the loss.
+        """
+        self._begin_step(loss, trains)
 
     @property
     def norm(self) -> Tensor | None:
@@ -68,25 +71,27 @@ class LossSpikeFilter:
     def judge(self, norm: Tensor | float) -> Tensor:
         """Return the norm of the step's gradient, or infinity if the step is to be left out.
 
-        A step that is not finite is left out in any case, and is no part of the statistics.
+        A step that is not finite is left out in any case, and is no part of the statistics. A step
+        that trains nothing is none of them either, and is never left out.
         """
-        config, loss = self._config, self._loss
+        config, loss, trains = self._config, self._loss, self._trains
         assert config is not None
         assert loss is not None
+        assert trains is not None
         norm = norm if isinstance(norm, Tensor) else torch.tensor(norm)
         self._norm = norm = norm.to(loss.device, non_blocking=True)
         values = torch.stack([loss, norm.double().view(())])
-        finite = values.isfinite().all() & (values[1] >= 0)
+        counts = values.isfinite().all() & (values[1] >= 0) & trains
         deviations = self._variances.sqrt()
         above = values > self._means + config.deviations * deviations
         acts = (self._applied >= config.after_steps) & (self._in_a_row < config.most_in_a_row)
-        left_out = (finite & acts & above.any()).int()
+        left_out = (counts & acts & above.any()).int()
         if dist.is_initialized():
             # Equal on all ranks in any case, unless their sums differ in a last bit.
             dist.all_reduce(left_out, dist.ReduceOp.MAX)
         self.left_out = out = left_out.bool()
         self.judgement = torch.stack([above.double(), self._means, deviations])
-        self._update(values, finite & ~out)
+        self._update(values, counts & ~out)
         self._in_a_row = torch.where(out, self._in_a_row + 1, self._in_a_row)
         return torch.where(out, torch.full_like(norm, torch.inf), norm)
 

@@ -75,7 +75,7 @@ class Trainer(RunParts):
     def train_phase(self) -> str:
         """Train the phase from the current position to its end; returns the reason of the end."""
         self.engine.train_only(self.trained_tokens.of_phases[self.state.phase])
-        self.engine.weigh_losses([*self.config.loss_weights(self.state.phase).values()])
+        self.engine.weigh_losses(self.config.relative_loss_weights(self.state.phase))
         reader = StepReader(
             self.plan,
             self.state.phase,

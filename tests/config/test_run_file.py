@@ -215,6 +215,12 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
         ("name: joint", "name: joint\n    loss_weights: {en: 0, hi: 0}",
          "run.yaml: phases[1].loss_weights: the tasks that joint samples, en, hi, all have the "
          "weight 0; give one of them a weight above 0, here or as tasks.NAME.loss_weight"),
+        ("name: joint", "name: joint\n    loss_weights: {en: 1e-300}",
+         "run.yaml: phases[1].loss_weights.en: 1e-300 is less than 1e-06 times the largest weight "
+         "in joint, 1 of hi; write a larger one, or 0, with which the task trains nothing"),
+        ("hi: {corpus: data/hi}", "hi: {corpus: data/hi, loss_weight: 2e6}",
+         "run.yaml: tasks.en.loss_weight: 1 is less than 1e-06 times the largest weight in "
+         "joint, 2e+06 of hi; write a larger one, or 0, with which the task trains nothing"),
         # the model of a phase
         ("name: joint", "name: joint\n    model: {seq_len: 128, layers: 2}",
          "run.yaml: phases[1].model: unknown key 'layers'; the keys here are seq_len, rotary_base, "
@@ -438,3 +444,13 @@ def test_a_file_that_cannot_be_read(tmp_path, prepare, said):
     with pytest.raises(InputError) as error:
         load_run_file(path)
     assert str(error.value) == f"{path}: {said}"
+
+
+def test_loss_weights_are_relative_to_the_largest_of_a_sampled_task(tmp_path):
+    config = load(
+        tmp_path,
+        GOOD.replace("hi: {corpus: data/hi}", "hi: {corpus: data/hi, loss_weight: 4}"),
+        "tasks.no.loss_weight=1e9",
+    )
+    assert config.relative_loss_weights(0) == [1.0, 1.0, 1.0]
+    assert config.relative_loss_weights(1) == [0.25, 1.0, 1.0]

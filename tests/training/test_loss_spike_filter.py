@@ -74,7 +74,7 @@ def test_decisions_and_statistics_are_those_of_the_definition(steps, decay, most
         resumed.load(json.loads(json.dumps(spikes.record())))
         assert resumed.record() == spikes.record()
         spikes = resumed
-        spikes.take_loss(torch.tensor(loss, dtype=torch.float64))
+        spikes.take_loss(torch.tensor(loss, dtype=torch.float64), torch.tensor(True))
         judged = spikes.judge(torch.tensor(norm))
         out = bool(spikes.left_out)
         assert spikes.judgement is not None
@@ -94,11 +94,29 @@ def test_the_first_steps_weigh_equally():
     spikes = LossSpikeFilter(SkipSpikesConfig(deviations=3.0))
     losses = [2.0, 4.0, 7.0, 1.0]
     for loss in losses:
-        spikes.take_loss(torch.tensor(loss, dtype=torch.float64))
+        spikes.take_loss(torch.tensor(loss, dtype=torch.float64), torch.tensor(True))
         spikes.judge(torch.tensor(1.0))
     record = spikes.record()["skip_spikes"]
     assert record["means"][0] == pytest.approx(statistics.fmean(losses))
     assert record["variances"] == pytest.approx([statistics.pvariance(losses), 0.0])
+
+
+def test_steps_that_train_nothing_are_applied_and_no_part_of_the_statistics():
+    spikes = LossSpikeFilter(SkipSpikesConfig(deviations=2.0, after_steps=3))
+
+    def judge(loss, norm, trains):
+        spikes.take_loss(torch.tensor(loss, dtype=torch.float64), torch.tensor(trains))
+        spikes.judge(torch.tensor(norm))
+        return bool(spikes.left_out)
+
+    for loss in [2.0, 2.5, 1.5, 2.0]:
+        assert not judge(loss, loss / 2, trains=True)
+        before = spikes.record()
+        for _ in range(5):
+            assert not judge(40.0, 0.0, trains=False)
+        assert spikes.record() == before
+    assert not judge(2.0, 1.0, trains=True)
+    assert judge(40.0, 1.0, trains=True)
 
 
 def prepare_run(factors: dict[int, float]) -> None:
