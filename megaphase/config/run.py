@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,13 @@ from megaphase.estimate.config import HardwareConfig
 from megaphase.fault_tolerance.config import FaultsConfig
 from megaphase.model.config import ModelConfig
 from megaphase.optim.config import DEFAULT_OPTIMIZER, OptimizerConfig
-from megaphase.plan.batch_config import BatchConfig, BatchError, PhaseBatch, phase_batch
+from megaphase.plan.batch_config import (
+    BatchConfig,
+    BatchError,
+    PhaseBatch,
+    near_multiples,
+    phase_batch,
+)
 from megaphase.plan.config import TaskConfig
 from megaphase.training.config import BackendsConfig, ValidationConfig
 from megaphase.utils.errors import InputError
@@ -153,13 +160,44 @@ class RunConfig(Section):
         """
         own, name = self.phases[number].batch, self.phases[number].name
         seq_len = self.phase_model(number).seq_len
+        where = f"phases[{number}].batch"
         try:
-            return phase_batch(self.batch, own, seq_len, f"phases[{number}].batch")
+            return phase_batch(self.batch, own, seq_len, where)
         except BatchError as error:
+            if error.key.startswith("batch.ramp") and self._ramp_is_over_before(number):
+                full = self.batch.model_copy(update={"ramp": None})
+                return phase_batch(full, own, seq_len, where)
             of_phase = "" if len(self.phases) == 1 else f" in {name}"
-            raise InputError(
-                self.where(error.key), f"{error.problem}{of_phase}", error.remedy
-            ) from None
+            remedy = error.remedy
+            lengths = self._lengths_of_common_batch()
+            if error.tokens is not None and error.key.startswith("batch.") and len(lengths) > 1:
+                near = near_multiples(error.tokens, math.lcm(*lengths))
+                remedy = f"write {near}, which fits all phases, or give {where} its own tokens"
+            raise InputError(self.where(error.key), f"{error.problem}{of_phase}", remedy) from None
+
+    def _lengths_of_common_batch(self) -> set[int]:
+        """`seq_len` of all phases that have no batch of their own."""
+        return {
+            self.phase_model(number).seq_len
+            for number, phase in enumerate(self.phases)
+            if phase.batch is None or phase.batch.samples is phase.batch.tokens is None
+        }
+
+    def _ramp_is_over_before(self, number: int) -> bool:
+        """Whether the phases before this one take the tokens of the run's ramp in any case, which
+        is unknown of a phase whose length is in epochs; the batches of those phases are right."""
+        ramp = self.batch.ramp
+        assert ramp is not None
+        tokens = 0
+        for before, phase in enumerate(self.phases[:number]):
+            if tokens >= ramp.tokens:
+                break
+            if phase.tokens is not None:
+                tokens += phase.tokens
+            elif phase.steps is not None:
+                batch = self.phase_batch(before)
+                tokens += batch.schedule(tokens).samples_before(phase.steps) * batch.seq_len
+        return tokens >= ramp.tokens
 
     def data_ranks(self, processes: int) -> int:
         """The data-parallel ranks of a run on so many processes.

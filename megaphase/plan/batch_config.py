@@ -90,11 +90,12 @@ class PhaseBatchConfig(Section):
 
 
 class BatchError(ValueError):
-    """A batch that cannot be; key: in a batch section; remedy: what to write there."""
+    """A batch that cannot be; key: in a batch section; remedy: what to write there; tokens: those
+    that are no whole number of samples, if that is the problem."""
 
-    def __init__(self, key: str, problem: str, remedy: str) -> None:
+    def __init__(self, key: str, problem: str, remedy: str, tokens: int | None = None) -> None:
         super().__init__(problem)
-        self.key, self.problem, self.remedy = key, problem, remedy
+        self.key, self.problem, self.remedy, self.tokens = key, problem, remedy, tokens
 
 
 @dataclass(frozen=True)
@@ -195,13 +196,19 @@ def _samples(tokens: int, seq_len: int, key: str) -> int:
     """
     samples, rest = divmod(tokens, seq_len)
     if rest:
-        near = [f"{number * seq_len:,}" for number in (samples, samples + 1) if number > 0]
         raise BatchError(
             key,
             f"{tokens:,} is not a multiple of seq_len {seq_len:,}",
-            f"write {' or '.join(near)}",
+            f"write {near_multiples(tokens, seq_len)}",
+            tokens,
         )
     return samples
+
+
+def near_multiples(tokens: int, of: int) -> str:
+    """The multiples of a number above 0 that are next to so many tokens, for messages."""
+    number = tokens // of
+    return " or ".join(f"{each * of:,}" for each in (number, number + 1) if each > 0)
 
 
 def _check_ramp(first: int, step: int, samples: int, key: str) -> None:

@@ -454,3 +454,40 @@ def test_loss_weights_are_relative_to_the_largest_of_a_sampled_task(tmp_path):
     )
     assert config.relative_loss_weights(0) == [1.0, 1.0, 1.0]
     assert config.relative_loss_weights(1) == [0.25, 1.0, 1.0]
+
+
+def test_the_ramp_must_fit_the_phases_that_it_reaches_alone(tmp_path):
+    ramp = "batch: {tokens: 1024, ramp: {from: 64, step: 64, tokens: TOKENS}}"
+    text = GOOD.replace("batch: {samples: 8, micro: 2}", ramp).replace(
+        "name: joint", "name: joint\n    model: {seq_len: 128}"
+    )
+    over = text.replace("TOKENS", "200e9")
+    batch = load(tmp_path, over).phase_batch(1)
+    assert (batch.samples, batch.ramp) == (8, None)
+    by_steps = text.replace("TOKENS", "15360").replace("tokens: 200e9", "steps: STEPS")
+    ramped = load(tmp_path, by_steps.replace("STEPS", "60")).phase_batch(0).schedule(0)
+    steps = ramped.stages[-1].first_step
+    load(tmp_path, by_steps.replace("STEPS", str(steps)).replace("warmup_steps: 20", ""))
+    said = (
+        "run.yaml: batch.ramp.from: 64 is not a multiple of seq_len 128 in joint; write 128, which "
+        "fits all phases, or give phases[1].batch its own tokens"
+    )
+    for reached in [
+        by_steps.replace("STEPS", str(steps - 1)).replace("warmup_steps: 20", ""),
+        text.replace("TOKENS", "201e9"),
+        over.replace("\n    tokens: 200e9", "\n    epochs: {en: 1}"),
+    ]:
+        assert message(tmp_path, reached) == said
+
+
+def test_a_batch_in_tokens_is_proposed_that_fits_all_phases(tmp_path):
+    text = GOOD.replace("batch: {samples: 8, micro: 2}", "batch: {tokens: 1000}").replace(
+        "name: joint", "name: joint\n    model: {seq_len: 96}"
+    )
+    said = message(tmp_path, text)
+    assert said == (
+        "run.yaml: batch.tokens: 1,000 is not a multiple of seq_len 64 in pretrain; write 960 or "
+        "1,152, which fits all phases, or give phases[0].batch its own tokens"
+    )
+    assert load(tmp_path, text, "batch.tokens=1152").phase_batch(1).samples == 12
+    assert load(tmp_path, text, "batch.tokens=960", "phases.1.batch.tokens=96")
