@@ -71,14 +71,16 @@ RATES, EPOCHS, TOKENS, RATE, BATCH, LENGTH, PER_STEP = PANELS = (
 class RunCurves:
     """What changes over the steps of a run; arrays have a value for each point.
 
-    steps:         float64 [points], steps done before each point, over the whole run
+    steps:         float64 [points], steps done at each point, over the whole run
     phase_ends:    int [phases], the points after the last one of each phase
-    rates:         float64 [points, tasks], effective rates of the step that follows
+    rates:         float64 [points, tasks], effective rates of the step that ends there
     epochs:        float64 [points, tasks], so far
     tokens:        float64 [points, tasks], so far
-    learning_rate: float64 [points]
-    batch:         float64 [points], samples of the step that follows
+    learning_rate: float64 [points], of the step that ends there
+    batch:         float64 [points], samples of the step that ends there
     seq_len:       float64 [points]
+
+    At a phase's first point, where none of its steps has ended, they are of its first step.
     """
 
     tasks: list[str]
@@ -113,7 +115,7 @@ def run_curves(config: RunConfig, plan: Plan, first_step: int) -> RunCurves:
     for number, (phase, spec) in enumerate(zip(plan.phases, plan.spec.phases, strict=True)):
         starts = [stage.first_step for stage, _ in spec.batch.within(phase.steps)]
         steps = _points(phase.steps, starts)
-        following = np.minimum(steps, phase.steps - 1)
+        ending = np.maximum(steps, 1) - 1  # the step that ends there, from 0
         counts = np.stack([plan.counts(number, int(step)) for step in steps])
         of_tasks = [figures[number]["tasks"][task] for task in plan.tasks]
         epochs, so_far = (
@@ -122,15 +124,15 @@ def run_curves(config: RunConfig, plan: Plan, first_step: int) -> RunCurves:
         share = counts / np.maximum(1, phase.counts)
         tokens = counts * spec.kind.seq_len
         schedule = config.phases[number].learning_rate
-        batch = [spec.batch.samples_at(step) for step in following.tolist()]
+        batch = [spec.batch.samples_at(step) for step in ending.tolist()]
         full = config.phase_batch(number).samples
         rate = [
             learning_rate(schedule, step, phase.steps) * batch_scale(schedule, samples, full)
-            for step, samples in zip(following.tolist(), batch, strict=True)
+            for step, samples in zip(ending.tolist(), batch, strict=True)
         ]
         added = {
             "steps": first_step + steps,
-            "rates": plan.rates(number, following),
+            "rates": plan.rates(number, ending),
             "epochs": so_far - epochs + epochs * share,
             "tokens": before + tokens,
             "learning_rate": np.array(rate),
@@ -150,8 +152,8 @@ def run_curves(config: RunConfig, plan: Plan, first_step: int) -> RunCurves:
 def _points(steps: int, starts: Sequence[int]) -> np.ndarray:
     """Return the steps of a phase at which it is drawn, its end included."""
     even = np.linspace(0, steps, min(steps, POINTS_PER_PHASE) + 1).astype(np.int64)
-    at_changes = [step for start in starts[:POINTS_PER_PHASE] for step in (start - 1, start)]
-    inside = np.array([step for step in at_changes if step >= 0], np.int64)
+    at_changes = [step for start in starts[:POINTS_PER_PHASE] for step in (start, start + 1)]
+    inside = np.array([step for step in at_changes if step <= steps], np.int64)
     return np.unique(np.concatenate([even, inside]))
 
 
@@ -177,12 +179,11 @@ def run_figure(curves: RunCurves) -> Figure:
             axes.yaxis.set_major_locator(MaxNLocator(4 if panel.height > 1 else 3))
             axes.set_xlim(curves.steps[0], max(curves.steps[-1], curves.steps[0] + 1))
             axes.tick_params(labelbottom=panel is PER_STEP)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+            axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
             axes.grid(False, axis="x")
             drawn[panel] = axes
-        last = drawn[PER_STEP]
-        last.set_xlabel("step")
-        last.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-        last.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+        drawn[PER_STEP].set_xlabel("step")
         _draw_rates(drawn[RATES], curves, colours)
         _draw_tasks(drawn[EPOCHS], curves, curves.epochs, colours)
         _draw_tasks(drawn[TOKENS], curves, curves.tokens, colours)
@@ -199,7 +200,10 @@ def run_figure(curves: RunCurves) -> Figure:
             for name, colour in zip(names, [*colours.values(), OTHERS_COLOUR], strict=False)
         ]
         drawn[RATES].legend(
-            handles=keys, loc="upper left", bbox_to_anchor=(1.0, 1.03), handlelength=1.0
+            handles=keys[::-1],  # from top to bottom, as they are stacked
+            loc="upper left",
+            bbox_to_anchor=(1.0, 1.03),
+            handlelength=1.0,
         )
     return figure
 
@@ -273,7 +277,7 @@ def _draw_tasks(axes: Axes, curves: RunCurves, values: np.ndarray, colours: dict
 def _draw_line(axes: Axes, curves: RunCurves, values: np.ndarray, *, stepped: bool) -> None:
     """Draw a value of the run, without a connection between phases."""
     for part in _phases(curves):
-        style = "steps-post" if stepped else "default"
+        style = "steps-pre" if stepped else "default"
         axes.plot(curves.steps[part], values[part], color=INK, lw=1.5, drawstyle=style)
     axes.set_ylim(0, 1.15 * max(float(values.max()), 1e-12))
 

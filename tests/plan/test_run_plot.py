@@ -9,7 +9,7 @@ from plan_support import FakeTokenizer, build_plan, phase, random_lengths, write
 from typer.testing import CliRunner
 
 from megaphase.plan.commands import plan_app
-from megaphase.plan.run_plot import PANELS, RunCurves, run_curves, run_figure
+from megaphase.plan.run_plot import BATCH, PANELS, RunCurves, run_curves, run_figure
 from megaphase.utils.errors import InputError
 
 PHASES = [
@@ -54,7 +54,33 @@ def test_the_curves_are_those_of_the_plan(config):
     assert curves.seq_len[ends].tolist() == [8, 16, 8]
     assert set(curves.batch) == {4}
     first = ends[0] + 1  # the warm-up begins again with the phase
-    assert np.allclose(curves.learning_rate[first : first + 3], [1e-3 / 11, 2e-3 / 11, 3e-3 / 11])
+    # Step s is drawn at s, which is where it ends; the phase's start has the value of its first.
+    rates = [1e-3 / 11, 1e-3 / 11, 2e-3 / 11, 3e-3 / 11]
+    assert np.allclose(curves.learning_rate[first : first + 4], rates)
+    assert curves.learning_rate[-1] < curves.learning_rate[-2]  # no value is drawn twice
+
+
+def test_a_ramp_is_drawn_over_the_steps_that_have_its_batch(config):
+    ramp = {"samples": 8, "ramp": {"from": 4, "step": 4, "tokens": 160}}
+    grown = phase("grown", 10, {"rates": {"en": 1.0}}) | {"batch": ramp}
+    plan = build_plan(config := write_run(config.path.parent, ["en"], phases=[grown]))
+    curves = run_curves(config, plan, 0)
+    sizes = [plan.spec.phases[0].batch.samples_at(step) for step in range(10)]
+    assert len(set(sizes)) == 2
+    assert curves.batch.tolist() == [sizes[0], *sizes]
+    (line,) = run_figure(curves).axes[PANELS.index(BATCH)].get_lines()
+    assert line.get_drawstyle() == "steps-pre"
+
+
+def test_all_panels_have_the_same_ticks_and_the_legend_is_in_the_order_of_the_stack(config):
+    curves = run_curves(config, build_plan(config), 0)
+    figure = run_figure(curves)
+    FigureCanvasAgg(figure).draw()
+    bottom = figure.axes[-1].get_xticks().tolist()
+    assert all(axes.get_xticks().tolist() == bottom for axes in figure.axes)
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == curves.tasks[::-1]
 
 
 @pytest.mark.parametrize(
