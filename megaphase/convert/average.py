@@ -13,8 +13,11 @@ from torch import Tensor
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.checkpoint.state import TOKENIZER_HASH
 from megaphase.convert.checkpoint_writer import portable_form, write_checkpoint
+from megaphase.convert.hugging_face.from_hf import TOKENIZER_FOLDER
+from megaphase.convert.hugging_face.tokenizer import copy_tokenizer
 from megaphase.convert.output import new_folder
 from megaphase.convert.source import Source, open_source, state_of_weights
+from megaphase.convert.source_tokenizer import shared_tokenizer
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import Weights, fp32_bytes
 from megaphase.distributed.sharding import ParameterLayout
@@ -82,7 +85,7 @@ def average(
     newest = max(reversed(sources), key=lambda source: int(source.state["step"]))
     state = state_of_weights(newest.state) | {"averaged": _record(sources, shares)}
     weights = MeanOfWeights([source.weights for source in sources], shares)
-    needed = fp32_bytes(newest.shape)
+    needed, tokenizer = fp32_bytes(newest.shape), shared_tokenizer(sources)
     first, *others = sources
     with (
         new_folder(out, needed) as folder,
@@ -92,6 +95,12 @@ def average(
     ):
         form = portable_form(newest.shape)
         write_checkpoint(folder, weights, (WEIGHT,), form, state, workers=workers, advance=advance)
+        if tokenizer is not None:
+            (folder / TOKENIZER_FOLDER).mkdir()
+            copy_tokenizer(tokenizer.path, folder / TOKENIZER_FOLDER)
+    if tokenizer is None and console is not None:
+        text = "without a tokenizer, which is not known of all sources: give it with --tokenizer"
+        console.print(text, markup=False, soft_wrap=True)
     return newest
 
 

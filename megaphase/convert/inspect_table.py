@@ -79,4 +79,6 @@ def _joint_name(pattern: str, names: list[str]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_shown(each)}" for key, each in value.items())
+    if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+        return "\n".join(map(_shown, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

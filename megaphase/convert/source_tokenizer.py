@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megaphase.checkpoint.names import CHECKPOINTS
@@ -37,6 +38,22 @@ def load_tokenizer(source: Source, given: Path | None, option: str = "--tokenize
     if made_with is not None and made_with != tokenizer.fingerprint:
         raise other_tokenizer(source, tokenizer, made_with, "" if given else f"give {option}")
     return tokenizer
+
+
+def shared_tokenizer(sources: Sequence[Source]) -> Tokenizer | None:
+    """Return the tokenizer with which all these checkpoints were made, None if it is not known of
+    all of them or not found."""
+    found: list[Tokenizer] = []
+    made_with: set[str | None] = set()
+    for source in sources:
+        recorded = source.state.get(TOKENIZER_HASH)
+        try:
+            found.append(load_tokenizer(source, None))
+        except InputError:
+            made_with.add(recorded)
+        else:
+            made_with.add(found[-1].fingerprint)
+    return found[0] if found and len(made_with) == 1 else None
 
 
 def other_tokenizer(

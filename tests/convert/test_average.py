@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from convert_support import RandomWeights, whole_parameters, write_random_checkpoint
+from data_support import make_tokenizer
+from rich.console import Console
 from rounding import FP32
 from typer.testing import CliRunner
 
@@ -20,11 +22,15 @@ from megaphase.checkpoint.parameters import StoredParameters
 from megaphase.convert.average import average
 from megaphase.convert.checkpoint_writer import Form, form_for, portable_form, write_checkpoint
 from megaphase.convert.commands import convert_app
+from megaphase.convert.inspect import Contents
+from megaphase.convert.inspect_table import inspection_table
 from megaphase.convert.partition import Layout
 from megaphase.convert.source import open_source
+from megaphase.convert.source_tokenizer import load_tokenizer
 from megaphase.convert.weight_import import foreign_state
 from megaphase.model.parameters import parameter_count
 from megaphase.model.shape import GPTShape
+from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 
 SHAPE = GPTShape(vocab=99, seq_len=16, layers=2, hidden=32, heads=4, kv_heads=2, ffn=48)
@@ -184,3 +190,50 @@ def test_memory_is_bounded_by_the_largest_parameter(tmp_path: Path) -> None:
     )  # fmt: skip
     used = int(found.stdout.split()[-1])
     assert used < 3 * largest + constant < len(texts) * 4 * parameter_count(shape) / 2
+
+
+def test_the_tokenizer_of_all_sources_is_copied(tmp_path: Path) -> None:
+    tokenizers = [Tokenizer.load(make_tokenizer(tmp_path / str(i), seed=i)) for i in (3, 4)]
+    one, other = (each.fingerprint for each in tokenizers)
+    assert one != other
+    shape = replace(SHAPE, vocab=tokenizers[0].vocab_size)
+
+    def source(name: str, tokenizer: Tokenizer | None, made_with: str | None) -> str:
+        state = {} if made_with is None else {"tokenizer_hash": made_with}
+        folder = write(tmp_path / name, 1, portable_form(shape), shape, **state)
+        if tokenizer is not None:
+            shutil.copytree(tokenizer.path, Path(folder) / "tokenizer")
+        return folder
+
+    def mean(out: str, *sources: str) -> str:
+        arguments = ["average", *sources, "--out", str(tmp_path / out)]
+        result = CliRunner().invoke(convert_app, arguments)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    with_files = [source(name, tokenizers[0], one) for name in ("a", "b")]
+    recorded, unknown = source("c", None, one), source("d", None, None)
+    not_recorded = source("e", tokenizers[1], None)
+    for out, sources in (("all", with_files), ("recorded", [with_files[0], recorded])):
+        assert "without a tokenizer" not in mean(out, *sources)
+        assert load_tokenizer(open_source(str(tmp_path / out)), None).fingerprint == one
+    for out, sources in (
+        ("unknown", [with_files[0], unknown]),
+        ("other", [with_files[0], not_recorded]),
+        ("none", [unknown, recorded]),
+    ):
+        assert "without a tokenizer" in mean(out, *sources)
+        assert not (tmp_path / out / "tokenizer").exists()
+
+
+def test_inspect_names_one_source_a_line(checkpoints: list[str], tmp_path: Path) -> None:
+    average(checkpoints[:2], None, tmp_path / "mean", workers=1)
+    state = open_source(str(tmp_path / "mean")).state
+    contents = Contents("megaphase", {"average of": state["averaged"]}, {}, 1, None)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(inspection_table(contents))
+    first, second = [line for line in capture.get().splitlines() if "checkpoint " in line]
+    words = ["average", "of", *f"checkpoint {checkpoints[0]}, step 100, share 0.5".split()]
+    assert first.split() == words
+    assert second.split() == f"checkpoint {checkpoints[1]}, step 101, share 0.5".split()
