@@ -53,9 +53,16 @@ def _check_references(config: RunConfig) -> None:
 
 def _check_loss_weights(config: RunConfig) -> None:
     """In every phase, some task that it samples has a weight above 0, and no other weight above 0
-    is so much smaller that its losses would be lost in rounding."""
+    is so much smaller that its losses would be lost in rounding; it gives no other task a weight."""
     for i, phase in enumerate(config.phases):
         weights, sampled = config.loss_weights(i), config.sampled_tasks(i)
+        for task in phase.loss_weights or {}:
+            if task not in sampled:
+                raise InputError(
+                    config.where(f"phases[{i}].loss_weights"),
+                    f"{phase.name} has {shown(task)} at rate 0, so a weight has no effect",
+                    "leave it out, or give the task a rate in the phase's mixture",
+                )
         if not any(weights[task] for task in sampled):
             raise InputError(
                 config.where(f"phases[{i}].loss_weights"),

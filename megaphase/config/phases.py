@@ -45,7 +45,8 @@ class PhaseConfig(Section):
     mixture: MixtureConfig
     """Sampling rates of the tasks."""
     loss_weights: dict[str, PositiveOrZero] | None = Field(default=None, min_length=1)
-    """Weights of tasks' losses in this phase, in place of `tasks.NAME.loss_weight`."""
+    """Weights of tasks' losses in this phase, in place of `tasks.NAME.loss_weight`; of tasks
+    that the phase samples."""
     order: Literal["balanced", "random"] = "balanced"
     """`balanced`: after any n samples the count of every task differs from its rate times n by less
     than one. `random`: the task of every sample is drawn independently, and `max_epochs` holds on

@@ -9,6 +9,8 @@ from megaphase.estimate.memory import estimate
 from megaphase.estimate.setup import PhaseSetup, Setup
 from megaphase.estimate.suggestions import GB, RESERVE, all_kept, fits, layouts, suggestions
 
+UNITS = {"GB": GB, "MB": 1 << 20}
+
 
 def largest_phase(phases: Sequence[PhaseSetup]) -> int:
     """The number of the phase that needs the most memory, the first one if several do."""
@@ -61,19 +63,23 @@ def _figures(layout: Setup, card_gb: float) -> dict[str, Any]:
 def memory_sentences(summary: dict[str, Any]) -> list[str]:
     """The estimate for the run's own layout in a line, and what to do where it does not fit."""
     own = summary["layouts"][0]
+    unit = memory_unit(own["bytes"])
     parts = " + ".join(
-        f"{part} {gb(size)}" for part, size in own["parts"].items() if size >= 0.05 * GB
+        f"{part} {in_unit(size, unit)}"
+        for part, size in own["parts"].items()
+        if size >= 0.05 * UNITS[unit]
     )
     differ = memory_differs(summary)
     of_phase = f", phase {summary['phase']}" if differ else ""
-    line = f"Memory per GPU ({layout_name(own)}{of_phase}): {gb(own['bytes'])} GB"
+    line = f"Memory per GPU ({layout_name(own)}{of_phase}): {in_unit(own['bytes'], unit)} {unit}"
     sentences = [f"{line} = {parts}" if parts else line]
     if differ:
-        of_phases = (f"{each['name']} {gb(each['bytes'])}" for each in summary["phases"])
-        sentences.append(f"Memory of the phases: {', '.join(of_phases)} GB")
+        of_phases = (f"{each['name']} {in_unit(each['bytes'], unit)}" for each in summary["phases"])
+        sentences.append(f"Memory of the phases: {', '.join(of_phases)} {unit}")
     if own["host_bytes"]:
-        host = " + ".join(f"{part} {gb(size)}" for part, size in own["host_bytes"].items())
-        sentences.append(f"Memory of the node for each GPU, offloaded: {host} GB")
+        unit = memory_unit(sum(own["host_bytes"].values()))
+        host = " + ".join(f"{part} {in_unit(n, unit)}" for part, n in own["host_bytes"].items())
+        sentences.append(f"Memory of the node for each GPU, offloaded: {host} {unit}")
     if not own["fits"]:
         sentences.append(_does_not_fit(summary))
     return sentences
@@ -89,7 +95,7 @@ def _does_not_fit(summary: dict[str, Any]) -> str:
     needed = own["bytes"] / (1 - summary["reserve"])
     subject = f"Phase {summary['phase']}" if memory_differs(summary) else "The run"
     what = f"{subject} does not fit {card}: with {summary['reserve']:.0%} in reserve it needs "
-    what += f"{gb(needed)} GB"
+    what += f"{in_unit(needed, unit := memory_unit(needed))} {unit}"
     if summary["remedies"]:
         return f"{what}; it fits with {', or '.join(summary['remedies'])}"
     return f"{what}; take many more GPUs, larger ones or a smaller model"
@@ -100,6 +106,12 @@ def layout_name(figures: dict[str, Any]) -> str:
     return f"tensor {figures['tensor']} × data {figures['data']}, ZeRO {figures['zero']}"
 
 
-def gb(size: float) -> str:
-    """Bytes in GB, as they are shown."""
-    return f"{size / GB:.1f}"
+def memory_unit(largest: float) -> str:
+    """The unit in which bytes are shown of which the largest number is this: GB, or MB below 0.1
+    GB."""
+    return "GB" if largest >= 0.1 * GB else "MB"
+
+
+def in_unit(size: float, unit: str) -> str:
+    """Bytes in a unit, as they are shown."""
+    return f"{size / UNITS[unit]:.1f}"

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from megaphase.estimate.hardware import Hardware
 from megaphase.estimate.memory import estimate
-from megaphase.estimate.memory_table import gb, layout_name
+from megaphase.estimate.memory_table import in_unit, layout_name, memory_unit
 from megaphase.estimate.setup import Setup
 from megaphase.estimate.step_time import PARTS, step_time
 from megaphase.estimate.suggestions import GB, all_kept, layouts, partitioned_in_nodes
@@ -94,7 +94,10 @@ def speed_sentences(memory: dict[str, Any], speed: dict[str, Any] | None) -> lis
     speed: None where the hardware is not known.
     """
     if speed is None:
-        return ["No estimate of time: hardware.peak_tflops gives the peak of the GPUs in fp32"]
+        return [
+            "No estimate of time: the table of cards has no peak in fp32; set hardware.peak_tflops "
+            "to that of the GPUs, or precision: bf16"
+        ]
     own = speed["layouts"][0]
     whole = own["step_seconds"]
     parts = " + ".join(
@@ -147,8 +150,9 @@ def _gathering_less(memory: dict[str, Any], speed: dict[str, Any]) -> Iterator[s
     for setting, time, needed in choices:
         saved = whole - time["step_seconds"]
         if saved >= NAMED_GAIN * whole:
-            more = gb(needed - memory["layouts"][0]["bytes"])
-            yield f"{setting} would save {_seconds(saved, whole)} s a step for {more} GB"
+            more = needed - memory["layouts"][0]["bytes"]
+            size = f"{in_unit(more, unit := memory_unit(more))} {unit}"
+            yield f"{setting} would save {_seconds(saved, whole)} s a step for {size}"
 
 
 def quickest(memory: dict[str, Any], speed: dict[str, Any]) -> int | None:
@@ -161,12 +165,13 @@ def quickest(memory: dict[str, Any], speed: dict[str, Any]) -> int | None:
 def layouts_table(
     memory: dict[str, Any], speed: dict[str, Any] | None, *, width: int = WIDE
 ) -> Table:
-    """Memory on each GPU and time of a step by layout, the run's own first; GB, seconds.
+    """Memory on each GPU and time of a step by layout, the run's own first; GB (or MB), seconds.
 
     width: of the console; where it is less than WIDE, memory is not shown by part.
     """
+    unit = memory_unit(memory["layouts"][0]["bytes"])
     table = Table(
-        title=f"{memory['processes']} GPUs of {memory['card_gb']:g} GB: GB on each, seconds a "
+        title=f"{memory['processes']} GPUs of {memory['card_gb']:g} GB: {unit} on each, seconds a "
         "step; this run's layout first",
         title_justify="left",
         box=box.SIMPLE,
@@ -180,8 +185,8 @@ def layouts_table(
     best = quickest(memory, speed) if speed else None
     for i, figures in enumerate(memory["layouts"]):
         row = [str(figures[key]) for key in ("tensor", "data", "zero")]
-        row += [gb(figures["parts"][part]) for part in parts]
-        row.append(gb(figures["bytes"]))
+        row += [in_unit(figures["parts"][part], unit) for part in parts]
+        row.append(in_unit(figures["bytes"], unit))
         if speed:
             time = speed["layouts"][i]
             row += [_seconds(time["step_seconds"]), f"{time['mfu']:.0%}"]

@@ -75,6 +75,7 @@ def show_command(
     from megaphase.plan.preview import (
         batch_sentences,
         bos_sentences,
+        loss_weight_sentences,
         plan_table,
         plan_warnings,
         stop_sentences,
@@ -106,6 +107,7 @@ def show_command(
         *bos_sentences(plan.spec.bos, tokenizer),
         *subsample_sentences(config, summary),
         *batch_sentences(config, summary),
+        *loss_weight_sentences(config),
         *stop_sentences(config),
         *trained_sentences(config),
     ]:

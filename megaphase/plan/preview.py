@@ -109,7 +109,7 @@ def batch_sentences(config: RunConfig, summary: dict[str, Any]) -> list[str]:
         seq_len, name = config.phase_batch(number).seq_len, phase["name"]
         parts = [
             f"{stage['samples']:,} samples ({stage['samples'] * seq_len:,} tokens)"
-            + (f" from step {stage['first_step'] + 1:,} on" if stage["first_step"] else "")
+            + _from_step(stage["first_step"])
             for stage in phase["batch"]
         ]
         if len(parts) > MOST_STAGES_SHOWN:
@@ -117,6 +117,17 @@ def batch_sentences(config: RunConfig, summary: dict[str, Any]) -> list[str]:
             left_out = f"… ({len(parts) - 2 * half:,} more stages, see --json)"
             parts = [*parts[:half], left_out, *parts[-half:]]
         sentences.append(f"Batch of {name}: {', '.join(parts)}")
+    return sentences
+
+
+def loss_weight_sentences(config: RunConfig) -> list[str]:
+    """Return one sentence for every phase in which losses have weights other than 1."""
+    sentences = []
+    for number, phase in enumerate(config.phases):
+        weights = config.loss_weights(number)
+        if any(weights[task] != 1 for task in config.sampled_tasks(number)):
+            parts = (f"{task} {weights[task]:g}" for task in config.sampled_tasks(number))
+            sentences.append(f"Weights of losses in {phase.name}: {', '.join(parts)}")
     return sentences
 
 
@@ -143,6 +154,10 @@ def trained_sentences(config: RunConfig) -> list[str]:
         for phase in config.phases
         if phase.trained == "new_embeddings"
     ]
+
+
+def _from_step(first: int) -> str:
+    return f" from step {first + 1:,} of the phase on" if first else ""
 
 
 def _overfit(phase: PhaseConfig, config: RunConfig) -> str:

@@ -212,6 +212,9 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
         ("name: joint", "name: joint\n    loss_weights: {fr: 1}",
          "run.yaml: phases[1].loss_weights: no task 'fr' with a corpus under tasks; the tasks are "
          "en, hi, no"),
+        ("name: joint", "name: joint\n    loss_weights: {no: 2}",
+         "run.yaml: phases[1].loss_weights: joint has 'no' at rate 0, so a weight has no effect; "
+         "leave it out, or give the task a rate in the phase's mixture"),
         ("name: joint", "name: joint\n    loss_weights: {en: 0, hi: 0}",
          "run.yaml: phases[1].loss_weights: the tasks that joint samples, en, hi, all have the "
          "weight 0; give one of them a weight above 0, here or as tasks.NAME.loss_weight"),

@@ -17,7 +17,7 @@ from megaphase.estimate.config import HardwareConfig
 from megaphase.estimate.gpu_specs import CARDS, card_of_device
 from megaphase.estimate.hardware import Hardware, hardware_of, peak_flops
 from megaphase.estimate.memory import estimate
-from megaphase.estimate.memory_table import memory_sentences, memory_summary
+from megaphase.estimate.memory_table import in_unit, memory_sentences, memory_summary, memory_unit
 from megaphase.estimate.setup import PhaseSetup, Setup
 from megaphase.estimate.step_time import step_time
 from megaphase.estimate.step_time_table import (
@@ -324,9 +324,19 @@ def test_the_json_holds_the_time(plan):
     assert own["sent_bytes_by"].keys() == {"tensor", "data"}
 
 
+def test_little_memory_is_shown_in_mb(plan):
+    needed = json.loads(plan("--json").stdout)["memory"]["layouts"][0]["bytes"]
+    assert needed < 0.1 * GB
+    said = plan("--layouts").stdout
+    assert f"): {needed / (1 << 20):.1f} MB = " in said
+    assert ": MB on each" in " ".join(said.split())
+    assert memory_unit(0.1 * GB) == "GB"
+    assert in_unit(0.1 * GB, "GB") == "0.1"
+
+
 def test_the_command_says_why_there_is_no_time(plan):
     output = plan("precision=fp32", "--layouts").stdout
-    assert "No estimate of time: hardware.peak_tflops gives" in output
+    assert "No estimate of time: the table of cards has no peak in fp32; set hardware." in output
     assert "MFU" not in output
     assert json.loads(plan("precision=fp32", "--json").stdout)["speed"] is None
 

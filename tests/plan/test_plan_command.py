@@ -127,6 +127,19 @@ def test_the_command_says_what_may_end_a_phase(folder, command):
     ]
 
 
+def test_the_command_shows_weights_of_losses_and_ramps(folder, command):
+    ramp = {"samples": 8, "ramp": {"from": 4, "step": 4, "tokens": 64}}
+    phases = [
+        phase("first", 6, {"rates": {"en": 0.5, "hi": 0.5, "no": 0}}) | {"loss_weights": {"hi": 4}},
+        phase("second", 6, {"rates": {"en": 1.0}}) | {"batch": ramp},
+    ]
+    said = command(write_run(folder, ["en", "hi", "no"], phases=phases).path).stdout
+    assert "Weights of losses in first: en 1, hi 4\n" in said
+    assert "Weights of losses in second" not in said
+    batch = "4 samples (32 tokens), 8 samples (64 tokens) from step 3 of the phase on"
+    assert f"Batch of second: {batch}\n" in said
+
+
 def test_the_command_prints_json_and_nothing_else(folder, command):
     config = write_run(folder, ["en", "hi", "no"], phases=PHASES)
     result = command(config.path, "--json", "phases.0.steps=40", "batch.samples=2")
