@@ -53,7 +53,7 @@ def _check_references(config: RunConfig) -> None:
 
 def _check_loss_weights(config: RunConfig) -> None:
     """In every phase, some task that it samples has a weight above 0, and no other weight above 0
-    is so much smaller that its losses would be lost in rounding; it gives no other task a weight."""
+    is so much smaller that its losses would be lost in rounding. No other task is given one."""
     for i, phase in enumerate(config.phases):
         weights, sampled = config.loss_weights(i), config.sampled_tasks(i)
         for task in phase.loss_weights or {}:
