@@ -32,6 +32,7 @@ def _check_references(config: RunConfig) -> None:
                 f"{phase.name!r} occurs twice",
                 "give every phase its own name",
             )
+    _check_apex(config)
     _check_unfreezing(config)
     _check_phase_models(config)
     _check_averages(config)
@@ -81,6 +82,16 @@ def _check_loss_weights(config: RunConfig) -> None:
                     f"weight in {phase.name}, {weights[heaviest]:g} of {heaviest}",
                     "write a larger one, or 0, with which the task trains nothing",
                 )
+
+
+def _check_apex(config: RunConfig) -> None:
+    """What `parts.optimizer: apex` cannot do on any machine."""
+    if config.parts.optimizer == "apex" and config.optimizer.name != "adamw":
+        raise InputError(
+            config.where("parts.optimizer"),
+            f"apex has adamw alone, and optimizer.name is {config.optimizer.name}",
+            "write auto or torch",
+        )
 
 
 def _check_unfreezing(config: RunConfig) -> None:

@@ -58,7 +58,7 @@ class LearningRateConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.final > self.peak:
-            raise ValueError(f"final ({self.final:g}) is above peak ({self.peak:g})")
+            raise ValueError(f"final ({self.final:g}) is above peak ({self.peak:g}); lower it")
         if (self.schedule == "wsd") != (self.decay_steps is not None):
             raise ValueError("decay_steps is needed by schedule wsd and by no other")
         return self

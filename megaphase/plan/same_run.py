@@ -141,6 +141,8 @@ def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
 def _identity(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a resolved run file that determines the run's results."""
     kept = {key: value for key, value in settings.items() if key not in FREE_SECTIONS}
+    # First, since the other keys depend on it; AdamW's is not in run.json.
+    kept["optimizer"] = {"name": "adamw"} | settings.get("optimizer", {})
     for section, free in FREE_KEYS.items():
         kept[section] = _without(free, settings.get(section, {}))
     tasks = settings.get("tasks", {})

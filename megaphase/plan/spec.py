@@ -272,12 +272,18 @@ def _check_schedule(config: RunConfig, number: int, steps: int) -> None:
     if problem is not None:
         raise InputError(config.where(f"phases[{number}].learning_rate"), problem)
     average = config.phases[number].average
-    if average is not None and average.from_step > steps:
-        raise InputError(
-            config.where(f"phases[{number}].average.from_step"),
-            f"is {average.from_step:,}, but the phase has {steps:,} steps",
-            "begin the average earlier",
-        )
+    if average is None:
+        return
+    for key, value, remedy in [
+        ("from_step", average.from_step, "begin the average earlier"),
+        ("every_steps", average.every_steps, "take the weights more often"),
+    ]:
+        if value > steps:
+            raise InputError(
+                config.where(f"phases[{number}].average.{key}"),
+                f"is {value:,}, but the phase has {steps:,} step{'' if steps == 1 else 's'}",
+                remedy,
+            )
 
 
 def check_corpora(config: RunConfig, number: int = 0, of: int = 1) -> None:

@@ -172,7 +172,8 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
          "run.yaml: phases[0].learning_rate: decay_steps is needed by schedule wsd and by no "
          "other"),
         ("3e-4", "1e-6",
-         "run.yaml: phases[0].learning_rate: final (3e-05) is above peak (1e-06)"),
+         "run.yaml: phases[0].learning_rate: final (3e-05) is above peak (1e-06); "
+         "lower it"),
         ("peak: 1e-4", "peak: 1e-4, steps: 10, first_step: 10",
          "run.yaml: phases[1].learning_rate: first_step (10) is not below steps (10), the length "
          "of the whole schedule"),
@@ -218,6 +219,9 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
         ("name: joint", "name: joint\n    loss_weights: {en: 0, hi: 0}",
          "run.yaml: phases[1].loss_weights: the tasks that joint samples, en, hi, all have the "
          "weight 0; give one of them a weight above 0, here or as tasks.NAME.loss_weight"),
+        ("betas: [0.9, 0.95]}", "name: lion}\nparts: {optimizer: apex}",
+         "run.yaml: parts.optimizer: apex has adamw alone, and optimizer.name is lion; write auto "
+         "or torch"),
         ("name: joint", "name: joint\n    loss_weights: {en: 1e-300}",
          "run.yaml: phases[1].loss_weights.en: 1e-300 is less than 1e-06 times the largest weight "
          "in joint, 1 of hi; write a larger one, or 0, with which the task trains nothing"),

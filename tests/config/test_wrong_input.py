@@ -254,6 +254,13 @@ def test_keys_that_a_version_had_not_yet_have_their_defaults(begun):
         directory.refuse_other_run(load_run_file(run_file, ("model.dropout=0.1",)))
 
 
+def test_another_optimizer_is_named_before_its_keys(begun):
+    run_file, directory = begun
+    said = r"optimizer\.name: is .*lion.*, but .* began with .*adamw"
+    with pytest.raises(InputError, match=said):
+        directory.refuse_other_run(load_run_file(run_file, ("optimizer={name: lion}",)))
+
+
 @pytest.mark.parametrize(
     ("processes", "changes", "named"),
     [

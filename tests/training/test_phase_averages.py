@@ -230,6 +230,10 @@ def test_a_phase_that_ends_before_its_average_begins(corpora: Path, folder: Path
         (lambda s: s["phases"][0].pop("average"), "phases[1].begin_from: is average, but pretrain"),
         (lambda s: s["phases"][0].update(begin_from="average"), "starts from no checkpoint"),
         (lambda s: s["phases"][0]["average"].update(from_step=13), "but the phase has 12 steps"),
+        (
+            lambda s: s["phases"][0]["average"].update(every_steps=13),
+            "average.every_steps: is 13, but the phase has 12 steps",
+        ),
         (lambda s: s["phases"][0]["average"].update(decay=0.5), "decay is only for kind: ema"),
         (lambda s: s["phases"][1]["average"].pop("decay"), "kind: ema needs decay"),
         (
