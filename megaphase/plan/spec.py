@@ -286,6 +286,17 @@ def _check_schedule(config: RunConfig, number: int, steps: int) -> None:
             )
 
 
+def _check_new_tokens(config: RunConfig, vocab_size: int) -> None:
+    """Reject a phase that would train the rows of no token."""
+    for number, phase in enumerate(config.phases):
+        if phase.first_new_token is not None and phase.first_new_token >= vocab_size:
+            raise InputError(
+                config.where(f"phases[{number}].first_new_token"),
+                f"is {phase.first_new_token:,}, but the tokenizer has {vocab_size:,} tokens",
+                "give the id of the first token to train",
+            )
+
+
 def check_corpora(config: RunConfig, number: int = 0, of: int = 1) -> None:
     """Compare the corpora's files with their manifests, see `megaphase.corpus.integrity`.
 
@@ -312,9 +323,10 @@ def plan_spec(
 
     Raises:
         InputError: a corpus is missing, damaged, too short, of another kind or tokenizer; no
-            document of a task is held out; the tokenizer lacks the token that `bos` asks for; or a
-            phase never reaches the epochs that end it.
+            document of a task is held out; the tokenizer lacks the token that `bos` asks for or
+            the first one that a phase trains; or a phase never reaches the epochs that end it.
     """
+    _check_new_tokens(config, tokenizer.vocab_size)
     seq_len = config.model.seq_len
     starts = _starts(config, used or {})
     counts = {task: start.samples for task, start in starts.items()}

@@ -88,14 +88,7 @@ def _of_phase(
     if phase.trained == "all":
         return None
     if phase.first_new_token is not None:
-        given = range(phase.first_new_token, vocab_size)
-        if not given:
-            raise InputError(
-                config.where(f"phases[{number}].first_new_token"),
-                f"is {phase.first_new_token:,}, but the tokenizer has {vocab_size:,} tokens",
-                "give the id of the first token to train",
-            )
-        return given
+        return range(phase.first_new_token, vocab_size)
     if recorded is None:
         origin = "the run starts from no checkpoint"
         if branch is not None:

@@ -278,8 +278,9 @@ def test_new_tokens_must_be_known(extension: Extension, tmp_path: Path) -> None:
     told = refused("train", run_file)
     assert "phases[0].trained: is new_embeddings, but the run starts from no checkpoint" in told
     run_file = extension.run_file("beyond", phases=[rows | {"first_new_token": 10_000}])
-    told = refused("train", run_file)
-    assert "phases[0].first_new_token: is 10,000, but the tokenizer has" in told
+    for command in ("plan", "train"):
+        told = refused(command, run_file)
+        assert "phases[0].first_new_token: is 10,000, but the tokenizer has" in told
     run_file = extension.run_file("given", phases=[rows | {"first_new_token": 100, "steps": 1}])
     run_well("train", run_file)
     events = [row for row in read_rows(run_file.parent / "run") if row.get("event")]
