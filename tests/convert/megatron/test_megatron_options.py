@@ -60,7 +60,10 @@ VALUES: dict[str, list[Any]] = {
     "attention_softcap": [50.0],
     "rotary_dim": [4],
 }
-OPTIONS = [field for field in fields(GPTShape) if field.name not in NOT_ARCHITECTURE]
+# All learned positions are written, so that `seq_len` comes back as their number; see
+# test_positions_beyond_the_phase_are_written.
+NOT_COMING_BACK = (*NOT_ARCHITECTURE, "learned_positions")
+OPTIONS = [field for field in fields(GPTShape) if field.name not in NOT_COMING_BACK]
 
 
 def values_of(field: Field[Any]) -> list[Any]:
@@ -105,6 +108,15 @@ def test_an_option_comes_back_or_is_refused_by_name(field: Field[Any], tmp_path:
             with pytest.raises(InputError, match=rf"model\.{field.name}[:.]"):
                 to_megatron(str(native), there, Target(1, "fp32"))
             assert not there.exists()
+
+
+def test_positions_beyond_the_phase_are_written(tmp_path: Path) -> None:
+    shape = replace(BASE, position="learned", learned_positions=24)
+    native = write_random_checkpoint(tmp_path / "native", shape)
+    to_megatron(str(native), tmp_path / "there", Target(1, "fp32"))
+    from_megatron(tmp_path / "there", tmp_path / "back")
+    found = open_source(str(tmp_path / "back")).shape
+    assert found == replace(shape, seq_len=24, learned_positions=None)
 
 
 @pytest.mark.parametrize("field", OPTIONS, ids=lambda field: field.name)
