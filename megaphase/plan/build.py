@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 from megaphase.plan import _builder
 from megaphase.plan.build_pool import BuildPool, ReportProgress
 from megaphase.plan.built_folder import Discard, Say, ensure_folder
+from megaphase.plan.document_tables import TABLES
 from megaphase.plan.hashed_chunks import HashedChunkWriter
 from megaphase.plan.index import (
     INDEX_FILE,
@@ -79,12 +82,25 @@ def ensure_built(
 
     def build(folder: Path, discard: Discard) -> None:
         _check_space(spec, folder)
-        build_index(spec, folder, progress, discard=discard)
+        with _tables_of_a_refused_plan_removed(folder.parent):
+            build_index(spec, folder, progress, discard=discard)
 
     folder = plan_folder(run_dir, spec)
     spec.store_tables(folder.parent, say, progress)
     ensure_folder(folder, partial(damage, spec=spec), build, _OF_AN_INDEX, say)
     return folder
+
+
+@contextmanager
+def _tables_of_a_refused_plan_removed(plans: Path) -> Iterator[None]:
+    """If a phase is refused, remove the tables of documents that earlier ones have stored."""
+    before = set(plans.glob(TABLES))
+    try:
+        yield
+    except InputError:
+        for table in set(plans.glob(TABLES)) - before:
+            shutil.rmtree(table, ignore_errors=True)
+        raise
 
 
 def _check_space(spec: PlanSpec, folder: Path) -> None:

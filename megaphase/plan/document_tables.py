@@ -38,6 +38,9 @@ from megaphase.utils.files import (
 FORMAT_VERSION = 1
 HEADER_FILE = "index.json"
 _ARRAYS = ("parts", "first_parts", "positions")
+_TABLE = "documents-"
+# Pattern of the folders of stored tables.
+TABLES = f"{_TABLE}*"
 _OF_A_TABLE = re.compile("|".join([re.escape(HEADER_FILE), *_ARRAYS]))
 
 
@@ -88,7 +91,7 @@ class DocumentTables:
 
     def _stored(self, source: PackedSource) -> DocumentTable:
         assert self.folder is not None
-        folder = self.folder / f"documents-{source.fingerprint[:16]}"
+        folder = self.folder / f"{_TABLE}{source.fingerprint[:16]}"
         build = partial(_build, source, self.progress)
         ensure_folder(folder, partial(_damage, source), build, _OF_A_TABLE, self.say)
         header = _read_header(folder)

@@ -229,10 +229,12 @@ def test_a_build_that_fails_leaves_nothing(run):
     wait_until(lambda: not config.output.exists())
 
 
-def test_an_impossible_mixture_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("cut", ["tokens", "documents"])
+def test_an_impossible_mixture_leaves_nothing(tmp_path, cut):
     write_corpus(tmp_path / "en", random_lengths(40, 30, 1))
     demand = phase("two", 10_000, {"proportional": True, "max_epochs": 2})
-    config = write_run(tmp_path, ["en"], phases=[phase("one", 3, {"rates": {"en": 1}}), demand])
+    possible = phase("one", 3, {"rates": {"en": 1}}) | {"cut": cut}
+    config = write_run(tmp_path, ["en"], phases=[possible, demand])
     with pytest.raises(InputError, match="max_epochs 2 leaves only"):
         ensure_built(spec_of(config), config.output)
     wait_until(lambda: not config.output.exists())
