@@ -17,7 +17,7 @@ from megaphase.corpus.manifest import BLOCKS_SUFFIX, DATA_SUFFIXES, Manifest
 from megaphase.plan.spec import PlanSpec, plan_spec
 from megaphase.utils.files import describe_file
 
-TOKENIZER = SimpleNamespace(fingerprint="synthetic", eod=0, adds_bos=False)
+TOKENIZER = SimpleNamespace(fingerprint="synthetic", eod=0, adds_bos=False, vocab_size=1 << 16)
 VOCAB_SIZE = 32_000
 TOKEN_DTYPE = np.dtype("<u2")
 CHUNK_TOKENS = 1 << 24

@@ -114,7 +114,7 @@ def progress(what, done, of):
 
 config = load_run_file(Path({run_file!r}))
 say = lambda text: print(text, flush=True)
-tokenizer = SimpleNamespace(fingerprint={tokenizer!r}, adds_bos=False)
+tokenizer = SimpleNamespace(fingerprint={tokenizer!r}, adds_bos=False, vocab_size=1 << 16)
 ensure_built(plan_spec(config, tokenizer), config.output, say=say, progress=progress)
 print("done", flush=True)
 """
