@@ -122,10 +122,10 @@ def _check_same(one: Source, other: Source) -> None:
 
     Rotary positions leave seq_len free; the result has that of the checkpoint whose state it has.
     """
-    theirs, ours = one.shape.architecture(), other.shape.architecture()
+    first, second = one.shape.architecture(), other.shape.architecture()
     may_differ = {"seq_len"} if one.shape.position == "rotary" else set()
-    for key in {**theirs, **ours}:
-        wanted, found = theirs.get(key), ours.get(key)
+    for key in {**first, **second}:
+        wanted, found = first.get(key), second.get(key)
         if wanted != found and key not in may_differ:
             name = "vocabulary" if key == "vocab" else f"model.{key}"
             raise InputError(

@@ -80,8 +80,8 @@ class WeightAverage:
             share = torch.where(taken == 0, 1.0, 1 - torch.full_like(count, config.decay))
         share = torch.where(applied, share, 0.0).float()
         for average, weights in zip(self._flats, self._masters, strict=True):
-            for mine, theirs in _chunks(average, weights):
-                mine.lerp_(theirs.to(mine.device), share)
+            for averaged, current in _chunks(average, weights):
+                averaged.lerp_(current.to(averaged.device), share)
         taken += applied
 
     @contextmanager
@@ -111,10 +111,10 @@ class WeightAverage:
         return {AVERAGE: self._flats} if self.taken else {}
 
     def _exchange(self, index: int, weights: Tensor) -> None:
-        for mine, theirs in _chunks(self._flats[index], weights):
-            copy = mine.clone()
-            mine.copy_(theirs)
-            theirs.copy_(copy)
+        for averaged, current in _chunks(self._flats[index], weights):
+            copy = averaged.clone()
+            averaged.copy_(current)
+            current.copy_(copy)
 
 
 def _place(config: AverageConfig, weights: Tensor) -> torch.device:
