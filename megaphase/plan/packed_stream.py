@@ -13,7 +13,6 @@ from typing import Self
 
 import numpy as np
 
-from megaphase.corpus.integrity import wrong_tokens
 from megaphase.plan import _builder
 from megaphase.plan.document_table import Piece
 from megaphase.plan.packed_remainder import PackedRemainder
@@ -112,19 +111,17 @@ class PackedStream(Stream):
         documents: np.ndarray | None = None,
     ) -> None:
         """Read the samples with these numbers in a remainder; see Stream.read."""
-        try:
-            self._samples.read_packed(
-                rest.spans,
-                self._starts_in(rest)[numbers],
-                rows,
-                inputs,
-                targets,
-                pad_token_id,
-                IGNORED_TARGET,
-                self._apart(documents),
-            )
-        except _builder.WrongTokensError as error:
-            raise wrong_tokens(self.corpus, *error.args) from None
+        self._verified(
+            self._samples.read_packed,
+            rest.spans,
+            self._starts_in(rest)[numbers],
+            rows,
+            inputs,
+            targets,
+            pad_token_id,
+            IGNORED_TARGET,
+            self._apart(documents),
+        )
 
     def at(self, seq_len: int, grid: int | None = None) -> Self:
         """Return the stream of samples of another length; there is an index of its own for it."""

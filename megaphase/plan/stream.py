@@ -9,6 +9,7 @@ samples changes within an epoch, those of the new length take what is left of it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -232,18 +233,23 @@ class Stream(TaskDocuments):
             fragments = self._whole_fragments(numbers, rows)
             self._read_fragments(starts, fragments, inputs, targets, pad_token_id, documents)
             return
+        self._verified(
+            self._samples.read,
+            starts,
+            self.samples_per_epoch,
+            self.index_rows(numbers),
+            rows,
+            inputs,
+            targets,
+            pad_token_id,
+            IGNORED_TARGET,
+            self._apart(documents),
+        )
+
+    def _verified(self, read: Callable[..., None], *arguments: Any) -> None:
+        """Call one of the C++ reading functions; tokens that it finds altered are an InputError."""
         try:
-            self._samples.read(
-                starts,
-                self.samples_per_epoch,
-                self.index_rows(numbers),
-                rows,
-                inputs,
-                targets,
-                pad_token_id,
-                IGNORED_TARGET,
-                self._apart(documents),
-            )
+            read(*arguments)
         except _builder.WrongTokensError as error:
             raise wrong_tokens(self.corpus, *error.args) from None
 
@@ -289,10 +295,7 @@ class Stream(TaskDocuments):
         parts: int64 [parts, 3], see document_table.py. sizes: int64 [samples], of their parts.
         """
         to = inputs, targets, pad_token_id, IGNORED_TARGET, self._apart(documents)
-        try:
-            self._samples.read_parts(parts, sizes, rows, *to)
-        except _builder.WrongTokensError as error:
-            raise wrong_tokens(self.corpus, *error.args) from None
+        self._verified(self._samples.read_parts, parts, sizes, rows, *to)
 
     def _read_fragments(
         self,
@@ -303,19 +306,17 @@ class Stream(TaskDocuments):
         pad_token_id: int,
         documents: np.ndarray | None,
     ) -> None:
-        try:
-            self._samples.read_fragments(
-                starts,
-                -(-self.positions // self._grid),
-                fragments,
-                inputs,
-                targets,
-                pad_token_id,
-                IGNORED_TARGET,
-                self._apart(documents),
-            )
-        except _builder.WrongTokensError as error:
-            raise wrong_tokens(self.corpus, *error.args) from None
+        self._verified(
+            self._samples.read_fragments,
+            starts,
+            -(-self.positions // self._grid),
+            fragments,
+            inputs,
+            targets,
+            pad_token_id,
+            IGNORED_TARGET,
+            self._apart(documents),
+        )
 
     def has_target(self, samples: int) -> bool:
         """Return whether any of the first `samples` samples in token order has a target."""
