@@ -16,11 +16,10 @@ import numpy as np
 
 from megaphase.plan import _builder
 from megaphase.plan.build_pool import BuildPool, ReportProgress
-from megaphase.plan.built_folder import Discard, Say, ensure_folder
+from megaphase.plan.built_folder import INDEX_FILE, Discard, Say, ensure_folder
 from megaphase.plan.document_tables import TABLES
 from megaphase.plan.hashed_chunks import HashedChunkWriter
 from megaphase.plan.index import (
-    INDEX_FILE,
     START_ALIGNMENT,
     STARTS_FILE,
     PhaseIndex,

@@ -1,4 +1,7 @@
-"""A folder that one process builds while the others wait, and that is built again if damaged."""
+"""A folder that one process builds while the others wait, and that is built again if damaged.
+
+Its `index.json` contains the hashes of all pieces of its other files.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from megaphase.plan.hashed_chunks import pieces_damage
 from megaphase.utils.errors import RunError
-from megaphase.utils.files import make_directory, remove_abandoned, remove_soon
+from megaphase.utils.files import (
+    make_directory,
+    read_json,
+    remove_abandoned,
+    remove_soon,
+    without_hash,
+)
 from megaphase.utils.locks import exclusive_lock
 from megaphase.utils.set_aside import make_way_for_directory, set_aside
+
+INDEX_FILE = "index.json"
 
 Say = Callable[[str], object]
 # Removes the partial output if the build is interrupted or fails.
@@ -54,6 +67,38 @@ def ensure_folder(
                 _remove_damaged(folder, problem, own_files, say)
             remove_abandoned(folder)
             build(folder, partial(remove_soon, then_if_empty=new))
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """Return the content of `index.json`.
+
+    Raises ValueError if it was altered, FileNotFoundError if it does not exist.
+    """
+    header = read_json(folder / INDEX_FILE)
+    if not isinstance(header, dict):
+        raise ValueError(f"{INDEX_FILE} is not a JSON object")
+    return without_hash(header)
+
+
+def stored_damage(
+    folder: Path, version: int, fingerprint: str, what: str, threads: int
+) -> str | None:
+    """Return why a built folder cannot be used, or None if no byte of it was altered.
+
+    version, fingerprint: those that its header must have. what: `plan` or `table`, for the message.
+    """
+    try:
+        header = read_header(folder)
+    except FileNotFoundError:
+        return f"{INDEX_FILE} is missing"
+    except (OSError, ValueError):
+        return f"{INDEX_FILE} has been altered"
+    if (header.get("format"), header.get("fingerprint")) != (version, fingerprint):
+        return f"{INDEX_FILE} belongs to another {what}"
+    for name, file in header["files"].items():
+        if fault := pieces_damage(folder / name, file["bytes"], file["pieces"], threads):
+            return f"{name} {fault}"
+    return None
 
 
 def _remove_damaged(folder: Path, problem: str, own_files: re.Pattern[str], say: Say) -> None:

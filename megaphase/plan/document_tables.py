@@ -18,30 +18,33 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import RLock
-from typing import Any
 
 import numpy as np
 
 from megaphase.plan.build_pool import ReportProgress
-from megaphase.plan.built_folder import Discard, Say, ensure_folder
+from megaphase.plan.built_folder import (
+    INDEX_FILE,
+    Discard,
+    Say,
+    ensure_folder,
+    read_header,
+    stored_damage,
+)
 from megaphase.plan.document_table import DocumentTable, PackedSource, filled_positions
-from megaphase.plan.hashed_chunks import HashedChunkWriter, pieces_damage
+from megaphase.plan.hashed_chunks import HashedChunkWriter
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import (
     atomic_write_json,
     directory_written_aside,
-    read_json,
     with_hash,
-    without_hash,
 )
 
 FORMAT_VERSION = 1
-HEADER_FILE = "index.json"
 _ARRAYS = ("parts", "first_parts", "positions")
 _TABLE = "documents-"
 # Pattern of the folders of stored tables.
 TABLES = f"{_TABLE}*"
-_OF_A_TABLE = re.compile("|".join([re.escape(HEADER_FILE), *_ARRAYS]))
+_OF_A_TABLE = re.compile("|".join([re.escape(INDEX_FILE), *_ARRAYS]))
 
 
 class DocumentTables:
@@ -94,7 +97,7 @@ class DocumentTables:
         folder = self.folder / f"{_TABLE}{source.fingerprint[:16]}"
         build = partial(_build, source, self.progress)
         ensure_folder(folder, partial(_damage, source), build, _OF_A_TABLE, self.say)
-        header = _read_header(folder)
+        header = read_header(folder)
         dtypes = [source.dtype, np.int64, np.int64]
         parts, first_parts, positions = (
             _map(folder / name, dtype) for name, dtype in zip(_ARRAYS, dtypes, strict=True)
@@ -103,27 +106,8 @@ class DocumentTables:
         return DocumentTable(source.fingerprint, shaped, first_parts, positions, header["filled"])
 
 
-def _read_header(folder: Path) -> dict[str, Any]:
-    header = read_json(folder / HEADER_FILE)
-    if not isinstance(header, dict):
-        raise ValueError(f"{HEADER_FILE} is not a JSON object")
-    return without_hash(header)
-
-
 def _damage(source: PackedSource, folder: Path) -> str | None:
-    """Return why a stored table cannot be used, or None if no byte of it was altered."""
-    try:
-        header = _read_header(folder)
-    except FileNotFoundError:
-        return f"{HEADER_FILE} is missing"
-    except (OSError, ValueError):
-        return f"{HEADER_FILE} has been altered"
-    if (header.get("format"), header.get("fingerprint")) != (FORMAT_VERSION, source.fingerprint):
-        return f"{HEADER_FILE} belongs to another table"
-    for name, file in header["files"].items():
-        if fault := pieces_damage(folder / name, file["bytes"], file["pieces"], threads=2):
-            return f"{name} {fault}"
-    return None
+    return stored_damage(folder, FORMAT_VERSION, source.fingerprint, "table", threads=2)
 
 
 def _map(path: Path, dtype: type[np.generic]) -> np.ndarray:
@@ -189,4 +173,4 @@ def _build(source: PackedSource, progress: ReportProgress, folder: Path, discard
                 for name, each in pieces.items()
             },
         }
-        atomic_write_json(aside / HEADER_FILE, with_hash(header))
+        atomic_write_json(aside / INDEX_FILE, with_hash(header))

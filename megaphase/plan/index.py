@@ -21,11 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from megaphase.plan.hashed_chunks import pieces_damage
+from megaphase.plan.built_folder import read_header, stored_damage
 from megaphase.plan.spec import FORMAT_VERSION, PlanSpec
-from megaphase.utils.files import read_json, without_hash
 
-INDEX_FILE = "index.json"
 STARTS_FILE = "starts"
 START_ALIGNMENT = 16
 
@@ -74,31 +72,9 @@ def builder_threads() -> int:
     return min(len(os.sched_getaffinity(0)), 8)
 
 
-def read_header(folder: Path) -> dict[str, Any]:
-    """Return the content of `index.json`.
-
-    Raises ValueError if it was altered, FileNotFoundError if it does not exist.
-    """
-    header = read_json(folder / INDEX_FILE)
-    if not isinstance(header, dict):
-        raise ValueError(f"{INDEX_FILE} is not a JSON object")
-    return without_hash(header)
-
-
 def damage(folder: Path, spec: PlanSpec) -> str | None:
     """Return why the stored index cannot be used, or None if no byte of it was altered."""
-    try:
-        header = read_header(folder)
-    except FileNotFoundError:
-        return f"{INDEX_FILE} is missing"
-    except (OSError, ValueError):
-        return f"{INDEX_FILE} has been altered"
-    if header.get("format") != FORMAT_VERSION or header.get("fingerprint") != spec.fingerprint:
-        return f"{INDEX_FILE} belongs to another plan"
-    for name, file in header["files"].items():
-        if fault := pieces_damage(folder / name, file["bytes"], file["pieces"], builder_threads()):
-            return f"{name} {fault}"
-    return None
+    return stored_damage(folder, FORMAT_VERSION, spec.fingerprint, "plan", builder_threads())
 
 
 class StoredIndex:
