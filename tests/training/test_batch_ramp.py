@@ -134,9 +134,9 @@ def test_two_by_two_ranks_have_the_numbers_of_one(alone, corpora, tmp_path):
 def test_the_plan_shows_the_stages_and_traces_their_steps(alone):
     shown = " ".join(run_well("plan", alone).split())
     assert (
-        "Batch of pretrain: 4 samples (128 tokens), 6 samples (192 tokens) from step 6 of the phase "
-        "on, 8 samples (256 tokens) from step 9 of the phase on Batch of joint: 4 samples (128 "
-        "tokens)"
+        "Batch of pretrain: 4 samples (128 tokens), "
+        "6 samples (192 tokens) from step 6 of the phase on, "
+        "8 samples (256 tokens) from step 9 of the phase on Batch of joint: 4 samples (128 tokens)"
     ) in shown
     figures = json.loads(run_well("plan", alone, "--json"))
     assert [stage["steps"] for stage in figures["phases"][0]["batch"]] == [5, 3, 4]
