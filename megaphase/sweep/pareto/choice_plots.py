@@ -20,7 +20,8 @@ from megaphase.report.plot_parts import (
     line_key,
     panel_grid,
 )
-from megaphase.sweep.pareto.points import Point, SeedMean
+from megaphase.sweep.pareto.points import Point
+from megaphase.sweep.pareto.statistics import Estimate
 from megaphase.sweep.pareto.trade_off import ArmStyles
 from megaphase.utils.plot_style import (
     Size,
@@ -65,7 +66,7 @@ def _draw_lines(axes: Axes, lines: Sequence[Line], group: str, styles: ArmStyles
     for arm, label, points in lines:
         colour, marker = styles[arm]
         xs = [x for x, _ in points]
-        losses: list[SeedMean] = [getattr(point, group) for _, point in points]
+        losses: list[Estimate] = [getattr(point, group) for _, point in points]
         axes.errorbar(
             xs, [loss.mean for loss in losses], yerr=[loss.error or 0.0 for loss in losses],
             color=colour, marker=marker, ms=4.5, lw=1.4, elinewidth=1.0,
@@ -81,7 +82,7 @@ class Score(NamedTuple):
 
     task: str
     arm: str
-    value: SeedMean
+    value: Estimate
 
 
 def score_plot(scores: Mapping[str, Sequence[Score]], styles: ArmStyles, size: Size) -> Figure:

@@ -15,7 +15,8 @@ from megaphase.sweep.pareto.curve_plots import (
 )
 from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts
 from megaphase.sweep.pareto.overfit import best_by_mixture, single_stage_points
-from megaphase.sweep.pareto.points import Point, SeedMean, mean_over_seeds
+from megaphase.sweep.pareto.points import Point
+from megaphase.sweep.pareto.statistics import Estimate, estimate
 from megaphase.sweep.pareto.trade_off import Mark, Panel, outside, trade_off_plot
 from megaphase.sweep.pareto.view import SweepView
 
@@ -184,7 +185,7 @@ def _bleu_panel(view: SweepView, fronts: ModelFronts) -> Panel:
     return Panel(fronts.model or "", marks, _static_arms(fronts), higher_is_better=True)
 
 
-def _bleu(point: Point, group: Sequence[str]) -> SeedMean | None:
+def _bleu(point: Point, group: Sequence[str]) -> Estimate | None:
     """Return the mean over the translated tasks of a group."""
     by_seed = [
         [outcome.translation[task].bleu for task in group if task in outcome.translation]
@@ -192,7 +193,7 @@ def _bleu(point: Point, group: Sequence[str]) -> SeedMean | None:
     ]
     if not all(by_seed):
         return None
-    return mean_over_seeds([sum(scores) / len(scores) for scores in by_seed])
+    return estimate([sum(scores) / len(scores) for scores in by_seed])
 
 
 def _scores(view: SweepView, best: Sequence[Point]) -> dict[str, list[Score]]:
@@ -203,12 +204,8 @@ def _scores(view: SweepView, best: Sequence[Point]) -> dict[str, list[Score]]:
             known = [score for score in scores if score is not None]
             if known:
                 arm = point.setting.arm
-                found["BLEU"].append(
-                    Score(task, arm, mean_over_seeds([each.bleu for each in known]))
-                )
-                found["chrF"].append(
-                    Score(task, arm, mean_over_seeds([each.chrf for each in known]))
-                )
+                found["BLEU"].append(Score(task, arm, estimate([each.bleu for each in known])))
+                found["chrF"].append(Score(task, arm, estimate([each.chrf for each in known])))
     return found
 
 

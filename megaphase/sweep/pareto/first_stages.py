@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.pareto.points import (
-    SeedMean,
     TriedSetting,
-    mean_over_seeds,
     reason_of_failure,
     setting_of,
 )
+from megaphase.sweep.pareto.statistics import Estimate, estimate
 from megaphase.sweep.trials import Trial, own_loss
 
 
@@ -27,7 +26,7 @@ class FirstStage:
     """
 
     setting: TriedSetting
-    losses: Mapping[float, SeedMean | None]
+    losses: Mapping[float, Estimate | None]
     taken: frozenset[float]
 
     @property
@@ -61,11 +60,11 @@ def first_stages(record: SweepRecord) -> list[FirstStage]:
     ]
 
 
-def _loss(record: SweepRecord, trials: list[Trial]) -> SeedMean | None:
+def _loss(record: SweepRecord, trials: list[Trial]) -> Estimate | None:
     outcomes = [record.outcomes.get(trial.name) for trial in trials]
     losses = [
         own_loss(record.sweep, trial, outcome)
         for trial, outcome in zip(trials, outcomes, strict=True)
         if outcome is not None and reason_of_failure(outcome) is None
     ]
-    return mean_over_seeds(losses) if len(losses) == len(trials) else None
+    return estimate(losses) if len(losses) == len(trials) else None

@@ -13,7 +13,8 @@ from megaphase.sweep.pareto.measures import (
     hypervolume,
     lowest_within,
 )
-from megaphase.sweep.pareto.points import Point, front_of, mean_over_seeds, points_of
+from megaphase.sweep.pareto.points import Point, front_of, points_of
+from megaphase.sweep.pareto.statistics import estimate
 
 STANDARD_ERRORS = 2.0  # a larger difference is considered more than noise
 
@@ -46,7 +47,7 @@ class Margin:
             return None
         own, other = self.point.low_by_seed, self.other.low_by_seed
         differences = [loss - other[seed] for seed, loss in own.items() if seed in other]
-        return mean_over_seeds(differences).error if differences else None
+        return estimate(differences).error if differences else None
 
     @property
     def is_beyond_noise(self) -> bool:

@@ -106,7 +106,7 @@ def _settings(view: SweepView) -> Iterator[Row]:
                 yield [
                     *_setting(point.setting),
                     len(point.runs),
-                    *(value for each in estimates for value in each),
+                    *(value for each in estimates for value in (each.mean, each.error)),
                     point in arm.front,
                     point is best,
                 ]
@@ -155,4 +155,5 @@ def _first_stages(view: SweepView) -> Iterator[Row]:
     for stage in first_stages(view.record):
         setting = _setting(stage.setting)[:-1]
         for peak, loss in stage.losses.items():
-            yield [*setting, peak, *(loss or (None, None)), peak in stage.taken]
+            mean, error = (None, None) if loss is None else (loss.mean, loss.error)
+            yield [*setting, peak, mean, error, peak in stage.taken]

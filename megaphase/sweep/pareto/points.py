@@ -8,20 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
 from typing import NamedTuple
 
 from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.pareto.measures import Pair, nondominated
+from megaphase.sweep.pareto.statistics import Estimate, estimate
 from megaphase.sweep.trials import Mixture, Trial
-
-
-class SeedMean(NamedTuple):
-    """A mean over seeds and its standard error, None with a single seed."""
-
-    mean: float
-    error: float | None
 
 
 @dataclass(frozen=True)
@@ -53,9 +46,9 @@ class Point:
 
     setting: TriedSetting
     runs: Sequence[tuple[Trial, Outcome]]
-    losses: dict[str, SeedMean]
-    high: SeedMean
-    low: SeedMean
+    losses: dict[str, Estimate]
+    high: Estimate
+    low: Estimate
     low_by_seed: Mapping[int, float]
 
     @property
@@ -79,12 +72,6 @@ class Failure(NamedTuple):
 def setting_of(trial: Trial) -> TriedSetting:
     """Return the setting of a run, which excludes its seed."""
     return TriedSetting(trial.arm, trial.model, trial.share, trial.mixture, trial.peak)
-
-
-def mean_over_seeds(values: Sequence[float]) -> SeedMean:
-    """Return the mean and its standard error."""
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return SeedMean(fmean(values), error)
 
 
 def points_of(record: SweepRecord) -> list[Point]:
@@ -111,11 +98,11 @@ def _point(record: SweepRecord, setting: TriedSetting, runs: list[tuple[Trial, O
         setting=setting,
         runs=runs,
         losses={
-            task: mean_over_seeds([outcome.losses[task] for outcome in outcomes])
+            task: estimate([outcome.losses[task] for outcome in outcomes])
             for task in (*sweep.high, *sweep.low)
         },
-        high=mean_over_seeds([outcome.group_loss(sweep.high) for outcome in outcomes]),
-        low=mean_over_seeds([*low_by_seed.values()]),
+        high=estimate([outcome.group_loss(sweep.high) for outcome in outcomes]),
+        low=estimate([*low_by_seed.values()]),
         low_by_seed=low_by_seed,
     )
 

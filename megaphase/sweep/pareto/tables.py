@@ -10,7 +10,8 @@ from megaphase.report.run_page import NOTHING
 from megaphase.sweep.pareto.first_stages import first_stages
 from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts
 from megaphase.sweep.pareto.overfit import Overfit, overfits
-from megaphase.sweep.pareto.points import Point, SeedMean
+from megaphase.sweep.pareto.points import Point
+from megaphase.sweep.pareto.statistics import Estimate
 from megaphase.sweep.pareto.view import SweepView
 
 
@@ -166,7 +167,7 @@ def first_stage_table(view: SweepView) -> PageTable | None:
     return PageTable(columns, rows, note)
 
 
-def _taken(loss: SeedMean | None, taken: bool) -> str | Cell:
+def _taken(loss: Estimate | None, taken: bool) -> str | Cell:
     return NOTHING if loss is None else _loss(loss, bold=taken)
 
 
@@ -174,6 +175,6 @@ def _arm(view: SweepView, arm: str) -> Cell:
     return Cell(arm, colour=css_colour(view.styles[arm][0]))
 
 
-def _loss(loss: SeedMean, *, bold: bool) -> Cell:
+def _loss(loss: Estimate, *, bold: bool) -> Cell:
     error = "" if loss.error is None else f"± {loss.error:.3f}"
     return Cell(f"{loss.mean:.3f}", bold=bold, small=error)

@@ -19,7 +19,7 @@ from megaphase.report.plot_parts import (
     panel_grid,
 )
 from megaphase.sweep.pareto.measures import nondominated
-from megaphase.sweep.pareto.points import SeedMean
+from megaphase.sweep.pareto.statistics import Estimate
 from megaphase.utils.plot_style import GRID, LINE_COLOURS, Size, plot_label, plot_style
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
@@ -38,8 +38,8 @@ class Mark:
 
     arm: str
     label: str
-    x: SeedMean
-    y: SeedMean
+    x: Estimate
+    y: Estimate
     is_core: bool
 
 

@@ -142,7 +142,8 @@ def test_verdict_says_whether_it_is_more_than_noise(spread, ending):
     assert verdict.sentence.endswith(f"; that exceeds two standard errors {ending}.")
     (static, two_phase) = fronts[0].arms
     # Three seeds at -a, 0, +a: the standard deviation is a.
-    assert static.front[0].low == pytest.approx((6.0, (100 + spread) / math.sqrt(3)))
+    low = static.front[0].low
+    assert (low.mean, low.error) == pytest.approx((6.0, (100 + spread) / math.sqrt(3)))
     margin = two_phase.against_static.margins[0]
     assert (margin.nats, margin.error) == pytest.approx((0.6, 2 * spread / math.sqrt(3)))
 
@@ -215,7 +216,7 @@ def test_a_setting_with_a_failed_seed_is_no_point():
 def test_seeds_that_have_not_ended_are_left_out_of_the_mean():
     record = record_of(ARMS, lambda _: (4.0, 6.0), seeds=[1, 2], ended=lambda t: t.seed == 1)
     (point, _) = fronts_of(record)[0].arms[0].points
-    assert (len(point.runs), point.low) == (1, (6.0, None))
+    assert (len(point.runs), point.low.mean, point.low.error) == (1, 6.0, None)
     progress = progress_of(record)
     # With one seed of its first stage, its branches are not known.
     assert progress.sentence == "Not finished: 3 of 8 runs have ended."
