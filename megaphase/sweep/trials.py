@@ -14,6 +14,12 @@ from itertools import product
 from statistics import fmean
 from typing import Any
 
+from megaphase.sweep.arms.setting import (
+    Mixture,
+    TriedSetting,
+    number_in_name,
+    short_form_setting,
+)
 from megaphase.sweep.file import STAGED, Arm
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.sweep import Sweep, set_all
@@ -28,40 +34,13 @@ Phase = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """The mixture of a last phase. rate: of the low-resource tasks together; temperature: instead.
-
-    Both are None in a first stage with only the high-resource tasks.
-    """
-
-    rate: float | None = None
-    temperature: float | None = None
-
-    @property
-    def label(self) -> str:
-        """The label in tables and plots."""
-        if self.temperature is not None:
-            return f"T = {self.temperature:g}"
-        return "high only" if self.rate is None else f"{100 * self.rate:.3g}%"
-
-    @property
-    def suffix(self) -> str:
-        """The suffix in the names of runs."""
-        if self.temperature is not None:
-            return f"-t{_in_name(self.temperature)}"
-        return "" if self.rate in (None, 1.0) else f"-r{_in_name(self.rate)}"
-
-
-@dataclass(frozen=True)
 class Trial:
     """One run of `megaphase train`.
 
     Attributes:
-        arm: of the sweep file; "pretrain" for a first stage that several arms share.
-        model: a name of the sweep file's models; None if there is only one model.
-        share: of the budget for the first stage; None if there is only one stage.
-        mixture: of the run's own phase.
+        setting: what it trains, up to and including its own phase; runs of other seeds share it.
         run: the content of its run file.
+        phases: of the run files of the whole recipe up to and including this run, first to last.
         source: the name of the run from which it starts.
         source_phase: the phase at whose end it starts.
         is_final: whether it completes the budget; the others are first stages.
@@ -69,17 +48,39 @@ class Trial:
     """
 
     name: str
-    arm: str
-    model: str | None
+    setting: TriedSetting
     seed: int
-    share: float | None
-    mixture: Mixture
-    peak: float
     run: Mapping[str, Any]
+    phases: Sequence[Phase]
     source: str | None
     source_phase: str | None
     is_final: bool
     takes_best: bool = False
+
+    @property
+    def arm(self) -> str:
+        """The name in the sweep file; "pretrain" for a first stage that several arms share."""
+        return self.setting.arm
+
+    @property
+    def model(self) -> str | None:
+        """A name of the sweep file's models; None if there is only one model."""
+        return self.setting.model
+
+    @property
+    def share(self) -> float | None:
+        """Of the budget before the last phase; None if there is only one phase."""
+        return self.setting.share
+
+    @property
+    def mixture(self) -> Mixture:
+        """Of the run's own phase."""
+        return self.setting.mixture
+
+    @property
+    def peak(self) -> float:
+        """Of the run's own phase."""
+        return self.setting.peak
 
 
 Choice = Callable[[Sequence[Trial]], float | None]
@@ -160,12 +161,6 @@ def _trials(sweep: Sweep, choose: Choice) -> list[Trial]:
                 "shorten the names of arm and model",
             )
     return sorted(found.values(), key=lambda trial: trial.is_final)
-
-
-def _in_name(value: float) -> str:
-    """Format a number in a run's name: as `{:g}`, with more digits only if necessary."""
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value)
 
 
 def _all_trials(sweep: Sweep, choose: Choice) -> Iterator[Trial]:
@@ -296,21 +291,20 @@ class _Expansion:
     ) -> Trial:
         is_final = source is not None or self.kind not in STAGED
         model = [] if self.model is None else [self.model]
-        shares = [] if share is None else [_in_name(share)]
+        shares = [] if share is None else [number_in_name(share)]
         # If another first stage becomes the best one later, its branches are different runs.
-        first = "" if source is None or source.peak == peak else f"-f{_in_name(source.peak)}"
-        suffix = f"{mixture.suffix}{first}-p{_in_name(peak)}-s{seed}"
+        first = "" if source is None or source.peak == peak else f"-f{number_in_name(source.peak)}"
+        suffix = f"{mixture.suffix}{first}-p{number_in_name(peak)}-s{seed}"
         name = "-".join([*model, arm, *shares]) + suffix
         takes_best = is_final and self.arm.early_stopping is not None
+        run = self.run(name, seed, phase, stops_early=takes_best)
+        before = () if source is None else source.setting.peaks
         return Trial(
             name=name,
-            arm=arm,
-            model=self.model,
+            setting=short_form_setting(arm, self.model, share, mixture, (*before, peak)),
             seed=seed,
-            share=share,
-            mixture=mixture,
-            peak=peak,
-            run=self.run(name, seed, phase, stops_early=takes_best),
+            run=run,
+            phases=[*(() if source is None else source.phases), *run["phases"]],
             source=None if source is None else source.name,
             source_phase=None if source is None else source.run["phases"][0]["name"],
             is_final=is_final,

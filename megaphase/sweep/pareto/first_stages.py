@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megaphase.sweep.arms.setting import TriedSetting
 from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.pareto.points import (
-    TriedSetting,
     reason_of_failure,
-    setting_of,
 )
 from megaphase.sweep.pareto.statistics import Estimate, estimate
 from megaphase.sweep.trials import Trial, own_loss
@@ -42,14 +41,13 @@ class FirstStage:
 def first_stages(record: SweepRecord) -> list[FirstStage]:
     """Return the first stages in the sweep's order."""
     used = {trial.source for trial in record.trials}
-    groups: dict[tuple[object, ...], list[Trial]] = {}
+    groups: dict[object, list[Trial]] = {}
     for trial in record.trials:
         if not trial.is_final:
-            key = trial.arm, trial.model, trial.share, trial.mixture
-            groups.setdefault(key, []).append(trial)
+            groups.setdefault(trial.setting.without_last_peak, []).append(trial)
     return [
         FirstStage(
-            setting=setting_of(trials[0]),
+            setting=trials[0].setting,
             losses={
                 peak: _loss(record, [trial for trial in trials if trial.peak == peak])
                 for peak in dict.fromkeys(trial.peak for trial in trials)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megaphase.report.numbers import Row, write_table
+from megaphase.sweep.arms.setting import TriedSetting
 from megaphase.sweep.pareto.first_stages import first_stages
 from megaphase.sweep.pareto.overfit import overfits
-from megaphase.sweep.pareto.points import TriedSetting, setting_of
 from megaphase.sweep.pareto.view import SweepView
 from megaphase.sweep.trials import Trial
 
@@ -74,7 +74,7 @@ def _setting(setting: TriedSetting) -> list[object]:
 def _runs(view: SweepView) -> Iterator[Row]:
     for trial in view.record.trials:
         if trial.is_final:
-            yield [trial.name, trial.seed, *_setting(setting_of(trial)), *_outcome(view, trial)]
+            yield [trial.name, trial.seed, *_setting(trial.setting), *_outcome(view, trial)]
 
 
 def _outcome(view: SweepView, trial: Trial) -> Iterator[object]:

@@ -35,12 +35,11 @@ class Overfit:
 
 
 def best_by_mixture(points: Sequence[Point]) -> list[Point]:
-    """Return, for every arm, share and mixture, the peak with the lowest mean loss of both
-    groups."""
+    """Return, of all settings that differ only in the last peak, the one with the lowest mean loss
+    of both groups."""
     groups: dict[object, list[Point]] = {}
     for point in points:
-        setting = point.setting
-        groups.setdefault((setting.arm, setting.share, setting.mixture), []).append(point)
+        groups.setdefault(point.setting.without_last_peak, []).append(point)
     found = (best_of(each) for each in groups.values())
     return [point for point in found if point is not None]
 

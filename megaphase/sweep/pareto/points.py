@@ -10,28 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megaphase.sweep.arms.setting import TriedSetting
 from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.pareto.measures import Pair, nondominated
 from megaphase.sweep.pareto.statistics import Estimate, estimate
-from megaphase.sweep.trials import Mixture, Trial
-
-
-@dataclass(frozen=True)
-class TriedSetting:
-    """One combination of an arm's settings; runs that differ only in the seed share it."""
-
-    arm: str
-    model: str | None
-    share: float | None
-    mixture: Mixture
-    peak: float
-
-    @property
-    def label(self) -> str:
-        """The mixture, and the share of the budget after which it begins."""
-        after = "" if self.share is None else f" after {100 * self.share:g}%"
-        return f"{self.mixture.label}{after}"
+from megaphase.sweep.trials import Trial
 
 
 @dataclass(frozen=True)
@@ -69,11 +53,6 @@ class Failure(NamedTuple):
     reason: str
 
 
-def setting_of(trial: Trial) -> TriedSetting:
-    """Return the setting of a run, which excludes its seed."""
-    return TriedSetting(trial.arm, trial.model, trial.share, trial.mixture, trial.peak)
-
-
 def points_of(record: SweepRecord) -> list[Point]:
     """Return a point for every setting of which a run has ended, in the sweep's order.
 
@@ -83,7 +62,7 @@ def points_of(record: SweepRecord) -> list[Point]:
     runs: dict[TriedSetting, list[tuple[Trial, Outcome]]] = {}
     for trial in record.trials:
         if trial.is_final and trial.name in record.outcomes:
-            runs.setdefault(setting_of(trial), []).append((trial, record.outcomes[trial.name]))
+            runs.setdefault(trial.setting, []).append((trial, record.outcomes[trial.name]))
     return [
         _point(record, setting, each)
         for setting, each in runs.items()
