@@ -22,10 +22,13 @@ class Translated(BaseModel):
 
 
 class Outcome(BaseModel):
-    """Held-out losses by task at the step whose weights count, or the reason of a failure.
+    """Losses by task at the step whose weights count, or the reason of a failure.
 
     diverged: how a run ended because it diverged; its losses are then NaN.
-    losses: nats per token. seconds: of all optimizer steps. translation: scores by task.
+    losses, bits_per_byte: on the validation split, nats per token; settings are chosen by these.
+    test, test_bits_per_byte: on the test split; empty where the sweep has none.
+    training: on a fixed sample of the training documents; empty where the sweep measures none.
+    seconds: of all optimizer steps. translation: scores by task.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -35,6 +38,9 @@ class Outcome(BaseModel):
     step: int = 0
     losses: dict[str, Measured] = {}
     bits_per_byte: dict[str, Measured] = {}
+    test: dict[str, Measured] = {}
+    test_bits_per_byte: dict[str, Measured] = {}
+    training: dict[str, Measured] = {}
     seconds: float = 0.0
     translation: dict[str, Translated] = {}
 
