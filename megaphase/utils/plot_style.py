@@ -10,9 +10,9 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colour-blind-safe hues; the pale ones are darkened until labels in them are
-# readable on white. The page replaces each by a CSS variable, so that a dark theme can brighten
-# them.
+# The first eight are Okabe and Ito's colour-blind-safe hues; the pale ones are darkened until
+# labels in them are readable on white. The others are chosen far from these and from each other.
+# The page replaces each by a CSS variable, so that a dark theme can brighten them.
 LINE_COLOURS = (
     "#0072b2",
     "#d55e00",
@@ -22,6 +22,18 @@ LINE_COLOURS = (
     "#2f8fc4",
     "#5a4fa2",
     "#6e6259",
+    "#8b1a1a",
+    "#4d6b00",
+    "#d81b60",
+    "#00606b",
+    "#7b3f00",
+    "#1f2f7a",
+    "#9b6fd6",
+    "#c96a6a",
+    "#5f9a14",
+    "#c94fb0",
+    "#3c3f45",
+    "#0a9aa0",
 )
 INK = "#20242b"
 MUTED = "#5f6874"

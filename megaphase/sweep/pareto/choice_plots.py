@@ -20,9 +20,9 @@ from megaphase.report.plot_parts import (
     line_key,
     panel_grid,
 )
+from megaphase.sweep.pareto.arm_styles import ArmStyles
 from megaphase.sweep.pareto.points import Point
 from megaphase.sweep.pareto.statistics import Estimate
-from megaphase.sweep.pareto.trade_off import ArmStyles
 from megaphase.utils.plot_style import (
     Size,
     inch_axes,

@@ -22,9 +22,9 @@ from megaphase.report.plot_parts import (
     panel_grid,
     step_axes,
 )
+from megaphase.sweep.pareto.arm_styles import ArmStyles
 from megaphase.sweep.pareto.curves import RunCurves, mean_curve
 from megaphase.sweep.pareto.points import Point
-from megaphase.sweep.pareto.trade_off import ArmStyles
 from megaphase.utils.plot_style import (
     DASHED,
     INK,

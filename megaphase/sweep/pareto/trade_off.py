@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,17 +18,15 @@ from megaphase.report.plot_parts import (
     line_key,
     panel_grid,
 )
+from megaphase.sweep.pareto.arm_styles import ArmStyles
 from megaphase.sweep.pareto.measures import nondominated
 from megaphase.sweep.pareto.statistics import Estimate
-from megaphase.utils.plot_style import GRID, LINE_COLOURS, Size, plot_label, plot_style
+from megaphase.utils.plot_style import GRID, Size, plot_label, plot_style
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
-ARM_COLOURS = (0, 1, 2, 3, 4, 7, 6, 5)  # keeps the two blues as far apart as possible
 WINDOW = 0.7  # how far beyond the core, in its widths, a point is still shown
 LEAST_WIDTH = 0.1  # of the core, in the unit of the axis
 PADDING = 0.09
 Limits = tuple[float, float]
-ArmStyles = Mapping[str, tuple[str, str]]  # colour and marker by arm
 
 
 @dataclass(frozen=True)
@@ -70,14 +68,6 @@ class Panel:
     def fronts(self) -> dict[str, list[Mark]]:
         """Return the front of each arm."""
         return {arm: self.front(frozenset({arm})) for arm in self.arms}
-
-
-def style_of_arms(arms: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Return a colour and a marker for every arm."""
-    return {
-        arm: (LINE_COLOURS[ARM_COLOURS[i % len(ARM_COLOURS)]], MARKERS[i % len(MARKERS)])
-        for i, arm in enumerate(arms)
-    }
 
 
 def limits_of(panel: Panel) -> tuple[Limits, Limits]:

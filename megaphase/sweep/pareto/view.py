@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Self
 
 from megaphase.sweep.directory import SweepRecord, load_sweep_record
+from megaphase.sweep.pareto.arm_styles import ArmStyles, style_of_arms
 from megaphase.sweep.pareto.curves import RunCurves, curves_of
 from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts, fronts_of
 from megaphase.sweep.pareto.points import Failure, Point, best_of, failures
-from megaphase.sweep.pareto.trade_off import ArmStyles, style_of_arms
 from megaphase.sweep.pareto.verdict import SweepProgress, Verdict, progress_of, verdicts_of
 
 
