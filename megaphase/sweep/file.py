@@ -91,6 +91,29 @@ class TranslationScores(Section):
     batch: Few = 16
 
 
+class PrimaryContrast(Section):
+    """The comparison for which the sweep is made, to be named before its runs.
+
+    against: one arm or several. loss: `mean`, of high- and low-resource loss, or `high`, `low` or a
+        task. model: a name of the sweep file's models; all of them by default.
+    """
+
+    arm: Name
+    against: list[Name] = Field(min_length=1)
+    loss: Name = "mean"
+    model: Name | None = None
+
+    @field_validator("against", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("against")
+    @classmethod
+    def _each_once(cls, arms: list[str]) -> list[str]:
+        return _unique("this list", arms)
+
+
 class ClusterJobs(Section):
     """The resources of a run's job on a cluster; the keys of a pipeline's step, described in
     docs/slurm.md.
@@ -174,6 +197,7 @@ class SweepConfig(Section):
     arms: dict[Name, Arm] = Field(min_length=1)
     keep_checkpoints: Literal["all", "first-stages"] = "all"
     translation: TranslationScores | None = None
+    primary: PrimaryContrast | None = None
     slurm: ClusterJobs | None = None
 
     @field_validator("seeds")

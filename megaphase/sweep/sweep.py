@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megaphase.config.load import run_config, set_value
 from megaphase.config.run import RunConfig
 from megaphase.plan.spec import check_corpora, plan_spec
-from megaphase.sweep.file import KINDS, STAGED, Arm, Kind, SweepConfig
+from megaphase.sweep.file import KINDS, STAGED, Arm, Kind, PrimaryContrast, SweepConfig
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import real_path
@@ -26,6 +26,7 @@ from megaphase.utils.yaml_file import read_yaml
 
 # Keys of the run file that differ between the runs of the sweep.
 OWN_KEYS = ("seed", "output", "phases")
+GROUP_LOSSES = ("mean", "high", "low")  # besides the tasks, what a primary contrast may be about
 
 
 class Sweep(BaseModel):
@@ -79,6 +80,8 @@ def load_sweep(path: Path) -> Sweep:
     low = _group(f"{path}: low", probe, config.low)
     if both := [task for task in high if task in low]:
         raise InputError(f"{path}: low", f"{both[0]} is also in high", "remove it from one")
+    if config.primary is not None:
+        _check_primary(f"{path}: primary", config, config.primary, [*high, *low])
     # Paths become absolute; tasks of neither group are left out.
     tasks = {
         name: base["tasks"][name] | {"corpus": str(probe.tasks[name].corpus)}
@@ -169,6 +172,29 @@ def _check_arm(path: Path, name: str, arm: Arm) -> None:
             where,
             "regularized is like static without settings or early_stopping",
             "add, for example, settings: {model.dropout: 0.1}",
+        )
+
+
+def _check_primary(
+    where: str, config: SweepConfig, primary: PrimaryContrast, tasks: list[str]
+) -> None:
+    """Reject names that the sweep does not have."""
+    for key, name, names, what in (
+        ("arm", primary.arm, config.arms, "arm"),
+        *(("against", arm, config.arms, "arm") for arm in primary.against),
+        ("loss", primary.loss, [*GROUP_LOSSES, *tasks], "loss"),
+        ("model", primary.model, [None, *config.models], "model"),
+    ):
+        if name not in names:
+            known = [each for each in names if each is not None]
+            raise InputError(
+                f"{where}.{key}",
+                f"no {what} {shown(name)}",
+                hint(str(name), known, f"the {what}s are") if known else "leave it out",
+            )
+    if primary.arm in primary.against:
+        raise InputError(
+            f"{where}.against", f"{primary.arm} is compared with itself", "name another arm"
         )
 
 

@@ -212,7 +212,7 @@ def _scores(view: SweepView, best: Sequence[Point]) -> dict[str, list[Score]]:
 def _of_best_share(arm: ArmFront) -> list[Point]:
     """Return, for every mixture, the best peak with the pre-training length of the best point."""
     points = best_by_mixture(arm.points)
-    share = min(points, key=lambda point: point.mean_loss).setting.share if points else None
+    share = min(points, key=lambda point: point.chosen_by.mean).setting.share if points else None
     return [point for point in points if point.setting.share == share]
 
 

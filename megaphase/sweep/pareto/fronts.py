@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.file import Kind
@@ -14,9 +15,7 @@ from megaphase.sweep.pareto.measures import (
     lowest_within,
 )
 from megaphase.sweep.pareto.points import Point, front_of, points_of
-from megaphase.sweep.pareto.statistics import estimate
-
-STANDARD_ERRORS = 2.0  # a larger difference is considered more than noise
+from megaphase.sweep.pareto.statistics import Estimate, estimate
 
 
 @dataclass(frozen=True)
@@ -25,36 +24,33 @@ class Margin:
 
     Attributes:
         point: the point of the front that is compared with.
-        other: the other front's lowest point at no higher high loss; None if it has none there.
+        other: the other front's lowest point at no higher high loss, both on the validation split;
+            None if it has none there.
     """
 
     point: Point
     other: Point | None
 
-    @property
-    def nats(self) -> float | None:
-        """The difference in nats, above 0 if the other is better; None if there is no other."""
-        return None if self.other is None else self.point.low.mean - self.other.low.mean
+    @cached_property
+    def estimate(self) -> Estimate | None:
+        """The difference in nats on the reported split, above 0 if the other is better.
 
-    @property
-    def error(self) -> float | None:
-        """The standard error of the difference, over the seeds that both sides have.
-
-        The seed determines the initial weights and the order of samples; its effect on both losses
-        cancels in their difference. None without several such seeds.
+        Over the seeds that both sides have: the seed determines the initial weights and the order
+        of samples, whose effect on both losses cancels in their difference. None if there is no
+        other, or no such seed.
         """
         if self.other is None:
             return None
-        own, other = self.point.low_by_seed, self.other.low_by_seed
-        differences = [loss - other[seed] for seed, loss in own.items() if seed in other]
-        return estimate(differences).error if differences else None
+        own, other = self.point.by_seed, self.other.by_seed
+        differences = [
+            losses.low - other[seed].low for seed, losses in own.items() if seed in other
+        ]
+        return estimate(differences) if differences else None
 
     @property
-    def is_beyond_noise(self) -> bool:
-        """Whether the other is better by more than two standard errors."""
-        if self.nats is None or self.error is None:
-            return False
-        return self.nats > STANDARD_ERRORS * self.error
+    def nats(self) -> float | None:
+        """The mean difference."""
+        return None if self.estimate is None else self.estimate.mean
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,7 @@ def worst(points: Sequence[Point]) -> Pair | None:
 
 
 def compare(front: Sequence[Point], static: Sequence[Point]) -> Comparison:
-    """Compare a front with the static one."""
+    """Compare a front with the static one, on the reported split."""
     return Comparison(
         dominated=count_dominated(_pairs(static), _pairs(front)),
         dominated_by=count_dominated(_pairs(front), _pairs(static)),
@@ -161,7 +157,8 @@ def compare(front: Sequence[Point], static: Sequence[Point]) -> Comparison:
 
 
 def _margins(points: Sequence[Point], others: Sequence[Point]) -> list[Margin]:
-    found = [lowest_within(_pairs(others), point.high.mean) for point in points]
+    candidates = [(each.chosen_by.high, each.chosen_by.low) for each in others]
+    found = [lowest_within(candidates, point.chosen_by.high) for point in points]
     return [
         Margin(point, None if i is None else others[i])
         for point, i in zip(points, found, strict=True)

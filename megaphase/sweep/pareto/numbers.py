@@ -140,7 +140,13 @@ def _margins(view: SweepView) -> Iterator[Row]:
                     yield static
                     continue
                 setting = _setting(other.setting)[2:]
-                yield [*static, *setting, *other.pair, margin.nats, margin.error]
+                yield [
+                    *static,
+                    *setting,
+                    *other.pair,
+                    margin.nats,
+                    margin.estimate and margin.estimate.error,
+                ]
 
 
 def _curves(view: SweepView) -> Iterator[Row]:

@@ -1,21 +1,50 @@
 """The points of a sweep: one per setting of an arm, averaged over the seeds.
 
 Losses are in nats per token; the high and the low loss are the means over the tasks of a group.
+Settings are chosen by their losses on the validation split, and shown with those on the test split.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from statistics import fmean
+from typing import Literal, NamedTuple, Self
 
 from megaphase.sweep.arms.setting import TriedSetting
 from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.pareto.measures import Pair, nondominated
 from megaphase.sweep.pareto.statistics import Estimate, estimate
+from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trials import Trial
+
+Split = Literal["test", "validation"]
+
+
+@dataclass(frozen=True)
+class RunLosses:
+    """The losses of one run, all in nats per token or all in bits per byte.
+
+    high, low: means over the tasks of a group.
+    """
+
+    tasks: Mapping[str, float]
+    high: float
+    low: float
+
+    @classmethod
+    def of(cls, tasks: Mapping[str, float], sweep: Sweep) -> Self:
+        """Return the losses of both groups; infinite if one is not a number."""
+        means = [fmean(tasks[task] for task in group) for group in (sweep.high, sweep.low)]
+        high, low = (mean if math.isfinite(mean) else math.inf for mean in means)
+        return cls(tasks, high, low)
+
+    @property
+    def mean(self) -> float:
+        """The mean of both groups' losses."""
+        return (self.high + self.low) / 2
 
 
 @dataclass(frozen=True)
@@ -24,8 +53,10 @@ class Point:
 
     Attributes:
         runs: (run, outcome) by seed.
-        losses: by task.
-        low_by_seed: the low loss of each run.
+        losses, high, low: on the reported split.
+        by_seed: the losses of each run on the reported split.
+        bits_by_seed: likewise in bits per byte; None if they are not known for all.
+        chosen_by: means over the seeds on the validation split.
     """
 
     setting: TriedSetting
@@ -33,17 +64,14 @@ class Point:
     losses: dict[str, Estimate]
     high: Estimate
     low: Estimate
-    low_by_seed: Mapping[int, float]
+    by_seed: Mapping[int, RunLosses]
+    bits_by_seed: Mapping[int, RunLosses] | None
+    chosen_by: RunLosses
 
     @property
     def pair(self) -> Pair:
-        """(high loss, low loss)."""
+        """(high loss, low loss) on the reported split."""
         return self.high.mean, self.low.mean
-
-    @property
-    def mean_loss(self) -> float:
-        """The mean of both groups' losses; an arm's best point is the lowest in it."""
-        return (self.high.mean + self.low.mean) / 2
 
 
 class Failure(NamedTuple):
@@ -53,37 +81,72 @@ class Failure(NamedTuple):
     reason: str
 
 
+def reported_split(record: SweepRecord) -> Split:
+    """Return the split whose losses are shown: test if all runs to compare were measured on it."""
+    outcomes = [outcome for _, outcome in _compared_runs(record)]
+    return "test" if outcomes and all(outcome.test for outcome in outcomes) else "validation"
+
+
 def points_of(record: SweepRecord) -> list[Point]:
     """Return a point for every setting of which a run has ended, in the sweep's order.
 
     A setting with a failed or diverged run has no point, since the mean over the others would be
     too good. Seeds that have not ended yet are missing in the mean.
     """
+    split = reported_split(record)
     runs: dict[TriedSetting, list[tuple[Trial, Outcome]]] = {}
-    for trial in record.trials:
-        if trial.is_final and trial.name in record.outcomes:
-            runs.setdefault(trial.setting, []).append((trial, record.outcomes[trial.name]))
+    for trial, outcome in _ended_runs(record):
+        runs.setdefault(trial.setting, []).append((trial, outcome))
     return [
-        _point(record, setting, each)
+        _point(record.sweep, setting, each, split)
         for setting, each in runs.items()
         if all(reason_of_failure(outcome) is None for _, outcome in each)
     ]
 
 
-def _point(record: SweepRecord, setting: TriedSetting, runs: list[tuple[Trial, Outcome]]) -> Point:
-    sweep, outcomes = record.sweep, [outcome for _, outcome in runs]
-    low_by_seed = {trial.seed: outcome.group_loss(sweep.low) for trial, outcome in runs}
+def _ended_runs(record: SweepRecord) -> Iterator[tuple[Trial, Outcome]]:
+    for trial in record.trials:
+        if trial.is_final and trial.name in record.outcomes:
+            yield trial, record.outcomes[trial.name]
+
+
+def _compared_runs(record: SweepRecord) -> Iterator[tuple[Trial, Outcome]]:
+    return (each for each in _ended_runs(record) if reason_of_failure(each[1]) is None)
+
+
+def _point(
+    sweep: Sweep, setting: TriedSetting, runs: list[tuple[Trial, Outcome]], split: Split
+) -> Point:
+    tasks = (*sweep.high, *sweep.low)
+    nats = {trial.seed: _losses(outcome, split) for trial, outcome in runs}
+    bits = {trial.seed: _bits(outcome, split) for trial, outcome in runs}
+    by_seed = {seed: RunLosses.of(losses, sweep) for seed, losses in nats.items()}
+    has_bits = all(task in losses for losses in bits.values() for task in tasks)
+    validation = {
+        task: fmean(outcome.losses[task] for _, outcome in runs) for task in tasks
+    }  # fmt: skip
     return Point(
         setting=setting,
         runs=runs,
-        losses={
-            task: estimate([outcome.losses[task] for outcome in outcomes])
-            for task in (*sweep.high, *sweep.low)
-        },
-        high=estimate([outcome.group_loss(sweep.high) for outcome in outcomes]),
-        low=estimate([*low_by_seed.values()]),
-        low_by_seed=low_by_seed,
+        losses={task: estimate([losses[task] for losses in nats.values()]) for task in tasks},
+        high=estimate([losses.high for losses in by_seed.values()]),
+        low=estimate([losses.low for losses in by_seed.values()]),
+        by_seed=by_seed,
+        bits_by_seed=(
+            {seed: RunLosses.of(losses, sweep) for seed, losses in bits.items()}
+            if has_bits
+            else None
+        ),
+        chosen_by=RunLosses.of(validation, sweep),
     )
+
+
+def _losses(outcome: Outcome, split: Split) -> Mapping[str, float]:
+    return outcome.test if split == "test" else outcome.losses
+
+
+def _bits(outcome: Outcome, split: Split) -> Mapping[str, float]:
+    return outcome.test_bits_per_byte if split == "test" else outcome.bits_per_byte
 
 
 def reason_of_failure(outcome: Outcome) -> str | None:
@@ -107,10 +170,13 @@ def failures(record: SweepRecord) -> list[Failure]:
 
 
 def front_of(points: Sequence[Point]) -> list[Point]:
-    """Return the points that no other one dominates, ascending in the high loss."""
-    return [points[i] for i in nondominated([point.pair for point in points])]
+    """Return the points that no other one dominates on the validation split, ascending in its high
+    loss.
+    """
+    pairs = [(point.chosen_by.high, point.chosen_by.low) for point in points]
+    return [points[i] for i in nondominated(pairs)]
 
 
 def best_of(points: Iterable[Point]) -> Point | None:
-    """Return the point with the lowest mean loss of both groups."""
-    return min(points, key=lambda point: point.mean_loss, default=None)
+    """Return the point with the lowest mean loss of both groups on the validation split."""
+    return min(points, key=lambda point: point.chosen_by.mean, default=None)

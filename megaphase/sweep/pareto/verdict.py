@@ -1,16 +1,23 @@
-"""A plain sentence that compares each arm with the static front; may be negative or undecided."""
+"""A plain sentence on each arm against the baselines, and on the primary contrast of a sweep.
+
+The words follow from 95 % intervals (see `contrasts`). An arm wins if it wins against every
+baseline: since all of these must be decided, their number needs no adjustment (Berger 1982). It
+loses if it loses against every baseline, and is undecided otherwise.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from megaphase.sweep.directory import SweepRecord
-from megaphase.sweep.pareto.fronts import ArmFront, Comparison, Margin, ModelFronts
+from megaphase.sweep.file import PrimaryContrast
+from megaphase.sweep.pareto.contrasts import Contrast, Result, baselines, primary_contrasts
+from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts
+from megaphase.sweep.pareto.statistics import Estimate
 from megaphase.sweep.trials import count_trials
 
-Outcome = Literal["wins", "loses", "undecided"]
+LOSSES = {"mean": "mean", "high": "high-resource", "low": "low-resource"}
 
 
 @dataclass(frozen=True)
@@ -39,13 +46,17 @@ class SweepProgress:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The comparison of an arm with the static front, with one model."""
+    """The comparison of an arm with the baselines, with one model.
+
+    front: a description of its front beside the static one; empty if there is nothing to describe.
+    """
 
     arm: str
     model: str | None
-    outcome: Outcome
+    outcome: Result
     headline: str
     detail: str
+    front: str = ""
 
     @property
     def sentence(self) -> str:
@@ -59,109 +70,187 @@ def progress_of(record: SweepRecord) -> SweepProgress:
     return SweepProgress(len(record.outcomes), count_trials(record.sweep), waiting)
 
 
-def verdicts_of(record: SweepRecord, fronts: Sequence[ModelFronts]) -> list[Verdict]:
-    """Return the verdict on every arm that is not static, two-phase arms first, model by model."""
-    progress = progress_of(record)
-    return [
-        _verdict(arm, model, progress)
-        for model in fronts
-        for arm in sorted(model.arms, key=lambda arm: arm.kind != "two-phase")
-        if arm.kind != "static"
-    ]
+def verdicts_of(
+    record: SweepRecord, fronts: Sequence[ModelFronts], contrasts: Sequence[Contrast]
+) -> list[Verdict]:
+    """Return the verdict on the primary contrast, if the sweep file names one, and on every arm
+    that is not static, two-phase arms first, model by model.
+    """
+    progress, primary = progress_of(record), record.sweep.config.primary
+    first, others = [], []
+    for model in fronts:
+        if primary is not None and primary.model in (None, model.model):
+            named = [c for c in primary_contrasts(record, fronts) if c.model == model.model]
+            first.append(_verdict(model, progress, primary.arm, *_primary(primary, named)))
+        for arm in sorted(model.arms, key=lambda arm: arm.kind != "two-phase"):
+            if arm.kind != "static":
+                own = [c for c in contrasts if (c.model, c.arm) == (model.model, arm.arm)]
+                compared = _compare(arm, model, own)
+                others.append(_verdict(model, progress, arm.arm, *compared, front_sentence(arm)))
+    return first + others
 
 
-def _verdict(arm: ArmFront, model: ModelFronts, progress: SweepProgress) -> Verdict:
-    outcome, headline, detail = _compare(arm, model)
+def _verdict(
+    model: ModelFronts,
+    progress: SweepProgress,
+    arm: str,
+    result: Result,
+    headline: str,
+    detail: str,
+    front: str = "",
+) -> Verdict:
     if progress.waiting:
         headline = f"So far, with {progress.ended:,} of {progress.planned:,} runs, {headline}"
     if model.model is not None:
         headline = f"{model.model}: {headline}"
-    return Verdict(arm.arm, model.model, outcome, headline, detail)
+    return Verdict(arm, model.model, result, headline, detail, front)
 
 
-def _compare(arm: ArmFront, model: ModelFronts) -> tuple[Outcome, str, str]:
+def _primary(primary: PrimaryContrast, contrasts: Sequence[Contrast]) -> tuple[Result, str, str]:
+    """Return outcome, headline and detail of the primary contrast."""
+    named = listed(primary.against)
+    loss = f"{LOSSES.get(primary.loss, primary.loss)} loss"
+    if len(contrasts) < len(primary.against):
+        headline = f"primary contrast: there is no verdict on {primary.arm} against {named} yet"
+        return "undecided", headline, "no seed of both has ended normally"
+    signs = {contrast.nats.of(primary.loss).sign for contrast in contrasts}
+    result: Result = "undecided"
+    if signs in ({-1}, {1}):
+        result = "wins" if signs == {-1} else "loses"
+    parts = [
+        f"{shown(each.nats.of(primary.loss))} nats from that of {each.against}"
+        for each in contrasts
+    ]
+    numbers = f"it differs by {' and by '.join(parts)}"
+    headline = f"primary contrast, in the {loss}: {_headline(primary.arm, result, named)}"
+    sizes = "; ".join(dict.fromkeys(_sizes(each) for each in contrasts))
+    return result, headline, f"{numbers}; {sizes}"
+
+
+def _compare(
+    arm: ArmFront, model: ModelFronts, contrasts: Sequence[Contrast]
+) -> tuple[Result, str, str]:
     """Return outcome, headline and detail."""
-    against = arm.against_static
-    if against is None:
+    if not contrasts:
         return "undecided", *_nothing_to_compare(arm, model)
-    if against.dominated == len(against.margins):
-        parts = f"it dominates {_all_of(against.margins)} of the static front"
-        return (
-            "wins",
-            f"{arm.arm} wins against static",
-            f"{parts}; {_how_much(against.margins)}",
-        )
-    if against.dominated_by == len(against.margins_of_static):
-        parts = f"static dominates {_all_of(against.margins_of_static)} of its front"
-        return (
-            "loses",
-            f"{arm.arm} loses against static",
-            f"{parts}; {_how_much(against.margins_of_static, 'static’s')}",
-        )
-    return "undecided", f"{arm.arm} against static is undecided", _mixed(against)
+    named = listed([each.against for each in contrasts])
+    results = {each.result for each in contrasts}
+    result = results.pop() if len(results) == 1 else "undecided"
+    # The baseline against which it does worst on the validation split.
+    best = max(contrasts, key=lambda each: each.on_validation)
+    parts = [_decided(contrasts), _numbers(best, several=len(contrasts) > 1), tasks_of(best)]
+    detail = "; ".join(part for part in parts if part)
+    return result, _headline(arm.arm, result, named), f"{detail}; {_sizes(best)}"
+
+
+def _headline(arm: str, result: Result, against: str) -> str:
+    if result == "undecided":
+        return f"{arm} against {against} is undecided"
+    return f"{arm} {result} against {against}"
 
 
 def _nothing_to_compare(arm: ArmFront, model: ModelFronts) -> tuple[str, str]:
-    if not any(each.kind == "static" for each in model.arms):
-        return f"there is no verdict on {arm.arm}", "the sweep has no static arm"
-    who = "static" if arm.front else arm.arm
-    return f"there is no verdict on {arm.arm} yet", f"no run of {who} has ended normally"
+    others = [each for each in baselines(model) if each is not arm]
+    if not others:
+        return f"there is no verdict on {arm.arm}", "the sweep has no baseline for it"
+    headline = f"there is no verdict on {arm.arm} yet"
+    if not arm.points or not any(each.points for each in others):
+        who = listed([each.arm for each in others], "or") if arm.points else arm.arm
+        return headline, f"no run of {who} has ended normally"
+    return headline, "no seed of both sides has ended"
 
 
-def _all_of(margins: Sequence[Margin]) -> str:
-    return "the only point" if len(margins) == 1 else f"each of the {len(margins)} points"
+def _decided(contrasts: Sequence[Contrast]) -> str:
+    """Return the baselines that are decided where others are not."""
+    if len({each.result for each in contrasts}) == 1:
+        return ""
+    parts = []
+    for result in ("wins", "loses"):
+        names = [each.against for each in contrasts if each.result == result]
+        if names:
+            parts.append(f"{result} against {listed(names)}")
+    return f"it {', and '.join(parts)}"
 
 
-def _mixed(against: Comparison) -> str:
-    static, own = len(against.margins), len(against.margins_of_static)
-    text = (
-        f"of the static front’s points it dominates {against.dominated} of {static}, "
-        f"static {against.dominated_by} of its {own}"
-    )
-    nats = [margin.nats for margin in against.margins]
-    if any(each is not None and each > 0 for each in nats):
-        text += f"; {_how_much(against.margins)}"
-    if against.dominated < len(nats) and (worse := _worse(nats)):
-        text += f"; {worse}"
+def _numbers(contrast: Contrast, *, several: bool) -> str:
+    """Return the difference in the mean loss, in nats and in bits per byte."""
+    best = ", the best baseline," if several else ""
+    mean = contrast.nats.mean
+    p = "" if mean.p is None else f" ({probability(mean.p)})"
+    text = f"its mean loss differs from that of {contrast.against}{best} by {shown(mean)} nats{p}"
+    if contrast.bits is not None:
+        text += f", {shown(contrast.bits.mean)} bits per byte"
     return text
 
 
-def _worse(nats: Sequence[float | None]) -> str:
-    """Return in which points of the static front the arm is worse."""
-    higher = [each for each in nats if each is not None and each < 0]
-    missing = sum(each is None for each in nats)
-    parts = []
-    if higher:
-        where = "one point" if len(higher) == 1 else f"{len(higher)} points"
-        parts.append(f"at {where} it is higher, by up to {-min(higher):.3f} nats")
-    if missing:
-        where = "one point" if missing == 1 else f"{missing} points"
-        parts.append(f"at {where} it reaches no high-resource loss as low as static’s")
-    return ", and ".join(parts)
+def tasks_of(contrast: Contrast) -> str:
+    """Return for which tasks the arm is better or worse, and which of them pay."""
+    tasks = contrast.nats.tasks.items()
+    if contrast.seeds == 1:
+        return "by task " + ", ".join(f"{task} {each.mean:+.3f}" for task, each in tasks)
+    named = {
+        sign: [f"{task} ({each.mean:+.3f})" for task, each in tasks if each.sign == sign]
+        for sign in (-1, 1)
+    }
+    lower, higher = named[-1], named[1]
+    parts = [f"lower for {listed(lower)}"] if lower else []
+    if lower and higher:
+        parts.append(f"for which {listed(higher)} {'pays' if len(higher) == 1 else 'pay'}")
+    elif higher:
+        parts.append(f"higher for {listed(higher)}")
+    if undecided := [task for task, each in tasks if each.sign == 0]:
+        parts.append(f"undecided for {listed(undecided)}")
+    return ", ".join(parts)
 
 
-def _how_much(margins: Sequence[Margin], whose: str = "its") -> str:
-    """Return the margin in nats, at which high loss, and whether it exceeds the noise."""
-    gains = [m for m in margins if m.nats is not None and m.nats >= 0]
-    least = min(gains, key=lambda margin: margin.nats or 0.0)
-    most = max(gains, key=lambda margin: margin.nats or 0.0)
-    text = f"at no higher high-resource loss {whose} low-resource loss is lower by {_gain(least)}"
-    if most is not least:
-        text += f" to {_gain(most)}"
-    return f"{text}; {_noise(gains)}"
+def _sizes(contrast: Contrast) -> str:
+    """Return the numbers of settings and seeds, and the difference with all settings."""
+    of = f"{contrast.k} random settings" if contrast.k > 1 else "one random setting"
+    text = f"best of {of} of each, "
+    text += "one seed: no interval" if contrast.seeds == 1 else f"{contrast.seeds} seeds"
+    own, other = contrast.settings
+    if own != other:
+        text += f"; best of all {own} and {other} settings: {shown(contrast.best_of_all)} nats"
+    return text
 
 
-def _gain(margin: Margin) -> str:
-    return f"{margin.nats:.3f} nats (high-resource {margin.point.high.mean:.3f})"
+def front_sentence(arm: ArmFront) -> str:
+    """Describe an arm's front beside the static one, point by point; this decides nothing."""
+    against = arm.against_static
+    if against is None:
+        return ""
+    static, own = len(against.margins), len(against.margins_of_static)
+    text = (
+        f"Front: of the static front’s {static} points it dominates {against.dominated}, static "
+        f"{against.dominated_by} of its {own}. "
+    )
+    found = [each.estimate for each in against.margins if each.estimate is not None]
+    missing = len(against.margins) - len(found)
+    if found:
+        least, most = (choose(found, key=lambda each: each.mean) for choose in (min, max))
+        nats = shown(least) if least is most else f"{shown(least)} to {shown(most)}"
+        text += (
+            "Margin, the low-resource loss that it gains at no higher high-resource loss: "
+            f"{nats} nats"
+        )
+        text += f", none at {missing} of them. " if missing else ". "
+    elif missing:
+        text += "It reaches no high-resource loss as low as static’s. "
+    return text.strip()
 
 
-def _noise(gains: Sequence[Margin]) -> str:
-    measured = [margin for margin in gains if margin.error is not None]
-    if not measured:
-        return "one seed: no error bars"
-    beyond = sum(margin.is_beyond_noise for margin in measured)
-    if len(gains) == 1:
-        return f"that {'exceeds' if beyond else 'does not exceed'} two standard errors"
-    if beyond in (0, len(gains)):
-        return f"that exceeds two standard errors {'everywhere' if beyond else 'nowhere'}"
-    return f"that exceeds two standard errors at {beyond} of these {len(gains)} points"
+def shown(estimate: Estimate) -> str:
+    """Return a signed mean with its interval."""
+    if estimate.low is None:
+        return f"{estimate.mean:+.3f}"
+    return f"{estimate.mean:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
+
+
+def probability(p: float) -> str:
+    """Return `p = …`, or that it is tiny."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def listed(names: Sequence[str], last: str = "and") -> str:
+    """Return `a, b and c`."""
+    return f" {last} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -9,6 +9,7 @@ from typing import Self
 
 from megaphase.sweep.directory import SweepRecord, load_sweep_record
 from megaphase.sweep.pareto.arm_styles import ArmStyles, style_of_arms
+from megaphase.sweep.pareto.contrasts import Contrast, contrasts_of
 from megaphase.sweep.pareto.curves import RunCurves, curves_of
 from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts, fronts_of
 from megaphase.sweep.pareto.points import Failure, Point, best_of, failures
@@ -25,6 +26,7 @@ class SweepView:
 
     record: SweepRecord
     fronts: Sequence[ModelFronts]
+    contrasts: Sequence[Contrast]
     verdicts: Sequence[Verdict]
     failures: Sequence[Failure]
     progress: SweepProgress
@@ -40,10 +42,12 @@ class SweepView:
         """
         record = load_sweep_record(folder)
         fronts = fronts_of(record)
+        contrasts = contrasts_of(record, fronts)
         return cls(
             record=record,
             fronts=fronts,
-            verdicts=verdicts_of(record, fronts),
+            contrasts=contrasts,
+            verdicts=verdicts_of(record, fronts, contrasts),
             failures=failures(record),
             progress=progress_of(record),
             curves=curves_of(record),

@@ -1,11 +1,11 @@
-"""Fronts, their measures and verdicts, computed by hand and by slow independent algorithms."""
+"""Fronts and their measures, computed by hand and by slow independent algorithms."""
 
 import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sweep_support import record_of
+from sweep_support import HIGH, LOW, record_of
 
 from megaphase.sweep.pareto.first_stages import first_stages
 from megaphase.sweep.pareto.fronts import fronts_of
@@ -16,8 +16,8 @@ from megaphase.sweep.pareto.measures import (
     lowest_within,
     nondominated,
 )
-from megaphase.sweep.pareto.points import failures
-from megaphase.sweep.pareto.verdict import progress_of, verdicts_of
+from megaphase.sweep.pareto.points import best_of, failures, reported_split
+from megaphase.sweep.pareto.verdict import progress_of
 
 SIDE = 7
 coordinate = st.integers(0, SIDE + 1)
@@ -74,109 +74,6 @@ ARMS = {"static": {"rates": [0.1, 0.5]}, "two-phase": {"rates": [0.25], "pretrai
 STATIC = {0.1: (4.0, 6.0), 0.5: (4.4, 5.5)}
 
 
-def told(two_phase, *, static=STATIC, arms=ARMS, **more):
-    """Return the verdicts if a run of a two-phase arm has the losses `two_phase`."""
-    by_arm = {"static": lambda trial: static[trial.mixture.rate]}
-    record = record_of(arms, lambda t: by_arm.get(t.arm, lambda _: two_phase)(t), **more)
-    return verdicts_of(record, fronts_of(record))
-
-
-def test_verdict_of_a_win():
-    (verdict,) = told((3.9, 5.4))
-    assert verdict.outcome == "wins"
-    assert verdict.sentence == (
-        "two-phase wins against static: it dominates each of the 2 points of the static front; at "
-        "no higher high-resource loss its low-resource loss is lower by 0.100 nats (high-resource "
-        "4.400) to 0.600 nats (high-resource 4.000); one seed: no error bars."
-    )
-
-
-def test_verdict_of_a_defeat():
-    (verdict,) = told((4.5, 5.8))
-    assert verdict.outcome == "loses"
-    assert verdict.sentence == (
-        "two-phase loses against static: static dominates the only point of its front; at no "
-        "higher high-resource loss static’s low-resource loss is lower by 0.300 nats "
-        "(high-resource 4.500); one seed: no error bars."
-    )
-
-
-@pytest.mark.parametrize(
-    ("two_phase", "ending"),
-    [
-        (
-            (4.1, 5.4),
-            "it dominates 1 of 2, static 0 of its 1; at no higher high-resource loss its "
-            "low-resource loss is lower by 0.100 nats (high-resource 4.400); one seed: no error "
-            "bars; at one point it reaches no high-resource loss as low as static’s.",
-        ),
-        (
-            (3.8, 6.5),
-            "it dominates 0 of 2, static 0 of its 1; at 2 points it is higher, by up to 1.000 "
-            "nats.",
-        ),
-    ],
-)
-def test_verdict_is_undecided_unless_all_points_are_dominated(two_phase, ending):
-    (verdict,) = told(two_phase)
-    assert verdict.outcome == "undecided"
-    start = "two-phase against static is undecided: of the static front’s points "
-    assert verdict.sentence == start + ending
-
-
-@pytest.mark.parametrize(
-    ("spread", "ending"),
-    [(0.02, "everywhere"), (0.2, "at 1 of these 2 points"), (3.0, "nowhere")],
-)
-def test_verdict_says_whether_it_is_more_than_noise(spread, ending):
-    def losses(trial):
-        # A seed's effect on both arms is not noise in their difference.
-        (high, low), own = (3.9, 5.4), -spread
-        if trial.arm == "static":
-            (high, low), own = STATIC[trial.mixture.rate], spread
-        return high, low + (100 + own) * (trial.seed - 2)
-
-    record = record_of(ARMS, losses, seeds=[1, 2, 3])
-    fronts = fronts_of(record)
-    (verdict,) = verdicts_of(record, fronts)
-    assert verdict.sentence.endswith(f"; that exceeds two standard errors {ending}.")
-    (static, two_phase) = fronts[0].arms
-    # Three seeds at -a, 0, +a: the standard deviation is a.
-    low = static.front[0].low
-    assert (low.mean, low.error) == pytest.approx((6.0, (100 + spread) / math.sqrt(3)))
-    margin = two_phase.against_static.margins[0]
-    assert (margin.nats, margin.error) == pytest.approx((0.6, 2 * spread / math.sqrt(3)))
-
-
-def test_every_other_arm_has_a_verdict_and_two_phase_comes_first():
-    arms = {"keep": {"rates": [0.25], "pretrain": [0.8]}} | ARMS
-    assert [verdict.arm for verdict in told((3.9, 5.4), arms=arms)] == ["two-phase", "keep"]
-
-
-def test_verdict_without_what_it_compares():
-    alone = {"two-phase": ARMS["two-phase"]}
-    (verdict,) = told((3.9, 5.4), arms=alone)
-    assert verdict.sentence == ("there is no verdict on two-phase: the sweep has no static arm.")
-    (verdict,) = told((3.9, 5.4), ended=lambda trial: trial.arm != "two-phase")
-    assert verdict.outcome == "undecided"
-    assert verdict.sentence == (
-        "So far, with 3 of 4 runs, there is no verdict on two-phase yet: no run of two-phase has "
-        "ended normally."
-    )
-
-
-def test_models_are_compared_one_by_one():
-    def losses(trial):
-        high, low = STATIC[trial.mixture.rate] if trial.arm == "static" else (3.9, 5.4)
-        return (high, low) if trial.model == "small" else (high, 11 - low)
-
-    record = record_of(ARMS, losses, models={"small": {}, "large": {}})
-    first, second = verdicts_of(record, fronts_of(record))
-    assert first.sentence.startswith("small: two-phase wins")
-    # 11 − low: static is (4.0, 5.0), with (4.4, 5.5) off its front; two-phase is (3.9, 5.6).
-    assert second.sentence.startswith("large: two-phase against static is undecided")
-
-
 def test_front_reference_and_shares_by_hand():
     arms = {
         "static": {"rates": [0.1, 0.2, 0.5]},
@@ -196,6 +93,46 @@ def test_front_reference_and_shares_by_hand():
     assert (against.dominated, against.share, against.dominated_by) == (1, 0.5, 0)
     assert [margin.nats for margin in against.margins] == pytest.approx([0.1, -0.1])
     assert static.against_static is None
+
+
+def test_margin_has_the_interval_of_the_paired_differences():
+    def losses(trial):
+        # A seed's effect on both arms is not noise in their difference.
+        (high, low), own = (3.9, 5.4), -0.2
+        if trial.arm == "static":
+            (high, low), own = STATIC[trial.mixture.rate], 0.2
+        return high, low + (100 + own) * (trial.seed - 2)
+
+    (fronts,) = fronts_of(record_of(ARMS, losses, seeds=[1, 2, 3]))
+    static, two_phase = fronts.arms
+    # Three seeds at -a, 0, +a: the standard deviation is a.
+    low = static.front[0].low
+    assert (low.mean, low.error) == pytest.approx((6.0, 100.2 / math.sqrt(3)))
+    found = two_phase.against_static.margins[0].estimate
+    assert (found.mean, found.error) == pytest.approx((0.6, 0.4 / math.sqrt(3)))
+    assert found.high - found.mean == pytest.approx(4.303 * 0.4 / math.sqrt(3), rel=1e-3)
+
+
+def test_settings_are_chosen_on_validation_and_shown_on_the_test_split():
+    on_test = {0.1: (4.5, 6.5), 0.5: (4.1, 5.8)}
+    record = record_of(ARMS, lambda t: STATIC.get(t.mixture.rate, (3.9, 5.4)))
+    for trial in record.trials:
+        found = record.outcomes[trial.name]
+        high, low = on_test.get(trial.mixture.rate, (4.0, 5.6))
+        losses = dict.fromkeys(HIGH, high) | dict.fromkeys(LOW, low)
+        record.outcomes[trial.name] = found.model_copy(update={"test": losses})
+    static, two_phase = fronts_of(record)[0].arms
+    # On the test split 50 % would dominate 10 %: the front is that of the validation split.
+    assert [point.pair for point in static.front] == [(4.5, 6.5), (4.1, 5.8)]
+    assert best_of(static.points).setting.mixture.rate == 0.5
+    margins = two_phase.against_static.margins
+    assert [margin.nats for margin in margins] == pytest.approx([0.9, 0.2])
+    assert reported_split(record) == "test"
+    (name,) = (t.name for t in record.trials if t.arm == "two-phase")
+    record.outcomes[name] = record.outcomes[name].model_copy(update={"test": {}})
+    # Losses of two splits cannot be compared.
+    assert reported_split(record) == "validation"
+    assert fronts_of(record)[0].arms[0].front[0].pair == (4.0, 6.0)
 
 
 def test_a_setting_with_a_failed_seed_is_no_point():
