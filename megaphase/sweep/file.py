@@ -14,10 +14,7 @@ from megaphase.config.fields import (
     FewOrZero,
     FilePath,
     FilePathOrContent,
-    FractionOf1,
-    LearningRate,
     Name,
-    ProperFraction,
     RoleOrTaskNames,
     Section,
     Seed,
@@ -25,29 +22,8 @@ from megaphase.config.fields import (
     Temperature,
 )
 from megaphase.launch.slurm.pipeline import Step
+from megaphase.sweep.arms.config import Arm, LearningRateGrid, each_once
 from megaphase.utils.validation_errors import as_input_error
-
-Kind = Literal["static", "two-phase", "restart", "keep", "low-only", "regularized"]
-KINDS: tuple[Kind, ...] = ("static", "two-phase", "restart", "keep", "low-only", "regularized")
-# Kinds with two stages, of which the first gets a share of the budget.
-STAGED = ("two-phase", "restart", "keep", "low-only")
-
-
-class LearningRateGrid(Section):
-    """One schedule for all arms, and the peak learning rates that every arm tries.
-
-    final: as a fraction of the peak. warmup: as a fraction of the schedule's steps.
-    """
-
-    schedule: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
-    peaks: list[LearningRate] = Field(min_length=1)
-    final: FractionOf1 = 0.1
-    warmup: FractionOf1 = 0.03
-
-    @field_validator("peaks")
-    @classmethod
-    def _each_once(cls, peaks: list[float]) -> list[float]:
-        return _unique("this list", peaks)
 
 
 class Within(Section):
@@ -55,31 +31,6 @@ class Within(Section):
 
     high: Temperature = 1.0
     low: Temperature = 1.0
-
-
-class Arm(Section):
-    """One way to spend the budget, with all of its settings to be tried.
-
-    kind: the arm's name by default.
-    rates: total rates of the low-resource tasks in the last phase; temperatures: of the mixture of
-        all tasks there, instead or in addition.
-    pretrain: shares of the budget for the first stage.
-    settings: values of the run file by key path, such as `model.dropout: 0.1`.
-    early_stopping: end the last phase after this many validations without an improvement of any
-        low-resource task, and use the weights with the lowest mean low-resource loss.
-    """
-
-    kind: Kind | None = None
-    rates: list[ProperFraction] = Field(default=[])
-    temperatures: list[Temperature] = Field(default=[])
-    pretrain: list[ProperFraction] = Field(default=[])
-    settings: dict[str, Any] = Field(default={})
-    early_stopping: Few | None = None
-
-    @field_validator("rates", "temperatures", "pretrain")
-    @classmethod
-    def _each_once(cls, values: list[float]) -> list[float]:
-        return _unique("this list", values)
 
 
 class TranslationScores(Section):
@@ -111,7 +62,7 @@ class PrimaryContrast(Section):
     @field_validator("against")
     @classmethod
     def _each_once(cls, arms: list[str]) -> list[str]:
-        return _unique("this list", arms)
+        return each_once("this list", arms)
 
 
 class ClusterJobs(Section):
@@ -203,17 +154,10 @@ class SweepConfig(Section):
     @field_validator("seeds")
     @classmethod
     def _each_once(cls, seeds: list[int]) -> list[int]:
-        return _unique("this list", seeds)
+        return each_once("this list", seeds)
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give the budget of a run, either steps or tokens")
         return self
-
-
-def _unique(what: str, values: list[Any]) -> list[Any]:
-    if len(set(values)) < len(values):
-        twice = next(value for value in values if values.count(value) > 1)
-        raise ValueError(f"{twice!r} occurs twice in {what}; leave it out once")
-    return values

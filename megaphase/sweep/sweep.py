@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megaphase.config.load import run_config, set_value
 from megaphase.config.run import RunConfig
 from megaphase.plan.spec import check_corpora, plan_spec
-from megaphase.sweep.file import KINDS, STAGED, Arm, Kind, PrimaryContrast, SweepConfig
+from megaphase.sweep.arms.config import KINDS, PHASES, STAGED, Arm, Kind
+from megaphase.sweep.file import PrimaryContrast, SweepConfig
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import real_path
@@ -145,12 +146,14 @@ def _probe(config: SweepConfig) -> dict[str, Any]:
 
 
 def _kind(path: Path, name: str, arm: Arm) -> Kind:
+    if arm.phases:
+        return PHASES
     kind = arm.kind or name
     if kind not in KINDS:
         raise InputError(
             f"{path}: arms.{name}",
             f"{name!r} is not a kind of arm",
-            f"add kind: {', '.join(KINDS)}",
+            f"add kind: {', '.join(KINDS)}; or phases",
         )
     return kind
 
@@ -158,6 +161,8 @@ def _kind(path: Path, name: str, arm: Arm) -> Kind:
 def _check_arm(path: Path, name: str, arm: Arm) -> None:
     """Reject keys that do not apply to the arm's kind, and require those that it needs."""
     where, kind = f"{path}: arms.{name}", _kind(path, name, arm)
+    if kind == PHASES:
+        return
     if kind == "low-only" and (arm.rates or arm.temperatures):
         raise InputError(where, "low-only has no rates nor temperatures", "leave them out")
     if kind != "low-only" and not (arm.rates or arm.temperatures):

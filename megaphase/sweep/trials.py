@@ -1,36 +1,32 @@
 """The runs of a sweep: what each one trains, and from which other run it starts.
 
-The first stage of an arm is trained with every peak of the grid. All branches of the arm start from
-the one with the lowest loss, averaged over the seeds, again with every peak. So the runs are
-determined step by step as runs end: `known_trials` is a pure function of the outcomes.
+Arms that begin with the same phases share the runs of these: the runs are a tree. A phase with a
+schedule of its own is trained with every peak, and starts from the peak of the phase before that
+had the lowest loss, averaged over the seeds, or from every peak. So the runs are determined step by
+step as runs end: `known_trials` is a pure function of the outcomes.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from statistics import fmean
 from typing import Any
 
+from megaphase.sweep.arms.recipes import arm_recipes
+from megaphase.sweep.arms.run_files import Phase, phase_content, run_content, stops_early
 from megaphase.sweep.arms.setting import (
     Mixture,
     TriedSetting,
     number_in_name,
+    phases_setting,
     short_form_setting,
 )
-from megaphase.sweep.file import STAGED, Arm
+from megaphase.sweep.arms.stages import PRETRAIN, Recipe, Stage
 from megaphase.sweep.outcome import Outcome
-from megaphase.sweep.sweep import Sweep, set_all
-from megaphase.utils.decimals import as_written
+from megaphase.sweep.sweep import Sweep
 from megaphase.utils.errors import InputError
 from megaphase.utils.names import MOST_BYTES_OF_RUN
-
-PRETRAIN, JOINT, STATIC, RESTART, LOW_ONLY = "pretrain", "joint", "static", "restart", "low-only"
-RATE_DECIMALS = 6
-
-Phase = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,7 @@ class Trial:
         source_phase: the phase at whose end it starts.
         is_final: whether it completes the budget; the others are first stages.
         takes_best: whether its weights are those with the lowest mean low-resource loss.
+        takes_average: whether its weights are the average at the end of its phase.
     """
 
     name: str
@@ -56,6 +53,7 @@ class Trial:
     source_phase: str | None
     is_final: bool
     takes_best: bool = False
+    takes_average: bool = False
 
     @property
     def arm(self) -> str:
@@ -135,9 +133,22 @@ def best_peak(
 
 
 def own_loss(sweep: Sweep, trial: Trial, outcome: Outcome) -> float:
-    """Return the loss by which runs of a stage are compared: the mean over its training tasks."""
-    groups = [sweep.high] if trial.mixture == Mixture() else [sweep.high, sweep.low]
-    return fmean(outcome.group_loss(group) for group in groups)
+    """Return the loss by which runs of a stage are compared: the mean over its training tasks, in
+    which both groups have the same weight."""
+    sampled = sampled_tasks(trial)
+    groups = [[task for task in group if task in sampled] for group in (sweep.high, sweep.low)]
+    return fmean(outcome.group_loss(group) for group in groups if group)
+
+
+def sampled_tasks(trial: Trial) -> list[str]:
+    """Return the tasks that a run's own phase samples."""
+    mixture, tasks = trial.run["phases"][0]["mixture"], trial.run["tasks"]
+    if "rates" in mixture:
+        return [task for task, rate in mixture["rates"].items() if rate != 0]
+    over = mixture.get("over")
+    if isinstance(over, str):
+        return [task for task, section in tasks.items() if section.get("role") == over]
+    return list(tasks) if over is None else over
 
 
 def _trials(sweep: Sweep, choose: Choice) -> list[Trial]:
@@ -166,142 +177,66 @@ def _trials(sweep: Sweep, choose: Choice) -> list[Trial]:
 def _all_trials(sweep: Sweep, choose: Choice) -> Iterator[Trial]:
     for model in sweep.config.models or [None]:
         for name in sweep.config.arms:
-            yield from _Expansion(sweep, name, model, choose).trials()
+            for recipe in arm_recipes(sweep, name):
+                yield from _Runs(sweep, recipe, model, choose).all()
+
+
+BySeed = Mapping[int, "Trial"]
 
 
 @dataclass(frozen=True)
-class _Expansion:
-    """The runs of one arm with one model."""
+class _Runs:
+    """The runs of one recipe with one model."""
 
     sweep: Sweep
-    name: str
+    recipe: Recipe
     model: str | None
     choose: Choice
 
-    @property
-    def arm(self) -> Arm:
-        return self.sweep.config.arms[self.name]
+    def all(self) -> Iterator[Trial]:
+        """Yield the runs of every stage, as far as the peaks from which they start are known."""
+        arm = self.sweep.config.arms[self.recipe.arm]
+        sources: Sequence[BySeed] = [{}]
+        for stage, following in self._stages():
+            reached = [runs for source in sources for runs in self._peaks(stage, source)]
+            candidates = [trial for runs in reached for trial in runs.values()]
+            yield from candidates
+            if following is None:
+                return
+            if not following.continues and arm.branch_from == "best_peak":
+                peak = self.choose(candidates)
+                reached = [runs for runs in reached if next(iter(runs.values())).peak == peak]
+            sources = reached
 
-    @property
-    def kind(self) -> str:
-        return self.sweep.kind(self.name)
+    def _stages(self) -> Iterator[tuple[Stage, Stage | None]]:
+        stages = self.recipe.stages
+        return zip(stages, [*stages[1:], None], strict=True)
 
-    def trials(self) -> Iterator[Trial]:
-        if self.kind not in STAGED:
-            for mixture, peak, seed in product(self.mixtures(), *self.grid()):
-                phase = self.phase(STATIC, self.sweep.steps, mixture, peak)
-                yield self.trial(self.name, None, mixture, peak, seed, phase, None)
-            return
-        for share in self.arm.pretrain:
-            if self.kind == "keep":
-                yield from self.kept(share)
-            elif self.kind == "restart":
-                for mixture in self.mixtures():
-                    yield from self.branches(share, mixture, [mixture])
-            else:
-                yield from self.branches(share, Mixture(), self.mixtures())
+    def _peaks(self, stage: Stage, sources: BySeed) -> Iterator[BySeed]:
+        """Yield the runs of a stage that start from these, for every peak of its schedule."""
+        peaks = stage.peaks
+        if stage.continues:
+            peaks = [next(iter(sources.values())).peak]
+        for peak in peaks:
+            yield {
+                seed: self._trial(stage, peak, seed, sources.get(seed))
+                for seed in self.sweep.config.seeds
+            }
 
-    def grid(self) -> tuple[list[float], list[int]]:
-        return self.sweep.config.learning_rate.peaks, self.sweep.config.seeds
-
-    def mixtures(self) -> list[Mixture]:
-        if self.kind == LOW_ONLY:
-            return [Mixture(rate=1.0)]
-        rates = [Mixture(rate=rate) for rate in self.arm.rates]
-        return rates + [Mixture(temperature=each) for each in self.arm.temperatures]
-
-    def branches(self, share: float, first: Mixture, mixtures: list[Mixture]) -> Iterator[Trial]:
-        """Yield first stages with every peak, and the branches of the best of them."""
-        steps = self.first_steps(share)
-        name, phase_name = self.first_name(first), PRETRAIN if first == Mixture() else STATIC
-        candidates = [
-            self.trial(
-                name, share, first, peak, seed, self.phase(phase_name, steps, first, peak), None
-            )
-            for peak, seed in product(*self.grid())
-        ]
-        yield from candidates
-        chosen = self.choose(candidates)
-        sources = {trial.seed: trial for trial in candidates if trial.peak == chosen}
-        if not sources:
-            return
-        last = {"restart": RESTART, LOW_ONLY: LOW_ONLY}.get(self.kind, JOINT)
-        for mixture, peak, seed in product(mixtures, *self.grid()):
-            phase = self.phase(last, self.sweep.steps - steps, mixture, peak)
-            source = sources[seed]
-            yield self.trial(self.name, share, mixture, peak, seed, phase, source)
-
-    def kept(self, share: float) -> Iterator[Trial]:
-        """Yield runs with one schedule and optimizer state over both phases, so with one peak."""
-        first, whole = self.first_steps(share), self.sweep.steps
-        for peak, seed in product(*self.grid()):
-            schedule = {"steps": whole}
-            phase = self.phase(PRETRAIN, first, Mixture(), peak, whole, schedule)
-            source = self.trial(
-                f"{self.name}-{PRETRAIN}", share, Mixture(), peak, seed, phase, None
-            )
-            yield source
-            for mixture in self.mixtures():
-                schedule = {"steps": whole, "first_step": first}
-                phase = self.phase(JOINT, whole - first, mixture, peak, whole, schedule)
-                phase["optimizer_state"] = "keep"
-                yield self.trial(self.name, share, mixture, peak, seed, phase, source)
-
-    def first_steps(self, share: float) -> int:
-        return min(max(1, round(as_written(share) * self.sweep.steps)), self.sweep.steps - 1)
-
-    def first_name(self, mixture: Mixture) -> str:
-        """Return a name that arms without their own settings share, as they share first stages."""
-        if mixture == Mixture() and not self.arm.settings:
-            return PRETRAIN
-        return f"{self.name}-first"
-
-    def phase(
-        self,
-        name: str,
-        steps: int,
-        mixture: Mixture,
-        peak: float,
-        schedule_steps: int | None = None,
-        schedule: Mapping[str, int] | None = None,
-    ) -> Phase:
-        grid = self.sweep.config.learning_rate
-        return {
-            "name": name,
-            "steps": steps,
-            "mixture": mixture_section(self.sweep, mixture),
-            "learning_rate": {
-                "schedule": grid.schedule,
-                "peak": peak,
-                "final": float(f"{peak * grid.final:.6g}"),
-                "warmup_steps": round(as_written(grid.warmup) * (schedule_steps or steps)),
-                **(schedule or {}),
-            },
-        }
-
-    def trial(
-        self,
-        arm: str,
-        share: float | None,
-        mixture: Mixture,
-        peak: float,
-        seed: int,
-        phase: Phase,
-        source: Trial | None,
-    ) -> Trial:
-        is_final = source is not None or self.kind not in STAGED
-        model = [] if self.model is None else [self.model]
-        shares = [] if share is None else [number_in_name(share)]
-        # If another first stage becomes the best one later, its branches are different runs.
-        first = "" if source is None or source.peak == peak else f"-f{number_in_name(source.peak)}"
-        suffix = f"{mixture.suffix}{first}-p{number_in_name(peak)}-s{seed}"
-        name = "-".join([*model, arm, *shares]) + suffix
-        takes_best = is_final and self.arm.early_stopping is not None
-        run = self.run(name, seed, phase, stops_early=takes_best)
-        before = () if source is None else source.setting.peaks
+    def _trial(self, stage: Stage, peak: float, seed: int, source: Trial | None) -> Trial:
+        sweep, recipe = self.sweep, self.recipe
+        arm = sweep.config.arms[recipe.arm]
+        is_final = stage is recipe.stages[-1]
+        peaks = (*(() if source is None else source.setting.peaks), peak)
+        name = self._name(stage, peaks, seed)
+        phase = phase_content(sweep, stage, peak)
+        run = run_content(sweep, recipe.arm, self.model, name, seed, stage, phase)
+        takes_best = is_final and arm.early_stopping is not None
+        if takes_best:
+            run = stops_early(sweep, arm, run)
         return Trial(
             name=name,
-            setting=short_form_setting(arm, self.model, share, mixture, (*before, peak)),
+            setting=self._setting(stage, peaks),
             seed=seed,
             run=run,
             phases=[*(() if source is None else source.phases), *run["phases"]],
@@ -309,48 +244,37 @@ class _Expansion:
             source_phase=None if source is None else source.run["phases"][0]["name"],
             is_final=is_final,
             takes_best=takes_best,
+            takes_average=stage.phase.average is not None,
         )
 
-    def run(self, name: str, seed: int, phase: Phase, *, stops_early: bool) -> dict[str, Any]:
-        """Return the content of the run file."""
-        sweep, arm = self.sweep, self.arm
-        run: dict[str, Any] = {"seed": seed, "output": str(sweep.output / "runs" / name)}
-        run |= copy.deepcopy(sweep.base)
-        if self.model is not None:
-            run["model"] |= sweep.config.models[self.model]
-        set_all(sweep.file, f"arms.{self.name}.settings", sweep.file, run, arm.settings)
-        if stops_early:
-            overfit = {"tasks": sweep.low, "patience": arm.early_stopping, "when": "all"}
-            phase = phase | {"stop": {"overfit": overfit}}
-            run["monitor"] = {"tasks": sweep.low}
-        return run | {"phases": [phase]}
+    def _name(self, stage: Stage, peaks: tuple[float, ...], seed: int) -> str:
+        model = "" if self.model is None else f"{self.model}-"
+        stages = zip(self.recipe.stages, peaks, strict=False)
+        before = [each for own, each in stages if not own.continues][:-1]
+        # If another peak becomes the best one later, its branches are different runs.
+        chosen = "".join(f"-f{number_in_name(each)}" for each in before)
+        chosen = chosen if set(before) - {peaks[-1]} else ""
+        return f"{model}{stage.stem}{chosen}-p{number_in_name(peaks[-1])}-s{seed}"
 
+    def _setting(self, stage: Stage, peaks: tuple[float, ...]) -> TriedSetting:
+        recipe, is_final = self.recipe, stage is self.recipe.stages[-1]
+        arm = recipe.arm if is_final else stage.owner
+        share = self._share(stage)
+        axes = recipe.axes if is_final else ()
+        if recipe.is_short or (not is_final and stage.owner == PRETRAIN):
+            return short_form_setting(arm, self.model, share, stage.mixture, peaks, axes)
+        every = self.sweep.config.arms[recipe.arm].branch_from == "every_peak"
+        starts = [each.number for each in recipe.stages[: len(peaks)] if not each.continues]
+        return phases_setting(
+            arm, self.model, share, stage.mixture, peaks, axes, starts if every else starts[-1:]
+        )
 
-def mixture_section(sweep: Sweep, mixture: Mixture) -> dict[str, Any]:
-    """Return the section `mixture` of a phase."""
-    if mixture.temperature is not None:
-        return {"temperature": mixture.temperature}
-    rate = mixture.rate or 0.0
-    within = sweep.config.within
-    rates = _shares(sweep, sweep.high, within.high, 1 - rate)
-    rates |= _shares(sweep, sweep.low, within.low, rate)
-    for group, part in ((sweep.high, 1 - rate), (sweep.low, rate)):
-        if part > 0 and (lost := next((task for task in group if rates[task] == 0), None)):
-            raise InputError(
-                sweep.where("arms"),
-                f"with {mixture.label} for the low-resource tasks {lost} has a rate below "
-                f"{10**-RATE_DECIMALS:g}",
-                "choose another rate, or another temperature under within",
-            )
-    largest = max(rates, key=lambda task: rates[task])
-    rest = sum(each for task, each in rates.items() if task != largest)
-    rates[largest] = round(1 - rest, RATE_DECIMALS)
-    return {"rates": {task: each for task, each in rates.items() if each > 0}}
-
-
-def _shares(sweep: Sweep, tasks: list[str], temperature: float, rate: float) -> dict[str, float]:
-    """Divide a group's rate among its tasks."""
-    most = max(sweep.tokens[task] for task in tasks)
-    weights = {task: (sweep.tokens[task] / most) ** (1 / temperature) for task in tasks}
-    total = sum(weights.values())
-    return {task: round(rate * each / total, RATE_DECIMALS) for task, each in weights.items()}
+    def _share(self, stage: Stage) -> float | None:
+        """Return the share of the budget before a last stage, or up to the end of another."""
+        stages = self.recipe.stages
+        if len(stages) == 1:
+            return None
+        place = stage.span.start if stage is stages[-1] else stage.span.end
+        if place.steps == 0:
+            return float(place.share)
+        return place.step(self.sweep.steps) / self.sweep.steps

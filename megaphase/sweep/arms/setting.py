@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Value = str | float | int | bool | None
@@ -89,12 +90,22 @@ def number_in_name(value: float) -> str:
 
 
 def short_form_setting(
-    arm: str, model: str | None, share: float | None, mixture: Mixture, peaks: tuple[float, ...]
+    arm: str,
+    model: str | None,
+    share: float | None,
+    mixture: Mixture,
+    peaks: tuple[float, ...],
+    tried: tuple[tuple[str, Value], ...] = (),
 ) -> TriedSetting:
-    """Return a setting of an arm that is given in a short form."""
+    """Return a setting of an arm that is given in a short form; tried: its values of the run
+    file."""
     axes: dict[str, Value] = {
-        SHARE: share, RATE: mixture.rate, TEMPERATURE: mixture.temperature, PEAK: peaks[-1]
-    }  # fmt: skip
+        SHARE: share,
+        RATE: mixture.rate,
+        TEMPERATURE: mixture.temperature,
+        **dict(tried),
+        PEAK: peaks[-1],
+    }
     after = "" if share is None else f" after {100 * share:g}%"
     return TriedSetting(
         arm=arm,
@@ -103,5 +114,53 @@ def short_form_setting(
         mixture=mixture,
         share=share,
         peaks=peaks,
-        label=f"{mixture.label}{after}",
+        label=", ".join([f"{mixture.label}{after}", *_labels(tried)]),
     )
+
+
+def phases_setting(
+    arm: str,
+    model: str | None,
+    share: float | None,
+    mixture: Mixture,
+    peaks: tuple[float, ...],
+    tried: tuple[tuple[str, Value], ...],
+    peaks_of: Sequence[int],
+) -> TriedSetting:
+    """Return a setting of an arm that is given phase by phase.
+
+    tried: the values of its axes apart from peaks. peaks_of: the numbers of the phases whose peaks
+    are axes, of which the last has the peak of the last phase.
+    """
+    axes = [f"phases[{number}].learning_rate.peak" for number in peaks_of]
+    tried_peaks: list[tuple[str, Value]] = [
+        (axis, peaks[number]) for axis, number in zip(axes, peaks_of, strict=True)
+    ]
+    return TriedSetting(
+        arm=arm,
+        model=model,
+        values=(*tried, *tried_peaks),
+        mixture=mixture,
+        share=share,
+        peaks=peaks,
+        label=", ".join(_labels(tried)) or mixture.label,
+        peak_axis=axes[-1],
+    )
+
+
+def _labels(tried: Sequence[tuple[str, Value]]) -> list[str]:
+    """Return `dropout 0.1` for each value, with as many of its axis' keys as tell it apart."""
+    return [
+        f"{_short_axis(axis, [each for each, _ in tried])} "
+        f"{value if isinstance(value, str | bool) or value is None else f'{value:g}'}"
+        for axis, value in tried
+    ]
+
+
+def _short_axis(axis: str, axes: Sequence[str]) -> str:
+    keys = axis.split(".")
+    for count in range(2 if keys[-1] in ("from", "to", "name") else 1, len(keys)):
+        end = ".".join(keys[-count:])
+        if sum(each.endswith(f".{end}") for each in axes) == 1:
+            return end
+    return axis

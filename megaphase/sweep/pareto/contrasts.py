@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from megaphase.sweep.arms.config import Kind
 from megaphase.sweep.directory import SweepRecord
-from megaphase.sweep.file import Kind
 from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts
 from megaphase.sweep.pareto.points import Point, RunLosses
 from megaphase.sweep.pareto.statistics import (

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from megaphase.report.page import Plot
-from megaphase.sweep.file import Kind
+from megaphase.sweep.arms.config import Kind
 from megaphase.sweep.pareto.choice_plots import Line, Score, choice_plot, score_plot
 from megaphase.sweep.pareto.curve_plots import (
     data_efficiency_plot,

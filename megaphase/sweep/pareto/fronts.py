@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from megaphase.sweep.arms.config import Kind
 from megaphase.sweep.directory import SweepRecord
-from megaphase.sweep.file import Kind
 from megaphase.sweep.pareto.measures import (
     Pair,
     count_dominated,

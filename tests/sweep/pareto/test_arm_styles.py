@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaphase.report.page import CSS_VARIABLES
-from megaphase.sweep.file import KINDS
+from megaphase.sweep.arms.config import KINDS
 from megaphase.sweep.pareto.arm_styles import MARKERS, style_of_arms
 from megaphase.utils.plot_style import LINE_COLOURS
 
