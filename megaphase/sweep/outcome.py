@@ -55,13 +55,16 @@ class Outcome(BaseModel):
         return loss if math.isfinite(loss) else math.inf
 
 
-def outcome_of(run: RunRecord, best_of: Sequence[str] | None) -> Outcome:
+def outcome_of(
+    run: RunRecord, best_of: Sequence[str] | None, *, of_average: bool = False
+) -> Outcome:
     """Return the outcome of an ended run.
 
     best_of: the tasks whose lowest mean loss determines the weights that count; None: the last.
+    of_average: whether the average of the weights counts instead of the weights.
 
     Raises:
-        RunError: the run has never been validated.
+        RunError: the run has never been validated, or its last validation had no average.
     """
     if run.ended_diverged is not None:
         return _of_diverged(run, run.ended_diverged)
@@ -70,10 +73,16 @@ def outcome_of(run: RunRecord, best_of: Sequence[str] | None) -> Outcome:
     row = run.validation[-1]
     if best_of is not None:
         row = min(run.validation, key=lambda each: _mean(each.validation, best_of))
+    rows = row.validation_average if of_average else row.validation
+    if not rows:
+        raise RunError(
+            f"{run.directory}: the run has ended before weights were averaged; lower the phase's "
+            "average.from_step"
+        )
     return Outcome(
         step=row.step,
-        losses={task: measured.loss for task, measured in row.validation.items()},
-        bits_per_byte={task: measured.bits_per_byte for task, measured in row.validation.items()},
+        losses={task: measured.loss for task, measured in rows.items()},
+        bits_per_byte={task: measured.bits_per_byte for task, measured in rows.items()},
         seconds=_seconds(run),
     )
 

@@ -36,13 +36,15 @@ def translate_arguments(sweep: Sweep, trial: Trial, run_file: Path, scores: Path
     checkpoint = "best-mean" if trial.takes_best else _last_phase(trial)
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
     where = ["--checkpoint", checkpoint, "--scores", str(scores)]
-    return ["translate", str(run_file), *where, *flags]
+    average = ["--average"] if trial.takes_average else []
+    return ["translate", str(run_file), *where, *average, *flags]
 
 
 def read_outcome(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outcome:
     """Return the outcome of a run that has ended, normally or because it diverged."""
     run = load_run(directory.run(trial.name))
-    outcome = outcome_of(run, sweep.low if trial.takes_best else None)
+    best_of = sweep.low if trial.takes_best else None
+    outcome = outcome_of(run, best_of, of_average=trial.takes_average)
     scores = directory.scores_file(trial.name)
     if outcome.diverged is not None or not is_translated(sweep, trial):
         return outcome

@@ -1,7 +1,7 @@
 """The curves of a sweep's runs: losses, tokens and epochs at every validation.
 
-A branch begins with the curve of the run from which it started. Only the displayed values of a run
-are kept, so that a sweep of hundreds of long runs fits into memory.
+A branch begins with the curves of the runs from which it started. Only the displayed values of a
+run are kept, so that a sweep of hundreds of long runs fits into memory.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from megaphase.report.plot_parts import Curve
 from megaphase.report.runs import HeldOutRow, RunRecord
 from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.pareto.points import Point, reason_of_failure
+from megaphase.sweep.trials import Trial
 
 ByTask = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
 class RunCurves:
-    """Values at the validations of a run and of the run from which it started.
+    """Values at the validations of a run and of the runs from which it started.
 
     Attributes:
-        steps: steps of the validations, ascending, over both runs.
+        steps: steps of the validations, ascending, over all of these runs.
         switch: steps done before the run's own first one; None without a first stage.
         validation: loss by task.
         training: mean loss since the previous validation, by task; NaN if it was not trained on.
@@ -57,18 +58,30 @@ def curves_of(record: SweepRecord) -> dict[str, RunCurves]:
     Raises:
         InputError: the directory of one of them is damaged.
     """
-    tasks = [*record.sweep.high, *record.sweep.low]
-    sources: dict[str, RunCurves] = {}
+    trials = {trial.name: trial for trial in record.trials}
+    parts: dict[str, RunCurves] = {}  # of the runs from which others start
     found: dict[str, RunCurves] = {}
     for trial in record.trials:
         outcome = record.outcomes.get(trial.name)
-        if not trial.is_final or outcome is None or reason_of_failure(outcome) is not None:
-            continue
-        if trial.source is not None and trial.source not in sources:
-            sources[trial.source] = _own_curves(load_run(record.directory.run(trial.source)), tasks)
-        run = _own_curves(load_run(record.directory.run(trial.name)), tasks)
-        found[trial.name] = run if trial.source is None else _joined(sources[trial.source], run)
+        if trial.is_final and outcome is not None and reason_of_failure(outcome) is None:
+            found[trial.name] = _curves(record, trials, trial.name, parts)
     return found
+
+
+def _curves(
+    record: SweepRecord, trials: Mapping[str, Trial], name: str, parts: dict[str, RunCurves]
+) -> RunCurves:
+    """Return the curves of a run and of all runs before it; parts: those known, added to."""
+    if name in parts:
+        return parts[name]
+    tasks = [*record.sweep.high, *record.sweep.low]
+    run = _own_curves(load_run(record.directory.run(name)), tasks)
+    source = trials[name].source
+    if source is not None:
+        run = _joined(_curves(record, trials, source, parts), run)
+    if not trials[name].is_final:
+        parts[name] = run
+    return run
 
 
 def _own_curves(run: RunRecord, tasks: Sequence[str]) -> RunCurves:

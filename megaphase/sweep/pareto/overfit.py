@@ -11,8 +11,6 @@ from megaphase.sweep.pareto.curves import RunCurves, mean_curve
 from megaphase.sweep.pareto.fronts import ModelFronts
 from megaphase.sweep.pareto.points import Point, best_of
 
-SINGLE_STAGE = ("static", "regularized")
-
 
 @dataclass(frozen=True)
 class Overfit:
@@ -47,7 +45,7 @@ def best_by_mixture(points: Sequence[Point]) -> list[Point]:
 def single_stage_points(fronts: ModelFronts) -> list[Point]:
     """Return the best peak for every mixture of the single-phase arms."""
     return best_by_mixture(
-        [point for arm in fronts.arms if arm.kind in SINGLE_STAGE for point in arm.points]
+        [point for arm in fronts.arms for point in arm.points if len(point.setting.peaks) == 1]
     )
 
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from megaphase.report.report_files import NUMBERS_FOLDER, PageContent, write_page
 from megaphase.report.run_page import NOTHING
+from megaphase.sweep.arms.budgets import own_budgets
 from megaphase.sweep.pareto.numbers import write_sweep_numbers
 from megaphase.sweep.pareto.sweep_page import sweep_article
 from megaphase.sweep.pareto.tables import comparison_cells
@@ -61,12 +62,14 @@ class SweepReport:
         return table
 
     def sentences(self) -> list[str]:
-        """Return the verdicts, and the runs that have failed or diverged."""
+        """Return the verdicts, the arms with budgets of their own, and the runs that have failed or
+        diverged."""
         failed = [
             f"{name} {reason if reason.startswith('diverged') else f'failed: {reason}'}"
             for name, reason in self.view.failures
         ]
-        return [*(verdict.sentence for verdict in self.view.verdicts), *failed]
+        budgets = [f"{each}." for each in own_budgets(self.view.record.sweep)]
+        return [*(verdict.sentence for verdict in self.view.verdicts), *budgets, *failed]
 
     def _content(self, folder: Path) -> PageContent:
         """Write plots and numbers into `folder`; return the page's content."""

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from megaphase.report.page import DrawnPlot, PageTable, Plot, draw_plot, render
 from megaphase.report.report_files import PLOTS_FOLDER
+from megaphase.sweep.arms.budgets import own_budgets
 from megaphase.sweep.pareto.figures import (
     bleu_front_plot,
     front_plot,
@@ -110,10 +111,17 @@ def _lead(view: SweepView) -> str:
     seeds = len(sweep.config.seeds)
     failed = f" {len(view.failures)} of them failed or diverged." if view.failures else ""
     return (
-        f"{view.progress.sentence}{failed} Every run has {sweep.steps:,} steps. "
+        f"{view.progress.sentence}{failed} {_budget(sweep)} "
         f"High-resource: {', '.join(sweep.high)}; low-resource: {', '.join(sweep.low)}. "
         f"{seeds} {'seed' if seeds == 1 else 'seeds'} per setting."
     )
+
+
+def _budget(sweep: Sweep) -> str:
+    others = own_budgets(sweep)
+    if not others:
+        return f"Every run has {sweep.steps:,} steps."
+    return f"Every run has {sweep.steps:,} steps, except that {'; '.join(others)}."
 
 
 def sweep_file_of(sweep: Sweep) -> dict[str, Any]:
