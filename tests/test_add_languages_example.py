@@ -122,6 +122,7 @@ def check(result: Result, add: int) -> None:
     assert (result.out / "report" / "index.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_small_texts(tmp_path: Path) -> None:
     corpora = tmp_path / "corpora"

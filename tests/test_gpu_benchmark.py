@@ -29,6 +29,7 @@ def results(found: dict[str, Any], part: str) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.slow
 def test_parts_record_what_they_find(tmp_path: Path) -> None:
     options = ("--only", "device,documents,rules,step", "--skip", "device", "--minutes", "10")
     code, found = rehearse(tmp_path / "gpu.json", *options)

@@ -81,6 +81,8 @@ def check_inputs(config: RunConfig, branch: Branch | None) -> Inputs:
 
 
 def _check_inputs(config: RunConfig, branch: Branch | None) -> Inputs:
+    # First, so that a key that was changed since the run began is named as that.
+    RunDirectory(config.output).refuse_other_run(config)
     check_batches_beforehand(config, world_size())
     planned_card(config)
     tokenizer = Tokenizer.load(config.tokenizer)
@@ -116,7 +118,6 @@ def open_plan(
     directory = RunDirectory(config.output)
 
     def build_and_claim() -> Path:
-        directory.refuse_other_run(config)
         plan = build_plan(spec, directory.path, console, say)
         summary = plan.summary()
         if branch is not None and branch.is_new:

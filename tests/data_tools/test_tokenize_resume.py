@@ -51,7 +51,9 @@ RUN = f"""if True:
 """
 
 
-@pytest.fixture(scope="module", params=["sentencepiece", "tokenizers"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("sentencepiece", marks=pytest.mark.slow), "tokenizers"]
+)
 def tok(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), library=request.param)
 

@@ -111,6 +111,8 @@ CASES = [
     Case(2, near=False, model=TIED),
 ]
 COUNTED = [case for case in CASES if not case.model]
+SLOW = [case for case in CASES if case.model]
+EACH = [pytest.param(it, marks=pytest.mark.slow) if it in SLOW else it for it in CASES]
 
 
 @dataclass(frozen=True)
@@ -272,16 +274,21 @@ def _copy_bytes(engine: Engine) -> int:
 
 
 @once
-def recorded() -> dict[Case, list[Found]]:
+def recorded(slow: bool) -> dict[Case, list[Found]]:
+    cases = SLOW if slow else COUNTED
     with TemporaryDirectory(prefix="megaphase-secondary-") as folder:
-        by_rank = run_ranks(record, PROCESSES, CASES, folder, timeout=600)
-    return {case: [each[i] for each in by_rank] for i, case in enumerate(CASES)}
+        by_rank = run_ranks(record, PROCESSES, cases, folder, timeout=600)
+    return {case: [each[i] for each in by_rank] for i, case in enumerate(cases)}
+
+
+def by_rank(case: Case) -> list[Found]:
+    return recorded(case in SLOW)[case]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EACH, ids=str)
 def test_losses_norms_and_weights_are_those_without_it(case: Case) -> None:
-    for found in recorded()[case]:
+    for found in by_rank(case):
         assert found.curve.figures == found.expected.figures
         for mine, expected in zip(found.curve.weights, found.expected.weights, strict=True):
             assert mine.keys() == expected.keys()
@@ -289,11 +296,11 @@ def test_losses_norms_and_weights_are_those_without_it(case: Case) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EACH, ids=str)
 def test_every_engine_has_its_own_groups_of_consecutive_ranks(case: Case) -> None:
     size = case.secondary
     assert size is not None
-    for rank, found in enumerate(recorded()[case]):
+    for rank, found in enumerate(by_rank(case)):
         first = rank // size * size
         assert found.group == list(range(first, first + size))
 
@@ -306,7 +313,7 @@ def test_a_weight_is_gathered_from_all_ranks_once_a_step(case: Case) -> None:
     every = sum(sizes.values())
     kept = sum(sizes[name] for name in kept_names)
     gathers = case.micro_batches * (1 if case.near else 2)
-    for found in recorded()[case]:
+    for found in by_rank(case):
         assert found.step[ALL_GATHER, "data"] == every  # what is kept at the end of the step
         assert found.step[ALL_GATHER, "secondary"] == (gathers - 1) * (every - kept)
         # A validation has made the copy that the next step uses, or the weights have stayed.
@@ -332,7 +339,7 @@ def _kept(case: Case) -> set[str]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EACH, ids=str)
 def test_the_copy_is_there_from_the_first_forward_pass_to_the_end_of_a_step(case: Case) -> None:
     config = case.config()
     setup = setup_of(config, build_shape(config, VOCAB), PROCESSES, "cuda")
@@ -341,7 +348,7 @@ def test_the_copy_is_there_from_the_first_forward_pass_to_the_end_of_a_step(case
     whole = sum(sizes.values()) // case.secondary * setup.parameter_bytes
     assert states_of(setup).transient.secondary == whole
     unkept = sum(size for name, size in sizes.items() if name not in kept)
-    for found in recorded()[case]:
+    for found in by_rank(case):
         assert found.copy_bytes[1:] == (0, 0)
         assert found.copy_bytes[0] <= unkept // case.secondary * setup.parameter_bytes
         if not case.near:
@@ -355,7 +362,7 @@ def test_the_plan_estimates_what_is_really_sent(case: Case) -> None:
     setup = setup_of(config, build_shape(config, VOCAB), PROCESSES, "cuda")
     traffic = data_traffic(setup, H100).step(case.micro_batches)
     assert case.secondary is not None
-    [found, *_] = recorded()[case]
+    [found, *_] = by_rank(case)
     within = found.step[ALL_GATHER, "secondary"] * (case.secondary - 1) / case.secondary
     elements = found.step[ALL_GATHER, "data"] + found.step[REDUCE_SCATTER, "data"]
     across = elements * (PROCESSES - 1) / PROCESSES

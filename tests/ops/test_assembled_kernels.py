@@ -87,6 +87,7 @@ def check(found: list[Formula], expected: set[str]) -> None:
                 assert assembly.shared_memory <= CARD.shared_memory_per_block_optin, what
 
 
+@pytest.mark.slow
 def test_each_formula_takes_as_few_bytes_as_can_be() -> None:
     run = run_file(processes=1, model={"layers": 1})
     check(assembled(run), NORM | BLOCK | LOSS | {ONE_PASS})

@@ -52,6 +52,7 @@ def test_a_rank_of_many_is_shown(tmp_path: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_memory_beyond_the_card_is_a_fault(tmp_path: Path) -> None:
     huge = GPU_MODEL | {"hidden": 16_384, "heads": 128}
     run = run_file(tmp_path, model=huge, parallel={"zero": 0}, hardware={"card": "a100-40gb"})

@@ -188,4 +188,8 @@ SLOW = {
     "Gemma 3, by default",
     "SmolLM 3, windows",
     "SmolLM 3, untied, biases",
+    "Llama 2",
+    "Llama 3.2",
+    "OLMo 2",
+    "Mistral 0.1",
 }

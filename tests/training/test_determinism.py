@@ -63,7 +63,12 @@ def test_on_a_gpu_the_libraries_are_told_and_other_settings_refused(monkeypatch)
 
 @pytest.mark.parametrize(
     ("zero", "precision", "kernels"),
-    [(0, "fp32", "compile"), (1, "bf16", "eager"), (2, "fp32", "eager"), (3, "bf16", "eager")],
+    [
+        (0, "fp32", "compile"),
+        pytest.param(1, "bf16", "eager", marks=pytest.mark.slow),
+        pytest.param(2, "fp32", "eager", marks=pytest.mark.slow),
+        (3, "bf16", "eager"),
+    ],
 )
 def test_every_operation_of_a_step_has_a_deterministic_form(zero, precision, kernels) -> None:
     """With document masks, dropout and an evaluation; on the CPU the numbers are the same."""

@@ -176,6 +176,7 @@ def run_two(run_file: Path, prepare: Any = None) -> list[Any]:
         return ranks.wait(600)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_with_unequal_copies_ends_and_resumes_as_if_nothing_had_happened(
     tmp_path: Path,

@@ -97,6 +97,7 @@ SLOW = [
     case
     for case in CASES
     if (case.zero in (1, 2) and (case.tied or case.tensor == 1))
+    or (case.tensor == 1 and (case.zero == 0 or case.tied))
     or (case.optimizer != "adamw" and case.zero < 3)
 ]
 QUICK = [case for case in CASES if case not in SLOW]
