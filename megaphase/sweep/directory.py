@@ -12,6 +12,7 @@ import yaml
 
 from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.launch.slurm.job_file import forget_jobs
+from megaphase.sweep.changes import record_change
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trials import Trial, known_trials
@@ -66,12 +67,15 @@ class SweepDirectory:
         return self.path / "outcomes" / f"{name}.json"
 
     def prepare(self, sweep: Sweep) -> None:
-        """Write the sweep into its directory, which is new or from an earlier start of the
-        sweep."""
+        """Write the sweep into its directory, which is new or from an earlier start of the sweep.
+
+        Changes of the sweep file since then are recorded; see `record_change`.
+        """
         for folder in ("run-files", "runs", "logs", "scores", "outcomes"):
             with os_errors_named(self.path):
                 make_way_for_directory(self.path / folder, "a directory of the sweep")
             make_directory(self.path / folder)
+        record_change(self.path, self.sweep_file, sweep, ended=len(self.outcomes()))
         atomic_write_text(self.sweep_file, sweep.model_dump_json(indent=2) + "\n")
 
     @contextmanager

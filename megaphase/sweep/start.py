@@ -60,9 +60,9 @@ def open_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
     found = load_sweep(path)
     _checked_trials(found)
     directory = SweepDirectory(found.output)
-    directory.prepare(found)
     for trial in known_trials(found, directory.outcomes()):
         directory.check_run_file(found, trial)
+    directory.prepare(found)
     return found, directory
 
 

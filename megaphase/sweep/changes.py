@@ -1,0 +1,139 @@
+"""The record of changes of a sweep file after runs had ended.
+
+Whoever adds settings after a look at results chooses with knowledge of them, which a report must
+say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megaphase.sweep.sweep import Sweep
+from megaphase.utils.files import read_file
+from megaphase.utils.json_models import read_record, write_record
+
+CHANGES_FILE = "changes.json"
+# They determine neither which runs there are nor what they are compared by.
+IRRELEVANT = {"run", "output", "slurm", "keep_checkpoints"}
+
+
+class SweepChange(BaseModel):
+    """A change of the sweep file.
+
+    at: when it was noticed, by the clock of the machine, in UTC. ended: number of runs that had
+        ended by then. differences: a line for each key.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    at: datetime
+    ended: int
+    differences: list[str]
+
+
+class SweepChanges(BaseModel):
+    """All changes after the first run had ended.
+
+    is_whole: whether they have been recorded from the beginning; earlier versions recorded none.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    is_whole: bool = True
+    changes: list[SweepChange] = []
+
+    @property
+    def sentence(self) -> str:
+        """How often the file was changed."""
+        count = len(self.changes)
+        if count == 0 and self.is_whole:
+            return "The sweep file has not been changed since the first run ended."
+        unknown = "earlier changes of the sweep file were not recorded"
+        if count == 0:
+            return f"{unknown.capitalize()}."
+        times = "once" if count == 1 else f"{count} times"
+        text = f"The sweep file was changed {times} after runs had ended"
+        return f"{text}." if self.is_whole else f"{text}; {unknown}."
+
+
+def read_changes(folder: Path) -> SweepChanges:
+    """Return the changes that are recorded in a sweep's directory.
+
+    Raises:
+        InputError: their file is invalid.
+    """
+    path = folder / CHANGES_FILE
+    if not path.exists():
+        return SweepChanges(is_whole=False)
+    return read_record(path, SweepChanges, "remove it; a report then says that changes are unknown")
+
+
+def record_change(folder: Path, sweep_file: Path, sweep: Sweep, ended: int) -> None:
+    """Record how a sweep differs from that of the directory, before it is written there.
+
+    sweep_file: the parsed sweep file of the directory. ended: number of runs that have ended.
+
+    Raises:
+        InputError: the file with earlier changes is invalid.
+    """
+    if not sweep_file.exists():
+        write_record(folder / CHANGES_FILE, SweepChanges())
+        return
+    known, before = read_changes(folder), _stored(sweep_file)
+    changes, is_whole = known.changes, known.is_whole and before is not None
+    lines = [] if before is None else list(differences(_content(before), _content(sweep)))
+    # After a crash between this file and the other, the same change is found again.
+    if ended and lines and not (changes and changes[-1].differences == lines):
+        now = datetime.now(UTC).replace(microsecond=0)
+        changes = [*changes, SweepChange(at=now, ended=ended, differences=lines)]
+    write_record(folder / CHANGES_FILE, SweepChanges(is_whole=is_whole, changes=changes))
+
+
+def _stored(sweep_file: Path) -> Sweep | None:
+    try:
+        return Sweep.model_validate_json(read_file(sweep_file))
+    except ValidationError:  # of another version, or damaged
+        return None
+
+
+def _content(sweep: Sweep) -> dict[str, Any]:
+    return sweep.config.model_dump(mode="json", exclude_defaults=True, exclude=IRRELEVANT)
+
+
+def differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
+    """Yield a line for every key in which two contents of a sweep file differ."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for name in dict.fromkeys([*before, *after]):
+            where = f"{key}.{name}" if key else str(name)
+            if name not in before:
+                yield f"{where}: added{_shown(after[name])}"
+            elif name not in after:
+                yield f"{where}: removed"
+            else:
+                yield from differences(before[name], after[name], where)
+    elif (
+        isinstance(before, Sequence) and isinstance(after, Sequence) and _are_scalars(before, after)
+    ):
+        for word, values, others in (("added", after, before), ("removed", before, after)):
+            if found := [str(value) for value in values if value not in others]:
+                yield f"{key}: {word} {', '.join(found)}"
+    elif before != after:
+        values = f"{_shown(before)} to{_shown(after)}" if _shown(before) and _shown(after) else ""
+        yield f"{key}: changed{values}"
+
+
+def _are_scalars(*lists: Any) -> bool:
+    return not any(isinstance(values, str) for values in lists) and not any(
+        isinstance(value, (Mapping, list)) for values in lists for value in values
+    )
+
+
+def _shown(value: Any) -> str:
+    """Return a short value after a space; nothing for a long one."""
+    text = "" if isinstance(value, (Mapping, list)) else f" {value}"
+    return text if len(text) <= 40 else ""

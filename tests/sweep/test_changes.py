@@ -1,0 +1,121 @@
+"""Changes of a sweep file after runs had ended are recorded, once each."""
+
+import json
+
+import pytest
+from sweep_support import record_of, sweep_of
+
+from megaphase.sweep.changes import differences, read_changes
+from megaphase.sweep.directory import SweepDirectory
+from megaphase.sweep.outcome import Outcome
+from megaphase.utils.errors import InputError
+
+ARMS = {"static": {"rates": [0.1, 0.5]}, "two-phase": {"rates": [0.25], "pretrain": [0.8]}}
+MORE = {"static": {"rates": [0.1, 0.2]}, "keep": {"rates": [0.25], "pretrain": [0.8]}}
+
+
+def prepare(folder, arms=ARMS, **more):
+    directory = SweepDirectory(folder)
+    directory.prepare(sweep_of(folder, arms, **more))
+    return directory
+
+
+def end_runs(directory, *names):
+    for name in names:
+        directory.write_outcome(name, Outcome(failed="out of memory"))
+
+
+def told(folder):
+    return [(change.ended, change.differences) for change in read_changes(folder).changes]
+
+
+def test_a_change_after_runs_have_ended_is_recorded_once(tmp_path):
+    folder = tmp_path / "sweep"
+    directory = prepare(folder)
+    prepare(folder, ARMS, seeds=[1, 2])  # nobody has seen a result yet
+    assert read_changes(folder).sentence == (
+        "The sweep file has not been changed since the first run ended."
+    )
+    end_runs(directory, "a", "b")
+    for _ in range(2):
+        prepare(
+            folder, MORE, seeds=[1, 2, 3], steps=60, primary={"arm": "keep", "against": "static"}
+        )
+    expected = [
+        "seeds: added 3",
+        "arms.static.rates: added 0.2",
+        "arms.static.rates: removed 0.5",
+        "arms.two-phase: removed",
+        "arms.keep: added",
+        "primary: added",
+    ]
+    assert told(folder) == [(2, expected)]
+    end_runs(directory, "c")
+    prepare(folder, MORE, seeds=[1, 2], primary={"arm": "keep", "against": "static"})
+    assert told(folder)[1:] == [(3, ["seeds: removed 3"])]
+    assert read_changes(folder).sentence == (
+        "The sweep file was changed 2 times after runs had ended."
+    )
+
+
+def test_a_change_is_recorded_once_if_the_sweep_was_not_written_after_it(tmp_path):
+    folder = tmp_path / "sweep"
+    directory = prepare(folder)
+    end_runs(directory, "a")
+    before = directory.sweep_file.read_text()
+    prepare(folder, MORE)
+    directory.sweep_file.write_text(before)  # as if it had been killed between the two
+    prepare(folder, MORE)
+    assert len(told(folder)) == 1
+
+
+def test_what_determines_no_run_is_no_change(tmp_path):
+    folder = tmp_path / "sweep"
+    end_runs(prepare(folder), "a")
+    prepare(folder, keep_checkpoints="first-stages", slurm={"nodes": 2})
+    assert told(folder) == []
+
+
+def test_the_directory_of_an_earlier_version(tmp_path):
+    folder = tmp_path / "sweep"
+    directory = prepare(folder)
+    (folder / "changes.json").unlink()
+    end_runs(directory, "a")
+    assert read_changes(folder).sentence == ("Earlier changes of the sweep file were not recorded.")
+    prepare(folder, MORE)
+    assert read_changes(folder).sentence == (
+        "The sweep file was changed once after runs had ended; earlier changes of the sweep file "
+        "were not recorded."
+    )
+
+
+def test_a_damaged_sweep_cannot_be_compared_with(tmp_path):
+    folder = tmp_path / "sweep"
+    directory = prepare(folder)
+    end_runs(directory, "a")
+    directory.sweep_file.write_text("{}")
+    prepare(folder, MORE)
+    assert (told(folder), read_changes(folder).is_whole) == ([], False)
+
+
+def test_an_altered_record_is_refused(tmp_path):
+    folder = tmp_path / "sweep"
+    prepare(folder)
+    path = folder / "changes.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"changes": [], "is_whole": False}))
+    with pytest.raises(InputError, match=r"changes\.json: has been altered"):
+        read_changes(folder)
+
+
+def test_differences_of_other_values():
+    before = {"tokens": 100, "phases": [{"share": 0.1}], "settings": {"model.dropout": 0.1}}
+    after = {"tokens": 200, "phases": [{"share": 0.2}], "settings": {}}
+    assert list(differences(before, after)) == [
+        "tokens: changed 100 to 200",
+        "phases: changed",
+        "settings.model.dropout: removed",
+    ]
+
+
+def test_records_without_files_have_no_changes():
+    assert read_changes(record_of(ARMS, lambda _: (4.0, 6.0)).directory.path).changes == []
