@@ -29,6 +29,7 @@ from megaphase.utils.plot_style import (
 )
 
 GENERATOR = '<meta name="generator" content="megaphase report">'
+NO_BREAK_SPACE = "\u00a0"
 PNG_DOTS_PER_INCH = 200
 NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 CSS_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
@@ -112,7 +113,7 @@ def document(title: str, articles: Sequence[Markup], tables: Sequence[str], fold
 
 @cache
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("megaphase.report"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -120,6 +121,14 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=False,
     )
+    environment.filters["unbroken"] = _unbroken
+    return environment
+
+
+def _unbroken(text: str) -> str:
+    """Keep intervals such as [-0.1, +0.2], and p-values, on one line."""
+    text = re.sub(r"\[[^][]*\]", lambda found: found[0].replace(" ", NO_BREAK_SPACE), text)
+    return re.sub(r"p ([<=]) ", rf"p{NO_BREAK_SPACE}\1{NO_BREAK_SPACE}", text)
 
 
 def draw_plot(plot: Plot, out: Path, folder: str) -> DrawnPlot:

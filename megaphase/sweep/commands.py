@@ -152,7 +152,8 @@ def _sweep_report(sweep_dir: Path, given: list[Path], out: Path, console: Consol
         )
     report = SweepReport.of(sweep_dir)
     index = report.write(out)
-    console.print(report.summary_table())
+    for table in report.summary_tables():
+        console.print(table)
     for sentence in report.sentences():
         console.print(sentence, markup=False, soft_wrap=True)
     console.print()

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megaphase.report.numbers import Row, write_table
 from megaphase.sweep.arms.setting import TriedSetting
 from megaphase.sweep.pareto.first_stages import first_stages
 from megaphase.sweep.pareto.overfit import overfits
+from megaphase.sweep.pareto.statistics import Estimate
+from megaphase.sweep.pareto.tokens_to_loss import reaches
+from megaphase.sweep.pareto.verdict_tables import adjusted_p
 from megaphase.sweep.pareto.view import SweepView
+from megaphase.sweep.sweep import GROUP_LOSSES
 from megaphase.sweep.trials import Trial
 
 SETTING = ("arm", "model", "pretrain_share", "rate", "temperature", "peak")
+STATISTICS = ("from", "to", "seeds", "t", "p")  # of an interval and of a test
 
 
 def write_sweep_numbers(view: SweepView, folder: Path) -> list[str]:
     """Write the tables into the new folder; return the names of the files."""
     tasks, low = view.tasks, view.record.sweep.low
     per_run = ("loss", "bits_per_byte", "tokens", "epochs", "bleu", "chrf")
-    of_group = [f"{group}{what}" for group in ("high", "low", *tasks) for what in ("", "_error")]
+    groups, axes = ("high", "low", *tasks), other_axes(view)
+    of_group = [f"{group}{what}" for group in groups for what in ("", "_error")]
+    ends = [f"{group}{what}" for group in groups for what in ("_from", "_to")]
     comparison = (
         "static_points", "dominated", "dominated_share", "own_dominated_by_static",
         "least_margin", "most_margin",
@@ -27,10 +34,16 @@ def write_sweep_numbers(view: SweepView, folder: Path) -> list[str]:
     tables = {
         "runs": (
             ["run", "seed", *SETTING, "ended", "failed", "step", "high", "low",
-             *(f"{what}_{task}" for what in per_run for task in tasks)],
-            _runs(view),
+             *(f"{what}_{task}" for what in per_run for task in tasks),
+             *(f"{what}_{task}" for what in ("test", "test_bits_per_byte") for task in tasks),
+             *axes],
+            _runs(view, axes),
         ),
-        "settings": ([*SETTING, "seeds", *of_group, "on_front", "best_of_arm"], _settings(view)),
+        "settings": (
+            [*SETTING, "seeds", *of_group, "on_front", "best_of_arm", *ends, "split",
+             "validation_high", "validation_low", "setting", *axes],
+            _settings(view, axes),
+        ),
         "fronts": (
             ["model", "arm", "kind", "settings", "front_points", "hypervolume", "reference_high",
              "reference_low", *comparison, "verdict"],
@@ -39,8 +52,17 @@ def write_sweep_numbers(view: SweepView, folder: Path) -> list[str]:
         "margins": (
             [*(f"static_{name}" for name in SETTING), "static_high", "static_low", "other_arm",
              *(f"other_{name}" for name in SETTING[2:]), "other_high", "other_low", "margin",
-             "margin_error"],
+             "margin_error", *(f"margin_{name}" for name in STATISTICS)],
             _margins(view),
+        ),
+        "contrasts": (
+            ["model", "arm", "against", "verdict", "k", "settings", "settings_against", "chance",
+             "loss", "unit", "difference", "difference_error", *STATISTICS, "p_adjusted"],
+            _contrasts(view),
+        ),
+        "tokens_to_loss": (
+            [*SETTING, "level", "level_of", "tokens", "step", "best_of_arm", "setting"],
+            _tokens_to_loss(view),
         ),
         "overfitting": (
             [*SETTING, "task", "lowest", "lowest_step", "end", "risen", "epochs"],
@@ -71,10 +93,27 @@ def _setting(setting: TriedSetting) -> list[object]:
     ]  # fmt: skip
 
 
-def _runs(view: SweepView) -> Iterator[Row]:
+def other_axes(view: SweepView) -> list[str]:
+    """Return the axes of all arms that have no column in SETTING."""
+    settings = [trial.setting for trial in view.record.trials if trial.is_final]
+    axes = dict.fromkeys(axis for setting in settings for axis, _ in setting.values)
+    return [axis for axis in axes if axis not in SETTING]
+
+
+def _statistics(found: Estimate | None) -> list[object]:
+    if found is None:
+        return [None] * len(STATISTICS)
+    return [found.low, found.high, found.n, found.t, found.p]
+
+
+def _runs(view: SweepView, axes: Sequence[str]) -> Iterator[Row]:
+    columns = 3 + 2 + 8 * len(view.tasks)
     for trial in view.record.trials:
         if trial.is_final:
-            yield [trial.name, trial.seed, *_setting(trial.setting), *_outcome(view, trial)]
+            outcome = list(_outcome(view, trial))
+            outcome += [None] * (columns - len(outcome))
+            values = [trial.setting.get(axis) for axis in axes]
+            yield [trial.name, trial.seed, *_setting(trial.setting), *outcome, *values]
 
 
 def _outcome(view: SweepView, trial: Trial) -> Iterator[object]:
@@ -95,9 +134,11 @@ def _outcome(view: SweepView, trial: Trial) -> Iterator[object]:
     scores = [outcome.translation.get(task) for task in view.tasks]
     yield from (None if score is None else score.bleu for score in scores)
     yield from (None if score is None else score.chrf for score in scores)
+    for test in (outcome.test, outcome.test_bits_per_byte):
+        yield from (test.get(task) for task in view.tasks)
 
 
-def _settings(view: SweepView) -> Iterator[Row]:
+def _settings(view: SweepView, axes: Sequence[str]) -> Iterator[Row]:
     for fronts in view.fronts:
         for arm in fronts.arms:
             best = view.best(arm)
@@ -109,11 +150,21 @@ def _settings(view: SweepView) -> Iterator[Row]:
                     *(value for each in estimates for value in (each.mean, each.error)),
                     point in arm.front,
                     point is best,
+                    *(value for each in estimates for value in (each.low, each.high)),
+                    view.split,
+                    point.chosen_by.high,
+                    point.chosen_by.low,
+                    point.setting.label,
+                    *(point.setting.get(axis) for axis in axes),
                 ]
 
 
 def _fronts(view: SweepView) -> Iterator[Row]:
-    sentences = {(verdict.model, verdict.arm): verdict.outcome for verdict in view.verdicts}
+    sentences = {
+        (verdict.model, verdict.arm): verdict.outcome
+        for verdict in view.verdicts
+        if not verdict.is_primary
+    }
     for fronts in view.fronts:
         for arm in fronts.arms:
             row: list[object] = [fronts.model, arm.arm, arm.kind, len(arm.points), len(arm.front)]
@@ -139,14 +190,55 @@ def _margins(view: SweepView) -> Iterator[Row]:
                 if other is None:
                     yield static
                     continue
-                setting = _setting(other.setting)[2:]
+                setting, found = _setting(other.setting)[2:], margin.estimate
                 yield [
                     *static,
                     *setting,
                     *other.pair,
                     margin.nats,
-                    margin.estimate and margin.estimate.error,
+                    None if found is None else found.error,
+                    *_statistics(found),
                 ]
+
+
+def _contrasts(view: SweepView) -> Iterator[Row]:
+    for each, adjusted in zip(view.contrasts, adjusted_p(view.contrasts), strict=True):
+        head = [
+            each.model,
+            each.arm,
+            each.against,
+            each.result,
+            each.k,
+            *each.settings,
+            each.chance,
+        ]
+        differences = {"nats_per_token": each.nats}
+        if each.bits is not None:
+            differences["bits_per_byte"] = each.bits
+        for unit, found in differences.items():
+            for loss in (*GROUP_LOSSES, *view.tasks):
+                difference = found.of(loss)
+                is_tested = found is each.nats and loss == "mean"
+                yield [
+                    *head, loss, unit, difference.mean, difference.error,
+                    *_statistics(difference), adjusted if is_tested else None,
+                ]  # fmt: skip
+        best = each.best_of_all
+        yield [
+            *head, "mean, best of all settings", "nats_per_token", best.mean, best.error,
+            *_statistics(best), None,
+        ]  # fmt: skip
+
+
+def _tokens_to_loss(view: SweepView) -> Iterator[Row]:
+    for fronts in view.fronts:
+        best = view.best_points(fronts)
+        for each in reaches(fronts, view.curves, view.record.sweep.low):
+            setting = each.point.setting
+            yield [
+                *_setting(setting), each.level.loss, each.level.arm,
+                *(each.reached or (None, None)), each.point in best, setting.label,
+            ]  # fmt: skip
 
 
 def _curves(view: SweepView) -> Iterator[Row]:

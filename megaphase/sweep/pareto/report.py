@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from megaphase.report.report_files import NUMBERS_FOLDER, PageContent, write_page
 from megaphase.report.run_page import NOTHING
 from megaphase.sweep.arms.budgets import own_budgets
+from megaphase.sweep.pareto.contrasts import Contrast
+from megaphase.sweep.pareto.fronts import ModelFronts
 from megaphase.sweep.pareto.numbers import write_sweep_numbers
 from megaphase.sweep.pareto.sweep_page import sweep_article
 from megaphase.sweep.pareto.tables import comparison_cells
+from megaphase.sweep.pareto.verdict import shown
 from megaphase.sweep.pareto.view import SweepView
 
 
@@ -43,22 +48,31 @@ class SweepReport:
         """
         return write_page(out, self.view.name, self._content)
 
-    def summary_table(self) -> Table:
-        """Return a table of the fronts for the terminal."""
-        title = f"{self.view.name}: trade-off fronts. {self.view.progress.sentence}"
-        table = Table(title=Text(title), title_justify="left")
-        several = len(self.view.fronts) > 1
-        for column in (*(["model"] if several else []), "arm"):
-            table.add_column(column, no_wrap=True)
-        for column in ("settings", "on front", "hypervolume", "of static front dominated",
-                       "of own front dominated", "margin, nats"):  # fmt: skip
-            table.add_column(column, justify="right")
+    def summary_tables(self) -> list[Table]:
+        """Return tables of fronts and differences for the terminal, of at most 80 columns."""
+        tables = []
         for fronts in self.view.fronts:
-            for arm in fronts.arms:
-                volume = NOTHING if arm.hypervolume is None else f"{arm.hypervolume:.4f}"
-                model = [Text(str(fronts.model))] if several else []
-                counts = [str(len(arm.points)), str(len(arm.front)), volume]
-                table.add_row(*model, Text(arm.arm), *counts, *comparison_cells(arm))
+            model = "" if fronts.model is None else f", {fronts.model}"
+            tables.append(self._fronts(fronts, f"{self.view.name}{model}: trade-off fronts"))
+            contrasts = [each for each in self.view.contrasts if each.model == fronts.model]
+            if contrasts:
+                tables.append(_differences(contrasts, f"{self.view.name}{model}: differences"))
+        return tables
+
+    def _fronts(self, fronts: ModelFronts, title: str) -> Table:
+        table = _table(title, self.view.progress.sentence)
+        table.add_column("arm", overflow="fold")
+        for column in (
+            "on front", "hyper-\nvolume", "static\npoints\ndominated", "dominated\nby static",
+            "margin, nats",
+        ):  # fmt: skip
+            table.add_column(column, justify="right", overflow="fold")
+        for arm in fronts.arms:
+            volume = NOTHING if arm.hypervolume is None else f"{arm.hypervolume:.4f}"
+            settings = f"{len(arm.front)} of {len(arm.points)}"
+            dominated, *others = comparison_cells(arm)
+            dominated = dominated.split(" (")[0]
+            table.add_row(Text(arm.arm), settings, volume, dominated, *others)
         return table
 
     def sentences(self) -> list[str]:
@@ -75,3 +89,31 @@ class SweepReport:
         """Write plots and numbers into `folder`; return the page's content."""
         tables = write_sweep_numbers(self.view, folder / NUMBERS_FOLDER)
         return PageContent([sweep_article(self.view, folder)], tables)
+
+
+def _table(title: str, caption: str) -> Table:
+    return Table(
+        title=Text(title),
+        caption=Text(caption),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+
+
+def _differences(contrasts: Sequence[Contrast], title: str) -> Table:
+    table = _table(title, "Mean loss of arm minus other, nats [95 %]: below 0 the arm is better.")
+    for column in ("arm", "with"):
+        table.add_column(column, overflow="fold")
+    table.add_column("best\nof", justify="right")
+    table.add_column("difference", justify="right", overflow="fold")
+    table.add_column("p", justify="right")
+    table.add_column("verdict")
+    for each in contrasts:
+        mean = each.nats.mean
+        p = NOTHING if mean.p is None else "<.001" if mean.p < 0.001 else f"{mean.p:.3f}"
+        names = Text(each.arm), Text(each.against)
+        table.add_row(*names, str(each.k), shown(mean), p, each.result)
+    return table

@@ -26,9 +26,19 @@ from megaphase.sweep.pareto.tables import (
     overfitting_table,
     settings_tables,
 )
+from megaphase.sweep.pareto.verdict_tables import (
+    ContrastTables,
+    contrast_tables,
+    margins_table,
+    tokens_table,
+)
 from megaphase.sweep.pareto.view import SweepView
 from megaphase.sweep.sweep import Sweep
 
+SPLITS = {
+    "test": "Settings are chosen on the validation split, and losses are shown on the test split.",
+    "validation": "Losses are those on the validation split, by which settings are chosen, too.",
+}
 CLASSES = {"wins": "better", "loses": "worse", "undecided": "undecided"}
 
 
@@ -43,9 +53,12 @@ class _ModelEvidence:
     """Tables and figures of one of the sweep's models; `suffix` names it in the headings."""
 
     suffix: str
+    contrasts: ContrastTables | None
     fronts: PageTable
+    margins: PageTable | None
     on_fronts: PageTable
     off_fronts: PageTable | None
+    tokens: PageTable | None
     overfitting: _Overfitting | None
     curves: list[DrawnPlot]
 
@@ -68,6 +81,7 @@ def sweep_article(view: SweepView, out: Path) -> Markup:
         name=view.name,
         lead=_lead(view),
         verdicts=view.verdicts,
+        changes=view.changes.changes,
         classes=CLASSES,
         evidence=_evidence(view, out) if has_points else None,
         first_stages=first_stage_table(view),
@@ -93,9 +107,12 @@ def _model_evidence(view: SweepView, fronts: ModelFronts, out: Path) -> _ModelEv
         overfitting = _Overfitting(_draw(plot, out), overfitting_table(view, fronts))
     return _ModelEvidence(
         "" if fronts.model is None else f", {fronts.model}",
+        contrast_tables(view, fronts),
         fronts_table(view, fronts),
+        margins_table(view, fronts),
         on_fronts,
         off_fronts,
+        tokens_table(view, fronts),
         overfitting,
         [_draw(plot, out) for plot in other_figures(view, fronts)] if fronts.points else [],
     )
@@ -113,7 +130,8 @@ def _lead(view: SweepView) -> str:
     return (
         f"{view.progress.sentence}{failed} {_budget(sweep)} "
         f"High-resource: {', '.join(sweep.high)}; low-resource: {', '.join(sweep.low)}. "
-        f"{seeds} {'seed' if seeds == 1 else 'seeds'} per setting."
+        f"{seeds} {'seed' if seeds == 1 else 'seeds'} per setting. {SPLITS[view.split]} "
+        f"{view.changes.sentence}"
     )
 
 

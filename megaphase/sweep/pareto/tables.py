@@ -33,7 +33,8 @@ def fronts_table(view: SweepView, fronts: ModelFronts) -> PageTable:
     note = (
         "Dominated: no worse in both losses and better in one. Margin: at a point of the static "
         "front, how much lower the arm’s low-resource loss is at no higher high-resource loss; "
-        f"least and most over these points.{reference}"
+        "least and most over these points, and at how many of them the arm has no such loss. These "
+        f"describe the fronts; the verdict rests on the differences.{reference}"
     )
     columns = [
         "arm", "settings", "on front", "hypervolume", "of static front\ndominated",
@@ -58,9 +59,11 @@ def _margin_range(arm: ArmFront) -> str:
     margins = [] if arm.against_static is None else arm.against_static.margins
     nats = [margin.nats for margin in margins if margin.nats is not None]
     if not nats:
-        return NOTHING
-    least = f"{min(nats):+.3f}" if len(nats) == len(margins) else "none"
-    return f"{least} … {max(nats):+.3f}"
+        return "none"
+    missing = len(margins) - len(nats)
+    least, most = f"{min(nats):+.3f}", f"{max(nats):+.3f}"
+    shown = least if len(nats) == 1 else f"{least} … {most}"
+    return f"{shown}; none at {missing}" if missing else shown
 
 
 def settings_tables(view: SweepView, fronts: ModelFronts) -> tuple[PageTable, PageTable | None]:
@@ -73,11 +76,15 @@ def settings_tables(view: SweepView, fronts: ModelFronts) -> tuple[PageTable, Pa
         if point not in arm.front
     ]
     note = (
-        "Nats per token; high and low: means over the tasks of the group. Epochs: passes over the "
-        "task’s training text until the step whose weights count."
+        f"Nats per token on the {view.split} split; high and low: means over the tasks of the "
+        "group. A setting is on its arm’s front by its losses on the validation split. Epochs: "
+        "passes over the task’s training text until the step whose weights count."
     )
     if any(point.high.error is not None for _, point in on + off):
-        note += " ± one standard error over the seeds."
+        note += (
+            " ± 95 % interval from Student’s t over the seeds, of which part is common to all "
+            "settings: compare settings by the differences above."
+        )
     on_fronts = _settings(view, on, f"The settings on the fronts. {note}")
     return on_fronts, _settings(view, off, note) if off else None
 
@@ -161,8 +168,8 @@ def first_stage_table(view: SweepView) -> PageTable | None:
         *(f"peak {peak:g}" for peak in peaks), "chosen peak",
     ]  # fmt: skip
     note = (
-        "Loss at the end of the first stage, nats per token, by peak: the mean over the groups of "
-        "tasks that it trains on. Bold: the second phases start from these."
+        "Loss at the end of the first stage on the validation split, nats per token, by peak: the "
+        "mean over the groups of tasks that it trains on. Bold: the second phases start from these."
     )
     return PageTable(columns, rows, note)
 
@@ -176,5 +183,5 @@ def _arm(view: SweepView, arm: str) -> Cell:
 
 
 def _loss(loss: Estimate, *, bold: bool) -> Cell:
-    error = "" if loss.error is None else f"± {loss.error:.3f}"
-    return Cell(f"{loss.mean:.3f}", bold=bold, small=error)
+    interval = "" if loss.half_width is None else f"± {loss.half_width:.3f}"
+    return Cell(f"{loss.mean:.3f}", bold=bold, small=interval)

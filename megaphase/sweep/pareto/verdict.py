@@ -8,7 +8,7 @@ loses if it loses against every baseline, and is undecided otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.file import PrimaryContrast
@@ -49,6 +49,7 @@ class Verdict:
     """The comparison of an arm with the baselines, with one model.
 
     front: a description of its front beside the static one; empty if there is nothing to describe.
+    is_primary: whether it is about the primary contrast of the sweep file.
     """
 
     arm: str
@@ -57,6 +58,7 @@ class Verdict:
     headline: str
     detail: str
     front: str = ""
+    is_primary: bool = False
 
     @property
     def sentence(self) -> str:
@@ -81,7 +83,8 @@ def verdicts_of(
     for model in fronts:
         if primary is not None and primary.model in (None, model.model):
             named = [c for c in primary_contrasts(record, fronts) if c.model == model.model]
-            first.append(_verdict(model, progress, primary.arm, *_primary(primary, named)))
+            verdict = _verdict(model, progress, primary.arm, *_primary(primary, named))
+            first.append(replace(verdict, is_primary=True))
         for arm in sorted(model.arms, key=lambda arm: arm.kind != "two-phase"):
             if arm.kind != "static":
                 own = [c for c in contrasts if (c.model, c.arm) == (model.model, arm.arm)]
@@ -118,13 +121,11 @@ def _primary(primary: PrimaryContrast, contrasts: Sequence[Contrast]) -> tuple[R
     if signs in ({-1}, {1}):
         result = "wins" if signs == {-1} else "loses"
     parts = [
-        f"{shown(each.nats.of(primary.loss))} nats from that of {each.against}"
+        f"by {shown(each.nats.of(primary.loss))} nats from that of {each.against} ({_chosen(each)})"
         for each in contrasts
     ]
-    numbers = f"it differs by {' and by '.join(parts)}"
     headline = f"primary contrast, in the {loss}: {_headline(primary.arm, result, named)}"
-    sizes = "; ".join(dict.fromkeys(_sizes(each) for each in contrasts))
-    return result, headline, f"{numbers}; {sizes}"
+    return result, headline, f"it differs {' and '.join(parts)}"
 
 
 def _compare(
@@ -205,13 +206,19 @@ def tasks_of(contrast: Contrast) -> str:
 
 def _sizes(contrast: Contrast) -> str:
     """Return the numbers of settings and seeds, and the difference with all settings."""
-    of = f"{contrast.k} random settings" if contrast.k > 1 else "one random setting"
-    text = f"best of {of} of each, "
-    text += "one seed: no interval" if contrast.seeds == 1 else f"{contrast.seeds} seeds"
     own, other = contrast.settings
-    if own != other:
-        text += f"; best of all {own} and {other} settings: {shown(contrast.best_of_all)} nats"
-    return text
+    if own == other:
+        return _chosen(contrast)
+    best = contrast.best_of_all
+    text = f"{_chosen(contrast)}; best of all {own} and {other} settings: {shown(best)} nats"
+    open_only_with_all = best.sign == 0 and contrast.nats.mean.sign != 0
+    return f"{text}, which is undecided" if open_only_with_all else text
+
+
+def _chosen(contrast: Contrast) -> str:
+    of = f"{contrast.k} random settings" if contrast.k > 1 else "one random setting"
+    seeds = "one seed: no interval" if contrast.seeds == 1 else f"{contrast.seeds} seeds"
+    return f"best of {of} of each, {seeds}"
 
 
 def front_sentence(arm: ArmFront) -> str:

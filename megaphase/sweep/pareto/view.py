@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from megaphase.sweep.changes import SweepChanges, read_changes
 from megaphase.sweep.directory import SweepRecord, load_sweep_record
 from megaphase.sweep.pareto.arm_styles import ArmStyles, style_of_arms
 from megaphase.sweep.pareto.contrasts import Contrast, contrasts_of
 from megaphase.sweep.pareto.curves import RunCurves, curves_of
 from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts, fronts_of
-from megaphase.sweep.pareto.points import Failure, Point, best_of, failures
+from megaphase.sweep.pareto.points import Failure, Point, Split, best_of, failures, reported_split
 from megaphase.sweep.pareto.verdict import SweepProgress, Verdict, progress_of, verdicts_of
 
 
@@ -21,10 +22,14 @@ class SweepView:
     """A sweep's fronts, verdicts and curves.
 
     Attributes:
+        split: the one on which losses are reported.
+        changes: of the sweep file after runs had ended.
         styles: colour and marker of each arm.
     """
 
     record: SweepRecord
+    split: Split
+    changes: SweepChanges
     fronts: Sequence[ModelFronts]
     contrasts: Sequence[Contrast]
     verdicts: Sequence[Verdict]
@@ -45,6 +50,8 @@ class SweepView:
         contrasts = contrasts_of(record, fronts)
         return cls(
             record=record,
+            split=reported_split(record),
+            changes=read_changes(folder),
             fronts=fronts,
             contrasts=contrasts,
             verdicts=verdicts_of(record, fronts, contrasts),
@@ -65,7 +72,7 @@ class SweepView:
         return [*self.record.sweep.high, *self.record.sweep.low]
 
     def best(self, arm: ArmFront) -> Point | None:
-        """Return the point of an arm with the lowest mean loss of both groups."""
+        """Return the best point of an arm; see `best_of`."""
         return best_of(arm.points)
 
     def best_points(self, fronts: ModelFronts) -> list[Point]:

@@ -2,6 +2,7 @@
 
 import csv
 import filecmp
+import io
 import json
 import re
 from pathlib import Path
@@ -9,13 +10,16 @@ from pathlib import Path
 import pytest
 import typer
 from report_support import Page
+from rich.console import Console
 from rounding import approx_sum
-from sweep_support import HIGH, LOW, STATIC, STEPS, TOKENS, TWO_PHASE, write_sweep
+from sweep_support import HIGH, LOW, STATIC, STEPS, TOKENS, TWO_PHASE, sweep_of, write_sweep
 from typer.testing import CliRunner
 
 from megaphase.report.plot_parts import PointLabel, label_points
 from megaphase.sweep.commands import report_command
+from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.pareto.report import SweepReport
+from megaphase.sweep.pareto.tokens_to_loss import first_reach
 from megaphase.utils.errors import InputError
 from megaphase.utils.plot_style import inch_axes, new_figure
 
@@ -89,7 +93,7 @@ def test_table_of_settings_is_that_of_the_points(index, report):
     assert found == [f"{point.high.mean:.3f}" for point in on_front]
     arm, point = fronts.arms[1], fronts.arms[1].front[0]
     row = next(row for row in rows if row[0] == arm.arm)
-    high, low = (f"{each.mean:.3f} ± {each.error:.3f}" for each in (point.high, point.low))
+    high, low = (f"{each.mean:.3f} ± {each.half_width:.3f}" for each in (point.high, point.low))
     setting = point.setting
     length, peak = f"{100 * setting.share:g}%", f"{setting.peak:g}"
     assert row[1:7] == [setting.mixture.label, length, peak, "2", high, low]
@@ -182,7 +186,7 @@ def test_report_does_not_depend_on_where_and_how_fast_runs_were_done(tmp_path):
         file.writelines([resume, *again])
     pages = [SweepReport.of(folder).write(folder.parent / "report") for folder in (first, second)]
     files = sorted(p.relative_to(pages[0].parent) for p in pages[0].parent.rglob("*.*"))
-    assert len(files) == 1 + 2 * 4 + 7
+    assert len(files) == 1 + 2 * 4 + 9
     same, _, _ = filecmp.cmpfiles(pages[0].parent, pages[1].parent, files, shallow=False)
     assert same == files
 
@@ -248,3 +252,79 @@ def test_labels_beside_points_cover_neither_each_other_nor_points():
     for i, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[i + 1 :])
         assert not any(box.contains(*dot) for dot in dots)
+
+
+def test_contrasts_on_the_page_are_those_of_the_table(index, report):
+    rows = numbers(index, "contrasts")
+    contrasts = report.view.contrasts
+    # Mean, both groups and four tasks, in two units, and the best of all settings.
+    assert len(rows) == len(contrasts) * (2 * 7 + 1)
+    first = contrasts[0]
+    found = next(
+        row
+        for row in rows
+        if (row["arm"], row["loss"], row["unit"]) == (first.arm, "mean", "nats_per_token")
+    )
+    mean = first.nats.mean
+    assert [float(found[key]) for key in ("difference", "from", "to", "t", "p")] == pytest.approx(
+        [mean.mean, mean.low, mean.high, mean.t, mean.p]
+    )
+    shown = f"{mean.mean:+.3f} [{mean.low:+.3f}, {mean.high:+.3f}]"
+    row = next(row for row in Page(index).rows if row[:2] == [first.arm, first.against])
+    assert row[2:4] == [first.result, shown]
+
+
+def test_tokens_to_a_loss_are_those_of_the_first_validation_at_it(index, report, sweep_dir):
+    rows = [row for row in numbers(index, "tokens_to_loss") if row["arm"] == "static"]
+    two_phase = [row for row in rows if row["level_of"] == "two-phase"]
+    assert {row["tokens"] for row in two_phase} == {""}  # no static setting is ever as low
+    level = next(row for row in rows if row["rate"] == "0.25" and row["tokens"])
+    loss, share = float(level["level"]), 0.25 * 8 * 64
+    curves = []
+    for seed in (1, 2):
+        name = f"static-r0.25-p{float(level['peak']):g}-s{seed}"
+        lines = (sweep_dir / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        measured = [json.loads(line) for line in lines if "validation" in line]
+        curves.append(
+            {row["step"]: sum(row["validation"][t]["loss"] for t in LOW) / 2 for row in measured}
+        )
+    steps = list(curves[0])
+    mean = [sum(curve[step] for curve in curves) / 2 for step in steps]
+    i = next(i for i, each in enumerate(mean) if each <= loss)
+    part = (mean[i - 1] - loss) / (mean[i - 1] - mean[i])
+    step = steps[i - 1] + part * (steps[i] - steps[i - 1])
+    assert float(level["step"]) == pytest.approx(step)
+    assert float(level["tokens"]) == pytest.approx(step * share, abs=2)
+
+
+def test_losses_of_the_test_split_and_changes_are_told(tmp_path):
+    folder = write_sweep(tmp_path / "sweep", SMALL, test=True, seeds=[1, 2])
+    SweepDirectory(folder).prepare(sweep_of(folder, SMALL, seeds=[1, 2, 3]))
+    index = SweepReport.of(folder).write(tmp_path / "report")
+    text = index.read_text()
+    assert "Settings are chosen on the validation split, and losses are shown on the test" in text
+    assert "The sweep file was changed once after runs had ended." in text
+    assert "<li>After 16 runs: seeds: added 3</li>" in text
+    row = numbers(index, "settings")[0]
+    assert row["split"] == "test"
+    assert float(row["high"]) == pytest.approx(float(row["validation_high"]) + 0.02)
+
+
+def test_terminal_tables_fit_into_80_columns(report):
+    console = Console(width=80, file=io.StringIO())
+    for table in report.summary_tables():
+        console.print(table)
+    text = console.file.getvalue()
+    assert "…" not in text.replace(" … ", "")  # nothing is cut off
+    for word in ("hyper-", "volume", "dominated", "margin, nats", "difference", "verdict"):
+        assert word in text
+    for contrast in report.view.contrasts:
+        assert f"{contrast.nats.mean.mean:+.3f} [" in text
+
+
+def test_first_reach_by_hand():
+    steps, tokens, losses = [0, 10, 20, 30], [0.0, 100.0, 200.0, 300.0], [9.0, 7.0, 5.0, 6.0]
+    assert first_reach(steps, tokens, losses, 6.0) == (150.0, 15.0)  # not where it is again
+    assert first_reach(steps, tokens, losses, 5.0) == (200.0, 20.0)
+    assert first_reach(steps, tokens, losses, 9.5) == (0.0, 0)
+    assert first_reach(steps, tokens, losses, 4.9) is None

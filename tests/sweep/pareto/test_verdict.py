@@ -136,7 +136,7 @@ def test_sentence_names_the_best_baseline_and_the_tasks():
         "restart, the best baseline, by +0.051 [+0.014, +0.088] nats (p = 0.028), +0.023 [+0.007, "
         "+0.038] bits per byte; higher for en-fr (+0.055) and en-eu (+0.105), undecided for "
         "en-hi; best of 3 random settings of each, 3 seeds; best of all 18 and 3 settings: -0.008 "
-        "[-0.076, +0.061] nats."
+        "[-0.076, +0.061] nats, which is undecided."
     )
 
 
@@ -271,8 +271,8 @@ def test_primary_contrast_comes_first():
     assert first.outcome == "loses"
     assert first.sentence == (
         "primary contrast, in the low-resource loss: keep loses against two-phase: it differs by "
-        "+0.600 [+0.550, +0.650] nats from that of two-phase; best of 2 random settings of each, 3 "
-        "seeds."
+        "+0.600 [+0.550, +0.650] nats from that of two-phase (best of 2 random settings of each, 3 "
+        "seeds)."
     )
 
 
