@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from megaphase.sweep.arms.config import Kind
 from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts
 from megaphase.sweep.pareto.points import Point, RunLosses
@@ -27,8 +26,6 @@ from megaphase.sweep.pareto.statistics import (
 )
 
 Result = Literal["wins", "loses", "undecided"]
-# The arms that differ from the method in the order of the data alone: it never changes.
-BASELINES: tuple[Kind, ...] = ("static", "restart")
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ class Contrast:
 
 def baselines(fronts: ModelFronts) -> list[ArmFront]:
     """Return the arms with which every other one is compared."""
-    return [arm for arm in fronts.arms if arm.kind in BASELINES]
+    return [arm for arm in fronts.arms if arm.is_baseline]
 
 
 def contrasts_of(record: SweepRecord, fronts: Sequence[ModelFronts]) -> list[Contrast]:

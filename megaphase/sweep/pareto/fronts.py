@@ -8,6 +8,7 @@ from functools import cached_property
 
 from megaphase.sweep.arms.config import Kind
 from megaphase.sweep.directory import SweepRecord
+from megaphase.sweep.pareto.baselines import is_baseline
 from megaphase.sweep.pareto.measures import (
     Pair,
     count_dominated,
@@ -83,6 +84,7 @@ class ArmFront:
         points: of all of its settings.
         hypervolume: of the front, in nats squared; None if the whole model has no point.
         against_static: None for static arms, and while either side has no point.
+        is_baseline: whether the others are compared with it; see `is_baseline`.
     """
 
     arm: str
@@ -91,6 +93,7 @@ class ArmFront:
     front: Sequence[Point]
     hypervolume: float | None
     against_static: Comparison | None
+    is_baseline: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def _model_fronts(record: SweepRecord, model: str | None, points: Sequence[Point
         front = front_of(own)
         volume = None if reference is None else hypervolume(_pairs(front), reference)
         against = compare(front, envelope) if kind != "static" and front and envelope else None
-        arms.append(ArmFront(arm, kind, own, front, volume, against))
+        arms.append(ArmFront(arm, kind, own, front, volume, against, is_baseline(record, arm)))
     return ModelFronts(model, arms, reference, envelope)
 
 

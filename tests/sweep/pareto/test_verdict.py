@@ -320,3 +320,27 @@ def test_arms_of_equal_worth_are_rarely_told_apart():
     means = [each.nats.mean.mean for each in found]
     assert abs(np.mean(means)) < 3 * np.std(means) / math.sqrt(len(means))
     assert np.mean([each.best_of_all.mean for each in found]) < -0.01
+
+
+def test_baselines_are_the_arms_whose_mixture_of_all_tasks_never_changes():
+    flat = {"mixture": {"temperature": 3.3}}
+    arms = {
+        **ARMS,
+        "restart": {"rates": [0.1], "pretrain": [0.8]},
+        "regularized": {"rates": [0.1], "settings": {"model.dropout": 0.1}},
+        "temperature": {"phases": [flat]},
+        "unimax": {"phases": [{"mixture": {"unimax": True, "max_epochs": 4}}]},
+        "restarted": {"phases": [flat | {"share": 0.5}, flat]},
+        "cooldown": {"phases": [{"mixture": {"temperature": {"from": 5, "to": 1}}}]},
+        "rising": {"phases": [{"rate": {"from": 0.1, "to": 0.2}}]},
+        "high-only": {"phases": [{"rate": 0}]},
+        "cascade": {"phases": [flat | {"share": 0.5}, {"mixture": {"temperature": 5}}]},
+        "over": {"phases": [{"mixture": {"temperature": 2, "over": "high"}}]},
+        "dropout": {"phases": [flat | {"settings": {"model.dropout": 0.1}}]},
+    }
+    record = record_of(arms, lambda _: (4.0, 6.0), seeds=[1])
+    (fronts,) = fronts_of(record)
+    found = [arm.arm for arm in fronts.arms if arm.is_baseline]
+    assert found == ["static", "restart", "temperature", "unimax", "restarted"]
+    with_static = [c.arm for c in contrasts_of(record, [fronts]) if c.against == "static"]
+    assert with_static == [name for name in arms if name != "static"]
