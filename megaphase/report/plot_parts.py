@@ -16,6 +16,7 @@ from matplotlib.transforms import Bbox
 
 from megaphase.utils.plot_style import (
     MUTED,
+    NAME_LIMIT,
     Size,
     inch_axes,
     new_figure,
@@ -65,9 +66,16 @@ def legend_inches(labels: Sequence[str], columns: int) -> float:
 
 
 def panel_grid(
-    size: Size, titles: Sequence[str], panel_height: float, top: float
+    size: Size,
+    titles: Sequence[str],
+    panel_height: float,
+    top: float,
+    limit: int = NAME_LIMIT,
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure with a panel per title, two per row if it is wide, below `top` inches."""
+    """Return a figure with a panel per title, two per row if it is wide, below `top` inches.
+
+    limit: characters of a title.
+    """
     columns = 1 if size.narrow or len(titles) == 1 else 2
     title_inches = TITLE_INCHES if any(titles) else 0.1
     panel_width = (size.width - 0.25) / columns
@@ -84,7 +92,7 @@ def panel_grid(
             left + panel_width,
             bottom + panel_height - title_inches,
         )
-        axes.set_title(plot_label(title), loc="left", fontweight="bold")
+        axes.set_title(plot_label(title, limit), loc="left", fontweight="bold")
         panels.append(axes)
     return figure, panels
 
@@ -169,6 +177,34 @@ def label_points(
             color=label.colour, fontsize=LABEL_POINTS, zorder=5,
         )  # fmt: skip
     return left_out
+
+
+def left_out_note(labels: Sequence[PointLabel]) -> str:
+    """Return how many labels were left out for want of room; empty if none was."""
+    count = len(labels)
+    if not count:
+        return ""
+    return f"no room for {count} {'label' if count == 1 else 'labels'}"
+
+
+def cropped_note(axes: Axes, curves: Iterable[Curve]) -> str:
+    """Return how far the curves reach beyond the limits of the y axis; empty if they do not."""
+    low, high = sorted(axes.get_ylim())
+    values = [losses[np.isfinite(losses)] for _, losses in curves]
+    reach = [(float(each.min()), float(each.max())) for each in values if len(each)]
+    notes = []
+    if (most := max((top for _, top in reach), default=high)) > high:
+        notes.append(f"up to {most:.2f}")
+    if (least := min((bottom for bottom, _ in reach), default=low)) < low:
+        notes.append(f"down to {least:.2f}")
+    return f"cut off: {', '.join(notes)}" if notes else ""
+
+
+def note_on_panel(axes: Axes, *notes: str) -> None:
+    """Write what a panel leaves out at its upper right corner, above the axes."""
+    text = "; ".join(note for note in notes if note)
+    if text:
+        axes.set_title(text, loc="right", fontsize=LABEL_POINTS, color=MUTED)
 
 
 Place = tuple[tuple[float, float], str, str, Bbox]

@@ -71,6 +71,7 @@ DOTTED = (0, (1, 1.5))
 LABEL_GAP_POINTS = 13.0
 CHARACTER_INCHES = 0.094  # of a bold label, at the widest
 NAME_LIMIT = 18
+SETTING_LIMIT = 44  # characters of a setting's name, which includes its arm, mixture and peaks
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ def inch_axes(figure: Figure, left: float, bottom: float, right: float, top: flo
     return axes
 
 
-def plot_label(name: str) -> str:
+def plot_label(name: str, limit: int = NAME_LIMIT) -> str:
     """Return a task's or run's name for a figure: shortened, and never parsed as mathematics."""
-    short = name if len(name) <= NAME_LIMIT else name[: NAME_LIMIT - 1] + "…"
+    short = name if len(name) <= limit else name[: limit - 1] + "…"
     return short.replace("$", r"\$")
 
 

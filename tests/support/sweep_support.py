@@ -143,10 +143,13 @@ def _outcome(trial: Trial, rows: list[dict], diverged: bool, bleu: bool) -> Outc
 def write_run(directory: SweepDirectory, trial: Trial, source: Trial | None) -> list[dict]:
     """Write a run directory; return its validation rows."""
     phase = trial.run["phases"][0]
-    begin = 0 if source is None else source.run["phases"][0]["steps"]
-    begun_with = {} if source is None else _rates(source)
+    earlier = [] if source is None else source.phases
+    begin = sum(phase["steps"] for phase in earlier)
     rates, steps, samples = _rates(trial), phase["steps"], SAMPLES * SEQ_LEN
-    before = {task: begun_with.get(task, 0.0) * begin * samples for task in TOKENS}
+    before = {
+        task: sum(_phase_rates(each).get(task, 0.0) * each["steps"] for each in earlier) * samples
+        for task in TOKENS
+    }
     tasks = {}
     for task, rate in rates.items():
         tokens = round(rate * steps * samples)
@@ -198,7 +201,11 @@ def write_run(directory: SweepDirectory, trial: Trial, source: Trial | None) -> 
 
 
 def _rates(trial: Trial) -> dict[str, float]:
-    mixture = trial.run["phases"][0]["mixture"]
+    return _phase_rates(trial.run["phases"][0])
+
+
+def _phase_rates(phase: dict) -> dict[str, float]:
+    mixture = phase["mixture"]
     if "rates" in mixture:
         return mixture["rates"]
     weights = {task: size ** (1 / mixture["temperature"]) for task, size in TOKENS.items()}

@@ -102,7 +102,7 @@ def test_a_schedule_spans_all_phases_that_continue_it(whole: SweepDirectory) -> 
 def test_curves_go_back_to_the_first_phase(whole: SweepDirectory) -> None:
     curves = curves_of(load_sweep_record(whole.path))
     run = curves[of_arm(whole, "cascade").name]
-    assert (run.steps[0], run.steps[-1], run.switch) == (0, 10, 7)
+    assert (run.steps[0], run.steps[-1], run.switches) == (0, 10, [4, 7])
     for tokens in run.tokens.values():
         assert list(tokens) == sorted(tokens)
     longer = curves[of_arm(whole, "longer").name]

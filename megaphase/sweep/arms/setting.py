@@ -114,7 +114,7 @@ def short_form_setting(
         mixture=mixture,
         share=share,
         peaks=peaks,
-        label=", ".join([f"{mixture.label}{after}", *_labels(tried)]),
+        label=", ".join([f"{mixture.label}{after}", *value_labels(tried)]),
     )
 
 
@@ -143,12 +143,12 @@ def phases_setting(
         mixture=mixture,
         share=share,
         peaks=peaks,
-        label=", ".join(_labels(tried)) or mixture.label,
+        label=", ".join(value_labels(tried)) or mixture.label,
         peak_axis=axes[-1],
     )
 
 
-def _labels(tried: Sequence[tuple[str, Value]]) -> list[str]:
+def value_labels(tried: Sequence[tuple[str, Value]]) -> list[str]:
     """Return `dropout 0.1` for each value, with as many of its axis' keys as tell it apart."""
     return [
         f"{_short_axis(axis, [each for each, _ in tried])} "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,14 +14,19 @@ from megaphase.report.plot_parts import (
     BOTTOM_INCHES,
     PointLabel,
     label_points,
+    left_out_note,
     legend_columns,
     legend_inches,
     legend_on_top,
     line_key,
+    note_on_panel,
     panel_grid,
 )
+from megaphase.sweep.arms.setting import TriedSetting
 from megaphase.sweep.pareto.arm_styles import ArmStyles
+from megaphase.sweep.pareto.choice_lines import ChoiceLines
 from megaphase.sweep.pareto.points import Point
+from megaphase.sweep.pareto.seed_noise import Drawn
 from megaphase.sweep.pareto.statistics import Estimate
 from megaphase.utils.plot_style import (
     Size,
@@ -32,22 +37,25 @@ from megaphase.utils.plot_style import (
     plot_style,
 )
 
+TICK_WIDTH = 0.12  # of the axis, of a tick's label
+LABEL_ROOM = 0.15  # of the axis, beyond the last point and its margin
 GROUPS = ("high-resource loss", "low-resource loss")
 
 
-class Line(NamedTuple):
-    """Final losses along a choice. label: shown at its end, in the arm's colour."""
-
-    arm: str
-    label: str
-    points: Sequence[tuple[float, Point]]
-
-
 def choice_plot(
-    lines: Sequence[Line], title: str, ticks: Mapping[float, str], styles: ArmStyles, size: Size
+    lines: ChoiceLines,
+    losses: Mapping[TriedSetting, Drawn],
+    name: Callable[[TriedSetting], str],
+    title: str,
+    ticks: Mapping[float, str],
+    styles: ArmStyles,
+    size: Size,
 ) -> Figure:
-    """Return a figure of high and low loss over a choice, whose values are named on the x axis."""
-    arms = list(dict.fromkeys(line.arm for line in lines))
+    """Return a figure of high and low loss over a choice, whose values are named on the x axis.
+
+    Points are filled on the lines and hollow beside them; `name` gives the label of each.
+    """
+    arms = lines.arms
     columns = legend_columns(arms, size)
     keys = [line_key(plot_label(arm), styles[arm][0], marker=styles[arm][1], ms=5) for arm in arms]
     with plot_style():
@@ -55,26 +63,56 @@ def choice_plot(
         for axes, group in zip(panels, ("high", "low"), strict=True):
             axes.set_ylabel("nats per token")
             axes.set_xlabel(title)
-            axes.set_xticks(list(ticks), [plot_label(name) for name in ticks.values()])
-            _draw_lines(axes, lines, group, styles)
+            shown = _apart(list(ticks), size)
+            axes.set_xticks(shown, [plot_label(ticks[x]) for x in shown])
+            values = {setting: getattr(each, group) for setting, each in losses.items()}
+            _draw_lines(axes, lines, values, name, styles)
         legend_on_top(figure, keys, columns)
     return figure
 
 
-def _draw_lines(axes: Axes, lines: Sequence[Line], group: str, styles: ArmStyles) -> None:
+def _apart(places: Sequence[float], size: Size) -> list[float]:
+    """Return as many of the places as have room for a label, always the first and the last."""
+    places = sorted(places)
+    room = TICK_WIDTH * (places[-1] - places[0]) * (1.6 if size.narrow else 1.0)
+    kept = places[:1]
+    for x in places[1:-1]:
+        if x - kept[-1] >= room and places[-1] - x >= room:
+            kept.append(x)
+    return kept + places[1:][-1:]
+
+
+def _draw_lines(
+    axes: Axes,
+    lines: ChoiceLines,
+    losses: Mapping[TriedSetting, Estimate],
+    name: Callable[[TriedSetting], str],
+    styles: ArmStyles,
+) -> None:
     labels, paths = [], []
-    for arm, label, points in lines:
-        colour, marker = styles[arm]
+
+    def draw(points: Sequence[tuple[float, Point]], **look: Any) -> None:
+        colour, marker = styles[points[0][1].setting.arm]
         xs = [x for x, _ in points]
-        losses: list[Estimate] = [getattr(point, group) for _, point in points]
+        drawn = [losses[point.setting] for _, point in points]
+        ys = [each.mean for each in drawn]
         axes.errorbar(
-            xs, [loss.mean for loss in losses], yerr=[loss.error or 0.0 for loss in losses],
-            color=colour, marker=marker, ms=4.5, lw=1.4, elinewidth=1.0,
+            xs, ys, yerr=[each.half_width or 0.0 for each in drawn],
+            color=colour, marker=marker, ms=4.5, lw=1.4, elinewidth=1.0, capsize=2, **look,
         )  # fmt: skip
-        paths.append(np.column_stack([xs, [loss.mean for loss in losses]]))
-        labels.append(PointLabel(xs[-1], losses[-1].mean, label, colour))
+        labels.append(PointLabel(xs[-1], ys[-1], name(points[-1][1].setting), colour))
+        paths.append(np.column_stack([xs, ys]))
+
+    for line in lines.lines:
+        draw(line.points)
+    for each in lines.lone:
+        draw([each], ls="none", mfc="none")
     axes.margins(x=0.14)
-    label_points(axes, [label for label in labels if label.text], paths)
+    axes.autoscale_view()
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right + LABEL_ROOM * (right - left))
+    left_out = label_points(axes, [label for label in labels if label.text], paths)
+    note_on_panel(axes, left_out_note(left_out))
 
 
 class Score(NamedTuple):
@@ -116,9 +154,9 @@ def _bars(
     height = 1 / (len(arms) + 1)
     for task, arm, value in scores:
         row = tasks.index(task) + (arms.index(arm) - (len(arms) - 1) / 2) * height
-        axes.barh(row, value.mean, 0.86 * height, color=styles[arm][0], xerr=value.error)
+        axes.barh(row, value.mean, 0.86 * height, color=styles[arm][0], xerr=value.half_width)
         axes.annotate(
-            f"{value.mean:.1f}", (value.mean + (value.error or 0.0), row), (4, 0),
+            f"{value.mean:.1f}", (value.mean + (value.half_width or 0.0), row), (4, 0),
             textcoords="offset points", va="center_baseline", fontsize=8.5,
         )  # fmt: skip
     axes.set_yticks(range(len(tasks)), [plot_label(task) for task in tasks])

@@ -1,12 +1,13 @@
 """The curves of a sweep's runs: losses, tokens and epochs at every validation.
 
-A branch begins with the curves of the runs from which it started. Only the displayed values of a
-run are kept, so that a sweep of hundreds of long runs fits into memory.
+A branch begins with the curve of the run from which it started, which may be a branch itself. Only
+the displayed values of a run are kept, so that a sweep of hundreds of long runs fits into memory.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,7 @@ import numpy as np
 
 from megaphase.report.load_run import load_run
 from megaphase.report.plot_parts import Curve
-from megaphase.report.runs import HeldOutRow, RunRecord
+from megaphase.report.runs import HeldOutRow, PhasePlan, RunRecord
 from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.pareto.points import Point, reason_of_failure
 from megaphase.sweep.trials import Trial
@@ -26,18 +27,18 @@ ByTask = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True)
 class RunCurves:
-    """Values at the validations of a run and of the runs from which it started.
+    """Values at the validations of a run and of all runs before it.
 
     Attributes:
         steps: steps of the validations, ascending, over all of these runs.
-        switch: steps done before the run's own first one; None without a first stage.
+        switches: steps done when each phase but the first began, ascending.
         validation: loss by task.
         training: mean loss since the previous validation, by task; NaN if it was not trained on.
         tokens, epochs: of training text so far, by task.
     """
 
     steps: Sequence[int]
-    switch: int | None
+    switches: Sequence[int]
     validation: ByTask
     training: ByTask
     tokens: ByTask
@@ -49,7 +50,10 @@ class RunCurves:
         Raises:
             ValueError: there was none.
         """
-        return self.steps.index(step)
+        at = bisect_left(self.steps, step)
+        if at == len(self.steps) or self.steps[at] != step:
+            raise ValueError(f"no validation after step {step}")
+        return at
 
 
 def curves_of(record: SweepRecord) -> dict[str, RunCurves]:
@@ -58,30 +62,25 @@ def curves_of(record: SweepRecord) -> dict[str, RunCurves]:
     Raises:
         InputError: the directory of one of them is damaged.
     """
-    trials = {trial.name: trial for trial in record.trials}
-    parts: dict[str, RunCurves] = {}  # of the runs from which others start
-    found: dict[str, RunCurves] = {}
-    for trial in record.trials:
-        outcome = record.outcomes.get(trial.name)
-        if trial.is_final and outcome is not None and reason_of_failure(outcome) is None:
-            found[trial.name] = _curves(record, trials, trial.name, parts)
-    return found
-
-
-def _curves(
-    record: SweepRecord, trials: Mapping[str, Trial], name: str, parts: dict[str, RunCurves]
-) -> RunCurves:
-    """Return the curves of a run and of all runs before it; parts: those known, added to."""
-    if name in parts:
-        return parts[name]
     tasks = [*record.sweep.high, *record.sweep.low]
-    run = _own_curves(load_run(record.directory.run(name)), tasks)
-    source = trials[name].source
-    if source is not None:
-        run = _joined(_curves(record, trials, source, parts), run)
-    if not trials[name].is_final:
-        parts[name] = run
-    return run
+    trials = {trial.name: trial for trial in record.trials}
+    sources: dict[str, RunCurves] = {}
+
+    def curves(trial: Trial) -> RunCurves:
+        run = load_run(record.directory.run(trial.name))
+        if trial.source is None:
+            return _own_curves(run, tasks)
+        if trial.source not in sources:
+            sources[trial.source] = curves(trials[trial.source])
+        return _joined(sources[trial.source], _own_curves(run, tasks), run.origin.step)
+
+    return {
+        trial.name: curves(trial)
+        for trial in record.trials
+        if trial.is_final
+        and (outcome := record.outcomes.get(trial.name)) is not None
+        and reason_of_failure(outcome) is None
+    }
 
 
 def _own_curves(run: RunRecord, tasks: Sequence[str]) -> RunCurves:
@@ -91,7 +90,7 @@ def _own_curves(run: RunRecord, tasks: Sequence[str]) -> RunCurves:
     seen = {task: [_seen(run, task, step) for step in steps] for task in tasks}
     return RunCurves(
         steps=steps,
-        switch=run.origin.step or None,
+        switches=[step for step, _ in run.switches],
         validation={
             task: [_loss(row.validation.get(task)) for row in rows.values()] for task in tasks
         },
@@ -127,7 +126,7 @@ def _seen(run: RunRecord, task: str, step: int) -> tuple[float, float]:
     begin, tokens, epochs = run.origin.step, 0.0, 0.0
     for phase in run.plan.phases:
         share = phase.tasks.get(task)
-        part = min(max(step - begin, 0) / max(phase.steps, 1), 1.0)
+        part = 0.0 if share is None else _part(phase, task, step - begin)
         begin += phase.steps
         if share is None:
             continue
@@ -137,28 +136,45 @@ def _seen(run: RunRecord, task: str, step: int) -> tuple[float, float]:
     return tokens, epochs
 
 
-def _joined(source: RunCurves, run: RunCurves) -> RunCurves:
+def _part(phase: PhasePlan, task: str, steps: int) -> float:
+    """Return the fraction of a task's samples of a phase that its first steps have."""
+    steps = min(max(steps, 0), phase.steps)
+    if (rates := phase.rates_over_steps) is not None and (whole := rates.samples_of(task)):
+        return rates.until(steps).samples_of(task) / whole
+    return steps / max(phase.steps, 1)
+
+
+def _joined(source: RunCurves, run: RunCurves, switch: int) -> RunCurves:
     """Return the source's curve up to the switch, followed by the run's own."""
-    switch = run.switch or 0
-    kept = [i for i, step in enumerate(source.steps) if step < switch]
+    kept = bisect_left(source.steps, switch)
+    end = bisect_right(source.steps, switch) - 1  # of the source, from which the run started
 
     def join(before: ByTask, after: ByTask) -> ByTask:
-        return {task: [*(before[task][i] for i in kept), *after[task]] for task in after}
+        return {task: [*before[task][:kept], *after[task]] for task in after}
 
-    before = {task: source.tokens[task][-1] for task in source.tokens}
     training = {task: list(values) for task, values in run.training.items()}
     for task, values in source.training.items():
-        training[task][0] = values[-1]  # the loss before the switch
+        training[task][0] = values[end]  # the loss before the switch
     return RunCurves(
-        steps=[*(source.steps[i] for i in kept), *run.steps],
-        switch=switch,
+        steps=[*source.steps[:kept], *run.steps],
+        switches=[*(step for step in source.switches if step < switch), *run.switches],
         validation=join(source.validation, run.validation),
         training=join(source.training, training),
         tokens=join(
             source.tokens,
-            {task: [before[task] + n for n in values] for task, values in run.tokens.items()},
+            {
+                task: [source.tokens[task][end] + n for n in values]
+                for task, values in run.tokens.items()
+            },
         ),
-        epochs=join(source.epochs, run.epochs),
+        epochs=join(
+            source.epochs,
+            {
+                # Those of the run count from the beginning, but only of tasks that it trains on.
+                task: [max(source.epochs[task][end], n) for n in values]
+                for task, values in run.epochs.items()
+            },
+        ),
     )
 
 
@@ -171,7 +187,9 @@ def mean_curve(
     """Return the mean over a setting's seeds and over tasks, at the steps that all seeds have."""
     runs = [curves[trial.name] for trial, _ in point.runs]
     steps = sorted(set.intersection(*(set(run.steps) for run in runs)))
-    means = [
-        fmean(values(run)[task][run.at(step)] for run in runs for task in tasks) for step in steps
+    every = [
+        np.array(values(run)[task], dtype=np.float64)[[run.at(step) for step in steps]]
+        for run in runs
+        for task in tasks
     ]
-    return np.array(steps, dtype=np.int64), np.array(means, dtype=np.float64)
+    return np.array(steps, dtype=np.int64), np.mean(every, axis=0)

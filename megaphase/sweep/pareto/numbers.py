@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megaphase.report.numbers import Row, write_table
-from megaphase.sweep.arms.setting import TriedSetting
+from megaphase.sweep.pareto.figure_numbers import figure_tables
 from megaphase.sweep.pareto.first_stages import first_stages
 from megaphase.sweep.pareto.overfit import overfits
+from megaphase.sweep.pareto.setting_columns import SETTING, setting_cells
 from megaphase.sweep.pareto.statistics import Estimate
 from megaphase.sweep.pareto.tokens_to_loss import reaches
 from megaphase.sweep.pareto.verdict_tables import adjusted_p
@@ -16,7 +17,6 @@ from megaphase.sweep.pareto.view import SweepView
 from megaphase.sweep.sweep import GROUP_LOSSES
 from megaphase.sweep.trials import Trial
 
-SETTING = ("arm", "model", "pretrain_share", "rate", "temperature", "peak")
 STATISTICS = ("from", "to", "seeds", "t", "p")  # of an interval and of a test
 
 
@@ -67,7 +67,7 @@ def write_sweep_numbers(view: SweepView, folder: Path) -> list[str]:
         "overfitting": (
             [*SETTING, "task", "lowest", "lowest_step", "end", "risen", "epochs"],
             (
-                [*_setting(row.point.setting), row.task, row.best, row.best_step, row.end,
+                [*setting_cells(row.point.setting), row.task, row.best, row.best_step, row.end,
                  row.risen, row.epochs]
                 for fronts in view.fronts
                 for row in overfits(fronts, view.curves, low)
@@ -78,19 +78,13 @@ def write_sweep_numbers(view: SweepView, folder: Path) -> list[str]:
             _curves(view),
         ),
         "first_stages": ([*SETTING, "loss", "loss_error", "goes_on"], _first_stages(view)),
+        **figure_tables(view),
     }  # fmt: skip
     folder.mkdir()
     return [
         write_table(folder / f"{name}.csv", columns, rows)
         for name, (columns, rows) in tables.items()
     ]
-
-
-def _setting(setting: TriedSetting) -> list[object]:
-    mixture = setting.mixture
-    return [
-        setting.arm, setting.model, setting.share, mixture.rate, mixture.temperature, setting.peak
-    ]  # fmt: skip
 
 
 def other_axes(view: SweepView) -> list[str]:
@@ -113,7 +107,7 @@ def _runs(view: SweepView, axes: Sequence[str]) -> Iterator[Row]:
             outcome = list(_outcome(view, trial))
             outcome += [None] * (columns - len(outcome))
             values = [trial.setting.get(axis) for axis in axes]
-            yield [trial.name, trial.seed, *_setting(trial.setting), *outcome, *values]
+            yield [trial.name, trial.seed, *setting_cells(trial.setting), *outcome, *values]
 
 
 def _outcome(view: SweepView, trial: Trial) -> Iterator[object]:
@@ -145,7 +139,7 @@ def _settings(view: SweepView, axes: Sequence[str]) -> Iterator[Row]:
             for point in arm.points:
                 estimates = [point.high, point.low, *(point.losses[task] for task in view.tasks)]
                 yield [
-                    *_setting(point.setting),
+                    *setting_cells(point.setting),
                     len(point.runs),
                     *(value for each in estimates for value in (each.mean, each.error)),
                     point in arm.front,
@@ -186,11 +180,11 @@ def _margins(view: SweepView) -> Iterator[Row]:
         for arm in fronts.arms:
             for margin in arm.against_static.margins if arm.against_static else ():
                 other = margin.other
-                static = [*_setting(margin.point.setting), *margin.point.pair, arm.arm]
+                static = [*setting_cells(margin.point.setting), *margin.point.pair, arm.arm]
                 if other is None:
                     yield static
                     continue
-                setting, found = _setting(other.setting)[2:], margin.estimate
+                setting, found = setting_cells(other.setting)[2:], margin.estimate
                 yield [
                     *static,
                     *setting,
@@ -236,7 +230,7 @@ def _tokens_to_loss(view: SweepView) -> Iterator[Row]:
         for each in reaches(fronts, view.curves, view.record.sweep.low):
             setting = each.point.setting
             yield [
-                *_setting(setting), each.level.loss, each.level.arm,
+                *setting_cells(setting), each.level.loss, each.level.arm,
                 *(each.reached or (None, None)), each.point in best, setting.label,
             ]  # fmt: skip
 
@@ -251,7 +245,7 @@ def _curves(view: SweepView) -> Iterator[Row]:
 
 def _first_stages(view: SweepView) -> Iterator[Row]:
     for stage in first_stages(view.record):
-        setting = _setting(stage.setting)[:-1]
+        setting = setting_cells(stage.setting)[:-1]
         for peak, loss in stage.losses.items():
             mean, error = (None, None) if loss is None else (loss.mean, loss.error)
             yield [*setting, peak, mean, error, peak in stage.taken]

@@ -12,12 +12,12 @@ from markupsafe import Markup
 from megaphase.report.page import DrawnPlot, PageTable, Plot, draw_plot, render
 from megaphase.report.report_files import PLOTS_FOLDER
 from megaphase.sweep.arms.budgets import own_budgets
+from megaphase.sweep.pareto.curve_figures import curve_figures, overfitting_figure
 from megaphase.sweep.pareto.figures import (
     bleu_front_plot,
     front_plot,
     models_plot,
-    other_figures,
-    overfitting_figure,
+    training_front_plot,
 )
 from megaphase.sweep.pareto.fronts import ModelFronts
 from megaphase.sweep.pareto.tables import (
@@ -92,7 +92,7 @@ def sweep_article(view: SweepView, out: Path) -> Markup:
 
 def _evidence(view: SweepView, out: Path) -> _Evidence:
     """Return plots and tables."""
-    across = (models_plot(view), bleu_front_plot(view))
+    across = (training_front_plot(view), models_plot(view), bleu_front_plot(view))
     return _Evidence(
         _draw(front_plot(view), out),
         [_model_evidence(view, fronts, out) for fronts in view.fronts],
@@ -114,7 +114,7 @@ def _model_evidence(view: SweepView, fronts: ModelFronts, out: Path) -> _ModelEv
         off_fronts,
         tokens_table(view, fronts),
         overfitting,
-        [_draw(plot, out) for plot in other_figures(view, fronts)] if fronts.points else [],
+        [_draw(plot, out) for plot in curve_figures(view, fronts)] if fronts.points else [],
     )
 
 

@@ -12,12 +12,15 @@ from matplotlib.figure import Figure
 from megaphase.report.plot_parts import (
     PointLabel,
     label_points,
+    left_out_note,
     legend_columns,
     legend_inches,
     legend_on_top,
     line_key,
+    note_on_panel,
     panel_grid,
 )
+from megaphase.sweep.arms.setting import TriedSetting
 from megaphase.sweep.pareto.arm_styles import ArmStyles
 from megaphase.sweep.pareto.measures import nondominated
 from megaphase.sweep.pareto.statistics import Estimate
@@ -31,14 +34,22 @@ Limits = tuple[float, float]
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of a panel. is_core: whether the limits must include it, if it is on its arm's
-    front."""
+    """A point of a panel.
 
-    arm: str
+    on_front: whether it is on its arm's front; the others are drawn faintly.
+    is_core: whether the limits must include it, if it is on the front.
+    """
+
+    setting: TriedSetting
     label: str
     x: Estimate
     y: Estimate
     is_core: bool
+    on_front: bool
+
+    @property
+    def arm(self) -> str:
+        return self.setting.arm
 
 
 @dataclass(frozen=True)
@@ -54,10 +65,11 @@ class Panel:
     shaded: frozenset[str]
     higher_is_better: bool = False
 
-    def front(self, arms: frozenset[str]) -> list[Mark]:
-        """Return the marks that no other mark of these arms dominates, ascending in x."""
+    def border(self, arms: frozenset[str]) -> list[Mark]:
+        """Return the marks on the fronts of these arms that no other one of them dominates,
+        ascending in x."""
         sign = -1 if self.higher_is_better else 1
-        marks = [mark for mark in self.marks if mark.arm in arms]
+        marks = [mark for mark in self.marks if mark.on_front and mark.arm in arms]
         chosen = nondominated([(sign * mark.x.mean, sign * mark.y.mean) for mark in marks])
         return sorted((marks[i] for i in chosen), key=lambda mark: mark.x.mean)
 
@@ -65,14 +77,15 @@ class Panel:
     def arms(self) -> list[str]:
         return list(dict.fromkeys(mark.arm for mark in self.marks))
 
-    def fronts(self) -> dict[str, list[Mark]]:
-        """Return the front of each arm."""
-        return {arm: self.front(frozenset({arm})) for arm in self.arms}
+    @property
+    def on_fronts(self) -> list[Mark]:
+        """The marks on the fronts of their arms."""
+        return [mark for mark in self.marks if mark.on_front]
 
 
 def limits_of(panel: Panel) -> tuple[Limits, Limits]:
     """Return limits of x and y that include all front points except those far from the core."""
-    fronts = [mark for front in panel.fronts().values() for mark in front]
+    fronts = panel.on_fronts
     core = [mark for mark in fronts if mark.is_core] or fronts
     near = [mark for mark in fronts if _is_near(mark, core)]
     return _padded(*_range([m.x.mean for m in near])), _padded(*_range([m.y.mean for m in near]))
@@ -102,15 +115,20 @@ def _padded(low: float, high: float) -> Limits:
 
 def outside(panel: Panel) -> tuple[list[Mark], int]:
     """Return the front points outside the limits, and the number of other points outside."""
-    (left, right), (bottom, top) = limits_of(panel)
-    out = [
-        mark
-        for mark in panel.marks
-        if not (left <= mark.x.mean <= right and bottom <= mark.y.mean <= top)
-    ]
-    on_front = {id(mark) for front in panel.fronts().values() for mark in front}
-    front = [mark for mark in out if id(mark) in on_front]
+    out = outside_marks(panel)
+    front = [mark for mark in out if mark.on_front]
     return front, len(out) - len(front)
+
+
+def outside_marks(panel: Panel) -> list[Mark]:
+    """Return all points outside the limits."""
+    limits = limits_of(panel) if panel.marks else None
+    return [mark for mark in panel.marks if limits and not _is_inside(mark, limits)]
+
+
+def _is_inside(mark: Mark, limits: tuple[Limits, Limits]) -> bool:
+    (left, right), (bottom, top) = limits
+    return left <= mark.x.mean <= right and bottom <= mark.y.mean <= top
 
 
 def trade_off_plot(
@@ -129,9 +147,9 @@ def trade_off_plot(
     columns = legend_columns(names, size)
     height = size.height * (1.0 if len(panels) > 1 or size.narrow else 1.25)
     with plot_style():
-        figure, all_axes = panel_grid(
-            size, [panel.title for panel in panels], height, legend_inches(names, columns)
-        )
+        # A blank title leaves space for the note on what is outside.
+        titles = [panel.title or " " for panel in panels]
+        figure, all_axes = panel_grid(size, titles, height, legend_inches(names, columns))
         for panel, axes in zip(panels, all_axes, strict=True):
             axes.set_xlabel(axis_titles[0])
             axes.set_ylabel(axis_titles[1])
@@ -144,37 +162,64 @@ def trade_off_plot(
 def _is_visible(arm: str, panels: Sequence[Panel]) -> bool:
     """Return whether some point of the arm's front is inside the limits."""
     return any(
-        mark not in outside(panel)[0]
+        _is_inside(mark, limits_of(panel))
         for panel in panels
-        if arm in panel.arms
-        for mark in panel.front(frozenset({arm}))
+        for mark in panel.on_fronts
+        if mark.arm == arm
     )
 
 
 def _draw(panel: Panel, axes: Axes, styles: ArmStyles) -> None:
-    limits, (bottom, top) = limits_of(panel)
-    axes.set_xlim(*limits)
-    axes.set_ylim(bottom, top)
+    limits = limits_of(panel)
+    axes.set_xlim(*limits[0])
+    axes.set_ylim(*limits[1])
     _shade(panel, axes)
-    fronts, labels, lines = panel.fronts(), [], []
-    for arm, front in fronts.items():
+    labels, lines = [], []
+    for arm in panel.arms:
         colour, marker = styles[arm]
-        rest = [mark for mark in panel.marks if mark.arm == arm and mark not in front]
+        marks = [mark for mark in panel.marks if mark.arm == arm]
+        rest = [mark for mark in marks if not mark.on_front]
         axes.plot(
             [mark.x.mean for mark in rest], [mark.y.mean for mark in rest],
             ls="none", marker=marker, ms=4, color=colour, alpha=0.3, mew=0,
         )  # fmt: skip
-        path = _steps(front, axes, panel.higher_is_better)
-        lines.append(path)
-        axes.plot(path[:, 0], path[:, 1], color=colour, lw=1.3, alpha=0.75)
-        for mark in front:
+        if border := panel.border(frozenset({arm})):
+            path = _steps(border, axes, panel.higher_is_better)
+            lines.append(path)
+            axes.plot(path[:, 0], path[:, 1], color=colour, lw=1.3, alpha=0.75)
+        for mark in marks:
+            if not mark.on_front:
+                continue
             axes.errorbar(
-                mark.x.mean, mark.y.mean, xerr=mark.x.error, yerr=mark.y.error,
+                mark.x.mean, mark.y.mean, xerr=mark.x.half_width, yerr=mark.y.half_width,
                 color=colour, marker=marker, ms=5.5, elinewidth=1.0, capsize=2, zorder=4,
             )  # fmt: skip
-            if limits[0] <= mark.x.mean <= limits[1] and bottom <= mark.y.mean <= top:
+            if _is_inside(mark, limits):
                 labels.append(PointLabel(mark.x.mean, mark.y.mean, mark.label, colour))
-    label_points(axes, labels, lines)
+            else:
+                _point_out(mark, axes, colour)
+    note_on_panel(axes, outside_note(panel), left_out_note(label_points(axes, labels, lines)))
+
+
+def _point_out(mark: Mark, axes: Axes, colour: str) -> None:
+    """Draw an arrowhead on the edge next to a point outside the limits."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    x, y = mark.x.mean, mark.y.mean
+    head = "<" if x < left else ">" if x > right else "v" if y < bottom else "^"
+    axes.plot(
+        min(max(x, left), right), min(max(y, bottom), top),
+        marker=head, ms=7, color=colour, mec="none", ls="none", clip_on=False, zorder=5,
+    )  # fmt: skip
+
+
+def outside_note(panel: Panel) -> str:
+    """Return how many settings are outside the limits, for the figure; empty if none is."""
+    front, others = outside(panel)
+    count = len(front) + others
+    if not count:
+        return ""
+    arrows = f", {len(front)} at arrowheads" if front else ""
+    return f"{count} {'setting' if count == 1 else 'settings'} outside{arrows}"
 
 
 def _steps(front: Sequence[Mark], axes: Axes, higher_is_better: bool) -> np.ndarray:
@@ -194,7 +239,7 @@ def _steps(front: Sequence[Mark], axes: Axes, higher_is_better: bool) -> np.ndar
 
 
 def _shade(panel: Panel, axes: Axes) -> None:
-    front = panel.front(panel.shaded)
+    front = panel.border(panel.shaded)
     if not front:
         return
     path = _steps(front, axes, panel.higher_is_better)

@@ -30,8 +30,8 @@ ARMS = {
     "low-only": {"pretrain": [0.8]},
     "regularized": {"rates": [0.5], "settings": {"model.dropout": 0.1}, "early_stopping": 2},
 }
-PLOTS = ("front", "overfitting", "bleu_front", "losses", "data_efficiency", "pretraining",
-         "translation")  # fmt: skip
+PLOTS = ("front", "overfitting", "bleu_front", "losses", "data_efficiency", "training_efficiency",
+         "pretraining", "convergence", "translation")  # fmt: skip
 FAILED, DIVERGED = "static-r0.05-p0.001-s2", "keep-0.8-r0.25-p0.001-s1"
 SMALL = {"static": {"rates": [0.1, 0.5]}, "two-phase": TWO_PHASE | {"rates": [0.25]}}
 
@@ -79,7 +79,7 @@ def test_page_says_what_was_found(index, report, sweep_dir):
         assert verdict.headline in text
     assert f"<code>{FAILED}</code>: the loss is not finite 3 times in a row" in text
     assert f"<code>{DIVERGED}</code>: diverged: the loss of eu is not finite" in text
-    assert "low-only 100% (" in text  # outside the picture of the fronts
+    assert "low-only 100%, 4e-3 (" in text  # outside the picture of the fronts
     assert "corpus: eu" in text  # in the sweep file
 
 
@@ -186,7 +186,7 @@ def test_report_does_not_depend_on_where_and_how_fast_runs_were_done(tmp_path):
         file.writelines([resume, *again])
     pages = [SweepReport.of(folder).write(folder.parent / "report") for folder in (first, second)]
     files = sorted(p.relative_to(pages[0].parent) for p in pages[0].parent.rglob("*.*"))
-    assert len(files) == 1 + 2 * 4 + 9
+    assert len(files) == 1 + 2 * 6 + 13
     same, _, _ = filecmp.cmpfiles(pages[0].parent, pages[1].parent, files, shallow=False)
     assert same == files
 
