@@ -195,7 +195,9 @@ def _check_primary(
             raise InputError(
                 f"{where}.{key}",
                 f"no {what} {shown(name)}",
-                hint(str(name), known, f"the {what}s are") if known else "leave it out",
+                hint(str(name), known, f"the {what}{'es' if what == 'loss' else 's'} are")
+                if known
+                else "leave it out",
             )
     if primary.arm in primary.against:
         raise InputError(

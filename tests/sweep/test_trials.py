@@ -173,6 +173,26 @@ def test_settings_models_and_early_stopping_reach_the_run_files(
             {"arms": {"static": {"rates": [0.1], "settings": {"seed": 3}}}},
             ": arms.static.settings.seed: the sweep sets this; leave it out",
         ),
+        (
+            {"primary": {"arm": "two-fase", "against": "static"}},
+            ": primary.arm: no arm 'two-fase'; did you mean 'two-phase'?",
+        ),
+        (
+            {"primary": {"arm": "two-phase", "against": ["static", "keep"]}},
+            ": primary.against: no arm 'keep'; the arms are static, two-phase",
+        ),
+        (
+            {"primary": {"arm": "static", "against": "static"}},
+            ": primary.against: static is compared with itself; name another arm",
+        ),
+        (
+            {"primary": {"arm": "two-phase", "against": "static", "loss": "average"}},
+            ": primary.loss: no loss 'average'; the losses are mean, high, low, ",
+        ),
+        (
+            {"primary": {"arm": "two-phase", "against": "static", "model": "small"}},
+            ": primary.model: no model 'small'; leave it out",
+        ),
     ],
 )
 def test_refused(changes: dict[str, Any], message: str, corpora: Path, tmp_path: Path) -> None:
@@ -192,8 +212,10 @@ def test_runs_of_other_settings_are_refused(corpora: Path, tmp_path: Path) -> No
     write(tmp_path, settings(corpora, seeds=[11, 12]))
     open_sweep(path)  # more of them are welcome
     write(tmp_path, settings(corpora, steps=STEPS + 1))
+    before = directory.sweep_file.read_text()
     with pytest.raises(InputError, match="was written for other settings"):
         open_sweep(path)
+    assert directory.sweep_file.read_text() == before
 
 
 PHASES = "[{name: any, steps: 1, mixture: {proportional: true}, learning_rate: {peak: 1e-3}}]"

@@ -111,9 +111,12 @@ def _differences(contrasts: Sequence[Contrast], title: str) -> Table:
     table.add_column("difference", justify="right", overflow="fold")
     table.add_column("p", justify="right")
     table.add_column("verdict")
+    before = ""
     for each in contrasts:
         mean = each.nats.mean
         p = NOTHING if mean.p is None else "<.001" if mean.p < 0.001 else f"{mean.p:.3f}"
-        names = Text(each.arm), Text(each.against)
+        # An arm is named in its first row alone.
+        names = Text("" if each.arm == before else each.arm), Text(each.against)
+        before = each.arm
         table.add_row(*names, str(each.k), shown(mean), p, each.result)
     return table

@@ -216,9 +216,9 @@ def _sizes(contrast: Contrast) -> str:
 
 
 def _chosen(contrast: Contrast) -> str:
-    of = f"{contrast.k} random settings" if contrast.k > 1 else "one random setting"
+    of = f"best of {contrast.k} random settings" if contrast.k > 1 else "one random setting"
     seeds = "one seed: no interval" if contrast.seeds == 1 else f"{contrast.seeds} seeds"
-    return f"best of {of} of each, {seeds}"
+    return f"{of} of each, {seeds}"
 
 
 def front_sentence(arm: ArmFront) -> str:
@@ -228,7 +228,8 @@ def front_sentence(arm: ArmFront) -> str:
         return ""
     static, own = len(against.margins), len(against.margins_of_static)
     text = (
-        f"Front: of the static front’s {static} points it dominates {against.dominated}, static "
+        f"Front: it dominates {against.dominated} of the {static} "
+        f"{'point' if static == 1 else 'points'} of the static front, static "
         f"{against.dominated_by} of its {own}. "
     )
     found = [each.estimate for each in against.margins if each.estimate is not None]
