@@ -55,6 +55,7 @@ class TriedSetting:
         share: of the budget before the last phase; None if there is only one phase.
         peaks: of the learning rate in every phase of the recipe, first to last.
         label: the values that differ between the settings of the arm, without peaks.
+        short_label: likewise, without the share of a short form.
         peak_axis: the axis of the last phase's peak.
     """
 
@@ -65,6 +66,7 @@ class TriedSetting:
     share: float | None
     peaks: tuple[float, ...]
     label: str
+    short_label: str
     peak_axis: str = PEAK
 
     def get(self, axis: str) -> Value:
@@ -115,6 +117,7 @@ def short_form_setting(
         share=share,
         peaks=peaks,
         label=", ".join([f"{mixture.label}{after}", *value_labels(tried)]),
+        short_label=", ".join([mixture.label, *value_labels(tried)]),
     )
 
 
@@ -144,6 +147,7 @@ def phases_setting(
         share=share,
         peaks=peaks,
         label=", ".join(value_labels(tried)) or mixture.label,
+        short_label=", ".join(value_labels(tried)) or mixture.label,
         peak_axis=axes[-1],
     )
 

@@ -103,7 +103,7 @@ def _settings(view: SweepView, rows: Sequence[tuple[ArmFront, Point]], note: str
         cells.append(
             [
                 _arm(view, arm.arm),
-                setting.mixture.label,
+                setting.short_label,
                 share,
                 f"{setting.peak:g}",
                 str(len(point.runs)),
@@ -143,7 +143,7 @@ def _overfit_row(view: SweepView, row: Overfit) -> list[str | Cell]:
     setting = row.point.setting
     risen = Cell(f"{row.risen:.3f}", warning=row.risen > RISING_NATS)
     return [
-        _arm(view, setting.arm), setting.mixture.label, f"{setting.peak:g}",
+        _arm(view, setting.arm), setting.short_label, f"{setting.peak:g}",
         row.task, f"{row.best:.3f}", f"{row.best_step:,}", f"{row.end:.3f}", risen,
         f"{row.epochs:.1f}",
     ]  # fmt: skip
@@ -162,7 +162,7 @@ def first_stage_table(view: SweepView) -> PageTable | None:
         losses = [_taken(stage.losses.get(peak), peak in stage.taken) for peak in peaks]
         model = [setting.model or NOTHING] if several else []
         length = NOTHING if setting.share is None else f"{100 * setting.share:g}%"
-        rows.append([setting.arm, *model, length, setting.mixture.label, *losses, stage.reason])
+        rows.append([setting.arm, *model, length, setting.short_label, *losses, stage.reason])
     columns = [
         "first stage", *(["model"] if several else []), "length", "mixture",
         *(f"peak {peak:g}" for peak in peaks), "chosen peak",
