@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ from pydantic import ValidationError
 
 from megaphase.callbacks.early_stopping import MONITORED_MEAN
 from megaphase.config.run import RunConfig
+from megaphase.utils.decimals import as_written
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import real_path
 from megaphase.utils.names import shown
+from megaphase.utils.run_files import RUN_FILE
 from megaphase.utils.validation_errors import as_input_error, hint
 from megaphase.utils.yaml_file import parse_scalar, read_yaml
 
@@ -32,6 +34,7 @@ def _check_references(config: RunConfig) -> None:
                 f"{phase.name!r} occurs twice",
                 "give every phase its own name",
             )
+    _check_splits(config)
     _check_apex(config)
     _check_unfreezing(config)
     _check_phase_models(config)
@@ -50,6 +53,19 @@ def _check_references(config: RunConfig) -> None:
                     hint(task, config.tasks, "the tasks are"),
                 )
     _check_loss_weights(config)
+
+
+def _check_splits(config: RunConfig) -> None:
+    """Held-out documents and the test split must leave something to train on."""
+    for task in config.tasks:
+        held_out, test = config.held_out_fraction(task), config.test_fraction(task)
+        if as_written(held_out) + as_written(test) >= 1:
+            raise InputError(
+                config.where(config.test_key(task)),
+                f"is {test:g}, and {config.held_out_key(task)} is {held_out:g}: nothing of {task} "
+                "is left to train on",
+                "lower one of them",
+            )
 
 
 def _check_loss_weights(config: RunConfig) -> None:
@@ -272,6 +288,22 @@ def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     for override in overrides:
         _apply_override(path, data, override)
     return run_config(path, data)
+
+
+def load_run(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the run file of a run directory, whose `output` is then this directory, or a run file.
+
+    Raises:
+        InputError: naming the file, the key's path and the remedy.
+    """
+    if not run.is_dir():
+        return load_run_file(run, tuple(overrides))
+    if not (run / RUN_FILE).is_file():
+        raise InputError(run, f"is not a run directory: it has no {RUN_FILE}", "give a run file")
+    config = load_run_file(run / RUN_FILE, tuple(overrides))
+    moved = config.model_copy(update={"output": real_path(run)})
+    moved._path = config._path
+    return moved
 
 
 def run_config(path: Path, data: dict[str, Any]) -> RunConfig:

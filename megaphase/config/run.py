@@ -26,7 +26,7 @@ from megaphase.plan.batch_config import (
     phase_batch,
 )
 from megaphase.plan.config import TaskConfig
-from megaphase.training.config import BackendsConfig, ValidationConfig
+from megaphase.training.config import BackendsConfig, TestSplitConfig, ValidationConfig
 from megaphase.utils.errors import InputError
 
 
@@ -36,7 +36,7 @@ class RunConfig(Section):
     When a run is started again in its run directory, only these may have changed: `output`,
     `tokenizer`, `tasks.*.corpus` (as paths; the content is checked), `parallel`, `deterministic`,
     `batch.micro`, `phases.*.batch.micro`, `model.activation_checkpointing`, `parts`, `checkpoint`,
-    `faults`, `logging` and `hardware`.
+    `faults`, `logging`, `hardware` and `test.samples`.
     """
 
     seed: Seed = 1234
@@ -73,6 +73,8 @@ class RunConfig(Section):
     """The phases in their order."""
     validation: ValidationConfig = ValidationConfig()
     """Held-out documents and their losses."""
+    test: TestSplitConfig = TestSplitConfig()
+    """Documents that are kept for the final results."""
     monitor: MonitorConfig = MonitorConfig()
     """Tasks whose best weights are kept."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -151,6 +153,20 @@ class RunConfig(Section):
         """The key that `held_out_fraction` is from, for messages."""
         own = self.tasks[task].held_out
         return "validation.fraction" if own is None else f"tasks.{task}.held_out"
+
+    def test_fraction(self, task: str) -> float:
+        """The fraction of a task's documents in the test split; 0 if it has none."""
+        own = self.tasks[task].test
+        return (self.test.fraction or 0.0) if own is None else own
+
+    def tested_tasks(self) -> list[str]:
+        """The tasks that have a test split."""
+        return [task for task in self.tasks if self.test_fraction(task)]
+
+    def test_key(self, task: str) -> str:
+        """The key that `test_fraction` is from, for messages."""
+        own = self.tasks[task].test
+        return "test.fraction" if own is None else f"tasks.{task}.test"
 
     def phase_batch(self, number: int) -> PhaseBatch:
         """The batch of a phase: the `batch` section, with the keys that the phase itself gives.

@@ -165,6 +165,10 @@ def translate_command(
         int,
         typer.Option(min=1, max=MOST, help="Held-out pairs of each task, always the same ones."),
     ] = 1000,
+    split: Annotated[
+        Literal["validation", "test"],
+        typer.Option(help="Pairs held out for validation, or those of the test split."),
+    ] = "validation",
     max_tokens: Annotated[
         int,
         typer.Option(
@@ -206,21 +210,20 @@ def translate_command(
     from megaphase.generation.decoding import Decoding
     from megaphase.generation.evaluation import (
         TranslationTest,
-        check_place,
         evaluate_translation,
         scores_as_json,
         scores_table,
         signature_lines,
         write_translations,
     )
-    from megaphase.utils.files import atomic_write_json
+    from megaphase.utils.files import atomic_write_json, check_place
 
     config = load_run_file(run_file, tuple(overrides or ()))
     for file in (out, scores):
         if file is not None:
             check_place(file)
     how = Decoding(max_tokens, beam, length_penalty)
-    test = TranslationTest(samples, how, batch, dtype, bleu_tokenizer, verify)
+    test = TranslationTest(samples, how, batch, dtype, bleu_tokenizer, verify, split)
     console = new_console(stderr=True)
     results = evaluate_translation(config, checkpoint, task or [], test, console, average=average)
     if out is not None:

@@ -17,11 +17,11 @@ from megaphase.convert.source import open_source
 from megaphase.convert.source_tokenizer import load_tokenizer
 from megaphase.generation.decoding import Decoding
 from megaphase.generation.model import Precision, load_model
-from megaphase.generation.pairs import held_out_pairs, translation_tasks
+from megaphase.generation.pairs import PairsSplit, held_out_pairs, translation_tasks
 from megaphase.generation.progress import counting_progress
 from megaphase.generation.translation import BleuTokenizer, Scores, Translation, score, translate
 from megaphase.utils.errors import InputError
-from megaphase.utils.files import atomic_write_text, make_directory
+from megaphase.utils.files import atomic_write_text
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class TranslationTest:
     """The options of an evaluation.
 
     Attributes:
-        samples: number of held-out pairs of each task.
+        samples: number of pairs of each task.
+        split: from which they are taken.
         batch: number of sources that are translated at a time.
         precision: precision of weights and arithmetic; None: the run's.
         verify: whether to verify the hashes of the checkpoint's files.
@@ -41,6 +42,7 @@ class TranslationTest:
     precision: Precision | None = None
     bleu_tokenizer: BleuTokenizer = "13a"
     verify: bool = True
+    split: PairsSplit = "validation"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ def evaluate_translation(
     named = tasks or translation_tasks(config)
     if not named:
         raise InputError(config.where("tasks"), "there is no translation task", "add one")
-    pairs = {task: held_out_pairs(config, task, tokenizer, test.samples) for task in named}
+    pairs = {
+        task: held_out_pairs(config, task, tokenizer, test.samples, test.split) for task in named
+    }
     model = load_model(source, test.precision, verify=test.verify)
     translations = {}
     for task, chosen in pairs.items():
@@ -85,15 +89,6 @@ def evaluate_translation(
             )
     scores = {task: score(found, test.bleu_tokenizer) for task, found in translations.items()}
     return TranslationResults(source.state["step"], translations, scores)
-
-
-def check_place(path: Path) -> None:
-    """Reject a file that cannot be written, before hours are spent on its content."""
-    if path.is_dir():
-        raise InputError(path, "is a folder", "name a file")
-    if path.exists() and not path.is_file():  # it would be replaced, even /dev/null
-        raise InputError(path, "is not a regular file", "name a file")
-    make_directory(path.absolute().parent)
 
 
 def write_translations(path: Path, translations: Mapping[str, Sequence[Translation]]) -> None:

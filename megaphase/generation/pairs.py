@@ -1,21 +1,24 @@
-"""Held-out pairs of a translation task, as prompts and references."""
+"""Pairs of a translation task that are not trained on, as prompts and references."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from megaphase.config.run import RunConfig
 from megaphase.corpus import Corpus
 from megaphase.corpus.integrity import check_document, check_files
-from megaphase.plan.split import HashRange, held_out_hashes
+from megaphase.plan.split import HashRange, hashes_of_test_split, held_out_hashes
 from megaphase.plan.task_corpora import open_task_corpus
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 from megaphase.utils.validation_errors import hint
 
 _DOCUMENTS_AT_A_TIME = 1 << 20
+
+PairsSplit = Literal["validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,11 @@ class TranslationPair:
 
 
 def held_out_pairs(
-    config: RunConfig, task: str, tokenizer: Tokenizer, samples: int | None
+    config: RunConfig,
+    task: str,
+    tokenizer: Tokenizer,
+    samples: int | None,
+    split: PairsSplit = "validation",
 ) -> list[TranslationPair]:
     """Return pairs of a task that training never sees, those with the smallest hashes first.
 
@@ -36,11 +43,12 @@ def held_out_pairs(
     of the corpus.
 
     Args:
-        samples: number of pairs; None: all held-out pairs. May be more than there are.
+        samples: number of pairs; None: all of the split. May be more than there are.
+        split: from which they are taken.
 
     Raises:
         InputError: there is no such task, it is not a translation task, its corpus is missing,
-            damaged or made with another tokenizer, or nothing is held out.
+            damaged or made with another tokenizer, or nothing is held out, or in its test split.
     """
     if task not in config.tasks:
         raise InputError(
@@ -54,12 +62,20 @@ def held_out_pairs(
         )
     corpus = open_task_corpus(config, task, tokenizer)
     check_files([corpus])
-    fraction = config.held_out_fraction(task)
-    documents = _lowest_documents(corpus, held_out_hashes(fraction), samples)
+    if split == "test":
+        key, fraction = config.test_key(task), config.test_fraction(task)
+        hashes, taken = hashes_of_test_split(fraction), "takes for the test split"
+        if not fraction:
+            problem = f"is missing: {task} has no test split"
+            raise InputError(config.where(key), problem, "add it, for a new run")
+    else:
+        key, fraction = config.held_out_key(task), config.held_out_fraction(task)
+        hashes, taken = held_out_hashes(fraction), "holds out"
+    documents = _lowest_documents(corpus, hashes, samples)
     if not len(documents):
         raise InputError(
-            config.where(config.held_out_key(task)),
-            f"{fraction:g} holds out none of the pairs of {corpus.prefix}",
+            config.where(key),
+            f"{fraction:g} {taken} none of the pairs of {corpus.prefix}",
             "raise it",
         )
     tag = corpus.manifest.tag

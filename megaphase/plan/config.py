@@ -31,10 +31,12 @@ class TaskConfig(Section):
     held_out: ProperFraction | None = None
     """Fraction of the task's documents that is held out of training; `validation.fraction` if left
     out."""
+    test: ProperFraction | None = None
+    """Fraction of the task's documents in the test split; `test.fraction` if left out."""
     subsample: FractionAbove0 | None = None
-    """Fraction of the documents not held out that is trained on; all of them if left out. It makes
-    a task smaller without another corpus: the held-out documents stay the same, and a smaller
-    subsample is part of a larger one."""
+    """Fraction of the documents neither held out nor in the test split that is trained on; all of
+    them if left out. It makes a task smaller without another corpus: the held-out documents stay
+    the same, and a smaller subsample is part of a larger one."""
     role: Word | None = None
     """Any word, such as `high` or `low`, by which `mixture.over`, `monitor.tasks` and
     `overfit.tasks` can name several tasks."""

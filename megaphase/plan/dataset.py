@@ -134,7 +134,8 @@ def read_step(
 
 
 def read_held_out(stream: Stream, task: int, samples: int, pad_token_id: int) -> Batch:
-    """Return the first `samples` samples of a held-out stream, or all if there are fewer."""
+    """Return the first `samples` samples of a stream, such as a held-out one, or all if there are
+    fewer."""
     samples = min(samples, stream.samples_per_epoch)
     starts = stream.first_starts(samples)
     inputs, targets, documents = _empty_rows(samples, stream.seq_len)

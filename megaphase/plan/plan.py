@@ -279,6 +279,7 @@ class Plan:
                     "documents": stream.documents,
                     "tokens": stream.tokens,
                     "held_out_documents": spec.held_out[task].documents,
+                    **_test_documents(spec, task),
                     "text_bytes": stream.text_bytes(),
                 }
                 for task, stream in spec.streams.items()
@@ -323,6 +324,11 @@ class Plan:
         if not isinstance(part.stream, DocumentStream):
             return None
         return part.stream.padding(part.rest, self.phases[number].counts[task])
+
+
+def _test_documents(spec: PlanSpec, task: str) -> dict[str, int]:
+    """The number of a task's documents in its test split, if it has one."""
+    return {"test_documents": spec.test[task].documents} if task in spec.test else {}
 
 
 def _from_to(phase: PhaseIndex, task: int) -> dict[str, list[float]]:

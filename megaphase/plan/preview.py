@@ -93,10 +93,14 @@ def subsample_sentences(config: RunConfig, summary: dict[str, Any]) -> list[str]
     """Return one sentence for every task of which only a subsample is trained on."""
     return [
         f"{name} is trained on {facts['documents']:,} documents of {facts['tokens']:,} tokens, a "
-        f"subsample of {config.tasks[name].subsample:g} of what is not held out"
+        f"subsample of {config.tasks[name].subsample:g} of what is not {_kept_apart(config, name)}"
         for name, facts in summary["tasks"].items()
         if config.tasks[name].trained_on != 1
     ]
+
+
+def _kept_apart(config: RunConfig, task: str) -> str:
+    return "held out or in the test split" if config.test_fraction(task) else "held out"
 
 
 def batch_sentences(config: RunConfig, summary: dict[str, Any]) -> list[str]:

@@ -30,7 +30,7 @@ FREE_SECTIONS = (
     "parts",
     "deterministic",
 )
-FREE_KEYS = {"batch": ("micro",), "model": ("activation_checkpointing",)}
+FREE_KEYS = {"batch": ("micro",), "model": ("activation_checkpointing",), "test": ("samples",)}
 FREE_TASK_KEYS = ("corpus",)
 FREE_AVERAGE_KEYS = ("device",)  # of a phase
 FREE_BATCH_KEYS = ("micro",)  # of a phase

@@ -68,6 +68,7 @@ class PlanSpec:
         used: samples of each task used by the run from which this one starts; the first phase's
             ordinals begin there.
         segments: of the tasks of which samples of another length than `seq_len` are used.
+        held_out, test: the documents for validation, and the test split of the tasks that have one.
         seq_len: of the `model` section of the run file; phases may have others.
         bos: the input from which the first token of a document is predicted; None: the EOD of the
             document before it.
@@ -81,6 +82,7 @@ class PlanSpec:
     used: dict[str, int]
     bos: int | None = None
     segments: dict[str, StreamPosition] = field(default_factory=dict)
+    test: dict[str, Stream] = field(default_factory=dict)
 
     def tokens_at(self, phase: int, step: int) -> int:
         """The tokens of a step's global batch; step: 0-based in the phase."""
@@ -126,10 +128,6 @@ class PlanSpec:
         for stream in self.streams.values():
             stream.tables.folder = folder
             stream.tables.say, stream.tables.progress = say, progress
-
-    def held_out_at(self, seq_len: int) -> dict[str, Stream]:
-        """Return the held-out streams with samples of this length."""
-        return {task: stream.at(seq_len) for task, stream in self.held_out.items()}
 
     def supply(self, phase: int, positions: Sequence[StreamPosition]) -> dict[str, TaskSupply]:
         """Return every task's supply for the mixture of a phase; `positions`: at its start."""
@@ -202,9 +200,11 @@ def _samples(epochs: float, supply: TaskSupply) -> int:
 def _splits_of_tasks(config: RunConfig) -> dict[str, Any]:
     """Return the splits that differ from the default; nothing if none does."""
     held_out = {task: config.held_out_fraction(task) for task in config.tasks}
+    test = {task: config.test_fraction(task) for task in config.tasks}
     subsample = {task: settings.trained_on for task, settings in config.tasks.items()}
     facts = {
         "held_out_fractions": _other_than(config.validation.fraction, held_out),
+        "test_fractions": _other_than(0, test),
         "subsample": _other_than(1, subsample),
     }
     return {name: of_tasks for name, of_tasks in facts.items() if of_tasks}
@@ -323,8 +323,9 @@ def plan_spec(
 
     Raises:
         InputError: a corpus is missing, damaged, too short, of another kind or tokenizer; no
-            document of a task is held out; the tokenizer lacks the token that `bos` asks for or
-            the first one that a phase trains; or a phase never reaches the epochs that end it.
+            document of a task is held out, or in its test split; the tokenizer lacks the token that
+            `bos` asks for or the first one that a phase trains; or a phase never reaches the epochs
+            that end it.
     """
     _check_new_tokens(config, tokenizer.vocab_size)
     seq_len = config.model.seq_len
@@ -333,10 +334,11 @@ def plan_spec(
     segments = {t: start for t, start in starts.items() if not start.is_plain(SampleKind(seq_len))}
     corpora = {task: open_task_corpus(config, task, tokenizer) for task in config.tasks}
     bos = bos_token(config, tokenizer)
-    training = open_streams(config, corpora, bos, held_out=False)
-    held_out = open_streams(config, corpora, bos, held_out=True)
+    training = open_streams(config, corpora, bos, "training")
+    held_out = open_streams(config, corpora, bos, "validation")
+    test = open_streams(config, corpora, bos, "test")
     for task in config.tasks:
-        check_task(config, task, training[task], held_out[task])
+        check_task(config, task, training[task], held_out[task], test.get(task))
     kinds = [_phase_kind(config, number) for number in range(len(config.phases))]
     streams = {task: TaskStream.of(stream, kinds) for task, stream in training.items()}
     phases = _phase_specs(config, [supply(streams, kind, list(starts.values())) for kind in kinds])
@@ -364,7 +366,7 @@ def plan_spec(
             "order_of_tasks": list(config.tasks),
         }
     )
-    return PlanSpec(training, held_out, phases, seq_len, fingerprint, counts, bos, segments)
+    return PlanSpec(training, held_out, phases, seq_len, fingerprint, counts, bos, segments, test)
 
 
 def _starts(

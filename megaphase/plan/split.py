@@ -1,16 +1,24 @@
-"""Split a corpus's documents into held-out and training documents, by ranges of their hashes.
+"""Split a corpus's documents into validation, training and test documents, by ranges of hashes.
 
 A document's hash is that of its text, so the split depends neither on the seed nor on the order of
-the corpus, and the same text is in the same part in every corpus with the same fractions.
+the corpus, and the same text is in the same part in every corpus with the same fractions. From the
+lowest hash to the highest, the parts are: documents held out for validation, those trained on,
+those that a subsample leaves out, the test split. So a larger held-out or test fraction takes
+documents from training alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from megaphase.utils.decimals import as_written
+
+Split = Literal["training", "validation", "test", "training sample"]
+"""A part of a task's documents; "training sample": those trained on, in an order that does not
+depend on the seed."""
 
 _HASHES = 1 << 64
 
@@ -37,15 +45,21 @@ def held_out_hashes(fraction: float) -> HashRange:
     return HashRange.of(0, _threshold(fraction))
 
 
-def training_hashes(fraction: float, subsample: float = 1.0) -> HashRange:
-    """Return the hashes of the training documents if `fraction` is held out.
+def hashes_of_test_split(fraction: float) -> HashRange:
+    """Return the hashes of the test split: the highest `fraction` of all hashes."""
+    return HashRange.of(_HASHES - _threshold(fraction), _HASHES)
+
+
+def training_hashes(fraction: float, subsample: float = 1.0, test: float = 0.0) -> HashRange:
+    """Return the hashes of the training documents if `fraction` is held out for validation.
 
     Args:
         subsample: the fraction of the remaining hashes to train on, in (0, 1]; the lowest are
             taken, so a smaller subsample is part of a larger one.
+        test: the fraction of all hashes in the test split, which is not among the remaining ones.
     """
-    threshold = _threshold(fraction)
-    return HashRange.of(threshold, threshold + int(as_written(subsample) * (_HASHES - threshold)))
+    first, end = _threshold(fraction), _HASHES - _threshold(test)
+    return HashRange.of(first, first + int(as_written(subsample) * (end - first)))
 
 
 def _threshold(fraction: float) -> int:

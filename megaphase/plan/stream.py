@@ -30,7 +30,7 @@ SAMPLE_WINDOW = 1 << 16
 
 
 class Stream(TaskDocuments):
-    """The training or held-out documents of one task as a sequence of samples.
+    """The documents of one task in a split as a sequence of samples.
 
     A sample has two numbers: the ordinal, by which training requests it, and the number in token
     order, by which the index stores it; both continue from epoch to epoch.

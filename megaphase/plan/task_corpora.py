@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
 import numpy as np
 
 from megaphase.config.run import RunConfig
 from megaphase.corpus import Corpus
 from megaphase.corpus.manifest import MANIFEST_SUFFIX, corpus_file
 from megaphase.plan.packed_stream import PackedStream
+from megaphase.plan.split import Split
 from megaphase.plan.stream import Stream
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 
-HELD_OUT_SEED = 0
+# Runs with different seeds are measured on the same samples, so they can be compared.
+MEASURING_SEED = 0
 
 
 def open_task_corpus(config: RunConfig, task: str, tokenizer: Tokenizer) -> Corpus:
@@ -68,18 +73,20 @@ def bos_token(config: RunConfig, tokenizer: Tokenizer) -> int | None:
 
 
 def open_streams(
-    config: RunConfig, corpora: dict[str, Corpus], bos: int | None, held_out: bool
+    config: RunConfig, corpora: Mapping[str, Corpus], bos: int | None, split: Split
 ) -> dict[str, Stream]:
+    """Return the streams of a split by task, without tasks that have no documents in it by the run
+    file: those without a test split."""
     stream_classes = {"lm": Stream, "translation": PackedStream}
     return {
         task: stream_classes[config.tasks[task].kind](
             task,
             corpus,
-            # Runs with different seeds are validated on the same samples, so they can be compared.
-            seed=HELD_OUT_SEED if held_out else config.seed,
+            seed=config.seed if split == "training" else MEASURING_SEED,
             seq_len=config.model.seq_len,
             fraction=config.held_out_fraction(task),
-            held_out=held_out,
+            split=split,
+            test_fraction=config.test_fraction(task),
             subsample=config.tasks[task].trained_on,
             tag=corpus.manifest.tag,
             attend_across_documents=config.tasks[task].attends_across_documents,
@@ -87,11 +94,14 @@ def open_streams(
             bos=bos if config.tasks[task].kind == "lm" else None,
         )
         for task, corpus in corpora.items()
+        if split != "test" or config.test_fraction(task)
     }
 
 
-def check_task(config: RunConfig, task: str, training: Stream, held_out: Stream) -> None:
-    """Reject a corpus with a damaged index, or too small to train or validate on."""
+def check_task(
+    config: RunConfig, task: str, training: Stream, held_out: Stream, test: Stream | None
+) -> None:
+    """Reject a corpus with a damaged index, or too small to train, validate or test on."""
     corpus = training.corpus
     found, stated = int(np.sum(corpus.lengths, dtype=np.int64)), corpus.manifest.tokens
     if found != stated:
@@ -108,7 +118,12 @@ def check_task(config: RunConfig, task: str, training: Stream, held_out: Stream)
             f"{training.seq_len + 1:,}",
             "add text or lower model.seq_len",
         )
-    _check_held_out(config, task, held_out)
+    key, fraction = config.held_out_key(task), config.held_out_fraction(task)
+    _check_measured(config.where(key), held_out, f"{fraction:g} holds out", "validation", config)
+    if test is not None:
+        key, fraction = config.test_key(task), config.test_fraction(task)
+        taken = f"{fraction:g} takes for the test split"
+        _check_measured(config.where(key), test, taken, "test", config)
     _check_training(config, task, training, held_out)
 
 
@@ -116,17 +131,19 @@ def _documents(stream: Stream) -> str:
     return f"of the {stream.corpus.manifest.documents:,} documents of {stream.corpus.prefix}"
 
 
-def _check_held_out(config: RunConfig, task: str, held_out: Stream) -> None:
-    """Reject a held-out fraction that leaves nothing to validate on."""
-    where = config.where(config.held_out_key(task))
-    fraction, of_documents = config.held_out_fraction(task), _documents(held_out)
-    if held_out.tokens < 2:
-        raise InputError(where, f"{fraction:g} holds out none {of_documents}", "raise it")
-    if not held_out.has_target(config.validation.samples):
+def _check_measured(
+    where: str, stream: Stream, taken: str, split: Literal["validation", "test"], config: RunConfig
+) -> None:
+    """Reject a fraction that leaves nothing to measure; `taken`: how it takes documents."""
+    of_documents = _documents(stream)
+    if stream.tokens < 2:
+        raise InputError(where, f"{taken} none {of_documents}", "raise it")
+    samples = config.validation.samples if split == "validation" else config.test.samples
+    if not stream.has_target(samples):
         raise InputError(
             where,
-            f"{fraction:g} holds out {held_out.documents:,} {of_documents}, and none of "
-            "the validation samples has a target",
+            f"{taken} {stream.documents:,} {of_documents}, and none of the {split} samples has a "
+            "target",
             "raise it, or tokenize again",
         )
 
@@ -141,6 +158,8 @@ def _check_training(config: RunConfig, task: str, training: Stream, held_out: St
         key, change = config.held_out_key(task), "lower it"
         fraction = config.held_out_fraction(task)
         taken = f"{fraction:g} holds out {held_out.documents:,} {of_documents}"
+        if test := config.test_fraction(task):
+            taken += f", {config.test_key(task)} takes {test:g} of them for the test split"
     else:
         key, change = f"tasks.{task}.subsample", "raise it"
         taken = f"{subsample:g} takes {training.documents:,} {of_documents}"

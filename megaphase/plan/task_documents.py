@@ -1,4 +1,4 @@
-"""The documents of one task that a stream reads: its training or held-out documents."""
+"""The documents of one task that a stream reads: those of one split."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from megaphase.corpus import Corpus
 from megaphase.plan import _builder
 from megaphase.plan.document_tables import DocumentTables
-from megaphase.plan.split import held_out_hashes, training_hashes
+from megaphase.plan.split import Split, hashes_of_test_split, held_out_hashes, training_hashes
 from megaphase.utils.files import hash_json
 from megaphase.utils.seeds import derive_key
 
@@ -19,7 +19,7 @@ DOCUMENTS_PER_CALL = 1 << 21
 
 
 class TaskDocuments:
-    """The training or held-out documents of one task, and what streams of them have in common.
+    """The documents of one task in a split, and what streams of them have in common.
 
     Attributes:
         documents: number of documents that it reads.
@@ -38,7 +38,8 @@ class TaskDocuments:
         seed: int,
         seq_len: int,
         fraction: float,
-        held_out: bool,
+        split: Split = "training",
+        test_fraction: float = 0.0,
         subsample: float = 1.0,
         tag: int | None = None,
         attend_across_documents: bool = True,
@@ -46,8 +47,9 @@ class TaskDocuments:
     ) -> None:
         """
         Args:
-                fraction: the fraction of the documents that is held out.
-                held_out: whether to read the held-out documents instead of the training ones.
+                fraction: the fraction of the documents that is held out for validation.
+                split: of which to read the documents.
+                test_fraction: the fraction of the documents in the test split.
                 subsample: the fraction of the other documents that is trained on.
                 tag: for a PackedStream only: the token between source and target.
                 bos: the input from which a document's first token is predicted, instead of the EOD
@@ -59,22 +61,25 @@ class TaskDocuments:
             "task": task,
             "seed": seed,
             "held_out_fraction": fraction,
-            "held_out": held_out,
+            "held_out": split == "validation",
             "tag": tag,
             "attend_across_documents": attend_across_documents,
         }
-        if held_out:
+        if split == "validation":
             self._hashes = held_out_hashes(fraction)
+        elif split == "test":
+            self._hashes = hashes_of_test_split(test_fraction)
         else:
-            self._hashes = training_hashes(fraction, subsample)
-            # Streams without a subsample keep the fingerprints that they had before it existed.
+            self._hashes = training_hashes(fraction, subsample, test_fraction)
+            # Streams without them keep the fingerprints that they had before these keys existed.
             self._origin |= {"subsample": subsample} if subsample != 1 else {}
+            self._origin |= {"test_fraction": test_fraction} if test_fraction else {}
         self.seq_len = self._grid = seq_len
         self.attend_across_documents = attend_across_documents
         self.bos = bos
         self.tables = DocumentTables()
         self._every_sample_has_a_target = attend_across_documents and tag is None
-        side = "held out" if held_out else "training"
+        side = "held out" if split == "validation" else split
         corpus.expect_random_reads()
         # Plain arrays: numpy's memmap class costs microseconds at every use.
         self._samples = _builder.Stream(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megaphase.config.load import load_run_file
+from megaphase.config.load import load_run
 from megaphase.config.run import RunConfig
 from megaphase.plan.build import plan_folder
 from megaphase.plan.built_folder import Say
@@ -31,8 +31,6 @@ from megaphase.plan.spec import PlanSpec, check_corpora, plan_spec
 from megaphase.plan.trace import find_step
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
-from megaphase.utils.files import real_path
-from megaphase.utils.run_files import RUN_FILE
 from megaphase.utils.standard_streams import new_console
 
 
@@ -89,7 +87,7 @@ def open_traced_run(run: Path, overrides: Sequence[str] | None) -> TracedRun:
     """
     console = new_console(stderr=True, highlight=False)
     say = partial(console.print, markup=False, soft_wrap=True)
-    config = _config(run, tuple(overrides or ()))
+    config = load_run(run, tuple(overrides or ()))
     tokenizer = Tokenizer.load(config.tokenizer)
     output = config.output
     refuse_other_run(output, config)
@@ -103,17 +101,6 @@ def open_traced_run(run: Path, overrides: Sequence[str] | None) -> TracedRun:
     spans = phase_spans(output, history, plan, origin.step)
     done = None if plan_of_run(output) is None else steps_done(output)
     return TracedRun(config, tokenizer, plan, history, spans, done, say)
-
-
-def _config(run: Path, overrides: tuple[str, ...]) -> RunConfig:
-    if not run.is_dir():
-        return load_run_file(run, overrides)
-    if not (run / RUN_FILE).is_file():
-        raise InputError(run, f"is not a run directory: it has no {RUN_FILE}", "give a run file")
-    config = load_run_file(run / RUN_FILE, overrides)
-    moved = config.model_copy(update={"output": real_path(run)})
-    moved._path = config._path
-    return moved
 
 
 def _open_plan(spec: PlanSpec, config: RunConfig, console: Console, say: Say) -> Plan:

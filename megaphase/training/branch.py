@@ -92,7 +92,7 @@ class Branch:
                 raise InputError(
                     config.where(f"tasks.{task}"),
                     f"its samples are not those that {self.checkpoint} was trained on",
-                    "give the same corpus, held-out fraction, subsample and seed",
+                    "give the same corpus, held-out and test fractions, subsample and seed",
                 )
 
 

@@ -39,3 +39,17 @@ class ValidationConfig(Section):
     fraction: ProperFraction = 0.01
     """Fraction of each task's documents that is held out of training, chosen by a hash of the text;
     `tasks.NAME.held_out` replaces it for one task."""
+
+
+class TestSplitConfig(Section):
+    """A split of documents that are neither trained on nor validated on, for results that no choice
+    was made by. `megaphase evaluate --split test` measures it, training never does."""
+
+    __test__ = False  # for pytest
+
+    fraction: ProperFraction | None = None
+    """Fraction of each task's documents in the test split, chosen by a hash of the text;
+    `tasks.NAME.test` replaces it for one task. If left out, only tasks with a fraction of their own
+    have a test split."""
+    samples: Annotated[Count, Field(le=10**9)] = 1000
+    """Samples of each task that are scored, always the same ones, whatever the seed."""

@@ -1,9 +1,9 @@
-"""Loss of every task on documents that training never sees."""
+"""Loss of every task on the documents of a split, such as those that training never sees."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -17,16 +17,29 @@ from megaphase.training.engine import Engine
 from megaphase.utils.targets import IGNORED_TARGET
 
 Losses = dict[str, HeldOutLoss]
-"""Held-out losses by task."""
+"""The losses of a split by task."""
 
 
 class HeldOutEvaluator:
-    """Scores the first `samples` held-out samples of every task, always the same ones in phases of
-    the same sequence length."""
+    """Scores the first `samples` samples of every task in a split, always the same ones in phases
+    of the same sequence length."""
 
-    def __init__(self, spec: PlanSpec, engine: Engine, tokenizer: Tokenizer, samples: int) -> None:
-        """samples: how many of each task; fewer where a task has not so many."""
+    def __init__(
+        self,
+        spec: PlanSpec,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        samples: int,
+        streams: Mapping[str, Stream] | None = None,
+    ) -> None:
+        """
+        Args:
+            samples: how many of each task; fewer where a task has not so many.
+            streams: of the tasks that the split has; the documents held out for validation by
+                default.
+        """
         self._spec, self._engine = spec, engine
+        self._of_split = spec.held_out if streams is None else streams
         self._samples, self._pad_token_id = samples, tokenizer.eod
         self._token_bytes = torch.from_numpy(tokenizer.token_bytes())  # int64 [vocab]
         self._exact_bytes = tokenizer.exact_bytes
@@ -40,9 +53,10 @@ class HeldOutEvaluator:
             phase: its number; the samples have its sequence length, which must be the engine's.
             next_task: called before each of them.
         """
-        found = {}
-        for number, (task, stream) in enumerate(self._streams(phase).items()):
+        found, numbers = {}, {task: number for number, task in enumerate(self._spec.streams)}
+        for task, stream in self._streams(phase).items():
             next_task()
+            number = numbers[task]
             rows = self._own_rows(read_held_out(stream, number, self._samples, self._pad_token_id))
             if torch.cuda.is_available():
                 rows = rows.pinned()
@@ -63,7 +77,9 @@ class HeldOutEvaluator:
     def _streams(self, phase: int) -> dict[str, Stream]:
         seq_len = self._spec.phases[phase].kind.seq_len
         if seq_len not in self._of_length:
-            self._of_length[seq_len] = self._spec.held_out_at(seq_len)
+            self._of_length[seq_len] = {
+                task: stream.at(seq_len) for task, stream in self._of_split.items()
+            }
         return self._of_length[seq_len]
 
     def _own_rows(self, batch: Batch) -> Batch:

@@ -218,6 +218,15 @@ def atomic_write_json(path: Path, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def check_place(path: Path) -> None:
+    """Reject a file that cannot be written, before hours are spent on its content."""
+    if path.is_dir():
+        raise InputError(path, "is a folder", "name a file")
+    if path.exists() and not path.is_file():  # it would be replaced, even /dev/null
+        raise InputError(path, "is not a regular file", "name a file")
+    make_directory(path.absolute().parent)
+
+
 def publish_directory(aside: Path, final: Path) -> None:
     """Rename a temporary directory to its final name."""
     for path in sorted(aside.rglob("*")):

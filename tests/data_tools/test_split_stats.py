@@ -70,7 +70,7 @@ def test_the_held_out_part_is_the_one_that_training_holds_out(tmp_path: Path) ->
             writer.add_document([1, 2, 3], f"text {i}")
     split(tmp_path / "en", tmp_path / "train", tmp_path / "test", 0.1)
     stream = Stream(
-        "en", Corpus.open(tmp_path / "en"), seed=1, seq_len=4, fraction=0.1, held_out=True
+        "en", Corpus.open(tmp_path / "en"), seed=1, seq_len=4, fraction=0.1, split="validation"
     )
     assert len(Corpus.open(tmp_path / "test").lengths) == stream.documents
     assert 0 < stream.documents < 200

@@ -82,7 +82,7 @@ def test_first_tokens_are_predicted_from_bos(tmp_path_factory, lengths, seed, se
     documents = write_corpus(prefix, lengths, seed=seed, first_token=1)
     stream = Stream(
         *("en", Corpus.open(prefix)),
-        **{"seed": seed, "seq_len": SEQ_LEN, "fraction": 0.0, "held_out": False},
+        **{"seed": seed, "seq_len": SEQ_LEN, "fraction": 0.0},
         **{"attend_across_documents": not separated, "bos": BOS},
     )
     samples = stream.samples_per_epoch

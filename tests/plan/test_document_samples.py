@@ -45,7 +45,7 @@ def make_stream(folder: Path, lengths: list[int], **options) -> tuple[Stream, Do
 
 
 def open_stream(folder: Path, **options) -> Stream:
-    settings = {"seed": 7, "seq_len": 8, "fraction": FRACTION, "held_out": False}
+    settings = {"seed": 7, "seq_len": 8, "fraction": FRACTION}
     return Stream("en", Corpus.open(folder / "en"), **(settings | options))
 
 

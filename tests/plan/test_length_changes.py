@@ -40,7 +40,7 @@ def in_memory(lengths: list[int], **options: object) -> tuple[Stream, ReferenceS
         hashes=hashes,
         sums=DocumentBatch.of(tokens, np.array(lengths), hashes, lengths).sums,
     )
-    stream = Stream("x", corpus, seed=7, seq_len=3, fraction=0.5, held_out=False, **options)  # type: ignore[arg-type]
+    stream = Stream("x", corpus, seed=7, seq_len=3, fraction=0.5, **options)  # type: ignore[arg-type]
     documents = Documents(lengths, hashes.tolist(), 0)
     return stream, ReferenceStream("x", documents, 3, 0.5)
 

@@ -47,7 +47,6 @@ def test_samples_are_those_of_the_reference(lengths, segments, together, before)
             seed=7,
             seq_len=3,
             fraction=0.0,
-            held_out=False,
             tag=TAG,
             attend_across_documents=together,
         )

@@ -102,7 +102,7 @@ def zeros(size: int) -> np.ndarray:
 def test_a_corpus_of_over_2_to_the_31_documents_is_cut_into_samples(huge):
     corpus, documents = huge
     assert max(documents) > 2**30
-    stream = Stream("en", corpus, seed=7, seq_len=SEQ_LEN, fraction=0.0, held_out=False)
+    stream = Stream("en", corpus, seed=7, seq_len=SEQ_LEN, fraction=0.0)
     assert (stream.documents, stream.tokens) == (len(documents) + 1, (len(documents) + 1) * LENGTH)
     in_order = sorted([*documents, DOCUMENTS - 1])
     tokens = [
@@ -203,7 +203,7 @@ def test_a_plan_of_65535_tasks(tmp_path):
         write_corpus(prefix, random_lengths(60 + 20 * number, 90, number), seed=number)
         corpora.append(Corpus.open(prefix))
     streams = {
-        name: Stream(name, corpora[number % 4], seed=1, seq_len=256, fraction=0.0, held_out=False)
+        name: Stream(name, corpora[number % 4], seed=1, seq_len=256, fraction=0.0)
         for number, name in enumerate(names)
     }
     phases = [

@@ -307,6 +307,20 @@ def test_translated_are_the_pairs_that_the_task_holds_out(tmp_path, written):
         )  # fmt: skip
 
 
+def test_pairs_of_the_test_split_have_the_highest_hashes(tmp_path, written):
+    _, pairs = written
+    config = run(tmp_path, pairs={"test": 0.3, "subsample": 0.1})
+    found = held_out_pairs(config, "en-fr", NumberTokenizer(), None, "test")  # type: ignore[arg-type]
+    expected = sorted(zip(pairs.hashes, pairs.documents, strict=True))
+    assert [pair.prompt for pair in found] == [
+        document[: document.index(TAG) + 1]
+        for hashed, document in expected
+        if hashed >= 2**64 - int(Fraction("0.3") * 2**64)
+    ]
+    with pytest.raises(InputError, match=r"test\.fraction: is missing: en-fr has no test split;"):
+        held_out_pairs(run(tmp_path), "en-fr", NumberTokenizer(), None, "test")  # type: ignore[arg-type]
+
+
 def test_all_targets_of_a_source_are_within_a_subsample_or_none(tmp_path):
     hashes = random_hashes(60, 4)
     pairs = Pairs(random_pairs(120, 4, 4), hashes * 2)

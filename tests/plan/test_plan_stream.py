@@ -97,7 +97,7 @@ def make_stream(
         seed=7,
         seq_len=SEQ_LEN,
         fraction=FRACTION,
-        held_out=held_out,
+        split="validation" if held_out else "training",
     )
     side = "held out" if held_out else "training"
     return stream, ReferenceStream("en", written, SEQ_LEN, FRACTION, side=side)
@@ -158,7 +158,7 @@ def test_samples_are_those_of_the_reference(tmp_path, corpus, held_out):
 def test_documents_of_several_sequences_have_64_bit_lengths(tmp_path):
     stream, reference = make_stream(tmp_path)
     corpus = dataclasses.replace(stream.corpus, lengths=stream.corpus.lengths.astype(np.int64))
-    wide = Stream("en", corpus, seed=7, seq_len=SEQ_LEN, fraction=FRACTION, held_out=False)
+    wide = Stream("en", corpus, seed=7, seq_len=SEQ_LEN, fraction=FRACTION)
     assert read_epoch(wide, 2) == reference.in_token_order(2)
 
 
@@ -178,7 +178,7 @@ def test_every_token_is_an_input_and_a_target_once_an_epoch(lengths, seq_len):
         hashes=hashes,
         sums=DocumentBatch.of(tokens, np.array(lengths), hashes, lengths).sums,
     )
-    stream = Stream("x", corpus, seed=1, seq_len=seq_len, fraction=0.5, held_out=False)
+    stream = Stream("x", corpus, seed=1, seq_len=seq_len, fraction=0.5)
     assert stream.samples_per_epoch == -(-(total - 1) // seq_len)
     if total < 2:
         return
@@ -201,7 +201,7 @@ def test_epochs_never_mix_and_are_shuffled_anew(tmp_path):
 def test_held_out_documents_and_training_documents_share_nothing(tmp_path):
     stream, reference = make_stream(tmp_path, documents=500)
     held_out = Stream(
-        "en", stream.corpus, seed=7, seq_len=SEQ_LEN, fraction=FRACTION, held_out=True
+        "en", stream.corpus, seed=7, seq_len=SEQ_LEN, fraction=FRACTION, split="validation"
     )
     seen = [
         {token for sample in read_epoch(side, 0) for token in sample} for side in (stream, held_out)
@@ -224,7 +224,14 @@ def test_what_is_held_out_depends_on_the_text_alone(tmp_path):
     again = Documents(lengths, list(reversed(first.hashes)), 0)
     assert first.held_out(FRACTION) == list(reversed(again.held_out(FRACTION)))
     sides = [
-        Stream(task, Corpus.open(tmp_path / "a"), seed=seed, seq_len=4, fraction=0.2, held_out=True)
+        Stream(
+            task,
+            Corpus.open(tmp_path / "a"),
+            seed=seed,
+            seq_len=4,
+            fraction=0.2,
+            split="validation",
+        )
         for task, seed in [("en", 1), ("hi", 2)]
     ]
     tokens = [{t for sample in read_epoch(side, 0) for t in sample} for side in sides]
@@ -342,6 +349,6 @@ def test_reading_outside_of_a_corpus_is_refused(tmp_path):
         read(0, 0, row=1)
     tokens = np.asarray(stream.corpus.tokens)[:5]
     cut = dataclasses.replace(stream.corpus, tokens=tokens, blocks=None)
-    stream = Stream("en", cut, seed=7, seq_len=SEQ_LEN, fraction=FRACTION, held_out=False)
+    stream = Stream("en", cut, seed=7, seq_len=SEQ_LEN, fraction=FRACTION)
     with pytest.raises(IndexError, match="outside the token file"):
         read(0, 0)

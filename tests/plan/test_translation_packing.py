@@ -199,7 +199,7 @@ def make_stream(folder, *, held_out=False, pairs=60, longest=6, **settings):
         seed=7,
         seq_len=SEQ_LEN,
         fraction=FRACTION,
-        held_out=held_out,
+        split="validation" if held_out else "training",
         tag=TAG,
         **{"attend_across_documents": False, **settings},
     )
@@ -266,7 +266,7 @@ def test_held_out_samples_are_the_first_that_are_packed(tmp_path):
 def test_a_stream_knows_whether_anything_of_it_is_scored(tmp_path):
     pairs, _ = make_stream(tmp_path)
     assert pairs.has_target(1)
-    options = {"seed": 1, "seq_len": 8, "fraction": FRACTION, "held_out": False}
+    options = {"seed": 1, "seq_len": 8, "fraction": FRACTION}
     without_tags = PackedStream("x", pairs.corpus, **options, tag=FILLER)
     assert not without_tags.has_target(10**6)
     write_corpus(tmp_path / "ones", [1] * 30)
@@ -283,7 +283,6 @@ def test_texts_keep_their_samples_where_they_do_not_see_each_other(tmp_path):
         seed=7,
         seq_len=SEQ_LEN,
         fraction=FRACTION,
-        held_out=False,
         attend_across_documents=False,
     )
     expected = ReferenceStream("en", written, SEQ_LEN, FRACTION).first(stream.samples_per_epoch)

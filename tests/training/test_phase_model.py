@@ -76,9 +76,8 @@ def test_the_first_losses_of_a_phase_are_those_of_its_rotary_positions(single):
     # Both ends of the switch are measured, each with its own positions.
     for number, (phase, base) in enumerate([("pretrain", 10_000.0), ("joint", BASE)]):
         seq_len = plan.spec.phases[number].kind.seq_len
-        streams = plan.spec.held_out_at(seq_len).items()
-        for task_number, (task, stream) in enumerate(streams):
-            batch = read_held_out(stream, task_number, 10, tokenizer.eod)
+        for task_number, (task, stream) in enumerate(plan.spec.held_out.items()):
+            batch = read_held_out(stream.at(seq_len), task_number, 10, tokenizer.eod)
             losses = plain_losses(source, base, batch)
             expected = float(losses.sum() / (batch.targets >= 0).sum())
             measured = validation(rows, SWITCH, phase)[task]["loss"]

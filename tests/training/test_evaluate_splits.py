@@ -1,0 +1,179 @@
+"""`megaphase evaluate` on the test split and on training documents, recomputed in plain torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import check, launch
+from plain_gpt import PlainGPT, PlainShape
+from plan_support import derived_key, member_key, permutation
+from rounding import FP32
+from run_support import STEPS, make_corpora, megaphase, run_settings, write_run_file
+from warm_commands import run, run_well
+
+from megaphase.checkpoint.parameters import WEIGHT
+from megaphase.convert.source import open_source
+from megaphase.corpus import Corpus
+from megaphase.tokenizer import Tokenizer
+
+TASKS = ("alda", "boreth", "cimri")
+TEST, VALIDATION = 0.25, 0.1
+SAMPLES, SEQ_LEN = 9, 32
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpora(tmp_path_factory.mktemp("corpora"))
+
+
+def settings_of(corpora: Path, **changes: Any) -> dict[str, Any]:
+    settings = run_settings(corpora, test={"fraction": TEST, "samples": SAMPLES}, **changes)
+    settings["phases"][1]["average"] = {"kind": "uniform"}
+    return settings
+
+
+@pytest.fixture(scope="module")
+def trained(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run file of a finished run with a test split."""
+    run_file = write_run_file(tmp_path_factory.mktemp("trained"), settings_of(corpora))
+    run_well("train", run_file)
+    return run_file
+
+
+def evaluated(*arguments: object) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run_well("evaluate", *arguments, "--json"))
+    return found
+
+
+def plain_model(checkpoint: str, *, average: bool = False) -> PlainGPT:
+    source = open_source(checkpoint, average=average)
+    weights = {name: source.weights.whole(name, WEIGHT) for name in source.weights.layouts}
+    return PlainGPT(weights, PlainShape(layers=2, heads=4, kv_heads=2))
+
+
+def first_samples(corpus: Corpus, task: str, split: str, first: float, last: float) -> list[Any]:
+    """Return the tokens of the first samples of the documents with hashes in this part of all
+    hashes, in the order of seed 0."""
+    family = derived_key(0, "documents", split, task)
+    joined: list[int] = []
+    for document in permutation(len(corpus.lengths), member_key(family, 0)):
+        if first <= int(corpus.hashes[document]) / 2**64 < last:
+            joined += corpus.document(document).tolist()
+    starts = range(0, SAMPLES * SEQ_LEN, SEQ_LEN)
+    return [joined[start : start + SEQ_LEN + 1] for start in starts]
+
+
+def plain_figures(model: PlainGPT, rows: list[Any], tokenizer: Tokenizer) -> list[float]:
+    """Return nats a token and bits a byte."""
+    tokens = torch.tensor(rows)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    nats = float(model.losses(inputs, targets).sum().detach())
+    # A byte of a character that is written as several tokens is one byte.
+    texts = [tokenizer.decode([token]) for token in targets.flatten().tolist()]
+    size = sum(1 if "\ufffd" in text else len(text.encode()) for text in texts)
+    return [nats / targets.numel(), nats / size / math.log(2)]
+
+
+PARTS = {
+    "test": ("test", 1 - TEST, 1.0),
+    "training": ("training sample", VALIDATION, 1 - TEST),
+    "validation": ("held out", 0.0, VALIDATION),
+}
+
+
+def test_losses_are_those_of_plain_torch(trained: Path, corpora: Path) -> None:
+    """The samples are cut anew from the documents that have the right hashes."""
+    splits = [word for split in PARTS for word in ("--split", split)]
+    found = evaluated(trained.parent / "run@pretrain", *splits, "--samples", SAMPLES)
+    assert list(found) == ["step", *PARTS, "samples"]
+    assert found["step"] == STEPS[0]
+    assert found["samples"] == dict.fromkeys(PARTS, dict.fromkeys(TASKS, SAMPLES))
+    tokenizer = Tokenizer.load(corpora / "tok")
+    model = plain_model(f"{trained.parent / 'run'}@pretrain")
+    for split, (side, first, last) in PARTS.items():
+        for task in TASKS:
+            corpus = Corpus.open(corpora / "data" / task)
+            rows = first_samples(corpus, task, side, first, last)
+            loss, bits = plain_figures(model, rows, tokenizer)
+            assert found[split][task]["loss"] == pytest.approx(loss, rel=FP32)
+            assert found[split][task]["bits_per_byte"] == pytest.approx(bits, rel=FP32)
+
+
+def test_the_average_is_measured_on_the_test_split(trained: Path, corpora: Path) -> None:
+    name = f"{trained.parent / 'run'}@joint"
+    found = evaluated(name, "--average", "--split", "test")
+    rows = first_samples(Corpus.open(corpora / "data" / "cimri"), "cimri", *PARTS["test"])
+    expected = plain_figures(plain_model(name, average=True), rows, Tokenizer.load(corpora / "tok"))
+    assert list(found["test"]["cimri"].values()) == pytest.approx(expected, rel=FP32)
+    assert found != evaluated(name, "--split", "test")
+
+
+def test_the_layout_does_not_change_the_samples(trained: Path) -> None:
+    splits = ["--split", "test", "--split", "training", "--json"]
+    one = evaluated(trained, *splits[:4])
+    results = launch(megaphase("evaluate", trained, "parallel.tensor=2", *splits), 4)
+    check(results)
+    four = json.loads(results[0].stdout)
+    assert four["samples"] == one["samples"]
+    for split in ("test", "training"):
+        for task in TASKS:
+            expected = pytest.approx(list(one[split][task].values()), rel=FP32)
+            assert list(four[split][task].values()) == expected
+
+
+def test_the_number_of_samples(trained: Path) -> None:
+    options = ["--split", "test", "--samples", 4, "--split", "training", "--samples", 10**6]
+    counts = evaluated(trained, *options)["samples"]
+    assert counts["test"] == dict.fromkeys(TASKS, 4)
+    assert counts["training"]["alda"] > counts["training"]["cimri"] > SAMPLES  # all that there are
+    assert "samples" not in evaluated(trained)
+    out = trained.parent / "new" / "figures.json"
+    text = run_well("evaluate", trained, "--split", "test", "--out", out)
+    assert "Losses of the test split at step" in text
+    assert json.loads(out.read_text())["samples"] == {"test": dict.fromkeys(TASKS, SAMPLES)}
+
+
+def test_training_goes_on_with_another_number_of_samples(trained: Path) -> None:
+    assert "nothing to do" in run_well("train", trained, "test.samples=3")
+    refused = run("train", trained, "test.fraction=0.2")
+    assert refused.returncode == 2
+    assert "test.fraction: is 0.2, but the run" in refused.stderr
+
+
+def test_a_run_without_a_test_split_is_as_before_and_says_what_to_add(
+    corpora: Path, tmp_path: Path
+) -> None:
+    run_file = write_run_file(tmp_path, run_settings(corpora))
+    run_well("train", run_file)
+    refused = run("evaluate", run_file, "--split", "test")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines() == [
+        f"megaphase: {run_file}: test.fraction: is missing: the run has no test split; add, for "
+        "example, test: {fraction: 0.05}; it takes documents from training, so for a new run"
+    ]
+    other = run("evaluate", run_file, "test.fraction=0.05", "--split", "test")
+    assert other.returncode == 2
+    assert "test" in other.stderr
+    assert len(evaluated(tmp_path / "run", "--split", "training")["training"]) == len(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{run}@joint", "--checkpoint", "joint"], "--checkpoint: {run}@joint names one, too;"),
+        (["nowhere@joint"], "nowhere@joint: there is no run directory nowhere; give a run file"),
+        (["{file}", "--split", "test", "--split", "test"], "--split: names a split twice;"),
+        (["{file}", "--samples", "1", "--samples", "2"], "--samples: is given 2 times for 1"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(trained: Path, arguments: list[str], message: str) -> None:
+    names = {"run": trained.parent / "run", "file": trained}
+    refused = run("evaluate", *(each.format(**names) for each in arguments))
+    assert refused.returncode == 2
+    [line] = refused.stderr.splitlines()
+    assert line.startswith(f"megaphase: {message.format(**names)}")
