@@ -27,6 +27,10 @@ _KNOWN = {
     "dropout": (15, 5),
     "weight-decay": (12, 6),
     "early-stopping": (16, 7),
+    "wsd": (17, 3),
+    "uniform-natural-uniform": (14, 4),
+    "two-phase-average": (8, 2),
+    "high-only": (13, 0),
 }
 
 
