@@ -41,7 +41,7 @@ def write_sweep_numbers(view: SweepView, folder: Path) -> list[str]:
         ),
         "settings": (
             [*SETTING, "seeds", *of_group, "on_front", "best_of_arm", *ends, "split",
-             "validation_high", "validation_low", "setting", *axes],
+             "validation_high", "validation_low", "setting", "peaks", *axes],
             _settings(view, axes),
         ),
         "fronts": (
@@ -149,6 +149,7 @@ def _settings(view: SweepView, axes: Sequence[str]) -> Iterator[Row]:
                     point.chosen_by.high,
                     point.chosen_by.low,
                     point.setting.label,
+                    " ".join(f"{peak:g}" for peak in point.setting.peaks),
                     *(point.setting.get(axis) for axis in axes),
                 ]
 

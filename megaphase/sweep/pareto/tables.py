@@ -9,6 +9,7 @@ from megaphase.report.page import Cell, PageTable, css_colour
 from megaphase.report.run_page import NOTHING
 from megaphase.sweep.pareto.first_stages import first_stages
 from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts
+from megaphase.sweep.pareto.labels import peaks_label
 from megaphase.sweep.pareto.overfit import Overfit, overfits
 from megaphase.sweep.pareto.points import Point
 from megaphase.sweep.pareto.statistics import Estimate
@@ -78,7 +79,8 @@ def settings_tables(view: SweepView, fronts: ModelFronts) -> tuple[PageTable, Pa
     note = (
         f"Nats per token on the {view.split} split; high and low: means over the tasks of the "
         "group. A setting is on its arm’s front by its losses on the validation split. Epochs: "
-        "passes over the task’s training text until the step whose weights count."
+        "passes over the task’s training text until the step whose weights count. Peaks: of the "
+        "learning rate in every phase, first to last; one if they are equal."
     )
     if any(point.high.error is not None for _, point in on + off):
         note += (
@@ -92,7 +94,7 @@ def settings_tables(view: SweepView, fronts: ModelFronts) -> tuple[PageTable, Pa
 def _settings(view: SweepView, rows: Sequence[tuple[ArmFront, Point]], note: str) -> PageTable:
     sweep = view.record.sweep
     groups = [
-        ("setting", ("mixture", "pre-training", "peak", "seeds")),
+        ("setting", ("mixture", "pre-training", "peaks", "seeds")),
         ("loss", ("high", "low", *view.tasks)),
         ("epochs", sweep.low),
     ]
@@ -105,7 +107,7 @@ def _settings(view: SweepView, rows: Sequence[tuple[ArmFront, Point]], note: str
                 _arm(view, arm.arm),
                 setting.short_label,
                 share,
-                f"{setting.peak:g}",
+                peaks_label(setting.peaks),
                 str(len(point.runs)),
                 _loss(point.high, bold=True),
                 _loss(point.low, bold=True),

@@ -9,6 +9,7 @@ from megaphase.report.page import Cell, PageTable, css_colour
 from megaphase.report.run_page import NOTHING
 from megaphase.sweep.pareto.contrasts import Contrast
 from megaphase.sweep.pareto.fronts import Margin, ModelFronts
+from megaphase.sweep.pareto.labels import peaks_label
 from megaphase.sweep.pareto.points import Point
 from megaphase.sweep.pareto.statistics import Estimate, holm
 from megaphase.sweep.pareto.tokens_to_loss import Reached, SettingReach, levels_of, reaches
@@ -92,8 +93,8 @@ def margins_table(view: SweepView, fronts: ModelFronts) -> PageTable | None:
     if not rows:
         return None
     groups = [
-        ("point of the static front", ("setting", "peak", "high", "low")),
-        ("arm’s point at no higher high loss", ("setting", "peak", "high", "low")),
+        ("point of the static front", ("setting", "peaks", "high", "low")),
+        ("arm’s point at no higher high loss", ("setting", "peaks", "high", "low")),
         ("margin in the low loss", ("nats", "p", "seeds")),
     ]
     note = (
@@ -118,8 +119,8 @@ def _margin_row(view: SweepView, arm: str, margin: Margin) -> list[str | Cell]:
 def _point_cells(point: Point | None) -> list[str | Cell]:
     if point is None:
         return ["none", *[NOTHING] * 3]
-    peak = f"{point.setting.peak:g}"
-    return [point.setting.label, peak, f"{point.high.mean:.3f}", f"{point.low.mean:.3f}"]
+    peaks = peaks_label(point.setting.peaks)
+    return [point.setting.label, peaks, f"{point.high.mean:.3f}", f"{point.low.mean:.3f}"]
 
 
 def tokens_table(view: SweepView, fronts: ModelFronts) -> PageTable | None:

@@ -95,8 +95,10 @@ def test_table_of_settings_is_that_of_the_points(index, report):
     row = next(row for row in rows if row[0] == arm.arm)
     high, low = (f"{each.mean:.3f} ± {each.half_width:.3f}" for each in (point.high, point.low))
     setting = point.setting
-    length, peak = f"{100 * setting.share:g}%", f"{setting.peak:g}"
-    assert row[1:7] == [setting.mixture.label, length, peak, "2", high, low]
+    assert (setting.share, setting.peaks) == (0.8, (0.004, 0.004))
+    assert row[1:7] == [setting.mixture.label, "80%", "4e-3", "2", high, low]
+    peaks = {(row[0], row[3]) for row in rows}
+    assert ("two-phase", "4e-3 → 1e-3") in peaks
     tokens = setting.mixture.rate * STEPS * (1 - setting.share) * 8 * 64
     hi = tokens * TOKENS["hi"] / sum(TOKENS[task] for task in LOW)
     assert float(row[11]) == pytest.approx(hi / TOKENS["hi"], abs=0.06)
