@@ -10,6 +10,7 @@ from rich.table import Table
 
 from megaphase.config.load import run_config
 from megaphase.launch.slurm.job_file import refuse_second_job
+from megaphase.sweep.demands import check_demands
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.local import Machine, run_locally
@@ -67,10 +68,12 @@ def open_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
 
 
 def _checked_trials(found: Sweep) -> list[Trial]:
-    """Return all runs; raise InputError if the run file of one is invalid."""
+    """Return all runs; raise InputError if the run file of one is invalid, or its arm wants more
+    text than there is."""
     trials = all_trials(found)
     for trial in trials:
         run_config(Path(f"{found.file}: run {trial.name}"), dict(trial.run))
+    check_demands(found, trials)
     return trials
 
 

@@ -100,6 +100,18 @@ def ready_trials(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Trial]:
     return [trial for trial in known if trial.name not in outcomes and is_there(trial.source)]
 
 
+def stranded_trials(trials: Sequence[Trial], outcomes: Mapping[str, Outcome]) -> list[Trial]:
+    """Return the known runs that cannot start, since a run before them has failed or diverged."""
+    found: dict[str, Trial] = {}
+    for trial in trials:
+        source = trial.source
+        if trial.name in outcomes or source is None:
+            continue
+        if source in found or (source in outcomes and not outcomes[source].can_be_branched):
+            found[trial.name] = trial
+    return list(found.values())
+
+
 def all_trials(sweep: Sweep) -> list[Trial]:
     """Return as many runs as there will be in the end, as if the first peak were always best."""
     return _trials(sweep, lambda candidates: candidates[0].peak)

@@ -10,14 +10,24 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sweep_support import LOW, PEAKS, STEPS, sweep_of
+from sweep_support import HIGH, LOW, PEAKS, STEPS, sweep_of
 from test_short_forms import trained
 
 from megaphase.config.run import RunConfig
 from megaphase.sweep.arms.config import ArmPhase
 from megaphase.sweep.arms.values import combinations, schema_at, takes_list
+from megaphase.sweep.directory import SweepDirectory, SweepRecord
 from megaphase.sweep.outcome import Outcome
-from megaphase.sweep.trials import Trial, all_trials, own_loss
+from megaphase.sweep.pareto.points import points_of
+from megaphase.sweep.pareto.verdict import progress_of
+from megaphase.sweep.trials import (
+    Trial,
+    all_trials,
+    known_trials,
+    own_loss,
+    ready_trials,
+    stranded_trials,
+)
 from megaphase.utils.errors import InputError
 from megaphase.utils.yaml_file import read_yaml
 
@@ -207,6 +217,30 @@ def test_an_arm_may_have_a_budget_of_its_own() -> None:
     own = [[phase["steps"] for phase in trial.phases] for trial in finals(trials, "length")]
     assert own == [[30, 9]] * 2 + [[60, 9]] * 2 + [[120, 9]] * 2
     assert [trial.setting.share for trial in finals(trials, "length")[::2]] == [0.5, 1.0, 2.0]
+
+
+def test_a_setting_of_which_a_seed_cannot_start_has_no_point() -> None:
+    """The first phase of one seed diverges; its branch, and what would follow, never starts."""
+    phases = [
+        {"share": 0.5, "rate": 0},
+        {"share": 0.2, "rate": 0.1, "learning_rate": "continue"},
+        {"rate": [0.1, 0.3], "learning_rate": "continue"},
+    ]
+    sweep = sweep_of(Path("somewhere/sweep"), {"arm": {"phases": phases}}, seeds=[1, 2])
+    outcomes: dict[str, Outcome] = {}
+    while ready := ready_trials(sweep, outcomes):
+        for trial in ready:
+            diverged = trial.source is None and trial.seed == 2 and trial.peak == 0.001
+            losses = dict.fromkeys([*HIGH, *LOW], 3.0)
+            outcomes[trial.name] = Outcome(
+                diverged="at step 3" if diverged else None, losses=losses
+            )
+    trials = known_trials(sweep, outcomes)
+    stranded = stranded_trials(trials, outcomes)
+    assert [(trial.seed, trial.peak) for trial in stranded] == [(2, 0.001)] * 3
+    record = SweepRecord(SweepDirectory(sweep.output), sweep, trials, outcomes)
+    assert {point.setting.peak for point in points_of(record)} == {0.004}
+    assert not progress_of(record).waiting
 
 
 def test_settings_name_what_differs() -> None:

@@ -153,6 +153,9 @@ def test_settings_models_and_early_stopping_reach_the_run_files(
     assert wide.takes_best
 
 
+ONCE_LOW = {"proportional": True, "over": list(LOW), "max_epochs": 0.1}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -169,6 +172,18 @@ def test_settings_models_and_early_stopping_reach_the_run_files(
         ({"seeds": [3, 3]}, ": seeds: 3 occurs twice in this list"),
         ({"translation": {}}, ": translation: there is no translation task"),
         ({"models": {"odd": {"hiden": 3}}}, ": run odd-pretrain-0.6-p0.01-s11: model: unknown key"),
+        (
+            {"arms": {"cap": {"phases": [{"mixture": {"unimax": True, "max_epochs": 0.001}}]}}},
+            ": arms.cap.phases[0].mixture: the phase wants 80 samples, but max_epochs 0.001 leaves",
+        ),
+        (
+            {"arms": {"of-low": {"phases": [{"share": 0.5, "rate": 1}, {"mixture": ONCE_LOW}]}}},
+            ": arms.of-low.phases[1].mixture: the phase wants 40 samples, but max_epochs",
+        ),
+        (
+            {"arms": {"odd": {"phases": [{"mixture": {"rates": {"nobody": 1.0}}}]}}},
+            "phases[0].mixture.rates: no task 'nobody' with a corpus under tasks",
+        ),
         (
             {"arms": {"static": {"rates": [0.1], "settings": {"seed": 3}}}},
             ": arms.static.settings.seed: the sweep sets this; leave it out",

@@ -18,7 +18,7 @@ from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.pareto.measures import Pair, nondominated
 from megaphase.sweep.pareto.statistics import Estimate, estimate
 from megaphase.sweep.sweep import Sweep
-from megaphase.sweep.trials import Trial
+from megaphase.sweep.trials import Trial, stranded_trials
 
 Split = Literal["test", "validation"]
 
@@ -91,16 +91,19 @@ def points_of(record: SweepRecord) -> list[Point]:
     """Return a point for every setting of which a run has ended, in the sweep's order.
 
     A setting with a failed or diverged run has no point, since the mean over the others would be
-    too good. Seeds that have not ended yet are missing in the mean.
+    too good; likewise if a run cannot start because one before it has failed or diverged. Seeds
+    that have not ended yet are missing in the mean.
     """
     split = reported_split(record)
+    stranded = {trial.setting for trial in stranded_trials(record.trials, record.outcomes)}
     runs: dict[TriedSetting, list[tuple[Trial, Outcome]]] = {}
     for trial, outcome in _ended_runs(record):
         runs.setdefault(trial.setting, []).append((trial, outcome))
     return [
         _point(record.sweep, setting, each, split)
         for setting, each in runs.items()
-        if all(reason_of_failure(outcome) is None for _, outcome in each)
+        if setting not in stranded
+        and all(reason_of_failure(outcome) is None for _, outcome in each)
     ]
 
 
