@@ -56,6 +56,9 @@ SLOW = {
     # torch, which must find the fake device when it is imported
     ("megaphase.rehearsal.process", "megaphase.config.run"),
     ("megaphase.rehearsal.process", "megaphase.rehearsal.rank"),
+    # torch, for a report without a law does without
+    ("megaphase.sweep.law.model_size", "megaphase.model.parameters"),
+    ("megaphase.sweep.law.model_size", "megaphase.model.presets"),
     # pyarrow, which is an extra, too
     ("megaphase.data_tools.text.chunks", "megaphase.data_tools.text.parquet"),
     ("megaphase.data_tools.text.records", "megaphase.data_tools.text.parquet"),

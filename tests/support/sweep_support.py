@@ -40,7 +40,7 @@ def sweep_of(folder: Path, arms: dict, **more) -> Sweep:
     base = {
         "tokenizer": "/somewhere/tok",
         "tasks": {task: {"corpus": f"/somewhere/{task}"} for task in TOKENS},
-        "model": {"preset": "gpt-tiny"},
+        "model": {"preset": "gpt-1m", "seq_len": 64},
     }
     return Sweep(
         file=folder.parent / "languages.yaml",

@@ -14,6 +14,8 @@ from rich.text import Text
 from megaphase.report.report_files import NUMBERS_FOLDER, PageContent, write_page
 from megaphase.report.run_page import NOTHING
 from megaphase.sweep.arms.budgets import own_budgets
+from megaphase.sweep.law.section import write_law_numbers
+from megaphase.sweep.law.sweep_law import SweepLaw
 from megaphase.sweep.pareto.contrasts import Contrast
 from megaphase.sweep.pareto.fronts import ModelFronts
 from megaphase.sweep.pareto.numbers import write_sweep_numbers
@@ -87,8 +89,10 @@ class SweepReport:
 
     def _content(self, folder: Path) -> PageContent:
         """Write plots and numbers into `folder`; return the page's content."""
+        law = SweepLaw.of(self.view.record)
         tables = write_sweep_numbers(self.view, folder / NUMBERS_FOLDER)
-        return PageContent([sweep_article(self.view, folder)], tables)
+        tables += write_law_numbers(law, folder / NUMBERS_FOLDER)
+        return PageContent([sweep_article(self.view, law, folder)], tables)
 
 
 def _table(title: str, caption: str) -> Table:

@@ -12,6 +12,8 @@ from markupsafe import Markup
 from megaphase.report.page import DrawnPlot, PageTable, Plot, draw_plot, render
 from megaphase.report.report_files import PLOTS_FOLDER
 from megaphase.sweep.arms.budgets import own_budgets
+from megaphase.sweep.law.section import law_section
+from megaphase.sweep.law.sweep_law import SweepLaw
 from megaphase.sweep.pareto.curve_figures import curve_figures, overfitting_figure
 from megaphase.sweep.pareto.figures import (
     bleu_front_plot,
@@ -72,7 +74,7 @@ class _Evidence:
     across_models: list[DrawnPlot]
 
 
-def sweep_article(view: SweepView, out: Path) -> Markup:
+def sweep_article(view: SweepView, law: SweepLaw, out: Path) -> Markup:
     """Return the article on a sweep; its plots are written into the report's folder `out`."""
     content = sweep_file_of(view.record.sweep)
     has_points = any(fronts.points for fronts in view.fronts)
@@ -84,6 +86,7 @@ def sweep_article(view: SweepView, out: Path) -> Markup:
         changes=view.changes.changes,
         classes=CLASSES,
         evidence=_evidence(view, out) if has_points else None,
+        law=law_section(law, out),
         first_stages=first_stage_table(view),
         failures=view.failures,
         sweep_file=yaml.safe_dump(content, sort_keys=False, allow_unicode=True),

@@ -31,7 +31,7 @@ ARMS = {
     "regularized": {"rates": [0.5], "settings": {"model.dropout": 0.1}, "early_stopping": 2},
 }
 PLOTS = ("front", "overfitting", "bleu_front", "losses", "data_efficiency", "training_efficiency",
-         "pretraining", "convergence", "translation")  # fmt: skip
+         "pretraining", "convergence", "translation", "law")  # fmt: skip
 FAILED, DIVERGED = "static-r0.05-p0.001-s2", "keep-0.8-r0.25-p0.001-s1"
 SMALL = {"static": {"rates": [0.1, 0.5]}, "two-phase": TWO_PHASE | {"rates": [0.25]}}
 

@@ -1,0 +1,215 @@
+"""The rows to which a law is fitted: one per run of a sweep that has spent its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from megaphase.optim.schedules import LearningRateConfig, learning_rate
+from megaphase.report.load_run import load_run
+from megaphase.report.runs import RunRecord
+from megaphase.sweep.arms.setting import TriedSetting
+from megaphase.sweep.directory import SweepRecord
+from megaphase.sweep.law.model_size import model_sizes
+from megaphase.sweep.outcome import Outcome
+from megaphase.sweep.pareto.points import reason_of_failure
+from megaphase.sweep.trials import Trial
+
+
+@dataclass(frozen=True)
+class LawPhase:
+    """One phase of a run.
+
+    Attributes:
+        tokens: of training text, by task; only of the tasks that it samples.
+        schedule: name of the schedule, `spans` where it spans several phases.
+        end: learning rate of the last step, as a fraction of the peak.
+        reset: whether it begins with a fresh optimizer state; True in the first phase.
+    """
+
+    steps: int
+    tokens: Mapping[str, float]
+    peak: float
+    schedule: str
+    end: float
+    reset: bool
+
+    def rate(self, tasks: Iterable[str]) -> float:
+        """Return the sampling rate of these tasks together."""
+        total = sum(self.tokens.values())
+        return sum(self.tokens.get(task, 0.0) for task in tasks) / total if total else 0.0
+
+
+@dataclass(frozen=True)
+class LawRow:
+    """One run: what may determine its losses, and the losses.
+
+    Attributes:
+        sweep: the directory's name; settings of different sweeps are different.
+        model: the section of the run file.
+        unique: training tokens of one epoch, by task.
+        losses: on the validation split, nats per token, by task; empty for a run yet to be trained.
+    """
+
+    sweep: str
+    run: str
+    setting: TriedSetting | None
+    seed: int
+    model: Mapping[str, Any]
+    phases: Sequence[LawPhase]
+    unique: Mapping[str, int]
+    losses: Mapping[str, float]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model without embeddings and output projection."""
+        return model_sizes(self.model).without_vocabulary
+
+    @property
+    def all_parameters(self) -> int | None:
+        """All parameters; None if the run file leaves the vocabulary to the tokenizer."""
+        return model_sizes(self.model).all
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps over all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    @property
+    def total_tokens(self) -> float:
+        """Training tokens of all tasks over all phases."""
+        return sum(sum(phase.tokens.values()) for phase in self.phases)
+
+    def tokens(self, task: str) -> float:
+        """Return the training tokens of a task over all phases, with repetition."""
+        return sum(phase.tokens.get(task, 0.0) for phase in self.phases)
+
+    def epochs(self, task: str) -> float:
+        """Return how often the text of a task is seen."""
+        return self.tokens(task) / self.unique[task]
+
+    @property
+    def name(self) -> str:
+        """The setting, for tables."""
+        setting = self.setting
+        if setting is None:
+            return self.run
+        parts = [setting.model, setting.arm, setting.label, f"peak {setting.peak:g}"]
+        return " ".join(part for part in parts if part)
+
+
+class LawRows(NamedTuple):
+    """The rows of one or several sweeps with the same tasks, and what was left out.
+
+    left_out: number of settings by reason.
+    """
+
+    rows: Sequence[LawRow]
+    high: Sequence[str]
+    low: Sequence[str]
+    left_out: Mapping[str, int]
+
+    @property
+    def tasks(self) -> list[str]:
+        return [*self.high, *self.low]
+
+
+OTHER_VALUES = "other values of the run file"
+OTHER_WEIGHTS = "weights of an earlier step, or averaged ones"
+FAILED = "a run that failed or diverged"
+
+
+def law_rows(record: SweepRecord) -> LawRows:
+    """Return the rows of a sweep, complete or not.
+
+    A law describes what phases, mixtures, learning rates and model sizes do. So it leaves out
+    settings with other values of the run file, and those whose weights are not of the last step.
+
+    Raises:
+        InputError: the directory of a run is damaged.
+    """
+    left_out: dict[TriedSetting, str] = {}
+    for trial in record.trials:
+        if trial.is_final and trial.name in record.outcomes:
+            reason = _unsuitable(record, trial, record.outcomes[trial.name])
+            if reason is not None:
+                left_out[trial.setting] = reason
+    trials = {trial.name: trial for trial in record.trials}
+    runs: dict[str, RunRecord] = {}
+    rows = []
+    for trial in record.trials:
+        known = trial.is_final and trial.name in record.outcomes
+        if known and trial.setting not in left_out:
+            chain = _chain(trial, trials)
+            for each in chain:
+                if each.name not in runs:
+                    runs[each.name] = load_run(record.directory.run(each.name))
+            phases = _phases(trial, [runs[each.name] for each in chain])
+            rows.append(_row(record, trial, phases))
+    counts: dict[str, int] = {}
+    for reason in left_out.values():
+        counts[reason] = counts.get(reason, 0) + 1
+    return LawRows(rows, record.sweep.high, record.sweep.low, counts)
+
+
+def _row(record: SweepRecord, trial: Trial, phases: Sequence[LawPhase]) -> LawRow:
+    sweep = record.sweep
+    return LawRow(
+        sweep=sweep.output.name,
+        run=trial.name,
+        setting=trial.setting,
+        seed=trial.seed,
+        model=trial.run["model"],
+        phases=phases,
+        unique=sweep.tokens,
+        losses={
+            task: record.outcomes[trial.name].losses[task] for task in (*sweep.high, *sweep.low)
+        },
+    )
+
+
+def _unsuitable(record: SweepRecord, trial: Trial, outcome: Outcome) -> str | None:
+    if reason_of_failure(outcome) is not None:
+        return FAILED
+    if trial.takes_best or trial.takes_average:
+        return OTHER_WEIGHTS
+    own = {"seed", "output", "phases", "model"}
+    of_run = {key: value for key, value in trial.run.items() if key not in own}
+    base = {key: value for key, value in record.sweep.base.items() if key not in own}
+    models = record.sweep.config.models
+    model = record.sweep.base["model"] | (models[trial.model] if trial.model else {})
+    return None if of_run == base and trial.run["model"] == model else OTHER_VALUES
+
+
+def _chain(trial: Trial, trials: Mapping[str, Trial]) -> list[Trial]:
+    """Return the runs of a recipe, first to last."""
+    chain = [trial]
+    while chain[0].source is not None:
+        chain.insert(0, trials[chain[0].source])
+    return chain
+
+
+def _phases(trial: Trial, runs: Sequence[RunRecord]) -> list[LawPhase]:
+    plans = [phase for run in runs for phase in run.plan.phases]
+    return [
+        law_phase(
+            content, plan.steps, {task: share.tokens for task, share in plan.tasks.items()}, i == 0
+        )
+        for i, (content, plan) in enumerate(zip(trial.phases, plans, strict=True))
+    ]
+
+
+def law_phase(
+    content: Mapping[str, Any], steps: int, tokens: Mapping[str, float], first: bool
+) -> LawPhase:
+    """Return a phase from its content in the run file, its length and its tokens by task."""
+    config = LearningRateConfig.model_validate(dict(content["learning_rate"]))
+    return LawPhase(
+        steps=steps,
+        tokens={task: count for task, count in tokens.items() if count > 0},
+        peak=config.peak,
+        schedule=config.schedule if config.steps in (None, steps) else f"{config.schedule}, spans",
+        end=learning_rate(config, steps - 1, steps) / config.peak,
+        reset=first or content.get("optimizer_state", "reset") == "reset",
+    )
