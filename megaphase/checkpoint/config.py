@@ -16,3 +16,6 @@ class CheckpointConfig(Section):
     asynchronous: bool = True
     """Whether training continues while a copy of the state is written; `false` needs no memory for
     the copy."""
+    end_after: Steps | None = None
+    """Save and end after this step, counted over the run, with exit code 0. Without this key, or
+    with a later step, the same command resumes from there."""

@@ -75,6 +75,10 @@ def train_command(
                 steps = trainer.state.step
                 trainer.say(f"{config.output}: all {steps:,} steps are done; nothing to do")
                 return
+            if trainer.has_reached_end_after():
+                end = config.checkpoint.end_after
+                trainer.say(f"{config.output}: checkpoint.end_after: {end:,} has been reached")
+                return
             trainer.build(profile_steps or (PROFILE_STEPS if profile else 0))
         trainer.run()
 

@@ -22,7 +22,8 @@ class Trainer(RunParts):
     """A run from where it starts to its end; every method is called by all ranks."""
 
     def run(self) -> None:
-        """Train from where the run starts to the end of its last phase.
+        """Train from where the run starts to the end of its last phase, or to
+        `checkpoint.end_after`.
 
         Raises:
             RunError: too many steps in a row are not finite, the loss has diverged, copies of a
@@ -30,12 +31,13 @@ class Trainer(RunParts):
             Stopped: a signal came to some rank; the state is saved.
         """
         self.signals.begin_training(self.resume_point.loss)
-        while not self.is_done():
+        while not self.has_nothing_to_do():
             self.engine.micro = self.config.phase_batch(self.state.phase).micro
             if self.state.phase_step == 0:
                 self.begin_phase()
             reason = self.train_phase()
-            self.end_phase(reason)
+            if reason is not None:
+                self.end_phase(reason)
         with self._saving():
             self.checkpointer.finish()
 
@@ -72,8 +74,9 @@ class Trainer(RunParts):
             self.callbacks.event(step, "optimizer_reset", phase=phase)
             self.say(f"{phase} step {step:,}  optimizer state reset")
 
-    def train_phase(self) -> str:
-        """Train the phase from the current position to its end; returns the reason of the end."""
+    def train_phase(self) -> str | None:
+        """Train the phase from the current position to its end, and return the reason of the end;
+        None if the run ends before, after the step `checkpoint.end_after`."""
         self.engine.train_only(self.trained_tokens.of_phases[self.state.phase])
         self.engine.weigh_losses(self.config.relative_loss_weights(self.state.phase))
         reader = StepReader(
@@ -91,6 +94,10 @@ class Trainer(RunParts):
                 return reason
             self.save_if_due()
             self.stop_if_due()
+            if self.has_reached_end_after():
+                phase, step = self.phase.name, self.state.step
+                self.say(f"{phase} step {step:,}  saved; the run ends here: checkpoint.end_after")
+                return None
             self.watchdog.at(f"reading the batch of step {self.state.step + 1:,}")
         raise AssertionError("the last step of a phase ends it")
 
@@ -254,6 +261,15 @@ class Trainer(RunParts):
         """Whether all phases are done."""
         return self.state.phase == len(self.config.phases)
 
+    def has_reached_end_after(self) -> bool:
+        """Whether the step after which `checkpoint.end_after` ends the run has been trained."""
+        end = self.config.checkpoint.end_after
+        return end is not None and self.state.step >= end
+
+    def has_nothing_to_do(self) -> bool:
+        """Whether all steps have been trained that this start of the run is to train."""
+        return self.is_done() or self.has_reached_end_after()
+
     @property
     def phase(self) -> PhaseConfig:
         """The phase that the next step is of."""
@@ -265,7 +281,8 @@ class Trainer(RunParts):
         return self.plan.phases[self.state.phase].steps
 
     def _save_is_due(self) -> bool:
-        return self.state.step % self.config.checkpoint.every_steps == 0
+        step, settings = self.state.step, self.config.checkpoint
+        return step % settings.every_steps == 0 or step == settings.end_after
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
