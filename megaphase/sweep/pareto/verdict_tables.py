@@ -47,8 +47,8 @@ def contrast_tables(view: SweepView, fronts: ModelFronts) -> ContrastTables | No
         "the one with the lowest mean loss on the validation split is chosen; its expected losses "
         f"on the {view.split} split are compared. [95 % interval] from Student’s t over the seeds; "
         "bold: without 0. Best of all: of all settings of each arm, which favours the arm with "
-        f"more of them. p, adj.: adjusted for the {count} {'row' if count == 1 else 'rows'} of this "
-        "report, after Holm. Wins or loses: the intervals of nats, bits per byte and best of all "
+        f"more of them. p, adj.: for the {count} {'row' if count == 1 else 'rows'} of this report, "
+        "adjusted after Holm. Wins or loses: the intervals of nats, bits per byte and best of all "
         "are on the same side of 0, and that of no task is on the other."
     )
     columns = [
