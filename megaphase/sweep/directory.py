@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import NoReturn
 
 import yaml
+from pydantic import BaseModel
 
 from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.launch.slurm.job_file import forget_jobs
+from megaphase.report.runs import Measured
 from megaphase.sweep.changes import record_change
 from megaphase.sweep.outcome import Outcome
+from megaphase.sweep.planning.pruning import Losses, with_pruned
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trials import Trial, known_trials
 from megaphase.utils.errors import InputError, RunError
@@ -25,10 +28,17 @@ from megaphase.utils.files import (
 )
 from megaphase.utils.json_models import read_record
 from megaphase.utils.locks import exclusive_lock
+from megaphase.utils.run_files import METRICS_FILE
 from megaphase.utils.set_aside import make_way_for_directory
 
 SWEEP_FILE = "sweep.json"
 REMEDY = "give the directory of a megaphase sweep"
+
+
+class _Rungs(BaseModel):
+    """The validation losses of a run by step and task, at the steps at which it is compared."""
+
+    losses: dict[int, dict[str, Measured]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,10 @@ class SweepDirectory:
         """Return a run directory, with the same content as that of any other run."""
         return self.path / "runs" / name
 
+    def metrics(self, name: str) -> Path:
+        """Return the file of a run's metrics."""
+        return self.run(name) / METRICS_FILE
+
     def log(self, name: str) -> Path:
         """Return the log with a run's output over all of its starts."""
         return self.path / "logs" / f"{name}.log"
@@ -66,12 +80,17 @@ class SweepDirectory:
         """Return the file that exists as soon as the run has ended."""
         return self.path / "outcomes" / f"{name}.json"
 
+    def rungs_file(self, name: str) -> Path:
+        """Return the file with a run's losses at the steps at which settings are compared."""
+        return self.path / "rungs" / f"{name}.json"
+
     def prepare(self, sweep: Sweep) -> None:
         """Write the sweep into its directory, which is new or from an earlier start of the sweep.
 
         Changes of the sweep file since then are recorded; see `record_change`.
         """
-        for folder in ("run-files", "runs", "logs", "scores", "outcomes"):
+        rungs = () if sweep.config.halving is None else ("rungs",)
+        for folder in ("run-files", "runs", "logs", "scores", "outcomes", *rungs):
             with os_errors_named(self.path):
                 make_way_for_directory(self.path / folder, "a directory of the sweep")
             make_directory(self.path / folder)
@@ -120,6 +139,16 @@ class SweepDirectory:
         text = outcome.model_dump_json(indent=2, exclude_defaults=True) + "\n"
         atomic_write_text(self.outcome_file(name), text)
 
+    def write_rungs(self, name: str, losses: Mapping[int, Losses]) -> None:
+        """Record a run's validation losses at the steps at which it is compared."""
+        record = _Rungs(losses={step: dict(each) for step, each in losses.items()})
+        atomic_write_text(self.rungs_file(name), record.model_dump_json(indent=2) + "\n")
+
+    def rungs(self) -> dict[str, Mapping[int, Losses]]:
+        """Return the recorded losses of all runs, by name and step."""
+        files = sorted((self.path / "rungs").glob("*.json"))
+        return {file.stem: read_record(file, _Rungs, "remove it").losses for file in files}
+
     def remove_checkpoints(self, name: str) -> None:
         """Remove the checkpoints of a run, if there are any."""
         remove_directory_at_once(self.run(name) / CHECKPOINTS)
@@ -138,6 +167,10 @@ class SweepDirectory:
         files = sorted((self.path / "outcomes").glob("*.json"))
         return {file.stem: read_record(file, Outcome, "remove it") for file in files}
 
+    def known_outcomes(self, sweep: Sweep) -> dict[str, Outcome]:
+        """Return the outcomes of all runs that have ended or were pruned, by name."""
+        return with_pruned(sweep, self.outcomes(), self.rungs())
+
 
 @dataclass(frozen=True)
 class SweepRecord:
@@ -145,7 +178,7 @@ class SweepRecord:
 
     Attributes:
         trials: all runs known so far.
-        outcomes: of the runs that have ended, by name.
+        outcomes: of the runs that have ended or were pruned, by name.
     """
 
     directory: SweepDirectory
@@ -167,7 +200,7 @@ def load_sweep_record(folder: Path) -> SweepRecord:
     """
     directory = SweepDirectory(folder)
     sweep = read_record(directory.sweep_file, Sweep, REMEDY)
-    outcomes = directory.outcomes()
+    outcomes = directory.known_outcomes(sweep)
     trials = known_trials(sweep, outcomes)
     names = {trial.name for trial in trials}
     return SweepRecord(

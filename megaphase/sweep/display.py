@@ -73,9 +73,11 @@ class SweepDisplay:
         ended = len(outcomes)
         self._all.update(completed=ended)
         what = f"failed: {outcome.failed}"
+        if outcome.pruned is not None:
+            what = f"pruned {outcome.pruned}"
         if outcome.diverged is not None:
             what = f"diverged: {outcome.diverged}"
-        elif outcome.failed is None:
+        elif outcome.can_be_branched:
             high, low = (outcome.group_loss(g) for g in (self._sweep.high, self._sweep.low))
             what = f"high {high:.3f}, low {low:.3f}, {outcome.seconds:,.0f} s of steps"
         text = f"[{ended}/{self._total}] {trial.name}: {what}"

@@ -23,6 +23,7 @@ from megaphase.config.fields import (
 )
 from megaphase.launch.slurm.pipeline import Step
 from megaphase.sweep.arms.config import Arm, LearningRateGrid, each_once
+from megaphase.sweep.planning.config import Halving, Pruning
 from megaphase.utils.validation_errors import as_input_error
 
 
@@ -131,6 +132,7 @@ class SweepConfig(Section):
     high, low: the two groups of tasks, as a role or a list; tasks in neither are left out.
     steps, tokens: the budget of every run, over all of its phases.
     models: changes of the section `model` by name; by default one model as in the run file.
+    prune: halving stops the worse half of an arm's settings early; see Halving.
     keep_checkpoints: of all runs that have ended, or only of those from which others may start.
     """
 
@@ -146,10 +148,16 @@ class SweepConfig(Section):
     seeds: list[Seed] = Field(default=[1234], min_length=1)
     models: dict[Name, dict[str, Any]] = Field(default={})
     arms: dict[Name, Arm] = Field(min_length=1)
+    prune: Pruning | None = None
     keep_checkpoints: Literal["all", "first-stages"] = "all"
     translation: TranslationScores | None = None
     primary: PrimaryContrast | None = None
     slurm: ClusterJobs | None = None
+
+    @property
+    def halving(self) -> Halving | None:
+        """The rule of `prune`, with all its keys."""
+        return Halving() if self.prune == "halving" else self.prune
 
     @field_validator("seeds")
     @classmethod

@@ -17,19 +17,20 @@ from typing import Protocol
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.outcome import Outcome
+from megaphase.sweep.planning.pruning import Leg, sweep_state
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trial_run import (
     collect_results,
     has_diverged,
+    has_ended,
     is_translated,
     last_line,
     outcome_if_ended,
     read_outcome,
-    release_checkpoints,
     train_arguments,
     translate_arguments,
 )
-from megaphase.sweep.trials import Trial, ready_trials
+from megaphase.sweep.trials import Trial
 from megaphase.utils.errors import (
     EXIT_FAILED,
     EXIT_REQUEUE,
@@ -99,9 +100,13 @@ def start_command(command: Sequence[str], log: Path, environment: Mapping[str, s
 
 @dataclass
 class _RunningTrial:
-    """A run in progress: its current command, and the following ones."""
+    """A run in progress: its current command, and the following ones.
+
+    end_after: see Leg.
+    """
 
     trial: Trial
+    end_after: int | None
     slot: int
     commands: list[list[str]]
     process: Process = field(init=False)
@@ -114,7 +119,8 @@ def run_locally(
     display: SweepDisplay,
     start: Start = start_command,
 ) -> dict[str, Outcome]:
-    """Train all runs that have not ended yet; returns the outcomes of all.
+    """Train all runs that have not ended yet; returns the outcomes of all that have ended or were
+    pruned.
 
     A run that fails or diverges is recorded and left out; the others continue.
 
@@ -141,14 +147,14 @@ class _Runner:
         self._sweep, self._directory = sweep, directory
         self._machine, self._display = machine, display
         self._start, self._received = start, received
-        self._outcomes = directory.outcomes()
+        self._outcomes = directory.outcomes()  # of runs that have ended by themselves
+        self._state = sweep_state(sweep, self._outcomes, directory.rungs())
         self._jobs: dict[str, _RunningTrial] = {}
         self._forwarded_count = 0  # signals already forwarded
         self._first_forwarded_at: float | None = None
 
     def run(self) -> dict[str, Outcome]:
-        ended = partial(outcome_if_ended, self._sweep, self._directory)
-        collect_results(self._sweep, self._directory, self._display, self._outcomes, ended)
+        self._collect(partial(outcome_if_ended, self._sweep, self._directory))
         try:
             self._start_ready_trials()
             while self._jobs:
@@ -162,27 +168,41 @@ class _Runner:
                 f"{signal_name(self._received[0])} was received: the runs have saved; the same "
                 "command resumes from there"
             )
-        return self._outcomes
+        return dict(self._state.outcomes)
+
+    def _collect(self, find_outcome: Callable[[Trial], Outcome | None]) -> None:
+        """Take note of what runs have come to since the last time."""
+        self._state = collect_results(
+            self._sweep,
+            self._directory,
+            self._display,
+            self._outcomes,
+            find_outcome,
+            is_busy=lambda trial: trial.name in self._jobs,
+        )
 
     def _start_ready_trials(self) -> None:
         """Start runs, at the start and whenever one has ended, which determines further ones."""
         if self._received:
             return
-        for trial in ready_trials(self._sweep, self._outcomes):
+        for leg in self._state.legs:
             if len(self._jobs) == self._machine.jobs:
                 return
-            if trial.name not in self._jobs:
-                self._begin(trial)
+            if leg.trial.name not in self._jobs:
+                self._begin(leg)
 
-    def _begin(self, trial: Trial) -> None:
+    def _begin(self, leg: Leg) -> None:
+        trial, end_after = leg
         run_file = self._directory.write_run_file(self._sweep, trial)
         taken = {job.slot for job in self._jobs.values()}
         slot = next(slot for slot in range(self._machine.jobs) if slot not in taken)
-        commands = [train_arguments(self._directory, trial, run_file, self._machine.processes)]
+        commands = [
+            train_arguments(self._directory, trial, run_file, self._machine.processes, end_after)
+        ]
         if is_translated(self._sweep, trial):
             scores = self._directory.scores_file(trial.name)
             commands.append(translate_arguments(self._sweep, trial, run_file, scores))
-        job = _RunningTrial(trial, slot, commands)
+        job = _RunningTrial(trial, end_after, slot, commands)
         self._start_next_command(job)
         self._jobs[trial.name] = job
         self._display.begin(trial, self._directory.run(trial.name))
@@ -216,7 +236,7 @@ class _Runner:
             code = job.process.poll()
             if code is None:
                 self._display.show(job.trial, self._directory.run(name))
-            elif code == 0 and job.commands and not self._received:
+            elif code == 0 and job.commands and not self._received and not self._is_paused(job):
                 self._start_next_command(job)
             else:
                 del self._jobs[name]
@@ -225,6 +245,10 @@ class _Runner:
 
     def _record_outcome(self, job: _RunningTrial, code: int) -> None:
         name = job.trial.name
+        if code == 0 and self._is_paused(job):
+            self._display.drop(job.trial)
+            self._collect(lambda trial: None)
+            return
         if code == EXIT_REQUEUE or (self._received and (code != 0 or job.commands)):
             if not self._received:
                 raise Stopped(f"{self._directory.log(name)}: the run was stopped by a signal")
@@ -238,8 +262,12 @@ class _Runner:
             outcome = Outcome(failed=_reason(code, self._directory.log(name)))
         self._directory.write_outcome(name, outcome)
         self._outcomes[name] = outcome
-        release_checkpoints(self._sweep, self._directory, self._outcomes)
-        self._display.end(job.trial, outcome, self._outcomes)
+        self._display.end(job.trial, outcome, {**self._state.outcomes, **self._outcomes})
+        self._collect(lambda trial: None)
+
+    def _is_paused(self, job: _RunningTrial) -> bool:
+        """Return whether a run that has ended well is to be compared before it trains on."""
+        return job.end_after is not None and not has_ended(self._directory, job.trial)
 
     def _kill_all(self) -> None:
         for job in self._jobs.values():

@@ -25,6 +25,7 @@ class Outcome(BaseModel):
     """Losses by task at the step whose weights count, or the reason of a failure.
 
     diverged: how a run ended because it diverged; its losses are then NaN.
+    pruned: after which step a run was stopped, because other settings of its arm were better.
     losses, bits_per_byte: on the validation split, nats per token; settings are chosen by these.
     test, test_bits_per_byte: on the test split; empty where the sweep has none.
     training: on a fixed sample of the training documents; empty where the sweep measures none.
@@ -35,6 +36,7 @@ class Outcome(BaseModel):
 
     failed: str | None = None
     diverged: str | None = None
+    pruned: str | None = None
     step: int = 0
     losses: dict[str, Measured] = {}
     bits_per_byte: dict[str, Measured] = {}
@@ -47,7 +49,7 @@ class Outcome(BaseModel):
     @property
     def can_be_branched(self) -> bool:
         """Whether the run has reached its end, from which others can start."""
-        return self.failed is None and self.diverged is None
+        return self.failed is None and self.diverged is None and self.pruned is None
 
     def group_loss(self, tasks: Sequence[str]) -> float:
         """Return the mean loss of these tasks; infinite if one is not a number."""

@@ -35,6 +35,7 @@ from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.file import ClusterJobs
 from megaphase.sweep.outcome import Outcome
+from megaphase.sweep.planning.pruning import Leg, SweepState, sweep_state
 from megaphase.sweep.start import open_sweep, refuse_failures
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trial_run import (
@@ -46,7 +47,7 @@ from megaphase.sweep.trial_run import (
     train_arguments,
     translate_arguments,
 )
-from megaphase.sweep.trials import Trial, all_trials, known_trials, ready_trials
+from megaphase.sweep.trials import Trial, all_trials, known_trials
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_text, make_directory, real_path, remove_directory
 from megaphase.utils.slurm import queued_jobs
@@ -62,7 +63,7 @@ _RANK = re.compile(r"\S+: megaphase: ")
 _CUT_OFF = re.compile(r"slurmstepd\S*: .*?\*\*\* (.* CANCELLED AT .*) \*\*\*")
 _LAST_LINES = 5
 
-Groups = Mapping[str, Sequence[Trial]]
+Groups = Mapping[str, Sequence[Leg]]
 """The runs that one array trains, with the same command except for the run file, by array name."""
 
 
@@ -93,10 +94,11 @@ def next_scripts(path: Path, program: Any) -> Iterator[tuple[str, Sequence[str],
         InputError: the sweep file or a run file is invalid, or a run is in the queue.
     """
     found, directory = open_sweep(path)
-    jobs, outcomes = _cluster_jobs(found), directory.outcomes()
+    jobs = _cluster_jobs(found)
+    legs = sweep_state(found, directory.outcomes(), directory.rungs()).legs
     folder = directory.slurm / _DRY_RUN
     remove_directory(folder)
-    pipeline = _write_round(found, directory, jobs, ready_trials(found, outcomes), folder, program)
+    pipeline = _write_round(found, directory, jobs, legs, folder, program)
     for name, script in scripts(pipeline).items():
         yield name, pipeline.steps[name].after, script
 
@@ -130,27 +132,34 @@ class SlurmSweep:
         self.queue = queued_jobs(jobs if self.next is None else jobs | {self.next.job})
 
     def run_round(self) -> Path | None:
-        self._collect_results()
-        open_trials = ready_trials(self.sweep, self.outcomes)
-        waiting = self._queued(open_trials)
+        state = self._collect_results()
+        waiting = self._queued([leg.trial for leg in state.legs])
         if waiting and self._next_is_queued():
             self._say_round_is_queued(waiting)
             return None
         # Only if nothing is in progress, since the next round knows best which other runs are
         # ready.
-        trials = [] if waiting else open_trials
-        if not waiting and not trials:
-            refuse_failures(self.sweep, self.directory, self.outcomes)
+        legs = [] if waiting else state.legs
+        if not waiting and not legs:
+            refuse_failures(self.sweep, self.directory, dict(state.outcomes))
             return self.directory.path
-        self._submit(trials, behind=waiting)
+        self._submit(legs, behind=waiting, ended=len(state.outcomes))
         return None
 
-    def _collect_results(self) -> None:
+    def _collect_results(self) -> SweepState:
         """Record the outcomes of runs whose jobs have left the queue."""
-        known = {trial.name for trial in known_trials(self.sweep, self.outcomes)}
-        ended = sum(name in known for name in self.outcomes)
+        before = self.directory.known_outcomes(self.sweep)
+        known = {trial.name for trial in known_trials(self.sweep, before)}
+        ended = sum(name in known for name in before)
         display = SweepDisplay(self.console, self.sweep, len(all_trials(self.sweep)), ended)
-        collect_results(self.sweep, self.directory, display, self.outcomes, self._outcome_of)
+        return collect_results(
+            self.sweep,
+            self.directory,
+            display,
+            self.outcomes,
+            self._outcome_of,
+            is_busy=lambda trial: bool(self._queued([trial])),
+        )
 
     def _outcome_of(self, trial: Trial) -> Outcome | None:
         """Return a run's outcome; None if it is in progress or has not been started."""
@@ -198,22 +207,22 @@ class SlurmSweep:
             f"{self.next.job} after them starts the next round"
         )
 
-    def _submit(self, trials: Sequence[Trial], behind: set[str]) -> None:
+    def _submit(self, legs: Sequence[Leg], behind: set[str], ended: int) -> None:
         number = 1 + max(_rounds(self.directory), default=0)
         folder = self.directory.slurm / f"round-{number:03}"
         try:
             pipeline = _write_round(
-                self.sweep, self.directory, self.jobs, trials, folder, self.program
+                self.sweep, self.directory, self.jobs, legs, folder, self.program
             )
-            self._link_scores(_groups(trials), folder)
+            self._link_scores(_groups(legs), folder)
             jobs = submit_pipeline(pipeline, sorted(behind))
         except BaseException:
             remove_directory(folder)
             raise
-        self._remember(pipeline, jobs, _groups(trials))
-        total, ended = len(all_trials(self.sweep)), len(self.outcomes)
-        trained = f"round {number} trains {len(trials)}"
-        what = trained if trials else f"{len(behind)} jobs of others are in the queue"
+        self._remember(pipeline, jobs, _groups(legs))
+        total = len(all_trials(self.sweep))
+        trained = f"round {number} trains {len(legs)}"
+        what = trained if legs else f"{len(behind)} jobs of others are in the queue"
         self._say(f"{self.directory.path}: {total} runs, {ended} have ended; {what}")
         for name, job in jobs.items():
             self._say(f"Submitted: {name}, job {job}")
@@ -224,17 +233,17 @@ class SlurmSweep:
     def _link_scores(self, groups: Groups, folder: Path) -> None:
         """Link a run's scores by task number, since a task of an array does not know its run's
         name."""
-        for name, trials in groups.items():
-            for task, trial in enumerate(trials):
-                if is_translated(self.sweep, trial):
+        for name, legs in groups.items():
+            for task, (trial, end_after) in enumerate(legs):
+                if end_after is None and is_translated(self.sweep, trial):
                     _link(self.directory.scores_file(trial.name), folder / name / f"{task}.json")
 
     def _remember(self, pipeline: Pipeline, jobs: Mapping[str, str], groups: Groups) -> None:
         """Record which job starts the next round, and which ones translate."""
         remember_job(self.directory.path, *job_and_log(pipeline, NEXT, jobs[NEXT]))
-        for group, trials in groups.items():
+        for group, legs in groups.items():
             name = f"{group}{TRANSLATE}"
-            for task, trial in enumerate(trials if name in jobs else []):
+            for task, (trial, _) in enumerate(legs if name in jobs else []):
                 job, log = job_and_log(pipeline, name, jobs[name], task)
                 remember_job(self.directory.run(trial.name), job, log, TRANSLATION_FILE)
 
@@ -248,12 +257,14 @@ def _rounds(directory: SweepDirectory) -> list[int]:
     return [int(match[1]) for path in folders if (match := _ROUND.fullmatch(path.name))]
 
 
-def _groups(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+def _groups(legs: Sequence[Leg]) -> dict[str, list[Leg]]:
     """Group runs that are started and translated in the same way."""
-    groups: dict[str, list[Trial]] = {}
-    for trial in trials:
+    groups: dict[str, list[Leg]] = {}
+    for leg in legs:
+        trial, end_after = leg
         name = trial.source or ("single-stage" if trial.is_final else "first-stage")
-        groups.setdefault(f"{name}-best" if trial.takes_best else name, []).append(trial)
+        name = name if end_after is None else f"{name}-to-{end_after}"
+        groups.setdefault(f"{name}-best" if trial.takes_best else name, []).append(leg)
     return groups
 
 
@@ -261,15 +272,15 @@ def _write_round(
     sweep: Sweep,
     directory: SweepDirectory,
     jobs: ClusterJobs,
-    trials: Sequence[Trial],
+    legs: Sequence[Leg],
     folder: Path,
     program: Any,
 ) -> Pipeline:
     """Write the pipeline that trains runs, and the files that it names, into its folder."""
-    groups = _groups(trials)
+    groups = _groups(legs)
     for name, members in groups.items():
         make_directory(folder / name)
-        for task, trial in enumerate(members):
+        for task, (trial, _) in enumerate(members):
             run_file = directory.write_run_file(sweep, trial)
             _link(folder / name / f"{task}.yaml", run_file)
     content = {"logs": "logs", "steps": _steps(sweep, directory, jobs, groups, folder)}
@@ -290,13 +301,13 @@ def _steps(
     """Return the steps of a round; the last one calls `megaphase sweep` again."""
     steps: dict[str, dict[str, Any]] = {}
     for name, members in groups.items():
-        trial, run_file = members[0], Path(name, "%task.yaml")
+        (trial, end_after), run_file = members[0], Path(name, "%task.yaml")
         array: dict[str, Any] = {"array": len(members)}
         if jobs.at_a_time is not None:
             array["at_a_time"] = jobs.at_a_time
-        train = train_arguments(directory, trial, run_file, processes=1)
+        train = train_arguments(directory, trial, run_file, 1, end_after)
         steps[name] = {"train": shlex.join(train[1:]), **array, **jobs.training}
-        if is_translated(sweep, trial):
+        if end_after is None and is_translated(sweep, trial):
             scores = folder / name / "%task.json"
             command = translate_arguments(sweep, trial, run_file, scores)
             steps[f"{name}{TRANSLATE}"] = {

@@ -37,7 +37,7 @@ def sweep(path: Path, *, jobs: int, processes: int, retry: bool, console: Consol
     machine = Machine(jobs, processes, _gpus())
     if retry:
         directory.forget_failures()
-    before = directory.outcomes()
+    before = directory.known_outcomes(found)
     total = len(all_trials(found))
     names = {trial.name for trial in known_trials(found, before)}
     ended = sum(name in names for name in before)
@@ -61,7 +61,7 @@ def open_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
     found = load_sweep(path)
     _checked_trials(found)
     directory = SweepDirectory(found.output)
-    for trial in known_trials(found, directory.outcomes()):
+    for trial in known_trials(found, directory.known_outcomes(found)):
         directory.check_run_file(found, trial)
     directory.prepare(found)
     return found, directory
@@ -80,7 +80,7 @@ def _checked_trials(found: Sweep) -> list[Trial]:
 def _refuse_jobs(found: Sweep, directory: SweepDirectory) -> None:
     """Raise InputError if runs, or the job that starts further ones, are in a queue."""
     refuse_second_job(directory.path)
-    outcomes = directory.outcomes()
+    outcomes = directory.known_outcomes(found)
     for trial in known_trials(found, outcomes):
         if trial.name not in outcomes:
             refuse_second_job(directory.run(trial.name))

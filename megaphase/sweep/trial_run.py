@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from megaphase.checkpoint.names import find_in_run
+from megaphase.launch.slurm.job_file import forget_jobs
 from megaphase.report.load_run import load_run
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.outcome import Outcome, Translated, outcome_of
+from megaphase.sweep.planning.pruning import (
+    Leg,
+    Losses,
+    SweepState,
+    competitions,
+    sweep_state,
+    with_pruned,
+)
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trials import Trial, known_trials
 from megaphase.utils.errors import InputError
@@ -17,15 +27,23 @@ from megaphase.utils.files import read_json
 
 
 def train_arguments(
-    directory: SweepDirectory, trial: Trial, run_file: Path, processes: int
+    directory: SweepDirectory,
+    trial: Trial,
+    run_file: Path,
+    processes: int,
+    end_after: int | None = None,
 ) -> list[str]:
-    """Return the arguments of `megaphase` that train a run."""
+    """Return the arguments of `megaphase` that train a run.
+
+    end_after: the step after which it ends, to be resumed or not; None: at the end of its phase.
+    """
+    overrides = [] if end_after is None else [f"checkpoint.end_after={end_after}"]
     source = []
     if trial.source is not None:
         source = ["--from", f"{directory.run(trial.source)}@{trial.source_phase}"]
     if processes == 1:
-        return ["train", str(run_file), *source]
-    return ["launch", "local", str(run_file), "--processes", str(processes), *source]
+        return ["train", str(run_file), *overrides, *source]
+    return ["launch", "local", str(run_file), *overrides, "--processes", str(processes), *source]
 
 
 def translate_arguments(sweep: Sweep, trial: Trial, run_file: Path, scores: Path) -> list[str]:
@@ -88,6 +106,38 @@ def outcome_if_ended(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> O
     return read_outcome(sweep, directory, trial)
 
 
+def note_rungs(
+    sweep: Sweep,
+    directory: SweepDirectory,
+    outcomes: Mapping[str, Outcome],
+    rungs: dict[str, Mapping[int, Losses]],
+    is_busy: Callable[[Trial], bool],
+) -> None:
+    """Record the validation losses of runs at the steps at which their settings are compared.
+
+    outcomes: of the runs that have ended or were pruned. rungs: what is recorded; added to.
+    is_busy: whether a run is being trained; such a run is left alone.
+    """
+    if sweep.config.halving is None:
+        return
+    for competition in competitions(sweep, outcomes):
+        for trial in competition.trials:
+            known = rungs.get(trial.name, {})
+            missing = [step for step in competition.steps if step not in known]
+            if not missing or not directory.metrics(trial.name).exists() or is_busy(trial):
+                continue
+            found = {
+                row.step: {task: measured.loss for task, measured in row.validation.items()}
+                for row in load_run(directory.run(trial.name)).validation
+                if row.step in missing
+            }
+            if found:
+                # A job that has reached such a step has not failed.
+                forget_jobs(directory.run(trial.name))
+                rungs[trial.name] = {**known, **found}
+                directory.write_rungs(trial.name, rungs[trial.name])
+
+
 def release_checkpoints(
     sweep: Sweep, directory: SweepDirectory, outcomes: Mapping[str, Outcome]
 ) -> None:
@@ -107,23 +157,39 @@ def collect_results(
     display: SweepDisplay,
     outcomes: dict[str, Outcome],
     find_outcome: Callable[[Trial], Outcome | None],
-) -> None:
-    """Record the missing outcomes of runs that have ended unobserved, and remove checkpoints that
-    are not kept.
+    is_busy: Callable[[Trial], bool] = lambda trial: False,
+) -> SweepState:
+    """Record what runs have come to that have ended unobserved, and remove checkpoints that are not
+    kept; returns what is then known of the sweep.
 
     outcomes: of all runs known to have ended; added to. find_outcome: returns a trial's outcome, or
-        None.
+        None. is_busy: whether a run is being trained.
     """
+    rungs = directory.rungs()
+    known = with_pruned(sweep, outcomes, rungs)
     collected = True
     while collected:  # each outcome may determine further runs
         collected = False
-        for trial in known_trials(sweep, outcomes):
-            if trial.name not in outcomes and (outcome := find_outcome(trial)) is not None:
+        note_rungs(sweep, directory, with_pruned(sweep, outcomes, rungs), rungs, is_busy)
+        state = sweep_state(sweep, outcomes, rungs)
+        for trial in state.trials:
+            if trial.name not in state.outcomes and (outcome := find_outcome(trial)) is not None:
                 directory.write_outcome(trial.name, outcome)
                 outcomes[trial.name] = outcome
-                display.end(trial, outcome, outcomes)
+                display.end(trial, outcome, {**state.outcomes, **outcomes})
                 collected = True
-    release_checkpoints(sweep, directory, outcomes)
+    for trial in state.trials:
+        if trial.name not in known and state.outcomes.get(trial.name, Outcome()).pruned:
+            display.end(trial, state.outcomes[trial.name], state.outcomes)
+    release_checkpoints(sweep, directory, state.outcomes)
+    # A run that stopped early, before the step of a comparison, may still have to be translated.
+    legs = [
+        leg
+        if leg.end_after is None or not has_ended(directory, leg.trial)
+        else Leg(leg.trial, None)
+        for leg in state.legs
+    ]
+    return replace(state, legs=legs)
 
 
 def _last_phase(trial: Trial) -> str:

@@ -56,6 +56,16 @@ class Trial:
     takes_average: bool = False
 
     @property
+    def steps(self) -> int:
+        """Optimizer steps of the run itself, without those of its sources."""
+        return _steps(self.run["phases"])
+
+    @property
+    def first_step(self) -> int:
+        """Optimizer steps before its own."""
+        return _steps(self.phases) - self.steps
+
+    @property
     def arm(self) -> str:
         """The name in the sweep file; "pretrain" for a first stage that several arms share."""
         return self.setting.arm
@@ -79,6 +89,10 @@ class Trial:
     def peak(self) -> float:
         """Of the run's own phase."""
         return self.setting.peak
+
+
+def _steps(phases: Sequence[Phase]) -> int:
+    return sum(int(phase["steps"]) for phase in phases)
 
 
 Choice = Callable[[Sequence[Trial]], float | None]
@@ -115,6 +129,34 @@ def stranded_trials(trials: Sequence[Trial], outcomes: Mapping[str, Outcome]) ->
 def all_trials(sweep: Sweep) -> list[Trial]:
     """Return as many runs as there will be in the end, as if the first peak were always best."""
     return _trials(sweep, lambda candidates: candidates[0].peak)
+
+
+def expected_trials(
+    sweep: Sweep, outcomes: Mapping[str, Outcome], see: Callable[[Sequence[Trial]], None]
+) -> list[Trial]:
+    """Return all runs that there will be, in the order of their start. While the best of some first
+    stages is not known, their branches are those of the first one.
+
+    see: called with the first stages of every choice.
+    """
+
+    def choose(candidates: Sequence[Trial]) -> float | None:
+        see(candidates)
+        if all(trial.name in outcomes for trial in candidates):
+            return best_peak(sweep, candidates, outcomes)
+        return candidates[0].peak
+
+    return _trials(sweep, choose)
+
+
+def blocked(trials: Sequence[Trial], outcomes: Mapping[str, Outcome]) -> set[str]:
+    """Return the names of the runs that cannot start, because a run before them has no end from
+    which they could."""
+    found = {name for name, outcome in outcomes.items() if not outcome.can_be_branched}
+    ended_badly = set(found)
+    while new := {t.name for t in trials if t.source in found and t.name not in found}:
+        found |= new
+    return found - ended_badly
 
 
 def count_trials(sweep: Sweep) -> int:

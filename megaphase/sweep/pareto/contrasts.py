@@ -3,7 +3,8 @@
 Of k random settings of each arm, k being the smaller of the two arms' numbers, the one with the
 lowest mean loss of both groups on the validation split is chosen, and its losses on the reported
 split count. The expectation over all choices of k settings is a sum over the settings, which is
-taken for every seed; so the differences are paired by seed.
+taken for every seed; so the differences are paired by seed. Settings that were pruned are among
+those that are drawn: they come last in the order, and at least one that was not is drawn.
 """
 
 from __future__ import annotations
@@ -140,9 +141,9 @@ def contrast(arm: ArmFront, other: ArmFront, model: str | None) -> Contrast | No
     """Compare two arms; None while they have no seed in common."""
     if not arm.points or not other.points:
         return None
-    k = min(len(arm.points), len(other.points))
-    own, others = _Choice.of(arm.points, k), _Choice.of(other.points, k)
-    best, best_other = (_Choice.of(each.points, len(each.points)) for each in (arm, other))
+    k = min(arm.tried, other.tried)
+    own, others = _Choice.of(arm, k), _Choice.of(other, k)
+    best, best_other = (_Choice.of(each, each.tried) for each in (arm, other))
     seeds = [seed for seed in own.seeds if seed in others.seeds]
     if not seeds:
         return None
@@ -154,7 +155,7 @@ def contrast(arm: ArmFront, other: ArmFront, model: str | None) -> Contrast | No
         against=other.arm,
         model=model,
         k=k,
-        settings=(len(arm.points), len(other.points)),
+        settings=(arm.tried, other.tried),
         nats=_differences(own, others, seeds, _nats),
         bits=bits,
         best_of_all=_paired(best, best_other, seeds, lambda point, seed: point.by_seed[seed].mean),
@@ -171,9 +172,13 @@ class _Choice:
     weights: Sequence[float]
 
     @classmethod
-    def of(cls, points: Sequence[Point], k: int) -> _Choice:
-        ordered = sorted(points, key=lambda point: point.chosen_by.mean)
-        weights = [weight for weight in best_of_weights(len(points), k) if weight > 0]
+    def of(cls, arm: ArmFront, k: int) -> _Choice:
+        ordered = sorted(arm.points, key=lambda point: point.chosen_by.mean)
+        weights = [weight for weight in best_of_weights(arm.tried, k) if weight > 0]
+        if arm.pruned:
+            weights = weights[: len(ordered)]
+            total = math.fsum(weights)
+            weights = [weight / total for weight in weights]
         return cls(ordered[: len(weights)], weights)
 
     @property

@@ -16,6 +16,7 @@ from megaphase.sweep.pareto.measures import (
     lowest_within,
 )
 from megaphase.sweep.pareto.points import Point, front_of, points_of
+from megaphase.sweep.pareto.pruned import pruned_of_arm, pruned_settings
 from megaphase.sweep.pareto.statistics import Estimate, estimate
 
 
@@ -84,6 +85,7 @@ class ArmFront:
         points: of all of its settings.
         hypervolume: of the front, in nats squared; None if the whole model has no point.
         against_static: None for static arms, and while either side has no point.
+        pruned: number of settings that were tried besides, and stopped early.
         is_baseline: whether the others are compared with it; see `is_baseline`.
     """
 
@@ -94,6 +96,12 @@ class ArmFront:
     hypervolume: float | None
     against_static: Comparison | None
     is_baseline: bool = False
+    pruned: int = 0
+
+    @property
+    def tried(self) -> int:
+        """The number of settings among which the best is chosen."""
+        return len(self.points) + self.pruned
 
 
 @dataclass(frozen=True)
@@ -132,13 +140,19 @@ def _model_fronts(record: SweepRecord, model: str | None, points: Sequence[Point
     static = [point for point in points if kinds[point.setting.arm] == "static"]
     reference = worst(static or points)
     envelope = front_of(static)
-    arms = []
+    arms, pruned = [], pruned_settings(record)
     for arm, kind in kinds.items():
         own = [point for point in points if point.setting.arm == arm]
         front = front_of(own)
         volume = None if reference is None else hypervolume(_pairs(front), reference)
         against = compare(front, envelope) if kind != "static" and front and envelope else None
-        arms.append(ArmFront(arm, kind, own, front, volume, against, is_baseline(record, arm)))
+        arms.append(
+            ArmFront(
+                arm, kind, own, front, volume, against,
+                is_baseline=is_baseline(record, arm),
+                pruned=pruned_of_arm(pruned, arm, model),
+            )
+        )  # fmt: skip
     return ModelFronts(model, arms, reference, envelope)
 
 

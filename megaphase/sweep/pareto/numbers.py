@@ -80,6 +80,9 @@ def write_sweep_numbers(view: SweepView, folder: Path) -> list[str]:
         "first_stages": ([*SETTING, "loss", "loss_error", "goes_on"], _first_stages(view)),
         **figure_tables(view),
     }  # fmt: skip
+    if view.pruned:
+        rows = ([*_setting(each.setting), each.step, each.setting.label] for each in view.pruned)
+        tables["pruned"] = [*SETTING, "step", "setting"], rows
     folder.mkdir()
     return [
         write_table(folder / f"{name}.csv", columns, rows)
@@ -116,7 +119,7 @@ def _outcome(view: SweepView, trial: Trial) -> Iterator[object]:
     if outcome is None:
         return
     yield from (outcome.failed, outcome.step)
-    if outcome.failed is not None:
+    if outcome.failed is not None or outcome.pruned is not None:
         return
     yield from (outcome.group_loss(group) for group in (sweep.high, sweep.low))
     yield from (outcome.losses[task] for task in view.tasks)

@@ -91,8 +91,8 @@ def points_of(record: SweepRecord) -> list[Point]:
     """Return a point for every setting of which a run has ended, in the sweep's order.
 
     A setting with a failed or diverged run has no point, since the mean over the others would be
-    too good; likewise if a run cannot start because one before it has failed or diverged. Seeds
-    that have not ended yet are missing in the mean.
+    too good; likewise if a run cannot start because one before it has failed or diverged, or was
+    pruned. Seeds that have not ended yet are missing in the mean.
     """
     split = reported_split(record)
     stranded = {trial.setting for trial in stranded_trials(record.trials, record.outcomes)}
@@ -158,16 +158,18 @@ def reason_of_failure(outcome: Outcome) -> str | None:
         return outcome.failed
     if outcome.diverged is not None:
         return f"diverged: {outcome.diverged}"
+    if outcome.pruned is not None:
+        return f"pruned {outcome.pruned}"
     wrong = [task for task, loss in outcome.losses.items() if not math.isfinite(loss)]
     return f"diverged: the loss of {', '.join(wrong)} is not finite" if wrong else None
 
 
 def failures(record: SweepRecord) -> list[Failure]:
-    """Return the runs that ended without results, including first stages."""
+    """Return the runs that ended without results, including first stages; without pruned ones."""
     found = (
         (trial.name, reason_of_failure(record.outcomes[trial.name]))
         for trial in record.trials
-        if trial.name in record.outcomes
+        if trial.name in record.outcomes and record.outcomes[trial.name].pruned is None
     )
     return [Failure(name, reason) for name, reason in found if reason is not None]
 

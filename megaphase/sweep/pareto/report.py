@@ -19,6 +19,7 @@ from megaphase.sweep.law.sweep_law import SweepLaw
 from megaphase.sweep.pareto.contrasts import Contrast
 from megaphase.sweep.pareto.fronts import ModelFronts
 from megaphase.sweep.pareto.numbers import write_sweep_numbers
+from megaphase.sweep.pareto.pruned import pruned_sentence
 from megaphase.sweep.pareto.sweep_page import sweep_article
 from megaphase.sweep.pareto.tables import comparison_cells
 from megaphase.sweep.pareto.verdict import shown
@@ -78,14 +79,16 @@ class SweepReport:
         return table
 
     def sentences(self) -> list[str]:
-        """Return the verdicts, the arms with budgets of their own, and the runs that have failed or
-        diverged."""
+        """Return the verdicts, the arms with budgets of their own, how many settings were pruned,
+        and the runs that have failed or diverged."""
         failed = [
             f"{name} {reason if reason.startswith('diverged') else f'failed: {reason}'}"
             for name, reason in self.view.failures
         ]
         budgets = [f"{each}." for each in own_budgets(self.view.record.sweep)]
-        return [*(verdict.sentence for verdict in self.view.verdicts), *budgets, *failed]
+        pruned = [pruned_sentence(self.view.pruned)] if self.view.pruned else []
+        verdicts = (verdict.sentence for verdict in self.view.verdicts)
+        return [*verdicts, *budgets, *pruned, *failed]
 
     def _content(self, folder: Path) -> PageContent:
         """Write plots and numbers into `folder`; return the page's content."""

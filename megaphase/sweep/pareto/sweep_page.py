@@ -22,6 +22,7 @@ from megaphase.sweep.pareto.figures import (
     training_front_plot,
 )
 from megaphase.sweep.pareto.fronts import ModelFronts
+from megaphase.sweep.pareto.pruned import pruned_sentence
 from megaphase.sweep.pareto.tables import (
     first_stage_table,
     fronts_table,
@@ -89,6 +90,8 @@ def sweep_article(view: SweepView, law: SweepLaw, out: Path) -> Markup:
         law=law_section(law, out),
         first_stages=first_stage_table(view),
         failures=view.failures,
+        pruned=view.pruned,
+        pruned_sentence=pruned_sentence(view.pruned),
         sweep_file=yaml.safe_dump(content, sort_keys=False, allow_unicode=True),
     )
 

@@ -14,6 +14,7 @@ from megaphase.sweep.pareto.contrasts import Contrast, contrasts_of
 from megaphase.sweep.pareto.curves import RunCurves, curves_of
 from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts, fronts_of
 from megaphase.sweep.pareto.points import Failure, Point, Split, best_of, failures, reported_split
+from megaphase.sweep.pareto.pruned import PrunedSetting, pruned_settings
 from megaphase.sweep.pareto.verdict import SweepProgress, Verdict, progress_of, verdicts_of
 
 
@@ -34,6 +35,7 @@ class SweepView:
     contrasts: Sequence[Contrast]
     verdicts: Sequence[Verdict]
     failures: Sequence[Failure]
+    pruned: Sequence[PrunedSetting]
     progress: SweepProgress
     curves: Mapping[str, RunCurves]
     styles: ArmStyles
@@ -56,6 +58,7 @@ class SweepView:
             contrasts=contrasts,
             verdicts=verdicts_of(record, fronts, contrasts),
             failures=failures(record),
+            pruned=pruned_settings(record),
             progress=progress_of(record),
             curves=curves_of(record),
             styles=style_of_arms(list(record.sweep.config.arms)),

@@ -1,0 +1,279 @@
+"""Successive halving: which runs of a sweep are stopped, as a function of their losses.
+
+Settings of an arm that differ in peaks, rates and the like are compared at fixed steps; the worse
+half of them is stopped. A decision depends only on validation losses at these steps, so it does not
+matter when and in which order the runs got there, or whether the sweep was killed and resumed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
+
+from megaphase.sweep.arms.setting import TriedSetting
+from megaphase.sweep.outcome import Outcome
+from megaphase.sweep.planning.config import Criterion
+from megaphase.sweep.planning.ranking import by_fronts, by_loss
+from megaphase.sweep.sweep import Sweep
+from megaphase.sweep.trials import (
+    Trial,
+    blocked,
+    expected_trials,
+    known_trials,
+    own_loss,
+    ready_trials,
+)
+from megaphase.training.config import ValidationConfig
+from megaphase.utils.decimals import as_written
+from megaphase.utils.errors import InputError
+
+Losses = Mapping[str, float]
+Rungs = Mapping[str, Mapping[int, Losses]]
+"""Validation losses by run, step and task: of the steps at which settings are compared."""
+
+
+class Leg(NamedTuple):
+    """What a run is to train next: up to a step at which it is compared, or None, its end."""
+
+    trial: Trial
+    end_after: int | None
+
+
+@dataclass(frozen=True)
+class Competition:
+    """The settings that are compared with each other.
+
+    settings: each with its runs, one a seed. steps: at which they are compared, counted over the
+    whole run. is_final: whether their runs complete the budget; others are first stages. blocked:
+    names of runs that can never start.
+    """
+
+    settings: Mapping[TriedSetting, Sequence[Trial]]
+    steps: Sequence[int]
+    is_final: bool
+    blocked: Set[str]
+
+    @property
+    def trials(self) -> Iterator[Trial]:
+        for trials in self.settings.values():
+            yield from trials
+
+    def survivors(self) -> list[tuple[int, int]]:
+        """Return each step of a comparison with the number of settings that train on after it."""
+        found, left = [], len(self.settings)
+        for step in self.steps:
+            if left < 2:
+                break
+            left = half(left)
+            found.append((step, left))
+        return found
+
+
+@dataclass(frozen=True)
+class Halved:
+    """A competition so far. stopped: settings, with the step after which they were; waiting_at: the
+    step of the next comparison; None if there is none."""
+
+    stopped: Mapping[TriedSetting, int]
+    waiting_at: int | None
+
+
+@dataclass(frozen=True)
+class SweepState:
+    """What is known of a sweep. outcomes: of runs that have ended or were pruned; legs: ready."""
+
+    trials: Sequence[Trial]
+    outcomes: Mapping[str, Outcome]
+    legs: Sequence[Leg]
+
+
+def half(settings: int) -> int:
+    """Return how many of these settings are kept: half of them, rounded up."""
+    return -(-settings // 2)
+
+
+def sweep_state(sweep: Sweep, outcomes: Mapping[str, Outcome], rungs: Rungs) -> SweepState:
+    """Return which runs are known, have ended or were pruned, and which are ready, and how far.
+
+    outcomes: of runs that have ended by themselves.
+    """
+    found = with_pruned(sweep, outcomes, rungs)
+    ready = ready_trials(sweep, found)
+    if sweep.config.halving is None:
+        return SweepState(known_trials(sweep, found), found, [Leg(trial, None) for trial in ready])
+    waiting = {
+        trial.name: waiting_at
+        for competition in competitions(sweep, found)
+        if (waiting_at := _halve(sweep, competition, found, rungs).waiting_at) is not None
+        for trial in competition.trials
+    }
+    legs = [
+        Leg(trial, waiting.get(trial.name))
+        for trial in ready
+        if waiting.get(trial.name) not in rungs.get(trial.name, {})
+    ]
+    return SweepState(known_trials(sweep, found), found, legs)
+
+
+def with_pruned(sweep: Sweep, outcomes: Mapping[str, Outcome], rungs: Rungs) -> dict[str, Outcome]:
+    """Return the outcomes with those of the runs that were pruned."""
+    found = dict(outcomes)
+    if sweep.config.halving is None:
+        return found
+    while True:
+        new = dict(_pruned(sweep, found, rungs))
+        if not new:
+            return found
+        found |= new  # which may complete a choice among first stages
+
+
+def _pruned(
+    sweep: Sweep, outcomes: Mapping[str, Outcome], rungs: Rungs
+) -> Iterator[tuple[str, Outcome]]:
+    for competition in competitions(sweep, outcomes):
+        stopped = _halve(sweep, competition, outcomes, rungs).stopped
+        for setting, step in stopped.items():
+            for trial in competition.settings[setting]:
+                if trial.name not in outcomes:
+                    losses = dict(rungs.get(trial.name, {}).get(step, {}))
+                    end = trial.first_step + trial.steps
+                    words = f"after step {step:,} of {end:,}"
+                    yield trial.name, Outcome(pruned=words, step=step, losses=losses)
+
+
+def competitions(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Competition]:
+    """Return the settings that are compared with each other, also of runs that are not known yet.
+
+    Final runs compete within arm, model, and steps of their last phase; first stages with those
+    among which the best is chosen.
+
+    Raises:
+        InputError: a comparison would be before the first validation.
+    """
+    choices: list[Sequence[Trial]] = []
+    expected = expected_trials(sweep, outcomes, choices.append)
+    sources = {trial.source for trial in expected}
+    groups: dict[object, list[Trial]] = {}
+    for candidates in choices:
+        # Where an arm also starts from others than the best one, all are needed.
+        if candidates and len({t.peak for t in candidates if t.name in sources}) < 2:
+            groups.setdefault(frozenset(trial.name for trial in candidates), [*candidates])
+    for trial in expected:
+        if trial.is_final:
+            key = trial.arm, trial.model, trial.first_step, trial.steps
+            groups.setdefault(key, []).append(trial)
+    stuck = blocked(expected, outcomes)
+    return [_competition(sweep, trials, stuck) for trials in groups.values()]
+
+
+def _competition(sweep: Sweep, trials: Sequence[Trial], stuck: Set[str]) -> Competition:
+    settings: dict[TriedSetting, list[Trial]] = {}
+    for trial in trials:
+        settings.setdefault(trial.setting, []).append(trial)
+    steps = comparison_steps(sweep, trials[0]) if len(settings) > 1 else []
+    return Competition(settings, steps, trials[0].is_final, stuck)
+
+
+def comparison_steps(sweep: Sweep, trial: Trial) -> list[int]:
+    """Return the steps at which the run is compared: the validations at or before the fractions of
+    its own steps, counted over the whole run.
+
+    Raises:
+        InputError: there is no validation before one of them.
+    """
+    halving = sweep.config.halving
+    assert halving is not None
+    validation = trial.run.get("validation", {})
+    every = int(validation.get("every_steps", ValidationConfig().every_steps))
+    found: list[int] = []
+    for fraction in halving.at:
+        step = trial.first_step + int(as_written(fraction) * trial.steps)
+        step -= step % every
+        if step <= trial.first_step:
+            raise InputError(
+                sweep.where("prune.at"),
+                f"{fraction:g} of the {trial.steps:,} steps of {trial.name} is before its first "
+                f"validation, and validation.every_steps is {every:,}",
+                "lower validation.every_steps, or raise the fraction",
+            )
+        if step not in found:
+            found.append(step)
+    return found
+
+
+def _halve(
+    sweep: Sweep, competition: Competition, outcomes: Mapping[str, Outcome], rungs: Rungs
+) -> Halved:
+    halving = sweep.config.halving
+    assert halving is not None
+    stopped: dict[TriedSetting, int] = {}
+    left = list(competition.settings)
+    for step in competition.steps:
+        if len(left) < 2:
+            break
+        losses = [_losses_at(competition, setting, step, outcomes, rungs) for setting in left]
+        if any(each is None for each in losses):
+            return Halved(stopped, step)
+        measured = [each for each in losses if each is not None]
+        trials = [competition.settings[setting] for setting in left]
+        order = (
+            _final_order(sweep, halving.by, measured)
+            if competition.is_final
+            else by_loss(_own_losses(sweep, trials, measured))
+        )
+        kept = set(order[: half(len(left))])
+        stopped |= {each: step for number, each in enumerate(left) if number not in kept}
+        left = [each for number, each in enumerate(left) if number in kept]
+    return Halved(stopped, None)
+
+
+def _losses_at(
+    competition: Competition,
+    setting: TriedSetting,
+    step: int,
+    outcomes: Mapping[str, Outcome],
+    rungs: Rungs,
+) -> list[Outcome] | None:
+    """Return what a setting's runs have measured at a step; None if one is not there yet."""
+    found: list[Outcome] = []
+    for trial in competition.settings[setting]:
+        losses, outcome = rungs.get(trial.name, {}).get(step), outcomes.get(trial.name)
+        if losses is not None:
+            found.append(Outcome(step=step, losses=dict(losses)))
+        elif outcome is not None:  # it ended before this step
+            found.append(outcome)
+        elif trial.name in competition.blocked:
+            found.append(Outcome(failed="the run from which it starts has no end"))
+        else:
+            return None
+    return found
+
+
+def _final_order(sweep: Sweep, by: Criterion, measured: Sequence[Sequence[Outcome]]) -> list[int]:
+    pairs = [(_mean(sweep.high, each), _mean(sweep.low, each)) for each in measured]
+    if by == "fronts":
+        return by_fronts(pairs)
+    if by == "mean":
+        return by_loss([fmean(pair) for pair in pairs])
+    return by_loss([high if by == "high" else low for high, low in pairs])
+
+
+def _mean(group: Sequence[str], outcomes: Sequence[Outcome]) -> float:
+    """Return the mean loss over the seeds; infinite if one has none."""
+    if not all(outcome.can_be_branched for outcome in outcomes):
+        return math.inf
+    return fmean(outcome.group_loss(group) for outcome in outcomes)
+
+
+def _own_losses(
+    sweep: Sweep, trials: Sequence[Sequence[Trial]], measured: Sequence[Sequence[Outcome]]
+) -> list[float]:
+    return [
+        fmean(own_loss(sweep, trial, outcome) for trial, outcome in zip(own, each, strict=True))
+        if all(outcome.can_be_branched for outcome in each)
+        else math.inf
+        for own, each in zip(trials, measured, strict=True)
+    ]
