@@ -112,7 +112,11 @@ def kill_when(path: Path, directory: SweepDirectory, moment: Callable[[], bool])
 
 
 def measured(directory: SweepDirectory) -> dict[str, list[dict[str, Any]]]:
-    return {run.name: timeless(read_rows(run)) for run in directory.run("").iterdir()}
+    """Return the rows of every run without those that name the directory."""
+    return {
+        run.name: [row for row in timeless(read_rows(run)) if row.get("event") != "branch"]
+        for run in directory.run("").iterdir()
+    }
 
 
 def written(directory: SweepDirectory, out: Path) -> dict[Path, bytes]:

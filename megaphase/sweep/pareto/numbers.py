@@ -81,7 +81,9 @@ def write_sweep_numbers(view: SweepView, folder: Path) -> list[str]:
         **figure_tables(view),
     }  # fmt: skip
     if view.pruned:
-        rows = ([*_setting(each.setting), each.step, each.setting.label] for each in view.pruned)
+        rows = (
+            [*setting_cells(each.setting), each.step, each.setting.label] for each in view.pruned
+        )
         tables["pruned"] = [*SETTING, "step", "setting"], rows
     folder.mkdir()
     return [
