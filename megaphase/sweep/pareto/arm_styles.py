@@ -12,6 +12,8 @@ ArmStyle = tuple[str, str]  # colour and marker
 ArmStyles = Mapping[str, ArmStyle]
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "h", "<", ">", "*")
 
+LIKE_STATIC = 5  # a second blue, which arms have only if no other colour is free
+
 # Arms that examples and documentation use: indices of colour and marker.
 _KNOWN = {
     "static": (0, 0),
@@ -63,6 +65,7 @@ def _free(name: str, taken: set[tuple[int, int]]) -> tuple[int, int]:
         key=lambda pair: (
             pair in taken,
             uses[pair[0]],
+            pair[0] == LIKE_STATIC,
             pair[0] in reserved,
             (pair[0] - start) % colours,
             (pair[1] - start // colours) % len(MARKERS),

@@ -118,9 +118,9 @@ def _token_plots(
     yield Plot(
         named("data_efficiency", fronts),
         "Data efficiency",
-        "Low-resource validation loss against the low-resource tokens seen so far, one line per "
-        "mixture: at the same number of tokens, the lower line has learned more from them; a line "
-        f"that turns up has seen them too often. {about}",
+        "Low-resource validation loss, nats per token, against the low-resource tokens seen so "
+        "far, one line per mixture: at the same number of tokens, the lower line has learned more "
+        f"from them; a line that turns up has seen them too often. {about}",
         partial(token_plot, lines, "validation", labels, view.styles),
     )
     if any(np.isfinite(line.training).any() for line in lines):

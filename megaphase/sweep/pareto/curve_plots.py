@@ -188,8 +188,11 @@ def token_plot(
         figure, axes = _one_panel(lines, styles, size)
         axes.set_xscale("log")
         axes.set_xlabel("low-resource tokens seen")
-        axes.set_ylabel(f"low-resource {loss} loss (nats per token)")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if size.narrow else (1.0, 2.0, 5.0)))
+        unit = "" if size.narrow else " (nats per token)"
+        axes.set_ylabel(f"low-resource {loss} loss{unit}")
+        ends = [value for line in lines for value in (*line.tokens[:1], *line.tokens[-1:])]
+        is_wide = not size.narrow or max(ends, default=1) < 20 * min(ends, default=1)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if is_wide else (1.0,)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
         axes.xaxis.set_minor_formatter(NullFormatter())
         curves = [(line.tokens, getattr(line, loss)) for line in lines]

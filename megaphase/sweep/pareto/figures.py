@@ -36,10 +36,10 @@ def front_plot(view: SweepView) -> Plot:
     """The trade-off fronts, a panel per model."""
     panels = loss_panels(view)
     split = reported_split(view.record)
-    chosen = "that was chosen on the validation split" if split == "test" else "of the same arm"
+    by = ", which is chosen by the validation losses," if split == "test" else ""
     caption = (
         f"Losses on the {split} split; lower left is better. Solid: the settings on the front of "
-        f"their arm, {chosen}, with a line around the area that they dominate; faint: its other "
+        f"their arm{by} with a line around the area that they dominate; faint: its other "
         "settings. A point outside the grey area is beyond every static mixture. "
         f"{_about(view)}{outside_sentence(panels)}"
     )

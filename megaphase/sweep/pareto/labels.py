@@ -16,7 +16,6 @@ from megaphase.sweep.arms.setting import (
 )
 from megaphase.sweep.pareto.points import Point
 from megaphase.sweep.sweep import Sweep
-from megaphase.utils.plot_style import short_number
 
 SHORT_FORM = frozenset({SHARE, RATE, TEMPERATURE, PEAK})
 
@@ -87,14 +86,22 @@ class SettingLabels:
     def sentence(self) -> str:
         """What a caption says about the peaks in the labels."""
         if self.peak is not None:
-            return f"Peak learning rate: {short_number(self.peak)} everywhere. "
-        return "Beside each mixture: the peak learning rate of every phase. "
+            return f"Peak learning rate: {peak_label(self.peak)} everywhere. "
+        return "Beside each mixture: the peak learning rates of its phases, or the one of all. "
 
 
 def peaks_label(peaks: Sequence[float]) -> str:
     """Return the peaks of the phases, first to last; a single one if they are equal."""
     kept = peaks[:1] if len(set(peaks)) == 1 else peaks
-    return " → ".join(short_number(peak) for peak in kept)
+    return " → ".join(map(peak_label, kept))
+
+
+def peak_label(peak: float) -> str:
+    """Return a peak as 4e-3; without an exponent from 0.1 on."""
+    if peak >= 0.1:
+        return f"{peak:g}"
+    mantissa, exponent = f"{peak:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def is_length(axis: str) -> bool:

@@ -29,6 +29,7 @@ from megaphase.utils.plot_style import GRID, Size, plot_label, plot_style
 WINDOW = 0.7  # how far beyond the core, in its widths, a point is still shown
 LEAST_WIDTH = 0.1  # of the core, in the unit of the axis
 PADDING = 0.09
+BAR_ALPHA = 0.5  # lighter than the fronts, which also have lines along both axes
 Limits = tuple[float, float]
 
 
@@ -188,17 +189,33 @@ def _draw(panel: Panel, axes: Axes, styles: ArmStyles) -> None:
             lines.append(path)
             axes.plot(path[:, 0], path[:, 1], color=colour, lw=1.3, alpha=0.75)
         for mark in marks:
-            if not mark.on_front:
-                continue
-            axes.errorbar(
-                mark.x.mean, mark.y.mean, xerr=mark.x.half_width, yerr=mark.y.half_width,
-                color=colour, marker=marker, ms=5.5, elinewidth=1.0, capsize=2, zorder=4,
-            )  # fmt: skip
-            if _is_inside(mark, limits):
-                labels.append(PointLabel(mark.x.mean, mark.y.mean, mark.label, colour))
-            else:
+            if mark.on_front and not _is_inside(mark, limits):
                 _point_out(mark, axes, colour)
-    note_on_panel(axes, outside_note(panel), left_out_note(label_points(axes, labels, lines)))
+            elif mark.on_front:
+                _, caps, bars = axes.errorbar(
+                    mark.x.mean, mark.y.mean, xerr=mark.x.half_width, yerr=mark.y.half_width,
+                    color=colour, marker=marker, ms=5.5, elinewidth=1.0, capsize=2, zorder=4,
+                )  # fmt: skip
+                for each in (*caps, *bars):
+                    each.set_alpha(BAR_ALPHA)
+                labels.append(PointLabel(mark.x.mean, mark.y.mean, mark.label, colour))
+    left_out = left_out_note(label_points(axes, labels, lines))
+    note_on_panel(axes, outside_note(panel), bars_note(panel), left_out)
+
+
+def bars_note(panel: Panel) -> str:
+    """Return how many error bars of points inside the limits are not; empty if all are."""
+    limits = limits_of(panel)
+    count = sum(
+        not (low <= value.mean - half and value.mean + half <= high)
+        for mark in panel.on_fronts
+        if _is_inside(mark, limits)
+        for (low, high), value, half in (
+            (limits[0], mark.x, mark.x.half_width or 0.0),
+            (limits[1], mark.y, mark.y.half_width or 0.0),
+        )
+    )
+    return f"{count} {'bar' if count == 1 else 'bars'} cut off" if count else ""
 
 
 def _point_out(mark: Mark, axes: Axes, colour: str) -> None:

@@ -98,7 +98,7 @@ def numbers_of(table, *columns):
 def test_fronts_show_the_numbers_of_the_table(name, view, tables):
     plot = front_plot(view) if name == "front" else training_front_plot(view)
     (axes,) = plot.draw(WIDE).axes
-    table = rows(tables, "trade_offs", figure=name, on_front="True")
+    table = rows(tables, "trade_offs", figure=name, on_front="True", outside="False")
     drawn = numbers_of(table, "high", "low", "high_interval", "low_interval")
     assert np.array(bars(axes)) == pytest.approx(np.array(drawn))
     faint = [line for line in axes.get_lines() if line.get_alpha() == 0.3]
@@ -214,7 +214,7 @@ def test_every_point_and_line_names_its_peaks(view):
     plots = [front_plot(view), *curve_figures(view, fronts), overfitting_figure(view, fronts)]
     assert labels.peak is None
     for plot in plots:
-        assert "peak learning rate of every phase" in plot.caption
+        assert "the peak learning rates of its phases" in plot.caption
         for size in (WIDE, NARROW):
             figure = plot.draw(size)
             named = [text.get_text() for axes in figure.axes for text in axes.texts]
@@ -253,7 +253,7 @@ def test_what_is_outside_is_said_in_the_figure_and_below_it(view):
     ]
     assert any(mark.arm == "low-only" for mark in out)
     assert outside_marks(panel) == out
-    assert axes.get_title("right").startswith(f"{len(out)} settings outside")
+    assert axes.get_title("right").startswith(f"{len(out)} settings outside, 1 at arrowheads")
     heads = [line for line in axes.get_lines() if not line.get_clip_on()]
     assert {line.get_marker() for line in heads} <= set("<>^v")
     assert len(heads) == sum(mark.on_front for mark in out)
