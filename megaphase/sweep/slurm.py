@@ -263,8 +263,16 @@ def _groups(legs: Sequence[Leg]) -> dict[str, list[Leg]]:
     for leg in legs:
         trial, end_after = leg
         name = trial.source or ("single-stage" if trial.is_final else "first-stage")
-        name = name if end_after is None else f"{name}-to-{end_after}"
-        groups.setdefault(f"{name}-best" if trial.takes_best else name, []).append(leg)
+        if trial.source is not None and not trial.is_final:
+            name += "-first-stage"
+        name += "" if end_after is None else f"-to-{end_after}"
+        name += "-best" if trial.takes_best else ""
+        name += "-average" if trial.takes_average else ""
+        # The checkpoint that is translated has the name of the last phase.
+        phase = trial.phases[-1]["name"]
+        if name in groups and groups[name][0].trial.phases[-1]["name"] != phase:
+            name += f"-{phase}"
+        groups.setdefault(name, []).append(leg)
     return groups
 
 

@@ -20,6 +20,9 @@ from megaphase.sweep.directory import SweepDirectory, SweepRecord
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.pareto.points import points_of
 from megaphase.sweep.pareto.verdict import progress_of
+from megaphase.sweep.planning.pruning import Leg
+from megaphase.sweep.slurm import _groups
+from megaphase.sweep.trial_run import train_arguments, translate_arguments
 from megaphase.sweep.trials import (
     Trial,
     all_trials,
@@ -174,6 +177,27 @@ def test_the_first_stage_of_two_phase_is_shared_with_arms_that_are_spelled_out()
     assert [phase | {"name": ""} for phase in short] == [phase | {"name": ""} for phase in spelled]
 
 
+def test_what_is_spelled_as_it_would_be_without_is_the_same_run() -> None:
+    usual = {"schedule": "cosine", "final": 0.1, "warmup": 0.03, "scale_with_batch": "none"}
+    first = {"share": 0.5, "rate": 0.1}
+    spelled = first | {"learning_rate": usual, "optimizer_state": "reset", "order": "balanced"}
+    arms = {"a": {"phases": [first, {"rate": 0.3}]}, "b": {"phases": [spelled, {"rate": 0.4}]}}
+    trials = trained(0.001, arms)
+    assert len([trial for trial in trials if not trial.is_final]) == len(PEAKS)
+    differs = {"phases": [first | {"learning_rate": {"final": 0.2}}, {"rate": 0.4}]}
+    trials = trained(0.001, arms | {"c": differs})
+    assert len([trial for trial in trials if not trial.is_final]) == 2 * len(PEAKS)
+
+
+def test_schedules_may_be_tried_with_a_peak_each() -> None:
+    schedules = [{"schedule": "linear", "peak": 0.003}, {"schedule": "constant"}]
+    trials = trained(0.001, {"arm": {"phases": [{"rate": 0.1, "learning_rate": schedules}]}})
+    found = [trial.run["phases"][0]["learning_rate"] for trial in trials]
+    assert [(each["schedule"], each["peak"]) for each in found] == [
+        ("linear", 0.003), ("constant", 0.001), ("constant", 0.004)
+    ]  # fmt: skip
+
+
 def test_a_short_form_may_have_the_papers_random_order() -> None:
     arm = {"kind": "two-phase", "pretrain": [0.5], "rates": [0.1]}
     trials = trained(0.001, {"random": arm | {"settings": {"phases[*].order": "random"}}})
@@ -197,7 +221,7 @@ def test_a_schedule_is_one_over_the_phases_that_continue_it() -> None:
         rates = [phase["learning_rate"] for phase in trial.phases]
         assert rates == [whole, whole | {"first_step": 30}, whole | {"first_step": 45}]
         kept = [phase.get("optimizer_state") for phase in trial.phases]
-        assert kept == [None, "reset", "keep"]
+        assert kept == [None, None, "keep"]
         assert trial.setting.peaks == (peak, peak, peak)
         assert trial.setting.get("phases[0].learning_rate.peak") == peak
     # A new schedule after one that two phases share begins from the best of its peaks.
@@ -241,6 +265,39 @@ def test_a_setting_of_which_a_seed_cannot_start_has_no_point() -> None:
     record = SweepRecord(SweepDirectory(sweep.output), sweep, trials, outcomes)
     assert {point.setting.peak for point in points_of(record)} == {0.004}
     assert not progress_of(record).waiting
+
+
+def test_runs_of_one_array_have_one_command_apart_from_the_run_file() -> None:
+    """From one first stage start last phases of several names, averages and further stages."""
+    average = {"phases[1].average": {"kind": "ema", "decay": 0.9}}
+    arms = {
+        "two-phase": {"pretrain": [0.5], "rates": [0.1, 0.2]},
+        "low-only": {"pretrain": [0.5]},
+        "best": {"kind": "two-phase", "pretrain": [0.5], "rates": [0.1], "early_stopping": 2},
+        "mean": {"kind": "two-phase", "pretrain": [0.5], "rates": [0.1], "settings": average},
+        "long": {"phases": [{"share": 0.5, "rate": 0}, {"share": 0.2, "rate": 0.1}, {"rate": 0.2}]},
+    }
+    sweep = sweep_of(Path("somewhere/sweep"), arms, translation={})
+    first = all_trials(sweep)[0]
+    outcomes = {
+        trial.name: Outcome(losses=dict.fromkeys([*HIGH, *LOW], 3.0))
+        for trial in known_trials(sweep, {})
+        if trial.source is None
+    }
+    directory, file = SweepDirectory(sweep.output), Path("x.yaml")
+    ready = [trial for trial in ready_trials(sweep, outcomes) if trial.source]
+    groups = _groups([Leg(trial, None) for trial in ready])
+    assert len(groups) == 5
+    for name, legs in groups.items():
+        assert name.startswith(first.name)
+        commands = {
+            (
+                *train_arguments(directory, trial, file, 1),
+                *(translate_arguments(sweep, trial, file, file) if trial.is_final else ()),
+            )
+            for trial, _ in legs
+        }
+        assert len(commands) == 1
 
 
 def test_settings_name_what_differs() -> None:

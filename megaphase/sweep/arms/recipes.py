@@ -152,8 +152,14 @@ class _Recipes:
                 rate = values["learning_rate"] | {"peak": peak}
                 self._checked(where, values | {"learning_rate": rate})
             phase = self._checked(where, values)
-            found.append(_Alternative(axes, phase, peaks or self.sweep.config.learning_rate.peaks))
+            found.append(_Alternative(axes, phase, peaks or self._peaks(phase)))
         return found
+
+    def _peaks(self, phase: ArmPhase) -> Sequence[float]:
+        rate = phase.learning_rate
+        if isinstance(rate, PhaseSchedule) and rate.peak is not None:  # one of several schedules
+            return [rate.peak]
+        return self.sweep.config.learning_rate.peaks
 
     def _checked(self, where: str, values: dict[str, Any]) -> ArmPhase:
         try:
@@ -274,7 +280,8 @@ class _Recipes:
         if stage.is_short_pretraining and not is_last:
             assert stage.phase.share is not None
             return f"{PRETRAIN}-{number_in_name(stage.phase.share)}", PRETRAIN
-        content = [identity(each) for each in stages[: stage.number + 1]]
+        grid = self.sweep.config.learning_rate
+        content = [identity(each, grid) for each in stages[: stage.number + 1]]
         stem = f"{self.name if is_last else stage.name}-{digest(content)}"
         return stem, stem
 

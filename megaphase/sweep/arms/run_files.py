@@ -62,7 +62,7 @@ def phase_content(sweep: Sweep, stage: Stage, peak: float) -> Phase:
         rate["steps"] = whole
     if stage.continues:
         rate["first_step"] = stage.span.start_step - stage.schedule_span.start_step
-    if stage.scale_with_batch is not None:
+    if stage.scale_with_batch not in (None, "none"):
         rate["scale_with_batch"] = stage.scale_with_batch
     phase: Phase = {
         "name": stage.name,
@@ -75,6 +75,8 @@ def phase_content(sweep: Sweep, stage: Stage, peak: float) -> Phase:
     )
     if stage.continues:
         own = {"optimizer_state": "keep"} | own
+    if own.get("optimizer_state") == "reset":
+        del own["optimizer_state"]
     return phase | own
 
 

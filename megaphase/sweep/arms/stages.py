@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megaphase.sweep.arms.config import CONTINUE, ArmPhase, LearningRateGrid
+from megaphase.sweep.arms.config import CONTINUE, ArmPhase, LearningRateGrid, PhaseSchedule
 from megaphase.sweep.arms.lengths import Span
 from megaphase.sweep.arms.setting import Mixture
 from megaphase.sweep.arms.values import Axes
@@ -113,11 +113,19 @@ def _spelled(phase: ArmPhase) -> dict[str, Any]:
     return found
 
 
-def identity(stage: Stage) -> dict[str, Any]:
-    """Return what makes a stage the same in several arms."""
+def identity(stage: Stage, usual: LearningRateGrid) -> dict[str, Any]:
+    """Return what makes a stage the same in several arms; what is as usual is the same as what is
+    left out."""
     found = _spelled(stage.phase) | {"name": stage.name, "settings": dict(stage.settings)}
     for key in ("share", "steps"):
         found.pop(key, None)
+    if isinstance(stage.phase.learning_rate, PhaseSchedule):
+        defaults = usual.model_dump() | {"scale_with_batch": "none"}
+        own = found.pop("learning_rate", {})
+        own = {key: value for key, value in own.items() if value != defaults.get(key)}
+        found |= {"learning_rate": own} if own else {}
+    if found.get("optimizer_state") == ("keep" if stage.continues else "reset"):
+        del found["optimizer_state"]
     found["length"] = [str(stage.span.start), str(stage.span.end)]
     if stage.schedule_span != stage.span:
         found["schedule_length"] = [str(stage.schedule_span.start), str(stage.schedule_span.end)]
