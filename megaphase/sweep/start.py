@@ -8,14 +8,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megaphase.config.load import run_config
 from megaphase.launch.slurm.job_file import refuse_second_job
-from megaphase.sweep.demands import check_demands
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.local import Machine, run_locally
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.sweep import Sweep, load_sweep
+from megaphase.sweep.trial_checks import check_demands, check_run_files
 from megaphase.sweep.trials import Trial, all_trials, count_trials, known_trials
 from megaphase.utils.errors import RunError
 
@@ -71,8 +70,7 @@ def _checked_trials(found: Sweep) -> list[Trial]:
     """Return all runs; raise InputError if the run file of one is invalid, or its arm wants more
     text than there is."""
     trials = all_trials(found)
-    for trial in trials:
-        run_config(Path(f"{found.file}: run {trial.name}"), dict(trial.run))
+    check_run_files(found, trials)
     check_demands(found, trials)
     return trials
 

@@ -153,6 +153,8 @@ def test_settings_models_and_early_stopping_reach_the_run_files(
     assert wide.takes_best
 
 
+ODD_BATCH = {"share": 0.2, "rate": 0.1, "batch": {"samples": 7, "micro": 2}}
+LION = {"rate": 0.1, "optimizer_state": "keep", "settings": {"optimizer.name": "lion"}}
 ONCE_LOW = {"proportional": True, "over": list(LOW), "max_epochs": 0.1}
 
 
@@ -182,7 +184,15 @@ ONCE_LOW = {"proportional": True, "over": list(LOW), "max_epochs": 0.1}
         ),
         (
             {"arms": {"odd": {"phases": [{"mixture": {"rates": {"nobody": 1.0}}}]}}},
-            "phases[0].mixture.rates: no task 'nobody' with a corpus under tasks",
+            ": arms.odd.phases[0].mixture.rates: no task 'nobody' with a corpus under tasks",
+        ),
+        (
+            {"arms": {"odd": {"phases": [{"share": 0.5, "rate": 0}, ODD_BATCH, {"rate": 0.1}]}}},
+            ": arms.odd.phases[1].batch.micro: 2 does not divide the 7 samples of a step; change",
+        ),
+        (
+            {"arms": {"odd": {"phases": [{"share": 0.5, "rate": 0}, LION]}}},
+            ": arms.odd.phases[1].optimizer_state: is keep, but the phase before has the state of",
         ),
         (
             {"arms": {"static": {"rates": [0.1], "settings": {"seed": 3}}}},

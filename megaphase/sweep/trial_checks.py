@@ -1,0 +1,95 @@
+"""Checks of all runs of a sweep before one is started: their run files, and whether the text
+suffices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megaphase.config.load import run_config
+from megaphase.config.run import RunConfig
+from megaphase.optim.parameter_state import stored_by
+from megaphase.plan.mixture import effective_rates
+from megaphase.plan.spec import plan_spec
+from megaphase.sweep.arms.config import PHASES
+from megaphase.sweep.sweep import Sweep
+from megaphase.sweep.trials import Trial
+from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
+
+
+def check_run_files(sweep: Sweep, trials: Sequence[Trial]) -> None:
+    """Check the run files of all runs, and that a phase can keep the state of its optimizer.
+
+    Raises:
+        InputError: names the run, or the phase of the arm.
+    """
+    configs: dict[str, RunConfig] = {}
+    for trial in trials:
+        where = f"{sweep.file}: run {trial.name}"
+        try:
+            config = run_config(Path(where), dict(trial.run))
+        except InputError as error:
+            key = error.where.removeprefix(f"{where}: ")
+            arm = _arm_of(sweep, trial, trials)
+            if arm is None or not key.startswith("phases[0]"):
+                raise
+            raise InputError(
+                f"{_phase_of(sweep, arm, trial)}{key.removeprefix('phases[0]')}",
+                error.problem,
+                error.remedy,
+            ) from None
+        configs[trial.name] = config
+        if trial.source is None or config.phases[0].optimizer_state != "keep":
+            continue
+        before, own = (stored_by(each.optimizer) for each in (configs[trial.source], config))
+        if before != own:
+            arm = _arm_of(sweep, trial, trials) or trial.arm
+            raise InputError(
+                f"{_phase_of(sweep, arm, trial)}.optimizer_state",
+                f"is keep, but the phase before has the state of {before}, and this one of {own}",
+                "write reset, or take the same optimizer",
+            )
+
+
+def _arm_of(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> str | None:
+    """Return an arm of phases to which a run belongs; None if it is of a short form."""
+    while not trial.is_final:
+        branch = next((each for each in trials if each.source == trial.name), None)
+        if branch is None:  # of a peak that was not taken for the best one
+            return None
+        trial = branch
+    return trial.arm if sweep.kind(trial.arm) == PHASES else None
+
+
+def _phase_of(sweep: Sweep, arm: str, trial: Trial) -> str:
+    return sweep.where(f"arms.{arm}.phases[{len(trial.phases) - 1}]")
+
+
+def check_demands(sweep: Sweep, trials: Iterable[Trial]) -> None:
+    """Check that no phase wants more samples than `max_epochs` leaves of its tasks.
+
+    Raises:
+        InputError: names the arm and the phase.
+    """
+    tokenizer = None
+    checked = set()
+    for trial in trials:
+        # The learning rate changes nothing, so one peak stands for all.
+        phases = [phase | {"learning_rate": {"peak": 1.0}} for phase in trial.phases]
+        key = str((trial.arm, trial.run["model"], phases))
+        capped = any("max_epochs" in phase["mixture"] for phase in phases)
+        if not trial.is_final or not capped or key in checked:
+            continue
+        checked.add(key)
+        tokenizer = tokenizer or Tokenizer.load(Path(sweep.base["tokenizer"]))
+        spec = plan_spec(run_config(sweep.file, dict(trial.run) | {"phases": phases}), tokenizer)
+        places = list(spec.starts)
+        for number, phase in enumerate(spec.phases):
+            where = sweep.where(f"arms.{trial.arm}.phases[{number}].mixture")
+            supply = spec.supply(number, places)
+            rates = effective_rates(phase.mixture, supply, phase.samples, where)
+            places = [
+                place.after(stream.kind_of(phase.kind), int(rates[task] * phase.samples))
+                for (task, stream), place in zip(spec.task_streams.items(), places, strict=True)
+            ]
