@@ -12,7 +12,8 @@ from megaphase.utils.slurm import job_fields
 
 FOLDER = "slurm"  # in a run directory
 JOB_FILE = "job.json"
-TRANSLATION_FILE = "translation.json"  # the same for the job that translates with the run
+EVALUATION_FILE = "evaluation.json"  # the same for the job that evaluates the run
+TRANSLATION_FILE = "translation.json"  # and for the one that translates with it
 OVER = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL"),
     *("OUT_OF_MEMORY", "DEADLINE"),
@@ -45,7 +46,7 @@ def read_job(run_dir: Path, file: str = JOB_FILE) -> SubmittedJob | None:
 
 def forget_jobs(run_dir: Path) -> None:
     """Remove the records of jobs, and folders that are empty then."""
-    for file in (JOB_FILE, TRANSLATION_FILE):
+    for file in (JOB_FILE, EVALUATION_FILE, TRANSLATION_FILE):
         (run_dir / FOLDER / file).unlink(missing_ok=True)
     for folder in (run_dir / FOLDER, run_dir):
         with suppress(OSError):

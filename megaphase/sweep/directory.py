@@ -76,6 +76,10 @@ class SweepDirectory:
         """Return the file with the results of `megaphase translate` for a run."""
         return self.path / "scores" / f"{name}.json"
 
+    def losses_file(self, name: str) -> Path:
+        """Return the file with the results of `megaphase evaluate` for a run."""
+        return self.path / "losses" / f"{name}.json"
+
     def outcome_file(self, name: str) -> Path:
         """Return the file that exists as soon as the run has ended."""
         return self.path / "outcomes" / f"{name}.json"
@@ -90,7 +94,7 @@ class SweepDirectory:
         Changes of the sweep file since then are recorded; see `record_change`.
         """
         rungs = () if sweep.config.halving is None else ("rungs",)
-        for folder in ("run-files", "runs", "logs", "scores", "outcomes", *rungs):
+        for folder in ("run-files", "runs", "logs", "losses", "scores", "outcomes", *rungs):
             with os_errors_named(self.path):
                 make_way_for_directory(self.path / folder, "a directory of the sweep")
             make_directory(self.path / folder)
@@ -159,6 +163,7 @@ class SweepDirectory:
             if outcome.failed is not None:
                 # What they left behind must not be mistaken for the end of the next start.
                 forget_jobs(self.run(name))
+                self.losses_file(name).unlink(missing_ok=True)
                 self.scores_file(name).unlink(missing_ok=True)
                 self.outcome_file(name).unlink()
 

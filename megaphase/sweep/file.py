@@ -15,6 +15,7 @@ from megaphase.config.fields import (
     FilePath,
     FilePathOrContent,
     Name,
+    ProperFraction,
     RoleOrTaskNames,
     Section,
     Seed,
@@ -34,8 +35,29 @@ class Within(Section):
     low: Temperature = 1.0
 
 
+class TestSplit(Section):
+    """The documents on which the runs that spend the budget are reported, and which no run trains
+    or is chosen on: `test` of the run file.
+
+    fraction: of every task's documents. samples: of every task.
+    """
+
+    __test__ = False  # for pytest
+
+    fraction: ProperFraction
+    samples: Annotated[Count, Field(le=10**9)] = 800
+
+
+class TrainingLoss(Section):
+    """The loss on documents that are trained on, the same ones for all seeds; samples: of every
+    task."""
+
+    samples: Annotated[Count, Field(le=10**9)] = 800
+
+
 class TranslationScores(Section):
-    """How held-out sources are translated after a run has ended; see `megaphase translate`."""
+    """How sources of the test split, or held-out ones where there is none, are translated after a
+    run has ended; see `megaphase translate`."""
 
     samples: Annotated[Count, Field(le=10**9)] = 200
     max_tokens: Few = 256
@@ -150,6 +172,8 @@ class SweepConfig(Section):
     arms: dict[Name, Arm] = Field(min_length=1)
     prune: Pruning | None = None
     keep_checkpoints: Literal["all", "first-stages"] = "all"
+    test: TestSplit | None = None
+    training_loss: TrainingLoss | None = None
     translation: TranslationScores | None = None
     primary: PrimaryContrast | None = None
     slurm: ClusterJobs | None = None

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
+from megaphase.sweep.measurements import measurements, read_outcome
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.planning.pruning import Leg, sweep_state
 from megaphase.sweep.sweep import Sweep
@@ -23,12 +24,9 @@ from megaphase.sweep.trial_run import (
     collect_results,
     has_diverged,
     has_ended,
-    is_translated,
     last_line,
     outcome_if_ended,
-    read_outcome,
     train_arguments,
-    translate_arguments,
 )
 from megaphase.sweep.trials import Trial
 from megaphase.utils.errors import (
@@ -199,9 +197,9 @@ class _Runner:
         commands = [
             train_arguments(self._directory, trial, run_file, self._machine.processes, end_after)
         ]
-        if is_translated(self._sweep, trial):
-            scores = self._directory.scores_file(trial.name)
-            commands.append(translate_arguments(self._sweep, trial, run_file, scores))
+        for each in measurements(self._sweep, trial):
+            result = each.result(self._directory, trial.name)
+            commands.append(each.arguments(self._sweep, trial, run_file, result))
         job = _RunningTrial(trial, end_after, slot, commands)
         self._start_next_command(job)
         self._jobs[trial.name] = job

@@ -1,7 +1,7 @@
 """Run the trials of a sweep as SLURM arrays, in rounds: ended runs determine the next ones.
 
-A round is a pipeline: arrays that train all runs that are ready, arrays that score translations,
-and a small job after all of them that starts the next round.
+A round is a pipeline: arrays that train all runs that are ready, arrays that measure test losses
+and score translations, and a small job after all of them that starts the next round.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from rich.console import Console
 
 from megaphase.launch.slurm.job_file import (
     JOB_FILE,
-    TRANSLATION_FILE,
     SubmittedJob,
     read_job,
     remember_job,
@@ -34,25 +33,30 @@ from megaphase.launch.slurm.pipeline import (
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.file import ClusterJobs
+from megaphase.sweep.measurements import (
+    EVALUATION,
+    TRANSLATION,
+    Measurement,
+    is_measured,
+    measurements,
+)
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.planning.pruning import Leg, SweepState, sweep_state
-from megaphase.sweep.start import open_sweep, refuse_failures
+from megaphase.sweep.start import open_sweep, refuse_failures, say_warnings
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trial_run import (
     collect_results,
     has_ended,
-    is_translated,
     last_line,
     outcome_if_ended,
     train_arguments,
-    translate_arguments,
 )
 from megaphase.sweep.trials import Trial, all_trials, known_trials
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_text, make_directory, real_path, remove_directory
 from megaphase.utils.slurm import queued_jobs
 
-NEXT, TRANSLATE = "next", "-translate"
+NEXT = "next"
 PIPELINE_FILE = "pipeline.yaml"
 _DRY_RUN = "dry-run"
 _ROUND = re.compile(r"round-(\d+)")
@@ -81,6 +85,7 @@ def sweep_on_slurm(path: Path, program: Any, *, retry: bool, console: Console) -
     """
     found, directory = open_sweep(path)
     jobs = _cluster_jobs(found)
+    say_warnings(found, console)
     with directory.locked():
         if retry:
             directory.forget_failures()
@@ -168,8 +173,7 @@ class SlurmSweep:
         return outcome_if_ended(self.sweep, self.directory, trial) or self._failure(trial)
 
     def _failure(self, trial: Trial) -> Outcome | None:
-        file = TRANSLATION_FILE if has_ended(self.directory, trial) else JOB_FILE
-        job = read_job(self.directory.run(trial.name), file)
+        job = read_job(self.directory.run(trial.name), self._missing(trial))
         if job is None:
             return None
         log = Path(job.log)
@@ -184,8 +188,18 @@ class SlurmSweep:
                 file_of_run.write(log.read_bytes())
         return Outcome(failed=cut_off or _reason(log))
 
+    def _missing(self, trial: Trial) -> str:
+        """Return the file with the record of the job that a run without an outcome lacks."""
+        if not has_ended(self.directory, trial):
+            return JOB_FILE
+        return next(
+            each.job_file
+            for each in measurements(self.sweep, trial)
+            if not is_measured(self.sweep, self.directory, trial, each)
+        )
+
     def _jobs_of(self, name: str) -> Iterator[SubmittedJob]:
-        for file in (JOB_FILE, TRANSLATION_FILE):
+        for file in (JOB_FILE, EVALUATION.job_file, TRANSLATION.job_file):
             if (job := read_job(self.directory.run(name), file)) is not None:
                 yield job
 
@@ -214,7 +228,7 @@ class SlurmSweep:
             pipeline = _write_round(
                 self.sweep, self.directory, self.jobs, legs, folder, self.program
             )
-            self._link_scores(_groups(legs), folder)
+            self._link_results(_groups(legs), folder)
             jobs = submit_pipeline(pipeline, sorted(behind))
         except BaseException:
             remove_directory(folder)
@@ -230,22 +244,24 @@ class SlurmSweep:
         self._say(f"Follow: squeue --jobs {','.join(jobs.values())}")
         self._say(f"Show results: megaphase report {shlex.quote(str(self.directory.path))}")
 
-    def _link_scores(self, groups: Groups, folder: Path) -> None:
-        """Link a run's scores by task number, since a task of an array does not know its run's
-        name."""
+    def _link_results(self, groups: Groups, folder: Path) -> None:
+        """Link the results of a run's measurements by task number, since a task of an array does
+        not know its run's name."""
         for name, legs in groups.items():
             for task, (trial, end_after) in enumerate(legs):
-                if end_after is None and is_translated(self.sweep, trial):
-                    _link(self.directory.scores_file(trial.name), folder / name / f"{task}.json")
+                for each in measurements(self.sweep, trial) if end_after is None else ():
+                    result = folder / name / _result_name(each, task)
+                    _link(each.result(self.directory, trial.name), result)
 
     def _remember(self, pipeline: Pipeline, jobs: Mapping[str, str], groups: Groups) -> None:
-        """Record which job starts the next round, and which ones translate."""
+        """Record which job starts the next round, and which ones measure."""
         remember_job(self.directory.path, *job_and_log(pipeline, NEXT, jobs[NEXT]))
         for group, legs in groups.items():
-            name = f"{group}{TRANSLATE}"
-            for task, (trial, _) in enumerate(legs if name in jobs else []):
-                job, log = job_and_log(pipeline, name, jobs[name], task)
-                remember_job(self.directory.run(trial.name), job, log, TRANSLATION_FILE)
+            for each in measurements(self.sweep, legs[0].trial):
+                name = f"{group}-{each.name}"
+                for task, (trial, _) in enumerate(legs if name in jobs else []):
+                    job, log = job_and_log(pipeline, name, jobs[name], task)
+                    remember_job(self.directory.run(trial.name), job, log, each.job_file)
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -258,7 +274,7 @@ def _rounds(directory: SweepDirectory) -> list[int]:
 
 
 def _groups(legs: Sequence[Leg]) -> dict[str, list[Leg]]:
-    """Group runs that are started and translated in the same way."""
+    """Group runs that are started and measured in the same way."""
     groups: dict[str, list[Leg]] = {}
     for leg in legs:
         trial, end_after = leg
@@ -268,7 +284,7 @@ def _groups(legs: Sequence[Leg]) -> dict[str, list[Leg]]:
         name += "" if end_after is None else f"-to-{end_after}"
         name += "-best" if trial.takes_best else ""
         name += "-average" if trial.takes_average else ""
-        # The checkpoint that is translated has the name of the last phase.
+        # The checkpoint that is measured has the name of the last phase.
         phase = trial.phases[-1]["name"]
         if name in groups and groups[name][0].trial.phases[-1]["name"] != phase:
             name += f"-{phase}"
@@ -297,6 +313,10 @@ def _write_round(
     return load_pipeline(folder / PIPELINE_FILE, program)
 
 
+def _result_name(measurement: Measurement, task: int | str) -> str:
+    return f"{task}-{measurement.name}.json"
+
+
 def _link(link: Path, target: Path) -> None:
     """Make a relative link to a file that may not exist yet."""
     link.unlink(missing_ok=True)
@@ -315,10 +335,10 @@ def _steps(
             array["at_a_time"] = jobs.at_a_time
         train = train_arguments(directory, trial, run_file, 1, end_after)
         steps[name] = {"train": shlex.join(train[1:]), **array, **jobs.training}
-        if end_after is None and is_translated(sweep, trial):
-            scores = folder / name / "%task.json"
-            command = translate_arguments(sweep, trial, run_file, scores)
-            steps[f"{name}{TRANSLATE}"] = {
+        for each in measurements(sweep, trial) if end_after is None else ():
+            result = folder / name / _result_name(each, "%task")
+            command = each.arguments(sweep, trial, run_file, result)
+            steps[f"{name}-{each.name}"] = {
                 "command": shlex.join(command),
                 **array,
                 "after": [name],
@@ -333,7 +353,7 @@ def _steps(
 
 
 def _of_one_process(jobs: ClusterJobs) -> dict[str, Any]:
-    """Return the resources of a translation: those of one process of the run."""
+    """Return the resources of a measurement: those of one process of the run."""
     gpu = ["--gpus-per-node=1"] if jobs.gpus_per_node else []
     cores = {} if jobs.cores is None else {"cores": jobs.cores}
     return {"sbatch": [*jobs.options, *gpu], **cores}

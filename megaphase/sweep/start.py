@@ -45,6 +45,7 @@ def sweep(path: Path, *, jobs: int, processes: int, retry: bool, console: Consol
         markup=False,
         soft_wrap=True,
     )
+    say_warnings(found, console)
     with SweepDisplay(console, found, total, ended) as display:
         outcomes = run_locally(found, directory, machine, display)
     refuse_failures(found, directory, outcomes)
@@ -73,6 +74,12 @@ def _checked_trials(found: Sweep) -> list[Trial]:
     check_run_files(found, trials)
     check_demands(found, trials)
     return trials
+
+
+def say_warnings(found: Sweep, console: Console) -> None:
+    """Print what makes the sweep's results noisy."""
+    for warning in found.warnings:
+        console.print(f"Warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _refuse_jobs(found: Sweep, directory: SweepDirectory) -> None:
@@ -122,6 +129,9 @@ def dry_run_table(path: Path) -> Table:
     for arm, count in runs.items():
         table.add_row(arm, f"{count:,}", f"{steps[arm]:,}")
     table.add_row("all", f"{len(trials):,}", f"{steps.total():,}", style="bold")
+    if found.warnings:
+        table.caption = "\n".join(f"Warning: {each}" for each in found.warnings)
+        table.caption_justify = "left"
     return table
 
 

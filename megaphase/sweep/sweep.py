@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megaphase.config.load import run_config, set_value
 from megaphase.config.run import RunConfig
 from megaphase.plan.spec import check_corpora, plan_spec
 from megaphase.sweep.arms.config import KINDS, PHASES, STAGED, Arm, Kind
 from megaphase.sweep.file import PrimaryContrast, SweepConfig
+from megaphase.sweep.test_documents import check_test_split
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import real_path
@@ -41,6 +42,8 @@ class Sweep(BaseModel):
         high, low: the tasks of the two groups.
         tokens: training tokens of an epoch by task.
         steps: optimizer steps of every run, over all of its phases.
+        test_samples: of every task in the test split; None if there is none.
+        warnings: sentences for the user; not stored.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,6 +56,8 @@ class Sweep(BaseModel):
     low: list[str]
     tokens: dict[str, int]
     steps: int
+    test_samples: int | None = None
+    warnings: list[str] = Field(default=[], exclude=True)
 
     def where(self, key: str) -> str:
         """Return `FILE: KEY`, for messages."""
@@ -97,6 +102,7 @@ def load_sweep(path: Path) -> Sweep:
         )
     check_corpora(probe)
     spec = plan_spec(probe, Tokenizer.load(probe.tokenizer))
+    test_samples = probe.test.samples if probe.tested_tasks() else None
     batch, samples = probe.phase_batch(0), -(-(config.tokens or 0) // probe.model.seq_len)
     steps = config.steps or batch.schedule(0).steps_for(samples)
     return Sweep(
@@ -108,6 +114,8 @@ def load_sweep(path: Path) -> Sweep:
         low=low,
         tokens={task: stream.tokens for task, stream in spec.streams.items()},
         steps=steps,
+        test_samples=test_samples,
+        warnings=check_test_split(path, probe, spec.test, low),
     )
 
 
@@ -120,6 +128,8 @@ def _base(path: Path, config: SweepConfig) -> tuple[Path, dict[str, Any]]:
         data = read_yaml(run_file)
     base = {key: copy.deepcopy(value) for key, value in data.items() if key not in OWN_KEYS}
     set_all(path, "settings", run_file, base, config.settings)
+    if config.test is not None:
+        base["test"] = config.test.model_dump()
     return run_file, base
 
 

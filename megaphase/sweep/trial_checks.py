@@ -19,7 +19,8 @@ from megaphase.utils.errors import InputError
 
 
 def check_run_files(sweep: Sweep, trials: Sequence[Trial]) -> None:
-    """Check the run files of all runs, and that a phase can keep the state of its optimizer.
+    """Check the run files of all runs, that all have the same test split, and that a phase can keep
+    the state of its optimizer.
 
     Raises:
         InputError: names the run, or the phase of the arm.
@@ -40,6 +41,7 @@ def check_run_files(sweep: Sweep, trials: Sequence[Trial]) -> None:
                 error.remedy,
             ) from None
         configs[trial.name] = config
+        _check_splits(sweep, trial, config, configs[trials[0].name])
         if trial.source is None or config.phases[0].optimizer_state != "keep":
             continue
         before, own = (stored_by(each.optimizer) for each in (configs[trial.source], config))
@@ -49,6 +51,24 @@ def check_run_files(sweep: Sweep, trials: Sequence[Trial]) -> None:
                 f"{_phase_of(sweep, arm, trial)}.optimizer_state",
                 f"is keep, but the phase before has the state of {before}, and this one of {own}",
                 "write reset, or take the same optimizer",
+            )
+
+
+def _check_splits(sweep: Sweep, trial: Trial, config: RunConfig, first: RunConfig) -> None:
+    """Reject arms that are tested on other documents than others."""
+    if sweep.test_samples is None and not config.tested_tasks():
+        return
+    for task in config.tasks:
+        splits = [
+            (each.held_out_fraction(task), each.test_fraction(task), each.test.samples)
+            for each in (config, first)
+        ]
+        if splits[0] != splits[1]:
+            raise InputError(
+                sweep.where(f"arms.{trial.arm}"),
+                f"changes the held-out documents or the test split of {task}, which must be the "
+                "same in all arms",
+                "set them in the run file, or under settings or test of the sweep file",
             )
 
 

@@ -11,7 +11,8 @@ from megaphase.launch.slurm.job_file import forget_jobs
 from megaphase.report.load_run import load_run
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
-from megaphase.sweep.outcome import Outcome, Translated, outcome_of
+from megaphase.sweep.measurements import is_measured, last_phase, measurements, read_outcome
+from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.planning.pruning import (
     Leg,
     Losses,
@@ -23,7 +24,6 @@ from megaphase.sweep.planning.pruning import (
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trials import Trial, known_trials
 from megaphase.utils.errors import InputError
-from megaphase.utils.files import read_json
 
 
 def train_arguments(
@@ -46,38 +46,6 @@ def train_arguments(
     return ["launch", "local", str(run_file), *overrides, "--processes", str(processes), *source]
 
 
-def translate_arguments(sweep: Sweep, trial: Trial, run_file: Path, scores: Path) -> list[str]:
-    """Return the arguments of `megaphase` that score a run's translations into `scores`."""
-    assert sweep.config.translation is not None
-    options = sweep.config.translation.model_dump()
-    # By the name of its last phase, which fails for a run that has not ended.
-    checkpoint = "best-mean" if trial.takes_best else _last_phase(trial)
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-    where = ["--checkpoint", checkpoint, "--scores", str(scores)]
-    average = ["--average"] if trial.takes_average else []
-    return ["translate", str(run_file), *where, *average, *flags]
-
-
-def read_outcome(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outcome:
-    """Return the outcome of a run that has ended, normally or because it diverged."""
-    run = load_run(directory.run(trial.name))
-    best_of = sweep.low if trial.takes_best else None
-    outcome = outcome_of(run, best_of, of_average=trial.takes_average)
-    scores = directory.scores_file(trial.name)
-    if outcome.diverged is not None or not is_translated(sweep, trial):
-        return outcome
-    found: Mapping[str, Mapping[str, float]] = read_json(scores)["translation"]
-    translation = {
-        task: Translated(bleu=each["bleu"], chrf=each["chrf"]) for task, each in found.items()
-    }
-    return outcome.model_copy(update={"translation": translation})
-
-
-def is_translated(sweep: Sweep, trial: Trial) -> bool:
-    """Return whether translations of a run are scored."""
-    return sweep.config.translation is not None and trial.is_final
-
-
 def has_diverged(directory: SweepDirectory, trial: Trial) -> bool:
     """Return whether a run has ended because it diverged."""
     try:
@@ -89,19 +57,19 @@ def has_diverged(directory: SweepDirectory, trial: Trial) -> bool:
 def has_ended(directory: SweepDirectory, trial: Trial) -> bool:
     """Return whether a run has saved the checkpoint at the end of its last phase."""
     try:
-        find_in_run(directory.run(trial.name), _last_phase(trial))
+        find_in_run(directory.run(trial.name), last_phase(trial))
     except InputError:
         return False
     return True
 
 
 def outcome_if_ended(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outcome | None:
-    """Return a run's outcome; None if it has not ended, or is still to be translated."""
+    """Return a run's outcome; None if it has not ended, or is still to be measured."""
     if has_diverged(directory, trial):
         return read_outcome(sweep, directory, trial)
     if not has_ended(directory, trial):
         return None
-    if is_translated(sweep, trial) and not directory.scores_file(trial.name).exists():
+    if not all(is_measured(sweep, directory, trial, each) for each in measurements(sweep, trial)):
         return None
     return read_outcome(sweep, directory, trial)
 
@@ -182,7 +150,7 @@ def collect_results(
         if trial.name not in known and state.outcomes.get(trial.name, Outcome()).pruned:
             display.end(trial, state.outcomes[trial.name], state.outcomes)
     release_checkpoints(sweep, directory, state.outcomes)
-    # A run that stopped early, before the step of a comparison, may still have to be translated.
+    # A run that stopped early, before the step of a comparison, may still have to be measured.
     legs = [
         leg
         if leg.end_after is None or not has_ended(directory, leg.trial)
@@ -190,10 +158,6 @@ def collect_results(
         for leg in state.legs
     ]
     return replace(state, legs=legs)
-
-
-def _last_phase(trial: Trial) -> str:
-    return str(trial.run["phases"][-1]["name"])
 
 
 def last_line(log: Path) -> str:

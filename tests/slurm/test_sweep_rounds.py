@@ -182,16 +182,18 @@ def untimed(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
 def test_a_sweep_ends_as_on_one_machine(
     cluster: Cluster, corpora: Path, tmp_path: Path, break_run: Callable[[Path], None]
 ) -> None:
-    """Without the job that was to start the second round, and with a run that fails."""
+    """Without the job that was to start the second round, with a run that fails, and with losses
+    on a test split, which jobs of their own measure."""
     failing = "static-r0.2-p0.01-s11"
     here, there = tmp_path / "here", tmp_path / "a cluster"
     for folder in (here, there):
         folder.mkdir()
-        path = write(folder, settings(corpora, slurm=CPU))
+        test = {"fraction": 0.25, "samples": 5}
+        path = write(folder, settings(corpora, slurm=CPU, test=test))
         break_run(folder / "out" / "runs" / failing)
 
     jobs = submit(cluster, path)
-    assert list(jobs) == ["first-stage", "single-stage", "next"]
+    assert list(jobs) == ["first-stage", "single-stage", "single-stage-evaluate", "next"]
     again = call(path, "--slurm", cluster=cluster)
     assert f"and job {jobs['next']} after them starts the next round" in again.stdout
     cluster.run("scancel", jobs["next"])
@@ -199,11 +201,13 @@ def test_a_sweep_ends_as_on_one_machine(
     wait_until(lambda: not cluster.run("squeue", "--noheader"))
 
     jobs = submit(cluster, path)
-    assert list(jobs) == ["pretrain-0.6-p0.01-s11", "next"], logs(path)
+    branch = "pretrain-0.6-p0.01-s11"
+    assert list(jobs) == [branch, f"{branch}-evaluate", "next"], logs(path)
     assert wait_for_the_end(cluster, path) == "FAILED"
     directory = SweepDirectory(there / "out")
     assert untimed(directory.outcomes()) == untimed(expected), logs(path)
     assert failing in directory.outcomes()
+    assert sum(bool(outcome.test) for outcome in directory.outcomes().values()) == 1
     (last,) = (directory.slurm / "round-002" / "logs").glob("next-*.log")
     assert f"1 of 3 runs have failed: {failing}; the first: " in last.read_text()
     assert "another process is training" in directory.log(failing).read_text()
