@@ -232,6 +232,23 @@ def test_a_schedule_is_one_over_the_phases_that_continue_it() -> None:
     assert source.peak == 0.002
 
 
+def test_short_forms_may_have_a_wsd_schedule() -> None:
+    arms = {
+        "two-phase": {"pretrain": [0.5], "rates": [0.1]},
+        "keep": {"pretrain": [0.7], "rates": [0.1]},
+    }
+    grid = {"peaks": [1e-3], "schedule": "wsd", "warmup": 0.1, "decay": 0.2, "final": 0.0}
+    trials = trained(0.001, arms, learning_rate=grid)
+    found = {trial.arm: trial.run["phases"][0]["learning_rate"] for trial in trials}
+    own = {"schedule": "wsd", "peak": 1e-3, "final": 0.0}
+    assert found["pretrain"] == found["two-phase"] == own | {"warmup_steps": 3, "decay_steps": 6}
+    whole = own | {"warmup_steps": 6, "decay_steps": 12, "steps": 60}
+    assert found["keep-pretrain"] == whole
+    assert found["keep"] == whole | {"first_step": 42}
+    with pytest.raises(ValueError, match="schedule wsd needs decay, the fraction of its steps"):
+        trained(0.001, arms, learning_rate={"peaks": [1e-3], "schedule": "wsd"})
+
+
 def test_an_arm_may_have_a_budget_of_its_own() -> None:
     lengths = {"share": [0.5, 1.0, 2.0], "rate": 0}
     trials = trained(
