@@ -17,12 +17,13 @@ from megaphase.config.run import RunConfig
 from megaphase.sweep.arms.config import ArmPhase
 from megaphase.sweep.arms.values import combinations, schema_at, takes_list
 from megaphase.sweep.directory import SweepDirectory, SweepRecord
+from megaphase.sweep.measurements import measurements
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.pareto.points import points_of
 from megaphase.sweep.pareto.verdict import progress_of
 from megaphase.sweep.planning.pruning import Leg
 from megaphase.sweep.slurm import _groups
-from megaphase.sweep.trial_run import train_arguments, translate_arguments
+from megaphase.sweep.trial_run import train_arguments
 from megaphase.sweep.trials import (
     Trial,
     all_trials,
@@ -310,7 +311,11 @@ def test_runs_of_one_array_have_one_command_apart_from_the_run_file() -> None:
         commands = {
             (
                 *train_arguments(directory, trial, file, 1),
-                *(translate_arguments(sweep, trial, file, file) if trial.is_final else ()),
+                *(
+                    argument
+                    for each in measurements(sweep, trial)
+                    for argument in each.arguments(sweep, trial, file, file)
+                ),
             )
             for trial, _ in legs
         }
