@@ -57,9 +57,9 @@ def training_front_plot(view: SweepView) -> Plot | None:
     if not any(panel.marks for panel in panels):
         return None
     caption = (
-        "Losses of the same weights on a sample of the documents that they were trained on; lower "
-        "left is better. An arm that is behind here and ahead above generalizes better than it "
-        f"fits; one that is ahead here and behind above has memorized. {_about(view)}"
+        "Losses of the same weights, nats per token, on a sample of their training documents; "
+        "lower left is better. An arm that is behind here and ahead above generalizes better than "
+        f"it fits; one that is ahead here and behind above has memorized. {_about(view)}"
         f"{outside_sentence(panels)}"
     )
     return Plot(
