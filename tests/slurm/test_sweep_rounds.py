@@ -247,8 +247,9 @@ def test_rounds_follow_each_other_to_the_scores_of_translations(
     for folder in (here, there):
         folder.mkdir()
         content = settings(
-            corpora, arms=arms, high=["alda"], low=["pairs"], translation=translation, slurm=CPU
-        )
+            corpora, arms=arms, high=["alda"], low=["pairs"], translation=translation, slurm=CPU,
+            test={"fraction": 0.2, "samples": 6}, training_loss={"samples": 4},
+        )  # fmt: skip
         content["learning_rate"]["peaks"] = [1e-2, 5e-3]
         content["run"]["tasks"] = {
             "alda": {"corpus": str(corpora / "data" / "alda")},
@@ -259,14 +260,17 @@ def test_rounds_follow_each_other_to_the_scores_of_translations(
     _, _, expected = run_warm(here / "sweep.yaml")
     jobs = submit(cluster, path)
     assert list(jobs) == [
-        "first-stage", "single-stage", "single-stage-translate", "single-stage-best",
-        "single-stage-best-translate", "next",
+        "first-stage",
+        "single-stage", "single-stage-evaluate", "single-stage-translate",
+        "single-stage-best", "single-stage-best-evaluate", "single-stage-best-translate",
+        "next",
     ]  # fmt: skip
     assert wait_for_the_end(cluster, path) == "FAILED"  # as a run has failed
     found = SweepDirectory(there / "out").outcomes()
     assert untimed(found) == untimed(expected), logs(path)
     assert len(found) == 8
-    assert sum(bool(outcome.translation) for outcome in found.values()) == 6
+    for measured in ("translation", "test", "training"):
+        assert sum(bool(getattr(outcome, measured)) for outcome in found.values()) == 6
 
 
 def losses(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
