@@ -28,7 +28,7 @@ from megaphase.sweep.arms.config import (
 from megaphase.sweep.arms.lengths import spans
 from megaphase.sweep.arms.setting import Mixture, number_in_name
 from megaphase.sweep.arms.stages import PRETRAIN, Recipe, Stage, digest, identity
-from megaphase.sweep.arms.values import Axes, combinations
+from megaphase.sweep.arms.values import Axes, check_number, combinations
 from megaphase.sweep.sweep import Sweep
 from megaphase.utils.errors import InputError
 from megaphase.utils.validation_errors import as_input_error
@@ -89,6 +89,7 @@ class _Recipes:
             phases = self._with_settings(form.phases, of_phases)
             by_phase = [self._alternatives(number, raw) for number, raw in enumerate(phases)]
             of_run = combinations(settings, RunConfig, "settings", f"{self.where}.settings")
+            check_number(self.where, [*map(len, by_phase), len(of_run)])
             for chosen, (setting_axes, values) in product(product(*by_phase), of_run):
                 axes = tuple(each for own in chosen for each in own.axes) + setting_axes
                 stages = self._stages(chosen, values)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
+from math import prod
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -19,6 +20,8 @@ from megaphase.sweep.arms.setting import Value
 from megaphase.utils.errors import InputError
 
 TRY = "try"
+# Combinations of values that an arm tries, beside peaks and seeds.
+MOST_COMBINATIONS = 10_000
 
 Axes = tuple[tuple[str, Value], ...]
 """Tried values by key path, in the order of the file."""
@@ -51,6 +54,7 @@ def _alternatives(value: Any, schema: Any, axis: str, where: str) -> list[tuple[
             )
             for key in keys
         ]
+        check_number(where, [len(part) for part in parts])
         return [
             (
                 tuple(each for axes, _ in chosen for each in axes),
@@ -73,6 +77,20 @@ def _alternatives(value: Any, schema: Any, axis: str, where: str) -> list[tuple[
     except ValueError as error:
         raise InputError(where, str(error)) from None
     return [(((axis, as_value(each)),), each) for each in tried]
+
+
+def check_number(where: str, counts: Sequence[int]) -> None:
+    """Check that there are not too many combinations of so many values each.
+
+    Raises:
+        InputError: there are more than a sweep could try.
+    """
+    if (count := prod(counts)) > MOST_COMBINATIONS:
+        raise InputError(
+            where,
+            f"has {count:,} combinations of values to try",
+            f"try fewer; an arm has at most {MOST_COMBINATIONS:,}",
+        )
 
 
 def as_value(value: Any) -> Value:
