@@ -21,6 +21,7 @@ from megaphase.launch.commands import demo_command, launch_app
 from megaphase.plan.commands import plan_app
 from megaphase.rehearsal.commands import rehearse_command
 from megaphase.sweep.commands import report_command, sweep_command
+from megaphase.sweep.law.commands import recommend_command
 from megaphase.training.commands import evaluate_command, train_command
 from megaphase.utils.errors import (
     EXIT_FAILED,
@@ -68,6 +69,7 @@ convert_app.command("extend-vocab")(extend_vocab_command)
 app.add_typer(convert_app, name="convert")
 app.command("sweep")(sweep_command)
 app.command("report")(report_command)
+app.command("recommend")(recommend_command)
 app.add_typer(launch_app, name="launch")
 app.command("demo")(demo_command)
 

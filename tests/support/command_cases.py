@@ -21,6 +21,7 @@ from warm_process import WarmProcess
 
 from megaphase.cli import app
 from megaphase.launch.local import free_port, rank_environment
+from megaphase.sweep.start import open_sweep
 from megaphase.utils.errors import EXIT_WRONG_INPUT, InputError
 from megaphase.utils.locale_settings import require_utf8
 
@@ -78,6 +79,10 @@ CALLS: dict[str, tuple[dict[str, list[str]], dict[str, str]]] = {
     "convert inspect": (CHECKPOINT, {}),
     "sweep": ({"sweep_file": ["sweep.yaml"]}, {"--dry-run": ""}),
     "report": ({"run_dirs": ["run"]}, {"--out": "new"}),
+    "recommend": (
+        {"sweeps": ["sweep"]},
+        {"--run": "run.yaml", "--target": "{cimri: min}", "--out": "new"},
+    ),
     "launch local": (RUN, {}),
     "launch slurm": (RUN, {"--dry-run": "", "--gpus-per-node": "0"}),
     "launch status": ({"run_dirs": ["run"]}, {}),
@@ -200,6 +205,7 @@ def make_inputs(folder: Path) -> Path:
     sweep = {"run": "run.yaml", "output": "sweep", "high": ["alda"], "low": ["cimri"], "steps": 2}
     sweep |= {"learning_rate": {"peaks": [1e-2]}, "arms": arms}
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    open_sweep(folder / "sweep.yaml")
     return folder
 
 

@@ -15,13 +15,28 @@ SIZES = {"base": (MODEL, 639_872), "small": (SMALL, 0)}
 def row(rate, share, peak, seed=1, *, steps=1000, batch=1280, model=MODEL, losses=None, arm=None,
         unique=None, sweep="s"):  # fmt: skip
     """Return a row with one low-resource task: share of the steps on `en` alone, then a mixture."""
+
+    def rate_of(peak, length):
+        return {
+            "schedule": "cosine",
+            "peak": peak,
+            "final": peak / 10,
+            "warmup_steps": length // 20,
+        }
+
     first = round(share * steps)
     phases = []
     if first:
-        phases.append(LawPhase(first, {"en": first * batch}, 0.004, "cosine", 0.1, True))
+        phases.append(
+            LawPhase(
+                first, {"en": first * batch}, 0.004, "cosine", 0.1, True, rate_of(0.004, first)
+            )
+        )
     rest = (steps - first) * batch
     tokens = {"en": (1 - rate) * rest, "hi": rate * rest}
-    phases.append(LawPhase(steps - first, tokens, peak, "cosine", 0.1, True))
+    phases.append(
+        LawPhase(steps - first, tokens, peak, "cosine", 0.1, True, rate_of(peak, steps - first))
+    )
     name = arm or ("two-phase" if first else "static")
     setting = TriedSetting(
         arm=name, model=f"{model['layers']}x{model['hidden']}",

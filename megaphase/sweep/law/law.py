@@ -66,13 +66,14 @@ class TaskLaw:
 
     Attributes:
         tried: all forms, best first.
-        chosen: the simplest form that is not clearly worse than the best.
-        groups: rows by setting.
+        near: the forms that are not clearly worse than the best.
+        chosen: the simplest of them.
     """
 
     task: str
     means: Means
     tried: Sequence[TriedForm]
+    near: Sequence[TriedForm]
     chosen: TriedForm
 
     @property
@@ -122,14 +123,25 @@ class TaskLaw:
     def predict(self, rows: Sequence[LawRow]) -> tuple[Vector, Vector]:
         """Return the losses of settings, and half of their 95 % intervals.
 
-        The interval is that of the parameters and of the errors of left-out settings. It does not
-        know whether the form still holds outside of the sweep's range.
+        The interval is that of the parameters and of the errors of left-out settings, and it covers
+        what the other forms that are near the best predict. It does not know whether any of them
+        still holds outside of the sweep's range.
         """
         table = SettingTable.of(rows, self.task)
         gradient = self.fit.gradient(table)[:, self.fit.is_free]
         of_parameters = np.sum((gradient @ self.covariance) * gradient, axis=1)
-        widths: Vector = self.quantile * np.sqrt(of_parameters + self.chosen.error**2)
-        return self.fit.predict(table), widths
+        losses = self.fit.predict(table)
+        others = [each.fit for each in self.near if self._is_alternative(each)]
+        spread = np.zeros(len(losses))
+        for fit in others:
+            spread = np.maximum(spread, np.abs(fit.predict(table) - losses))
+        within = self.quantile**2 * (of_parameters + self.chosen.error**2)
+        widths: Vector = np.sqrt(within + spread**2)
+        return losses, widths
+
+    def _is_alternative(self, each: TriedForm) -> bool:
+        form = self.chosen.form
+        return each.refitted and each.form.depends_on_tokens >= form.depends_on_tokens
 
 
 def fit_laws(rows: Sequence[LawRow], tasks: Sequence[str]) -> list[TaskLaw]:
@@ -172,7 +184,8 @@ def _task_law(groups: Sequence[Sequence[LawRow]], task: str) -> TaskLaw:
         for i, fit in enumerate(ranked)
     ]
     tried.sort(key=lambda each: each.error)
-    return TaskLaw(task, means, tried, _simplest(tried))
+    near = _near_best(tried)
+    return TaskLaw(task, means, tried, near, _simplest(near))
 
 
 def _refitted(fit: Fit) -> TriedForm:
@@ -192,19 +205,23 @@ def _refitted(fit: Fit) -> TriedForm:
     return TriedForm(fit, errors, True)
 
 
-def _simplest(tried: Sequence[TriedForm]) -> TriedForm:
-    """Return the form with the fewest parameters whose squared errors exceed those of the best by
-    at most one standard error of the paired differences.
-
-    The constant comes first, then the forms that hold for any number of tokens.
-    """
+def _near_best(tried: Sequence[TriedForm]) -> list[TriedForm]:
+    """Return the forms whose squared errors exceed those of the best by at most one standard error
+    of the paired differences."""
     best = min((each for each in tried if each.refitted), key=lambda each: each.error)
 
     def is_near(each: TriedForm) -> bool:
         excess = each.errors**2 - best.errors**2
         return float(np.mean(excess)) <= float(np.std(excess, ddof=1) / np.sqrt(len(excess)))
 
-    near = [each for each in tried if each is best or is_near(each)]
+    return [each for each in tried if each is best or is_near(each)]
+
+
+def _simplest(near: Sequence[TriedForm]) -> TriedForm:
+    """Return the form with the fewest parameters.
+
+    The constant comes first, then the forms that hold for any number of tokens.
+    """
     constant = [each for each in near if each.form.core == "constant"]
     of_tokens = [each for each in near if each.form.depends_on_tokens]
     return min(constant or of_tokens or near, key=lambda each: (each.parameters, each.error))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megaphase.optim.schedules import LearningRateConfig, learning_rate
@@ -26,6 +26,7 @@ class LawPhase:
         schedule: name of the schedule, `spans` where it spans several phases.
         end: learning rate of the last step, as a fraction of the peak.
         reset: whether it begins with a fresh optimizer state; True in the first phase.
+        learning_rate: the section of the run file.
     """
 
     steps: int
@@ -34,6 +35,7 @@ class LawPhase:
     schedule: str
     end: float
     reset: bool
+    learning_rate: Mapping[str, Any] = field(default_factory=dict)
 
     def rate(self, tasks: Iterable[str]) -> float:
         """Return the sampling rate of these tasks together."""
@@ -102,16 +104,19 @@ class LawRow:
 class LawRows(NamedTuple):
     """The rows of one or several sweeps with the same tasks, and what was left out.
 
-    left_out: number of settings by reason.
+    left_out: number of settings by reason. within: temperatures that divide the rates of the high-
+    and of the low-resource group.
     """
 
     rows: Sequence[LawRow]
     high: Sequence[str]
     low: Sequence[str]
     left_out: Mapping[str, int]
+    within: tuple[float, float] = (1.0, 1.0)
 
     @property
     def tasks(self) -> list[str]:
+        """All tasks, the high-resource ones first."""
         return [*self.high, *self.low]
 
 
@@ -150,7 +155,9 @@ def law_rows(record: SweepRecord) -> LawRows:
     counts: dict[str, int] = {}
     for reason in left_out.values():
         counts[reason] = counts.get(reason, 0) + 1
-    return LawRows(rows, record.sweep.high, record.sweep.low, counts)
+    within = record.sweep.config.within
+    temperatures = within.high, within.low
+    return LawRows(rows, record.sweep.high, record.sweep.low, counts, temperatures)
 
 
 def _row(record: SweepRecord, trial: Trial, phases: Sequence[LawPhase]) -> LawRow:
@@ -212,4 +219,5 @@ def law_phase(
         schedule=config.schedule if config.steps in (None, steps) else f"{config.schedule}, spans",
         end=learning_rate(config, steps - 1, steps) / config.peak,
         reset=first or content.get("optimizer_state", "reset") == "reset",
+        learning_rate=content["learning_rate"],
     )

@@ -86,7 +86,7 @@ def combined(folders: Sequence[Path], records: Sequence[SweepRecord]) -> LawRows
     Raises:
         InputError: their tasks differ.
     """
-    first = records[0].sweep
+    first, within = records[0].sweep, (1.0, 1.0)
     rows: list[LawRow] = []
     left_out: dict[str, int] = {}
     for folder, record in zip(folders, records, strict=True):
@@ -100,6 +100,7 @@ def combined(folders: Sequence[Path], records: Sequence[SweepRecord]) -> LawRows
                 )
         found = law_rows(record)
         rows += found.rows
+        within = found.within
         for reason, count in found.left_out.items():
             left_out[reason] = left_out.get(reason, 0) + count
-    return LawRows(rows, first.high, first.low, left_out)
+    return LawRows(rows, first.high, first.low, left_out, within)

@@ -1,0 +1,124 @@
+"""The command on the directory of a sweep, and the section of the report."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from sweep_support import HIGH, LOW, TOKENS, TWO_PHASE, write_sweep
+
+from megaphase.config.load import load_run_file
+from megaphase.sweep.directory import load_sweep_record
+from megaphase.sweep.law.rows import OTHER_VALUES, OTHER_WEIGHTS, law_rows
+from megaphase.sweep.pareto.report import SweepReport
+
+ARMS = {
+    "static": {"rates": [0.05, 0.1, 0.25, 0.5]},
+    "two-phase": TWO_PHASE,
+    "dropout": {"kind": "regularized", "rates": [0.1], "settings": {"model.dropout": 0.1}},
+    "early": {"kind": "regularized", "rates": [0.1], "early_stopping": 2},
+}
+BIG = {
+    "output": "big",
+    "tokenizer": "tok",
+    "tasks": {task: {"corpus": f"data/{task}"} for task in TOKENS},
+    "model": {"preset": "gpt-1m", "seq_len": 64},
+    "batch": {"samples": 8},
+    "phases": [
+        {"name": "all", "steps": 60, "mixture": {"proportional": True},
+         "learning_rate": {"peak": 0.001}},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return write_sweep(tmp_path_factory.mktemp("sweeps") / "sweep", ARMS, seeds=[1, 2])
+
+
+def run(*arguments, cwd):
+    command = [sys.executable, "-m", "megaphase", "recommend", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def test_rows_have_what_the_runs_did(sweep):
+    found = law_rows(load_sweep_record(sweep))
+    assert found.left_out == {OTHER_VALUES: 2, OTHER_WEIGHTS: 2}  # two peaks each
+    assert {row.setting.arm for row in found.rows} == {"static", "two-phase"}
+    assert len(found.rows) == (4 + 3) * 2 * 2
+    for row in found.rows:
+        assert row.steps == 60
+        assert row.total_tokens == pytest.approx(60 * 8 * 64, rel=1e-3)
+        assert set(row.losses) == {*HIGH, *LOW}
+        for task in TOKENS:
+            assert row.epochs(task) == row.tokens(task) / TOKENS[task]
+        if row.setting.arm == "two-phase":
+            first, last = row.phases
+            assert (first.steps, last.steps) == (48, 12)
+            assert first.rate(LOW) == 0
+            assert last.rate(LOW) == pytest.approx(row.setting.get("rate"), abs=1e-3)
+            assert last.reset
+            assert last.end == pytest.approx(0.1)
+
+
+def test_the_report_has_the_law_and_the_same_bytes_again(sweep, tmp_path):
+    files = []
+    for name in ("one", "two"):
+        index = SweepReport.of(sweep).write(tmp_path / name)
+        page = index.read_text()
+        assert "<h3>Law</h3>" in page
+        assert "There is one model size" in page
+        assert "Left out: 2 settings with other values of the run file." in page
+        folder = tmp_path / name
+        files.append({path.relative_to(folder): path.read_bytes()
+                      for path in sorted(folder.rglob("*")) if path.is_file()})  # fmt: skip
+    assert files[0] == files[1]
+    numbers = tmp_path / "one" / "numbers"
+    predictions = list(csv.DictReader((numbers / "law_predictions.csv").open()))
+    assert len(predictions) == 14 * 4
+    forms = list(csv.DictReader((numbers / "law_forms.csv").open()))
+    assert [row["task"] for row in forms if row["chosen"] == "True"] == [*HIGH, *LOW]
+
+
+def test_a_recommendation_is_written(sweep, tmp_path):
+    (tmp_path / "big.yaml").write_text(yaml.safe_dump(BIG))
+    options = ["--run", "big.yaml", "--target", "{low: min, high: within 0.1}", "--out", "new.yaml"]
+    tokens = [f"--epoch-tokens={task}={count}" for task, count in TOKENS.items()]
+    ended = run(sweep, *options, *tokens, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "Predicted validation losses" in ended.stdout
+    config = load_run_file(tmp_path / "new.yaml")
+    assert sum(phase.steps for phase in config.phases) == 60
+    before = (tmp_path / "new.yaml").read_bytes()
+    again = run(sweep, *options, *tokens, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "exists" in again.stderr
+    assert (tmp_path / "new.yaml").read_bytes() == before
+    same = run(sweep, *options[:-1], "same.yaml", *tokens, cwd=tmp_path)
+    assert same.returncode == 0
+    assert (tmp_path / "same.yaml").read_bytes() == before
+
+
+def test_what_is_wrong_is_one_line(sweep, tmp_path):
+    (tmp_path / "big.yaml").write_text(yaml.safe_dump(BIG))
+    options = ["--run", "big.yaml", "--out", "new.yaml"]
+    tokens = [f"--epoch-tokens={task}={count}" for task, count in TOKENS.items()]
+    for target, code, words in [
+        ("{xx: min}", 2, "--target: xx: no such task or group"),
+        ("{hi: low}", 2, "--target: hi: 'low' is no target"),
+        ("{hi: min, high: within 0, eu: within 0, fr: within 0}", 1, "no recipe within"),
+    ]:
+        ended = run(sweep, *options, "--target", target, *tokens, cwd=tmp_path)
+        assert ended.returncode == code
+        assert words in ended.stderr
+        assert len(ended.stderr.splitlines()) == 1
+    longer = ["--steps", "90", "--target", "{high: min}"]
+    ended = run(sweep, *options, *longer, *tokens, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert "holds for the sweep's budget alone" in ended.stderr
+    ended = run(sweep, *options, "--target", "{hi: min}", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert "--epoch-tokens en=N" in ended.stderr
+    assert not Path(tmp_path / "new.yaml").exists()
