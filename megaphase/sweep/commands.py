@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megaphase.utils.arguments import MOST_PROCESSES, named
+from megaphase.utils.arguments import MOST_PROCESSES, finite, named
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import real_path
 from megaphase.utils.standard_streams import (
@@ -51,6 +51,28 @@ def sweep_command(
             help="Check and list the runs without starting any; with --slurm, print the scripts.",
         ),
     ] = False,
+    trial: Annotated[
+        bool,
+        typer.Option(
+            "--trial", help="With --dry-run: time a few steps of each model here; takes minutes."
+        ),
+    ] = False,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CARD", help="With --dry-run: compute the time on a GPU, such as h100-sxm."
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="HOURS",
+            min=0,
+            max=1e6,
+            callback=finite,
+            help="With --dry-run and --trial or --card: say what to leave out to fit in this time.",
+        ),
+    ] = None,
 ) -> None:
     """Train all arms of an experiment, such as static mixtures and two phases.
 
@@ -59,14 +81,30 @@ def sweep_command(
     Example: megaphase sweep sweep.yaml --jobs 2
     """
 
-    from megaphase.sweep.start import dry_run_table, sweep
+    from megaphase.sweep.start import sweep
 
     console = new_console(highlight=False)
+    planning = {"--trial": trial or None, "--card": card, "--budget": budget}
+    for option, value in planning.items():
+        if value is not None and (slurm or not dry_run):
+            problem = "--slurm is also given" if slurm else "is for planning"
+            remedy = "leave one out" if slurm else "add --dry-run"
+            raise InputError(option, problem, remedy)
     if slurm:
         _sweep_on_slurm(context, sweep_file, console)
         return
     if dry_run:
-        console.print(dry_run_table(sweep_file))
+        from megaphase.sweep.start import dry_run as print_plan
+
+        print_plan(
+            sweep_file,
+            new_table_console(),
+            jobs=jobs,
+            processes=processes,
+            trial=trial,
+            card=card,
+            budget=budget,
+        )
         return
     standard_output_is_a_log()
     output = sweep(sweep_file, jobs=jobs, processes=processes, retry=retry, console=console)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from megaphase.launch.slurm.job_file import refuse_second_job
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.local import Machine, run_locally
 from megaphase.sweep.outcome import Outcome
+from megaphase.sweep.planning.estimate import (
+    TimeSource,
+    budget_sentences,
+    plan_of,
+    plan_sentences,
+    plan_table,
+)
 from megaphase.sweep.sweep import Sweep, load_sweep
 from megaphase.sweep.trial_checks import check_demands, check_run_files
 from megaphase.sweep.trials import Trial, all_trials, count_trials, known_trials
-from megaphase.utils.errors import RunError
+from megaphase.utils.errors import InputError, RunError
 
 NAMED_AT_MOST = 3
 
@@ -33,7 +38,7 @@ def sweep(path: Path, *, jobs: int, processes: int, retry: bool, console: Consol
     """
     found, directory = open_sweep(path)
     _refuse_jobs(found, directory)
-    machine = Machine(jobs, processes, _gpus())
+    machine = Machine(jobs, processes, gpus())
     if retry:
         directory.forget_failures()
     before = directory.known_outcomes(found)
@@ -114,28 +119,41 @@ def _has_failed(outcome: Outcome | None) -> bool:
     return outcome is not None and outcome.failed is not None
 
 
-def dry_run_table(path: Path) -> Table:
-    """Return a table of a sweep's runs by arm, and their optimizer steps."""
+def dry_run(
+    path: Path,
+    console: Console,
+    *,
+    jobs: int = 1,
+    processes: int = 1,
+    trial: bool = False,
+    card: str | None = None,
+    budget: float | None = None,
+) -> None:
+    """Print what a sweep would train, how long that takes, and what a budget would leave out.
+
+    jobs: concurrent runs. processes: of each. trial: whether a few steps are timed here. card: a
+    GPU for which the time is computed instead. budget: hours; None: nothing is left out.
+
+    Raises:
+        InputError: the sweep file, a run file or an option is invalid.
+        RunError: a timed run has failed.
+    """
+    if trial and card is not None:
+        raise InputError("--card", "--trial is also given", "give one of them")
     found = load_sweep(path)
-    trials = _checked_trials(found)
-    runs = Counter(trial.arm for trial in trials)
-    steps: Counter[str] = Counter()
-    for trial in trials:
-        steps[trial.arm] += trial.run["phases"][0]["steps"]
-    table = Table(title=f"{found.output}: {len(trials)} runs", title_justify="left")
-    table.add_column("arm")
-    table.add_column("runs", justify="right")
-    table.add_column("steps", justify="right")
-    for arm, count in runs.items():
-        table.add_row(arm, f"{count:,}", f"{steps[arm]:,}")
-    table.add_row("all", f"{len(trials):,}", f"{steps.total():,}", style="bold")
-    if found.warnings:
-        table.caption = "\n".join(f"Warning: {each}" for each in found.warnings)
-        table.caption_justify = "left"
-    return table
+    _checked_trials(found)
+    source = TimeSource(card, Machine(jobs, processes, gpus() if trial else 0))
+    plan = plan_of(found, source, timed=trial)
+    console.print(plan_table(plan))
+    sentences = [*(f"Warning: {each}" for each in found.warnings), *plan_sentences(plan)]
+    if budget is not None:
+        sentences += budget_sentences(plan, budget)
+    for sentence in sentences:
+        console.print(sentence, markup=False, soft_wrap=True)
 
 
-def _gpus() -> int:
+def gpus() -> int:
+    """Return the number of GPUs of this machine."""
     import torch
 
     return torch.cuda.device_count()

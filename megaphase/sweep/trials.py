@@ -149,16 +149,6 @@ def expected_trials(
     return _trials(sweep, choose)
 
 
-def blocked(trials: Sequence[Trial], outcomes: Mapping[str, Outcome]) -> set[str]:
-    """Return the names of the runs that cannot start, because a run before them has no end from
-    which they could."""
-    found = {name for name, outcome in outcomes.items() if not outcome.can_be_branched}
-    ended_badly = set(found)
-    while new := {t.name for t in trials if t.source in found and t.name not in found}:
-        found |= new
-    return found - ended_badly
-
-
 def count_trials(sweep: Sweep) -> int:
     """Return the number of runs in the end if none fails."""
     return len(all_trials(sweep))

@@ -20,11 +20,11 @@ from megaphase.sweep.planning.ranking import by_fronts, by_loss
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trials import (
     Trial,
-    blocked,
     expected_trials,
     known_trials,
     own_loss,
     ready_trials,
+    stranded_trials,
 )
 from megaphase.training.config import ValidationConfig
 from megaphase.utils.decimals import as_written
@@ -165,7 +165,7 @@ def competitions(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Competit
         if trial.is_final:
             key = trial.arm, trial.model, trial.first_step, trial.steps
             groups.setdefault(key, []).append(trial)
-    stuck = blocked(expected, outcomes)
+    stuck = {trial.name for trial in stranded_trials(expected, outcomes)}
     return [_competition(sweep, trials, stuck) for trials in groups.values()]
 
 

@@ -1,0 +1,192 @@
+"""Measure what runs of a sweep cost on this machine, by short runs in a temporary directory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from megaphase.sweep.directory import SweepDirectory
+from megaphase.sweep.local import Machine, start_command
+from megaphase.sweep.planning.work import Costs, shape_of
+from megaphase.sweep.sweep import Sweep
+from megaphase.sweep.trial_run import is_translated, last_line, train_arguments, translate_arguments
+from megaphase.sweep.trials import Trial
+from megaphase.utils.errors import RunError
+from megaphase.utils.metrics_rows import rows_from_end
+from megaphase.utils.run_files import METRICS_FILE
+
+STEPS, SKIPPED = 10, 3  # steps of a trial; of these, first ones that are not counted
+TRANSLATED = 8  # samples of a task
+POLL_SECONDS = 0.02
+
+
+def timed_costs(sweep: Sweep, trials: Sequence[Trial], machine: Machine) -> dict[str, Costs]:
+    """Return the costs of runs by `shape_of`, each measured with as many runs at a time as the
+    sweep would train.
+
+    Raises:
+        RunError: a trial has failed.
+    """
+    found: dict[str, Costs] = {}
+    for trial in sorted(trials, key=lambda trial: not trial.is_final):
+        shape = shape_of(trial)
+        if shape not in found:
+            with TemporaryDirectory(prefix="megaphase-trial-") as folder:
+                found[shape] = _timed(sweep, trial, machine, Path(folder))
+    return found
+
+
+def _timed(sweep: Sweep, trial: Trial, machine: Machine, folder: Path) -> Costs:
+    copies = [_Copy(sweep, trial, machine, folder / str(slot), slot) for slot in
+              range(machine.jobs)]  # fmt: skip
+    _wait_for(copies, "train")
+    steps = [copy.step_seconds for copy in copies]
+    validations = [copy.validation_seconds for copy in copies]
+    starts = [copy.start_seconds for copy in copies]
+    translations = [0.0]
+    if is_translated(sweep, trial) and trial.is_final:
+        for copy in copies:
+            copy.translate()
+        _wait_for(copies, "translate")
+        translations = [copy.translation_seconds(fmean(starts)) for copy in copies]
+    return Costs(fmean(steps), fmean(validations), fmean(starts), fmean(translations))
+
+
+def _wait_for(copies: Sequence[_Copy], what: str) -> None:
+    """Wait until all have ended; all are killed if one fails, or on Ctrl-C."""
+    try:
+        running = list(copies)
+        while running:
+            time.sleep(POLL_SECONDS)
+            running = [copy for copy in running if not copy.has_ended()]
+    finally:
+        for copy in copies:
+            copy.kill()
+    for copy in copies:
+        if (code := copy.process.wait()) != 0:
+            reason = last_line(copy.log) or f"exit code {code}"
+            raise RunError(f"the trial of {copy.trial.name} failed to {what}: {reason}")
+
+
+@dataclass
+class _Moments:
+    """Seconds from the start of the command to the first validation, the last step, the last
+    validation, and the end."""
+
+    first_validation: float = 0.0
+    last_step: float = 0.0
+    last_validation: float = 0.0
+    end: float = 0.0
+
+
+class _Copy:
+    """One of the runs that are timed at the same time."""
+
+    def __init__(
+        self, sweep: Sweep, trial: Trial, machine: Machine, folder: Path, slot: int
+    ) -> None:
+        folder.mkdir()
+        self.trial, self.log = trial, folder / "log"
+        self._sweep, self._folder = sweep, folder
+        self._environment = machine.environment(slot)
+        self._run_file = folder / "run.yaml"
+        run = trial_run(trial.run, folder / "run")
+        self._run_file.write_text(yaml.safe_dump(run, sort_keys=False))
+        self._samples = 0 if sweep.config.translation is None else sweep.config.translation.samples
+        directory = SweepDirectory(folder)
+        without_source = _without_source(trial)
+        arguments = train_arguments(directory, without_source, self._run_file, machine.processes)
+        self.moments = _Moments()
+        self._start(arguments)
+
+    def _start(self, arguments: Sequence[str]) -> None:
+        self._began = time.monotonic()
+        self.process = start_command(arguments, self.log, self._environment)
+
+    def kill(self) -> None:
+        """Kill the command and the processes that it has started, if it has not ended."""
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def translate(self) -> None:
+        """Translate a few samples with the weights of the trial."""
+        assert self._sweep.config.translation is not None
+        few = min(self._samples, TRANSLATED)
+        config = self._sweep.config.translation.model_copy(update={"samples": few})
+        sweep = self._sweep.model_copy(
+            update={"config": self._sweep.config.model_copy(update={"translation": config})}
+        )
+        scores = self._folder / "scores.json"
+        trial = _without_source(self.trial)
+        self.moments = _Moments()
+        self._start(translate_arguments(sweep, trial, self._run_file, scores))
+
+    def has_ended(self) -> bool:
+        """Return whether the command has ended; notes what it has reached since the last call."""
+        code, now, moments = self.process.poll(), time.monotonic() - self._began, self.moments
+        metrics = self._folder / "run" / METRICS_FILE
+        rows = list(rows_from_end(metrics)) if metrics.exists() else []
+        validations = [row["step"] for row in rows if "validation" in row]
+        reached = {
+            "first_validation": bool(validations),
+            "last_step": any("loss" in row and row["step"] == STEPS for row in rows),
+            "last_validation": STEPS in validations,
+            "end": code is not None,
+        }
+        for name, is_reached in reached.items():
+            if is_reached and not getattr(moments, name):
+                setattr(moments, name, now)
+        return code is not None
+
+    @property
+    def step_seconds(self) -> float:
+        rows = (self._folder / "run" / METRICS_FILE).read_text().splitlines()
+        found = [row["step_seconds"] for row in map(json.loads, rows) if "step_seconds" in row]
+        return fmean(found[SKIPPED:])
+
+    @property
+    def validation_seconds(self) -> float:
+        return max(0.0, self.moments.last_validation - self.moments.last_step)
+
+    @property
+    def start_seconds(self) -> float:
+        """Seconds before the first validation and after the last one."""
+        before = self.moments.first_validation - self.validation_seconds
+        return max(0.0, before) + self.moments.end - self.moments.last_validation
+
+    def translation_seconds(self, start: float) -> float:
+        """Seconds of all samples, if a command takes `start` seconds for the rest."""
+        few = min(self._samples, TRANSLATED)
+        return start + max(0.0, self.moments.end - start) * self._samples / few
+
+
+def trial_run(run: Mapping[str, Any], output: Path) -> dict[str, Any]:
+    """Return a run of a few steps with the same sizes, that starts from initial weights."""
+    phase = run["phases"][0]
+    kept = {key: phase[key] for key in ("model", "batch", "cut", "mixture") if key in phase}
+    rate = {"schedule": "constant", "peak": phase["learning_rate"]["peak"], "warmup_steps": 0}
+    content = deepcopy({key: value for key, value in run.items() if key != "monitor"})
+    content |= {"output": str(output)}
+    content["validation"] = {**content.get("validation", {}), "every_steps": 10 * STEPS}
+    content["phases"] = [
+        {"name": phase["name"], "steps": STEPS, **deepcopy(kept), "learning_rate": rate}
+    ]
+    return content
+
+
+def _without_source(trial: Trial) -> Trial:
+    return replace(trial, source=None, source_phase=None, takes_best=False, takes_average=False)
