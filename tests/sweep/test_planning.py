@@ -118,7 +118,7 @@ def test_validations_and_starts_are_counted() -> None:
     own = [part for part in work_of(sweep).parts if part.trial.peak == PEAKS[0]]
     (first, second, third) = [part for part in own if part.trial.mixture.rate == 0.1]
     assert [part.validations for part in (first, second, third)] == [1 + 5, 5, 10]
-    costs = Costs(step=2.0, validation=10.0, start=100.0, translation=1000.0)
+    costs = Costs(step=2.0, validation=10.0, start=100.0, measuring=1000.0)
     assert costs.seconds(first) == 100 + 15 * 2 + 6 * 10
     assert costs.seconds(third) == 100 + 30 * 2 + 10 * 10 + 1000
 
@@ -255,7 +255,7 @@ def test_a_trial_is_a_short_run_of_the_same_sizes(corpora: Path, tmp_path: Path)
     (found,) = costs.values()
     assert found.step > 0
     assert found.start > 0
-    assert found.translation == 0
+    assert found.measuring == 0
     assert not (tmp_path / "out").exists()
     run = trial_run(trials[0].run, tmp_path / "out")
     assert run["phases"][0]["steps"] == STEPS

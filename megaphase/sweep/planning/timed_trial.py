@@ -19,9 +19,10 @@ import yaml
 
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.local import Machine, start_command
+from megaphase.sweep.measurements import TRANSLATION, Measurement, measurements
 from megaphase.sweep.planning.work import Costs, shape_of
 from megaphase.sweep.sweep import Sweep
-from megaphase.sweep.trial_run import is_translated, last_line, train_arguments, translate_arguments
+from megaphase.sweep.trial_run import last_line, train_arguments
 from megaphase.sweep.trials import Trial
 from megaphase.utils.errors import RunError
 from megaphase.utils.metrics_rows import rows_from_end
@@ -55,13 +56,13 @@ def _timed(sweep: Sweep, trial: Trial, machine: Machine, folder: Path) -> Costs:
     steps = [copy.step_seconds for copy in copies]
     validations = [copy.validation_seconds for copy in copies]
     starts = [copy.start_seconds for copy in copies]
-    translations = [0.0]
-    if is_translated(sweep, trial) and trial.is_final:
+    measuring = 0.0
+    for measurement in measurements(sweep, trial):
         for copy in copies:
-            copy.translate()
-        _wait_for(copies, "translate")
-        translations = [copy.translation_seconds(fmean(starts)) for copy in copies]
-    return Costs(fmean(steps), fmean(validations), fmean(starts), fmean(translations))
+            copy.measure(measurement)
+        _wait_for(copies, measurement.name)
+        measuring += fmean(copy.measuring_seconds(measurement, fmean(starts)) for copy in copies)
+    return Costs(fmean(steps), fmean(validations), fmean(starts), measuring)
 
 
 def _wait_for(copies: Sequence[_Copy], what: str) -> None:
@@ -122,18 +123,16 @@ class _Copy:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def translate(self) -> None:
-        """Translate a few samples with the weights of the trial."""
-        assert self._sweep.config.translation is not None
-        few = min(self._samples, TRANSLATED)
-        config = self._sweep.config.translation.model_copy(update={"samples": few})
-        sweep = self._sweep.model_copy(
-            update={"config": self._sweep.config.model_copy(update={"translation": config})}
-        )
-        scores = self._folder / "scores.json"
-        trial = _without_source(self.trial)
+    def measure(self, measurement: Measurement) -> None:
+        """Measure the weights of the trial; a translation is of a few samples."""
+        sweep, trial = self._sweep, _without_source(self.trial)
+        if measurement is TRANSLATION and (translation := sweep.config.translation) is not None:
+            few = translation.model_copy(update={"samples": self._translated})
+            config = sweep.config.model_copy(update={"translation": few})
+            sweep = sweep.model_copy(update={"config": config})
+        result = self._folder / f"{measurement.name}.json"
         self.moments = _Moments()
-        self._start(translate_arguments(sweep, trial, self._run_file, scores))
+        self._start(measurement.arguments(sweep, trial, self._run_file, result))
 
     def has_ended(self) -> bool:
         """Return whether the command has ended; notes what it has reached since the last call."""
@@ -168,10 +167,16 @@ class _Copy:
         before = self.moments.first_validation - self.validation_seconds
         return max(0.0, before) + self.moments.end - self.moments.last_validation
 
-    def translation_seconds(self, start: float) -> float:
-        """Seconds of all samples, if a command takes `start` seconds for the rest."""
-        few = min(self._samples, TRANSLATED)
-        return start + max(0.0, self.moments.end - start) * self._samples / few
+    @property
+    def _translated(self) -> int:
+        return min(self._samples, TRANSLATED)
+
+    def measuring_seconds(self, measurement: Measurement, start: float) -> float:
+        """Seconds of the newest measurement with all samples, of which `start` do not depend on
+        their number."""
+        if measurement is not TRANSLATION:
+            return self.moments.end
+        return start + max(0.0, self.moments.end - start) * self._samples / self._translated
 
 
 def trial_run(run: Mapping[str, Any], output: Path) -> dict[str, Any]:

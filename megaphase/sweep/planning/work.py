@@ -58,18 +58,18 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a run. start: of every command, without steps and validations. translation: of a
-    run that spends the budget."""
+    """Seconds of a run. start: of every command, without steps and validations. measuring: after a
+    run that spends the budget, with what is then evaluated and translated."""
 
     step: float
     validation: float = 0.0
     start: float = 0.0
-    translation: float = 0.0
+    measuring: float = 0.0
 
     def seconds(self, part: Part) -> float:
         """Return the time of a part."""
         found = self.start + part.steps * self.step + part.validations * self.validation
-        return found + (self.translation if part.is_end and part.trial.is_final else 0.0)
+        return found + (self.measuring if part.is_end and part.trial.is_final else 0.0)
 
 
 @dataclass(frozen=True)
