@@ -189,16 +189,16 @@ def plan_sentences(plan: SweepPlan) -> Iterator[str]:
         yield (
             f"Assumed: {STEPS} timed steps of each model, batch and sequence length are like the "
             "others, with as many runs at a time; start-up, validation, evaluation and "
-            "translation as in the trial (its translations are by untrained weights, which end late); no run fails, "
-            "diverges or ends early; checkpoints are saved in the background."
+            "translation as in the trial (its translations are by untrained weights, which end "
+            "late); no run fails, diverges or ends early; checkpoints are saved in the background."
         )
     else:
         yield (
             "Assumed: the step time that megaphase plan computes, but at least "
             f"{1000 * LAYER_SECONDS:g} ms for each layer and micro-batch, in which kernels are "
             f"launched, and {START_SECONDS:.0f} s for a run to start and end, which are guesses; "
-            "concurrent runs do not slow each other; no evaluation nor translation; no run fails, diverges or "
-            "ends early. None of it has been measured."
+            "concurrent runs do not slow each other; no evaluation nor translation; no run fails, "
+            "diverges or ends early. None of it has been measured."
         )
 
 
