@@ -122,6 +122,7 @@ class LawRows(NamedTuple):
 
 OTHER_VALUES = "other values of the run file"
 OTHER_WEIGHTS = "weights of an earlier step, or averaged ones"
+FORGETTING = "a last phase that leaves out tasks, which are then forgotten"
 FAILED = "a run that failed or diverged"
 
 
@@ -129,7 +130,8 @@ def law_rows(record: SweepRecord) -> LawRows:
     """Return the rows of a sweep, complete or not.
 
     A law describes what phases, mixtures, learning rates and model sizes do. So it leaves out
-    settings with other values of the run file, and those whose weights are not of the last step.
+    settings with other values of the run file, those whose weights are not of the last step, and
+    those whose last phase leaves out tasks: no form describes how fast these are forgotten.
 
     Raises:
         InputError: the directory of a run is damaged.
@@ -181,6 +183,11 @@ def _unsuitable(record: SweepRecord, trial: Trial, outcome: Outcome) -> str | No
         return FAILED
     if trial.takes_best or trial.takes_average:
         return OTHER_WEIGHTS
+    rates = trial.phases[-1]["mixture"].get("rates")
+    if rates is not None and any(
+        not rates.get(task) for task in (*record.sweep.high, *record.sweep.low)
+    ):
+        return FORGETTING
     own = {"seed", "output", "phases", "model"}
     of_run = {key: value for key, value in trial.run.items() if key not in own}
     base = {key: value for key, value in record.sweep.base.items() if key not in own}

@@ -11,12 +11,13 @@ from sweep_support import HIGH, LOW, TOKENS, TWO_PHASE, write_sweep
 
 from megaphase.config.load import load_run_file
 from megaphase.sweep.directory import load_sweep_record
-from megaphase.sweep.law.rows import OTHER_VALUES, OTHER_WEIGHTS, law_rows
+from megaphase.sweep.law.rows import FORGETTING, OTHER_VALUES, OTHER_WEIGHTS, law_rows
 from megaphase.sweep.pareto.report import SweepReport
 
 ARMS = {
     "static": {"rates": [0.05, 0.1, 0.25, 0.5]},
     "two-phase": TWO_PHASE,
+    "low-only": {"pretrain": [0.8]},
     "dropout": {"kind": "regularized", "rates": [0.1], "settings": {"model.dropout": 0.1}},
     "early": {"kind": "regularized", "rates": [0.1], "early_stopping": 2},
 }
@@ -45,7 +46,7 @@ def run(*arguments, cwd):
 
 def test_rows_have_what_the_runs_did(sweep):
     found = law_rows(load_sweep_record(sweep))
-    assert found.left_out == {OTHER_VALUES: 2, OTHER_WEIGHTS: 2}  # two peaks each
+    assert found.left_out == {OTHER_VALUES: 2, OTHER_WEIGHTS: 2, FORGETTING: 2}  # two peaks each
     assert {row.setting.arm for row in found.rows} == {"static", "two-phase"}
     assert len(found.rows) == (4 + 3) * 2 * 2
     for row in found.rows:
