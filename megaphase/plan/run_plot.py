@@ -44,6 +44,7 @@ POINTS_PER_PHASE = 400
 WIDTH = 9.4
 LEFT_INCHES, BOTTOM_INCHES, GAP_INCHES = 0.85, 0.52, 0.34
 # Phases whose names are written above the picture; of more, every so many.
+MOST_COLOURED_TASKS = 8
 MOST_PHASE_NAMES = 12
 NAME_CHARACTER_INCHES = 0.085
 OTHERS_COLOUR = "#b9bec6"
@@ -238,7 +239,7 @@ def save_plot(figure: Figure, path: Path) -> None:
 def _colours(curves: RunCurves) -> dict[int, str]:
     """Return the tasks that have a colour of their own, and it: all if there are few, else those
     with most tokens and most epochs."""
-    count, most = len(curves.tasks), len(LINE_COLOURS)
+    count, most = len(curves.tasks), MOST_COLOURED_TASKS
     if count <= most:
         chosen = list(range(count))
     else:

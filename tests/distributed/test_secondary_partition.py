@@ -111,8 +111,11 @@ CASES = [
     Case(2, near=False, model=TIED),
 ]
 COUNTED = [case for case in CASES if not case.model]
-SLOW = [case for case in CASES if case.model]
-EACH = [pytest.param(it, marks=pytest.mark.slow) if it in SLOW else it for it in CASES]
+QUICK, SLOW = CASES[:1], CASES[1:]
+
+
+def marked(cases: list[Case]) -> list[Any]:
+    return [pytest.param(it, marks=pytest.mark.slow) if it in SLOW else it for it in cases]
 
 
 @dataclass(frozen=True)
@@ -275,7 +278,7 @@ def _copy_bytes(engine: Engine) -> int:
 
 @once
 def recorded(slow: bool) -> dict[Case, list[Found]]:
-    cases = SLOW if slow else COUNTED
+    cases = SLOW if slow else QUICK
     with TemporaryDirectory(prefix="megaphase-secondary-") as folder:
         by_rank = run_ranks(record, PROCESSES, cases, folder, timeout=600)
     return {case: [each[i] for each in by_rank] for i, case in enumerate(cases)}
@@ -286,7 +289,7 @@ def by_rank(case: Case) -> list[Found]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", EACH, ids=str)
+@pytest.mark.parametrize("case", marked(CASES), ids=str)
 def test_losses_norms_and_weights_are_those_without_it(case: Case) -> None:
     for found in by_rank(case):
         assert found.curve.figures == found.expected.figures
@@ -296,7 +299,7 @@ def test_losses_norms_and_weights_are_those_without_it(case: Case) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", EACH, ids=str)
+@pytest.mark.parametrize("case", marked(CASES), ids=str)
 def test_every_engine_has_its_own_groups_of_consecutive_ranks(case: Case) -> None:
     size = case.secondary
     assert size is not None
@@ -306,7 +309,7 @@ def test_every_engine_has_its_own_groups_of_consecutive_ranks(case: Case) -> Non
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", COUNTED, ids=str)
+@pytest.mark.parametrize("case", marked(COUNTED), ids=str)
 def test_a_weight_is_gathered_from_all_ranks_once_a_step(case: Case) -> None:
     sizes = _padded(case)
     kept_names = _kept(case)
@@ -339,7 +342,7 @@ def _kept(case: Case) -> set[str]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", EACH, ids=str)
+@pytest.mark.parametrize("case", marked(CASES), ids=str)
 def test_the_copy_is_there_from_the_first_forward_pass_to_the_end_of_a_step(case: Case) -> None:
     config = case.config()
     setup = setup_of(config, build_shape(config, VOCAB), PROCESSES, "cuda")
@@ -356,7 +359,7 @@ def test_the_copy_is_there_from_the_first_forward_pass_to_the_end_of_a_step(case
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", [case for case in COUNTED if case.near], ids=str)
+@pytest.mark.parametrize("case", marked([case for case in COUNTED if case.near]), ids=str)
 def test_the_plan_estimates_what_is_really_sent(case: Case) -> None:
     config = case.config()
     setup = setup_of(config, build_shape(config, VOCAB), PROCESSES, "cuda")

@@ -153,6 +153,7 @@ def recorded() -> list[Found]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
 def test_deepspeed_gathers_what_the_trace_says(number):

@@ -78,9 +78,9 @@ QUICK = [
     (3, "fp32", "all weights kept", "adamw"),
     (3, "bf16", "second partition", "adamw"),
     (1, "bf16", "none", "adafactor"),
-    *((3, "fp32", "none", name) for name in OTHERS),
+    (3, "fp32", "none", "lion"),
+    (3, "fp32", "none", "muon"),
     (0, "fp32", "none", "adamw"),
-    (1, "bf16", "none", "adamw"),
     (2, "fp32", "none", "adamw"),
     (3, "bf16", "none", "adamw"),
 ]

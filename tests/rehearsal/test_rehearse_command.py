@@ -35,6 +35,7 @@ def rehearse(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_rank_of_many_is_shown(tmp_path: Path) -> None:
     run = run_file(tmp_path, parallel={"tensor": 2, "zero": 3, "sequence": True})

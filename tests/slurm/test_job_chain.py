@@ -128,6 +128,7 @@ class StubJob:
         return [line.removeprefix(start) for line in log.splitlines() if line.startswith(start)]
 
 
+@pytest.mark.slow
 def test_a_job_that_does_not_come_further_gives_up(cluster: Cluster, tmp_path: Path) -> None:
     train = 'echo "attempt $SLURM_RESTART_COUNT of $RANK on $SLURMD_NODENAME"; exit 9'
     # The first one to end must not end the other before that one has reported.

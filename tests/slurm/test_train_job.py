@@ -19,6 +19,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpora(tmp_path_factory.mktemp("corpora"))
 
 
+@pytest.mark.slow
 def test_a_disturbed_run_ends_as_an_undisturbed_one(
     cluster: Cluster, corpora: Path, tmp_path: Path
 ) -> None:

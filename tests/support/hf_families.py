@@ -192,4 +192,8 @@ SLOW = {
     "Llama 3.2",
     "OLMo 2",
     "Mistral 0.1",
+    "Qwen 2",
+    "Gemma 2",
+    "OLMo 3",
+    "Apertus",
 }

@@ -1,8 +1,8 @@
 """ZeRO-3 with optimizer and parameters on an NVMe disk: saved, resumed, and reset.
 
 DeepSpeed reads and writes the disk with its own operator, which needs libaio and is compiled at its
-first use. That takes minutes, so tests with it are slow ones; the others replace it by a class that
-does the same with Python's files. Any disk will do here.
+first use; where it cannot be, a class that does the same with Python's files replaces it. Both are
+slow tests. Any disk will do here.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def examine_all(folder: str, operator: str) -> dict[tuple[str, str], Examined]:
 
 
 OPERATORS = [
-    "stand-in",
+    pytest.param("stand-in", marks=pytest.mark.slow),
     pytest.param(
         "DeepSpeed's",
         marks=[
