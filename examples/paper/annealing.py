@@ -9,20 +9,17 @@ follow "Planned comparisons" there.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from scipy.stats import t as student
-
 from megaphase.sweep.directory import SweepRecord, load_sweep_record
-from megaphase.sweep.pareto.statistics import holm
+from megaphase.sweep.pareto.statistics import estimate, holm
 from megaphase.utils.errors import InputError
 
 ARMS = ("static", "restart", "keep", "two-phase")
@@ -148,22 +145,6 @@ def confirmed_sections(chosen: Mapping[str, Sequence[Recipe]]) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A mean over seeds with half of its 95 % interval by Student's t, and p of no difference."""
-
-    mean: float
-    half: float
-    p: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Difference:
-        mean, error = fmean(values), stdev(values) / math.sqrt(len(values))
-        freedom = len(values) - 1
-        p = 2 * float(student.sf(abs(mean) / error, freedom)) if error else float(mean == 0)
-        return cls(mean, float(student.ppf(0.975, freedom)) * error, p)
-
-
 def differences(
     runs: Iterable[Run], one: Recipe, other: Recipe, of: Callable[[Run], float]
 ) -> dict[int, float]:
@@ -201,11 +182,11 @@ def table(
         return chosen[names[0]][number], chosen[names[1]][number]
 
     first = pair(PRIMARY, 0)
-    primary = Difference.of(list(differences(runs, *first, measures["S"]).values()))
+    primary = estimate(list(differences(runs, *first, measures["S"]).values()))
     of_sets = [fmean(differences(own, *first, measures["S"]).values()) for own in sets]
     in_bytes = differences(runs, *first, lambda run: groups.measure(run.test_bits_per_byte))
     lines = [
-        f"primary: {' - '.join(PRIMARY)}, S: {primary.mean:+.4f} ± {primary.half:.4f} "
+        f"primary: {' - '.join(PRIMARY)}, S: {primary.mean:+.4f} ± {primary.half_width:.4f} "
         f"(p = {primary.p:.3g})",
         f"by set of documents: {', '.join(f'{each:+.4f}' for each in of_sets)}",
         f"bits per byte: {fmean(in_bytes.values()):+.4f}",
@@ -218,7 +199,7 @@ def table(
             number,
             names,
             measure,
-            Difference.of(list(differences(runs, *pair(names, number), of).values())),
+            estimate(list(differences(runs, *pair(names, number), of).values())),
         )
         for number in (0, 1)
         for names in (PRIMARY, *SECONDARY)
@@ -228,7 +209,7 @@ def table(
     corrected = holm([found.p for *_, found in rows])
     for (number, names, measure, found), p in zip(rows, corrected, strict=True):
         ordinal, contrast = ("first", "second")[number], " - ".join(names)
-        value = f"{found.mean:+.4f} ± {found.half:.4f}"
+        value = f"{found.mean:+.4f} ± {found.half_width:.4f}"
         lines.append(f"| {ordinal} | {contrast} | {measure} | {value} | {found.p:.3g} | {p:.3g} |")
     return lines
 

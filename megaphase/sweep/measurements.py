@@ -99,10 +99,13 @@ def is_measured(
     file = measurement.result(directory, trial.name)
     if measurement is not EVALUATION or not file.exists():
         return file.exists()
-    # The sweep file may name other splits than when it was written.
-    found = read_json(file)
-    is_current = found["step"] == _trained(sweep, directory, trial).step
-    return is_current and all(split in found for split in _measured_splits(sweep))
+    return _is_complete(sweep, read_json(file), _trained(sweep, directory, trial).step)
+
+
+def _is_complete(sweep: Sweep, losses: Mapping[str, Any], step: int) -> bool:
+    """Return whether these are the losses of that step on all splits that the sweep file names,
+    which may be others than when they were written."""
+    return losses["step"] == step and all(split in losses for split in _measured_splits(sweep))
 
 
 def _trained(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outcome:
@@ -123,10 +126,12 @@ def read_outcome(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outco
         return outcome
     for measurement in measurements(sweep, trial):
         file = measurement.result(directory, trial.name)
-        if not is_measured(sweep, directory, trial, measurement):
+        found = read_json(file) if file.exists() else None
+        is_evaluation = measurement is EVALUATION
+        if found is None or (is_evaluation and not _is_complete(sweep, found, outcome.step)):
             raise RunError(f"{file}: has no results of step {outcome.step:,}")
-        read = _losses if measurement is EVALUATION else _scores
-        outcome = outcome.model_copy(update=read(read_json(file)))
+        read = _losses if is_evaluation else _scores
+        outcome = outcome.model_copy(update=read(found))
     return outcome
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from megaphase.sweep.planning.pruning import (
     with_pruned,
 )
 from megaphase.sweep.sweep import Sweep
-from megaphase.sweep.trials import Trial, known_trials
+from megaphase.sweep.trials import Trial
 from megaphase.utils.errors import InputError
 
 
@@ -107,14 +107,17 @@ def note_rungs(
 
 
 def release_checkpoints(
-    sweep: Sweep, directory: SweepDirectory, outcomes: Mapping[str, Outcome]
+    sweep: Sweep,
+    directory: SweepDirectory,
+    trials: Sequence[Trial],
+    outcomes: Mapping[str, Outcome],
 ) -> None:
     """Remove the checkpoints that the sweep file does not keep; a failed run needs its own to
     resume.
     """
     if sweep.config.keep_checkpoints == "all":
         return
-    for trial in known_trials(sweep, outcomes):
+    for trial in trials:
         if trial.is_final and trial.name in outcomes and outcomes[trial.name].failed is None:
             directory.remove_checkpoints(trial.name)
 
@@ -149,7 +152,7 @@ def collect_results(
     for trial in state.trials:
         if trial.name not in known and state.outcomes.get(trial.name, Outcome()).pruned:
             display.end(trial, state.outcomes[trial.name], state.outcomes)
-    release_checkpoints(sweep, directory, state.outcomes)
+    release_checkpoints(sweep, directory, state.trials, state.outcomes)
     # A run that stopped early, before the step of a comparison, may still have to be measured.
     legs = [
         leg

@@ -25,6 +25,7 @@ from megaphase.sweep.arms.setting import (
 from megaphase.sweep.arms.stages import PRETRAIN, Recipe, Stage
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.sweep import Sweep
+from megaphase.training.config import ValidationConfig
 from megaphase.utils.errors import InputError
 from megaphase.utils.names import MOST_BYTES_OF_RUN
 
@@ -66,6 +67,12 @@ class Trial:
         return _steps(self.phases) - self.steps
 
     @property
+    def validation_every(self) -> int:
+        """Steps from one validation to the next."""
+        section = self.run.get("validation", {})
+        return int(section.get("every_steps", ValidationConfig().every_steps))
+
+    @property
     def arm(self) -> str:
         """The name in the sweep file; "pretrain" for a first stage that several arms share."""
         return self.setting.arm
@@ -104,14 +111,13 @@ def known_trials(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Trial]:
     return _trials(sweep, lambda candidates: best_peak(sweep, candidates, outcomes))
 
 
-def ready_trials(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Trial]:
+def ready_trials(trials: Sequence[Trial], outcomes: Mapping[str, Outcome]) -> list[Trial]:
     """Return the known runs that have not ended and do not wait for another one."""
 
     def is_there(source: str | None) -> bool:
         return source is None or (source in outcomes and outcomes[source].can_be_branched)
 
-    known = known_trials(sweep, outcomes)
-    return [trial for trial in known if trial.name not in outcomes and is_there(trial.source)]
+    return [trial for trial in trials if trial.name not in outcomes and is_there(trial.source)]
 
 
 def stranded_trials(trials: Sequence[Trial], outcomes: Mapping[str, Outcome]) -> list[Trial]:

@@ -270,7 +270,7 @@ def test_a_setting_of_which_a_seed_cannot_start_has_no_point() -> None:
     ]
     sweep = sweep_of(Path("somewhere/sweep"), {"arm": {"phases": phases}}, seeds=[1, 2])
     outcomes: dict[str, Outcome] = {}
-    while ready := ready_trials(sweep, outcomes):
+    while ready := ready_trials(known_trials(sweep, outcomes), outcomes):
         for trial in ready:
             diverged = trial.source is None and trial.seed == 2 and trial.peak == 0.001
             losses = dict.fromkeys([*HIGH, *LOW], 3.0)
@@ -303,7 +303,8 @@ def test_runs_of_one_array_have_one_command_apart_from_the_run_file() -> None:
         if trial.source is None
     }
     directory, file = SweepDirectory(sweep.output), Path("x.yaml")
-    ready = [trial for trial in ready_trials(sweep, outcomes) if trial.source]
+    known = known_trials(sweep, outcomes)
+    ready = [trial for trial in ready_trials(known, outcomes) if trial.source]
     groups = _groups([Leg(trial, None) for trial in ready])
     assert len(groups) == 5
     for name, legs in groups.items():

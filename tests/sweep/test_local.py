@@ -124,7 +124,7 @@ def test_checkpoints_of_a_run_that_failed_stay(corpora: Path, tmp_path: Path) ->
         (directory.run(trial.name) / "checkpoints").mkdir(parents=True)
         outcomes[trial.name] = invented(trial, 1e-2)
     outcomes[STATIC] = Outcome(failed="diverged")
-    release_checkpoints(sweep, directory, outcomes)
+    release_checkpoints(sweep, directory, known_trials(sweep, outcomes), outcomes)
     assert with_checkpoints(directory) == {FIRST, STATIC}
     assert not list(directory.run(BRANCH).iterdir())
 

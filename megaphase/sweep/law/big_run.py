@@ -11,7 +11,7 @@ from megaphase.config.load import run_config
 from megaphase.config.run import RunConfig
 from megaphase.corpus.manifest import corpus_file
 from megaphase.plan.spec import check_corpora, plan_spec
-from megaphase.sweep.law.model_size import model_sizes
+from megaphase.sweep.law.model_size import parameters_without_vocabulary
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 from megaphase.utils.validation_errors import hint
@@ -47,7 +47,7 @@ class BigRun:
     @property
     def parameters(self) -> int:
         """Of the model, without embeddings and output projection."""
-        return model_sizes(self.model).without_vocabulary
+        return parameters_without_vocabulary(self.model)
 
 
 def read_big_run(

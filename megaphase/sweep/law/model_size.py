@@ -1,55 +1,36 @@
-"""The parameters of a model, from the section `model` of a run file."""
+"""The size of a model, from the section `model` of a run file."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from megaphase.config.run import RunConfig
 from megaphase.model.config import ModelConfig
-from megaphase.utils.files import hash_json
 
 ANY_VOCABULARY = 1024
 
 
-class ModelSizes(NamedTuple):
-    """Trainable parameters.
-
-    without_vocabulary: without embeddings and output projection, all that depends on the
-        vocabulary. all: None if the run file leaves the vocabulary to the tokenizer.
-    """
-
-    without_vocabulary: int
-    all: int | None
-
-
-def model_sizes(model: Mapping[str, Any]) -> ModelSizes:
-    """Return the sizes of a model.
+def parameters_without_vocabulary(model: Mapping[str, Any]) -> int:
+    """Return the trainable parameters without embeddings and output projection, which is all that
+    does not depend on the vocabulary.
 
     Raises:
         InputError: the section is invalid.
     """
-    key = hash_json(dict(model))
-    if key not in _known():
-        _known()[key] = _count(model)
-    return _known()[key]
+    return _count(json.dumps(dict(model), sort_keys=True))
 
 
 @cache
-def _known() -> dict[str, ModelSizes]:
-    return {}
-
-
-def _count(model: Mapping[str, Any]) -> ModelSizes:
+def _count(model: str) -> int:
     from megaphase.model.parameters import parameter_count
     from megaphase.model.presets import build_shape
 
     def count(vocabulary: int) -> int:
-        section = ModelConfig.model_validate({**model, "vocab": vocabulary})
+        section = ModelConfig.model_validate({**json.loads(model), "vocab": vocabulary})
         return parameter_count(build_shape(RunConfig.model_construct(model=section), 1))
 
-    vocabulary = model.get("vocab")
-    first, second = count(ANY_VOCABULARY), count(2 * ANY_VOCABULARY)
-    without = 2 * first - second  # the rest is in proportion to the vocabulary
-    return ModelSizes(without, None if vocabulary is None else count(vocabulary))
+    # What depends on the vocabulary is in proportion to it.
+    return 2 * count(ANY_VOCABULARY) - count(2 * ANY_VOCABULARY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from megaphase.report.load_run import load_run
 from megaphase.report.runs import RunRecord
 from megaphase.sweep.arms.setting import TriedSetting
 from megaphase.sweep.directory import SweepRecord
-from megaphase.sweep.law.model_size import model_sizes
+from megaphase.sweep.law.model_size import parameters_without_vocabulary
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.pareto.points import reason_of_failure
 from megaphase.sweep.trials import Trial
@@ -66,12 +67,7 @@ class LawRow:
     @property
     def parameters(self) -> int:
         """Parameters of the model without embeddings and output projection."""
-        return model_sizes(self.model).without_vocabulary
-
-    @property
-    def all_parameters(self) -> int | None:
-        """All parameters; None if the run file leaves the vocabulary to the tokenizer."""
-        return model_sizes(self.model).all
+        return parameters_without_vocabulary(self.model)
 
     @property
     def steps(self) -> int:
@@ -154,12 +150,11 @@ def law_rows(record: SweepRecord) -> LawRows:
                     runs[each.name] = load_run(record.directory.run(each.name))
             phases = _phases(trial, [runs[each.name] for each in chain])
             rows.append(_row(record, trial, phases))
-    counts: dict[str, int] = {}
-    for reason in left_out.values():
-        counts[reason] = counts.get(reason, 0) + 1
     within = record.sweep.config.within
     temperatures = within.high, within.low
-    return LawRows(rows, record.sweep.high, record.sweep.low, counts, temperatures)
+    return LawRows(
+        rows, record.sweep.high, record.sweep.low, Counter(left_out.values()), temperatures
+    )
 
 
 def _row(record: SweepRecord, trial: Trial, phases: Sequence[LawPhase]) -> LawRow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,7 +89,7 @@ def combined(folders: Sequence[Path], records: Sequence[SweepRecord]) -> LawRows
     """
     first, within = records[0].sweep, (1.0, 1.0)
     rows: list[LawRow] = []
-    left_out: dict[str, int] = {}
+    left_out: Counter[str] = Counter()
     for folder, record in zip(folders, records, strict=True):
         for group in ("high", "low"):
             if getattr(record.sweep, group) != getattr(first, group):
@@ -101,6 +102,5 @@ def combined(folders: Sequence[Path], records: Sequence[SweepRecord]) -> LawRows
         found = law_rows(record)
         rows += found.rows
         within = found.within
-        for reason, count in found.left_out.items():
-            left_out[reason] = left_out.get(reason, 0) + count
+        left_out.update(found.left_out)
     return LawRows(rows, first.high, first.low, left_out, within)

@@ -26,7 +26,6 @@ from megaphase.sweep.trials import (
     ready_trials,
     stranded_trials,
 )
-from megaphase.training.config import ValidationConfig
 from megaphase.utils.decimals import as_written
 from megaphase.utils.errors import InputError
 
@@ -101,9 +100,10 @@ def sweep_state(sweep: Sweep, outcomes: Mapping[str, Outcome], rungs: Rungs) -> 
     outcomes: of runs that have ended by themselves.
     """
     found = with_pruned(sweep, outcomes, rungs)
-    ready = ready_trials(sweep, found)
+    known = known_trials(sweep, found)
+    ready = ready_trials(known, found)
     if sweep.config.halving is None:
-        return SweepState(known_trials(sweep, found), found, [Leg(trial, None) for trial in ready])
+        return SweepState(known, found, [Leg(trial, None) for trial in ready])
     waiting = {
         trial.name: waiting_at
         for competition in competitions(sweep, found)
@@ -115,7 +115,7 @@ def sweep_state(sweep: Sweep, outcomes: Mapping[str, Outcome], rungs: Rungs) -> 
         for trial in ready
         if waiting.get(trial.name) not in rungs.get(trial.name, {})
     ]
-    return SweepState(known_trials(sweep, found), found, legs)
+    return SweepState(known, found, legs)
 
 
 def with_pruned(sweep: Sweep, outcomes: Mapping[str, Outcome], rungs: Rungs) -> dict[str, Outcome]:
@@ -186,8 +186,7 @@ def comparison_steps(sweep: Sweep, trial: Trial) -> list[int]:
     """
     halving = sweep.config.halving
     assert halving is not None
-    validation = trial.run.get("validation", {})
-    every = int(validation.get("every_steps", ValidationConfig().every_steps))
+    every = trial.validation_every
     found: list[int] = []
     for fraction in halving.at:
         step = trial.first_step + int(as_written(fraction) * trial.steps)

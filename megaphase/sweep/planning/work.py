@@ -13,7 +13,6 @@ from megaphase.sweep.arms.setting import TriedSetting
 from megaphase.sweep.planning.pruning import Competition, competitions, half
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trials import Trial, expected_trials
-from megaphase.training.config import ValidationConfig
 
 HOUR = 3600.0
 # Sections of a run file, and keys of a phase, on which the time of a step depends.
@@ -51,7 +50,7 @@ class Part(NamedTuple):
     @property
     def validations(self) -> int:
         """The validations in it: every so many steps, and at both ends of the run."""
-        every = validation_every(self.trial.run)
+        every = self.trial.validation_every
         count = self.last_step // every - self.first_step // every
         return count + self.is_start + (self.is_end and self.last_step % every != 0)
 
@@ -205,11 +204,6 @@ def _after_comparisons(
             before |= {at_stop[key] for key in there if key in at_stop}
         found.append(part._replace(before=frozenset(before)))
     return found
-
-
-def validation_every(run: Mapping[str, Any]) -> int:
-    """Return the steps from one validation to the next."""
-    return int(run.get("validation", {}).get("every_steps", ValidationConfig().every_steps))
 
 
 def shape_of(trial: Trial) -> str:
