@@ -18,7 +18,7 @@ from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.measurements import measurements, read_outcome
 from megaphase.sweep.outcome import Outcome
-from megaphase.sweep.planning.pruning import Leg, sweep_state
+from megaphase.sweep.planning.pruning import PendingRun, sweep_state
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trial_run import (
     collect_results,
@@ -100,7 +100,7 @@ def start_command(command: Sequence[str], log: Path, environment: Mapping[str, s
 class _RunningTrial:
     """A run in progress: its current command, and the following ones.
 
-    end_after: see Leg.
+    end_after: see PendingRun.
     """
 
     trial: Trial
@@ -183,14 +183,14 @@ class _Runner:
         """Start runs, at the start and whenever one has ended, which determines further ones."""
         if self._received:
             return
-        for leg in self._state.legs:
+        for pending in self._state.pending_runs:
             if len(self._jobs) == self._machine.jobs:
                 return
-            if leg.trial.name not in self._jobs:
-                self._begin(leg)
+            if pending.trial.name not in self._jobs:
+                self._begin(pending)
 
-    def _begin(self, leg: Leg) -> None:
-        trial, end_after = leg
+    def _begin(self, pending: PendingRun) -> None:
+        trial, end_after = pending
         run_file = self._directory.write_run_file(self._sweep, trial)
         taken = {job.slot for job in self._jobs.values()}
         slot = next(slot for slot in range(self._machine.jobs) if slot not in taken)

@@ -41,7 +41,7 @@ from megaphase.sweep.measurements import (
     measurements,
 )
 from megaphase.sweep.outcome import Outcome
-from megaphase.sweep.planning.pruning import Leg, SweepState, sweep_state
+from megaphase.sweep.planning.pruning import PendingRun, SweepState, sweep_state
 from megaphase.sweep.start import open_sweep, refuse_failures, say_warnings
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trial_run import (
@@ -67,7 +67,7 @@ _RANK = re.compile(r"\S+: megaphase: ")
 _CUT_OFF = re.compile(r"slurmstepd\S*: .*?\*\*\* (.* CANCELLED AT .*) \*\*\*")
 _LAST_LINES = 5
 
-Groups = Mapping[str, Sequence[Leg]]
+Groups = Mapping[str, Sequence[PendingRun]]
 """The runs that one array trains, with the same command except for the run file, by array name."""
 
 
@@ -100,10 +100,10 @@ def next_scripts(path: Path, program: Any) -> Iterator[tuple[str, Sequence[str],
     """
     found, directory = open_sweep(path)
     jobs = _cluster_jobs(found)
-    legs = sweep_state(found, directory.outcomes(), directory.rungs()).legs
+    pending_runs = sweep_state(found, directory.outcomes(), directory.rungs()).pending_runs
     folder = directory.slurm / _DRY_RUN
     remove_directory(folder)
-    pipeline = _write_round(found, directory, jobs, legs, folder, program)
+    pipeline = _write_round(found, directory, jobs, pending_runs, folder, program)
     for name, script in scripts(pipeline).items():
         yield name, pipeline.steps[name].after, script
 
@@ -138,17 +138,17 @@ class SlurmSweep:
 
     def run_round(self) -> Path | None:
         state = self._collect_results()
-        waiting = self._queued([leg.trial for leg in state.legs])
+        waiting = self._queued([pending.trial for pending in state.pending_runs])
         if waiting and self._next_is_queued():
             self._say_round_is_queued(waiting)
             return None
         # Only if nothing is in progress, since the next round knows best which other runs are
         # ready.
-        legs = [] if waiting else state.legs
-        if not waiting and not legs:
+        pending_runs = [] if waiting else state.pending_runs
+        if not waiting and not pending_runs:
             refuse_failures(self.sweep, self.directory, dict(state.outcomes))
             return self.directory.path
-        self._submit(legs, behind=waiting, ended=len(state.outcomes))
+        self._submit(pending_runs, behind=waiting, ended=len(state.outcomes))
         return None
 
     def _collect_results(self) -> SweepState:
@@ -221,22 +221,22 @@ class SlurmSweep:
             f"{self.next.job} after them starts the next round"
         )
 
-    def _submit(self, legs: Sequence[Leg], behind: set[str], ended: int) -> None:
+    def _submit(self, pending_runs: Sequence[PendingRun], behind: set[str], ended: int) -> None:
         number = 1 + max(_rounds(self.directory), default=0)
         folder = self.directory.slurm / f"round-{number:03}"
         try:
             pipeline = _write_round(
-                self.sweep, self.directory, self.jobs, legs, folder, self.program
+                self.sweep, self.directory, self.jobs, pending_runs, folder, self.program
             )
-            self._link_results(_groups(legs), folder)
+            self._link_results(_groups(pending_runs), folder)
             jobs = submit_pipeline(pipeline, sorted(behind))
         except BaseException:
             remove_directory(folder)
             raise
-        self._remember(pipeline, jobs, _groups(legs))
+        self._remember(pipeline, jobs, _groups(pending_runs))
         total = len(all_trials(self.sweep))
-        trained = f"round {number} trains {len(legs)}"
-        what = trained if legs else f"{len(behind)} jobs of others are in the queue"
+        trained = f"round {number} trains {len(pending_runs)}"
+        what = trained if pending_runs else f"{len(behind)} jobs of others are in the queue"
         self._say(f"{self.directory.path}: {total} runs, {ended} have ended; {what}")
         for name, job in jobs.items():
             self._say(f"Submitted: {name}, job {job}")
@@ -247,8 +247,8 @@ class SlurmSweep:
     def _link_results(self, groups: Groups, folder: Path) -> None:
         """Link the results of a run's measurements by task number, since a task of an array does
         not know its run's name."""
-        for name, legs in groups.items():
-            for task, (trial, end_after) in enumerate(legs):
+        for name, pending_runs in groups.items():
+            for task, (trial, end_after) in enumerate(pending_runs):
                 for each in measurements(self.sweep, trial) if end_after is None else ():
                     result = folder / name / _result_name(each, task)
                     _link(each.result(self.directory, trial.name), result)
@@ -256,10 +256,10 @@ class SlurmSweep:
     def _remember(self, pipeline: Pipeline, jobs: Mapping[str, str], groups: Groups) -> None:
         """Record which job starts the next round, and which ones measure."""
         remember_job(self.directory.path, *job_and_log(pipeline, NEXT, jobs[NEXT]))
-        for group, legs in groups.items():
-            for each in measurements(self.sweep, legs[0].trial):
+        for group, pending_runs in groups.items():
+            for each in measurements(self.sweep, pending_runs[0].trial):
                 name = f"{group}-{each.name}"
-                for task, (trial, _) in enumerate(legs if name in jobs else []):
+                for task, (trial, _) in enumerate(pending_runs if name in jobs else []):
                     job, log = job_and_log(pipeline, name, jobs[name], task)
                     remember_job(self.directory.run(trial.name), job, log, each.job_file)
 
@@ -273,11 +273,11 @@ def _rounds(directory: SweepDirectory) -> list[int]:
     return [int(match[1]) for path in folders if (match := _ROUND.fullmatch(path.name))]
 
 
-def _groups(legs: Sequence[Leg]) -> dict[str, list[Leg]]:
+def _groups(pending_runs: Sequence[PendingRun]) -> dict[str, list[PendingRun]]:
     """Group runs that are started and measured in the same way."""
-    groups: dict[str, list[Leg]] = {}
-    for leg in legs:
-        trial, end_after = leg
+    groups: dict[str, list[PendingRun]] = {}
+    for pending in pending_runs:
+        trial, end_after = pending
         name = trial.source or ("single-stage" if trial.is_final else "first-stage")
         if trial.source is not None and not trial.is_final:
             name += "-first-stage"
@@ -288,7 +288,7 @@ def _groups(legs: Sequence[Leg]) -> dict[str, list[Leg]]:
         phase = trial.phases[-1]["name"]
         if name in groups and groups[name][0].trial.phases[-1]["name"] != phase:
             name += f"-{phase}"
-        groups.setdefault(name, []).append(leg)
+        groups.setdefault(name, []).append(pending)
     return groups
 
 
@@ -296,12 +296,12 @@ def _write_round(
     sweep: Sweep,
     directory: SweepDirectory,
     jobs: ClusterJobs,
-    legs: Sequence[Leg],
+    pending_runs: Sequence[PendingRun],
     folder: Path,
     program: Any,
 ) -> Pipeline:
     """Write the pipeline that trains runs, and the files that it names, into its folder."""
-    groups = _groups(legs)
+    groups = _groups(pending_runs)
     for name, members in groups.items():
         make_directory(folder / name)
         for task, (trial, _) in enumerate(members):

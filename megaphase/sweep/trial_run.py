@@ -14,10 +14,10 @@ from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.measurements import is_measured, last_phase, measurements, read_outcome
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.planning.pruning import (
-    Leg,
     Losses,
+    PendingRun,
     SweepState,
-    competitions,
+    compared_settings,
     sweep_state,
     with_pruned,
 )
@@ -88,10 +88,10 @@ def note_rungs(
     """
     if sweep.config.halving is None:
         return
-    for competition in competitions(sweep, outcomes):
-        for trial in competition.trials:
+    for compared in compared_settings(sweep, outcomes):
+        for trial in compared.trials:
             known = rungs.get(trial.name, {})
-            missing = [step for step in competition.steps if step not in known]
+            missing = [step for step in compared.steps if step not in known]
             if not missing or not directory.metrics(trial.name).exists() or is_busy(trial):
                 continue
             found = {
@@ -154,13 +154,13 @@ def collect_results(
             display.end(trial, state.outcomes[trial.name], state.outcomes)
     release_checkpoints(sweep, directory, state.trials, state.outcomes)
     # A run that stopped early, before the step of a comparison, may still have to be measured.
-    legs = [
-        leg
-        if leg.end_after is None or not has_ended(directory, leg.trial)
-        else Leg(leg.trial, None)
-        for leg in state.legs
+    pending_runs = [
+        pending
+        if pending.end_after is None or not has_ended(directory, pending.trial)
+        else PendingRun(pending.trial, None)
+        for pending in state.pending_runs
     ]
-    return replace(state, legs=legs)
+    return replace(state, pending_runs=pending_runs)
 
 
 def last_line(log: Path) -> str:

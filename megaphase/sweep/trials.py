@@ -120,7 +120,7 @@ def ready_trials(trials: Sequence[Trial], outcomes: Mapping[str, Outcome]) -> li
     return [trial for trial in trials if trial.name not in outcomes and is_there(trial.source)]
 
 
-def stranded_trials(trials: Sequence[Trial], outcomes: Mapping[str, Outcome]) -> list[Trial]:
+def blocked_trials(trials: Sequence[Trial], outcomes: Mapping[str, Outcome]) -> list[Trial]:
     """Return the known runs that cannot start, since a run before them has failed or diverged."""
     found: dict[str, Trial] = {}
     for trial in trials:

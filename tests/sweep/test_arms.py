@@ -21,16 +21,16 @@ from megaphase.sweep.measurements import measurements
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.pareto.points import points_of
 from megaphase.sweep.pareto.verdict import progress_of
-from megaphase.sweep.planning.pruning import Leg
+from megaphase.sweep.planning.pruning import PendingRun
 from megaphase.sweep.slurm import _groups
 from megaphase.sweep.trial_run import train_arguments
 from megaphase.sweep.trials import (
     Trial,
     all_trials,
+    blocked_trials,
     known_trials,
     own_loss,
     ready_trials,
-    stranded_trials,
 )
 from megaphase.utils.errors import InputError
 from megaphase.utils.yaml_file import read_yaml
@@ -278,8 +278,8 @@ def test_a_setting_of_which_a_seed_cannot_start_has_no_point() -> None:
                 diverged="at step 3" if diverged else None, losses=losses
             )
     trials = known_trials(sweep, outcomes)
-    stranded = stranded_trials(trials, outcomes)
-    assert [(trial.seed, trial.peak) for trial in stranded] == [(2, 0.001)] * 3
+    blocked = blocked_trials(trials, outcomes)
+    assert [(trial.seed, trial.peak) for trial in blocked] == [(2, 0.001)] * 3
     record = SweepRecord(SweepDirectory(sweep.output), sweep, trials, outcomes)
     assert {point.setting.peak for point in points_of(record)} == {0.004}
     assert not progress_of(record).waiting
@@ -305,9 +305,9 @@ def test_runs_of_one_array_have_one_command_apart_from_the_run_file() -> None:
     directory, file = SweepDirectory(sweep.output), Path("x.yaml")
     known = known_trials(sweep, outcomes)
     ready = [trial for trial in ready_trials(known, outcomes) if trial.source]
-    groups = _groups([Leg(trial, None) for trial in ready])
+    groups = _groups([PendingRun(trial, None) for trial in ready])
     assert len(groups) == 5
-    for name, legs in groups.items():
+    for name, pending_runs in groups.items():
         assert name.startswith(first.name)
         commands = {
             (
@@ -318,7 +318,7 @@ def test_runs_of_one_array_have_one_command_apart_from_the_run_file() -> None:
                     for argument in each.arguments(sweep, trial, file, file)
                 ),
             )
-            for trial, _ in legs
+            for trial, _ in pending_runs
         }
         assert len(commands) == 1
 

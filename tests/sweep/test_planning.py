@@ -36,7 +36,7 @@ def by_place(sweep: Sweep) -> dict[str, int]:
     steps: dict[str, int] = {}
     while True:
         state = sweep_state(sweep, outcomes, rungs)
-        for trial, end_after in state.legs:
+        for trial, end_after in state.pending_runs:
             losses = dict.fromkeys([*sweep.high, *sweep.low], float(order[trial.setting]))
             last = end_after or trial.first_step + trial.steps
             steps[trial.name] = last - trial.first_step
@@ -44,7 +44,7 @@ def by_place(sweep: Sweep) -> dict[str, int]:
                 outcomes[trial.name] = Outcome(step=last, losses=losses)
             else:
                 rungs.setdefault(trial.name, {})[end_after] = losses
-        if not state.legs:
+        if not state.pending_runs:
             return steps
 
 

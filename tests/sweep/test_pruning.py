@@ -57,14 +57,16 @@ class Lottery:
 
 
 def run_all(sweep: Sweep, lottery: Lottery, chance: Any) -> dict[str, Outcome]:
-    """Train the legs of a sweep in a random order, each as a runner would; return all outcomes."""
+    """Train the pending runs of a sweep in random order, as a runner would; return all outcomes."""
     outcomes: dict[str, Outcome] = {}
     rungs: dict[str, dict[int, dict[str, float]]] = {}
     while True:
         state = sweep_state(sweep, outcomes, rungs)
-        if not state.legs:
+        if not state.pending_runs:
             return dict(state.outcomes)
-        for trial, end_after in chance.sample(state.legs, chance.randint(1, len(state.legs))):
+        for trial, end_after in chance.sample(
+            state.pending_runs, chance.randint(1, len(state.pending_runs))
+        ):
             fate, last = lottery.fate(trial), trial.first_step + trial.steps
             if fate == "fails":
                 outcomes[trial.name] = Outcome(failed="the disk is full")
@@ -168,8 +170,10 @@ def test_a_comparison_needs_a_validation_before_it() -> None:
 
 def test_without_prune_all_runs_are_trained_at_once() -> None:
     state = sweep_state(pruned_sweep(None), {}, {})
-    assert {leg.end_after for leg in state.legs} == {None}
-    assert {leg.end_after for leg in sweep_state(pruned_sweep("halving"), {}, {}).legs} != {None}
+    assert {pending.end_after for pending in state.pending_runs} == {None}
+    assert {
+        pending.end_after for pending in sweep_state(pruned_sweep("halving"), {}, {}).pending_runs
+    } != {None}
 
 
 def test_a_failed_run_that_is_retried_is_compared_again() -> None:
@@ -184,8 +188,13 @@ def test_a_failed_run_that_is_retried_is_compared_again() -> None:
     failed = {names[PEAKS[2]]: Outcome(failed="the disk is full")}
     state = sweep_state(sweep, failed, rungs)
     assert not state.outcomes.get(names[PEAKS[0]])
-    assert [leg.trial.name for leg in state.legs] == [names[PEAKS[0]], names[PEAKS[1]]]
+    assert [pending.trial.name for pending in state.pending_runs] == [
+        names[PEAKS[0]],
+        names[PEAKS[1]],
+    ]
     waiting = sweep_state(sweep, {}, rungs)
-    assert [(leg.trial.peak, leg.end_after) for leg in waiting.legs] == [(PEAKS[2], 15)]
+    assert [(pending.trial.peak, pending.end_after) for pending in waiting.pending_runs] == [
+        (PEAKS[2], 15)
+    ]
     rungs[names[PEAKS[2]]] = {15: flat[PEAKS[2]]}
     assert sweep_state(sweep, {}, rungs).outcomes[names[PEAKS[0]]].pruned == "after step 15 of 60"

@@ -18,7 +18,7 @@ from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.pareto.measures import Pair, nondominated
 from megaphase.sweep.pareto.statistics import Estimate, estimate
 from megaphase.sweep.sweep import Sweep
-from megaphase.sweep.trials import Trial, stranded_trials
+from megaphase.sweep.trials import Trial, blocked_trials
 
 Split = Literal["test", "validation"]
 
@@ -95,15 +95,14 @@ def points_of(record: SweepRecord) -> list[Point]:
     pruned. Seeds that have not ended yet are missing in the mean.
     """
     split = reported_split(record)
-    stranded = {trial.setting for trial in stranded_trials(record.trials, record.outcomes)}
+    blocked = {trial.setting for trial in blocked_trials(record.trials, record.outcomes)}
     runs: dict[TriedSetting, list[tuple[Trial, Outcome]]] = {}
     for trial, outcome in _ended_runs(record):
         runs.setdefault(trial.setting, []).append((trial, outcome))
     return [
         _point(record.sweep, setting, each, split)
         for setting, each in runs.items()
-        if setting not in stranded
-        and all(reason_of_failure(outcome) is None for _, outcome in each)
+        if setting not in blocked and all(reason_of_failure(outcome) is None for _, outcome in each)
     ]
 
 

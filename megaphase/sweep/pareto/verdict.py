@@ -15,7 +15,7 @@ from megaphase.sweep.file import PrimaryContrast
 from megaphase.sweep.pareto.contrasts import Contrast, Result, baselines, primary_contrasts
 from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts
 from megaphase.sweep.pareto.statistics import Estimate
-from megaphase.sweep.trials import count_trials, stranded_trials
+from megaphase.sweep.trials import blocked_trials, count_trials
 
 LOSSES = {"mean": "mean", "high": "high-resource", "low": "low-resource"}
 
@@ -68,8 +68,8 @@ class Verdict:
 
 def progress_of(record: SweepRecord) -> SweepProgress:
     """Return the number of ended runs and the total."""
-    stranded = {trial.name for trial in stranded_trials(record.trials, record.outcomes)}
-    waiting = any(trial.name not in {*record.outcomes, *stranded} for trial in record.trials)
+    blocked = {trial.name for trial in blocked_trials(record.trials, record.outcomes)}
+    waiting = any(trial.name not in {*record.outcomes, *blocked} for trial in record.trials)
     return SweepProgress(len(record.outcomes), count_trials(record.sweep), waiting)
 
 

@@ -20,11 +20,11 @@ from megaphase.sweep.planning.ranking import by_fronts, by_loss
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trials import (
     Trial,
+    blocked_trials,
     expected_trials,
     known_trials,
     own_loss,
     ready_trials,
-    stranded_trials,
 )
 from megaphase.utils.decimals import as_written
 from megaphase.utils.errors import InputError
@@ -34,7 +34,7 @@ Rungs = Mapping[str, Mapping[int, Losses]]
 """Validation losses by run, step and task: of the steps at which settings are compared."""
 
 
-class Leg(NamedTuple):
+class PendingRun(NamedTuple):
     """What a run is to train next: up to a step at which it is compared, or None, its end."""
 
     trial: Trial
@@ -42,7 +42,7 @@ class Leg(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Competition:
+class ComparedSettings:
     """The settings that are compared with each other.
 
     settings: each with its runs, one a seed. steps: at which they are compared, counted over the
@@ -60,21 +60,14 @@ class Competition:
         for trials in self.settings.values():
             yield from trials
 
-    def survivors(self) -> list[tuple[int, int]]:
-        """Return each step of a comparison with the number of settings that train on after it."""
-        found, left = [], len(self.settings)
-        for step in self.steps:
-            if left < 2:
-                break
-            left = half(left)
-            found.append((step, left))
-        return found
-
 
 @dataclass(frozen=True)
 class Halved:
-    """A competition so far. stopped: settings, with the step after which they were; waiting_at: the
-    step of the next comparison; None if there is none."""
+    """What has been decided about compared settings.
+
+    stopped: settings, with the step after which they were stopped. waiting_at: the step of the next
+    comparison; None if there is none.
+    """
 
     stopped: Mapping[TriedSetting, int]
     waiting_at: int | None
@@ -82,11 +75,14 @@ class Halved:
 
 @dataclass(frozen=True)
 class SweepState:
-    """What is known of a sweep. outcomes: of runs that have ended or were pruned; legs: ready."""
+    """What is known of a sweep.
+
+    outcomes: of runs that have ended or were pruned. pending_runs: those that are ready to train.
+    """
 
     trials: Sequence[Trial]
     outcomes: Mapping[str, Outcome]
-    legs: Sequence[Leg]
+    pending_runs: Sequence[PendingRun]
 
 
 def half(settings: int) -> int:
@@ -103,19 +99,19 @@ def sweep_state(sweep: Sweep, outcomes: Mapping[str, Outcome], rungs: Rungs) -> 
     known = known_trials(sweep, found)
     ready = ready_trials(known, found)
     if sweep.config.halving is None:
-        return SweepState(known, found, [Leg(trial, None) for trial in ready])
+        return SweepState(known, found, [PendingRun(trial, None) for trial in ready])
     waiting = {
         trial.name: waiting_at
-        for competition in competitions(sweep, found)
-        if (waiting_at := _halve(sweep, competition, found, rungs).waiting_at) is not None
-        for trial in competition.trials
+        for compared in compared_settings(sweep, found)
+        if (waiting_at := _halve(sweep, compared, found, rungs).waiting_at) is not None
+        for trial in compared.trials
     }
-    legs = [
-        Leg(trial, waiting.get(trial.name))
+    pending_runs = [
+        PendingRun(trial, waiting.get(trial.name))
         for trial in ready
         if waiting.get(trial.name) not in rungs.get(trial.name, {})
     ]
-    return SweepState(known, found, legs)
+    return SweepState(known, found, pending_runs)
 
 
 def with_pruned(sweep: Sweep, outcomes: Mapping[str, Outcome], rungs: Rungs) -> dict[str, Outcome]:
@@ -133,10 +129,10 @@ def with_pruned(sweep: Sweep, outcomes: Mapping[str, Outcome], rungs: Rungs) -> 
 def _pruned(
     sweep: Sweep, outcomes: Mapping[str, Outcome], rungs: Rungs
 ) -> Iterator[tuple[str, Outcome]]:
-    for competition in competitions(sweep, outcomes):
-        stopped = _halve(sweep, competition, outcomes, rungs).stopped
+    for compared in compared_settings(sweep, outcomes):
+        stopped = _halve(sweep, compared, outcomes, rungs).stopped
         for setting, step in stopped.items():
-            for trial in competition.settings[setting]:
+            for trial in compared.settings[setting]:
                 if trial.name not in outcomes:
                     losses = dict(rungs.get(trial.name, {}).get(step, {}))
                     end = trial.first_step + trial.steps
@@ -144,7 +140,7 @@ def _pruned(
                     yield trial.name, Outcome(pruned=words, step=step, losses=losses)
 
 
-def competitions(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Competition]:
+def compared_settings(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[ComparedSettings]:
     """Return the settings that are compared with each other, also of runs that are not known yet.
 
     Final runs compete within arm, model, and steps of their last phase; first stages with those
@@ -165,16 +161,16 @@ def competitions(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Competit
         if trial.is_final:
             key = trial.arm, trial.model, trial.first_step, trial.steps
             groups.setdefault(key, []).append(trial)
-    stuck = {trial.name for trial in stranded_trials(expected, outcomes)}
-    return [_competition(sweep, trials, stuck) for trials in groups.values()]
+    blocked = {trial.name for trial in blocked_trials(expected, outcomes)}
+    return [_compared(sweep, trials, blocked) for trials in groups.values()]
 
 
-def _competition(sweep: Sweep, trials: Sequence[Trial], stuck: Set[str]) -> Competition:
+def _compared(sweep: Sweep, trials: Sequence[Trial], blocked: Set[str]) -> ComparedSettings:
     settings: dict[TriedSetting, list[Trial]] = {}
     for trial in trials:
         settings.setdefault(trial.setting, []).append(trial)
     steps = comparison_steps(sweep, trials[0]) if len(settings) > 1 else []
-    return Competition(settings, steps, trials[0].is_final, stuck)
+    return ComparedSettings(settings, steps, trials[0].is_final, blocked)
 
 
 def comparison_steps(sweep: Sweep, trial: Trial) -> list[int]:
@@ -204,23 +200,23 @@ def comparison_steps(sweep: Sweep, trial: Trial) -> list[int]:
 
 
 def _halve(
-    sweep: Sweep, competition: Competition, outcomes: Mapping[str, Outcome], rungs: Rungs
+    sweep: Sweep, compared: ComparedSettings, outcomes: Mapping[str, Outcome], rungs: Rungs
 ) -> Halved:
     halving = sweep.config.halving
     assert halving is not None
     stopped: dict[TriedSetting, int] = {}
-    left = list(competition.settings)
-    for step in competition.steps:
+    left = list(compared.settings)
+    for step in compared.steps:
         if len(left) < 2:
             break
-        losses = [_losses_at(competition, setting, step, outcomes, rungs) for setting in left]
+        losses = [_losses_at(compared, setting, step, outcomes, rungs) for setting in left]
         if any(each is None for each in losses):
             return Halved(stopped, step)
         measured = [each for each in losses if each is not None]
-        trials = [competition.settings[setting] for setting in left]
+        trials = [compared.settings[setting] for setting in left]
         order = (
             _final_order(sweep, halving.by, measured)
-            if competition.is_final
+            if compared.is_final
             else by_loss(_own_losses(sweep, trials, measured))
         )
         kept = set(order[: half(len(left))])
@@ -230,7 +226,7 @@ def _halve(
 
 
 def _losses_at(
-    competition: Competition,
+    compared: ComparedSettings,
     setting: TriedSetting,
     step: int,
     outcomes: Mapping[str, Outcome],
@@ -238,13 +234,13 @@ def _losses_at(
 ) -> list[Outcome] | None:
     """Return what a setting's runs have measured at a step; None if one is not there yet."""
     found: list[Outcome] = []
-    for trial in competition.settings[setting]:
+    for trial in compared.settings[setting]:
         losses, outcome = rungs.get(trial.name, {}).get(step), outcomes.get(trial.name)
         if losses is not None:
             found.append(Outcome(step=step, losses=dict(losses)))
         elif outcome is not None:  # it ended before this step
             found.append(outcome)
-        elif trial.name in competition.blocked:
+        elif trial.name in compared.blocked:
             found.append(Outcome(failed="the run from which it starts has no end"))
         else:
             return None

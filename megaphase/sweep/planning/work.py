@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from megaphase.config.run import RunConfig
 from megaphase.sweep.arms.setting import TriedSetting
-from megaphase.sweep.planning.pruning import Competition, competitions, half
+from megaphase.sweep.planning.pruning import ComparedSettings, compared_settings, half
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trials import Trial, expected_trials
 
@@ -158,11 +158,11 @@ def _stops(sweep: Sweep, names: Collection[str]) -> dict[str, list[int]]:
     if sweep.config.halving is None:
         return {}
     stops: dict[str, list[int]] = {}
-    for competition in competitions(sweep, {}):
-        settings = _kept_settings(competition, names)
+    for compared in compared_settings(sweep, {}):
+        settings = _kept_settings(compared, names)
         left = len(settings)
         lasts: dict[TriedSetting, list[int]] = {setting: [] for setting in settings}
-        for step in competition.steps:
+        for step in compared.steps:
             if left < 2:
                 break
             for setting in list(settings)[:left]:
@@ -176,11 +176,11 @@ def _stops(sweep: Sweep, names: Collection[str]) -> dict[str, list[int]]:
 
 
 def _kept_settings(
-    competition: Competition, names: Collection[str]
+    compared: ComparedSettings, names: Collection[str]
 ) -> dict[TriedSetting, list[Trial]]:
     kept = {
         setting: [trial for trial in trials if trial.name in names]
-        for setting, trials in competition.settings.items()
+        for setting, trials in compared.settings.items()
     }
     return {setting: trials for setting, trials in kept.items() if trials}
 
@@ -193,9 +193,9 @@ def _after_comparisons(
 ) -> list[Part]:
     """Return the parts, of which each after a comparison waits for all that are compared."""
     rivals: dict[str, list[str]] = {}
-    for competition in competitions(sweep, {}):
-        compared = [trial.name for trial in competition.trials if trial.name in names]
-        rivals |= dict.fromkeys(compared, compared)
+    for compared in compared_settings(sweep, {}):
+        group = [trial.name for trial in compared.trials if trial.name in names]
+        rivals |= dict.fromkeys(group, group)
     found = []
     for part in parts:
         before = set(part.before)
