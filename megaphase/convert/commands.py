@@ -18,7 +18,7 @@ convert_app = typer.Typer(
 
 @convert_app.callback()
 def _convert() -> None:
-    from megaphase.convert.heap import prepare_for_large_tensors
+    from megaphase.utils.heap import prepare_for_large_tensors
 
     prepare_for_large_tensors()
 

@@ -47,6 +47,7 @@ from megaphase.training.loss_spike_filter import LossSpikeFilter
 from megaphase.training.parameter_persistence import keep_gathered
 from megaphase.training.secondary_partition import forget_secondary_group
 from megaphase.training.step_result import StepResult, TaskLosses
+from megaphase.utils.heap import keep_freed_memory
 
 
 def import_deepspeed() -> Any:  # its classes are not typed
@@ -85,6 +86,8 @@ class Engine:
 
     def __init__(self, config: RunConfig, shape: GPTShape, grid: ProcessGrid, tasks: int) -> None:
         choose_algorithms(config)
+        if not torch.cuda.is_available():
+            keep_freed_memory()
         deepspeed = import_deepspeed()
         deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self.backends = backends = choose_backends(config)

@@ -125,7 +125,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from megaphase.convert.extend_vocab import NewTokens, write_extended
-from megaphase.convert.heap import prepare_for_large_tensors
+from megaphase.utils.heap import prepare_for_large_tensors
 from megaphase.convert.source import open_source
 from megaphase.tokenizer import Tokenizer
 
