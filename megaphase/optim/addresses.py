@@ -17,6 +17,7 @@ from megaphase.checkpoint.parameters import Piece
 from megaphase.distributed.parameter_spec import ParameterSpec
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.distributed.sharding import ParameterLayout
+from megaphase.optim.untraced import UntracedOptimizer
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _between(start: int, stop: int, size: int) -> Piece:
     return Piece(min(max(start, 0), size), min(max(stop, 0), size))
 
 
-class AddressedOptimizer(torch.optim.Optimizer):
+class AddressedOptimizer(UntracedOptimizer):
     """An optimizer that needs to know whose elements its tensors hold; until then its steps do
     nothing."""
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from megaphase.optim.untraced import UntracedOptimizer
 
-class Lion(torch.optim.Optimizer):
+
+class Lion(UntracedOptimizer):
     """Elementwise, so it does not matter how parameters are cut into the tensors that it gets.
 
     Overwrites the gradients.

@@ -12,6 +12,7 @@ from megaphase.distributed.parameter_spec import ParameterSpec
 from megaphase.optim.addresses import AddressedOptimizer, MasterGroup
 from megaphase.optim.config import MuonConfig
 from megaphase.optim.newton_schulz import flops, orthogonalized
+from megaphase.optim.untraced import AdamW
 from megaphase.optim.whole_matrices import WholeMatrices
 
 # Of AdamW's updates, as far as they were measured (Liu et al. 2025, arXiv 2502.16982).
@@ -33,7 +34,7 @@ class Muon(AddressedOptimizer):
         orthogonalized.
         """
         settings, adamw = config, config.adamw
-        self._adamw = torch.optim.AdamW(
+        self._adamw = AdamW(
             [torch.zeros(1)], betas=adamw.betas, eps=adamw.eps, fused=True
         )
         defaults = {**self._adamw.defaults, "lr": lr, "weight_decay": 0.0}

@@ -19,6 +19,7 @@ from megaphase.optim.config import (
 from megaphase.optim.lion import Lion
 from megaphase.optim.muon import Muon
 from megaphase.optim.parameter_state import groups_of
+from megaphase.optim.untraced import AdamW
 
 # DeepSpeed takes a step on zero gradients at the start, which must do nothing.
 _AT_FIRST = 0.0
@@ -50,7 +51,7 @@ def skips_by_itself(config: OptimizerConfig, name: str) -> bool:
 
 def _adamw(groups: list[dict[str, Any]], config: AdamWConfig, name: str) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019), fused."""
-    build: Any = _apex_adamw if name == "apex" else torch.optim.AdamW
+    build: Any = _apex_adamw if name == "apex" else AdamW
     optimizer: torch.optim.Optimizer = build(
         groups,
         lr=_AT_FIRST,
