@@ -34,9 +34,7 @@ class Muon(AddressedOptimizer):
         orthogonalized.
         """
         settings, adamw = config, config.adamw
-        self._adamw = AdamW(
-            [torch.zeros(1)], betas=adamw.betas, eps=adamw.eps, fused=True
-        )
+        self._adamw = AdamW([torch.zeros(1)], betas=adamw.betas, eps=adamw.eps, fused=True)
         defaults = {**self._adamw.defaults, "lr": lr, "weight_decay": 0.0}
         super().__init__(groups, defaults)
         self._settings, self._dtype = settings, dtype
