@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import Discriminator, Tag, field_validator, model_validator
@@ -35,11 +35,12 @@ from megaphase.plan.rate_curves import (
     progress,
     temperature_rates,
 )
+from megaphase.plan.rate_sums import check_sums, constant_rates, ends
 from megaphase.utils.decimals import as_written
 from megaphase.utils.errors import InputError
 from megaphase.utils.validation_errors import MAPPING, NUMBER
 
-RATE_SUM_TOLERANCE = 1e-6
+METHODS = ("rates", "temperature", "proportional", "unimax")
 
 RateOrCurve = Annotated[
     Annotated[FractionOf1, Tag(NUMBER)] | Annotated[RateCurve, Tag(MAPPING)],
@@ -67,7 +68,9 @@ class MixtureConfig(Section):
     rates: dict[str, RateOrCurve] | None = None
     """Sampling rates by task, which sum to 1, both at the phase's start and at its end. A sum that
     differs from 1 by at most 1e-6 is taken for rounding, and the rates are divided by it; so are
-    those at any point in between, if curves of several shapes sum to something else there."""
+    those at any point in between, if curves of several shapes sum to something else there. Any
+    other sum is refused with the rates in the same proportions, ready to be pasted: weights such as
+    `{en: 3, hi: 1}` are never divided silently."""
     temperature: TemperatureOrCurve | None = None
     """Rates in proportion to tokens^(1/T), with the tokens of one epoch of each task."""
     proportional: Literal[True] | None = None
@@ -79,21 +82,21 @@ class MixtureConfig(Section):
     max_epochs: Epochs | None = None
     """Most epochs of a task over the whole run; samples above this cap go to the other tasks."""
 
+    @field_validator("rates", mode="before")
+    @classmethod
+    def _weights_are_no_rates(cls, rates: Any) -> Any:
+        """Answer weights such as `{en: 3, hi: 1}` with the rates that they mean."""
+        if (constant := constant_rates(rates)) is not None:
+            check_sums(constant)
+        return rates
+
     @field_validator("rates")
     @classmethod
     def _rates_sum_to_one(
         cls, rates: dict[str, float | RateCurve] | None
     ) -> dict[str, float | RateCurve] | None:
-        if rates is None:
-            return rates
-        start, end = (math.fsum(each) for each in _ends(rates.values()))
-        if max(abs(start - 1), abs(end - 1)) > RATE_SUM_TOLERANCE:
-            if not any(isinstance(rate, RateCurve) for rate in rates.values()):
-                raise ValueError(f"the rates sum to {start:.9g}; make them sum to 1")
-            raise ValueError(
-                f"the rates sum to {start:.9g} at the phase's start and to {end:.9g} at its end; "
-                "make both sums 1"
-            )
+        if rates is not None:
+            check_sums(rates)
         return rates
 
     @property
@@ -103,24 +106,28 @@ class MixtureConfig(Section):
             isinstance(rate, RateCurve) for rate in (self.rates or {}).values()
         )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _exclude_each_other(cls, data: Any) -> Any:
+        """Before the keys are checked one by one: beside `temperature`, what is wrong with `rates`
+        is not their sum."""
+        given = [name for name in METHODS if isinstance(data, dict) and data.get(name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} exclude each other; give exactly one of "
+                f"{', '.join(METHODS)}"
+            )
+        return data
+
     @model_validator(mode="after")
     def _one_method(self) -> Self:
-        methods = ("rates", "temperature", "proportional", "unimax")
-        given = [name for name in methods if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none of them"
-            raise ValueError(f"give exactly one of {', '.join(methods)}; found {found}")
+        if all(getattr(self, name) is None for name in METHODS):
+            raise ValueError(f"give exactly one of {', '.join(METHODS)}; found none of them")
         if self.rates is not None and self.over is not None:
             raise ValueError("over goes with temperature, proportional and unimax, not with rates")
         if self.unimax and self.max_epochs is None:
             raise ValueError("unimax needs max_epochs")
         return self
-
-
-def _ends(rates: Iterable[float | RateCurve]) -> tuple[list[float], list[float]]:
-    """Return the rates at the phase's start, and those at its end."""
-    pairs = [(r.from_, r.to) if isinstance(r, RateCurve) else (r, r) for r in rates]
-    return [start for start, _ in pairs], [end for _, end in pairs]
 
 
 @dataclass(frozen=True)
@@ -180,7 +187,7 @@ def _exact_means(rates: Mapping[str, float | RateCurve]) -> Rates | None:
     """Return the means of the rates, if they sum to exactly 1 everywhere: of both shapes, the mean
     is that of start and end."""
     curves = [rate for rate in rates.values() if isinstance(rate, RateCurve)]
-    start, end = (list(map(as_written, each)) for each in _ends(rates.values()))
+    start, end = (list(map(as_written, each)) for each in ends(rates.values()))
     if len({curve.shape for curve in curves}) > 1 or not sum(start) == sum(end) == 1:
         return None
     return {task: (a + b) / 2 for task, a, b in zip(rates, start, end, strict=True)}
@@ -195,7 +202,7 @@ def requested_at(mixture: MixtureConfig, supply: Mapping[str, TaskSupply]) -> Ra
         return lambda fractions: temperature_rates(tokens, along(curve, fractions))
     assert mixture.rates is not None
     rates = [mixture.rates.get(task, 0.0) for task in supply]
-    start, end = (np.array(each) for each in _ends(rates))
+    start, end = (np.array(each) for each in ends(rates))
     is_cosine = np.array([isinstance(r, RateCurve) and r.shape == "cosine" for r in rates])
 
     def rates_at(fractions: np.ndarray) -> np.ndarray:

@@ -129,9 +129,14 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
         ("{en: 1.0}", "{en: 1.5, hi: -0.5}",
          "run.yaml: phases[0].mixture.rates.en: must be at most 1; found 1.5"),
         ("{en: 1.0}", "{en: 0.5, hi: 0.4}",
-         "run.yaml: phases[0].mixture.rates: the rates sum to 0.9; make them sum to 1"),
+         "run.yaml: phases[0].mixture.rates: the rates sum to 0.9; make them sum to 1; in "
+         "the same proportions: {en: 0.555556, hi: 0.444444}"),
+        ("{en: 1.0}", "{en: 3, hi: 1}",
+         "run.yaml: phases[0].mixture.rates: the rates sum to 4; make them sum to 1; in the "
+         "same proportions: {en: 0.75, hi: 0.25}"),
         ("{en: 1.0}", "{en: 0.5, hi: 0.499998}",
-         "run.yaml: phases[0].mixture.rates: the rates sum to 0.999998; make them sum to 1"),
+         "run.yaml: phases[0].mixture.rates: the rates sum to 0.999998; make them sum to "
+         "1; in the same proportions: {en: 0.500001, hi: 0.499999}"),
         ("{en: 1.0}", "{}",
          "run.yaml: phases[0].mixture.rates: the rates sum to 0; make them sum to 1"),
         ("{en: 1.0}", "{en: 0.5, hj: 0.5}",
@@ -144,8 +149,11 @@ def message(folder: Path, text: str = GOOD, *overrides: str) -> str:
          "run.yaml: phases[1].mixture.over: no task 'fr' with a corpus under tasks; the tasks are "
          "en, hi, no"),
         ("{rates: {en: 1.0}}", "{rates: {en: 1.0}, temperature: 2}",
-         "run.yaml: phases[0].mixture: give exactly one of rates, temperature, proportional, "
-         "unimax; found rates and temperature"),
+         "run.yaml: phases[0].mixture: rates and temperature exclude each other; give exactly one "
+         "of rates, temperature, proportional, unimax"),
+        ("{rates: {en: 1.0}}", "{rates: {en: 0.5}, temperature: 2}",
+         "run.yaml: phases[0].mixture: rates and temperature exclude each other; give exactly one "
+         "of rates, temperature, proportional, unimax"),
         ("{rates: {en: 1.0}}", "",
          "run.yaml: phases[0].mixture: give exactly one of rates, temperature, proportional, "
          "unimax; found none of them"),
@@ -340,7 +348,8 @@ def test_a_phase_has_the_keys_of_the_model_section_beside_its_own(tmp_path):
         ),
         (
             "phases.0.mixture.rates.hi=0.5",
-            "run.yaml: phases[0].mixture.rates: the rates sum to 1.5; make them sum to 1",
+            "run.yaml: phases[0].mixture.rates: the rates sum to 1.5; make them sum to 1; in "
+            "the same proportions: {en: 0.666667, hi: 0.333333}",
         ),
         (
             "phases.0.learning_rate.peak=",
