@@ -45,7 +45,7 @@ def step(results: Results) -> None:
     case = base_case(results.rehearse)
 
     def measure(engine: Engine) -> None:
-        results.record("backends", engine.backends.describe())
+        results.record("backends", str(engine.backends))
         results.record("speed", measured_steps(case, engine))
         results.record("waits", waits_of(one_step(case, engine)))
         results.record("kernels", kernels_of(one_step(case, engine)))

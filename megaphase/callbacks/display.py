@@ -20,14 +20,24 @@ class TrainingDisplay(Callback):
     Other lines that are printed to the same console appear above the bar.
     """
 
-    def __init__(self, console: Console, *, steps: int, done: int, every_steps: int) -> None:
+    def __init__(
+        self,
+        console: Console,
+        *,
+        steps: int,
+        phase_steps: Mapping[str, int],
+        done: int,
+        every_steps: int,
+    ) -> None:
         """
         Args:
             steps: of the whole run.
+            phase_steps: of every phase, as planned.
             done: steps that were done before.
             every_steps: how often a plain line is printed where there is no terminal.
         """
         self._console, self._steps, self._done, self._every = console, steps, done, every_steps
+        self._phase_steps = phase_steps
         self._seconds_a_step: float | None = None
         columns = (
             BarColumn(),
@@ -51,17 +61,26 @@ class TrainingDisplay(Callback):
         speed = record.tokens_per_second * newest / self._seconds_a_step
         self._bar.update(
             completed=record.step,
-            description=record.phase,
+            description=f"{record.phase}{self._within_phase(record)}",
             figures=f"loss {record.loss:.3f}  {speed:,.0f} tokens/s",
         )
         is_due = record.step % self._every == 0 or record.step == self._steps
         if is_due and not self._progress.has_bars:
             left = (self._steps - record.step) * self._seconds_a_step
             self._print(
-                f"{record.phase} step {record.step:,}/{self._steps:,}  loss {record.loss:.4f}  "
+                f"{record.phase} step {record.step:,}/{self._steps:,}"
+                f"{self._within_phase(record)}  loss {record.loss:.4f}  "
                 f"learning rate {record.learning_rate:.2e}  {speed:,.0f} tokens/s  "
                 f"{_duration(left)} left"
             )
+
+    def _within_phase(self, record: StepRecord) -> str:
+        """The step within the phase, where that is not the whole run: steps are counted over the
+        run, and so are those of a branch."""
+        steps = self._phase_steps[record.phase]
+        if steps == self._steps:
+            return ""
+        return f" ({record.phase_step:,}/{steps:,} of the phase)"
 
     def on_validation_end(self, record: ValidationRecord) -> None:
         at = f"{record.phase} step {record.step:,}"

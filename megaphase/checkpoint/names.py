@@ -32,11 +32,27 @@ def find_checkpoint(text: str) -> Path:
     return find_in_run(_given(run), name)
 
 
+def with_latest(text: str) -> str:
+    """Return `RUN@latest` for a run directory, and any other name of a checkpoint as it is."""
+    return f"{text}@latest" if _is_run(_given(text)) else text
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return (folder / CHECKPOINTS).is_dir() and not _is_checkpoint(folder)
+    except (OSError, ValueError):  # the name is too long, or the folder is not readable
+        return False
+
+
 def not_a_checkpoint(text: object, folder: Path) -> InputError:
     """Return the error that the folder, which a user named by `text`, is not a checkpoint."""
     if _is_hugging_face_model(folder):
         remedy = "convert it with `megaphase convert from-hf`"
         return InputError(text, "this is a Hugging Face model, not a checkpoint", remedy)
+    if _is_run(folder):
+        ends = _phase_ends(folder / CHECKPOINTS)
+        names = " or ".join(f"{text}@{name}" for name in ("latest", *list(ends)[-1:]))
+        return InputError(text, "this is a run directory, not a checkpoint", f"give {names}")
     remedy = "give RUN@NAME, a step-… directory or a directory that `megaphase convert` wrote"
     return InputError(text, "this is not a checkpoint", remedy)
 

@@ -11,7 +11,6 @@ from megaphase.utils.arguments import (
     MOST,
     MOST_SEED,
     Average,
-    Checkpoint,
     Overrides,
     RunFile,
     finite,
@@ -53,7 +52,14 @@ def _temperature(value: float) -> float:
 
 
 def generate_command(
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CKPT",
+            help="RUN, whose latest checkpoint is taken, RUN@NAME (a phase's name for its end, "
+            "latest, best-hi, step-00001000), or a path.",
+        ),
+    ],
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="A prompt; repeatable.")
     ] = None,
@@ -106,12 +112,13 @@ def generate_command(
     Greedy by default; use --beam for the most likely text, --temperature for a random one. The
     result does not depend on the other prompts. A prompt "" starts a new document.
 
-    Example: megaphase generate runs/a@joint --prompt "The sea" --prompt "Das Meer"
+    Example: megaphase generate runs/a --prompt "The sea" --prompt "Das Meer"
 
     Example: megaphase generate runs/a@best-hi --input prompts.jsonl --temperature 0.8 --json
     """
     from json import dumps
 
+    from megaphase.checkpoint.names import with_latest
     from megaphase.convert.source import open_source
     from megaphase.convert.source_tokenizer import load_tokenizer, prompt_start
     from megaphase.generation.decoding import Decoding
@@ -126,7 +133,7 @@ def generate_command(
     if not temperature and (top_k or top_p < 1.0):
         raise InputError("--top-k and --top-p", "apply only to sampling", "give --temperature, too")
     texts = prompt or read_prompts(input or Path(), json_key)
-    source = open_source(checkpoint, average=average)
+    source = open_source(with_latest(checkpoint), average=average)
     words = load_tokenizer(source, tokenizer)
     start = prompt_start(source, words)
     prompts = [start + tokens for tokens in words.encode_batch(texts)]
@@ -138,7 +145,10 @@ def generate_command(
     check_lengths(prompts, source.shape.seq_len)
     model = load_model(source, dtype, verify=verify)
     how = Decoding(max_tokens, beam, length_penalty, temperature, top_k, top_p, seed)
-    with counting_progress(new_console(stderr=True), "generating", len(prompts)) as advance:
+    console = new_console(stderr=True, highlight=False)
+    if with_latest(checkpoint) != checkpoint:
+        console.print(f"Checkpoint: {source.folder}", markup=False, soft_wrap=True)
+    with counting_progress(console, "generating", len(prompts)) as advance:
         found = generate(model, prompts, how, words.eod, batch=batch, advance=advance)
     for number, (text, each) in enumerate(zip(texts, found, strict=True)):
         completion = text_after(prompts[number], each.tokens, words)

@@ -30,11 +30,18 @@ class Backends:
     kernels: Kernels
     optimizer: Literal["torch", "apex"]
 
-    def describe(self) -> str:
-        """For the line that a run prints at its start."""
-        kernels = "compiled in the first step" if self.kernels.compiled else "eager"
-        norm = "apex" if self.kernels.apex_norm else "torch"
-        return f"kernels {kernels}, norm {norm}, optimizer {self.optimizer}"
+    def describe(self) -> list[str]:
+        """For the line that a run prints at its start; empty where torch's own functions compute
+        everything on a CPU, which is what everybody expects."""
+        words = []
+        if self.kernels.compiled:
+            words.append("kernels compiled during the first step, which takes longer")
+        elif device().type == "cuda":
+            words.append("kernels not compiled (parts.kernels), which is slower")
+        apex = {"norms": self.kernels.apex_norm, "optimizer": self.optimizer == "apex"}
+        if any(apex.values()):
+            words.append(f"{' and '.join(part for part in apex if apex[part])} by NVIDIA apex")
+        return words
 
 
 def choose_backends(config: RunConfig) -> Backends:

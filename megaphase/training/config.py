@@ -10,9 +10,9 @@ from megaphase.config.fields import Count, ProperFraction, Section, Steps
 
 
 class BackendsConfig(Section):
-    """The implementations that compute. The first line of a run's output names the chosen ones.
-    Another choice changes a run's numbers by their rounding alone, so a run may be resumed with it,
-    but not bit for bit."""
+    """The implementations that compute. The first line of a run's output names those that differ
+    from torch's own, which compute one operation after the other. Another choice changes a run's
+    numbers by their rounding alone, so a run may be resumed with it, but not bit for bit."""
 
     kernels: Literal["auto", "compile", "eager"] = "auto"
     """The operations between the matrix products (norms with the residual stream, rotary embedding,

@@ -52,6 +52,7 @@ def first_rank_callbacks(
     display = TrainingDisplay(
         console,
         steps=steps_before + sum(phase.steps for phase in plan.phases),
+        phase_steps={phase.name: phase.steps for phase in plan.phases},
         done=at.step,
         every_steps=config.logging.every_steps,
     )

@@ -138,8 +138,9 @@ def run_description(
     name = f"{config.model.preset}: " if config.model.preset else ""
     description = (
         f"{name}{parameter_count(shape) / 1e6:,.1f} million parameters, {config.precision}, "
-        f"tensor {grid.tensor_size} × data {grid.data_size}, ZeRO {config.parallel.zero}; "
-        f"{backends.describe()}{', deterministic' if config.deterministic else ''}"
+        f"tensor {grid.tensor_size} × data {grid.data_size}, ZeRO {config.parallel.zero}"
     )
+    words = [*backends.describe(), *(["deterministic"] if config.deterministic else [])]
+    description += f"; {', '.join(words)}" if words else ""
     reason = missing_peak(config)
     return [description] if reason is None else [description, reason]

@@ -11,11 +11,13 @@ from megaphase.callbacks.callback import HeldOutLoss, StepSeconds, ValidationRec
 from megaphase.callbacks.display import TrainingDisplay
 
 
-def shown(*, terminal: bool) -> str:
+def shown(*, terminal: bool, phase_steps: int = 12) -> str:
     """Return the output of a run of 12 steps, of which 3 were done before."""
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=120)
-    display = TrainingDisplay(console, steps=12, done=3, every_steps=5)
+    display = TrainingDisplay(
+        console, steps=12, phase_steps={"only": phase_steps}, done=3, every_steps=5
+    )
     display.on_run_begin()
     for step in range(4, 13):
         seconds = StepSeconds(0.25, 0.5, 0.25)
@@ -37,6 +39,12 @@ def test_plain_lines_come_every_few_steps_and_at_the_end() -> None:
         "only step 10/12  loss 2.0000  learning rate 1.00e-03  2,048 tokens/s  0:02 left",
         "only step 12/12  loss 2.0000  learning rate 1.00e-03  2,048 tokens/s  0:00 left",
     ]
+
+
+def test_a_phase_that_is_a_part_of_the_run_counts_its_own_steps_too() -> None:
+    lines = shown(terminal=False, phase_steps=9).splitlines()
+    assert lines[0].startswith("only step 5/12 (5/9 of the phase)  loss 2.0000  ")
+    assert "only (12/9 of the phase)" in shown(terminal=True, phase_steps=9)
 
 
 def test_a_terminal_gets_a_bar_and_the_validations() -> None:

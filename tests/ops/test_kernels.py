@@ -395,3 +395,17 @@ def test_what_is_missing_is_said(monkeypatch: Any, asked: dict[str, str], messag
     with pytest.raises(InputError) as error:
         choose_backends(parts(**asked))
     assert message in str(error.value)
+
+
+def test_a_run_says_which_kernels_are_not_torchs_own(monkeypatch: Any) -> None:
+    compiled = Backends(Kernels(compiled=True, apex_norm=True), "apex")
+    assert Backends(EAGER, "torch").describe() == []
+    assert compiled.describe() == [
+        "kernels compiled during the first step, which takes longer",
+        "norms and optimizer by NVIDIA apex",
+    ]
+    monkeypatch.setattr("megaphase.training.backends.device", lambda: torch.device("cuda"))
+    assert Backends(EAGER, "apex").describe() == [
+        "kernels not compiled (parts.kernels), which is slower",
+        "optimizer by NVIDIA apex",
+    ]
