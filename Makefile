@@ -3,6 +3,7 @@
 # make test-slow   the tests that take minutes: kills by the dozen
 # make rehearse   many layouts on a GPU that does not exist: minutes, no GPU needed
 # make docs   write docs/run-file.md again, from the config classes
+# make wheel  build the source distribution and, from it, the wheel, into dist/
 # make soak   20 minutes of kills, changed layouts and damaged checkpoints; says what was survived
 # make slurm  as root on Debian or Ubuntu: what the tests of SLURM need; without it they skip
 # make browser  as root on Debian: what the tests of the report's page need; without it they skip
@@ -13,7 +14,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-slow rehearse docs soak slurm browser test-sanitize lint help-corpora clean
+.PHONY: demo test test-slow rehearse docs wheel soak slurm browser test-sanitize lint help-corpora clean
 
 demo: $(VENV)/installed
 	rm -rf demo
@@ -30,6 +31,9 @@ rehearse: $(VENV)/installed
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate_run_file.py
+
+wheel: $(VENV)/installed
+	$(BIN)/python -m build --no-isolation
 
 SOAK ?= --minutes 20
 soak: $(VENV)/installed

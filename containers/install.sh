@@ -2,7 +2,7 @@
 # Install megaphase into a Python that has torch already, and keep that torch.
 # usage: install.sh [SOURCE] [PYTHON]
 set -euo pipefail
-source=${1:-.}
+source=$(realpath "${1:-.}")
 python=${2:-python3}
 constraints=$(mktemp)
 trap 'rm -f "$constraints"' EXIT

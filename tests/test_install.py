@@ -1,4 +1,4 @@
-"""A plain `pip install .` into another environment gives a working command."""
+"""The wheel that is built from the source distribution gives a working command elsewhere."""
 
 import shutil
 import subprocess
@@ -11,7 +11,10 @@ import pytest
 import megaphase
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PROJECT = ("setup.py", "pyproject.toml", "README.md", "csrc", "megaphase", "data_tools", "launch")
+PROJECT = (
+    *("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"),
+    *("SECURITY.md", "Makefile", "constraints.txt", "csrc", "megaphase", "data_tools", "launch"),
+)
 
 
 def run(*command, cwd):
@@ -22,7 +25,9 @@ def run(*command, cwd):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Return the bin folder of an environment into which a copy of the repository was installed.
+    """Return the bin folder of an environment into which the wheel was installed.
+
+    `python -m build` makes a source distribution of a copy of the repository, and a wheel from it.
 
     The project's dependencies are taken from the environment of the tests through a path file; the
     project itself is only an editable install there, and so is not found.
@@ -39,8 +44,10 @@ def installed(tmp_path_factory):
     site = Path(sysconfig.get_path("purelib", "venv", vars=env))
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = folder / "env" / "bin" / "python"
-    flags = ["--quiet", "--no-deps", "--no-build-isolation"]
-    run(python, "-m", "pip", "install", *flags, folder / "copy", cwd=folder)
+    run(python, "-m", "build", "--no-isolation", "--outdir", "dist", "copy", cwd=folder)
+    (wheel,) = (folder / "dist").glob("megaphase-*.whl")
+    assert list((folder / "dist").glob("megaphase-*.tar.gz"))
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel, cwd=folder)
     return python.parent
 
 
@@ -73,3 +80,9 @@ def test_every_program_and_data_file_is_there(installed, tmp_path):
     for command in (["tokenizer", "train"], ["data", "tokenize"], ["plan"], ["train"],
                     ["evaluate"], ["report"], ["launch", "local"], ["demo"]):  # fmt: skip
         assert "Usage" in run(installed / "megaphase", *command, "--help", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_demo_runs_from_the_wheel(installed, tmp_path):
+    run(installed / "megaphase", "demo", "demo", cwd=tmp_path)
+    assert (tmp_path / "demo" / "report" / "index.html").is_file()
