@@ -16,6 +16,7 @@ from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.tokenizers.commands import tokenizer_app
 from megaphase.data_tools.vocabulary.commands import extend_vocab_command
 from megaphase.distributed.dist_env import check_launch, is_first_rank, report_end
+from megaphase.doctor.commands import doctor_command
 from megaphase.generation.commands import generate_command, translate_command
 from megaphase.launch.commands import demo_command, launch_app
 from megaphase.plan.commands import plan_app
@@ -71,6 +72,7 @@ app.command("sweep")(sweep_command)
 app.command("report")(report_command)
 app.command("recommend")(recommend_command)
 app.add_typer(launch_app, name="launch")
+app.command("doctor")(doctor_command)
 app.command("demo")(demo_command)
 
 

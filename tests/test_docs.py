@@ -108,6 +108,7 @@ def test_the_run_files_of_the_readme_are_valid(tmp_path):
         "docs/slurm.md",
         "docs/performance.md",
         "docs/scaling.md",
+        "docs/doctor.md",
     ],
 )
 def test_links_between_pages_lead_somewhere(page):

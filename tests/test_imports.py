@@ -36,6 +36,7 @@ ORDER = (
     "launch",
     "rehearsal",
     "sweep",
+    "doctor",
     "cli",
     "__main__",
 )
@@ -56,6 +57,13 @@ SLOW = {
     # torch, which must find the fake device when it is imported
     ("megaphase.rehearsal.process", "megaphase.config.run"),
     ("megaphase.rehearsal.process", "megaphase.rehearsal.rank"),
+    # torch, DeepSpeed, Triton and the extensions, which a check finds broken
+    ("megaphase.doctor.checks.kernels", "megaphase.doctor.triton_kernel"),
+    ("megaphase.doctor.checks.kernels", "megaphase.training.engine"),
+    ("megaphase.doctor.checks.kernels", "megaphase.training.nvme"),
+    ("megaphase.doctor.checks.software", "megaphase.corpus"),
+    ("megaphase.doctor.checks.software", "megaphase.fault_tolerance"),
+    ("megaphase.doctor.checks.software", "megaphase.plan"),
     # torch, for a report without a law does without
     ("megaphase.sweep.law.model_size", "megaphase.model.parameters"),
     ("megaphase.sweep.law.model_size", "megaphase.model.presets"),

@@ -75,6 +75,7 @@ def test_every_program_and_data_file_is_there(installed, tmp_path):
         "import importlib.resources as r\n"
         "assert r.files('megaphase.report').joinpath('report.css').is_file()\n"
         "assert r.files('megaphase.report').joinpath('templates', 'page.html').is_file()\n"
+        "assert r.files('megaphase.doctor').joinpath('constraints.txt').is_file()\n"
     )
     run(installed / "python", "-c", check, cwd=tmp_path)
     for command in (["tokenizer", "train"], ["data", "tokenize"], ["plan"], ["train"],

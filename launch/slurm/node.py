@@ -37,7 +37,7 @@ class Demands:
 def faults(demands: Demands) -> Iterator[str]:
     """Yield descriptions of what is wrong with this node."""
     if demands.gpus:
-        yield from _gpu_faults(demands.gpus)
+        yield from gpu_faults(demands.gpus)
     yield from _memory_faults(demands.shared_memory_gb)
     yield from _output_faults(demands.output)
     if demands.clock is not None:
@@ -47,7 +47,9 @@ def faults(demands: Demands) -> Iterator[str]:
             yield f"its clock is {abs(ahead):,.0f} s {direction} the first node's"
 
 
-def _gpu_faults(wanted: int) -> Iterator[str]:
+def gpu_faults(wanted: int) -> Iterator[str]:
+    """Yield descriptions of what is wrong with this node's GPUs, each of which computes a
+    product."""
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library that it loads is missing

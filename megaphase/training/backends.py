@@ -109,11 +109,12 @@ def _takes_apex(
 def _missing_for_apex(modules: tuple[str, str]) -> str | None:
     if device().type != "cuda":
         return "a GPU"
-    for module in modules:
-        try:
-            found = importlib.util.find_spec(module)
-        except ModuleNotFoundError:  # the package that the module would be in
-            found = None
-        if found is None:
-            return f"the module {module}"
-    return None
+    return next((f"the module {module}" for module in modules if lacks_module(module)), None)
+
+
+def lacks_module(module: str) -> bool:
+    """Return whether a module cannot be found; it is not imported."""
+    try:
+        return importlib.util.find_spec(module) is None
+    except ModuleNotFoundError:  # the package that the module would be in
+        return True

@@ -33,7 +33,7 @@ def prepare_offload(config: RunConfig) -> None:
             "give a folder on a disk of every node",
         ) from None
     try:
-        _load_async_io()
+        load_async_io()
     except (RuntimeError, OSError, ImportError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
@@ -43,7 +43,7 @@ def prepare_offload(config: RunConfig) -> None:
         ) from None
 
 
-def _load_async_io() -> None:
+def load_async_io() -> None:
     """Compile the operator at its first use, one process at a time.
 
     torch marks a build with a lock file, on which every later run would hang for ever if this one

@@ -89,6 +89,7 @@ CALLS: dict[str, tuple[dict[str, list[str]], dict[str, str]]] = {
     "launch check-node": (RUN, {}),
     "launch next": (RUN, {}),
     "demo": ({"folder": ["file"]}, {}),
+    "doctor": ({}, {"--dir": "folder"}),
 }
 
 

@@ -310,7 +310,7 @@ def test_a_missing_compiler_or_library_is_one_line(
     def fail() -> None:
         raise RuntimeError("Unable to JIT load the async_io op\nmore")
 
-    monkeypatch.setattr("megaphase.training.nvme._load_async_io", fail)
+    monkeypatch.setattr("megaphase.training.nvme.load_async_io", fail)
     config = nvme_config(str(tmp_path), "bf16", "optimizer")
     with pytest.raises(InputError, match=r"parallel: nvme needs .* async_io op\); install libaio"):
         prepare_offload(config)
