@@ -25,6 +25,7 @@ from megaphase.data_tools.options import (
 )
 from megaphase.utils.arguments import named
 from megaphase.utils.errors import InputError
+from megaphase.utils.remote_files import is_url
 from megaphase.utils.standard_streams import new_console
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ def tokenize_command(
     context: typer.Context,
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="FILE", help='Text files in order, also as "*" patterns; or -.'),
+        typer.Argument(
+            metavar="FILE", help='Text files in order, also as "*" patterns and URLs; or -.'
+        ),
     ],
     tokenizer: Annotated[Path, typer.Option(help="The tokenizer's directory, or a .model file.")],
     out: Annotated[
@@ -128,8 +131,9 @@ def tokenize_command(
 ) -> None:
     """Tokenize text into a corpus in Megatron-LM's format.
 
-    A document is a line of a .jsonl file, a row of a .parquet file, or a block of lines between
-    blank lines in a .txt file; .jsonl and .txt files may be compressed (.gz, .zst). With
+    A document is a line of a .jsonl file, a row of a .parquet or .arrow file or of a folder that
+    Hugging Face datasets saved, or a block of lines between blank lines in a .txt file; .jsonl and
+    .txt files may be compressed (.gz, .zst). FILE may be a URL (s3://, gs://, hf://). With
     --source-key, --target-key and --tag, documents are translation pairs. Documents left out by
     --on-error skip are listed in PREFIX.skipped.jsonl. If the command is killed, run it again to
     resume.
@@ -186,7 +190,7 @@ def _array_of_shards(options: dict[str, Any]) -> ArrayOfShards:
     from megaphase.data_tools.tokenization.slurm import ArrayOfShards
 
     places = {"tokenizer": options["tokenizer"].absolute(), "out": options["out"].absolute()}
-    files = [os.path.abspath(name) for name in options["inputs"]]
+    files = [name if is_url(name) else os.path.abspath(name) for name in options["inputs"]]
     merge_arguments = _as_arguments(options | places, _MERGE_OPTIONS)
     names = options.keys() - _MERGE_ONLY_OPTIONS - _SLURM_OPTIONS
     shard_arguments = _as_arguments(options | places, names)

@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from megaphase.corpus.manifest import MANIFEST_SUFFIX
-from megaphase.data_tools.text import size_on_disk
+from megaphase.data_tools.text import InputPath, size_on_disk
 from megaphase.utils.errors import InputError
 
 MOST_SHARDS = 99_999
@@ -50,7 +50,7 @@ class FilePart:
     end: int | None
 
 
-def parts_of(paths: Sequence[Path], shard: ShardChoice) -> Iterator[FilePart]:
+def parts_of(paths: Sequence[InputPath], shard: ShardChoice) -> Iterator[FilePart]:
     """Yield the parts of the files that belong to a shard, in order."""
     sizes = [size_on_disk(path) for path in paths]
     total = sum(sizes)

@@ -69,7 +69,8 @@ SLOW = {
     ("megaphase.sweep.law.model_size", "megaphase.model.presets"),
     # pyarrow, which is an extra, too
     ("megaphase.data_tools.text.chunks", "megaphase.data_tools.text.parquet"),
-    ("megaphase.data_tools.text.records", "megaphase.data_tools.text.parquet"),
+    ("megaphase.data_tools.text.chunks", "megaphase.data_tools.text.arrow"),
+    ("megaphase.data_tools.text.records", "megaphase.data_tools.text.rows"),
     # zstandard, numpy and others: these options are declared beside commands
     ("megaphase.data_tools.options", "megaphase.data_tools.text"),
     ("megaphase.data_tools.options", "megaphase.data_tools.text.reading"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+
+from megaphase.data_tools.text.input_files import InputPath, open_input
 
 _PIECE_BYTES = 1 << 20
 
@@ -14,8 +15,8 @@ class TextPosition:
     """The position of a document in a file.
 
     Attributes:
-        offset: decompressed bytes before the document; in Parquet, rows.
-        line: its line number, from 1; in Parquet, its row number; 0 if it is not known.
+        offset: decompressed bytes before the document; in Parquet and Arrow, rows.
+        line: its line number, from 1; in Parquet and Arrow, its row number; 0 if it is not known.
     """
 
     offset: int = 0
@@ -29,15 +30,15 @@ class TextChunk:
     Attributes:
         path: the file.
         start, end: where the chunk begins and ends; reading can resume at `end`.
-        data: the lines, decompressed; in Parquet, the rows as an Arrow IPC stream.
-        file_begin: bytes on disk before the chunk, wherever reading began. In Parquet,
-            interpolated by row within a row group.
+        data: the lines, decompressed; in Parquet and Arrow, the rows as an Arrow IPC stream.
+        file_begin: bytes on disk before the chunk, wherever reading began. In Parquet
+            and Arrow, interpolated by row within a row group or record batch.
         file_bytes: bytes on disk that were read for this chunk.
         counted_from, lines_since: the offset at which reading began and the number of lines since
             then; used if the line number of `start` is not known.
     """
 
-    path: Path
+    path: InputPath
     start: TextPosition
     end: TextPosition
     data: bytes
@@ -56,10 +57,10 @@ class TextChunk:
 
 
 @lru_cache(maxsize=1)
-def count_lines(path: Path, size: int) -> int:
+def count_lines(path: InputPath, size: int) -> int:
     """Return the number of lines that end within the first `size` bytes of a file."""
     lines = 0
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         while size and (piece := file.read(min(size, _PIECE_BYTES))):
             lines += piece.count(b"\n")
             size -= len(piece)

@@ -18,9 +18,9 @@ from megaphase.data_tools.text.file_types import (
     display_name,
     file_type_of,
     is_compressed,
-    is_parquet,
     size_on_disk,
 )
+from megaphase.data_tools.text.input_files import InputPath, open_input
 from megaphase.data_tools.text.reading import Reading
 from megaphase.utils.errors import InputError
 
@@ -32,7 +32,7 @@ _PIECE_BYTES = 1 << 18
 
 
 def read_chunks(
-    path: Path,
+    path: InputPath,
     reading: Reading,
     *,
     start: TextPosition = TextPosition(),  # noqa: B008
@@ -43,14 +43,15 @@ def read_chunks(
     """Cut a file into chunks of about `chunk_bytes` that consist of whole documents.
 
     Args:
-        path: a text file, or `-` for standard input.
+        path: a text file, a remote one too, or `-` for standard input.
         reading: defines where documents end.
         start: resume here, at the end of an earlier chunk. Plain and Parquet files are read from
-            this position; compressed files are decompressed from the beginning.
+            this position; compressed files are decompressed, and remote Arrow files read, from the
+            beginning.
         begin, end: read only this part of the file, in bytes on disk. Consecutive parts
             [begin, end) give every document once and in order, wherever the file is cut. Of plain
-            and Parquet files nothing else is read; a compressed file is decompressed from its
-            beginning to the end of the part.
+            and Parquet files and local Arrow files nothing else is read; a compressed or remote
+            Arrow file is read from its beginning to the end of the part.
         chunk_bytes: of text; must be the same for all parts of a file.
 
     Raises InputError if the file cannot be read, is compressed and damaged or truncated, or
@@ -63,10 +64,13 @@ def read_chunks(
         last = end if end is not None and end < size else None
         if 0 < size <= begin or (last is not None and last <= begin):
             return
-        if is_parquet(path):
-            from megaphase.data_tools.text.parquet import parquet_chunks
+        kind = file_type_of(path, reading.stdin_kind)
+        if kind == "parquet":
+            yield from _parquet_chunks(path, reading, start, begin, last, chunk_bytes)
+        elif kind == "arrow":
+            from megaphase.data_tools.text.arrow import arrow_chunks
 
-            yield from parquet_chunks(path, reading.keys, start, begin, last, chunk_bytes)
+            yield from arrow_chunks(path, reading.keys, start, begin, last, chunk_bytes)
         elif path == STDIN:
             yield from _stdin_chunks(reading, start, chunk_bytes)
         elif is_compressed(path):
@@ -75,20 +79,42 @@ def read_chunks(
             yield from _plain_chunks(path, reading, start, begin, last, chunk_bytes)
 
 
-def _check_reading(path: Path, reading: Reading, whole: bool) -> None:
+def _check_reading(path: InputPath, reading: Reading, whole: bool) -> None:
     if path == STDIN and not whole:
         problem = "cannot be read in parts"
         raise InputError(display_name(path), problem, "write it to a file first")
     if reading.pair is not None and file_type_of(path, reading.stdin_kind) == "txt":
         problem = "plain text holds no translation pairs"
-        raise InputError(display_name(path), problem, "use JSONL or Parquet")
+        raise InputError(display_name(path), problem, "use JSONL, Parquet or Arrow")
+
+
+def _parquet_chunks(
+    path: InputPath,
+    reading: Reading,
+    start: TextPosition,
+    begin: int,
+    end: int | None,
+    chunk_bytes: int,
+) -> Iterator[TextChunk]:
+    from megaphase.data_tools.text.parquet import parquet_chunks
+
+    if isinstance(path, Path):
+        yield from parquet_chunks(path, path, reading.keys, start, begin, end, chunk_bytes)
+        return
+    with open_input(path) as content:
+        yield from parquet_chunks(path, content, reading.keys, start, begin, end, chunk_bytes)
 
 
 def _plain_chunks(
-    path: Path, reading: Reading, start: TextPosition, begin: int, end: int | None, chunk_bytes: int
+    path: InputPath,
+    reading: Reading,
+    start: TextPosition,
+    begin: int,
+    end: int | None,
+    chunk_bytes: int,
 ) -> Iterator[TextChunk]:
     ends = Boundaries.of(file_type_of(path, reading.stdin_kind), reading)
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         first = ends.end_in_file(file, begin)
         last = file.seek(0, os.SEEK_END) if end is None else ends.end_in_file(file, end)
         position = start if start.offset >= first else TextPosition(first, line=0)
@@ -105,7 +131,7 @@ def _stdin_chunks(reading: Reading, start: TextPosition, chunk_bytes: int) -> It
 
 
 def _uncompressed_chunks(
-    path: Path,
+    path: InputPath,
     pieces: Iterable[bytes],
     ends: Boundaries,
     position: TextPosition,
@@ -119,11 +145,16 @@ def _uncompressed_chunks(
 
 
 def _compressed_chunks(
-    path: Path, reading: Reading, start: TextPosition, begin: int, end: int | None, chunk_bytes: int
+    path: InputPath,
+    reading: Reading,
+    start: TextPosition,
+    begin: int,
+    end: int | None,
+    chunk_bytes: int,
 ) -> Iterator[TextChunk]:
     ends = Boundaries.of(file_type_of(path, reading.stdin_kind), reading)
     position, disk = TextPosition(), 0
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         pieces = decompressed(file, path.suffix)
         for data, lines in _whole_documents(path, pieces, ends, position, chunk_bytes):
             after = advance(position, len(data), lines)
@@ -135,7 +166,7 @@ def _compressed_chunks(
 
 
 def _whole_documents(
-    path: Path,
+    path: InputPath,
     pieces: Iterable[bytes],
     ends: Boundaries,
     position: TextPosition,

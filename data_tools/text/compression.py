@@ -7,12 +7,12 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import BinaryIO
 
 import zstandard
 
 from megaphase.data_tools.text.file_types import display_name
+from megaphase.data_tools.text.input_files import InputPath
 from megaphase.utils.errors import InputError
 
 _PIECE_BYTES = 1 << 18
@@ -28,8 +28,9 @@ def decompressed(file: BinaryIO, suffix: str) -> Iterator[bytes]:
     Raises EOFError if the file is truncated. An empty file counts as truncated, since compressing
     nothing writes a header.
     """
-    if os.fstat(file.fileno()).st_size == 0:
+    if file.seek(0, os.SEEK_END) == 0:
         raise EOFError
+    file.seek(0)
     if suffix.lower() == ".zst":
         yield from _zstd_pieces(file)
         return
@@ -54,7 +55,7 @@ def _zstd_pieces(file: BinaryIO) -> Iterator[bytes]:
 
 
 @contextmanager
-def named_errors(path: Path) -> Iterator[None]:
+def named_errors(path: InputPath) -> Iterator[None]:
     """Turn errors of reading into InputErrors that name the file."""
     try:
         yield

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 from megaphase.data_tools.text.boundaries import Boundaries
 from megaphase.data_tools.text.chunk import TextChunk, advance
-from megaphase.data_tools.text.file_types import display_name, file_type_of
+from megaphase.data_tools.text.file_types import ROW_KINDS, display_name, file_type_of
 from megaphase.data_tools.text.reading import ID_KEY, Document, Reading
 from megaphase.utils.errors import InputError
 
@@ -34,7 +34,7 @@ class InvalidDocument:
     """A document that cannot be read, with the parts of the error message.
 
     Attributes:
-        where: file and line; in Parquet, file and row.
+        where: file and line; in Parquet and Arrow, file and row.
         text: the content; bytes that are not UTF-8 are written as \\x and two digits.
     """
 
@@ -55,11 +55,11 @@ def identified_documents(chunk: TextChunk, reading: Reading) -> Iterator[tuple[D
     """Yield the documents of a chunk, each with its own id in UTF-8: the string or whole number
     under the key `id` of its JSON object or row, or b"" if it has none.
 
-    Raises InputError, naming file and line (in Parquet: row), if a line is not UTF-8 or not a JSON
-    object, or a key is missing or does not hold a string.
+    Raises InputError, naming file and line (in Parquet and Arrow: row), if a line is not UTF-8 or
+    not a JSON object, or a key is missing or does not hold a string.
     """
     kind = file_type_of(chunk.path, reading.stdin_kind)
-    if kind == "parquet":
+    if kind in ROW_KINDS:
         for where, row, names in _rows(chunk):
             yield _document(row, reading, where, names), _id(row)
     elif kind == "jsonl":
@@ -94,7 +94,7 @@ def identified_and_wrong_ones(
     else:
         yield from documents
         return
-    if file_type_of(chunk.path, reading.stdin_kind) == "parquet":
+    if file_type_of(chunk.path, reading.stdin_kind) in ROW_KINDS:
         yield from _rows_and_wrong_ones(chunk, reading)
         return
     for single in _single_documents(chunk, reading):
@@ -106,9 +106,9 @@ def identified_and_wrong_ones(
 
 
 def _rows(chunk: TextChunk) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
-    """Yield the place of each row of a Parquet file, the row, and the names of all columns."""
+    """Yield the place of each row of such a file, the row, and the names of all columns."""
     # pyarrow is an optional dependency.
-    from megaphase.data_tools.text.parquet import rows_of
+    from megaphase.data_tools.text.rows import rows_of
 
     rows, names = rows_of(chunk)
     for number, row in enumerate(rows, start=chunk.first_line):

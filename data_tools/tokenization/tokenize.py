@@ -17,17 +17,19 @@ from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.shards import WHOLE, ShardChoice, parts_of
 from megaphase.data_tools.text import (
     STDIN,
+    InputPath,
     Reading,
     TextChunk,
     TextPosition,
     check_text_file,
+    identity,
     read_chunks,
     size_on_disk,
 )
 from megaphase.data_tools.tokenization.chunk_encoder import ChunkEncoder
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError, RunError
-from megaphase.utils.files import hash_json, real_path
+from megaphase.utils.files import hash_json
 from megaphase.utils.progress import Advance, reading_progress
 
 # After this much text per worker, the output is flushed to disk and the progress is recorded.
@@ -45,7 +47,7 @@ class Tokenization:
         shard: the part of the files to tokenize.
     """
 
-    inputs: Sequence[Path]
+    inputs: Sequence[InputPath]
     tokenizer: Tokenizer
     reading: Reading
     tag: int | None
@@ -54,11 +56,11 @@ class Tokenization:
     @property
     def job(self) -> str:
         """A digest of everything but the shard, including the files' paths, sizes and change
-        times."""
-        status = [(str(real_path(path)), path.stat()) for path in self.inputs if path != STDIN]
+        times, of remote ones their versions."""
+        files = [identity(path) for path in self.inputs if path != STDIN]
         return hash_json(
             {
-                "files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in status],
+                "files": files,
                 "tokenizer": self.tokenizer.fingerprint,
                 "reading": asdict(self.reading),
                 "tag": self.tag,
@@ -77,7 +79,7 @@ class Tokenization:
 
 
 def tokenize(
-    inputs: Sequence[Path],
+    inputs: Sequence[InputPath],
     tokenizer_dir: Path,
     out: Path,
     *,
@@ -147,7 +149,7 @@ def tokenize(
 
 
 def check_tokenization(
-    inputs: Sequence[Path],
+    inputs: Sequence[InputPath],
     tokenizer_dir: Path,
     reading: Reading,
     tag: str | None,

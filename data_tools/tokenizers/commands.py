@@ -19,6 +19,7 @@ from megaphase.utils.errors import InputError
 from megaphase.utils.standard_streams import new_console
 
 if TYPE_CHECKING:
+    from megaphase.data_tools.text import InputPath
     from megaphase.tokenizer import Fertility, Tokenizer
 
 DEFAULT_TEMPERATURE = 3.3
@@ -259,7 +260,7 @@ def inspect_tokenizer_command(
         )
 
 
-def _by_language(inputs: list[str], option: str = "--input") -> dict[str, list[Path]]:
+def _by_language(inputs: list[str], option: str = "--input") -> dict[str, list[InputPath]]:
     """Group the files of an option's `LANGUAGE=FILE` arguments by language."""
     from megaphase.data_tools.text import expand_inputs
 

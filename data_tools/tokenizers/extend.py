@@ -16,7 +16,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 
 from megaphase.convert.hugging_face.tokenizer import write_hf_tokenizer
 from megaphase.data_tools.ordered_pool import ordered_map
-from megaphase.data_tools.text import Reading
+from megaphase.data_tools.text import InputPath, Reading
 from megaphase.data_tools.tokenizers.compare import Comparison, compare
 from megaphase.data_tools.tokenizers.extend_unigram import (
     CandidateJob,
@@ -73,11 +73,11 @@ _ENOUGH = 1.25
 
 def extend_tokenizer(
     base_path: Path,
-    inputs: Mapping[str, Sequence[Path]],
+    inputs: Mapping[str, Sequence[InputPath]],
     out: Path,
     *,
     add: int,
-    checks: Mapping[str, Sequence[Path]] = {},
+    checks: Mapping[str, Sequence[InputPath]] = {},
     reading: Reading = Reading(),  # noqa: B008
     max_sentences: int = 2_000_000,
     temperature: float = 3.3,

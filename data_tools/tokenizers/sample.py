@@ -6,10 +6,15 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from pathlib import Path
 from zlib import crc32
 
-from megaphase.data_tools.text import Reading, display_name, read_chunks, read_documents
+from megaphase.data_tools.text import (
+    InputPath,
+    Reading,
+    display_name,
+    read_chunks,
+    read_documents,
+)
 from megaphase.utils.errors import InputError
 from megaphase.utils.progress import Advance
 
@@ -44,7 +49,7 @@ class Survey:
 
 
 def survey_language(
-    language: str, files: Sequence[Path], reading: Reading, advance: Advance = lambda *_: None
+    language: str, files: Sequence[InputPath], reading: Reading, advance: Advance = lambda *_: None
 ) -> Survey:
     """Read all of a language's text once; raise InputError if it has none."""
     survey = Survey()
@@ -77,7 +82,7 @@ def uses_per_sentence(
 
 
 def sample_sentences(
-    language: str, files: Sequence[Path], reading: Reading, uses: float, seed: int
+    language: str, files: Sequence[InputPath], reading: Reading, uses: float, seed: int
 ) -> Iterator[str]:
     """Yield the training sentences in order, each floor(uses) times or, at random, once more."""
     # Python hashes a string seed in the same way on every platform.
@@ -89,7 +94,7 @@ def sample_sentences(
                 yield sentence
 
 
-def first_sentences(language: str, files: Sequence[Path], reading: Reading) -> list[str]:
+def first_sentences(language: str, files: Sequence[InputPath], reading: Reading) -> list[str]:
     """Return the first 10,000 sentences, for measuring; raise InputError if there are none."""
     sentences = (sentence for sentence, _ in _sentences(files, reading))
     first = list(islice(sentences, _EVALUATION_SENTENCES))
@@ -106,13 +111,13 @@ def sentences_of(text: str) -> Iterator[str]:
                 yield line[start : start + LONGEST_SENTENCE]
 
 
-def _no_text(language: str, files: Sequence[Path]) -> InputError:
+def _no_text(language: str, files: Sequence[InputPath]) -> InputError:
     names = ", ".join(map(display_name, files))
     return InputError(names, f"no text of {language!r}", "give files that hold text")
 
 
 def _sentences(
-    files: Sequence[Path], reading: Reading, advance: Advance = lambda *_: None
+    files: Sequence[InputPath], reading: Reading, advance: Advance = lambda *_: None
 ) -> Iterator[tuple[str, bool]]:
     """Yield each sentence, and whether it is held out; the first one never is."""
     is_first = True

@@ -16,7 +16,14 @@ import sentencepiece
 from rich.console import Console
 
 from megaphase.data_tools.ordered_pool import ordered_map
-from megaphase.data_tools.text import STDIN, Reading, check_text_file, display_name
+from megaphase.data_tools.text import (
+    STDIN,
+    InputPath,
+    Reading,
+    check_text_file,
+    display_name,
+    size_on_disk,
+)
 from megaphase.data_tools.tokenizers.byte_level import (
     CONFIG_NAME,
     train_byte_level,
@@ -66,7 +73,7 @@ _LARGE_CHARACTERS = 1 << 30
 class TrainingJob:
     """The arguments of the training process."""
 
-    inputs: Mapping[str, Sequence[Path]]
+    inputs: Mapping[str, Sequence[InputPath]]
     uses: Mapping[str, float]
     reading: Reading
     seed: int
@@ -80,7 +87,7 @@ class TrainingJob:
 
 
 def train_tokenizer(
-    inputs: Mapping[str, Sequence[Path]],
+    inputs: Mapping[str, Sequence[InputPath]],
     out: Path,
     *,
     vocab_size: int,
@@ -169,7 +176,7 @@ def train_tokenizer(
     return record
 
 
-def check_inputs(inputs: Mapping[str, Sequence[Path]]) -> None:
+def check_inputs(inputs: Mapping[str, Sequence[InputPath]]) -> None:
     """Raise InputError unless there is text, in files that can be read twice."""
     if not inputs:
         raise InputError("--input", "no text was given", "pass --input LANGUAGE=FILE")
@@ -219,10 +226,10 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 
 def survey_languages(
-    inputs: Mapping[str, Sequence[Path]], reading: Reading, console: Console | None
+    inputs: Mapping[str, Sequence[InputPath]], reading: Reading, console: Console | None
 ) -> dict[str, Survey]:
     """Read the text of every language once."""
-    total_bytes = sum(path.stat().st_size for path in chain.from_iterable(inputs.values()))
+    total_bytes = sum(size_on_disk(path) for path in chain.from_iterable(inputs.values()))
     with reading_progress(console, "reading", total_bytes) as advance:
         return {
             language: survey_language(language, files, reading, advance)

@@ -50,6 +50,14 @@ def write_parquet(path: Path, texts: Sequence[str], rows_per_group: int = 5) -> 
     return path
 
 
+def write_arrow(path: Path, texts: Sequence[str], rows_per_batch: int = 5) -> Path:
+    columns = {"id": range(len(texts)), "text": pa.array(texts, pa.string())}
+    table = pa.table(columns)
+    with pa.ipc.new_stream(path, table.schema) as stream:
+        stream.write_table(table, max_chunksize=rows_per_batch)
+    return path
+
+
 def write_lines(path: Path, lines: Sequence[str]) -> Path:
     path.write_bytes("\n".join(lines).encode())
     return path
@@ -79,6 +87,8 @@ def written(folder: Path, kind: str, lines: list[str]) -> tuple[Path, Reading, l
     """Write a file of this kind; return it, how to read it, and its documents."""
     if kind == "parquet":
         return write_parquet(folder / "a.parquet", lines), Reading(), lines
+    if kind == "arrow":
+        return write_arrow(folder / "a.arrow", lines), Reading(), lines
     if kind.startswith("jsonl"):
         path, reading, texts = write_jsonl(folder / "a.jsonl", lines), Reading(), lines
     elif kind == "lines of json":
@@ -103,7 +113,7 @@ def written(folder: Path, kind: str, lines: list[str]) -> tuple[Path, Reading, l
     return path, reading, texts
 
 
-KINDS = ["jsonl", "lines of json", "txt", "separated", "parquet", "jsonl.gz", "txt.zst"]
+KINDS = ["jsonl", "lines of json", "txt", "separated", "parquet", "arrow", "jsonl.gz", "txt.zst"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
