@@ -2,7 +2,7 @@
 # make test   set everything up, lint and run the tests
 # make test-slow   the tests that take minutes: kills by the dozen
 # make rehearse   many layouts on a GPU that does not exist: minutes, no GPU needed
-# make docs   write docs/run-file.md again, from the config classes
+# make docs   write docs/run-file.md again, from the config classes, and build the site into build/site
 # make wheel  build the source distribution and, from it, the wheel, into dist/
 # make soak   20 minutes of kills, changed layouts and damaged checkpoints; says what was survived
 # make slurm  as root on Debian or Ubuntu: what the tests of SLURM need; without it they skip
@@ -31,6 +31,7 @@ rehearse: $(VENV)/installed
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate_run_file.py
+	$(BIN)/python docs/build_site.py
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --no-isolation

@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
 import typing
 from collections import Counter
 from pathlib import Path
@@ -87,6 +89,14 @@ def test_the_run_files_of_the_readme_are_valid(tmp_path):
     ):
         (tmp_path / "run.yaml").write_text(text)
         assert [phase.name for phase in load_run_file(tmp_path / "run.yaml").phases] == names
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    command = [sys.executable, REPOSITORY / "docs" / "build_site.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "docs" / "plan" / "index.html").is_file()
+    assert "CorpusWriter" in (tmp_path / "docs" / "api" / "index.html").read_text()
 
 
 @pytest.mark.parametrize(
