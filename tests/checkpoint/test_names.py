@@ -25,7 +25,7 @@ def test_a_run_directory_may_mean_its_latest_checkpoint(run):
     assert with_latest(str(run)) == f"{run}@latest"
     found = run / "checkpoints" / "step-00000012"
     assert find_checkpoint(with_latest(str(run))) == found.resolve()
-    for named in (f"{run}@joint", str(found), str(run / "other"), "x" * 5000):
+    for named in (f"{run}@joint", str(found), str(run / "other")):
         assert with_latest(named) == named
 
 
