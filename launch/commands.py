@@ -68,6 +68,15 @@ def local_command(
     sys.exit(launch_local(arguments, processes, exit_messages))
 
 
+def _memory(value: str | None) -> str | None:
+    from megaphase.launch.slurm.script import check_memory
+
+    try:
+        return value if value is None else check_memory(value)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.") from None
+
+
 @launch_app.command("slurm")
 def slurm_command(
     context: typer.Context,
@@ -93,6 +102,15 @@ def slurm_command(
     time: Annotated[str | None, typer.Option(help="Time limit of a start: 24:00:00.")] = None,
     partition: Annotated[str | None, typer.Option(help="SLURM partition.")] = None,
     account: Annotated[str | None, typer.Option(help="SLURM account.")] = None,
+    mem: Annotated[
+        str | None,
+        typer.Option(
+            callback=_memory, help="Main memory of each node: 480G, or 0 for all that it has."
+        ),
+    ] = None,
+    exclusive: Annotated[
+        bool, typer.Option("--exclusive", help="Share the nodes with no other job.")
+    ] = False,
     sbatch: Annotated[
         str, typer.Option(help="More options for sbatch: '--qos=high --constraint=ib'.")
     ] = "",
@@ -132,7 +150,7 @@ def slurm_command(
     if pipeline is not None:
         _submit_pipeline(pipeline, context, dry_run=dry_run)
         return
-    from megaphase.launch.slurm.script import Resources, sbatch_options
+    from megaphase.launch.slurm.script import Resources, node_options, sbatch_options
     from megaphase.launch.slurm.submit import check, script_for, submit_run
 
     if run_file is None:
@@ -144,7 +162,7 @@ def slurm_command(
         tasks_per_node=gpus_per_node or tasks_per_node or 1,
         gpus=gpus_per_node > 0,
         cores=cores,
-        options=[*given, *sbatch_options(sbatch)],
+        options=[*given, *node_options(mem, exclusive=exclusive), *sbatch_options(sbatch)],
         exclude_bad_nodes=exclude_bad_nodes,
         restarts=restarts,
     )

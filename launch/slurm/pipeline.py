@@ -23,7 +23,9 @@ from megaphase.launch.slurm.job_file import (
 from megaphase.launch.slurm.script import (
     Resources,
     batch_script,
+    check_memory,
     command_script,
+    node_options,
     refuse_pattern,
     sbatch_options,
 )
@@ -70,6 +72,7 @@ def _without(options: str, refused: Mapping[str, str]) -> list[str]:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(strict=False)]
+NodeMemory = Annotated[str, BeforeValidator(check_memory)]
 Options = Annotated[tuple[str, ...], BeforeValidator(_options), Field(strict=False)]
 
 
@@ -83,6 +86,8 @@ class Step(Section):
         %tasks their number.
     at_a_time: maximum number of these tasks that run at a time; not limited by default.
     cores: CPU cores per process.
+    mem: main memory of each node, such as 480G; 0: all of it.
+    exclusive: whether the job shares its nodes with no other job.
     sbatch: options for this job; they override the pipeline's.
     nodes, gpus_per_node, tasks_per_node, restarts, exclude_bad_nodes: for a training; see
         `megaphase launch slurm`.
@@ -95,6 +100,8 @@ class Step(Section):
     array: Annotated[Count, Field(le=100_000)] | None = None
     at_a_time: Few | None = None
     cores: Few | None = None
+    mem: NodeMemory | None = None
+    exclusive: bool = False
     sbatch: Options = ()
     nodes: Few = 1
     gpus_per_node: FewOrZero = 8
@@ -358,4 +365,5 @@ def _own_options(pipeline: Pipeline, name: str, step: Step) -> Iterator[str]:
         limit = "" if step.at_a_time is None else f"%{step.at_a_time}"
         yield f"--array=0-{step.array - 1}{limit}"
     yield from pipeline.sbatch
+    yield from node_options(step.mem, exclusive=step.exclusive)
     yield from step.sbatch

@@ -79,6 +79,44 @@ def sbatch_options(text: str, refused: Mapping[str, str] = _OWN) -> list[str]:
     return options
 
 
+_MEMORY = re.compile(r"[0-9]+[KMGT]?")
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<numbers>\d+(?::\d+){0,2})")
+
+
+def check_memory(value: object) -> str:
+    """Return the main memory of a node as sbatch takes it.
+
+    Raises:
+        ValueError: it is neither 0 nor a number with a unit.
+    """
+    if not _MEMORY.fullmatch(str(value)) or isinstance(value, bool):
+        raise ValueError(f"{value} is no memory; write 480G, or 0 for all that a node has")
+    return str(value)
+
+
+def node_options(memory: str | None, *, exclusive: bool) -> list[str]:
+    """Return options of sbatch; memory: of each node, see `check_memory`."""
+    options = [] if memory is None else [f"--mem={memory}"]
+    return [*options, "--exclusive"] if exclusive else options
+
+
+def time_limit(resources: Resources) -> float | None:
+    """Return the seconds that a start of the job may take; None if there is no limit."""
+    header = {m[1]: m[2] for m in map(_HEADER.fullmatch, template().splitlines()) if m}
+    given = [each.partition("=")[2] for each in resources.options if each.startswith("--time=")]
+    match = _TIME.fullmatch((given or [header["time"]])[-1])
+    if match is None:
+        return None
+    numbers = [int(each) for each in match["numbers"].split(":")]
+    if match["days"] is not None:  # D-H, D-H:M, D-H:M:S
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+        return ((24 * int(match["days"]) + hours) * 60 + minutes) * 60 + seconds or None
+    if len(numbers) < 3:  # M, M:S
+        minutes, seconds = [*numbers, 0][:2]
+        return 60 * minutes + seconds or None
+    return (numbers[0] * 60 + numbers[1]) * 60 + numbers[2] or None
+
+
 def template() -> str:
     """Return the installed script."""
     return importlib.resources.files("megaphase.launch").joinpath("train.sbatch").read_text()

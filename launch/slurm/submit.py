@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +10,15 @@ from pathlib import Path
 from rich.console import Console
 
 from megaphase.config.run import RunConfig
+from megaphase.estimate.hardware import hardware_of
 from megaphase.estimate.memory_table import memory_sentences, memory_summary
+from megaphase.estimate.setup import PhaseSetup
+from megaphase.estimate.step_time_table import NO_TIME, duration, run_seconds, time_sentence
 from megaphase.launch.slurm.job_file import FOLDER, SubmittedJob, refuse_second_job, remember_job
-from megaphase.launch.slurm.script import Resources, batch_script, refuse_pattern
-from megaphase.plan.load_plan import open_run, phase_setups, preview_plan
+from megaphase.launch.slurm.script import Resources, batch_script, refuse_pattern, time_limit
+from megaphase.plan.held_out_noise import held_out_warnings
+from megaphase.plan.load_plan import open_run, phase_setups, preview_plan, stage_setups
+from megaphase.plan.plan import Plan
 from megaphase.plan.preview import plan_warnings
 from megaphase.training.branch import choose_branch
 from megaphase.training.run_directory import RunDirectory
@@ -48,12 +54,33 @@ def check(
     plan = preview_plan(config, tokenizer, branch.origin.positions if branch else None)
     # Slurm does not create it, and without it a job fails without an error message.
     make_directory(logs_folder(config.output))
-    for sentence in plan_warnings(plan.summary()):
+    for sentence in [*plan_warnings(plan.summary()), *held_out_warnings(config, plan.spec)]:
         console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
     if resources.gpus:
-        for sentence in sentences:
+        for sentence in [*sentences, *_time_sentences(config, setups, plan, resources)]:
             console.print(sentence, markup=False, soft_wrap=True)
     return config
+
+
+def _time_sentences(
+    config: RunConfig, setups: Sequence[PhaseSetup], plan: Plan, resources: Resources
+) -> list[str]:
+    """How long the whole run takes, and how many starts of the job that is."""
+    hardware = hardware_of(config)
+    if hardware is None:
+        return [NO_TIME]
+    phases, limit = stage_setups(setups, plan.spec.phases), time_limit(resources)
+    sentences = [time_sentence(hardware, phases)]
+    if limit is not None:
+        best = run_seconds(hardware, phases)
+        starts = [math.ceil(each / limit) for each in (best, best / hardware.expected)]
+        if starts[1] == 1:
+            then = "is enough for all of it"
+        else:
+            few = f"{starts[0]:,} to {starts[1]:,}" if starts[0] < starts[1] else f"{starts[1]:,}"
+            then = f"is enough for a part: the job queues itself again, for {few} starts in all"
+        sentences.append(f"The job's time limit of {duration(limit)} {then}")
+    return sentences
 
 
 def _refuse_unwritable(config: RunConfig) -> None:

@@ -25,6 +25,9 @@ MATRIX_EFFICIENCY = 0.65
 ATTENTION_EFFICIENCY = 0.35
 # Of the memory's bandwidth, reached by kernels that stream.
 MEMORY_EFFICIENCY = 0.9
+# Of the estimated speed, what runs of others reached at least (docs/scaling.md); what is to be
+# expected where the efficiency of the matrix products has not been measured.
+EXPECTED = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Hardware:
 
     title: what it is called where it is shown; assumed: whether nobody has named it
     efficiency: of the peak, what matrix products reach
+    expected: of the estimated speed, what is to be expected; 1 if the efficiency was measured
     """
 
     title: str
@@ -43,6 +47,7 @@ class Hardware:
     gpus_per_node: int
     node_link: float
     network: float
+    expected: float = EXPECTED
 
     def matrix_seconds(self, flops: float) -> float:
         return flops / (self.peak_flops * self.efficiency)
@@ -78,6 +83,7 @@ def hardware_of(config: RunConfig, card_name: str | None = None) -> Hardware | N
         gpus_per_node=given.gpus_per_node or USUAL_NODE,
         node_link=(given.node_link_gb_per_s or card.node_link_gb_per_s) * GIGA,
         network=(given.network_gbit_per_s or card.network_gbit_per_s) * GIGA / BITS,
+        expected=EXPECTED if given.efficiency is None else 1.0,
     )
 
 

@@ -20,6 +20,11 @@ WIDE = 120
 # Of a step, what is worth naming: a part of it, and how much sooner another layout ends it.
 NAMED_PART, NAMED_GAIN = 0.005, 0.02
 _DAY, _HOUR, _MINUTE = 86400, 3600, 60
+NO_TIME = (
+    "No estimate of time: it is made for GPUs that compute in bf16, and this run is in fp32 (on a "
+    "CPU, the first lines of the training show its speed); for another estimate set "
+    "hardware.peak_tflops to what one process's device reaches"
+)
 
 
 def speed_summary(
@@ -27,6 +32,7 @@ def speed_summary(
 ) -> dict[str, Any]:
     """All figures as plain data; layouts in the order of `memory_summary`, and `all_kept` as there.
 
+    seconds: of the whole run, at best; expected: the fraction of this speed that is to be expected.
     second_partition: those of the run's own layout with `secondary_partition: ranks`, the GPUs of a
     node, and its memory; None where that is no choice.
 
@@ -41,6 +47,7 @@ def speed_summary(
         "card_assumed": hardware.assumed,
         "peak_tflops": hardware.peak_flops / 1e12,
         "efficiency": hardware.efficiency,
+        "expected": hardware.expected,
         "offload_counted": setup.offload == "none",
         "layouts": found,
         "all_kept": kept and _figures(kept, hardware),
@@ -94,10 +101,7 @@ def speed_sentences(memory: dict[str, Any], speed: dict[str, Any] | None) -> lis
     speed: None where the hardware is not known.
     """
     if speed is None:
-        return [
-            "No estimate of time: the table of cards has no peak in fp32; set hardware.peak_tflops "
-            "to that of the GPUs, or precision: bf16"
-        ]
+        return [NO_TIME]
     own = speed["layouts"][0]
     whole = own["step_seconds"]
     parts = " + ".join(
@@ -110,8 +114,9 @@ def speed_sentences(memory: dict[str, Any], speed: dict[str, Any] | None) -> lis
     of_phase = f", phase {memory['phase']}" if _steps_differ(speed) else ""
     sentences = [
         f"Step, estimated ({card}{offload}{of_phase}): {_seconds(whole)} s = {parts}",
-        f"Speed: {own['tokens_per_second']:,.0f} tokens/s, MFU {own['mfu']:.0%}; without "
-        f"validation and saving {_phases(speed)}",
+        f"Speed: {_at_best(speed)}{own['tokens_per_second']:,.0f} tokens/s, MFU {own['mfu']:.0%}; "
+        f"without validation and saving {_phases(speed)}",
+        *_to_be_expected(own, speed),
     ]
     if of_phase:
         steps = (
@@ -130,6 +135,41 @@ def speed_sentences(memory: dict[str, Any], speed: dict[str, Any] | None) -> lis
             )
     sentences.extend(_gathering_less(memory, speed))
     return sentences
+
+
+def _at_best(speed: dict[str, Any]) -> str:
+    return "at best " if speed["expected"] < 1 else ""
+
+
+def _to_be_expected(own: dict[str, Any], speed: dict[str, Any]) -> Iterator[str]:
+    """The speed that runs of others had beside their estimates."""
+    share = speed["expected"]
+    if share < 1:
+        yield (
+            f"To be expected: {share * own['tokens_per_second']:,.0f} tokens/s, MFU "
+            f"{share * own['mfu']:.0%}; {duration(speed['seconds'] / share)} (two thirds of the "
+            "best, until you set hardware.efficiency as measured)"
+        )
+
+
+def time_sentence(
+    hardware: Hardware, phases: Sequence[tuple[str, Sequence[tuple[Setup, int]]]]
+) -> str:
+    """How long all steps take, at best and as is to be expected; phases: see `speed_summary`."""
+    best = run_seconds(hardware, phases)
+    card = hardware.title + (", assumed" if hardware.assumed else "")
+    time = duration(best)
+    if hardware.expected < 1:
+        time += f" at best, {duration(best / hardware.expected)} to be expected"
+    return f"Time, estimated ({card}), without validation and saving: {time}"
+
+
+def run_seconds(
+    hardware: Hardware, phases: Sequence[tuple[str, Sequence[tuple[Setup, int]]]]
+) -> float:
+    """How long all steps take at best; phases: see `speed_summary`."""
+    stages = [stage for _, of_phase in phases for stage in of_phase]
+    return sum(steps * step_time(setup, hardware).seconds for setup, steps in stages)
 
 
 def _steps_differ(speed: dict[str, Any]) -> bool:
@@ -198,14 +238,15 @@ def layouts_table(
 
 
 def _phases(speed: dict[str, Any]) -> str:
-    whole = _duration(speed["seconds"])
+    whole = duration(speed["seconds"])
     if len(speed["phases"]) == 1:
         return whole
-    parts = " + ".join(f"{each['name']} {_duration(each['seconds'])}" for each in speed["phases"])
+    parts = " + ".join(f"{each['name']} {duration(each['seconds'])}" for each in speed["phases"])
     return f"{whole} = {parts}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in words."""
     for unit, name in ((_DAY, "days"), (_HOUR, "hours"), (_MINUTE, "minutes")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.1f} {name}"

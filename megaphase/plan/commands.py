@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from megaphase.utils.arguments import Overrides, Processes, RunFile, finite
+from megaphase.utils.arguments import Overrides, Processes, RunFile, Source, finite
 from megaphase.utils.standard_streams import new_table_console
 
 
@@ -50,6 +50,7 @@ def show_command(
     layouts: Annotated[
         bool, typer.Option("--layouts", help="Also show memory and time of other layouts.")
     ] = False,
+    source: Source = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="Also draw the run's steps to this file: .png, .svg or .pdf."),
@@ -60,6 +61,8 @@ def show_command(
     the memory that the run needs on each GPU, and how long it takes.
 
     Example: megaphase plan run.yaml --processes 64 --card h100-sxm --layouts
+
+    Example: megaphase plan joint.yaml --from runs/base@pretrain
     """
     from json import dumps
 
@@ -71,6 +74,7 @@ def show_command(
         memory_summary,
     )
     from megaphase.estimate.step_time_table import layouts_table, speed_sentences, speed_summary
+    from megaphase.plan.held_out_noise import held_out_warnings
     from megaphase.plan.load_plan import open_run, phase_setups, preview_plan, stage_setups
     from megaphase.plan.preview import (
         batch_sentences,
@@ -93,7 +97,7 @@ def show_command(
     setups, hardware = phase_setups(config, tokenizer, processes), hardware_of(config, card)
     needed = memory_summary(setups, memory or planned_card(config, card).memory_gb)
     plan = preview_plan(config, tokenizer)
-    phases, largest = stage_setups(setups, plan), setups[largest_phase(setups)].setup
+    phases, largest = stage_setups(setups, plan.spec.phases), setups[largest_phase(setups)].setup
     times = speed_summary(largest, hardware, phases) if hardware else None
     if plot is not None:
         save_run_plot(plot, config, plan)
@@ -112,7 +116,7 @@ def show_command(
         *trained_sentences(config),
     ]:
         console.print(sentence, markup=False, soft_wrap=True)
-    for sentence in plan_warnings(summary):
+    for sentence in [*plan_warnings(summary), *held_out_warnings(config, plan.spec)]:
         console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
     for sentence in [*memory_sentences(needed), *speed_sentences(needed, times)]:
         console.print(sentence, markup=False, soft_wrap=True)

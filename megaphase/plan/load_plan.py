@@ -21,7 +21,7 @@ from megaphase.plan.plan import Plan
 from megaphase.plan.position import StreamPosition
 from megaphase.plan.progress import building_progress
 from megaphase.plan.same_run import plan_of_run
-from megaphase.plan.spec import PlanSpec, check_corpora, plan_spec
+from megaphase.plan.spec import PhaseSpec, PlanSpec, check_corpora, plan_spec
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.standard_streams import new_console
 
@@ -51,12 +51,12 @@ def phase_setups(config: RunConfig, tokenizer: Tokenizer, processes: int) -> lis
 
 
 def stage_setups(
-    setups: Sequence[PhaseSetup], plan: Plan
+    setups: Sequence[PhaseSetup], phases: Sequence[PhaseSpec]
 ) -> list[tuple[str, list[tuple[Setup, int]]]]:
     """Return what determines the time of the steps of every phase, by its name: the setups of the
     stages of its batch, each with the number of its steps."""
     found = []
-    for (name, setup), phase in zip(setups, plan.spec.phases, strict=True):
+    for (name, setup), phase in zip(setups, phases, strict=True):
         stages = phase.batch.within(phase.steps)
         found.append((name, [(setup.with_batch(stage.samples), steps) for stage, steps in stages]))
     return found

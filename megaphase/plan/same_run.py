@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from megaphase.checkpoint.names import newest_state
+from megaphase.checkpoint.names import newest_state, permanent_ends
 from megaphase.config.run import RunConfig
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import read_hashed_json
@@ -35,6 +36,8 @@ FREE_TASK_KEYS = ("corpus",)
 FREE_AVERAGE_KEYS = ("device",)  # of a phase
 FREE_BATCH_KEYS = ("micro",)  # of a phase
 
+_LENGTH_OF_PHASE = re.compile(r"phases\[(\d+)\]\.(?:steps|tokens|epochs.*)")
+
 
 def refuse_other_run(run_dir: Path, config: RunConfig) -> None:
     """Raise InputError, naming the first key, if another run file started this directory."""
@@ -46,11 +49,29 @@ def refuse_other_run(run_dir: Path, config: RunConfig) -> None:
     difference = _first_difference("", began, now)
     if difference is not None:
         key, old, new = difference
+        remedy = "put the old value back or choose another output"
+        if key == "phases":  # another number of them
+            old, new = f"{len(old)} phases", f"{len(new)} phases"
         raise InputError(
             config.where(key),
             f"is {_show(new)}, but the run in {run_dir} began with {_show(old)}",
-            "put the old value back or choose another output",
+            _remedy_for_more(run_dir, key, began["phases"]) or remedy,
         )
+
+
+def _remedy_for_more(run_dir: Path, key: str, began: list[dict[str, Any]]) -> str | None:
+    """Return how to train a run on after a phase that has ended, where its length or the number of
+    phases was changed; None if no phase that is meant has ended."""
+    match = _LENGTH_OF_PHASE.fullmatch(key)
+    number = int(match[1]) if match else -1 if key == "phases" else None
+    ends = permanent_ends(run_dir)
+    if number is None or (name := began[number]["name"]) not in ends:
+        return None
+    return (
+        f"put it back; to train on from the end of {name}, write the phases that follow, with "
+        f"names of their own, into a run file with another output, and start it with --from "
+        f"{run_dir}@{name}"
+    )
 
 
 def refuse_other_plan(run_dir: Path, config: RunConfig, fingerprint: str, bos: int | None) -> None:

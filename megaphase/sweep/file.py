@@ -22,7 +22,7 @@ from megaphase.config.fields import (
     Steps,
     Temperature,
 )
-from megaphase.launch.slurm.pipeline import Step
+from megaphase.launch.slurm.pipeline import NodeMemory, Step
 from megaphase.sweep.arms.config import Arm, LearningRateGrid, each_once
 from megaphase.sweep.planning.config import Halving, Pruning
 from megaphase.utils.validation_errors import as_input_error
@@ -92,6 +92,7 @@ class ClusterJobs(Section):
     """The resources of a run's job on a cluster; the keys of a pipeline's step, described in
     docs/slurm.md.
 
+    mem, exclusive: of the jobs that train; sbatch: of all jobs.
     next_sbatch: options of the small jobs that start the rounds after the first.
     at_a_time: maximum number of concurrent runs of one array.
     """
@@ -100,6 +101,8 @@ class ClusterJobs(Section):
     gpus_per_node: FewOrZero = 8
     tasks_per_node: Few | None = None
     cores: Few | None = None
+    mem: NodeMemory | None = None
+    exclusive: bool = False
     restarts: FewOrZero = 3
     exclude_bad_nodes: bool = False
     sbatch: Any = ()

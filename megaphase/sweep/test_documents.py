@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megaphase.config.run import RunConfig
+from megaphase.plan.held_out_noise import measured_documents, noise_sentence
 from megaphase.plan.stream import Stream
 from megaphase.utils.errors import InputError
 
@@ -39,9 +40,10 @@ def check_test_split(
                 "add test: {fraction: …}",
             )
         _check_samples(path, config, task, streams[task])
-    found = ((task, _documents(streams[task], config.test.samples)) for task in low)
+    samples = config.test.samples
+    found = ((task, measured_documents(streams[task], samples, FEW_DOCUMENTS)) for task in low)
     return [
-        _warning(task, config.test.samples, documents)
+        _warning(task, samples, documents)
         for task, documents in found
         if len(documents) < FEW_DOCUMENTS
     ]
@@ -64,46 +66,15 @@ def _check_samples(path: Path, config: RunConfig, task: str, stream: Stream) -> 
     )
 
 
-def _documents(stream: Stream, samples: int) -> dict[int, list[np.ndarray]]:
-    """Return the tokens of the first samples by document; ends where there are more than a few."""
-    found: dict[int, list[np.ndarray]] = {}
-    for slot, offset in stream.first_starts(samples).tolist():
-        for document, first, tokens in stream.pieces(0, slot, offset):
-            part = np.asarray(stream.corpus.document(document)[first : first + tokens])
-            found.setdefault(document, []).append(part)
-        if len(found) >= FEW_DOCUMENTS:
-            break
-    return found
-
-
 def _warning(task: str, samples: int, documents: Mapping[int, Sequence[np.ndarray]]) -> str:
     count = len(documents)
     text = (
         f"{task}: the {samples:,} test samples are of only {count} document{'s' * (count != 1)}; "
+        f"{noise_sentence(documents)}"
     )
     if count < 2:
-        return f"{text}how much another one would change the loss is unknown"
+        return text
     return (
-        f"{text}other documents would change the loss by about "
-        f"±{document_error([np.concatenate(parts) for parts in documents.values()]):.2f} nats a "
-        "token (a standard error, estimated from the frequencies of their tokens). All runs are "
-        "measured on the same ones, so differences between runs are less noisy"
+        f"{text}. All runs are measured on the same ones, so differences between runs are less "
+        "noisy"
     )
-
-
-def document_error(documents: Sequence[np.ndarray]) -> float:
-    """Return the standard error that the choice of documents gives to a mean loss, in nats a token,
-    if a token's loss is minus the logarithm of its frequency in all of them.
-
-    documents: at least two, the tokens of each.
-    """
-    _, numbers, counts = np.unique(
-        np.concatenate(documents), return_inverse=True, return_counts=True
-    )
-    lengths = np.array([len(each) for each in documents])
-    total = int(lengths.sum())
-    losses = -np.log(counts / total)[numbers]
-    sums = np.add.reduceat(losses, np.concatenate([[0], np.cumsum(lengths)[:-1]]))
-    deviations = sums - losses.mean() * lengths
-    spread = len(documents) / (len(documents) - 1) * float((deviations**2).sum())
-    return math.sqrt(spread) / total

@@ -23,6 +23,7 @@ from megaphase.model.parameters import parameter_count
 from megaphase.model.presets import phase_shapes
 from megaphase.model.shape import GPTShape
 from megaphase.plan.batch_layout import check_batches, check_batches_beforehand
+from megaphase.plan.held_out_noise import held_out_warnings
 from megaphase.plan.load_plan import build_plan
 from megaphase.plan.plan import Plan
 from megaphase.plan.preview import plan_warnings
@@ -124,7 +125,7 @@ def open_plan(
             # First, so that a run that is killed here can never be taken for one of its own.
             branch.record(directory.path)
         directory.claim(config, summary)
-        for sentence in plan_warnings(summary):
+        for sentence in [*plan_warnings(summary), *held_out_warnings(config, spec)]:
             say(f"Warning: {sentence}")
         return plan.folder
 

@@ -26,6 +26,7 @@ from megaphase.estimate.step_time_table import (
     quickest,
     speed_sentences,
     speed_summary,
+    time_sentence,
 )
 from megaphase.estimate.suggestions import GB
 from megaphase.model.parameters import parameter_count
@@ -88,7 +89,7 @@ def test_the_run_file_goes_before_the_table():
             network_gbit_per_s=80,
         )
     )
-    assert own == Hardware("A100 SXM 80 GB", False, 100e12, 0.5, 1e12, 4, 200e9, 10e9)
+    assert own == Hardware("A100 SXM 80 GB", False, 100e12, 0.5, 1e12, 4, 200e9, 10e9, 1.0)
     assert hardware_of(config_with(card="a100-80gb"), "l4").title == "L4"
 
 
@@ -191,7 +192,7 @@ def test_the_sentences():
         memory_summary([PhaseSetup("only", RUN)], 80.0),
         speed_summary(RUN, H100, phases(RUN)),
     )
-    step, rate, best = speed_sentences(memory, speed)
+    step, rate, expected, best = speed_sentences(memory, speed)
     own = speed["layouts"][0]
     assert step.startswith(
         f"Step, estimated (H100 SXM, assumed): {own['step_seconds']:.2f} s = matrices "
@@ -202,7 +203,28 @@ def test_the_sentences():
         f"tokens/s, MFU {own['mfu']:.0%}; without validation and saving {days:.1f} days = " in rate
     )
     assert rate.endswith(" hours")
+    assert rate.startswith(f"Speed: at best {own['tokens_per_second']:,.0f} tokens/s")
+    assert expected.startswith(
+        f"To be expected: {own['tokens_per_second'] * 2 / 3:,.0f} tokens/s, MFU "
+        f"{own['mfu'] * 2 / 3:.0%}; {days * 1.5:.1f} days (two thirds of the best, until "
+    )
     assert best.startswith("Quickest layout that fits: tensor 1 × data 64, ZeRO 3, ")
+
+
+def test_a_measured_efficiency_is_what_to_expect():
+    measured = replace(H100, efficiency=0.5, expected=1.0)
+    speed = speed_summary(RUN, measured, phases(RUN))
+    memory = memory_summary([PhaseSetup("only", RUN)], 80.0)
+    _, rate, _ = speed_sentences(memory, speed)
+    assert rate.startswith(f"Speed: {speed['layouts'][0]['tokens_per_second']:,.0f} tokens/s")
+    assert time_sentence(measured, phases(RUN)) == (
+        "Time, estimated (H100 SXM, assumed), without validation and saving: "
+        f"{speed['seconds'] / 86400:.1f} days"
+    )
+    days = speed_summary(RUN, H100, phases(RUN))["seconds"] / 86400
+    assert time_sentence(H100, phases(RUN)).endswith(
+        f"{days:.1f} days at best, {1.5 * days:.1f} days to be expected"
+    )
 
 
 def test_no_other_layout_is_named_where_the_own_one_is_good():
@@ -213,7 +235,7 @@ def test_no_other_layout_is_named_where_the_own_one_is_good():
     at = quickest(memory, speed)
     for summary in (memory, speed):
         summary["layouts"].insert(0, summary["layouts"].pop(at))
-    assert len(speed_sentences(memory, speed)) == 2
+    assert len(speed_sentences(memory, speed)) == 3
     assert "=" not in speed_sentences(memory, speed)[1]  # a single phase
 
 
@@ -223,7 +245,7 @@ def test_there_is_nothing_quickest_where_nothing_fits():
         speed_summary(RUN, H100, phases(RUN)),
     )
     assert quickest(memory, speed) is None
-    assert len(speed_sentences(memory, speed)) == 2
+    assert len(speed_sentences(memory, speed)) == 3
 
 
 def test_what_is_gathered_too_often_is_named_where_it_would_fit():
@@ -336,7 +358,9 @@ def test_little_memory_is_shown_in_mb(plan):
 
 def test_the_command_says_why_there_is_no_time(plan):
     output = plan("precision=fp32", "--layouts").stdout
-    assert "No estimate of time: the table of cards has no peak in fp32; set hardware." in output
+    assert (
+        "No estimate of time: it is made for GPUs that compute in bf16, and this run is" in output
+    )
     assert "MFU" not in output
     assert json.loads(plan("precision=fp32", "--json").stdout)["speed"] is None
 

@@ -20,12 +20,12 @@ from warm_commands import run_well
 
 from megaphase.cli import app
 from megaphase.launch.slurm.job_file import JOB_FILE
+from megaphase.plan.held_out_noise import document_error
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.measurements import EVALUATION, is_measured, measurements
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.start import open_sweep, refuse_failures
 from megaphase.sweep.sweep import load_sweep
-from megaphase.sweep.test_documents import document_error
 from megaphase.sweep.trials import known_trials
 from megaphase.utils.errors import InputError
 
