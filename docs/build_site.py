@@ -15,7 +15,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCE = REPOSITORY / "build" / "site-source"  # `docs_dir` of mkdocs.yml
 FOLDERS = ("docs", "examples", "launch", "containers", "benchmarks")
-SUFFIXES = {".md", ".png", ".csv", ".yaml", ".json", ".sh", ".sbatch", ".py", ".def"}
+SUFFIXES = {".md", ".css", ".png", ".csv", ".yaml", ".json", ".sh", ".sbatch", ".py", ".def"}
 
 
 def copy_pages() -> None:
