@@ -81,12 +81,14 @@ class PageTable:
     Attributes:
         columns: the column titles; with `groups`, only the title of the first column.
         groups: titles over several columns, each with the titles of these.
+        words: whether its cells are words, which are broken into lines and aligned to the left.
     """
 
     columns: Sequence[str | Cell]
     rows: Sequence[Sequence[str | Cell]]
     note: str
     groups: Sequence[tuple[str, Sequence[str]]] = ()
+    words: bool = False
 
 
 def render(template: str, **values: object) -> Markup:

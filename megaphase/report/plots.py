@@ -70,9 +70,9 @@ def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
         figure = new_figure(size.width, height)
         right = size.width - label_width(curves)
         rows = -(-len(keys) // LEGEND_COLUMNS)
-        top = height - rows * LEGEND_LINE_INCHES - _step_label_inches(run)
+        top = height - rows * LEGEND_LINE_INCHES - step_label_inches(run)
         axes = inch_axes(figure, 0.62, BOTTOM_INCHES, right, top)
-        step_axes(axes, _steps_of([run]), size)
+        step_axes(axes, steps_of([run]), size)
         axes.set_ylabel("loss (nats per token)")
         for task, (steps, losses) in curves.items():
             look = _line_style(task in run.low_resource_tasks)
@@ -81,10 +81,10 @@ def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
             for curve in averages[task]:
                 axes.plot(*curve, color=colours[task], lw=1.4, ls=DOTTED, marker=".", zorder=3)
         shown = [*curves.values(), *(curve for found in averages.values() for curve in found)]
-        axes.set_ylim(loss_limits(shown, _steps_of([run]), training.values()))
+        axes.set_ylim(loss_limits(shown, steps_of([run]), training.values()))
         label_line_ends(axes, _line_ends(curves, colours))
-        _mark_gaps(axes, run)
-        _mark_steps(axes, run)
+        mark_gaps(axes, run)
+        mark_steps(axes, run)
         _mark_incidents(axes, run)
         legend_on_top(figure, keys, columns=LEGEND_COLUMNS)
     return figure
@@ -95,9 +95,9 @@ def learning_rate_plot(run: RunRecord, size: Size) -> Figure:
     height = 0.72 * size.height
     with plot_style():
         figure = new_figure(size.width, height)
-        top = height - _step_label_inches(run)
+        top = height - step_label_inches(run)
         axes = inch_axes(figure, 0.75, BOTTOM_INCHES, size.width - 0.25, top)
-        step_axes(axes, _steps_of([run]), size)
+        step_axes(axes, steps_of([run]), size)
         axes.set_ylabel("learning rate")
         # One line per phase: the schedule restarts at a switch, so the lines must not be connected.
         for phase in run.plan.phases:
@@ -105,8 +105,8 @@ def learning_rate_plot(run: RunRecord, size: Size) -> Figure:
             axes.plot([r.step for r in rows], [r.learning_rate for r in rows], color=INK, lw=1.5)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-        _mark_gaps(axes, run)
-        _mark_steps(axes, run)
+        mark_gaps(axes, run)
+        mark_steps(axes, run)
     return figure
 
 
@@ -117,7 +117,7 @@ def rates_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
     with plot_style():
         figure = new_figure(size.width, height)
         right = size.width - label_width(shown)
-        top = height - _step_label_inches(run)
+        top = height - step_label_inches(run)
         axes = inch_axes(figure, 0.62, BOTTOM_INCHES, right, top)
         step_axes(axes, (run.origin.step, run.planned_steps), size)
         axes.set_ylabel("sampling rate")
@@ -133,7 +133,7 @@ def rates_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
             before += phase.steps
         axes.set_ylim(bottom=0)
         label_line_ends(axes, [(task, rate, colours[task]) for task, rate in ends.items()])
-        _mark_steps(axes, run)
+        mark_steps(axes, run)
     return figure
 
 
@@ -184,7 +184,7 @@ def comparison_plot(runs: Sequence[RunRecord], size: Size) -> Figure:
     keys = [line_key(plot_label(run.name), color=colours[run.name], lw=1.8) for run in runs]
     columns = 2 if size.narrow else 4
     top = 0.2 + LEGEND_LINE_INCHES * -(-len(runs) // columns)
-    span = _steps_of(runs)
+    span = steps_of(runs)
     with plot_style():
         figure, panels = panel_grid(size, tasks, 0.55 * size.height, top)
         for task, axes in zip(tasks, panels, strict=True):
@@ -240,7 +240,7 @@ def _training_curve(run: RunRecord, task: str) -> Curve:
     )
 
 
-def _steps_of(runs: Sequence[RunRecord]) -> tuple[int, int]:
+def steps_of(runs: Sequence[RunRecord]) -> tuple[int, int]:
     """Return the steps before the first and at the last step of these runs; branches start late."""
     return min(run.origin.step for run in runs), max(run.last_step for run in runs)
 
@@ -258,7 +258,7 @@ def _step_marks(run: RunRecord) -> list[tuple[int, str, Any]]:
     return sorted(marks, key=lambda mark: mark[0])
 
 
-def _mark_gaps(axes: Axes, run: RunRecord) -> None:
+def mark_gaps(axes: Axes, run: RunRecord) -> None:
     """Hatch ranges without metrics; a line across them connects the measurements around them."""
     for first, last in run.missing_steps:
         axes.axvspan(
@@ -266,11 +266,11 @@ def _mark_gaps(axes: Axes, run: RunRecord) -> None:
         )
 
 
-def _step_label_inches(run: RunRecord) -> float:
+def step_label_inches(run: RunRecord) -> float:
     return 0.15 + len(_step_marks(run)) * LABEL_GAP_POINTS / 72
 
 
-def _mark_steps(axes: Axes, run: RunRecord) -> None:
+def mark_steps(axes: Axes, run: RunRecord) -> None:
     """Draw a line at every switch and at the first divergence, with its name above it."""
     for above, (step, label, style) in enumerate(reversed(_step_marks(run))):
         left, right = axes.get_xlim()

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from megaphase.checkpoint.names import CHECKPOINTS
+from megaphase.report.differences import differences
 from megaphase.report.load_run import load_run
 from megaphase.report.losses import (
     final_losses,
@@ -35,15 +38,28 @@ from megaphase.utils.run_files import METRICS_FILE
 __all__ = ["final_losses", "load_run", "summary_table", "verdicts", "write_report"]
 
 
-def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
-    """Write the report of these runs into the directory `out`; return the path of its page.
+def each_with_a_run(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Return the paths of runs that have begun, and the others, which a pattern such as `runs/*`
+    matches, too.
 
-    `out` gets `index.html` (self-contained), `plots/` (PNG and SVG) and `numbers/` (CSV),
-    atomically. An earlier report there is replaced.
+    Those that do not exist count as runs, and so do all if there is no run among them: reading them
+    says what is missing.
+    """
+    others = [path for path in paths if path.exists() and not _has_begun(path)]
+    if len(others) == len(paths):
+        return list(paths), []
+    return [path for path in paths if path not in others], others
+
+
+def _has_begun(path: Path) -> bool:
+    return any((path / name).exists() for name in (METRICS_FILE, CHECKPOINTS))
+
+
+def load_runs(run_dirs: Sequence[Path]) -> list[RunRecord]:
+    """Read run directories, each of them once, and give the runs different names.
 
     Raises:
-        InputError: a run directory is incomplete or damaged, a run has no validation yet, or `out`
-            contains anything other than an earlier report.
+        InputError: a run directory is incomplete or damaged, or a run has no validation yet.
     """
     runs = _named_apart([load_run(path) for path in _each_once(run_dirs)])
     for run in runs:
@@ -59,6 +75,27 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
                     )
                 ),
             )
+    return runs
+
+
+def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Write the report of the runs in these directories: `write_report_of` them.
+
+    Raises:
+        InputError: as `load_runs` and `write_report_of`.
+    """
+    return write_report_of(load_runs(run_dirs), out)
+
+
+def write_report_of(runs: Sequence[RunRecord], out: Path) -> Path:
+    """Write the report of these runs into the directory `out`; return the path of its page.
+
+    `out` gets `index.html` (self-contained), `plots/` (PNG and SVG) and `numbers/` (CSV),
+    atomically. An earlier report there is replaced.
+
+    Raises:
+        InputError: `out` contains anything other than an earlier report.
+    """
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     return write_page(out, title, lambda folder: _content(runs, folder))
 
@@ -70,14 +107,19 @@ def summary_table(run: RunRecord) -> Table:
     found = {verdict.task: verdict for verdict in task_verdicts(run)}
     colours = {"better": "green", "worse": "red", "same": ""}
     phases = run.phases_begun
-    table = Table(title=Text(f"{run.name}: validation loss, nats per token"), title_justify="left")
-    table.add_column("task", no_wrap=True)
+    title = Text(f"{run.name}: validation loss, nats per token")
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
+        collapse_padding=True,
+    )  # fmt: skip
+    table.add_column("task", overflow="fold")
     columns = [f"{'after' if run.phase_is_over(p) else 'now in'} {p.name}" for p in phases]
     if note := lengths_note([run]):
         table.caption, table.caption_justify = Text(note), "left"
     change = "since switch" if run.switches else "change"
     for column in ("at start", *columns, change, "bits/byte", "epochs"):
-        table.add_column(Text(column), justify="right")
+        # Where there is no room, a header is broken between its words, or within a long one.
+        table.add_column(Text(column), justify="right", overflow="fold")
     for task in run.tasks:
         if task not in newest:
             continue
@@ -95,6 +137,21 @@ def summary_table(run: RunRecord) -> Table:
             f"{newest[task].end_bits_per_byte:.3f}",
             f"{run.planned_epochs(task):.2f}",
         )
+    return table
+
+
+def differences_table(runs: Sequence[RunRecord]) -> Table | None:
+    """Return the settings in which several runs differ, a column for each; None if in none."""
+    found = differences(runs)
+    if not found:
+        return None
+    title = Text(f"What differs between the {len(runs)} runs")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("differs in", overflow="fold")
+    for run in runs:
+        table.add_column(Text(run.name), overflow="fold")
+    for each in found:
+        table.add_row(*map(Text, (each.setting, *each.values)))
     return table
 
 

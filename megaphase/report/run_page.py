@@ -10,6 +10,8 @@ import yaml
 from markupsafe import Markup
 
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
+from megaphase.report.batch_plot import batch_changes, batch_plot
+from megaphase.report.differences import Difference, differences
 from megaphase.report.incidents import incident_sentences
 from megaphase.report.losses import (
     final_losses,
@@ -63,6 +65,12 @@ def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -
         f"{AS_PLANNED} Where a rate changes within a phase, the tables have its mean.",
         lambda size: rates_plot(run, colours, size),
     )
+    batch = Plot(
+        "batch",
+        "Batch and sequence length",
+        "Of every step that has been trained: samples, and tokens of a sample.",
+        lambda size: batch_plot(run, size),
+    )
     changes = any(phase.rates_over_steps is not None for phase in run.plan.phases)
     return render(
         "run.html",
@@ -76,26 +84,34 @@ def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -
         data_table=_data_table(run, colours),
         sampling_rates=draw_plot(mixture, out, plot_folder) if changes else None,
         learning_rate=draw_plot(rates, out, plot_folder),
+        batch=draw_plot(batch, out, plot_folder) if batch_changes(run) else None,
         run_file=yaml.safe_dump(dict(run.settings), sort_keys=False, allow_unicode=True),
     )
 
 
 def comparison_article(runs: Sequence[RunRecord], colours: Colours, out: Path) -> Markup:
-    """Return the article that compares several runs: newest losses and curves."""
+    """Return the article that compares several runs: newest losses, differences and curves."""
     plot = Plot(
         "comparison",
         "Loss on held-out text, task by task",
         "Every panel has its own scale; the steep beginning may be cut off at the top.",
         lambda size: comparison_plot(runs, size),
     )
-    table, figure = _comparison_table(runs, colours), draw_plot(plot, out, "plots")
-    return render("comparison.html", runs=len(runs), table=table, figure=figure)
+    return render(
+        "comparison.html",
+        runs=len(runs),
+        table=_comparison_table(runs, colours),
+        differences=_differences_table(runs, differences(runs)),
+        figure=draw_plot(plot, out, "plots"),
+    )
 
 
 def _state(run: RunRecord) -> str:
     """Return the progress of the run, when it switched and how fast it is."""
     last = run.plan.phases[-1]
-    begun = f" (the first {run.origin.step:,} of another run)" if run.origin.step else ""
+    source = run.origin.source
+    begun = f" (the first {run.origin.step:,} of {source or 'another run'})"
+    begun = begun if run.origin.step else f", from the weights of {source}" if source else ""
     if run.ended_diverged is not None:
         text = f"Diverged: ended after {run.last_step:,} of {run.planned_steps:,} steps{begun}"
     elif run.phase_is_over(last):
@@ -214,7 +230,8 @@ def _comparison_table(runs: Sequence[RunRecord], colours: Colours) -> PageTable:
     tasks = validated_tasks(runs)
     rows = []
     for run in runs:
-        cells: list[str | Cell] = [run.name]
+        source = run.origin.source
+        cells: list[str | Cell] = [Cell(run.name, small=f"from {source}" if source else "")]
         for task in tasks:
             ends = {name: losses[task].end for name, losses in newest.items() if task in losses}
             text = f"{ends[run.name]:.3f}" if run.name in ends else NOTHING
@@ -227,3 +244,15 @@ def _comparison_table(runs: Sequence[RunRecord], colours: Colours) -> PageTable:
     if lengths := lengths_note(runs):
         note += f" {lengths}"
     return PageTable(columns, rows, note)
+
+
+def _differences_table(runs: Sequence[RunRecord], found: Sequence[Difference]) -> PageTable | None:
+    """Return the settings in which the runs differ, a column for each run; None if in none."""
+    if not found:
+        return None
+    note = (
+        "From the run files; rates are those of the plan, and the phases of a branch are those of "
+        "the branch alone. What is not listed is the same in all of these runs."
+    )
+    rows = [[each.setting, *each.values] for each in found]
+    return PageTable(["differs in", *(run.name for run in runs)], rows, note, words=True)

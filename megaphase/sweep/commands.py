@@ -165,11 +165,24 @@ def report_command(
 
 def _run_report(run_dirs: list[Path], out: Path, console: Console) -> Path:
     from megaphase.report.incidents import incident_sentences
-    from megaphase.report.report import load_run, summary_table, verdicts, write_report
+    from megaphase.report.report import (
+        differences_table,
+        each_with_a_run,
+        load_runs,
+        summary_table,
+        verdicts,
+        write_report_of,
+    )
 
-    index = write_report(run_dirs, out)
-    for run_dir in run_dirs:
-        run = load_run(run_dir)
+    run_dirs, passed_over = each_with_a_run(run_dirs)
+    runs = load_runs(run_dirs)
+    index = write_report_of(runs, out)
+    if passed_over:
+        names = ", ".join(map(str, passed_over))
+        console.print(f"Passed over, without a run: {names}", markup=False, soft_wrap=True)
+    if (table := differences_table(runs)) is not None:
+        console.print(table)
+    for run in runs:
         console.print(summary_table(run))
         if run.hole is not None:
             console.print(f"Warning: {run.hole}", style="yellow", markup=False, soft_wrap=True)

@@ -21,7 +21,7 @@ BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="no headless Chromium; as root on Debian: make browser"
 )
-WIDTHS = (1280, 390)
+WIDTHS = (1200, 390)
 RUN_PLOTS = {"Loss per task", "Learning rate", "Training tokens and epochs per task"}
 SWEEP_PLOTS = {
     "Trade-off fronts",
@@ -36,17 +36,25 @@ SWEEP_PLOTS = {
 FRAME = """<!doctype html><title>frame</title><iframe width="{width}" height="900"></iframe>
 <pre id="found"></pre><script>
 const frame = document.querySelector("iframe");
-frame.onload = () => {{
+const measure = () => {{
   const page = frame.contentDocument, root = page.documentElement;
   const shown = [...page.querySelectorAll("figure svg")].filter(e => e.getClientRects().length);
   document.getElementById("found").textContent = JSON.stringify({{
     width: frame.contentWindow.innerWidth,
     overflow: root.scrollWidth - root.clientWidth,
     plots: shown.map(e => [e.getAttribute("aria-label"), e.getBoundingClientRect().width]),
+    tables: [...page.querySelectorAll(".scroll")].filter(e => e.checkVisibility()).map(e => ({{
+      overflows: e.scrollWidth > e.clientWidth,
+      hint: e.previousElementSibling.clientHeight > 0,
+      fixed: [...e.querySelectorAll("tbody th")].every(
+        th => frame.contentWindow.getComputedStyle(th).position === "sticky"),
+    }})),
     texts: shown.map(e => e.querySelectorAll("text").length),
     fetched: frame.contentWindow.performance.getEntriesByType("resource").map(e => e.name),
   }});
 }};
+// The hints of tables follow the layout, with the next frame.
+frame.onload = () => setTimeout(measure, 200);
 frame.srcdoc = {source};
 </script>"""
 
@@ -79,7 +87,9 @@ def test_page_shows_every_plot_within_its_width(pages, tmp_path, name, plots, wi
     source = json.dumps(pages[name].read_text()).replace("</", "<\\/")
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME.format(width=width, source=source))
-    document, console = chromium(tmp_path, "--dump-dom", frame.as_uri())
+    document, console = chromium(
+        tmp_path, "--dump-dom", "--virtual-time-budget=5000", frame.as_uri()
+    )
     assert console == ""
     found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', document)[1])
     assert found["width"] == width
@@ -89,6 +99,10 @@ def test_page_shows_every_plot_within_its_width(pages, tmp_path, name, plots, wi
     assert min(shown for _, shown in found["plots"]) > 0.8 * min(width, 992) - 60
     assert min(found["texts"]) > 5
     assert found["fetched"] == []
+    # A table fits, or says that it can be scrolled and keeps its first column.
+    assert all(table["hint"] == table["overflows"] for table in found["tables"])
+    assert all(table["fixed"] for table in found["tables"])
+    assert width == 390 or not any(table["overflows"] for table in found["tables"])
 
 
 @pytest.mark.parametrize("name", ["run", "sweep"])
