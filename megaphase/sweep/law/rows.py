@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from megaphase.optim.schedules import LearningRateConfig, learning_rate
 from megaphase.report.load_run import load_run
-from megaphase.report.runs import RunRecord
+from megaphase.report.runs import PhasePlan
 from megaphase.sweep.arms.setting import TriedSetting
 from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.law.model_size import parameters_without_vocabulary
@@ -122,8 +122,13 @@ FORGETTING = "a last phase that leaves out tasks, which are then forgotten"
 FAILED = "a run that failed or diverged"
 
 
-def law_rows(record: SweepRecord) -> LawRows:
+def law_rows(
+    record: SweepRecord, phases: Mapping[str, Sequence[PhasePlan]] | None = None
+) -> LawRows:
     """Return the rows of a sweep, complete or not.
+
+    phases: of runs that have been read already, by name, as they were trained; the directories of
+    the others are read.
 
     A law describes what phases, mixtures, learning rates and model sizes do. So it leaves out
     settings with other values of the run file, those whose weights are not of the last step, and
@@ -139,17 +144,18 @@ def law_rows(record: SweepRecord) -> LawRows:
             if reason is not None:
                 left_out[trial.setting] = reason
     trials = {trial.name: trial for trial in record.trials}
-    runs: dict[str, RunRecord] = {}
+    known_phases = dict(phases or {})
     rows = []
     for trial in record.trials:
         known = trial.is_final and trial.name in record.outcomes
         if known and trial.setting not in left_out:
             chain = _chain(trial, trials)
             for each in chain:
-                if each.name not in runs:
-                    runs[each.name] = load_run(record.directory.run(each.name))
-            phases = _phases(trial, [runs[each.name] for each in chain])
-            rows.append(_row(record, trial, phases))
+                if each.name not in known_phases:
+                    run = load_run(record.directory.run(each.name))
+                    known_phases[each.name] = run.plan.phases
+            trained = [phase for each in chain for phase in known_phases[each.name]]
+            rows.append(_row(record, trial, _phases(trial, trained)))
     within = record.sweep.config.within
     temperatures = within.high, within.low
     return LawRows(
@@ -199,8 +205,7 @@ def _chain(trial: Trial, trials: Mapping[str, Trial]) -> list[Trial]:
     return chain
 
 
-def _phases(trial: Trial, runs: Sequence[RunRecord]) -> list[LawPhase]:
-    plans = [phase for run in runs for phase in run.plan.phases]
+def _phases(trial: Trial, plans: Sequence[PhasePlan]) -> list[LawPhase]:
     return [
         law_phase(
             content, plan.steps, {task: share.tokens for task, share in plan.tasks.items()}, i == 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+from megaphase.report.runs import PhasePlan
 from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.law.law import TaskLaw, cannot_be_fitted, fit_laws
 from megaphase.sweep.law.rows import LawRow, LawRows, law_rows
@@ -30,13 +31,17 @@ class SweepLaw:
     reason: str | None
 
     @classmethod
-    def of(cls, record: SweepRecord) -> Self:
+    def of(
+        cls, record: SweepRecord, phases: Mapping[str, Sequence[PhasePlan]] | None = None
+    ) -> Self:
         """Fit the laws of a sweep, complete or not.
+
+        phases: of runs that have been read already, by name; see `law_rows`.
 
         Raises:
             InputError: the directory of a run is damaged.
         """
-        return cls.of_rows(law_rows(record))
+        return cls.of_rows(law_rows(record, phases))
 
     @classmethod
     def of_rows(cls, rows: LawRows) -> Self:

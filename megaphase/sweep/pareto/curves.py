@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,8 +57,19 @@ class RunCurves:
         return at
 
 
-def curves_of(record: SweepRecord) -> dict[str, RunCurves]:
-    """Return the curves of all final runs that have ended normally, by name.
+class SweepRuns(NamedTuple):
+    """What a report needs of the run directories of a sweep, each of which is read once.
+
+    curves: of all final runs that have ended normally, by name.
+    phases: as they were trained, of these runs and of those from which they started, by name.
+    """
+
+    curves: dict[str, RunCurves]
+    phases: dict[str, list[PhasePlan]]
+
+
+def read_runs(record: SweepRecord) -> SweepRuns:
+    """Read the directories of all final runs that have ended normally, and of their sources.
 
     Raises:
         InputError: the directory of one of them is damaged.
@@ -65,22 +77,25 @@ def curves_of(record: SweepRecord) -> dict[str, RunCurves]:
     tasks = [*record.sweep.high, *record.sweep.low]
     trials = {trial.name: trial for trial in record.trials}
     sources: dict[str, RunCurves] = {}
+    phases: dict[str, list[PhasePlan]] = {}
 
     def curves(trial: Trial) -> RunCurves:
         run = load_run(record.directory.run(trial.name))
+        phases[trial.name] = run.plan.phases
         if trial.source is None:
             return _own_curves(run, tasks)
         if trial.source not in sources:
             sources[trial.source] = curves(trials[trial.source])
         return _joined(sources[trial.source], _own_curves(run, tasks), run.origin.step)
 
-    return {
+    found = {
         trial.name: curves(trial)
         for trial in record.trials
         if trial.is_final
         and (outcome := record.outcomes.get(trial.name)) is not None
         and reason_of_failure(outcome) is None
     }
+    return SweepRuns(found, phases)
 
 
 def _own_curves(run: RunRecord, tasks: Sequence[str]) -> RunCurves:

@@ -120,6 +120,13 @@ class ModelFronts:
     static: Sequence[Point]
 
     @property
+    def static_hypervolume(self) -> float | None:
+        """The hypervolume of the static front; None without one."""
+        if self.reference is None or not self.static:
+            return None
+        return hypervolume(_pairs(self.static), self.reference)
+
+    @property
     def points(self) -> list[Point]:
         """The points of all arms."""
         return [point for arm in self.arms for point in arm.points]

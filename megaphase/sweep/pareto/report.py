@@ -25,6 +25,8 @@ from megaphase.sweep.pareto.tables import comparison_cells
 from megaphase.sweep.pareto.verdict import shown
 from megaphase.sweep.pareto.view import SweepView
 
+MARGIN = "how much lower the low-resource loss is at each static point’s high-resource loss"
+
 
 @dataclass(frozen=True)
 class SweepReport:
@@ -63,7 +65,7 @@ class SweepReport:
         return tables
 
     def _fronts(self, fronts: ModelFronts, title: str) -> Table:
-        table = _table(title, self.view.progress.sentence)
+        table = _table(title, f"{self.view.progress.sentence}\nMargin: {MARGIN}.")
         table.add_column("arm", overflow="fold")
         for column in (
             "on front", "hyper-\nvolume", "static\npoints\ndominated", "dominated\nby static",
@@ -87,12 +89,12 @@ class SweepReport:
         ]
         budgets = [f"{each}." for each in own_budgets(self.view.record.sweep)]
         pruned = [pruned_sentence(self.view.pruned)] if self.view.pruned else []
-        verdicts = (verdict.sentence for verdict in self.view.verdicts)
+        verdicts = (f"{each.sentence} {each.front}".rstrip() for each in self.view.verdicts)
         return [*verdicts, *budgets, *pruned, *failed]
 
     def _content(self, folder: Path) -> PageContent:
         """Write plots and numbers into `folder`; return the page's content."""
-        law = SweepLaw.of(self.view.record)
+        law = SweepLaw.of(self.view.record, self.view.phases)
         tables = write_sweep_numbers(self.view, folder / NUMBERS_FOLDER)
         tables += write_law_numbers(law, folder / NUMBERS_FOLDER)
         return PageContent([sweep_article(self.view, law, folder)], tables)

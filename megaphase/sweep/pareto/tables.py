@@ -13,6 +13,7 @@ from megaphase.sweep.pareto.labels import peaks_label
 from megaphase.sweep.pareto.overfit import Overfit, overfits
 from megaphase.sweep.pareto.points import Point
 from megaphase.sweep.pareto.statistics import Estimate
+from megaphase.sweep.pareto.verdict import MOST_MARGINS
 from megaphase.sweep.pareto.view import SweepView
 
 
@@ -33,9 +34,11 @@ def fronts_table(view: SweepView, fronts: ModelFronts) -> PageTable:
         )
     note = (
         "Dominated: no worse in both losses and better in one. Margin: at a point of the static "
-        "front, how much lower the arm’s low-resource loss is at no higher high-resource loss; "
-        "least and most over these points, and at how many of them the arm has no such loss. These "
-        f"describe the fronts; the verdict rests on the differences.{reference}"
+        "front, how much lower the arm’s low-resource loss is at no higher high-resource loss, "
+        f"below 0 if it is higher: at each of up to {MOST_MARGINS} static points, from the lowest "
+        "high-resource loss to the highest, otherwise least … median … most; none: the arm has no "
+        "high-resource loss as low. Each is listed with its interval below. These describe the "
+        f"fronts; the verdict rests on the differences.{reference}"
     )
     columns = [
         "arm", "settings", "on front", "hypervolume", "of static front\ndominated",
@@ -45,7 +48,7 @@ def fronts_table(view: SweepView, fronts: ModelFronts) -> PageTable:
 
 
 def comparison_cells(arm: ArmFront) -> list[str]:
-    """Return fraction of the static front, part of the own front, least and greatest margin."""
+    """Return fraction of the static front, part of the own front, margins."""
     against = arm.against_static
     if against is None:
         return [NOTHING] * 3
@@ -57,13 +60,17 @@ def comparison_cells(arm: ArmFront) -> list[str]:
 
 
 def _margin_range(arm: ArmFront) -> str:
+    """Return the margin at each of a few static points, or the least, median and greatest one."""
     margins = [] if arm.against_static is None else arm.against_static.margins
-    nats = [margin.nats for margin in margins if margin.nats is not None]
-    if not nats:
+    nats = [margin.nats for margin in margins]
+    found = sorted(each for each in nats if each is not None)
+    if not found:
         return "none"
-    missing = len(margins) - len(nats)
-    least, most = f"{min(nats):+.3f}", f"{max(nats):+.3f}"
-    shown = least if len(nats) == 1 else f"{least} … {most}"
+    if len(nats) <= MOST_MARGINS:
+        return ", ".join("none" if each is None else f"{each:+.3f}" for each in nats)
+    least, median, most = found[0], found[(len(found) - 1) // 2], found[-1]
+    shown = f"{least:+.3f} … {median:+.3f} … {most:+.3f}"
+    missing = len(nats) - len(found)
     return f"{shown}; none at {missing}" if missing else shown
 
 

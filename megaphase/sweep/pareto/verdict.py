@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megaphase.sweep.arms.setting import TriedSetting
 from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.file import PrimaryContrast
 from megaphase.sweep.pareto.contrasts import Contrast, Result, baselines, primary_contrasts
-from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts
+from megaphase.sweep.pareto.fronts import ArmFront, Margin, ModelFronts
+from megaphase.sweep.pareto.labels import peaks_label
 from megaphase.sweep.pareto.statistics import Estimate
 from megaphase.sweep.trials import blocked_trials, count_trials
 
+MOST_MARGINS = 4  # that a sentence lists
 LOSSES = {"mean": "mean", "high": "high-resource", "low": "low-resource"}
 
 
@@ -90,7 +93,8 @@ def verdicts_of(
             if arm.kind != "static":
                 own = [c for c in contrasts if (c.model, c.arm) == (model.model, arm.arm)]
                 compared = _compare(arm, model, own)
-                others.append(_verdict(model, progress, arm.arm, *compared, front_sentence(arm)))
+                front = front_sentence(arm, model, compared[0])
+                others.append(_verdict(model, progress, arm.arm, *compared, front))
     return first + others
 
 
@@ -222,30 +226,60 @@ def _chosen(contrast: Contrast) -> str:
     return f"{of} of each, {seeds}"
 
 
-def front_sentence(arm: ArmFront) -> str:
+def front_sentence(arm: ArmFront, model: ModelFronts, result: Result) -> str:
     """Describe an arm's front beside the static one, point by point; this decides nothing."""
-    against = arm.against_static
-    if against is None:
+    against, volume, static_volume = arm.against_static, arm.hypervolume, model.static_hypervolume
+    if against is None or volume is None or static_volume is None:
         return ""
     static, own = len(against.margins), len(against.margins_of_static)
+    larger = volume > static_volume
     text = (
-        f"Front: it dominates {against.dominated} of the {static} "
-        f"{'point' if static == 1 else 'points'} of the static front, static "
-        f"{against.dominated_by} of its {own}. "
+        f"The whole front{_contrast_with(result, larger=larger)} has "
+        f"{'a larger' if larger else 'no larger'} hypervolume than the static one "
+        f"({volume:.4f}, static {static_volume:.4f}): "
+        f"{own - against.dominated_by} of its {own} {'point' if own == 1 else 'points'} "
+        f"{'lies' if own - against.dominated_by == 1 else 'lie'} outside the area that static "
+        f"dominates, and it dominates {against.dominated} of the {static} static "
+        f"{'point' if static == 1 else 'points'}. "
     )
-    found = [each.estimate for each in against.margins if each.estimate is not None]
-    missing = len(against.margins) - len(found)
-    if found:
-        least, most = (choose(found, key=lambda each: each.mean) for choose in (min, max))
-        nats = shown(least) if least is most else f"{shown(least)} to {shown(most)}"
-        text += (
-            "Margin, the low-resource loss that it gains at no higher high-resource loss: "
-            f"{nats} nats"
-        )
-        text += f", none at {missing} of them. " if missing else ". "
-    elif missing:
-        text += "It reaches no high-resource loss as low as static’s. "
-    return text.strip()
+    if all(each.estimate is None for each in against.margins):
+        return f"{text}It reaches no high-resource loss as low as static’s."
+    return f"{text}{_margins_sentence(against.margins)}"
+
+
+def _contrast_with(result: Result, *, larger: bool) -> str:
+    """Return words that say so if front and verdict, which is about one place of it, disagree."""
+    if larger and result != "wins":
+        return ", unlike that one comparison,"
+    return ", unlike that one comparison," if result == "wins" and not larger else ""
+
+
+def _margins_sentence(margins: Sequence[Margin]) -> str:
+    """Return the margin at every static point or, of many, at three of them."""
+    found = [each for each in margins if each.estimate is not None]
+    named = found
+    if len(margins) > MOST_MARGINS:
+        ordered = sorted(found, key=lambda each: each.nats or 0.0)
+        named = list(dict.fromkeys([ordered[0], ordered[(len(found) - 1) // 2], ordered[-1]]))
+    settings = [each.point.setting for each in margins]
+    with_peaks = len({setting.short_label for setting in settings}) < len(settings)
+    parts = [
+        f"{shown(each.estimate)} nats at static {_named(each.point.setting, with_peaks)}"
+        for each in named
+        if each.estimate is not None
+    ]
+    which = "" if len(named) == len(found) else f" (least, median and most of {len(found)})"
+    missing = len(margins) - len(found)
+    at = "point, whose high-resource loss it does" if missing == 1 else "points, whose it does"
+    none = f"; none at {missing} static {at} not reach" if missing else ""
+    return (
+        f"Margin{which}, the low-resource loss that it gains at no higher high-resource loss: "
+        f"{listed(parts)}{none}."
+    )
+
+
+def _named(setting: TriedSetting, with_peaks: bool) -> str:
+    return f"{setting.short_label}{f', {peaks_label(setting.peaks)}' if with_peaks else ''}"
 
 
 def shown(estimate: Estimate) -> str:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from megaphase.report.runs import PhasePlan
 from megaphase.sweep.changes import SweepChanges, read_changes
 from megaphase.sweep.directory import SweepRecord, load_sweep_record
 from megaphase.sweep.pareto.arm_styles import ArmStyles, style_of_arms
 from megaphase.sweep.pareto.contrasts import Contrast, contrasts_of
-from megaphase.sweep.pareto.curves import RunCurves, curves_of
+from megaphase.sweep.pareto.curves import RunCurves, read_runs
 from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts, fronts_of
 from megaphase.sweep.pareto.points import Failure, Point, Split, best_of, failures, reported_split
 from megaphase.sweep.pareto.pruned import PrunedSetting, pruned_settings
@@ -25,6 +26,7 @@ class SweepView:
     Attributes:
         split: the one on which losses are reported.
         changes: of the sweep file after runs had ended.
+        phases: of every run that was read, by name, as they were trained.
         styles: colour and marker of each arm.
     """
 
@@ -38,6 +40,7 @@ class SweepView:
     pruned: Sequence[PrunedSetting]
     progress: SweepProgress
     curves: Mapping[str, RunCurves]
+    phases: Mapping[str, Sequence[PhasePlan]]
     styles: ArmStyles
 
     @classmethod
@@ -50,6 +53,7 @@ class SweepView:
         record = load_sweep_record(folder)
         fronts = fronts_of(record)
         contrasts = contrasts_of(record, fronts)
+        runs = read_runs(record)
         return cls(
             record=record,
             split=reported_split(record),
@@ -60,7 +64,8 @@ class SweepView:
             failures=failures(record),
             pruned=pruned_settings(record),
             progress=progress_of(record),
-            curves=curves_of(record),
+            curves=runs.curves,
+            phases=runs.phases,
             styles=style_of_arms(list(record.sweep.config.arms)),
         )
 
