@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megaphase.callbacks.metrics_recovery import KeptMetrics, kept_metrics
-from megaphase.callbacks.tracker import Tracker
+from megaphase.callbacks.row_recorder import RowRecorder
 from megaphase.utils.errors import RunError
 from megaphase.utils.files import HASH_CHUNK_BYTES, new_hash, os_errors_named, write_all
 from megaphase.utils.metrics_rows import Row
 from megaphase.utils.set_aside import make_way_for_file
 
 
-class MetricsFile(Tracker):
+class MetricsFile(RowRecorder):
     """Appends to the file of a run that starts or resumes, cut to what its checkpoint has of it."""
 
     def __init__(self, path: Path, kept: KeptMetrics, resumed_step: int = 0) -> None:

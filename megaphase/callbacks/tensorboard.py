@@ -1,15 +1,17 @@
-"""TensorBoard: the numbers of training steps and validations as curves over the run's steps."""
+"""TensorBoard: the numbers of training steps and validations as curves, and events as text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from megaphase.callbacks.tracker import Tracker
+from megaphase.callbacks.row_recorder import RowRecorder
+from megaphase.callbacks.trackers.metric_names import event_text
 from megaphase.utils.errors import RunError
 from megaphase.utils.files import os_errors_named
-from megaphase.utils.metrics_rows import Row
+from megaphase.utils.metrics_rows import Row, read_lines
 
 TRAINING_SCALARS = (
     "loss",
@@ -21,29 +23,46 @@ TRAINING_SCALARS = (
 )
 
 
-class TensorBoard(Tracker):
-    """Writes TensorBoard's files; every value is in them once for its step.
+class TensorBoard(RowRecorder):
+    """Writes TensorBoard's files; every value and every event is in them once for its step.
 
     A resumed run hides what was written after its checkpoint: `purge_step` makes TensorBoard drop
-    values of that step and of later ones from the files before. A run that starts removes them.
+    all of the checkpoint's step and of later ones from the files before, and the rows of that step
+    that metrics.jsonl keeps are written again. A run that starts removes the files.
     """
 
-    def __init__(self, folder: Path, resumed_step: int | None) -> None:
-        """resumed_step: of the checkpoint from which the run resumes; None where it starts."""
+    def __init__(
+        self,
+        folder: Path,
+        resumed_step: int | None,
+        metrics: Path | None = None,
+        tasks: Sequence[str] = (),
+    ) -> None:
+        """
+        Args:
+            resumed_step: of the checkpoint from which the run resumes; None where it starts.
+            metrics: the run's metrics.jsonl, cut to what that checkpoint has of it.
+            tasks: for each of which there is a section of charts.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
+        self._folder = folder
+        self._validated: int | None = None
         with os_errors_named(folder):
             before = list(folder.glob("events.out.tfevents.*"))
             if resumed_step is None:
                 for path in before:
                     path.unlink()
-            first = 0 if resumed_step is None else resumed_step + 1
-            self._writer = SummaryWriter(str(folder), purge_step=first if before else None)
-        self._folder = folder
-        self._validated = resumed_step if before else None
+            purge_step = (resumed_step or 0) if before else None
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+            if tasks:
+                self._writer.add_custom_scalars({task: _charts(task) for task in tasks})
+        if before and metrics is not None and resumed_step is not None:
+            for row in _rows_of_step(metrics, resumed_step):
+                self.write(row)
 
     def write(self, row: Row) -> None:
-        """Add a row's numbers; those that two phases share at a switch are added once."""
+        """Add a row's numbers or text; those that two phases share at a switch are added once."""
         if "validation" in row:
             if row["step"] == self._validated:
                 return
@@ -51,6 +70,8 @@ class TensorBoard(Tracker):
         with os_errors_named(self._folder):
             for name, value in _scalars(row):
                 self._writer.add_scalar(name, value, row["step"])
+            if "event" in row:
+                self._writer.add_text(f"events/{row['event']}", event_text(row), row["step"])
 
     def on_save(self) -> dict[str, object]:
         with os_errors_named(self._folder):
@@ -80,3 +101,20 @@ def _scalars(row: Row) -> Iterator[tuple[str, float]]:
         for name in TRAINING_SCALARS:
             if row[name] is not None:
                 yield f"train/{name}", row[name]
+
+
+def _charts(task: str) -> dict[str, list[object]]:
+    """The charts of a task; its curves are given as regular expressions."""
+    name = re.escape(task)
+    return {
+        "loss": ["Multiline", [f"^train_loss/{name}$", f"^validation(_average)?_loss/{name}$"]],
+        "bits per byte": ["Multiline", [f"^validation(_average)?_bits_per_byte/{name}$"]],
+        "validation loss minus training loss": ["Multiline", [f"^validation_gap/{name}$"]],
+    }
+
+
+def _rows_of_step(metrics: Path, step: int) -> Iterator[Row]:
+    with os_errors_named(metrics):
+        for line in read_lines(metrics, [b'"step": %d,' % step]):
+            if line.row is not None and line.row["step"] == step:
+                yield line.row

@@ -35,6 +35,7 @@ from megaphase.training.determinism import check_environment, set_environment
 from megaphase.training.new_tokens import TrainedTokens
 from megaphase.training.nvme import prepare_offload
 from megaphase.training.run_directory import RunDirectory
+from megaphase.utils.errors import InputError
 
 
 @contextmanager
@@ -98,8 +99,21 @@ def _check_inputs(config: RunConfig, branch: Branch | None) -> Inputs:
     TrainedTokens.of(config, tokenizer.vocab_size, branch)
     choose_backends(config)
     check_environment(config)
+    _refuse_missing_trackers(config)
     prepare_offload(config)
     return Inputs(tokenizer, shapes, spec)
+
+
+def _refuse_missing_trackers(config: RunConfig) -> None:
+    """Raise InputError if the package of a tracker is not installed."""
+    for name, tracker in config.logging.trackers():
+        package = tracker.missing_package()
+        if package is not None:
+            raise InputError(
+                config.where(f"logging.{name}"),
+                f"needs the package {package}, which is not installed",
+                f'pip install "megaphase[{package}]"',
+            )
 
 
 def open_plan(

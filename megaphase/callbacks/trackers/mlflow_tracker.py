@@ -1,0 +1,169 @@
+"""MLflow: a run is one run there, across resumes; a branch is a child of the run it continues."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, ClassVar
+
+from megaphase.callbacks.trackers.metric_names import event_text, metrics
+from megaphase.callbacks.trackers.tracker import (
+    Opened,
+    Position,
+    Record,
+    TrackedRun,
+    Tracker,
+    TrackerConfig,
+)
+from megaphase.config.fields import Word
+
+# MLflow's limits of a request, of the values of parameters and tags, and of names.
+MOST_METRICS = 1000
+MOST_PARAMS = 100
+MOST_PARAM_CHARACTERS = 6000
+MOST_TAG_CHARACTERS = 5000
+_NOT_IN_NAMES = re.compile(r"[^/\w.\- ]")
+
+POSITION = "megaphase.position"
+BRANCHED_FROM = "megaphase.branched_from"
+PARENT = "mlflow.parentRunId"
+
+
+class MLflowConfig(TrackerConfig):
+    """Records the run at MLflow (`pip install "megaphase[mlflow]"`), as one run across resumes; a
+    branch is shown below the run from whose checkpoint it started."""
+
+    PACKAGE: ClassVar[str | None] = "mlflow"
+
+    experiment: Word
+    """The experiment; it is made if it does not exist."""
+    tracking_uri: Word | None = None
+    """The server, such as `http://tracker:5000`, or a database in a file, such as
+    `sqlite:////data/mlflow.db`. If left out, `MLFLOW_TRACKING_URI` decides, and MLflow's default
+    without it."""
+    name: Word | None = None
+    """The run's name; that of the run directory if left out."""
+
+    def target(self) -> dict[str, str | None]:
+        return {"experiment": self.experiment, "tracking_uri": self.tracking_uri}
+
+    def build(self, run: TrackedRun) -> MLflowTracker:
+        return MLflowTracker(self, run)
+
+
+class MLflowTracker(Tracker):
+    """Sends metrics in batches; the newest events of each kind are a tag, `events/NAME`."""
+
+    def __init__(self, config: MLflowConfig, run: TrackedRun) -> None:
+        self._config, self._tracked = config, run
+        self._events: dict[str, str] = {}
+
+    def open(self) -> Opened:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(self._config.tracking_uri)
+        found = None if self._tracked.id is None else self._client.get_run(self._tracked.id)
+        if found is None:
+            found = self._create()
+        else:
+            self._client.update_run(found.info.run_id, status="RUNNING")
+        self._id: str = found.info.run_id
+        self._send_settings(found.data.params)
+        tags: Mapping[str, str] = found.data.tags
+        self._events = {key: text for key, text in tags.items() if key.startswith("events/")}
+        known = tags.get(POSITION)
+        position = None if known is None else Position(*map(int, known.split()))
+        where = f"run {self._id} of experiment {self._config.experiment}"
+        return Opened(self._id, position, f"{where} at {self._client.tracking_uri}")
+
+    def _create(self) -> Any:
+        """The new run, in an experiment that is made if it does not exist."""
+        from mlflow.exceptions import MlflowException
+
+        name = self._config.experiment
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            with suppress(MlflowException):  # another run may have made it meanwhile
+                self._client.create_experiment(name)
+            experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            raise RuntimeError(f"experiment {name} cannot be made")
+        tags = {}
+        if self._tracked.branched_from is not None:
+            tags[BRANCHED_FROM] = str(self._tracked.branched_from)
+        if self._tracked.parent is not None:
+            tags[PARENT] = self._tracked.parent
+        return self._client.create_run(
+            experiment.experiment_id, run_name=self._config.name or self._tracked.name, tags=tags
+        )
+
+    def _send_settings(self, known: Mapping[str, str]) -> None:
+        """The run file as parameters; one that has changed since the run began is a tag."""
+        from mlflow.entities import Param, RunTag
+
+        now = dict(_flat("", self._tracked.settings))
+        new = [Param(key, value) for key, value in now.items() if key not in known]
+        changed = [
+            RunTag(f"changed/{key}", value)
+            for key, value in now.items()
+            if known.get(key, value) != value
+        ]
+        for at in range(0, max(len(new), len(changed)), MOST_PARAMS):
+            part = slice(at, at + MOST_PARAMS)
+            self._client.log_batch(self._id, params=new[part], tags=changed[part])
+
+    def write(self, records: Sequence[Record]) -> int:
+        """One request; more only for a record with more metrics than MLflow takes in one."""
+        from mlflow.entities import Metric, RunTag
+
+        now = time.time_ns() // 1_000_000
+        rows: list[list[Any]] = []
+        for record in records:
+            values = metrics(record.row).items()
+            rows.append([Metric(_named(key), value, now, record.step) for key, value in values])
+            if sum(map(len, rows)) > MOST_METRICS:
+                if len(rows) > 1:
+                    rows.pop()
+                break
+        sent = [metric for row in rows for metric in row]
+        events = self._events | self._newest_events(records[: len(rows)])
+        position = records[len(rows) - 1].position
+        tags = [RunTag(key, text) for key, text in events.items() if self._events.get(key) != text]
+        tags.append(RunTag(POSITION, f"{position.step} {position.rows}"))
+        while len(sent) > MOST_METRICS:
+            self._client.log_batch(self._id, metrics=sent[:MOST_METRICS])
+            del sent[:MOST_METRICS]
+        self._client.log_batch(self._id, metrics=sent, tags=tags)
+        self._events = events
+        return len(rows)
+
+    def _newest_events(self, records: Sequence[Record]) -> dict[str, str]:
+        """The new values of the tags of events: a line for each, the newest first."""
+        found: dict[str, str] = {}
+        for record in records:
+            if record.event is not None:
+                key = _named(f"events/{record.event}")
+                before = found.get(key, self._events.get(key, ""))
+                text = f"step {record.step}: {event_text(record.row)}\n{before}"
+                found[key] = text[:MOST_TAG_CHARACTERS]
+        return found
+
+    def close(self, error: BaseException | None) -> None:
+        self._client.set_terminated(self._id, "FINISHED" if error is None else "FAILED")
+
+
+def _flat(prefix: str, settings: Any) -> Iterator[tuple[str, str]]:
+    """The settings with keys such as `phases/0/steps`; empty mappings and lists have none."""
+    if isinstance(settings, dict | list):
+        items = settings.items() if isinstance(settings, dict) else enumerate(settings)
+        for key, value in items:
+            yield from _flat(f"{prefix}{key}/", value)
+    else:
+        yield _named(prefix.removesuffix("/")), str(settings)[:MOST_PARAM_CHARACTERS]
+
+
+def _named(name: str) -> str:
+    """The name with the characters that MLflow allows; letters of all scripts are."""
+    return _NOT_IN_NAMES.sub("_", name)
