@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from rich.console import Console
 
 from megaphase.callbacks.batch_dump import BatchDump
@@ -11,9 +9,7 @@ from megaphase.callbacks.callback import Callback
 from megaphase.callbacks.display import TrainingDisplay
 from megaphase.callbacks.metrics_file import open_metrics
 from megaphase.callbacks.tensorboard import TensorBoard
-from megaphase.callbacks.trackers.feed import TrackerFeed
-from megaphase.callbacks.trackers.known_run import KnownRun
-from megaphase.callbacks.trackers.tracker import TrackedRun
+from megaphase.callbacks.trackers.feed import tracker_feed
 from megaphase.checkpoint.store import Checkpoint
 from megaphase.config.run import RunConfig
 from megaphase.plan.plan import Plan
@@ -22,7 +18,6 @@ from megaphase.training.branch import Branch
 from megaphase.training.run_directory import RunDirectory
 from megaphase.training.startup import say_on_first_rank
 from megaphase.training.train_state import TrainState
-from megaphase.utils.files import os_errors_named
 
 
 def first_rank_callbacks(
@@ -54,7 +49,11 @@ def first_rank_callbacks(
     if config.logging.tensorboard:
         tasks = list(config.tasks)
         callbacks.append(TensorBoard(directory.tensorboard, resumed_step, directory.metrics, tasks))
-    callbacks += _tracker_feeds(config, directory, branch, say)
+    settings, parent = settings_of(config), None if branch is None else branch.checkpoint
+    callbacks += [
+        tracker_feed(name, tracker, directory.metrics, settings, parent, say)
+        for name, tracker in config.logging.trackers()
+    ]
     display = TrainingDisplay(
         console,
         steps=steps_before + sum(phase.steps for phase in plan.phases),
@@ -63,29 +62,3 @@ def first_rank_callbacks(
         every_steps=config.logging.every_steps,
     )
     return [*callbacks, display]
-
-
-def _tracker_feeds(
-    config: RunConfig, directory: RunDirectory, branch: Branch | None, say: Callable[[str], None]
-) -> list[TrackerFeed]:
-    """A feed for every tracker that the run file asks for."""
-    feeds = []
-    for name, tracker in config.logging.trackers():
-        known = KnownRun(directory.path, name, tracker.target())
-        parent = branched_from = None
-        if branch is not None:
-            branched_from = branch.checkpoint
-            parent = KnownRun(branched_from.parent.parent, name, tracker.target()).read()
-        with os_errors_named(known.folder):
-            known.folder.mkdir(parents=True, exist_ok=True)
-        run = TrackedRun(
-            name=directory.path.name,
-            folder=known.folder,
-            settings=settings_of(config),
-            id=known.read(say),
-            parent=parent,
-            branched_from=branched_from,
-            wait_seconds=tracker.wait_seconds,
-        )
-        feeds.append(TrackerFeed(name, tracker, run, directory.metrics, known))
-    return feeds

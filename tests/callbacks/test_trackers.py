@@ -4,118 +4,194 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+import threading
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from callback_support import step_record
+from data_support import wait_until
 from run_support import make_corpora, read_rows, run_settings, timeless, write_run_file
 from warm_commands import run_killed, run_well
 
 from megaphase.callbacks.callback import Callback, CallbackList, HeldOutLoss, ValidationRecord
 from megaphase.callbacks.config import LoggingConfig
-from megaphase.callbacks.tracker import Tracker, TrackerConfig
+from megaphase.callbacks.trackers import feed
+from megaphase.callbacks.trackers.tracker import (
+    Opened,
+    Position,
+    Record,
+    TrackedRun,
+    Tracker,
+    TrackerConfig,
+)
+from megaphase.callbacks.trackers.wandb_tracker import WandbConfig
 from megaphase.config.fields import FilePath
 from megaphase.config.load import load_run_file
 from megaphase.config.run import RunConfig
+from megaphase.training.startup import _refuse_missing_trackers
+from megaphase.training.trainer import Trainer
+from megaphase.utils.errors import InputError
 
 
 class ToyTracker(Tracker):
-    """Appends rows to a text file; after a checkpoint and at the end, a line that says so."""
+    """Appends rows and the position after them to a text file, which it reads at a later start."""
 
-    def __init__(self, path: Path, resumed_step: int | None) -> None:
-        self._file = path.open("a")
-        self._write({"opened": resumed_step})
+    def __init__(self, path: Path, run: TrackedRun) -> None:
+        self._path, self._run = path, run
 
-    def write(self, row: dict[str, Any]) -> None:
-        self._write(row)
+    def open(self) -> Opened:
+        known = toy_lines(self._path) if self._run.id == "toy" else []
+        position = Position(*known[-1]["position"]) if known else None
+        return Opened("toy", position, f"recorded in {self._path}")
 
-    def on_save(self) -> dict[str, Any]:
-        self._write({"flushed": True})
-        return {}
+    def write(self, records: Sequence[Record]) -> int:
+        with self._path.open("a") as file:
+            for record in records:
+                file.write(json.dumps({"row": record.row, "position": record.position}) + "\n")
+        return len(records)
 
-    def on_run_end(self, error: BaseException | None) -> None:
-        self._write({"closed": error is None})
-        self._file.close()
-
-    def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+    def close(self, error: BaseException | None) -> None:
+        self._path.with_suffix(".end").write_text(f"ended with {error}")
 
 
 class ToyConfig(TrackerConfig):
-    """file: where the rows go."""
+    """file: where the rows are recorded. fault: what the tracker does wrong."""
 
     file: FilePath
+    fault: Literal["raises", "hangs"] | None = None
 
-    def build(self, settings: Mapping[str, Any], resumed_step: int | None) -> ToyTracker:
-        return ToyTracker(self.file, resumed_step)
+    def build(self, run: TrackedRun) -> Tracker:
+        faulty = {None: ToyTracker, "raises": RaisingTracker, "hangs": HangingTracker}
+        return faulty[self.fault](self.file, run)
+
+
+class RaisingTracker(ToyTracker):
+    """Takes no record."""
+
+    def write(self, records: Sequence[Record]) -> int:
+        raise ConnectionError("no route to the host")
+
+
+class HangingTracker(ToyTracker):
+    """Never returns from its first record."""
+
+    def write(self, records: Sequence[Record]) -> int:
+        threading.Event().wait()
+        raise AssertionError
 
 
 class ToyLogging(LoggingConfig):
-    """The section `logging` with one more field, as a new tracker adds it."""
+    """The section `logging` with more fields, as a new tracker adds one."""
 
     toy: ToyConfig | None = None
+    other: ToyConfig | None = None
 
 
 def add_toy() -> None:
     """In a run's process: register the toy tracker in its run file."""
+    feed.PAUSE_SECONDS = 0.0
     RunConfig.model_fields["logging"].annotation = ToyLogging
     RunConfig.model_fields["logging"].default = ToyLogging()
     RunConfig.model_rebuild(force=True)
 
 
+def add_toy_and_wait(path: Path) -> None:
+    """Likewise; the tracker then has step 6 before a kill ahead of step 7."""
+    add_toy()
+    train_step = Trainer.train_step
+
+    def wait_and_train(trainer: Trainer, *arguments: Any) -> None:
+        if trainer.state.step == 6:
+            wait_until(lambda: toy_lines(path)[-1]["row"]["step"] == 6)
+        train_step(trainer, *arguments)
+
+    Trainer.train_step = wait_and_train  # type: ignore[method-assign]
+
+
+def toy_lines(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def toy_settings(corpora: Path, **trackers: Any) -> dict[str, Any]:
+    logging = {"every_steps": 5, "tensorboard": False} | trackers
+    checkpoint = {"every_steps": 4, "asynchronous": False}
+    return run_settings(corpora, logging=logging, checkpoint=checkpoint)
+
+
 @pytest.fixture(scope="module")
-def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpora(tmp_path_factory.mktemp("corpora"))
+
+
+@pytest.fixture(scope="module")
+def run_file(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the run file of a run that was killed in its first phase, and then run to its end."""
     folder = tmp_path_factory.mktemp("tracked")
-    corpora = make_corpora(folder / "corpora")
-    logging = {"every_steps": 5, "tensorboard": False, "toy": {"file": "toy.jsonl"}}
-    checkpoint = {"every_steps": 4, "asynchronous": False}
-    settings = run_settings(corpora, logging=logging, checkpoint=checkpoint)
-    path = write_run_file(folder, settings)
-    run_killed(path, before_step=7, prepare=add_toy)
-    run_well("train", path, prepare=add_toy)
+    path = write_run_file(folder, toy_settings(corpora, toy={"file": "toy.jsonl"}))
+    run_killed(path, before_step=7, prepare=partial(add_toy_and_wait, folder / "toy.jsonl"))
+    before = toy_lines(folder / "toy.jsonl")
+    assert [line["row"]["step"] for line in before if "loss" in line["row"]] == list(range(1, 7))
+    assert "recorded in" in run_well("train", path, prepare=add_toy)
     return path
 
 
-def test_a_tracker_gets_all_rows_and_events_of_a_run(run_file: Path) -> None:
-    lines = [json.loads(line) for line in (run_file.parent / "toy.jsonl").read_text().splitlines()]
-    opened = [number for number, line in enumerate(lines) if "opened" in line]
-    assert [lines[number]["opened"] for number in opened] == [None, 4]
-    assert lines[-1] == {"closed": True}
-
-    def rows(part: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        own = ("opened", "flushed", "closed")
-        return [line for line in part if not any(key in line for key in own)]
-
-    resumed = rows(lines[opened[1] :])
+def test_a_run_that_was_killed_and_resumed_is_one_run_at_the_tracker(run_file: Path) -> None:
+    """Steps 5 and 6, which are trained again after the checkpoint of step 4, are there once."""
+    found = [line["row"] for line in toy_lines(run_file.parent / "toy.jsonl")]
     expected = read_rows(run_file.parent / "run")
-    first = expected.index(resumed[0])
-    assert resumed == expected[first:]
-    assert resumed[0]["event"] == "resume"
-    # Before it was killed: up to the checkpoint, and what a resumed run has trained again.
-    killed = timeless(rows(lines[: opened[1]]))
-    assert killed[:first] == timeless(expected[:first])
-    assert [row["step"] for row in killed if "loss" in row] == list(range(1, 7))
-    assert {row["event"] for row in expected if "event" in row} >= {
+    assert timeless(found) == timeless(expected)
+    assert [row["step"] for row in found if row.get("event") == "resume"] == [4]
+    assert {row["event"] for row in found if "event" in row} >= {
         "phase_start", "phase_end", "optimizer_reset", "checkpoint", "resume",
     }  # fmt: skip
+    assert (run_file.parent / "toy.end").read_text() == "ended with None"
+    known = json.loads((run_file.parent / "run" / "trackers" / "toy.json").read_text())
+    assert known == {"id": "toy", "target": {}}
 
 
-def test_a_tracker_is_told_of_every_checkpoint(run_file: Path) -> None:
-    lines = [json.loads(line) for line in (run_file.parent / "toy.jsonl").read_text().splitlines()]
-    before = [lines[number - 1] for number, line in enumerate(lines) if "flushed" in line]
-    assert before
-    assert all(line.get("event") == "checkpoint" for line in before)
+def test_trackers_that_raise_and_hang_do_not_change_a_run(
+    run_file: Path, corpora: Path, tmp_path: Path
+) -> None:
+    toy = {"file": "toy.jsonl", "fault": "raises"}
+    other = {"file": "other.jsonl", "fault": "hangs", "wait_seconds": 0.25}
+    path = write_run_file(tmp_path, toy_settings(corpora, toy=toy, other=other))
+    said = " ".join(run_well("train", path, prepare=add_toy).split())
+    rows = read_rows(tmp_path / "run")
+    assert timeless(rows) == timeless(read_rows(run_file.parent / "run"))
+    failed = "ConnectionError: no route to the host"
+    assert f"Warning: toy fails and is tried again; training is not affected: {failed}" in said
+    assert f"Warning: other: {len(rows)} of {len(rows)} records were dropped: it had not" in said
+    dropped = re.search(r"Warning: toy: (\d+) of (\d+) records were dropped: (\w+)", said)
+    assert dropped is not None
+    assert dropped[1] == dropped[2] == str(len(rows))
+    assert dropped[3] == "ConnectionError"
+    assert not (tmp_path / "toy.jsonl").exists()
 
 
 def test_a_run_file_without_the_tracker_is_not_tracked(run_file: Path) -> None:
     config = load_run_file(run_file, ("logging={every_steps: 5}",))
     assert list(config.logging.trackers()) == []
     toy = ToyConfig(file=run_file.parent / "other.jsonl")
-    assert list(ToyLogging(toy=toy).trackers()) == [toy]
+    assert list(ToyLogging(toy=toy).trackers()) == [("toy", toy)]
+
+
+def test_a_tracker_whose_package_is_missing_is_refused(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_run_file(run_file, ("logging={wandb: {project: languages}}",))
+    _refuse_missing_trackers(config)
+    monkeypatch.setattr(WandbConfig, "PACKAGE", "no_such_package")
+    with pytest.raises(InputError) as refused:
+        _refuse_missing_trackers(config)
+    assert str(refused.value) == (
+        f"{run_file}: logging.wandb: needs the package no_such_package, which is not installed; "
+        'pip install "megaphase[no_such_package]"'
+    )
 
 
 class Counting(Callback):

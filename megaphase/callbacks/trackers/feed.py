@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from megaphase.callbacks.trackers.known_run import KnownRun
 from megaphase.callbacks.trackers.tracker import Record, TrackedRun, Tracker, TrackerConfig
 from megaphase.callbacks.trackers.unrecorded import UnrecordedRows
 from megaphase.utils.errors import one_line
+from megaphase.utils.files import os_errors_named
 
 MOST_RECORDS = 500  # that a tracker gets at once
 PAUSE_SECONDS = 1.0  # after a write, so that rows of short steps share a request
@@ -40,7 +41,8 @@ class TrackerFeed(Callback):
         self._metrics = metrics
         self._kept = self._recorded_bytes = metrics.stat().st_size
         self._rows = UnrecordedRows(metrics, None, self._kept)
-        self._refused, self._reason = 0, ""
+        self._taken = self._refused = 0
+        self._reason = ""
         self._tracker: Tracker | None = None
         self._error: BaseException | None = None
         self._news, self._ending = threading.Event(), threading.Event()
@@ -71,10 +73,9 @@ class TrackerFeed(Callback):
                 self._tracker.abandon()
         dropped = self._refused + _lines_after(self._metrics, self._recorded_bytes)
         if dropped:
-            count = max(dropped, _lines_after(self._metrics, self._kept))
             self.run.say(
-                f"Warning: {self._name}: {dropped:,} of {count:,} records were dropped: {reason}; "
-                f"{self._metrics} has all of them"
+                f"Warning: {self._name}: {dropped:,} of {self._taken + dropped:,} records were "
+                f"dropped: {reason}; {self._metrics} has all of them"
             )
         elif reason:
             self.run.say(f"Warning: {self._name}: {reason}; no record was dropped")
@@ -135,7 +136,9 @@ class TrackerFeed(Callback):
         """How many of the records are done; None if the run ends and the tracker fails."""
         for wait in (*RETRY_SECONDS, None):
             try:
-                return tracker.write(records)
+                done = tracker.write(records)
+                self._taken += done
+                return done
             except Exception as error:
                 self._fails(error)
             if self._ending.is_set():
@@ -155,6 +158,43 @@ class TrackerFeed(Callback):
                 f"Warning: {self._name} fails and is tried again; training is not affected: "
                 f"{self._reason}"
             )
+
+
+def tracker_feed(
+    name: str,
+    config: TrackerConfig,
+    metrics: Path,
+    settings: Mapping[str, Any],
+    branched_from: Path | None,
+    say: Callable[[str], None],
+) -> TrackerFeed:
+    """The feed of one tracker of the run in the folder of `metrics`; see TrackerFeed.
+
+    Args:
+        settings: the run file with every default, as in run.json.
+        branched_from: the checkpoint's folder, in a branch.
+        say: is told of a damaged file.
+
+    Raises:
+        RunError: the tracker's folder cannot be made.
+    """
+    run_dir, target = metrics.parent, config.target()
+    known = KnownRun(run_dir, name, target)
+    parent = None
+    if branched_from is not None:
+        parent = KnownRun(branched_from.parent.parent, name, target).read()
+    with os_errors_named(known.folder):
+        known.folder.mkdir(parents=True, exist_ok=True)
+    run = TrackedRun(
+        name=run_dir.name,
+        folder=known.folder,
+        settings=settings,
+        id=known.read(say),
+        parent=parent,
+        branched_from=branched_from,
+        wait_seconds=config.wait_seconds,
+    )
+    return TrackerFeed(name, config, run, metrics, known)
 
 
 def _lines_after(path: Path, position: int) -> int:

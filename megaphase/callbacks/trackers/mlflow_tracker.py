@@ -26,7 +26,8 @@ MOST_PARAM_CHARACTERS = 6000
 MOST_TAG_CHARACTERS = 5000
 _NOT_IN_NAMES = re.compile(r"[^/\w.\- ]")
 
-POSITION = "megaphase.position"
+# Metrics, since all of a request are stored in one transaction, as tags and metrics are not.
+_POSITION = ("position/step", "position/rows")
 BRANCHED_FROM = "megaphase.branched_from"
 PARENT = "mlflow.parentRunId"
 
@@ -73,8 +74,8 @@ class MLflowTracker(Tracker):
         self._send_settings(found.data.params)
         tags: Mapping[str, str] = found.data.tags
         self._events = {key: text for key, text in tags.items() if key.startswith("events/")}
-        known = tags.get(POSITION)
-        position = None if known is None else Position(*map(int, known.split()))
+        step, row = (found.data.metrics.get(name) for name in _POSITION)
+        position = None if step is None or row is None else Position(int(step), int(row))
         where = f"run {self._id} of experiment {self._config.experiment}"
         return Opened(self._id, position, f"{where} at {self._client.tracking_uri}")
 
@@ -123,7 +124,7 @@ class MLflowTracker(Tracker):
         for record in records:
             values = metrics(record.row).items()
             rows.append([Metric(_named(key), value, now, record.step) for key, value in values])
-            if sum(map(len, rows)) > MOST_METRICS:
+            if sum(map(len, rows)) > MOST_METRICS - len(_POSITION):
                 if len(rows) > 1:
                     rows.pop()
                 break
@@ -131,7 +132,10 @@ class MLflowTracker(Tracker):
         events = self._events | self._newest_events(records[: len(rows)])
         position = records[len(rows) - 1].position
         tags = [RunTag(key, text) for key, text in events.items() if self._events.get(key) != text]
-        tags.append(RunTag(POSITION, f"{position.step} {position.rows}"))
+        sent += [
+            Metric(name, value, now, position.step)
+            for name, value in zip(_POSITION, position, strict=True)
+        ]
         while len(sent) > MOST_METRICS:
             self._client.log_batch(self._id, metrics=sent[:MOST_METRICS])
             del sent[:MOST_METRICS]

@@ -79,7 +79,7 @@ class WandbTracker(Tracker):
             entity=self._config.entity,
             name=self._config.name or self._tracked.name,
             group=self._config.group,
-            mode=self._config.mode,
+            mode=mode,  # type: ignore[arg-type]  # WANDB_MODE may be an older word
             id=run_id,
             resume="allow",
             tags=None if parent is None else [f"parent:{parent}"],

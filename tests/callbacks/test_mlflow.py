@@ -1,0 +1,135 @@
+"""MLflow, in a database in a file and on its own server: what it has of a run afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_support import wait_until
+from tracked_run import FIRST, LAST, SETTINGS, train
+
+from megaphase.callbacks.trackers import feed, mlflow_tracker
+from megaphase.callbacks.trackers.mlflow_tracker import MLflowConfig
+from megaphase.launch.local import free_port
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "PAUSE_SECONDS", 0.0)
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return the address of MLflow's own server, on this machine."""
+    folder = tmp_path_factory.mktemp("server")
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
+    command += ["--port", str(port), "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(process.pid, 15)
+            process.wait()
+
+
+def found_run(uri: str, run: Path) -> Any:
+    from mlflow import MlflowClient
+
+    known = json.loads((run / "trackers" / "mlflow.json").read_text())
+    return MlflowClient(uri).get_run(known["id"])
+
+
+def curve(uri: str, run: Path, name: str) -> list[tuple[int, float]]:
+    """All values of a metric with their steps, also those that MLflow has twice."""
+    from mlflow import MlflowClient
+
+    run_id = found_run(uri, run).info.run_id
+    return [(m.step, m.value) for m in MlflowClient(uri).get_metric_history(run_id, name)]
+
+
+def check_a_killed_run(uri: str, folder: Path) -> None:
+    """A run that is killed after step 7 and resumed from step 6 is one run, with every step once;
+    it has its settings, its events, and a branch as its child."""
+    config = MLflowConfig(experiment="languages", tracking_uri=uri, wait_seconds=120.0)
+    run = folder / "first"
+
+    def recorded() -> None:
+        file = run / "trackers" / "mlflow.json"
+        wait_until(lambda: file.exists() and curve(uri, run, "position/step")[-1:] == [(7, 7.0)])
+
+    state, _ = train(run, {"mlflow": config}, until=7, is_killed=True, before_end=recorded)
+    changed = SETTINGS | {"seed": 6, "workers": 2}
+    _, said = train(run, {"mlflow": config}, state=state, settings=changed)
+    found = found_run(uri, run)
+    assert said == [f"mlflow: run {found.info.run_id} of experiment languages at {uri}"]
+    assert (found.info.run_name, found.info.status) == ("first", "FINISHED")
+    assert curve(uri, run, "train/loss/pretrain") == [(n, 10.0 - n) for n in range(1, FIRST + 1)]
+    assert curve(uri, run, "train/loss/joint") == [
+        (n, 10.0 - n) for n in range(FIRST + 1, LAST + 1)
+    ]
+    validated = [(n, 2.5 + n) for n in (FIRST, 6, LAST)]
+    assert curve(uri, run, "validation_loss/hi/joint") == validated
+    assert curve(uri, run, "train_loss/en/joint")[0] == (5, 1.5)
+    assert curve(uri, run, "events/resume") == [(6, 1.0)]
+    data = found.data
+    assert {key: data.params[key] for key in ("seed", "workers", "phases/1/name")} == {
+        "seed": "5", "workers": "2", "phases/1/name": "joint",
+    }  # fmt: skip
+    assert data.tags["changed/seed"] == "6"
+    assert data.tags["events/optimizer_reset"] == 'step 4: {"phase": "joint"}\n'
+    checkpoints = data.tags["events/checkpoint"].splitlines()
+    assert [line.split(":")[0] for line in checkpoints] == ["step 8", "step 6", "step 4", "step 2"]
+
+    checkpoint = run / "checkpoints" / "step-00000004"
+    train(folder / "branch", {"mlflow": config}, until=1, branched_from=checkpoint)
+    branch = found_run(uri, folder / "branch").data.tags
+    assert branch["mlflow.parentRunId"] == found.info.run_id
+    assert branch["megaphase.branched_from"] == str(checkpoint)
+
+
+def test_a_killed_run_in_a_database_in_a_file(database: str, tmp_path: Path) -> None:
+    check_a_killed_run(database, tmp_path)
+
+
+def test_a_record_with_more_metrics_than_a_request_takes(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_tracker, "MOST_METRICS", 5)
+    config = MLflowConfig(experiment="many", tracking_uri=database, wait_seconds=120.0)
+    run = tmp_path / "run"
+    train(run, {"mlflow": config}, until=2)
+    assert curve(database, run, "train/loss/pretrain") == [(1, 9.0), (2, 8.0)]
+    assert curve(database, run, "train_loss/hi/pretrain") == [(1, 3.0), (2, 3.0)]
+    assert curve(database, run, "position/rows")[-1] == (2, 3.0)
+
+
+@pytest.mark.slow
+def test_a_killed_run_on_a_server(server: str, tmp_path: Path) -> None:
+    """The run begins while the server starts, and the first tries fail."""
+    check_a_killed_run(server, tmp_path)
+
+
+def test_without_a_server_training_ends_and_the_records_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    uri = f"http://127.0.0.1:{free_port()}"
+    config = MLflowConfig(experiment="languages", tracking_uri=uri, wait_seconds=120.0)
+    _, said = train(tmp_path / "run", {"mlflow": config}, until=1)
+    assert "3 of 3 records were dropped: MlflowException" in said[-1]
