@@ -86,17 +86,23 @@ def _chapter(path: str, model: type[Section]) -> str:
 
 
 def _docstrings(model: type[Section]) -> dict[str, str]:
-    """The text below every field of a class.
+    """The text below every field of a class and of those that it inherits from.
 
     pydantic's use_attribute_docstrings finds it, too, but at every start of every command.
     """
-    [definition] = ast.parse(inspect.getsource(model)).body
-    assert isinstance(definition, ast.ClassDef)
     return {
         ast.unparse(field.target): ast.literal_eval(below.value)
-        for field, below in pairwise(definition.body)
+        for each in reversed(model.__mro__)
+        if issubclass(each, Section)
+        for field, below in pairwise(_body(each))
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
     }
+
+
+def _body(model: type[Section]) -> list[ast.stmt]:
+    [definition] = ast.parse(inspect.getsource(model)).body
+    assert isinstance(definition, ast.ClassDef)
+    return definition.body
 
 
 def _title(path: str) -> str:

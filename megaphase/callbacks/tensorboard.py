@@ -53,8 +53,8 @@ class TensorBoard(RowRecorder):
             if resumed_step is None:
                 for path in before:
                     path.unlink()
-            purge_step = (resumed_step or 0) if before else None
-            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+            # Also where a run starts: TensorBoard takes the first purge for a start.
+            self._writer = SummaryWriter(str(folder), purge_step=resumed_step or 0)
             if tasks:
                 self._writer.add_custom_scalars({task: _charts(task) for task in tasks})
         if before and metrics is not None and resumed_step is not None:

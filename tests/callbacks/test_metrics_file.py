@@ -21,6 +21,9 @@ from run_support import (
     timeless,
     write_run_file,
 )
+from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from warm_commands import run_killed, run_well
 
 from megaphase.callbacks.metrics_recovery import kept_metrics
@@ -218,11 +221,24 @@ def test_missing_steps_and_their_words():
 
 def scalars(folder: Path) -> dict[str, list[int]]:
     """Return the steps that TensorBoard shows, by the name of the curve."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
     return {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
+def event_texts(folder: Path) -> list[tuple[str, int, str]]:
+    """Return name, step and text of every event that TensorBoard's web server shows."""
+    board = plugin_event_accumulator.EventAccumulator(
+        str(folder / "tensorboard"), size_guidance={"tensors": 0}
+    )
+    board.Reload()
+    return [
+        (name, event.step, event.tensor_proto.string_val[0].decode())
+        for tag in board.Tags()["tensors"]
+        for name in [tag.removeprefix("events/").removesuffix("/text_summary")]
+        if tag.startswith("events/")
+        for event in board.Tensors(tag)
+    ]
 
 
 def assert_every_step_once(run_dir: Path, first: int, last: int) -> None:
@@ -230,8 +246,11 @@ def assert_every_step_once(run_dir: Path, first: int, last: int) -> None:
     assert found["train/loss"] == list(range(first, last + 1))
     for tag, steps in found.items():
         assert [step for step, count in Counter(steps).items() if count > 1] == [], tag
-    validated = {row["step"] for row in read_rows(run_dir) if "validation" in row}
+    rows = read_rows(run_dir)
+    validated = {row["step"] for row in rows if "validation" in row}
     assert set(found["validation_loss/cimri"]) == validated
+    events = [(row["event"], row["step"]) for row in rows if "event" in row]
+    assert sorted((name, step) for name, step, _ in event_texts(run_dir)) == sorted(events)
 
 
 def test_tensorboard_shows_every_step_once(corpora, tmp_path):
@@ -265,6 +284,33 @@ def test_events_with_a_loss_are_no_curves(tmp_path):
     assert scalars(tmp_path) == {
         "validation_loss/hi": [6, 7], "validation_average_loss/hi": [7],
     }  # fmt: skip
+
+
+def test_events_are_text_and_every_task_has_its_charts(tmp_path):
+    """A resumed run writes the events of its checkpoint's step again, after they are purged."""
+    board, metrics = tmp_path / "tensorboard", tmp_path / "metrics.jsonl"
+    loss = {"event": "loss_spike", "phase": "joint", "loss": 9.0}
+    saved = {"step": 6, "event": "checkpoint", "phase": "joint"}
+    metrics.write_text(json.dumps({"step": 5} | loss) + "\n" + json.dumps(saved) + "\n")
+    log = TensorBoard(board, None, metrics, ["hi", "c.b"])
+    for row in ({"step": 5} | loss, saved, {"step": 7} | loss):
+        log.write(row)
+    log.on_run_end(None)
+    log = TensorBoard(board, 6, metrics, ["hi", "c.b"])
+    log.write({"step": 7, "event": "stopped", "signal": "SIGTERM"})
+    log.on_run_end(None)
+    assert event_texts(tmp_path) == [
+        ("loss_spike", 5, '{"phase": "joint", "loss": 9.0}'),
+        ("checkpoint", 6, '{"phase": "joint"}'),
+        ("stopped", 7, '{"signal": "SIGTERM"}'),
+    ]
+    events = EventAccumulator(str(board))
+    events.Reload()
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["hi", "c.b"]
+    curves = list(layout.category[1].chart[0].multiline.tag)
+    assert curves == [r"^train_loss/c\.b$", r"^validation(_average)?_loss/c\.b$"]
 
 
 def test_other_files_in_the_folder_of_tensorboard_stay(corpora, tmp_path):

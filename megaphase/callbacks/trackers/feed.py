@@ -26,6 +26,9 @@ class TrackerFeed(Callback):
     The queue between training and the tracker is metrics.jsonl itself: training writes to it and
     wakes the thread, which reads the rows that the tracker does not have yet. So the queue takes
     no memory, however slow the tracker is, and is still there after a crash.
+
+    Attributes:
+        recorded_bytes: how much of metrics.jsonl the tracker has, of what this start wrote.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class TrackerFeed(Callback):
         """
         self._name, self._config, self._tracked, self._known = name, config, run, known
         self._metrics = metrics
-        self._kept = self._recorded_bytes = metrics.stat().st_size
+        self._kept = self.recorded_bytes = metrics.stat().st_size
         self._rows = UnrecordedRows(metrics, None, self._kept)
         self._taken = self._refused = 0
         self._reason = ""
@@ -71,7 +74,7 @@ class TrackerFeed(Callback):
             reason = f"it had not ended {self._config.wait_seconds:g} s after the run"
             if self._tracker is not None:
                 self._tracker.abandon()
-        dropped = self._refused + _lines_after(self._metrics, self._recorded_bytes)
+        dropped = self._refused + _lines_after(self._metrics, self.recorded_bytes)
         if dropped:
             self.run.say(
                 f"Warning: {self._name}: {dropped:,} of {self._taken + dropped:,} records were "
@@ -88,7 +91,7 @@ class TrackerFeed(Callback):
                 return
             while self._write_next(tracker):
                 pass
-            if self._recorded_bytes == self._rows.read and not self._refused:
+            if self.recorded_bytes == self._rows.read and not self._refused:
                 self._reason = ""
             tracker.close(self._error)
         except BaseException as error:
@@ -119,7 +122,7 @@ class TrackerFeed(Callback):
         is_ending = self._ending.is_set()  # before the rows are read, so that none is missed
         records = self._rows.next(MOST_RECORDS)
         if not records:
-            self._recorded_bytes = self._rows.read
+            self.recorded_bytes = self._rows.read
             if not is_ending:
                 self._news.wait()
             return not is_ending
@@ -127,7 +130,7 @@ class TrackerFeed(Callback):
             done = self._write(tracker, records)
             if done is None:
                 return False
-            self._recorded_bytes = max(self._kept, records[done - 1].end)
+            self.recorded_bytes = max(self._kept, records[done - 1].end)
             records = records[done:]
         self._ending.wait(PAUSE_SECONDS)
         return True

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import Field
 
-from megaphase.config.fields import PositiveOrZero, Section
+from megaphase.config.fields import Section
 from megaphase.utils.metrics_rows import Row
 
 
@@ -124,7 +124,7 @@ class TrackerConfig(Section):
     PACKAGE: ClassVar[str | None] = None
     """The package that the tracker imports, which the extra of the same name installs."""
 
-    wait_seconds: PositiveOrZero = Field(default=30.0, le=3600.0)
+    wait_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long the end of the run waits for the tracker, in seconds. Records that it has not taken
     by then are dropped, and recorded when the run is started again."""
 
