@@ -16,11 +16,11 @@ from megaphase.estimate.setup import PhaseSetup
 from megaphase.estimate.step_time_table import NO_TIME, duration, run_seconds, time_sentence
 from megaphase.launch.slurm.job_file import FOLDER, SubmittedJob, refuse_second_job, remember_job
 from megaphase.launch.slurm.script import Resources, batch_script, refuse_pattern, time_limit
+from megaphase.plan.branch import choose_branch
 from megaphase.plan.held_out_noise import held_out_warnings
 from megaphase.plan.load_plan import open_run, phase_setups, preview_plan, stage_setups
 from megaphase.plan.plan import Plan
 from megaphase.plan.preview import plan_warnings
-from megaphase.training.branch import choose_branch
 from megaphase.training.run_directory import RunDirectory
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import make_directory, real_path
@@ -51,7 +51,7 @@ def check(
     if resources.gpus and not needed["layouts"][0]["fits"]:
         raise InputError(config.where("parallel"), sentences[-1], "or set --memory")
     refuse_second_job(config.output)
-    plan = preview_plan(config, tokenizer, branch.origin.positions if branch else None)
+    plan = preview_plan(config, tokenizer, branch)
     # Slurm does not create it, and without it a job fails without an error message.
     make_directory(logs_folder(config.output))
     for sentence in [*plan_warnings(plan.summary()), *held_out_warnings(config, plan.spec)]:

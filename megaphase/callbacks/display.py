@@ -71,7 +71,7 @@ class TrainingDisplay(Callback):
                 f"{record.phase} step {record.step:,}/{self._steps:,}"
                 f"{self._within_phase(record)}  loss {record.loss:.4f}  "
                 f"learning rate {record.learning_rate:.2e}  {speed:,.0f} tokens/s  "
-                f"{_duration(left)} left"
+                f"{clock_time(left)} left"
             )
 
     def _within_phase(self, record: StepRecord) -> str:
@@ -96,7 +96,8 @@ def _shown(losses: Mapping[str, HeldOutLoss]) -> str:
     return "  ".join(f"{task} {found.loss:.4f}" for task, found in losses.items())
 
 
-def _duration(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
+    """A duration as H:MM:SS, or M:SS below an hour."""
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -74,12 +74,16 @@ def show_command(
         memory_summary,
     )
     from megaphase.estimate.step_time_table import layouts_table, speed_sentences, speed_summary
+    from megaphase.plan.branch import choose_branch, recorded_branch
     from megaphase.plan.held_out_noise import held_out_warnings
     from megaphase.plan.load_plan import open_run, phase_setups, preview_plan, stage_setups
     from megaphase.plan.preview import (
         batch_sentences,
         bos_sentences,
         loss_weight_sentences,
+        origin_sentence,
+        origin_summary,
+        origin_table,
         plan_table,
         plan_warnings,
         stop_sentences,
@@ -96,16 +100,23 @@ def show_command(
         processes = given_world_size() or config.parallel.fewest_processes
     setups, hardware = phase_setups(config, tokenizer, processes), hardware_of(config, card)
     needed = memory_summary(setups, memory or planned_card(config, card).memory_gb)
-    plan = preview_plan(config, tokenizer)
+    branch = recorded_branch(config.output) if source is None else choose_branch(config, source)
+    plan = preview_plan(config, tokenizer, branch)
     phases, largest = stage_setups(setups, plan.spec.phases), setups[largest_phase(setups)].setup
     times = speed_summary(largest, hardware, phases) if hardware else None
     if plot is not None:
         save_run_plot(plot, config, plan)
     summary = plan.summary() | {"memory": needed, "speed": times}
+    if branch is not None:
+        summary["origin"] = origin_summary(branch.origin, summary)
     if json:
         print(dumps(summary, indent=2, ensure_ascii=False))
         return
     console = new_table_console()
+    if branch is not None:
+        console.print(origin_sentence(summary["origin"]), markup=False, soft_wrap=True)
+        console.print(origin_table(summary["origin"]))
+        console.print()
     console.print(plan_table(summary))
     for sentence in [
         *bos_sentences(plan.spec.bos, tokenizer),

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
+from megaphase.checkpoint.state import check_format
 from megaphase.config.load import load_run_file
 from megaphase.config.run import RunConfig
 from megaphase.estimate.setup import PhaseSetup, Setup, setup_of
 from megaphase.model.presets import phase_shapes
 from megaphase.plan.batch_layout import check_batches_beforehand
+from megaphase.plan.branch import Branch
 from megaphase.plan.build import ensure_built
 from megaphase.plan.built_folder import Say
 from megaphase.plan.origin import read_origin
 from megaphase.plan.plan import Plan
-from megaphase.plan.position import StreamPosition
 from megaphase.plan.progress import building_progress
 from megaphase.plan.same_run import plan_of_run
 from megaphase.plan.spec import PhaseSpec, PlanSpec, check_corpora, plan_spec
@@ -62,24 +63,26 @@ def stage_setups(
     return found
 
 
-def preview_plan(
-    config: RunConfig, tokenizer: Tokenizer, used: Mapping[str, int | StreamPosition] | None = None
-) -> Plan:
+def preview_plan(config: RunConfig, tokenizer: Tokenizer, branch: Branch | None = None) -> Plan:
     """Open the run's plan; if it is not built yet, build it and show the progress.
 
     If the output contains a run with another plan, nothing is written there: the index is built in
     a temporary folder, which is removed before the return, and a message says so.
 
-    used: samples of each task used before the run, if it starts from another run's checkpoint; by
-    default as recorded in its directory.
+    branch: where the run starts, if it is from another run's checkpoint; by default as recorded in
+    its directory.
 
     Raises:
-        InputError: the corpora are missing or damaged, or the plan cannot be written.
+        InputError: the corpora are missing or damaged, the plan cannot be written, or the branch's
+            checkpoint has another model or other streams.
     """
-    if used is None:
-        used = read_origin(config.output).positions
+    origin = read_origin(config.output) if branch is None else branch.origin
     check_corpora(config)
-    spec = plan_spec(config, tokenizer, used)
+    spec = plan_spec(config, tokenizer, origin.positions)
+    if branch is not None and branch.state:
+        check_format(branch.checkpoint, branch.state)
+        [shape, *_] = phase_shapes(config, tokenizer.vocab_size)
+        branch.check(config, spec, shape.architecture())
     console = new_console(stderr=True, highlight=False)
     say = partial(console.print, markup=False, soft_wrap=True)
     if plan_of_run(config.output) in (None, spec.fingerprint):

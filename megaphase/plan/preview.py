@@ -10,6 +10,7 @@ from rich.text import Text
 
 from megaphase.config.phases import PhaseConfig
 from megaphase.config.run import RunConfig
+from megaphase.plan.origin import RunOrigin
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
 from megaphase.tokenizer import Tokenizer
 
@@ -25,9 +26,7 @@ def plan_table(summary: dict[str, Any]) -> Table:
     is repeated too often; seq_len: if phases have one of their own; padding: the share of positions
     that packed documents leave empty.
     """
-    table = Table(
-        title="Plan", title_justify="left", box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0)
-    )
+    table = _table("Plan")
     table.add_column("phase", overflow="fold")
     table.add_column("task", overflow="fold")
     # plan.json states a phase's length where not all phases have that of the model section.
@@ -69,6 +68,51 @@ def plan_table(summary: dict[str, Any]) -> Table:
             name = steps = seq_len = ""
         table.add_section()
     return table
+
+
+def origin_summary(origin: RunOrigin, summary: dict[str, Any]) -> dict[str, Any]:
+    """Return where a branch begins: the checkpoint, and for every task the number of its first
+    sample and the epochs before it; summary: from `Plan.summary()`."""
+    first = summary["phases"][0]["tasks"]
+    return {
+        "source": origin.source,
+        "checkpoint": str(origin.checkpoint),
+        "step": origin.step,
+        "tokens": origin.tokens,
+        "tasks": {
+            task: {
+                "ordinal": origin.used.get(task, 0),
+                "epochs": facts["epochs_so_far"] - facts["epochs"],
+            }
+            for task, facts in first.items()
+        },
+    }
+
+
+def origin_sentence(origin: dict[str, Any]) -> str:
+    """Return what a branch continues, from `origin_summary`."""
+    return f"Branch of {origin['source']}: step {origin['step']:,}, {origin['tokens']:,} tokens"
+
+
+def origin_table(origin: dict[str, Any]) -> Table:
+    """Return from where the streams of a branch continue, from `origin_summary`."""
+    table = _table("Streams continue")
+    table.add_column("task", overflow="fold")
+    for column in ("first sample", "epochs before"):
+        table.add_column(column, justify="right", overflow="fold")
+    for task, facts in origin["tasks"].items():
+        table.add_row(Text(task), f"{facts['ordinal']:,}", f"{facts['epochs']:.2f}")
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=Text(title),
+        title_justify="left",
+        box=box.SIMPLE,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
 
 
 def plan_warnings(summary: dict[str, Any]) -> list[str]:

@@ -68,9 +68,9 @@ def _remedy_for_more(run_dir: Path, key: str, began: list[dict[str, Any]]) -> st
     if number is None or (name := began[number]["name"]) not in ends:
         return None
     return (
-        f"put it back; to train on from the end of {name}, write the phases that follow, with "
-        f"names of their own, into a run file with another output, and start it with --from "
-        f"{run_dir}@{name}"
+        f"put the old value back; to train on from the end of {name}, write the phases that "
+        "follow, with names of their own, into a run file with another output, and start it with "
+        f"--from {run_dir}@{name}"
     )
 
 

@@ -65,6 +65,7 @@ def train_command(
     with StopSignals() as signals, leaving_processes(), ExitStack() as resources:
         config = run_on_all_ranks(lambda: load_run_file(run_file, tuple(overrides or ())))
 
+        from megaphase.training.closing import next_commands
         from megaphase.training.startup import watched_processes
         from megaphase.training.trainer import Trainer
 
@@ -74,6 +75,8 @@ def train_command(
             if trainer.is_done():
                 steps = trainer.state.step
                 trainer.say(f"{config.output}: all {steps:,} steps are done; nothing to do")
+                for line in next_commands(config):
+                    trainer.say(line)
                 return
             if trainer.has_reached_end_after():
                 end = config.checkpoint.end_after

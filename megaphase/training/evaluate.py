@@ -15,10 +15,10 @@ from megaphase.distributed.all_ranks import run_on_all_ranks
 from megaphase.distributed.control_group import ControlGroup
 from megaphase.distributed.process_grid import start_process_grid
 from megaphase.fault_tolerance.stop_signals import StopSignals
+from megaphase.plan.branch import choose_branch
 from megaphase.plan.spec import PlanSpec
 from megaphase.plan.stream import Stream
 from megaphase.plan.task_corpora import open_streams
-from megaphase.training.branch import choose_branch
 from megaphase.training.engine import Engine
 from megaphase.training.evaluated_split import EvaluatedSplit
 from megaphase.training.evaluator import HeldOutEvaluator, Losses

@@ -8,7 +8,7 @@ from typing import Any, Self
 from megaphase.checkpoint.names import newest_state
 from megaphase.checkpoint.state import NEW_TOKENS, STATE_FILE
 from megaphase.config.run import RunConfig
-from megaphase.training.branch import Branch
+from megaphase.plan.branch import Branch
 from megaphase.utils.errors import InputError
 
 

@@ -12,9 +12,9 @@ from megaphase.callbacks.tensorboard import TensorBoard
 from megaphase.callbacks.trackers.feed import tracker_feed
 from megaphase.checkpoint.store import Checkpoint
 from megaphase.config.run import RunConfig
+from megaphase.plan.branch import Branch
 from megaphase.plan.plan import Plan
 from megaphase.plan.same_run import settings_of
-from megaphase.training.branch import Branch
 from megaphase.training.run_directory import RunDirectory
 from megaphase.training.startup import say_on_first_rank
 from megaphase.training.train_state import TrainState

@@ -11,9 +11,9 @@ from megaphase.checkpoint.state import ADAMW, OPTIMIZER, check_format
 from megaphase.checkpoint.store import Checkpoint, CheckpointStore
 from megaphase.config.run import RunConfig
 from megaphase.distributed.all_ranks import run_on_all_ranks
+from megaphase.plan.branch import Branch
 from megaphase.plan.plan import Plan
 from megaphase.plan.run_history import RunHistory, history_of_state
-from megaphase.training.branch import Branch
 from megaphase.training.engine import Engine
 from megaphase.training.random_state import set_random_state, stored_random_state
 from megaphase.training.train_state import TrainState

@@ -23,8 +23,8 @@ from megaphase.fault_tolerance.stop_signals import StopSignals
 from megaphase.fault_tolerance.watchdog import Watchdog
 from megaphase.model.shape import GPTShape
 from megaphase.plan.batch_layout import check_remaining_batches
+from megaphase.plan.branch import choose_branch
 from megaphase.plan.preview import bos_sentences
-from megaphase.training.branch import choose_branch
 from megaphase.training.checkpointer import Checkpointer, checkpoint_facts
 from megaphase.training.engine import Engine
 from megaphase.training.evaluator import HeldOutEvaluator, Losses

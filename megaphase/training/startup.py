@@ -23,6 +23,7 @@ from megaphase.model.parameters import parameter_count
 from megaphase.model.presets import phase_shapes
 from megaphase.model.shape import GPTShape
 from megaphase.plan.batch_layout import check_batches, check_batches_beforehand
+from megaphase.plan.branch import Branch
 from megaphase.plan.held_out_noise import held_out_warnings
 from megaphase.plan.load_plan import build_plan
 from megaphase.plan.plan import Plan
@@ -30,7 +31,6 @@ from megaphase.plan.preview import plan_warnings
 from megaphase.plan.spec import PlanSpec, check_corpora, plan_spec
 from megaphase.tokenizer import Tokenizer
 from megaphase.training.backends import Backends, choose_backends
-from megaphase.training.branch import Branch
 from megaphase.training.determinism import check_environment, set_environment
 from megaphase.training.new_tokens import TrainedTokens
 from megaphase.training.nvme import prepare_offload

@@ -13,6 +13,7 @@ from megaphase.checkpoint.state import best_name, full_name
 from megaphase.config.phases import PhaseConfig
 from megaphase.optim.schedules import batch_scale, learning_rate
 from megaphase.plan.dataset import Batch, StepReader
+from megaphase.training.closing import closing_lines
 from megaphase.training.evaluator import Losses
 from megaphase.training.run_parts import RunParts
 from megaphase.utils.errors import Stopped
@@ -30,6 +31,7 @@ class Trainer(RunParts):
                 parameter are unequal, or a checkpoint cannot be written.
             Stopped: a signal came to some rank; the state is saved.
         """
+        began, earlier = time.monotonic(), self.state.step
         self.signals.begin_training(self.resume_point.loss)
         while not self.has_nothing_to_do():
             self.engine.micro = self.config.phase_batch(self.state.phase).micro
@@ -40,6 +42,28 @@ class Trainer(RunParts):
                 self.end_phase(reason)
         with self._saving():
             self.checkpointer.finish()
+        if self.is_done():
+            self.say_results(began, earlier)
+
+    def say_results(self, began: float, earlier: int) -> None:
+        """Say how the run has ended, and what can follow.
+
+        began: of this start, by time.monotonic(). earlier: the step from which it resumed.
+        """
+        assert self._last_validation is not None
+        step, _, losses, average = self._last_validation
+        before = 0 if self.branch is None else self.branch.step
+        for line in closing_lines(
+            self.config,
+            step=step,
+            steps=step - before,
+            earlier=earlier - before,
+            seconds=time.monotonic() - began,
+            losses=losses,
+            average=average,
+            bests=self.early_stopping.best(),
+        ):
+            self.say(line)
 
     def begin_phase(self) -> None:
         """Switch to the phase, and validate before its first step."""

@@ -17,12 +17,12 @@ from plan_support import FakeTokenizer, phase, random_lengths, write_corpus, wri
 from megaphase.config.load import load_run_file
 from megaphase.corpus import integrity
 from megaphase.distributed.all_ranks import result_or_fault
+from megaphase.plan.branch import Branch
 from megaphase.plan.build import ensure_built
 from megaphase.plan.origin import read_origin
 from megaphase.plan.plan import Plan
 from megaphase.plan.same_run import refuse_other_run
 from megaphase.plan.spec import check_corpora, plan_spec
-from megaphase.training.branch import Branch
 from megaphase.training.run_directory import RunDirectory
 from megaphase.utils.errors import InputError, RunError
 

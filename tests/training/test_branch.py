@@ -7,12 +7,16 @@ import signal
 from pathlib import Path
 
 import pytest
+import yaml
 from run_support import HIGH, STEPS, make_corpora, read_rows, run_settings, timeless, write_run_file
+from typer.testing import CliRunner
 from warm_commands import run, run_killed, run_well
 
 from megaphase.checkpoint.names import find_checkpoint
 from megaphase.config.load import load_run_file
-from megaphase.training.branch import choose_branch
+from megaphase.plan.branch import choose_branch
+from megaphase.plan.commands import plan_app
+from megaphase.plan.same_run import refuse_other_run
 from megaphase.utils.errors import InputError
 
 RATES = {"alda": 0.25, "boreth": 0.25, "cimri": 0.5}
@@ -97,6 +101,59 @@ def test_nothing_of_the_base_is_copied(branch, base):
     assert sum(origin["used"].values()) == 8 * PRETRAIN_STEPS
     first = read_rows(branch)[0]
     assert first == {"step": 12, "event": "branch", "checkpoint": str(checkpoint)}
+
+
+def test_a_branch_is_planned_as_it_is_then_trained(branch, base, corpora, tmp_path):
+    run_file = write_run_file(tmp_path, branch_settings(corpora))
+    options = [str(run_file), "--from", f"{base}@pretrain"]
+    planned = json.loads(CliRunner().invoke(plan_app, [*options, "--json"]).stdout)
+    trained = json.loads((branch / "plan.json").read_text())
+    assert [planned["fingerprint"], planned["phases"]] == [
+        trained["fingerprint"],
+        trained["phases"],
+    ]
+    used = json.loads((branch / "origin.json").read_text())["used"]
+    tasks = planned["origin"]["tasks"]
+    assert {task: facts["ordinal"] for task, facts in tasks.items()} == used | {"cimri": 0}
+    assert tasks["alda"]["epochs"] > tasks["cimri"]["epochs"] == 0
+    said = CliRunner().invoke(plan_app, options).stdout
+    assert f"Branch of {base}@pretrain: step {PRETRAIN_STEPS}, " in said
+    # A branch that has begun is planned without the option.
+    assert "Branch of " in CliRunner().invoke(plan_app, [str(branch.parent / "run.yaml")]).stdout
+    assert not (tmp_path / "run" / "origin.json").exists()
+
+
+def test_planning_a_branch_refuses_what_training_it_would(base, corpora, tmp_path):
+    run_file = write_run_file(tmp_path, branch_settings(corpora))
+    result = CliRunner().invoke(
+        plan_app, [str(run_file), "model.ffn=96", "--from", f"{base}@latest"]
+    )
+    assert "model.ffn: is 96, but " in str(result.exception)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_longer_run_is_refused_with_the_branch_that_trains_on(base, whole):
+    for run_dir, changes, name in [
+        (base, ("phases.0.steps=20",), "pretrain"),
+        (whole, ("phases.0.steps=20",), "pretrain"),
+        (whole, ("phases.1.steps=20",), "joint"),
+    ]:
+        config = load_run_file(run_dir.parent / "run.yaml", changes)
+        with pytest.raises(
+            InputError, match=rf"is 20, but .*, and start it with --from .*@{name}$"
+        ):
+            refuse_other_run(run_dir, config)
+    settings = yaml.safe_load((base.parent / "run.yaml").read_text())
+    settings["phases"] += [settings["phases"][0] | {"name": "more"}]
+    config = load_run_file(write_run_file(base.parent / "longer", settings))
+    with pytest.raises(
+        InputError, match=r"phases: is 2 phases, but .* with 1 phases; .*@pretrain$"
+    ):
+        refuse_other_run(base, config)
+    # Other keys are not lengths.
+    config = load_run_file(base.parent / "run.yaml", ("seed=12",))
+    with pytest.raises(InputError, match="put the old value back or choose another output"):
+        refuse_other_run(base, config)
 
 
 def test_keep_keeps_moments_and_another_branch_of_the_same_base_resets(
@@ -275,7 +332,8 @@ def test_unknown_names_are_refused_with_those_there_are(base, new_run):
         find_checkpoint(f"{base}@joint")
     for name in ("pretrain", "best-alda", "best-mean", "latest", "step-00000008"):
         assert name in str(caught.value)
-    for wrong in (base, base / "checkpoints", "nowhere/at/all"):
+    assert "this is a run directory, not a checkpoint; give " in refused(new_run, base)
+    for wrong in (base / "checkpoints", "nowhere/at/all"):
         with pytest.raises(InputError, match=r"this is not a checkpoint; .*`megaphase convert`"):
             find_checkpoint(str(wrong))
 

@@ -22,9 +22,8 @@ from megaphase.optim.parameter_state import stored_by
 from megaphase.plan.origin import RunOrigin, read_segments, recorded_origin, write_origin
 from megaphase.plan.position import SampleKind, StreamPosition
 from megaphase.plan.spec import PlanSpec
-from megaphase.training.run_directory import RunDirectory
 from megaphase.utils.errors import InputError
-from megaphase.utils.run_files import ORIGIN_FILE
+from megaphase.utils.run_files import ORIGIN_FILE, RUN_FILE
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,7 @@ def choose_branch(config: RunConfig, source: str | None) -> Branch | None:
     Raises:
         InputError: the run in the directory began otherwise.
     """
-    directory = RunDirectory(config.output)
-    recorded = recorded_branch(directory)
+    recorded = recorded_branch(config.output)
     if source is None or (recorded is not None and _is_that(recorded, source)):
         if recorded is None and config.phases[0].begin_from == "average":
             raise InputError(
@@ -131,7 +129,7 @@ def choose_branch(config: RunConfig, source: str | None) -> Branch | None:
                 "give one that holds an average with --from, or write weights",
             )
         return recorded
-    if recorded is not None or directory.run_file.exists():
+    if recorded is not None or (config.output / RUN_FILE).exists():
         began = f"from {recorded.checkpoint}" if recorded else "by itself"
         raise InputError(
             config.where("output"),
@@ -141,16 +139,16 @@ def choose_branch(config: RunConfig, source: str | None) -> Branch | None:
     return begin_branch(config, source)
 
 
-def recorded_branch(directory: RunDirectory) -> Branch | None:
-    """Return where the run in this directory started, if it is a branch.
+def recorded_branch(run_dir: Path) -> Branch | None:
+    """Return where the run in a directory started, if it is a branch.
 
     Its checkpoint is needed until the run has one of its own; it may no longer exist.
     """
-    origin = recorded_origin(directory.path)
+    origin = recorded_origin(run_dir)
     if origin is None:
         return None
     if origin.source is None or origin.checkpoint is None or origin.tokens is None:
-        path = directory.path / ORIGIN_FILE
+        path = run_dir / ORIGIN_FILE
         raise InputError(path, "is damaged", "branch into another output")
     return Branch(
         origin.source,
