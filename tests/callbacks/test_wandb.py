@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tracked_run
 from data_support import wait_until
 from tracked_run import FIRST, SETTINGS, train
 
@@ -144,6 +148,48 @@ def test_without_an_api_key_nothing_is_asked(
     _, said = train(tmp_path / "run", {"wandb": WandbConfig(project="languages")}, until=1)
     assert "no API key: run `wandb login`" in said[-1]
     assert "3 of 3 records were dropped" in said[-1]
+
+
+def test_disabled_stores_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _, said = train(run, {"wandb": WandbConfig(project="languages", mode="disabled")}, until=1)
+    assert said == ["wandb: disabled"]
+    assert files(run) == []
+
+
+FROZEN = """
+import os, signal, sys
+from pathlib import Path
+from data_support import wait_until
+from tracked_run import train
+from megaphase.callbacks.trackers.wandb_tracker import WandbConfig, _own_processes
+
+run = Path(sys.argv[1])
+
+def freeze():
+    wait_until(lambda: list(run.glob("trackers/wandb/wandb/offline-run-*/*.wandb")))
+    [process] = _own_processes("wandb-core")
+    os.kill(process, signal.SIGSTOP)
+
+config = WandbConfig(project="languages", mode="offline", wait_seconds=1.0)
+_, said = train(run, {"wandb": config}, before_end=freeze)
+print(*said, sep="\\n")
+"""
+
+
+def test_the_process_ends_though_that_of_wandb_is_stopped(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}
+    environment["PYTHONPATH"] = str(Path(tracked_run.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", FROZEN, tmp_path / "run"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "it had not ended 1 s after the run" in done.stdout.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_files_of_another_format_are_refused(tmp_path: Path) -> None:

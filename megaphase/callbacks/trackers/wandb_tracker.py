@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -67,11 +68,13 @@ class WandbTracker(Tracker):
         import wandb
 
         mode = self._config.mode or os.environ.get("WANDB_MODE") or "online"
-        if mode in ("online", "run") and not wandb.login(prompt=False):
+        if mode in ("online", "run") and not wandb.login(prompt=False, verify=False):
             raise RuntimeError(
                 "no API key: run `wandb login` or set WANDB_API_KEY, or write mode: offline"
             )
         run_id = self._tracked.id or secrets.token_hex(8)
+        if mode == "disabled":
+            return Opened(run_id, None, "disabled")
         parent = self._tracked.parent
         self._run = wandb.init(
             dir=str(self._tracked.folder),
@@ -123,7 +126,7 @@ class WandbTracker(Tracker):
         return LastRow(self._run.step - 1, (int(values[0]), int(values[1])))
 
     def write(self, records: Sequence[Record]) -> int:
-        for record in records:
+        for record in records if self._run is not None else ():
             step, row = record.position
             values: dict[str, Any] = {STEP: record.step, STEP_ROW: row} | metrics(record.row)
             if record.step < step:  # an event such as `resume`, before steps that are recorded
@@ -135,13 +138,21 @@ class WandbTracker(Tracker):
         return len(records)
 
     def close(self, error: BaseException | None) -> None:
-        self._run.finish(exit_code=0 if error is None else 1)
+        if self._run is not None:
+            self._run.finish(exit_code=0 if error is None else 1)
 
     def abandon(self) -> None:
         """End W&B's own process, for which Python would otherwise wait at its end."""
         for process in _own_processes("wandb-core"):
             with suppress(OSError):
                 os.kill(process, signal.SIGKILL)
+        sys.unraisablehook = _report_unless_of_wandb
+
+
+def _report_unless_of_wandb(unraisable: sys.UnraisableHookArgs) -> None:
+    """At the end of Python, W&B finds that its process has gone; that has been said."""
+    if not getattr(unraisable.object, "__module__", "").startswith("wandb."):
+        sys.__unraisablehook__(unraisable)
 
 
 def _ignore_stop_button() -> None:
