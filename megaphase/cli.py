@@ -18,6 +18,7 @@ from megaphase.data_tools.vocabulary.commands import extend_vocab_command
 from megaphase.distributed.dist_env import check_launch, is_first_rank, report_end
 from megaphase.doctor.commands import doctor_command
 from megaphase.generation.commands import generate_command, translate_command
+from megaphase.init.commands import init_command
 from megaphase.launch.commands import demo_command, launch_app
 from megaphase.plan.commands import plan_app
 from megaphase.rehearsal.commands import rehearse_command
@@ -72,6 +73,7 @@ app.command("sweep")(sweep_command)
 app.command("report")(report_command)
 app.command("recommend")(recommend_command)
 app.add_typer(launch_app, name="launch")
+app.command("init")(init_command)
 app.command("doctor")(doctor_command)
 app.command("demo")(demo_command)
 

@@ -119,6 +119,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
         "docs/performance.md",
         "docs/scaling.md",
         "docs/doctor.md",
+        "docs/init.md",
     ],
 )
 def test_links_between_pages_lead_somewhere(page):

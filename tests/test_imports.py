@@ -36,6 +36,7 @@ ORDER = (
     "launch",
     "rehearsal",
     "sweep",
+    "init",
     "doctor",
     "cli",
     "__main__",

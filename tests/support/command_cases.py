@@ -89,6 +89,17 @@ CALLS: dict[str, tuple[dict[str, list[str]], dict[str, str]]] = {
     "launch check-node": (RUN, {}),
     "launch next": (RUN, {}),
     "demo": ({"folder": ["file"]}, {}),
+    "init": (
+        {"out": ["new.yaml"]},
+        {
+            "--corpus": "data/cimri",
+            "--low": "none",
+            "--model": "gpt-1m",
+            "--card": "l4",
+            "--gpus": "1",
+            "--hours": "1",
+        },
+    ),
     "doctor": ({}, {"--dir": "folder"}),
 }
 

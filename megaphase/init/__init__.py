@@ -1,0 +1,1 @@
+"""`megaphase init`: a commented run file from a few answers."""
