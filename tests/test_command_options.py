@@ -71,6 +71,7 @@ WRITERS = [
     *("tokenizer train", "data tokenize", "data from-megatron", "data merge", "data split"),
     *("convert reshape", "convert to-hf", "convert from-hf", "convert to-megatron"),
     *("convert from-megatron", "report", "train output=new", "plan show output=new", "sweep"),
+    "init",
 ]
 
 

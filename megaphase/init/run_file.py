@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,6 @@ from megaphase.init.recipe import (
     Phase,
     rounded,
 )
-from megaphase.utils.files import real_path
 
 WIDTH, MINUTE = 100, 60
 # Validations of a run, steps between two of them at most, and seconds between checkpoints at most.
@@ -71,7 +71,7 @@ def text(value: str) -> str:
 
 def path_in(path: Path, out: Path) -> str:
     """Return a path as the run file has it: relative to it where it lies below its directory."""
-    whole, folder = real_path(path), real_path(out.parent)
+    whole, folder = Path(os.path.abspath(path)), Path(os.path.abspath(out.parent))
     inside = whole.is_relative_to(folder) and whole != folder
     relative = str(whole.relative_to(folder)) if inside else str(whole)
     return text(f"./{relative}" if relative.startswith("~") else relative)

@@ -15,7 +15,7 @@ from megaphase.doctor.finding import Settings
 from megaphase.doctor.run_check import findings_of
 
 Usage = namedtuple("Usage", "total used free")
-SLOW = ("devices.all_reduce", "kernels.deepspeed")
+SLOW = ("devices.all_reduce", "kernels.deepspeed", "kernels.triton")
 
 
 @pytest.fixture
