@@ -79,11 +79,12 @@ def test_the_readme_names_every_command():
 
 
 def test_the_run_files_of_the_readme_are_valid(tmp_path):
-    run_file, further_phases = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[:2]
+    tiny, run_file, further_phases = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[:3]
     in_place_of_joint = re.sub(
         r"  - name: joint.*?(?=validation:)", further_phases, run_file, flags=re.DOTALL
     )
     for text, names in (
+        (tiny, ["pretrain", "joint"]),
         (run_file, ["pretrain", "joint"]),
         (in_place_of_joint, ["pretrain", "joint", "long"]),
     ):
