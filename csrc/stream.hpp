@@ -142,7 +142,7 @@ struct TokenFile {
                 MADV_WILLNEED);
     }
 
-private:
+    // The number of a piece's first token in the file.
     int64_t position(const Piece& piece) const {
         const int64_t begin =
             load(byte_offsets, piece.document) / int64_t{sizeof(Token)} + piece.offset;
@@ -209,6 +209,7 @@ public:
             std::fill(row.targets + (found - 1 + skipped), row.targets + (found - 1 + scored),
                       blanks.ignored);
             std::copy(begin + scored, begin + piece->tokens, row.targets + (found - 1 + scored));
+            ignore_unmarked(*piece, scored, row.targets + (found - 1 + scored), blanks.ignored);
             found += piece->tokens;
         }
         if (found == 0) throw std::out_of_range("a sample lies outside its epoch");
@@ -287,6 +288,9 @@ protected:
 
     // The number of a piece's first tokens without a loss, whatever precedes them.
     virtual int64_t unscored(const Piece&) const { return 0; }
+
+    // Blank those of the targets, a piece's tokens from the `first` on, that have no loss otherwise.
+    virtual void ignore_unmarked(const Piece&, int64_t, int64_t*, int64_t) const {}
 
     void set_seq_len(int64_t seq_len) {
         if (seq_len < 1) throw std::invalid_argument("seq_len is positive");

@@ -19,11 +19,11 @@
 
 #include "arrays.hpp"
 #include "best_fit.hpp"
+#include "packed_stream.hpp"
 #include "sample_index.hpp"
 #include "stream.hpp"
 #include "stream_reads.hpp"
 #include "token_check.hpp"
-#include "translation_stream.hpp"
 
 namespace megaphase {
 
@@ -48,7 +48,8 @@ std::unique_ptr<Stream> make_stream(const Array<Token>& tokens, const Array<int6
                                     uint64_t first_hash, uint64_t last_hash, uint64_t key,
                                     int64_t seq_len, std::optional<int64_t> tag,
                                     const std::optional<Array<uint32_t>>& blocks,
-                                    int64_t vocab_size, std::optional<int64_t> bos) {
+                                    int64_t vocab_size, std::optional<int64_t> bos,
+                                    const std::optional<Array<uint8_t>>& is_target) {
     require(tokens.ndim() == 1 && byte_offsets.ndim() == 1 && lengths.ndim() == 1 &&
                 hashes.ndim() == 1,
             "a corpus's arrays have one dimension");
@@ -62,6 +63,12 @@ std::unique_ptr<Stream> make_stream(const Array<Token>& tokens, const Array<int6
                                 byte_offsets.data(),
                                 make_check(tokens, blocks, vocab_size)};
     const CorpusStream<Length, Token> stream(documents, file, key, seq_len, bos);
+    require(!tag || !is_target, "pairs have a tag, chats have marks");
+    if (is_target) {
+        require(is_target->ndim() == 1 && is_target->size() == tokens.size(),
+                "is_target has a mark for every token");
+        return std::make_unique<ChatStream<Length, Token>>(stream, is_target->data());
+    }
     if (!tag) return std::make_unique<CorpusStream<Length, Token>>(stream);
     require(*tag >= 0 && *tag <= int64_t{std::numeric_limits<Token>::max()}, "the tag is not a token");
     return std::make_unique<TranslationStream<Length, Token>>(stream, static_cast<Token>(*tag));
@@ -182,8 +189,9 @@ void bind_stream(py::class_<Stream>& stream) {
                py::arg("key"), py::arg("seq_len"), py::arg("tag") = py::none(),
                py::arg("blocks").noconvert() = py::none(),
                py::arg("vocab_size") = std::numeric_limits<int64_t>::max(),
-               py::arg("bos") = py::none(), py::keep_alive<1, 2>(), py::keep_alive<1, 3>(),
-               py::keep_alive<1, 4>(), py::keep_alive<1, 5>(), py::keep_alive<1, 11>());
+               py::arg("bos") = py::none(), py::arg("is_target").noconvert() = py::none(),
+               py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(),
+               py::keep_alive<1, 5>(), py::keep_alive<1, 11>(), py::keep_alive<1, 14>());
 }
 
 template <typename Unit>

@@ -37,6 +37,7 @@ data_app = typer.Typer(
 )
 
 _PAIRS = "Translation pairs"
+_CHATS = "Conversations"
 _MACHINES = "Several machines"
 _SLURM_OPTIONS = {"inputs", "slurm", "tasks", "sbatch", "dry_run", "shard"}
 # Options that need the whole corpus: a shard does not see the other shards' documents.
@@ -87,6 +88,14 @@ def tokenize_command(
             help="The tokenizer's tag to put between source and target.", rich_help_panel=_PAIRS
         ),
     ] = None,
+    messages_key: Annotated[
+        str | None,
+        typer.Option(
+            help='The key of the messages, [{"role": ..., "content": ...}, ...]: documents are '
+            "then conversations, rendered by the tokenizer's chat template.",
+            rich_help_panel=_CHATS,
+        ),
+    ] = None,
     stdin_kind: Annotated[StdinKind, typer.Option(help="What - holds.")] = StdinKind.jsonl,
     on_error: Annotated[
         OnError,
@@ -134,7 +143,8 @@ def tokenize_command(
     A document is a line of a .jsonl file, a row of a .parquet or .arrow file or of a folder that
     Hugging Face datasets saved, or a block of lines between blank lines in a .txt file; .jsonl and
     .txt files may be compressed (.gz, .zst). FILE may be a URL (s3://, gs://, hf://). With
-    --source-key, --target-key and --tag, documents are translation pairs. Documents left out by
+    --source-key, --target-key and --tag, documents are translation pairs; with --messages-key they
+    are conversations. Documents left out by
     --on-error skip are listed in PREFIX.skipped.jsonl. If the command is killed, run it again to
     resume.
 
@@ -150,6 +160,7 @@ def tokenize_command(
         separator,
         source_key=source_key,
         target_key=target_key,
+        messages_key=messages_key,
         stdin_kind=stdin_kind.value,
     )
     files = expand_inputs(inputs)

@@ -52,6 +52,7 @@ def reading_of(
     *,
     source_key: str | None = None,
     target_key: str | None = None,
+    messages_key: str | None = None,
     stdin_kind: str = "jsonl",
 ) -> Reading:
     """The Reading that the options describe; InputError where they contradict each other."""
@@ -68,4 +69,5 @@ def reading_of(
         pair=pair,
         separator=separator,
         stdin_kind="txt" if stdin_kind == "txt" else "jsonl",
+        messages=messages_key,
     )

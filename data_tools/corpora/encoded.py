@@ -11,6 +11,7 @@ import numpy as np
 from megaphase.corpus import DocumentBatch
 from megaphase.corpus.format import HASH_DTYPE, document_hash, token_dtype
 from megaphase.corpus.origins import UNKNOWN_SOURCE, Origins
+from megaphase.data_tools.chats.encoder import EncodedChat
 from megaphase.tokenizer import Tokenizer
 
 
@@ -51,6 +52,23 @@ def join_documents(
     hashes = np.frombuffer(digests, HASH_DTYPE)
     batch = DocumentBatch.of(stored, counts[kept] + 1, hashes, sizes, origins)
     return EncodedDocuments(batch, len(tokens) - len(kept))
+
+
+def join_chats(
+    chats: Sequence[EncodedChat], tokenizer: Tokenizer, ids: Sequence[bytes], source: int
+) -> EncodedDocuments:
+    """Join conversations; arguments as above."""
+    tokens = [chat.tokens for chat in chats]
+    dtype = token_dtype(tokenizer.vocab_size)
+    batch = DocumentBatch.of(
+        np.concatenate([np.empty(0, np.int32), *tokens]).astype(dtype),
+        np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens)),
+        np.frombuffer(b"".join(document_hash(chat.prompt) for chat in chats), HASH_DTYPE),
+        [chat.text_bytes for chat in chats],
+        Origins.of(list(ids), source),
+        np.concatenate([np.empty(0, np.uint8), *(chat.targets for chat in chats)]),
+    )
+    return EncodedDocuments(batch, 0)
 
 
 def _as_int32(tokens: np.ndarray) -> np.ndarray:

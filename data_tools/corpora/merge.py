@@ -69,6 +69,7 @@ def merge(
         vocab_size=first.vocab_size,
         eod=first.eod,
         sources=list(names),
+        kind=first.kind,
         tag=first.tag,
         with_origins=any(SOURCES_SUFFIX in manifest.files for manifest in manifests),
         overwrite=overwrite,

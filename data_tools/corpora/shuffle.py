@@ -85,7 +85,7 @@ class _Bucket:
     """Documents stored in an anonymous file."""
 
     def __init__(self, folder: Path, opened: ExitStack) -> None:
-        self.bytes, self._with_origins = 0, False
+        self.bytes, self._with_origins, self._with_targets = 0, False, False
         self._file: IO[bytes] = opened.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
 
     def add(self, keys: np.ndarray, batch: DocumentBatch, chosen: np.ndarray) -> None:
@@ -95,6 +95,9 @@ class _Bucket:
         if part.origins is not None:
             arrays += [getattr(part.origins, name) for name in _ORIGINS]
         self._with_origins = part.origins is not None
+        if part.targets is not None:
+            arrays.append(part.targets)
+        self._with_targets = part.targets is not None
         for array in arrays:
             np.save(self._file, array, allow_pickle=False)
             self.bytes += array.nbytes
@@ -106,7 +109,8 @@ class _Bucket:
         while self._file.tell() < end:
             keys, tokens, lengths, hashes, sums = (self._load() for _ in range(1 + len(_PARTS)))
             origins = Origins(*(self._load() for _ in _ORIGINS)) if self._with_origins else None
-            yield keys, DocumentBatch(tokens, lengths, hashes, sums, origins)
+            targets = self._load() if self._with_targets else None
+            yield keys, DocumentBatch(tokens, lengths, hashes, sums, origins, targets)
 
     def _load(self) -> np.ndarray:
         array: np.ndarray = np.load(self._file, allow_pickle=False)

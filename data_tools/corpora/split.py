@@ -74,6 +74,7 @@ def _writer(corpus: Corpus, out: Path, overwrite: bool) -> CorpusWriter:
         vocab_size=manifest.vocab_size,
         eod=manifest.eod,
         sources=manifest.sources,
+        kind=manifest.kind,
         tag=manifest.tag,
         with_origins=SOURCES_SUFFIX in manifest.files,
         overwrite=overwrite,

@@ -19,7 +19,7 @@ from megaphase.data_tools.text.chunks import CHUNK_BYTES, read_chunks
 from megaphase.data_tools.text.file_types import STDIN, check_text_file, display_name, size_on_disk
 from megaphase.data_tools.text.input_files import InputPath, identity, place_of
 from megaphase.data_tools.text.inputs import expand_inputs
-from megaphase.data_tools.text.reading import Document, Reading, SourceTarget
+from megaphase.data_tools.text.reading import Chat, Document, Reading, SourceTarget
 from megaphase.data_tools.text.records import (
     InvalidDocument,
     documents_and_wrong_ones,
@@ -31,6 +31,7 @@ from megaphase.data_tools.text.records import (
 __all__ = [
     "CHUNK_BYTES",
     "STDIN",
+    "Chat",
     "Document",
     "InputPath",
     "InvalidDocument",

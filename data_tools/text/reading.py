@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from string import Formatter
+from typing import Any
 
 from megaphase.data_tools.text.file_types import Kind
 from megaphase.utils.errors import InputError
@@ -25,7 +26,20 @@ class SourceTarget:
     target: str
 
 
-Document = str | SourceTarget
+@dataclass(frozen=True)
+class Chat:
+    """A conversation.
+
+    Attributes:
+        messages: each with a `role` and a `content`, both strings; one at least.
+        where: computes its place for an error message.
+    """
+
+    messages: list[dict[str, Any]]
+    where: Callable[[], str]
+
+
+Document = str | SourceTarget | Chat
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,7 @@ class Reading:
         template: joins several keys, as in "{title}\\n\\n{text}", and replaces `key`; {{ and }}
             stand for braces.
         pair: keys of the source and the target; documents are then SourceTargets.
+        messages: the key of a conversation's list of messages; documents are then Chats.
         separator: a line of a .txt file that ends a document; None: a blank line does.
         stdin_kind: the format of standard input: jsonl or txt.
 
@@ -49,11 +64,15 @@ class Reading:
     pair: tuple[str, str] | None = None
     separator: str | None = None
     stdin_kind: Kind = "jsonl"
+    messages: str | None = None
 
     def __post_init__(self) -> None:
         if self.template is not None and self.pair is not None:
             problem = "cannot be combined with --source-key and --target-key"
             raise InputError("--template", problem, "leave one out")
+        if self.messages is not None and (self.template is not None or self.pair is not None):
+            problem = "cannot be combined with --template, --source-key and --target-key"
+            raise InputError("--messages-key", problem, "leave one out")
         if self.separator == "" or set("\r\n") & set(self.separator or ""):
             problem = "is not a single line" if self.separator else "is empty"
             remedy = "give one line, or leave it out: then a blank line ends a document"
@@ -70,7 +89,9 @@ class Reading:
     @cached_property
     def keys(self) -> tuple[str, ...]:
         """The keys that a record must have, each once."""
-        if self.pair is not None:
+        if self.messages is not None:
+            names = [self.messages]
+        elif self.pair is not None:
             names = list(self.pair)
         elif self.template is not None:
             names = [name for _, name in self.template_parts if name is not None]
@@ -81,6 +102,8 @@ class Reading:
     @property
     def key_option(self) -> str:
         """The option with which a user chooses other keys."""
+        if self.messages is not None:
+            return "--messages-key"
         if self.pair is not None:
             return "--source-key and --target-key"
         return "--json-key" if self.template is None else "--template"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from megaphase.data_tools.text.boundaries import Boundaries
 from megaphase.data_tools.text.chunk import TextChunk, advance
 from megaphase.data_tools.text.file_types import ROW_KINDS, display_name, file_type_of
-from megaphase.data_tools.text.reading import ID_KEY, Document, Reading
+from megaphase.data_tools.text.reading import ID_KEY, Chat, Document, Reading
 from megaphase.utils.errors import InputError
 
 _JSON_TYPES = {
@@ -167,6 +167,8 @@ def _quick_json_document(
     line: bytes, reading: Reading, keys: Sequence[str]
 ) -> tuple[Document, bytes] | None:
     """Return the document of a line and its id, or None if anything about the line is unusual."""
+    if reading.messages is not None:
+        return None
     try:
         record = from_json(line, cache_strings="none")
         if all(type(record[key]) is str for key in keys):
@@ -180,10 +182,15 @@ def _json_document(
     line: bytes, reading: Reading, chunk: TextChunk, number: int
 ) -> tuple[Document, bytes]:
     """Parse line `number` (from 0) of a chunk with a slower parser that explains errors."""
+
+    def where() -> str:
+        # `first_line` may take long to compute.
+        return f"{display_name(chunk.path)}:{chunk.first_line + number}"
+
     try:
         value = json.loads(_decode(line, chunk, number))
         if isinstance(value, dict):
-            return _document(value, reading, "", value), _id(value)
+            return _document(value, reading, "", value, where), _id(value)
         problem = f"is {_JSON_TYPES[type(value)]}, not a JSON object"
         remedy = "write {" + ", ".join(f'"{key}": "..."' for key in reading.keys) + "}"
     except InputError as error:
@@ -193,14 +200,23 @@ def _json_document(
     except (ValueError, RecursionError) as error:
         problem = f"is not valid JSON ({getattr(error, 'msg', 'it cannot be parsed')})"
         remedy = "each line must be one JSON object"
-    # `first_line` may take long to compute.
-    raise InputError(f"{display_name(chunk.path)}:{chunk.first_line + number}", problem, remedy)
+    raise InputError(where(), problem, remedy)
 
 
 def _document(
-    record: dict[str, Any], reading: Reading, where: str, names: Iterable[str]
+    record: dict[str, Any],
+    reading: Reading,
+    where: str,
+    names: Iterable[str],
+    place: Callable[[], str] | None = None,
 ) -> Document:
-    """Return the document of a record; `names` are all of its keys, including those not read."""
+    """Return the document of a record.
+
+    names: all of its keys, including those not read. place: computes the record's place, if
+    `where` does not have it.
+    """
+    if reading.messages is not None:
+        return Chat(_messages(record, reading.messages, where, names), place or (lambda: where))
     for key in reading.keys:
         if key not in record:
             there = ", ".join(map(repr, names)) or "none"
@@ -211,6 +227,35 @@ def _document(
             remedy = f"the keys with a string are {strings}" if strings else "no key holds a string"
             raise InputError(where, f"the key {key!r} holds {fault}", remedy)
     return reading.document(record)
+
+
+def _messages(record: dict[str, Any], key: str, where: str, names: Iterable[str]) -> Any:
+    """Return the messages of a record."""
+    if key not in record:
+        there = ", ".join(map(repr, names)) or "none"
+        problem = f"the key {key!r} is missing; the keys are {there}"
+        raise InputError(where, problem, "choose with --messages-key")
+    if fault := _messages_fault(record[key]):
+        remedy = 'write [{"role": "user", "content": "..."}, {"role": "assistant", ...}]'
+        raise InputError(where, f"the key {key!r} holds {fault}", remedy)
+    return record[key]
+
+
+def _messages_fault(messages: Any) -> str | None:
+    """Return why a value is not a list of messages, or None."""
+    if not isinstance(messages, list):
+        return f"{_JSON_TYPES.get(type(messages), str(messages))}, not a list of messages"
+    if not messages:
+        return "no message"
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            return f"{_JSON_TYPES.get(type(message), str(message))} as message {number}"
+        for key in ("role", "content"):
+            if key not in message:
+                return f"a message {number} without {key!r}"
+            if fault := _string_fault(message[key]):
+                return f"a message {number} whose {key!r} holds {fault}"
+    return None
 
 
 def _string_fault(value: Any) -> str | None:

@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from megaphase.data_tools.corpora.encoded import EncodedDocuments, join_documents
+from megaphase.data_tools.chats.encoder import ChatEncoder, EncodedChat
+from megaphase.data_tools.chats.template import ChatError
+from megaphase.data_tools.corpora.encoded import EncodedDocuments, join_chats, join_documents
 from megaphase.data_tools.text import (
+    Chat,
     InvalidDocument,
     Reading,
     SourceTarget,
@@ -19,6 +22,7 @@ from megaphase.data_tools.text import (
     identified_documents,
 )
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,15 @@ class ChunkEncoder:
     """Tokenizes the documents of a chunk of a text file; pickled as the tokenizer's path.
 
     A document that cannot be read raises InputError or, with `skip_wrong`, is recorded in the
-    result. `tag` is the token between the source and the target of a pair.
+    result. `tag` is the token between the source and the target of a pair; `chats` encodes
+    conversations.
     """
 
     tokenizer: Tokenizer
     reading: Reading
     tag: int | None = None
     skip_wrong: bool = False
+    chats: ChatEncoder | None = None
 
     def __call__(self, numbered: tuple[int, TextChunk]) -> EncodedChunk:
         """Encode a chunk, given with the index of its file."""
@@ -58,24 +64,44 @@ class ChunkEncoder:
         read = identified_and_wrong_ones if self.skip_wrong else identified_documents
         texts: list[str] = []
         pairs: list[SourceTarget] = []
+        conversations: list[EncodedChat] = []
         ids: list[bytes] = []
-        wrong = []
+        wrong: list[bytes] = []
         for found in read(chunk, self.reading):
             if isinstance(found, InvalidDocument):
-                line = json.dumps(asdict(found), ensure_ascii=False)
-                wrong.append(f"{line}\n".encode())
+                wrong.append(_skipped_line(found))
                 continue
             document, own_id = found
-            ids.append(own_id)
-            if isinstance(document, SourceTarget):
+            if isinstance(document, Chat):
+                encoded = self._encode_chat(document)
+                if isinstance(encoded, InvalidDocument):
+                    wrong.append(_skipped_line(encoded))
+                    continue
+                conversations.append(encoded)
+            elif isinstance(document, SourceTarget):
                 pairs.append(document)
             else:
                 texts.append(document)
-        if self.reading.pair is None:
-            documents = self.encode(texts, ids, file)
-        else:
+            ids.append(own_id)
+        if self.reading.messages is not None:
+            documents = join_chats(conversations, self.tokenizer, ids, file)
+        elif self.reading.pair is not None:
             documents = self.encode_pairs(pairs, ids, file)
+        else:
+            documents = self.encode(texts, ids, file)
         return EncodedChunk(file, chunk.end, chunk.file_bytes, documents, wrong)
+
+    def _encode_chat(self, chat: Chat) -> EncodedChat | InvalidDocument:
+        """Raises InputError if a conversation cannot be encoded, or returns why."""
+        assert self.chats is not None
+        try:
+            return self.chats.encode(chat.messages)
+        except ChatError as error:
+            if self.skip_wrong:
+                text = json.dumps(chat.messages, ensure_ascii=False)
+                return InvalidDocument(chat.where(), str(error), text)
+            remedy = "mend it, or pass --on-error skip"
+            raise InputError(chat.where(), str(error), remedy) from None
 
     def encode(self, texts: Sequence[str], ids: Sequence[bytes], file: int) -> EncodedDocuments:
         """Tokenize texts with these ids from the file with index `file`."""
@@ -99,3 +125,8 @@ class ChunkEncoder:
         sources = [pair.source.encode() for pair in pairs]
         sizes = [len(pair.source.encode()) + len(pair.target.encode()) for pair in pairs]
         return join_documents(tokens, sources, sizes, self.tokenizer, ids, file)
+
+
+def _skipped_line(document: InvalidDocument) -> bytes:
+    """Return the line of a document in `.skipped.jsonl`."""
+    return f"{json.dumps(asdict(document), ensure_ascii=False)}\n".encode()

@@ -12,6 +12,7 @@ from rich.console import Console
 from megaphase.corpus import CorpusWriter, Manifest
 from megaphase.corpus.manifest import ShardOf
 from megaphase.corpus.writer import refuse_existing
+from megaphase.data_tools.chats.encoder import ChatEncoder
 from megaphase.data_tools.corpora.merge import merge, remove_corpus
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.shards import WHOLE, ShardChoice, parts_of
@@ -45,6 +46,7 @@ class Tokenization:
         reading: how the files' records become documents.
         tag: for translation pairs, the id of the token between source and target.
         shard: the part of the files to tokenize.
+        chats: encodes conversations, where `reading` reads them.
     """
 
     inputs: Sequence[InputPath]
@@ -52,18 +54,27 @@ class Tokenization:
     reading: Reading
     tag: int | None
     shard: ShardChoice
+    chats: ChatEncoder | None
 
     @property
     def job(self) -> str:
         """A digest of everything but the shard, including the files' paths, sizes and change
         times, of remote ones their versions."""
         files = [identity(path) for path in self.inputs if path != STDIN]
+        reading = asdict(self.reading)
+        if self.chats is None:
+            del reading["messages"]  # so that jobs begun before there were chats stay what they are
+            template = {}
+        else:
+            chats = self.chats.template
+            template = {"template": chats.text, "special_tokens": dict(chats.special_tokens)}
         return hash_json(
             {
                 "files": files,
                 "tokenizer": self.tokenizer.fingerprint,
-                "reading": asdict(self.reading),
+                "reading": reading,
                 "tag": self.tag,
+                **template,
             }
         )
 
@@ -164,7 +175,8 @@ def check_tokenization(
     if shard != WHOLE and STDIN in inputs:
         raise InputError("--shard", "standard input cannot be divided", "write it to a file first")
     tokenizer = Tokenizer.load(tokenizer_dir)
-    return Tokenization(inputs, tokenizer, reading, _tag_id(tokenizer, reading, tag), shard)
+    chats = None if reading.messages is None else ChatEncoder.load(tokenizer)
+    return Tokenization(inputs, tokenizer, reading, _tag_id(tokenizer, reading, tag), shard, chats)
 
 
 def _tag_id(tokenizer: Tokenizer, reading: Reading, tag: str | None) -> int | None:
@@ -216,6 +228,7 @@ def _encode(
         vocab_size=tokenization.tokenizer.vocab_size,
         eod=tokenization.tokenizer.eod,
         sources=["standard input" if path == STDIN else path.name for path in tokenization.inputs],
+        kind=None if tokenization.chats is None else "chat",
         tag=tokenization.tag,
         job=hash_json(tokenization.shard_record.model_dump())
         if tokenization.can_be_resumed
@@ -226,7 +239,11 @@ def _encode(
         overwrite=overwrite,
     )
     encoder = ChunkEncoder(
-        tokenization.tokenizer, tokenization.reading, tokenization.tag, skip_wrong
+        tokenization.tokenizer,
+        tokenization.reading,
+        tokenization.tag,
+        skip_wrong,
+        tokenization.chats,
     )
     total_bytes = sum(map(size_on_disk, tokenization.inputs)) // shard.of
     try:

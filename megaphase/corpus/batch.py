@@ -26,7 +26,8 @@ class DocumentBatch:
         lengths: integers [documents], in tokens, EOD included.
         hashes: u64 [documents], `document_hash` of each text.
         sums: SUM_DTYPE [documents], see `megaphase.corpus`.
-            origins: where the documents come from; None if it is not known.
+        origins: where the documents come from; None if it is not known.
+        targets: u8 [sum of lengths], of chats: 1 where a token is a target of the loss, else 0.
     """
 
     tokens: np.ndarray
@@ -34,6 +35,7 @@ class DocumentBatch:
     hashes: np.ndarray
     sums: np.ndarray
     origins: Origins | None = None
+    targets: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -43,6 +45,7 @@ class DocumentBatch:
         hashes: np.ndarray,
         text_bytes: Sequence[int] | np.ndarray,
         origins: Origins | None = None,
+        targets: np.ndarray | None = None,
     ) -> DocumentBatch:
         """Make a batch and compute the checksums of its documents.
 
@@ -53,7 +56,7 @@ class DocumentBatch:
         sums = np.empty(len(lengths), SUM_DTYPE)
         sums["text_bytes"] = text_bytes
         sums["checksum"] = checksums(tokens, lengths, hashes, sums["text_bytes"])
-        return cls(tokens, lengths, hashes, sums, origins)
+        return cls(tokens, lengths, hashes, sums, origins, targets)
 
     @property
     def text_bytes(self) -> int:
@@ -62,22 +65,31 @@ class DocumentBatch:
 
     def select(self, keep: np.ndarray) -> DocumentBatch:
         """Return the documents that are marked in `keep`, bool [documents]."""
+        kept = np.repeat(keep, self.lengths)
         return DocumentBatch(
-            self.tokens[np.repeat(keep, self.lengths)],
+            self.tokens[kept],
             self.lengths[keep],
             self.hashes[keep],
             self.sums[keep],
             None if self.origins is None else self.origins.select(keep),
+            None if self.targets is None else self.targets[kept],
         )
 
     def reorder(self, order: np.ndarray) -> DocumentBatch:
         """Return the documents in another order, integers [documents]."""
-        parts = np.split(self.tokens, np.cumsum(self.lengths)[:-1])
-        tokens = np.concatenate([self.tokens[:0], *(parts[i] for i in order)])
-        origins = None if self.origins is None else self.origins.reorder(order)
         return DocumentBatch(
-            tokens, self.lengths[order], self.hashes[order], self.sums[order], origins
+            self._by_document(self.tokens, order),
+            self.lengths[order],
+            self.hashes[order],
+            self.sums[order],
+            None if self.origins is None else self.origins.reorder(order),
+            None if self.targets is None else self._by_document(self.targets, order),
         )
+
+    def _by_document(self, values: np.ndarray, order: np.ndarray) -> np.ndarray:
+        """Return the values of all tokens with the documents in another order."""
+        parts = np.split(values, np.cumsum(self.lengths)[:-1])
+        return np.concatenate([values[:0], *(parts[i] for i in order)])
 
 
 def checksums(
@@ -92,14 +104,18 @@ def checksums(
 
 
 def join(batches: Sequence[DocumentBatch]) -> DocumentBatch:
-    """Concatenate several batches; either all of them have origins or none has."""
+    """Concatenate several batches; either all of them have origins or none has, likewise
+    targets."""
     origins = [batch.origins for batch in batches if batch.origins is not None]
     tokens, lengths, hashes, sums = (
         np.concatenate([getattr(batch, name) for batch in batches])
         for name in ("tokens", "lengths", "hashes", "sums")
     )
     joined = join_origins(origins) if origins else None
-    return DocumentBatch(tokens, lengths, hashes, sums, joined)
+    targets = [batch.targets for batch in batches if batch.targets is not None]
+    return DocumentBatch(
+        tokens, lengths, hashes, sums, joined, np.concatenate(targets) if targets else None
+    )
 
 
 def batches_of(corpus: Corpus, tokens: int = BATCH_TOKENS) -> Iterator[DocumentBatch]:
@@ -115,6 +131,7 @@ def batches_of(corpus: Corpus, tokens: int = BATCH_TOKENS) -> Iterator[DocumentB
             corpus.hashes[chosen],
             corpus.sums[chosen],
             None if corpus.origins is None else corpus.origins.part(first, count),
+            None if corpus.targets is None else corpus.targets[begin:end],
         )
 
 

@@ -1,8 +1,8 @@
 """Verify that the files of corpora have not been altered.
 
 Files that are small compared to the tokens are compared with the manifest at every start: .idx,
-.hash, .sum and .blocks, and also a .bin of at most SMALL_BIN_BYTES or without .blocks (in a corpus
-of an earlier version). Any other .bin is verified block by block when it is read, see
+.hash, .sum, .blocks and .targets, and also a .bin of at most SMALL_BIN_BYTES or without .blocks (in
+a corpus of an earlier version). Any other .bin is verified block by block when it is read, see
 csrc/token_check.hpp.
 """
 
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from megaphase.corpus.batch import checksums
-from megaphase.corpus.manifest import BLOCKS_SUFFIX, corpus_file
+from megaphase.corpus.manifest import BLOCKS_SUFFIX, TARGETS_SUFFIX, corpus_file
 from megaphase.corpus.reader import Corpus
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import hash_file
@@ -40,7 +40,7 @@ def check_files(corpora: Sequence[Corpus], number: int = 0, of: int = 1) -> None
         (corpus, suffix)
         for corpus in corpora
         for suffix, record in corpus.manifest.files.items()
-        if suffix in (".idx", ".hash", ".sum", BLOCKS_SUFFIX)
+        if suffix in (".idx", ".hash", ".sum", BLOCKS_SUFFIX, TARGETS_SUFFIX)
         or (suffix == ".bin" and (record.bytes <= SMALL_BIN_BYTES or corpus.blocks is None))
     ]
     threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)

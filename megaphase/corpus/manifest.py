@@ -13,11 +13,12 @@ from megaphase.utils.json_models import read_record, write_record
 
 DATA_SUFFIXES = (".bin", ".idx", ".hash", ".sum")
 BLOCKS_SUFFIX = ".blocks"
+TARGETS_SUFFIX = ".targets"  # of chats alone
 SKIPPED_SUFFIX = ".skipped.jsonl"
 SOURCES_SUFFIX, IDS_SUFFIX = ".sources", ".ids"  # see megaphase.corpus.origins
 MANIFEST_SUFFIX = ".json"
 
-CorpusKind = Literal["lm", "translation"]
+CorpusKind = Literal["lm", "translation", "chat"]
 Count = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
 # The suffixes are used in file names.
@@ -68,12 +69,14 @@ class Manifest(BaseModel):
         skipped_duplicates: number of documents left out because they repeat an earlier one.
         tokens: number of tokens, EODs included.
         text_bytes: size of the documents' UTF-8 text in bytes.
-        files: size and digest of each data file, and of `.blocks`, `.sources`, `.ids` and
-            `.skipped.jsonl` if they exist, by suffix.
+        files: size and digest of each data file, and of `.blocks`, `.targets`, `.sources`, `.ids`
+            and `.skipped.jsonl` if they exist, by suffix.
         sources: names of the files that contained the text.
         kind: `lm` if a document is a text; `translation` if it is a source, the tag and a target,
-            and `.hash` stores the digest of the source alone.
-        tag: the token between source and target; None if the kind is `lm`.
+            and `.hash` stores the digest of the source alone; `chat` if it is a conversation: then
+            `.targets` marks the tokens of the assistant, and `.hash` stores the digest of what
+            precedes its first answer.
+        tag: the token between source and target; None if the kind is another.
         shard: identifies the shard, if the corpus is a shard of another one.
     """
 
@@ -99,7 +102,8 @@ class Manifest(BaseModel):
     @property
     def fingerprint(self) -> str:
         """A digest that changes with any byte of the corpus."""
-        return hash_json({suffix: self.files[suffix].hash for suffix in DATA_SUFFIXES})
+        suffixes = (*DATA_SUFFIXES, TARGETS_SUFFIX)
+        return hash_json({s: self.files[s].hash for s in suffixes if s in self.files})
 
     @classmethod
     def read(cls, prefix: Path | str) -> Manifest:
@@ -108,7 +112,8 @@ class Manifest(BaseModel):
         if not path.is_file():
             raise InputError(path, "no such file", _remedy_for_missing(Path(prefix)))
         manifest = read_record(path, cls, "tokenize again")
-        missing = [suffix for suffix in DATA_SUFFIXES if suffix not in manifest.files]
+        needed = (*DATA_SUFFIXES, TARGETS_SUFFIX) if manifest.kind == "chat" else DATA_SUFFIXES
+        missing = [suffix for suffix in needed if suffix not in manifest.files]
         if missing:
             raise InputError(path, f"files: {missing[0]} is not listed", "tokenize again")
         return manifest

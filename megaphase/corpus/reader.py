@@ -22,6 +22,7 @@ from megaphase.corpus.manifest import (
     DATA_SUFFIXES,
     MANIFEST_SUFFIX,
     SOURCES_SUFFIX,
+    TARGETS_SUFFIX,
     Manifest,
     corpus_file,
 )
@@ -45,6 +46,7 @@ class Corpus:
         sums: SUM_DTYPE [documents], size of each document's text and checksum of its tokens.
         blocks: u32 [blocks], checksum of each block of the .bin; None in corpora of an earlier
             version.
+        targets: u8 [tokens], of chats: 1 where a token is a target of the loss; None otherwise.
     """
 
     prefix: Path
@@ -55,6 +57,7 @@ class Corpus:
     hashes: np.ndarray
     sums: np.ndarray
     blocks: np.ndarray | None = None
+    targets: np.ndarray | None = None
 
     @classmethod
     def open(cls, prefix: Path | str) -> Corpus:
@@ -82,7 +85,8 @@ class Corpus:
             byte_offsets=byte_offsets,
             hashes=np.memmap(corpus_file(prefix, ".hash"), dtype=HASH_DTYPE, mode="r"),
             sums=np.memmap(corpus_file(prefix, ".sum"), dtype=SUM_DTYPE, mode="r"),
-            blocks=_map_blocks(prefix, manifest),
+            blocks=_map_if_there(prefix, manifest, BLOCKS_SUFFIX, BLOCK_DTYPE),
+            targets=_map_if_there(prefix, manifest, TARGETS_SUFFIX, np.dtype(np.uint8)),
         )
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -124,14 +128,16 @@ class Corpus:
         return self.tokens[start : start + int(self.lengths[index])]
 
 
-def _map_blocks(prefix: Path, manifest: Manifest) -> np.ndarray | None:
-    if BLOCKS_SUFFIX not in manifest.files:
+def _map_if_there(
+    prefix: Path, manifest: Manifest, suffix: str, dtype: np.dtype
+) -> np.ndarray | None:
+    if suffix not in manifest.files:
         return None
-    return np.memmap(corpus_file(prefix, BLOCKS_SUFFIX), dtype=BLOCK_DTYPE, mode="r")
+    return np.memmap(corpus_file(prefix, suffix), dtype=dtype, mode="r")
 
 
 def _check_sizes(prefix: Path, manifest: Manifest) -> None:
-    for suffix in (*DATA_SUFFIXES, BLOCKS_SUFFIX):
+    for suffix in (*DATA_SUFFIXES, BLOCKS_SUFFIX, TARGETS_SUFFIX):
         if suffix not in manifest.files:
             continue
         path = corpus_file(prefix, suffix)
@@ -161,6 +167,10 @@ def _check_manifest_fits(prefix: Path, manifest: Manifest, index: Index) -> None
             found = f"{found:g}" if isinstance(found, float) else found
             problem = f"{field}: {stated}, but its {source} has {found}"
             raise InputError(path, problem, _REMEDY)
+    if TARGETS_SUFFIX in manifest.files and manifest.files[TARGETS_SUFFIX].bytes != manifest.tokens:
+        stated = manifest.files[TARGETS_SUFFIX].bytes
+        problem = f"{TARGETS_SUFFIX}: {stated} bytes for {manifest.tokens} tokens"
+        raise InputError(path, problem, _REMEDY)
     if BLOCKS_SUFFIX in manifest.files:
         stated, found = manifest.files[BLOCKS_SUFFIX].bytes, blocks_of(sizes[".bin"])
         if stated != found * BLOCK_DTYPE.itemsize:

@@ -28,6 +28,8 @@ from megaphase.corpus.manifest import (
     MANIFEST_SUFFIX,
     SKIPPED_SUFFIX,
     SOURCES_SUFFIX,
+    TARGETS_SUFFIX,
+    CorpusKind,
     Manifest,
     ShardOf,
 )
@@ -46,7 +48,7 @@ _WRITTEN_AS_IT_COMES = (
     SKIPPED_SUFFIX,
     _LENGTHS_NAME,
 )
-_NOT_IN_EVERY_CORPUS = (SKIPPED_SUFFIX, SOURCES_SUFFIX, IDS_SUFFIX)
+_NOT_IN_EVERY_CORPUS = (SKIPPED_SUFFIX, SOURCES_SUFFIX, IDS_SUFFIX, TARGETS_SUFFIX)
 
 
 class CorpusWriter:
@@ -76,6 +78,7 @@ class CorpusWriter:
         vocab_size: int,
         eod: int,
         sources: Sequence[str] = (),
+        kind: CorpusKind | None = None,
         tag: int | None = None,
         job: str = "",
         shard: ShardOf | None = None,
@@ -85,6 +88,8 @@ class CorpusWriter:
     ) -> None:
         """
         Args:
+                kind: of the documents; translation where there is a tag, and lm otherwise, if not
+                    given. Batches of chats have targets.
                 tag: for translation pairs, the token between source and target.
                 job: identifies what is written, so that the work of a killed writer can be resumed.
                 shard: identifies the shard, if the corpus is a shard of another one.
@@ -102,12 +107,13 @@ class CorpusWriter:
             "eod": eod,
             "dtype": self.dtype.name,
             "sources": list(sources),
-            "kind": "lm" if tag is None else "translation",
+            "kind": kind or ("lm" if tag is None else "translation"),
             "tag": tag,
             "shard": shard,
         }
         self._eod = eod
         self._may_be_empty, self._with_origins = may_be_empty, with_origins
+        self._with_targets = kind == "chat"
         self._figures = Figures()
         self._staged = StagedCorpus(self.prefix, job)
         if not overwrite and not self._staged.finished_manifest():
@@ -129,8 +135,9 @@ class CorpusWriter:
                 if state and state.manifest:
                     self._publish(state.manifest)
                 else:
-                    origins = (SOURCES_SUFFIX, IDS_SUFFIX) if self._with_origins else ()
-                    for suffix in (*_WRITTEN_AS_IT_COMES, *origins):
+                    more = [SOURCES_SUFFIX, IDS_SUFFIX] if self._with_origins else []
+                    more += [TARGETS_SUFFIX] if self._with_targets else []
+                    for suffix in (*_WRITTEN_AS_IT_COMES, *more):
                         self._staged.open(suffix)
                     self._block_sums = BlockSums.at_end_of(self._staged.files[".bin"].path)
             except OSError as error:
@@ -156,6 +163,8 @@ class CorpusWriter:
             raise ValueError(f"{found}, {len(batch.sums)} sums")
         if int(batch.lengths.sum(dtype=np.int64)) != len(batch.tokens):
             raise ValueError(f"lengths do not sum to the {len(batch.tokens)} tokens")
+        if self._with_targets != (batch.targets is not None):
+            raise ValueError("batches of chats, and no others, have targets")
         files = self._staged.files
         tokens = np.ascontiguousarray(batch.tokens, dtype=self.dtype).view(np.uint8)
         with write_errors(self.prefix):
@@ -167,6 +176,8 @@ class CorpusWriter:
                 (_LENGTHS_NAME, batch.lengths, LENGTH_DTYPE),
             ):
                 files[name].write(np.ascontiguousarray(array, dtype=dtype).view(np.uint8))
+            if batch.targets is not None:
+                files[TARGETS_SUFFIX].write(np.ascontiguousarray(batch.targets, dtype=np.uint8))
             if self._with_origins:
                 origins = batch.origins or Origins.unknown(len(batch.lengths))
                 stored = origins.stored(files[IDS_SUFFIX].size)

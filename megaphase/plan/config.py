@@ -19,13 +19,14 @@ class TaskConfig(Section):
 
     corpus: FilePath
     """Prefix of the corpus: `data/en` for `data/en.bin`, `data/en.idx` …"""
-    kind: Literal["lm", "translation"] = "lm"
+    kind: Literal["lm", "translation", "chat"] = "lm"
     """`lm`: the corpus holds texts, and the loss is taken on every token. `translation`: it holds
     pairs of a source and a target, several of which fill a sample, and the loss is taken on the
-    targets alone. The corpus must be of this kind."""
+    targets alone. `chat`: it holds conversations, packed likewise, and the loss is taken on the
+    assistant's turns alone. The corpus must be of this kind."""
     attend_across_documents: bool | None = None
     """Whether tokens attend to the other documents of their sample; if left out, `true` for `lm`
-    and `false` for `translation`. With `false` every document gets the attention and the loss that
+    and `false` otherwise. With `false` every document gets the attention and the loss that
     it would get alone in a row: positions count from its start, and its first token is no
     target."""
     held_out: ProperFraction | None = None

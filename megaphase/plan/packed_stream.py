@@ -1,6 +1,7 @@
-"""A translation task's stream: whole pairs packed into samples, with loss on the targets only.
+"""A stream of translation pairs or chats: whole ones packed into samples, with loss on a part.
 
-A document is a source, the tag, a target and EOD; the loss covers the tokens after the tag.
+A pair is a source, the tag, a target and EOD; the loss covers the tokens after the tag. Of a chat
+it covers the tokens that the corpus marks, those of the assistant.
 Documents are packed next-fit in the order of epoch 0's keyed permutation, at most seq_len + 1
 tokens per sample, and none is split that fits into one; the rest of a sample has no targets. All
 epochs have the same samples in different permutations.
@@ -25,7 +26,7 @@ COUNTED_STARTS = 1 << 16
 
 
 class PackedStream(Stream):
-    """A stream of translation pairs; its index stores one epoch for any number of epochs.
+    """A stream of translation pairs or chats; its index stores one epoch for any number of epochs.
 
     Attributes:
         samples_per_epoch: number of samples of at most seq_len + 1 tokens, the same in all epochs.

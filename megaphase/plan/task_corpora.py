@@ -38,10 +38,10 @@ def open_task_corpus(config: RunConfig, task: str, tokenizer: Tokenizer) -> Corp
 
 
 def _check_kind(config: RunConfig, task: str, corpus: Corpus) -> None:
-    """Reject a corpus of texts for a task of translation pairs, and the reverse."""
+    """Reject a corpus of another kind than the task's."""
     asked, found = config.tasks[task].kind, corpus.manifest.kind
     if asked != found:
-        holds = {"lm": "texts", "translation": "translation pairs"}[found]
+        holds = {"lm": "texts", "translation": "translation pairs", "chat": "chats"}[found]
         raise InputError(
             config.where(f"tasks.{task}.kind"),
             f"is {asked}, but {corpus.prefix} holds {holds}",
@@ -77,7 +77,7 @@ def open_streams(
 ) -> dict[str, Stream]:
     """Return the streams of a split by task, without tasks that have no documents in it by the run
     file: those without a test split."""
-    stream_classes = {"lm": Stream, "translation": PackedStream}
+    stream_classes = {"lm": Stream, "translation": PackedStream, "chat": PackedStream}
     return {
         task: stream_classes[config.tasks[task].kind](
             task,
@@ -90,7 +90,7 @@ def open_streams(
             subsample=config.tasks[task].trained_on,
             tag=corpus.manifest.tag,
             attend_across_documents=config.tasks[task].attends_across_documents,
-            # A sample of translation pairs begins with a source, for which it has no place.
+            # A packed sample begins with a document, for which it has no place.
             bos=bos if config.tasks[task].kind == "lm" else None,
         )
         for task, corpus in corpora.items()

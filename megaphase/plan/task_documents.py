@@ -78,7 +78,12 @@ class TaskDocuments:
         self.attend_across_documents = attend_across_documents
         self.bos = bos
         self.tables = DocumentTables()
-        self._every_sample_has_a_target = attend_across_documents and tag is None
+        is_target = corpus.targets
+        # Streams of other kinds keep the fingerprints that they had before there were chats.
+        self._origin |= {} if is_target is None else {"kind": "chat"}
+        self._every_sample_has_a_target = (
+            attend_across_documents and tag is None and is_target is None
+        )
         side = "held out" if split == "validation" else split
         corpus.expect_random_reads()
         # Plain arrays: numpy's memmap class costs microseconds at every use.
@@ -95,6 +100,7 @@ class TaskDocuments:
             None if corpus.blocks is None else np.asarray(corpus.blocks),
             corpus.manifest.vocab_size,
             bos,
+            None if is_target is None else np.asarray(is_target),
         )
         self.documents, self.tokens = self._samples.totals()
         self.samples_per_epoch = self._samples_in_an_epoch()

@@ -1,0 +1,1 @@
+"""Conversations: rendered by a tokenizer's chat template, and marked where the assistant speaks."""
