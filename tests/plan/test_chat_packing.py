@@ -50,14 +50,14 @@ def test_marked_tokens_alone_are_targets(chats, key, seq_len, apart):
         tokens, offsets, lengths, hashes, 0, 2**64 - 1, key, seq_len, is_target=marks
     )
     samples = packed(lengths.tolist(), permutation(len(chats), member_key(key, 0)), seq_len)
-    starts, walk, found = np.empty((len(samples), 2), np.uint32), stream.walk(0), 0
+    starts, walk, found = np.empty((len(samples) + 1, 2), np.uint32), stream.walk(0), 0
     while not walk.at_end:
         found += walk.fill(starts[found:], 1 << 20)
     assert found == len(samples)
     rows = np.arange(len(samples))
     inputs, targets, documents = (np.zeros((len(samples), seq_len), np.int64) for _ in range(3))
     stream.read(
-        starts, len(samples), rows, rows, inputs, targets, FILLER, IGNORED_TARGET,
+        starts[:-1], len(samples), rows, rows, inputs, targets, FILLER, IGNORED_TARGET,
         documents if apart else None,
     )  # fmt: skip
     for row, pieces in enumerate(samples):
