@@ -58,8 +58,14 @@ def whole(stopped, tmp_path_factory):
     """Return all rows of that run, resumed with intact metrics."""
     path = copy_run(stopped, tmp_path_factory.mktemp("whole") / "a")
     said = run_well("train", path)
-    assert "Warning" not in said
+    assert warnings_of(said) == []
     return timeless(read_rows(path.parent / "run"))
+
+
+def warnings_of(said: str) -> list[str]:
+    """Return the warnings, but for those of few held-out documents, which these runs have."""
+    lines = [line for line in said.splitlines() if "Warning" in line]
+    return [line for line in lines if "its validation loss is of only" not in line]
 
 
 def steps_of(rows: list[dict[str, Any]]) -> list[int]:
@@ -109,7 +115,7 @@ def test_lost_rows_are_said_and_stay_lost(
         harmed = harm(metrics.read_bytes().splitlines(keepends=True))
         metrics.write_bytes(harmed)
     said = run_well("train", path)
-    [warning] = [line for line in said.splitlines() if "Warning" in line]
+    [warning] = warnings_of(said)
     holes = [(first, last) for first, last in missing]
     assert f"{metrics} {problem}" in warning
     assert f"the rows of {steps_in_words(holes)} are missing" in warning
@@ -141,7 +147,7 @@ def test_lost_rows_are_said_and_stay_lost(
     assert "metrics.jsonl is damaged: the rows of" in report
     assert "are missing" in (tmp_path / "report" / "index.html").read_text()
     again = run_well("train", path)
-    assert "Warning" not in again
+    assert warnings_of(again) == []
     assert metrics.read_bytes() == content
 
 

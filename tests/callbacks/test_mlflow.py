@@ -66,6 +66,8 @@ def curve(uri: str, run: Path, name: str) -> list[tuple[int, float]]:
 def check_a_killed_run(uri: str, folder: Path) -> None:
     """A run that is killed after step 7 and resumed from step 6 is one run, with every step once;
     it has its settings, its events, and a branch as its child."""
+    from mlflow import MlflowClient
+
     config = MLflowConfig(experiment="languages", tracking_uri=uri, wait_seconds=120.0)
     run = folder / "first"
 
@@ -95,6 +97,9 @@ def check_a_killed_run(uri: str, folder: Path) -> None:
     assert data.tags["events/optimizer_reset"] == 'step 4: {"phase": "joint"}\n'
     checkpoints = data.tags["events/checkpoint"].splitlines()
     assert [line.split(":")[0] for line in checkpoints] == ["step 8", "step 6", "step 4", "step 2"]
+
+    experiment = MlflowClient(uri).get_experiment(found.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
     checkpoint = run / "checkpoints" / "step-00000004"
     train(folder / "branch", {"mlflow": config}, until=1, branched_from=checkpoint)

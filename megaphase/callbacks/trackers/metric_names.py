@@ -45,7 +45,7 @@ def _numbers(row: Row) -> Iterator[tuple[str, float]]:
                 else:
                     yield from _of_tasks(key, {task: figures})
         elif isinstance(value, int | float):
-            yield f"train/{key}", value
+            yield f"train/{key}", int(value) if value is True else value
 
 
 def _of_tasks(name: str, figures: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -30,6 +30,8 @@ _NOT_IN_NAMES = re.compile(r"[^/\w.\- ]")
 _POSITION = ("position/step", "position/rows")
 BRANCHED_FROM = "megaphase.branched_from"
 PARENT = "mlflow.parentRunId"
+# MLflow then shows the experiment as one of training, and not as one of evaluation.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
 class MLflowConfig(TrackerConfig):
@@ -87,7 +89,7 @@ class MLflowTracker(Tracker):
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             with suppress(MlflowException):  # another run may have made it meanwhile
-                self._client.create_experiment(name)
+                self._client.create_experiment(name, tags=_EXPERIMENT_TAGS)
             experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             raise RuntimeError(f"experiment {name} cannot be made")
