@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from machine import measure_machine
 
+from megaphase.decoding.generate import generate
+from megaphase.decoding.options import Decoding
 from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.process_grid import ProcessGrid, device
-from megaphase.generation.decoding import Decoding
-from megaphase.generation.generate import generate
 from megaphase.model.gpt import GPT
 from megaphase.model.parameters import matmul_parameters, parameter_count
 from megaphase.model.presets import PRESETS

@@ -24,6 +24,7 @@ ORDER = (
     "fault_tolerance",
     "checkpoint",
     "model",
+    "decoding",
     "optim",
     "estimate",
     "plan",

@@ -6,9 +6,9 @@ import torch
 
 from gpu_parts.serving import Results
 from gpu_parts.setups import ALONE, TINY, median_seconds, weights_drawn_on_the_device
+from megaphase.decoding.generate import generate
+from megaphase.decoding.options import Decoding
 from megaphase.distributed.initialization import Initializer
-from megaphase.generation.decoding import Decoding
-from megaphase.generation.generate import generate
 from megaphase.model.gpt import GPT
 from megaphase.model.parameters import matmul_parameters
 from megaphase.model.presets import PRESETS

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from gpu_parts.serving import Results
 from gpu_parts.setups import ALONE, free_memory
+from megaphase.decoding.generate import generate
+from megaphase.decoding.options import Decoding
 from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.process_grid import device
-from megaphase.generation.decoding import Decoding
-from megaphase.generation.generate import generate
 from megaphase.model.attention_rule import PLAIN, AttentionRule
 from megaphase.model.document_mask import attend_before, attend_within, own_document_mask
 from megaphase.model.gpt import GPT

@@ -121,7 +121,7 @@ def generate_command(
     from megaphase.checkpoint.names import with_latest
     from megaphase.convert.source import open_source
     from megaphase.convert.source_tokenizer import load_tokenizer, prompt_start
-    from megaphase.generation.decoding import Decoding
+    from megaphase.decoding.options import Decoding
     from megaphase.generation.prompts import read_prompts
     from megaphase.utils.errors import InputError
 
@@ -138,7 +138,7 @@ def generate_command(
     start = prompt_start(source, words)
     prompts = [start + tokens for tokens in words.encode_batch(texts)]
 
-    from megaphase.generation.generate import check_lengths, generate, text_after
+    from megaphase.decoding.generate import check_lengths, generate, text_after
     from megaphase.generation.model import load_model
     from megaphase.generation.progress import counting_progress
 
@@ -217,7 +217,7 @@ def translate_command(
     from json import dumps
 
     from megaphase.config.load import load_run_file
-    from megaphase.generation.decoding import Decoding
+    from megaphase.decoding.options import Decoding
     from megaphase.generation.evaluation import (
         TranslationTest,
         evaluate_translation,

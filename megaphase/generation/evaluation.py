@@ -15,7 +15,7 @@ from megaphase.checkpoint.names import find_for_run
 from megaphase.config.run import RunConfig
 from megaphase.convert.source import open_source
 from megaphase.convert.source_tokenizer import load_tokenizer
-from megaphase.generation.decoding import Decoding
+from megaphase.decoding.options import Decoding
 from megaphase.generation.model import Precision, load_model
 from megaphase.generation.pairs import PairsSplit, held_out_pairs, translation_tasks
 from megaphase.generation.progress import counting_progress

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megaphase.generation.decoding import Decoding
-from megaphase.generation.generate import generate
+from megaphase.decoding.generate import generate
+from megaphase.decoding.options import Decoding
 from megaphase.generation.pairs import TranslationPair
 from megaphase.model.gpt import GPT
 from megaphase.tokenizer import Tokenizer

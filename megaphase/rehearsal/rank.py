@@ -12,6 +12,8 @@ from torch import Tensor
 
 from megaphase.checkpoint.parameters import Piece, StoredParameters, factor_layout
 from megaphase.config.run import RunConfig
+from megaphase.decoding.generate import generate
+from megaphase.decoding.options import Decoding
 from megaphase.distributed.initialization import Uninitialized
 from megaphase.distributed.process_grid import ProcessGrid, start_process_grid
 from megaphase.distributed.sharding import ParameterLayout
@@ -19,8 +21,6 @@ from megaphase.estimate.hardware import Hardware, hardware_of
 from megaphase.estimate.memory import estimate
 from megaphase.estimate.setup import setup_of
 from megaphase.estimate.step_time import step_time
-from megaphase.generation.decoding import Decoding
-from megaphase.generation.generate import generate
 from megaphase.model.gpt import GPT
 from megaphase.model.presets import build_shape
 from megaphase.plan.dataset import Batch

@@ -26,10 +26,10 @@ from rounding import FP32, deviation
 from torch import Tensor
 
 from megaphase.convert.source import open_source
-from megaphase.generation.beam import beam_search, largest
-from megaphase.generation.decoder import Decoder
-from megaphase.generation.decoding import Continuation, Decoding, Prompt
-from megaphase.generation.generate import generate, text_after
+from megaphase.decoding.beam import beam_search, largest
+from megaphase.decoding.decoder import Decoder
+from megaphase.decoding.generate import generate, text_after
+from megaphase.decoding.options import Continuation, Decoding, Prompt
 from megaphase.generation.model import load_model
 from megaphase.generation.prompts import read_prompts
 from megaphase.model.gpt import GPT
@@ -166,7 +166,7 @@ def test_tokens_that_are_read_several_at_a_time_are_the_same(model, how, monkeyp
     found = [generate(model, PROMPTS, how, EOD)]
     (first, *_) = (token for each in found[0] for token in each.tokens[3:])
     found.append(generate(model, PROMPTS, how, first))  # some rows end early
-    monkeypatch.setattr("megaphase.generation.sampling.tokens_per_read", lambda device: 8)
+    monkeypatch.setattr("megaphase.decoding.sampling.tokens_per_read", lambda device: 8)
     again = [generate(model, PROMPTS, how, eod) for eod in (EOD, first)]
     assert any(each.ended for each in found[1])
     for expected, these in zip(found, again, strict=True):

@@ -17,8 +17,8 @@ from translation_support import random_hashes, write_documents
 from megaphase import cli
 from megaphase.config.load import load_run_file
 from megaphase.convert.source import open_source
-from megaphase.generation.decoding import Decoding
-from megaphase.generation.generate import generate
+from megaphase.decoding.generate import generate
+from megaphase.decoding.options import Decoding
 from megaphase.generation.model import load_model
 from megaphase.generation.pairs import held_out_pairs
 from megaphase.model.presets import build_shape

@@ -208,8 +208,8 @@ def test_generation_waits_once_for_eight_tokens() -> None:
     answer = rehearse(run_file(processes=1), processes=1, actions=("generate",))
     report = answer["reports"]["generate"]
     assert waits(report) == {
-        "copy to the host, generation/sampling.py": 3,  # of 24 tokens
-        "scalar read, generation/decoder.py": 1,  # whether the first logits are finite
+        "copy to the host, decoding/sampling.py": 3,  # of 24 tokens
+        "scalar read, decoding/decoder.py": 1,  # whether the first logits are finite
     }
     assert not any("cudnn" in name for name in report["kernels"])
 

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from megaphase.cli import app
 from megaphase.convert.source import open_source
 from megaphase.corpus import Corpus
-from megaphase.generation.decoding import Decoding
-from megaphase.generation.generate import generate, text_after
+from megaphase.decoding.generate import generate, text_after
+from megaphase.decoding.options import Decoding
 from megaphase.generation.model import load_model
 from megaphase.plan.stream import Stream
 from megaphase.tokenizer import Tokenizer

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from megaphase.generation.beam import beam_search
-from megaphase.generation.decoding import Continuation, Decoding, Prompt
-from megaphase.generation.sampling import sample
+from megaphase.decoding.beam import beam_search
+from megaphase.decoding.options import Continuation, Decoding, Prompt
+from megaphase.decoding.sampling import sample
 from megaphase.model.gpt import GPT
 from megaphase.ops.attention import without_plans
 from megaphase.tokenizer import Tokenizer

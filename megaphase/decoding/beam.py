@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from megaphase.decoding.decoder import Decoder
+from megaphase.decoding.options import Continuation, Decoding, Prompt
 from megaphase.distributed.device_copies import to_device
-from megaphase.generation.decoder import Decoder
-from megaphase.generation.decoding import Continuation, Decoding, Prompt
 from megaphase.model.gpt import GPT
 
 Candidate = tuple[float, int, int]  # gain in log-probability; the beam it extends; token

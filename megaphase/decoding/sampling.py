@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megaphase.decoding.decoder import Decoder
+from megaphase.decoding.options import Continuation, Decoding, Prompt
 from megaphase.distributed.device_copies import to_device
-from megaphase.generation.decoder import Decoder
-from megaphase.generation.decoding import Continuation, Decoding, Prompt
 from megaphase.model.gpt import GPT
 
 # Tokens of each row that a GPU computes before the host looks for rows that are finished; these
