@@ -13,10 +13,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from megaphase.decoding.decoder import Decoder
+from megaphase.decoding.decoder import DecodedModel, Decoder
 from megaphase.decoding.options import Continuation, Decoding, Prompt
 from megaphase.distributed.device_copies import to_device
-from megaphase.model.gpt import GPT
 
 Candidate = tuple[float, int, int]  # gain in log-probability; the beam it extends; token
 
@@ -72,11 +71,12 @@ class BeamSearch:
 
 
 def beam_search(
-    model: GPT, prompts: Sequence[Prompt], how: Decoding, eod: int
+    model: DecodedModel, prompts: Sequence[Prompt], how: Decoding, eod: int
 ) -> list[list[Continuation]]:
     """Return the best continuations of every prompt, at most `how.beam` of each, the best first.
 
-    Every prompt takes `how.beam` rows of the batch until its search is finished.
+    Every prompt takes `how.beam` rows of the batch until its search is finished. `Prompt.stop` is
+    for sampling alone.
     """
     beam = how.beam
     limits = [prompt.limit for prompt in prompts]

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megaphase.distributed.device_copies import to_device
-from megaphase.model.gpt import GPT
 from megaphase.model.kv_cache import KVCache
+from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import RunError
+
+
+class DecodedModel(Protocol):
+    """A GPT, or what calls one."""
+
+    @property
+    def shape(self) -> GPTShape: ...
+
+    @property
+    def compute_dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def tensor_size(self) -> int: ...
+
+    @property
+    def __call__(self) -> Any:
+        """`GPT.forward` with a cache."""
 
 
 class Decoder:
@@ -24,7 +45,12 @@ class Decoder:
     """
 
     def __init__(
-        self, model: GPT, prompts: Sequence[Sequence[int]], new_tokens: int, *, copies: int = 1
+        self,
+        model: DecodedModel,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        *,
+        copies: int = 1,
     ) -> None:
         """
         Args:
@@ -36,7 +62,7 @@ class Decoder:
                 RunError: the model's logits are not finite.
         """
         longest = max(map(len, prompts))
-        device = model.embedding.weight.device
+        device = model.device
         padding = [longest - len(prompt) for prompt in prompts]
         rows = [[0] * empty + list(p) for empty, p in zip(padding, prompts, strict=True)]
         self._model = model
@@ -47,6 +73,7 @@ class Decoder:
             rows=len(prompts) * copies,
             slots=longest + new_tokens - 1,
             dtype=model.compute_dtype,
+            tensor_size=model.tensor_size,
         )
         self.logits = self._feed(to_device(torch.tensor(rows), device))
         if not self.logits.isfinite().all():

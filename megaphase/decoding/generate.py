@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from megaphase.decoding.beam import beam_search
+from megaphase.decoding.decoder import DecodedModel
 from megaphase.decoding.options import Continuation, Decoding, Prompt
 from megaphase.decoding.sampling import sample
-from megaphase.model.gpt import GPT
 from megaphase.ops.attention import without_plans
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 
 
 def generate(
-    model: GPT,
+    model: DecodedModel,
     prompts: Sequence[Sequence[int]],
     how: Decoding,
     eod: int,
     *,
     batch: int = 16,
+    stop: Callable[[list[int]], bool] | None = None,
+    numbers: Sequence[int] | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> list[Continuation]:
     """Return the best continuation of every prompt, up to EOD; it does not depend on the batch.
@@ -30,6 +32,8 @@ def generate(
     Args:
         prompts: token ids of each prompt.
         batch: number of prompts that are computed at a time.
+        stop: whether a continuation with these tokens is finished, without EOD; not in beam search.
+        numbers: of the prompts, on which their random numbers depend; by default their places.
         advance: called with the number of prompts finished since the last call.
 
     Raises:
@@ -38,10 +42,11 @@ def generate(
     """
     seq_len = model.shape.seq_len
     check_lengths(prompts, seq_len)
+    places = range(len(prompts)) if numbers is None else numbers
     waiting = [
         # The last generated token is not fed, so it needs no position.
-        Prompt(list(tokens), number, min(how.max_tokens, seq_len - len(tokens) + 1))
-        for number, tokens in enumerate(tokens or [eod] for tokens in prompts)
+        Prompt(list(tokens), number, min(how.max_tokens, seq_len - len(tokens) + 1), stop)
+        for number, tokens in zip(places, (tokens or [eod] for tokens in prompts), strict=True)
     ]
     waiting.sort(key=lambda prompt: len(prompt.tokens))
     found: dict[int, Continuation] = {}
@@ -54,7 +59,7 @@ def generate(
                 best = sample(model, together, how, eod)
         found |= {prompt.number: each for prompt, each in zip(together, best, strict=True)}
         advance(len(together))
-    return [found[number] for number in range(len(found))]
+    return [found[number] for number in places]
 
 
 def text_after(prompt: Sequence[int], tokens: Sequence[int], tokenizer: Tokenizer) -> str:

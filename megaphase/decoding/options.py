@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -36,11 +37,13 @@ class Prompt:
     Attributes:
         number: index in the input, on which the random numbers depend.
         limit: maximum number of new tokens, EOD included.
+        stop: whether a continuation with these tokens is finished; None: EOD alone finishes it.
     """
 
     tokens: list[int]
     number: int
     limit: int
+    stop: Callable[[list[int]], bool] | None = None
 
 
 @dataclass

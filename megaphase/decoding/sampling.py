@@ -8,23 +8,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megaphase.decoding.decoder import Decoder
+from megaphase.decoding.decoder import DecodedModel, Decoder
 from megaphase.decoding.options import Continuation, Decoding, Prompt
 from megaphase.distributed.device_copies import to_device
-from megaphase.model.gpt import GPT
 
 # Tokens of each row that a GPU computes before the host looks for rows that are finished; these
 # compute along until then, and what they have after EOD is dropped.
 GPU_TOKENS_PER_READ = 8
 
 
-def sample(model: GPT, prompts: Sequence[Prompt], how: Decoding, eod: int) -> list[Continuation]:
+def sample(
+    model: DecodedModel, prompts: Sequence[Prompt], how: Decoding, eod: int
+) -> list[Continuation]:
     """Return a continuation of every prompt, computed as one batch; finished rows leave it."""
     limits = [prompt.limit for prompt in prompts]
     decoder = Decoder(model, [p.tokens for p in prompts], max(limits))
     device = decoder.logits.device
     most = tokens_per_read(device)
     found = [Continuation() for _ in prompts]
+    finished = [False] * len(prompts)
     draws = to_device(_uniform(prompts, how), device)
     rows, done = list(range(len(prompts))), 0
     tokens: Tensor | None = None
@@ -39,9 +41,11 @@ def sample(model: GPT, prompts: Sequence[Prompt], how: Decoding, eod: int) -> li
         done += len(figures)
         for step_tokens, step_gains in torch.stack(figures).cpu().tolist():
             for i, token, gain in zip(rows, step_tokens, step_gains, strict=True):
-                if not found[i].ended:
+                if not finished[i]:
                     found[i] = found[i].then(int(token), gain, eod)
-        active = [row for row, i in enumerate(rows) if not found[i].ended and done < limits[i]]
+                    stop = prompts[i].stop
+                    finished[i] = found[i].ended or (stop is not None and stop(found[i].tokens))
+        active = [row for row, i in enumerate(rows) if not finished[i] and done < limits[i]]
         if not active:
             return found
         assert tokens is not None

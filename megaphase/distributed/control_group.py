@@ -35,6 +35,12 @@ class ControlGroup:
         dist.all_gather_object(facts, fact, group=self._group)
         return facts
 
+    def from_first_rank(self, fact: Fact) -> Fact:
+        """Return the value of rank 0."""
+        facts = [fact]
+        dist.broadcast_object_list(facts, src=0, group=self._group)
+        return facts[0]
+
     def on_first_rank(self, action: Callable[[], object]) -> None:
         """Run `action` on rank 0 while the others wait; its error is raised on all ranks."""
         outcome = [result_or_fault(action) if self.rank == 0 else None]

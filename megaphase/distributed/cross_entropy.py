@@ -108,6 +108,43 @@ def _chunks(tokens: int, most: int) -> list[slice]:
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
+def score_targets(
+    x: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of every target in nats, fp32 [batch, seq], and whether it is the
+    most likely token, bool [batch, seq]; 0 and True at ignored targets, whose logits are not
+    computed. Of equally likely tokens the one with the smallest id counts.
+
+    x, weight, targets: as in `linear_cross_entropy`; without gradients.
+    """
+    flat, wanted = x.flatten(0, -2), targets.flatten()
+    gains = torch.zeros(len(wanted), dtype=torch.float32, device=x.device)
+    hits = torch.ones_like(wanted, dtype=torch.bool)
+    places = (wanted != vocabulary.ignored).nonzero().squeeze(1)
+    used = weight.to(x.dtype)
+    for rows in _chunks(len(places), vocabulary.tokens) if len(places) else ():
+        part = places[rows]
+        logits = matmul(flat[part], used.t())
+        losses, _, _ = _losses(logits, wanted[part], vocabulary, backward_follows=False)
+        gains[part] = losses.neg_()
+        hits[part] = _most_likely(logits, vocabulary) == wanted[part]
+        del logits
+    return gains.view(targets.shape), hits.view(targets.shape)
+
+
+def _most_likely(logits: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """The id of the most likely token of each row, int64 [tokens]."""
+    none = torch.full((len(logits),), torch.iinfo(torch.int64).max, device=logits.device)
+    top, best = _top(logits), none
+    if logits.shape[-1]:
+        best = logits.argmax(-1) + vocabulary.first
+    own = top.clone()
+    _all_reduce(top, dist.ReduceOp.MAX, vocabulary.grid)
+    best = best.where(own == top, none)
+    _all_reduce(best, dist.ReduceOp.MIN, vocabulary.grid)
+    return best
+
+
 def _losses(
     logits: Tensor, targets: Tensor, vocabulary: Vocabulary, backward_follows: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

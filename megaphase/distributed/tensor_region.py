@@ -79,6 +79,15 @@ class TensorRegion:
         return cast
 
     @contextmanager
+    def with_whole_sequences(self) -> Iterator[None]:
+        """Within, without sequence parallelism: sequences may have any length."""
+        before, self.sequence = self.sequence, False
+        try:
+            yield
+        finally:
+            self.sequence = before
+
+    @contextmanager
     def shared(self, module: nn.Module) -> Iterator[None]:
         """Within, the parts of a micro-batch share casts and copies of a module's parameters.
 

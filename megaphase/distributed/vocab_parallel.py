@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from megaphase.distributed.costs import (
 from megaphase.distributed.cross_entropy import (
     Vocabulary,
     linear_cross_entropy,
+    score_targets,
     softcapped,
     tokens_at_a_time,
 )
@@ -115,7 +117,7 @@ class VocabParallelHead(CostedLayer):
         if tied_to is None:
             tied_to = build.parameter("weight", _weight(vocab, hidden, std))
         self.weight = tied_to
-        rows = vocab_rows(vocab, grid.tensor_size)
+        self.rows = rows = vocab_rows(vocab, grid.tensor_size)
         first = rows * grid.tensor_rank
         self.real_rows = max(0, min(rows, vocab - first))
         self.padded = self.real_rows < rows
@@ -123,9 +125,15 @@ class VocabParallelHead(CostedLayer):
         self.vocabulary = Vocabulary(first, ignored, grid, build.kernels, part, softcap, z_loss)
 
     def forward(
-        self, x: Tensor, targets: Tensor | None, row_weights: Tensor | None = None
+        self,
+        x: Tensor,
+        targets: Tensor | None,
+        row_weights: Tensor | None = None,
+        *,
+        score: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [batch, seq, real rows of this rank]; with targets, see `linear_cross_entropy`.
+        """Logits [batch, seq, real rows of this rank]; with targets, see `linear_cross_entropy` or,
+        with `score`, `score_targets`.
 
         row_weights: fp32 [batch], those of the losses of each row.
         """
@@ -135,6 +143,8 @@ class VocabParallelHead(CostedLayer):
             logits = linear(x, weight.to(x.dtype))
             cap = self.vocabulary.softcap
             return logits if cap is None else softcapped(logits, cap)
+        if score:
+            return score_targets(x, weight, targets, self.vocabulary)
         order = stored_order(x)
         if row_weights is not None:
             row_weights = order(row_weights.unsqueeze(1).expand_as(targets))
@@ -142,6 +152,16 @@ class VocabParallelHead(CostedLayer):
             order(x), weight, order(targets), self.vocabulary, row_weights
         )
         return total, order(losses)
+
+    def gathered(self, logits: Tensor) -> Tensor:
+        """The logits of the whole vocabulary, [..., vocabulary], from those of every rank."""
+        grid = self.region.grid
+        if grid.tensor_size == 1:
+            return logits
+        own = F.pad(logits, (0, self.rows - self.real_rows)).contiguous()
+        parts = [torch.empty_like(own) for _ in range(grid.tensor_size)]
+        dist.all_gather(parts, own, group=grid.tensor_group)
+        return torch.cat(parts, -1)[..., : self.vocab]
 
     def flops_per_token(self, seq_len: int) -> int:
         return 2 * self.vocab * self.hidden

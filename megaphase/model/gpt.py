@@ -178,6 +178,16 @@ class GPT(CostedLayer):
         self._build = build
         self.take_shape(shape)
 
+    @property
+    def device(self) -> torch.device:
+        """Of its parameters."""
+        return self.embedding.weight.device
+
+    @property
+    def tensor_size(self) -> int:
+        """Tensor-parallel ranks that share it."""
+        return self.region.grid.tensor_size
+
     def take_shape(self, shape: GPTShape) -> None:
         """Have the sequence length and the rotary positions of another shape with the same
         parameters, as a phase of a run may."""
@@ -215,6 +225,7 @@ class GPT(CostedLayer):
         cache: KVCache | None = None,
         bounds: DocumentBounds | None = None,
         row_weights: Tensor | None = None,
+        score: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The sum of all losses and the loss of every token, or logits when there are no targets.
 
@@ -227,12 +238,17 @@ class GPT(CostedLayer):
         which the sum alone has a gradient, and where one is wanted also the z-loss; or logits
         [batch, seq, vocabulary of this rank].
 
-        cache: the tokens follow those that it holds, and are added to it; without tensor
-        parallelism. Returns the logits of the last token alone, [batch, vocabulary].
+        cache: the tokens follow those that it holds, and are added to it. Returns the logits of the
+        last token alone, [batch, vocabulary], of the whole vocabulary on every rank.
+
+        score: return what `score_targets` does, the log-probability of every target and whether it
+        is the most likely token; without gradients.
+
+        With either, sequences are whole on every rank (`TensorRegion.with_whole_sequences`).
         """
         cached = None if cache is None else cache.append(tokens.shape[1])
         x = self.embedding_dropout(self._embed(tokens, documents, cached), dropout_seeds)
-        halves = 2 if self.overlap and len(tokens) > 1 else 1
+        halves = 2 if self.overlap and len(tokens) > 1 and cached is None else 1
         contexts = self._contexts(tokens, documents, bounds, dropout_seeds, halves, cached)
         parts = self._halves(x, halves)
         for block, of_block in zip(self.blocks, contexts, strict=True):
@@ -242,7 +258,8 @@ class GPT(CostedLayer):
                 parts = block(of_block, *parts)
         x = self._whole(parts)
         _, normed = self.norm(x if cached is None else x[:, -1])
-        return self.head(normed, targets, row_weights)
+        found = self.head(normed, targets, row_weights, score=score)
+        return found if cached is None else self.head.gathered(found)
 
     def _embed(
         self, tokens: Tensor, documents: Tensor | None, cached: CachedBatch | None

@@ -83,15 +83,24 @@ class KVCache:
     """
 
     def __init__(
-        self, shape: GPTShape, padding: Tensor, *, rows: int, slots: int, dtype: torch.dtype
+        self,
+        shape: GPTShape,
+        padding: Tensor,
+        *,
+        rows: int,
+        slots: int,
+        dtype: torch.dtype,
+        tensor_size: int = 1,
     ) -> None:
         """
         Args:
             padding: int64 [batch], how many slots of each row are empty before its first token.
             rows: the most that `select` will ask for.
             slots: most tokens of a row, padding included.
+            tensor_size: tensor-parallel ranks, of which each holds its own heads.
         """
-        size = (shape.layers, rows, shape.kv_heads, slots, shape.head_size)
+        kv_heads = shape.kv_heads // tensor_size
+        size = (shape.layers, rows, kv_heads, slots, shape.head_size)
         self._keys, self._values = (
             torch.empty(size, dtype=dtype, device=padding.device) for _ in range(2)
         )
