@@ -17,6 +17,7 @@ from megaphase.data_tools.tokenizers.commands import tokenizer_app
 from megaphase.data_tools.vocabulary.commands import extend_vocab_command
 from megaphase.distributed.dist_env import check_launch, is_first_rank, report_end
 from megaphase.doctor.commands import doctor_command
+from megaphase.evaluation.commands import evaluate_command
 from megaphase.generation.commands import generate_command, translate_command
 from megaphase.init.commands import init_command
 from megaphase.launch.commands import demo_command, launch_app
@@ -24,7 +25,7 @@ from megaphase.plan.commands import plan_app
 from megaphase.rehearsal.commands import rehearse_command
 from megaphase.sweep.commands import report_command, sweep_command
 from megaphase.sweep.law.commands import recommend_command
-from megaphase.training.commands import evaluate_command, train_command
+from megaphase.training.commands import train_command
 from megaphase.utils.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,

@@ -29,9 +29,11 @@ ORDER = (
     "estimate",
     "plan",
     "callbacks",
+    "harness",
     "training",
     "convert",
     "generation",
+    "evaluation",
     "report",
     "data_tools",
     "launch",
@@ -73,6 +75,8 @@ SLOW = {
     ("megaphase.data_tools.text.chunks", "megaphase.data_tools.text.parquet"),
     ("megaphase.data_tools.text.chunks", "megaphase.data_tools.text.arrow"),
     ("megaphase.data_tools.text.records", "megaphase.data_tools.text.rows"),
+    # lm_eval, which is an extra
+    ("megaphase.harness.benchmarks", "megaphase.harness.language_model"),
     # zstandard, numpy and others: these options are declared beside commands
     ("megaphase.data_tools.options", "megaphase.data_tools.text"),
     ("megaphase.data_tools.options", "megaphase.data_tools.text.reading"),

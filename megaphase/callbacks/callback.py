@@ -129,6 +129,32 @@ class ValidationRecord:
         return row
 
 
+@dataclass(frozen=True)
+class BenchmarkRecord:
+    """Figures of benchmarks after `step` steps of the run, by metric.
+
+    Attributes:
+        tasks: of each task of lm-evaluation-harness.
+        groups: of each group of tasks, the means.
+    """
+
+    step: int
+    phase: str
+    tasks: Mapping[str, Mapping[str, float]]
+    groups: Mapping[str, Mapping[str, float]]
+
+    def row(self) -> Row:
+        """As in metrics.jsonl."""
+        row: Row = {
+            "step": self.step,
+            "phase": self.phase,
+            "benchmarks": {task: dict(figures) for task, figures in self.tasks.items()},
+        }
+        if self.groups:
+            row["benchmark_groups"] = {name: dict(each) for name, each in self.groups.items()}
+        return row
+
+
 class Callback:
     """Observes a run. Every method does nothing unless a subclass overrides it.
 
@@ -157,6 +183,9 @@ class Callback:
 
     def on_validation_end(self, record: ValidationRecord) -> None:
         """The held-out losses have been measured: at the ends of phases and in between."""
+
+    def on_benchmarks_end(self, record: BenchmarkRecord) -> None:
+        """Benchmarks have been measured; called on rank 0 alone."""
 
     def on_event(self, step: int, event: str, facts: Mapping[str, Any]) -> None:
         """Something else happened after `step` steps, such as `checkpoint`; facts: JSON values."""
@@ -217,6 +246,10 @@ class CallbackList:
     def on_validation_end(self, record: ValidationRecord) -> None:
         for callback in self._callbacks:
             callback.on_validation_end(record)
+
+    def on_benchmarks_end(self, record: BenchmarkRecord) -> None:
+        for callback in self._callbacks:
+            callback.on_benchmarks_end(record)
 
     def on_save(self) -> dict[str, Any]:
         """The facts of all callbacks on this rank, for a checkpoint's state."""

@@ -8,7 +8,13 @@ from contextlib import ExitStack
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from megaphase.callbacks.callback import Callback, HeldOutLoss, StepRecord, ValidationRecord
+from megaphase.callbacks.callback import (
+    BenchmarkRecord,
+    Callback,
+    HeldOutLoss,
+    StepRecord,
+    ValidationRecord,
+)
 from megaphase.utils.progress import ProgressDisplay
 
 SMOOTHING = 0.1  # weight of the newest step in the shown speed
@@ -88,12 +94,22 @@ class TrainingDisplay(Callback):
         if record.average is not None:
             self._print(f"{at}  validation loss of the average: {_shown(record.average)}")
 
+    def on_benchmarks_end(self, record: BenchmarkRecord) -> None:
+        at = f"{record.phase} step {record.step:,}"
+        self._print(f"{at}  benchmarks: {_first_figures(record.groups or record.tasks)}")
+
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _shown(losses: Mapping[str, HeldOutLoss]) -> str:
     return "  ".join(f"{task} {found.loss:.4f}" for task, found in losses.items())
+
+
+def _first_figures(results: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the first figure of each task or group."""
+    first = {name: next(iter(figures.items()), None) for name, figures in results.items()}
+    return "  ".join(f"{name} {each[0]} {each[1]:.4f}" for name, each in first.items() if each)
 
 
 def clock_time(seconds: float) -> str:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from megaphase.callbacks.callback import Callback, StepRecord, ValidationRecord
+from megaphase.callbacks.callback import BenchmarkRecord, Callback, StepRecord, ValidationRecord
 from megaphase.utils.metrics_rows import Row
 
 
@@ -14,7 +14,8 @@ class RowRecorder(Callback, ABC):
     """Writes a run's rows to a file beside the run; exists on rank 0 alone.
 
     A row is a dictionary of JSON values, but for numbers that are not finite: a training step
-    ("loss_by_task" is in it), a validation ("validation" is in it) or an event ("event" is in it).
+    ("loss_by_task" is in it), a validation ("validation" is in it), a measurement of benchmarks
+    ("benchmarks" is in it) or an event ("event" is in it).
     `on_save` and `on_run_end` are there to flush and to close.
     """
 
@@ -30,6 +31,9 @@ class RowRecorder(Callback, ABC):
         self.write(record.row())
 
     def on_validation_end(self, record: ValidationRecord) -> None:
+        self.write(record.row())
+
+    def on_benchmarks_end(self, record: BenchmarkRecord) -> None:
         self.write(record.row())
 
     def on_event(self, step: int, event: str, facts: Mapping[str, Any]) -> None:

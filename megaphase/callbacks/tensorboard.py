@@ -95,6 +95,11 @@ def _scalars(row: Row) -> Iterator[tuple[str, float]]:
         for task, figures in row.get("validation_average", {}).items():
             for name, value in figures.items():
                 yield f"validation_average_{name}/{task}", value
+    elif "benchmarks" in row:
+        for key in ("benchmarks", "benchmark_groups"):
+            for name, figures in row.get(key, {}).items():
+                for metric, value in figures.items():
+                    yield f"{key}_{metric}/{name}", value
     elif "loss_by_task" in row:  # an event may have a loss, too, which is no curve
         for task, loss in row["loss_by_task"].items():
             yield f"train_loss/{task}", loss

@@ -36,7 +36,7 @@ class RunConfig(Section):
     When a run is started again in its run directory, only these may have changed: `output`,
     `tokenizer`, `tasks.*.corpus` (as paths; the content is checked), `parallel`, `deterministic`,
     `batch.micro`, `phases.*.batch.micro`, `model.activation_checkpointing`, `parts`, `checkpoint`,
-    `faults`, `logging`, `hardware` and `test.samples`.
+    `faults`, `logging`, `hardware`, `test.samples` and `validation.harness`.
     """
 
     seed: Seed = 1234

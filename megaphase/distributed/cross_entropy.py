@@ -111,20 +111,22 @@ def _chunks(tokens: int, most: int) -> list[slice]:
 def score_targets(
     x: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor]:
-    """Return the log-probability of every target in nats, fp32 [batch, seq], and whether it is the
-    most likely token, bool [batch, seq]; 0 and True at ignored targets, whose logits are not
+    """Return the log-probability of every target in nats, fp32, and whether it is the most likely
+    token, bool, both in the targets' shape; 0 and True at ignored targets, whose logits are not
     computed. Of equally likely tokens the one with the smallest id counts.
 
-    x, weight, targets: as in `linear_cross_entropy`; without gradients.
+    x, weight: as in `linear_cross_entropy`; without gradients.
+    targets: int64 [batch, seq], or [batch, seq, n] for several of each token.
     """
     flat, wanted = x.flatten(0, -2), targets.flatten()
     gains = torch.zeros(len(wanted), dtype=torch.float32, device=x.device)
     hits = torch.ones_like(wanted, dtype=torch.bool)
     places = (wanted != vocabulary.ignored).nonzero().squeeze(1)
+    of_each = max(1, len(wanted) // max(1, len(flat)))
     used = weight.to(x.dtype)
     for rows in _chunks(len(places), vocabulary.tokens) if len(places) else ():
         part = places[rows]
-        logits = matmul(flat[part], used.t())
+        logits = matmul(flat[part // of_each], used.t())
         losses, _, _ = _losses(logits, wanted[part], vocabulary, backward_follows=False)
         gains[part] = losses.neg_()
         hits[part] = _most_likely(logits, vocabulary) == wanted[part]

@@ -31,7 +31,12 @@ FREE_SECTIONS = (
     "parts",
     "deterministic",
 )
-FREE_KEYS = {"batch": ("micro",), "model": ("activation_checkpointing",), "test": ("samples",)}
+FREE_KEYS = {
+    "batch": ("micro",),
+    "model": ("activation_checkpointing",),
+    "test": ("samples",),
+    "validation": ("harness",),
+}
 FREE_TASK_KEYS = ("corpus",)
 FREE_AVERAGE_KEYS = ("device",)  # of a phase
 FREE_BATCH_KEYS = ("micro",)  # of a phase

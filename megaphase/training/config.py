@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megaphase.config.fields import Count, ProperFraction, Section, Steps
+from megaphase.config.fields import Count, FilePath, Name, ProperFraction, Section, Steps
 
 
 class BackendsConfig(Section):
@@ -28,6 +28,27 @@ class BackendsConfig(Section):
     apex was built with its CUDA extensions. With `parallel.offload` only `torch`."""
 
 
+class HarnessConfig(Section):
+    """Benchmarks of [lm-evaluation-harness](benchmarks.md) in training, on the current weights;
+    they need `pip install "megaphase[lm-eval]"`."""
+
+    tasks: list[str] = Field(min_length=1)
+    """Names of tasks, groups or tags of lm-evaluation-harness, or patterns such as
+    `belebele_*_Latn`. Their data sets are read at the start of the run."""
+    every_steps: Steps
+    """Optimizer steps between measurements, counted over the run; besides, they are measured at the
+    end of every phase."""
+    tasks_path: FilePath | None = None
+    """A folder with more files of such tasks."""
+    limit: Count | None = None
+    """Most documents of each task, always the same ones; all if left out."""
+    fewshot: Annotated[int, Field(ge=0, le=1000)] | None = None
+    """Examples in the context; as each task says if left out."""
+    groups: dict[Name, list[str]] = Field(default={})
+    """Names or patterns of tasks by group, such as a language; the mean figures of each group are
+    reported, too."""
+
+
 class ValidationConfig(Section):
     """The loss of every task on documents that training never sees."""
 
@@ -39,6 +60,8 @@ class ValidationConfig(Section):
     fraction: ProperFraction = 0.01
     """Fraction of each task's documents that is held out of training, chosen by a hash of the text;
     `tasks.NAME.held_out` replaces it for one task."""
+    harness: HarnessConfig | None = None
+    """Benchmarks in training; none if left out. A run that is resumed may have others."""
 
 
 class TestSplitConfig(Section):

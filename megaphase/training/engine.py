@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -157,10 +157,16 @@ class Engine:
         module: nn.Module = self._engine.module
         return module
 
-    def take_shape(self, shape: GPTShape) -> None:
-        """Have the sequence length and the rotary positions of a phase's shape from here on."""
+    @property
+    def gpt(self) -> GPT:
+        """`module`."""
         module = self.module
         assert isinstance(module, GPT)
+        return module
+
+    def take_shape(self, shape: GPTShape) -> None:
+        """Have the sequence length and the rotary positions of a phase's shape from here on."""
+        module = self.gpt
         if shape == module.shape:
             return
         module.take_shape(shape)
@@ -255,11 +261,40 @@ class Engine:
 
     def _evaluate(self, micro: Batch) -> Tensor:
         """The sum of the losses of each row; float64 [samples]."""
-        order: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if self._engine.zero_optimization_stage() == 3:
-            order = order_of_training_kept(self._engine.optimizer)
-        with order:
+        with self._order_kept():
             return self._forward(micro, None)[1].double().sum(1)
+
+    def _order_kept(self) -> contextlib.AbstractContextManager[None]:
+        """Around a forward pass of an evaluation."""
+        if self.is_partitioned:
+            return order_of_training_kept(self._engine.optimizer)
+        return contextlib.nullcontext()
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether weights are partitioned over data-parallel ranks, so that all take part in every
+        forward pass."""
+        return bool(self._engine.zero_optimization_stage() == 3)
+
+    @contextlib.contextmanager
+    def forward_alone(self) -> Iterator[Callable[..., Any]]:
+        """Yield what calls the GPT (see `GPT.forward`) on batches of any shape, without gradients.
+
+        Within, sequences are whole on every rank, nothing is compiled, and under ZeRO-3 all
+        data-parallel ranks must call it equally often.
+        """
+        self._engine.eval()
+
+        def forward(*arguments: Any, **options: Any) -> Any:
+            with torch.no_grad(), self._order_kept():
+                return self._engine(*arguments, **options)
+
+        # Kernels would be compiled for every shape.
+        with (
+            self.gpt.region.with_whole_sequences(),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            yield forward
 
     def sum_by_task(self, rows: Tensor, batch: Batch) -> Tensor:
         """Sum one figure a row by task, over all data-parallel ranks; float64 [tasks], CPU.

@@ -43,6 +43,7 @@ from megaphase.training.resume import (
     starting_weights,
 )
 from megaphase.training.resume_point import ResumePoint
+from megaphase.training.run_benchmarks import RunBenchmarks
 from megaphase.training.run_directory import RunDirectory
 from megaphase.training.startup import (
     check_inputs,
@@ -85,6 +86,7 @@ class RunParts:
         self.trained_tokens = run_on_all_ranks(
             lambda: TrainedTokens.of(config, self.tokenizer.vocab_size, branch)
         )
+        self.benchmarks = RunBenchmarks(config)
         self.grid = start_process_grid(config.parallel.tensor)
         self.control_group = ControlGroup()
         self.directory = RunDirectory(config.output)

@@ -173,7 +173,21 @@ class Trainer(RunParts):
             # At the end of a phase a checkpoint follows in any case.
             stop = self.validate(saved_anyway=is_last or self._save_is_due())
             reason = stop or reason
+        self.measure_benchmarks_if_due(ends_phase=reason is not None)
         return reason
+
+    def measure_benchmarks_if_due(self, *, ends_phase: bool) -> None:
+        """Run the benchmarks of `validation.harness` on the current weights if that is due."""
+        step, phase = self.state.step, self.phase.name
+        if not self.benchmarks.are_due(step, ends_phase=ends_phase):
+            return
+        self.finish_step()
+        with self.watchdog.patient(f"measuring benchmarks after step {step:,}"):
+            found = self.benchmarks.measure(
+                self.engine, self.tokenizer, self.control_group, step, phase
+            )
+        if found is not None:
+            self.callbacks.on_benchmarks_end(found)
 
     def validate(self, *, saved_anyway: bool, begins_phase: bool = False) -> str | None:
         """Measure the held-out losses, once for both phases that meet at a switch if the model has

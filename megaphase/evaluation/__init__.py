@@ -1,0 +1,1 @@
+"""`megaphase evaluate`: losses of a checkpoint, and benchmarks without an optimizer."""

@@ -1,0 +1,141 @@
+"""lm-evaluation-harness's interface to a model: it imports lm_eval, which is an extra.
+
+Tokens are those that the exported model has under `lm_eval --model hf`: BOS begins a text where the
+tokenizer's files say so, and an empty context is BOS or, where there is none, EOD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from megaphase.decoding.options import Decoding
+from megaphase.harness.scoring import Scored
+from megaphase.harness.service import Continued, ModelService
+from megaphase.utils.errors import InputError
+
+# Of lm-evaluation-harness, for tasks that name no number.
+DEFAULT_NEW_TOKENS = 256
+_SAMPLING = ("temperature", "top_k", "top_p")
+_WITHOUT_EFFECT = ("do_sample", "use_cache")
+
+Pair = tuple[object, list[int], list[int]]  # what lm_eval caches by; context; continuation
+
+
+class ServedModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
+    """Answers the requests of lm_eval by a ModelService; exists on rank 0 alone."""
+
+    def __init__(self, service: ModelService) -> None:
+        super().__init__()
+        self._service, self._tokens = service, service.tokenizer
+        self._bos = self._tokens.bos if self._tokens.adds_bos else None
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokens.eod
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._tokens.eod if self._tokens.bos is None else self._tokens.bos
+
+    @property
+    def max_length(self) -> int:
+        return self._service.model.shape.seq_len
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """The tokens of a text, after BOS if the model was trained with it."""
+        tokens = self._tokens.encode(string)
+        if self._bos is None or add_special_tokens is False:
+            return tokens
+        if add_special_tokens is None and string.startswith(self._tokens.piece(self._bos)):
+            return tokens
+        return [self._bos, *tokens]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Pair], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        rows = [self._scored(context, continuation) for _, context, continuation in requests]
+        return [(each.log_probability, each.greedy) for each in self._service.score(rows)]
+
+    def _scored(self, context: list[int], continuation: list[int]) -> Scored:
+        """Left of what the model sees, a context is cut off."""
+        if not continuation:
+            raise InputError("the task", "asks for the probability of an empty text", "mend it")
+        if len(continuation) > self.max_length:
+            raise InputError(
+                "the task",
+                f"has a continuation of {len(continuation):,} tokens, the model's seq_len is "
+                f"{self.max_length:,}",
+                "leave the task out",
+            )
+        whole = context + continuation
+        return Scored(whole[-(self.max_length + 1) :], len(continuation))
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """The log-probability of each text, in windows where it is longer than the model's
+        seq_len."""
+        pairs: list[Pair] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in windows:
+                pairs.append((None, *make_disjoint_window(window)))
+                owners.append(number)
+        sums = [0.0] * len(requests)
+        for owner, (gain, _) in zip(owners, self._loglikelihood_tokens(pairs), strict=True):
+            sums[owner] += gain
+        return sums
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The continuation of each context, up to the first of the task's stop texts."""
+        prompts = [self._continued(request) for request in requests]
+        found = self._service.continue_(prompts)
+        return [
+            postprocess_generated_text(self._tokens.decode(each.tokens), list(prompt.stops), None)
+            for prompt, each in zip(prompts, found, strict=True)
+        ]
+
+    def _continued(self, request: Instance) -> Continued:
+        context, given = request.args
+        task = request.task_name or "the task"
+        options = normalize_gen_kwargs(given, DEFAULT_NEW_TOKENS)
+        stops = handle_stop_sequences(options.pop("until"), self._tokens.piece(self._tokens.eod))
+        new_tokens = options.pop("max_gen_toks")
+        room = self.max_length - new_tokens
+        if room <= 0:
+            raise InputError(
+                task,
+                f"generates up to {new_tokens:,} tokens, the model's seq_len is "
+                f"{self.max_length:,}",
+                "set max_gen_toks in generation_kwargs of its file",
+            )
+        unknown = [key for key in options if key not in (*_SAMPLING, *_WITHOUT_EFFECT)]
+        if unknown:
+            raise InputError(
+                task, f"generation_kwargs: {unknown[0]} is not supported", "leave it out"
+            )
+        sampled = {key: options[key] for key in _SAMPLING if options.get(key) is not None}
+        if not options.get("do_sample"):
+            sampled = {}
+        elif not sampled.get("temperature"):
+            raise InputError(task, "do_sample needs a temperature above 0", "set it")
+        tokens = self.tok_encode(context)[-room:] or [self.prefix_token_id]
+        return Continued(tokens, Decoding(new_tokens, **sampled), tuple(filter(None, stops)))
