@@ -56,6 +56,8 @@ def local_command(
     them at once.
 
     Example: megaphase launch local run.yaml --processes 8
+
+    Example: megaphase launch local runs/a@joint -n 8 --command evaluate -- --harness xstorycloze_en
     """
     from megaphase.launch.exit_messages import training_exit_messages
     from megaphase.launch.local import ExitMessages, launch_local

@@ -12,7 +12,7 @@ import typer
 from megaphase.training.evaluated_split import EvaluatedSplit
 from megaphase.utils.arguments import MOST, MOST_PROCESSES, Average, Overrides, named
 from megaphase.utils.errors import InputError
-from megaphase.utils.standard_streams import new_console
+from megaphase.utils.standard_streams import new_console, new_table_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -181,8 +181,9 @@ def evaluate_command(
     if json:
         print(dumps(figures, indent=2))
         return
+    printed = new_console(highlight=False) if harness is None else new_table_console()
     for table in tables:
-        new_console(highlight=False).print(table)
+        printed.print(table)
 
 
 def _refuse_all(options: Mapping[str, object], problem: str, remedy: str) -> None:

@@ -80,7 +80,7 @@ class Benchmarks:
         require_harness(choice.where)
         with _quiet():
             manager = _manager(choice)
-            names = _names(choice, manager.all_tasks)
+            names = _names(choice, manager.all_subtasks, manager.all_tasks)
             self._loaded = _loaded(choice, manager, names)
         self.tasks: list[str] = list(self._loaded["tasks"])
         for group, patterns in choice.groups.items() if choice.all_groups_needed else ():
@@ -148,10 +148,15 @@ def _manager(choice: BenchmarkChoice) -> Any:
     return TaskManager(include_path=str(choice.tasks_path))
 
 
-def _names(choice: BenchmarkChoice, known: Sequence[str]) -> list[str]:
+def _names(choice: BenchmarkChoice, tasks: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The chosen names; a pattern stands for tasks or, if it matches none, for groups and tags.
+
+    known: names of tasks, groups and tags.
+    """
     found: dict[str, None] = {}
     for name in choice.tasks:
-        matching = [name] if name in known else [k for k in known if fnmatchcase(k, name)]
+        matching = [name] if name in known else [each for each in tasks if fnmatchcase(each, name)]
+        matching = matching or [each for each in known if fnmatchcase(each, name)]
         if not matching:
             remedy = hint(name, known, "see `lm-eval ls tasks`; there are") if known else ""
             if len(remedy) > 200:

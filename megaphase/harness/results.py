@@ -108,7 +108,7 @@ def results_table(results: BenchmarkResults, title: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("task", overflow="fold")
     table.add_column("metric")
-    for column in ("value", "± std. error", "samples", "shots"):
+    for column in ("value", "± error", "samples", "shots"):
         table.add_column(column, justify="right")
     for name, task in results.tasks.items():
         for metric, value in task.figures.items():
@@ -121,6 +121,6 @@ def results_table(results: BenchmarkResults, title: str) -> Table:
             table.add_section()
         for metric, value in group.figures.items():
             count = len(group.tasks)
-            mean = f"{name}: mean of {count} task{'s' * (count > 1)}"
-            table.add_row(mean, metric, f"{value:.4f}", "", "", "")
+            mean = f"mean of {count} task{'s' * (count > 1)}"
+            table.add_row(f"{name}: {mean}", metric, f"{value:.4f}", "", "", "")
     return table

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed import check, launch
 from harness_support import (
     CHOICE,
     DOCUMENTS,
@@ -21,7 +23,15 @@ from harness_support import (
     write_tasks,
 )
 from hf_support import export
-from run_support import STEPS, make_corpora, read_rows, run_settings, write_run_file
+from run_support import (
+    STEPS,
+    make_corpora,
+    megaphase,
+    read_rows,
+    run_settings,
+    timeless,
+    write_run_file,
+)
 from warm_commands import run, run_well
 
 from megaphase.convert.source import open_source
@@ -29,10 +39,12 @@ from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.control_group import ControlGroup
 from megaphase.distributed.process_grid import start_process_grid
 from megaphase.generation.model import load_model
+from megaphase.harness.benchmarks import require_harness
 from megaphase.harness.language_model import ServedModel
 from megaphase.harness.rank_model import RankModel
 from megaphase.harness.service import ModelService
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
 
 # Of the figures, as the exported model's.
 CLOSE = 1e-4
@@ -104,3 +116,109 @@ def test_requests_have_the_answers_of_the_exported_model(
         for metric, value in expected["results"][task].items():
             if isinstance(value, float):
                 assert found["results"][task][metric] == pytest.approx(value, rel=CLOSE)
+
+
+def test_the_command_gives_the_figures_of_the_exported_model(
+    trained: Path, exported: Path, tasks: Path
+) -> None:
+    expected = results_of_transformers(exported, tasks, limit=5)
+    out = trained.parent / "figures.json"
+    found = evaluated(
+        *(trained.parent / "run@joint", "--harness", "tiny_choice,tiny_text", "--harness"),
+        *("tiny_[lp]*", "--tasks-path", tasks, "--limit", 5, "--out", out, "--batch", 3),
+    )
+    assert json.loads(out.read_text()) == found
+    assert found["step"] == sum(STEPS)
+    assert set(found["tasks"]) == set(TASKS)
+    for task, result in found["tasks"].items():
+        assert (result["samples"], result["fewshot"]) == (5, 0)
+        for metric, value in result["figures"].items():
+            theirs = expected["results"][task][f"{metric},none"]
+            assert value == pytest.approx(theirs, rel=CLOSE)
+    accuracies = [found["tasks"][task]["figures"]["acc"] for task in (CHOICE, LETTERS)]
+    assert found["groups"]["all"]["figures"]["acc"] == pytest.approx(sum(accuracies) / 2)
+    assert found["groups"]["alda"]["tasks"] == [CHOICE]
+
+
+def test_training_measures_its_own_weights(trained: Path, tasks: Path) -> None:
+    """Every 7 steps and at the ends of phases, before the checkpoint of that step."""
+    rows = [row for row in read_rows(trained.parent / "run") if "benchmarks" in row]
+    at = [(row["step"], row["phase"]) for row in rows]
+    assert at == [(7, "pretrain"), (12, "pretrain"), (14, "joint"), (21, "joint")]
+    options = ("--harness", ",".join(TASKS), "--tasks-path", tasks)
+    found = evaluated(trained.parent / "run@pretrain", *options)
+    for task, figures in rows[1]["benchmarks"].items():
+        assert figures == pytest.approx(found["tasks"][task]["figures"], rel=CLOSE)
+    for name, figures in rows[1]["benchmark_groups"].items():
+        assert figures == pytest.approx(found["groups"][name]["figures"], rel=CLOSE)
+
+
+def test_benchmarks_change_nothing_in_training(trained: Path, corpora: Path) -> None:
+    plain = write_run_file(trained.parent / "plain", run_settings(corpora))
+    run_well("train", plain)
+    rows = timeless(read_rows(trained.parent / "run"))
+    assert [row for row in rows if "benchmarks" not in row] == timeless(
+        read_rows(plain.parent / "run")
+    )
+
+
+def test_every_layout_gives_the_same_figures(trained: Path, tasks: Path) -> None:
+    """Four processes; in training with ZeRO-3, whose ranks join each other's forward passes, and
+    with sequence parallelism."""
+    run = trained.parent / "run@pretrain"
+    options = ("--harness", ",".join(TASKS), "--tasks-path", tasks, "--json")
+    results = launch(megaphase("evaluate", run, *options, "--tensor", 2), 4)
+    check(results)
+    one = json.loads(run_well("evaluate", run, *options))
+    four = json.loads(results[0].stdout)
+    for task in TASKS:
+        expected = pytest.approx(one["tasks"][task]["figures"], rel=CLOSE)
+        assert four["tasks"][task]["figures"] == expected
+    layout = ("parallel.tensor=2", "parallel.zero=3", "parallel.sequence=true")
+    end = ("checkpoint.end_after=7", "parts.kernels=eager")
+    output = trained.parent / "four"
+    check(launch(megaphase("train", trained, f"output={output}", *layout, *end), 4))
+    [row] = [row for row in read_rows(output) if "benchmarks" in row]
+    [first] = [r for r in read_rows(trained.parent / "run") if "benchmarks" in r and r["step"] == 7]
+    for task in TASKS:
+        assert row["benchmarks"][task] == pytest.approx(first["benchmarks"][task], rel=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{run}@joint", "--limit", "3"], "--limit: is for benchmarks; give --harness, too"),
+        (["{run}@joint", "--harness", "tiny_choise", "--tasks-path", "{tasks}"],
+         "--harness: there is no task 'tiny_choise'; did you mean 'tiny_choice'?"),
+        (["{run}@joint", "--harness", "tiny_text", "--split", "test"],
+         "--split: is for losses, not for benchmarks; leave out it or --harness"),
+        (["{run}@joint", "--harness", "tiny_text", "--tasks-path", "nowhere"],
+         "nowhere: is not a directory; give a folder of task files"),
+        (["{run}@joint", "--harness", "tiny_text", "--tasks-path", "{tasks}", "--group", "en=x"],
+         "--harness: group en: x is none of the tasks; "),
+        (["{run}@joint", "--harness", "tiny_text", "--group", "en"],
+         "--group: 'en' is not GROUP=TASKS; give, for example, en=belebele_eng_Latn"),
+        (["{run}@joint", "--harness", "far", "--tasks-path", "{tasks}"],
+         "--harness: a data set is not on this machine and cannot be fetched ("),
+        (["{run}@joint", "--harness", "long", "--tasks-path", "{tasks}"],
+         "long: generates up to 40 tokens, the model's seq_len is 32; set max_gen_toks in "),
+        (["{run}@joint", "--harness", "tiny_text", "--tensor", "3"],
+         "--tensor: 3 does not divide the 1 processes; "),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(
+    trained: Path, tasks: Path, arguments: list[str], message: str
+) -> None:
+    names = {"run": trained.parent / "run", "tasks": tasks}
+    refused = run("evaluate", *(each.format(**names) for each in arguments))
+    assert refused.returncode == 2
+    [line] = refused.stderr.splitlines()
+    assert line.startswith(f"megaphase: {message.format(**names)}")
+
+
+def test_an_extra_that_is_missing_is_named(
+    trained: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+    with pytest.raises(InputError, match=r'pip install "megaphase\[lm-eval\]"'):
+        require_harness("--harness")

@@ -25,8 +25,8 @@ DOCUMENTS = 7
 
 
 def write_tasks(folder: Path, texts: list[str]) -> Path:
-    """Write a folder with four tasks: choices of texts and of letters, texts to be generated, and
-    perplexity.
+    """Write a folder with four tasks (choices of texts and of letters, texts to be generated,
+    perplexity) and two that cannot be run: `long`, for small models, and `far`, without network.
 
     texts: at least DOCUMENTS; some contexts are longer than a small model's seq_len.
     """
@@ -71,6 +71,8 @@ def write_tasks(folder: Path, texts: list[str]) -> Path:
             "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
         },
     }
+    tasks["long"] = tasks[TEXT] | {"generation_kwargs": {"until": ["a"], "max_gen_toks": 40}}
+    tasks["far"] = tasks[CHOICE] | {"dataset_path": "nobody/nothing", "dataset_kwargs": {}}
     for name, task in tasks.items():
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump({"task": name, **common, **task}, sort_keys=False))
