@@ -36,7 +36,7 @@ class ServedModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
     def __init__(self, service: ModelService) -> None:
         super().__init__()
-        self._service, self._tokens = service, service.tokenizer
+        self.service, self._tokens = service, service.tokenizer
         self._bos = self._tokens.bos if self._tokens.adds_bos else None
 
     @property
@@ -49,7 +49,7 @@ class ServedModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
     @property
     def max_length(self) -> int:
-        return self._service.model.shape.seq_len
+        return self.service.model.shape.seq_len
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -66,7 +66,7 @@ class ServedModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         rows = [self._scored(context, continuation) for _, context, continuation in requests]
-        return [(each.log_probability, each.greedy) for each in self._service.score(rows)]
+        return [(each.log_probability, each.greedy) for each in self.service.score(rows)]
 
     def _scored(self, context: list[int], continuation: list[int]) -> Scored:
         """Left of what the model sees, a context is cut off."""
@@ -107,7 +107,7 @@ class ServedModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """The continuation of each context, up to the first of the task's stop texts."""
         prompts = [self._continued(request) for request in requests]
-        found = self._service.continue_(prompts)
+        found = self.service.continue_(prompts)
         return [
             postprocess_generated_text(self._tokens.decode(each.tokens), list(prompt.stops), None)
             for prompt, each in zip(prompts, found, strict=True)

@@ -18,6 +18,7 @@ from megaphase.checkpoint.names import newest_state
 from megaphase.plan.origin import read_origin
 from megaphase.plan.run_history import RunHistory, read_history
 from megaphase.report.runs import (
+    BenchmarkRow,
     Event,
     PhasePlan,
     PlanRecord,
@@ -56,7 +57,12 @@ def load_run(run_dir: Path) -> RunRecord:
     run = RunRecord(run_dir, name, settings, plan, training, validation, events, origin)
     done = max(run.last_step, (newest_state(run_dir) or {}).get("step", 0))
     missing = missing_steps((row.step for row in training), origin.step + 1, done)
-    run = replace(run, missing_steps=missing, unreadable_lines=metrics.unreadable)
+    run = replace(
+        run,
+        missing_steps=missing,
+        unreadable_lines=metrics.unreadable,
+        benchmarks=metrics.benchmarks,
+    )
     for row in run.rows:
         if row.phase not in known:
             raise InputError(
@@ -135,6 +141,7 @@ class _Metrics:
     training: list[TrainingRow]
     validation: list[ValidationRow]
     events: list[Event]
+    benchmarks: list[BenchmarkRow]
     unreadable: int
 
 
@@ -142,6 +149,7 @@ def _read_metrics(path: Path) -> _Metrics:
     # By step, so that a row written again after a resume replaces the earlier one.
     training: dict[int, TrainingRow] = {}
     validation: dict[tuple[int, str], ValidationRow] = {}
+    benchmarks: dict[tuple[int, str], BenchmarkRow] = {}
     events: list[Event] = []
     unreadable = 0
     if not path.is_file():
@@ -155,6 +163,8 @@ def _read_metrics(path: Path) -> _Metrics:
             training[row.step] = row
         elif isinstance(row, ValidationRow):
             validation[row.step, row.phase] = row
+        elif isinstance(row, BenchmarkRow):
+            benchmarks[row.step, row.phase] = row
         else:
             events.append(row)
     return _Metrics(
@@ -162,13 +172,24 @@ def _read_metrics(path: Path) -> _Metrics:
         # A stable sort: the end of one phase and the start of the next share a step.
         sorted(validation.values(), key=lambda row: row.step),
         events,
+        sorted(benchmarks.values(), key=lambda row: row.step),
         unreadable,
     )
 
 
-def _read_row(value: Row) -> TrainingRow | ValidationRow | Event | None:
-    kind: type[TrainingRow] | type[ValidationRow] | type[Event] = TrainingRow
-    kind = Event if "event" in value else ValidationRow if "validation" in value else kind
+_KINDS: dict[str, type[ValidationRow | BenchmarkRow | Event]] = {
+    "event": Event,
+    "validation": ValidationRow,
+    "benchmarks": BenchmarkRow,
+}
+
+
+def _read_row(value: Row) -> TrainingRow | ValidationRow | BenchmarkRow | Event | None:
+    kind: type[TrainingRow | ValidationRow | BenchmarkRow | Event] = TrainingRow
+    for key, other in _KINDS.items():
+        if key in value:
+            kind = other
+            break
     with suppress(ValidationError):
         return kind.model_validate(value)
     return None

@@ -31,6 +31,8 @@ def write_numbers(runs: Sequence[RunRecord], folder: Path) -> list[str]:
     if any(row.validation_average for run in runs for row in run.validation):
         columns = ["step", "phase", "task", "loss", "bits_per_byte"]
         tables["validation_average"] = columns, _validation_average
+    if any(run.benchmarks for run in runs):
+        tables["benchmarks"] = ["step", "phase", "task", "group", "metric", "value"], _benchmarks
     folder.mkdir()
     return [
         write_table(
@@ -65,6 +67,17 @@ def _validation_average(run: RunRecord) -> Iterator[Row]:
     for row in run.validation:
         for task, measured in row.validation_average.items():
             yield row.step, row.phase, task, measured.loss, measured.bits_per_byte
+
+
+def _benchmarks(run: RunRecord) -> Iterator[Row]:
+    """Of a row, either the task or the group is empty."""
+    for row in run.benchmarks:
+        for task, figures in row.benchmarks.items():
+            for metric, value in figures.items():
+                yield row.step, row.phase, task, "", metric, value
+        for group, figures in row.benchmark_groups.items():
+            for metric, value in figures.items():
+                yield row.step, row.phase, "", group, metric, value
 
 
 def _training(run: RunRecord) -> Iterator[Row]:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
 from megaphase.report.batch_plot import batch_changes, batch_plot
+from megaphase.report.benchmarks import benchmark_table
 from megaphase.report.differences import Difference, differences
 from megaphase.report.incidents import incident_sentences
 from megaphase.report.losses import (
@@ -80,6 +81,7 @@ def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -
         verdicts=task_verdicts(run),
         losses=draw_plot(losses, out, plot_folder),
         loss_table=_loss_table(run, colours),
+        benchmark_table=benchmark_table(run),
         data=draw_plot(data, out, plot_folder),
         data_table=_data_table(run, colours),
         sampling_rates=draw_plot(mixture, out, plot_folder) if changes else None,

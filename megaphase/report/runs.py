@@ -110,6 +110,14 @@ class ValidationRow(_Row):
     validation_average: dict[str, HeldOutRow] = {}
 
 
+class BenchmarkRow(_Row):
+    """Figures of benchmarks after `step` steps by task and metric; benchmark_groups: the means of
+    groups of tasks."""
+
+    benchmarks: dict[str, dict[str, Measured]]
+    benchmark_groups: dict[str, dict[str, Measured]] = {}
+
+
 class Event(_Record):
     """An event after `step` steps."""
 
@@ -143,6 +151,7 @@ class RunRecord:
     origin: RunOrigin
     missing_steps: Sequence[Steps] = ()
     unreadable_lines: int = 0
+    benchmarks: Sequence[BenchmarkRow] = ()
 
     @property
     def hole(self) -> str | None:

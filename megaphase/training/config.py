@@ -36,8 +36,8 @@ class HarnessConfig(Section):
     """Names of tasks, groups or tags of lm-evaluation-harness, or patterns such as
     `belebele_*_Latn`. Their data sets are read at the start of the run."""
     every_steps: Steps
-    """Optimizer steps between measurements, counted over the run; besides, they are measured at the
-    end of every phase."""
+    """Optimizer steps between measurements, counted over the run; besides, they are measured before
+    the first step and at the end of every phase."""
     tasks_path: FilePath | None = None
     """A folder with more files of such tasks."""
     limit: Count | None = None

@@ -41,6 +41,11 @@ class RunBenchmarks:
         is_first = global_rank() == 0
         self._benchmarks = run_on_all_ranks(lambda: Benchmarks(choice) if is_first else None)
 
+    @property
+    def are_wanted(self) -> bool:
+        """Whether the run file has any."""
+        return self._config is not None
+
     def are_due(self, step: int, *, ends_phase: bool) -> bool:
         """Whether they are measured after so many steps of the run."""
         if self._config is None:

@@ -16,7 +16,7 @@ from megaphase.plan.dataset import Batch, StepReader
 from megaphase.training.closing import closing_lines
 from megaphase.training.evaluator import Losses
 from megaphase.training.run_parts import RunParts
-from megaphase.utils.errors import Stopped
+from megaphase.utils.errors import InputError, RunError, Stopped
 
 
 class Trainer(RunParts):
@@ -89,6 +89,8 @@ class Trainer(RunParts):
         self.engine.spikes.begin_phase()
         self.callbacks.on_phase_begin(self.state.phase, phase)
         self.validate(saved_anyway=False, begins_phase=True)
+        if self.state.phase == 0 and self.benchmarks.are_wanted:
+            self.measure_benchmarks()
 
     def switch_phase(self) -> None:
         """Keep the weights of the phase before; with `reset`, nothing else of it."""
@@ -177,11 +179,24 @@ class Trainer(RunParts):
         return reason
 
     def measure_benchmarks_if_due(self, *, ends_phase: bool) -> None:
-        """Run the benchmarks of `validation.harness` on the current weights if that is due."""
+        """Measure benchmarks if that is due; where they fail, report it and continue to train."""
         step, phase = self.state.step, self.phase.name
         if not self.benchmarks.are_due(step, ends_phase=ends_phase):
             return
         self.finish_step()
+        try:
+            self.measure_benchmarks()
+        except (InputError, RunError) as error:  # the same on all ranks
+            self.callbacks.event(step, "benchmarks_failed", phase=phase, reason=str(error))
+            self.say(f"{phase} step {step:,}  benchmarks failed: {error}")
+
+    def measure_benchmarks(self) -> None:
+        """Run the benchmarks of `validation.harness` on the current weights.
+
+        Raises:
+            InputError, RunError: a task fails, or asks for something that is not supported.
+        """
+        step, phase = self.state.step, self.phase.name
         with self.watchdog.patient(f"measuring benchmarks after step {step:,}"):
             found = self.benchmarks.measure(
                 self.engine, self.tokenizer, self.control_group, step, phase

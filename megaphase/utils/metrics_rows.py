@@ -65,19 +65,19 @@ def rows_from_end(path: Path) -> Iterator[Row]:
 
 
 def parse_row(line: bytes) -> Row | None:
-    """Return a row of training, of validation or an event; None if the line is not one of them."""
+    """Return a row of training, validation or benchmarks, or an event; None for any other line."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None
-    return row if "event" in row or "validation" in row or "loss" in row else None
+    return row if "loss" in row or not is_training(row) else None
 
 
 def is_training(row: Row) -> bool:
     """Return whether this is the row of an optimizer step."""
-    return "event" not in row and "validation" not in row
+    return not any(key in row for key in ("event", "validation", "benchmarks"))
 
 
 def missing_steps(found: Iterable[int], first: int, last: int) -> list[Steps]:

@@ -6,7 +6,10 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,12 +42,16 @@ from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.control_group import ControlGroup
 from megaphase.distributed.process_grid import start_process_grid
 from megaphase.generation.model import load_model
-from megaphase.harness.benchmarks import require_harness
+from megaphase.harness.benchmarks import BenchmarkChoice, Benchmarks, require_harness
 from megaphase.harness.language_model import ServedModel
 from megaphase.harness.rank_model import RankModel
 from megaphase.harness.service import ModelService
+from megaphase.report.benchmarks import benchmark_table
+from megaphase.report.load_run import load_run
+from megaphase.report.numbers import write_numbers
 from megaphase.tokenizer import Tokenizer
-from megaphase.utils.errors import InputError
+from megaphase.training.trainer import Trainer
+from megaphase.utils.errors import InputError, RunError
 
 # Of the figures, as the exported model's.
 CLOSE = 1e-4
@@ -141,15 +148,15 @@ def test_the_command_gives_the_figures_of_the_exported_model(
 
 
 def test_training_measures_its_own_weights(trained: Path, tasks: Path) -> None:
-    """Every 7 steps and at the ends of phases, before the checkpoint of that step."""
+    """Before the first step, every 7 steps and at the ends of phases."""
     rows = [row for row in read_rows(trained.parent / "run") if "benchmarks" in row]
     at = [(row["step"], row["phase"]) for row in rows]
-    assert at == [(7, "pretrain"), (12, "pretrain"), (14, "joint"), (21, "joint")]
+    assert at == [(0, "pretrain"), (7, "pretrain"), (12, "pretrain"), (14, "joint"), (21, "joint")]
     options = ("--harness", ",".join(TASKS), "--tasks-path", tasks)
     found = evaluated(trained.parent / "run@pretrain", *options)
-    for task, figures in rows[1]["benchmarks"].items():
+    for task, figures in rows[2]["benchmarks"].items():
         assert figures == pytest.approx(found["tasks"][task]["figures"], rel=CLOSE)
-    for name, figures in rows[1]["benchmark_groups"].items():
+    for name, figures in rows[2]["benchmark_groups"].items():
         assert figures == pytest.approx(found["groups"][name]["figures"], rel=CLOSE)
 
 
@@ -162,6 +169,19 @@ def test_benchmarks_change_nothing_in_training(trained: Path, corpora: Path) -> 
     )
 
 
+def test_tensor_parallel_ranks_give_the_same_figures(trained: Path, tasks: Path) -> None:
+    names = ",".join((LETTERS, TEXT, PERPLEXITY))
+    arguments = ("evaluate", trained.parent / "run@pretrain", "--harness", names)
+    options = ("--tasks-path", tasks, "--json")
+    results = launch(megaphase(*arguments, *options, "--tensor", 2), 2)
+    check(results)
+    [row] = [r for r in read_rows(trained.parent / "run") if "benchmarks" in r and r["step"] == 12]
+    found = json.loads(results[0].stdout)["tasks"]
+    for task, result in found.items():
+        assert result["figures"] == pytest.approx(row["benchmarks"][task], rel=CLOSE)
+
+
+@pytest.mark.slow
 def test_every_layout_gives_the_same_figures(trained: Path, tasks: Path) -> None:
     """Four processes; in training with ZeRO-3, whose ranks join each other's forward passes, and
     with sequence parallelism."""
@@ -169,39 +189,32 @@ def test_every_layout_gives_the_same_figures(trained: Path, tasks: Path) -> None
     options = ("--harness", ",".join(TASKS), "--tasks-path", tasks, "--json")
     results = launch(megaphase("evaluate", run, *options, "--tensor", 2), 4)
     check(results)
-    one = json.loads(run_well("evaluate", run, *options))
+    rows = [row for row in read_rows(trained.parent / "run") if "benchmarks" in row]
     four = json.loads(results[0].stdout)
     for task in TASKS:
-        expected = pytest.approx(one["tasks"][task]["figures"], rel=CLOSE)
+        expected = pytest.approx(rows[2]["benchmarks"][task], rel=CLOSE)
         assert four["tasks"][task]["figures"] == expected
     layout = ("parallel.tensor=2", "parallel.zero=3", "parallel.sequence=true")
     end = ("checkpoint.end_after=7", "parts.kernels=eager")
     output = trained.parent / "four"
     check(launch(megaphase("train", trained, f"output={output}", *layout, *end), 4))
-    [row] = [row for row in read_rows(output) if "benchmarks" in row]
-    [first] = [r for r in read_rows(trained.parent / "run") if "benchmarks" in r and r["step"] == 7]
-    for task in TASKS:
-        assert row["benchmarks"][task] == pytest.approx(first["benchmarks"][task], rel=CLOSE)
+    partitioned = [row for row in read_rows(output) if "benchmarks" in row]
+    for own, expected in zip(partitioned, rows[:2], strict=True):
+        for task in TASKS:
+            figures = expected["benchmarks"][task]
+            assert own["benchmarks"][task] == pytest.approx(figures, rel=CLOSE)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["{run}@joint", "--limit", "3"], "--limit: is for benchmarks; give --harness, too"),
-        (["{run}@joint", "--harness", "tiny_choise", "--tasks-path", "{tasks}"],
-         "--harness: there is no task 'tiny_choise'; did you mean 'tiny_choice'?"),
         (["{run}@joint", "--harness", "tiny_text", "--split", "test"],
          "--split: is for losses, not for benchmarks; leave out it or --harness"),
-        (["{run}@joint", "--harness", "tiny_text", "--tasks-path", "nowhere"],
-         "nowhere: is not a directory; give a folder of task files"),
-        (["{run}@joint", "--harness", "tiny_text", "--tasks-path", "{tasks}", "--group", "en=x"],
-         "--harness: group en: x is none of the tasks; "),
         (["{run}@joint", "--harness", "tiny_text", "--group", "en"],
          "--group: 'en' is not GROUP=TASKS; give, for example, en=belebele_eng_Latn"),
         (["{run}@joint", "--harness", "far", "--tasks-path", "{tasks}"],
          "--harness: a data set is not on this machine and cannot be fetched ("),
-        (["{run}@joint", "--harness", "long", "--tasks-path", "{tasks}"],
-         "long: generates up to 40 tokens, the model's seq_len is 32; set max_gen_toks in "),
         (["{run}@joint", "--harness", "tiny_text", "--tensor", "3"],
          "--tensor: 3 does not divide the 1 processes; "),
     ],
@@ -214,6 +227,85 @@ def test_a_mistake_is_one_line(
     assert refused.returncode == 2
     [line] = refused.stderr.splitlines()
     assert line.startswith(f"megaphase: {message.format(**names)}")
+
+
+def test_the_report_shows_the_ends_of_phases(trained: Path, tmp_path: Path) -> None:
+    run = load_run(trained.parent / "run")
+    assert run.hole is None
+    table = benchmark_table(run)
+    assert table is not None
+    steps = ["pretrain, step 0", "pretrain, step 12", "joint, step 21"]
+    assert table.columns == ["benchmark", "metric", *steps]
+    rows = {(str(row[0].text), row[1]): row[2:] for row in table.rows}
+    measured = [row for row in read_rows(run.directory) if "benchmarks" in row]
+    shown = [measured[number] for number in (0, 2, 4)]
+    assert rows["all", "acc"] == [f"{row['benchmark_groups']['all']['acc']:.4f}" for row in shown]
+    assert rows[TEXT, "chrf"] == [f"{row['benchmarks'][TEXT]['chrf']:.4f}" for row in shown]
+    assert "benchmarks.csv" in write_numbers([run], tmp_path / "numbers")
+    lines = (tmp_path / "numbers" / "benchmarks.csv").read_text().splitlines()
+    assert len(lines) == 1 + sum(
+        len(figures)
+        for row in measured
+        for key in ("benchmarks", "benchmark_groups")
+        for figures in row[key].values()
+    )
+
+
+def test_training_continues_where_benchmarks_fail() -> None:
+    def fail() -> None:
+        raise RunError("lm-evaluation-harness has failed: KeyError: 'answer'")
+
+    events, said = [], []
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(step=7),
+        phase=SimpleNamespace(name="joint"),
+        benchmarks=SimpleNamespace(are_due=lambda step, ends_phase: True),
+        finish_step=lambda: None,
+        measure_benchmarks=fail,
+        callbacks=SimpleNamespace(event=lambda *args, **facts: events.append((*args, facts))),
+        say=said.append,
+    )
+    Trainer.measure_benchmarks_if_due(trainer, ends_phase=False)
+    reason = "lm-evaluation-harness has failed: KeyError: 'answer'"
+    assert events == [(7, "benchmarks_failed", {"phase": "joint", "reason": reason})]
+    assert said == [f"joint step 7  benchmarks failed: {reason}"]
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        ([TEXT], {"tasks_path": Path("nowhere")}, "nowhere: is not a directory; give a folder"),
+        ([TEXT], {"groups": {"en": ["x"]}}, "--harness: group en: x is none of the tasks; "),
+    ],
+)
+def test_a_choice_that_cannot_be_loaded_is_refused(
+    tasks: Path, names: list[str], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        Benchmarks(BenchmarkChoice(names, "--harness", **{"tasks_path": tasks} | options))
+    assert str(refused.value).startswith(message)
+
+
+def test_a_task_that_generates_too_much_is_refused(
+    trained: Path, corpora: Path, tasks: Path
+) -> None:
+    message = "long: generates up to 40 tokens, the model's seq_len is 32; set max_gen_toks in "
+    benchmarks = Benchmarks(BenchmarkChoice(["long"], "--harness", tasks))
+    with (
+        served(f"{trained.parent / 'run'}@joint", corpora / "tok") as model,
+        pytest.raises(InputError, match=message),
+    ):
+        benchmarks.run(model.service)
+
+
+def test_an_unknown_task_is_named(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks_of_lm_eval = import_module("lm_eval.tasks")
+    own = partial(tasks_of_lm_eval.TaskManager, include_defaults=False)  # without 14,000 files
+    monkeypatch.setattr(tasks_of_lm_eval, "TaskManager", own)
+    with pytest.raises(InputError, match="there is no task 'tiny_choise'; did you mean 'tiny_cho"):
+        Benchmarks(BenchmarkChoice(["tiny_choise"], "--harness", tasks))
+    chosen = Benchmarks(BenchmarkChoice(["tiny_[cl]*", TEXT, CHOICE], "--harness", tasks))
+    assert chosen.tasks == [CHOICE, LETTERS, TEXT]
 
 
 def test_an_extra_that_is_missing_is_named(
