@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from megaphase.checkpoint.names import find_checkpoint, find_for_run, find_in_run
+from megaphase.checkpoint.state import STATE_FILE
 from megaphase.config.load import load_run
 from megaphase.config.run import RunConfig
 from megaphase.convert.partition import check_tensor_size
@@ -68,7 +69,7 @@ def find_model(
     """
     config: RunConfig | None = None
     path = Path(text)
-    if (path / "state.json").is_file():
+    if (path / STATE_FILE).is_file():
         if checkpoint is not None or overrides:
             given = "--checkpoint" if checkpoint is not None else overrides[0]
             raise InputError(given, f"{text} is a checkpoint, not a run", "leave it out")

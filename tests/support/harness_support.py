@@ -97,15 +97,20 @@ def _accelerate() -> Iterator[None]:
         del sys.modules["accelerate"], sys.modules["accelerate.utils"]
 
 
+def transformers_language_model() -> Any:
+    """The class behind `lm_eval --model hf`."""
+    with _accelerate():
+        from lm_eval.models.huggingface import HFLM
+    return HFLM
+
+
 def results_of_transformers(model: Path, tasks: Path, **options: Any) -> dict[str, Any]:
     """The results of `lm_eval --model hf` on an exported model in fp32, with all samples."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _accelerate():
-        from lm_eval.models.huggingface import HFLM
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    served = HFLM(pretrained=loaded, tokenizer=str(model), batch_size=3)
+    served = transformers_language_model()(pretrained=loaded, tokenizer=str(model), batch_size=3)
     return results_of(served, tasks, **options)
 
 
