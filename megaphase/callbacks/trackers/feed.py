@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megaphase.callbacks.callback import Callback, StepRecord, ValidationRecord
+from megaphase.callbacks.callback import BenchmarkRecord, Callback, StepRecord, ValidationRecord
 from megaphase.callbacks.trackers.known_run import KnownRun
 from megaphase.callbacks.trackers.tracker import Record, TrackedRun, Tracker, TrackerConfig
 from megaphase.callbacks.trackers.unrecorded import UnrecordedRows
@@ -58,6 +58,9 @@ class TrackerFeed(Callback):
         self._news.set()
 
     def on_validation_end(self, record: ValidationRecord) -> None:
+        self._news.set()
+
+    def on_benchmarks_end(self, record: BenchmarkRecord) -> None:
         self._news.set()
 
     def on_event(self, step: int, event: str, facts: Mapping[str, Any]) -> None:

@@ -15,7 +15,8 @@ def metrics(row: Row) -> dict[str, float]:
     """The numbers of a row of metrics.jsonl by name; None and text are left out.
 
     A training step: `train_loss/TASK/PHASE`, and `train/KEY/PHASE` for the other keys. A
-    validation: `validation_KEY/TASK/PHASE`. An event: `events/NAME/PHASE`, which is 1.
+    validation: `validation_KEY/TASK/PHASE`. Benchmarks: `benchmarks_METRIC/TASK/PHASE`. An event:
+    `events/NAME/PHASE`, which is 1.
     """
     phase = row.get("phase")
     ending = "" if phase is None else f"/{phase}"
