@@ -142,7 +142,8 @@ def _around(prefix: Path) -> Iterator[Path]:
     for folder in above:
         yield folder
         try:
-            yield from sorted(Path(each.path) for each in os.scandir(folder) if each.is_dir())
+            # A link in a circle is no directory, and must not end the search.
+            yield from sorted(p for p in folder.iterdir() if os.path.isdir(p))
         except OSError:
             continue
 
