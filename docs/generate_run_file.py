@@ -38,7 +38,7 @@ In the tables, *required* means that the key has no default, and — that it is 
 A section without *required* may be left out: its keys then have their own defaults.
 """
 TABLE_HEAD = "| key | value | default | meaning |\n| --- | --- | --- | --- |\n"
-FORMATS = {"path": "path", "role-or-tasks": "a role, or a list of tasks"}
+FORMATS = {"path": "path", "url": "URL", "role-or-tasks": "a role, or a list of tasks"}
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 

@@ -7,11 +7,11 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.checkpoint.state import checkpoint_folders, step_of
 from megaphase.launch.slurm.job_file import FOLDER
 from megaphase.utils.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_WRONG_INPUT, RunError
 from megaphase.utils.files import atomic_write_json, os_errors_named, read_json
+from megaphase.utils.run_files import CHECKPOINTS
 from megaphase.utils.slurm import control, host_names, job_fields, partition_nodes
 
 CHAIN_FILE = "chain.json"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megaphase.config.fields import Few, Section, Steps
+from megaphase.config.fields import Few, RemoteFolder, Section, Steps
 
 
 class CheckpointConfig(Section):
@@ -16,6 +16,9 @@ class CheckpointConfig(Section):
     asynchronous: bool = True
     """Whether training continues while a copy of the state is written; `false` needs no memory for
     the copy."""
+    upload: RemoteFolder | None = None
+    """Where checkpoints are copied in the background: the run's folder in a store, such as
+    `s3://bucket/runs/first`, different for every run. `keep` holds there too."""
     end_after: Steps | None = None
     """Save and end after this step, counted over the run, with exit code 0. Without this key, or
     with a later step, the same command resumes from there."""

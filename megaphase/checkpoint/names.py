@@ -5,24 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megaphase.checkpoint.fetch import fetch_checkpoint
 from megaphase.checkpoint.state import STATE_FILE, checkpoint_folders, state_or_nothing
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import real_path
 from megaphase.utils.paths import expanded_path
+from megaphase.utils.remote_files import is_url
+from megaphase.utils.run_files import CHECKPOINTS
 from megaphase.utils.validation_errors import hint
-
-CHECKPOINTS = "checkpoints"  # in a run directory
 
 
 def find_checkpoint(text: str) -> Path:
-    """Return the directory of `RUN@NAME`, or of a path of a checkpoint.
+    """Return the directory of `RUN@NAME`, or of a path of a checkpoint; of one in a store, that in
+    the cache, into which it is fetched.
 
     NAME: a phase, for the checkpoint at its end; a directory in RUN/checkpoints, such as
     `step-00001000`; or a link there, such as `latest`, `best-hi` or `best-mean`.
 
     Raises:
         InputError: there is no such checkpoint.
+        RunError: it cannot be fetched.
     """
+    if is_url(text):
+        return fetch_checkpoint(text)
     folder = _given(text)
     if _is_checkpoint(folder):
         return real_path(folder)

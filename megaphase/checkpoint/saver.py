@@ -19,6 +19,7 @@ from torch import Tensor
 from megaphase.checkpoint.parameters import Kinds, Shard, index_json, shard_file
 from megaphase.checkpoint.store import CheckpointStore
 from megaphase.checkpoint.tensor_file import file_bytes, write_tensors
+from megaphase.checkpoint.upload import Uploader
 from megaphase.distributed.control_group import ControlGroup
 from megaphase.distributed.sharding import ParameterLayout
 from megaphase.utils.errors import RunError
@@ -69,6 +70,7 @@ class Saver:
         asynchronous: bool,
         say: Callable[[str], object],
         note: Callable[[str], object] = lambda name: None,
+        uploader: Uploader | None = None,
     ) -> None:
         """
         Args:
@@ -76,9 +78,11 @@ class Saver:
                 asynchronous: whether `save` returns before the checkpoint is written.
                 say: called on rank 0 with a sentence about every published checkpoint.
                 note: called on all ranks with the name of every published checkpoint.
+                uploader: of rank 0, if checkpoints are uploaded.
         """
         self._store, self._control_group, self._keep = store, control_group, keep
         self._asynchronous, self._say, self._note = asynchronous, say, note
+        self._uploader = uploader
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._buffers: dict[str, Tensor] = {}
         self._save: _Save | None = None
@@ -171,7 +175,12 @@ class Saver:
         for alias, name in save.best.items():
             if name == save.name:
                 self._store.link(alias, name)
-        self._store.prune(self._keep, save.best, save.name, save.sound_step)
+        if self._uploader is None:
+            self._store.prune(self._keep, save.best, save.name, save.sound_step)
+            return
+        with self._uploader.holding() as uploading:
+            self._store.prune(self._keep, save.best, save.name, save.sound_step, uploading)
+        self._uploader.add(save.name)
 
     def _abort(self) -> None:
         save, work = self._save, self._work

@@ -14,6 +14,7 @@ from megaphase.utils.names import BEST_PREFIX, STEP_PREFIX
 
 CHECKPOINT_FORMAT = 2
 STATE_FILE = "state.json"
+MANIFEST_FILE = "manifest.json"  # size and hash of every other file
 
 # Keys of the state that not every checkpoint has: the hash of the tokenizer with which the model
 # was trained, the ids [first, stop) by which its vocabulary was extended, and the optimizer whose

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -25,6 +25,7 @@ from typing import Any
 from megaphase.checkpoint.names import not_a_checkpoint
 from megaphase.checkpoint.parameters import INDEX_FILE
 from megaphase.checkpoint.state import (
+    MANIFEST_FILE,
     NAME,
     STATE_FILE,
     checkpoint_folders,
@@ -55,7 +56,6 @@ from megaphase.utils.set_aside import (
     shown_path,
 )
 
-MANIFEST_FILE = "manifest.json"
 # The names of files that this program has not finished writing or removing.
 _LEFTOVER = re.compile(r"\.(.+\.(partial|link)|(step|best)-[0-9]{8,}\.removed)")
 
@@ -123,7 +123,12 @@ class CheckpointStore:
         fsync_path(self.folder)
 
     def prune(
-        self, keep: int, best: Mapping[str, str], saved: str, sound_step: int | None = None
+        self,
+        keep: int,
+        best: Mapping[str, str],
+        saved: str,
+        sound_step: int | None = None,
+        uploading: Collection[str] = (),
     ) -> None:
         """Remove all but the newest `keep` checkpoints, the permanent ones, and the best weights.
 
@@ -132,12 +137,13 @@ class CheckpointStore:
         resumed from one of the newest are kept too. saved: the checkpoint that was just published;
         those of later steps are damaged, or the run would have resumed from them. They do not
         count, and are kept until training reaches them. sound_step: given while training seems to
-        diverge; the newest checkpoint of this step or an earlier one is kept too.
+        diverge; the newest checkpoint of this step or an earlier one is kept too. uploading: names
+        of checkpoints that are being copied to a store, which are kept as well.
         """
         last = step_of(saved, saved.partition("-")[0])
         assert last is not None
         full = [name for name in self._names("step") if (step_of(name) or 0) <= last]
-        kept = {*full[-keep:], *best.values()}
+        kept = {*full[-keep:], *best.values(), *uploading}
         if sound_step is not None:
             kept |= set(_until(full, sound_step)[-1:])
         for name in full[-keep:]:

@@ -23,6 +23,7 @@ from pydantic_core import PydanticCustomError
 from megaphase.utils.decimals import as_written
 from megaphase.utils.names import MOST_BYTES_OF_RUN, check_name, check_phase_name, shown
 from megaphase.utils.paths import expanded_path, resolved_path
+from megaphase.utils.remote_files import is_url
 from megaphase.utils.validation_errors import MAPPING, NUMBER, hint
 
 # Upper bounds of what is counted: far above all that anybody trains, far below what arithmetic in
@@ -117,6 +118,21 @@ RoleOrTaskNames = Annotated[
     str | list[str],
     PlainValidator(_role_or_task_names),
     WithJsonSchema({"type": ["string", "array"], "format": "role-or-tasks"}),
+]
+
+
+def _remote_folder(text: str) -> str:
+    if not is_url(text):
+        raise PydanticCustomError("url", "not a URL such as s3://bucket/runs/first")
+    if "@" in text or any(not each.isprintable() for each in text):
+        raise PydanticCustomError("url", "a URL with '@' or a control character")
+    return text.rstrip("/")
+
+
+RemoteFolder = Annotated[
+    str,
+    AfterValidator(_remote_folder),
+    WithJsonSchema({"type": "string", "format": "url"}),
 ]
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.checkpoint.state import ADAMW, AVERAGE, NEW_TOKENS, OPTIMIZER, STATE_FILE
 from megaphase.checkpoint.tensor_file import TensorFile, TensorKind
 from megaphase.convert.checkpoint_writer import PORTABLE_FOLDER
@@ -27,6 +26,7 @@ from megaphase.utils.errors import InputError
 from megaphase.utils.files import folder_bytes, read_file, read_json
 from megaphase.utils.names import LATEST
 from megaphase.utils.progress import bytes_progress
+from megaphase.utils.run_files import CHECKPOINTS
 
 _MEGATRON_FOLDER = re.compile(r"mp_rank_\d+(_\d+)*")
 _DEEPSPEED_FILE = re.compile(r"(?:bf16_)?(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_\w+_states\.pt")

@@ -12,8 +12,7 @@ import torch
 
 from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.parameters import StoredParameters
-from megaphase.checkpoint.state import AVERAGE, STATE_FILE, check_format, read_state
-from megaphase.checkpoint.store import MANIFEST_FILE
+from megaphase.checkpoint.state import AVERAGE, MANIFEST_FILE, STATE_FILE, check_format, read_state
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.checkpoint.state import TOKENIZER_HASH
 from megaphase.convert.hugging_face.from_hf import TOKENIZER_FOLDER
 from megaphase.convert.source import Source
@@ -13,6 +12,7 @@ from megaphase.tokenizer import Tokenizer
 from megaphase.training.run_directory import RunDirectory
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import read_json
+from megaphase.utils.run_files import CHECKPOINTS
 
 _RIGHT_TOKENIZER = "give the tokenizer that the model was trained with"
 

@@ -11,7 +11,6 @@ from typing import NoReturn
 import yaml
 from pydantic import BaseModel
 
-from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.launch.slurm.job_file import forget_jobs
 from megaphase.report.runs import Measured
 from megaphase.sweep.changes import record_change
@@ -28,7 +27,7 @@ from megaphase.utils.files import (
 )
 from megaphase.utils.json_models import read_record
 from megaphase.utils.locks import exclusive_lock
-from megaphase.utils.run_files import METRICS_FILE
+from megaphase.utils.run_files import CHECKPOINTS, METRICS_FILE
 from megaphase.utils.set_aside import make_way_for_directory
 
 SWEEP_FILE = "sweep.json"

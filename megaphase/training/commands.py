@@ -59,10 +59,12 @@ def train_command(
                 trainer.say(f"{config.output}: all {steps:,} steps are done; nothing to do")
                 for line in next_commands(config):
                     trainer.say(line)
+                trainer.finish_uploads()
                 return
             if trainer.has_reached_end_after():
                 end = config.checkpoint.end_after
                 trainer.say(f"{config.output}: checkpoint.end_after: {end:,} has been reached")
+                trainer.finish_uploads()
                 return
             trainer.build(profile_steps or (PROFILE_STEPS if profile else 0))
         trainer.run()

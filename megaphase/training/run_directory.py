@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.config.run import RunConfig
 from megaphase.plan.same_run import (
     refuse_other_counts,
@@ -20,7 +19,7 @@ from megaphase.plan.same_run import (
 from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.files import atomic_write_json, os_errors_named, with_hash
 from megaphase.utils.locks import exclusive_lock
-from megaphase.utils.run_files import LOCK_FILE, METRICS_FILE, PLAN_FILE, RUN_FILE
+from megaphase.utils.run_files import CHECKPOINTS, LOCK_FILE, METRICS_FILE, PLAN_FILE, RUN_FILE
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ from megaphase.training.startup import (
     say_on_first_rank,
 )
 from megaphase.training.step_recorder import StepRecorder
+from megaphase.training.uploads import claimed_uploader
 
 
 class RunParts:
@@ -93,8 +94,12 @@ class RunParts:
         self.store = CheckpointStore(self.directory.checkpoints, self.control_group, self.say)
         if branch is not None and branch.is_new:
             self.store.open(branch.checkpoint)  # verified before anything is written
+        self.uploader = claimed_uploader(config, spec, self.say)
         self.plan = open_plan(config, spec, branch, self.say, console)
         on_first_rank(lambda: resources.enter_context(self.directory.sole_run()))
+        if self.uploader is not None:
+            self.uploader.start()
+            resources.callback(self.uploader.close)
 
         self.checkpoint = newest_checkpoint(self.store, self.plan, self.say)
         self.state = starting_state(self.plan, self.checkpoint, branch)
@@ -169,6 +174,7 @@ class RunParts:
             asynchronous=config.checkpoint.asynchronous,
             say=self.say,
             note=self.resume_point.note_saved,
+            uploader=self.uploader,
         )
         facts = checkpoint_facts(
             config, self.plan, self.tokenizer.fingerprint, self.grid.world_size

@@ -18,6 +18,8 @@ from megaphase.training.evaluator import Losses
 from megaphase.training.run_parts import RunParts
 from megaphase.utils.errors import InputError, RunError, Stopped
 
+UPLOAD_POLL_SECONDS = 0.1
+
 
 class Trainer(RunParts):
     """A run from where it starts to its end; every method is called by all ranks."""
@@ -44,6 +46,7 @@ class Trainer(RunParts):
             self.checkpointer.finish()
         if self.is_done():
             self.say_results(began, earlier)
+        self.finish_uploads()
 
     def say_results(self, began: float, earlier: int) -> None:
         """Say how the run has ended, and what can follow.
@@ -64,6 +67,21 @@ class Trainer(RunParts):
             bests=self.early_stopping.best(),
         ):
             self.say(line)
+
+    def finish_uploads(self) -> None:
+        """Wait until the checkpoints are uploaded, if the run file asks for it, or could not be in
+        a last attempt; a signal ends the wait."""
+        if self.config.checkpoint.upload is None:
+            return
+        if self.uploader is not None:
+            self.uploader.hurry()
+        with self.watchdog.patient("uploading checkpoints"):
+            busy, signalled = 1, 0
+            while busy and not signalled:
+                time.sleep(UPLOAD_POLL_SECONDS)
+                is_busy = self.uploader is not None and self.uploader.is_busy
+                received = self.signals.received is not None
+                busy, signalled = self.control_group.largest(int(is_busy), int(received))
 
     def begin_phase(self) -> None:
         """Switch to the phase, and validate before its first step."""

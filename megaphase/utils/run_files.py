@@ -6,3 +6,4 @@ METRICS_FILE = "metrics.jsonl"  # training, validation and events, one object pe
 LOCK_FILE = ".lock"  # held by the training process
 ORIGIN_FILE = "origin.json"  # in a branch: the checkpoint from which it started
 TRACKERS = "trackers"  # folder: the IDs of the run at trackers, and their own files
+CHECKPOINTS = "checkpoints"  # the folder with the run's checkpoints

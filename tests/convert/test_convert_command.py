@@ -18,8 +18,7 @@ from typer.testing import CliRunner
 from warm_commands import run_well
 
 from megaphase.checkpoint.parameters import INDEX_FILE, MOMENTS, WEIGHT
-from megaphase.checkpoint.state import STATE_FILE
-from megaphase.checkpoint.store import MANIFEST_FILE
+from megaphase.checkpoint.state import MANIFEST_FILE, STATE_FILE
 from megaphase.cli import app
 from megaphase.convert.partition import Layout, shards_of
 from megaphase.model.parameters import parameter_count, parameter_layouts, parameter_specs

@@ -1,0 +1,142 @@
+"""Runs that upload their checkpoints while they train, and runs that start from those."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from remote_support import BUCKET, FaultyProxy, s3_server
+from run_support import STEPS, make_corpora, read_rows, run_settings, timeless, write_run_file
+from warm_commands import run, run_well
+
+from megaphase.checkpoint.remote import RemoteRun
+from megaphase.checkpoint.state import full_name
+from megaphase.utils import remote_calls
+
+VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+URL = f"s3://{BUCKET}/runs/first"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FaultyProxy]:
+    with pytest.MonkeyPatch.context() as patch, s3_server(patch) as proxy:
+        yield proxy
+
+
+def reach(variables: dict[str, str]) -> None:
+    """In the process of a command: find the server, and try failing calls again at once."""
+    os.environ |= variables
+    remote_calls.RETRIES = remote_calls.Retries(2, pause_seconds=0.01, of_requests=0)
+
+
+@pytest.fixture(scope="module")
+def prepare(server: FaultyProxy, tmp_path_factory: pytest.TempPathFactory) -> partial[None]:
+    cache = tmp_path_factory.mktemp("cache")
+    variables = {name: os.environ[name] for name in VARIABLES}
+    return partial(reach, variables | {"MEGAPHASE_CACHE": str(cache)})
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpora(tmp_path_factory.mktemp("corpora"))
+
+
+def settings_of(corpora: Path, **checkpoint: object) -> dict[str, object]:
+    checkpoint = {"every_steps": 4, "keep": 1, **checkpoint}
+    return run_settings(corpora, checkpoint=checkpoint)
+
+
+def whole(url: str) -> list[str]:
+    return [name for name in RemoteRun(url).names() if RemoteRun(url).is_whole(name)]
+
+
+def test_a_store_that_fails_changes_no_number_and_the_next_start_uploads(
+    corpora: Path, tmp_path: Path, server: FaultyProxy, prepare: partial[None]
+) -> None:
+    run_well("train", write_run_file(tmp_path / "plain", settings_of(corpora)))
+    uploading = write_run_file(tmp_path / "up", settings_of(corpora, upload=URL))
+    server.fail(503, method="PUT", part="shard-")
+    said = run_well("train", uploading, prepare=prepare)
+    rows = timeless(read_rows(tmp_path / "up" / "run"))
+    assert rows == timeless(read_rows(tmp_path / "plain" / "run"))
+    assert "is not uploaded yet: s3://" in said
+    assert f"not uploaded to {URL}: " in said
+    assert whole(URL) == []
+
+    server.fail(None)
+    said = run_well("train", uploading, prepare=prepare)
+    assert "all 21 steps are done; nothing to do" in said
+    assert "not uploaded" not in said
+    here = [path.name for path in (tmp_path / "up/run/checkpoints").iterdir()]
+    assert set(whole(URL)) == {name for name in here if name.startswith("step-")}
+    assert {full_name(STEPS[0]), full_name(sum(STEPS))} <= set(whole(URL))
+
+    other = settings_of(corpora, upload=URL) | {"seed": 12}
+    result = run("train", write_run_file(tmp_path / "other", other), prepare=prepare)
+    assert result.returncode == 2
+    assert f"{URL} holds the checkpoints of another run; give each run" in result.stderr
+    assert not (tmp_path / "other" / "run").exists()
+
+
+def test_a_branch_from_the_store_equals_one_from_the_run(
+    corpora: Path, tmp_path: Path, server: FaultyProxy, prepare: partial[None]
+) -> None:
+    settings = settings_of(corpora, upload=f"{URL}-base")
+    base = settings | {"phases": settings["phases"][:1]}  # type: ignore[index]
+    said = run_well("train", write_run_file(tmp_path / "base", base), prepare=prepare)
+    assert f"uploaded: {URL}-base/checkpoints/{full_name(STEPS[0])}" in said
+
+    settings = settings_of(corpora)
+    joint = settings | {"phases": settings["phases"][1:]}  # type: ignore[index]
+    local, remote = (write_run_file(tmp_path / name, joint) for name in ("local", "remote"))
+    run_well("train", local, "--from", f"{tmp_path}/base/run@pretrain")
+    source = f"{URL}-base@pretrain"
+    run_well("train", remote, "--from", source, prepare=prepare)
+    own = ("branch",)  # names the checkpoint
+    rows = [
+        [row for row in timeless(read_rows(path.parent / "run")) if row.get("event") not in own]
+        for path in (local, remote)
+    ]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) > STEPS[1]
+    origin = json.loads((tmp_path / "remote/run/origin.json").read_text())
+    assert origin["source"] == source
+
+    told = run("train", remote, "--from", f"{URL}-base@nothing", prepare=prepare)
+    assert told.returncode == 2
+    assert told.stderr.count("\n") == 1
+
+
+def test_a_signal_does_not_wait_for_uploads(
+    corpora: Path, tmp_path: Path, server: FaultyProxy, prepare: partial[None]
+) -> None:
+    url = f"{URL}-stopped"
+    file = write_run_file(tmp_path / "run", settings_of(corpora, upload=url))
+    server.fail("hang", method="PUT", part="shard-")
+    stopping = partial(stop_after, prepare, 6)
+    result = run("train", file, prepare=stopping)
+    assert result.returncode == 75, result.stderr
+    assert f"not uploaded to {url}: " in result.stdout
+    assert full_name(6) in result.stdout
+    server.released.set()
+    server.fail(None)
+
+
+def stop_after(prepare: partial[None], steps: int) -> None:
+    """Send this process SIGTERM as it ends a step."""
+    from megaphase.training.trainer import Trainer
+
+    prepare()
+    train_step = Trainer.train_step
+
+    def step(self: Trainer, *arguments: object) -> None:
+        train_step(self, *arguments)  # type: ignore[arg-type]
+        if self.state.step == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Trainer.train_step = step  # type: ignore[assignment,method-assign]
