@@ -11,7 +11,6 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.report.differences import differences
 from megaphase.report.load_run import load_run
 from megaphase.report.losses import (
@@ -33,7 +32,7 @@ from megaphase.report.runs import RunRecord
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import real_path
 from megaphase.utils.plot_style import line_colours
-from megaphase.utils.run_files import METRICS_FILE
+from megaphase.utils.run_files import CHECKPOINTS, METRICS_FILE
 
 __all__ = ["final_losses", "load_run", "summary_table", "verdicts", "write_report"]
 

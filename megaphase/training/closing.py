@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megaphase.callbacks.display import clock_time
-from megaphase.checkpoint.names import CHECKPOINTS
 from megaphase.checkpoint.state import full_name
 from megaphase.config.run import RunConfig
 from megaphase.training.evaluator import Losses
+from megaphase.utils.run_files import CHECKPOINTS
 
 # Of all tasks, those whose losses are listed; the report has the others.
 MOST_TASKS = 24

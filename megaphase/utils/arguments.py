@@ -56,7 +56,8 @@ Source = Annotated[
         "--from",
         metavar="RUN@NAME",
         help="Start from another run's checkpoint: runs/base@pretrain (the end of that phase), "
-        "@best-hi, @latest, @step-00001000, or a path; the run file then describes what follows.",
+        "@best-hi, @latest, @step-00001000, or a path; RUN may be a URL (s3://…). The run file "
+        "then describes what follows.",
     ),
 ]
 
