@@ -141,7 +141,7 @@ def suggested_model(answers: Answers) -> str:
 
 
 def _masked(answers: Answers) -> bool:
-    return any(each.manifest.kind == "translation" for each in answers.corpora)
+    return any(each.manifest.kind != "lm" for each in answers.corpora)
 
 
 def _sequence_length(model: BaseModel, corpora: Sequence[FoundCorpus], notes: list[str]) -> int:
@@ -153,7 +153,7 @@ def _sequence_length(model: BaseModel, corpora: Sequence[FoundCorpus], notes: li
     else:
         length = next(length for least, length in LENGTHS if model.parameters >= least)
     usual = length
-    # Translation pairs are packed: each is a document of a sample.
+    # Pairs and conversations are packed: each is a document of a sample.
     texts = [each for each in corpora if each.manifest.kind == "lm"] or corpora
     fewest = min(each.manifest.tokens for each in texts)
     while length > SHORTEST and length * FEWEST_SAMPLES > fewest:
