@@ -116,10 +116,10 @@ def _differences(contrasts: Sequence[Contrast], title: str) -> Table:
     table = _table(title, "Mean loss of arm minus other, nats [95 %]: below 0 the arm is better.")
     for column in ("arm", "with"):
         table.add_column(column, overflow="fold")
-    table.add_column("best\nof", justify="right")
+    table.add_column("best\nof", justify="right", overflow="fold")
     table.add_column("difference", justify="right", overflow="fold")
-    table.add_column("p", justify="right")
-    table.add_column("verdict")
+    table.add_column("p", justify="right", min_width=5)
+    table.add_column("verdict", min_width=9)
     before = ""
     for each in contrasts:
         mean = each.nats.mean

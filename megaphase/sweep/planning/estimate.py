@@ -128,9 +128,9 @@ def plan_table(plan: SweepPlan) -> Table:
     """Return the runs, steps, tokens and hours by arm."""
     title = f"{plan.sweep.output}: {len(plan.trials)} runs"
     table = Table(title=title, title_justify="left")
-    table.add_column("arm")
+    table.add_column("arm", overflow="fold")
     for column in ("settings", "runs", "first parts", "steps", "tokens"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     if plan.costs is not None:
         table.add_column("hours", justify="right")
     rows: dict[str, Counter[str]] = {trial.arm: Counter() for trial in plan.trials}

@@ -324,6 +324,32 @@ def test_terminal_tables_fit_into_80_columns(report):
         assert f"{contrast.nats.mean.mean:+.3f} [" in text
 
 
+def test_long_names_of_arms_are_folded_at_80_columns(tmp_path):
+    long = "uniform-natural-uniform-with-average"
+    arms = {
+        "static-with-a-long-name": {"kind": "static", **STATIC},
+        long: {"kind": "two-phase", **TWO_PHASE},
+    }
+    report = SweepReport.of(write_sweep(tmp_path / "sweep", arms, seeds=[1, 2]))
+    console = Console(width=80, file=io.StringIO())
+    for table in report.summary_tables():
+        console.print(table)
+    text = console.file.getvalue()
+    assert "…" not in text.replace(" … ", "")
+    assert max(map(len, text.splitlines())) <= 80
+    assert any(word in text for word in ("wins", "loses", "undecided"))
+
+
+def test_a_line_says_both_verdict_and_front(report):
+    arms = {arm.arm: arm for arm in report.view.fronts[0].arms}
+    static = report.view.fronts[0].static_hypervolume
+    for verdict, line in zip(report.view.verdicts, report.sentences(), strict=False):
+        assert line.startswith(verdict.sentence)
+        larger = "a larger" if arms[verdict.arm].hypervolume > static else "no larger"
+        volumes = f"({arms[verdict.arm].hypervolume:.4f}, static {static:.4f})"
+        assert f"has {larger} hypervolume than the static one {volumes}" in line
+
+
 def test_first_reach_by_hand():
     steps, tokens, losses = [0, 10, 20, 30], [0.0, 100.0, 200.0, 300.0], [9.0, 7.0, 5.0, 6.0]
     assert first_reach(steps, tokens, losses, 6.0) == (150.0, 15.0)  # not where it is again
