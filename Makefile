@@ -1,4 +1,4 @@
-# make demo   set everything up and run the main job on artificial languages
+# make demo   set everything up; two phases beside static mixtures on artificial languages
 # make test   set everything up, lint and run the tests
 # make test-slow   the tests that take minutes: kills by the dozen
 # make rehearse   many layouts on a GPU that does not exist: minutes, no GPU needed

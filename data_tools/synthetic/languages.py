@@ -32,7 +32,7 @@ from megaphase.data_tools.synthetic.world import (
 )
 from megaphase.utils.files import atomic_write_text, make_directory
 
-DEFAULT_LANGUAGES = {"alda": 1_500_000, "boreth": 1_500_000, "cimri": 60_000, "dovan": 60_000}
+DEFAULT_LANGUAGES = {"alda": 1_500_000, "boreth": 1_500_000, "cimri": 300_000, "dovan": 300_000}
 """Bytes of text in each language: two with much text, two with little."""
 
 _CHARACTERS = 3

@@ -64,7 +64,7 @@ def test_a_language_does_not_depend_on_the_sizes_of_the_others(
 
 
 def test_the_default_is_two_with_much_and_two_with_little_text() -> None:
-    assert list(DEFAULT_LANGUAGES.values()) == [1_500_000, 1_500_000, 60_000, 60_000]
+    assert list(DEFAULT_LANGUAGES.values()) == [1_500_000, 1_500_000, 300_000, 300_000]
 
 
 def test_no_two_of_the_first_four_languages_share_a_word(paths: dict[str, Path]) -> None:
