@@ -232,14 +232,11 @@ def front_sentence(arm: ArmFront, model: ModelFronts, result: Result) -> str:
     if against is None or volume is None or static_volume is None:
         return ""
     static, own = len(against.margins), len(against.margins_of_static)
-    larger = volume > static_volume
+    outside = own - against.dominated_by
     text = (
-        f"The whole front{_contrast_with(result, larger=larger)} has "
-        f"{'a larger' if larger else 'no larger'} hypervolume than the static one "
-        f"({volume:.4f}, static {static_volume:.4f}): "
-        f"{own - against.dominated_by} of its {own} {'point' if own == 1 else 'points'} "
-        f"{'lies' if own - against.dominated_by == 1 else 'lie'} outside the area that static "
-        f"dominates, and it dominates {against.dominated} of the {static} static "
+        f"{_size_of_front(volume, static_volume, result)}: {outside} of its {own} "
+        f"{'point' if own == 1 else 'points'} {'lies' if outside == 1 else 'lie'} outside the area "
+        f"that static dominates, and it dominates {against.dominated} of the {static} static "
         f"{'point' if static == 1 else 'points'}. "
     )
     if all(each.estimate is None for each in against.margins):
@@ -247,11 +244,20 @@ def front_sentence(arm: ArmFront, model: ModelFronts, result: Result) -> str:
     return f"{text}{_margins_sentence(against.margins)}"
 
 
-def _contrast_with(result: Result, *, larger: bool) -> str:
-    """Return words that say so if front and verdict, which is about one place of it, disagree."""
-    if larger and result != "wins":
-        return ", unlike that one comparison,"
-    return ", unlike that one comparison," if result == "wins" and not larger else ""
+def _size_of_front(volume: float, static_volume: float, result: Result) -> str:
+    """Compare hypervolumes, and say so if they and the verdict, which is about one place of the
+    front, disagree."""
+    if volume == static_volume == 0:
+        return (
+            "The whole front has no hypervolume to compare, nor has the static one, as no point of "
+            "either is better in both losses than the worst of the few static settings"
+        )
+    larger = volume > static_volume
+    unlike = ", unlike that one comparison," if larger == (result != "wins") else ""
+    return (
+        f"The whole front{unlike} has {'a larger' if larger else 'no larger'} hypervolume than the "
+        f"static one ({volume:.4f}, static {static_volume:.4f})"
+    )
 
 
 def _margins_sentence(margins: Sequence[Margin]) -> str:
