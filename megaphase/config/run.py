@@ -93,6 +93,21 @@ class RunConfig(Section):
         """The run file that this was read from."""
         return self._path
 
+    def corpus(self, task: str) -> Path:
+        """The prefix of a task's corpus.
+
+        Raises:
+            InputError: the task has a number of tokens in its place.
+        """
+        prefix = self.tasks[task].corpus
+        if prefix is None:
+            raise InputError(
+                self.where(f"tasks.{task}.tokens"),
+                "is for `megaphase plan` alone; nothing else works without text",
+                "tokenize the text, and name its corpus instead",
+            )
+        return prefix
+
     def tasks_with_role(self, role: str) -> list[str]:
         """The tasks that have this role, in the file's order."""
         return [name for name, task in self.tasks.items() if task.role == role]

@@ -66,6 +66,7 @@ def show_command(
     """
     from json import dumps
 
+    from megaphase.config.load import load_run_file
     from megaphase.distributed.dist_env import given_world_size
     from megaphase.estimate.hardware import hardware_of, planned_card
     from megaphase.estimate.memory_table import (
@@ -76,7 +77,7 @@ def show_command(
     from megaphase.estimate.step_time_table import layouts_table, speed_sentences, speed_summary
     from megaphase.plan.branch import choose_branch, recorded_branch
     from megaphase.plan.held_out_noise import held_out_warnings
-    from megaphase.plan.load_plan import open_run, phase_setups, preview_plan, stage_setups
+    from megaphase.plan.load_plan import preview_plan, setups_for_vocabulary, stage_setups
     from megaphase.plan.preview import (
         batch_sentences,
         bos_sentences,
@@ -90,23 +91,41 @@ def show_command(
         subsample_sentences,
         trained_sentences,
     )
+    from megaphase.plan.thought_experiment import (
+        is_thought_experiment,
+        thought_experiment,
+        vocab_size,
+    )
+    from megaphase.tokenizer import Tokenizer
+    from megaphase.utils.errors import InputError
 
-    config, tokenizer = open_run(run_file, overrides)
+    config = load_run_file(run_file, tuple(overrides or ()))
+    imagined = is_thought_experiment(config)
+    for option, value in (("--plot", plot), ("--from", source)):
+        if imagined and value is not None:
+            raise InputError(option, "needs corpora, and the tasks have tokens", "leave it out")
+    tokenizer = None if imagined else Tokenizer.load(config.tokenizer)
+    vocab = vocab_size(config) if tokenizer is None else tokenizer.vocab_size
     if plot is not None:
         from megaphase.plan.run_plot import check_plot_path, save_run_plot
 
         check_plot_path(plot)
     if processes is None:
         processes = given_world_size() or config.parallel.fewest_processes
-    setups, hardware = phase_setups(config, tokenizer, processes), hardware_of(config, card)
+    setups, hardware = setups_for_vocabulary(config, vocab, processes), hardware_of(config, card)
     needed = memory_summary(setups, memory or planned_card(config, card).memory_gb)
-    branch = recorded_branch(config.output) if source is None else choose_branch(config, source)
-    plan = preview_plan(config, tokenizer, branch)
-    phases, largest = stage_setups(setups, plan.spec.phases), setups[largest_phase(setups)].setup
+    branch, plan = None, None
+    if tokenizer is None:
+        summary, specs = thought_experiment(config)
+    else:
+        branch = recorded_branch(config.output) if source is None else choose_branch(config, source)
+        plan = preview_plan(config, tokenizer, branch)
+        summary, specs = plan.summary(), plan.spec.phases
+    phases, largest = stage_setups(setups, specs), setups[largest_phase(setups)].setup
     times = speed_summary(largest, hardware, phases) if hardware else None
-    if plot is not None:
+    if plot is not None and plan is not None:
         save_run_plot(plot, config, plan)
-    summary = plan.summary() | {"memory": needed, "speed": times}
+    summary |= {"memory": needed, "speed": times}
     if branch is not None:
         summary["origin"] = origin_summary(branch.origin, summary)
     if json:
@@ -118,16 +137,23 @@ def show_command(
         console.print(origin_table(summary["origin"]))
         console.print()
     console.print(plan_table(summary))
+    if plan is None or tokenizer is None:
+        sentences = ["Planned from numbers of tokens: no corpus was read, and no index built"]
+    else:
+        sentences = [
+            *bos_sentences(plan.spec.bos, tokenizer),
+            *subsample_sentences(config, summary),
+        ]
     for sentence in [
-        *bos_sentences(plan.spec.bos, tokenizer),
-        *subsample_sentences(config, summary),
+        *sentences,
         *batch_sentences(config, summary),
         *loss_weight_sentences(config),
         *stop_sentences(config),
         *trained_sentences(config),
     ]:
         console.print(sentence, markup=False, soft_wrap=True)
-    for sentence in [*plan_warnings(summary), *held_out_warnings(config, plan.spec)]:
+    noise = [] if plan is None else held_out_warnings(config, plan.spec)
+    for sentence in [*plan_warnings(summary), *noise]:
         console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
     for sentence in [*memory_sentences(needed), *speed_sentences(needed, times)]:
         console.print(sentence, markup=False, soft_wrap=True)
@@ -135,7 +161,7 @@ def show_command(
         console.print(layouts_table(needed, times, width=console.width))
     if plot is not None:
         console.print(f"Plot: {plot}", markup=False, soft_wrap=True)
-    if plan.folder.is_dir():
+    if plan is not None and plan.folder.is_dir():
         console.print(f"Index: {plan.folder}", markup=False, soft_wrap=True)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from megaphase.config.fields import (
+    Count,
     FilePath,
     FractionAbove0,
     PositiveOrZero,
@@ -17,8 +20,13 @@ from megaphase.config.fields import (
 class TaskConfig(Section):
     """A task is one training distribution: a language, or a translation pair."""
 
-    corpus: FilePath
-    """Prefix of the corpus: `data/en` for `data/en.bin`, `data/en.idx` …"""
+    corpus: FilePath | None = None
+    """Prefix of the corpus: `data/en` for `data/en.bin`, `data/en.idx` …; required, except
+    where `tokens` is given in its place."""
+    tokens: Count | None = None
+    """Tokens of a text that does not exist yet, for planning alone: `megaphase plan` then shows
+    tokens, rates, epochs, memory and time, and training refuses the run file. Where there is no
+    tokenizer either, `model.vocab` gives its size."""
     kind: Literal["lm", "translation", "chat"] = "lm"
     """`lm`: the corpus holds texts, and the loss is taken on every token. `translation`: it holds
     pairs of a source and a target, several of which fill a sample, and the loss is taken on the
@@ -48,6 +56,16 @@ class TaskConfig(Section):
     only the ratios of the tasks' weights matter. A task with weight 0 is sampled and measured, and
     trains nothing; a weight above 0 must be at least 10⁻⁶ of the largest of a task that the same
     phase samples. Losses are reported and validated without weights."""
+
+    @model_validator(mode="after")
+    def _has_text(self) -> Self:
+        if (self.corpus is None) == (self.tokens is None):
+            raise ValueError(
+                "corpus is missing; add it, or tokens to plan before there is text"
+                if self.corpus is None
+                else "give either corpus or tokens"
+            )
+        return self
 
     @property
     def attends_across_documents(self) -> bool:

@@ -43,8 +43,13 @@ def phase_setups(config: RunConfig, tokenizer: Tokenizer, processes: int) -> lis
     Raises:
         InputError: its sizes, layout or batch are not divisible as required.
     """
+    return setups_for_vocabulary(config, tokenizer.vocab_size, processes)
+
+
+def setups_for_vocabulary(config: RunConfig, vocab_size: int, processes: int) -> list[PhaseSetup]:
+    """Return the same for a tokenizer with so many tokens."""
     check_batches_beforehand(config, processes)
-    shapes = phase_shapes(config, tokenizer.vocab_size)
+    shapes = phase_shapes(config, vocab_size)
     return [
         PhaseSetup(phase.name, setup_of(config, shape, processes, "cuda", number))
         for number, (phase, shape) in enumerate(zip(config.phases, shapes, strict=True))

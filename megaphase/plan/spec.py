@@ -214,10 +214,8 @@ def _other_than(usual: float, of_tasks: dict[str, float]) -> dict[str, float]:
     return {task: value for task, value in of_tasks.items() if value != usual}
 
 
-def _phase_specs(
-    config: RunConfig, supplies: Sequence[Mapping[str, TaskSupply]]
-) -> list[PhaseSpec]:
-    """supplies: of every phase."""
+def phase_specs(config: RunConfig, supplies: Sequence[Mapping[str, TaskSupply]]) -> list[PhaseSpec]:
+    """Return what determines the plan of every phase; supplies: of every phase."""
     phases: list[PhaseSpec] = []
     tokens = 0
     for number, supply in enumerate(supplies):
@@ -306,7 +304,7 @@ def check_corpora(config: RunConfig, number: int = 0, of: int = 1) -> None:
     Raises:
         InputError: a corpus is missing, or one of its files was altered.
     """
-    prefixes = dict.fromkeys(task.corpus for task in config.tasks.values())
+    prefixes = dict.fromkeys(config.corpus(task) for task in config.tasks)
     check_files([Corpus.open(prefix) for prefix in prefixes], number, of)
 
 
@@ -341,7 +339,7 @@ def plan_spec(
         check_task(config, task, training[task], held_out[task], test.get(task))
     kinds = [_phase_kind(config, number) for number in range(len(config.phases))]
     streams = {task: TaskStream.of(stream, kinds) for task, stream in training.items()}
-    phases = _phase_specs(config, [supply(streams, kind, list(starts.values())) for kind in kinds])
+    phases = phase_specs(config, [supply(streams, kind, list(starts.values())) for kind in kinds])
     fingerprint = hash_json(
         ({"used": counts} if any(counts.values()) else {})
         | ({"segments": _as_json(segments)} if segments else {})

@@ -26,7 +26,7 @@ def open_task_corpus(config: RunConfig, task: str, tokenizer: Tokenizer) -> Corp
     Raises:
         InputError: it is missing, damaged, or of another kind or tokenizer than in the run file.
     """
-    corpus = Corpus.open(config.tasks[task].corpus)
+    corpus = Corpus.open(config.corpus(task))
     if corpus.manifest.tokenizer_hash != tokenizer.fingerprint:
         raise InputError(
             config.where(f"tasks.{task}.corpus"),

@@ -90,7 +90,7 @@ def load_sweep(path: Path) -> Sweep:
         _check_primary(f"{path}: primary", config, config.primary, [*high, *low])
     # Paths become absolute; tasks of neither group are left out.
     tasks = {
-        name: base["tasks"][name] | {"corpus": str(probe.tasks[name].corpus)}
+        name: base["tasks"][name] | {"corpus": str(probe.corpus(name))}
         for name in probe.tasks
         if name in (*high, *low)
     }

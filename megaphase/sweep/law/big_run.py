@@ -146,10 +146,10 @@ def _given_tokens(texts: Sequence[str], tasks: Sequence[str]) -> dict[str, int]:
 def _of_corpora(config: RunConfig, missing: Sequence[str]) -> dict[str, int]:
     """Return the training tokens of one epoch of the tasks' corpora."""
     for task in missing:
-        if not corpus_file(config.tasks[task].corpus, ".bin").exists():
+        if not corpus_file(config.corpus(task), ".bin").exists():
             raise InputError(
                 config.where(f"tasks.{task}.corpus"),
-                f"{config.tasks[task].corpus} does not exist yet",
+                f"{config.corpus(task)} does not exist yet",
                 f"make it, or add {EPOCH_TOKENS} {task}=N with the training tokens of an epoch",
             )
     check_corpora(config)

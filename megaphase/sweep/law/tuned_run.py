@@ -44,7 +44,7 @@ def _make_paths_absolute(data: dict[str, Any], found: Recommendation) -> None:
     config = found.big.config
     data["output"], data["tokenizer"] = str(config.output), str(config.tokenizer)
     for name, task in data["tasks"].items():
-        task["corpus"] = str(config.tasks[name].corpus)
+        task["corpus"] = str(config.corpus(name))
 
 
 def phases_of(found: Recommendation) -> list[dict[str, Any]]:
