@@ -12,6 +12,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The many short processes of the tests would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo test test-slow rehearse docs wheel soak slurm browser test-sanitize lint help-corpora clean
