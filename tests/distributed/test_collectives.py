@@ -26,6 +26,8 @@ from megaphase.model.parameters import parameter_sizes
 from megaphase.model.presets import build_shape
 from megaphase.training import engine as engine_module
 
+pytestmark = pytest.mark.slow
+
 PROCESSES = 2
 VOCAB, HIDDEN, FFN, LAYERS = 512, 256, 512, 3
 MODEL = {"hidden": HIDDEN, "ffn": FFN, "layers": LAYERS}

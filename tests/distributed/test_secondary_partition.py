@@ -61,6 +61,8 @@ from megaphase.training import engine as engine_module
 from megaphase.training.engine import Engine
 from megaphase.training.secondary_partition import secondary_group
 
+pytestmark = pytest.mark.slow
+
 PROCESSES = 4
 VOCAB = 97  # no weight of embedding and head divides evenly
 RATE = 3e-3

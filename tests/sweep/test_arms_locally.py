@@ -16,7 +16,7 @@ from test_local import running
 
 from megaphase.report.load_run import load_run
 from megaphase.sweep.directory import SweepDirectory, load_sweep_record
-from megaphase.sweep.pareto.curves import curves_of
+from megaphase.sweep.pareto.curves import read_runs
 from megaphase.sweep.pareto.report import SweepReport
 from megaphase.sweep.start import refuse_failures
 
@@ -100,7 +100,7 @@ def test_a_schedule_spans_all_phases_that_continue_it(whole: SweepDirectory) -> 
 
 
 def test_curves_go_back_to_the_first_phase(whole: SweepDirectory) -> None:
-    curves = curves_of(load_sweep_record(whole.path))
+    curves = read_runs(load_sweep_record(whole.path)).curves
     run = curves[of_arm(whole, "cascade").name]
     assert (run.steps[0], run.steps[-1], run.switches) == (0, 10, [4, 7])
     for tokens in run.tokens.values():

@@ -90,6 +90,7 @@ def test_an_ended_sweep_trains_nothing_again(undisturbed: SweepDirectory) -> Non
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_kills_change_nothing(undisturbed: SweepDirectory, corpora: Path, tmp_path: Path) -> None:
     """Killed when a run begins, pauses and ends, it makes the same decisions and files."""
     path = sweep_file(tmp_path / "sweep", corpora)

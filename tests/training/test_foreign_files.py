@@ -267,4 +267,4 @@ def test_a_run_goes_on_whatever_lies_in_its_way(tmp_path: Path) -> None:
     a_file(run_dir / "plan")
     run_well("train", path)
     assert timeless(read_rows(run_dir)) == timeless(read_rows(whole.parent / "run"))
-    assert run_well("train", path).endswith("steps are done; nothing to do\n")
+    assert "steps are done; nothing to do\n" in run_well("train", path)

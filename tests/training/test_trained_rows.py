@@ -98,7 +98,7 @@ SLOW = [
     for case in CASES
     if (case.zero in (1, 2) and (case.tied or case.tensor == 1))
     or (case.tensor == 1 and (case.zero == 0 or case.tied))
-    or (case.optimizer != "adamw" and (case.zero, case.optimizer) != (3, "muon"))
+    or case.optimizer != "adamw"
     or (case.tied and case.zero == 0)
     or case
     in (Case(1, 0, precision="bf16"), Case(1, 2, precision="bf16"), Case(2, 2, offload="cpu"))
