@@ -83,8 +83,10 @@ def _check_reading(path: InputPath, reading: Reading, whole: bool) -> None:
     if path == STDIN and not whole:
         problem = "cannot be read in parts"
         raise InputError(display_name(path), problem, "write it to a file first")
-    if reading.pair is not None and file_type_of(path, reading.stdin_kind) == "txt":
-        problem = "plain text holds no translation pairs"
+    is_structured = reading.pair is not None or reading.messages is not None
+    if is_structured and file_type_of(path, reading.stdin_kind) == "txt":
+        held = "translation pairs" if reading.messages is None else "conversations"
+        problem = f"plain text holds no {held}"
         raise InputError(display_name(path), problem, "use JSONL, Parquet or Arrow")
 
 

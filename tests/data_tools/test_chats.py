@@ -222,6 +222,18 @@ def test_altered_marks_are_found(corpus, tmp_path):
         Corpus.open(tmp_path / "chat")
 
 
+def test_plain_text_holds_no_conversations(corpus, tmp_path):
+    (tmp_path / "chats.txt").write_text("user: hello\n")
+    with pytest.raises(InputError, match="plain text holds no conversations"):
+        tokenize(
+            [tmp_path / "chats.txt"],
+            corpus[0] / "tok",
+            tmp_path / "a",
+            reading=READING,
+            workers=1,
+        )
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
