@@ -20,7 +20,7 @@ from megaphase.utils.errors import InputError
 TEMPLATE_NAME, CONFIG_NAME = "chat_template.jinja", "tokenizer_config.json"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 _ASSISTANT = "assistant"
-# Noncharacters, which no text holds: they mark what stands in a {% generation %} block.
+# Noncharacters, which no text holds: they mark the text of a {% generation %} block.
 _BEGIN, _END = "\ufdd0", "\ufdd1"
 
 Message = Mapping[str, Any]
@@ -35,7 +35,7 @@ class RenderedChat:
     """The text of a conversation.
 
     Attributes:
-        answers: [begin, end) of what the assistant says, in characters, ascending.
+        answers: [begin, end) of the assistant's answers, in characters, ascending.
     """
 
     text: str
@@ -136,7 +136,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """The block {% generation %} … {% endgeneration %}, which marks what an assistant says."""
+    """The block {% generation %} … {% endgeneration %}, which marks an answer."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
@@ -153,7 +153,7 @@ class _Generation(Extension):
 def _without_marks(marked: str) -> RenderedChat:
     text, answers = "", []
     for number, part in enumerate(marked.replace(_END, _BEGIN).split(_BEGIN)):
-        if number % 2:  # every second part stands in a block
+        if number % 2:  # every second part is the text of a block
             answers.append((len(text), len(text) + len(part)))
         text += part
     return RenderedChat(text, answers)

@@ -215,30 +215,27 @@ def _document(
     names: all of its keys, including those not read. place: computes the record's place, if
     `where` does not have it.
     """
-    if reading.messages is not None:
-        return Chat(_messages(record, reading.messages, where, names), place or (lambda: where))
     for key in reading.keys:
         if key not in record:
             there = ", ".join(map(repr, names)) or "none"
             problem = f"the key {key!r} is missing; the keys are {there}"
             raise InputError(where, problem, f"choose with {reading.key_option}")
-        if fault := _string_fault(record[key]):
+        if reading.messages is not None:
+            _check_messages(record[key], key, where)
+        elif fault := _string_fault(record[key]):
             strings = ", ".join(repr(name) for name, it in record.items() if isinstance(it, str))
             remedy = f"the keys with a string are {strings}" if strings else "no key holds a string"
             raise InputError(where, f"the key {key!r} holds {fault}", remedy)
+    if reading.messages is not None:
+        return Chat(record[reading.messages], place or (lambda: where))
     return reading.document(record)
 
 
-def _messages(record: dict[str, Any], key: str, where: str, names: Iterable[str]) -> Any:
-    """Return the messages of a record."""
-    if key not in record:
-        there = ", ".join(map(repr, names)) or "none"
-        problem = f"the key {key!r} is missing; the keys are {there}"
-        raise InputError(where, problem, "choose with --messages-key")
-    if fault := _messages_fault(record[key]):
+def _check_messages(messages: Any, key: str, where: str) -> None:
+    """Reject a value that is not a list of messages."""
+    if fault := _messages_fault(messages):
         remedy = 'write [{"role": "user", "content": "..."}, {"role": "assistant", ...}]'
         raise InputError(where, f"the key {key!r} holds {fault}", remedy)
-    return record[key]
 
 
 def _messages_fault(messages: Any) -> str | None:
