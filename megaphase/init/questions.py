@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,10 +29,10 @@ from megaphase.init.layout import GPUs
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 from megaphase.utils.names import shown
+from megaphase.utils.nvidia_smi import query_gpus
 from megaphase.utils.validation_errors import hint
 
 NONE = "none"
-DRIVER_SECONDS = 10
 MOST_GPUS, MOST_HOURS = 1 << 16, 1e6
 T = TypeVar("T")
 
@@ -242,18 +240,7 @@ def _hours(text: str) -> float:
 
 def _card_here() -> str | None:
     """Return the name of this machine's GPU in the table of cards; None if it has none."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    try:
-        asked = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=DRIVER_SECONDS,
-        )
-    except (subprocess.TimeoutExpired, OSError):
-        return None
-    found = card_of_device(next(iter(asked.stdout.splitlines()), ""))
+    found = card_of_device(next(iter(query_gpus("name")), ""))
     return next((name for name, card in CARDS.items() if card == found), None)
 
 

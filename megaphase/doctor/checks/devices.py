@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,9 +11,9 @@ from tempfile import TemporaryDirectory
 
 from megaphase.doctor.finding import Finding, Settings, fault, first_line, ok
 from megaphase.launch.slurm.node import gpu_faults
+from megaphase.utils.nvidia_smi import query_gpus
 
 DEVICE_FILES = ("nvidia0", "kfd")  # of the drivers of NVIDIA and AMD
-DRIVER_SECONDS = 15
 PROCESSES = 2  # where there are no GPUs
 ALL_REDUCE_SECONDS = 60
 GET_TORCH = "install the torch build of your CUDA version (pytorch.org/get-started), then megaphase"
@@ -59,7 +58,7 @@ def check_gpus(settings: Settings) -> Iterator[Finding]:
     if not count and not settings.gpu and not has_device_files():
         yield ok("no GPU here; on a GPU node run `megaphase doctor --gpu`")
         return
-    driver = _driver()
+    driver = next(iter(query_gpus("driver_version")), "")
     wrong = list(gpu_faults(max(1, count)))
     for each in wrong:
         yield fault(each, _gpu_remedy(driver))
@@ -88,22 +87,6 @@ def _gpu_remedy(driver: str) -> str:
         f"check nvidia-smi, CUDA_VISIBLE_DEVICES, and that driver {driver} is new enough for "
         "torch's CUDA; else leave out this node"
     )
-
-
-def _driver() -> str:
-    """Return the driver's version; empty if nothing tells it."""
-    if shutil.which("nvidia-smi") is None:
-        return ""
-    try:
-        asked = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=DRIVER_SECONDS,
-        )
-    except (subprocess.TimeoutExpired, OSError):
-        return ""
-    return "" if asked.returncode else next(iter(asked.stdout.split()), "")
 
 
 def check_all_reduce(settings: Settings) -> Iterator[Finding]:
