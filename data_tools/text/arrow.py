@@ -17,6 +17,7 @@ from megaphase.data_tools.text.rows import (
     MOST_ROWS_OF_CHUNK,
     ROWS_AT_ONCE,
     columns_to_read,
+    damage_named,
     serialized,
 )
 from megaphase.utils.errors import InputError
@@ -39,22 +40,16 @@ def arrow_chunks(
     A local file is mapped, so that what is passed over is not read. Also raises InputError if two
     columns have the same requested name.
     """
-    try:
-        with ExitStack() as resources:
-            source = _open(path, resources)
-            stream = _open_stream(path, source)
-            columns = columns_to_read(path, stream.schema, keys)
-            for piece in _pieces(stream, source, columns, chunk_bytes):
-                if end is not None and piece.begin >= end:
-                    return
-                if piece.begin >= begin and piece.end_row > start.offset:
-                    yield piece.chunk(path, stream.schema.names)
-            _check_end(path, source)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        problem = f"is truncated or damaged Arrow data ({' '.join(str(error).split())})"
-        raise InputError(path, problem, "copy or write it again") from None
+    with damage_named(path, "Arrow"), ExitStack() as resources:
+        source = _open(path, resources)
+        stream = _open_stream(path, source)
+        columns = columns_to_read(path, stream.schema, keys)
+        for piece in _pieces(stream, source, columns, chunk_bytes):
+            if end is not None and piece.begin >= end:
+                return
+            if piece.begin >= begin and piece.end_row > start.offset:
+                yield piece.chunk(path, stream.schema.names)
+        _check_end(path, source)
 
 
 def _open(path: InputPath, resources: ExitStack) -> pa.NativeFile:

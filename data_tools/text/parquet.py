@@ -15,9 +15,9 @@ from megaphase.data_tools.text.rows import (
     MOST_ROWS_OF_CHUNK,
     ROWS_AT_ONCE,
     columns_to_read,
+    damage_named,
     serialized,
 )
-from megaphase.utils.errors import InputError
 
 _READ_BUFFER_BYTES = 1 << 18
 
@@ -36,35 +36,30 @@ def parquet_chunks(
     content: a remote file, open for reading, or the path of another. Also raises InputError if two
     columns of the file have the same requested name.
     """
-    try:
+    with (
+        damage_named(path, "Parquet"),
         # Without a buffer, or with pre_buffer, pyarrow keeps a whole row group in memory.
-        with pq.ParquetFile(
+        pq.ParquetFile(
             content,
             buffer_size=_READ_BUFFER_BYTES,
             pre_buffer=False,
             page_checksum_verification=True,  # of files that have checksums
-        ) as file:
-            columns = columns_to_read(path, file.schema_arrow, keys)
-            row = disk = 0
-            for number in range(file.num_row_groups):
-                group = _RowGroup(file, number, row, disk)
-                row, disk = group.row + group.rows, group.begin + group.bytes
-                if end is not None and group.begin >= end:
+        ) as file,
+    ):
+        columns = columns_to_read(path, file.schema_arrow, keys)
+        row = disk = 0
+        for number in range(file.num_row_groups):
+            group = _RowGroup(file, number, row, disk)
+            row, disk = group.row + group.rows, group.begin + group.bytes
+            if end is not None and group.begin >= end:
+                return
+            if row <= start.offset or disk <= begin:
+                continue
+            for chunk in group.chunks(path, columns, chunk_bytes):
+                if end is not None and chunk.file_begin >= end:
                     return
-                if row <= start.offset or disk <= begin:
-                    continue
-                for chunk in group.chunks(path, columns, chunk_bytes):
-                    if end is not None and chunk.file_begin >= end:
-                        return
-                    if chunk.file_begin >= begin and chunk.end.offset > start.offset:
-                        yield chunk
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        # Errors of the operating system have an errno; pyarrow also raises its own errors as
-        # OSError. UnicodeDecodeError occurs for column names.
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        problem = f"is truncated or damaged Parquet data ({' '.join(str(error).split())})"
-        raise InputError(path, problem, "copy or write it again") from None
+                if chunk.file_begin >= begin and chunk.end.offset > start.offset:
+                    yield chunk
 
 
 class _RowGroup:

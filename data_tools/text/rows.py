@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,20 @@ from megaphase.utils.errors import InputError
 ROWS_AT_ONCE = 64
 MOST_ROWS_OF_CHUNK = 4096
 _COLUMNS_KEY = b"columns"
+
+
+@contextmanager
+def damage_named(path: InputPath, form: str) -> Iterator[None]:
+    """Turn pyarrow's errors into an InputError that names the file; form: Parquet or Arrow."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        # Errors of the operating system have an errno; pyarrow also raises its own errors as
+        # OSError. UnicodeDecodeError occurs for column names.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        problem = f"is truncated or damaged {form} data ({' '.join(str(error).split())})"
+        raise InputError(path, problem, "copy or write it again") from None
 
 
 def columns_to_read(path: InputPath, schema: pa.Schema, keys: Sequence[str]) -> list[str]:
