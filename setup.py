@@ -3,7 +3,7 @@
 import os
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 OPTIONS = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -15,6 +15,7 @@ SANITIZE = [
     "-fno-sanitize-recover=all",
 ]
 
+ParallelCompile(default=0).install()  # one compiler a core
 sanitize = bool(os.environ.get("MEGAPHASE_SANITIZE"))
 
 

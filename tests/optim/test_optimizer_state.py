@@ -75,11 +75,9 @@ CASES = ADAMW + [
 QUICK = [
     (3, "bf16", "optimizer and parameters", "adamw"),
     (3, "bf16", "some weights kept", "adamw"),
-    (3, "fp32", "all weights kept", "adamw"),
     (1, "bf16", "none", "adafactor"),
     (3, "fp32", "none", "muon"),
     (0, "fp32", "none", "adamw"),
-    (2, "fp32", "none", "adamw"),
     (3, "bf16", "none", "adamw"),
 ]
 SLOW = [case for case in CASES if case not in QUICK]

@@ -104,6 +104,7 @@ def figures(outcomes: dict[str, Outcome]) -> dict[str, dict[str, Any]]:
     return {name: outcome.model_dump(exclude={"seconds"}) for name, outcome in outcomes.items()}
 
 
+@pytest.mark.slow
 def test_killed_while_it_measures_it_ends_with_the_same_outcomes(
     undisturbed: SweepDirectory, corpora: Path, tmp_path: Path
 ) -> None:
