@@ -63,7 +63,7 @@ SLOW = {
     ("megaphase.rehearsal.process", "megaphase.rehearsal.rank"),
     # torch, DeepSpeed, Triton and the extensions, which a check finds broken
     ("megaphase.doctor.checks.kernels", "megaphase.doctor.triton_kernel"),
-    ("megaphase.doctor.checks.kernels", "megaphase.training.engine"),
+    ("megaphase.doctor.checks.kernels", "megaphase.training.deepspeed_import"),
     ("megaphase.doctor.checks.kernels", "megaphase.training.nvme"),
     ("megaphase.doctor.checks.software", "megaphase.corpus"),
     ("megaphase.doctor.checks.software", "megaphase.fault_tolerance"),

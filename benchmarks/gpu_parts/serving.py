@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_parts.catalogue import PARTS
-from megaphase.training.engine import import_deepspeed
+from megaphase.training.deepspeed_import import import_deepspeed
 from megaphase.utils.process_lifetime import end_with_parent
 
 

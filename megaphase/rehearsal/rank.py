@@ -27,7 +27,8 @@ from megaphase.plan.dataset import Batch
 from megaphase.rehearsal.fake_gpu import FakeGPU
 from megaphase.rehearsal.gathers import Gathers
 from megaphase.rehearsal.patches import join_fake_group, patch_deepspeed, patch_for
-from megaphase.training.engine import Engine, import_deepspeed
+from megaphase.training.deepspeed_import import import_deepspeed
+from megaphase.training.engine import Engine
 from megaphase.training.secondary_partition import secondary_group
 from megaphase.training.step_result import StepResult
 

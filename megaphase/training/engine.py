@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
-import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +13,6 @@ from torch import Tensor, nn
 
 from megaphase.config.run import RunConfig
 from megaphase.distributed.device_copies import to_device
-from megaphase.distributed.dist_env import local_world_size
 from megaphase.distributed.initialization import Initializer
 from megaphase.distributed.process_grid import ProcessGrid, device
 from megaphase.model.document_mask import DocumentBounds, takes_bounds
@@ -39,6 +35,7 @@ from megaphase.training.deepspeed_config import (
     largest_norm,
     parameter_dtype,
 )
+from megaphase.training.deepspeed_import import import_deepspeed, without_compiler
 from megaphase.training.determinism import choose_algorithms
 from megaphase.training.gather_order import order_of_training_kept
 from megaphase.training.gradient_sums import sum_without_copies
@@ -48,25 +45,6 @@ from megaphase.training.parameter_persistence import keep_gathered
 from megaphase.training.secondary_partition import forget_secondary_group
 from megaphase.training.step_result import StepResult, TaskLosses
 from megaphase.utils.heap import keep_freed_memory
-
-
-def import_deepspeed() -> Any:  # its classes are not typed
-    """Import DeepSpeed on the accelerator that is really there, without its chatter."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # Otherwise it asks `numactl` how many CPUs there are, in every backward pass.
-        os.environ.setdefault("LOCAL_SIZE", str(local_world_size()))
-    os.environ.setdefault("TRITON_CACHE_DIR", os.path.expanduser("~/.triton/cache"))
-    os.environ.setdefault("LOCAL_RANK", "0")  # it asks for it even in a single process
-    # DeepSpeed calls collectives by deprecated names, of which torch warns at each step.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    # Its collectives over shared memory are compiled at the first use, behind a lock file on which
-    # every later run hangs forever if that one is killed. gloo serves the CPU.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 @contextlib.contextmanager
@@ -126,7 +104,7 @@ class Engine:
             # A block's weights travel together, and its inner modules cost no bookkeeping.
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         optimizer = build_optimizer(model, config.optimizer, backends.optimizer, self._dtype)
-        with _deepspeed_silenced():
+        with _deepspeed_silenced(), without_compiler():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,

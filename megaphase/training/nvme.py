@@ -7,7 +7,7 @@ from tempfile import TemporaryFile
 
 from megaphase.config.run import RunConfig
 from megaphase.training.deepspeed_config import swap_folder
-from megaphase.training.engine import import_deepspeed
+from megaphase.training.deepspeed_import import import_deepspeed
 from megaphase.utils.errors import InputError
 from megaphase.utils.locks import exclusive_lock
 

@@ -11,7 +11,8 @@ from megaphase.config.run import RunConfig
 from megaphase.distributed.process_grid import ProcessGrid, start_process_grid
 from megaphase.model.presets import build_shape
 from megaphase.plan.dataset import Batch
-from megaphase.training.engine import Engine, import_deepspeed
+from megaphase.training.deepspeed_import import import_deepspeed
+from megaphase.training.engine import Engine
 from megaphase.utils.targets import IGNORED_TARGET
 
 TASKS = ["big", "small"]

@@ -16,15 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 _SERVER = multiprocessing.get_context("forkserver")
-# The last two import torch's compiler, which would take the first optimizer and the first ZeRO
-# engine of every process seconds, though they never use it.
+# The last one, torch's compiler, takes seconds; compiled kernels use it.
 _SERVER.set_forkserver_preload(
     [
         "megaphase.cli",
         "megaphase.training.trainer",
-        "deepspeed",
+        "warm_deepspeed",
         "torch._dynamo",
-        "deepspeed.runtime.zero.muon.muon_optimizer",
     ]
 )
 # Both are read while the server imports.

@@ -33,7 +33,8 @@ from megaphase.distributed.all_ranks import process_group
 from megaphase.distributed.control_group import ControlGroup
 from megaphase.distributed.process_grid import start_process_grid
 from megaphase.training.deepspeed_config import swap_folder
-from megaphase.training.engine import Engine, import_deepspeed
+from megaphase.training.deepspeed_import import import_deepspeed
+from megaphase.training.engine import Engine
 from megaphase.training.nvme import prepare_offload
 from megaphase.utils.errors import InputError
 

@@ -43,7 +43,7 @@ def check_optimizer(settings: Settings) -> Iterator[Finding]:
 
 def check_deepspeed(settings: Settings) -> Iterator[Finding]:
     """Import DeepSpeed; look for what its operator for NVMe needs, with `gpu` build it."""
-    from megaphase.training.engine import import_deepspeed
+    from megaphase.training.deepspeed_import import import_deepspeed
     from megaphase.training.nvme import load_async_io
 
     remedy = "install it again: pip install -c constraints.txt deepspeed"

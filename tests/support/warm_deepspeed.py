@@ -1,0 +1,5 @@
+"""Imports DeepSpeed as training does."""
+
+from megaphase.training.deepspeed_import import import_deepspeed
+
+import_deepspeed()
