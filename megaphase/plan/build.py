@@ -40,6 +40,7 @@ from megaphase.plan.rate_curves import RatePieces
 from megaphase.plan.spec import FORMAT_VERSION, PhaseSpec, PlanSpec
 from megaphase.plan.task_documents import DOCUMENTS_PER_CALL
 from megaphase.plan.task_stream import TaskStream
+from megaphase.plan.verified_file import ALTERED_FILE
 from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.files import (
     atomic_write_json,
@@ -48,7 +49,9 @@ from megaphase.utils.files import (
     with_hash,
 )
 
-_OF_AN_INDEX = re.compile(rf"{INDEX_FILE}|{STARTS_FILE}|blend-[0-9]+\.(tasks|counts)")
+_OF_AN_INDEX = re.compile(
+    rf"{INDEX_FILE}|{ALTERED_FILE}|{STARTS_FILE}|blend-[0-9]+\.(tasks|counts)"
+)
 
 # Samples per call, between which an interruption is noticed; a blend's block may be larger.
 SAMPLES_PER_CALL = 1 << 19
@@ -67,9 +70,16 @@ def plan_folder(run_dir: Path, spec: PlanSpec) -> Path:
 
 
 def ensure_built(
-    spec: PlanSpec, run_dir: Path, *, say: Say = print, progress: ReportProgress = lambda *_: None
+    spec: PlanSpec,
+    run_dir: Path,
+    *,
+    say: Say = print,
+    progress: ReportProgress = lambda *_: None,
+    whole: bool = False,
 ) -> Path:
     """Build the index unless a valid one exists; a damaged one is reported and built again.
+
+    Of a large one only header and sizes are verified here, unless `whole` is true.
 
     If several processes start at once, on any nodes, one builds and the others wait. Returns the
     index's folder. `say` is called with sentences for the user.
@@ -86,7 +96,7 @@ def ensure_built(
 
     folder = plan_folder(run_dir, spec)
     spec.store_tables(folder.parent, say, progress)
-    ensure_folder(folder, partial(damage, spec=spec), build, _OF_AN_INDEX, say)
+    ensure_folder(folder, partial(damage, spec=spec, whole=whole), build, _OF_AN_INDEX, say)
     return folder
 
 

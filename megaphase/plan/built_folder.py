@@ -1,6 +1,7 @@
 """A folder that one process builds while the others wait, and that is built again if damaged.
 
-Its `index.json` contains the hashes of all pieces of its other files.
+Its `index.json` contains the hashes of all pieces of its other files. A small folder is verified
+whole whenever it is opened, of a large one each piece when it is first read, see verified_file.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megaphase.plan.hashed_chunks import pieces_damage
+from megaphase.plan.hashed_chunks import PIECE_BYTES, pieces_damage
+from megaphase.plan.verified_file import ALTERED_FILE, VerifiedFile
 from megaphase.utils.errors import RunError
 from megaphase.utils.files import (
     make_directory,
@@ -26,6 +28,9 @@ from megaphase.utils.locks import exclusive_lock
 from megaphase.utils.set_aside import make_way_for_directory, set_aside
 
 INDEX_FILE = "index.json"
+
+# Folders up to this size are verified whole.
+SMALL_BYTES = 64 << 20
 
 Say = Callable[[str], object]
 # Removes the partial output if the build is interrupted or fails.
@@ -81,11 +86,12 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def stored_damage(
-    folder: Path, version: int, fingerprint: str, what: str, threads: int
+    folder: Path, version: int, fingerprint: str, what: str, threads: int, *, whole: bool = False
 ) -> str | None:
-    """Return why a built folder cannot be used, or None if no byte of it was altered.
+    """Return why a built folder cannot be used, or None if nothing is known against it.
 
     version, fingerprint: those that its header must have. what: `plan` or `table`, for the message.
+    whole: whether to verify every byte also of a large folder.
     """
     try:
         header = read_header(folder)
@@ -95,10 +101,32 @@ def stored_damage(
         return f"{INDEX_FILE} has been altered"
     if (header.get("format"), header.get("fingerprint")) != (version, fingerprint):
         return f"{INDEX_FILE} belongs to another {what}"
+    altered = folder / ALTERED_FILE
+    if altered.is_file():
+        return f"{altered.read_text()} has been altered"
+    whole = whole or is_verified_whole(header)
     for name, file in header["files"].items():
-        if fault := pieces_damage(folder / name, file["bytes"], file["pieces"], threads):
+        pieces = file["pieces"] if whole else []
+        if fault := pieces_damage(folder / name, file["bytes"], pieces, threads):
             return f"{name} {fault}"
     return None
+
+
+def is_verified_whole(header: dict[str, Any]) -> bool:
+    """Return whether a folder with this header is verified whole whenever it is opened: if it is
+    small, or of an earlier version, whose pieces are too large to be verified during training."""
+    files = header["files"].values()
+    largest = max((size for file in files for _, size, _ in file["pieces"]), default=0)
+    return sum(file["bytes"] for file in files) <= SMALL_BYTES or largest > PIECE_BYTES
+
+
+def open_files(folder: Path, header: dict[str, Any]) -> dict[str, VerifiedFile]:
+    """Return the files of a folder that `stored_damage` has found usable, by name."""
+    verified = is_verified_whole(header)
+    return {
+        name: VerifiedFile(folder / name, described, verified=verified)
+        for name, described in header["files"].items()
+    }
 
 
 def _remove_damaged(folder: Path, problem: str, own_files: re.Pattern[str], say: Say) -> None:

@@ -51,6 +51,14 @@ def show_command(
         bool, typer.Option("--layouts", help="Also show memory and time of other layouts.")
     ] = False,
     source: Source = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Compare every byte of a large plan that is built with its hashes; training "
+            "verifies what it reads, when it reads it.",
+        ),
+    ] = False,
     plot: Annotated[
         Path | None,
         typer.Option(help="Also draw the run's steps to this file: .png, .svg or .pdf."),
@@ -119,7 +127,7 @@ def show_command(
         summary, specs = thought_experiment(config)
     else:
         branch = recorded_branch(config.output) if source is None else choose_branch(config, source)
-        plan = preview_plan(config, tokenizer, branch)
+        plan = preview_plan(config, tokenizer, branch, whole=verify)
         summary, specs = plan.summary(), plan.spec.phases
     phases, largest = stage_setups(setups, specs), setups[largest_phase(setups)].setup
     times = speed_summary(largest, hardware, phases) if hardware else None

@@ -23,7 +23,7 @@ from megaphase.plan.document_table import (
 )
 from megaphase.plan.position import SampleKind
 from megaphase.plan.remainder import Remainder
-from megaphase.plan.stream import SAMPLE_WINDOW, Stream
+from megaphase.plan.stream import SAMPLE_WINDOW, Starts, Stream
 from megaphase.plan.task_documents import DOCUMENTS_PER_CALL
 from megaphase.utils.files import hash_json
 
@@ -113,15 +113,15 @@ class DocumentStream(Stream):
         drawn of their window, and everything after it."""
         end = min(-(-used // SAMPLE_WINDOW) * SAMPLE_WINDOW, table.samples)
         numbers = np.sort(self.numbers_in(rest, np.arange(used, end)))
-        firsts = np.append(table.positions[numbers], table.positions[end])
-        lasts = np.append(table.positions[numbers + 1], table.end)
+        firsts = table.positions.at(np.append(numbers, end))
+        lasts = np.append(table.positions.at(numbers + 1), table.end)
         left = Remainder.whole(rest.epoch, table.end).keep(
             firsts[firsts < lasts], lasts[firsts < lasts]
         )
         return left.of_table(table, rest.cuts + 1)
 
     def sample_pieces(
-        self, starts: np.ndarray, number: int, rest: Remainder | None = None
+        self, starts: Starts, number: int, rest: Remainder | None = None
     ) -> list[list[Piece]]:
         """Return the pieces of a sample, each as a fragment; see Stream."""
         table = self.table(rest)
@@ -130,7 +130,7 @@ class DocumentStream(Stream):
 
     def read(
         self,
-        starts: np.ndarray,
+        starts: Starts,
         numbers: np.ndarray,
         rows: np.ndarray,
         inputs: np.ndarray,
@@ -145,7 +145,7 @@ class DocumentStream(Stream):
 
     def read_rest(
         self,
-        starts: np.ndarray,
+        starts: Starts,
         rest: Remainder,
         numbers: np.ndarray,
         rows: np.ndarray,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megaphase.plan import _builder
+from megaphase.plan.verified_file import VerifiedArray
 
 # Parts that are packed together; memory is bounded by those of a few windows.
 PACKING_WINDOW = 1 << 18
@@ -86,16 +87,16 @@ class DocumentTable:
 
     Attributes:
         fingerprint: of everything that determines it.
-        parts: u32 or u64 [parts, 3], see above.
+        parts: u32 or u64 [parts, 3], see above; like the others verified when it is read.
         first_parts: int64 [samples + 1], the first part of each sample.
         positions: int64 [samples + 1], the position at which each sample begins.
         filled: positions of all samples that have an input, which are at most those of targets.
     """
 
     fingerprint: str
-    parts: np.ndarray
-    first_parts: np.ndarray
-    positions: np.ndarray
+    parts: VerifiedArray
+    first_parts: VerifiedArray
+    positions: VerifiedArray
     filled: int
 
     @property
@@ -106,21 +107,24 @@ class DocumentTable:
     @property
     def end(self) -> int:
         """The position after the last one."""
-        return int(self.positions[-1])
+        return int(self.positions.rows(self.samples, self.samples + 1)[0])
 
     def of_samples(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the parts of some samples, int64 [parts, 3], and how many each has."""
-        firsts, lasts = self.first_parts[numbers], self.first_parts[numbers + 1]
-        parts = [self.parts[a:b] for a, b in zip(firsts.tolist(), lasts.tolist(), strict=True)]
+        firsts, lasts = self.first_parts.at(numbers), self.first_parts.at(numbers + 1)
+        parts = [
+            self.parts.rows(a, b) for a, b in zip(firsts.tolist(), lasts.tolist(), strict=True)
+        ]
         return _concatenated(parts), lasts - firsts
 
     def between(self, first: int, last: int) -> np.ndarray:
         """Return the parts at the positions [first, last), int64 [parts, 3]."""
-        sample = np.searchsorted(self.positions, np.int64(first), side="right") - 1
-        end = np.searchsorted(self.positions, np.int64(last), side="left")
-        rows = slice(int(self.first_parts[sample]), int(self.first_parts[end]))
-        parts: np.ndarray = self.parts[rows].astype(np.int64)
-        ends = self.positions[sample] + np.cumsum(parts[:, 2])
+        positions = self.positions.whole()
+        sample = np.searchsorted(positions, np.int64(first), side="right") - 1
+        end = np.searchsorted(positions, np.int64(last), side="left")
+        rows = self.first_parts.at(np.array([sample, end])).tolist()
+        parts: np.ndarray = self.parts.rows(*rows).astype(np.int64)
+        ends = positions[sample] + np.cumsum(parts[:, 2])
         begins = ends - parts[:, 2]
         inside = (ends > first) & (begins < last)
         parts, begins, ends = parts[inside], begins[inside], ends[inside]
@@ -141,10 +145,11 @@ class DocumentTable:
 
     def chunks(self, firsts: np.ndarray, lasts: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the parts at the positions of some ranges, int64 [parts, 3]."""
+        positions = self.positions.whole()
         for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
             while first < last:
-                sample = int(np.searchsorted(self.positions, np.int64(first), side="right")) - 1
-                end = min(last, int(self.positions[min(sample + _SAMPLES_AT_ONCE, self.samples)]))
+                sample = int(np.searchsorted(positions, np.int64(first), side="right")) - 1
+                end = min(last, int(positions[min(sample + _SAMPLES_AT_ONCE, self.samples)]))
                 yield self.between(first, end)
                 first = end
 

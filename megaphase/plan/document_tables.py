@@ -27,11 +27,13 @@ from megaphase.plan.built_folder import (
     Discard,
     Say,
     ensure_folder,
+    open_files,
     read_header,
     stored_damage,
 )
 from megaphase.plan.document_table import DocumentTable, PackedSource, filled_positions
 from megaphase.plan.hashed_chunks import HashedChunkWriter
+from megaphase.plan.verified_file import ALTERED_FILE, VerifiedArray, VerifiedFile
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import (
     atomic_write_json,
@@ -44,7 +46,7 @@ _ARRAYS = ("parts", "first_parts", "positions")
 _TABLE = "documents-"
 # Pattern of the folders of stored tables.
 TABLES = f"{_TABLE}*"
-_OF_A_TABLE = re.compile("|".join([re.escape(INDEX_FILE), *_ARRAYS]))
+_OF_A_TABLE = re.compile("|".join([re.escape(INDEX_FILE), ALTERED_FILE, *_ARRAYS]))
 
 
 class DocumentTables:
@@ -54,12 +56,14 @@ class DocumentTables:
         folder: where they are stored; None: they are kept in memory.
         say: called with sentences for the user.
         progress: called while a table is built.
+        files: those of the stored tables that have been opened.
     """
 
     def __init__(self) -> None:
         self.folder: Path | None = None
         self.say: Say = lambda _: None
         self.progress: ReportProgress = lambda *_: None
+        self.files: list[VerifiedFile] = []
         self._tables: dict[str, DocumentTable] = {}
         self._counts: dict[str, int] = {}
         self._lock = RLock()
@@ -98,23 +102,15 @@ class DocumentTables:
         build = partial(_build, source, self.progress)
         ensure_folder(folder, partial(_damage, source), build, _OF_A_TABLE, self.say)
         header = read_header(folder)
-        dtypes = [source.dtype, np.int64, np.int64]
-        parts, first_parts, positions = (
-            _map(folder / name, dtype) for name, dtype in zip(_ARRAYS, dtypes, strict=True)
-        )
-        shaped = parts.reshape(-1, 3)
-        return DocumentTable(source.fingerprint, shaped, first_parts, positions, header["filled"])
+        files = open_files(folder, header)
+        self.files += files.values()
+        parts = VerifiedArray.of(files["parts"], source.dtype, 3)
+        first_parts, positions = (VerifiedArray.of(files[name], np.int64) for name in _ARRAYS[1:])
+        return DocumentTable(source.fingerprint, parts, first_parts, positions, header["filled"])
 
 
 def _damage(source: PackedSource, folder: Path) -> str | None:
     return stored_damage(folder, FORMAT_VERSION, source.fingerprint, "table", threads=2)
-
-
-def _map(path: Path, dtype: type[np.generic]) -> np.ndarray:
-    if path.stat().st_size == 0:
-        return np.empty(0, dtype)
-    # A plain view: numpy's memmap class costs microseconds at every use.
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
 def _write(
@@ -147,7 +143,9 @@ def _in_memory(source: PackedSource) -> DocumentTable:
     filled = _write(
         source, lambda name, piece: pieces.setdefault(name, []).append(piece), lambda *_: None
     )
-    parts, first_parts, positions = (np.concatenate(pieces[name]) for name in _ARRAYS)
+    parts, first_parts, positions = (
+        VerifiedArray(np.concatenate(pieces[name])) for name in _ARRAYS
+    )
     return DocumentTable(source.fingerprint, parts, first_parts, positions, filled)
 
 

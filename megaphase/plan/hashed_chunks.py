@@ -1,9 +1,8 @@
 """Write large files in pieces by several threads, with a hash for each piece.
 
-A piece has at most PIECE_BYTES bytes, so that any number of threads can verify the whole. The
-output
-is flushed to disk while it is written: the page cache does not fill up with it, and a build that is
-stopped has little left to write.
+A piece has at most PIECE_BYTES bytes, so that any number of threads can verify the whole, and a
+reader only what it reads. The output is flushed to disk while it is written: the page cache does
+not fill up with it, and a build that is stopped has little left to write.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from typing import Any
 
 from megaphase.utils.files import hash_file, new_hash, size_damage
 
-PIECE_BYTES = 64 << 20
+# As many as a window of samples has in the sample index of a corpus, see plan/stream.py.
+PIECE_BYTES = 512 << 10
 _CHUNK_BYTES = 1 << 20
 _FLUSH_BYTES = 16 << 20
 

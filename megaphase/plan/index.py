@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from megaphase.plan.built_folder import read_header, stored_damage
+from megaphase.plan.built_folder import open_files, read_header, stored_damage
 from megaphase.plan.spec import FORMAT_VERSION, PlanSpec
+from megaphase.plan.verified_file import VerifiedArray
 
 STARTS_FILE = "starts"
 START_ALIGNMENT = 16
@@ -72,43 +73,39 @@ def builder_threads() -> int:
     return min(len(os.sched_getaffinity(0)), 8)
 
 
-def damage(folder: Path, spec: PlanSpec) -> str | None:
-    """Return why the stored index cannot be used, or None if no byte of it was altered."""
-    return stored_damage(folder, FORMAT_VERSION, spec.fingerprint, "plan", builder_threads())
+def damage(folder: Path, spec: PlanSpec, *, whole: bool = False) -> str | None:
+    """Return why the stored index cannot be used, or None; `whole`: see stored_damage."""
+    threads = builder_threads()
+    return stored_damage(folder, FORMAT_VERSION, spec.fingerprint, "plan", threads, whole=whole)
 
 
 class StoredIndex:
-    """The arrays of a stored index, memory-mapped.
+    """The arrays of a stored index, memory-mapped; what is read of them is verified first.
 
     Attributes:
-            phases: the counts of every phase.
+        phases: the counts of every phase.
         blends: for every phase, the task of every sample [samples] and the turns of every task
             before each block [blocks, tasks].
         starts: for every task, the slot and offset where its samples begin [samples, 2].
+        files: all its files.
     """
 
     def __init__(self, folder: Path, spec: PlanSpec) -> None:
         header = read_header(folder)
         tasks = len(spec.streams)
+        files = open_files(folder, header)
+        self.files = list(files.values())
         self.phases = [PhaseIndex(**phase) for phase in header["phases"]]
         self.blends = [
             (
-                _map(folder / f"blend-{number}.tasks").view(task_dtype(tasks)),
-                _map(folder / f"blend-{number}.counts").view(np.int64).reshape(-1, tasks),
+                VerifiedArray.of(files[f"blend-{number}.tasks"], task_dtype(tasks)),
+                VerifiedArray.of(files[f"blend-{number}.counts"], np.int64, tasks),
             )
             for number in range(len(self.phases))
         ]
-        starts = _map(folder / STARTS_FILE)
         self.starts = [
-            starts[first : first + 2 * samples * np.dtype(stream.start_dtype).itemsize]
-            .view(stream.start_dtype)
-            .reshape(samples, 2)
+            VerifiedArray.of(files[STARTS_FILE], stream.start_dtype, 2, first, samples)
             for stream, (first, samples) in zip(
                 spec.streams.values(), header["starts"], strict=True
             )
         ]
-
-
-def _map(path: Path) -> np.ndarray:
-    # A plain view: numpy's memmap class costs microseconds at every use.
-    return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))

@@ -68,14 +68,17 @@ def stage_setups(
     return found
 
 
-def preview_plan(config: RunConfig, tokenizer: Tokenizer, branch: Branch | None = None) -> Plan:
+def preview_plan(
+    config: RunConfig, tokenizer: Tokenizer, branch: Branch | None = None, *, whole: bool = False
+) -> Plan:
     """Open the run's plan; if it is not built yet, build it and show the progress.
 
     If the output contains a run with another plan, nothing is written there: the index is built in
     a temporary folder, which is removed before the return, and a message says so.
 
     branch: where the run starts, if it is from another run's checkpoint; by default as recorded in
-    its directory.
+        its directory.
+    whole: whether to verify every byte of a plan that is built.
 
     Raises:
         InputError: the corpora are missing or damaged, the plan cannot be written, or the branch's
@@ -91,7 +94,7 @@ def preview_plan(config: RunConfig, tokenizer: Tokenizer, branch: Branch | None 
     console = new_console(stderr=True, highlight=False)
     say = partial(console.print, markup=False, soft_wrap=True)
     if plan_of_run(config.output) in (None, spec.fingerprint):
-        return build_plan(spec, config.output, console, say)
+        return build_plan(spec, config.output, console, say, whole=whole)
     say(
         f"{config.output} holds a run with another plan, which is not changed; to train with this "
         "one, choose another output"
@@ -99,15 +102,17 @@ def preview_plan(config: RunConfig, tokenizer: Tokenizer, branch: Branch | None 
     return build_temporary_plan(spec, console, say)
 
 
-def build_plan(spec: PlanSpec, run_dir: Path, console: Console, say: Say) -> Plan:
+def build_plan(
+    spec: PlanSpec, run_dir: Path, console: Console, say: Say, *, whole: bool = False
+) -> Plan:
     """Open the plan in a run directory; build it first if there is no valid one.
 
-    console: shows the progress. say: called with sentences for the user.
+    console: shows the progress. say: called with sentences for the user. whole: see ensure_built.
 
     Raises as `ensure_built` does.
     """
     with building_progress(console) as progress:
-        plan = Plan(spec, ensure_built(spec, run_dir, say=say, progress=progress))
+        plan = Plan(spec, ensure_built(spec, run_dir, say=say, progress=progress, whole=whole))
         for number in range(len(plan.phases)):
             plan.open_phase(number)
     spec.store_tables(run_dir / "plan", say)

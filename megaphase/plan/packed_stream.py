@@ -17,8 +17,9 @@ import numpy as np
 from megaphase.plan import _builder
 from megaphase.plan.document_table import Piece
 from megaphase.plan.packed_remainder import PackedRemainder
-from megaphase.plan.stream import Stream
+from megaphase.plan.stream import Starts, Stream
 from megaphase.plan.task_documents import DOCUMENTS_PER_CALL
+from megaphase.plan.verified_file import holding
 from megaphase.utils.targets import IGNORED_TARGET
 
 # Number of starts that are counted at a time, without storing them.
@@ -56,11 +57,12 @@ class PackedStream(Stream):
         return numbers % self.samples_per_epoch
 
     def sample_pieces(
-        self, starts: np.ndarray, number: int, rest: PackedRemainder | None = None
+        self, starts: Starts, number: int, rest: PackedRemainder | None = None
     ) -> list[list[Piece]]:
         """Return the pieces of a sample, as one fragment; see Stream."""
         if rest is None:
-            slot, offset = starts[number % self.samples_per_epoch].tolist()
+            row = number % self.samples_per_epoch
+            slot, offset = holding(starts, np.array([row]))[row].tolist()
             return [self.pieces(0, slot, offset)]
         start = self._starts_in(rest)[number : number + 1]
         return [self._samples.packed_pieces(rest.spans, start)]
@@ -102,7 +104,7 @@ class PackedStream(Stream):
 
     def read_rest(
         self,
-        starts: np.ndarray,
+        starts: Starts,
         rest: PackedRemainder,
         numbers: np.ndarray,
         rows: np.ndarray,

@@ -19,6 +19,7 @@ from megaphase.plan.spec import PlanSpec
 from megaphase.plan.step_rates import StepRates
 from megaphase.plan.stream_part import StreamPart
 from megaphase.plan.task_stream import TaskStream
+from megaphase.plan.verified_file import VerifiedArray, VerifiedFile
 
 # In epochs; repeating a corpus more often has little value (Muennighoff et al. 2023).
 REPEATED_TOO_OFTEN = 4.0
@@ -57,7 +58,7 @@ class PhaseStart:
         streams: Sequence[TaskStream],
         positions: Sequence[StreamPosition],
         kind: SampleKind,
-        starts: Sequence[np.ndarray],
+        starts: Sequence[VerifiedArray],
     ) -> None:
         """
         Args:
@@ -118,6 +119,12 @@ class Plan:
         self._first_ordinals = [np.array(phase.starts, np.int64) for phase in self.phases]
         self._planned: dict[int, PhaseStart] = {}
 
+    @property
+    def files(self) -> list[VerifiedFile]:
+        """The files of its index, and of the tables of packed documents that are open."""
+        tables = [file for s in self.spec.streams.values() for file in s.tables.files]
+        return [*self._index.files, *tables]
+
     def counts(self, phase: int, steps: int) -> np.ndarray:
         """Return the samples of every task in the first `steps` steps of a phase, int64 [tasks]."""
         samples = self.spec.phases[phase].batch.samples_before(steps)
@@ -125,8 +132,9 @@ class Plan:
         if not 0 <= samples <= len(order):
             raise ValueError(f"{self.phases[phase].name} has no {steps} steps")
         block = min(samples // self._block, len(counts) - 1)
-        since = order[block * self._block : samples]
-        found: np.ndarray = counts[block] + np.bincount(since, minlength=len(self.tasks))
+        since = order.rows(block * self._block, samples)
+        before = counts.rows(block, block + 1)[0]
+        found: np.ndarray = before + np.bincount(since, minlength=len(self.tasks))
         return found
 
     def rates(self, phase: int, steps: np.ndarray) -> np.ndarray:
@@ -217,8 +225,11 @@ class Plan:
         start = self.phase_start(phase, starts)
         order, counts = self._index.blends[phase]
         ordinals = np.empty(count, np.int64)
-        _builder.phase_ordinals(order, counts, self._block, first, ordinals)
-        tasks = order[first : first + count].astype(np.int64)
+        block = first // self._block
+        since = order.rows(block * self._block, first + count)
+        before = counts.rows(block, block + 1)
+        _builder.phase_ordinals(since, before, self._block, first - block * self._block, ordinals)
+        tasks = since[first - block * self._block :].astype(np.int64)
         return PlannedSamples(tasks, ordinals + start.ordinals[tasks], start)
 
     def read(

@@ -21,12 +21,16 @@ from megaphase.plan.document_table import DocumentTable, Piece, pieces_of_parts
 from megaphase.plan.position import SampleKind
 from megaphase.plan.remainder import Remainder
 from megaphase.plan.task_documents import DOCUMENTS_PER_CALL, TaskDocuments
+from megaphase.plan.verified_file import VerifiedArray, holding
 from megaphase.utils.seeds import derive_key
 from megaphase.utils.targets import IGNORED_TARGET
 
 # Samples are permuted within windows of this size, so that a run that needs a hundredth of a huge
 # epoch needs only an index of that hundredth (and at most one more window).
 SAMPLE_WINDOW = 1 << 16
+
+# The part of an index that belongs to a task, or starts that were computed just now.
+Starts = np.ndarray | VerifiedArray
 
 
 class Stream(TaskDocuments):
@@ -183,7 +187,7 @@ class Stream(TaskDocuments):
         return np.stack([rows, epochs, firsts, lasts], axis=1)
 
     def sample_pieces(
-        self, starts: np.ndarray, number: int, rest: Any | None = None
+        self, starts: Starts, number: int, rest: Any | None = None
     ) -> list[list[Piece]]:
         """Return the pieces of every fragment of a sample.
 
@@ -198,16 +202,15 @@ class Stream(TaskDocuments):
             fragments = self._fragments(rest, numbers, rows)
         return [self._pieces_of_fragment(starts, *fragment) for _, *fragment in fragments.tolist()]
 
-    def _pieces_of_fragment(
-        self, starts: np.ndarray, epoch: int, first: int, last: int
-    ) -> list[Piece]:
+    def _pieces_of_fragment(self, starts: Starts, epoch: int, first: int, last: int) -> list[Piece]:
         row, skipped = divmod(first, self._grid)
-        slot, offset = starts[epoch * -(-self.positions // self._grid) + row].tolist()
+        row += epoch * -(-self.positions // self._grid)
+        slot, offset = holding(starts, np.array([row]))[row].tolist()
         return self._samples.pieces_of_tokens(epoch, slot, offset + skipped, last - first + 1)
 
     def read(
         self,
-        starts: np.ndarray,
+        starts: Starts,
         numbers: np.ndarray,
         rows: np.ndarray,
         inputs: np.ndarray,
@@ -224,20 +227,21 @@ class Stream(TaskDocuments):
         documents:       int64 [batch, seq_len], needed if the sample's documents do not attend to
                          each other: gets the index of every input's document within its row
 
-        Tokens are verified when this process reads them for the first time.
+        Tokens and the index are verified when this process reads them for the first time.
 
         Raises:
-            InputError: they were altered, or are outside the vocabulary.
+            InputError: they were altered, or tokens are outside the vocabulary.
         """
         if self._grid != self.seq_len:
             fragments = self._whole_fragments(numbers, rows)
             self._read_fragments(starts, fragments, inputs, targets, pad_token_id, documents)
             return
+        index_rows = self.index_rows(numbers)
         self._verified(
             self._samples.read,
-            starts,
+            holding(starts, index_rows),
             self.samples_per_epoch,
-            self.index_rows(numbers),
+            index_rows,
             rows,
             inputs,
             targets,
@@ -255,7 +259,7 @@ class Stream(TaskDocuments):
 
     def read_rest(
         self,
-        starts: np.ndarray,
+        starts: Starts,
         rest: Any,
         numbers: np.ndarray,
         rows: np.ndarray,
@@ -299,17 +303,19 @@ class Stream(TaskDocuments):
 
     def _read_fragments(
         self,
-        starts: np.ndarray,
+        starts: Starts,
         fragments: np.ndarray,
         inputs: np.ndarray,
         targets: np.ndarray,
         pad_token_id: int,
         documents: np.ndarray | None,
     ) -> None:
+        starts_per_epoch = -(-self.positions // self._grid)
+        _, epochs, firsts, _ = fragments.T
         self._verified(
             self._samples.read_fragments,
-            starts,
-            -(-self.positions // self._grid),
+            holding(starts, epochs * starts_per_epoch + firsts // self._grid),
+            starts_per_epoch,
             fragments,
             inputs,
             targets,

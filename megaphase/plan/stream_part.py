@@ -9,7 +9,7 @@ import numpy as np
 
 from megaphase.plan.document_stream import DocumentStream
 from megaphase.plan.document_table import Piece
-from megaphase.plan.stream import Stream
+from megaphase.plan.stream import Starts, Stream
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StreamPart:
     First come those into which what is left of an epoch is cut, then those of whole epochs.
     """
 
-    def __init__(self, stream: Stream, rest: Any, first_ordinal: int, starts: np.ndarray) -> None:
+    def __init__(self, stream: Stream, rest: Any, first_ordinal: int, starts: Starts) -> None:
         """
         Args:
             stream: of samples of this kind.

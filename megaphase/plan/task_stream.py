@@ -18,6 +18,7 @@ from megaphase.plan.packed_stream import PackedStream
 from megaphase.plan.position import SampleKind, StreamPosition
 from megaphase.plan.stream import Stream
 from megaphase.plan.stream_part import StreamPart
+from megaphase.plan.verified_file import VerifiedArray
 
 
 class TaskStream:
@@ -76,7 +77,7 @@ class TaskStream:
             self._rests[position] = self.at(kind).rest_after(rest, samples)
         return self._rests[position]
 
-    def part(self, position: StreamPosition, kind: SampleKind, starts: np.ndarray) -> StreamPart:
+    def part(self, position: StreamPosition, kind: SampleKind, starts: VerifiedArray) -> StreamPart:
         """Return the samples of a kind from a position on; `starts`: the task's index."""
         start = position.start_of(self.kind_of(kind))
         return StreamPart(self.at(kind), self.rest(start), start.samples, starts)
@@ -165,11 +166,12 @@ class PackedTaskStream(TaskStream):
         """Return a walk through the starts of the samples of one of the lengths."""
         return self.at(self._kinds[epoch]).walk(0)
 
-    def part(self, position: StreamPosition, kind: SampleKind, starts: np.ndarray) -> StreamPart:
+    def part(self, position: StreamPosition, kind: SampleKind, starts: VerifiedArray) -> StreamPart:
         """Return the samples of a kind from a position on; `starts`: the task's index."""
         before = self._kinds[: self._kinds.index(self.kind_of(kind))]
         first = sum(self.at(each).samples_per_epoch for each in before)
-        return super().part(position, kind, starts[first : first + self.at(kind).samples_per_epoch])
+        own = starts.part(first, first + self.at(kind).samples_per_epoch)
+        return super().part(position, kind, own)
 
     def first_indexed_epoch(self, first: StreamPosition) -> int:
         """Return 0: all epochs need those that the index stores."""

@@ -22,6 +22,7 @@ from megaphase.distributed.process_grid import device, start_process_grid
 from megaphase.fault_tolerance.stop_signals import StopSignals
 from megaphase.fault_tolerance.watchdog import Watchdog
 from megaphase.model.shape import GPTShape
+from megaphase.plan.background_check import BackgroundCheck
 from megaphase.plan.batch_layout import check_remaining_batches
 from megaphase.plan.branch import choose_branch
 from megaphase.plan.preview import bos_sentences
@@ -96,6 +97,8 @@ class RunParts:
             self.store.open(branch.checkpoint)  # verified before anything is written
         self.uploader = claimed_uploader(config, spec, self.say)
         self.plan = open_plan(config, spec, branch, self.say, console)
+        unread = self.plan.files if self.grid.is_first else []
+        self.plan_check = resources.enter_context(BackgroundCheck(unread))
         on_first_rank(lambda: resources.enter_context(self.directory.sole_run()))
         if self.uploader is not None:
             self.uploader.start()

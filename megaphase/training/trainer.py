@@ -132,6 +132,7 @@ class Trainer(RunParts):
             starts=self.state.starts,
         )
         for batch in reader.steps(self.state.phase_step, self.phase_steps):
+            self.plan_check.raise_fault()
             self.train_step(batch, reader.wait_seconds)
             reason = self.validate_if_due()
             if reason is not None:

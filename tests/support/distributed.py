@@ -207,9 +207,13 @@ def launch(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     timeout: float = LAUNCH_TIMEOUT_SECONDS,
+    prepare: Callable[[], object] | None = None,
 ) -> list[CompletedProcess[str]]:
-    """Run a command as the ranks of one job; return one result per rank, whatever its exit code."""
-    with RunningRanks(argv, processes, env=env, cwd=cwd) as ranks:
+    """Run a command as the ranks of one job; return one result per rank, whatever its exit code.
+
+    prepare: see RunningRanks.
+    """
+    with RunningRanks(argv, processes, env=env, cwd=cwd, prepare=prepare) as ranks:
         return ranks.wait(timeout)
 
 

@@ -14,6 +14,7 @@ from megaphase.config.load import load_run_file
 from megaphase.corpus import Corpus
 from megaphase.corpus._checksums import block_checksums
 from megaphase.corpus.batch import checksums
+from megaphase.plan import built_folder, hashed_chunks
 from megaphase.plan.build import ensure_built
 from megaphase.plan.plan import Plan
 from megaphase.plan.spec import plan_spec
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.distributed
 
 BLOCK_TOKENS = 512
 VOCABULARY = 500
+PIECE_BYTES = 64
 
 
 def write_token(prefix: Path, position: int, token: int) -> None:
@@ -127,3 +129,33 @@ def test_ids_beyond_the_vocabulary_among_held_out_documents_end_the_run(tmp_path
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert f"cimri.bin: document {document} has the token {VOCABULARY + 7}" in result.stderr
+
+
+def treat_every_plan_as_large() -> None:
+    """Verify plans piece by piece, where pieces are small."""
+    built_folder.SMALL_BYTES = 0
+    built_folder.PIECE_BYTES = hashed_chunks.PIECE_BYTES = PIECE_BYTES
+
+
+def test_an_altered_plan_ends_the_run_on_all_ranks_and_is_built_again(tmp_path, monkeypatch):
+    corpora = make_corpora(tmp_path / "corpora")
+    run_file = write_run_file(tmp_path / "job", run_settings(corpora))
+    config = load_run_file(run_file)
+    spec = plan_spec(config, Tokenizer.load(config.tokenizer))
+    with monkeypatch.context() as patched:
+        patched.setattr(hashed_chunks, "PIECE_BYTES", PIECE_BYTES)
+        altered = ensure_built(spec, config.output) / "blend-1.tasks"
+    altered.write_bytes(altered.read_bytes()[:-1] + b"\xff")
+
+    results = launch(megaphase("train", run_file), 2, prepare=treat_every_plan_as_large)
+    assert [result.returncode for result in results] == [2, 2]
+    said = "".join(result.stderr for result in results)
+    assert said.count("\n") == 1, said
+    assert f"{altered}: was altered: the bytes 128 to 143 are not those that were written" in said
+    assert said.endswith("; start again, and it will be built again\n")
+
+    command = megaphase("train", run_file, "checkpoint.end_after=1")
+    [result] = launch(command, 1, prepare=treat_every_plan_as_large)
+    assert result.returncode == 0, result.stderr
+    again = f"{altered.parent}: {altered.name} has been altered; building the plan again"
+    assert again in result.stdout
