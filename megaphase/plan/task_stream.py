@@ -16,9 +16,9 @@ from megaphase.plan.document_stream import DocumentStream
 from megaphase.plan.mixture import TaskSupply
 from megaphase.plan.packed_stream import PackedStream
 from megaphase.plan.position import SampleKind, StreamPosition
-from megaphase.plan.stream import Stream
+from megaphase.plan.stream import Starts, Stream
 from megaphase.plan.stream_part import StreamPart
-from megaphase.plan.verified_file import VerifiedArray
+from megaphase.plan.verified_file import part
 
 
 class TaskStream:
@@ -77,7 +77,7 @@ class TaskStream:
             self._rests[position] = self.at(kind).rest_after(rest, samples)
         return self._rests[position]
 
-    def part(self, position: StreamPosition, kind: SampleKind, starts: VerifiedArray) -> StreamPart:
+    def part(self, position: StreamPosition, kind: SampleKind, starts: Starts) -> StreamPart:
         """Return the samples of a kind from a position on; `starts`: the task's index."""
         start = position.start_of(self.kind_of(kind))
         return StreamPart(self.at(kind), self.rest(start), start.samples, starts)
@@ -166,11 +166,11 @@ class PackedTaskStream(TaskStream):
         """Return a walk through the starts of the samples of one of the lengths."""
         return self.at(self._kinds[epoch]).walk(0)
 
-    def part(self, position: StreamPosition, kind: SampleKind, starts: VerifiedArray) -> StreamPart:
+    def part(self, position: StreamPosition, kind: SampleKind, starts: Starts) -> StreamPart:
         """Return the samples of a kind from a position on; `starts`: the task's index."""
         before = self._kinds[: self._kinds.index(self.kind_of(kind))]
         first = sum(self.at(each).samples_per_epoch for each in before)
-        own = starts.part(first, first + self.at(kind).samples_per_epoch)
+        own = part(starts, first, first + self.at(kind).samples_per_epoch)
         return super().part(position, kind, own)
 
     def first_indexed_epoch(self, first: StreamPosition) -> int:

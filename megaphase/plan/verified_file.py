@@ -180,6 +180,11 @@ class VerifiedArray:
         return VerifiedArray(self._array[first:last], self._file, begin)
 
 
+def part(array: np.ndarray | VerifiedArray, first: int, last: int) -> np.ndarray | VerifiedArray:
+    """Return the array of the rows [first, last)."""
+    return array[first:last] if isinstance(array, np.ndarray) else array.part(first, last)
+
+
 def holding(array: np.ndarray | VerifiedArray, rows: np.ndarray) -> np.ndarray:
     """Return an array of which the caller reads these rows, int64 [n]."""
     return array if isinstance(array, np.ndarray) else array.holding(rows)
