@@ -19,6 +19,7 @@ ORDER = (
     "config",
     "corpus",
     "tokenizer",
+    "chats",
     "ops",
     "distributed",
     "fault_tolerance",

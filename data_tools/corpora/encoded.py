@@ -8,10 +8,10 @@ from itertools import chain
 
 import numpy as np
 
+from megaphase.chats.encoder import EncodedChat
 from megaphase.corpus import DocumentBatch
 from megaphase.corpus.format import HASH_DTYPE, document_hash, token_dtype
 from megaphase.corpus.origins import UNKNOWN_SOURCE, Origins
-from megaphase.data_tools.chats.encoder import EncodedChat
 from megaphase.tokenizer import Tokenizer
 
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from megaphase.data_tools.chats.encoder import ChatEncoder, EncodedChat
-from megaphase.data_tools.chats.template import ChatError
+from megaphase.chats.encoder import ChatEncoder, EncodedChat
+from megaphase.chats.template import ChatError
 from megaphase.data_tools.corpora.encoded import EncodedDocuments, join_chats, join_documents
 from megaphase.data_tools.text import (
     Chat,

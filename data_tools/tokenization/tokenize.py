@@ -9,10 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megaphase.chats.encoder import ChatEncoder
 from megaphase.corpus import CorpusWriter, Manifest
 from megaphase.corpus.manifest import ShardOf
 from megaphase.corpus.writer import refuse_existing
-from megaphase.data_tools.chats.encoder import ChatEncoder
 from megaphase.data_tools.corpora.merge import merge, remove_corpus
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.shards import WHOLE, ShardChoice, parts_of

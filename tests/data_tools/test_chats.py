@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megaphase.chats.encoder import ChatEncoder
+from megaphase.chats.template import ChatError, ChatTemplate
 from megaphase.corpus import Corpus
 from megaphase.corpus.manifest import corpus_file
-from megaphase.data_tools.chats.encoder import ChatEncoder
-from megaphase.data_tools.chats.template import ChatError, ChatTemplate
 from megaphase.data_tools.corpora.merge import merge
 from megaphase.data_tools.corpora.split import split
 from megaphase.data_tools.corpora.verify import verify_corpus

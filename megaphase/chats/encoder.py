@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megaphase.data_tools.chats.template import ChatError, ChatTemplate, Message
+from megaphase.chats.template import ChatError, ChatTemplate, Message
 from megaphase.tokenizer import TOKENIZER_JSON_NAME, Tokenizer
 from megaphase.utils.errors import InputError
 
