@@ -39,8 +39,8 @@ public:
     // Write at most `count` parts and visit at most about `documents` documents, so that a call ends
     // soon; returns the number of parts, which may be 0 before the end.
     int64_t fill(Part* parts, int64_t count, int64_t documents) {
-        if (!documents_.choice_noted()) {
-            documents_.note_choice(documents);
+        if (!documents_.ready()) {
+            documents_.prepare(documents);
             return 0;
         }
         const int64_t last_slot = std::min(documents_.left(), documents) + documents_.slot();

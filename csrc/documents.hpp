@@ -35,6 +35,11 @@ struct Documents {
     int64_t count;
     HashRange range;
 
+    bool operator==(const Documents& other) const {
+        return lengths == other.lengths && hashes == other.hashes && count == other.count &&
+               range.first == other.range.first && range.last == other.range.last;
+    }
+
     bool is_read(int64_t document) const { return range.holds(hashes[document]); }
 
     // Documents that are not read have length 0.

@@ -19,9 +19,9 @@ public:
     explicit PackedStream(CorpusStream<Length, Token> base)
         : CorpusStream<Length, Token>(std::move(base)) {}
 
-    std::unique_ptr<StreamWalk> walk(int64_t epoch) const override {
-        return walk_of(SampleWalk<Length, PackedCut>(this->documents_, this->order(epoch),
-                                                     PackedCut(this->seq_len_)));
+    std::unique_ptr<StreamWalk> walk(int64_t epoch, const StreamWalk* like) const override {
+        return std::make_unique<StreamWalkOf<Length, PackedCut>>(
+            this->documents_, this->order(epoch), PackedCut(this->seq_len_), like);
     }
 
     void prepare(int64_t epoch, int64_t slot, int64_t offset,

@@ -26,6 +26,23 @@ public:
 
     bool begins_here() const { return next_ != kNone; }
 
+    // See EvenCut.
+    template <typename Unit>
+    int64_t fill(Start<Unit>* starts, int64_t room, const int64_t* lengths, int64_t count,
+                 int64_t slot, int64_t& visited) {
+        int64_t sample = 0;
+        while (sample < room) {
+            if (begins_here()) {
+                starts[sample++] = Start<Unit>::at(slot + visited - 1, take());
+            } else {
+                if (visited == count) break;
+                enter(lengths[visited++]);
+            }
+        }
+        return sample;
+    }
+
+private:
     void enter(int64_t length) {
         length_ = length;
         if (length_ <= room_)
@@ -42,7 +59,6 @@ public:
         return offset;
     }
 
-private:
     static constexpr int64_t kNone = -1;
 
     int64_t seq_len_;

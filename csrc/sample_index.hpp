@@ -33,32 +33,34 @@ struct Start {
 // Walks once through the samples of an epoch in order; `fill` writes the next starts.
 //
 // A Cut determines where in the documents samples begin: begins_here() returns whether one begins
-// in the rest of the current document, take() at which of its tokens, and enter(length) proceeds to
-// the next document.
+// in the rest of the current document, and fill() writes the starts in the rest of the current
+// document and in the next ones, until there are enough.
 template <typename Length, typename Cut>
 class SampleWalk {
 public:
-    SampleWalk(const Documents<Length>& documents, const KeyedPermutation& order, const Cut& cut)
-        : documents_(documents, order), cut_(cut) {}
+    // like: a walk of which the lengths are taken if it is through the same documents.
+    SampleWalk(const Documents<Length>& documents, const KeyedPermutation& order, const Cut& cut,
+               const SampleWalk* like = nullptr)
+        : documents_(documents, order, like ? like->documents_.stored_lengths() : nullptr),
+          cut_(cut) {}
 
     // Write at most `samples` starts and visit at most about `documents` documents, so that a call
     // ends soon; returns the number of starts, which may be 0 before the end.
     template <typename Unit>
     int64_t fill(Start<Unit>* starts, int64_t samples, int64_t documents) {
-        if (!documents_.choice_noted()) {
-            documents_.note_choice(documents);
+        if (!documents_.ready()) {
+            documents_.prepare(documents);
             return 0;
         }
-        const int64_t last_slot = std::min(documents_.left(), documents) + documents_.slot();
         int64_t sample = 0;
-        while (sample < samples) {
-            if (!cut_.begins_here()) {
-                if (documents_.slot() >= last_slot) break;
-                cut_.enter(documents_.next());
-                continue;
-            }
-            starts[sample++] = Start<Unit>::at(documents_.slot() - 1, cut_.take());
-        }
+        do {
+            const int64_t most = std::min(documents_.available(), documents);
+            int64_t visited = 0;
+            sample += cut_.fill(starts + sample, samples - sample, documents_.lengths(), most,
+                                documents_.slot(), visited);
+            documents_.skip(visited);
+            documents -= visited;
+        } while (sample < samples && documents > 0 && !documents_.at_end());
         return sample;
     }
 
@@ -76,15 +78,41 @@ public:
 
     bool begins_here() const { return until_next_ < length_; }
 
-    void enter(int64_t length) {
-        until_next_ -= length_;
-        length_ = length;
-    }
-
-    int64_t take() {
-        const int64_t offset = until_next_;
-        until_next_ += seq_len_;
-        return offset;
+    // Write at most `room` starts in the rest of the current document and in the next `count` ones,
+    // of which the first is in this slot. Adds the number of those entered to `visited`.
+    template <typename Unit>
+    int64_t fill(Start<Unit>* starts, int64_t room, const int64_t* lengths, int64_t count,
+                 int64_t slot, int64_t& visited) {
+        int64_t sample = 0;
+        const auto finish_document = [&](int64_t at_slot) {
+            for (; begins_here() && sample < room; until_next_ += seq_len_)
+                starts[sample++] = Start<Unit>::at(at_slot, until_next_);
+            return !begins_here();
+        };
+        if (!finish_document(slot - 1)) return sample;
+        int64_t until_next = until_next_ - length_;  // below seq_len from the next sample on
+        Start<Unit>::at(slot + count, std::max(until_next, seq_len_));
+        // No branch depends on whether a sample begins in a document, which nothing predicts.
+        for (; visited < count && sample < room; ++visited) {
+            const int64_t length = lengths[visited];
+            starts[sample] = {static_cast<Unit>(slot + visited), static_cast<Unit>(until_next)};
+            const bool begins = until_next < length;
+            sample += begins;
+            until_next += begins ? seq_len_ : 0;
+            if (until_next < length) {
+                until_next_ = until_next;
+                length_ = length;
+                if (!finish_document(slot + visited)) {
+                    ++visited;
+                    return sample;
+                }
+                until_next = until_next_;
+            }
+            until_next -= length;
+        }
+        length_ = 0;
+        until_next_ = until_next;
+        return sample;
     }
 
 private:

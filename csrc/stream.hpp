@@ -68,7 +68,8 @@ public:
     // The same documents with samples of another length.
     virtual std::unique_ptr<Stream> with_seq_len(int64_t seq_len) const = 0;
     virtual Totals totals() const = 0;
-    virtual std::unique_ptr<StreamWalk> walk(int64_t epoch) const = 0;
+    // like: an earlier walk of this stream, or null; the new one need not read the lengths again.
+    virtual std::unique_ptr<StreamWalk> walk(int64_t epoch, const StreamWalk* like) const = 0;
     // Append the pieces of the sample that begins at (slot, offset) of an epoch to `pieces`, and
     // ask the operating system to read their tokens ahead.
     virtual void prepare(int64_t epoch, int64_t slot, int64_t offset,
@@ -98,24 +99,29 @@ public:
                             const Blanks& blanks) const = 0;
 };
 
-template <typename Inner>
-std::unique_ptr<StreamWalk> walk_of(Inner inner) {
-    class Walk final : public StreamWalk {
-    public:
-        explicit Walk(Inner walk) : walk_(std::move(walk)) {}
-        int64_t fill(Start<uint32_t>* starts, int64_t samples, int64_t documents) override {
-            return walk_.fill(starts, samples, documents);
-        }
-        int64_t fill(Start<uint64_t>* starts, int64_t samples, int64_t documents) override {
-            return walk_.fill(starts, samples, documents);
-        }
-        bool at_end() const override { return walk_.at_end(); }
+template <typename Length, typename Cut>
+class StreamWalkOf final : public StreamWalk {
+public:
+    StreamWalkOf(const Documents<Length>& documents, const KeyedPermutation& order, const Cut& cut,
+                 const StreamWalk* like)
+        : walk_(documents, order, cut, inner_of(like)) {}
 
-    private:
-        Inner walk_;
-    };
-    return std::make_unique<Walk>(std::move(inner));
-}
+    int64_t fill(Start<uint32_t>* starts, int64_t samples, int64_t documents) override {
+        return walk_.fill(starts, samples, documents);
+    }
+    int64_t fill(Start<uint64_t>* starts, int64_t samples, int64_t documents) override {
+        return walk_.fill(starts, samples, documents);
+    }
+    bool at_end() const override { return walk_.at_end(); }
+
+private:
+    static const SampleWalk<Length, Cut>* inner_of(const StreamWalk* like) {
+        const auto* other = dynamic_cast<const StreamWalkOf*>(like);
+        return other ? &other->walk_ : nullptr;
+    }
+
+    SampleWalk<Length, Cut> walk_;
+};
 
 template <typename Token>
 struct TokenFile {
@@ -172,8 +178,9 @@ public:
 
     Totals totals() const override { return documents_.totals(); }
 
-    std::unique_ptr<StreamWalk> walk(int64_t epoch) const override {
-        return walk_of(SampleWalk<Length, EvenCut>(documents_, order(epoch), EvenCut(seq_len_)));
+    std::unique_ptr<StreamWalk> walk(int64_t epoch, const StreamWalk* like) const override {
+        return std::make_unique<StreamWalkOf<Length, EvenCut>>(documents_, order(epoch),
+                                                               EvenCut(seq_len_), like);
     }
 
     void prepare(int64_t epoch, int64_t slot, int64_t offset,

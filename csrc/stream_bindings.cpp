@@ -244,7 +244,8 @@ void bind_streams(py::module_& module) {
                            py::arg("inputs").noconvert(), py::arg("targets").noconvert(),
                            py::arg("filler"), py::arg("ignored"),
                            py::arg("documents").noconvert() = py::none())
-                      .def("walk", &Stream::walk, py::arg("epoch"), py::keep_alive<0, 1>())
+                      .def("walk", &Stream::walk, py::arg("epoch"), py::arg("like") = nullptr,
+                           py::keep_alive<0, 1>())
                       .def("pieces", &pieces, py::arg("epoch"), py::arg("slot"), py::arg("offset"))
                       .def("pieces_of_tokens", &pieces_of_tokens, py::arg("epoch"),
                            py::arg("slot"), py::arg("offset"), py::arg("tokens"))

@@ -301,8 +301,9 @@ def _write_starts(
     skipped = sum(sizes[:first_epoch]) * _row_bytes(stream)
     writer = HashedChunkWriter(descriptor, first_byte + skipped, pool.flusher)
     buffer = np.empty((min(SAMPLES_PER_CALL, max(sizes, default=0)), 2), stream.start_dtype)
+    walk = None
     for epoch, size in enumerate(sizes[first_epoch:], first_epoch):
-        walk = stream.walk(epoch)
+        walk = stream.walk(epoch, walk)
         while size > 0:
             filled = walk.fill(buffer[:size], DOCUMENTS_PER_CALL)
             writer.write(buffer[:filled])

@@ -44,9 +44,9 @@ class PackedStream(Stream):
         """Return the size of the one epoch that an index for the ordinals [0, ordinals) stores."""
         return [self.samples_per_epoch] if ordinals else []
 
-    def walk(self, epoch: int) -> _builder.StreamWalk:
+    def walk(self, epoch: int, like: _builder.StreamWalk | None = None) -> _builder.StreamWalk:
         """Return a walk through an epoch's samples in token order, the same for all epochs."""
-        return super().walk(0)
+        return super().walk(0, like)
 
     def in_token_order(self, ordinals: np.ndarray) -> np.ndarray:
         """Convert ordinals to sample numbers in token order, int64 [n]."""

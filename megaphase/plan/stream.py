@@ -92,9 +92,13 @@ class Stream(TaskDocuments):
         """Return the most samples of this length that do not exceed a fraction of an epoch."""
         return int(epochs * self.positions / self.seq_len)
 
-    def walk(self, epoch: int) -> _builder.StreamWalk:
-        """Return a walk through an epoch's samples in token order; `fill` writes their starts."""
-        return self._samples.walk(epoch)
+    def walk(self, epoch: int, like: _builder.StreamWalk | None = None) -> _builder.StreamWalk:
+        """Return a walk through an epoch's samples in token order; `fill` writes their starts.
+
+        like: an earlier walk through an epoch of the same documents, whose lengths it need not read
+            again.
+        """
+        return self._samples.walk(epoch, like)
 
     def first_starts(self, samples: int) -> np.ndarray:
         """Return slot and offset of epoch 0's first samples, in token order: [samples, 2]."""

@@ -131,9 +131,9 @@ class TaskStream:
         epoch: int = rest.epoch
         return epoch if stream.samples_left(rest) else epoch + 1
 
-    def walk(self, epoch: int) -> _builder.StreamWalk:
-        """Return a walk through the starts of an epoch in the index."""
-        return self._on_grid.walk(epoch)
+    def walk(self, epoch: int, like: _builder.StreamWalk | None = None) -> _builder.StreamWalk:
+        """Return a walk through the starts of an epoch in the index; like: see `Stream.walk`."""
+        return self._on_grid.walk(epoch, like)
 
     def _last_on_grid(self, position: StreamPosition) -> StreamPosition:
         """Return the last position up to this one at which samples were cut every seq_len
@@ -162,9 +162,9 @@ class PackedTaskStream(TaskStream):
         """Return the samples of an epoch for each length; nothing if no sample is used."""
         return [] if first == last else [self.at(k).samples_per_epoch for k in self._kinds]
 
-    def walk(self, epoch: int) -> _builder.StreamWalk:
+    def walk(self, epoch: int, like: _builder.StreamWalk | None = None) -> _builder.StreamWalk:
         """Return a walk through the starts of the samples of one of the lengths."""
-        return self.at(self._kinds[epoch]).walk(0)
+        return self.at(self._kinds[epoch]).walk(0, like)
 
     def part(self, position: StreamPosition, kind: SampleKind, starts: Starts) -> StreamPart:
         """Return the samples of a kind from a position on; `starts`: the task's index."""
