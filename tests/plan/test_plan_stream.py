@@ -143,8 +143,9 @@ def as_samples(inputs: np.ndarray, targets: np.ndarray) -> list[list[int]]:
         {"vocab_size": 70_000, "first_token": 66_000},
         {"longest": 3},
         {"longest": 300, "documents": 20},
+        {"longest": 5, "documents": 1100},
     ],
-    ids=["u16", "i32", "documents shorter than a sample", "longer than many samples"],
+    ids=["u16", "i32", "shorter than a sample", "longer than many samples", "many"],
 )
 def test_samples_are_those_of_the_reference(tmp_path, corpus, held_out):
     stream, reference = make_stream(tmp_path, held_out=held_out, **corpus)
@@ -160,6 +161,31 @@ def test_documents_of_several_sequences_have_64_bit_lengths(tmp_path):
     corpus = dataclasses.replace(stream.corpus, lengths=stream.corpus.lengths.astype(np.int64))
     wide = Stream("en", corpus, seed=7, seq_len=SEQ_LEN, fraction=FRACTION)
     assert read_epoch(wide, 2) == reference.in_token_order(2)
+
+
+def test_documents_whose_lengths_need_more_than_16_bits(tmp_path):
+    lengths = random_lengths(40, 30, 5)
+    lengths[3:8] = [65_534, 65_535, 65_536, 65_537, 200_000]
+    written = write_corpus(tmp_path / "en", lengths, vocab_size=500_000)
+    stream = Stream("en", Corpus.open(tmp_path / "en"), seed=7, seq_len=500, fraction=FRACTION)
+    reference = ReferenceStream("en", written, 500, FRACTION)
+    for epoch in range(2):
+        assert read_epoch(stream, epoch) == reference.in_token_order(epoch)
+
+
+def test_a_walk_like_another_is_the_same(tmp_path):
+    stream, _ = make_stream(tmp_path / "a", documents=600)
+    other, _ = make_stream(tmp_path / "b", documents=600, longest=7)
+    walks = [stream.walk(0), other.walk(0), stream.walk(3)]
+    starts = np.empty((5, 2), stream.start_dtype)
+    for walk in walks[:2]:
+        while not walk.fill(starts, 100):
+            pass
+    for like in walks:  # of this stream, of another, and of this one before it has the lengths
+        walk, found = stream.walk(1, like), []
+        while not walk.at_end:
+            found += starts[: walk.fill(starts, DOCUMENTS_PER_CALL)].tolist()
+        assert found == starts_of(stream, 1, stream.samples_per_epoch).tolist()
 
 
 @settings(max_examples=40, deadline=None)
