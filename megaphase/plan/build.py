@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-import os
+import math
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megaphase.plan import _builder
 from megaphase.plan.build_pool import BuildPool, ReportProgress
 from megaphase.plan.built_folder import INDEX_FILE, Discard, Say, ensure_folder
 from megaphase.plan.document_tables import TABLES
-from megaphase.plan.hashed_chunks import HashedChunkWriter
-from megaphase.plan.index import (
-    START_ALIGNMENT,
-    STARTS_FILE,
-    PhaseIndex,
-    block_size,
-    builder_threads,
-    damage,
-    task_dtype,
-)
-from megaphase.plan.mixture import (
-    effective_rates,
-    integer_weights,
-    pieces_means,
-    rate_pieces,
-    requested_rates,
-)
+from megaphase.plan.index import STARTS_FILE, PhaseIndex, builder_threads, damage, task_dtype
+from megaphase.plan.phase_blend import PhaseBlend
 from megaphase.plan.position import StreamPosition
-from megaphase.plan.rate_curves import RatePieces
 from megaphase.plan.spec import FORMAT_VERSION, PhaseSpec, PlanSpec
-from megaphase.plan.task_documents import DOCUMENTS_PER_CALL
-from megaphase.plan.task_stream import TaskStream
+from megaphase.plan.starts_file import StartsFile
 from megaphase.plan.verified_file import ALTERED_FILE
 from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.files import (
@@ -51,16 +32,6 @@ from megaphase.utils.files import (
 
 _OF_AN_INDEX = re.compile(
     rf"{INDEX_FILE}|{ALTERED_FILE}|{STARTS_FILE}|blend-[0-9]+\.(tasks|counts)"
-)
-
-# Samples per call, between which an interruption is noticed; a blend's block may be larger.
-SAMPLES_PER_CALL = 1 << 19
-
-Blend = (
-    _builder.DeadlineBlend
-    | _builder.RandomBlend
-    | _builder.PiecewiseDeadlineBlend
-    | _builder.PiecewiseRandomBlend
 )
 
 
@@ -146,181 +117,85 @@ def build_index(
         used = list(spec.starts)
         phases: list[PhaseIndex] = []
         files: dict[str, Any] = {}
-        for number, phase in enumerate(spec.phases):
-            phases.append(_build_blend(aside, number, phase, spec, used, pool, files))
-            counts = phases[-1].counts
-            used = [
-                at.after(stream.kind_of(phase.kind), n)
-                for stream, at, n in zip(spec.task_streams.values(), used, counts, strict=True)
-            ]
-        starts = _build_starts(aside, spec, used, pool, files)
+        starts: StartsFile | None = None
+        for group in _independent(spec.phases):
+            blends = [PhaseBlend.of(number, spec, used) for number in group]
+            if group[-1] == len(spec.phases) - 1:
+                starts = _starts_beside(aside, spec, blends, used)
+            _write(aside, blends, starts, pool, files)
+            for blend in blends:
+                phases.append(blend.index(used))
+                used = _after(spec, blend.number, used, blend.blend.counts)
+        if starts is None:
+            starts = StartsFile(aside, spec, used)
+            _write(aside, [], starts, pool, files)
         header = {
             "format": FORMAT_VERSION,
             "fingerprint": spec.fingerprint,
             "tasks": list(spec.streams),
             "phases": [phase.to_json() for phase in phases],
-            "starts": starts,
+            "starts": starts.regions,
             "files": files,
         }
         atomic_write_json(aside / INDEX_FILE, with_hash(header))
 
 
-def _build_blend(
+def _independent(phases: Sequence[PhaseSpec]) -> list[list[int]]:
+    """Divide the phases into groups whose blends depend on earlier groups alone: what `max_epochs`
+    leaves is known only when all samples before it are counted."""
+    groups: list[list[int]] = []
+    for number, phase in enumerate(phases):
+        if number == 0 or phase.mixture.max_epochs is not None:
+            groups.append([])
+        groups[-1].append(number)
+    return groups
+
+
+def _starts_beside(
+    folder: Path, spec: PlanSpec, blends: Sequence[PhaseBlend], used: list[StreamPosition]
+) -> StartsFile | None:
+    """Return the file of starts that can be written at the same time as the last blends, because
+    each task's number of samples is at most its expected number, rounded up. None if nothing bounds
+    it like that: where the order is random, or samples change their length."""
+    if not spec.has_one_kind or any(blend.phase.order == "random" for blend in blends):
+        return None
+    for blend in blends:
+        most = [math.ceil(turns) for turns in blend.turns]
+        used = _after(spec, blend.number, used, most)
+    return StartsFile(folder, spec, used)
+
+
+def _after(
+    spec: PlanSpec, number: int, used: Sequence[StreamPosition], counts: Sequence[int]
+) -> list[StreamPosition]:
+    """Return where the streams are after the samples of a phase."""
+    kind = spec.phases[number].kind
+    return [
+        at.after(stream.kind_of(kind), n)
+        for stream, at, n in zip(spec.task_streams.values(), used, counts, strict=True)
+    ]
+
+
+def _write(
     folder: Path,
-    number: int,
-    phase: PhaseSpec,
-    spec: PlanSpec,
-    used: list[StreamPosition],
+    blends: Sequence[PhaseBlend],
+    starts: StartsFile | None,
     pool: BuildPool,
     files: dict[str, Any],
-) -> PhaseIndex:
-    names = list(spec.streams)
-    samples = phase.samples
-    supply = spec.supply(number, used)
-    requested = requested_rates(phase.mixture, supply)
-    pieces = None
-    if phase.mixture.changes:
-        pieces = rate_pieces(phase.mixture, supply, samples, phase.where)
-        rates = pieces_means(pieces, names)
-        blend = make_piecewise_blend(phase, pieces)
-    else:
-        rates = effective_rates(phase.mixture, supply, samples, phase.where)
-        blend = make_blend(phase, [rates[task] for task in names], samples)
-    write = partial(_write_blend, folder, number, blend, samples, len(names), pool)
-    [written] = pool.run(f"blend of {phase.name}", samples, [write])
-    files |= written
-    return PhaseIndex(
-        phase.name,
-        phase.steps,
-        samples,
-        [float(requested[task]) for task in names],
-        [float(rates[task]) for task in names],
-        [at.samples for at in used],
-        list(blend.counts),
-        None if pieces is None else pieces.requested.tolist(),
-        None if pieces is None else pieces.ends.tolist(),
-    )
-
-
-def make_blend(phase: PhaseSpec, rates: list[Any], samples: int) -> Blend:
-    """Return the order of a phase's samples, at its beginning."""
-    weights = integer_weights(rates, samples, _builder.LARGEST_TOTAL_WEIGHT)
-    if phase.order == "random":
-        return _builder.RandomBlend(weights, phase.order_key)
-    return _builder.DeadlineBlend(weights)
-
-
-def make_piecewise_blend(phase: PhaseSpec, pieces: RatePieces) -> Blend:
-    """Return the order of a phase's samples, at its beginning, where rates change within it."""
-    if phase.order == "random":
-        return _builder.PiecewiseRandomBlend(pieces.bounds, pieces.weights, phase.order_key)
-    return _builder.PiecewiseDeadlineBlend(pieces.bounds, pieces.weights)
-
-
-def _write_blend(
-    folder: Path, number: int, blend: Blend, samples: int, tasks: int, pool: BuildPool
-) -> dict[str, Any]:
-    block = block_size(tasks)
-    stride = max(SAMPLES_PER_CALL // block, 1) * block
-    order = np.empty(min(stride, samples), task_dtype(tasks))
-    counts = np.empty((-(-len(order) // block), tasks), np.int64)
-    order_name, counts_name = f"blend-{number}.tasks", f"blend-{number}.counts"
-    with (
-        open(folder / order_name, "wb", buffering=0) as order_file,
-        open(folder / counts_name, "wb", buffering=0) as counts_file,
-    ):
-        order_writer = HashedChunkWriter(order_file.fileno(), 0, pool.flusher)
-        counts_writer = HashedChunkWriter(counts_file.fileno(), 0, pool.flusher)
-        for first in range(0, samples, stride):
-            part = order[: min(stride, samples - first)]
-            rows = counts[: -(-len(part) // block)]
-            blend.fill(part, rows, block)
-            order_writer.write(part)
-            counts_writer.write(rows)
-            pool.advance(len(part))
-        return {
-            order_name: _described(order_writer.finish()),
-            counts_name: _described(counts_writer.finish()),
-        }
-
-
-def _build_starts(
-    folder: Path,
-    spec: PlanSpec,
-    used: list[StreamPosition],
-    pool: BuildPool,
-    files: dict[str, Any],
-) -> list[list[int]]:
-    """Write where the samples of all tasks begin; return [first byte, samples] of every task.
-
-    The epochs that an earlier run has used up are holes in the file.
-    """
-    streams = list(spec.task_streams.values())
-    sizes = [
-        stream.index_sizes(first, last)
-        for stream, first, last in zip(streams, spec.starts, used, strict=True)
-    ]
-    samples = [sum(each) for each in sizes]
-    epochs = [
-        stream.first_indexed_epoch(first)
-        for stream, first in zip(streams, spec.starts, strict=True)
-    ]
-    to_write = [sum(each[epoch:]) for each, epoch in zip(sizes, epochs, strict=True)]
-    lengths = [_aligned(n * _row_bytes(stream)) for stream, n in zip(streams, samples, strict=True)]
-    first_bytes = list(accumulate(lengths, initial=0))
-    with open(folder / STARTS_FILE, "wb", buffering=0) as file:
-        os.ftruncate(file.fileno(), first_bytes[-1])
-        jobs = {
-            task: partial(
-                _write_starts,
-                stream,
-                sizes[task],
-                epochs[task],
-                file.fileno(),
-                first_bytes[task],
-                pool,
-            )
-            for task, stream in enumerate(streams)
-        }
-        # The longest first, so that no thread is left with a long one at the end.
-        longest_first = sorted(jobs, key=lambda task: -to_write[task])
-        written = pool.run("sample index", sum(to_write), [jobs[task] for task in longest_first])
-    pieces = sorted(piece for each in written for piece in each)
-    files[STARTS_FILE] = {"bytes": first_bytes[-1], "pieces": pieces}
-    return [[first, n] for first, n in zip(first_bytes, samples, strict=False)]
-
-
-def _write_starts(
-    stream: TaskStream,
-    sizes: list[int],
-    first_epoch: int,
-    descriptor: int,
-    first_byte: int,
-    pool: BuildPool,
-) -> list[list[Any]]:
-    skipped = sum(sizes[:first_epoch]) * _row_bytes(stream)
-    writer = HashedChunkWriter(descriptor, first_byte + skipped, pool.flusher)
-    buffer = np.empty((min(SAMPLES_PER_CALL, max(sizes, default=0)), 2), stream.start_dtype)
-    walk = None
-    for epoch, size in enumerate(sizes[first_epoch:], first_epoch):
-        walk = stream.walk(epoch, walk)
-        while size > 0:
-            filled = walk.fill(buffer[:size], DOCUMENTS_PER_CALL)
-            writer.write(buffer[:filled])
-            pool.advance(filled)
-            size -= filled
-            if size > 0 and walk.at_end:
-                raise InputError(stream.prefix, "changed while the plan was built", "start again")
-    return writer.finish()
-
-
-def _row_bytes(stream: TaskStream) -> int:
-    return 2 * np.dtype(stream.start_dtype).itemsize
-
-
-def _aligned(size: int) -> int:
-    return -(-size // START_ALIGNMENT) * START_ALIGNMENT
-
-
-def _described(pieces: list[list[Any]]) -> dict[str, Any]:
-    return {"bytes": sum(size for _, size, _ in pieces), "pieces": pieces}
+) -> None:
+    """Write blends and, if given, the starts of all samples; adds them to `files`."""
+    names = ", ".join(blend.phase.name for blend in blends)
+    what = [f"blend of {names}"] if blends else []
+    total = sum(blend.phase.samples for blend in blends)
+    jobs: list[Callable[[], Any]] = [partial(blend.write, folder, pool) for blend in blends]
+    with ExitStack() as stack:
+        if starts is not None:
+            what.append("sample index")
+            total += starts.rows
+            # After the blends, each of which takes one thread long.
+            jobs += stack.enter_context(starts.jobs(pool))
+        results = pool.run(" and ".join(what), total, jobs)
+    for written in results[: len(blends)]:
+        files |= written
+    if starts is not None:
+        files[STARTS_FILE] = starts.described(results[len(blends) :])

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from data_support import LIMIT_SECONDS, wait_until
 from plan_support import (
+    PLAN_PHASES,
     TOKENIZER_HASH,
     Documents,
     contents,
@@ -94,6 +95,8 @@ def test_a_damaged_index_is_named_and_built_again(run, name, harm, said):
     assert ensure_built(spec, config.output, say=pytest.fail) == folder
 
 
+WHOLE = "blend of one, two and sample index"
+
 # Without plan_support, which imports torch: that takes seconds in every process.
 BUILD = """
 import time
@@ -151,9 +154,14 @@ def output_of(process: subprocess.Popen) -> list[str]:
     return out.splitlines()
 
 
-@pytest.mark.parametrize("stop_at", ["blend of one", "sample index"])
-def test_a_build_that_is_killed_leaves_nothing_that_counts(run, stop_at):
-    config, _ = run
+@pytest.mark.parametrize(
+    ("order", "stop_at"),
+    [("balanced", WHOLE), ("random", "blend of one, two"), ("random", "sample index")],
+)
+def test_a_build_that_is_killed_leaves_nothing_that_counts(run, tmp_path, order, stop_at):
+    _, written = run
+    phases = [PLAN_PHASES[0], PLAN_PHASES[1] | {"order": order}]
+    config = write_run(tmp_path, list(written), phases=phases)
     spec = spec_of(config)
     with in_another_process(config, stop_at) as process:
         assert first_line(process) == f"at {stop_at}"
@@ -167,9 +175,9 @@ def test_a_build_that_is_killed_leaves_nothing_that_counts(run, stop_at):
 
 def test_of_several_processes_one_builds_and_the_others_wait(run):
     config, _ = run
-    builder = in_another_process(config, "blend of one")
-    assert first_line(builder) == "at blend of one"
-    waiters = [in_another_process(config, "blend of one") for _ in range(3)]
+    builder = in_another_process(config, WHOLE)
+    assert first_line(builder) == f"at {WHOLE}"
+    waiters = [in_another_process(config, WHOLE) for _ in range(3)]
     folder = plan_folder(config.output, spec_of(config))
     for waiter in waiters:
         told = f"{folder}: another process is building this plan; waiting for it"
@@ -184,8 +192,8 @@ def test_of_several_processes_one_builds_and_the_others_wait(run):
 
 def test_a_process_that_waits_goes_on_when_the_builder_is_killed(run):
     config, _ = run
-    with in_another_process(config, "blend of two") as builder:
-        assert first_line(builder) == "at blend of two"
+    with in_another_process(config, WHOLE) as builder:
+        assert first_line(builder) == f"at {WHOLE}"
         waiter = in_another_process(config)
         assert "waiting for it" in first_line(waiter)
         builder.kill()
@@ -221,7 +229,7 @@ def test_a_build_that_fails_leaves_nothing(run):
     spec = spec_of(config)
 
     def fail(what: str, done: int, of: int) -> None:
-        if what == "sample index":
+        if what == WHOLE:
             raise OSError(28, "No space left on device")
 
     with pytest.raises(RunError, match=r"could not be written \(No space left on device\)"):
@@ -273,8 +281,8 @@ def test_ctrl_c_ends_the_command_and_leaves_nothing(tmp_path):
     write_corpus(tmp_path / "en", random_lengths(400, 30, 1))
     config = write_run(tmp_path, ["en"], phases=[phase("one", 30_000_000, {"rates": {"en": 1}})])
     release_file(config).touch()
-    with in_another_process(config, "blend of one") as process:
-        assert first_line(process) == "at blend of one"
+    with in_another_process(config, "blend of one and sample index") as process:
+        assert first_line(process) == "at blend of one and sample index"
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=LIMIT_SECONDS)
     assert "KeyboardInterrupt" in error
@@ -282,21 +290,43 @@ def test_ctrl_c_ends_the_command_and_leaves_nothing(tmp_path):
     wait_until(lambda: not config.output.exists())
 
 
-def test_the_number_of_threads_changes_no_byte(run, tmp_path):
-    config, _ = run
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"order": "random"}, {"mixture": {"temperature": 3.3, "max_epochs": 3}}],
+    ids=["at once", "random", "after the phase before"],
+)
+def test_the_number_of_threads_changes_no_byte(run, tmp_path, changes):
+    _, written = run
+    phases = [PLAN_PHASES[0], PLAN_PHASES[1] | changes]
+    config = write_run(tmp_path, list(written), phases=phases)
     for threads in (1, 2, 7):
         build_index(spec_of(config), tmp_path / str(threads), lambda *_: None, threads)
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "7")
 
 
-def test_progress_is_told_to_the_end(run, tmp_path):
-    config, _ = run
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, ["blend of one, two and sample index"]),
+        ({"order": "random"}, ["blend of one, two", "sample index"]),
+        (
+            {"mixture": {"temperature": 3.3, "max_epochs": 3}},
+            ["blend of one", "blend of two and sample index"],
+        ),
+    ],
+    ids=["at once", "random", "after the phase before"],
+)
+def test_progress_is_told_to_the_end(run, tmp_path, changes, names):
+    _, written = run
+    phases = [PLAN_PHASES[0], PLAN_PHASES[1] | changes]
+    config = write_run(tmp_path, list(written), phases=phases)
     told = []
     build_index(spec_of(config), tmp_path / "index", lambda *news: told.append(news))
     assert all(done <= of for _, done, of in told)
     finished = {what: of for what, done, of in told if done == of}
-    assert list(finished) == ["blend of one", "blend of two", "sample index"]
-    assert [finished["blend of one"], finished["blend of two"]] == [48, 32]
+    assert list(finished) == names
+    rows = sum(n for _, n in json.loads((tmp_path / "index/index.json").read_text())["starts"])
+    assert sum(finished.values()) == 48 + 32 + rows
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch):

@@ -26,7 +26,6 @@ from pydantic import ValidationError
 
 from megaphase.config.load import load_run_file
 from megaphase.plan import rate_curves
-from megaphase.plan.build import make_piecewise_blend
 from megaphase.plan.mixture import (
     MixtureConfig,
     TaskSupply,
@@ -35,6 +34,7 @@ from megaphase.plan.mixture import (
     requested_at,
     requested_rates,
 )
+from megaphase.plan.phase_blend import make_piecewise_blend
 from megaphase.plan.preview import plan_table
 from megaphase.plan.rate_curves import RatePieces, resolution
 from megaphase.utils.errors import InputError
