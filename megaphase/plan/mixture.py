@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
@@ -29,6 +29,7 @@ from megaphase.plan.rate_curves import (
     averages,
     capped,
     integer_pieces,
+    log_shares,
     mean_rates,
     normalised,
     piece_bounds,
@@ -175,8 +176,21 @@ def requested_rates(mixture: MixtureConfig, supply: Mapping[str, TaskSupply]) ->
         exponent = 0.0 if mixture.unimax else 1 / (mixture.temperature or 1.0)
         most = max(supply[task].tokens for task in over)
         weights = {task: Fraction((supply[task].tokens / most) ** exponent) for task in over}
-    total = sum(weights.values())
-    return {task: weights.get(task, Fraction(0)) / total for task in supply}
+    integers = _in_proportion(weights.values())
+    found = dict(zip(weights, integers, strict=True))
+    total = sum(integers)
+    return {task: Fraction(found.get(task, 0), total) for task in supply}
+
+
+def _in_proportion(values: Iterable[Fraction]) -> list[int]:
+    """Return the integers in proportion to the values, over their common denominator: with many
+    tasks their sums take a hundredth of the time that those of fractions do."""
+    values = list(values)
+    common = 1
+    for value in values:
+        if common % value.denominator:
+            common = math.lcm(common, value.denominator)
+    return [value.numerator * (common // value.denominator) for value in values]
 
 
 def _constant(rates: Mapping[str, float | RateCurve]) -> dict[str, float]:
@@ -199,7 +213,8 @@ def requested_at(mixture: MixtureConfig, supply: Mapping[str, TaskSupply]) -> Ra
     if isinstance(mixture.temperature, TemperatureCurve):
         curve, over = mixture.temperature, set(mixture.over or supply)
         tokens = [each.tokens if task in over else 0 for task, each in supply.items()]
-        return lambda fractions: temperature_rates(tokens, along(curve, fractions))
+        logarithms = log_shares(tokens)
+        return lambda fractions: temperature_rates(logarithms, along(curve, fractions))
     assert mixture.rates is not None
     rates = [mixture.rates.get(task, 0.0) for task in supply]
     start, end = (np.array(each) for each in ends(rates))
@@ -267,34 +282,41 @@ def _check_demand(
 
 
 def effective_rates(
-    mixture: MixtureConfig, supply: Mapping[str, TaskSupply], samples: int, where: str
+    mixture: MixtureConfig,
+    supply: Mapping[str, TaskSupply],
+    samples: int,
+    where: str,
+    requested: Rates | None = None,
 ) -> Rates:
     """Return the rates over `samples` samples when `max_epochs` caps repetition over the whole run.
 
     The samples that capped tasks lose go to the others in proportion to their requested rates,
     until no task exceeds its cap. Of rates that change, the means over the phase are returned.
 
+    requested: the requested rates, if they are known already.
+
     Raises:
         InputError: every task is capped, and together they have too few samples for the phase.
     """
     if mixture.changes:
         return pieces_means(rate_pieces(mixture, supply, samples, where), list(supply))
-    requested = requested_rates(mixture, supply)
+    requested = requested or requested_rates(mixture, supply)
     if mixture.max_epochs is None:
         return requested
-    room = {task: each.room(mixture.max_epochs) for task, each in supply.items()}
-    shares = {task: rate * samples for task, rate in requested.items() if rate > 0}
-    _check_demand(mixture, {task: room[task] for task in shares}, samples, where)
+    weights = dict(zip(requested, _in_proportion(requested.values()), strict=True))
+    free = [task for task, weight in weights.items() if weight > 0]
+    room = {task: supply[task].room(mixture.max_epochs) for task in free}
+    _check_demand(mixture, room, samples, where)
     limited: dict[str, int] = {}
-    while over := [task for task in shares if task not in limited and shares[task] > room[task]]:
+    left, weight = samples, sum(weights.values())
+    while over := [task for task in free if weights[task] * left > room[task] * weight]:
         limited |= {task: room[task] for task in over}
-        free = [task for task in shares if task not in limited]
-        left = samples - sum(limited.values())
-        weight = sum((requested[task] for task in free), Fraction(0))
-        for task in free:
-            shares[task] = left * requested[task] / weight
-    final = shares | {task: Fraction(n) for task, n in limited.items()}
-    return {task: final.get(task, Fraction(0)) / samples for task in supply}
+        left -= sum(room[task] for task in over)
+        weight -= sum(weights[task] for task in over)
+        free = [task for task in free if task not in limited]
+    final = {task: Fraction(n, samples) for task, n in limited.items()}
+    final |= {task: Fraction(weights[task] * left, weight * samples) for task in free}
+    return {task: final.get(task, Fraction(0)) for task in supply}
 
 
 def pieces_means(pieces: RatePieces, tasks: list[str]) -> Rates:
@@ -317,10 +339,20 @@ def integer_weights(rates: list[Fraction], samples: int, largest_total: int) -> 
     if denominator is not None:
         return [int(rate * denominator) for rate in rates]
     total = largest_total // samples * samples
-    exact = [rate * total for rate in rates]
-    weights = [int(value) for value in exact]
-    by_remainder = sorted(range(len(rates)), key=lambda i: (weights[i] - exact[i], i))
-    for i in by_remainder[: total - sum(weights)]:
+    weights, remainders = [], []
+    for rate in rates:
+        weight, remainder = divmod(rate.numerator * total, rate.denominator)
+        weights.append(weight)
+        remainders.append(remainder)
+    # Two different fractions differ by at least 1 / the product of their denominators, so that this
+    # many binary digits order them.
+    digits = 2 * max(rate.denominator for rate in rates).bit_length()
+    first_digits = [
+        (remainder << digits) // rate.denominator
+        for remainder, rate in zip(remainders, rates, strict=True)
+    ]
+    largest_first = sorted(range(len(rates)), key=lambda i: -first_digits[i])
+    for i in largest_first[: total - sum(weights)]:
         weights[i] += 1
     return weights
 

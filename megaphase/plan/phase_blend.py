@@ -74,7 +74,7 @@ class PhaseBlend:
             blend = make_piecewise_blend(phase, pieces)
         else:
             pieces = None
-            rates = effective_rates(phase.mixture, supply, samples, phase.where)
+            rates = effective_rates(phase.mixture, supply, samples, phase.where, requested)
             in_order = [rates[task] for task in names]
             weights = integer_weights(in_order, samples, _builder.LARGEST_TOTAL_WEIGHT)
             total = sum(weights)

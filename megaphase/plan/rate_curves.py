@@ -74,14 +74,19 @@ def along(curve: Curve, fractions: np.ndarray) -> np.ndarray:
     return values
 
 
-def temperature_rates(tokens: list[int], temperatures: np.ndarray) -> np.ndarray:
-    """Return rates in proportion to tokens^(1/T), float64 [points, tasks]; those of tasks without
-    tokens are 0.
+def log_shares(tokens: list[int]) -> np.ndarray:
+    """Return the logarithms of the tokens as fractions of the largest number, float64 [tasks]; that
+    of no tokens is -infinity."""
+    most = max(tokens)
+    return np.array([math.log(each / most) if each else -np.inf for each in tokens])
 
+
+def temperature_rates(logarithms: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
+    """Return rates in proportion to tokens^(1/T), float64 [points, tasks].
+
+    logarithms:   see `log_shares`
     temperatures: float64 [points]
     """
-    most = max(tokens)
-    logarithms = np.array([math.log(each / most) if each else -np.inf for each in tokens])
     return normalised(_exp(logarithms / temperatures[:, np.newaxis]))
 
 
