@@ -1,15 +1,17 @@
 """Reshape and export a large checkpoint, compared with `cp` of the same bytes, in one run.
 
 Random weights and moments, as tensor 2 × data 4 with ZeRO-3 writes them. Every side starts without
-the files in the page cache and ends when everything is on disk. Lower bound: a conversion reads its
-input twice, once to verify it, and writes the result once.
+the files in the page cache and ends when everything is on disk; the sides take turns. The floor:
+two threads that read and write the same bytes past the page cache, without looking at them.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
@@ -30,17 +33,24 @@ from megaphase.data_tools.tokenizers.train import train_tokenizer
 from megaphase.model.parameters import parameter_count, parameter_layouts
 from megaphase.model.presets import PRESETS
 from megaphase.model.shape import GPTShape
+from megaphase.utils.plot_style import plot_style
 
 BEFORE, AFTER = Layout(2, 4, 3), Layout(4, 2, 1)
 
 POLL_SECONDS = 0.02
+SIDES = ("reshape", "to-hf of weights", "to-hf of everything")
+CONVERT = (sys.executable, "-m", "megaphase", "convert")
+LAYOUT = ("--tensor", AFTER.tensor, "--data", AFTER.data, "--zero", AFTER.zero)
+GROWTH = ((4, 256), (4, 512), (8, 512), (8, 1024), (16, 1024), (24, 1024))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One side: seconds until everything is on disk, and the process's largest resident memory."""
+    """One side: seconds until everything is on disk, the process's seconds on a core, and its
+    largest resident memory."""
 
     seconds: float
+    core_seconds: float
     peak_bytes: int
 
 
@@ -59,15 +69,20 @@ class RandomWeights:
 def main() -> None:
     """Make a checkpoint, then copy, reshape and export it, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="gpt-1.3b", choices=PRESETS)
+    parser.add_argument("--preset", default="gpt-350m", choices=PRESETS)
     parser.add_argument("--vocab", type=int, default=50_304)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--folder", type=Path, help="on the disk to be measured")
+    parser.add_argument("--growth", type=Path, metavar="PNG", help="draw seconds over sizes alone")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="convert-", dir=arguments.folder))
     try:
-        _measure(_shape(arguments.preset, arguments.vocab), arguments, folder)
+        if arguments.growth is not None:
+            _draw_growth(arguments, folder)
+        else:
+            _measure(_shape(arguments.preset, arguments.vocab), arguments, folder)
     finally:
         shutil.rmtree(folder)
 
@@ -82,44 +97,77 @@ def _measure(shape: GPTShape, arguments: argparse.Namespace, folder: Path) -> No
     texts = write_languages(folder / "text", seed=1, languages={"alda": 100_000})
     train_tokenizer({name: [path] for name, path in texts.items()}, tokenizer, vocab_size=500)
     _write(shape, whole)
-    layout = ["--tensor", AFTER.tensor, "--data", AFTER.data, "--zero", AFTER.zero]
-    convert = [sys.executable, "-m", "megaphase", "convert"]
     workers = ["--workers", arguments.workers]
-    only = [*convert, "reshape", whole, "--weights-only", *layout, "--out", weights]
+    only = [*CONVERT, "reshape", whole, "--weights-only", *LAYOUT, "--out", weights]
     _run([*only, *workers], whole, None)
     out = folder / "out"
     to_hf = ["--dtype", "fp32", "--tokenizer", tokenizer, "--out", out]
-    sides = {
-        "reshape": (whole, [*convert, "reshape", whole, *layout, "--out", out, *workers]),
-        "to-hf of weights": (weights, [*convert, "to-hf", weights, *to_hf, *workers]),
-        "to-hf of everything": (whole, [*convert, "to-hf", whole, *to_hf, *workers]),
-    }
+    commands = (
+        (whole, [*CONVERT, "reshape", whole, *LAYOUT, "--out", out, *workers]),
+        (weights, [*CONVERT, "to-hf", weights, *to_hf, *workers]),
+        (whole, [*CONVERT, "to-hf", whole, *to_hf, *workers]),
+    )
     largest = 4 * max(layout.numel for layout in parameter_layouts(shape, 1).values())
     idle = _run([sys.executable, "-c", "import megaphase.convert.reshape"], weights, None)
     print(
         f"{parameter_count(shape) / 1e9:.2f} billion parameters, largest {largest / 1e6:,.0f} MB, "
-        f"imports alone {idle.peak_bytes / 1e6:,.0f} MB; {arguments.rounds} rounds, best of each"
+        f"imports alone {idle.peak_bytes / 1e6:,.0f} MB, {idle.core_seconds:.1f} core-seconds"
     )
-    for name, (source, command) in sides.items():
-        rounds = [
-            (_run(["cp", "-r", source, out], source, out), _run(command, source, out))
-            for _ in range(arguments.rounds)
+    for name, (source, command) in zip(SIDES, commands, strict=True):
+        if name in arguments.sides:
+            rows = [_round(source, command, out) for _ in range(arguments.pairs)]
+            _show(name, _bytes(source), rows)
+
+
+def _round(source: Path, command: Sequence[object], out: Path) -> tuple[Measured, ...]:
+    """Measure the floor, cp and a conversion one after the other."""
+    copy = [sys.executable, Path(__file__).with_name("direct_copy.py"), source, out]
+    return tuple(_run(each, source, out) for each in (copy, ["cp", "-r", source, out], command))
+
+
+def _show(name: str, size: int, rows: Sequence[tuple[Measured, ...]]) -> None:
+    """Print the medians of all sides, and those of the ratios with their ranges."""
+    print(f"{name}, {size / 1e9:.2f} GB, {len(rows)} pairs:")
+    for side, column in zip(("floor", "cp", "megaphase"), zip(*rows, strict=True), strict=True):
+        speeds = [size / each.seconds / 1e9 for each in column]
+        ratios = [row[1].seconds / each.seconds for row, each in zip(rows, column, strict=True)]
+        core = statistics.median(each.core_seconds for each in column) / size * 1e9
+        print(
+            f"  {side:10} {statistics.median(speeds):5.2f} GB/s ({min(speeds):.2f} to "
+            f"{max(speeds):.2f})  ratio to cp {statistics.median(ratios):5.2f} ({min(ratios):.2f} "
+            f"to {max(ratios):.2f})  core-seconds/GB {core:5.2f}  peak memory "
+            f"{max(each.peak_bytes for each in column) / 1e6:,.0f} MB",
+            flush=True,
+        )
+
+
+def _draw_growth(arguments: argparse.Namespace, folder: Path) -> None:
+    """Draw the seconds of cp and reshape over checkpoints of growing size."""
+    rows = []
+    for layers, hidden in GROWTH:
+        shape = GPTShape(
+            vocab=8192, seq_len=2048, layers=layers, hidden=hidden, heads=8, kv_heads=8,
+            ffn=4 * hidden,
+        )  # fmt: skip
+        source, out = folder / "source", folder / "out"
+        _write(shape, source)
+        command = [*CONVERT, "reshape", source, *LAYOUT, "--out", out]
+        pairs = [_round(source, command, out) for _ in range(arguments.pairs)]
+        medians = [
+            statistics.median(each.seconds for each in column)
+            for column in zip(*pairs, strict=True)
         ]
-        _show(name, source, rounds)
-
-
-def _show(name: str, source: Path, rounds: Sequence[tuple[Measured, Measured]]) -> None:
-    size = _bytes(source)
-    cp = min(copied.seconds for copied, _ in rounds)
-    megaphase = min(converted.seconds for _, converted in rounds)
-    ratios = [copied.seconds / converted.seconds for copied, converted in rounds]
-    peak = max(converted.peak_bytes for _, converted in rounds)
-    print(
-        f"{name:20} {size / 1e9:6.2f} GB  cp {size / cp / 1e9:5.2f} GB/s  megaphase "
-        f"{size / megaphase / 1e9:5.2f} GB/s  ratio {cp / megaphase:.2f} ({min(ratios):.2f} to "
-        f"{max(ratios):.2f})  peak memory {peak / 1e6:,.0f} MB",
-        flush=True,
-    )
+        rows.append((_bytes(source), *medians))
+        print(f"{rows[-1][0] / 1e9:6.3f} GB  " + "  ".join(f"{m:6.2f} s" for m in medians))
+        shutil.rmtree(source)
+    sizes, *sides = zip(*rows, strict=True)
+    with plot_style():
+        figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+        for name, seconds in zip(("disk alone", "cp", "reshape"), sides, strict=True):
+            axes.plot([size / 1e9 for size in sizes], seconds, marker="o", label=name)
+        axes.set(xscale="log", yscale="log", xlabel="checkpoint, GB", ylabel="seconds")
+        axes.legend(frameon=False)
+        figure.savefig(arguments.growth, dpi=150)
 
 
 def _write(shape: GPTShape, folder: Path) -> None:
@@ -135,6 +183,7 @@ def _run(command: Sequence[object], source: Path, out: Path | None) -> Measured:
     for path in source.rglob("*"):
         if path.is_file():
             _forget(path)
+    used = _children_seconds()
     began = time.perf_counter()
     process = subprocess.Popen([str(each) for each in command], stdout=subprocess.DEVNULL)
     peak = 0
@@ -147,7 +196,12 @@ def _run(command: Sequence[object], source: Path, out: Path | None) -> Measured:
     seconds = time.perf_counter() - began
     if out is not None:
         shutil.rmtree(out)
-    return Measured(seconds, peak)
+    return Measured(seconds, _children_seconds() - used, peak)
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _peak_bytes(process: int) -> int:

@@ -6,6 +6,7 @@ at once.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -29,6 +30,7 @@ def main() -> None:
         # The exit code is decided, and Python's own shutdown takes a while.
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        gc.freeze()  # or all objects of all packages are looked through once more
 
 
 def _end_at_once(number: int, _frame: object) -> None:

@@ -18,7 +18,7 @@ by ZeRO), stored for each kind as a tensor `KIND/NAME`. `parameters.json` record
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -29,6 +29,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from megaphase.checkpoint.hashed_reading import HashedReading, Place, in_file_order
 from megaphase.checkpoint.state import AVERAGE, COLUMNS, ROWS
 from megaphase.checkpoint.tensor_file import TensorFile
 from megaphase.distributed.sharding import ParameterLayout
@@ -232,6 +233,47 @@ class StoredParameters:
 
     def whole(self, name: str, kind: str) -> Tensor:
         """Return a whole parameter without padding, in its own shape; every byte is read once."""
+        hashing = [
+            (reading, tensor)
+            for file, tensor in self._tensors_of(name, kind)
+            if (reading := self._open(file).hashing) is not None
+        ]
+        try:
+            return self._whole(name, kind)
+        except BaseException:
+            for reading, _ in hashing:
+                reading.give_up()
+            raise
+        finally:
+            for reading, tensor in hashing:
+                reading.done(tensor)
+
+    def places_in(self, order: Sequence[tuple[str, str]]) -> dict[str, list[Place]]:
+        """Return by file the tensors that `whole` reads for names and kinds in this order, as far
+        as they follow each other in the file."""
+        found: dict[str, list[Place]] = {file: [] for file in self.shards}
+        for turn, (name, kind) in enumerate(order):
+            if name in self.layouts and kind in self.kinds_by_name[name]:
+                for file, tensor in self._tensors_of(name, kind):
+                    found[file].append(self._open(file).place(tensor, turn))
+        return {file: in_file_order(places) for file, places in found.items()}
+
+    def hash_by(self, readings: Mapping[str, HashedReading]) -> None:
+        """Let these compute the hashes of the files by whose names they are given, while `whole`
+        reads them."""
+        for file in self.shards:
+            self._open(file).hashing = readings.get(file)
+
+    def _tensors_of(self, name: str, kind: str) -> Iterator[tuple[str, str]]:
+        """Yield file and name of each tensor of a parameter's kind."""
+        factor = factor_layout(kind, self.layouts[name]) is not None
+        stored = tensor_name(self._weight if kind == WEIGHT else kind, name)
+        for rank in range(1 if self.layouts[name].dim is None or factor else self.tensor_size):
+            for piece, file in self._pieces[name, rank]:
+                if not factor or has_factors(rank, piece):
+                    yield file, stored
+
+    def _whole(self, name: str, kind: str) -> Tensor:
         layout, size = self.layouts[name], self.tensor_size
         factor = factor_layout(kind, layout)
         if factor is not None:

@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megaphase.checkpoint.hashed_file import Bytes, CachedFile, DirectFile, HashedFile
+from megaphase.checkpoint.hashed_reading import HashedReading, Place
 from megaphase.utils.errors import InputError
-from megaphase.utils.files import new_hash, write_all
 
 _CHUNK_BYTES = 1 << 20
-_FLUSH_BYTES = 1 << 26
+_LEAST_DIRECT_BYTES = 1 << 24
 _ALIGNMENT = 8
 _METADATA = "__metadata__"
 _LONGEST_HEADER = 100_000_000
@@ -55,57 +57,36 @@ class TensorKind:
         return self.numel * self.dtype.itemsize
 
 
-class WriteBehind:
-    """Makes Linux start writing a file's pages to disk while the file grows.
-
-    Otherwise most of it would still be in memory when it is flushed at the end.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._begun = descriptor, 0
-
-    def reached(self, size: int) -> None:
-        """Start writing the pages of a file that now has `size` bytes; does not wait."""
-        length = size - self._begun
-        if length >= _FLUSH_BYTES:
-            os.posix_fadvise(self._descriptor, self._begun, length, os.POSIX_FADV_DONTNEED)
-            self._begun = size
-
-
 class TensorWriter:
     """Writes the tensors of a file in the announced order, in parts of any size."""
 
     def __init__(
-        self, path: Path, kinds: Mapping[str, TensorKind], metadata: Mapping[str, str] | None = None
+        self,
+        path: Path,
+        kinds: Mapping[str, TensorKind],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        direct: bool = False,
     ) -> None:
+        """direct: write past the page cache, unless the file is small."""
         self._left = sum(kind.nbytes for kind in kinds.values())
-        self._digest, self._size = new_hash(), 0
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115
-        self._to_disk = WriteBehind(self._file.fileno())
-        self._write(memoryview(header_bytes(kinds, metadata)))
+        past_cache = direct and self._left >= _LEAST_DIRECT_BYTES
+        self._file: HashedFile = DirectFile(path) if past_cache else CachedFile(path)
+        self._file.write(np.frombuffer(header_bytes(kinds, metadata), np.uint8))
 
     def write(self, part: Tensor) -> None:
         """Write the next elements: contiguous, on the CPU, of the announced dtype."""
         self._left -= part.nbytes
-        for chunk in memory_chunks(part):
-            self._write(chunk)
+        self._file.write(_memory(part))
 
     def close(self) -> dict[str, Any]:
         """Flush the file to disk and return its manifest entry, `bytes` and `hash`."""
         assert self._left == 0, "not all announced tensors were written"
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return {"bytes": self._size, "hash": self._digest.hexdigest()}
+        return self._file.close()
 
     def abandon(self) -> None:
         """Close the file without completing it."""
-        self._file.close()
-
-    def _write(self, chunk: memoryview) -> None:
-        write_all(self._file.fileno(), chunk)
-        self._digest.update(chunk)
-        self._size += len(chunk)
-        self._to_disk.reached(self._size)
+        self._file.abandon()
 
 
 def write_tensors(
@@ -136,7 +117,10 @@ class TensorFile:
     Attributes:
         kinds: dtype and shape of every tensor in it.
         metadata: the strings that its writer stored with them.
+        hashing: reads the tensors that are read in the order of the file, if it is set.
     """
+
+    hashing: HashedReading | None = None
 
     def __init__(self, path: Path) -> None:
         """
@@ -174,12 +158,20 @@ class TensorFile:
         assert kind.dtype == out.dtype, f"{name} is {kind.dtype}"
         assert start + out.numel() <= kind.numel, f"{name} has {kind.numel} elements"
         offset = self._begin + self._offsets[name] + start * kind.dtype.itemsize
+        if self.hashing is not None and self.hashing.wait_for(name, offset):
+            self.hashing.read_into(_memory(out))
+            return
         for chunk in memory_chunks(out):
             while chunk:
                 got = os.preadv(self._file.fileno(), [chunk], offset)
                 if got == 0:
                     raise InputError(self.path, "is truncated", "use another checkpoint")
                 offset, chunk = offset + got, chunk[got:]
+
+    def place(self, name: str, turn: int) -> Place:
+        """Return where a tensor is in the file."""
+        begin = self._begin + self._offsets[name]
+        return Place(name, begin, begin + self.kinds[name].nbytes, turn)
 
     def read(self, name: str) -> Tensor:
         """Return a whole tensor."""
@@ -233,8 +225,11 @@ def _kind_of(described: Mapping[str, Any]) -> TensorKind:
 
 def memory_chunks(tensor: Tensor) -> Iterator[memoryview]:
     """Yield the memory of a contiguous CPU tensor in chunks."""
-    assert tensor.is_contiguous()
-    as_bytes = tensor.detach().reshape(-1).view(torch.uint8)
-    flat = memoryview(as_bytes.numpy())  # type: ignore[arg-type]
+    flat = memoryview(_memory(tensor))  # type: ignore[arg-type]
     for first in range(0, len(flat), _CHUNK_BYTES):
         yield flat[first : first + _CHUNK_BYTES]
+
+
+def _memory(tensor: Tensor) -> Bytes:
+    assert tensor.is_contiguous()
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()

@@ -19,7 +19,7 @@ from megaphase.convert.output import new_folder
 from megaphase.convert.source import Source, open_source, state_of_weights
 from megaphase.convert.source_tokenizer import shared_tokenizer
 from megaphase.convert.verification import verified_meanwhile
-from megaphase.convert.weights import Weights, fp32_bytes
+from megaphase.convert.weights import Weights, fp32_bytes, in_model_order
 from megaphase.distributed.sharding import ParameterLayout
 from megaphase.utils.errors import InputError
 
@@ -87,14 +87,17 @@ def average(
     weights = MeanOfWeights([source.weights for source in sources], shares)
     needed, tokenizer = fp32_bytes(newest.shape), shared_tokenizer(sources)
     first, *others = sources
+    order = in_model_order(weights, (WEIGHT,))
     with (
         new_folder(out, needed) as folder,
         verified_meanwhile(
-            first, needed, others=others, workers=workers, console=console
+            first, needed, order=order, others=others, workers=workers, console=console
         ) as advance,
     ):
         form = portable_form(newest.shape)
-        write_checkpoint(folder, weights, (WEIGHT,), form, state, workers=workers, advance=advance)
+        write_checkpoint(
+            folder, weights, (WEIGHT,), form, state, order=order, workers=workers, advance=advance
+        )
         if tokenizer is not None:
             (folder / TOKENIZER_FOLDER).mkdir()
             copy_tokenizer(tokenizer.path, folder / TOKENIZER_FOLDER)

@@ -22,7 +22,6 @@ from megaphase.checkpoint.parameters import (
     factor_layout,
     has_factors,
     index_json,
-    kinds_of,
     shard_file,
     tensor_name,
 )
@@ -31,7 +30,7 @@ from megaphase.checkpoint.store import complete
 from megaphase.checkpoint.tensor_file import TensorKind
 from megaphase.convert.partition import Layout, shards_of
 from megaphase.convert.tensor_files import TensorFiles
-from megaphase.convert.weights import Weights, read_each
+from megaphase.convert.weights import Weights, in_model_order, read_each
 from megaphase.distributed.sharding import ParameterLayout
 from megaphase.model.parameters import parameter_layouts, parameter_specs
 from megaphase.model.shape import GPTShape
@@ -57,21 +56,30 @@ class Form:
     flat: bool
     facts: Mapping[str, Any]
 
-    def contents(self, file: str, kinds: Kinds) -> dict[str, TensorKind]:
-        """Return every tensor of a file, in the order in which parameters are read."""
-        shard, found = self.shards[file], {}
-        for name in self.layouts:
-            for kind in kinds_of(kinds, name) if name in shard.pieces else ():
-                piece = shard.pieces[name]
-                factor = factor_layout(kind, self.layouts[name])
+    def contents(self, order: Sequence[tuple[str, str]]) -> dict[str, dict[str, TensorKind]]:
+        """Return the tensors of every file; order: names and kinds as they are read."""
+        found: dict[str, dict[str, TensorKind]] = {file: {} for file in self.shards}
+        files = self.files_by_name()
+        for name, kind in order:
+            factor = factor_layout(kind, self.layouts[name])
+            for file, rank, piece in files[name]:
                 if factor is None:
                     shape = self._shape(name, piece)
-                elif has_factors(shard.tensor_rank, piece):
+                elif has_factors(rank, piece):
                     shape = factor.shape
                 else:
                     continue
-                found[tensor_name(kind, name)] = TensorKind(torch.float32, shape)
+                found[file][tensor_name(kind, name)] = TensorKind(torch.float32, shape)
         return found
+
+    def files_by_name(self) -> dict[str, list[tuple[str, int, Piece]]]:
+        """Return for each parameter the files that hold a piece of it, their tensor-parallel ranks
+        and the pieces."""
+        files: dict[str, list[tuple[str, int, Piece]]] = {name: [] for name in self.layouts}
+        for file, shard in self.shards.items():
+            for name, piece in shard.pieces.items():
+                files[name].append((file, shard.tensor_rank, piece))
+        return files
 
     def _shape(self, name: str, piece: Piece) -> tuple[int, ...]:
         return (piece.stop - piece.start,) if self.flat else self.layouts[name].shape
@@ -102,6 +110,7 @@ def write_checkpoint(
     form: Form,
     state: Mapping[str, Any],
     *,
+    order: Sequence[tuple[str, str]] | None = None,
     workers: int,
     advance: Callable[[int], object] = lambda count: None,
 ) -> None:
@@ -109,15 +118,13 @@ def write_checkpoint(
 
     Args:
         kinds: the kinds of tensors to write, of those that exist.
+        order: all names and kinds in the order in which they are read, and follow each other in
+            the files; the model's by default.
         state: the content of state.json without the layout.
         advance: called with the number of bytes written since the last call.
     """
-    contents = {file: form.contents(file, kinds) for file in form.shards}
-    files = TensorFiles(folder, contents)
-    places: dict[str, list[tuple[str, int, Piece]]] = {name: [] for name in form.layouts}
-    for file, shard in form.shards.items():
-        for name, piece in shard.pieces.items():
-            places[name].append((file, shard.tensor_rank, piece))
+    wanted = in_model_order(weights, kinds) if order is None else order
+    files, places = TensorFiles(folder, form.contents(wanted)), form.files_by_name()
 
     def write(name: str, kind: str, whole: Tensor) -> None:
         if factor_layout(kind, form.layouts[name]) is not None:
@@ -138,7 +145,7 @@ def write_checkpoint(
 
     with ThreadPoolExecutor(workers, thread_name_prefix="writer") as writers:
         try:
-            read_each(weights, kinds, write, workers=workers)
+            read_each(weights, wanted, write, workers=workers)
         finally:
             files.close()
     index = index_json(form.tensor, kinds, form.layouts, form.shards)

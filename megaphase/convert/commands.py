@@ -19,8 +19,10 @@ convert_app = typer.Typer(
 @convert_app.callback()
 def _convert() -> None:
     from megaphase.utils.heap import prepare_for_large_tensors
+    from megaphase.utils.open_files import allow_many_open_files
 
     prepare_for_large_tensors()
+    allow_many_open_files()
 
 
 Out = Annotated[
@@ -65,9 +67,13 @@ def reshape_command(
 
     Example: megaphase convert reshape runs/a@pretrain --tensor 4 --data 8 --out reshaped/
     """
-    from megaphase.convert.partition import Layout
-    from megaphase.convert.reshape import reshape
-    from megaphase.utils.errors import InputError
+    from megaphase.convert.reading_ahead import reading_ahead
+    from megaphase.utils.quick_imports import quick_imports
+
+    with reading_ahead(checkpoint), quick_imports():
+        from megaphase.convert.partition import Layout
+        from megaphase.convert.reshape import reshape
+        from megaphase.utils.errors import InputError
 
     if portable == (tensor is not None or data is not None or zero is not None):
         problem = (
@@ -177,7 +183,11 @@ def to_hf_command(
 
     Example: megaphase convert to-hf runs/a@joint --out hf/
     """
-    from megaphase.convert.hugging_face.to_hf import to_hf
+    from megaphase.convert.reading_ahead import reading_ahead
+    from megaphase.utils.quick_imports import quick_imports
+
+    with reading_ahead(checkpoint), quick_imports():
+        from megaphase.convert.hugging_face.to_hf import to_hf
 
     written = to_hf(
         checkpoint,

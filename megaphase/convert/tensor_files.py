@@ -57,4 +57,5 @@ class TensorFiles:
             writer.abandon()
 
     def _open(self, file: str) -> TensorWriter:
-        return TensorWriter(self._folder / file, self._contents[file], self._metadata)
+        contents = self._contents[file]
+        return TensorWriter(self._folder / file, contents, self._metadata, direct=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -55,19 +55,23 @@ class WithZeroBiases:
         return torch.zeros(self.layouts[name].shape)
 
 
+def in_model_order(weights: Weights, kinds: Kinds) -> list[tuple[str, str]]:
+    """Return all names and kinds, in the order of the model's parameters."""
+    return [(name, kind) for name in weights.layouts for kind in kinds_of(kinds, name)]
+
+
 def read_each(
     weights: Weights,
-    kinds: Kinds,
+    wanted: Sequence[tuple[str, str]],
     take: Callable[[str, str, Tensor], object],
     *,
     workers: int,
 ) -> None:
-    """Call take(name, kind, whole parameter) for every parameter and kind, in the model's order.
+    """Call take(name, kind, whole parameter) for names and kinds, in this order.
 
     Several are read at a time. The parameters that are read but not yet processed take together no
     more memory than the largest parameter (or a few megabytes).
     """
-    wanted = [(name, kind) for name in weights.layouts for kind in kinds_of(kinds, name)]
     sizes = {name: FP32_BYTES * layout.numel for name, layout in weights.layouts.items()}
     allowed = max(*sizes.values(), _ALWAYS_ALLOWED)
     reading: deque[Future[Tensor]] = deque()

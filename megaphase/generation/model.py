@@ -11,7 +11,7 @@ from torch import Tensor
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.convert.source import Source
 from megaphase.convert.verification import verified_meanwhile
-from megaphase.convert.weights import read_each
+from megaphase.convert.weights import in_model_order, read_each
 from megaphase.distributed.initialization import Uninitialized
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.distributed.sharding import layout_of
@@ -44,6 +44,7 @@ def load_model(
     dtype = source.dtype(precision)
     model = GPT(source.shape, Uninitialized(0, dtype), grid, compute_dtype=dtype)
     parameters = dict(model.named_parameters())
+    order = in_model_order(source.weights, (WEIGHT,))
 
     def take(name: str, kind: str, whole: Tensor) -> None:
         parameter = parameters[name]
@@ -52,6 +53,8 @@ def load_model(
 
     with torch.no_grad(), ExitStack() as stack:
         if verify:
-            stack.enter_context(verified_meanwhile(source, 0, workers=_READERS, console=None))
-        read_each(source.weights, (WEIGHT,), take, workers=_READERS)
+            stack.enter_context(
+                verified_meanwhile(source, 0, order=order, workers=_READERS, console=None)
+            )
+        read_each(source.weights, order, take, workers=_READERS)
     return model.eval().requires_grad_(False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from megaphase.convert.source import Precision, open_source
 from megaphase.convert.source_tokenizer import load_tokenizer
 from megaphase.convert.tensor_files import TensorFiles
 from megaphase.convert.verification import verified_meanwhile
-from megaphase.convert.weights import Weights, WithZeroBiases, read_each
+from megaphase.convert.weights import Weights, WithZeroBiases, in_model_order, read_each
 from megaphase.model.parameters import parameter_count
 from megaphase.model.shape import GPTShape
 from megaphase.tokenizer import Tokenizer
@@ -90,10 +90,14 @@ def to_hf(
     weights = WithZeroBiases(source.weights, shape)
     nbytes = dtype.itemsize * parameter_count(shape)
     with new_folder(out, nbytes) as folder:
-        with verified_meanwhile(source, nbytes, workers=workers, console=console) as advance:
+        order = in_model_order(weights, (WEIGHT,))
+        with verified_meanwhile(
+            source, nbytes, order=order, workers=workers, console=console
+        ) as advance:
             _write_weights(
                 folder,
                 weights,
+                order,
                 family.mappings(shape),
                 family.stored_constants(shape),
                 dtype,
@@ -112,6 +116,7 @@ def to_hf(
 def _write_weights(
     folder: Path,
     weights: Weights,
+    order: Sequence[tuple[str, str]],
     mappings: Mapping[str, ParameterMapping],
     constants: Mapping[str, float],
     dtype: torch.dtype,
@@ -136,7 +141,7 @@ def _write_weights(
             advance(kinds[foreign_name].nbytes)
 
     try:
-        read_each(weights, (WEIGHT,), write, workers=workers)
+        read_each(weights, order, write, workers=workers)
         for name, value in constants.items():
             files.write(places[name], torch.tensor(value, dtype=dtype))
     finally:

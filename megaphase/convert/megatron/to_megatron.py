@@ -31,7 +31,7 @@ from megaphase.convert.partition import check_tensor_size
 from megaphase.convert.qkv_order import interleaved
 from megaphase.convert.source import Precision, open_source
 from megaphase.convert.verification import verified_meanwhile
-from megaphase.convert.weights import Weights, WithZeroBiases, fp32_bytes, read_each
+from megaphase.convert.weights import Weights, WithZeroBiases, fp32_bytes, in_model_order, read_each
 from megaphase.model.shape import GPTShape
 from megaphase.utils.files import atomic_write_text
 
@@ -92,8 +92,9 @@ def to_megatron(
     )
     with new_folder(out, needed) as folder:
         with _rank_writers(folder / RELEASE, parameters, args) as writers:
+            order = in_model_order(weights, (WEIGHT,))
             with verified_meanwhile(
-                source, fp32_bytes(shape), workers=workers, console=console
+                source, fp32_bytes(shape), order=order, workers=workers, console=console
             ) as advance:
                 _write(weights, parameters, writers, args.params_dtype, shape, workers, advance)
             for writer in writers:
@@ -152,7 +153,7 @@ def _write(
         advance(whole.nbytes)
 
     with ThreadPoolExecutor(workers, thread_name_prefix="writer") as pool:
-        read_each(weights, (WEIGHT,), write, workers=workers)
+        read_each(weights, in_model_order(weights, (WEIGHT,)), write, workers=workers)
 
 
 def _fill_padding(part: Tensor, whole: Tensor, rank: int) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaphase.checkpoint.tensor_file import TensorKind, WriteBehind, memory_chunks
+from megaphase.checkpoint.hashed_file import WriteBehind
+from megaphase.checkpoint.tensor_file import TensorKind, memory_chunks
 
 _FOLDER = "archive"
 _PROTOCOL = 2  # the only one that torch.load(weights_only=True) knows
