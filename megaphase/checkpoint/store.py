@@ -18,6 +18,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -192,7 +193,7 @@ class CheckpointStore:
                 if self._control_group.rank == 0:
                     for other in others:
                         say(f"{other}; it is ignored")
-                return Checkpoint(folder, read_state(folder))
+                return self._verified(folder)
             if self._control_group.rank == 0 and name != names[0]:
                 say(f"{problem}; going back to the checkpoint before")
         problem = problem or next(iter(others), None)
@@ -210,12 +211,15 @@ class CheckpointStore:
         Raises:
             InputError: it is not a checkpoint, or one of its files is missing or has been altered.
         """
-        if not (folder / MANIFEST_FILE).is_file():
+        if not self._control_group.on_first_rank((folder / MANIFEST_FILE).is_file):
             raise not_a_checkpoint(folder, folder)
         problem = self._damage(folder)
         if problem is not None:
             raise InputError("", problem, "use another checkpoint")
-        return Checkpoint(folder, read_state(folder))
+        return self._verified(folder)
+
+    def _verified(self, folder: Path) -> Checkpoint:
+        return Checkpoint(folder, self._control_group.on_first_rank(partial(read_state, folder)))
 
     def newest_name(self, until: int | None = None) -> str | None:
         """Return the newest checkpoint from which a run could resume, of step `until` or earlier if
@@ -275,7 +279,7 @@ class CheckpointStore:
 
     def _damage(self, folder: Path) -> str | None:
         """Return the first fault that any rank finds, or None; the ranks share the reading."""
-        files = _manifest_of(folder)
+        files = self._control_group.on_first_rank(partial(_manifest_of, folder))
         if files is None:
             found: str | None = f"{folder / MANIFEST_FILE}: is missing or damaged"
         else:

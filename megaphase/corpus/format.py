@@ -131,6 +131,23 @@ def read_index(path: Path) -> Index:
     return index
 
 
+def index_bytes(sequences: int, documents: int) -> int:
+    """Return the size of an .idx file."""
+    of_sequence = LENGTH_DTYPE.itemsize + OFFSET_DTYPE.itemsize
+    return HEADER.size + sequences * of_sequence + (documents + 1) * OFFSET_DTYPE.itemsize
+
+
+def map_index(path: Path, sequences: int) -> tuple[np.ndarray, np.ndarray]:
+    """Map lengths and byte offsets [sequences] of an .idx file that has been checked."""
+    lengths_end = HEADER.size + sequences * LENGTH_DTYPE.itemsize
+    offsets_end = lengths_end + sequences * OFFSET_DTYPE.itemsize
+    mapped = np.memmap(path, dtype=np.uint8, mode="r")
+    return (
+        mapped[HEADER.size : lengths_end].view(LENGTH_DTYPE),
+        mapped[lengths_end:offsets_end].view(OFFSET_DTYPE),
+    )
+
+
 def write_index(write: Callable[[Any], object], dtype: np.dtype, lengths: np.ndarray) -> None:
     """Write an index with one sequence per document, in chunks.
 

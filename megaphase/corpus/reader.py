@@ -15,6 +15,8 @@ from megaphase.corpus.format import (
     SUM_DTYPE,
     Index,
     blocks_of,
+    index_bytes,
+    map_index,
     read_index,
 )
 from megaphase.corpus.manifest import (
@@ -43,7 +45,6 @@ class Corpus:
         lengths: integers [documents], in tokens, EOD included.
         byte_offsets: i64 [documents], position of each document in the .bin.
         hashes: u64 [documents], the digest of each document's text.
-        sums: SUM_DTYPE [documents], size of each document's text and checksum of its tokens.
         blocks: u32 [blocks], checksum of each block of the .bin; None in corpora of an earlier
             version.
         targets: u8 [tokens], of chats: 1 where a token is a target of the loss; None otherwise.
@@ -55,7 +56,6 @@ class Corpus:
     lengths: np.ndarray
     byte_offsets: np.ndarray
     hashes: np.ndarray
-    sums: np.ndarray
     blocks: np.ndarray | None = None
     targets: np.ndarray | None = None
 
@@ -68,26 +68,45 @@ class Corpus:
         `megaphase.corpus.integrity`.
         """
         prefix = Path(prefix)
-        manifest = Manifest.read(prefix)
-        if manifest.documents == 0 or manifest.tokens == 0:
-            path = corpus_file(prefix, MANIFEST_SUFFIX)
-            raise InputError(path, "the corpus is empty", "tokenize files that hold text")
-        index = read_index(corpus_file(prefix, ".idx"))
-        _check_sizes(prefix, manifest)
-        _check_manifest_fits(prefix, manifest, index)
-        lengths, byte_offsets = documents_of(prefix, index)
-        _check_last_document(prefix, index.dtype, manifest, lengths, byte_offsets)
+        return cls._map(prefix, *_checked(prefix))
+
+    @classmethod
+    def of_checked(cls, prefix: Path, manifest: Manifest) -> Corpus:
+        """Open a corpus that another process has just opened; only what training reads of its
+        files is opened.
+
+        manifest: the one that was found there.
+        """
+        size, documents = manifest.files[".idx"].bytes, manifest.documents
+        if size != index_bytes(documents, documents):
+            return cls.open(prefix)  # documents have several sequences, which all must be read
+        arrays = map_index(corpus_file(prefix, ".idx"), documents)
+        return cls._map(prefix, manifest, np.dtype(manifest.dtype), *arrays)
+
+    @classmethod
+    def _map(
+        cls,
+        prefix: Path,
+        manifest: Manifest,
+        dtype: np.dtype,
+        lengths: np.ndarray,
+        byte_offsets: np.ndarray,
+    ) -> Corpus:
         return cls(
             prefix=prefix,
             manifest=manifest,
-            tokens=np.memmap(corpus_file(prefix, ".bin"), dtype=index.dtype, mode="r"),
+            tokens=np.memmap(corpus_file(prefix, ".bin"), dtype=dtype, mode="r"),
             lengths=lengths,
             byte_offsets=byte_offsets,
             hashes=np.memmap(corpus_file(prefix, ".hash"), dtype=HASH_DTYPE, mode="r"),
-            sums=np.memmap(corpus_file(prefix, ".sum"), dtype=SUM_DTYPE, mode="r"),
             blocks=_map_if_there(prefix, manifest, BLOCKS_SUFFIX, BLOCK_DTYPE),
             targets=_map_if_there(prefix, manifest, TARGETS_SUFFIX, np.dtype(np.uint8)),
         )
+
+    @cached_property
+    def sums(self) -> np.ndarray:
+        """SUM_DTYPE [documents], size of each document's text and checksum of its tokens."""
+        return np.memmap(corpus_file(self.prefix, ".sum"), dtype=SUM_DTYPE, mode="r")
 
     def __reduce__(self) -> tuple[object, ...]:
         # A pickled memory map would carry the whole file.
@@ -126,6 +145,21 @@ class Corpus:
             raise IndexError(f"document {index} of {len(self.lengths)}")
         start = int(self.byte_offsets[index]) // self.tokens.itemsize
         return self.tokens[start : start + int(self.lengths[index])]
+
+
+def _checked(prefix: Path) -> tuple[Manifest, np.dtype, np.ndarray, np.ndarray]:
+    """Return a corpus's manifest, the dtype of its tokens, and lengths and byte offsets
+    [documents]."""
+    manifest = Manifest.read(prefix)
+    if manifest.documents == 0 or manifest.tokens == 0:
+        path = corpus_file(prefix, MANIFEST_SUFFIX)
+        raise InputError(path, "the corpus is empty", "tokenize files that hold text")
+    index = read_index(corpus_file(prefix, ".idx"))
+    _check_sizes(prefix, manifest)
+    _check_manifest_fits(prefix, manifest, index)
+    lengths, byte_offsets = documents_of(prefix, index)
+    _check_last_document(prefix, index.dtype, manifest, lengths, byte_offsets)
+    return manifest, index.dtype, lengths, byte_offsets
 
 
 def _map_if_there(

@@ -34,7 +34,12 @@ def run_on_all_ranks(action: Callable[[], Result]) -> Result:
 
 
 def on_first_rank(action: Callable[[], Result]) -> Result:
-    """Run `action` on rank 0 while the others wait; its result or error is that of all ranks."""
+    """Run `action` on rank 0 while the others wait; its result or error is that of all ranks.
+
+    torch is imported only if there are several processes.
+    """
+    if world_size() == 1:
+        return action()
     import torch.distributed as dist
 
     from megaphase.distributed.process_grid import device, join_processes
@@ -46,6 +51,11 @@ def on_first_rank(action: Callable[[], Result]) -> Result:
     if isinstance(outcome, Fault):
         raise outcome
     return outcome  # type: ignore[return-value]  # the other ranks' None has been replaced
+
+
+def gather_from_all_ranks(value: Result) -> list[Result]:
+    """Return the values of all ranks, in their order; called by all ranks."""
+    return [value] if world_size() == 1 else _gather(value)
 
 
 @contextmanager
@@ -98,11 +108,15 @@ def result_or_fault(action: Callable[[], Result]) -> Result | Fault:
 
 
 def _gather_faults(outcome: object) -> list[Fault | None]:
+    return _gather(outcome if isinstance(outcome, Fault) else None)
+
+
+def _gather(value: Result) -> list[Result]:
     import torch.distributed as dist
 
     from megaphase.distributed.process_grid import join_processes
 
     join_processes()
-    faults: list[Fault | None] = [None] * world_size()
-    dist.all_gather_object(faults, outcome if isinstance(outcome, Fault) else None)
-    return faults
+    values = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -41,9 +41,12 @@ class ControlGroup:
         dist.broadcast_object_list(facts, src=0, group=self._group)
         return facts[0]
 
-    def on_first_rank(self, action: Callable[[], object]) -> None:
-        """Run `action` on rank 0 while the others wait; its error is raised on all ranks."""
-        outcome = [result_or_fault(action) if self.rank == 0 else None]
-        dist.broadcast_object_list(outcome, src=0, group=self._group)
-        if isinstance(outcome[0], Fault):
-            raise outcome[0]
+    def on_first_rank(self, action: Callable[[], Fact]) -> Fact:
+        """Run `action` on rank 0 while the others wait; its result or error is that of all
+        ranks."""
+        shared = [result_or_fault(action) if self.rank == 0 else None]
+        dist.broadcast_object_list(shared, src=0, group=self._group)
+        outcome = shared[0]
+        if isinstance(outcome, Fault):
+            raise outcome
+        return outcome  # type: ignore[return-value]  # the other ranks' None has been replaced

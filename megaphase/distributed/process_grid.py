@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -130,18 +131,21 @@ def start_process_grid(tensor_size: int) -> ProcessGrid:
     join_processes()
     world, rank = dist.get_world_size(), dist.get_rank()
     assert world % tensor_size == 0, "RunConfig.micro_batches comes first"
-    tensor_groups = [
-        dist.new_group(range(first, first + tensor_size), pg_options=_high_priority())
-        for first in range(0, world, tensor_size)
-    ]
-    data_groups = [dist.new_group(range(t, world, tensor_size)) for t in range(tensor_size)]
+    first = rank - rank % tensor_size
+    # Each process forms only its own groups, with their members alone.
     return ProcessGrid(
         world,
         rank,
         tensor_size,
-        tensor_groups[rank // tensor_size],
-        data_groups[rank % tensor_size],
+        _own_group(range(first, first + tensor_size), _high_priority()),
+        _own_group(range(rank % tensor_size, world, tensor_size)),
     )
+
+
+def _own_group(ranks: Sequence[int], options: Any = None) -> dist.ProcessGroup:
+    group: dist.ProcessGroup
+    group = dist.new_group(ranks, use_local_synchronization=True, pg_options=options)
+    return group
 
 
 def _high_priority() -> Any:

@@ -133,15 +133,17 @@ def read_step(
     return _batch(inputs, targets, planned.tasks, documents)
 
 
-def read_held_out(stream: Stream, task: int, samples: int, pad_token_id: int) -> Batch:
-    """Return the first `samples` samples of a stream, such as a held-out one, or all if there are
-    fewer."""
-    samples = min(samples, stream.samples_per_epoch)
-    starts = stream.first_starts(samples)
-    inputs, targets, documents = _empty_rows(samples, stream.seq_len)
-    numbers = np.arange(samples)
-    stream.read(starts, numbers, numbers, inputs, targets, pad_token_id, documents)
-    return _batch(inputs, targets, np.full(samples, task), documents)
+def read_held_out(
+    stream: Stream, task: int, samples: int, pad_token_id: int, rows: slice = slice(None)
+) -> Batch:
+    """Return some rows, by default all, of the first `samples` samples of a stream, such as a
+    held-out one, or of all if there are fewer."""
+    numbers = np.arange(min(samples, stream.samples_per_epoch))[rows]
+    count = len(numbers)
+    starts = stream.first_starts(int(numbers[-1]) + 1 if count else 0)
+    inputs, targets, documents = _empty_rows(count, stream.seq_len)
+    stream.read(starts, numbers, np.arange(count), inputs, targets, pad_token_id, documents)
+    return _batch(inputs, targets, np.full(count, task), documents)
 
 
 class StepReader:

@@ -47,7 +47,10 @@ class DocumentStream(Stream):
         return SampleKind(self.seq_len, "documents")
 
     def _samples_in_an_epoch(self) -> int:
-        return self.tables.samples(self._source(None))
+        source = self._source(None)
+        key = "samples of documents", source.fingerprint
+        [samples] = self._counts.of(*key, count=lambda: [self.tables.samples(source)])
+        return samples
 
     def table(self, rest: Remainder | None = None) -> DocumentTable:
         """Return the samples of an epoch, or of what is left of one.

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import RLock
+from typing import Any
 
 import numpy as np
 
@@ -57,6 +58,7 @@ class DocumentTables:
         say: called with sentences for the user.
         progress: called while a table is built.
         files: those of the stored tables that have been opened.
+        headers: the content of `index.json` of tables that are known to be usable, by fingerprint.
     """
 
     def __init__(self) -> None:
@@ -64,6 +66,7 @@ class DocumentTables:
         self.say: Say = lambda _: None
         self.progress: ReportProgress = lambda *_: None
         self.files: list[VerifiedFile] = []
+        self.headers: dict[str, dict[str, Any]] = {}
         self._tables: dict[str, DocumentTable] = {}
         self._counts: dict[str, int] = {}
         self._lock = RLock()
@@ -99,9 +102,12 @@ class DocumentTables:
     def _stored(self, source: PackedSource) -> DocumentTable:
         assert self.folder is not None
         folder = self.folder / f"{_TABLE}{source.fingerprint[:16]}"
-        build = partial(_build, source, self.progress)
-        ensure_folder(folder, partial(_damage, source), build, _OF_A_TABLE, self.say)
-        header = read_header(folder)
+        header = self.headers.get(source.fingerprint)
+        if header is None:
+            build = partial(_build, source, self.progress)
+            ensure_folder(folder, partial(_damage, source), build, _OF_A_TABLE, self.say)
+            header = read_header(folder)
+            self.headers[source.fingerprint] = header
         files = open_files(folder, header)
         self.files += files.values()
         parts = VerifiedArray.of(files["parts"], source.dtype, 3)

@@ -88,10 +88,16 @@ class StoredIndex:
             before each block [blocks, tasks].
         starts: for every task, the slot and offset where its samples begin [samples, 2].
         files: all its files.
+        header: the content of `index.json`.
     """
 
-    def __init__(self, folder: Path, spec: PlanSpec) -> None:
-        header = read_header(folder)
+    def __init__(self, folder: Path, spec: PlanSpec, header: dict[str, Any] | None = None) -> None:
+        """
+        Args:
+            header: the content of its `index.json`, if it has been read already.
+        """
+        header = read_header(folder) if header is None else header
+        self.header = header
         tasks = len(spec.streams)
         files = open_files(folder, header)
         self.files = list(files.values())

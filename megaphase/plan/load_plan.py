@@ -22,7 +22,7 @@ from megaphase.plan.origin import read_origin
 from megaphase.plan.plan import Plan
 from megaphase.plan.progress import building_progress
 from megaphase.plan.same_run import plan_of_run
-from megaphase.plan.spec import PhaseSpec, PlanSpec, check_corpora, plan_spec
+from megaphase.plan.spec import PhaseSpec, PlanSpec, plan_spec, verified_corpora
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.standard_streams import new_console
 
@@ -85,8 +85,8 @@ def preview_plan(
             checkpoint has another model or other streams.
     """
     origin = read_origin(config.output) if branch is None else branch.origin
-    check_corpora(config)
-    spec = plan_spec(config, tokenizer, origin.positions)
+    corpora = verified_corpora(config)
+    spec = plan_spec(config, tokenizer, origin.positions, corpora=corpora)
     if branch is not None and branch.state:
         check_format(branch.checkpoint, branch.state)
         [shape, *_] = phase_shapes(config, tokenizer.vocab_size)

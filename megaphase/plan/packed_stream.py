@@ -34,6 +34,11 @@ class PackedStream(Stream):
     """
 
     def _samples_in_an_epoch(self) -> int:
+        key = "samples", self.fingerprint_at(self.seq_len)
+        [samples] = self._counts.of(*key, count=lambda: [self._count_samples()])
+        return samples
+
+    def _count_samples(self) -> int:
         walk, starts = self.walk(0), np.empty((COUNTED_STARTS, 2), self.start_dtype)
         samples = 0
         while not walk.at_end:

@@ -102,22 +102,38 @@ class PhaseStart:
 Starts = np.ndarray | Sequence[StreamPosition] | PhaseStart
 
 
+# The content of `index.json` of a plan, and of the tables of each task by their fingerprint.
+Headers = tuple[dict[str, Any], dict[str, dict[str, dict[str, Any]]]]
+
+
 class Plan:
     """Random access to every sample of every phase, from memory-mapped files."""
 
-    def __init__(self, spec: PlanSpec, folder: Path) -> None:
+    def __init__(self, spec: PlanSpec, folder: Path, headers: Headers | None = None) -> None:
+        """
+        Args:
+            headers: `headers()` of another process's plan, whose files are known to be usable.
+        """
         self.spec = spec
         self.folder = folder
         if all(stream.tables.folder is None for stream in spec.streams.values()):
             spec.store_tables(folder.parent)
         self.tasks = list(spec.streams)
-        self._index = StoredIndex(folder, spec)
+        header, tables = headers or (None, {})
+        for task, known in tables.items():
+            spec.streams[task].tables.headers |= known
+        self._index = StoredIndex(folder, spec, header)
         self.phases = self._index.phases
         self._block = block_size(len(self.tasks))
         self._task_streams = list(spec.task_streams.values())
         self._used = np.array([spec.used[task] for task in self.tasks], np.int64)
         self._first_ordinals = [np.array(phase.starts, np.int64) for phase in self.phases]
         self._planned: dict[int, PhaseStart] = {}
+
+    def headers(self) -> Headers:
+        """Return the headers of all files that are open, from which other processes open them."""
+        tables = {task: stream.tables.headers for task, stream in self.spec.streams.items()}
+        return self._index.header, {task: known for task, known in tables.items() if known}
 
     @property
     def files(self) -> list[VerifiedFile]:

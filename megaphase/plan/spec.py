@@ -15,10 +15,11 @@ from megaphase.corpus.integrity import check_files
 from megaphase.plan.batch_schedule import BatchSchedule
 from megaphase.plan.build_pool import ReportProgress
 from megaphase.plan.built_folder import Say
+from megaphase.plan.corpus_counts import CorpusCounts
 from megaphase.plan.mixture import MixtureConfig, TaskSupply, requested_rates
 from megaphase.plan.position import SampleKind, StreamPosition
 from megaphase.plan.stream import Stream
-from megaphase.plan.task_corpora import bos_token, check_task, open_streams, open_task_corpus
+from megaphase.plan.task_corpora import bos_token, check_task, check_task_corpus, open_streams
 from megaphase.plan.task_stream import TaskStream
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.decimals import as_written
@@ -295,27 +296,43 @@ def _check_new_tokens(config: RunConfig, vocab_size: int) -> None:
             )
 
 
-def check_corpora(config: RunConfig, number: int = 0, of: int = 1) -> None:
-    """Compare the corpora's files with their manifests, see `megaphase.corpus.integrity`.
+def open_corpora(config: RunConfig) -> dict[Path, Corpus]:
+    """Open the corpora of all tasks, by prefix.
 
-    Args:
-        number: index of this process among the `of` processes that share the work.
+    Raises:
+        InputError: a corpus is missing, or its files do not fit each other.
+    """
+    prefixes = dict.fromkeys(config.corpus(task) for task in config.tasks)
+    return {prefix: Corpus.open(prefix) for prefix in prefixes}
+
+
+def verified_corpora(config: RunConfig) -> dict[Path, Corpus]:
+    """Open the corpora of all tasks, by prefix, and compare their files with the manifests, see
+    `megaphase.corpus.integrity`.
 
     Raises:
         InputError: a corpus is missing, or one of its files was altered.
     """
-    prefixes = dict.fromkeys(config.corpus(task) for task in config.tasks)
-    check_files([Corpus.open(prefix) for prefix in prefixes], number, of)
+    corpora = open_corpora(config)
+    check_files(list(corpora.values()))
+    return corpora
 
 
 def plan_spec(
     config: RunConfig,
     tokenizer: Tokenizer,
     used: Mapping[str, int | StreamPosition] | None = None,
+    *,
+    corpora: Mapping[Path, Corpus] | None = None,
+    known: CorpusCounts | None = None,
+    checked: bool = False,
 ) -> PlanSpec:
-    """Open the corpora, see `check_corpora`, and return what determines the plan.
+    """Return what determines the plan.
 
     Args:
+        corpora: those of all tasks, by prefix; they are opened by default.
+        known: numbers of corpora that are known already; gets the others.
+        checked: whether another process has found the corpora fit for the run file.
         used: samples of each task used by the run from which this one starts, in number, if they
             have the length of the `model` section; none by default.
 
@@ -330,13 +347,18 @@ def plan_spec(
     starts = _starts(config, used or {})
     counts = {task: start.samples for task, start in starts.items()}
     segments = {t: start for t, start in starts.items() if not start.is_plain(SampleKind(seq_len))}
-    corpora = {task: open_task_corpus(config, task, tokenizer) for task in config.tasks}
+    known = known or CorpusCounts()
+    opened = open_corpora(config) if corpora is None else corpora
+    of_tasks = {task: opened[config.corpus(task)] for task in config.tasks}
+    for task, corpus in of_tasks.items():
+        check_task_corpus(config, task, tokenizer, corpus)
     bos = bos_token(config, tokenizer)
-    training = open_streams(config, corpora, bos, "training")
-    held_out = open_streams(config, corpora, bos, "validation")
-    test = open_streams(config, corpora, bos, "test")
-    for task in config.tasks:
-        check_task(config, task, training[task], held_out[task], test.get(task))
+    training = open_streams(config, of_tasks, bos, "training", known)
+    held_out = open_streams(config, of_tasks, bos, "validation", known)
+    test = open_streams(config, of_tasks, bos, "test", known)
+    if not checked:
+        for task in config.tasks:
+            check_task(config, task, training[task], held_out[task], test.get(task), known)
     kinds = [_phase_kind(config, number) for number in range(len(config.phases))]
     streams = {task: TaskStream.of(stream, kinds) for task, stream in training.items()}
     phases = phase_specs(config, [supply(streams, kind, list(starts.values())) for kind in kinds])
@@ -352,8 +374,8 @@ def plan_spec(
             "seq_len": seq_len,
             **_batches(phases),
             "held_out_fraction": config.validation.fraction,
-            "corpora": {task: corpus.fingerprint for task, corpus in corpora.items()},
-            "tags": {task: corpus.manifest.tag for task, corpus in corpora.items()},
+            "corpora": {task: corpus.fingerprint for task, corpus in of_tasks.items()},
+            "tags": {task: corpus.manifest.tag for task, corpus in of_tasks.items()},
             "attend_across_documents": {
                 name: task.attends_across_documents for name, task in config.tasks.items()
             },

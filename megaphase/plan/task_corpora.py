@@ -10,6 +10,7 @@ import numpy as np
 from megaphase.config.run import RunConfig
 from megaphase.corpus import Corpus
 from megaphase.corpus.manifest import MANIFEST_SUFFIX, corpus_file
+from megaphase.plan.corpus_counts import CorpusCounts
 from megaphase.plan.packed_stream import PackedStream
 from megaphase.plan.split import Split
 from megaphase.plan.stream import Stream
@@ -21,12 +22,18 @@ MEASURING_SEED = 0
 
 
 def open_task_corpus(config: RunConfig, task: str, tokenizer: Tokenizer) -> Corpus:
-    """Open a task's corpus.
+    """Open a task's corpus, and check it as `check_task_corpus` does."""
+    corpus = Corpus.open(config.corpus(task))
+    check_task_corpus(config, task, tokenizer, corpus)
+    return corpus
+
+
+def check_task_corpus(config: RunConfig, task: str, tokenizer: Tokenizer, corpus: Corpus) -> None:
+    """Reject a corpus of another kind or tokenizer than in the run file.
 
     Raises:
-        InputError: it is missing, damaged, or of another kind or tokenizer than in the run file.
+        InputError: it is.
     """
-    corpus = Corpus.open(config.corpus(task))
     if corpus.manifest.tokenizer_hash != tokenizer.fingerprint:
         raise InputError(
             config.where(f"tasks.{task}.corpus"),
@@ -34,7 +41,6 @@ def open_task_corpus(config: RunConfig, task: str, tokenizer: Tokenizer) -> Corp
             "tokenize it again with that one, or name the other one under tokenizer",
         )
     _check_kind(config, task, corpus)
-    return corpus
 
 
 def _check_kind(config: RunConfig, task: str, corpus: Corpus) -> None:
@@ -73,7 +79,11 @@ def bos_token(config: RunConfig, tokenizer: Tokenizer) -> int | None:
 
 
 def open_streams(
-    config: RunConfig, corpora: Mapping[str, Corpus], bos: int | None, split: Split
+    config: RunConfig,
+    corpora: Mapping[str, Corpus],
+    bos: int | None,
+    split: Split,
+    counts: CorpusCounts | None = None,
 ) -> dict[str, Stream]:
     """Return the streams of a split by task, without tasks that have no documents in it by the run
     file: those without a test split."""
@@ -92,6 +102,7 @@ def open_streams(
             attend_across_documents=config.tasks[task].attends_across_documents,
             # A packed sample begins with a document, for which it has no place.
             bos=bos if config.tasks[task].kind == "lm" else None,
+            counts=counts,
         )
         for task, corpus in corpora.items()
         if split != "test" or config.test_fraction(task)
@@ -99,11 +110,21 @@ def open_streams(
 
 
 def check_task(
-    config: RunConfig, task: str, training: Stream, held_out: Stream, test: Stream | None
+    config: RunConfig,
+    task: str,
+    training: Stream,
+    held_out: Stream,
+    test: Stream | None,
+    counts: CorpusCounts,
 ) -> None:
     """Reject a corpus with a damaged index, or too small to train, validate or test on."""
     corpus = training.corpus
-    found, stated = int(np.sum(corpus.lengths, dtype=np.int64)), corpus.manifest.tokens
+    [found] = counts.of(
+        "tokens of all documents",
+        corpus.fingerprint,
+        count=lambda: [int(np.sum(corpus.lengths, dtype=np.int64))],
+    )
+    stated = corpus.manifest.tokens
     if found != stated:
         raise InputError(
             f"{corpus.prefix}.idx",

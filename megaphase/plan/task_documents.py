@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from typing import Any, Self
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from megaphase.corpus import Corpus
 from megaphase.plan import _builder
+from megaphase.plan.corpus_counts import CorpusCounts
 from megaphase.plan.document_tables import DocumentTables
 from megaphase.plan.split import Split, hashes_of_test_split, held_out_hashes, training_hashes
 from megaphase.utils.files import hash_json
@@ -44,6 +46,7 @@ class TaskDocuments:
         tag: int | None = None,
         attend_across_documents: bool = True,
         bos: int | None = None,
+        counts: CorpusCounts | None = None,
     ) -> None:
         """
         Args:
@@ -54,6 +57,7 @@ class TaskDocuments:
                 tag: for a PackedStream only: the token between source and target.
                 bos: the input from which a document's first token is predicted, instead of the EOD
                     of the document before it; the first document of an epoch has none.
+                counts: numbers of corpora that are known already.
         """
         self.task = task
         self.corpus = corpus
@@ -102,7 +106,8 @@ class TaskDocuments:
             bos,
             None if is_target is None else np.asarray(is_target),
         )
-        self.documents, self.tokens = self._samples.totals()
+        self._counts = counts or CorpusCounts()
+        self.documents, self.tokens = self._count("documents", lambda: [*self._samples.totals()])
         self.samples_per_epoch = self._samples_in_an_epoch()
         self._shuffle = seed, "samples", side, task
         self._shuffle_key = derive_key(*self._shuffle)
@@ -136,9 +141,17 @@ class TaskDocuments:
         """Return a hash of everything that determines the sequence of samples of a length."""
         return hash_json(self._origin | {"seq_len": seq_len, "corpus": self.corpus.fingerprint})
 
+    def _count(self, what: str, count: Callable[[], list[int]]) -> list[int]:
+        """Return numbers that the corpus and the hashes of the documents determine."""
+        hashes = [self._hashes.first, self._hashes.last]
+        return self._counts.of(what, self.corpus.fingerprint, hashes, count=count)
+
     def text_bytes(self) -> int:
-        """Return the size of its documents' UTF-8 text in bytes; visits all documents of the
-        corpus."""
+        """Return the size of its documents' UTF-8 text in bytes."""
+        [total] = self._count("bytes of text", lambda: [self._sum_text_bytes()])
+        return total
+
+    def _sum_text_bytes(self) -> int:
         total, corpus = 0, self.corpus
         for first in range(0, len(corpus.hashes), DOCUMENTS_PER_CALL):
             here = slice(first, first + DOCUMENTS_PER_CALL)

@@ -27,7 +27,7 @@ from megaphase.plan.run_history import (
     steps_done,
 )
 from megaphase.plan.same_run import plan_of_run, refuse_other_plan, refuse_other_run
-from megaphase.plan.spec import PlanSpec, check_corpora, plan_spec
+from megaphase.plan.spec import PlanSpec, plan_spec, verified_corpora
 from megaphase.plan.trace import find_step
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
@@ -92,8 +92,8 @@ def open_traced_run(run: Path, overrides: Sequence[str] | None) -> TracedRun:
     output = config.output
     refuse_other_run(output, config)
     origin = read_origin(output)
-    check_corpora(config)
-    spec = plan_spec(config, tokenizer, origin.positions)
+    corpora = verified_corpora(config)
+    spec = plan_spec(config, tokenizer, origin.positions, corpora=corpora)
     plan = _open_plan(spec, config, console, say)
     history = read_history(output)
     if history.doubt:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megaphase.config.load import run_config, set_value
 from megaphase.config.run import RunConfig
-from megaphase.plan.spec import check_corpora, plan_spec
+from megaphase.plan.spec import plan_spec, verified_corpora
 from megaphase.sweep.arms.config import KINDS, PHASES, STAGED, Arm, Kind
 from megaphase.sweep.file import PrimaryContrast, SweepConfig
 from megaphase.sweep.test_documents import check_test_split
@@ -100,8 +100,8 @@ def load_sweep(path: Path) -> Sweep:
         raise InputError(
             f"{path}: translation", "there is no translation task", "leave it out, or add one"
         )
-    check_corpora(probe)
-    spec = plan_spec(probe, Tokenizer.load(probe.tokenizer))
+    corpora = verified_corpora(probe)
+    spec = plan_spec(probe, Tokenizer.load(probe.tokenizer), corpora=corpora)
     test_samples = probe.test.samples if probe.tested_tasks() else None
     batch, samples = probe.phase_batch(0), -(-(config.tokens or 0) // probe.model.seq_len)
     steps = config.steps or batch.schedule(0).steps_for(samples)

@@ -13,6 +13,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from megaphase.tokenizer.backend import Backend
+from megaphase.tokenizer.deferred_backend import DeferredBackend, TokenizerFacts
 from megaphase.tokenizer.record import (
     RECORD_NAME,
     REMEDY,
@@ -84,6 +85,20 @@ class Tokenizer:
         """
         path = Path(path)
         return cls(*_read(path), path)
+
+    def facts(self) -> TokenizerFacts:
+        """Return what another process needs to train without reading the tokenizer's files."""
+        backend = self._backend
+        sizes = backend.token_bytes()
+        return TokenizerFacts(
+            self.path, self.record, backend.byte_fallback, backend.exact_bytes, sizes
+        )
+
+    @classmethod
+    def of_facts(cls, facts: TokenizerFacts) -> Tokenizer:
+        """Return a tokenizer that reads its files when it converts the first text."""
+        backend = DeferredBackend(facts, lambda: _read(facts.path)[0])
+        return cls(backend, facts.record, facts.path)
 
     def __reduce__(self) -> tuple[object, ...]:
         return Tokenizer.load, (self.path,)

@@ -39,13 +39,13 @@ def train_command(
     from contextlib import ExitStack
 
     from megaphase.config.load import load_run_file
-    from megaphase.distributed.all_ranks import leaving_processes, run_on_all_ranks
+    from megaphase.distributed.all_ranks import leaving_processes, on_first_rank
     from megaphase.fault_tolerance.stop_signals import StopSignals
 
     standard_output_is_a_log()
     # The signals before anything that takes seconds is imported.
     with StopSignals() as signals, leaving_processes(), ExitStack() as resources:
-        config = run_on_all_ranks(lambda: load_run_file(run_file, tuple(overrides or ())))
+        config = on_first_rank(lambda: load_run_file(run_file, tuple(overrides or ())))
 
         from megaphase.training.closing import next_commands
         from megaphase.training.startup import watched_processes

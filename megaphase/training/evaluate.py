@@ -11,7 +11,7 @@ from rich.console import Console
 from megaphase.checkpoint.names import find_for_run
 from megaphase.checkpoint.store import Checkpoint, CheckpointStore
 from megaphase.config.run import RunConfig
-from megaphase.distributed.all_ranks import run_on_all_ranks
+from megaphase.distributed.all_ranks import on_first_rank, run_on_all_ranks
 from megaphase.distributed.control_group import ControlGroup
 from megaphase.distributed.process_grid import start_process_grid
 from megaphase.fault_tolerance.stop_signals import StopSignals
@@ -70,9 +70,9 @@ def evaluate(
     """
     with watched_processes(config, signals) as watchdog:
         with watchdog.patient("setting up"):
-            run_on_all_ranks(lambda: _require_checkpoints(config))
+            on_first_rank(lambda: _require_checkpoints(config))
             run_on_all_ranks(lambda: _require_splits(config, splits))
-            branch = run_on_all_ranks(lambda: choose_branch(config, None))
+            branch = on_first_rank(lambda: choose_branch(config, None))
             tokenizer, shapes, spec = check_inputs(config, branch)
             grid = start_process_grid(config.parallel.tensor)
             say = say_on_first_rank(console)
@@ -101,7 +101,7 @@ def evaluate(
 
 
 def _find(store: CheckpointStore, config: RunConfig, name: str) -> Checkpoint:
-    return store.open(run_on_all_ranks(lambda: find_for_run(config.output, name)))
+    return store.open(on_first_rank(lambda: find_for_run(config.output, name)))
 
 
 def _require_checkpoints(config: RunConfig) -> None:

@@ -57,7 +57,7 @@ class HeldOutEvaluator:
         for task, stream in self._streams(phase).items():
             next_task()
             number = numbers[task]
-            rows = self._own_rows(read_held_out(stream, number, self._samples, self._pad_token_id))
+            rows = self._own_rows(stream, number)
             if torch.cuda.is_available():
                 rows = rows.pinned()
             losses = self._engine.evaluate(rows)
@@ -82,17 +82,20 @@ class HeldOutEvaluator:
             }
         return self._of_length[seq_len]
 
-    def _own_rows(self, batch: Batch) -> Batch:
-        """This data-parallel rank's rows; rows without targets fill up to equally many."""
-        rows, missing = self._own_part(len(batch))
+    def _own_rows(self, stream: Stream, task: int) -> Batch:
+        """Read this data-parallel rank's samples; rows without targets fill up to equally many."""
+        samples = min(self._samples, stream.samples_per_epoch)
+        rows, _ = self._own_part(samples)
+        batch = read_held_out(stream, task, samples, self._pad_token_id, rows)
+        missing = rows.stop - rows.start - len(batch)
         pad = torch.nn.functional.pad
         documents = batch.documents
         return Batch(
             pad(batch.inputs, (0, 0, 0, missing), value=self._pad_token_id),
             pad(batch.targets, (0, 0, 0, missing), value=IGNORED_TARGET),
-            pad(batch.tasks, (0, missing), value=int(batch.tasks[0])),
+            pad(batch.tasks, (0, missing), value=task),
             None if documents is None else pad(documents, (0, 0, 0, missing)),
-        )[rows]
+        )
 
     def _own_part(self, samples: int) -> tuple[slice, int]:
         """This data-parallel rank's part of the samples, and the rows that are missing to it."""

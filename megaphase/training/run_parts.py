@@ -83,9 +83,9 @@ class RunParts:
         self.watchdog, self.signals, self._resources = watchdog, signals, resources
         self.say = say_on_first_rank(console)
 
-        self.branch = branch = run_on_all_ranks(lambda: choose_branch(config, source))
+        self.branch = branch = on_first_rank(lambda: choose_branch(config, source))
         self.tokenizer, self.shapes, spec = check_inputs(config, branch)
-        self.trained_tokens = run_on_all_ranks(
+        self.trained_tokens = on_first_rank(
             lambda: TrainedTokens.of(config, self.tokenizer.vocab_size, branch)
         )
         self.benchmarks = RunBenchmarks(config)

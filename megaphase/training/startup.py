@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +12,9 @@ from rich.console import Console
 from megaphase.callbacks.throughput import missing_peak
 from megaphase.checkpoint.state import check_format
 from megaphase.config.run import RunConfig
+from megaphase.corpus import Corpus
 from megaphase.distributed.all_ranks import on_first_rank, process_group, run_on_all_ranks
-from megaphase.distributed.dist_env import global_rank, share_of_node, world_size
+from megaphase.distributed.dist_env import global_rank, world_size
 from megaphase.distributed.process_grid import ProcessGrid
 from megaphase.estimate.available_memory import check_memory
 from megaphase.estimate.hardware import planned_card
@@ -24,17 +25,20 @@ from megaphase.model.presets import phase_shapes
 from megaphase.model.shape import GPTShape
 from megaphase.plan.batch_layout import check_batches, check_batches_beforehand
 from megaphase.plan.branch import Branch
+from megaphase.plan.corpus_counts import CorpusCounts
 from megaphase.plan.held_out_noise import held_out_warnings
 from megaphase.plan.load_plan import build_plan
-from megaphase.plan.plan import Plan
+from megaphase.plan.plan import Headers, Plan
 from megaphase.plan.preview import plan_warnings
-from megaphase.plan.spec import PlanSpec, check_corpora, plan_spec
+from megaphase.plan.spec import PlanSpec, plan_spec
 from megaphase.tokenizer import Tokenizer
+from megaphase.tokenizer.deferred_backend import TokenizerFacts
 from megaphase.training.backends import Backends, choose_backends
 from megaphase.training.determinism import check_environment, set_environment
 from megaphase.training.new_tokens import TrainedTokens
 from megaphase.training.nvme import prepare_offload
 from megaphase.training.run_directory import RunDirectory
+from megaphase.training.shared_corpora import open_verified_corpora
 from megaphase.utils.errors import InputError
 
 
@@ -77,31 +81,69 @@ def check_inputs(config: RunConfig, branch: Branch | None) -> Inputs:
     Raises:
         InputError: on the first thing that does not fit; on every rank.
     """
-    # First, so that no process uses a file in which another one has found a fault.
-    run_on_all_ranks(lambda: check_corpora(config, *share_of_node()))
-    return run_on_all_ranks(lambda: _check_inputs(config, branch))
+    corpora = open_verified_corpora(config)
+    found: list[Inputs] = []
+
+    def check_on_first_rank() -> _Facts:
+        known = CorpusCounts()
+        found.append(_check_inputs(config, branch, corpora, known))
+        return _Facts(found[0].tokenizer.facts(), known.known)
+
+    facts = on_first_rank(check_on_first_rank)
+
+    def check_this_process() -> Inputs:
+        if not found:
+            tokenizer, known = Tokenizer.of_facts(facts.tokenizer), CorpusCounts(facts.counts)
+            shapes = phase_shapes(config, tokenizer.vocab_size)
+            spec = _spec(config, tokenizer, branch, corpora, known, checked=True)
+            found.append(Inputs(tokenizer, shapes, spec))
+        check_memory(config, found[0].shapes[0])
+        choose_backends(config)
+        check_environment(config)
+        _refuse_missing_trackers(config)
+        prepare_offload(config)
+        return found[0]
+
+    return run_on_all_ranks(check_this_process)
 
 
-def _check_inputs(config: RunConfig, branch: Branch | None) -> Inputs:
+class _Facts(NamedTuple):
+    """What rank 0 has read for all ranks; counts: see CorpusCounts."""
+
+    tokenizer: TokenizerFacts
+    counts: dict[str, list[int]]
+
+
+def _check_inputs(
+    config: RunConfig, branch: Branch | None, corpora: Mapping[Path, Corpus], known: CorpusCounts
+) -> Inputs:
     # First, so that a key that was changed since the run began is named as that.
     RunDirectory(config.output).refuse_other_run(config)
     check_batches_beforehand(config, world_size())
     planned_card(config)
     tokenizer = Tokenizer.load(config.tokenizer)
     shapes = phase_shapes(config, tokenizer.vocab_size)
-    check_memory(config, shapes[0])
-    spec = plan_spec(config, tokenizer, branch.origin.positions if branch else {})
+    spec = _spec(config, tokenizer, branch, corpora, known, checked=False)
     check_batches(config, spec, world_size())
     if branch is not None:
         if branch.state:
             check_format(branch.checkpoint, branch.state)
         branch.check(config, spec, shapes[0].architecture())
     TrainedTokens.of(config, tokenizer.vocab_size, branch)
-    choose_backends(config)
-    check_environment(config)
-    _refuse_missing_trackers(config)
-    prepare_offload(config)
     return Inputs(tokenizer, shapes, spec)
+
+
+def _spec(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    branch: Branch | None,
+    corpora: Mapping[Path, Corpus],
+    known: CorpusCounts,
+    *,
+    checked: bool,
+) -> PlanSpec:
+    used = branch.origin.positions if branch else {}
+    return plan_spec(config, tokenizer, used, corpora=corpora, known=known, checked=checked)
 
 
 def _refuse_missing_trackers(config: RunConfig) -> None:
@@ -131,8 +173,9 @@ def open_plan(
         InputError: another run has the directory, or it cannot be written; on every rank.
     """
     directory = RunDirectory(config.output)
+    own: list[Plan] = []
 
-    def build_and_claim() -> Path:
+    def build_and_claim() -> tuple[Path, Headers]:
         plan = build_plan(spec, directory.path, console, say)
         summary = plan.summary()
         if branch is not None and branch.is_new:
@@ -141,9 +184,11 @@ def open_plan(
         directory.claim(config, summary)
         for sentence in [*plan_warnings(summary), *held_out_warnings(config, spec)]:
             say(f"Warning: {sentence}")
-        return plan.folder
+        own.append(plan)
+        return plan.folder, plan.headers()
 
-    return Plan(spec, on_first_rank(build_and_claim))
+    folder, headers = on_first_rank(build_and_claim)
+    return own[0] if own else Plan(spec, folder, headers)
 
 
 def run_description(

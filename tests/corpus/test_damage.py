@@ -22,7 +22,7 @@ from megaphase.plan.build import ensure_built
 from megaphase.plan.origin import read_origin
 from megaphase.plan.plan import Plan
 from megaphase.plan.same_run import refuse_other_run
-from megaphase.plan.spec import check_corpora, plan_spec
+from megaphase.plan.spec import plan_spec, verified_corpora
 from megaphase.training.run_directory import RunDirectory
 from megaphase.utils.errors import InputError, RunError
 
@@ -120,7 +120,7 @@ def planned(tmp_path_factory) -> Path:
 def read_run(folder: Path) -> list[list[tuple]]:
     """Start a run as training does, and read everything for its training and validation."""
     config = load_run_file(folder / "run.yaml")
-    check_corpora(config)
+    verified_corpora(config)
     used = read_origin(config.output).used
     spec = plan_spec(config, FakeTokenizer(), used)  # type: ignore[arg-type]
     directory = RunDirectory(config.output)

@@ -27,7 +27,7 @@ from megaphase.corpus._checksums import block_checksums
 from megaphase.corpus.integrity import check_document, check_files, wrong_tokens
 from megaphase.distributed.all_ranks import result_or_fault
 from megaphase.plan.dataset import read_held_out
-from megaphase.plan.spec import check_corpora
+from megaphase.plan.spec import verified_corpora
 from megaphase.utils.errors import InputError
 
 BLOCK = 1024
@@ -106,11 +106,11 @@ def test_blocks_are_checksums_of_a_kibibyte_each(tmp_path_factory, lengths, voca
 
 @pytest.mark.parametrize("suffix", [".idx", ".hash", ".sum", ".blocks"])
 def test_a_small_file_is_compared_at_every_start(run, suffix):
-    check_corpora(run)
+    verified_corpora(run)
     path = run.tasks["en"].corpus.with_name(f"en{suffix}")
     flip(path, path.stat().st_size // 2)
     with pytest.raises(InputError, match=rf"en\{suffix}: was altered: its hash differs from"):
-        check_corpora(run)
+        verified_corpora(run)
 
 
 def test_processes_of_a_node_share_the_comparing(run):
@@ -134,7 +134,7 @@ def test_a_small_bin_is_compared_whole_and_its_document_named(run):
         "checksum is not the one in .sum; put back the file that was there, or tokenize again"
     )
     with pytest.raises(InputError, match=f"^{named}$"):
-        check_corpora(run)
+        verified_corpora(run)
 
 
 @pytest.mark.parametrize("task", ["en", "en-fr"])
@@ -145,7 +145,7 @@ def test_altered_tokens_are_found_when_they_are_read(run, task, monkeypatch):
     path = Path(f"{prefix}.bin")
     for position in range(0, path.stat().st_size, 97):
         flip(path, position)
-        check_corpora(run)
+        verified_corpora(run)
         corpus = Corpus.open(prefix)
         document = int(np.searchsorted(corpus.byte_offsets, position, side="right")) - 1
         where = rf"{task}\.bin: was altered in document {document} \(bytes "
@@ -161,11 +161,11 @@ def test_a_bin_without_blocks_is_compared_whole_at_every_start(run, monkeypatch)
     prefix = run.tasks["en"].corpus
     expected = read_everything(build_plan(run))
     forget_blocks(prefix)
-    check_corpora(run)
+    verified_corpora(run)
     assert read_everything(build_plan(run)) == expected
     flip(Path(f"{prefix}.bin"), int(Corpus.open(prefix).byte_offsets[17]))
     with pytest.raises(InputError, match=r"en\.bin: was altered in document 17 \(bytes "):
-        check_corpora(run)
+        verified_corpora(run)
 
 
 def test_held_out_tokens_are_checked(run, monkeypatch):
@@ -209,7 +209,7 @@ def test_ids_beyond_the_vocabulary_are_found_when_they_are_read(run, side, block
         writer.add_batch(DocumentBatch.of(tokens, np.array(before.lengths), hashes, text_bytes))
     if not blocks:
         forget_blocks(prefix)
-    check_corpora(run)
+    verified_corpora(run)
     message = (
         rf"en\.bin: document {document} has the token 60000, the vocabulary ends at 59999; tokenize"
     )

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from megaphase.config.load import load_run_file
 from megaphase.plan.commands import plan_app
-from megaphase.plan.spec import check_corpora
+from megaphase.plan.spec import verified_corpora
 from megaphase.utils.errors import InputError
 
 RATE = {"peak": 1e-3}
@@ -99,7 +99,7 @@ def test_what_is_refused(planned, options, changes, message):
 def test_training_refuses_it(planned, tmp_path):
     planned()
     with pytest.raises(InputError) as error:
-        check_corpora(load_run_file(tmp_path / "run.yaml"))
+        verified_corpora(load_run_file(tmp_path / "run.yaml"))
     assert str(error.value) == (
         f"{tmp_path / 'run.yaml'}: tasks.en.tokens: is for `megaphase plan` alone; nothing else "
         "works without text; tokenize the text, and name its corpus instead"

@@ -10,7 +10,7 @@ from typing import Any
 from megaphase.config.load import run_config
 from megaphase.config.run import RunConfig
 from megaphase.corpus.manifest import corpus_file
-from megaphase.plan.spec import check_corpora, plan_spec
+from megaphase.plan.spec import plan_spec, verified_corpora
 from megaphase.sweep.law.model_size import parameters_without_vocabulary
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
@@ -152,8 +152,8 @@ def _of_corpora(config: RunConfig, missing: Sequence[str]) -> dict[str, int]:
                 f"{config.corpus(task)} does not exist yet",
                 f"make it, or add {EPOCH_TOKENS} {task}=N with the training tokens of an epoch",
             )
-    check_corpora(config)
-    spec = plan_spec(config, Tokenizer.load(config.tokenizer))
+    corpora = verified_corpora(config)
+    spec = plan_spec(config, Tokenizer.load(config.tokenizer), corpora=corpora)
     return {task: spec.streams[task].tokens for task in missing}
 
 
