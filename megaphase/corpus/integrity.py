@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from megaphase.corpus.batch import checksums
-from megaphase.corpus.manifest import BLOCKS_SUFFIX, TARGETS_SUFFIX, corpus_file
+from megaphase.corpus.manifest import BLOCKS_SUFFIX, TARGETS_SUFFIX, Suffix, corpus_file
 from megaphase.corpus.reader import Corpus
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import hash_file
@@ -27,7 +27,7 @@ _MOST_THREADS = 8
 _REMEDY = "put back the file that was there, or tokenize again"
 
 
-def check_files(corpora: Sequence[Corpus], number: int = 0, of: int = 1) -> None:
+def check_files(corpora: Iterable[Corpus], number: int = 0, of: int = 1) -> None:
     """Compare small files of corpora, and each .bin that is not verified later, with the manifests.
 
     Args:
@@ -36,19 +36,28 @@ def check_files(corpora: Sequence[Corpus], number: int = 0, of: int = 1) -> None
     Raises:
         InputError: a file has been altered.
     """
-    files = [
+    files = _compared_files(corpora)[number::of]
+    threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    with ThreadPoolExecutor(threads, thread_name_prefix="corpus-check") as pool:
+        for error in pool.map(lambda file: _error_of_file(*file), files):
+            if error is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise error
+
+
+def compared_bytes(corpora: Iterable[Corpus]) -> int:
+    """Return the bytes that `check_files` reads."""
+    return sum(c.manifest.files[suffix].bytes for c, suffix in _compared_files(corpora))
+
+
+def _compared_files(corpora: Iterable[Corpus]) -> list[tuple[Corpus, Suffix]]:
+    return [
         (corpus, suffix)
         for corpus in corpora
         for suffix, record in corpus.manifest.files.items()
         if suffix in (".idx", ".hash", ".sum", BLOCKS_SUFFIX, TARGETS_SUFFIX)
         or (suffix == ".bin" and (record.bytes <= SMALL_BIN_BYTES or corpus.blocks is None))
     ]
-    threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
-    with ThreadPoolExecutor(threads, thread_name_prefix="corpus-check") as pool:
-        for error in pool.map(lambda file: _error_of_file(*file), files[number::of]):
-            if error is not None:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise error
 
 
 def check_document(corpus: Corpus, document: int) -> None:
@@ -80,7 +89,7 @@ def altered_document(corpus: Corpus, document: int, why: str) -> InputError:
     return InputError(corpus_file(corpus.prefix, ".bin"), problem, _REMEDY)
 
 
-def _error_of_file(corpus: Corpus, suffix: str) -> InputError | None:
+def _error_of_file(corpus: Corpus, suffix: Suffix) -> InputError | None:
     path = corpus_file(corpus.prefix, suffix)
     try:
         if hash_file(path) == corpus.manifest.files[suffix].hash:

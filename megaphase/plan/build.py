@@ -62,6 +62,7 @@ def ensure_built(
 
     def build(folder: Path, discard: Discard) -> None:
         _check_space(spec, folder)
+        spec.known.verify_once()
         with _tables_of_a_refused_plan_removed(folder.parent):
             build_index(spec, folder, progress, discard=discard)
 

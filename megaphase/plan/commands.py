@@ -161,6 +161,8 @@ def show_command(
     ]:
         console.print(sentence, markup=False, soft_wrap=True)
     noise = [] if plan is None else held_out_warnings(config, plan.spec)
+    if plan is not None:
+        plan.store_counts()
     for sentence in [*plan_warnings(summary), *noise]:
         console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
     for sentence in [*memory_sentences(needed), *speed_sentences(needed, times)]:

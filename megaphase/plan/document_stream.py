@@ -48,8 +48,9 @@ class DocumentStream(Stream):
 
     def _samples_in_an_epoch(self) -> int:
         source = self._source(None)
-        key = "samples of documents", source.fingerprint
-        [samples] = self._counts.of(*key, count=lambda: [self.tables.samples(source)])
+        [samples] = self.count(
+            "samples of documents", lambda: [self.tables.samples(source)], source.fingerprint
+        )
         return samples
 
     def table(self, rest: Remainder | None = None) -> DocumentTable:
@@ -73,6 +74,7 @@ class DocumentStream(Stream):
 
     def _chunks(self, rest: Remainder | None) -> Iterator[np.ndarray]:
         """Yield the parts of the epoch's documents, or of what is left of it."""
+        self.verify_once()
         if rest is not None and rest.table is not None:
             yield from rest.table.chunks(rest.firsts, rest.lasts)
             return

@@ -33,9 +33,18 @@ def measured_documents(stream: Stream, samples: int, most: int) -> dict[int, lis
 
 def noise_sentence(documents: Mapping[int, Sequence[np.ndarray]]) -> str:
     """Return how much other documents would change the loss of these; documents: their tokens."""
-    if len(documents) < 2:
+    return _sentence(*_errors(documents))
+
+
+def _errors(documents: Mapping[int, Sequence[np.ndarray]]) -> list[float]:
+    """Return the standard error, if there are enough documents for one."""
+    joined = [np.concatenate(parts) for parts in documents.values()]
+    return [document_error(joined)] if len(joined) >= 2 else []
+
+
+def _sentence(error: float | None = None) -> str:
+    if error is None:
         return "how much another one would change the loss is unknown"
-    error = document_error([np.concatenate(parts) for parts in documents.values()])
     return (
         f"other documents would change the loss by about ±{error:.2f} nats a token (a standard "
         "error, estimated from the frequencies of their tokens)"
@@ -65,13 +74,13 @@ def held_out_warnings(config: RunConfig, spec: PlanSpec) -> list[str]:
     and what to set. The tasks with the fewest come first, and of many the others are counted."""
     found = []
     for task, stream in spec.held_out.items():
-        documents = measured_documents(stream, config.validation.samples, FEW_DOCUMENTS)
-        if len(documents) < FEW_DOCUMENTS:
-            found.append((len(documents), task, documents))
+        documents, *error = _measured(stream, config.validation.samples)
+        if documents < FEW_DOCUMENTS:
+            found.append((int(documents), task, error))
     found.sort(key=lambda each: each[0])
     warnings = [
-        _warning(config, task, spec.held_out[task], documents)
-        for _, task, documents in found[:MOST_WARNINGS]
+        _warning(config, task, spec.held_out[task], documents, error)
+        for documents, task, error in found[:MOST_WARNINGS]
     ]
     if others := found[MOST_WARNINGS:]:
         warnings.append(
@@ -81,13 +90,25 @@ def held_out_warnings(config: RunConfig, spec: PlanSpec) -> list[str]:
     return warnings
 
 
+def _measured(stream: Stream, samples: int) -> list[float]:
+    """Return the number of documents of the first samples, up to FEW_DOCUMENTS, and, if it is
+    smaller but not 1, the standard error."""
+
+    def measure() -> list[float]:
+        documents = measured_documents(stream, samples, FEW_DOCUMENTS)
+        few = len(documents) < FEW_DOCUMENTS
+        return [len(documents), *(_errors(documents) if few else [])]
+
+    order = [stream.fingerprint_at(stream.seq_len), stream.bos]
+    return stream.figures("noise", measure, order, samples, FEW_DOCUMENTS)
+
+
 def _warning(
-    config: RunConfig, task: str, stream: Stream, documents: Mapping[int, Sequence[np.ndarray]]
+    config: RunConfig, task: str, stream: Stream, count: int, error: Sequence[float]
 ) -> str:
-    count = len(documents)
     text = (
         f"{task}: its validation loss is of only {count} document{'s' * (count != 1)}; "
-        f"{noise_sentence(documents)}"
+        f"{_sentence(*error)}"
     )
     return "; ".join([text, *_remedies(config, task, stream, count)])
 

@@ -12,17 +12,19 @@ from rich.console import Console
 from megaphase.checkpoint.state import check_format
 from megaphase.config.load import load_run_file
 from megaphase.config.run import RunConfig
+from megaphase.corpus.integrity import check_files, compared_bytes
 from megaphase.estimate.setup import PhaseSetup, Setup, setup_of
 from megaphase.model.presets import phase_shapes
 from megaphase.plan.batch_layout import check_batches_beforehand
 from megaphase.plan.branch import Branch
 from megaphase.plan.build import ensure_built
-from megaphase.plan.built_folder import Say
+from megaphase.plan.built_folder import SMALL_BYTES, Say
+from megaphase.plan.corpus_counts import CorpusCounts
 from megaphase.plan.origin import read_origin
 from megaphase.plan.plan import Plan
 from megaphase.plan.progress import building_progress
 from megaphase.plan.same_run import plan_of_run
-from megaphase.plan.spec import PhaseSpec, PlanSpec, plan_spec, verified_corpora
+from megaphase.plan.spec import PhaseSpec, PlanSpec, open_corpora, plan_spec
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.standard_streams import new_console
 
@@ -85,8 +87,11 @@ def preview_plan(
             checkpoint has another model or other streams.
     """
     origin = read_origin(config.output) if branch is None else branch.origin
-    corpora = verified_corpora(config)
-    spec = plan_spec(config, tokenizer, origin.positions, corpora=corpora)
+    corpora = open_corpora(config)
+    known = CorpusCounts.stored(config.output / "plan", lambda: check_files(corpora.values()))
+    if whole or compared_bytes(corpora.values()) <= SMALL_BYTES:
+        known.verify_once()
+    spec = plan_spec(config, tokenizer, origin.positions, corpora=corpora, known=known)
     if branch is not None and branch.state:
         check_format(branch.checkpoint, branch.state)
         [shape, *_] = phase_shapes(config, tokenizer.vocab_size)

@@ -34,8 +34,8 @@ class PackedStream(Stream):
     """
 
     def _samples_in_an_epoch(self) -> int:
-        key = "samples", self.fingerprint_at(self.seq_len)
-        [samples] = self._counts.of(*key, count=lambda: [self._count_samples()])
+        order = self.fingerprint_at(self.seq_len)
+        [samples] = self.count("samples", lambda: [self._count_samples()], order)
         return samples
 
     def _count_samples(self) -> int:
@@ -73,7 +73,11 @@ class PackedStream(Stream):
         return [self._samples.packed_pieces(rest.spans, start)]
 
     def _starts_in(self, rest: PackedRemainder) -> np.ndarray:
-        return rest.packed(self._samples, self.seq_len)[0]
+        return self._packed(rest)[0]
+
+    def _packed(self, rest: PackedRemainder) -> tuple[np.ndarray, int]:
+        self.verify_once()
+        return rest.packed(self._samples, self.seq_len)
 
     def samples_left(self, rest: PackedRemainder) -> int:
         """Return the number of samples of this length in what is left of an epoch."""
@@ -81,7 +85,7 @@ class PackedStream(Stream):
 
     def part_left(self, rest: PackedRemainder) -> Fraction:
         """Return what is left of an epoch, in epochs."""
-        _, predictions = rest.packed(self._samples, self.seq_len)
+        _, predictions = self._packed(rest)
         return Fraction(predictions, max(1, self.positions))
 
     def samples_within(self, epochs: Fraction) -> int:

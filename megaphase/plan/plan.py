@@ -20,6 +20,7 @@ from megaphase.plan.step_rates import StepRates
 from megaphase.plan.stream_part import StreamPart
 from megaphase.plan.task_stream import TaskStream
 from megaphase.plan.verified_file import VerifiedArray, VerifiedFile
+from megaphase.utils.files import os_errors_named
 
 # In epochs; repeating a corpus more often has little value (Muennighoff et al. 2023).
 REPEATED_TOO_OFTEN = 4.0
@@ -129,6 +130,16 @@ class Plan:
         self._used = np.array([spec.used[task] for task in self.tasks], np.int64)
         self._first_ordinals = [np.array(phase.starts, np.int64) for phase in self.phases]
         self._planned: dict[int, PhaseStart] = {}
+
+    def store_counts(self) -> None:
+        """Store the numbers of the corpora that were found, so that they need not be found again.
+
+        Raises:
+            RunError: they cannot be written.
+        """
+        if self.folder.is_dir():  # not a temporary one
+            with os_errors_named(self.folder.parent):
+                self.spec.known.store(self.folder.parent)
 
     def headers(self) -> Headers:
         """Return the headers of all files that are open, from which other processes open them."""

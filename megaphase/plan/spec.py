@@ -73,6 +73,7 @@ class PlanSpec:
         seq_len: of the `model` section of the run file; phases may have others.
         bos: the input from which the first token of a document is predicted; None: the EOD of the
             document before it.
+        known: numbers of the corpora.
     """
 
     streams: dict[str, Stream]
@@ -84,6 +85,7 @@ class PlanSpec:
     bos: int | None = None
     segments: dict[str, StreamPosition] = field(default_factory=dict)
     test: dict[str, Stream] = field(default_factory=dict)
+    known: CorpusCounts = field(default_factory=CorpusCounts)
 
     def tokens_at(self, phase: int, step: int) -> int:
         """The tokens of a step's global batch; step: 0-based in the phase."""
@@ -386,7 +388,9 @@ def plan_spec(
             "order_of_tasks": list(config.tasks),
         }
     )
-    return PlanSpec(training, held_out, phases, seq_len, fingerprint, counts, bos, segments, test)
+    return PlanSpec(
+        training, held_out, phases, seq_len, fingerprint, counts, bos, segments, test, known
+    )
 
 
 def _starts(

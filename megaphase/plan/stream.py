@@ -98,6 +98,7 @@ class Stream(TaskDocuments):
         like: an earlier walk through an epoch of the same documents, whose lengths it need not read
             again.
         """
+        self.verify_once()
         return self._samples.walk(epoch, like)
 
     def first_starts(self, samples: int) -> np.ndarray:
@@ -123,6 +124,7 @@ class Stream(TaskDocuments):
 
     def pieces(self, epoch: int, slot: int, offset: int) -> list[Piece]:
         """Return the pieces of the sample that begins there."""
+        self.verify_once()
         return self._samples.pieces(epoch, slot, offset)
 
     def samples_left(self, rest: Any) -> int:
@@ -210,6 +212,7 @@ class Stream(TaskDocuments):
         row, skipped = divmod(first, self._grid)
         row += epoch * -(-self.positions // self._grid)
         slot, offset = holding(starts, np.array([row]))[row].tolist()
+        self.verify_once()
         return self._samples.pieces_of_tokens(epoch, slot, offset + skipped, last - first + 1)
 
     def read(
@@ -256,6 +259,7 @@ class Stream(TaskDocuments):
 
     def _verified(self, read: Callable[..., None], *arguments: Any) -> None:
         """Call one of the C++ reading functions; tokens that it finds altered are an InputError."""
+        self.verify_once()
         try:
             read(*arguments)
         except _builder.WrongTokensError as error:
@@ -332,6 +336,11 @@ class Stream(TaskDocuments):
         """Return whether any of the first `samples` samples in token order has a target."""
         if self._every_sample_has_a_target:
             return self.samples_per_epoch > 0
+        order = [self.fingerprint_at(self.seq_len), self.bos]
+        [found] = self.count("has target", lambda: [self._has_target(samples)], order, samples)
+        return bool(found)
+
+    def _has_target(self, samples: int) -> bool:
         starts = self.first_starts(min(samples, self.samples_per_epoch))
         first_row = np.zeros(1, np.int64)
         inputs, targets, documents = (np.empty((1, self.seq_len), np.int64) for _ in range(3))

@@ -115,20 +115,19 @@ def check_task(
     training: Stream,
     held_out: Stream,
     test: Stream | None,
-    counts: CorpusCounts,
+    known: CorpusCounts,
 ) -> None:
     """Reject a corpus with a damaged index, or too small to train, validate or test on."""
     corpus = training.corpus
-    [found] = counts.of(
-        "tokens of all documents",
-        corpus.fingerprint,
-        count=lambda: [int(np.sum(corpus.lengths, dtype=np.int64))],
+    [found] = known.of(
+        ["tokens of all documents", corpus.fingerprint],
+        lambda: [int(np.sum(corpus.lengths, dtype=np.int64))],
     )
     stated = corpus.manifest.tokens
     if found != stated:
         raise InputError(
             f"{corpus.prefix}.idx",
-            f"its lengths sum to {found:,} tokens, the manifest says {stated:,}",
+            f"its lengths sum to {found:,.0f} tokens, the manifest says {stated:,}",
             "tokenize again",
         )
     # With packing, a single document makes a sample.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
 from typing import Any, Self
 
@@ -106,8 +106,8 @@ class TaskDocuments:
             bos,
             None if is_target is None else np.asarray(is_target),
         )
-        self._counts = counts or CorpusCounts()
-        self.documents, self.tokens = self._count("documents", lambda: [*self._samples.totals()])
+        self._counts = counts
+        self.documents, self.tokens = self.count("documents", lambda: [*self._samples.totals()])
         self.samples_per_epoch = self._samples_in_an_epoch()
         self._shuffle = seed, "samples", side, task
         self._shuffle_key = derive_key(*self._shuffle)
@@ -141,14 +141,31 @@ class TaskDocuments:
         """Return a hash of everything that determines the sequence of samples of a length."""
         return hash_json(self._origin | {"seq_len": seq_len, "corpus": self.corpus.fingerprint})
 
-    def _count(self, what: str, count: Callable[[], list[int]]) -> list[int]:
-        """Return numbers that the corpus and the hashes of the documents determine."""
+    def count(
+        self, what: str, count: Callable[[], Iterable[float]], *determining: object
+    ) -> list[int]:
+        """Return whole numbers that are determined by the corpus, the hashes of the documents, and
+        some JSON values; `count` finds them if they are not known yet."""
+        return [int(number) for number in self.figures(what, count, *determining)]
+
+    def figures(
+        self, what: str, count: Callable[[], Iterable[float]], *determining: object
+    ) -> list[float]:
+        """Return numbers that are determined likewise."""
+        if self._counts is None:
+            return [*count()]
         hashes = [self._hashes.first, self._hashes.last]
-        return self._counts.of(what, self.corpus.fingerprint, hashes, count=count)
+        key = [what, self.corpus.fingerprint, hashes, *determining]
+        return self._counts.of(key, lambda: [*count()])
+
+    def verify_once(self) -> None:
+        """Verify the corpora, unless that has been done; before any document is visited."""
+        if self._counts is not None:
+            self._counts.verify_once()
 
     def text_bytes(self) -> int:
         """Return the size of its documents' UTF-8 text in bytes."""
-        [total] = self._count("bytes of text", lambda: [self._sum_text_bytes()])
+        [total] = self.count("bytes of text", lambda: [self._sum_text_bytes()])
         return total
 
     def _sum_text_bytes(self) -> int:

@@ -39,8 +39,9 @@ def import_deepspeed() -> Any:  # its classes are not typed
     _import_its_muon(deepspeed.runtime.compiler)
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # Its collectives over shared memory are compiled at the first use, behind a lock file on which
-    # every later run hangs forever if that one is killed. gloo serves the CPU.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # every later run hangs forever if that one is killed. gloo serves the CPU. Otherwise it finds
+    # out which of all its operators can be built, for which it compiles and links a program.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     return deepspeed
 
 

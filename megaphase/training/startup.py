@@ -85,7 +85,8 @@ def check_inputs(config: RunConfig, branch: Branch | None) -> Inputs:
     found: list[Inputs] = []
 
     def check_on_first_rank() -> _Facts:
-        known = CorpusCounts()
+        plans = config.output / "plan"
+        known = CorpusCounts.stored(plans)
         found.append(_check_inputs(config, branch, corpora, known))
         return _Facts(found[0].tokenizer.facts(), known.known)
 
@@ -111,7 +112,7 @@ class _Facts(NamedTuple):
     """What rank 0 has read for all ranks; counts: see CorpusCounts."""
 
     tokenizer: TokenizerFacts
-    counts: dict[str, list[int]]
+    counts: dict[str, list[float]]
 
 
 def _check_inputs(
@@ -184,6 +185,7 @@ def open_plan(
         directory.claim(config, summary)
         for sentence in [*plan_warnings(summary), *held_out_warnings(config, spec)]:
             say(f"Warning: {sentence}")
+        plan.store_counts()
         own.append(plan)
         return plan.folder, plan.headers()
 

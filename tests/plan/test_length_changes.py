@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from length_changes import ReferenceDraws, ReferenceRows, Sample
 from plan_support import Documents, ReferenceStream
 
-from megaphase.corpus import Corpus, DocumentBatch
+from megaphase.corpus import Corpus
 from megaphase.plan.position import SampleKind, StreamPosition
 from megaphase.plan.stream import Stream
 from megaphase.plan.stream_part import LocatedSample, StreamPart
@@ -38,7 +38,6 @@ def in_memory(lengths: list[int], **options: object) -> tuple[Stream, ReferenceS
         lengths=np.array(lengths, np.int32),
         byte_offsets=2 * (ends - lengths),
         hashes=hashes,
-        sums=DocumentBatch.of(tokens, np.array(lengths), hashes, lengths).sums,
     )
     stream = Stream("x", corpus, seed=7, seq_len=3, fraction=0.5, **options)  # type: ignore[arg-type]
     documents = Documents(lengths, hashes.tolist(), 0)

@@ -24,7 +24,7 @@ from plan_support import (
     write_run,
 )
 
-from megaphase.corpus import Corpus, DocumentBatch
+from megaphase.corpus import Corpus
 from megaphase.plan import _builder
 from megaphase.plan.dataset import read_held_out
 from megaphase.plan.stream import Stream
@@ -202,7 +202,6 @@ def test_every_token_is_an_input_and_a_target_once_an_epoch(lengths, seq_len):
         lengths=np.array(lengths, np.int32),
         byte_offsets=2 * (ends - lengths),
         hashes=hashes,
-        sums=DocumentBatch.of(tokens, np.array(lengths), hashes, lengths).sums,
     )
     stream = Stream("x", corpus, seed=1, seq_len=seq_len, fraction=0.5)
     assert stream.samples_per_epoch == -(-(total - 1) // seq_len)
