@@ -122,13 +122,15 @@ def show_command(
         processes = given_world_size() or config.parallel.fewest_processes
     setups, hardware = setups_for_vocabulary(config, vocab, processes), hardware_of(config, card)
     needed = memory_summary(setups, memory or planned_card(config, card).memory_gb)
-    branch, plan = None, None
+    branch, plan, noise = None, None, []
     if tokenizer is None:
         summary, specs = thought_experiment(config)
     else:
         branch = recorded_branch(config.output) if source is None else choose_branch(config, source)
         plan = preview_plan(config, tokenizer, branch, whole=verify)
         summary, specs = plan.summary(), plan.spec.phases
+        noise = held_out_warnings(config, plan.spec)
+        plan.store_counts()
     phases, largest = stage_setups(setups, specs), setups[largest_phase(setups)].setup
     times = speed_summary(largest, hardware, phases) if hardware else None
     if plot is not None and plan is not None:
@@ -160,9 +162,6 @@ def show_command(
         *trained_sentences(config),
     ]:
         console.print(sentence, markup=False, soft_wrap=True)
-    noise = [] if plan is None else held_out_warnings(config, plan.spec)
-    if plan is not None:
-        plan.store_counts()
     for sentence in [*plan_warnings(summary), *noise]:
         console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
     for sentence in [*memory_sentences(needed), *speed_sentences(needed, times)]:

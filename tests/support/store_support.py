@@ -27,8 +27,8 @@ class Alone:
     def gather(self, fact: Any) -> list[Any]:
         return [fact]
 
-    def on_first_rank(self, action: Callable[[], object]) -> None:
-        action()
+    def on_first_rank(self, action: Callable[[], Any]) -> Any:
+        return action()
 
 
 def make_store(folder: Path) -> CheckpointStore:
