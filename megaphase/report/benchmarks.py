@@ -7,7 +7,7 @@ from megaphase.report.runs import BenchmarkRow, RunRecord
 
 NOTHING = "–"
 _NOTE = "By lm-evaluation-harness, on the weights after so many steps, without standard errors."
-_GROUPS = " Groups are in bold: the mean over their tasks that have the metric."
+_GROUPS = " Groups of tasks are in bold: the mean over their tasks that have the metric."
 
 
 def benchmark_table(run: RunRecord) -> PageTable | None:

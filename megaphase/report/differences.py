@@ -38,6 +38,20 @@ def differences(runs: Sequence[RunRecord]) -> list[Difference]:
     return [Difference(setting, values) for setting, values in rows if len(set(values)) > 1]
 
 
+def tokenizers_differ(runs: Sequence[RunRecord]) -> bool:
+    """Return whether runs have different tokenizers, so that only bits per byte can be compared.
+
+    Copies of a tokenizer in several folders are the same if every corpus that runs share has as
+    many tokens with each of them.
+    """
+    paths = {str(run.settings.get("tokenizer")) for run in runs}
+    sizes: dict[str, set[tuple[int, int]]] = {}
+    for run in runs:
+        for task, corpus in run.plan.tasks.items():
+            sizes.setdefault(task, set()).add((corpus.tokens, corpus.text_bytes))
+    return len(paths) > 1 and any(len(found) > 1 for found in sizes.values())
+
+
 def _phase_rows(
     title: str, runs: Sequence[RunRecord], phases: Sequence[PhasePlan | None]
 ) -> Iterator[tuple[str, list[str]]]:

@@ -45,7 +45,7 @@ class LossChange:
     switch if the first phase trains on it or none does; since the start without a switch.
 
     `change` is in nats, below 0 if better; None before the first switch. `rose`: whether its
-    training loss was far higher in between. `role`: of the task in the run file, None without one.
+    training loss was far higher in between. `group`: see `RunRecord.group_of`.
     """
 
     task: str
@@ -53,7 +53,7 @@ class LossChange:
     change: float | None
     sentence: str
     rose: bool = False
-    role: str | None = None
+    group: str | None = None
 
     @property
     def outcome(self) -> Literal["better", "worse", "same"]:
@@ -119,7 +119,7 @@ def task_verdicts(run: RunRecord) -> list[LossChange]:
     for loss in final_losses(run):
         by_task.setdefault(loss.task, []).append(loss)
     found = [
-        replace(_verdict(run, losses), role=run.roles.get(task)) for task, losses in by_task.items()
+        replace(_verdict(run, losses), group=run.group_of(task)) for task, losses in by_task.items()
     ]
     return sorted(found, key=lambda verdict: not verdict.low_resource)
 

@@ -25,6 +25,7 @@ from megaphase.utils.plot_style import (
 )
 
 BEGINNING = 0.1  # of the steps so far; a loss falls so far there that the rest would look flat
+FEW_POINTS = 5  # a curve with fewer is shown whole
 LEGEND_LINE_INCHES = 0.24
 LEGEND_KEY_INCHES = 0.5  # handle and spacing
 LEGEND_CHARACTER_INCHES = 0.08
@@ -97,18 +98,28 @@ def panel_grid(
     return figure, panels
 
 
-def loss_limits(
-    curves: Iterable[Curve], span: tuple[int, int], otherwise: Iterable[Curve] = ()
-) -> tuple[float, float]:
-    """Return limits that show where the curves differ; their steep beginning may be cut off.
+def without_beginning(curve: Curve, span: tuple[int, int], starts: Iterable[int] = ()) -> Curve:
+    """Return a curve without its steep beginning; whole if it has few points, of which some are
+    after it.
 
-    otherwise: curves to use if the others have no point after the beginning.
+    span: the first and the last step of the axis. starts: steps at which phases or branches begin:
+        from the first of them on, everything is kept.
     """
+    steps, losses = curve
     first, last = span
-    begin = first + BEGINNING * (last - first)
+    kept = steps >= min(first + BEGINNING * (last - first), *starts, np.inf)
+    few = np.count_nonzero(np.isfinite(losses)) < FEW_POINTS
+    return curve if few and np.any(kept) else (steps[kept], losses[kept])
+
+
+def loss_limits(curves: Iterable[Curve], otherwise: Iterable[Curve] = ()) -> tuple[float, float]:
+    """Return limits that show all of these curves.
+
+    otherwise: curves to use if the others have no finite point.
+    """
     values = np.empty(0)
     for group in (curves, otherwise):
-        values = np.concatenate([values, *(losses[steps >= begin] for steps, losses in group)])
+        values = np.concatenate([values, *(losses for _, losses in group)])
         values = values[np.isfinite(values)]
         if len(values):
             break

@@ -7,7 +7,7 @@ per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
+from megaphase.report.differences import tokenizers_differ
 from megaphase.report.incidents import divergences, loss_spikes, skipped_spikes, skipped_steps
 from megaphase.report.plot_parts import (
     BOTTOM_INCHES,
@@ -28,6 +29,7 @@ from megaphase.report.plot_parts import (
     loss_limits,
     panel_grid,
     step_axes,
+    without_beginning,
 )
 from megaphase.report.runs import PhasePlan, RunRecord, TaskShare
 from megaphase.utils.plot_style import (
@@ -80,8 +82,8 @@ def loss_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
             axes.plot(*training[task], color=colours[task], alpha=0.3, linewidth=1.0)
             for curve in averages[task]:
                 axes.plot(*curve, color=colours[task], lw=1.4, ls=DOTTED, marker=".", zorder=3)
-        shown = [*curves.values(), *(curve for found in averages.values() for curve in found)]
-        axes.set_ylim(loss_limits(shown, steps_of([run]), training.values()))
+        shown = [(run, curve) for task in curves for curve in _held_out_curves(run, task)]
+        axes.set_ylim(loss_limits(_settled(shown, steps_of([run])), training.values()))
         label_line_ends(axes, _line_ends(curves, colours))
         mark_gaps(axes, run)
         mark_steps(axes, run)
@@ -178,7 +180,8 @@ def data_plot(run: RunRecord, colours: Colours, size: Size) -> Figure:
 
 
 def comparison_plot(runs: Sequence[RunRecord], size: Size) -> Figure:
-    """Plot validation loss over steps, with a panel per task and a line per run."""
+    """Plot validation loss over steps, with a panel per task and a line per run; in bits per byte
+    if the runs have different tokenizers."""
     tasks = validated_tasks(runs)
     colours = line_colours(run.name for run in runs)
     keys = [line_key(plot_label(run.name), color=colours[run.name], lw=1.8) for run in runs]
@@ -189,11 +192,11 @@ def comparison_plot(runs: Sequence[RunRecord], size: Size) -> Figure:
         figure, panels = panel_grid(size, tasks, 0.55 * size.height, top)
         for task, axes in zip(tasks, panels, strict=True):
             step_axes(axes, span, size, ticks=5)
-            axes.set_ylabel("nats per token")
-            curves = {run.name: _validation_curve(run, task) for run in runs}
-            for name, (steps, losses) in curves.items():
-                axes.plot(steps, losses, color=colours[name], lw=1.8, marker="o", markersize=3)
-            axes.set_ylim(loss_limits(curves.values(), span))
+            axes.set_ylabel("bits per byte" if tokenizers_differ(runs) else "nats per token")
+            curves = _comparison_curves(runs, task)
+            for run, (steps, losses) in curves:
+                axes.plot(steps, losses, color=colours[run.name], lw=1.8, marker="o", markersize=3)
+            axes.set_ylim(loss_limits(_settled(curves, span)))
         legend_on_top(figure, keys, columns)
     return figure
 
@@ -204,10 +207,12 @@ def validated_tasks(runs: Sequence[RunRecord]) -> list[str]:
     return list(dict.fromkeys(task for run in runs for task in run.tasks if task in measured))
 
 
-def _validation_curve(run: RunRecord, task: str) -> Curve:
+def _validation_curve(run: RunRecord, task: str, in_bits: bool = False) -> Curve:
     rows = [row for row in run.validation if task in row.validation]
     steps = np.array([row.step for row in rows], dtype=np.int64)
-    return steps, np.array([row.validation[task].loss for row in rows], dtype=np.float64)
+    found = [row.validation[task] for row in rows]
+    losses = [each.bits_per_byte if in_bits else each.loss for each in found]
+    return steps, np.array(losses, dtype=np.float64)
 
 
 def _average_curves(run: RunRecord, task: str) -> list[Curve]:
@@ -219,6 +224,49 @@ def _average_curves(run: RunRecord, task: str) -> list[Curve]:
         losses = [row.validation_average[task].loss for row in rows]
         found.append((steps, np.array(losses, dtype=np.float64)))
     return [curve for curve in found if len(curve[0])]
+
+
+def _settled(curves: Iterable[tuple[RunRecord, Curve]], span: tuple[int, int]) -> list[Curve]:
+    """Return the parts of curves that figures show whole.
+
+    Only the steep beginning of a run with new weights may be cut off, before its first switch.
+    """
+    found = []
+    for run, curve in curves:
+        starts = [step for step, _ in run.switches]
+        starts += [run.origin.step] if run.origin.step or run.origin.source else []
+        found.append(without_beginning(curve, span, starts))
+    return found
+
+
+def _held_out_curves(run: RunRecord, task: str) -> list[Curve]:
+    return [_validation_curve(run, task), *_average_curves(run, task)]
+
+
+def loss_is_cut_off(run: RunRecord) -> bool:
+    """Return whether the figure of the run's losses leaves out the steep beginning."""
+    curves = [
+        (run, each) for task in validated_tasks([run]) for each in _held_out_curves(run, task)
+    ]
+    return _any_is_cut_off(curves, steps_of([run]))
+
+
+def _comparison_curves(runs: Sequence[RunRecord], task: str) -> list[tuple[RunRecord, Curve]]:
+    in_bits = tokenizers_differ(runs)
+    return [(run, _validation_curve(run, task, in_bits)) for run in runs]
+
+
+def comparison_is_cut_off(runs: Sequence[RunRecord]) -> bool:
+    """Return whether a panel of the comparison leaves out the steep beginning of a run."""
+    return any(
+        _any_is_cut_off(_comparison_curves(runs, task), steps_of(runs))
+        for task in validated_tasks(runs)
+    )
+
+
+def _any_is_cut_off(curves: Sequence[tuple[RunRecord, Curve]], span: tuple[int, int]) -> bool:
+    _, top = loss_limits(_settled(curves, span))
+    return any(np.any(losses > top) for _, (_, losses) in curves)
 
 
 def _line_ends(curves: Mapping[str, Curve], colours: Colours) -> list[tuple[str, float, str]]:

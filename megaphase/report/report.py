@@ -116,7 +116,8 @@ def summary_table(run: RunRecord) -> Table:
     if note := lengths_note([run]):
         table.caption, table.caption_justify = Text(note), "left"
     change = "since switch" if run.switches else "change"
-    for column in ("at start", *columns, change, "bits/byte", "epochs"):
+    epochs = "epochs in all" if run.origin.step else "epochs"
+    for column in ("at start", *columns, change, "bits/byte", epochs):
         # Where there is no room, a header is broken between its words, or within a long one.
         table.add_column(Text(column), justify="right", overflow="fold")
     for task in run.tasks:
@@ -125,7 +126,7 @@ def summary_table(run: RunRecord) -> Table:
         ends = [losses.get((phase.name, task)) for phase in phases]
         start = next(loss.start for loss in ends if loss is not None)
         verdict = found[task]
-        group = verdict.role or ("low" if verdict.low_resource else "")
+        group = "low" if verdict.group == "low-resource" else verdict.group
         table.add_row(
             Text(f"{task} ({group})" if group else task),
             f"{start:.3f}",

@@ -12,8 +12,8 @@ from markupsafe import Markup
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
 from megaphase.report.batch_plot import batch_changes, batch_plot
 from megaphase.report.benchmarks import benchmark_table
-from megaphase.report.differences import Difference, differences
-from megaphase.report.incidents import incident_sentences
+from megaphase.report.differences import Difference, differences, tokenizers_differ
+from megaphase.report.incidents import divergences, incident_sentences
 from megaphase.report.losses import (
     final_losses,
     lengths_note,
@@ -23,9 +23,11 @@ from megaphase.report.losses import (
 from megaphase.report.page import Cell, PageTable, Plot, css_colour, draw_plot, render
 from megaphase.report.plots import (
     Colours,
+    comparison_is_cut_off,
     comparison_plot,
     data_plot,
     learning_rate_plot,
+    loss_is_cut_off,
     loss_plot,
     rates_plot,
     validated_tasks,
@@ -33,6 +35,8 @@ from megaphase.report.plots import (
 from megaphase.report.runs import PhasePlan, RunRecord
 
 NOTHING = "–"
+STEEP = "; the steep beginning is cut off at the top"
+BITS_PER_BYTE = "Bits per byte of text, because the runs have different tokenizers."
 AS_PLANNED = "As planned, or the actual values if a phase ended early."
 
 
@@ -41,10 +45,7 @@ def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -
     losses = Plot(
         "loss",
         "Loss per task",
-        "On held-out text; faint: the training loss; dotted: the average of the weights, where the "
-        "phase has one. Dashed: the switch to the next phase; solid: "
-        "where training diverges. "
-        "The steep beginning may be cut off at the top.",
+        _loss_caption(run),
         lambda size: loss_plot(run, colours, size),
     )
     rates = Plot(
@@ -56,8 +57,7 @@ def run_article(run: RunRecord, colours: Colours, out: Path, plot_folder: str) -
     data = Plot(
         "data",
         "Training tokens and epochs per task",
-        f"{AS_PLANNED} An epoch is one pass over the task's training text; "
-        f"dashed: {REPEATED_TOO_OFTEN:g} epochs, beyond which repetition has little benefit.",
+        f"{AS_PLANNED} An epoch is one pass over the task's training text{_limit_in_words(run)}.",
         lambda size: data_plot(run, colours, size),
     )
     mixture = Plot(
@@ -96,7 +96,8 @@ def comparison_article(runs: Sequence[RunRecord], colours: Colours, out: Path) -
     plot = Plot(
         "comparison",
         "Loss on held-out text, task by task",
-        "Every panel has its own scale; the steep beginning may be cut off at the top.",
+        f"{BITS_PER_BYTE if tokenizers_differ(runs) else 'Nats per token.'} "
+        f"Every panel has its own scale{STEEP if comparison_is_cut_off(runs) else ''}.",
         lambda size: comparison_plot(runs, size),
     )
     return render(
@@ -106,6 +107,26 @@ def comparison_article(runs: Sequence[RunRecord], colours: Colours, out: Path) -
         differences=_differences_table(runs, differences(runs)),
         figure=draw_plot(plot, out, "plots"),
     )
+
+
+def _loss_caption(run: RunRecord) -> str:
+    """Return what the figure of the losses shows, without what this run does not have."""
+    lines = ["faint: the training loss"]
+    if any(row.validation_average for row in run.validation):
+        lines.append("dotted: the average of the weights")
+    if run.switches:
+        lines.append("dashed: the switch to the next phase")
+    if divergences(run):
+        lines.append("solid: where training diverges")
+    steep = STEEP if loss_is_cut_off(run) else ""
+    return f"On held-out text; {'; '.join(lines)}{steep}."
+
+
+def _limit_in_words(run: RunRecord) -> str:
+    """Return what the dashed line of the figure of epochs is; empty where it is not drawn."""
+    if max(map(run.epochs_of_phases, run.tasks), default=0.0) <= REPEATED_TOO_OFTEN:
+        return ""
+    return f"; dashed: {REPEATED_TOO_OFTEN:g} epochs, beyond which repetition has little benefit"
 
 
 def _state(run: RunRecord) -> str:
@@ -132,7 +153,9 @@ def _state(run: RunRecord) -> str:
     )
     if run.training:
         speed = statistics.median(row.tokens_per_second for row in run.training)
-        text += f"; {run.training[-1].tokens:,} tokens, {speed:,.0f} a second (median)"
+        before = run.origin.tokens if run.origin.step else None
+        share = f" ({before:,} of them before)" if before is not None else ""
+        text += f"; {run.training[-1].tokens:,} tokens{share}, {speed:,.0f} a second (median)"
     if run.hole is not None:
         text += f"; {run.hole}"
     return f"{text}."
@@ -204,7 +227,9 @@ def _data_table(run: RunRecord, colours: Colours) -> PageTable:
     phases = run.plan.phases
     groups: list[tuple[str, Sequence[str]]] = [("corpus", ("tokens", "documents", "held out"))]
     groups += [(_with_length(phase), ("rate", "tokens", "epochs")) for phase in phases]
-    groups.append(("whole run", ("tokens", "epochs")))
+    is_branch = run.origin.step > 0
+    groups.append(("this branch" if is_branch else "whole run", ("tokens", "epochs")))
+    groups += [("with the run before", ("epochs",))] if is_branch else []
     rows = []
     for task in run.tasks:
         corpus = run.plan.tasks[task]
@@ -217,25 +242,31 @@ def _data_table(run: RunRecord, colours: Colours) -> PageTable:
             ]  # fmt: skip
         epochs = run.planned_epochs(task)
         cells.append(f"{sum(share.tokens for share in shares if share):,}")
+        if is_branch:
+            cells.append(f"{run.epochs_of_phases(task):.2f}")
         often = epochs > REPEATED_TOO_OFTEN
         cells.append(Cell(f"{epochs:.2f}", warning=often))
         rows.append(cells)
-    note = (
-        f"{AS_PLANNED} Held out: documents kept for validation. "
-        f"⚠ repeated more than {REPEATED_TOO_OFTEN:g} times."
-    )
+    note = f"{AS_PLANNED} Held out: documents kept for validation."
+    if any(run.planned_epochs(task) > REPEATED_TOO_OFTEN for task in run.tasks):
+        note += f" ⚠ repeated more than {REPEATED_TOO_OFTEN:g} times."
     return PageTable(["task"], rows, note, groups)
 
 
 def _comparison_table(runs: Sequence[RunRecord], colours: Colours) -> PageTable:
     newest = {run.name: newest_losses(run) for run in runs}
+    in_bits = tokenizers_differ(runs)
     tasks = validated_tasks(runs)
     rows = []
     for run in runs:
         source = run.origin.source
         cells: list[str | Cell] = [Cell(run.name, small=f"from {source}" if source else "")]
         for task in tasks:
-            ends = {name: losses[task].end for name, losses in newest.items() if task in losses}
+            ends = {
+                name: losses[task].end_bits_per_byte if in_bits else losses[task].end
+                for name, losses in newest.items()
+                if task in losses
+            }
             text = f"{ends[run.name]:.3f}" if run.name in ends else NOTHING
             lowest = ends.get(run.name) == min(ends.values())
             cells.append(Cell(text, bold=lowest))
@@ -243,6 +274,8 @@ def _comparison_table(runs: Sequence[RunRecord], colours: Colours) -> PageTable:
         rows.append(cells)
     columns: list[str | Cell] = ["run", *(_task_cell(task, colours) for task in tasks), "steps"]
     note = "Newest validation loss, nats per token; the lowest of each task is bold."
+    if in_bits:
+        note = f"Newest validation loss; the lowest of each task is bold. {BITS_PER_BYTE}"
     if lengths := lengths_note(runs):
         note += f" {lengths}"
     return PageTable(columns, rows, note)

@@ -171,7 +171,12 @@ class RunRecord:
         The first phases of a branch are those of the run from which it started. A first phase
         that trains the rows of new tokens alone leaves out what the model knows already: where
         the run file has roles, they are then the tasks on which it does train, of several.
+        Conversations without a role are never low-resource.
         """
+        return self._tasks_that_come_later - (self._chats - self.roles.keys())
+
+    @property
+    def _tasks_that_come_later(self) -> frozenset[str]:
         if self.origin.step:
             return frozenset(t for t in self.plan.tasks if not self.origin.used.get(t))
         if len(self.plan.phases) == 1:
@@ -186,25 +191,45 @@ class RunRecord:
     @property
     def roles(self) -> Mapping[str, str]:
         """The role in the run file of every task that has one."""
-        tasks = self.settings.get("tasks")
-        found = {
-            name: task.get("role")
-            for name, task in (tasks if isinstance(tasks, dict) else {}).items()
-            if name in self.plan.tasks and isinstance(task, dict)
-        }
+        found = {name: task.get("role") for name, task in self._task_settings.items()}
         return {name: role for name, role in found.items() if isinstance(role, str)}
 
     @property
+    def _chats(self) -> frozenset[str]:
+        """The tasks that are conversations."""
+        return frozenset(n for n, task in self._task_settings.items() if task.get("kind") == "chat")
+
+    @property
+    def _task_settings(self) -> Mapping[str, Mapping[str, Any]]:
+        """The sections of the run file of the plan's tasks."""
+        tasks = self.settings.get("tasks")
+        return {
+            name: task
+            for name, task in (tasks if isinstance(tasks, dict) else {}).items()
+            if name in self.plan.tasks and isinstance(task, dict)
+        }
+
+    @property
     def groups(self) -> tuple[str, str]:
-        """The names of the low-resource tasks and of the others: their roles, if all have one."""
+        """The names of the low-resource tasks and of the others: their roles, if any has one."""
         low = self.low_resource_tasks
-        if self.roles.keys() != self.plan.tasks.keys():
-            return "low-resource", "high-resource"
-        ours, others = (
-            dict.fromkeys(role for task, role in self.roles.items() if (task in low) is is_low)
+        if not self.roles:
+            return "low-resource", "high-resource" if not self._chats else "others"
+        names = [
+            dict.fromkeys(
+                self.roles.get(task, "no role")
+                for task in self.plan.tasks
+                if (task in low) is is_low
+            )
             for is_low in (True, False)
-        )
-        return ", ".join(ours), ", ".join(others)
+        ]
+        return ", ".join(names[0]), ", ".join(names[1])
+
+    def group_of(self, task: str) -> str | None:
+        """Return a task's role in the run file; `low-resource` if it is and no task has a role."""
+        if self.roles:
+            return self.roles.get(task)
+        return "low-resource" if task in self.low_resource_tasks else None
 
     @property
     def tasks(self) -> list[str]:
@@ -245,8 +270,12 @@ class RunRecord:
         given = {key: value for key, value in keys.items() if value is not None}
         return given | {"seq_len": phase.seq_len or self.plan.seq_len}
 
+    def epochs_of_phases(self, task: str) -> float:
+        """Return the passes over the task's training text in the phases of this run alone."""
+        return sum(p.tasks[task].epochs for p in self.plan.phases if task in p.tasks)
+
     def planned_epochs(self, task: str) -> float:
-        """Return the passes over the task's training text in the whole run."""
+        """Return the passes over the task's training text, those before a branch included."""
         shares = [phase.tasks[task] for phase in self.plan.phases if task in phase.tasks]
         return max((share.epochs_so_far for share in shares), default=0.0)
 

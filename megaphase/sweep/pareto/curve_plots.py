@@ -28,6 +28,7 @@ from megaphase.report.plot_parts import (
     note_on_panel,
     panel_grid,
     step_axes,
+    without_beginning,
 )
 from megaphase.sweep.arms.setting import TriedSetting
 from megaphase.sweep.pareto.arm_styles import ArmStyles
@@ -119,7 +120,7 @@ def task_curves_plot(
                     steps, losses, color=styles[point.setting.arm][0], lw=1.6,
                     marker="o", ms=5, markevery=[int(i) for i in at],
                 )  # fmt: skip
-            axes.set_ylim(loss_limits(drawn, span))
+            axes.set_ylim(loss_limits(without_beginning(each, span, switches) for each in drawn))
             note_on_panel(axes, cropped_note(axes, drawn))
         legend_on_top(figure, keys, columns)
     return figure
@@ -146,7 +147,11 @@ def overfitting_plot(
         )
         for point in points
     ]
-    limits = loss_limits([curve for pair in drawn for curve in pair], span)
+    limits = loss_limits(
+        without_beginning(curve, span, _switches(point, curves))
+        for point, pair in zip(points, drawn, strict=True)
+        for curve in pair
+    )
     with plot_style():
         figure, panels = panel_grid(
             size, titles, PANEL_HEIGHT * size.height, legend_inches([""], 1), SETTING_LIMIT
@@ -266,9 +271,9 @@ def _switches(point: Point, curves: Curves) -> list[int]:
 
 def _settled_limits(lines: Sequence[Curve]) -> tuple[float, float]:
     """Return limits that show the later part of every line."""
+    span = 0, max((len(losses) for _, losses in lines), default=0)
     return loss_limits(
-        ((np.arange(len(losses)), losses) for _, losses in lines),
-        (0, max((len(losses) for _, losses in lines), default=0)),
+        without_beginning((np.arange(len(losses)), losses), span) for _, losses in lines
     )
 
 
