@@ -57,9 +57,9 @@ def train_command(
             if trainer.is_done():
                 steps = trainer.state.step
                 trainer.say(f"{config.output}: all {steps:,} steps are done; nothing to do")
+                trainer.finish_uploads()
                 for line in next_commands(config):
                     trainer.say(line)
-                trainer.finish_uploads()
                 return
             if trainer.has_reached_end_after():
                 end = config.checkpoint.end_after

@@ -44,14 +44,15 @@ class Trainer(RunParts):
                 self.end_phase(reason)
         with self._saving():
             self.checkpointer.finish()
-        if self.is_done():
-            self.say_results(began, earlier)
+        seconds = time.monotonic() - began
         self.finish_uploads()
+        if self.is_done():
+            self.say_results(seconds, earlier)
 
-    def say_results(self, began: float, earlier: int) -> None:
+    def say_results(self, seconds: float, earlier: int) -> None:
         """Say how the run has ended, and what can follow.
 
-        began: of this start, by time.monotonic(). earlier: the step from which it resumed.
+        seconds: that this start trained. earlier: the step from which it resumed.
         """
         assert self._last_validation is not None
         step, _, losses, average = self._last_validation
@@ -61,7 +62,7 @@ class Trainer(RunParts):
             step=step,
             steps=step - before,
             earlier=earlier - before,
-            seconds=time.monotonic() - began,
+            seconds=seconds,
             losses=losses,
             average=average,
             bests=self.early_stopping.best(),
