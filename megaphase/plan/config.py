@@ -18,7 +18,7 @@ from megaphase.config.fields import (
 
 
 class TaskConfig(Section):
-    """A task is one training distribution: a language, or a translation pair."""
+    """A task is one training distribution: a language, a translation pair, or conversations."""
 
     corpus: FilePath | None = None
     """Prefix of the corpus: `data/en` for `data/en.bin`, `data/en.idx` …; required, except
