@@ -148,7 +148,7 @@ def _spec(
 
 
 def _refuse_missing_trackers(config: RunConfig) -> None:
-    """Raise InputError if the package of a tracker is not installed, or it would record nothing."""
+    """Raise InputError if the package of a tracker is not installed."""
     for name, tracker in config.logging.trackers():
         package = tracker.missing_package()
         if package is not None:
@@ -157,10 +157,6 @@ def _refuse_missing_trackers(config: RunConfig) -> None:
                 f"needs the package {package}, which is not installed",
                 f'pip install "megaphase[{package}]"',
             )
-        wrong = tracker.wrong_key()
-        if wrong is not None:
-            key, problem, remedy = wrong
-            raise InputError(config.where(f"logging.{name}.{key}"), problem, remedy)
 
 
 def open_plan(

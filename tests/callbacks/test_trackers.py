@@ -20,7 +20,6 @@ from warm_commands import run_killed, run_well
 from megaphase.callbacks.callback import Callback, CallbackList, HeldOutLoss, ValidationRecord
 from megaphase.callbacks.config import LoggingConfig
 from megaphase.callbacks.trackers import feed
-from megaphase.callbacks.trackers.mlflow_tracker import MLflowConfig
 from megaphase.callbacks.trackers.tracker import (
     Opened,
     Position,
@@ -193,30 +192,6 @@ def test_a_tracker_whose_package_is_missing_is_refused(
         f"{run_file}: logging.wandb: needs the package no_such_package, which is not installed; "
         'pip install "megaphase[no_such_package]"'
     )
-
-
-@pytest.mark.parametrize("uri", ["./mlruns", "/data/mlruns", "file:///data/mlruns"])
-def test_a_folder_into_which_mlflow_does_not_record_is_refused(
-    run_file: Path, monkeypatch: pytest.MonkeyPatch, uri: str
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
-    given = f"logging={{mlflow: {{experiment: a, tracking_uri: '{uri}'}}}}"
-    with pytest.raises(InputError) as refused:
-        _refuse_missing_trackers(load_run_file(run_file, (given,)))
-    said = (
-        f"{run_file}: logging.mlflow.tracking_uri: {uri} is a folder, into which MLflow no longer"
-    )
-    assert str(refused.value).startswith(said)
-    default = load_run_file(run_file, ("logging={mlflow: {experiment: a}}",))
-    _refuse_missing_trackers(default)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(InputError, match="MLFLOW_TRACKING_URI="):
-        _refuse_missing_trackers(default)
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    _refuse_missing_trackers(default)
-    for other in ("sqlite:////data/mlflow.db", "http://tracker:5000", "databricks"):
-        assert MLflowConfig(experiment="a", tracking_uri=other).wrong_key() is None
 
 
 class Counting(Callback):

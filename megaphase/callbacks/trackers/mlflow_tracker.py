@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +24,6 @@ MOST_METRICS = 1000
 MOST_PARAMS = 100
 MOST_PARAM_CHARACTERS = 6000
 MOST_TAG_CHARACTERS = 5000
-FOLDERS_ALLOWED = "MLFLOW_ALLOW_FILE_STORE"
 _NOT_IN_NAMES = re.compile(r"[^/\w.\- ]")
 
 # Metrics, since all of a request are stored in one transaction, as tags and metrics are not.
@@ -47,23 +44,10 @@ class MLflowConfig(TrackerConfig):
     """The experiment; it is made if it does not exist."""
     tracking_uri: Word | None = None
     """The server, such as `http://tracker:5000`, or a database in a file, such as
-    `sqlite:////data/mlflow.db`; not a folder, see docs/trackers.md. If left out,
-    `MLFLOW_TRACKING_URI` decides, and without it MLflow's default, `mlflow.db` in the current
-    folder."""
+    `sqlite:////data/mlflow.db`. If left out, `MLFLOW_TRACKING_URI` decides, and MLflow's default
+    without it."""
     name: Word | None = None
     """The run's name; that of the run directory if left out."""
-
-    def wrong_key(self) -> tuple[str, str, str] | None:
-        """A folder, in which MLflow records nothing unless its environment variable allows it."""
-        uri = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-        is_service = ":" in uri or uri.startswith("databricks") or uri == "uc"
-        is_folder = bool(uri) and (uri.startswith("file:") or not is_service)
-        if not is_folder or os.environ.get(FOLDERS_ALLOWED, "").lower() in ("true", "1"):
-            return None
-        what = uri if self.tracking_uri else f"MLFLOW_TRACKING_URI={uri}"
-        problem = f"{what} is a folder, into which MLflow no longer records"
-        remedy = f"give a server or sqlite:////PATH/mlflow.db, or set {FOLDERS_ALLOWED}=true"
-        return "tracking_uri", problem, remedy
 
     def target(self) -> dict[str, str | None]:
         return {"experiment": self.experiment, "tracking_uri": self.tracking_uri}
@@ -82,9 +66,6 @@ class MLflowTracker(Tracker):
     def open(self) -> Opened:
         from mlflow import MlflowClient
 
-        # Which say that a database has been made, amid the run's own lines.
-        for name in ("mlflow.store.db.utils", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
         self._client = MlflowClient(self._config.tracking_uri)
         found = None if self._tracked.id is None else self._client.get_run(self._tracked.id)
         if found is None:

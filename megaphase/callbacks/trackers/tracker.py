@@ -134,11 +134,6 @@ class TrackerConfig(Section):
         missing = cls.PACKAGE is not None and find_spec(cls.PACKAGE) is None
         return cls.PACKAGE if missing else None
 
-    def wrong_key(self) -> tuple[str, str, str] | None:
-        """A key of the section with which nothing would be recorded, what is wrong with it and the
-        remedy; None if nothing is known to be wrong."""
-        return None
-
     def target(self) -> dict[str, str | None]:
         """Where runs are recorded; a run that is started again with another target begins anew."""
         return {}
