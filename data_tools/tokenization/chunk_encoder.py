@@ -129,4 +129,6 @@ class ChunkEncoder:
 
 def _skipped_line(document: InvalidDocument) -> bytes:
     """Return the line of a document in `.skipped.jsonl`."""
-    return f"{json.dumps(asdict(document), ensure_ascii=False)}\n".encode()
+    line = f"{json.dumps(asdict(document), ensure_ascii=False)}\n"
+    # A lone surrogate, which UTF-8 cannot represent, is written as its escape.
+    return line.encode(errors="backslashreplace")

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from megaphase.chats.environment import CompiledTemplate
+from megaphase.chats.template_files import read_special_tokens, read_template
 from megaphase.utils.errors import InputError
+from megaphase.utils.files import hash_json
 
-TEMPLATE_NAME, CONFIG_NAME = "chat_template.jinja", "tokenizer_config.json"
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
-_ASSISTANT = "assistant"
-# Noncharacters, which no text holds: they mark the text of a {% generation %} block.
-_BEGIN, _END = "\ufdd0", "\ufdd1"
+ASSISTANT = "assistant"
+# The names of a message's reasoning; a template finds it under the first two of them.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+_MOST_OF_REASON = 200  # characters
 
 Message = Mapping[str, Any]
 
@@ -36,10 +34,12 @@ class RenderedChat:
 
     Attributes:
         answers: [begin, end) of the assistant's answers, in characters, ascending.
+        is_marked: whether the template's own {% generation %} blocks are the answers.
     """
 
     text: str
     answers: list[tuple[int, int]]
+    is_marked: bool
 
 
 @dataclass(frozen=True)
@@ -61,123 +61,119 @@ class ChatTemplate:
 
         Raises InputError if there is none, or it cannot be parsed.
         """
-        config = _config(folder)
-        path, text = folder / TEMPLATE_NAME, config.get("chat_template")
-        if path.is_file():
-            text = path.read_text()
-        else:
-            path = folder / CONFIG_NAME
-        if isinstance(text, list):
-            text = {each.get("name"): each.get("template") for each in text}.get("default")
-        if not isinstance(text, str):
-            remedy = f"put the model's {TEMPLATE_NAME} there"
-            raise InputError(folder, "the tokenizer has no chat template", remedy)
-        tokens = {name: _token(config[name]) for name in _SPECIAL_TOKENS if config.get(name)}
-        template = cls(text, tokens, path)
+        source, text = read_template(folder)
+        template = cls(text, read_special_tokens(folder), source)
         try:
-            _ = template._compiled
-        except jinja2.TemplateError as error:
-            problem = f"the chat template cannot be parsed ({error})"
-            raise InputError(path, problem, "put back the model's own") from None
+            _ = template.compiled
+        except Exception as error:  # jinja2 does not say which
+            problem = f"the chat template cannot be parsed ({_reason(error)})"
+            raise InputError(source, problem, "put back the model's own") from None
         return template
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state.pop("_compiled", None)
+        state.pop("compiled", None)
         return state
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest that changes with what the template makes of messages."""
+        return hash_json({"template": self.text, "special_tokens": dict(self.special_tokens)})
+
+    @cached_property
+    def compiled(self) -> CompiledTemplate:
+        return CompiledTemplate(self.text)
 
     def render(self, messages: Sequence[Message]) -> RenderedChat:
         """Return the text of a conversation and where the assistant speaks in it.
 
         Where the template has {% generation %} blocks, those are the answers. Otherwise an answer
         is what the template adds for an assistant's message to the conversation before it with the
-        prompt for an answer; so it holds the token that ends the turn.
+        prompt for an answer; so it holds the token that ends the turn, and white space after that.
 
-        Raises ChatError if the template refuses the messages, or rewrites earlier turns, so that
-        the answers cannot be found.
+        Raises ChatError if the template refuses the messages, or the answers cannot be found: it
+        rewrites earlier turns, or its prompt for an answer is not what it puts before one.
         """
-        marked = self._text(messages)
-        if _BEGIN in marked:
-            return _without_marks(marked)
-        answers = []
-        for number, message in enumerate(messages):
-            if message["role"] != _ASSISTANT:
-                continue
-            prompt = self._text(messages[:number], prompt=True) if number else ""
-            after = self._text(messages[: number + 1])
-            if not after.startswith(prompt):
-                prompt = self._text(messages[:number])
-            if not (after.startswith(prompt) and marked.startswith(after.rstrip())):
-                problem = f"the template renders message {number + 1} otherwise when others follow"
-                raise ChatError(f"{problem}, so the answers cannot be found")
-            answers.append((len(prompt), len(after.rstrip())))
-        return RenderedChat(marked, answers)
+        text, blocks = self._rendered(messages)
+        if self.compiled.marks_answers:
+            return RenderedChat(text, blocks, True)
+        numbers = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
+        return RenderedChat(text, [self._answer(text, messages, i) for i in numbers], False)
 
-    @cached_property
-    def _compiled(self) -> jinja2.Template:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        return environment.from_string(self.text)
+    def render_text(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+        """Return the text of a conversation, with the prompt for an answer or without.
 
-    def _text(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+        Raises ChatError if the template refuses the messages.
+        """
+        return self._rendered(messages, prompt=prompt)[0]
+
+    def _answer(self, text: str, messages: Sequence[Message], number: int) -> tuple[int, int]:
+        """Return [begin, end) of the answer with this number, from 0, in the whole text."""
+        before, after = messages[:number], self.render_text(messages[: number + 1])
         try:
-            return self._compiled.render(
-                messages=list(messages),
-                add_generation_prompt=prompt,
-                tools=None,
-                documents=None,
-                **self.special_tokens,
-            )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise ChatError(f"the chat template refuses it ({error})") from None
+            prompt, bare = self.render_text(before, prompt=True), self.render_text(before)
+        except ChatError:
+            if number:
+                raise
+            problem = "it begins with the assistant, and the template has no prompt for that"
+            raise ChatError(f"{problem}{_NOT_FOUND}") from None
+        if after == bare:
+            return len(after), len(after)  # the template leaves it out
+        if not text.startswith(after.rstrip()) or not after.startswith((prompt, bare)):
+            problem = f"the template renders message {number + 1} otherwise when others follow"
+            raise ChatError(f"{problem}{_NOT_FOUND}")
+        if not after.startswith(prompt):
+            problem = f"the template's prompt for an answer is {prompt.removeprefix(bare)!r}"
+            raise ChatError(f"{problem}; message {number + 1} does not begin with it{_NOT_FOUND}")
+        if prompt == bare and (header := self._header(before, bare)).strip():
+            problem = f"the template writes {header!r} before an answer, and not as its prompt"
+            raise ChatError(f"{problem} (add_generation_prompt){_NOT_FOUND}")
+        return len(prompt), len(after if text.startswith(after) else after.rstrip())
+
+    def _header(self, before: Sequence[Message], bare: str) -> str:
+        """Return what the template writes before the text of an answer."""
+        texts = [
+            self.render_text([*before, {"role": ASSISTANT, "content": content}])
+            for content in ("a", "b")
+        ]
+        if texts[0] == texts[1]:
+            return ""
+        return commonprefix(texts).removeprefix(bare)  # noqa: RUF071 - texts, not paths
+
+    def _rendered(
+        self, messages: Sequence[Message], *, prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        values: dict[str, Any] = {**self.special_tokens, "messages": list(map(_prepared, messages))}
+        values |= {"add_generation_prompt": prompt, "tools": None, "documents": None}
+        try:
+            text, blocks = self.compiled.render(**values)
+        except Exception as error:  # a template can raise whatever Python does
+            raise ChatError(f"the chat template refuses it ({_reason(error)})") from None
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            surrogate = f"\\u{ord(text[error.start]):04x}"
+            raise ChatError(f"its text holds a lone surrogate, {surrogate}") from None
+        return text, blocks
 
 
-class _Generation(Extension):
-    """The block {% generation %} … {% endgeneration %}, which marks an answer."""
-
-    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_marked")
-        return nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-    def _marked(self, caller: Any) -> str:
-        return f"{_BEGIN}{caller()}{_END}"
+_NOT_FOUND = (
+    ", so the answers cannot be found; {% generation %} blocks in the template would mark them"
+)
 
 
-def _without_marks(marked: str) -> RenderedChat:
-    text, answers = "", []
-    for number, part in enumerate(marked.replace(_END, _BEGIN).split(_BEGIN)):
-        if number % 2:  # every second part is the text of a block
-            answers.append((len(text), len(text) + len(part)))
-        text += part
-    return RenderedChat(text, answers)
+def _prepared(message: Message) -> dict[str, Any]:
+    """Return a message as transformers passes it to a template: without keys that are null, and
+    with its reasoning under both of the names that templates read."""
+    given = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((given[key] for key in REASONING if key in given), None)
+    if reasoning is None:
+        return given
+    return {"thinking": reasoning, **given, "reasoning_content": reasoning}
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(path, f"is not valid JSON ({error})", "put back the model's own") from None
-    return config if isinstance(config, dict) else {}
-
-
-def _token(value: Any) -> str:
-    return str(value.get("content", "") if isinstance(value, dict) else value)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    # jinja2's own escapes characters of HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _refuse(message: str) -> str:
-    raise jinja2.TemplateError(message)
+def _reason(error: Exception) -> str:
+    known = isinstance(error, (jinja2.TemplateError, TypeError, KeyError)) and str(error)
+    reason = " ".join((str(error) if known else f"{type(error).__name__}: {error}").split())
+    reason = reason.encode(errors="backslashreplace").decode()
+    return reason if len(reason) <= _MOST_OF_REASON else f"{reason[:_MOST_OF_REASON]}…"
