@@ -10,6 +10,8 @@ from megaphase.utils.files import atomic_write_json, hash_json, read_json, with_
 
 # In a run's directory of plans.
 COUNTS_FILE = "counts.json"
+# Of what the numbers mean; another one when any of them is counted otherwise.
+FORMAT_VERSION = 1
 
 
 class CorpusCounts:
@@ -38,8 +40,8 @@ class CorpusCounts:
     def stored(cls, folder: Path, verify: Callable[[], object] | None = None) -> CorpusCounts:
         """Return those that `store` wrote into a folder; none if it has no intact file of them."""
         try:
-            header: Any = read_json(folder / COUNTS_FILE)
-            known = without_hash(header)["counts"]
+            stored: Any = without_hash(read_json(folder / COUNTS_FILE))
+            known = stored["counts"] if stored["format"] == FORMAT_VERSION else {}
         except (OSError, ValueError, AttributeError, KeyError):
             known = {}
         return cls(known, verify)
@@ -52,7 +54,9 @@ class CorpusCounts:
         """
         if self._found_any:
             counts = {key: self.known[key] for key in sorted(self._used)}
-            atomic_write_json(folder / COUNTS_FILE, with_hash({"counts": counts}))
+            atomic_write_json(
+                folder / COUNTS_FILE, with_hash({"format": FORMAT_VERSION, "counts": counts})
+            )
 
     def of(self, determining: list[Any], count: Callable[[], list[float]]) -> list[float]:
         """Return numbers; `count` finds them where they are not known yet.

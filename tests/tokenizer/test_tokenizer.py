@@ -13,6 +13,7 @@ from data_support import VOCAB_SIZE, make_tokenizer
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import megaphase.tokenizer.tokenizer as tokenizer_module
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 
@@ -86,6 +87,23 @@ def test_half_a_character_decodes_to_the_replacement_character(tokenizer: Tokeni
 def test_decoding_takes_an_array_of_any_integers(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("one two")
     assert tokenizer.decode(np.array(ids, dtype=np.uint16)) == "one two"
+
+
+def test_a_tokenizer_of_facts_reads_no_file_before_it_converts_a_text(
+    tokenizer: Tokenizer, monkeypatch
+) -> None:
+    facts = pickle.loads(pickle.dumps(tokenizer.facts()))
+    with monkeypatch.context() as unread:
+        unread.setattr(tokenizer_module, "_read", lambda path: pytest.fail(f"{path} is read"))
+        same = Tokenizer.of_facts(facts)
+        for name in ("path", "vocab_size", "eod", "bos", "adds_bos", "tags", "fingerprint"):
+            assert getattr(same, name) == getattr(tokenizer, name)
+        assert same.byte_fallback == tokenizer.byte_fallback
+        assert same.exact_bytes == tokenizer.exact_bytes
+        assert (same.token_bytes() == tokenizer.token_bytes()).all()
+    text = "two words"
+    assert same.encode(text) == tokenizer.encode(text)
+    assert same.decode(same.encode(text)) == text
 
 
 def test_a_tokenizer_pickles_as_its_directory(tokenizer: Tokenizer) -> None:
