@@ -119,7 +119,7 @@ def read_index(path: Path) -> Index:
         fault = "truncated" if size < expected else "too long"
         raise InputError(path, f"is {fault}: {size} bytes, its header says {expected}", _REMEDY)
 
-    mapped = np.memmap(path, dtype=np.uint8, mode="r")
+    mapped = np.memmap(str(path), dtype=np.uint8, mode="r")
     index = Index(
         dtype=DTYPE_OF_CODE[code],
         lengths=mapped[HEADER.size : lengths_end].view(LENGTH_DTYPE),
@@ -141,7 +141,7 @@ def map_index(path: Path, sequences: int) -> tuple[np.ndarray, np.ndarray]:
     """Map lengths and byte offsets [sequences] of an .idx file that has been checked."""
     lengths_end = HEADER.size + sequences * LENGTH_DTYPE.itemsize
     offsets_end = lengths_end + sequences * OFFSET_DTYPE.itemsize
-    mapped = np.memmap(path, dtype=np.uint8, mode="r")
+    mapped = np.memmap(str(path), dtype=np.uint8, mode="r")
     return (
         mapped[HEADER.size : lengths_end].view(LENGTH_DTYPE),
         mapped[lengths_end:offsets_end].view(OFFSET_DTYPE),

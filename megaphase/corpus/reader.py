@@ -1,4 +1,8 @@
-"""Open a corpus, memory-mapped, after checks that do not read all of it."""
+"""Open a corpus, memory-mapped, after checks that do not read all of it.
+
+numpy's memmap gets paths as text: of others it looks up every folder, which costs a shared file
+system several requests.
+"""
 
 from __future__ import annotations
 
@@ -95,10 +99,10 @@ class Corpus:
         return cls(
             prefix=prefix,
             manifest=manifest,
-            tokens=np.memmap(corpus_file(prefix, ".bin"), dtype=dtype, mode="r"),
+            tokens=np.memmap(str(corpus_file(prefix, ".bin")), dtype=dtype, mode="r"),
             lengths=lengths,
             byte_offsets=byte_offsets,
-            hashes=np.memmap(corpus_file(prefix, ".hash"), dtype=HASH_DTYPE, mode="r"),
+            hashes=np.memmap(str(corpus_file(prefix, ".hash")), dtype=HASH_DTYPE, mode="r"),
             blocks=_map_if_there(prefix, manifest, BLOCKS_SUFFIX, BLOCK_DTYPE),
             targets=_map_if_there(prefix, manifest, TARGETS_SUFFIX, np.dtype(np.uint8)),
         )
@@ -106,7 +110,7 @@ class Corpus:
     @cached_property
     def sums(self) -> np.ndarray:
         """SUM_DTYPE [documents], size of each document's text and checksum of its tokens."""
-        return np.memmap(corpus_file(self.prefix, ".sum"), dtype=SUM_DTYPE, mode="r")
+        return np.memmap(str(corpus_file(self.prefix, ".sum")), dtype=SUM_DTYPE, mode="r")
 
     def __reduce__(self) -> tuple[object, ...]:
         # A pickled memory map would carry the whole file.
@@ -167,7 +171,7 @@ def _map_if_there(
 ) -> np.ndarray | None:
     if suffix not in manifest.files:
         return None
-    return np.memmap(corpus_file(prefix, suffix), dtype=dtype, mode="r")
+    return np.memmap(str(corpus_file(prefix, suffix)), dtype=dtype, mode="r")
 
 
 def _check_sizes(prefix: Path, manifest: Manifest) -> None:

@@ -39,7 +39,7 @@ class VerifiedFile:
             verified: whether all of it has just been verified.
         """
         self.path = path
-        self.bytes = _map(path)
+        self.bytes = _map(path) if described["bytes"] else np.empty(0, np.uint8)
         pieces = described["pieces"]
         self._begins = np.array([begin for begin, _, _ in pieces], np.int64)
         self._ends = self._begins + np.array([size for _, size, _ in pieces], np.int64)
@@ -115,10 +115,9 @@ class VerifiedFile:
 
 
 def _map(path: Path) -> np.ndarray:
-    if path.stat().st_size == 0:
-        return np.empty(0, np.uint8)
-    # A plain view: numpy's memmap class costs microseconds at every use.
-    return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    # A plain view: numpy's memmap class costs microseconds at every use. Of a path that is no text
+    # it looks up every folder.
+    return np.asarray(np.memmap(str(path), dtype=np.uint8, mode="r"))
 
 
 class VerifiedArray:
