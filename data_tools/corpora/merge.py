@@ -46,8 +46,8 @@ def merge(
         shuffle_seed: put the documents into a random order that depends only on this seed.
 
     Raises InputError, and leaves nothing behind, if a corpus is damaged, is named twice, was made
-    with another tokenizer or holds another kind of documents than the first; if shards of a
-    corpus are missing; or if `out` exists.
+    with another tokenizer or holds another kind of documents than the first; if conversations
+    have different chat templates; if shards of a corpus are missing; or if `out` exists.
     """
     if not prefixes:
         raise InputError("", "no corpus was given", "name at least one prefix")
@@ -71,6 +71,10 @@ def merge(
         sources=list(names),
         kind=first.kind,
         tag=first.tag,
+        # If one of them is not known, the template of all is not.
+        chat_template=first.chat_template
+        if all(manifest.chat_template == first.chat_template for manifest in manifests)
+        else None,
         with_origins=any(SOURCES_SUFFIX in manifest.files for manifest in manifests),
         overwrite=overwrite,
     )
@@ -155,9 +159,23 @@ def _check_alike(prefixes: Sequence[Path], manifests: Sequence[Manifest]) -> Non
         if (manifest.kind, manifest.tag) != (first.kind, first.tag):
             problem = f"holds {_kind(manifest)}, {prefixes[0]} {_kind(first)}"
             raise InputError(prefix, problem, "keep them as two tasks")
+    _check_templates(prefixes, manifests)
+
+
+def _check_templates(prefixes: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+    found: dict[str, Path] = {}  # by template; corpora of earlier versions do not record theirs
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        if manifest.chat_template is not None:
+            found.setdefault(manifest.chat_template, prefix)
+    if len(found) > 1:
+        first, second, *_ = found.values()
+        problem = f"its conversations have another chat template than those of {first}"
+        raise InputError(second, problem, "tokenize both with the same one")
 
 
 def _kind(manifest: Manifest) -> str:
+    if manifest.kind == "chat":
+        return "conversations"
     return "texts" if manifest.tag is None else f"translation pairs with the tag {manifest.tag}"
 
 

@@ -76,6 +76,7 @@ def _writer(corpus: Corpus, out: Path, overwrite: bool) -> CorpusWriter:
         sources=manifest.sources,
         kind=manifest.kind,
         tag=manifest.tag,
+        chat_template=manifest.chat_template,
         with_origins=SOURCES_SUFFIX in manifest.files,
         overwrite=overwrite,
     )

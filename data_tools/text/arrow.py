@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from megaphase.data_tools.text.chunk import TextChunk, TextPosition
 from megaphase.data_tools.text.input_files import InputPath, open_input
+from megaphase.data_tools.text.nested_rows import as_bytes
 from megaphase.data_tools.text.rows import (
     MOST_ROWS_OF_CHUNK,
     ROWS_AT_ONCE,
@@ -147,6 +147,5 @@ def _check(batch: pa.RecordBatch) -> None:
     """Refuse wrong offsets, which would be followed out of the file; whether text is UTF-8 is
     checked by row."""
     for column in batch.columns:
-        as_bytes: dict[Any, Any] = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
-        kind = as_bytes.get(column.type)
-        (column if kind is None else column.view(kind)).validate(full=True)
+        kind = as_bytes(column.type)
+        (column if kind == column.type else column.view(kind)).validate(full=True)

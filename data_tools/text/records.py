@@ -60,7 +60,7 @@ def identified_documents(chunk: TextChunk, reading: Reading) -> Iterator[tuple[D
     """
     kind = file_type_of(chunk.path, reading.stdin_kind)
     if kind in ROW_KINDS:
-        for where, row, names in _rows(chunk):
+        for where, row, names in _rows(chunk, reading):
             yield _document(row, reading, where, names), _id(row)
     elif kind == "jsonl":
         keys = reading.keys
@@ -105,12 +105,12 @@ def identified_and_wrong_ones(
             yield InvalidDocument(error.where, error.problem, text)
 
 
-def _rows(chunk: TextChunk) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+def _rows(chunk: TextChunk, reading: Reading) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
     """Yield the place of each row of such a file, the row, and the names of all columns."""
     # pyarrow is an optional dependency.
     from megaphase.data_tools.text.rows import rows_of
 
-    rows, names = rows_of(chunk)
+    rows, names = rows_of(chunk, reading.messages)
     for number, row in enumerate(rows, start=chunk.first_line):
         yield f"{chunk.path}: row {number}", row, names
 
@@ -118,7 +118,7 @@ def _rows(chunk: TextChunk) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
 def _rows_and_wrong_ones(
     chunk: TextChunk, reading: Reading
 ) -> Iterator[tuple[Document, bytes] | InvalidDocument]:
-    for where, row, names in _rows(chunk):
+    for where, row, names in _rows(chunk, reading):
         try:
             yield _document(row, reading, where, names), _id(row)
         except InputError as error:

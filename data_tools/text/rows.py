@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from megaphase.data_tools.text.chunk import TextChunk
 from megaphase.data_tools.text.input_files import InputPath
+from megaphase.data_tools.text.nested_rows import is_nested_text, is_text, nested_values
 from megaphase.data_tools.text.reading import ID_KEY
 from megaphase.utils.errors import InputError
 
@@ -53,7 +54,7 @@ def _id_column(schema: pa.Schema, keys: Sequence[str]) -> list[str]:
     if ID_KEY in keys or schema.names.count(ID_KEY) != 1:
         return []
     kind = schema.field(ID_KEY).type
-    return [ID_KEY] if _is_text(kind) or pa.types.is_integer(kind) else []
+    return [ID_KEY] if is_text(kind) or pa.types.is_integer(kind) else []
 
 
 def serialized(batches: Sequence[pa.RecordBatch], names: Sequence[str]) -> bytes:
@@ -66,18 +67,21 @@ def serialized(batches: Sequence[pa.RecordBatch], names: Sequence[str]) -> bytes
     return bytes(sink.getvalue())
 
 
-def rows_of(chunk: TextChunk) -> tuple[list[dict[str, Any]], list[str]]:
+def rows_of(chunk: TextChunk, nested: str | None = None) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the rows of a chunk with the requested columns, and all column names of the file.
 
     A string that is not UTF-8 is returned as bytes, and a value that is neither a string nor a
-    plain number as OtherValue.
+    plain number as OtherValue, except for lists and structs in the column `nested`.
     """
     with pa.ipc.open_stream(chunk.data) as stream:
         names = json.loads(stream.schema.metadata[_COLUMNS_KEY])
         columns = stream.read_all()
     rows: list[dict[str, Any]] = [{} for _ in range(columns.num_rows)]
     for name in columns.column_names:
-        for row, value in zip(rows, _values(columns[name]), strict=True):
+        column = columns[name]
+        is_nested = name == nested and is_nested_text(column.type)
+        values = nested_values(column) if is_nested else _values(column)
+        for row, value in zip(rows, values, strict=True):
             row[name] = value
     return rows, names
 
@@ -94,7 +98,7 @@ class OtherValue:
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
     """Convert a column to Python values; values that are not text only if that cannot fail."""
-    if isinstance(column.type, pa.BaseExtensionType) and _is_text(column.type.storage_type):
+    if isinstance(column.type, pa.BaseExtensionType) and is_text(column.type.storage_type):
         column = column.cast(column.type.storage_type)
     if not _has_python_values(column.type):
         other = OtherValue(str(column.type))
@@ -108,9 +112,9 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
 
 def _has_python_values(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
-        return _is_text(kind.value_type)
+        return is_text(kind.value_type)
     return (
-        _is_text(kind)
+        is_text(kind)
         or pa.types.is_null(kind)
         or pa.types.is_boolean(kind)
         or pa.types.is_integer(kind)
@@ -118,11 +122,6 @@ def _has_python_values(kind: pa.DataType) -> bool:
         or pa.types.is_binary(kind)
         or pa.types.is_large_binary(kind)
     )
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    return any(test(kind) for test in tests)
 
 
 def _value(scalar: pa.Scalar) -> Any:

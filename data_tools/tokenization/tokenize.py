@@ -230,6 +230,9 @@ def _encode(
         sources=["standard input" if path == STDIN else path.name for path in tokenization.inputs],
         kind=None if tokenization.chats is None else "chat",
         tag=tokenization.tag,
+        chat_template=None
+        if tokenization.chats is None
+        else tokenization.chats.template.fingerprint,
         job=hash_json(tokenization.shard_record.model_dump())
         if tokenization.can_be_resumed
         else "",

@@ -77,6 +77,8 @@ class Manifest(BaseModel):
             `.targets` marks the tokens of the assistant, and `.hash` stores the digest of what
             precedes its first answer.
         tag: the token between source and target; None if the kind is another.
+        chat_template: of chats, the digest of the template that rendered them; None in corpora of
+            earlier versions.
         shard: identifies the shard, if the corpus is a shard of another one.
     """
 
@@ -97,6 +99,7 @@ class Manifest(BaseModel):
     sources: list[str]
     kind: CorpusKind = "lm"
     tag: TokenId | None = None
+    chat_template: str | None = None
     shard: ShardOf | None = None
 
     @property

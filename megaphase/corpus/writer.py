@@ -80,6 +80,7 @@ class CorpusWriter:
         sources: Sequence[str] = (),
         kind: CorpusKind | None = None,
         tag: int | None = None,
+        chat_template: str | None = None,
         job: str = "",
         shard: ShardOf | None = None,
         with_origins: bool = False,
@@ -91,6 +92,7 @@ class CorpusWriter:
                 kind: of the documents; translation where there is a tag, and lm otherwise, if not
                     given. Batches of chats have targets.
                 tag: for translation pairs, the token between source and target.
+                chat_template: for chats, the digest of the template that rendered them.
                 job: identifies what is written, so that the work of a killed writer can be resumed.
                 shard: identifies the shard, if the corpus is a shard of another one.
                 with_origins: whether to store the documents' origins, as far as batches have them.
@@ -109,6 +111,7 @@ class CorpusWriter:
             "sources": list(sources),
             "kind": kind or ("lm" if tag is None else "translation"),
             "tag": tag,
+            "chat_template": chat_template,
             "shard": shard,
         }
         self._eod = eod
