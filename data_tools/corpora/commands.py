@@ -184,12 +184,13 @@ def print_corpora(manifests: dict[Path, Manifest]) -> None:
     for column in ("documents", "tokens", "bytes of text", "bytes per token"):
         table.add_column(column, justify="right")
     for prefix, manifest in manifests.items():
+        text_tokens = manifest.tokens - manifest.documents  # without EOD, as `data stats`
         table.add_row(
             str(prefix),
             f"{manifest.documents:,}",
             f"{manifest.tokens:,}",
             f"{manifest.text_bytes:,}",
-            f"{manifest.text_bytes / max(manifest.tokens, 1):.2f}",
+            f"{manifest.text_bytes / max(text_tokens, 1):.2f}",
         )
     new_console().print(table)
     for prefix, manifest in manifests.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -222,8 +223,11 @@ class CorpusWriter:
 
     def _commit(self) -> None:
         if self._figures.documents == 0 and not self._may_be_empty:
+            skipped = self._skipped_in_words()
             self._staged.discard()
-            raise InputError(self.prefix, "the corpus would be empty", "give files that hold text")
+            raise InputError(
+                self.prefix, f"the corpus would be empty{skipped}", "give files that hold text"
+            )
         self._staged.files[BLOCKS_SUFFIX].write(self._block_sums.end())
         lengths_file = self._staged.files.pop(_LENGTHS_NAME)
         lengths_file.record()
@@ -236,6 +240,18 @@ class CorpusWriter:
         manifest = Manifest(**self._fixed, **self._figures.model_dump(), files=files)
         self._staged.save(self._figures, None, manifest)
         self._publish(manifest)
+
+    def _skipped_in_words(self) -> str:
+        """Return how many documents could not be read, and why the first of them; or nothing."""
+        count = self._figures.skipped_wrong
+        if not count:
+            return ""
+        file = self._staged.files[SKIPPED_SUFFIX]
+        file.record()
+        with open(file.path, encoding="utf-8") as lines:
+            first = json.loads(next(lines))
+        all_of = f"all {count:,} documents were" if count > 1 else "the only document was"
+        return f": {all_of} skipped, the first because {first['where']} {first['problem']}"
 
     def _publish(self, manifest: Manifest) -> None:
         """Rename the files to their final names, even if a killed writer renamed some of them."""

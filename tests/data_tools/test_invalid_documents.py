@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -96,7 +97,9 @@ def test_blocks_of_plain_text_are_skipped_one_by_one(tok, tmp_path):
 
 def test_where_all_is_wrong_there_is_no_corpus_and_no_list(tok, tmp_path):
     (tmp_path / "a.jsonl").write_text("[]\n{}\n")
-    with pytest.raises(InputError, match="the corpus would be empty"):
+    reason = f"{tmp_path / 'a.jsonl'}:1 is a list"
+    message = f"the corpus would be empty: all 2 documents were skipped, the first because {reason}"
+    with pytest.raises(InputError, match=re.escape(message)):
         tokenize([tmp_path / "a.jsonl"], tok, tmp_path / "out" / "en", workers=1, skip_wrong=True)
     assert files_of(tmp_path / "out") == []
 
