@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 from rich.console import Console
@@ -34,6 +35,8 @@ class TrainingDisplay(Callback):
         phase_steps: Mapping[str, int],
         done: int,
         every_steps: int,
+        validation_steps: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
@@ -41,10 +44,15 @@ class TrainingDisplay(Callback):
             phase_steps: of every phase, as planned.
             done: steps that were done before.
             every_steps: how often a plain line is printed where there is no terminal.
+            validation_steps: how often there is a validation, for the time that is left; None if
+                there is none between the ends of phases.
+            clock: gives seconds.
         """
         self._console, self._steps, self._done, self._every = console, steps, done, every_steps
         self._phase_steps = phase_steps
+        self._validation_steps, self._clock = validation_steps, clock
         self._seconds_a_step: float | None = None
+        self._validation_seconds, self._since = 0.0, clock()
         columns = (
             BarColumn(),
             MofNCompleteColumn(),
@@ -56,6 +64,7 @@ class TrainingDisplay(Callback):
 
     def on_run_begin(self) -> None:
         self._resources.enter_context(self._progress)
+        self._since = self._clock()
         self._bar = self._progress.add_bar("start", self._steps, done=self._done, figures="")
 
     def on_run_end(self, error: BaseException | None) -> None:
@@ -70,15 +79,25 @@ class TrainingDisplay(Callback):
             description=f"{record.phase}{self._within_phase(record)}",
             figures=f"loss {record.loss:.3f}  {speed:,.0f} tokens/s",
         )
+        self._since = self._clock()
         is_due = record.step % self._every == 0 or record.step == self._steps
         if is_due and not self._progress.has_bars:
-            left = (self._steps - record.step) * self._seconds_a_step
+            left = self._seconds_left(record.step)
             self._print(
                 f"{record.phase} step {record.step:,}/{self._steps:,}"
                 f"{self._within_phase(record)}  loss {record.loss:.4f}  "
                 f"learning rate {record.learning_rate:.2e}  {speed:,.0f} tokens/s  "
                 f"{clock_time(left)} left"
             )
+
+    def _seconds_left(self, step: int) -> float:
+        """The time of the steps that are left, and of validations as long as the newest one."""
+        validations = 0
+        if self._validation_steps is not None and step < self._steps:
+            every = self._validation_steps
+            validations = max(1, self._steps // every - (step - 1) // every)
+        steps = (self._steps - step) * (self._seconds_a_step or 0.0)
+        return steps + validations * self._validation_seconds
 
     def _within_phase(self, record: StepRecord) -> str:
         """The step within the phase, where that is not the whole run: steps are counted over the
@@ -89,6 +108,8 @@ class TrainingDisplay(Callback):
         return f" ({record.phase_step:,}/{steps:,} of the phase)"
 
     def on_validation_end(self, record: ValidationRecord) -> None:
+        self._validation_seconds = self._clock() - self._since
+        self._since = self._clock()
         at = f"{record.phase} step {record.step:,}"
         self._print(f"{at}  validation loss: {_shown(record.losses)}")
         if record.average is not None:

@@ -60,5 +60,6 @@ def first_rank_callbacks(
         phase_steps={phase.name: phase.steps for phase in plan.phases},
         done=at.step,
         every_steps=config.logging.every_steps,
+        validation_steps=config.validation.every_steps,
     )
     return [*callbacks, display]

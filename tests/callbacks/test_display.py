@@ -52,3 +52,31 @@ def test_a_terminal_gets_a_bar_and_the_validations() -> None:
     assert "[x] step 6  validation loss: en 1.5000" in text
     assert "12/12" in text
     assert "learning rate" not in text
+
+
+def test_the_time_left_counts_validations_as_long_as_the_newest() -> None:
+    out, now = io.StringIO(), [0.0]
+    console = Console(file=out, width=120)
+    display = TrainingDisplay(
+        console,
+        steps=40,
+        phase_steps={"only": 40},
+        done=0,
+        every_steps=10,
+        validation_steps=10,
+        clock=lambda: now[0],
+    )
+    display.on_run_begin()
+    losses = ValidationRecord(0, "[x]", {"en": HeldOutLoss(1.5, 0.5)}, {"en": None}, False, None)
+    for step in range(41):
+        now[0] += 1.0
+        if step:
+            seconds = StepSeconds(0.25, 0.5, 0.25)
+            display.on_step_end(step_record(step, seconds=seconds, tokens_per_second=2048.0))
+        if step % 10 == 0:
+            now[0] += 60.0 - (not step)
+            display.on_validation_end(losses)
+    display.on_run_end(None)
+    left = [line.rpartition("  ")[2] for line in out.getvalue().splitlines() if "left" in line]
+    # After step 10: 30 steps of a second, and validations after the steps 10, 20, 30 and 40.
+    assert left == ["4:30 left", "3:20 left", "2:10 left", "0:00 left"]
