@@ -16,6 +16,7 @@ from megaphase.utils.decimals import as_written
 FEW_DOCUMENTS = 100
 # Of a task, the largest part that is proposed to be held out, and warnings of one run.
 MOST_HELD_OUT, MOST_WARNINGS = 0.2, 8
+UNKNOWN = "how much another one would change the loss is unknown"
 
 
 def measured_documents(stream: Stream, samples: int, most: int) -> dict[int, list[np.ndarray]]:
@@ -33,22 +34,19 @@ def measured_documents(stream: Stream, samples: int, most: int) -> dict[int, lis
 
 def noise_sentence(documents: Mapping[int, Sequence[np.ndarray]]) -> str:
     """Return how much other documents would change the loss of these; documents: their tokens."""
-    return _sentence(*_errors(documents))
+    errors = _errors(documents)
+    if not errors:
+        return UNKNOWN
+    return (
+        f"other documents would change the loss by about ±{errors[0]:.2f} nats a token (a standard "
+        "error, estimated from the frequencies of their tokens)"
+    )
 
 
 def _errors(documents: Mapping[int, Sequence[np.ndarray]]) -> list[float]:
     """Return the standard error, if there are enough documents for one."""
     joined = [np.concatenate(parts) for parts in documents.values()]
     return [document_error(joined)] if len(joined) >= 2 else []
-
-
-def _sentence(error: float | None = None) -> str:
-    if error is None:
-        return "how much another one would change the loss is unknown"
-    return (
-        f"other documents would change the loss by about ±{error:.2f} nats a token (a standard "
-        "error, estimated from the frequencies of their tokens)"
-    )
 
 
 def document_error(documents: Sequence[np.ndarray]) -> float:
@@ -106,10 +104,8 @@ def _measured(stream: Stream, samples: int) -> list[float]:
 def _warning(
     config: RunConfig, task: str, stream: Stream, count: int, error: Sequence[float]
 ) -> str:
-    text = (
-        f"{task}: its validation loss is of only {count} document{'s' * (count != 1)}; "
-        f"{_sentence(*error)}"
-    )
+    noise = f" (±{error[0]:.2f} nats, the standard error)" if error else f"; {UNKNOWN}"
+    text = f"{task}: its validation loss is of only {count} document{'s' * (count != 1)}{noise}"
     return "; ".join([text, *_remedies(config, task, stream, count)])
 
 
@@ -117,14 +113,11 @@ def _remedies(config: RunConfig, task: str, stream: Stream, count: int) -> Itera
     if stream.documents > count:  # the samples end before the held-out documents do
         samples = math.ceil(config.validation.samples * FEW_DOCUMENTS / count)
         samples = min(samples, stream.samples_per_epoch)
-        yield f"validation.samples: {samples:,} would measure more of those held out"
+        yield f"validation.samples: {samples:,} would measure more"
         return
     there, fraction = stream.corpus.manifest.documents, config.held_out_fraction(task)
     wanted = min(MOST_HELD_OUT, FEW_DOCUMENTS / there)
     proposed = math.ceil(100 * wanted) / 100
     if proposed > fraction:
         of_all = math.floor(as_written(proposed) * there)
-        yield (
-            f"tasks.{task}.held_out: {proposed:g} would hold out about {of_all:,} of its {there:,} "
-            f"documents instead of {fraction:g}"
-        )
+        yield f"tasks.{task}.held_out: {proposed:g} would hold out about {of_all:,} of {there:,}"

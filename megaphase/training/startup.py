@@ -25,6 +25,7 @@ from megaphase.model.presets import phase_shapes
 from megaphase.model.shape import GPTShape
 from megaphase.plan.batch_layout import check_batches, check_batches_beforehand
 from megaphase.plan.branch import Branch
+from megaphase.plan.build import plan_folder
 from megaphase.plan.corpus_counts import CorpusCounts
 from megaphase.plan.held_out_noise import held_out_warnings
 from megaphase.plan.load_plan import build_plan
@@ -177,13 +178,16 @@ def open_plan(
     own: list[Plan] = []
 
     def build_and_claim() -> tuple[Path, Headers]:
+        # `megaphase plan`, or an earlier start, has said how noisy the losses are.
+        is_new = not plan_folder(directory.path, spec).exists()
         plan = build_plan(spec, directory.path, console, say)
         summary = plan.summary()
         if branch is not None and branch.is_new:
             # First, so that a run that is killed here can never be taken for one of its own.
             branch.record(directory.path)
         directory.claim(config, summary)
-        for sentence in [*plan_warnings(summary), *held_out_warnings(config, spec)]:
+        noise = held_out_warnings(config, spec) if is_new else []
+        for sentence in [*plan_warnings(summary), *noise]:
             say(f"Warning: {sentence}")
         plan.store_counts()
         own.append(plan)
