@@ -16,18 +16,16 @@ VERDICT_WIDTH, NAME_WIDTH = len("warning"), len("shared memory")
 
 def print_result(console: Console, result: Result) -> None:
     """Print the findings of a check."""
-    name = result.check
     for finding in result.findings:
         row = Table.grid(padding=(0, 2, 0, 0))
         row.add_column(width=VERDICT_WIDTH)
         row.add_column(width=NAME_WIDTH)
         row.add_column(overflow="fold")
         verdict = Text(finding.verdict, style=STYLES[finding.verdict])
-        row.add_row(verdict, Text(name), Text(finding.text))
+        row.add_row(verdict, Text(result.check), Text(finding.text))
         if finding.remedy:
             row.add_row("", "", Text(f"→ {finding.remedy}", style="italic"))
         console.print(row)
-        name = ""
 
 
 def print_summary(console: Console, counts: Mapping[str, int]) -> None:

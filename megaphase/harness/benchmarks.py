@@ -160,7 +160,10 @@ def _names(choice: BenchmarkChoice, tasks: Sequence[str], known: Sequence[str]) 
         if not matching:
             remedy = hint(name, known, "see `lm-eval ls tasks`; there are") if known else ""
             if len(remedy) > 200:
-                remedy = "see `lm-eval ls tasks`, or give the folder of its file"
+                remedy = "see `lm-eval ls tasks`"
+            if choice.tasks_path is None:
+                option = "--tasks-path" if choice.where.startswith("--") else "tasks_path"
+                remedy += f"{', or ' if remedy else ''}give {option} DIR, the folder of its file"
             raise InputError(choice.where, f"there is no task {name!r}", remedy)
         found |= dict.fromkeys(matching)
     return list(found)

@@ -321,8 +321,8 @@ def explanation(choice: Choice) -> Iterator[tuple[str, str]]:
     )
     yield (
         "batch",
-        f"{setup.samples:,} samples, {choice.batch:,} tokens: by the model's size, smaller where "
-        "the run is short",
+        f"{setup.samples:,} sample{'s' * (setup.samples != 1)}, {choice.batch:,} tokens: by the "
+        "model's size, smaller where the run is short",
     )
     seconds = recipe.tokens / choice.layout.tokens_per_second
     limit = (

@@ -156,8 +156,8 @@ def batch_sentences(config: RunConfig, summary: dict[str, Any]) -> list[str]:
     for number, phase in enumerate(phases):
         seq_len, name = config.phase_batch(number).seq_len, phase["name"]
         parts = [
-            f"{stage['samples']:,} samples ({stage['samples'] * seq_len:,} tokens)"
-            + _from_step(stage["first_step"])
+            f"{stage['samples']:,} sample{'s' * (stage['samples'] != 1)} "
+            f"({stage['samples'] * seq_len:,} tokens)" + _from_step(stage["first_step"])
             for stage in phase["batch"]
         ]
         if len(parts) > MOST_STAGES_SHOWN:

@@ -304,6 +304,9 @@ def test_an_unknown_task_is_named(tasks: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(tasks_of_lm_eval, "TaskManager", own)
     with pytest.raises(InputError, match="there is no task 'tiny_choise'; did you mean 'tiny_cho"):
         Benchmarks(BenchmarkChoice(["tiny_choise"], "--harness", tasks))
+    for where, option in (("--harness", "--tasks-path"), ("a.yaml: validation", "tasks_path")):
+        with pytest.raises(InputError, match=f"give {option} DIR, the folder of its file$"):
+            Benchmarks(BenchmarkChoice(["my_choice"], where))
     chosen = Benchmarks(BenchmarkChoice(["tiny_[cl]*", TEXT, CHOICE], "--harness", tasks))
     assert chosen.tasks == [CHOICE, LETTERS, TEXT]
 
