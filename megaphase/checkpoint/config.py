@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from megaphase.config.fields import Few, RemoteFolder, Section, Steps
 
 
@@ -19,6 +23,9 @@ class CheckpointConfig(Section):
     upload: RemoteFolder | None = None
     """Where checkpoints are copied in the background: the run's folder in a store, such as
     `s3://bucket/runs/first`, different for every run. `keep` holds there too."""
+    upload_wait_seconds: Annotated[float, Field(ge=0, le=86_400)] = 300.0
+    """How long the end of the run waits for uploads while no byte moves, in seconds. What is
+    missing in the store then is named, and uploaded when the run is started again."""
     end_after: Steps | None = None
     """Save and end after this step, counted over the run, with exit code 0. Without this key, or
     with a later step, the same command resumes from there."""

@@ -21,7 +21,15 @@ from megaphase.utils.files import (
     remove_directory_at_once,
 )
 from megaphase.utils.locks import exclusive_lock
-from megaphase.utils.remote_files import describe, download, joined, list_folder, read_bytes
+from megaphase.utils.remote_calls import first_failure_said
+from megaphase.utils.remote_files import (
+    describe,
+    download,
+    joined,
+    list_folder,
+    names_bucket,
+    read_bytes,
+)
 from megaphase.utils.run_files import CHECKPOINTS
 from megaphase.utils.set_aside import say_on_standard_error
 
@@ -48,6 +56,11 @@ def fetch_checkpoint(text: str) -> Path:
         RunError: it cannot be fetched, what lies there differs from its manifest, or the disk has
             too little space.
     """
+    with first_failure_said(say_on_standard_error):
+        return _fetched(text)
+
+
+def _fetched(text: str) -> Path:
     run, name = _find(text)
     url = run.folder(name)
     manifest = read_bytes(joined(url, MANIFEST_FILE))
@@ -65,6 +78,8 @@ def fetch_checkpoint(text: str) -> Path:
 
 
 def _find(text: str) -> tuple[RemoteRun, str]:
+    if not names_bucket(text.rpartition("@")[0] or text):
+        raise InputError(text, "names no bucket", "give s3://BUCKET/RUN@NAME")
     text = text.rstrip("/")
     parent, _, name = text.rpartition("/")
     folder, _, last = parent.rpartition("/")

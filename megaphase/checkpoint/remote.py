@@ -67,12 +67,12 @@ class RemoteRun:
             if files[file] == "file":
                 remove(joined(self.folder(name), file))
 
-    def owner(self) -> str | None:
-        """Return the fingerprint of the plan of the run that has claimed the folder."""
+    def owner(self) -> dict[str, Any] | None:
+        """Return `plan`, the fingerprint of the plan of the run that has claimed the folder, and
+        `run`, its identity, which earlier versions did not write; None if no run has."""
         if OWNER_FILE not in list_folder(self.url):
             return None
-        plan = _object(read_bytes(joined(self.url, OWNER_FILE))).get("plan")
-        return plan if isinstance(plan, str) else ""
+        return _object(read_bytes(joined(self.url, OWNER_FILE)))
 
     def find(self, name: str) -> str:
         """Return the name of the checkpoint that NAME in RUN@NAME means: a phase, for the

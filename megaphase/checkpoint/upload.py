@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megaphase.checkpoint.remote import OWNER_FILE, RemoteRun
+from megaphase.checkpoint.claim import Claim
+from megaphase.checkpoint.remote import RemoteRun
 from megaphase.checkpoint.state import (
     MANIFEST_FILE,
     checkpoint_folders,
@@ -52,6 +53,7 @@ class Uploader:
         key: str,
         plan: str,
         keep: int,
+        wait_seconds: float = 300.0,
         say: Callable[[str], object],
     ) -> None:
         """
@@ -59,19 +61,22 @@ class Uploader:
             folder: the run's checkpoints on this machine.
             url: of the run in the store.
             key: of the run file that names it, for messages.
-            plan: fingerprint of the run's plan, which tells runs apart.
+            plan: fingerprint of the run's plan.
             keep: how many of the newest checkpoints are kept in the store.
+            wait_seconds: how long the end of the run waits while no byte moves.
             say: called with sentences about uploads, also by the thread.
         """
-        self._folder, self._run, self._key = folder, RemoteRun(url), key
-        self._plan, self._keep, self._say = plan, keep, say
+        self._folder, self._run = folder, RemoteRun(url)
+        self._claim = Claim(self._run, folder, key=key, plan=plan)
+        self._keep, self._wait_seconds, self._say = keep, wait_seconds, say
         self._changed = threading.Condition()
         self._waiting: set[str] = set()
         self._current: str | None = None
         self._failed: dict[str, str] = {}  # why the newest attempt failed
         self._is_claimed = False
         self._not_before, self._pause = 0.0, PAUSE_SECONDS
-        self._is_last_chance = self._is_started = False
+        self._is_last_chance = self._is_started = self._has_given_up = False
+        self._moved_at = 0.0  # when a byte last moved, or a request ended
 
     def claim(self) -> None:
         """Claim the folder in the store, which is tried again later if it cannot be reached now.
@@ -79,7 +84,7 @@ class Uploader:
         Raises:
             InputError: it holds the checkpoints of another run, or the store cannot be used.
         """
-        claim = Pending(self._claim)
+        claim = Pending(self._make_claim)
         try:
             if claim.is_done(CLAIM_SECONDS):
                 claim.result()
@@ -118,6 +123,7 @@ class Uploader:
         """Try everything that is left once more, without pauses: the run is over."""
         with self._changed:
             self._is_last_chance, self._not_before = True, 0.0
+            self._has_given_up, self._moved_at = False, time.monotonic()
             self._failed.clear()
             self._drop_removed()
             left = self._waiting | ({self._current} if self._current else set())
@@ -128,10 +134,15 @@ class Uploader:
 
     @property
     def is_busy(self) -> bool:
-        """Whether something may still be uploaded, after `hurry`."""
+        """Whether something may still be uploaded, after `hurry`: something is left that has not
+        failed, and the store has not been silent for `wait_seconds`."""
         with self._changed:
             self._drop_removed()
-            return self._current is not None or bool(self._waiting - self._failed.keys())
+            if self._current is None and not self._waiting - self._failed.keys():
+                return False
+            silent_seconds = time.monotonic() - self._moved_at
+            self._has_given_up = self._has_given_up or silent_seconds >= self._wait_seconds
+            return not self._has_given_up
 
     def close(self) -> None:
         """Say what has not been uploaded."""
@@ -143,6 +154,8 @@ class Uploader:
             left = _newest_first(self._waiting | current)
         if left:
             reason = next((f" ({self._failed[n]})" for n in left if n in self._failed), "")
+            if self._has_given_up:
+                reason = f" (no byte has moved for {self._wait_seconds:g} s)"
             self._say(
                 f"not uploaded to {self._run.url}: {', '.join(reversed(left))}{reason}; the same "
                 "command uploads them"
@@ -195,7 +208,8 @@ class Uploader:
         """Upload a checkpoint; return why that failed, or None."""
         try:
             if not self._is_claimed:
-                self._claim()
+                self._make_claim()
+            self._claim.confirm()
             if self._upload(name):
                 self._say(f"uploaded: {self._run.folder(name)}")
             self._prune(name)
@@ -205,18 +219,12 @@ class Uploader:
             return f"{type(error).__name__}: {error}"
         return None
 
-    def _claim(self) -> None:
-        """Write to the store whose checkpoints lie there."""
-        owner = self._run.owner()
-        if owner is None:
-            write_bytes(
-                joined(self._run.url, OWNER_FILE), json.dumps({"plan": self._plan}).encode()
-            )
-            owner = self._run.owner()
-        if owner != self._plan:
-            problem = f"{self._run.url} holds the checkpoints of another run"
-            raise InputError(self._key, problem, "give each run a URL of its own")
+    def _make_claim(self) -> None:
+        self._claim.make()
         self._is_claimed = True
+
+    def _note_progress(self, count: int = 0) -> None:
+        self._moved_at = time.monotonic()
 
     def _upload(self, name: str) -> bool:
         """Upload and verify a checkpoint; return False if it is there already."""
@@ -231,6 +239,7 @@ class Uploader:
         present = list_folder(url)
         for file in sorted(files):
             self._upload_file(folder / file, joined(url, file), files[file], file in present)
+        self._claim.confirm()
         write_bytes(joined(url, MANIFEST_FILE), manifest)
         if read_bytes(joined(url, MANIFEST_FILE)) != manifest:
             raise RemoteError(f"{joined(url, MANIFEST_FILE)}: is not what was uploaded")
@@ -238,12 +247,13 @@ class Uploader:
 
     def _upload_file(self, path: Path, url: str, described: dict[str, Any], is_there: bool) -> None:
         """Upload a file, unless it was by an earlier start, and compare it with the manifest."""
-        if is_there and _remote_damage(url, described) is None:
+        if is_there and _remote_damage(url, described, self._note_progress) is None:
             return
         damage = None
         for _ in range(_ATTEMPTS_PER_FILE):
-            upload(path, url)
-            damage = _remote_damage(url, described)
+            upload(path, url, self._note_progress)
+            self._note_progress()
+            damage = _remote_damage(url, described, self._note_progress)
             if damage is None:
                 return
         local = file_damage(path, described)
@@ -283,9 +293,11 @@ def _newest_first(names: set[str]) -> list[str]:
     return sorted(names, key=rank, reverse=True)
 
 
-def _remote_damage(url: str, described: dict[str, Any]) -> str | None:
+def _remote_damage(
+    url: str, described: dict[str, Any], advance: Callable[[int], object]
+) -> str | None:
     """Return how a file in the store differs from its description in a manifest, or None."""
     file = describe(url)
     if file.size != described["bytes"]:
         return f"has {file.size:,} bytes, not {described['bytes']:,},"
-    return None if hash_remote(file) == described["hash"] else "has another content"
+    return None if hash_remote(file, advance) == described["hash"] else "has another content"

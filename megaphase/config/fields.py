@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 from megaphase.utils.decimals import as_written
 from megaphase.utils.names import MOST_BYTES_OF_RUN, check_name, check_phase_name, shown
 from megaphase.utils.paths import expanded_path, resolved_path
-from megaphase.utils.remote_files import is_url
+from megaphase.utils.remote_files import is_url, names_bucket
 from megaphase.utils.validation_errors import MAPPING, NUMBER, hint
 
 # Upper bounds of what is counted: far above all that anybody trains, far below what arithmetic in
@@ -126,6 +126,10 @@ def _remote_folder(text: str) -> str:
         raise PydanticCustomError("url", "not a URL such as s3://bucket/runs/first")
     if "@" in text or any(not each.isprintable() for each in text):
         raise PydanticCustomError("url", "a URL with '@' or a control character")
+    if not names_bucket(text):
+        raise PydanticCustomError("url", "a URL without a bucket")
+    if any(part in (".", "..") for part in text.split("/")):
+        raise PydanticCustomError("url", "a URL with '.' or '..' between slashes")
     return text.rstrip("/")
 
 

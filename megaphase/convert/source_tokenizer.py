@@ -12,6 +12,7 @@ from megaphase.tokenizer import Tokenizer
 from megaphase.training.run_directory import RunDirectory
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import read_json
+from megaphase.utils.remote_files import is_url
 from megaphase.utils.run_files import CHECKPOINTS
 
 _RIGHT_TOKENIZER = "give the tokenizer that the model was trained with"
@@ -38,6 +39,14 @@ def load_tokenizer(source: Source, given: Path | None, option: str = "--tokenize
     if made_with is not None and made_with != tokenizer.fingerprint:
         raise other_tokenizer(source, tokenizer, made_with, "" if given else f"give {option}")
     return tokenizer
+
+
+def check_tokenizer_known(checkpoint: str, given: Path | None, option: str = "--tokenizer") -> None:
+    """Raise InputError for a checkpoint in a store without a given tokenizer, before it is fetched:
+    its run directory, which names the tokenizer, is not there."""
+    if given is None and is_url(checkpoint):
+        problem = "lies in a store, without its run directory, so its tokenizer is not known"
+        raise InputError(checkpoint, problem, f"give {option}")
 
 
 def shared_tokenizer(sources: Sequence[Source]) -> Tokenizer | None:

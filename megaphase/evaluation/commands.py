@@ -12,6 +12,7 @@ import typer
 from megaphase.training.evaluated_split import EvaluatedSplit
 from megaphase.utils.arguments import MOST, MOST_PROCESSES, Average, Overrides, named
 from megaphase.utils.errors import InputError
+from megaphase.utils.remote_files import is_url
 from megaphase.utils.standard_streams import new_console, new_table_console
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _TITLES = {
 
 def evaluate_command(
     run: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="RUN",
             help="The run file (YAML), a run directory, or RUN@NAME of one; with --harness also "
@@ -132,6 +133,11 @@ def evaluate_command(
         _refuse_all(for_harness, "is for benchmarks", "give --harness, too")
     else:
         _refuse_all(for_losses, "is for losses, not for benchmarks", "leave out it or --harness")
+    if is_url(run):
+        problem = "is in a store, where no run file is"
+        raise InputError(
+            run, problem, f"give the run file or the run directory, and --checkpoint {run}"
+        )
     with StopSignals(MEASURING) as signals, leaving_processes():
         if out is not None:
             run_on_all_ranks(partial(check_place, out))
@@ -147,7 +153,7 @@ def evaluate_command(
             from megaphase.harness.results import results_table
 
             model: MeasuredModel = run_on_all_ranks(
-                lambda: find_model(str(run), overrides or (), checkpoint, tensor)
+                lambda: find_model(run, overrides or (), checkpoint, tensor)
             )
             choice = BenchmarkChoice(
                 split_names(harness),
@@ -166,7 +172,7 @@ def evaluate_command(
             tables = [results_table(found, title)]
         else:
             splits = _samples_of_splits(split or [EvaluatedSplit.VALIDATION], samples)
-            config, name = run_on_all_ranks(lambda: _find_run(run, overrides, checkpoint))
+            config, name = run_on_all_ranks(lambda: _find_run(Path(run), overrides, checkpoint))
 
             from megaphase.training.evaluate import evaluate
 

@@ -120,7 +120,11 @@ def generate_command(
 
     from megaphase.checkpoint.names import with_latest
     from megaphase.convert.source import open_source
-    from megaphase.convert.source_tokenizer import load_tokenizer, prompt_start
+    from megaphase.convert.source_tokenizer import (
+        check_tokenizer_known,
+        load_tokenizer,
+        prompt_start,
+    )
     from megaphase.decoding.options import Decoding
     from megaphase.generation.prompts import read_prompts
     from megaphase.utils.errors import InputError
@@ -133,6 +137,7 @@ def generate_command(
     if not temperature and (top_k or top_p < 1.0):
         raise InputError("--top-k and --top-p", "apply only to sampling", "give --temperature, too")
     texts = prompt or read_prompts(input or Path(), json_key)
+    check_tokenizer_known(checkpoint, tokenizer)
     source = open_source(with_latest(checkpoint), average=average)
     words = load_tokenizer(source, tokenizer)
     start = prompt_start(source, words)

@@ -30,6 +30,7 @@ def claimed_uploader(
         key=config.where("checkpoint.upload"),
         plan=spec.fingerprint,
         keep=settings.keep,
+        wait_seconds=settings.upload_wait_seconds,
         say=say,
     )
     on_first_rank(uploader.claim)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -29,6 +31,7 @@ _LASTING_NAMES = {
     "GatedRepoError",
     "DefaultCredentialsError",
 }
+NO_SUCH_FILE = "no such file, folder or bucket"
 _PACKAGES = {"s3": "megaphase[fsspec]", "hf": "megaphase[fsspec]", "gs": "gcsfs", "gcs": "gcsfs"}
 
 
@@ -43,6 +46,7 @@ class Retries:
         of_requests: how often the library for `s3://` repeats a single request of a call, such as a
             part of a large upload.
         stalled_seconds: an attempt in which no byte moves for so long has failed.
+        notice_seconds: after so long without a byte, `first_failure_said` says so.
     """
 
     attempts: int = 6
@@ -50,6 +54,7 @@ class Retries:
     longest_pause_seconds: float = 30.0
     of_requests: int = 3
     stalled_seconds: float = 120.0
+    notice_seconds: float = 10.0
 
 
 RETRIES = Retries()
@@ -83,7 +88,8 @@ class Pending(Generic[Result]):
         self._done = threading.Event()
         self._value: Result | None = None
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, name="remote call", daemon=True).start()
+        run = copy_context().run
+        threading.Thread(target=run, args=(self._run,), name="remote call", daemon=True).start()
 
     def _run(self) -> None:
         try:
@@ -103,6 +109,25 @@ class Pending(Generic[Result]):
         if self._error is not None:
             raise self._error
         return self._value  # type: ignore[return-value]
+
+
+_say_failure: ContextVar[Callable[[str], object] | None] = ContextVar("say", default=None)
+
+
+@contextmanager
+def first_failure_said(say: Callable[[str], object]) -> Iterator[None]:
+    """Say the first failure, or long silence, of a call within the block; later ones are silent."""
+    said = threading.Lock()
+
+    def say_once(text: str) -> None:
+        if said.acquire(blocking=False):
+            say(text)
+
+    token = _say_failure.set(say_once)
+    try:
+        yield
+    finally:
+        _say_failure.reset(token)
 
 
 def with_retries(
@@ -125,7 +150,7 @@ def with_retries(
     pause = RETRIES.pause_seconds
     for attempt in range(1, RETRIES.attempts + 1):
         try:
-            return _within_deadline(call, Progress(advance))
+            return _within_deadline(url, call, Progress(advance))
         except (InputError, RunError):
             raise
         except Exception as error:
@@ -133,6 +158,7 @@ def with_retries(
                 raise _input_error(url, failed, error) from None
             reason = _reason(error)
         if attempt < RETRIES.attempts:
+            _say(f"{url}: {failed} ({reason}); trying again, {RETRIES.attempts} times in all")
             time.sleep(pause)
             pause = min(2 * pause, RETRIES.longest_pause_seconds)
     raise RemoteError(
@@ -141,12 +167,21 @@ def with_retries(
     )
 
 
-def _within_deadline(call: Callable[[Progress], Result], progress: Progress) -> Result:
+def _within_deadline(url: str, call: Callable[[Progress], Result], progress: Progress) -> Result:
     pending = Pending(lambda: call(progress))
     while not pending.is_done(min(1.0, RETRIES.stalled_seconds / 4)):
-        if time.monotonic() - progress.last > RETRIES.stalled_seconds:
+        silent_seconds = time.monotonic() - progress.last
+        if silent_seconds > RETRIES.stalled_seconds:
             raise Stalled(f"nothing came for {RETRIES.stalled_seconds:g} s")
+        if silent_seconds > RETRIES.notice_seconds:
+            _say(f"{url}: no answer for {RETRIES.notice_seconds:g} s; still waiting")
     return pending.result()
+
+
+def _say(text: str) -> None:
+    say = _say_failure.get()
+    if say is not None:
+        say(text)
 
 
 def _is_lasting(error: Exception) -> bool:
@@ -158,7 +193,7 @@ def _is_lasting(error: Exception) -> bool:
 
 def _input_error(url: str, failed: str, error: Exception) -> InputError:
     if isinstance(error, FileNotFoundError):
-        return InputError(url, "no such file, folder or bucket", "check the URL")
+        return InputError(url, NO_SUCH_FILE, "check the URL")
     remedy = "check the URL and, for a private one, the credentials in this environment"
     return InputError(url, f"{failed} ({_reason(error)})", remedy)
 

@@ -44,6 +44,13 @@ def is_url(text: str) -> bool:
     return _URL.match(text) is not None
 
 
+def names_bucket(url: str) -> bool:
+    """Return whether a URL names a bucket or a server, or a folder on this machine."""
+    return not re.fullmatch(r"[^:]+:/*", url) and (
+        protocol_of(url) in ("file", "local") or not url.partition("://")[2].startswith("/")
+    )
+
+
 def joined(url: str, *names: str) -> str:
     """Return the URL of something in the folder `url`."""
     return "/".join([url.rstrip("/"), *names])

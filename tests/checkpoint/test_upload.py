@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,9 @@ from megaphase.checkpoint.remote import RemoteRun
 from megaphase.checkpoint.saver import Saver
 from megaphase.checkpoint.state import best_name, full_name
 from megaphase.checkpoint.upload import Uploader
+from megaphase.convert.commands import to_hf_command
+from megaphase.generation.commands import generate_command
+from megaphase.utils import remote_calls
 from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.remote_files import list_folder, read_bytes, write_bytes
 
@@ -36,11 +41,13 @@ def server() -> Iterator[FaultyProxy]:
 class Run:
     """A run's checkpoint folder, saver and uploader, with what they said."""
 
-    def __init__(self, folder: Path, url: str, *, keep: int = 2, plan: str = "plan") -> None:
+    def __init__(
+        self, folder: Path, url: str, *, keep: int = 2, plan: str = "plan", wait: float = 300.0
+    ) -> None:
         self.folder, self.url, self.said = folder, url, list[str]()
         self.uploader = Uploader(
             folder, url, key="run.yaml: checkpoint.upload", plan=plan, keep=keep,
-            say=self.said.append,
+            wait_seconds=wait, say=self.said.append,
         )  # fmt: skip
         self.saver = Saver(
             make_store(folder), Alone(), keep=keep, asynchronous=False,
@@ -213,7 +220,7 @@ def test_a_partial_upload_is_not_taken_for_a_whole_one(s3: Run, server: FaultyPr
 def test_what_arrives_altered_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[str] = []
 
-    def altering(path: Path, url: str) -> None:
+    def altering(path: Path, url: str, advance: object) -> None:
         sent.append(path.name)
         data = bytearray(path.read_bytes())
         data[0] ^= path.name == SHARD and len(sent) < limit
@@ -259,11 +266,124 @@ def test_a_folder_of_another_run_is_refused(run: Run) -> None:
         other.uploader.claim()
 
 
+def checkpoint_bytes(run: Run) -> dict[str, list[bytes]]:
+    urls = {name: run.remote.folder(name) for name in run.uploaded()}
+    return {name: [read_bytes(f"{url}/{file}") for file in FILES] for name, url in urls.items()}
+
+
+def test_another_run_with_the_same_plan_is_refused_and_changes_nothing(
+    run: Run, tmp_path: Path
+) -> None:
+    run.start().save(2)
+    run.finish()
+    before = checkpoint_bytes(run)
+    other = Run(tmp_path / "other" / "checkpoints", run.url)
+    other.save(2, model="another")
+    other.save(4, model="another")
+    with pytest.raises(InputError, match=r"another run; give each run a URL .*; to continue that"):
+        other.uploader.claim()
+    other.uploader.start()  # as where the store could not be reached at the start
+    assert "holds the checkpoints of another run" in other.finish()[-1]
+    assert checkpoint_bytes(run) == before
+
+
+def test_a_run_whose_checkpoints_were_put_back_has_its_folder(run: Run, tmp_path: Path) -> None:
+    run.start().save(2)
+    run.save(4)
+    run.finish()
+    again = Run(tmp_path / "again" / "checkpoints", run.url)
+    shutil.copytree(run.folder, again.folder)
+    again.start().save(6)
+    assert again.finish()[-1] == f"uploaded: {run.url}/checkpoints/{full_name(6)}"
+    run.save(6)  # the process on the machine that was taken for lost
+    assert "holds the checkpoints of another run" in run.finish()[-1]
+    assert checkpoint_bytes(run)[full_name(6)] == [
+        (again.folder / full_name(6) / file).read_bytes() for file in FILES
+    ]
+
+
+def test_the_claim_of_an_earlier_version_is_of_the_run_that_has_its_checkpoints(
+    run: Run, tmp_path: Path
+) -> None:
+    run.start().save(2)
+    run.finish()
+    claim = f"{run.url}/upload.json"
+    write_bytes(claim, b'{"plan": "plan"}')
+    other = Run(tmp_path / "other" / "checkpoints", run.url)
+    for step in (None, 2):
+        if step is not None:
+            other.save(step, model="another")
+        with pytest.raises(InputError, match="holds the checkpoints of another run"):
+            other.uploader.claim()
+    (run.folder.parent / "upload.json").unlink()
+    Run(run.folder, run.url).uploader.claim()
+    assert json.loads(read_bytes(claim)) == {
+        "plan": "plan", **json.loads((run.folder.parent / "upload.json").read_bytes())
+    }  # fmt: skip
+
+
+def test_a_claim_without_checkpoints_is_taken_over(run: Run, tmp_path: Path) -> None:
+    run.start()
+    other = Run(tmp_path / "other" / "checkpoints", run.url).start()
+    other.save(2)
+    other.finish()
+    run.save(4)
+    assert "holds the checkpoints of another run" in run.finish()[-1]
+    assert run.uploaded() == [full_name(2)]
+
+
+def test_the_end_of_a_run_does_not_wait_for_a_silent_store(
+    s3: Run, server: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(s3.folder, s3.url, wait=0.2).start()
+    server.fail("hang", method="PUT", part=SHARD)
+    monkeypatch.setattr(remote_calls.RETRIES, "stalled_seconds", 600.0)
+    run.save(2)
+    said = run.finish()
+    server.released.set()
+    assert said[-1] == (
+        f"not uploaded to {run.url}: {full_name(2)} (no byte has moved for 0.2 s); the same "
+        "command uploads them"
+    )
+    server.fail(None)
+    server.released.clear()
+
+
+def test_the_end_of_a_run_waits_for_a_store_that_is_slow(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    begun = threading.Event()
+
+    def slow(path: Path, url: str, advance: Callable[[int], object]) -> None:
+        if not url.startswith(run.url):  # of the thread of an earlier test
+            return
+        begun.wait(60)
+        for _ in range(10):
+            now[0] += 200.0
+            assert run.uploader.is_busy
+            advance(1)
+        write_bytes(url, path.read_bytes())
+
+    monkeypatch.setattr(upload, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(upload, "upload", slow)
+    run.start().save(2)
+    run.uploader.hurry()
+    begun.set()
+    wait_until(lambda: not run.uploader.is_busy)
+    run.uploader.close()
+    assert run.said[-1] == f"uploaded: {run.url}/checkpoints/{full_name(2)}"
+    assert run.uploaded() == [full_name(2)]
+
+
 def test_a_wrong_store_is_refused_and_a_store_that_is_down_is_not(
     s3: Run, server: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = Run(s3.folder, "s3://no-such-bucket/run")
-    with pytest.raises(InputError, match="no such file, folder or bucket"):
+    named = (
+        r"^run\.yaml: checkpoint\.upload: .*no such .* bucket; make the bucket s3://no-such-bucket,"
+    )
+    with pytest.raises(InputError, match=named):
         wrong.uploader.claim()
     server.fail(503)
     s3.uploader.claim()
@@ -314,11 +434,16 @@ def test_a_checkpoint_is_fetched_by_every_name(
         find_checkpoint(run.url)
 
 
-def test_a_fetch_resumes_and_finds_what_is_damaged(s3: Run, server: FaultyProxy) -> None:
+def test_a_fetch_resumes_and_finds_what_is_damaged(
+    s3: Run, server: FaultyProxy, capsys: pytest.CaptureFixture[str]
+) -> None:
     fetched = fill(s3)
     server.fail(503, method="GET", part="state.json")
     with pytest.raises(RunError, match=r"state\.json: cannot be read"):
         fetched(full_name(8))
+    said = capsys.readouterr().err
+    assert said.count("; trying again, 3 times in all") == 1
+    assert f"\n{s3.url}/checkpoints/{full_name(8)}/state.json: cannot be read (" in said
     server.fail(None)
     server.requests.clear()
     folder = fetched(full_name(8))
@@ -362,3 +487,21 @@ def test_a_full_disk_is_named(
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(RunError, match=r"needs .* GB, the disk has .*; MEGAPHASE_CACHE names an"):
         fetched("latest")
+
+
+def test_a_checkpoint_whose_tokenizer_is_not_known_is_not_fetched(
+    run: Run, fetched: Callable[[str], Path], tmp_path: Path
+) -> None:
+    url = f"{run.url}@latest"
+    message = f"^{url}: lies in a store, .*; give --tokenizer$"
+    with pytest.raises(InputError, match=message):
+        generate_command(url, prompt=["a"])
+    with pytest.raises(InputError, match=message):
+        to_hf_command(url, tmp_path / "hf")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("url", ["s3://@latest", "s3:///runs@latest", "s3://"])
+def test_a_url_without_a_bucket_is_named(url: str) -> None:
+    with pytest.raises(InputError, match=f"^{url}: names no bucket; give s3://BUCKET/RUN@NAME"):
+        find_checkpoint(url)

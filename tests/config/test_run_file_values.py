@@ -208,6 +208,24 @@ def test_every_name_of_a_checkpoint_is_kept_from_phases(kind, step):
         check_phase_name(name)
 
 
+# --- URLs ---
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("s3://", "a URL without a bucket"),
+        ("s3:///runs/first", "a URL without a bucket"),
+        ("s3:/bucket/runs", "not a URL such as"),
+        ("s3://bucket/../x", "a URL with '.' or '..' between slashes"),
+        ("s3://bucket/runs@first", "a URL with '@'"),
+    ],
+)
+def test_no_folder_in_a_store(tmp_path, url, problem):
+    said = refusal(tmp_path, with_value("checkpoint.upload", url))
+    assert said.startswith(f"run.yaml: checkpoint.upload: {problem}")
+
+
 # --- paths ---
 
 PATHS = ["output", "tokenizer", "tasks.hi.corpus", "parallel.offload_folder"]

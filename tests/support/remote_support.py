@@ -44,8 +44,12 @@ class FaultyProxy:
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def fail(self, fault: Fault, *, times: int = 10**9, method: str = "", part: str = "") -> None:
-        """Let the next `times` requests of this method with `part` in their path fail."""
+        """Let the next `times` requests of this method with `part` in their path fail.
+
+        A call has stalled after a second if they hang, otherwise never on a slow machine.
+        """
         left = [times]
+        remote_calls.RETRIES.stalled_seconds = 1.0 if fault == "hang" else 60.0
 
         def of(its_method: str, path: str) -> Fault:
             if method in its_method and part in path and left[0] > 0:
@@ -118,7 +122,7 @@ def _handler(proxy: FaultyProxy, port: int) -> type[BaseHTTPRequestHandler]:
 @contextmanager
 def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """Start a server with the bucket `BUCKET`, to which `s3://` URLs lead; failed calls are
-    repeated at once, and have stalled after a second."""
+    repeated at once."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     _, port = server.get_host_and_port()
@@ -130,7 +134,7 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
-    quick = remote_calls.Retries(3, pause_seconds=0.01, of_requests=0, stalled_seconds=1.0)
+    quick = remote_calls.Retries(3, pause_seconds=0.01, of_requests=0, stalled_seconds=60.0)
     monkeypatch.setattr(remote_calls, "RETRIES", quick)
     monkeypatch.setattr(remote_calls, "_file_systems", {})
     connection = http.client.HTTPConnection("127.0.0.1", port)

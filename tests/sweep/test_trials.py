@@ -258,3 +258,11 @@ def test_examples_are_sound(path: Path) -> None:
     config = SweepConfig.model_validate(content)
     assert isinstance(config.run, Path)
     assert (path.parent / config.run).is_file()
+
+
+def test_every_run_uploads_into_a_folder_of_its_own(corpora: Path, tmp_path: Path) -> None:
+    checkpoint = {"checkpoint.upload": "s3://bucket/sweep/"}
+    arms = {"static": {"rates": [0.1, 0.3]}}
+    content = settings(corpora, arms=arms, settings=checkpoint, seeds=[1, 2])
+    for trial in known_trials(load_sweep(write(tmp_path, content)), {}):
+        assert trial.run["checkpoint"]["upload"] == f"s3://bucket/sweep/{trial.name}"

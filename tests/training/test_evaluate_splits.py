@@ -166,6 +166,11 @@ def test_a_run_without_a_test_split_is_as_before_and_says_what_to_add(
     ("arguments", "message"),
     [
         (["{run}@joint", "--checkpoint", "joint"], "--checkpoint: {run}@joint names one, too;"),
+        (
+            ["s3://bucket/run@joint"],
+            "s3://bucket/run@joint: is in a store, where no run file is; give the run file or the "
+            "run directory, and --checkpoint s3://bucket/run@joint",
+        ),
         (["nowhere@joint"], "nowhere@joint: there is no run directory nowhere; give a run file"),
         (["{file}", "--split", "test", "--split", "test"], "--split: names a split twice;"),
         (["{file}", "--samples", "1", "--samples", "2"], "--samples: is given 2 times for 1"),

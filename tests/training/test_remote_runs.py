@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,9 +15,11 @@ from remote_support import BUCKET, FaultyProxy, s3_server
 from run_support import STEPS, make_corpora, read_rows, run_settings, timeless, write_run_file
 from warm_commands import run, run_well
 
+from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.remote import RemoteRun
 from megaphase.checkpoint.state import full_name
 from megaphase.utils import remote_calls
+from megaphase.utils.remote_files import list_folder, read_bytes
 
 VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
 URL = f"s3://{BUCKET}/runs/first"
@@ -37,6 +40,7 @@ def reach(variables: dict[str, str]) -> None:
 @pytest.fixture(scope="module")
 def prepare(server: FaultyProxy, tmp_path_factory: pytest.TempPathFactory) -> partial[None]:
     cache = tmp_path_factory.mktemp("cache")
+    os.environ["MEGAPHASE_CACHE"] = str(cache)
     variables = {name: os.environ[name] for name in VARIABLES}
     return partial(reach, variables | {"MEGAPHASE_CACHE": str(cache)})
 
@@ -81,6 +85,48 @@ def test_a_store_that_fails_changes_no_number_and_the_next_start_uploads(
     assert result.returncode == 2
     assert f"{URL} holds the checkpoints of another run; give each run" in result.stderr
     assert not (tmp_path / "other" / "run").exists()
+
+
+def test_a_run_that_is_killed_while_it_uploads_resumes(
+    corpora: Path, tmp_path: Path, server: FaultyProxy, prepare: partial[None]
+) -> None:
+    """SIGKILL in the middle of the upload of a file: what is whole in the store can be fetched, the
+    rest counts for nothing, and the resumed run uploads it, with the rows of an unbroken run."""
+    url = f"{URL}-killed"
+    file = write_run_file(tmp_path / "up", settings_of(corpora, upload=url))
+    process = tmp_path / "process"
+    begun: list[str] = []
+
+    def kill(method: str, path: str) -> str | None:
+        folder, _, name = path.rpartition("/")
+        if method == "PUT" and name.startswith("shard-"):
+            begun.append(folder.rpartition("/")[2])
+        if method == "PUT" and len(set(begun)) == 2:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process.read_text()), signal.SIGKILL)
+            return "cut request"
+        return None
+
+    server.fault = kill
+    result = run("train", file, prepare=partial(note_process, prepare, process))
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert whole(url) == begun[:1]
+    assert find_checkpoint(f"{url}@latest").name == begun[0]  # its files are as in the manifest
+    server.fail(None)
+    run_well("train", file, prepare=prepare)
+    run_well("train", write_run_file(tmp_path / "plain", settings_of(corpora)))
+    rows = timeless(read_rows(tmp_path / "up" / "run"))
+    assert rows == timeless(read_rows(tmp_path / "plain" / "run"))
+    for folder in (tmp_path / "up/run/checkpoints").glob("step-*"):
+        remote = RemoteRun(url).folder(folder.name)
+        assert sorted(list_folder(remote)) == sorted(path.name for path in folder.iterdir())
+        for path in folder.iterdir():
+            assert read_bytes(f"{remote}/{path.name}") == path.read_bytes()
+
+
+def note_process(prepare: partial[None], file: Path) -> None:
+    prepare()
+    file.write_text(str(os.getpid()))
 
 
 def test_a_branch_from_the_store_equals_one_from_the_run(

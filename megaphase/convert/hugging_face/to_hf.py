@@ -21,7 +21,7 @@ from megaphase.convert.hugging_face.weights import INDEX_SUFFIX, SAFETENSORS_FIL
 from megaphase.convert.output import new_folder
 from megaphase.convert.parameter_mapping import ParameterMapping
 from megaphase.convert.source import Precision, open_source
-from megaphase.convert.source_tokenizer import load_tokenizer
+from megaphase.convert.source_tokenizer import check_tokenizer_known, load_tokenizer
 from megaphase.convert.tensor_files import TensorFiles
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import Weights, WithZeroBiases, in_model_order, read_each
@@ -72,9 +72,11 @@ def to_hf(
         average: write the average of the weights that the checkpoint holds.
 
     Raises:
-        InputError: the checkpoint is damaged, no family supports its model, there is no tokenizer,
-            or the model's positions are learned and `max_positions` is given.
+        InputError: the checkpoint is damaged, no family supports its model, its tokenizer is not
+            known, or the model's positions are learned and `max_positions` is given.
     """
+    if not no_tokenizer:
+        check_tokenizer_known(text, tokenizer)
     source = open_source(text, average=average)
     whole = source.shape.with_all_positions()
     family = family_for(whole, source.folder)

@@ -12,6 +12,7 @@ from megaphase.sweep.arms.stages import Stage
 from megaphase.sweep.sweep import Sweep, set_all
 from megaphase.utils.decimals import as_written
 from megaphase.utils.errors import InputError
+from megaphase.utils.remote_files import joined
 
 RATE_DECIMALS = 6
 
@@ -21,7 +22,8 @@ Phase = dict[str, Any]
 def run_content(
     sweep: Sweep, arm: str, model: str | None, name: str, seed: int, stage: Stage, phase: Phase
 ) -> dict[str, Any]:
-    """Return the content of a run file that trains one phase.
+    """Return the content of a run file that trains one phase; its checkpoints are uploaded, if at
+    all, into a folder of its own.
 
     Raises:
         InputError: a setting of the arm leads through something that has no such key.
@@ -31,6 +33,9 @@ def run_content(
     if model is not None:
         run["model"] |= sweep.config.models[model]
     set_all(sweep.file, f"arms.{arm}.settings", sweep.file, run, stage.settings)
+    checkpoint = run.get("checkpoint")
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("upload"), str):
+        checkpoint["upload"] = joined(checkpoint["upload"], name)
     return run | {"phases": [phase]}
 
 
