@@ -19,7 +19,14 @@ from megaphase.plan.same_run import (
 from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.files import atomic_write_json, os_errors_named, with_hash
 from megaphase.utils.locks import exclusive_lock
-from megaphase.utils.run_files import CHECKPOINTS, LOCK_FILE, METRICS_FILE, PLAN_FILE, RUN_FILE
+from megaphase.utils.run_files import (
+    CHECKPOINTS,
+    LOCK_FILE,
+    METRICS_FILE,
+    PLAN_FILE,
+    RUN_FILE,
+    TRACKERS,
+)
 
 
 @dataclass(frozen=True)
@@ -93,22 +100,29 @@ class RunDirectory:
 
         Raises:
             InputError: the corpora have changed since the run began, or the directory, or that of
-                TensorBoard in it, cannot be written.
+                TensorBoard or of a tracker in it, cannot be written.
         """
-        board = self.tensorboard
-        if config.logging.tensorboard and os.path.lexists(board) and not board.is_dir():
-            raise InputError(
-                board,
-                "is no folder, which TensorBoard's files need",
-                "move it away, or set logging.tensorboard: false",
-            )
+        folders = [self.path / TRACKERS / name for name, _ in config.logging.trackers()]
+        if config.logging.tensorboard:
+            user, remedy = "TensorBoard's files need", "set logging.tensorboard: false"
+            _refuse_no_folder(self.tensorboard, user, remedy)
+        for folder in folders:
+            user, remedy = f"logging.{folder.name} needs", f"leave out logging.{folder.name}"
+            _refuse_no_folder(folder.parent, user, remedy)
+            _refuse_no_folder(folder, user, remedy)
         refuse_other_plan(self.path, config, plan["fingerprint"], plan.get("bos"))
         refuse_other_counts(self.path, plan)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path, *folders):
+                folder.mkdir(parents=True, exist_ok=True)
             atomic_write_json(self.plan_file, with_hash(plan))
             atomic_write_json(self.run_file, settings_of(config))
         except OSError as error:
             raise InputError(
                 config.where("output"), f"{self.path} cannot be written ({error.strerror})"
             ) from None
+
+
+def _refuse_no_folder(path: Path, user: str, remedy: str) -> None:
+    if os.path.lexists(path) and not path.is_dir():
+        raise InputError(path, f"is no folder, which {user}", f"move it away, or {remedy}")

@@ -102,7 +102,7 @@ def check_inputs(config: RunConfig, branch: Branch | None) -> Inputs:
         check_memory(config, found[0].shapes[0])
         choose_backends(config)
         check_environment(config)
-        _refuse_missing_trackers(config)
+        _check_trackers(config)
         prepare_offload(config)
         return found[0]
 
@@ -148,8 +148,8 @@ def _spec(
     return plan_spec(config, tokenizer, used, corpora=corpora, known=known, checked=checked)
 
 
-def _refuse_missing_trackers(config: RunConfig) -> None:
-    """Raise InputError if the package of a tracker is not installed."""
+def _check_trackers(config: RunConfig) -> None:
+    """Raise InputError if the package of a tracker is not installed, or it cannot be used."""
     for name, tracker in config.logging.trackers():
         package = tracker.missing_package()
         if package is not None:
@@ -158,6 +158,10 @@ def _refuse_missing_trackers(config: RunConfig) -> None:
                 f"needs the package {package}, which is not installed",
                 f'pip install "megaphase[{package}]"',
             )
+        fault = tracker.find_fault()
+        if fault is not None:
+            key = config.where(f"logging.{name}.{fault.key}")
+            raise InputError(key, fault.problem, fault.remedy)
 
 
 def open_plan(

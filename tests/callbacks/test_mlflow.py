@@ -124,6 +124,57 @@ def test_a_record_with_more_metrics_than_a_request_takes(
     assert curve(database, run, "position/rows")[-1] == (2, 3.0)
 
 
+def test_names_that_differ_in_what_mlflow_does_not_allow() -> None:
+    named = mlflow_tracker.Names()
+    given = ["en", "की", "कि", "a+b", "a:b", "a_b", "क_", "क_u0940_"]
+    found = [named(f"train_loss/{name}") for name in given]
+    assert found == [
+        "train_loss/en", "train_loss/क_", "train_loss/क_u093f_", "train_loss/a_b",
+        "train_loss/a_u003a_b", *found[5:],
+    ]  # fmt: skip
+    assert len(set(found)) == len(given)
+    assert [named(f"train_loss/{name}") for name in given] == found
+    assert not any(mlflow_tracker._NOT_IN_NAMES.search(name.replace("/", "")) for name in found)
+
+
+def test_tasks_whose_names_differ_in_a_vowel_sign_have_their_own_curves(
+    database: str, tmp_path: Path
+) -> None:
+    names = {"en": "कि", "hi": "की"}
+    settings = SETTINGS | {"tasks": {task: {"corpus": task} for task in names.values()}}
+    config = MLflowConfig(experiment="names", tracking_uri=database, wait_seconds=120.0)
+    train(tmp_path / "run", {"mlflow": config}, until=2, settings=settings, tasks=names)
+    for task, name in (("en", "क_"), ("hi", "क_u0940_")):
+        added = {"en": 1.5, "hi": 2.5}[task]
+        assert curve(database, tmp_path / "run", f"validation_loss/{name}/pretrain") == [
+            (0, added), (2, added + 2),
+        ]  # fmt: skip
+    params = found_run(database, tmp_path / "run").data.params
+    assert (params["tasks/क_/corpus"], params["tasks/क_u0940_/corpus"]) == ("कि", "की")
+
+
+@pytest.mark.parametrize("uri", ["/data/mlruns", "mlruns", "file:///data/mlruns"])
+def test_a_folder_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for config, key in ((MLflowConfig(experiment="e", tracking_uri=uri), ""),
+                        (MLflowConfig(experiment="e"), "MLFLOW_TRACKING_URI: ")):  # fmt: skip
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        fault = config.find_fault()
+        assert fault is not None
+        assert fault.problem == f"{key}{uri} is a folder, to which MLflow does not write any more"
+        monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        assert config.find_fault() is None
+        monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    for good in (
+        "http://tracker:5000",
+        "sqlite:////data/mlflow.db",
+        "databricks://me",
+        "databricks",
+    ):
+        assert MLflowConfig(experiment="e", tracking_uri=good).find_fault() is None
+    assert MLflowConfig(experiment="e").find_fault() is None
+
+
 @pytest.mark.slow
 def test_a_killed_run_on_a_server(server: str, tmp_path: Path) -> None:
     """The run begins while the server starts, and the first tries fail."""

@@ -32,7 +32,7 @@ from megaphase.callbacks.trackers.wandb_tracker import WandbConfig
 from megaphase.config.fields import FilePath
 from megaphase.config.load import load_run_file
 from megaphase.config.run import RunConfig
-from megaphase.training.startup import _refuse_missing_trackers
+from megaphase.training.startup import _check_trackers
 from megaphase.training.trainer import Trainer
 from megaphase.utils.errors import InputError
 
@@ -184,10 +184,10 @@ def test_a_tracker_whose_package_is_missing_is_refused(
     run_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_run_file(run_file, ("logging={wandb: {project: languages}}",))
-    _refuse_missing_trackers(config)
+    _check_trackers(config)
     monkeypatch.setattr(WandbConfig, "PACKAGE", "no_such_package")
     with pytest.raises(InputError) as refused:
-        _refuse_missing_trackers(config)
+        _check_trackers(config)
     assert str(refused.value) == (
         f"{run_file}: logging.wandb: needs the package no_such_package, which is not installed; "
         'pip install "megaphase[no_such_package]"'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from megaphase.callbacks.trackers.tracker import TrackerConfig
 
 FIRST, LAST = 4, 8  # steps of the first phase, and of both
 SETTINGS = {"seed": 5, "phases": [{"name": "pretrain", "steps": 4}, {"name": "joint", "steps": 4}]}
+TASKS = {"en": "en", "hi": "hi"}
 State = dict[str, Any]
 
 
@@ -29,11 +30,12 @@ def train(
     is_killed: bool = False,
     branched_from: Path | None = None,
     settings: dict[str, Any] = SETTINGS,
+    tasks: Mapping[str, str] = TASKS,
 ) -> tuple[State | None, list[str]]:
     """Train up to a step, from the start or from a checkpoint's state.
 
     before_end: called after the last step. is_killed: nothing else happens then, as when the
-        process is killed.
+        process is killed. tasks: the names of the tasks en and hi in validations.
 
     Returns the state of the newest checkpoint, and the sentences for the terminal.
     """
@@ -56,7 +58,7 @@ def train(
         if step > first:
             callbacks.on_step_end(step_record(step, phase=phase, loss=10.0 - step))
         if step % 2 == 0 and step > first:
-            validate(callbacks, step, phase)
+            validate(callbacks, step, phase, tasks)
             if step in (FIRST, LAST):
                 callbacks.event(step, "phase_end", phase=phase, reason="its length is reached")
             callbacks.event(step, "checkpoint", phase=phase)
@@ -66,7 +68,7 @@ def train(
             callbacks.event(step, "phase_start", phase=phase)
             if step == FIRST:
                 callbacks.event(step, "optimizer_reset", phase=phase)
-            validate(callbacks, step, phase)
+            validate(callbacks, step, phase, tasks)
     before_end()
     if is_killed:
         for feed in feeds:  # whose threads would read what the next start writes
@@ -76,7 +78,8 @@ def train(
     return state, said
 
 
-def validate(callbacks: CallbackList, step: int, phase: str) -> None:
-    losses = {"en": HeldOutLoss(1.5 + step, 0.5), "hi": HeldOutLoss(2.5 + step, 0.75)}
-    gaps = {"en": None, "hi": 0.125}
+def validate(callbacks: CallbackList, step: int, phase: str, tasks: Mapping[str, str]) -> None:
+    en, hi = tasks["en"], tasks["hi"]
+    losses = {en: HeldOutLoss(1.5 + step, 0.5), hi: HeldOutLoss(2.5 + step, 0.75)}
+    gaps = {en: None, hi: 0.125}
     callbacks.on_validation_end(ValidationRecord(step, phase, losses, gaps, begins_phase=False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +12,7 @@ from typing import Any, ClassVar
 
 from megaphase.callbacks.trackers.metric_names import event_text, metrics
 from megaphase.callbacks.trackers.tracker import (
+    Fault,
     Opened,
     Position,
     Record,
@@ -18,13 +21,18 @@ from megaphase.callbacks.trackers.tracker import (
     TrackerConfig,
 )
 from megaphase.config.fields import Word
+from megaphase.utils.files import hash_json
 
 # MLflow's limits of a request, of the values of parameters and tags, and of names.
 MOST_METRICS = 1000
 MOST_PARAMS = 100
 MOST_PARAM_CHARACTERS = 6000
 MOST_TAG_CHARACTERS = 5000
-_NOT_IN_NAMES = re.compile(r"[^/\w.\- ]")
+_NOT_IN_NAMES = re.compile(r"[^\w.\- ]")
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_NAMED_SERVERS = ("databricks", "databricks-uc", "uc")
+_ALLOW_FOLDER = "MLFLOW_ALLOW_FILE_STORE"  # MLflow's own
 
 # Metrics, since all of a request are stored in one transaction, as tags and metrics are not.
 _POSITION = ("position/step", "position/rows")
@@ -44,13 +52,25 @@ class MLflowConfig(TrackerConfig):
     """The experiment; it is made if it does not exist."""
     tracking_uri: Word | None = None
     """The server, such as `http://tracker:5000`, or a database in a file, such as
-    `sqlite:////data/mlflow.db`. If left out, `MLFLOW_TRACKING_URI` decides, and MLflow's default
-    without it."""
+    `sqlite:////data/mlflow.db`; a folder is refused, since MLflow writes to none any more. If left
+    out, `MLFLOW_TRACKING_URI` decides; without it, MLflow makes `mlflow.db` in the current
+    folder."""
     name: Word | None = None
     """The run's name; that of the run directory if left out."""
 
     def target(self) -> dict[str, str | None]:
         return {"experiment": self.experiment, "tracking_uri": self.tracking_uri}
+
+    def find_fault(self) -> Fault | None:
+        variable = "MLFLOW_TRACKING_URI"
+        uri = self.tracking_uri or os.environ.get(variable) or ""
+        is_folder = _SCHEME.match(uri) is None and uri.partition(":")[0] not in _NAMED_SERVERS
+        if not uri or not (is_folder or uri.startswith("file:")) or os.environ.get(_ALLOW_FOLDER):
+            return None
+        problem = f"{uri} is a folder, to which MLflow does not write any more"
+        if self.tracking_uri is None:
+            problem = f"{variable}: {problem}"
+        return Fault("tracking_uri", problem, "give a server or sqlite:////data/mlflow.db")
 
     def build(self, run: TrackedRun) -> MLflowTracker:
         return MLflowTracker(self, run)
@@ -62,10 +82,17 @@ class MLflowTracker(Tracker):
     def __init__(self, config: MLflowConfig, run: TrackedRun) -> None:
         self._config, self._tracked = config, run
         self._events: dict[str, str] = {}
+        self._named = Names()
+        # First, so that each has always the same name, whichever comes first in a start.
+        for name in (*run.settings.get("tasks", {}), *_phases(run.settings)):
+            self._named(name)
 
     def open(self) -> Opened:
         from mlflow import MlflowClient
 
+        if "MLFLOW_LOGGING_LEVEL" not in os.environ:
+            for library in ("mlflow", "alembic"):  # which say how they make a database
+                logging.getLogger(library).setLevel(logging.WARNING)
         self._client = MlflowClient(self._config.tracking_uri)
         found = None if self._tracked.id is None else self._client.get_run(self._tracked.id)
         if found is None:
@@ -106,7 +133,8 @@ class MLflowTracker(Tracker):
         """The run file as parameters; one that has changed since the run began is a tag."""
         from mlflow.entities import Param, RunTag
 
-        now = dict(_flat("", self._tracked.settings))
+        flat = _flat("", self._tracked.settings)
+        now = {self._named(key): value for key, value in flat}
         new = [Param(key, value) for key, value in now.items() if key not in known]
         changed = [
             RunTag(f"changed/{key}", value)
@@ -125,7 +153,9 @@ class MLflowTracker(Tracker):
         rows: list[list[Any]] = []
         for record in records:
             values = metrics(record.row).items()
-            rows.append([Metric(_named(key), value, now, record.step) for key, value in values])
+            rows.append(
+                [Metric(self._named(key), value, now, record.step) for key, value in values]
+            )
             if sum(map(len, rows)) > MOST_METRICS - len(_POSITION):
                 if len(rows) > 1:
                     rows.pop()
@@ -150,7 +180,7 @@ class MLflowTracker(Tracker):
         found: dict[str, str] = {}
         for record in records:
             if record.event is not None:
-                key = _named(f"events/{record.event}")
+                key = self._named(f"events/{record.event}")
                 before = found.get(key, self._events.get(key, ""))
                 text = f"step {record.step}: {event_text(record.row)}\n{before}"
                 found[key] = text[:MOST_TAG_CHARACTERS]
@@ -160,6 +190,10 @@ class MLflowTracker(Tracker):
         self._client.set_terminated(self._id, "FINISHED" if error is None else "FAILED")
 
 
+def _phases(settings: Mapping[str, Any]) -> list[str]:
+    return [phase["name"] for phase in settings.get("phases", [])]
+
+
 def _flat(prefix: str, settings: Any) -> Iterator[tuple[str, str]]:
     """The settings with keys such as `phases/0/steps`; empty mappings and lists have none."""
     if isinstance(settings, dict | list):
@@ -167,9 +201,29 @@ def _flat(prefix: str, settings: Any) -> Iterator[tuple[str, str]]:
         for key, value in items:
             yield from _flat(f"{prefix}{key}/", value)
     else:
-        yield _named(prefix.removesuffix("/")), str(settings)[:MOST_PARAM_CHARACTERS]
+        yield prefix.removesuffix("/"), str(settings)[:MOST_PARAM_CHARACTERS]
 
 
-def _named(name: str) -> str:
-    """The name with the characters that MLflow allows; letters of all scripts are."""
-    return _NOT_IN_NAMES.sub("_", name)
+class Names:
+    """Names with the characters that MLflow allows: letters of all scripts, but no vowel signs.
+
+    Others are replaced by `_` or, where another name would become the same, by their code points.
+    """
+
+    def __init__(self) -> None:
+        self._originals: dict[str, str] = {}
+
+    def __call__(self, name: str) -> str:
+        """Return the name for MLflow; what is between slashes is a name of its own."""
+        return "/".join(map(self._part, name.split("/")))
+
+    def _part(self, part: str) -> str:
+        for replacement in (lambda _: "_", _code_point):
+            found = _NOT_IN_NAMES.sub(replacement, part)
+            if self._originals.setdefault(found, part) == part:
+                return found
+        return f"{found}_{hash_json(part)[:8]}"
+
+
+def _code_point(match: re.Match[str]) -> str:
+    return f"_u{ord(match[0]):04x}_"

@@ -118,6 +118,14 @@ class Tracker(ABC):
         """Give up, since the thread hangs; called by the main thread, which must not wait."""
 
 
+class Fault(NamedTuple):
+    """Why a tracker's section cannot be used; key: in the section."""
+
+    key: str
+    problem: str
+    remedy: str
+
+
 class TrackerConfig(Section):
     """The section of a tracker in `logging`; a run whose run file has none is not tracked by it."""
 
@@ -133,6 +141,10 @@ class TrackerConfig(Section):
         """The name of the package, if it is not installed."""
         missing = cls.PACKAGE is not None and find_spec(cls.PACKAGE) is None
         return cls.PACKAGE if missing else None
+
+    def find_fault(self) -> Fault | None:
+        """Return what the tracker would refuse for good, found without importing its package."""
+        return None
 
     def target(self) -> dict[str, str | None]:
         """Where runs are recorded; a run that is started again with another target begins anew."""
