@@ -198,7 +198,8 @@ def _not_loaded(choice: BenchmarkChoice, error: Exception) -> InputError:
         os.environ.get(name, "0").upper() in ("1", "TRUE", "YES", "ON")
         for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE")
     )
-    if names & set(_NETWORK_ERRORS) or (offline and isinstance(error, OSError | ValueError)):
+    is_missing = isinstance(error, OSError) or "Couldn't find cache" in str(error)
+    if names & set(_NETWORK_ERRORS) or (offline and is_missing):
         return InputError(
             choice.where,
             f"a data set is not on this machine and cannot be fetched ({_in_a_line(error)})",

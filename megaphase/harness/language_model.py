@@ -6,7 +6,8 @@ tokenizer's files say so, and an empty context is BOS or, where there is none, E
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -26,6 +27,7 @@ from megaphase.utils.errors import InputError
 # Of lm-evaluation-harness, for tasks that name no number.
 DEFAULT_NEW_TOKENS = 256
 _SAMPLING = ("temperature", "top_k", "top_p")
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _WITHOUT_EFFECT = ("do_sample", "use_cache")
 
 Pair = tuple[object, list[int], list[int]]  # what lm_eval caches by; context; continuation
@@ -38,6 +40,7 @@ class ServedModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         super().__init__()
         self.service, self._tokens = service, service.tokenizer
         self._bos = self._tokens.bos if self._tokens.adds_bos else None
+        self._tasks: list[str | None] = []  # of the requests that are being tokenized
 
     @property
     def eot_token_id(self) -> int:
@@ -62,19 +65,34 @@ class ServedModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             return tokens
         return [self._bos, *tokens]
 
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """The log-probability of each continuation, and whether it is the greedy one."""
+        self._tasks = [request.task_name for request in requests]
+        try:
+            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+            return found
+        finally:
+            self._tasks = []
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        rows = [self._scored(context, continuation) for _, context, continuation in requests]
+        tasks = self._tasks or [None] * len(requests)
+        rows = [
+            self._scored(task or "the task", context, continuation)
+            for task, (_, context, continuation) in zip(tasks, requests, strict=True)
+        ]
         return [(each.log_probability, each.greedy) for each in self.service.score(rows)]
 
-    def _scored(self, context: list[int], continuation: list[int]) -> Scored:
+    def _scored(self, task: str, context: list[int], continuation: list[int]) -> Scored:
         """Left of what the model sees, a context is cut off."""
         if not continuation:
-            raise InputError("the task", "asks for the probability of an empty text", "mend it")
+            raise InputError(task, "asks for the probability of an empty text", "mend it")
         if len(continuation) > self.max_length:
             raise InputError(
-                "the task",
+                task,
                 f"has a continuation of {len(continuation):,} tokens, the model's seq_len is "
                 f"{self.max_length:,}",
                 "leave the task out",
@@ -116,6 +134,7 @@ class ServedModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     def _continued(self, request: Instance) -> Continued:
         context, given = request.args
         task = request.task_name or "the task"
+        _check_generation(task, given)
         options = normalize_gen_kwargs(given, DEFAULT_NEW_TOKENS)
         stops = handle_stop_sequences(options.pop("until"), self._tokens.piece(self._tokens.eod))
         new_tokens = options.pop("max_gen_toks")
@@ -139,3 +158,19 @@ class ServedModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             raise InputError(task, "do_sample needs a temperature above 0", "set it")
         tokens = self.tok_encode(context)[-room:] or [self.prefix_token_id]
         return Continued(tokens, Decoding(new_tokens, **sampled), tuple(filter(None, stops)))
+
+
+def _check_generation(task: str, given: Mapping[str, Any]) -> None:
+    """Raise InputError for a number in a task's generation_kwargs that no model can use."""
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        **dict.fromkeys(_LENGTHS, (lambda n: n >= 1 and n % 1 == 0, "a whole number from 1")),
+        "temperature": (lambda n: 0 <= n < math.inf, "0 or a positive number"),
+        "top_k": (lambda n: n >= 0 and n % 1 == 0, "0 or a positive whole number"),
+        "top_p": (lambda n: 0 < n <= 1, "a number above 0, at most 1"),
+    }
+    for key, (is_right, rule) in rules.items():
+        value = given.get(key)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and is_right(value)):
+            problem = f"generation_kwargs.{key} is {value!r}"
+            raise InputError(task, problem, f"write {rule} in its file")

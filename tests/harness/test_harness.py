@@ -298,6 +298,55 @@ def test_a_task_that_generates_too_much_is_refused(
         benchmarks.run(model.service)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("max_gen_toks", 0, "a whole number from 1"),
+        ("max_gen_toks", -3, "a whole number from 1"),
+        ("max_new_tokens", "x", "a whole number from 1"),
+        ("temperature", -1.0, "0 or a positive number"),
+        ("top_k", 0.5, "0 or a positive whole number"),
+        ("top_p", 2.0, "a number above 0, at most 1"),
+    ],
+)
+def test_a_task_whose_numbers_make_no_sense_is_refused(
+    corpora: Path, key: str, value: object, rule: str
+) -> None:
+    model = without_weights(corpora)
+    given = {"until": ["a"], "max_gen_toks": 4, "do_sample": True, "temperature": 1.0, key: value}
+    with pytest.raises(InputError) as refused:
+        model.generate_until([SimpleNamespace(args=("alda", given), task_name="mine")])
+    problem = f"mine: generation_kwargs.{key} is {value!r}"
+    assert str(refused.value) == f"{problem}; write {rule} in its file"
+
+
+def test_a_choice_that_is_too_long_names_its_task(corpora: Path) -> None:
+    requests = [
+        SimpleNamespace(args=("alda", text), task_name=name)
+        for name, text in (("short", " boreth"), ("mine", " alda" * 100))
+    ]
+    with pytest.raises(InputError, match=r"^mine: has a continuation of \d+ tokens"):
+        without_weights(corpora).loglikelihood(requests, disable_tqdm=True)
+
+
+def without_weights(corpora: Path) -> ServedModel:
+    shape = SimpleNamespace(seq_len=32)
+    service = SimpleNamespace(
+        tokenizer=Tokenizer.load(corpora / "tok"), model=SimpleNamespace(shape=shape)
+    )
+    return ServedModel(service)  # type: ignore[arg-type]
+
+
+def test_a_task_of_no_known_kind_is_not_taken_for_a_missing_data_set(
+    tasks: Path, tmp_path: Path
+) -> None:
+    text = (tasks / f"{CHOICE}.yaml").read_text()
+    changed = text.replace(f"task: {CHOICE}", "task: odd").replace("multiple_choice", "nonsense")
+    (tmp_path / "odd.yaml").write_text(changed)
+    with pytest.raises(InputError, match=r"a task cannot be loaded: .*nonsense"):
+        Benchmarks(BenchmarkChoice(["odd"], "--harness", tmp_path))
+
+
 def test_an_unknown_task_is_named(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks_of_lm_eval = import_module("lm_eval.tasks")
     own = partial(tasks_of_lm_eval.TaskManager, include_defaults=False)  # without 14,000 files
