@@ -29,6 +29,7 @@ from megaphase.training.commands import train_command
 from megaphase.utils.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_WRONG_INPUT,
     EndedAtOnce,
     InputError,
     Interrupted,
@@ -105,9 +106,11 @@ def main() -> None:
         try:
             require_utf8(sys.argv[1:])
             try:
-                app()
+                code = _run_app()
             finally:
                 sys.stdout.flush()  # here, where a failure can still be reported
+            if code:
+                sys.exit(code)
         except (InputError, RunError, Stopped, EndedAtOnce) as error:
             _stop(error, exit_code(error))
         except BrokenPipeError:
@@ -124,6 +127,30 @@ def main() -> None:
             if interrupts and _is_interrupt(error):
                 _stop(interrupts[0], interrupts[0].exit_code)
             raise
+
+
+def _run_app() -> int:
+    """Run the subcommand of the command line; return an exit code.
+
+    Raises:
+        InputError: an option or an argument is wrong.
+    """
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        print("megaphase: the input has ended", file=sys.stderr)
+        return EXIT_FAILED
+    except Exception as error:
+        # typer's errors have no public base class in all of its versions.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        problem = " ".join(message().split()).rstrip(".")
+        if not problem:  # a group without a command has printed its help
+            return EXIT_WRONG_INPUT
+        command = getattr(getattr(error, "ctx", None), "command_path", "megaphase")
+        raise InputError("", problem, f"see `{command} --help`") from None
+    return code if isinstance(code, int) else 0
 
 
 def _is_interrupt(error: BaseException) -> bool:

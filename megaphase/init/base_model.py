@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from megaphase.utils.validation_errors import hint
 SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)([kmbt]?)", re.IGNORECASE)
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 LEAST, MOST = 1e5, 2e12
+BEYOND = 1.25  # how far the size that is asked for may be from that of the model, as a factor
 AUTO = "auto"
 # Layers and hidden sizes from which sizes for a number of parameters are chosen, and the width of a
 # head below and from a hidden size on.
@@ -44,6 +46,7 @@ class BaseModel:
         checkpoint: what `megaphase train --from` is given; None if training begins from scratch.
         first: commands that have to be run before.
         new_tokens: whether its vocabulary was extended.
+        note: a warning, if it is much larger than it was meant to be.
     """
 
     section: dict[str, Any]
@@ -52,6 +55,7 @@ class BaseModel:
     checkpoint: str | None = None
     first: list[str] = field(default_factory=list)
     new_tokens: bool = False
+    note: str = ""
 
     @property
     def parameters(self) -> int:
@@ -105,7 +109,15 @@ def named_model(answer: str, vocab: int) -> BaseModel:
             f"--model {answer}", "is no size of a model", f"give {LEAST:,.0f} to {MOST:,.0f}"
         )
     sizes = min(_choices(), key=lambda sizes: _distance(sizes, vocab, wanted))
-    return BaseModel(dict(sizes), _shape(sizes, vocab), answer)
+    model = BaseModel(dict(sizes), _shape(sizes, vocab), answer)
+    has, largest = model.parameters, max(_total(each, vocab) for each in _choices())
+    if wanted > largest * BEYOND:
+        problem = f"the largest model that is chosen has {largest / 1e9:,.0f} billion parameters"
+        raise InputError(f"--model {answer}", problem, "give a smaller size")
+    if has > wanted * BEYOND:
+        note = f"the model has {has:,} parameters, not {answer}: {vocab:,} tokens need as many"
+        return replace(model, note=note)
+    return model
 
 
 def _choices() -> Iterator[dict[str, int]]:
@@ -123,12 +135,18 @@ def _choices() -> Iterator[dict[str, int]]:
 def _distance(sizes: dict[str, int], vocab: int, wanted: float) -> float:
     """Return how far sizes are from a number of parameters, and from usual proportions."""
     hidden, layers = sizes["hidden"], sizes["layers"]
-    block = 4 * hidden**2 + 3 * hidden * sizes["ffn"]
-    total = layers * block + 2 * vocab * hidden
     (thin, small), (thick, large) = THIN, THICK
     along = min(max(math.log(wanted / small) / math.log(large / small), 0.0), 1.0)
     usual = thin * (thick / thin) ** along
-    return abs(math.log(total / wanted)) + 0.03 * abs(math.log(hidden / layers / usual))
+    return abs(math.log(_total(sizes, vocab) / wanted)) + 0.03 * abs(
+        math.log(hidden / layers / usual)
+    )
+
+
+def _total(sizes: dict[str, int], vocab: int) -> int:
+    """Return the number of weights of matrices, embeddings included."""
+    hidden = sizes["hidden"]
+    return sizes["layers"] * (4 * hidden**2 + 3 * hidden * sizes["ffn"]) + 2 * vocab * hidden
 
 
 def published_model(answer: str, tokenizer: Tokenizer) -> BaseModel:
@@ -169,7 +187,7 @@ def published_model(answer: str, tokenizer: Tokenizer) -> BaseModel:
 def _from_hugging_face(folder: Path, tokenizer: Tokenizer, where: str) -> BaseModel:
     _, shape = read_config(folder)
     base = f"{folder.name or 'model'}-base"
-    convert = f"megaphase convert from-hf {folder} --out {base}"
+    convert = f"megaphase convert from-hf {shlex.quote(str(folder))} --out {shlex.quote(base)}"
     try:
         own: str | None = Tokenizer.load(folder).fingerprint
     except InputError:  # it has none that can be compared
@@ -197,7 +215,8 @@ def _check_vocabulary(where: str, shape: GPTShape, tokenizer: Tokenizer, base: s
 
 
 def _not_extended(where: str, convert: str | None, base: str, tokenizer: Tokenizer) -> InputError:
-    extend = f"megaphase convert extend-vocab {base} --tokenizer {tokenizer.path} --out extended"
+    base, words = shlex.quote(base), shlex.quote(str(tokenizer.path))
+    extend = f"megaphase convert extend-vocab {base} --tokenizer {words} --out extended"
     commands = " && ".join([*([convert] if convert else []), extend])
     return InputError(
         where,
@@ -210,7 +229,7 @@ def _other_tokenizer(where: str, own: str) -> InputError:
     return InputError(
         where,
         "the corpora were tokenized with another tokenizer than the model's",
-        f"tokenize them again: megaphase data tokenize … --tokenizer {own}",
+        f"tokenize them again: megaphase data tokenize … --tokenizer {shlex.quote(own)}",
     )
 
 

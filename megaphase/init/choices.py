@@ -101,6 +101,7 @@ def choose(answers: Answers) -> Choice:
         model = _suggested(answers)
     else:
         model = named_model(answers.model or "", vocab)
+    notes += [model.note] if model.note else []
     seq_len = _sequence_length(model, answers.corpora, notes)
     config, held_out = _held_out(answers, seq_len)
     tasks = _tasks(answers, config)

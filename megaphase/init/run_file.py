@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import wrap
@@ -275,10 +276,10 @@ def memory_of(choice: Choice) -> str:
 
 
 def next_commands(choice: Choice) -> list[str]:
-    """Return the commands that follow."""
+    """Return the commands that follow, for a shell."""
     answers, checkpoint = choice.answers, choice.model.checkpoint
-    out, gpus = text(str(answers.out)), answers.gpus
-    source = "" if checkpoint is None else f" --from {checkpoint}"
+    out, gpus = shlex.quote(str(answers.out)), answers.gpus
+    source = "" if checkpoint is None else f" --from {shlex.quote(checkpoint)}"
     commands = [*choice.model.first, f"megaphase plan {out} --processes {gpus.count}"]
     if gpus.count <= gpus.per_node:
         commands.append(f"megaphase launch local {out} --processes {gpus.count}{source}")

@@ -29,6 +29,7 @@ def write_run_file(options: Options, output: Path | None, *, force: bool) -> Non
     if (out.exists() or out.is_symlink()) and not force:
         raise InputError(out, "exists", "give another name, or --force to replace it")
     check_place(out)
+    _check_output(output)
     console = new_console(highlight=False)
     choice = choose(answers_of(options, console))
     name = out.stem if out.stem != "run" else "multilingual"
@@ -36,6 +37,13 @@ def write_run_file(options: Options, output: Path | None, *, force: bool) -> Non
     check_run(content, out, choice.answers.tokenizer, choice.answers.gpus.count)
     atomic_write_text(out, content)
     _say(console, choice)
+
+
+def _check_output(output: Path | None) -> None:
+    """Raise InputError if the run directory cannot be made since a file is in its place."""
+    for folder in () if output is None else (output, *output.absolute().parents):
+        if folder.exists() and not folder.is_dir():
+            raise InputError("--output", f"{folder} is no folder", "give a folder for the run")
 
 
 def _say(console: Console, choice: Choice) -> None:

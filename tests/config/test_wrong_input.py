@@ -44,6 +44,22 @@ def refuse(monkeypatch, capfd):
     return run
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("init", "--hours", "0"), "Invalid value for '--hours': "),
+        (("init", "--gpus", "0"), "Invalid value for '--gpus': "),
+        (("init", "--hours", "nan"), "Invalid value for '--hours': "),
+        (("init", "--ours", "1"), "No such option: --ours"),
+        (("plan", "show"), "Missing argument 'RUN_FILE'"),
+    ],
+)
+def test_a_wrong_option_is_one_line(refuse, arguments, said):
+    line = refuse(*arguments)
+    assert line.startswith(f"megaphase: {said}")
+    assert line.endswith(f"{arguments[0]} --help`") or arguments[1] == "show"
+
+
 def at(settings, path, value):
     """Set a value deep in the run file."""
     *parents, last = path

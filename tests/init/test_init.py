@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import sys
 
 import numpy as np
@@ -172,6 +173,8 @@ def test_without_a_terminal_the_missing_options_are_named(here):
         (["--corpus", "many/en", "--gpus", "12"], "no multiple of the 8"),
         (["--corpus", "many/en", "--model", "huge"], "no preset and no size"),
         (["--corpus", "many/en", "--model", "400b"], "does not fit"),
+        (["--corpus", "many/en", "--output", "many/en.bin"], "many/en.bin is no folder"),
+        (["--corpus", "many/en", "--output", "many/en.bin/run"], "en.bin is no folder"),
         (["--corpus", "many/en", "--tokenizer", "many"], "many"),
         (["--corpus", "many/yo", "--gpus", "4096", "--gpus-per-node", "8"], "fewer than the"),
     ],
@@ -185,6 +188,16 @@ def test_wrong_answers_are_one_line(changes, problem, here):
     assert problem in str(error.value)
     assert "\n" not in str(error.value)
     assert not (here / "run.yaml").exists()
+
+
+def test_the_commands_that_follow_are_for_a_shell(here):
+    said = init("$(id) it's.yaml", "--corpus", "many/en", *GIVEN)
+    following = [shlex.split(line) for line in said[said.index("Next:") :].splitlines()[1:3]]
+    assert [words[:3] for words in following] == [
+        ["megaphase", "plan", "$(id) it's.yaml"],
+        ["megaphase", "launch", "local"],
+    ]
+    assert following[1][3] == "$(id) it's.yaml"
 
 
 def test_a_tokenizer_elsewhere_is_asked_for(here, tmp_path):

@@ -64,6 +64,14 @@ def test_a_model_of_a_size(size):
         assert model.shape.heads % 4 == model.shape.ffn % 8 == 0
 
 
+def test_a_size_that_no_model_has():
+    with pytest.raises(InputError, match=r"^--model 500b: the largest model .* has 38\d billion"):
+        named_model("500b", VOCAB)
+    assert named_model("400b", VOCAB).note == ""
+    small = named_model("300k", VOCAB)
+    assert small.note.startswith(f"the model has {small.parameters:,} parameters, not 300k:")
+
+
 def test_names_of_presets_come_first():
     for name in ("gpt-1.3b", "1.3b", "GPT-1.3B"):
         assert named_model(name, VOCAB).section == {"preset": "gpt-1.3b"}
