@@ -15,10 +15,11 @@ removed. Blank lines and a byte order mark in a JSONL file are skipped.
 """
 
 from megaphase.data_tools.text.chunk import TextChunk, TextPosition
-from megaphase.data_tools.text.chunks import CHUNK_BYTES, read_chunks
+from megaphase.data_tools.text.chunks import CHUNK_BYTES, check_reading, read_chunks
 from megaphase.data_tools.text.file_types import STDIN, check_text_file, display_name, size_on_disk
 from megaphase.data_tools.text.input_files import InputPath, identity, place_of
 from megaphase.data_tools.text.inputs import expand_inputs
+from megaphase.data_tools.text.ranges import TextRange, can_be_ranged, ranges_of
 from megaphase.data_tools.text.reading import Chat, Document, Reading, SourceTarget
 from megaphase.data_tools.text.records import (
     InvalidDocument,
@@ -39,6 +40,9 @@ __all__ = [
     "SourceTarget",
     "TextChunk",
     "TextPosition",
+    "TextRange",
+    "can_be_ranged",
+    "check_reading",
     "check_text_file",
     "display_name",
     "documents_and_wrong_ones",
@@ -47,6 +51,7 @@ __all__ = [
     "identified_documents",
     "identity",
     "place_of",
+    "ranges_of",
     "read_chunks",
     "read_documents",
     "size_on_disk",

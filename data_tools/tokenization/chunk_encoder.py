@@ -18,6 +18,7 @@ from megaphase.data_tools.text import (
     SourceTarget,
     TextChunk,
     TextPosition,
+    TextRange,
     identified_and_wrong_ones,
     identified_documents,
 )
@@ -58,9 +59,10 @@ class ChunkEncoder:
     skip_wrong: bool = False
     chats: ChatEncoder | None = None
 
-    def __call__(self, numbered: tuple[int, TextChunk]) -> EncodedChunk:
-        """Encode a chunk, given with the index of its file."""
-        file, chunk = numbered
+    def __call__(self, numbered: tuple[int, TextChunk | TextRange]) -> EncodedChunk:
+        """Encode a chunk, or the documents of a range, given with the index of its file."""
+        file, given = numbered
+        chunk = given.chunk(self.reading) if isinstance(given, TextRange) else given
         read = identified_and_wrong_ones if self.skip_wrong else identified_documents
         texts: list[str] = []
         pairs: list[SourceTarget] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,16 +17,22 @@ from megaphase.data_tools.corpora.merge import merge, remove_corpus
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.shards import WHOLE, ShardChoice, parts_of
 from megaphase.data_tools.text import (
+    CHUNK_BYTES,
     STDIN,
     InputPath,
     Reading,
     TextChunk,
     TextPosition,
+    TextRange,
+    can_be_ranged,
+    check_reading,
     check_text_file,
     identity,
+    ranges_of,
     read_chunks,
     size_on_disk,
 )
+from megaphase.data_tools.text.ahead import ahead
 from megaphase.data_tools.tokenization.chunk_encoder import ChunkEncoder
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError, RunError
@@ -35,6 +41,8 @@ from megaphase.utils.progress import Advance, reading_progress
 
 # After this much text per worker, the output is flushed to disk and the progress is recorded.
 SAVE_BYTES_PER_WORKER = 8 << 20
+RANGE_BYTES = CHUNK_BYTES
+_CHUNKS_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -286,7 +294,10 @@ def _write(
     done_bytes = note["file_bytes"]
     advance(done_bytes, 0)
     unsaved = 0
-    with closing(ordered_map(encoder, _chunks(tokenization, note), workers)) as encoded:
+    chunks = _chunks(tokenization, note, with_lines=encoder.skip_wrong)
+    if tokenization.can_be_resumed:  # from a pipe, a thread could wait forever
+        chunks = ahead(chunks, _CHUNKS_AHEAD)
+    with closing(chunks), closing(ordered_map(encoder, chunks, workers)) as encoded:
         for chunk in encoded:
             writer.add_batch(chunk.documents.batch)
             writer.count_skipped(empty=chunk.documents.empty)
@@ -303,15 +314,25 @@ def _write(
 
 
 def _chunks(
-    tokenization: Tokenization, resume_at: dict[str, int]
-) -> Iterator[tuple[int, TextChunk]]:
-    """Yield the chunks of all files' parts, each with the file's index, from `resume_at` on."""
+    tokenization: Tokenization, resume_at: dict[str, int], *, with_lines: bool
+) -> Generator[tuple[int, TextChunk | TextRange], None, None]:
+    """Yield the chunks of all files' parts, each with the file's index, from `resume_at` on.
+
+    Of plain text files they are ranges of bytes, which workers read by themselves; with_lines: of
+    no file, so that the numbers of lines are known everywhere.
+    """
     for part in parts_of(tokenization.inputs, tokenization.shard):
         if part.file < resume_at["file"]:
             continue
         here = part.file == resume_at["file"]
         start = TextPosition(resume_at["offset"], resume_at["line"]) if here else TextPosition()
         path = tokenization.inputs[part.file]
+        if isinstance(path, Path) and can_be_ranged(path) and not with_lines:
+            check_text_file(path)
+            check_reading(path, tokenization.reading)
+            for each in ranges_of(path, max(part.begin, start.offset), part.end, RANGE_BYTES):
+                yield part.file, each
+            continue
         for chunk in read_chunks(
             path, tokenization.reading, start=start, begin=part.begin, end=part.end
         ):

@@ -15,7 +15,7 @@ from data_support import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaphase.data_tools.text import Reading, chunks, read_chunks, read_documents
+from megaphase.data_tools.text import Reading, chunks, compression, read_chunks, read_documents
 from megaphase.utils.errors import InputError
 
 TEXTS = ["one", "two\nlines", "ein Wort für 😀", "  spaces  ", "", "a\u2028b\x85c", "x" * 5000]
@@ -72,6 +72,15 @@ def two_members(data: bytes) -> bytes:
     return gzip.compress(data[:half], mtime=0) + gzip.compress(data[half:])
 
 
+@pytest.fixture(params=["isal", "zlib"])
+def gzip_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decompress .gz files by ISA-L, or as if it were not installed."""
+    if request.param == "isal":
+        pytest.importorskip("isal")
+    monkeypatch.setattr(compression, "_WITH_ISAL", request.param == "isal")
+
+
+@pytest.mark.usefixtures("gzip_library")
 @pytest.mark.parametrize(
     ("ending", "compress"),
     [(".gz", gzip.compress), (".gz", two_members), (".zst", two_frames), (".ZST", two_frames)],
@@ -163,6 +172,7 @@ def test_other_encodings_are_refused_with_the_line(tmp_path: Path, name: str) ->
 NOISE = Random(1).randbytes(9000)
 
 
+@pytest.mark.usefixtures("gzip_library")
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -250,3 +260,25 @@ def test_compressed_files_without_content_hold_no_documents(tmp_path: Path, endi
     # Behind and before others it is a member as any other.
     path.write_bytes(compress(b"") + compress(b"one\n\ntw") + compress(b"") + compress(b"o"))
     assert documents(path) == ["one", "two"]
+
+
+@pytest.mark.usefixtures("gzip_library")
+def test_no_damage_of_gzip_data_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    content = gzip.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(2_000)), mtime=0)
+    for place in [
+        *range(0, 4),
+        *range(10, len(content), 97),
+        *range(len(content) - 8, len(content)),
+    ]:
+        path.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+        with pytest.raises(InputError, match=r"a\.jsonl\.gz: is (damaged gzip data|truncated)"):
+            documents(path)
+
+
+def test_very_repetitive_zstd_data_is_read_in_small_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    lines = [f'{{"text": "{Random(n).randbytes(300).hex()}"}}' for n in range(300)]
+    plain = "\n".join([*lines, '{"text": "' + 9_000_000 * "a" + '"}', *lines])
+    path.write_bytes(zstandard.compress(plain.encode()))
+    assert documents(path) == [json.loads(line)["text"] for line in plain.split("\n")]

@@ -46,6 +46,7 @@ RUN = f"""if True:
         tokenizer, prefix, *inputs = map(Path, sys.argv[5:])
         module.SAVE_BYTES_PER_WORKER = {SAVE_BYTES}
         module.read_chunks = partial(module.read_chunks, chunk_bytes={CHUNK_BYTES})
+        module.RANGE_BYTES = {CHUNK_BYTES}
         module.CorpusWriter = Writer
         module.tokenize(inputs, tokenizer, prefix, workers=int(workers))
 """
@@ -92,6 +93,7 @@ def inputs(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SAVE_BYTES_PER_WORKER", SAVE_BYTES)
+    monkeypatch.setattr(module, "RANGE_BYTES", CHUNK_BYTES)
 
     def chunks(*arguments, **options):
         return read_chunks(*arguments, **options, chunk_bytes=CHUNK_BYTES)
@@ -218,13 +220,18 @@ def stopped(tok, inputs, tmp_path, small_steps, monkeypatch) -> Path:
 
 def test_it_goes_on_and_does_not_start_over(stopped, tok, inputs, tmp_path, monkeypatch) -> None:
     note, starts = state_of(stopped)["note"], []
-    real = module.read_chunks
+    real, real_ranges = module.read_chunks, module.ranges_of
 
     def chunks(path, reading, *, start, **options):
         starts.append((path, start.offset))
         return real(path, reading, start=start, **options)
 
+    def ranges(path, begin, *more):
+        starts.append((path, begin))
+        return real_ranges(path, begin, *more)
+
     monkeypatch.setattr(module, "read_chunks", chunks)
+    monkeypatch.setattr(module, "ranges_of", ranges)
     tokenize(inputs, tok, stopped, workers=2)
     assert note["offset"] > 0
     assert starts == [(inputs[0], note["offset"]), (inputs[1], 0), (inputs[2], 0)]
