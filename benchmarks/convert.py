@@ -41,7 +41,7 @@ POLL_SECONDS = 0.02
 SIDES = ("reshape", "to-hf of weights", "to-hf of everything")
 CONVERT = (sys.executable, "-m", "megaphase", "convert")
 LAYOUT = ("--tensor", AFTER.tensor, "--data", AFTER.data, "--zero", AFTER.zero)
-GROWTH = ((4, 256), (4, 512), (8, 512), (8, 1024), (16, 1024), (24, 1024))
+GROWTH = ((2, 128), (4, 256), (4, 512), (8, 512), (8, 1024), (16, 1024))
 
 
 @dataclass(frozen=True)

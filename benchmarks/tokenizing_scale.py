@@ -55,7 +55,7 @@ from megaphase.utils.errors import EXIT_WRONG_INPUT
 from megaphase.utils.plot_style import plot_style
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-SECONDS, ROUNDS = 3.0, 3
+SECONDS, ROUNDS = 2.0, 3
 DOCUMENT_BYTES, BYTES_A_TOKEN = 3000, 4.2
 HOSTS = 2
 

@@ -35,7 +35,11 @@ _ITEMS_PER_WORKER = 2
 
 
 def ordered_map(
-    task: Callable[[Item], Result], items: Iterable[Item], workers: int
+    task: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    *,
+    with_children: bool = False,
 ) -> Generator[Result, None, None]:
     """Yield `task(item)` for every item, in the order of the items, computed in other processes.
 
@@ -44,6 +48,8 @@ def ordered_map(
             task: called in the worker processes; pickled once per process.
             items: consumed as workers become free; at most four per worker are in flight.
             workers: the maximum number of processes. One starts only when there is an item for it.
+            with_children: whether the task may start processes, which must end when the worker
+                does.
 
         Raises an exception raised by `task` when its item's turn comes, and RunError if a worker is
         killed. The worker processes end when the iteration ends for any reason, or when the main
@@ -51,7 +57,7 @@ def ordered_map(
     """
     if workers < 1:
         raise ValueError(f"workers: {workers}")
-    pool = _Pool(task, workers)
+    pool = _Pool(task, workers, with_children)
     numbered = enumerate(items)
     results: dict[int, tuple[bool, Any]] = {}
     sent = returned = 0
@@ -84,10 +90,12 @@ class _Worker:
     already there when one is finished, and so that neither side blocks forever on a full pipe.
     """
 
-    def __init__(self, task: Callable[[Any], Any]) -> None:
+    def __init__(self, task: Callable[[Any], Any], with_children: bool) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, worker_end = context.Pipe()
-        self.process = context.Process(target=_work, args=(worker_end, task), daemon=True)
+        self.process = context.Process(
+            target=_work, args=(worker_end, task), daemon=not with_children
+        )
         self.items = 0
         with _interrupt_deferred():
             self.process.start()
@@ -105,8 +113,8 @@ class _Worker:
 
 
 class _Pool:
-    def __init__(self, task: Callable[[Any], Any], most_workers: int) -> None:
-        self._task = task
+    def __init__(self, task: Callable[[Any], Any], most_workers: int, with_children: bool) -> None:
+        self._task, self._with_children = task, with_children
         self._most_workers = most_workers
         self._workers: list[_Worker] = []
 
@@ -118,7 +126,7 @@ class _Pool:
     def send(self, entry: tuple[int, Any]) -> None:
         worker = min(self._workers, key=lambda worker: worker.items, default=None)
         if worker is None or (worker.items and len(self._workers) < self._most_workers):
-            worker = _Worker(self._task)
+            worker = _Worker(self._task, self._with_children)
             self._workers.append(worker)
         worker.items += 1
         try:

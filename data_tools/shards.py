@@ -17,10 +17,14 @@ MOST_SHARDS = 99_999
 
 @dataclass(frozen=True)
 class ShardChoice:
-    """Shard `number` (from 0) of `of` shards; each covers an equal share of the bytes on disk."""
+    """Shard `number` (from 0) of `of` shards; each covers an equal share of the bytes on disk.
+
+    by_file: it has the whole files that begin in its share.
+    """
 
     number: int
     of: int
+    by_file: bool = False
 
     @classmethod
     def parse(cls, text: str) -> ShardChoice:
@@ -57,6 +61,10 @@ def parts_of(paths: Sequence[InputPath], shard: ShardChoice) -> Iterator[FilePar
     low, high = (total * number // shard.of for number in (shard.number, shard.number + 1))
     for file, (size, ends) in enumerate(zip(sizes, accumulate(sizes), strict=True)):
         begins = ends - size
+        if shard.by_file:
+            if low <= begins < high or (begins == total == high):
+                yield FilePart(file, 0, None)
+            continue
         # Standard input has no size.
         if (begins < high and ends > low) or shard == WHOLE:
             end = None if high >= ends else high - begins

@@ -19,10 +19,10 @@ from megaphase.utils.errors import InputError
 
 _WITH_ISAL = importlib.util.find_spec("isal") is not None  # the extra `gzip`
 
-_PIECE_BYTES = 1 << 18
+_PIECE_BYTES, _LARGE_PIECE_BYTES = 1 << 18, 1 << 20
 _PIECES_AHEAD = 3
 # A piece is expanded at once, and repetitive text expands to many times its compressed size.
-_ZSTD_PIECE_BYTES, _LARGEST_ZSTD_PIECE_BYTES = 1 << 12, 1 << 16
+_ZSTD_PIECE_BYTES, _LARGEST_ZSTD_PIECE_BYTES = 1 << 12, 1 << 18
 # As zstd --long=31; by default, windows larger than 128 MB are refused.
 _LARGEST_ZSTD_WINDOW = 1 << 31
 
@@ -67,7 +67,7 @@ def _isal_pieces(file: BinaryIO) -> Iterator[bytes]:
     open_stream: Any = igzip.IGzipFile
     faults: Any = (EOFError, gzip.BadGzipFile, isal_zlib.error)
     try:
-        yield from _read_pieces(open_stream(fileobj=file, mode="rb"))
+        yield from _read_pieces(open_stream(fileobj=file, mode="rb"), _LARGE_PIECE_BYTES)
     except faults as error:
         file.seek(0)
         for _ in _read_pieces(gzip.GzipFile(fileobj=file)):
@@ -75,8 +75,10 @@ def _isal_pieces(file: BinaryIO) -> Iterator[bytes]:
         raise zlib.error(str(error)) from None
 
 
-def _read_pieces(stream: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
-    while piece := stream.read(_PIECE_BYTES):
+def _read_pieces(
+    stream: BinaryIO | gzip.GzipFile, piece_bytes: int = _PIECE_BYTES
+) -> Iterator[bytes]:
+    while piece := stream.read(piece_bytes):
         yield piece
 
 
@@ -95,7 +97,7 @@ def _zstd_pieces(file: BinaryIO, largest_piece: int) -> Iterator[bytes]:
             if frame.eof:
                 compressed, frame = frame.unused_data, None
         # As many bytes as expand to a piece, if the next ones are like these.
-        expected = size * _PIECE_BYTES // max(len(piece), 1)
+        expected = size * _LARGE_PIECE_BYTES // max(len(piece), 1)
         wanted = max(min(expected, 2 * size, largest_piece), _ZSTD_PIECE_BYTES)
     if frame is not None:
         raise EOFError

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -34,9 +36,10 @@ from megaphase.data_tools.text import (
 )
 from megaphase.data_tools.text.ahead import ahead
 from megaphase.data_tools.tokenization.chunk_encoder import ChunkEncoder
+from megaphase.data_tools.tokenization.readers import reader_count, tokenize_parts
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError, RunError
-from megaphase.utils.files import hash_json
+from megaphase.utils.files import hash_json, remove_directory
 from megaphase.utils.progress import Advance, reading_progress
 
 # After this much text per worker, the output is flushed to disk and the progress is recorded.
@@ -83,6 +86,7 @@ class Tokenization:
                 "reading": reading,
                 "tag": self.tag,
                 **template,
+                **({"by_file": True} if self.shard.by_file else {}),
             }
         )
 
@@ -140,6 +144,7 @@ def tokenize(
         raise InputError("--workers", f"{workers} is not a number of processes", "give 1 or more")
     tokenization = check_tokenization(inputs, tokenizer_dir, reading, tag, shard)
     in_order = not drop_duplicates and shuffle_seed is None
+    readers = reader_count(inputs, workers) if shard == WHOLE else 1
     if shard != WHOLE:
         if not in_order:
             problem = "--dedup and --shuffle need all shards"
@@ -148,23 +153,62 @@ def tokenize(
         if _is_whole(prefix, tokenization) and not overwrite:
             return Manifest.read(prefix)
         return _encode(tokenization, prefix, True, workers, skip_wrong, overwrite, console)
-    if in_order:
+    if in_order and readers == 1:
         return _encode(tokenization, out, False, workers, skip_wrong, overwrite, console)
     if not overwrite:
         refuse_existing(out)
-    unordered = out.with_name(f".{out.name}.unordered")
-    if not _is_whole(unordered, tokenization):
-        _encode(tokenization, unordered, True, workers, skip_wrong, True, console)
+    prefix = out.with_name(f".{out.name}.unordered")
+    part = partial(
+        _encode_part, inputs, tokenizer_dir, reading, tag, prefix, max(workers // readers, 1),
+        skip_wrong,
+    )  # fmt: skip
+    if readers == 1:
+        parts = [prefix]
+        if not _is_whole(prefix, tokenization):
+            _encode(tokenization, prefix, True, workers, skip_wrong, True, console)
+    else:
+        parts = [ShardChoice(number, readers).prefix(prefix) for number in range(readers)]
+        tokenize_parts(part, readers, sum(map(size_on_disk, inputs)), console)
     manifest = merge(
-        [unordered],
+        parts,
         out,
         drop_duplicates=drop_duplicates,
         shuffle_seed=shuffle_seed,
         overwrite=overwrite,
         console=console,
     )
-    remove_corpus(unordered)
+    for each in parts:
+        remove_corpus(each)
+    _remove_other_parts(prefix)
     return manifest
+
+
+def _remove_other_parts(prefix: Path) -> None:
+    """Remove what a killed run with another number of readers left behind."""
+    for path in prefix.parent.glob(f"{glob.escape(prefix.name)}.shard-*"):
+        path.unlink(missing_ok=True)
+    for draft in prefix.parent.glob(f".{glob.escape(prefix.name)}.shard-*.draft"):
+        remove_directory(draft)
+
+
+def _encode_part(
+    inputs: Sequence[InputPath],
+    tokenizer_dir: Path,
+    reading: Reading,
+    tag: str | None,
+    prefix: Path,
+    workers: int,
+    skip_wrong: bool,
+    shard: ShardChoice,
+    advance: Advance,
+) -> None:
+    """Tokenize a shard, unless that has been done, to the corpus with the prefix of that shard."""
+    tokenization = check_tokenization(inputs, tokenizer_dir, reading, tag, shard)
+    place = shard.prefix(prefix)
+    if not _is_whole(place, tokenization):
+        _encode(
+            tokenization, place, True, workers, skip_wrong, True, None, nullcontext(advance)
+        )  # fmt: skip
 
 
 def check_tokenization(
@@ -223,11 +267,14 @@ def _encode(
     skip_wrong: bool,
     overwrite: bool,
     console: Console | None,
+    progress: AbstractContextManager[Advance] | None = None,
 ) -> Manifest:
     """Write the corpus with this prefix, and resume if an earlier run of the same job was killed.
 
     Args:
         is_part: whether the manifest records which shard the corpus is.
+        progress: yields the function to which progress is reported; shown on the console if not
+            given.
     """
     shard = tokenization.shard
     writer = CorpusWriter(
@@ -258,7 +305,7 @@ def _encode(
     )
     total_bytes = sum(map(size_on_disk, tokenization.inputs)) // shard.of
     try:
-        with writer, reading_progress(console, "tokenizing", total_bytes) as advance:
+        with writer, progress or reading_progress(console, "tokenizing", total_bytes) as advance:
             if writer.manifest is None:
                 _write(writer, tokenization, encoder, workers, advance)
     except (InputError, RunError, KeyboardInterrupt) as error:

@@ -28,7 +28,7 @@ def tok(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), library=request.param)
 
 
-def in_process(task, items, workers):
+def in_process(task, items, workers, *, with_children=False):
     """Return the results of an ordered pool without its processes."""
     yield from map(task, items)
 
