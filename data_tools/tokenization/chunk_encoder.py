@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -100,8 +101,7 @@ class ChunkEncoder:
             return self.chats.encode(chat.messages)
         except ChatError as error:
             if self.skip_wrong:
-                text = json.dumps(chat.messages, ensure_ascii=False)
-                return InvalidDocument(chat.where(), str(error), text)
+                return InvalidDocument(chat.where(), str(error), _text(chat.messages))
             remedy = "mend it, or pass --on-error skip"
             raise InputError(chat.where(), str(error), remedy) from None
 
@@ -127,6 +127,15 @@ class ChunkEncoder:
         sources = [pair.source.encode() for pair in pairs]
         sizes = [len(pair.source.encode()) + len(pair.target.encode()) for pair in pairs]
         return join_documents(tokens, sources, sizes, self.tokenizer, ids, file)
+
+
+def _text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return messages as JSON; of what is nested too deeply for that, only roles and contents."""
+    try:
+        return json.dumps(messages, ensure_ascii=False)
+    except RecursionError:
+        plain = [{key: message[key] for key in ("role", "content")} for message in messages]
+        return json.dumps(plain, ensure_ascii=False)
 
 
 def _skipped_line(document: InvalidDocument) -> bytes:

@@ -57,10 +57,11 @@ class ControlTokens:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, encoder: Any) -> None:
         self._template, self._encoder = template, encoder
         self.is_control = tokenizer.token_bytes() == 0
-        unknown = getattr(encoder.model, "unk_token", None)
+        named = template.special_tokens.get("unk_token")
+        name = getattr(encoder.model, "unk_token", None) or named
+        unknown = None if name is None else encoder.token_to_id(name)
         if unknown is not None and not tokenizer.byte_fallback:
-            # Characters outside the vocabulary become it.
-            self.is_control[encoder.token_to_id(unknown)] = False
+            self.is_control[unknown] = False  # characters outside the vocabulary become it
         self.is_control[list(self._written_around_texts())] = True
         self._remembered: dict[str, list[int]] = {}
 
@@ -68,7 +69,11 @@ class ControlTokens:
         """Raise ChatError unless the control tokens among a conversation's tokens, int [tokens],
         are the template's own."""
         found = self._of(ids)
-        if found == self._expected(messages):
+        try:
+            expected = self._expected(messages)
+        except RecursionError:
+            raise ChatError("its messages are nested too deeply") from None
+        if found == expected:
             return
         for number, message in enumerate(messages, start=1):
             for text in _texts(message):

@@ -353,3 +353,22 @@ def test_tokens_that_the_tokenizer_does_not_have_are_refused(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "image_token": "<image>"}))
     with pytest.raises(InputError, match="names the token '<image>'"):
         ChatEncoder.load(Tokenizer.load(tmp_path))
+
+
+def test_a_tokenizer_that_splits_control_tokens_is_refused(tmp_path):
+    make_tokenizer(tmp_path, CHATML)
+    path = tmp_path / "tokenizer_config.json"
+    config = {**json.loads(path.read_text()), "split_special_tokens": True}
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="split_special_tokens"):
+        ChatEncoder.load(Tokenizer.load(tmp_path))
+
+
+def test_messages_that_are_nested_too_deeply_are_refused(tmp_path):
+    make_tokenizer(tmp_path, CHATML)
+    encoder = ChatEncoder.load(Tokenizer.load(tmp_path))
+    nested: list = []
+    for _ in range(900):
+        nested = [nested]
+    with pytest.raises(ChatError, match="nested too deeply"):
+        encoder.encode([{**Q, "calls": nested}, A])
