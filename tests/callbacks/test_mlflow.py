@@ -6,16 +6,21 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from data_support import wait_until
+from remote_support import FaultyProxy
 from tracked_run import FIRST, LAST, SETTINGS, train
 
 from megaphase.callbacks.trackers import feed, mlflow_tracker
 from megaphase.callbacks.trackers.mlflow_tracker import MLflowConfig
+from megaphase.callbacks.trackers.tracker import Position, Record, TrackedRun
 from megaphase.launch.local import free_port
 
 
@@ -173,6 +178,77 @@ def test_a_folder_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert MLflowConfig(experiment="e", tracking_uri=good).find_fault() is None
     assert MLflowConfig(experiment="e").find_fault() is None
+
+
+def test_rows_whose_answer_was_lost_are_recorded_once(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = count(10**18, 10**9)
+    monkeypatch.setattr(mlflow_tracker, "time", SimpleNamespace(time_ns=lambda: next(times)))
+    run = TrackedRun("run", tmp_path, SETTINGS)
+    tracker = MLflowConfig(experiment="again", tracking_uri=database).build(run)
+    opened = tracker.open()
+    records = [
+        Record({"step": n, "phase": "pretrain", "loss": 10.0 - n}, Position(n, 1), n)
+        for n in (1, 2)
+    ]
+    assert tracker.write(records) == tracker.write(records) == 2
+    assert tracker.write([Record({"step": 3, "phase": "pretrain", "loss": 7.0}, Position(3, 1), 3)])
+    (tmp_path / "trackers").mkdir()
+    (tmp_path / "trackers" / "mlflow.json").write_text(json.dumps({"id": opened.id}))
+    assert curve(database, tmp_path, "train/loss/pretrain") == [(1, 9.0), (2, 8.0), (3, 7.0)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [500, "cut request", "cut answer"])
+def test_a_server_that_fails_in_the_middle_of_a_run(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int | str
+) -> None:
+    """What is missing is said, training goes on without it, and the next start records it."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    wait_until(lambda: is_up(server))
+    proxy = FaultyProxy(int(server.rpartition(":")[2]))
+    config = MLflowConfig(experiment="faults", tracking_uri=proxy.url, wait_seconds=120.0)
+    run = tmp_path / "run"
+    state, _ = train(run, {"mlflow": config}, until=FIRST)
+    proxy.fail(fault, part="log-batch")
+    state, said = train(run, {"mlflow": config}, state=state)
+    assert "records were dropped: MlflowException" in said[-1]
+    assert said[-1].endswith(f"{run / 'metrics.jsonl'} has all of them")
+    proxy.fail(None)
+    _, said = train(run, {"mlflow": config}, state=state)
+    assert not any("Warning" in text for text in said)
+    assert curve(server, run, "train/loss/pretrain") == [(n, 10.0 - n) for n in range(1, FIRST + 1)]
+    assert curve(server, run, "train/loss/joint") == [
+        (n, 10.0 - n) for n in range(FIRST + 1, LAST + 1)
+    ]
+    proxy.close()
+
+
+def is_up(server: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{server}/health"):
+            return True
+    except OSError:
+        return False
+
+
+def test_a_run_that_resumes_in_another_experiment_is_recorded_whole(
+    database: str, tmp_path: Path
+) -> None:
+    first, second = (
+        MLflowConfig(experiment=name, tracking_uri=database, wait_seconds=120.0)
+        for name in ("one", "another")
+    )
+    run = tmp_path / "run"
+    state, _ = train(run, {"mlflow": first}, until=5)
+    id_before = found_run(database, run).info.run_id
+    train(run, {"mlflow": second}, state=state)
+    assert found_run(database, run).info.run_id != id_before
+    assert curve(database, run, "train/loss/pretrain") == [
+        (n, 10.0 - n) for n in range(1, FIRST + 1)
+    ]
+    assert curve(database, run, "train/loss/joint")[-1] == (LAST, 10.0 - LAST)
 
 
 @pytest.mark.slow

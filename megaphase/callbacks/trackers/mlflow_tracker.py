@@ -83,6 +83,7 @@ class MLflowTracker(Tracker):
         self._config, self._tracked = config, run
         self._events: dict[str, str] = {}
         self._named = Names()
+        self._tried: tuple[Position | None, int] = None, 0  # what is being sent, and since when
         # First, so that each has always the same name, whichever comes first in a start.
         for name in (*run.settings.get("tasks", {}), *_phases(run.settings)):
             self._named(name)
@@ -90,6 +91,7 @@ class MLflowTracker(Tracker):
     def open(self) -> Opened:
         from mlflow import MlflowClient
 
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         if "MLFLOW_LOGGING_LEVEL" not in os.environ:
             for library in ("mlflow", "alembic"):  # which say how they make a database
                 logging.getLogger(library).setLevel(logging.WARNING)
@@ -149,7 +151,9 @@ class MLflowTracker(Tracker):
         """One request; more only for a record with more metrics than MLflow takes in one."""
         from mlflow.entities import Metric, RunTag
 
-        now = time.time_ns() // 1_000_000
+        if records[0].position != self._tried[0]:
+            self._tried = records[0].position, time.time_ns() // 1_000_000
+        now = self._tried[1]  # the same where it is tried again, so that MLflow has nothing twice
         rows: list[list[Any]] = []
         for record in records:
             values = metrics(record.row).items()
