@@ -10,11 +10,11 @@ import typer
 
 def doctor_command(
     directory: Annotated[
-        Path,
+        str,
         typer.Option(
             "--dir", metavar="DIR", help="A directory on the file system that runs are to be on."
         ),
-    ] = Path(),
+    ] = ".",
     gpu: Annotated[
         bool,
         typer.Option("--gpu", help="This node must have GPUs; also build DeepSpeed's operator."),
@@ -39,11 +39,13 @@ def doctor_command(
         summary,
     )
     from megaphase.doctor.finding import Settings
-    from megaphase.utils.errors import EXIT_FAILED
+    from megaphase.utils.errors import EXIT_FAILED, InputError
     from megaphase.utils.standard_streams import new_console
 
-    check_directory(directory)
-    settings, results = Settings(directory, gpu), []
+    if not directory:
+        raise InputError("--dir", "is empty", "give a directory, or leave it out for this one")
+    check_directory(Path(directory))
+    settings, results = Settings(Path(directory), gpu), []
     console = new_console(highlight=False)
     if not json:
         console.print(describe_machine(), soft_wrap=True)

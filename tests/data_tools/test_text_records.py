@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_support import write_jsonl
 
+from megaphase.data_tools.options import reading_of
 from megaphase.data_tools.text import (
     STDIN,
     Document,
@@ -295,6 +296,21 @@ def test_readings_that_contradict_themselves_are_refused() -> None:
         Reading(separator="")
     with pytest.raises(InputError, match="--separator: is not a single line; give one line"):
         Reading(separator="a\nb")
+
+
+@pytest.mark.parametrize(
+    ("option", "keys"),
+    [
+        ("--template", {"template": "{a}"}),
+        ("--source-key", {"source_key": "a", "target_key": "b"}),
+        ("--messages-key", {"messages_key": "a"}),
+    ],
+)
+def test_a_key_of_text_is_not_ignored(option: str, keys: dict[str, str]) -> None:
+    given: dict[str, str | None] = {"template": None, "separator": None, **keys}
+    with pytest.raises(InputError, match=f"^--json-key: cannot be combined with {option}; leave"):
+        reading_of("content", **given)
+    assert reading_of("text", **given).keys
 
 
 def test_escapes_are_meant() -> None:

@@ -80,6 +80,8 @@ def test_json(monkeypatch, tmp_path):
 
 
 def test_a_directory_that_is_not_there_is_wrong_input(tmp_path):
+    result = CliRunner().invoke(app, ["doctor", "--dir", ""])
+    assert isinstance(result.exception, InputError)
     result = CliRunner().invoke(app, ["doctor", "--dir", str(tmp_path / "nowhere")])
     assert isinstance(result.exception, InputError)
     assert "nowhere" in str(result.exception)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from distributed import check, launch
 from harness_support import (
     CHOICE,
@@ -167,6 +170,34 @@ def test_benchmarks_change_nothing_in_training(trained: Path, corpora: Path) -> 
     assert [row for row in rows if "benchmarks" not in row] == timeless(
         read_rows(plain.parent / "run")
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [2, 3])
+def test_a_run_that_is_killed_while_it_measures_has_the_same_rows(
+    trained: Path, tmp_path: Path, call: int
+) -> None:
+    """SIGKILL in the middle of the benchmarks after steps 7 and 12, of which some are done."""
+    run_file = write_run_file(tmp_path, yaml.safe_load(trained.read_text()))
+    killed = run("train", run_file, prepare=partial(kill_in_benchmarks, call))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run_well("train", run_file)
+    assert timeless(read_rows(tmp_path / "run")) == timeless(read_rows(trained.parent / "run"))
+
+
+def kill_in_benchmarks(call: int) -> None:
+    """Kill this process when a text is generated for the call-th time."""
+    from megaphase.harness.language_model import ServedModel
+
+    generate, calls = ServedModel.generate_until, []
+
+    def generate_or_die(self: ServedModel, *arguments: Any, **options: Any) -> list[str]:
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return generate(self, *arguments, **options)  # type: ignore[no-any-return]
+
+    ServedModel.generate_until = generate_or_die  # type: ignore[method-assign]
 
 
 def test_tensor_parallel_ranks_give_the_same_figures(trained: Path, tasks: Path) -> None:
