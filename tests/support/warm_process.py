@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 
 _SERVER = multiprocessing.get_context("forkserver")
@@ -51,6 +52,7 @@ class WarmProcess:
         """
         streams = (str(stdout), str(stderr))
         settings = ({**os.environ, **env}, None if cwd is None else str(cwd))
+        _start_server()
         self._process = _SERVER.Process(
             target=_main, args=(function, list(arguments), streams, settings, prepare)
         )
@@ -84,6 +86,20 @@ class WarmProcess:
     def kill(self) -> None:
         """Kill the process with SIGKILL."""
         self.send_signal(signal.SIGKILL)
+
+
+def _start_server() -> None:
+    """Start the server, unless it runs, with this folder on the path of what it imports."""
+    earlier = os.environ.get("PYTHONPATH")
+    folders = [str(Path(__file__).parent), *([] if earlier is None else [earlier])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(folders)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if earlier is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = earlier
 
 
 def _main(
