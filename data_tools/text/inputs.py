@@ -12,7 +12,9 @@ from megaphase.data_tools.text.input_files import InputPath, place_of
 from megaphase.data_tools.text.saved_datasets import dataset_files
 from megaphase.utils.errors import InputError
 from megaphase.utils.locale_settings import escaped, is_utf8
+from megaphase.utils.remote_calls import first_failure_said
 from megaphase.utils.remote_files import describe, find, is_url, kind_of_url
+from megaphase.utils.set_aside import say_on_standard_error
 
 
 def expand_inputs(arguments: Sequence[str]) -> list[InputPath]:
@@ -39,6 +41,11 @@ def expand_inputs(arguments: Sequence[str]) -> list[InputPath]:
 
 
 def _remote_files_of(argument: str) -> Sequence[InputPath]:
+    with first_failure_said(say_on_standard_error):
+        return _found_in_store(argument)
+
+
+def _found_in_store(argument: str) -> Sequence[InputPath]:
     if glob.has_magic(argument):
         if not (found := find(argument)):
             raise InputError(argument, "no file matches", "check the pattern")

@@ -17,7 +17,7 @@ from remote_support import BUCKET, FaultyProxy, s3_server
 from megaphase.utils import remote_calls, remote_files
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import hash_file
-from megaphase.utils.remote_calls import RemoteError
+from megaphase.utils.remote_calls import RemoteError, first_failure_said
 from megaphase.utils.remote_files import (
     RemoteReader,
     describe,
@@ -135,6 +135,33 @@ def test_a_fault_that_stays_is_one_error(s3: FaultyProxy, fault: int | str) -> N
         hash_remote(file)
     assert "\n" not in str(e.value)
     assert s3.count("GET") == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "notice_seconds", "said"),
+    [
+        (503, 60.0, "; trying again, 3 times in all"),
+        ("hang", 0.1, ": no answer for 0.1 s; still waiting"),
+    ],
+)
+def test_the_first_failure_is_said(
+    s3: FaultyProxy,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: int | str,
+    notice_seconds: float,
+    said: str,
+) -> None:
+    monkeypatch.setattr(remote_calls.RETRIES, "notice_seconds", notice_seconds)
+    lines: list[str] = []
+    s3.fail(fault, times=2, method="GET")
+    with first_failure_said(lines.append):
+        assert read_bytes(URL) == DATA
+    assert len(lines) == 1
+    assert lines[0].startswith(URL)
+    assert lines[0].endswith(said)
+    s3.fail(503, times=1, method="GET")
+    assert read_bytes(URL) == DATA
+    assert len(lines) == 1
 
 
 def test_what_no_repetition_mends_is_not_repeated(s3: FaultyProxy, tmp_path: Path) -> None:
