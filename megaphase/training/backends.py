@@ -11,6 +11,7 @@ from typing import Literal
 from megaphase.config.run import RunConfig
 from megaphase.distributed.process_grid import device
 from megaphase.ops.kernels import Kernels
+from megaphase.ops.matmul import widens_bf16
 from megaphase.utils.errors import InputError
 
 # Modules that NVIDIA apex has only where it was built with its CUDA extensions. There is another
@@ -118,3 +119,13 @@ def lacks_module(module: str) -> bool:
         return importlib.util.find_spec(module) is None
     except ModuleNotFoundError:  # the package that the module would be in
         return True
+
+
+def precision_warning(precision: str) -> str | None:
+    """Return a sentence where the device has no instructions for the precision."""
+    if precision != "bf16" or not widens_bf16(device()):
+        return None
+    return (
+        "Warning: this CPU has no instructions for bf16, whose products are computed in fp32 and "
+        "rounded; precision: fp32 saves the rounding"
+    )

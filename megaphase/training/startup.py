@@ -34,7 +34,7 @@ from megaphase.plan.preview import plan_warnings
 from megaphase.plan.spec import PlanSpec, plan_spec
 from megaphase.tokenizer import Tokenizer
 from megaphase.tokenizer.deferred_backend import TokenizerFacts
-from megaphase.training.backends import Backends, choose_backends
+from megaphase.training.backends import Backends, choose_backends, precision_warning
 from megaphase.training.determinism import check_environment, set_environment
 from megaphase.training.new_tokens import TrainedTokens
 from megaphase.training.nvme import prepare_offload
@@ -212,5 +212,5 @@ def run_description(
     )
     words = [*backends.describe(), *(["deterministic"] if config.deterministic else [])]
     description += f"; {', '.join(words)}" if words else ""
-    reason = missing_peak(config)
-    return [description] if reason is None else [description, reason]
+    lines = [description, missing_peak(config), precision_warning(config.precision)]
+    return [line for line in lines if line is not None]

@@ -38,7 +38,7 @@ from megaphase.ops import rms_norm
 from megaphase.ops.kernels import EAGER, Kernels
 from megaphase.ops.matmul import matmul
 from megaphase.optim.optimizer import build_optimizer
-from megaphase.training.backends import Backends, choose_backends
+from megaphase.training.backends import Backends, choose_backends, precision_warning
 from megaphase.utils.errors import InputError
 
 ALONE = ProcessGrid(1, 0, 1, None, None)  # type: ignore[arg-type]  # one process needs no groups
@@ -409,3 +409,13 @@ def test_a_run_says_which_kernels_are_not_torchs_own(monkeypatch: Any) -> None:
         "kernels not compiled (parts.kernels), which is slower",
         "optimizer by NVIDIA apex",
     ]
+
+
+def test_bf16_on_a_cpu_without_instructions_for_it_is_warned_of(monkeypatch: Any) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("megaphase.training.backends.device", lambda: cpu)
+    for widens in (True, False):
+        monkeypatch.setattr("megaphase.training.backends.widens_bf16", {cpu: widens}.get)
+        said = precision_warning("bf16")
+        assert (said is not None and "no instructions for bf16" in said) is widens
+        assert precision_warning("fp32") is None
