@@ -46,6 +46,7 @@ class Answers:
         low: names of low-resource tasks; of a published model, those that are new to it.
         model: a preset, a size or `auto`; None if a checkpoint is given.
         out: the run file, whose place is used for messages and paths.
+        wants_no_low: whether the user has said that no task is low-resource.
     """
 
     corpora: list[FoundCorpus]
@@ -56,6 +57,7 @@ class Answers:
     out: Path
     model: str | None = None
     checkpoint: str | None = None
+    wants_no_low: bool = False
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,7 @@ def _recipe_and_layout(
         # Smaller batches need no more memory, but are slower.
         layout = find_layout(shape, gpus, samples, masked=_masked(answers)) or layout
         wanted = layout.tokens_per_second * answers.hours * HOUR
-    where, batch = f"--gpus {gpus.count}", samples * seq_len
+    where, batch = "--hours" if gpus.is_cpu else f"--gpus {gpus.count}", samples * seq_len
     if published:
         recipe = for_published(
             tasks, wanted, batch, model.parameters, where, new_rows=model.new_tokens
@@ -281,7 +283,7 @@ def _remarks(choice: Choice) -> list[str]:
     low = [task for task in choice.tasks if task.low]
     per_parameter = choice.recipe.tokens / model.parameters
     if model.checkpoint is None:
-        if not low or not high:
+        if not high or (not low and not choice.answers.wants_no_low):
             what = "low" if not low else "high"
             remarks.append(
                 f"no task is {what}-resource, so there is one phase; two phases are for corpora of "

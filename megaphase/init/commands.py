@@ -46,9 +46,12 @@ def init_command(
         ),
     ] = None,
     card: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The GPU, such as h100-sxm or a100-80gb.")
+        str | None,
+        typer.Option(metavar="NAME", help="The GPU, such as h100-sxm or a100-80gb; or cpu."),
     ] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, max=1 << 16, help="Number of GPUs.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, max=1 << 16, help="Number of GPUs; not with cpu.")
+    ] = None,
     gpus_per_node: Annotated[
         int | None,
         typer.Option(min=1, max=1 << 10, help="GPUs of a node; 8 by default, or all if fewer."),
@@ -77,6 +80,8 @@ def init_command(
 
     Example: megaphase init run.yaml --corpus "data/*" --low auto --model auto --card h100-sxm
     --gpus 8 --hours 24
+
+    Example: megaphase init run.yaml --corpus "data/*" --low auto --model auto --card cpu --hours 1
     """
     from megaphase.init.questions import Options
     from megaphase.init.write import write_run_file

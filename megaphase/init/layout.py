@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,9 +20,13 @@ from megaphase.estimate.memory import estimate
 from megaphase.estimate.setup import Setup
 from megaphase.estimate.step_time import step_time
 from megaphase.estimate.suggestions import CHECKPOINTING, GB, RESERVE, TENSOR_SIZES, fits
+from megaphase.model.parameters import train_flops_per_token
 from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError
 
+CPU = "cpu"  # in place of a card's name
+# Matrix products in fp32 that a core of a CPU is assumed to do; micro-batches to try there.
+GFLOPS_A_CORE, CPU_MICRO = 40.0, (8, 4, 2, 1)
 STAGES = (1, 3)
 MOST_MICRO = 16
 # Tensor-parallel sizes that fit of which the time is compared, beginning with the smallest.
@@ -32,15 +37,19 @@ WORTH = 0.03
 
 @dataclass(frozen=True)
 class GPUs:
-    """The GPUs of the run.
+    """The GPUs of the run, or this machine's CPU, which is one process.
 
     Attributes:
-        card: its name in the table of cards.
+        card: its name in the table of cards, or CPU.
     """
 
     card: str
     count: int
     per_node: int
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.card == CPU
 
     @property
     def hardware(self) -> Hardware:
@@ -59,12 +68,21 @@ class GPUs:
 
     @property
     def memory_gb(self) -> float:
-        """Nominal memory of one of them."""
+        """Nominal memory of one of them, or this machine's memory."""
+        if self.is_cpu:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
         return CARDS[self.card].memory_gb
 
     def describe(self) -> str:
         """Return number and name."""
+        if self.is_cpu:
+            return f"a CPU of {cpu_cores()} cores"
         return f"{self.count} × {CARDS[self.card].title}"
+
+
+def cpu_cores() -> int:
+    """Return the cores of this machine that a process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -92,10 +110,37 @@ def find_layout(shape: GPTShape, gpus: GPUs, samples: int, *, masked: bool) -> L
     samples: of the global batch, a multiple of the number of GPUs. masked: whether samples hold
     documents that do not see each other.
     """
+    if gpus.is_cpu:
+        return _cpu_layout(shape, gpus, samples, masked)
     for offload in ("none", "cpu"):
         found = list(_fitting(shape, gpus, samples, masked, offload))
         if found:
             return min(found, key=lambda each: each.step_seconds * _simplicity(each.setup))
+    return None
+
+
+def _cpu_layout(shape: GPTShape, gpus: GPUs, samples: int, masked: bool) -> Layout | None:
+    """Return one process in fp32 with the largest micro-batch that fits, at the assumed speed."""
+    flops = samples * shape.seq_len * train_flops_per_token(shape)
+    seconds = flops / (GFLOPS_A_CORE * GIGA * cpu_cores())
+    for micro in CPU_MICRO:
+        if samples % micro:
+            continue
+        setup = Setup(
+            shape=shape,
+            tensor=1,
+            data=1,
+            zero=0,
+            sequence=False,
+            bf16=False,
+            micro=micro,
+            accumulation=samples // micro,
+            masked=masked,
+            device="cpu",
+            compiled=False,
+        )
+        if fits(setup, gpus.memory_gb):
+            return Layout(setup, seconds, estimate(setup).total)
     return None
 
 
@@ -169,6 +214,9 @@ def _largest_micro(
 
 def need_more(shape: GPTShape, gpus: GPUs, what: str) -> InputError:
     """Return the error that a model does not fit, with what is needed."""
+    if gpus.is_cpu:
+        problem = f"{what} does not fit the {gpus.memory_gb:.0f} GB of memory of this machine"
+        return InputError(f"--card {CPU}", problem, "take a smaller model, or GPUs")
     least = min(
         estimate(
             Setup(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ from megaphase.init.found_corpora import (
     find_tokenizer,
     suggested_low,
 )
-from megaphase.init.layout import GPUs
+from megaphase.init.layout import CPU, GPUs
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 from megaphase.utils.names import shown
@@ -59,7 +59,7 @@ class Options:
             "--low": self.low,
             "--model or --checkpoint": self.model or self.checkpoint,
             "--card": self.card,
-            "--gpus": self.gpus,
+            "--gpus": self.gpus or self.card == CPU,
             "--hours": self.hours,
         }
         return [name for name, given in needed.items() if not given]
@@ -113,7 +113,15 @@ def answers_of(options: Options, console: Console) -> Answers:
     gpus = _gpus(options, console)
     hours = _ask_unless(options.hours, "Hours that the run may take", "24", _hours, console)
     answers = Answers(
-        corpora, low, gpus, hours, tokenizer, options.out, options.model, options.checkpoint
+        corpora,
+        low,
+        gpus,
+        hours,
+        tokenizer,
+        options.out,
+        options.model,
+        options.checkpoint,
+        wants_no_low=options.low == [NONE],
     )
     if options.model is not None or published:
         return answers
@@ -190,15 +198,21 @@ def _low(given: Sequence[str], corpora: Sequence[FoundCorpus]) -> list[str]:
 
 def _gpus(options: Options, console: Console) -> GPUs:
     def card(text: str) -> str:
-        if text not in CARDS:
+        if text not in CARDS and text != CPU:
+            names = [*CARDS, CPU]
             raise InputError(
-                f"--card {text}", "is not in the table", hint(text, CARDS, "the cards are")
+                f"--card {text}", "is not in the table", hint(text, names, "the cards are")
             )
         return text
 
     given = None if options.card is None else card(options.card)
     here = given or (_card_here() if is_interactive() else None)
-    name = _ask_unless(given, "GPU", here or USUAL_CARD, card, console)
+    name = _ask_unless(given, f"GPU (or {CPU})", here or USUAL_CARD, card, console)
+    if name == CPU:
+        for option, count in (("--gpus", options.gpus), ("--gpus-per-node", options.per_node)):
+            if count is not None:
+                raise InputError(option, f"does not go with --card {CPU}", "leave it out")
+        return GPUs(CPU, 1, 1)
     count = _ask_unless(
         options.gpus, "Number of GPUs", "8", lambda text: _count("--gpus", text), console
     )
@@ -259,16 +273,7 @@ def _ask_model(answers: Answers, console: Console) -> Answers:
 
 
 def _with(answers: Answers, model: str | None, checkpoint: str | None) -> Answers:
-    return Answers(
-        answers.corpora,
-        answers.low,
-        answers.gpus,
-        answers.hours,
-        answers.tokenizer,
-        answers.out,
-        model,
-        checkpoint,
-    )
+    return replace(answers, model=model, checkpoint=checkpoint)
 
 
 def corpora_table(corpora: Sequence[FoundCorpus]) -> Table:

@@ -17,6 +17,7 @@ from megaphase.estimate.hardware import EXPECTED
 from megaphase.estimate.memory_table import in_unit, memory_unit
 from megaphase.estimate.suggestions import RESERVE
 from megaphase.init.choices import Choice
+from megaphase.init.layout import GFLOPS_A_CORE, cpu_cores
 from megaphase.init.recipe import (
     FINAL,
     HELD_OUT_DOCUMENTS,
@@ -31,6 +32,10 @@ from megaphase.init.recipe import (
 WIDTH, MINUTE = 100, 60
 # Validations of a run, steps between two of them at most, and seconds between checkpoints at most.
 VALIDATIONS, MOST_BETWEEN, CHECKPOINT_SECONDS = 20, 1000, 1800.0
+VALIDATION_SAMPLES = 256
+# On a CPU: validations of a run, the part of the training's time that they take if that leaves
+# them the fewest samples; a validation takes a third of a step on as many samples.
+CPU_VALIDATIONS, CPU_VALIDATION_PART, FEWEST_SAMPLES = 10, 0.1, 16
 CHECKPOINTS = 4  # of a run, at least
 PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
 # Words that YAML 1.1 or 1.2 does not read as text.
@@ -102,10 +107,21 @@ def _head(choice: Choice, output: Path) -> Iterator[str]:
         f"Written by `megaphase init` for {answers.gpus.describe()} and {answers.hours:g} hours. "
         "What every key means: docs/run-file.md."
     )
+    if answers.gpus.is_cpu:
+        yield from _comment(f"Hours: {assumed_speed()}.")
     yield from (f"# {line}" for line in next_commands(choice))
     yield "seed: 1234"
     yield f"output: {path_in(output, answers.out)}"
     yield f"tokenizer: {path_in(answers.tokenizer.path, answers.out)}"
+
+
+def assumed_speed() -> str:
+    """Return what the hours of a run on a CPU rest on."""
+    return (
+        f"assumed, not measured: {GFLOPS_A_CORE:g} GFLOP/s of matrix products a core in fp32, of "
+        f"{cpu_cores()} cores, of which a run reaches two thirds; the first progress lines of "
+        "`megaphase train` show the speed"
+    )
 
 
 def roles(choice: Choice) -> tuple[str, str]:
@@ -145,7 +161,7 @@ def _tasks(choice: Choice) -> Iterator[str]:
 
 
 def _sizes(choice: Choice) -> Iterator[str]:
-    setup, model, batch = choice.layout.setup, choice.model, choice.batch
+    setup, model = choice.layout.setup, choice.model
     yield ""
     yield from _comment(f"{model.name}, {amount(model.parameters)} parameters with embeddings.")
     section: dict[str, Any] = {**model.section, "seq_len": choice.seq_len}
@@ -153,6 +169,12 @@ def _sizes(choice: Choice) -> Iterator[str]:
         section["activation_checkpointing"] = setup.shape.activation_checkpointing
     yield from _section("model", section)
     yield ""
+    if choice.answers.gpus.is_cpu:
+        yield from _comment(f"One process in fp32, which needs {memory_of(choice)} of memory.")
+        yield "parallel: {zero: 0}"
+        yield "precision: fp32"
+        yield f"batch: {_batch(choice)}"
+        return
     yield from _comment(
         f"The quickest layout found that fits {choice.answers.gpus.describe()}: "
         f"{memory_of(choice)} on each with {RESERVE:.0%} in reserve. `megaphase plan RUN_FILE "
@@ -166,7 +188,12 @@ def _sizes(choice: Choice) -> Iterator[str]:
         parallel["offload"] = setup.offload
     yield from _section("parallel", parallel)
     yield "precision: bf16"
-    yield f"batch: {{samples: {setup.samples}, micro: {setup.micro}}}  # {batch:,} tokens a step"
+    yield f"batch: {_batch(choice)}"
+
+
+def _batch(choice: Choice) -> str:
+    setup = choice.layout.setup
+    return f"{{samples: {setup.samples}, micro: {setup.micro}}}  # {choice.batch:,} tokens a step"
 
 
 def _section(key: str, values: dict[str, Any]) -> Iterator[str]:
@@ -251,21 +278,32 @@ def reason(choice: Choice, phase: Phase) -> str:
 def _rest(choice: Choice) -> Iterator[str]:
     gpus = choice.answers.gpus
     steps = sum(phase.steps for phase in choice.recipe.phases)
-    every = max(1, min(MOST_BETWEEN, steps // VALIDATIONS))
+    validations = CPU_VALIDATIONS if gpus.is_cpu else VALIDATIONS
+    every = max(1, min(MOST_BETWEEN, steps // validations))
     seconds = choice.layout.step_seconds / EXPECTED
     save = max(1, min(int(CHECKPOINT_SECONDS / seconds), steps // CHECKPOINTS))
     if save >= 100:
         save = int(rounded(save))
     yield ""
     common = number(common_fraction(choice))
-    yield f"validation: {{every_steps: {every}, samples: 256, fraction: {common}}}"
+    samples = _cpu_samples(choice, steps // every) if gpus.is_cpu else VALIDATION_SAMPLES
+    yield f"validation: {{every_steps: {every}, samples: {samples}, fraction: {common}}}"
     if any(task.low for task in choice.tasks):
         yield f"monitor: {{tasks: {roles(choice)[1]}}}  # the best weights of each are kept"
     between = save * seconds
     how_often = f"  # every {duration(between)}" if between >= MINUTE else ""
     yield f"checkpoint: {{every_steps: {save}, keep: 3}}{how_often}"
+    if gpus.is_cpu:
+        return
     yield from _comment("What `megaphase plan` estimates memory and time for.")
     yield f"hardware: {{card: {gpus.card}, gpus_per_node: {gpus.per_node}}}"
+
+
+def _cpu_samples(choice: Choice, validations: int) -> int:
+    """Return the samples of each task that validations measure."""
+    part = 3 * CPU_VALIDATION_PART * choice.recipe.tokens
+    samples = int(part / (validations * len(choice.tasks) * choice.seq_len))
+    return max(FEWEST_SAMPLES, min(samples, VALIDATION_SAMPLES))
 
 
 def memory_of(choice: Choice) -> str:
@@ -281,7 +319,9 @@ def next_commands(choice: Choice) -> list[str]:
     out, gpus = shlex.quote(str(answers.out)), answers.gpus
     source = "" if checkpoint is None else f" --from {shlex.quote(checkpoint)}"
     commands = [*choice.model.first, f"megaphase plan {out} --processes {gpus.count}"]
-    if gpus.count <= gpus.per_node:
+    if gpus.is_cpu:
+        commands.append(f"megaphase train {out}{source}")
+    elif gpus.count <= gpus.per_node:
         commands.append(f"megaphase launch local {out} --processes {gpus.count}{source}")
     else:
         nodes = gpus.count // gpus.per_node
@@ -311,15 +351,7 @@ def explanation(choice: Choice) -> Iterator[tuple[str, str]]:
     )
     yield "model", f"{choice.model.name}: {amount(choice.model.parameters)} parameters"
     yield "seq_len", f"{choice.seq_len:,}"
-    recomputed = setup.shape.activation_checkpointing
-    yield (
-        "layout",
-        f"tensor {setup.tensor} × data {setup.data}, ZeRO {setup.zero}, micro {setup.micro}"
-        + (f", {recomputed} recomputation" if recomputed != "none" else "")
-        + (", optimizer offloaded" if setup.offload != "none" else "")
-        + f": {memory_of(choice)} on each GPU; the quickest found that fits "
-        f"{answers.gpus.memory_gb:g} GB",
-    )
+    yield "layout", _layout(choice)
     yield (
         "batch",
         f"{setup.samples:,} sample{'s' * (setup.samples != 1)}, {choice.batch:,} tokens: by the "
@@ -336,8 +368,23 @@ def explanation(choice: Choice) -> Iterator[tuple[str, str]]:
         f"{amount(recipe.tokens)} tokens in {duration(seconds)} at two thirds of the estimated "
         f"speed: {limit}",
     )
+    if answers.gpus.is_cpu:
+        yield "speed", assumed_speed()
     for phase in recipe.phases:
         yield (
             phase.name,
             f"{phase.steps:,} steps, peak {number(phase.peak)}. {reason(choice, phase)}",
         )
+
+
+def _layout(choice: Choice) -> str:
+    setup, gpus = choice.layout.setup, choice.answers.gpus
+    if gpus.is_cpu:
+        return f"one process, fp32, micro {setup.micro}: {memory_of(choice)} of memory"
+    recomputed = setup.shape.activation_checkpointing
+    return (
+        f"tensor {setup.tensor} × data {setup.data}, ZeRO {setup.zero}, micro {setup.micro}"
+        + (f", {recomputed} recomputation" if recomputed != "none" else "")
+        + (", optimizer offloaded" if setup.offload != "none" else "")
+        + f": {memory_of(choice)} on each GPU; the quickest found that fits {gpus.memory_gb:g} GB"
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from megaphase.config.load import run_config
-from megaphase.estimate.hardware import planned_card
 from megaphase.estimate.suggestions import fits
 from megaphase.plan.load_plan import phase_setups
 from megaphase.plan.mixture import effective_rates
@@ -15,19 +14,21 @@ from megaphase.utils.errors import InputError
 from megaphase.utils.yaml_file import parse_scalar
 
 
-def check_run(content: str, out: Path, tokenizer: Tokenizer, processes: int) -> None:
+def check_run(
+    content: str, out: Path, tokenizer: Tokenizer, processes: int, memory_gb: float
+) -> None:
     """Check that the content of a run file is valid, fits its GPUs, and that the corpora suffice.
+
+    memory_gb: of each of them.
 
     Raises:
         InputError: the first thing that is wrong.
     """
     config = run_config(out, parse_scalar(content))
-    card = planned_card(config)
     for name, setup in phase_setups(config, tokenizer, processes):
-        if not fits(setup, card.memory_gb):
-            raise InputError(
-                config.where("parallel"), f"phase {name} does not fit {card.title}", "change it"
-            )
+        if not fits(setup, memory_gb):
+            problem = f"phase {name} does not fit {memory_gb:g} GB of memory"
+            raise InputError(config.where("parallel"), problem, "change it")
     spec = plan_spec(config, tokenizer)
     positions = spec.starts
     streams = list(spec.task_streams.values())

@@ -34,7 +34,8 @@ def write_run_file(options: Options, output: Path | None, *, force: bool) -> Non
     choice = choose(answers_of(options, console))
     name = out.stem if out.stem != "run" else "multilingual"
     content = write_run(choice, output or out.parent / RUNS / name)
-    check_run(content, out, choice.answers.tokenizer, choice.answers.gpus.count)
+    gpus = choice.answers.gpus
+    check_run(content, out, choice.answers.tokenizer, gpus.count, gpus.memory_gb)
     atomic_write_text(out, content)
     _say(console, choice)
 

@@ -22,6 +22,7 @@ from megaphase.corpus import CorpusWriter, DocumentBatch
 from megaphase.estimate.gpu_specs import CARDS
 from megaphase.estimate.suggestions import fits
 from megaphase.init import questions
+from megaphase.model.parameters import train_flops_per_token
 from megaphase.plan.load_plan import open_run, phase_setups, preview_plan
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
@@ -198,6 +199,42 @@ def test_the_commands_that_follow_are_for_a_shell(here):
         ["megaphase", "launch", "local"],
     ]
     assert following[1][3] == "$(id) it's.yaml"
+
+
+CPU = ["--low", "hi", "--model", "gpt-1m", "--card", "cpu", "--hours", "0.05"]
+
+
+def test_a_run_file_for_a_cpu_says_what_speed_is_assumed(here):
+    said = init("cpu.yaml", "--corpus", "many/en", "--corpus", "many/hi", *CPU)
+    content = (here / "cpu.yaml").read_text()
+    for text in (said, content):
+        assert "40 GFLOP/s of matrix products" in text.replace("\n", " ").replace("# ", "")
+        assert "GPU" not in text
+    assert said.splitlines()[-1] == "  megaphase train cpu.yaml"
+    config, tokenizer = open_run(here / "cpu.yaml", ())
+    assert (config.precision, config.parallel.zero) == ("fp32", 0)
+    assert config.batch.micro in (1, 2, 4, 8)
+    assert "hardware" not in yaml.safe_load(content)
+    # What the hours allow at two thirds of the assumed speed.
+    [phase] = {each.setup for each in phase_setups(config, tokenizer, 1)}
+    cores = len(os.sched_getaffinity(0))
+    tokens = 0.05 * 3600 * 2 / 3 * 40e9 * cores / train_flops_per_token(phase.shape)
+    planned = sum(each["tokens"] for each in preview_plan(config, tokenizer).summary()["phases"])
+    assert planned == pytest.approx(tokens, rel=0.02)
+
+
+def test_a_cpu_is_one_process_that_has_to_hold_the_model(here):
+    options = ["--low", "none", "--model", "70b", "--card", "cpu", "--hours", "1"]
+    with pytest.raises(InputError, match=r"^--gpus: does not go with --card cpu; leave it out$"):
+        init("cpu.yaml", "--corpus", "many/en", *options, "--gpus", "2")
+    with pytest.raises(InputError, match=r"^--card cpu: .* does not fit the \d+ GB of memory"):
+        init("cpu.yaml", "--corpus", "many/en", *options)
+
+
+def test_one_phase_that_was_asked_for_is_no_warning(here):
+    arguments = ["--corpus", "many/en", "--model", "gpt-3m", *GIVEN[4:]]
+    assert "no task is low-resource" not in init("a.yaml", "--low", "none", *arguments)
+    assert "no task is low-resource" in init("b.yaml", "--low", "auto", *arguments)
 
 
 def test_a_tokenizer_elsewhere_is_asked_for(here, tmp_path):
