@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megaphase.chats.encoder import ChatEncoder
+from megaphase.chats.library import check_keeps_control_tokens
 from megaphase.corpus import CorpusWriter, Manifest
 from megaphase.corpus.manifest import ShardOf
 from megaphase.corpus.writer import refuse_existing
@@ -227,7 +228,10 @@ def check_tokenization(
     if shard != WHOLE and STDIN in inputs:
         raise InputError("--shard", "standard input cannot be divided", "write it to a file first")
     tokenizer = Tokenizer.load(tokenizer_dir)
-    chats = None if reading.messages is None else ChatEncoder.load(tokenizer)
+    chats = None
+    if reading.messages is not None:
+        chats = ChatEncoder.load(tokenizer)
+        check_keeps_control_tokens(tokenizer)
     return Tokenization(inputs, tokenizer, reading, _tag_id(tokenizer, reading, tag), shard, chats)
 
 

@@ -13,9 +13,7 @@ import numpy as np
 from megaphase.chats.control_tokens import ControlTokens
 from megaphase.chats.library import load_encoder
 from megaphase.chats.template import ASSISTANT, ChatError, ChatTemplate, Message, RenderedChat
-from megaphase.chats.template_files import CONFIG_NAME
 from megaphase.tokenizer import TOKENIZER_JSON_NAME, Tokenizer
-from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles
 from megaphase.utils.errors import InputError
 
 _INSTRUCTIONS = frozenset(("system", "developer"))  # roles that ask nothing
@@ -53,9 +51,6 @@ class ChatEncoder:
             problem = f"has no {TOKENIZER_JSON_NAME}, by which chats are tokenized"
             remedy = "take the directory of a Hugging Face model with a chat template"
             raise InputError(tokenizer.path, problem, remedy)
-        if HuggingFaceFiles(tokenizer.path).config.get("split_special_tokens"):
-            problem = "split_special_tokens: with it transformers splits control tokens, too"
-            raise InputError(tokenizer.path / CONFIG_NAME, problem, "leave it out")
         encoder = cls(tokenizer, ChatTemplate.load(tokenizer.path))
         _ = encoder._encoder
         return encoder

@@ -32,6 +32,13 @@ def load_encoder(tokenizer: Tokenizer, *, trims_offsets: bool) -> Any:
     return encoder
 
 
+def check_keeps_control_tokens(tokenizer: Tokenizer) -> None:
+    """Raise InputError if transformers splits the control tokens that a chat template writes."""
+    if HuggingFaceFiles(tokenizer.path).config.get("split_special_tokens"):
+        problem = "split_special_tokens: with it transformers splits control tokens of chats, too"
+        raise InputError(tokenizer.path / CONFIG_NAME, problem, "leave it out")
+
+
 def _add_tokens(encoder: Any, tokenizer: Tokenizer) -> None:
     """Add the tokens that the other files name, or describe otherwise than tokenizer.json does."""
     config = HuggingFaceFiles(tokenizer.path).config

@@ -355,15 +355,6 @@ def test_tokens_that_the_tokenizer_does_not_have_are_refused(tmp_path):
         ChatEncoder.load(Tokenizer.load(tmp_path))
 
 
-def test_a_tokenizer_that_splits_control_tokens_is_refused(tmp_path):
-    make_tokenizer(tmp_path, CHATML)
-    path = tmp_path / "tokenizer_config.json"
-    config = {**json.loads(path.read_text()), "split_special_tokens": True}
-    path.write_text(json.dumps(config))
-    with pytest.raises(InputError, match="split_special_tokens"):
-        ChatEncoder.load(Tokenizer.load(tmp_path))
-
-
 def test_messages_that_are_nested_too_deeply_are_refused(tmp_path):
     make_tokenizer(tmp_path, CHATML)
     encoder = ChatEncoder.load(Tokenizer.load(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -239,3 +240,17 @@ def test_a_wrong_row_is_named_or_skipped(tmp_path):
         stream.write_table(pa.table({"messages": pa.array([[("role", "user")]], kind)}))
     with pytest.raises(InputError, match="holds map<string, string>, not a list of messages"):
         encoder((0, next(read_chunks(path, READING))))
+
+
+def test_a_tokenizer_that_splits_control_tokens_is_refused(corpus, tmp_path):
+    shutil.copytree(corpus[0] / "tok", tmp_path / "tok")
+    path = tmp_path / "tok" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "split_special_tokens": True}))
+    with pytest.raises(InputError, match="split_special_tokens"):
+        tokenize(
+            [corpus[0] / "chats.jsonl"],
+            tmp_path / "tok",
+            tmp_path / "chat",
+            reading=READING,
+            workers=1,
+        )
