@@ -70,6 +70,7 @@ def test_a_store_that_fails_changes_no_number_and_the_next_start_uploads(
     assert rows == timeless(read_rows(tmp_path / "plain" / "run"))
     assert "is not uploaded yet: s3://" in said
     assert f"not uploaded to {URL}: " in said
+    assert said.index("before the end: ") < said.index("Done: ")  # the results come last
     assert whole(URL) == []
 
     server.fail(None)
