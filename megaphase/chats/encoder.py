@@ -101,11 +101,14 @@ class ChatEncoder:
         token that ends it; ids int [tokens], offsets [tokens, 2]."""
         if begin == end:
             return 0, -1
+        is_control = self._control_tokens.is_control
         first = int(np.searchsorted(offsets[:, 1], begin, side="right"))
+        if first < len(ids) and offsets[first, 0] < begin and is_control[ids[first]]:
+            first += 1  # the control token before the answer takes the white space after it
         before_space = begin + len(text[begin:end].rstrip())
         for each in (before_space, end):
             last = int(np.searchsorted(offsets[:, 0], each, side="left")) - 1
-            if last >= first and self._control_tokens.is_control[ids[last]]:
+            if last >= first and is_control[ids[last]]:
                 break
         return first, last
 

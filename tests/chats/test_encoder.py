@@ -181,6 +181,25 @@ def test_answers_are_found(template, messages, expected, tmp_path):
     assert chat.tokens.tolist()[: len(ids)] == ids
 
 
+def test_control_tokens_may_take_white_space_beside_them(tmp_path):
+    """As those of Phi-3 do; the token before an answer is not a target."""
+    template = CHATML.replace("<|im_start|>assistant\n", "assistant<|im_start|>").replace(
+        "<|im_start|>{{ m.role }}\n", "{{ m.role }}<|im_start|>"
+    )
+    make_tokenizer(tmp_path, template)
+
+    def edit(whole):
+        for token in whole["added_tokens"]:
+            token.update(rstrip=True, lstrip=True)
+
+    reference, encoder = edit_tokenizer(tmp_path, edit)
+    chat = [Q, {**A, "content": "  ok  "}]
+    found = encoder.encode(chat)
+    expected = reference.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert found.tokens[:-1].tolist() == expected
+    assert text_of(encoder, found).endswith("assistant<|im_start|>{ok<|im_end|>}<|endoftext|>")
+
+
 def special_tokens_map(folder):
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
