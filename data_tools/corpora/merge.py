@@ -75,6 +75,7 @@ def merge(
         chat_template=first.chat_template
         if all(manifest.chat_template == first.chat_template for manifest in manifests)
         else None,
+        turn_end=first.turn_end if len({each.turn_end for each in manifests}) == 1 else None,
         with_origins=any(SOURCES_SUFFIX in manifest.files for manifest in manifests),
         overwrite=overwrite,
     )

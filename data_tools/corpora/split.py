@@ -77,6 +77,7 @@ def _writer(corpus: Corpus, out: Path, overwrite: bool) -> CorpusWriter:
         kind=manifest.kind,
         tag=manifest.tag,
         chat_template=manifest.chat_template,
+        turn_end=manifest.turn_end,
         with_origins=SOURCES_SUFFIX in manifest.files,
         overwrite=overwrite,
     )

@@ -11,22 +11,13 @@ from typing import Any
 
 from pydantic_core import from_json
 
+from megaphase.chats.messages import MESSAGES_REMEDY, messages_fault
 from megaphase.data_tools.text.boundaries import Boundaries
 from megaphase.data_tools.text.chunk import TextChunk, advance
 from megaphase.data_tools.text.file_types import ROW_KINDS, display_name, file_type_of
 from megaphase.data_tools.text.reading import ID_KEY, Chat, Document, Reading
 from megaphase.utils.errors import InputError
-
-_JSON_TYPES = {
-    dict: "an object",
-    list: "a list",
-    str: "a string",
-    int: "a number",
-    float: "a number",
-    bool: "true or false",
-    type(None): "null",
-    bytes: "bytes",
-}
+from megaphase.utils.json_values import JSON_TYPES, string_fault
 
 
 @dataclass(frozen=True)
@@ -191,7 +182,7 @@ def _json_document(
         value = json.loads(_decode(line, chunk, number))
         if isinstance(value, dict):
             return _document(value, reading, "", value, where), _id(value)
-        problem = f"is {_JSON_TYPES[type(value)]}, not a JSON object"
+        problem = f"is {JSON_TYPES[type(value)]}, not a JSON object"
         remedy = "write {" + ", ".join(f'"{key}": "..."' for key in reading.keys) + "}"
     except InputError as error:
         if error.where:
@@ -222,7 +213,7 @@ def _document(
             raise InputError(where, problem, f"choose with {reading.key_option}")
         if reading.messages is not None:
             _check_messages(record[key], key, where)
-        elif fault := _string_fault(record[key]):
+        elif fault := string_fault(record[key]):
             strings = ", ".join(repr(name) for name, it in record.items() if isinstance(it, str))
             remedy = f"the keys with a string are {strings}" if strings else "no key holds a string"
             raise InputError(where, f"the key {key!r} holds {fault}", remedy)
@@ -233,34 +224,5 @@ def _document(
 
 def _check_messages(messages: Any, key: str, where: str) -> None:
     """Reject a value that is not a list of messages."""
-    if fault := _messages_fault(messages):
-        remedy = 'write [{"role": "user", "content": "..."}, {"role": "assistant", ...}]'
-        raise InputError(where, f"the key {key!r} holds {fault}", remedy)
-
-
-def _messages_fault(messages: Any) -> str | None:
-    """Return why a value is not a list of messages, or None."""
-    if not isinstance(messages, list):
-        return f"{_JSON_TYPES.get(type(messages), str(messages))}, not a list of messages"
-    if not messages:
-        return "no message"
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            return f"{_JSON_TYPES.get(type(message), str(message))} as message {number}"
-        for key in ("role", "content"):
-            if key not in message:
-                return f"a message {number} without {key!r}"
-            if fault := _string_fault(message[key]):
-                return f"a message {number} whose {key!r} holds {fault}"
-    return None
-
-
-def _string_fault(value: Any) -> str | None:
-    """Return why a value is not valid text, or None."""
-    if not isinstance(value, str):
-        return f"{_JSON_TYPES.get(type(value), str(value))}, not a string"
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        return f"a lone surrogate, \\u{ord(value[error.start]):04x}"
-    return None
+    if fault := messages_fault(messages):
+        raise InputError(where, f"the key {key!r} holds {fault}", MESSAGES_REMEDY)

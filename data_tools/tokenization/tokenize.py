@@ -144,6 +144,12 @@ def tokenize(
     if workers < 1:
         raise InputError("--workers", f"{workers} is not a number of processes", "give 1 or more")
     tokenization = check_tokenization(inputs, tokenizer_dir, reading, tag, shard)
+    if tokenization.chats is not None and console:
+        for remark in tokenization.chats.remarks():
+            where = tokenization.chats.template.source
+            console.print(
+                f"Warning: {where}: {remark}", soft_wrap=True, highlight=False, markup=False
+            )
     in_order = not drop_duplicates and shuffle_seed is None
     readers = reader_count(inputs, workers) if shard == WHOLE else 1
     if shard != WHOLE:
@@ -292,6 +298,7 @@ def _encode(
         chat_template=None
         if tokenization.chats is None
         else tokenization.chats.template.fingerprint,
+        turn_end=None if tokenization.chats is None else tokenization.chats.turn_end,
         job=hash_json(tokenization.shard_record.model_dump())
         if tokenization.can_be_resumed
         else "",

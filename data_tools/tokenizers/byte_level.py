@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megaphase.chats.template_files import TEMPLATE_NAME
 from megaphase.tokenizer import TOKENIZER_JSON_NAME
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_json, atomic_write_text
@@ -70,15 +71,17 @@ def train_byte_level(
     return json.dumps(whole, ensure_ascii=False)
 
 
-def write_byte_level(directory: Path, text: str, eod: str) -> None:
+def write_byte_level(directory: Path, text: str, eod: str, chat_template: str | None) -> None:
     """Write the files with which `transformers.AutoTokenizer` gives the same ids."""
     atomic_write_text(directory / TOKENIZER_JSON_NAME, text)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eod,
         "add_bos_token": False,
-        # Text that looks like a control token stays text.
-        "split_special_tokens": True,
+        # Text that looks like a control token stays text, but for that of a chat template.
+        **({} if chat_template else {"split_special_tokens": True}),
         "clean_up_tokenization_spaces": False,
     }
+    if chat_template is not None:
+        atomic_write_text(directory / TEMPLATE_NAME, chat_template)
     atomic_write_json(directory / CONFIG_NAME, config)

@@ -100,6 +100,14 @@ def train_tokenizer_command(
         list[str],
         typer.Option(help="Text that gets its own token and is never split; repeatable."),
     ] = [],  # noqa: B006
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Add the control tokens <system>, <user>, <assistant> and <end>, and a chat "
+            "template for them; with --library tokenizers.",
+        ),
+    ] = False,
     split_digits: Annotated[
         bool, typer.Option("--split-digits/--no-split-digits", help="Make every digit a token.")
     ] = True,
@@ -130,6 +138,7 @@ def train_tokenizer_command(
         tags=tag,
         reserved_tags=reserved_tags,
         user_symbols=[unescape(symbol) for symbol in user_symbol],
+        chat=chat,
         split_digits=split_digits,
         max_sentences=max_sentences,
         temperature=_temperature(alpha, temperature),
@@ -305,6 +314,17 @@ def _print_fertility(
         console.print(line, soft_wrap=True, highlight=False)
 
 
+def _chats(tokenizer: Tokenizer) -> str:
+    from megaphase.chats.encoder import ChatEncoder
+
+    chats = ChatEncoder.find(tokenizer) if tokenizer.path.is_dir() else None
+    if chats is None:
+        return "no chat template"
+    end = "" if chats.turn_end is None else f"{tokenizer.piece(chats.turn_end)} ({chats.turn_end})"
+    said = [f"{chats.template.source.name}; {end or 'no token'} ends a turn", *chats.remarks()]
+    return ". ".join(said)
+
+
 def _tokenizer_table(tokenizer: Tokenizer) -> Table:
     table = Table(show_header=False)
     record = tokenizer.record
@@ -324,6 +344,7 @@ def _tokenizer_table(tokenizer: Tokenizer) -> Table:
         ("not used of its files", ", ".join(record.left_out) or "nothing"),
         ("tags", ", ".join([*tags[:TAGS_SHOWN], *more]) or "none"),
         ("reserved tags", f"{len(tokenizer.reserved_tags)}"),
+        ("conversations", _chats(tokenizer)),
         ("byte fallback", "yes" if tokenizer.byte_fallback else "no"),
         ("fingerprint", tokenizer.fingerprint),
     ):

@@ -15,6 +15,8 @@ from typing import Literal
 import sentencepiece
 from rich.console import Console
 
+from megaphase.chats.own_template import CHAT_TAGS, CHAT_TEMPLATE
+from megaphase.chats.template_files import TEMPLATE_NAME
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.text import (
     STDIN,
@@ -97,6 +99,7 @@ def train_tokenizer(
     tags: Sequence[str] = (),
     reserved_tags: int = 16,
     user_symbols: Sequence[str] = (),
+    chat: bool = False,
     split_digits: bool = True,
     max_sentences: int = 2_000_000,
     temperature: float = 3.3,
@@ -124,6 +127,8 @@ def train_tokenizer(
         tags: names of task tags; each gets a control token that no text encodes to.
         reserved_tags: number of control tokens to reserve for later tags.
         user_symbols: texts that get one token each, are never split and never merged with others.
+        chat: whether to add the control tokens of conversations, and a chat template for them;
+            with "tokenizers" alone.
         split_digits: whether every digit is its own token.
         max_sentences: maximum number of training lines, all languages together; bounds the memory.
         temperature: 1 keeps the languages' shares of the text; a higher one makes them more equal.
@@ -135,6 +140,11 @@ def train_tokenizer(
     for the vocabulary; RunError if the training process is killed.
     """
     check_inputs(inputs)
+    if chat:
+        if library != "tokenizers":
+            problem = "conversations are tokenized with a tokenizer.json, which sentencepiece lacks"
+            raise InputError("--chat", problem, "add --library tokenizers")
+        tags = [*tags, *CHAT_TAGS]
     if library == "tokenizers" and model_type == "unigram":
         remedy = "leave it out, or use --library sentencepiece"
         raise InputError("--model-type", "the tokenizers library trains bpe here", remedy)
@@ -166,7 +176,7 @@ def train_tokenizer(
         model = _train_in_process(job)
     with directory_written_aside(out) as aside:
         if library == "tokenizers":
-            write_byte_level(aside, model.decode(), EOD_PIECE)
+            write_byte_level(aside, model.decode(), EOD_PIECE, CHAT_TEMPLATE if chat else None)
             tokenizer = Tokenizer.load(aside)
         else:
             tokenizer = _write_model(aside, model, job.model_type, tags, reserved_tags)
@@ -215,7 +225,7 @@ def check_out(out: Path, overwrite: bool) -> None:
             raise InputError(out, "exists and is not a directory", "choose another --out")
         return
     names = {path.name for path in out.iterdir()}
-    known = {MODEL_NAME, RECORD_NAME, TOKENIZER_JSON_NAME, CONFIG_NAME}
+    known = {MODEL_NAME, RECORD_NAME, TOKENIZER_JSON_NAME, CONFIG_NAME, TEMPLATE_NAME}
     if RECORD_NAME in names:
         known.update(COPIED_NAMES)  # it extends a tokenizer of a Hugging Face directory
     if names - known:

@@ -65,12 +65,15 @@ class ControlTokens:
         self.is_control[list(self._written_around_texts())] = True
         self._remembered: dict[str, list[int]] = {}
 
-    def check(self, messages: Sequence[Message], ids: np.ndarray) -> None:
+    def check(self, messages: Sequence[Message], ids: np.ndarray, *, prompt: bool = False) -> None:
         """Raise ChatError unless the control tokens among a conversation's tokens, int [tokens],
-        are the template's own."""
+        are the template's own.
+
+        prompt: whether the tokens end with the template's prompt for an answer.
+        """
         found = self._of(ids)
         try:
-            expected = self._expected(messages)
+            expected = self._expected(messages, prompt)
         except RecursionError:
             raise ChatError("its messages are nested too deeply") from None
         if found == expected:
@@ -94,24 +97,26 @@ class ControlTokens:
         except (TypeError, UnicodeEncodeError):  # a lone surrogate
             return np.empty(0, np.int32)
 
-    def _expected(self, messages: Sequence[Message]) -> list[int]:
+    def _expected(self, messages: Sequence[Message], prompt: bool) -> list[int]:
         """Return the control tokens that the template writes for such messages."""
         with_placeholders = self._with_placeholders(messages, self._known_roles)
-        key = json.dumps(with_placeholders)
+        plain = json.dumps(with_placeholders)
+        key = f"{plain}{prompt}"
         if key not in self._remembered:
             if len(self._remembered) >= _MOST_REMEMBERED:
                 self._remembered.clear()
-            self._remembered[key] = self._of(self._ids(self._plain_text(messages, key)))
+            self._remembered[key] = self._of(self._ids(self._plain_text(messages, plain, prompt)))
         return self._remembered[key]
 
-    def _plain_text(self, messages: Sequence[Message], with_placeholders: str) -> str:
+    def _plain_text(self, messages: Sequence[Message], with_placeholders: str, prompt: bool) -> str:
         try:
-            return self._template.render_text(json.loads(with_placeholders))
+            return self._template.render_text(json.loads(with_placeholders), prompt=prompt)
         except ChatError:
             pass
         try:
             # A role that the template knows, and does not name.
-            return self._template.render_text(self._with_placeholders(messages, None))
+            plain = self._with_placeholders(messages, None)
+            return self._template.render_text(plain, prompt=prompt)
         except ChatError as error:
             problem = "whether its control tokens are the template's cannot be told: with other"
             raise ChatError(f"{problem} texts {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +14,20 @@ import numpy as np
 from megaphase.chats.control_tokens import ControlTokens
 from megaphase.chats.library import load_encoder
 from megaphase.chats.template import ASSISTANT, ChatError, ChatTemplate, Message, RenderedChat
+from megaphase.chats.template_files import has_template
 from megaphase.tokenizer import TOKENIZER_JSON_NAME, Tokenizer
 from megaphase.utils.errors import InputError
 
 _INSTRUCTIONS = frozenset(("system", "developer"))  # roles that ask nothing
+
+
+_CONVERSATION = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Question"},
+    {"role": ASSISTANT, "content": "Answer"},
+)
+# The markers of most templates: <user>, <|im_start|>.
+_MARK = re.compile(r"<[^\s<>]{1,40}>")
 
 
 class EncodedChat(NamedTuple):
@@ -36,6 +47,20 @@ class EncodedChat(NamedTuple):
     text_bytes: int
 
 
+class _Example(NamedTuple):
+    """What a template makes of a short conversation.
+
+    Attributes:
+        turn_end: the control token that ends the answer, or follows it; None if there is none.
+        is_trained: whether it belongs to the answer.
+        plain: texts in angle brackets that are several tokens.
+    """
+
+    turn_end: int | None
+    is_trained: bool
+    plain: list[str]
+
+
 @dataclass(frozen=True)
 class ChatEncoder:
     """Renders conversations by the template of a Hugging Face tokenizer, and tokenizes them."""
@@ -48,12 +73,31 @@ class ChatEncoder:
         """Raises InputError if the tokenizer has no tokenizer.json or no chat template, or its
         files are damaged or contradict each other."""
         if not (tokenizer.path / TOKENIZER_JSON_NAME).is_file():
-            problem = f"has no {TOKENIZER_JSON_NAME}, by which chats are tokenized"
-            remedy = "take the directory of a Hugging Face model with a chat template"
+            problem = f"has no {TOKENIZER_JSON_NAME}, by which conversations are tokenized"
+            remedy = (
+                "make one with `megaphase tokenizer train --library tokenizers --chat`, or take "
+                "the directory of a Hugging Face model with a chat template"
+            )
             raise InputError(tokenizer.path, problem, remedy)
+        return cls._opened(tokenizer)
+
+    @classmethod
+    def find(cls, tokenizer: Tokenizer) -> ChatEncoder | None:
+        """Like `load`, but return None if there is no tokenizer.json or no chat template."""
+        has_json = (tokenizer.path / TOKENIZER_JSON_NAME).is_file()
+        return cls._opened(tokenizer) if has_json and has_template(tokenizer.path) else None
+
+    @classmethod
+    def _opened(cls, tokenizer: Tokenizer) -> ChatEncoder:
         encoder = cls(tokenizer, ChatTemplate.load(tokenizer.path))
         _ = encoder._encoder
         return encoder
+
+    @property
+    def turn_end(self) -> int | None:
+        """The control token with which the template ends every turn of the assistant; None if it
+        ends them with none."""
+        return None if self._example is None else self._example.turn_end
 
     def __getstate__(self) -> dict[str, Any]:
         return {"tokenizer": self.tokenizer, "template": self.template}
@@ -72,13 +116,92 @@ class ChatEncoder:
                 raise ChatError("the chat template gives the assistant no token in it")
             raise ChatError("no message is of the role 'assistant'")
         # Training puts BOS before a document by itself, where the tokenizer has that.
-        if self.tokenizer.adds_bos and len(ids) and ids[0] == self.tokenizer.bos:
+        if self._begins_with_bos(ids):
             ids, targets = ids[1:], targets[1:]
         if not len(ids) or ids[-1] != self.tokenizer.eod:
             ids = np.append(ids, np.int32(self.tokenizer.eod))
             targets = np.append(targets, np.uint8(0))
+        if messages[-1]["role"] == ASSISTANT and self._ends_with_eod:
+            # Where no other token says it, EOD says that the answer has ended.
+            targets[np.flatnonzero(targets)[-1] :] = 1
         size = sum(len(each["content"].encode()) for each in messages)
         return EncodedChat(ids, targets, _prompt(messages), size)
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens of a conversation and of the template's prompt for an answer, without
+        the BOS that training puts before a document by itself.
+
+        Raises ChatError if the last message is the assistant's, the template refuses them, or a
+        control token comes from a message, not from the template.
+        """
+        if messages[-1]["role"] == ASSISTANT:
+            raise ChatError("the last message is the assistant's, so there is nothing to answer")
+        text = self.template.render_text(messages, prompt=True)
+        encoded = self._encoder.encode(text, add_special_tokens=False)
+        ids = np.array(encoded.ids, np.int32)
+        self._control_tokens.check(messages, ids, prompt=True)
+        found: list[int] = ids[1:].tolist() if self._begins_with_bos(ids) else ids.tolist()
+        return found
+
+    def remarks(self) -> list[str]:
+        """Return what is unusual about the template and should be known before it is used."""
+        example = self._example
+        if example is None:
+            return ["the template refuses a question with an answer, so its marks are not known"]
+        remarks = []
+        if example.plain:
+            remarks.append(
+                f"the template writes {', '.join(example.plain)}, which the tokenizer does not "
+                "have as a control token and splits into ordinary ones"
+            )
+        if example.turn_end is None:
+            remarks.append(
+                "the template ends the assistant's turns with no control token: what follows the "
+                "last one is trained, too, up to the EOD, where generation stops"
+            )
+        elif not example.is_trained:
+            piece = self.tokenizer.piece(example.turn_end)
+            remarks.append(
+                f"{piece}, which ends the assistant's turns, is outside of the template's "
+                "{% generation %} block: a model does not learn to stop"
+            )
+        return remarks
+
+    @property
+    def _ends_with_eod(self) -> bool:
+        return self._example is not None and self._example.turn_end is None
+
+    def _begins_with_bos(self, ids: np.ndarray) -> bool:
+        return self.tokenizer.adds_bos and len(ids) > 0 and bool(ids[0] == self.tokenizer.bos)
+
+    @cached_property
+    def _example(self) -> _Example | None:
+        """What the template makes of a short conversation; None if it refuses that."""
+        for messages in (_CONVERSATION[1:], _CONVERSATION):
+            try:
+                rendered = self.template.render(messages)
+                ids, targets = self._marked(rendered)
+            except ChatError:
+                continue
+            if targets.any():
+                return self._described(rendered.text, ids, targets)
+        return None
+
+    def _described(self, text: str, ids: np.ndarray, targets: np.ndarray) -> _Example:
+        controls = self._control_tokens.is_control
+        inside = [int(each) for each in ids[targets == 1]]
+        while inside and not controls[inside[-1]] and not self._encoder.decode(inside[-1:]).strip():
+            inside.pop()
+        after = ids[np.flatnonzero(targets)[-1] + 1 :].tolist()
+        is_trained = bool(inside) and bool(controls[inside[-1]])
+        last = inside[-1:] if is_trained else [each for each in after[:1] if controls[each]]
+        marks = dict.fromkeys(_MARK.findall(text))
+        plain = [each for each in marks if len(self._ids_of(each)) > 1]
+        return _Example(last[0] if last else None, is_trained, plain)
+
+    def _ids_of(self, text: str) -> list[int]:
+        ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
+        return ids
 
     def _marked(self, rendered: RenderedChat) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of a rendered conversation, int32, and the marks of answers, u8."""

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from megaphase.chats.environment import CompiledTemplate
-from megaphase.chats.template_files import read_special_tokens, read_template
+from megaphase.chats.template_files import has_template, read_special_tokens, read_template
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import hash_json
 
@@ -69,6 +69,11 @@ class ChatTemplate:
             problem = f"the chat template cannot be parsed ({_reason(error)})"
             raise InputError(source, problem, "put back the model's own") from None
         return template
+
+    @classmethod
+    def find(cls, folder: Path) -> ChatTemplate | None:
+        """Like `load`, but return None if there is no template."""
+        return cls.load(folder) if has_template(folder) else None
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)

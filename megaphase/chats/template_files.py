@@ -29,7 +29,7 @@ def read_template(folder: Path) -> tuple[Path, str]:
     path = folder / CONFIG_NAME
     text = files or _object(path).get("chat_template")
     if text is None:
-        remedy = f"put the model's {TEMPLATE_NAME} there"
+        remedy = f"put a {TEMPLATE_NAME} there: that of the model, or one for its control tokens"
         raise InputError(folder, "the tokenizer has no chat template", remedy)
     if isinstance(text, list):
         named = [each for each in text if isinstance(each, dict) and "name" in each]
@@ -42,6 +42,13 @@ def read_template(folder: Path) -> tuple[Path, str]:
     if not isinstance(text, str):
         raise InputError(path, "chat_template: is not a text", _REMEDY)
     return path, text
+
+
+def has_template(folder: Path) -> bool:
+    """Return whether there is a chat template, however it is."""
+    files = [folder / TEMPLATE_NAME, *(folder / _MORE_TEMPLATES).glob("*.jinja")]
+    config = _object(folder / CONFIG_NAME)
+    return any(path.is_file() for path in files) or config.get("chat_template") is not None
 
 
 def read_special_tokens(folder: Path) -> dict[str, str]:

@@ -79,6 +79,8 @@ class Manifest(BaseModel):
         tag: the token between source and target; None if the kind is another.
         chat_template: of chats, the digest of the template that rendered them; None in corpora of
             earlier versions.
+        turn_end: of chats, the control token with which the chat template ends the assistant's
+            turns; None if it has none, and in corpora of earlier versions.
         shard: identifies the shard, if the corpus is a shard of another one.
     """
 
@@ -100,6 +102,7 @@ class Manifest(BaseModel):
     kind: CorpusKind = "lm"
     tag: TokenId | None = None
     chat_template: str | None = None
+    turn_end: TokenId | None = None
     shard: ShardOf | None = None
 
     @property

@@ -145,10 +145,21 @@ class Corpus:
 
         Raises IndexError if there is no such document.
         """
+        return self.tokens[self._place_of(index)]
+
+    def targets_of(self, index: int) -> np.ndarray:
+        """Return which tokens of a document are targets of the loss, u8 [length]; of chats alone.
+
+        Raises IndexError if there is no such document.
+        """
+        assert self.targets is not None, "only chats have marks"
+        return self.targets[self._place_of(index)]
+
+    def _place_of(self, index: int) -> slice:
         if not 0 <= index < len(self.lengths):
             raise IndexError(f"document {index} of {len(self.lengths)}")
         start = int(self.byte_offsets[index]) // self.tokens.itemsize
-        return self.tokens[start : start + int(self.lengths[index])]
+        return slice(start, start + int(self.lengths[index]))
 
 
 def _checked(prefix: Path) -> tuple[Manifest, np.dtype, np.ndarray, np.ndarray]:

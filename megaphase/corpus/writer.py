@@ -82,6 +82,7 @@ class CorpusWriter:
         kind: CorpusKind | None = None,
         tag: int | None = None,
         chat_template: str | None = None,
+        turn_end: int | None = None,
         job: str = "",
         shard: ShardOf | None = None,
         with_origins: bool = False,
@@ -94,6 +95,7 @@ class CorpusWriter:
                     given. Batches of chats have targets.
                 tag: for translation pairs, the token between source and target.
                 chat_template: for chats, the digest of the template that rendered them.
+                turn_end: for chats, the token that ends the assistant's turns.
                 job: identifies what is written, so that the work of a killed writer can be resumed.
                 shard: identifies the shard, if the corpus is a shard of another one.
                 with_origins: whether to store the documents' origins, as far as batches have them.
@@ -113,6 +115,7 @@ class CorpusWriter:
             "kind": kind or ("lm" if tag is None else "translation"),
             "tag": tag,
             "chat_template": chat_template,
+            "turn_end": turn_end,
             "shard": shard,
         }
         self._eod = eod

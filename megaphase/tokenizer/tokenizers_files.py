@@ -89,12 +89,14 @@ def read_own_json(
     """
     if not (directory / TOKENIZER_JSON_NAME).is_file():
         raise InputError(directory / TOKENIZER_JSON_NAME, "no such file", REMEDY)
-    model, found = read_tokenizer_json(directory)
+    # EOD is the record's: `eos_token` may be the end of a turn, as chat models name it there.
+    files = _TokenizerJson(directory, HuggingFaceFiles(directory), record.eod)
+    model, found = files.load()
     path = directory / RECORD_NAME
     if found.tokenizer_hash != record.tokenizer_hash:
         problem = f"is not the tokenizer that {RECORD_NAME} describes"
         raise InputError(directory / TOKENIZER_JSON_NAME, problem, REMEDY)
-    controls = {found.eod, *found.tags.values(), *found.reserved_tags}
+    controls = {found.eod, *files.control.values()}
     named = [record.eod, *record.tags.values(), *record.reserved_tags]
     if record.vocab_size != found.vocab_size or not controls.issuperset(named):
         raise InputError(path, "names tokens that the tokenizer does not have", REMEDY)
@@ -106,7 +108,9 @@ def read_own_json(
 class _TokenizerJson:
     """A tokenizer.json with what the other files of its directory say about its tokens."""
 
-    def __init__(self, directory: Path, files: HuggingFaceFiles) -> None:
+    def __init__(self, directory: Path, files: HuggingFaceFiles, eod: int | None = None) -> None:
+        """eod: the id that ends a document, where it does not depend on the files."""
+        self._given_eod = eod
         self.path = directory / TOKENIZER_JSON_NAME
         self.directory = directory
         self.files = files
@@ -178,6 +182,9 @@ class _TokenizerJson:
 
     def _eod(self) -> int:
         """Return the id of the model's own end-of-document token."""
+        given = self._given_eod
+        if given is not None and given in self.control.values():
+            return given
         text = self.roles.get("eos")
         if text in _TURN_ENDS:
             text = next((each for each in _DOCUMENT_ENDS if each in self.control), text)

@@ -156,10 +156,10 @@ A, Q = ({"role": role, "content": f"{role[0]}"} for role in ("assistant", "user"
         # A conversation may begin with the assistant.
         (CHATML, [A, Q, A], "<|im_start|>assistant\n{a<|im_end|>}\n<|im_start|>user\nu<|im_end|>\n"
          "<|im_start|>assistant\n{a<|im_end|>}\n<|endoftext|>"),
-        # White space ends a turn where no control token does.
+        # White space ends a turn where no control token does, and EOD the last one.
         ("{% for m in messages %}{{ m.role }}={{ m.content }}\n{% endfor %}"
          "{% if add_generation_prompt %}assistant={% endif %}", [Q, A, Q, A],
-         "user=u\nassistant={a\n}user=u\nassistant={a\n}<|endoftext|>"),
+         "user=u\nassistant={a\n}user=u\nassistant={a\n<|endoftext|>}"),
         # There is no header: an answer follows the question.
         ("{% for m in messages %}{% if m.role == 'user' %}Q{{ m.content }}?{% else %}"
          "{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}", [Q, A], "Qu?{a<|endoftext|>}"),

@@ -1,0 +1,23 @@
+"""The tokens with which a turn of a conversation ends, at which generation stops beside EOD."""
+
+from __future__ import annotations
+
+from megaphase.chats.encoder import ChatEncoder
+from megaphase.tokenizer import Tokenizer
+from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles
+
+
+def turn_ends(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the token with which the tokenizer's chat template ends the assistant's turns, and the
+    `eos_token` of its files; without EOD, so that most tokenizers have none.
+
+    Raises InputError if the chat template cannot be parsed.
+    """
+    if not tokenizer.path.is_dir():
+        return frozenset()
+    chats = ChatEncoder.find(tokenizer)
+    files = HuggingFaceFiles(tokenizer.path)
+    text = files.special_token("eos_token")
+    named = (files.pieces | files.added_tokens).get(text) if text is not None else None
+    found = {named, None if chats is None else chats.turn_end}
+    return frozenset(token for token in found if token not in (None, tokenizer.eod))
