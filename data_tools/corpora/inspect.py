@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megaphase.chats.marked_text import MARKS_EXPLAINED, marked_text
 from megaphase.corpus import Corpus, Manifest
 from megaphase.corpus.integrity import check_document, check_files
 from megaphase.corpus.manifest import IDS_SUFFIX, SOURCES_SUFFIX
@@ -43,6 +44,8 @@ def describe(prefix: Path) -> RenderableType:
 def document_text(prefix: Path, tokenizer_dir: Path, index: int) -> tuple[str, str]:
     """Return the text of document `index` (from 0) and a description of its origin.
 
+    Of a conversation, control tokens are shown, and what has a loss is put into marks.
+
     Raises InputError if there is no such document, it was altered, or the corpus was made with
     another tokenizer.
     """
@@ -67,7 +70,11 @@ def document_text(prefix: Path, tokenizer_dir: Path, index: int) -> tuple[str, s
         known += [f"from {source}"] if source is not None else []
         origin = ", ".join(known) or origin
     check_document(corpus, index)
-    return tokenizer.decode(corpus.document(index)), f"document {index:,}: {origin}"
+    description = f"document {index:,}: {origin}"
+    if corpus.targets is None:
+        return tokenizer.decode(corpus.document(index)), description
+    text = marked_text(tokenizer, corpus.document(index), corpus.targets_of(index))
+    return text, f"{description}; {MARKS_EXPLAINED}"
 
 
 def _figures(corpus: Corpus) -> Table:
@@ -85,7 +92,9 @@ def _figures(corpus: Corpus) -> Table:
     for name, value in (
         ("corpus", str(corpus.prefix)),
         ("documents", f"{manifest.documents:,}{skipped}"),
+        ("kind", _kind(manifest)),
         ("tokens", f"{manifest.tokens:,} as {manifest.dtype}"),
+        *_targets(corpus),
         ("text", f"{manifest.text_bytes:,} bytes of UTF-8"),
         ("bytes per token", f"{manifest.text_bytes / max(text_tokens, 1):.3f} (without EOD)"),
         ("on disk", f"{disk_bytes:,} bytes"),
@@ -97,6 +106,22 @@ def _figures(corpus: Corpus) -> Table:
     ):
         table.add_row(Text(name, style="bold"), Text(value))
     return table
+
+
+def _kind(manifest: Manifest) -> str:
+    if manifest.kind == "chat":
+        ends = "not recorded" if manifest.turn_end is None else f"token {manifest.turn_end}"
+        return f"chat: conversations; end of a turn: {ends}"
+    if manifest.kind == "translation":
+        return f"translation: pairs, with the tag {manifest.tag}"
+    return "lm: texts"
+
+
+def _targets(corpus: Corpus) -> list[tuple[str, str]]:
+    if corpus.targets is None:
+        return []
+    count = int(np.count_nonzero(corpus.targets))
+    return [("targets", f"{count:,} tokens have a loss, {count / corpus.manifest.tokens:.1%}")]
 
 
 def _origins(manifest: Manifest) -> str:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megaphase.chats.marked_text import MARKS_EXPLAINED, marked_text
 from megaphase.corpus.integrity import check_document
 from megaphase.corpus.origins import Origin
 from megaphase.plan.plan import Plan, Starts
@@ -90,13 +91,18 @@ def trace_step(
 def sample_texts(plan: Plan, sample: TracedSample, tokenizer: Tokenizer) -> list[str]:
     """Return the text of every piece; a character that is cut at a piece's edge becomes U+FFFD.
 
-    Source and target are separated by an arrow. Raises InputError if a document was altered.
+    Source and target are separated by an arrow; of conversations, control tokens are shown, and
+    what has a loss is put into marks. Raises InputError if a document was altered.
     """
     corpus = plan.spec.streams[sample.task].corpus
     texts = []
     for piece in sample.pieces:
         check_document(corpus, piece.document)
         tokens = corpus.document(piece.document)[piece.first : piece.last]
+        if corpus.targets is not None:
+            targets = corpus.targets_of(piece.document)[piece.first : piece.last]
+            texts.append(marked_text(tokenizer, tokens, targets))
+            continue
         sides = _source_and_target(tokens, corpus.manifest.tag)
         texts.append(" → ".join(tokenizer.decode(side) for side in sides))
     return texts
@@ -150,6 +156,8 @@ def print_texts(
     console: Console, plan: Plan, samples: list[TracedSample], tokenizer: Tokenizer
 ) -> None:
     """Print the text of the samples, document by document."""
+    if any(plan.spec.streams[sample.task].corpus.targets is not None for sample in samples):
+        console.print(f"Of conversations, {MARKS_EXPLAINED}.", style="cyan", markup=False)
     for sample in samples:
         console.print(
             f"\nrow {sample.row}: {sample.task}, epoch {sample.epoch}, "
