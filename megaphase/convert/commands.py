@@ -206,6 +206,10 @@ def to_hf_command(
         source = "as asked for" if max_positions else "the checkpoint's seq_len"
         length = written.shape.seq_len
         print(f"max_position_embeddings is {length}, {source}; --max-positions sets it.")
+    if written.chat_ends is not None:
+        ends = " and ".join(written.chat_ends)
+        print(f"Chat template: generation stops at {ends}. Text that spells a control token")
+        print("becomes that token in transformers; megaphase refuses such messages.")
 
 
 @convert_app.command("from-hf")

@@ -51,7 +51,7 @@ class BeamSearch:
         for rank, (gain, number, token) in enumerate(candidates):
             if len(self.live) == beam:
                 break
-            hypothesis = before[number].then(token, gain, self._eod)
+            hypothesis = before[number].then(token, gain, self._eod, self._how.ends)
             if not hypothesis.ended:
                 self.live.append(hypothesis)
                 origins.append((number, token))
@@ -85,7 +85,7 @@ def beam_search(
     active = list(searches)
     decoder.select([i for i in range(len(prompts)) for _ in range(beam)])
     while True:
-        everything = _candidates(decoder.logits.log_softmax(-1), active, beam)
+        everything = _candidates(decoder.logits.log_softmax(-1), active, how)
         rows, tokens, unfinished = [], [], []
         for place, (search, candidates) in enumerate(zip(active, everything, strict=True)):
             if origins := search.extend(candidates):
@@ -105,20 +105,22 @@ def beam_search(
         decoder.step(to_device(torch.tensor(tokens), decoder.logits.device))
 
 
-def _candidates(gains: Tensor, searches: Sequence[BeamSearch], beam: int) -> list[list[Candidate]]:
-    """Return the most likely extensions of every search's hypotheses, twice as many as may be live:
-    at most half of them end.
+def _candidates(
+    gains: Tensor, searches: Sequence[BeamSearch], how: Decoding
+) -> list[list[Candidate]]:
+    """Return the most likely extensions of every search's hypotheses: as many as may be live, and
+    as many again for each token that ends one.
 
     gains: [searches * beam, vocab], the log-probabilities of the next token.
     """
-    vocab = gains.shape[1]
+    vocab, beam = gains.shape[1], how.beam
     totals = [
         [each.log_probability for each in search.live] + [-math.inf] * (beam - len(search.live))
         for search in searches
     ]
     before = to_device(torch.tensor(totals, dtype=torch.float64), gains.device).view(-1, 1)
     scores = (gains + before).view(len(searches), beam * vocab)
-    count = min(2 * beam, beam * vocab)
+    count = min((2 + len(how.ends)) * beam, beam * vocab)
     values, places, tied = _largest_unless_tied(scores, count)
     figures = _figures(gains, values, places, tied)
     if figures[3].any():

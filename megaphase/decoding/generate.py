@@ -24,7 +24,8 @@ def generate(
     numbers: Sequence[int] | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> list[Continuation]:
-    """Return the best continuation of every prompt, up to EOD; it does not depend on the batch.
+    """Return the best continuation of every prompt, up to EOD or one of `how.ends`; it does not
+    depend on the batch.
 
     A continuation also ends at the model's seq_len. An empty prompt starts a document, as after
     EOD.

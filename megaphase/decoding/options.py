@@ -19,6 +19,7 @@ class Decoding:
         top_k: sample among this many most likely tokens; 0: all.
         top_p: sample among the most likely tokens whose probabilities sum to this.
         seed: seed of the sampling.
+        ends: tokens that end a continuation as EOD does, such as the end of a turn.
     """
 
     max_tokens: int = 64
@@ -28,6 +29,7 @@ class Decoding:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    ends: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Prompt:
     Attributes:
         number: index in the input, on which the random numbers depend.
         limit: maximum number of new tokens, EOD included.
-        stop: whether a continuation with these tokens is finished; None: EOD alone finishes it.
+        stop: whether a continuation with these tokens is finished; None: tokens alone finish it.
     """
 
     tokens: list[int]
@@ -51,18 +53,22 @@ class Continuation:
     """A generated continuation of a prompt.
 
     Attributes:
-        tokens: the new tokens without EOD.
-        log_probability: of the tokens, and of EOD if it was generated, in nats.
-        ended: whether EOD was generated.
+        tokens: the new tokens without the one that ends them.
+        log_probability: of the tokens, and of EOD or the end of a turn if it was generated, in
+            nats.
+        ended: whether one of these was generated.
     """
 
     tokens: list[int] = field(default_factory=list)
     log_probability: float = 0.0
     ended: bool = False
 
-    def then(self, token: int, gain: float, eod: int) -> Continuation:
-        """Return the continuation extended by one token with this log-probability."""
+    def then(
+        self, token: int, gain: float, eod: int, ends: frozenset[int] = frozenset()
+    ) -> Continuation:
+        """Return the continuation extended by one token with this log-probability; EOD and `ends`
+        finish it."""
         total = self.log_probability + gain
-        if token == eod:
+        if token == eod or token in ends:
             return Continuation(self.tokens, total, ended=True)
         return Continuation([*self.tokens, token], total)

@@ -42,7 +42,7 @@ def sample(
         for step_tokens, step_gains in torch.stack(figures).cpu().tolist():
             for i, token, gain in zip(rows, step_tokens, step_gains, strict=True):
                 if not finished[i]:
-                    found[i] = found[i].then(int(token), gain, eod)
+                    found[i] = found[i].then(int(token), gain, eod, how.ends)
                     stop = prompts[i].stop
                     finished[i] = found[i].ended or (stop is not None and stop(found[i].tokens))
         active = [row for row, i in enumerate(rows) if not finished[i] and done < limits[i]]

@@ -67,9 +67,27 @@ def generate_command(
         Path | None,
         typer.Option(metavar="FILE", help="JSON lines with one prompt each; - is standard input."),
     ] = None,
+    messages: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON lines with the messages of a conversation each, which the tokenizer's chat "
+            "template renders for an answer; - is standard input.",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Each prompt is a user's message, to be answered as a chat."),
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="With --chat: the system's message.")
+    ] = None,
     json_key: Annotated[
-        str, typer.Option(help="The key of the prompt in a line of --input.")
-    ] = "prompt",
+        str | None,
+        typer.Option(
+            help="The key in a line of --input or --messages.", show_default="prompt, messages"
+        ),
+    ] = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="The run's or the imported model's by default."),
@@ -105,19 +123,29 @@ def generate_command(
     dtype: Dtype = None,
     average: Average = False,
     verify: Verify = True,
+    control_tokens: Annotated[
+        bool,
+        typer.Option("--control-tokens", help="Show control tokens within the generated texts."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
 ) -> None:
-    """Continue texts, on one GPU or the CPU, until the document ends or --max-tokens are generated.
+    """Continue texts, on one GPU or the CPU, until the document or, with a chat template, the turn
+    ends, or --max-tokens are generated.
 
     Greedy by default; use --beam for the most likely text, --temperature for a random one. The
-    result does not depend on the other prompts. A prompt "" starts a new document.
+    result does not depend on the other prompts. A prompt "" starts a new document. Control tokens
+    in a prompt are ordinary text; --messages and --chat render conversations.
 
     Example: megaphase generate runs/a --prompt "The sea" --prompt "Das Meer"
 
     Example: megaphase generate runs/a@best-hi --input prompts.jsonl --temperature 0.8 --json
+
+    Example: megaphase generate runs/a@chat --chat --prompt "Where is the sea?"
     """
     from json import dumps
 
+    from megaphase.chats.marked_text import text_with_control_tokens
+    from megaphase.chats.turn_ends import turn_ends
     from megaphase.checkpoint.names import with_latest
     from megaphase.convert.source import open_source
     from megaphase.convert.source_tokenizer import (
@@ -126,22 +154,42 @@ def generate_command(
         prompt_start,
     )
     from megaphase.decoding.options import Decoding
-    from megaphase.generation.prompts import read_prompts
+    from megaphase.generation.prompts import (
+        asked,
+        encode_conversations,
+        read_conversations,
+        read_prompts,
+        spelled_control_token,
+    )
     from megaphase.utils.errors import InputError
 
-    if (prompt is None) == (input is None):
-        problem = "neither is given" if prompt is None else "both are given"
+    if messages is not None and not (prompt is None and input is None):
+        raise InputError("--messages", "does not go with --prompt and --input", "give one of them")
+    if messages is None and (prompt is None) == (input is None):
+        missing = "neither is given, and no --messages"
+        problem = missing if prompt is None else "both are given"
         raise InputError("--prompt and --input", problem, "give one of them")
+    if chat and messages is not None:
+        raise InputError("--chat", "is for --prompt and --input", "leave it out")
+    if system is not None and not chat:
+        remedy = "add --chat, or write the message into the file of --messages"
+        raise InputError("--system", "belongs to --chat", remedy)
     if beam > 1 and temperature:
         raise InputError("--beam", "cannot be combined with --temperature", "give one of them")
     if not temperature and (top_k or top_p < 1.0):
         raise InputError("--top-k and --top-p", "apply only to sampling", "give --temperature, too")
-    texts = prompt or read_prompts(input or Path(), json_key)
+    texts = prompt or ([] if input is None else read_prompts(input, json_key or "prompt"))
+    conversations = asked(texts, system) if chat else []
+    if messages is not None:
+        conversations = read_conversations(messages, json_key or "messages")
     check_tokenizer_known(checkpoint, tokenizer)
     source = open_source(with_latest(checkpoint), average=average)
     words = load_tokenizer(source, tokenizer)
     start = prompt_start(source, words)
-    prompts = [start + tokens for tokens in words.encode_batch(texts)]
+    encoded = (
+        encode_conversations(conversations, words) if conversations else words.encode_batch(texts)
+    )
+    prompts = [start + tokens for tokens in encoded]
 
     from megaphase.decoding.generate import check_lengths, generate, text_after
     from megaphase.generation.model import load_model
@@ -149,20 +197,36 @@ def generate_command(
 
     check_lengths(prompts, source.shape.seq_len)
     model = load_model(source, dtype, verify=verify)
-    how = Decoding(max_tokens, beam, length_penalty, temperature, top_k, top_p, seed)
+    how = Decoding(
+        max_tokens, beam, length_penalty, temperature, top_k, top_p, seed, turn_ends(words)
+    )
     console = new_console(stderr=True, highlight=False)
+    if not conversations and (spelled := spelled_control_token(texts, words)):
+        line = "Warning: prompt {} spells the control token {}, which is ordinary text there"
+        hint = "; --messages and --chat render conversations"
+        console.print(line.format(*spelled) + hint, markup=False, soft_wrap=True)
     if with_latest(checkpoint) != checkpoint:
         console.print(f"Checkpoint: {source.folder}", markup=False, soft_wrap=True)
     with counting_progress(console, "generating", len(prompts)) as advance:
         found = generate(model, prompts, how, words.eod, batch=batch, advance=advance)
-    for number, (text, each) in enumerate(zip(texts, found, strict=True)):
+    for number, each in enumerate(found):
         completion = text_after(prompts[number], each.tokens, words)
+        if control_tokens:
+            before = text_with_control_tokens(words, prompts[number])
+            both = text_with_control_tokens(words, [*prompts[number], *each.tokens])
+            completion = both.removeprefix(before)
+        asked_for: dict[str, object] = (
+            {"messages": conversations[number].messages}
+            if conversations
+            else {"prompt": texts[number]}
+        )
         if json:
-            row = {"prompt": text, "completion": completion, "tokens": len(each.tokens)}
+            row = {**asked_for, "completion": completion, "tokens": len(each.tokens)}
             row |= {"log_probability": each.log_probability, "ended": each.ended}
             print(dumps(row, ensure_ascii=False))
-        else:
-            print(f"{'' if number == 0 else chr(10)}{text}{completion}")
+            continue
+        shown = conversations[number].shown() if conversations else texts[number]
+        print(f"{'' if number == 0 else chr(10)}{shown}{completion}")
 
 
 def translate_command(

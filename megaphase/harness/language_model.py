@@ -19,6 +19,7 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from megaphase.chats.turn_ends import turn_ends
 from megaphase.decoding.options import Decoding
 from megaphase.harness.scoring import Scored
 from megaphase.harness.service import Continued, ModelService
@@ -41,6 +42,7 @@ class ServedModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         self.service, self._tokens = service, service.tokenizer
         self._bos = self._tokens.bos if self._tokens.adds_bos else None
         self._tasks: list[str | None] = []  # of the requests that are being tokenized
+        self._turn_ends = turn_ends(self._tokens)
 
     @property
     def eot_token_id(self) -> int:
@@ -157,7 +159,8 @@ class ServedModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         elif not sampled.get("temperature"):
             raise InputError(task, "do_sample needs a temperature above 0", "set it")
         tokens = self.tok_encode(context)[-room:] or [self.prefix_token_id]
-        return Continued(tokens, Decoding(new_tokens, **sampled), tuple(filter(None, stops)))
+        how = Decoding(new_tokens, ends=self._turn_ends, **sampled)
+        return Continued(tokens, how, tuple(filter(None, stops)))
 
 
 def _check_generation(task: str, given: Mapping[str, Any]) -> None:

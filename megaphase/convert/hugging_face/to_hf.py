@@ -11,6 +11,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from megaphase.chats.template import ChatTemplate
+from megaphase.chats.turn_ends import turn_ends
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.checkpoint.tensor_file import TensorKind
 from megaphase.convert.hugging_face.config_file import CONFIG_FILE
@@ -28,7 +30,6 @@ from megaphase.convert.weights import Weights, WithZeroBiases, in_model_order, r
 from megaphase.model.parameters import parameter_count
 from megaphase.model.shape import GPTShape
 from megaphase.tokenizer import Tokenizer
-from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_json, read_json
 
@@ -42,10 +43,12 @@ class Written:
     Attributes:
         family: of the model.
         shape: as config.json describes it.
+        chat_ends: the tokens at which generation stops; None if there is no chat template.
     """
 
     family: Family
     shape: GPTShape
+    chat_ends: list[str] | None = None
 
 
 def to_hf(
@@ -89,6 +92,7 @@ def to_hf(
         described = replace(shape, seq_len=max_positions)
     dtype = source.dtype(precision)
     words = None if no_tokenizer else load_tokenizer(source, tokenizer)
+    turns: frozenset[int] = frozenset()
     weights = WithZeroBiases(source.weights, shape)
     nbytes = dtype.itemsize * parameter_count(shape)
     with new_folder(out, nbytes) as folder:
@@ -110,9 +114,12 @@ def to_hf(
         tokens: dict[str, int | list[int] | None] = {"bos_token_id": None, "eos_token_id": None}
         if words is not None:
             write_hf_tokenizer(words, folder, max_length=described.seq_len)
-            tokens = {"bos_token_id": _bos(folder, words), "eos_token_id": _ends(folder, words)}
+            turns = turn_ends(words)
+            tokens = {"bos_token_id": _bos(folder, words), "eos_token_id": _ends(words, turns)}
         _write_configs(folder, family.config(described), dtype, tokens)
-    return Written(family, described)
+        has_template = words is not None and ChatTemplate.find(folder) is not None
+    ends = [words.piece(each) for each in (words.eod, *sorted(turns))] if words else []
+    return Written(family, described, ends if has_template else None)
 
 
 def _write_weights(
@@ -205,10 +212,7 @@ def _bos(folder: Path, tokenizer: Tokenizer) -> int | None:
     return next((i for i in range(tokenizer.vocab_size) if tokenizer.piece(i) == text), None)
 
 
-def _ends(folder: Path, tokenizer: Tokenizer) -> int | list[int]:
-    """Return the ids at which generation stops: EOD and, if it is another token, the eos_token of
-    the tokenizer in a folder, with which a chat model ends a turn."""
-    files = HuggingFaceFiles(folder)
-    text = files.special_token("eos_token")
-    token = (files.pieces | files.added_tokens).get(text) if text is not None else None
-    return tokenizer.eod if token in (None, tokenizer.eod) else [tokenizer.eod, token]
+def _ends(tokenizer: Tokenizer, turns: frozenset[int]) -> int | list[int]:
+    """Return the ids at which generation stops: EOD and, where there are others, the tokens that
+    end a turn."""
+    return [tokenizer.eod, *sorted(turns)] if turns else tokenizer.eod

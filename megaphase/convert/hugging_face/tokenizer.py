@@ -3,7 +3,8 @@
 The written files give the same ids in transformers as in Megaphase, apart from BOS: transformers
 puts it before every text if the model was trained with it, Megaphase only where a document begins.
 EOD is not added. Control tokens come from ids only, never from text (`split_special_tokens`), so
-that a document that contains "</s>" does not end there.
+that a document that contains "</s>" does not end there. Where there is a chat template,
+`apply_chat_template` needs the opposite: text that spells a control token becomes it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
+from megaphase.chats.template import ChatTemplate
 from megaphase.convert.hugging_face.tokenizer_json import tokenizer_json
 from megaphase.tokenizer import (
     MODEL_NAME,
@@ -62,6 +64,7 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -
     path = tokenizer.path
     if tokenizer.record.library == "tokenizers":
         copy_tokenizer(path, folder)
+        _let_chat_template_name_tokens(folder)
         return
     is_own = path.is_dir() and (path / RECORD_NAME).exists() and not tokenizer.record.extends
     if path.is_dir() and not is_own and _class_name(path):
@@ -112,6 +115,16 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in _FILE_NAMES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def _let_chat_template_name_tokens(folder: Path) -> None:
+    """Leave out `split_special_tokens` where there is a chat template, whose text `transformers`
+    would split as well."""
+    path = folder / _CONFIG_NAME
+    if path.is_file() and ChatTemplate.find(folder) is not None:
+        config = read_json(path)
+        if config.pop("split_special_tokens", None):
+            atomic_write_json(path, config)
 
 
 def _class_name(directory: Path) -> str | None:
