@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Encoder
 
 from megaphase.chats.template_files import CONFIG_NAME, read_special_tokens
-from megaphase.tokenizer import TOKENIZER_JSON_NAME, Tokenizer
+from megaphase.tokenizer import RECORD_NAME, TOKENIZER_JSON_NAME, Tokenizer
 from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles
 from megaphase.utils.errors import InputError
 
@@ -34,7 +34,9 @@ def load_encoder(tokenizer: Tokenizer, *, trims_offsets: bool) -> Any:
 
 def check_keeps_control_tokens(tokenizer: Tokenizer) -> None:
     """Raise InputError if transformers splits the control tokens that a chat template writes."""
-    if HuggingFaceFiles(tokenizer.path).config.get("split_special_tokens"):
+    # Of tokenizers that were made here, `convert to-hf` leaves the key out.
+    is_own = (tokenizer.path / RECORD_NAME).is_file()
+    if not is_own and HuggingFaceFiles(tokenizer.path).config.get("split_special_tokens"):
         problem = "split_special_tokens: with it transformers splits control tokens of chats, too"
         raise InputError(tokenizer.path / CONFIG_NAME, problem, "leave it out")
 
