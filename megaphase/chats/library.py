@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Encoder
 
 from megaphase.chats.template_files import CONFIG_NAME, read_special_tokens
@@ -28,7 +28,8 @@ def load_encoder(tokenizer: Tokenizer, *, trims_offsets: bool) -> Any:
     encoder.no_padding()
     _add_tokens(encoder, tokenizer)
     if not trims_offsets:
-        encoder.post_processor = None  # of its work only the offsets are used
+        # One that does nothing: older versions of the library do not take None.
+        encoder.post_processor = processors.ByteLevel(trim_offsets=False)
     return encoder
 
 
