@@ -154,6 +154,7 @@ def assert_located(at: LocatedSample, rows: ReferenceRows, sample: Sample) -> No
 @settings(max_examples=100, deadline=None)
 @given(LENGTHS, SEGMENTS, st.sampled_from([1, 2, 5, 13]), st.integers(0, 400), st.integers(1, 6))
 @example(lengths=[17], segments=[(1, 0)], seq_len=5, hundredths=269, window=4)
+@example(lengths=[1, 1, 1, 9, 20], segments=[(3, 12)], seq_len=13, hundredths=159, window=3)
 def test_a_cap_counts_positions_of_the_corpus(lengths, segments, seq_len, hundredths, window):
     """A task has the samples left that reach the cap, to within one of them and what the shorter
     last sample of an epoch lacks, which may be among the last ones that are drawn."""
