@@ -53,7 +53,9 @@ class Claim:
             remedy = error.remedy
             if error.problem == NO_SUCH_FILE:
                 protocol, _, path = self._run.url.partition("://")
-                remedy = f"make the bucket {protocol}://{path.partition('/')[0]}, or check the URL"
+                bucket = path.partition("/")[0]
+                place = f"bucket {protocol}://{bucket}" if bucket else "folder"
+                remedy = f"make the {place}, or check the URL"
             problem = f"{self._run.url}: {error.problem}"
             raise InputError(self._key, problem, remedy) from None
 

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from remote_support import BUCKET, FaultyProxy, s3_server
@@ -50,6 +51,14 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpora(tmp_path_factory.mktemp("corpora"))
 
 
+@pytest.fixture(scope="module")
+def plain_rows(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The rows of a run that uploads nothing."""
+    folder = tmp_path_factory.mktemp("plain")
+    run_well("train", write_run_file(folder, settings_of(corpora)))
+    return timeless(read_rows(folder / "run"))
+
+
 def settings_of(corpora: Path, **checkpoint: object) -> dict[str, object]:
     checkpoint = {"every_steps": 4, "keep": 1, **checkpoint}
     return run_settings(corpora, checkpoint=checkpoint)
@@ -60,14 +69,16 @@ def whole(url: str) -> list[str]:
 
 
 def test_a_store_that_fails_changes_no_number_and_the_next_start_uploads(
-    corpora: Path, tmp_path: Path, server: FaultyProxy, prepare: partial[None]
+    corpora: Path,
+    tmp_path: Path,
+    server: FaultyProxy,
+    prepare: partial[None],
+    plain_rows: list[dict[str, Any]],
 ) -> None:
-    run_well("train", write_run_file(tmp_path / "plain", settings_of(corpora)))
     uploading = write_run_file(tmp_path / "up", settings_of(corpora, upload=URL))
     server.fail(503, method="PUT", part="shard-")
     said = run_well("train", uploading, prepare=prepare)
-    rows = timeless(read_rows(tmp_path / "up" / "run"))
-    assert rows == timeless(read_rows(tmp_path / "plain" / "run"))
+    assert timeless(read_rows(tmp_path / "up" / "run")) == plain_rows
     assert "is not uploaded yet: s3://" in said
     assert f"not uploaded to {URL}: " in said
     assert said.index("before the end: ") < said.index("Done: ")  # the results come last
@@ -89,7 +100,11 @@ def test_a_store_that_fails_changes_no_number_and_the_next_start_uploads(
 
 
 def test_a_run_that_is_killed_while_it_uploads_resumes(
-    corpora: Path, tmp_path: Path, server: FaultyProxy, prepare: partial[None]
+    corpora: Path,
+    tmp_path: Path,
+    server: FaultyProxy,
+    prepare: partial[None],
+    plain_rows: list[dict[str, Any]],
 ) -> None:
     """SIGKILL in the middle of the upload of a file: what is whole in the store can be fetched, the
     rest counts for nothing, and the resumed run uploads it, with the rows of an unbroken run."""
@@ -115,9 +130,7 @@ def test_a_run_that_is_killed_while_it_uploads_resumes(
     assert find_checkpoint(f"{url}@latest").name == begun[0]  # its files are as in the manifest
     server.fail(None)
     run_well("train", file, prepare=prepare)
-    run_well("train", write_run_file(tmp_path / "plain", settings_of(corpora)))
-    rows = timeless(read_rows(tmp_path / "up" / "run"))
-    assert rows == timeless(read_rows(tmp_path / "plain" / "run"))
+    assert timeless(read_rows(tmp_path / "up" / "run")) == plain_rows
     for folder in (tmp_path / "up/run/checkpoints").glob("step-*"):
         remote = RemoteRun(url).folder(folder.name)
         assert sorted(list_folder(remote)) == sorted(path.name for path in folder.iterdir())
