@@ -32,6 +32,7 @@ from megaphase.callbacks.trackers.wandb_tracker import WandbConfig
 from megaphase.config.fields import FilePath
 from megaphase.config.load import load_run_file
 from megaphase.config.run import RunConfig
+from megaphase.training.run_directory import RunDirectory
 from megaphase.training.startup import _check_trackers
 from megaphase.training.trainer import Trainer
 from megaphase.utils.errors import InputError
@@ -191,6 +192,32 @@ def test_a_tracker_whose_package_is_missing_is_refused(
     assert str(refused.value) == (
         f"{run_file}: logging.wandb: needs the package no_such_package, which is not installed; "
         'pip install "megaphase[no_such_package]"'
+    )
+
+
+@pytest.mark.parametrize("name", ["trackers", "trackers/wandb"])
+def test_a_file_in_place_of_a_trackers_folder_is_refused(
+    run_file: Path, tmp_path: Path, name: str
+) -> None:
+    overrides = ("logging={wandb: {project: languages}}", f"output={tmp_path}")
+    config = load_run_file(run_file, overrides)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("")
+    with pytest.raises(InputError) as refused:
+        RunDirectory(tmp_path).claim(config, {})
+    assert str(refused.value) == (
+        f"{path}: is no folder, which logging.wandb needs; move it away, or leave out logging.wandb"
+    )
+
+
+def test_a_store_to_which_mlflow_does_not_write_is_refused(run_file: Path) -> None:
+    mlflow = "logging={mlflow: {experiment: languages, tracking_uri: mlruns}}"
+    with pytest.raises(InputError) as refused:
+        _check_trackers(load_run_file(run_file, (mlflow,)))
+    assert str(refused.value) == (
+        f"{run_file}: logging.mlflow.tracking_uri: mlruns is a folder, to which MLflow does not "
+        "write any more; give a server or sqlite:////data/mlflow.db"
     )
 
 
