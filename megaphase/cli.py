@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -50,7 +50,37 @@ from megaphase.utils.standard_streams import prepare_streams
 
 SECONDS_FOR_RANK_0 = 1.0
 
-app = typer.Typer(
+
+class _Program(typer.Typer):
+    """All commands; calling it runs the command line of this process."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> None:
+        """Run a command.
+
+        Raises:
+            InputError: an option or an argument is wrong.
+            SystemExit: the exit code is not 0.
+        """
+        try:
+            code = super().__call__(*arguments, standalone_mode=False, **options)
+        except typer.Abort:
+            print("megaphase: the input has ended", file=sys.stderr)
+            code = EXIT_FAILED
+        except Exception as error:
+            # typer's errors have no public base class in all of its versions.
+            message = getattr(error, "format_message", None)
+            if message is None:
+                raise
+            problem = " ".join(message().split()).rstrip(".")
+            if problem:
+                command = getattr(getattr(error, "ctx", None), "command_path", "megaphase")
+                raise InputError("", problem, f"see `{command} --help`") from None
+            code = EXIT_WRONG_INPUT  # a group without a command has printed its help
+        if code:
+            sys.exit(code)
+
+
+app = _Program(
     help="Train multilingual GPT models in phases: first on the high-resource tasks, then, with "
     "fresh optimizer state and schedule, on a mixture that raises the low-resource ones.",
     epilog="Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped by a signal "
@@ -106,11 +136,9 @@ def main() -> None:
         try:
             require_utf8(sys.argv[1:])
             try:
-                code = _run_app()
+                app()
             finally:
                 sys.stdout.flush()  # here, where a failure can still be reported
-            if code:
-                sys.exit(code)
         except (InputError, RunError, Stopped, EndedAtOnce) as error:
             _stop(error, exit_code(error))
         except BrokenPipeError:
@@ -127,30 +155,6 @@ def main() -> None:
             if interrupts and _is_interrupt(error):
                 _stop(interrupts[0], interrupts[0].exit_code)
             raise
-
-
-def _run_app() -> int:
-    """Run the subcommand of the command line; return an exit code.
-
-    Raises:
-        InputError: an option or an argument is wrong.
-    """
-    try:
-        code = app(standalone_mode=False)
-    except typer.Abort:
-        print("megaphase: the input has ended", file=sys.stderr)
-        return EXIT_FAILED
-    except Exception as error:
-        # typer's errors have no public base class in all of its versions.
-        message = getattr(error, "format_message", None)
-        if message is None:
-            raise
-        problem = " ".join(message().split()).rstrip(".")
-        if not problem:  # a group without a command has printed its help
-            return EXIT_WRONG_INPUT
-        command = getattr(getattr(error, "ctx", None), "command_path", "megaphase")
-        raise InputError("", problem, f"see `{command} --help`") from None
-    return code if isinstance(code, int) else 0
 
 
 def _is_interrupt(error: BaseException) -> bool:
