@@ -123,7 +123,7 @@ class ChatEncoder:
             targets = np.append(targets, np.uint8(0))
         if messages[-1]["role"] == ASSISTANT and self._ends_with_eod:
             # Where no other token says it, EOD says that the answer has ended.
-            targets[np.flatnonzero(targets)[-1] :] = 1
+            targets[-1] = 1
         size = sum(len(each["content"].encode()) for each in messages)
         return EncodedChat(ids, targets, _prompt(messages), size)
 
@@ -156,8 +156,8 @@ class ChatEncoder:
             )
         if example.turn_end is None:
             remarks.append(
-                "the template ends the assistant's turns with no control token: what follows the "
-                "last one is trained, too, up to the EOD, where generation stops"
+                "the template ends the assistant's turns with no control token: the EOD after the "
+                "last one is trained, too, where generation stops"
             )
         elif not example.is_trained:
             piece = self.tokenizer.piece(example.turn_end)

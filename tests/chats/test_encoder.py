@@ -160,6 +160,10 @@ A, Q = ({"role": role, "content": f"{role[0]}"} for role in ("assistant", "user"
         ("{% for m in messages %}{{ m.role }}={{ m.content }}\n{% endfor %}"
          "{% if add_generation_prompt %}assistant={% endif %}", [Q, A, Q, A],
          "user=u\nassistant={a\n}user=u\nassistant={a\n<|endoftext|>}"),
+        # The marks of the template are kept; EOD says that the last answer has ended.
+        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}={% else %}"
+         "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}!{% endfor %}",
+         [Q, A, Q, A], "u=!{a}!u=!{a}!{<|endoftext|>}"),
         # There is no header: an answer follows the question.
         ("{% for m in messages %}{% if m.role == 'user' %}Q{{ m.content }}?{% else %}"
          "{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}", [Q, A], "Qu?{a<|endoftext|>}"),
