@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,15 @@ from megaphase.init.base_model import with_length as shape_of
 from megaphase.init.found_corpora import FoundCorpus
 from megaphase.init.layout import GPUs, Layout, find_layout, need_more
 from megaphase.init.recipe import (
+    CHAT_EPOCHS,
     FEWEST_STEPS,
+    MOST_CHAT,
     TOKENS_PER_PARAMETER,
+    Phase,
     Recipe,
     Task,
     batch_tokens,
+    chat_phase,
     for_published,
     from_scratch,
     held_out_fraction,
@@ -58,6 +62,13 @@ class Answers:
     model: str | None = None
     checkpoint: str | None = None
     wants_no_low: bool = False
+
+    def chats(self) -> set[str]:
+        """Return the names of the corpora of conversations, which get a phase of their own: all of
+        them, unless a model would be trained from scratch on nothing else."""
+        found = {each.name for each in self.corpora if each.manifest.kind == "chat"}
+        is_all = self.checkpoint is None and len(found) == len(self.corpora)
+        return set() if is_all else found
 
 
 @dataclass(frozen=True)
@@ -117,8 +128,11 @@ def _suggested(answers: Answers) -> BaseModel:
     """Return the largest preset that fits and sees enough tokens for its parameters, in these hours
     and of this text; the smallest one if none does."""
     vocab = answers.tokenizer.vocab_size
+    chats = answers.chats()
     text = [
-        Task(each.name, each.name in answers.low, each.manifest.tokens) for each in answers.corpora
+        Task(each.name, each.name in answers.low, each.manifest.tokens)
+        for each in answers.corpora
+        if each.name not in chats
     ]
     there = most_tokens(text, published=False)
     for name in reversed(PRESETS):
@@ -235,8 +249,8 @@ def _tasks(answers: Answers, config: RunConfig) -> list[Task]:
                 f"has {stream.tokens:,} tokens to train on, too few for {name} to be a task",
                 "add text, or leave it out",
             )
-        tasks.append(Task(name, name in answers.low, tokens))
-    return sorted(tasks, key=lambda task: (task.low, -task.tokens))
+        tasks.append(Task(name, name in answers.low, tokens, name in answers.chats()))
+    return sorted(tasks, key=lambda task: (task.chat, task.low, -task.tokens))
 
 
 def _samples(tokens: int, seq_len: int, gpus: GPUs) -> int:
@@ -255,7 +269,10 @@ def _recipe_and_layout(
     gpus, shape = answers.gpus, shape_of(model.shape, seq_len)
     published = model.checkpoint is not None
     samples = _samples(batch_tokens(model.parameters), seq_len, gpus)
-    there = most_tokens(tasks, published)
+    chats = [task for task in tasks if task.chat]
+    texts = [task for task in tasks if not task.chat]
+    of_chats = CHAT_EPOCHS * sum(task.tokens for task in chats)
+    there = most_tokens(texts, published) if texts else of_chats
     layout = find_layout(shape, gpus, samples, masked=_masked(answers))
     if layout is None:
         raise need_more(shape, gpus, f"a model of {model.parameters:,} parameters")
@@ -267,19 +284,26 @@ def _recipe_and_layout(
         layout = find_layout(shape, gpus, samples, masked=_masked(answers)) or layout
         wanted = layout.tokens_per_second * answers.hours * HOUR
     where, batch = "--hours" if gpus.is_cpu else f"--gpus {gpus.count}", samples * seq_len
+    last: list[Phase] = []
+    if chats:
+        most, smallest = (MOST_CHAT if texts else 1.0) * wanted, layout.setup.data
+        last = [chat_phase(chats, most, samples, seq_len, smallest, model.parameters, where)]
+        wanted -= last[0].tokens
+    if not texts:
+        return Recipe(last, of_chats < most), layout
     if published:
         recipe = for_published(
-            tasks, wanted, batch, model.parameters, where, new_rows=model.new_tokens
+            texts, wanted, batch, model.parameters, where, new_rows=model.new_tokens
         )
     else:
-        recipe = from_scratch(tasks, wanted, batch, model.parameters, where)
-    return recipe, layout
+        recipe = from_scratch(texts, wanted, batch, model.parameters, where)
+    return replace(recipe, phases=[*recipe.phases, *last]), layout
 
 
 def _remarks(choice: Choice) -> list[str]:
     """Return what the user should know of what was chosen."""
     remarks, model = [], choice.model
-    high = [task for task in choice.tasks if not task.low]
+    high = [task for task in choice.tasks if not task.low and not task.chat]
     low = [task for task in choice.tasks if task.low]
     per_parameter = choice.recipe.tokens / model.parameters
     if model.checkpoint is None:

@@ -116,9 +116,10 @@ def _checked(name: str, where: str) -> str:
 
 
 def suggested_low(corpora: Sequence[FoundCorpus]) -> list[str]:
-    """Return the tasks with few tokens beside the largest one."""
-    most = max(each.manifest.tokens for each in corpora)
-    return [each.name for each in corpora if each.manifest.tokens <= LOW_FRACTION * most]
+    """Return the tasks with few tokens beside the largest one; conversations are none of them."""
+    texts = [each for each in corpora if each.manifest.kind != "chat"]
+    most = max((each.manifest.tokens for each in texts), default=0)
+    return [each.name for each in texts if each.manifest.tokens <= LOW_FRACTION * most]
 
 
 def find_tokenizer(corpora: Sequence[FoundCorpus], near: Sequence[Path]) -> Path | None:

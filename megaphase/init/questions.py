@@ -193,6 +193,10 @@ def _low(given: Sequence[str], corpora: Sequence[FoundCorpus]) -> list[str]:
             raise InputError(
                 "--low", f"no corpus of {shown(name)}", hint(name, known, "the tasks are")
             )
+    for each in corpora:
+        if each.name in names and each.manifest.kind == "chat":
+            problem = f"{each.name} holds conversations, which get a phase of their own"
+            raise InputError("--low", problem, "leave it out")
     return [each.name for each in corpora if each.name in names]
 
 

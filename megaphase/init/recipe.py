@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megaphase.plan.plan import REPEATED_TOO_OFTEN
 from megaphase.utils.errors import InputError
@@ -27,7 +27,13 @@ SECOND_PEAK, FINAL = 1 / 3, 0.1
 # Tokens per parameter (Hoffmann et al. 2022).
 TOKENS_PER_PARAMETER = 20
 # Warm-up: a fraction of the phase's steps, and the most of them.
-WARMUP = {"pretrain": (0.02, 2000), "joint": (0.05, 500), "new-rows": (0.1, 20)}
+WARMUP = {
+    "pretrain": (0.02, 2000), "joint": (0.05, 500), "new-rows": (0.1, 20), "chat": (0.05, 100),
+}  # fmt: skip
+# Conversations: epochs, a fraction of the pre-training's peak (both as of Touvron et al. 2023,
+# Llama 2: 2 epochs at 2e-5), the most of all tokens where there is text, and the fewest steps for
+# which the batch is made smaller.
+CHAT_EPOCHS, CHAT_PEAK, MOST_CHAT, FEWEST_CHAT_STEPS = 2.0, 0.1, 0.1, 100
 NEW_ROWS_STEPS, NEW_ROWS_PEAK, NEW_ROWS_EPOCHS = 100, 1e-3, 0.25
 MILLION, FEW_TASKS = 10**6, 8
 # Tokens of a batch by parameters (Brown et al. 2020, table 2.1, and below it).
@@ -45,11 +51,13 @@ class Task:
     Attributes:
         low: whether it is low-resource; for a published model, whether it is new to it.
         tokens: of an epoch of its training documents, in whole samples.
+        chat: whether it is of conversations, which get a phase of their own.
     """
 
     name: str
     low: bool
     tokens: int
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Phase:
 
     Attributes:
         rates: by task, in millionths, which sum to a million.
+        samples: of a batch; None: as in the phases before.
     """
 
     name: str
@@ -67,6 +76,7 @@ class Phase:
     peak: float
     warmup_steps: int
     trained: str = "all"
+    samples: int | None = None
 
     def epochs(self, tasks: Sequence[Task]) -> dict[str, float]:
         """Return how often each task is repeated within the phase."""
@@ -225,6 +235,40 @@ def for_published(
     phases.append(_phase("joint", steps, batch, in_millionths(in_order), second))
     limited = longest < wanted
     return Recipe(phases, limited, replay if old and new else None)
+
+
+def chat_phase(
+    chats: Sequence[Task],
+    most: float,
+    samples: int,
+    seq_len: int,
+    smallest: int,
+    parameters: int,
+    where: str,
+) -> Phase:
+    """Return the last phase, of conversations alone.
+
+    Args:
+        most: tokens that it may have.
+        samples: of a batch of the other phases.
+        smallest: samples that a batch has at least; it times a power of two is `samples`.
+
+    Raises:
+        InputError: the conversations are too few for a step.
+    """
+    there = _tokens(chats, low=False)
+    tokens = min(most, CHAT_EPOCHS * there)
+    while samples > smallest and tokens < FEWEST_CHAT_STEPS * samples * seq_len:
+        samples //= 2
+    batch = samples * seq_len
+    if tokens < batch <= min(most, USED * MAX_EPOCHS * there):
+        tokens = batch
+    steps = _steps(tokens, batch, where)
+    rates = capped_rates(chats, steps * batch, 1.0, 1.0)
+    phase = _phase(
+        "chat", steps, batch, in_millionths(rates), rounded(peak(parameters) * CHAT_PEAK)
+    )
+    return replace(phase, samples=samples)
 
 
 def _steps(tokens: float, batch: int, where: str) -> int:

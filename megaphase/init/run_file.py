@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
+from math import gcd
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -150,7 +151,7 @@ def _tasks(choice: Choice) -> Iterator[str]:
         kind = corpus.manifest.kind
         keys = [] if kind == "lm" else [f"kind: {kind}"]
         keys.append(f"corpus: {path_in(corpus.prefix, choice.answers.out)}")
-        keys.append(f"role: {low if task.low else rest}")
+        keys += [] if task.chat else [f"role: {low if task.low else rest}"]
         keys += [f"held_out: {number(fraction)}"] if fraction != common else []
         line = f"  {text(task.name)}: {{{', '.join(keys)}}}"
         comment = f"# {amount(task.tokens)} tokens; {documents:,} documents held out"
@@ -221,6 +222,8 @@ def _phases(choice: Choice) -> Iterator[str]:
         if place or choice.model.checkpoint is not None:
             yield "    optimizer_state: reset"
         yield f"    tokens: {phase.tokens:_}  # {phase.steps:,} steps"
+        if phase.samples not in (None, choice.layout.setup.samples):
+            yield f"    batch: {_smaller_batch(choice, phase.samples)}"
         yield "    mixture:"
         yield from _rates(phase)
         yield f"      max_epochs: {number(MAX_EPOCHS)}  # over the run"
@@ -233,6 +236,12 @@ def _phases(choice: Choice) -> Iterator[str]:
             keys.append(f"final: {number(rounded(phase.peak * FINAL))}")
         keys.append(f"warmup_steps: {phase.warmup_steps}")
         yield f"    learning_rate: {{{', '.join(keys)}}}"
+
+
+def _smaller_batch(choice: Choice, samples: int) -> str:
+    """Return the `batch` of a phase with fewer samples: with the largest micro-batch that goes."""
+    of_rank, micro = samples // choice.layout.setup.data, choice.layout.setup.micro
+    return f"{{samples: {samples}, micro: {gcd(micro, of_rank)}}}"
 
 
 def _rates(phase: Phase) -> Iterator[str]:
@@ -249,6 +258,11 @@ def _rates(phase: Phase) -> Iterator[str]:
 def reason(choice: Choice, phase: Phase) -> str:
     """Return what a phase is for and why its rates are what they are."""
     low = [task.name for task in choice.tasks if task.low]
+    if phase.name == "chat" and any(task.chat for task in choice.tasks):
+        return (
+            "Conversations alone, from fresh optimizer state, at a tenth of a pre-training's peak: "
+            "the loss is on the assistant's turns. Two epochs, or what a tenth of the time allows."
+        )
     if phase.trained != "all":
         return (
             "The rows of the new tokens alone, so that they disturb nothing else; all other "
@@ -263,7 +277,7 @@ def reason(choice: Choice, phase: Phase) -> str:
             f"{kept}the learning rate warms up again, to a third of a pre-training's peak. "
             "See docs/continued-pretraining.md."
         )
-    if len(choice.recipe.phases) == 1:
+    if sum(phase.name != "chat" for phase in choice.recipe.phases) == 1:
         return "One phase, all tasks in proportion to their tokens."
     if phase.name == "pretrain":
         return "High-resource tasks alone, in proportion to their tokens."
@@ -336,11 +350,15 @@ def explanation(choice: Choice) -> Iterator[tuple[str, str]]:
     answers, setup, recipe = choice.answers, choice.layout.setup, choice.recipe
     rest, low = roles(choice)
     for role in (rest, low):
-        names = [task for task in choice.tasks if task.low == (role == low)]
+        texts = [task for task in choice.tasks if not task.chat]
+        names = [task for task in texts if task.low == (role == low)]
         if names:
             total = amount(sum(task.tokens for task in names))
             shown = ", ".join(task.name for task in names[:6]) + (" …" if len(names) > 6 else "")
             yield f"{role} tasks", f"{shown}: {total} tokens to train on"
+    if chats := [task for task in choice.tasks if task.chat]:
+        total = amount(sum(task.tokens for task in chats))
+        yield "conversations", f"{', '.join(task.name for task in chats)}: {total} tokens"
     least, most = common_fraction(choice), max(each for each, _ in choice.held_out.values())
     fewest = min(choice.held_out, key=lambda name: choice.held_out[name][1])
     yield (

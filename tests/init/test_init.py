@@ -40,15 +40,20 @@ def corpora(tmp_path_factory):
     (folder / "many").mkdir()
     for name, (documents, length) in SIZES.items():
         write(folder / "many" / name, documents, length, tokenizer)
+    (folder / "chats").mkdir()
+    write(folder / "chats" / "talk", 500, 60, tokenizer, chat=True)
+    write(folder / "chats" / "help", 100, 60, tokenizer, chat=True)
     write(folder / "many" / "part", 10, 10, tokenizer, shard=True)
     return folder
 
 
-def write(prefix, documents, length, tokenizer, *, shard=False):
+def write(prefix, documents, length, tokenizer, *, shard=False, chat=False):
     random = np.random.default_rng(documents)
     lengths = random.integers(1, 2 * length, documents)
     tokens = random.integers(10, tokenizer.vocab_size, lengths.sum()).astype(np.uint16)
     hashes = random.integers(0, 2**64, documents, dtype=np.uint64)
+    kind = {"kind": "chat", "turn_end": 5} if chat else {}
+    marks = (np.arange(len(tokens)) % 3 == 0).astype(np.uint8) if chat else None
     identity = {"shard": {"job": "x", "number": 0, "of": 2}} if shard else {}
     with CorpusWriter(
         prefix,
@@ -56,8 +61,9 @@ def write(prefix, documents, length, tokenizer, *, shard=False):
         vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
         **identity,
+        **kind,
     ) as writer:
-        writer.add_batch(DocumentBatch.of(tokens, lengths, hashes, lengths * 3))
+        writer.add_batch(DocumentBatch.of(tokens, lengths, hashes, lengths * 3, None, marks))
 
 
 def init(*arguments):
@@ -130,6 +136,29 @@ def test_what_is_said_and_written(here):
     assert str(here) not in text  # all paths are relative to the file
     for word in ("high tasks", "low tasks", "layout", "pretrain", "joint", "megaphase plan"):
         assert word in said
+
+
+@pytest.mark.parametrize("low", ["auto", "none"])
+def test_conversations_get_a_last_phase_of_their_own(here, low):
+    given = [low if each == "auto" else each for each in GIVEN]
+    said = init("run.yaml", "--corpus", "many/*", "--corpus", "chats/*", *given)
+    config = load_run_file(here / "run.yaml")
+    *before, last = config.phases
+    assert [phase.name for phase in before] == ["pretrain", "joint"][: 2 - (low == "none")]
+    assert (last.name, last.optimizer_state) == ("chat", "reset")
+    assert set(last.mixture.rates) == {"talk", "help"}
+    for phase in before:
+        assert not {"talk", "help"} & set(phase.mixture.rates)
+        assert last.learning_rate.peak < phase.learning_rate.peak
+    assert {config.tasks[name].role for name in ("talk", "help")} == {None}
+    assert config.tasks["talk"].kind == "chat"
+    assert "the loss is on the assistant's turns" in " ".join(said.split())
+    assert "conversations" in said
+    summary = preview_plan(*open_run(here / "run.yaml", ())).summary()
+    facts = summary["phases"][-1]["tasks"]
+    assert all(1 <= facts[name]["epochs_so_far"] <= 2.1 for name in ("talk", "help"))
+    with pytest.raises(InputError, match="talk holds conversations"):
+        init("other.yaml", "--corpus", "chats/*", "--low", "talk", *GIVEN[2:])
 
 
 def test_a_file_in_another_place_has_whole_paths(here, tmp_path):
