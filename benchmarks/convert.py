@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from megaphase.checkpoint.parameters import MOMENTS, WEIGHT
+from megaphase.checkpoint.tensor_file import write_tensors
 from megaphase.convert.checkpoint_writer import form_for, write_checkpoint
 from megaphase.convert.partition import Layout
 from megaphase.convert.weight_import import foreign_state
@@ -41,6 +42,7 @@ POLL_SECONDS = 0.02
 SIDES = ("reshape", "to-hf of weights", "to-hf of everything")
 CONVERT = (sys.executable, "-m", "megaphase", "convert")
 LAYOUT = ("--tensor", AFTER.tensor, "--data", AFTER.data, "--zero", AFTER.zero)
+GROWTH_SIDES = ("disk alone", "cp", "reshape", "save")
 GROWTH = ((2, 128), (4, 256), (4, 512), (8, 512), (8, 1024), (16, 1024))
 
 
@@ -142,7 +144,7 @@ def _show(name: str, size: int, rows: Sequence[tuple[Measured, ...]]) -> None:
 
 
 def _draw_growth(arguments: argparse.Namespace, folder: Path) -> None:
-    """Draw the seconds of cp and reshape over checkpoints of growing size."""
+    """Draw the seconds of cp, reshape and a save over checkpoints of growing size."""
     rows = []
     for layers, hidden in GROWTH:
         shape = GPTShape(
@@ -157,17 +159,33 @@ def _draw_growth(arguments: argparse.Namespace, folder: Path) -> None:
             statistics.median(each.seconds for each in column)
             for column in zip(*pairs, strict=True)
         ]
+        medians.append(statistics.median(_save(shape, out) for _ in range(arguments.pairs)))
         rows.append((_bytes(source), *medians))
         print(f"{rows[-1][0] / 1e9:6.3f} GB  " + "  ".join(f"{m:6.2f} s" for m in medians))
         shutil.rmtree(source)
     sizes, *sides = zip(*rows, strict=True)
     with plot_style():
         figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-        for name, seconds in zip(("disk alone", "cp", "reshape"), sides, strict=True):
+        for name, seconds in zip(GROWTH_SIDES, sides, strict=True):
             axes.plot([size / 1e9 for size in sizes], seconds, marker="o", label=name)
         axes.set(xscale="log", yscale="log", xlabel="checkpoint, GB", ylabel="seconds")
         axes.legend(frameon=False)
         figure.savefig(arguments.growth, dpi=150)
+
+
+def _save(shape: GPTShape, path: Path) -> float:
+    """Return the seconds in which one rank writes its weights and moments, as a run does."""
+    weights = RandomWeights(shape)
+    tensors = {
+        f"{kind}/{name}": weights.whole(name, kind)
+        for name in weights.layouts
+        for kind in weights.kinds
+    }
+    began = time.perf_counter()
+    write_tensors(path, tensors)
+    seconds = time.perf_counter() - began
+    path.unlink()
+    return seconds
 
 
 def _write(shape: GPTShape, folder: Path) -> None:

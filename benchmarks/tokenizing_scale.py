@@ -55,7 +55,7 @@ from megaphase.utils.errors import EXIT_WRONG_INPUT
 from megaphase.utils.plot_style import plot_style
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-SECONDS, ROUNDS = 2.0, 3
+SECONDS, ROUNDS = 3.0, 3
 DOCUMENT_BYTES, BYTES_A_TOKEN = 3000, 4.2
 HOSTS = 2
 
@@ -127,7 +127,7 @@ class SleepingWorker:
     hosts: list[Connection]
     number = itertools.count()
 
-    def __init__(self, speed: float) -> None:
+    def __init__(self, speed: float, with_children: bool) -> None:
         self.pipe, worker_end = multiprocessing.Pipe()
         self.hosts[next(self.number) % HOSTS].send((worker_end, speed))
         worker_end.close()
@@ -222,7 +222,9 @@ def feed(path: Path, workers: int, speed: float, folder: Path) -> Handled:
     return Handled(size / seconds / 1e6, size / core / 1e6)
 
 
-def simulate(files: dict[str, Path], speed: float, folder: Path) -> dict[str, list[Handled]]:
+def simulate(
+    files: dict[str, Path], speed: float, folder: Path, rounds: int
+) -> dict[str, list[Handled]]:
     """Print and return what the process handles with each number of workers."""
     ordered_pool._Worker = SleepingWorker  # type: ignore[misc, assignment]
     found: dict[str, list[Handled]] = {}
@@ -230,8 +232,8 @@ def simulate(files: dict[str, Path], speed: float, folder: Path) -> dict[str, li
     for kind, path in files.items():
         found[kind] = []
         for workers in WORKERS:
-            rounds = [feed(path, workers, speed, folder) for _ in range(ROUNDS)]
-            found[kind].append(Handled(*map(statistics.median, zip(*rounds, strict=True))))
+            each = [feed(path, workers, speed, folder) for _ in range(rounds)]
+            found[kind].append(Handled(*map(statistics.median, zip(*each, strict=True))))
             wall, core = found[kind][-1]
             print(f"{kind:6} {workers:4}  {wall:7,.0f}  ({core:7,.0f})", flush=True)
     return found
@@ -259,6 +261,7 @@ def main() -> int:
     parser.add_argument("--corpora", type=Path, required=True, help="a folder of *.jsonl.gz")
     parser.add_argument("--megabytes", type=int, default=100)
     parser.add_argument("--speed", type=float, default=8.0, help="MB/s of a worker")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plot", type=Path, metavar="PNG")
     arguments = parser.parse_args()
     corpora = sorted(arguments.corpora.glob("*.jsonl.gz"))
@@ -275,7 +278,7 @@ def main() -> int:
             own_end, host_end = spawn.Pipe()
             spawn.Process(target=host_workers, args=(host_end,), daemon=True).start()
             SleepingWorker.hosts.append(own_end)
-        found = simulate(files, arguments.speed * 1e6, folder)
+        found = simulate(files, arguments.speed * 1e6, folder, arguments.rounds)
         if arguments.plot is not None:
             draw(found, arguments.speed * 1e6, arguments.plot)
     return 0
