@@ -278,7 +278,8 @@ def reason(choice: Choice, phase: Phase) -> str:
             "See docs/continued-pretraining.md."
         )
     if sum(phase.name != "chat" for phase in choice.recipe.phases) == 1:
-        return "One phase, all tasks in proportion to their tokens."
+        texts = "all texts" if len(choice.recipe.phases) > 1 else "all tasks"
+        return f"One phase, {texts} in proportion to their tokens."
     if phase.name == "pretrain":
         return "High-resource tasks alone, in proportion to their tokens."
     share = sum(phase.rates[name] for name in low) / MILLION

@@ -65,8 +65,10 @@ def next_commands(config: RunConfig) -> Iterator[str]:
     split = " --split test" if config.tested_tasks() else ""
     yield f"  megaphase evaluate {run}@{name}{split}"
     kinds = {task.kind for task in config.tasks.values()}
-    if kinds - {"translation"}:
+    if "lm" in kinds:
         yield f'  megaphase generate {run}@{name} --prompt "..."'
+    if "chat" in kinds:
+        yield f'  megaphase generate {run}@{name} --chat --prompt "..."'
     if "translation" in kinds:
         run_file = shlex.quote(shown_path(config.path))
         yield f"  megaphase translate {run_file} --checkpoint {name}"

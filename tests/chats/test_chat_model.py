@@ -82,7 +82,8 @@ def folder(tmp_path_factory):
         "logging": {"every_steps": 100, "tensorboard": False},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    run_well("train", folder / "run.yaml")
+    said = run_well("train", folder / "run.yaml")
+    assert '@chat --chat --prompt "..."' in said
     return folder
 
 

@@ -386,3 +386,25 @@ def test_messages_that_are_nested_too_deeply_are_refused(tmp_path):
         nested = [nested]
     with pytest.raises(ChatError, match="nested too deeply"):
         encoder.encode([{**Q, "calls": nested}, A])
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (CHATML, None),
+        (MARKED, None),
+        (CHATML.replace("<|im_start|>", "<turn>"), "the template writes <turn>, which the"),
+        (CHATML.replace("<|im_end|>", ""), "with no control token"),
+        (MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"),
+         "<|im_end|>, which ends the assistant's turns, is outside"),
+        ("{{ raise_exception('no') }}", "refuses a question with an answer"),
+    ],
+)  # fmt: skip
+def test_unusual_templates_are_remarked_on(template, said, tmp_path):
+    make_tokenizer(tmp_path, template)
+    encoder = ChatEncoder.load(Tokenizer.load(tmp_path))
+    remarks = encoder.remarks()
+    assert len(remarks) == (said is not None)
+    assert said is None or said in remarks[0]
+    ends = said is None or "<|im_end|>" in said or "<turn>" in said
+    assert (encoder.turn_end is not None) == ends
