@@ -52,14 +52,15 @@ SECONDS_FOR_RANK_0 = 1.0
 
 
 class _Program(typer.Typer):
-    """All commands; calling it runs the command line of this process."""
+    """All commands."""
 
-    def __call__(self, *arguments: Any, **options: Any) -> None:
-        """Run a command.
+    def __call__(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        """Run a command, by default that of this process.
+
+        standalone_mode: end with SystemExit, as typer does, also after success.
 
         Raises:
             InputError: an option or an argument is wrong.
-            SystemExit: the exit code is not 0.
         """
         try:
             code = super().__call__(*arguments, standalone_mode=False, **options)
@@ -76,8 +77,9 @@ class _Program(typer.Typer):
                 command = getattr(getattr(error, "ctx", None), "command_path", "megaphase")
                 raise InputError("", problem, f"see `{command} --help`") from None
             code = EXIT_WRONG_INPUT  # a group without a command has printed its help
-        if code:
+        if standalone_mode:
             sys.exit(code)
+        return code
 
 
 app = _Program(

@@ -71,7 +71,7 @@ def test_the_scripts_do_what_the_command_was_asked_for(text, tok, whole, tmp_pat
     ("options", "message"),
     [
         (["--shard", "0/3"], "--shard: --slurm chooses the shards itself; leave one out"),
-        (["--json-key", "x", "--template", "{"], "--template: '{' has unbalanced braces"),
+        (["--template", "{"], "--template: '{' has unbalanced braces"),
         (["--tag", "fr"], "--tag: only translation pairs have a tag"),
         (["--tasks", "0"], "--tasks: 0 is not a number of shards; give 1 to 99,999"),
     ],
