@@ -49,7 +49,7 @@ from megaphase.data_tools.text import (
     ranges_of,
     read_chunks,
 )
-from megaphase.data_tools.text.ahead import ahead
+from megaphase.data_tools.text.prefetch import prefetched
 from megaphase.data_tools.tokenization.chunk_encoder import EncodedChunk
 from megaphase.utils.errors import EXIT_WRONG_INPUT
 from megaphase.utils.plot_style import plot_style
@@ -206,7 +206,7 @@ def feed(path: Path, workers: int, speed: float, folder: Path) -> Handled:
         folder / "corpus", tokenizer_hash="", vocab_size=16_000, eod=0, with_origins=True,
         overwrite=True,
     )  # fmt: skip
-    items = ahead(items_of(path), 4)
+    items = prefetched(items_of(path), 4)
     # Without an annotation: the task is the speed, which SleepingWorker takes.
     mapped: Any = ordered_pool.ordered_map(speed, items, workers)  # type: ignore[arg-type]
     size = 0

@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from megaphase.data_tools.text.ahead import ahead
 from megaphase.data_tools.text.file_types import display_name
 from megaphase.data_tools.text.input_files import InputPath
+from megaphase.data_tools.text.prefetch import prefetched
 from megaphase.utils.errors import InputError
 
 _WITH_ISAL = importlib.util.find_spec("isal") is not None  # the extra `gzip`
@@ -46,7 +46,7 @@ def decompressed_ahead(file: BinaryIO, suffix: str) -> Generator[tuple[bytes, in
         for piece in _pieces(file, suffix, fast=True):
             yield piece, file.tell()
 
-    yield from ahead(pieces(), _PIECES_AHEAD)
+    yield from prefetched(pieces(), _PIECES_AHEAD)
 
 
 def _pieces(file: BinaryIO, suffix: str, *, fast: bool) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megaphase.chats.encoder import ChatEncoder
-from megaphase.chats.library import check_keeps_control_tokens
+from megaphase.chats.tokenizers_library import check_keeps_control_tokens
 from megaphase.corpus import CorpusWriter, Manifest
 from megaphase.corpus.manifest import ShardOf
 from megaphase.corpus.writer import refuse_existing
@@ -35,7 +35,7 @@ from megaphase.data_tools.text import (
     read_chunks,
     size_on_disk,
 )
-from megaphase.data_tools.text.ahead import ahead
+from megaphase.data_tools.text.prefetch import prefetched
 from megaphase.data_tools.tokenization.chunk_encoder import ChunkEncoder
 from megaphase.data_tools.tokenization.readers import reader_count, tokenize_parts
 from megaphase.tokenizer import Tokenizer
@@ -354,7 +354,7 @@ def _write(
     unsaved = 0
     chunks = _chunks(tokenization, note, with_lines=encoder.skip_wrong)
     if tokenization.can_be_resumed:  # from a pipe, a thread could wait forever
-        chunks = ahead(chunks, _CHUNKS_AHEAD)
+        chunks = prefetched(chunks, _CHUNKS_AHEAD)
     with closing(chunks), closing(ordered_map(encoder, chunks, workers)) as encoded:
         for chunk in encoded:
             writer.add_batch(chunk.documents.batch)

@@ -15,7 +15,7 @@ from typing import Literal
 import sentencepiece
 from rich.console import Console
 
-from megaphase.chats.own_template import CHAT_TAGS, CHAT_TEMPLATE
+from megaphase.chats.default_template import CHAT_TAGS, CHAT_TEMPLATE
 from megaphase.chats.template_files import TEMPLATE_NAME
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.text import (

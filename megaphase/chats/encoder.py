@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megaphase.chats.control_tokens import ControlTokens
-from megaphase.chats.library import load_encoder
 from megaphase.chats.template import ASSISTANT, ChatError, ChatTemplate, Message, RenderedChat
 from megaphase.chats.template_files import has_template
+from megaphase.chats.tokenizers_library import load_encoder
 from megaphase.tokenizer import TOKENIZER_JSON_NAME, Tokenizer
 from megaphase.utils.errors import InputError
 

@@ -21,7 +21,7 @@ from megaphase.data_tools.text import (
     read_chunks,
     read_documents,
 )
-from megaphase.data_tools.text.ahead import ahead
+from megaphase.data_tools.text.prefetch import prefetched
 from megaphase.utils.errors import InputError
 
 
@@ -85,13 +85,13 @@ def test_items_are_computed_ahead_and_in_order() -> None:
                 enough.set()
             yield number
 
-    found = ahead(items(), 3)
+    found = prefetched(items(), 3)
     assert next(found) == 0
     assert enough.wait(60)
     assert list(islice(found, 9)) == list(range(1, 10))
     found.close()
     assert len(asked) <= 14
-    assert list(ahead(items(), 2)) == list(range(100))
+    assert list(prefetched(items(), 2)) == list(range(100))
 
 
 def test_an_error_of_an_item_comes_at_its_turn() -> None:
@@ -105,7 +105,7 @@ def test_an_error_of_an_item_comes_at_its_turn() -> None:
         finally:
             closed.append(Random)
 
-    found = ahead(items(), 8)
+    found = prefetched(items(), 8)
     assert [next(found), next(found)] == [1, 2]
     with pytest.raises(InputError):
         next(found)

@@ -11,12 +11,12 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def ahead(items: Generator[Item, None, None], count: int) -> Generator[Item, None, None]:
+def prefetched(items: Generator[Item, None, None], count: int) -> Generator[Item, None, None]:
     """Yield the items, of which up to `count` are computed before they are asked for.
 
     When the iteration ends, it waits for those that have been begun.
     """
-    with closing(items), ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+    with closing(items), ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
         begun = deque(thread.submit(_next, items) for _ in range(count))
         try:
             while following := begun.popleft().result():
