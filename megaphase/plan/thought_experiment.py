@@ -60,7 +60,7 @@ def thought_experiment(config: RunConfig) -> tuple[dict[str, Any], list[PhaseSpe
     for spec, seq_len in zip(specs, lengths, strict=True):
         supply = _supplies(tokens, used, seq_len)
         requested = requested_rates(spec.mixture, supply)
-        rates = effective_rates(spec.mixture, supply, spec.samples, spec.where)
+        rates = effective_rates(spec.mixture, supply, spec.samples, spec.where, requested)
         samples = {task: round(rate * spec.samples) for task, rate in rates.items()}
         used = {task: used[task] + n * seq_len for task, n in samples.items()}
         phases.append(
