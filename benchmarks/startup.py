@@ -83,7 +83,7 @@ class Clock:
 
 
 class TimedImports(importlib.abc.MetaPathFinder):
-    """Counts imports of packages to their parts, and wraps what is called later."""
+    """Charges the import of a package to its part of the start, and wraps functions that are called later."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock

@@ -164,7 +164,7 @@ def _check_alike(prefixes: Sequence[Path], manifests: Sequence[Manifest]) -> Non
 
 
 def _check_templates(prefixes: Sequence[Path], manifests: Sequence[Manifest]) -> None:
-    found: dict[str, Path] = {}  # by template; corpora of earlier versions do not record theirs
+    found: dict[str, Path] = {}  # by template; corpora of earlier versions have no record of it
     for prefix, manifest in zip(prefixes, manifests, strict=True):
         if manifest.chat_template is not None:
             found.setdefault(manifest.chat_template, prefix)

@@ -10,7 +10,7 @@ from megaphase.utils.files import atomic_write_json, hash_json, read_json, with_
 
 # In a run's directory of plans.
 COUNTS_FILE = "counts.json"
-# Of what the numbers mean; another one when any of them is counted otherwise.
+# Raised whenever a number is counted in another way.
 FORMAT_VERSION = 1
 
 

@@ -204,7 +204,7 @@ def test_rows_whose_answer_was_lost_are_recorded_once(
 def test_a_server_that_fails_in_the_middle_of_a_run(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int | str
 ) -> None:
-    """What is missing is said, training goes on without it, and the next start records it."""
+    """The missing records are named, training continues, and the next start records them."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     wait_until(lambda: is_up(server))
     proxy = FaultyProxy(int(server.rpartition(":")[2]))

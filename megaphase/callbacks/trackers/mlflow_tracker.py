@@ -83,7 +83,10 @@ class MLflowTracker(Tracker):
         self._config, self._tracked = config, run
         self._events: dict[str, str] = {}
         self._named = Names()
-        self._tried: tuple[Position | None, int] = None, 0  # what is being sent, and since when
+        self._tried: tuple[Position | None, int] = (
+            None,
+            0,
+        )  # position being sent; ms of its first try
         # First, so that each has always the same name, whichever comes first in a start.
         for name in (*run.settings.get("tasks", {}), *_phases(run.settings)):
             self._named(name)
