@@ -83,7 +83,7 @@ class Clock:
 
 
 class TimedImports(importlib.abc.MetaPathFinder):
-    """Charges the import of a package to its part of the start, and wraps functions that are called later."""
+    """Counts the import of a package as its part, and wraps functions that are called later."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock

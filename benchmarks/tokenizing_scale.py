@@ -6,8 +6,8 @@ The process that cuts the text, sends it to the workers and writes what they ret
 `megaphase data tokenize`, corpus and all. The workers are threads of two other processes; each
 sleeps for the time in which a core tokenizes its chunk (--speed) and returns tokens for it that
 were made before. It prints the MB of text that the process handles in a second, and in a second of
-its processor time, which is its speed on a core of its own. The texts are those of FOLDER/*.jsonl.gz; a
-plain file is read by the workers.
+its processor time, which is its speed on a core of its own. The texts are those of
+FOLDER/*.jsonl.gz; a plain file is read by the workers.
 
 Before that, for each kind of file: how fast chunks are read, in MB of text for a core-second, by
 the libraries alone and as `data tokenize` does it.
