@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from megaphase.report.plot_parts import Curve, panel_grid, step_axes
+from megaphase.report.plot_parts import Curve, panel_grid, step_axes, thinned
 from megaphase.report.plots import mark_gaps, mark_steps, step_label_inches, steps_of
 from megaphase.report.runs import PhasePlan, RunRecord
 from megaphase.utils.plot_style import INK, Size, plot_style, short_number
@@ -29,7 +29,7 @@ def batch_plot(run: RunRecord, size: Size) -> Figure:
             for phase, length in zip(phases, lengths, strict=True):
                 steps, tokens = tokens_per_step(run, phase)
                 values = tokens / length if title == titles[0] else np.full(len(steps), length)
-                axes.plot(steps, values, color=INK, lw=1.5)
+                axes.plot(*thinned((steps, values)), color=INK, lw=1.5)
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
             axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -40,12 +40,11 @@ def batch_plot(run: RunRecord, size: Size) -> Figure:
 
 def tokens_per_step(run: RunRecord, phase: PhasePlan) -> Curve:
     """Return steps and tokens of the steps of a phase whose predecessor has a row, too."""
-    rows = [row for row in run.training if row.phase == phase.name]
-    before = {row.step: row.tokens for row in run.training}
-    before.setdefault(run.origin.step, run.origin.tokens or 0)
-    found = [(r.step, r.tokens - before[r.step - 1]) for r in rows if r.step - 1 in before]
-    steps, tokens = zip(*found, strict=True) if found else ((), ())
-    return np.array(steps, dtype=np.int64), np.array(tokens, dtype=np.float64)
+    training, origin = run.training, run.origin
+    before = np.append(origin.step, training.step[:-1])
+    counted = np.append(origin.tokens or 0, training.tokens[:-1])
+    found = training.are_of(phase.name) & (before == training.step - 1)
+    return training.step[found], (training.tokens - counted)[found].astype(np.float64)
 
 
 def batch_changes(run: RunRecord) -> bool:

@@ -6,7 +6,7 @@ their actual length, and a branch continues the step count of the run before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,13 +24,13 @@ from megaphase.report.runs import (
     PlanRecord,
     RunRecord,
     TaskShare,
-    TrainingRow,
     ValidationRow,
 )
+from megaphase.report.training_rows import TrainingRows, TrainingRowsReader
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import real_path
 from megaphase.utils.json_models import read_record
-from megaphase.utils.metrics_rows import Row, missing_steps, read_lines
+from megaphase.utils.metrics_rows import Row, is_training, missing_steps, read_lines
 from megaphase.utils.run_files import METRICS_FILE, PLAN_FILE, RUN_FILE
 
 REMEDY = "give the directory of a run of megaphase train"
@@ -56,21 +56,30 @@ def load_run(run_dir: Path) -> RunRecord:
     training, validation = metrics.training, metrics.validation
     run = RunRecord(run_dir, name, settings, plan, training, validation, events, origin)
     done = max(run.last_step, (newest_state(run_dir) or {}).get("step", 0))
-    missing = missing_steps((row.step for row in training), origin.step + 1, done)
+    missing = missing_steps(training.step.tolist(), origin.step + 1, done)
     run = replace(
         run,
         missing_steps=missing,
         unreadable_lines=metrics.unreadable,
         benchmarks=metrics.benchmarks,
     )
-    for row in run.rows:
-        if row.phase not in known:
+    for step, phase in _first_steps(run):
+        if phase not in known:
             raise InputError(
                 run_dir / METRICS_FILE,
-                f"step {row.step} is of phase {row.phase!r}, which plan.json does not have",
+                f"step {step} is of phase {phase!r}, which plan.json does not have",
                 "the two files are of different runs",
             )
     return run
+
+
+def _first_steps(run: RunRecord) -> Iterator[tuple[int, str]]:
+    """Yield steps and the phases to which they belong, those of training the first of a phase."""
+    for phase in run.training.phases:
+        for step in run.training.step[run.training.are_of(phase)][:1].tolist():
+            yield step, phase
+    for row in run.validation:
+        yield row.step, row.phase
 
 
 def _lost_ends(history: RunHistory, events: Sequence[Event]) -> list[Event]:
@@ -138,7 +147,7 @@ def _shortened(
 
 @dataclass(frozen=True)
 class _Metrics:
-    training: list[TrainingRow]
+    training: TrainingRows
     validation: list[ValidationRow]
     events: list[Event]
     benchmarks: list[BenchmarkRow]
@@ -147,7 +156,7 @@ class _Metrics:
 
 def _read_metrics(path: Path) -> _Metrics:
     # By step, so that a row written again after a resume replaces the earlier one.
-    training: dict[int, TrainingRow] = {}
+    training = TrainingRowsReader()
     validation: dict[tuple[int, str], ValidationRow] = {}
     benchmarks: dict[tuple[int, str], BenchmarkRow] = {}
     events: list[Event] = []
@@ -155,25 +164,26 @@ def _read_metrics(path: Path) -> _Metrics:
     if not path.is_file():
         raise InputError(path, "no such file", "wait until the run has begun")
     for line in read_lines(path):  # without a line that is being written now
+        if line.row is not None and is_training(line.row):
+            training.add(line.row)
+            continue
         row = None if line.row is None else _read_row(line.row)
         if row is None:
             unreadable += 1
-            continue
-        if isinstance(row, TrainingRow):
-            training[row.step] = row
         elif isinstance(row, ValidationRow):
             validation[row.step, row.phase] = row
         elif isinstance(row, BenchmarkRow):
             benchmarks[row.step, row.phase] = row
         else:
             events.append(row)
+    rows = training.finish()
     return _Metrics(
-        sorted(training.values(), key=lambda row: row.step),
+        rows,
         # A stable sort: the end of one phase and the start of the next share a step.
         sorted(validation.values(), key=lambda row: row.step),
         events,
         sorted(benchmarks.values(), key=lambda row: row.step),
-        unreadable,
+        unreadable + training.unreadable,
     )
 
 
@@ -184,12 +194,8 @@ _KINDS: dict[str, type[ValidationRow | BenchmarkRow | Event]] = {
 }
 
 
-def _read_row(value: Row) -> TrainingRow | ValidationRow | BenchmarkRow | Event | None:
-    kind: type[TrainingRow | ValidationRow | BenchmarkRow | Event] = TrainingRow
-    for key, other in _KINDS.items():
-        if key in value:
-            kind = other
-            break
+def _read_row(value: Row) -> ValidationRow | BenchmarkRow | Event | None:
+    kind = next(kind for key, kind in _KINDS.items() if key in value)
     with suppress(ValidationError):
         return kind.model_validate(value)
     return None

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from megaphase.report.incidents import divergences
 from megaphase.report.runs import PhasePlan, RunRecord
 
@@ -225,18 +227,23 @@ def _rise(run: RunRecord, since: PhaseLoss) -> tuple[float, int] | None:
     If an event reports a divergence, fewer steps suffice.
     """
     begin = run.phase_start(since.phase) or 0
-    rows = [(row.loss_by_task.get(since.task), row.step) for row in run.training]
-    seen = [(loss, step) for loss, step in rows if loss is not None and step > begin]
+    rows, losses = run.training.of_task(since.task)
+    steps = run.training.step[rows]
+    losses, steps = losses[steps > begin], steps[steps > begin]
     events = [each for each in divergences(run) if each.kind != "gradient_norm"]
     told = run.ended_diverged is not None or any(event.step > begin for event in events)
     needed = 1 if told else DIVERGED_STEPS
-    highest: tuple[float, int] | None = None
-    stretch: list[tuple[float, int]] = []
-    for loss, step in seen:
-        stretch = [*stretch, (loss, step)] if loss > since.start + DIVERGED_NATS else []
-        if len(stretch) >= needed:
-            highest = max(stretch) if highest is None else max(highest, *stretch)
-    return highest
+    above = losses > since.start + DIVERGED_NATS
+    # Stretches of consecutive rows above: the index of the first, and that after the last.
+    firsts, stops = np.flatnonzero(np.diff(above, prepend=False, append=False)).reshape(-1, 2).T
+    long = stops - firsts >= needed
+    if not np.any(long):
+        return None
+    inside = np.zeros(len(above) + 1, dtype=np.int64)
+    inside[firsts[long]] += 1
+    inside[stops[long]] -= 1
+    chosen = np.cumsum(inside[:-1]) > 0
+    return max(zip(losses[chosen].tolist(), steps[chosen].tolist(), strict=True))
 
 
 def _rise_sentence(rise: tuple[float, int] | None) -> str:

@@ -8,9 +8,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megaphase.report.losses import PhaseLoss, final_losses
-from megaphase.report.runs import RunRecord, TaskShare, TrainingRow
+import numpy as np
 
+from megaphase.report.losses import PhaseLoss, final_losses
+from megaphase.report.runs import RunRecord, TaskShare
+from megaphase.report.training_rows import TrainingRow
+
+ROWS_OF_TRAINING = 20_000  # of a run; more would only make the folder larger
+TRAINING_COLUMNS = [name for name in TrainingRow.model_fields if name != "loss_by_task"]
 Row = Sequence[Any]
 
 
@@ -20,12 +25,11 @@ def write_numbers(runs: Sequence[RunRecord], folder: Path) -> list[str]:
     Losses are in nats per token; `run` is the first column everywhere.
     """
     loss_columns = [field.name for field in dataclasses.fields(PhaseLoss)]
-    training_columns = [name for name in TrainingRow.model_fields if name != "loss_by_task"]
     tables = {
         "final_losses": (loss_columns, _final_losses),
         "validation": (["step", "phase", "task", "loss", "bits_per_byte", "gap"], _validation),
-        "training": (training_columns, _training),
-        "training_by_task": (["step", "phase", "task", "loss"], _training_by_task),
+        "training": ([*TRAINING_COLUMNS, "steps"], _training),
+        "training_by_task": (["step", "phase", "task", "loss", "steps"], _training_by_task),
         "plan": (["phase", "task", *TaskShare.model_fields], _plan),
     }
     if any(row.validation_average for run in runs for row in run.validation):
@@ -80,15 +84,65 @@ def _benchmarks(run: RunRecord) -> Iterator[Row]:
                 yield row.step, row.phase, "", group, metric, value
 
 
+def steps_of_a_row(run: RunRecord) -> int:
+    """Return of how many steps a row of `training` is the mean, so that long runs have few."""
+    return max(1, -(-len(run.training) // ROWS_OF_TRAINING))
+
+
 def _training(run: RunRecord) -> Iterator[Row]:
-    for row in run.training:
-        yield [value for name, value in row if name != "loss_by_task"]
+    """Whole numbers are those of the last of the row's steps, others means of finite values."""
+    rows = run.training
+    lasts, counts, stretch = _stretches(run, np.arange(len(rows)))
+    columns = [
+        [rows.phases[i] for i in rows.phase[lasts]]
+        if name == "phase"
+        else column[lasts].tolist()
+        if (column := getattr(rows, name)).dtype == np.int64
+        else _means(column, stretch, len(lasts)).tolist()
+        for name in TRAINING_COLUMNS
+    ]
+    without_mfu = np.isnan(rows.mfu).all()
+    for *row, mfu, count in zip(*columns, counts.tolist(), strict=True):
+        yield [*row, "" if without_mfu else mfu, count]
 
 
 def _training_by_task(run: RunRecord) -> Iterator[Row]:
-    for row in run.training:
-        for task, loss in row.loss_by_task.items():
-            yield row.step, row.phase, task, loss
+    rows = run.training
+    found = []
+    for order, (task, (indices, losses)) in enumerate(rows.loss_by_task.items()):
+        lasts, counts, stretch = _stretches(run, indices)
+        means = _means(losses, stretch, len(lasts))
+        for i, loss, count in zip(indices[lasts], means.tolist(), counts.tolist(), strict=True):
+            step, phase = int(rows.step[i]), rows.phases[rows.phase[i]]
+            found.append((step, order, (step, phase, task, loss, count)))
+    return (row for _, _, row in sorted(found, key=lambda each: each[:2]))
+
+
+def _stretches(run: RunRecord, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Divide rows of training, given by their indices, into stretches of `steps_of_a_row` steps.
+
+    Returns the last row of every stretch and its number of rows, both [stretches], and the stretch
+    of every row, as indices into `rows`.
+    """
+    training = run.training
+    number = (training.phase_step[rows] - 1) // steps_of_a_row(run)
+    keys = np.stack([training.phase[rows], number])
+    begins = np.append(True, np.any(np.diff(keys) != 0, axis=0))[: len(rows)]
+    stretch = np.cumsum(begins) - 1
+    lasts = np.flatnonzero(np.append(begins[1:], True)[: len(rows)])
+    return lasts, np.bincount(stretch, minlength=len(lasts)), stretch
+
+
+def _means(values: np.ndarray, stretch: np.ndarray, stretches: int) -> np.ndarray:
+    """Return the mean of the finite values of every stretch of several rows; NaN without one."""
+    if stretches == len(values):
+        return values
+    finite = np.isfinite(values)
+    sums = np.bincount(stretch[finite], values[finite], minlength=stretches)
+    counts = np.bincount(stretch[finite], minlength=stretches)
+    means = np.full(stretches, np.nan)
+    np.divide(sums, counts, out=means, where=counts > 0)
+    return means
 
 
 def _plan(run: RunRecord) -> Iterator[Row]:

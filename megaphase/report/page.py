@@ -96,10 +96,12 @@ def render(template: str, **values: object) -> Markup:
     return Markup(_environment().get_template(template).render(values))
 
 
-def document(title: str, articles: Sequence[Markup], tables: Sequence[str], folder: str) -> str:
+def document(
+    title: str, articles: Sequence[Markup], tables: Sequence[str], folder: str, tables_note: str
+) -> str:
     """Return the whole page, including its style sheet.
 
-    tables: names of the files in `folder` to which the page links.
+    tables: names of the files in `folder` to which the page links; tables_note: text after them.
     """
     return render(
         "page.html",
@@ -109,6 +111,7 @@ def document(title: str, articles: Sequence[Markup], tables: Sequence[str], fold
         css=Markup(files("megaphase.report").joinpath("report.css").read_text(encoding="utf-8")),
         articles=articles,
         tables=tables,
+        tables_note=tables_note,
         numbers_folder=folder,
     )
 

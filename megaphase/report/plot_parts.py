@@ -25,6 +25,7 @@ from megaphase.utils.plot_style import (
 )
 
 BEGINNING = 0.1  # of the steps so far; a loss falls so far there that the rest would look flat
+MANY_POINTS = 2000
 FEW_POINTS = 5  # a curve with fewer is shown whole
 LEGEND_LINE_INCHES = 0.24
 LEGEND_KEY_INCHES = 0.5  # handle and spacing
@@ -110,6 +111,16 @@ def without_beginning(curve: Curve, span: tuple[int, int], starts: Iterable[int]
     kept = steps >= min(first + BEGINNING * (last - first), *starts, np.inf)
     few = np.count_nonzero(np.isfinite(losses)) < FEW_POINTS
     return curve if few and np.any(kept) else (steps[kept], losses[kept])
+
+
+def thinned(curve: Curve) -> Curve:
+    """Return a curve of so many points as can be told apart, the last and the highest included."""
+    steps, values = curve
+    if len(steps) <= MANY_POINTS:
+        return curve
+    every = -(-len(steps) // MANY_POINTS)
+    kept = np.unique([*range(0, len(steps), every), int(np.nanargmax(values)), len(steps) - 1])
+    return steps[kept], values[kept]
 
 
 def loss_limits(curves: Iterable[Curve], otherwise: Iterable[Curve] = ()) -> tuple[float, float]:

@@ -29,6 +29,7 @@ from megaphase.report.plot_parts import (
     loss_limits,
     panel_grid,
     step_axes,
+    thinned,
     without_beginning,
 )
 from megaphase.report.runs import PhasePlan, RunRecord, TaskShare
@@ -103,8 +104,9 @@ def learning_rate_plot(run: RunRecord, size: Size) -> Figure:
         axes.set_ylabel("learning rate")
         # One line per phase: the schedule restarts at a switch, so the lines must not be connected.
         for phase in run.plan.phases:
-            rows = [row for row in run.training if row.phase == phase.name]
-            axes.plot([r.step for r in rows], [r.learning_rate for r in rows], color=INK, lw=1.5)
+            rows = run.training.are_of(phase.name)
+            curve = run.training.step[rows], run.training.learning_rate[rows]
+            axes.plot(*thinned(curve), color=INK, lw=1.5)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
         mark_gaps(axes, run)
@@ -277,9 +279,8 @@ def _line_ends(curves: Mapping[str, Curve], colours: Colours) -> list[tuple[str,
 
 def _training_curve(run: RunRecord, task: str) -> Curve:
     """Return the task's training loss, averaged over equal ranges of steps without gaps."""
-    rows = [row for row in run.training if task in row.loss_by_task]
-    steps = np.array([row.step for row in rows], dtype=np.int64)
-    losses = np.array([row.loss_by_task[task] for row in rows], dtype=np.float64)
+    rows, losses = run.training.of_task(task)
+    steps = run.training.step[rows]
     width = max(1.0, (run.last_step - run.origin.step) / TRAINING_POINTS)
     _, stretch, counts = np.unique((steps - 1) // width, return_inverse=True, return_counts=True)
     return (

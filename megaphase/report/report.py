@@ -20,7 +20,7 @@ from megaphase.report.losses import (
     task_verdicts,
     verdicts,
 )
-from megaphase.report.numbers import write_numbers
+from megaphase.report.numbers import steps_of_a_row, write_numbers
 from megaphase.report.report_files import (
     NUMBERS_FOLDER,
     PLOTS_FOLDER,
@@ -163,7 +163,13 @@ def _content(runs: Sequence[RunRecord], folder: Path) -> PageContent:
     else:
         articles = [comparison_article(runs, colours, folder)]
         articles += [run_article(r, colours, folder, f"{PLOTS_FOLDER}/{r.name}") for r in runs]
-    return PageContent(articles, write_numbers(runs, folder / NUMBERS_FOLDER))
+    tables = write_numbers(runs, folder / NUMBERS_FOLDER)
+    longest = max(map(steps_of_a_row, runs))
+    note = "" if longest == 1 else (
+        f" (rows of training are means of up to {longest:,} steps; "
+        f"{METRICS_FILE} of the run has every one)"
+    )  # fmt: skip
+    return PageContent(articles, tables, note)
 
 
 def _each_once(paths: Sequence[Path]) -> list[Path]:

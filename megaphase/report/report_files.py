@@ -22,10 +22,14 @@ NUMBERS_FOLDER = "numbers"
 
 @dataclass(frozen=True)
 class PageContent:
-    """The articles of a page, and the names of the files in NUMBERS_FOLDER to which it links."""
+    """The articles of a page, and the names of the files in NUMBERS_FOLDER to which it links.
+
+    tables_note: text after the links.
+    """
 
     articles: Sequence[Markup]
     tables: Sequence[str]
+    tables_note: str = ""
 
 
 def write_page(out: Path, title: str, content_of: Callable[[Path], PageContent]) -> Path:
@@ -38,7 +42,9 @@ def write_page(out: Path, title: str, content_of: Callable[[Path], PageContent])
     """
     with _replacing_report(out) as folder:
         content = content_of(folder)
-        text = page.document(title, content.articles, content.tables, NUMBERS_FOLDER)
+        text = page.document(
+            title, content.articles, content.tables, NUMBERS_FOLDER, content.tables_note
+        )
         (folder / PAGE_FILE).write_text(text, encoding="utf-8")
     return out / PAGE_FILE
 

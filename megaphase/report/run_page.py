@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import yaml
 from markupsafe import Markup
 
@@ -151,11 +151,11 @@ def _state(run: RunRecord) -> str:
         f"; {name} trains only the rows of tokens {first:,} to {stop - 1:,}"
         for name, (first, stop) in run.trained_tokens.items()
     )
-    if run.training:
-        speed = statistics.median(row.tokens_per_second for row in run.training)
+    if len(run.training):
+        speed = np.median(run.training.tokens_per_second)
         before = run.origin.tokens if run.origin.step else None
         share = f" ({before:,} of them before)" if before is not None else ""
-        text += f"; {run.training[-1].tokens:,} tokens{share}, {speed:,.0f} a second (median)"
+        text += f"; {run.training.tokens[-1]:,} tokens{share}, {speed:,.0f} a second (median)"
     if run.hole is not None:
         text += f"; {run.hole}"
     return f"{text}."

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, ConfigDict
 
 from megaphase.plan.origin import RunOrigin
+from megaphase.report.measured import Measured
 from megaphase.report.phase_rates import RatesOverSteps
+from megaphase.report.training_rows import TrainingRows
 from megaphase.utils.metrics_rows import Steps, steps_in_words
 from megaphase.utils.run_files import METRICS_FILE
-
-# JSON has no NaN, so a writer may write null for a loss that has overflowed.
-Measured = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 class _Record(BaseModel):
@@ -71,21 +69,6 @@ class PlanRecord(_Record):
 class _Row(_Record):
     step: int
     phase: str
-
-
-class TrainingRow(_Row):
-    """One optimizer step; losses in nats per token, `step` counts from 1 over the whole run."""
-
-    phase_step: int
-    tokens: int
-    loss: Measured
-    loss_by_task: dict[str, Measured]
-    learning_rate: float
-    grad_norm: Measured
-    step_seconds: float
-    data_wait_seconds: float
-    tokens_per_second: float
-    mfu: float | None = None
 
 
 class HeldOutRow(_Record):
@@ -145,7 +128,7 @@ class RunRecord:
     name: str
     settings: Mapping[str, Any]
     plan: PlanRecord
-    training: Sequence[TrainingRow]
+    training: TrainingRows
     validation: Sequence[ValidationRow]
     events: Sequence[Event]
     origin: RunOrigin
@@ -238,14 +221,11 @@ class RunRecord:
         return sorted(self.plan.tasks, key=lambda task: task in low)
 
     @property
-    def rows(self) -> list[TrainingRow | ValidationRow]:
-        """All measurements, sorted by step."""
-        return [*self.training, *self.validation]
-
-    @property
     def last_step(self) -> int:
         """Steps done so far, according to the metrics."""
-        return max((row.step for row in self.rows), default=self.origin.step)
+        steps = [row.step for row in self.validation[-1:]]
+        steps += self.training.step[-1:].tolist()
+        return max(steps, default=self.origin.step)
 
     @property
     def planned_steps(self) -> int:
@@ -286,7 +266,8 @@ class RunRecord:
     def phase_start(self, phase: str) -> int | None:
         """Return the steps done when the phase actually began; None if it has not begun."""
         steps = [row.step for row in self.validation_in(phase)]
-        steps += [row.step - 1 for row in self.training if row.phase == phase]
+        trained = self.training.step[self.training.are_of(phase)]
+        steps += (trained[:1] - 1).tolist()
         return min(steps, default=None)
 
     def phase_is_over(self, phase: PhasePlan) -> bool:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from megaphase.launch.slurm.job_file import forget_jobs
-from megaphase.report.runs import Measured
+from megaphase.report.measured import Measured
 from megaphase.sweep.changes import record_change
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.planning.pruning import Losses, with_pruned

@@ -8,7 +8,8 @@ from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict
 
-from megaphase.report.runs import Event, HeldOutRow, Measured, RunRecord
+from megaphase.report.measured import Measured
+from megaphase.report.runs import Event, HeldOutRow, RunRecord
 from megaphase.utils.errors import RunError
 
 
@@ -96,7 +97,7 @@ def _of_diverged(run: RunRecord, end: Event) -> Outcome:
 
 
 def _seconds(run: RunRecord) -> float:
-    return round(sum(step.step_seconds for step in run.training), 1)
+    return round(float(run.training.step_seconds.sum()), 1)
 
 
 def _mean(measured: dict[str, HeldOutRow], tasks: Sequence[str]) -> float:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from pydantic_core import from_json
 
 Row = dict[str, Any]
 Steps = tuple[int, int]  # the first and the last step of a range, both included
 
 _TAIL_BYTES = 1 << 18
+_BLOCK_BYTES = 1 << 16
 
 
-@dataclass(frozen=True)
-class MetricsLine:
+class MetricsLine(NamedTuple):
     """A complete line of the file, which ends with a newline.
 
     Attributes:
-        number: line number, from 1.
         end: position in the file at which the line ends, in bytes.
         row: the parsed row; None if it is not a row of metrics.
     """
 
-    number: int
     end: int
     row: Row | None
 
@@ -38,12 +36,18 @@ def read_lines(path: Path, containing: Sequence[bytes] = ()) -> Iterator[Metrics
     """
     end = 0
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            end += len(line)
-            if not line.endswith(b"\n"):
+        while block := file.read(_BLOCK_BYTES):
+            block += file.readline()
+            if containing and not any(part in block for part in containing):
+                end += len(block)
+                continue
+            *lines, incomplete = block.split(b"\n")
+            for line in lines:
+                end += len(line) + 1
+                if not containing or any(part in line for part in containing):
+                    yield MetricsLine(end, parse_row(line))
+            if incomplete:
                 return
-            if not containing or any(part in line for part in containing):
-                yield MetricsLine(number, end, parse_row(line))
 
 
 def last_rows(path: Path) -> list[Row]:
@@ -67,8 +71,8 @@ def rows_from_end(path: Path) -> Iterator[Row]:
 def parse_row(line: bytes) -> Row | None:
     """Return a row of training, validation or benchmarks, or an event; None for any other line."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = from_json(line)
+    except ValueError:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None
@@ -77,7 +81,7 @@ def parse_row(line: bytes) -> Row | None:
 
 def is_training(row: Row) -> bool:
     """Return whether this is the row of an optimizer step."""
-    return not any(key in row for key in ("event", "validation", "benchmarks"))
+    return not ("event" in row or "validation" in row or "benchmarks" in row)
 
 
 def missing_steps(found: Iterable[int], first: int, last: int) -> list[Steps]:

@@ -121,7 +121,11 @@ def test_training_losses_set_the_scale_where_nothing_else_was_measured(tmp_path)
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))
     run = load_run(run_dir)
     low, high = loss_plot(run, dict.fromkeys(run.tasks, "#000000"), WIDE).axes[0].get_ylim()
-    late = [loss for row in run.training if row.step > 20 for loss in row.loss_by_task.values()]
+    late = [
+        loss
+        for rows, losses in run.training.loss_by_task.values()
+        for loss in losses[run.training.step[rows] > 20].tolist()
+    ]
     assert low < min(late)
     assert max(late) < high
 

@@ -78,7 +78,7 @@ def test_each_first_part_is_trained_once(whole: SweepDirectory) -> None:
     assert longer.source == "pretrain-0.6-p0.01-s11"
     assert len(whole.outcomes()) == len(trials) == 1 + 2 + 1 + 4
     for name in whole.outcomes():
-        assert load_run(whole.run(name)).training
+        assert len(load_run(whole.run(name)).training)
 
 
 def test_a_schedule_spans_all_phases_that_continue_it(whole: SweepDirectory) -> None:
@@ -86,7 +86,8 @@ def test_a_schedule_spans_all_phases_that_continue_it(whole: SweepDirectory) -> 
     trial = of_arm(whole, "cascade")
     by_name = {each.name: each for each in load_sweep_record(whole.path).trials}
     chain = [by_name[by_name[trial.source].source], by_name[trial.source], trial]
-    rates = [row.learning_rate for each in chain for row in load_run(whole.run(each.name)).training]
+    runs = [load_run(whole.run(each.name)) for each in chain]
+    rates = [rate for run in runs for rate in run.training.learning_rate.tolist()]
     peak, warmup, decay, steps = 0.01, 2, 3, 10
     expected = []
     for step in range(steps):

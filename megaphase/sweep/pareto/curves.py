@@ -10,8 +10,6 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -121,18 +119,17 @@ def _loss(measured: HeldOutRow | None) -> float:
 
 def _training_means(run: RunRecord, steps: Sequence[int], tasks: Sequence[str]) -> ByTask:
     """Return the mean training loss of every task between each validation and the previous one."""
-    means: dict[str, list[float]] = {task: [math.nan] for task in tasks}
-    rows = iter(run.training)
-    row = next(rows, None)
-    for _, end in pairwise(steps):
-        losses: dict[str, list[float]] = {task: [] for task in tasks}
-        while row is not None and row.step <= end:
-            for task, loss in row.loss_by_task.items():
-                losses[task].append(loss)
-            row = next(rows, None)
-        for task, values in losses.items():
-            finite = [value for value in values if math.isfinite(value)]
-            means[task].append(fmean(finite) if finite else math.nan)
+    ends = steps[1:]
+    means: dict[str, list[float]] = {}
+    for task in tasks:
+        rows, losses = run.training.of_task(task)
+        after = np.searchsorted(ends, run.training.step[rows])
+        counted = np.isfinite(losses) & (after < len(ends))
+        sums, counts = (
+            np.bincount(after[counted], weights, minlength=len(ends))
+            for weights in (losses[counted], None)
+        )
+        means[task] = [math.nan, *np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)]
     return means
 
 
