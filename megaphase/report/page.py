@@ -147,7 +147,12 @@ def draw_plot(plot: Plot, out: Path, folder: str) -> DrawnPlot:
     (out / folder).mkdir(parents=True, exist_ok=True)
     (out / f"{stem}.svg").write_text(svg, encoding="utf-8")
     with plot_style():
-        wide.savefig(out / f"{stem}.png", dpi=PNG_DOTS_PER_INCH, metadata={"Software": None})
+        wide.savefig(
+            out / f"{stem}.png",
+            dpi=PNG_DOTS_PER_INCH,
+            metadata={"Software": None},
+            pil_kwargs={"compress_level": 2},  # a quarter larger, in much less time
+        )
     narrow = _svg(plot.draw(NARROW))
     return DrawnPlot(
         plot.title,

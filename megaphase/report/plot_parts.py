@@ -183,17 +183,18 @@ def label_points(
     paths = [_along(to_pixels(line)) for line in lines if len(line)]
     line_points = np.concatenate(paths) if paths else np.empty((0, 2))
     frame = axes.get_window_extent()
-    taken = [Bbox.from_bounds(x - 4 * dpi, y - 4 * dpi, 8 * dpi, 8 * dpi) for x, y in dots]
+    around = 4 * dpi * np.array([-1, -1, 1, 1])
+    taken = np.empty((0, 4))
+    every_dot = np.array([[x, y, x, y] for x, y in dots]).reshape(-1, 4) + around
     left_out = []
     for i, label in enumerate(labels):
-        place = _free_place(
-            dots[i], label.text, dpi, [*taken[:i], *taken[i + 1 :]], frame, line_points
-        )
+        covered = np.concatenate([np.delete(every_dot, i, axis=0), taken])
+        place = _free_place(dots[i], label.text, dpi, covered, frame, line_points)
         if place is None:
             left_out.append(label)
             continue
         offset, ha, va, box = place
-        taken.append(box)
+        taken = np.append(taken, [box.extents], axis=0)
         axes.annotate(
             label.text, (label.x, label.y), offset, textcoords="offset points", ha=ha, va=va,
             color=label.colour, fontsize=LABEL_POINTS, zorder=5,
@@ -233,9 +234,12 @@ Place = tuple[tuple[float, float], str, str, Bbox]
 
 
 def _free_place(
-    dot: np.ndarray, text: str, dpi: float, taken: list[Bbox], frame: Bbox, line_points: np.ndarray
+    dot: np.ndarray, text: str, dpi: float, taken: np.ndarray, frame: Bbox, line_points: np.ndarray
 ) -> Place | None:
-    """Return offset in points, alignments and box in pixels of the place that covers least line."""
+    """Return offset in points, alignments and box in pixels of the place that covers least line.
+
+    taken: left, bottom, right and top of boxes in pixels that must not be covered [boxes, 4].
+    """
     width, height = 0.68 * LABEL_POINTS * len(text) * dpi, 1.15 * LABEL_POINTS * dpi
     best: Place | None = None
     least = np.inf
@@ -247,7 +251,7 @@ def _free_place(
         inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 20 * dpi
         if not inside or not (frame.y0 <= box.y0 and box.y1 <= frame.y1 + 6 * dpi):
             continue
-        if any(box.overlaps(other) for other in taken):
+        if np.any(np.all((taken[:, :2] <= box.max) & (taken[:, 2:] >= box.min), axis=1)):
             continue
         cost = rank + 3 * int(box.count_contains(line_points)) if len(line_points) else rank
         if cost < least:

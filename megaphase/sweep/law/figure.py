@@ -43,11 +43,11 @@ def predictions_plot(laws: Sequence[TaskLaw], size: Size) -> Figure:
             room = 0.05 * max(high - low, 0.02)
             ends = [low - room, high + room]
             axes.plot(ends, ends, color=MUTED, lw=0.8, zorder=1)
-            for i in range(len(measured)):
-                colour, marker = styles[_arm(law, i)]
-                axes.errorbar(measured[i], fitted[i], xerr=noise[i], color=colour, marker=marker,
-                              ms=4.5, elinewidth=0.8, zorder=3)  # fmt: skip
-                axes.plot(measured[i], left_out[i], color=colour, marker=marker, ms=6.5,
+            for arm, (colour, marker) in styles.items():
+                own = [i for i in range(len(measured)) if _arm(law, i) == arm]
+                axes.errorbar(measured[own], fitted[own], xerr=noise[own], color=colour,
+                              marker=marker, ms=4.5, elinewidth=0.8, lw=0, zorder=3)  # fmt: skip
+                axes.plot(measured[own], left_out[own], color=colour, marker=marker, ms=6.5,
                           mfc="none", mew=0.9, lw=0, zorder=2)  # fmt: skip
             axes.set_xlim(*ends)
             axes.set_ylim(*ends)

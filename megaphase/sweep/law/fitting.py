@@ -152,8 +152,8 @@ def fit_form(
     def solve(x: Sequence[float]) -> tuple[list[Column], Vector, Vector]:
         at = [_unscaled(each, value) for each, value in zip(unknown, x, strict=True)]
         columns = form.columns(table, at)
-        coefficients = _coefficients(columns, losses, weights)
-        return columns, coefficients, weights * (losses - _product(columns, coefficients))
+        coefficients, residuals = _coefficients(columns, losses, weights)
+        return columns, coefficients, residuals
 
     best: tuple[float, ...] = ()
     if unknown:
@@ -193,21 +193,25 @@ def _starts(unknown: Sequence[Bounded]) -> list[tuple[float, ...]]:
     return [every[i] for i in sorted(chosen)]
 
 
-def _coefficients(columns: Sequence[Column], losses: Vector, weights: Vector) -> Vector:
-    """Return the best coefficients: those that may be negative are a difference of two."""
+def _coefficients(
+    columns: Sequence[Column], losses: Vector, weights: Vector
+) -> tuple[Vector, Vector]:
+    """Return the best coefficients and the weighted residuals.
+
+    Those that may be negative are a difference of two.
+    """
     free = [i for i, column in enumerate(columns) if column.sign == "free"]
-    matrix = weights[:, None] * np.stack([column.values for column in columns], axis=1)
-    scale = np.maximum(np.sqrt((matrix**2).sum(axis=0)), 1e-12)
-    matrix = matrix / scale
-    both = np.hstack([matrix, -matrix[:, free]])
+    matrix = np.array([column.values for column in columns]) * weights
+    scale = np.maximum(np.sqrt(np.einsum("ij,ij->i", matrix, matrix)), 1e-12)
+    matrix /= scale[:, None]
+    wanted = weights * losses
     try:
-        found, _ = nnls(both, weights * losses)
+        found, _ = nnls(np.concatenate([matrix, -matrix[free]]).T, wanted)
     except RuntimeError:  # too many iterations, on the way to a bad start
-        found = np.zeros(both.shape[1])
+        found = np.zeros(len(matrix) + len(free))
     coefficients = found[: len(columns)]
     coefficients[free] -= found[len(columns) :]
-    solved: Vector = coefficients / scale
-    return solved
+    return coefficients / scale, wanted - coefficients @ matrix
 
 
 def _product(columns: Sequence[Column], coefficients: Vector) -> Vector:

@@ -16,14 +16,16 @@ from megaphase.sweep.law.table import Means, SettingTable, Vector, means_of, set
 
 FEWEST_SETTINGS = 8
 SPARE_SETTINGS = 3  # more than parameters
+# Settings are left out one by one; of more than these, in so many groups.
+MOST_LEFT_OUT_ALONE, GROUPS = 100, 10
 REFITTED = 4  # forms whose errors are computed by fits without each setting
 NEAR_NOISE = 2.0
 NEGLIGIBLE_NATS = 0.02
 CONFIDENCE = 0.95
 RULE = (
     f"A law fits if the root mean square of its errors, each setting left out in turn with all of "
-    f"its seeds, is at most {NEAR_NOISE:g} times the noise of a setting's mean, or at most "
-    f"{NEGLIGIBLE_NATS:g} nats."
+    f"its seeds (of more than {MOST_LEFT_OUT_ALONE} settings, {GROUPS} groups in turn), is at most "
+    f"{NEAR_NOISE:g} times the noise of a setting's mean, or at most {NEGLIGIBLE_NATS:g} nats."
 )
 
 
@@ -192,8 +194,8 @@ def _refitted(fit: Fit) -> TriedForm:
     """Return a form with the errors of fits without each setting, from the fit to all."""
     count = len(fit.losses)
     errors = np.empty(count)
-    for i in range(count):
-        others = np.array([j for j in range(count) if j != i])
+    for left_out in _left_out_together(count):
+        others = np.setdiff1d(np.arange(count), left_out)
         without = fit_form(
             fit.form,
             fit.table.take(others),
@@ -201,8 +203,18 @@ def _refitted(fit: Fit) -> TriedForm:
             fit.counts[others],
             [fit.at],
         )
-        errors[i] = fit.losses[i] - without.predict(fit.table.take([i]))[0]
+        predicted = without.predict(fit.table.take(left_out))
+        errors[left_out] = fit.losses[left_out] - predicted
     return TriedForm(fit, errors, True)
+
+
+def _left_out_together(settings: int) -> list[np.ndarray]:
+    """Return the indices that are left out in turn: each one, or groups if they are many."""
+    order = np.arange(settings)
+    if settings > MOST_LEFT_OUT_ALONE:
+        # Neighbours are alike, so they are put into different groups.
+        return [order[first::GROUPS] for first in range(GROUPS)]
+    return list(order[:, None])
 
 
 def _near_best(tried: Sequence[TriedForm]) -> list[TriedForm]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -70,21 +71,22 @@ class SettingTable:
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Self:
         """Return the table of some of the settings."""
-        return type(self)(**{name: values[indices] for name, values in vars(self).items()})
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return type(self)(**{name: column[indices] for name, column in values.items()})
 
-    @property
+    @cached_property
     def tokens(self) -> Vector:
         """Tokens of the task, with repetition; at least one."""
         total: Vector = np.maximum(self.own.sum(axis=1), 1.0)
         return total
 
-    @property
+    @cached_property
     def repeated(self) -> Vector:
         """Epochs beyond the first."""
         repeated: Vector = np.maximum(self.tokens / self.unique - 1, 0.0)
         return repeated
 
-    @property
+    @cached_property
     def rate(self) -> Vector:
         """The task's share of all tokens."""
         rate: Vector = self.tokens / (self.tokens + self.others)

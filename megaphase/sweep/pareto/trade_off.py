@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -188,19 +189,28 @@ def _draw(panel: Panel, axes: Axes, styles: ArmStyles) -> None:
             path = _steps(border, axes, panel.higher_is_better)
             lines.append(path)
             axes.plot(path[:, 0], path[:, 1], color=colour, lw=1.3, alpha=0.75)
-        for mark in marks:
-            if mark.on_front and not _is_inside(mark, limits):
+        front = [mark for mark in marks if mark.on_front]
+        shown = [mark for mark in front if _is_inside(mark, limits)]
+        for mark in front:
+            if mark not in shown:
                 _point_out(mark, axes, colour)
-            elif mark.on_front:
-                _, caps, bars = axes.errorbar(
-                    mark.x.mean, mark.y.mean, xerr=mark.x.half_width, yerr=mark.y.half_width,
-                    color=colour, marker=marker, ms=5.5, elinewidth=1.0, capsize=2, zorder=4,
-                )  # fmt: skip
-                for each in (*caps, *bars):
-                    each.set_alpha(BAR_ALPHA)
-                labels.append(PointLabel(mark.x.mean, mark.y.mean, mark.label, colour))
+        if shown:
+            _, caps, bars = axes.errorbar(
+                [mark.x.mean for mark in shown], [mark.y.mean for mark in shown],
+                xerr=_half_widths([mark.x for mark in shown]),
+                yerr=_half_widths([mark.y for mark in shown]),
+                color=colour, marker=marker, ms=5.5, lw=0, elinewidth=1.0, capsize=2, zorder=4,
+            )  # fmt: skip
+            for each in (*caps, *bars):
+                each.set_alpha(BAR_ALPHA)
+        labels += [PointLabel(mark.x.mean, mark.y.mean, mark.label, colour) for mark in shown]
     left_out = left_out_note(label_points(axes, labels, lines))
     note_on_panel(axes, outside_note(panel), bars_note(panel), left_out)
+
+
+def _half_widths(values: Sequence[Estimate]) -> list[float]:
+    """Return the lengths of error bars; NaN draws none."""
+    return [math.nan if each.half_width is None else each.half_width for each in values]
 
 
 def bars_note(panel: Panel) -> str:

@@ -72,17 +72,21 @@ class Verdict:
 def progress_of(record: SweepRecord) -> SweepProgress:
     """Return the number of ended runs and the total."""
     blocked = {trial.name for trial in blocked_trials(record.trials, record.outcomes)}
-    waiting = any(trial.name not in {*record.outcomes, *blocked} for trial in record.trials)
+    settled = blocked | record.outcomes.keys()
+    waiting = any(trial.name not in settled for trial in record.trials)
     return SweepProgress(len(record.outcomes), count_trials(record.sweep), waiting)
 
 
 def verdicts_of(
-    record: SweepRecord, fronts: Sequence[ModelFronts], contrasts: Sequence[Contrast]
+    record: SweepRecord,
+    fronts: Sequence[ModelFronts],
+    contrasts: Sequence[Contrast],
+    progress: SweepProgress,
 ) -> list[Verdict]:
     """Return the verdict on the primary contrast, if the sweep file names one, and on every arm
     that is not static, two-phase arms first, model by model.
     """
-    progress, primary = progress_of(record), record.sweep.config.primary
+    primary = record.sweep.config.primary
     first, others = [], []
     for model in fronts:
         if primary is not None and primary.model in (None, model.model):
@@ -266,7 +270,8 @@ def _margins_sentence(margins: Sequence[Margin]) -> str:
     named = found
     if len(margins) > MOST_MARGINS:
         ordered = sorted(found, key=lambda each: each.nats or 0.0)
-        named = list(dict.fromkeys([ordered[0], ordered[(len(found) - 1) // 2], ordered[-1]]))
+        last = len(found) - 1
+        named = [ordered[i] for i in sorted({0, last // 2, last})]
     settings = [each.point.setting for each in margins]
     with_peaks = len({setting.short_label for setting in settings}) < len(settings)
     parts = [

@@ -54,16 +54,17 @@ class SweepView:
         fronts = fronts_of(record)
         contrasts = contrasts_of(record, fronts)
         runs = read_runs(record)
+        progress = progress_of(record)
         return cls(
             record=record,
             split=reported_split(record),
             changes=read_changes(folder),
             fronts=fronts,
             contrasts=contrasts,
-            verdicts=verdicts_of(record, fronts, contrasts),
+            verdicts=verdicts_of(record, fronts, contrasts, progress),
             failures=failures(record),
             pruned=pruned_settings(record),
-            progress=progress_of(record),
+            progress=progress,
             curves=runs.curves,
             phases=runs.phases,
             styles=style_of_arms(list(record.sweep.config.arms)),

@@ -1,6 +1,7 @@
 """Contrasts of arms and the words that follow from them, against plain arithmetic."""
 
 import math
+import re
 from collections import Counter
 from functools import cache
 from itertools import combinations
@@ -17,14 +18,14 @@ from megaphase.sweep.pareto.contrasts import contrast, contrasts_of
 from megaphase.sweep.pareto.fronts import ArmFront, fronts_of
 from megaphase.sweep.pareto.points import Point, RunLosses
 from megaphase.sweep.pareto.statistics import estimate
-from megaphase.sweep.pareto.verdict import verdicts_of
+from megaphase.sweep.pareto.verdict import progress_of, verdicts_of
 
 T_2 = 4.302653  # two-sided 95 % quantile of Student's t with 2 degrees of freedom
 
 
 def verdicts(record):
     fronts = fronts_of(record)
-    return verdicts_of(record, fronts, contrasts_of(record, fronts))
+    return verdicts_of(record, fronts, contrasts_of(record, fronts), progress_of(record))
 
 
 def p_of(t):
@@ -351,3 +352,21 @@ def test_baselines_are_the_arms_whose_mixture_of_all_tasks_never_changes():
     assert found == ["static", "restart", "temperature", "unimax", "restarted"]
     with_static = [c.arm for c in contrasts_of(record, [fronts]) if c.against == "static"]
     assert with_static == [name for name in arms if name != "static"]
+
+
+@pytest.mark.parametrize("points", [2, 4, 5, 8])
+def test_of_many_margins_three_are_named(points):
+    rates = [round(0.02 + 0.03 * i, 2) for i in range(points)]
+    arms = {"static": {"rates": rates}, "two-phase": {"rates": rates, "pretrain": [0.8]}}
+
+    def losses(trial):
+        place = rates.index(dict(trial.setting.values)["rate"])
+        if trial.setting.arm == "static":
+            return 4 + 0.1 * place, 6 - 0.2 * place
+        return 3.95 + 0.1 * place, 5.95 - 0.25 * place
+
+    front = verdicts(record_of(arms, losses, seeds=[1, 2, 3]))[0].front
+    gains = [f"{0.05 * i + 0.05:+.3f}" for i in range(points)]
+    named = gains if points <= 4 else [gains[0], gains[(points - 1) // 2], gains[-1]]
+    assert re.findall(r"(\+\d\.\d+) \[", front) == named
+    assert (f"(least, median and most of {points})" in front) is (points > 4)
