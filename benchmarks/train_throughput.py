@@ -1,10 +1,10 @@
 """Compare the training throughput of Megaphase's engine with Hugging Face's Llama in a plain loop.
 
 Same shape, same batch, same threads, in one run. Every side has its own processes and is measured
-together with the plain loop: the two alternate, a few steps each, so that changes of the machine's
-speed affect both. A GPU holds one of them at a time; the other's tensors are in the machine's
-memory meanwhile. Before that, one process checks that both models have the same number of
-parameters and give the same loss for the same weights.
+together with the plain loop: the two take single steps in turn (on a GPU a few), so that changes of
+the machine's speed affect both. A GPU holds one of them at a time; the other's tensors are in the
+machine's memory meanwhile. Before that, one process checks that both models have the same number
+of parameters and give the same loss for the same weights.
 
     python benchmarks/train_throughput.py --precision fp32
     python benchmarks/train_throughput.py --preset gpt-1.3b --seq-len 4096 --batch 8 --micro 2
@@ -31,10 +31,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from llama import hugging_face_llama, llama_weights
 from machine import Machine, measure_machine
+from scipy.stats import binom
 from throughput_sides import LlamaLoop, MegaphaseEngine, Settings, Side, begin, prepare
 
 from megaphase.distributed.initialization import Initializer
@@ -113,14 +115,15 @@ class Turns:
     def take(self, side: Side, steps: int) -> float:
         """Return a side's seconds per step: the median of a turn.
 
-        The first step, with cold caches and sleeping threads, is not counted.
+        On a GPU a first step more, after which nothing has to be moved, is not counted.
         """
+        uncounted = int(self._settings.device == "cuda")
         if self._present is not side:
             self._make_room()
             self._present = side
-            if self._settings.device == "cuda":
+            if uncounted:
                 side.come_back()
-        return statistics.median(side.take_steps(steps + 1)[1:])
+        return statistics.median(side.take_steps(steps + uncounted)[uncounted:])
 
     def stop(self, side: Side) -> None:
         self._sides.remove(side)
@@ -231,10 +234,19 @@ def _card_flops(settings: Settings) -> float | None:
     return None if card is None else card.peak_tflops * 1e12
 
 
-def _ratio(peer_seconds: list[float], megaphase: list[float]) -> dict[str, float]:
-    """Return how many times as fast Megaphase is, by round: median and range."""
-    ratios = [t / o for t, o in zip(peer_seconds, megaphase, strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+def _ratio(peer_seconds: list[float], megaphase: list[float]) -> dict[str, Any]:
+    """Return how many times as fast Megaphase is, by round: the median, its 95 % interval from the
+    order of the ratios (their range, if they are fewer than six), and the quartiles."""
+    ratios = sorted(t / o for t, o in zip(peer_seconds, megaphase, strict=True))
+    count = len(ratios)
+    place = max(int(binom.ppf(0.025, count, 0.5)) - 1, 0)
+    lower, upper = np.quantile(ratios, [0.25, 0.75])
+    return {
+        "median": statistics.median(ratios),
+        "low": ratios[place],
+        "high": ratios[count - 1 - place],
+        "quartiles": [float(lower), float(upper)],
+    }
 
 
 def print_report(result: dict[str, Any]) -> None:
@@ -248,7 +260,9 @@ def print_report(result: dict[str, Any]) -> None:
         f"{floor['optimizer_bytes'] / 1e6:,.0f} MB of optimizer state per step = "
         f"{floor['step_seconds'] * 1e3:,.1f} ms = {floor['tokens_per_second']:,.0f} tokens/s"
     )
-    print(f"\nratio: tokens/s as a multiple of {result['peer']}, median (range) of the rounds")
+    print(
+        f"\nratio: tokens/s as a multiple of {result['peer']}, median [95 % interval] (quartiles)"
+    )
     width = max(map(len, result["sides"]))
     heads = ("ms per step", "tokens/s", "of matmul ceiling", "MFU", "peak GB")
     print(f"\n{'':{width}}" + "".join(f"{head:>19}" for head in heads) + "  ratio")
@@ -259,7 +273,8 @@ def print_report(result: dict[str, Any]) -> None:
             f"{side['tokens_per_second']:>19,.0f}{side['of_matmul_ceiling']:>19.2f}"
             f"{mfu:>19}"
             f"{side['peak_bytes'] / 1e9:>19.2f}"
-            f"  {ratio['median']:.3f} ({ratio['min']:.3f}-{ratio['max']:.3f})"
+            f"  {ratio['median']:.3f} [{ratio['low']:.3f}-{ratio['high']:.3f}]"
+            " ({:.3f}-{:.3f})".format(*ratio["quartiles"])
         )
 
 
@@ -300,8 +315,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, help="fewer than heads: grouped-query attention")
     parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--steps", type=int, default=4, help="counted steps per turn")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--steps", type=int, help="counted steps per turn; by default 1, on a GPU 4"
+    )
+    parser.add_argument("--rounds", type=int, default=40, help="turns of each of two sides")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--zero", type=int, nargs="*", default=[0, 3], help="ZeRO stages")
     parser.add_argument("--kernels", nargs="*", choices=("compile", "eager"), default=["compile"])
@@ -363,7 +380,8 @@ def main() -> int:
     settings = Settings(**{name: getattr(asked, name) for name in names}, device=device)
     parameters, difference = in_own_process(check_same_model, settings)
     before = in_own_process(machine_of, settings)
-    pairs = measure_sides(kinds, settings, asked.steps, asked.rounds)
+    steps = asked.steps or (4 if device == "cuda" else 1)
+    pairs = measure_sides(kinds, settings, steps, asked.rounds)
     machine = before.best(in_own_process(machine_of, settings))
     result = report(settings, machine, pairs, kinds)
     result["same_model"] = {"parameters": parameters, "loss_difference": difference}
