@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from megaphase.sweep.arms.recipes import arm_recipes
 from megaphase.sweep.arms.run_files import Phase, phase_content, run_content, stops_early
@@ -209,7 +209,8 @@ def _trials(sweep: Sweep, choose: Choice) -> list[Trial]:
     """
     found: dict[str, Trial] = {}
     for trial in _all_trials(sweep, choose):
-        if found.setdefault(trial.name, trial).run != trial.run:
+        first = found.setdefault(trial.name, trial)
+        if first is not trial and first.run != trial.run:
             raise InputError(
                 sweep.where("arms"),
                 f"two different runs would be called {trial.name}",
@@ -224,24 +225,45 @@ def _trials(sweep: Sweep, choose: Choice) -> list[Trial]:
     return sorted(found.values(), key=lambda trial: trial.is_final)
 
 
-def _all_trials(sweep: Sweep, choose: Choice) -> Iterator[Trial]:
-    for model in sweep.config.models or [None]:
-        for name in sweep.config.arms:
-            for recipe in arm_recipes(sweep, name):
-                yield from _Runs(sweep, recipe, model, choose).all()
-
-
 BySeed = Mapping[int, "Trial"]
+_TrialKey = tuple[int, str | None, int, float, int, str | None]
+
+
+class _Derived(NamedTuple):
+    """What follows from a sweep alone; it is asked for whenever one of many runs has ended."""
+
+    sweep: Sweep
+    recipes: Mapping[str, Sequence[Recipe]]
+    trials: dict[_TrialKey, Trial]
+
+
+_newest: _Derived | None = None
+
+
+def _derived_from(sweep: Sweep) -> _Derived:
+    global _newest
+    if _newest is None or _newest.sweep is not sweep:
+        _newest = _Derived(sweep, {arm: arm_recipes(sweep, arm) for arm in sweep.config.arms}, {})
+    return _newest
+
+
+def _all_trials(sweep: Sweep, choose: Choice) -> Iterator[Trial]:
+    derived = _derived_from(sweep)
+    for model in sweep.config.models or [None]:
+        for recipes in derived.recipes.values():
+            for recipe in recipes:
+                yield from _Runs(sweep, recipe, model, choose, derived.trials).all()
 
 
 @dataclass(frozen=True)
 class _Runs:
-    """The runs of one recipe with one model."""
+    """The runs of one recipe with one model; known: those that were made before."""
 
     sweep: Sweep
     recipe: Recipe
     model: str | None
     choose: Choice
+    known: dict[_TrialKey, Trial]
 
     def all(self) -> Iterator[Trial]:
         """Yield the runs of every stage, as far as the peaks from which they start are known."""
@@ -274,6 +296,13 @@ class _Runs:
             }
 
     def _trial(self, stage: Stage, peak: float, seed: int, source: Trial | None) -> Trial:
+        before = None if source is None else source.name
+        key = id(self.recipe), self.model, id(stage), peak, seed, before
+        if key not in self.known:
+            self.known[key] = self._new_trial(stage, peak, seed, source)
+        return self.known[key]
+
+    def _new_trial(self, stage: Stage, peak: float, seed: int, source: Trial | None) -> Trial:
         sweep, recipe = self.sweep, self.recipe
         arm = sweep.config.arms[recipe.arm]
         is_final = stage is recipe.stages[-1]
